@@ -1,0 +1,54 @@
+"""All workers in this process: the same protocol for tests, debuggers and as the oracle of the Ray cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from ray_surgeon.cluster.messages import WorkerIndex
+from ray_surgeon.cluster.placement import Placement
+from ray_surgeon.cluster.replicas import ThreadMeeting, ThreadReplica
+from ray_surgeon.cluster.worker import ShardWorker
+
+_MEETING_TIMEOUT_S = 600.0
+
+
+class LocalCluster:
+    """Workers as objects. Calls run at once, in the order of submission, so a future is simply the value."""
+
+    def __init__(self, placement: Placement, num_threads: int, device: str = "cpu") -> None:
+        """Create the workers.
+
+        Args:
+            placement: what each of them holds.
+            num_threads: torch threads of the process.
+            device: "cpu" or "cuda".
+        """
+        self.placement = placement
+        self._workers = {index: ShardWorker(placement, index, num_threads, device) for index in placement.workers}
+        if placement.num_replicas > 1:
+            for shard in range(placement.num_shards):
+                meeting = ThreadMeeting(placement.num_replicas, _MEETING_TIMEOUT_S)
+                for replica in range(placement.num_replicas):
+                    self._workers[WorkerIndex(shard, replica)].replicas = ThreadReplica(meeting, replica)
+
+    def submit(self, index: WorkerIndex, method: str, *args: object, num_returns: int = 1) -> Any:
+        """Run a method now; see `Cluster.submit`."""
+        return getattr(self._workers[index], method)(*args)
+
+    def get(self, futures: Sequence[Any]) -> list[Any]:
+        """Return the values."""
+        return list(futures)
+
+    def run_all(self, method: str, *args: object, **kwargs: object) -> list[Any]:
+        """Run a method on every worker; replicas run as threads, since they meet inside it."""
+        workers = [self._workers[index] for index in self.placement.workers]
+        if self.placement.num_replicas == 1:
+            return [getattr(worker, method)(*args, **kwargs) for worker in workers]
+        with ThreadPoolExecutor(len(workers)) as pool:
+            return [f.result() for f in [pool.submit(getattr(worker, method), *args, **kwargs) for worker in workers]]
+
+    def close(self) -> None:
+        """Drop the workers."""
+        self._workers.clear()

@@ -1,0 +1,133 @@
+"""What travels between the coordinator and the workers: frozen, small, picklable. Never A, G or weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ray_surgeon.sources import ModelSource
+
+
+@dataclass(frozen=True, order=True)
+class WorkerIndex:
+    """Which worker: the shard it holds and the replica it belongs to, e.g. (shard=1, replica=0)."""
+
+    shard: int
+    replica: int
+
+
+@dataclass(frozen=True)
+class Wire:
+    """A tensor on its way: a numpy array and the torch dtype it stands for, e.g. int16 for "bfloat16"."""
+
+    array: NDArray[np.generic]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class ModelRecipe:
+    """How a worker gets its weights.
+
+    Attributes:
+        source: the dense model.
+        dtype: of weights and activations, e.g. "float32".
+        shot_uris: committed weight files whose tensors replace the dense ones, when a run is resumed.
+    """
+
+    source: ModelSource
+    dtype: str
+    shot_uris: tuple[str, ...] = ()
+    mask_uris: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class CurvatureOptions:
+    """How factors are damped; see `spec.CurvatureSection`."""
+
+    damping_a: float
+    damping_g: float
+    max_damping: float
+
+
+@dataclass(frozen=True)
+class CostOptions:
+    """Which costs are wanted; see `spec.PruningSection`."""
+
+    structure: str
+    rank_by: str
+    curvature: CurvatureOptions
+
+
+@dataclass(frozen=True)
+class DampingEvent:
+    """A factorisation that needed more than was asked for, e.g. ("...q_proj", "A", asked 0.01, used 0.1, True)."""
+
+    linear: str
+    factor: str
+    asked: float
+    used: float
+    float64_retry: bool
+
+
+@dataclass(frozen=True)
+class LinearCosts:
+    """Costs of one linear's candidates; `StructureCosts` with arrays in place of tensors."""
+
+    name: str
+    num_parameters: int
+    num_rows: int
+    num_columns: int
+    rows: NDArray[np.float32]
+    columns: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class CostsReply:
+    """Costs of the linears that a worker owns."""
+
+    costs: tuple[LinearCosts, ...]
+    damping: tuple[DampingEvent, ...]
+
+
+@dataclass(frozen=True)
+class LinearSummary:
+    """What is left of one linear after a shot.
+
+    Attributes:
+        name: the linear.
+        num_rows: rows in all.
+        num_columns: columns in all, the bias included.
+        rows_kept: rows that stay.
+        columns_kept: columns that stay, the bias included.
+        num_nonzero: entries that are not exactly zero.
+        predicted_loss_increase: the quadratic model's, for this shot's change of this linear, in nats per token.
+    """
+
+    name: str
+    num_rows: int
+    num_columns: int
+    rows_kept: int
+    columns_kept: int
+    num_nonzero: int
+    predicted_loss_increase: float
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a worker's process has used since it started; workers of one process report the same process."""
+
+    process: str
+    cpu_s: float
+    peak_rss_bytes: int
+    peak_gpu_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class SavedFile:
+    """A file a worker wrote, e.g. ("shots/0001/shard-0001.safetensors", 123, ("model.layers.0...",))."""
+
+    uri: str
+    size_bytes: int
+    keys: tuple[str, ...] = field(repr=False)

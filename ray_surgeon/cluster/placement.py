@@ -1,0 +1,110 @@
+"""Who holds which blocks and who owns which linears: pure functions of shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig
+
+from ray_surgeon.cluster.messages import WorkerIndex
+from ray_surgeon.models.skeleton import BlockRange, LinearShape, linear_shapes, num_blocks_of
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Blocks of every shard, and the replica that owns each input site.
+
+    Attributes:
+        num_replicas: copies of every shard.
+        blocks: one range a shard, e.g. (0, 17), (17, 30).
+        owners: site -> replica that reduces, inverts, costs and updates its linears.
+    """
+
+    num_replicas: int
+    blocks: tuple[BlockRange, ...]
+    owners: tuple[int, ...]
+
+    @property
+    def num_shards(self) -> int:
+        """Number of shards."""
+        return len(self.blocks)
+
+    @property
+    def workers(self) -> list[WorkerIndex]:
+        """Every worker, replica by replica."""
+        return [WorkerIndex(shard, replica) for replica in range(self.num_replicas) for shard in range(self.num_shards)]
+
+    def rank(self, index: WorkerIndex) -> int:
+        """Return the position of a worker in `workers`."""
+        return index.replica * self.num_shards + index.shard
+
+
+def head_cost_in_blocks(shapes: Sequence[LinearShape], num_blocks: int, vocabulary: int, hidden: int) -> float:
+    """Return what the head costs in a curvature pass, in blocks.
+
+    A linear costs 2 x 2 R C (forward, backward to its input) and R^2 + C^2 (its factors, half of them by symmetry) a token.
+    """
+    sites = {s.site: s.num_columns for s in shapes}
+    block = sum(4 * s.num_rows * s.num_columns + s.num_rows**2 for s in shapes) + sum(c**2 for c in sites.values())
+    return 4 * vocabulary * hidden * num_blocks / block
+
+
+def partition_blocks(num_blocks: int, num_shards: int, head_cost: float) -> tuple[BlockRange, ...]:
+    """Cut the blocks into contiguous shards so that the slowest is as fast as can be; the last one also has the head.
+
+    Args:
+        num_blocks: decoder blocks.
+        num_shards: at most `num_blocks`.
+        head_cost: see `head_cost_in_blocks`.
+
+    Raises:
+        ValueError: there are more shards than blocks.
+    """
+    if not 1 <= num_shards <= num_blocks:
+        raise ValueError(
+            f"cluster.num_shards: {num_shards} shards cannot be filled, the model has {num_blocks} blocks; "
+            f"give 1 to {num_blocks} shards, and use cluster.num_replicas for more workers"
+        )
+    if num_shards == 1:
+        return (BlockRange(0, num_blocks, num_blocks),)
+    others = num_shards - 1
+
+    def slowest(last: int) -> float:
+        return max(-(-(num_blocks - last) // others), last + head_cost)
+
+    last = min(range(1, num_blocks - others + 1), key=slowest)
+    rest = num_blocks - last
+    sizes = [rest // others + (i < rest % others) for i in range(others)] + [last]
+    ends = [sum(sizes[: i + 1]) for i in range(num_shards)]
+    return tuple(BlockRange(end - size, end, num_blocks) for end, size in zip(ends, sizes, strict=True))
+
+
+def assign_owners(shapes: Sequence[LinearShape], num_replicas: int, blocks: Sequence[BlockRange]) -> tuple[int, ...]:
+    """Give every site an owner among the replicas of its shard, the largest first to the least loaded.
+
+    The work of a linear is R^3 + C^3, for the two factorisations.
+    """
+    work: dict[int, int] = {}
+    block_of = {s.site: s.block for s in shapes}
+    for s in shapes:
+        work[s.site] = work.get(s.site, 0) + s.num_rows**3 + s.num_columns**3
+    owners = [0] * len(work)
+    for shard in blocks:
+        load = [0] * num_replicas
+        for site in sorted((s for s in work if shard.first <= block_of[s] < shard.last), key=lambda s: (-work[s], s)):
+            owners[site] = load.index(min(load))
+            load[owners[site]] += work[site]
+    return tuple(owners)
+
+
+def place(config: PretrainedConfig, num_shards: int, num_replicas: int) -> Placement:
+    """Return the placement of a model on ``num_shards x num_replicas`` workers.
+
+    Raises:
+        ValueError: see `partition_blocks`.
+    """
+    shapes, num_blocks = linear_shapes(config), num_blocks_of(config)
+    head = head_cost_in_blocks(shapes, num_blocks, config.vocab_size, config.hidden_size)
+    blocks = partition_blocks(num_blocks, num_shards, head)
+    return Placement(num_replicas, blocks, assign_owners(shapes, num_replicas, blocks))

@@ -1,0 +1,130 @@
+"""Workers as Ray actors, one bundle of a placement group each."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from ray_surgeon.cluster.messages import WorkerIndex
+from ray_surgeon.cluster.placement import Placement
+from ray_surgeon.cluster.worker import ShardWorker
+
+
+@dataclass(frozen=True)
+class RayResources:
+    """What a worker gets and how long to wait; see `spec.ClusterSection`."""
+
+    cpus_per_worker: int
+    gpus_per_worker: int
+    start_timeout_s: float
+    step_timeout_s: float
+
+
+def connect(address: str | None, num_cpus_needed: int) -> str:
+    """Connect this process to Ray, starting one on this machine if none is named.
+
+    Args:
+        address: of the job spec; then ``RAY_ADDRESS`` counts.
+        num_cpus_needed: logical CPUs of the local Ray, at least; more workers than cores take turns.
+
+    Returns:
+        What it is connected to, for the log.
+
+    Raises:
+        ValueError: there is no cluster at the address.
+        RuntimeError: a local Ray cannot be started.
+    """
+    target = address or os.environ.get("RAY_ADDRESS")
+    if target:
+        try:
+            ray.init(address=target, log_to_driver=False)
+        except (ConnectionError, TimeoutError) as error:
+            raise ValueError(f"cluster.address: cannot reach Ray at {target!r}: {error}; start it, or leave the address out") from error
+        return target
+    try:
+        num_cpus = max(os.cpu_count() or 1, num_cpus_needed)
+        ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    except OSError as error:
+        home = os.path.expanduser("~")
+        raise RuntimeError(f"cannot start a local Ray: {error}; it needs a writable home ({home}) and temporary folder") from error
+    return f"a local Ray with {num_cpus} CPUs"
+
+
+class RayCluster:
+    """One actor per shard and replica. A lost actor is not restarted alone: its state is in the committed shot."""
+
+    def __init__(self, placement: Placement, resources: RayResources) -> None:
+        """Reserve room for all workers together and start them.
+
+        Args:
+            placement: what each of them holds.
+            resources: of each worker.
+
+        Raises:
+            RuntimeError: the cluster has no room within the time; names what was asked for and what there is.
+        """
+        self.placement = placement
+        self._group = _reserve(len(placement.workers), resources)
+        threads = str(resources.cpus_per_worker)
+        environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+        actor_class = ray.remote(ShardWorker)
+        device = "cuda" if resources.gpus_per_worker else "cpu"
+        self._actors = {}
+        for bundle, index in enumerate(placement.workers):
+            options = actor_class.options(
+                num_cpus=resources.cpus_per_worker,
+                num_gpus=resources.gpus_per_worker,
+                max_restarts=0,
+                max_task_retries=0,
+                runtime_env={"env_vars": environment},
+                scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, bundle),
+            )
+            self._actors[index] = options.remote(placement, index, resources.cpus_per_worker, device)
+        if placement.num_replicas > 1:
+            address = self.get([self.submit(placement.workers[0], "meeting_address")])[0]
+            self.run_all("join_replicas", address, resources.step_timeout_s)
+
+    def submit(self, index: WorkerIndex, method: str, *args: object, num_returns: int = 1) -> Any:
+        """Start a method on one worker; see `Cluster.submit`."""
+        return getattr(self._actors[index], method).options(num_returns=num_returns).remote(*args)
+
+    def get(self, futures: Sequence[Any]) -> list[Any]:
+        """Wait for futures and return their values."""
+        values: dict[Any, Any] = {}
+        pending = list(dict.fromkeys(futures))
+        while pending:  # in the order of completion, so that a failure is seen while the others still run
+            done, pending = ray.wait(pending, num_returns=1, fetch_local=False)
+            values.update(zip(done, ray.get(done), strict=True))
+        return [values[future] for future in futures]
+
+    def run_all(self, method: str, *args: object, **kwargs: object) -> list[Any]:
+        """Run a method on every worker at the same time."""
+        return self.get([getattr(self._actors[index], method).remote(*args, **kwargs) for index in self.placement.workers])
+
+    def close(self) -> None:
+        """Kill the workers and give the resources back."""
+        for actor in self._actors.values():
+            ray.kill(actor)
+        remove_placement_group(self._group)
+
+
+def _reserve(num_workers: int, resources: RayResources) -> PlacementGroup:
+    bundle: dict[str, float] = {"CPU": resources.cpus_per_worker}
+    if resources.gpus_per_worker:
+        bundle["GPU"] = resources.gpus_per_worker
+    group = placement_group([bundle] * num_workers, strategy="PACK")
+    if not group.wait(resources.start_timeout_s):
+        total, free = ray.cluster_resources(), ray.available_resources()
+        remove_placement_group(group)
+        shown = ", ".join(f"{key} {free.get(key, 0):g} free of {total.get(key, 0):g}" for key in bundle)
+        raise RuntimeError(
+            f"no room for {num_workers} workers of {bundle} within {resources.start_timeout_s:g} s; the cluster has {shown}. "
+            "Ask for fewer shards or replicas, or add nodes"
+        )
+    return group

@@ -1,0 +1,206 @@
+"""Token windows for calibration and evaluation: deterministic, packed, fingerprinted.
+
+A text is one long stream of tokens: documents joined by blank lines, no special tokens, no padding. Windows are cut from it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ray_surgeon import storage
+
+_TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
+_CALIBRATION_FRACTION = 0.8
+"""Of a source without splits of its own, the first part is for calibration (`train`) and the rest for testing."""
+_DOCUMENTS_PER_CALL = 1000
+"""Documents joined for one call of the tokenizer, so that a large corpus is not one string."""
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """Which text; see `spec.TextSection` for each field."""
+
+    source: str
+    config: str | None
+    split: str
+    column: str
+    revision: str | None
+    max_tokens: int
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Windows of one text.
+
+    Attributes:
+        tokens: [num_sequences, sequence_length] int64.
+        fingerprint: SHA-256 over the tokens.
+    """
+
+    tokens: NDArray[np.int64]
+    fingerprint: str
+
+
+def cut_windows(
+    stream: NDArray[np.int64], num_sequences: int, sequence_length: int, stride: int | None, seed: int, where: str
+) -> Windows:
+    """Cut windows from a stream of tokens.
+
+    Args:
+        stream: [num_tokens].
+        num_sequences: how many windows.
+        sequence_length: tokens in each.
+        stride: window i starts at token ``stride * i``; None draws windows that do not overlap, without replacement.
+        seed: of the draw.
+        where: field and source, for the error.
+
+    Raises:
+        ValueError: the text is too short; says how much there is and how much is needed.
+    """
+    needed = (num_sequences - 1) * stride + sequence_length if stride else num_sequences * sequence_length
+    if len(stream) < needed:
+        raise ValueError(
+            f"{where}: the text has {len(stream)} tokens, but {num_sequences} sequences of {sequence_length}"
+            f"{f' at stride {stride}' if stride else ''} need {needed}; give more text, or fewer or shorter sequences"
+        )
+    if stride:
+        starts = np.arange(num_sequences) * stride
+    else:
+        places = np.random.default_rng(seed).permutation(len(stream) // sequence_length)[:num_sequences]
+        starts = places * sequence_length
+    tokens = np.stack([stream[start : start + sequence_length] for start in starts]).astype(np.int64)
+    return Windows(tokens, hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest())
+
+
+def token_stream(text: TextSource, tokenizer: Any, where: str) -> NDArray[np.int64]:
+    """Tokenize a text into one stream [num_tokens], at most `max_tokens` long.
+
+    Args:
+        text: which text.
+        tokenizer: a transformers tokenizer.
+        where: the field of the job spec, for errors.
+
+    Raises:
+        ValueError: the text cannot be found or read, or has no such split or column.
+    """
+    documents, has_splits = _documents(text, where)
+    pieces, count = [], 0
+    for chunk in _joined(documents):
+        ids = tokenizer(chunk, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        pieces.append(np.asarray(ids, dtype=np.int64))
+        count += len(ids)
+        if count >= text.max_tokens:
+            break
+    stream = np.concatenate(pieces)[: text.max_tokens] if pieces else np.zeros(0, dtype=np.int64)
+    if has_splits:
+        return stream
+    border = int(len(stream) * _CALIBRATION_FRACTION)
+    return stream[:border] if text.split == "train" else stream[border:]
+
+
+def _joined(documents: Iterable[str]) -> Iterator[str]:
+    batch: list[str] = []
+    for document in documents:
+        batch.append(document)
+        if len(batch) == _DOCUMENTS_PER_CALL:
+            yield "\n\n".join(batch) + "\n\n"
+            batch = []
+    if batch:
+        yield "\n\n".join(batch)
+
+
+def _documents(text: TextSource, where: str) -> tuple[Iterator[str], bool]:
+    """Return the documents of a source and whether the source itself made the split."""
+    if text.source == "python-docs":
+        from pydoc_data.topics import topics
+
+        return iter(topics.values()), False
+    if text.source.endswith(_TEXT_SUFFIXES):
+        return _file_documents(text, where), False
+    return _dataset_documents(text, where), True
+
+
+def _file_documents(text: TextSource, where: str) -> Iterator[str]:
+    filesystem, pattern = storage.open_filesystem(text.source)
+    try:
+        paths = sorted(filesystem.glob(pattern)) if "*" in pattern else [pattern] * bool(filesystem.exists(pattern))
+    except OSError as error:
+        raise ValueError(f"{where}: cannot read {text.source}: {error}; check the address, the credentials and the network") from error
+    if not paths:
+        raise ValueError(f"{where}: there is no file {text.source}; give a .txt, .jsonl or .parquet file, * for several")
+    for path in paths:
+        uri = str(filesystem.unstrip_protocol(path))
+        try:
+            yield from _documents_in(uri, text.column, where)
+        except OSError as error:
+            raise ValueError(f"{where}: cannot read {uri}: {error}; check the permissions and the network") from error
+
+
+def _documents_in(uri: str, column: str, where: str) -> Iterator[str]:
+    if uri.endswith(".txt"):
+        yield storage.read_text(uri)
+        return
+    records: Iterable[Any]
+    if uri.endswith(".jsonl"):
+        records = _json_lines(uri, where)
+    else:
+        records = _parquet_rows(uri, column, where)
+    for number, record in enumerate(records, start=1):
+        value = record.get(column) if isinstance(record, dict) else None
+        if not isinstance(value, str):
+            known = sorted(record) if isinstance(record, dict) else type(record).__name__
+            raise ValueError(f"{where}: record {number} of {uri} has no text in {column!r}; it has {known}; set the column")
+        yield value
+
+
+def _json_lines(uri: str, where: str) -> Iterator[Any]:
+    for number, line in enumerate(storage.read_text(uri).splitlines(), start=1):
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{where}: line {number} of {uri} is not JSON ({error}); one JSON object a line is expected") from error
+
+
+def _parquet_rows(uri: str, column: str, where: str) -> Iterator[Any]:
+    import pyarrow.parquet
+
+    filesystem, path = storage.open_filesystem(uri)
+    with filesystem.open(path) as file:
+        try:
+            table = pyarrow.parquet.ParquetFile(file)
+            if column not in table.schema_arrow.names:
+                raise ValueError(f"{where}: {uri} has no column {column!r}; it has {table.schema_arrow.names}; set the column")
+            for batch in table.iter_batches(columns=[column]):
+                yield from batch.to_pylist()
+        except pyarrow.ArrowInvalid as error:
+            raise ValueError(f"{where}: {uri} is not a parquet file ({error}); check the file") from error
+
+
+def _dataset_documents(text: TextSource, where: str) -> Iterator[str]:
+    import datasets
+
+    try:
+        if (Path(text.source) / "dataset_info.json").exists() or (Path(text.source) / "dataset_dict.json").exists():
+            loaded = datasets.load_from_disk(text.source)
+            dataset = loaded[text.split] if isinstance(loaded, datasets.DatasetDict) else loaded
+        else:
+            dataset = datasets.load_dataset(text.source, text.config, split=text.split, revision=text.revision, streaming=True)
+        names = list(dataset.column_names or [])
+    except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetNotFoundError) as error:
+        raise ValueError(
+            f"{where}: cannot read the data set {text.source!r} (config {text.config}, split {text.split}): "
+            f"{str(error).splitlines()[0]}; check name, config, split and network, or give files ending in {', '.join(_TEXT_SUFFIXES)}"
+        ) from error
+    if names and text.column not in names:
+        raise ValueError(f"{where}: {text.source} has no column {text.column!r}; it has {names}; set the column")
+    for record in dataset:
+        yield str(record[text.column])

@@ -1,0 +1,1 @@
+"""What the project knows of Hugging Face models: families, shards of blocks, weight files. No Ray, no job spec."""

@@ -1,0 +1,229 @@
+"""A shard: a contiguous run of decoder blocks with hooks that gather curvature while activations and gradients pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from accelerate.utils import set_module_tensor_to_device
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PretrainedConfig
+
+from ray_surgeon.models.adapters import adapter_for
+from ray_surgeon.models.head import next_token_loss
+from ray_surgeon.models.skeleton import BlockRange, build_skeleton, global_name, tied_names
+from ray_surgeon.surgery.kronecker import KroneckerFactors, add_second_moment, symmetrize, with_ones
+
+
+@dataclass
+class Site:
+    """Linears that read the same input, and the sums gathered there.
+
+    Attributes:
+        names: global names of the linears.
+        modules: the linears.
+        A: [C, C] sum of a a^T, shared by all of them; None outside a curvature pass.
+        G: one [R, R] sum of g g^T a linear.
+        num_tokens: tokens in A.
+    """
+
+    names: tuple[str, ...]
+    modules: tuple[nn.Linear, ...]
+    A: Tensor | None = None
+    G: tuple[Tensor, ...] = ()
+    num_tokens: int = 0
+
+
+class ModelShard:
+    """Blocks ``blocks.first`` to ``blocks.last`` of a causal LM: loads, runs forward and backward, gathers A and G.
+
+    Weights need no gradient. A is summed in the forward pass and G in the backward pass, so nothing is kept for both.
+    """
+
+    def __init__(self, config: PretrainedConfig, blocks: BlockRange, dtype: torch.dtype, device: torch.device) -> None:
+        """Build the shard without weights.
+
+        Args:
+            config: configuration of the whole model.
+            blocks: the blocks this shard holds.
+            dtype: dtype of weights and activations; factors are float32 whatever it is.
+            device: where it computes.
+        """
+        self.config, self.blocks, self.dtype, self.device = config, blocks, dtype, device
+        self.adapter = adapter_for(config)
+        self.model = build_skeleton(config, blocks, dtype)
+        self.base = self.model.get_submodule(self.adapter.base)
+        self.sites: list[Site] = []
+        self._saved: dict[int, tuple[Tensor, Tensor]] = {}
+        self._hooks: list[RemovableHandle] = []
+
+    def load(self, read_tensor: Callable[[str], Tensor]) -> None:
+        """Load this shard's tensors, and only these.
+
+        Args:
+            read_tensor: global parameter name -> tensor, of any float dtype.
+        """
+        tied = tied_names(self.config, self.adapter)
+        shares_embedding = self.blocks.is_first and self.blocks.is_last
+        saved_names = set(self.model.state_dict())
+        for local in [n for n, _ in self.model.named_parameters()] + [n for n, _ in self.model.named_buffers() if n in saved_names]:
+            if local in tied and shares_embedding:
+                continue
+            value = read_tensor(global_name(self.adapter, local, self.blocks.first))
+            set_module_tensor_to_device(self.model, local, self.device, value=value, dtype=self.dtype)
+        for local, source in tied.items() if shares_embedding else ():
+            owner = self.model.get_submodule(local.rpartition(".")[0])
+            setattr(owner, "weight", self.model.get_parameter(source))  # noqa: B010 - a typed attribute would not be a Parameter
+        self.model.to(self.device)
+        self.model.requires_grad_(False)
+        self.sites = list(self._find_sites())
+
+    def _find_sites(self) -> Iterator[Site]:
+        for block in range(self.blocks.first, self.blocks.last):
+            local_prefix = self.adapter.block_prefix(block - self.blocks.first)
+            for site in self.adapter.sites:
+                modules = [self.model.get_submodule(local_prefix + linear) for linear in site]
+                linears = tuple(m for m in modules if isinstance(m, nn.Linear))
+                assert len(linears) == len(site)
+                yield Site(tuple(self.adapter.block_prefix(block) + linear for linear in site), linears)
+
+    @property
+    def linears(self) -> dict[str, nn.Linear]:
+        """Global name -> linear, in order."""
+        return {name: module for site in self.sites for name, module in zip(site.names, site.modules, strict=True)}
+
+    def weight(self, name: str) -> Tensor:
+        """Return W [R, C] float32 of a linear, its bias as the last column."""
+        module = self.linears[name]
+        W = module.weight.detach().float()
+        return W.clone() if module.bias is None else torch.cat([W, module.bias.detach().float()[:, None]], dim=1)
+
+    def set_weight(self, name: str, W: Tensor) -> None:
+        """Write W [R, C], bias in the last column, into a linear."""
+        module = self.linears[name]
+        with torch.no_grad():
+            module.weight.copy_(W[:, : module.in_features])
+            if module.bias is not None:
+                module.bias.copy_(W[:, -1])
+
+    def tensors(self, *, linears_only: bool) -> dict[str, Tensor]:
+        """Return global name -> tensor: of the linears, or of everything this shard would save in an export.
+
+        A tied head is left out: the embedding is saved once, by the first shard.
+        """
+        if linears_only:
+            named = {f"{n}.{p}": t for n, m in self.linears.items() for p, t in (("weight", m.weight), ("bias", m.bias)) if t is not None}
+        else:
+            tied = tied_names(self.config, self.adapter)
+            state = {global_name(self.adapter, n, self.blocks.first): t for n, t in self.model.state_dict().items()}
+            named = {n: t for n, t in state.items() if n not in tied}
+        return {name: tensor.detach() for name, tensor in named.items()}
+
+    # Curvature
+
+    def start_curvature(self) -> None:
+        """Zero the sums and install the hooks."""
+        assert not self._hooks
+        for site in self.sites:
+            first = site.modules[0]
+            C = first.in_features + (first.bias is not None)
+            site.A = torch.zeros(C, C, device=self.device)
+            site.G = tuple(torch.zeros(m.out_features, m.out_features, device=self.device) for m in site.modules)
+            site.num_tokens = 0
+            self._hooks.append(first.register_forward_pre_hook(_add_inputs_to(site)))
+            for module, G in zip(site.modules, site.G, strict=True):
+                self._hooks.append(module.register_forward_hook(_add_output_gradients_to(G)))
+
+    def stop_curvature(self) -> None:
+        """Remove the hooks and complete the symmetric sums."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._saved.clear()
+        for site in self.sites:
+            assert site.A is not None
+            for total in (site.A, *site.G):
+                symmetrize(total)
+
+    def drop_curvature(self) -> None:
+        """Free the sums."""
+        for site in self.sites:
+            site.A, site.G = None, ()
+
+    def factors(self, name: str) -> KroneckerFactors:
+        """Return the factors of a linear; A is shared with the other linears of its site, not copied."""
+        for site in self.sites:
+            if name in site.names:
+                assert site.A is not None, "no curvature pass has been made"
+                return KroneckerFactors(site.A, site.G[site.names.index(name)], site.num_tokens)
+        raise KeyError(name)
+
+    # Forward and backward
+
+    def _run(self, inputs: Tensor) -> Tensor:
+        key = "input_ids" if inputs.dtype == torch.int64 else "inputs_embeds"
+        hidden = self.base(**{key: inputs}, use_cache=False).last_hidden_state
+        assert isinstance(hidden, Tensor)
+        return hidden
+
+    @torch.no_grad()
+    def infer(self, inputs: Tensor) -> Tensor:
+        """Run the blocks without gradients: tokens [n, T] int64 or hidden states [n, T, d] -> hidden states [n, T, d]."""
+        return self._run(inputs)
+
+    def forward(self, micro_batch: int, inputs: Tensor) -> Tensor:
+        """Run the blocks, keep what the backward pass of this micro-batch needs, return detached hidden states [n, T, d]."""
+        if inputs.dtype == torch.int64:
+            with torch.no_grad():
+                inputs = self.base.get_submodule(self.adapter.embeddings[0])(inputs)
+        leaf = inputs.requires_grad_()
+        hidden = self._run(leaf)
+        self._saved[micro_batch] = (leaf, hidden)
+        return hidden.detach()
+
+    def backward(self, micro_batch: int, gradient: Tensor) -> Tensor:
+        """Run a micro-batch backwards: gradient at the outputs [n, T, d] -> gradient at the inputs [n, T, d]."""
+        leaf, hidden = self._saved.pop(micro_batch)
+        torch.autograd.backward(hidden, gradient)
+        assert leaf.grad is not None
+        return leaf.grad
+
+    @torch.no_grad()
+    def loss(
+        self, hidden: Tensor, tokens: Tensor, *, with_gradient: bool = False, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Loss of the last shard's hidden states; see `next_token_loss`."""
+        head = self.model.get_submodule(self.adapter.head)
+        assert isinstance(head, nn.Linear)
+        return next_token_loss(hidden, head.weight, tokens, with_gradient=with_gradient, generator=generator)
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the last shard's logits [n, T, vocabulary] float32."""
+        logits = self.model.get_submodule(self.adapter.head)(hidden)
+        assert isinstance(logits, Tensor)
+        return logits.float()
+
+
+def _add_inputs_to(site: Site) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if not torch.is_grad_enabled():
+            return
+        assert site.A is not None
+        a = inputs[0].detach().flatten(0, -2).float()
+        if module.bias is not None:
+            a = with_ones(a)
+        add_second_moment(site.A, a)
+        site.num_tokens += len(a)
+
+    return hook
+
+
+def _add_output_gradients_to(G: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(lambda g: add_second_moment(G, g.detach().flatten(0, -2).float()))
+
+    return hook

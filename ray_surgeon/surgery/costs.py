@@ -1,0 +1,48 @@
+"""Costs: the loss increase that removing a structure is predicted to bring.
+
+Source: method.md section 3; The LLM Surgeon, section 3.2 and appendix A. F = kron(G, A) throughout, so with factors that
+are means over tokens a cost is in nats per token.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def row_costs(W: Tensor, A: Tensor, G_inverse_diagonal: Tensor) -> Tensor:
+    """Cost of each row after the optimal update of the others: 1/2 (W_r A W_r^T) / [G^-1]_rr.
+
+    Args:
+        W: [R, C].
+        A: [C, C] damped.
+        G_inverse_diagonal: [R] diagonal of G^-1.
+
+    Returns:
+        [R] costs, in the loss's units.
+    """
+    return 0.5 * (W @ A * W).sum(dim=1) / G_inverse_diagonal
+
+
+def column_costs(W: Tensor, G: Tensor, A_inverse_diagonal: Tensor) -> Tensor:
+    """Cost of each column after the optimal update of the others: 1/2 (W_c^T G W_c) / [A^-1]_cc.
+
+    Args:
+        W: [R, C].
+        G: [R, R] damped.
+        A_inverse_diagonal: [C] diagonal of A^-1.
+
+    Returns:
+        [C] costs, in the loss's units.
+    """
+    return 0.5 * (W * (G @ W)).sum(dim=0) / A_inverse_diagonal
+
+
+def quadratic_cost(change: Tensor, A: Tensor, G: Tensor) -> float:
+    """Predicted loss increase of any change of the weights: 1/2 vec(D)^T kron(G, A) vec(D) = 1/2 tr(D^T G D A).
+
+    Args:
+        change: [R, C] new weights minus old weights.
+        A: [C, C].
+        G: [R, R].
+    """
+    return 0.5 * float(((G @ change) * (change @ A)).sum(dtype=change.dtype))

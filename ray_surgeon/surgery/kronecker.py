@@ -1,0 +1,142 @@
+"""Kronecker factors of one linear's Fisher: sums over tokens, merged, balanced, damped, factorised.
+
+Source: method.md sections 1 and 2 (KFAC, Martens & Grosse 2015; The LLM Surgeon, section 3.1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_PANEL = 256
+"""Columns of one panel of the symmetric product: wide enough for a fast GEMM, narrow enough to skip near half of it."""
+
+
+def add_second_moment(total: Tensor, x: Tensor) -> None:
+    """Add ``x.T @ x`` to the upper block triangle of `total`, in place, at about half the work of the full product.
+
+    Args:
+        total: [n, n] float32 or float64; only blocks on and above the diagonal are written.
+        x: [num_tokens, n] of the dtype of `total`.
+    """
+    n = x.shape[1]
+    for start in range(0, n, _PANEL):
+        stop = min(start + _PANEL, n)
+        total[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
+
+
+def symmetrize(total: Tensor) -> None:
+    """Mirror the upper triangle of `total` [n, n] into the lower one, in place."""
+    for start in range(0, total.shape[0], _PANEL):
+        stop = min(start + _PANEL, total.shape[0])
+        panel = total[start:stop, start:stop]
+        panel.copy_(panel.triu() + panel.triu(1).T)
+        total[stop:, start:stop].copy_(total[start:stop, stop:].T)
+
+
+def with_ones(x: Tensor) -> Tensor:
+    """Append the input of the bias, a column of ones: [num_tokens, C - 1] -> [num_tokens, C]."""
+    return torch.cat([x, x.new_ones(x.shape[0], 1)], dim=1)
+
+
+@dataclass
+class KroneckerFactors:
+    """A and G of one linear as sums over tokens, so that micro-batches, replicas and resumed work all merge.
+
+    Attributes:
+        A: [C, C] sum of a a^T.
+        G: [R, R] sum of g g^T.
+        num_tokens: tokens in both sums.
+    """
+
+    A: Tensor
+    G: Tensor
+    num_tokens: int
+
+    def merged(self, other: KroneckerFactors) -> KroneckerFactors:
+        """Return the factors of both sets of tokens together."""
+        return KroneckerFactors(self.A + other.A, self.G + other.G, self.num_tokens + other.num_tokens)
+
+    def restricted(self, rows: Tensor, columns: Tensor) -> KroneckerFactors:
+        """Return the factors of the alive rows [R] and columns [C] (bool masks) only."""
+        return KroneckerFactors(self.A[columns][:, columns], self.G[rows][:, rows], self.num_tokens)
+
+
+def balanced(A: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale A and G to equal Frobenius norms; kron(G, A) is unchanged. A zero factor is left alone."""
+    norm_A, norm_G = torch.linalg.norm(A), torch.linalg.norm(G)
+    if norm_A == 0 or norm_G == 0:
+        return A, G
+    ratio = torch.sqrt(norm_G / norm_A)
+    return A * ratio, G / ratio
+
+
+def damped(matrix: Tensor, damping: float) -> Tensor:
+    """Return ``matrix + damping * mean(diag(matrix)) * I`` (method.md section 2)."""
+    if matrix.shape[0] == 0:
+        return matrix
+    return matrix + torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device) * (damping * matrix.diagonal().mean())
+
+
+@dataclass(frozen=True)
+class DampedFactor:
+    """One damped factor and its Cholesky decomposition.
+
+    Attributes:
+        matrix: [n, n] the damped factor.
+        cholesky: [n, n] lower L with L L^T = matrix.
+        damping: the damping that was needed, at least the one asked for.
+        float64_retry: whether the factorisation at the dtype of the input failed and float64 was used.
+    """
+
+    matrix: Tensor
+    cholesky: Tensor
+    damping: float
+    float64_retry: bool
+
+    def inverse(self) -> Tensor:
+        """Return the inverse [n, n]."""
+        return torch.cholesky_inverse(self.cholesky)
+
+    def inverse_diagonal(self) -> Tensor:
+        """Return the diagonal [n] of the inverse: the column norms of L^-1, squared."""
+        eye = torch.eye(len(self.cholesky), dtype=self.cholesky.dtype, device=self.cholesky.device)
+        return torch.linalg.solve_triangular(self.cholesky, eye, upper=False).square().sum(dim=0)
+
+
+def factorise(matrix: Tensor, damping: float, max_damping: float, name: str) -> DampedFactor:
+    """Damp and factorise one factor by the policy of method.md section 2.
+
+    A failed Cholesky is retried in float64; then the damping is raised tenfold up to `max_damping`.
+
+    Args:
+        matrix: [n, n] symmetric positive semi-definite.
+        damping: relative to the mean of the diagonal.
+        max_damping: the largest damping that may be tried.
+        name: what the matrix is, for the error.
+
+    Raises:
+        FloatingPointError: the matrix is not finite, or no damping up to `max_damping` makes it positive definite.
+    """
+    if not torch.isfinite(matrix).all():
+        raise FloatingPointError(f"{name}: the curvature factor of shape {tuple(matrix.shape)} has NaN or infinite entries")
+    current = damping
+    while True:
+        candidate = damped(matrix, current)
+        factor, failed = torch.linalg.cholesky_ex(candidate)
+        if not failed:
+            return DampedFactor(candidate, factor, current, float64_retry=False)
+        candidate = damped(matrix.double(), current)
+        factor, failed = torch.linalg.cholesky_ex(candidate)
+        if not failed:
+            return DampedFactor(candidate.to(matrix.dtype), factor.to(matrix.dtype), current, float64_retry=True)
+        raised = max(current * 10.0, 1e-8)
+        if raised > max_damping:
+            raise FloatingPointError(
+                f"{name}: the curvature factor of shape {tuple(matrix.shape)} is not positive definite with damping "
+                f"{current:g} (asked for {damping:g}, cap {max_damping:g}); raise curvature.damping or "
+                "curvature.max_damping, or give more calibration tokens"
+            )
+        current = raised

@@ -1,0 +1,45 @@
+"""Masks of rows and columns. True = kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class StructuredMask:
+    """Kept rows and columns of one linear.
+
+    Attributes:
+        rows: [R] bool. A row that goes takes its bias with it.
+        columns: [C] bool. The bias, where there is one, is the last column, and is never pruned as a column.
+    """
+
+    rows: Tensor
+    columns: Tensor
+
+    @staticmethod
+    def full(num_rows: int, num_columns: int) -> StructuredMask:
+        """Return the mask that keeps everything."""
+        return StructuredMask(torch.ones(num_rows, dtype=torch.bool), torch.ones(num_columns, dtype=torch.bool))
+
+    def without(self, rows: Tensor, columns: Tensor) -> StructuredMask:
+        """Return the mask with `rows` [R] and `columns` [C] (True = goes) removed too."""
+        return StructuredMask(self.rows & ~rows, self.columns & ~columns)
+
+    @property
+    def num_parameters(self) -> int:
+        """Entries in the linear, bias included."""
+        return len(self.rows) * len(self.columns)
+
+    @property
+    def num_kept(self) -> int:
+        """Entries that are kept: kept rows times kept columns, so the overlap of removals counts once."""
+        return int(self.rows.sum()) * int(self.columns.sum())
+
+    def apply_(self, W: Tensor) -> None:
+        """Zero the removed rows and columns of W [R, C] in place."""
+        W[~self.rows.to(W.device)] = 0
+        W[:, ~self.columns.to(W.device)] = 0
