@@ -49,9 +49,7 @@ class Windows:
     fingerprint: str
 
 
-def cut_windows(
-    stream: NDArray[np.int64], num_sequences: int, sequence_length: int, stride: int | None, seed: int, where: str
-) -> Windows:
+def cut_windows(stream: NDArray[np.int64], num_sequences: int, sequence_length: int, stride: int | None, seed: int, where: str) -> Windows:
     """Cut windows from a stream of tokens.
 
     Args:
@@ -148,11 +146,7 @@ def _documents_in(uri: str, column: str, where: str) -> Iterator[str]:
     if uri.endswith(".txt"):
         yield storage.read_text(uri)
         return
-    records: Iterable[Any]
-    if uri.endswith(".jsonl"):
-        records = _json_lines(uri, where)
-    else:
-        records = _parquet_rows(uri, column, where)
+    records = _json_lines(uri, where) if uri.endswith(".jsonl") else _parquet_rows(uri, column, where)
     for number, record in enumerate(records, start=1):
         value = record.get(column) if isinstance(record, dict) else None
         if not isinstance(value, str):

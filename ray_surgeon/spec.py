@@ -88,7 +88,7 @@ class DampingSection(Section):
     """Damping of the two factors, relative to the mean of their diagonals."""
 
     a: float = Field(0.01, ge=0, le=10, description="Damping of A, the inputs' second moment")
-    g: float = Field(0.01, ge=0, le=10, description="Damping of G, the output gradients' second moment")
+    g: float = Field(0.1, ge=0, le=10, description="Damping of G, the output gradients' second moment, which few tokens estimate badly")
 
 
 class CurvatureSection(Section):
@@ -117,7 +117,7 @@ class PruningSection(Section):
     target_sparsity: float = Field(gt=0, lt=1, description="Fraction of the parameters of the blocks' linears to remove, biases included")
     num_shots: int = Field(5, ge=1, le=1000, description="Shots; shot t ends at t / num_shots of the target")
     rank_by: Literal["cost", "cost_per_parameter"] = Field(
-        "cost", description="What the global threshold compares: the cost of a structure, or its cost per parameter removed"
+        "cost_per_parameter", description="What the global threshold compares: the cost of a structure, or its cost per parameter removed"
     )
 
 
@@ -134,6 +134,9 @@ class UpdatesSection(Section):
 class ClusterSection(Section):
     """Workers and where they run."""
 
+    backend: Literal["ray", "local"] = Field(
+        "ray", description="Workers as Ray actors, or all in this process, for debugging; the results are equal"
+    )
     address: str | None = Field(
         None, description="Ray address, e.g. auto or ray://host:10001; without it RAY_ADDRESS, and without that a Ray of its own"
     )

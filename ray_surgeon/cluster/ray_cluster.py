@@ -72,10 +72,15 @@ class RayCluster:
         self.placement = placement
         self._group = _reserve(len(placement.workers), resources)
         threads = str(resources.cpus_per_worker)
-        environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+        environment = {
+            "OMP_NUM_THREADS": threads,
+            "MKL_NUM_THREADS": threads,
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
         actor_class = ray.remote(ShardWorker)
         device = "cuda" if resources.gpus_per_worker else "cpu"
-        self._actors = {}
+        self._actors: dict[WorkerIndex, Any] = {}
         for bundle, index in enumerate(placement.workers):
             options = actor_class.options(
                 num_cpus=resources.cpus_per_worker,
@@ -118,9 +123,9 @@ def _reserve(num_workers: int, resources: RayResources) -> PlacementGroup:
     bundle: dict[str, float] = {"CPU": resources.cpus_per_worker}
     if resources.gpus_per_worker:
         bundle["GPU"] = resources.gpus_per_worker
-    group = placement_group([bundle] * num_workers, strategy="PACK")
+    group: PlacementGroup = placement_group([bundle] * num_workers, strategy="PACK")
     if not group.wait(resources.start_timeout_s):
-        total, free = ray.cluster_resources(), ray.available_resources()
+        total, free = ray.cluster_resources(), ray.available_resources()  # type: ignore[no-untyped-call]
         remove_placement_group(group)
         shown = ", ".join(f"{key} {free.get(key, 0):g} free of {total.get(key, 0):g}" for key in bundle)
         raise RuntimeError(

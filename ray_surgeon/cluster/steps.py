@@ -36,7 +36,7 @@ def submission_order(num_shards: int, num_micro_batches: int) -> list[Operation]
     done: set[Operation] = set()
     order: list[Operation] = []
     while any(queues):
-        for shard, queue in enumerate(queues):
+        for queue in queues:
             while queue and _needs(queue[0], num_shards) <= done:
                 order.append(queue[0])
                 done.add(queue.popleft())
@@ -90,7 +90,8 @@ def collect_curvature(cluster: Cluster, sequences: NDArray[np.int64], sample_see
                 _submit(cluster, column, operation, sample_seed)
     losses = cluster.get([loss for column in columns for loss in column.losses])
     cluster.run_all("finish_curvature")
-    return float(sum(losses)) / (sequences.shape[0] * (sequences.shape[1] - 1))
+    num_predicted = int(sequences.shape[0]) * (int(sequences.shape[1]) - 1)
+    return sum(float(loss) for loss in losses) / num_predicted
 
 
 def _submit(cluster: Cluster, column: _Column, operation: Operation, sample_seed: int | None) -> None:

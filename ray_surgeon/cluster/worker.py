@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import resource
 import socket
-import sys
-import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -33,6 +28,7 @@ from ray_surgeon.cluster.messages import (
 from ray_surgeon.cluster.placement import Placement
 from ray_surgeon.cluster.replicas import ProcessReplica, ReplicaGroup, SingleReplica
 from ray_surgeon.cluster.transport import decode, encode
+from ray_surgeon.cluster.usage import process_usage
 from ray_surgeon.models.gguf import convert_gguf
 from ray_surgeon.models.shard import ModelShard
 from ray_surgeon.models.skeleton import checkpoint_key, linear_shapes, tied_names
@@ -242,39 +238,29 @@ class ShardWorker:
 
     # Saving and reporting
 
-    def save(self, folder: str, *, prefix: str, linears_only: bool, masks: bool) -> tuple[SavedFile, ...]:
+    def save(self, folder: str, name: str, *, linears_only: bool, masks: str | None) -> tuple[SavedFile, ...]:
         """Write this shard's weights, and its masks if wanted; replica 0 writes for all.
 
         Args:
             folder: URI.
-            prefix: file name prefix; the shard's number from 1 and ``.safetensors`` follow.
+            name: file name with ``{shard}`` in it, which becomes the shard's number from 1.
             linears_only: only what the method changes, or all of the model.
-            masks: also write ``masks-....safetensors`` beside.
+            masks: file name of the masks, likewise; None writes none.
         """
         if self.index.replica != 0:
             return ()
-        suffix = f"{self.index.shard + 1:04d}.safetensors"
-        contents = {f"{prefix}{suffix}": self.shard.tensors(linears_only=linears_only)}
-        if masks:
-            vectors = {f"{n}.{side}": v for n, m in self.masks.items() for side, v in (("rows", m.rows), ("columns", m.columns))}
-            contents[f"masks-{suffix}"] = vectors
-        uris = {name: storage.join(folder, name) for name in contents}
-        return tuple(SavedFile(uris[n], storage.write_tensors(uris[n], t), tuple(t)) for n, t in contents.items())
+        contents = {name: self.shard.tensors(linears_only=linears_only)}
+        if masks is not None:
+            contents[masks] = {f"{n}.{s}": v for n, m in self.masks.items() for s, v in (("rows", m.rows), ("columns", m.columns))}
+        saved = []
+        for template, tensors in contents.items():
+            uri = storage.join(folder, template.format(shard=self.index.shard + 1))
+            saved.append(SavedFile(uri, storage.write_tensors(uri, tensors), tuple(tensors)))
+        return tuple(saved)
 
     def usage(self) -> Usage:
         """Return what this process has used so far."""
-        gpu = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
-        return Usage(f"{socket.gethostname()}:{os.getpid()}", time.process_time(), _peak_rss_bytes(), gpu)
-
-
-def _peak_rss_bytes() -> int:
-    """Return the peak resident memory of this process; ru_maxrss would also tell of the process it was forked from."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        lines = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(next(lines, "VmHWM: 0 kB").split()[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return process_usage(self.device)
 
 
 def _own_address() -> str:

@@ -222,8 +222,11 @@ def _add_inputs_to(site: Site) -> Callable[[nn.Module, tuple[Tensor, ...]], None
 
 
 def _add_output_gradients_to(G: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+    def add(gradient: Tensor) -> None:
+        add_second_moment(G, gradient.detach().flatten(0, -2).float())
+
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if output.requires_grad:
-            output.register_hook(lambda g: add_second_moment(G, g.detach().flatten(0, -2).float()))
+            output.register_hook(add)  # type: ignore[no-untyped-call]
 
     return hook

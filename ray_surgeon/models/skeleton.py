@@ -85,9 +85,9 @@ def parameter_shapes(config: PretrainedConfig, blocks: BlockRange) -> dict[str, 
     """Return global name -> shape of every parameter and saved buffer of a range of blocks, tied ones once."""
     adapter = adapter_for(config)
     model = build_skeleton(config, blocks, torch.float32)
-    model.tie_weights()  # type: ignore[operator]
     tensors = dict(model.named_parameters()) | {n: b for n, b in model.named_buffers() if n in model.state_dict()}
-    return {global_name(adapter, name, blocks.first): tuple(tensor.shape) for name, tensor in tensors.items()}
+    tied = tied_names(config, adapter) if blocks.is_first else {}
+    return {global_name(adapter, name, blocks.first): tuple(t.shape) for name, t in tensors.items() if name not in tied}
 
 
 def checkpoint_key(name: str, keys: Iterable[str] | Mapping[str, object], tied: Mapping[str, str]) -> str | None:
@@ -168,6 +168,4 @@ def linear_shapes(config: PretrainedConfig) -> list[LinearShape]:
 def num_parameters(config: PretrainedConfig) -> int:
     """Return the parameters of the whole model, tied ones once."""
     n = num_blocks_of(config)
-    tied = tied_names(config, adapter_for(config))
-    shapes = parameter_shapes(config, BlockRange(0, n, n))
-    return sum(math.prod(shape) for name, shape in shapes.items() if name not in tied)
+    return sum(math.prod(shape) for shape in parameter_shapes(config, BlockRange(0, n, n)).values())

@@ -96,14 +96,11 @@ class DampedFactor:
     damping: float
     float64_retry: bool
 
-    def inverse(self) -> Tensor:
-        """Return the inverse [n, n]."""
-        return torch.cholesky_inverse(self.cholesky)
-
     def inverse_diagonal(self) -> Tensor:
         """Return the diagonal [n] of the inverse: the column norms of L^-1, squared."""
         eye = torch.eye(len(self.cholesky), dtype=self.cholesky.dtype, device=self.cholesky.device)
-        return torch.linalg.solve_triangular(self.cholesky, eye, upper=False).square().sum(dim=0)
+        L_inverse: Tensor = torch.linalg.solve_triangular(self.cholesky, eye, upper=False)
+        return L_inverse.square().sum(dim=0)
 
 
 def factorise(matrix: Tensor, damping: float, max_damping: float, name: str) -> DampedFactor:

@@ -159,4 +159,3 @@ class LinearSurgery:
         W[rows.nonzero(), columns.nonzero()[:, 0]] = after
         mask.apply_(W)
         return W, mask, predicted
-

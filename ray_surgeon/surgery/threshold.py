@@ -89,7 +89,8 @@ def structured_threshold(costs: Sequence[StructureCosts], target_sparsity: float
             removed += linear.num_parameters - (linear.num_rows - p) * (linear.num_columns - q)
         return removed
 
-    candidates = torch.cat([torch.zeros(1, dtype=torch.float64), *(c for _, r, k in ordered for c in (r, k))]).unique()
+    zero = torch.zeros(1, dtype=torch.float64)
+    candidates = torch.cat([zero, *(side for _, rows, columns in ordered for side in (rows, columns))]).sort().values
     wanted = math.ceil(target_sparsity * num_parameters - 1e-6)
     low, high = 0, len(candidates) - 1
     if num_removed(float(candidates[high])) < wanted:

@@ -1,0 +1,1 @@
+"""Checkpoints for others: written by the workers, reloaded in a fresh process, compared."""

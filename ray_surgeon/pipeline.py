@@ -1,0 +1,179 @@
+"""``python -m ray_surgeon.pipeline SPEC``: the whole job, from a job spec to a pruned checkpoint.
+
+Exit codes: 0 done, 1 failed, 2 bad spec or input, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from types import FrameType
+from typing import Any
+
+import ray
+from pydantic import ValidationError
+from ray.exceptions import RayError
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from ray_surgeon import storage
+from ray_surgeon.checkpoint import RunDirectory
+from ray_surgeon.cluster.local import LocalCluster
+from ray_surgeon.cluster.placement import Placement
+from ray_surgeon.cluster.ray_cluster import RayCluster, RayResources, connect
+from ray_surgeon.coordinator import STEPS, Event, Job, run_shots
+from ray_surgeon.plan import plan_table, plan_workers
+from ray_surgeon.preflight import prepare
+from ray_surgeon.report import shots_table
+from ray_surgeon.spec import JobSpec, parse_spec
+
+DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+
+class Coordinator:
+    """The Ray actor that runs the shots; it holds the workers, so they end with it."""
+
+    def run(self, job: Job, placement: Placement) -> Iterator[Event]:
+        """Yield every event of the run."""
+        spec = job.spec.cluster
+        resources = RayResources(spec.cpus_per_worker, spec.gpus_per_worker, spec.start_timeout_s, spec.step_timeout_s)
+        cluster = RayCluster(placement, resources)
+        try:
+            yield from run_shots(job, cluster, RunDirectory(job.spec.output.uri))
+        finally:
+            cluster.close()
+
+
+def run_on_ray(job: Job, placement: Placement, console: Console) -> Iterator[Event]:
+    """Run the job on Ray and yield its events as they happen."""
+    spec = job.spec.cluster
+    connected_to = connect(spec.address, len(placement.workers) * spec.cpus_per_worker)
+    _interrupt_on_sigterm()
+    console.print(f"running on {connected_to}: {placement.num_shards} shards x {placement.num_replicas} replicas")
+    try:
+        actor_class = ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0)(Coordinator)
+        coordinator = actor_class.options(runtime_env={"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}).remote()
+        run: Any = coordinator.run
+        for reference in run.options(num_returns="streaming").remote(job, placement):
+            yield ray.get(reference)
+    finally:
+        ray.shutdown()
+
+
+def run_in_process(job: Job, placement: Placement) -> Iterator[Event]:
+    """Run the job with all workers in this process and yield its events."""
+    device = "cuda" if job.spec.cluster.gpus_per_worker else "cpu"
+    cluster = LocalCluster(placement, job.spec.cluster.cpus_per_worker, device)
+    try:
+        yield from run_shots(job, cluster, RunDirectory(job.spec.output.uri))
+    finally:
+        cluster.close()
+
+
+def run_job(job: Job, placement: Placement, console: Console) -> None:
+    """Run a checked job and show its progress: a bar on a terminal, one line per step in a log."""
+    on_ray = job.spec.cluster.backend == "ray"
+    events = run_on_ray(job, placement, console) if on_ray else run_in_process(job, placement)
+    num_steps = 2 + job.spec.pruning.num_shots * len(STEPS) + len(job.spec.output.exports)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task(job.spec.name, total=num_steps)
+        for event in events:
+            progress.console.print(event_line(event), soft_wrap=True, highlight=False)
+            progress.advance(task, 1 + event.facts.get("resumed_after_shot", 0) * len(STEPS) if event.step == "load" else 1)  # type: ignore[operator]
+
+
+def event_line(event: Event) -> str:
+    """Return one line of the log, e.g. ``shot 1/3  curvature  61.2 s  tokens_per_s=134``."""
+    facts = "  ".join(f"{key}={value:.6g}" if isinstance(value, float) else f"{key}={value}" for key, value in event.facts.items())
+    place = f"shot {event.shot}/{event.num_shots}" if event.shot else "start"
+    return f"{place:<10} {event.step:<10} {event.seconds:7.1f} s  {facts}"
+
+
+def _interrupt_on_sigterm() -> None:
+    """Treat SIGTERM, with which Ray and Kubernetes stop jobs, like Ctrl-C. After ray.init, which installs its own handler."""
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m ray_surgeon.pipeline", description="Prune a language model as a job spec says.")
+    parser.add_argument("spec", nargs="?", help="job spec: a YAML or JSON file, local or on any fsspec URI")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, and stop")
+    parser.add_argument("--resume", action="store_true", help="go on after the last committed shot of this run")
+    parser.add_argument("--set", action="append", default=[], metavar="section.field=value", help="override a field; repeatable")
+    parser.add_argument("--schema", action="store_true", help="print the JSON Schema of the job spec and stop")
+    arguments = parser.parse_args(argv)
+    if not arguments.schema and arguments.spec is None:
+        parser.error("a job spec is needed, for instance pipelines/quickstart.yaml")
+    return arguments
+
+
+def _validation_message(error: ValidationError, origin: str) -> str:
+    lines = [f"{origin} is not a valid job spec:"]
+    for problem in error.errors(include_url=False):
+        field = ".".join(str(part) for part in problem["loc"]) or "spec"
+        given = "" if problem["type"] in ("missing", "value_error") else f" (got {str(problem['input'])[:80]!r})"
+        remedy = "; remove it or correct its name, --schema lists the fields" if problem["type"] == "extra_forbidden" else ""
+        lines.append(f"  {field}: {problem['msg'].removeprefix('Value error, ')}{given}{remedy}")
+    return "\n".join(lines)
+
+
+def _read_spec(uri: str, overrides: Sequence[str]) -> JobSpec:
+    try:
+        text = storage.read_text(uri)
+    except OSError as error:
+        raise ValueError(f"cannot read the job spec {uri}: {error}; check the path, the permissions and the network") from error
+    try:
+        return parse_spec(text, overrides)
+    except ValidationError as error:
+        raise ValueError(_validation_message(error, uri)) from error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    arguments, console, errors = _arguments(argv), Console(), Console(stderr=True)
+    if arguments.schema:
+        print(json.dumps(JobSpec.model_json_schema(), indent=2))  # noqa: T201 - the schema is the output
+        return DONE
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        spec = _read_spec(arguments.spec, arguments.set)
+        job, config, placement = prepare(spec, resume=arguments.resume)
+    except ValueError as error:
+        errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    plans = plan_workers(config, placement, spec.model.dtype, spec.calibration.sequence_length)
+    console.print(plan_table(plans, placement.num_replicas))
+    console.print(f"{spec.pruning.num_shots} shots to {spec.pruning.target_sparsity:.1%}, {job.calibration.size} calibration tokens each")
+    if arguments.dry_run:
+        return DONE
+    resume_with = f"go on with: python -m ray_surgeon.pipeline {arguments.spec} --resume" + "".join(f" --set {s}" for s in arguments.set)
+    try:
+        run_job(job, placement, console)
+    except KeyboardInterrupt:
+        errors.print(f"interrupted; {resume_with}", markup=False, soft_wrap=True)
+        return INTERRUPTED
+    except (RayError, RuntimeError, OSError, ValueError, FloatingPointError) as error:
+        errors.print(f"failed: {error}\n{resume_with}", style="red", markup=False, highlight=False, soft_wrap=True)
+        return FAILED
+    run = RunDirectory(spec.output.uri)
+    report = storage.read_json(run.path("report.json"))
+    console.print(shots_table(report))
+    for export in report["exports"]:
+        console.print(f"{export['kind']} export: {export['uri']}", soft_wrap=True)
+    console.print(f"report: {run.path('report.json')}", soft_wrap=True)
+    return DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""What a job will need: the plan that ``--dry-run`` prints. Pure arithmetic on shapes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from rich.table import Table
+from transformers import PretrainedConfig
+
+from ray_surgeon.cluster.placement import Placement
+from ray_surgeon.models.skeleton import linear_shapes, parameter_shapes
+
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class WorkerPlan:
+    """One worker's needs.
+
+    Attributes:
+        shard: its number.
+        first_block: of the shard.
+        last_block: of the shard, inclusive.
+        weight_bytes: parameters in the model's dtype.
+        factor_bytes: A and G in float32.
+        activation_bytes: an estimate of what autograd keeps for the micro-batches in flight: outputs and inputs of every
+            linear, and the softmax of one slice of logits on the last shard.
+    """
+
+    shard: int
+    first_block: int
+    last_block: int
+    weight_bytes: int
+    factor_bytes: int
+    activation_bytes: int
+
+
+def plan_workers(config: PretrainedConfig, placement: Placement, dtype: str, sequence_length: int) -> list[WorkerPlan]:
+    """Return the plan of every shard; replicas need the same again."""
+    width = _BYTES[dtype]
+    shapes = linear_shapes(config)
+    plans = []
+    for shard, blocks in enumerate(placement.blocks):
+        own = [s for s in shapes if blocks.first <= s.block < blocks.last]
+        inputs = {s.site: s.num_columns for s in own}
+        weights = sum(math.prod(shape) for shape in parameter_shapes(config, blocks).values()) * width
+        factors = 4 * (sum(s.num_rows**2 for s in own) + sum(c**2 for c in inputs.values()))
+        in_flight = placement.num_shards - shard
+        per_token = (sum(s.num_rows for s in own) + sum(inputs.values())) * width
+        logits = 2 * 4 * 128 * config.vocab_size if blocks.is_last else 0
+        activations = in_flight * sequence_length * per_token + logits
+        plans.append(WorkerPlan(shard, blocks.first, blocks.last - 1, weights, factors, activations))
+    return plans
+
+
+def plan_table(plans: list[WorkerPlan], num_replicas: int) -> Table:
+    """Return the plan as a table."""
+    table = Table(title=f"{len(plans)} shards x {num_replicas} replicas; per worker")
+    for column in ("shard", "blocks", "weights MiB", "factors MiB", "activations MiB (estimate)"):
+        table.add_column(column, justify="right")
+    for plan in plans:
+        sizes = [f"{size / 2**20:.0f}" for size in (plan.weight_bytes, plan.factor_bytes, plan.activation_bytes)]
+        table.add_row(str(plan.shard), f"{plan.first_block}-{plan.last_block}", *sizes)
+    return table

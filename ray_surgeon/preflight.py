@@ -1,0 +1,119 @@
+"""Everything that is read and checked before a worker starts, so that a job which cannot work fails in seconds."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+
+import ray_surgeon
+from ray_surgeon.checkpoint import RunDirectory
+from ray_surgeon.cluster.placement import Placement, place
+from ray_surgeon.coordinator import Job
+from ray_surgeon.data import TextSource, Windows, cut_windows, token_stream
+from ray_surgeon.models.gguf import convert_gguf
+from ray_surgeon.models.skeleton import check_checkpoint, num_parameters
+from ray_surgeon.sources import ModelSource, open_model
+from ray_surgeon.spec import JobSpec, TextSection
+
+
+def prepare(spec: JobSpec, *, resume: bool) -> tuple[Job, PretrainedConfig, Placement]:
+    """Read the model's configuration and headers, the tokenizer and the texts, and check them against each other.
+
+    Args:
+        spec: parsed.
+        resume: whether the run directory may already hold this run.
+
+    Returns:
+        The job, the model's configuration, and the placement of its blocks.
+
+    Raises:
+        ValueError: something cannot work; names the field, what was found, and the remedy.
+    """
+    source = ModelSource(spec.model.source, spec.model.revision, spec.model.wheel, spec.model.wheel_sha256)
+    files = open_model(source, convert_gguf)
+    folder = files.small_files_folder()
+    config = _load_config(folder, files.origin)
+    placement = place(config, spec.cluster.num_shards, spec.cluster.num_replicas)
+    with _as_input_error(f"model.source: cannot read {files.origin}"):
+        shapes, model_fingerprint = files.shapes_and_fingerprint()
+    check_checkpoint(config, shapes, files.origin)
+    tokenizer, tokenizer_fingerprint = _load_tokenizer(folder, files.origin)
+    calibration = _windows(spec.calibration, tokenizer, config, "calibration")
+    evaluation = {t.name: _windows(t, tokenizer, config, f"evaluation[{i}] {t.name!r}") for i, t in enumerate(spec.evaluation)}
+    fingerprints: dict[str, Any] = {
+        "method": spec.method_fingerprint(),
+        "model": model_fingerprint,
+        "tokenizer": tokenizer_fingerprint,
+        "calibration": calibration.fingerprint,
+        "evaluation": {name: windows.fingerprint for name, windows in evaluation.items()},
+    }
+    with _as_input_error(f"output.uri: cannot use {spec.output.uri}"):
+        RunDirectory(spec.output.uri).check(fingerprints, resume=resume)
+    job = Job(
+        spec,
+        yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False),
+        calibration.tokens,
+        {name: windows.tokens for name, windows in evaluation.items()},
+        fingerprints,
+        _environment(),
+        num_parameters(config),
+    )
+    return job, config, placement
+
+
+@contextlib.contextmanager
+def _as_input_error(what: str) -> Iterator[None]:
+    """Turn a failing file system into a clear error of the user's input."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{what}: {error}; check the address, the permissions, the credentials and the network") from error
+
+
+def _load_config(folder: Path, origin: str) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"model.source: transformers cannot read config.json of {origin}: {reason}; give a checkpoint it knows") from error
+
+
+def _load_tokenizer(folder: Path, origin: str) -> tuple[Any, str]:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"model.source: {origin} has no tokenizer that loads ({reason}); copy its files beside config.json") from error
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    return tokenizer, hashlib.sha256(repr(vocabulary).encode()).hexdigest()
+
+
+def _windows(section: TextSection, tokenizer: Any, config: PretrainedConfig, where: str) -> Windows:
+    longest = getattr(config, "max_position_embeddings", section.sequence_length)
+    if section.sequence_length > longest:
+        raise ValueError(f"{where}.sequence_length: {section.sequence_length}, but the model takes at most {longest}; shorten it")
+    text = TextSource(section.source, section.config, section.split, section.column, section.revision, section.max_tokens)
+    stream = token_stream(text, tokenizer, where)
+    windows = cut_windows(
+        stream, section.num_sequences, section.sequence_length, section.stride, section.seed, f"{where} ({section.source})"
+    )
+    if int(windows.tokens.max()) >= config.vocab_size:
+        raise ValueError(
+            f"model.source: the tokenizer gives token {int(windows.tokens.max())}, the model's vocabulary is {config.vocab_size}; "
+            "the tokenizer belongs to another model"
+        )
+    return windows
+
+
+def _environment() -> dict[str, str]:
+    from importlib.metadata import version
+
+    packages = {name: version(name) for name in ("torch", "transformers", "ray", "numpy", "safetensors")}
+    return {"ray_surgeon": ray_surgeon.__version__, "python": platform.python_version(), "machine": platform.machine()} | packages

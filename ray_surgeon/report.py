@@ -1,0 +1,108 @@
+"""What a run found: report.json, and the same as a table on the terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.table import Table
+
+from ray_surgeon.cluster.messages import LinearSummary
+
+Fact = str | int | float
+
+
+@dataclass
+class RunReport:
+    """The report of one run, growing shot by shot.
+
+    Attributes:
+        spec: the resolved job spec.
+        fingerprints: of model, tokenizer, texts and method.
+        environment: versions and machine.
+        num_parameters: of the whole dense model.
+        dense: what was measured before the first shot.
+        shots: one record a shot.
+        exports: one record an export.
+    """
+
+    spec: Mapping[str, Any]
+    fingerprints: Mapping[str, Any]
+    environment: Mapping[str, str]
+    num_parameters: int
+    dense: dict[str, Any] = field(default_factory=dict)
+    shots: list[dict[str, Any]] = field(default_factory=list)
+    exports: list[dict[str, Any]] = field(default_factory=list)
+
+    @staticmethod
+    def linear_records(linears: Iterable[LinearSummary]) -> list[dict[str, Any]]:
+        """Return one record a linear; sparsity is that of its mask, the bias being one more column."""
+        return [
+            {
+                "name": linear.name,
+                "rows": linear.num_rows,
+                "columns": linear.num_columns,
+                "rows_kept": linear.rows_kept,
+                "columns_kept": linear.columns_kept,
+                "sparsity": 1 - linear.rows_kept * linear.columns_kept / (linear.num_rows * linear.num_columns),
+                "num_nonzero": linear.num_nonzero,
+                "predicted_loss_increase": linear.predicted_loss_increase,
+            }
+            for linear in linears
+        ]
+
+    def as_record(self) -> dict[str, Any]:
+        """Return the content of report.json."""
+        linears = self.shots[-1]["linears"] if self.shots else []
+        in_linears = sum(linear["rows"] * linear["columns"] for linear in linears)
+        nonzero = sum(linear["num_nonzero"] for linear in linears)
+        after = self.num_parameters - in_linears + nonzero
+        return {
+            "spec": self.spec,
+            "fingerprints": self.fingerprints,
+            "environment": self.environment,
+            "dense": self.dense,
+            "shots": [{key: value for key, value in shot.items() if key not in ("linears", "dense")} for shot in self.shots],
+            "linears": linears,
+            "parameters": {
+                "before": self.num_parameters,
+                "nonzero_after": after,
+                "in_pruned_linears": in_linears,
+                "nonzero_in_pruned_linears": nonzero,
+                "whole_model_sparsity": 1 - after / self.num_parameters,
+            },
+            "exports": self.exports,
+        }
+
+    def model_card_facts(self) -> dict[str, Any]:
+        """Return what a model card tells: name, dtype, sparsity, and perplexity (before, after) by text."""
+        last = self.shots[-1]
+        before, after = self.dense["perplexity"], last["perplexity"]
+        return {
+            "name": self.spec["name"],
+            "dtype": self.spec["model"]["dtype"],
+            "sparsity": last["sparsity"],
+            "perplexity": {text: (before[text], after[text]) for text in after},
+        }
+
+
+def shots_table(record: Mapping[str, Any]) -> Table:
+    """Return the terminal's table of a report: one line for the dense model and one a shot."""
+    texts = list(record["dense"]["perplexity"])
+    table = Table(title=str(record["spec"]["name"]))
+    for column in ("shot", "sparsity", "threshold", *(f"perplexity {text}" for text in texts), "wall s", "CPU s", "peak memory GiB"):
+        table.add_column(column, justify="right")
+    dense = [_perplexity_text(record["dense"]["perplexity"][text]) for text in texts]
+    table.add_row("dense", "0.00 %", "", *dense, "", "", "")
+    for shot in record["shots"]:
+        values = [_perplexity_text(shot["perplexity"][text]) for text in texts]
+        times = f"{sum(shot['seconds'].values()):.0f}", f"{sum(shot['cpu_seconds'].values()):.0f}"
+        memory = f"{shot['peak_rss_bytes'] / 2**30:.2f}"
+        table.add_row(str(shot["index"]), f"{shot['sparsity']:.2%}", f"{shot['threshold']:.3g}", *values, *times, memory)
+    return table
+
+
+def _perplexity_text(value: float) -> str:
+    return f"{value:.3f}" if math.isfinite(value) and value < 1e4 else f"{value:.3g}"

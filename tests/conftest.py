@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from tokenizers import ByteLevelBPETokenizer
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
+
+torch.set_num_threads(1)
+
+VOCABULARY = 320
+
+LLAMA = LlamaConfig(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=VOCABULARY,
+    max_position_embeddings=128,
+    tie_word_embeddings=True,
+    initializer_range=0.2,
+    bos_token_id=0,
+    eos_token_id=0,
+)
+LLAMA_WITH_BIASES = LlamaConfig(**{**LLAMA.to_dict(), "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False})
+OPT = OPTConfig(
+    hidden_size=32,
+    ffn_dim=48,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    vocab_size=VOCABULARY,
+    word_embed_proj_dim=32,
+    max_position_embeddings=128,
+    init_std=0.2,
+    bos_token_id=0,
+    eos_token_id=0,
+    pad_token_id=0,
+)
+OPT_WITH_PROJECTIONS = OPTConfig(**{**OPT.to_dict(), "word_embed_proj_dim": 16, "do_layer_norm_before": False})
+CONFIGS: dict[str, PretrainedConfig] = {
+    "llama": LLAMA,
+    "llama-biases": LLAMA_WITH_BIASES,
+    "opt": OPT,
+    "opt-projections": OPT_WITH_PROJECTIONS,
+}
+
+
+def tiny_model(family: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = CONFIGS[family]
+    model = LlamaForCausalLM(config) if config.model_type == "llama" else OPTForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") and "norm" not in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFast:
+    from pydoc_data.topics import topics
+
+    trained = ByteLevelBPETokenizer()
+    trained.train_from_iterator(list(topics.values())[:20], vocab_size=VOCABULARY, special_tokens=["<end>"], show_progress=False)
+    return PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, eos_token="<end>", bos_token="<end>")
+
+
+@pytest.fixture(scope="session")
+def model_folders(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> dict[str, Path]:
+    folders = {}
+    for family in CONFIGS:
+        folders[family] = tmp_path_factory.mktemp("models") / family
+        tiny_model(family).save_pretrained(folders[family])
+        tokenizer.save_pretrained(folders[family])
+    return folders

@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from ray_surgeon.models.adapters import adapter_for
+from ray_surgeon.models.head import next_token_loss
+from ray_surgeon.models.shard import ModelShard
+from ray_surgeon.models.skeleton import BlockRange, checkpoint_key, linear_shapes, num_parameters, tied_names
+from tests.conftest import CONFIGS, VOCABULARY, tiny_model
+
+TOKENS = torch.randint(0, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(1))
+FAMILIES = sorted(CONFIGS)
+
+
+def reader(family: str) -> Callable[[str], Tensor]:
+    state = tiny_model(family).state_dict()
+    config = CONFIGS[family]
+    return lambda name: state[str(checkpoint_key(name, state, tied_names(config, adapter_for(config))))]
+
+
+def shards(family: str, cuts: list[int]) -> list[ModelShard]:
+    found = []
+    for first, last in zip(cuts, cuts[1:], strict=False):
+        shard = ModelShard(CONFIGS[family], BlockRange(first, last, 4), torch.float32, torch.device("cpu"))
+        shard.load(reader(family))
+        found.append(shard)
+    return found
+
+
+def gather(parts: list[ModelShard], tokens: Tensor) -> None:
+    for part in parts:
+        part.start_curvature()
+    for i, sequence in enumerate(tokens):
+        hidden = sequence[None]
+        for part in parts:
+            hidden = part.forward(i, hidden)
+        _, gradient = parts[-1].loss(hidden, sequence[None], with_gradient=True)
+        for part in reversed(parts):
+            assert gradient is not None
+            gradient = part.backward(i, gradient)
+    for part in parts:
+        part.stop_curvature()
+
+
+@pytest.mark.parametrize("cuts", [[0, 4], [0, 1, 4], [0, 1, 2, 3, 4]])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shards_together_are_the_whole_model(family: str, cuts: list[int]) -> None:
+    parts = shards(family, cuts)
+    hidden = TOKENS
+    for part in parts:
+        hidden = part.infer(hidden)
+    model = tiny_model(family)
+    with torch.no_grad():
+        torch.testing.assert_close(parts[-1].logits(hidden), model(TOKENS).logits, rtol=1e-5, atol=1e-5)
+        loss = model(TOKENS, labels=TOKENS).loss
+    nll, _ = parts[-1].loss(hidden, TOKENS)
+    assert float(nll.sum()) / (2 * 23) == pytest.approx(float(loss), rel=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_factors_are_those_of_autograd_on_the_whole_model(family: str) -> None:
+    parts = shards(family, [0, 2, 4])
+    gather(parts, TOKENS)
+    model = tiny_model(family)
+    inputs, gradients = {}, {}
+    for shape in linear_shapes(CONFIGS[family]):
+        module = model.get_submodule(shape.name)
+        module.register_forward_hook(lambda m, i, o, name=shape.name: inputs.__setitem__(name, i[0].detach()))
+        module.register_full_backward_hook(lambda m, gi, go, name=shape.name: gradients.__setitem__(name, go[0].detach()))
+    logits = model(TOKENS).logits
+    torch.nn.functional.cross_entropy(logits[:, :-1].reshape(-1, VOCABULARY), TOKENS[:, 1:].reshape(-1), reduction="sum").backward()
+    for shape in linear_shapes(CONFIGS[family]):
+        a, g = inputs[shape.name].flatten(0, -2), gradients[shape.name].flatten(0, -2)
+        if shape.has_bias:
+            a = torch.cat([a, torch.ones(len(a), 1)], dim=1)
+        part = parts[0] if shape.block < 2 else parts[1]
+        factors = part.factors(shape.name)
+        assert factors.num_tokens == TOKENS.numel()
+        torch.testing.assert_close(factors.A, a.T @ a, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(factors.G, g.T @ g, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_factors_do_not_depend_on_the_cuts(family: str) -> None:
+    whole, cut = shards(family, [0, 4]), shards(family, [0, 1, 3, 4])
+    gather(whole, TOKENS)
+    gather(cut, TOKENS)
+    for part in cut:
+        for name in part.linears:
+            one, other = whole[0].factors(name), part.factors(name)
+            assert torch.equal(one.A, other.A)
+            assert torch.equal(one.G, other.G)
+
+
+def test_linears_that_read_one_input_share_one_A() -> None:
+    (part,) = shards("llama", [0, 4])
+    gather([part], TOKENS)
+    prefix = "model.layers.2."
+    q, k, v = (part.factors(f"{prefix}self_attn.{name}_proj") for name in "qkv")
+    assert q.A is k.A is v.A
+    assert part.factors(f"{prefix}mlp.gate_proj").A is part.factors(f"{prefix}mlp.up_proj").A
+    assert k.G.shape == (16, 16)
+    assert q.G.shape == (32, 32)
+
+
+def test_weights_need_no_gradient() -> None:
+    (part,) = shards("llama", [0, 4])
+    gather([part], TOKENS)
+    assert all(not p.requires_grad and p.grad is None for p in part.model.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weight_round_trip_with_bias_as_last_column(family: str) -> None:
+    (part,) = shards(family, [0, 4])
+    shapes = {s.name: s for s in linear_shapes(CONFIGS[family])}
+    assert list(part.linears) == list(shapes)
+    for name, shape in shapes.items():
+        W = part.weight(name)
+        assert W.shape == (shape.num_rows, shape.num_columns)
+        part.set_weight(name, W * 2)
+        torch.testing.assert_close(part.weight(name), W * 2)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_number_of_parameters_counts_tied_ones_once(family: str) -> None:
+    assert num_parameters(CONFIGS[family]) == sum(p.numel() for p in tiny_model(family).parameters())
+
+
+def test_loss_gradient_is_autograd_and_sampled_labels_are_drawn_from_the_model() -> None:
+    hidden = torch.randn(2, 150, 8, dtype=torch.float32)
+    weight, tokens = torch.randn(11, 8), torch.randint(0, 11, (2, 150))
+    leaf = hidden.clone().requires_grad_()
+    loss = torch.nn.functional.cross_entropy((leaf @ weight.T)[:, :-1].reshape(-1, 11), tokens[:, 1:].reshape(-1), reduction="sum")
+    (expected,) = torch.autograd.grad(loss, leaf)
+    nll, gradient = next_token_loss(hidden, weight, tokens, with_gradient=True)
+    assert float(nll.sum()) == pytest.approx(float(loss), rel=1e-5)
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
+
+    sums = torch.zeros_like(hidden)
+    for seed in range(400):
+        _, sampled = next_token_loss(hidden, weight, tokens, with_gradient=True, generator=torch.Generator().manual_seed(seed))
+        sums += sampled
+    assert float((sums / 400).norm() / expected.norm()) < 0.1, "the sampled gradient has mean zero"
+
+
+def test_unknown_family_is_refused_with_the_known_ones() -> None:
+    from transformers import BertConfig
+
+    with pytest.raises(ValueError, match=r"'bert'.*llama, opt"):
+        adapter_for(BertConfig())

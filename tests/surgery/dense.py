@@ -1,0 +1,44 @@
+"""The dense oracle: F = kron(G, A) for row-major vec(W), an equality-constrained quadratic, `torch.linalg.solve`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def spd(n: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(3 * n, n, generator=generator, dtype=torch.float64)
+    x = x * torch.logspace(0, -1, n, dtype=torch.float64) + 0.5 * x[:, :1]
+    return x.T @ x / len(x)
+
+
+def problem(R: int = 6, C: int = 7, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(R, C, generator=generator, dtype=torch.float64), spd(C, seed + 1), spd(R, seed + 2)
+
+
+def dense_removal(W: Tensor, A: Tensor, G: Tensor, removed: Tensor) -> tuple[Tensor, float]:
+    """Minimise 1/2 d^T F d subject to (W + D) = 0 on `removed` [R, C] bool; return the new weights and the cost."""
+    F = torch.kron(G, A)
+    constrained = removed.reshape(-1).nonzero()[:, 0]
+    n, m = F.shape[0], len(constrained)
+    E = torch.zeros(m, n, dtype=W.dtype)
+    E[torch.arange(m), constrained] = 1
+    system = torch.cat([torch.cat([F, E.T], dim=1), torch.cat([E, torch.zeros(m, m, dtype=W.dtype)], dim=1)])
+    right = torch.cat([torch.zeros(n, dtype=W.dtype), -W.reshape(-1)[constrained]])
+    d = torch.linalg.solve(system, right)[:n]
+    return W + d.view_as(W), float(0.5 * d @ F @ d)
+
+
+def crossing(R: int, C: int, rows: list[int], columns: list[int]) -> Tensor:
+    removed = torch.zeros(R, C, dtype=torch.bool)
+    removed[rows] = True
+    removed[:, columns] = True
+    return removed
+
+
+def flags(n: int, indices: list[int]) -> Tensor:
+    vector = torch.zeros(n, dtype=torch.bool)
+    vector[indices] = True
+    return vector

@@ -1,0 +1,79 @@
+import pytest
+import torch
+
+from ray_surgeon.surgery.costs import column_costs, quadratic_cost, row_costs
+from ray_surgeon.surgery.updates import prune_columns, prune_rows, prune_rows_and_columns
+from tests.surgery.dense import crossing, dense_removal, flags, problem
+
+EXACT = {"rtol": 1e-9, "atol": 1e-11}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_row_cost_is_the_dense_cost(seed: int) -> None:
+    W, A, G = problem(seed=seed)
+    costs = row_costs(W, A, torch.linalg.inv(G).diagonal())
+    for r in range(len(W)):
+        _, cost = dense_removal(W, A, G, crossing(6, 7, [r], []))
+        assert float(costs[r]) == pytest.approx(cost, rel=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_column_cost_is_the_dense_cost(seed: int) -> None:
+    W, A, G = problem(seed=seed)
+    costs = column_costs(W, G, torch.linalg.inv(A).diagonal())
+    for c in range(W.shape[1]):
+        _, cost = dense_removal(W, A, G, crossing(6, 7, [], [c]))
+        assert float(costs[c]) == pytest.approx(cost, rel=1e-9)
+
+
+def test_quadratic_cost_is_the_dense_form() -> None:
+    W, A, G = problem()
+    F = torch.kron(G, A)
+    assert quadratic_cost(W, A, G) == pytest.approx(float(0.5 * W.reshape(-1) @ F @ W.reshape(-1)), rel=1e-12)
+
+
+@pytest.mark.parametrize("rows", [[0], [1, 4], [0, 2, 3, 5]])
+def test_row_update_is_the_dense_solution(rows: list[int]) -> None:
+    W, A, G = problem()
+    expected, _ = dense_removal(W, A, G, crossing(6, 7, rows, []))
+    torch.testing.assert_close(prune_rows(W, G, flags(6, rows)), expected, **EXACT)
+
+
+@pytest.mark.parametrize("columns", [[6], [0, 3], [1, 2, 4, 5]])
+def test_column_update_is_the_dense_solution(columns: list[int]) -> None:
+    W, A, G = problem()
+    expected, _ = dense_removal(W, A, G, crossing(6, 7, [], columns))
+    torch.testing.assert_close(prune_columns(W, A, flags(7, columns)), expected, **EXACT)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [([0], [0]), ([1, 4], [2]), ([5, 0, 3], [6, 1, 2, 4]), ([2], []), ([], [3, 5])])
+def test_joint_update_is_the_dense_solution_and_has_its_cost(rows: list[int], columns: list[int]) -> None:
+    W, A, G = problem()
+    expected, cost = dense_removal(W, A, G, crossing(6, 7, rows, columns))
+    found = prune_rows_and_columns(W, A, G, flags(6, rows), flags(7, columns))
+    torch.testing.assert_close(found, expected, **EXACT)
+    assert quadratic_cost(found - W, A, G) == pytest.approx(cost, rel=1e-9)
+
+
+def test_independent_update_drops_the_cross_term_only() -> None:
+    """W_KL + M W_PL + W_KQ N against the exact W_KL + M W_PL + W_KQ N + M W_PQ N."""
+    W, A, G = problem()
+    P, Q = flags(6, [1, 4]), flags(7, [2, 6])
+    K, L = ~P, ~Q
+    M = torch.linalg.solve(G[K][:, K], G[K][:, P])
+    N = torch.linalg.solve(A[L][:, L], A[L][:, Q]).T
+    expected = torch.zeros_like(W)
+    kept = torch.outer(K, L)
+    expected[kept] = (W[K][:, L] + M @ W[P][:, L] + W[K][:, Q] @ N).reshape(-1)
+    found = prune_rows_and_columns(W, A, G, P, Q, joint="independent")
+    torch.testing.assert_close(found, expected, **EXACT)
+    exact = prune_rows_and_columns(W, A, G, P, Q)
+    torch.testing.assert_close(exact[K][:, L] - found[K][:, L], M @ W[P][:, Q] @ N, **EXACT)
+
+
+@pytest.mark.parametrize("joint", ["exact", "independent"])
+def test_removing_everything_or_nothing(joint: str) -> None:
+    W, A, G = problem()
+    everything = prune_rows_and_columns(W, A, G, flags(6, list(range(6))), flags(7, [1]), joint=joint)
+    assert not everything.any()
+    assert torch.equal(prune_rows_and_columns(W, A, G, flags(6, []), flags(7, []), joint=joint), W)

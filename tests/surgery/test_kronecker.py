@@ -1,0 +1,95 @@
+import pytest
+import torch
+
+from ray_surgeon.surgery.kronecker import KroneckerFactors, add_second_moment, balanced, damped, factorise, symmetrize, with_ones
+from tests.surgery.dense import spd
+
+
+@pytest.mark.parametrize("n", [1, 7, 256, 300, 600])
+def test_second_moment_equals_the_full_product(n: int) -> None:
+    x = torch.randn(50, n, dtype=torch.float64)
+    total = torch.zeros(n, n, dtype=torch.float64)
+    add_second_moment(total, x[:20])
+    add_second_moment(total, x[20:])
+    symmetrize(total)
+    torch.testing.assert_close(total, x.T @ x, rtol=1e-12, atol=1e-12)
+    assert torch.equal(total, total.T)
+
+
+def test_merging_does_not_depend_on_the_split() -> None:
+    a, g = torch.randn(30, 5, dtype=torch.float64), torch.randn(30, 4, dtype=torch.float64)
+
+    def factors(part: slice) -> KroneckerFactors:
+        return KroneckerFactors(a[part].T @ a[part], g[part].T @ g[part], len(a[part]))
+
+    whole = factors(slice(None))
+    for cut in (1, 10, 29):
+        merged = factors(slice(None, cut)).merged(factors(slice(cut, None)))
+        torch.testing.assert_close(merged.A, whole.A, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(merged.G, whole.G, rtol=1e-12, atol=1e-12)
+        assert merged.num_tokens == 30
+
+
+def test_kronecker_product_is_exact_where_kfac_is() -> None:
+    """With every pair of an input and a gradient equally often, E[gg^T x aa^T] = E[gg^T] x E[aa^T]."""
+    a, g = torch.randn(4, 3, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
+    pairs = [(x, y) for x in a for y in g]
+    F = sum(torch.outer(torch.kron(y, x), torch.kron(y, x)) for x, y in pairs) / len(pairs)
+    A = sum(torch.outer(x, x) for x, _ in pairs) / len(pairs)
+    G = sum(torch.outer(y, y) for _, y in pairs) / len(pairs)
+    torch.testing.assert_close(torch.kron(G, A), F, rtol=1e-12, atol=1e-12)
+
+
+def test_bias_is_one_more_input() -> None:
+    x = torch.randn(9, 4)
+    moment = with_ones(x).T @ with_ones(x)
+    torch.testing.assert_close(moment[-1, :-1], x.sum(0))
+    assert moment[-1, -1] == 9
+
+
+def test_balancing_keeps_the_product() -> None:
+    A, G = spd(5, 0) * 1e6, spd(4, 1) * 1e-7
+    balanced_A, balanced_G = balanced(A, G)
+    torch.testing.assert_close(torch.kron(balanced_G, balanced_A), torch.kron(G, A), rtol=1e-12, atol=0)
+    torch.testing.assert_close(torch.linalg.norm(balanced_A), torch.linalg.norm(balanced_G), rtol=1e-12, atol=0)
+
+
+def test_balancing_leaves_a_zero_factor() -> None:
+    A, G = balanced(torch.zeros(3, 3), torch.eye(2))
+    assert torch.equal(A, torch.zeros(3, 3))
+    assert torch.equal(G, torch.eye(2))
+
+
+def test_damping_is_relative_to_the_mean_of_the_diagonal() -> None:
+    matrix = torch.diag(torch.tensor([1.0, 3.0]))
+    torch.testing.assert_close(damped(matrix, 0.5), torch.diag(torch.tensor([2.0, 4.0])))
+
+
+def test_inverse_diagonal() -> None:
+    matrix = spd(8, 3)
+    found = factorise(matrix, 0.1, 1.0, "x").inverse_diagonal()
+    torch.testing.assert_close(found, torch.linalg.inv(damped(matrix, 0.1)).diagonal(), rtol=1e-11, atol=0)
+
+
+def test_failed_cholesky_is_retried_in_float64() -> None:
+    """A condition number of 1e9 is beyond float32 and within float64."""
+    Q = torch.linalg.qr(torch.randn(30, 30, dtype=torch.float64)).Q
+    matrix = (Q * torch.logspace(0, -9, 30, dtype=torch.float64)) @ Q.T
+    matrix = ((matrix + matrix.T) / 2).float()
+    shift = 1.5 * float(-torch.linalg.eigvalsh(matrix.double())[0].clamp(max=0)) / float(matrix.diagonal().mean())
+    found = factorise(matrix, shift, 1.0, "x")
+    assert found.float64_retry
+    assert found.damping == shift
+
+
+def test_damping_is_raised_tenfold_and_reported() -> None:
+    matrix = torch.diag(torch.tensor([1.0, 1.0, 1.0, -0.05]))
+    found = factorise(matrix, 0.01, 1.0, "x")
+    assert found.damping == pytest.approx(0.1)
+
+
+def test_hopeless_matrix_is_an_error_that_names_it() -> None:
+    with pytest.raises(FloatingPointError, match=r"blocks\.3 G.*\(2, 2\).*damping"):
+        factorise(torch.tensor([[1.0, 0.0], [0.0, -5.0]]), 0.01, 1.0, "blocks.3 G")
+    with pytest.raises(FloatingPointError, match="NaN"):
+        factorise(torch.full((2, 2), float("nan")), 0.01, 1.0, "x")
