@@ -17,11 +17,14 @@ from pathlib import Path, PurePosixPath
 
 from filelock import FileLock
 from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import safe_open
 from torch import Tensor
 
 from ray_surgeon import storage
+
+_HTTP_ERROR = HfHubHTTPError.__bases__[0]
+"""Base class of the errors of whichever HTTP client the Hub's library uses; a refused connection raises it."""
 
 SMALL_FILES = (
     "config.json",
@@ -173,12 +176,11 @@ def _hub(source: ModelSource) -> ModelFiles:
     repo, revision = source.source, source.revision
     api = HfApi()
     try:
-        names = api.list_repo_files(repo, revision=revision)
+        names, commit = _repository(api, repo, revision)
         if not any(name.endswith(".safetensors") for name in names) and revision is None:
             revision = _conversion_revision(api, repo)
-            names = api.list_repo_files(repo, revision=revision) if revision else names
-        commit = api.model_info(repo, revision=revision).sha
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, RuntimeError) as error:
+            names, commit = _repository(api, repo, revision) if revision else (names, commit)
+    except (_HTTP_ERROR, HFValidationError, OSError, RuntimeError) as error:
         raise ValueError(
             f"model.source: cannot read {repo!r} (revision {revision or 'main'}) from the Hub, and it is no local folder: "
             f"{str(error).splitlines()[0]}; check the id, HF_TOKEN and the network, or give a folder"
@@ -187,7 +189,13 @@ def _hub(source: ModelSource) -> ModelFiles:
     def fetch(name: str) -> Path:
         return Path(hf_hub_download(repo, name, revision=commit))
 
-    return ModelFiles(repo, tuple(names), lambda name: f"hf://{repo}@{commit}/{name}", fetch)
+    return ModelFiles(repo, names, lambda name: f"hf://{repo}@{commit}/{name}", fetch)
+
+
+def _repository(api: HfApi, repo: str, revision: str | None) -> tuple[tuple[str, ...], str | None]:
+    """Return the names of the files of a revision, and its commit."""
+    info = api.model_info(repo, revision=revision)
+    return tuple(sibling.rfilename for sibling in info.siblings or ()), info.sha
 
 
 def _conversion_revision(api: HfApi, repo: str) -> str | None:

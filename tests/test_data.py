@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import datasets
+import fsspec
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from ray_surgeon.data import TextSource, cut_windows, token_stream
+
+DOCUMENTS = [f"Document {i}: " + "the quick brown fox. " * 5 for i in range(40)]
+
+
+def source(where: object, **changes: object) -> TextSource:
+    fields = {"source": str(where), "config": None, "split": "train", "column": "text", "revision": None, "max_tokens": 10**7}
+    return TextSource(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+def test_strided_windows_are_where_they_should_be() -> None:
+    windows = cut_windows(np.arange(1000), 3, 10, 200, 0, "calibration")
+    assert windows.tokens.tolist() == [list(range(s, s + 10)) for s in (0, 200, 400)]
+
+
+def test_drawn_windows_do_not_overlap_and_depend_on_the_seed_alone() -> None:
+    stream = np.arange(1000)
+    first, again, other = (cut_windows(stream, 100, 10, None, seed, "calibration") for seed in (0, 0, 1))
+    assert len(np.unique(first.tokens)) == 1000
+    assert first.fingerprint == again.fingerprint != other.fingerprint
+
+
+def test_too_little_text_says_how_much_is_needed() -> None:
+    with pytest.raises(ValueError, match=r"evaluation 'x': the text has 99 tokens.*need 100"):
+        cut_windows(np.arange(99), 10, 10, None, 0, "evaluation 'x'")
+    with pytest.raises(ValueError, match="need 410"):
+        cut_windows(np.arange(400), 3, 10, 200, 0, "calibration")
+
+
+def test_python_docs_split_is_eighty_to_twenty(tokenizer: PreTrainedTokenizerFast) -> None:
+    train = token_stream(source("python-docs"), tokenizer, "calibration")
+    test = token_stream(source("python-docs", split="test"), tokenizer, "evaluation")
+    whole = np.array(tokenizer("\n\n".join(topics.values()), add_special_tokens=False)["input_ids"])
+    assert len(train) == int(0.8 * len(whole))
+    assert np.array_equal(np.concatenate([train, test]), whole)
+
+
+def write(folder: Path, kind: str) -> Path:
+    path = folder / f"text.{kind}"
+    if kind == "txt":
+        path.write_text("\n\n".join(DOCUMENTS))
+    elif kind == "jsonl":
+        path.write_text("\n".join(json.dumps({"text": d, "id": i}) for i, d in enumerate(DOCUMENTS)))
+    else:
+        pyarrow.parquet.write_table(pyarrow.table({"text": DOCUMENTS}), path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
+def test_files_of_every_kind_give_the_same_stream(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, kind: str) -> None:
+    expected = tokenizer("\n\n".join(DOCUMENTS), add_special_tokens=False)["input_ids"]
+    path = write(tmp_path, kind)
+    train, test = (token_stream(source(path, split=split), tokenizer, "calibration") for split in ("train", "test"))
+    assert [*train, *test] == expected
+    with fsspec.open(f"memory://texts/{path.name}", "wb") as file:
+        file.write(path.read_bytes())
+    assert np.array_equal(token_stream(source(f"memory://texts/{path.name}"), tokenizer, "calibration"), train)
+
+
+def test_several_files_by_pattern_and_a_limit(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    for i, document in enumerate(DOCUMENTS[:3]):
+        (tmp_path / f"{i}.txt").write_text(document)
+    stream = token_stream(source(tmp_path / "*.txt", max_tokens=100), tokenizer, "calibration")
+    assert list(stream) == tokenizer("\n\n".join(DOCUMENTS[:3]), add_special_tokens=False)["input_ids"][:100][:80]
+
+
+def test_local_data_set_with_its_own_splits(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    parts = {"train": DOCUMENTS[:30], "test": DOCUMENTS[30:]}
+    datasets.DatasetDict({k: datasets.Dataset.from_dict({"body": v}) for k, v in parts.items()}).save_to_disk(tmp_path / "set")
+    stream = token_stream(source(tmp_path / "set", split="test", column="body"), tokenizer, "evaluation")
+    assert list(stream) == tokenizer("\n\n".join(DOCUMENTS[30:]), add_special_tokens=False)["input_ids"]
+    with pytest.raises(ValueError, match=r"no column 'text'.*body"):
+        token_stream(source(tmp_path / "set"), tokenizer, "calibration")
+    with pytest.raises(ValueError, match="cannot read the data set"):
+        token_stream(source(tmp_path / "set", split="dev", column="body"), tokenizer, "calibration")
+
+
+def test_data_set_folder_through_load_dataset(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    (tmp_path / "train.jsonl").write_text("\n".join(json.dumps({"text": d}) for d in DOCUMENTS))
+    stream = token_stream(source(tmp_path), tokenizer, "calibration")
+    assert list(stream) == tokenizer("\n\n".join(DOCUMENTS), add_special_tokens=False)["input_ids"]
+
+
+def test_bad_files_are_named_with_the_remedy(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\nnot json\n')
+    (tmp_path / "keys.jsonl").write_text('{"body": "a"}\n')
+    (tmp_path / "fake.parquet").write_text("nothing of the kind")
+    for name, message in {
+        "latin.txt": "not UTF-8",
+        "bad.jsonl": r"line 2 of .*bad\.jsonl is not JSON",
+        "keys.jsonl": r"record 1 of .*no text in 'text'.*body",
+        "fake.parquet": "not a parquet file",
+        "absent.txt": r"no file .*absent\.txt",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            token_stream(source(tmp_path / name), tokenizer, "calibration")

