@@ -127,15 +127,13 @@ def _documents(text: TextSource, where: str) -> tuple[Iterator[str], bool]:
 
 
 def _file_documents(text: TextSource, where: str) -> Iterator[str]:
-    filesystem, pattern = storage.open_filesystem(text.source)
     try:
-        paths = sorted(filesystem.glob(pattern)) if "*" in pattern else [pattern] * bool(filesystem.exists(pattern))
+        uris = storage.glob(text.source)
     except OSError as error:
         raise ValueError(f"{where}: cannot read {text.source}: {error}; check the address, the credentials and the network") from error
-    if not paths:
+    if not uris:
         raise ValueError(f"{where}: there is no file {text.source}; give a .txt, .jsonl or .parquet file, * for several")
-    for path in paths:
-        uri = str(filesystem.unstrip_protocol(path))
+    for uri in uris:
         try:
             yield from _documents_in(uri, text.column, where)
         except OSError as error:

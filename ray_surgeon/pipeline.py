@@ -120,7 +120,7 @@ def _validation_message(error: ValidationError, origin: str) -> str:
     lines = [f"{origin} is not a valid job spec:"]
     for problem in error.errors(include_url=False):
         field = ".".join(str(part) for part in problem["loc"]) or "spec"
-        given = "" if problem["type"] in ("missing", "value_error") else f" (got {str(problem['input'])[:80]!r})"
+        given = "" if problem["type"] in ("missing", "value_error") else f" (got {repr(problem['input'])[:80]})"
         remedy = "; remove it or correct its name, --schema lists the fields" if problem["type"] == "extra_forbidden" else ""
         lines.append(f"  {field}: {problem['msg'].removeprefix('Value error, ')}{given}{remedy}")
     return "\n".join(lines)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ray_surgeon import storage
 
-_HTTP_ERROR = HfHubHTTPError.__bases__[0]
+_HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 """Base class of the errors of whichever HTTP client the Hub's library uses; a refused connection raises it."""
 
 SMALL_FILES = (

@@ -6,20 +6,25 @@ object when its upload ends.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
 import struct
+import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import fsspec
 from filelock import FileLock
 from fsspec.implementations.local import LocalFileSystem
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _MAX_HEADER_BYTES = 100_000_000
 """The limit the safetensors format itself sets."""
@@ -52,12 +57,33 @@ def open_filesystem(uri: str) -> tuple[Any, str]:
     return filesystem, path
 
 
+def _client_errors() -> tuple[type[Exception], ...]:
+    """Return the errors of S3 clients that are not OSError; empty while no S3 client is loaded."""
+    botocore = sys.modules.get("botocore.exceptions")
+    return (botocore.BotoCoreError, botocore.ClientError) if botocore else ()
+
+
+def _raises_os_error(function: Callable[P, T]) -> Callable[P, T]:
+    """Let a function that takes a URI first raise OSError for whatever the storage's client raises."""
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return function(*args, **kwargs)
+        except _client_errors() as error:
+            raise OSError(f"{args[0]}: {error}") from error
+
+    return wrapped
+
+
+@_raises_os_error
 def exists(uri: str) -> bool:
     """Whether a file or folder is there."""
     filesystem, path = open_filesystem(uri)
     return bool(filesystem.exists(path))
 
 
+@_raises_os_error
 def list_names(uri: str) -> list[str]:
     """Return the sorted names in a folder; an absent folder is empty."""
     filesystem, path = open_filesystem(uri)
@@ -66,6 +92,15 @@ def list_names(uri: str) -> list[str]:
     return sorted(entry.rstrip("/").rpartition("/")[2] for entry in filesystem.ls(path, detail=False))
 
 
+@_raises_os_error
+def glob(uri: str) -> list[str]:
+    """Return the sorted URIs of the files that a pattern with * matches, or of the one file it names."""
+    filesystem, path = open_filesystem(uri)
+    paths = filesystem.glob(path) if "*" in path else [path] * bool(filesystem.exists(path))
+    return sorted(str(filesystem.unstrip_protocol(found)) for found in paths)
+
+
+@_raises_os_error
 def read_bytes(uri: str) -> bytes:
     """Read a whole file."""
     filesystem, path = open_filesystem(uri)
@@ -86,7 +121,8 @@ def read_text(uri: str) -> str:
         raise ValueError(f"{uri}: not UTF-8 text ({error.reason} at byte {error.start}); convert the file to UTF-8") from error
 
 
-def _put(source: Path, uri: str) -> None:
+@_raises_os_error
+def _upload(uri: str, source: Path) -> None:
     filesystem, path = open_filesystem(uri)
     if isinstance(filesystem, LocalFileSystem):
         target = Path(path)
@@ -97,7 +133,7 @@ def _put(source: Path, uri: str) -> None:
 
 
 def _scratch_folder(uri: str) -> str | None:
-    """Return a folder from which `_put` is a rename, for local targets."""
+    """Return a folder from which `_upload` is a rename, for local targets."""
     filesystem, path = open_filesystem(uri)
     if not isinstance(filesystem, LocalFileSystem):
         return None
@@ -110,7 +146,7 @@ def write_text(uri: str, text: str) -> None:
     with tempfile.TemporaryDirectory(dir=_scratch_folder(uri), prefix=".writing-") as folder:
         scratch = Path(folder) / "file"
         scratch.write_text(text, encoding="utf-8")
-        _put(scratch, uri)
+        _upload(uri, scratch)
 
 
 def append_line(uri: str, line: str, so_far: list[str]) -> None:
@@ -148,10 +184,11 @@ def write_tensors(uri: str, tensors: Mapping[str, Tensor]) -> int:
         save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, scratch, metadata={"format": "pt"})
         scratch.chmod(0o644)  # safetensors writes 0600, which another user that serves the model could not read
         size = scratch.stat().st_size
-        _put(scratch, uri)
+        _upload(uri, scratch)
     return size
 
 
+@_raises_os_error
 def local_copy(uri: str) -> Path:
     """Return a local path of a file: itself, or a copy kept in the cache, keyed by its URI, size and version."""
     filesystem, path = open_filesystem(uri)
@@ -176,6 +213,7 @@ def read_tensors(uri: str) -> dict[str, Tensor]:
     return tensors
 
 
+@_raises_os_error
 def read_safetensors_header(uri: str) -> tuple[dict[str, tuple[int, ...]], str]:
     """Read names and shapes of a safetensors file, without its tensors, by two ranged reads.
 

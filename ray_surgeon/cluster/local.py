@@ -12,6 +12,8 @@ from ray_surgeon.cluster.replicas import ThreadMeeting, ThreadReplica
 from ray_surgeon.cluster.worker import ShardWorker
 
 _MEETING_TIMEOUT_S = 600.0
+_MEETINGS = ("finish_curvature", "prune")
+"""Methods inside which replicas wait for each other, and which therefore need a thread each; loading is not thread-safe."""
 
 
 class LocalCluster:
@@ -42,9 +44,9 @@ class LocalCluster:
         return list(futures)
 
     def run_all(self, method: str, *args: object, **kwargs: object) -> list[Any]:
-        """Run a method on every worker; replicas run as threads, since they meet inside it."""
+        """Run a method on every worker, one after the other unless replicas meet inside it."""
         workers = [self._workers[index] for index in self.placement.workers]
-        if self.placement.num_replicas == 1:
+        if self.placement.num_replicas == 1 or method not in _MEETINGS:
             return [getattr(worker, method)(*args, **kwargs) for worker in workers]
         with ThreadPoolExecutor(len(workers)) as pool:
             return [f.result() for f in [pool.submit(getattr(worker, method), *args, **kwargs) for worker in workers]]

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from transformers import LlamaConfig
@@ -29,7 +31,7 @@ def test_the_slowest_shard_is_as_fast_as_can_be(num_blocks: int, num_shards: int
         return max(size + head * (i == num_shards - 1) for i, size in enumerate(sizes))
 
     choices = [[0, *cut, num_blocks] for cut in combinations(range(1, num_blocks), num_shards - 1)]
-    best = min(slowest([b - a for a, b in zip(c, c[1:], strict=False)]) for c in choices)
+    best = min(slowest([b - a for a, b in itertools.pairwise(c)]) for c in choices)
     assert slowest([r.last - r.first for r in partition_blocks(num_blocks, num_shards, head)]) == best
 
 

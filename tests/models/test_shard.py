@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -24,7 +25,7 @@ def reader(family: str) -> Callable[[str], Tensor]:
 
 def shards(family: str, cuts: list[int]) -> list[ModelShard]:
     found = []
-    for first, last in zip(cuts, cuts[1:], strict=False):
+    for first, last in itertools.pairwise(cuts):
         shard = ModelShard(CONFIGS[family], BlockRange(first, last, 4), torch.float32, torch.device("cpu"))
         shard.load(reader(family))
         found.append(shard)

@@ -1,0 +1,66 @@
+"""Tiny jobs, run through the command line's own entry."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from ray_surgeon import storage
+from ray_surgeon.pipeline import main
+
+
+def tiny_spec(folder: Path, model: Path, **changes: Any) -> Path:
+    """Write a job spec and a text; `changes` are dotted paths with __ for the dot."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = folder / "text.txt"
+    text.write_text("\n\n".join(list(topics.values())[:8])[:12000], encoding="utf-8")
+    document: dict[str, Any] = {
+        "version": 1,
+        "name": "tiny",
+        "model": {"source": str(model)},
+        "calibration": {"source": str(text), "num_sequences": 6, "sequence_length": 40, "stride": 64, "max_tokens": 4000},
+        "evaluation": [
+            {"name": "docs", "source": str(text), "num_sequences": 4, "sequence_length": 40, "max_tokens": 4000},
+            {"name": "again", "source": str(text), "split": "train", "num_sequences": 3, "sequence_length": 32, "max_tokens": 4000},
+        ],
+        "pruning": {"target_sparsity": 0.3, "num_shots": 2},
+        "cluster": {"backend": "local"},
+        "output": {"uri": str(folder / "run"), "exports": []},
+    }
+    for path, value in changes.items():
+        *parents, last = path.split("__")
+        place = document
+        for key in parents:
+            place = place.setdefault(key, {})
+        place[last] = value
+    spec = folder / "spec.yaml"
+    spec.write_text(yaml.safe_dump(document))
+    return spec
+
+
+def run(folder: Path, model: Path, *arguments: str, **changes: Any) -> int:
+    return main([str(tiny_spec(folder, model, **changes)), *arguments])
+
+
+def tensors_of_shot(uri: Path, shot: int) -> dict[str, Tensor]:
+    folder = uri / "shots" / f"{shot:04d}"
+    return {k: v for path in sorted(folder.glob("*.safetensors")) for k, v in storage.read_tensors(str(path)).items()}
+
+
+def report_of(uri: Path) -> dict[str, Any]:
+    record = json.loads((uri / "report.json").read_text())
+    assert isinstance(record, dict)
+    return record
+
+
+def assert_same_shot(one: Path, other: Path, shot: int) -> None:
+    a, b = tensors_of_shot(one, shot), tensors_of_shot(other, shot)
+    assert a.keys() == b.keys()
+    different = [name for name in a if not torch.equal(a[name], b[name])]
+    assert not different, f"{len(different)} of {len(a)} differ: {different[:3]}"

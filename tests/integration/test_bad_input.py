@@ -1,0 +1,145 @@
+"""What cannot work ends in exit code 2 with a clear message, before a worker starts, and overwrites nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from s3fs import S3FileSystem
+from safetensors.torch import load_file, save_file
+
+from ray_surgeon import pipeline
+from ray_surgeon.pipeline import main
+from tests.integration.runs import run, tiny_spec
+
+
+@pytest.fixture(autouse=True)
+def no_worker_may_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(*args: object) -> None:
+        raise AssertionError("a worker was started")
+
+    monkeypatch.setattr(pipeline, "run_job", start)
+
+
+@pytest.fixture
+def model(model_folders: dict[str, Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(model_folders["llama"], tmp_path / "model"))
+
+
+def refused(capsys: pytest.CaptureFixture[str], code: int) -> str:
+    assert code == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert "Traceback" not in message
+    return message
+
+
+SPEC_ERRORS: list[tuple[dict[str, Any], list[str]]] = [
+    ({"pruning__target_sparsity": 0}, ["pruning.target_sparsity", "greater than 0", "got 0)"]),
+    ({"pruning__target_sparsity": 1}, ["pruning.target_sparsity", "less than 1"]),
+    ({"pruning__target_sparsity": -3}, ["pruning.target_sparsity", "got -3"]),
+    ({"pruning__num_shot": 1}, ["pruning.num_shot", "correct its name"]),
+    ({"cluster__num_shards": 5}, ["cluster.num_shards: 5", "4 blocks", "give 1 to 4"]),
+    ({"cluster__num_replicas": 7}, ["num_replicas: 7", "6 calibration sequences"]),
+    ({"model__source": "/absent/model"}, ["model.source", "no folder '/absent/model'"]),
+    ({"calibration__source": "/absent/text.txt"}, ["calibration", "no file /absent/text.txt"]),
+    ({"calibration__num_sequences": 600}, ["calibration", "tokens", "need 38376"]),
+    ({"calibration__sequence_length": 200}, ["calibration.sequence_length: 200", "at most 128"]),
+    ({"output__uri": "nosuch://somewhere"}, ["nosuch://somewhere", "Protocol not known"]),
+]
+
+
+@pytest.mark.parametrize(("changes", "words"), SPEC_ERRORS, ids=[str(c) for c, _ in SPEC_ERRORS])
+def test_specs_that_cannot_work(
+    changes: dict[str, Any], words: list[str], model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = refused(capsys, run(tmp_path, model, **changes))
+    assert [word for word in words if word not in message] == [], message
+
+
+def test_unknown_family(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"model_type": "gpt_neox"}))
+    assert "known families: llama, opt" in refused(capsys, run(tmp_path, model))
+
+
+def test_unknown_architecture_and_remote_code(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"model_type": "made_up", "auto_map": {"AutoConfig": "evil.Config"}}))
+    (model / "evil.py").write_text("raise SystemExit('code of a stranger ran')")
+    assert "transformers cannot read config.json" in refused(capsys, run(tmp_path, model))
+
+
+def test_missing_tensor(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tensors = load_file(model / "model.safetensors")
+    del tensors["model.layers.3.mlp.down_proj.weight"]
+    save_file(tensors, model / "model.safetensors")
+    assert "1 missing (model.layers.3.mlp.down_proj.weight)" in refused(capsys, run(tmp_path, model))
+
+
+def test_cut_weights(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    assert "cut short" in refused(capsys, run(tmp_path, model))
+
+
+def test_no_tokenizer(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in model.glob("tokenizer*"):
+        path.unlink()
+    assert "no tokenizer that loads" in refused(capsys, run(tmp_path, model))
+
+
+def test_tokenizer_of_another_model(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    tokenizer["model"]["vocab"] = {token: number + 1000 for token, number in vocabulary.items()}
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert "the tokenizer belongs to another model" in refused(capsys, run(tmp_path, model))
+
+
+def test_run_directory_that_holds_something_else(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("do not touch")
+    assert "holds no run of this program" in refused(capsys, run(tmp_path, model))
+    (folder / "thesis.txt").rename(folder / "run.json")
+    (folder / "run.json").write_text(json.dumps({"fingerprints": {"method": "another"}}))
+    message = refused(capsys, run(tmp_path, model))
+    assert "another run: different calibration, evaluation, method, model, tokenizer" in message
+    assert refused(capsys, run(tmp_path, model, "--resume")) == message
+    assert [path.name for path in folder.iterdir()] == ["run.json"]
+
+
+@pytest.mark.parametrize("spec", ["/absent/spec.yaml", "nosuch://spec.yaml"])
+def test_absent_spec(spec: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert spec in refused(capsys, main([spec]))
+
+
+def test_spec_that_is_no_yaml(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "spec.yaml"
+    path.write_text("a: [unclosed")
+    assert "not valid YAML" in refused(capsys, main([str(path)]))
+    path.write_bytes(b"\xff\xfe\x00")
+    assert "not UTF-8" in refused(capsys, main([str(path)]))
+
+
+def test_unreachable_s3(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+    S3FileSystem.clear_instance_cache()
+    for changes in (
+        {"model__source": "s3://bucket/model"},
+        {"calibration__source": "s3://bucket/t.txt"},
+        {"output__uri": "s3://bucket/run"},
+    ):
+        assert "s3://bucket/" in refused(capsys, run(tmp_path, model, **changes))
+    S3FileSystem.clear_instance_cache()
+
+
+def test_dry_run_needs_no_worker(model: Path, tmp_path: Path) -> None:
+    assert main([str(tiny_spec(tmp_path, model)), "--dry-run"]) == 0
+    assert not (tmp_path / "run").exists()

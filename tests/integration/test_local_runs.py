@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from ray_surgeon import coordinator, storage
+from tests.conftest import CONFIGS
+from tests.integration.runs import assert_same_shot, report_of, run, tensors_of_shot, tiny_spec
+
+
+@pytest.mark.parametrize("family", sorted(CONFIGS))
+def test_every_family_runs_the_whole_pipeline(family: str, model_folders: dict[str, Path], tmp_path: Path) -> None:
+    assert run(tmp_path, model_folders[family], cluster__num_shards=2, output__exports=["masked"]) == 0
+    report = report_of(tmp_path / "run")
+    assert [shot["index"] for shot in report["shots"]] == [1, 2]
+    assert [round(shot["target_sparsity"], 9) for shot in report["shots"]] == [0.15, 0.3]
+    for shot in report["shots"]:
+        assert 0 <= shot["sparsity"] - shot["target_sparsity"] < 0.02
+        assert set(shot["perplexity"]) == {"docs", "again"}
+        assert {"curvature", "costs", "threshold", "update", "evaluation"} <= set(shot["cpu_seconds"]) & set(shot["seconds"])
+        assert shot["peak_rss_bytes"] > 0
+        assert shot["damping_used"] == []
+    linears = report["linears"]
+    removed = sum(s["rows"] * s["columns"] - s["rows_kept"] * s["columns_kept"] for s in linears)
+    assert removed / sum(s["rows"] * s["columns"] for s in linears) == pytest.approx(report["shots"][-1]["sparsity"])
+    parameters = report["parameters"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/export/masked")
+    assert parameters["before"] == sum(p.numel() for p in model.parameters())
+    assert sum(int(model.get_parameter(f"{s['name']}.weight").count_nonzero()) for s in linears) <= parameters["nonzero_in_pruned_linears"]
+    (export,) = report["exports"]
+    assert export["reload_max_logit_difference"] < 1e-4
+    assert {"fingerprints", "environment", "spec", "dense"} <= set(report)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_removed_structures_stay_removed_and_the_rest_is_the_models(family: str, model_folders: dict[str, Path], tmp_path: Path) -> None:
+    assert run(tmp_path, model_folders[family], output__exports=["masked"]) == 0
+    first, second = (tensors_of_shot(tmp_path / "run", shot) for shot in (1, 2))
+    masks = [name for name in second if name.endswith(".rows")]
+    for name in masks:
+        linear = name.removesuffix(".rows")
+        rows, columns = second[name], second[f"{linear}.columns"]
+        W = second[f"{linear}.weight"]
+        assert not W[~rows].any()
+        assert not W[:, ~columns[: W.shape[1]]].any()
+        assert (rows <= first[name]).all(), "a removed row came back"
+        assert (columns <= first[f"{linear}.columns"]).all(), "a removed column came back"
+        if f"{linear}.bias" in second:
+            assert columns[-1], "the bias is no column that can go"
+            assert not second[f"{linear}.bias"][~rows].any()
+    pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "run/export/masked").state_dict()
+    dense = AutoModelForCausalLM.from_pretrained(model_folders[family]).state_dict()
+    for name, tensor in dense.items():
+        expected = second.get(name, tensor)
+        assert torch.equal(pruned[name], expected), name
+
+
+@pytest.mark.parametrize("family", ["llama", "opt-projections"])
+def test_any_number_of_shards_gives_the_same_bits(family: str, model_folders: dict[str, Path], tmp_path: Path) -> None:
+    for num_shards in (1, 2, 3):
+        assert run(tmp_path / str(num_shards), model_folders[family], cluster__num_shards=num_shards) == 0
+    for num_shards in (2, 3):
+        for shot in (1, 2):
+            assert_same_shot(tmp_path / "1/run", tmp_path / f"{num_shards}/run", shot)
+
+
+def test_replicas_give_the_same_model_up_to_the_order_of_sums(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    for num_replicas in (1, 2, 3):
+        assert run(tmp_path / str(num_replicas), model_folders["llama"], cluster__num_replicas=num_replicas) == 0
+    expected = report_of(tmp_path / "1/run")["shots"][-1]["perplexity"]
+    for num_replicas in (2, 3):
+        found = report_of(tmp_path / f"{num_replicas}/run")["shots"][-1]["perplexity"]
+        assert found == pytest.approx(expected, rel=2e-3)
+
+
+class MachineGoneError(RuntimeError):
+    pass
+
+
+@pytest.mark.parametrize("stop_at", ["costs", "evaluation"])
+def test_resumed_run_ends_with_the_same_bits(
+    stop_at: str, model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"pruning__num_shots": 3, "cluster__num_shards": 2}
+    assert run(tmp_path / "whole", model_folders["llama"], **options) == 0
+
+    original = coordinator.RunDirectory.add_event
+
+    def stop(self: Any, event: dict[str, Any]) -> None:
+        original(self, event)
+        if event["shot"] == 2 and event["step"] == stop_at:
+            raise MachineGoneError("the machine went away")
+
+    monkeypatch.setattr(coordinator.RunDirectory, "add_event", stop)
+    assert run(tmp_path / "cut", model_folders["llama"], **options) == 1
+    monkeypatch.undo()
+    assert storage.exists(str(tmp_path / "cut/run/shots/0001/manifest.json"))
+    assert not storage.exists(str(tmp_path / "cut/run/shots/0002/manifest.json"))
+    assert run(tmp_path / "cut", model_folders["llama"], **options) == 2, "without --resume nothing is overwritten"
+    assert run(tmp_path / "cut", model_folders["llama"], "--resume", **{**options, "cluster__num_shards": 3}) == 0
+    for shot in (1, 2, 3):
+        assert_same_shot(tmp_path / "whole/run", tmp_path / "cut/run", shot)
+    whole, cut = report_of(tmp_path / "whole/run"), report_of(tmp_path / "cut/run")
+    assert [s["perplexity"] for s in cut["shots"]] == [s["perplexity"] for s in whole["shots"]]
+    assert cut["dense"] == whole["dense"]
+
+
+def test_options_do_something(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    """Each option changes the weights of the result."""
+    changes: dict[str, Any] = {
+        "default": {},
+        "structure": {"pruning__structure": "rows"},
+        "structure-columns": {"pruning__structure": "columns"},
+        "rank_by": {"pruning__rank_by": "cost"},
+        "joint": {"updates__joint": "exact"},
+        "damping.a": {"curvature__damping": {"a": 0.5}},
+        "damping.g": {"curvature__damping": {"g": 0.5}},
+        "fisher": {"curvature__fisher": "sampled"},
+        "fisher-seed": {"curvature__fisher": "sampled", "curvature__seed": 7},
+        "dtype": {"model__dtype": "bfloat16"},
+        "num_sequences": {"calibration__num_sequences": 5},
+        "stride": {"calibration__stride": None},
+        "seed": {"calibration__stride": None, "calibration__seed": 3},
+        "max_tokens": {"calibration__stride": None, "calibration__max_tokens": 3000},
+    }
+    results = {}
+    for name, change in changes.items():
+        assert run(tmp_path / name, model_folders["llama"], pruning__num_shots=1, **change) == 0
+        weights = tensors_of_shot(tmp_path / name / "run", 1)
+        results[name] = tuple(float(weights[key].double().sum()) for key in sorted(weights) if key.endswith("weight"))
+    assert len(set(results.values())) == len(changes), results
+
+
+def test_bfloat16_model_keeps_its_dtype_and_float32_curvature(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    assert run(tmp_path, model_folders["llama"], model__dtype="bfloat16", cluster__num_shards=2, output__exports=["masked"]) == 0
+    tensors = tensors_of_shot(tmp_path / "run", 2)
+    assert {t.dtype for name, t in tensors.items() if name.endswith("weight")} == {torch.bfloat16}
+    assert json.loads((tmp_path / "run/export/masked/config.json").read_text())["dtype"] == "bfloat16"
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run/export/masked", dtype="auto").dtype == torch.bfloat16
+
+
+def test_nan_weights_stop_the_run_and_are_named(model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(model_folders["llama"])
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    model.save_pretrained(tmp_path / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "model" / name).write_bytes((model_folders["llama"] / name).read_bytes())
+    assert run(tmp_path, tmp_path / "model") == 1
+    assert "not a number" in capsys.readouterr().err
+
+
+def test_evaluation_does_not_change_the_weights_and_events_are_kept(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    assert run(tmp_path, model_folders["opt"]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
+    per_shot = ["curvature", "costs", "threshold", "update", "evaluation", "commit"]
+    assert [event["step"] for event in lines] == ["load", "evaluation", *per_shot * 2]
+    assert (tmp_path / "run/spec.yaml").exists()
+
+
+def test_module_entry_and_dry_run(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    spec = tiny_spec(tmp_path, model_folders["llama"], cluster__num_shards=2)
+    command = [sys.executable, "-m", "ray_surgeon.pipeline", str(spec), "--dry-run", "--set", "pruning.num_shots=7"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "7 shots to 30.0%, 240 calibration tokens each" in done.stdout
+    assert "0-" in done.stdout
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,92 @@
+"""The same jobs on Ray: equal to the local cluster, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+
+from ray_surgeon.cluster.messages import ModelRecipe, WorkerIndex
+from ray_surgeon.cluster.placement import place
+from ray_surgeon.cluster.ray_cluster import RayCluster, RayResources, connect
+from ray_surgeon.sources import ModelSource
+from ray_surgeon.storage import list_names
+from tests.conftest import LLAMA
+from tests.integration.runs import assert_same_shot, report_of, run, tiny_spec
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(autouse=True)
+def no_foreign_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
+@pytest.mark.parametrize(("num_shards", "num_replicas"), [(3, 1), (2, 2)])
+def test_ray_equals_local(num_shards: int, num_replicas: int, model_folders: dict[str, Path], tmp_path: Path) -> None:
+    options = {"cluster__num_shards": num_shards, "cluster__num_replicas": num_replicas}
+    assert run(tmp_path / "local", model_folders["llama"], **options) == 0
+    exports = {"output__exports": ["masked"]}
+    assert run(tmp_path / "ray", model_folders["llama"], **options, **exports, cluster__backend="ray") == 0
+    for shot in (1, 2):
+        assert_same_shot(tmp_path / "local/run", tmp_path / "ray/run", shot)
+    local, on_ray = report_of(tmp_path / "local/run"), report_of(tmp_path / "ray/run")
+    assert [s["perplexity"] for s in on_ray["shots"]] == [s["perplexity"] for s in local["shots"]]
+    assert on_ray["exports"][0]["reload_max_logit_difference"] < 1e-4
+    assert "model.safetensors.index.json" in list_names(str(tmp_path / "ray/run/export/masked"))
+    assert not ray.is_initialized()
+
+
+@pytest.fixture
+def local_ray() -> Iterator[None]:
+    connect(None, 4)
+    yield
+    ray.shutdown()
+
+
+def test_failures_are_seen_and_named(local_ray: None, model_folders: dict[str, Path]) -> None:
+    """No room, a worker's error, a killed worker: each is raised where the coordinator waits."""
+    placement = place(LLAMA, 2, 1)
+    with pytest.raises(RuntimeError, match=r"no room for 2 workers.*CPU \d+ free of \d+"):
+        RayCluster(placement, RayResources(1000, 0, 0.5, 60))
+    cluster = RayCluster(placement, RayResources(1, 0, 60, 60))
+    with pytest.raises(ValueError, match="absent"):
+        cluster.run_all("load", ModelRecipe(ModelSource("/absent/folder"), "float32"))
+    cluster.run_all("load", ModelRecipe(ModelSource(str(model_folders["llama"])), "float32"))
+    usage = cluster.run_all("usage")
+    assert len({u.process for u in usage}) == 2
+    assert all(u.peak_rss_bytes > 50 * 2**20 for u in usage)
+    os.kill(int(usage[1].process.rpartition(":")[2]), signal.SIGKILL)
+    with pytest.raises(ray.exceptions.RayActorError):
+        cluster.get([cluster.submit(WorkerIndex(1, 0), "usage")])
+    cluster.close()
+
+
+def test_workers_get_their_threads_and_no_more(local_ray: None) -> None:
+    cluster = RayCluster(place(LLAMA, 1, 1), RayResources(2, 0, 60, 60))
+    threads = ray.get(cluster._actors[WorkerIndex(0, 0)].__ray_call__.remote(lambda worker: torch.get_num_threads()))
+    assert threads == 2
+    cluster.close()
+
+
+def test_sigterm_ends_the_run_and_says_how_to_go_on(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    spec = tiny_spec(tmp_path, model_folders["llama"], cluster__backend="ray", pruning__num_shots=500, pruning__target_sparsity=0.5)
+    command = [sys.executable, "-m", "ray_surgeon.pipeline", str(spec)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run/shots/0001/manifest.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, output + errors
+    assert "interrupted; go on with: python -m ray_surgeon.pipeline" in errors
+    assert "shot 1/500" in output
+    assert "\x1b[" not in output, "a log has no cursor codes"

@@ -1,0 +1,49 @@
+"""The real model, through the real entry, on fewer tokens than the full protocol."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from ray_surgeon.models.gguf import convert_gguf
+from ray_surgeon.pipeline import main
+from ray_surgeon.preflight import prepare
+from ray_surgeon.sources import open_model
+from ray_surgeon.spec import parse_spec
+from tests.integration.runs import report_of
+
+ROOT = Path(__file__).parent.parent.parent
+
+pytestmark = [pytest.mark.slow, pytest.mark.ray]
+
+
+def test_smollm2_on_two_ray_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four calibration sequences, one shot to 5 %, two windows; perplexities as plain transformers has them."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    overrides = {
+        "calibration.num_sequences": 4,
+        "evaluation.0.num_sequences": 2,
+        "pruning.target_sparsity": 0.05,
+        "pruning.num_shots": 1,
+        "output.uri": tmp_path / "run",
+    }
+    arguments = [part for path, value in overrides.items() for part in ("--set", f"{path}={value}")]
+    assert main([str(ROOT / "pipelines/smollm2-rows-columns.yaml"), *arguments]) == 0
+    report = report_of(tmp_path / "run")
+    dense, shot = report["dense"]["perplexity"]["python-docs"], report["shots"][0]
+    assert report["parameters"]["before"] == 134_515_008
+    assert report["parameters"]["in_pruned_linears"] == 106_168_320
+    assert shot["sparsity"] == pytest.approx(0.05, abs=1e-3)
+    assert dense < shot["perplexity"]["python-docs"] < 1.15 * dense
+    job, *_ = prepare(parse_spec((tmp_path / "run/spec.yaml").read_text()), resume=True)
+    windows = torch.from_numpy(job.evaluation["python-docs"])
+    folder = open_model(job.model_source, convert_gguf).small_files_folder()
+    for uri, found in ((folder, dense), (tmp_path / "run/export/masked", shot["perplexity"]["python-docs"])):
+        model = AutoModelForCausalLM.from_pretrained(uri, dtype=torch.float32)
+        with torch.no_grad():
+            loss = torch.stack([model(window[None], labels=window[None]).loss for window in windows]).mean()
+        assert found == pytest.approx(float(loss.exp()), rel=1e-4)
+    assert report["exports"][0]["reload_max_logit_difference"] < 1e-4
