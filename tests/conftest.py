@@ -9,7 +9,19 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 from tokenizers import ByteLevelBPETokenizer
-from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    Phi3Config,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 torch.set_num_threads(1)
 
@@ -43,18 +55,27 @@ OPT = OPTConfig(
     pad_token_id=0,
 )
 OPT_WITH_PROJECTIONS = OPTConfig(**{**OPT.to_dict(), "word_embed_proj_dim": 16, "do_layer_norm_before": False})
+ROTARY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
+COMMON = {"vocab_size": VOCABULARY, "max_position_embeddings": 128, "initializer_range": 0.2, "bos_token_id": 0, "eos_token_id": 0}
+GEMMA = {"head_dim": 8, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2, "query_pre_attn_scalar": 8}
 CONFIGS: dict[str, PretrainedConfig] = {
     "llama": LLAMA,
     "llama-biases": LLAMA_WITH_BIASES,
     "opt": OPT,
     "opt-projections": OPT_WITH_PROJECTIONS,
+    "mistral": MistralConfig(**ROTARY, **COMMON, sliding_window=8, tie_word_embeddings=False),
+    "qwen2": Qwen2Config(**ROTARY, **COMMON, tie_word_embeddings=True),
+    "qwen3": Qwen3Config(**ROTARY, **COMMON, head_dim=8, tie_word_embeddings=True),
+    "gemma3": Gemma3TextConfig(**ROTARY, **COMMON, **GEMMA, pad_token_id=0),
+    "phi3": Phi3Config(**ROTARY, **COMMON, pad_token_id=0),
+    "gpt2": GPT2Config(n_embd=32, n_inner=48, n_layer=4, n_head=4, n_positions=128, vocab_size=VOCABULARY, initializer_range=0.2),
 }
 
 
 def tiny_model(family: str) -> torch.nn.Module:
     torch.manual_seed(0)
     config = CONFIGS[family]
-    model = LlamaForCausalLM(config) if config.model_type == "llama" else OPTForCausalLM(config)
+    model = AutoModelForCausalLM.from_config(config)
     for name, parameter in model.named_parameters():
         if name.endswith("bias") and "norm" not in name:
             torch.nn.init.normal_(parameter, std=0.1)

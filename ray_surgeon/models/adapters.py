@@ -5,7 +5,7 @@ A shard runs the family's own `forward` over its own blocks (see `shard.py`), so
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PretrainedConfig
 
@@ -39,22 +39,29 @@ class Adapter:
         return f"{self.base}.{self.blocks}.{block}."
 
 
-ADAPTERS: dict[str, Adapter] = {
-    "llama": Adapter(
-        base="model",
-        blocks="layers",
-        embeddings=("embed_tokens",),
-        positions=(),
-        final=("norm",),
-        head="lm_head",
-        token_embedding="model.embed_tokens",
-        sites=(
-            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-            ("self_attn.o_proj",),
-            ("mlp.gate_proj", "mlp.up_proj"),
-            ("mlp.down_proj",),
-        ),
+_LLAMA = Adapter(
+    base="model",
+    blocks="layers",
+    embeddings=("embed_tokens",),
+    positions=(),
+    final=("norm",),
+    head="lm_head",
+    token_embedding="model.embed_tokens",
+    sites=(
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ("self_attn.o_proj",),
+        ("mlp.gate_proj", "mlp.up_proj"),
+        ("mlp.down_proj",),
     ),
+)
+
+ADAPTERS: dict[str, Adapter] = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "gemma3_text": _LLAMA,
+    "phi3": replace(_LLAMA, sites=(("self_attn.qkv_proj",), ("self_attn.o_proj",), ("mlp.gate_up_proj",), ("mlp.down_proj",))),
     "opt": Adapter(
         base="model.decoder",
         blocks="layers",
@@ -70,6 +77,16 @@ ADAPTERS: dict[str, Adapter] = {
             ("fc2",),
         ),
     ),
+    "gpt2": Adapter(
+        base="transformer",
+        blocks="h",
+        embeddings=("wte", "wpe"),
+        positions=("wpe",),
+        final=("ln_f",),
+        head="lm_head",
+        token_embedding="transformer.wte",
+        sites=(("attn.c_attn",), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj",)),
+    ),
 }
 
 
@@ -77,7 +94,7 @@ def adapter_for(config: PretrainedConfig) -> Adapter:
     """Return the adapter of a model's family.
 
     Raises:
-        ValueError: the family is unknown; names the known ones.
+        ValueError: the family is unknown, and names the known ones; or its head does more than multiply.
     """
     family = config.model_type
     if family not in ADAPTERS:
@@ -85,4 +102,6 @@ def adapter_for(config: PretrainedConfig) -> Adapter:
             f"model.source: the model type is {family!r}, which has no adapter; known families: {', '.join(sorted(ADAPTERS))}. "
             "Choose a model of one of these"
         )
+    if getattr(config, "final_logit_softcapping", None):
+        raise ValueError("model.source: the model caps its logits (final_logit_softcapping), which the loss here does not; choose another")
     return ADAPTERS[family]

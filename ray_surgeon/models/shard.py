@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 
 from ray_surgeon.models.adapters import adapter_for
 from ray_surgeon.models.head import next_token_loss
+from ray_surgeon.models.linears import LinearModule, as_linear, matrix, num_inputs, num_outputs
 from ray_surgeon.models.skeleton import BlockRange, build_skeleton, global_name, tied_names
 from ray_surgeon.surgery.kronecker import KroneckerFactors, add_second_moment, symmetrize, with_ones
 
@@ -30,7 +31,7 @@ class Site:
     """
 
     names: tuple[str, ...]
-    modules: tuple[nn.Linear, ...]
+    modules: tuple[LinearModule, ...]
     A: Tensor | None = None
     G: tuple[Tensor, ...] = ()
     num_tokens: int = 0
@@ -84,27 +85,29 @@ class ModelShard:
         for block in range(self.blocks.first, self.blocks.last):
             local_prefix = self.adapter.block_prefix(block - self.blocks.first)
             for site in self.adapter.sites:
-                modules = [self.model.get_submodule(local_prefix + linear) for linear in site]
-                linears = tuple(m for m in modules if isinstance(m, nn.Linear))
-                assert len(linears) == len(site)
-                yield Site(tuple(self.adapter.block_prefix(block) + linear for linear in site), linears)
+                modules = tuple(as_linear(self.model.get_submodule(local_prefix + linear)) for linear in site)
+                yield Site(tuple(self.adapter.block_prefix(block) + linear for linear in site), modules)
 
     @property
-    def linears(self) -> dict[str, nn.Linear]:
+    def linears(self) -> dict[str, LinearModule]:
         """Global name -> linear, in order."""
         return {name: module for site in self.sites for name, module in zip(site.names, site.modules, strict=True)}
 
     def weight(self, name: str) -> Tensor:
         """Return W [R, C] float32 of a linear, its bias as the last column."""
         module = self.linears[name]
-        W = module.weight.detach().float()
-        return W.clone() if module.bias is None else torch.cat([W, module.bias.detach().float()[:, None]], dim=1)
+        W = matrix(module).float()
+        return (
+            W.clone(memory_format=torch.contiguous_format)
+            if module.bias is None
+            else torch.cat([W, module.bias.detach().float()[:, None]], dim=1)
+        )
 
     def set_weight(self, name: str, W: Tensor) -> None:
         """Write W [R, C], bias in the last column, into a linear."""
         module = self.linears[name]
         with torch.no_grad():
-            module.weight.copy_(W[:, : module.in_features])
+            matrix(module).copy_(W[:, : num_inputs(module)])
             if module.bias is not None:
                 module.bias.copy_(W[:, -1])
 
@@ -128,9 +131,9 @@ class ModelShard:
         assert not self._hooks
         for site in self.sites:
             first = site.modules[0]
-            C = first.in_features + (first.bias is not None)
+            C = num_inputs(first) + (first.bias is not None)
             site.A = torch.zeros(C, C, device=self.device)
-            site.G = tuple(torch.zeros(m.out_features, m.out_features, device=self.device) for m in site.modules)
+            site.G = tuple(torch.zeros(num_outputs(m), num_outputs(m), device=self.device) for m in site.modules)
             site.num_tokens = 0
             self._hooks.append(first.register_forward_pre_hook(_add_inputs_to(site)))
             for module, G in zip(site.modules, site.G, strict=True):

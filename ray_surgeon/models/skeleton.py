@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from ray_surgeon.models.adapters import Adapter, adapter_for
+from ray_surgeon.models.linears import as_linear, num_inputs, num_outputs
 
 
 class NoPositions(nn.Module):
@@ -60,6 +62,9 @@ def build_skeleton(config: PretrainedConfig, blocks: BlockRange, dtype: torch.dt
     all_blocks = base.get_submodule(adapter.blocks)
     assert isinstance(all_blocks, nn.ModuleList)
     setattr(base, adapter.blocks, nn.ModuleList(list(all_blocks)[blocks.first : blocks.last]))
+    if getattr(config, "layer_types", None):  # forward looks kinds of attention up by the place in the list it has
+        base.config = copy.copy(config)
+        base.config.layer_types = config.layer_types[blocks.first : blocks.last]  # type: ignore[union-attr]
     if not blocks.is_first:
         for name in adapter.embeddings:
             if getattr(base, name, None) is not None:
@@ -90,13 +95,13 @@ def parameter_shapes(config: PretrainedConfig, blocks: BlockRange) -> dict[str, 
     return {global_name(adapter, name, blocks.first): tuple(t.shape) for name, t in tensors.items() if name not in tied}
 
 
-def checkpoint_key(name: str, keys: Iterable[str] | Mapping[str, object], tied: Mapping[str, str]) -> str | None:
+def checkpoint_key(name: str, keys: Container[str], tied: Mapping[str, str]) -> str | None:
     """Return the key under which a checkpoint stores a parameter, or None.
 
-    Some checkpoints leave out the leading ``model.``, and tied heads are usually stored once.
+    Some checkpoints leave out the leading ``model.`` or ``transformer.``, and tied heads are usually stored once.
     """
     candidates = [name, tied.get(name, name)]
-    candidates += [c.removeprefix("model.") for c in candidates] + [f"model.{c}" for c in candidates]
+    candidates += [c.removeprefix("model.").removeprefix("transformer.") for c in candidates]
     return next((c for c in candidates if c in keys), None)
 
 
@@ -157,11 +162,10 @@ def linear_shapes(config: PretrainedConfig) -> list[LinearShape]:
         for site_index, site in enumerate(adapter.sites):
             for linear in site:
                 name = adapter.block_prefix(block) + linear
-                module = model.get_submodule(name)
-                assert isinstance(module, nn.Linear)
+                module = as_linear(model.get_submodule(name))
                 bias = module.bias is not None
                 site_id = block * len(adapter.sites) + site_index
-                shapes.append(LinearShape(name, module.out_features, module.in_features + bias, bias, block, site_id))
+                shapes.append(LinearShape(name, num_outputs(module), num_inputs(module) + bias, bias, block, site_id))
     return shapes
 
 

@@ -1,0 +1,32 @@
+"""Linears as the method sees them, whichever way a family stores the weight: `nn.Linear` [R, C] or GPT-2's `Conv1D` [C, R]."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+LinearModule: TypeAlias = nn.Linear | Conv1D
+
+
+def as_linear(module: nn.Module) -> LinearModule:
+    """Return a module that is a linear; an adapter that names another kind is wrong."""
+    assert isinstance(module, nn.Linear | Conv1D), f"{type(module).__name__} is no linear"
+    return module
+
+
+def matrix(module: LinearModule) -> Tensor:
+    """Return the weight as a [R, inputs] view, rows = outputs; writing to it writes to the module."""
+    weight: Tensor = module.weight.detach()
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+def num_outputs(module: LinearModule) -> int:
+    """Return R."""
+    return int(matrix(module).shape[0])
+
+
+def num_inputs(module: LinearModule) -> int:
+    """Return C without the bias."""
+    return int(matrix(module).shape[1])
