@@ -6,9 +6,8 @@ A shot exists if its manifest does; the manifest is written after every file it 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from ray_surgeon import storage
@@ -21,14 +20,12 @@ class CommittedShot:
 
     Attributes:
         index: its number, from 1.
-        weights: URIs of its weight files.
-        masks: URIs of its mask files.
+        files: its weights and masks.
         record: its entry in the report.
     """
 
     index: int
-    weights: tuple[str, ...]
-    masks: tuple[str, ...]
+    files: tuple[SavedFile, ...]
     record: dict[str, Any]
 
 
@@ -66,6 +63,18 @@ class RunDirectory:
                 f"output.uri: {self.uri} already holds this run, with {len(self.committed_indices())} committed shots; continue it "
                 f"with --resume, or choose another folder, for instance --set output.uri={self.uri.rstrip('/')}-2"
             )
+        if done := self.committed_indices():
+            self.check_tensors(self.read_shot(done[-1]))
+
+    def check_writable(self) -> None:
+        """Write and remove a small file.
+
+        Raises:
+            OSError: the folder cannot be written to.
+        """
+        probe = self.path(".writable")
+        storage.write_text(probe, "")
+        storage.remove(probe)
 
     def start(self, spec_yaml: str, fingerprints: Mapping[str, Any]) -> None:
         """Take the folder for this run, or go on in it."""
@@ -87,37 +96,47 @@ class RunDirectory:
 
     def commit_shot(self, index: int, files: Sequence[SavedFile], record: Mapping[str, Any]) -> None:
         """Make a shot exist: write its manifest."""
-        entries = [{"name": f.uri.rpartition("/")[2], "size_bytes": f.size_bytes} for f in files]
+        entries = [{"name": f.uri.rpartition("/")[2], "size_bytes": f.size_bytes, "keys": list(f.keys)} for f in files]
         storage.write_json(
             storage.join(self.shot_folder(index), "manifest.json"), {"index": index, "files": entries, "record": dict(record)}
         )
 
+    def drop_tensors(self, index: int) -> None:
+        """Remove the weights and masks of a shot that nobody will resume from; its manifest stays."""
+        for name in storage.list_names(self.shot_folder(index)):
+            if name != "manifest.json":
+                storage.remove(storage.join(self.shot_folder(index), name))
+
     def committed_indices(self) -> list[int]:
-        """Return the numbers of the committed shots."""
-        names = [name for name in storage.list_names(self.path("shots")) if re.fullmatch(r"\d{4}", name)]
-        return [int(name) for name in names if storage.exists(self.path("shots", name, "manifest.json"))]
+        """Return 1, 2, ... up to the last shot before which every shot is committed."""
+        index = 0
+        while storage.exists(storage.join(self.shot_folder(index + 1), "manifest.json")):
+            index += 1
+        return list(range(1, index + 1))
 
     def read_shot(self, index: int) -> CommittedShot:
-        """Return a committed shot.
-
-        Raises:
-            ValueError: a file that its manifest names is missing.
-        """
+        """Return a committed shot. Its files may be gone if it is not the last one; see `check_tensors`."""
         folder = self.shot_folder(index)
         manifest = storage.read_json(storage.join(folder, "manifest.json"))
-        names = [entry["name"] for entry in manifest["files"]]
-        missing = sorted(set(names) - set(storage.list_names(folder)))
-        if missing:
-            raise ValueError(f"{folder}: the manifest names {missing[:3]}, which are missing; remove the folder to repeat this shot")
-        uris = [storage.join(folder, name) for name in names]
-        masks = tuple(uri for name, uri in zip(names, uris, strict=True) if name.startswith("masks-"))
-        return CommittedShot(index, tuple(uri for uri in uris if uri not in masks), masks, manifest["record"])
+        entries = manifest["files"]
+        files = tuple(SavedFile(storage.join(folder, e["name"]), e["size_bytes"], tuple(e["keys"])) for e in entries)
+        return CommittedShot(index, files, manifest["record"])
+
+    def check_tensors(self, shot: CommittedShot) -> None:
+        """Refuse to resume from a shot whose files are not all there and whole.
+
+        Raises:
+            ValueError: names the first file that is missing or has another size.
+        """
+        for file in shot.files:
+            size = storage.size_bytes(file.uri)
+            if size != file.size_bytes:
+                found = "is missing" if size is None else f"has {size} bytes, not {file.size_bytes}"
+                raise ValueError(
+                    f"{file.uri} {found}; remove {self.shot_folder(shot.index)} to repeat this shot from the one before, if "
+                    "that still has its tensors"
+                )
 
     def write_report(self, report: Mapping[str, Any]) -> None:
         """Write report.json."""
         storage.write_json(self.path("report.json"), report)
-
-
-def record_of(message: Any) -> dict[str, Any]:
-    """Return a frozen message as a JSON record."""
-    return asdict(message)

@@ -32,26 +32,22 @@ class Job:
     Attributes:
         spec: what was asked for.
         spec_yaml: the same, resolved, as it is kept in the run directory.
+        model_source: where the weights are, pinned to what was checked.
         calibration: [num_sequences, sequence_length] tokens.
         evaluation: text name -> windows.
         fingerprints: of model, tokenizer, texts and method.
-        facts: of the model and the environment, for the report.
+        environment: versions and machine, for the report.
         num_parameters: of the whole model.
     """
 
     spec: JobSpec
     spec_yaml: str
+    model_source: ModelSource
     calibration: NDArray[np.int64] = field(repr=False)
     evaluation: Mapping[str, NDArray[np.int64]] = field(repr=False)
     fingerprints: Mapping[str, Any]
     environment: Mapping[str, str]
     num_parameters: int
-
-    @property
-    def model_source(self) -> ModelSource:
-        """Where the weights are."""
-        model = self.spec.model
-        return ModelSource(model.source, model.revision, model.wheel, model.wheel_sha256)
 
     @property
     def cost_options(self) -> CostOptions:
@@ -105,9 +101,9 @@ class StepMeter:
         self.seconds[name] = time.perf_counter() - wall
         self.cpu_seconds[name] = self._cpu_s() - cpu
 
-    def peak_rss_bytes(self) -> int:
-        """Return the sum over the workers' processes of their peak resident memory."""
-        return sum({usage.process: usage.peak_rss_bytes for usage in self._cluster.run_all("usage")}.values())
+    def peak_bytes(self, field_name: str) -> int:
+        """Return the sum over the workers' processes of a peak of `Usage`."""
+        return sum({usage.process: getattr(usage, field_name) for usage in self._cluster.run_all("usage")}.values())
 
 
 def run_shots(job: Job, cluster: Cluster, run: RunDirectory) -> Iterator[Event]:
@@ -138,7 +134,7 @@ def run_shots(job: Job, cluster: Cluster, run: RunDirectory) -> Iterator[Event]:
     meter = StepMeter(cluster)
     with meter.step("load"):
         dense = ModelRecipe(job.model_source, spec.model.dtype)
-        resumed = ModelRecipe(job.model_source, spec.model.dtype, done[-1].weights, done[-1].masks) if done else dense
+        resumed = ModelRecipe(job.model_source, spec.model.dtype, done[-1].files) if done else dense
         cluster.run_all("load", resumed)
     yield ended("load", len(done), meter, workers=len(cluster.placement.workers), resumed_after_shot=len(done))
 
@@ -191,7 +187,8 @@ def run_shots(job: Job, cluster: Cluster, run: RunDirectory) -> Iterator[Event]:
                 "predicted_loss_increase": predicted,
                 "seconds": dict(meter.seconds),
                 "cpu_seconds": dict(meter.cpu_seconds),
-                "peak_rss_bytes": meter.peak_rss_bytes(),
+                "peak_rss_bytes": meter.peak_bytes("peak_rss_bytes"),
+                "peak_gpu_bytes": meter.peak_bytes("peak_gpu_bytes"),
                 "damping_used": damping,
                 "linears": report.linear_records(linears),
                 "dense": report.dense,
@@ -199,6 +196,8 @@ def run_shots(job: Job, cluster: Cluster, run: RunDirectory) -> Iterator[Event]:
             run.commit_shot(shot, [file for worker in files for file in worker], record)
             report.shots.append(record)
             run.write_report(report.as_record())
+            if spec.output.keep_shots and shot > spec.output.keep_shots:
+                run.drop_tensors(shot - spec.output.keep_shots)
         yield ended("commit", shot, meter, uri=run.shot_folder(shot))
 
     for kind in spec.output.exports:

@@ -16,10 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ray_surgeon import storage
+from ray_surgeon.sources import HTTP_ERROR
 
 _TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 _CALIBRATION_FRACTION = 0.8
 """Of a source without splits of its own, the first part is for calibration (`train`) and the rest for testing."""
+_DATA_SET_ERRORS = (OSError, ValueError, KeyError, RuntimeError, HTTP_ERROR)
+"""What reading a data set raises when it, or the network, is not there; `datasets` has its own subclasses of these."""
 _DOCUMENTS_PER_CALL = 1000
 """Documents joined for one call of the tokenizer, so that a large corpus is not one string."""
 
@@ -123,7 +126,7 @@ def _documents(text: TextSource, where: str) -> tuple[Iterator[str], bool]:
         return iter(topics.values()), False
     if text.source.endswith(_TEXT_SUFFIXES):
         return _file_documents(text, where), False
-    return _dataset_documents(text, where), True
+    return _dataset_documents(text, where)
 
 
 def _file_documents(text: TextSource, where: str) -> Iterator[str]:
@@ -177,22 +180,38 @@ def _parquet_rows(uri: str, column: str, where: str) -> Iterator[Any]:
             raise ValueError(f"{where}: {uri} is not a parquet file ({error}); check the file") from error
 
 
-def _dataset_documents(text: TextSource, where: str) -> Iterator[str]:
+def _dataset_documents(text: TextSource, where: str) -> tuple[Iterator[str], bool]:
     import datasets
 
     try:
         if (Path(text.source) / "dataset_info.json").exists() or (Path(text.source) / "dataset_dict.json").exists():
             loaded = datasets.load_from_disk(text.source)
-            dataset = loaded[text.split] if isinstance(loaded, datasets.DatasetDict) else loaded
+            has_splits = isinstance(loaded, datasets.DatasetDict)
+            if not has_splits and text.split not in ("train", "test"):
+                raise ValueError("it has no splits, so only train and test can be cut from it")
+            dataset = loaded[text.split] if has_splits else loaded
         else:
+            has_splits = True
             dataset = datasets.load_dataset(text.source, text.config, split=text.split, revision=text.revision, streaming=True)
-        names = list(dataset.column_names or [])
-    except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetNotFoundError) as error:
-        raise ValueError(
-            f"{where}: cannot read the data set {text.source!r} (config {text.config}, split {text.split}): "
-            f"{str(error).splitlines()[0]}; check name, config, split and network, or give files ending in {', '.join(_TEXT_SUFFIXES)}"
-        ) from error
-    if names and text.column not in names:
-        raise ValueError(f"{where}: {text.source} has no column {text.column!r}; it has {names}; set the column")
-    for record in dataset:
-        yield str(record[text.column])
+    except _DATA_SET_ERRORS as error:
+        raise _data_set_error(text, where, error) from error
+    return _records_text(dataset, text, where), has_splits
+
+
+def _records_text(dataset: Iterable[Any], text: TextSource, where: str) -> Iterator[str]:
+    try:
+        for number, record in enumerate(dataset, start=1):
+            if not isinstance(record.get(text.column), str):
+                known = sorted(record)
+                raise ValueError(f"record {number} has no text in column {text.column!r}; it has {known}; set the column")
+            yield record[text.column]
+    except _DATA_SET_ERRORS as error:
+        raise _data_set_error(text, where, error) from error
+
+
+def _data_set_error(text: TextSource, where: str, error: Exception) -> ValueError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return ValueError(
+        f"{where}: cannot read the data set {text.source!r} (config {text.config}, split {text.split}): {reason}; check name, config, "
+        f"split and network, or give files ending in {', '.join(_TEXT_SUFFIXES)}"
+    )

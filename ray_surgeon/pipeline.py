@@ -24,42 +24,58 @@ from ray_surgeon import storage
 from ray_surgeon.checkpoint import RunDirectory
 from ray_surgeon.cluster.local import LocalCluster
 from ray_surgeon.cluster.placement import Placement
-from ray_surgeon.cluster.ray_cluster import RayCluster, RayResources, connect
+from ray_surgeon.cluster.ray_cluster import RayCluster, RayResources, connect, num_nodes
 from ray_surgeon.coordinator import STEPS, Event, Job, run_shots
 from ray_surgeon.plan import plan_table, plan_workers
 from ray_surgeon.preflight import prepare
 from ray_surgeon.report import shots_table
 from ray_surgeon.spec import JobSpec, parse_spec
 
+_POLL_S = 0.5
+
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
 class Coordinator:
-    """The Ray actor that runs the shots; it holds the workers, so they end with it."""
+    """The Ray actor that runs the shots; it holds the workers, so they end with it. `events` answers while `run` runs."""
 
-    def run(self, job: Job, placement: Placement) -> Iterator[Event]:
-        """Yield every event of the run."""
+    def __init__(self) -> None:
+        """Start without events."""
+        self._events: list[Event] = []
+
+    def run(self, job: Job, placement: Placement) -> None:
+        """Run all shots."""
         spec = job.spec.cluster
         resources = RayResources(spec.cpus_per_worker, spec.gpus_per_worker, spec.start_timeout_s, spec.step_timeout_s)
         cluster = RayCluster(placement, resources)
         try:
-            yield from run_shots(job, cluster, RunDirectory(job.spec.output.uri))
+            for event in run_shots(job, cluster, RunDirectory(job.spec.output.uri)):
+                self._events.append(event)
         finally:
             cluster.close()
+
+    def events(self, seen: int) -> list[Event]:
+        """Return the events after the first `seen` ones."""
+        return self._events[seen:]
 
 
 def run_on_ray(job: Job, placement: Placement, console: Console) -> Iterator[Event]:
     """Run the job on Ray and yield its events as they happen."""
-    spec = job.spec.cluster
-    connected_to = connect(spec.address, len(placement.workers) * spec.cpus_per_worker)
-    _interrupt_on_sigterm()
-    console.print(f"running on {connected_to}: {placement.num_shards} shards x {placement.num_replicas} replicas")
     try:
+        console.print(f"{placement.num_shards} shards x {placement.num_replicas} replicas")
+        if num_nodes() > 1 and "://" not in job.spec.output.uri:
+            console.print(f"note: the cluster has several machines; {job.spec.output.uri} must be a folder that they share")
         actor_class = ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0)(Coordinator)
-        coordinator = actor_class.options(runtime_env={"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}).remote()
-        run: Any = coordinator.run
-        for reference in run.options(num_returns="streaming").remote(job, placement):
-            yield ray.get(reference)
+        coordinator: Any = actor_class.options(max_concurrency=2, runtime_env={"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}).remote()
+        run, seen = coordinator.run.remote(job, placement), 0
+        running = True
+        while running:
+            done, _ = ray.wait([run], timeout=_POLL_S)
+            running = not done
+            events = ray.get(coordinator.events.remote(seen))
+            seen += len(events)
+            yield from events
+        ray.get(run)
     finally:
         ray.shutdown()
 
@@ -95,7 +111,7 @@ def event_line(event: Event) -> str:
 
 
 def _interrupt_on_sigterm() -> None:
-    """Treat SIGTERM, with which Ray and Kubernetes stop jobs, like Ctrl-C. After ray.init, which installs its own handler."""
+    """Treat SIGTERM, with which Ray and Kubernetes stop jobs, like Ctrl-C. Again after ray.init, which has a handler of its own."""
 
     def interrupt(signum: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -143,31 +159,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.schema:
         print(json.dumps(JobSpec.model_json_schema(), indent=2))  # noqa: T201 - the schema is the output
         return DONE
+    _interrupt_on_sigterm()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         spec = _read_spec(arguments.spec, arguments.set)
-        job, config, placement = prepare(spec, resume=arguments.resume)
+        job, config, placement = prepare(spec, resume=arguments.resume, dry_run=arguments.dry_run)
+        plans = plan_workers(config, placement, spec.model.dtype, spec.calibration.sequence_length)
+        console.print(plan_table(plans, placement.num_replicas))
+        shots, tokens = spec.pruning.num_shots, job.calibration.size
+        console.print(f"{shots} shots to {spec.pruning.target_sparsity:.1%}, {tokens} calibration tokens each")
+        if arguments.dry_run:
+            return DONE
+        if spec.cluster.backend == "ray":
+            console.print(f"running on {connect(spec.cluster.address, len(placement.workers) * spec.cluster.cpus_per_worker)}")
+            _interrupt_on_sigterm()
     except ValueError as error:
         errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return BAD_INPUT
     except KeyboardInterrupt:
         return INTERRUPTED
-    plans = plan_workers(config, placement, spec.model.dtype, spec.calibration.sequence_length)
-    console.print(plan_table(plans, placement.num_replicas))
-    console.print(f"{spec.pruning.num_shots} shots to {spec.pruning.target_sparsity:.1%}, {job.calibration.size} calibration tokens each")
-    if arguments.dry_run:
-        return DONE
     resume_with = f"go on with: python -m ray_surgeon.pipeline {arguments.spec} --resume" + "".join(f" --set {s}" for s in arguments.set)
+    run = RunDirectory(job.spec.output.uri)
     try:
         run_job(job, placement, console)
+        report = storage.read_json(run.path("report.json"))
     except KeyboardInterrupt:
         errors.print(f"interrupted; {resume_with}", markup=False, soft_wrap=True)
         return INTERRUPTED
     except (RayError, RuntimeError, OSError, ValueError, FloatingPointError) as error:
         errors.print(f"failed: {error}\n{resume_with}", style="red", markup=False, highlight=False, soft_wrap=True)
         return FAILED
-    run = RunDirectory(spec.output.uri)
-    report = storage.read_json(run.path("report.json"))
     console.print(shots_table(report))
     for export in report["exports"]:
         console.print(f"{export['kind']} export: {export['uri']}", soft_wrap=True)

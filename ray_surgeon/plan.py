@@ -24,6 +24,7 @@ class WorkerPlan:
         last_block: of the shard, inclusive.
         weight_bytes: parameters in the model's dtype.
         factor_bytes: A and G in float32.
+        workspace_bytes: of the costs step, for the linear with the largest factor: copies that are alive, damped and factorised.
         activation_bytes: an estimate of what autograd keeps for the micro-batches in flight: outputs and inputs of every
             linear, and the softmax of one slice of logits on the last shard.
     """
@@ -33,6 +34,7 @@ class WorkerPlan:
     last_block: int
     weight_bytes: int
     factor_bytes: int
+    workspace_bytes: int
     activation_bytes: int
 
 
@@ -46,20 +48,22 @@ def plan_workers(config: PretrainedConfig, placement: Placement, dtype: str, seq
         inputs = {s.site: s.num_columns for s in own}
         weights = sum(math.prod(shape) for shape in parameter_shapes(config, blocks).values()) * width
         factors = 4 * (sum(s.num_rows**2 for s in own) + sum(c**2 for c in inputs.values()))
+        largest = max(s.num_rows**2 + s.num_columns**2 for s in own)
+        workspace = 4 * 4 * largest
         in_flight = placement.num_shards - shard
         per_token = (sum(s.num_rows for s in own) + sum(inputs.values())) * width
         logits = 2 * 4 * 128 * config.vocab_size if blocks.is_last else 0
         activations = in_flight * sequence_length * per_token + logits
-        plans.append(WorkerPlan(shard, blocks.first, blocks.last - 1, weights, factors, activations))
+        plans.append(WorkerPlan(shard, blocks.first, blocks.last - 1, weights, factors, workspace, activations))
     return plans
 
 
 def plan_table(plans: list[WorkerPlan], num_replicas: int) -> Table:
     """Return the plan as a table."""
     table = Table(title=f"{len(plans)} shards x {num_replicas} replicas; per worker")
-    for column in ("shard", "blocks", "weights MiB", "factors MiB", "activations MiB (estimate)"):
+    for column in ("shard", "blocks", "weights MiB", "factors MiB", "workspace MiB", "activations MiB (estimate)"):
         table.add_column(column, justify="right")
     for plan in plans:
-        sizes = [f"{size / 2**20:.0f}" for size in (plan.weight_bytes, plan.factor_bytes, plan.activation_bytes)]
+        sizes = [f"{size / 2**20:.0f}" for size in (plan.weight_bytes, plan.factor_bytes, plan.workspace_bytes, plan.activation_bytes)]
         table.add_row(str(plan.shard), f"{plan.first_block}-{plan.last_block}", *sizes)
     return table

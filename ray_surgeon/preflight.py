@@ -10,25 +10,29 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 import ray_surgeon
+from ray_surgeon import storage
 from ray_surgeon.checkpoint import RunDirectory
 from ray_surgeon.cluster.placement import Placement, place
 from ray_surgeon.coordinator import Job
 from ray_surgeon.data import TextSource, Windows, cut_windows, token_stream
+from ray_surgeon.models.adapters import check_family
 from ray_surgeon.models.gguf import convert_gguf
 from ray_surgeon.models.skeleton import check_checkpoint, num_parameters
 from ray_surgeon.sources import ModelSource, open_model
 from ray_surgeon.spec import JobSpec, TextSection
 
 
-def prepare(spec: JobSpec, *, resume: bool) -> tuple[Job, PretrainedConfig, Placement]:
+def prepare(spec: JobSpec, *, resume: bool, dry_run: bool = False) -> tuple[Job, PretrainedConfig, Placement]:
     """Read the model's configuration and headers, the tokenizer and the texts, and check them against each other.
 
     Args:
         spec: parsed.
         resume: whether the run directory may already hold this run.
+        dry_run: whether to leave the run directory untouched.
 
     Returns:
         The job, the model's configuration, and the placement of its blocks.
@@ -36,9 +40,11 @@ def prepare(spec: JobSpec, *, resume: bool) -> tuple[Job, PretrainedConfig, Plac
     Raises:
         ValueError: something cannot work; names the field, what was found, and the remedy.
     """
+    spec = with_absolute_paths(spec)
     source = ModelSource(spec.model.source, spec.model.revision, spec.model.wheel, spec.model.wheel_sha256)
-    files = open_model(source, convert_gguf)
-    folder = files.small_files_folder()
+    with _as_input_error(f"model.source: cannot read {source.source}"):
+        files = open_model(source, convert_gguf)
+        folder = files.small_files_folder()
     config = _load_config(folder, files.origin)
     placement = place(config, spec.cluster.num_shards, spec.cluster.num_replicas)
     with _as_input_error(f"model.source: cannot read {files.origin}"):
@@ -56,9 +62,12 @@ def prepare(spec: JobSpec, *, resume: bool) -> tuple[Job, PretrainedConfig, Plac
     }
     with _as_input_error(f"output.uri: cannot use {spec.output.uri}"):
         RunDirectory(spec.output.uri).check(fingerprints, resume=resume)
+        if not dry_run:
+            RunDirectory(spec.output.uri).check_writable()
     job = Job(
         spec,
         yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False),
+        files.pinned,
         calibration.tokens,
         {name: windows.tokens for name, windows in evaluation.items()},
         fingerprints,
@@ -66,6 +75,16 @@ def prepare(spec: JobSpec, *, resume: bool) -> tuple[Job, PretrainedConfig, Plac
         num_parameters(config),
     )
     return job, config, placement
+
+
+def with_absolute_paths(spec: JobSpec) -> JobSpec:
+    """Return the spec with local paths made absolute: workers run in other folders than the driver."""
+    model, output = spec.model, spec.output
+    if Path(model.source).exists():
+        model = model.model_copy(update={"source": str(Path(model.source).resolve())})
+    if "://" not in output.uri:
+        output = output.model_copy(update={"uri": str(Path(output.uri).expanduser().resolve())})
+    return spec.model_copy(update={"model": model, "output": output})
 
 
 @contextlib.contextmanager
@@ -78,10 +97,12 @@ def _as_input_error(what: str) -> Iterator[None]:
 
 
 def _load_config(folder: Path, origin: str) -> PretrainedConfig:
+    family = storage.read_json(str(folder / "config.json")).get("model_type", "")
+    check_family(family)
     try:
         return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
         raise ValueError(f"model.source: transformers cannot read config.json of {origin}: {reason}; give a checkpoint it knows") from error
 
 

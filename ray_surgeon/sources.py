@@ -6,13 +6,12 @@ import hashlib
 import importlib.util
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from filelock import FileLock
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from ray_surgeon import storage
 
-_HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
+HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 """Base class of the errors of whichever HTTP client the Hub's library uses; a refused connection raises it."""
 
 SMALL_FILES = (
@@ -57,12 +56,14 @@ class ModelFiles:
 
     Attributes:
         origin: the source as the user named it, for errors.
+        pinned: the source with the commit that was found, so that every worker reads the same.
         names: files that are there.
         open_uri: file name -> URI for ranged reads.
         fetch: file name -> local path, downloading it if need be.
     """
 
     origin: str
+    pinned: ModelSource
     names: tuple[str, ...]
     open_uri: Callable[[str], str]
     fetch: Callable[[str], Path]
@@ -78,9 +79,11 @@ class ModelFiles:
         paths = [self.fetch(name) for name in SMALL_FILES if name in self.names]
         if len({path.parent for path in paths}) == 1:
             return paths[0].parent
-        folder = Path(tempfile.mkdtemp(prefix="ray-surgeon-model-"))
+        digest = hashlib.sha256("\n".join(map(str, paths)).encode()).hexdigest()[:32]
+        folder = storage.cache_folder() / "small" / digest
+        folder.mkdir(parents=True, exist_ok=True)
         for path in paths:
-            shutil.copy(path, folder / path.name)
+            storage.put_file(str(folder / path.name), path)
         return folder
 
     def weight_files(self) -> list[str]:
@@ -105,7 +108,10 @@ class ModelFiles:
         return files
 
     def shapes_and_fingerprint(self) -> tuple[dict[str, tuple[int, ...]], str]:
-        """Return key -> shape of every tensor, and a SHA-256 over config, headers and sizes (not over all the weights)."""
+        """Return key -> shape of every tensor, and a SHA-256 over config, headers, sizes and the last tensors' ends.
+
+        Not over all the weights, which would read a large model whole; another model of the same shapes is told by its ends.
+        """
         shapes: dict[str, tuple[int, ...]] = {}
         digest = hashlib.sha256(self.fetch("config.json").read_bytes())
         for name in self.weight_files():
@@ -147,29 +153,32 @@ def open_model(source: ModelSource, convert: Callable[[Path, Path], None]) -> Mo
     """
     where = source.source
     if where.startswith("pkg://"):
-        return _folder(where, _converted(_package_file(source), convert))
+        return _folder(source, _converted(_package_file(source), convert))
     if "://" in where:
-        return _remote(where)
+        return _remote(source)
     if Path(where).is_dir():
-        return _folder(where, Path(where).resolve())
+        return _folder(source, Path(where).resolve())
     if where.startswith((".", "/", "~")) or where.count("/") > 1:
         raise ValueError(f"model.source: there is no folder {where!r} (looked in {os.getcwd()}); give a folder, a URI or a Hub id")
     return _hub(source)
 
 
-def _folder(origin: str, folder: Path) -> ModelFiles:
+def _folder(source: ModelSource, folder: Path) -> ModelFiles:
+    if source.revision is not None:
+        raise ValueError(f"model.revision: {source.source} is a local folder, which has no revisions; remove it")
     names = tuple(sorted(path.name for path in folder.iterdir() if path.is_file()))
-    return ModelFiles(origin, names, lambda name: str(folder / name), lambda name: folder / name)
+    return ModelFiles(source.source, source, names, lambda name: str(folder / name), lambda name: folder / name)
 
 
-def _remote(uri: str) -> ModelFiles:
+def _remote(source: ModelSource) -> ModelFiles:
+    uri = source.source
     try:
         names = tuple(storage.list_names(uri))
     except OSError as error:
         raise ValueError(f"model.source: cannot list {uri}: {error}; check the address, the credentials and the network") from error
     if not names:
         raise ValueError(f"model.source: nothing at {uri}; check bucket, key and credentials")
-    return ModelFiles(uri, names, lambda name: storage.join(uri, name), lambda name: storage.local_copy(storage.join(uri, name)))
+    return ModelFiles(uri, source, names, lambda name: storage.join(uri, name), lambda name: storage.local_copy(storage.join(uri, name)))
 
 
 def _hub(source: ModelSource) -> ModelFiles:
@@ -180,7 +189,7 @@ def _hub(source: ModelSource) -> ModelFiles:
         if not any(name.endswith(".safetensors") for name in names) and revision is None:
             revision = _conversion_revision(api, repo)
             names, commit = _repository(api, repo, revision) if revision else (names, commit)
-    except (_HTTP_ERROR, HFValidationError, OSError, RuntimeError) as error:
+    except (HTTP_ERROR, HFValidationError, OSError, RuntimeError) as error:
         raise ValueError(
             f"model.source: cannot read {repo!r} (revision {revision or 'main'}) from the Hub, and it is no local folder: "
             f"{str(error).splitlines()[0]}; check the id, HF_TOKEN and the network, or give a folder"
@@ -189,7 +198,7 @@ def _hub(source: ModelSource) -> ModelFiles:
     def fetch(name: str) -> Path:
         return Path(hf_hub_download(repo, name, revision=commit))
 
-    return ModelFiles(repo, names, lambda name: f"hf://{repo}@{commit}/{name}", fetch)
+    return ModelFiles(repo, replace(source, revision=commit), names, lambda name: f"hf://{repo}@{commit}/{name}", fetch)
 
 
 def _repository(api: HfApi, repo: str, revision: str | None) -> tuple[tuple[str, ...], str | None]:

@@ -67,12 +67,16 @@ class TextSection(Section):
     )
     seed: int = Field(0, ge=0, description="Seed of the draw of windows")
 
+    @property
+    def has_own_split(self) -> bool:
+        """Whether train and test are cut here, because the source has no splits."""
+        return self.source == "python-docs" or self.source.endswith((".txt", ".jsonl", ".parquet"))
+
     @model_validator(mode="after")
     def _known_split(self) -> TextSection:
-        own_split = self.source == "python-docs" or self.source.endswith((".txt", ".jsonl", ".parquet"))
-        if own_split and self.split not in ("train", "test"):
+        if self.has_own_split and self.split not in ("train", "test"):
             raise ValueError(f"split is {self.split!r}, but {self.source} has train and test only")
-        if own_split and (self.config or self.revision):
+        if self.has_own_split and (self.config or self.revision):
             raise ValueError(f"config and revision belong to a Hub data set, {self.source} is none; remove them")
         return self
 
@@ -138,7 +142,7 @@ class ClusterSection(Section):
         "ray", description="Workers as Ray actors, or all in this process, for debugging; the results are equal"
     )
     address: str | None = Field(
-        None, description="Ray address, e.g. auto or ray://host:10001; without it RAY_ADDRESS, and without that a Ray of its own"
+        None, description="Ray address, e.g. auto, host:6379 or ray://host:10001; without it RAY_ADDRESS, and without that a Ray of its own"
     )
     num_shards: Positive = Field(1, description="Pieces the blocks are cut into, one worker each")
     num_replicas: Positive = Field(1, description="Copies of all shards; each sees its share of the sequences")
@@ -152,6 +156,9 @@ class OutputSection(Section):
     """Where results go."""
 
     uri: str = Field(min_length=1, description="Run directory: a local path or an fsspec URI such as s3://bucket/runs/name")
+    keep_shots: int = Field(
+        2, ge=0, description="Keep the tensors of this many last shots; 0 keeps all. What is recorded of a shot is always kept"
+    )
     exports: tuple[Literal["masked"], ...] = Field(("masked",), description="Checkpoints to write at the end; masked: dense with zeros")
 
 
@@ -179,11 +186,23 @@ class JobSpec(Section):
                 f"cluster.num_replicas: {self.cluster.num_replicas} replicas cannot be filled by {self.calibration.num_sequences} "
                 "calibration sequences; give fewer replicas or more sequences"
             )
+        for i, text in enumerate(self.evaluation):
+            same = text.has_own_split and text.source == self.calibration.source
+            if same and text.max_tokens != self.calibration.max_tokens:
+                raise ValueError(
+                    f"evaluation.{i}.max_tokens: must equal calibration.max_tokens, because both are cut from {text.source} and the "
+                    "border between train and test would move; set both"
+                )
         return self
 
     def method_fingerprint(self) -> str:
-        """Return a SHA-256 over all that determines the result: not the name, the cluster, the texts evaluated or the output."""
-        method = self.model_dump(mode="json", exclude={"name", "cluster", "evaluation", "output"})
+        """Return a SHA-256 over all that determines the result: not the name, the cluster, the texts evaluated or the output.
+
+        Where the model lies does not count either; its content has a fingerprint of its own.
+        """
+        method = self.model_dump(
+            mode="json", exclude={"name": True, "cluster": True, "evaluation": True, "output": True, "model": {"source"}}
+        )
         return hashlib.sha256(json.dumps(method, sort_keys=True).encode()).hexdigest()
 
 

@@ -10,17 +10,19 @@ import functools
 import hashlib
 import json
 import os
+import shutil
 import struct
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import fsspec
 from filelock import FileLock
 from fsspec.implementations.local import LocalFileSystem
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 P = ParamSpec("P")
@@ -28,6 +30,7 @@ T = TypeVar("T")
 
 _MAX_HEADER_BYTES = 100_000_000
 """The limit the safetensors format itself sets."""
+_FINGERPRINT_BYTES = 65536
 
 
 def cache_folder() -> Path:
@@ -81,6 +84,34 @@ def exists(uri: str) -> bool:
     """Whether a file or folder is there."""
     filesystem, path = open_filesystem(uri)
     return bool(filesystem.exists(path))
+
+
+@_raises_os_error
+def size_bytes(uri: str) -> int | None:
+    """Return the size of a file, or None if it is not there."""
+    filesystem, path = open_filesystem(uri)
+    return int(filesystem.size(path)) if filesystem.exists(path) else None
+
+
+@_raises_os_error
+def remove(uri: str) -> None:
+    """Remove a file."""
+    filesystem, path = open_filesystem(uri)
+    filesystem.rm_file(path)
+
+
+@_raises_os_error
+def download(uri: str, target: Path) -> None:
+    """Copy a file to a local path."""
+    filesystem, path = open_filesystem(uri)
+    filesystem.get_file(path, str(target))
+
+
+@_raises_os_error
+def put_file(uri: str, source: Path) -> None:
+    """Copy a local file, whole or not at all."""
+    with tempfile.TemporaryDirectory(dir=_scratch_folder(uri), prefix=".writing-") as folder:
+        _upload(uri, Path(shutil.copyfile(source, Path(folder) / "file")))
 
 
 @_raises_os_error
@@ -206,19 +237,18 @@ def local_copy(uri: str) -> Path:
     return target
 
 
-def read_tensors(uri: str) -> dict[str, Tensor]:
-    """Read a safetensors file."""
-    tensors = load_file(local_copy(uri))
-    assert isinstance(tensors, dict)
-    return tensors
+def read_tensors(uri: str, names: Container[str] | None = None) -> dict[str, Tensor]:
+    """Read a safetensors file, or only the tensors of the given names."""
+    with safe_open(local_copy(uri), framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys() if names is None or name in names}  # noqa: SIM118
 
 
 @_raises_os_error
 def read_safetensors_header(uri: str) -> tuple[dict[str, tuple[int, ...]], str]:
-    """Read names and shapes of a safetensors file, without its tensors, by two ranged reads.
+    """Read names and shapes of a safetensors file, without its tensors, by ranged reads.
 
     Returns:
-        name -> shape, and a SHA-256 over the header and the file's size.
+        name -> shape, and a SHA-256 over the header, the file's size and its last 64 KiB.
 
     Raises:
         ValueError: the file is not a whole safetensors file.
@@ -239,4 +269,5 @@ def read_safetensors_header(uri: str) -> tuple[dict[str, tuple[int, ...]], str]:
         raise ValueError(f"{uri}: the safetensors header is damaged ({error}); fetch the file again") from error
     if 8 + length + end != size:
         raise ValueError(f"{uri}: cut short or padded: {size} bytes, {8 + length + end} by its header; fetch it again")
-    return shapes, hashlib.sha256(raw + str(size).encode()).hexdigest()
+    tail = filesystem.cat_file(path, start=max(8 + length, size - _FINGERPRINT_BYTES), end=size)
+    return shapes, hashlib.sha256(raw + str(size).encode() + tail).hexdigest()

@@ -83,7 +83,7 @@ def test_local_data_set_with_its_own_splits(tmp_path: Path, tokenizer: PreTraine
     datasets.DatasetDict({k: datasets.Dataset.from_dict({"body": v}) for k, v in parts.items()}).save_to_disk(tmp_path / "set")
     stream = token_stream(source(tmp_path / "set", split="test", column="body"), tokenizer, "evaluation")
     assert list(stream) == tokenizer("\n\n".join(DOCUMENTS[30:]), add_special_tokens=False)["input_ids"]
-    with pytest.raises(ValueError, match=r"no column 'text'.*body"):
+    with pytest.raises(ValueError, match=r"no text in column 'text'.*body"):
         token_stream(source(tmp_path / "set"), tokenizer, "calibration")
     with pytest.raises(ValueError, match="cannot read the data set"):
         token_stream(source(tmp_path / "set", split="dev", column="body"), tokenizer, "calibration")

@@ -15,7 +15,7 @@ ALLOWED = {
     "spec": set(),
     "storage": set(),
     "sources": {"storage"},
-    "data": {"storage"},
+    "data": {"storage", "sources"},
     "models": {"surgery", "models"},
     "cluster": {"surgery", "models", "storage", "sources", "cluster"},
     "evaluate": {"cluster"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from threading import BrokenBarrierError
 from typing import Any
 
 from ray_surgeon.cluster.messages import WorkerIndex
@@ -49,8 +50,23 @@ class LocalCluster:
         if self.placement.num_replicas == 1 or method not in _MEETINGS:
             return [getattr(worker, method)(*args, **kwargs) for worker in workers]
         with ThreadPoolExecutor(len(workers)) as pool:
-            return [f.result() for f in [pool.submit(getattr(worker, method), *args, **kwargs) for worker in workers]]
+            futures = [pool.submit(_meet, worker, method, *args, **kwargs) for worker in workers]
+        errors = [error for error in (future.exception() for future in futures) if error is not None]
+        for error in sorted(errors, key=lambda error: isinstance(error, BrokenBarrierError)):
+            raise error
+        return [future.result() for future in futures]
 
     def close(self) -> None:
         """Drop the workers."""
         self._workers.clear()
+
+
+def _meet(worker: ShardWorker, method: str, *args: object, **kwargs: object) -> Any:
+    came_to_the_end = False
+    try:
+        result = getattr(worker, method)(*args, **kwargs)
+        came_to_the_end = True
+    finally:
+        if not came_to_the_end and isinstance(worker.replicas, ThreadReplica):
+            worker.replicas.leave()
+    return result

@@ -27,19 +27,27 @@ class Wire:
 
 
 @dataclass(frozen=True)
+class SavedFile:
+    """A file a worker wrote, e.g. ("shots/0001/shard-0001.safetensors", 123, ("model.layers.0...",))."""
+
+    uri: str
+    size_bytes: int
+    keys: tuple[str, ...] = field(repr=False)
+
+
+@dataclass(frozen=True)
 class ModelRecipe:
     """How a worker gets its weights.
 
     Attributes:
         source: the dense model.
         dtype: of weights and activations, e.g. "float32".
-        shot_uris: committed weight files whose tensors replace the dense ones, when a run is resumed.
+        shot_files: of the committed shot that a run is resumed from; their tensors replace the dense ones.
     """
 
     source: ModelSource
     dtype: str
-    shot_uris: tuple[str, ...] = ()
-    mask_uris: tuple[str, ...] = ()
+    shot_files: tuple[SavedFile, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -122,12 +130,3 @@ class Usage:
     cpu_s: float
     peak_rss_bytes: int
     peak_gpu_bytes: int = 0
-
-
-@dataclass(frozen=True)
-class SavedFile:
-    """A file a worker wrote, e.g. ("shots/0001/shard-0001.safetensors", 123, ("model.layers.0...",))."""
-
-    uri: str
-    size_bytes: int
-    keys: tuple[str, ...] = field(repr=False)

@@ -56,6 +56,11 @@ def connect(address: str | None, num_cpus_needed: int) -> str:
     return f"a local Ray with {num_cpus} CPUs"
 
 
+def num_nodes() -> int:
+    """Return the number of machines that are alive in the cluster."""
+    return sum(node["Alive"] for node in ray.nodes())  # type: ignore[no-untyped-call]
+
+
 class RayCluster:
     """One actor per shard and replica. A lost actor is not restarted alone: its state is in the committed shot."""
 
@@ -92,7 +97,9 @@ class RayCluster:
             )
             self._actors[index] = options.remote(placement, index, resources.cpus_per_worker, device)
         if placement.num_replicas > 1:
-            address = self.get([self.submit(placement.workers[0], "meeting_address")])[0]
+            first = placement.workers[0]
+            host = ray.get(self._actors[first].__ray_call__.remote(_node_address))
+            address = self.get([self.submit(first, "meeting_address", host)])[0]
             self.run_all("join_replicas", address, resources.step_timeout_s)
 
     def submit(self, index: WorkerIndex, method: str, *args: object, num_returns: int = 1) -> Any:
@@ -117,6 +124,11 @@ class RayCluster:
         for actor in self._actors.values():
             ray.kill(actor)
         remove_placement_group(self._group)
+
+
+def _node_address(worker: ShardWorker) -> str:
+    """Return the address by which Ray itself reaches the machine of a worker; runs there."""
+    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
 
 
 def _reserve(num_workers: int, resources: RayResources) -> PlacementGroup:

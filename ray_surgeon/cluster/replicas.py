@@ -51,6 +51,10 @@ class ThreadReplica:
         """Join a meeting."""
         self._meeting, self.rank = meeting, rank
 
+    def leave(self) -> None:
+        """Let the others go on with an error, because this one will not come."""
+        self._meeting.barrier.abort()
+
     def reduce(self, tensor: Tensor, owner: int) -> None:
         """Sum to the owner."""
         meeting = self._meeting

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
-from typing import cast
 
 import numpy as np
 import torch
@@ -57,12 +56,11 @@ class ShardWorker:
 
     # Setting up
 
-    def meeting_address(self) -> str:
-        """Return an address of this worker's machine with a free port, for `join_replicas`."""
+    def meeting_address(self, host: str) -> str:
+        """Return an address on this machine with a free port, for `join_replicas`; `host` is its name to the others."""
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
             probe.bind(("", 0))
-            port = probe.getsockname()[1]
-        return f"tcp://{_own_address()}:{port}"
+            return f"tcp://{host}:{probe.getsockname()[1]}"
 
     def join_replicas(self, address: str, timeout_s: float) -> None:
         """Join the process group of all workers; see `ProcessReplica`."""
@@ -79,12 +77,12 @@ class ShardWorker:
         files = open_model(recipe.source, convert_gguf)
         config = AutoConfig.from_pretrained(files.small_files_folder())
         self.shard = ModelShard(config, self.placement.blocks[self.index.shard], getattr(torch, recipe.dtype), self.device)
-        pruned = {k: v for uri in recipe.shot_uris for k, v in storage.read_tensors(uri).items()}
         reader, tied = files.reader(), tied_names(config, self.shard.adapter)
+        pruned_in = {key: file.uri for file in recipe.shot_files for key in file.keys}
 
         def read(name: str) -> Tensor:
-            if name in pruned:
-                return pruned[name]
+            if name in pruned_in:
+                return storage.read_tensors(pruned_in[name], (name,))[name]
             key = checkpoint_key(name, reader.file_of, tied)
             if key is None:
                 raise ValueError(f"model.source: {files.origin} has no tensor {name}")
@@ -94,14 +92,9 @@ class ShardWorker:
         shapes = {s.name: s for s in linear_shapes(config)}
         self._site_of = {name: shapes[name].site for name in self.shard.linears}
         self.masks = {name: StructuredMask.full(shapes[name].num_rows, shapes[name].num_columns) for name in self.shard.linears}
-        for uri in recipe.mask_uris:
-            self._read_masks(uri)
-
-    def _read_masks(self, uri: str) -> None:
-        saved = storage.read_tensors(uri)
-        for name in self.masks:
-            if f"{name}.rows" in saved:
-                self.masks[name] = StructuredMask(saved[f"{name}.rows"].bool(), saved[f"{name}.columns"].bool())
+        for name in self.masks if recipe.shot_files else ():
+            rows, columns = read(f"{name}.rows"), read(f"{name}.columns")
+            self.masks[name] = StructuredMask(rows.bool(), columns.bool())
 
     # Curvature: forward and backward over micro-batches
 
@@ -113,7 +106,7 @@ class ShardWorker:
         """Run a micro-batch forward: tokens or hidden states in, hidden states out."""
         return encode(self.shard.forward(micro_batch, decode(inputs, self.device)))
 
-    def forward_backward(self, micro_batch: int, inputs: Wire, tokens: Wire, sample_seed: int | None) -> tuple[Wire, float]:
+    def forward_backward(self, micro_batch: int, inputs: Wire, tokens: Wire, sample_seed: int | None) -> tuple[Wire | None, float]:
         """Run a micro-batch through the last shard and back.
 
         Args:
@@ -123,7 +116,7 @@ class ShardWorker:
             sample_seed: seed of labels drawn from the model; None takes the data's (empirical Fisher).
 
         Returns:
-            The gradient at the inputs, and the summed NLL of the data in nats.
+            The gradient at the inputs, None if this is the only shard, and the summed NLL of the data in nats.
 
         Raises:
             FloatingPointError: the loss is not finite.
@@ -136,11 +129,14 @@ class ShardWorker:
         if not np.isfinite(total):
             raise FloatingPointError(f"the loss of calibration micro-batch {micro_batch} is {total}; check the weights and the dtype")
         assert gradient is not None
-        return encode(self.shard.backward(micro_batch, gradient)), total
+        return self._gradient_below(self.shard.backward(micro_batch, gradient)), total
 
-    def backward(self, micro_batch: int, gradient: Wire) -> Wire:
-        """Run a micro-batch backward: gradient at the outputs in, gradient at the inputs out."""
-        return encode(self.shard.backward(micro_batch, decode(gradient, self.device)))
+    def backward(self, micro_batch: int, gradient: Wire) -> Wire | None:
+        """Run a micro-batch backward: gradient at the outputs in, gradient at the inputs out; the first shard keeps its own."""
+        return self._gradient_below(self.shard.backward(micro_batch, decode(gradient, self.device)))
+
+    def _gradient_below(self, gradient: Tensor) -> Wire | None:
+        return None if self.index.shard == 0 else encode(gradient)
 
     def finish_curvature(self) -> None:
         """Stop gathering and sum the factors over the replicas, each site to its owner; the others free theirs."""
@@ -197,24 +193,26 @@ class ShardWorker:
 
     def prune(self, threshold: float, joint: str, options: CurvatureOptions) -> tuple[LinearSummary, ...]:
         """Remove every structure whose cost is at most the threshold, update what stays, and send it to the replicas."""
-        summaries = []
+        predicted = {}
+        for name in self._owned():
+            surgery = self._surgery(name, options)
+            W, self.masks[name], predicted[name] = surgery.prune(self._candidates.pop(name), threshold, joint)
+            self.shard.set_weight(name, W)
+        self.shard.drop_curvature()
+        self._share_linears()
+        return tuple(self._summary(name, predicted[name]) for name in self._owned())
+
+    def _share_linears(self) -> None:
+        """Send every linear and its mask from its owner to the other replicas, after all of them have done their own."""
         for name in self.shard.linears:
             owner = self.placement.owners[self._site_of[name]]
             W, mask = self.shard.weight(name), self.masks[name]
             rows, columns = mask.rows.to(self.device), mask.columns.to(self.device)
-            predicted = 0.0
-            if owner == self.replicas.rank:
-                surgery = self._surgery(name, options)
-                W, mask, predicted = surgery.prune(self._candidates.pop(name), threshold, joint)
-                rows, columns = mask.rows.to(self.device), mask.columns.to(self.device)
             for tensor in (W, rows, columns):
                 self.replicas.broadcast(tensor, owner)
-            self.shard.set_weight(name, W)
-            self.masks[name] = StructuredMask(rows.cpu(), columns.cpu())
-            if owner == self.replicas.rank:
-                summaries.append(self._summary(name, predicted))
-        self.shard.drop_curvature()
-        return tuple(summaries)
+            if owner != self.replicas.rank:
+                self.shard.set_weight(name, W)
+                self.masks[name] = StructuredMask(rows.cpu(), columns.cpu())
 
     def _summary(self, name: str, predicted: float) -> LinearSummary:
         mask, W = self.masks[name], self.shard.weight(name)
@@ -261,13 +259,3 @@ class ShardWorker:
     def usage(self) -> Usage:
         """Return what this process has used so far."""
         return process_usage(self.device)
-
-
-def _own_address() -> str:
-    """Return the address by which other machines reach this one, without sending anything."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))
-            return cast(str, probe.getsockname()[0])
-        except OSError:
-            return "127.0.0.1"

@@ -23,6 +23,8 @@ from ray_surgeon.models.gguf import convert_gguf
 from ray_surgeon.sources import SMALL_FILES, ModelSource, open_model
 
 _NUM_COMPARED_TOKENS = 64
+_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05, "float16": 0.01}
+"""Largest difference of logits by dtype, relative to the largest logit: what another order of sums may do, and no more."""
 
 _MODEL_CARD = """---
 library_name: transformers
@@ -71,7 +73,7 @@ def export_masked(cluster: Cluster, source: ModelSource, uri: str, tokens: NDArr
     rows = "\n".join(f"| {text} | {before:.3f} | {after:.3f} |" for text, (before, after) in facts["perplexity"].items())
     card = _MODEL_CARD.format(source=source.source, name=facts["name"], sparsity=facts["sparsity"], rows=rows)
     storage.write_text(storage.join(uri, "README.md"), card)
-    difference = reload_difference(cluster, uri, tokens[:_NUM_COMPARED_TOKENS])
+    difference = reload_difference(cluster, uri, tokens[:_NUM_COMPARED_TOKENS], _TOLERANCE[str(facts["dtype"])])
     return {"kind": "masked", "uri": uri, "size_bytes": sum(f.size_bytes for f in files), "reload_max_logit_difference": difference}
 
 
@@ -79,24 +81,25 @@ def _write_small_files(source: ModelSource, uri: str, dtype: str) -> None:
     dense = open_model(source, convert_gguf)
     for name in SMALL_FILES:
         if name in dense.names and name != "config.json":
-            storage.write_text(storage.join(uri, name), dense.fetch(name).read_text(encoding="utf-8"))
+            storage.put_file(storage.join(uri, name), dense.fetch(name))
     config = json.loads(dense.fetch("config.json").read_text(encoding="utf-8"))
     config.pop("torch_dtype", None)
     storage.write_json(storage.join(uri, "config.json"), config | {"dtype": dtype})
 
 
-def reload_difference(cluster: Cluster, uri: str, tokens: NDArray[np.int64]) -> float:
+def reload_difference(cluster: Cluster, uri: str, tokens: NDArray[np.int64], tolerance: float) -> float:
     """Return the largest difference between the workers' logits and those of the export in a fresh process.
 
     Raises:
-        RuntimeError: the fresh process fails; shows its last lines.
+        RuntimeError: the fresh process fails, and its last lines are shown; or the logits differ by more than `tolerance`
+            times the largest of them.
     """
     here = decode(logits(cluster, [int(t) for t in tokens]), torch.device("cpu"))
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
         folder.mkdir()
         for name in storage.list_names(uri):
-            (folder / name).symlink_to(storage.local_copy(storage.join(uri, name)).resolve())
+            storage.download(storage.join(uri, name), folder / name)
         tokens_file, logits_file = Path(scratch) / "tokens.json", Path(scratch) / "logits.safetensors"
         tokens_file.write_text(json.dumps([int(t) for t in tokens]))
         command = [sys.executable, "-m", "ray_surgeon.export.reload", str(folder), str(tokens_file), str(logits_file)]
@@ -105,4 +108,7 @@ def reload_difference(cluster: Cluster, uri: str, tokens: NDArray[np.int64]) -> 
             tail = "\n".join(done.stderr.strip().splitlines()[-5:])
             raise RuntimeError(f"the export {uri} cannot be loaded by transformers:\n{tail}")
         there = storage.read_tensors(str(logits_file))["logits"]
-    return float((here - there).abs().max())
+    difference = float((here - there).abs().max())
+    if not difference <= tolerance * float(here.abs().max()):
+        raise RuntimeError(f"the export {uri} loads, but its logits differ from the workers' by {difference:g}; do not use it")
+    return difference

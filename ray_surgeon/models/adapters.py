@@ -90,18 +90,26 @@ ADAPTERS: dict[str, Adapter] = {
 }
 
 
+def check_family(family: str) -> None:
+    """Refuse a family without an adapter.
+
+    Raises:
+        ValueError: names the known ones.
+    """
+    if family not in ADAPTERS:
+        raise ValueError(
+            f"model.source: the model type is {family!r}, which has no adapter; known families: {', '.join(sorted(ADAPTERS))}. "
+            "Choose a model of one of these"
+        )
+
+
 def adapter_for(config: PretrainedConfig) -> Adapter:
     """Return the adapter of a model's family.
 
     Raises:
         ValueError: the family is unknown, and names the known ones; or its head does more than multiply.
     """
-    family = config.model_type
-    if family not in ADAPTERS:
-        raise ValueError(
-            f"model.source: the model type is {family!r}, which has no adapter; known families: {', '.join(sorted(ADAPTERS))}. "
-            "Choose a model of one of these"
-        )
+    check_family(config.model_type)
     if getattr(config, "final_logit_softcapping", None):
         raise ValueError("model.source: the model caps its logits (final_logit_softcapping), which the loss here does not; choose another")
-    return ADAPTERS[family]
+    return ADAPTERS[config.model_type]

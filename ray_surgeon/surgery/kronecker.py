@@ -13,6 +13,9 @@ from torch import Tensor
 _PANEL = 256
 """Columns of one panel of the symmetric product: wide enough for a fast GEMM, narrow enough to skip near half of it."""
 
+_INVERSE_PANEL = 512
+"""Columns of L^-1 that exist at once; above its diagonal L^-1 is zero, so later panels are smaller."""
+
 
 def add_second_moment(total: Tensor, x: Tensor) -> None:
     """Add ``x.T @ x`` to the upper block triangle of `total`, in place, at about half the work of the full product.
@@ -75,9 +78,10 @@ def balanced(A: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
 
 def damped(matrix: Tensor, damping: float) -> Tensor:
     """Return ``matrix + damping * mean(diag(matrix)) * I`` (method.md section 2)."""
-    if matrix.shape[0] == 0:
-        return matrix
-    return matrix + torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device) * (damping * matrix.diagonal().mean())
+    result = matrix.clone()
+    if len(matrix):
+        result.diagonal().add_(damping * matrix.diagonal().mean())
+    return result
 
 
 @dataclass(frozen=True)
@@ -97,10 +101,14 @@ class DampedFactor:
     float64_retry: bool
 
     def inverse_diagonal(self) -> Tensor:
-        """Return the diagonal [n] of the inverse: the column norms of L^-1, squared."""
-        eye = torch.eye(len(self.cholesky), dtype=self.cholesky.dtype, device=self.cholesky.device)
-        L_inverse: Tensor = torch.linalg.solve_triangular(self.cholesky, eye, upper=False)
-        return L_inverse.square().sum(dim=0)
+        """Return the diagonal [n] of the inverse: the squared column norms of L^-1, which is made a panel of columns at a time."""
+        L, panels = self.cholesky, []
+        for start in range(0, len(L), _INVERSE_PANEL):
+            width = min(_INVERSE_PANEL, len(L) - start)
+            unit = torch.eye(len(L) - start, width, dtype=L.dtype, device=L.device)
+            columns = torch.linalg.solve_triangular(L[start:, start:], unit, upper=False)
+            panels.append(columns.square().sum(dim=0))
+        return torch.cat(panels) if panels else L.new_zeros(0)
 
 
 def factorise(matrix: Tensor, damping: float, max_damping: float, name: str) -> DampedFactor:

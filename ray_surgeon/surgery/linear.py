@@ -151,7 +151,6 @@ class LinearSurgery:
             gone_rows[rows],
             gone_columns[columns],
             joint=joint,
-            max_damping=self.max_damping,
             name=self.name,
         )
         predicted = quadratic_cost(after - before, A, G)

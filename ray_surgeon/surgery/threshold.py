@@ -53,7 +53,7 @@ def check_costs(name: str, costs: Tensor) -> None:
     """Refuse costs that would prune at random.
 
     Raises:
-        FloatingPointError: a cost is NaN, infinite or negative beyond rounding; zero would say "prune me first".
+        FloatingPointError: a cost is NaN, infinite or negative; taking it for zero would say "prune me first".
     """
     if not torch.isfinite(costs).all() or (costs < 0).any():
         bad = int((~torch.isfinite(costs) | (costs < 0)).sum())

@@ -12,21 +12,23 @@ from torch import Tensor
 from ray_surgeon.surgery.kronecker import factorise
 
 
-def _correlation(matrix: Tensor, pruned: Tensor, max_damping: float, name: str) -> Tensor:
-    """Return M = matrix_KK^-1 matrix_KP, [kept, pruned]. `matrix` is already damped."""
+def _correlation(matrix: Tensor, pruned: Tensor, name: str) -> Tensor:
+    """Return M = matrix_KK^-1 matrix_KP, [kept, pruned].
+
+    `matrix` is damped already; a part of a positive definite matrix is one too, so no more damping is allowed here.
+    """
     kept = ~pruned
-    factor = factorise(matrix[kept][:, kept], 0.0, max_damping, name)
+    factor = factorise(matrix[kept][:, kept], 0.0, 0.0, name)
     return torch.cholesky_solve(matrix[kept][:, pruned], factor.cholesky)
 
 
-def prune_rows(W: Tensor, G: Tensor, pruned: Tensor, *, max_damping: float = 1.0, name: str = "G") -> Tensor:
+def prune_rows(W: Tensor, G: Tensor, pruned: Tensor, *, name: str = "G") -> Tensor:
     """Set the pruned rows to zero and add G_KK^-1 G_KP W_P to the kept ones (A cancels).
 
     Args:
         W: [R, C].
         G: [R, R] damped.
         pruned: [R] bool, True = goes.
-        max_damping: see `factorise`.
         name: what G belongs to, for errors.
 
     Returns:
@@ -36,24 +38,23 @@ def prune_rows(W: Tensor, G: Tensor, pruned: Tensor, *, max_damping: float = 1.0
     if not pruned.any():
         return W.clone()
     if not pruned.all():
-        new[~pruned] = W[~pruned] + _correlation(G, pruned, max_damping, name) @ W[pruned]
+        new[~pruned] = W[~pruned] + _correlation(G, pruned, name) @ W[pruned]
     return new
 
 
-def prune_columns(W: Tensor, A: Tensor, pruned: Tensor, *, max_damping: float = 1.0, name: str = "A") -> Tensor:
+def prune_columns(W: Tensor, A: Tensor, pruned: Tensor, *, name: str = "A") -> Tensor:
     """Set the pruned columns to zero and add W_Q A_QL A_LL^-1 to the kept ones (G cancels).
 
     Args:
         W: [R, C].
         A: [C, C] damped.
         pruned: [C] bool, True = goes.
-        max_damping: see `factorise`.
         name: what A belongs to, for errors.
 
     Returns:
         [R, C] the new weights.
     """
-    return prune_rows(W.T, A, pruned, max_damping=max_damping, name=name).T.contiguous()
+    return prune_rows(W.T, A, pruned, name=name).T.contiguous()
 
 
 def prune_rows_and_columns(
@@ -64,7 +65,6 @@ def prune_rows_and_columns(
     pruned_columns: Tensor,
     *,
     joint: str = "exact",
-    max_damping: float = 1.0,
     name: str = "",
 ) -> Tensor:
     """Remove rows and columns together.
@@ -80,16 +80,15 @@ def prune_rows_and_columns(
         pruned_rows: [R] bool.
         pruned_columns: [C] bool.
         joint: ``exact`` or ``independent``.
-        max_damping: see `factorise`.
         name: the linear, for errors.
 
     Returns:
         [R, C] new weights, zero in every pruned row and column.
     """
-    by_rows = prune_rows(W, G, pruned_rows, max_damping=max_damping, name=f"{name} G")
+    by_rows = prune_rows(W, G, pruned_rows, name=f"{name} G")
     if joint == "exact":
-        return prune_columns(by_rows, A, pruned_columns, max_damping=max_damping, name=f"{name} A")
-    by_columns = prune_columns(W, A, pruned_columns, max_damping=max_damping, name=f"{name} A")
+        return prune_columns(by_rows, A, pruned_columns, name=f"{name} A")
+    by_columns = prune_columns(W, A, pruned_columns, name=f"{name} A")
     new = by_rows + by_columns - W
     new[pruned_rows] = 0
     new[:, pruned_columns] = 0

@@ -31,7 +31,7 @@ def tiny_spec(folder: Path, model: Path, **changes: Any) -> Path:
         ],
         "pruning": {"target_sparsity": 0.3, "num_shots": 2},
         "cluster": {"backend": "local"},
-        "output": {"uri": str(folder / "run"), "exports": []},
+        "output": {"uri": str(folder / "run"), "exports": [], "keep_shots": 0},
     }
     for path, value in changes.items():
         *parents, last = path.split("__")

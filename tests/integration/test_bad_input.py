@@ -7,11 +7,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 from s3fs import S3FileSystem
 from safetensors.torch import load_file, save_file
 
-from ray_surgeon import pipeline
+from ray_surgeon import pipeline, storage
 from ray_surgeon.pipeline import main
 from tests.integration.runs import run, tiny_spec
 
@@ -70,7 +71,7 @@ def test_unknown_architecture_and_remote_code(model: Path, tmp_path: Path, capsy
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"model_type": "made_up", "auto_map": {"AutoConfig": "evil.Config"}}))
     (model / "evil.py").write_text("raise SystemExit('code of a stranger ran')")
-    assert "transformers cannot read config.json" in refused(capsys, run(tmp_path, model))
+    assert "known families" in refused(capsys, run(tmp_path, model))
 
 
 def test_missing_tensor(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -143,3 +144,46 @@ def test_unreachable_s3(model: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_dry_run_needs_no_worker(model: Path, tmp_path: Path) -> None:
     assert main([str(tiny_spec(tmp_path, model)), "--dry-run"]) == 0
     assert not (tmp_path / "run").exists()
+
+
+def test_config_that_transformers_refuses(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"hidden_size": "wide"}))
+    assert "transformers cannot read config.json" in refused(capsys, run(tmp_path, model))
+    (model / "config.json").write_text("{")
+    assert "not valid JSON" in refused(capsys, run(tmp_path, model))
+
+
+def test_files_that_may_not_be_read(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(uri: str) -> Path:
+        raise PermissionError(f"{uri}: Forbidden")
+
+    with fsspec.open("memory://denied/config.json", "w") as file:
+        file.write("{}")
+    monkeypatch.setattr(storage, "local_copy", denied)
+    assert "cannot read memory://denied" in refused(capsys, run(tmp_path, model, model__source="memory://denied"))
+
+
+def test_output_that_cannot_be_written(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    message = refused(capsys, run(tmp_path, model, output__uri=str(tmp_path / "file" / "run")))
+    assert "output.uri: cannot use" in message
+
+
+def test_different_limits_of_one_text_would_leak(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "evaluation.0.max_tokens: must equal" in refused(capsys, run(tmp_path, model, calibration__max_tokens=3000))
+
+
+def test_resume_from_a_damaged_shot(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    assert run(tmp_path, model, pruning__num_shots=1) == 0
+    capsys.readouterr()
+    weights = tmp_path / "run/shots/0001/shard-0001.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    assert "shard-0001.safetensors has" in refused(capsys, run(tmp_path, model, "--resume", pruning__num_shots=1))
+    weights.unlink()
+    assert "is missing" in refused(capsys, run(tmp_path, model, "--resume", pruning__num_shots=1))

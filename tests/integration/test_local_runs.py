@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ray_surgeon import coordinator, storage
+from ray_surgeon.cluster.local import LocalCluster
+from ray_surgeon.cluster.messages import ModelRecipe
+from ray_surgeon.cluster.placement import place
+from ray_surgeon.sources import ModelSource
 from tests.conftest import CONFIGS
 from tests.integration.runs import assert_same_shot, report_of, run, tensors_of_shot, tiny_spec
 
@@ -112,6 +117,9 @@ def test_resumed_run_ends_with_the_same_bits(
     assert cut["dense"] == whole["dense"]
 
 
+EVALUATION = [{"name": "docs", "source": "python-docs", "num_sequences": 2, "sequence_length": 40}]
+
+
 def test_options_do_something(model_folders: dict[str, Path], tmp_path: Path) -> None:
     """Each option changes the weights of the result."""
     changes: dict[str, Any] = {
@@ -128,7 +136,7 @@ def test_options_do_something(model_folders: dict[str, Path], tmp_path: Path) ->
         "num_sequences": {"calibration__num_sequences": 5},
         "stride": {"calibration__stride": None},
         "seed": {"calibration__stride": None, "calibration__seed": 3},
-        "max_tokens": {"calibration__stride": None, "calibration__max_tokens": 3000},
+        "max_tokens": {"calibration__stride": None, "calibration__max_tokens": 3000, "evaluation": EVALUATION},
     }
     results = {}
     for name, change in changes.items():
@@ -173,3 +181,38 @@ def test_module_entry_and_dry_run(model_folders: dict[str, Path], tmp_path: Path
     assert "7 shots to 30.0%, 240 calibration tokens each" in done.stdout
     assert "0-" in done.stdout
     assert not (tmp_path / "run").exists()
+
+
+def test_a_sentencepiece_file_is_exported_as_it_is(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    """Llama-2 has its tokenizer as a binary file too."""
+    model = Path(shutil.copytree(model_folders["llama"], tmp_path / "model"))
+    (model / "tokenizer.model").write_bytes(b"\xff\xfe\x00binary")
+    assert run(tmp_path, model, output__exports=["masked"]) == 0
+    assert (tmp_path / "run/export/masked/tokenizer.model").read_bytes() == b"\xff\xfe\x00binary"
+
+
+def test_only_the_last_shots_keep_their_tensors(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    assert run(tmp_path, model_folders["llama"], pruning__num_shots=4, output__keep_shots=2) == 0
+    names = {shot: storage.list_names(str(tmp_path / f"run/shots/{shot:04d}")) for shot in (1, 2, 3, 4)}
+    assert names[1] == names[2] == ["manifest.json"]
+    assert len(names[3]) == len(names[4]) == 3
+    assert [shot["index"] for shot in report_of(tmp_path / "run")["shots"]] == [1, 2, 3, 4]
+
+
+def test_a_gap_in_the_shots_is_repeated(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    options: dict[str, Any] = {"pruning__num_shots": 3}
+    assert run(tmp_path, model_folders["llama"], **options) == 0
+    expected = tensors_of_shot(tmp_path / "run", 3)
+    shutil.rmtree(tmp_path / "run/shots/0002")
+    assert run(tmp_path, model_folders["llama"], "--resume", **options) == 0
+    found = tensors_of_shot(tmp_path / "run", 3)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert [shot["index"] for shot in report_of(tmp_path / "run")["shots"]] == [1, 2, 3]
+
+
+def test_replica_that_fails_is_named_and_not_waited_for(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    placement = place(CONFIGS["llama"], 1, 2)
+    cluster = LocalCluster(placement, 1)
+    cluster.run_all("load", ModelRecipe(ModelSource(str(model_folders["llama"])), "float32"))
+    with pytest.raises(AssertionError):
+        cluster.run_all("finish_curvature")
