@@ -82,7 +82,7 @@ def test_sigterm_ends_the_run_and_says_how_to_go_on(model_folders: dict[str, Pat
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     output = ""
-    while "shot 1/500  commit" not in output:
+    while "shot 1/500 commit" not in output:
         line = process.stdout.readline()
         assert line, "the run ended before its first shot"
         output += line
