@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from ray_surgeon.checkpoint import RunDirectory
-from ray_surgeon.cluster.messages import CostOptions, CostsReply, CurvatureOptions, LinearSummary, ModelRecipe, Usage
+from ray_surgeon.cluster.messages import CostOptions, CostsReply, CurvatureOptions, LinearSummary, ModelRecipe, PruneOptions, Usage
 from ray_surgeon.cluster.protocol import Cluster
 from ray_surgeon.cluster.steps import collect_curvature
 from ray_surgeon.cluster.usage import process_usage
@@ -22,7 +22,15 @@ from ray_surgeon.export.masked import export_masked
 from ray_surgeon.report import Fact, RunReport
 from ray_surgeon.sources import ModelSource
 from ray_surgeon.spec import JobSpec
-from ray_surgeon.surgery.threshold import StructureCosts, Threshold, structured_threshold
+from ray_surgeon.surgery.element_surgery import ElementUnits, ElementUpdate
+from ray_surgeon.surgery.threshold import (
+    StructureCosts,
+    Threshold,
+    bucket_of,
+    cost_of_bits,
+    structured_threshold,
+    units_to_remove,
+)
 
 
 @dataclass(frozen=True)
@@ -53,8 +61,17 @@ class Job:
     def cost_options(self) -> CostOptions:
         """How costs are taken."""
         curvature, pruning = self.spec.curvature, self.spec.pruning
-        damping = CurvatureOptions(curvature.damping.a, curvature.damping.g, curvature.max_damping)
-        return CostOptions(pruning.structure, pruning.rank_by, damping)
+        options = CurvatureOptions(curvature.kind, curvature.damping.a, curvature.damping.g, curvature.max_damping)
+        n, m = pruning.pattern
+        units = ElementUnits(n, m, pruning.group_costs == "joint") if pruning.structure == "n_m" else ElementUnits()
+        return CostOptions(pruning.structure, pruning.rank_by, pruning.costs, units, options)
+
+    @property
+    def prune_options(self) -> PruneOptions:
+        """How the weights that stay are updated."""
+        updates = self.spec.updates
+        update = ElementUpdate(updates.correlations, updates.solver, updates.num_iterations, updates.tolerance, updates.max_correlate)
+        return PruneOptions(updates.joint, update)
 
 
 @dataclass(frozen=True)
@@ -120,7 +137,8 @@ def run_shots(job: Job, cluster: Cluster, run: RunDirectory) -> Iterator[Event]:
     Raises:
         FloatingPointError: a loss, factor or cost is not usable; committed shots stay.
     """
-    spec, num_shots = job.spec, job.spec.pruning.num_shots
+    spec, targets = job.spec, job.spec.pruning.targets
+    num_shots = len(targets)
     run.start(job.spec_yaml, job.fingerprints)
     done = [run.read_shot(index) for index in run.committed_indices()]
     report = RunReport(spec.model_dump(mode="json"), job.fingerprints, job.environment, job.num_parameters)
@@ -135,7 +153,7 @@ def run_shots(job: Job, cluster: Cluster, run: RunDirectory) -> Iterator[Event]:
     with meter.step("load"):
         dense = ModelRecipe(job.model_source, spec.model.dtype)
         resumed = ModelRecipe(job.model_source, spec.model.dtype, done[-1].files) if done else dense
-        cluster.run_all("load", resumed)
+        cluster.run_all("load", resumed, job.cost_options.by_element)
     yield ended("load", len(done), meter, workers=len(cluster.placement.workers), resumed_after_shot=len(done))
 
     if done:
@@ -147,28 +165,30 @@ def run_shots(job: Job, cluster: Cluster, run: RunDirectory) -> Iterator[Event]:
 
     for shot in range(len(done) + 1, num_shots + 1):
         meter = StepMeter(cluster)
-        target = spec.pruning.target_sparsity * shot / num_shots
+        target = targets[shot - 1]
         with meter.step("curvature"):
             sampled = spec.curvature.fisher == "sampled"
             seed = spec.curvature.seed + shot * len(job.calibration) if sampled else None
-            loss = collect_curvature(cluster, job.calibration, seed)
+            loss = collect_curvature(cluster, job.calibration, spec.curvature.kind, seed)
         tokens_per_s = job.calibration.size / meter.seconds["curvature"]
         yield ended("curvature", shot, meter, calibration_loss=loss, tokens_per_s=tokens_per_s)
 
         with meter.step("costs"):
             replies: list[CostsReply] = cluster.run_all("costs", job.cost_options)
         damping = [asdict(event) for reply in replies for event in reply.damping]
-        yield ended("costs", shot, meter, linears=sum(len(r.costs) for r in replies), damping_raised=len(damping))
+        yield ended("costs", shot, meter, damping_raised=len(damping))
 
         with meter.step("threshold"):
-            threshold = _threshold(replies, target)
+            threshold = _threshold(cluster, job.cost_options, replies, target)
         yield ended("threshold", shot, meter, threshold=threshold.value, sparsity=threshold.sparsity)
 
         with meter.step("update"):
-            summaries = cluster.run_all("prune", threshold.value, spec.updates.joint, job.cost_options.curvature)
+            summaries = cluster.run_all("prune", threshold.value, job.prune_options, job.cost_options)
         linears: list[LinearSummary] = [summary for worker in summaries for summary in worker]
         predicted = sum(linear.predicted_loss_increase for linear in linears)
-        yield ended("update", shot, meter, predicted_loss_increase=predicted)
+        residuals = sorted(linear.residual for linear in linears)
+        residual = {"median": residuals[len(residuals) // 2], "max": residuals[-1]}
+        yield ended("update", shot, meter, predicted_loss_increase=predicted, max_residual=residual["max"])
 
         with meter.step("evaluation"):
             values = _perplexities(job, cluster)
@@ -185,6 +205,7 @@ def run_shots(job: Job, cluster: Cluster, run: RunDirectory) -> Iterator[Event]:
                 "perplexity": values,
                 "calibration_loss": loss,
                 "predicted_loss_increase": predicted,
+                "update_residual": residual,
                 "seconds": dict(meter.seconds),
                 "cpu_seconds": dict(meter.cpu_seconds),
                 "peak_rss_bytes": meter.peak_bytes("peak_rss_bytes"),
@@ -219,9 +240,30 @@ def _perplexities(job: Job, cluster: Cluster) -> dict[str, float]:
     return {name: perplexity(cluster, windows) for name, windows in job.evaluation.items()}
 
 
-def _threshold(replies: list[CostsReply], target_sparsity: float) -> Threshold:
+def _threshold(cluster: Cluster, options: CostOptions, replies: list[CostsReply], target_sparsity: float) -> Threshold:
+    if options.by_element:
+        return _element_threshold(cluster, options, replies, target_sparsity)
     linears = sorted((linear for reply in replies for linear in reply.costs), key=lambda linear: linear.name)
     costs = [
         StructureCosts(c.name, c.num_parameters, c.num_rows, c.num_columns, torch.tensor(c.rows), torch.tensor(c.columns)) for c in linears
     ]
     return structured_threshold(costs, target_sparsity)
+
+
+def _element_threshold(cluster: Cluster, options: CostOptions, replies: list[CostsReply], target_sparsity: float) -> Threshold:
+    """Find the exact k-th smallest cost by two rounds of counting; the costs stay where they are."""
+    num_parameters = sum(reply.num_parameters for reply in replies)
+    num_gone = num_parameters - sum(reply.num_kept for reply in replies)
+
+    def counts(high: int | None) -> torch.Tensor:
+        return torch.from_numpy(np.sum(cluster.run_all("cost_histogram", options, high), axis=0))
+
+    upper = counts(None)
+    num_units = units_to_remove(target_sparsity, num_parameters, num_gone, options.units.num_removed, int(upper.sum()))
+    if num_units == 0:
+        return Threshold(-1.0, num_gone, num_parameters)
+    high, rest = bucket_of(upper, num_units)
+    lower = counts(high)
+    low, _ = bucket_of(lower, rest)
+    removed = int(upper[:high].sum() + lower[: low + 1].sum()) * options.units.num_removed
+    return Threshold(cost_of_bits(high, low), num_gone + removed, num_parameters)

@@ -94,7 +94,7 @@ def run_job(job: Job, placement: Placement, console: Console) -> None:
     """Run a checked job and show its progress: a bar on a terminal, one line per step in a log."""
     on_ray = job.spec.cluster.backend == "ray"
     events = run_on_ray(job, placement, console) if on_ray else run_in_process(job, placement)
-    num_steps = 2 + job.spec.pruning.num_shots * len(STEPS) + len(job.spec.output.exports)
+    num_steps = 2 + len(job.spec.pruning.targets) * len(STEPS) + len(job.spec.output.exports)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(job.spec.name, total=num_steps)
@@ -166,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         job, config, placement = prepare(spec, resume=arguments.resume, dry_run=arguments.dry_run)
         plans = plan_workers(config, placement, spec.model.dtype, spec.calibration.sequence_length)
         console.print(plan_table(plans, placement.num_replicas))
-        shots, tokens = spec.pruning.num_shots, job.calibration.size
+        shots, tokens = len(spec.pruning.targets), job.calibration.size
         console.print(f"{shots} shots to {spec.pruning.target_sparsity:.1%}, {tokens} calibration tokens each")
         if arguments.dry_run:
             return DONE

@@ -21,7 +21,7 @@ from ray_surgeon.coordinator import Job
 from ray_surgeon.data import TextSource, Windows, cut_windows, token_stream
 from ray_surgeon.models.adapters import check_family
 from ray_surgeon.models.gguf import convert_gguf
-from ray_surgeon.models.skeleton import check_checkpoint, num_parameters
+from ray_surgeon.models.skeleton import check_checkpoint, linear_shapes, num_parameters
 from ray_surgeon.sources import ModelSource, open_model
 from ray_surgeon.spec import JobSpec, TextSection
 
@@ -47,6 +47,8 @@ def prepare(spec: JobSpec, *, resume: bool, dry_run: bool = False) -> tuple[Job,
         folder = files.small_files_folder()
     config = _load_config(folder, files.origin)
     placement = place(config, spec.cluster.num_shards, spec.cluster.num_replicas)
+    if spec.pruning.structure == "n_m":
+        _check_pattern(config, spec.pruning.pattern[1])
     with _as_input_error(f"model.source: cannot read {files.origin}"):
         shapes, model_fingerprint = files.shapes_and_fingerprint()
     check_checkpoint(config, shapes, files.origin)
@@ -75,6 +77,14 @@ def prepare(spec: JobSpec, *, resume: bool, dry_run: bool = False) -> tuple[Job,
         num_parameters(config),
     )
     return job, config, placement
+
+
+def _check_pattern(config: PretrainedConfig, m: int) -> None:
+    for shape in linear_shapes(config):
+        if (shape.num_columns - shape.has_bias) % m:
+            raise ValueError(
+                f"pruning.n_m: {shape.name} has {shape.num_columns - shape.has_bias} inputs, which is no multiple of {m}; choose another M"
+            )
 
 
 def with_absolute_paths(spec: JobSpec) -> JobSpec:

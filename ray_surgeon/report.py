@@ -46,9 +46,10 @@ class RunReport:
                 "columns": linear.num_columns,
                 "rows_kept": linear.rows_kept,
                 "columns_kept": linear.columns_kept,
-                "sparsity": 1 - linear.rows_kept * linear.columns_kept / (linear.num_rows * linear.num_columns),
+                "sparsity": 1 - linear.num_kept / (linear.num_rows * linear.num_columns),
                 "num_nonzero": linear.num_nonzero,
                 "predicted_loss_increase": linear.predicted_loss_increase,
+                "residual": linear.residual,
             }
             for linear in linears
         ]
@@ -84,6 +85,7 @@ class RunReport:
             "name": self.spec["name"],
             "dtype": self.spec["model"]["dtype"],
             "sparsity": last["sparsity"],
+            "structure": self.spec["pruning"]["structure"],
             "perplexity": {text: (before[text], after[text]) for text in after},
         }
 

@@ -98,6 +98,9 @@ class DampingSection(Section):
 class CurvatureSection(Section):
     """Curvature of the loss, gathered anew in every shot."""
 
+    kind: Literal["kfac", "activations", "identity"] = Field(
+        "kfac", description="kfac: A and G; activations: A alone, G = I; identity: A = G = I, which makes costs magnitudes"
+    )
     fisher: Literal["empirical", "sampled"] = Field(
         "empirical", description="Labels of the gradients: the data's (empirical) or drawn from the model (sampled)"
     )
@@ -117,17 +120,79 @@ class CurvatureSection(Section):
 class PruningSection(Section):
     """What is removed, how much, and in how many shots."""
 
-    structure: Literal["rows_columns", "rows", "columns"] = Field("rows_columns", description="What may be removed from each linear")
+    structure: Literal["rows_columns", "rows", "columns", "element", "n_m"] = Field(
+        "rows_columns", description="What may be removed from each linear; n_m removes from groups of inputs of a row, see n_m"
+    )
+    n_m: str = Field("2:4", pattern="^[1-9][0-9]?:[1-9][0-9]?$", description="N:M of structure n_m: N of M consecutive inputs stay")
     target_sparsity: float = Field(gt=0, lt=1, description="Fraction of the parameters of the blocks' linears to remove, biases included")
-    num_shots: int = Field(5, ge=1, le=1000, description="Shots; shot t ends at t / num_shots of the target")
+    num_shots: int = Field(5, ge=1, le=1000, description="Shots, each with a curvature of its own")
+    schedule: Literal["linear", "geometric"] = Field(
+        "linear",
+        description="linear: every shot removes the same; geometric: every shot keeps the same fraction, so later ones remove less",
+    )
+    sparsities: tuple[float, ...] | None = Field(
+        None, description="Sparsity at the end of every shot, in place of num_shots and schedule; the last one is target_sparsity"
+    )
+    costs: Literal["obs", "obd"] = Field(
+        "obs", description="Predicted loss increase of a removal if the other weights make up for it (obs) or stay as they are (obd)"
+    )
+    group_costs: Literal["joint", "sum"] = Field(
+        "joint", description="Cost of an N:M group: the exact joint cost of its best pattern, or the sum of its smallest single costs"
+    )
     rank_by: Literal["cost", "cost_per_parameter"] = Field(
         "cost_per_parameter", description="What the global threshold compares: the cost of a structure, or its cost per parameter removed"
     )
+
+    @property
+    def targets(self) -> tuple[float, ...]:
+        """Sparsity at the end of every shot."""
+        if self.sparsities is not None:
+            return self.sparsities
+        parts = [shot / self.num_shots for shot in range(1, self.num_shots + 1)]
+        if self.schedule == "geometric":
+            return tuple(1 - (1 - self.target_sparsity) ** part for part in parts)
+        return tuple(self.target_sparsity * part for part in parts)
+
+    @model_validator(mode="after")
+    def _rising_sparsities(self) -> PruningSection:
+        if self.sparsities is not None:
+            rising = all(a < b for a, b in zip((0.0, *self.sparsities), self.sparsities, strict=False))
+            if not rising or self.sparsities[-1:] != (self.target_sparsity,):
+                raise ValueError(f"sparsities: {self.sparsities} must rise from above 0 to target_sparsity {self.target_sparsity:g}")
+            if self.model_fields_set & {"num_shots", "schedule"}:
+                raise ValueError("sparsities: takes the place of num_shots and schedule; remove those")
+        return self
+
+    @property
+    def pattern(self) -> tuple[int, int]:
+        """N and M of structure n_m."""
+        n, m = self.n_m.split(":")
+        return int(n), int(m)
+
+    @model_validator(mode="after")
+    def _possible_pattern(self) -> PruningSection:
+        n, m = self.pattern
+        if not n < m <= 16:
+            raise ValueError(f"n_m: {self.n_m} needs N < M <= 16; give for example 2:4 or 4:8")
+        if self.structure == "n_m" and self.target_sparsity > 1 - n / m:
+            raise ValueError(f"target_sparsity: {self.target_sparsity:g} is more than {self.n_m} can remove, {1 - n / m:g}; lower it")
+        return self
 
 
 class UpdatesSection(Section):
     """How the weights that stay make up for those that go."""
 
+    correlations: Literal["full", "single", "none"] = Field(
+        "full", description="Updates of all removals together, of each as if it went alone, or none (OBD)"
+    )
+    solver: Literal["conjugate_gradients", "chunks"] = Field(
+        "conjugate_gradients",
+        description="For elements and n_m with full correlations: all at once by preconditioned conjugate gradients, or chunk by chunk "
+        "as the paper does",
+    )
+    num_iterations: Positive = Field(12, description="Iterations of conjugate gradients, at most")
+    tolerance: float = Field(1e-3, ge=0, lt=1, description="Relative residual at which conjugate gradients stop")
+    max_correlate: Positive = Field(2000, description="Elements in a chunk")
     joint: Literal["exact", "independent"] = Field(
         "independent",
         description="When rows and columns go together: exact minimises the quadratic; independent adds both corrections of the "

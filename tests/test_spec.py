@@ -90,6 +90,13 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"cluster.num_replicas": 3}, "cannot be filled by 2"),
     ({"cluster.gpus_per_worker": 2}, "gpus_per_worker"),
     ({"updates.joint": "both"}, "joint"),
+    ({"pruning.sparsities": "[0.1, 0.3]"}, "must rise"),
+    ({"pruning.sparsities": "[0.2, 0.1, 0.2]"}, "must rise"),
+    ({"pruning.sparsities": "[]"}, "must rise"),
+    ({"pruning.sparsities": "[0.1, 0.2]", "pruning.num_shots": 2}, "takes the place"),
+    ({"pruning.n_m": "4:2"}, "needs N < M"),
+    ({"pruning.n_m": "two:four"}, "n_m"),
+    ({"pruning.structure": "n_m", "pruning.target_sparsity": 0.6}, "more than 2:4 can remove"),
     ({"output.exports": "[onnx]"}, "exports"),
     ({"evaluation": "[]"}, "evaluation"),
 ]
@@ -121,3 +128,13 @@ def test_method_fingerprint_ignores_where_and_what_else_is_measured() -> None:
     for change in ("pruning.target_sparsity=0.3", "curvature.damping.g=0.5", "updates.joint=exact", "model.dtype=bfloat16"):
         other = parse_spec(MINIMAL, [change])
         assert (other.method_fingerprint() != base) or other == parse_spec(MINIMAL)
+
+
+def test_schedules() -> None:
+    linear = parse_spec(MINIMAL, ["pruning.num_shots=4"]).pruning.targets
+    assert linear == pytest.approx([0.05, 0.1, 0.15, 0.2])
+    geometric = parse_spec(MINIMAL, ["pruning.num_shots=4", "pruning.schedule=geometric"]).pruning.targets
+    steps = [b - a for a, b in zip((0.0, *geometric), geometric, strict=False)]
+    assert geometric[-1] == pytest.approx(0.2)
+    assert steps == sorted(steps, reverse=True)
+    assert parse_spec(MINIMAL, ["pruning.sparsities=[0.15, 0.2]"]).pruning.targets == (0.15, 0.2)

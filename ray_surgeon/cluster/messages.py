@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ray_surgeon.sources import ModelSource
+from ray_surgeon.surgery.element_surgery import ElementUnits, ElementUpdate
 
 
 @dataclass(frozen=True, order=True)
@@ -52,8 +53,9 @@ class ModelRecipe:
 
 @dataclass(frozen=True)
 class CurvatureOptions:
-    """How factors are damped; see `spec.CurvatureSection`."""
+    """Which curvature, and how it is damped; see `spec.CurvatureSection`."""
 
+    kind: str
     damping_a: float
     damping_g: float
     max_damping: float
@@ -65,7 +67,27 @@ class CostOptions:
 
     structure: str
     rank_by: str
+    costs: str
+    units: ElementUnits
     curvature: CurvatureOptions
+
+    @property
+    def by_element(self) -> bool:
+        """Whether elements or N:M groups go, not whole rows and columns."""
+        return self.structure in ("element", "n_m")
+
+
+@dataclass(frozen=True)
+class PruneOptions:
+    """How the weights that stay are updated; see `spec.UpdatesSection`.
+
+    Attributes:
+        joint: of rows and columns; see `prune_rows_and_columns`.
+        update: of elements; its `correlations` count for rows and columns too.
+    """
+
+    joint: str
+    update: ElementUpdate
 
 
 @dataclass(frozen=True)
@@ -93,9 +115,18 @@ class LinearCosts:
 
 @dataclass(frozen=True)
 class CostsReply:
-    """Costs of the linears that a worker owns."""
+    """Costs of the linears that a worker owns.
+
+    Attributes:
+        costs: of rows and columns; empty if elements go, whose costs never leave the worker.
+        num_parameters: entries of the owned linears.
+        num_kept: of them, what earlier shots kept.
+        damping: factorisations that needed more damping than asked for.
+    """
 
     costs: tuple[LinearCosts, ...]
+    num_parameters: int
+    num_kept: int
     damping: tuple[DampingEvent, ...]
 
 
@@ -107,10 +138,12 @@ class LinearSummary:
         name: the linear.
         num_rows: rows in all.
         num_columns: columns in all, the bias included.
-        rows_kept: rows that stay.
-        columns_kept: columns that stay, the bias included.
+        rows_kept: rows of which something stays.
+        columns_kept: columns of which something stays, the bias included.
+        num_kept: entries that the mask keeps.
         num_nonzero: entries that are not exactly zero.
         predicted_loss_increase: the quadratic model's, for this shot's change of this linear, in nats per token.
+        residual: of the equations of the update, relative; 0 where they are solved directly.
     """
 
     name: str
@@ -118,8 +151,10 @@ class LinearSummary:
     num_columns: int
     rows_kept: int
     columns_kept: int
+    num_kept: int
     num_nonzero: int
     predicted_loss_increase: float
+    residual: float
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ class _Column:
     finished: dict[int, Any]
 
 
-def collect_curvature(cluster: Cluster, sequences: NDArray[np.int64], sample_seed: int | None) -> float:
+def collect_curvature(cluster: Cluster, sequences: NDArray[np.int64], kind: str, sample_seed: int | None) -> float:
     """Run every calibration sequence forward and backward and gather A and G where they belong.
 
     Replica r sees sequences r, r + D, ... . Activations go from worker to worker; of the coordinator's side only
@@ -75,23 +75,28 @@ def collect_curvature(cluster: Cluster, sequences: NDArray[np.int64], sample_see
     Args:
         cluster: with loaded workers.
         sequences: [num_sequences, sequence_length] tokens; one is a micro-batch.
+        kind: ``kfac``; ``activations``, for which a forward pass is enough; ``identity``, for which nothing has to be gathered.
         sample_seed: see `ShardWorker.forward_backward`.
 
     Returns:
         Mean NLL in nats per predicted token.
     """
+    cluster.run_all("start_curvature", kind)
+    losses = sequence_losses(cluster, sequences) if kind != "kfac" else _forward_and_backward(cluster, sequences, sample_seed)
+    cluster.run_all("finish_curvature", kind)
+    num_predicted = int(sequences.shape[0]) * (int(sequences.shape[1]) - 1)
+    return sum(losses) / num_predicted
+
+
+def _forward_and_backward(cluster: Cluster, sequences: NDArray[np.int64], sample_seed: int | None) -> list[float]:
     num_shards, num_replicas = cluster.placement.num_shards, cluster.placement.num_replicas
-    cluster.run_all("start_curvature")
     columns = [_Column(r, sequences[r::num_replicas], {}, [], {}) for r in range(num_replicas)]
     orders = [submission_order(num_shards, len(column.tokens)) for column in columns]
     for operations in zip_longest(*orders):
         for column, operation in zip(columns, operations, strict=True):
             if operation is not None:
                 _submit(cluster, column, operation, sample_seed)
-    losses = cluster.get([loss for column in columns for loss in column.losses])
-    cluster.run_all("finish_curvature")
-    num_predicted = int(sequences.shape[0]) * (int(sequences.shape[1]) - 1)
-    return sum(float(loss) for loss in losses) / num_predicted
+    return [float(loss) for loss in cluster.get([loss for column in columns for loss in column.losses])]
 
 
 def _submit(cluster: Cluster, column: _Column, operation: Operation, sample_seed: int | None) -> None:

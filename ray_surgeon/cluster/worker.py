@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoConfig
 
@@ -19,6 +21,7 @@ from ray_surgeon.cluster.messages import (
     LinearCosts,
     LinearSummary,
     ModelRecipe,
+    PruneOptions,
     SavedFile,
     Usage,
     Wire,
@@ -32,8 +35,10 @@ from ray_surgeon.models.gguf import convert_gguf
 from ray_surgeon.models.shard import ModelShard
 from ray_surgeon.models.skeleton import checkpoint_key, linear_shapes, tied_names
 from ray_surgeon.sources import open_model
+from ray_surgeon.surgery.element_surgery import ElementCandidates, ElementSurgery
 from ray_surgeon.surgery.linear import Candidates, LinearSurgery
-from ray_surgeon.surgery.masks import StructuredMask
+from ray_surgeon.surgery.masks import ElementMask, Mask, StructuredMask
+from ray_surgeon.surgery.threshold import bit_histogram
 
 
 class ShardWorker:
@@ -51,8 +56,9 @@ class ShardWorker:
         torch.set_num_threads(num_threads)
         self.placement, self.index, self.device = placement, index, torch.device(device)
         self.replicas: ReplicaGroup = SingleReplica()
-        self.masks: dict[str, StructuredMask] = {}
+        self.masks: dict[str, Mask] = {}
         self._candidates: dict[str, Candidates] = {}
+        self._element_candidates: dict[str, ElementCandidates] = {}
 
     # Setting up
 
@@ -68,8 +74,12 @@ class ShardWorker:
         rank = self.placement.rank(self.index)
         self.replicas = ProcessReplica(address, rank, world_size, self.placement.num_shards, self.device, timeout_s)
 
-    def load(self, recipe: ModelRecipe) -> None:
+    def load(self, recipe: ModelRecipe, by_element: bool) -> None:
         """Load this shard's weights and, when a run is resumed, its masks.
+
+        Args:
+            recipe: where everything is.
+            by_element: whether masks are of elements, or of rows and columns.
 
         Raises:
             ValueError: the checkpoint cannot be read.
@@ -91,16 +101,18 @@ class ShardWorker:
         self.shard.load(read)
         shapes = {s.name: s for s in linear_shapes(config)}
         self._site_of = {name: shapes[name].site for name in self.shard.linears}
-        self.masks = {name: StructuredMask.full(shapes[name].num_rows, shapes[name].num_columns) for name in self.shard.linears}
-        for name in self.masks if recipe.shot_files else ():
-            rows, columns = read(f"{name}.rows"), read(f"{name}.columns")
-            self.masks[name] = StructuredMask(rows.bool(), columns.bool())
+        kind: type[StructuredMask] | type[ElementMask] = ElementMask if by_element else StructuredMask
+        for name in self.shard.linears:
+            mask: Mask = kind.full(shapes[name].num_rows, shapes[name].num_columns)
+            if recipe.shot_files:
+                mask = type(mask)(**{part: read(f"{name}.{part}").bool() for part in mask.tensors()})
+            self.masks[name] = mask
 
     # Curvature: forward and backward over micro-batches
 
-    def start_curvature(self) -> None:
-        """Zero the factors and start gathering."""
-        self.shard.start_curvature()
+    def start_curvature(self, kind: str) -> None:
+        """Zero the factors and start gathering; see `ModelShard.start_curvature`."""
+        self.shard.start_curvature(kind)
 
     def forward(self, micro_batch: int, inputs: Wire) -> Wire:
         """Run a micro-batch forward: tokens or hidden states in, hidden states out."""
@@ -138,9 +150,9 @@ class ShardWorker:
     def _gradient_below(self, gradient: Tensor) -> Wire | None:
         return None if self.index.shard == 0 else encode(gradient)
 
-    def finish_curvature(self) -> None:
+    def finish_curvature(self, kind: str) -> None:
         """Stop gathering and sum the factors over the replicas, each site to its owner; the others free theirs."""
-        self.shard.stop_curvature()
+        self.shard.stop_curvature(kind)
         for site in self.shard.sites:
             owner = self.placement.owners[self._site_of[site.names[0]]]
             assert site.A is not None
@@ -159,65 +171,85 @@ class ShardWorker:
                 yield name
 
     def _surgery(self, name: str, options: CurvatureOptions) -> LinearSurgery:
-        return LinearSurgery(
-            name,
-            self.shard.weight(name),
-            self.shard.factors(name),
-            self.masks[name],
-            has_bias=self.shard.linears[name].bias is not None,
-            damping_a=options.damping_a,
-            damping_g=options.damping_g,
-            max_damping=options.max_damping,
-        )
+        mask = self.masks[name]
+        assert isinstance(mask, StructuredMask)
+        return LinearSurgery(name, self.shard.weight(name), self.shard.factors(name), mask, **self._linear_options(name, options))
+
+    def _element_surgery(self, name: str, options: CostOptions) -> ElementSurgery:
+        mask = self.masks[name]
+        assert isinstance(mask, ElementMask)
+        arguments = self._linear_options(name, options.curvature)
+        return ElementSurgery(name, self.shard.weight(name), self.shard.factors(name), mask, units=options.units, **arguments)
+
+    def _linear_options(self, name: str, options: CurvatureOptions) -> dict[str, Any]:
+        return {
+            "has_bias": self.shard.linears[name].bias is not None,
+            "damping_a": options.damping_a,
+            "damping_g": options.damping_g,
+            "max_damping": options.max_damping,
+        }
 
     def costs(self, options: CostOptions) -> CostsReply:
-        """Return the costs of the owned linears' rows and columns, and keep them for `prune`.
+        """Take the costs of the owned linears, keep them for `prune`, and return those of rows and columns.
 
         Raises:
             FloatingPointError: a factor or a cost is not usable; names the linear.
         """
         replies, events = [], []
         for name in self._owned():
-            surgery = self._surgery(name, options.curvature)
-            found = surgery.candidates(options.structure, options.rank_by)
-            self._candidates[name] = found
-            mask = self.masks[name]
-            rows, columns = found.row_costs.float().cpu().numpy(), found.column_costs.float().cpu().numpy()
-            alive = int(mask.rows.sum()), int(mask.columns.sum())
-            replies.append(LinearCosts(name, mask.num_parameters, *alive, rows, columns))
-            asked_used = ((options.curvature.damping_a, found.damping_a), (options.curvature.damping_g, found.damping_g))
-            for factor, (asked, used), retried in zip("AG", asked_used, found.float64_retry, strict=True):
-                if used != asked or retried:
-                    events.append(DampingEvent(name, factor, asked, used, retried))
-        return CostsReply(tuple(replies), tuple(events))
+            found: Candidates | ElementCandidates
+            if options.by_element:
+                found = self._element_candidates[name] = self._element_surgery(name, options).candidates(options.costs)
+            else:
+                surgery = self._surgery(name, options.curvature)
+                found = self._candidates[name] = surgery.candidates(options.structure, options.rank_by, options.costs)
+                replies.append(_linear_costs(name, surgery.mask, found))
+            events += _damping_events(name, options.curvature, found)
+        masks = [self.masks[name] for name in self._owned()]
+        return CostsReply(tuple(replies), sum(m.num_parameters for m in masks), sum(m.num_kept for m in masks), tuple(events))
 
-    def prune(self, threshold: float, joint: str, options: CurvatureOptions) -> tuple[LinearSummary, ...]:
-        """Remove every structure whose cost is at most the threshold, update what stays, and send it to the replicas."""
-        predicted = {}
+    def cost_histogram(self, options: CostOptions, high: int | None) -> NDArray[np.int64]:
+        """Count the costs of the owned linears' elements or groups by their bits; see `bit_histogram`."""
+        counts = torch.zeros(1 << 16, dtype=torch.int64)
         for name in self._owned():
-            surgery = self._surgery(name, options)
-            W, self.masks[name], predicted[name] = surgery.prune(self._candidates.pop(name), threshold, joint)
+            costs = self._element_surgery(name, options).unit_costs(self._element_candidates[name])
+            counts += bit_histogram(costs, high).cpu()
+        return counts.numpy()
+
+    def prune(self, threshold: float, how: PruneOptions, options: CostOptions) -> tuple[LinearSummary, ...]:
+        """Remove everything whose cost is at most the threshold, update what stays, and send it to the replicas."""
+        found: dict[str, tuple[float, float]] = {}
+        for name in self._owned():
+            if options.by_element:
+                elements, candidates = self._element_surgery(name, options), self._element_candidates.pop(name)
+                W, self.masks[name], *found_here = elements.prune(candidates, threshold, how.update)
+                found[name] = found_here[0], found_here[1]
+            else:
+                surgery = self._surgery(name, options.curvature)
+                W, self.masks[name], predicted = surgery.prune(self._candidates.pop(name), threshold, how.joint, how.update.correlations)
+                found[name] = predicted, 0.0
             self.shard.set_weight(name, W)
         self.shard.drop_curvature()
         self._share_linears()
-        return tuple(self._summary(name, predicted[name]) for name in self._owned())
+        return tuple(self._summary(name, *found[name]) for name in self._owned())
 
     def _share_linears(self) -> None:
         """Send every linear and its mask from its owner to the other replicas, after all of them have done their own."""
         for name in self.shard.linears:
             owner = self.placement.owners[self._site_of[name]]
             W, mask = self.shard.weight(name), self.masks[name]
-            rows, columns = mask.rows.to(self.device), mask.columns.to(self.device)
-            for tensor in (W, rows, columns):
+            parts = {part: tensor.to(self.device) for part, tensor in mask.tensors().items()}
+            for tensor in (W, *parts.values()):
                 self.replicas.broadcast(tensor, owner)
             if owner != self.replicas.rank:
                 self.shard.set_weight(name, W)
-                self.masks[name] = StructuredMask(rows.cpu(), columns.cpu())
+                self.masks[name] = type(mask)(**{part: tensor.cpu() for part, tensor in parts.items()})
 
-    def _summary(self, name: str, predicted: float) -> LinearSummary:
+    def _summary(self, name: str, predicted: float, residual: float) -> LinearSummary:
         mask, W = self.masks[name], self.shard.weight(name)
-        kept = int(mask.rows.sum()), int(mask.columns.sum())
-        return LinearSummary(name, len(mask.rows), len(mask.columns), *kept, int(W.count_nonzero()), predicted)
+        rows, columns = (mask.rows, mask.columns) if isinstance(mask, StructuredMask) else (mask.kept.any(1), mask.kept.any(0))
+        kept = int(rows.sum()), int(columns.sum()), mask.num_kept
+        return LinearSummary(name, len(rows), len(columns), *kept, int(W.count_nonzero()), predicted, residual)
 
     # Evaluation
 
@@ -249,7 +281,7 @@ class ShardWorker:
             return ()
         contents = {name: self.shard.tensors(linears_only=linears_only)}
         if masks is not None:
-            contents[masks] = {f"{n}.{s}": v for n, m in self.masks.items() for s, v in (("rows", m.rows), ("columns", m.columns))}
+            contents[masks] = {f"{n}.{part}": v for n, m in self.masks.items() for part, v in m.tensors().items()}
         saved = []
         for template, tensors in contents.items():
             uri = storage.join(folder, template.format(shard=self.index.shard + 1))
@@ -259,3 +291,17 @@ class ShardWorker:
     def usage(self) -> Usage:
         """Return what this process has used so far."""
         return process_usage(self.device)
+
+
+def _linear_costs(name: str, mask: StructuredMask, found: Candidates) -> LinearCosts:
+    rows, columns = found.row_costs.float().cpu().numpy(), found.column_costs.float().cpu().numpy()
+    return LinearCosts(name, mask.num_parameters, int(mask.rows.sum()), int(mask.columns.sum()), rows, columns)
+
+
+def _damping_events(name: str, options: CurvatureOptions, found: Candidates | ElementCandidates) -> list[DampingEvent]:
+    asked_used = ((options.damping_a, found.damping_a), (options.damping_g, found.damping_g))
+    return [
+        DampingEvent(name, factor, asked, used, retried)
+        for factor, (asked, used), retried in zip("AG", asked_used, found.float64_retry, strict=True)
+        if used != asked or retried
+    ]

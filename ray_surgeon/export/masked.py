@@ -34,13 +34,13 @@ tags: [pruning, llm-surgeon]
 # {name}
 
 {source}, pruned by The LLM Surgeon (arXiv 2312.17244): {sparsity:.2%} of the parameters of the decoder blocks' linears are
-zero, in whole rows and columns. The tensors keep their shapes: **no gain in size or speed**.
+zero ({structure}). The tensors keep their shapes: **no gain in size or speed**.
 
 | text | perplexity before | after |
 |---|---|---|
 {rows}
 
-Load: `AutoModelForCausalLM.from_pretrained(folder)`. The kept rows and columns are in `masks-*.safetensors` of the last shot
+Load: `AutoModelForCausalLM.from_pretrained(folder)`. What was kept is in `masks-*.safetensors` of the last shot
 of the run (1 = kept).
 """
 
@@ -71,7 +71,7 @@ def export_masked(cluster: Cluster, source: ModelSource, uri: str, tokens: NDArr
         storage.write_json(storage.join(uri, "model.safetensors.index.json"), {"metadata": {"total_size": total}, "weight_map": weight_map})
     _write_small_files(source, uri, str(facts["dtype"]))
     rows = "\n".join(f"| {text} | {before:.3f} | {after:.3f} |" for text, (before, after) in facts["perplexity"].items())
-    card = _MODEL_CARD.format(source=source.source, name=facts["name"], sparsity=facts["sparsity"], rows=rows)
+    card = _MODEL_CARD.format(source=source.source, name=facts["name"], sparsity=facts["sparsity"], structure=facts["structure"], rows=rows)
     storage.write_text(storage.join(uri, "README.md"), card)
     difference = reload_difference(cluster, uri, tokens[:_NUM_COMPARED_TOKENS], _TOLERANCE[str(facts["dtype"])])
     return {"kind": "masked", "uri": uri, "size_bytes": sum(f.size_bytes for f in files), "reload_max_logit_difference": difference}

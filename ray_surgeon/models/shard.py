@@ -126,8 +126,13 @@ class ModelShard:
 
     # Curvature
 
-    def start_curvature(self) -> None:
-        """Zero the sums and install the hooks."""
+    def start_curvature(self, kind: str = "kfac") -> None:
+        """Zero the sums and install the hooks.
+
+        Args:
+            kind: ``kfac`` sums A and G; ``activations`` sums A in a forward pass alone and takes G = I; ``identity`` takes
+                A = G = I and needs no pass. (One times the number of tokens, as sums over tokens are.)
+        """
         assert not self._hooks
         for site in self.sites:
             first = site.modules[0]
@@ -135,18 +140,26 @@ class ModelShard:
             site.A = torch.zeros(C, C, device=self.device)
             site.G = tuple(torch.zeros(num_outputs(m), num_outputs(m), device=self.device) for m in site.modules)
             site.num_tokens = 0
+            if kind == "identity":
+                site.num_tokens = 1
+                for total in (site.A, *site.G):
+                    total.fill_diagonal_(1)
+                continue
             self._hooks.append(first.register_forward_pre_hook(_add_inputs_to(site)))
-            for module, G in zip(site.modules, site.G, strict=True):
+            for module, G in zip(site.modules, site.G, strict=True) if kind == "kfac" else ():
                 self._hooks.append(module.register_forward_hook(_add_output_gradients_to(G)))
 
-    def stop_curvature(self) -> None:
-        """Remove the hooks and complete the symmetric sums."""
+    def stop_curvature(self, kind: str = "kfac") -> None:
+        """Remove the hooks and complete the symmetric sums of the kind that was started."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
         self._saved.clear()
         for site in self.sites:
             assert site.A is not None
+            if kind == "activations":
+                for G in site.G:
+                    G.fill_diagonal_(site.num_tokens)
             for total in (site.A, *site.G):
                 symmetrize(total)
 
@@ -212,8 +225,6 @@ class ModelShard:
 
 def _add_inputs_to(site: Site) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
     def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if not torch.is_grad_enabled():
-            return
         assert site.A is not None
         a = inputs[0].detach().flatten(0, -2).float()
         if module.bias is not None:

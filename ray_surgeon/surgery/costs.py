@@ -37,6 +37,16 @@ def column_costs(W: Tensor, G: Tensor, A_inverse_diagonal: Tensor) -> Tensor:
     return 0.5 * (W * (G @ W)).sum(dim=0) / A_inverse_diagonal
 
 
+def diagonal_row_costs(W: Tensor, A: Tensor, G_diagonal: Tensor) -> Tensor:
+    """Cost of each row if nothing makes up for it (OBD): 1/2 G_rr (W_r A W_r^T), [R]."""
+    return 0.5 * (W @ A * W).sum(dim=1) * G_diagonal
+
+
+def diagonal_column_costs(W: Tensor, G: Tensor, A_diagonal: Tensor) -> Tensor:
+    """Cost of each column if nothing makes up for it (OBD): 1/2 A_cc (W_c^T G W_c), [C]."""
+    return 0.5 * (W * (G @ W)).sum(dim=0) * A_diagonal
+
+
 def quadratic_cost(change: Tensor, A: Tensor, G: Tensor) -> float:
     """Predicted loss increase of any change of the weights: 1/2 vec(D)^T kron(G, A) vec(D) = 1/2 tr(D^T G D A).
 

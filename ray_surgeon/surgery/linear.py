@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ray_surgeon.surgery.costs import column_costs, quadratic_cost, row_costs
+from ray_surgeon.surgery.costs import column_costs, diagonal_column_costs, diagonal_row_costs, quadratic_cost, row_costs
 from ray_surgeon.surgery.kronecker import KroneckerFactors, balanced, damped, factorise
 from ray_surgeon.surgery.masks import StructuredMask
 from ray_surgeon.surgery.threshold import check_costs
-from ray_surgeon.surgery.updates import prune_rows_and_columns
+from ray_surgeon.surgery.updates import prune_rows_and_columns, prune_singly
 
 
 @dataclass(frozen=True)
@@ -76,12 +76,13 @@ class LinearSurgery:
         self.mask = StructuredMask(mask.rows.to(W.device), mask.columns.to(W.device))
         self.damping_a, self.damping_g, self.max_damping = damping_a, damping_g, max_damping
 
-    def candidates(self, structure: str, rank_by: str) -> Candidates:
+    def candidates(self, structure: str, rank_by: str, costs: str = "obs") -> Candidates:
         """Return what may go and its costs.
 
         Args:
             structure: ``rows``, ``columns`` or ``rows_columns``.
             rank_by: ``cost``, or ``cost_per_parameter``: divided by the entries that the structure still has.
+            costs: ``obs`` (the others make up for what goes) or ``obd`` (nothing does).
 
         Raises:
             FloatingPointError: a factor or a cost is not usable.
@@ -96,8 +97,12 @@ class LinearSurgery:
         G = factorise(mean_G, self.damping_g, self.max_damping, f"{self.name} G")
         W = self.W[live_rows][:, live_columns]
         by_row, by_column = torch.zeros_like(self.W[:, 0]), torch.zeros_like(self.W[0])
-        by_row[live_rows] = row_costs(W, A.matrix, G.inverse_diagonal())
-        by_column[live_columns] = column_costs(W, G.matrix, A.inverse_diagonal())
+        if costs == "obs":
+            by_row[live_rows] = row_costs(W, A.matrix, G.inverse_diagonal())
+            by_column[live_columns] = column_costs(W, G.matrix, A.inverse_diagonal())
+        else:
+            by_row[live_rows] = diagonal_row_costs(W, A.matrix, G.matrix.diagonal())
+            by_column[live_columns] = diagonal_column_costs(W, G.matrix, A.matrix.diagonal())
         if rank_by == "cost_per_parameter":
             by_row, by_column = by_row / mask.columns.sum().clamp(min=1), by_column / mask.rows.sum().clamp(min=1)
         rows, columns = mask.rows.clone(), mask.columns.clone()
@@ -125,13 +130,14 @@ class LinearSurgery:
         A, G = balanced(alive.A / alive.num_tokens, alive.G / alive.num_tokens)
         return A.to(self.W.dtype), G.to(self.W.dtype)
 
-    def prune(self, found: Candidates, threshold: float, joint: str) -> tuple[Tensor, StructuredMask, float]:
+    def prune(self, found: Candidates, threshold: float, joint: str, correlations: str = "full") -> tuple[Tensor, StructuredMask, float]:
         """Remove every candidate whose cost is at most the threshold and update what stays.
 
         Args:
             found: of this shot.
             threshold: the global one.
             joint: see `prune_rows_and_columns`.
+            correlations: ``full``, ``single`` (see `prune_singly`) or ``none``: the others stay as they are (OBD).
 
         Returns:
             W [R, C] with zeros in everything removed, the new mask, and the predicted loss increase in nats per token.
@@ -144,15 +150,14 @@ class LinearSurgery:
         mean_A, mean_G = self._means(rows, columns)
         A, G = damped(mean_A, found.damping_a), damped(mean_G, found.damping_g)
         before = self.W[rows][:, columns]
-        after = prune_rows_and_columns(
-            before,
-            A,
-            G,
-            gone_rows[rows],
-            gone_columns[columns],
-            joint=joint,
-            name=self.name,
-        )
+        gone = gone_rows[rows], gone_columns[columns]
+        if correlations == "full":
+            after = prune_rows_and_columns(before, A, G, *gone, joint=joint, name=self.name)
+        elif correlations == "single":
+            A_inverse, G_inverse = (torch.cholesky_inverse(factorise(x, 0.0, 0.0, self.name).cholesky) for x in (A, G))
+            after = prune_singly(before, A_inverse, G_inverse, *gone)
+        else:
+            after = before * torch.outer(~gone[0], ~gone[1])
         predicted = quadratic_cost(after - before, A, G)
         W = self.W.clone()
         W[rows.nonzero(), columns.nonzero()[:, 0]] = after

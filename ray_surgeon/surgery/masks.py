@@ -1,4 +1,4 @@
-"""Masks of rows and columns. True = kept."""
+"""Masks of rows and columns, and of elements. True = kept."""
 
 from __future__ import annotations
 
@@ -39,7 +39,45 @@ class StructuredMask:
         """Entries that are kept: kept rows times kept columns, so the overlap of removals counts once."""
         return int(self.rows.sum()) * int(self.columns.sum())
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what has to be saved or sent."""
+        return {"rows": self.rows, "columns": self.columns}
+
     def apply_(self, W: Tensor) -> None:
         """Zero the removed rows and columns of W [R, C] in place."""
         W[~self.rows.to(W.device)] = 0
         W[:, ~self.columns.to(W.device)] = 0
+
+
+@dataclass(frozen=True)
+class ElementMask:
+    """Kept elements of one linear.
+
+    Attributes:
+        kept: [R, C] bool. The bias, where there is one, is the last column and stays.
+    """
+
+    kept: Tensor
+
+    @staticmethod
+    def full(num_rows: int, num_columns: int) -> ElementMask:
+        """Return the mask that keeps everything."""
+        return ElementMask(torch.ones(num_rows, num_columns, dtype=torch.bool))
+
+    @property
+    def num_parameters(self) -> int:
+        """Entries in the linear, bias included."""
+        return self.kept.numel()
+
+    @property
+    def num_kept(self) -> int:
+        """Entries that are kept."""
+        return int(self.kept.sum())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what has to be saved or sent."""
+        return {"kept": self.kept}
+
+
+Mask = StructuredMask | ElementMask
+"""What earlier shots have left of one linear."""

@@ -104,3 +104,54 @@ def structured_threshold(costs: Sequence[StructureCosts], target_sparsity: float
             low = middle + 1
     value = float(candidates[low])
     return Threshold(value, num_removed(value), num_parameters)
+
+
+_LOW_BITS = 16
+
+
+def bit_histogram(costs: Tensor, high: int | None) -> Tensor:
+    """Count costs by half of their bits; non-negative float32 numbers sort as their bits do.
+
+    Args:
+        costs: float32, non-negative; infinite ones are not counted.
+        high: None counts by the upper 16 bits; a number counts, by the lower 16 bits, those whose upper 16 bits it is.
+
+    Returns:
+        [65536] int64 counts.
+    """
+    bits = costs[torch.isfinite(costs)].float().view(torch.int32)
+    if high is None:
+        return torch.bincount(bits >> _LOW_BITS, minlength=1 << _LOW_BITS)
+    chosen = bits[(bits >> _LOW_BITS) == high]
+    return torch.bincount(chosen & ((1 << _LOW_BITS) - 1), minlength=1 << _LOW_BITS)
+
+
+def bucket_of(counts: Tensor, k: int) -> tuple[int, int]:
+    """Return the bucket in which the k-th smallest (from 1) lies, and its number inside the bucket.
+
+    Args:
+        counts: [num_buckets] in increasing order of what they count.
+        k: 1 to the sum of the counts.
+    """
+    total = counts.cumsum(0)
+    bucket = int(torch.searchsorted(total, torch.tensor(k)))
+    return bucket, k - (int(total[bucket - 1]) if bucket else 0)
+
+
+def cost_of_bits(high: int, low: int) -> float:
+    """Return the float32 number with the given upper and lower 16 bits."""
+    return float(torch.tensor([(high << _LOW_BITS) | low], dtype=torch.int32).view(torch.float32)[0])
+
+
+def units_to_remove(target_sparsity: float, num_parameters: int, num_gone: int, num_per_unit: int, num_candidates: int) -> int:
+    """Return how many units of `num_per_unit` entries have to go to reach the target.
+
+    Raises:
+        ValueError: there are not that many candidates.
+    """
+    missing = math.ceil(target_sparsity * num_parameters - 1e-6) - num_gone
+    num_units = max(0, math.ceil(missing / num_per_unit))
+    most = (num_gone + num_candidates * num_per_unit) / num_parameters
+    if num_units > num_candidates and target_sparsity - most > 1e-3:
+        raise ValueError(f"pruning.target_sparsity: {target_sparsity:g} cannot be reached; all candidates together are {most:.4f}")
+    return min(num_units, num_candidates)

@@ -93,3 +93,26 @@ def prune_rows_and_columns(
     new[pruned_rows] = 0
     new[:, pruned_columns] = 0
     return new
+
+
+def prune_singly(W: Tensor, A_inverse: Tensor, G_inverse: Tensor, pruned_rows: Tensor, pruned_columns: Tensor) -> Tensor:
+    """Remove rows and columns and add each one's own correction, as if it went alone (OBS without correlations).
+
+    Row p adds -[G^-1]_:p / [G^-1]_pp W_p, column q adds -W_q [A^-1]_q: / [A^-1]_qq, all from the original weights.
+
+    Args:
+        W: [R, C].
+        A_inverse: [C, C].
+        G_inverse: [R, R].
+        pruned_rows: [R] bool.
+        pruned_columns: [C] bool.
+
+    Returns:
+        [R, C] new weights, zero in every pruned row and column.
+    """
+    by_rows = G_inverse[:, pruned_rows] / G_inverse.diagonal()[pruned_rows] @ W[pruned_rows]
+    by_columns = W[:, pruned_columns] / A_inverse.diagonal()[pruned_columns] @ A_inverse[pruned_columns]
+    new = W - by_rows - by_columns
+    new[pruned_rows] = 0
+    new[:, pruned_columns] = 0
+    return new

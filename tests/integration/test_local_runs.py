@@ -25,7 +25,7 @@ def test_every_family_runs_the_whole_pipeline(family: str, model_folders: dict[s
     assert run(tmp_path, model_folders[family], cluster__num_shards=2, output__exports=["masked"]) == 0
     report = report_of(tmp_path / "run")
     assert [shot["index"] for shot in report["shots"]] == [1, 2]
-    assert [round(shot["target_sparsity"], 9) for shot in report["shots"]] == [0.15, 0.3]
+    assert [shot["target_sparsity"] for shot in report["shots"]] == pytest.approx([0.15, 0.3])
     for shot in report["shots"]:
         assert 0 <= shot["sparsity"] - shot["target_sparsity"] < 0.02
         assert set(shot["perplexity"]) == {"docs", "again"}
@@ -125,8 +125,24 @@ def test_options_do_something(model_folders: dict[str, Path], tmp_path: Path) ->
     changes: dict[str, Any] = {
         "default": {},
         "structure": {"pruning__structure": "rows"},
+        "schedule": {"pruning__num_shots": 2, "pruning__schedule": "geometric"},
+        "sparsities": {"pruning": {"target_sparsity": 0.3, "sparsities": [0.25, 0.3]}},
+        "num_shots": {"pruning__num_shots": 2},
         "structure-columns": {"pruning__structure": "columns"},
         "rank_by": {"pruning__rank_by": "cost"},
+        "costs": {"pruning__costs": "obd"},
+        "correlations-single": {"updates__correlations": "single"},
+        "correlations-none": {"updates__correlations": "none"},
+        "kind-activations": {"curvature__kind": "activations"},
+        "kind-identity": {"curvature__kind": "identity"},
+        "element": {"pruning__structure": "element"},
+        "element-chunks": {"pruning__structure": "element", "updates__solver": "chunks"},
+        "max_correlate": {"pruning__structure": "element", "updates__solver": "chunks", "updates__max_correlate": 50},
+        "num_iterations": {"pruning__structure": "element", "updates__num_iterations": 3},
+        "tolerance": {"pruning__structure": "element", "updates__tolerance": 0.5},
+        "n_m": {"pruning__structure": "n_m"},
+        "pattern": {"pruning__structure": "n_m", "pruning__n_m": "4:8"},
+        "group_costs": {"pruning__structure": "n_m", "pruning__group_costs": "sum"},
         "joint": {"updates__joint": "exact"},
         "damping.a": {"curvature__damping": {"a": 0.5}},
         "damping.g": {"curvature__damping": {"g": 0.5}},
@@ -140,8 +156,8 @@ def test_options_do_something(model_folders: dict[str, Path], tmp_path: Path) ->
     }
     results = {}
     for name, change in changes.items():
-        assert run(tmp_path / name, model_folders["llama"], pruning__num_shots=1, **change) == 0
-        weights = tensors_of_shot(tmp_path / name / "run", 1)
+        assert run(tmp_path / name, model_folders["llama"], **({} if "pruning" in change else {"pruning__num_shots": 1}) | change) == 0
+        weights = tensors_of_shot(tmp_path / name / "run", len(report_of(tmp_path / name / "run")["shots"]))
         results[name] = tuple(float(weights[key].double().sum()) for key in sorted(weights) if key.endswith("weight"))
     assert len(set(results.values())) == len(changes), results
 
@@ -213,6 +229,47 @@ def test_a_gap_in_the_shots_is_repeated(model_folders: dict[str, Path], tmp_path
 def test_replica_that_fails_is_named_and_not_waited_for(model_folders: dict[str, Path], tmp_path: Path) -> None:
     placement = place(CONFIGS["llama"], 1, 2)
     cluster = LocalCluster(placement, 1)
-    cluster.run_all("load", ModelRecipe(ModelSource(str(model_folders["llama"])), "float32"))
+    cluster.run_all("load", ModelRecipe(ModelSource(str(model_folders["llama"])), "float32"), False)
     with pytest.raises(AssertionError):
-        cluster.run_all("finish_curvature")
+        cluster.run_all("finish_curvature", "kfac")
+
+
+@pytest.mark.parametrize("structure", ["element", "n_m"])
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "gemma3"])
+def test_elements_and_groups(family: str, structure: str, model_folders: dict[str, Path], tmp_path: Path) -> None:
+    """Two shots to 40 %, on two shards, with and without replicas, resumed after the first: zeros stay, patterns hold."""
+    options: dict[str, Any] = {"pruning__structure": structure, "pruning__target_sparsity": 0.4, "cluster__num_shards": 2}
+    assert run(tmp_path / "one", model_folders[family], **options) == 0
+    assert run(tmp_path / "two", model_folders[family], **options, cluster__num_replicas=2) == 0
+    report = report_of(tmp_path / "one/run")
+    for shot, other in zip(report["shots"], report_of(tmp_path / "two/run")["shots"], strict=True):
+        assert shot["sparsity"] == pytest.approx(shot["target_sparsity"], abs=1e-3)
+        # On a random model an element at the threshold that goes the other way, by the order of a sum, is worth a percent.
+        assert shot["perplexity"]["docs"] == pytest.approx(other["perplexity"]["docs"], rel=3e-2)
+        assert 0 <= shot["update_residual"]["median"] <= shot["update_residual"]["max"]
+    first, second = (tensors_of_shot(tmp_path / "one/run", shot) for shot in (1, 2))
+    transposed = family == "gpt2"
+    for name in (key for key in second if key.endswith(".kept")):
+        kept, linear = second[name], name.removesuffix(".kept")
+        assert not (kept & ~first[name]).any(), "a removed element came back"
+        W = second[f"{linear}.weight"].T if transposed else second[f"{linear}.weight"]
+        inputs = W.shape[1]
+        assert not W[~kept[:, :inputs]].any()
+        assert kept[:, inputs:].all(), "biases stay"
+        if structure == "n_m":
+            assert set(kept[:, :inputs].reshape(len(W), -1, 4).sum(dim=2).unique().tolist()) <= {2, 4}
+    shutil.rmtree(tmp_path / "one/run/shots/0002")
+    assert run(tmp_path / "one", model_folders[family], "--resume", **options) == 0
+    again = tensors_of_shot(tmp_path / "one/run", 2)
+    assert all(torch.equal(again[name], second[name]) for name in second)
+
+
+def test_magnitude_is_identity_curvature_without_updates(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    options = {"curvature__kind": "identity", "pruning__costs": "obd", "updates__correlations": "none", "pruning__structure": "element"}
+    assert run(tmp_path, model_folders["llama"], **options, pruning__target_sparsity=0.5, pruning__num_shots=1) == 0
+    dense, pruned = AutoModelForCausalLM.from_pretrained(model_folders["llama"]).state_dict(), tensors_of_shot(tmp_path / "run", 1)
+    names = [name for name in pruned if name.endswith(".weight")]
+    size = torch.cat([dense[name].flatten().abs() for name in names])
+    border = float(size.sort().values[len(size) // 2 - 1])
+    for name in names:
+        assert torch.equal(pruned[name], dense[name] * (dense[name].abs() > border))

@@ -58,8 +58,8 @@ def test_failures_are_seen_and_named(local_ray: None, model_folders: dict[str, P
         RayCluster(placement, RayResources(1000, 0, 0.5, 60))
     cluster = RayCluster(placement, RayResources(1, 0, 60, 60))
     with pytest.raises(ValueError, match="absent"):
-        cluster.run_all("load", ModelRecipe(ModelSource("/absent/folder"), "float32"))
-    cluster.run_all("load", ModelRecipe(ModelSource(str(model_folders["llama"])), "float32"))
+        cluster.run_all("load", ModelRecipe(ModelSource("/absent/folder"), "float32"), False)
+    cluster.run_all("load", ModelRecipe(ModelSource(str(model_folders["llama"])), "float32"), False)
     usage = cluster.run_all("usage")
     assert len({u.process for u in usage}) == 2
     assert all(u.peak_rss_bytes > 50 * 2**20 for u in usage)

@@ -1,0 +1,219 @@
+from __future__ import annotations
+
+from itertools import combinations
+
+import pytest
+import torch
+from torch import Tensor
+
+from ray_surgeon.surgery.chunks import update_in_chunks
+from ray_surgeon.surgery.conjugate import update_elements
+from ray_surgeon.surgery.costs import quadratic_cost
+from ray_surgeon.surgery.element_surgery import ElementSurgery, ElementUnits, ElementUpdate
+from ray_surgeon.surgery.elements import (
+    diagonal_element_costs,
+    element_costs,
+    group_costs,
+    group_patterns,
+    pattern_removals,
+    summed_group_costs,
+)
+from ray_surgeon.surgery.kronecker import KroneckerFactors, damped
+from ray_surgeon.surgery.masks import ElementMask
+from ray_surgeon.surgery.threshold import bit_histogram, bucket_of, cost_of_bits
+from tests.surgery.dense import dense_removal, problem
+
+EXACT = {"rtol": 1e-9, "atol": 1e-11}
+
+
+def random_removal(R: int, C: int, fraction: float, seed: int = 3) -> Tensor:
+    return torch.rand(R, C, generator=torch.Generator().manual_seed(seed)) < fraction
+
+
+def test_element_cost_is_the_dense_cost() -> None:
+    W, A, G = problem()
+    costs = element_costs(W, torch.linalg.inv(A).diagonal(), torch.linalg.inv(G).diagonal())
+    for r in range(6):
+        for c in range(7):
+            removed = torch.zeros(6, 7, dtype=torch.bool)
+            removed[r, c] = True
+            assert float(costs[r, c]) == pytest.approx(dense_removal(W, A, G, removed)[1], rel=1e-9)
+
+
+def test_diagonal_cost_is_that_of_the_diagonal_fisher() -> None:
+    W, A, G = problem()
+    expected = 0.5 * W.square() * torch.kron(G, A).diagonal().view_as(W)
+    torch.testing.assert_close(diagonal_element_costs(W, A.diagonal(), G.diagonal()), expected, **EXACT)
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (3, 4), (1, 2), (4, 8)])
+def test_group_cost_is_that_of_the_best_of_all_patterns(n: int, m: int) -> None:
+    W, A, G = problem(R=3, C=8)
+    costs, choice = group_costs(W, torch.linalg.inv(A), torch.linalg.inv(G).diagonal(), n, m)
+    patterns = list(combinations(range(m), m - n))
+    assert group_patterns(n, m).tolist() == [list(p) for p in patterns]
+    for r in range(3):
+        for group in range(8 // m):
+            dense = []
+            for pattern in patterns:
+                removed = torch.zeros(3, 8, dtype=torch.bool)
+                removed[r, [group * m + place for place in pattern]] = True
+                dense.append(dense_removal(W, A, G, removed)[1])
+            assert float(costs[r, group]) == pytest.approx(min(dense), rel=1e-8)
+            assert dense[int(choice[r, group])] == pytest.approx(min(dense), rel=1e-8)
+
+
+def test_summed_group_cost_takes_the_smallest() -> None:
+    single = torch.rand(5, 8)
+    costs, choice = summed_group_costs(single, 2, 4)
+    torch.testing.assert_close(costs, single.view(5, 2, 4).sort(dim=2).values[:, :, :2].sum(dim=2))
+    removed = pattern_removals(torch.ones(5, 2, dtype=torch.bool), choice, 2, 4)
+    assert torch.equal(removed.view(5, 2, 4).sum(dim=2), torch.full((5, 2), 2))
+    torch.testing.assert_close((single * removed).view(5, 2, 4).sum(dim=2), costs)
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.5, 0.9])
+def test_conjugate_gradients_reach_the_dense_solution(fraction: float) -> None:
+    W, A, G = problem()
+    removed = random_removal(6, 7, fraction)
+    expected, cost = dense_removal(W, A, G, removed)
+    inverses = torch.linalg.inv(A), torch.linalg.inv(G)
+    found = update_elements(W, A, G, *inverses, ~removed, num_iterations=200, tolerance=1e-12)
+    torch.testing.assert_close(found.W, expected, rtol=1e-8, atol=1e-9)
+    assert found.residual < 1e-11
+    assert quadratic_cost(found.W - W, A, G) == pytest.approx(cost, rel=1e-9)
+
+
+def test_conjugate_gradients_lower_the_cost_with_every_iteration_and_tell_the_residual() -> None:
+    W, A, G = problem()
+    removed = random_removal(6, 7, 0.5)
+    inverses = torch.linalg.inv(A), torch.linalg.inv(G)
+    costs, residuals = [], []
+    for n in range(6):
+        found = update_elements(W, A, G, *inverses, ~removed, num_iterations=n, tolerance=0.0)
+        costs.append(quadratic_cost(found.W - W, A, G))
+        residual = torch.linalg.norm((G @ (found.W - W) @ A)[~removed]) / torch.linalg.norm((G @ (-W * removed) @ A)[~removed])
+        assert found.residual == pytest.approx(float(residual), rel=1e-6)
+        residuals.append(found.residual)
+    assert costs == sorted(costs, reverse=True)
+    assert residuals[-1] < residuals[0] == 1.0
+
+
+def test_nothing_to_remove() -> None:
+    W, A, G = problem()
+    kept = torch.ones(6, 7, dtype=torch.bool)
+    found = update_elements(W, A, G, torch.linalg.inv(A), torch.linalg.inv(G), kept, num_iterations=5, tolerance=0.0)
+    assert torch.equal(found.W, W)
+
+
+def test_one_chunk_is_the_dense_solution() -> None:
+    W, A, G = problem()
+    removed = random_removal(6, 7, 0.4)
+    found = update_in_chunks(W, torch.linalg.inv(A), torch.linalg.inv(G), removed, 1000)
+    torch.testing.assert_close(found, dense_removal(W, A, G, removed)[0], rtol=1e-8, atol=1e-10)
+
+
+def test_chunks_are_taken_one_after_the_other_on_the_weights_so_far() -> None:
+    """Each chunk is the dense solution for that chunk alone; what earlier chunks removed is set to zero at the end."""
+    W, A, G = problem()
+    removed = random_removal(6, 7, 0.4)
+    expected = W.clone()
+    for chunk in removed.nonzero().split(5):
+        part = torch.zeros_like(removed)
+        part[chunk[:, 0], chunk[:, 1]] = True
+        expected = dense_removal(expected, A, G, part)[0]
+    expected[removed] = 0
+    found = update_in_chunks(W, torch.linalg.inv(A), torch.linalg.inv(G), removed, 5)
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_kth_value_by_counting_bits_is_that_of_sorting(ties: bool) -> None:
+    parts = [torch.rand(1000, generator=torch.Generator().manual_seed(s)) ** 8 for s in range(3)]
+    if ties:
+        parts = [(p * 20).floor() / 20 for p in parts]
+    infinite = [torch.cat([p, torch.full((7,), torch.inf)]) for p in parts]
+    expected = torch.cat(parts).sort().values
+    for k in (1, 2, 1500, 2999, 3000):
+        high, rest = bucket_of(sum(bit_histogram(p, None) for p in infinite), k)
+        low, _ = bucket_of(sum(bit_histogram(p, high) for p in infinite), rest)
+        assert cost_of_bits(high, low) == float(expected[k - 1])
+
+
+UPDATE = ElementUpdate("full", "conjugate_gradients", 300, 1e-12, 1000)
+
+
+def surgery(W: Tensor, A: Tensor, G: Tensor, kept: Tensor, units: ElementUnits, *, has_bias: bool = False) -> ElementSurgery:
+    factors = KroneckerFactors(A * 13, G * 13, 13)
+    return ElementSurgery(
+        "x", W, factors, ElementMask(kept), has_bias=has_bias, units=units, damping_a=0.01, damping_g=0.1, max_damping=1.0
+    )
+
+
+@pytest.mark.parametrize("solver", ["conjugate_gradients", "chunks"])
+def test_linear_of_elements_is_dense_with_what_earlier_shots_removed(solver: str) -> None:
+    """Bias in the last column; an earlier shot removed some elements: they stay zero and are constraints still."""
+    W, A, G = problem()
+    kept = ~random_removal(6, 7, 0.2)
+    kept[:, -1] = True
+    W = W * kept
+    operation = surgery(W, A, G, kept, ElementUnits(), has_bias=True)
+    found = operation.candidates("obs")
+    costs = operation.unit_costs(found)
+    assert costs.shape == (6, 6)
+    assert torch.equal(torch.isinf(costs), ~kept[:, :6])
+    expected_costs = element_costs(W, torch.linalg.inv(damped(A, 0.01)).diagonal(), torch.linalg.inv(damped(G, 0.1)).diagonal())
+    torch.testing.assert_close(costs[kept[:, :6]], expected_costs[:, :6][kept[:, :6]].float())
+    threshold = float(costs.flatten().sort().values[9])
+    update = ElementUpdate("full", solver, 300, 1e-12, 1000)
+    new, mask, predicted, residual = operation.prune(found, threshold, update)
+    assert int((~mask.kept).sum()) == int((~kept).sum()) + 10
+    if solver == "conjugate_gradients":
+        expected, cost = dense_removal(W, damped(A, 0.01), damped(G, 0.1), ~mask.kept)
+        torch.testing.assert_close(new, expected, rtol=1e-7, atol=1e-9)
+        assert predicted == pytest.approx(cost, rel=1e-8)
+    assert residual < 1e-11
+    assert not new[~mask.kept].any()
+    assert mask.kept[:, -1].all()
+
+
+def test_n_m_linear_keeps_the_pattern_and_the_bias() -> None:
+    W, A, G = problem(R=5, C=9)
+    operation = surgery(W, A, G, torch.ones(5, 9, dtype=torch.bool), ElementUnits(2, 4), has_bias=True)
+    found = operation.candidates("obs")
+    damped_inverse = torch.linalg.inv(damped(A, 0.01))[:8, :8]
+    expected, _ = group_costs(W[:, :8].contiguous(), damped_inverse, torch.linalg.inv(damped(G, 0.1)).diagonal(), 2, 4)
+    torch.testing.assert_close(operation.unit_costs(found), expected.float())
+    new, mask, _, _ = operation.prune(found, float("inf"), UPDATE)
+    assert torch.equal(mask.kept[:, :8].view(5, 2, 4).sum(dim=2), torch.full((5, 2), 2))
+    assert mask.kept[:, -1].all()
+    torch.testing.assert_close(new, dense_removal(W, damped(A, 0.01), damped(G, 0.1), ~mask.kept)[0], rtol=1e-7, atol=1e-9)
+    again = surgery(new, A, G, mask.kept, ElementUnits(2, 4), has_bias=True)
+    assert torch.isinf(again.unit_costs(again.candidates("obs"))).all(), "a pruned group is no candidate again"
+
+
+def test_dead_rows_and_columns_cost_nothing() -> None:
+    W, A, G = problem()
+    G[1], G[:, 1] = 0, 0
+    A[3], A[:, 3] = 0, 0
+    operation = surgery(W, A, G, torch.ones(6, 7, dtype=torch.bool), ElementUnits())
+    found = operation.candidates("obs")
+    costs = operation.unit_costs(found)
+    assert not costs[1].any()
+    assert not costs[:, 3].any()
+    new, mask, _, _ = operation.prune(found, 0.0, UPDATE)
+    assert not new[1].any()
+    assert not new[:, 3].any()
+    assert int(mask.kept.sum()) == 5 * 6
+
+
+@pytest.mark.parametrize("correlations", ["single", "none"])
+def test_simpler_updates(correlations: str) -> None:
+    W, A, G = problem()
+    operation = surgery(W, A, G, torch.ones(6, 7, dtype=torch.bool), ElementUnits())
+    found = operation.candidates("obs")
+    threshold = float(operation.unit_costs(found).min())
+    new, mask, _, _ = operation.prune(found, threshold, ElementUpdate(correlations, "chunks", 1, 0.0, 1))
+    assert int((~mask.kept).sum()) == 1
+    expected = dense_removal(W, damped(A, 0.01), damped(G, 0.1), ~mask.kept)[0] if correlations == "single" else W * mask.kept
+    torch.testing.assert_close(new, expected, **EXACT)
