@@ -62,7 +62,7 @@ class Job:
         """How costs are taken."""
         curvature, pruning = self.spec.curvature, self.spec.pruning
         options = CurvatureOptions(curvature.kind, curvature.damping.a, curvature.damping.g, curvature.max_damping)
-        n, m = pruning.pattern
+        n, m = pruning.n_m
         units = ElementUnits(n, m, pruning.group_costs == "joint") if pruning.structure == "n_m" else ElementUnits()
         return CostOptions(pruning.structure, pruning.rank_by, pruning.costs, units, options)
 

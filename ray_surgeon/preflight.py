@@ -48,7 +48,7 @@ def prepare(spec: JobSpec, *, resume: bool, dry_run: bool = False) -> tuple[Job,
     config = _load_config(folder, files.origin)
     placement = place(config, spec.cluster.num_shards, spec.cluster.num_replicas)
     if spec.pruning.structure == "n_m":
-        _check_pattern(config, spec.pruning.pattern[1])
+        _check_pattern(config, spec.pruning.n_m[1])
     with _as_input_error(f"model.source: cannot read {files.origin}"):
         shapes, model_fingerprint = files.shapes_and_fingerprint()
     check_checkpoint(config, shapes, files.origin)

@@ -123,12 +123,12 @@ class PruningSection(Section):
     structure: Literal["rows_columns", "rows", "columns", "element", "n_m"] = Field(
         "rows_columns", description="What may be removed from each linear; n_m removes from groups of inputs of a row, see n_m"
     )
-    n_m: str = Field("2:4", pattern="^[1-9][0-9]?:[1-9][0-9]?$", description="N:M of structure n_m: N of M consecutive inputs stay")
+    n_m: tuple[Positive, Positive] = Field((2, 4), description="[N, M] of structure n_m: N of M consecutive inputs of a row stay")
     target_sparsity: float = Field(gt=0, lt=1, description="Fraction of the parameters of the blocks' linears to remove, biases included")
     num_shots: int = Field(5, ge=1, le=1000, description="Shots, each with a curvature of its own")
     schedule: Literal["linear", "geometric"] = Field(
         "linear",
-        description="linear: every shot removes the same; geometric: every shot keeps the same fraction, so later ones remove less",
+        description="linear: every shot removes the same; geometric: every shot keeps the same fraction, later ones remove less",
     )
     sparsities: tuple[float, ...] | None = Field(
         None, description="Sparsity at the end of every shot, in place of num_shots and schedule; the last one is target_sparsity"
@@ -163,19 +163,13 @@ class PruningSection(Section):
                 raise ValueError("sparsities: takes the place of num_shots and schedule; remove those")
         return self
 
-    @property
-    def pattern(self) -> tuple[int, int]:
-        """N and M of structure n_m."""
-        n, m = self.n_m.split(":")
-        return int(n), int(m)
-
     @model_validator(mode="after")
     def _possible_pattern(self) -> PruningSection:
-        n, m = self.pattern
+        n, m = self.n_m
         if not n < m <= 16:
-            raise ValueError(f"n_m: {self.n_m} needs N < M <= 16; give for example 2:4 or 4:8")
+            raise ValueError(f"n_m: [{n}, {m}] needs N < M <= 16; give for example [2, 4] or [4, 8]")
         if self.structure == "n_m" and self.target_sparsity > 1 - n / m:
-            raise ValueError(f"target_sparsity: {self.target_sparsity:g} is more than {self.n_m} can remove, {1 - n / m:g}; lower it")
+            raise ValueError(f"target_sparsity: {self.target_sparsity:g} is more than {n}:{m} can remove, {1 - n / m:g}; lower it")
         return self
 
 

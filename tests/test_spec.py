@@ -94,7 +94,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"pruning.sparsities": "[0.2, 0.1, 0.2]"}, "must rise"),
     ({"pruning.sparsities": "[]"}, "must rise"),
     ({"pruning.sparsities": "[0.1, 0.2]", "pruning.num_shots": 2}, "takes the place"),
-    ({"pruning.n_m": "4:2"}, "needs N < M"),
+    ({"pruning.n_m": "[4, 2]"}, "needs N < M"),
     ({"pruning.n_m": "two:four"}, "n_m"),
     ({"pruning.structure": "n_m", "pruning.target_sparsity": 0.6}, "more than 2:4 can remove"),
     ({"output.exports": "[onnx]"}, "exports"),

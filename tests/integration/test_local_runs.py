@@ -141,7 +141,7 @@ def test_options_do_something(model_folders: dict[str, Path], tmp_path: Path) ->
         "num_iterations": {"pruning__structure": "element", "updates__num_iterations": 3},
         "tolerance": {"pruning__structure": "element", "updates__tolerance": 0.5},
         "n_m": {"pruning__structure": "n_m"},
-        "pattern": {"pruning__structure": "n_m", "pruning__n_m": "4:8"},
+        "pattern": {"pruning__structure": "n_m", "pruning__n_m": [4, 8]},
         "group_costs": {"pruning__structure": "n_m", "pruning__group_costs": "sum"},
         "joint": {"updates__joint": "exact"},
         "damping.a": {"curvature__damping": {"a": 0.5}},
