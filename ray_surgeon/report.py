@@ -1,14 +1,21 @@
-"""What a run found: report.json, and the same as a table on the terminal."""
+"""What a run found: report.json, and the same as a table on the terminal.
+
+``python -m ray_surgeon.report RUN RUN ...`` puts run directories side by side.
+"""
 
 from __future__ import annotations
 
+import argparse
 import math
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
+from ray_surgeon import storage
 from ray_surgeon.cluster.messages import LinearSummary
 
 Fact = str | int | float
@@ -108,3 +115,37 @@ def shots_table(record: Mapping[str, Any]) -> Table:
 
 def _perplexity_text(value: float) -> str:
     return f"{value:.3f}" if math.isfinite(value) and value < 1e4 else f"{value:.3g}"
+
+
+def comparison_table(records: Sequence[Mapping[str, Any]]) -> Table:
+    """Return one line for every shot of every run: name, structure, sparsity, perplexity by text."""
+    texts = list(dict.fromkeys(text for record in records for text in record["dense"]["perplexity"]))
+    table = Table()
+    for column in ("run", "structure", "shot", "sparsity", *(f"perplexity {text}" for text in texts)):
+        table.add_column(column, justify="right" if column != "run" else "left")
+    for record in records:
+        name, structure = str(record["spec"]["name"]), str(record["spec"]["pruning"]["structure"])
+        lines = [("dense", 0.0, record["dense"]["perplexity"])]
+        lines += [(str(shot["index"]), shot["sparsity"], shot["perplexity"]) for shot in record["shots"]]
+        for shot, sparsity, perplexity in lines:
+            values = [_perplexity_text(perplexity[text]) if text in perplexity else "" for text in texts]
+            table.add_row(name, structure, shot, f"{sparsity:.2%}", *values)
+    return table
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the comparison of run directories; exit code 2 if one has no report."""
+    parser = argparse.ArgumentParser(prog="python -m ray_surgeon.report", description="Compare runs.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directory, local or on any fsspec URI")
+    console = Console()
+    try:
+        records = [storage.read_json(storage.join(run, "report.json")) for run in parser.parse_args(argv).runs]
+    except (OSError, ValueError) as error:
+        Console(stderr=True).print(f"error: no report: {error}; give run directories with a report.json", style="red", soft_wrap=True)
+        return 2
+    console.print(comparison_table(records))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -20,7 +20,7 @@ ALLOWED = {
     "cluster": {"surgery", "models", "storage", "sources", "cluster"},
     "evaluate": {"cluster"},
     "checkpoint": {"storage", "cluster"},
-    "report": {"cluster"},
+    "report": {"cluster", "storage"},
     "plan": {"cluster", "models"},
     "export": {"storage", "sources", "cluster", "models", "export"},
     "coordinator": {"checkpoint", "cluster", "evaluate", "export", "report", "sources", "spec", "surgery"},

@@ -13,7 +13,7 @@ from torch import Tensor
 from ray_surgeon.surgery.chunks import update_in_chunks
 from ray_surgeon.surgery.conjugate import update_elements
 from ray_surgeon.surgery.costs import quadratic_cost
-from ray_surgeon.surgery.elements import group_costs, pattern_removals, summed_group_costs
+from ray_surgeon.surgery.elements import element_costs, group_costs, pattern_removals, summed_group_costs
 from ray_surgeon.surgery.kronecker import DampedFactor, KroneckerFactors, balanced, factorise
 from ray_surgeon.surgery.masks import ElementMask
 from ray_surgeon.surgery.threshold import check_costs
@@ -138,8 +138,7 @@ class ElementSurgery:
             return self.W.new_zeros(0), self.W.new_zeros(0, dtype=torch.int64)
         W, columns = self.W[:, : self.num_inputs], self.live_columns[: self.num_inputs]
         if not joint:
-            single = 0.5 * W.square() * (row_scale[:, None] * column_scale[: self.num_inputs])
-            return summed_group_costs(single, n, m)
+            return summed_group_costs(element_costs(W, column_scale[: self.num_inputs], row_scale), n, m)
         inverse = torch.eye(self.num_inputs, dtype=W.dtype, device=W.device)
         inside = self.live_columns.nonzero()[:, 0] < self.num_inputs
         inverse[columns.nonzero(), columns.nonzero()[:, 0]] = torch.cholesky_inverse(A.cholesky)[inside][:, inside]
@@ -153,8 +152,7 @@ class ElementSurgery:
             FloatingPointError: a cost is not usable.
         """
         if self.units.m == 1:
-            costs = 0.5 * self.W.square() * (found.row_scale[:, None] * found.column_scale)
-            costs = costs[:, : self.num_inputs].float()
+            costs = element_costs(self.W, found.column_scale, found.row_scale)[:, : self.num_inputs].float()
             gone = ~self.kept[:, : self.num_inputs]
         else:
             costs = found.group_costs.float()

@@ -11,23 +11,20 @@ import torch
 from torch import Tensor
 
 
-def element_costs(W: Tensor, A_inverse_diagonal: Tensor, G_inverse_diagonal: Tensor) -> Tensor:
-    """Cost of each element after the optimal update of all others: 1/2 W_rc^2 / ([G^-1]_rr [A^-1]_cc).
+def element_costs(W: Tensor, column_scale: Tensor, row_scale: Tensor) -> Tensor:
+    """Cost of each element: 1/2 W_rc^2 row_scale_r column_scale_c.
+
+    If all others make up for it (OBS), the scales are 1 / [G^-1]_rr and 1 / [A^-1]_cc; if nothing does (OBD), G_rr and A_cc.
 
     Args:
         W: [R, C].
-        A_inverse_diagonal: [C].
-        G_inverse_diagonal: [R].
+        column_scale: [C].
+        row_scale: [R].
 
     Returns:
         [R, C] costs, in the loss's units.
     """
-    return 0.5 * W.square() / (G_inverse_diagonal[:, None] * A_inverse_diagonal)
-
-
-def diagonal_element_costs(W: Tensor, A_diagonal: Tensor, G_diagonal: Tensor) -> Tensor:
-    """Cost of each element if nothing makes up for it (OBD): 1/2 W_rc^2 G_rr A_cc, [R, C]."""
-    return 0.5 * W.square() * (G_diagonal[:, None] * A_diagonal)
+    return 0.5 * W.square() * (row_scale[:, None] * column_scale)
 
 
 def group_patterns(n: int, m: int) -> Tensor:

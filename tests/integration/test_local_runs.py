@@ -15,7 +15,11 @@ from ray_surgeon import coordinator, storage
 from ray_surgeon.cluster.local import LocalCluster
 from ray_surgeon.cluster.messages import ModelRecipe
 from ray_surgeon.cluster.placement import place
+from ray_surgeon.cluster.steps import collect_curvature
+from ray_surgeon.preflight import prepare
+from ray_surgeon.report import main as compare
 from ray_surgeon.sources import ModelSource
+from ray_surgeon.spec import parse_spec
 from tests.conftest import CONFIGS
 from tests.integration.runs import assert_same_shot, report_of, run, tensors_of_shot, tiny_spec
 
@@ -83,6 +87,24 @@ def test_replicas_give_the_same_model_up_to_the_order_of_sums(model_folders: dic
     for num_replicas in (2, 3):
         found = report_of(tmp_path / f"{num_replicas}/run")["shots"][-1]["perplexity"]
         assert found == pytest.approx(expected, rel=2e-3)
+
+
+def test_factors_of_replicas_are_those_of_one(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    job, _, _ = prepare(parse_spec(tiny_spec(tmp_path, model_folders["llama"]).read_text()), resume=False)
+    factors = []
+    for num_replicas in (1, 2, 3):
+        cluster = LocalCluster(place(CONFIGS["llama"], 2, num_replicas), 1)
+        cluster.run_all("load", ModelRecipe(job.model_source, "float32"), False)
+        collect_curvature(cluster, job.calibration, "kfac", None)
+        owned = {name: w.shard.factors(name) for w in cluster._workers.values() for name in w._owned()}
+        assert len(owned) == 4 * 7
+        factors.append(owned)
+    for others in factors[1:]:
+        for name, one in factors[0].items():
+            other = others[name]
+            assert other.num_tokens == one.num_tokens == job.calibration.size
+            for a, b in ((one.A, other.A), (one.G, other.G)):
+                assert float((a - b).norm() / a.norm()) < 1e-5
 
 
 class MachineGoneError(RuntimeError):
@@ -273,3 +295,15 @@ def test_magnitude_is_identity_curvature_without_updates(model_folders: dict[str
     border = float(size.sort().values[len(size) // 2 - 1])
     for name in names:
         assert torch.equal(pruned[name], dense[name] * (dense[name].abs() > border))
+
+
+def test_runs_are_compared_in_one_table(model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("one", "two"):
+        assert run(tmp_path / name, model_folders["llama"], name=name, pruning__num_shots=1) == 0
+    capsys.readouterr()
+    assert compare([str(tmp_path / "one/run"), str(tmp_path / "two/run")]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "rows_columns" in line]
+    assert len(lines) == 4
+    assert sum("dense" in line for line in lines) == 2
+    assert compare([str(tmp_path / "absent")]) == 2
+    assert "report.json" in capsys.readouterr().err

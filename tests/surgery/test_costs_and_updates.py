@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from ray_surgeon.surgery.costs import column_costs, quadratic_cost, row_costs
-from ray_surgeon.surgery.updates import prune_columns, prune_rows, prune_rows_and_columns
+from ray_surgeon.surgery.costs import column_costs, diagonal_column_costs, diagonal_row_costs, quadratic_cost, row_costs
+from ray_surgeon.surgery.updates import prune_columns, prune_rows, prune_rows_and_columns, prune_singly
 from tests.surgery.dense import crossing, dense_removal, flags, problem
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
@@ -77,3 +77,30 @@ def test_removing_everything_or_nothing(joint: str) -> None:
     everything = prune_rows_and_columns(W, A, G, flags(6, list(range(6))), flags(7, [1]), joint=joint)
     assert not everything.any()
     assert torch.equal(prune_rows_and_columns(W, A, G, flags(6, []), flags(7, []), joint=joint), W)
+
+
+def test_diagonal_costs_are_the_quadratic_without_updates() -> None:
+    """With G (for rows) or A (for columns) diagonal, removing a structure alone is exactly its OBD cost."""
+    W, A, G = problem()
+    for r in range(6):
+        change = torch.zeros_like(W)
+        change[r] = -W[r]
+        assert float(diagonal_row_costs(W, A, G.diagonal())[r]) == pytest.approx(quadratic_cost(change, A, G), rel=1e-9)
+    for c in range(7):
+        change = torch.zeros_like(W)
+        change[:, c] = -W[:, c]
+        assert float(diagonal_column_costs(W, G, A.diagonal())[c]) == pytest.approx(quadratic_cost(change, A, G), rel=1e-9)
+
+
+def test_single_corrections_are_dense_for_one_structure() -> None:
+    W, A, G = problem()
+    inverses = torch.linalg.inv(A), torch.linalg.inv(G)
+    one_row = prune_singly(W, *inverses, flags(6, [2]), flags(7, []))
+    torch.testing.assert_close(one_row, dense_removal(W, A, G, crossing(6, 7, [2], []))[0], **EXACT)
+    one_column = prune_singly(W, *inverses, flags(6, []), flags(7, [3]))
+    torch.testing.assert_close(one_column, dense_removal(W, A, G, crossing(6, 7, [], [3]))[0], **EXACT)
+    both = prune_singly(W, *inverses, flags(6, [2, 4]), flags(7, [3]))
+    assert not both[[2, 4]].any()
+    assert not both[:, 3].any()
+    alone = sum(dense_removal(W, A, G, crossing(6, 7, [r], []))[0] - W for r in (2, 4)) + (one_column - W)
+    torch.testing.assert_close(both[0, :3], (W + alone)[0, :3], **EXACT)
