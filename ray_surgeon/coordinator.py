@@ -70,7 +70,9 @@ class Job:
     def prune_options(self) -> PruneOptions:
         """How the weights that stay are updated."""
         updates = self.spec.updates
-        update = ElementUpdate(updates.correlations, updates.solver, updates.num_iterations, updates.tolerance, updates.max_correlate)
+        update = ElementUpdate(
+            updates.correlations, updates.solver, updates.num_iterations, updates.tolerance, updates.max_correlate, updates.precision
+        )
         return PruneOptions(updates.joint, update)
 
 

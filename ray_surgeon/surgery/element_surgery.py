@@ -49,6 +49,7 @@ class ElementUpdate:
         num_iterations: of conjugate gradients, at most.
         tolerance: relative residual at which they stop.
         max_correlate: elements of a chunk.
+        precision: dtype of the products in conjugate gradients, e.g. ``bfloat16``.
     """
 
     correlations: str
@@ -56,6 +57,7 @@ class ElementUpdate:
     num_iterations: int
     tolerance: float
     max_correlate: int
+    precision: str
 
 
 @dataclass(frozen=True)
@@ -196,6 +198,14 @@ class ElementSurgery:
         if update.solver == "chunks":
             return update_in_chunks(W, A_inverse, G_inverse, ~kept & (W != 0), update.max_correlate) * kept, 0.0
         solution = update_elements(
-            W, A.matrix, G.matrix, A_inverse, G_inverse, kept, num_iterations=update.num_iterations, tolerance=update.tolerance
+            W,
+            A.matrix,
+            G.matrix,
+            A_inverse,
+            G_inverse,
+            kept,
+            num_iterations=update.num_iterations,
+            tolerance=update.tolerance,
+            product_dtype=getattr(torch, update.precision),
         )
         return solution.W, solution.residual

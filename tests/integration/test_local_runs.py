@@ -161,6 +161,7 @@ def test_options_do_something(model_folders: dict[str, Path], tmp_path: Path) ->
         "element-chunks": {"pruning__structure": "element", "updates__solver": "chunks"},
         "max_correlate": {"pruning__structure": "element", "updates__solver": "chunks", "updates__max_correlate": 50},
         "num_iterations": {"pruning__structure": "element", "updates__num_iterations": 3},
+        "precision": {"pruning__structure": "element", "updates__precision": "float32"},
         "tolerance": {"pruning__structure": "element", "updates__tolerance": 0.5},
         "n_m": {"pruning__structure": "n_m"},
         "pattern": {"pruning__structure": "n_m", "pruning__n_m": [4, 8]},

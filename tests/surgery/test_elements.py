@@ -98,6 +98,19 @@ def test_conjugate_gradients_lower_the_cost_with_every_iteration_and_tell_the_re
     assert residuals[-1] < residuals[0] == 1.0
 
 
+def test_narrow_products_come_close_and_tell_the_true_residual() -> None:
+    W, A, G = problem(R=40, C=50)
+    A, G = damped(A, 0.01), damped(G, 0.1)
+    removed = random_removal(40, 50, 0.5)
+    inverses = torch.linalg.inv(A), torch.linalg.inv(G)
+    exact = update_elements(W, A, G, *inverses, ~removed, num_iterations=300, tolerance=1e-10)
+    best = quadratic_cost(exact.W - W, A, G)
+    found = update_elements(W, A, G, *inverses, ~removed, num_iterations=60, tolerance=0.0, product_dtype=torch.bfloat16)
+    assert best <= quadratic_cost(found.W - W, A, G) < 1.1 * best
+    residual = torch.linalg.norm((G @ (found.W - W) @ A)[~removed]) / torch.linalg.norm((G @ (-W * removed) @ A)[~removed])
+    assert found.residual == pytest.approx(float(residual), rel=1e-6)
+
+
 def test_nothing_to_remove() -> None:
     W, A, G = problem()
     kept = torch.ones(6, 7, dtype=torch.bool)
@@ -139,7 +152,7 @@ def test_kth_value_by_counting_bits_is_that_of_sorting(ties: bool) -> None:
         assert cost_of_bits(high, low) == float(expected[k - 1])
 
 
-UPDATE = ElementUpdate("full", "conjugate_gradients", 300, 1e-12, 1000)
+UPDATE = ElementUpdate("full", "conjugate_gradients", 300, 1e-12, 1000, "float64")
 
 
 def surgery(W: Tensor, A: Tensor, G: Tensor, kept: Tensor, units: ElementUnits, *, has_bias: bool = False) -> ElementSurgery:
@@ -164,7 +177,7 @@ def test_linear_of_elements_is_dense_with_what_earlier_shots_removed(solver: str
     expected_costs = element_costs(W, 1 / torch.linalg.inv(damped(A, 0.01)).diagonal(), 1 / torch.linalg.inv(damped(G, 0.1)).diagonal())
     torch.testing.assert_close(costs[kept[:, :6]], expected_costs[:, :6][kept[:, :6]].float())
     threshold = float(costs.flatten().sort().values[9])
-    update = ElementUpdate("full", solver, 300, 1e-12, 1000)
+    update = ElementUpdate("full", solver, 300, 1e-12, 1000, "float64")
     new, mask, predicted, residual = operation.prune(found, threshold, update)
     assert int((~mask.kept).sum()) == int((~kept).sum()) + 10
     if solver == "conjugate_gradients":
@@ -212,7 +225,7 @@ def test_simpler_updates(correlations: str) -> None:
     operation = surgery(W, A, G, torch.ones(6, 7, dtype=torch.bool), ElementUnits())
     found = operation.candidates("obs")
     threshold = float(operation.unit_costs(found).min())
-    new, mask, _, _ = operation.prune(found, threshold, ElementUpdate(correlations, "chunks", 1, 0.0, 1))
+    new, mask, _, _ = operation.prune(found, threshold, ElementUpdate(correlations, "chunks", 1, 0.0, 1, "float64"))
     assert int((~mask.kept).sum()) == 1
     expected = dense_removal(W, damped(A, 0.01), damped(G, 0.1), ~mask.kept)[0] if correlations == "single" else W * mask.kept
     torch.testing.assert_close(new, expected, **EXACT)
