@@ -72,6 +72,11 @@ CONFIGS: dict[str, PretrainedConfig] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
 def tiny_model(family: str) -> torch.nn.Module:
     torch.manual_seed(0)
     config = CONFIGS[family]
