@@ -191,18 +191,19 @@ class ElementSurgery:
     def _updated(self, W: Tensor, A: DampedFactor, G: DampedFactor, kept: Tensor, update: ElementUpdate) -> tuple[Tensor, float]:
         if update.correlations == "none":
             return W * kept, 0.0
+        if update.correlations == "full" and update.solver == "conjugate_gradients":
+            return self._solved(W, A, G, kept, update)
         A_inverse, G_inverse = torch.cholesky_inverse(A.cholesky), torch.cholesky_inverse(G.cholesky)
         if update.correlations == "single":
             alone = W * ~kept / torch.outer(G_inverse.diagonal(), A_inverse.diagonal())
             return (W - G_inverse @ alone @ A_inverse) * kept, 0.0
-        if update.solver == "chunks":
-            return update_in_chunks(W, A_inverse, G_inverse, ~kept & (W != 0), update.max_correlate) * kept, 0.0
+        return update_in_chunks(W, A_inverse, G_inverse, ~kept & (W != 0), update.max_correlate) * kept, 0.0
+
+    def _solved(self, W: Tensor, A: DampedFactor, G: DampedFactor, kept: Tensor, update: ElementUpdate) -> tuple[Tensor, float]:
         solution = update_elements(
             W,
             A.matrix,
             G.matrix,
-            A_inverse,
-            G_inverse,
             kept,
             num_iterations=update.num_iterations,
             tolerance=update.tolerance,
