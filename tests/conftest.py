@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -22,6 +24,8 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+
+from ray_surgeon import storage
 
 torch.set_num_threads(1)
 
@@ -104,3 +108,31 @@ def model_folders(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTraine
         tiny_model(family).save_pretrained(folders[family])
         tokenizer.save_pretrained(folders[family])
     return folders
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("RAY_SURGEON_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def s3() -> Iterator[None]:
+    from moto.server import ThreadedMotoServer
+    from s3fs import S3FileSystem
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    urllib.request.urlopen(urllib.request.Request(f"http://{host}:{port}/moto-api/reset", method="POST")).close()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "testing")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        S3FileSystem.clear_instance_cache()
+        filesystem, _ = storage.open_filesystem("s3://bucket/x")
+        filesystem.mkdir("bucket")
+        yield
+    S3FileSystem.clear_instance_cache()
+    server.stop()

@@ -308,3 +308,24 @@ def test_runs_are_compared_in_one_table(model_folders: dict[str, Path], tmp_path
     assert sum("dense" in line for line in lines) == 2
     assert compare([str(tmp_path / "absent")]) == 2
     assert "report.json" in capsys.readouterr().err
+
+
+def test_model_text_and_run_on_s3(model_folders: dict[str, Path], tmp_path: Path, s3: None, cache: Path) -> None:
+    """Everything in a bucket: two shots, a resume after the first, and an export that reloads; equal to the run on disk."""
+    filesystem, _ = storage.open_filesystem("s3://bucket/x")
+    filesystem.put(f"{model_folders['llama']}/", "bucket/models/llama/", recursive=True)
+    assert run(tmp_path / "disk", model_folders["llama"], cluster__num_shards=2) == 0
+    filesystem.put_file(str(tmp_path / "disk/text.txt"), "bucket/text.txt")
+    text = {"source": "s3://bucket/text.txt", "num_sequences": 6, "sequence_length": 40, "stride": 64, "max_tokens": 4000}
+    places = {"model__source": "s3://bucket/models/llama", "output__uri": "s3://bucket/run", "calibration": text}
+    options: dict[str, Any] = {**places, "cluster__num_shards": 2, "output__exports": ["masked"]}
+    assert run(tmp_path / "s3", model_folders["llama"], **options) == 0
+    for name in ("spec.yaml", "run.json", "events.jsonl", "report.json", "export"):
+        assert name in storage.list_names("s3://bucket/run")
+    expected = tensors_of_shot(tmp_path / "disk/run", 2)
+    for _ in range(2):
+        for shard in (1, 2):
+            found = storage.read_tensors(f"s3://bucket/run/shots/0002/shard-{shard:04d}.safetensors")
+            assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+        filesystem.rm("bucket/run/shots/0002", recursive=True)
+        assert run(tmp_path / "s3", model_folders["llama"], "--resume", **options) == 0
