@@ -102,7 +102,7 @@ def run_job(job: Job, placement: Placement, console: Console) -> None:
         task = progress.add_task(job.spec.name, total=num_steps)
         for event in events:
             progress.console.print(event_line(event), soft_wrap=True, highlight=False)
-            progress.advance(task, 1 + event.facts.get("resumed_after_shot", 0) * len(STEPS) if event.step == "load" else 1)  # type: ignore[operator]
+            progress.advance(task, 1 + int(event.facts.get("resumed_after_shot", 0)) * len(STEPS))
 
 
 def event_line(event: Event) -> str:

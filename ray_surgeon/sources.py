@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import os
@@ -130,12 +131,12 @@ class WeightReader:
 
     def __init__(self, files: ModelFiles) -> None:
         """Read the headers of the weight files."""
-        self._files = files
+        self._fetch = functools.cache(files.fetch)  # asking the Hub or an object store once a file, not once a tensor
         self.file_of = {key: name for name in files.weight_files() for key in storage.read_safetensors_header(files.open_uri(name))[0]}
 
     def read(self, key: str) -> Tensor:
         """Return one tensor."""
-        with safe_open(self._files.fetch(self.file_of[key]), framework="pt") as file:
+        with safe_open(self._fetch(self.file_of[key]), framework="pt") as file:
             tensor = file.get_tensor(key)
         assert isinstance(tensor, Tensor)
         return tensor

@@ -31,19 +31,9 @@ torch.set_num_threads(1)
 
 VOCABULARY = 320
 
-LLAMA = LlamaConfig(
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=VOCABULARY,
-    max_position_embeddings=128,
-    tie_word_embeddings=True,
-    initializer_range=0.2,
-    bos_token_id=0,
-    eos_token_id=0,
-)
+ROTARY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
+COMMON = {"vocab_size": VOCABULARY, "max_position_embeddings": 128, "initializer_range": 0.2, "bos_token_id": 0, "eos_token_id": 0}
+LLAMA = LlamaConfig(**ROTARY, **COMMON, tie_word_embeddings=True)
 LLAMA_WITH_BIASES = LlamaConfig(**{**LLAMA.to_dict(), "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False})
 OPT = OPTConfig(
     hidden_size=32,
@@ -59,8 +49,6 @@ OPT = OPTConfig(
     pad_token_id=0,
 )
 OPT_WITH_PROJECTIONS = OPTConfig(**{**OPT.to_dict(), "word_embed_proj_dim": 16, "do_layer_norm_before": False})
-ROTARY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
-COMMON = {"vocab_size": VOCABULARY, "max_position_embeddings": 128, "initializer_range": 0.2, "bos_token_id": 0, "eos_token_id": 0}
 GEMMA = {"head_dim": 8, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2, "query_pre_attn_scalar": 8}
 CONFIGS: dict[str, PretrainedConfig] = {
     "llama": LLAMA,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import socket
 from collections.abc import Iterator
 from typing import Any
@@ -88,11 +89,12 @@ class ShardWorker:
         config = AutoConfig.from_pretrained(files.small_files_folder())
         self.shard = ModelShard(config, self.placement.blocks[self.index.shard], getattr(torch, recipe.dtype), self.device)
         reader, tied = files.reader(), tied_names(config, self.shard.adapter)
+        local_copy = functools.cache(storage.local_copy)  # asking an object store once a file, not once a tensor
         pruned_in = {key: file.uri for file in recipe.shot_files for key in file.keys}
 
         def read(name: str) -> Tensor:
             if name in pruned_in:
-                return storage.read_tensors(pruned_in[name], (name,))[name]
+                return storage.read_tensors(str(local_copy(pruned_in[name])), (name,))[name]
             key = checkpoint_key(name, reader.file_of, tied)
             if key is None:
                 raise ValueError(f"model.source: {files.origin} has no tensor {name}")
@@ -222,12 +224,12 @@ class ShardWorker:
         for name in self._owned():
             if options.by_element:
                 elements, candidates = self._element_surgery(name, options), self._element_candidates.pop(name)
-                W, self.masks[name], *found_here = elements.prune(candidates, threshold, how.update)
-                found[name] = found_here[0], found_here[1]
+                W, self.masks[name], predicted, residual = elements.prune(candidates, threshold, how.update)
             else:
                 surgery = self._surgery(name, options.curvature)
                 W, self.masks[name], predicted = surgery.prune(self._candidates.pop(name), threshold, how.joint, how.update.correlations)
-                found[name] = predicted, 0.0
+                residual = 0.0
+            found[name] = predicted, residual
             self.shard.set_weight(name, W)
         self.shard.drop_curvature()
         self._share_linears()
