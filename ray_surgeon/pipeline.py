@@ -25,7 +25,8 @@ from ray_surgeon.checkpoint import RunDirectory
 from ray_surgeon.cluster.local import LocalCluster
 from ray_surgeon.cluster.placement import Placement
 from ray_surgeon.cluster.ray_cluster import RayCluster, RayResources, connect, num_nodes
-from ray_surgeon.coordinator import STEPS, Event, Job, run_shots
+from ray_surgeon.coordinator import run_shots
+from ray_surgeon.job import Event, Job
 from ray_surgeon.plan import plan_table, plan_workers
 from ray_surgeon.preflight import prepare
 from ray_surgeon.report import shots_table
@@ -96,13 +97,13 @@ def run_job(job: Job, placement: Placement, console: Console) -> None:
     """Run a checked job and show its progress: a bar on a terminal, one line per step in a log."""
     on_ray = job.spec.cluster.backend == "ray"
     events = run_on_ray(job, placement, console) if on_ray else run_in_process(job, placement)
-    num_steps = 2 + len(job.spec.pruning.targets) * len(STEPS) + len(job.spec.output.exports)
+    num_steps = 2 + len(job.spec.pruning.targets) * len(job.steps_of_a_shot) + len(job.spec.output.exports)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(job.spec.name, total=num_steps)
         for event in events:
             progress.console.print(event_line(event), soft_wrap=True, highlight=False)
-            progress.advance(task, 1 + int(event.facts.get("resumed_after_shot", 0)) * len(STEPS))
+            progress.advance(task, 1 + int(event.facts.get("resumed_after_shot", 0)) * len(job.steps_of_a_shot))
 
 
 def event_line(event: Event) -> str:

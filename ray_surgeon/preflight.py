@@ -17,8 +17,8 @@ import ray_surgeon
 from ray_surgeon import storage
 from ray_surgeon.checkpoint import RunDirectory
 from ray_surgeon.cluster.placement import Placement, place
-from ray_surgeon.coordinator import Job
 from ray_surgeon.data import TextSource, Windows, cut_windows, token_stream
+from ray_surgeon.job import Job
 from ray_surgeon.models.adapters import check_family
 from ray_surgeon.models.gguf import convert_gguf
 from ray_surgeon.models.skeleton import check_checkpoint, linear_shapes, num_parameters

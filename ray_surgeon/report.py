@@ -108,8 +108,9 @@ def shots_table(record: Mapping[str, Any]) -> Table:
     for shot in record["shots"]:
         values = [_perplexity_text(shot["perplexity"][text]) for text in texts]
         times = f"{sum(shot['seconds'].values()):.0f}", f"{sum(shot['cpu_seconds'].values()):.0f}"
+        threshold = "" if shot["threshold"] is None else f"{shot['threshold']:.3g}"
         memory = f"{shot['peak_rss_bytes'] / 2**30:.2f}"
-        table.add_row(str(shot["index"]), f"{shot['sparsity']:.2%}", f"{shot['threshold']:.3g}", *values, *times, memory)
+        table.add_row(str(shot["index"]), f"{shot['sparsity']:.2%}", threshold, *values, *times, memory)
     return table
 
 

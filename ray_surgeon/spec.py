@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from ray_surgeon.idle_fields import idle_fields
+
 Positive = Annotated[int, Field(gt=0)]
 
 
@@ -101,6 +103,14 @@ class CurvatureSection(Section):
     kind: Literal["kfac", "activations", "identity"] = Field(
         "kfac", description="kfac: A and G; activations: A alone, G = I; identity: A = G = I, which makes costs magnitudes"
     )
+    num_kronecker_terms: int = Field(
+        1,
+        ge=1,
+        le=8,
+        description="Kronecker products that are summed to the Fisher of a linear (extended KFAC); each one beyond the first takes "
+        "2 num_power_sweeps more passes over the calibration text. Updates take all terms, obs costs the first two",
+    )
+    num_power_sweeps: int = Field(2, ge=1, le=100, description="Sweeps of the power method for each further Kronecker term")
     fisher: Literal["empirical", "sampled"] = Field(
         "empirical", description="Labels of the gradients: the data's (empirical) or drawn from the model (sampled)"
     )
@@ -120,6 +130,11 @@ class CurvatureSection(Section):
 class PruningSection(Section):
     """What is removed, how much, and in how many shots."""
 
+    method: Literal["llm_surgeon", "sparsegpt", "wanda"] = Field(
+        "llm_surgeon",
+        description="llm_surgeon: one global threshold on costs, and updates; sparsegpt and wanda, for elements and n_m: block after "
+        "block to the same sparsity, each on the inputs that the blocks pruned before give it",
+    )
     structure: Literal["rows_columns", "rows", "columns", "element", "n_m"] = Field(
         "rows_columns", description="What may be removed from each linear; n_m removes from groups of inputs of a row, see n_m"
     )
@@ -138,6 +153,10 @@ class PruningSection(Section):
     )
     group_costs: Literal["joint", "sum"] = Field(
         "joint", description="Cost of an N:M group: the exact joint cost of its best pattern, or the sum of its smallest single costs"
+    )
+    selection: Literal["once", "greedy"] = Field(
+        "once",
+        description="Costs of rows and columns: each as if it went alone (once), or after all cheaper ones of its linear went (greedy)",
     )
     rank_by: Literal["cost", "cost_per_parameter"] = Field(
         "cost_per_parameter", description="What the global threshold compares: the cost of a structure, or its cost per parameter removed"
@@ -195,6 +214,32 @@ class UpdatesSection(Section):
         description="When rows and columns go together: exact minimises the quadratic; independent adds both corrections of the "
         "original weights, as the published code does",
     )
+    first_order_step: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Step of the first-order correction in closed form, which also follows the gradient of the loss: 1 minimises the "
+        "quadratic with its gradient, 0 leaves the gradient out",
+    )
+
+
+class CorrectionSection(Section):
+    """Low-rank first-order corrections: after every shot, B A is trained beside each pruned linear and absorbed into it."""
+
+    lora_rank: int = Field(0, ge=0, le=1024, description="Rank of B A; 0 for no corrections")
+    learning_rate: float = Field(1e-4, gt=0, le=1, description="Of Adam")
+    steps_per_shot: int = Field(3, ge=0, description="Steps of Adam after every shot")
+    sequences_per_step: Positive = Field(1, description="Calibration sequences of one step, at most all")
+    final_epochs: int = Field(0, ge=0, description="Passes over the calibration sequences after the last shot")
+    seed: int = Field(0, ge=0, description="Seed of A at the start, and of the order of the sequences")
+
+    @model_validator(mode="after")
+    def _trains(self) -> CorrectionSection:
+        if self.lora_rank and not self.steps_per_shot and not self.final_epochs:
+            raise ValueError("lora_rank is set, but steps_per_shot and final_epochs are 0; set one of them")
+        if not self.lora_rank and self.model_fields_set - {"lora_rank"} and self != CorrectionSection():
+            raise ValueError("lora_rank is 0, so there are no corrections; set it, for instance to 8, or remove the other fields")
+        return self
 
 
 class ClusterSection(Section):
@@ -235,11 +280,14 @@ class JobSpec(Section):
     curvature: CurvatureSection = Field(CurvatureSection(), description="Curvature of the loss")
     pruning: PruningSection = Field(description="What is removed and how much")
     updates: UpdatesSection = Field(UpdatesSection(), description="Updates of the weights that stay")
+    correction: CorrectionSection = Field(CorrectionSection(), description="Low-rank first-order corrections between the shots")
     cluster: ClusterSection = Field(ClusterSection(), description="Workers and where they run")
     output: OutputSection = Field(description="Where results go")
 
     @model_validator(mode="after")
     def _sections_fit(self) -> JobSpec:
+        if unused := list(idle_fields(self)):
+            raise ValueError(f"these fields would have no effect: {'; '.join(unused)}. Remove them")
         names = [text.name for text in self.evaluation]
         if len(set(names)) < len(names):
             raise ValueError(f"evaluation: names must differ, got {names}; rename one")
@@ -255,6 +303,23 @@ class JobSpec(Section):
                     f"evaluation.{i}.max_tokens: must equal calibration.max_tokens, because both are cut from {text.source} and the "
                     "border between train and test would move; set both"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _possible_together(self) -> JobSpec:
+        pruning, updates = self.pruning, self.updates
+        by_element = pruning.structure in ("element", "n_m")
+        if pruning.method != "llm_surgeon" and not by_element:
+            raise ValueError(f"pruning.method: {pruning.method} removes elements; set pruning.structure to element or n_m")
+        if self.curvature.num_kronecker_terms > 1 and pruning.selection == "greedy":
+            raise ValueError("pruning.selection: greedy needs curvature.num_kronecker_terms 1; choose one of the two")
+        if self.curvature.num_kronecker_terms > 1 and by_element and updates.correlations == "full" and updates.solver == "chunks":
+            raise ValueError("updates.solver: chunks needs curvature.num_kronecker_terms 1; use conjugate_gradients")
+        if self.correction.sequences_per_step > self.calibration.num_sequences:
+            raise ValueError(
+                f"correction.sequences_per_step: {self.correction.sequences_per_step} is more than the {self.calibration.num_sequences} "
+                "calibration sequences; lower it"
+            )
         return self
 
     def method_fingerprint(self) -> str:

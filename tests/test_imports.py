@@ -12,7 +12,8 @@ import pytest
 ROOT = Path(__file__).parent.parent / "ray_surgeon"
 ALLOWED = {
     "surgery": {"surgery"},
-    "spec": set(),
+    "spec": {"idle_fields"},
+    "idle_fields": {"spec"},
     "storage": set(),
     "sources": {"storage"},
     "data": {"storage", "sources"},
@@ -23,9 +24,11 @@ ALLOWED = {
     "report": {"cluster", "storage"},
     "plan": {"cluster", "models"},
     "export": {"storage", "sources", "cluster", "models", "export"},
-    "coordinator": {"checkpoint", "cluster", "evaluate", "export", "report", "sources", "spec", "surgery"},
-    "preflight": {"checkpoint", "cluster", "coordinator", "data", "models", "sources", "spec", "storage"},
-    "pipeline": {"checkpoint", "cluster", "coordinator", "plan", "preflight", "report", "spec", "storage"},
+    "job": {"cluster", "report", "sources", "spec", "surgery"},
+    "methods": {"cluster", "job", "surgery"},
+    "coordinator": {"checkpoint", "cluster", "evaluate", "export", "job", "methods", "report"},
+    "preflight": {"checkpoint", "cluster", "data", "job", "models", "sources", "spec", "storage"},
+    "pipeline": {"checkpoint", "cluster", "coordinator", "job", "plan", "preflight", "report", "spec", "storage"},
 }
 
 

@@ -38,7 +38,7 @@ def test_every_field_is_described(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--schema"]) == 0
     schema = json.loads(capsys.readouterr().out)
     sections = [schema, *schema["$defs"].values()]
-    assert len(sections) == 10
+    assert len(sections) == 11
     for section in sections:
         assert section["additionalProperties"] is False
         assert section["description"]
@@ -48,7 +48,7 @@ def test_every_field_is_described(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_sections_are_frozen() -> None:
     sections = [s for s in vars(spec_module).values() if isinstance(s, type) and issubclass(s, BaseModel) and s not in (BaseModel, Section)]
-    assert len(sections) == 10
+    assert len(sections) == 11
     assert all(s.model_config["frozen"] and s.model_config["extra"] == "forbid" for s in sections)
 
 
@@ -97,6 +97,24 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"pruning.n_m": "[4, 2]"}, "needs N < M"),
     ({"pruning.n_m": "two:four"}, "n_m"),
     ({"pruning.structure": "n_m", "pruning.target_sparsity": 0.6}, "more than 2:4 can remove"),
+    ({"pruning.method": "wanda"}, "set pruning.structure to element or n_m"),
+    ({"pruning.method": "sparsegpt", "pruning.structure": "element", "pruning.costs": "obd"}, r"pruning\.costs \(pruning\.method sparsegpt"),
+    ({"pruning.method": "wanda", "pruning.structure": "element", "curvature.damping.a": 0.1}, r"curvature\.damping"),
+    ({"pruning.structure": "element", "updates.joint": "exact"}, r"updates\.joint \(structure element"),
+    ({"pruning.structure": "element", "pruning.n_m": "[4, 8]"}, r"pruning\.n_m"),
+    ({"updates.num_iterations": 5}, r"updates\.num_iterations"),
+    ({"pruning.structure": "element", "updates.max_correlate": 5}, r"updates\.max_correlate"),
+    ({"updates.correlations": "none", "updates.first_order_step": 1}, r"updates\.first_order_step"),
+    ({"curvature.kind": "activations", "curvature.num_kronecker_terms": 2}, r"num_kronecker_terms"),
+    ({"curvature.kind": "activations", "updates.first_order_step": 1}, r"first_order_step"),
+    ({"curvature.seed": 3}, r"curvature\.seed"),
+    ({"curvature.num_power_sweeps": 3}, r"num_power_sweeps"),
+    ({"curvature.num_kronecker_terms": 2, "pruning.selection": "greedy"}, "choose one of the two"),
+    ({"curvature.num_kronecker_terms": 2, "pruning.structure": "element", "updates.solver": "chunks"}, "use conjugate_gradients"),
+    ({"pruning.costs": "obd", "pruning.selection": "greedy"}, r"pruning\.selection \(costs obd"),
+    ({"correction.learning_rate": 0.1}, "lora_rank is 0"),
+    ({"correction.lora_rank": 2, "correction.steps_per_shot": 0}, "set one of them"),
+    ({"correction.lora_rank": 2, "correction.sequences_per_step": 3}, "more than the 2"),
     ({"output.exports": "[onnx]"}, "exports"),
     ({"evaluation": "[]"}, "evaluation"),
 ]

@@ -63,13 +63,18 @@ class CurvatureOptions:
 
 @dataclass(frozen=True)
 class CostOptions:
-    """Which costs are wanted; see `spec.PruningSection`."""
+    """Which costs are wanted; see `spec.PruningSection`.
+
+    Attributes:
+        greedy_limit: see `LinearSurgery.candidates`; None for costs of structures as if each went alone.
+    """
 
     structure: str
     rank_by: str
     costs: str
     units: ElementUnits
     curvature: CurvatureOptions
+    greedy_limit: float | None = None
 
     @property
     def by_element(self) -> bool:
@@ -83,11 +88,48 @@ class PruneOptions:
 
     Attributes:
         joint: of rows and columns; see `prune_rows_and_columns`.
-        update: of elements; its `correlations` count for rows and columns too.
+        update: of elements; its `correlations` and `step` count for rows and columns too.
     """
 
     joint: str
     update: ElementUpdate
+
+
+@dataclass(frozen=True)
+class LayerwiseOptions:
+    """How SparseGPT and Wanda prune; see `spec.PruningSection`.
+
+    Attributes:
+        method: "sparsegpt" or "wanda".
+        sparsity: fraction of each linear's parameters that is gone afterwards.
+        units: elements or N:M groups.
+        damping_a: relative damping of A, of SparseGPT.
+        max_damping: see `factorise`.
+    """
+
+    method: str
+    sparsity: float
+    units: ElementUnits
+    damping_a: float
+    max_damping: float
+
+
+@dataclass(frozen=True)
+class LowRankOptions:
+    """How low-rank corrections start; see `spec.CorrectionSection`."""
+
+    rank: int
+    learning_rate: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class ClippingEvent:
+    """A further Kronecker term that would have made the Fisher indefinite, e.g. ("...q_proj", 1, 0.12): changed by 12 %."""
+
+    linear: str
+    term: int
+    change: float
 
 
 @dataclass(frozen=True)
@@ -122,12 +164,14 @@ class CostsReply:
         num_parameters: entries of the owned linears.
         num_kept: of them, what earlier shots kept.
         damping: factorisations that needed more damping than asked for.
+        clipping: further Kronecker terms that were clipped.
     """
 
     costs: tuple[LinearCosts, ...]
     num_parameters: int
     num_kept: int
     damping: tuple[DampingEvent, ...]
+    clipping: tuple[ClippingEvent, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -142,7 +186,8 @@ class LinearSummary:
         columns_kept: columns of which something stays, the bias included.
         num_kept: entries that the mask keeps.
         num_nonzero: entries that are not exactly zero.
-        predicted_loss_increase: the quadratic model's, for this shot's change of this linear, in nats per token.
+        predicted_loss_increase: the quadratic model's, for this shot's change of this linear, in nats per token; None if the method
+            has none.
         residual: of the equations of the update, relative; 0 where they are solved directly.
     """
 
@@ -153,7 +198,7 @@ class LinearSummary:
     columns_kept: int
     num_kept: int
     num_nonzero: int
-    predicted_loss_increase: float
+    predicted_loss_increase: float | None
     residual: float
 
 

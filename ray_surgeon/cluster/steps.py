@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ray_surgeon.cluster.messages import Wire, WorkerIndex
+from ray_surgeon.cluster.messages import LayerwiseOptions, LinearSummary, LowRankOptions, Wire, WorkerIndex
 from ray_surgeon.cluster.protocol import Cluster
 from ray_surgeon.cluster.transport import encode
 
@@ -66,7 +66,9 @@ class _Column:
     finished: dict[int, Any]
 
 
-def collect_curvature(cluster: Cluster, sequences: NDArray[np.int64], kind: str, sample_seed: int | None) -> float:
+def collect_curvature(
+    cluster: Cluster, sequences: NDArray[np.int64], kind: str, sample_seed: int | None, *, with_gradient: bool = False
+) -> float:
     """Run every calibration sequence forward and backward and gather A and G where they belong.
 
     Replica r sees sequences r, r + D, ... . Activations go from worker to worker; of the coordinator's side only
@@ -77,15 +79,81 @@ def collect_curvature(cluster: Cluster, sequences: NDArray[np.int64], kind: str,
         sequences: [num_sequences, sequence_length] tokens; one is a micro-batch.
         kind: ``kfac``; ``activations``, for which a forward pass is enough; ``identity``, for which nothing has to be gathered.
         sample_seed: see `ShardWorker.forward_backward`.
+        with_gradient: whether to gather the gradients of the weights too.
 
     Returns:
         Mean NLL in nats per predicted token.
     """
-    cluster.run_all("start_curvature", kind)
+    cluster.run_all("start_curvature", kind, with_gradient)
     losses = sequence_losses(cluster, sequences) if kind != "kfac" else _forward_and_backward(cluster, sequences, sample_seed)
     cluster.run_all("finish_curvature", kind)
     num_predicted = int(sequences.shape[0]) * (int(sequences.shape[1]) - 1)
     return sum(losses) / num_predicted
+
+
+def collect_terms(
+    cluster: Cluster, sequences: NDArray[np.int64], num_terms: int, num_sweeps: int, sample_seed: int | None
+) -> list[dict[str, float]]:
+    """Find further Kronecker terms by the power method, after `collect_curvature`; each takes ``2 num_sweeps`` passes.
+
+    Args:
+        cluster: with the factors of the first term.
+        sequences: as for the first term.
+        num_terms: with the first.
+        num_sweeps: of G and A in turns.
+        sample_seed: the same, so that the labels are.
+
+    Returns:
+        For every further term, its size relative to the first by linear.
+    """
+    sizes = []
+    for _ in range(1, num_terms):
+        cluster.run_all("start_term")
+        for side in ("g", "a") * num_sweeps:
+            cluster.run_all("start_power", side)
+            _forward_and_backward(cluster, sequences, sample_seed)
+            cluster.run_all("finish_power", side)
+        found: list[dict[str, float]] = cluster.run_all("finish_term")
+        sizes.append({name: size for worker in found for name, size in worker.items()})
+    return sizes
+
+
+def prune_layerwise(cluster: Cluster, sequences: NDArray[np.int64], options: LayerwiseOptions) -> list[LinearSummary]:
+    """Prune shard after shard, block after block, while the calibration sequences [num_sequences, sequence_length] pass once."""
+    num_shards, num_replicas = cluster.placement.num_shards, cluster.placement.num_replicas
+    moving: list[Any] = [_token_wire(tokens) for tokens in sequences]
+    summaries: list[LinearSummary] = []
+    for shard in range(num_shards):
+        cluster.get([cluster.submit(WorkerIndex(shard, i % num_replicas), "enter_blocks", i, wire) for i, wire in enumerate(moving)])
+        summaries += [summary for worker in cluster.run_all("prune_blocks", shard, options) for summary in worker]
+        if shard < num_shards - 1:
+            moving = [cluster.submit(WorkerIndex(shard, i % num_replicas), "leave_blocks", i) for i in range(len(sequences))]
+    cluster.run_all("forget_blocks")
+    return summaries
+
+
+def train_corrections(
+    cluster: Cluster, sequences: NDArray[np.int64], batches: Sequence[Sequence[int]], options: LowRankOptions
+) -> list[float]:
+    """Train low-rank corrections of all linears, one step of the optimizer a batch, and absorb them.
+
+    Args:
+        cluster: with masks.
+        sequences: [num_sequences, sequence_length] tokens.
+        batches: which sequences every step sees.
+        options: of the corrections.
+
+    Returns:
+        The mean NLL in nats per predicted token of each step's batch, before the step.
+    """
+    cluster.run_all("start_corrections", options)
+    losses = []
+    for batch in batches:
+        num_tokens = len(batch) * (sequences.shape[1] - 1)
+        losses.append(sum(_forward_and_backward(cluster, sequences[list(batch)], None)) / num_tokens)
+        cluster.run_all("step_corrections", num_tokens)
+    cluster.run_all("absorb_corrections")
+    return losses
 
 
 def _forward_and_backward(cluster: Cluster, sequences: NDArray[np.int64], sample_seed: int | None) -> list[float]:

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import functools
-import socket
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import AutoConfig
 
 from ray_surgeon import storage
+from ray_surgeon.cluster.correction_steps import CorrectionSteps
+from ray_surgeon.cluster.layerwise_steps import LayerwiseSteps
 from ray_surgeon.cluster.messages import (
+    ClippingEvent,
     CostOptions,
     CostsReply,
     CurvatureOptions,
     DampingEvent,
     LinearCosts,
     LinearSummary,
-    ModelRecipe,
     PruneOptions,
     SavedFile,
     Usage,
@@ -29,92 +27,29 @@ from ray_surgeon.cluster.messages import (
     WorkerIndex,
 )
 from ray_surgeon.cluster.placement import Placement
-from ray_surgeon.cluster.replicas import ProcessReplica, ReplicaGroup, SingleReplica
+from ray_surgeon.cluster.power_steps import PowerSteps
 from ray_surgeon.cluster.transport import decode, encode
 from ray_surgeon.cluster.usage import process_usage
-from ray_surgeon.models.gguf import convert_gguf
-from ray_surgeon.models.shard import ModelShard
-from ray_surgeon.models.skeleton import checkpoint_key, linear_shapes, tied_names
-from ray_surgeon.sources import open_model
 from ray_surgeon.surgery.element_surgery import ElementCandidates, ElementSurgery
 from ray_surgeon.surgery.linear import Candidates, LinearSurgery
-from ray_surgeon.surgery.masks import ElementMask, Mask, StructuredMask
+from ray_surgeon.surgery.masks import ElementMask, StructuredMask
 from ray_surgeon.surgery.threshold import bit_histogram
 
 
-class ShardWorker:
+class ShardWorker(PowerSteps, LayerwiseSteps, CorrectionSteps):
     """Holds one shard of one replica. Every method is one step of a shot, called in the order of `cluster.steps`."""
 
     def __init__(self, placement: Placement, index: WorkerIndex, num_threads: int, device: str) -> None:
-        """Prepare an empty worker.
-
-        Args:
-            placement: where every block is.
-            index: which worker this is.
-            num_threads: torch threads on the CPU.
-            device: "cpu" or "cuda".
-        """
-        torch.set_num_threads(num_threads)
-        self.placement, self.index, self.device = placement, index, torch.device(device)
-        self.replicas: ReplicaGroup = SingleReplica()
-        self.masks: dict[str, Mask] = {}
+        """Prepare an empty worker; see `ShardState`."""
+        super().__init__(placement, index, num_threads, device)
         self._candidates: dict[str, Candidates] = {}
         self._element_candidates: dict[str, ElementCandidates] = {}
 
-    # Setting up
-
-    def meeting_address(self, host: str) -> str:
-        """Return an address on this machine with a free port, for `join_replicas`; `host` is its name to the others."""
-        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-            probe.bind(("", 0))
-            return f"tcp://{host}:{probe.getsockname()[1]}"
-
-    def join_replicas(self, address: str, timeout_s: float) -> None:
-        """Join the process group of all workers; see `ProcessReplica`."""
-        world_size = len(self.placement.workers)
-        rank = self.placement.rank(self.index)
-        self.replicas = ProcessReplica(address, rank, world_size, self.placement.num_shards, self.device, timeout_s)
-
-    def load(self, recipe: ModelRecipe, by_element: bool) -> None:
-        """Load this shard's weights and, when a run is resumed, its masks.
-
-        Args:
-            recipe: where everything is.
-            by_element: whether masks are of elements, or of rows and columns.
-
-        Raises:
-            ValueError: the checkpoint cannot be read.
-        """
-        files = open_model(recipe.source, convert_gguf)
-        config = AutoConfig.from_pretrained(files.small_files_folder())
-        self.shard = ModelShard(config, self.placement.blocks[self.index.shard], getattr(torch, recipe.dtype), self.device)
-        reader, tied = files.reader(), tied_names(config, self.shard.adapter)
-        local_copy = functools.cache(storage.local_copy)  # asking an object store once a file, not once a tensor
-        pruned_in = {key: file.uri for file in recipe.shot_files for key in file.keys}
-
-        def read(name: str) -> Tensor:
-            if name in pruned_in:
-                return storage.read_tensors(str(local_copy(pruned_in[name])), (name,))[name]
-            key = checkpoint_key(name, reader.file_of, tied)
-            if key is None:
-                raise ValueError(f"model.source: {files.origin} has no tensor {name}")
-            return reader.read(key)
-
-        self.shard.load(read)
-        shapes = {s.name: s for s in linear_shapes(config)}
-        self._site_of = {name: shapes[name].site for name in self.shard.linears}
-        kind: type[StructuredMask] | type[ElementMask] = ElementMask if by_element else StructuredMask
-        for name in self.shard.linears:
-            mask: Mask = kind.full(shapes[name].num_rows, shapes[name].num_columns)
-            if recipe.shot_files:
-                mask = type(mask)(**{part: read(f"{name}.{part}").bool() for part in mask.tensors()})
-            self.masks[name] = mask
-
     # Curvature: forward and backward over micro-batches
 
-    def start_curvature(self, kind: str) -> None:
+    def start_curvature(self, kind: str, with_gradient: bool) -> None:
         """Zero the factors and start gathering; see `ModelShard.start_curvature`."""
-        self.shard.start_curvature(kind)
+        self.shard.start_curvature(kind, with_gradient=with_gradient)
 
     def forward(self, micro_batch: int, inputs: Wire) -> Wire:
         """Run a micro-batch forward: tokens or hidden states in, hidden states out."""
@@ -156,21 +91,16 @@ class ShardWorker:
         """Stop gathering and sum the factors over the replicas, each site to its owner; the others free theirs."""
         self.shard.stop_curvature(kind)
         for site in self.shard.sites:
-            owner = self.placement.owners[self._site_of[site.names[0]]]
+            owner = self.placement.owners[self.site_of[site.names[0]]]
             assert site.A is not None
             num_tokens = torch.tensor(site.num_tokens, device=self.device)
-            for total in (site.A, *site.G, num_tokens):
+            for total in (site.A, *site.G, *site.gradients, num_tokens):
                 self.replicas.reduce(total, owner)
             site.num_tokens = int(num_tokens)
             if owner != self.replicas.rank:
-                site.A, site.G = None, ()
+                site.A, site.G, site.gradients = None, (), ()
 
     # Costs and updates, on owned linears only
-
-    def _owned(self) -> Iterator[str]:
-        for name in self.shard.linears:
-            if self.placement.owners[self._site_of[name]] == self.replicas.rank:
-                yield name
 
     def _surgery(self, name: str, options: CurvatureOptions) -> LinearSurgery:
         mask = self.masks[name]
@@ -197,23 +127,26 @@ class ShardWorker:
         Raises:
             FloatingPointError: a factor or a cost is not usable; names the linear.
         """
-        replies, events = [], []
-        for name in self._owned():
+        replies, events, clipped = [], [], []
+        for name in self.owned():
             found: Candidates | ElementCandidates
             if options.by_element:
                 found = self._element_candidates[name] = self._element_surgery(name, options).candidates(options.costs)
             else:
                 surgery = self._surgery(name, options.curvature)
-                found = self._candidates[name] = surgery.candidates(options.structure, options.rank_by, options.costs)
+                found = surgery.candidates(options.structure, options.rank_by, options.costs, options.greedy_limit)
+                self._candidates[name] = found
                 replies.append(_linear_costs(name, surgery.mask, found))
             events += _damping_events(name, options.curvature, found)
-        masks = [self.masks[name] for name in self._owned()]
-        return CostsReply(tuple(replies), sum(m.num_parameters for m in masks), sum(m.num_kept for m in masks), tuple(events))
+            clipped += [ClippingEvent(name, term, change) for term, change in enumerate(found.clipping, 1) if change]
+        masks = [self.masks[name] for name in self.owned()]
+        sizes = sum(m.num_parameters for m in masks), sum(m.num_kept for m in masks)
+        return CostsReply(tuple(replies), *sizes, tuple(events), tuple(clipped))
 
     def cost_histogram(self, options: CostOptions, high: int | None) -> NDArray[np.int64]:
         """Count the costs of the owned linears' elements or groups by their bits; see `bit_histogram`."""
         counts = torch.zeros(1 << 16, dtype=torch.int64)
-        for name in self._owned():
+        for name in self.owned():
             costs = self._element_surgery(name, options).unit_costs(self._element_candidates[name])
             counts += bit_histogram(costs, high).cpu()
         return counts.numpy()
@@ -221,37 +154,19 @@ class ShardWorker:
     def prune(self, threshold: float, how: PruneOptions, options: CostOptions) -> tuple[LinearSummary, ...]:
         """Remove everything whose cost is at most the threshold, update what stays, and send it to the replicas."""
         found: dict[str, tuple[float, float]] = {}
-        for name in self._owned():
+        for name in self.owned():
             if options.by_element:
                 elements, candidates = self._element_surgery(name, options), self._element_candidates.pop(name)
-                W, self.masks[name], predicted, residual = elements.prune(candidates, threshold, how.update)
+                W, self.masks[name], *found_here = elements.prune(candidates, threshold, how.update)
             else:
-                surgery = self._surgery(name, options.curvature)
-                W, self.masks[name], predicted = surgery.prune(self._candidates.pop(name), threshold, how.joint, how.update.correlations)
-                residual = 0.0
-            found[name] = predicted, residual
+                surgery, full = self._surgery(name, options.curvature), how.update
+                structures = self._candidates.pop(name)
+                W, self.masks[name], *found_here = surgery.prune(structures, threshold, how.joint, full.correlations, full.step)
+            found[name] = found_here[0], found_here[1]
             self.shard.set_weight(name, W)
         self.shard.drop_curvature()
-        self._share_linears()
-        return tuple(self._summary(name, *found[name]) for name in self._owned())
-
-    def _share_linears(self) -> None:
-        """Send every linear and its mask from its owner to the other replicas, after all of them have done their own."""
-        for name in self.shard.linears:
-            owner = self.placement.owners[self._site_of[name]]
-            W, mask = self.shard.weight(name), self.masks[name]
-            parts = {part: tensor.to(self.device) for part, tensor in mask.tensors().items()}
-            for tensor in (W, *parts.values()):
-                self.replicas.broadcast(tensor, owner)
-            if owner != self.replicas.rank:
-                self.shard.set_weight(name, W)
-                self.masks[name] = type(mask)(**{part: tensor.cpu() for part, tensor in parts.items()})
-
-    def _summary(self, name: str, predicted: float, residual: float) -> LinearSummary:
-        mask, W = self.masks[name], self.shard.weight(name)
-        rows, columns = (mask.rows, mask.columns) if isinstance(mask, StructuredMask) else (mask.kept.any(1), mask.kept.any(0))
-        kept = int(rows.sum()), int(columns.sum()), mask.num_kept
-        return LinearSummary(name, len(rows), len(columns), *kept, int(W.count_nonzero()), predicted, residual)
+        self.share_linears(self.shard.linears)
+        return tuple(self.summary(name, *found[name]) for name in self.owned())
 
     # Evaluation
 

@@ -15,6 +15,7 @@ from ray_surgeon.models.adapters import adapter_for
 from ray_surgeon.models.head import next_token_loss
 from ray_surgeon.models.linears import LinearModule, as_linear, matrix, num_inputs, num_outputs
 from ray_surgeon.models.skeleton import BlockRange, build_skeleton, global_name, tied_names
+from ray_surgeon.surgery.extended import Term
 from ray_surgeon.surgery.kronecker import KroneckerFactors, add_second_moment, symmetrize, with_ones
 
 
@@ -28,6 +29,7 @@ class Site:
         A: [C, C] sum of a a^T, shared by all of them; None outside a curvature pass.
         G: one [R, R] sum of g g^T a linear.
         num_tokens: tokens in A.
+        gradients: one [R, C] sum of g a^T a linear, if they are wanted.
     """
 
     names: tuple[str, ...]
@@ -35,6 +37,7 @@ class Site:
     A: Tensor | None = None
     G: tuple[Tensor, ...] = ()
     num_tokens: int = 0
+    gradients: tuple[Tensor, ...] = ()
 
 
 class ModelShard:
@@ -57,6 +60,7 @@ class ModelShard:
         self.model = build_skeleton(config, blocks, dtype)
         self.base = self.model.get_submodule(self.adapter.base)
         self.sites: list[Site] = []
+        self.terms: dict[str, list[Term]] = {}
         self._saved: dict[int, tuple[Tensor, Tensor]] = {}
         self._hooks: list[RemovableHandle] = []
 
@@ -126,12 +130,13 @@ class ModelShard:
 
     # Curvature
 
-    def start_curvature(self, kind: str = "kfac") -> None:
+    def start_curvature(self, kind: str = "kfac", *, with_gradient: bool = False) -> None:
         """Zero the sums and install the hooks.
 
         Args:
             kind: ``kfac`` sums A and G; ``activations`` sums A in a forward pass alone and takes G = I; ``identity`` takes
                 A = G = I and needs no pass. (One times the number of tokens, as sums over tokens are.)
+            with_gradient: whether to sum the gradients of the weights too, with ``kfac``.
         """
         assert not self._hooks
         for site in self.sites:
@@ -145,9 +150,13 @@ class ModelShard:
                 for total in (site.A, *site.G):
                     total.fill_diagonal_(1)
                 continue
-            self._hooks.append(first.register_forward_pre_hook(_add_inputs_to(site)))
+            self._hooks.append(first.register_forward_pre_hook(add_inputs_to(site)))
+            if with_gradient:
+                site.gradients = tuple(torch.zeros(len(G), C, device=self.device) for G in site.G)
             for module, G in zip(site.modules, site.G, strict=True) if kind == "kfac" else ():
                 self._hooks.append(module.register_forward_hook(_add_output_gradients_to(G)))
+            for module, gradient in zip(site.modules, site.gradients, strict=True) if with_gradient else ():
+                self._hooks.append(watch_pairs(module, _add_products_to(gradient)))
 
     def stop_curvature(self, kind: str = "kfac") -> None:
         """Remove the hooks and complete the symmetric sums of the kind that was started."""
@@ -166,14 +175,17 @@ class ModelShard:
     def drop_curvature(self) -> None:
         """Free the sums."""
         for site in self.sites:
-            site.A, site.G = None, ()
+            site.A, site.G, site.gradients = None, (), ()
+        self.terms.clear()
 
     def factors(self, name: str) -> KroneckerFactors:
         """Return the factors of a linear; A is shared with the other linears of its site, not copied."""
         for site in self.sites:
             if name in site.names:
                 assert site.A is not None, "no curvature pass has been made"
-                return KroneckerFactors(site.A, site.G[site.names.index(name)], site.num_tokens)
+                place = site.names.index(name)
+                gradient = site.gradients[place] if site.gradients else None
+                return KroneckerFactors(site.A, site.G[place], site.num_tokens, tuple(self.terms.get(name, ())), gradient)
         raise KeyError(name)
 
     # Forward and backward
@@ -223,12 +235,31 @@ class ModelShard:
         return logits.float()
 
 
-def _add_inputs_to(site: Site) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+def inputs_of(module: LinearModule, inputs: Tensor) -> Tensor:
+    """Return the inputs a [num_tokens, C] float32 of a linear, with the bias's ones."""
+    a = inputs.detach().flatten(0, -2).float()
+    return a if module.bias is None else with_ones(a)
+
+
+def watch_pairs(module: LinearModule, see: Callable[[Tensor, Tensor], None]) -> RemovableHandle:
+    """Call ``see(a, g)`` in the backward pass with the inputs [N, C] and output gradients [N, R] of a linear, float32.
+
+    The inputs of micro-batches in flight are kept until then.
+    """
+
+    def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(lambda g: see(inputs_of(module, inputs[0]), g.detach().flatten(0, -2).float()))  # type: ignore[no-untyped-call]
+
+    return module.register_forward_hook(hook)
+
+
+def add_inputs_to(site: Site) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    """Return a forward pre-hook that sums A at a site."""
+
     def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         assert site.A is not None
-        a = inputs[0].detach().flatten(0, -2).float()
-        if module.bias is not None:
-            a = with_ones(a)
+        a = inputs_of(site.modules[0], inputs[0])
         add_second_moment(site.A, a)
         site.num_tokens += len(a)
 
@@ -244,3 +275,10 @@ def _add_output_gradients_to(G: Tensor) -> Callable[[nn.Module, tuple[Tensor, ..
             output.register_hook(add)  # type: ignore[no-untyped-call]
 
     return hook
+
+
+def _add_products_to(gradient: Tensor) -> Callable[[Tensor, Tensor], None]:
+    def see(a: Tensor, g: Tensor) -> None:
+        gradient.addmm_(g.T, a)
+
+    return see

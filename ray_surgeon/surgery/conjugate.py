@@ -6,10 +6,13 @@ Source: method.md section 4. With D the change of the weights, D = -W on removed
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from ray_surgeon.surgery.extended import Term, apply_terms
 
 _RANK = 48
 """Eigenvectors of A in the preconditioner; their small systems hold rank^2 numbers a row."""
@@ -108,10 +111,10 @@ class MaskedPreconditioner:
 
 def update_elements(
     W: Tensor,
-    A: Tensor,
-    G: Tensor,
+    terms: Sequence[Term],
     kept: Tensor,
     *,
+    gradient: Tensor | None = None,
     num_iterations: int,
     tolerance: float,
     product_dtype: torch.dtype | None = None,
@@ -124,9 +127,9 @@ def update_elements(
 
     Args:
         W: [R, C]; entries that earlier shots removed are zero.
-        A: [C, C] damped.
-        G: [R, R] damped.
+        terms: (G [R, R], A [C, C]) of every Kronecker product, the first damped, their sum positive definite.
         kept: [R, C] bool, False for everything that is or goes to zero.
+        gradient: [R, C] of the loss, if its first-order part counts too: then (F D + gradient) is zero on kept elements.
         num_iterations: at most so many.
         tolerance: stop at this relative residual.
         product_dtype: of the products with A and G; that of W if None.
@@ -135,28 +138,32 @@ def update_elements(
         The new weights and the residual that is left.
     """
     mask = kept.to(W.dtype)
+    linear = torch.zeros_like(W) if gradient is None else gradient
     change = W * (mask - 1)
-    residual = -mask * (G @ change @ A)
+    residual = -mask * (apply_terms(change, terms) + linear)
     start = float(torch.linalg.norm(residual))
     if start == 0.0:
         return Solution(W * mask, 0.0, 0)
     narrow = product_dtype or W.dtype
-    split_A, split_G = (SplitMatrix(x, min(_RANK, max(1, len(x) // 4)), narrow) for x in (A, G))
-    precondition = MaskedPreconditioner(split_A, G.diagonal(), mask)
+    split = [tuple(SplitMatrix(x, min(_RANK, max(1, len(x) // 4)), narrow) for x in term) for term in terms]
+    precondition = MaskedPreconditioner(split[0][1], terms[0][0].diagonal(), mask)
     z = precondition(residual)
     direction, rz = z, torch.sum(residual * z)
     left, iteration = 1.0, 0
     while iteration < num_iterations and left > tolerance:
-        product = mask * split_A.after(split_G.after(direction.T).T)
+        product = torch.zeros_like(W)
+        for split_G, split_A in split:
+            product += split_A.after(split_G.after(direction.T).T)
+        product *= mask
         step = torch.sum(residual * direction) / torch.sum(direction * product)
         change += step * direction
         residual -= step * product
         iteration += 1
         if narrow != W.dtype and iteration % _REFRESH == 0:  # narrow products let the recurrence drift from the true residual
-            residual = -mask * (G @ change @ A)
+            residual = -mask * (apply_terms(change, terms) + linear)
         z = precondition(residual)
         direction = z - (step * torch.sum(product * z) / rz) * direction
         rz = torch.sum(residual * z)
         left = float(torch.linalg.norm(residual)) / start
-    left = float(torch.linalg.norm(mask * (G @ change @ A))) / start
+    left = float(torch.linalg.norm(mask * (apply_terms(change, terms) + linear))) / start
     return Solution((W + change) * mask, left, iteration)

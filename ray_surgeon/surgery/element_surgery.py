@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ray_surgeon.surgery.chunks import update_in_chunks
 from ray_surgeon.surgery.conjugate import update_elements
-from ray_surgeon.surgery.costs import quadratic_cost
+from ray_surgeon.surgery.curvature import LinearCurvature
 from ray_surgeon.surgery.elements import element_costs, group_costs, pattern_removals, summed_group_costs
-from ray_surgeon.surgery.kronecker import DampedFactor, KroneckerFactors, balanced, factorise
+from ray_surgeon.surgery.kronecker import KroneckerFactors
 from ray_surgeon.surgery.masks import ElementMask
 from ray_surgeon.surgery.threshold import check_costs
 
@@ -50,6 +50,7 @@ class ElementUpdate:
         tolerance: relative residual at which they stop.
         max_correlate: elements of a chunk.
         precision: dtype of the products in conjugate gradients, e.g. ``bfloat16``.
+        step: eta of the first-order correction in closed form, which goes into the same equations; 0 for none.
     """
 
     correlations: str
@@ -58,20 +59,22 @@ class ElementUpdate:
     tolerance: float
     max_correlate: int
     precision: str
+    step: float = 0.0
 
 
 @dataclass(frozen=True)
 class ElementCandidates:
-    """What the costs of a linear's units follow from. Costs of single elements are not kept: they are as large as the weights.
+    """What the costs of a linear's units follow from. With one Kronecker term, nothing as large as the weights is kept.
 
     Attributes:
-        row_scale: [R] and
-        column_scale: [C]: the cost of element (r, c) is 1/2 W_rc^2 row_scale_r column_scale_c; zero on dead rows and columns.
+        row_scale: [R, 1] or [R, C] and
+        column_scale: [1, C] or [1, 1]: see `element_costs`; zero on dead rows and columns.
         group_costs: [R, C / m] float32 costs of groups; empty for single elements.
         choice: [R, C / m] best pattern of every group; empty for single elements.
         damping_a: the relative damping that A needed.
         damping_g: the relative damping that G needed.
         float64_retry: whether A, and whether G, had to be factorised in float64.
+        clipping: of further Kronecker terms, see `ClippedTerm`.
     """
 
     row_scale: Tensor
@@ -81,6 +84,7 @@ class ElementCandidates:
     damping_a: float
     damping_g: float
     float64_retry: tuple[bool, bool]
+    clipping: tuple[float, ...] = ()
 
 
 class ElementSurgery:
@@ -105,14 +109,11 @@ class ElementSurgery:
         self.num_inputs = W.shape[1] - has_bias
         self.live_rows = factors.G.diagonal() > 0
         self.live_columns = factors.A.diagonal() > 0
-        alive = factors.restricted(self.live_rows, self.live_columns)
-        A, G = balanced(alive.A / alive.num_tokens, alive.G / alive.num_tokens)
-        self._A, self._G = A.to(W.dtype), G.to(W.dtype)
-        self._damping = (damping_a, damping_g, max_damping)
+        self._factors, self._damping = factors, (damping_a, damping_g, max_damping)
 
-    def _factorised(self, damping_a: float, damping_g: float) -> tuple[DampedFactor, DampedFactor]:
-        cap = self._damping[2]
-        return factorise(self._A, damping_a, cap, f"{self.name} A"), factorise(self._G, damping_g, cap, f"{self.name} G")
+    def _curvature(self, damping_a: float, damping_g: float) -> LinearCurvature:
+        options = {"damping_a": damping_a, "damping_g": damping_g, "max_damping": self._damping[2]}
+        return LinearCurvature(self.name, self._factors, self.live_rows, self.live_columns, dtype=self.W.dtype, **options)
 
     def candidates(self, costs: str) -> ElementCandidates:
         """Return what the costs follow from.
@@ -123,29 +124,36 @@ class ElementSurgery:
         Raises:
             FloatingPointError: a factor is not usable.
         """
-        A, G = self._factorised(*self._damping[:2])
-        row_scale, column_scale = torch.zeros_like(self.W[:, 0]), torch.zeros_like(self.W[0])
-        if costs == "obs":
-            row_scale[self.live_rows] = 1 / G.inverse_diagonal()
-            column_scale[self.live_columns] = 1 / A.inverse_diagonal()
-        else:
-            row_scale[self.live_rows] = G.matrix.diagonal()
-            column_scale[self.live_columns] = A.matrix.diagonal()
-        by_group, choice = self._groups(A, row_scale, column_scale, joint=self.units.joint and costs == "obs")
-        return ElementCandidates(row_scale, column_scale, by_group, choice, A.damping, G.damping, (A.float64_retry, G.float64_retry))
+        curvature = self._curvature(*self._damping[:2])
+        row_scale, column_scale = self._whole(*curvature.element_scales(costs))
+        by_group, choice = self.W.new_zeros(0), self.W.new_zeros(0, dtype=torch.int64)
+        if self.units.m > 1 and self.units.joint and costs == "obs":
+            by_group, choice = self._joint_group_costs(curvature)
+        elif self.units.m > 1:
+            single = element_costs(self.W, row_scale, column_scale)[:, : self.num_inputs]
+            by_group, choice = summed_group_costs(single, self.units.n, self.units.m)
+        A, G = curvature.A, curvature.G
+        retries = A.float64_retry, G.float64_retry
+        return ElementCandidates(row_scale, column_scale, by_group, choice, A.damping, G.damping, retries, curvature.clipping)
 
-    def _groups(self, A: DampedFactor, row_scale: Tensor, column_scale: Tensor, *, joint: bool) -> tuple[Tensor, Tensor]:
-        n, m = self.units.n, self.units.m
-        if m == 1:
-            return self.W.new_zeros(0), self.W.new_zeros(0, dtype=torch.int64)
-        W, columns = self.W[:, : self.num_inputs], self.live_columns[: self.num_inputs]
-        if not joint:
-            return summed_group_costs(element_costs(W, column_scale[: self.num_inputs], row_scale), n, m)
-        inverse = torch.eye(self.num_inputs, dtype=W.dtype, device=W.device)
-        inside = self.live_columns.nonzero()[:, 0] < self.num_inputs
-        inverse[columns.nonzero(), columns.nonzero()[:, 0]] = torch.cholesky_inverse(A.cholesky)[inside][:, inside]
-        by_group, choice = group_costs(W * columns, inverse, torch.ones_like(row_scale), n, m)
-        return by_group * row_scale[:, None], choice
+    def _whole(self, row_scale: Tensor, column_scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Put scales of the live part into those of the whole linear, with zeros for the rest."""
+        if row_scale.shape[1] > 1:
+            whole = torch.zeros_like(self.W)
+            whole[self.live_rows.nonzero(), self.live_columns.nonzero()[:, 0]] = row_scale * column_scale
+            return whole, column_scale.new_ones(1, 1)
+        rows, columns = self.W.new_zeros(len(self.live_rows), 1), self.W.new_zeros(1, len(self.live_columns))
+        rows[self.live_rows], columns[:, self.live_columns] = row_scale, column_scale
+        return rows, columns
+
+    def _joint_group_costs(self, curvature: LinearCurvature) -> tuple[Tensor, Tensor]:
+        n, m, alive = self.units.n, self.units.m, self.live_columns[: self.num_inputs]
+        places = torch.where(alive, self.live_columns.cumsum(0)[: self.num_inputs] - 1, -1)
+        W = self.W[self.live_rows][:, : self.num_inputs] * alive
+        by_group, choice = self.W.new_zeros(len(self.W), self.num_inputs // m), self.W.new_zeros(1, dtype=torch.int64)
+        choice = choice.expand(by_group.shape).clone()
+        by_group[self.live_rows], choice[self.live_rows] = group_costs(W, *curvature.inverse_blocks(places.view(-1, m)), n, m)
+        return by_group, choice
 
     def unit_costs(self, found: ElementCandidates) -> Tensor:
         """Return the costs [R, units a row] float32 of all units, infinite for those that may not go.
@@ -154,7 +162,7 @@ class ElementSurgery:
             FloatingPointError: a cost is not usable.
         """
         if self.units.m == 1:
-            costs = element_costs(self.W, found.column_scale, found.row_scale)[:, : self.num_inputs].float()
+            costs = element_costs(self.W, found.row_scale, found.column_scale)[:, : self.num_inputs].float()
             gone = ~self.kept[:, : self.num_inputs]
         else:
             costs = found.group_costs.float()
@@ -180,31 +188,35 @@ class ElementSurgery:
         places = chosen if self.units.m == 1 else pattern_removals(chosen, found.choice, self.units.n, self.units.m)
         removed[:, : self.num_inputs] = places
         kept = self.kept & ~removed
-        A, G = self._factorised(found.damping_a, found.damping_g)
+        curvature = self._curvature(found.damping_a, found.damping_g)
         rows, columns = self.live_rows, self.live_columns
         before, stays = self.W[rows][:, columns], kept[rows][:, columns]
-        after, residual = self._updated(before, A, G, stays, update)
+        after, residual = self._updated(before, curvature, stays, update)
         W = self.W * kept
         W[rows.nonzero(), columns.nonzero()[:, 0]] = after
-        return W, ElementMask(kept.cpu()), quadratic_cost(after - before, A.matrix, G.matrix), residual
+        return W, ElementMask(kept.cpu()), curvature.quadratic_cost(after - before), residual
 
-    def _updated(self, W: Tensor, A: DampedFactor, G: DampedFactor, kept: Tensor, update: ElementUpdate) -> tuple[Tensor, float]:
+    def _updated(self, W: Tensor, curvature: LinearCurvature, kept: Tensor, update: ElementUpdate) -> tuple[Tensor, float]:
         if update.correlations == "none":
             return W * kept, 0.0
         if update.correlations == "full" and update.solver == "conjugate_gradients":
-            return self._solved(W, A, G, kept, update)
-        A_inverse, G_inverse = torch.cholesky_inverse(A.cholesky), torch.cholesky_inverse(G.cholesky)
+            return self._solved(W, curvature, kept, update)
+        if update.correlations == "single" and curvature.is_extended:
+            inverse = curvature.inverse
+            return (W - inverse.solve(W * ~kept / inverse.diagonal())) * kept, 0.0
+        A_inverse, G_inverse = torch.cholesky_inverse(curvature.A.cholesky), torch.cholesky_inverse(curvature.G.cholesky)
         if update.correlations == "single":
             alone = W * ~kept / torch.outer(G_inverse.diagonal(), A_inverse.diagonal())
             return (W - G_inverse @ alone @ A_inverse) * kept, 0.0
         return update_in_chunks(W, A_inverse, G_inverse, ~kept & (W != 0), update.max_correlate) * kept, 0.0
 
-    def _solved(self, W: Tensor, A: DampedFactor, G: DampedFactor, kept: Tensor, update: ElementUpdate) -> tuple[Tensor, float]:
+    def _solved(self, W: Tensor, curvature: LinearCurvature, kept: Tensor, update: ElementUpdate) -> tuple[Tensor, float]:
+        gradient = curvature.gradient
         solution = update_elements(
             W,
-            A.matrix,
-            G.matrix,
+            curvature.terms,
             kept,
+            gradient=None if gradient is None or update.step == 0 else update.step * gradient,
             num_iterations=update.num_iterations,
             tolerance=update.tolerance,
             product_dtype=getattr(torch, update.precision),

@@ -11,20 +11,21 @@ import torch
 from torch import Tensor
 
 
-def element_costs(W: Tensor, column_scale: Tensor, row_scale: Tensor) -> Tensor:
-    """Cost of each element: 1/2 W_rc^2 row_scale_r column_scale_c.
+def element_costs(W: Tensor, row_scale: Tensor, column_scale: Tensor) -> Tensor:
+    """Cost of each element: 1/2 W_rc^2 times the product of the scales at (r, c).
 
-    If all others make up for it (OBS), the scales are 1 / [G^-1]_rr and 1 / [A^-1]_cc; if nothing does (OBD), G_rr and A_cc.
+    If all others make up for it (OBS), the product is 1 / [F^-1]_(r,c),(r,c) = 1 / ([G^-1]_rr [A^-1]_cc); if nothing does (OBD), the
+    diagonal of F, G_rr A_cc.
 
     Args:
         W: [R, C].
-        column_scale: [C].
-        row_scale: [R].
+        row_scale: [R, 1], or [R, C] if the product is in it already.
+        column_scale: [1, C] or [1, 1].
 
     Returns:
         [R, C] costs, in the loss's units.
     """
-    return 0.5 * W.square() * (row_scale[:, None] * column_scale)
+    return 0.5 * W.square() * (row_scale * column_scale)
 
 
 def group_patterns(n: int, m: int) -> Tensor:
@@ -32,13 +33,13 @@ def group_patterns(n: int, m: int) -> Tensor:
     return torch.tensor(list(combinations(range(m), m - n)))
 
 
-def group_costs(W: Tensor, A_inverse: Tensor, G_inverse_diagonal: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
-    """Exact joint cost of the best pattern of every N:M group: 1/2 w_P ([A^-1]_PP)^-1 w_P^T / [G^-1]_rr.
+def group_costs(W: Tensor, inverse_blocks: Tensor, row_factor: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
+    """Exact joint cost of the best pattern of every N:M group: 1/2 w_P ([F^-1]_PP)^-1 w_P^T.
 
     Args:
         W: [R, C], C a multiple of `m`; groups are `m` consecutive inputs of one row, starting at column 0.
-        A_inverse: [C, C].
-        G_inverse_diagonal: [R].
+        inverse_blocks: [R or 1, C / m, m, m] and
+        row_factor: [R]: their product is the block of F^-1 of each group.
         n: elements that stay in each group.
         m: elements of a group.
 
@@ -47,13 +48,12 @@ def group_costs(W: Tensor, A_inverse: Tensor, G_inverse_diagonal: Tensor, n: int
     """
     R, C = W.shape
     groups = W.view(R, C // m, m)
-    blocks = torch.stack([A_inverse[i : i + m, i : i + m] for i in range(0, C, m)])
     best = torch.full((R, C // m), torch.inf, dtype=W.dtype, device=W.device)
     choice = torch.zeros(R, C // m, dtype=torch.int64, device=W.device)
     for number, pattern in enumerate(group_patterns(n, m).to(W.device)):
-        inner = torch.linalg.inv(blocks[:, pattern][:, :, pattern])
+        inner = torch.linalg.inv(inverse_blocks[:, :, pattern][:, :, :, pattern]).expand(R, -1, -1, -1)
         w = groups[:, :, pattern]
-        cost = 0.5 * torch.einsum("rgi,gij,rgj->rg", w, inner, w) / G_inverse_diagonal[:, None]
+        cost = 0.5 * torch.einsum("rgi,rgij,rgj->rg", w, inner, w) / row_factor[:, None]
         better = cost < best
         best, choice = torch.where(better, cost, best), torch.where(better, number, choice)
     return best, choice

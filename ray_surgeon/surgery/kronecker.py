@@ -17,17 +17,19 @@ _INVERSE_PANEL = 512
 """Columns of L^-1 that exist at once; above its diagonal L^-1 is zero, so later panels are smaller."""
 
 
-def add_second_moment(total: Tensor, x: Tensor) -> None:
-    """Add ``x.T @ x`` to the upper block triangle of `total`, in place, at about half the work of the full product.
+def add_second_moment(total: Tensor, x: Tensor, weights: Tensor | None = None) -> None:
+    """Add ``x.T @ diag(weights) @ x`` to the upper block triangle of `total`, in place, at about half the work of the full product.
 
     Args:
         total: [n, n] float32 or float64; only blocks on and above the diagonal are written.
         x: [num_tokens, n] of the dtype of `total`.
+        weights: [num_tokens], of either sign; 1 if None.
     """
     n = x.shape[1]
+    weighted = x if weights is None else x * weights[:, None]
     for start in range(0, n, _PANEL):
         stop = min(start + _PANEL, n)
-        total[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
+        total[start:stop, start:].addmm_(weighted[:, start:stop].T, x[:, start:])
 
 
 def symmetrize(total: Tensor) -> None:
@@ -52,19 +54,28 @@ class KroneckerFactors:
         A: [C, C] sum of a a^T.
         G: [R, R] sum of g g^T.
         num_tokens: tokens in both sums.
+        terms: further Kronecker products (G_r, A_r) of extended KFAC, as means over tokens; they do not merge.
+        gradient: [R, C] sum of g a^T, the gradient of the loss, if it was gathered.
     """
 
     A: Tensor
     G: Tensor
     num_tokens: int
+    terms: tuple[tuple[Tensor, Tensor], ...] = ()
+    gradient: Tensor | None = None
 
     def merged(self, other: KroneckerFactors) -> KroneckerFactors:
         """Return the factors of both sets of tokens together."""
-        return KroneckerFactors(self.A + other.A, self.G + other.G, self.num_tokens + other.num_tokens)
+        assert not self.terms
+        assert not other.terms
+        gradient = None if self.gradient is None or other.gradient is None else self.gradient + other.gradient
+        return KroneckerFactors(self.A + other.A, self.G + other.G, self.num_tokens + other.num_tokens, gradient=gradient)
 
     def restricted(self, rows: Tensor, columns: Tensor) -> KroneckerFactors:
         """Return the factors of the alive rows [R] and columns [C] (bool masks) only."""
-        return KroneckerFactors(self.A[columns][:, columns], self.G[rows][:, rows], self.num_tokens)
+        terms = tuple((G[rows][:, rows], A[columns][:, columns]) for G, A in self.terms)
+        gradient = None if self.gradient is None else self.gradient[rows][:, columns]
+        return KroneckerFactors(self.A[columns][:, columns], self.G[rows][:, rows], self.num_tokens, terms, gradient)
 
 
 def balanced(A: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ray_surgeon.surgery.costs import column_costs, diagonal_column_costs, diagonal_row_costs, quadratic_cost, row_costs
-from ray_surgeon.surgery.kronecker import KroneckerFactors, balanced, damped, factorise
+from ray_surgeon.surgery.curvature import LinearCurvature
+from ray_surgeon.surgery.greedy import GreedyCurve, greedy_costs
+from ray_surgeon.surgery.kronecker import KroneckerFactors
 from ray_surgeon.surgery.masks import StructuredMask
 from ray_surgeon.surgery.threshold import check_costs
-from ray_surgeon.surgery.updates import prune_rows_and_columns, prune_singly
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Candidates:
         damping_a: the relative damping that A on the live columns needed.
         damping_g: the relative damping that G on the live rows needed.
         float64_retry: whether A, and whether G, had to be factorised in float64.
+        clipping: of further Kronecker terms, see `ClippedTerm`.
     """
 
     rows: Tensor
@@ -43,6 +44,7 @@ class Candidates:
     damping_a: float
     damping_g: float
     float64_retry: tuple[bool, bool]
+    clipping: tuple[float, ...] = ()
 
 
 class LinearSurgery:
@@ -76,13 +78,14 @@ class LinearSurgery:
         self.mask = StructuredMask(mask.rows.to(W.device), mask.columns.to(W.device))
         self.damping_a, self.damping_g, self.max_damping = damping_a, damping_g, max_damping
 
-    def candidates(self, structure: str, rank_by: str, costs: str = "obs") -> Candidates:
+    def candidates(self, structure: str, rank_by: str, costs: str = "obs", greedy_limit: float | None = None) -> Candidates:
         """Return what may go and its costs.
 
         Args:
             structure: ``rows``, ``columns`` or ``rows_columns``.
             rank_by: ``cost``, or ``cost_per_parameter``: divided by the entries that the structure still has.
             costs: ``obs`` (the others make up for what goes) or ``obd`` (nothing does).
+            greedy_limit: if given, costs are the marginal ones of greedy removal, and only what goes up to this one is a candidate.
 
         Raises:
             FloatingPointError: a factor or a cost is not usable.
@@ -92,24 +95,27 @@ class LinearSurgery:
         live_columns = mask.columns & (self.factors.A.diagonal() > 0) & (self.W != 0).any(dim=0)
         if self.has_bias:
             live_columns[-1] = mask.columns[-1]
-        mean_A, mean_G = self._means(live_rows, live_columns)
-        A = factorise(mean_A, self.damping_a, self.max_damping, f"{self.name} A")
-        G = factorise(mean_G, self.damping_g, self.max_damping, f"{self.name} G")
+        curvature = self._curvature(live_rows, live_columns, self.damping_a, self.damping_g)
         W = self.W[live_rows][:, live_columns]
-        by_row, by_column = torch.zeros_like(self.W[:, 0]), torch.zeros_like(self.W[0])
-        if costs == "obs":
-            by_row[live_rows] = row_costs(W, A.matrix, G.inverse_diagonal())
-            by_column[live_columns] = column_costs(W, G.matrix, A.inverse_diagonal())
-        else:
-            by_row[live_rows] = diagonal_row_costs(W, A.matrix, G.matrix.diagonal())
-            by_column[live_columns] = diagonal_column_costs(W, G.matrix, A.matrix.diagonal())
-        if rank_by == "cost_per_parameter":
-            by_row, by_column = by_row / mask.columns.sum().clamp(min=1), by_column / mask.rows.sum().clamp(min=1)
         rows, columns = mask.rows.clone(), mask.columns.clone()
         if self.has_bias:
             columns[-1] = False
         rows &= structure != "columns"
         columns &= structure != "rows"
+        by_row, by_column = torch.zeros_like(self.W[:, 0]), torch.zeros_like(self.W[0])
+        per_parameter = rank_by == "cost_per_parameter"
+        if greedy_limit is not None:
+            inverses = torch.cholesky_inverse(curvature.A.cholesky), torch.cholesky_inverse(curvature.G.cholesky)
+            curve = GreedyCurve(W, curvature.A.matrix, curvature.G.matrix, *inverses)
+            by_row[live_rows], by_column[live_columns] = greedy_costs(
+                curve, rows[live_rows], columns[live_columns], per_parameter=per_parameter, limit=greedy_limit
+            )
+            rows &= torch.isfinite(by_row)
+            columns &= torch.isfinite(by_column)
+        else:
+            by_row[live_rows], by_column[live_columns] = curvature.row_costs(W, costs), curvature.column_costs(W, costs)
+            if per_parameter:
+                by_row, by_column = by_row / mask.columns.sum().clamp(min=1), by_column / mask.rows.sum().clamp(min=1)
         check_costs(f"{self.name} rows", by_row[rows])
         check_costs(f"{self.name} columns", by_column[columns])
         return Candidates(
@@ -119,18 +125,19 @@ class LinearSurgery:
             by_column[columns],
             live_rows,
             live_columns,
-            A.damping,
-            G.damping,
-            (A.float64_retry, G.float64_retry),
+            curvature.A.damping,
+            curvature.G.damping,
+            (curvature.A.float64_retry, curvature.G.float64_retry),
+            curvature.clipping,
         )
 
-    def _means(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """Return A and G on the live rows and columns as means over tokens, so that costs are in nats per token."""
-        alive = self.factors.restricted(rows, columns)
-        A, G = balanced(alive.A / alive.num_tokens, alive.G / alive.num_tokens)
-        return A.to(self.W.dtype), G.to(self.W.dtype)
+    def _curvature(self, rows: Tensor, columns: Tensor, damping_a: float, damping_g: float) -> LinearCurvature:
+        options = {"damping_a": damping_a, "damping_g": damping_g, "max_damping": self.max_damping}
+        return LinearCurvature(self.name, self.factors, rows, columns, dtype=self.W.dtype, **options)
 
-    def prune(self, found: Candidates, threshold: float, joint: str, correlations: str = "full") -> tuple[Tensor, StructuredMask, float]:
+    def prune(
+        self, found: Candidates, threshold: float, joint: str, correlations: str = "full", step: float = 0.0
+    ) -> tuple[Tensor, StructuredMask, float, float]:
         """Remove every candidate whose cost is at most the threshold and update what stays.
 
         Args:
@@ -138,28 +145,23 @@ class LinearSurgery:
             threshold: the global one.
             joint: see `prune_rows_and_columns`.
             correlations: ``full``, ``single`` (see `prune_singly`) or ``none``: the others stay as they are (OBD).
+            step: of the first-order correction, see `LinearCurvature.without`.
 
         Returns:
-            W [R, C] with zeros in everything removed, the new mask, and the predicted loss increase in nats per token.
+            W [R, C] with zeros in everything removed, the new mask, the predicted loss increase in nats per token, and the relative
+            residual of the update's equations (0 for an exact one).
         """
         gone_rows, gone_columns = torch.zeros_like(self.mask.rows), torch.zeros_like(self.mask.columns)
         gone_rows[found.rows[found.row_costs.double() <= threshold]] = True
         gone_columns[found.columns[found.column_costs.double() <= threshold]] = True
         mask = self.mask.without(gone_rows, gone_columns)
         rows, columns = found.live_rows, found.live_columns
-        mean_A, mean_G = self._means(rows, columns)
-        A, G = damped(mean_A, found.damping_a), damped(mean_G, found.damping_g)
+        curvature = self._curvature(rows, columns, found.damping_a, found.damping_g)
         before = self.W[rows][:, columns]
         gone = gone_rows[rows], gone_columns[columns]
-        if correlations == "full":
-            after = prune_rows_and_columns(before, A, G, *gone, joint=joint, name=self.name)
-        elif correlations == "single":
-            A_inverse, G_inverse = (torch.cholesky_inverse(factorise(x, 0.0, 0.0, self.name).cholesky) for x in (A, G))
-            after = prune_singly(before, A_inverse, G_inverse, *gone)
-        else:
-            after = before * torch.outer(~gone[0], ~gone[1])
-        predicted = quadratic_cost(after - before, A, G)
+        after, residual = curvature.without(before, *gone, joint=joint, correlations=correlations, step=step)
+        predicted = curvature.quadratic_cost(after - before)
         W = self.W.clone()
         W[rows.nonzero(), columns.nonzero()[:, 0]] = after
         mask.apply_(W)
-        return W, mask, predicted
+        return W, mask, predicted, residual

@@ -60,6 +60,13 @@ def check_costs(name: str, costs: Tensor) -> None:
         raise FloatingPointError(f"{name}: {bad} of {costs.numel()} costs are NaN, infinite or negative")
 
 
+def can_reach(costs: Sequence[StructureCosts], target_sparsity: float) -> bool:
+    """Return whether all candidates together remove the target fraction of all parameters."""
+    kept = sum((c.num_rows - len(c.rows)) * (c.num_columns - len(c.columns)) for c in costs)
+    num_parameters = sum(c.num_parameters for c in costs)
+    return num_parameters - kept >= math.ceil(target_sparsity * num_parameters - 1e-6)
+
+
 def structured_threshold(costs: Sequence[StructureCosts], target_sparsity: float) -> Threshold:
     """Find the smallest threshold that removes at least the target fraction of all parameters.
 

@@ -96,7 +96,7 @@ def test_factors_of_replicas_are_those_of_one(model_folders: dict[str, Path], tm
         cluster = LocalCluster(place(CONFIGS["llama"], 2, num_replicas), 1)
         cluster.run_all("load", ModelRecipe(job.model_source, "float32"), False)
         collect_curvature(cluster, job.calibration, "kfac", None)
-        owned = {name: w.shard.factors(name) for w in cluster._workers.values() for name in w._owned()}
+        owned = {name: w.shard.factors(name) for w in cluster._workers.values() for name in w.owned()}
         assert len(owned) == 4 * 7
         factors.append(owned)
     for others in factors[1:]:
@@ -161,6 +161,24 @@ def test_options_do_something(model_folders: dict[str, Path], tmp_path: Path) ->
         "element-chunks": {"pruning__structure": "element", "updates__solver": "chunks"},
         "max_correlate": {"pruning__structure": "element", "updates__solver": "chunks", "updates__max_correlate": 50},
         "num_iterations": {"pruning__structure": "element", "updates__num_iterations": 3},
+        "selection": {"pruning__selection": "greedy"},
+        "terms": {"curvature__num_kronecker_terms": 2},
+        "three-terms": {"curvature__num_kronecker_terms": 3},
+        "sweeps": {"curvature__num_kronecker_terms": 2, "curvature__num_power_sweeps": 1},
+        "first_order_step": {"updates__first_order_step": 0.5},
+        "first_order_step-1": {"updates__first_order_step": 1.0},
+        "sparsegpt": {"pruning__structure": "element", "pruning__method": "sparsegpt"},
+        "sparsegpt-damping": {"pruning__structure": "element", "pruning__method": "sparsegpt", "curvature__damping": {"a": 0.5}},
+        "sparsegpt-n_m": {"pruning__structure": "n_m", "pruning__method": "sparsegpt"},
+        "wanda": {"pruning__structure": "element", "pruning__method": "wanda"},
+        "wanda-n_m": {"pruning__structure": "n_m", "pruning__method": "wanda"},
+        "lora": {"correction__lora_rank": 2},
+        "lora-rank": {"correction__lora_rank": 3},
+        "lora-rate": {"correction__lora_rank": 2, "correction__learning_rate": 1e-2},
+        "lora-steps": {"correction__lora_rank": 2, "correction__steps_per_shot": 2},
+        "lora-sequences": {"correction__lora_rank": 2, "correction__sequences_per_step": 2},
+        "lora-epochs": {"correction__lora_rank": 2, "correction__final_epochs": 1},
+        "lora-seed": {"correction__lora_rank": 2, "correction__seed": 1},
         "precision": {"pruning__structure": "element", "updates__precision": "float32"},
         "tolerance": {"pruning__structure": "element", "updates__tolerance": 0.5},
         "n_m": {"pruning__structure": "n_m"},

@@ -44,6 +44,17 @@ def test_ray_equals_local(num_shards: int, num_replicas: int, model_folders: dic
     assert not ray.is_initialized()
 
 
+def test_corrections_further_terms_and_blocks_on_ray_equal_local(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    """Everything that moves between replicas beside the first curvature pass, in one run, and the block-by-block pass in another."""
+    surgeon = {"curvature__num_kronecker_terms": 2, "correction__lora_rank": 2, "updates__first_order_step": 0.5}
+    blocks = {"pruning__method": "sparsegpt", "pruning__structure": "element"}
+    for name, options in (("surgeon", surgeon), ("blocks", blocks)):
+        cluster = {"cluster__num_shards": 2, "cluster__num_replicas": 2, "pruning__num_shots": 1}
+        assert run(tmp_path / name / "local", model_folders["llama"], **options, **cluster) == 0
+        assert run(tmp_path / name / "ray", model_folders["llama"], **options, **cluster, cluster__backend="ray") == 0
+        assert_same_shot(tmp_path / name / "local/run", tmp_path / name / "ray/run", 1)
+
+
 @pytest.fixture
 def local_ray() -> Iterator[None]:
     connect(None, 4)

@@ -19,16 +19,26 @@ def problem(R: int = 6, C: int = 7, seed: int = 0) -> tuple[Tensor, Tensor, Tens
 
 
 def dense_removal(W: Tensor, A: Tensor, G: Tensor, removed: Tensor) -> tuple[Tensor, float]:
-    """Minimise 1/2 d^T F d subject to (W + D) = 0 on `removed` [R, C] bool; return the new weights and the cost."""
-    F = torch.kron(G, A)
+    """Remove `removed` [R, C] bool under F = kron(G, A); see `dense_minimum`."""
+    return dense_minimum(W, torch.kron(G, A), removed)
+
+
+def dense_minimum(W: Tensor, F: Tensor, removed: Tensor, gradient: Tensor | None = None) -> tuple[Tensor, float]:
+    """Minimise 1/2 d^T F d + gradient^T d subject to (W + D) = 0 on `removed`; return the new weights and the cost."""
     constrained = removed.reshape(-1).nonzero()[:, 0]
     n, m = F.shape[0], len(constrained)
+    first = torch.zeros(n, dtype=W.dtype) if gradient is None else gradient.reshape(-1)
     E = torch.zeros(m, n, dtype=W.dtype)
     E[torch.arange(m), constrained] = 1
     system = torch.cat([torch.cat([F, E.T], dim=1), torch.cat([E, torch.zeros(m, m, dtype=W.dtype)], dim=1)])
-    right = torch.cat([torch.zeros(n, dtype=W.dtype), -W.reshape(-1)[constrained]])
+    right = torch.cat([-first, -W.reshape(-1)[constrained]])
     d = torch.linalg.solve(system, right)[:n]
-    return W + d.view_as(W), float(0.5 * d @ F @ d)
+    return W + d.view_as(W), float(0.5 * d @ F @ d + first @ d)
+
+
+def indefinite(n: int, seed: int) -> Tensor:
+    x = torch.randn(n, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return (x + x.T) / 2
 
 
 def crossing(R: int, C: int, rows: list[int], columns: list[int]) -> Tensor:

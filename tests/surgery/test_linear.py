@@ -28,7 +28,7 @@ def test_costs_and_update_are_the_dense_ones_on_the_alive_part() -> None:
         assert float(found.row_costs[i]) == pytest.approx(dense_removal(alive_W, alive_A, alive_G, crossing(5, 5, [i], []))[1], rel=1e-9)
         assert float(found.column_costs[i]) == pytest.approx(dense_removal(alive_W, alive_A, alive_G, crossing(5, 5, [], [i]))[1], rel=1e-9)
     threshold = float(torch.cat([found.row_costs, found.column_costs]).sort().values[2])
-    new, new_mask, predicted = operation.prune(found, threshold, "exact")
+    new, new_mask, predicted, _ = operation.prune(found, threshold, "exact")
     gone_rows = [i for i in range(5) if found.row_costs[i] <= threshold]
     gone_columns = [i for i in range(5) if found.column_costs[i] <= threshold]
     expected, cost = dense_removal(alive_W, alive_A, alive_G, crossing(5, 5, gone_rows, gone_columns))
@@ -51,7 +51,7 @@ def test_dead_rows_and_columns_cost_nothing_and_do_not_break_the_inverse() -> No
     assert found.column_costs[3] == 0
     assert found.column_costs[6] == 0
     assert (found.row_costs[[0, 2, 3, 4, 5]] > 0).all()
-    new, mask, _ = surgery(W, A, G, StructuredMask.full(6, 7)).prune(found, 0.0, "exact")
+    new, mask, _, _ = surgery(W, A, G, StructuredMask.full(6, 7)).prune(found, 0.0, "exact")
     assert not new[1].any()
     assert mask.num_kept == 5 * 5
 
@@ -63,7 +63,7 @@ def test_the_bias_is_never_a_candidate_and_goes_with_its_row() -> None:
     assert found.columns.tolist() == [0, 1, 2, 3, 4, 5]
     assert len(found.rows) == 6
     threshold = float(found.row_costs.min())
-    new, mask, _ = operation.prune(found, threshold, "exact")
+    new, mask, _, _ = operation.prune(found, threshold, "exact")
     assert mask.columns[-1]
     assert new[~mask.rows, -1].tolist() == [0.0]
 

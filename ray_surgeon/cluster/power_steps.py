@@ -1,0 +1,65 @@
+"""The part of a worker that finds further Kronecker terms by the power method."""
+
+from __future__ import annotations
+
+import torch
+
+from ray_surgeon.cluster.state import ShardState
+from ray_surgeon.models.power import PowerPasses, Side
+from ray_surgeon.surgery.extended import power_step
+
+
+class PowerSteps(ShardState):
+    """Called in the order of `steps.collect_terms`, between the curvature pass and the costs."""
+
+    _power: PowerPasses | None = None
+
+    def start_term(self) -> None:
+        """Begin a further term with the direction of A, which every replica gets from the owner."""
+        self._power = PowerPasses(self.shard)
+        for name in self.shard.linears:
+            W, owner = self.shard.weight(name), self.owner(name)
+            unit = W.new_empty(W.shape[1], W.shape[1])
+            if owner == self.replicas.rank:
+                A = self.shard.factors(name).A
+                unit = A / torch.linalg.norm(A).clamp(min=torch.finfo(A.dtype).tiny)
+            self.replicas.broadcast(unit, owner)
+            self._power.unit_A[name] = unit
+
+    def start_power(self, side: Side) -> None:
+        """Start a pass of the power method; see `PowerPasses.start`."""
+        assert self._power is not None
+        self._power.start(side)
+
+    def finish_power(self, side: Side) -> None:
+        """Sum the moments to their owners, which take off the known terms and send the new factor to the replicas."""
+        power = self._power
+        assert power is not None
+        power.stop()
+        units, others = (power.unit_G, power.unit_A) if side == "g" else (power.unit_A, power.unit_G)
+        for name, moment in power.moments.items():
+            owner = self.owner(name)
+            self.replicas.reduce(moment, owner)
+            unit = torch.empty_like(moment)
+            if owner == self.replicas.rank:
+                factors = self.shard.factors(name)
+                n = factors.num_tokens
+                known = [(factors.G / n, factors.A / n), *factors.terms]
+                same, opposite = ([t[0] for t in known], [t[1] for t in known])
+                if side == "a":
+                    same, opposite = opposite, same
+                unit, power.sigma[name] = power_step(moment / n, same, opposite, others[name])
+            self.replicas.broadcast(unit, owner)
+            units[name] = unit
+
+    def finish_term(self) -> dict[str, float]:
+        """Keep the term at the owners; return its singular value relative to the first term's, by linear."""
+        power, sizes = self._power, {}
+        assert power is not None
+        for name in self.owned():
+            scale, factors = power.sigma[name] ** 0.5, self.shard.factors(name)
+            self.shard.terms.setdefault(name, []).append((power.unit_G[name] * scale, power.unit_A[name] * scale))
+            first = float(torch.linalg.norm(factors.A) * torch.linalg.norm(factors.G)) / factors.num_tokens**2
+            sizes[name] = power.sigma[name] / first if first else 0.0
+        self._power = None
+        return sizes

@@ -1,0 +1,58 @@
+"""Fields of a job spec that something else in it makes idle. An option that would be ignored is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel
+
+if TYPE_CHECKING:
+    from ray_surgeon.spec import JobSpec
+
+
+def idle_fields(spec: JobSpec) -> Iterator[str]:
+    """Yield every field that is set to something else than its default and that the rest of the spec makes idle."""
+    curvature, pruning, updates = spec.curvature, spec.pruning, spec.updates
+    by_element = pruning.structure in ("element", "n_m")
+    full = updates.correlations == "full"
+    if pruning.method != "llm_surgeon":
+        why = f"pruning.method {pruning.method}"
+        yield from _changed(pruning, "pruning", why, "costs", "group_costs", "selection", "rank_by")
+        yield from _changed(curvature, "curvature", why, "kind", "fisher", "seed", "num_kronecker_terms", "num_power_sweeps")
+        yield from _changed(updates, "updates", why, *type(updates).model_fields)
+        if pruning.method == "wanda":
+            yield from _changed(curvature, "curvature", why, "damping", "max_damping")
+        return
+    if by_element:
+        yield from _changed(updates, "updates", f"structure {pruning.structure}", "joint")
+        yield from _changed(pruning, "pruning", f"structure {pruning.structure}", "selection", "rank_by")
+    if pruning.structure != "n_m":
+        yield from _changed(pruning, "pruning", f"structure {pruning.structure}", "n_m", "group_costs")
+    if not by_element or not full:
+        why = f"structure {pruning.structure}, correlations {updates.correlations}"
+        yield from _changed(updates, "updates", why, "solver", "precision", "num_iterations", "tolerance", "max_correlate")
+    elif updates.solver == "chunks":
+        yield from _changed(updates, "updates", "solver chunks", "precision", "num_iterations", "tolerance", "first_order_step")
+    else:
+        yield from _changed(updates, "updates", "solver conjugate_gradients", "max_correlate")
+    if not full:
+        yield from _changed(updates, "updates", f"correlations {updates.correlations}", "joint", "first_order_step")
+    if pruning.structure in ("rows", "columns"):
+        yield from _changed(updates, "updates", f"structure {pruning.structure}", "joint")
+    if pruning.costs == "obd":
+        yield from _changed(pruning, "pruning", "costs obd", "selection", "group_costs")
+    if curvature.kind != "kfac":
+        why = f"curvature.kind {curvature.kind}"
+        yield from _changed(curvature, "curvature", why, "fisher", "num_kronecker_terms")
+        yield from _changed(updates, "updates", why, "first_order_step")
+    if curvature.fisher == "empirical":
+        yield from _changed(curvature, "curvature", "fisher empirical", "seed")
+    if curvature.num_kronecker_terms == 1:
+        yield from _changed(curvature, "curvature", "num_kronecker_terms 1", "num_power_sweeps")
+
+
+def _changed(section: BaseModel, path: str, why: str, *names: str) -> Iterator[str]:
+    for name in names:
+        if getattr(section, name) != type(section).model_fields[name].default:
+            yield f"{path}.{name} ({why})"

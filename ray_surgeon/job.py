@@ -1,0 +1,169 @@
+"""What a run works on and what it tells: the checked job, events, and the meter of steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ray_surgeon.cluster.messages import (
+    CostOptions,
+    CurvatureOptions,
+    LayerwiseOptions,
+    LowRankOptions,
+    PruneOptions,
+    Usage,
+)
+from ray_surgeon.cluster.protocol import Cluster
+from ray_surgeon.cluster.usage import process_usage
+from ray_surgeon.report import Fact
+from ray_surgeon.sources import ModelSource
+from ray_surgeon.spec import JobSpec
+from ray_surgeon.surgery.element_surgery import ElementUnits, ElementUpdate
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked job spec and everything that was read for it.
+
+    Attributes:
+        spec: what was asked for.
+        spec_yaml: the same, resolved, as it is kept in the run directory.
+        model_source: where the weights are, pinned to what was checked.
+        calibration: [num_sequences, sequence_length] tokens.
+        evaluation: text name -> windows.
+        fingerprints: of model, tokenizer, texts and method.
+        environment: versions and machine, for the report.
+        num_parameters: of the whole model.
+    """
+
+    spec: JobSpec
+    spec_yaml: str
+    model_source: ModelSource
+    calibration: NDArray[np.int64] = field(repr=False)
+    evaluation: Mapping[str, NDArray[np.int64]] = field(repr=False)
+    fingerprints: Mapping[str, Any]
+    environment: Mapping[str, str]
+    num_parameters: int
+
+    @property
+    def cost_options(self) -> CostOptions:
+        """How costs are taken."""
+        curvature, pruning = self.spec.curvature, self.spec.pruning
+        options = CurvatureOptions(curvature.kind, curvature.damping.a, curvature.damping.g, curvature.max_damping)
+        return CostOptions(pruning.structure, pruning.rank_by, pruning.costs, self._units, options)
+
+    @property
+    def _units(self) -> ElementUnits:
+        pruning = self.spec.pruning
+        return ElementUnits(*pruning.n_m, pruning.group_costs == "joint") if pruning.structure == "n_m" else ElementUnits()
+
+    @property
+    def prune_options(self) -> PruneOptions:
+        """How the weights that stay are updated."""
+        updates = self.spec.updates
+        update = ElementUpdate(
+            updates.correlations,
+            updates.solver,
+            updates.num_iterations,
+            updates.tolerance,
+            updates.max_correlate,
+            updates.precision,
+            updates.first_order_step,
+        )
+        return PruneOptions(updates.joint, update)
+
+    def layerwise_options(self, sparsity: float) -> LayerwiseOptions:
+        """Return how SparseGPT or Wanda prune to a sparsity."""
+        curvature = self.spec.curvature
+        return LayerwiseOptions(self.spec.pruning.method, sparsity, self._units, curvature.damping.a, curvature.max_damping)
+
+    def low_rank_options(self, shot: int) -> LowRankOptions:
+        """Return how the corrections of a shot start."""
+        correction = self.spec.correction
+        return LowRankOptions(correction.lora_rank, correction.learning_rate, correction.seed + 1_000_003 * shot)
+
+    def correction_batches(self, shot: int) -> list[list[int]]:
+        """Return the calibration sequences of every step of the corrections after a shot, the final epochs after the last one.
+
+        The order is drawn anew in every pass over the sequences.
+        """
+        correction, num_sequences = self.spec.correction, len(self.calibration)
+        if not correction.lora_rank:
+            return []
+        order = np.random.default_rng((correction.seed, shot))
+        size = correction.sequences_per_step
+
+        def epoch() -> list[list[int]]:
+            shuffled = order.permutation(num_sequences).tolist()
+            return [shuffled[i : i + size] for i in range(0, num_sequences, size)]
+
+        batches: list[list[int]] = []
+        while len(batches) < correction.steps_per_shot:
+            batches += epoch()
+        batches = batches[: correction.steps_per_shot]
+        if shot == len(self.spec.pruning.targets):
+            batches += [batch for _ in range(correction.final_epochs) for batch in epoch()]
+        return batches
+
+    @property
+    def steps_of_a_shot(self) -> tuple[str, ...]:
+        """Names of the steps of a shot, in order; each one is an event."""
+        if self.spec.pruning.method == "llm_surgeon":
+            steps = ["curvature", "costs", "threshold", "update"]
+            if self.spec.curvature.num_kronecker_terms > 1:
+                steps.insert(1, "terms")
+        else:
+            steps = ["update"]
+        return (*steps, *(["correction"] if self.spec.correction.lora_rank else []), "evaluation", "commit")
+
+
+@dataclass(frozen=True)
+class Event:
+    """The end of one step.
+
+    Attributes:
+        step: e.g. "curvature".
+        shot: 0 for what is done before the first shot.
+        num_shots: in all.
+        seconds: wall clock of the step.
+        facts: what there is to say about it.
+    """
+
+    step: str
+    shot: int
+    num_shots: int
+    seconds: float
+    facts: dict[str, Fact]
+
+
+class StepMeter:
+    """Wall clock and CPU time of steps, over all the workers' processes."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        """Start with no steps."""
+        self._cluster = cluster
+        self.seconds: dict[str, float] = {}
+        self.cpu_seconds: dict[str, float] = {}
+
+    def _cpu_s(self) -> float:
+        usages: list[Usage] = [process_usage(torch.device("cpu")), *self._cluster.run_all("usage")]
+        return sum({usage.process: usage.cpu_s for usage in usages}.values())
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Measure one step."""
+        wall, cpu = time.perf_counter(), self._cpu_s()
+        yield
+        self.seconds[name] = time.perf_counter() - wall
+        self.cpu_seconds[name] = self._cpu_s() - cpu
+
+    def peak_bytes(self, field_name: str) -> int:
+        """Return the sum over the workers' processes of a peak of `Usage`."""
+        return sum({usage.process: getattr(usage, field_name) for usage in self._cluster.run_all("usage")}.values())

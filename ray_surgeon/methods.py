@@ -1,0 +1,156 @@
+"""What one shot does to the weights under each method, up to the evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from ray_surgeon.cluster.messages import CostOptions, CostsReply, LinearSummary
+from ray_surgeon.cluster.protocol import Cluster
+from ray_surgeon.cluster.steps import collect_curvature, collect_terms, prune_layerwise, train_corrections
+from ray_surgeon.job import Event, Job, StepMeter
+from ray_surgeon.surgery.threshold import (
+    StructureCosts,
+    Threshold,
+    bucket_of,
+    can_reach,
+    cost_of_bits,
+    structured_threshold,
+    units_to_remove,
+)
+
+Ended = Callable[..., Event]
+"""(step, **facts) -> the event of a step that has ended"""
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What a shot has removed.
+
+    Attributes:
+        linears: what is left of each.
+        sparsity: removed fraction of the parameters.
+        threshold: the global one; None if the method has none.
+        calibration_loss: before this shot, in nats per token; None if no pass has measured it.
+        record: more for the report.
+    """
+
+    linears: list[LinearSummary]
+    sparsity: float
+    threshold: float | None = None
+    calibration_loss: float | None = None
+    record: dict[str, Any] = field(default_factory=dict)
+
+
+def prune_by_costs(job: Job, cluster: Cluster, meter: StepMeter, ended: Ended, shot: int) -> Generator[Event, None, Pruned]:
+    """The LLM Surgeon and all that differs from it by options: curvature, costs, one threshold, update. Returns `Pruned`."""
+    spec, target = job.spec, job.spec.pruning.targets[shot - 1]
+    curvature, options = spec.curvature, job.cost_options
+    seed = curvature.seed + shot * len(job.calibration) if curvature.fisher == "sampled" else None
+    with meter.step("curvature"):
+        with_gradient = spec.updates.first_order_step > 0
+        loss = collect_curvature(cluster, job.calibration, curvature.kind, seed, with_gradient=with_gradient)
+    yield ended("curvature", calibration_loss=loss, tokens_per_s=job.calibration.size / meter.seconds["curvature"])
+
+    term_sizes = []
+    if curvature.num_kronecker_terms > 1:
+        with meter.step("terms"):
+            sizes = collect_terms(cluster, job.calibration, curvature.num_kronecker_terms, curvature.num_power_sweeps, seed)
+        term_sizes = [float(np.median(list(by_linear.values()))) for by_linear in sizes]
+        yield ended("terms", median_size_of_last=term_sizes[-1])
+
+    with meter.step("costs"):
+        replies: list[CostsReply] = cluster.run_all("costs", options)
+        if spec.pruning.selection == "greedy":
+            replies = _greedy_costs(cluster, options, replies, target)
+    damping = [asdict(event) for reply in replies for event in reply.damping]
+    clipping = [asdict(event) for reply in replies for event in reply.clipping]
+    yield ended("costs", damping_raised=len(damping), **({"terms_clipped": len(clipping)} if curvature.num_kronecker_terms > 1 else {}))
+
+    with meter.step("threshold"):
+        threshold = _threshold(cluster, options, replies, target)
+    yield ended("threshold", threshold=threshold.value, sparsity=threshold.sparsity)
+
+    with meter.step("update"):
+        linears = _prune(cluster, threshold, job, options)
+    predicted = sum(linear.predicted_loss_increase or 0.0 for linear in linears)
+    residuals = sorted(linear.residual for linear in linears)
+    yield ended("update", predicted_loss_increase=predicted, max_residual=residuals[-1])
+    record = {
+        "predicted_loss_increase": predicted,
+        "update_residual": {"median": residuals[len(residuals) // 2], "max": residuals[-1]},
+        "damping_used": damping,
+        "terms": {"median_size": term_sizes, "clipped": clipping},
+    }
+    return Pruned(linears, threshold.sparsity, threshold.value, loss, record)
+
+
+def prune_block_by_block(job: Job, cluster: Cluster, meter: StepMeter, ended: Ended, shot: int) -> Generator[Event, None, Pruned]:
+    """SparseGPT and Wanda: every linear to the sparsity of the shot. Returns `Pruned`."""
+    with meter.step("update"):
+        linears = prune_layerwise(cluster, job.calibration, job.layerwise_options(job.spec.pruning.targets[shot - 1]))
+    sparsity = 1 - sum(s.num_kept for s in linears) / sum(s.num_rows * s.num_columns for s in linears)
+    yield ended("update", sparsity=sparsity)
+    return Pruned(linears, sparsity, record={"damping_used": []})
+
+
+def correct(job: Job, cluster: Cluster, meter: StepMeter, ended: Ended, shot: int) -> Generator[Event, None, list[float]]:
+    """Train and absorb low-rank corrections, if the job wants them. Returns the loss of every step."""
+    batches = job.correction_batches(shot)
+    if not job.spec.correction.lora_rank:
+        return []
+    with meter.step("correction"):
+        losses = train_corrections(cluster, job.calibration, batches, job.low_rank_options(shot)) if batches else []
+    yield ended("correction", num_steps=len(losses), **({"first_loss": losses[0], "last_loss": losses[-1]} if losses else {}))
+    return losses
+
+
+def _prune(cluster: Cluster, threshold: Threshold, job: Job, options: CostOptions) -> list[LinearSummary]:
+    return [summary for worker in cluster.run_all("prune", threshold.value, job.prune_options, options) for summary in worker]
+
+
+def _structures(replies: list[CostsReply]) -> list[StructureCosts]:
+    linears = sorted((linear for reply in replies for linear in reply.costs), key=lambda linear: linear.name)
+    return [
+        StructureCosts(c.name, c.num_parameters, c.num_rows, c.num_columns, torch.tensor(c.rows), torch.tensor(c.columns)) for c in linears
+    ]
+
+
+def _greedy_costs(cluster: Cluster, options: CostOptions, once: list[CostsReply], target_sparsity: float) -> list[CostsReply]:
+    """Let every linear climb its greedy curve as high as the target needs, starting from twice the threshold of single costs."""
+    limit, replies = 2 * _threshold(cluster, options, once, target_sparsity).value, once
+    reached = False
+    while not reached:
+        replies = cluster.run_all("costs", replace(options, greedy_limit=limit))
+        reached = can_reach(_structures(replies), target_sparsity)
+        limit *= 4
+    return replies
+
+
+def _threshold(cluster: Cluster, options: CostOptions, replies: list[CostsReply], target_sparsity: float) -> Threshold:
+    if options.by_element:
+        return _element_threshold(cluster, options, replies, target_sparsity)
+    return structured_threshold(_structures(replies), target_sparsity)
+
+
+def _element_threshold(cluster: Cluster, options: CostOptions, replies: list[CostsReply], target_sparsity: float) -> Threshold:
+    """Find the exact k-th smallest cost by two rounds of counting; the costs stay where they are."""
+    num_parameters = sum(reply.num_parameters for reply in replies)
+    num_gone = num_parameters - sum(reply.num_kept for reply in replies)
+
+    def counts(high: int | None) -> torch.Tensor:
+        return torch.from_numpy(np.sum(cluster.run_all("cost_histogram", options, high), axis=0))
+
+    upper = counts(None)
+    num_units = units_to_remove(target_sparsity, num_parameters, num_gone, options.units.num_removed, int(upper.sum()))
+    if num_units == 0:
+        return Threshold(-1.0, num_gone, num_parameters)
+    high, rest = bucket_of(upper, num_units)
+    lower = counts(high)
+    low, _ = bucket_of(lower, rest)
+    removed = int(upper[:high].sum() + lower[: low + 1].sum()) * options.units.num_removed
+    return Threshold(cost_of_bits(high, low), num_gone + removed, num_parameters)

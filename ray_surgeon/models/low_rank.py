@@ -1,0 +1,112 @@
+"""Low-rank first-order corrections beside the linears of a shard: y = W x + B A x, trained and then absorbed, W <- W + B A.
+
+Source: method.md section 7; The LLM Surgeon, section 3.5. What masks have removed stays exactly zero: the removed rows of B and columns
+of A take no part, and for elements B A itself is masked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ray_surgeon.models.linears import LinearModule, num_inputs, num_outputs
+from ray_surgeon.models.shard import ModelShard
+from ray_surgeon.surgery.masks import ElementMask, Mask
+
+
+class LowRank:
+    """B A of one linear; B starts at zero, so that the model starts as it is."""
+
+    def __init__(self, module: LinearModule, mask: Mask, rank: int, seed: int, device: torch.device) -> None:
+        """Draw A with a seed of the linear's own, the same on every replica and for any number of shards."""
+        C, R = num_inputs(module), num_outputs(module)
+        generator = torch.Generator().manual_seed(seed)
+        start = (2 * torch.rand(rank, C, generator=generator) - 1) / C**0.5
+        self.A = start.to(device).requires_grad_()
+        self.B = torch.zeros(R, rank, device=device, requires_grad=True)
+        self.by_element = isinstance(mask, ElementMask)
+        if isinstance(mask, ElementMask):
+            self.kept = mask.kept[:, :C].to(device)
+        else:
+            self.rows, self.columns = mask.rows.to(device)[:, None], mask.columns[:C].to(device)
+
+    def added(self, x: Tensor) -> Tensor:
+        """Return what is added to the outputs for inputs x [..., C]."""
+        if self.by_element:
+            added: Tensor = x @ self.product().T.to(x.dtype)
+        else:
+            added = x @ (self.A * self.columns).T.to(x.dtype) @ (self.B * self.rows).T.to(x.dtype)
+        return added
+
+    def product(self) -> Tensor:
+        """Return B A [R, C], zero where the mask is."""
+        if self.by_element:
+            return torch.mul(self.B @ self.A, self.kept)
+        return torch.matmul(self.B * self.rows, self.A * self.columns)
+
+
+class LowRankCorrections:
+    """Corrections of all linears of a shard while they are trained."""
+
+    def __init__(
+        self,
+        shard: ModelShard,
+        masks: Mapping[str, Mask],
+        owned: set[str],
+        *,
+        rank: int,
+        learning_rate: float,
+        seed_of: Mapping[str, int],
+    ) -> None:
+        """Add zero corrections to the outputs.
+
+        Args:
+            shard: with its weights.
+            masks: of its linears.
+            owned: linears whose optimizer lives here.
+            rank: of B A.
+            learning_rate: of Adam.
+            seed_of: name -> seed of A.
+        """
+        self._shard = shard
+        linears = shard.linears
+        self.parts = {name: LowRank(linears[name], masks[name], rank, seed_of[name], shard.device) for name in linears}
+        parameters = [parameter for name in owned for parameter in (self.parts[name].A, self.parts[name].B)]
+        self._optimizer = torch.optim.Adam(parameters, lr=learning_rate) if parameters else None
+        self._hooks: list[RemovableHandle] = [module.register_forward_hook(_adding(self.parts[n])) for n, module in linears.items()]
+
+    def gradients(self, name: str, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """Return the gradients of the mean loss with respect to A and B of a linear, zero if nothing has passed, and keep them there."""
+        part = self.parts[name]
+        for parameter in (part.A, part.B):
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad / num_tokens
+        assert part.A.grad is not None
+        assert part.B.grad is not None
+        return part.A.grad, part.B.grad
+
+    def step(self) -> None:
+        """Make one step with the gradients of the owned linears, and forget all gradients."""
+        if self._optimizer is not None:
+            self._optimizer.step()
+        for part in self.parts.values():
+            part.A.grad = part.B.grad = None
+
+    @torch.no_grad()
+    def absorb(self) -> None:
+        """Add every B A to its weight and remove the corrections."""
+        for hook in self._hooks:
+            hook.remove()
+        for name, part in self.parts.items():
+            W = self._shard.weight(name)
+            W[:, : part.A.shape[1]] += part.product()
+            self._shard.set_weight(name, W)
+
+
+def _adding(part: LowRank) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output + part.added(inputs[0])
+
+    return hook

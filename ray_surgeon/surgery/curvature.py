@@ -1,0 +1,204 @@
+"""The damped curvature of one linear on its alive rows and columns, and what costs and updates take from it.
+
+Source: method.md sections 1 to 4. One Kronecker product (KFAC) or a sum of several (extended KFAC); everything is a mean over tokens,
+so costs are in nats per token.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property, partial
+
+import torch
+from torch import Tensor
+
+from ray_surgeon.surgery import costs
+from ray_surgeon.surgery.extended import Term, TwoTermInverse, clip_term, minimise_kept
+from ray_surgeon.surgery.kronecker import DampedFactor, KroneckerFactors, balanced, damped, factorise
+from ray_surgeon.surgery.updates import prune_rows_and_columns, prune_singly
+
+_SOLVER_TOLERANCE = 1e-4
+_SOLVER_ITERATIONS = 50
+"""Of conjugate gradients for rows and columns with more than two terms, whose preconditioner is the exact solution with two."""
+
+
+class LinearCurvature:
+    """Damped curvature of one linear. Factorisations are made when something needs them."""
+
+    def __init__(
+        self,
+        name: str,
+        factors: KroneckerFactors,
+        rows: Tensor,
+        columns: Tensor,
+        *,
+        dtype: torch.dtype,
+        damping_a: float,
+        damping_g: float,
+        max_damping: float,
+    ) -> None:
+        """Restrict and balance the factors.
+
+        Args:
+            name: of the linear, for errors.
+            factors: of all its rows and columns.
+            rows: [R] bool, alive and not degenerate.
+            columns: [C] bool, likewise.
+            dtype: to compute in.
+            damping_a: relative damping of A.
+            damping_g: relative damping of G.
+            max_damping: see `factorise`.
+        """
+        self.name = name
+        alive = factors.restricted(rows, columns)
+        A, G = balanced(alive.A / alive.num_tokens, alive.G / alive.num_tokens)
+        self._means = A.to(dtype), G.to(dtype)
+        self._further = [(g.to(dtype), a.to(dtype)) for g, a in alive.terms]
+        self.gradient = None if alive.gradient is None else (alive.gradient / alive.num_tokens).to(dtype)
+        self._damping = damping_a, damping_g, max_damping
+
+    @cached_property
+    def A(self) -> DampedFactor:
+        """Damped and factorised A of the first term."""
+        return factorise(self._means[0], self._damping[0], self._damping[2], f"{self.name} A")
+
+    @cached_property
+    def G(self) -> DampedFactor:
+        """Damped and factorised G of the first term."""
+        return factorise(self._means[1], self._damping[1], self._damping[2], f"{self.name} G")
+
+    @cached_property
+    def first(self) -> Term:
+        """Damped G and A of the first term, without a factorisation if there has been none."""
+        A = self.A.matrix if "A" in self.__dict__ else damped(self._means[0], self._damping[0])
+        G = self.G.matrix if "G" in self.__dict__ else damped(self._means[1], self._damping[1])
+        return G, A
+
+    @cached_property
+    def _clipped(self) -> tuple[tuple[Term, ...], tuple[float, ...]]:
+        share = 1 / max(1, len(self._further))
+        found = [clip_term(term, self.G.cholesky, self.A.cholesky, share) for term in self._further]
+        return tuple(c.term for c in found), tuple(c.change for c in found)
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """All terms, the first damped, the others clipped."""
+        return (self.first, *self._clipped[0])
+
+    @property
+    def clipping(self) -> tuple[float, ...]:
+        """Relative change of each further term by clipping; see `ClippedTerm`."""
+        return self._clipped[1]
+
+    @property
+    def is_extended(self) -> bool:
+        """Whether there is more than one term."""
+        return bool(self._further)
+
+    @cached_property
+    def inverse(self) -> TwoTermInverse:
+        """Inverse of the first two terms; costs with more than two terms are taken from these too."""
+        return TwoTermInverse(self.G.cholesky, self.A.cholesky, self._clipped[0][0])
+
+    # Costs
+
+    def row_costs(self, W: Tensor, kind: str) -> Tensor:
+        """Return the cost of each row of W [R, C]: ``obs``, the others make up for it, or ``obd``, nothing does."""
+        if kind == "obd":
+            return torch.stack([costs.diagonal_row_costs(W, A, G.diagonal()) for G, A in self.terms]).sum(dim=0)
+        if self.is_extended:
+            return self.inverse.row_costs(W)
+        return costs.row_costs(W, self.A.matrix, self.G.inverse_diagonal())
+
+    def column_costs(self, W: Tensor, kind: str) -> Tensor:
+        """Return the cost of each column of W [R, C]; see `row_costs`."""
+        if kind == "obd":
+            return torch.stack([costs.diagonal_column_costs(W, G, A.diagonal()) for G, A in self.terms]).sum(dim=0)
+        if self.is_extended:
+            return self.inverse.column_costs(W)
+        return costs.column_costs(W, self.G.matrix, self.A.inverse_diagonal())
+
+    def element_scales(self, kind: str) -> tuple[Tensor, Tensor]:
+        """Return factors whose product [R, C] times 1/2 W^2 is the cost of each element: [R, 1] and [1, C], or [R, C] and [1, 1]."""
+        if self.is_extended:
+            if kind == "obs":
+                scale = 1 / self.inverse.diagonal()
+            else:
+                scale = torch.stack([torch.outer(G.diagonal(), A.diagonal()) for G, A in self.terms]).sum(dim=0)
+            return scale, scale.new_ones(1, 1)
+        if kind == "obs":
+            return 1 / self.G.inverse_diagonal()[:, None], 1 / self.A.inverse_diagonal()[None]
+        return self.G.matrix.diagonal()[:, None], self.A.matrix.diagonal()[None]
+
+    def inverse_blocks(self, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the blocks of F^-1 that belong to groups of columns of one row, as a product of two parts.
+
+        Args:
+            places: [num_groups, m] columns of each group, -1 for one that is not alive and gets a row of the identity.
+
+        Returns:
+            [R or 1, num_groups, m, m] and [R]: the block of row r and group i is the first at (r, i) times the second at r.
+        """
+        num_groups, m = places.shape
+        absent = places < 0
+        inside = places.clamp(min=0)
+        left, right = inside[:, :, None].expand(-1, -1, m), inside[:, None, :].expand(-1, m, -1)
+        if self.is_extended:
+            blocks = self.inverse.row_blocks(left.reshape(-1), right.reshape(-1)).view(-1, num_groups, m, m)
+            row_factor = blocks.new_ones(len(blocks))
+        else:
+            blocks, row_factor = torch.cholesky_inverse(self.A.cholesky)[left, right][None], self.G.inverse_diagonal()
+        blocks = blocks.masked_fill(absent[:, :, None] | absent[:, None, :], 0.0)
+        return blocks + torch.diag_embed(absent.to(blocks.dtype)), row_factor
+
+    # Updates
+
+    def without(
+        self, W: Tensor, rows: Tensor, columns: Tensor, *, joint: str, correlations: str, step: float = 0.0
+    ) -> tuple[Tensor, float]:
+        """Remove rows and columns of W [R, C] and update the rest.
+
+        Args:
+            W: alive weights.
+            rows: [R] bool, True = goes.
+            columns: [C] bool, likewise.
+            joint: see `prune_rows_and_columns`.
+            correlations: ``full``, ``single`` (see `prune_singly`) or ``none``.
+            step: eta of the first-order correction -eta F_KK^-1 gradient; 0 for none.
+
+        Returns:
+            [R, C] new weights, zero in everything removed, and the relative residual of the equations.
+        """
+        if correlations == "none":
+            return W * torch.outer(~rows, ~columns), 0.0
+        if correlations == "single":
+            return self._without_singly(W, rows, columns), 0.0
+        gradient = None if step == 0 else step * self._needed_gradient()
+        nothing_goes = torch.zeros_like(rows), torch.zeros_like(columns)
+        minimised = partial(minimise_kept, tolerance=_SOLVER_TOLERANCE, num_iterations=_SOLVER_ITERATIONS)
+        if not self.is_extended:
+            G, A = self.first
+            new = prune_rows_and_columns(W, A, G, rows, columns, joint=joint, name=self.name)
+            if gradient is None:
+                return new, 0.0
+            correction, _ = minimised(torch.zeros_like(W), self.terms, rows, columns, gradient)
+            return new + correction, 0.0
+        if joint == "exact":
+            return minimised(W, self.terms, rows, columns, gradient)
+        by_rows, one = minimised(W, self.terms, rows, nothing_goes[1], gradient)
+        by_columns, other = minimised(W, self.terms, nothing_goes[0], columns)
+        return (by_rows + by_columns - W) * torch.outer(~rows, ~columns), max(one, other)
+
+    def _without_singly(self, W: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        if self.is_extended:
+            return (W + self.inverse.single_corrections(W, rows, columns)) * torch.outer(~rows, ~columns)
+        A_inverse, G_inverse = torch.cholesky_inverse(self.A.cholesky), torch.cholesky_inverse(self.G.cholesky)
+        return prune_singly(W, A_inverse, G_inverse, rows, columns)
+
+    def _needed_gradient(self) -> Tensor:
+        assert self.gradient is not None, "the gradient was not gathered"
+        return self.gradient
+
+    def quadratic_cost(self, change: Tensor) -> float:
+        """Return the predicted loss increase of a change [R, C] of the weights, first order included if the gradient is known."""
+        total = sum(costs.quadratic_cost(change, A, G) for G, A in self.terms)
+        return total + (0.0 if self.gradient is None else float(torch.sum(self.gradient * change)))

@@ -1,0 +1,104 @@
+"""Baselines that prune linear after linear to the same sparsity, from the inputs of the model pruned so far: SparseGPT and Wanda.
+
+Source: Frantar & Alistarh 2023 (arXiv 2301.00774), algorithm 1; Sun et al. 2023 (arXiv 2306.11695). Written from their definitions.
+The curvature is A alone; the bias is left as it is.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ray_surgeon.surgery.kronecker import factorise
+
+BLOCK_SIZE = 128
+"""Columns whose mask SparseGPT chooses together."""
+
+
+def smallest_in_groups(scores: Tensor, n: int, m: int) -> Tensor:
+    """Return the ``m - n`` smallest of every `m` consecutive scores of a row as a bool mask of the shape of `scores` [R, C]."""
+    groups = scores.reshape(len(scores), -1, m)
+    chosen = torch.zeros_like(groups, dtype=torch.bool)
+    chosen.scatter_(2, groups.topk(m - n, dim=2, largest=False).indices, True)
+    return chosen.view_as(scores)
+
+
+def wanda(W: Tensor, A_diagonal: Tensor, sparsity: float, n: int, m: int) -> Tensor:
+    """Return what Wanda keeps, [R, C] bool: the largest |W_rc| |X_c| of each row, or of each N:M group.
+
+    Args:
+        W: [R, C] without bias.
+        A_diagonal: [C] sum of squared inputs.
+        sparsity: fraction of each row that goes, if `m` is 1.
+        n: elements that stay in each group.
+        m: elements of a group; 1 for single elements.
+    """
+    scores = W.abs() * A_diagonal.sqrt()
+    if m > 1:
+        return ~smallest_in_groups(scores, n, m)
+    kept = torch.ones_like(W, dtype=torch.bool)
+    return kept.scatter_(1, scores.topk(round(sparsity * W.shape[1]), dim=1, largest=False).indices, False)
+
+
+def sparsegpt(
+    W: Tensor, A: Tensor, sparsity: float, n: int, m: int, *, damping: float, max_damping: float, name: str, block_size: int = BLOCK_SIZE
+) -> tuple[Tensor, Tensor]:
+    """Prune a linear column by column, each removal made up for by the columns to its right.
+
+    With U the upper Cholesky factor of A^-1, the error of column c is (W_c - pruned W_c) / U_cc, and the columns after it get minus
+    the error times U_c:. The mask of a block of columns is chosen by W_rc^2 / U_cc^2 when the block is reached, one threshold a block;
+    N:M groups choose when their first column is reached.
+
+    Args:
+        W: [R, C] without bias.
+        A: [C, C] mean of the inputs' second moment; inputs that are always zero have their column removed.
+        sparsity: fraction that goes, if `m` is 1.
+        n: elements that stay in each group.
+        m: elements of a group; 1 for single elements.
+        damping: relative to the mean of the diagonal.
+        max_damping: see `factorise`.
+        name: the linear, for errors.
+        block_size: columns of a block, rounded up to whole groups.
+
+    Returns:
+        [R, C] new weights and [R, C] what is kept.
+    """
+    W, A = W.clone(), A.clone()
+    dead = A.diagonal() == 0
+    A[dead, dead] = 1
+    W[:, dead] = 0
+    factor = factorise(A, damping, max_damping, name)
+    U = torch.linalg.cholesky(torch.cholesky_inverse(factor.cholesky), upper=True)
+    kept = torch.ones_like(W, dtype=torch.bool)
+    width = -(-block_size // m) * m
+    for start in range(0, W.shape[1], width):
+        stop = min(start + width, W.shape[1])
+        part, inner = W[:, start:stop], U[start:stop, start:stop]
+        scale = inner.diagonal().square()
+        if m == 1:
+            kept[:, start:stop] = _largest(part.square() / scale, sparsity)
+        errors = torch.zeros_like(part)
+        for c in range(stop - start):
+            if m > 1 and c % m == 0:
+                kept[:, start + c : start + c + m] = ~smallest_in_groups(part[:, c : c + m].square() / scale[c : c + m], n, m)
+            errors[:, c] = part[:, c] * ~kept[:, start + c] / inner[c, c]
+            part[:, c:] -= torch.outer(errors[:, c], inner[c, c:])
+        W[:, stop:] -= errors @ U[start:stop, stop:]
+    return W * kept, kept
+
+
+def prune_linear(
+    W: Tensor, A: Tensor, sparsity: float, n: int, m: int, *, method: str, damping: float, max_damping: float, name: str
+) -> tuple[Tensor, Tensor]:
+    """Return the new weights and what is kept by ``sparsegpt`` or ``wanda``; arguments as theirs."""
+    if method == "sparsegpt":
+        return sparsegpt(W, A, sparsity, n, m, damping=damping, max_damping=max_damping, name=name)
+    kept = wanda(W, A.diagonal(), sparsity, n, m)
+    return W * kept, kept
+
+
+def _largest(scores: Tensor, sparsity: float) -> Tensor:
+    """Keep all but the smallest `sparsity` of the scores, whichever rows they are in."""
+    kept = torch.ones(scores.numel(), dtype=torch.bool, device=scores.device)
+    kept[scores.flatten().topk(round(sparsity * scores.numel()), largest=False).indices] = False
+    return kept.view_as(scores)

@@ -1,0 +1,186 @@
+"""Methods and options beyond the default, run whole on tiny models: the same on shards, on replicas, and resumed."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from ray_surgeon.cluster.local import LocalCluster
+from ray_surgeon.cluster.messages import ModelRecipe
+from ray_surgeon.cluster.placement import place
+from ray_surgeon.cluster.steps import collect_curvature, collect_terms
+from ray_surgeon.models.skeleton import linear_shapes
+from ray_surgeon.preflight import prepare
+from ray_surgeon.spec import parse_spec
+from ray_surgeon.surgery.layerwise import prune_linear
+from tests.conftest import CONFIGS
+from tests.integration.runs import assert_same_shot, report_of, run, tensors_of_shot, tiny_spec
+
+METHODS: dict[str, dict[str, Any]] = {
+    "greedy": {"pruning__selection": "greedy"},
+    "two-terms": {"curvature__num_kronecker_terms": 2},
+    "two-terms-element": {"curvature__num_kronecker_terms": 2, "pruning__structure": "element"},
+    "first-order": {"updates__first_order_step": 1.0},
+    "sparsegpt": {"pruning__method": "sparsegpt", "pruning__structure": "element"},
+    "wanda-n_m": {"pruning__method": "wanda", "pruning__structure": "n_m"},
+    "lora": {"correction__lora_rank": 2, "correction__final_epochs": 1, "correction__learning_rate": 1e-3},
+    "lora-element": {"correction__lora_rank": 2, "correction__learning_rate": 1e-3, "pruning__structure": "element"},
+}
+
+
+@pytest.mark.parametrize("family", sorted(CONFIGS))
+@pytest.mark.parametrize("method", ["two-terms", "sparsegpt", "lora"])
+def test_methods_run_on_every_family(family: str, method: str, model_folders: dict[str, Path], tmp_path: Path) -> None:
+    assert run(tmp_path, model_folders[family], **METHODS[method], cluster__num_shards=2, output__exports=["masked"]) == 0
+    for shot in report_of(tmp_path / "run")["shots"]:
+        assert shot["sparsity"] == pytest.approx(shot["target_sparsity"], abs=0.02)
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_shards_replicas_and_resume(method: str, model_folders: dict[str, Path], tmp_path: Path) -> None:
+    """Any number of shards gives the same bits, replicas the same up to the order of sums, and a resumed run the same bits."""
+    options = METHODS[method]
+    for name, cluster in (("one", {}), ("shards", {"cluster__num_shards": 3}), ("replicas", {"cluster__num_replicas": 2})):
+        assert run(tmp_path / name, model_folders["llama"], **options, **cluster) == 0
+    for shot in (1, 2):
+        assert_same_shot(tmp_path / "one/run", tmp_path / "shards/run", shot)
+    expected, found = (report_of(tmp_path / name / "run")["shots"][-1]["perplexity"] for name in ("one", "replicas"))
+    assert found == pytest.approx(expected, rel=3e-2)
+    shutil.copytree(tmp_path / "one/run/shots/0002", tmp_path / "kept")
+    shutil.rmtree(tmp_path / "one/run/shots/0002")
+    assert run(tmp_path / "one", model_folders["llama"], "--resume", **options) == 0
+    assert_same_shot(tmp_path / "one/run", tmp_path / "shards/run", 2)
+
+
+@pytest.mark.parametrize("method", ["lora", "lora-element", "sparsegpt", "first-order", "two-terms-element"])
+@pytest.mark.parametrize("family", ["opt", "gpt2"])
+def test_what_is_removed_is_exactly_zero(method: str, family: str, model_folders: dict[str, Path], tmp_path: Path) -> None:
+    assert run(tmp_path, model_folders[family], **METHODS[method]) == 0
+    tensors = tensors_of_shot(tmp_path / "run", 2)
+    checked = 0
+    for name in (key for key in tensors if key.endswith((".kept", ".rows"))):
+        linear, part = name.rsplit(".", 1)
+        W = tensors[f"{linear}.weight"].T if family == "gpt2" else tensors[f"{linear}.weight"]
+        kept = tensors[name] if part == "kept" else torch.outer(tensors[name], tensors[f"{linear}.columns"])
+        assert not W[~kept[:, : W.shape[1]]].any()
+        checked += int((~kept).sum())
+    assert checked > 0
+
+
+def test_corrections_lower_the_loss_and_their_curve_is_kept(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    lora = {"correction__lora_rank": 4, "correction__learning_rate": 3e-3, "correction__steps_per_shot": 20, "correction__final_epochs": 5}
+    sequences = {"calibration__num_sequences": 4, "correction__sequences_per_step": 4}
+    assert run(tmp_path / "with", model_folders["llama"], **lora, **sequences) == 0
+    first, last = report_of(tmp_path / "with/run")["shots"]
+    assert (len(first["correction_losses"]), len(last["correction_losses"])) == (20, 25)
+    for shot in (first, last):
+        assert shot["correction_losses"][-1] < 0.9 * shot["correction_losses"][0]
+    assert last["calibration_loss"] < first["correction_losses"][-1], "absorbed, and measured on the same sequences"
+
+
+def test_further_terms_of_shards_and_replicas_are_those_of_samples(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    """The second term of every linear against the power method on its inputs and gradients from autograd on the whole model."""
+    job, _, _ = prepare(parse_spec(tiny_spec(tmp_path, model_folders["llama"]).read_text()), resume=False)
+    model = AutoModelForCausalLM.from_pretrained(model_folders["llama"])
+    pairs: dict[str, list[Any]] = {shape.name: [[], []] for shape in linear_shapes(CONFIGS["llama"])}
+    for name, (inputs, gradients) in pairs.items():
+        module = model.get_submodule(name)
+        module.register_forward_hook(lambda m, i, o, store=inputs: store.append(i[0].detach()[0].double()))
+        module.register_full_backward_hook(lambda m, gi, go, store=gradients: store.append(go[0].detach()[0].double()))
+    for tokens in torch.from_numpy(job.calibration):
+        logits = model(tokens[None]).logits[0, :-1]
+        torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="sum").backward()
+    for shards, replicas in ((1, 1), (2, 1), (1, 2)):
+        cluster = LocalCluster(place(CONFIGS["llama"], shards, replicas), 1)
+        cluster.run_all("load", ModelRecipe(job.model_source, "float32"), False)
+        collect_curvature(cluster, job.calibration, "kfac", None, with_gradient=True)
+        (sizes,) = collect_terms(cluster, job.calibration, 2, 3, None)
+        owned = {name: w.shard.factors(name) for w in cluster._workers.values() for name in w.owned()}
+        assert sizes.keys() == owned.keys() == pairs.keys()
+        for name, factors in owned.items():
+            a, g = torch.cat(pairs[name][0]), torch.cat(pairs[name][1])
+            n = len(a)
+            assert factors.gradient is not None
+            torch.testing.assert_close(factors.gradient.double(), g.T @ a, rtol=1e-3, atol=1e-3 * float((g.T @ a).abs().max()))
+            first_A, first_G = a.T @ a / n, g.T @ g / n
+            A, sigma, G = first_A / first_A.norm(), torch.tensor(0.0), first_G
+            for _ in range(3):
+                G = torch.einsum("n,ni,nj->ij", (a @ A * a).sum(1), g, g) / n - (first_A * A).sum() * first_G
+                G = G / G.norm()
+                A = torch.einsum("n,ni,nj->ij", (g @ G * g).sum(1), a, a) / n - (first_G * G).sum() * first_A
+                sigma = A.norm()
+                A = A / sigma
+            found = torch.kron(*[x.double() for x in factors.terms[0]])
+            expected = torch.kron(G, A) * sigma
+            assert float((found - expected).norm() / expected.norm()) < 1e-2, name
+            assert sizes[name] == pytest.approx(float(sigma / first_A.norm() / first_G.norm()), rel=1e-3)
+
+
+def test_sampled_fisher_is_the_exact_one_in_the_mean(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    """G of one linear over many draws of labels against the exact Fisher's, the sum over all labels with their probabilities."""
+    options = {"calibration__num_sequences": 1, "calibration__sequence_length": 6}
+    job, _, _ = prepare(parse_spec(tiny_spec(tmp_path, model_folders["llama"], **options).read_text()), resume=False)
+    name = "model.layers.3.mlp.down_proj"  # after it the tokens do not mix, so that each predicted token has its own gradient
+    model = AutoModelForCausalLM.from_pretrained(model_folders["llama"])
+    seen: list[torch.Tensor] = []
+    model.get_submodule(name).register_forward_hook(lambda m, i, o: seen.append(o))
+    logits = model(torch.from_numpy(job.calibration)).logits[0, :-1]
+    probabilities = torch.softmax(logits, dim=-1).detach()
+    exact = torch.zeros(32, 32)
+    for t, row in enumerate(torch.log_softmax(logits, dim=-1)):
+        for label in range(len(row)):
+            (gradient,) = torch.autograd.grad(row[label], seen[0], retain_graph=True)
+            exact += probabilities[t, label] * torch.outer(gradient[0, t], gradient[0, t])
+    cluster = LocalCluster(place(CONFIGS["llama"], 2, 1), 1)
+    cluster.run_all("load", ModelRecipe(job.model_source, "float32"), False)
+    total, draws = torch.zeros(32, 32), 400
+    for seed in range(draws):
+        collect_curvature(cluster, job.calibration, "kfac", seed)
+        total += cluster._workers[cluster.placement.workers[1]].shard.factors(name).G
+    assert float((total / draws - exact).norm() / exact.norm()) < 0.15
+    collect_curvature(cluster, job.calibration, "kfac", None)
+    empirical = cluster._workers[cluster.placement.workers[1]].shard.factors(name).G
+    assert float((empirical - exact).norm() / exact.norm()) > 0.3
+
+
+@pytest.mark.parametrize(("method", "structure"), [("sparsegpt", "element"), ("sparsegpt", "n_m"), ("wanda", "element")])
+@pytest.mark.parametrize("family", ["llama", "opt", "gemma3"])
+def test_blocks_are_pruned_from_the_inputs_of_the_pruned_ones_before(
+    family: str, method: str, structure: str, model_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """Against a plain loop over the blocks of the whole model."""
+    sparsity = 0.5
+    options = {"pruning__method": method, "pruning__structure": structure, "pruning__target_sparsity": sparsity, "pruning__num_shots": 1}
+    assert run(tmp_path, model_folders[family], **options, cluster__num_shards=2) == 0
+    found = tensors_of_shot(tmp_path / "run", 1)
+    job, _, _ = prepare(parse_spec(tiny_spec(tmp_path / "again", model_folders[family], **options).read_text()), resume=False)
+    model = AutoModelForCausalLM.from_pretrained(model_folders[family])
+    shapes = linear_shapes(CONFIGS[family])
+    n, m = (2, 4) if structure == "n_m" else (0, 1)
+    for block in range(4):
+        inputs: dict[str, list[torch.Tensor]] = {s.name: [] for s in shapes if s.block == block}
+        hooks = [
+            model.get_submodule(name).register_forward_pre_hook(lambda m, i, store=store: store.append(i[0].detach().flatten(0, -2)))
+            for name, store in inputs.items()
+        ]
+        with torch.no_grad():
+            for tokens in torch.from_numpy(job.calibration):
+                model(tokens[None])
+        for hook in hooks:
+            hook.remove()
+        for name, store in inputs.items():
+            weight, x = model.get_parameter(f"{name}.weight"), torch.cat(store)
+            shape = next(s for s in shapes if s.name == name)
+            fraction = sparsity * shape.num_columns / (shape.num_columns - shape.has_bias)
+            expected, _ = prune_linear(
+                weight.detach(), x.T @ x / len(x), fraction, n, m, method=method, damping=0.01, max_damping=1.0, name=name
+            )
+            same = float(((expected == 0) == (found[f"{name}.weight"] == 0)).double().mean())
+            assert same > 0.99, f"{name}: {same}"
+            with torch.no_grad():
+                weight.copy_(found[f"{name}.weight"])

@@ -1,0 +1,248 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from ray_surgeon.surgery.conjugate import update_elements
+from ray_surgeon.surgery.curvature import LinearCurvature
+from ray_surgeon.surgery.element_surgery import ElementSurgery, ElementUnits, ElementUpdate
+from ray_surgeon.surgery.extended import (
+    Term,
+    TwoTermInverse,
+    apply_terms,
+    clip_term,
+    minimise_kept,
+    power_step,
+    quadratic_forms,
+)
+from ray_surgeon.surgery.kronecker import KroneckerFactors, add_second_moment, symmetrize
+from ray_surgeon.surgery.linear import LinearSurgery
+from ray_surgeon.surgery.masks import ElementMask, StructuredMask
+from tests.surgery.dense import crossing, dense_minimum, flags, indefinite, problem
+
+R, C = 5, 6
+
+
+def sum_of(num_terms: int) -> tuple[Tensor, list[Term], Tensor]:
+    """Return W, the terms, the first positive definite and the others clipped to leave a positive definite sum, and dense F."""
+    W, A, G = problem(R, C)
+    terms = [(G, A)]
+    for r in range(1, num_terms):
+        wild = indefinite(R, 10 + r), indefinite(C, 20 + r)
+        terms.append(clip_term(wild, torch.linalg.cholesky(G), torch.linalg.cholesky(A), 1 / (num_terms - 1)).term)
+    return W, terms, torch.stack([torch.kron(G, A) for G, A in terms]).sum(dim=0)
+
+
+def two_term_inverse(terms: list[Term]) -> TwoTermInverse:
+    return TwoTermInverse(torch.linalg.cholesky(terms[0][0]), torch.linalg.cholesky(terms[0][1]), terms[1])
+
+
+def test_weighted_moment_is_the_direct_sum() -> None:
+    x, weights = torch.randn(7, 300, dtype=torch.float64), torch.randn(7, dtype=torch.float64)
+    total = torch.zeros(300, 300, dtype=torch.float64)
+    add_second_moment(total, x, weights)
+    symmetrize(total)
+    torch.testing.assert_close(total, torch.einsum("n,ni,nj->ij", weights, x, x), rtol=1e-12, atol=1e-12)
+
+
+def test_power_method_finds_the_best_further_terms_of_the_rearranged_fisher() -> None:
+    """Against the SVD of R(F) - sum of known terms, formed densely."""
+    num_tokens = 50
+    a, g = torch.randn(num_tokens, C, dtype=torch.float64), torch.randn(num_tokens, R, dtype=torch.float64)
+    g = g * (1 + a[:, :1].abs())
+    rearranged = torch.einsum("ni,nj,nk,nl->ijkl", g, g, a, a).reshape(R * R, C * C) / num_tokens
+    G_terms, A_terms = [g.T @ g / num_tokens], [a.T @ a / num_tokens]
+    for _ in range(2):
+        rest = rearranged - sum(torch.outer(G.flatten(), A.flatten()) for G, A in zip(G_terms, A_terms, strict=True))
+        unit_A, sigma = A_terms[0] / A_terms[0].norm(), 0.0
+        unit_G = torch.zeros(R, R, dtype=torch.float64)
+        for _ in range(300):
+            weighted = torch.einsum("n,ni,nj->ij", quadratic_forms(a, unit_A), g, g) / num_tokens
+            unit_G, _ = power_step(weighted, G_terms, A_terms, unit_A)
+            weighted = torch.einsum("n,ni,nj->ij", quadratic_forms(g, unit_G), a, a) / num_tokens
+            unit_A, sigma = power_step(weighted, A_terms, G_terms, unit_G)
+        U, S, V = torch.linalg.svd(rest)
+        assert sigma == pytest.approx(float(S[0]), rel=1e-10)
+        best = S[0] * torch.outer(U[:, 0], V[0])
+        torch.testing.assert_close(sigma * torch.outer(unit_G.flatten(), unit_A.flatten()), best, rtol=1e-6, atol=1e-9)
+        G_terms.append(unit_G * sigma**0.5)
+        A_terms.append(unit_A * sigma**0.5)
+
+
+def test_clipping_leaves_a_harmless_term_alone_and_makes_a_wild_one_harmless() -> None:
+    _, A, G = problem(R, C)
+    factors = torch.linalg.cholesky(G), torch.linalg.cholesky(A)
+    mild = 1e-3 * indefinite(R, 1), 1e-3 * indefinite(C, 2)
+    assert clip_term(mild, *factors, 1.0).change == 0.0
+    wild = 50 * indefinite(R, 1), 50 * indefinite(C, 2)
+    assert float(torch.linalg.eigvalsh(torch.kron(G, A) + torch.kron(*wild)).min()) < 0
+    clipped = clip_term(wild, *factors, 1.0)
+    assert 0 < clipped.change < 1
+    rest = torch.kron(G, A) * 0.9 + torch.kron(*clipped.term)
+    assert float(torch.linalg.eigvalsh(rest).min()) > -1e-9
+    negated = clip_term((-wild[0], -wild[1]), *factors, 1.0)
+    torch.testing.assert_close(torch.kron(*negated.term), torch.kron(*clipped.term))
+
+
+def test_two_term_inverse_is_the_dense_one() -> None:
+    _, terms, F = sum_of(2)
+    inverse = two_term_inverse(terms)
+    B = torch.randn(R, C, dtype=torch.float64)
+    torch.testing.assert_close(inverse.solve(B), torch.linalg.solve(F, B.flatten()).view(R, C), rtol=1e-9, atol=1e-11)
+    dense = torch.linalg.inv(F)
+    torch.testing.assert_close(inverse.diagonal(), dense.diagonal().view(R, C), rtol=1e-9, atol=1e-11)
+    left, right = torch.tensor([0, 0, 4]), torch.tensor([1, 0, 2])
+    blocks = dense.view(R, C, R, C)
+    expected = torch.stack([blocks[r, left, r, right] for r in range(R)])
+    torch.testing.assert_close(inverse.row_blocks(left, right), expected, rtol=1e-9, atol=1e-11)
+
+
+def test_the_published_inverse_is_another_matrix() -> None:
+    """L^-1 E in place of L^-T E, as the published code has it, does not invert the sum."""
+    _, terms, F = sum_of(2)
+    inverse, L = two_term_inverse(terms), torch.linalg.cholesky(terms[0][0])
+    E = torch.linalg.eigh(torch.linalg.solve(L, torch.linalg.solve(L, terms[1][0]).T)).eigenvectors
+    inverse.K1 = torch.linalg.solve(L, E)
+    B = torch.randn(R, C, dtype=torch.float64)
+    assert (F @ inverse.solve(B).flatten() - B.flatten()).norm() > 0.1 * B.norm()
+
+
+def test_row_column_and_element_costs_are_the_dense_ones() -> None:
+    W, terms, F = sum_of(2)
+    inverse = two_term_inverse(terms)
+    for r in range(R):
+        assert float(inverse.row_costs(W)[r]) == pytest.approx(dense_minimum(W, F, crossing(R, C, [r], []))[1], rel=1e-8)
+    for c in range(C):
+        assert float(inverse.column_costs(W)[c]) == pytest.approx(dense_minimum(W, F, crossing(R, C, [], [c]))[1], rel=1e-8)
+
+
+@pytest.mark.parametrize("num_terms", [1, 2, 4])
+@pytest.mark.parametrize("with_gradient", [False, True])
+def test_joint_update_is_the_dense_solution(num_terms: int, with_gradient: bool) -> None:
+    W, terms, F = sum_of(num_terms)
+    gradient = torch.randn(R, C, dtype=torch.float64) if with_gradient else None
+    found, residual = minimise_kept(W, terms, flags(R, [1, 4]), flags(C, [0, 3]), gradient, tolerance=1e-13, num_iterations=200)
+    expected, _ = dense_minimum(W, F, crossing(R, C, [1, 4], [0, 3]), gradient)
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9)
+    assert residual < 1e-12
+
+
+@pytest.mark.parametrize("num_terms", [1, 2, 3])
+@pytest.mark.parametrize("with_gradient", [False, True])
+def test_elements_of_a_sum_are_the_dense_solution(num_terms: int, with_gradient: bool) -> None:
+    W, terms, F = sum_of(num_terms)
+    gradient = torch.randn(R, C, dtype=torch.float64) if with_gradient else None
+    kept = torch.rand(R, C, generator=torch.Generator().manual_seed(3)) > 0.5
+    solution = update_elements(W, terms, kept, gradient=gradient, num_iterations=400, tolerance=1e-13)
+    expected, _ = dense_minimum(W, F, ~kept, gradient)
+    torch.testing.assert_close(solution.W, expected, rtol=1e-7, atol=1e-9)
+
+
+def test_single_corrections_are_dense_for_one_structure() -> None:
+    W, terms, F = sum_of(2)
+    inverse = two_term_inverse(terms)
+    nothing = flags(R, []), flags(C, [])
+    row = W + inverse.single_corrections(W, flags(R, [2]), nothing[1])
+    column = W + inverse.single_corrections(W, nothing[0], flags(C, [4]))
+    torch.testing.assert_close(row, dense_minimum(W, F, crossing(R, C, [2], []))[0], rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(column, dense_minimum(W, F, crossing(R, C, [], [4]))[0], rtol=1e-8, atol=1e-10)
+
+
+def extended_factors(num_terms: int = 2) -> tuple[Tensor, KroneckerFactors]:
+    W, terms, _ = sum_of(num_terms)
+    n = 9
+    return W, KroneckerFactors(terms[0][1] * n, terms[0][0] * n, n, tuple(terms[1:]), torch.randn(R, C, dtype=torch.float64) * n)
+
+
+def dense_of(curvature: LinearCurvature) -> Tensor:
+    return torch.stack([torch.kron(G, A) for G, A in curvature.terms]).sum(dim=0)
+
+
+@pytest.mark.parametrize("joint", ["exact", "independent"])
+@pytest.mark.parametrize("costs", ["obs", "obd"])
+def test_a_linear_with_two_terms(costs: str, joint: str) -> None:
+    """One row is dead, one column went before: costs, update and predicted loss are dense on the rest."""
+    W, factors = extended_factors()
+    mask = StructuredMask(flags(R, [1, 2, 3, 4]), flags(C, [0, 2, 3, 4, 5]))
+    mask.apply_(W)
+    damping = {"damping_a": 0.02, "damping_g": 0.1, "max_damping": 1.0}
+    surgery = LinearSurgery("x", W, factors, mask, has_bias=False, **damping)
+    found = surgery.candidates("rows_columns", "cost", costs)
+    curvature = LinearCurvature("x", factors, mask.rows, mask.columns, dtype=W.dtype, **damping)
+    F, alive = dense_of(curvature), W[mask.rows][:, mask.columns]
+    assert found.clipping == curvature.clipping
+    for r in range(4):
+        removed = crossing(4, 5, [r], [])
+        change = torch.where(removed, -alive, 0).flatten()
+        expected = dense_minimum(alive, F, removed)[1] if costs == "obs" else float(0.5 * change @ F @ change)
+        assert float(found.row_costs[r]) == pytest.approx(expected, rel=1e-8)
+    threshold = float(torch.cat([found.row_costs, found.column_costs]).sort().values[2])
+    new, _, predicted, residual = surgery.prune(found, threshold, joint, step=1.0)
+    rows = [r for r in range(4) if found.row_costs[r] <= threshold]
+    columns = [c for c in range(5) if found.column_costs[c] <= threshold]
+    gradient = (factors.gradient / factors.num_tokens)[mask.rows][:, mask.columns]  # type: ignore[operator]
+    change = (new - W)[mask.rows][:, mask.columns].flatten()
+    assert predicted == pytest.approx(float(0.5 * change @ F @ change + gradient.flatten() @ change), rel=1e-8)
+    assert residual == 0.0
+    if joint == "exact":
+        expected_W, _ = dense_minimum(alive, F, crossing(4, 5, rows, columns), gradient)
+        torch.testing.assert_close(new[mask.rows][:, mask.columns], expected_W, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("units", [ElementUnits(), ElementUnits(2, 3), ElementUnits(2, 3, joint=False)])
+@pytest.mark.parametrize("costs", ["obs", "obd"])
+def test_elements_and_groups_with_two_terms(units: ElementUnits, costs: str) -> None:
+    """A column is dead; costs and update are dense on the rest."""
+    W, factors = extended_factors()
+    factors.A[4], factors.A[:, 4] = 0, 0
+    damping = {"damping_a": 0.02, "damping_g": 0.1, "max_damping": 1.0}
+    surgery = ElementSurgery("x", W, factors, ElementMask.full(R, C), has_bias=False, units=units, **damping)
+    found = surgery.candidates(costs)
+    live = flags(C, [0, 1, 2, 3, 5])
+    curvature = LinearCurvature("x", factors, flags(R, list(range(R))), live, dtype=W.dtype, **damping)
+    F, alive = dense_of(curvature), W[:, live]
+    unit_costs = surgery.unit_costs(found)
+    single = torch.zeros(R, C, dtype=torch.float64)
+    for r in range(R):
+        for place, c in enumerate(live.nonzero()[:, 0].tolist()):
+            removed = torch.zeros(R, 5, dtype=torch.bool)
+            removed[r, place] = True
+            change = torch.where(removed, -alive, 0).flatten()
+            single[r, c] = dense_minimum(alive, F, removed)[1] if costs == "obs" else 0.5 * change @ F @ change
+    expected = single if units.m == 1 else single.view(R, 2, 3).min(dim=2).values
+    torch.testing.assert_close(unit_costs.double(), expected, rtol=1e-5, atol=1e-9)
+    update = ElementUpdate("full", "conjugate_gradients", 400, 1e-13, 10, "float64", step=1.0)
+    threshold = float(unit_costs.flatten().sort().values[len(unit_costs.flatten()) // 2])
+    new, mask, _, _ = surgery.prune(found, threshold, update)
+    gradient = factors.gradient[:, live] / factors.num_tokens  # type: ignore[index]
+    torch.testing.assert_close(new[:, live], dense_minimum(alive, F, ~mask.kept[:, live], gradient)[0], rtol=1e-6, atol=1e-8)
+    alone = ElementUpdate("single", "conjugate_gradients", 1, 1e-13, 10, "float64")
+    smallest = float(unit_costs[unit_costs > 0].min())
+    once, mask, _, _ = surgery.prune(found, smallest, alone)
+    if units.m == 1:
+        gone = ~mask.kept[:, live] & (alive != 0)
+        assert int(gone.sum()) == 1
+        torch.testing.assert_close(once[:, live], dense_minimum(alive, F, gone)[0], rtol=1e-6, atol=1e-8)
+
+
+def test_closed_form_correction_is_exact_for_the_quadratic() -> None:
+    W, terms, F = sum_of(1)
+    gradient = torch.randn(R, C, dtype=torch.float64)
+    curvature = LinearCurvature(
+        "x",
+        KroneckerFactors(terms[0][1] * 3, terms[0][0] * 3, 3, gradient=gradient * 3),
+        flags(R, list(range(R))),
+        flags(C, list(range(C))),
+        dtype=W.dtype,
+        damping_a=0.0,
+        damping_g=0.0,
+        max_damping=0.0,
+    )
+    gone = flags(R, [0]), flags(C, [2, 3])
+    new, _ = curvature.without(W, *gone, joint="exact", correlations="full", step=1.0)
+    torch.testing.assert_close(new, dense_minimum(W, F, crossing(R, C, [0], [2, 3]), gradient)[0], rtol=1e-8, atol=1e-10)
+    half, _ = curvature.without(W, *gone, joint="exact", correlations="full", step=0.5)
+    none, _ = curvature.without(W, *gone, joint="exact", correlations="full")
+    torch.testing.assert_close(half, (new + none) / 2, rtol=1e-8, atol=1e-10)
+    assert torch.equal(apply_terms(torch.zeros_like(W), terms), torch.zeros_like(W))

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from ray_surgeon.surgery.kronecker import damped
+from ray_surgeon.surgery.layerwise import sparsegpt, wanda
+from tests.surgery.dense import problem
+
+OPTIONS = {"damping": 0.01, "max_damping": 1.0, "name": "x"}
+
+
+def by_definition(W: Tensor, A: Tensor, sparsity: float, n: int, m: int, block: int) -> tuple[Tensor, Tensor]:
+    """SparseGPT one weight at a time: OBS with the inverse Hessian of the columns from c on (equations 3 and 4 of its paper)."""
+    W, R, C = W.clone(), *W.shape
+    H = damped(A, 0.01)
+    kept = torch.ones(R, C, dtype=torch.bool)
+    for c in range(C):
+        inverse_at = [torch.linalg.inv(H[j:, j:]) for j in range(C)]
+        if m == 1 and c % block == 0:
+            last = min(c + block, C)
+            scores = torch.stack([W[:, j] ** 2 / inverse_at[j][0, 0] for j in range(c, last)], dim=1)
+            order = scores.flatten().argsort()[: round(sparsity * scores.numel())]
+            for place in order.tolist():
+                kept[place // (last - c), c + place % (last - c)] = False
+        if m > 1 and c % m == 0:
+            scores = torch.stack([W[:, j] ** 2 / inverse_at[j][0, 0] for j in range(c, c + m)], dim=1)
+            for r in range(R):
+                kept[r, c + scores[r].argsort()[: m - n]] = False
+        inverse = inverse_at[c]
+        for r in range(R):
+            if not kept[r, c]:
+                W[r, c:] -= W[r, c] / inverse[0, 0] * inverse[0]
+                W[r, c] = 0
+    return W, kept
+
+
+@pytest.mark.parametrize(("n", "m"), [(0, 1), (2, 4), (1, 2)])
+@pytest.mark.parametrize("block", [4, 100])
+def test_sparsegpt_is_its_definition(n: int, m: int, block: int) -> None:
+    W, A, _ = problem(5, 12)
+    found, kept = sparsegpt(W, A, 0.5, n, m, block_size=block, **OPTIONS)  # type: ignore[arg-type]
+    expected, expected_kept = by_definition(W, A, 0.5, n, m, block)
+    assert torch.equal(kept, expected_kept)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+    assert not found[~kept].any()
+
+
+def test_sparsegpt_removes_inputs_that_are_always_zero() -> None:
+    W, A, _ = problem(5, 12)
+    A[3], A[:, 3] = 0, 0
+    found, kept = sparsegpt(W, A, 0.5, 0, 1, **OPTIONS)  # type: ignore[arg-type]
+    assert not found[:, 3].any()
+    assert torch.isfinite(found).all()
+    assert int((~kept).sum()) == 30
+
+
+def test_wanda_keeps_the_largest_of_each_row_or_group() -> None:
+    W, A, _ = problem(5, 12)
+    scores = W.abs() * A.diagonal().sqrt()
+    kept = wanda(W, A.diagonal(), 0.25, 0, 1)
+    for r in range(5):
+        assert set((~kept[r]).nonzero()[:, 0].tolist()) == set(scores[r].argsort()[:3].tolist())
+    kept = wanda(W, A.diagonal(), 0.0, 2, 4)
+    for r in range(5):
+        for start in (0, 4, 8):
+            expected = scores[r, start : start + 4].argsort()[:2] + start
+            assert set((~kept[r, start : start + 4]).nonzero()[:, 0].tolist()) == {int(e) - start for e in expected}
