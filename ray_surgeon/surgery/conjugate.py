@@ -14,11 +14,13 @@ from torch import Tensor
 
 from ray_surgeon.surgery.extended import Term, apply_terms
 
-_RANK = 48
+_RANK_A = 20
 """Eigenvectors of A in the preconditioner; their small systems hold rank^2 numbers a row."""
+_RANK_G = 8
+"""Eigenvectors of G that keep their dtype in products."""
 _OVERSAMPLING = 8
 _SUBSPACE_ITERATIONS = 2
-_REFRESH = 6
+_REFRESH = 11
 """Iterations with narrow products after which the residual is computed anew in full precision."""
 
 
@@ -30,11 +32,13 @@ class Solution:
         W: [R, C] new weights, zero on removed elements.
         residual: norm of (G D A) on kept entries, relative to its norm for D = -W on removed and 0 on kept ones.
         num_iterations: made.
+        predicted_loss_increase: 1/2 D^T F D, and gradient^T D if there is one.
     """
 
     W: Tensor
     residual: float
     num_iterations: int
+    predicted_loss_increase: float
 
 
 def dominant_part(A: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -71,11 +75,19 @@ class SplitMatrix:
     def __init__(self, matrix: Tensor, rank: int, narrow: torch.dtype) -> None:
         """Split a matrix [n, n]; `narrow` is the dtype of the rest."""
         self.U, self.D = dominant_part(matrix, rank)
-        self._rest = (matrix - self.U @ self.U.T - torch.diag(self.D)).to(narrow)
+        self._rest = torch.addmm(matrix, self.U, self.U.T, alpha=-1)
+        self._rest.diagonal().sub_(self.D)
+        self._rest = self._rest.to(narrow)
 
     def after(self, X: Tensor) -> Tensor:
         """Return X @ matrix, X being [m, n]."""
-        return X * self.D + (X @ self.U) @ self.U.T + (X.to(self._rest.dtype) @ self._rest).to(X.dtype)
+        product = (X.to(self._rest.dtype) @ self._rest).to(X.dtype)
+        return product.addmm_(X @ self.U, self.U.T).addcmul_(X, self.D)
+
+    def before(self, X: Tensor) -> Tensor:
+        """Return matrix @ X, X being [n, m]."""
+        product = (self._rest @ X.to(self._rest.dtype)).to(X.dtype)
+        return product.addmm_(self.U, self.U.T @ X).addcmul_(X, self.D[:, None])
 
 
 class MaskedPreconditioner:
@@ -94,19 +106,22 @@ class MaskedPreconditioner:
             G_diagonal: [R] of damped G.
             mask: [R, C] 1 on kept entries, 0 elsewhere.
         """
-        self._row_scale = 1 / G_diagonal[:, None]
-        self._U, self._scale = A.U, mask / A.D
+        self._U, by_D = A.U, 1 / A.D
         C, k = self._U.shape
-        pairs = (self._U[:, :, None] * self._U[:, None, :]).reshape(C, k * k)
-        systems = (self._scale @ pairs).view(len(mask), k, k)
+        self._U_by_D, self._scale = self._U * by_D[:, None], mask * by_D / G_diagonal[:, None]
+        pairs = (self._U_by_D[:, :, None] * self._U[:, None, :]).reshape(C, k * k)
+        systems = (mask @ pairs).view(len(mask), k, k)
         systems.diagonal(dim1=1, dim2=2).add_(1)
         self._inverses = torch.cholesky_inverse(torch.linalg.cholesky(systems))
 
     def __call__(self, X: Tensor) -> Tensor:
-        """Apply to X [R, C]."""
-        scaled = X * self._scale
-        inner = torch.bmm(self._inverses, (scaled @ self._U)[:, :, None])[:, :, 0]
-        return (scaled - (inner @ self._U.T) * self._scale) * self._row_scale
+        """Apply to X [R, C], zero outside the mask."""
+        inner = torch.bmm(self._inverses, (X @ self._U_by_D)[:, :, None])[:, :, 0]
+        return torch.addmm(X, inner, self._U.T, alpha=-1).mul_(self._scale)
+
+
+def _dot(X: Tensor, Y: Tensor) -> Tensor:
+    return torch.dot(X.view(-1), Y.view(-1))
 
 
 def update_elements(
@@ -138,32 +153,57 @@ def update_elements(
         The new weights and the residual that is left.
     """
     mask = kept.to(W.dtype)
-    linear = torch.zeros_like(W) if gradient is None else gradient
     change = W * (mask - 1)
-    residual = -mask * (apply_terms(change, terms) + linear)
+    residual = _residual(change, terms, mask, gradient)
     start = float(torch.linalg.norm(residual))
     if start == 0.0:
-        return Solution(W * mask, 0.0, 0)
+        return Solution(W * mask, 0.0, 0, _quadratic(change, apply_terms(change, terms), gradient))
     narrow = product_dtype or W.dtype
-    split = [tuple(SplitMatrix(x, min(_RANK, max(1, len(x) // 4)), narrow) for x in term) for term in terms]
+    split = [(SplitMatrix(G, _rank(G, _RANK_G), narrow), SplitMatrix(A, _rank(A, _RANK_A), narrow)) for G, A in terms]
     precondition = MaskedPreconditioner(split[0][1], terms[0][0].diagonal(), mask)
     z = precondition(residual)
-    direction, rz = z, torch.sum(residual * z)
+    direction, rz = z.clone(), _dot(residual, z)
     left, iteration = 1.0, 0
     while iteration < num_iterations and left > tolerance:
-        product = torch.zeros_like(W)
-        for split_G, split_A in split:
-            product += split_A.after(split_G.after(direction.T).T)
-        product *= mask
-        step = torch.sum(residual * direction) / torch.sum(direction * product)
-        change += step * direction
-        residual -= step * product
+        product = _product(split, direction).mul_(mask)
+        step = _dot(residual, direction) / _dot(direction, product)
+        change.addcmul_(direction, step)
+        residual.addcmul_(product, step, value=-1)
         iteration += 1
-        if narrow != W.dtype and iteration % _REFRESH == 0:  # narrow products let the recurrence drift from the true residual
-            residual = -mask * (apply_terms(change, terms) + linear)
+        if narrow != W.dtype and iteration % _REFRESH == 0 and iteration < num_iterations:
+            residual = _residual(change, terms, mask, gradient)  # narrow products let the recurrence drift from it
         z = precondition(residual)
-        direction = z - (step * torch.sum(product * z) / rz) * direction
-        rz = torch.sum(residual * z)
+        direction.mul_(-step * _dot(product, z) / rz).add_(z)
+        rz = _dot(residual, z)
         left = float(torch.linalg.norm(residual)) / start
-    left = float(torch.linalg.norm(mask * (apply_terms(change, terms) + linear))) / start
-    return Solution((W + change) * mask, left, iteration)
+    curved = apply_terms(change, terms)
+    predicted = _quadratic(change, curved, gradient)
+    left = float(torch.linalg.norm(_on_kept(curved, mask, gradient))) / start
+    return Solution((W + change) * mask, left, iteration, predicted)
+
+
+def _quadratic(change: Tensor, curved: Tensor, gradient: Tensor | None) -> float:
+    return 0.5 * float(_dot(change, curved)) + (0.0 if gradient is None else float(torch.sum(gradient * change)))
+
+
+def _product(split: Sequence[tuple[SplitMatrix, SplitMatrix]], X: Tensor) -> Tensor:
+    """Return F X, [R, C]."""
+    total, *others = (G.before(A.after(X)) for G, A in split)
+    for other in others:
+        total += other
+    return total
+
+
+def _residual(change: Tensor, terms: Sequence[Term], mask: Tensor, gradient: Tensor | None) -> Tensor:
+    """Return minus (F D + gradient) on kept elements, [R, C]."""
+    return _on_kept(apply_terms(change, terms), mask, gradient).neg_()
+
+
+def _on_kept(curved: Tensor, mask: Tensor, gradient: Tensor | None) -> Tensor:
+    if gradient is not None:
+        curved += gradient
+    return curved.mul_(mask)
+
+
+def _rank(matrix: Tensor, most: int) -> int:
+    return min(most, max(1, len(matrix) // 4))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ray_surgeon.surgery.chunks import update_in_chunks
-from ray_surgeon.surgery.conjugate import update_elements
+from ray_surgeon.surgery.conjugate import Solution, update_elements
 from ray_surgeon.surgery.curvature import LinearCurvature
 from ray_surgeon.surgery.elements import element_costs, group_costs, pattern_removals, summed_group_costs
 from ray_surgeon.surgery.kronecker import KroneckerFactors
@@ -190,29 +190,37 @@ class ElementSurgery:
         kept = self.kept & ~removed
         curvature = self._curvature(found.damping_a, found.damping_g)
         rows, columns = self.live_rows, self.live_columns
-        before, stays = self.W[rows][:, columns], kept[rows][:, columns]
-        after, residual = self._updated(before, curvature, stays, update)
-        W = self.W * kept
-        W[rows.nonzero(), columns.nonzero()[:, 0]] = after
-        return W, ElementMask(kept.cpu()), curvature.quadratic_cost(after - before), residual
+        if rows.all() and columns.all():
+            W, residual, predicted = self._updated(self.W, curvature, kept, update)
+        else:
+            W = self.W * kept
+            after, residual, predicted = self._updated(self.W[rows][:, columns], curvature, kept[rows][:, columns], update)
+            W[rows.nonzero(), columns.nonzero()[:, 0]] = after
+        return W, ElementMask(kept.cpu()), predicted, residual
 
-    def _updated(self, W: Tensor, curvature: LinearCurvature, kept: Tensor, update: ElementUpdate) -> tuple[Tensor, float]:
-        if update.correlations == "none":
-            return W * kept, 0.0
+    def _updated(self, W: Tensor, curvature: LinearCurvature, kept: Tensor, update: ElementUpdate) -> tuple[Tensor, float, float]:
+        """Return the new weights, the relative residual and the predicted loss increase."""
         if update.correlations == "full" and update.solver == "conjugate_gradients":
-            return self._solved(W, curvature, kept, update)
+            solution = self._solved(W, curvature, kept, update)
+            return solution.W, solution.residual, solution.predicted_loss_increase
+        after = self._updated_directly(W, curvature, kept, update)
+        return after, 0.0, curvature.quadratic_cost(after - W)
+
+    def _updated_directly(self, W: Tensor, curvature: LinearCurvature, kept: Tensor, update: ElementUpdate) -> Tensor:
+        if update.correlations == "none":
+            return W * kept
         if update.correlations == "single" and curvature.is_extended:
             inverse = curvature.inverse
-            return (W - inverse.solve(W * ~kept / inverse.diagonal())) * kept, 0.0
+            return (W - inverse.solve(W * ~kept / inverse.diagonal())) * kept
         A_inverse, G_inverse = torch.cholesky_inverse(curvature.A.cholesky), torch.cholesky_inverse(curvature.G.cholesky)
         if update.correlations == "single":
             alone = W * ~kept / torch.outer(G_inverse.diagonal(), A_inverse.diagonal())
-            return (W - G_inverse @ alone @ A_inverse) * kept, 0.0
-        return update_in_chunks(W, A_inverse, G_inverse, ~kept & (W != 0), update.max_correlate) * kept, 0.0
+            return (W - G_inverse @ alone @ A_inverse) * kept
+        return update_in_chunks(W, A_inverse, G_inverse, ~kept & (W != 0), update.max_correlate) * kept
 
-    def _solved(self, W: Tensor, curvature: LinearCurvature, kept: Tensor, update: ElementUpdate) -> tuple[Tensor, float]:
+    def _solved(self, W: Tensor, curvature: LinearCurvature, kept: Tensor, update: ElementUpdate) -> Solution:
         gradient = curvature.gradient
-        solution = update_elements(
+        return update_elements(
             W,
             curvature.terms,
             kept,
@@ -221,4 +229,3 @@ class ElementSurgery:
             tolerance=update.tolerance,
             product_dtype=getattr(torch, update.precision),
         )
-        return solution.W, solution.residual

@@ -166,8 +166,9 @@ class TwoTermInverse:
 
 def apply_terms(X: Tensor, terms: Sequence[Term]) -> Tensor:
     """Return F X: sum_r G_r X A_r, [R, C]."""
-    total = torch.zeros_like(X)
-    for G, A in terms:
+    (G, A), *further = terms
+    total: Tensor = G @ X @ A
+    for G, A in further:
         total += G @ X @ A
     return total
 

@@ -73,6 +73,8 @@ class KroneckerFactors:
 
     def restricted(self, rows: Tensor, columns: Tensor) -> KroneckerFactors:
         """Return the factors of the alive rows [R] and columns [C] (bool masks) only."""
+        if rows.all() and columns.all():
+            return self
         terms = tuple((G[rows][:, rows], A[columns][:, columns]) for G, A in self.terms)
         gradient = None if self.gradient is None else self.gradient[rows][:, columns]
         return KroneckerFactors(self.A[columns][:, columns], self.G[rows][:, rows], self.num_tokens, terms, gradient)

@@ -87,6 +87,7 @@ def test_conjugate_gradients_reach_the_dense_solution(fraction: float) -> None:
     found = update_elements(W, [(G, A)], ~removed, num_iterations=200, tolerance=1e-12)
     torch.testing.assert_close(found.W, expected, rtol=1e-8, atol=1e-9)
     assert found.residual < 1e-11
+    assert found.predicted_loss_increase == pytest.approx(cost, rel=1e-9)
     assert quadratic_cost(found.W - W, A, G) == pytest.approx(cost, rel=1e-9)
 
 
@@ -116,6 +117,7 @@ def test_dominant_part_is_that_of_the_eigendecomposition() -> None:
 def test_split_matrix_multiplies_like_the_matrix() -> None:
     A, X = problem(R=4, C=40)[1], torch.randn(5, 40, dtype=torch.float64)
     torch.testing.assert_close(SplitMatrix(A, 4, torch.float64).after(X), X @ A, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(SplitMatrix(A, 4, torch.float64).before(X.T.contiguous()), A @ X.T, rtol=1e-10, atol=1e-10)
     narrow = (SplitMatrix(A, 4, torch.bfloat16).after(X) - X @ A).norm()
     assert narrow < 0.2 * (X.bfloat16() @ A.bfloat16() - X @ A).norm()
 
@@ -124,7 +126,7 @@ def test_preconditioner_inverts_diagonal_plus_low_rank_on_the_kept_columns_of_ea
     _, A, G = problem(R=5, C=24)
     U, D = dominant_part(A, 6)
     kept = ~random_removal(5, 24, 0.5)
-    X = torch.randn(5, 24, dtype=torch.float64)
+    X = torch.randn(5, 24, dtype=torch.float64) * kept
     found = MaskedPreconditioner(SplitMatrix(A, 6, torch.float64), G.diagonal(), kept.to(A.dtype))(X)
     for r in range(5):
         inside = kept[r]
