@@ -19,7 +19,7 @@ def idle_fields(spec: JobSpec) -> Iterator[str]:
     if pruning.method != "llm_surgeon":
         why = f"pruning.method {pruning.method}"
         yield from _changed(pruning, "pruning", why, "costs", "group_costs", "selection", "rank_by")
-        yield from _changed(curvature, "curvature", why, "kind", "fisher", "seed", "num_kronecker_terms", "num_power_sweeps")
+        yield from _changed(curvature, "curvature", why, "kind", "fisher", "seed", "num_kronecker_terms", "num_power_passes", "first_term")
         yield from _changed(updates, "updates", why, *type(updates).model_fields)
         if pruning.method == "wanda":
             yield from _changed(curvature, "curvature", why, "damping", "max_damping")
@@ -44,12 +44,12 @@ def idle_fields(spec: JobSpec) -> Iterator[str]:
         yield from _changed(pruning, "pruning", "costs obd", "selection", "group_costs")
     if curvature.kind != "kfac":
         why = f"curvature.kind {curvature.kind}"
-        yield from _changed(curvature, "curvature", why, "fisher", "num_kronecker_terms")
+        yield from _changed(curvature, "curvature", why, "fisher", "num_kronecker_terms", "first_term")
         yield from _changed(updates, "updates", why, "first_order_step")
     if curvature.fisher == "empirical":
         yield from _changed(curvature, "curvature", "fisher empirical", "seed")
-    if curvature.num_kronecker_terms == 1:
-        yield from _changed(curvature, "curvature", "num_kronecker_terms 1", "num_power_sweeps")
+    if not curvature.takes_power_passes:
+        yield from _changed(curvature, "curvature", "one term, KFAC's", "num_power_passes")
 
 
 def _changed(section: BaseModel, path: str, why: str, *names: str) -> Iterator[str]:

@@ -117,7 +117,7 @@ class Job:
         """Names of the steps of a shot, in order; each one is an event."""
         if self.spec.pruning.method == "llm_surgeon":
             steps = ["curvature", "costs", "threshold", "update"]
-            if self.spec.curvature.num_kronecker_terms > 1:
+            if self.spec.curvature.takes_power_passes:
                 steps.insert(1, "terms")
         else:
             steps = ["update"]

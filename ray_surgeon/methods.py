@@ -57,9 +57,11 @@ def prune_by_costs(job: Job, cluster: Cluster, meter: StepMeter, ended: Ended, s
     yield ended("curvature", calibration_loss=loss, tokens_per_s=job.calibration.size / meter.seconds["curvature"])
 
     term_sizes = []
-    if curvature.num_kronecker_terms > 1:
+    if curvature.takes_power_passes:
         with meter.step("terms"):
-            sizes = collect_terms(cluster, job.calibration, curvature.num_kronecker_terms, curvature.num_power_sweeps, seed)
+            nearest = curvature.first_term == "nearest"
+            terms, passes = curvature.num_kronecker_terms, curvature.num_power_passes
+            sizes = collect_terms(cluster, job.calibration, terms, passes, seed, nearest=nearest)
         term_sizes = [float(np.median(list(by_linear.values()))) for by_linear in sizes]
         yield ended("terms", median_size_of_last=term_sizes[-1])
 

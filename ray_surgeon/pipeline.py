@@ -29,12 +29,10 @@ from ray_surgeon.coordinator import run_shots
 from ray_surgeon.job import Event, Job
 from ray_surgeon.plan import plan_table, plan_workers
 from ray_surgeon.preflight import prepare
-from ray_surgeon.report import shots_table
+from ray_surgeon.report import LOG_WIDTH, shots_table
 from ray_surgeon.spec import JobSpec, parse_spec
 
 _POLL_S = 0.5
-_LOG_WIDTH = 140
-"""Columns of tables in a log, where nobody tells the width."""
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -158,7 +156,7 @@ def _read_spec(uri: str, overrides: Sequence[str]) -> JobSpec:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    arguments, console, errors = _arguments(argv), Console(width=None if sys.stdout.isatty() else _LOG_WIDTH), Console(stderr=True)
+    arguments, console, errors = _arguments(argv), Console(width=None if sys.stdout.isatty() else LOG_WIDTH), Console(stderr=True)
     if arguments.schema:
         print(json.dumps(JobSpec.model_json_schema(), indent=2))  # noqa: T201 - the schema is the output
         return DONE

@@ -1,6 +1,6 @@
 """What a run found: report.json, and the same as a table on the terminal.
 
-``python -m ray_surgeon.report RUN RUN ...`` puts run directories side by side.
+``python -m ray_surgeon.report RUN RUN ...`` puts run directories side by side, in one table and one plot.
 """
 
 from __future__ import annotations
@@ -17,8 +17,12 @@ from rich.table import Table
 
 from ray_surgeon import storage
 from ray_surgeon.cluster.messages import LinearSummary
+from ray_surgeon.plots import FORMATS, perplexity_figure, save
 
 Fact = str | int | float
+
+LOG_WIDTH = 140
+"""Columns of tables in a log, where nobody tells the width."""
 
 
 @dataclass
@@ -135,16 +139,28 @@ def comparison_table(records: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the comparison of run directories; exit code 2 if one has no report."""
-    parser = argparse.ArgumentParser(prog="python -m ray_surgeon.report", description="Compare runs.")
+    """Print and plot the comparison of run directories; exit code 2 if one has no report."""
+    parser = argparse.ArgumentParser(prog="python -m ray_surgeon.report", description="Compare runs in one table and one plot.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directory, local or on any fsspec URI")
-    console = Console()
+    parser.add_argument("--plot", default="perplexity.png", metavar="FILE", help=f"plot to write, a .{', .'.join(FORMATS)} file on any URI")
+    parser.add_argument("--text", help="evaluation text of the plot; the first one of the first run if not given")
+    arguments = parser.parse_args(argv)
+    console, errors = Console(width=None if sys.stdout.isatty() else LOG_WIDTH), Console(stderr=True)
     try:
-        records = [storage.read_json(storage.join(run, "report.json")) for run in parser.parse_args(argv).runs]
+        records = [storage.read_json(storage.join(run, "report.json")) for run in arguments.runs]
     except (OSError, ValueError) as error:
-        Console(stderr=True).print(f"error: no report: {error}; give run directories with a report.json", style="red", soft_wrap=True)
+        errors.print(f"error: no report: {error}; give run directories with a report.json", style="red", soft_wrap=True)
         return 2
     console.print(comparison_table(records))
+    texts = list(dict.fromkeys(text for record in records for text in record["dense"]["perplexity"]))
+    try:
+        if (arguments.text or texts[0]) not in texts:
+            raise ValueError(f"--text: no run has a text {arguments.text!r}; they have {', '.join(texts)}")
+        save(perplexity_figure(records, arguments.text or texts[0]), arguments.plot)
+    except (OSError, ValueError) as error:
+        errors.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        return 2
+    console.print(f"plot: {arguments.plot}", soft_wrap=True)
     return 0
 
 

@@ -107,10 +107,15 @@ class CurvatureSection(Section):
         1,
         ge=1,
         le=8,
-        description="Kronecker products that are summed to the Fisher of a linear (extended KFAC); each one beyond the first takes "
-        "2 num_power_sweeps more passes over the calibration text. Updates take all terms, obs costs the first two",
+        description="Kronecker products that are summed to the Fisher of a linear (extended KFAC); each one beyond KFAC's "
+        "takes num_power_passes more passes over the calibration text. Updates take all terms, obs costs the first two",
     )
-    num_power_sweeps: int = Field(2, ge=1, le=100, description="Sweeps of the power method for each further Kronecker term")
+    first_term: Literal["kfac", "nearest"] = Field(
+        "kfac",
+        description="kfac: G and A as if gradients and activations were independent; nearest: the Kronecker product nearest to the "
+        "Fisher, by num_power_passes more passes",
+    )
+    num_power_passes: int = Field(4, ge=1, le=100, description="Passes of the power method for each term it finds, for A and G in turns")
     fisher: Literal["empirical", "sampled"] = Field(
         "empirical", description="Labels of the gradients: the data's (empirical) or drawn from the model (sampled)"
     )
@@ -119,6 +124,11 @@ class CurvatureSection(Section):
     max_damping: float = Field(
         1.0, gt=0, le=10, description="A factor that is not positive definite gets ten times the damping, up to this; then the run fails"
     )
+
+    @property
+    def takes_power_passes(self) -> bool:
+        """Whether the power method has terms to find."""
+        return self.num_kronecker_terms > 1 or self.first_term == "nearest"
 
     @model_validator(mode="after")
     def _cap_above_damping(self) -> CurvatureSection:

@@ -111,7 +111,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"curvature.kind": "activations", "curvature.num_kronecker_terms": 2}, r"num_kronecker_terms"),
     ({"curvature.kind": "activations", "updates.first_order_step": 1}, r"first_order_step"),
     ({"curvature.seed": 3}, r"curvature\.seed"),
-    ({"curvature.num_power_sweeps": 3}, r"num_power_sweeps"),
+    ({"curvature.num_power_passes": 3}, r"num_power_passes"),
     ({"curvature.num_kronecker_terms": 2, "pruning.selection": "greedy"}, "choose one of the two"),
     ({"curvature.num_kronecker_terms": 2, "pruning.structure": "element", "updates.solver": "chunks"}, "use conjugate_gradients"),
     ({"pruning.costs": "obd", "pruning.selection": "greedy"}, r"pruning\.selection \(costs obd"),

@@ -92,28 +92,30 @@ def collect_curvature(
 
 
 def collect_terms(
-    cluster: Cluster, sequences: NDArray[np.int64], num_terms: int, num_sweeps: int, sample_seed: int | None
+    cluster: Cluster, sequences: NDArray[np.int64], num_terms: int, num_passes: int, sample_seed: int | None, *, nearest: bool = False
 ) -> list[dict[str, float]]:
-    """Find further Kronecker terms by the power method, after `collect_curvature`; each takes ``2 num_sweeps`` passes.
+    """Find Kronecker terms by the power method, after `collect_curvature`.
 
     Args:
-        cluster: with the factors of the first term.
-        sequences: as for the first term.
+        cluster: with the factors of KFAC.
+        sequences: as for those.
         num_terms: with the first.
-        num_sweeps: of G and A in turns.
+        num_passes: over the sequences for each term, for A and G in turns.
         sample_seed: the same, so that the labels are.
+        nearest: whether the first term becomes the nearest Kronecker product, too, in place of KFAC's.
 
     Returns:
-        For every further term, its size relative to the first by linear.
+        For every term that was found, its size relative to the first one's by linear.
     """
     sizes = []
-    for _ in range(1, num_terms):
-        cluster.run_all("start_term")
-        for side in ("g", "a") * num_sweeps:
+    for term in range(0 if nearest else 1, num_terms):
+        first = term == 0
+        cluster.run_all("start_term", first)
+        for side in (("a", "g") * num_passes)[:num_passes]:
             cluster.run_all("start_power", side)
             _forward_and_backward(cluster, sequences, sample_seed)
-            cluster.run_all("finish_power", side)
-        found: list[dict[str, float]] = cluster.run_all("finish_term")
+            cluster.run_all("finish_power", side, first)
+        found: list[dict[str, float]] = cluster.run_all("finish_term", first)
         sizes.append({name: size for worker in found for name, size in worker.items()})
     return sizes
 

@@ -1,6 +1,6 @@
 """Passes of the power method over a shard: the moments from which further Kronecker terms follow.
 
-Source: method.md section 1. Each term takes sweeps of two passes forward and backward: one for G with A held, one for A with G held.
+Source: method.md section 1. Passes forward and backward take turns: one for A with G held, one for G with A held.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from ray_surgeon.models.linears import LinearModule
 from ray_surgeon.models.shard import ModelShard, watch_pairs
 from ray_surgeon.surgery.extended import quadratic_forms
 from ray_surgeon.surgery.kronecker import add_second_moment, symmetrize
@@ -44,12 +43,12 @@ class PowerPasses:
         assert not self._hooks
         other = self.unit_A if side == "g" else self.unit_G
         for name, module in self._shard.linears.items():
-            size = self._size(name, module, side)
+            size = self._size(name, side)
             self.moments[name] = torch.zeros(size, size, device=self._shard.device)
             self._hooks.append(watch_pairs(module, _add_moment(self.moments[name], other[name], side)))
 
-    def _size(self, name: str, module: LinearModule, side: Side) -> int:
-        return len(self._shard.weight(name)) if side == "g" else len(self.unit_A[name])
+    def _size(self, name: str, side: Side) -> int:
+        return self._shard.weight(name).shape[side == "a"]
 
     def stop(self) -> None:
         """Remove the hooks and complete the symmetric sums."""

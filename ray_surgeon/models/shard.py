@@ -60,6 +60,7 @@ class ModelShard:
         self.model = build_skeleton(config, blocks, dtype)
         self.base = self.model.get_submodule(self.adapter.base)
         self.sites: list[Site] = []
+        self.nearest: dict[str, Term] = {}
         self.terms: dict[str, list[Term]] = {}
         self._saved: dict[int, tuple[Tensor, Tensor]] = {}
         self._hooks: list[RemovableHandle] = []
@@ -177,15 +178,17 @@ class ModelShard:
         for site in self.sites:
             site.A, site.G, site.gradients = None, (), ()
         self.terms.clear()
+        self.nearest.clear()
 
     def factors(self, name: str) -> KroneckerFactors:
-        """Return the factors of a linear; A is shared with the other linears of its site, not copied."""
+        """Return the factors of a linear; KFAC's A is shared with the other linears of its site, not copied."""
         for site in self.sites:
             if name in site.names:
                 assert site.A is not None, "no curvature pass has been made"
                 place = site.names.index(name)
                 gradient = site.gradients[place] if site.gradients else None
-                return KroneckerFactors(site.A, site.G[place], site.num_tokens, tuple(self.terms.get(name, ())), gradient)
+                G, A = self.nearest.get(name, (site.G[place], site.A))
+                return KroneckerFactors(A, G, site.num_tokens, tuple(self.terms.get(name, ())), gradient)
         raise KeyError(name)
 
     # Forward and backward

@@ -164,7 +164,9 @@ def test_options_do_something(model_folders: dict[str, Path], tmp_path: Path) ->
         "selection": {"pruning__selection": "greedy"},
         "terms": {"curvature__num_kronecker_terms": 2},
         "three-terms": {"curvature__num_kronecker_terms": 3},
-        "sweeps": {"curvature__num_kronecker_terms": 2, "curvature__num_power_sweeps": 1},
+        "passes": {"curvature__num_kronecker_terms": 2, "curvature__num_power_passes": 3},
+        "first_term": {"curvature__first_term": "nearest"},
+        "first_term-passes": {"curvature__first_term": "nearest", "curvature__num_power_passes": 1},
         "first_order_step": {"updates__first_order_step": 0.5},
         "first_order_step-1": {"updates__first_order_step": 1.0},
         "sparsegpt": {"pruning__structure": "element", "pruning__method": "sparsegpt"},
@@ -320,7 +322,15 @@ def test_runs_are_compared_in_one_table(model_folders: dict[str, Path], tmp_path
     for name in ("one", "two"):
         assert run(tmp_path / name, model_folders["llama"], name=name, pruning__num_shots=1) == 0
     capsys.readouterr()
-    assert compare([str(tmp_path / "one/run"), str(tmp_path / "two/run")]) == 0
+    runs = [str(tmp_path / "one/run"), str(tmp_path / "two/run")]
+    for plot in ("plot.png", "plot.svg"):
+        assert compare([*runs, "--plot", str(tmp_path / plot)]) == 0
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (tmp_path / "plot.svg").read_text()
+    assert compare([*runs, "--plot", str(tmp_path / "plot.xyz")]) == 2
+    assert compare([*runs, "--plot", str(tmp_path / "x.png"), "--text", "absent"]) == 2
+    assert "they have docs, again" in capsys.readouterr().err
+    assert compare([*runs, "--plot", str(tmp_path / "plot.png"), "--text", "again"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "rows_columns" in line]
     assert len(lines) == 4
     assert sum("dense" in line for line in lines) == 2

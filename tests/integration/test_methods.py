@@ -24,6 +24,7 @@ from tests.integration.runs import assert_same_shot, report_of, run, tensors_of_
 METHODS: dict[str, dict[str, Any]] = {
     "greedy": {"pruning__selection": "greedy"},
     "two-terms": {"curvature__num_kronecker_terms": 2},
+    "nearest": {"curvature__first_term": "nearest", "curvature__num_kronecker_terms": 2, "curvature__num_power_passes": 3},
     "two-terms-element": {"curvature__num_kronecker_terms": 2, "pruning__structure": "element"},
     "first-order": {"updates__first_order_step": 1.0},
     "sparsegpt": {"pruning__method": "sparsegpt", "pruning__structure": "element"},
@@ -99,7 +100,7 @@ def test_further_terms_of_shards_and_replicas_are_those_of_samples(model_folders
         cluster = LocalCluster(place(CONFIGS["llama"], shards, replicas), 1)
         cluster.run_all("load", ModelRecipe(job.model_source, "float32"), False)
         collect_curvature(cluster, job.calibration, "kfac", None, with_gradient=True)
-        (sizes,) = collect_terms(cluster, job.calibration, 2, 3, None)
+        (sizes,) = collect_terms(cluster, job.calibration, 2, 6, None)
         owned = {name: w.shard.factors(name) for w in cluster._workers.values() for name in w.owned()}
         assert sizes.keys() == owned.keys() == pairs.keys()
         for name, factors in owned.items():
@@ -108,17 +109,48 @@ def test_further_terms_of_shards_and_replicas_are_those_of_samples(model_folders
             assert factors.gradient is not None
             torch.testing.assert_close(factors.gradient.double(), g.T @ a, rtol=1e-3, atol=1e-3 * float((g.T @ a).abs().max()))
             first_A, first_G = a.T @ a / n, g.T @ g / n
-            A, sigma, G = first_A / first_A.norm(), torch.tensor(0.0), first_G
+            G, sigma, A = torch.eye(len(first_G)).double() / len(first_G) ** 0.5, torch.tensor(0.0), first_A
             for _ in range(3):
-                G = torch.einsum("n,ni,nj->ij", (a @ A * a).sum(1), g, g) / n - (first_A * A).sum() * first_G
-                G = G / G.norm()
                 A = torch.einsum("n,ni,nj->ij", (g @ G * g).sum(1), a, a) / n - (first_G * G).sum() * first_A
-                sigma = A.norm()
-                A = A / sigma
+                A = A / A.norm()
+                G = torch.einsum("n,ni,nj->ij", (a @ A * a).sum(1), g, g) / n - (first_A * A).sum() * first_G
+                sigma = G.norm()
+                G = G / sigma
             found = torch.kron(*[x.double() for x in factors.terms[0]])
             expected = torch.kron(G, A) * sigma
             assert float((found - expected).norm() / expected.norm()) < 1e-2, name
             assert sizes[name] == pytest.approx(float(sigma / first_A.norm() / first_G.norm()), rel=1e-3)
+
+
+def test_nearest_first_term_beats_kfac_on_the_fisher_of_the_samples(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    """By the inner product and norm of the rearranged Fisher, which need no dense Fisher: |F - kron(G, A)|^2 up to |F|^2."""
+    job, _, _ = prepare(parse_spec(tiny_spec(tmp_path, model_folders["llama"]).read_text()), resume=False)
+    model = AutoModelForCausalLM.from_pretrained(model_folders["llama"])
+    name = "model.layers.1.self_attn.v_proj"
+    pairs: list[list[torch.Tensor]] = [[], []]
+    module = model.get_submodule(name)
+    module.register_forward_hook(lambda m, i, o: pairs[0].append(i[0].detach()[0].double()))
+    module.register_full_backward_hook(lambda m, gi, go: pairs[1].append(go[0].detach()[0].double()))
+    for tokens in torch.from_numpy(job.calibration):
+        torch.nn.functional.cross_entropy(model(tokens[None]).logits[0, :-1], tokens[1:], reduction="sum").backward()
+    a, g = torch.cat(pairs[0]), torch.cat(pairs[1])
+    cluster = LocalCluster(place(CONFIGS["llama"], 1, 1), 1)
+    cluster.run_all("load", ModelRecipe(job.model_source, "float32"), False)
+    shard = cluster._workers[cluster.placement.workers[0]].shard
+
+    def distance() -> float:
+        factors = shard.factors(name)
+        G, A = factors.G.double() / factors.num_tokens, factors.A.double() / factors.num_tokens
+        product = ((a @ A * a).sum(1) * (g @ G * g).sum(1)).mean()
+        return float((G.norm() * A.norm()) ** 2 - 2 * product)
+
+    collect_curvature(cluster, job.calibration, "kfac", None)
+    kfac = distance()
+    for passes in (1, 2, 6):
+        collect_terms(cluster, job.calibration, 1, passes, None, nearest=True)
+        assert distance() < kfac
+        kfac = distance() + 1e-9 * abs(kfac)
+        assert float(torch.linalg.eigvalsh(shard.factors(name).A).min()) > -1e-4 * float(shard.factors(name).A.norm())
 
 
 def test_sampled_fisher_is_the_exact_one_in_the_mean(model_folders: dict[str, Path], tmp_path: Path) -> None:

@@ -13,8 +13,7 @@ from ray_surgeon.surgery.extended import (
     apply_terms,
     clip_term,
     minimise_kept,
-    power_step,
-    quadratic_forms,
+    terms_of_samples,
 )
 from ray_surgeon.surgery.kronecker import KroneckerFactors, add_second_moment, symmetrize
 from ray_surgeon.surgery.linear import LinearSurgery
@@ -53,21 +52,17 @@ def test_power_method_finds_the_best_further_terms_of_the_rearranged_fisher() ->
     g = g * (1 + a[:, :1].abs())
     rearranged = torch.einsum("ni,nj,nk,nl->ijkl", g, g, a, a).reshape(R * R, C * C) / num_tokens
     G_terms, A_terms = [g.T @ g / num_tokens], [a.T @ a / num_tokens]
-    for _ in range(2):
+    for num_terms in (2, 3):
         rest = rearranged - sum(torch.outer(G.flatten(), A.flatten()) for G, A in zip(G_terms, A_terms, strict=True))
-        unit_A, sigma = A_terms[0] / A_terms[0].norm(), 0.0
-        unit_G = torch.zeros(R, R, dtype=torch.float64)
-        for _ in range(300):
-            weighted = torch.einsum("n,ni,nj->ij", quadratic_forms(a, unit_A), g, g) / num_tokens
-            unit_G, _ = power_step(weighted, G_terms, A_terms, unit_A)
-            weighted = torch.einsum("n,ni,nj->ij", quadratic_forms(g, unit_G), a, a) / num_tokens
-            unit_A, sigma = power_step(weighted, A_terms, G_terms, unit_G)
+        G, A = terms_of_samples(a, g, list(zip(G_terms, A_terms, strict=True)), num_terms, 600)[-1]
         U, S, V = torch.linalg.svd(rest)
-        assert sigma == pytest.approx(float(S[0]), rel=1e-10)
-        best = S[0] * torch.outer(U[:, 0], V[0])
-        torch.testing.assert_close(sigma * torch.outer(unit_G.flatten(), unit_A.flatten()), best, rtol=1e-6, atol=1e-9)
-        G_terms.append(unit_G * sigma**0.5)
-        A_terms.append(unit_A * sigma**0.5)
+        assert float(G.norm() * A.norm()) == pytest.approx(float(S[0]), rel=1e-10)
+        torch.testing.assert_close(torch.outer(G.flatten(), A.flatten()), S[0] * torch.outer(U[:, 0], V[0]), rtol=1e-6, atol=1e-9)
+        G_terms.append(G)
+        A_terms.append(A)
+    G, A = terms_of_samples(a, g, [], 1, 600)[0]
+    U, S, V = torch.linalg.svd(rearranged)
+    torch.testing.assert_close(torch.outer(G.flatten(), A.flatten()), S[0] * torch.outer(U[:, 0], V[0]), rtol=1e-6, atol=1e-9)
 
 
 def test_clipping_leaves_a_harmless_term_alone_and_makes_a_wild_one_harmless() -> None:

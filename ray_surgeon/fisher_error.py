@@ -1,0 +1,153 @@
+"""``python -m ray_surgeon.fisher_error SPEC``: how well Kronecker products approximate the Fisher of real linears.
+
+The dense Fisher of a block of weights (some rows and columns of one linear) over the calibration tokens of a job spec, against its
+approximations: identity, activations, KFAC, and sums of more terms. Like Figure 5 of the paper. Runs in one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from ray_surgeon import storage
+from ray_surgeon.cluster.messages import ModelRecipe, WorkerIndex
+from ray_surgeon.cluster.placement import place
+from ray_surgeon.cluster.worker import ShardWorker
+from ray_surgeon.job import Job
+from ray_surgeon.models.shard import watch_pairs
+from ray_surgeon.plots import error_figure, save
+from ray_surgeon.preflight import prepare
+from ray_surgeon.report import LOG_WIDTH
+from ray_surgeon.spec import parse_spec
+from ray_surgeon.surgery.extended import Term, terms_of_samples
+
+
+def token_pairs(job: Job, config: Any, linears: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the inputs a [N, C] and output gradients g [N, R] of linears for every calibration token.
+
+    Raises:
+        ValueError: the model has no such linear.
+    """
+    worker = ShardWorker(place(config, 1, 1), WorkerIndex(0, 0), torch.get_num_threads(), "cpu")
+    worker.load(ModelRecipe(job.model_source, job.spec.model.dtype), by_element=False)
+    shard = worker.shard
+    if unknown := [name for name in linears if name not in shard.linears]:
+        raise ValueError(f"--linear: the model has no linear {', '.join(unknown)}; it has for example {', '.join(list(shard.linears)[:7])}")
+    seen: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in linears}
+    for name, store in seen.items():
+        watch_pairs(shard.linears[name], _storing(store))
+    for number, tokens in enumerate(torch.from_numpy(job.calibration)):
+        hidden = shard.forward(number, tokens[None])
+        sampled = job.spec.curvature.fisher == "sampled"
+        generator = torch.Generator().manual_seed(job.spec.curvature.seed + number) if sampled else None
+        _, gradient = shard.loss(hidden, tokens[None], with_gradient=True, generator=generator)
+        assert gradient is not None
+        shard.backward(number, gradient)
+    return {name: (torch.cat([a for a, _ in store]), torch.cat([g for _, g in store])) for name, store in seen.items()}
+
+
+def _storing(store: list[tuple[Tensor, Tensor]]) -> Callable[[Tensor, Tensor], None]:
+    return lambda a, g: store.append((a, g))
+
+
+def block_errors(a: Tensor, g: Tensor, rows: Tensor, columns: Tensor, max_terms: int, num_passes: int) -> dict[str, list[float]]:
+    """Return relative Frobenius errors on the block of `rows` x `columns` of the Fisher, in float64.
+
+    Args:
+        a: [N, C].
+        g: [N, R].
+        rows: indices.
+        columns: indices.
+        max_terms: Kronecker terms, at most.
+        num_passes: of the power method for each term.
+
+    Returns:
+        ``identity`` and ``activations``, each with the factor that fits the block best, one number; ``after KFAC`` (the first term is
+        KFAC's) and ``from the start`` (every term is the best for what is left), for 1, 2, ... terms.
+    """
+    a, g = a.double(), g.double()
+    samples = (g[:, rows, None] * a[:, None, columns]).flatten(1)
+    dense = samples.T @ samples / len(a)
+    kfac = g.T @ g / len(a), a.T @ a / len(a)
+
+    def inside(terms: Sequence[Term]) -> Tensor:
+        return torch.stack([torch.kron(G[rows][:, rows].contiguous(), A[columns][:, columns].contiguous()) for G, A in terms]).sum(dim=0)
+
+    def error(approximation: Tensor) -> float:
+        return float(torch.linalg.norm(dense - approximation) / torch.linalg.norm(dense))
+
+    def fitted(approximation: Tensor) -> list[float]:
+        return [error(approximation * torch.sum(approximation * dense) / torch.sum(approximation.square()))]
+
+    after, start = (terms_of_samples(a, g, first, max_terms, num_passes) for first in ([kfac], []))
+    one = torch.eye(g.shape[1], dtype=a.dtype)
+    return {
+        "identity": fitted(inside([(one, torch.eye(a.shape[1], dtype=a.dtype))])),
+        "activations": fitted(inside([(one, kfac[1])])),
+        "after KFAC": [error(inside(after[:n])) for n in range(1, max_terms + 1)],
+        "from the start": [error(inside(start[:n])) for n in range(1, max_terms + 1)],
+    }
+
+
+def errors_table(errors: dict[str, dict[str, list[float]]]) -> Table:
+    """Return one line for every linear and way to find terms."""
+    num_terms = max(len(values) for ways in errors.values() for values in ways.values())
+    table = Table(title="relative error of a dense block of the Fisher")
+    for column in ("linear", "approximation", *(f"{n} term{'s' if n > 1 else ''}" for n in range(1, num_terms + 1))):
+        table.add_column(column, justify="left" if column in ("linear", "approximation") else "right")
+    for linear, ways in errors.items():
+        for way, values in ways.items():
+            table.add_row(linear, way, *(f"{value:.4f}" for value in values))
+    return table
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m ray_surgeon.fisher_error", description="Errors of approximations of the Fisher.")
+    parser.add_argument("spec", help="job spec whose model, calibration and curvature.fisher are taken")
+    parser.add_argument("--linear", action="append", required=True, help="name of a linear, e.g. model.layers.0.mlp.down_proj; repeatable")
+    parser.add_argument("--rows", type=int, default=24, help="rows of the block, evenly spaced")
+    parser.add_argument("--columns", type=int, default=24, help="columns of the block, evenly spaced")
+    parser.add_argument("--max-terms", type=int, default=6, help="Kronecker terms, at most")
+    parser.add_argument("--passes", type=int, default=10, help="passes of the power method for each term")
+    parser.add_argument("--plot", default="fisher-error.png", metavar="FILE", help="plot; a .json of the same name gets the numbers")
+    parser.add_argument("--set", action="append", default=[], metavar="section.field=value", help="override a field of the spec")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; exit code 2 for bad input."""
+    arguments, errors_console = _arguments(argv), Console(stderr=True)
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            spec = parse_spec(storage.read_text(arguments.spec), [*arguments.set, f"output.uri={scratch}/run"])
+            job, config, _ = prepare(spec, resume=False, dry_run=True)
+        pairs = token_pairs(job, config, arguments.linear)
+        errors = {}
+        for name, (a, g) in pairs.items():
+            rows = torch.linspace(0, g.shape[1] - 1, min(arguments.rows, g.shape[1])).long()
+            columns = torch.linspace(0, a.shape[1] - 1, min(arguments.columns, a.shape[1])).long()
+            errors[name] = block_errors(a, g, rows, columns, arguments.max_terms, arguments.passes)
+        curves = {name: {way: ways[way] for way in ("after KFAC", "from the start")} for name, ways in errors.items()}
+        save(error_figure(curves), arguments.plot)
+        storage.write_text(arguments.plot.rpartition(".")[0] + ".json", json.dumps(errors, indent=2))
+    except (OSError, ValueError, ValidationError) as error:
+        errors_console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        return 2
+    console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
+    console.print(errors_table(errors))
+    console.print(f"plot: {arguments.plot}", soft_wrap=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
