@@ -41,7 +41,9 @@ def idle_fields(spec: JobSpec) -> Iterator[str]:
     if pruning.structure in ("rows", "columns"):
         yield from _changed(updates, "updates", f"structure {pruning.structure}", "joint")
     if pruning.costs == "obd":
-        yield from _changed(pruning, "pruning", "costs obd", "selection", "group_costs")
+        yield from _changed(pruning, "pruning", "costs obd", "group_costs")
+        if pruning.selection == "greedy":
+            yield "pruning.selection (costs obd)"
     if curvature.kind != "kfac":
         why = f"curvature.kind {curvature.kind}"
         yield from _changed(curvature, "curvature", why, "fisher", "num_kronecker_terms", "first_term")

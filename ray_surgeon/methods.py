@@ -67,7 +67,7 @@ def prune_by_costs(job: Job, cluster: Cluster, meter: StepMeter, ended: Ended, s
 
     with meter.step("costs"):
         replies: list[CostsReply] = cluster.run_all("costs", options)
-        if spec.pruning.selection == "greedy":
+        if spec.is_greedy:
             replies = _greedy_costs(cluster, options, replies, target)
     damping = [asdict(event) for reply in replies for event in reply.damping]
     clipping = [asdict(event) for reply in replies for event in reply.clipping]

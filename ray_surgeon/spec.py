@@ -164,9 +164,10 @@ class PruningSection(Section):
     group_costs: Literal["joint", "sum"] = Field(
         "joint", description="Cost of an N:M group: the exact joint cost of its best pattern, or the sum of its smallest single costs"
     )
-    selection: Literal["once", "greedy"] = Field(
-        "once",
-        description="Costs of rows and columns: each as if it went alone (once), or after all cheaper ones of its linear went (greedy)",
+    selection: Literal["once", "greedy"] | None = Field(
+        None,
+        description="Costs of rows and columns: each as if it went alone (once), or after all cheaper ones of its linear went (greedy). "
+        "Without it, greedy wherever it can be: with obs costs and one Kronecker term",
     )
     rank_by: Literal["cost", "cost_per_parameter"] = Field(
         "cost_per_parameter", description="What the global threshold compares: the cost of a structure, or its cost per parameter removed"
@@ -331,6 +332,13 @@ class JobSpec(Section):
                 "calibration sequences; lower it"
             )
         return self
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether rows and columns are selected greedily."""
+        can_be = self.pruning.costs == "obs" and self.curvature.num_kronecker_terms == 1
+        by_structure = self.pruning.structure in ("rows_columns", "rows", "columns")
+        return by_structure and (self.pruning.selection == "greedy" or (self.pruning.selection is None and can_be))
 
     def method_fingerprint(self) -> str:
         """Return a SHA-256 over all that determines the result: not the name, the cluster, the texts evaluated or the output.

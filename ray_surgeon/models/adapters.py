@@ -11,6 +11,37 @@ from transformers import PretrainedConfig
 
 
 @dataclass(frozen=True)
+class Coupling:
+    """Which linears of a block lose rows when columns of its last one go.
+
+    Attributes:
+        reader: the linear whose columns decide, e.g. ``mlp.down_proj``.
+        writers: (linear, part, number of parts): the rows that write the reader's inputs; parts of a fused linear lie one after the
+            other, e.g. ("mlp.gate_up_proj", 1, 2) for the second half.
+    """
+
+    reader: str
+    writers: tuple[tuple[str, int, int], ...]
+
+
+@dataclass(frozen=True)
+class AttentionCoupling:
+    """Which linears of a block lose rows when the columns of a KV group's query heads go from its last one.
+
+    Attributes:
+        reader: e.g. ``self_attn.o_proj``.
+        query: linear that writes the query heads; if it is also that of keys and values, the three lie one after the other.
+        key: linear that writes the key heads.
+        value: linear that writes the value heads.
+    """
+
+    reader: str
+    query: str
+    key: str
+    value: str
+
+
+@dataclass(frozen=True)
 class Adapter:
     """One family.
 
@@ -23,6 +54,8 @@ class Adapter:
         head: path of the output linear.
         token_embedding: path of the embedding that a tied head shares its weight with.
         sites: per block, groups of linears that read the same input and therefore share one A.
+        ffn: what a channel of the feed-forward layer is.
+        attention: what a KV group with its query heads is.
     """
 
     base: str
@@ -33,6 +66,8 @@ class Adapter:
     head: str
     token_embedding: str
     sites: tuple[tuple[str, ...], ...]
+    ffn: Coupling
+    attention: AttentionCoupling
 
     def block_prefix(self, block: int) -> str:
         """Return the name of a block in the whole model, e.g. ``model.layers.3.``."""
@@ -53,6 +88,8 @@ _LLAMA = Adapter(
         ("mlp.gate_proj", "mlp.up_proj"),
         ("mlp.down_proj",),
     ),
+    ffn=Coupling("mlp.down_proj", (("mlp.gate_proj", 0, 1), ("mlp.up_proj", 0, 1))),
+    attention=AttentionCoupling("self_attn.o_proj", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
 )
 
 ADAPTERS: dict[str, Adapter] = {
@@ -61,7 +98,12 @@ ADAPTERS: dict[str, Adapter] = {
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
     "gemma3_text": _LLAMA,
-    "phi3": replace(_LLAMA, sites=(("self_attn.qkv_proj",), ("self_attn.o_proj",), ("mlp.gate_up_proj",), ("mlp.down_proj",))),
+    "phi3": replace(
+        _LLAMA,
+        sites=(("self_attn.qkv_proj",), ("self_attn.o_proj",), ("mlp.gate_up_proj",), ("mlp.down_proj",)),
+        ffn=Coupling("mlp.down_proj", (("mlp.gate_up_proj", 0, 2), ("mlp.gate_up_proj", 1, 2))),
+        attention=AttentionCoupling("self_attn.o_proj", "self_attn.qkv_proj", "self_attn.qkv_proj", "self_attn.qkv_proj"),
+    ),
     "opt": Adapter(
         base="model.decoder",
         blocks="layers",
@@ -76,6 +118,8 @@ ADAPTERS: dict[str, Adapter] = {
             ("fc1",),
             ("fc2",),
         ),
+        ffn=Coupling("fc2", (("fc1", 0, 1),)),
+        attention=AttentionCoupling("self_attn.out_proj", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     ),
     "gpt2": Adapter(
         base="transformer",
@@ -86,6 +130,8 @@ ADAPTERS: dict[str, Adapter] = {
         head="lm_head",
         token_embedding="transformer.wte",
         sites=(("attn.c_attn",), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj",)),
+        ffn=Coupling("mlp.c_proj", (("mlp.c_fc", 0, 1),)),
+        attention=AttentionCoupling("attn.c_proj", "attn.c_attn", "attn.c_attn", "attn.c_attn"),
     ),
 }
 

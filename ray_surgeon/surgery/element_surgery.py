@@ -165,11 +165,11 @@ class ElementSurgery:
             costs = element_costs(self.W, found.row_scale, found.column_scale)[:, : self.num_inputs].float()
             gone = ~self.kept[:, : self.num_inputs]
         else:
-            costs = found.group_costs.float()
+            costs = found.group_costs.float().clone()
             groups = self.kept[:, : self.num_inputs].reshape(len(self.W), -1, self.units.m)
             gone = groups.sum(dim=2) <= self.units.n
-        check_costs(self.name, costs[~gone])
-        return costs.masked_fill(gone, torch.inf)
+        check_costs(self.name, costs.masked_fill(gone, 0.0))
+        return costs.masked_fill_(gone, torch.inf)
 
     def prune(self, found: ElementCandidates, threshold: float, update: ElementUpdate) -> tuple[Tensor, ElementMask, float, float]:
         """Remove every unit whose cost is at most the threshold and update what stays.
@@ -183,7 +183,7 @@ class ElementSurgery:
             W [R, C], the new mask, the predicted loss increase in nats per token, and the relative residual of the update's
             equations (0 for an exact one).
         """
-        chosen = self.unit_costs(found).double() <= threshold
+        chosen = self.unit_costs(found) <= threshold  # a float32 number, like the costs
         removed = torch.zeros_like(self.kept)
         places = chosen if self.units.m == 1 else pattern_removals(chosen, found.choice, self.units.n, self.units.m)
         removed[:, : self.num_inputs] = places

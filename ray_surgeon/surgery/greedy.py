@@ -42,6 +42,19 @@ class GreedyCurve:
         """Return the cost of each column now, [C]; of those that are gone, 0."""
         return 0.5 * ((self.W * self._U).sum(dim=0) / self._A_inverse.diagonal()).clamp(min=0) * self.columns
 
+    def column_set_costs(self, columns: Tensor) -> Tensor:
+        """Return the joint cost of each set of columns [num_sets, width] now: 1/2 tr(W_Q^T G W_Q ([A^-1]_QQ)^-1), [num_sets].
+
+        For sets that are gone the value means nothing.
+        """
+        if columns.shape[1] == 1:
+            return 0.5 * ((self.W * self._U).sum(dim=0) / self._A_inverse.diagonal()).clamp(min=0)[columns[:, 0]]
+        costs = []
+        for Q in columns:
+            inner = self.W[:, Q].T @ self._U[:, Q]
+            costs.append(0.5 * torch.linalg.solve(self._A_inverse[Q][:, Q], inner).diagonal().sum())
+        return torch.stack(costs).clamp(min=0)
+
     def remove_rows(self, gone: Tensor) -> None:
         """Remove rows, given by their indices."""
         X = self._G_inverse[:, gone] @ torch.linalg.inv(self._G_inverse[gone][:, gone])
@@ -104,3 +117,27 @@ def greedy_costs(
             curve.remove_rows(gone_rows)
         if len(gone_columns):
             curve.remove_columns(gone_columns)
+
+
+def greedy_group_costs(curve: GreedyCurve, columns: Tensor, may_go: Tensor, least: int) -> Tensor:
+    """Remove groups of columns greedily, and return the marginal cost at which each went.
+
+    Args:
+        curve: with everything alive.
+        columns: [num_groups, width] the columns of each group.
+        may_go: [num_groups] bool, the groups that are left.
+        least: groups that stay.
+
+    Returns:
+        [num_groups] the largest marginal cost up to and including the group's own removal; infinite for those that stay or are gone.
+    """
+    heights, alive, height = torch.full((len(columns),), torch.inf, dtype=curve.W.dtype), may_go.clone(), 0.0
+    while (left := int(alive.sum())) > least:
+        costs = curve.column_set_costs(columns).cpu().masked_fill(~alive, torch.inf)
+        cheapest = costs.topk(min(max(1, int(left * _FEW)), left - least), largest=False)
+        gone = cheapest.indices
+        heights[gone] = cheapest.values.clamp(min=height)
+        height = float(heights[gone].max())
+        curve.remove_columns(columns[gone.to(columns.device)].flatten())
+        alive[gone] = False
+    return heights

@@ -161,7 +161,7 @@ def test_options_do_something(model_folders: dict[str, Path], tmp_path: Path) ->
         "element-chunks": {"pruning__structure": "element", "updates__solver": "chunks"},
         "max_correlate": {"pruning__structure": "element", "updates__solver": "chunks", "updates__max_correlate": 50},
         "num_iterations": {"pruning__structure": "element", "updates__num_iterations": 3},
-        "selection": {"pruning__selection": "greedy"},
+        "selection": {"pruning__selection": "once"},
         "terms": {"curvature__num_kronecker_terms": 2},
         "three-terms": {"curvature__num_kronecker_terms": 3},
         "passes": {"curvature__num_kronecker_terms": 2, "curvature__num_power_passes": 3},

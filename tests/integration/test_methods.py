@@ -22,7 +22,7 @@ from tests.conftest import CONFIGS
 from tests.integration.runs import assert_same_shot, report_of, run, tensors_of_shot, tiny_spec
 
 METHODS: dict[str, dict[str, Any]] = {
-    "greedy": {"pruning__selection": "greedy"},
+    "once": {"pruning__selection": "once"},
     "two-terms": {"curvature__num_kronecker_terms": 2},
     "nearest": {"curvature__first_term": "nearest", "curvature__num_kronecker_terms": 2, "curvature__num_power_passes": 3},
     "two-terms-element": {"curvature__num_kronecker_terms": 2, "pruning__structure": "element"},
