@@ -13,7 +13,7 @@ from ray_surgeon.cluster.protocol import Cluster
 from ray_surgeon.evaluate import perplexity
 from ray_surgeon.export.masked import export_masked
 from ray_surgeon.job import Event, Job, StepMeter
-from ray_surgeon.methods import correct, prune_block_by_block, prune_by_costs
+from ray_surgeon.methods import correct, method_of
 from ray_surgeon.report import Fact, RunReport
 
 
@@ -60,7 +60,7 @@ def run_shots(job: Job, cluster: Cluster, run: RunDirectory) -> Iterator[Event]:
     for shot in range(len(done) + 1, num_shots + 1):
         meter = StepMeter(cluster)
         at_shot = partial(ended, shot=shot, meter=meter)
-        prune = prune_by_costs if spec.pruning.method == "llm_surgeon" else prune_block_by_block
+        prune = method_of(job)
         pruned = yield from prune(job, cluster, meter, at_shot, shot)
         losses = yield from correct(job, cluster, meter, at_shot, shot)
 

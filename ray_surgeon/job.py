@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from ray_surgeon.cluster.messages import (
     CostOptions,
     CurvatureOptions,
+    GroupOptions,
     LayerwiseOptions,
     LowRankOptions,
     PruneOptions,
@@ -83,6 +84,11 @@ class Job:
         """Return how SparseGPT or Wanda prune to a sparsity."""
         curvature = self.spec.curvature
         return LayerwiseOptions(self.spec.pruning.method, sparsity, self._units, curvature.damping.a, curvature.max_damping)
+
+    @property
+    def group_options(self) -> GroupOptions:
+        """Which coupled groups may go."""
+        return GroupOptions(self.spec.pruning.groups, {"ffn": self.spec.pruning.width_multiple, "attention": 1})
 
     def low_rank_options(self, shot: int) -> LowRankOptions:
         """Return how the corrections of a shot start."""

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ray_surgeon.cluster.messages import CostOptions, CostsReply, LinearSummary
+from ray_surgeon.cluster.messages import CostOptions, CostsReply, GroupsReply, LinearSummary
 from ray_surgeon.cluster.protocol import Cluster
 from ray_surgeon.cluster.steps import collect_curvature, collect_terms, prune_layerwise, train_corrections
 from ray_surgeon.job import Event, Job, StepMeter
+from ray_surgeon.surgery.groups import GroupCosts, allocate_globally, allocate_uniformly
 from ray_surgeon.surgery.threshold import (
     StructureCosts,
     Threshold,
@@ -91,6 +92,43 @@ def prune_by_costs(job: Job, cluster: Cluster, meter: StepMeter, ended: Ended, s
     return Pruned(linears, threshold.sparsity, threshold.value, loss, record)
 
 
+def prune_groups(job: Job, cluster: Cluster, meter: StepMeter, ended: Ended, shot: int) -> Generator[Event, None, Pruned]:
+    """Coupled groups: curvature of their last linears, greedy costs, one allocation, exact updates. Returns `Pruned`."""
+    pruning, curvature, targets = job.spec.pruning, job.spec.curvature, job.spec.pruning.targets
+    seed = curvature.seed + shot * len(job.calibration) if curvature.fisher == "sampled" else None
+    with meter.step("curvature"):
+        loss = collect_curvature(cluster, job.calibration, curvature.kind, seed, readers_only=True)
+        if curvature.takes_power_passes:
+            collect_terms(cluster, job.calibration, 1, curvature.num_power_passes, seed, nearest=True)
+    yield ended("curvature", calibration_loss=loss, tokens_per_s=job.calibration.size / meter.seconds["curvature"])
+
+    with meter.step("costs"):
+        replies: list[GroupsReply] = cluster.run_all("group_costs", job.group_options, job.cost_options.curvature)
+    damping = [asdict(event) for reply in replies for event in reply.damping]
+    yield ended("costs", damping_raised=len(damping))
+
+    with meter.step("threshold"):
+        costs = sorted((c for reply in replies for c in reply.costs), key=lambda c: c.reader)
+        groups = [GroupCosts(c.reader, c.kind, torch.from_numpy(c.heights.copy()), c.num_left, c.num_parameters) for c in costs]
+        num_parameters = sum(reply.num_parameters for reply in replies)
+        place = targets[shot - 1], num_parameters, num_parameters - sum(reply.num_kept for reply in replies)
+        if pruning.allocation == "uniform":
+            multiples = {"ffn": pruning.width_multiple} if shot == len(targets) else {}
+            allocation = allocate_uniformly(groups, *place, multiples=multiples)
+        else:
+            allocation = allocate_globally(groups, *place, per_parameter=pruning.rank_by == "cost_per_parameter")
+    sparsity = allocation.num_removed / num_parameters
+    yield ended("threshold", groups=sum(allocation.counts.values()), sparsity=sparsity)
+
+    with meter.step("update"):
+        workers = cluster.run_all("prune_groups", job.group_options, allocation.counts)
+    linears = [summary for worker in workers for summary in worker]
+    predicted = sum(linear.predicted_loss_increase or 0.0 for linear in linears)
+    yield ended("update", predicted_loss_increase=predicted)
+    record = {"predicted_loss_increase": predicted, "damping_used": damping, "groups_removed": allocation.counts}
+    return Pruned(linears, sparsity, allocation.height, loss, record)
+
+
 def prune_block_by_block(job: Job, cluster: Cluster, meter: StepMeter, ended: Ended, shot: int) -> Generator[Event, None, Pruned]:
     """SparseGPT and Wanda: every linear to the sparsity of the shot. Returns `Pruned`."""
     with meter.step("update"):
@@ -109,6 +147,16 @@ def correct(job: Job, cluster: Cluster, meter: StepMeter, ended: Ended, shot: in
         losses = train_corrections(cluster, job.calibration, batches, job.low_rank_options(shot)) if batches else []
     yield ended("correction", num_steps=len(losses), **({"first_loss": losses[0], "last_loss": losses[-1]} if losses else {}))
     return losses
+
+
+Method = Callable[[Job, Cluster, StepMeter, Ended, int], Generator[Event, None, Pruned]]
+
+
+def method_of(job: Job) -> Method:
+    """Return what a shot of this job does."""
+    if job.spec.pruning.method != "llm_surgeon":
+        return prune_block_by_block
+    return prune_groups if job.spec.pruning.structure == "groups" else prune_by_costs
 
 
 def _prune(cluster: Cluster, threshold: Threshold, job: Job, options: CostOptions) -> list[LinearSummary]:

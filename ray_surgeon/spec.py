@@ -145,9 +145,20 @@ class PruningSection(Section):
         description="llm_surgeon: one global threshold on costs, and updates; sparsegpt and wanda, for elements and n_m: block after "
         "block to the same sparsity, each on the inputs that the blocks pruned before give it",
     )
-    structure: Literal["rows_columns", "rows", "columns", "element", "n_m"] = Field(
-        "rows_columns", description="What may be removed from each linear; n_m removes from groups of inputs of a row, see n_m"
+    structure: Literal["groups", "rows_columns", "rows", "columns", "element", "n_m"] = Field(
+        "rows_columns",
+        description="What may be removed; groups: FFN channels and KV groups with all that belongs to them, so that the model can really "
+        "be made smaller; n_m removes from groups of inputs of a row, see n_m",
     )
+    groups: tuple[Literal["ffn", "attention"], ...] = Field(
+        ("ffn", "attention"), min_length=1, description="Kinds of structure groups: FFN channels, KV groups with their query heads"
+    )
+    allocation: Literal["global", "uniform"] = Field(
+        "global",
+        description="Of structure groups. global: one threshold over the model, widths differ from block to block; uniform: the same "
+        "widths in every block, which plain model classes can hold",
+    )
+    width_multiple: Positive = Field(64, description="FFN channels that stay in a block, at least; in the end a multiple, if uniform")
     n_m: tuple[Positive, Positive] = Field((2, 4), description="[N, M] of structure n_m: N of M consecutive inputs of a row stay")
     target_sparsity: float = Field(gt=0, lt=1, description="Fraction of the parameters of the blocks' linears to remove, biases included")
     num_shots: int = Field(5, ge=1, le=1000, description="Shots, each with a curvature of its own")

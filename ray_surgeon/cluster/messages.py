@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -93,6 +94,40 @@ class PruneOptions:
 
     joint: str
     update: ElementUpdate
+
+
+@dataclass(frozen=True)
+class GroupOptions:
+    """Which coupled groups may go.
+
+    Attributes:
+        kinds: of ``ffn`` and ``attention``.
+        least: kind -> groups that stay in every block.
+    """
+
+    kinds: tuple[str, ...]
+    least: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class ReaderCosts:
+    """Heights of the groups of one reader; `GroupCosts` with an array in place of a tensor."""
+
+    reader: str
+    kind: str
+    heights: NDArray[np.float32]
+    num_left: int
+    num_parameters: int
+
+
+@dataclass(frozen=True)
+class GroupsReply:
+    """Costs of the groups whose readers a worker owns; the rest as in `CostsReply`."""
+
+    costs: tuple[ReaderCosts, ...]
+    num_parameters: int
+    num_kept: int
+    damping: tuple[DampingEvent, ...]
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ class PowerSteps(ShardState):
     def start_term(self, first: bool) -> None:
         """Begin a term: the first one with KFAC's G, further ones with the identity, since known directions would give nothing."""
         self._power = PowerPasses(self.shard)
-        for name in self.shard.linears:
+        for name in self.shard.gathered:
             R, owner = len(self.shard.weight(name)), self.owner(name)
             unit = torch.eye(R, device=self.device) / R**0.5
             if first and owner == self.replicas.rank:
@@ -57,7 +57,9 @@ class PowerSteps(ShardState):
         """Keep the term at the owners, the first one in the place of KFAC's; return its size relative to the first one's, by linear."""
         power, sizes = self._power, {}
         assert power is not None
-        for name in self.owned():
+        for name in self.shard.gathered:
+            if self.owner(name) != self.replicas.rank:
+                continue
             scale, factors = power.sigma[name] ** 0.5, self.shard.factors(name)
             G, A = power.unit_G[name] * scale, power.unit_A[name] * scale
             size = float(torch.linalg.norm(factors.A) * torch.linalg.norm(factors.G)) / factors.num_tokens**2

@@ -78,7 +78,8 @@ class ShardState:
             return reader.read(key)
 
         self.shard.load(read)
-        shapes = {s.name: s for s in linear_shapes(config)}
+        self.linear_shapes = linear_shapes(config)  # here, because building a model on the meta device is not thread-safe
+        shapes = {s.name: s for s in self.linear_shapes}
         self.number_of = {name: number for number, name in enumerate(shapes)}
         self.site_of = {name: shapes[name].site for name in self.shard.linears}
         kind: type[StructuredMask] | type[ElementMask] = ElementMask if by_element else StructuredMask

@@ -67,7 +67,13 @@ class _Column:
 
 
 def collect_curvature(
-    cluster: Cluster, sequences: NDArray[np.int64], kind: str, sample_seed: int | None, *, with_gradient: bool = False
+    cluster: Cluster,
+    sequences: NDArray[np.int64],
+    kind: str,
+    sample_seed: int | None,
+    *,
+    with_gradient: bool = False,
+    readers_only: bool = False,
 ) -> float:
     """Run every calibration sequence forward and backward and gather A and G where they belong.
 
@@ -80,11 +86,12 @@ def collect_curvature(
         kind: ``kfac``; ``activations``, for which a forward pass is enough; ``identity``, for which nothing has to be gathered.
         sample_seed: see `ShardWorker.forward_backward`.
         with_gradient: whether to gather the gradients of the weights too.
+        readers_only: whether only the last linears of coupled groups are wanted.
 
     Returns:
         Mean NLL in nats per predicted token.
     """
-    cluster.run_all("start_curvature", kind, with_gradient)
+    cluster.run_all("start_curvature", kind, with_gradient, readers_only)
     losses = sequence_losses(cluster, sequences) if kind != "kfac" else _forward_and_backward(cluster, sequences, sample_seed)
     cluster.run_all("finish_curvature", kind)
     num_predicted = int(sequences.shape[0]) * (int(sequences.shape[1]) - 1)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ray_surgeon import storage
 from ray_surgeon.cluster.correction_steps import CorrectionSteps
+from ray_surgeon.cluster.group_steps import GroupSteps
 from ray_surgeon.cluster.layerwise_steps import LayerwiseSteps
 from ray_surgeon.cluster.messages import (
     ClippingEvent,
@@ -36,7 +37,7 @@ from ray_surgeon.surgery.masks import ElementMask, StructuredMask
 from ray_surgeon.surgery.threshold import bit_histogram
 
 
-class ShardWorker(PowerSteps, LayerwiseSteps, CorrectionSteps):
+class ShardWorker(PowerSteps, GroupSteps, LayerwiseSteps, CorrectionSteps):
     """Holds one shard of one replica. Every method is one step of a shot, called in the order of `cluster.steps`."""
 
     def __init__(self, placement: Placement, index: WorkerIndex, num_threads: int, device: str) -> None:
@@ -47,9 +48,9 @@ class ShardWorker(PowerSteps, LayerwiseSteps, CorrectionSteps):
 
     # Curvature: forward and backward over micro-batches
 
-    def start_curvature(self, kind: str, with_gradient: bool) -> None:
+    def start_curvature(self, kind: str, with_gradient: bool, readers_only: bool) -> None:
         """Zero the factors and start gathering; see `ModelShard.start_curvature`."""
-        self.shard.start_curvature(kind, with_gradient=with_gradient)
+        self.shard.start_curvature(kind, with_gradient=with_gradient, readers_only=readers_only)
 
     def forward(self, micro_batch: int, inputs: Wire) -> Wire:
         """Run a micro-batch forward: tokens or hidden states in, hidden states out."""
@@ -90,7 +91,7 @@ class ShardWorker(PowerSteps, LayerwiseSteps, CorrectionSteps):
     def finish_curvature(self, kind: str) -> None:
         """Stop gathering and sum the factors over the replicas, each site to its owner; the others free theirs."""
         self.shard.stop_curvature(kind)
-        for site in self.shard.sites:
+        for site in self.shard.gathering:
             owner = self.placement.owners[self.site_of[site.names[0]]]
             assert site.A is not None
             num_tokens = torch.tensor(site.num_tokens, device=self.device)

@@ -6,6 +6,7 @@ writes those columns.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from ray_surgeon.models.adapters import adapter_for
-from ray_surgeon.models.skeleton import LinearShape, linear_shapes
+from ray_surgeon.models.skeleton import LinearShape
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,15 @@ class GroupSet:
     num_parameters: int
 
 
-def group_sets(config: PretrainedConfig) -> list[GroupSet]:
-    """Return the groups of every block: first those of attention, then those of the feed-forward layer."""
+def group_sets(config: PretrainedConfig, linears: Sequence[LinearShape]) -> list[GroupSet]:
+    """Return the groups of every block: first those of attention, then those of the feed-forward layer.
+
+    Args:
+        config: of the model.
+        linears: its `linear_shapes`.
+    """
     adapter, layout = adapter_for(config), head_layout(config)
-    shapes = {s.name: s for s in linear_shapes(config)}
+    shapes = {s.name: s for s in linears}
     found = []
     for block in range(int(config.num_hidden_layers)):
         prefix = adapter.block_prefix(block)

@@ -42,7 +42,7 @@ class PowerPasses:
         """Install the hooks of a pass: ``g`` sums (a^T A a) g g^T, ``a`` sums (g^T G g) a a^T."""
         assert not self._hooks
         other = self.unit_A if side == "g" else self.unit_G
-        for name, module in self._shard.linears.items():
+        for name, module in self._shard.gathered.items():
             size = self._size(name, side)
             self.moments[name] = torch.zeros(size, size, device=self._shard.device)
             self._hooks.append(watch_pairs(module, _add_moment(self.moments[name], other[name], side)))

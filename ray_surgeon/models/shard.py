@@ -60,6 +60,7 @@ class ModelShard:
         self.model = build_skeleton(config, blocks, dtype)
         self.base = self.model.get_submodule(self.adapter.base)
         self.sites: list[Site] = []
+        self.gathering: list[Site] = []
         self.nearest: dict[str, Term] = {}
         self.terms: dict[str, list[Term]] = {}
         self._saved: dict[int, tuple[Tensor, Tensor]] = {}
@@ -131,16 +132,19 @@ class ModelShard:
 
     # Curvature
 
-    def start_curvature(self, kind: str = "kfac", *, with_gradient: bool = False) -> None:
+    def start_curvature(self, kind: str = "kfac", *, with_gradient: bool = False, readers_only: bool = False) -> None:
         """Zero the sums and install the hooks.
 
         Args:
             kind: ``kfac`` sums A and G; ``activations`` sums A in a forward pass alone and takes G = I; ``identity`` takes
                 A = G = I and needs no pass. (One times the number of tokens, as sums over tokens are.)
             with_gradient: whether to sum the gradients of the weights too, with ``kfac``.
+            readers_only: whether only the last linears of coupled groups are wanted.
         """
         assert not self._hooks
-        for site in self.sites:
+        readers = (self.adapter.ffn.reader, self.adapter.attention.reader)
+        self.gathering = [site for site in self.sites if not readers_only or site.names[0].endswith(readers)]
+        for site in self.gathering:
             first = site.modules[0]
             C = num_inputs(first) + (first.bias is not None)
             site.A = torch.zeros(C, C, device=self.device)
@@ -165,13 +169,18 @@ class ModelShard:
             hook.remove()
         self._hooks.clear()
         self._saved.clear()
-        for site in self.sites:
+        for site in self.gathering:
             assert site.A is not None
             if kind == "activations":
                 for G in site.G:
                     G.fill_diagonal_(site.num_tokens)
             for total in (site.A, *site.G):
                 symmetrize(total)
+
+    @property
+    def gathered(self) -> dict[str, LinearModule]:
+        """The linears for which the curvature pass gathers factors."""
+        return {name: module for site in self.gathering for name, module in zip(site.names, site.modules, strict=True)}
 
     def drop_curvature(self) -> None:
         """Free the sums."""

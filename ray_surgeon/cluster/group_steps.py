@@ -1,0 +1,90 @@
+"""The part of a worker that prunes coupled groups."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ray_surgeon.cluster.messages import CurvatureOptions, DampingEvent, GroupOptions, GroupsReply, LinearSummary, ReaderCosts
+from ray_surgeon.cluster.state import ShardState
+from ray_surgeon.models.couplings import GroupSet, group_sets
+from ray_surgeon.surgery.groups import GroupSurgery, lowest
+from ray_surgeon.surgery.masks import StructuredMask
+
+
+class GroupSteps(ShardState):
+    """Called in the order of `methods.prune_groups`, after the curvature pass."""
+
+    _group_surgeries: dict[str, GroupSurgery]
+    _group_heights: dict[str, Tensor]
+
+    def _group_sets(self, kinds: tuple[str, ...]) -> list[GroupSet]:
+        blocks = self.shard.blocks
+        return [g for g in group_sets(self.shard.config, self.linear_shapes) if g.kind in kinds and blocks.first <= g.block < blocks.last]
+
+    def group_costs(self, options: GroupOptions, curvature: CurvatureOptions) -> GroupsReply:
+        """Return the heights of the owned readers' groups, and keep them for `prune_groups`.
+
+        Raises:
+            FloatingPointError: a factor or a cost is not usable; names the linear.
+        """
+        self._group_surgeries, self._group_heights = {}, {}
+        costs, events = [], []
+        damping = {"damping_a": curvature.damping_a, "damping_g": curvature.damping_g, "max_damping": curvature.max_damping}
+        for groups in self._group_sets(options.kinds):
+            name = groups.reader
+            if self.owner(name) != self.replicas.rank:
+                continue
+            mask = self._structured(name)
+            surgery = GroupSurgery(name, self.shard.weight(name), self.shard.factors(name), mask, **damping)
+            heights = surgery.heights(groups.columns, options.least[groups.kind])
+            self._group_surgeries[name], self._group_heights[name] = surgery, heights
+            left = int(mask.columns[groups.columns].all(dim=1).sum())
+            costs.append(ReaderCosts(name, groups.kind, heights.float().numpy(), left, groups.num_parameters))
+            for factor, asked, found in (("A", curvature.damping_a, surgery.curvature.A), ("G", curvature.damping_g, surgery.curvature.G)):
+                if found.damping != asked or found.float64_retry:
+                    events.append(DampingEvent(name, factor, asked, found.damping, found.float64_retry))
+        masks = [self.masks[name] for name in self.owned()]
+        sizes = sum(m.num_parameters for m in masks), sum(m.num_kept for m in masks)
+        return GroupsReply(tuple(costs), *sizes, tuple(events))
+
+    def prune_groups(self, options: GroupOptions, counts: Mapping[str, int]) -> tuple[LinearSummary, ...]:
+        """Remove the cheapest groups of every reader and what writes to them.
+
+        Args:
+            options: those of `group_costs`.
+            counts: reader -> number of its groups that go.
+        """
+        predicted: dict[str, float] = {}
+        sets = self._group_sets(options.kinds)
+        for groups in sets:
+            name = groups.reader
+            if name in self._group_surgeries:
+                gone = torch.zeros(len(self._structured(name).columns), dtype=torch.bool)
+                gone[groups.columns[lowest(self._group_heights[name], counts[name])].flatten()] = True
+                W, self.masks[name], predicted[name] = self._group_surgeries[name].prune(gone)
+                self.shard.set_weight(name, W)
+        self._group_surgeries, self._group_heights = {}, {}
+        self.shard.drop_curvature()
+        self.share_linears(groups.reader for groups in sets)
+        for groups in sets:
+            self._remove_writers(groups)
+        return tuple(self.summary(name, predicted.get(name, 0.0), 0.0) for name in self.owned())
+
+    def _remove_writers(self, groups: GroupSet) -> None:
+        gone = ~self._structured(groups.reader).columns[groups.columns].all(dim=1)
+        for name, rows in groups.writers:
+            mask = self._structured(name)
+            removed = torch.zeros_like(mask.rows)
+            removed[rows[gone].flatten()] = True
+            self.masks[name] = mask.without(removed, torch.zeros_like(mask.columns))
+            W = self.shard.weight(name)
+            W[removed.to(W.device)] = 0
+            self.shard.set_weight(name, W)
+
+    def _structured(self, name: str) -> StructuredMask:
+        mask = self.masks[name]
+        assert isinstance(mask, StructuredMask)
+        return mask

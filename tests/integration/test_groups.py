@@ -1,0 +1,82 @@
+"""Coupled groups: what is removed can be cut out without a change of the logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from ray_surgeon.models.couplings import group_sets, head_layout
+from ray_surgeon.models.skeleton import linear_shapes
+from tests.conftest import CONFIGS
+from tests.integration.runs import assert_same_shot, report_of, run, tensors_of_shot
+
+GROUPS: dict[str, Any] = {"pruning__structure": "groups", "pruning__width_multiple": 8}
+
+
+@pytest.mark.parametrize("allocation", ["global", "uniform"])
+@pytest.mark.parametrize("family", sorted(CONFIGS))
+def test_groups_of_every_family(family: str, allocation: str, model_folders: dict[str, Path], tmp_path: Path) -> None:
+    """Readers lose exactly the columns whose writers lose their rows, and the masked model says so."""
+    options = {**GROUPS, "pruning__allocation": allocation, "output__exports": ["masked"]}
+    assert run(tmp_path, model_folders[family], **options, cluster__num_shards=2) == 0
+    report, tensors = report_of(tmp_path / "run"), tensors_of_shot(tmp_path / "run", 2)
+    total = sum(s["rows"] * s["columns"] for s in report["linears"])
+    gone, widths = 0, set()
+    for groups in group_sets(CONFIGS[family], linear_shapes(CONFIGS[family])):
+        columns = tensors[f"{groups.reader}.columns"]
+        left = columns[groups.columns]
+        assert (left.all(dim=1) | ~left.any(dim=1)).all(), "a group goes whole or not at all"
+        removed = ~left.all(dim=1)
+        for name, rows in groups.writers:
+            assert torch.equal(~tensors[f"{name}.rows"][rows].all(dim=1), removed)
+            assert torch.equal(tensors[f"{name}.rows"][rows].any(dim=1), ~removed)
+        kept = int((~removed).sum())
+        assert kept >= (1 if groups.kind == "attention" else 8)
+        widths.add((groups.kind, kept))
+        gone += int(removed.sum()) * groups.num_parameters
+    shot = report["shots"][-1]
+    assert gone / total == pytest.approx(shot["sparsity"])
+    assert shot["sparsity"] >= 0.3
+    if allocation == "uniform":
+        assert len(widths) == 2
+        assert next(n for kind, n in widths if kind == "ffn") % 8 == 0
+    else:
+        assert shot["sparsity"] < 0.36, "a KV group of a tiny model is large"
+
+
+@pytest.mark.parametrize("allocation", ["global", "uniform"])
+def test_shards_and_replicas_and_resume(allocation: str, model_folders: dict[str, Path], tmp_path: Path) -> None:
+    options = {**GROUPS, "pruning__allocation": allocation, "curvature__first_term": "nearest"}
+    for name, cluster in (("one", {}), ("shards", {"cluster__num_shards": 3}), ("replicas", {"cluster__num_replicas": 2})):
+        assert run(tmp_path / name, model_folders["llama"], **options, **cluster) == 0
+    assert_same_shot(tmp_path / "one/run", tmp_path / "shards/run", 2)
+    one, other = (report_of(tmp_path / name / "run")["shots"][-1] for name in ("one", "replicas"))
+    assert one["sparsity"] == pytest.approx(other["sparsity"], abs=0.02)
+
+
+def test_only_ffn_channels_go_if_the_spec_says_so(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    assert run(tmp_path, model_folders["llama"], **GROUPS, pruning__groups=["ffn"]) == 0
+    tensors = tensors_of_shot(tmp_path / "run", 2)
+    for groups in group_sets(CONFIGS["llama"], linear_shapes(CONFIGS["llama"])):
+        assert tensors[f"{groups.reader}.columns"].all() == (groups.kind == "attention")
+
+
+def test_a_removed_group_may_be_anything_upstream(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    """What the masks call gone does not reach the logits: noise in the rows that were removed, with the reader's columns zero."""
+    assert run(tmp_path, model_folders["llama"], **GROUPS, output__exports=["masked"]) == 0
+    masked = AutoModelForCausalLM.from_pretrained(tmp_path / "run/export/masked")
+    tensors = tensors_of_shot(tmp_path / "run", 2)
+    tokens = torch.arange(40)[None]
+    before = masked(tokens).logits
+    with torch.no_grad():
+        for groups in group_sets(CONFIGS["llama"], linear_shapes(CONFIGS["llama"])):
+            if groups.kind == "ffn":
+                gone = ~tensors[f"{groups.reader}.columns"][groups.columns[:, 0]]
+                for name, rows in groups.writers:
+                    masked.get_parameter(f"{name}.weight")[rows[gone].flatten()] = 1.0
+    torch.testing.assert_close(masked(tokens).logits, before)
+    assert head_layout(CONFIGS["llama"]).num_kv_heads == 2

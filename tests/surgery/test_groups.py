@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from ray_surgeon.surgery.groups import GroupCosts, GroupSurgery, allocate_globally, allocate_uniformly, lowest
+from ray_surgeon.surgery.kronecker import KroneckerFactors, damped
+from ray_surgeon.surgery.masks import StructuredMask
+from tests.surgery.dense import crossing, dense_removal, flags, problem
+
+R, C = 5, 9
+
+
+@pytest.mark.parametrize("width", [1, 2])
+@pytest.mark.parametrize("least", [0, 1])
+def test_heights_by_brute_force_and_the_update_is_dense(width: int, least: int) -> None:
+    """An earlier shot removed a group; the last column is a bias, which is updated and never goes."""
+    W, A, G = problem(R, C)
+    columns = torch.arange(8).view(-1, width)
+    gone_before = columns[1].tolist()
+    mask = StructuredMask(flags(R, list(range(R))), ~flags(C, gone_before))
+    mask.apply_(W)
+    factors = KroneckerFactors(A * 7, G * 7, 7)
+    surgery = GroupSurgery("x", W, factors, mask, damping_a=0.01, damping_g=0.1, max_damping=1.0)
+    heights = surgery.heights(columns, least)
+    left = [c for c in range(C) if c not in gone_before]
+    alive_W, alive_A, damped_G = W[:, left], damped(A[left][:, left], 0.01), damped(G, 0.1)
+
+    def cost(groups: list[int]) -> float:
+        places = [left.index(c) for g in groups for c in columns[g].tolist()]
+        return dense_removal(alive_W, alive_A, damped_G, crossing(R, len(left), [], places))[1]
+
+    gone: list[int] = []
+    height = 0.0
+    candidates = {g for g in range(len(columns)) if g != 1}
+    while len(candidates) > least:
+        marginal = {g: cost([*gone, g]) - (cost(gone) if gone else 0.0) for g in candidates}
+        cheapest = min(marginal, key=lambda g: marginal[g])
+        height = max(height, marginal[cheapest])
+        assert float(heights[cheapest]) == pytest.approx(height, rel=1e-7)
+        gone.append(cheapest)
+        candidates.remove(cheapest)
+    assert int(torch.isinf(heights).sum()) == 1 + least
+    chosen = lowest(heights, 3 if width == 1 else 2).tolist()
+    removed = flags(C, [c for g in chosen for c in columns[g].tolist()])
+    new, new_mask, predicted = surgery.prune(removed)
+    expected, dense_cost = dense_removal(
+        alive_W, alive_A, damped_G, crossing(R, len(left), [], [left.index(c) for c in removed.nonzero()[:, 0].tolist()])
+    )
+    torch.testing.assert_close(new[:, left], expected, rtol=1e-8, atol=1e-10)
+    assert predicted == pytest.approx(dense_cost, rel=1e-8)
+    assert not new[:, ~new_mask.columns].any()
+    assert new_mask.columns[-1]
+
+
+def test_groups_with_zero_inputs_are_free() -> None:
+    W, A, G = problem(R, C)
+    A[3], A[:, 3] = 0, 0
+    surgery = GroupSurgery("x", W, KroneckerFactors(A, G, 1), StructuredMask.full(R, C), damping_a=0.01, damping_g=0.1, max_damping=1.0)
+    heights = surgery.heights(torch.arange(8)[:, None], 1)
+    assert float(heights[3]) == 0.0
+    assert (heights[torch.arange(8) != 3] > 0).all()
+
+
+def costs_of(seed: int) -> list[GroupCosts]:
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for block in range(3):
+        found.append(GroupCosts(f"{block}.o", "attention", torch.rand(3, generator=generator).sort().values * 50, 3, 40))
+        found.append(GroupCosts(f"{block}.down", "ffn", torch.rand(8, generator=generator) * 4, 8, 6))
+    for c in found:
+        c.heights[int(c.heights.argmax())] = torch.inf
+    return found
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_one_height_cuts_all_curves(seed: int) -> None:
+    costs, total = costs_of(seed), 600
+    found = allocate_globally(costs, 0.3, total, 20, per_parameter=True)
+    assert found.height is not None
+    assert found.num_removed == 20 + sum(found.counts[c.reader] * c.num_parameters for c in costs) >= 180
+    for c in costs:
+        assert found.counts[c.reader] == int((c.heights / c.num_parameters <= found.height + 1e-9).sum())
+    fewer = sorted(float(h) / c.num_parameters for c in costs for h in c.heights if torch.isfinite(h))
+    below = [h for h in fewer if h < found.height - 1e-12]
+    sizes = {float(h) / c.num_parameters: c.num_parameters for c in costs for h in c.heights if torch.isfinite(h)}
+    assert 20 + sum(sizes[h] for h in below) < 180, "a lower height would do"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_uniform_widths_are_the_cheapest_by_brute_force(seed: int) -> None:
+    costs, total = costs_of(seed), 600
+    found = allocate_uniformly(costs, 0.25, total, 0, multiples={"ffn": 2})
+    best = min(
+        (
+            sum(float(c.heights.sort().values[: (i if c.kind == "attention" else j)].sum()) for c in costs)
+            for i, j in itertools.product(range(3), (0, 2, 4, 6))
+            if 3 * (40 * i + 6 * j) >= 150
+        )
+    )
+    got = sum(float(c.heights.sort().values[: found.counts[c.reader]].sum()) for c in costs)
+    assert got == pytest.approx(best, rel=1e-6)
+    assert len({found.counts[c.reader] for c in costs if c.kind == "ffn"}) == 1
+    assert found.num_removed >= 150
+
+
+def test_targets_out_of_reach() -> None:
+    for allocate in (
+        lambda: allocate_globally(costs_of(0), 0.9, 600, 0, per_parameter=True),
+        lambda: allocate_uniformly(costs_of(0), 0.9, 600, 0, multiples={}),
+    ):
+        with pytest.raises(ValueError, match=r"0\.9 cannot be reached"):
+            allocate()
