@@ -11,7 +11,7 @@ from ray_surgeon.checkpoint import RunDirectory
 from ray_surgeon.cluster.messages import ModelRecipe
 from ray_surgeon.cluster.protocol import Cluster
 from ray_surgeon.evaluate import perplexity
-from ray_surgeon.export.masked import export_masked
+from ray_surgeon.export.kinds import export
 from ray_surgeon.job import Event, Job, StepMeter
 from ray_surgeon.methods import correct, method_of
 from ray_surgeon.report import Fact, RunReport
@@ -97,11 +97,12 @@ def run_shots(job: Job, cluster: Cluster, run: RunDirectory) -> Iterator[Event]:
     for kind in spec.output.exports:
         meter = StepMeter(cluster)
         with meter.step("export"):
-            export = export_masked(cluster, job.model_source, run.path("export", kind), job.calibration[0], report.model_card_facts())
-        report.exports.append(export)
-        yield ended(
-            "export", num_shots, meter, kind=kind, uri=export["uri"], reload_max_logit_difference=export["reload_max_logit_difference"]
-        )
+            facts, linears = report.model_card_facts(), report.shots[-1]["linears"]
+            uri, tokens = run.path("export", kind), job.calibration[0]
+            entry = export(kind, cluster, job.model_source, uri, tokens, facts, linears, job.speed_options)
+        report.exports.append(entry)
+        difference = entry["reload_max_logit_difference"]
+        yield ended("export", num_shots, meter, kind=kind, uri=uri, reload_max_logit_difference=difference)
     run.write_report(report.as_record())
 
 

@@ -29,7 +29,7 @@ _DOCUMENTS_PER_CALL = 1000
 
 @dataclass(frozen=True)
 class TextSource:
-    """Which text; see `spec.TextSection` for each field."""
+    """Which text; see `sections.TextSection` for each field."""
 
     source: str
     config: str | None

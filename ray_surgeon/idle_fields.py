@@ -18,7 +18,7 @@ def idle_fields(spec: JobSpec) -> Iterator[str]:
     full = updates.correlations == "full"
     if pruning.method != "llm_surgeon":
         why = f"pruning.method {pruning.method}"
-        yield from _changed(pruning, "pruning", why, "groups", "allocation", "width_multiple")
+        yield from _changed(pruning, "pruning", why, "groups", "allocation", "width_multiple", "remove_blocks")
         yield from _changed(pruning, "pruning", why, "costs", "group_costs", "selection", "rank_by")
         yield from _changed(curvature, "curvature", why, "kind", "fisher", "seed", "num_kronecker_terms", "num_power_passes", "first_term")
         yield from _changed(updates, "updates", why, *type(updates).model_fields)
@@ -26,13 +26,13 @@ def idle_fields(spec: JobSpec) -> Iterator[str]:
             yield from _changed(curvature, "curvature", why, "damping", "max_damping")
         return
     if pruning.structure != "groups":
-        yield from _changed(pruning, "pruning", f"structure {pruning.structure}", "groups", "allocation", "width_multiple")
+        yield from _changed(pruning, "pruning", f"structure {pruning.structure}", "groups", "allocation", "width_multiple", "remove_blocks")
     else:
         yield from _changed(pruning, "pruning", "structure groups", "selection", "costs")
         yield from _changed(updates, "updates", "structure groups", "joint", "correlations", "first_order_step")
         yield from _changed(curvature, "curvature", "structure groups", "num_kronecker_terms")
         if pruning.allocation == "uniform":
-            yield from _changed(pruning, "pruning", "allocation uniform", "rank_by")
+            yield from _changed(pruning, "pruning", "allocation uniform", "rank_by", "remove_blocks")
     if by_element:
         yield from _changed(updates, "updates", f"structure {pruning.structure}", "joint")
         yield from _changed(pruning, "pruning", f"structure {pruning.structure}", "selection", "rank_by")

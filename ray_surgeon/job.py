@@ -23,6 +23,7 @@ from ray_surgeon.cluster.messages import (
 )
 from ray_surgeon.cluster.protocol import Cluster
 from ray_surgeon.cluster.usage import process_usage
+from ray_surgeon.export.speed import SpeedOptions
 from ray_surgeon.report import Fact
 from ray_surgeon.sources import ModelSource
 from ray_surgeon.spec import JobSpec
@@ -85,10 +86,19 @@ class Job:
         curvature = self.spec.curvature
         return LayerwiseOptions(self.spec.pruning.method, sparsity, self._units, curvature.damping.a, curvature.max_damping)
 
+    def group_options(self, *, last: bool) -> GroupOptions:
+        """Return which coupled groups may go in a shot; widths are rounded in the last one."""
+        pruning = self.spec.pruning
+        multiples = {"ffn": pruning.width_multiple} if last else {}
+        return GroupOptions(
+            pruning.groups, pruning.fewest_groups, multiples, pruning.allocation == "uniform", pruning.rank_by == "cost_per_parameter"
+        )
+
     @property
-    def group_options(self) -> GroupOptions:
-        """Which coupled groups may go."""
-        return GroupOptions(self.spec.pruning.groups, {"ffn": self.spec.pruning.width_multiple, "attention": 1})
+    def speed_options(self) -> SpeedOptions | None:
+        """What is timed of every smaller export."""
+        speed = self.spec.output.speed
+        return None if speed is None else SpeedOptions(**speed.model_dump())
 
     def low_rank_options(self, shot: int) -> LowRankOptions:
         """Return how the corrections of a shot start."""

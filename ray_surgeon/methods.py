@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -9,11 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ray_surgeon.cluster.messages import CostOptions, CostsReply, GroupsReply, LinearSummary
+from ray_surgeon.cluster.messages import CostOptions, CostsReply, GroupOptions, GroupsReply, LinearSummary
 from ray_surgeon.cluster.protocol import Cluster
 from ray_surgeon.cluster.steps import collect_curvature, collect_terms, prune_layerwise, train_corrections
 from ray_surgeon.job import Event, Job, StepMeter
-from ray_surgeon.surgery.groups import GroupCosts, allocate_globally, allocate_uniformly
+from ray_surgeon.surgery.groups import Allocation, GroupCosts, allocate_globally, allocate_uniformly
 from ray_surgeon.surgery.threshold import (
     StructureCosts,
     Threshold,
@@ -94,7 +95,8 @@ def prune_by_costs(job: Job, cluster: Cluster, meter: StepMeter, ended: Ended, s
 
 def prune_groups(job: Job, cluster: Cluster, meter: StepMeter, ended: Ended, shot: int) -> Generator[Event, None, Pruned]:
     """Coupled groups: curvature of their last linears, greedy costs, one allocation, exact updates. Returns `Pruned`."""
-    pruning, curvature, targets = job.spec.pruning, job.spec.curvature, job.spec.pruning.targets
+    curvature, targets = job.spec.curvature, job.spec.pruning.targets
+    options = job.group_options(last=shot == len(targets))
     seed = curvature.seed + shot * len(job.calibration) if curvature.fisher == "sampled" else None
     with meter.step("curvature"):
         loss = collect_curvature(cluster, job.calibration, curvature.kind, seed, readers_only=True)
@@ -103,25 +105,17 @@ def prune_groups(job: Job, cluster: Cluster, meter: StepMeter, ended: Ended, sho
     yield ended("curvature", calibration_loss=loss, tokens_per_s=job.calibration.size / meter.seconds["curvature"])
 
     with meter.step("costs"):
-        replies: list[GroupsReply] = cluster.run_all("group_costs", job.group_options, job.cost_options.curvature)
+        replies = _climb(cluster, job, options, targets[shot - 1])
     damping = [asdict(event) for reply in replies for event in reply.damping]
     yield ended("costs", damping_raised=len(damping))
 
     with meter.step("threshold"):
-        costs = sorted((c for reply in replies for c in reply.costs), key=lambda c: c.reader)
-        groups = [GroupCosts(c.reader, c.kind, torch.from_numpy(c.heights.copy()), c.num_left, c.num_parameters) for c in costs]
-        num_parameters = sum(reply.num_parameters for reply in replies)
-        place = targets[shot - 1], num_parameters, num_parameters - sum(reply.num_kept for reply in replies)
-        if pruning.allocation == "uniform":
-            multiples = {"ffn": pruning.width_multiple} if shot == len(targets) else {}
-            allocation = allocate_uniformly(groups, *place, multiples=multiples)
-        else:
-            allocation = allocate_globally(groups, *place, per_parameter=pruning.rank_by == "cost_per_parameter")
-    sparsity = allocation.num_removed / num_parameters
+        allocation = _allocate(replies, options, targets[shot - 1])
+    sparsity = allocation.num_removed / allocation.num_parameters
     yield ended("threshold", groups=sum(allocation.counts.values()), sparsity=sparsity)
 
     with meter.step("update"):
-        workers = cluster.run_all("prune_groups", job.group_options, allocation.counts)
+        workers = cluster.run_all("prune_groups", options, allocation.counts)
     linears = [summary for worker in workers for summary in worker]
     predicted = sum(linear.predicted_loss_increase or 0.0 for linear in linears)
     yield ended("update", predicted_loss_increase=predicted)
@@ -179,6 +173,37 @@ def _greedy_costs(cluster: Cluster, options: CostOptions, once: list[CostsReply]
         reached = can_reach(_structures(replies), target_sparsity)
         limit *= 4
     return replies
+
+
+def _climb(cluster: Cluster, job: Job, options: GroupOptions, target: float) -> list[GroupsReply]:
+    """Let every block climb its greedy curve as far as the target needs: somewhat farther than single costs say, and again if need be."""
+    curvature = job.cost_options.curvature
+    once: list[GroupsReply] = cluster.run_all("group_costs", options, curvature)
+    first, factor = _allocate(once, options, target), 1.0
+    counts = {cost.kind: first.counts[cost.reader] for reply in once for cost in reply.costs}
+    while True:
+        if options.uniform:
+            needed = {kind: math.ceil(factor * 1.25 * n) + options.multiples.get(kind, 1) for kind, n in counts.items()}
+            farther = replace(options, limit=-1.0, needed=needed)
+        else:
+            farther = replace(options, limit=2 * factor * (first.height or 0.0))
+        replies: list[GroupsReply] = cluster.run_all("group_costs", farther, curvature)
+        try:
+            _allocate(replies, options, target)
+        except ValueError:
+            factor *= 4
+        else:
+            return replies
+
+
+def _allocate(replies: list[GroupsReply], options: GroupOptions, target: float) -> Allocation:
+    costs = sorted((c for reply in replies for c in reply.costs), key=lambda c: c.reader)
+    groups = [GroupCosts(c.reader, c.kind, torch.from_numpy(c.heights.copy()), c.num_left, c.num_parameters, c.allowed) for c in costs]
+    num_parameters = sum(reply.num_parameters for reply in replies)
+    num_gone = num_parameters - sum(reply.num_kept for reply in replies)
+    if options.uniform:
+        return allocate_uniformly(groups, target, num_parameters, num_gone)
+    return allocate_globally(groups, target, num_parameters, num_gone, per_parameter=options.per_parameter)
 
 
 def _threshold(cluster: Cluster, options: CostOptions, replies: list[CostsReply], target_sparsity: float) -> Threshold:

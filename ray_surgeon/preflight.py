@@ -18,12 +18,15 @@ from ray_surgeon import storage
 from ray_surgeon.checkpoint import RunDirectory
 from ray_surgeon.cluster.placement import Placement, place
 from ray_surgeon.data import TextSource, Windows, cut_windows, token_stream
+from ray_surgeon.export.kinds import check_export
 from ray_surgeon.job import Job
 from ray_surgeon.models.adapters import check_family
 from ray_surgeon.models.gguf import convert_gguf
+from ray_surgeon.models.narrow import most_removable
 from ray_surgeon.models.skeleton import check_checkpoint, linear_shapes, num_parameters
+from ray_surgeon.sections import PruningSection, TextSection
 from ray_surgeon.sources import ModelSource, open_model
-from ray_surgeon.spec import JobSpec, TextSection
+from ray_surgeon.spec import JobSpec
 
 
 def prepare(spec: JobSpec, *, resume: bool, dry_run: bool = False) -> tuple[Job, PretrainedConfig, Placement]:
@@ -47,6 +50,10 @@ def prepare(spec: JobSpec, *, resume: bool, dry_run: bool = False) -> tuple[Job,
         folder = files.small_files_folder()
     config = _load_config(folder, files.origin)
     placement = place(config, spec.cluster.num_shards, spec.cluster.num_replicas)
+    for kind in spec.output.exports:
+        check_export(kind, config)
+    if spec.pruning.structure == "groups":
+        _check_groups(config, spec.pruning)
     if spec.pruning.structure == "n_m":
         _check_pattern(config, spec.pruning.n_m[1])
     with _as_input_error(f"model.source: cannot read {files.origin}"):
@@ -77,6 +84,15 @@ def prepare(spec: JobSpec, *, resume: bool, dry_run: bool = False) -> tuple[Job,
         num_parameters(config),
     )
     return job, config, placement
+
+
+def _check_groups(config: PretrainedConfig, pruning: PruningSection) -> None:
+    most = most_removable(config, pruning.groups, pruning.fewest_groups, uniform=pruning.allocation == "uniform")
+    if pruning.target_sparsity > most:
+        raise ValueError(
+            f"pruning.target_sparsity: {pruning.target_sparsity:g}, but with these groups, allocation and widths at most {most:.4f} "
+            "of the parameters of this model's linears can go; lower it, or change those"
+        )
 
 
 def _check_pattern(config: PretrainedConfig, m: int) -> None:

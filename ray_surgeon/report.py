@@ -97,6 +97,7 @@ class RunReport:
             "dtype": self.spec["model"]["dtype"],
             "sparsity": last["sparsity"],
             "structure": self.spec["pruning"]["structure"],
+            "calibration": self.spec["calibration"],
             "perplexity": {text: (before[text], after[text]) for text in after},
         }
 

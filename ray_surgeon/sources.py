@@ -43,7 +43,7 @@ SMALL_FILES = (
 
 @dataclass(frozen=True)
 class ModelSource:
-    """What a job spec says of the model; see `spec.ModelSection` for each field."""
+    """What a job spec says of the model; see `sections.ModelSection` for each field."""
 
     source: str
     revision: str | None = None

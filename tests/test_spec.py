@@ -8,6 +8,7 @@ import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from ray_surgeon import sections as sections_module
 from ray_surgeon import spec as spec_module
 from ray_surgeon.pipeline import main
 from ray_surgeon.spec import JobSpec, Section, parse_spec
@@ -38,7 +39,7 @@ def test_every_field_is_described(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--schema"]) == 0
     schema = json.loads(capsys.readouterr().out)
     sections = [schema, *schema["$defs"].values()]
-    assert len(sections) == 11
+    assert len(sections) == 12
     for section in sections:
         assert section["additionalProperties"] is False
         assert section["description"]
@@ -47,8 +48,9 @@ def test_every_field_is_described(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_sections_are_frozen() -> None:
-    sections = [s for s in vars(spec_module).values() if isinstance(s, type) and issubclass(s, BaseModel) and s not in (BaseModel, Section)]
-    assert len(sections) == 11
+    found = {**vars(spec_module), **vars(sections_module)}.values()
+    sections = {s for s in found if isinstance(s, type) and issubclass(s, BaseModel) and s not in (BaseModel, Section)}
+    assert len(sections) == 12
     assert all(s.model_config["frozen"] and s.model_config["extra"] == "forbid" for s in sections)
 
 

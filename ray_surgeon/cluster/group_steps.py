@@ -10,6 +10,7 @@ from torch import Tensor
 from ray_surgeon.cluster.messages import CurvatureOptions, DampingEvent, GroupOptions, GroupsReply, LinearSummary, ReaderCosts
 from ray_surgeon.cluster.state import ShardState
 from ray_surgeon.models.couplings import GroupSet, group_sets
+from ray_surgeon.models.narrow import plain_kv_heads
 from ray_surgeon.surgery.groups import GroupSurgery, lowest
 from ray_surgeon.surgery.masks import StructuredMask
 
@@ -39,16 +40,27 @@ class GroupSteps(ShardState):
                 continue
             mask = self._structured(name)
             surgery = GroupSurgery(name, self.shard.weight(name), self.shard.factors(name), mask, **damping)
-            heights = surgery.heights(groups.columns, options.least[groups.kind])
-            self._group_surgeries[name], self._group_heights[name] = surgery, heights
             left = int(mask.columns[groups.columns].all(dim=1).sum())
-            costs.append(ReaderCosts(name, groups.kind, heights.float().numpy(), left, groups.num_parameters))
+            limit = options.limit
+            if limit is not None and options.per_parameter:
+                limit *= groups.num_parameters
+            needed = max(options.needed.get(groups.kind, 0), left % options.multiples.get(groups.kind, 1))
+            heights = surgery.heights(groups.columns, options.least[groups.kind], limit, needed)
+            self._group_surgeries[name], self._group_heights[name] = surgery, heights
+            allowed = self._allowed(groups, options)
+            costs.append(ReaderCosts(name, groups.kind, heights.float().numpy(), left, groups.num_parameters, allowed))
             for factor, asked, found in (("A", curvature.damping_a, surgery.curvature.A), ("G", curvature.damping_g, surgery.curvature.G)):
                 if found.damping != asked or found.float64_retry:
                     events.append(DampingEvent(name, factor, asked, found.damping, found.float64_retry))
         masks = [self.masks[name] for name in self.owned()]
         sizes = sum(m.num_parameters for m in masks), sum(m.num_kept for m in masks)
         return GroupsReply(tuple(costs), *sizes, tuple(events))
+
+    def _allowed(self, groups: GroupSet, options: GroupOptions) -> frozenset[int]:
+        whole, multiple = len(groups.columns), options.multiples.get(groups.kind, 1)
+        if groups.kind == "attention" and options.uniform:
+            return frozenset(plain_kv_heads(self.shard.config))
+        return frozenset((*range(0, whole, multiple), whole))
 
     def prune_groups(self, options: GroupOptions, counts: Mapping[str, int]) -> tuple[LinearSummary, ...]:
         """Remove the cheapest groups of every reader and what writes to them.

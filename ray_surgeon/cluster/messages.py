@@ -64,7 +64,7 @@ class CurvatureOptions:
 
 @dataclass(frozen=True)
 class CostOptions:
-    """Which costs are wanted; see `spec.PruningSection`.
+    """Which costs are wanted; see `sections.PruningSection`.
 
     Attributes:
         greedy_limit: see `LinearSurgery.candidates`; None for costs of structures as if each went alone.
@@ -103,10 +103,20 @@ class GroupOptions:
     Attributes:
         kinds: of ``ffn`` and ``attention``.
         least: kind -> groups that stay in every block.
+        multiples: kind -> the number of groups left must be a multiple of this, or all that the dense model has.
+        uniform: whether plain model classes must be able to hold the numbers that are left.
+        per_parameter: whether `limit` is one of costs per parameter.
+        limit: how high the greedy curves are climbed; None for the cost of each group as if it went alone.
+        needed: kind -> groups of every block that may be needed whatever they cost.
     """
 
     kinds: tuple[str, ...]
     least: Mapping[str, int]
+    multiples: Mapping[str, int]
+    uniform: bool
+    per_parameter: bool
+    limit: float | None = None
+    needed: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -118,6 +128,7 @@ class ReaderCosts:
     heights: NDArray[np.float32]
     num_left: int
     num_parameters: int
+    allowed: frozenset[int]
 
 
 @dataclass(frozen=True)
@@ -132,7 +143,7 @@ class GroupsReply:
 
 @dataclass(frozen=True)
 class LayerwiseOptions:
-    """How SparseGPT and Wanda prune; see `spec.PruningSection`.
+    """How SparseGPT and Wanda prune; see `sections.PruningSection`.
 
     Attributes:
         method: "sparsegpt" or "wanda".

@@ -31,6 +31,7 @@ from ray_surgeon.cluster.placement import Placement
 from ray_surgeon.cluster.power_steps import PowerSteps
 from ray_surgeon.cluster.transport import decode, encode
 from ray_surgeon.cluster.usage import process_usage
+from ray_surgeon.models.linears import cut, num_inputs
 from ray_surgeon.surgery.element_surgery import ElementCandidates, ElementSurgery
 from ray_surgeon.surgery.linear import Candidates, LinearSurgery
 from ray_surgeon.surgery.masks import ElementMask, StructuredMask
@@ -186,7 +187,9 @@ class ShardWorker(PowerSteps, GroupSteps, LayerwiseSteps, CorrectionSteps):
 
     # Saving and reporting
 
-    def save(self, folder: str, name: str, *, linears_only: bool, masks: str | None) -> tuple[SavedFile, ...]:
+    def save(
+        self, folder: str, name: str, *, linears_only: bool, masks: str | None, cut_out: bool = False, left_out: tuple[str, ...] = ()
+    ) -> tuple[SavedFile, ...]:
         """Write this shard's weights, and its masks if wanted; replica 0 writes for all.
 
         Args:
@@ -194,10 +197,12 @@ class ShardWorker(PowerSteps, GroupSteps, LayerwiseSteps, CorrectionSteps):
             name: file name with ``{shard}`` in it, which becomes the shard's number from 1.
             linears_only: only what the method changes, or all of the model.
             masks: file name of the masks, likewise; None writes none.
+            cut_out: whether removed rows and columns are left out, and tensors of which nothing is left are left out.
+            left_out: names of other tensors to leave out.
         """
         if self.index.replica != 0:
             return ()
-        contents = {name: self.shard.tensors(linears_only=linears_only)}
+        contents = {name: self._cut(left_out) if cut_out else self.shard.tensors(linears_only=linears_only)}
         if masks is not None:
             contents[masks] = {f"{n}.{part}": v for n, m in self.masks.items() for part, v in m.tensors().items()}
         saved = []
@@ -205,6 +210,15 @@ class ShardWorker(PowerSteps, GroupSteps, LayerwiseSteps, CorrectionSteps):
             uri = storage.join(folder, template.format(shard=self.index.shard + 1))
             saved.append(SavedFile(uri, storage.write_tensors(uri, tensors), tuple(tensors)))
         return tuple(saved)
+
+    def _cut(self, left_out: tuple[str, ...]) -> dict[str, Tensor]:
+        tensors = {name: tensor for name, tensor in self.shard.tensors(linears_only=False).items() if name not in left_out}
+        for name, module in self.shard.linears.items():
+            mask = self.masks[name]
+            assert isinstance(mask, StructuredMask)
+            parts = cut(module, mask.rows, mask.columns[: num_inputs(module)])
+            tensors.update({f"{name}.{part}": tensor for part, tensor in parts.items()})
+        return {name: tensor for name, tensor in tensors.items() if tensor.numel()}
 
     def usage(self) -> Usage:
         """Return what this process has used so far."""

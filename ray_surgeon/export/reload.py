@@ -2,23 +2,47 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
+_NUM_PROMPT_TOKENS, _NUM_NEW_TOKENS = 8, 6
 
-def main(folder: str, tokens_file: str, logits_file: str) -> None:
-    """Write the logits [1, T, vocabulary] float32 of a token sequence."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-    tokens = torch.tensor([json.loads(Path(tokens_file).read_text())])
+
+def main(argv: list[str] | None = None) -> None:
+    """Write the logits [1, T, vocabulary] float32 of a token sequence, and generate from its first tokens.
+
+    Raises:
+        RuntimeError: a tensor is missing or left over; or the logits with a cache are not those without.
+    """
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder")
+    parser.add_argument("tokens")
+    parser.add_argument("logits")
+    parser.add_argument("--shipped-code", action="store_true", help="the folder has modeling code of this project")
+    arguments = parser.parse_args(argv)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        arguments.folder, dtype="auto", trust_remote_code=arguments.shipped_code, output_loading_info=True
+    )
+    wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
+    if wrong:
+        raise RuntimeError(f"tensors do not fit the classes: {wrong}")
+    tokens = torch.tensor([json.loads(Path(arguments.tokens).read_text())])
     with torch.no_grad():
-        logits = model.eval()(tokens).logits.float()
-    save_file({"logits": logits.contiguous()}, logits_file)
+        logits = model.eval()(tokens, use_cache=False).logits.float()
+        prompt = tokens[:, :_NUM_PROMPT_TOKENS]
+        settings = {"max_new_tokens": _NUM_NEW_TOKENS, "min_new_tokens": _NUM_NEW_TOKENS, "do_sample": False}
+        found = model.generate(prompt, return_dict_in_generate=True, output_logits=True, **settings)
+        again = model(found.sequences, use_cache=False).logits[:, prompt.shape[1] - 1 : -1].float()
+    cached = torch.stack(found.logits, dim=1).float()
+    if not torch.allclose(cached, again, atol=0.05 * float(again.abs().max())):
+        raise RuntimeError(f"with a cache the logits differ by {float((cached - again).abs().max()):g} from those without")
+    save_file({"logits": logits.contiguous()}, arguments.logits)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -56,6 +56,8 @@ class Adapter:
         sites: per block, groups of linears that read the same input and therefore share one A.
         ffn: what a channel of the feed-forward layer is.
         attention: what a KV group with its query heads is.
+        width_field: name of the feed-forward layer's width in the configuration.
+        has_free_heads: whether the configuration may have fewer heads than fill the hidden size.
     """
 
     base: str
@@ -68,6 +70,8 @@ class Adapter:
     sites: tuple[tuple[str, ...], ...]
     ffn: Coupling
     attention: AttentionCoupling
+    width_field: str = "intermediate_size"
+    has_free_heads: bool = True
 
     def block_prefix(self, block: int) -> str:
         """Return the name of a block in the whole model, e.g. ``model.layers.3.``."""
@@ -120,6 +124,8 @@ ADAPTERS: dict[str, Adapter] = {
         ),
         ffn=Coupling("fc2", (("fc1", 0, 1),)),
         attention=AttentionCoupling("self_attn.out_proj", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        width_field="ffn_dim",
+        has_free_heads=False,
     ),
     "gpt2": Adapter(
         base="transformer",
@@ -132,6 +138,8 @@ ADAPTERS: dict[str, Adapter] = {
         sites=(("attn.c_attn",), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj",)),
         ffn=Coupling("mlp.c_proj", (("mlp.c_fc", 0, 1),)),
         attention=AttentionCoupling("attn.c_proj", "attn.c_attn", "attn.c_attn", "attn.c_attn"),
+        width_field="n_inner",
+        has_free_heads=False,
     ),
 }
 

@@ -22,6 +22,14 @@ def matrix(module: LinearModule) -> Tensor:
     return weight.T if isinstance(module, Conv1D) else weight
 
 
+def cut(module: LinearModule, rows: Tensor, columns: Tensor) -> dict[str, Tensor]:
+    """Return the weight, and the bias if there is one, with only the kept rows [R] and input columns [C] (bool), stored as the module's."""
+    rows, columns = rows.to(module.weight.device), columns.to(module.weight.device)
+    W = matrix(module)[rows][:, columns]
+    parts = {"weight": (W.T if isinstance(module, Conv1D) else W).contiguous()}
+    return parts if module.bias is None else parts | {"bias": module.bias.detach()[rows]}
+
+
 def num_outputs(module: LinearModule) -> int:
     """Return R."""
     return int(matrix(module).shape[0])

@@ -9,6 +9,8 @@ H = W A kept beside W, a removal changes everything by a product of rank `few`:
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -119,14 +121,18 @@ def greedy_costs(
             curve.remove_columns(gone_columns)
 
 
-def greedy_group_costs(curve: GreedyCurve, columns: Tensor, may_go: Tensor, least: int) -> Tensor:
-    """Remove groups of columns greedily, and return the marginal cost at which each went.
+def greedy_group_costs(
+    curve: GreedyCurve, columns: Tensor, may_go: Tensor, least: int, *, limit: float = math.inf, needed: int = 0
+) -> Tensor:
+    """Remove groups of columns greedily until the marginal cost passes a limit, and return the cost at which each went.
 
     Args:
         curve: with everything alive.
         columns: [num_groups, width] the columns of each group.
         may_go: [num_groups] bool, the groups that are left.
         least: groups that stay.
+        limit: no group goes whose marginal cost is above it,
+        needed: but this many go whatever they cost.
 
     Returns:
         [num_groups] the largest marginal cost up to and including the group's own removal; infinite for those that stay or are gone.
@@ -135,8 +141,12 @@ def greedy_group_costs(curve: GreedyCurve, columns: Tensor, may_go: Tensor, leas
     while (left := int(alive.sum())) > least:
         costs = curve.column_set_costs(columns).cpu().masked_fill(~alive, torch.inf)
         cheapest = costs.topk(min(max(1, int(left * _FEW)), left - least), largest=False)
-        gone = cheapest.indices
-        heights[gone] = cheapest.values.clamp(min=height)
+        num_gone = len(alive) - left - int((~may_go).sum())
+        going = (cheapest.values <= limit) | (torch.arange(len(cheapest.values)) < needed - num_gone)
+        if not going.any():
+            break
+        gone = cheapest.indices[going]
+        heights[gone] = cheapest.values[going].clamp(min=height)
         height = float(heights[gone].max())
         curve.remove_columns(columns[gone.to(columns.device)].flatten())
         alive[gone] = False

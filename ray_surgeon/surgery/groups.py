@@ -43,12 +43,14 @@ class GroupSurgery:
         self.curvature = LinearCurvature(name, factors, live_rows, self.columns, dtype=W.dtype, **options)
         self._rows = live_rows
 
-    def heights(self, columns: Tensor, least: int) -> Tensor:
+    def heights(self, columns: Tensor, least: int, limit: float | None, needed: int = 0) -> Tensor:
         """Return the marginal cost at which each group goes, see `greedy_group_costs`; 0 for groups whose inputs are always zero.
 
         Args:
             columns: [num_groups, width] columns of each group.
             least: groups that stay.
+            limit: no group goes whose marginal cost is above it; None for the cost of each as if it went alone.
+            needed: groups that go whatever they cost.
 
         Raises:
             FloatingPointError: a factor or a cost is not usable.
@@ -66,10 +68,13 @@ class GroupSurgery:
             heights[dead.cpu()] = 0.0
             alive[dead] = False
         numbers = alive.nonzero()[:, 0]
-        if len(numbers):
-            heights[numbers.cpu()] = greedy_group_costs(
-                curve, place[columns[numbers]], torch.ones(len(numbers), dtype=torch.bool), max(0, least)
-            )
+        if len(numbers) and limit is None:
+            costs = curve.column_set_costs(place[columns[numbers]]).cpu().sort(stable=True)
+            most = max(0, len(numbers) - least)
+            heights[numbers.cpu()[costs.indices[:most]]] = costs.values[:most]
+        elif len(numbers) and limit is not None:
+            may_go = torch.ones(len(numbers), dtype=torch.bool)
+            heights[numbers.cpu()] = greedy_group_costs(curve, place[columns[numbers]], may_go, least, limit=limit, needed=needed)
         check_costs(f"{self.name} groups", heights[torch.isfinite(heights)])
         return heights
 
@@ -103,6 +108,7 @@ class GroupCosts:
         heights: [num_groups] see `GroupSurgery.heights`; infinite for groups that stay or are gone.
         num_left: groups that are left now.
         num_parameters: of one group.
+        allowed: numbers of groups that may be left afterwards.
     """
 
     reader: str
@@ -110,6 +116,19 @@ class GroupCosts:
     heights: Tensor
     num_left: int
     num_parameters: int
+    allowed: frozenset[int]
+
+    @property
+    def possible_counts(self) -> list[int]:
+        """How many groups may go, in ascending order."""
+        most = int(torch.isfinite(self.heights).sum())
+        return [n for n in range(most + 1) if self.num_left - n in self.allowed]
+
+    @property
+    def curve(self) -> Tensor:
+        """[most + 1] float64: what the first n groups cost together."""
+        heights = self.heights[torch.isfinite(self.heights)].double().sort().values
+        return torch.cat([torch.zeros(1, dtype=torch.float64), heights.cumsum(0)])
 
 
 @dataclass(frozen=True)
@@ -132,28 +151,36 @@ class Allocation:
 def allocate_globally(costs: Sequence[GroupCosts], target: float, num_parameters: int, num_gone: int, *, per_parameter: bool) -> Allocation:
     """Cut all curves at one height: the lowest that removes the target fraction of all parameters.
 
+    Where only some numbers of groups may be left, those between two of them go together or stay together, at their mean height.
+
     Raises:
         ValueError: everything that may go is less than the target.
     """
-    heights = torch.cat([c.heights.double() / (c.num_parameters if per_parameter else 1) for c in costs])
-    sizes = torch.cat([torch.full((len(c.heights),), c.num_parameters) for c in costs])
-    owners = torch.cat([torch.full((len(c.heights),), i) for i, c in enumerate(costs)])
-    order = heights.argsort(stable=True)
-    order = order[torch.isfinite(heights[order])]
-    missing = math.ceil(target * num_parameters - 1e-6) - num_gone
-    total = sizes[order].cumsum(0)
-    if missing > (int(total[-1]) if len(total) else 0):
-        raise _unreachable(target, num_gone + (int(total[-1]) if len(total) else 0), num_parameters)
-    number = int(torch.searchsorted(total, torch.tensor(max(missing, 0)))) + 1 if missing > 0 else 0
-    counts = torch.bincount(owners[order[:number]], minlength=len(costs)).tolist()
-    removed = int(total[number - 1]) if number else 0
-    height = float(heights[order[number - 1]]) if number else 0.0
-    return Allocation({c.reader: int(n) for c, n in zip(costs, counts, strict=True)}, num_gone + removed, num_parameters, height)
+    forced, steps = [], []
+    for place, c in enumerate(costs):
+        counts = torch.tensor(c.possible_counts or [0])
+        forced.append(int(counts[0]))
+        together = counts.diff()
+        heights = (c.curve[counts].diff() / together / (c.num_parameters if per_parameter else 1)).cummax(0).values
+        steps.append(torch.stack([heights, together.double(), torch.full_like(heights, place)]))
+    by_height = torch.cat(steps, dim=1)
+    by_height = by_height[:, by_height[0].argsort(stable=True)]
+    going, owners = by_height[1].long(), by_height[2].long()
+    sizes = torch.tensor([c.num_parameters for c in costs])
+    gone = num_gone + sum(n * c.num_parameters for n, c in zip(forced, costs, strict=True))
+    total = gone + (going * sizes[owners]).cumsum(0)
+    wanted = math.ceil(target * num_parameters - 1e-6)
+    most = int(total[-1]) if len(total) else gone
+    if wanted > most:
+        raise _unreachable(target, most, num_parameters)
+    number = int(torch.searchsorted(total, wanted)) + 1 if wanted > gone else 0
+    number_gone = torch.tensor(forced).index_add(0, owners[:number], going[:number]).tolist()
+    height = float(by_height[0, number - 1]) if number else 0.0
+    removed = int(total[number - 1]) if number else gone
+    return Allocation({c.reader: int(n) for c, n in zip(costs, number_gone, strict=True)}, removed, num_parameters, height)
 
 
-def allocate_uniformly(
-    costs: Sequence[GroupCosts], target: float, num_parameters: int, num_gone: int, *, multiples: dict[str, int]
-) -> Allocation:
+def allocate_uniformly(costs: Sequence[GroupCosts], target: float, num_parameters: int, num_gone: int) -> Allocation:
     """Give every block the same widths: of all that remove the target fraction, those whose removals cost least together.
 
     Args:
@@ -161,7 +188,6 @@ def allocate_uniformly(
         target: fraction of all parameters to be gone afterwards.
         num_parameters: of all the blocks' linears.
         num_gone: of them, in earlier shots.
-        multiples: kind -> the number of groups left must be a multiple of this, or all that the dense model has.
 
     Raises:
         ValueError: everything that may go is less than the target.
@@ -170,14 +196,10 @@ def allocate_uniformly(
     options: list[list[tuple[int, int, float]]] = []
     for kind in kinds:
         own = [c for c in costs if c.kind == kind]
-        left = own[0].num_left
-        assert all(c.num_left == left for c in own), "blocks have different widths"
-        most = min(int(torch.isfinite(c.heights).sum()) for c in own)
-        curve = torch.stack([c.heights.double().sort().values[:most] for c in own]).sum(dim=0).cumsum(0)
-        size = sum(c.num_parameters for c in own)
-        whole = len(own[0].heights)
-        allowed = [n for n in range(most + 1) if left - n == whole or (left - n) % multiples.get(kind, 1) == 0]
-        options.append([(n, n * size, float(curve[n - 1]) if n else 0.0) for n in allowed])
+        assert len({c.num_left for c in own}) == 1, "blocks have different widths"
+        counts = sorted(set.intersection(*(set(c.possible_counts) for c in own)))
+        size, curves = sum(c.num_parameters for c in own), [c.curve for c in own]
+        options.append([(n, n * size, sum(float(curve[n]) for curve in curves)) for n in counts])
     missing = math.ceil(target * num_parameters - 1e-6) - num_gone
     best: tuple[float, tuple[int, ...], int] | None = None
     for choice in itertools.product(*options):

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,7 +26,7 @@ def test_heights_by_brute_force_and_the_update_is_dense(width: int, least: int) 
     mask.apply_(W)
     factors = KroneckerFactors(A * 7, G * 7, 7)
     surgery = GroupSurgery("x", W, factors, mask, damping_a=0.01, damping_g=0.1, max_damping=1.0)
-    heights = surgery.heights(columns, least)
+    heights = surgery.heights(columns, least, math.inf)
     left = [c for c in range(C) if c not in gone_before]
     alive_W, alive_A, damped_G = W[:, left], damped(A[left][:, left], 0.01), damped(G, 0.1)
 
@@ -43,6 +45,14 @@ def test_heights_by_brute_force_and_the_update_is_dense(width: int, least: int) 
         gone.append(cheapest)
         candidates.remove(cheapest)
     assert int(torch.isinf(heights).sum()) == 1 + least
+    middle = float(heights[gone[len(gone) // 2]])
+    below = torch.where(heights <= middle, heights, torch.inf)
+    torch.testing.assert_close(surgery.heights(columns, least, middle), below)
+    cheapest_two = [heights[g] if g in gone[:2] else torch.inf for g in range(len(columns))]
+    torch.testing.assert_close(surgery.heights(columns, least, -1.0, 2), torch.tensor(cheapest_two, dtype=heights.dtype))
+    alone = torch.tensor([cost([g]) if g != 1 else torch.inf for g in range(len(columns))], dtype=heights.dtype)
+    alone[alone.masked_fill(~torch.isfinite(alone), -1).topk(least).indices] = torch.inf
+    torch.testing.assert_close(surgery.heights(columns, least, None), alone)
     chosen = lowest(heights, 3 if width == 1 else 2).tolist()
     removed = flags(C, [c for g in chosen for c in columns[g].tolist()])
     new, new_mask, predicted = surgery.prune(removed)
@@ -59,17 +69,21 @@ def test_groups_with_zero_inputs_are_free() -> None:
     W, A, G = problem(R, C)
     A[3], A[:, 3] = 0, 0
     surgery = GroupSurgery("x", W, KroneckerFactors(A, G, 1), StructuredMask.full(R, C), damping_a=0.01, damping_g=0.1, max_damping=1.0)
-    heights = surgery.heights(torch.arange(8)[:, None], 1)
+    heights = surgery.heights(torch.arange(8)[:, None], 1, math.inf)
     assert float(heights[3]) == 0.0
     assert (heights[torch.arange(8) != 3] > 0).all()
 
 
-def costs_of(seed: int) -> list[GroupCosts]:
+ANY = frozenset(range(9))
+EVEN = frozenset((0, 2, 4, 6, 8))
+
+
+def costs_of(seed: int, widths: frozenset[int] = ANY) -> list[GroupCosts]:
     generator = torch.Generator().manual_seed(seed)
     found = []
     for block in range(3):
-        found.append(GroupCosts(f"{block}.o", "attention", torch.rand(3, generator=generator).sort().values * 50, 3, 40))
-        found.append(GroupCosts(f"{block}.down", "ffn", torch.rand(8, generator=generator) * 4, 8, 6))
+        found.append(GroupCosts(f"{block}.o", "attention", torch.rand(3, generator=generator).sort().values * 50, 3, 40, ANY))
+        found.append(GroupCosts(f"{block}.down", "ffn", torch.rand(8, generator=generator) * 4, 8, 6, widths))
     for c in found:
         c.heights[int(c.heights.argmax())] = torch.inf
     return found
@@ -89,10 +103,30 @@ def test_one_height_cuts_all_curves(seed: int) -> None:
     assert 20 + sum(sizes[h] for h in below) < 180, "a lower height would do"
 
 
+@pytest.mark.parametrize("left", [8, 7])
+@pytest.mark.parametrize("seed", range(3))
+def test_widths_are_rounded_and_what_goes_together_is_ranked_by_its_mean(seed: int, left: int) -> None:
+    """An earlier shot may have left an odd width; then one channel must go."""
+    costs = [replace(c, num_left=left if c.kind == "ffn" else 3) for c in costs_of(seed, EVEN)]
+    found = allocate_globally(costs, 0.3, 600, 0, per_parameter=True)
+    assert found.num_removed >= 180
+    steps = []
+    for c in costs:
+        assert (c.num_left - found.counts[c.reader]) % 2 == 0 or c.kind == "attention"
+        heights = c.heights[c.heights.isfinite()].double().sort().values / c.num_parameters
+        step = 2 if c.kind == "ffn" else 1
+        start = (c.num_left % 2) if c.kind == "ffn" else 0
+        means = [float(heights[i : i + step].mean()) for i in range(start, len(heights) - step + 1, step)]
+        taken = (found.counts[c.reader] - start) // step
+        steps += [(mean, i < taken) for i, mean in enumerate(means)]
+    assert found.height is not None
+    assert all(taken == (mean <= found.height + 1e-9) for mean, taken in steps)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_uniform_widths_are_the_cheapest_by_brute_force(seed: int) -> None:
-    costs, total = costs_of(seed), 600
-    found = allocate_uniformly(costs, 0.25, total, 0, multiples={"ffn": 2})
+    costs, total = costs_of(seed, EVEN), 600
+    found = allocate_uniformly(costs, 0.25, total, 0)
     best = min(
         (
             sum(float(c.heights.sort().values[: (i if c.kind == "attention" else j)].sum()) for c in costs)
@@ -109,7 +143,7 @@ def test_uniform_widths_are_the_cheapest_by_brute_force(seed: int) -> None:
 def test_targets_out_of_reach() -> None:
     for allocate in (
         lambda: allocate_globally(costs_of(0), 0.9, 600, 0, per_parameter=True),
-        lambda: allocate_uniformly(costs_of(0), 0.9, 600, 0, multiples={}),
+        lambda: allocate_uniformly(costs_of(0), 0.9, 600, 0),
     ):
         with pytest.raises(ValueError, match=r"0\.9 cannot be reached"):
             allocate()

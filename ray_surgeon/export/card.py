@@ -1,0 +1,81 @@
+"""The model card of an export."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_CARD = """---
+library_name: transformers
+base_model: {source}
+tags: [pruning, llm-surgeon]
+---
+# {name}
+
+{source}, pruned by The LLM Surgeon (arXiv 2312.17244): {sparsity:.2%} of the parameters of the decoder blocks' linears are gone
+({structure}). {summary}
+
+| text | perplexity before | after |
+|---|---|---|
+{texts}
+
+Calibrated on {num_sequences} x {sequence_length} tokens of {calibration}. Weights: {size} MB.
+{speed}
+## Load
+
+```python
+from transformers import AutoModelForCausalLM
+model = {load}
+```
+
+| program | |
+|---|---|
+{loaders}
+"""
+
+_SPEED = """
+| tokens per second, median ({device}, {dtype}, batch {batch_size}) | dense | this model | ratio |
+|---|---|---|---|
+| prefill of {prompt_length} tokens | {prefill_dense:.1f} | {prefill:.1f} | {prefill_ratio:.3f} |
+| decode | {decode_dense:.1f} | {decode:.1f} | {decode_ratio:.3f} |
+"""
+
+
+def model_card(summary: str, entry: Mapping[str, Any], source: str, facts: Mapping[str, Any]) -> str:
+    """Return the text of README.md.
+
+    Args:
+        summary: of the kind of export.
+        entry: the export's entry in the report.
+        source: the dense model.
+        facts: see `RunReport.model_card_facts`.
+    """
+    calibration = facts["calibration"]
+    return _CARD.format(
+        source=source,
+        summary=summary,
+        name=facts["name"],
+        sparsity=facts["sparsity"],
+        structure=facts["structure"],
+        texts="\n".join(f"| {text} | {before:.3f} | {after:.3f} |" for text, (before, after) in facts["perplexity"].items()),
+        calibration=calibration["source"],
+        num_sequences=calibration["num_sequences"],
+        sequence_length=calibration["sequence_length"],
+        size=f"{entry['size_bytes'] / 1e6:.1f}",
+        speed=_speed(entry["speed"]) if "speed" in entry else "",
+        load=entry["load"].replace(str(entry["uri"]), "folder").replace('"folder"', "folder"),
+        loaders="\n".join(f"| {program} | {known} |" for program, known in entry["loaders"].items()),
+    )
+
+
+def _speed(speed: Mapping[str, Any]) -> str:
+    dense, pruned = speed["dense"], speed["pruned"]
+    return _SPEED.format(
+        **{name: speed[name] for name in ("device", "dtype", "batch_size", "prompt_length")},
+        prefill_dense=dense["prefill_tokens_per_s"]["median"],
+        prefill=pruned["prefill_tokens_per_s"]["median"],
+        prefill_ratio=speed["prefill_ratio"],
+        decode_dense=dense["decode_tokens_per_s"]["median"],
+        decode=pruned["decode_tokens_per_s"]["median"],
+        decode_ratio=speed["decode_ratio"],
+    )

@@ -1,0 +1,180 @@
+"""The kinds of checkpoints a run may end in, each reloaded in a fresh process before it is announced."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from ray_surgeon import storage
+from ray_surgeon.cluster.protocol import Cluster
+from ray_surgeon.export.card import model_card
+from ray_surgeon.export.folder import copy_small_files, dense_document, reload_difference, write_weights
+from ray_surgeon.export.speed import SpeedOptions, measure
+from ray_surgeon.models.adapters import adapter_for
+from ray_surgeon.models.gguf import convert_gguf
+from ray_surgeon.models.narrow import (
+    DECI_MULTIPLE,
+    BlockWidths,
+    Document,
+    block_widths,
+    check_deci,
+    deci_document,
+    per_block_document,
+    uniform_document,
+)
+from ray_surgeon.sources import ModelSource, open_model
+
+SHIPPED = Path(__file__).parent / "shipped"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What there is to say of a kind.
+
+    Attributes:
+        summary: one sentence for the model card.
+        loaders: program -> what is known of it.
+        modules: files of `SHIPPED` that go along.
+    """
+
+    summary: str
+    loaders: Mapping[str, str]
+    modules: tuple[str, ...] = ()
+
+    @property
+    def load(self) -> str:
+        """The line of Python that loads a folder; ``{uri}`` is to be filled in."""
+        return f'AutoModelForCausalLM.from_pretrained("{{uri}}"{", trust_remote_code=True" if self.modules else ""})'
+
+
+KINDS = {
+    "masked": Kind(
+        "The tensors keep their shapes, with zeros: **no gain in size or speed**. `masks*.safetensors` says what was kept (1 = kept).",
+        {"transformers": "reloaded and compared", "others": "whatever loads the dense model; not run"},
+    ),
+    "uniform": Kind(
+        "Every block has the same, smaller widths, in a plain class of transformers.",
+        {"transformers": "reloaded and compared", "vLLM, SGLang, llama.cpp": "an ordinary configuration of their families; not run"},
+    ),
+    "per_block": Kind(
+        "Every block has widths of its own, `per_layer_config` in config.json; the modeling code lies beside the weights.",
+        {"transformers with trust_remote_code": "reloaded and compared, generates with a cache", "others": "none"},
+        ("modeling_pruned.py",),
+    ),
+    "deci": Kind(
+        "A DeciLM (Nemotron-NAS): every block has a feed-forward layer of its own width, `block_configs` in config.json.",
+        {
+            "transformers with trust_remote_code": "reloaded and compared, generates with a cache",
+            "vLLM, SGLang, llama.cpp's converter": "block_configs as their DeciLM code reads them; checked against that code, not run",
+        },
+        ("modeling_decilm.py", "modeling_pruned.py"),
+    ),
+}
+
+
+def check_export(kind: str, config: PretrainedConfig) -> None:
+    """Refuse an export that a model cannot have, before anything starts.
+
+    Raises:
+        ValueError: says why, and what to export instead.
+    """
+    if kind == "deci":
+        check_deci(config)
+
+
+def export(
+    kind: str,
+    cluster: Cluster,
+    source: ModelSource,
+    uri: str,
+    tokens: NDArray[np.int64],
+    facts: Mapping[str, Any],
+    linears: Sequence[Mapping[str, Any]],
+    speed: SpeedOptions | None,
+) -> dict[str, Any]:
+    """Write a Hugging Face folder, reload it in a fresh process, compare logits, and measure its speed if asked.
+
+    Args:
+        kind: one of `KINDS`.
+        cluster: with the pruned weights.
+        source: the dense model, whose tokenizer and configuration go along.
+        uri: folder to write.
+        tokens: [T] a sequence to compare on.
+        facts: for the model card; see `RunReport.model_card_facts`.
+        linears: the report's records of the linears.
+        speed: how to measure; not for ``masked``.
+
+    Returns:
+        The export's entry in the report.
+
+    Raises:
+        RuntimeError: the fresh process cannot load it, or computes something else.
+    """
+    config, dtype = AutoConfig.from_pretrained(open_model(source, convert_gguf).small_files_folder()), str(facts["dtype"])
+    document, modules = dense_document(source, dtype), KINDS[kind].modules
+    widths = [] if kind == "masked" else block_widths(config, {linear["name"]: linear["rows_kept"] for linear in linears})
+    size_bytes = write_weights(cluster, uri, cut_out=kind != "masked", masks=kind == "masked", left_out=_left_out(kind, config, widths))
+    copy_small_files(source, uri)
+    if kind != "masked":
+        document = _narrow(kind, config, document, widths)
+    storage.write_json(storage.join(uri, "config.json"), document)
+    for module in modules:
+        storage.write_text(storage.join(uri, module), _shipped(module, config))
+    entry: dict[str, Any] = {
+        "kind": kind,
+        "uri": uri,
+        "size_bytes": size_bytes,
+        "loaders": dict(KINDS[kind].loaders),
+        "load": KINDS[kind].load.format(uri=uri),
+        "reload_max_logit_difference": reload_difference(cluster, uri, tokens, dtype, shipped_code=bool(modules)),
+    }
+    if widths:
+        entry["widths"] = [[width.num_channels, width.num_kv_heads] for width in widths]
+    if speed is not None and kind != "masked":
+        with tempfile.TemporaryDirectory() as scratch:
+            dense = Path(scratch) / "dense.json"
+            storage.write_json(str(dense), dense_document(source, dtype))
+            entry["speed"] = measure(uri, dense, Path(scratch), speed, shipped_code=bool(modules))
+    storage.write_text(storage.join(uri, "README.md"), model_card(KINDS[kind].summary, entry, source.source, facts))
+    return entry
+
+
+def _narrow(kind: str, config: PretrainedConfig, document: Document, widths: Sequence[BlockWidths]) -> Document:
+    if kind == "uniform":
+        return uniform_document(config, document, widths)
+    if kind == "deci":
+        return deci_document(config, document, widths, "modeling_decilm")
+    return per_block_document(config, document, widths, "modeling_pruned")
+
+
+def _left_out(kind: str, config: PretrainedConfig, widths: Sequence[BlockWidths]) -> tuple[str, ...]:
+    """Return the norms inside an attention that is gone, and for DeciLM those in front of what a block does not have."""
+    names = []
+    for block, width in enumerate(widths):
+        prefix = adapter_for(config).block_prefix(block)
+        if not width.num_kv_heads:
+            names += [f"{prefix}self_attn.q_norm.weight", f"{prefix}self_attn.k_norm.weight"]
+            names += [f"{prefix}input_layernorm.weight"] if kind == "deci" else []
+        if not width.num_channels and kind == "deci":
+            names.append(f"{prefix}post_attention_layernorm.weight")
+    return tuple(names)
+
+
+def _shipped(module: str, config: PretrainedConfig) -> str:
+    """Return the source of a shipped module, its base classes those of the dense model's family."""
+    text = (SHIPPED / module).read_text(encoding="utf-8")
+    if module != "modeling_pruned.py":
+        return text
+    model_class = AutoModelForCausalLM._model_mapping[type(config)]
+    text = text.replace("LlamaConfig as", f"{type(config).__name__} as").replace("LlamaForCausalLM as", f"{model_class.__name__} as")
+    return text.replace("pruned_llama", f"pruned_{config.model_type}")
+
+
+assert DECI_MULTIPLE == 256, "as in modeling_decilm.py"

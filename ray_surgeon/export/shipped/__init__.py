@@ -1,0 +1,1 @@
+"""Modules that are copied beside the weights of an export; they import torch and transformers only."""

@@ -1,0 +1,121 @@
+"""Loads this checkpoint, whose blocks differ in width: ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)``.
+
+``per_layer_config`` in config.json has, for every block, the width of its feed-forward layer and its numbers of query and KV heads; a block
+with no heads has no attention. Everything else is the dense family's own code.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig as DenseConfig
+from transformers import LlamaForCausalLM as DenseForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+
+class PrunedConfig(DenseConfig):  # type: ignore[misc]
+    """The dense model's configuration, and ``per_layer_config``, which is ``block_sizes`` here: newer versions use that name otherwise."""
+
+    model_type = "pruned_llama"
+
+    def __init__(self, per_layer_config: list[dict[str, int]] | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.block_sizes = [dict(sizes) for sizes in per_layer_config or []]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what config.json says."""
+        document: dict[str, Any] = super().to_dict()
+        document["per_layer_config"] = document.pop("block_sizes", [])
+        return document
+
+
+class NoInputs(nn.Module):
+    """A linear without inputs, or without outputs: what is left is its bias."""
+
+    def __init__(self, num_outputs: int, bias: bool) -> None:
+        super().__init__()
+        self.num_outputs = num_outputs
+        self.bias = nn.Parameter(torch.zeros(num_outputs)) if bias and num_outputs else None
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return the bias for every token, or zeros."""
+        outputs = inputs.new_zeros(*inputs.shape[:-1], self.num_outputs)
+        return outputs if self.bias is None else outputs + self.bias
+
+
+class NoAttention(nn.Module):
+    """Stands for an attention of which all heads are gone: what is left is the bias of its last linear."""
+
+    def __init__(self, output_name: str, output: nn.Module, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx, self.output_name = layer_idx, output_name
+        self.add_module(output_name, output)
+
+    def forward(self, hidden_states: Tensor, past_key_values: Any = None, **kwargs: Any) -> tuple[Tensor, None]:
+        """Return the bias for every token, and tell the cache how many tokens there were."""
+        if past_key_values is not None:
+            nothing = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
+            past_key_values.update(nothing, nothing, self.layer_idx)
+        bias: Tensor = self.get_submodule(self.output_name)(hidden_states)
+        return bias, None
+
+
+def narrow_linear(module: nn.Linear | Conv1D, num_inputs: int, num_outputs: int) -> nn.Module:
+    """Return a linear of the same kind with another shape."""
+    if num_inputs == 0 or num_outputs == 0:
+        return NoInputs(num_outputs, module.bias is not None)
+    if isinstance(module, Conv1D):
+        return Conv1D(num_outputs, num_inputs)  # type: ignore[no-any-return]
+    return nn.Linear(num_inputs, num_outputs, bias=module.bias is not None)
+
+
+def narrow_block(block: nn.Module, config: Any, layer_idx: int, width: int, num_heads: int, num_kv_heads: int) -> None:
+    """Replace the linears of a dense block by narrower ones, of a given feed-forward width and numbers of query and KV heads."""
+    names = dict(block.named_modules())
+    attention_name = "self_attn" if "self_attn" in names else "attn"
+    attention = names[attention_name]
+    head_dim: Any = attention.head_dim
+    sizes = {"q_proj": num_heads, "k_proj": num_kv_heads, "v_proj": num_kv_heads}
+    for fused in ("qkv_proj", "c_attn"):
+        sizes[fused] = num_heads + 2 * num_kv_heads
+    for name, module in names.items():
+        owner, _, last = name.rpartition(".")
+        if not isinstance(module, (nn.Linear, Conv1D)):
+            continue
+        inputs, outputs = module.weight.shape if isinstance(module, Conv1D) else module.weight.shape[::-1]
+        if owner == attention_name:
+            inputs, outputs = (inputs, sizes[last] * head_dim) if last in sizes else (num_heads * head_dim, outputs)
+        elif last in ("gate_proj", "up_proj", "fc1", "c_fc"):
+            outputs = width
+        elif last == "gate_up_proj":
+            outputs = 2 * width
+        else:
+            inputs = width
+        setattr(names[owner], last, narrow_linear(module, inputs, outputs))
+    attention.config = copy.copy(config)
+    counts = dict.fromkeys(("num_attention_heads", "num_heads"), num_heads)
+    counts |= {"num_key_value_heads": num_kv_heads, "split_size": num_heads * head_dim}
+    for name, value in counts.items():
+        for place in (attention, attention.config):
+            if name in vars(place):
+                setattr(place, name, value)
+    if num_heads == 0:
+        output = next(name for name in ("o_proj", "out_proj", "c_proj") if hasattr(attention, name))
+        setattr(block, attention_name, NoAttention(output, getattr(attention, output), layer_idx))
+
+
+class PrunedForCausalLM(DenseForCausalLM):  # type: ignore[misc]
+    """The dense model with narrower blocks."""
+
+    config_class = PrunedConfig
+
+    def __init__(self, config: PrunedConfig) -> None:
+        super().__init__(config)
+        (blocks,) = (m for m in self.modules() if isinstance(m, nn.ModuleList) and len(m) == config.num_hidden_layers)
+        for layer_idx, (block, sizes) in enumerate(zip(blocks, config.block_sizes, strict=True)):
+            width = next(sizes[name] for name in ("intermediate_size", "ffn_dim", "n_inner") if name in sizes)
+            narrow_block(block, config, layer_idx, width, sizes["num_attention_heads"], sizes["num_key_value_heads"])
+        self.post_init()

@@ -1,0 +1,206 @@
+"""Exports that are really smaller: same logits as the masked model, in classes that do not know this project."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+from ray_surgeon.models.couplings import head_layout
+from ray_surgeon.models.narrow import plain_kv_heads
+from ray_surgeon.pipeline import main
+from tests.conftest import CONFIGS
+from tests.integration.runs import report_of, run, tiny_spec
+
+GROUPS: dict[str, Any] = {"pruning__structure": "groups", "pruning__width_multiple": 8, "pruning__target_sparsity": 0.4}
+TOKENS = torch.arange(30)[None] + 7
+
+LOAD = """
+import sys
+sys.modules["ray_surgeon"] = None
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=sys.argv[2] == "yes").eval()
+tokens = torch.arange(30)[None] + 7
+torch.save(model(tokens).logits.detach(), sys.argv[3])
+print(type(model).__name__, len(model.generate(tokens, max_new_tokens=5, min_new_tokens=5, do_sample=False)[0]))
+"""
+
+
+def logits_elsewhere(folder: Path, trust: str, scratch: Path) -> tuple[torch.Tensor, str]:
+    """Load a checkpoint in a process that cannot import this project."""
+    out = scratch / "logits.pt"
+    done = subprocess.run([sys.executable, "-c", LOAD, str(folder), trust, str(out)], capture_output=True, text=True, check=True)
+    return torch.load(out), done.stdout.strip()
+
+
+def size_of(folder: Path) -> int:
+    return sum(p.stat().st_size for p in folder.glob("model*.safetensors"))
+
+
+@pytest.mark.parametrize("family", sorted(CONFIGS))
+def test_uniform_export_of_every_family(family: str, model_folders: dict[str, Path], tmp_path: Path) -> None:
+    options = {**GROUPS, "pruning__allocation": "uniform", "output__exports": ["uniform"], "pruning__target_sparsity": 0.3}
+    assert run(tmp_path, model_folders[family], **options, cluster__num_shards=2) == 0
+    uniform = tmp_path / "run/export/uniform"
+    (entry,) = report_of(tmp_path / "run")["exports"]
+    assert entry["reload_max_logit_difference"] < 1e-4
+    model = AutoModelForCausalLM.from_pretrained(uniform)
+    assert type(model).__module__.startswith("transformers.models.")
+    assert entry["size_bytes"] == pytest.approx(4 * sum(p.numel() for p in model.parameters()), rel=0.2)
+    assert size_of(uniform) < size_of(model_folders[family])
+    config, width = json.loads((uniform / "config.json").read_text()), entry["widths"][0]
+    assert width[0] % 8 == 0
+    if not CONFIGS[family].model_type.startswith(("opt", "gpt2")):
+        assert config["num_key_value_heads"] == width[1]
+    if CONFIGS[family].tie_word_embeddings:
+        with safe_open(uniform / "model-00002-of-00002.safetensors", "pt") as file:
+            assert not any("lm_head" in key for key in set(file.keys()))
+
+
+def test_heads_that_do_not_divide_become_a_mistral(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    """Of 5 KV heads 3 stay; their 6 query heads do not divide the hidden size of 40."""
+    from transformers import LlamaConfig
+
+    heads = {"hidden_size": 40, "num_attention_heads": 10, "num_key_value_heads": 5, "head_dim": 8}
+    config = LlamaConfig(**{**CONFIGS["llama"].to_dict(), **heads})
+    torch.manual_seed(0)
+    folder = tmp_path / "model"
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((model_folders["llama"] / name).read_bytes())
+    assert plain_kv_heads(config) == (1, 2, 3, 4, 5)
+    options = {**GROUPS, "pruning__allocation": "uniform", "pruning__groups": ["attention"], "pruning__target_sparsity": 0.2}
+    assert run(tmp_path, folder, **options, output__exports=["masked", "uniform"]) == 0
+    document = json.loads((tmp_path / "run/export/uniform/config.json").read_text())
+    assert document["num_key_value_heads"] == 3
+    assert (document["model_type"], document["architectures"], document["sliding_window"]) == ("mistral", ["MistralForCausalLM"], None)
+    found, said = logits_elsewhere(tmp_path / "run/export/uniform", "no", tmp_path)
+    assert said.startswith("MistralForCausalLM")
+    masked = AutoModelForCausalLM.from_pretrained(tmp_path / "run/export/masked")
+    torch.testing.assert_close(found, masked(TOKENS).logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("remove_blocks", [False, True])
+@pytest.mark.parametrize("family", sorted(CONFIGS))
+def test_per_block_export_of_every_family(family: str, remove_blocks: bool, model_folders: dict[str, Path], tmp_path: Path) -> None:
+    target = 0.8 if remove_blocks else 0.4
+    options = {**GROUPS, "pruning__remove_blocks": remove_blocks, "output__exports": ["per_block"]}
+    options["pruning__target_sparsity"] = target
+    assert run(tmp_path, model_folders[family], **options, cluster__num_shards=2) == 0
+    per_block = tmp_path / "run/export/per_block"
+    (entry,) = report_of(tmp_path / "run")["exports"]
+    widths = entry["widths"]
+    assert entry["reload_max_logit_difference"] < 1e-4
+    assert len({tuple(width) for width in widths}) > 1
+    assert all(channels % 8 == 0 for channels, _ in widths)
+    assert (min(kv for _, kv in widths) == 0) == remove_blocks or (min(c for c, _ in widths) == 0) == remove_blocks
+    assert size_of(per_block) < size_of(model_folders[family])
+    assert json.loads((per_block / "config.json").read_text())["model_type"] == f"pruned_{CONFIGS[family].model_type}"
+
+
+@pytest.mark.parametrize(("allocation", "kind"), [("uniform", "uniform"), ("global", "per_block")])
+def test_exports_do_not_need_this_project(allocation: str, kind: str, model_folders: dict[str, Path], tmp_path: Path) -> None:
+    options = {**GROUPS, "pruning__allocation": allocation, "output__exports": ["masked", kind]}
+    assert run(tmp_path, model_folders["llama"], **options) == 0
+    found, said = logits_elsewhere(tmp_path / "run/export" / kind, "no" if kind == "uniform" else "yes", tmp_path)
+    masked = AutoModelForCausalLM.from_pretrained(tmp_path / "run/export/masked")
+    torch.testing.assert_close(found, masked(TOKENS).logits, atol=1e-4, rtol=0)
+    assert said == {"uniform": "LlamaForCausalLM 35", "per_block": "PrunedForCausalLM 35"}[kind]
+
+
+def deci_model(folder: Path, tokenizer_from: Path, **changes: Any) -> Path:
+    from transformers import LlamaConfig
+
+    torch.manual_seed(0)
+    config = LlamaConfig(**{**CONFIGS["llama"].to_dict(), "intermediate_size": 768, "tie_word_embeddings": False, **changes})
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((tokenizer_from / name).read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize("remove_blocks", [False, True])
+def test_deci_export(remove_blocks: bool, model_folders: dict[str, Path], tmp_path: Path) -> None:
+    model = deci_model(tmp_path / "model", model_folders["llama"])
+    target = 0.75 if remove_blocks else 0.5
+    options = {**GROUPS, "pruning__groups": ["ffn"], "pruning__width_multiple": 256, "pruning__remove_blocks": remove_blocks}
+    options |= {"pruning__target_sparsity": target, "output__exports": ["masked", "deci"]}
+    assert run(tmp_path, model, **options, cluster__num_shards=2) == 0
+    folder = tmp_path / "run/export/deci"
+    found, said = logits_elsewhere(folder, "yes", tmp_path)
+    masked = AutoModelForCausalLM.from_pretrained(tmp_path / "run/export/masked")
+    torch.testing.assert_close(found, masked(TOKENS).logits, atol=1e-4, rtol=0)
+    assert said == "DeciLMForCausalLM 35"
+    document = json.loads((folder / "config.json").read_text())
+    widths = [c for c, _ in report_of(tmp_path / "run")["exports"][1]["widths"]]
+    assert (document["model_type"], document["architectures"]) == ("nemotron-nas", ["DeciLMForCausalLM"])
+    names = {key for path in folder.glob("*.safetensors") for key in set(safe_open(path, "pt").keys())}
+    for number, (block, width) in enumerate(zip(document["block_configs"], widths, strict=True)):
+        assert block["attention"] == {"n_heads_in_group": 2, "no_op": False, "replace_with_linear": False}
+        multiplier = block["ffn"]["ffn_mult"]
+        assert (0 if multiplier is None else -(-int(2 * multiplier * 32 / 3) // 256) * 256) == width
+        assert block["ffn"]["no_op"] == (width == 0)
+        assert (f"model.layers.{number}.post_attention_layernorm.weight" in names) == (width > 0)
+    assert (min(widths) == 0) == remove_blocks
+
+
+REFUSED = [
+    ("llama", {"output__exports": ["uniform"]}, "needs pruning.structure groups"),
+    ("llama", {**GROUPS, "output__exports": ["uniform"]}, "uniform needs pruning.allocation uniform"),
+    ("llama", {**GROUPS, "output__exports": ["deci"]}, "set pruning.groups to [ffn]"),
+    ("llama", {**GROUPS, "output__exports": ["masked", "masked"]}, "names one twice"),
+    ("llama", {**GROUPS, "output__speed": {}}, "has no smaller model to measure"),
+    ("opt", {**GROUPS, "pruning__groups": ["ffn"], "pruning__width_multiple": 256, "output__exports": ["deci"]}, "not opt"),
+    ("mistral", {**GROUPS, "pruning__groups": ["ffn"], "pruning__width_multiple": 256, "output__exports": ["deci"]}, "sliding window"),
+    ("llama", {**GROUPS, "pruning__allocation": "uniform", "pruning__remove_blocks": True}, "pruning.remove_blocks"),
+    ("llama", {"pruning__remove_blocks": True}, "pruning.remove_blocks"),
+    ("gpt2", {**GROUPS, "pruning__allocation": "uniform"}, "at most 0.3525"),
+    ("llama", {**GROUPS, "pruning__groups": ["attention"]}, "at most"),
+]
+
+
+@pytest.mark.parametrize(("family", "changes", "message"), REFUSED, ids=[m for _, _, m in REFUSED])
+def test_exports_that_cannot_be_are_refused_before_anything_starts(
+    family: str, changes: dict[str, Any], message: str, model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(tiny_spec(tmp_path, model_folders[family], **changes))]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_speed_is_measured_beside_the_dense_model(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    speed = {"prompt_length": 16, "num_new_tokens": 3, "num_repeats": 2}
+    options = {**GROUPS, "pruning__allocation": "uniform", "output__exports": ["uniform"], "output__speed": speed}
+    assert run(tmp_path, model_folders["llama"], **options) == 0
+    entry = report_of(tmp_path / "run")["exports"][0]
+    found = entry["speed"]
+    assert found["pruned"]["weights_bytes"] == pytest.approx(entry["size_bytes"], rel=0.1)
+    assert found["dense"]["weights_bytes"] > found["pruned"]["weights_bytes"]
+    for model in ("dense", "pruned"):
+        for step in ("prefill", "decode"):
+            spread = found[model][f"{step}_tokens_per_s"]
+            assert 0 < spread["lowest"] <= spread["median"] <= spread["highest"]
+    card = (tmp_path / "run/export/uniform/README.md").read_text()
+    assert "| prefill of 16 tokens |" in card
+    assert "from_pretrained(folder)" in card
+    _, front, _ = card.split("---\n", 2)
+    assert yaml.safe_load(front)["library_name"] == "transformers"
+
+
+def test_a_wrong_export_is_not_announced(model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the widths of two blocks exchanged, the fresh process says that tensors do not fit."""
+    from ray_surgeon.export import kinds
+
+    right = kinds.block_widths
+    monkeypatch.setattr(kinds, "block_widths", lambda *arguments: right(*arguments)[::-1])
+    assert run(tmp_path, model_folders["llama"], **GROUPS, output__exports=["per_block"]) == 1
+    assert not (tmp_path / "run/export/per_block/README.md").exists()
+    assert head_layout(CONFIGS["llama"]).num_kv_heads == 2
