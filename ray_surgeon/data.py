@@ -5,9 +5,11 @@ A text is one long stream of tokens: documents joined by blank lines, no special
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+import sysconfig
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,10 @@ _DATA_SET_ERRORS = (OSError, ValueError, KeyError, RuntimeError, HTTP_ERROR)
 """What reading a data set raises when it, or the network, is not there; `datasets` has its own subclasses of these."""
 _DOCUMENTS_PER_CALL = 1000
 """Documents joined for one call of the tokenizer, so that a large corpus is not one string."""
+
+
+_LONGER = 300
+"""Characters from which a docstring is prose rather than a label."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,15 @@ def cut_windows(stream: NDArray[np.int64], num_sequences: int, sequence_length: 
     return Windows(tokens, hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest())
 
 
+def interleaved(parts: Sequence[Windows]) -> Windows:
+    """Return the windows of several texts in one, as evenly spread over the whole as their numbers allow."""
+    if len(parts) == 1:
+        return parts[0]
+    places = [((i + 0.5) / len(part.tokens), number, i) for number, part in enumerate(parts) for i in range(len(part.tokens))]
+    tokens = np.stack([parts[number].tokens[i] for _, number, i in sorted(places)])
+    return Windows(tokens, hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest())
+
+
 def token_stream(text: TextSource, tokenizer: Any, where: str) -> NDArray[np.int64]:
     """Tokenize a text into one stream [num_tokens], at most `max_tokens` long.
 
@@ -124,9 +139,22 @@ def _documents(text: TextSource, where: str) -> tuple[Iterator[str], bool]:
         from pydoc_data.topics import topics
 
         return iter(topics.values()), False
+    if text.source == "python-docstrings":
+        return _docstrings(), False
     if text.source.endswith(_TEXT_SUFFIXES):
         return _file_documents(text, where), False
     return _dataset_documents(text, where)
+
+
+def _docstrings() -> Iterator[str]:
+    """Yield the longer docstrings of the standard library's modules, classes and functions, module by module."""
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                docstring = ast.get_docstring(node)
+                if docstring and len(docstring) >= _LONGER:
+                    yield docstring
 
 
 def _file_documents(text: TextSource, where: str) -> Iterator[str]:

@@ -81,6 +81,7 @@ def prune_by_costs(job: Job, cluster: Cluster, meter: StepMeter, ended: Ended, s
 
     with meter.step("update"):
         linears = _prune(cluster, threshold, job, options)
+    sparsity = 1 - sum(s.num_kept for s in linears) / sum(s.num_rows * s.num_columns for s in linears)
     predicted = sum(linear.predicted_loss_increase or 0.0 for linear in linears)
     residuals = sorted(linear.residual for linear in linears)
     yield ended("update", predicted_loss_increase=predicted, max_residual=residuals[-1])
@@ -90,7 +91,10 @@ def prune_by_costs(job: Job, cluster: Cluster, meter: StepMeter, ended: Ended, s
         "damping_used": damping,
         "terms": {"median_size": term_sizes, "clipped": clipping},
     }
-    return Pruned(linears, threshold.sparsity, threshold.value, loss, record)
+    if not options.by_element:
+        gone_whole = [n for n, index in zip(cluster.run_all("shrinkable"), cluster.placement.workers, strict=True) if index.replica == 0]
+        record["shrinkable"] = sum(gone_whole) / sum(s.num_rows * s.num_columns for s in linears)
+    return Pruned(linears, sparsity, threshold.value, loss, record)
 
 
 def prune_groups(job: Job, cluster: Cluster, meter: StepMeter, ended: Ended, shot: int) -> Generator[Event, None, Pruned]:
@@ -166,7 +170,7 @@ def _structures(replies: list[CostsReply]) -> list[StructureCosts]:
 
 def _greedy_costs(cluster: Cluster, options: CostOptions, once: list[CostsReply], target_sparsity: float) -> list[CostsReply]:
     """Let every linear climb its greedy curve as high as the target needs, starting from twice the threshold of single costs."""
-    limit, replies = 2 * _threshold(cluster, options, once, target_sparsity).value, once
+    limit, replies = 2 * structured_threshold(_structures(once), target_sparsity).value, once
     reached = False
     while not reached:
         replies = cluster.run_all("costs", replace(options, greedy_limit=limit))
@@ -209,7 +213,30 @@ def _allocate(replies: list[GroupsReply], options: GroupOptions, target: float) 
 def _threshold(cluster: Cluster, options: CostOptions, replies: list[CostsReply], target_sparsity: float) -> Threshold:
     if options.by_element:
         return _element_threshold(cluster, options, replies, target_sparsity)
-    return structured_threshold(_structures(replies), target_sparsity)
+    return _structured_threshold(cluster, _structures(replies), target_sparsity)
+
+
+def _structured_threshold(cluster: Cluster, costs: list[StructureCosts], target_sparsity: float) -> Threshold:
+    """Find the smallest threshold that removes the target together with what is dead then; that is for the workers to count."""
+    enough = structured_threshold(costs, target_sparsity)
+    values = torch.cat([side.double() for linear in costs for side in (linear.rows, linear.columns)])
+    values = torch.cat([torch.zeros(1, dtype=torch.float64), values[values <= enough.value]]).sort().values
+
+    def num_removed(value: float) -> int:
+        kept: list[int] = cluster.run_all("num_kept_at", value)
+        return enough.num_parameters - sum(
+            number for number, index in zip(kept, cluster.placement.workers, strict=True) if index.replica == 0
+        )
+
+    wanted = math.ceil(target_sparsity * enough.num_parameters - 1e-6)
+    low, high = 0, len(values) - 1
+    while low < high:
+        middle = (low + high) // 2
+        if num_removed(float(values[middle])) >= wanted:
+            high = middle
+        else:
+            low = middle + 1
+    return Threshold(float(values[low]), num_removed(float(values[low])), enough.num_parameters)
 
 
 def _element_threshold(cluster: Cluster, options: CostOptions, replies: list[CostsReply], target_sparsity: float) -> Threshold:

@@ -17,14 +17,14 @@ import ray_surgeon
 from ray_surgeon import storage
 from ray_surgeon.checkpoint import RunDirectory
 from ray_surgeon.cluster.placement import Placement, place
-from ray_surgeon.data import TextSource, Windows, cut_windows, token_stream
+from ray_surgeon.data import TextSource, Windows, cut_windows, interleaved, token_stream
 from ray_surgeon.export.kinds import check_export
 from ray_surgeon.job import Job
 from ray_surgeon.models.adapters import check_family
 from ray_surgeon.models.gguf import convert_gguf
 from ray_surgeon.models.narrow import most_removable
 from ray_surgeon.models.skeleton import check_checkpoint, linear_shapes, num_parameters
-from ray_surgeon.sections import PruningSection, TextSection
+from ray_surgeon.sections import PruningSection, SourceSection
 from ray_surgeon.sources import ModelSource, open_model
 from ray_surgeon.spec import JobSpec
 
@@ -60,8 +60,14 @@ def prepare(spec: JobSpec, *, resume: bool, dry_run: bool = False) -> tuple[Job,
         shapes, model_fingerprint = files.shapes_and_fingerprint()
     check_checkpoint(config, shapes, files.origin)
     tokenizer, tokenizer_fingerprint = _load_tokenizer(folder, files.origin)
-    calibration = _windows(spec.calibration, tokenizer, config, "calibration")
-    evaluation = {t.name: _windows(t, tokenizer, config, f"evaluation[{i}] {t.name!r}") for i, t in enumerate(spec.evaluation)}
+    length = spec.calibration.sequence_length
+    places = ["calibration", *(f"calibration.mix[{i}]" for i in range(len(spec.calibration.mix)))]
+    parts = zip(spec.calibration.shares, places, strict=True)
+    calibration = interleaved([_windows(text, count, length, tokenizer, config, place) for (text, count), place in parts])
+    evaluation = {
+        t.name: _windows(t, t.num_sequences, t.sequence_length, tokenizer, config, f"evaluation[{i}] {t.name!r}")
+        for i, t in enumerate(spec.evaluation)
+    }
     fingerprints: dict[str, Any] = {
         "method": spec.method_fingerprint(),
         "model": model_fingerprint,
@@ -142,15 +148,15 @@ def _load_tokenizer(folder: Path, origin: str) -> tuple[Any, str]:
     return tokenizer, hashlib.sha256(repr(vocabulary).encode()).hexdigest()
 
 
-def _windows(section: TextSection, tokenizer: Any, config: PretrainedConfig, where: str) -> Windows:
-    longest = getattr(config, "max_position_embeddings", section.sequence_length)
-    if section.sequence_length > longest:
-        raise ValueError(f"{where}.sequence_length: {section.sequence_length}, but the model takes at most {longest}; shorten it")
+def _windows(
+    section: SourceSection, num_sequences: int, sequence_length: int, tokenizer: Any, config: PretrainedConfig, where: str
+) -> Windows:
+    longest = getattr(config, "max_position_embeddings", sequence_length)
+    if sequence_length > longest:
+        raise ValueError(f"{where}.sequence_length: {sequence_length}, but the model takes at most {longest}; shorten it")
     text = TextSource(section.source, section.config, section.split, section.column, section.revision, section.max_tokens)
     stream = token_stream(text, tokenizer, where)
-    windows = cut_windows(
-        stream, section.num_sequences, section.sequence_length, section.stride, section.seed, f"{where} ({section.source})"
-    )
+    windows = cut_windows(stream, num_sequences, sequence_length, section.stride, section.seed, f"{where} ({section.source})")
     if int(windows.tokens.max()) >= config.vocab_size:
         raise ValueError(
             f"model.source: the tokenizer gives token {int(windows.tokens.max())}, the model's vocabulary is {config.vocab_size}; "

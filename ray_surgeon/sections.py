@@ -41,23 +41,25 @@ class ModelSection(Section):
         return self
 
 
-class TextSection(Section):
-    """A text and the windows that are cut from it."""
+OWN_TEXTS = ("python-docs", "python-docstrings")
+"""Texts that come with Python."""
+
+
+class SourceSection(Section):
+    """A text, and where its windows start."""
 
     source: str = Field(
         min_length=1,
-        description="python-docs (the topics of Python's own help), files on any fsspec URI ending in .txt, .jsonl or .parquet "
-        "(* for several), the name of a Hub data set, or a local data-set folder",
+        description="python-docs (the topics of Python's own help), python-docstrings (those of its standard library), files on any fsspec "
+        "URI ending in .txt, .jsonl or .parquet (* for several), the name of a Hub data set, or a local data-set folder",
     )
     config: str | None = Field(None, description="Configuration of a Hub data set, e.g. wikitext-2-raw-v1")
     split: str = Field(
-        "train", description="Split of a data set; python-docs and files have train (the first 80 % of the tokens) and test (the rest)"
+        "train", description="Split of a data set; files and Python's texts have train (the first 80 % of the tokens) and test (the rest)"
     )
     column: str = Field("text", description="Column or key that holds the text, in data sets, .jsonl and .parquet")
     revision: str | None = Field(None, description="Branch, tag or commit of a Hub data set")
     max_tokens: Positive = Field(10_000_000, description="Read no more than this many tokens of the text")
-    num_sequences: Positive = Field(description="Number of windows")
-    sequence_length: int = Field(gt=1, description="Tokens in each window")
     stride: Positive | None = Field(
         None, description="Window i starts at token stride * i; without it, windows that do not overlap are drawn with the seed"
     )
@@ -66,14 +68,56 @@ class TextSection(Section):
     @property
     def has_own_split(self) -> bool:
         """Whether train and test are cut here, because the source has no splits."""
-        return self.source == "python-docs" or self.source.endswith((".txt", ".jsonl", ".parquet"))
+        return self.source in OWN_TEXTS or self.source.endswith((".txt", ".jsonl", ".parquet"))
 
     @model_validator(mode="after")
-    def _known_split(self) -> TextSection:
+    def _known_split(self) -> SourceSection:
         if self.has_own_split and self.split not in ("train", "test"):
             raise ValueError(f"split is {self.split!r}, but {self.source} has train and test only")
         if self.has_own_split and (self.config or self.revision):
             raise ValueError(f"config and revision belong to a Hub data set, {self.source} is none; remove them")
+        return self
+
+
+class TextSection(SourceSection):
+    """A text and the windows that are cut from it."""
+
+    num_sequences: Positive = Field(description="Number of windows")
+    sequence_length: int = Field(gt=1, description="Tokens in each window")
+
+
+class MixedSection(SourceSection):
+    """One more text of the calibration."""
+
+    weight: float = Field(1.0, gt=0, description="Its share of num_sequences is its weight over the sum of all weights")
+
+
+class CalibrationSection(TextSection):
+    """The text whose loss the method keeps low, or a mix of texts."""
+
+    weight: float = Field(1.0, gt=0, description="Weight of this text in the mix")
+    mix: tuple[MixedSection, ...] = Field((), description="More texts; num_sequences counts the windows of all, which are taken in turns")
+
+    @property
+    def shares(self) -> list[tuple[SourceSection, int]]:
+        """Each text with its number of windows, which add up to num_sequences: exact shares rounded down, the largest rests up."""
+        weights = [self.weight, *(text.weight for text in self.mix)]
+        exact = [self.num_sequences * weight / sum(weights) for weight in weights]
+        counts = [int(share) for share in exact]
+        rests = sorted(range(len(exact)), key=lambda i: (counts[i] - exact[i], i))
+        for i in rests[: self.num_sequences - sum(counts)]:
+            counts[i] += 1
+        return list(zip((self, *self.mix), counts, strict=True))
+
+    @model_validator(mode="after")
+    def _every_text_counts(self) -> CalibrationSection:
+        for text, count in self.shares:
+            if not count:
+                raise ValueError(
+                    f"mix: the share of {text.source} in {self.num_sequences} sequences is none; raise its weight or num_sequences"
+                )
+        if not self.mix and self.weight != 1.0:
+            raise ValueError("weight has no effect without mix; remove it")
         return self
 
 

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from ray_surgeon.idle_fields import idle_fields
 from ray_surgeon.sections import (
+    CalibrationSection,
     ClusterSection,
     CorrectionSection,
     CurvatureSection,
@@ -20,7 +21,6 @@ from ray_surgeon.sections import (
     OutputSection,
     PruningSection,
     Section,
-    TextSection,
     UpdatesSection,
 )
 
@@ -31,7 +31,7 @@ class JobSpec(Section):
     version: Literal[1] = Field(description="Version of this format")
     name: str = Field(pattern="^[a-z0-9][a-z0-9.-]*$", max_length=63, description="Name of the run: lower case, digits, dots, dashes")
     model: ModelSection = Field(description="The model to prune")
-    calibration: TextSection = Field(description="The text whose loss the method keeps low")
+    calibration: CalibrationSection = Field(description="The text whose loss the method keeps low")
     evaluation: tuple[EvaluationSection, ...] = Field(min_length=1, description="Texts for perplexity, each reported after every shot")
     curvature: CurvatureSection = Field(CurvatureSection(), description="Curvature of the loss")
     pruning: PruningSection = Field(description="What is removed and how much")
@@ -53,12 +53,12 @@ class JobSpec(Section):
                 "calibration sequences; give fewer replicas or more sequences"
             )
         for i, text in enumerate(self.evaluation):
-            same = text.has_own_split and text.source == self.calibration.source
-            if same and text.max_tokens != self.calibration.max_tokens:
-                raise ValueError(
-                    f"evaluation.{i}.max_tokens: must equal calibration.max_tokens, because both are cut from {text.source} and the "
-                    "border between train and test would move; set both"
-                )
+            for read in (self.calibration, *self.calibration.mix):
+                if text.has_own_split and text.source == read.source and text.max_tokens != read.max_tokens:
+                    raise ValueError(
+                        f"evaluation.{i}.max_tokens: must equal that of {text.source} in calibration, because both are cut from it and "
+                        "the border between train and test would move; set both"
+                    )
         return self
 
     @model_validator(mode="after")

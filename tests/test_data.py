@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from ray_surgeon.data import TextSource, cut_windows, token_stream
+from ray_surgeon.data import TextSource, Windows, cut_windows, interleaved, token_stream
 
 DOCUMENTS = [f"Document {i}: " + "the quick brown fox. " * 5 for i in range(40)]
 
@@ -109,3 +109,17 @@ def test_bad_files_are_named_with_the_remedy(tmp_path: Path, tokenizer: PreTrain
     }.items():
         with pytest.raises(ValueError, match=message):
             token_stream(source(tmp_path / name), tokenizer, "calibration")
+
+
+def test_docstrings_are_another_text_of_python(tokenizer: PreTrainedTokenizerFast) -> None:
+    found = token_stream(source("python-docstrings", max_tokens=3000), tokenizer, "calibration")
+    assert len(found) == 2400
+    assert tokenizer.decode(found[:40]) not in "\n\n".join(topics.values())
+
+
+def test_mixed_windows_are_spread_evenly() -> None:
+    parts = [Windows(np.full((count, 4), number), "") for number, count in enumerate((4, 2, 1))]
+    found = interleaved(parts)
+    assert found.tokens[:, 0].tolist() == [0, 1, 0, 2, 0, 1, 0]
+    assert interleaved(parts[:1]) is parts[0]
+    assert found.fingerprint != interleaved(parts[:2]).fingerprint

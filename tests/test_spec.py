@@ -39,7 +39,7 @@ def test_every_field_is_described(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--schema"]) == 0
     schema = json.loads(capsys.readouterr().out)
     sections = [schema, *schema["$defs"].values()]
-    assert len(sections) == 12
+    assert len(sections) == 13
     for section in sections:
         assert section["additionalProperties"] is False
         assert section["description"]
@@ -50,8 +50,14 @@ def test_every_field_is_described(capsys: pytest.CaptureFixture[str]) -> None:
 def test_sections_are_frozen() -> None:
     found = {**vars(spec_module), **vars(sections_module)}.values()
     sections = {s for s in found if isinstance(s, type) and issubclass(s, BaseModel) and s not in (BaseModel, Section)}
-    assert len(sections) == 12
+    assert len(sections) == 15
     assert all(s.model_config["frozen"] and s.model_config["extra"] == "forbid" for s in sections)
+
+
+def test_shares_of_a_mix_add_up() -> None:
+    spec = parse_spec(MINIMAL, ["calibration.num_sequences=7", "calibration.mix=[{source: a.txt, weight: 0.5}, {source: b.txt}]"])
+    assert [(text.source, count) for text, count in spec.calibration.shares] == [("python-docs", 3), ("a.txt", 1), ("b.txt", 3)]
+    assert spec.method_fingerprint() != parse_spec(MINIMAL, ["calibration.num_sequences=7"]).method_fingerprint()
 
 
 def test_overrides() -> None:
@@ -121,6 +127,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"correction.lora_rank": 2, "correction.steps_per_shot": 0}, "set one of them"),
     ({"correction.lora_rank": 2, "correction.sequences_per_step": 3}, "more than the 2"),
     ({"output.exports": "[onnx]"}, "exports"),
+    ({"calibration.weight": 2.0}, "no effect without mix"),
+    ({"calibration.mix": "[{source: python-docstrings, weight: 0.1}]"}, "in 2 sequences is none"),
+    ({"calibration.mix": "[{source: python-docstrings, weight: 0}]"}, "weight"),
+    ({"calibration.mix": "[{source: python-docs, max_tokens: 5}]"}, "must equal that of python-docs"),
     ({"evaluation": "[]"}, "evaluation"),
 ]
 

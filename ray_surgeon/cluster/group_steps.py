@@ -9,10 +9,9 @@ from torch import Tensor
 
 from ray_surgeon.cluster.messages import CurvatureOptions, DampingEvent, GroupOptions, GroupsReply, LinearSummary, ReaderCosts
 from ray_surgeon.cluster.state import ShardState
-from ray_surgeon.models.couplings import GroupSet, group_sets
+from ray_surgeon.models.couplings import GroupSet
 from ray_surgeon.models.narrow import plain_kv_heads
 from ray_surgeon.surgery.groups import GroupSurgery, lowest
-from ray_surgeon.surgery.masks import StructuredMask
 
 
 class GroupSteps(ShardState):
@@ -22,8 +21,7 @@ class GroupSteps(ShardState):
     _group_heights: dict[str, Tensor]
 
     def _group_sets(self, kinds: tuple[str, ...]) -> list[GroupSet]:
-        blocks = self.shard.blocks
-        return [g for g in group_sets(self.shard.config, self.linear_shapes) if g.kind in kinds and blocks.first <= g.block < blocks.last]
+        return [groups for groups in self.group_sets if groups.kind in kinds]
 
     def group_costs(self, options: GroupOptions, curvature: CurvatureOptions) -> GroupsReply:
         """Return the heights of the owned readers' groups, and keep them for `prune_groups`.
@@ -38,7 +36,7 @@ class GroupSteps(ShardState):
             name = groups.reader
             if self.owner(name) != self.replicas.rank:
                 continue
-            mask = self._structured(name)
+            mask = self.structured(name)
             surgery = GroupSurgery(name, self.shard.weight(name), self.shard.factors(name), mask, **damping)
             left = int(mask.columns[groups.columns].all(dim=1).sum())
             limit = options.limit
@@ -74,7 +72,7 @@ class GroupSteps(ShardState):
         for groups in sets:
             name = groups.reader
             if name in self._group_surgeries:
-                gone = torch.zeros(len(self._structured(name).columns), dtype=torch.bool)
+                gone = torch.zeros(len(self.structured(name).columns), dtype=torch.bool)
                 gone[groups.columns[lowest(self._group_heights[name], counts[name])].flatten()] = True
                 W, self.masks[name], predicted[name] = self._group_surgeries[name].prune(gone)
                 self.shard.set_weight(name, W)
@@ -86,17 +84,12 @@ class GroupSteps(ShardState):
         return tuple(self.summary(name, predicted.get(name, 0.0), 0.0) for name in self.owned())
 
     def _remove_writers(self, groups: GroupSet) -> None:
-        gone = ~self._structured(groups.reader).columns[groups.columns].all(dim=1)
+        gone = ~self.structured(groups.reader).columns[groups.columns].all(dim=1)
         for name, rows in groups.writers:
-            mask = self._structured(name)
+            mask = self.structured(name)
             removed = torch.zeros_like(mask.rows)
             removed[rows[gone].flatten()] = True
             self.masks[name] = mask.without(removed, torch.zeros_like(mask.columns))
             W = self.shard.weight(name)
             W[removed.to(W.device)] = 0
             self.shard.set_weight(name, W)
-
-    def _structured(self, name: str) -> StructuredMask:
-        mask = self.masks[name]
-        assert isinstance(mask, StructuredMask)
-        return mask

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import socket
 from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,11 +15,15 @@ from ray_surgeon import storage
 from ray_surgeon.cluster.messages import LinearSummary, ModelRecipe, WorkerIndex
 from ray_surgeon.cluster.placement import Placement
 from ray_surgeon.cluster.replicas import ProcessReplica, ReplicaGroup, SingleReplica
+from ray_surgeon.models.couplings import GroupSet, group_sets
+from ray_surgeon.models.dead import shrinkable, without_dead
 from ray_surgeon.models.gguf import convert_gguf
 from ray_surgeon.models.shard import ModelShard
 from ray_surgeon.models.skeleton import checkpoint_key, linear_shapes, tied_names
 from ray_surgeon.sources import open_model
 from ray_surgeon.surgery.masks import ElementMask, Mask, StructuredMask
+
+AnyMask = TypeVar("AnyMask", bound=Mask)
 
 
 class ShardState:
@@ -100,14 +105,43 @@ class ShardState:
     def share_linears(self, names: Iterable[str]) -> None:
         """Send linears and their masks from their owners to the other replicas, after all of them have done their own."""
         for name in names:
-            owner = self.owner(name)
-            W, mask = self.shard.weight(name), self.masks[name]
-            parts = {part: tensor.to(self.device) for part, tensor in mask.tensors().items()}
-            for tensor in (W, *parts.values()):
-                self.replicas.broadcast(tensor, owner)
-            if owner != self.replicas.rank:
+            W = self.shard.weight(name)
+            self.replicas.broadcast(W, self.owner(name))
+            if self.owner(name) != self.replicas.rank:
                 self.shard.set_weight(name, W)
-                self.masks[name] = type(mask)(**{part: tensor.cpu() for part, tensor in parts.items()})
+            self.masks[name] = self.share_mask(name, self.masks[name])
+
+    def share_mask(self, name: str, mask: AnyMask) -> AnyMask:
+        """Return the owner's mask of a linear; every replica calls this."""
+        parts = {part: tensor.to(self.device) for part, tensor in mask.tensors().items()}
+        for tensor in parts.values():
+            self.replicas.broadcast(tensor, self.owner(name))
+        return type(mask)(**{part: tensor.cpu() for part, tensor in parts.items()})
+
+    @functools.cached_property
+    def group_sets(self) -> list[GroupSet]:
+        """Coupled groups of this shard's blocks."""
+        blocks = self.shard.blocks
+        return [groups for groups in group_sets(self.shard.config, self.linear_shapes) if blocks.first <= groups.block < blocks.last]
+
+    def structured(self, name: str) -> StructuredMask:
+        """Return the mask of a linear in a structured mode."""
+        mask = self.masks[name]
+        assert isinstance(mask, StructuredMask)
+        return mask
+
+    def remove_dead(self) -> None:
+        """Remove rows and columns that cannot influence the output any more; the same on every replica."""
+        masks = {name: self.structured(name) for name in self.shard.linears}
+        for name, mask in without_dead(self.shard.config, masks, self.group_sets).items():
+            W = self.shard.weight(name)
+            mask.apply_(W)
+            self.shard.set_weight(name, W)
+            self.masks[name] = mask
+
+    def shrinkable(self) -> int:
+        """Return the parameters of this shard in groups that are gone whole; see `dead.shrinkable`."""
+        return shrinkable({name: self.structured(name) for name in self.shard.linears}, self.group_sets)
 
     def summary(self, name: str, predicted: float | None, residual: float) -> LinearSummary:
         """Return what is left of a linear."""

@@ -31,6 +31,7 @@ from ray_surgeon.cluster.placement import Placement
 from ray_surgeon.cluster.power_steps import PowerSteps
 from ray_surgeon.cluster.transport import decode, encode
 from ray_surgeon.cluster.usage import process_usage
+from ray_surgeon.models.dead import without_dead
 from ray_surgeon.models.linears import cut, num_inputs
 from ray_surgeon.surgery.element_surgery import ElementCandidates, ElementSurgery
 from ray_surgeon.surgery.linear import Candidates, LinearSurgery
@@ -91,6 +92,7 @@ class ShardWorker(PowerSteps, GroupSteps, LayerwiseSteps, CorrectionSteps):
 
     def finish_curvature(self, kind: str) -> None:
         """Stop gathering and sum the factors over the replicas, each site to its owner; the others free theirs."""
+        assert self.shard.gathering, "no curvature pass has been made"
         self.shard.stop_curvature(kind)
         for site in self.shard.gathering:
             owner = self.placement.owners[self.site_of[site.names[0]]]
@@ -153,6 +155,15 @@ class ShardWorker(PowerSteps, GroupSteps, LayerwiseSteps, CorrectionSteps):
             counts += bit_histogram(costs, high).cpu()
         return counts.numpy()
 
+    def num_kept_at(self, threshold: float) -> int:
+        """Return the parameters that this shard's linears keep at a threshold, when what is dead then goes too."""
+        masks = {name: self.structured(name) for name in self.shard.linears}
+        for name in self.owned():
+            masks[name] = masks[name].without(*self._candidates[name].gone(masks[name], threshold))
+        masks = {name: self.share_mask(name, mask) for name, mask in masks.items()}
+        masks |= without_dead(self.shard.config, masks, self.group_sets)
+        return sum(mask.num_kept for mask in masks.values())
+
     def prune(self, threshold: float, how: PruneOptions, options: CostOptions) -> tuple[LinearSummary, ...]:
         """Remove everything whose cost is at most the threshold, update what stays, and send it to the replicas."""
         found: dict[str, tuple[float, float]] = {}
@@ -168,6 +179,8 @@ class ShardWorker(PowerSteps, GroupSteps, LayerwiseSteps, CorrectionSteps):
             self.shard.set_weight(name, W)
         self.shard.drop_curvature()
         self.share_linears(self.shard.linears)
+        if not options.by_element:
+            self.remove_dead()
         return tuple(self.summary(name, *found[name]) for name in self.owned())
 
     # Evaluation

@@ -46,6 +46,13 @@ class Candidates:
     float64_retry: tuple[bool, bool]
     clipping: tuple[float, ...] = ()
 
+    def gone(self, mask: StructuredMask, threshold: float) -> tuple[Tensor, Tensor]:
+        """Return which rows [R] and columns [C] cost at most the threshold, as bools on the mask's device."""
+        rows, columns = torch.zeros_like(mask.rows), torch.zeros_like(mask.columns)
+        rows[self.rows[self.row_costs.double() <= threshold].to(rows.device)] = True
+        columns[self.columns[self.column_costs.double() <= threshold].to(columns.device)] = True
+        return rows, columns
+
 
 class LinearSurgery:
     """One linear in one shot."""
@@ -151,9 +158,7 @@ class LinearSurgery:
             W [R, C] with zeros in everything removed, the new mask, the predicted loss increase in nats per token, and the relative
             residual of the update's equations (0 for an exact one).
         """
-        gone_rows, gone_columns = torch.zeros_like(self.mask.rows), torch.zeros_like(self.mask.columns)
-        gone_rows[found.rows[found.row_costs.double() <= threshold]] = True
-        gone_columns[found.columns[found.column_costs.double() <= threshold]] = True
+        gone_rows, gone_columns = found.gone(self.mask, threshold)
         mask = self.mask.without(gone_rows, gone_columns)
         rows, columns = found.live_rows, found.live_columns
         curvature = self._curvature(rows, columns, found.damping_a, found.damping_g)

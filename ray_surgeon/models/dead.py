@@ -1,0 +1,95 @@
+"""Rows and columns that cannot influence the output any more because of others that are gone, in every structured mode.
+
+A removed row writes zeros, its bias included, so nothing has to be folded into other biases: what reads only zeros is dead, and so is
+what is read by nobody. Inside the feed-forward layer an activation that keeps zero is needed; inside attention a head whose values are
+not read has no use for its queries, and a dimension of the queries that is zero has no use for that of the keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from ray_surgeon.models.adapters import adapter_for
+from ray_surgeon.models.couplings import GroupSet, head_layout
+from ray_surgeon.surgery.masks import StructuredMask
+
+_KEEP_ZERO = ("silu", "swish", "relu", "relu2", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python")
+"""Activations with f(0) = 0."""
+
+_NORMS_QUERIES = ("qwen3", "gemma3_text")
+"""Families that normalise queries and keys over a head's dimensions, each of which therefore matters to the others."""
+
+
+def without_dead(config: PretrainedConfig, masks: Mapping[str, StructuredMask], sets: Sequence[GroupSet]) -> dict[str, StructuredMask]:
+    """Return the masks that change when everything dead is removed too.
+
+    Args:
+        config: of the model.
+        masks: name of a linear -> what is kept of it.
+        sets: the groups of the blocks whose linears are in `masks`.
+    """
+    rows = {name: mask.rows.clone() for name, mask in masks.items()}
+    columns = {name: mask.columns.clone() for name, mask in masks.items()}
+    for groups in sets:
+        if groups.kind == "ffn" and _activation(config) in _KEEP_ZERO:
+            _spread_in_ffn(groups, rows, columns)
+        elif groups.kind == "attention":
+            _spread_in_attention(config, groups, rows, columns)
+    found = {name: StructuredMask(rows[name], columns[name]) for name in masks}
+    return {name: mask for name, mask in found.items() if mask.num_kept < masks[name].num_kept or _fewer(mask, masks[name])}
+
+
+def shrinkable(masks: Mapping[str, StructuredMask], sets: Sequence[GroupSet]) -> int:
+    """Return the parameters in groups of which every column of the reader is gone: what could be cut out of the dense shapes."""
+    return sum(int((~masks[g.reader].columns[g.columns].any(dim=1)).sum()) * g.num_parameters for g in sets)
+
+
+def _fewer(new: StructuredMask, old: StructuredMask) -> bool:
+    return not (torch.equal(new.rows, old.rows) and torch.equal(new.columns, old.columns))
+
+
+def _activation(config: PretrainedConfig) -> str:
+    names = ("hidden_act", "hidden_activation", "activation_function")
+    return str(next(value for value in (getattr(config, name, None) for name in names) if value is not None))
+
+
+def _spread_in_ffn(groups: GroupSet, rows: dict[str, Tensor], columns: dict[str, Tensor]) -> None:
+    """A channel is a product or a function of what its writers write: one zero and nobody reads it."""
+    channels = groups.columns[:, 0]
+    alive = columns[groups.reader][channels]
+    for name, written in groups.writers:
+        alive = alive & rows[name][written[:, 0]]
+    columns[groups.reader][channels] = alive
+    for name, written in groups.writers:
+        rows[name][written[:, 0]] &= alive
+
+
+def _spread_in_attention(config: PretrainedConfig, groups: GroupSet, rows: dict[str, Tensor], columns: dict[str, Tensor]) -> None:
+    layout = head_layout(config)
+    num_groups, head_dim = len(groups.columns), layout.head_dim
+    (query, query_rows), (key, key_rows), (value, value_rows) = groups.writers
+    read = columns[groups.reader][groups.columns].view(num_groups, -1, head_dim)
+    values = rows[value][value_rows].view(num_groups, 1, head_dim)
+    read, values = read & values, values & read.any(dim=1, keepdim=True)
+    queries = rows[query][query_rows].view(num_groups, -1, head_dim) & read.any(dim=2, keepdim=True)
+    keys = rows[key][key_rows].view(num_groups, 1, head_dim) & read.any(dim=2, keepdim=True).any(dim=1, keepdim=True)
+    if adapter_for(config).positions:
+        queries, keys = queries & keys, keys & queries.any(dim=1, keepdim=True)
+    elif config.model_type not in _NORMS_QUERIES:
+        queries, keys = queries & _turned(keys, config), keys & _turned(queries, config).any(dim=1, keepdim=True)
+    columns[groups.reader][groups.columns.flatten()] = read.flatten()
+    for name, places, alive in ((query, query_rows, queries), (key, key_rows, keys), (value, value_rows, values)):
+        rows[name][places.flatten()] = alive.flatten()
+
+
+def _turned(alive: Tensor, config: PretrainedConfig) -> Tensor:
+    """Return which dimensions of a head are not zero after the rotation of positions, which mixes pairs of them."""
+    head_dim = alive.shape[-1]
+    parameters = getattr(config, "rope_parameters", None) or {}
+    turning = int(head_dim * (parameters.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0))
+    halves = alive[..., :turning].reshape(*alive.shape[:-1], 2, turning // 2).any(dim=-2)
+    return torch.cat([halves, halves, alive[..., turning:]], dim=-1)
