@@ -29,7 +29,7 @@ def idle_fields(spec: JobSpec) -> Iterator[str]:
         yield from _changed(pruning, "pruning", f"structure {pruning.structure}", "groups", "allocation", "width_multiple", "remove_blocks")
     else:
         yield from _changed(pruning, "pruning", "structure groups", "selection", "costs")
-        yield from _changed(updates, "updates", "structure groups", "joint", "correlations", "first_order_step")
+        yield from _changed(updates, "updates", "structure groups", "joint", "correlations")
         yield from _changed(curvature, "curvature", "structure groups", "num_kronecker_terms")
         if pruning.allocation == "uniform":
             yield from _changed(pruning, "pruning", "allocation uniform", "rank_by", "remove_blocks")

@@ -103,7 +103,8 @@ def prune_groups(job: Job, cluster: Cluster, meter: StepMeter, ended: Ended, sho
     options = job.group_options(last=shot == len(targets))
     seed = curvature.seed + shot * len(job.calibration) if curvature.fisher == "sampled" else None
     with meter.step("curvature"):
-        loss = collect_curvature(cluster, job.calibration, curvature.kind, seed, readers_only=True)
+        step = job.spec.updates.first_order_step
+        loss = collect_curvature(cluster, job.calibration, curvature.kind, seed, with_gradient=step > 0, readers_only=True)
         if curvature.takes_power_passes:
             collect_terms(cluster, job.calibration, 1, curvature.num_power_passes, seed, nearest=True)
     yield ended("curvature", calibration_loss=loss, tokens_per_s=job.calibration.size / meter.seconds["curvature"])
@@ -119,7 +120,7 @@ def prune_groups(job: Job, cluster: Cluster, meter: StepMeter, ended: Ended, sho
     yield ended("threshold", groups=sum(allocation.counts.values()), sparsity=sparsity)
 
     with meter.step("update"):
-        workers = cluster.run_all("prune_groups", options, allocation.counts)
+        workers = cluster.run_all("prune_groups", options, allocation.counts, step)
     linears = [summary for worker in workers for summary in worker]
     predicted = sum(linear.predicted_loss_increase or 0.0 for linear in linears)
     yield ended("update", predicted_loss_increase=predicted)

@@ -29,7 +29,7 @@ from ray_surgeon.coordinator import run_shots
 from ray_surgeon.job import Event, Job
 from ray_surgeon.plan import plan_table, plan_workers
 from ray_surgeon.preflight import prepare
-from ray_surgeon.report import LOG_WIDTH, shots_table
+from ray_surgeon.report import LOG_WIDTH, export_lines, shots_table
 from ray_surgeon.spec import JobSpec, parse_spec
 
 _POLL_S = 0.5
@@ -191,8 +191,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         errors.print(f"failed: {error}\n{resume_with}", style="red", markup=False, highlight=False, soft_wrap=True)
         return FAILED
     console.print(shots_table(report))
-    for export in report["exports"]:
-        console.print(f"{export['kind']} export: {export['uri']}", soft_wrap=True)
+    for line in export_lines(report):
+        console.print(line, soft_wrap=True, highlight=False)
     console.print(f"report: {run.path('report.json')}", soft_wrap=True)
     return DONE
 

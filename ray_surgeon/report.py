@@ -119,6 +119,27 @@ def shots_table(record: Mapping[str, Any]) -> Table:
     return table
 
 
+def export_lines(record: Mapping[str, Any]) -> list[str]:
+    """Return what a run ends by saying of every export: its size, perplexity and speed before and after, and how to load it."""
+    bytes_each = 4 if record["spec"]["model"]["dtype"] == "float32" else 2
+    before = record["parameters"]["before"] * bytes_each
+    lines = []
+    for export in record["exports"]:
+        lines.append(f"{export['kind']} export: {export['uri']}")
+        lines.append(_change("weights, MB", before / 1e6, export["size_bytes"] / 1e6))
+        for text, value in record["dense"]["perplexity"].items():
+            lines.append(_change(f"perplexity {text}", value, record["shots"][-1]["perplexity"][text]))
+        for step in ("prefill", "decode") if "speed" in export else ():
+            speeds = [export["speed"][model][f"{step}_tokens_per_s"]["median"] for model in ("dense", "pruned")]
+            lines.append(_change(f"{step}, tokens per second", *speeds))
+        lines.append(f"  load it: {export['load']}")
+    return lines
+
+
+def _change(what: str, before: float, after: float) -> str:
+    return f"  {what:<28} {before:10.3f} -> {after:10.3f}   x {after / before:.3f}"
+
+
 def _perplexity_text(value: float) -> str:
     return f"{value:.3f}" if math.isfinite(value) and value < 1e4 else f"{value:.3g}"
 

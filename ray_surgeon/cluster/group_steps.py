@@ -60,12 +60,13 @@ class GroupSteps(ShardState):
             return frozenset(plain_kv_heads(self.shard.config))
         return frozenset((*range(0, whole, multiple), whole))
 
-    def prune_groups(self, options: GroupOptions, counts: Mapping[str, int]) -> tuple[LinearSummary, ...]:
+    def prune_groups(self, options: GroupOptions, counts: Mapping[str, int], step: float) -> tuple[LinearSummary, ...]:
         """Remove the cheapest groups of every reader and what writes to them.
 
         Args:
             options: those of `group_costs`.
             counts: reader -> number of its groups that go.
+            step: of the first-order correction of the readers, see `LinearCurvature.without`.
         """
         predicted: dict[str, float] = {}
         sets = self._group_sets(options.kinds)
@@ -74,7 +75,7 @@ class GroupSteps(ShardState):
             if name in self._group_surgeries:
                 gone = torch.zeros(len(self.structured(name).columns), dtype=torch.bool)
                 gone[groups.columns[lowest(self._group_heights[name], counts[name])].flatten()] = True
-                W, self.masks[name], predicted[name] = self._group_surgeries[name].prune(gone)
+                W, self.masks[name], predicted[name] = self._group_surgeries[name].prune(gone, step)
                 self.shard.set_weight(name, W)
         self._group_surgeries, self._group_heights = {}, {}
         self.shard.drop_curvature()

@@ -13,7 +13,7 @@ from ray_surgeon.cluster.replicas import ThreadMeeting, ThreadReplica
 from ray_surgeon.cluster.worker import ShardWorker
 
 _MEETING_TIMEOUT_S = 600.0
-_MEETINGS = ("finish_curvature", "start_term", "finish_power", "prune", "prune_blocks", "prune_groups", "step_corrections")
+_MEETINGS = ("finish_curvature", "start_term", "finish_power", "num_kept_at", "prune", "prune_blocks", "prune_groups", "step_corrections")
 """Methods inside which replicas wait for each other, and which therefore need a thread each; loading is not thread-safe."""
 
 

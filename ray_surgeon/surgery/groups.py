@@ -78,11 +78,12 @@ class GroupSurgery:
         check_costs(f"{self.name} groups", heights[torch.isfinite(heights)])
         return heights
 
-    def prune(self, gone: Tensor) -> tuple[Tensor, StructuredMask, float]:
+    def prune(self, gone: Tensor, step: float = 0.0) -> tuple[Tensor, StructuredMask, float]:
         """Remove columns and update the others exactly.
 
         Args:
             gone: [C] bool.
+            step: of the first-order correction, see `LinearCurvature.without`.
 
         Returns:
             W [R, C], the new mask, and the predicted loss increase in nats per token.
@@ -90,7 +91,7 @@ class GroupSurgery:
         gone = gone.to(self.W.device)
         before = self.W[self._rows][:, self.columns]
         nothing = torch.zeros(len(before), dtype=torch.bool, device=self.W.device)
-        after, _ = self.curvature.without(before, nothing, gone[self.columns], joint="exact", correlations="full")
+        after, _ = self.curvature.without(before, nothing, gone[self.columns], joint="exact", correlations="full", step=step)
         W = self.W.clone()
         W[self._rows.nonzero(), self.columns.nonzero()[:, 0]] = after
         mask = self.mask.without(torch.zeros_like(self.mask.rows), gone.cpu())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -176,7 +177,9 @@ def test_exports_that_cannot_be_are_refused_before_anything_starts(
     assert message in capsys.readouterr().err
 
 
-def test_speed_is_measured_beside_the_dense_model(model_folders: dict[str, Path], tmp_path: Path) -> None:
+def test_speed_is_measured_beside_the_dense_model(
+    model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     speed = {"prompt_length": 16, "num_new_tokens": 3, "num_repeats": 2}
     options = {**GROUPS, "pruning__allocation": "uniform", "output__exports": ["uniform"], "output__speed": speed}
     assert run(tmp_path, model_folders["llama"], **options) == 0
@@ -188,6 +191,11 @@ def test_speed_is_measured_beside_the_dense_model(model_folders: dict[str, Path]
         for step in ("prefill", "decode"):
             spread = found[model][f"{step}_tokens_per_s"]
             assert 0 < spread["lowest"] <= spread["median"] <= spread["highest"]
+    said = capsys.readouterr().out
+    size = 4 * sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(model_folders["llama"]).parameters())
+    assert re.search(rf"weights, MB +{size / 1e6:.3f} -> +{entry['size_bytes'] / 1e6:.3f} ", said)
+    assert "prefill, tokens per second" in said
+    assert f'load it: AutoModelForCausalLM.from_pretrained("{tmp_path}/run/export/uniform")' in said
     card = (tmp_path / "run/export/uniform/README.md").read_text()
     assert "| prefill of 16 tokens |" in card
     assert "from_pretrained(folder)" in card

@@ -80,3 +80,12 @@ def test_a_removed_group_may_be_anything_upstream(model_folders: dict[str, Path]
                     masked.get_parameter(f"{name}.weight")[rows[gone].flatten()] = 1.0
     torch.testing.assert_close(masked(tokens).logits, before)
     assert head_layout(CONFIGS["llama"]).num_kv_heads == 2
+
+
+def test_the_first_order_correction_of_groups_does_something(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    for step in (0.0, 1.0):
+        assert run(tmp_path / str(step), model_folders["llama"], **GROUPS, updates__first_order_step=step) == 0
+    without, corrected = (tensors_of_shot(tmp_path / f"{step}/run", 1) for step in (0.0, 1.0))
+    assert all(torch.equal(without[n], corrected[n]) for n in without if n.endswith(("rows", "columns"))), "the costs are the same"
+    assert any(not torch.equal(without[n], corrected[n]) for n in without if n.endswith("down_proj.weight"))
+    assert all(torch.equal(without[n], corrected[n]) for n in without if n.endswith("up_proj.weight")), "only readers are corrected"
