@@ -276,7 +276,7 @@ class UpdatesSection(Section):
     precision: Literal["bfloat16", "float32"] = Field(
         "bfloat16", description="dtype of the products in conjugate gradients; bfloat16 is faster where the hardware has it"
     )
-    num_iterations: Positive = Field(22, description="Iterations of conjugate gradients, at most")
+    num_iterations: Positive = Field(16, description="Iterations of conjugate gradients, at most")
     tolerance: float = Field(1e-3, ge=0, lt=1, description="Relative residual at which conjugate gradients stop")
     max_correlate: Positive = Field(2000, description="Elements in a chunk")
     joint: Literal["exact", "independent"] = Field(

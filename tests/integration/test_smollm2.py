@@ -47,3 +47,27 @@ def test_smollm2_on_two_ray_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             loss = torch.stack([model(window[None], labels=window[None]).loss for window in windows]).mean()
         assert found == pytest.approx(float(loss.exp()), rel=1e-4)
     assert report["exports"][0]["reload_max_logit_difference"] < 1e-4
+
+
+def test_quickstart_makes_an_ordinary_model_that_is_smaller(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The quickstart's spec on two calibration sequences and in one shot."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    overrides = {
+        "calibration.num_sequences": 2,
+        "evaluation.0.num_sequences": 1,
+        "evaluation.1.num_sequences": 1,
+        "pruning.num_shots": 1,
+        "output.uri": tmp_path / "run",
+        "output.speed.num_repeats": 1,
+    }
+    arguments = [part for path, value in overrides.items() for part in ("--set", f"{path}={value}")]
+    assert main([str(ROOT / "pipelines/quickstart.yaml"), *arguments]) == 0
+    (export,) = report_of(tmp_path / "run")["exports"]
+    assert export["widths"] == [[1152, 3]] * 30
+    assert export["size_bytes"] < 0.86 * 4 * 134_515_008
+    assert export["reload_max_logit_difference"] < 1e-4
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/export/uniform")
+    assert (type(model).__name__, model.config.intermediate_size) == ("LlamaForCausalLM", 1152)
+    assert "load it: AutoModelForCausalLM.from_pretrained(" in capsys.readouterr().out
