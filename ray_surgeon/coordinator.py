@@ -12,6 +12,7 @@ from ray_surgeon.cluster.messages import ModelRecipe
 from ray_surgeon.cluster.protocol import Cluster
 from ray_surgeon.evaluate import perplexity
 from ray_surgeon.export.kinds import export
+from ray_surgeon.export.latency import latency_budget
 from ray_surgeon.job import Event, Job, StepMeter
 from ray_surgeon.methods import correct, method_of
 from ray_surgeon.report import Fact, RunReport
@@ -31,8 +32,7 @@ def run_shots(job: Job, cluster: Cluster, run: RunDirectory) -> Iterator[Event]:
     Raises:
         FloatingPointError: a loss, factor or cost is not usable; committed shots stay.
     """
-    spec, targets = job.spec, job.spec.pruning.targets
-    num_shots = len(targets)
+    spec, targets, num_shots = job.spec, job.spec.pruning.targets, job.spec.pruning.shots
     run.start(job.spec_yaml, job.fingerprints)
     done = [run.read_shot(index) for index in run.committed_indices()]
     report = RunReport(spec.model_dump(mode="json"), job.fingerprints, job.environment, job.num_parameters)
@@ -49,6 +49,11 @@ def run_shots(job: Job, cluster: Cluster, run: RunDirectory) -> Iterator[Event]:
         resumed = ModelRecipe(job.model_source, spec.model.dtype, done[-1].files) if done else dense
         cluster.run_all("load", resumed, job.cost_options.by_element)
     yield ended("load", len(done), meter, workers=len(cluster.placement.workers), resumed_after_shot=len(done))
+
+    if job.needs_latencies:
+        with meter.step("latency"):
+            job = job.with_budget(latency_budget(cluster, job.model_source, job.latency_options, run.path("latency.json")))
+        yield ended("latency", 0, meter, dense_s=job.known_budget.dense)
 
     if done:
         report.dense = done[-1].record["dense"]
@@ -73,7 +78,7 @@ def run_shots(job: Job, cluster: Cluster, run: RunDirectory) -> Iterator[Event]:
             files = cluster.run_all("save", run.shot_folder(shot), name, linears_only=True, masks="masks-{shard:04d}.safetensors")
             record = {
                 "index": shot,
-                "target_sparsity": targets[shot - 1],
+                "target_sparsity": targets[shot - 1] if targets else None,
                 "sparsity": pruned.sparsity,
                 "threshold": pruned.threshold,
                 "perplexity": values,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -23,8 +23,11 @@ from ray_surgeon.cluster.messages import (
 )
 from ray_surgeon.cluster.protocol import Cluster
 from ray_surgeon.cluster.usage import process_usage
+from ray_surgeon.export.latency import LatencyOptions
 from ray_surgeon.export.speed import SpeedOptions
+from ray_surgeon.models.budgets import Budget
 from ray_surgeon.report import Fact
+from ray_surgeon.sections import PruningSection
 from ray_surgeon.sources import ModelSource
 from ray_surgeon.spec import JobSpec
 from ray_surgeon.surgery.element_surgery import ElementUnits, ElementUpdate
@@ -43,6 +46,8 @@ class Job:
         fingerprints: of model, tokenizer, texts and method.
         environment: versions and machine, for the report.
         num_parameters: of the whole model.
+        fewest_groups: kind of structure groups -> groups that must be left in every block.
+        budget: what structure groups save from; None for other structures, and until latencies are measured.
     """
 
     spec: JobSpec
@@ -53,6 +58,8 @@ class Job:
     fingerprints: Mapping[str, Any]
     environment: Mapping[str, str]
     num_parameters: int
+    fewest_groups: Mapping[str, int] = field(default_factory=dict)
+    budget: Budget | None = None
 
     @property
     def cost_options(self) -> CostOptions:
@@ -90,9 +97,46 @@ class Job:
         """Return which coupled groups may go in a shot; widths are rounded in the last one."""
         pruning = self.spec.pruning
         multiples = {"ffn": pruning.width_multiple} if last else {}
-        return GroupOptions(
-            pruning.groups, pruning.fewest_groups, multiples, pruning.allocation == "uniform", pruning.rank_by == "cost_per_parameter"
-        )
+        per_unit = pruning.rank_by == "cost_per_parameter"
+        sizes: dict[str, float] = {kind: self.known_budget.size(kind) if per_unit else 1.0 for kind in pruning.groups}
+        return GroupOptions(pruning.groups, pruning.fewest_groups, multiples, pruning.allocation == "uniform", sizes)
+
+    def goal(self, shot: int) -> float:
+        """Return what is left of the budget after a shot of structure groups."""
+        pruning, dense = self.spec.pruning, self.known_budget.dense
+        last = pruning.target_sparsity if pruning.allowed is None else 1 - pruning.allowed / dense
+        assert last is not None
+        return dense * (1 - pruning.fractions(last)[shot - 1])
+
+    @property
+    def known_budget(self) -> Budget:
+        """The budget of structure groups."""
+        assert self.budget is not None, "latencies are not measured yet"
+        return self.budget
+
+    @property
+    def needs_latencies(self) -> bool:
+        """Whether the budget must be measured."""
+        target = self.spec.pruning.target
+        return target is not None and target.unit == "latency_s" and self.budget is None
+
+    @property
+    def latency_options(self) -> LatencyOptions:
+        """What is measured for the budget."""
+        pruning, target = self.spec.pruning, self.spec.pruning.target
+        assert target is not None
+        request = SpeedOptions(**target.request.model_dump())
+        uniform = pruning.allocation == "uniform"
+        return LatencyOptions(target.device, request, self.spec.model.dtype, self.fewest_groups, pruning.width_multiple, uniform)
+
+    def with_budget(self, budget: Budget) -> Job:
+        """Return the job with a measured budget.
+
+        Raises:
+            ValueError: the target is out of reach.
+        """
+        check_budget(budget, self.spec.pruning, self.fewest_groups)
+        return replace(self, budget=budget)
 
     @property
     def speed_options(self) -> SpeedOptions | None:
@@ -124,7 +168,7 @@ class Job:
         while len(batches) < correction.steps_per_shot:
             batches += epoch()
         batches = batches[: correction.steps_per_shot]
-        if shot == len(self.spec.pruning.targets):
+        if shot == self.spec.pruning.shots:
             batches += [batch for _ in range(correction.final_epochs) for batch in epoch()]
         return batches
 
@@ -138,6 +182,34 @@ class Job:
         else:
             steps = ["update"]
         return (*steps, *(["correction"] if self.spec.correction.lora_rank else []), "evaluation", "commit")
+
+
+def check_budget(budget: Budget, pruning: PruningSection, fewest: Mapping[str, int]) -> None:
+    """Refuse a target that cannot be reached, or that the dense model is within already.
+
+    Args:
+        budget: of the model.
+        pruning: what is asked for.
+        fewest: kind of groups -> groups that must be left in every block.
+
+    Raises:
+        ValueError: says what is possible.
+    """
+    least, dense, allowed = budget.least(fewest), budget.dense, pruning.allowed
+    if allowed is None:
+        assert pruning.target_sparsity is not None
+        if dense * (1 - pruning.target_sparsity) < least:
+            raise ValueError(
+                f"pruning.target_sparsity: {pruning.target_sparsity:g}, but with these groups, allocation and widths at most "
+                f"{1 - least / dense:.4f} of the parameters of this model's linears can go; lower it, or change those"
+            )
+    elif allowed < least:
+        raise ValueError(
+            f"pruning.target: {budget.unit} {allowed:.6g}, but with these groups, allocation and widths the model needs at least "
+            f"{least:.6g}; raise it, or change those"
+        )
+    elif allowed >= dense:
+        raise ValueError(f"pruning.target: {budget.unit} {allowed:.6g}, but the dense model needs no more than {dense:.6g}; lower it")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from ray_surgeon.cluster.messages import CostOptions, CostsReply, GroupOptions, 
 from ray_surgeon.cluster.protocol import Cluster
 from ray_surgeon.cluster.steps import collect_curvature, collect_terms, prune_layerwise, train_corrections
 from ray_surgeon.job import Event, Job, StepMeter
-from ray_surgeon.surgery.groups import Allocation, GroupCosts, allocate_globally, allocate_uniformly
+from ray_surgeon.models.budgets import Budget
+from ray_surgeon.surgery.groups import Allocation, GroupCosts, OutOfReachError, allocate_globally, allocate_uniformly
 from ray_surgeon.surgery.threshold import (
     StructureCosts,
     Threshold,
@@ -99,8 +100,8 @@ def prune_by_costs(job: Job, cluster: Cluster, meter: StepMeter, ended: Ended, s
 
 def prune_groups(job: Job, cluster: Cluster, meter: StepMeter, ended: Ended, shot: int) -> Generator[Event, None, Pruned]:
     """Coupled groups: curvature of their last linears, greedy costs, one allocation, exact updates. Returns `Pruned`."""
-    curvature, targets = job.spec.curvature, job.spec.pruning.targets
-    options = job.group_options(last=shot == len(targets))
+    curvature, budget = job.spec.curvature, job.known_budget
+    options, goal = job.group_options(last=shot == job.spec.pruning.shots), job.goal(shot)
     seed = curvature.seed + shot * len(job.calibration) if curvature.fisher == "sampled" else None
     with meter.step("curvature"):
         step = job.spec.updates.first_order_step
@@ -110,21 +111,29 @@ def prune_groups(job: Job, cluster: Cluster, meter: StepMeter, ended: Ended, sho
     yield ended("curvature", calibration_loss=loss, tokens_per_s=job.calibration.size / meter.seconds["curvature"])
 
     with meter.step("costs"):
-        replies = _climb(cluster, job, options, targets[shot - 1])
+        replies = _climb(cluster, job, options, budget, goal)
     damping = [asdict(event) for reply in replies for event in reply.damping]
     yield ended("costs", damping_raised=len(damping))
 
     with meter.step("threshold"):
-        allocation = _allocate(replies, options, targets[shot - 1])
-    sparsity = allocation.num_removed / allocation.num_parameters
-    yield ended("threshold", groups=sum(allocation.counts.values()), sparsity=sparsity)
+        allocation = _allocate(replies, job, budget, goal)
+    num_parameters, going = sum(reply.num_parameters for reply in replies), allocation.counts
+    num_kept = sum(reply.num_kept for reply in replies) - sum(going[c.reader] * c.num_parameters for r in replies for c in r.costs)
+    left = [(c.kind, c.num_left - going[c.reader]) for reply in replies for c in reply.costs]
+    sparsity, need = 1 - num_kept / num_parameters, budget.of(left)
+    yield ended("threshold", groups=sum(going.values()), sparsity=sparsity, need=need, unit=budget.unit)
 
     with meter.step("update"):
         workers = cluster.run_all("prune_groups", options, allocation.counts, step)
     linears = [summary for worker in workers for summary in worker]
     predicted = sum(linear.predicted_loss_increase or 0.0 for linear in linears)
     yield ended("update", predicted_loss_increase=predicted)
-    record = {"predicted_loss_increase": predicted, "damping_used": damping, "groups_removed": allocation.counts}
+    record = {
+        "predicted_loss_increase": predicted,
+        "damping_used": damping,
+        "groups_removed": allocation.counts,
+        "budget": {"unit": budget.unit, "dense": budget.dense, "goal": goal, "need": need},
+    }
     return Pruned(linears, sparsity, allocation.height, loss, record)
 
 
@@ -180,11 +189,11 @@ def _greedy_costs(cluster: Cluster, options: CostOptions, once: list[CostsReply]
     return replies
 
 
-def _climb(cluster: Cluster, job: Job, options: GroupOptions, target: float) -> list[GroupsReply]:
+def _climb(cluster: Cluster, job: Job, options: GroupOptions, budget: Budget, goal: float) -> list[GroupsReply]:
     """Let every block climb its greedy curve as far as the target needs: somewhat farther than single costs say, and again if need be."""
     curvature = job.cost_options.curvature
     once: list[GroupsReply] = cluster.run_all("group_costs", options, curvature)
-    first, factor = _allocate(once, options, target), 1.0
+    first, factor = _allocate(once, job, budget, goal), 1.0
     counts = {cost.kind: first.counts[cost.reader] for reply in once for cost in reply.costs}
     while True:
         if options.uniform:
@@ -194,21 +203,22 @@ def _climb(cluster: Cluster, job: Job, options: GroupOptions, target: float) -> 
             farther = replace(options, limit=2 * factor * (first.height or 0.0))
         replies: list[GroupsReply] = cluster.run_all("group_costs", farther, curvature)
         try:
-            _allocate(replies, options, target)
-        except ValueError:
+            _allocate(replies, job, budget, goal)
+        except OutOfReachError:
             factor *= 4
         else:
             return replies
 
 
-def _allocate(replies: list[GroupsReply], options: GroupOptions, target: float) -> Allocation:
+def _allocate(replies: list[GroupsReply], job: Job, budget: Budget, goal: float) -> Allocation:
     costs = sorted((c for reply in replies for c in reply.costs), key=lambda c: c.reader)
-    groups = [GroupCosts(c.reader, c.kind, torch.from_numpy(c.heights.copy()), c.num_left, c.num_parameters, c.allowed) for c in costs]
-    num_parameters = sum(reply.num_parameters for reply in replies)
-    num_gone = num_parameters - sum(reply.num_kept for reply in replies)
-    if options.uniform:
-        return allocate_uniformly(groups, target, num_parameters, num_gone)
-    return allocate_globally(groups, target, num_parameters, num_gone, per_parameter=options.per_parameter)
+    groups = [
+        GroupCosts(c.reader, c.kind, torch.from_numpy(c.heights.copy()), c.num_left, c.allowed, budget.by_left[c.kind]) for c in costs
+    ]
+    missing, pruning = budget.of((c.kind, c.num_left) for c in costs) - goal, job.spec.pruning
+    if pruning.allocation == "uniform":
+        return allocate_uniformly(groups, missing)
+    return allocate_globally(groups, missing, per_unit=pruning.rank_by == "cost_per_parameter")
 
 
 def _threshold(cluster: Cluster, options: CostOptions, replies: list[CostsReply], target_sparsity: float) -> Threshold:

@@ -95,13 +95,21 @@ def run_job(job: Job, placement: Placement, console: Console) -> None:
     """Run a checked job and show its progress: a bar on a terminal, one line per step in a log."""
     on_ray = job.spec.cluster.backend == "ray"
     events = run_on_ray(job, placement, console) if on_ray else run_in_process(job, placement)
-    num_steps = 2 + len(job.spec.pruning.targets) * len(job.steps_of_a_shot) + len(job.spec.output.exports)
+    num_steps = 2 + job.needs_latencies + job.spec.pruning.shots * len(job.steps_of_a_shot) + len(job.spec.output.exports)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(job.spec.name, total=num_steps)
         for event in events:
             progress.console.print(event_line(event), soft_wrap=True, highlight=False)
             progress.advance(task, 1 + int(event.facts.get("resumed_after_shot", 0)) * len(job.steps_of_a_shot))
+
+
+def _goal(job: Job) -> str:
+    pruning, budget = job.spec.pruning, job.budget
+    if pruning.target is None:
+        return f"{pruning.target_sparsity:.1%}"
+    of = "" if budget is None else f" of {budget.dense:.6g}"
+    return f"{pruning.target.allowed:.6g}{of} {pruning.target.unit}"
 
 
 def event_line(event: Event) -> str:
@@ -167,8 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         job, config, placement = prepare(spec, resume=arguments.resume, dry_run=arguments.dry_run)
         plans = plan_workers(config, placement, spec.model.dtype, spec.calibration.sequence_length)
         console.print(plan_table(plans, placement.num_replicas))
-        shots, tokens = len(spec.pruning.targets), job.calibration.size
-        console.print(f"{shots} shots to {spec.pruning.target_sparsity:.1%}, {tokens} calibration tokens each")
+        console.print(f"{spec.pruning.shots} shots to {_goal(job)}, {job.calibration.size} calibration tokens each")
         if arguments.dry_run:
             return DONE
         if spec.cluster.backend == "ray":

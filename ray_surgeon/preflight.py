@@ -19,12 +19,12 @@ from ray_surgeon.checkpoint import RunDirectory
 from ray_surgeon.cluster.placement import Placement, place
 from ray_surgeon.data import TextSource, Windows, cut_windows, interleaved, token_stream
 from ray_surgeon.export.kinds import check_export
-from ray_surgeon.job import Job
+from ray_surgeon.job import Job, check_budget
 from ray_surgeon.models.adapters import check_family
+from ray_surgeon.models.budgets import Budget, bytes_budget, fewest_left, flops_budget, linears_budget, parameters_budget
 from ray_surgeon.models.gguf import convert_gguf
-from ray_surgeon.models.narrow import most_removable
 from ray_surgeon.models.skeleton import check_checkpoint, linear_shapes, num_parameters
-from ray_surgeon.sections import PruningSection, SourceSection
+from ray_surgeon.sections import SourceSection
 from ray_surgeon.sources import ModelSource, open_model
 from ray_surgeon.spec import JobSpec
 
@@ -52,8 +52,10 @@ def prepare(spec: JobSpec, *, resume: bool, dry_run: bool = False) -> tuple[Job,
     placement = place(config, spec.cluster.num_shards, spec.cluster.num_replicas)
     for kind in spec.output.exports:
         check_export(kind, config)
-    if spec.pruning.structure == "groups":
-        _check_groups(config, spec.pruning)
+    budget = _budget(config, spec) if spec.pruning.structure == "groups" else None
+    fewest = fewest_left(config, spec.pruning.groups, spec.pruning.fewest_groups, uniform=spec.pruning.allocation == "uniform")
+    if budget is not None:
+        check_budget(budget, spec.pruning, fewest)
     if spec.pruning.structure == "n_m":
         _check_pattern(config, spec.pruning.n_m[1])
     with _as_input_error(f"model.source: cannot read {files.origin}"):
@@ -88,17 +90,24 @@ def prepare(spec: JobSpec, *, resume: bool, dry_run: bool = False) -> tuple[Job,
         fingerprints,
         _environment(),
         num_parameters(config),
+        fewest,
+        budget,
     )
     return job, config, placement
 
 
-def _check_groups(config: PretrainedConfig, pruning: PruningSection) -> None:
-    most = most_removable(config, pruning.groups, pruning.fewest_groups, uniform=pruning.allocation == "uniform")
-    if pruning.target_sparsity > most:
-        raise ValueError(
-            f"pruning.target_sparsity: {pruning.target_sparsity:g}, but with these groups, allocation and widths at most {most:.4f} "
-            "of the parameters of this model's linears can go; lower it, or change those"
-        )
+def _budget(config: PretrainedConfig, spec: JobSpec) -> Budget | None:
+    """Return what structure groups save from; None if it must be measured first."""
+    target = spec.pruning.target
+    if target is None:
+        return linears_budget(config)
+    if target.unit == "latency_s":
+        return None
+    if target.unit == "flops":
+        return flops_budget(config, target.request.prompt_length)
+    if target.unit == "parameters":
+        return parameters_budget(config)
+    return bytes_budget(config, 4 if spec.model.dtype == "float32" else 2)
 
 
 def _check_pattern(config: PretrainedConfig, m: int) -> None:

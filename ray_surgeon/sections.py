@@ -175,6 +175,54 @@ class CurvatureSection(Section):
         return self
 
 
+class SpeedSection(Section):
+    """A request that is timed: a batch of prompts read at once (prefill), then new tokens one by one (decode)."""
+
+    batch_size: Positive = Field(1, description="Prompts at once")
+    prompt_length: int = Field(512, gt=1, description="Tokens of each prompt")
+    num_new_tokens: int = Field(32, gt=1, description="Tokens to generate after it")
+    num_repeats: Positive = Field(5, description="Measurements of each model, or each width, taken in turns")
+    num_threads: Positive = Field(1, description="torch threads, on the CPU")
+
+
+class TargetSection(Section):
+    """What the whole model may need in the end; one of the four."""
+
+    parameters: Positive | None = Field(None, description="Parameters of the whole model, embeddings included, tied ones once")
+    bytes: Positive | None = Field(None, description="Bytes of its weights, in the dtype of the job")
+    flops: Positive | None = Field(
+        None, description="Floating-point operations for a token of a prompt of request.prompt_length tokens, on average over it"
+    )
+    latency_s: float | None = Field(
+        None, gt=0, description="Seconds to answer a request, as the sum over blocks of times that are measured once a width at the start"
+    )
+    device: Literal["cpu", "cuda"] = Field("cpu", description="Where latencies are measured: on the first worker's machine, or its GPU")
+    request: SpeedSection = Field(SpeedSection(), description="The request whose latency is meant")
+
+    @property
+    def unit(self) -> str:
+        """Which of the four is given."""
+        return next(name for name in ("parameters", "bytes", "flops", "latency_s") if getattr(self, name) is not None)
+
+    @property
+    def allowed(self) -> float:
+        """What may be needed."""
+        return float(getattr(self, self.unit))
+
+    @model_validator(mode="after")
+    def _one_unit(self) -> TargetSection:
+        given = [name for name in ("parameters", "bytes", "flops", "latency_s") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"target: give one of parameters, bytes, flops and latency_s, got {', '.join(given) or 'none'}")
+        idle = {"parameters": ("device", "request"), "bytes": ("device", "request"), "flops": ("device",)}
+        for name in idle.get(given[0], ()):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"target: {name} has no effect on {given[0]}; remove it")
+        if given == ["flops"] and self.request != SpeedSection(prompt_length=self.request.prompt_length):
+            raise ValueError("target: flops takes only prompt_length of request; remove the rest")
+        return self
+
+
 class PruningSection(Section):
     """What is removed, how much, and in how many shots."""
 
@@ -203,11 +251,16 @@ class PruningSection(Section):
         False, description="With allocation global, whether the last KV group or the last channels of a block may go too"
     )
     n_m: tuple[Positive, Positive] = Field((2, 4), description="[N, M] of structure n_m: N of M consecutive inputs of a row stay")
-    target_sparsity: float = Field(gt=0, lt=1, description="Fraction of the parameters of the blocks' linears to remove, biases included")
+    target_sparsity: float | None = Field(
+        None, gt=0, lt=1, description="Fraction of the parameters of the blocks' linears to remove, biases included"
+    )
+    target: TargetSection | None = Field(
+        None, description="Of structure groups, in place of target_sparsity: what the whole model may need in the end"
+    )
     num_shots: int = Field(5, ge=1, le=1000, description="Shots, each with a curvature of its own")
     schedule: Literal["linear", "geometric"] = Field(
         "linear",
-        description="linear: every shot removes the same; geometric: every shot keeps the same fraction, later ones remove less",
+        description="linear: every shot removes (or saves) the same; geometric: every shot keeps the same fraction, later ones remove less",
     )
     sparsities: tuple[float, ...] | None = Field(
         None, description="Sparsity at the end of every shot, in place of num_shots and schedule; the last one is target_sparsity"
@@ -224,7 +277,9 @@ class PruningSection(Section):
         "Without it, greedy wherever it can be: with obs costs and one Kronecker term",
     )
     rank_by: Literal["cost", "cost_per_parameter"] = Field(
-        "cost_per_parameter", description="What the global threshold compares: the cost of a structure, or its cost per parameter removed"
+        "cost_per_parameter",
+        description="What the global threshold compares: the cost of a structure, or its cost per parameter removed (of groups: per "
+        "unit of what target names)",
     )
 
     @property
@@ -233,21 +288,46 @@ class PruningSection(Section):
         return {"ffn": 0, "attention": 0} if self.remove_blocks else {"ffn": self.width_multiple, "attention": 1}
 
     @property
+    def shots(self) -> int:
+        """Number of shots."""
+        return self.num_shots if self.sparsities is None else len(self.sparsities)
+
+    @property
     def targets(self) -> tuple[float, ...]:
-        """Sparsity at the end of every shot."""
+        """Sparsity at the end of every shot; without target_sparsity there is none."""
+        return () if self.target_sparsity is None else self.fractions(self.target_sparsity)
+
+    @property
+    def allowed(self) -> float | None:
+        """What the whole model may need in the end, in the unit of `target`; None if a sparsity is the target."""
+        return None if self.target is None else self.target.allowed
+
+    def fractions(self, last: float) -> tuple[float, ...]:
+        """Return the fraction that is gone at the end of every shot, if `last` is that of the last one."""
         if self.sparsities is not None:
             return self.sparsities
         parts = [shot / self.num_shots for shot in range(1, self.num_shots + 1)]
         if self.schedule == "geometric":
-            return tuple(1 - (1 - self.target_sparsity) ** part for part in parts)
-        return tuple(self.target_sparsity * part for part in parts)
+            return tuple(1 - (1 - last) ** part for part in parts)
+        return tuple(last * part for part in parts)
+
+    @model_validator(mode="after")
+    def _one_target(self) -> PruningSection:
+        if (self.target_sparsity is None) == (self.target is None):
+            got = "none" if self.target is None else "both"
+            raise ValueError(f"target_sparsity: give this or target, got {got}")
+        if self.target is not None and self.structure != "groups":
+            raise ValueError(f"target: structure {self.structure} leaves zeros, which save nothing; set structure groups")
+        if self.target is not None and self.sparsities is not None:
+            raise ValueError("sparsities: are fractions of the linears' parameters, not of target; use num_shots and schedule")
+        return self
 
     @model_validator(mode="after")
     def _rising_sparsities(self) -> PruningSection:
         if self.sparsities is not None:
             rising = all(a < b for a, b in zip((0.0, *self.sparsities), self.sparsities, strict=False))
             if not rising or self.sparsities[-1:] != (self.target_sparsity,):
-                raise ValueError(f"sparsities: {self.sparsities} must rise from above 0 to target_sparsity {self.target_sparsity:g}")
+                raise ValueError(f"sparsities: {self.sparsities} must rise from above 0 to target_sparsity {self.target_sparsity}")
             if self.model_fields_set & {"num_shots", "schedule"}:
                 raise ValueError("sparsities: takes the place of num_shots and schedule; remove those")
         return self
@@ -257,7 +337,7 @@ class PruningSection(Section):
         n, m = self.n_m
         if not n < m <= 16:
             raise ValueError(f"n_m: [{n}, {m}] needs N < M <= 16; give for example [2, 4] or [4, 8]")
-        if self.structure == "n_m" and self.target_sparsity > 1 - n / m:
+        if self.structure == "n_m" and self.target_sparsity is not None and self.target_sparsity > 1 - n / m:
             raise ValueError(f"target_sparsity: {self.target_sparsity:g} is more than {n}:{m} can remove, {1 - n / m:g}; lower it")
         return self
 
@@ -327,16 +407,6 @@ class ClusterSection(Section):
     gpus_per_worker: Literal[0, 1] = Field(0, description="1 puts every worker on a GPU of its own")
     start_timeout_s: float = Field(300.0, gt=0, description="How long to wait for the cluster to have room for all workers")
     step_timeout_s: float = Field(1800.0, gt=0, description="A collective between replicas that takes longer fails")
-
-
-class SpeedSection(Section):
-    """What is timed: a batch of prompts read at once (prefill), then new tokens one by one (decode)."""
-
-    batch_size: Positive = Field(1, description="Prompts at once")
-    prompt_length: int = Field(512, gt=1, description="Tokens of each prompt")
-    num_new_tokens: int = Field(32, gt=1, description="Tokens to generate after it")
-    num_repeats: Positive = Field(5, description="Measurements of each model, taken in turns")
-    num_threads: Positive = Field(1, description="torch threads, on the CPU")
 
 
 class OutputSection(Section):

@@ -81,6 +81,9 @@ class JobSpec(Section):
                 "output.exports: deci holds widths that are multiples of 256 and all heads; set pruning.groups to [ffn] and "
                 "pruning.width_multiple to 256"
             )
+        target = pruning.target
+        if target is not None and target.device == "cuda" and not self.cluster.gpus_per_worker:
+            raise ValueError("pruning.target: device cuda is the first worker's GPU; set cluster.gpus_per_worker to 1")
         if self.correction.sequences_per_step > self.calibration.num_sequences:
             raise ValueError(
                 f"correction.sequences_per_step: {self.correction.sequences_per_step} is more than the {self.calibration.num_sequences} "

@@ -39,9 +39,7 @@ class GroupSteps(ShardState):
             mask = self.structured(name)
             surgery = GroupSurgery(name, self.shard.weight(name), self.shard.factors(name), mask, **damping)
             left = int(mask.columns[groups.columns].all(dim=1).sum())
-            limit = options.limit
-            if limit is not None and options.per_parameter:
-                limit *= groups.num_parameters
+            limit = None if options.limit is None else options.limit * options.sizes[groups.kind]
             needed = max(options.needed.get(groups.kind, 0), left % options.multiples.get(groups.kind, 1))
             heights = surgery.heights(groups.columns, options.least[groups.kind], limit, needed)
             self._group_surgeries[name], self._group_heights[name] = surgery, heights

@@ -105,8 +105,8 @@ class GroupOptions:
         least: kind -> groups that stay in every block.
         multiples: kind -> the number of groups left must be a multiple of this, or all that the dense model has.
         uniform: whether plain model classes must be able to hold the numbers that are left.
-        per_parameter: whether `limit` is one of costs per parameter.
         limit: how high the greedy curves are climbed; None for the cost of each group as if it went alone.
+        sizes: kind -> what a group's cost is divided by before it is compared with `limit`.
         needed: kind -> groups of every block that may be needed whatever they cost.
     """
 
@@ -114,14 +114,14 @@ class GroupOptions:
     least: Mapping[str, int]
     multiples: Mapping[str, int]
     uniform: bool
-    per_parameter: bool
+    sizes: Mapping[str, float]
     limit: float | None = None
     needed: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class ReaderCosts:
-    """Heights of the groups of one reader; `GroupCosts` with an array in place of a tensor."""
+    """Heights of the groups of one reader; `GroupCosts` with an array in place of a tensor, and the parameters of one group."""
 
     reader: str
     kind: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ray_surgeon import storage
+from ray_surgeon.cluster.alone import run_alone
 from ray_surgeon.cluster.correction_steps import CorrectionSteps
 from ray_surgeon.cluster.group_steps import GroupSteps
 from ray_surgeon.cluster.layerwise_steps import LayerwiseSteps
@@ -232,6 +234,10 @@ class ShardWorker(PowerSteps, GroupSteps, LayerwiseSteps, CorrectionSteps):
             parts = cut(module, mask.rows, mask.columns[: num_inputs(module)])
             tensors.update({f"{name}.{part}": tensor for part, tensor in parts.items()})
         return {name: tensor for name, tensor in tensors.items() if tensor.numel()}
+
+    def run_alone(self, module: str, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Run a module in a fresh process that sees what this worker sees; see `alone.run_alone`."""
+        return run_alone(module, request)
 
     def usage(self) -> Usage:
         """Return what this process has used so far."""

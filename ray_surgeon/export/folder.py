@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from ray_surgeon import storage
+from ray_surgeon.cluster.alone import run_alone
 from ray_surgeon.cluster.messages import SavedFile
 from ray_surgeon.cluster.protocol import Cluster
 from ray_surgeon.cluster.steps import logits
@@ -73,27 +71,6 @@ def download_folder(uri: str, folder: Path) -> None:
         storage.download(storage.join(uri, name), folder / name)
 
 
-def run_alone(module: str, arguments: list[str], scratch: Path, what: str) -> str:
-    """Run one of our modules in a fresh process and return what it printed.
-
-    Args:
-        module: dotted name.
-        arguments: of its command line.
-        scratch: where transformers may keep copies of modeling code.
-        what: the export, for the error.
-
-    Raises:
-        RuntimeError: it fails; its last lines are shown.
-    """
-    environment = os.environ | {"HF_MODULES_CACHE": str(scratch / "modules"), "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    command = [sys.executable, "-m", module, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if done.returncode:
-        tail = "\n".join(done.stderr.strip().splitlines()[-5:])
-        raise RuntimeError(f"the export {what} cannot be loaded by transformers:\n{tail}")
-    return done.stdout
-
-
 def reload_difference(cluster: Cluster, uri: str, tokens: NDArray[np.int64], dtype: str, *, shipped_code: bool) -> float:
     """Return the largest difference between the workers' logits and those of the export in a fresh process, which also generates.
 
@@ -112,11 +89,13 @@ def reload_difference(cluster: Cluster, uri: str, tokens: NDArray[np.int64], dty
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         download_folder(uri, scratch / "model")
-        tokens_file, logits_file = scratch / "tokens.json", scratch / "logits.safetensors"
-        tokens_file.write_text(json.dumps(some))
-        arguments = [str(scratch / "model"), str(tokens_file), str(logits_file), *(["--shipped-code"] if shipped_code else [])]
-        run_alone("ray_surgeon.export.reload", arguments, scratch, uri)
-        there = storage.read_tensors(str(logits_file))["logits"]
+        logits_file = str(scratch / "logits")
+        request = {"folder": str(scratch / "model"), "tokens": some, "logits": logits_file, "shipped_code": shipped_code}
+        try:
+            run_alone("ray_surgeon.export.reload", request)
+        except RuntimeError as error:
+            raise RuntimeError(f"the export {uri} cannot be loaded by transformers:\n{error}") from error
+        there = storage.read_tensors(logits_file)["logits"]
     difference = float((here - there).abs().max())
     if not difference <= TOLERANCE[dtype] * float(here.abs().max()):
         raise RuntimeError(f"the export {uri} loads, but its logits differ from the workers' by {difference:g}; do not use it")

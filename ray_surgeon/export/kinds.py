@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,7 +125,7 @@ def export(
         document = _narrow(kind, config, document, widths)
     storage.write_json(storage.join(uri, "config.json"), document)
     for module in modules:
-        storage.write_text(storage.join(uri, module), _shipped(module, config))
+        storage.write_text(storage.join(uri, module), shipped_source(module, config))
     entry: dict[str, Any] = {
         "kind": kind,
         "uri": uri,
@@ -138,10 +137,7 @@ def export(
     if widths:
         entry["widths"] = [[width.num_channels, width.num_kv_heads] for width in widths]
     if speed is not None and kind != "masked":
-        with tempfile.TemporaryDirectory() as scratch:
-            dense = Path(scratch) / "dense.json"
-            storage.write_json(str(dense), dense_document(source, dtype))
-            entry["speed"] = measure(uri, dense, Path(scratch), speed, shipped_code=bool(modules))
+        entry["speed"] = measure(cluster, uri, dense_document(source, dtype), speed, shipped_code=bool(modules))
     storage.write_text(storage.join(uri, "README.md"), model_card(KINDS[kind].summary, entry, source.source, facts))
     return entry
 
@@ -167,7 +163,7 @@ def _left_out(kind: str, config: PretrainedConfig, widths: Sequence[BlockWidths]
     return tuple(names)
 
 
-def _shipped(module: str, config: PretrainedConfig) -> str:
+def shipped_source(module: str, config: PretrainedConfig) -> str:
     """Return the source of a shipped module, its base classes those of the dense model's family."""
     text = (SHIPPED / module).read_text(encoding="utf-8")
     if module != "modeling_pruned.py":

@@ -1,10 +1,9 @@
-"""``python -m ray_surgeon.export.reload FOLDER TOKENS.json LOGITS.safetensors``: load an export with transformers alone."""
+"""Loads an export with transformers alone, in a process of its own; see `cluster.alone`."""
 
 from __future__ import annotations
 
-import argparse
 import json
-from pathlib import Path
+import sys
 
 import torch
 from safetensors.torch import save_file
@@ -13,25 +12,20 @@ from transformers import AutoModelForCausalLM
 _NUM_PROMPT_TOKENS, _NUM_NEW_TOKENS = 8, 6
 
 
-def main(argv: list[str] | None = None) -> None:
+def main() -> None:
     """Write the logits [1, T, vocabulary] float32 of a token sequence, and generate from its first tokens.
 
     Raises:
         RuntimeError: a tensor is missing or left over; or the logits with a cache are not those without.
     """
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder")
-    parser.add_argument("tokens")
-    parser.add_argument("logits")
-    parser.add_argument("--shipped-code", action="store_true", help="the folder has modeling code of this project")
-    arguments = parser.parse_args(argv)
+    request = json.load(sys.stdin)
     model, info = AutoModelForCausalLM.from_pretrained(
-        arguments.folder, dtype="auto", trust_remote_code=arguments.shipped_code, output_loading_info=True
+        request["folder"], dtype="auto", trust_remote_code=request["shipped_code"], output_loading_info=True
     )
     wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
     if wrong:
         raise RuntimeError(f"tensors do not fit the classes: {wrong}")
-    tokens = torch.tensor([json.loads(Path(arguments.tokens).read_text())])
+    tokens = torch.tensor([request["tokens"]])
     with torch.no_grad():
         logits = model.eval()(tokens, use_cache=False).logits.float()
         prompt = tokens[:, :_NUM_PROMPT_TOKENS]
@@ -41,7 +35,8 @@ def main(argv: list[str] | None = None) -> None:
     cached = torch.stack(found.logits, dim=1).float()
     if not torch.allclose(cached, again, atol=0.05 * float(again.abs().max())):
         raise RuntimeError(f"with a cache the logits differ by {float((cached - again).abs().max()):g} from those without")
-    save_file({"logits": logits.contiguous()}, arguments.logits)
+    save_file({"logits": logits.contiguous()}, request["logits"])
+    sys.stdout.write("{}\n")
 
 
 if __name__ == "__main__":

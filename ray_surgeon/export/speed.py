@@ -5,13 +5,12 @@ The dense model is built from its configuration with random weights: its speed d
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from ray_surgeon.export.folder import download_folder, run_alone
+from ray_surgeon.cluster.protocol import Cluster
+from ray_surgeon.cluster.usage import process_usage
+from ray_surgeon.export.folder import download_folder
 
 
 @dataclass(frozen=True)
@@ -33,30 +34,34 @@ class SpeedOptions:
     num_threads: int
 
 
-def measure(uri: str, dense: Path, scratch: Path, options: SpeedOptions, *, shipped_code: bool) -> dict[str, Any]:
-    """Measure an export beside the dense model in a fresh process.
+def measure(cluster: Cluster, uri: str, dense: Mapping[str, Any], options: SpeedOptions, *, shipped_code: bool) -> dict[str, Any]:
+    """Measure an export beside the dense model, in fresh processes of the first worker, on its GPU if it has one.
 
     Args:
+        cluster: its first worker measures.
         uri: the export.
         dense: config.json of the dense model.
-        scratch: an empty folder but for that file.
         options: what to time.
         shipped_code: whether modeling code lies beside the weights.
 
     Returns:
-        For ``dense`` and ``pruned``: tokens per second of prefill and decode (median, lowest, highest), bytes of the weights, and peak
-        bytes on a GPU; the ratios of the medians, and the machine.
+        For ``dense`` and ``pruned``: tokens per second of prefill and decode (median, lowest, highest), bytes of the weights, peak bytes of
+        a process that holds this model alone, and on a GPU of its memory; the ratios of the medians, and the machine.
 
     Raises:
-        RuntimeError: the process fails.
+        RuntimeError: a process fails.
     """
-    download_folder(uri, scratch / "model")
-    settings = [str(value) for value in asdict(options).values()]
-    flags = ["--shipped-code"] if shipped_code else []
-    out = run_alone("ray_surgeon.export.speed", [str(dense), str(scratch / "model"), *settings, *flags], scratch, uri)
-    found = json.loads(out.strip().splitlines()[-1])
-    assert isinstance(found, dict)
-    return found
+    request = {"uri": uri, "dense": dense, "options": asdict(options), "shipped_code": shipped_code}
+
+    def run(only: str | None) -> dict[str, Any]:
+        arguments = ("ray_surgeon.export.speed", request | {"only": only})
+        found: dict[str, Any] = cluster.get([cluster.submit(cluster.placement.workers[0], "run_alone", *arguments)])[0]
+        return found
+
+    record = run(None)
+    for name in ("dense", "pruned"):
+        record[name] |= run(name)
+    return record
 
 
 def _timed(work: Callable[[], object], device: torch.device) -> float:
@@ -94,21 +99,16 @@ def _spread(values: list[float]) -> dict[str, float]:
 def compare(models: dict[str, PreTrainedModel], prompts: torch.Tensor, options: SpeedOptions) -> dict[str, Any]:
     """Time models in turns, after one unmeasured turn each. See `measure` for what is returned."""
     timings: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
-    peaks: dict[str, int] = {}
     for turn in range(options.num_repeats + 1):
         for name, model in models.items():
-            if prompts.is_cuda:
-                torch.cuda.reset_peak_memory_stats(prompts.device)
             timing = _once(model, prompts, options)
             if turn:
                 timings[name].append(timing)
-            peaks[name] = torch.cuda.max_memory_allocated(prompts.device) if prompts.is_cuda else 0
     record: dict[str, Any] = {
         name: {
             "prefill_tokens_per_s": _spread([read for read, _ in timings[name]]),
             "decode_tokens_per_s": _spread([written for _, written in timings[name]]),
             "weights_bytes": sum(p.numel() * p.element_size() for p in {id(p): p for p in model.parameters()}.values()),
-            "peak_gpu_bytes": peaks[name],
         }
         for name, model in models.items()
     }
@@ -118,29 +118,45 @@ def compare(models: dict[str, PreTrainedModel], prompts: torch.Tensor, options: 
     return record
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Print the comparison as one line of JSON."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("dense", help="config.json of the dense model")
-    parser.add_argument("folder")
-    for name in SpeedOptions.__dataclass_fields__:
-        parser.add_argument(name, type=int)
-    parser.add_argument("--shipped-code", action="store_true")
-    arguments = parser.parse_args(argv)
-    options = SpeedOptions(**{name: getattr(arguments, name) for name in SpeedOptions.__dataclass_fields__})
+def _random_model(document: Mapping[str, Any], folder: Path, dtype: torch.dtype, *, shipped_code: bool) -> PreTrainedModel:
+    """Return a model of a configuration with random weights; modeling code, if any, lies in the folder."""
+    (folder / "config.json").write_text(json.dumps(document))
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=shipped_code)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=shipped_code)
+    return model
+
+
+def main() -> None:
+    """Print the comparison, or what one model alone needs of memory, as one line of JSON."""
+    request = json.load(sys.stdin)
+    options, shipped_code = SpeedOptions(**request["options"]), bool(request["shipped_code"])
     torch.set_num_threads(options.num_threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    pruned = AutoModelForCausalLM.from_pretrained(arguments.folder, dtype="auto", trust_remote_code=arguments.shipped_code)
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(Path(arguments.dense).read_text())
-        config = AutoConfig.from_pretrained(folder)
-    models = {"dense": AutoModelForCausalLM.from_config(config, dtype=pruned.dtype), "pruned": pruned}
-    models = {name: model.eval().to(device) for name, model in models.items()}
-    generator = torch.Generator().manual_seed(0)
-    prompts = torch.randint(config.vocab_size, (options.batch_size, options.prompt_length), generator=generator).to(device)
-    record = compare(models, prompts, options)
-    about = {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {options.num_threads} threads"}
-    sys.stdout.write(json.dumps(record | about | {"dtype": str(pruned.dtype).removeprefix("torch.")} | asdict(options)) + "\n")
+    with tempfile.TemporaryDirectory() as scratch:
+        dense_folder, folder = Path(scratch) / "dense", Path(scratch) / "model"
+        dense_folder.mkdir()
+        download_folder(request["uri"], folder)
+        document = json.loads((folder / "config.json").read_text())
+        dtype = getattr(torch, document["dtype"])
+        models: dict[str, PreTrainedModel] = {}
+        if request["only"] in (None, "dense"):
+            models["dense"] = _random_model(request["dense"], dense_folder, dtype, shipped_code=False)
+        if request["only"] == "pruned":  # random as well, because what loading takes is not what is asked
+            models["pruned"] = _random_model(document, folder, dtype, shipped_code=shipped_code)
+        if request["only"] is None:
+            models["pruned"] = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=shipped_code)
+        models = {name: model.eval().to(device) for name, model in models.items()}
+        generator = torch.Generator().manual_seed(0)
+        size = (options.batch_size, options.prompt_length)
+        prompts = torch.randint(int(document["vocab_size"]), size, generator=generator).to(device)
+        if request["only"] is None:
+            about = {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {options.num_threads} threads"}
+            record = compare(models, prompts, options) | about | {"dtype": document["dtype"]} | asdict(options)
+        else:
+            _once(models[request["only"]], prompts, options)
+            usage = process_usage(device)
+            record = {"peak_rss_bytes": usage.peak_rss_bytes, "peak_gpu_bytes": usage.peak_gpu_bytes}
+    sys.stdout.write(json.dumps(record) + "\n")
 
 
 if __name__ == "__main__":

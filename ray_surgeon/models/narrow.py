@@ -12,8 +12,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from ray_surgeon.models.adapters import adapter_for
-from ray_surgeon.models.couplings import HeadLayout, group_sets, head_layout
-from ray_surgeon.models.skeleton import linear_shapes
+from ray_surgeon.models.couplings import HeadLayout, head_layout
 
 Document = dict[str, Any]
 """Content of a config.json."""
@@ -71,23 +70,6 @@ def _holds_heads(config: PretrainedConfig, layout: HeadLayout, num_query_heads: 
 def _is_mistral(config: PretrainedConfig) -> bool:
     """Whether a Llama computes what a Mistral without a sliding window does."""
     return config.model_type == "llama" and not config.attention_bias and not config.mlp_bias
-
-
-def most_removable(config: PretrainedConfig, kinds: Sequence[str], least: Mapping[str, int], *, uniform: bool) -> float:
-    """Return the fraction of the linears' parameters that is gone when of every group all but the fewest possible are.
-
-    Args:
-        config: of the model.
-        kinds: of groups that may go.
-        least: kind -> groups that stay in every block.
-        uniform: whether plain classes must be able to hold the result.
-    """
-    linears, gone = linear_shapes(config), 0
-    for groups in group_sets(config, linears):
-        if groups.kind in kinds:
-            fewest = min(plain_kv_heads(config)) if uniform and groups.kind == "attention" else least[groups.kind]
-            gone += max(0, len(groups.columns) - fewest) * groups.num_parameters
-    return gone / sum(shape.num_rows * shape.num_columns for shape in linears)
 
 
 def uniform_document(config: PretrainedConfig, document: Mapping[str, Any], widths: Sequence[BlockWidths]) -> Document:

@@ -6,7 +6,6 @@ Source: method.md section 8. Everything upstream of the removed columns writes o
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -99,6 +98,19 @@ class GroupSurgery:
         return W, mask, self.curvature.quadratic_cost(after - before)
 
 
+class OutOfReachError(ValueError):
+    """All groups that may go save less than is wanted.
+
+    Attributes:
+        most: what they save.
+    """
+
+    def __init__(self, most: float) -> None:
+        """Take what they save."""
+        super().__init__(f"all groups that may go save {most:g}")
+        self.most = most
+
+
 @dataclass(frozen=True)
 class GroupCosts:
     """Heights of the groups of one reader, as the allocation sees them.
@@ -108,16 +120,16 @@ class GroupCosts:
         kind: of the groups; all of one kind have one size.
         heights: [num_groups] see `GroupSurgery.heights`; infinite for groups that stay or are gone.
         num_left: groups that are left now.
-        num_parameters: of one group.
         allowed: numbers of groups that may be left afterwards.
+        needs: what the block needs of the budget with 0, 1, ... groups left; it never falls.
     """
 
     reader: str
     kind: str
     heights: Tensor
     num_left: int
-    num_parameters: int
     allowed: frozenset[int]
+    needs: Sequence[float]
 
     @property
     def possible_counts(self) -> list[int]:
@@ -131,92 +143,106 @@ class GroupCosts:
         heights = self.heights[torch.isfinite(self.heights)].double().sort().values
         return torch.cat([torch.zeros(1, dtype=torch.float64), heights.cumsum(0)])
 
+    def saved(self, count: int) -> float:
+        """Return what is saved when so many groups go."""
+        return self.needs[self.num_left] - self.needs[self.num_left - count]
+
 
 @dataclass(frozen=True)
 class Allocation:
-    """How many groups each reader loses in this shot, and the parameters that are gone afterwards.
+    """How many groups each reader loses in this shot.
 
     Attributes:
         counts: reader -> number.
-        num_removed: parameters, those of earlier shots included.
-        num_parameters: of all the blocks' linears.
+        saved: of the budget, by this shot.
         height: the largest height of what goes, in the unit of the ranking; None for uniform widths.
     """
 
     counts: dict[str, int]
-    num_removed: int
-    num_parameters: int
+    saved: float
     height: float | None
 
 
-def allocate_globally(costs: Sequence[GroupCosts], target: float, num_parameters: int, num_gone: int, *, per_parameter: bool) -> Allocation:
-    """Cut all curves at one height: the lowest that removes the target fraction of all parameters.
+def allocate_globally(costs: Sequence[GroupCosts], missing: float, *, per_unit: bool) -> Allocation:
+    """Cut all curves at one height: the lowest that saves what is missing.
 
-    Where only some numbers of groups may be left, those between two of them go together or stay together, at their mean height.
+    Where only some numbers of groups may be left, those between two of them go together or stay together. Curves are cut at the corners
+    of their lower convex hull, because nothing between two corners is worth its cost.
+
+    Args:
+        costs: of every reader.
+        missing: to be saved of the budget.
+        per_unit: whether heights are costs per unit of the budget, or costs per group.
 
     Raises:
-        ValueError: everything that may go is less than the target.
+        OutOfReachError: everything that may go saves less.
     """
+    if not costs:
+        raise OutOfReachError(0.0)
     forced, steps = [], []
     for place, c in enumerate(costs):
-        counts = torch.tensor(c.possible_counts or [0])
-        forced.append(int(counts[0]))
-        together = counts.diff()
-        heights = (c.curve[counts].diff() / together / (c.num_parameters if per_parameter else 1)).cummax(0).values
-        steps.append(torch.stack([heights, together.double(), torch.full_like(heights, place)]))
-    by_height = torch.cat(steps, dim=1)
-    by_height = by_height[:, by_height[0].argsort(stable=True)]
-    going, owners = by_height[1].long(), by_height[2].long()
-    sizes = torch.tensor([c.num_parameters for c in costs])
-    gone = num_gone + sum(n * c.num_parameters for n, c in zip(forced, costs, strict=True))
-    total = gone + (going * sizes[owners]).cumsum(0)
-    wanted = math.ceil(target * num_parameters - 1e-6)
-    most = int(total[-1]) if len(total) else gone
-    if wanted > most:
-        raise _unreachable(target, most, num_parameters)
-    number = int(torch.searchsorted(total, wanted)) + 1 if wanted > gone else 0
-    number_gone = torch.tensor(forced).index_add(0, owners[:number], going[:number]).tolist()
-    height = float(by_height[0, number - 1]) if number else 0.0
-    removed = int(total[number - 1]) if number else gone
-    return Allocation({c.reader: int(n) for c, n in zip(costs, number_gone, strict=True)}, removed, num_parameters, height)
+        counts = c.possible_counts or [0]
+        forced.append(counts[0])
+        curve = c.curve.tolist()
+        corners = _hull([(c.saved(n) if per_unit else n, curve[n], n) for n in counts])
+        for (x, y, n), (next_x, next_y, next_n) in itertools.pairwise(corners):
+            steps.append(((next_y - y) / (next_x - x), next_n - n, c.saved(next_n) - c.saved(n), place))
+    steps.sort(key=lambda step: step[0])
+    numbers, saved, height = list(forced), sum(c.saved(n) for c, n in zip(costs, forced, strict=True)), 0.0
+    tolerance = 1e-9 * abs(missing) + 1e-6
+    for slope, together, more, place in steps:
+        if saved >= missing - tolerance:
+            break
+        numbers[place] += together
+        saved, height = saved + more, slope
+    if saved < missing - tolerance:
+        raise OutOfReachError(saved)
+    return Allocation({c.reader: n for c, n in zip(costs, numbers, strict=True)}, saved, height)
 
 
-def allocate_uniformly(costs: Sequence[GroupCosts], target: float, num_parameters: int, num_gone: int) -> Allocation:
-    """Give every block the same widths: of all that remove the target fraction, those whose removals cost least together.
+def _hull(points: Sequence[tuple[float, float, int]]) -> list[tuple[float, float, int]]:
+    """Return the corners of the lower convex hull of points (x, y, ...) with x and y ascending; points on an edge stay."""
+    corners: list[tuple[float, float, int]] = []
+    for point in points:
+        if corners and point[0] <= corners[-1][0]:  # costs more and saves nothing more
+            continue
+        while len(corners) > 1 and _slope(corners[-2], corners[-1]) > _slope(corners[-1], point) * (1 + 1e-9):
+            corners.pop()
+        corners.append(point)
+    return corners
+
+
+def _slope(a: tuple[float, float, int], b: tuple[float, float, int]) -> float:
+    return (b[1] - a[1]) / (b[0] - a[0])
+
+
+def allocate_uniformly(costs: Sequence[GroupCosts], missing: float) -> Allocation:
+    """Give every block the same widths: of all that save what is missing, those whose removals cost least together.
 
     Args:
         costs: every block has the same kinds, and as many groups left of each.
-        target: fraction of all parameters to be gone afterwards.
-        num_parameters: of all the blocks' linears.
-        num_gone: of them, in earlier shots.
+        missing: to be saved of the budget.
 
     Raises:
-        ValueError: everything that may go is less than the target.
+        OutOfReachError: everything that may go saves less.
     """
     kinds = list(dict.fromkeys(c.kind for c in costs))
-    options: list[list[tuple[int, int, float]]] = []
+    options: list[list[tuple[int, float, float]]] = []
     for kind in kinds:
         own = [c for c in costs if c.kind == kind]
         assert len({c.num_left for c in own}) == 1, "blocks have different widths"
         counts = sorted(set.intersection(*(set(c.possible_counts) for c in own)))
-        size, curves = sum(c.num_parameters for c in own), [c.curve for c in own]
-        options.append([(n, n * size, sum(float(curve[n]) for curve in curves)) for n in counts])
-    missing = math.ceil(target * num_parameters - 1e-6) - num_gone
-    best: tuple[float, tuple[int, ...], int] | None = None
+        curves = [c.curve for c in own]
+        options.append([(n, sum(c.saved(n) for c in own), sum(float(curve[n]) for curve in curves)) for n in counts])
+    best: tuple[float, tuple[int, ...], float] | None = None
     for choice in itertools.product(*options):
-        removed, cost = sum(c[1] for c in choice), sum(c[2] for c in choice)
-        if removed >= missing and (best is None or cost < best[0]):
-            best = cost, tuple(c[0] for c in choice), removed
+        saved, cost = sum(c[1] for c in choice), sum(c[2] for c in choice)
+        if saved >= missing - 1e-9 * abs(missing) - 1e-6 and (best is None or cost < best[0]):
+            best = cost, tuple(c[0] for c in choice), saved
     if best is None:
-        raise _unreachable(target, num_gone + sum(o[-1][1] if o else 0 for o in options), num_parameters)
+        raise OutOfReachError(sum(o[-1][1] if o else 0.0 for o in options))
     numbers = dict(zip(kinds, best[1], strict=True))
-    return Allocation({c.reader: numbers[c.kind] for c in costs}, num_gone + best[2], num_parameters, None)
-
-
-def _unreachable(target: float, most: int, num_parameters: int) -> ValueError:
-    return ValueError(
-        f"pruning.target_sparsity: {target:g} cannot be reached; all groups that may go are {most / num_parameters:.4f} of the parameters"
-    )
+    return Allocation({c.reader: numbers[c.kind] for c in costs}, best[2], None)
 
 
 def lowest(heights: Tensor, number: int) -> Tensor:

@@ -1,0 +1,32 @@
+"""One of our modules in a fresh process, which sees the devices that the calling process sees."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+
+def run_alone(module: str, request: Mapping[str, Any]) -> dict[str, Any]:
+    """Run a module and return what it found.
+
+    Args:
+        module: dotted name; it reads a JSON object from its standard input, and the last line it prints is one.
+        request: that object.
+
+    Raises:
+        RuntimeError: it fails; its last lines are shown.
+    """
+    with tempfile.TemporaryDirectory() as modules:
+        settings = {"HF_MODULES_CACHE": modules, "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+        command = [sys.executable, "-m", module]
+        done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, check=False, env=os.environ | settings)
+    if done.returncode:
+        raise RuntimeError("\n".join(done.stderr.strip().splitlines()[-5:]) or f"{module} ended with exit code {done.returncode}")
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    assert isinstance(found, dict)
+    return found

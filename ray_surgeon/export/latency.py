@@ -1,0 +1,195 @@
+"""How long a block of a given width takes: measured once a width, on the first worker's machine, and kept in the run directory."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from ray_surgeon import storage
+from ray_surgeon.cluster.protocol import Cluster
+from ray_surgeon.export.folder import dense_document
+from ray_surgeon.export.kinds import shipped_source
+from ray_surgeon.export.speed import SpeedOptions
+from ray_surgeon.models.adapters import adapter_for
+from ray_surgeon.models.budgets import Budget
+from ray_surgeon.models.couplings import head_layout
+from ray_surgeon.models.gguf import convert_gguf
+from ray_surgeon.models.narrow import BlockWidths, per_block_document, plain_kv_heads
+from ray_surgeon.sources import ModelSource, open_model
+
+_BLOCKS_AT_ONCE = 8
+"""Of one timed model, so that it fits where the whole model might not."""
+
+
+@dataclass(frozen=True)
+class LatencyOptions:
+    """What is measured; see `sections.TargetSection`.
+
+    Attributes:
+        device: "cpu" or "cuda".
+        request: whose latency is meant.
+        dtype: of the weights.
+        fewest: kind of groups -> groups that must be left in every block; other kinds stay whole.
+        multiple: feed-forward widths are multiples of this.
+        uniform: whether plain classes must hold the numbers of heads.
+    """
+
+    device: str
+    request: SpeedOptions
+    dtype: str
+    fewest: Mapping[str, int]
+    multiple: int
+    uniform: bool
+
+
+def latency_budget(cluster: Cluster, source: ModelSource, options: LatencyOptions, uri: str) -> Budget:
+    """Return the latency of a model as a sum over its blocks.
+
+    Args:
+        cluster: its first worker measures.
+        source: the dense model.
+        options: what to measure.
+        uri: a JSON file; what it holds already, measured with the same options, is not measured again.
+
+    Raises:
+        RuntimeError: the measuring process fails.
+    """
+    config = AutoConfig.from_pretrained(open_model(source, convert_gguf).small_files_folder())
+    channels, heads = _numbers(config, options)
+    widths = [(number, heads[-1]) for number in channels] + [(channels[-1], number) for number in heads[:-1]]
+    about = json.loads(json.dumps(asdict(options)))
+    kept: dict[str, Any] = storage.read_json(uri) if storage.exists(uri) else {}
+    if kept.get("options") != about or kept.get("widths") != [list(width) for width in widths]:
+        request = about | {"document": dense_document(source, options.dtype), "widths": widths}
+        measured = cluster.get([cluster.submit(cluster.placement.workers[0], "run_alone", "ray_surgeon.export.latency", request)])[0]
+        kept = {"options": about, "widths": [list(width) for width in widths]} | measured
+        storage.write_json(uri, kept)
+    seconds = dict(zip(widths, kept["seconds"], strict=True))
+    layout, whole = head_layout(config), (channels[-1], heads[-1])
+    ffn = _table(channels, [seconds[n, heads[-1]] for n in channels])
+    attention = _table(heads, [seconds[channels[-1], n] - seconds[whole] for n in heads])
+    assert (len(ffn) - 1, len(attention) - 1) == (channels[-1], layout.num_kv_heads)
+    return Budget("latency_s", kept["rest_seconds"], {"ffn": ffn, "attention": attention}, int(config.num_hidden_layers))
+
+
+def _numbers(config: PretrainedConfig, options: LatencyOptions) -> tuple[list[int], list[int]]:
+    """Return the numbers of channels and of KV heads that may be left, in ascending order."""
+    layout = head_layout(config)
+    all_channels = int(getattr(config, adapter_for(config).width_field) or 4 * config.hidden_size)
+    heads, channels = [layout.num_kv_heads], [all_channels]
+    if "ffn" in options.fewest:
+        least = options.fewest["ffn"]
+        channels = sorted({*(n for n in range(0, all_channels, options.multiple) if n >= least), all_channels})
+    if "attention" in options.fewest:
+        allowed = plain_kv_heads(config) if options.uniform else range(options.fewest["attention"], layout.num_kv_heads)
+        heads = sorted({*allowed, layout.num_kv_heads})
+    return channels, heads
+
+
+def _table(numbers: Sequence[int], seconds: Sequence[float]) -> tuple[float, ...]:
+    """Return the seconds with 0, 1, ... groups left: straight between measured numbers, and never falling, whatever noise says."""
+    rising = np.maximum.accumulate(np.asarray(seconds))
+    return tuple(float(value) for value in np.interp(range(numbers[-1] + 1), numbers, rising))
+
+
+def _model(document: Mapping[str, Any], widths: Sequence[tuple[int, int]], folder: Path) -> Any:
+    """Return a model with random weights that has one block of each width."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(document))
+    config = AutoConfig.from_pretrained(folder)
+    layers = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    fewer = {name: value for name, value in document.items() if name != "layer_types"} | {layers: len(widths)}
+    blocks = [BlockWidths(channels, heads) for channels, heads in widths]
+    (folder / "config.json").write_text(json.dumps(per_block_document(config, fewer, blocks, "modeling_pruned")))
+    (folder / "modeling_pruned.py").write_text(shipped_source("modeling_pruned.py", config))
+    pruned = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    return AutoModelForCausalLM.from_config(pruned, dtype=getattr(torch, str(document["dtype"])), trust_remote_code=True)
+
+
+class _Clock:
+    """Seconds between two moments of a device's work."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+
+    def now(self) -> Any:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def between(self, start: Any, end: Any) -> float:
+        if not self._on_gpu:
+            return float(end - start)
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1000
+
+
+@torch.no_grad()
+def _time_blocks(model: Any, options: SpeedOptions, device: torch.device) -> list[list[float]]:
+    """Return for every measured turn the seconds of a request in each block, and at the end in all the rest."""
+    clock, num_blocks = _Clock(device), len(model.config.block_sizes)
+    (blocks,) = (m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == num_blocks)
+    moments: list[list[Any]] = [[] for _ in blocks]
+
+    def note(place: int) -> Callable[..., None]:
+        return lambda *_: moments[place].append(clock.now())
+
+    for place, block in enumerate(blocks):
+        block.register_forward_pre_hook(note(place))
+        block.register_forward_hook(note(place))
+    prompts = torch.randint(model.config.vocab_size, (options.batch_size, options.prompt_length)).to(device)
+    turns = []
+    for _ in range(options.num_repeats + 1):
+        for noted in moments:
+            noted.clear()
+        start = clock.now()
+        out = model(prompts, use_cache=True, logits_to_keep=1)
+        for _ in range(options.num_new_tokens):
+            out = model(out.logits[:, -1:].argmax(dim=-1), past_key_values=out.past_key_values, use_cache=True)
+        whole = clock.between(start, clock.now())
+        in_blocks = [sum(clock.between(*pair) for pair in zip(noted[::2], noted[1::2], strict=True)) for noted in moments]
+        turns.append([*in_blocks, whole - sum(in_blocks)])
+    return turns[1:]
+
+
+def main() -> None:
+    """Print the seconds of every width and of what is outside the blocks as one line of JSON."""
+    request = json.load(sys.stdin)
+    options, device = SpeedOptions(**request["request"]), torch.device(request["device"])
+    torch.set_num_threads(options.num_threads)
+    torch.manual_seed(0)
+    widths = [tuple(width) for width in request["widths"]]
+    whole = max(widths)
+    seconds: dict[tuple[int, int], float] = {}
+    of_whole, rests = [], []
+    others = [width for width in widths if width != whole]
+    with tempfile.TemporaryDirectory() as scratch:
+        for first in range(0, max(1, len(others)), _BLOCKS_AT_ONCE - 1):
+            batch = [whole, *others[first : first + _BLOCKS_AT_ONCE - 1]]
+            model = _model(request["document"], batch, Path(scratch) / str(first)).eval().to(device)
+            medians = [statistics.median(times) for times in zip(*_time_blocks(model, options, device), strict=True)]
+            seconds |= {width: value - medians[0] for width, value in zip(batch, medians[:-1], strict=True)}  # beside the same whole block
+            of_whole.append(medians[0])
+            rests.append(medians[-1])
+    dense = statistics.median(of_whole)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {options.num_threads} threads"
+    found = {"device": name, "seconds": [dense + seconds[width] for width in widths], "rest_seconds": statistics.median(rests)}
+    sys.stdout.write(json.dumps(found) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""A target for the whole model: parameters, bytes, operations or seconds."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from ray_surgeon.cluster.alone import run_alone
+from ray_surgeon.cluster.worker import ShardWorker
+from ray_surgeon.export.latency import LatencyOptions
+from ray_surgeon.export.speed import SpeedOptions
+from ray_surgeon.models.budgets import bytes_budget, flops_budget, parameters_budget
+from tests.conftest import CONFIGS
+from tests.integration.runs import assert_same_shot, report_of, run
+
+GROUPS: dict[str, Any] = {"pruning__structure": "groups", "pruning__width_multiple": 8, "pruning__target_sparsity": None}
+BUDGETS = {
+    "parameters": parameters_budget(CONFIGS["llama"]),
+    "bytes": bytes_budget(CONFIGS["llama"], 2),
+    "flops": flops_budget(CONFIGS["llama"], 100),
+}
+REQUEST = {"prompt_length": 16, "num_new_tokens": 2, "num_repeats": 1}
+
+
+@pytest.mark.parametrize("unit", sorted(BUDGETS))
+@pytest.mark.parametrize("allocation", ["global", "uniform"])
+def test_the_model_needs_no_more_than_the_target(unit: str, allocation: str, model_folders: dict[str, Path], tmp_path: Path) -> None:
+    budget = BUDGETS[unit]
+    allowed = int(0.8 * budget.dense)
+    target = {unit: allowed} | ({"request": {"prompt_length": 100}} if unit == "flops" else {})
+    kind = "uniform" if allocation == "uniform" else "per_block"
+    options = {
+        **GROUPS,
+        "pruning__target": target,
+        "pruning__allocation": allocation,
+        "output__exports": [kind],
+        "model__dtype": "bfloat16",
+    }
+    assert run(tmp_path, model_folders["llama"], **options) == 0
+    report = report_of(tmp_path / "run")
+    first, last = (shot["budget"] for shot in report["shots"])
+    assert last["goal"] == pytest.approx(allowed)
+    assert first["goal"] == pytest.approx((budget.dense + allowed) / 2)
+    assert last["need"] <= allowed < budget.dense == last["dense"]
+    widths = report["exports"][0]["widths"]
+    flat = [(kind, width[i]) for width in widths for i, kind in enumerate(("ffn", "attention"))]
+    assert last["need"] == pytest.approx(budget.of(flat))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/export" / kind, trust_remote_code=kind == "per_block", dtype="auto")
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    if unit != "flops":
+        assert last["need"] == (size // 2 if unit == "parameters" else size)
+
+
+def seconds(channels: int, heads: int) -> float:
+    """Channels are free between 16 and 32."""
+    return 0.01 + 0.001 * (channels if channels < 16 else max(16, channels - 16)) + 0.004 * heads
+
+
+@pytest.mark.parametrize("allocation", ["global", "uniform"])
+def test_latency_is_measured_once_a_width(
+    allocation: str, model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = []
+
+    def measure(worker: ShardWorker, module: str, request: dict[str, Any]) -> dict[str, Any]:
+        asked.append(request)
+        return {"device": "a table", "seconds": [seconds(*width) for width in request["widths"]], "rest_seconds": 0.1}
+
+    monkeypatch.setattr(ShardWorker, "run_alone", measure)
+    dense = 0.1 + 4 * seconds(48, 2)
+    options = {**GROUPS, "pruning__target": {"latency_s": 0.8 * dense, "request": REQUEST}, "pruning__allocation": allocation}
+    assert run(tmp_path, model_folders["llama"], **options) == 0
+    (request,) = asked
+    assert [tuple(width) for width in request["widths"]] == [(n, 2) for n in range(8, 56, 8)] + [(48, 1)]
+    assert request["request"]["prompt_length"] == 16
+    report = report_of(tmp_path / "run")
+    budget = report["shots"][-1]["budget"]
+    assert (budget["unit"], budget["dense"]) == ("latency_s", pytest.approx(dense))
+    rows = {linear["name"]: linear["rows_kept"] for linear in report["linears"]}
+    blocks = [(rows[f"model.layers.{i}.mlp.up_proj"], rows[f"model.layers.{i}.self_attn.k_proj"] // 8) for i in range(4)]
+    need = 0.1 + sum(seconds(*block) for block in blocks)
+    assert need <= 0.8 * dense
+    assert budget["need"] == pytest.approx(need)
+    assert all(channels != 24 for channels, _ in blocks), "as fast as 32, and worse"
+    assert run(tmp_path, model_folders["llama"], "--resume", **options) == 0
+    assert len(asked) == 1
+    assert json.loads((tmp_path / "run/latency.json").read_text())["device"] == "a table"
+    options["pruning__target"] = {"latency_s": 0.001, "request": REQUEST}
+    options["output__uri"] = str(tmp_path / "other")
+    assert run(tmp_path, model_folders["llama"], **options) == 1
+    assert "the model needs at least 0.1" in capsys.readouterr().err
+    assert len(asked) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", sorted(CONFIGS))
+def test_blocks_of_every_width_are_timed(family: str, model_folders: dict[str, Path]) -> None:
+    """Nothing is said of the seconds but that there are some: they are measured."""
+    options = LatencyOptions("cpu", SpeedOptions(1, 16, 2, 1, 1), "float32", {}, 8, False)
+    document = json.loads((model_folders[family] / "config.json").read_text()) | {"dtype": "float32"}
+    widths = [[48, 2], [24, 2], [0, 2], [48, 1], [48, 0], *([n, 2] for n in range(1, 6))]
+    found = run_alone("ray_surgeon.export.latency", asdict(options) | {"document": document, "widths": widths})
+    assert len(found["seconds"]) == len(widths)
+    assert found["rest_seconds"] > 0
+    assert found["seconds"][0] > 0
+    assert found["device"] == "CPU, 1 threads"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pruning__target": {"parameters": 10}}, "the model needs at least"),
+        ({"pruning__target": {"parameters": 10**9}}, "the dense model needs no more than"),
+        ({"pruning__target": {"parameters": 10, "bytes": 10}}, "got parameters, bytes"),
+        ({"pruning__target": {}}, "got none"),
+        ({"pruning__target": {"bytes": 10, "request": {"prompt_length": 3}}}, "request has no effect on bytes"),
+        ({"pruning__target": {"flops": 10, "device": "cuda"}}, "device has no effect on flops"),
+        ({"pruning__target": {"flops": 10, "request": {"num_threads": 3}}}, "takes only prompt_length"),
+        ({"pruning__target": {"latency_s": 1, "device": "cuda"}}, "set cluster.gpus_per_worker to 1"),
+        ({"pruning__target": {"bytes": 10}, "pruning__target_sparsity": 0.5}, "got both"),
+        ({}, "got none"),
+        ({"pruning__target": {"bytes": 10}, "pruning__structure": "rows"}, "leaves zeros"),
+        ({"pruning__target": {"bytes": 10}, "pruning__sparsities": [0.1, 0.2]}, "use num_shots and schedule"),
+    ],
+)
+def test_targets_that_cannot_be(
+    changes: dict[str, Any], message: str, model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path, model_folders["llama"], **{**GROUPS, **changes}) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_plan_says_what_the_dense_model_needs(
+    model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dense = int(BUDGETS["parameters"].dense)
+    assert run(tmp_path, model_folders["llama"], "--dry-run", **GROUPS, pruning__target={"parameters": dense - 5000}) == 0
+    assert f"2 shots to {dense - 5000} of {dense} parameters" in capsys.readouterr().out
+
+
+def test_shards_agree(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    target = {"parameters": int(0.8 * BUDGETS["parameters"].dense)}
+    for name, shards in (("one", 1), ("two", 2)):
+        assert run(tmp_path / name, model_folders["llama"], **GROUPS, pruning__target=target, cluster__num_shards=shards) == 0
+    assert_same_shot(tmp_path / "one/run", tmp_path / "two/run", 2)
