@@ -13,6 +13,7 @@ from ray_surgeon.cluster.protocol import Cluster
 from ray_surgeon.evaluate import perplexity
 from ray_surgeon.export.kinds import export
 from ray_surgeon.export.latency import latency_budget
+from ray_surgeon.export.tasks import evaluate_tasks
 from ray_surgeon.job import Event, Job, StepMeter
 from ray_surgeon.methods import correct, method_of
 from ray_surgeon.report import Fact, RunReport
@@ -61,6 +62,10 @@ def run_shots(job: Job, cluster: Cluster, run: RunDirectory) -> Iterator[Event]:
         with meter.step("evaluation"):
             report.dense = {"perplexity": _perplexities(job, cluster)}
         yield ended("evaluation", 0, meter, **_named("perplexity", report.dense["perplexity"]))
+        if job.measures.tasks is not None:
+            with meter.step("tasks"):
+                report.dense["tasks"] = evaluate_tasks(cluster, job.model_source, job.measures.tasks)
+            yield ended("tasks", 0, meter)
 
     for shot in range(len(done) + 1, num_shots + 1):
         meter = StepMeter(cluster)
@@ -104,7 +109,7 @@ def run_shots(job: Job, cluster: Cluster, run: RunDirectory) -> Iterator[Event]:
         with meter.step("export"):
             facts, linears = report.model_card_facts(), report.shots[-1]["linears"]
             uri, tokens = run.path("export", kind), job.calibration[0]
-            entry = export(kind, cluster, job.model_source, uri, tokens, facts, linears, job.speed_options)
+            entry = export(kind, cluster, job.model_source, uri, tokens, facts, linears, job.measures)
         report.exports.append(entry)
         difference = entry["reload_max_logit_difference"]
         yield ended("export", num_shots, meter, kind=kind, uri=uri, reload_max_logit_difference=difference)

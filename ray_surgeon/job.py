@@ -23,8 +23,10 @@ from ray_surgeon.cluster.messages import (
 )
 from ray_surgeon.cluster.protocol import Cluster
 from ray_surgeon.cluster.usage import process_usage
+from ray_surgeon.export.kinds import Measures
 from ray_surgeon.export.latency import LatencyOptions
 from ray_surgeon.export.speed import SpeedOptions
+from ray_surgeon.export.tasks import TaskOptions
 from ray_surgeon.models.budgets import Budget
 from ray_surgeon.report import Fact
 from ray_surgeon.sections import PruningSection
@@ -139,10 +141,10 @@ class Job:
         return replace(self, budget=budget)
 
     @property
-    def speed_options(self) -> SpeedOptions | None:
-        """What is timed of every smaller export."""
+    def measures(self) -> Measures:
+        """What is measured of the exports besides their logits."""
         speed = self.spec.output.speed
-        return None if speed is None else SpeedOptions(**speed.model_dump())
+        return Measures(None if speed is None else SpeedOptions(**speed.model_dump()), task_options(self.spec))
 
     def low_rank_options(self, shot: int) -> LowRankOptions:
         """Return how the corrections of a shot start."""
@@ -182,6 +184,12 @@ class Job:
         else:
             steps = ["update"]
         return (*steps, *(["correction"] if self.spec.correction.lora_rank else []), "evaluation", "commit")
+
+
+def task_options(spec: JobSpec) -> TaskOptions | None:
+    """Return which downstream tasks are wanted, if any."""
+    tasks = spec.evaluation.tasks
+    return None if tasks is None else TaskOptions(**tasks.model_dump())
 
 
 def check_budget(budget: Budget, pruning: PruningSection, fewest: Mapping[str, int]) -> None:

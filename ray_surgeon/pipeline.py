@@ -95,7 +95,8 @@ def run_job(job: Job, placement: Placement, console: Console) -> None:
     """Run a checked job and show its progress: a bar on a terminal, one line per step in a log."""
     on_ray = job.spec.cluster.backend == "ray"
     events = run_on_ray(job, placement, console) if on_ray else run_in_process(job, placement)
-    num_steps = 2 + job.needs_latencies + job.spec.pruning.shots * len(job.steps_of_a_shot) + len(job.spec.output.exports)
+    num_once = 2 + job.needs_latencies + (job.measures.tasks is not None) + len(job.spec.output.exports)
+    num_steps = num_once + job.spec.pruning.shots * len(job.steps_of_a_shot)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(job.spec.name, total=num_steps)

@@ -19,7 +19,8 @@ from ray_surgeon.checkpoint import RunDirectory
 from ray_surgeon.cluster.placement import Placement, place
 from ray_surgeon.data import TextSource, Windows, cut_windows, interleaved, token_stream
 from ray_surgeon.export.kinds import check_export
-from ray_surgeon.job import Job, check_budget
+from ray_surgeon.export.tasks import check_tasks
+from ray_surgeon.job import Job, check_budget, task_options
 from ray_surgeon.models.adapters import check_family
 from ray_surgeon.models.budgets import Budget, bytes_budget, fewest_left, flops_budget, linears_budget, parameters_budget
 from ray_surgeon.models.gguf import convert_gguf
@@ -68,7 +69,7 @@ def prepare(spec: JobSpec, *, resume: bool, dry_run: bool = False) -> tuple[Job,
     calibration = interleaved([_windows(text, count, length, tokenizer, config, place) for (text, count), place in parts])
     evaluation = {
         t.name: _windows(t, t.num_sequences, t.sequence_length, tokenizer, config, f"evaluation[{i}] {t.name!r}")
-        for i, t in enumerate(spec.evaluation)
+        for i, t in enumerate(spec.evaluation.texts)
     }
     fingerprints: dict[str, Any] = {
         "method": spec.method_fingerprint(),
@@ -77,6 +78,8 @@ def prepare(spec: JobSpec, *, resume: bool, dry_run: bool = False) -> tuple[Job,
         "calibration": calibration.fingerprint,
         "evaluation": {name: windows.fingerprint for name, windows in evaluation.items()},
     }
+    if (tasks := task_options(spec)) is not None:
+        check_tasks(tasks)
     with _as_input_error(f"output.uri: cannot use {spec.output.uri}"):
         RunDirectory(spec.output.uri).check(fingerprints, resume=resume)
         if not dry_run:
@@ -120,12 +123,15 @@ def _check_pattern(config: PretrainedConfig, m: int) -> None:
 
 def with_absolute_paths(spec: JobSpec) -> JobSpec:
     """Return the spec with local paths made absolute: workers run in other folders than the driver."""
-    model, output = spec.model, spec.output
+    model, output, evaluation = spec.model, spec.output, spec.evaluation
     if Path(model.source).exists():
         model = model.model_copy(update={"source": str(Path(model.source).resolve())})
     if "://" not in output.uri:
         output = output.model_copy(update={"uri": str(Path(output.uri).expanduser().resolve())})
-    return spec.model_copy(update={"model": model, "output": output})
+    if evaluation.tasks is not None and evaluation.tasks.include is not None and "://" not in evaluation.tasks.include:
+        include = str(Path(evaluation.tasks.include).expanduser().resolve())
+        evaluation = evaluation.model_copy(update={"tasks": evaluation.tasks.model_copy(update={"include": include})})
+    return spec.model_copy(update={"model": model, "output": output, "evaluation": evaluation})
 
 
 @contextlib.contextmanager

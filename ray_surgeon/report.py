@@ -99,6 +99,7 @@ class RunReport:
             "structure": self.spec["pruning"]["structure"],
             "calibration": self.spec["calibration"],
             "perplexity": {text: (before[text], after[text]) for text in after},
+            "tasks": self.dense.get("tasks", {}),
         }
 
 
@@ -132,12 +133,20 @@ def export_lines(record: Mapping[str, Any]) -> list[str]:
         for step in ("prefill", "decode") if "speed" in export else ():
             speeds = [export["speed"][model][f"{step}_tokens_per_s"]["median"] for model in ("dense", "pruned")]
             lines.append(_change(f"{step}, tokens per second", *speeds))
+        if "speed" in export:
+            memory = [export["speed"][model]["peak_gpu_bytes"] or export["speed"][model]["peak_rss_bytes"] for model in ("dense", "pruned")]
+            lines.append(_change("memory of a process, MB", memory[0] / 1e6, memory[1] / 1e6))
+        for task, metrics in export.get("tasks", {}).items():
+            for metric, value in metrics.items():
+                if not metric.endswith("_stderr"):
+                    lines.append(_change(f"{task} {metric}", record["dense"]["tasks"][task][metric], value))
         lines.append(f"  load it: {export['load']}")
     return lines
 
 
 def _change(what: str, before: float, after: float) -> str:
-    return f"  {what:<28} {before:10.3f} -> {after:10.3f}   x {after / before:.3f}"
+    ratio = f"   x {after / before:.3f}" if before else ""
+    return f"  {what:<28} {before:10.3f} -> {after:10.3f}{ratio}"
 
 
 def _perplexity_text(value: float) -> str:

@@ -121,11 +121,33 @@ class CalibrationSection(TextSection):
         return self
 
 
-class EvaluationSection(TextSection):
+class EvaluationText(TextSection):
     """A named text on which perplexity is measured before the first and after every shot."""
 
     name: str = Field(min_length=1, description="Name of the text in the report")
     split: str = Field("test", description="As in calibration, the test part by default")
+
+
+class TasksSection(Section):
+    """Downstream tasks, by EleutherAI's evaluation harness, on the dense model and on every export; needs the extra eval."""
+
+    names: tuple[str, ...] = Field(min_length=1, description="Tasks or groups of tasks that the harness knows, e.g. [piqa, arc_easy]")
+    include: str | None = Field(None, description="Folder or fsspec URI of more task definitions; code that lies in them is run")
+    num_fewshot: int | None = Field(None, ge=0, description="Examples before each question; without it, as each task defines")
+    limit: Positive | None = Field(None, description="Only the first so many questions of each task, to try it out")
+    batch_size: Positive = Field(1, description="Questions at once")
+
+
+class EvaluationSection(Section):
+    """What the model is measured on. A list is short for `texts`."""
+
+    texts: tuple[EvaluationText, ...] = Field(min_length=1, description="Texts for perplexity, each reported after every shot")
+    tasks: TasksSection | None = Field(None, description="Downstream tasks, before the first shot and on every export")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _list_of_texts(cls, given: object) -> object:
+        return {"texts": given} if isinstance(given, (list, tuple)) else given
 
 
 class DampingSection(Section):

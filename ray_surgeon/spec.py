@@ -32,7 +32,7 @@ class JobSpec(Section):
     name: str = Field(pattern="^[a-z0-9][a-z0-9.-]*$", max_length=63, description="Name of the run: lower case, digits, dots, dashes")
     model: ModelSection = Field(description="The model to prune")
     calibration: CalibrationSection = Field(description="The text whose loss the method keeps low")
-    evaluation: tuple[EvaluationSection, ...] = Field(min_length=1, description="Texts for perplexity, each reported after every shot")
+    evaluation: EvaluationSection = Field(description="What the model is measured on: a list of texts, or texts and tasks")
     curvature: CurvatureSection = Field(CurvatureSection(), description="Curvature of the loss")
     pruning: PruningSection = Field(description="What is removed and how much")
     updates: UpdatesSection = Field(UpdatesSection(), description="Updates of the weights that stay")
@@ -44,7 +44,7 @@ class JobSpec(Section):
     def _sections_fit(self) -> JobSpec:
         if unused := list(idle_fields(self)):
             raise ValueError(f"these fields would have no effect: {'; '.join(unused)}. Remove them")
-        names = [text.name for text in self.evaluation]
+        names = [text.name for text in self.evaluation.texts]
         if len(set(names)) < len(names):
             raise ValueError(f"evaluation: names must differ, got {names}; rename one")
         if self.cluster.num_replicas > self.calibration.num_sequences:
@@ -52,7 +52,7 @@ class JobSpec(Section):
                 f"cluster.num_replicas: {self.cluster.num_replicas} replicas cannot be filled by {self.calibration.num_sequences} "
                 "calibration sequences; give fewer replicas or more sequences"
             )
-        for i, text in enumerate(self.evaluation):
+        for i, text in enumerate(self.evaluation.texts):
             for read in (self.calibration, *self.calibration.mix):
                 if text.has_own_split and text.source == read.source and text.max_tokens != read.max_tokens:
                     raise ValueError(
@@ -81,6 +81,8 @@ class JobSpec(Section):
                 "output.exports: deci holds widths that are multiples of 256 and all heads; set pruning.groups to [ffn] and "
                 "pruning.width_multiple to 256"
             )
+        if self.evaluation.tasks is not None and not self.output.exports:
+            raise ValueError("evaluation.tasks: are of exports, and output.exports has none; add one, or remove tasks")
         target = pruning.target
         if target is not None and target.device == "cuda" and not self.cluster.gpus_per_worker:
             raise ValueError("pruning.target: device cuda is the first worker's GPU; set cluster.gpus_per_worker to 1")

@@ -39,7 +39,7 @@ def test_every_field_is_described(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--schema"]) == 0
     schema = json.loads(capsys.readouterr().out)
     sections = [schema, *schema["$defs"].values()]
-    assert len(sections) == 14
+    assert len(sections) == 16
     for section in sections:
         assert section["additionalProperties"] is False
         assert section["description"]
@@ -50,7 +50,7 @@ def test_every_field_is_described(capsys: pytest.CaptureFixture[str]) -> None:
 def test_sections_are_frozen() -> None:
     found = {**vars(spec_module), **vars(sections_module)}.values()
     sections = {s for s in found if isinstance(s, type) and issubclass(s, BaseModel) and s not in (BaseModel, Section)}
-    assert len(sections) == 16
+    assert len(sections) == 18
     assert all(s.model_config["frozen"] and s.model_config["extra"] == "forbid" for s in sections)
 
 
@@ -64,7 +64,7 @@ def test_overrides() -> None:
     overrides = ["pruning.target_sparsity=0.3", "evaluation.0.num_sequences=5", "curvature.damping.a=1e-1", "cluster.num_shards=2"]
     spec = parse_spec(MINIMAL, overrides)
     assert spec.pruning.target_sparsity == 0.3
-    assert spec.evaluation[0].num_sequences == 5
+    assert spec.evaluation.texts[0].num_sequences == 5
     assert spec.curvature.damping.a == 0.1
     assert spec.cluster.num_shards == 2
 

@@ -11,18 +11,19 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def run_alone(module: str, request: Mapping[str, Any]) -> dict[str, Any]:
+def run_alone(module: str, request: Mapping[str, Any], offline: bool = True) -> dict[str, Any]:
     """Run a module and return what it found.
 
     Args:
         module: dotted name; it reads a JSON object from its standard input, and the last line it prints is one.
         request: that object.
+        offline: whether it may not ask the Hub.
 
     Raises:
         RuntimeError: it fails; its last lines are shown.
     """
     with tempfile.TemporaryDirectory() as modules:
-        settings = {"HF_MODULES_CACHE": modules, "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+        settings = {"HF_MODULES_CACHE": modules, "OMP_WAIT_POLICY": "PASSIVE"} | ({"HF_HUB_OFFLINE": "1"} if offline else {})
         command = [sys.executable, "-m", module]
         done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, check=False, env=os.environ | settings)
     if done.returncode:

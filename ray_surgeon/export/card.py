@@ -20,7 +20,7 @@ tags: [pruning, llm-surgeon]
 {texts}
 
 Calibrated on {num_sequences} x {sequence_length} tokens of {calibration}. Weights: {size} MB.
-{speed}
+{tasks}{speed}
 ## Load
 
 ```python
@@ -38,6 +38,7 @@ _SPEED = """
 |---|---|---|---|
 | prefill of {prompt_length} tokens | {prefill_dense:.1f} | {prefill:.1f} | {prefill_ratio:.3f} |
 | decode | {decode_dense:.1f} | {decode:.1f} | {decode_ratio:.3f} |
+| peak memory of a process with it alone, MB | {memory_dense:.0f} | {memory:.0f} | {memory_ratio:.3f} |
 """
 
 
@@ -62,14 +63,26 @@ def model_card(summary: str, entry: Mapping[str, Any], source: str, facts: Mappi
         num_sequences=calibration["num_sequences"],
         sequence_length=calibration["sequence_length"],
         size=f"{entry['size_bytes'] / 1e6:.1f}",
+        tasks=_tasks(facts["tasks"], entry["tasks"]) if "tasks" in entry else "",
         speed=_speed(entry["speed"]) if "speed" in entry else "",
         load=entry["load"].replace(str(entry["uri"]), "folder").replace('"folder"', "folder"),
         loaders="\n".join(f"| {program} | {known} |" for program, known in entry["loaders"].items()),
     )
 
 
+def _tasks(before: Mapping[str, Mapping[str, float]], after: Mapping[str, Mapping[str, float]]) -> str:
+    lines = [
+        f"| {task} | {metric} | {before[task][metric]:.4f} | {value:.4f} |"
+        for task, metrics in after.items()
+        for metric, value in metrics.items()
+        if not metric.endswith("_stderr")
+    ]
+    return "\n".join(["", "| task | metric | before | after |", "|---|---|---|---|", *lines, ""])
+
+
 def _speed(speed: Mapping[str, Any]) -> str:
     dense, pruned = speed["dense"], speed["pruned"]
+    memory = "peak_gpu_bytes" if dense["peak_gpu_bytes"] else "peak_rss_bytes"
     return _SPEED.format(
         **{name: speed[name] for name in ("device", "dtype", "batch_size", "prompt_length")},
         prefill_dense=dense["prefill_tokens_per_s"]["median"],
@@ -78,4 +91,7 @@ def _speed(speed: Mapping[str, Any]) -> str:
         decode_dense=dense["decode_tokens_per_s"]["median"],
         decode=pruned["decode_tokens_per_s"]["median"],
         decode_ratio=speed["decode_ratio"],
+        memory_dense=dense[memory] / 1e6,
+        memory=pruned[memory] / 1e6,
+        memory_ratio=pruned[memory] / dense[memory],
     )

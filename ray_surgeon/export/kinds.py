@@ -16,6 +16,7 @@ from ray_surgeon.cluster.protocol import Cluster
 from ray_surgeon.export.card import model_card
 from ray_surgeon.export.folder import copy_small_files, dense_document, reload_difference, write_weights
 from ray_surgeon.export.speed import SpeedOptions, measure
+from ray_surgeon.export.tasks import TaskOptions, evaluate_tasks
 from ray_surgeon.models.adapters import adapter_for
 from ray_surgeon.models.gguf import convert_gguf
 from ray_surgeon.models.narrow import (
@@ -78,6 +79,19 @@ KINDS = {
 }
 
 
+@dataclass(frozen=True)
+class Measures:
+    """What is measured of an export besides its logits.
+
+    Attributes:
+        speed: how to time it beside the dense model, not for ``masked``; None for not at all.
+        tasks: downstream tasks; None for none.
+    """
+
+    speed: SpeedOptions | None
+    tasks: TaskOptions | None
+
+
 def check_export(kind: str, config: PretrainedConfig) -> None:
     """Refuse an export that a model cannot have, before anything starts.
 
@@ -96,9 +110,9 @@ def export(
     tokens: NDArray[np.int64],
     facts: Mapping[str, Any],
     linears: Sequence[Mapping[str, Any]],
-    speed: SpeedOptions | None,
+    measures: Measures,
 ) -> dict[str, Any]:
-    """Write a Hugging Face folder, reload it in a fresh process, compare logits, and measure its speed if asked.
+    """Write a Hugging Face folder, reload it in a fresh process, compare logits, and measure what is asked.
 
     Args:
         kind: one of `KINDS`.
@@ -108,7 +122,7 @@ def export(
         tokens: [T] a sequence to compare on.
         facts: for the model card; see `RunReport.model_card_facts`.
         linears: the report's records of the linears.
-        speed: how to measure; not for ``masked``.
+        measures: what to measure.
 
     Returns:
         The export's entry in the report.
@@ -136,8 +150,10 @@ def export(
     }
     if widths:
         entry["widths"] = [[width.num_channels, width.num_kv_heads] for width in widths]
-    if speed is not None and kind != "masked":
-        entry["speed"] = measure(cluster, uri, dense_document(source, dtype), speed, shipped_code=bool(modules))
+    if measures.speed is not None and kind != "masked":
+        entry["speed"] = measure(cluster, uri, dense_document(source, dtype), measures.speed, shipped_code=bool(modules))
+    if measures.tasks is not None:
+        entry["tasks"] = evaluate_tasks(cluster, uri, measures.tasks, shipped_code=bool(modules))
     storage.write_text(storage.join(uri, "README.md"), model_card(KINDS[kind].summary, entry, source.source, facts))
     return entry
 

@@ -1,0 +1,122 @@
+"""Downstream tasks of EleutherAI's evaluation harness, on the dense model and on exports, in a fresh process."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ray_surgeon.cluster.alone import run_alone
+from ray_surgeon.cluster.protocol import Cluster
+from ray_surgeon.export.folder import download_folder
+from ray_surgeon.models.gguf import convert_gguf
+from ray_surgeon.sources import SMALL_FILES, ModelSource, open_model
+
+Scores = dict[str, dict[str, float]]
+"""Task -> metric -> value."""
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """Which tasks; see `sections.TasksSection`."""
+
+    names: tuple[str, ...]
+    include: str | None
+    num_fewshot: int | None
+    limit: int | None
+    batch_size: int
+
+
+def check_tasks(options: TaskOptions) -> None:
+    """Refuse tasks that the harness does not know, before anything starts.
+
+    Raises:
+        ValueError: the harness is not installed, or names the tasks.
+    """
+    try:
+        found = run_alone("ray_surgeon.export.tasks", {"options": asdict(options), "only_check": True})
+    except RuntimeError as error:
+        missing = "No module named 'lm_eval'" in str(error)
+        remedy = "pip install 'ray_surgeon[eval]'" if missing else "correct the task definitions"
+        raise ValueError(f"evaluation.tasks: the harness cannot be used: {error}; {remedy}") from error
+    if found["unknown"]:
+        raise ValueError(
+            f"evaluation.tasks.names: the harness does not know {', '.join(found['unknown'])}; `lm_eval ls tasks` lists what it knows, "
+            "and evaluation.tasks.include is a folder with more"
+        )
+
+
+def evaluate_tasks(cluster: Cluster, model: ModelSource | str, options: TaskOptions, *, shipped_code: bool = False) -> Scores:
+    """Evaluate a model in a fresh process of the first worker, on its GPU if it has one.
+
+    Args:
+        cluster: its first worker evaluates.
+        model: the dense model, or the URI of an export.
+        options: what to evaluate.
+        shipped_code: whether modeling code of ours lies beside the weights.
+
+    Raises:
+        RuntimeError: the process fails.
+    """
+    where = {"uri": model} if isinstance(model, str) else {"source": asdict(model)}
+    request = where | {"options": asdict(options), "only_check": False, "shipped_code": shipped_code}
+    worker = cluster.placement.workers[0]
+    scores: Scores = cluster.get([cluster.submit(worker, "run_alone", "ray_surgeon.export.tasks", request, False)])[0]
+    return scores
+
+
+def _fetch_dense(source: ModelSource, folder: Path) -> None:
+    files = open_model(source, convert_gguf)
+    folder.mkdir()
+    for name in files.names:
+        if name in SMALL_FILES or name in files.weight_files() or name.endswith(".safetensors.index.json"):
+            (folder / name).symlink_to(files.fetch(name).resolve())
+
+
+def _numbers(results: Mapping[str, Mapping[str, Any]]) -> Scores:
+    """Return the harness's numbers; ``acc,none`` is ``acc``, and another filter's name stays."""
+    scores: Scores = {}
+    for task, metrics in results.items():
+        numbers = {name: value for name, value in metrics.items() if "," in name and isinstance(value, (int, float))}
+        scores[task] = {name.removesuffix(",none"): float(value) for name, value in numbers.items()}
+    return scores
+
+
+def main() -> None:
+    """Print the scores, or the tasks that are not known, as one line of JSON."""
+    request = json.load(sys.stdin)
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    options = TaskOptions(**request["options"])
+    with tempfile.TemporaryDirectory() as scratch:
+        definitions = Path(scratch) / "tasks"
+        if options.include is not None:
+            download_folder(options.include, definitions)
+        manager = TaskManager(include_path=None if options.include is None else str(definitions))
+        if request["only_check"]:
+            found: dict[str, Any] = {"unknown": [name for name in options.names if name not in manager.all_tasks]}
+        else:
+            folder = Path(scratch) / "model"
+            if "uri" in request:
+                download_folder(request["uri"], folder)
+            else:
+                _fetch_dense(ModelSource(**request["source"]), folder)
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            model = HFLM(str(folder), device=device, batch_size=options.batch_size, trust_remote_code=request["shipped_code"])
+            settings: dict[str, Any] = {"num_fewshot": options.num_fewshot, "limit": options.limit, "log_samples": False}
+            results = simple_evaluate(model, tasks=list(options.names), task_manager=manager, bootstrap_iters=0, **settings)
+            assert results is not None
+            found = dict(_numbers(results["results"]))
+    sys.stdout.write("\n" + json.dumps(found) + "\n")
+
+
+if __name__ == "__main__":
+    main()
