@@ -188,6 +188,8 @@ def test_speed_is_measured_beside_the_dense_model(
     assert found["pruned"]["weights_bytes"] == pytest.approx(entry["size_bytes"], rel=0.1)
     assert found["dense"]["weights_bytes"] > found["pruned"]["weights_bytes"]
     for model in ("dense", "pruned"):
+        assert found[model]["peak_rss_bytes"] > found[model]["weights_bytes"]
+        assert found[model]["peak_gpu_bytes"] == 0
         for step in ("prefill", "decode"):
             spread = found[model][f"{step}_tokens_per_s"]
             assert 0 < spread["lowest"] <= spread["median"] <= spread["highest"]
@@ -198,6 +200,8 @@ def test_speed_is_measured_beside_the_dense_model(
     assert f'load it: AutoModelForCausalLM.from_pretrained("{tmp_path}/run/export/uniform")' in said
     card = (tmp_path / "run/export/uniform/README.md").read_text()
     assert "| prefill of 16 tokens |" in card
+    assert "| peak memory of a process with it alone, MB |" in card
+    assert "memory of a process, MB" in said
     assert "from_pretrained(folder)" in card
     _, front, _ = card.split("---\n", 2)
     assert yaml.safe_load(front)["library_name"] == "transformers"
