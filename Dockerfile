@@ -1,0 +1,19 @@
+# Workers, head and submitter of a Ray cluster on Kubernetes: docker build -t registry.example.com/ray-surgeon:0.1.0 .
+# The first stage builds a wheel from this repository; the second one has no compiler and no sources.
+
+FROM python:3.11.14-slim-bookworm AS build
+WORKDIR /source
+COPY pyproject.toml README.md LICENSE ./
+COPY ray_surgeon ray_surgeon
+RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
+
+FROM rayproject/ray:2.60.0-py311-gpu
+COPY --from=build /wheels /tmp/wheels
+# Ray stays the image's own; everything else is in the ranges of pyproject.toml.
+# hadolint ignore=DL3013
+RUN wheel="$(ls /tmp/wheels/*.whl)" \
+    && pip install --no-cache-dir "${wheel}[quickstart,s3]" "ray[default]==2.60.0"
+USER 1000:100
+WORKDIR /home/ray
+ENV OMP_WAIT_POLICY=PASSIVE
+CMD ["python", "-m", "ray_surgeon.pipeline", "--help"]
