@@ -23,5 +23,5 @@ def perplexity(cluster: Cluster, windows: NDArray[np.int64]) -> float:
     """
     mean = sum(sequence_losses(cluster, windows)) / (windows.shape[0] * (windows.shape[1] - 1))
     if math.isnan(mean):
-        raise FloatingPointError("the loss on the evaluation text is not a number; the pruned weights are damaged")
+        raise FloatingPointError("the loss on the evaluation text is not a number; the weights are damaged")
     return math.exp(mean) if mean < 700 else math.inf

@@ -16,6 +16,8 @@ def idle_fields(spec: JobSpec) -> Iterator[str]:
     curvature, pruning, updates = spec.curvature, spec.pruning, spec.updates
     by_element = pruning.structure in ("element", "n_m")
     full = updates.correlations == "full"
+    if spec.cluster.backend == "local":
+        yield from _changed(spec.cluster, "cluster", "backend local", "ping_timeout_s", "retries")
     if pruning.method != "llm_surgeon":
         why = f"pruning.method {pruning.method}"
         yield from _changed(pruning, "pruning", why, "groups", "allocation", "width_multiple", "remove_blocks")

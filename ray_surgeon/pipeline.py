@@ -10,21 +10,24 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import asdict
 from types import FrameType
 from typing import Any
 
 import ray
 from pydantic import ValidationError
-from ray.exceptions import RayError
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError, RayTaskError, WorkerCrashedError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ray_surgeon import storage
 from ray_surgeon.checkpoint import RunDirectory
 from ray_surgeon.cluster.local import LocalCluster
+from ray_surgeon.cluster.messages import Lost
 from ray_surgeon.cluster.placement import Placement
-from ray_surgeon.cluster.ray_cluster import RayCluster, RayResources, connect, num_nodes
+from ray_surgeon.cluster.ray_cluster import LostError, RayCluster, RayResources, connect, num_nodes
 from ray_surgeon.coordinator import run_shots
 from ray_surgeon.job import Event, Job
 from ray_surgeon.plan import plan_table, plan_workers
@@ -44,16 +47,33 @@ class Coordinator:
         """Start without events."""
         self._events: list[Event] = []
 
-    def run(self, job: Job, placement: Placement) -> None:
-        """Run all shots."""
-        spec = job.spec.cluster
-        resources = RayResources(spec.cpus_per_worker, spec.gpus_per_worker, spec.start_timeout_s, spec.step_timeout_s)
-        cluster = RayCluster(placement, resources)
+    def run(self, job: Job, placement: Placement, before: Lost | None) -> Lost | None:
+        """Run all shots that are not committed yet.
+
+        Args:
+            job: checked.
+            placement: of the workers.
+            before: what ended the last try, for the record.
+
+        Returns:
+            None at the end, or what was lost.
+        """
+        spec, run = job.spec.cluster, RunDirectory(job.spec.output.uri)
+        if before is not None:
+            event = Event("retry", 0, job.spec.pruning.shots, 0.0, {"cause": before.cause, "message": before.message})
+            run.add_event(asdict(event) | {"time": time.time()})
+        timeouts = spec.start_timeout_s, spec.step_timeout_s, spec.ping_timeout_s
+        cluster = None
         try:
-            for event in run_shots(job, cluster, RunDirectory(job.spec.output.uri)):
+            cluster = RayCluster(placement, RayResources(spec.cpus_per_worker, spec.gpus_per_worker, *timeouts))
+            for event in run_shots(job, cluster, run):
                 self._events.append(event)
+        except LostError as error:
+            return error.lost
         finally:
-            cluster.close()
+            if cluster is not None:
+                cluster.close()
+        return None
 
     def events(self, seen: int) -> list[Event]:
         """Return the events after the first `seen` ones."""
@@ -61,24 +81,55 @@ class Coordinator:
 
 
 def run_on_ray(job: Job, placement: Placement, console: Console) -> Iterator[Event]:
-    """Run the job on Ray and yield its events as they happen."""
+    """Run the job on Ray and yield its events as they happen; after a loss, go on from the last committed shot.
+
+    Raises:
+        RuntimeError: losses of one cause are more than the job spec allows.
+    """
     try:
         console.print(f"{placement.num_shards} shards x {placement.num_replicas} replicas")
         if num_nodes() > 1 and "://" not in job.spec.output.uri:
             console.print(f"note: the cluster has several machines; {job.spec.output.uri} must be a folder that they share")
-        actor_class = ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0)(Coordinator)
-        coordinator: Any = actor_class.options(max_concurrency=2, runtime_env={"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}).remote()
-        run, seen = coordinator.run.remote(job, placement), 0
-        running = True
+        left = job.spec.cluster.retries.model_dump()
+        lost = yield from _try(job, placement, None)
+        while lost is not None:
+            if not left[lost.cause]:
+                allowed = getattr(job.spec.cluster.retries, lost.cause)
+                raise RuntimeError(
+                    f"lost a {lost.cause}: {lost.message}. cluster.retries.{lost.cause} allows {allowed}; committed shots are kept. "
+                    f"Look for the reason in Ray's logs, or raise cluster.retries.{lost.cause}"
+                )
+            left[lost.cause] -= 1
+            note = f"lost a {lost.cause}: {lost.message}; going on from the last committed shot, {left[lost.cause]} such retries left"
+            console.print(note, soft_wrap=True, highlight=False)
+            lost = yield from _try(job, placement, lost)
+    finally:
+        ray.shutdown()
+
+
+def _try(job: Job, placement: Placement, before: Lost | None) -> Generator[Event, None, Lost | None]:
+    """Run a coordinator to its end and return what was lost, if anything."""
+    actor_class = ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0)(Coordinator)
+    coordinator: Any = actor_class.options(max_concurrency=2, runtime_env={"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}).remote()
+    patience_s, seen, running = job.spec.cluster.start_timeout_s, 0, True
+    try:
+        ray.get(coordinator.events.remote(0), timeout=patience_s)
+        patience_s = job.spec.cluster.ping_timeout_s
+        run = coordinator.run.remote(job, placement, before)
         while running:
             done, _ = ray.wait([run], timeout=_POLL_S)
             running = not done
-            events = ray.get(coordinator.events.remote(seen))
+            events = ray.get(coordinator.events.remote(seen), timeout=patience_s)
             seen += len(events)
             yield from events
-        ray.get(run)
+        lost: Lost | None = ray.get(run)
+    except GetTimeoutError:
+        return Lost("coordinator", f"the coordinator has not answered for {patience_s:g} s")
+    except (RayActorError, ObjectLostError, WorkerCrashedError) as error:
+        return Lost("coordinator", " ".join(str(error).split())[:300])
     finally:
-        ray.shutdown()
+        ray.kill(coordinator)
+    return lost
 
 
 def run_in_process(job: Job, placement: Placement) -> Iterator[Event]:
@@ -118,6 +169,14 @@ def event_line(event: Event) -> str:
     facts = "  ".join(f"{key}={value:.6g}" if isinstance(value, float) else f"{key}={value}" for key, value in event.facts.items())
     place = f"shot {event.shot}/{event.num_shots}" if event.shot else "start"
     return f"{place:<10} {event.step:<10} {event.seconds:7.1f} s  {facts}"
+
+
+def _reason(error: BaseException) -> str:
+    """Return what to say of a failure: without the ways it came through Ray, unless it may be a defect of ours."""
+    cause = error
+    while isinstance(cause, RayTaskError):
+        cause = cause.cause
+    return str(cause if isinstance(cause, (FloatingPointError, ValueError, OSError)) else error)
 
 
 def _interrupt_on_sigterm() -> None:
@@ -196,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         errors.print(f"interrupted; {resume_with}", markup=False, soft_wrap=True)
         return INTERRUPTED
     except (RayError, RuntimeError, OSError, ValueError, FloatingPointError) as error:
-        errors.print(f"failed: {error}\n{resume_with}", style="red", markup=False, highlight=False, soft_wrap=True)
+        errors.print(f"failed: {_reason(error)}\n{resume_with}", style="red", markup=False, highlight=False, soft_wrap=True)
         return FAILED
     console.print(shots_table(report))
     for line in export_lines(report):

@@ -414,6 +414,16 @@ class CorrectionSection(Section):
         return self
 
 
+class RetriesSection(Section):
+    """How often a run goes on from its last committed shot after a loss, by cause; 0 for never. Errors of the input are not retried."""
+
+    worker: int = Field(3, ge=0, description="A worker's process ended or does not answer any more")
+    node: int = Field(10, ge=0, description="A machine went away, as spot machines do")
+    coordinator: int = Field(3, ge=0, description="The coordinator's process ended or does not answer any more")
+    communication: int = Field(3, ge=0, description="A collective between replicas failed or took longer than step_timeout_s")
+    memory: int = Field(1, ge=0, description="Ray ended a worker because its machine ran out of memory")
+
+
 class ClusterSection(Section):
     """Workers and where they run."""
 
@@ -429,6 +439,8 @@ class ClusterSection(Section):
     gpus_per_worker: Literal[0, 1] = Field(0, description="1 puts every worker on a GPU of its own")
     start_timeout_s: float = Field(300.0, gt=0, description="How long to wait for the cluster to have room for all workers")
     step_timeout_s: float = Field(1800.0, gt=0, description="A collective between replicas that takes longer fails")
+    ping_timeout_s: float = Field(60.0, gt=0, description="A process that does not answer for so long counts as lost; for backend ray")
+    retries: RetriesSection = Field(RetriesSection(), description="What happens after a loss; for backend ray")
 
 
 class OutputSection(Section):

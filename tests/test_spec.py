@@ -39,7 +39,7 @@ def test_every_field_is_described(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--schema"]) == 0
     schema = json.loads(capsys.readouterr().out)
     sections = [schema, *schema["$defs"].values()]
-    assert len(sections) == 16
+    assert len(sections) == 17
     for section in sections:
         assert section["additionalProperties"] is False
         assert section["description"]
@@ -50,7 +50,7 @@ def test_every_field_is_described(capsys: pytest.CaptureFixture[str]) -> None:
 def test_sections_are_frozen() -> None:
     found = {**vars(spec_module), **vars(sections_module)}.values()
     sections = {s for s in found if isinstance(s, type) and issubclass(s, BaseModel) and s not in (BaseModel, Section)}
-    assert len(sections) == 18
+    assert len(sections) == 19
     assert all(s.model_config["frozen"] and s.model_config["extra"] == "forbid" for s in sections)
 
 

@@ -21,6 +21,19 @@ class WorkerIndex:
 
 
 @dataclass(frozen=True)
+class Lost:
+    """What went away under a run that may go on from its last committed shot.
+
+    Attributes:
+        cause: "worker", "node", "coordinator", "communication" or "memory"; see `sections.RetriesSection`.
+        message: one line.
+    """
+
+    cause: str
+    message: str
+
+
+@dataclass(frozen=True)
 class Wire:
     """A tensor on its way: a numpy array and the torch dtype it stands for, e.g. int16 for "bfloat16"."""
 

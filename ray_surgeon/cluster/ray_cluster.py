@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from ray_surgeon.cluster.messages import WorkerIndex
+from ray_surgeon.cluster.messages import Lost, WorkerIndex
 from ray_surgeon.cluster.placement import Placement
+from ray_surgeon.cluster.replicas import ReplicaLostError
 from ray_surgeon.cluster.worker import ShardWorker
 
 
@@ -24,6 +26,16 @@ class RayResources:
     gpus_per_worker: int
     start_timeout_s: float
     step_timeout_s: float
+    ping_timeout_s: float = 60.0
+
+
+class LostError(RuntimeError):
+    """Part of the cluster is lost: what it held is in the last committed shot, and a new group of workers can go on from there."""
+
+    def __init__(self, lost: Lost) -> None:
+        """Say what is lost."""
+        super().__init__(lost.message)
+        self.lost = lost
 
 
 def connect(address: str | None, num_cpus_needed: int) -> str:
@@ -83,7 +95,8 @@ class RayCluster:
             "OMP_WAIT_POLICY": "PASSIVE",
             "TOKENIZERS_PARALLELISM": "false",
         }
-        actor_class = ray.remote(ShardWorker)
+        actor_class = ray.remote(concurrency_groups={"ping": 1})(ShardWorker)  # type: ignore[call-overload]
+        self._ping_timeout_s = resources.ping_timeout_s
         device = "cuda" if resources.gpus_per_worker else "cpu"
         self._actors: dict[WorkerIndex, Any] = {}
         for bundle, index in enumerate(placement.workers):
@@ -96,24 +109,78 @@ class RayCluster:
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, bundle),
             )
             self._actors[index] = options.remote(placement, index, resources.cpus_per_worker, device)
-        if placement.num_replicas > 1:
-            first = placement.workers[0]
-            host = ray.get(self._actors[first].__ray_call__.remote(_node_address))
-            address = self.get([self.submit(first, "meeting_address", host)])[0]
-            self.run_all("join_replicas", address, resources.step_timeout_s)
+        self._nodes: dict[WorkerIndex, str] = {}
+        try:
+            started = [actor.__ray_call__.remote(_node_id) for actor in self._actors.values()]
+            self._nodes = dict(zip(self._actors, self._wait(started, resources.start_timeout_s), strict=True))
+            if placement.num_replicas > 1:
+                first = placement.workers[0]
+                (host,) = self.get([self._actors[first].__ray_call__.remote(_node_address)])
+                address = self.get([self.submit(first, "meeting_address", host)])[0]
+                self.run_all("join_replicas", address, resources.step_timeout_s)
+        except BaseException:
+            self.close()
+            raise
 
     def submit(self, index: WorkerIndex, method: str, *args: object, num_returns: int = 1) -> Any:
         """Start a method on one worker; see `Cluster.submit`."""
         return getattr(self._actors[index], method).options(num_returns=num_returns).remote(*args)
 
     def get(self, futures: Sequence[Any]) -> list[Any]:
-        """Wait for futures and return their values."""
+        """Wait for futures and return their values.
+
+        Raises:
+            LostError: a worker died, or does not answer any more.
+        """
+        return self._wait(futures, self._ping_timeout_s / 2)
+
+    def _wait(self, futures: Sequence[Any], patience_s: float) -> list[Any]:
+        """Wait; where nothing ends for so many seconds, ask whether the workers live."""
         values: dict[Any, Any] = {}
         pending = list(dict.fromkeys(futures))
-        while pending:  # in the order of completion, so that a failure is seen while the others still run
-            done, pending = ray.wait(pending, num_returns=1, fetch_local=False)
-            values.update(zip(done, ray.get(done), strict=True))
+        try:
+            while pending:  # in the order of completion, so that a failure is seen while the others still run
+                done, pending = ray.wait(pending, num_returns=1, timeout=patience_s, fetch_local=False)
+                values.update(zip(done, ray.get(done), strict=True))
+                if not done:
+                    self._check_that_all_answer(self._ping_timeout_s / 2)
+        except RayError as error:
+            raise self._as_lost(error) from error
         return [values[future] for future in futures]
+
+    def _check_that_all_answer(self, timeout_s: float) -> None:
+        """Ping every worker.
+
+        Raises:
+            RayError: one is dead.
+            LostError: one does not answer, stopped or cut off.
+        """
+        pings = {actor.ping.options(concurrency_group="ping").remote(): index for index, actor in self._actors.items()}
+        done, silent = ray.wait(list(pings), num_returns=len(pings), timeout=timeout_s, fetch_local=False)
+        ray.get(done)
+        if silent:
+            index = pings[silent[0]]
+            raise LostError(Lost("worker", f"shard {index.shard} of replica {index.replica} has not answered for {timeout_s:g} s"))
+
+    def _as_lost(self, error: RayError) -> Exception:
+        """Return the loss behind an error, or the error itself if it is one of the work."""
+        if isinstance(error, RayTaskError):
+            if not isinstance(error.cause, ReplicaLostError):
+                return error
+            try:
+                self._check_that_all_answer(min(5.0, self._ping_timeout_s))
+            except RayError as dead:  # the other end of the collective
+                return self._as_lost(dead)
+            except LostError as lost:
+                return lost
+            return LostError(Lost("communication", _one_line(error.cause)))
+        if isinstance(error, OutOfMemoryError):
+            return LostError(Lost("memory", _one_line(error)))
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}  # type: ignore[no-untyped-call]
+        gone = [index for index, node in self._nodes.items() if node not in alive]
+        if gone or isinstance(error, (NodeDiedError, ObjectLostError)):
+            return LostError(Lost("node", f"{len(gone)} workers were on machines that are gone" if gone else _one_line(error)))
+        return LostError(Lost("worker", _one_line(error)))
 
     def run_all(self, method: str, *args: object, **kwargs: object) -> list[Any]:
         """Run a method on every worker at the same time."""
@@ -124,6 +191,15 @@ class RayCluster:
         for actor in self._actors.values():
             ray.kill(actor)
         remove_placement_group(self._group)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _node_id(worker: ShardWorker) -> str:
+    """Return the identity of the machine of a worker; runs there."""
+    return str(ray.get_runtime_context().get_node_id())
 
 
 def _node_address(worker: ShardWorker) -> str:

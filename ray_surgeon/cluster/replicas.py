@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+class ReplicaLostError(RuntimeError):
+    """Another replica did not come to a sum or a copy."""
 
 
 class ReplicaGroup(Protocol):
@@ -103,8 +108,14 @@ class ProcessReplica:
 
     def reduce(self, tensor: Tensor, owner: int) -> None:
         """Sum to the owner."""
-        dist.reduce(tensor, self._world_ranks[owner], group=self._group)
+        self._together(dist.reduce, tensor, owner)
 
     def broadcast(self, tensor: Tensor, owner: int) -> None:
         """Copy from the owner."""
-        dist.broadcast(tensor, self._world_ranks[owner], group=self._group)
+        self._together(dist.broadcast, tensor, owner)
+
+    def _together(self, collective: Callable[..., object], tensor: Tensor, owner: int) -> None:
+        try:
+            collective(tensor, self._world_ranks[owner], group=self._group)
+        except RuntimeError as error:  # of gloo and NCCL: a connection closed, or the timeout
+            raise ReplicaLostError(f"a replica of this shard is lost: {error}") from error

@@ -235,6 +235,9 @@ class ShardWorker(PowerSteps, GroupSteps, LayerwiseSteps, CorrectionSteps):
             tensors.update({f"{name}.{part}": tensor for part, tensor in parts.items()})
         return {name: tensor for name, tensor in tensors.items() if tensor.numel()}
 
+    def ping(self) -> None:
+        """Show that this process lives."""
+
     def run_alone(self, module: str, request: Mapping[str, Any], offline: bool = True) -> dict[str, Any]:
         """Run a module in a fresh process that sees what this worker sees; see `alone.run_alone`."""
         return run_alone(module, request, offline)

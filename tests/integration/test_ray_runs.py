@@ -15,7 +15,7 @@ import torch
 
 from ray_surgeon.cluster.messages import ModelRecipe, WorkerIndex
 from ray_surgeon.cluster.placement import place
-from ray_surgeon.cluster.ray_cluster import RayCluster, RayResources, connect
+from ray_surgeon.cluster.ray_cluster import LostError, RayCluster, RayResources, connect
 from ray_surgeon.sources import ModelSource
 from ray_surgeon.storage import list_names
 from tests.conftest import LLAMA
@@ -75,8 +75,9 @@ def test_failures_are_seen_and_named(local_ray: None, model_folders: dict[str, P
     assert len({u.process for u in usage}) == 2
     assert all(u.peak_rss_bytes > 50 * 2**20 for u in usage)
     os.kill(int(usage[1].process.rpartition(":")[2]), signal.SIGKILL)
-    with pytest.raises(ray.exceptions.RayActorError):
+    with pytest.raises(LostError) as caught:
         cluster.get([cluster.submit(WorkerIndex(1, 0), "usage")])
+    assert caught.value.lost.cause == "worker"
     cluster.close()
 
 

@@ -1,0 +1,146 @@
+"""Processes and machines are lost during a run, and the result is the same, bit for bit."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from ray.cluster_utils import Cluster
+
+from tests.integration.runs import assert_same_shot, report_of, run
+
+pytestmark = pytest.mark.ray
+
+NUM_SHOTS = 12
+OPTIONS: dict[str, Any] = {
+    "cluster__num_shards": 2,
+    "pruning__num_shots": NUM_SHOTS,
+    "evaluation": [
+        {"name": "docs", "source": "python-docs", "num_sequences": 2, "sequence_length": 32, "max_tokens": 3000},
+    ],
+}
+ON_RAY = {"cluster__backend": "ray", "cluster__ping_timeout_s": 8.0, "cluster__start_timeout_s": 40.0}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    head = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False})
+    yield head
+    head.shutdown()
+
+
+def processes_of_the_run() -> dict[str, list[psutil.Process]]:
+    """Return the coordinator's and the workers' processes of Ray below this process."""
+    found: dict[str, list[psutil.Process]] = {"Coordinator": [], "ShardWorker": []}
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            title = (process.cmdline() or [""])[0]
+            for kind in found:
+                if title.startswith(f"ray::{kind}"):
+                    found[kind].append(process)
+    return found
+
+
+class Disturber(threading.Thread):
+    """Waits until there are processes, and then some more, and sends one of them a signal."""
+
+    def __init__(self, kind: str, sent: signal.Signals, delay_s: float) -> None:
+        super().__init__(daemon=True)
+        self.kind, self.sent, self.delay_s = kind, sent, delay_s
+        self.hit: psutil.Process | None = None
+
+    def run(self) -> None:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            if processes_of_the_run()[self.kind]:
+                break
+            time.sleep(0.05)
+        time.sleep(self.delay_s)
+        victims = processes_of_the_run()[self.kind]
+        if victims:
+            self.hit = victims[-1]
+            with contextlib.suppress(psutil.NoSuchProcess):
+                self.hit.send_signal(self.sent)
+
+
+def disturb(kind: str, sent: signal.Signals, delay_s: float, folder: Path, cluster: Cluster, model: Path, undisturbed: Path) -> list[str]:
+    """Run with one loss, compare the result, and return the causes of the retries."""
+    disturber = Disturber(kind, sent, delay_s)
+    disturber.start()
+    assert run(folder, model, **OPTIONS, **ON_RAY, cluster__address=cluster.address) == 0
+    disturber.join()
+    for shot in range(1, NUM_SHOTS + 1):
+        assert_same_shot(undisturbed, folder / "run", shot)
+    assert len(report_of(folder / "run")["shots"]) == NUM_SHOTS
+    if disturber.hit is not None and sent == signal.SIGSTOP:
+        gone, alive = psutil.wait_procs([disturber.hit], timeout=30)
+        assert gone, f"{alive} is stopped and still there: it could go on and write"
+    lines = (folder / "run/events.jsonl").read_text().splitlines()
+    return [event["facts"]["cause"] for event in map(json.loads, lines) if event["step"] == "retry"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, Path]) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert run(folder, model_folders["llama"], **OPTIONS) == 0
+    return folder / "run"
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("kind", ["ShardWorker", "Coordinator"])
+def test_a_lost_process(
+    kind: str, sent: signal.Signals, cluster: Cluster, undisturbed: Path, model_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    causes = disturb(kind, sent, 0.3, tmp_path, cluster, model_folders["llama"], undisturbed)
+    assert causes == ["worker" if kind == "ShardWorker" else "coordinator"]
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("number", range(50))
+def test_chaos(number: int, cluster: Cluster, undisturbed: Path, model_folders: dict[str, Path], tmp_path: Path) -> None:
+    chance = random.Random(number)
+    kind, sent = chance.choice(["ShardWorker", "ShardWorker", "Coordinator"]), chance.choice([signal.SIGKILL, signal.SIGSTOP])
+    disturb(kind, sent, chance.uniform(0, 6), tmp_path, cluster, model_folders["llama"], undisturbed)
+
+
+def test_a_run_gives_up_and_says_what_to_do(
+    cluster: Cluster, model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    disturber = Disturber("ShardWorker", signal.SIGKILL, 0.3)
+    disturber.start()
+    options = {**OPTIONS, **ON_RAY, "cluster__address": cluster.address, "cluster__retries": {"worker": 0}, "pruning__num_shots": 100}
+    assert run(tmp_path, model_folders["llama"], **options) == 1
+    error = capsys.readouterr().err
+    assert "cluster.retries.worker allows 0" in error
+    assert "--resume" in error
+    disturber.join()
+
+
+def test_errors_of_the_work_are_not_retried(
+    cluster: Cluster, model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model that makes the loss infinite."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(model_folders["llama"])
+    with torch.no_grad():
+        model.get_input_embeddings().weight.fill_(float("nan"))
+    model.save_pretrained(tmp_path / "nan")
+    for name in os.listdir(model_folders["llama"]):
+        if not (tmp_path / "nan" / name).exists():
+            (tmp_path / "nan" / name).write_bytes((model_folders["llama"] / name).read_bytes())
+    assert run(tmp_path, tmp_path / "nan", **OPTIONS, **ON_RAY, cluster__address=cluster.address) == 1
+    captured = capsys.readouterr()
+    assert "going on from" not in captured.out
+    assert "failed: the loss on the evaluation text is not a number" in captured.err
