@@ -22,6 +22,7 @@ from ray_surgeon.surgery.threshold import (
     bucket_of,
     can_reach,
     cost_of_bits,
+    smallest_enough,
     structured_threshold,
     units_to_remove,
 )
@@ -93,8 +94,7 @@ def prune_by_costs(job: Job, cluster: Cluster, meter: StepMeter, ended: Ended, s
         "terms": {"median_size": term_sizes, "clipped": clipping},
     }
     if not options.by_element:
-        gone_whole = [n for n, index in zip(cluster.run_all("shrinkable"), cluster.placement.workers, strict=True) if index.replica == 0]
-        record["shrinkable"] = sum(gone_whole) / sum(s.num_rows * s.num_columns for s in linears)
+        record["shrinkable"] = _sum_over_shards(cluster, "shrinkable") / sum(s.num_rows * s.num_columns for s in linears)
     return Pruned(linears, sparsity, threshold.value, loss, record)
 
 
@@ -234,20 +234,17 @@ def _structured_threshold(cluster: Cluster, costs: list[StructureCosts], target_
     values = torch.cat([torch.zeros(1, dtype=torch.float64), values[values <= enough.value]]).sort().values
 
     def num_removed(value: float) -> int:
-        kept: list[int] = cluster.run_all("num_kept_at", value)
-        return enough.num_parameters - sum(
-            number for number, index in zip(kept, cluster.placement.workers, strict=True) if index.replica == 0
-        )
+        return enough.num_parameters - _sum_over_shards(cluster, "num_kept_at", value)
 
     wanted = math.ceil(target_sparsity * enough.num_parameters - 1e-6)
-    low, high = 0, len(values) - 1
-    while low < high:
-        middle = (low + high) // 2
-        if num_removed(float(values[middle])) >= wanted:
-            high = middle
-        else:
-            low = middle + 1
-    return Threshold(float(values[low]), num_removed(float(values[low])), enough.num_parameters)
+    value = smallest_enough(values, num_removed, wanted)
+    return Threshold(value, num_removed(value), enough.num_parameters)
+
+
+def _sum_over_shards(cluster: Cluster, method: str, *arguments: object) -> int:
+    """Return the sum of what replica 0 of every shard answers."""
+    numbers: list[int] = cluster.run_all(method, *arguments)
+    return sum(number for number, index in zip(numbers, cluster.placement.workers, strict=True) if index.replica == 0)
 
 
 def _element_threshold(cluster: Cluster, options: CostOptions, replies: list[CostsReply], target_sparsity: float) -> Threshold:

@@ -126,7 +126,7 @@ def _try(job: Job, placement: Placement, before: Lost | None) -> Generator[Event
     except GetTimeoutError:
         return Lost("coordinator", f"the coordinator has not answered for {patience_s:g} s")
     except (RayActorError, ObjectLostError, WorkerCrashedError) as error:
-        return Lost("coordinator", " ".join(str(error).split())[:300])
+        return Lost.by("coordinator", error)
     finally:
         ray.kill(coordinator)
     return lost

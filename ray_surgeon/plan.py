@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from rich.table import Table
 from transformers import PretrainedConfig
 
 from ray_surgeon.cluster.placement import Placement
 from ray_surgeon.models.skeleton import linear_shapes, parameter_shapes
-
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class WorkerPlan:
 
 def plan_workers(config: PretrainedConfig, placement: Placement, dtype: str, sequence_length: int) -> list[WorkerPlan]:
     """Return the plan of every shard; replicas need the same again."""
-    width = _BYTES[dtype]
+    width = getattr(torch, dtype).itemsize
     shapes = linear_shapes(config)
     plans = []
     for shard, blocks in enumerate(placement.blocks):

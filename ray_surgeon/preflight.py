@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
@@ -25,9 +26,9 @@ from ray_surgeon.models.adapters import check_family
 from ray_surgeon.models.budgets import Budget, bytes_budget, fewest_left, flops_budget, linears_budget, parameters_budget
 from ray_surgeon.models.gguf import convert_gguf
 from ray_surgeon.models.skeleton import check_checkpoint, linear_shapes, num_parameters
-from ray_surgeon.sections import SourceSection
 from ray_surgeon.sources import ModelSource, open_model
 from ray_surgeon.spec import JobSpec
+from ray_surgeon.text_sections import SourceSection
 
 
 def prepare(spec: JobSpec, *, resume: bool, dry_run: bool = False) -> tuple[Job, PretrainedConfig, Placement]:
@@ -53,10 +54,12 @@ def prepare(spec: JobSpec, *, resume: bool, dry_run: bool = False) -> tuple[Job,
     placement = place(config, spec.cluster.num_shards, spec.cluster.num_replicas)
     for kind in spec.output.exports:
         check_export(kind, config)
-    budget = _budget(config, spec) if spec.pruning.structure == "groups" else None
-    fewest = fewest_left(config, spec.pruning.groups, spec.pruning.fewest_groups, uniform=spec.pruning.allocation == "uniform")
-    if budget is not None:
-        check_budget(budget, spec.pruning, fewest)
+    budget, fewest = None, {}
+    if spec.pruning.structure == "groups":
+        budget = _budget(config, spec)
+        fewest = fewest_left(config, spec.pruning.groups, spec.pruning.fewest_groups, uniform=spec.pruning.allocation == "uniform")
+        if budget is not None:
+            check_budget(budget, spec.pruning, fewest)
     if spec.pruning.structure == "n_m":
         _check_pattern(config, spec.pruning.n_m[1])
     with _as_input_error(f"model.source: cannot read {files.origin}"):
@@ -110,7 +113,7 @@ def _budget(config: PretrainedConfig, spec: JobSpec) -> Budget | None:
         return flops_budget(config, target.request.prompt_length)
     if target.unit == "parameters":
         return parameters_budget(config)
-    return bytes_budget(config, 4 if spec.model.dtype == "float32" else 2)
+    return bytes_budget(config, getattr(torch, spec.model.dtype).itemsize)
 
 
 def _check_pattern(config: PretrainedConfig, m: int) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -122,8 +123,7 @@ def shots_table(record: Mapping[str, Any]) -> Table:
 
 def export_lines(record: Mapping[str, Any]) -> list[str]:
     """Return what a run ends by saying of every export: its size, perplexity and speed before and after, and how to load it."""
-    bytes_each = 4 if record["spec"]["model"]["dtype"] == "float32" else 2
-    before = record["parameters"]["before"] * bytes_each
+    before = record["parameters"]["before"] * getattr(torch, record["spec"]["model"]["dtype"]).itemsize
     lines = []
     for export in record["exports"]:
         lines.append(f"{export['kind']} export: {export['uri']}")

@@ -12,17 +12,14 @@ from pydantic import Field, model_validator
 
 from ray_surgeon.idle_fields import idle_fields
 from ray_surgeon.sections import (
-    CalibrationSection,
     ClusterSection,
     CorrectionSection,
     CurvatureSection,
-    EvaluationSection,
-    ModelSection,
     OutputSection,
     PruningSection,
-    Section,
     UpdatesSection,
 )
+from ray_surgeon.text_sections import CalibrationSection, EvaluationSection, ModelSection, Section
 
 
 class JobSpec(Section):

@@ -12,8 +12,9 @@ import pytest
 ROOT = Path(__file__).parent.parent / "ray_surgeon"
 ALLOWED = {
     "surgery": {"surgery"},
-    "sections": set(),
-    "spec": {"idle_fields", "sections"},
+    "text_sections": set(),
+    "sections": {"text_sections"},
+    "spec": {"idle_fields", "sections", "text_sections"},
     "idle_fields": {"spec"},
     "storage": set(),
     "sources": {"storage"},
@@ -30,7 +31,7 @@ ALLOWED = {
     "job": {"cluster", "export", "models", "report", "sections", "sources", "spec", "surgery"},
     "methods": {"cluster", "job", "models", "surgery"},
     "coordinator": {"checkpoint", "cluster", "evaluate", "export", "job", "methods", "report"},
-    "preflight": {"checkpoint", "cluster", "data", "export", "job", "models", "sections", "sources", "spec", "storage"},
+    "preflight": {"checkpoint", "cluster", "data", "export", "job", "models", "sources", "spec", "storage", "text_sections"},
     "pipeline": {"checkpoint", "cluster", "coordinator", "job", "plan", "preflight", "report", "spec", "storage"},
 }
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from ray_surgeon import sections as sections_module
 from ray_surgeon import spec as spec_module
+from ray_surgeon import text_sections as text_sections_module
 from ray_surgeon.pipeline import main
 from ray_surgeon.spec import JobSpec, Section, parse_spec
 
@@ -48,7 +49,7 @@ def test_every_field_is_described(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_sections_are_frozen() -> None:
-    found = {**vars(spec_module), **vars(sections_module)}.values()
+    found = {**vars(spec_module), **vars(sections_module), **vars(text_sections_module)}.values()
     sections = {s for s in found if isinstance(s, type) and issubclass(s, BaseModel) and s not in (BaseModel, Section)}
     assert len(sections) == 19
     assert all(s.model_config["frozen"] and s.model_config["extra"] == "forbid" for s in sections)

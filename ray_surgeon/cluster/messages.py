@@ -32,6 +32,11 @@ class Lost:
     cause: str
     message: str
 
+    @staticmethod
+    def by(cause: str, error: BaseException) -> Lost:
+        """Return a loss with the beginning of an error, which may have many lines, as its message."""
+        return Lost(cause, " ".join(str(error).split())[:300])
+
 
 @dataclass(frozen=True)
 class Wire:

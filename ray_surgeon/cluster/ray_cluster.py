@@ -173,14 +173,16 @@ class RayCluster:
                 return self._as_lost(dead)
             except LostError as lost:
                 return lost
-            return LostError(Lost("communication", _one_line(error.cause)))
+            return LostError(Lost.by("communication", error.cause))
         if isinstance(error, OutOfMemoryError):
-            return LostError(Lost("memory", _one_line(error)))
+            return LostError(Lost.by("memory", error))
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}  # type: ignore[no-untyped-call]
         gone = [index for index, node in self._nodes.items() if node not in alive]
-        if gone or isinstance(error, (NodeDiedError, ObjectLostError)):
-            return LostError(Lost("node", f"{len(gone)} workers were on machines that are gone" if gone else _one_line(error)))
-        return LostError(Lost("worker", _one_line(error)))
+        if gone:
+            return LostError(Lost("node", f"{len(gone)} workers were on machines that are gone"))
+        if isinstance(error, (NodeDiedError, ObjectLostError)):
+            return LostError(Lost.by("node", error))
+        return LostError(Lost.by("worker", error))
 
     def run_all(self, method: str, *args: object, **kwargs: object) -> list[Any]:
         """Run a method on every worker at the same time."""
@@ -191,10 +193,6 @@ class RayCluster:
         for actor in self._actors.values():
             ray.kill(actor)
         remove_placement_group(self._group)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
 
 
 def _node_id(worker: ShardWorker) -> str:

@@ -64,11 +64,12 @@ def copy_small_files(source: ModelSource, uri: str) -> None:
             storage.put_file(storage.join(uri, name), dense.fetch(name))
 
 
-def download_folder(uri: str, folder: Path) -> None:
-    """Copy the files of an export into a local folder."""
+def download_folder(uri: str, folder: Path, *, weights: bool = True) -> None:
+    """Copy the files of an export into a local folder, with or without its weights."""
     folder.mkdir()
     for name in storage.list_names(uri):
-        storage.download(storage.join(uri, name), folder / name)
+        if weights or not name.endswith(".safetensors"):
+            storage.download(storage.join(uri, name), folder / name)
 
 
 def reload_difference(cluster: Cluster, uri: str, tokens: NDArray[np.int64], dtype: str, *, shipped_code: bool) -> float:

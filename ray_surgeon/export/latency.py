@@ -114,7 +114,7 @@ def _model(document: Mapping[str, Any], widths: Sequence[tuple[int, int]], folde
     blocks = [BlockWidths(channels, heads) for channels, heads in widths]
     (folder / "config.json").write_text(json.dumps(per_block_document(config, fewer, blocks, "modeling_pruned")))
     (folder / "modeling_pruned.py").write_text(shipped_source("modeling_pruned.py", config))
-    pruned = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    pruned = AutoConfig.from_pretrained(folder, trust_remote_code=True)  # the code is ours, written just now
     return AutoModelForCausalLM.from_config(pruned, dtype=getattr(torch, str(document["dtype"])), trust_remote_code=True)
 
 

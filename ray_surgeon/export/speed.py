@@ -135,7 +135,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         dense_folder, folder = Path(scratch) / "dense", Path(scratch) / "model"
         dense_folder.mkdir()
-        download_folder(request["uri"], folder)
+        download_folder(request["uri"], folder, weights=request["only"] is None)
         document = json.loads((folder / "config.json").read_text())
         dtype = getattr(torch, document["dtype"])
         models: dict[str, PreTrainedModel] = {}

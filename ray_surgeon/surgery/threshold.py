@@ -7,7 +7,7 @@ sparsity of every linear).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -102,18 +102,31 @@ def structured_threshold(costs: Sequence[StructureCosts], target_sparsity: float
     zero = torch.zeros(1, dtype=torch.float64)
     candidates = torch.cat([zero, *(side for _, rows, columns in ordered for side in (rows, columns))]).sort().values
     wanted = math.ceil(target_sparsity * num_parameters - 1e-6)
-    low, high = 0, len(candidates) - 1
-    if num_removed(float(candidates[high])) < wanted:
-        most = num_removed(float(candidates[high])) / num_parameters
-        raise ValueError(f"pruning.target_sparsity: {target_sparsity:g} cannot be reached; all candidates together are {most:.4f}")
+    most = num_removed(float(candidates[-1]))
+    if most < wanted:
+        raise ValueError(
+            f"pruning.target_sparsity: {target_sparsity:g} cannot be reached; all candidates together are {most / num_parameters:.4f}"
+        )
+    value = smallest_enough(candidates, num_removed, wanted)
+    return Threshold(value, num_removed(value), num_parameters)
+
+
+def smallest_enough(values: Tensor, num_removed: Callable[[float], int], wanted: int) -> float:
+    """Return the smallest of ascending values at which enough is removed; the last one is taken to be enough.
+
+    Args:
+        values: [n] ascending.
+        num_removed: threshold -> what is removed at it, which never falls.
+        wanted: how much is enough.
+    """
+    low, high = 0, len(values) - 1
     while low < high:
         middle = (low + high) // 2
-        if num_removed(float(candidates[middle])) >= wanted:
+        if num_removed(float(values[middle])) >= wanted:
             high = middle
         else:
             low = middle + 1
-    value = float(candidates[low])
-    return Threshold(value, num_removed(value), num_parameters)
+    return float(values[low])
 
 
 _LOW_BITS = 16

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,11 @@ ROOT = Path(__file__).parent.parent.parent
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
 
+def run_pipeline(name: str, overrides: dict[str, Any]) -> int:
+    arguments = [part for path, value in overrides.items() for part in ("--set", f"{path}={value}")]
+    return main([str(ROOT / f"pipelines/{name}.yaml"), *arguments])
+
+
 def test_smollm2_on_two_ray_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four calibration sequences, one shot to 5 %, two windows; perplexities as plain transformers has them."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
@@ -30,8 +36,7 @@ def test_smollm2_on_two_ray_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "pruning.num_shots": 1,
         "output.uri": tmp_path / "run",
     }
-    arguments = [part for path, value in overrides.items() for part in ("--set", f"{path}={value}")]
-    assert main([str(ROOT / "pipelines/smollm2-rows-columns.yaml"), *arguments]) == 0
+    assert run_pipeline("smollm2-rows-columns", overrides) == 0
     report = report_of(tmp_path / "run")
     dense, shot = report["dense"]["perplexity"]["python-docs"], report["shots"][0]
     assert report["parameters"]["before"] == 134_515_008
@@ -62,8 +67,7 @@ def test_quickstart_makes_an_ordinary_model_that_is_smaller(
         "output.uri": tmp_path / "run",
         "output.speed.num_repeats": 1,
     }
-    arguments = [part for path, value in overrides.items() for part in ("--set", f"{path}={value}")]
-    assert main([str(ROOT / "pipelines/quickstart.yaml"), *arguments]) == 0
+    assert run_pipeline("quickstart", overrides) == 0
     (export,) = report_of(tmp_path / "run")["exports"]
     assert export["widths"] == [[1152, 3]] * 30
     assert export["size_bytes"] < 0.86 * 4 * 134_515_008
