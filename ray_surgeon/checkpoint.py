@@ -82,7 +82,14 @@ class RunDirectory:
             storage.write_text(self.path("spec.yaml"), spec_yaml)
             storage.write_json(self.path("run.json"), {"fingerprints": dict(fingerprints)})
         elif storage.exists(self.path("events.jsonl")):
-            self._events = storage.read_text(self.path("events.jsonl")).splitlines()
+            whole, newline, torn = storage.read_text(self.path("events.jsonl")).rpartition("\n")
+            self._events = whole.splitlines()
+            if torn:  # by a full disk or a killed process
+                storage.write_text(self.path("events.jsonl"), whole + newline)
+
+    def retries(self) -> list[dict[str, Any]]:
+        """Return the facts of every loss after which the run went on."""
+        return [event["facts"] for event in map(json.loads, self._events) if event["step"] == "retry"]
 
     def add_event(self, event: Mapping[str, Any]) -> None:
         """Append to events.jsonl."""
@@ -137,6 +144,7 @@ class RunDirectory:
                     "that still has its tensors"
                 )
 
-    def write_report(self, report: Mapping[str, Any]) -> None:
-        """Write report.json."""
+    def write_report(self, report: Mapping[str, Any], html: str) -> None:
+        """Write report.json, and report.html for people."""
         storage.write_json(self.path("report.json"), report)
+        storage.write_text(self.path("report.html"), html)

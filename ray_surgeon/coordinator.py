@@ -16,6 +16,8 @@ from ray_surgeon.export.latency import latency_budget
 from ray_surgeon.export.tasks import evaluate_tasks
 from ray_surgeon.job import Event, Job, StepMeter
 from ray_surgeon.methods import correct, method_of
+from ray_surgeon.page import page
+from ray_surgeon.plots import run_figures, save
 from ray_surgeon.report import Fact, RunReport
 
 
@@ -38,6 +40,7 @@ def run_shots(job: Job, cluster: Cluster, run: RunDirectory) -> Iterator[Event]:
     done = [run.read_shot(index) for index in run.committed_indices()]
     report = RunReport(spec.model_dump(mode="json"), job.fingerprints, job.environment, job.num_parameters)
     report.shots.extend(shot.record for shot in done)
+    report.retries.extend(run.retries())
 
     def ended(step: str, shot: int, meter: StepMeter, **facts: Fact) -> Event:
         event = Event(step, shot, num_shots, round(meter.seconds[step], 3), facts)
@@ -92,14 +95,16 @@ def run_shots(job: Job, cluster: Cluster, run: RunDirectory) -> Iterator[Event]:
                 **pruned.record,
                 "seconds": dict(meter.seconds),
                 "cpu_seconds": dict(meter.cpu_seconds),
+                "worker_seconds": dict(meter.worker_seconds),
                 "peak_rss_bytes": meter.peak_bytes("peak_rss_bytes"),
                 "peak_gpu_bytes": meter.peak_bytes("peak_gpu_bytes"),
                 "linears": report.linear_records(pruned.linears),
+                "num_nonzero": job.num_parameters - sum(s.num_rows * s.num_columns - s.num_nonzero for s in pruned.linears),
                 "dense": report.dense,
             }
             run.commit_shot(shot, [file for worker in files for file in worker], record)
             report.shots.append(record)
-            run.write_report(report.as_record())
+            run.write_report(report.as_record(), page([report.as_record()]))
             if spec.output.keep_shots and shot > spec.output.keep_shots:
                 run.drop_tensors(shot - spec.output.keep_shots)
         yield ended("commit", shot, meter, uri=run.shot_folder(shot))
@@ -113,7 +118,11 @@ def run_shots(job: Job, cluster: Cluster, run: RunDirectory) -> Iterator[Event]:
         report.exports.append(entry)
         difference = entry["reload_max_logit_difference"]
         yield ended("export", num_shots, meter, kind=kind, uri=uri, reload_max_logit_difference=difference)
-    run.write_report(report.as_record())
+    record = report.as_record()
+    for name, figure in run_figures(record).items():
+        for suffix in ("svg", "png"):
+            save(figure, run.path("plots", f"{name}.{suffix}"))
+    run.write_report(record, page([record]))
 
 
 def _named(prefix: str, values: Mapping[str, float]) -> dict[str, Fact]:

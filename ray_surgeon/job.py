@@ -240,26 +240,43 @@ class Event:
 
 
 class StepMeter:
-    """Wall clock and CPU time of steps, over all the workers' processes."""
+    """Wall clock and CPU time of steps, over all the workers' processes, and how long each worker was busy in them.
+
+    Attributes:
+        seconds: step -> wall clock.
+        cpu_seconds: step -> CPU time of all processes.
+        worker_seconds: step -> how long each worker was busy, in the order of `placement.workers`.
+    """
 
     def __init__(self, cluster: Cluster) -> None:
         """Start with no steps."""
         self._cluster = cluster
         self.seconds: dict[str, float] = {}
         self.cpu_seconds: dict[str, float] = {}
-
-    def _cpu_s(self) -> float:
-        usages: list[Usage] = [process_usage(torch.device("cpu")), *self._cluster.run_all("usage")]
-        return sum({usage.process: usage.cpu_s for usage in usages}.values())
+        self.worker_seconds: dict[str, list[float]] = {}
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
         """Measure one step."""
-        wall, cpu = time.perf_counter(), self._cpu_s()
+        wall, before = time.perf_counter(), self._usages()
         yield
+        after = self._usages()
         self.seconds[name] = time.perf_counter() - wall
-        self.cpu_seconds[name] = self._cpu_s() - cpu
+        self.cpu_seconds[name] = _cpu_s(after) - _cpu_s(before)
+        self.worker_seconds[name] = [round(b.busy_s - a.busy_s, 3) for a, b in zip(before[1:], after[1:], strict=True)]
+
+    def _usages(self) -> list[Usage]:
+        return [process_usage(torch.device("cpu")), *self._cluster.run_all("usage")]
+
+    def efficiency(self, name: str) -> float:
+        """Return which fraction of a step the workers were busy, on average."""
+        busy = self.worker_seconds[name]
+        return sum(busy) / (len(busy) * self.seconds[name])
 
     def peak_bytes(self, field_name: str) -> int:
         """Return the sum over the workers' processes of a peak of `Usage`."""
         return sum({usage.process: getattr(usage, field_name) for usage in self._cluster.run_all("usage")}.values())
+
+
+def _cpu_s(usages: list[Usage]) -> float:
+    return sum({usage.process: usage.cpu_s for usage in usages}.values())

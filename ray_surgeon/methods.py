@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from ray_surgeon.surgery.threshold import (
     Threshold,
     bucket_of,
     can_reach,
+    cost_curve,
     cost_of_bits,
     smallest_enough,
     structured_threshold,
@@ -78,7 +79,7 @@ def prune_by_costs(job: Job, cluster: Cluster, meter: StepMeter, ended: Ended, s
     yield ended("costs", damping_raised=len(damping), **({"terms_clipped": len(clipping)} if curvature.num_kronecker_terms > 1 else {}))
 
     with meter.step("threshold"):
-        threshold = _threshold(cluster, options, replies, target)
+        threshold, curve = _threshold(cluster, options, replies, target)
     yield ended("threshold", threshold=threshold.value, sparsity=threshold.sparsity)
 
     with meter.step("update"):
@@ -92,6 +93,7 @@ def prune_by_costs(job: Job, cluster: Cluster, meter: StepMeter, ended: Ended, s
         "update_residual": {"median": residuals[len(residuals) // 2], "max": residuals[-1]},
         "damping_used": damping,
         "terms": {"median_size": term_sizes, "clipped": clipping},
+        "cost_curve": _as_fractions(curve, replies),
     }
     if not options.by_element:
         record["shrinkable"] = _sum_over_shards(cluster, "shrinkable") / sum(s.num_rows * s.num_columns for s in linears)
@@ -132,6 +134,7 @@ def prune_groups(job: Job, cluster: Cluster, meter: StepMeter, ended: Ended, sho
         "predicted_loss_increase": predicted,
         "damping_used": damping,
         "groups_removed": allocation.counts,
+        "cost_curve": _as_fractions(_groups_curve(replies), replies),
         "budget": {"unit": budget.unit, "dense": budget.dense, "goal": goal, "need": need},
     }
     return Pruned(linears, sparsity, allocation.height, loss, record)
@@ -221,10 +224,30 @@ def _allocate(replies: list[GroupsReply], job: Job, budget: Budget, goal: float)
     return allocate_globally(groups, missing, per_unit=pruning.rank_by == "cost_per_parameter")
 
 
-def _threshold(cluster: Cluster, options: CostOptions, replies: list[CostsReply], target_sparsity: float) -> Threshold:
+Curve = list[tuple[float, float]]
+"""see `cost_curve`"""
+
+
+def _groups_curve(replies: list[GroupsReply]) -> Curve:
+    readers = [c for reply in replies for c in reply.costs]
+    heights = torch.cat([torch.from_numpy(c.heights.copy()) for c in readers])
+    return cost_curve(heights, torch.cat([torch.full((len(c.heights),), c.num_parameters) for c in readers]))
+
+
+def _as_fractions(curve: Curve, replies: Sequence[CostsReply | GroupsReply]) -> Curve:
+    """Return a curve over the fraction of all parameters that is gone then, what earlier shots removed included."""
+    num_parameters = sum(reply.num_parameters for reply in replies)
+    num_gone = num_parameters - sum(reply.num_kept for reply in replies)
+    return [(min(1.0, (num_gone + size) / num_parameters), cost) for size, cost in curve]
+
+
+def _threshold(cluster: Cluster, options: CostOptions, replies: list[CostsReply], target_sparsity: float) -> tuple[Threshold, Curve]:
     if options.by_element:
         return _element_threshold(cluster, options, replies, target_sparsity)
-    return _structured_threshold(cluster, _structures(replies), target_sparsity)
+    linears = _structures(replies)
+    costs = torch.cat([side for c in linears for side in (c.rows, c.columns)])
+    sizes = torch.cat([torch.full((len(side),), n) for c in linears for side, n in ((c.rows, c.num_columns), (c.columns, c.num_rows))])
+    return _structured_threshold(cluster, linears, target_sparsity), cost_curve(costs, sizes)
 
 
 def _structured_threshold(cluster: Cluster, costs: list[StructureCosts], target_sparsity: float) -> Threshold:
@@ -247,7 +270,9 @@ def _sum_over_shards(cluster: Cluster, method: str, *arguments: object) -> int:
     return sum(number for number, index in zip(numbers, cluster.placement.workers, strict=True) if index.replica == 0)
 
 
-def _element_threshold(cluster: Cluster, options: CostOptions, replies: list[CostsReply], target_sparsity: float) -> Threshold:
+def _element_threshold(
+    cluster: Cluster, options: CostOptions, replies: list[CostsReply], target_sparsity: float
+) -> tuple[Threshold, Curve]:
     """Find the exact k-th smallest cost by two rounds of counting; the costs stay where they are."""
     num_parameters = sum(reply.num_parameters for reply in replies)
     num_gone = num_parameters - sum(reply.num_kept for reply in replies)
@@ -256,11 +281,13 @@ def _element_threshold(cluster: Cluster, options: CostOptions, replies: list[Cos
         return torch.from_numpy(np.sum(cluster.run_all("cost_histogram", options, high), axis=0))
 
     upper = counts(None)
+    found = upper.nonzero()[:, 0]
+    curve = cost_curve(torch.tensor([cost_of_bits(int(high), 0) for high in found]), upper[found] * options.units.num_removed)
     num_units = units_to_remove(target_sparsity, num_parameters, num_gone, options.units.num_removed, int(upper.sum()))
     if num_units == 0:
-        return Threshold(-1.0, num_gone, num_parameters)
+        return Threshold(-1.0, num_gone, num_parameters), curve
     high, rest = bucket_of(upper, num_units)
     lower = counts(high)
     low, _ = bucket_of(lower, rest)
     removed = int(upper[:high].sum() + lower[: low + 1].sum()) * options.units.num_removed
-    return Threshold(cost_of_bits(high, low), num_gone + removed, num_parameters)
+    return Threshold(cost_of_bits(high, low), num_gone + removed, num_parameters), curve

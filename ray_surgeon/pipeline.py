@@ -27,7 +27,7 @@ from ray_surgeon.checkpoint import RunDirectory
 from ray_surgeon.cluster.local import LocalCluster
 from ray_surgeon.cluster.messages import Lost
 from ray_surgeon.cluster.placement import Placement
-from ray_surgeon.cluster.ray_cluster import LostError, RayCluster, RayResources, connect, num_nodes
+from ray_surgeon.cluster.ray_cluster import LostError, RayCluster, RayResources, connect, num_nodes, on_this_node
 from ray_surgeon.coordinator import run_shots
 from ray_surgeon.job import Event, Job
 from ray_surgeon.plan import plan_table, plan_workers
@@ -60,6 +60,7 @@ class Coordinator:
         """
         spec, run = job.spec.cluster, RunDirectory(job.spec.output.uri)
         if before is not None:
+            run.start(job.spec_yaml, job.fingerprints)
             event = Event("retry", 0, job.spec.pruning.shots, 0.0, {"cause": before.cause, "message": before.message})
             run.add_event(asdict(event) | {"time": time.time()})
         timeouts = spec.start_timeout_s, spec.step_timeout_s, spec.ping_timeout_s
@@ -110,7 +111,11 @@ def run_on_ray(job: Job, placement: Placement, console: Console) -> Iterator[Eve
 def _try(job: Job, placement: Placement, before: Lost | None) -> Generator[Event, None, Lost | None]:
     """Run a coordinator to its end and return what was lost, if anything."""
     actor_class = ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0)(Coordinator)
-    coordinator: Any = actor_class.options(max_concurrency=2, runtime_env={"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}).remote()
+    coordinator: Any = actor_class.options(
+        max_concurrency=2,
+        runtime_env={"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}},
+        scheduling_strategy=on_this_node(),
+    ).remote()
     patience_s, seen, running = job.spec.cluster.start_timeout_s, 0, True
     try:
         ray.get(coordinator.events.remote(0), timeout=patience_s)
@@ -260,7 +265,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print(shots_table(report))
     for line in export_lines(report):
         console.print(line, soft_wrap=True, highlight=False)
-    console.print(f"report: {run.path('report.json')}", soft_wrap=True)
+    console.print(f"report: {run.path('report.html')} and report.json, plots in {run.path('plots')}", soft_wrap=True)
     return DONE
 
 

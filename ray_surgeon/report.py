@@ -1,6 +1,6 @@
 """What a run found: report.json, and the same as a table on the terminal.
 
-``python -m ray_surgeon.report RUN RUN ...`` puts run directories side by side, in one table and one plot.
+``python -m ray_surgeon.report RUN RUN ...`` puts run directories side by side, in one table, one plot and one HTML page.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from rich.table import Table
 
 from ray_surgeon import storage
 from ray_surgeon.cluster.messages import LinearSummary
+from ray_surgeon.page import page
 from ray_surgeon.plots import FORMATS, perplexity_figure, save
 
 Fact = str | int | float
@@ -38,6 +39,7 @@ class RunReport:
         dense: what was measured before the first shot.
         shots: one record a shot.
         exports: one record an export.
+        retries: what was lost on the way, a record with cause and message each.
     """
 
     spec: Mapping[str, Any]
@@ -47,6 +49,7 @@ class RunReport:
     dense: dict[str, Any] = field(default_factory=dict)
     shots: list[dict[str, Any]] = field(default_factory=list)
     exports: list[dict[str, Any]] = field(default_factory=list)
+    retries: list[dict[str, Any]] = field(default_factory=list)
 
     @staticmethod
     def linear_records(linears: Iterable[LinearSummary]) -> list[dict[str, Any]]:
@@ -87,6 +90,7 @@ class RunReport:
                 "whole_model_sparsity": 1 - after / self.num_parameters,
             },
             "exports": self.exports,
+            "retries": self.retries,
         }
 
     def model_card_facts(self) -> dict[str, Any]:
@@ -170,10 +174,11 @@ def comparison_table(records: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print and plot the comparison of run directories; exit code 2 if one has no report."""
-    parser = argparse.ArgumentParser(prog="python -m ray_surgeon.report", description="Compare runs in one table and one plot.")
+    """Print and plot the comparison of run directories, and write it as a page; exit code 2 if one has no report."""
+    parser = argparse.ArgumentParser(prog="python -m ray_surgeon.report", description="Compare runs in one table, one plot and one page.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directory, local or on any fsspec URI")
     parser.add_argument("--plot", default="perplexity.png", metavar="FILE", help=f"plot to write, a .{', .'.join(FORMATS)} file on any URI")
+    parser.add_argument("--html", default="comparison.html", metavar="FILE", help="page to write, with every run whole, on any URI")
     parser.add_argument("--text", help="evaluation text of the plot; the first one of the first run if not given")
     arguments = parser.parse_args(argv)
     console, errors = Console(width=None if sys.stdout.isatty() else LOG_WIDTH), Console(stderr=True)
@@ -188,10 +193,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if (arguments.text or texts[0]) not in texts:
             raise ValueError(f"--text: no run has a text {arguments.text!r}; they have {', '.join(texts)}")
         save(perplexity_figure(records, arguments.text or texts[0]), arguments.plot)
+        storage.write_text(arguments.html, page(records))
     except (OSError, ValueError) as error:
         errors.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         return 2
-    console.print(f"plot: {arguments.plot}", soft_wrap=True)
+    console.print(f"plot: {arguments.plot}\npage: {arguments.html}", soft_wrap=True)
     return 0
 
 

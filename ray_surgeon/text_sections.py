@@ -124,7 +124,9 @@ class CalibrationSection(TextSection):
 class EvaluationText(TextSection):
     """A named text on which perplexity is measured before the first and after every shot."""
 
-    name: str = Field(min_length=1, description="Name of the text in the report")
+    name: str = Field(
+        pattern="^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=63, description="Name of the text in the report: letters, digits, dots, dashes"
+    )
     split: str = Field("test", description="As in calibration, the test part by default")
 
 

@@ -42,6 +42,7 @@ class ShardState:
         self.placement, self.index, self.device = placement, index, torch.device(device)
         self.replicas: ReplicaGroup = SingleReplica()
         self.masks: dict[str, Mask] = {}
+        self.busy_s = 0.0
 
     # Setting up
 

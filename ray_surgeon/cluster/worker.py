@@ -32,7 +32,7 @@ from ray_surgeon.cluster.messages import (
 from ray_surgeon.cluster.placement import Placement
 from ray_surgeon.cluster.power_steps import PowerSteps
 from ray_surgeon.cluster.transport import decode, encode
-from ray_surgeon.cluster.usage import process_usage
+from ray_surgeon.cluster.usage import counts_busy_time, process_usage
 from ray_surgeon.models.dead import without_dead
 from ray_surgeon.models.linears import cut, num_inputs
 from ray_surgeon.surgery.element_surgery import ElementCandidates, ElementSurgery
@@ -41,6 +41,7 @@ from ray_surgeon.surgery.masks import ElementMask, StructuredMask
 from ray_surgeon.surgery.threshold import bit_histogram
 
 
+@counts_busy_time
 class ShardWorker(PowerSteps, GroupSteps, LayerwiseSteps, CorrectionSteps):
     """Holds one shard of one replica. Every method is one step of a shot, called in the order of `cluster.steps`."""
 
@@ -244,7 +245,7 @@ class ShardWorker(PowerSteps, GroupSteps, LayerwiseSteps, CorrectionSteps):
 
     def usage(self) -> Usage:
         """Return what this process has used so far."""
-        return process_usage(self.device)
+        return process_usage(self.device, self.busy_s)
 
 
 def _linear_costs(name: str, mask: StructuredMask, found: Candidates) -> LinearCosts:

@@ -7,9 +7,11 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import psutil
 import pytest
 from ray.cluster_utils import Cluster
 
-from tests.integration.runs import assert_same_shot, report_of, run
+from tests.integration.runs import assert_same_shot, report_of, run, tiny_spec
 
 pytestmark = pytest.mark.ray
 
@@ -85,7 +87,12 @@ def disturb(kind: str, sent: signal.Signals, delay_s: float, folder: Path, clust
     if disturber.hit is not None and sent == signal.SIGSTOP:
         gone, alive = psutil.wait_procs([disturber.hit], timeout=30)
         assert gone, f"{alive} is stopped and still there: it could go on and write"
-    lines = (folder / "run/events.jsonl").read_text().splitlines()
+    return retries(folder / "run")
+
+
+def retries(uri: Path) -> list[str]:
+    """Return the causes of the retries of a run."""
+    lines = (uri / "events.jsonl").read_text().splitlines() if (uri / "events.jsonl").exists() else []
     return [event["facts"]["cause"] for event in map(json.loads, lines) if event["step"] == "retry"]
 
 
@@ -103,6 +110,36 @@ def test_a_lost_process(
 ) -> None:
     causes = disturb(kind, sent, 0.3, tmp_path, cluster, model_folders["llama"], undisturbed)
     assert causes == ["worker" if kind == "ShardWorker" else "coordinator"]
+
+
+def wait_for(what: Callable[[], object], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+def test_a_lost_machine(undisturbed: Path, model_folders: dict[str, Path], tmp_path: Path) -> None:
+    """Of two machines with a worker each one goes away, and later another one comes in its place."""
+    two = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        lost = two.add_node(num_cpus=1, node_ip_address="127.0.0.2")  # another address, or the driver might attach to it and be lost too
+        two.wait_for_nodes()
+        options = {**OPTIONS, **ON_RAY, "cluster__address": two.address, "cluster__start_timeout_s": 120.0, "cluster__ping_timeout_s": 40.0}
+        spec = tiny_spec(tmp_path, model_folders["llama"], **options)
+        process = subprocess.Popen([sys.executable, "-m", "ray_surgeon.pipeline", str(spec)], stderr=subprocess.PIPE, text=True)
+        wait_for(lambda: len(processes_of_the_run()["ShardWorker"]) == 2)
+        time.sleep(1.0)
+        two.remove_node(lost, allow_graceful=False)
+        wait_for(lambda: retries(tmp_path / "run"))
+        two.add_node(num_cpus=1, node_ip_address="127.0.0.3")
+        _, errors = process.communicate(timeout=200)
+        assert process.returncode == 0, errors
+    finally:
+        two.shutdown()
+    for shot in range(1, NUM_SHOTS + 1):
+        assert_same_shot(undisturbed, tmp_path / "run", shot)
+    assert retries(tmp_path / "run") == ["node"]
 
 
 @pytest.mark.chaos

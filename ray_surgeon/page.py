@@ -1,0 +1,108 @@
+"""Reports as one HTML file that needs nothing else: no network, no scripts, its figures inside."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import torch
+import yaml
+
+from ray_surgeon.plots import inline_svg, perplexity_figure, run_figures, size_figure
+
+_TEMPLATE = Path(__file__).with_name("page.html.jinja")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step over all shots: seconds on the wall, of all CPUs, and busy ones of each worker, and the fraction they were busy."""
+
+    name: str
+    wall_s: float
+    cpu_s: float
+    busy_s: list[float]
+    efficiency: float
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A report.json as the template wants it."""
+
+    record: Mapping[str, Any]
+    anchor: str
+
+    @property
+    def num_shots(self) -> int:
+        pruning = self.record["spec"]["pruning"]
+        return len(pruning["sparsities"] or range(pruning["num_shots"]))
+
+    @property
+    def is_complete(self) -> bool:
+        exports = len(self.record["spec"]["output"]["exports"])
+        return len(self.record["shots"]) == self.num_shots and len(self.record["exports"]) == exports
+
+    @property
+    def dense_bytes(self) -> int:
+        return int(self.record["parameters"]["before"]) * int(getattr(torch, self.record["spec"]["model"]["dtype"]).itemsize)
+
+    @functools.cached_property
+    def figures(self) -> dict[str, str]:
+        return {name: inline_svg(figure, f"{self.anchor}-{name}") for name, figure in run_figures(self.record).items()}
+
+    @property
+    def workers(self) -> list[str]:
+        cluster = self.record["spec"]["cluster"]
+        return [f"shard {s}, replica {r}" for r in range(cluster["num_replicas"]) for s in range(cluster["num_shards"])]
+
+    @functools.cached_property
+    def steps(self) -> list[Step]:
+        shots = self.record["shots"]
+        names = dict.fromkeys(name for shot in shots for name in shot["seconds"])
+        return [_step(name, [shot for shot in shots if name in shot["seconds"]], len(self.workers)) for name in names]
+
+    @property
+    def wall_s(self) -> float:
+        return sum(step.wall_s for step in self.steps)
+
+    @property
+    def damping(self) -> list[dict[str, Any]]:
+        return [event | {"shot": shot["index"]} for shot in self.record["shots"] for event in shot["damping_used"]]
+
+    @property
+    def spec_yaml(self) -> str:
+        return yaml.safe_dump(dict(self.record["spec"]), sort_keys=False)
+
+    @property
+    def identity_yaml(self) -> str:
+        return yaml.safe_dump({key: self.record[key] for key in ("fingerprints", "environment")}, sort_keys=False)
+
+
+def _step(name: str, shots: Sequence[Mapping[str, Any]], num_workers: int) -> Step:
+    by_shot = [shot["worker_seconds"][name] for shot in shots]
+    same = [busy for busy in by_shot if len(busy) == num_workers]  # a run may be resumed on another number of shards
+    totals = [sum(busy) for busy in zip(*same, strict=True)] or [0.0]
+    offered = sum(len(busy) * shot["seconds"][name] for busy, shot in zip(by_shot, shots, strict=True))
+    efficiency = sum(map(sum, by_shot)) / offered if offered else 0.0
+    return Step(name, sum(s["seconds"][name] for s in shots), sum(s["cpu_seconds"][name] for s in shots), totals, efficiency)
+
+
+def page(records: Sequence[Mapping[str, Any]]) -> str:
+    """Return an HTML page about one run, or about several, compared and then each.
+
+    Args:
+        records: contents of report.json; of runs that have not ended, too.
+    """
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    texts = list(dict.fromkeys(text for record in records for text in record["dense"]["perplexity"]))
+    comparison = {}
+    if len(records) > 1:
+        figures = {f"perplexity-{text}": perplexity_figure(records, text) for text in texts} | {"size": size_figure(records)}
+        comparison = {name: inline_svg(figure, f"all-{name}") for name, figure in figures.items()}
+    runs = [_Run(record, f"run-{number}") for number, record in enumerate(records, 1)]
+    title = str(records[0]["spec"]["name"]) if len(records) == 1 else f"{len(records)} runs of ray_surgeon"
+    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
+    return template.render(runs=runs, texts=texts, comparison=comparison, title=title)

@@ -1,0 +1,182 @@
+"""The report as a page: whole, self-contained, and drawn by a browser."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from ray_surgeon.page import page
+from ray_surgeon.plots import by_block, inline_svg, run_figures
+from ray_surgeon.report import main
+from ray_surgeon.surgery.threshold import cost_curve
+from tests.integration.runs import report_of, run
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+
+
+class Reader(HTMLParser):
+    """Collects what a page shows and what it points to."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.points_to: list[str] = []
+        self.words: list[str] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(str(value))
+            if name in ("href", "src", "xlink:href"):
+                self.points_to.append(str(value))
+        assert tag not in ("script", "link", "iframe", "img")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words += data.split()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, Path]) -> dict[str, Path]:
+    """Return a run of groups with exports, timed, and one of rows and columns whose factors need more damping."""
+    folder = tmp_path_factory.mktemp("page")
+    groups = {
+        "name": "some-groups",
+        "pruning__structure": "groups",
+        "pruning__width_multiple": 8,
+        "output__exports": ["per_block", "masked"],
+        "output__speed": {"prompt_length": 16, "num_new_tokens": 2, "num_repeats": 1},
+    }
+    assert run(folder / "groups", model_folders["llama"], **groups) == 0
+    assert run(folder / "rows", model_folders["opt"], name="some-rows", pruning__num_shots=3, cluster__num_shards=2) == 0
+    return {"groups": folder / "groups/run", "rows": folder / "rows/run"}
+
+
+def check_self_contained(html: str) -> Reader:
+    reader = Reader(html)
+    assert reader.open == []
+    assert len(set(reader.ids)) == len(reader.ids)
+    inside = [target for target in reader.points_to if not target.startswith("data:image/png;base64,")]
+    astray = [target for target in inside if not (target.startswith("#") and target[1:] in reader.ids)]
+    assert not astray
+    assert set(re.findall(r"https?://[^\s\"'<]+", html)) <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+    return reader
+
+
+def test_page_of_a_run_says_everything(runs: dict[str, Path]) -> None:
+    record = report_of(runs["groups"])
+    html = (runs["groups"] / "report.html").read_text()
+    reader = check_self_contained(html)
+    text = " ".join(reader.words)
+    for expected in (
+        "some-groups",
+        "shot 2 of 2, complete",
+        "per_block",
+        "trust_remote_code=True",
+        "prefill, tokens per second",
+        "Efficiency",
+    ):
+        assert expected in text
+    for export in record["exports"]:
+        assert export["load"] in text
+        assert all(known in text for known in export["loaders"].values())
+    assert record["fingerprints"]["model"] in text
+    assert "width_multiple: 8" in text
+    assert html.count("<svg") == len(run_figures(record)) == 6
+    assert {p.name for p in (runs["groups"] / "plots").iterdir()} == {f"{n}.{s}" for n in run_figures(record) for s in ("svg", "png")}
+
+
+def test_page_tells_of_damping_losses_and_unfinished_runs(runs: dict[str, Path]) -> None:
+    record = report_of(runs["rows"])
+    event = {"linear": "decoder.layers.1.fc1", "factor": "G", "asked": 0.1, "used": 1.0, "float64_retry": True}
+    lost = {"cause": "node", "message": "<b>gone & away</b>"}
+    shots: list[dict[str, Any]] = record["shots"][:2]
+    html = page([record | {"shots": [shots[0] | {"damping_used": [event]}, shots[1]], "retries": [lost]}])
+    text = " ".join(check_self_contained(html).words)
+    assert "shot 2 of 3, not complete" in text
+    assert "decoder.layers.1.fc1 1 G 0.1 1 yes" in text
+    assert "node <b>gone & away</b>" in text
+    assert "1 retries after losses" in text
+    assert "<b>gone" not in html
+    text = " ".join(check_self_contained(page([record | {"shots": [], "linears": []}])).words)
+    assert "shot 0 of 3, not complete" in text
+
+
+def test_several_runs_on_one_page(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "all.html"
+    assert main([str(runs["groups"]), str(runs["rows"]), "--html", str(out), "--plot", str(tmp_path / "all.svg")]) == 0
+    assert str(out) in capsys.readouterr().out
+    text = " ".join(check_self_contained(out.read_text()).words)
+    assert "2 runs of ray_surgeon" in text
+    assert out.read_text().count("<svg") == 3 + 6 + 6
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_browser_draws_the_page(dark: bool, runs: dict[str, Path], tmp_path: Path) -> None:
+    picture = tmp_path / "page.png"
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1280,2600", f"--user-data-dir={tmp_path}"]
+    options += ["--blink-settings=preferredColorScheme=0"] if dark else []
+    command = [str(CHROMIUM), *options, f"--screenshot={picture}", (runs["rows"] / "report.html").as_uri()]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    pixels = matplotlib.image.imread(picture)[..., :3]
+    assert pixels.shape == (2600, 1280, 3)
+    background = pixels[5, 5].mean()
+    assert background < 0.2 if dark else background > 0.9
+    drawn = np.abs(pixels - pixels[5, 5]).max(-1) > 0.3
+    assert drawn.mean() > 0.02, "the page is nearly empty"
+    assert drawn[:, 1000:].any(), "nothing at the right"
+
+
+def test_cost_curve_against_sorting_by_hand() -> None:
+    import torch
+
+    costs, sizes = torch.tensor([3.0, 1.0, float("inf"), 2.0]), torch.tensor([10, 20, 40, 30])
+    assert cost_curve(costs, sizes) == [(20.0, 1.0), (50.0, 2.0), (60.0, 3.0)]
+    assert cost_curve(costs, sizes, num_points=2) == [(20.0, 1.0), (60.0, 3.0)]
+    assert cost_curve(costs[2:3], sizes[2:3]) == []
+
+
+def test_curves_reach_the_target_and_fit_the_threshold(runs: dict[str, Path]) -> None:
+    for shot in report_of(runs["rows"])["shots"]:
+        fractions, costs = zip(*shot["cost_curve"], strict=True)
+        assert list(fractions) == sorted(fractions)
+        assert list(costs) == sorted(costs)
+        assert costs[0] <= shot["threshold"] <= costs[-1]
+        assert fractions[-1] > shot["sparsity"]
+        assert all(len(busy) == 2 for busy in shot["worker_seconds"].values())
+        assert 0 < sum(shot["worker_seconds"]["curvature"]) <= shot["seconds"]["curvature"] + 0.01
+
+
+def test_depth_is_by_block_and_kind(runs: dict[str, Path]) -> None:
+    linears = report_of(runs["rows"])["linears"]
+    kinds, values = by_block(linears)
+    assert len(kinds) == 6
+    assert all(len(row) == 4 for row in values)
+    by_name = {linear["name"]: linear["sparsity"] for linear in linears}
+    assert values[kinds.index("fc2")][3] == by_name[next(n for n in by_name if n.endswith("layers.3.fc2"))]
+
+
+def test_two_figures_of_a_page_share_no_identifier(runs: dict[str, Path]) -> None:
+    figure = run_figures(json.loads((runs["rows"] / "report.json").read_text()))["costs"]
+    ids = [set(re.findall(r'id="([^"]+)"', inline_svg(figure, name))) for name in ("a", "b")]
+    assert not ids[0] & ids[1]
