@@ -34,6 +34,7 @@ def run_shots(job: Job, cluster: Cluster, run: RunDirectory) -> Iterator[Event]:
 
     Raises:
         FloatingPointError: a loss, factor or cost is not usable; committed shots stay.
+        CollapseError: perplexity is above the limit of the spec; committed shots stay.
     """
     spec, targets, num_shots = job.spec, job.spec.pruning.targets, job.spec.pruning.shots
     run.start(job.spec_yaml, job.fingerprints)
@@ -43,7 +44,7 @@ def run_shots(job: Job, cluster: Cluster, run: RunDirectory) -> Iterator[Event]:
     report.retries.extend(run.retries())
 
     def ended(step: str, shot: int, meter: StepMeter, **facts: Fact) -> Event:
-        event = Event(step, shot, num_shots, round(meter.seconds[step], 3), facts)
+        event = Event(step, shot, num_shots, round(meter.seconds[step], 3), facts, meter.worker_seconds[step])
         run.add_event(asdict(event) | {"time": time.time()})
         return event
 
@@ -80,6 +81,7 @@ def run_shots(job: Job, cluster: Cluster, run: RunDirectory) -> Iterator[Event]:
         with meter.step("evaluation"):
             values = _perplexities(job, cluster)
         yield ended("evaluation", shot, meter, sparsity=pruned.sparsity, **_named("perplexity", values))
+        _check_for_collapse(values, report.dense["perplexity"], spec.evaluation.stop_above, shot)
 
         with meter.step("commit"):
             name = "shard-{shard:04d}.safetensors"
@@ -107,7 +109,8 @@ def run_shots(job: Job, cluster: Cluster, run: RunDirectory) -> Iterator[Event]:
             run.write_report(report.as_record(), page([report.as_record()]))
             if spec.output.keep_shots and shot > spec.output.keep_shots:
                 run.drop_tensors(shot - spec.output.keep_shots)
-        yield ended("commit", shot, meter, uri=run.shot_folder(shot))
+        sizes = {"parameters": record["num_nonzero"], "peak_rss_bytes": record["peak_rss_bytes"]}
+        yield ended("commit", shot, meter, uri=run.shot_folder(shot), **sizes)
 
     for kind in spec.output.exports:
         meter = StepMeter(cluster)
@@ -117,12 +120,28 @@ def run_shots(job: Job, cluster: Cluster, run: RunDirectory) -> Iterator[Event]:
             entry = export(kind, cluster, job.model_source, uri, tokens, facts, linears, job.measures)
         report.exports.append(entry)
         difference = entry["reload_max_logit_difference"]
-        yield ended("export", num_shots, meter, kind=kind, uri=uri, reload_max_logit_difference=difference)
+        size = entry["size_bytes"]
+        yield ended("export", num_shots, meter, kind=kind, uri=uri, size_bytes=size, reload_max_logit_difference=difference)
     record = report.as_record()
     for name, figure in run_figures(record).items():
         for suffix in ("svg", "png"):
             save(figure, run.path("plots", f"{name}.{suffix}"))
     run.write_report(record, page([record]))
+
+
+class CollapseError(RuntimeError):
+    """The model is worse than the spec allows."""
+
+
+def _check_for_collapse(after: Mapping[str, float], before: Mapping[str, float], limit: float | None, shot: int) -> None:
+    if limit is None:
+        return
+    for text, value in after.items():
+        if not value <= limit * before[text]:
+            raise CollapseError(
+                f"after shot {shot} the perplexity on {text} is {value:.4g}, {value / before[text]:.3g} times the dense model's; "
+                f"evaluation.stop_above allows {limit:g}. The shots before are committed; prune less, or raise evaluation.stop_above"
+            )
 
 
 def _named(prefix: str, values: Mapping[str, float]) -> dict[str, Fact]:

@@ -25,6 +25,7 @@ _CALIBRATION_FRACTION = 0.8
 """Of a source without splits of its own, the first part is for calibration (`train`) and the rest for testing."""
 _DATA_SET_ERRORS = (OSError, ValueError, KeyError, RuntimeError, HTTP_ERROR)
 """What reading a data set raises when it, or the network, is not there; `datasets` has its own subclasses of these."""
+_FEWEST_TOKENS = 4
 _DOCUMENTS_PER_CALL = 1000
 """Documents joined for one call of the tokenizer, so that a large corpus is not one string."""
 
@@ -84,6 +85,9 @@ def cut_windows(stream: NDArray[np.int64], num_sequences: int, sequence_length: 
         places = np.random.default_rng(seed).permutation(len(stream) // sequence_length)[:num_sequences]
         starts = places * sequence_length
     tokens = np.stack([stream[start : start + sequence_length] for start in starts]).astype(np.int64)
+    different = len(np.unique(tokens))
+    if different < _FEWEST_TOKENS:
+        raise ValueError(f"{where}: only {different} different tokens stand in the whole text, which teaches nothing; give real text")
     return Windows(tokens, hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest())
 
 
@@ -185,11 +189,11 @@ def _documents_in(uri: str, column: str, where: str) -> Iterator[str]:
 
 
 def _json_lines(uri: str, where: str) -> Iterator[Any]:
-    for number, line in enumerate(storage.read_text(uri).splitlines(), start=1):
+    for number, line in enumerate(storage.read_lines(uri), start=1):
         if line.strip():
             try:
                 yield json.loads(line)
-            except json.JSONDecodeError as error:
+            except (json.JSONDecodeError, RecursionError) as error:
                 raise ValueError(f"{where}: line {number} of {uri} is not JSON ({error}); one JSON object a line is expected") from error
 
 

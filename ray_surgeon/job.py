@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -230,6 +230,7 @@ class Event:
         num_shots: in all.
         seconds: wall clock of the step.
         facts: what there is to say about it.
+        worker_seconds: how long each worker was busy in it, in the order of `placement.workers`.
     """
 
     step: str
@@ -237,6 +238,7 @@ class Event:
     num_shots: int
     seconds: float
     facts: dict[str, Fact]
+    worker_seconds: Sequence[float] = ()
 
 
 class StepMeter:
@@ -267,11 +269,6 @@ class StepMeter:
 
     def _usages(self) -> list[Usage]:
         return [process_usage(torch.device("cpu")), *self._cluster.run_all("usage")]
-
-    def efficiency(self, name: str) -> float:
-        """Return which fraction of a step the workers were busy, on average."""
-        busy = self.worker_seconds[name]
-        return sum(busy) / (len(busy) * self.seconds[name])
 
     def peak_bytes(self, field_name: str) -> int:
         """Return the sum over the workers' processes of a peak of `Usage`."""

@@ -1,6 +1,6 @@
 """``python -m ray_surgeon.pipeline SPEC``: the whole job, from a job spec to a pruned checkpoint.
 
-Exit codes: 0 done, 1 failed, 2 bad spec or input, 130 interrupted.
+Exit codes: 0 done, 1 failed, 2 bad spec or input, weights that are not numbers included, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import reprlib
 import signal
 import sys
 import time
@@ -28,14 +29,17 @@ from ray_surgeon.cluster.local import LocalCluster
 from ray_surgeon.cluster.messages import Lost
 from ray_surgeon.cluster.placement import Placement
 from ray_surgeon.cluster.ray_cluster import LostError, RayCluster, RayResources, connect, num_nodes, on_this_node
-from ray_surgeon.coordinator import run_shots
+from ray_surgeon.coordinator import CollapseError, run_shots
 from ray_surgeon.job import Event, Job
+from ray_surgeon.metrics import RunMetrics
+from ray_surgeon.models.shard import BadWeightsError
 from ray_surgeon.plan import plan_table, plan_workers
 from ray_surgeon.preflight import prepare
 from ray_surgeon.report import LOG_WIDTH, export_lines, shots_table
 from ray_surgeon.spec import JobSpec, parse_spec
 
 _POLL_S = 0.5
+_MAX_SPEC_BYTES = 2**20
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -58,17 +62,19 @@ class Coordinator:
         Returns:
             None at the end, or what was lost.
         """
-        spec, run = job.spec.cluster, RunDirectory(job.spec.output.uri)
+        spec, run, metrics = job.spec.cluster, RunDirectory(job.spec.output.uri), RunMetrics(job.spec.name)
         if before is not None:
             run.start(job.spec_yaml, job.fingerprints)
             event = Event("retry", 0, job.spec.pruning.shots, 0.0, {"cause": before.cause, "message": before.message})
             run.add_event(asdict(event) | {"time": time.time()})
+            metrics.follow(event)
         timeouts = spec.start_timeout_s, spec.step_timeout_s, spec.ping_timeout_s
         cluster = None
         try:
             cluster = RayCluster(placement, RayResources(spec.cpus_per_worker, spec.gpus_per_worker, *timeouts))
             for event in run_shots(job, cluster, run):
                 self._events.append(event)
+                metrics.follow(event)
         except LostError as error:
             return error.lost
         finally:
@@ -176,12 +182,17 @@ def event_line(event: Event) -> str:
     return f"{place:<10} {event.step:<10} {event.seconds:7.1f} s  {facts}"
 
 
+def _cause(error: BaseException) -> BaseException:
+    """Return an error without the ways it came through Ray."""
+    while isinstance(error, RayTaskError):
+        error = error.cause
+    return error
+
+
 def _reason(error: BaseException) -> str:
-    """Return what to say of a failure: without the ways it came through Ray, unless it may be a defect of ours."""
-    cause = error
-    while isinstance(cause, RayTaskError):
-        cause = cause.cause
-    return str(cause if isinstance(cause, (FloatingPointError, ValueError, OSError)) else error)
+    """Return what to say of a failure: with the ways it came through Ray only if it may be a defect of ours."""
+    cause = _cause(error)
+    return str(cause if isinstance(cause, (FloatingPointError, ValueError, OSError, CollapseError)) else error)
 
 
 def _interrupt_on_sigterm() -> None:
@@ -210,7 +221,7 @@ def _validation_message(error: ValidationError, origin: str) -> str:
     lines = [f"{origin} is not a valid job spec:"]
     for problem in error.errors(include_url=False):
         field = ".".join(str(part) for part in problem["loc"]) or "spec"
-        given = "" if problem["type"] in ("missing", "value_error") else f" (got {repr(problem['input'])[:80]})"
+        given = "" if problem["type"] in ("missing", "value_error") else f" (got {reprlib.repr(problem['input'])[:80]})"
         remedy = "; remove it or correct its name, --schema lists the fields" if problem["type"] == "extra_forbidden" else ""
         lines.append(f"  {field}: {problem['msg'].removeprefix('Value error, ')}{given}{remedy}")
     return "\n".join(lines)
@@ -218,7 +229,7 @@ def _validation_message(error: ValidationError, origin: str) -> str:
 
 def _read_spec(uri: str, overrides: Sequence[str]) -> JobSpec:
     try:
-        text = storage.read_text(uri)
+        text = storage.read_text(uri, max_bytes=_MAX_SPEC_BYTES)
     except OSError as error:
         raise ValueError(f"cannot read the job spec {uri}: {error}; check the path, the permissions and the network") from error
     try:
@@ -260,6 +271,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         errors.print(f"interrupted; {resume_with}", markup=False, soft_wrap=True)
         return INTERRUPTED
     except (RayError, RuntimeError, OSError, ValueError, FloatingPointError) as error:
+        if isinstance(_cause(error), BadWeightsError):
+            errors.print(f"error: {_reason(error)}", style="red", markup=False, highlight=False, soft_wrap=True)
+            return BAD_INPUT
         errors.print(f"failed: {_reason(error)}\n{resume_with}", style="red", markup=False, highlight=False, soft_wrap=True)
         return FAILED
     console.print(shots_table(report))

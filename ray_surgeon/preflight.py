@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import yaml
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 import ray_surgeon
@@ -22,10 +21,10 @@ from ray_surgeon.data import TextSource, Windows, cut_windows, interleaved, toke
 from ray_surgeon.export.kinds import check_export
 from ray_surgeon.export.tasks import check_tasks
 from ray_surgeon.job import Job, check_budget, task_options
-from ray_surgeon.models.adapters import check_family
+from ray_surgeon.models.adapters import check_family, check_sizes
 from ray_surgeon.models.budgets import Budget, bytes_budget, fewest_left, flops_budget, linears_budget, parameters_budget
 from ray_surgeon.models.gguf import convert_gguf
-from ray_surgeon.models.skeleton import check_checkpoint, linear_shapes, num_parameters
+from ray_surgeon.models.skeleton import check_buildable, check_checkpoint, linear_shapes, num_parameters
 from ray_surgeon.sources import ModelSource, open_model
 from ray_surgeon.spec import JobSpec
 from ray_surgeon.text_sections import SourceSection
@@ -51,6 +50,7 @@ def prepare(spec: JobSpec, *, resume: bool, dry_run: bool = False) -> tuple[Job,
         files = open_model(source, convert_gguf)
         folder = files.small_files_folder()
     config = _load_config(folder, files.origin)
+    check_buildable(config, files.origin)
     placement = place(config, spec.cluster.num_shards, spec.cluster.num_replicas)
     for kind in spec.output.exports:
         check_export(kind, config)
@@ -147,20 +147,23 @@ def _as_input_error(what: str) -> Iterator[None]:
 
 
 def _load_config(folder: Path, origin: str) -> PretrainedConfig:
-    family = storage.read_json(str(folder / "config.json")).get("model_type", "")
-    check_family(family)
+    document = storage.read_json(str(folder / "config.json"))
+    if not isinstance(document, dict):
+        raise ValueError(f"model.source: config.json of {origin} is a {type(document).__name__}, expected an object; fetch it again")
+    check_family(str(document.get("model_type", "")))
+    check_sizes(document, origin)
     try:
-        return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the code of any family may raise anything
+        reason = " ".join(str(error).split())[:300]
         raise ValueError(f"model.source: transformers cannot read config.json of {origin}: {reason}; give a checkpoint it knows") from error
 
 
 def _load_tokenizer(folder: Path, origin: str) -> tuple[Any, str]:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # so may that of any tokenizer
+        reason = " ".join(str(error).split())[:300]
         raise ValueError(f"model.source: {origin} has no tokenizer that loads ({reason}); copy its files beside config.json") from error
     vocabulary = sorted(tokenizer.get_vocab().items())
     return tokenizer, hashlib.sha256(repr(vocabulary).encode()).hexdigest()

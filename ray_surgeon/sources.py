@@ -77,7 +77,10 @@ class ModelFiles:
         """
         if "config.json" not in self.names:
             raise ValueError(f"model.source: {self.origin} has no config.json; give the folder of a Hugging Face checkpoint")
-        paths = [self.fetch(name) for name in SMALL_FILES if name in self.names]
+        names = [name for name in SMALL_FILES if name in self.names]
+        for name in names:
+            storage.check_size(self.open_uri(name), storage.MAX_JSON_BYTES, "this is no such file of a model; fetch it again")
+        paths = [self.fetch(name) for name in names]
         if len({path.parent for path in paths}) == 1:
             return paths[0].parent
         digest = hashlib.sha256("\n".join(map(str, paths)).encode()).hexdigest()[:32]
@@ -95,7 +98,10 @@ class ModelFiles:
         """
         if "model.safetensors.index.json" in self.names:
             index = storage.read_json(str(self.fetch("model.safetensors.index.json")))
-            files = sorted(set(index.get("weight_map", {}).values())) if isinstance(index, dict) else []
+            weight_map = index.get("weight_map") if isinstance(index, dict) else None
+            if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+                raise ValueError(f"model.source: the index of {self.origin} has no weight_map of names to files; fetch it again")
+            files = sorted(set(weight_map.values()))
             strange = [f for f in files if f not in self.names or PurePosixPath(f).name != f]
             if strange or not files:
                 raise ValueError(f"model.source: the index of {self.origin} names missing files: {strange[:3]}; fetch the whole checkpoint")
@@ -168,6 +174,10 @@ def _folder(source: ModelSource, folder: Path) -> ModelFiles:
     if source.revision is not None:
         raise ValueError(f"model.revision: {source.source} is a local folder, which has no revisions; remove it")
     names = tuple(sorted(path.name for path in folder.iterdir() if path.is_file()))
+    for name in names:
+        target = (folder / name).resolve()
+        if folder.resolve() not in target.parents and target.parent.name != "blobs":  # where the Hub's cache keeps content
+            raise ValueError(f"model.source: {folder / name} is a link to {target}, outside of the model; put the file itself there")
     return ModelFiles(source.source, source, names, lambda name: str(folder / name), lambda name: folder / name)
 
 

@@ -121,8 +121,8 @@ def parse_spec(text: str, overrides: Sequence[str] = ()) -> JobSpec:
     """
     try:
         document = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"the job spec is not valid YAML: {error}") from error
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # PyYAML lets dates that are none through as ValueError
+        raise ValueError(f"the job spec is not valid YAML: {error}; see the files in pipelines/") from error
     if not isinstance(document, dict):
         raise ValueError(f"the job spec must be a mapping of sections, got {type(document).__name__}; see the files in pipelines/")
     for override in overrides:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
+import math
 import os
 import shutil
 import struct
 import sys
 import tempfile
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -28,8 +30,27 @@ from torch import Tensor
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_MAX_HEADER_BYTES = 100_000_000
-"""The limit the safetensors format itself sets."""
+_MAX_HEADER_BYTES = 25_000_000
+"""Of a safetensors file; the format allows four times that, a file of a large model has some 100 kB."""
+_MAX_TEXT_BYTES = 256 * 2**20
+MAX_JSON_BYTES = 64 * 2**20
+"""Tokenizers have tens of megabytes; more is no description of anything."""
+_ITEM_BYTES = {
+    "F64": 8,
+    "I64": 8,
+    "U64": 8,
+    "F32": 4,
+    "I32": 4,
+    "U32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I16": 2,
+    "U16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+}
+_ITEM_BYTES |= {"F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
 _FINGERPRINT_BYTES = 65536
 
 
@@ -140,16 +161,48 @@ def read_bytes(uri: str) -> bytes:
     return content
 
 
-def read_text(uri: str) -> str:
+def check_size(uri: str, max_bytes: int, what: str) -> None:
+    """Refuse a file that would fill the memory.
+
+    Raises:
+        ValueError: it has more than `max_bytes`; `what` says what to do.
+    """
+    size = size_bytes(uri)
+    if size is not None and size > max_bytes:
+        raise ValueError(f"{uri}: has {size} bytes, at most {max_bytes} are read; {what}")
+
+
+def read_text(uri: str, max_bytes: int = _MAX_TEXT_BYTES) -> str:
     """Read a UTF-8 file.
 
     Raises:
-        ValueError: it is not UTF-8.
+        ValueError: it is too large, or not UTF-8.
     """
+    check_size(uri, max_bytes, "split it, or give .jsonl or .parquet files, which are read piece by piece")
     try:
         return read_bytes(uri).decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{uri}: not UTF-8 text ({error.reason} at byte {error.start}); convert the file to UTF-8") from error
+
+
+def read_lines(uri: str) -> Iterator[str]:
+    """Yield the lines of a UTF-8 file without reading all of it at once.
+
+    Raises:
+        ValueError: a line is too long, or not UTF-8.
+    """
+    filesystem, path = open_filesystem(uri)
+    with filesystem.open(path, "rb") as file:
+        for number in itertools.count(1):
+            line = file.readline(MAX_JSON_BYTES + 1)
+            if not line:
+                return
+            if len(line) > MAX_JSON_BYTES:
+                raise ValueError(f"{uri}: line {number} is longer than {MAX_JSON_BYTES} bytes; give one record a line")
+            try:
+                yield line.decode().rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{uri}: line {number} is not UTF-8 text ({error.reason}); convert the file to UTF-8") from error
 
 
 @_raises_os_error
@@ -195,11 +248,12 @@ def read_json(uri: str) -> Any:
     """Read a JSON file.
 
     Raises:
-        ValueError: it is not JSON.
+        ValueError: it is not JSON, or far too large.
     """
+    check_size(uri, MAX_JSON_BYTES, "this is no description of a model; fetch it again")
     try:
         return json.loads(read_text(uri))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{uri}: not valid JSON ({error}); the file is damaged or is another kind of file") from error
 
 
@@ -264,10 +318,28 @@ def read_safetensors_header(uri: str) -> tuple[dict[str, tuple[int, ...]], str]:
         header = json.loads(raw)
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
         shapes = {name: tuple(int(n) for n in entry["shape"]) for name, entry in entries.items()}
-        end = max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        end = _end_of_data(entries, shapes)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{uri}: the safetensors header is damaged ({error}); fetch the file again") from error
     if 8 + length + end != size:
         raise ValueError(f"{uri}: cut short or padded: {size} bytes, {8 + length + end} by its header; fetch it again")
     tail = filesystem.cat_file(path, start=max(8 + length, size - _FINGERPRINT_BYTES), end=size)
     return shapes, hashlib.sha256(raw + str(size).encode() + tail).hexdigest()
+
+
+def _end_of_data(entries: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Return where the last tensor ends, after checking that they follow each other and have the bytes of their shapes.
+
+    Raises:
+        ValueError: names the tensor that does not.
+    """
+    end = 0
+    for name, entry in sorted(entries.items(), key=lambda item: int(item[1]["data_offsets"][0])):
+        first, last = (int(offset) for offset in entry["data_offsets"])
+        if entry["dtype"] not in _ITEM_BYTES:
+            raise ValueError(f"{name} has the unknown dtype {entry['dtype']}")
+        size = math.prod(shapes[name]) * _ITEM_BYTES[entry["dtype"]]
+        if min(shapes[name], default=0) < 0 or (first, last - first) != (end, size):
+            raise ValueError(f"{name} of shape {shapes[name]} and dtype {entry['dtype']} cannot lie at bytes {first} to {last}")
+        end = last
+    return end

@@ -145,6 +145,11 @@ class EvaluationSection(Section):
 
     texts: tuple[EvaluationText, ...] = Field(min_length=1, description="Texts for perplexity, each reported after every shot")
     tasks: TasksSection | None = Field(None, description="Downstream tasks, before the first shot and on every export")
+    stop_above: float | None = Field(
+        None,
+        gt=1,
+        description="Stop the run, before the shot is committed, if perplexity on a text is more than so many times the dense model's",
+    )
 
     @model_validator(mode="before")
     @classmethod

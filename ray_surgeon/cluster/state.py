@@ -69,7 +69,7 @@ class ShardState:
             ValueError: the checkpoint cannot be read.
         """
         files = open_model(recipe.source, convert_gguf)
-        config = AutoConfig.from_pretrained(files.small_files_folder())
+        config = AutoConfig.from_pretrained(files.small_files_folder(), trust_remote_code=False)
         self.shard = ModelShard(config, self.placement.blocks[self.index.shard], getattr(torch, recipe.dtype), self.device)
         reader, tied = files.reader(), tied_names(config, self.shard.adapter)
         local_copy = functools.cache(storage.local_copy)  # asking an object store once a file, not once a tensor

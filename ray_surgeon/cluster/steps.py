@@ -90,12 +90,26 @@ def collect_curvature(
 
     Returns:
         Mean NLL in nats per predicted token.
+
+    Raises:
+        FloatingPointError: a loss is not finite; names the first linear whose inputs are not.
     """
     cluster.run_all("start_curvature", kind, with_gradient, readers_only)
-    losses = sequence_losses(cluster, sequences) if kind != "kfac" else _forward_and_backward(cluster, sequences, sample_seed)
+    try:
+        losses = sequence_losses(cluster, sequences) if kind != "kfac" else _forward_and_backward(cluster, sequences, sample_seed)
+        if not np.isfinite(losses).all():
+            raise FloatingPointError("the loss of the calibration sequences is not finite; check the weights and the dtype")
+    except FloatingPointError as error:
+        names = [name for name in cluster.run_all("first_not_finite") if name is not None]
+        raise FloatingPointError(f"{_own_words(error)}; inputs are not finite from {names[0] if names else 'the head'} on") from error
     cluster.run_all("finish_curvature", kind)
     num_predicted = int(sequences.shape[0]) * (int(sequences.shape[1]) - 1)
     return sum(losses) / num_predicted
+
+
+def _own_words(error: FloatingPointError) -> str:
+    """Return what the worker said, without the ways it came through Ray."""
+    return str(getattr(error, "cause", error))
 
 
 def collect_terms(

@@ -86,6 +86,10 @@ class ShardWorker(PowerSteps, GroupSteps, LayerwiseSteps, CorrectionSteps):
         assert gradient is not None
         return self._gradient_below(self.shard.backward(micro_batch, gradient)), total
 
+    def first_not_finite(self) -> str | None:
+        """Return the first linear of this shard whose inputs were not finite; see `ModelShard.first_not_finite`."""
+        return self.shard.first_not_finite()
+
     def backward(self, micro_batch: int, gradient: Wire) -> Wire | None:
         """Run a micro-batch backward: gradient at the outputs in, gradient at the inputs out; the first shard keeps its own."""
         return self._gradient_below(self.shard.backward(micro_batch, decode(gradient, self.device)))

@@ -66,7 +66,7 @@ def latency_budget(cluster: Cluster, source: ModelSource, options: LatencyOption
     Raises:
         RuntimeError: the measuring process fails.
     """
-    config = AutoConfig.from_pretrained(open_model(source, convert_gguf).small_files_folder())
+    config = AutoConfig.from_pretrained(open_model(source, convert_gguf).small_files_folder(), trust_remote_code=False)
     channels, heads = _numbers(config, options)
     widths = [(number, heads[-1]) for number in channels] + [(channels[-1], number) for number in heads[:-1]]
     about = json.loads(json.dumps(asdict(options)))
@@ -108,7 +108,7 @@ def _model(document: Mapping[str, Any], widths: Sequence[tuple[int, int]], folde
     """Return a model with random weights that has one block of each width."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(document))
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     layers = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
     fewer = {name: value for name, value in document.items() if name != "layer_types"} | {layers: len(widths)}
     blocks = [BlockWidths(channels, heads) for channels, heads in widths]

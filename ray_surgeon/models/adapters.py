@@ -5,7 +5,9 @@ A shard runs the family's own `forward` over its own blocks (see `shard.py`), so
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from transformers import PretrainedConfig
 
@@ -142,6 +144,28 @@ ADAPTERS: dict[str, Adapter] = {
         has_free_heads=False,
     ),
 }
+
+
+_LARGEST = {
+    **dict.fromkeys(("num_hidden_layers", "n_layer"), 2_000),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "n_head", "head_dim"), 100_000),
+    **dict.fromkeys(("hidden_size", "n_embd", "word_embed_proj_dim"), 1_000_000),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "vocab_size"), 10_000_000),
+    **dict.fromkeys(("max_position_embeddings", "n_positions"), 1_000_000_000),
+}
+"""Sizes in config.json far beyond any model; building one would fill the memory."""
+
+
+def check_sizes(document: Mapping[str, Any], where: str) -> None:
+    """Refuse a configuration of absurd sizes, before transformers builds anything from it.
+
+    Raises:
+        ValueError: names the field.
+    """
+    for name, most in _LARGEST.items():
+        value = document.get(name)
+        if value is not None and (type(value) is not int or not 1 <= value <= most):
+            raise ValueError(f"model.source: {name} in config.json of {where} is {str(value)[:40]!r}, expected 1 to {most}; fetch it again")
 
 
 def check_family(family: str) -> None:

@@ -19,6 +19,10 @@ from ray_surgeon.surgery.extended import Term
 from ray_surgeon.surgery.kronecker import KroneckerFactors, add_second_moment, symmetrize, with_ones
 
 
+class BadWeightsError(ValueError):
+    """The checkpoint's numbers themselves are unusable, which is not known before they are read."""
+
+
 @dataclass
 class Site:
     """Linears that read the same input, and the sums gathered there.
@@ -71,6 +75,9 @@ class ModelShard:
 
         Args:
             read_tensor: global parameter name -> tensor, of any float dtype.
+
+        Raises:
+            BadWeightsError: a weight is not finite.
         """
         tied = tied_names(self.config, self.adapter)
         shares_embedding = self.blocks.is_first and self.blocks.is_last
@@ -78,7 +85,12 @@ class ModelShard:
         for local in [n for n, _ in self.model.named_parameters()] + [n for n, _ in self.model.named_buffers() if n in saved_names]:
             if local in tied and shares_embedding:
                 continue
-            value = read_tensor(global_name(self.adapter, local, self.blocks.first))
+            name = global_name(self.adapter, local, self.blocks.first)
+            value = read_tensor(name)
+            if not torch.isfinite(value).all():
+                raise BadWeightsError(
+                    f"model.source: {name} has {int((~torch.isfinite(value)).sum())} NaN or infinite weights; fetch it again"
+                )
             set_module_tensor_to_device(self.model, local, self.device, value=value, dtype=self.dtype)
         for local, source in tied.items() if shares_embedding else ():
             owner = self.model.get_submodule(local.rpartition(".")[0])
@@ -181,6 +193,10 @@ class ModelShard:
     def gathered(self) -> dict[str, LinearModule]:
         """The linears for which the curvature pass gathers factors."""
         return {name: module for site in self.gathering for name, module in zip(site.names, site.modules, strict=True)}
+
+    def first_not_finite(self) -> str | None:
+        """Return the first linear whose inputs were NaN or infinite in the curvature pass so far."""
+        return next((s.names[0] for s in self.gathering if s.A is not None and not torch.isfinite(s.A.triu()).all()), None)
 
     def drop_curvature(self) -> None:
         """Free the sums."""

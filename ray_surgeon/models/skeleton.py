@@ -77,6 +77,20 @@ def build_skeleton(config: PretrainedConfig, blocks: BlockRange, dtype: torch.dt
     return model
 
 
+def check_buildable(config: PretrainedConfig, where: str) -> None:
+    """Refuse a configuration of which transformers cannot build a model.
+
+    Raises:
+        ValueError: whatever its code raised, and where the configuration is.
+    """
+    n = num_blocks_of(config)
+    try:
+        build_skeleton(config, BlockRange(0, n, n), torch.float32)
+    except Exception as error:  # the code of any family may raise anything
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"model.source: config.json of {where} describes no model that can be built: {reason}; fetch it again") from error
+
+
 def global_name(adapter: Adapter, local: str, first_block: int) -> str:
     """Return the name in the whole model of a parameter or module of a shard."""
     prefix = f"{adapter.base}.{adapter.blocks}."

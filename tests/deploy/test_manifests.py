@@ -14,6 +14,7 @@ import jsonschema
 import pytest
 import yaml
 
+from ray_surgeon.metrics import GAUGES
 from ray_surgeon.spec import JobSpec, parse_spec
 
 ROOT = Path(__file__).parent.parent.parent
@@ -201,3 +202,14 @@ def test_the_image_is_pinned_small_and_not_root() -> None:
 def test_the_dockerfile_is_linted() -> None:
     done = subprocess.run(["hadolint", str(ROOT / "Dockerfile")], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
+
+
+def test_the_dashboard_shows_every_metric_and_no_other() -> None:
+    """Ray adds `ray_` to names, and Prometheus `_total` to counters."""
+    dashboard = json.loads((ROOT / "deploy/grafana/ray-surgeon.json").read_text())
+    expressions = " ".join(target["expr"] for panel in dashboard["panels"] for target in panel["targets"])
+    used = set(re.findall(r"\bray_(surgeon_\w+)", expressions))
+    assert used == {f"surgeon_{name}" for name in GAUGES} | {"surgeon_steps_total", "surgeon_retries_total"}
+    places = [(p["gridPos"]["x"], p["gridPos"]["y"]) for p in dashboard["panels"]]
+    assert len(set(places)) == len(places)
+    assert len({panel["id"] for panel in dashboard["panels"]}) == len(places)

@@ -148,7 +148,7 @@ def test_dry_run_needs_no_worker(model: Path, tmp_path: Path) -> None:
 
 def test_config_that_transformers_refuses(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | {"hidden_size": "wide"}))
+    (model / "config.json").write_text(json.dumps(config | {"rms_norm_eps": "small"}))
     assert "transformers cannot read config.json" in refused(capsys, run(tmp_path, model))
     (model / "config.json").write_text("{")
     assert "not valid JSON" in refused(capsys, run(tmp_path, model))

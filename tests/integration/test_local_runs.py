@@ -213,15 +213,41 @@ def test_bfloat16_model_keeps_its_dtype_and_float32_curvature(model_folders: dic
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run/export/masked", dtype="auto").dtype == torch.bfloat16
 
 
-def test_nan_weights_stop_the_run_and_are_named(model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("num_shards", [1, 3])
+@pytest.mark.parametrize("kind", ["kfac", "activations"])
+def test_overflow_stops_the_shot_and_the_linear_is_named(
+    kind: str, num_shards: int, model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Weights that are finite, and whose product is not, so that only the pass itself can tell."""
     model = AutoModelForCausalLM.from_pretrained(model_folders["llama"])
     with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+        model.model.layers[1].mlp.up_proj.weight.fill_(1e30)
+        model.model.layers[1].mlp.gate_proj.weight.fill_(1e30)
     model.save_pretrained(tmp_path / "model")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "model" / name).write_bytes((model_folders["llama"] / name).read_bytes())
-    assert run(tmp_path, tmp_path / "model") == 1
+    spec = parse_spec(tiny_spec(tmp_path, tmp_path / "model", cluster__num_shards=num_shards).read_text())
+    job, _, placement = prepare(spec, resume=False)
+    cluster = LocalCluster(placement, 1)
+    cluster.run_all("load", ModelRecipe(job.model_source, "float32"), False)
+    with pytest.raises(FloatingPointError, match=r"inputs are not finite from model\.layers\.1\.mlp\.down_proj on"):
+        collect_curvature(cluster, job.calibration, kind, None)
+    assert run(tmp_path, tmp_path / "model", cluster__num_shards=num_shards) == 1
     assert "not a number" in capsys.readouterr().err
+
+
+def test_a_collapse_stops_the_run_and_keeps_the_shots_before(
+    model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tiny model of random weights does not become worse, so its perplexity is made up."""
+    values = iter([10.0, 19.0, 21.0])
+    monkeypatch.setattr(coordinator, "perplexity", lambda cluster, windows: next(values))
+    texts = [{"name": "docs", "source": "python-docs", "num_sequences": 2, "sequence_length": 32, "max_tokens": 3000}]
+    assert run(tmp_path, model_folders["llama"], pruning__num_shots=3, evaluation={"texts": texts, "stop_above": 2}) == 1
+    error = capsys.readouterr().err
+    assert "failed: after shot 2 the perplexity on docs is 21, 2.1 times the dense model's; evaluation.stop_above allows 2" in error
+    assert [shot["index"] for shot in report_of(tmp_path / "run")["shots"]] == [1]
+    assert not (tmp_path / "run/shots/0002/manifest.json").exists()
 
 
 def test_evaluation_does_not_change_the_weights_and_events_are_kept(model_folders: dict[str, Path], tmp_path: Path) -> None:

@@ -1,0 +1,196 @@
+"""Jobs on a running cluster, as users submit them: their logs, their exit codes, stop and resume, metrics, and two at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ray.util import get_node_ip_address
+from transformers import AutoModelForCausalLM
+
+from tests.integration.runs import assert_same_shot, report_of, tiny_spec
+
+pytestmark = pytest.mark.ray
+
+ROOT = Path(__file__).parent.parent.parent
+ON_RAY = {"cluster__backend": "ray", "cluster__num_shards": 2}
+
+
+def free_ports(number: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(number)]
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+def wait_for(what: Callable[[], object], seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.2)
+
+
+@dataclass(frozen=True)
+class Head:
+    """A cluster of one machine with a dashboard, a Ray client server and metrics, on ports of its own."""
+
+    gcs: str
+    dashboard: str
+    client: str
+    metrics: str
+    environment: Mapping[str, str]
+
+    def ray(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [str(Path(sys.executable).parent / "ray"), *arguments[:2], "--address", self.dashboard, *arguments[2:]]
+        return subprocess.run(command, cwd=ROOT, env=dict(self.environment), capture_output=True, text=True, timeout=300, check=False)
+
+    def submit(self, name: str, spec: Path, *arguments: str, wait: bool = True) -> subprocess.CompletedProcess[str]:
+        """Submit as README says, and follow the logs."""
+        options = ["--submission-id", name, *([] if wait else ["--no-wait"])]
+        entrypoint = ["--", "python", "-m", "ray_surgeon.pipeline", str(spec), *arguments]
+        command = [str(Path(sys.executable).parent / "ray"), "job", "submit", "--address", self.dashboard, *options, "--working-dir", "."]
+        return subprocess.run(
+            [*command, *entrypoint], cwd=ROOT, env=dict(self.environment), capture_output=True, text=True, timeout=300, check=False
+        )
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    gcs, dashboard, client, metrics, agent = free_ports(5)
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}  # as Ray itself does on a user's machine
+    environment["RAY_metrics_report_interval_ms"] = "500"
+    options = {
+        "port": gcs,
+        "dashboard-port": dashboard,
+        "ray-client-server-port": client,
+        "metrics-export-port": metrics,
+        "dashboard-agent-listen-port": agent,
+        "num-cpus": 4,
+    }
+    command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--include-dashboard=true"]
+    command += [f"--{name}={value}" for name, value in options.items()]
+    log = tmp_path_factory.mktemp("head") / "log"
+    with open(log, "w") as file:
+        process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+    host = get_node_ip_address()
+    addresses = (f"{host}:{gcs}", f"http://127.0.0.1:{dashboard}", f"ray://{host}:{client}", f"http://{host}:{metrics}/metrics")
+    try:
+        wait_for(lambda: answers(f"http://127.0.0.1:{dashboard}/api/version") or process.poll() is not None)
+        assert process.poll() is None, log.read_text()
+        yield Head(*addresses, environment)
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def answers(url: str) -> bool:
+    try:
+        urllib.request.urlopen(url, timeout=2).close()
+    except urllib.error.HTTPError:  # it wants Ray's token
+        return True
+    except OSError:
+        return False
+    return True
+
+
+def test_two_jobs_at_once_succeed_and_do_not_disturb_each_other(head: Head, model_folders: dict[str, Path], tmp_path: Path) -> None:
+    options = {**ON_RAY, "pruning__num_shots": 6}
+    assert head.submit("one", tiny_spec(tmp_path / "one", model_folders["llama"], **options), wait=False).returncode == 0
+    done = head.submit("two", tiny_spec(tmp_path / "two", model_folders["llama"], **options, output__exports=["masked"]))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"shot 6/6 +commit", done.stdout)
+    assert "report.html and report.json" in done.stdout
+    assert "Job 'two' succeeded" in done.stdout
+    followed = head.ray("job", "logs", "one", "--follow")
+    assert "succeeded" in head.ray("job", "status", "one").stdout, followed.stdout
+    assert len(report_of(tmp_path / "one/run")["shots"]) == 6
+    for shot in range(1, 7):
+        assert_same_shot(tmp_path / "one/run", tmp_path / "two/run", shot)
+
+
+def test_a_job_with_a_bad_spec(head: Head, model_folders: dict[str, Path], tmp_path: Path) -> None:
+    done = head.submit("bad-spec", tiny_spec(tmp_path, model_folders["llama"], **ON_RAY, pruning__target_sparsity=3))
+    assert done.returncode == 1
+    assert "pruning.target_sparsity: Input should be less than 1 (got 3)" in done.stdout
+    assert "exit code 2" in head.ray("job", "status", "bad-spec").stdout
+
+
+def test_a_job_that_fails(head: Head, model_folders: dict[str, Path], tmp_path: Path) -> None:
+    broken = tmp_path / "model"
+    model = AutoModelForCausalLM.from_pretrained(model_folders["llama"])
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight[0, 0] = float("nan")
+    model.save_pretrained(broken)
+    for path in model_folders["llama"].glob("tokenizer*"):
+        (broken / path.name).write_bytes(path.read_bytes())
+    done = head.submit("fails", tiny_spec(tmp_path, broken, **ON_RAY))
+    assert done.returncode == 1
+    assert "failed: " in done.stdout
+    assert "--resume" in done.stdout
+    assert "exit code 1" in head.ray("job", "status", "fails").stdout
+
+
+def metrics_of(head: Head, run: str) -> dict[str, float]:
+    """Return what Prometheus would read of a run: name and own tags -> value."""
+    with urllib.request.urlopen(head.metrics, timeout=10) as reply:
+        lines = [line for line in reply.read().decode().splitlines() if f'run="{run}"' in line]
+    values = {}
+    for line in lines:
+        name, _, rest = line.removeprefix("ray_surgeon_").partition("{")
+        own = re.findall(r'\b(text|step|worker)="([^"]+)"', rest)
+        values[" ".join([name, *(value for _, value in own)])] = float(rest.rpartition(" ")[2])
+    return values
+
+
+def test_a_job_that_is_watched_and_stopped_and_goes_on(head: Head, model_folders: dict[str, Path], tmp_path: Path) -> None:
+    spec = tiny_spec(tmp_path, model_folders["llama"], **ON_RAY, name="watched", pruning__num_shots=30)
+    assert head.submit("stops", spec, wait=False).returncode == 0
+    wait_for(lambda: metrics_of(head, "watched").get("shot", 0) >= 2)
+    values = metrics_of(head, "watched")
+    head.ray("job", "stop", "stops")
+    assert "stopped" in head.ray("job", "status", "stops").stdout
+    assert "interrupted; go on with: python -m ray_surgeon.pipeline" in head.ray("job", "logs", "stops").stdout
+
+    assert values["num_shots"] == 30
+    events = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
+    told = [event["facts"]["perplexity docs"] for event in events if event["step"] == "evaluation"]
+    assert any(values["perplexity docs"] == pytest.approx(perplexity) for perplexity in told)
+    assert {"sparsity", "tokens_per_s", "parameters", "peak_rss_bytes", "steps_total curvature"} <= values.keys()
+    assert {"step_seconds update", "efficiency curvature"} <= values.keys()
+    assert {"worker_busy_seconds curvature 0", "worker_busy_seconds curvature 1"} <= values.keys()
+
+    done = head.submit("goes-on", spec, "--resume")
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"resumed_after_shot=[1-9]", done.stdout)
+    assert len(report_of(tmp_path / "run")["shots"]) == 30
+
+
+@pytest.mark.parametrize("way", ["ray-address", "client"])
+def test_addresses(way: str, head: Head, model_folders: dict[str, Path], tmp_path: Path) -> None:
+    """The address of the GCS is the subject of the tests of losses."""
+    address = head.client if way == "client" else head.gcs
+    options: dict[str, Any] = {} if way == "ray-address" else {"cluster__address": address}
+    environment = dict(head.environment) | ({"RAY_ADDRESS": address} if way == "ray-address" else {})
+    spec = tiny_spec(tmp_path, model_folders["llama"], **ON_RAY, **options)
+    command = [sys.executable, "-m", "ray_surgeon.pipeline", str(spec)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"running on {address}" in done.stdout
+    assert json.loads((tmp_path / "run/report.json").read_text())["retries"] == []
