@@ -200,8 +200,7 @@ def _json_lines(uri: str, where: str) -> Iterator[Any]:
 def _parquet_rows(uri: str, column: str, where: str) -> Iterator[Any]:
     import pyarrow.parquet
 
-    filesystem, path = storage.open_filesystem(uri)
-    with filesystem.open(path) as file:
+    with open(storage.local_copy(uri), "rb") as file:
         try:
             table = pyarrow.parquet.ParquetFile(file)
             if column not in table.schema_arrow.names:

@@ -6,7 +6,7 @@ object when its upload ends.
 
 from __future__ import annotations
 
-import functools
+import errno
 import hashlib
 import itertools
 import json
@@ -14,21 +14,19 @@ import math
 import os
 import shutil
 import struct
-import sys
 import tempfile
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import fsspec
 from filelock import FileLock
 from fsspec.implementations.local import LocalFileSystem
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-P = ParamSpec("P")
-T = TypeVar("T")
+from ray_surgeon.retrying import tries_again
 
 _MAX_HEADER_BYTES = 25_000_000
 """Of a safetensors file; the format allows four times that, a file of a large model has some 100 kB."""
@@ -78,64 +76,47 @@ def open_filesystem(uri: str) -> tuple[Any, str]:
         raise ValueError(f"{uri}: the storage protocol needs a package that is not installed; {extra}") from error
     except ValueError as error:
         raise ValueError(f"{uri}: {error}; give a local path or a URI that fsspec knows, such as s3://bucket/folder") from error
+    if "hf" not in filesystem.protocol:  # whose content is pinned to a commit
+        filesystem.invalidate_cache()  # another worker may have written meanwhile
     return filesystem, path
 
 
-def _client_errors() -> tuple[type[Exception], ...]:
-    """Return the errors of S3 clients that are not OSError; empty while no S3 client is loaded."""
-    botocore = sys.modules.get("botocore.exceptions")
-    return (botocore.BotoCoreError, botocore.ClientError) if botocore else ()
-
-
-def _raises_os_error(function: Callable[P, T]) -> Callable[P, T]:
-    """Let a function that takes a URI first raise OSError for whatever the storage's client raises."""
-
-    @functools.wraps(function)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
-        try:
-            return function(*args, **kwargs)
-        except _client_errors() as error:
-            raise OSError(f"{args[0]}: {error}") from error
-
-    return wrapped
-
-
-@_raises_os_error
+@tries_again
 def exists(uri: str) -> bool:
     """Whether a file or folder is there."""
     filesystem, path = open_filesystem(uri)
     return bool(filesystem.exists(path))
 
 
-@_raises_os_error
+@tries_again
 def size_bytes(uri: str) -> int | None:
     """Return the size of a file, or None if it is not there."""
     filesystem, path = open_filesystem(uri)
     return int(filesystem.size(path)) if filesystem.exists(path) else None
 
 
-@_raises_os_error
+@tries_again
 def remove(uri: str) -> None:
     """Remove a file."""
     filesystem, path = open_filesystem(uri)
     filesystem.rm_file(path)
 
 
-@_raises_os_error
+@tries_again
 def download(uri: str, target: Path) -> None:
     """Copy a file to a local path."""
     filesystem, path = open_filesystem(uri)
     filesystem.get_file(path, str(target))
 
 
-@_raises_os_error
+@tries_again
 def put_file(uri: str, source: Path) -> None:
     """Copy a local file, whole or not at all."""
     with tempfile.TemporaryDirectory(dir=_scratch_folder(uri), prefix=".writing-") as folder:
         _upload(uri, Path(shutil.copyfile(source, Path(folder) / "file")))
 
 
-@_raises_os_error
+@tries_again
 def list_names(uri: str) -> list[str]:
     """Return the sorted names in a folder; an absent folder is empty."""
     filesystem, path = open_filesystem(uri)
@@ -144,7 +125,7 @@ def list_names(uri: str) -> list[str]:
     return sorted(entry.rstrip("/").rpartition("/")[2] for entry in filesystem.ls(path, detail=False))
 
 
-@_raises_os_error
+@tries_again
 def glob(uri: str) -> list[str]:
     """Return the sorted URIs of the files that a pattern with * matches, or of the one file it names."""
     filesystem, path = open_filesystem(uri)
@@ -152,12 +133,15 @@ def glob(uri: str) -> list[str]:
     return sorted(str(filesystem.unstrip_protocol(found)) for found in paths)
 
 
-@_raises_os_error
+@tries_again
 def read_bytes(uri: str) -> bytes:
     """Read a whole file."""
     filesystem, path = open_filesystem(uri)
     content = filesystem.cat_file(path)
     assert isinstance(content, bytes)
+    size = filesystem.size(path)
+    if len(content) != size:
+        raise OSError(errno.EIO, f"{uri}: {len(content)} of {size} bytes came")
     return content
 
 
@@ -191,8 +175,7 @@ def read_lines(uri: str) -> Iterator[str]:
     Raises:
         ValueError: a line is too long, or not UTF-8.
     """
-    filesystem, path = open_filesystem(uri)
-    with filesystem.open(path, "rb") as file:
+    with open(local_copy(uri), "rb") as file:
         for number in itertools.count(1):
             line = file.readline(MAX_JSON_BYTES + 1)
             if not line:
@@ -205,7 +188,7 @@ def read_lines(uri: str) -> Iterator[str]:
                 raise ValueError(f"{uri}: line {number} is not UTF-8 text ({error.reason}); convert the file to UTF-8") from error
 
 
-@_raises_os_error
+@tries_again
 def _upload(uri: str, source: Path) -> None:
     filesystem, path = open_filesystem(uri)
     if isinstance(filesystem, LocalFileSystem):
@@ -214,6 +197,9 @@ def _upload(uri: str, source: Path) -> None:
         os.replace(source, target)
     else:
         filesystem.put_file(str(source), path)
+        written = filesystem.info(path)["size"]
+        if written != source.stat().st_size:
+            raise OSError(errno.EIO, f"{uri}: {written} of {source.stat().st_size} bytes arrived")
 
 
 def _scratch_folder(uri: str) -> str | None:
@@ -266,14 +252,17 @@ def write_tensors(uri: str, tensors: Mapping[str, Tensor]) -> int:
     """Write tensors as one safetensors file and return its size in bytes."""
     with tempfile.TemporaryDirectory(dir=_scratch_folder(uri), prefix=".writing-") as folder:
         scratch = Path(folder) / "file"
-        save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, scratch, metadata={"format": "pt"})
+        try:
+            save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, scratch, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{uri}: cannot write: {error}; free space on the disk, then go on with --resume") from error
         scratch.chmod(0o644)  # safetensors writes 0600, which another user that serves the model could not read
         size = scratch.stat().st_size
         _upload(uri, scratch)
     return size
 
 
-@_raises_os_error
+@tries_again
 def local_copy(uri: str) -> Path:
     """Return a local path of a file: itself, or a copy kept in the cache, keyed by its URI, size and version."""
     filesystem, path = open_filesystem(uri)
@@ -287,6 +276,8 @@ def local_copy(uri: str) -> Path:
         if not target.exists():
             partial = target.with_name(target.name + ".partial")
             filesystem.get_file(path, str(partial))
+            if partial.stat().st_size != info["size"]:
+                raise OSError(errno.EIO, f"{uri}: {partial.stat().st_size} of {info['size']} bytes came")
             os.replace(partial, target)
     return target
 
@@ -297,7 +288,7 @@ def read_tensors(uri: str, names: Container[str] | None = None) -> dict[str, Ten
         return {name: file.get_tensor(name) for name in file.keys() if names is None or name in names}  # noqa: SIM118
 
 
-@_raises_os_error
+@tries_again
 def read_safetensors_header(uri: str) -> tuple[dict[str, tuple[int, ...]], str]:
     """Read names and shapes of a safetensors file, without its tensors, by ranged reads.
 
@@ -309,11 +300,18 @@ def read_safetensors_header(uri: str) -> tuple[dict[str, tuple[int, ...]], str]:
     """
     filesystem, path = open_filesystem(uri)
     size = int(filesystem.size(path))
-    prefix = filesystem.cat_file(path, start=0, end=min(8, size))
+
+    def read(start: int, end: int) -> bytes:
+        content: bytes = filesystem.cat_file(path, start=start, end=end)
+        if len(content) != end - start:
+            raise OSError(errno.EIO, f"{uri}: {len(content)} of {end - start} bytes came")
+        return content
+
+    prefix = read(0, min(8, size))
     length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
     if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
         raise ValueError(f"{uri}: not a safetensors file, or cut short ({size} bytes, header of {length}); fetch it again")
-    raw = filesystem.cat_file(path, start=8, end=8 + length)
+    raw = read(8, 8 + length)
     try:
         header = json.loads(raw)
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
@@ -323,7 +321,7 @@ def read_safetensors_header(uri: str) -> tuple[dict[str, tuple[int, ...]], str]:
         raise ValueError(f"{uri}: the safetensors header is damaged ({error}); fetch the file again") from error
     if 8 + length + end != size:
         raise ValueError(f"{uri}: cut short or padded: {size} bytes, {8 + length + end} by its header; fetch it again")
-    tail = filesystem.cat_file(path, start=max(8 + length, size - _FINGERPRINT_BYTES), end=size)
+    tail = read(max(8 + length, size - _FINGERPRINT_BYTES), size)
     return shapes, hashlib.sha256(raw + str(size).encode() + tail).hexdigest()
 
 

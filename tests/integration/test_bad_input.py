@@ -12,7 +12,7 @@ import pytest
 from s3fs import S3FileSystem
 from safetensors.torch import load_file, save_file
 
-from ray_surgeon import pipeline, storage
+from ray_surgeon import pipeline, retrying, storage
 from ray_surgeon.pipeline import main
 from tests.integration.runs import run, tiny_spec
 
@@ -128,6 +128,7 @@ def test_spec_that_is_no_yaml(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_unreachable_s3(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retrying, "PATIENCE_S", 1.0)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")

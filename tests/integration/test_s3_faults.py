@@ -1,0 +1,266 @@
+"""A store that fails: every fault is survived or said clearly, no shot is lost, and none is taken for whole that is not."""
+
+from __future__ import annotations
+
+import errno
+import http.client
+import json
+import random
+import socket
+import struct
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from s3fs import S3FileSystem
+from safetensors.torch import load_file
+
+from ray_surgeon import retrying, storage
+from ray_surgeon.pipeline import main
+from tests.integration.runs import assert_same_shot, report_of, run, tiny_spec
+
+SECRET = "wJalr-a-secret-that-must-not-appear"
+FAULTS = ("500", "503", "reset", "silence", "short")
+NUM_FAULTS = 200
+
+
+class FaultyProxy(BaseHTTPRequestHandler):
+    """Hands requests on to the real server, and with a chance fails in one of the ways in which stores and networks fail."""
+
+    protocol_version = "HTTP/1.1"
+    upstream: tuple[str, int]
+    chance = random.Random(0)
+    probability = 0.0
+    kinds: tuple[str, ...] = FAULTS
+    injected: ClassVar[Counter[str]] = Counter()
+    lock = threading.Lock()
+
+    def handle_one_request(self) -> None:
+        try:
+            super().handle_one_request()
+        except OSError:
+            self.close_connection = True
+
+    def answer(self) -> None:
+        body = self.read_body()
+        with self.lock:
+            fault = self.chance.choice(self.kinds) if self.chance.random() < self.probability else None
+            if fault:
+                self.injected[fault] += 1
+        if fault in ("500", "503"):
+            self.refuse(int(fault))
+        elif fault == "reset":
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.close_connection = True
+            self.connection.close()
+        elif fault == "silence":
+            time.sleep(0.8)  # longer than the client waits
+            self.close_connection = True
+        else:
+            self.hand_on(body, short=fault == "short")
+
+    do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = answer  # noqa: N815
+
+    def read_body(self) -> bytes:
+        if self.headers.get("Expect", "").lower() == "100-continue":
+            self.send_response_only(100)
+            self.end_headers()
+        if self.headers.get("Transfer-Encoding", "").lower() == "chunked":
+            pieces = []
+            while size := int(self.rfile.readline().split(b";")[0], 16):
+                pieces.append(self.rfile.read(size))
+                self.rfile.readline()
+            self.rfile.readline()
+            return b"".join(pieces)
+        return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+
+    def refuse(self, status: int) -> None:
+        code = "InternalError" if status == 500 else "SlowDown"
+        body = f"<Error><Code>{code}</Code><Message>injected</Message></Error>".encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/xml")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def hand_on(self, body: bytes, *, short: bool) -> None:
+        connection = http.client.HTTPConnection(*self.upstream, timeout=30)
+        headers = {
+            k: v for k, v in self.headers.items() if k.lower() not in ("connection", "transfer-encoding", "content-length", "expect")
+        }
+        connection.request(self.command, self.path, body, headers | {"Content-Length": str(len(body))})
+        reply = connection.getresponse()
+        content = reply.read()
+        self.send_response(reply.status)
+        for name, value in reply.getheaders():
+            if name.lower() not in ("connection", "transfer-encoding", "content-length", "date", "server"):
+                self.send_header(name, value)
+        length = reply.getheader("Content-Length") if self.command == "HEAD" else str(len(content))
+        self.send_header("Content-Length", length or "0")
+        self.end_headers()
+        self.wfile.write(content[: len(content) // 2] if short else content)
+        if short:
+            self.close_connection = True
+        connection.close()
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def faulty(s3: None, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[type[FaultyProxy]]:
+    """Put the proxy in front of the S3 server; without faults until `probability` is set."""
+    import os
+
+    host, _, port = os.environ["AWS_ENDPOINT_URL"].removeprefix("http://").partition(":")
+    FaultyProxy.upstream, FaultyProxy.probability, FaultyProxy.chance = (host, int(port)), 0.0, random.Random(0)
+    FaultyProxy.injected.clear()
+    FaultyProxy.kinds = FAULTS
+    server = ThreadingHTTPServer(("127.0.0.1", 0), FaultyProxy)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    monkeypatch.setitem(storage.fsspec.config.conf, "s3", {"config_kwargs": {"read_timeout": 0.7, "retries": {"max_attempts": 1}}})
+    monkeypatch.setattr(retrying, "_FIRST_PAUSE_S", 0.02)
+    S3FileSystem.clear_instance_cache()
+    yield FaultyProxy
+    FaultyProxy.probability = 0.0
+    server.shutdown()
+    server.server_close()
+
+
+def upload_model(folder: Path) -> None:
+    for path in folder.iterdir():
+        storage.put_file(f"s3://bucket/model/{path.name}", path)
+
+
+def download_run(uri: str, target: Path) -> None:
+    filesystem, path = storage.open_filesystem(uri)
+    filesystem.get(path, str(target), recursive=True)
+
+
+def test_two_hundred_faults_and_no_shot_lost(
+    faulty: type[FaultyProxy], model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"pruning__num_shots": 6, "output__exports": ["masked"]}
+    assert run(tmp_path / "sound", model_folders["llama"], **options) == 0
+    upload_model(model_folders["llama"])
+    number = 0
+    while sum(faulty.injected.values()) < NUM_FAULTS:
+        number += 1
+        uri = f"s3://bucket/runs/{number}"
+        text = tmp_path / "sound/text.txt"
+        storage.put_file("s3://bucket/text.txt", text)
+        changes = {"model__source": "s3://bucket/model", "output__uri": uri, "calibration__source": "s3://bucket/text.txt"}
+        spec = tiny_spec(tmp_path / f"run-{number}", model_folders["llama"], **options, **changes)
+        faulty.probability = 0.35
+        assert main([str(spec)]) == 0
+        faulty.probability = 0.0
+        download_run(uri, tmp_path / f"came-{number}")
+        for shot in range(1, 7):
+            assert_same_shot(tmp_path / "sound/run", tmp_path / f"came-{number}", shot)
+        assert len(report_of(tmp_path / f"came-{number}")["shots"]) == 6
+        events = [json.loads(line) for line in (tmp_path / f"came-{number}/events.jsonl").read_text().splitlines()]
+        assert [event["shot"] for event in events if event["step"] == "commit"] == [1, 2, 3, 4, 5, 6]
+        names = [path.name for path in (tmp_path / "sound/run/export/masked").glob("*.safetensors")]
+        assert names
+        for name in names:
+            mine, sound = (load_file(folder / "export/masked" / name) for folder in (tmp_path / f"came-{number}", tmp_path / "sound/run"))
+            assert mine.keys() == sound.keys()
+            assert all(torch.equal(mine[key], sound[key]) for key in sound)
+    assert set(faulty.injected) == set(FAULTS)
+    out = capsys.readouterr()
+    written = "".join(path.read_text(errors="ignore") for path in tmp_path.glob("came-*/**/*") if path.is_file())
+    assert SECRET not in written + out.out + out.err
+
+
+def test_a_store_that_stays_away_ends_the_run_and_keeps_its_shots(
+    faulty: type[FaultyProxy],
+    model_folders: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(retrying, "PATIENCE_S", 1.0)
+    options = {"pruning__num_shots": 3, "output__uri": "s3://bucket/run"}
+    spec = tiny_spec(tmp_path, model_folders["llama"], **options)
+    put = storage.write_tensors
+
+    def put_and_fail(uri: str, tensors: Any) -> int:
+        if "shots/0002/masks" in uri:
+            faulty.probability, faulty.kinds = 1.0, ("503", "reset")
+        return put(uri, tensors)
+
+    monkeypatch.setattr(storage, "write_tensors", put_and_fail)
+    assert main([str(spec)]) == 1
+    error = capsys.readouterr().err
+    assert "failed: " in error
+    assert "--resume" in error
+    faulty.probability = 0.0
+    monkeypatch.setattr(storage, "write_tensors", put)
+    assert storage.exists("s3://bucket/run/shots/0002/shard-0001.safetensors"), "the second shot is half written"
+    assert not storage.exists("s3://bucket/run/shots/0002/manifest.json")
+    assert main([str(spec), "--resume"]) == 0
+    assert "resumed_after_shot=1" in capsys.readouterr().out
+    assert run(tmp_path / "sound", model_folders["llama"], pruning__num_shots=3) == 0
+    download_run("s3://bucket/run", tmp_path / "came")
+    assert_same_shot(tmp_path / "sound/run", tmp_path / "came", 3)
+
+
+def test_refusals_are_not_tried_again(faulty: type[FaultyProxy], monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(retrying.time, "sleep", pauses.append)
+    with pytest.raises(FileNotFoundError):
+        storage.read_bytes("s3://bucket/absent")
+    with pytest.raises(FileNotFoundError):
+        storage.read_bytes("s3://no-such-bucket/absent")
+    assert pauses == []
+
+
+def test_large_files_go_in_parts_and_come_back_whole(faulty: type[FaultyProxy], cache: Path) -> None:
+    tensors = {"large": torch.arange(30_000_000, dtype=torch.float32)}
+    size = storage.write_tensors("s3://bucket/large.safetensors", tensors)
+    assert size > 100 * 2**20
+    assert storage.size_bytes("s3://bucket/large.safetensors") == size
+    filesystem, path = storage.open_filesystem("s3://bucket/large.safetensors")
+    assert filesystem.info(path)["ETag"].strip('"').endswith("-3"), "an object of three parts says so in its tag"
+    assert torch.equal(storage.read_tensors("s3://bucket/large.safetensors")["large"], tensors["large"])
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
+def test_a_full_or_forbidden_disk_is_said_and_the_shot_before_stays(
+    number: int, model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace = storage.os.replace
+
+    def full(source: Path, target: Path) -> None:
+        if "shots/0002/masks" in str(target):
+            raise OSError(number, storage.os.strerror(number), str(target))
+        replace(source, target)
+
+    monkeypatch.setattr(storage.os, "replace", full)
+    assert run(tmp_path, model_folders["llama"], pruning__num_shots=3) == 1
+    error = capsys.readouterr().err
+    assert storage.os.strerror(number) in error
+    assert "masks-0001.safetensors" in error
+    assert "--resume" in error
+    monkeypatch.undo()
+    assert [p.name for p in sorted((tmp_path / "run/shots").glob("*/manifest.json"))] == ["manifest.json"]
+    assert not list((tmp_path / "run").rglob(".writing-*")), "scratch files stay behind"
+    assert run(tmp_path, model_folders["llama"], "--resume", pruning__num_shots=3) == 0
+    assert "resumed_after_shot=1" in capsys.readouterr().out
+
+
+def test_a_truly_full_disk(tmp_path: Path) -> None:
+    """What the library that writes tensors says of one becomes an OSError with the file's name."""
+    if not Path("/dev/full").is_char_device():
+        pytest.skip("there is no /dev/full here")
+    with pytest.raises(OSError, match="No space left on device"), open("/dev/full", "w") as file:
+        file.write("x" * 10000)
