@@ -10,8 +10,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import yaml
+
 from ray_surgeon import storage
 from ray_surgeon.cluster.messages import SavedFile
+
+_FREE_SECTIONS = ("name", "cluster.", "output.")
+"""What may differ between a run and its resumption."""
+_MOST_CHANGES = 8
+
+
+def _fields(section: Any, prefix: str = "") -> dict[str, Any]:
+    """Return the leaves of a spec by their dotted names."""
+    items = section.items() if isinstance(section, dict) else enumerate(section) if isinstance(section, list) else ()
+    leaves = {k: v for key, value in items for k, v in _fields(value, f"{prefix}{key}.").items()}
+    return leaves if leaves or not prefix else {prefix[:-1]: section}
 
 
 @dataclass(frozen=True)
@@ -41,8 +54,13 @@ class RunDirectory:
         """Return the URI of something in the folder."""
         return storage.join(self.uri, *parts)
 
-    def check(self, fingerprints: Mapping[str, Any], *, resume: bool) -> None:
+    def check(self, fingerprints: Mapping[str, Any], spec_yaml: str, *, resume: bool) -> None:
         """Refuse a folder that holds something else, before anything expensive starts.
+
+        Args:
+            fingerprints: of this run.
+            spec_yaml: its resolved spec.
+            resume: whether the folder may hold committed shots of it.
 
         Raises:
             ValueError: the folder holds another run, or holds this one and `resume` is not asked for.
@@ -55,7 +73,8 @@ class RunDirectory:
         different = [key for key in sorted({*held, *fingerprints}) if held.get(key) != fingerprints.get(key)]
         if different:
             raise ValueError(
-                f"output.uri: {self.uri} holds another run: different {', '.join(different)}; choose another folder, for instance "
+                f"output.uri: {self.uri} holds another run: different {', '.join(different)}"
+                f"{self._changes(held, fingerprints, spec_yaml)}; choose another folder, for instance "
                 f"--set output.uri={self.uri.rstrip('/')}-2"
             )
         if not resume:
@@ -65,6 +84,17 @@ class RunDirectory:
             )
         if done := self.committed_indices():
             self.check_tensors(self.read_shot(done[-1]))
+
+    def _changes(self, held: Mapping[str, Any], fingerprints: Mapping[str, Any], spec_yaml: str) -> str:
+        """Return the fields of the two specs that differ, and the versions, for an error."""
+        there = storage.read_text(self.path("spec.yaml")) if storage.exists(self.path("spec.yaml")) else ""
+        old, new = _fields(yaml.safe_load(there)), _fields(yaml.safe_load(spec_yaml))
+        names = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name) and not name.startswith(_FREE_SECTIONS)]
+        changes = [f"{name} {old.get(name)!r} there, {new.get(name)!r} here" for name in names] if old else []
+        if held.get("code") != fingerprints["code"]:
+            changes.append(f"version {held.get('code')} there, {fingerprints['code']} here")
+        shown = "; ".join(changes[:_MOST_CHANGES]) + ("; ..." if len(changes) > _MOST_CHANGES else "")
+        return f" ({shown})" if changes else ""
 
     def check_writable(self) -> None:
         """Write and remove a small file.

@@ -74,7 +74,9 @@ def prepare(spec: JobSpec, *, resume: bool, dry_run: bool = False) -> tuple[Job,
         t.name: _windows(t, t.num_sequences, t.sequence_length, tokenizer, config, f"evaluation[{i}] {t.name!r}")
         for i, t in enumerate(spec.evaluation.texts)
     }
+    spec_yaml = yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False)
     fingerprints: dict[str, Any] = {
+        "code": ray_surgeon.__version__,
         "method": spec.method_fingerprint(),
         "model": model_fingerprint,
         "tokenizer": tokenizer_fingerprint,
@@ -84,12 +86,12 @@ def prepare(spec: JobSpec, *, resume: bool, dry_run: bool = False) -> tuple[Job,
     if (tasks := task_options(spec)) is not None:
         check_tasks(tasks)
     with _as_input_error(f"output.uri: cannot use {spec.output.uri}"):
-        RunDirectory(spec.output.uri).check(fingerprints, resume=resume)
+        RunDirectory(spec.output.uri).check(fingerprints, spec_yaml, resume=resume)
         if not dry_run:
             RunDirectory(spec.output.uri).check_writable()
     job = Job(
         spec,
-        yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False),
+        spec_yaml,
         files.pinned,
         calibration.tokens,
         {name: windows.tokens for name, windows in evaluation.items()},

@@ -12,6 +12,7 @@ import pytest
 from s3fs import S3FileSystem
 from safetensors.torch import load_file, save_file
 
+import ray_surgeon
 from ray_surgeon import pipeline, retrying, storage
 from ray_surgeon.pipeline import main
 from tests.integration.runs import run, tiny_spec
@@ -109,7 +110,7 @@ def test_run_directory_that_holds_something_else(model: Path, tmp_path: Path, ca
     (folder / "thesis.txt").rename(folder / "run.json")
     (folder / "run.json").write_text(json.dumps({"fingerprints": {"method": "another"}}))
     message = refused(capsys, run(tmp_path, model))
-    assert "another run: different calibration, evaluation, method, model, tokenizer" in message
+    assert "another run: different calibration, code, evaluation, method, model, tokenizer (version None there, 0.1.0 here)" in message
     assert refused(capsys, run(tmp_path, model, "--resume")) == message
     assert [path.name for path in folder.iterdir()] == ["run.json"]
 
@@ -188,3 +189,22 @@ def test_resume_from_a_damaged_shot(
     assert "shard-0001.safetensors has" in refused(capsys, run(tmp_path, model, "--resume", pruning__num_shots=1))
     weights.unlink()
     assert "is missing" in refused(capsys, run(tmp_path, model, "--resume", pruning__num_shots=1))
+
+
+def test_resume_shows_what_is_different(
+    model: Path, model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    assert run(tmp_path, model, pruning__num_shots=1) == 0
+    capsys.readouterr()
+    message = refused(capsys, run(tmp_path, model, "--resume", pruning__num_shots=1, pruning__target_sparsity=0.2))
+    assert "different method (pruning.target_sparsity 0.3 there, 0.2 here); choose another folder" in message
+    message = refused(capsys, run(tmp_path, model, "--resume", pruning__num_shots=1, calibration__seed=3, calibration__stride=None))
+    assert "different calibration, method (calibration.seed 0 there, 3 here; calibration.stride 64 there, None here)" in message
+    message = refused(capsys, run(tmp_path, model_folders["opt"], "--resume", pruning__num_shots=1))
+    assert "different model (model.source" in message
+    with monkeypatch.context() as patch:
+        patch.setattr(ray_surgeon, "__version__", "9.9.9")
+        message = refused(capsys, run(tmp_path, model, "--resume", pruning__num_shots=1))
+    assert "different code (version 0.1.0 there, 9.9.9 here)" in message
+    assert run(tmp_path, model, "--resume", pruning__num_shots=1, name="renamed") == 0, "what does not matter may change"
