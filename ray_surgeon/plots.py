@@ -208,7 +208,8 @@ def time_figure(shots: Sequence[Mapping[str, Any]]) -> Figure:
     memory.set_ylabel("peak, GiB")
     memory.set_ylim(bottom=0)
     memory.set_xlabel("shot")
-    memory.xaxis.set_major_locator(MaxNLocator(integer=True))
+    memory.set_xlim(0.4, max(places[-1], 3) + 0.6)
+    memory.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     for axes in (times, memory):
         axes.grid(axis="y", **_SOFT)
     return figure

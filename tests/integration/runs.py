@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from ray_surgeon import storage
 from ray_surgeon.pipeline import main
@@ -46,6 +47,18 @@ def tiny_spec(folder: Path, model: Path, **changes: Any) -> Path:
 
 def run(folder: Path, model: Path, *arguments: str, **changes: Any) -> int:
     return main([str(tiny_spec(folder, model, **changes)), *arguments])
+
+
+def overflowing_model(model: Path, folder: Path) -> Path:
+    """Write a copy of a Llama whose weights are finite, and whose second block's products are not."""
+    loaded = AutoModelForCausalLM.from_pretrained(model)
+    with torch.no_grad():
+        loaded.model.layers[1].mlp.up_proj.weight.fill_(1e30)
+        loaded.model.layers[1].mlp.gate_proj.weight.fill_(1e30)
+    loaded.save_pretrained(folder)
+    for path in model.glob("tokenizer*"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
 
 
 def tensors_of_shot(uri: Path, shot: int) -> dict[str, Tensor]:

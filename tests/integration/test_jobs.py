@@ -18,11 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from ray.util import get_node_ip_address
-from transformers import AutoModelForCausalLM
 
-from tests.integration.runs import assert_same_shot, report_of, tiny_spec
+from tests.integration.runs import assert_same_shot, overflowing_model, report_of, tiny_spec
 
 pytestmark = pytest.mark.ray
 
@@ -133,16 +131,10 @@ def test_a_job_with_a_bad_spec(head: Head, model_folders: dict[str, Path], tmp_p
 
 
 def test_a_job_that_fails(head: Head, model_folders: dict[str, Path], tmp_path: Path) -> None:
-    broken = tmp_path / "model"
-    model = AutoModelForCausalLM.from_pretrained(model_folders["llama"])
-    with torch.no_grad():
-        model.model.layers[2].mlp.up_proj.weight[0, 0] = float("nan")
-    model.save_pretrained(broken)
-    for path in model_folders["llama"].glob("tokenizer*"):
-        (broken / path.name).write_bytes(path.read_bytes())
+    broken = overflowing_model(model_folders["llama"], tmp_path / "model")
     done = head.submit("fails", tiny_spec(tmp_path, broken, **ON_RAY))
     assert done.returncode == 1
-    assert "failed: " in done.stdout
+    assert "failed: the loss on the evaluation text is not a number" in done.stdout
     assert "--resume" in done.stdout
     assert "exit code 1" in head.ray("job", "status", "fails").stdout
 

@@ -21,7 +21,7 @@ from ray_surgeon.report import main as compare
 from ray_surgeon.sources import ModelSource
 from ray_surgeon.spec import parse_spec
 from tests.conftest import CONFIGS
-from tests.integration.runs import assert_same_shot, report_of, run, tensors_of_shot, tiny_spec
+from tests.integration.runs import assert_same_shot, overflowing_model, report_of, run, tensors_of_shot, tiny_spec
 
 
 @pytest.mark.parametrize("family", sorted(CONFIGS))
@@ -218,21 +218,15 @@ def test_bfloat16_model_keeps_its_dtype_and_float32_curvature(model_folders: dic
 def test_overflow_stops_the_shot_and_the_linear_is_named(
     kind: str, num_shards: int, model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Weights that are finite, and whose product is not, so that only the pass itself can tell."""
-    model = AutoModelForCausalLM.from_pretrained(model_folders["llama"])
-    with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight.fill_(1e30)
-        model.model.layers[1].mlp.gate_proj.weight.fill_(1e30)
-    model.save_pretrained(tmp_path / "model")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / "model" / name).write_bytes((model_folders["llama"] / name).read_bytes())
-    spec = parse_spec(tiny_spec(tmp_path, tmp_path / "model", cluster__num_shards=num_shards).read_text())
+    """Only the pass itself can tell."""
+    broken = overflowing_model(model_folders["llama"], tmp_path / "model")
+    spec = parse_spec(tiny_spec(tmp_path, broken, cluster__num_shards=num_shards).read_text())
     job, _, placement = prepare(spec, resume=False)
     cluster = LocalCluster(placement, 1)
     cluster.run_all("load", ModelRecipe(job.model_source, "float32"), False)
     with pytest.raises(FloatingPointError, match=r"inputs are not finite from model\.layers\.1\.mlp\.down_proj on"):
         collect_curvature(cluster, job.calibration, kind, None)
-    assert run(tmp_path, tmp_path / "model", cluster__num_shards=num_shards) == 1
+    assert run(tmp_path, broken, cluster__num_shards=num_shards) == 1
     assert "not a number" in capsys.readouterr().err
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import random
 import signal
 import subprocess
@@ -19,7 +18,7 @@ import psutil
 import pytest
 from ray.cluster_utils import Cluster
 
-from tests.integration.runs import assert_same_shot, report_of, run, tiny_spec
+from tests.integration.runs import assert_same_shot, overflowing_model, report_of, run, tiny_spec
 
 pytestmark = pytest.mark.ray
 
@@ -166,18 +165,8 @@ def test_a_run_gives_up_and_says_what_to_do(
 def test_errors_of_the_work_are_not_retried(
     cluster: Cluster, model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A model that makes the loss infinite."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(model_folders["llama"])
-    with torch.no_grad():
-        model.get_input_embeddings().weight.fill_(float("nan"))
-    model.save_pretrained(tmp_path / "nan")
-    for name in os.listdir(model_folders["llama"]):
-        if not (tmp_path / "nan" / name).exists():
-            (tmp_path / "nan" / name).write_bytes((model_folders["llama"] / name).read_bytes())
-    assert run(tmp_path, tmp_path / "nan", **OPTIONS, **ON_RAY, cluster__address=cluster.address) == 1
+    broken = overflowing_model(model_folders["llama"], tmp_path / "model")
+    assert run(tmp_path, broken, **OPTIONS, **ON_RAY, cluster__address=cluster.address) == 1
     captured = capsys.readouterr()
     assert "going on from" not in captured.out
     assert "failed: the loss on the evaluation text is not a number" in captured.err
