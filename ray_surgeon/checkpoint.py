@@ -18,6 +18,8 @@ from ray_surgeon.cluster.messages import SavedFile
 _FREE_SECTIONS = ("name", "cluster.", "output.")
 """What may differ between a run and its resumption."""
 _MOST_CHANGES = 8
+_BEFORE_A_RUN = (".writable", "spec.yaml")
+"""All there is of a run that was killed before its first record."""
 
 
 def _fields(section: Any, prefix: str = "") -> dict[str, Any]:
@@ -65,7 +67,7 @@ class RunDirectory:
         Raises:
             ValueError: the folder holds another run, or holds this one and `resume` is not asked for.
         """
-        if not storage.list_names(self.uri):
+        if all(name in _BEFORE_A_RUN or name.startswith(".writing-") for name in storage.list_names(self.uri)):
             return
         if not storage.exists(self.path("run.json")):
             raise ValueError(f"output.uri: {self.uri} is not empty and holds no run of this program; choose another folder")
@@ -174,7 +176,10 @@ class RunDirectory:
                     "that still has its tensors"
                 )
 
-    def write_report(self, report: Mapping[str, Any], html: str) -> None:
-        """Write report.json, and report.html for people."""
+    def write_report(self, report: Mapping[str, Any]) -> None:
+        """Write report.json."""
         storage.write_json(self.path("report.json"), report)
+
+    def write_page(self, html: str) -> None:
+        """Write report.html."""
         storage.write_text(self.path("report.html"), html)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -71,6 +72,7 @@ def run_shots(job: Job, cluster: Cluster, run: RunDirectory) -> Iterator[Event]:
                 report.dense["tasks"] = evaluate_tasks(cluster, job.model_source, job.measures.tasks)
             yield ended("tasks", 0, meter)
 
+    last_page_s = -math.inf
     for shot in range(len(done) + 1, num_shots + 1):
         meter = StepMeter(cluster)
         at_shot = partial(ended, shot=shot, meter=meter)
@@ -106,7 +108,8 @@ def run_shots(job: Job, cluster: Cluster, run: RunDirectory) -> Iterator[Event]:
             }
             run.commit_shot(shot, [file for worker in files for file in worker], record)
             report.shots.append(record)
-            run.write_report(report.as_record(), page([report.as_record()]))
+            run.write_report(report.as_record())
+            last_page_s = _draw(run, report, last_page_s)
             if spec.output.keep_shots and shot > spec.output.keep_shots:
                 run.drop_tensors(shot - spec.output.keep_shots)
         sizes = {"parameters": record["num_nonzero"], "peak_rss_bytes": record["peak_rss_bytes"]}
@@ -122,11 +125,30 @@ def run_shots(job: Job, cluster: Cluster, run: RunDirectory) -> Iterator[Event]:
         difference = entry["reload_max_logit_difference"]
         size = entry["size_bytes"]
         yield ended("export", num_shots, meter, kind=kind, uri=uri, size_bytes=size, reload_max_logit_difference=difference)
-    record = report.as_record()
-    for name, figure in run_figures(record).items():
-        for suffix in ("svg", "png"):
-            save(figure, run.path("plots", f"{name}.{suffix}"))
-    run.write_report(record, page([record]))
+    run.write_report(report.as_record())
+    _draw(run, report, None)
+
+
+_PAGE_EVERY_S = 60.0
+
+
+def _draw(run: RunDirectory, report: RunReport, last_page_s: float | None) -> float:
+    """Write report.html, at most once a minute while the run goes on, and at its end (`last_page_s` None) the plots too.
+
+    A failure is recorded and no more: a drawing must not end a run of hours, and `python -m ray_surgeon.report` can make it later.
+    """
+    now = time.monotonic()
+    if last_page_s is not None and now - last_page_s < _PAGE_EVERY_S:
+        return last_page_s
+    try:
+        record = report.as_record()
+        run.write_page(page([record]))
+        for name, figure in run_figures(record).items() if last_page_s is None else ():
+            for suffix in ("svg", "png"):
+                save(figure, run.path("plots", f"{name}.{suffix}"))
+    except Exception as error:  # whatever a plotting library raises
+        run.add_event({"step": "drawing failed", "reason": repr(error), "time": time.time()})
+    return now
 
 
 class CollapseError(RuntimeError):

@@ -26,6 +26,7 @@ _CALIBRATION_FRACTION = 0.8
 _DATA_SET_ERRORS = (OSError, ValueError, KeyError, RuntimeError, HTTP_ERROR)
 """What reading a data set raises when it, or the network, is not there; `datasets` has its own subclasses of these."""
 _FEWEST_TOKENS = 4
+_PIECE_BYTES = 64 * 2**20
 _DOCUMENTS_PER_CALL = 1000
 """Documents joined for one call of the tokenizer, so that a large corpus is not one string."""
 
@@ -79,15 +80,13 @@ def cut_windows(stream: NDArray[np.int64], num_sequences: int, sequence_length: 
             f"{where}: the text has {len(stream)} tokens, but {num_sequences} sequences of {sequence_length}"
             f"{f' at stride {stride}' if stride else ''} need {needed}; give more text, or fewer or shorter sequences"
         )
+    _check_variety(stream, where)
     if stride:
         starts = np.arange(num_sequences) * stride
     else:
         places = np.random.default_rng(seed).permutation(len(stream) // sequence_length)[:num_sequences]
         starts = places * sequence_length
     tokens = np.stack([stream[start : start + sequence_length] for start in starts]).astype(np.int64)
-    different = len(np.unique(tokens))
-    if different < _FEWEST_TOKENS:
-        raise ValueError(f"{where}: only {different} different tokens stand in the whole text, which teaches nothing; give real text")
     return Windows(tokens, hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest())
 
 
@@ -98,6 +97,12 @@ def interleaved(parts: Sequence[Windows]) -> Windows:
     places = [((i + 0.5) / len(part.tokens), number, i) for number, part in enumerate(parts) for i in range(len(part.tokens))]
     tokens = np.stack([parts[number].tokens[i] for _, number, i in sorted(places)])
     return Windows(tokens, hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest())
+
+
+def _check_variety(stream: NDArray[np.int64], where: str) -> None:
+    different = len(np.unique(stream))
+    if different < min(_FEWEST_TOKENS, len(stream)):
+        raise ValueError(f"{where}: only {different} different tokens stand in the whole text, which teaches nothing; give real text")
 
 
 def token_stream(text: TextSource, tokenizer: Any, where: str) -> NDArray[np.int64]:
@@ -177,7 +182,7 @@ def _file_documents(text: TextSource, where: str) -> Iterator[str]:
 
 def _documents_in(uri: str, column: str, where: str) -> Iterator[str]:
     if uri.endswith(".txt"):
-        yield storage.read_text(uri)
+        yield from _pieces(uri)
         return
     records = _json_lines(uri, where) if uri.endswith(".jsonl") else _parquet_rows(uri, column, where)
     for number, record in enumerate(records, start=1):
@@ -186,6 +191,24 @@ def _documents_in(uri: str, column: str, where: str) -> Iterator[str]:
             known = sorted(record) if isinstance(record, dict) else type(record).__name__
             raise ValueError(f"{where}: record {number} of {uri} has no text in {column!r}; it has {known}; set the column")
         yield value
+
+
+def _pieces(uri: str) -> Iterator[str]:
+    """Yield a text as one document, or a very large one as several, so that its end need not be read."""
+    size = storage.size_bytes(uri)
+    if size is not None and size <= _PIECE_BYTES:
+        yield storage.read_text(uri)
+        return
+    lines: list[str] = []
+    length = 0
+    for line in storage.read_lines(uri):
+        lines.append(line)
+        length += len(line) + 1
+        if length > _PIECE_BYTES:
+            yield "\n".join(lines)
+            lines, length = [], 0
+    if lines:
+        yield "\n".join(lines)
 
 
 def _json_lines(uri: str, where: str) -> Iterator[Any]:

@@ -82,7 +82,7 @@ class _Run:
 
 
 def _step(name: str, shots: Sequence[Mapping[str, Any]], num_workers: int) -> Step:
-    by_shot = [shot["worker_seconds"][name] for shot in shots]
+    by_shot = [shot.get("worker_seconds", {}).get(name, []) for shot in shots]  # shots of earlier versions do not tell
     same = [busy for busy in by_shot if len(busy) == num_workers]  # a run may be resumed on another number of shards
     totals = [sum(busy) for busy in zip(*same, strict=True)] or [0.0]
     offered = sum(len(busy) * shot["seconds"][name] for busy, shot in zip(by_shot, shots, strict=True))
@@ -102,6 +102,7 @@ def page(records: Sequence[Mapping[str, Any]]) -> str:
     if len(records) > 1:
         figures = {f"perplexity-{text}": perplexity_figure(records, text) for text in texts} | {"size": size_figure(records)}
         comparison = {name: inline_svg(figure, f"all-{name}") for name, figure in figures.items()}
+    records = [{"retries": [], **record} for record in records]
     runs = [_Run(record, f"run-{number}") for number, record in enumerate(records, 1)]
     title = str(records[0]["spec"]["name"]) if len(records) == 1 else f"{len(records)} runs of ray_surgeon"
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))

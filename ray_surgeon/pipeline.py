@@ -137,6 +137,8 @@ def _try(job: Job, placement: Placement, before: Lost | None) -> Generator[Event
     except GetTimeoutError:
         return Lost("coordinator", f"the coordinator has not answered for {patience_s:g} s")
     except (RayActorError, ObjectLostError, WorkerCrashedError) as error:
+        if isinstance(error, RayTaskError):  # the coordinator lives and tells of another error
+            raise
         return Lost.by("coordinator", error)
     finally:
         ray.kill(coordinator)
@@ -229,7 +231,8 @@ def _validation_message(error: ValidationError, origin: str) -> str:
 
 def _read_spec(uri: str, overrides: Sequence[str]) -> JobSpec:
     try:
-        text = storage.read_text(uri, max_bytes=_MAX_SPEC_BYTES)
+        storage.check_size(uri, _MAX_SPEC_BYTES, "this is no job spec; see the files in pipelines/")
+        text = storage.read_text(uri)
     except OSError as error:
         raise ValueError(f"cannot read the job spec {uri}: {error}; check the path, the permissions and the network") from error
     try:

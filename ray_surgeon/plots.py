@@ -95,7 +95,7 @@ def perplexity_figure(records: Sequence[Mapping[str, Any]], text: str) -> Figure
         text: name of the evaluation text; runs without it are left out.
     """
     figure, axes = _axes()
-    with_text = [record for record in records if text in record["dense"]["perplexity"]]
+    with_text = [record for record in records if math.isfinite(record["dense"]["perplexity"].get(text, math.inf))]
     highest = _HIGHEST * max((record["dense"]["perplexity"][text] for record in with_text), default=1.0)
     top, bottom = 1.0, math.inf
     for number, record in enumerate(with_text):
@@ -221,7 +221,7 @@ def run_figures(record: Mapping[str, Any]) -> dict[str, Figure]:
     if not record["shots"]:
         return figures
     pruning = record["spec"]["pruning"]
-    per = "parameter" if pruning["target"] is None else "unit of the target"
+    per = "parameter" if pruning.get("target") is None else "unit of the target"
     unit = f"cost per {per}" if pruning["rank_by"] == "cost_per_parameter" else "cost"
     figures |= {"size": size_figure([record]), "depth": depth_figure(record["linears"])}
     if any(shot.get("cost_curve") for shot in record["shots"]):

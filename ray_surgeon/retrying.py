@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import errno
 import functools
+import math
 import random
 import sys
-import time
 from collections.abc import Callable
+from time import monotonic, sleep
 from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -21,10 +22,20 @@ _LASTING_NUMBERS = {errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.EMSGSIZE, err
 """What s3fs makes of refusals of a request itself."""
 
 
+_CLIENTS = {
+    "botocore.exceptions": ("BotoCoreError", "ClientError"),
+    "aiohttp": ("ClientError",),
+    "httpx": ("HTTPError",),
+    "gcsfs.retry": ("HttpError",),
+    "azure.core.exceptions": ("AzureError",),
+}
+_PASSING_STATUS = (408, 425, 429)
+
+
 def _client_errors() -> tuple[type[Exception], ...]:
     """Return the errors of clients of object stores that are not OSError; none of a client that is not loaded."""
     found: list[type[Exception]] = []
-    for module, names in (("botocore.exceptions", ("BotoCoreError", "ClientError")), ("aiohttp", ("ClientError",))):
+    for module, names in _CLIENTS.items():
         if module in sys.modules:
             found += [getattr(sys.modules[module], name) for name in names]
     return tuple(found)
@@ -36,6 +47,10 @@ def _may_pass(error: Exception, uri: str) -> bool:
     is_local = "://" not in uri or uri.startswith("file://")
     if is_local or isinstance(error, _LASTING_ERRORS):
         return False
+    reply = getattr(error, "response", None)
+    status = getattr(reply, "status_code", None) or getattr(error, "status_code", None) or getattr(error, "status", None)
+    if isinstance(status, int) and 400 <= status < 500 and status not in _PASSING_STATUS:
+        return False
     return type(error).__name__ not in lasting_names and getattr(error, "errno", None) not in _LASTING_NUMBERS
 
 
@@ -44,7 +59,7 @@ def tries_again(function: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
-        start, pause = time.monotonic(), _FIRST_PAUSE_S
+        first_failure, pause = math.inf, _FIRST_PAUSE_S
         while True:
             try:
                 return function(*args, **kwargs)
@@ -52,8 +67,9 @@ def tries_again(function: Callable[P, T]) -> Callable[P, T]:
                 if not isinstance(error, (OSError, *_client_errors())):
                     raise
                 uri = str(args[0])
-                if _may_pass(error, uri) and time.monotonic() - start + pause < PATIENCE_S:
-                    time.sleep(pause * random.uniform(0.5, 1.0))  # workers that failed together should not come back together
+                first_failure = min(first_failure, monotonic())  # not the start: a large file alone takes longer than the patience
+                if _may_pass(error, uri) and monotonic() - first_failure + pause < PATIENCE_S:
+                    sleep(pause * random.uniform(0.5, 1.0))  # workers that failed together should not come back together
                     pause = min(2 * pause, _LONGEST_PAUSE_S)
                 elif isinstance(error, OSError):
                     raise

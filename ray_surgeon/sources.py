@@ -174,7 +174,7 @@ def _folder(source: ModelSource, folder: Path) -> ModelFiles:
     if source.revision is not None:
         raise ValueError(f"model.revision: {source.source} is a local folder, which has no revisions; remove it")
     names = tuple(sorted(path.name for path in folder.iterdir() if path.is_file()))
-    for name in names:
+    for name in {*names} & {*SMALL_FILES}:  # these are copied into exports; weights may lie elsewhere
         target = (folder / name).resolve()
         if folder.resolve() not in target.parents and target.parent.name != "blobs":  # where the Hub's cache keeps content
             raise ValueError(f"model.source: {folder / name} is a link to {target}, outside of the model; put the file itself there")
@@ -196,10 +196,10 @@ def _hub(source: ModelSource) -> ModelFiles:
     repo, revision = source.source, source.revision
     api = HfApi()
     try:
-        names, commit = _repository(api, repo, revision)
+        names, commit, repo = _repository(api, repo, revision)
         if not any(name.endswith(".safetensors") for name in names) and revision is None:
             revision = _conversion_revision(api, repo)
-            names, commit = _repository(api, repo, revision) if revision else (names, commit)
+            names, commit, repo = _repository(api, repo, revision) if revision else (names, commit, repo)
     except (HTTP_ERROR, HFValidationError, OSError, RuntimeError) as error:
         raise ValueError(
             f"model.source: cannot read {repo!r} (revision {revision or 'main'}) from the Hub, and it is no local folder: "
@@ -209,13 +209,15 @@ def _hub(source: ModelSource) -> ModelFiles:
     def fetch(name: str) -> Path:
         return Path(hf_hub_download(repo, name, revision=commit))
 
-    return ModelFiles(repo, replace(source, revision=commit), names, lambda name: f"hf://{repo}@{commit}/{name}", fetch)
+    return ModelFiles(
+        source.source, replace(source, source=repo, revision=commit), names, lambda name: f"hf://{repo}@{commit}/{name}", fetch
+    )
 
 
-def _repository(api: HfApi, repo: str, revision: str | None) -> tuple[tuple[str, ...], str | None]:
-    """Return the names of the files of a revision, and its commit."""
+def _repository(api: HfApi, repo: str, revision: str | None) -> tuple[tuple[str, ...], str | None, str]:
+    """Return the names of the files of a revision, its commit, and the repository's whole name, which of old ones is longer (gpt2)."""
     info = api.model_info(repo, revision=revision)
-    return tuple(sibling.rfilename for sibling in info.siblings or ()), info.sha
+    return tuple(sibling.rfilename for sibling in info.siblings or ()), info.sha, info.id
 
 
 def _conversion_revision(api: HfApi, repo: str) -> str | None:

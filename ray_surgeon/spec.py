@@ -21,6 +21,9 @@ from ray_surgeon.sections import (
 )
 from ray_surgeon.text_sections import CalibrationSection, EvaluationSection, ModelSection, Section
 
+_YAML_ERRORS = (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError)
+"""PyYAML lets through what its constructors raise on values that do not fit their tags."""
+
 
 class JobSpec(Section):
     """A job: one model, one method, one result."""
@@ -121,7 +124,7 @@ def parse_spec(text: str, overrides: Sequence[str] = ()) -> JobSpec:
     """
     try:
         document = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:  # PyYAML lets dates that are none through as ValueError
+    except _YAML_ERRORS as error:
         raise ValueError(f"the job spec is not valid YAML: {error}; see the files in pipelines/") from error
     if not isinstance(document, dict):
         raise ValueError(f"the job spec must be a mapping of sections, got {type(document).__name__}; see the files in pipelines/")
@@ -140,5 +143,5 @@ def _apply_override(document: dict[str, Any], override: str) -> None:
         for key in parents:
             place = place[int(key)] if isinstance(place, list) else place.setdefault(key, {})
         place[int(last) if isinstance(place, list) else last] = yaml.safe_load(value)
-    except (IndexError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+    except (TypeError, *_YAML_ERRORS) as error:
         raise ValueError(f"--set {override}: there is no such place in the spec ({error}); list items are numbered from 0") from error

@@ -156,6 +156,23 @@ def test_cost_curve_against_sorting_by_hand() -> None:
     assert cost_curve(costs[2:3], sizes[2:3]) == []
 
 
+def test_cost_curve_of_more_candidates_than_float32_counts() -> None:
+    import torch
+
+    costs = torch.arange(2**24 + 5, dtype=torch.float32)
+    assert len(cost_curve(costs, torch.ones_like(costs))) == 128
+
+
+def test_page_of_a_model_that_is_gone_and_of_a_method_without_costs(runs: dict[str, Path]) -> None:
+    record = report_of(runs["rows"])
+    infinite = dict.fromkeys(record["dense"]["perplexity"], float("inf"))
+    shots = [shot | {"perplexity": infinite} for shot in record["shots"]]
+    bare = ("predicted_loss_increase", "cost_curve", "shrinkable", "terms", "update_residual")
+    layerwise = [{k: v for k, v in shot.items() if k not in bare} | {"threshold": None, "calibration_loss": None} for shot in shots]
+    for change in ({"shots": shots}, {"shots": layerwise}, {"shots": shots, "dense": {"perplexity": infinite}}):
+        assert "inf" in check_self_contained(page([record | change])).words
+
+
 def test_curves_reach_the_target_and_fit_the_threshold(runs: dict[str, Path]) -> None:
     for shot in report_of(runs["rows"])["shots"]:
         fractions, costs = zip(*shot["cost_curve"], strict=True)

@@ -119,6 +119,7 @@ class RayCluster:
             )
             self._actors[index] = options.remote(placement, index, resources.cpus_per_worker, device)
         self._nodes: dict[WorkerIndex, str] = {}
+        self._nodes_at_start = {node["NodeID"] for node in ray.nodes() if node["Alive"]}  # type: ignore[no-untyped-call]
         try:
             started = [actor.__ray_call__.remote(_node_id) for actor in self._actors.values()]
             self._nodes = dict(zip(self._actors, self._wait(started, resources.start_timeout_s), strict=True))
@@ -173,6 +174,8 @@ class RayCluster:
 
     def _as_lost(self, error: RayError) -> Exception:
         """Return the loss behind an error, or the error itself if it is one of the work."""
+        while isinstance(error, RayTaskError) and isinstance(error.cause, RayError):
+            error = error.cause  # a task failed because what it was to take was lost with another worker
         if isinstance(error, RayTaskError):
             if not isinstance(error.cause, ReplicaLostError):
                 return error
@@ -189,8 +192,8 @@ class RayCluster:
             return LostError(Lost.by("memory", error))
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}  # type: ignore[no-untyped-call]
         gone = [index for index, node in self._nodes.items() if node not in alive]
-        if gone:
-            return LostError(Lost("node", f"{len(gone)} workers were on machines that are gone"))
+        if gone or (not self._nodes and not self._nodes_at_start <= alive):
+            return LostError(Lost("node", f"{len(gone) or 'some'} workers were on machines that are gone"))
         if isinstance(error, (NodeDiedError, ObjectLostError)):
             return LostError(Lost.by("node", error))
         return LostError(Lost.by("worker", error))

@@ -74,7 +74,7 @@ def cost_curve(costs: Tensor, sizes: Tensor, num_points: int = 128) -> list[tupl
     finite = torch.isfinite(costs)
     ordered, order = costs[finite].double().sort()
     total = sizes[finite].double()[order].cumsum(0)
-    chosen = torch.linspace(0, max(len(order) - 1, 0), min(num_points, len(order))).round().long()
+    chosen = torch.linspace(0, max(len(order) - 1, 0), min(num_points, len(order)), dtype=torch.float64).round().long()
     return list(zip(total[chosen].tolist(), ordered[chosen].tolist(), strict=True))
 
 

@@ -13,7 +13,7 @@ from s3fs import S3FileSystem
 from safetensors.torch import load_file, save_file
 
 import ray_surgeon
-from ray_surgeon import pipeline, retrying, storage
+from ray_surgeon import coordinator, pipeline, retrying, storage
 from ray_surgeon.pipeline import main
 from tests.integration.runs import run, tiny_spec
 
@@ -208,3 +208,24 @@ def test_resume_shows_what_is_different(
         message = refused(capsys, run(tmp_path, model, "--resume", pruning__num_shots=1))
     assert "different code (version 0.1.0 there, 9.9.9 here)" in message
     assert run(tmp_path, model, "--resume", pruning__num_shots=1, name="renamed") == 0, "what does not matter may change"
+
+
+def test_a_folder_of_a_run_that_was_killed_at_once_can_be_used(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    (tmp_path / "run").mkdir()
+    for name in (".writable", "spec.yaml"):
+        (tmp_path / "run" / name).write_text("")
+    assert run(tmp_path, model, pruning__num_shots=1) == 0
+
+
+def test_weights_may_be_links_and_a_failed_drawing_ends_no_run(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(records: object) -> str:
+        raise RuntimeError("no fonts")
+
+    monkeypatch.undo()
+    monkeypatch.setattr(coordinator, "page", fail)
+    (model / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
+    (model / "model.safetensors").symlink_to("../elsewhere.safetensors")
+    assert run(tmp_path, model, pruning__num_shots=1) == 0
+    assert not (tmp_path / "run/report.html").exists()
+    assert "no fonts" in (tmp_path / "run/events.jsonl").read_text()

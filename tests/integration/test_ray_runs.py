@@ -6,12 +6,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import ray
 import torch
+from ray.exceptions import RayError, RayTaskError
 
 from ray_surgeon.cluster.messages import ModelRecipe, WorkerIndex
 from ray_surgeon.cluster.placement import place
@@ -79,6 +81,33 @@ def test_failures_are_seen_and_named(local_ray: None, model_folders: dict[str, P
         cluster.get([cluster.submit(WorkerIndex(1, 0), "usage")])
     assert caught.value.lost.cause == "worker"
     cluster.close()
+
+
+class Link:
+    """One of two actors of which the second takes what the first was to give."""
+
+    def give(self) -> int:
+        time.sleep(60)
+        return 1
+
+    def take(self, given: int) -> int:
+        return given
+
+
+def test_a_loss_is_seen_through_tasks_that_needed_it(local_ray: None) -> None:
+    """What fails is the task of a worker that lives; what is lost is the other one."""
+    first, second = (ray.remote(Link).options(num_cpus=0).remote() for _ in range(2))
+    waiting = second.take.remote(first.give.remote())
+    time.sleep(1)
+    ray.kill(first)
+    with pytest.raises(RayError) as caught:
+        ray.get(waiting)
+    assert isinstance(caught.value, RayTaskError)
+    cluster = RayCluster(place(LLAMA, 1, 1), RayResources(1, 0, 60, 60))
+    lost = cluster._as_lost(caught.value)
+    cluster.close()
+    assert isinstance(lost, LostError)
+    assert lost.lost.cause == "worker"
 
 
 def test_workers_get_their_threads_and_no_more(local_ray: None) -> None:

@@ -216,12 +216,38 @@ def test_a_store_that_stays_away_ends_the_run_and_keeps_its_shots(
 
 def test_refusals_are_not_tried_again(faulty: type[FaultyProxy], monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
-    monkeypatch.setattr(retrying.time, "sleep", pauses.append)
+    monkeypatch.setattr(retrying, "sleep", pauses.append)
     with pytest.raises(FileNotFoundError):
         storage.read_bytes("s3://bucket/absent")
     with pytest.raises(FileNotFoundError):
         storage.read_bytes("s3://no-such-bucket/absent")
     assert pauses == []
+
+
+def test_patience_counts_from_the_first_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A transfer of an hour that breaks is tried again, too, and a store that stays away is given up."""
+    clock = [0.0]
+    calls: list[float] = []
+    monkeypatch.setattr(retrying, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(retrying, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
+
+    def transfer(uri: str, failures: int) -> str:
+        calls.append(clock[0])
+        clock[0] += 3600
+        if len(calls) <= failures:
+            raise ConnectionResetError("reset")
+        return "done"
+
+    assert retrying.tries_again(transfer)("s3://bucket/large", 1) == "done"
+    assert len(calls) == 2
+    calls.clear()
+    with pytest.raises(ConnectionResetError):
+        retrying.tries_again(lambda uri: transfer(uri, 10**6))("s3://bucket/large")
+    assert len(calls) == 2, "the second failure came an hour after the first"
+    calls.clear()
+    with pytest.raises(ConnectionResetError):
+        retrying.tries_again(lambda uri: transfer(uri, 10**6))("/a/local/file")
+    assert len(calls) == 1
 
 
 def test_large_files_go_in_parts_and_come_back_whole(faulty: type[FaultyProxy], cache: Path) -> None:
