@@ -57,13 +57,13 @@ def test_smollm2_on_two_ray_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_quickstart_makes_an_ordinary_model_that_is_smaller(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The quickstart's spec on two calibration sequences and in one shot."""
+    """The quickstart's spec on two calibration sequences and with one step of corrections."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     overrides = {
         "calibration.num_sequences": 2,
         "evaluation.0.num_sequences": 1,
         "evaluation.1.num_sequences": 1,
-        "pruning.num_shots": 1,
+        "correction.steps_per_shot": 1,
         "output.uri": tmp_path / "run",
         "output.speed.num_repeats": 1,
     }
