@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec
 
+from cycler import cycler
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -25,13 +26,15 @@ FORMATS = ("png", "svg", "pdf")
 _MARKERS = "osD^vP*X<>"
 _INK = "#010101"
 """Nearly black: what a page replaces by its own colour of text, which is light in the dark."""
+_COLORS = ("#4c8bd6", "#e4743a", "#3fa66b", "#b565c9", "#c9a227", "#d6516e", "#3aa6a6", "#8a8a8a")
+"""Told apart on white and on black."""
 _SOFT: dict[str, Any] = {"color": "#808080", "alpha": 0.3, "linewidth": 0.5}
 _STYLE = {
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _INK),
     "axes.facecolor": "none",
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.prop_cycle": "cycler('color', ['4c8bd6', 'e4743a', '3fa66b', 'b565c9', 'c9a227', 'd6516e', '3aa6a6', '8a8a8a'])",
+    "axes.prop_cycle": cycler(color=_COLORS),
     "legend.frameon": False,
     "legend.fontsize": 7,
     "font.size": 9,
@@ -98,17 +101,21 @@ def perplexity_figure(records: Sequence[Mapping[str, Any]], text: str) -> Figure
     with_text = [record for record in records if math.isfinite(record["dense"]["perplexity"].get(text, math.inf))]
     highest = _HIGHEST * max((record["dense"]["perplexity"][text] for record in with_text), default=1.0)
     top, bottom = 1.0, math.inf
-    for number, record in enumerate(with_text):
+    for record in with_text:
+        number = records.index(record)  # a run looks the same in every figure
         points = [(0.0, record["dense"]["perplexity"][text])]
         points += [(100 * shot["sparsity"], shot["perplexity"][text]) for shot in record["shots"]]
         points = [(x, y) for x, y in points if math.isfinite(y)]
         marker = _MARKERS[number % len(_MARKERS)]
         most = max(y for _, y in points)
         label = str(record["spec"]["name"]) + (f" (up to {most:.3g})" if most > highest else "")
-        axes.plot(*zip(*points, strict=True), marker=marker, markersize=4, linewidth=1.4, label=label)
+        color = _COLORS[number % len(_COLORS)]
+        axes.plot(*zip(*points, strict=True), marker=marker, markersize=4, linewidth=1.4, label=label, color=color)
         top = max(top, 1.5 * points[0][1], *(y for _, y in points if y <= highest))
         bottom = min(bottom, points[0][1], *(y for _, y in points))
-        axes.axhline(points[0][1], color="#909090", linewidth=0.8, linestyle="--", zorder=0, label="dense" if number == 0 else None)
+        axes.axhline(
+            points[0][1], color="#909090", linewidth=0.8, linestyle="--", zorder=0, label="dense" if record is with_text[0] else None
+        )
     axes.set_yscale("log")
     if math.isfinite(bottom):
         axes.set_ylim(0.95 * bottom, 1.1 * top)

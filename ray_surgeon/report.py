@@ -173,6 +173,15 @@ def comparison_table(records: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
+def _read_report(run: str) -> dict[str, Any]:
+    uri = storage.join(run, "report.json")
+    record = storage.read_json(uri)
+    needed = {"spec", "dense", "shots", "linears", "parameters", "exports", "fingerprints", "environment"}
+    if not isinstance(record, dict) or not needed <= record.keys():
+        raise ValueError(f"{uri} is no report of this program")
+    return record
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Print and plot the comparison of run directories, and write it as a page; exit code 2 if one has no report."""
     parser = argparse.ArgumentParser(prog="python -m ray_surgeon.report", description="Compare runs in one table, one plot and one page.")
@@ -183,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     console, errors = Console(width=None if sys.stdout.isatty() else LOG_WIDTH), Console(stderr=True)
     try:
-        records = [storage.read_json(storage.join(run, "report.json")) for run in arguments.runs]
+        records = [_read_report(run) for run in arguments.runs]
     except (OSError, ValueError) as error:
         errors.print(f"error: no report: {error}; give run directories with a report.json", style="red", soft_wrap=True)
         return 2

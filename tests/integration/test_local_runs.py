@@ -338,7 +338,10 @@ def test_magnitude_is_identity_curvature_without_updates(model_folders: dict[str
         assert torch.equal(pruned[name], dense[name] * (dense[name].abs() > border))
 
 
-def test_runs_are_compared_in_one_table(model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_are_compared_in_one_table(
+    model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where comparison.html goes
     for name in ("one", "two"):
         assert run(tmp_path / name, model_folders["llama"], name=name, pruning__num_shots=1) == 0
     capsys.readouterr()
@@ -356,6 +359,9 @@ def test_runs_are_compared_in_one_table(model_folders: dict[str, Path], tmp_path
     assert sum("dense" in line for line in lines) == 2
     assert compare([str(tmp_path / "absent")]) == 2
     assert "report.json" in capsys.readouterr().err
+    (tmp_path / "report.json").write_text('{"dense": 3}')
+    assert compare([str(tmp_path)]) == 2
+    assert "report.json is no report of this program" in capsys.readouterr().err
 
 
 def test_model_text_and_run_on_s3(model_folders: dict[str, Path], tmp_path: Path, s3: None, cache: Path) -> None:
