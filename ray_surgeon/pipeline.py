@@ -252,7 +252,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         spec = _read_spec(arguments.spec, arguments.set)
         job, config, placement = prepare(spec, resume=arguments.resume, dry_run=arguments.dry_run)
-        plans = plan_workers(config, placement, spec.model.dtype, spec.calibration.sequence_length)
+        readers_only = spec.pruning.structure == "groups"
+        plans = plan_workers(config, placement, spec.model.dtype, spec.calibration.sequence_length, readers_only=readers_only)
         console.print(plan_table(plans, placement.num_replicas))
         console.print(f"{spec.pruning.shots} shots to {_goal(job)}, {job.calibration.size} calibration tokens each")
         if arguments.dry_run:
@@ -263,6 +264,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return BAD_INPUT
+    except RuntimeError as error:
+        errors.print(f"failed: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        return FAILED
     except KeyboardInterrupt:
         return INTERRUPTED
     resume_with = f"go on with: python -m ray_surgeon.pipeline {arguments.spec} --resume" + "".join(f" --set {s}" for s in arguments.set)

@@ -10,6 +10,7 @@ from rich.table import Table
 from transformers import PretrainedConfig
 
 from ray_surgeon.cluster.placement import Placement
+from ray_surgeon.models.adapters import adapter_for
 from ray_surgeon.models.skeleton import linear_shapes, parameter_shapes
 
 
@@ -37,17 +38,29 @@ class WorkerPlan:
     activation_bytes: int
 
 
-def plan_workers(config: PretrainedConfig, placement: Placement, dtype: str, sequence_length: int) -> list[WorkerPlan]:
-    """Return the plan of every shard; replicas need the same again."""
+def plan_workers(
+    config: PretrainedConfig, placement: Placement, dtype: str, sequence_length: int, *, readers_only: bool = False
+) -> list[WorkerPlan]:
+    """Return the plan of every shard; replicas need the same again.
+
+    Args:
+        config: of the model.
+        placement: of its blocks.
+        dtype: of weights and activations.
+        sequence_length: tokens of a micro-batch.
+        readers_only: whether curvature is gathered only for the last linears of coupled groups; see `ModelShard.start_curvature`.
+    """
     width = getattr(torch, dtype).itemsize
-    shapes = linear_shapes(config)
+    shapes, adapter = linear_shapes(config), adapter_for(config)
+    readers = (adapter.ffn.reader, adapter.attention.reader) if readers_only else ("",)
     plans = []
     for shard, blocks in enumerate(placement.blocks):
         own = [s for s in shapes if blocks.first <= s.block < blocks.last]
+        gathered = [s for s in own if s.name.endswith(readers)]
         inputs = {s.site: s.num_columns for s in own}
         weights = sum(math.prod(shape) for shape in parameter_shapes(config, blocks).values()) * width
-        factors = 4 * (sum(s.num_rows**2 for s in own) + sum(c**2 for c in inputs.values()))
-        largest = max(s.num_rows**2 + s.num_columns**2 for s in own)
+        factors = 4 * (sum(s.num_rows**2 for s in gathered) + sum(c**2 for c in {s.site: s.num_columns for s in gathered}.values()))
+        largest = max(s.num_rows**2 + s.num_columns**2 for s in gathered)
         workspace = 4 * 4 * largest
         in_flight = placement.num_shards - shard
         per_token = (sum(s.num_rows for s in own) + sum(inputs.values())) * width

@@ -255,7 +255,7 @@ class UpdatesSection(Section):
 
 
 class CorrectionSection(Section):
-    """Low-rank first-order corrections: after every shot, B A is trained beside each pruned linear and absorbed into it."""
+    """Low-rank first-order corrections: after every shot, B A is trained beside every linear of the blocks and absorbed into it."""
 
     lora_rank: int = Field(0, ge=0, le=1024, description="Rank of B A; 0 for no corrections")
     learning_rate: float = Field(1e-4, gt=0, le=1, description="Of Adam")
@@ -295,7 +295,7 @@ class ClusterSection(Section):
     num_shards: Positive = Field(1, description="Pieces the blocks are cut into, one worker each")
     num_replicas: Positive = Field(1, description="Copies of all shards; each sees its share of the sequences")
     cpus_per_worker: Positive = Field(1, description="CPUs of a worker, which is also its number of torch threads")
-    gpus_per_worker: Literal[0, 1] = Field(0, description="1 puts every worker on a GPU of its own")
+    gpus_per_worker: Literal[0, 1] = Field(0, description="1 puts every worker on a GPU of its own (backend local: all on one)")
     start_timeout_s: float = Field(300.0, gt=0, description="How long to wait for the cluster to have room for all workers")
     step_timeout_s: float = Field(1800.0, gt=0, description="A collective between replicas that takes longer fails")
     ping_timeout_s: float = Field(60.0, gt=0, description="A process that does not answer for so long counts as lost; for backend ray")

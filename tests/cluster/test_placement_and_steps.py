@@ -11,6 +11,7 @@ from ray_surgeon.cluster.placement import assign_owners, partition_blocks, place
 from ray_surgeon.cluster.steps import one_forward_one_backward, submission_order
 from ray_surgeon.cluster.transport import decode, encode
 from ray_surgeon.models.skeleton import linear_shapes
+from ray_surgeon.plan import plan_workers
 from tests.conftest import LLAMA
 
 
@@ -94,3 +95,11 @@ def test_transport_is_exact_and_gives_a_tensor_of_its_own(dtype: torch.dtype) ->
 def test_a_slice_does_not_ship_its_storage() -> None:
     wire = encode(torch.randn(1000, 10)[:2])
     assert wire.array.base is None or wire.array.base.nbytes <= 80  # type: ignore[union-attr]
+
+
+def test_plan_of_groups_counts_the_factors_that_are_gathered() -> None:
+    """Those of o_proj [32, 32] and down_proj [32, 48], of four blocks."""
+    (whole,), (groups,) = (plan_workers(LLAMA, place(LLAMA, 1, 1), "float32", 16, readers_only=only) for only in (False, True))
+    assert groups.factor_bytes == 4 * 4 * (32**2 + 32**2 + 32**2 + 48**2)
+    assert groups.factor_bytes < whole.factor_bytes
+    assert groups.weight_bytes == whole.weight_bytes

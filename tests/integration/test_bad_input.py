@@ -229,3 +229,14 @@ def test_weights_may_be_links_and_a_failed_drawing_ends_no_run(model: Path, tmp_
     assert run(tmp_path, model, pruning__num_shots=1) == 0
     assert not (tmp_path / "run/report.html").exists()
     assert "no fonts" in (tmp_path / "run/events.jsonl").read_text()
+
+
+def test_a_ray_that_cannot_start_is_said(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_home(address: str | None, num_cpus: int) -> str:
+        raise RuntimeError("cannot start a local Ray: read-only; it needs a writable home")
+
+    monkeypatch.setattr(pipeline, "connect", no_home)
+    assert run(tmp_path, model, cluster__backend="ray") == 1
+    assert capsys.readouterr().err.startswith("failed: cannot start a local Ray")
