@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
 
+from ray_surgeon import storage
 from ray_surgeon.checkpoint import RunDirectory
 from ray_surgeon.cluster.messages import ModelRecipe
 from ray_surgeon.cluster.protocol import Cluster
@@ -18,7 +18,7 @@ from ray_surgeon.export.tasks import evaluate_tasks
 from ray_surgeon.job import Event, Job, StepMeter
 from ray_surgeon.methods import correct, method_of
 from ray_surgeon.page import page
-from ray_surgeon.plots import run_figures, save
+from ray_surgeon.plots import inline_svg, run_figures, save
 from ray_surgeon.report import Fact, RunReport
 
 
@@ -72,7 +72,7 @@ def run_shots(job: Job, cluster: Cluster, run: RunDirectory) -> Iterator[Event]:
                 report.dense["tasks"] = evaluate_tasks(cluster, job.model_source, job.measures.tasks)
             yield ended("tasks", 0, meter)
 
-    last_page_s = -math.inf
+    last_page_s = time.monotonic()
     for shot in range(len(done) + 1, num_shots + 1):
         meter = StepMeter(cluster)
         at_shot = partial(ended, shot=shot, meter=meter)
@@ -133,7 +133,7 @@ _PAGE_EVERY_S = 60.0
 
 
 def _draw(run: RunDirectory, report: RunReport, last_page_s: float | None) -> float:
-    """Write report.html, at most once a minute while the run goes on, and at its end (`last_page_s` None) the plots too.
+    """Write report.html, once a minute while the run goes on, and at its end (`last_page_s` None) with the plots.
 
     A failure is recorded and no more: a drawing must not end a run of hours, and `python -m ray_surgeon.report` can make it later.
     """
@@ -142,10 +142,12 @@ def _draw(run: RunDirectory, report: RunReport, last_page_s: float | None) -> fl
         return last_page_s
     try:
         record = report.as_record()
-        run.write_page(page([record]))
-        for name, figure in run_figures(record).items() if last_page_s is None else ():
-            for suffix in ("svg", "png"):
-                save(figure, run.path("plots", f"{name}.{suffix}"))
+        figures = run_figures(record)
+        drawn = {name: inline_svg(figure, name) for name, figure in figures.items()}
+        run.write_page(page([record], {0: drawn}))
+        for name, figure in figures.items() if last_page_s is None else ():
+            storage.write_text(run.path("plots", f"{name}.svg"), drawn[name])
+            save(figure, run.path("plots", f"{name}.png"))
     except Exception as error:  # whatever a plotting library raises
         run.add_event({"step": "drawing failed", "reason": repr(error), "time": time.time()})
     return now

@@ -34,6 +34,7 @@ class _Run:
 
     record: Mapping[str, Any]
     anchor: str
+    drawn: Mapping[str, str] | None = None
 
     @property
     def num_shots(self) -> int:
@@ -50,8 +51,8 @@ class _Run:
         return int(self.record["parameters"]["before"]) * int(getattr(torch, self.record["spec"]["model"]["dtype"]).itemsize)
 
     @functools.cached_property
-    def figures(self) -> dict[str, str]:
-        return {name: inline_svg(figure, f"{self.anchor}-{name}") for name, figure in run_figures(self.record).items()}
+    def figures(self) -> Mapping[str, str]:
+        return self.drawn or {name: inline_svg(figure, f"{self.anchor}-{name}") for name, figure in run_figures(self.record).items()}
 
     @property
     def workers(self) -> list[str]:
@@ -90,11 +91,12 @@ def _step(name: str, shots: Sequence[Mapping[str, Any]], num_workers: int) -> St
     return Step(name, sum(s["seconds"][name] for s in shots), sum(s["cpu_seconds"][name] for s in shots), totals, efficiency)
 
 
-def page(records: Sequence[Mapping[str, Any]]) -> str:
+def page(records: Sequence[Mapping[str, Any]], drawn: Mapping[int, Mapping[str, str]] | None = None) -> str:
     """Return an HTML page about one run, or about several, compared and then each.
 
     Args:
         records: contents of report.json; of runs that have not ended, too.
+        drawn: number of a record -> its `run_figures` as `inline_svg`, where they are at hand.
     """
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     texts = list(dict.fromkeys(text for record in records for text in record["dense"]["perplexity"]))
@@ -103,7 +105,7 @@ def page(records: Sequence[Mapping[str, Any]]) -> str:
         figures = {f"perplexity-{text}": perplexity_figure(records, text) for text in texts} | {"size": size_figure(records)}
         comparison = {name: inline_svg(figure, f"all-{name}") for name, figure in figures.items()}
     records = [{"retries": [], **record} for record in records]
-    runs = [_Run(record, f"run-{number}") for number, record in enumerate(records, 1)]
+    runs = [_Run(record, f"run-{number + 1}", (drawn or {}).get(number)) for number, record in enumerate(records)]
     title = str(records[0]["spec"]["name"]) if len(records) == 1 else f"{len(records)} runs of ray_surgeon"
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     return template.render(runs=runs, texts=texts, comparison=comparison, title=title)

@@ -65,6 +65,7 @@ def save(figure: Figure, uri: str) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / f"figure.{suffix}"
         figure.savefig(file, dpi=150, facecolor="white")
+        figure.set_layout_engine("none")  # it is laid out; another format need not do it again
         storage.put_file(uri, file)
 
 
@@ -78,6 +79,7 @@ def inline_svg(figure: Figure, name: str) -> str:
     buffer, name = io.StringIO(), re.sub("[^A-Za-z0-9-]", "-", name)
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    figure.set_layout_engine("none")  # it is laid out; another format need not do it again
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
     svg = re.sub(r"\b(id=\"|url\(#|href=\"#)", rf"\g<1>{name}-", svg)

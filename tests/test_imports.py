@@ -33,7 +33,7 @@ ALLOWED = {
     "job": {"cluster", "export", "models", "report", "sections", "sources", "spec", "surgery"},
     "metrics": {"job"},
     "methods": {"cluster", "job", "models", "surgery"},
-    "coordinator": {"checkpoint", "cluster", "evaluate", "export", "job", "methods", "page", "plots", "report"},
+    "coordinator": {"checkpoint", "cluster", "evaluate", "export", "job", "methods", "page", "plots", "report", "storage"},
     "preflight": {"checkpoint", "cluster", "data", "export", "job", "models", "sources", "spec", "storage", "text_sections"},
     "pipeline": {"checkpoint", "cluster", "coordinator", "job", "metrics", "models", "plan", "preflight", "report", "spec", "storage"},
 }

@@ -219,7 +219,7 @@ def test_a_folder_of_a_run_that_was_killed_at_once_can_be_used(model: Path, tmp_
 
 
 def test_weights_may_be_links_and_a_failed_drawing_ends_no_run(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(records: object) -> str:
+    def fail(*arguments: object) -> str:
         raise RuntimeError("no fonts")
 
     monkeypatch.undo()
