@@ -58,20 +58,24 @@ class Disturber(threading.Thread):
     def __init__(self, kind: str, sent: signal.Signals, delay_s: float) -> None:
         super().__init__(daemon=True)
         self.kind, self.sent, self.delay_s = kind, sent, delay_s
+        self.before = {process.pid for process in processes_of_the_run()[kind]}  # of a run that has ended, on their way out
         self.hit: psutil.Process | None = None
 
     def run(self) -> None:
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
-            if processes_of_the_run()[self.kind]:
+            if self.victims():
                 break
             time.sleep(0.05)
         time.sleep(self.delay_s)
-        victims = processes_of_the_run()[self.kind]
+        victims = self.victims()
         if victims:
             self.hit = victims[-1]
             with contextlib.suppress(psutil.NoSuchProcess):
                 self.hit.send_signal(self.sent)
+
+    def victims(self) -> list[psutil.Process]:
+        return [process for process in processes_of_the_run()[self.kind] if process.pid not in self.before]
 
 
 def disturb(kind: str, sent: signal.Signals, delay_s: float, folder: Path, cluster: Cluster, model: Path, undisturbed: Path) -> list[str]:
