@@ -1,8 +1,8 @@
-"""What a running job tells Ray's metrics, and with them Prometheus: ``ray_surgeon_*``, tagged with the run's name."""
+"""What the events of a running job say to Prometheus, as ``ray_surgeon_*``; `cluster.ray_cluster.RayMetrics` hands it on."""
 
 from __future__ import annotations
 
-from ray.util.metrics import Counter, Gauge
+from collections.abc import Iterator
 
 from ray_surgeon.job import Event
 
@@ -22,40 +22,34 @@ GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
 """name -> (description, its own tags)"""
 
 
-class RunMetrics:
-    """Gauges that follow the events of a run, and a counter of retries."""
+COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "steps": ("Steps that have ended", ("step",)),
+    "retries": ("Losses after which the run went on", ("cause",)),
+}
+"""likewise"""
 
-    def __init__(self, run: str) -> None:
-        """Register the metrics in this process, which must belong to Ray.
+Reading = tuple[str, float, dict[str, str]]
+"""(name, value, its own tags)"""
 
-        Args:
-            run: name of the run, their tag.
-        """
-        self._gauges = {name: Gauge(f"surgeon_{name}", text, ("run", *tags)) for name, (text, tags) in GAUGES.items()}
-        self._steps = Counter("surgeon_steps", "Steps that have ended", ("run", "step"))
-        self._retries = Counter("surgeon_retries", "Losses after which the run went on", ("run", "cause"))
-        self._run = run
 
-    def follow(self, event: Event) -> None:
-        """Take over what an event says."""
-        if event.step == "retry":
-            self._retries.inc(1, {"run": self._run, "cause": str(event.facts["cause"])})
-            return
-        self._steps.inc(1, {"run": self._run, "step": event.step})
-        self._set("shot", event.shot)
-        self._set("num_shots", event.num_shots)
-        self._set("step_seconds", event.seconds, step=event.step)
-        for worker, seconds in enumerate(event.worker_seconds):
-            self._set("worker_busy_seconds", seconds, step=event.step, worker=str(worker))
-        if event.worker_seconds and event.seconds:
-            self._set("efficiency", sum(event.worker_seconds) / (len(event.worker_seconds) * event.seconds), step=event.step)
-        for name, value in event.facts.items():
-            if name.startswith("perplexity "):
-                self._set("perplexity", value, text=name.removeprefix("perplexity "))
-            elif name == "size_bytes":
-                self._set("export_bytes", value, kind=str(event.facts["kind"]))
-            elif name in ("sparsity", "tokens_per_s", "parameters", "peak_rss_bytes"):
-                self._set(name, value)
-
-    def _set(self, name: str, value: str | float, **tags: str) -> None:
-        self._gauges[name].set(float(value), {"run": self._run, **tags})
+def readings(event: Event) -> Iterator[Reading]:
+    """Yield what an event says about each metric."""
+    if event.step == "retry":
+        yield "retries", 1.0, {"cause": str(event.facts["cause"])}
+        return
+    step = {"step": event.step}
+    yield "steps", 1.0, step
+    yield "shot", event.shot, {}
+    yield "num_shots", event.num_shots, {}
+    yield "step_seconds", event.seconds, step
+    for worker, seconds in enumerate(event.worker_seconds):
+        yield "worker_busy_seconds", seconds, {**step, "worker": str(worker)}
+    if event.worker_seconds and event.seconds:
+        yield "efficiency", sum(event.worker_seconds) / (len(event.worker_seconds) * event.seconds), step
+    for name, value in event.facts.items():
+        if name.startswith("perplexity "):
+            yield "perplexity", float(value), {"text": name.removeprefix("perplexity ")}
+        elif name == "size_bytes":
+            yield "export_bytes", float(value), {"kind": str(event.facts["kind"])}
+        elif name in ("sparsity", "tokens_per_s", "parameters", "peak_rss_bytes"):
+            yield name, float(value), {}

@@ -28,10 +28,10 @@ from ray_surgeon.checkpoint import RunDirectory
 from ray_surgeon.cluster.local import LocalCluster
 from ray_surgeon.cluster.messages import Lost
 from ray_surgeon.cluster.placement import Placement
-from ray_surgeon.cluster.ray_cluster import LostError, RayCluster, RayResources, connect, num_nodes, on_this_node
+from ray_surgeon.cluster.ray_cluster import LostError, RayCluster, RayMetrics, RayResources, connect, num_nodes, on_this_node
 from ray_surgeon.coordinator import CollapseError, run_shots
 from ray_surgeon.job import Event, Job
-from ray_surgeon.metrics import RunMetrics
+from ray_surgeon.metrics import COUNTERS, GAUGES, readings
 from ray_surgeon.models.shard import BadWeightsError
 from ray_surgeon.plan import plan_table, plan_workers
 from ray_surgeon.preflight import prepare
@@ -62,19 +62,20 @@ class Coordinator:
         Returns:
             None at the end, or what was lost.
         """
-        spec, run, metrics = job.spec.cluster, RunDirectory(job.spec.output.uri), RunMetrics(job.spec.name)
+        spec, run = job.spec.cluster, RunDirectory(job.spec.output.uri)
+        metrics = RayMetrics(job.spec.name, GAUGES, COUNTERS)
         if before is not None:
             run.start(job.spec_yaml, job.fingerprints)
             event = Event("retry", 0, job.spec.pruning.shots, 0.0, {"cause": before.cause, "message": before.message})
             run.add_event(asdict(event) | {"time": time.time()})
-            metrics.follow(event)
+            _measure(metrics, event)
         timeouts = spec.start_timeout_s, spec.step_timeout_s, spec.ping_timeout_s
         cluster = None
         try:
             cluster = RayCluster(placement, RayResources(spec.cpus_per_worker, spec.gpus_per_worker, *timeouts))
             for event in run_shots(job, cluster, run):
                 self._events.append(event)
-                metrics.follow(event)
+                _measure(metrics, event)
         except LostError as error:
             return error.lost
         finally:
@@ -85,6 +86,11 @@ class Coordinator:
     def events(self, seen: int) -> list[Event]:
         """Return the events after the first `seen` ones."""
         return self._events[seen:]
+
+
+def _measure(metrics: RayMetrics, event: Event) -> None:
+    for reading in readings(event):
+        metrics.record(*reading)
 
 
 def run_on_ray(job: Job, placement: Placement, console: Console) -> Iterator[Event]:

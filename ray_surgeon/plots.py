@@ -91,6 +91,12 @@ def _axes(width: float = 6.4, height: float = 4.0) -> tuple[Figure, Axes]:
     return figure, figure.subplots()
 
 
+def _dense_line(axes: Axes, value: float) -> None:
+    """Draw a dense model's line, the first one with an entry in the legend."""
+    label = None if "dense" in axes.get_legend_handles_labels()[1] else "dense"
+    axes.axhline(value, color="#909090", linewidth=0.8, linestyle="--", zorder=0, label=label)
+
+
 @_styled
 def perplexity_figure(records: Sequence[Mapping[str, Any]], text: str) -> Figure:
     """Plot perplexity against sparsity, one line a run, with the dense model at zero; lines that leave the plot say how far.
@@ -100,12 +106,13 @@ def perplexity_figure(records: Sequence[Mapping[str, Any]], text: str) -> Figure
         text: name of the evaluation text; runs without it are left out.
     """
     figure, axes = _axes()
-    with_text = [record for record in records if math.isfinite(record["dense"]["perplexity"].get(text, math.inf))]
-    highest = _HIGHEST * max((record["dense"]["perplexity"][text] for record in with_text), default=1.0)
+    dense = [record["dense"]["perplexity"].get(text, math.inf) for record in records]
+    highest = _HIGHEST * max(filter(math.isfinite, dense), default=1.0)
     top, bottom = 1.0, math.inf
-    for record in with_text:
-        number = records.index(record)  # a run looks the same in every figure
-        points = [(0.0, record["dense"]["perplexity"][text])]
+    for number, record in enumerate(records):  # whose number makes a run look the same in every figure
+        if not math.isfinite(dense[number]):
+            continue
+        points = [(0.0, dense[number])]
         points += [(100 * shot["sparsity"], shot["perplexity"][text]) for shot in record["shots"]]
         points = [(x, y) for x, y in points if math.isfinite(y)]
         marker = _MARKERS[number % len(_MARKERS)]
@@ -115,9 +122,7 @@ def perplexity_figure(records: Sequence[Mapping[str, Any]], text: str) -> Figure
         axes.plot(*zip(*points, strict=True), marker=marker, markersize=4, linewidth=1.4, label=label, color=color)
         top = max(top, 1.5 * points[0][1], *(y for _, y in points if y <= highest))
         bottom = min(bottom, points[0][1], *(y for _, y in points))
-        axes.axhline(
-            points[0][1], color="#909090", linewidth=0.8, linestyle="--", zorder=0, label="dense" if record is with_text[0] else None
-        )
+        _dense_line(axes, dense[number])
     axes.set_yscale("log")
     if math.isfinite(bottom):
         axes.set_ylim(0.95 * bottom, 1.1 * top)
@@ -138,7 +143,7 @@ def size_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
         dense = record["parameters"]["before"]
         points = [(0.0, dense / 1e6)] + [(100 * s["sparsity"], s["num_nonzero"] / 1e6) for s in record["shots"] if "num_nonzero" in s]
         axes.plot(*zip(*points, strict=True), marker=_MARKERS[number % len(_MARKERS)], markersize=4, label=record["spec"]["name"])
-        axes.axhline(dense / 1e6, color="#909090", linewidth=0.8, linestyle="--", zorder=0, label="dense" if number == 0 else None)
+        _dense_line(axes, dense / 1e6)
     axes.set_xlabel("sparsity of the blocks' linears, %")
     axes.set_ylabel("parameters left, millions")
     axes.set_ylim(bottom=0)
@@ -249,7 +254,14 @@ def error_figure(errors: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
     for number, (linear, ways) in enumerate(errors.items()):
         for style, (way, values) in zip(("-", ":"), ways.items(), strict=False):
             places = range(1, len(values) + 1)
-            axes.plot(places, values, style, color=f"C{number % 8}", marker=_MARKERS[number % len(_MARKERS)], label=f"{linear}, {way}")
+            axes.plot(
+                places,
+                values,
+                style,
+                color=_COLORS[number % len(_COLORS)],
+                marker=_MARKERS[number % len(_MARKERS)],
+                label=f"{linear}, {way}",
+            )
     axes.set_xlabel("Kronecker terms")
     axes.set_ylabel("relative error of a dense block of the Fisher")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -91,7 +91,10 @@ def exists(uri: str) -> bool:
 def size_bytes(uri: str) -> int | None:
     """Return the size of a file, or None if it is not there or its server does not say."""
     filesystem, path = open_filesystem(uri)
-    size = filesystem.size(path) if filesystem.exists(path) else None
+    try:
+        size = filesystem.size(path)
+    except FileNotFoundError:
+        return None
     return None if size is None else int(size)
 
 

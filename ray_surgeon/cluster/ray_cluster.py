@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.exceptions import ActorUnavailableError, NodeDiedError, ObjectLostError, OutOfMemoryError, RayError, RayTaskError
+from ray.util.metrics import Counter, Gauge
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
@@ -71,7 +72,11 @@ def connect(address: str | None, num_cpus_needed: int) -> str:
 
 def num_nodes() -> int:
     """Return the number of machines that are alive in the cluster."""
-    return sum(node["Alive"] for node in ray.nodes())  # type: ignore[no-untyped-call]
+    return len(_nodes_alive())
+
+
+def _nodes_alive() -> set[str]:
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}  # type: ignore[no-untyped-call]
 
 
 def on_this_node() -> NodeAffinitySchedulingStrategy:
@@ -80,6 +85,32 @@ def on_this_node() -> NodeAffinitySchedulingStrategy:
     Not soft: Ray 2.60 takes a soft affinity of an actor without CPUs for none at times.
     """
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
+class RayMetrics:
+    """Gauges and counters of Ray, which exports them as ``ray_surgeon_*``; the process that holds them must belong to Ray."""
+
+    def __init__(
+        self, run: str, gauges: Mapping[str, tuple[str, tuple[str, ...]]], counters: Mapping[str, tuple[str, tuple[str, ...]]]
+    ) -> None:
+        """Register metrics, each name -> (description, its own tags).
+
+        Args:
+            run: a tag of all of them.
+            gauges: what is set.
+            counters: what is counted.
+        """
+        self._run = run
+        self._gauges = {name: Gauge(f"surgeon_{name}", text, ("run", *tags)) for name, (text, tags) in gauges.items()}
+        self._counters = {name: Counter(f"surgeon_{name}", text, ("run", *tags)) for name, (text, tags) in counters.items()}
+
+    def record(self, name: str, value: float, tags: Mapping[str, str]) -> None:
+        """Set a gauge, or add to a counter."""
+        with_run = {"run": self._run, **tags}
+        if name in self._gauges:
+            self._gauges[name].set(value, with_run)
+        else:
+            self._counters[name].inc(value, with_run)
 
 
 class RayCluster:
@@ -119,7 +150,7 @@ class RayCluster:
             )
             self._actors[index] = options.remote(placement, index, resources.cpus_per_worker, device)
         self._nodes: dict[WorkerIndex, str] = {}
-        self._nodes_at_start = {node["NodeID"] for node in ray.nodes() if node["Alive"]}  # type: ignore[no-untyped-call]
+        self._nodes_at_start = _nodes_alive()
         try:
             started = [actor.__ray_call__.remote(_node_id) for actor in self._actors.values()]
             self._nodes = dict(zip(self._actors, self._wait(started, resources.start_timeout_s), strict=True))
@@ -190,7 +221,7 @@ class RayCluster:
             error = self._what_became_of_it(error)
         if isinstance(error, OutOfMemoryError):
             return LostError(Lost.by("memory", error))
-        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}  # type: ignore[no-untyped-call]
+        alive = _nodes_alive()
         gone = [index for index, node in self._nodes.items() if node not in alive]
         if gone or (not self._nodes and not self._nodes_at_start <= alive):
             return LostError(Lost("node", f"{len(gone) or 'some'} workers were on machines that are gone"))

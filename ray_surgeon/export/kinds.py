@@ -130,10 +130,8 @@ def export(
     Raises:
         RuntimeError: the fresh process cannot load it, or computes something else.
     """
-    config, dtype = (
-        AutoConfig.from_pretrained(open_model(source, convert_gguf).small_files_folder(), trust_remote_code=False),
-        str(facts["dtype"]),
-    )
+    config = AutoConfig.from_pretrained(open_model(source, convert_gguf).small_files_folder(), trust_remote_code=False)
+    dtype = str(facts["dtype"])
     document, modules = dense_document(source, dtype), KINDS[kind].modules
     widths = [] if kind == "masked" else block_widths(config, {linear["name"]: linear["rows_kept"] for linear in linears})
     size_bytes = write_weights(cluster, uri, cut_out=kind != "masked", masks=kind == "masked", left_out=_left_out(kind, config, widths))

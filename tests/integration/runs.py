@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -59,6 +61,13 @@ def overflowing_model(model: Path, folder: Path) -> Path:
     for path in model.glob("tokenizer*"):
         (folder / path.name).write_bytes(path.read_bytes())
     return folder
+
+
+def wait_for(what: Callable[[], object], seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.1)
 
 
 def tensors_of_shot(uri: Path, shot: int) -> dict[str, Tensor]:

@@ -9,10 +9,9 @@ import secrets
 import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 import pytest
 from ray.util import get_node_ip_address
 
-from tests.integration.runs import assert_same_shot, overflowing_model, report_of, tiny_spec
+from tests.integration.runs import assert_same_shot, overflowing_model, report_of, tiny_spec, wait_for
 
 pytestmark = pytest.mark.ray
 
@@ -34,13 +33,6 @@ def free_ports(number: int) -> list[int]:
     for s in sockets:
         s.close()
     return ports
-
-
-def wait_for(what: Callable[[], object], seconds: float = 90) -> None:
-    deadline = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.2)
 
 
 @dataclass(frozen=True)

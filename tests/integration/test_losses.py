@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import psutil
 import pytest
 from ray.cluster_utils import Cluster
 
-from tests.integration.runs import assert_same_shot, overflowing_model, report_of, run, tiny_spec
+from tests.integration.runs import assert_same_shot, overflowing_model, report_of, run, tiny_spec, wait_for
 
 pytestmark = pytest.mark.ray
 
@@ -113,13 +113,6 @@ def test_a_lost_process(
 ) -> None:
     causes = disturb(kind, sent, 0.3, tmp_path, cluster, model_folders["llama"], undisturbed)
     assert causes == ["worker" if kind == "ShardWorker" else "coordinator"]
-
-
-def wait_for(what: Callable[[], object], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
 
 
 def test_a_lost_machine(undisturbed: Path, model_folders: dict[str, Path], tmp_path: Path) -> None:
