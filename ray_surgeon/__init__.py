@@ -1,3 +1,31 @@
-"""Prune large language models with The LLM Surgeon (arXiv 2312.17244) over Ray workers."""
+"""Make large language models smaller and keep them good: The LLM Surgeon (arXiv 2312.17244) over Ray workers."""
 
-__version__ = "0.1.0"
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.2.0"
+__all__ = ["JobSpec", "KroneckerFactors", "PruneResult", "curvature", "parse_spec", "prune"]
+
+if TYPE_CHECKING:
+    from ray_surgeon.api import PruneResult, curvature, prune
+    from ray_surgeon.spec import JobSpec, parse_spec
+    from ray_surgeon.surgery.kronecker import KroneckerFactors
+
+_HOMES = {
+    "JobSpec": "ray_surgeon.spec",
+    "KroneckerFactors": "ray_surgeon.surgery.kronecker",
+    "PruneResult": "ray_surgeon.api",
+    "curvature": "ray_surgeon.api",
+    "parse_spec": "ray_surgeon.spec",
+    "prune": "ray_surgeon.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is used, so that ``ray_surgeon.surgery`` needs torch only."""
+    import importlib
+
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ray_surgeon' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -4,52 +4,65 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import yaml
 from pydantic import Field, model_validator
 
-from ray_surgeon.idle_fields import idle_fields
-from ray_surgeon.sections import (
-    ClusterSection,
-    CorrectionSection,
-    CurvatureSection,
-    OutputSection,
-    PruningSection,
-    UpdatesSection,
-)
-from ray_surgeon.text_sections import CalibrationSection, EvaluationSection, ModelSection, Section
+from ray_surgeon.methods import CorrectionSection, GroupsSection, PruningSection, UniformGroupsSection
+from ray_surgeon.methods.layerwise import SparseGPTSection, WandaSection
+from ray_surgeon.sections.base import Section
+from ray_surgeon.sections.cluster import ClusterSection, RaySection
+from ray_surgeon.sections.curvature import CurvatureSection, KfacSection
+from ray_surgeon.sections.output import OutputSection
+from ray_surgeon.sections.targets import LatencyTarget
+from ray_surgeon.sections.texts import CalibrationSection, EvaluationSection, ModelSection
 
 _YAML_ERRORS = (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError)
 """PyYAML lets through what its constructors raise on values that do not fit their tags."""
 
 
+def _default_curvature(fields: dict[str, Any]) -> KfacSection | None:
+    return None if isinstance(fields.get("pruning"), SparseGPTSection | WandaSection) else KfacSection()
+
+
 class JobSpec(Section):
     """A job: one model, one method, one result."""
 
-    version: Literal[1] = Field(description="Version of this format")
+    version: Literal[2] = Field(description="Version of this format")
     name: str = Field(pattern="^[a-z0-9][a-z0-9.-]*$", max_length=63, description="Name of the run: lower case, digits, dots, dashes")
     model: ModelSection = Field(description="The model to prune")
     calibration: CalibrationSection = Field(description="The text whose loss the method keeps low")
     evaluation: EvaluationSection = Field(description="What the model is measured on: a list of texts, or texts and tasks")
-    curvature: CurvatureSection = Field(CurvatureSection(), description="Curvature of the loss")
     pruning: PruningSection = Field(description="What is removed and how much")
-    updates: UpdatesSection = Field(UpdatesSection(), description="Updates of the weights that stay")
-    correction: CorrectionSection = Field(CorrectionSection(), description="Low-rank first-order corrections between the shots")
-    cluster: ClusterSection = Field(ClusterSection(), description="Workers and where they run")
+    curvature: CurvatureSection | None = Field(
+        default_factory=_default_curvature, description="Curvature of the loss; kfac if not given. sparsegpt and wanda have none"
+    )
+    correction: CorrectionSection | None = Field(None, description="Low-rank first-order corrections after the shots; null: none")
+    cluster: ClusterSection = Field(RaySection(), description="Workers and where they run")
     output: OutputSection = Field(description="Where results go")
 
     @model_validator(mode="after")
-    def _sections_fit(self) -> JobSpec:
-        if unused := list(idle_fields(self)):
-            raise ValueError(f"these fields would have no effect: {'; '.join(unused)}. Remove them")
+    def _fits_the_curvature(self) -> JobSpec:
+        if isinstance(self.pruning, SparseGPTSection | WandaSection):
+            if self.curvature is not None:
+                raise ValueError(f"curvature: pruning.method {self.pruning.method} gathers its own; remove the section")
+        elif self.curvature is None:
+            raise ValueError(f"curvature: pruning.method {self.pruning.method} needs one; remove the null")
+        elif (problem := self.pruning.problem_with(self.curvature)) is not None:
+            raise ValueError(problem)
+        return self
+
+    @model_validator(mode="after")
+    def _fits_the_texts(self) -> JobSpec:
+        num_sequences = self.calibration.num_sequences
         names = [text.name for text in self.evaluation.texts]
         if len(set(names)) < len(names):
             raise ValueError(f"evaluation: names must differ, got {names}; rename one")
-        if self.cluster.num_replicas > self.calibration.num_sequences:
+        if self.cluster.num_replicas > num_sequences:
             raise ValueError(
-                f"cluster.num_replicas: {self.cluster.num_replicas} replicas cannot be filled by {self.calibration.num_sequences} "
+                f"cluster.num_replicas: {self.cluster.num_replicas} replicas cannot be filled by {num_sequences} "
                 "calibration sequences; give fewer replicas or more sequences"
             )
         for i, text in enumerate(self.evaluation.texts):
@@ -59,49 +72,35 @@ class JobSpec(Section):
                         f"evaluation.{i}.max_tokens: must equal that of {text.source} in calibration, because both are cut from it and "
                         "the border between train and test would move; set both"
                     )
-        return self
-
-    @model_validator(mode="after")
-    def _possible_together(self) -> JobSpec:
-        pruning, updates = self.pruning, self.updates
-        by_element = pruning.structure in ("element", "n_m")
-        if pruning.method != "llm_surgeon" and not by_element:
-            raise ValueError(f"pruning.method: {pruning.method} removes elements; set pruning.structure to element or n_m")
-        if self.curvature.num_kronecker_terms > 1 and pruning.selection == "greedy":
-            raise ValueError("pruning.selection: greedy needs curvature.num_kronecker_terms 1; choose one of the two")
-        if self.curvature.num_kronecker_terms > 1 and by_element and updates.correlations == "full" and updates.solver == "chunks":
-            raise ValueError("updates.solver: chunks needs curvature.num_kronecker_terms 1; use conjugate_gradients")
-        exports = set(self.output.exports) - {"masked"}
-        if exports and pruning.structure != "groups":
-            raise ValueError(f"output.exports: {', '.join(sorted(exports))} needs pruning.structure groups; others leave zeros only")
-        if "uniform" in exports and pruning.allocation != "uniform":
-            raise ValueError("output.exports: uniform needs pruning.allocation uniform; set it, or export per_block")
-        if "deci" in exports and (pruning.groups != ("ffn",) or pruning.width_multiple % 256):
+        if self.correction is not None and self.correction.sequences_per_step > num_sequences:
             raise ValueError(
-                "output.exports: deci holds widths that are multiples of 256 and all heads; set pruning.groups to [ffn] and "
-                "pruning.width_multiple to 256"
-            )
-        if self.evaluation.tasks is not None and not self.output.exports:
-            raise ValueError("evaluation.tasks: are of exports, and output.exports has none; add one, or remove tasks")
-        target = pruning.target
-        if target is not None and target.device == "cuda" and not self.cluster.gpus_per_worker:
-            raise ValueError("pruning.target: device cuda is the first worker's GPU; set cluster.gpus_per_worker to 1")
-        if self.correction.sequences_per_step > self.calibration.num_sequences:
-            raise ValueError(
-                f"correction.sequences_per_step: {self.correction.sequences_per_step} is more than the {self.calibration.num_sequences} "
+                f"correction.sequences_per_step: {self.correction.sequences_per_step} is more than the {num_sequences} "
                 "calibration sequences; lower it"
             )
         return self
 
-    @property
-    def is_greedy(self) -> bool:
-        """Whether rows and columns are selected greedily."""
-        can_be = self.pruning.costs == "obs" and self.curvature.num_kronecker_terms == 1
-        by_structure = self.pruning.structure in ("rows_columns", "rows", "columns")
-        return by_structure and (self.pruning.selection == "greedy" or (self.pruning.selection is None and can_be))
+    @model_validator(mode="after")
+    def _possible_exports(self) -> JobSpec:
+        pruning, exports = self.pruning, set(self.output.exports) - {"masked"}
+        if exports and not isinstance(pruning, GroupsSection | UniformGroupsSection):
+            raise ValueError(f"output.exports: {', '.join(sorted(exports))} needs pruning.structure groups; others leave zeros only")
+        if isinstance(pruning, GroupsSection) and "uniform" in exports:
+            raise ValueError("output.exports: uniform needs pruning.allocation uniform; set it, or export per_block")
+        if isinstance(pruning, GroupsSection | UniformGroupsSection):
+            if "deci" in exports and (pruning.groups != ("ffn",) or pruning.width_multiple % 256):
+                raise ValueError(
+                    "output.exports: deci holds widths that are multiples of 256 and all heads; set pruning.groups to [ffn] and "
+                    "pruning.width_multiple to 256"
+                )
+            target = pruning.target
+            if isinstance(target, LatencyTarget) and target.device == "cuda" and not self.cluster.gpus_per_worker:
+                raise ValueError("pruning.target: device cuda is the first worker's GPU; set cluster.gpus_per_worker to 1")
+        if self.evaluation.tasks is not None and not self.output.exports:
+            raise ValueError("evaluation.tasks: are of exports, and output.exports has none; add one, or remove tasks")
+        return self
 
     def method_fingerprint(self) -> str:
-        """Return a SHA-256 over all that determines the result: not the name, the cluster, the texts evaluated or the output.
+        """Return a SHA-256 over everything that determines the result: not the name, the cluster, the texts evaluated or the output.
 
         Where the model lies does not count either; its content has a fingerprint of its own.
         """
@@ -109,6 +108,38 @@ class JobSpec(Section):
             mode="json", exclude={"name": True, "cluster": True, "evaluation": True, "output": True, "model": {"source"}}
         )
         return hashlib.sha256(json.dumps(method, sort_keys=True).encode()).hexdigest()
+
+
+_CHANGED = {
+    "curvature.kind": "curvature.kind stays; extended_kfac is a kind of its own",
+    "curvature.num_kronecker_terms": "curvature: {kind: extended_kfac, num_kronecker_terms: N}",
+    "curvature.num_power_passes": "curvature.num_power_iterations, of kind extended_kfac",
+    "curvature.first_term": "is gone: the nearest first term was worse than KFAC's",
+    "pruning.selection": "pruning.costs: greedy, obs or obd",
+    "pruning.costs": "pruning.costs: greedy, obs or obd for rows and columns; obs, obs_sum or obd for n_m",
+    "pruning.group_costs": "pruning.costs: obs (was joint) or obs_sum (was sum), of structure n_m",
+    "pruning.target": "pruning.target has one unit and that unit's own fields; flops takes prompt_length directly",
+    "updates.correlations": "pruning.update: full, single or none; for elements pruning.update.solver",
+    "updates.solver": "pruning.update: {solver: conjugate_gradients} or {solver: chunks}",
+    "updates.precision": "pruning.update.precision",
+    "updates.num_iterations": "pruning.update.num_iterations",
+    "updates.tolerance": "pruning.update.tolerance",
+    "updates.max_correlate": "pruning.update.max_correlate",
+    "updates.joint": "is gone: exact and independent were equally good; independent, the published one, stays",
+    "updates.first_order_step": "is gone: it made models worse",
+    "correction.lora_rank": "leave the section correction out, or null, for no corrections; lora_rank 0 is gone",
+}
+"""Field of version 1 -> what became of it."""
+
+
+def _changes_since_version_1(document: dict[str, Any]) -> Iterator[str]:
+    for path, change in _CHANGED.items():
+        section, _, name = path.partition(".")
+        if isinstance(document.get(section), dict) and name in document[section]:
+            yield f"  {path}: {change}"
+    method = document.get("pruning", {}).get("method") if isinstance(document.get("pruning"), dict) else None
+    if method in ("sparsegpt", "wanda") and "curvature" in document:
+        yield "  curvature: sparsegpt takes pruning.damping and pruning.max_damping; wanda none"
 
 
 def parse_spec(text: str, overrides: Sequence[str] = ()) -> JobSpec:
@@ -119,7 +150,7 @@ def parse_spec(text: str, overrides: Sequence[str] = ()) -> JobSpec:
         overrides: ``section.field=value`` each, the value being YAML; list items by number, e.g. ``evaluation.0.num_sequences=8``.
 
     Raises:
-        ValueError: it is not YAML, or an override is malformed.
+        ValueError: it is not YAML, an override is malformed, or it is of version 1.
         pydantic.ValidationError: a field is wrong.
     """
     try:
@@ -128,6 +159,12 @@ def parse_spec(text: str, overrides: Sequence[str] = ()) -> JobSpec:
         raise ValueError(f"the job spec is not valid YAML: {error}; see the files in pipelines/") from error
     if not isinstance(document, dict):
         raise ValueError(f"the job spec must be a mapping of sections, got {type(document).__name__}; see the files in pipelines/")
+    if document.get("version") == 1 and type(document["version"]) is int:
+        changes = list(_changes_since_version_1(document))
+        raise ValueError(
+            "version: this job spec has version 1, and version 2 is read here. Set version: 2"
+            + (", and change these fields:\n" + "\n".join(changes) if changes else "; no other line has to change")
+        )
     for override in overrides:
         _apply_override(document, override)
     return JobSpec.model_validate(document)
@@ -141,7 +178,9 @@ def _apply_override(document: dict[str, Any], override: str) -> None:
     place: Any = document
     try:
         for key in parents:
-            place = place[int(key)] if isinstance(place, list) else place.setdefault(key, {})
+            if isinstance(place, dict) and place.get(key) is None:  # absent, or switched off by null
+                place[key] = {}
+            place = place[int(key)] if isinstance(place, list) else place[key]
         place[int(last) if isinstance(place, list) else last] = yaml.safe_load(value)
     except (TypeError, *_YAML_ERRORS) as error:
         raise ValueError(f"--set {override}: there is no such place in the spec ({error}); list items are numbered from 0") from error

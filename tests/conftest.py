@@ -25,7 +25,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from ray_surgeon import storage
+from ray_surgeon.storage import files
 
 torch.set_num_threads(1)
 
@@ -119,7 +119,7 @@ def s3() -> Iterator[None]:
         patch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         S3FileSystem.clear_instance_cache()
-        filesystem, _ = storage.open_filesystem("s3://bucket/x")
+        filesystem, _ = files.open_filesystem("s3://bucket/x")
         filesystem.mkdir("bucket")
         yield
     S3FileSystem.clear_instance_cache()

@@ -1,70 +1,95 @@
-"""All workers in this process: the same protocol for tests, debuggers and as the oracle of the Ray cluster."""
+"""All workers in this process: the same protocol for notebooks, tests and debuggers, and the oracle of the Ray cluster."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from threading import BrokenBarrierError
-from typing import Any
+from typing import Concatenate, ParamSpec, TypeVar
 
-from ray_surgeon.cluster.messages import WorkerIndex
-from ray_surgeon.cluster.placement import Placement
-from ray_surgeon.cluster.replicas import ThreadMeeting, ThreadReplica
-from ray_surgeon.cluster.worker import ShardWorker
+from ray_surgeon.cluster.cluster import Progress
+from ray_surgeon.cluster.collectives import ThreadMeeting, ThreadReplica
+from ray_surgeon.cluster.placement import Placement, WorkerIndex
+from ray_surgeon.cluster.usage import Usage
+from ray_surgeon.cluster.worker import Worker
+from ray_surgeon.models.layout import ModelLayout
+
+P = ParamSpec("P")
+T = TypeVar("T")
+U = TypeVar("U")
 
 _MEETING_TIMEOUT_S = 600.0
-_MEETINGS = ("finish_curvature", "start_term", "finish_power", "num_kept_at", "prune", "prune_blocks", "prune_groups", "step_corrections")
-"""Methods inside which replicas wait for each other, and which therefore need a thread each; loading is not thread-safe."""
 
 
 class LocalCluster:
-    """Workers as objects. Calls run at once, in the order of submission, so a future is simply the value."""
+    """Workers as objects. A submitted step runs at once, so its future is simply the value."""
 
-    def __init__(self, placement: Placement, num_threads: int, device: str = "cpu") -> None:
+    def __init__(self, layout: ModelLayout, placement: Placement, num_threads: int, device: str = "cpu") -> None:
         """Create the workers.
 
         Args:
+            layout: of the whole model.
             placement: what each of them holds.
             num_threads: torch threads of the process.
             device: "cpu" or "cuda".
         """
-        self.placement = placement
-        self._workers = {index: ShardWorker(placement, index, num_threads, device) for index in placement.workers}
+        self.placement, self.progress = placement, Progress()
+        self.workers = {index: Worker(layout, placement, index, num_threads, device) for index in placement.workers}
+        self._positions: dict[WorkerIndex, tuple[int, int]] = {}
+        for index, worker in self.workers.items():
+            worker.report_position = partial(self._report, index)
         if placement.num_replicas > 1:
             for shard in range(placement.num_shards):
                 meeting = ThreadMeeting(placement.num_replicas, _MEETING_TIMEOUT_S)
                 for replica in range(placement.num_replicas):
-                    self._workers[WorkerIndex(shard, replica)].replicas = ThreadReplica(meeting, replica)
+                    self.workers[WorkerIndex(shard, replica)].replicas = ThreadReplica(meeting, replica)
 
-    def submit(self, index: WorkerIndex, method: str, *args: object, num_returns: int = 1) -> Any:
-        """Run a method now; see `Cluster.submit`."""
-        return getattr(self._workers[index], method)(*args)
+    def submit(self, index: WorkerIndex, step: Callable[Concatenate[Worker, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a step now; see `Cluster.submit`."""
+        return self.workers[index].call(step, *args, **kwargs)
 
-    def get(self, futures: Sequence[Any]) -> list[Any]:
+    def submit_pair(
+        self, index: WorkerIndex, step: Callable[Concatenate[Worker, P], tuple[T, U]], *args: P.args, **kwargs: P.kwargs
+    ) -> tuple[T, U]:
+        """Run a step now; see `Cluster.submit_pair`."""
+        return self.workers[index].call(step, *args, **kwargs)
+
+    def get(self, futures: Sequence[T]) -> list[T]:
         """Return the values."""
         return list(futures)
 
-    def run_all(self, method: str, *args: object, **kwargs: object) -> list[Any]:
-        """Run a method on every worker, one after the other unless replicas meet inside it."""
-        workers = [self._workers[index] for index in self.placement.workers]
-        if self.placement.num_replicas == 1 or method not in _MEETINGS:
-            return [getattr(worker, method)(*args, **kwargs) for worker in workers]
+    def run_all(self, step: Callable[Concatenate[Worker, P], T], *args: P.args, **kwargs: P.kwargs) -> list[T]:
+        """Run a step on every worker, one after the other unless replicas wait for each other inside it."""
+        self._positions.clear()
+        workers = [self.workers[index] for index in self.placement.workers]
+        if self.placement.num_replicas == 1 or not getattr(step, "is_collective", False):
+            return [worker.call(step, *args, **kwargs) for worker in workers]
         with ThreadPoolExecutor(len(workers)) as pool:
-            futures = [pool.submit(_meet, worker, method, *args, **kwargs) for worker in workers]
+            futures = [pool.submit(_run_beside_replicas, worker, lambda w: w.call(step, *args, **kwargs)) for worker in workers]
         errors = [error for error in (future.exception() for future in futures) if error is not None]
         for error in sorted(errors, key=lambda error: isinstance(error, BrokenBarrierError)):
             raise error
         return [future.result() for future in futures]
 
+    def usages(self) -> list[Usage]:
+        """Return what each worker has used so far."""
+        return [self.workers[index].usage() for index in self.placement.workers]
+
     def close(self) -> None:
         """Drop the workers."""
-        self._workers.clear()
+        self.workers.clear()
+
+    def _report(self, index: WorkerIndex, done: int, total: int) -> None:
+        self._positions[index] = done, total
+        if self.progress.unit == "linears":
+            self.progress.reach(sum(done for done, _ in self._positions.values()), sum(total for _, total in self._positions.values()))
 
 
-def _meet(worker: ShardWorker, method: str, *args: object, **kwargs: object) -> Any:
+def _run_beside_replicas(worker: Worker, run: Callable[[Worker], T]) -> T:
     came_to_the_end = False
     try:
-        result = getattr(worker, method)(*args, **kwargs)
+        result = run(worker)
         came_to_the_end = True
     finally:
         if not came_to_the_end and isinstance(worker.replicas, ThreadReplica):

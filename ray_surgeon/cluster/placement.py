@@ -5,20 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from transformers import PretrainedConfig
+from ray_surgeon.models.layout import BlockRange, LinearShape, ModelLayout
 
-from ray_surgeon.cluster.messages import WorkerIndex
-from ray_surgeon.models.skeleton import BlockRange, LinearShape, linear_shapes, num_blocks_of
+
+@dataclass(frozen=True, order=True)
+class WorkerIndex:
+    """Which worker: the shard it holds and the replica it belongs to, e.g. (shard=1, replica=0)."""
+
+    shard: int
+    replica: int
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Blocks of every shard, and the replica that owns each input site.
+    """Blocks of every shard, and the replica that owns each shared-input group.
 
     Attributes:
         num_replicas: copies of every shard.
         blocks: one range a shard, e.g. (0, 17), (17, 30).
-        owners: site -> replica that reduces, inverts, costs and updates its linears.
+        owners: shared-input group -> replica that reduces, inverts, costs and updates its linears.
     """
 
     num_replicas: int
@@ -45,8 +50,8 @@ def head_cost_in_blocks(shapes: Sequence[LinearShape], num_blocks: int, vocabula
 
     A linear costs 2 x 2 R C (forward, backward to its input) and R^2 + C^2 (its factors, half of them by symmetry) a token.
     """
-    sites = {s.site: s.num_columns for s in shapes}
-    block = sum(4 * s.num_rows * s.num_columns + s.num_rows**2 for s in shapes) + sum(c**2 for c in sites.values())
+    inputs = {s.shared_input: s.num_columns for s in shapes}
+    block = sum(4 * s.num_rows * s.num_columns + s.num_rows**2 for s in shapes) + sum(c**2 for c in inputs.values())
     return 4 * vocabulary * hidden * num_blocks / block
 
 
@@ -81,30 +86,29 @@ def partition_blocks(num_blocks: int, num_shards: int, head_cost: float) -> tupl
 
 
 def assign_owners(shapes: Sequence[LinearShape], num_replicas: int, blocks: Sequence[BlockRange]) -> tuple[int, ...]:
-    """Give every site an owner among the replicas of its shard, the largest first to the least loaded.
+    """Give every shared-input group an owner among the replicas of its shard, the largest first to the least loaded.
 
     The work of a linear is R^3 + C^3, for the two factorisations.
     """
     work: dict[int, int] = {}
-    block_of = {s.site: s.block for s in shapes}
+    block_of = {s.shared_input: s.block for s in shapes}
     for s in shapes:
-        work[s.site] = work.get(s.site, 0) + s.num_rows**3 + s.num_columns**3
+        work[s.shared_input] = work.get(s.shared_input, 0) + s.num_rows**3 + s.num_columns**3
     owners = [0] * len(work)
     for shard in blocks:
         load = [0] * num_replicas
-        for site in sorted((s for s in work if shard.first <= block_of[s] < shard.last), key=lambda s: (-work[s], s)):
-            owners[site] = load.index(min(load))
-            load[owners[site]] += work[site]
+        for group in sorted((g for g in work if shard.first <= block_of[g] < shard.last), key=lambda g: (-work[g], g)):
+            owners[group] = load.index(min(load))
+            load[owners[group]] += work[group]
     return tuple(owners)
 
 
-def place(config: PretrainedConfig, num_shards: int, num_replicas: int) -> Placement:
+def place(layout: ModelLayout, num_shards: int, num_replicas: int) -> Placement:
     """Return the placement of a model on ``num_shards x num_replicas`` workers.
 
     Raises:
         ValueError: see `partition_blocks`.
     """
-    shapes, num_blocks = linear_shapes(config), num_blocks_of(config)
-    head = head_cost_in_blocks(shapes, num_blocks, config.vocab_size, config.hidden_size)
-    blocks = partition_blocks(num_blocks, num_shards, head)
-    return Placement(num_replicas, blocks, assign_owners(shapes, num_replicas, blocks))
+    head = head_cost_in_blocks(layout.linears, layout.num_blocks, layout.config.vocab_size, layout.config.hidden_size)
+    blocks = partition_blocks(layout.num_blocks, num_shards, head)
+    return Placement(num_replicas, blocks, assign_owners(layout.linears, num_replicas, blocks))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import ray
 from ray.exceptions import ActorUnavailableError, NodeDiedError, ObjectLostError, OutOfMemoryError, RayError, RayTaskError
@@ -14,30 +15,47 @@ from ray.util.metrics import Counter, Gauge
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from ray_surgeon.cluster.messages import Lost, WorkerIndex
-from ray_surgeon.cluster.placement import Placement
-from ray_surgeon.cluster.replicas import ReplicaLostError
-from ray_surgeon.cluster.worker import ShardWorker
+from ray_surgeon.cluster.cluster import Progress
+from ray_surgeon.cluster.collectives import CollectiveError, ProcessReplica
+from ray_surgeon.cluster.placement import Placement, WorkerIndex
+from ray_surgeon.cluster.usage import Usage
+from ray_surgeon.cluster.worker import Worker
+from ray_surgeon.models.layout import ModelLayout
+from ray_surgeon.sections.cluster import RaySection
+
+P = ParamSpec("P")
+T = TypeVar("T")
+U = TypeVar("U")
+
+_LOOK_S = 2.0
+"""How often a step over linears is asked how many are done."""
 
 
 @dataclass(frozen=True)
-class RayResources:
-    """What a worker gets and how long to wait; see `spec.ClusterSection`."""
+class WorkerFailure:
+    """A loss after which a run may continue from its last committed shot.
 
-    cpus_per_worker: int
-    gpus_per_worker: int
-    start_timeout_s: float
-    step_timeout_s: float
-    ping_timeout_s: float = 60.0
+    Attributes:
+        cause: "worker", "node", "coordinator", "communication" or "memory"; see `RetriesSection`.
+        message: one line.
+    """
+
+    cause: str
+    message: str
+
+    @staticmethod
+    def by(cause: str, error: BaseException) -> WorkerFailure:
+        """Return a failure with the beginning of an error, which may have many lines, as its message."""
+        return WorkerFailure(cause, " ".join(str(error).split())[:300])
 
 
-class LostError(RuntimeError):
-    """Part of the cluster is lost: what it held is in the last committed shot, and a new group of workers can go on from there."""
+class WorkerFailureError(RuntimeError):
+    """Part of the cluster is lost. A new group of workers can continue from the last committed shot."""
 
-    def __init__(self, lost: Lost) -> None:
+    def __init__(self, failure: WorkerFailure) -> None:
         """Say what is lost."""
-        super().__init__(lost.message)
-        self.lost = lost
+        super().__init__(failure.message)
+        self.failure = failure
 
 
 def connect(address: str | None, num_cpus_needed: int) -> str:
@@ -116,121 +134,145 @@ class RayMetrics:
 class RayCluster:
     """One actor per shard and replica. A lost actor is not restarted alone: its state is in the committed shot."""
 
-    def __init__(self, placement: Placement, resources: RayResources) -> None:
+    def __init__(self, layout: ModelLayout, placement: Placement, section: RaySection) -> None:
         """Reserve room for all workers together and start them.
 
         Args:
+            layout: of the whole model.
             placement: what each of them holds.
-            resources: of each worker.
+            section: what each of them gets, and how long to wait.
 
         Raises:
             RuntimeError: the cluster has no room within the time; names what was asked for and what there is.
         """
-        self.placement = placement
-        self._group = _reserve(len(placement.workers), resources)
-        threads = str(resources.cpus_per_worker)
+        self.placement, self.progress = placement, Progress()
+        self._group = _reserve(len(placement.workers), section)
+        threads = str(section.cpus_per_worker)
         environment = {
             "OMP_NUM_THREADS": threads,
             "MKL_NUM_THREADS": threads,
             "OMP_WAIT_POLICY": "PASSIVE",
             "TOKENIZERS_PARALLELISM": "false",
         }
-        actor_class = ray.remote(concurrency_groups={"ping": 1})(ShardWorker)  # type: ignore[call-overload]
-        self._ping_timeout_s = resources.ping_timeout_s
-        device = "cuda" if resources.gpus_per_worker else "cpu"
+        actor_class = ray.remote(concurrency_groups={"ping": 1})(Worker)  # type: ignore[call-overload]
+        self._ping_timeout_s = section.ping_timeout_s
+        layout_reference = ray.put(layout)
         self._actors: dict[WorkerIndex, Any] = {}
         for bundle, index in enumerate(placement.workers):
             options = actor_class.options(
-                num_cpus=resources.cpus_per_worker,
-                num_gpus=resources.gpus_per_worker,
+                num_cpus=section.cpus_per_worker,
+                num_gpus=section.gpus_per_worker,
                 max_restarts=0,
                 max_task_retries=0,
                 runtime_env={"env_vars": environment},
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, bundle),
             )
-            self._actors[index] = options.remote(placement, index, resources.cpus_per_worker, device)
+            self._actors[index] = options.remote(layout_reference, placement, index, section.cpus_per_worker, section.device)
         self._nodes: dict[WorkerIndex, str] = {}
         self._nodes_at_start = _nodes_alive()
         try:
             started = [actor.__ray_call__.remote(_node_id) for actor in self._actors.values()]
-            self._nodes = dict(zip(self._actors, self._wait(started, resources.start_timeout_s), strict=True))
+            self._nodes = dict(zip(self._actors, self._wait(started, section.start_timeout_s), strict=True))
             if placement.num_replicas > 1:
                 first = placement.workers[0]
                 (host,) = self.get([self._actors[first].__ray_call__.remote(_node_address)])
-                address = self.get([self.submit(first, "meeting_address", host)])[0]
-                self.run_all("join_replicas", address, resources.step_timeout_s)
+                (address,) = self.get([self.submit(first, _meeting_address, host)])
+                self.run_all(_join_replicas, address, section.step_timeout_s)
         except BaseException:
             self.close()
             raise
 
-    def submit(self, index: WorkerIndex, method: str, *args: object, num_returns: int = 1) -> Any:
-        """Start a method on one worker; see `Cluster.submit`."""
-        return getattr(self._actors[index], method).options(num_returns=num_returns).remote(*args)
+    def submit(self, index: WorkerIndex, step: Callable[Concatenate[Worker, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Start a step on one worker; see `Cluster.submit`."""
+        future: T = self._actors[index].call.remote(step, *args, **kwargs)
+        return future
 
-    def get(self, futures: Sequence[Any]) -> list[Any]:
+    def submit_pair(
+        self, index: WorkerIndex, step: Callable[Concatenate[Worker, P], tuple[T, U]], *args: P.args, **kwargs: P.kwargs
+    ) -> tuple[T, U]:
+        """Start a step that returns a pair; see `Cluster.submit_pair`."""
+        first, second = self._actors[index].call.options(num_returns=2).remote(step, *args, **kwargs)
+        return first, second
+
+    def get(self, futures: Sequence[T]) -> list[T]:
         """Wait for futures and return their values.
 
         Raises:
-            LostError: a worker died, or does not answer any more.
+            WorkerFailureError: a worker died, or does not answer any more.
         """
         return self._wait(futures, self._ping_timeout_s / 2)
 
-    def _wait(self, futures: Sequence[Any], patience_s: float) -> list[Any]:
+    def _wait(self, futures: Sequence[T], patience_s: float) -> list[T]:
         """Wait; where nothing ends for so many seconds, ask whether the workers live."""
         values: dict[Any, Any] = {}
-        pending = list(dict.fromkeys(futures))
+        pending: list[Any] = list(dict.fromkeys(futures))
+        waited_s = 0.0
         try:
             while pending:  # in the order of completion, so that a failure is seen while the others still run
-                done, pending = ray.wait(pending, num_returns=1, timeout=patience_s, fetch_local=False)
+                pause_s = min(patience_s, _LOOK_S)
+                done, pending = ray.wait(pending, num_returns=1, timeout=pause_s, fetch_local=False)
                 values.update(zip(done, ray.get(done), strict=True))
-                if not done:
+                waited_s = 0.0 if done else waited_s + pause_s
+                if not done and self.progress.unit == "linears":
+                    self._look()
+                if waited_s >= patience_s:
                     self._check_that_all_answer(self._ping_timeout_s / 2)
+                    waited_s = 0.0
         except RayError as error:
-            raise self._as_lost(error) from error
+            raise self._as_failure(error) from error
         return [values[future] for future in futures]
+
+    def _look(self) -> None:
+        """Ask the workers how many linears they have done; those that do not answer at once are left out."""
+        pings = [actor.ping.options(concurrency_group="ping").remote() for actor in self._actors.values()]
+        done, _ = ray.wait(pings, num_returns=len(pings), timeout=1.0)
+        positions = ray.get(done)
+        self.progress.reach(sum(done for done, _ in positions), sum(total for _, total in positions))
 
     def _check_that_all_answer(self, timeout_s: float) -> None:
         """Ping every worker.
 
         Raises:
             RayError: one is dead.
-            LostError: one does not answer, stopped or cut off.
+            WorkerFailureError: one does not answer, stopped or cut off.
         """
         pings = {actor.ping.options(concurrency_group="ping").remote(): index for index, actor in self._actors.items()}
         done, silent = ray.wait(list(pings), num_returns=len(pings), timeout=timeout_s, fetch_local=False)
         ray.get(done)
         if silent:
             index = pings[silent[0]]
-            raise LostError(Lost("worker", f"shard {index.shard} of replica {index.replica} has not answered for {timeout_s:g} s"))
+            raise WorkerFailureError(
+                WorkerFailure("worker", f"shard {index.shard} of replica {index.replica} has not answered for {timeout_s:g} s")
+            )
 
-    def _as_lost(self, error: RayError) -> Exception:
-        """Return the loss behind an error, or the error itself if it is one of the work."""
+    def _as_failure(self, error: RayError) -> Exception:
+        """Return the failure behind an error, or the error itself if the work raised it."""
         while isinstance(error, RayTaskError) and isinstance(error.cause, RayError):
             error = error.cause  # a task failed because what it was to take was lost with another worker
         if isinstance(error, RayTaskError):
-            if not isinstance(error.cause, ReplicaLostError):
+            if not isinstance(error.cause, CollectiveError):
                 return error
             try:
                 self._check_that_all_answer(min(5.0, self._ping_timeout_s))
             except RayError as dead:  # the other end of the collective
-                return self._as_lost(dead)
-            except LostError as lost:
-                return lost
-            return LostError(Lost.by("communication", error.cause))
+                return self._as_failure(dead)
+            except WorkerFailureError as failure:
+                return failure
+            return WorkerFailureError(WorkerFailure.by("communication", error.cause))
         if isinstance(error, ActorUnavailableError):
             error = self._what_became_of_it(error)
         if isinstance(error, OutOfMemoryError):
-            return LostError(Lost.by("memory", error))
+            return WorkerFailureError(WorkerFailure.by("memory", error))
         alive = _nodes_alive()
         gone = [index for index, node in self._nodes.items() if node not in alive]
         if gone or (not self._nodes and not self._nodes_at_start <= alive):
-            return LostError(Lost("node", f"{len(gone) or 'some'} workers were on machines that are gone"))
+            return WorkerFailureError(WorkerFailure("node", f"{len(gone) or 'some'} workers were on machines that went away"))
         if isinstance(error, (NodeDiedError, ObjectLostError)):
-            return LostError(Lost.by("node", error))
-        return LostError(Lost.by("worker", error))
+            return WorkerFailureError(WorkerFailure.by("node", error))
+        return WorkerFailureError(WorkerFailure.by("worker", error))
 
     def _what_became_of_it(self, error: RayError) -> RayError:
-        """Ask until Ray knows whether a worker to which the connection broke is dead, or its machine; it takes seconds."""
+        """Ask until Ray knows whether the worker behind a broken connection is dead, or its machine is; this takes seconds."""
         deadline = time.monotonic() + self._ping_timeout_s
         while time.monotonic() < deadline:
             try:
@@ -238,16 +280,20 @@ class RayCluster:
             except RayError as newer:
                 if not isinstance(newer, ActorUnavailableError):
                     return newer
-            except LostError:
+            except WorkerFailureError:
                 pass
             else:
                 break
             time.sleep(0.5)
         return error
 
-    def run_all(self, method: str, *args: object, **kwargs: object) -> list[Any]:
-        """Run a method on every worker at the same time."""
-        return self.get([getattr(self._actors[index], method).remote(*args, **kwargs) for index in self.placement.workers])
+    def run_all(self, step: Callable[Concatenate[Worker, P], T], *args: P.args, **kwargs: P.kwargs) -> list[T]:
+        """Run a step on every worker at the same time."""
+        return self.get([self.submit(index, step, *args, **kwargs) for index in self.placement.workers])
+
+    def usages(self) -> list[Usage]:
+        """Return what each worker has used so far."""
+        return self.get([self._actors[index].usage.remote() for index in self.placement.workers])
 
     def close(self) -> None:
         """Kill the workers and give the resources back."""
@@ -256,27 +302,41 @@ class RayCluster:
         remove_placement_group(self._group)
 
 
-def _node_id(worker: ShardWorker) -> str:
+def _node_id(worker: Worker) -> str:
     """Return the identity of the machine of a worker; runs there."""
     return str(ray.get_runtime_context().get_node_id())
 
 
-def _node_address(worker: ShardWorker) -> str:
+def _node_address(worker: Worker) -> str:
     """Return the address by which Ray itself reaches the machine of a worker; runs there."""
     return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
 
 
-def _reserve(num_workers: int, resources: RayResources) -> PlacementGroup:
-    bundle: dict[str, float] = {"CPU": resources.cpus_per_worker}
-    if resources.gpus_per_worker:
-        bundle["GPU"] = resources.gpus_per_worker
+def _meeting_address(worker: Worker, host: str) -> str:
+    """Return an address on the machine of a worker with a free port; `host` is its name to the others."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.bind(("", 0))
+        return f"tcp://{host}:{probe.getsockname()[1]}"
+
+
+def _join_replicas(worker: Worker, address: str, timeout_s: float) -> None:
+    """Let a worker join the process group of all workers; see `ProcessReplica`."""
+    placement = worker.placement
+    rank, size = placement.rank(worker.index), len(placement.workers)
+    worker.replicas = ProcessReplica(address, rank, size, placement.num_shards, worker.device, timeout_s)
+
+
+def _reserve(num_workers: int, section: RaySection) -> PlacementGroup:
+    bundle: dict[str, float] = {"CPU": section.cpus_per_worker}
+    if section.gpus_per_worker:
+        bundle["GPU"] = section.gpus_per_worker
     group: PlacementGroup = placement_group([bundle] * num_workers, strategy="PACK")
-    if not group.wait(resources.start_timeout_s):
+    if not group.wait(section.start_timeout_s):
         total, free = ray.cluster_resources(), ray.available_resources()  # type: ignore[no-untyped-call]
         remove_placement_group(group)
         shown = ", ".join(f"{key} {free.get(key, 0):g} free of {total.get(key, 0):g}" for key in bundle)
         raise RuntimeError(
-            f"no room for {num_workers} workers of {bundle} within {resources.start_timeout_s:g} s; the cluster has {shown}. "
+            f"no room for {num_workers} workers of {bundle} within {section.start_timeout_s:g} s; the cluster has {shown}. "
             "Ask for fewer shards or replicas, or add nodes"
         )
     return group

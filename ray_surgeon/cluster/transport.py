@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from ray_surgeon.cluster.messages import Wire
+
+@dataclass(frozen=True)
+class TensorPayload:
+    """A tensor on its way: a numpy array and the torch dtype it stands for, e.g. int16 for "bfloat16"."""
+
+    array: NDArray[np.generic]
+    dtype: str
 
 
-def encode(tensor: Tensor) -> Wire:
+def encode(tensor: Tensor) -> TensorPayload:
     """Return a tensor as it travels. A view becomes a copy of its own, or its whole storage would travel."""
     dense = tensor.detach().cpu().contiguous()
     if dense.untyped_storage().nbytes() != dense.nbytes:
         dense = dense.clone()
     if dense.dtype == torch.bfloat16:
-        return Wire(dense.view(torch.int16).numpy(), "bfloat16")
-    return Wire(dense.numpy(), str(dense.dtype).removeprefix("torch."))
+        return TensorPayload(dense.view(torch.int16).numpy(), "bfloat16")
+    return TensorPayload(dense.numpy(), str(dense.dtype).removeprefix("torch."))
 
 
-def decode(wire: Wire, device: torch.device) -> Tensor:
+def decode(payload: TensorPayload, device: torch.device) -> Tensor:
     """Return a tensor that may be written to: what lies in the object store is shared with other readers."""
-    tensor = torch.tensor(wire.array)
-    if wire.dtype == "bfloat16":
+    tensor = torch.tensor(payload.array)
+    if payload.dtype == "bfloat16":
         tensor = tensor.view(torch.bfloat16)
     return tensor.to(device)

@@ -1,43 +1,35 @@
-"""What a process has used: CPU time and peak memory, from the operating system's own accounting; what a worker has been busy."""
+"""What a process has used: CPU time and peak memory, from the operating system's own accounting."""
 
 from __future__ import annotations
 
-import functools
-import inspect
 import os
 import resource
 import socket
 import sys
 import time
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
 
 import torch
 
-from ray_surgeon.cluster.messages import Usage
 
-Worker = TypeVar("Worker", bound=type)
+@dataclass(frozen=True)
+class Usage:
+    """What a worker's process has used since it started; workers of one process report the same process.
 
+    Attributes:
+        process: host and number.
+        cpu_s: CPU time of all its threads.
+        peak_rss_bytes: peak of its resident memory.
+        peak_gpu_bytes: peak of what torch allocated on its GPU.
+        busy_s: wall clock that this worker itself spent inside its steps.
+    """
 
-def counts_busy_time(worker_class: Worker) -> Worker:
-    """Let the public methods of a worker add their wall clock to its `busy_s`, all but those that answer while another one runs."""
-    for name, method in inspect.getmembers(worker_class, inspect.isfunction):
-        if not name.startswith("_") and name not in ("ping", "usage"):
-            setattr(worker_class, name, _timed(method))
-    return worker_class
-
-
-def _timed(method: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(method)
-    def timed(self: Any, *args: Any, **kwargs: Any) -> Any:
-        start, before = time.perf_counter(), self.busy_s
-        try:
-            return method(self, *args, **kwargs)
-        finally:
-            self.busy_s = before + time.perf_counter() - start  # what methods inside this one have added is in it
-
-    return timed
+    process: str
+    cpu_s: float
+    peak_rss_bytes: int
+    peak_gpu_bytes: int = 0
+    busy_s: float = 0.0
 
 
 def process_usage(device: torch.device, busy_s: float = 0.0) -> Usage:
@@ -47,7 +39,7 @@ def process_usage(device: torch.device, busy_s: float = 0.0) -> Usage:
 
 
 def _peak_rss_bytes() -> int:
-    """Return the peak resident memory of this process; ru_maxrss would also tell of the process it was forked from."""
+    """Return the peak resident memory of this process; ru_maxrss also counts the process it was forked from."""
     status = Path("/proc/self/status")
     if status.exists():
         lines = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))

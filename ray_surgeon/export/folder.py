@@ -11,19 +11,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ray_surgeon import storage
-from ray_surgeon.cluster.alone import run_alone
-from ray_surgeon.cluster.messages import SavedFile
-from ray_surgeon.cluster.protocol import Cluster
-from ray_surgeon.cluster.steps import logits
+from ray_surgeon.cluster.cluster import Cluster
+from ray_surgeon.cluster.fresh_process import run_module
+from ray_surgeon.cluster.passes import logits
+from ray_surgeon.cluster.saving import save_weights
 from ray_surgeon.cluster.transport import decode
 from ray_surgeon.models.gguf import convert_gguf
-from ray_surgeon.sources import SMALL_FILES, ModelSource, open_model
+from ray_surgeon.sections.texts import ModelSection
+from ray_surgeon.storage import files
+from ray_surgeon.storage.sources import SMALL_FILES, open_model
 
 NUM_COMPARED_TOKENS = 64
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05, "float16": 0.01}
-"""Largest difference of logits by dtype, relative to the largest logit: what another order of sums may do, and no more."""
+"""Largest difference of logits by dtype, relative to the largest logit: what another order of sums may cause."""
 
 
 def write_weights(cluster: Cluster, uri: str, *, cut_out: bool, masks: bool, left_out: tuple[str, ...] = ()) -> int:
@@ -32,48 +33,47 @@ def write_weights(cluster: Cluster, uri: str, *, cut_out: bool, masks: bool, lef
     Args:
         cluster: with the pruned weights.
         uri: folder.
-        cut_out: see `ShardWorker.save`.
+        cut_out: see `save_weights`.
         masks: whether to write the masks too, beside the weights.
-        left_out: see `ShardWorker.save`.
+        left_out: see `save_weights`.
     """
     num_shards = cluster.placement.num_shards
     part = f"-{{shard:05d}}-of-{num_shards:05d}" if num_shards > 1 else ""
     masks_name = f"masks{part}.safetensors" if masks else None
-    options: dict[str, Any] = {"linears_only": False, "masks": masks_name, "cut_out": cut_out, "left_out": left_out}
-    saved = cluster.run_all("save", uri, f"model{part}.safetensors", **options)
-    files: list[SavedFile] = [f for worker in saved for f in worker if f.uri.rpartition("/")[2].startswith("model")]
+    written = cluster.run_all(save_weights, uri, f"model{part}.safetensors", masks=masks_name, cut_out=cut_out, left_out=left_out)
+    weights = [file for worker in written for file in worker if file.uri.rpartition("/")[2].startswith("model")]
+    total = sum(file.size_bytes for file in weights)
     if num_shards > 1:
-        weight_map = {key: file.uri.rpartition("/")[2] for file in files for key in file.keys}
-        total = sum(file.size_bytes for file in files)
-        storage.write_json(storage.join(uri, "model.safetensors.index.json"), {"metadata": {"total_size": total}, "weight_map": weight_map})
-    return sum(file.size_bytes for file in files)
+        weight_map = {key: file.uri.rpartition("/")[2] for file in weights for key in file.keys}
+        files.write_json(files.join(uri, "model.safetensors.index.json"), {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return total
 
 
-def dense_document(source: ModelSource, dtype: str) -> dict[str, Any]:
+def dense_document(model: ModelSection) -> dict[str, Any]:
     """Return the content of the dense model's config.json, with the dtype of the job."""
-    document = json.loads(open_model(source, convert_gguf).fetch("config.json").read_text(encoding="utf-8"))
+    document = json.loads(open_model(model, convert_gguf).fetch("config.json").read_text(encoding="utf-8"))
     document.pop("torch_dtype", None)
-    return dict(document) | {"dtype": dtype}
+    return dict(document) | {"dtype": model.dtype}
 
 
-def copy_small_files(source: ModelSource, uri: str) -> None:
+def copy_small_files(model: ModelSection, uri: str) -> None:
     """Copy the tokenizer and the generation configuration of the dense model."""
-    dense = open_model(source, convert_gguf)
+    dense = open_model(model, convert_gguf)
     for name in SMALL_FILES:
         if name in dense.names and name != "config.json":
-            storage.put_file(storage.join(uri, name), dense.fetch(name))
+            files.put_file(files.join(uri, name), dense.fetch(name))
 
 
 def download_folder(uri: str, folder: Path, *, weights: bool = True) -> None:
     """Copy the files of an export into a local folder, with or without its weights."""
     folder.mkdir()
-    for name in storage.list_names(uri):
+    for name in files.list_names(uri):
         if weights or not name.endswith(".safetensors"):
-            storage.download(storage.join(uri, name), folder / name)
+            files.download(files.join(uri, name), folder / name)
 
 
 def reload_difference(cluster: Cluster, uri: str, tokens: NDArray[np.int64], dtype: str, *, shipped_code: bool) -> float:
-    """Return the largest difference between the workers' logits and those of the export in a fresh process, which also generates.
+    """Return the largest difference between the workers' logits and those of the export in a process of its own, which also generates.
 
     Args:
         cluster: with the pruned weights.
@@ -93,10 +93,10 @@ def reload_difference(cluster: Cluster, uri: str, tokens: NDArray[np.int64], dty
         logits_file = str(scratch / "logits")
         request = {"folder": str(scratch / "model"), "tokens": some, "logits": logits_file, "shipped_code": shipped_code}
         try:
-            run_alone("ray_surgeon.export.reload", request)
+            run_module("ray_surgeon.export.reload", request)
         except RuntimeError as error:
             raise RuntimeError(f"the export {uri} cannot be loaded by transformers:\n{error}") from error
-        there = storage.read_tensors(logits_file)["logits"]
+        there = files.read_tensors(logits_file)["logits"]
     difference = float((here - there).abs().max())
     if not difference <= TOLERANCE[dtype] * float(here.abs().max()):
         raise RuntimeError(f"the export {uri} loads, but its logits differ from the workers' by {difference:g}; do not use it")

@@ -9,17 +9,15 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from ray_surgeon import storage
-from ray_surgeon.cluster.protocol import Cluster
+from ray_surgeon.cluster.cluster import Cluster
 from ray_surgeon.export.card import model_card
 from ray_surgeon.export.folder import copy_small_files, dense_document, reload_difference, write_weights
-from ray_surgeon.export.speed import SpeedOptions, measure
-from ray_surgeon.export.tasks import TaskOptions, evaluate_tasks
-from ray_surgeon.models.adapters import adapter_for
-from ray_surgeon.models.gguf import convert_gguf
-from ray_surgeon.models.narrow import (
+from ray_surgeon.export.speed import measure
+from ray_surgeon.export.tasks import evaluate_tasks
+from ray_surgeon.models.layout import ModelLayout
+from ray_surgeon.models.pruned_config import (
     DECI_MULTIPLE,
     BlockWidths,
     Document,
@@ -29,7 +27,9 @@ from ray_surgeon.models.narrow import (
     per_block_document,
     uniform_document,
 )
-from ray_surgeon.sources import ModelSource, open_model
+from ray_surgeon.sections.targets import SpeedSection
+from ray_surgeon.sections.texts import ModelSection, TasksSection
+from ray_surgeon.storage import files
 
 SHIPPED = Path(__file__).parent / "shipped"
 
@@ -79,50 +79,42 @@ KINDS = {
 }
 
 
-@dataclass(frozen=True)
-class Measures:
-    """What is measured of an export besides its logits.
-
-    Attributes:
-        speed: how to time it beside the dense model, not for ``masked``; None for not at all.
-        tasks: downstream tasks; None for none.
-    """
-
-    speed: SpeedOptions | None
-    tasks: TaskOptions | None
-
-
-def check_export(kind: str, config: PretrainedConfig) -> None:
+def check_export(kind: str, layout: ModelLayout) -> None:
     """Refuse an export that a model cannot have, before anything starts.
 
     Raises:
         ValueError: says why, and what to export instead.
     """
     if kind == "deci":
-        check_deci(config)
+        check_deci(layout)
 
 
 def export(
     kind: str,
     cluster: Cluster,
-    source: ModelSource,
+    layout: ModelLayout,
+    model: ModelSection,
     uri: str,
     tokens: NDArray[np.int64],
     facts: Mapping[str, Any],
     linears: Sequence[Mapping[str, Any]],
-    measures: Measures,
+    *,
+    speed: SpeedSection | None,
+    tasks: TasksSection | None,
 ) -> dict[str, Any]:
-    """Write a Hugging Face folder, reload it in a fresh process, compare logits, and measure what is asked.
+    """Write a Hugging Face folder, reload it in a process of its own, compare logits, and measure what is asked.
 
     Args:
         kind: one of `KINDS`.
         cluster: with the pruned weights.
-        source: the dense model, whose tokenizer and configuration go along.
+        layout: of the dense model.
+        model: the dense model, whose tokenizer and configuration go along.
         uri: folder to write.
         tokens: [T] a sequence to compare on.
         facts: for the model card; see `RunReport.model_card_facts`.
         linears: the report's records of the linears.
-        measures: what to measure.
+        speed: how to time it beside the dense model, not for ``masked``; None for not at all.
+        tasks: downstream tasks; None for none.
 
     Returns:
         The export's entry in the report.
@@ -130,48 +122,47 @@ def export(
     Raises:
         RuntimeError: the fresh process cannot load it, or computes something else.
     """
-    config = AutoConfig.from_pretrained(open_model(source, convert_gguf).small_files_folder(), trust_remote_code=False)
-    dtype = str(facts["dtype"])
-    document, modules = dense_document(source, dtype), KINDS[kind].modules
-    widths = [] if kind == "masked" else block_widths(config, {linear["name"]: linear["rows_kept"] for linear in linears})
-    size_bytes = write_weights(cluster, uri, cut_out=kind != "masked", masks=kind == "masked", left_out=_left_out(kind, config, widths))
-    copy_small_files(source, uri)
+    document, modules = dense_document(model), KINDS[kind].modules
+    widths = [] if kind == "masked" else block_widths(layout, {linear["name"]: linear["rows_kept"] for linear in linears})
+    left_out = _left_out(kind, layout, widths)
+    size_bytes = write_weights(cluster, uri, cut_out=kind != "masked", masks=kind == "masked", left_out=left_out)
+    copy_small_files(model, uri)
     if kind != "masked":
-        document = _narrow(kind, config, document, widths)
-    storage.write_json(storage.join(uri, "config.json"), document)
+        document = _narrow(kind, layout, document, widths)
+    files.write_json(files.join(uri, "config.json"), document)
     for module in modules:
-        storage.write_text(storage.join(uri, module), shipped_source(module, config))
+        files.write_text(files.join(uri, module), shipped_source(module, layout.config))
     entry: dict[str, Any] = {
         "kind": kind,
         "uri": uri,
         "size_bytes": size_bytes,
         "loaders": dict(KINDS[kind].loaders),
         "load": KINDS[kind].load.format(uri=uri),
-        "reload_max_logit_difference": reload_difference(cluster, uri, tokens, dtype, shipped_code=bool(modules)),
+        "reload_max_logit_difference": reload_difference(cluster, uri, tokens, model.dtype, shipped_code=bool(modules)),
     }
     if widths:
         entry["widths"] = [[width.num_channels, width.num_kv_heads] for width in widths]
-    if measures.speed is not None and kind != "masked":
-        entry["speed"] = measure(cluster, uri, dense_document(source, dtype), measures.speed, shipped_code=bool(modules))
-    if measures.tasks is not None:
-        entry["tasks"] = evaluate_tasks(cluster, uri, measures.tasks, shipped_code=bool(modules))
-    storage.write_text(storage.join(uri, "README.md"), model_card(KINDS[kind].summary, entry, source.source, facts))
+    if speed is not None and kind != "masked":
+        entry["speed"] = measure(cluster, uri, dense_document(model), speed, shipped_code=bool(modules))
+    if tasks is not None:
+        entry["tasks"] = evaluate_tasks(cluster, uri, tasks, shipped_code=bool(modules))
+    files.write_text(files.join(uri, "README.md"), model_card(KINDS[kind].summary, entry, model.source, facts))
     return entry
 
 
-def _narrow(kind: str, config: PretrainedConfig, document: Document, widths: Sequence[BlockWidths]) -> Document:
+def _narrow(kind: str, layout: ModelLayout, document: Document, widths: Sequence[BlockWidths]) -> Document:
     if kind == "uniform":
-        return uniform_document(config, document, widths)
+        return uniform_document(layout, document, widths)
     if kind == "deci":
-        return deci_document(config, document, widths, "modeling_decilm")
-    return per_block_document(config, document, widths, "modeling_pruned")
+        return deci_document(layout, document, widths, "modeling_decilm")
+    return per_block_document(layout, document, widths, "modeling_pruned")
 
 
-def _left_out(kind: str, config: PretrainedConfig, widths: Sequence[BlockWidths]) -> tuple[str, ...]:
-    """Return the norms inside an attention that is gone, and for DeciLM those in front of what a block does not have."""
+def _left_out(kind: str, layout: ModelLayout, widths: Sequence[BlockWidths]) -> tuple[str, ...]:
+    """Return the norms inside an attention that is removed, and for DeciLM those in front of what a block does not have."""
     names = []
     for block, width in enumerate(widths):
-        prefix = adapter_for(config).block_prefix(block)
+        prefix = layout.family.block_prefix(block)
         if not width.num_kv_heads:
             names += [f"{prefix}self_attn.q_norm.weight", f"{prefix}self_attn.k_norm.weight"]
             names += [f"{prefix}input_layernorm.weight"] if kind == "deci" else []

@@ -15,86 +15,81 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from ray_surgeon import storage
-from ray_surgeon.cluster.protocol import Cluster
+from ray_surgeon.cluster.cluster import Cluster
+from ray_surgeon.cluster.fresh_process import run_on_worker
 from ray_surgeon.export.folder import dense_document
 from ray_surgeon.export.kinds import shipped_source
-from ray_surgeon.export.speed import SpeedOptions
-from ray_surgeon.models.adapters import adapter_for
 from ray_surgeon.models.budgets import Budget
-from ray_surgeon.models.couplings import head_layout
-from ray_surgeon.models.gguf import convert_gguf
-from ray_surgeon.models.narrow import BlockWidths, per_block_document, plain_kv_heads
-from ray_surgeon.sources import ModelSource, open_model
+from ray_surgeon.models.families import family_of
+from ray_surgeon.models.layout import ModelLayout
+from ray_surgeon.models.pruned_config import BlockWidths, per_block_document, plain_kv_heads
+from ray_surgeon.sections.targets import LatencyTarget, SpeedSection
+from ray_surgeon.sections.texts import ModelSection
+from ray_surgeon.storage import files
 
 _BLOCKS_AT_ONCE = 8
 """Of one timed model, so that it fits where the whole model might not."""
 
 
 @dataclass(frozen=True)
-class LatencyOptions:
-    """What is measured; see `sections.TargetSection`.
+class Widths:
+    """Which widths are measured.
 
     Attributes:
-        device: "cpu" or "cuda".
-        request: whose latency is meant.
-        dtype: of the weights.
         fewest: kind of groups -> groups that must be left in every block; other kinds stay whole.
         multiple: feed-forward widths are multiples of this.
         uniform: whether plain classes must hold the numbers of heads.
     """
 
-    device: str
-    request: SpeedOptions
-    dtype: str
     fewest: Mapping[str, int]
     multiple: int
     uniform: bool
 
 
-def latency_budget(cluster: Cluster, source: ModelSource, options: LatencyOptions, uri: str) -> Budget:
+def latency_budget(cluster: Cluster, layout: ModelLayout, model: ModelSection, target: LatencyTarget, wanted: Widths, uri: str) -> Budget:
     """Return the latency of a model as a sum over its blocks.
 
     Args:
         cluster: its first worker measures.
-        source: the dense model.
-        options: what to measure.
+        layout: of the dense model.
+        model: the dense model.
+        target: what is measured.
+        wanted: of which widths.
         uri: a JSON file; what it holds already, measured with the same options, is not measured again.
 
     Raises:
         RuntimeError: the measuring process fails.
     """
-    config = AutoConfig.from_pretrained(open_model(source, convert_gguf).small_files_folder(), trust_remote_code=False)
-    channels, heads = _numbers(config, options)
+    channels, heads = _numbers(layout, wanted)
     widths = [(number, heads[-1]) for number in channels] + [(channels[-1], number) for number in heads[:-1]]
-    about = json.loads(json.dumps(asdict(options)))
-    kept: dict[str, Any] = storage.read_json(uri) if storage.exists(uri) else {}
+    about = target.model_dump(mode="json", exclude={"latency_s"}) | {"dtype": model.dtype} | asdict(wanted)
+    kept: dict[str, Any] = files.read_json(uri) if files.exists(uri) else {}
     if kept.get("options") != about or kept.get("widths") != [list(width) for width in widths]:
-        request = about | {"document": dense_document(source, options.dtype), "widths": widths}
-        measured = cluster.get([cluster.submit(cluster.placement.workers[0], "run_alone", "ray_surgeon.export.latency", request)])[0]
+        request = about | {"document": dense_document(model), "widths": widths}
+        first = cluster.placement.workers[0]
+        measured = cluster.get([cluster.submit(first, run_on_worker, "ray_surgeon.export.latency", request)])[0]
         kept = {"options": about, "widths": [list(width) for width in widths]} | measured
-        storage.write_json(uri, kept)
+        files.write_json(uri, kept)
     seconds = dict(zip(widths, kept["seconds"], strict=True))
-    layout, whole = head_layout(config), (channels[-1], heads[-1])
+    whole = (channels[-1], heads[-1])
     ffn = _table(channels, [seconds[n, heads[-1]] for n in channels])
     attention = _table(heads, [seconds[channels[-1], n] - seconds[whole] for n in heads])
-    assert (len(ffn) - 1, len(attention) - 1) == (channels[-1], layout.num_kv_heads)
-    return Budget("latency_s", kept["rest_seconds"], {"ffn": ffn, "attention": attention}, int(config.num_hidden_layers))
+    assert (len(ffn) - 1, len(attention) - 1) == (channels[-1], layout.heads.num_kv)
+    return Budget("latency_s", kept["rest_seconds"], {"ffn": ffn, "attention": attention}, layout.num_blocks)
 
 
-def _numbers(config: PretrainedConfig, options: LatencyOptions) -> tuple[list[int], list[int]]:
+def _numbers(layout: ModelLayout, wanted: Widths) -> tuple[list[int], list[int]]:
     """Return the numbers of channels and of KV heads that may be left, in ascending order."""
-    layout = head_layout(config)
-    all_channels = int(getattr(config, adapter_for(config).width_field) or 4 * config.hidden_size)
-    heads, channels = [layout.num_kv_heads], [all_channels]
-    if "ffn" in options.fewest:
-        least = options.fewest["ffn"]
-        channels = sorted({*(n for n in range(0, all_channels, options.multiple) if n >= least), all_channels})
-    if "attention" in options.fewest:
-        allowed = plain_kv_heads(config) if options.uniform else range(options.fewest["attention"], layout.num_kv_heads)
-        heads = sorted({*allowed, layout.num_kv_heads})
+    num_heads, all_channels = layout.heads.num_kv, layout.num_channels
+    heads, channels = [num_heads], [all_channels]
+    if "ffn" in wanted.fewest:
+        least = wanted.fewest["ffn"]
+        channels = sorted({*(n for n in range(0, all_channels, wanted.multiple) if n >= least), all_channels})
+    if "attention" in wanted.fewest:
+        allowed = plain_kv_heads(layout) if wanted.uniform else range(wanted.fewest["attention"], num_heads)
+        heads = sorted({*allowed, num_heads})
     return channels, heads
 
 
@@ -112,7 +107,9 @@ def _model(document: Mapping[str, Any], widths: Sequence[tuple[int, int]], folde
     layers = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
     fewer = {name: value for name, value in document.items() if name != "layer_types"} | {layers: len(widths)}
     blocks = [BlockWidths(channels, heads) for channels, heads in widths]
-    (folder / "config.json").write_text(json.dumps(per_block_document(config, fewer, blocks, "modeling_pruned")))
+    (folder / "config.json").write_text(
+        json.dumps(per_block_document(ModelLayout(config, family_of(config), {}, ()), fewer, blocks, "modeling_pruned"))
+    )
     (folder / "modeling_pruned.py").write_text(shipped_source("modeling_pruned.py", config))
     pruned = AutoConfig.from_pretrained(folder, trust_remote_code=True)  # the code is ours, written just now
     return AutoModelForCausalLM.from_config(pruned, dtype=getattr(torch, str(document["dtype"])), trust_remote_code=True)
@@ -139,7 +136,7 @@ class _Clock:
 
 
 @torch.no_grad()
-def _time_blocks(model: Any, options: SpeedOptions, device: torch.device) -> list[list[float]]:
+def _time_blocks(model: Any, options: SpeedSection, device: torch.device) -> list[list[float]]:
     """Return for every measured turn the seconds of a request in each block, and at the end in all the rest."""
     clock, num_blocks = _Clock(device), len(model.config.block_sizes)
     (blocks,) = (m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == num_blocks)
@@ -169,7 +166,7 @@ def _time_blocks(model: Any, options: SpeedOptions, device: torch.device) -> lis
 def main() -> None:
     """Print the seconds of every width and of what is outside the blocks as one line of JSON."""
     request = json.load(sys.stdin)
-    options, device = SpeedOptions(**request["request"]), torch.device(request["device"])
+    options, device = SpeedSection(**request["request"]), torch.device(request["device"])
     torch.set_num_threads(options.num_threads)
     torch.manual_seed(0)
     widths = [tuple(width) for width in request["widths"]]

@@ -1,4 +1,4 @@
-"""Loads an export with transformers alone, in a process of its own; see `cluster.alone`."""
+"""Loads an export with transformers alone, in a process of its own; see `fresh_process`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How fast a smaller model is beside the dense one: in one fresh process, measured in turns.
+"""How fast a smaller model is beside the dense one: in one process of its own, measured in turns.
 
 The dense model is built from its configuration with random weights: its speed depends on shapes and dtype, not on values.
 """
@@ -11,30 +11,20 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from ray_surgeon.cluster.protocol import Cluster
+from ray_surgeon.cluster.cluster import Cluster
+from ray_surgeon.cluster.fresh_process import run_on_worker
 from ray_surgeon.cluster.usage import process_usage
 from ray_surgeon.export.folder import download_folder
+from ray_surgeon.sections.targets import SpeedSection
 
 
-@dataclass(frozen=True)
-class SpeedOptions:
-    """See `sections.SpeedSection`."""
-
-    batch_size: int
-    prompt_length: int
-    num_new_tokens: int
-    num_repeats: int
-    num_threads: int
-
-
-def measure(cluster: Cluster, uri: str, dense: Mapping[str, Any], options: SpeedOptions, *, shipped_code: bool) -> dict[str, Any]:
+def measure(cluster: Cluster, uri: str, dense: Mapping[str, Any], options: SpeedSection, *, shipped_code: bool) -> dict[str, Any]:
     """Measure an export beside the dense model, in fresh processes of the first worker, on its GPU if it has one.
 
     Args:
@@ -51,12 +41,11 @@ def measure(cluster: Cluster, uri: str, dense: Mapping[str, Any], options: Speed
     Raises:
         RuntimeError: a process fails.
     """
-    request = {"uri": uri, "dense": dense, "options": asdict(options), "shipped_code": shipped_code}
+    request = {"uri": uri, "dense": dense, "options": options.model_dump(), "shipped_code": shipped_code}
 
     def run(only: str | None) -> dict[str, Any]:
-        arguments = ("ray_surgeon.export.speed", request | {"only": only})
-        found: dict[str, Any] = cluster.get([cluster.submit(cluster.placement.workers[0], "run_alone", *arguments)])[0]
-        return found
+        first = cluster.placement.workers[0]
+        return cluster.get([cluster.submit(first, run_on_worker, "ray_surgeon.export.speed", request | {"only": only})])[0]
 
     record = run(None)
     for name in ("dense", "pruned"):
@@ -75,7 +64,7 @@ def _timed(work: Callable[[], object], device: torch.device) -> float:
 
 
 @torch.no_grad()
-def _once(model: PreTrainedModel, prompts: torch.Tensor, options: SpeedOptions) -> tuple[float, float]:
+def _once(model: PreTrainedModel, prompts: torch.Tensor, options: SpeedSection) -> tuple[float, float]:
     """Return tokens per second of one prefill and of the decode that follows it."""
     state: dict[str, Any] = {}
 
@@ -96,7 +85,7 @@ def _spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
 
 
-def compare(models: dict[str, PreTrainedModel], prompts: torch.Tensor, options: SpeedOptions) -> dict[str, Any]:
+def compare(models: dict[str, PreTrainedModel], prompts: torch.Tensor, options: SpeedSection) -> dict[str, Any]:
     """Time models in turns, after one unmeasured turn each. See `measure` for what is returned."""
     timings: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     for turn in range(options.num_repeats + 1):
@@ -129,7 +118,7 @@ def _random_model(document: Mapping[str, Any], folder: Path, dtype: torch.dtype,
 def main() -> None:
     """Print the comparison, or what one model alone needs of memory, as one line of JSON."""
     request = json.load(sys.stdin)
-    options, shipped_code = SpeedOptions(**request["options"]), bool(request["shipped_code"])
+    options, shipped_code = SpeedSection(**request["options"]), bool(request["shipped_code"])
     torch.set_num_threads(options.num_threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as scratch:
@@ -151,7 +140,7 @@ def main() -> None:
         prompts = torch.randint(int(document["vocab_size"]), size, generator=generator).to(device)
         if request["only"] is None:
             about = {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {options.num_threads} threads"}
-            record = compare(models, prompts, options) | about | {"dtype": document["dtype"]} | asdict(options)
+            record = compare(models, prompts, options) | about | {"dtype": document["dtype"]} | options.model_dump()
         else:
             _once(models[request["only"]], prompts, options)
             usage = process_usage(device)

@@ -1,4 +1,4 @@
-"""Downstream tasks of EleutherAI's evaluation harness, on the dense model and on exports, in a fresh process."""
+"""Downstream tasks of EleutherAI's evaluation harness, on the dense model and on exports, in a process of its own."""
 
 from __future__ import annotations
 
@@ -6,41 +6,30 @@ import json
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ray_surgeon.cluster.alone import run_alone
-from ray_surgeon.cluster.protocol import Cluster
+from ray_surgeon.cluster.cluster import Cluster
+from ray_surgeon.cluster.fresh_process import run_module, run_on_worker
 from ray_surgeon.export.folder import download_folder
 from ray_surgeon.models.gguf import convert_gguf
-from ray_surgeon.sources import SMALL_FILES, ModelSource, open_model
+from ray_surgeon.sections.texts import ModelSection, TasksSection
+from ray_surgeon.storage.sources import SMALL_FILES, open_model
 
 Scores = dict[str, dict[str, float]]
 """Task -> metric -> value."""
 
 
-@dataclass(frozen=True)
-class TaskOptions:
-    """Which tasks; see `sections.TasksSection`."""
-
-    names: tuple[str, ...]
-    include: str | None
-    num_fewshot: int | None
-    limit: int | None
-    batch_size: int
-
-
-def check_tasks(options: TaskOptions) -> None:
+def check_tasks(options: TasksSection) -> None:
     """Refuse tasks that the harness does not know, before anything starts.
 
     Raises:
         ValueError: the harness is not installed, or names the tasks.
     """
     try:
-        found = run_alone("ray_surgeon.export.tasks", {"options": asdict(options), "only_check": True})
+        found = run_module("ray_surgeon.export.tasks", {"options": options.model_dump(), "only_check": True})
     except RuntimeError as error:
         missing = "No module named 'lm_eval'" in str(error)
         remedy = "pip install 'ray_surgeon[eval]'" if missing else "correct the task definitions"
@@ -52,7 +41,7 @@ def check_tasks(options: TaskOptions) -> None:
         )
 
 
-def evaluate_tasks(cluster: Cluster, model: ModelSource | str, options: TaskOptions, *, shipped_code: bool = False) -> Scores:
+def evaluate_tasks(cluster: Cluster, model: ModelSection | str, options: TasksSection, *, shipped_code: bool = False) -> Scores:
     """Evaluate a model in a fresh process of the first worker, on its GPU if it has one.
 
     Args:
@@ -64,14 +53,13 @@ def evaluate_tasks(cluster: Cluster, model: ModelSource | str, options: TaskOpti
     Raises:
         RuntimeError: the process fails.
     """
-    where = {"uri": model} if isinstance(model, str) else {"source": asdict(model)}
-    request = where | {"options": asdict(options), "only_check": False, "shipped_code": shipped_code}
-    worker = cluster.placement.workers[0]
-    scores: Scores = cluster.get([cluster.submit(worker, "run_alone", "ray_surgeon.export.tasks", request, False)])[0]
-    return scores
+    where = {"uri": model} if isinstance(model, str) else {"source": model.model_dump()}
+    request = where | {"options": options.model_dump(), "only_check": False, "shipped_code": shipped_code}
+    first = cluster.placement.workers[0]
+    return cluster.get([cluster.submit(first, run_on_worker, "ray_surgeon.export.tasks", request, False)])[0]
 
 
-def _fetch_dense(source: ModelSource, folder: Path) -> None:
+def _fetch_dense(source: ModelSection, folder: Path) -> None:
     files = open_model(source, convert_gguf)
     folder.mkdir()
     for name in files.names:
@@ -95,7 +83,7 @@ def main() -> None:
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    options = TaskOptions(**request["options"])
+    options = TasksSection(**request["options"])
     with tempfile.TemporaryDirectory() as scratch:
         definitions = Path(scratch) / "tasks"
         if options.include is not None:
@@ -108,7 +96,7 @@ def main() -> None:
             if "uri" in request:
                 download_folder(request["uri"], folder)
             else:
-                _fetch_dense(ModelSource(**request["source"]), folder)
+                _fetch_dense(ModelSection(**request["source"]), folder)
             device = "cuda" if torch.cuda.is_available() else "cpu"
             model = HFLM(str(folder), device=device, batch_size=options.batch_size, trust_remote_code=request["shipped_code"])
             settings: dict[str, Any] = {"num_fewshot": options.num_fewshot, "limit": options.limit, "log_samples": False}

@@ -1,6 +1,6 @@
 """Budgets: what a model of given widths needs, of which a user may allow so much.
 
-Additive ones are arithmetic on shapes; latency is a table of measurements, see `export.latency`.
+Additive ones are arithmetic on shapes. Latency is a table of measurements, see `export.latency`.
 """
 
 from __future__ import annotations
@@ -10,11 +10,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from transformers import PretrainedConfig
-
-from ray_surgeon.models.couplings import group_sets, head_layout
-from ray_surgeon.models.narrow import plain_kv_heads
-from ray_surgeon.models.skeleton import linear_shapes, num_parameters
+from ray_surgeon.models.layout import ModelLayout
+from ray_surgeon.models.pruned_config import plain_kv_heads
 
 
 @dataclass(frozen=True)
@@ -58,61 +55,60 @@ class Budget:
         return max(more - less for less, more in itertools.pairwise(self.by_left[kind]))
 
 
-def fewest_left(config: PretrainedConfig, kinds: Sequence[str], least: Mapping[str, int], *, uniform: bool) -> dict[str, int]:
+def fewest_left(layout: ModelLayout, kinds: Sequence[str], least: Mapping[str, int], *, uniform: bool) -> dict[str, int]:
     """Return how few groups may be left in every block.
 
     Args:
-        config: of the model.
-        kinds: of groups that may go.
+        layout: of the model.
+        kinds: of groups that may be pruned.
         least: kind -> groups that stay in every block.
         uniform: whether plain classes must be able to hold the result.
     """
-    in_all = _group_numbers(config)
+    in_all = _group_numbers(layout)
     found = {kind: min(least[kind], in_all[kind]) for kind in kinds}
     if uniform and "attention" in found:
-        found["attention"] = min(plain_kv_heads(config))
+        found["attention"] = min(plain_kv_heads(layout))
     return found
 
 
-def linears_budget(config: PretrainedConfig) -> Budget:
+def linears_budget(layout: ModelLayout) -> Budget:
     """Return the parameters of the blocks' linears, of which sparsity is a fraction."""
-    return _additive(config, "parameters of the linears", float(sum(s.num_rows * s.num_columns for s in linear_shapes(config))), {})
+    return _additive(layout, "parameters of the linears", float(layout.linear_size), {})
 
 
-def parameters_budget(config: PretrainedConfig) -> Budget:
+def parameters_budget(layout: ModelLayout) -> Budget:
     """Return the parameters of the whole model, tied ones once."""
-    return _additive(config, "parameters", float(num_parameters(config)), {})
+    return _additive(layout, "parameters", float(layout.num_parameters), {})
 
 
-def bytes_budget(config: PretrainedConfig, bytes_each: int) -> Budget:
+def bytes_budget(layout: ModelLayout, bytes_each: int) -> Budget:
     """Return the bytes of the whole model's weights."""
-    return _additive(config, "bytes", float(num_parameters(config)) * bytes_each, {}, per_parameter=bytes_each)
+    return _additive(layout, "bytes", float(layout.num_parameters) * bytes_each, {}, per_parameter=bytes_each)
 
 
-def flops_budget(config: PretrainedConfig, prompt_length: int) -> Budget:
+def flops_budget(layout: ModelLayout, prompt_length: int) -> Budget:
     """Return the floating-point operations for one token: two a weight of linears and head, and the attention to what lies before.
 
     Args:
-        config: of the model.
+        layout: of the model.
         prompt_length: tokens of a prompt, over whose tokens this is the mean; a sliding window is not taken into account.
     """
-    layout = head_layout(config)
-    scores = 4 * layout.head_dim * layout.num_query_heads * (prompt_length + 1) / 2  # q.k and the sum of values: a multiply-add each
-    linears = sum(s.num_rows * s.num_columns for s in linear_shapes(config))
-    dense = 2.0 * (linears + config.vocab_size * config.hidden_size) + config.num_hidden_layers * scores
-    return _additive(config, "flops", dense, {"attention": scores / layout.num_kv_heads}, per_parameter=2)
+    heads, config = layout.heads, layout.config
+    scores = 4 * heads.head_dim * heads.num_query * (prompt_length + 1) / 2  # q.k and the sum of values: a multiply-add each
+    dense = 2.0 * (layout.linear_size + config.vocab_size * config.hidden_size) + layout.num_blocks * scores
+    return _additive(layout, "flops", dense, {"attention": scores / heads.num_kv}, per_parameter=2)
 
 
-def _group_numbers(config: PretrainedConfig) -> dict[str, int]:
-    return {groups.kind: len(groups.columns) for groups in group_sets(config, linear_shapes(config)) if groups.block == 0}
+def _group_numbers(layout: ModelLayout) -> dict[str, int]:
+    return {groups.kind: len(groups.columns) for groups in layout.group_sets if groups.block == 0}
 
 
-def _additive(config: PretrainedConfig, unit: str, dense: float, besides: Mapping[str, float], per_parameter: float = 1) -> Budget:
+def _additive(layout: ModelLayout, unit: str, dense: float, besides: Mapping[str, float], per_parameter: float = 1) -> Budget:
     """Every group needs `per_parameter` for each of its parameters, and something `besides` by its kind."""
     by_left = {}
-    for groups in group_sets(config, linear_shapes(config)):
+    for groups in layout.group_sets:
         if groups.block == 0:
             size = per_parameter * groups.num_parameters + besides.get(groups.kind, 0.0)
             by_left[groups.kind] = tuple(size * number for number in range(len(groups.columns) + 1))
-    num_blocks = int(config.num_hidden_layers)
+    num_blocks = layout.num_blocks
     return Budget(unit, dense - num_blocks * sum(table[-1] for table in by_left.values()), by_left, num_blocks)

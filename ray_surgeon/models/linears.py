@@ -11,7 +11,7 @@ LinearModule: TypeAlias = nn.Linear | Conv1D
 
 
 def as_linear(module: nn.Module) -> LinearModule:
-    """Return a module that is a linear; an adapter that names another kind is wrong."""
+    """Return a module that is a linear; a family that names another kind is wrong."""
     assert isinstance(module, nn.Linear | Conv1D), f"{type(module).__name__} is no linear"
     return module
 

@@ -1,7 +1,7 @@
 """Low-rank first-order corrections beside the linears of a shard: y = W x + B A x, trained and then absorbed, W <- W + B A.
 
-Source: method.md section 7; The LLM Surgeon, section 3.5. What masks have removed stays exactly zero: the removed rows of B and columns
-of A take no part, and for elements B A itself is masked.
+Source: docs/method.md, section 7; The LLM Surgeon, section 3.5. Pruned weights stay exactly zero: the pruned rows of B and columns of A
+are left out, and for elements B A itself is masked.
 """
 
 from __future__ import annotations

@@ -9,22 +9,20 @@ import torch
 from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import PretrainedConfig
 
-from ray_surgeon.models.adapters import adapter_for
-from ray_surgeon.models.head import next_token_loss
+from ray_surgeon.models.layout import BlockRange, ModelLayout, build_blocks, global_name
 from ray_surgeon.models.linears import LinearModule, as_linear, matrix, num_inputs, num_outputs
-from ray_surgeon.models.skeleton import BlockRange, build_skeleton, global_name, tied_names
-from ray_surgeon.surgery.extended import Term
+from ray_surgeon.models.loss import next_token_loss
+from ray_surgeon.surgery.extended.terms import Term
 from ray_surgeon.surgery.kronecker import KroneckerFactors, add_second_moment, symmetrize, with_ones
 
 
 class BadWeightsError(ValueError):
-    """The checkpoint's numbers themselves are unusable, which is not known before they are read."""
+    """A weight of the checkpoint is NaN or infinite, which is only known once it is read."""
 
 
 @dataclass
-class Site:
+class SharedInput:
     """Linears that read the same input, and the sums gathered there.
 
     Attributes:
@@ -33,7 +31,6 @@ class Site:
         A: [C, C] sum of a a^T, shared by all of them; None outside a curvature pass.
         G: one [R, R] sum of g g^T a linear.
         num_tokens: tokens in A.
-        gradients: one [R, C] sum of g a^T a linear, if they are wanted.
     """
 
     names: tuple[str, ...]
@@ -41,7 +38,6 @@ class Site:
     A: Tensor | None = None
     G: tuple[Tensor, ...] = ()
     num_tokens: int = 0
-    gradients: tuple[Tensor, ...] = ()
 
 
 class ModelShard:
@@ -50,22 +46,20 @@ class ModelShard:
     Weights need no gradient. A is summed in the forward pass and G in the backward pass, so nothing is kept for both.
     """
 
-    def __init__(self, config: PretrainedConfig, blocks: BlockRange, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, layout: ModelLayout, blocks: BlockRange, dtype: torch.dtype, device: torch.device) -> None:
         """Build the shard without weights.
 
         Args:
-            config: configuration of the whole model.
+            layout: of the whole model.
             blocks: the blocks this shard holds.
             dtype: dtype of weights and activations; factors are float32 whatever it is.
             device: where it computes.
         """
-        self.config, self.blocks, self.dtype, self.device = config, blocks, dtype, device
-        self.adapter = adapter_for(config)
-        self.model = build_skeleton(config, blocks, dtype)
-        self.base = self.model.get_submodule(self.adapter.base)
-        self.sites: list[Site] = []
-        self.gathering: list[Site] = []
-        self.nearest: dict[str, Term] = {}
+        self.layout, self.blocks, self.dtype, self.device = layout, blocks, dtype, device
+        self.model = build_blocks(layout.config, blocks, dtype)
+        self.base = self.model.get_submodule(layout.family.base)
+        self.shared_inputs: list[SharedInput] = []
+        self.gathering: list[SharedInput] = []
         self.terms: dict[str, list[Term]] = {}
         self._saved: dict[int, tuple[Tensor, Tensor]] = {}
         self._hooks: list[RemovableHandle] = []
@@ -79,13 +73,13 @@ class ModelShard:
         Raises:
             BadWeightsError: a weight is not finite.
         """
-        tied = tied_names(self.config, self.adapter)
+        tied = self.layout.tied
         shares_embedding = self.blocks.is_first and self.blocks.is_last
         saved_names = set(self.model.state_dict())
         for local in [n for n, _ in self.model.named_parameters()] + [n for n, _ in self.model.named_buffers() if n in saved_names]:
             if local in tied and shares_embedding:
                 continue
-            name = global_name(self.adapter, local, self.blocks.first)
+            name = global_name(self.layout.family, local, self.blocks.first)
             value = read_tensor(name)
             if not torch.isfinite(value).all():
                 raise BadWeightsError(
@@ -97,19 +91,20 @@ class ModelShard:
             setattr(owner, "weight", self.model.get_parameter(source))  # noqa: B010 - a typed attribute would not be a Parameter
         self.model.to(self.device)
         self.model.requires_grad_(False)
-        self.sites = list(self._find_sites())
+        self.shared_inputs = list(self._find_shared_inputs())
 
-    def _find_sites(self) -> Iterator[Site]:
+    def _find_shared_inputs(self) -> Iterator[SharedInput]:
+        family = self.layout.family
         for block in range(self.blocks.first, self.blocks.last):
-            local_prefix = self.adapter.block_prefix(block - self.blocks.first)
-            for site in self.adapter.sites:
-                modules = tuple(as_linear(self.model.get_submodule(local_prefix + linear)) for linear in site)
-                yield Site(tuple(self.adapter.block_prefix(block) + linear for linear in site), modules)
+            local_prefix = family.block_prefix(block - self.blocks.first)
+            for group in family.shared_inputs:
+                modules = tuple(as_linear(self.model.get_submodule(local_prefix + linear)) for linear in group)
+                yield SharedInput(tuple(family.block_prefix(block) + linear for linear in group), modules)
 
     @property
     def linears(self) -> dict[str, LinearModule]:
         """Global name -> linear, in order."""
-        return {name: module for site in self.sites for name, module in zip(site.names, site.modules, strict=True)}
+        return {name: module for group in self.shared_inputs for name, module in zip(group.names, group.modules, strict=True)}
 
     def weight(self, name: str) -> Tensor:
         """Return W [R, C] float32 of a linear, its bias as the last column."""
@@ -130,50 +125,45 @@ class ModelShard:
                 module.bias.copy_(W[:, -1])
 
     def tensors(self, *, linears_only: bool) -> dict[str, Tensor]:
-        """Return global name -> tensor: of the linears, or of everything this shard would save in an export.
+        """Return global name -> tensor: of the linears, or of everything this shard saves in an export.
 
         A tied head is left out: the embedding is saved once, by the first shard.
         """
         if linears_only:
             named = {f"{n}.{p}": t for n, m in self.linears.items() for p, t in (("weight", m.weight), ("bias", m.bias)) if t is not None}
         else:
-            tied = tied_names(self.config, self.adapter)
-            state = {global_name(self.adapter, n, self.blocks.first): t for n, t in self.model.state_dict().items()}
+            tied = self.layout.tied
+            state = {global_name(self.layout.family, n, self.blocks.first): t for n, t in self.model.state_dict().items()}
             named = {n: t for n, t in state.items() if n not in tied}
         return {name: tensor.detach() for name, tensor in named.items()}
 
     # Curvature
 
-    def start_curvature(self, kind: str = "kfac", *, with_gradient: bool = False, readers_only: bool = False) -> None:
+    def start_curvature(self, kind: str = "kfac", *, consumers_only: bool = False) -> None:
         """Zero the sums and install the hooks.
 
         Args:
-            kind: ``kfac`` sums A and G; ``activations`` sums A in a forward pass alone and takes G = I; ``identity`` takes
-                A = G = I and needs no pass. (One times the number of tokens, as sums over tokens are.)
-            with_gradient: whether to sum the gradients of the weights too, with ``kfac``.
-            readers_only: whether only the last linears of coupled groups are wanted.
+            kind: ``activations`` sums A in a forward pass alone and takes G = I; ``identity`` takes A = G = I and needs no pass (both
+                times the number of tokens, as sums over tokens are); all others sum A and G.
+            consumers_only: whether only the consumers of coupled groups are wanted.
         """
         assert not self._hooks
-        readers = (self.adapter.ffn.reader, self.adapter.attention.reader)
-        self.gathering = [site for site in self.sites if not readers_only or site.names[0].endswith(readers)]
-        for site in self.gathering:
-            first = site.modules[0]
+        consumers = (self.layout.family.ffn.consumer, self.layout.family.attention.consumer)
+        self.gathering = [group for group in self.shared_inputs if not consumers_only or group.names[0].endswith(consumers)]
+        for group in self.gathering:
+            first = group.modules[0]
             C = num_inputs(first) + (first.bias is not None)
-            site.A = torch.zeros(C, C, device=self.device)
-            site.G = tuple(torch.zeros(num_outputs(m), num_outputs(m), device=self.device) for m in site.modules)
-            site.num_tokens = 0
+            group.A = torch.zeros(C, C, device=self.device)
+            group.G = tuple(torch.zeros(num_outputs(m), num_outputs(m), device=self.device) for m in group.modules)
+            group.num_tokens = 0
             if kind == "identity":
-                site.num_tokens = 1
-                for total in (site.A, *site.G):
+                group.num_tokens = 1
+                for total in (group.A, *group.G):
                     total.fill_diagonal_(1)
                 continue
-            self._hooks.append(first.register_forward_pre_hook(add_inputs_to(site)))
-            if with_gradient:
-                site.gradients = tuple(torch.zeros(len(G), C, device=self.device) for G in site.G)
-            for module, G in zip(site.modules, site.G, strict=True) if kind == "kfac" else ():
+            self._hooks.append(first.register_forward_pre_hook(add_inputs_to(group)))
+            for module, G in zip(group.modules, group.G, strict=True) if kind != "activations" else ():
                 self._hooks.append(module.register_forward_hook(_add_output_gradients_to(G)))
-            for module, gradient in zip(site.modules, site.gradients, strict=True) if with_gradient else ():
-                self._hooks.append(watch_pairs(module, _add_products_to(gradient)))
 
     def stop_curvature(self, kind: str = "kfac") -> None:
         """Remove the hooks and complete the symmetric sums of the kind that was started."""
@@ -181,39 +171,35 @@ class ModelShard:
             hook.remove()
         self._hooks.clear()
         self._saved.clear()
-        for site in self.gathering:
-            assert site.A is not None
+        for group in self.gathering:
+            assert group.A is not None
             if kind == "activations":
-                for G in site.G:
-                    G.fill_diagonal_(site.num_tokens)
-            for total in (site.A, *site.G):
+                for G in group.G:
+                    G.fill_diagonal_(group.num_tokens)
+            for total in (group.A, *group.G):
                 symmetrize(total)
 
     @property
     def gathered(self) -> dict[str, LinearModule]:
         """The linears for which the curvature pass gathers factors."""
-        return {name: module for site in self.gathering for name, module in zip(site.names, site.modules, strict=True)}
+        return {name: module for group in self.gathering for name, module in zip(group.names, group.modules, strict=True)}
 
     def first_not_finite(self) -> str | None:
         """Return the first linear whose inputs were NaN or infinite in the curvature pass so far."""
-        return next((s.names[0] for s in self.gathering if s.A is not None and not torch.isfinite(s.A.triu()).all()), None)
+        return next((g.names[0] for g in self.gathering if g.A is not None and not torch.isfinite(g.A.triu()).all()), None)
 
     def drop_curvature(self) -> None:
         """Free the sums."""
-        for site in self.sites:
-            site.A, site.G, site.gradients = None, (), ()
+        for group in self.shared_inputs:
+            group.A, group.G = None, ()
         self.terms.clear()
-        self.nearest.clear()
 
     def factors(self, name: str) -> KroneckerFactors:
-        """Return the factors of a linear; KFAC's A is shared with the other linears of its site, not copied."""
-        for site in self.sites:
-            if name in site.names:
-                assert site.A is not None, "no curvature pass has been made"
-                place = site.names.index(name)
-                gradient = site.gradients[place] if site.gradients else None
-                G, A = self.nearest.get(name, (site.G[place], site.A))
-                return KroneckerFactors(A, G, site.num_tokens, tuple(self.terms.get(name, ())), gradient)
+        """Return the factors of a linear; A is shared with the other linears that read the same input, not copied."""
+        for group in self.shared_inputs:
+            if name in group.names:
+                assert group.A is not None, "no curvature pass has been made"
+                return KroneckerFactors(group.A, group.G[group.names.index(name)], group.num_tokens, tuple(self.terms.get(name, ())))
         raise KeyError(name)
 
     # Forward and backward
@@ -233,7 +219,7 @@ class ModelShard:
         """Run the blocks, keep what the backward pass of this micro-batch needs, return detached hidden states [n, T, d]."""
         if inputs.dtype == torch.int64:
             with torch.no_grad():
-                inputs = self.base.get_submodule(self.adapter.embeddings[0])(inputs)
+                inputs = self.base.get_submodule(self.layout.family.embeddings[0])(inputs)
         leaf = inputs.requires_grad_()
         hidden = self._run(leaf)
         self._saved[micro_batch] = (leaf, hidden)
@@ -251,14 +237,14 @@ class ModelShard:
         self, hidden: Tensor, tokens: Tensor, *, with_gradient: bool = False, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Loss of the last shard's hidden states; see `next_token_loss`."""
-        head = self.model.get_submodule(self.adapter.head)
+        head = self.model.get_submodule(self.layout.family.head)
         assert isinstance(head, nn.Linear)
         return next_token_loss(hidden, head.weight, tokens, with_gradient=with_gradient, generator=generator)
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the last shard's logits [n, T, vocabulary] float32."""
-        logits = self.model.get_submodule(self.adapter.head)(hidden)
+        logits = self.model.get_submodule(self.layout.family.head)(hidden)
         assert isinstance(logits, Tensor)
         return logits.float()
 
@@ -282,14 +268,14 @@ def watch_pairs(module: LinearModule, see: Callable[[Tensor, Tensor], None]) -> 
     return module.register_forward_hook(hook)
 
 
-def add_inputs_to(site: Site) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    """Return a forward pre-hook that sums A at a site."""
+def add_inputs_to(group: SharedInput) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    """Return a forward pre-hook that sums A of linears with a shared input."""
 
     def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        assert site.A is not None
-        a = inputs_of(site.modules[0], inputs[0])
-        add_second_moment(site.A, a)
-        site.num_tokens += len(a)
+        assert group.A is not None
+        a = inputs_of(group.modules[0], inputs[0])
+        add_second_moment(group.A, a)
+        group.num_tokens += len(a)
 
     return hook
 
@@ -303,10 +289,3 @@ def _add_output_gradients_to(G: Tensor) -> Callable[[nn.Module, tuple[Tensor, ..
             output.register_hook(add)  # type: ignore[no-untyped-call]
 
     return hook
-
-
-def _add_products_to(gradient: Tensor) -> Callable[[Tensor, Tensor], None]:
-    def see(a: Tensor, g: Tensor) -> None:
-        gradient.addmm_(g.T, a)
-
-    return see

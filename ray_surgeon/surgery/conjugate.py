@@ -1,6 +1,6 @@
 """All correlations at once: the update for any set of removed elements, by preconditioned conjugate gradients.
 
-Source: method.md section 4. With D the change of the weights, D = -W on removed elements, the kept entries of D minimise
+Source: docs/method.md, section 4. With D the change of the weights, D = -W on removed elements, the kept entries of D minimise
 ``1/2 tr(D^T G D A)``, so (G D A) is zero on them. A product with the system's matrix is two GEMMs and a mask.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ray_surgeon.surgery.extended import Term, apply_terms
+from ray_surgeon.surgery.extended.terms import Term, apply_terms
 
 _RANK_A = 20
 """Eigenvectors of A in the preconditioner; their small systems hold rank^2 numbers a row."""
@@ -31,13 +31,11 @@ class Solution:
     Attributes:
         W: [R, C] new weights, zero on removed elements.
         residual: norm of (G D A) on kept entries, relative to its norm for D = -W on removed and 0 on kept ones.
-        num_iterations: made.
-        predicted_loss_increase: 1/2 D^T F D, and gradient^T D if there is one.
+        predicted_loss_increase: 1/2 D^T F D.
     """
 
     W: Tensor
     residual: float
-    num_iterations: int
     predicted_loss_increase: float
 
 
@@ -129,7 +127,6 @@ def update_elements(
     terms: Sequence[Term],
     kept: Tensor,
     *,
-    gradient: Tensor | None = None,
     num_iterations: int,
     tolerance: float,
     product_dtype: torch.dtype | None = None,
@@ -137,14 +134,13 @@ def update_elements(
     """Remove elements and update the kept ones of a linear, all correlations together.
 
     Products with A and G may be taken in a narrower dtype, which is several times faster (see `SplitMatrix`); the direction update
-    (Polak-Ribiere) bears their rounding. Weights, preconditioner and residual have the dtype of W, and the residual told is computed
-    anew in it.
+    (Polak-Ribiere) tolerates their rounding. Weights, preconditioner and residual have the dtype of W. The reported residual is computed
+    anew in that dtype.
 
     Args:
         W: [R, C]; entries that earlier shots removed are zero.
         terms: (G [R, R], A [C, C]) of every Kronecker product, the first damped, their sum positive definite.
-        kept: [R, C] bool, False for everything that is or goes to zero.
-        gradient: [R, C] of the loss, if its first-order part counts too: then (F D + gradient) is zero on kept elements.
+        kept: [R, C] bool, False for everything that is pruned or to be pruned.
         num_iterations: at most so many.
         tolerance: stop at this relative residual.
         product_dtype: of the products with A and G; that of W if None.
@@ -154,10 +150,10 @@ def update_elements(
     """
     mask = kept.to(W.dtype)
     change = W * (mask - 1)
-    residual = _residual(change, terms, mask, gradient)
+    residual = _residual(change, terms, mask)
     start = float(torch.linalg.norm(residual))
     if start == 0.0:
-        return Solution(W * mask, 0.0, 0, _quadratic(change, apply_terms(change, terms), gradient))
+        return Solution(W * mask, 0.0, _quadratic(change, apply_terms(change, terms)))
     narrow = product_dtype or W.dtype
     split = [(SplitMatrix(G, _rank(G, _RANK_G), narrow), SplitMatrix(A, _rank(A, _RANK_A), narrow)) for G, A in terms]
     precondition = MaskedPreconditioner(split[0][1], terms[0][0].diagonal(), mask)
@@ -171,19 +167,19 @@ def update_elements(
         residual.addcmul_(product, step, value=-1)
         iteration += 1
         if narrow != W.dtype and iteration % _REFRESH == 0 and iteration < num_iterations:
-            residual = _residual(change, terms, mask, gradient)  # narrow products let the recurrence drift from it
+            residual = _residual(change, terms, mask)  # narrow products let the recurrence drift from it
         z = precondition(residual)
         direction.mul_(-step * _dot(product, z) / rz).add_(z)
         rz = _dot(residual, z)
         left = float(torch.linalg.norm(residual)) / start
     curved = apply_terms(change, terms)
-    predicted = _quadratic(change, curved, gradient)
-    left = float(torch.linalg.norm(_on_kept(curved, mask, gradient))) / start
-    return Solution((W + change) * mask, left, iteration, predicted)
+    predicted = _quadratic(change, curved)
+    left = float(torch.linalg.norm(curved.mul_(mask))) / start
+    return Solution((W + change) * mask, left, predicted)
 
 
-def _quadratic(change: Tensor, curved: Tensor, gradient: Tensor | None) -> float:
-    return 0.5 * float(_dot(change, curved)) + (0.0 if gradient is None else float(torch.sum(gradient * change)))
+def _quadratic(change: Tensor, curved: Tensor) -> float:
+    return 0.5 * float(_dot(change, curved))
 
 
 def _product(split: Sequence[tuple[SplitMatrix, SplitMatrix]], X: Tensor) -> Tensor:
@@ -194,15 +190,9 @@ def _product(split: Sequence[tuple[SplitMatrix, SplitMatrix]], X: Tensor) -> Ten
     return total
 
 
-def _residual(change: Tensor, terms: Sequence[Term], mask: Tensor, gradient: Tensor | None) -> Tensor:
-    """Return minus (F D + gradient) on kept elements, [R, C]."""
-    return _on_kept(apply_terms(change, terms), mask, gradient).neg_()
-
-
-def _on_kept(curved: Tensor, mask: Tensor, gradient: Tensor | None) -> Tensor:
-    if gradient is not None:
-        curved += gradient
-    return curved.mul_(mask)
+def _residual(change: Tensor, terms: Sequence[Term], mask: Tensor) -> Tensor:
+    """Return minus (F D) on kept elements, [R, C]."""
+    return apply_terms(change, terms).mul_(mask).neg_()
 
 
 def _rank(matrix: Tensor, most: int) -> int:

@@ -1,6 +1,6 @@
-"""Costs: the loss increase that removing a structure is predicted to bring.
+"""Costs: the loss increase that the quadratic model predicts for the removal of a structure.
 
-Source: method.md section 3; The LLM Surgeon, section 3.2 and appendix A. F = kron(G, A) throughout, so with factors that
+Source: docs/method.md, section 3; The LLM Surgeon, section 3.2 and appendix A. F = kron(G, A) throughout, so with factors that
 are means over tokens a cost is in nats per token.
 """
 
@@ -38,12 +38,12 @@ def column_costs(W: Tensor, G: Tensor, A_inverse_diagonal: Tensor) -> Tensor:
 
 
 def diagonal_row_costs(W: Tensor, A: Tensor, G_diagonal: Tensor) -> Tensor:
-    """Cost of each row if nothing makes up for it (OBD): 1/2 G_rr (W_r A W_r^T), [R]."""
+    """Cost of each row if the others stay as they are (OBD): 1/2 G_rr (W_r A W_r^T), [R]."""
     return 0.5 * (W @ A * W).sum(dim=1) * G_diagonal
 
 
 def diagonal_column_costs(W: Tensor, G: Tensor, A_diagonal: Tensor) -> Tensor:
-    """Cost of each column if nothing makes up for it (OBD): 1/2 A_cc (W_c^T G W_c), [C]."""
+    """Cost of each column if the others stay as they are (OBD): 1/2 A_cc (W_c^T G W_c), [C]."""
     return 0.5 * (W * (G @ W)).sum(dim=0) * A_diagonal
 
 

@@ -1,19 +1,20 @@
-"""The damped curvature of one linear on its alive rows and columns, and what costs and updates take from it.
+"""The damped curvature of one linear, or of a part of it, and what costs and updates take from it.
 
-Source: method.md sections 1 to 4. One Kronecker product (KFAC) or a sum of several (extended KFAC); everything is a mean over tokens,
-so costs are in nats per token.
+Source: docs/method.md, sections 1 to 4. One Kronecker product (KFAC) or a sum of several (extended KFAC). Everything is a mean over
+tokens, so costs are in nats per token.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
 from ray_surgeon.surgery import costs
-from ray_surgeon.surgery.extended import Term, TwoTermInverse, clip_term, minimise_kept
-from ray_surgeon.surgery.kronecker import DampedFactor, KroneckerFactors, balanced, damped, factorise
+from ray_surgeon.surgery.extended.terms import Term, TwoTermInverse, clip_term, minimise_kept
+from ray_surgeon.surgery.kronecker import DampedFactor, Damping, KroneckerFactors, balanced, damped, factorise
 from ray_surgeon.surgery.updates import prune_rows_and_columns, prune_singly
 
 _SOLVER_TOLERANCE = 1e-4
@@ -21,56 +22,58 @@ _SOLVER_ITERATIONS = 50
 """Of conjugate gradients for rows and columns with more than two terms, whose preconditioner is the exact solution with two."""
 
 
+@dataclass(frozen=True)
+class RaisedDamping:
+    """A factorisation that needed more than was asked for, e.g. ("...q_proj", "A", asked 0.01, used 0.1, True)."""
+
+    linear: str
+    factor: str
+    asked: float
+    used: float
+    float64_retry: bool
+
+
+@dataclass(frozen=True)
+class Clipping:
+    """A further Kronecker term that would have made the Fisher indefinite, e.g. ("...q_proj", 1, 0.12): changed by 12 %."""
+
+    linear: str
+    term: int
+    change: float
+
+
 class LinearCurvature:
     """Damped curvature of one linear. Factorisations are made when something needs them."""
 
-    def __init__(
-        self,
-        name: str,
-        factors: KroneckerFactors,
-        rows: Tensor,
-        columns: Tensor,
-        *,
-        dtype: torch.dtype,
-        damping_a: float,
-        damping_g: float,
-        max_damping: float,
-    ) -> None:
-        """Restrict and balance the factors.
+    def __init__(self, name: str, factors: KroneckerFactors, damping: Damping, dtype: torch.dtype) -> None:
+        """Balance the factors.
 
         Args:
             name: of the linear, for errors.
-            factors: of all its rows and columns.
-            rows: [R] bool, alive and not degenerate.
-            columns: [C] bool, likewise.
+            factors: of the rows and columns that matter.
+            damping: of A and G.
             dtype: to compute in.
-            damping_a: relative damping of A.
-            damping_g: relative damping of G.
-            max_damping: see `factorise`.
         """
-        self.name = name
-        alive = factors.restricted(rows, columns)
-        A, G = balanced(alive.A / alive.num_tokens, alive.G / alive.num_tokens)
+        self.name, self.damping = name, damping
+        A, G = balanced(factors.A / factors.num_tokens, factors.G / factors.num_tokens)
         self._means = A.to(dtype), G.to(dtype)
-        self._further = [(g.to(dtype), a.to(dtype)) for g, a in alive.terms]
-        self.gradient = None if alive.gradient is None else (alive.gradient / alive.num_tokens).to(dtype)
-        self._damping = damping_a, damping_g, max_damping
+        self._further = [(g.to(dtype), a.to(dtype)) for g, a in factors.terms]
 
     @cached_property
     def A(self) -> DampedFactor:
         """Damped and factorised A of the first term."""
-        return factorise(self._means[0], self._damping[0], self._damping[2], f"{self.name} A")
+        return factorise(self._means[0], self.damping.a, self.damping.max, f"{self.name} A")
 
     @cached_property
     def G(self) -> DampedFactor:
         """Damped and factorised G of the first term."""
-        return factorise(self._means[1], self._damping[1], self._damping[2], f"{self.name} G")
+        return factorise(self._means[1], self.damping.g, self.damping.max, f"{self.name} G")
 
     @cached_property
     def first(self) -> Term:
         """Damped G and A of the first term, without a factorisation if there has been none."""
-        A = self.A.matrix if "A" in self.__dict__ else damped(self._means[0], self._damping[0])
-        G = self.G.matrix if "G" in self.__dict__ else damped(self._means[1], self._damping[1])
+        A = self.A.matrix if "A" in self.__dict__ else damped(self._means[0], self.damping.a)
+        G = self.G.matrix if "G" in self.__dict__ else damped(self._means[1], self.damping.g)
         return G, A
 
     @cached_property
@@ -85,9 +88,24 @@ class LinearCurvature:
         return (self.first, *self._clipped[0])
 
     @property
-    def clipping(self) -> tuple[float, ...]:
-        """Relative change of each further term by clipping; see `ClippedTerm`."""
-        return self._clipped[1]
+    def clipping(self) -> tuple[Clipping, ...]:
+        """Further terms that were clipped."""
+        return tuple(Clipping(self.name, term, change) for term, change in enumerate(self._clipped[1], 1) if change)
+
+    @property
+    def used_damping(self) -> Damping:
+        """The damping with which both factors are positive definite."""
+        return Damping(self.A.damping, self.G.damping, self.damping.max)
+
+    @property
+    def raised_damping(self) -> tuple[RaisedDamping, ...]:
+        """Factorisations that needed more than was asked for."""
+        factors = (("A", self.damping.a, self.A), ("G", self.damping.g, self.G))
+        return tuple(
+            RaisedDamping(self.name, name, asked, factor.damping, factor.float64_retry)
+            for name, asked, factor in factors
+            if factor.damping != asked or factor.float64_retry
+        )
 
     @property
     def is_extended(self) -> bool:
@@ -102,7 +120,7 @@ class LinearCurvature:
     # Costs
 
     def row_costs(self, W: Tensor, kind: str) -> Tensor:
-        """Return the cost of each row of W [R, C]: ``obs``, the others make up for it, or ``obd``, nothing does."""
+        """Return the cost of each row of W [R, C], with the optimal update of the others (``obs``) or without one (``obd``)."""
         if kind == "obd":
             return torch.stack([costs.diagonal_row_costs(W, A, G.diagonal()) for G, A in self.terms]).sum(dim=0)
         if self.is_extended:
@@ -152,53 +170,36 @@ class LinearCurvature:
 
     # Updates
 
-    def without(
-        self, W: Tensor, rows: Tensor, columns: Tensor, *, joint: str, correlations: str, step: float = 0.0
-    ) -> tuple[Tensor, float]:
+    def prune(self, W: Tensor, rows: Tensor, columns: Tensor, update: str) -> tuple[Tensor, float]:
         """Remove rows and columns of W [R, C] and update the rest.
 
         Args:
             W: alive weights.
-            rows: [R] bool, True = goes.
+            rows: [R] bool, True = to prune.
             columns: [C] bool, likewise.
-            joint: see `prune_rows_and_columns`.
-            correlations: ``full``, ``single`` (see `prune_singly`) or ``none``.
-            step: eta of the first-order correction -eta F_KK^-1 gradient; 0 for none.
+            update: ``full``, ``single`` (see `prune_singly`) or ``none``.
 
         Returns:
             [R, C] new weights, zero in everything removed, and the relative residual of the equations.
         """
-        if correlations == "none":
+        if update == "none":
             return W * torch.outer(~rows, ~columns), 0.0
-        if correlations == "single":
-            return self._without_singly(W, rows, columns), 0.0
-        gradient = None if step == 0 else step * self._needed_gradient()
-        nothing_goes = torch.zeros_like(rows), torch.zeros_like(columns)
-        minimised = partial(minimise_kept, tolerance=_SOLVER_TOLERANCE, num_iterations=_SOLVER_ITERATIONS)
+        if update == "single":
+            return self._prune_singly(W, rows, columns), 0.0
         if not self.is_extended:
             G, A = self.first
-            new = prune_rows_and_columns(W, A, G, rows, columns, joint=joint, name=self.name)
-            if gradient is None:
-                return new, 0.0
-            correction, _ = minimised(torch.zeros_like(W), self.terms, rows, columns, gradient)
-            return new + correction, 0.0
-        if joint == "exact":
-            return minimised(W, self.terms, rows, columns, gradient)
-        by_rows, one = minimised(W, self.terms, rows, nothing_goes[1], gradient)
-        by_columns, other = minimised(W, self.terms, nothing_goes[0], columns)
+            return prune_rows_and_columns(W, A, G, rows, columns, name=self.name), 0.0
+        minimised = partial(minimise_kept, tolerance=_SOLVER_TOLERANCE, num_iterations=_SOLVER_ITERATIONS)
+        by_rows, one = minimised(W, self.terms, rows, torch.zeros_like(columns))
+        by_columns, other = minimised(W, self.terms, torch.zeros_like(rows), columns)
         return (by_rows + by_columns - W) * torch.outer(~rows, ~columns), max(one, other)
 
-    def _without_singly(self, W: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    def _prune_singly(self, W: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         if self.is_extended:
             return (W + self.inverse.single_corrections(W, rows, columns)) * torch.outer(~rows, ~columns)
         A_inverse, G_inverse = torch.cholesky_inverse(self.A.cholesky), torch.cholesky_inverse(self.G.cholesky)
         return prune_singly(W, A_inverse, G_inverse, rows, columns)
 
-    def _needed_gradient(self) -> Tensor:
-        assert self.gradient is not None, "the gradient was not gathered"
-        return self.gradient
-
     def quadratic_cost(self, change: Tensor) -> float:
-        """Return the predicted loss increase of a change [R, C] of the weights, first order included if the gradient is known."""
-        total = sum(costs.quadratic_cost(change, A, G) for G, A in self.terms)
-        return total + (0.0 if self.gradient is None else float(torch.sum(self.gradient * change)))
+        """Return the predicted loss increase of a change [R, C] of the weights."""
+        return sum(costs.quadratic_cost(change, A, G) for G, A in self.terms)

@@ -1,6 +1,6 @@
-"""Greedy selection of rows and columns: the cheapest few go, everything is updated as if they had gone, and again.
+"""Greedy paths: prune the cheapest few structures, update everything as if they were gone, and repeat.
 
-Source: method.md section 8. The costs are the exact ones after all earlier removals, not the sum of single costs. With U = G W and
+Source: docs/method.md, section 8. The costs are the exact ones after all earlier removals, not the sum of single costs. With U = G W and
 H = W A kept beside W, a removal changes everything by a product of rank `few`:
 
 * rows P: X = [G^-1]_:P ([G^-1]_PP)^-1; W -= X W_P; H -= X H_P; G^-1 -= X [G^-1]_P:; U keeps its other rows;
@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 _FEW = 1 / 128
-"""Of the structures that are left, how many go in one step (at least one)."""
+"""Of the structures that are left, the fraction that is pruned in one step (at least one structure)."""
 
 
-class GreedyCurve:
-    """The increasing curve of marginal costs of one linear."""
+class GreedyPath:
+    """The weights and costs of one linear along its greedy path."""
 
     def __init__(self, W: Tensor, A: Tensor, G: Tensor, A_inverse: Tensor, G_inverse: Tensor) -> None:
         """Start with everything alive.
@@ -37,17 +37,17 @@ class GreedyCurve:
         self.columns = torch.ones(W.shape[1], dtype=torch.bool, device=W.device)
 
     def row_costs(self) -> Tensor:
-        """Return the cost of each row now, [R]; of those that are gone, 0."""
+        """Return the cost of each row now, [R]; of pruned ones, 0."""
         return 0.5 * ((self.W * self._H).sum(dim=1) / self._G_inverse.diagonal()).clamp(min=0) * self.rows
 
     def column_costs(self) -> Tensor:
-        """Return the cost of each column now, [C]; of those that are gone, 0."""
+        """Return the cost of each column now, [C]; of pruned ones, 0."""
         return 0.5 * ((self.W * self._U).sum(dim=0) / self._A_inverse.diagonal()).clamp(min=0) * self.columns
 
     def column_set_costs(self, columns: Tensor) -> Tensor:
         """Return the joint cost of each set of columns [num_sets, width] now: 1/2 tr(W_Q^T G W_Q ([A^-1]_QQ)^-1), [num_sets].
 
-        For sets that are gone the value means nothing.
+        The value of pruned sets means nothing.
         """
         if columns.shape[1] == 1:
             return 0.5 * ((self.W * self._U).sum(dim=0) / self._A_inverse.diagonal()).clamp(min=0)[columns[:, 0]]
@@ -57,97 +57,94 @@ class GreedyCurve:
             costs.append(0.5 * torch.linalg.solve(self._A_inverse[Q][:, Q], inner).diagonal().sum())
         return torch.stack(costs).clamp(min=0)
 
-    def remove_rows(self, gone: Tensor) -> None:
+    def remove_rows(self, pruned: Tensor) -> None:
         """Remove rows, given by their indices."""
-        X = self._G_inverse[:, gone] @ torch.linalg.inv(self._G_inverse[gone][:, gone])
-        self.W -= X @ self.W[gone]
-        self._H -= X @ self._H[gone]
-        self._G_inverse -= X @ self._G_inverse[gone]
-        self._G_inverse[gone, gone] = 1.0  # nothing reads it but a division by the diagonal
-        self.W[gone] = 0
-        self.rows[gone] = False
+        X = self._G_inverse[:, pruned] @ torch.linalg.inv(self._G_inverse[pruned][:, pruned])
+        self.W -= X @ self.W[pruned]
+        self._H -= X @ self._H[pruned]
+        self._G_inverse -= X @ self._G_inverse[pruned]
+        self._G_inverse[pruned, pruned] = 1.0  # only a division by the diagonal reads it
+        self.W[pruned] = 0
+        self.rows[pruned] = False
 
-    def remove_columns(self, gone: Tensor) -> None:
+    def remove_columns(self, pruned: Tensor) -> None:
         """Remove columns, given by their indices."""
-        Y = torch.linalg.inv(self._A_inverse[gone][:, gone]) @ self._A_inverse[gone]
-        self._U -= self._U[:, gone] @ Y
-        self.W -= self.W[:, gone] @ Y
-        self._A_inverse -= self._A_inverse[:, gone] @ Y
-        self._A_inverse[gone, gone] = 1.0
-        self.W[:, gone] = 0
-        self.columns[gone] = False
+        Y = torch.linalg.inv(self._A_inverse[pruned][:, pruned]) @ self._A_inverse[pruned]
+        self._U -= self._U[:, pruned] @ Y
+        self.W -= self.W[:, pruned] @ Y
+        self._A_inverse -= self._A_inverse[:, pruned] @ Y
+        self._A_inverse[pruned, pruned] = 1.0
+        self.W[:, pruned] = 0
+        self.columns[pruned] = False
 
 
 def greedy_costs(
-    curve: GreedyCurve, rows_may_go: Tensor, columns_may_go: Tensor, *, per_parameter: bool, limit: float
+    path: GreedyPath, may_prune_rows: Tensor, may_prune_columns: Tensor, *, per_parameter: bool, limit: float
 ) -> tuple[Tensor, Tensor]:
-    """Remove greedily until the marginal cost passes a limit, and return the marginal cost at which each structure went.
+    """Follow the greedy path up to a marginal cost, and return the marginal cost at which each structure is pruned.
 
     Args:
-        curve: with everything alive.
-        rows_may_go: [R] bool.
-        columns_may_go: [C] bool.
-        per_parameter: whether costs are divided by the entries that a structure still has when it goes.
-        limit: no structure goes whose marginal cost is above it.
+        path: with everything alive.
+        may_prune_rows: [R] bool.
+        may_prune_columns: [C] bool.
+        per_parameter: whether costs are divided by the entries that a structure still has when it is pruned.
+        limit: no structure is pruned whose marginal cost is above it.
 
     Returns:
-        [R] and [C]: the largest marginal cost up to and including the structure's own removal, so that a threshold cuts the curve at
-        one height; infinite for what was not removed.
+        [R] and [C]: the largest marginal cost up to and including the structure's own removal, so that a threshold cuts the path at
+        one place; infinite for what was not removed.
     """
-    by_row, by_column = torch.full_like(curve.W[:, 0], torch.inf), torch.full_like(curve.W[0], torch.inf)
-    height = 0.0
+    by_row, by_column = path.W.new_full((len(path.W),), torch.inf), path.W.new_full((path.W.shape[1],), torch.inf)
+    highest = 0.0
     while True:
-        row_costs = torch.where(rows_may_go & curve.rows, curve.row_costs(), torch.inf)
-        column_costs = torch.where(columns_may_go & curve.columns, curve.column_costs(), torch.inf)
+        row_costs = torch.where(may_prune_rows & path.rows, path.row_costs(), torch.inf)
+        column_costs = torch.where(may_prune_columns & path.columns, path.column_costs(), torch.inf)
         if per_parameter:
-            row_costs, column_costs = row_costs / curve.columns.sum().clamp(min=1), column_costs / curve.rows.sum().clamp(min=1)
+            row_costs, column_costs = row_costs / path.columns.sum().clamp(min=1), column_costs / path.rows.sum().clamp(min=1)
         together = torch.cat([row_costs, column_costs])
         left = int(torch.isfinite(together).sum())
         if left == 0:
             return by_row, by_column
         cheapest = together.topk(max(1, int(left * _FEW)), largest=False)
-        heights = cheapest.values.clamp(min=height)
-        going = heights <= limit
-        if not going.any():
+        marginal = cheapest.values.clamp(min=highest)
+        to_prune = marginal <= limit
+        if not to_prune.any():
             return by_row, by_column
-        height = float(heights[going].max())
-        indices = cheapest.indices[going]
+        highest = float(marginal[to_prune].max())
+        indices = cheapest.indices[to_prune]
         is_row = indices < len(row_costs)
-        gone_rows, gone_columns = indices[is_row], indices[~is_row] - len(row_costs)
-        by_row[gone_rows], by_column[gone_columns] = heights[going][is_row], heights[going][~is_row]
-        if len(gone_rows):
-            curve.remove_rows(gone_rows)
-        if len(gone_columns):
-            curve.remove_columns(gone_columns)
+        pruned_rows, pruned_columns = indices[is_row], indices[~is_row] - len(row_costs)
+        by_row[pruned_rows], by_column[pruned_columns] = marginal[to_prune][is_row], marginal[to_prune][~is_row]
+        if len(pruned_rows):
+            path.remove_rows(pruned_rows)
+        if len(pruned_columns):
+            path.remove_columns(pruned_columns)
 
 
-def greedy_group_costs(
-    curve: GreedyCurve, columns: Tensor, may_go: Tensor, least: int, *, limit: float = math.inf, needed: int = 0
-) -> Tensor:
-    """Remove groups of columns greedily until the marginal cost passes a limit, and return the cost at which each went.
+def greedy_group_costs(path: GreedyPath, columns: Tensor, least: int, *, limit: float = math.inf, needed: int = 0) -> Tensor:
+    """Follow the greedy path of groups of columns up to a marginal cost, and return the cost at which each is pruned.
 
     Args:
-        curve: with everything alive.
+        path: with everything alive.
         columns: [num_groups, width] the columns of each group.
-        may_go: [num_groups] bool, the groups that are left.
         least: groups that stay.
-        limit: no group goes whose marginal cost is above it,
-        needed: but this many go whatever they cost.
+        limit: no group is pruned whose marginal cost is above it,
+        needed: except that this many are pruned whatever they cost.
 
     Returns:
-        [num_groups] the largest marginal cost up to and including the group's own removal; infinite for those that stay or are gone.
+        [num_groups] the largest marginal cost up to and including the group's own removal; infinite for those that stay.
     """
-    heights, alive, height = torch.full((len(columns),), torch.inf, dtype=curve.W.dtype), may_go.clone(), 0.0
+    marginal, alive, highest = torch.full((len(columns),), torch.inf, dtype=path.W.dtype), torch.ones(len(columns), dtype=torch.bool), 0.0
     while (left := int(alive.sum())) > least:
-        costs = curve.column_set_costs(columns).cpu().masked_fill(~alive, torch.inf)
+        costs = path.column_set_costs(columns).cpu().masked_fill(~alive, torch.inf)
         cheapest = costs.topk(min(max(1, int(left * _FEW)), left - least), largest=False)
-        num_gone = len(alive) - left - int((~may_go).sum())
-        going = (cheapest.values <= limit) | (torch.arange(len(cheapest.values)) < needed - num_gone)
-        if not going.any():
+        num_pruned = len(alive) - left
+        to_prune = (cheapest.values <= limit) | (torch.arange(len(cheapest.values)) < needed - num_pruned)
+        if not to_prune.any():
             break
-        gone = cheapest.indices[going]
-        heights[gone] = cheapest.values[going].clamp(min=height)
-        height = float(heights[gone].max())
-        curve.remove_columns(columns[gone.to(columns.device)].flatten())
-        alive[gone] = False
-    return heights
+        pruned = cheapest.indices[to_prune]
+        marginal[pruned] = cheapest.values[to_prune].clamp(min=highest)
+        highest = float(marginal[pruned].max())
+        path.remove_columns(columns[pruned.to(columns.device)].flatten())
+        alive[pruned] = False
+    return marginal

@@ -1,6 +1,6 @@
 """Kronecker factors of one linear's Fisher: sums over tokens, merged, balanced, damped, factorised.
 
-Source: method.md sections 1 and 2 (KFAC, Martens & Grosse 2015; The LLM Surgeon, section 3.1).
+Source: docs/method.md, sections 1 and 2 (KFAC, Martens & Grosse 2015; The LLM Surgeon, section 3.1).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def with_ones(x: Tensor) -> Tensor:
     return torch.cat([x, x.new_ones(x.shape[0], 1)], dim=1)
 
 
-@dataclass
+@dataclass(frozen=True)
 class KroneckerFactors:
     """A and G of one linear as sums over tokens, so that micro-batches, replicas and resumed work all merge.
 
@@ -55,29 +55,19 @@ class KroneckerFactors:
         G: [R, R] sum of g g^T.
         num_tokens: tokens in both sums.
         terms: further Kronecker products (G_r, A_r) of extended KFAC, as means over tokens; they do not merge.
-        gradient: [R, C] sum of g a^T, the gradient of the loss, if it was gathered.
     """
 
     A: Tensor
     G: Tensor
     num_tokens: int
     terms: tuple[tuple[Tensor, Tensor], ...] = ()
-    gradient: Tensor | None = None
-
-    def merged(self, other: KroneckerFactors) -> KroneckerFactors:
-        """Return the factors of both sets of tokens together."""
-        assert not self.terms
-        assert not other.terms
-        gradient = None if self.gradient is None or other.gradient is None else self.gradient + other.gradient
-        return KroneckerFactors(self.A + other.A, self.G + other.G, self.num_tokens + other.num_tokens, gradient=gradient)
 
     def restricted(self, rows: Tensor, columns: Tensor) -> KroneckerFactors:
         """Return the factors of the alive rows [R] and columns [C] (bool masks) only."""
         if rows.all() and columns.all():
             return self
         terms = tuple((G[rows][:, rows], A[columns][:, columns]) for G, A in self.terms)
-        gradient = None if self.gradient is None else self.gradient[rows][:, columns]
-        return KroneckerFactors(self.A[columns][:, columns], self.G[rows][:, rows], self.num_tokens, terms, gradient)
+        return KroneckerFactors(self.A[columns][:, columns], self.G[rows][:, rows], self.num_tokens, terms)
 
 
 def balanced(A: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,8 +79,23 @@ def balanced(A: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
     return A * ratio, G / ratio
 
 
+@dataclass(frozen=True)
+class Damping:
+    """Damping of the two factors, relative to the mean of their diagonals (docs/method.md, section 2).
+
+    Attributes:
+        a: of A.
+        g: of G.
+        max: the largest damping that may be tried when a factor is not positive definite.
+    """
+
+    a: float
+    g: float
+    max: float
+
+
 def damped(matrix: Tensor, damping: float) -> Tensor:
-    """Return ``matrix + damping * mean(diag(matrix)) * I`` (method.md section 2)."""
+    """Return ``matrix + damping * mean(diag(matrix)) * I`` (docs/method.md, section 2)."""
     result = matrix.clone()
     if len(matrix):
         result.diagonal().add_(damping * matrix.diagonal().mean())
@@ -125,7 +130,7 @@ class DampedFactor:
 
 
 def factorise(matrix: Tensor, damping: float, max_damping: float, name: str) -> DampedFactor:
-    """Damp and factorise one factor by the policy of method.md section 2.
+    """Damp and factorise one factor by the policy of docs/method.md, section 2.
 
     A failed Cholesky is retried in float64; then the damping is raised tenfold up to `max_damping`.
 

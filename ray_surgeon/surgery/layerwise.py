@@ -29,7 +29,7 @@ def wanda(W: Tensor, A_diagonal: Tensor, sparsity: float, n: int, m: int) -> Ten
     Args:
         W: [R, C] without bias.
         A_diagonal: [C] sum of squared inputs.
-        sparsity: fraction of each row that goes, if `m` is 1.
+        sparsity: fraction of each row to prune, if `m` is 1.
         n: elements that stay in each group.
         m: elements of a group; 1 for single elements.
     """
@@ -52,7 +52,7 @@ def sparsegpt(
     Args:
         W: [R, C] without bias.
         A: [C, C] mean of the inputs' second moment; inputs that are always zero have their column removed.
-        sparsity: fraction that goes, if `m` is 1.
+        sparsity: fraction to prune, if `m` is 1.
         n: elements that stay in each group.
         m: elements of a group; 1 for single elements.
         damping: relative to the mean of the diagonal.
@@ -64,9 +64,9 @@ def sparsegpt(
         [R, C] new weights and [R, C] what is kept.
     """
     W, A = W.clone(), A.clone()
-    dead = A.diagonal() == 0
-    A[dead, dead] = 1
-    W[:, dead] = 0
+    always_zero = A.diagonal() == 0
+    A[always_zero, always_zero] = 1
+    W[:, always_zero] = 0
     factor = factorise(A, damping, max_damping, name)
     U = torch.linalg.cholesky(torch.cholesky_inverse(factor.cholesky), upper=True)
     kept = torch.ones_like(W, dtype=torch.bool)

@@ -13,7 +13,7 @@ class StructuredMask:
     """Kept rows and columns of one linear.
 
     Attributes:
-        rows: [R] bool. A row that goes takes its bias with it.
+        rows: [R] bool. A pruned row takes its bias with it.
         columns: [C] bool. The bias, where there is one, is the last column, and is never pruned as a column.
     """
 
@@ -26,7 +26,7 @@ class StructuredMask:
         return StructuredMask(torch.ones(num_rows, dtype=torch.bool), torch.ones(num_columns, dtype=torch.bool))
 
     def without(self, rows: Tensor, columns: Tensor) -> StructuredMask:
-        """Return the mask with `rows` [R] and `columns` [C] (True = goes) removed too."""
+        """Return the mask with `rows` [R] and `columns` [C] (True = to prune) removed too."""
         return StructuredMask(self.rows & ~rows, self.columns & ~columns)
 
     @property

@@ -1,6 +1,6 @@
 """One global threshold over all linears.
 
-Source: method.md section 5; The LLM Surgeon, section 3.2 (all costs are in the same unit, so one threshold allocates the
+Source: docs/method.md, section 5; The LLM Surgeon, section 3.2 (all costs are in the same unit, so one threshold allocates the
 sparsity of every linear).
 """
 
@@ -23,8 +23,8 @@ class StructureCosts:
         num_parameters: entries of the whole linear, bias included.
         num_rows: alive rows.
         num_columns: alive columns, bias included.
-        rows: [num candidates <= num_rows] costs of rows that may go.
-        columns: [num candidates <= num_columns] costs of columns that may go (never the bias's).
+        rows: [num candidates <= num_rows] costs of rows that may be pruned.
+        columns: [num candidates <= num_columns] costs of columns that may be pruned (never the bias's).
     """
 
     name: str
@@ -64,10 +64,10 @@ def check_costs(name: str, costs: Tensor) -> None:
 
 
 def cost_curve(costs: Tensor, sizes: Tensor, num_points: int = 128) -> list[tuple[float, float]]:
-    """Return how much can go up to which cost, for plots: (cumulative size, cost) of evenly chosen candidates, in ascending order.
+    """Return how much can be pruned up to which cost, for plots: (cumulative size, cost) of evenly chosen candidates, in ascending order.
 
     Args:
-        costs: [n] of candidates; infinite ones may not go and are left out.
+        costs: [n] of candidates; infinite ones may not be pruned and are left out.
         sizes: [n] parameters of each.
         num_points: at most so many points.
     """
@@ -88,16 +88,16 @@ def can_reach(costs: Sequence[StructureCosts], target_sparsity: float) -> bool:
 def structured_threshold(costs: Sequence[StructureCosts], target_sparsity: float) -> Threshold:
     """Find the smallest threshold that removes at least the target fraction of all parameters.
 
-    A linear with alive rows R and columns C of which p and q go loses p C + q R - p q entries: the overlap counts once.
+    A linear with alive rows R and columns C of which p and q are pruned loses p C + q R - p q entries: the overlap counts once.
     Bisection over the sorted costs; each probe counts by binary search, so the work is O((n + linears log n) log n) for n
     structures and nothing of size linears x structures is formed.
 
     Args:
         costs: one entry a linear.
-        target_sparsity: fraction of all parameters to be gone after this shot, earlier shots included.
+        target_sparsity: pruned fraction of all parameters after this shot, earlier shots included.
 
     Raises:
-        ValueError: everything that may go is less than the target.
+        ValueError: everything that may be pruned is less than the target.
         FloatingPointError: see `check_costs`.
     """
     for linear in costs:
@@ -181,15 +181,15 @@ def cost_of_bits(high: int, low: int) -> float:
     return float(torch.tensor([(high << _LOW_BITS) | low], dtype=torch.int32).view(torch.float32)[0])
 
 
-def units_to_remove(target_sparsity: float, num_parameters: int, num_gone: int, num_per_unit: int, num_candidates: int) -> int:
-    """Return how many units of `num_per_unit` entries have to go to reach the target.
+def units_to_remove(target_sparsity: float, num_parameters: int, num_pruned: int, num_per_unit: int, num_candidates: int) -> int:
+    """Return how many units of `num_per_unit` entries must be pruned to reach the target.
 
     Raises:
         ValueError: there are not that many candidates.
     """
-    missing = math.ceil(target_sparsity * num_parameters - 1e-6) - num_gone
+    missing = math.ceil(target_sparsity * num_parameters - 1e-6) - num_pruned
     num_units = max(0, math.ceil(missing / num_per_unit))
-    most = (num_gone + num_candidates * num_per_unit) / num_parameters
+    most = (num_pruned + num_candidates * num_per_unit) / num_parameters
     if num_units > num_candidates and target_sparsity - most > 1e-3:
         raise ValueError(f"pruning.target_sparsity: {target_sparsity:g} cannot be reached; all candidates together are {most:.4f}")
     return min(num_units, num_candidates)

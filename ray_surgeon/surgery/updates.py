@@ -1,6 +1,6 @@
-"""Correlated weight updates: what the weights that stay become when rows and columns go.
+"""Correlated weight updates: how the kept weights change when rows and columns are pruned.
 
-Source: method.md section 4; The LLM Surgeon, sections 3.3 and 3.4. Each solves the equality-constrained quadratic
+Source: docs/method.md, section 4; The LLM Surgeon, sections 3.3 and 3.4. Each solves the equality-constrained quadratic
 ``min 1/2 vec(D)^T kron(G, A) vec(D)`` subject to the pruned entries of W + D being zero.
 """
 
@@ -15,7 +15,7 @@ from ray_surgeon.surgery.kronecker import factorise
 def _correlation(matrix: Tensor, pruned: Tensor, name: str) -> Tensor:
     """Return M = matrix_KK^-1 matrix_KP, [kept, pruned].
 
-    `matrix` is damped already; a part of a positive definite matrix is one too, so no more damping is allowed here.
+    `matrix` is damped already; a part of a positive definite matrix is one too, so it needs no more damping.
     """
     kept = ~pruned
     factor = factorise(matrix[kept][:, kept], 0.0, 0.0, name)
@@ -28,7 +28,7 @@ def prune_rows(W: Tensor, G: Tensor, pruned: Tensor, *, name: str = "G") -> Tens
     Args:
         W: [R, C].
         G: [R, R] damped.
-        pruned: [R] bool, True = goes.
+        pruned: [R] bool, True = to prune.
         name: what G belongs to, for errors.
 
     Returns:
@@ -48,7 +48,7 @@ def prune_columns(W: Tensor, A: Tensor, pruned: Tensor, *, name: str = "A") -> T
     Args:
         W: [R, C].
         A: [C, C] damped.
-        pruned: [C] bool, True = goes.
+        pruned: [C] bool, True = to prune.
         name: what A belongs to, for errors.
 
     Returns:
@@ -64,14 +64,12 @@ def prune_rows_and_columns(
     pruned_rows: Tensor,
     pruned_columns: Tensor,
     *,
-    joint: str = "exact",
     name: str = "",
 ) -> Tensor:
-    """Remove rows and columns together.
+    """Remove rows and columns together, as the published implementation does.
 
-    ``exact`` is the minimiser of the quadratic: rows first, then columns on the updated weights (the other order gives the
-    same). ``independent`` is the published implementation's: both corrections are taken from the original weights and
-    added, which drops the term M W_PQ N.
+    Both corrections are taken from the original weights and added. The exact minimiser also has the term M W_PQ N; with the default
+    damping the two tie in perplexity (docs/negative-results.md).
 
     Args:
         W: [R, C].
@@ -79,15 +77,12 @@ def prune_rows_and_columns(
         G: [R, R] damped.
         pruned_rows: [R] bool.
         pruned_columns: [C] bool.
-        joint: ``exact`` or ``independent``.
         name: the linear, for errors.
 
     Returns:
         [R, C] new weights, zero in every pruned row and column.
     """
     by_rows = prune_rows(W, G, pruned_rows, name=f"{name} G")
-    if joint == "exact":
-        return prune_columns(by_rows, A, pruned_columns, name=f"{name} A")
     by_columns = prune_columns(W, A, pruned_columns, name=f"{name} A")
     new = by_rows + by_columns - W
     new[pruned_rows] = 0
@@ -96,7 +91,7 @@ def prune_rows_and_columns(
 
 
 def prune_singly(W: Tensor, A_inverse: Tensor, G_inverse: Tensor, pruned_rows: Tensor, pruned_columns: Tensor) -> Tensor:
-    """Remove rows and columns and add each one's own correction, as if it went alone (OBS without correlations).
+    """Remove rows and columns and add the correction of each as if it were pruned alone (OBS without correlations).
 
     Row p adds -[G^-1]_:p / [G^-1]_pp W_p, column q adds -W_q [A^-1]_q: / [A^-1]_qq, all from the original weights.
 

@@ -14,8 +14,8 @@ import yaml
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from ray_surgeon import storage
 from ray_surgeon.pipeline import main
+from ray_surgeon.storage import files
 
 
 def tiny_spec(folder: Path, model: Path, **changes: Any) -> Path:
@@ -24,7 +24,7 @@ def tiny_spec(folder: Path, model: Path, **changes: Any) -> Path:
     text = folder / "text.txt"
     text.write_text("\n\n".join(list(topics.values())[:8])[:12000], encoding="utf-8")
     document: dict[str, Any] = {
-        "version": 1,
+        "version": 2,
         "name": "tiny",
         "model": {"source": str(model)},
         "calibration": {"source": str(text), "num_sequences": 6, "sequence_length": 40, "stride": 64, "max_tokens": 4000},
@@ -72,7 +72,7 @@ def wait_for(what: Callable[[], object], seconds: float = 90) -> None:
 
 def tensors_of_shot(uri: Path, shot: int) -> dict[str, Tensor]:
     folder = uri / "shots" / f"{shot:04d}"
-    return {k: v for path in sorted(folder.glob("*.safetensors")) for k, v in storage.read_tensors(str(path)).items()}
+    return {k: v for path in sorted(folder.glob("*.safetensors")) for k, v in files.read_tensors(str(path)).items()}
 
 
 def report_of(uri: Path) -> dict[str, Any]:

@@ -1,0 +1,254 @@
+"""Pruning is one call: check -> plan -> start workers -> shots -> exports. The command line is a thin shell over this."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from ray_surgeon.cluster.local import LocalCluster
+from ray_surgeon.inputs import Inputs, check
+from ray_surgeon.models.layout import BlockRange, ModelLayout
+from ray_surgeon.models.shard import ModelShard
+from ray_surgeon.run.directory import RunDirectory
+from ray_surgeon.run.display import Display, new_console
+from ray_surgeon.sections.cluster import RaySection
+from ray_surgeon.shots import run_shots
+from ray_surgeon.spec import JobSpec
+from ray_surgeon.storage import files
+from ray_surgeon.storage.sources import SMALL_FILES
+from ray_surgeon.surgery.kronecker import KroneckerFactors
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """A finished run.
+
+    Attributes:
+        uri: the run directory.
+        report: the content of report.json.
+    """
+
+    uri: str
+    report: Mapping[str, Any] = field(repr=False)
+
+    @property
+    def path(self) -> str:
+        """Folder of the pruned model: of the last export in the order of `output.exports`.
+
+        Raises:
+            ValueError: the run has no export.
+        """
+        return str(self._export(None)["uri"])
+
+    @property
+    def perplexity(self) -> dict[str, tuple[float, float]]:
+        """Text -> perplexity before and after."""
+        before, after = self.report["dense"]["perplexity"], self.report["shots"][-1]["perplexity"]
+        return {text: (before[text], after[text]) for text in after}
+
+    @property
+    def sparsity(self) -> float:
+        """Removed fraction of the parameters of the blocks' linears."""
+        return float(self.report["shots"][-1]["sparsity"])
+
+    def load(self, kind: str | None = None, **options: Any) -> PreTrainedModel:
+        """Load the pruned model by transformers.
+
+        Args:
+            kind: of export; the last one if not given.
+            options: of `from_pretrained`, such as ``device_map``.
+
+        Raises:
+            ValueError: the run has no such export.
+        """
+        export = self._export(kind)
+        trusted = "trust_remote_code=True" in export["load"]  # the code beside the weights is ours, written by the run
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = str(export["uri"])
+            if "://" in folder:
+                folder = scratch
+                for name in files.list_names(str(export["uri"])):
+                    files.download(files.join(str(export["uri"]), name), Path(scratch) / name)
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                folder, **({"dtype": "auto", "trust_remote_code": trusted} | options)
+            )
+        return model
+
+    def _export(self, kind: str | None) -> Mapping[str, Any]:
+        found = [export for export in self.report["exports"] if kind in (None, export["kind"])]
+        if not found:
+            kinds = [export["kind"] for export in self.report["exports"]]
+            raise ValueError(f"the run {self.uri} has no export {kind or 'at all'}; it has {kinds}; name one in output.exports")
+        last: Mapping[str, Any] = found[-1]
+        return last
+
+
+def prune(
+    model: str | PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    spec: JobSpec | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    **sections: Any,
+) -> PruneResult:
+    """Prune a model.
+
+    Args:
+        model: a Hub id, a folder, an fsspec URI, or a model in memory; not with `spec`.
+        tokenizer: of a model in memory.
+        spec: a whole job spec, in place of `model` and `sections`.
+        resume: whether to continue a run after its last committed shot.
+        progress: whether to show how the run goes, in a terminal or a notebook.
+        sections: those of a job spec, as mappings: ``calibration``, ``pruning``, ``curvature``, ``correction``, ``evaluation``,
+            ``cluster``, ``output``. Only ``calibration`` and ``pruning`` are needed. Without ``cluster`` everything runs in this process;
+            ``cluster={"backend": "ray"}`` runs it on Ray. ``output`` may be a path, by default below ``./runs``. Without ``evaluation``
+            the model is measured on the test part of the calibration text.
+
+    Returns:
+        The run: the pruned model's folder, the model itself by ``.load()``, and the report.
+
+    Raises:
+        ValueError: something cannot work; names the field, what was found, and the remedy. Nothing expensive has started then.
+        FloatingPointError: a loss, factor or cost is not usable; committed shots stay.
+        RuntimeError: the run failed otherwise; committed shots stay.
+    """
+    if spec is None:
+        spec = _spec_of(model, tokenizer, sections)
+    elif model is not None or tokenizer is not None or sections:
+        raise ValueError("spec: it says everything already; leave model, tokenizer and the sections out")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    inputs = check(spec, resume=resume)
+    with Display(new_console() if progress else None, inputs.spec.name) as display:
+        return run(inputs, display)
+
+
+def run(inputs: Inputs, display: Display) -> PruneResult:
+    """Run checked inputs on Ray, or with all workers in this process."""
+    section, directory = inputs.spec.cluster, RunDirectory(inputs.spec.output.uri)
+    if isinstance(section, RaySection):
+        from ray_surgeon import driver  # Ray is imported only if it is used
+
+        if not driver.is_connected():
+            display.note(f"running on {driver.connect_to_ray(inputs)}")
+        driver.run_on_ray(inputs, display)
+    else:
+        cluster = LocalCluster(inputs.layout, inputs.placement, section.cpus_per_worker, section.device)
+        try:
+            run_shots(inputs, cluster, directory, display)
+        finally:
+            cluster.close()
+    return PruneResult(directory.uri, files.read_json(directory.path("report.json")))
+
+
+def _spec_of(model: str | PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase | None, given: Mapping[str, Any]) -> JobSpec:
+    """Return the job spec that the arguments of `prune` stand for."""
+    document: dict[str, Any] = {"version": 2, "name": "model", "cluster": {"backend": "local"}} | dict(given)
+    if model is None:
+        raise ValueError("model: give a Hub id, a folder, a URI, or a model in memory; or a whole spec")
+    if isinstance(model, str) and "name" not in given:
+        document["name"] = _as_name(model)
+    output = document.get("output") or {}
+    output = {"uri": output} if isinstance(output, str) else dict(output)
+    document["output"] = {"uri": f"./runs/{document['name']}"} | output
+    pruning = document.get("pruning")
+    if "exports" not in output and isinstance(pruning, Mapping) and pruning.get("structure") == "groups":
+        document["output"]["exports"] = ["uniform" if pruning.get("allocation") == "uniform" else "per_block"]
+    calibration = document.get("calibration")
+    if "evaluation" not in document and isinstance(calibration, Mapping):
+        document["evaluation"] = [_test_part(calibration)]
+    if isinstance(model, str):
+        if tokenizer is not None:
+            raise ValueError("tokenizer: belongs to a model in memory; that of a folder, URI or Hub id is read from there")
+        document["model"] = {"source": model} | dict(given.get("model") or {})
+        return JobSpec.model_validate(document)
+    if tokenizer is None:
+        raise ValueError("tokenizer: a model in memory needs its tokenizer; give it as the second argument")
+    dtype = str(model.dtype).removeprefix("torch.")
+    uri = str(document["output"]["uri"])
+    uri = uri if "://" in uri else str(Path(uri).expanduser().resolve())
+    document["model"] = {"source": files.join(uri, "source"), "dtype": dtype}
+    spec = JobSpec.model_validate(document)
+    _save(model, tokenizer, spec.model.source)
+    return spec
+
+
+def _test_part(calibration: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the evaluation text of a run that names none: a quarter as many windows of the test part of the calibration text."""
+    not_shared = ("num_sequences", "mix", "weight", "stride", "seed", "split")
+    text = {name: value for name, value in calibration.items() if name not in not_shared}
+    return text | {"name": "test", "split": "test", "num_sequences": max(1, int(calibration.get("num_sequences", 1)) // 4)}
+
+
+def _as_name(source: str) -> str:
+    last = source.rstrip("/").rpartition("/")[2].lower()
+    return "".join(c if c.isascii() and (c.isalnum() or c in ".-") else "-" for c in last).strip("-.")[:63] or "model"
+
+
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, uri: str) -> None:
+    """Write a model in memory beside the run, where all workers can read it."""
+    with tempfile.TemporaryDirectory() as scratch:
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        for path in sorted(Path(scratch).iterdir()):
+            if path.name in SMALL_FILES or path.name.endswith((".safetensors", ".safetensors.index.json")):
+                files.put_file(files.join(uri, path.name), path)
+
+
+def curvature(
+    model: PreTrainedModel,
+    sequences: Sequence[Sequence[int]] | torch.Tensor | Iterable[str],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    linears: Sequence[str] | None = None,
+    label_seed: int | None = None,
+) -> dict[str, KroneckerFactors]:
+    """Gather A and G of the linears of a model in memory, for research.
+
+    Args:
+        model: a causal LM of a supported family; its weights are not changed.
+        sequences: token sequences, or texts if there is a tokenizer.
+        tokenizer: for texts; each text is one sequence, without special tokens.
+        linears: names of the linears wanted, e.g. ``model.layers.0.mlp.down_proj``; all if not given.
+        label_seed: seed of labels drawn from the model (sampled Fisher); None takes the text's own (empirical Fisher).
+
+    Returns:
+        Name -> sums A [C, C] of a a^T and G [R, R] of g g^T over all tokens, with the number of tokens; a bias is the last input, whose
+        value is 1. Source: docs/method.md, section 1.
+
+    Raises:
+        ValueError: the family is not supported, the model has no such linear, or there is no sequence of two tokens or more.
+    """
+    layout = ModelLayout.of(model.config)
+    if unknown := [name for name in linears or () if name not in layout.shapes]:
+        raise ValueError(f"linears: the model has no {', '.join(unknown)}; it has for example {', '.join(list(layout.shapes)[:7])}")
+    tokens = [_tokens(sequence, tokenizer) for sequence in sequences]
+    if not tokens or min(len(ids) for ids in tokens) < 2:
+        raise ValueError("sequences: each must have two tokens or more, because the last one predicts nothing; give longer ones")
+    state = model.state_dict()
+    shard = ModelShard(layout, BlockRange(0, layout.num_blocks, layout.num_blocks), model.dtype, model.device)
+    shard.load(lambda name: state[layout.checkpoint_key(name, state) or name])
+    shard.start_curvature()
+    for number, ids in enumerate(tokens):
+        batch = torch.tensor([ids], device=model.device)
+        generator = None if label_seed is None else torch.Generator(model.device).manual_seed(label_seed + number)
+        _, gradient = shard.loss(shard.forward(number, batch), batch, with_gradient=True, generator=generator)
+        assert gradient is not None
+        shard.backward(number, gradient)
+    shard.stop_curvature()
+    return {name: shard.factors(name) for name in linears or layout.shapes}
+
+
+def _tokens(sequence: Any, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
+    if isinstance(sequence, str):
+        if tokenizer is None:
+            raise ValueError("tokenizer: texts need one; give it, or sequences of tokens")
+        return list(tokenizer(sequence, add_special_tokens=False)["input_ids"])
+    return [int(token) for token in sequence]

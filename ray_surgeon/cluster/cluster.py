@@ -1,0 +1,93 @@
+"""What the coordinator may ask of a cluster, whether its workers are Ray actors or objects of this process."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
+
+from ray_surgeon.cluster.placement import Placement, WorkerIndex
+from ray_surgeon.cluster.usage import Usage
+from ray_surgeon.cluster.worker import Worker
+
+P = ParamSpec("P")
+T = TypeVar("T")
+U = TypeVar("U")
+
+
+@dataclass
+class Progress:
+    """How far the present step has come.
+
+    Attributes:
+        done: units that are done.
+        total: units in all; 0 while that is not known.
+        unit: e.g. "sequences" or "linears".
+        tokens_each: tokens of one unit; 0 if it has none.
+        started_s: clock at the beginning.
+        listener: is called after every change.
+    """
+
+    done: int = 0
+    total: int = 0
+    unit: str = ""
+    tokens_each: int = 0
+    started_s: float = 0.0
+    listener: Callable[[], None] | None = field(default=None, repr=False)
+
+    def begin(self, total: int = 0, unit: str = "", tokens_each: int = 0) -> None:
+        """Start to count."""
+        self.done, self.total, self.unit, self.tokens_each, self.started_s = 0, total, unit, tokens_each, time.monotonic()
+        self._tell()
+
+    def reach(self, done: int, total: int | None = None) -> None:
+        """Say how many units are done, and how many there are in all if that was not known."""
+        if done != self.done:
+            self.done, self.total = done, self.total if total is None else total
+            self._tell()
+
+    def _tell(self) -> None:
+        if self.listener is not None:
+            self.listener()
+
+
+class Cluster(Protocol):
+    """Workers that run steps.
+
+    A step is a function, or a method of a pruning method, whose first argument is the worker: ``forward(worker, 3, inputs)`` there is
+    ``cluster.submit(index, forward, 3, inputs)`` here.
+    """
+
+    placement: Placement
+    progress: Progress
+
+    def submit(self, index: WorkerIndex, step: Callable[Concatenate[Worker, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Start a step on one worker; its steps run in the order of submission.
+
+        Args:
+            index: which worker.
+            step: what it does.
+            args: results of `submit` are allowed; their values go from worker to worker.
+            kwargs: plain values.
+
+        Returns:
+            What stands for the value: a future, which `get` waits for.
+        """
+
+    def submit_pair(
+        self, index: WorkerIndex, step: Callable[Concatenate[Worker, P], tuple[T, U]], *args: P.args, **kwargs: P.kwargs
+    ) -> tuple[T, U]:
+        """Start a step that returns a pair of which each half gets a future of its own."""
+
+    def get(self, futures: Sequence[T]) -> list[T]:
+        """Wait for futures and return their values; what a worker raised is raised here."""
+
+    def run_all(self, step: Callable[Concatenate[Worker, P], T], *args: P.args, **kwargs: P.kwargs) -> list[T]:
+        """Run a step on every worker at the same time and return the results in the order of `placement.workers`."""
+
+    def usages(self) -> list[Usage]:
+        """Return what each worker has used so far."""
+
+    def close(self) -> None:
+        """End the workers."""

@@ -1,0 +1,40 @@
+"""One of our modules in a process of its own, which sees the devices that the calling process sees."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+from ray_surgeon.cluster.worker import Worker
+
+
+def run_module(module: str, request: Mapping[str, Any], offline: bool = True) -> dict[str, Any]:
+    """Run a module and return what it found.
+
+    Args:
+        module: dotted name; it reads a JSON object from its standard input, and the last line it prints is one.
+        request: that object.
+        offline: whether it may not ask the Hub.
+
+    Raises:
+        RuntimeError: it fails; its last lines are shown.
+    """
+    with tempfile.TemporaryDirectory() as modules:
+        settings = {"HF_MODULES_CACHE": modules, "OMP_WAIT_POLICY": "PASSIVE"} | ({"HF_HUB_OFFLINE": "1"} if offline else {})
+        command = [sys.executable, "-m", module]
+        done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, check=False, env=os.environ | settings)
+    if done.returncode:
+        raise RuntimeError("\n".join(done.stderr.strip().splitlines()[-5:]) or f"{module} ended with exit code {done.returncode}")
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    assert isinstance(found, dict)
+    return found
+
+
+def run_on_worker(worker: Worker, module: str, request: Mapping[str, Any], offline: bool = True) -> dict[str, Any]:
+    """Run a module in a process beside a worker, which sees that worker's devices; see `run_module`."""
+    return run_module(module, request, offline)

@@ -1,0 +1,176 @@
+"""A run on Ray: the coordinator as an actor, its events polled by the driver, retries after losses."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError, RayTaskError, WorkerCrashedError
+
+from ray_surgeon.cluster.ray_cluster import (
+    RayCluster,
+    RayMetrics,
+    WorkerFailure,
+    WorkerFailureError,
+    connect,
+    num_nodes,
+    on_this_node,
+)
+from ray_surgeon.inputs import Inputs
+from ray_surgeon.run.directory import RunDirectory
+from ray_surgeon.run.display import Display
+from ray_surgeon.run.events import Event, Moment
+from ray_surgeon.run.metrics import COUNTERS, GAUGES, readings
+from ray_surgeon.sections.cluster import RaySection
+from ray_surgeon.shots import CollapseError, run_shots
+
+_POLL_S = 0.5
+
+
+class Coordinator:
+    """The Ray actor that runs the shots; it holds the workers, so they end with it. `news` answers while `run` runs."""
+
+    def __init__(self) -> None:
+        """Start without events."""
+        self._events: list[Event] = []
+        self._moment: Moment | None = None
+
+    def run(self, inputs: Inputs, before: WorkerFailure | None) -> WorkerFailure | None:
+        """Run all shots that are not committed yet.
+
+        Args:
+            inputs: checked.
+            before: what ended the last try, for the record.
+
+        Returns:
+            None at the end, or what failed.
+        """
+        spec, run = inputs.spec, RunDirectory(inputs.spec.output.uri)
+        metrics = RayMetrics(spec.name, GAUGES, COUNTERS)
+
+        def listen(news: Event | Moment) -> None:
+            if isinstance(news, Moment):
+                self._moment = news
+                return
+            self._events.append(news)
+            for reading in readings(news):
+                metrics.record(*reading)
+
+        if before is not None:
+            run.start(inputs.spec_yaml, inputs.fingerprints)
+            event = Event("retry", 0, spec.pruning.shots, 0.0, {"cause": before.cause, "message": before.message})
+            run.add_event(asdict(event) | {"time": time.time()})
+            for reading in readings(event):
+                metrics.record(*reading)
+        cluster = None
+        try:
+            assert isinstance(spec.cluster, RaySection)
+            cluster = RayCluster(inputs.layout, inputs.placement, spec.cluster)
+            run_shots(inputs, cluster, run, listen)
+        except WorkerFailureError as error:
+            return error.failure
+        finally:
+            if cluster is not None:
+                cluster.close()
+        return None
+
+    def news(self, seen: int) -> tuple[list[Event], Moment | None]:
+        """Return the events after the first `seen` ones, and how far the present step has come."""
+        return self._events[seen:], self._moment
+
+
+def run_on_ray(inputs: Inputs, display: Display) -> None:
+    """Run on Ray; after a loss, continue from the last committed shot.
+
+    Args:
+        inputs: checked.
+        display: shows events.
+
+    Raises:
+        RuntimeError: losses of one cause are more than the job spec allows, or Ray itself fails.
+        Exception: what the work raised, unwrapped from Ray's task errors.
+    """
+    section = inputs.spec.cluster
+    assert isinstance(section, RaySection)
+    try:
+        if num_nodes() > 1 and "://" not in inputs.spec.output.uri:
+            display.note(f"note: the cluster has several machines; {inputs.spec.output.uri} must be a folder that they share")
+        left = section.retries.model_dump()
+        failure = _try(inputs, section, None, display)
+        while failure is not None:
+            cause = failure.cause
+            if not left[cause]:
+                raise RuntimeError(
+                    f"lost a {cause}: {failure.message}. cluster.retries.{cause} allows {getattr(section.retries, cause)}; committed shots "
+                    f"are kept. Look for the reason in Ray's logs, or raise cluster.retries.{cause}"
+                )
+            left[cause] -= 1
+            display.note(f"lost a {cause}: {failure.message}; continuing from the last committed shot, {left[cause]} such retries left")
+            failure = _try(inputs, section, failure, display)
+    except RayError as error:
+        raise unwrapped(error) from error
+    finally:
+        ray.shutdown()
+
+
+def connect_to_ray(inputs: Inputs) -> str:
+    """Connect to the cluster of the job spec, or start a Ray on this machine; return what it is.
+
+    Raises:
+        ValueError: there is no cluster at the address.
+        RuntimeError: a local Ray cannot be started.
+    """
+    section = inputs.spec.cluster
+    assert isinstance(section, RaySection)
+    return connect(section.address, section.num_workers * section.cpus_per_worker)
+
+
+def is_connected() -> bool:
+    """Whether this process belongs to a Ray cluster already."""
+    return bool(ray.is_initialized())
+
+
+def unwrapped(error: BaseException) -> BaseException:
+    """Return what the work raised, unwrapped from Ray's task errors; whole with its traceback if it may be a defect of ours."""
+    cause = error
+    while isinstance(cause, RayTaskError):
+        cause = cause.cause
+    is_told = isinstance(cause, (FloatingPointError, ValueError, OSError, CollapseError))
+    return cause if is_told else RuntimeError(str(error))
+
+
+def _try(inputs: Inputs, section: RaySection, before: WorkerFailure | None, show: Callable[[Event | Moment], None]) -> WorkerFailure | None:
+    """Run a coordinator to its end and return what failed, if anything."""
+    actor_class = ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0)(Coordinator)
+    coordinator: Any = actor_class.options(
+        max_concurrency=2,
+        runtime_env={"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}},
+        scheduling_strategy=on_this_node(),
+    ).remote()
+    patience_s, seen, running = section.start_timeout_s, 0, True
+    try:
+        ray.get(coordinator.news.remote(0), timeout=patience_s)
+        patience_s = section.ping_timeout_s
+        run = coordinator.run.remote(inputs, before)
+        while running:
+            done, _ = ray.wait([run], timeout=_POLL_S)
+            running = not done
+            events, moment = ray.get(coordinator.news.remote(seen), timeout=patience_s)
+            seen += len(events)
+            for event in events:
+                show(event)
+            if moment is not None and running:
+                show(moment)
+        failure: WorkerFailure | None = ray.get(run)
+    except GetTimeoutError:
+        return WorkerFailure("coordinator", f"the coordinator has not answered for {patience_s:g} s")
+    except (RayActorError, ObjectLostError, WorkerCrashedError) as error:
+        if isinstance(error, RayTaskError):  # the coordinator lives and reports another error
+            raise
+        return WorkerFailure.by("coordinator", error)
+    finally:
+        ray.kill(coordinator)
+    return failure

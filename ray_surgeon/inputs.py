@@ -1,0 +1,249 @@
+"""Everything that is read and checked before a worker starts, so that a job which cannot work fails in seconds."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import platform
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from numpy.typing import NDArray
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+
+import ray_surgeon
+from ray_surgeon.cluster.placement import Placement, place
+from ray_surgeon.cluster.plan import WorkerPlan, plan_workers
+from ray_surgeon.export.kinds import check_export
+from ray_surgeon.export.tasks import check_tasks
+from ray_surgeon.methods import METHODS, Groups, GroupsSection, Method, UniformGroupsSection
+from ray_surgeon.models.budgets import Budget, bytes_budget, fewest_left, flops_budget, linears_budget, parameters_budget
+from ray_surgeon.models.families import check_family, check_sizes
+from ray_surgeon.models.gguf import convert_gguf
+from ray_surgeon.models.layout import ModelLayout
+from ray_surgeon.run.directory import RunDirectory
+from ray_surgeon.sections.targets import FlopsTarget, LatencyTarget, ParametersTarget
+from ray_surgeon.sections.texts import ModelSection, SourceSection
+from ray_surgeon.spec import JobSpec
+from ray_surgeon.storage import files
+from ray_surgeon.storage.sources import open_model
+from ray_surgeon.storage.texts import Windows, cut_windows, interleaved, token_stream
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A checked job spec and everything that was read for it.
+
+    Attributes:
+        spec: what was asked for.
+        layout: of the model.
+        placement: of its blocks on workers.
+        method: of pruning.
+        model: where the weights are, pinned to what was checked.
+        calibration: [num_sequences, sequence_length] tokens.
+        texts: evaluation text -> windows.
+        fingerprints: of model, tokenizer, texts and method.
+        environment: versions and machine, for the report.
+    """
+
+    spec: JobSpec
+    layout: ModelLayout
+    placement: Placement
+    method: Method
+    model: ModelSection
+    calibration: NDArray[np.int64] = field(repr=False)
+    texts: Mapping[str, NDArray[np.int64]] = field(repr=False)
+    fingerprints: Mapping[str, Any]
+    environment: Mapping[str, str]
+
+    @property
+    def spec_yaml(self) -> str:
+        """The resolved spec, as it is kept in the run directory."""
+        return yaml.safe_dump(self.spec.model_dump(mode="json"), sort_keys=False)
+
+    @property
+    def goal(self) -> str:
+        """What the run is to reach, for people."""
+        pruning, method = self.spec.pruning, self.method
+        if pruning.last_sparsity is not None:
+            return f"{pruning.last_sparsity:.1%}"
+        assert isinstance(method, Groups)
+        assert method.section.target is not None
+        of = "" if method.budget is None else f" of {method.budget.dense:.6g}"
+        return f"{method.section.target.allowed:.6g}{of} {method.section.target.unit}"
+
+    def plan(self) -> list[WorkerPlan]:
+        """Return what every shard will need."""
+        spec = self.spec
+        length = spec.calibration.sequence_length
+        return plan_workers(self.layout, self.placement, spec.model.dtype, length, consumers_only=self.method.consumers_only)
+
+
+def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inputs:
+    """Read the model's configuration and headers, the tokenizer and the texts, and check them against each other.
+
+    Args:
+        spec: parsed.
+        resume: whether the run directory may already hold this run.
+        dry_run: whether to leave the run directory untouched.
+
+    Raises:
+        ValueError: something cannot work; names the field, what was found, and the remedy.
+    """
+    spec = with_absolute_paths(spec)
+    with _as_input_error(f"model.source: cannot read {spec.model.source}"):
+        source = open_model(spec.model, convert_gguf)
+        folder = source.small_files_folder()
+    layout = ModelLayout.of(_load_config(folder, source.origin), source.origin)
+    placement = place(layout, spec.cluster.num_shards, spec.cluster.num_replicas)
+    for kind in spec.output.exports:
+        check_export(kind, layout)
+    method = method_for(spec, layout)
+    with _as_input_error(f"model.source: cannot read {source.origin}"):
+        shapes, model_fingerprint = source.shapes_and_fingerprint()
+    layout.check_checkpoint(shapes, source.origin)
+    tokenizer, tokenizer_fingerprint = _load_tokenizer(folder, source.origin)
+    calibration, texts = _read_texts(spec, tokenizer, layout.config)
+    fingerprints: dict[str, Any] = {
+        "code": ray_surgeon.__version__,
+        "method": spec.method_fingerprint(),
+        "model": model_fingerprint,
+        "tokenizer": tokenizer_fingerprint,
+        "calibration": calibration.fingerprint,
+        "evaluation": {name: windows.fingerprint for name, windows in texts.items()},
+    }
+    if spec.evaluation.tasks is not None:
+        check_tasks(spec.evaluation.tasks)
+    tokens = {name: windows.tokens for name, windows in texts.items()}
+    inputs = Inputs(spec, layout, placement, method, source.pinned, calibration.tokens, tokens, fingerprints, _environment())
+    with _as_input_error(f"output.uri: cannot use {spec.output.uri}"):
+        RunDirectory(spec.output.uri).check(fingerprints, inputs.spec_yaml, resume=resume)
+        if not dry_run:
+            RunDirectory(spec.output.uri).check_writable()
+    return inputs
+
+
+def method_for(spec: JobSpec, layout: ModelLayout) -> Method:
+    """Return the method of a job spec for a model.
+
+    Raises:
+        ValueError: the method cannot do what is asked to this model.
+    """
+    pruning = spec.pruning
+    if isinstance(pruning, GroupsSection | UniformGroupsSection):
+        uniform = isinstance(pruning, UniformGroupsSection)
+        fewest = fewest_left(layout, pruning.groups, pruning.fewest_groups, uniform=uniform)
+        method = Groups(pruning, spec.curvature, _budget(layout, pruning, spec.model.dtype), fewest)
+        method.check()
+        return method
+    pattern = getattr(pruning, "pattern", None) or getattr(pruning, "n_m", None)
+    if pattern is not None and pruning.structure == "n_m":
+        _check_pattern(layout, pattern[1])
+    return METHODS[type(pruning)](pruning, spec.curvature)
+
+
+def _budget(layout: ModelLayout, pruning: GroupsSection | UniformGroupsSection, dtype: str) -> Budget | None:
+    """Return what groups save from; None if it must be measured first."""
+    target = pruning.target
+    if target is None:
+        return linears_budget(layout)
+    if isinstance(target, LatencyTarget):
+        return None
+    if isinstance(target, FlopsTarget):
+        return flops_budget(layout, target.prompt_length)
+    if isinstance(target, ParametersTarget):
+        return parameters_budget(layout)
+    return bytes_budget(layout, getattr(torch, dtype).itemsize)
+
+
+def _read_texts(spec: JobSpec, tokenizer: Any, config: PretrainedConfig) -> tuple[Windows, dict[str, Windows]]:
+    length = spec.calibration.sequence_length
+    places = ["calibration", *(f"calibration.mix[{i}]" for i in range(len(spec.calibration.mix)))]
+    parts = zip(spec.calibration.shares, places, strict=True)
+    calibration = interleaved([_windows(text, count, length, tokenizer, config, place) for (text, count), place in parts])
+    texts = {
+        t.name: _windows(t, t.num_sequences, t.sequence_length, tokenizer, config, f"evaluation[{i}] {t.name!r}")
+        for i, t in enumerate(spec.evaluation.texts)
+    }
+    return calibration, texts
+
+
+def _check_pattern(layout: ModelLayout, m: int) -> None:
+    for shape in layout.linears:
+        if (shape.num_columns - shape.has_bias) % m:
+            raise ValueError(
+                f"pruning.n_m: {shape.name} has {shape.num_columns - shape.has_bias} inputs, which is no multiple of {m}; choose another M"
+            )
+
+
+def with_absolute_paths(spec: JobSpec) -> JobSpec:
+    """Return the spec with local paths made absolute: workers run in other folders than the driver."""
+    model, output, evaluation = spec.model, spec.output, spec.evaluation
+    if Path(model.source).exists():
+        model = model.model_copy(update={"source": str(Path(model.source).resolve())})
+    if "://" not in output.uri:
+        output = output.model_copy(update={"uri": str(Path(output.uri).expanduser().resolve())})
+    if evaluation.tasks is not None and evaluation.tasks.include is not None and "://" not in evaluation.tasks.include:
+        include = str(Path(evaluation.tasks.include).expanduser().resolve())
+        evaluation = evaluation.model_copy(update={"tasks": evaluation.tasks.model_copy(update={"include": include})})
+    return spec.model_copy(update={"model": model, "output": output, "evaluation": evaluation})
+
+
+@contextlib.contextmanager
+def _as_input_error(what: str) -> Iterator[None]:
+    """Turn a failing file system into a clear error of the user's input."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{what}: {error}; check the address, the permissions, the credentials and the network") from error
+
+
+def _load_config(folder: Path, origin: str) -> PretrainedConfig:
+    document = files.read_json(str(folder / "config.json"))
+    if not isinstance(document, dict):
+        raise ValueError(f"model.source: config.json of {origin} is a {type(document).__name__}, expected an object; fetch it again")
+    check_family(str(document.get("model_type", "")))
+    check_sizes(document, origin)
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the code of any family may raise anything
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"model.source: transformers cannot read config.json of {origin}: {reason}; give a checkpoint it knows") from error
+
+
+def _load_tokenizer(folder: Path, origin: str) -> tuple[Any, str]:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # so may that of any tokenizer
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"model.source: {origin} has no tokenizer that loads ({reason}); copy its files beside config.json") from error
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    return tokenizer, hashlib.sha256(repr(vocabulary).encode()).hexdigest()
+
+
+def _windows(
+    section: SourceSection, num_sequences: int, sequence_length: int, tokenizer: Any, config: PretrainedConfig, where: str
+) -> Windows:
+    longest = getattr(config, "max_position_embeddings", sequence_length)
+    if sequence_length > longest:
+        raise ValueError(f"{where}.sequence_length: {sequence_length}, but the model takes at most {longest}; shorten it")
+    stream = token_stream(section, tokenizer, where)
+    windows = cut_windows(stream, num_sequences, sequence_length, section.stride, section.seed, f"{where} ({section.source})")
+    if int(windows.tokens.max()) >= config.vocab_size:
+        raise ValueError(
+            f"model.source: the tokenizer gives token {int(windows.tokens.max())}, the model's vocabulary is {config.vocab_size}; "
+            "the tokenizer belongs to another model"
+        )
+    return windows
+
+
+def _environment() -> dict[str, str]:
+    from importlib.metadata import version
+
+    packages = {name: version(name) for name in ("torch", "transformers", "ray", "numpy", "safetensors")}
+    return {"ray_surgeon": ray_surgeon.__version__, "python": platform.python_version(), "machine": platform.machine()} | packages

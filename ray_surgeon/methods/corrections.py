@@ -1,0 +1,113 @@
+"""Low-rank first-order corrections: after every shot, B A is trained beside every linear of the blocks and absorbed into it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+
+from ray_surgeon.cluster.cluster import Cluster
+from ray_surgeon.cluster.passes import forward_and_backward
+from ray_surgeon.cluster.worker import Worker, collective
+from ray_surgeon.models.low_rank import LowRankCorrections
+from ray_surgeon.sections.base import Positive, Section
+
+
+class CorrectionSection(Section):
+    """Low-rank first-order corrections: after every shot, B A is trained beside every linear of the blocks and absorbed into it."""
+
+    lora_rank: int = Field(8, ge=1, le=1024, description="Rank of B A")
+    learning_rate: float = Field(1e-4, gt=0, le=1, description="Of Adam")
+    steps_per_shot: int = Field(3, ge=0, description="Steps of Adam after every shot")
+    sequences_per_step: Positive = Field(1, description="Calibration sequences of one step, at most all")
+    final_epochs: int = Field(0, ge=0, description="Passes over the calibration sequences after the last shot")
+    seed: int = Field(0, ge=0, description="Seed of A at the start, and of the order of the sequences")
+
+    @model_validator(mode="after")
+    def _trains(self) -> CorrectionSection:
+        if not self.steps_per_shot and not self.final_epochs:
+            raise ValueError("steps_per_shot and final_epochs are 0, so nothing is trained; set one of them, or correction: null")
+        return self
+
+
+@dataclass(frozen=True)
+class Corrections:
+    """The corrections of one run."""
+
+    section: CorrectionSection
+
+    # On a worker
+
+    def start(self, worker: Worker, shot: int) -> None:
+        """Put B A beside every linear; see `LowRankCorrections`."""
+        section, numbers = self.section, worker.layout.linear_numbers
+        first = section.seed + 1_000_003 * shot
+        seeds = {name: first + numbers[name] for name in worker.shard.linears}
+        owned = {name for name in worker.shard.linears if worker.owns(name)}
+        rank, rate = section.lora_rank, section.learning_rate
+        worker.keep(LowRankCorrections(worker.shard, worker.masks, owned, rank=rank, learning_rate=rate, seed_of=seeds))
+
+    @collective
+    def step(self, worker: Worker, num_tokens: int) -> None:
+        """Sum the gradients to the owners, make a step of the optimizer there, and send the result to the replicas."""
+        corrections = worker.kept(LowRankCorrections)
+        for name in worker.shard.linears:
+            for gradient in corrections.gradients(name, num_tokens):
+                worker.replicas.reduce(gradient, worker.owner(name))
+        corrections.step()
+        for name, part in corrections.parts.items():
+            for parameter in (part.A, part.B):
+                worker.replicas.broadcast(parameter.detach(), worker.owner(name))
+
+    def absorb(self, worker: Worker) -> None:
+        """Add every B A to its weight."""
+        worker.drop(LowRankCorrections).absorb()
+
+    # On the coordinator
+
+    def batches(self, shot: int, num_shots: int, num_sequences: int) -> list[list[int]]:
+        """Return the calibration sequences of every step after a shot; the final epochs come after the last one.
+
+        The order is drawn anew in every pass over the sequences.
+        """
+        section = self.section
+        order = np.random.default_rng((section.seed, shot))
+
+        def epoch() -> list[list[int]]:
+            shuffled = order.permutation(num_sequences).tolist()
+            return [shuffled[i : i + section.sequences_per_step] for i in range(0, num_sequences, section.sequences_per_step)]
+
+        batches: list[list[int]] = []
+        while len(batches) < section.steps_per_shot:
+            batches += epoch()
+        batches = batches[: section.steps_per_shot]
+        if shot == num_shots:
+            batches += [batch for _ in range(section.final_epochs) for batch in epoch()]
+        return batches
+
+    def train(self, cluster: Cluster, sequences: NDArray[np.int64], shot: int, num_shots: int) -> list[float]:
+        """Train the corrections of all linears, one step of the optimizer a batch, and absorb them.
+
+        Args:
+            cluster: with the pruned weights and masks.
+            sequences: [num_sequences, sequence_length] tokens.
+            shot: number of the shot.
+            num_shots: in all.
+
+        Returns:
+            The mean NLL in nats per predicted token of each step's batch, before the step.
+        """
+        batches, losses = self.batches(shot, num_shots, len(sequences)), []
+        if not batches:
+            return []
+        cluster.run_all(self.start, shot)
+        cluster.progress.begin(len(batches), "steps", self.section.sequences_per_step * sequences.shape[1])
+        for number, batch in enumerate(batches):
+            num_tokens = len(batch) * (sequences.shape[1] - 1)
+            losses.append(sum(forward_and_backward(cluster, sequences[batch], counted=False)) / num_tokens)
+            cluster.run_all(self.step, num_tokens)
+            cluster.progress.reach(number + 1)
+        cluster.run_all(self.absorb)
+        return losses

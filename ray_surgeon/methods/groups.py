@@ -1,0 +1,339 @@
+"""Coupled groups: FFN channels and KV groups with everything that belongs to them, so that the model can really be made smaller.
+
+Curvature is needed only for the consumers, the last linears of the groups. Every block follows its greedy path, one threshold over the
+model (or the cheapest common widths) decides how far, and the consumers are updated exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from ray_surgeon.cluster.cluster import Cluster
+from ray_surgeon.cluster.worker import LinearSummary, Worker, collective, sizes
+from ray_surgeon.methods.method import Choice, Method, Scores, in_order, linear_of
+from ray_surgeon.models.budgets import Budget
+from ray_surgeon.models.layout import GroupSet
+from ray_surgeon.models.pruned_config import plain_kv_heads
+from ray_surgeon.sections.base import Positive
+from ray_surgeon.sections.curvature import AnyCurvature, ExtendedKfacSection
+from ray_surgeon.sections.targets import ScheduleSection, TargetSection
+from ray_surgeon.surgery.allocate import Allocation, GroupCosts, OutOfReachError, allocate_globally, allocate_uniformly
+from ray_surgeon.surgery.curvature import LinearCurvature
+from ray_surgeon.surgery.groups import alive_part, group_costs, lowest, prune_groups
+from ray_surgeon.surgery.linear import Part
+from ray_surgeon.surgery.masks import StructuredMask
+from ray_surgeon.surgery.structured import Removal
+from ray_surgeon.surgery.threshold import cost_curve
+
+GroupKind = Literal["ffn", "attention"]
+
+
+class _Groups(ScheduleSection):
+    structure: Literal["groups"] = Field(description="Coupled groups")
+    method: Literal["llm_surgeon"] = Field("llm_surgeon", description="One global threshold on costs, and updates")
+    groups: tuple[GroupKind, ...] = Field(
+        ("ffn", "attention"), min_length=1, description="Kinds of groups: FFN channels, KV groups with their query heads"
+    )
+    width_multiple: Positive = Field(
+        64, description="In the end every feed-forward layer has a multiple of this many channels, or all it had; hardware likes multiples"
+    )
+    target_sparsity: float | None = Field(
+        None, gt=0, lt=1, description="Fraction of the parameters of the blocks' linears to remove, biases included"
+    )
+    target: TargetSection | None = Field(None, description="In place of target_sparsity: what the whole model may need in the end")
+
+    @property
+    def last_sparsity(self) -> float | None:
+        """The target, if it is a sparsity."""
+        return self.target_sparsity
+
+    @property
+    def fewest_groups(self) -> dict[str, int]:
+        """Groups of each kind that stay in every block."""
+        return {"ffn": self.width_multiple, "attention": 1}
+
+    def problem_with(self, curvature: AnyCurvature) -> str | None:
+        """Return why this section and a curvature do not go together, if so."""
+        if isinstance(curvature, ExtendedKfacSection):
+            return "curvature.kind: extended_kfac does not go with structure groups; use kfac"
+        return None
+
+    @model_validator(mode="after")
+    def _one_target(self) -> _Groups:
+        if (self.target_sparsity is None) == (self.target is None):
+            got = "none" if self.target is None else "both"
+            raise ValueError(f"target_sparsity: give this or target, got {got}")
+        if self.target is not None and self.sparsities is not None:
+            raise ValueError("sparsities: are fractions of the linears' parameters, not of target; use num_shots and schedule")
+        return self
+
+
+class GroupsSection(_Groups):
+    """Coupled groups, as many from each block as one threshold over the model says."""
+
+    allocation: Literal["global"] = Field("global", description="One threshold over the model; widths differ from block to block")
+    rank_by: Literal["cost", "cost_per_parameter"] = Field(
+        "cost_per_parameter", description="What the threshold compares: the cost of a group, or its cost per unit of the target"
+    )
+    remove_blocks: bool = Field(False, description="Whether the last KV group or the last channels of a block may be pruned too")
+
+    @property
+    def fewest_groups(self) -> dict[str, int]:
+        """Groups of each kind that stay in every block."""
+        return {"ffn": 0, "attention": 0} if self.remove_blocks else super().fewest_groups
+
+
+class UniformGroupsSection(_Groups):
+    """Coupled groups, the same number from each block, so that plain model classes can hold the result."""
+
+    allocation: Literal["uniform"] = Field(description="The same widths in every block")
+
+
+@dataclass(frozen=True)
+class ConsumerCosts:
+    """Marginal costs of the groups of one consumer, as a worker sends them.
+
+    Attributes:
+        consumer: the linear.
+        kind: of the groups.
+        costs: [num_groups] float32, see `group_costs`.
+        num_left: groups that are left now.
+        num_parameters: of one group.
+        allowed: numbers of groups that may be left afterwards.
+    """
+
+    consumer: str
+    kind: str
+    costs: Tensor
+    num_left: int
+    num_parameters: int
+    allowed: frozenset[int]
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How far the greedy paths are followed.
+
+    Attributes:
+        limit: largest cost, per unit of the target if groups are ranked so; None for the cost of each group on its own.
+        needed: kind -> groups of every block that may be needed whatever they cost.
+    """
+
+    limit: float | None = None
+    needed: Mapping[str, int] | None = None
+
+
+@dataclass
+class _Scored:
+    """What `score` leaves on a worker for `apply`: consumer -> alive part, its curvature, marginal costs."""
+
+    consumers: dict[str, tuple[Part, LinearCurvature, Tensor]]
+
+
+@dataclass(frozen=True)
+class Groups(Method):
+    """Coupled groups.
+
+    Attributes:
+        budget: what they save from; None until latencies are measured.
+        fewest: kind -> groups that must be left in every block.
+    """
+
+    section: GroupsSection | UniformGroupsSection
+    budget: Budget | None
+    fewest: Mapping[str, int]
+
+    @property
+    def consumers_only(self) -> bool:
+        """Producers need no curvature."""
+        return True
+
+    @property
+    def _uniform(self) -> bool:
+        return isinstance(self.section, UniformGroupsSection)
+
+    @property
+    def _per_unit(self) -> bool:
+        return not isinstance(self.section, GroupsSection) or self.section.rank_by == "cost_per_parameter"
+
+    @property
+    def known_budget(self) -> Budget:
+        """The budget."""
+        assert self.budget is not None, "latencies are not measured yet"
+        return self.budget
+
+    def with_budget(self, budget: Budget) -> Groups:
+        """Return the method with a measured budget.
+
+        Raises:
+            ValueError: see `check`.
+        """
+        method = replace(self, budget=budget)
+        method.check()
+        return method
+
+    def check(self) -> None:
+        """Refuse a target that cannot be reached, or that the dense model meets already.
+
+        Raises:
+            ValueError: says what is possible.
+        """
+        if self.budget is None:
+            return
+        least, dense, section = self.budget.least(self.fewest), self.budget.dense, self.section
+        if section.target is None:
+            assert section.target_sparsity is not None
+            if dense * (1 - section.target_sparsity) < least:
+                raise ValueError(
+                    f"pruning.target_sparsity: {section.target_sparsity:g}, but with these groups, allocation and widths at most "
+                    f"{1 - least / dense:.4f} of the parameters of this model's linears can be removed; lower it, or change those"
+                )
+            return
+        what = f"pruning.target: {self.budget.unit} {section.target.allowed:.6g}, but"
+        if section.target.allowed < least:
+            raise ValueError(
+                f"{what} with these groups, allocation and widths the model needs at least {least:.6g}; raise it, or change those"
+            )
+        if section.target.allowed >= dense:
+            raise ValueError(f"{what} the dense model needs no more than {dense:.6g}; lower it")
+
+    def goal(self, shot: int) -> float:
+        """Return what the model may need of the budget after a shot."""
+        section, dense = self.section, self.known_budget.dense
+        last = section.target_sparsity if section.target is None else 1 - section.target.allowed / dense
+        assert last is not None
+        return dense * (1 - section.fractions(last)[shot - 1])
+
+    def multiple(self, kind: str, shot: int) -> int:
+        """Return what the number of groups left must be a multiple of; widths are rounded in the last shot."""
+        return self.section.width_multiple if kind == "ffn" and shot == self.section.shots else 1
+
+    # On a worker
+
+    def costs(self, worker: Worker, reach: Reach, shot: int) -> Scores[ConsumerCosts]:
+        """Take the marginal costs of the owned consumers' groups and keep them for `prune`.
+
+        Raises:
+            FloatingPointError: a factor or a cost is not usable; names the linear.
+        """
+        found, replies = _Scored({}), []
+        sets = {groups.consumer: groups for groups in worker.group_sets if groups.kind in self.section.groups}
+        for name in worker.each([name for name in sets if worker.owns(name)]):
+            groups, mask = sets[name], worker.mask(name, StructuredMask)
+            linear = linear_of(worker, name, self.used_curvature)
+            alive, kind = alive_part(linear, mask), groups.kind
+            curvature = linear.curvature(alive)
+            left = int(mask.columns[groups.columns].all(dim=1).sum())
+            limit = None if reach.limit is None else reach.limit * (self.known_budget.size(kind) if self._per_unit else 1.0)
+            needed = max((reach.needed or {}).get(kind, 0), left % self.multiple(kind, shot))
+            costs = group_costs(linear, alive, curvature, groups.columns, self.section.fewest_groups[kind], limit, needed)
+            found.consumers[name] = alive, curvature, costs
+            replies.append(ConsumerCosts(name, kind, costs.float(), left, groups.num_parameters, self._allowed(worker, groups, shot)))
+        worker.keep(found)
+        raised = tuple(event for _, curvature, _ in found.consumers.values() for event in curvature.raised_damping)
+        return Scores(tuple(replies), *sizes(worker), raised)
+
+    def _allowed(self, worker: Worker, groups: GroupSet, shot: int) -> frozenset[int]:
+        if groups.kind == "attention" and self._uniform:
+            return frozenset(plain_kv_heads(worker.layout))
+        whole = len(groups.columns)
+        return frozenset((*range(0, whole, self.multiple(groups.kind, shot)), whole))
+
+    @collective
+    def prune(self, worker: Worker, counts: Mapping[str, int]) -> tuple[LinearSummary, ...]:
+        """Remove the cheapest groups of every consumer and the rows of its producers.
+
+        Args:
+            worker: after `costs`.
+            counts: consumer -> number of its groups.
+        """
+        found, done = worker.drop(_Scored), dict[str, Removal]()
+        sets = [groups for groups in worker.group_sets if groups.kind in self.section.groups]
+        for groups in sets:
+            name = groups.consumer
+            if name not in found.consumers:
+                continue
+            alive, curvature, costs = found.consumers.pop(name)
+            mask, linear = worker.mask(name, StructuredMask), linear_of(worker, name, self.used_curvature)
+            to_prune = torch.zeros(len(mask.columns), dtype=torch.bool)
+            to_prune[groups.columns[lowest(costs, counts[name])].flatten()] = True
+            done[name], worker.masks[name] = prune_groups(linear, mask, alive, curvature, to_prune)
+            worker.shard.set_weight(name, done[name].W)
+        worker.shard.drop_curvature()
+        worker.share_linears(groups.consumer for groups in sets)
+        for groups in sets:
+            _remove_producers(worker, groups)
+        return tuple(worker.summary(name, done[name].predicted if name in done else 0.0, 0.0) for name in worker.owned())
+
+    # On the coordinator
+
+    def score(self, cluster: Cluster, shot: int) -> Scores[ConsumerCosts]:
+        """Let every block follow its greedy path as far as the target needs: first somewhat farther than single costs say."""
+        cluster.progress.begin(unit="linears")
+        once = Scores.merged(cluster.run_all(self.costs, Reach(), shot))
+        first, factor = self._allocate(once, shot), 1.0
+        counts = {cost.kind: first.counts[cost.consumer] for cost in once.costs}
+        while True:
+            if self._uniform:
+                needed = {kind: math.ceil(factor * 1.25 * n) + self.multiple(kind, shot) for kind, n in counts.items()}
+                reach = Reach(-1.0, needed)
+            else:
+                reach = Reach(2 * factor * (first.threshold or 0.0))
+            cluster.progress.begin(unit="linears")
+            scores = Scores.merged(cluster.run_all(self.costs, reach, shot))
+            try:
+                self._allocate(scores, shot)
+            except OutOfReachError:
+                factor *= 4
+            else:
+                return scores
+
+    def _allocate(self, scores: Scores[ConsumerCosts], shot: int) -> Allocation:
+        budget, costs = self.known_budget, sorted(scores.costs, key=lambda c: c.consumer)
+        groups = [GroupCosts(c.consumer, c.kind, c.costs, c.num_left, c.allowed, budget.by_left[c.kind]) for c in costs]
+        missing = budget.of((c.kind, c.num_left) for c in costs) - self.goal(shot)
+        return allocate_uniformly(groups, missing) if self._uniform else allocate_globally(groups, missing, per_unit=self._per_unit)
+
+    def choose(self, cluster: Cluster, scores: Scores[ConsumerCosts], shot: int) -> Choice:
+        """Choose how many groups every block loses."""
+        budget, allocation, costs = self.known_budget, self._allocate(scores, shot), scores.costs
+        num_kept = scores.num_kept - sum(allocation.counts[c.consumer] * c.num_parameters for c in costs)
+        need = budget.of((c.kind, c.num_left - allocation.counts[c.consumer]) for c in costs)
+        sizes_of = torch.cat([torch.full((len(c.costs),), c.num_parameters) for c in costs])
+        facts: dict[str, Any] = {
+            "groups": sum(allocation.counts.values()),
+            "sparsity": 1 - num_kept / scores.num_parameters,
+            "need": need,
+            "unit": budget.unit,
+        }
+        record = {
+            "groups_removed": allocation.counts,
+            "cost_curve": scores.as_fractions(cost_curve(torch.cat([c.costs for c in costs]), sizes_of)),
+            "budget": {"unit": budget.unit, "dense": budget.dense, "goal": self.goal(shot), "need": need},
+        }
+        return Choice(allocation.threshold, facts, allocation.counts, record)
+
+    def apply(self, cluster: Cluster, sequences: NDArray[np.int64], choice: Choice, shot: int) -> list[LinearSummary]:
+        """Prune and update."""
+        return in_order(cluster.run_all(self.prune, choice.counts))
+
+
+def _remove_producers(worker: Worker, groups: GroupSet) -> None:
+    pruned = ~worker.mask(groups.consumer, StructuredMask).columns[groups.columns].all(dim=1)
+    for name, rows in groups.producers:
+        mask = worker.mask(name, StructuredMask)
+        removed = torch.zeros_like(mask.rows)
+        removed[rows[pruned].flatten()] = True
+        worker.masks[name] = mask.without(removed, torch.zeros_like(mask.columns))
+        W = worker.shard.weight(name)
+        W[removed.to(W.device)] = 0
+        worker.shard.set_weight(name, W)

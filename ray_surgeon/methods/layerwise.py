@@ -1,0 +1,157 @@
+"""SparseGPT and Wanda, as baselines: block after block to the same sparsity, each from the inputs that the pruned blocks before it give."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from ray_surgeon.cluster.cluster import Cluster
+from ray_surgeon.cluster.passes import token_payload
+from ray_surgeon.cluster.placement import WorkerIndex
+from ray_surgeon.cluster.transport import TensorPayload, decode, encode
+from ray_surgeon.cluster.worker import LinearSummary, Worker, collective
+from ray_surgeon.methods.elements import Pattern, check_pattern
+from ray_surgeon.methods.method import Choice, Method, Scores, in_order
+from ray_surgeon.models.block_by_block import BlockByBlock
+from ray_surgeon.sections.targets import SparsitySection
+from ray_surgeon.surgery.layerwise import prune_linear
+from ray_surgeon.surgery.masks import ElementMask
+
+
+class _Layerwise(SparsitySection):
+    structure: Literal["element", "n_m"] = Field(description="Single elements, or N:M groups")
+    n_m: Pattern | None = Field(None, description="[N, M] of structure n_m: N of M consecutive inputs of a row stay; [2, 4] if not given")
+
+    @property
+    def pattern(self) -> tuple[int, int]:
+        """N and M; 0 and 1 for single elements."""
+        return (self.n_m or (2, 4)) if self.structure == "n_m" else (0, 1)
+
+    @model_validator(mode="after")
+    def _possible_pattern(self) -> _Layerwise:
+        if self.structure == "n_m":
+            check_pattern(self.n_m or (2, 4), self.target_sparsity)
+        elif self.n_m is not None:
+            raise ValueError("n_m: structure element has no pattern; remove it, or set structure n_m")
+        return self
+
+
+class SparseGPTSection(_Layerwise):
+    """SparseGPT (Frantar & Alistarh 2023)."""
+
+    method: Literal["sparsegpt"] = Field(description="SparseGPT")
+    damping: float = Field(0.01, ge=0, le=10, description="Damping of A, relative to the mean of its diagonal")
+    max_damping: float = Field(
+        1.0, gt=0, le=10, description="A factor that is not positive definite gets ten times the damping, up to this; then the run fails"
+    )
+
+    @model_validator(mode="after")
+    def _cap_above_damping(self) -> SparseGPTSection:
+        if self.max_damping < self.damping:
+            raise ValueError(f"max_damping {self.max_damping:g} is below damping {self.damping:g}; raise it")
+        return self
+
+
+class WandaSection(_Layerwise):
+    """Wanda (Sun et al. 2023)."""
+
+    method: Literal["wanda"] = Field(description="Wanda")
+
+
+@dataclass(frozen=True)
+class Layerwise(Method):
+    """SparseGPT or Wanda."""
+
+    section: SparseGPTSection | WandaSection
+
+    @property
+    def by_element(self) -> bool:
+        """Masks are of elements."""
+        return True
+
+    @property
+    def has_costs(self) -> bool:
+        """There is no global threshold."""
+        return False
+
+    # On a worker
+
+    def enter(self, worker: Worker, micro_batch: int, inputs: TensorPayload) -> None:
+        """Take a micro-batch that will pass the shard block by block."""
+        if micro_batch < worker.placement.num_replicas:
+            worker.keep(BlockByBlock(worker.shard))
+        worker.kept(BlockByBlock).enter(micro_batch, decode(inputs, worker.device))
+
+    @collective
+    def prune(self, worker: Worker, shard: int, sparsity: float) -> tuple[LinearSummary, ...]:
+        """Prune the blocks of one shard one after the other; workers of other shards do nothing."""
+        if shard != worker.index.shard:
+            return ()
+        way, blocks = worker.kept(BlockByBlock), worker.shard.blocks
+        for block in range(blocks.first, blocks.last):
+            for group in way.gather(block):
+                assert group.A is not None
+                num_tokens = torch.tensor(group.num_tokens, device=worker.device)
+                for total in (group.A, num_tokens):
+                    worker.replicas.reduce(total, worker.owner(group.names[0]))
+                if worker.owns(group.names[0]):
+                    for name in group.names:
+                        self._prune_linear(worker, name, group.A / int(num_tokens), sparsity)
+                group.A = None
+            worker.share_linears(name for group in way.shared_inputs(block) for name in group.names)
+            way.advance(block)
+        return tuple(worker.summary(name, None, 0.0) for name in worker.owned())
+
+    def _prune_linear(self, worker: Worker, name: str, A: Tensor, sparsity: float) -> None:
+        section, W, shape = self.section, worker.shard.weight(name), worker.layout.shapes[name]
+        num_inputs, (n, m) = shape.num_columns - shape.has_bias, section.pattern
+        fraction = sparsity * W.numel() / (len(W) * num_inputs)
+        damping = (section.damping, section.max_damping) if isinstance(section, SparseGPTSection) else (0.0, 0.0)
+        options = {"damping": damping[0], "max_damping": damping[1]}
+        W[:, :num_inputs], kept = prune_linear(
+            W[:, :num_inputs], A[:num_inputs, :num_inputs], fraction, n, m, method=section.method, name=name, **options
+        )
+        whole = torch.ones_like(W, dtype=torch.bool)
+        whole[:, :num_inputs] = kept
+        worker.masks[name] = ElementMask(whole.cpu())
+        worker.shard.set_weight(name, W)
+
+    def leave(self, worker: Worker, micro_batch: int) -> TensorPayload:
+        """Hand over a micro-batch that has passed all blocks."""
+        return encode(worker.kept(BlockByBlock).leave(micro_batch))
+
+    def forget(self, worker: Worker) -> None:
+        """Free what the pass kept."""
+        worker.drop(BlockByBlock)
+
+    # On the coordinator
+
+    def score(self, cluster: Cluster, shot: int) -> Scores[None]:
+        """Nothing is ranked."""
+        raise AssertionError("there are no costs")
+
+    def choose(self, cluster: Cluster, scores: Scores[None] | None, shot: int) -> Choice:
+        """Nothing is chosen over the model: every linear goes to the sparsity of the shot."""
+        return Choice(None, {})
+
+    def apply(self, cluster: Cluster, sequences: NDArray[np.int64], choice: Choice, shot: int) -> list[LinearSummary]:
+        """Prune shard after shard, block after block, while the calibration sequences pass once."""
+        num_shards, num_replicas = cluster.placement.num_shards, cluster.placement.num_replicas
+        moving = [token_payload(tokens) for tokens in sequences]
+        summaries: list[LinearSummary] = []
+        cluster.progress.begin(num_shards, "shards")
+        for shard in range(num_shards):
+            indices = [WorkerIndex(shard, i % num_replicas) for i in range(len(sequences))]
+            cluster.get([cluster.submit(index, self.enter, i, moving[i]) for i, index in enumerate(indices)])
+            summaries += in_order(cluster.run_all(self.prune, shard, self.section.targets[shot - 1]))
+            if shard < num_shards - 1:
+                moving = [cluster.submit(index, self.leave, i) for i, index in enumerate(indices)]
+            cluster.progress.reach(shard + 1)
+        cluster.run_all(self.forget)
+        return summaries

@@ -1,0 +1,166 @@
+"""What every pruning method has: curvature, costs, a choice, an update.
+
+A method is one frozen object. It travels to the workers with every step, so the methods that take a `Worker` run there and find all options
+in `self`; the methods that take a `Cluster` run on the coordinator.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ray_surgeon.cluster.cluster import Cluster
+from ray_surgeon.cluster.curvature_pass import gather_curvature
+from ray_surgeon.cluster.worker import LinearSummary, Worker
+from ray_surgeon.methods.extended_kfac import gather_terms
+from ray_surgeon.sections.curvature import AnyCurvature, ExtendedKfacSection
+from ray_surgeon.sections.targets import ScheduleSection
+from ray_surgeon.surgery.curvature import Clipping, RaisedDamping
+from ray_surgeon.surgery.linear import Linear
+
+C = TypeVar("C")
+
+Curve = list[tuple[float, float]]
+"""see `cost_curve`"""
+
+
+@dataclass(frozen=True)
+class Scores(Generic[C]):
+    """Costs of the linears that a worker owns, or of all linears.
+
+    Attributes:
+        costs: whatever the method ranks; nothing where the costs stay on the workers.
+        num_parameters: entries of the linears.
+        num_kept: of them, what earlier shots kept.
+        raised_damping: factorisations that needed more damping than asked for.
+        clipping: further Kronecker terms that were clipped.
+    """
+
+    costs: tuple[C, ...]
+    num_parameters: int
+    num_kept: int
+    raised_damping: tuple[RaisedDamping, ...] = ()
+    clipping: tuple[Clipping, ...] = ()
+
+    @staticmethod
+    def merged(parts: Sequence[Scores[C]]) -> Scores[C]:
+        """Return the scores of all workers."""
+        return Scores(
+            tuple(cost for part in parts for cost in part.costs),
+            sum(part.num_parameters for part in parts),
+            sum(part.num_kept for part in parts),
+            tuple(event for part in parts for event in part.raised_damping),
+            tuple(event for part in parts for event in part.clipping),
+        )
+
+    def as_fractions(self, curve: Curve) -> Curve:
+        """Return a curve over the fraction of all parameters that is pruned then, what earlier shots pruned included."""
+        num_pruned = self.num_parameters - self.num_kept
+        return [(min(1.0, (num_pruned + size) / self.num_parameters), cost) for size, cost in curve]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What to prune in a shot.
+
+    Attributes:
+        threshold: everything up to this cost; None if the method has none.
+        facts: for the event of the step.
+        counts: consumer -> number of its groups, for coupled groups.
+        record: more for the report.
+    """
+
+    threshold: float | None
+    facts: Mapping[str, float | int | str]
+    counts: Mapping[str, int] = field(default_factory=dict)
+    record: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """One way to prune, with its options.
+
+    Attributes:
+        section: `pruning` of the job spec.
+        curvature: the section of that name; None for methods that gather their own.
+    """
+
+    section: ScheduleSection
+    curvature: AnyCurvature | None
+
+    @property
+    def by_element(self) -> bool:
+        """Whether masks are of elements, or of rows and columns."""
+        return False
+
+    @property
+    def has_costs(self) -> bool:
+        """Whether a shot has curvature, costs and a threshold; methods that prune block by block only have an update."""
+        return True
+
+    @property
+    def consumers_only(self) -> bool:
+        """Whether curvature is needed only for the consumers of coupled groups."""
+        return False
+
+    @property
+    def used_curvature(self) -> AnyCurvature:
+        """The curvature of a method that has one."""
+        assert self.curvature is not None
+        return self.curvature
+
+    def calibrate(self, cluster: Cluster, sequences: NDArray[np.int64], shot: int) -> tuple[float, dict[str, Any]]:
+        """Gather the curvature of the present weights; return the mean NLL in nats per predicted token, and more for the report."""
+        curvature = self.used_curvature
+        seed = curvature.label_seed(shot, len(sequences)) if hasattr(curvature, "label_seed") else None
+        loss = gather_curvature(cluster, sequences, curvature.kind, seed, consumers_only=self.consumers_only)
+        if not isinstance(curvature, ExtendedKfacSection):
+            return loss, {}
+        sizes = gather_terms(cluster, sequences, curvature.num_kronecker_terms, curvature.num_power_iterations, seed)
+        return loss, {"median_size_of_terms": [float(np.median(list(by_linear.values()))) for by_linear in sizes]}
+
+    @abstractmethod
+    def score(self, cluster: Cluster, shot: int) -> Scores[Any]:
+        """Take the costs of everything that may be pruned. Whatever is kept for `apply` stays on the workers."""
+
+    @abstractmethod
+    def choose(self, cluster: Cluster, scores: Scores[Any], shot: int) -> Choice:
+        """Choose what to prune; may ask the workers again."""
+
+    @abstractmethod
+    def apply(self, cluster: Cluster, sequences: NDArray[np.int64], choice: Choice, shot: int) -> list[LinearSummary]:
+        """Prune, and update what stays."""
+
+    def record(self, cluster: Cluster, scores: Scores[Any] | None, choice: Choice, linears: Sequence[LinearSummary]) -> dict[str, Any]:
+        """Return what the report says of a shot."""
+        if scores is None:
+            return {"damping_used": []}
+        residuals = sorted(linear.residual for linear in linears)
+        return {
+            "predicted_loss_increase": predicted_increase(linears),
+            "update_residual": {"median": residuals[len(residuals) // 2], "max": residuals[-1]},
+            "damping_used": [asdict(event) for event in scores.raised_damping],
+            "terms_clipped": [asdict(event) for event in scores.clipping],
+            **choice.record,
+        }
+
+
+def predicted_increase(linears: Sequence[LinearSummary]) -> float:
+    """Return the loss increase that the quadratic model predicts for a shot, in nats per token."""
+    return sum(linear.predicted or 0.0 for linear in linears)
+
+
+def linear_of(worker: Worker, name: str, curvature: AnyCurvature) -> Linear:
+    """Return a linear of a worker as the mathematics takes it."""
+    W, factors = worker.shard.weight(name), worker.shard.factors(name)
+    return Linear(name, W, factors, worker.layout.shapes[name].has_bias, curvature.as_damping)
+
+
+def in_order(workers: Sequence[Sequence[LinearSummary]]) -> list[LinearSummary]:
+    """Return the summaries of all workers in one list."""
+    return [summary for worker in workers for summary in worker]

@@ -1,0 +1,172 @@
+"""The LLM Surgeon on rows and columns: zeros in the dense shapes, one global threshold, correlated updates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+
+from ray_surgeon.cluster.cluster import Cluster
+from ray_surgeon.cluster.worker import LinearSummary, Worker, collective, sizes
+from ray_surgeon.methods.method import Choice, Method, Scores, in_order, linear_of
+from ray_surgeon.models.dependencies import propagate, shrinkable
+from ray_surgeon.sections.curvature import AnyCurvature, ExtendedKfacSection
+from ray_surgeon.sections.targets import SparsitySection
+from ray_surgeon.surgery.masks import StructuredMask
+from ray_surgeon.surgery.structured import Candidates, Removal, find_candidates, prune_structures
+from ray_surgeon.surgery.threshold import StructureCosts, can_reach, cost_curve, smallest_enough, structured_threshold
+
+RankBy = Literal["cost", "cost_per_parameter"]
+
+
+class RowsColumnsSection(SparsitySection):
+    """Rows and columns of every linear. What they leave are zeros: the tensors keep their shapes."""
+
+    structure: Literal["rows_columns", "rows", "columns"] = Field("rows_columns", description="What may be pruned")
+    method: Literal["llm_surgeon"] = Field("llm_surgeon", description="One global threshold on costs, and updates")
+    costs: Literal["greedy", "obs", "obd"] | None = Field(
+        None,
+        description="Predicted loss increase of a removal. greedy: after all cheaper removals of its linear, with the optimal update of "
+        "the others; obs: on its own, with that update; obd: without an update. If not given: greedy, or obs with extended_kfac",
+    )
+    rank_by: RankBy = Field("cost_per_parameter", description="What the global threshold compares: a cost, or a cost per parameter removed")
+    update: Literal["full", "single", "none"] = Field(
+        "full", description="Updates of the kept weights for all removals together, for each as if it were alone, or none"
+    )
+
+    def problem_with(self, curvature: AnyCurvature) -> str | None:
+        """Return why this section and a curvature do not go together, if so."""
+        if self.costs == "greedy" and isinstance(curvature, ExtendedKfacSection):
+            return "pruning.costs: greedy needs one Kronecker term; choose obs, or curvature.kind kfac"
+        return None
+
+
+@dataclass
+class _Scored:
+    """What `score` leaves on a worker for `apply`."""
+
+    candidates: dict[str, Candidates]
+
+
+@dataclass(frozen=True)
+class RowsColumns(Method):
+    """Rows and columns."""
+
+    section: RowsColumnsSection
+
+    # On a worker
+
+    def costs(self, worker: Worker, limit: float | None) -> Scores[StructureCosts]:
+        """Take the costs of the owned linears' rows and columns and keep them for `prune`.
+
+        Args:
+            worker: with curvature.
+            limit: of the greedy path; None for the cost of each structure on its own.
+
+        Raises:
+            FloatingPointError: a factor or a cost is not usable; names the linear.
+        """
+        section, found = self.section, _Scored({})
+        kind = "obd" if section.costs == "obd" else "obs"
+        per_parameter, replies = section.rank_by == "cost_per_parameter", []
+        for name in worker.owned():
+            linear, mask = linear_of(worker, name, self.used_curvature), worker.mask(name, StructuredMask)
+            candidates = find_candidates(linear, mask, section.structure, kind, per_parameter=per_parameter, limit=limit)
+            found.candidates[name] = candidates
+            rows, columns = candidates.row_costs.float().cpu(), candidates.column_costs.float().cpu()
+            kept = int(mask.rows.sum()), int(mask.columns.sum())
+            replies.append(StructureCosts(name, mask.num_parameters, *kept, rows, columns))
+        worker.keep(found)
+        raised = tuple(event for c in found.candidates.values() for event in c.raised_damping)
+        clipped = tuple(event for c in found.candidates.values() for event in c.clipping)
+        return Scores(tuple(replies), *sizes(worker), raised, clipped)
+
+    @collective
+    def num_kept_at(self, worker: Worker, threshold: float) -> int:
+        """Return the parameters that a shard keeps at a threshold after dependency propagation; replica 0 answers for all."""
+        masks = {name: worker.mask(name, StructuredMask) for name in worker.shard.linears}
+        for name, candidates in worker.kept(_Scored).candidates.items():
+            masks[name] = masks[name].without(*candidates.to_prune(masks[name], threshold))
+        for name, mask in masks.items():
+            shared = worker.share_mask(name, mask)
+            assert isinstance(shared, StructuredMask)
+            masks[name] = shared
+        masks |= propagate(worker.layout, masks, worker.group_sets)
+        return sum(mask.num_kept for mask in masks.values()) if worker.index.replica == 0 else 0
+
+    @collective
+    def prune(self, worker: Worker, threshold: float) -> tuple[LinearSummary, ...]:
+        """Remove everything whose cost is at most the threshold, update what stays, and send it to the replicas."""
+        found, done = worker.drop(_Scored), dict[str, Removal]()
+        for name in worker.each(list(found.candidates)):
+            linear, mask = linear_of(worker, name, self.used_curvature), worker.mask(name, StructuredMask)
+            done[name], worker.masks[name] = prune_structures(linear, mask, found.candidates[name], threshold, self.section.update)
+            worker.shard.set_weight(name, done[name].W)
+        worker.shard.drop_curvature()
+        worker.share_linears(worker.shard.linears)
+        masks = {name: worker.mask(name, StructuredMask) for name in worker.shard.linears}
+        for name, mask in propagate(worker.layout, masks, worker.group_sets).items():
+            W = worker.shard.weight(name)
+            mask.apply_(W)
+            worker.shard.set_weight(name, W)
+            worker.masks[name] = mask
+        return tuple(worker.summary(name, removal.predicted, removal.residual) for name, removal in done.items())
+
+    def num_shrinkable(self, worker: Worker) -> int:
+        """Return the parameters of a shard in groups that are pruned whole; replica 0 answers for all."""
+        masks = {name: worker.mask(name, StructuredMask) for name in worker.shard.linears}
+        return shrinkable(masks, worker.group_sets) if worker.index.replica == 0 else 0
+
+    # On the coordinator
+
+    def score(self, cluster: Cluster, shot: int) -> Scores[StructureCosts]:
+        """Take all costs; greedy paths are followed as far as the target needs, starting from twice the threshold of single costs."""
+        target = self.section.targets[shot - 1]
+        cluster.progress.begin(unit="linears")
+        scores = Scores.merged(cluster.run_all(self.costs, None))
+        is_greedy = self.section.costs == "greedy" or (self.section.costs is None and not isinstance(self.curvature, ExtendedKfacSection))
+        limit, reached = 2 * structured_threshold(_by_name(scores), target).value if is_greedy else 0.0, not is_greedy
+        while not reached:
+            cluster.progress.begin(unit="linears")
+            scores = Scores.merged(cluster.run_all(self.costs, limit))
+            reached = can_reach(scores.costs, target)
+            limit *= 4
+        return scores
+
+    def choose(self, cluster: Cluster, scores: Scores[StructureCosts], shot: int) -> Choice:
+        """Find the smallest threshold that removes the target together with everything that has no influence then."""
+        target, costs = self.section.targets[shot - 1], _by_name(scores)
+        enough = structured_threshold(costs, target)
+        sides = [(side, n) for c in costs for side, n in ((c.rows, c.num_columns), (c.columns, c.num_rows))]
+        values = torch.cat([side.double() for side, _ in sides])
+        values = torch.cat([torch.zeros(1, dtype=torch.float64), values[values <= enough.value]]).sort().values
+
+        def num_pruned(value: float) -> int:
+            return enough.num_parameters - sum(cluster.run_all(self.num_kept_at, value))
+
+        value = smallest_enough(values, num_pruned, math.ceil(target * enough.num_parameters - 1e-6))
+        found = replace(enough, value=value, num_removed=num_pruned(value))
+        curve = cost_curve(torch.cat([side for side, _ in sides]), torch.cat([torch.full((len(side),), n) for side, n in sides]))
+        facts = {"threshold": value, "sparsity": found.sparsity}
+        return Choice(value, facts, record={"cost_curve": scores.as_fractions(curve)})
+
+    def apply(self, cluster: Cluster, sequences: NDArray[np.int64], choice: Choice, shot: int) -> list[LinearSummary]:
+        """Prune and update."""
+        assert choice.threshold is not None
+        cluster.progress.begin(unit="linears")
+        return in_order(cluster.run_all(self.prune, choice.threshold))
+
+    def record(self, cluster: Cluster, scores: Scores[Any] | None, choice: Choice, linears: Sequence[LinearSummary]) -> dict[str, Any]:
+        """Return what the report says of a shot, with the fraction that could be cut out of the dense shapes."""
+        fraction = sum(cluster.run_all(self.num_shrinkable)) / sum(linear.size for linear in linears)
+        return super().record(cluster, scores, choice, linears) | {"shrinkable": fraction}
+
+
+def _by_name(scores: Scores[StructureCosts]) -> list[StructureCosts]:
+    return sorted(scores.costs, key=lambda linear: linear.name)

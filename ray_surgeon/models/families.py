@@ -1,0 +1,195 @@
+"""Families of models, as data: where the blocks are, which linears share an input, what belongs to the ends, what is coupled.
+
+A shard runs the family's own `forward` over its own blocks (see `shard.py`), so a family only has to name modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from transformers import PretrainedConfig
+
+
+@dataclass(frozen=True)
+class FfnCoupling:
+    """Which linears of a feed-forward layer lose rows when columns of its last one are pruned.
+
+    Attributes:
+        consumer: the linear whose columns decide, e.g. ``mlp.down_proj``.
+        producers: (linear, part, number of parts): the rows that write the consumer's inputs; parts of a fused linear lie one after the
+            other, e.g. ("mlp.gate_up_proj", 1, 2) for the second half.
+    """
+
+    consumer: str
+    producers: tuple[tuple[str, int, int], ...]
+
+
+@dataclass(frozen=True)
+class AttentionCoupling:
+    """Which linears of an attention lose rows when the columns of a KV group's query heads are pruned from its last one.
+
+    Attributes:
+        consumer: e.g. ``self_attn.o_proj``.
+        query: linear that writes the query heads; if it is also that of keys and values, the three lie one after the other.
+        key: linear that writes the key heads.
+        value: linear that writes the value heads.
+    """
+
+    consumer: str
+    query: str
+    key: str
+    value: str
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family.
+
+    Attributes:
+        base: path of the module whose forward loops over the blocks, e.g. ``model``.
+        blocks: name of the block list below `base`, e.g. ``layers``.
+        embeddings: modules below `base` that only the first shard needs, e.g. ``embed_tokens``.
+        positions: those of them whose output is added to the hidden states by `base.forward`.
+        final: modules below `base` that only the last shard needs, e.g. ``norm``.
+        head: path of the output linear.
+        token_embedding: path of the embedding that a tied head shares its weight with.
+        shared_inputs: per block, groups of linears that read the same input and therefore share one A.
+        ffn: what a channel of the feed-forward layer is.
+        attention: what a KV group with its query heads is.
+        width_field: name of the feed-forward layer's width in the configuration.
+        has_free_heads: whether the configuration may have fewer heads than fill the hidden size.
+        norms_queries: whether queries and keys are normalised over a head's dimensions, each of which therefore matters to the others.
+    """
+
+    base: str
+    blocks: str
+    embeddings: tuple[str, ...]
+    positions: tuple[str, ...]
+    final: tuple[str, ...]
+    head: str
+    token_embedding: str
+    shared_inputs: tuple[tuple[str, ...], ...]
+    ffn: FfnCoupling
+    attention: AttentionCoupling
+    width_field: str = "intermediate_size"
+    has_free_heads: bool = True
+    norms_queries: bool = False
+
+    def block_prefix(self, block: int) -> str:
+        """Return the name of a block in the whole model, e.g. ``model.layers.3.``."""
+        return f"{self.base}.{self.blocks}.{block}."
+
+
+_LLAMA = Family(
+    base="model",
+    blocks="layers",
+    embeddings=("embed_tokens",),
+    positions=(),
+    final=("norm",),
+    head="lm_head",
+    token_embedding="model.embed_tokens",
+    shared_inputs=(
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ("self_attn.o_proj",),
+        ("mlp.gate_proj", "mlp.up_proj"),
+        ("mlp.down_proj",),
+    ),
+    ffn=FfnCoupling("mlp.down_proj", (("mlp.gate_proj", 0, 1), ("mlp.up_proj", 0, 1))),
+    attention=AttentionCoupling("self_attn.o_proj", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+)
+
+FAMILIES: dict[str, Family] = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": replace(_LLAMA, norms_queries=True),
+    "gemma3_text": replace(_LLAMA, norms_queries=True),
+    "phi3": replace(
+        _LLAMA,
+        shared_inputs=(("self_attn.qkv_proj",), ("self_attn.o_proj",), ("mlp.gate_up_proj",), ("mlp.down_proj",)),
+        ffn=FfnCoupling("mlp.down_proj", (("mlp.gate_up_proj", 0, 2), ("mlp.gate_up_proj", 1, 2))),
+        attention=AttentionCoupling("self_attn.o_proj", "self_attn.qkv_proj", "self_attn.qkv_proj", "self_attn.qkv_proj"),
+    ),
+    "opt": Family(
+        base="model.decoder",
+        blocks="layers",
+        embeddings=("embed_tokens", "embed_positions", "project_in"),
+        positions=("embed_positions",),
+        final=("final_layer_norm", "project_out"),
+        head="lm_head",
+        token_embedding="model.decoder.embed_tokens",
+        shared_inputs=(
+            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            ("self_attn.out_proj",),
+            ("fc1",),
+            ("fc2",),
+        ),
+        ffn=FfnCoupling("fc2", (("fc1", 0, 1),)),
+        attention=AttentionCoupling("self_attn.out_proj", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        width_field="ffn_dim",
+        has_free_heads=False,
+    ),
+    "gpt2": Family(
+        base="transformer",
+        blocks="h",
+        embeddings=("wte", "wpe"),
+        positions=("wpe",),
+        final=("ln_f",),
+        head="lm_head",
+        token_embedding="transformer.wte",
+        shared_inputs=(("attn.c_attn",), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj",)),
+        ffn=FfnCoupling("mlp.c_proj", (("mlp.c_fc", 0, 1),)),
+        attention=AttentionCoupling("attn.c_proj", "attn.c_attn", "attn.c_attn", "attn.c_attn"),
+        width_field="n_inner",
+        has_free_heads=False,
+    ),
+}
+
+
+_LARGEST = {
+    **dict.fromkeys(("num_hidden_layers", "n_layer"), 2_000),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "n_head", "head_dim"), 100_000),
+    **dict.fromkeys(("hidden_size", "n_embd", "word_embed_proj_dim"), 1_000_000),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "vocab_size"), 10_000_000),
+    **dict.fromkeys(("max_position_embeddings", "n_positions"), 1_000_000_000),
+}
+"""Sizes in config.json far beyond any model; building one would fill the memory."""
+
+
+def check_sizes(document: Mapping[str, Any], where: str) -> None:
+    """Refuse a configuration of absurd sizes, before transformers builds anything from it.
+
+    Raises:
+        ValueError: names the field.
+    """
+    for name, most in _LARGEST.items():
+        value = document.get(name)
+        if value is not None and (type(value) is not int or not 1 <= value <= most):
+            raise ValueError(f"model.source: {name} in config.json of {where} is {str(value)[:40]!r}, expected 1 to {most}; fetch it again")
+
+
+def check_family(family: str) -> None:
+    """Refuse a family that is not in `FAMILIES`.
+
+    Raises:
+        ValueError: names the known ones.
+    """
+    if family not in FAMILIES:
+        raise ValueError(
+            f"model.source: the model type is {family!r}, which is not supported; known families: {', '.join(sorted(FAMILIES))}. "
+            "Choose a model of one of these"
+        )
+
+
+def family_of(config: PretrainedConfig) -> Family:
+    """Return the family of a model.
+
+    Raises:
+        ValueError: the family is unknown, and names the known ones; or its head does more than multiply.
+    """
+    check_family(config.model_type)
+    if getattr(config, "final_logit_softcapping", None):
+        raise ValueError("model.source: the model caps its logits (final_logit_softcapping), which the loss here does not; choose another")
+    return FAMILIES[config.model_type]

@@ -1,0 +1,178 @@
+"""Configurations of models whose blocks have lost whole channels and heads.
+
+Configurations are the content of config.json, because an export may be of another family than its source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from ray_surgeon.models.layout import ModelLayout
+
+Document = dict[str, Any]
+"""Content of a config.json."""
+
+
+@dataclass(frozen=True)
+class BlockWidths:
+    """What is left of one block.
+
+    Attributes:
+        num_channels: of the feed-forward layer.
+        num_kv_heads: each with its query heads.
+    """
+
+    num_channels: int
+    num_kv_heads: int
+
+
+def block_widths(layout: ModelLayout, rows_kept: Mapping[str, int]) -> list[BlockWidths]:
+    """Return the widths of every block after coupled groups were pruned.
+
+    Args:
+        layout: of the dense model.
+        rows_kept: name of each linear -> rows that are left.
+    """
+    family, heads = layout.family, layout.heads
+    producer, _, num_parts = family.ffn.producers[0]
+    heads_in_rows = heads.n_rep + 2 if family.attention.query == family.attention.key else 1
+    widths = []
+    for block in range(layout.num_blocks):
+        prefix = family.block_prefix(block)
+        kept = rows_kept[prefix + family.attention.key]
+        widths.append(BlockWidths(rows_kept[prefix + producer] // num_parts, kept // (heads_in_rows * heads.head_dim)))
+    return widths
+
+
+def plain_kv_heads(layout: ModelLayout) -> tuple[int, ...]:
+    """Return the numbers of KV heads that a plain class of transformers can hold in every block, all of them included.
+
+    Some classes tie the number of heads to the hidden size. Llama does, but without biases a Mistral computes the same.
+    """
+    heads = layout.heads
+    return tuple(k for k in range(1, heads.num_kv + 1) if k == heads.num_kv or _holds_heads(layout, k * heads.n_rep))
+
+
+def _holds_heads(layout: ModelLayout, num_query_heads: int) -> bool:
+    config = layout.config
+    if not layout.family.has_free_heads:
+        return False
+    divides = config.hidden_size % num_query_heads == 0
+    return divides or config.model_type in ("mistral", "qwen2", "qwen3", "phi3") or _is_mistral(config)
+
+
+def _is_mistral(config: PretrainedConfig) -> bool:
+    """Whether a Llama computes what a Mistral without a sliding window does."""
+    return config.model_type == "llama" and not config.attention_bias and not config.mlp_bias
+
+
+def uniform_document(layout: ModelLayout, document: Mapping[str, Any], widths: Sequence[BlockWidths]) -> Document:
+    """Return the config.json of a model with the same widths in every block.
+
+    Args:
+        layout: of the dense model.
+        document: its config.json.
+        widths: of every block.
+
+    Raises:
+        ValueError: the widths differ, or no plain class can hold them.
+    """
+    if len(set(widths)) > 1:
+        raise ValueError("the blocks have different widths, which no plain class can hold; set pruning.allocation to uniform")
+    config, heads, width = layout.config, layout.heads, widths[0]
+    if width.num_kv_heads not in plain_kv_heads(layout):
+        raise ValueError(f"{config.model_type} cannot hold {width.num_kv_heads} of {heads.num_kv} KV heads in a plain class")
+    narrow = dict(document) | {layout.family.width_field: width.num_channels}
+    if width.num_kv_heads == heads.num_kv:
+        return narrow
+    num_query_heads = width.num_kv_heads * heads.n_rep
+    narrow |= {"num_attention_heads": num_query_heads, "num_key_value_heads": width.num_kv_heads, "head_dim": heads.head_dim}
+    if config.model_type == "llama" and config.hidden_size % num_query_heads:
+        narrow |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
+        for name in ("attention_bias", "mlp_bias", "pretraining_tp"):
+            narrow.pop(name, None)
+    return narrow
+
+
+def per_block_document(layout: ModelLayout, document: Mapping[str, Any], widths: Sequence[BlockWidths], files: str) -> Document:
+    """Return the config.json of a model whose widths differ, for the classes that are shipped beside the weights.
+
+    Args:
+        layout: of the dense model.
+        document: its config.json.
+        widths: of every block.
+        files: name of the module with ``PrunedConfig`` and ``PrunedForCausalLM``.
+    """
+    layers = [
+        {
+            layout.family.width_field: width.num_channels,
+            "num_attention_heads": width.num_kv_heads * layout.heads.n_rep,
+            "num_key_value_heads": width.num_kv_heads,
+        }
+        for width in widths
+    ]
+    return dict(document) | {
+        "model_type": f"pruned_{layout.config.model_type}",
+        "architectures": ["PrunedForCausalLM"],
+        "auto_map": {"AutoConfig": f"{files}.PrunedConfig", "AutoModelForCausalLM": f"{files}.PrunedForCausalLM"},
+        "head_dim": layout.heads.head_dim,
+        "per_layer_config": layers,
+    }
+
+
+DECI_MULTIPLE = 256
+"""DeciLM rounds the width of a feed-forward layer up to a multiple of this."""
+
+
+def check_deci(layout: ModelLayout) -> None:
+    """Refuse a model that DeciLM cannot describe.
+
+    Raises:
+        ValueError: says which property is in the way.
+    """
+    config, heads = layout.config, layout.heads
+    window = getattr(config, "sliding_window", None)
+    if config.model_type not in ("llama", "mistral") or window is not None:
+        what = f"{config.model_type} with a sliding window" if window is not None else config.model_type
+        raise ValueError(f"output.exports: deci holds Llama models and Mistral models without a sliding window, not {what}; use per_block")
+    if heads.head_dim * heads.num_query != config.hidden_size:
+        raise ValueError(
+            f"output.exports: deci needs head_dim * num_attention_heads = hidden_size, here {heads.head_dim} * {heads.num_query} "
+            f"and {config.hidden_size}; use per_block"
+        )
+
+
+def deci_document(layout: ModelLayout, document: Mapping[str, Any], widths: Sequence[BlockWidths], files: str) -> Document:
+    """Return the config.json of a DeciLM / Nemotron-NAS with these widths.
+
+    Args:
+        layout: of the dense model, which passed `check_deci`.
+        document: its config.json.
+        widths: of every block; all KV heads or none, channels a multiple of `DECI_MULTIPLE`.
+        files: name of the module with ``DeciLMConfig`` and ``DeciLMForCausalLM``.
+
+    Raises:
+        ValueError: a block has another number of heads or channels.
+    """
+    heads, blocks = layout.heads, []
+    for number, width in enumerate(widths):
+        if width.num_kv_heads not in (0, heads.num_kv) or width.num_channels % DECI_MULTIPLE:
+            raise ValueError(
+                f"block {number} has {width.num_kv_heads} of {heads.num_kv} KV heads and {width.num_channels} channels; deci needs "
+                f"all heads or none, and a multiple of {DECI_MULTIPLE}: set pruning.groups [ffn] and pruning.width_multiple {DECI_MULTIPLE}"
+            )
+        n_heads_in_group = heads.n_rep if width.num_kv_heads else None
+        multiplier = 1.5 * width.num_channels / layout.config.hidden_size if width.num_channels else None
+        attention = {"n_heads_in_group": n_heads_in_group, "no_op": not width.num_kv_heads, "replace_with_linear": False}
+        ffn = {"ffn_mult": multiplier, "no_op": not width.num_channels, "replace_with_linear": False}
+        blocks.append({"attention": attention, "ffn": ffn})
+    return dict(document) | {
+        "model_type": "nemotron-nas",
+        "architectures": ["DeciLMForCausalLM"],
+        "auto_map": {"AutoConfig": f"{files}.DeciLMConfig", "AutoModelForCausalLM": f"{files}.DeciLMForCausalLM"},
+        "block_configs": blocks,
+    }

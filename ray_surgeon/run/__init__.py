@@ -1,0 +1,1 @@
+"""A run's record: its directory, events, metrics, report and figures."""

@@ -1,0 +1,179 @@
+"""The run directory: what identifies a run, its committed shots, its events and its report.
+
+A shot exists if its manifest does; the manifest is written after every file it names.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from ray_surgeon.cluster.saving import SavedFile
+from ray_surgeon.storage import files as store
+
+_FREE_SECTIONS = ("name", "cluster.", "output.")
+"""What may differ between a run and its resumption."""
+_MOST_CHANGES = 8
+_BEFORE_A_RUN = (".writable", "spec.yaml", "source")
+"""All there is of a run that was killed before its first record; `source` is a model that was in memory."""
+
+
+def _fields(section: Any, prefix: str = "") -> dict[str, Any]:
+    """Return the leaves of a spec by their dotted names."""
+    items = section.items() if isinstance(section, dict) else enumerate(section) if isinstance(section, list) else ()
+    leaves = {k: v for key, value in items for k, v in _fields(value, f"{prefix}{key}.").items()}
+    return leaves if leaves or not prefix else {prefix[:-1]: section}
+
+
+@dataclass(frozen=True)
+class CommittedShot:
+    """A shot that can be resumed from.
+
+    Attributes:
+        index: its number, from 1.
+        files: its weights and masks.
+        record: its entry in the report.
+    """
+
+    index: int
+    files: tuple[SavedFile, ...]
+    record: dict[str, Any]
+
+
+class RunDirectory:
+    """A folder on any fsspec URI that belongs to one run."""
+
+    def __init__(self, uri: str) -> None:
+        """Name the folder; nothing is read or written yet."""
+        self.uri = uri
+        self._events: list[str] = []
+
+    def path(self, *parts: str) -> str:
+        """Return the URI of something in the folder."""
+        return store.join(self.uri, *parts)
+
+    def check(self, fingerprints: Mapping[str, Any], spec_yaml: str, *, resume: bool) -> None:
+        """Refuse a folder that holds something else, before anything expensive starts.
+
+        Args:
+            fingerprints: of this run.
+            spec_yaml: its resolved spec.
+            resume: whether the folder may hold committed shots of it.
+
+        Raises:
+            ValueError: the folder holds another run, or holds this one and `resume` is not asked for.
+        """
+        if all(name in _BEFORE_A_RUN or name.startswith(".writing-") for name in store.list_names(self.uri)):
+            return
+        if not store.exists(self.path("run.json")):
+            raise ValueError(f"output.uri: {self.uri} is not empty and holds no run of this program; choose another folder")
+        held = store.read_json(self.path("run.json"))["fingerprints"]
+        different = [key for key in sorted({*held, *fingerprints}) if held.get(key) != fingerprints.get(key)]
+        if different:
+            raise ValueError(
+                f"output.uri: {self.uri} holds another run: different {', '.join(different)}"
+                f"{self._changes(held, fingerprints, spec_yaml)}; choose another folder, for instance "
+                f"--set output.uri={self.uri.rstrip('/')}-2"
+            )
+        if not resume:
+            raise ValueError(
+                f"output.uri: {self.uri} already holds this run, with {len(self.committed_indices())} committed shots; continue it "
+                f"with --resume, or choose another folder, for instance --set output.uri={self.uri.rstrip('/')}-2"
+            )
+        if done := self.committed_indices():
+            self.check_tensors(self.read_shot(done[-1]))
+
+    def _changes(self, held: Mapping[str, Any], fingerprints: Mapping[str, Any], spec_yaml: str) -> str:
+        """Return the fields of the two specs that differ, and the versions, for an error."""
+        there = store.read_text(self.path("spec.yaml")) if store.exists(self.path("spec.yaml")) else ""
+        old, new = _fields(yaml.safe_load(there)), _fields(yaml.safe_load(spec_yaml))
+        names = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name) and not name.startswith(_FREE_SECTIONS)]
+        changes = [f"{name} {old.get(name)!r} there, {new.get(name)!r} here" for name in names] if old else []
+        if held.get("code") != fingerprints["code"]:
+            changes.append(f"version {held.get('code')} there, {fingerprints['code']} here")
+        shown = "; ".join(changes[:_MOST_CHANGES]) + ("; ..." if len(changes) > _MOST_CHANGES else "")
+        return f" ({shown})" if changes else ""
+
+    def check_writable(self) -> None:
+        """Write and remove a small file.
+
+        Raises:
+            OSError: the folder cannot be written to.
+        """
+        probe = self.path(".writable")
+        store.write_text(probe, "")
+        store.remove(probe)
+
+    def start(self, spec_yaml: str, fingerprints: Mapping[str, Any]) -> None:
+        """Take the folder for this run, or go on in it."""
+        if not store.exists(self.path("run.json")):
+            store.write_text(self.path("spec.yaml"), spec_yaml)
+            store.write_json(self.path("run.json"), {"fingerprints": dict(fingerprints)})
+        elif store.exists(self.path("events.jsonl")):
+            whole, newline, torn = store.read_text(self.path("events.jsonl")).rpartition("\n")
+            self._events = whole.splitlines()
+            if torn:  # by a full disk or a killed process
+                store.write_text(self.path("events.jsonl"), whole + newline)
+
+    def retries(self) -> list[dict[str, Any]]:
+        """Return the facts of every loss after which the run went on."""
+        return [event["facts"] for event in map(json.loads, self._events) if event["step"] == "retry"]
+
+    def add_event(self, event: Mapping[str, Any]) -> None:
+        """Append to events.jsonl."""
+        line = json.dumps(event)
+        store.append_line(self.path("events.jsonl"), line, self._events)
+        self._events.append(line)
+
+    def shot_folder(self, index: int) -> str:
+        """Return the URI of a shot's folder, e.g. ``shots/0003``."""
+        return self.path("shots", f"{index:04d}")
+
+    def commit_shot(self, index: int, files: Sequence[SavedFile], record: Mapping[str, Any]) -> None:
+        """Make a shot exist: write its manifest."""
+        entries = [{"name": f.uri.rpartition("/")[2], "size_bytes": f.size_bytes, "keys": list(f.keys)} for f in files]
+        store.write_json(store.join(self.shot_folder(index), "manifest.json"), {"index": index, "files": entries, "record": dict(record)})
+
+    def drop_tensors(self, index: int) -> None:
+        """Remove the weights and masks of a shot from which no run will resume; its manifest stays."""
+        for name in store.list_names(self.shot_folder(index)):
+            if name != "manifest.json":
+                store.remove(store.join(self.shot_folder(index), name))
+
+    def committed_indices(self) -> list[int]:
+        """Return 1, 2, ... up to the last shot before which every shot is committed."""
+        index = 0
+        while store.exists(store.join(self.shot_folder(index + 1), "manifest.json")):
+            index += 1
+        return list(range(1, index + 1))
+
+    def read_shot(self, index: int) -> CommittedShot:
+        """Return a committed shot. Its files may be gone if it is not the last one; see `check_tensors`."""
+        folder = self.shot_folder(index)
+        manifest = store.read_json(store.join(folder, "manifest.json"))
+        entries = manifest["files"]
+        files = tuple(SavedFile(store.join(folder, e["name"]), e["size_bytes"], tuple(e["keys"])) for e in entries)
+        return CommittedShot(index, files, manifest["record"])
+
+    def check_tensors(self, shot: CommittedShot) -> None:
+        """Refuse to resume from a shot of which a file is missing or cut short.
+
+        Raises:
+            ValueError: names the first file that is missing or has another size.
+        """
+        for file in shot.files:
+            size = store.size_bytes(file.uri)
+            if size != file.size_bytes:
+                found = "is missing" if size is None else f"has {size} bytes, not {file.size_bytes}"
+                raise ValueError(
+                    f"{file.uri} {found}; remove {self.shot_folder(shot.index)} to repeat this shot from the one before, if "
+                    "that still has its tensors"
+                )
+
+    def write_report(self, report: Mapping[str, Any]) -> None:
+        """Write report.json."""
+        store.write_json(self.path("report.json"), report)

@@ -1,0 +1,243 @@
+"""Figures as PNG, SVG or PDF files, or as SVG inside a page. No window, no network."""
+
+from __future__ import annotations
+
+import functools
+import io
+import math
+import re
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ParamSpec
+
+from cycler import cycler
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter, MaxNLocator
+
+from ray_surgeon.storage import files
+
+P = ParamSpec("P")
+
+FORMATS = ("png", "svg", "pdf")
+
+_MARKERS = "osD^vP*X<>"
+_INK = "#010101"
+"""Nearly black: what a page replaces by its own colour of text, which is light in the dark."""
+_COLORS = ("#4c8bd6", "#e4743a", "#3fa66b", "#b565c9", "#c9a227", "#d6516e", "#3aa6a6", "#8a8a8a")
+"""Told apart on white and on black."""
+_SOFT: dict[str, Any] = {"color": "#808080", "alpha": 0.3, "linewidth": 0.5}
+_STYLE = {
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _INK),
+    "axes.facecolor": "none",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.prop_cycle": cycler(color=_COLORS),
+    "legend.frameon": False,
+    "legend.fontsize": 7,
+    "font.size": 9,
+}
+
+_HIGHEST = 8.0
+"""Times the dense perplexity: what lies above it has collapsed, and would press all the rest into one line."""
+
+
+def _styled(plot: Callable[P, Figure]) -> Callable[P, Figure]:
+    @functools.wraps(plot)
+    def styled(*args: P.args, **kwargs: P.kwargs) -> Figure:
+        with rc_context(_STYLE):  # type: ignore[arg-type]
+            return plot(*args, **kwargs)
+
+    return styled
+
+
+def save(figure: Figure, uri: str) -> None:
+    """Write a figure, in the format that the name ends in.
+
+    Raises:
+        ValueError: the name ends in no known format.
+    """
+    suffix = uri.rpartition(".")[2].lower()
+    if suffix not in FORMATS:
+        raise ValueError(f"cannot plot to {uri}: the name must end in .{', .'.join(FORMATS)}")
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / f"figure.{suffix}"
+        figure.savefig(file, dpi=150, facecolor="white")
+        figure.set_layout_engine("none")  # it is laid out; another format need not do it again
+        files.put_file(uri, file)
+
+
+def inline_svg(figure: Figure, name: str) -> str:
+    """Return a figure as an SVG element that takes the colour of the text around it.
+
+    Args:
+        figure: to draw.
+        name: distinguishes the identifiers inside from those of other figures of a page.
+    """
+    buffer, name = io.StringIO(), re.sub("[^A-Za-z0-9-]", "-", name)
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    figure.set_layout_engine("none")  # it is laid out; another format need not do it again
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
+    svg = re.sub(r"\b(id=\"|url\(#|href=\"#)", rf"\g<1>{name}-", svg)
+    return re.sub(r'width="[^"]*" height="[^"]*"', "", svg, count=1)
+
+
+def _axes(width: float = 6.4, height: float = 4.0) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _dense_line(axes: Axes, value: float) -> None:
+    """Draw a dense model's line, the first one with an entry in the legend."""
+    label = None if "dense" in axes.get_legend_handles_labels()[1] else "dense"
+    axes.axhline(value, color="#909090", linewidth=0.8, linestyle="--", zorder=0, label=label)
+
+
+@_styled
+def perplexity_figure(records: Sequence[Mapping[str, Any]], text: str) -> Figure:
+    """Plot perplexity against sparsity, one line a run, with the dense model at zero; lines that leave the plot say how far.
+
+    Args:
+        records: contents of report.json.
+        text: name of the evaluation text; runs without it are left out.
+    """
+    figure, axes = _axes()
+    dense = [record["dense"]["perplexity"].get(text, math.inf) for record in records]
+    highest = _HIGHEST * max(filter(math.isfinite, dense), default=1.0)
+    top, bottom = 1.0, math.inf
+    for number, record in enumerate(records):  # whose number makes a run look the same in every figure
+        if not math.isfinite(dense[number]):
+            continue
+        points = [(0.0, dense[number])]
+        points += [(100 * shot["sparsity"], shot["perplexity"][text]) for shot in record["shots"]]
+        points = [(x, y) for x, y in points if math.isfinite(y)]
+        marker = _MARKERS[number % len(_MARKERS)]
+        most = max(y for _, y in points)
+        label = str(record["spec"]["name"]) + (f" (up to {most:.3g})" if most > highest else "")
+        color = _COLORS[number % len(_COLORS)]
+        axes.plot(*zip(*points, strict=True), marker=marker, markersize=4, linewidth=1.4, label=label, color=color)
+        top = max(top, 1.5 * points[0][1], *(y for _, y in points if y <= highest))
+        bottom = min(bottom, points[0][1], *(y for _, y in points))
+        _dense_line(axes, dense[number])
+    axes.set_yscale("log")
+    if math.isfinite(bottom):
+        axes.set_ylim(0.95 * bottom, 1.1 * top)
+    for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        axis(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
+    axes.set_xlabel("sparsity of the blocks' linears, %")
+    axes.set_ylabel(f"perplexity on {text}")
+    axes.grid(which="both", **_SOFT)
+    axes.legend()
+    return figure
+
+
+@_styled
+def size_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
+    """Plot the parameters of the whole model that are left, zeros not counted, against sparsity, one line a run."""
+    figure, axes = _axes()
+    for number, record in enumerate(records):
+        dense = record["parameters"]["before"]
+        points = [(0.0, dense / 1e6)] + [(100 * s["sparsity"], s["num_nonzero"] / 1e6) for s in record["shots"] if "num_nonzero" in s]
+        axes.plot(*zip(*points, strict=True), marker=_MARKERS[number % len(_MARKERS)], markersize=4, label=record["spec"]["name"])
+        _dense_line(axes, dense / 1e6)
+    axes.set_xlabel("sparsity of the blocks' linears, %")
+    axes.set_ylabel("parameters left, millions")
+    axes.set_ylim(bottom=0)
+    axes.grid(**_SOFT)
+    axes.legend()
+    return figure
+
+
+def by_block(linears: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[float]]]:
+    """Return the kinds of linears, and per kind the sparsity in every block (not a number where a block has none)."""
+    places: dict[str, dict[int, float]] = {}
+    for linear in linears:
+        match = re.fullmatch(r".*?\.(\d+)\.(.+)", linear["name"])
+        assert match is not None, f"{linear['name']} is in no block"
+        places.setdefault(match[2], {})[int(match[1])] = linear["sparsity"]
+    num_blocks = 1 + max(block for kind in places.values() for block in kind)
+    return list(places), [[kind.get(block, math.nan) for block in range(num_blocks)] for kind in places.values()]
+
+
+@_styled
+def depth_figure(linears: Sequence[Mapping[str, Any]]) -> Figure:
+    """Plot sparsity by block and kind of linear as a heat map (The LLM Surgeon, figure 4)."""
+    kinds, sparsities = by_block(linears)
+    figure, axes = _axes(height=1.2 + 0.28 * len(kinds))
+    filled = axes.pcolormesh(sparsities, cmap="viridis", vmin=0, vmax=max(0.05, *(v for row in sparsities for v in row if v == v)))
+    axes.set_yticks([i + 0.5 for i in range(len(kinds))], [kind.rpartition(".")[2] for kind in kinds])
+    axes.invert_yaxis()
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("block")
+    figure.colorbar(filled, ax=axes, label="sparsity", aspect=12)
+    return figure
+
+
+@_styled
+def cost_figure(shots: Sequence[Mapping[str, Any]], unit: str) -> Figure:
+    """Plot how much could be pruned up to which cost in the first, some middle and the last shots, with each threshold.
+
+    Args:
+        shots: of a report.
+        unit: of the costs, for the axis.
+    """
+    figure, axes = _axes()
+    with_curve = [shot for shot in shots if shot.get("cost_curve")]
+    chosen = with_curve if len(with_curve) <= 6 else [with_curve[round(i * (len(with_curve) - 1) / 5)] for i in range(6)]
+    for shot in chosen:
+        points = [(100 * sparsity, cost) for sparsity, cost in shot["cost_curve"] if cost > 0]
+        (line,) = axes.plot(*(zip(*points, strict=True) if points else ((), ())), linewidth=1.4, label=f"shot {shot['index']}")
+        color = line.get_color()
+        if shot["threshold"]:
+            axes.plot([100 * shot["sparsity"]], [shot["threshold"]], "o", color=color, markersize=5)
+            axes.axhline(shot["threshold"], color=color, linewidth=0.6, linestyle=":")
+    axes.set_yscale("log")
+    axes.set_xlabel("pruned with all cheaper ones, % of the linears' parameters")
+    axes.set_ylabel(unit)
+    axes.grid(**_SOFT)
+    axes.legend(title="dots and dotted lines: thresholds" if any(s["threshold"] for s in chosen) else None, title_fontsize=7)
+    return figure
+
+
+@_styled
+def time_figure(shots: Sequence[Mapping[str, Any]]) -> Figure:
+    """Plot the time of every step of every shot, stacked, and the peak memory of all workers together."""
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    times, memory = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    places, below = [shot["index"] for shot in shots], [0.0] * len(shots)
+    for step in dict.fromkeys(step for shot in shots for step in shot["seconds"]):
+        heights = [shot["seconds"].get(step, 0.0) for shot in shots]
+        times.bar(places, heights, 0.7, bottom=below, label=step)
+        below = [a + b for a, b in zip(below, heights, strict=True)]
+    times.set_ylabel("seconds")
+    times.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.5, 1.22))
+    memory.plot(places, [shot["peak_rss_bytes"] / 2**30 for shot in shots], "o-", markersize=4, label="memory")
+    if any(shot["peak_gpu_bytes"] for shot in shots):
+        memory.plot(places, [shot["peak_gpu_bytes"] / 2**30 for shot in shots], "s-", markersize=4, label="GPU memory")
+        memory.legend()
+    memory.set_ylabel("peak, GiB")
+    memory.set_ylim(bottom=0)
+    memory.set_xlabel("shot")
+    memory.set_xlim(0.4, max(places[-1], 3) + 0.6)
+    memory.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    for axes in (times, memory):
+        axes.grid(axis="y", **_SOFT)
+    return figure
+
+
+def run_figures(record: Mapping[str, Any]) -> dict[str, Figure]:
+    """Return the figures of one run, by name; those for which it has no data are left out."""
+    figures = {f"perplexity-{text}": perplexity_figure([record], text) for text in record["dense"]["perplexity"]}
+    if not record["shots"]:
+        return figures
+    pruning = record["spec"]["pruning"]
+    per = "parameter" if pruning.get("target") is None else "unit of the target"
+    unit = f"cost per {per}" if pruning.get("rank_by", "cost_per_parameter") == "cost_per_parameter" else "cost"
+    figures |= {"size": size_figure([record]), "depth": depth_figure(record["linears"])}
+    if any(shot.get("cost_curve") for shot in record["shots"]):
+        figures["costs"] = cost_figure(record["shots"], unit)
+    return figures | {"time": time_figure(record["shots"])}

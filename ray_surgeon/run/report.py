@@ -1,0 +1,253 @@
+"""What a run found: report.json, and its tables on the terminal.
+
+``ray-surgeon report RUN RUN ...`` compares run directories in one table, one plot and one HTML page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ray_surgeon.cluster.worker import LinearSummary
+from ray_surgeon.run.events import Steps
+from ray_surgeon.run.html_report import page
+from ray_surgeon.run.plots import FORMATS, perplexity_figure, save
+from ray_surgeon.storage import files
+
+LOG_WIDTH = 140
+"""Columns of tables in a log, which has no width of its own."""
+
+
+@dataclass
+class RunReport:
+    """The report of one run, growing shot by shot.
+
+    Attributes:
+        spec: the resolved job spec.
+        fingerprints: of model, tokenizer, texts and method.
+        environment: versions and machine.
+        num_parameters: of the whole dense model.
+        dense: what was measured before the first shot.
+        shots: one record a shot.
+        exports: one record an export.
+        retries: what was lost on the way, a record with cause and message each.
+    """
+
+    spec: Mapping[str, Any]
+    fingerprints: Mapping[str, Any]
+    environment: Mapping[str, str]
+    num_parameters: int
+    dense: dict[str, Any] = field(default_factory=dict)
+    shots: list[dict[str, Any]] = field(default_factory=list)
+    exports: list[dict[str, Any]] = field(default_factory=list)
+    retries: list[dict[str, Any]] = field(default_factory=list)
+
+    def add_shot(
+        self,
+        shot: int,
+        targets: Sequence[float],
+        sparsity: float,
+        threshold: float | None,
+        perplexities: Mapping[str, float],
+        linears: Sequence[LinearSummary],
+        record: Mapping[str, Any],
+        steps: Steps,
+    ) -> None:
+        """Add the record of a shot.
+
+        Args:
+            shot: its number.
+            targets: sparsity at the end of every shot, if the target is a sparsity.
+            sparsity: removed fraction of the linears' parameters.
+            threshold: the global one; None if the method has none.
+            perplexities: by text.
+            linears: what is left of each.
+            record: what the method and the corrections say.
+            steps: of this shot so far.
+        """
+        self.shots.append(
+            {
+                "index": shot,
+                "target_sparsity": targets[shot - 1] if targets else None,
+                "sparsity": sparsity,
+                "threshold": threshold,
+                "perplexity": dict(perplexities),
+                "calibration_loss": None,
+                "correction_losses": [],
+                **record,
+                "seconds": dict(steps.seconds),
+                "cpu_seconds": dict(steps.cpu_seconds),
+                "worker_seconds": dict(steps.worker_seconds),
+                "peak_rss_bytes": steps.peak_bytes("peak_rss_bytes"),
+                "peak_gpu_bytes": steps.peak_bytes("peak_gpu_bytes"),
+                "linears": self.linear_records(linears),
+                "num_nonzero": self.num_parameters - sum(s.size - s.num_nonzero for s in linears),
+                "dense": self.dense,
+            }
+        )
+
+    @staticmethod
+    def linear_records(linears: Iterable[LinearSummary]) -> list[dict[str, Any]]:
+        """Return one record a linear; sparsity is that of its mask, the bias being one more column."""
+        return [
+            {
+                "name": linear.name,
+                "rows": linear.num_rows,
+                "columns": linear.num_columns,
+                "rows_kept": linear.rows_kept,
+                "columns_kept": linear.columns_kept,
+                "sparsity": 1 - linear.num_kept / linear.size,
+                "num_nonzero": linear.num_nonzero,
+                "predicted_loss_increase": linear.predicted,
+                "residual": linear.residual,
+            }
+            for linear in linears
+        ]
+
+    def as_record(self) -> dict[str, Any]:
+        """Return the content of report.json."""
+        linears = self.shots[-1]["linears"] if self.shots else []
+        in_linears = sum(linear["rows"] * linear["columns"] for linear in linears)
+        nonzero = sum(linear["num_nonzero"] for linear in linears)
+        after = self.num_parameters - in_linears + nonzero
+        return {
+            "spec": self.spec,
+            "fingerprints": self.fingerprints,
+            "environment": self.environment,
+            "dense": self.dense,
+            "shots": [{key: value for key, value in shot.items() if key not in ("linears", "dense")} for shot in self.shots],
+            "linears": linears,
+            "parameters": {
+                "before": self.num_parameters,
+                "nonzero_after": after,
+                "in_pruned_linears": in_linears,
+                "nonzero_in_pruned_linears": nonzero,
+                "whole_model_sparsity": 1 - after / self.num_parameters,
+            },
+            "exports": self.exports,
+            "retries": self.retries,
+        }
+
+    def model_card_facts(self) -> dict[str, Any]:
+        """Return what a model card tells: name, dtype, sparsity, and perplexity (before, after) by text."""
+        last = self.shots[-1]
+        before, after = self.dense["perplexity"], last["perplexity"]
+        return {
+            "name": self.spec["name"],
+            "dtype": self.spec["model"]["dtype"],
+            "sparsity": last["sparsity"],
+            "structure": self.spec["pruning"]["structure"],
+            "calibration": self.spec["calibration"],
+            "perplexity": {text: (before[text], after[text]) for text in after},
+            "tasks": self.dense.get("tasks", {}),
+        }
+
+
+def shots_table(record: Mapping[str, Any]) -> Table:
+    """Return the terminal's table of a report: one line for the dense model and one a shot."""
+    texts = list(record["dense"]["perplexity"])
+    table = Table(title=str(record["spec"]["name"]))
+    for column in ("shot", "sparsity", "threshold", *(f"perplexity {text}" for text in texts), "wall s", "CPU s", "peak memory GiB"):
+        table.add_column(column, justify="right")
+    dense = [_perplexity_text(record["dense"]["perplexity"][text]) for text in texts]
+    table.add_row("dense", "0.00 %", "", *dense, "", "", "")
+    for shot in record["shots"]:
+        values = [_perplexity_text(shot["perplexity"][text]) for text in texts]
+        times = f"{sum(shot['seconds'].values()):.0f}", f"{sum(shot['cpu_seconds'].values()):.0f}"
+        threshold = "" if shot["threshold"] is None else f"{shot['threshold']:.3g}"
+        memory = f"{shot['peak_rss_bytes'] / 2**30:.2f}"
+        table.add_row(str(shot["index"]), f"{shot['sparsity']:.2%}", threshold, *values, *times, memory)
+    return table
+
+
+def export_lines(record: Mapping[str, Any]) -> list[str]:
+    """Return what a run ends by saying of every export: its size, perplexity and speed before and after, and how to load it."""
+    before = record["parameters"]["before"] * getattr(torch, record["spec"]["model"]["dtype"]).itemsize
+    lines = []
+    for export in record["exports"]:
+        lines.append(f"{export['kind']} export: {export['uri']}")
+        lines.append(_change("weights, MB", before / 1e6, export["size_bytes"] / 1e6))
+        for text, value in record["dense"]["perplexity"].items():
+            lines.append(_change(f"perplexity {text}", value, record["shots"][-1]["perplexity"][text]))
+        for step in ("prefill", "decode") if "speed" in export else ():
+            speeds = [export["speed"][model][f"{step}_tokens_per_s"]["median"] for model in ("dense", "pruned")]
+            lines.append(_change(f"{step}, tokens per second", *speeds))
+        if "speed" in export:
+            memory = [export["speed"][model]["peak_gpu_bytes"] or export["speed"][model]["peak_rss_bytes"] for model in ("dense", "pruned")]
+            lines.append(_change("memory of a process, MB", memory[0] / 1e6, memory[1] / 1e6))
+        for task, metrics in export.get("tasks", {}).items():
+            for metric, value in metrics.items():
+                if not metric.endswith("_stderr"):
+                    lines.append(_change(f"{task} {metric}", record["dense"]["tasks"][task][metric], value))
+        lines.append(f"  load it: {export['load']}")
+    return lines
+
+
+def _change(what: str, before: float, after: float) -> str:
+    ratio = f"   x {after / before:.3f}" if before else ""
+    return f"  {what:<28} {before:10.3f} -> {after:10.3f}{ratio}"
+
+
+def _perplexity_text(value: float) -> str:
+    return f"{value:.3f}" if math.isfinite(value) and value < 1e4 else f"{value:.3g}"
+
+
+def comparison_table(records: Sequence[Mapping[str, Any]]) -> Table:
+    """Return one line for every shot of every run: name, structure, sparsity, perplexity by text."""
+    texts = list(dict.fromkeys(text for record in records for text in record["dense"]["perplexity"]))
+    table = Table()
+    for column in ("run", "structure", "shot", "sparsity", *(f"perplexity {text}" for text in texts)):
+        table.add_column(column, justify="right" if column != "run" else "left")
+    for record in records:
+        name, structure = str(record["spec"]["name"]), str(record["spec"]["pruning"]["structure"])
+        lines = [("dense", 0.0, record["dense"]["perplexity"])]
+        lines += [(str(shot["index"]), shot["sparsity"], shot["perplexity"]) for shot in record["shots"]]
+        for shot, sparsity, perplexity in lines:
+            values = [_perplexity_text(perplexity[text]) if text in perplexity else "" for text in texts]
+            table.add_row(name, structure, shot, f"{sparsity:.2%}", *values)
+    return table
+
+
+def _read_report(run: str) -> dict[str, Any]:
+    uri = files.join(run, "report.json")
+    record = files.read_json(uri)
+    needed = {"spec", "dense", "shots", "linears", "parameters", "exports", "fingerprints", "environment"}
+    if not isinstance(record, dict) or not needed <= record.keys():
+        raise ValueError(f"{uri} is no report of this program")
+    return record
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print and plot the comparison of run directories, and write it as a page; exit code 2 if one has no report."""
+    parser = argparse.ArgumentParser(prog="ray-surgeon report", description="Compare runs in one table, one plot and one page.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directory, local or on any fsspec URI")
+    parser.add_argument("--plot", default="perplexity.png", metavar="FILE", help=f"plot to write, a .{', .'.join(FORMATS)} file on any URI")
+    parser.add_argument("--html", default="comparison.html", metavar="FILE", help="page to write, with every run whole, on any URI")
+    parser.add_argument("--text", help="evaluation text of the plot; the first one of the first run if not given")
+    arguments = parser.parse_args(argv)
+    console, errors = Console(width=None if sys.stdout.isatty() else LOG_WIDTH), Console(stderr=True)
+    try:
+        records = [_read_report(run) for run in arguments.runs]
+    except (OSError, ValueError) as error:
+        errors.print(f"error: no report: {error}; give run directories with a report.json", style="red", soft_wrap=True)
+        return 2
+    console.print(comparison_table(records))
+    texts = list(dict.fromkeys(text for record in records for text in record["dense"]["perplexity"]))
+    try:
+        if (arguments.text or texts[0]) not in texts:
+            raise ValueError(f"--text: no run has a text {arguments.text!r}; they have {', '.join(texts)}")
+        save(perplexity_figure(records, arguments.text or texts[0]), arguments.plot)
+        files.write_text(arguments.html, page(records))
+    except (OSError, ValueError) as error:
+        errors.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        return 2
+    console.print(f"plot: {arguments.plot}\npage: {arguments.html}", soft_wrap=True)
+    return 0

@@ -1,0 +1,41 @@
+"""What all sections of a job spec have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field
+
+Positive = Annotated[int, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """Settings shared by all sections: frozen, and a field that does not exist is refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def tag(name: str) -> str:
+    """Return a tag of a union; the angle brackets keep it apart from names of fields in errors."""
+    return f"<{name}>"
+
+
+def by_tag(tag_of: Callable[[Callable[[str, Any], Any]], str | None], expected: str) -> Discriminator:
+    """Return a discriminator for a union of sections, given as mappings or as sections.
+
+    Args:
+        tag_of: takes a function (field, default) -> value, and returns the tag's name, or None if there is no such section.
+        expected: what the fields may be, for the error.
+    """
+
+    def find(given: Any) -> str | None:
+        if isinstance(given, dict):
+            name = tag_of(given.get)
+        elif isinstance(given, Section):
+            name = tag_of(lambda field, default: getattr(given, field, default))
+        else:
+            name = None
+        return None if name is None else tag(name)
+
+    return Discriminator(find, custom_error_type="no_such_section", custom_error_message=f"expected {expected}")

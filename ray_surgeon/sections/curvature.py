@@ -1,0 +1,95 @@
+"""Which curvature of the loss a method uses: a union by `kind`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, Tag, model_validator
+
+from ray_surgeon.sections.base import Section, by_tag, tag
+from ray_surgeon.surgery.kronecker import Damping
+
+
+class DampingSection(Section):
+    """Damping of the two factors, relative to the mean of their diagonals."""
+
+    a: float = Field(0.01, ge=0, le=10, description="Damping of A, the inputs' second moment")
+    g: float = Field(0.1, ge=0, le=10, description="Damping of G, the output gradients' second moment, which few tokens estimate badly")
+
+
+class _Curvature(Section):
+    damping: DampingSection = Field(DampingSection(), description="Damping of A and G")
+    max_damping: float = Field(
+        1.0, gt=0, le=10, description="A factor that is not positive definite gets ten times the damping, up to this; then the run fails"
+    )
+
+    @property
+    def as_damping(self) -> Damping:
+        """The damping as the mathematics takes it."""
+        return Damping(self.damping.a, self.damping.g, self.max_damping)
+
+    @model_validator(mode="after")
+    def _cap_above_damping(self) -> _Curvature:
+        if self.max_damping < max(self.damping.a, self.damping.g):
+            raise ValueError(f"max_damping {self.max_damping:g} is below damping {self.damping.a:g}/{self.damping.g:g}; raise it")
+        return self
+
+
+class _Fisher(_Curvature):
+    fisher: Literal["empirical", "sampled"] = Field(
+        "empirical", description="Labels of the gradients: the data's (empirical) or drawn from the model (sampled)"
+    )
+    seed: int = Field(0, ge=0, description="Seed of the labels of the sampled Fisher")
+
+    def label_seed(self, shot: int, num_sequences: int) -> int | None:
+        """Return the seed of the labels in a shot; None if they are the data's."""
+        return self.seed + shot * num_sequences if self.fisher == "sampled" else None
+
+    @model_validator(mode="after")
+    def _seed_of_something(self) -> _Fisher:
+        if self.seed and self.fisher == "empirical":
+            raise ValueError("seed draws the labels of the sampled Fisher, and this is the empirical one; remove it")
+        return self
+
+
+class KfacSection(_Fisher):
+    """KFAC: A and G, as if activations and gradients were independent."""
+
+    kind: Literal["kfac"] = Field("kfac", description="A and G of every linear, gathered anew in every shot")
+
+
+class ExtendedKfacSection(_Fisher):
+    """Extended KFAC: a sum of Kronecker products, the first one KFAC's (The LLM Surgeon, section 3.1)."""
+
+    kind: Literal["extended_kfac"] = Field(description="A sum of Kronecker products")
+    num_kronecker_terms: int = Field(2, ge=2, le=8, description="Kronecker products in the sum. Updates take all, obs costs the first two")
+    num_power_iterations: int = Field(
+        4,
+        ge=1,
+        le=100,
+        description="Power iterations for each further term, for A and G in turns; each one is a pass over the calibration text",
+    )
+
+
+class ActivationsSection(_Curvature):
+    """A alone, with G = I, from forward passes only."""
+
+    kind: Literal["activations"] = Field(description="A of every linear, and G = I")
+
+
+class IdentitySection(_Curvature):
+    """A = G = I, which makes costs magnitudes."""
+
+    kind: Literal["identity"] = Field(description="A = G = I")
+
+
+AnyCurvature = KfacSection | ExtendedKfacSection | ActivationsSection | IdentitySection
+_KINDS = ("kfac", "extended_kfac", "activations", "identity")
+
+CurvatureSection = Annotated[
+    Annotated[KfacSection, Tag(tag("kfac"))]
+    | Annotated[ExtendedKfacSection, Tag(tag("extended_kfac"))]
+    | Annotated[ActivationsSection, Tag(tag("activations"))]
+    | Annotated[IdentitySection, Tag(tag("identity"))],
+    by_tag(lambda get: get("kind", "kfac") if get("kind", "kfac") in _KINDS else None, f"kind {', '.join(_KINDS)}"),
+]

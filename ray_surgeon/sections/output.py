@@ -1,0 +1,33 @@
+"""Where results go, and which checkpoints a run ends in."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from ray_surgeon.sections.base import Section
+from ray_surgeon.sections.targets import SpeedSection
+
+
+class OutputSection(Section):
+    """Where results go."""
+
+    uri: str = Field(min_length=1, description="Run directory: a local path or an fsspec URI such as s3://bucket/runs/name")
+    keep_shots: int = Field(
+        2, ge=0, description="Keep the tensors of this many last shots; 0 keeps all. The record of a shot is always kept"
+    )
+    exports: tuple[Literal["masked", "uniform", "per_block", "deci"], ...] = Field(
+        ("masked",),
+        description="Checkpoints to write at the end. masked: dense with zeros; of structure groups also uniform: really smaller, for "
+        "plain classes; per_block: really smaller, widths differ, with modeling code beside the weights; deci: likewise, as DeciLM",
+    )
+    speed: SpeedSection | None = Field(None, description="Measure how fast each smaller export is beside the dense model; null: do not")
+
+    @model_validator(mode="after")
+    def _each_export_once(self) -> OutputSection:
+        if len(set(self.exports)) < len(self.exports):
+            raise ValueError(f"exports: {list(self.exports)} names one twice; remove it")
+        if self.speed is not None and not set(self.exports) - {"masked"}:
+            raise ValueError("speed: exports has no smaller model to measure; add uniform, per_block or deci, or remove speed")
+        return self

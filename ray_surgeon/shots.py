@@ -1,0 +1,140 @@
+"""The page that says what a run is: load, measure, prune shot by shot, export. Knows workers and a method, not Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ray_surgeon.cluster.cluster import Cluster
+from ray_surgeon.cluster.passes import perplexity
+from ray_surgeon.cluster.saving import save_shot
+from ray_surgeon.cluster.worker import ModelRecipe, load
+from ray_surgeon.export.kinds import export
+from ray_surgeon.export.latency import Widths, latency_budget
+from ray_surgeon.export.tasks import evaluate_tasks
+from ray_surgeon.inputs import Inputs
+from ray_surgeon.methods import Choice, Corrections, Groups, UniformGroupsSection
+from ray_surgeon.methods.method import predicted_increase
+from ray_surgeon.run.directory import RunDirectory
+from ray_surgeon.run.events import Event, Fact, Moment, Steps
+from ray_surgeon.run.html_report import LivePage
+from ray_surgeon.run.report import RunReport
+from ray_surgeon.sections.targets import LatencyTarget
+
+
+class CollapseError(RuntimeError):
+    """The model is worse than the spec allows."""
+
+
+def run_shots(inputs: Inputs, workers: Cluster, run: RunDirectory, listen: Callable[[Event | Moment], None]) -> None:
+    """Prune the model shot by shot; every shot is committed, and a run continues after the last committed one.
+
+    Args:
+        inputs: checked.
+        workers: without weights.
+        run: a run directory that was checked for these inputs.
+        listen: is called with the event of every step, and with moments inside of long ones.
+
+    Raises:
+        FloatingPointError: a loss, factor or cost is not usable; committed shots stay.
+        CollapseError: perplexity is above the limit of the spec; committed shots stay.
+    """
+    spec, method, num_shots = inputs.spec, inputs.method, inputs.spec.pruning.shots
+    run.start(inputs.spec_yaml, inputs.fingerprints)
+    done = [run.read_shot(index) for index in run.committed_indices()]
+    report = RunReport(spec.model_dump(mode="json"), inputs.fingerprints, inputs.environment, inputs.layout.num_parameters)
+    report.shots.extend(shot.record for shot in done)
+    report.retries.extend(run.retries())
+    step = Steps(workers, run, num_shots, listen)
+    workers.progress.listener = lambda: listen(step.moment())
+    page = LivePage(run)
+
+    with step("load", len(done)) as facts:
+        shot_files = tuple((key, file.uri) for file in done[-1].files for key in file.keys) if done else ()
+        workers.run_all(load, ModelRecipe(inputs.model, shot_files), method.by_element)
+        facts |= {"workers": len(workers.placement.workers), "resumed_after_shot": len(done)}
+    if isinstance(method, Groups) and method.budget is None:
+        with step("latency") as facts:
+            method = _with_latencies(method, inputs, workers, run.path("latency.json"))
+            facts["dense_s"] = method.known_budget.dense
+    if done:
+        report.dense = done[-1].record["dense"]
+    else:
+        with step("evaluation") as facts:
+            report.dense = {"perplexity": _perplexities(workers, inputs, facts)}
+        if spec.evaluation.tasks is not None:
+            with step("tasks"):
+                report.dense["tasks"] = evaluate_tasks(workers, inputs.model, spec.evaluation.tasks)
+
+    for shot in range(len(done) + 1, num_shots + 1):
+        step.new_shot()
+        scores, choice, record = None, Choice(None, {}), dict[str, Any]()
+        if method.has_costs:
+            with step("curvature", shot) as facts:
+                loss, record = method.calibrate(workers, inputs.calibration, shot)
+                facts |= {"calibration_loss": loss, "num_tokens": inputs.calibration.size}
+                record["calibration_loss"] = loss
+            with step("costs", shot) as facts:
+                scores = method.score(workers, shot)
+                facts["damping_raised"] = len(scores.raised_damping)
+            with step("threshold", shot) as facts:
+                choice = method.choose(workers, scores, shot)
+                facts |= choice.facts
+        with step("update", shot) as facts:
+            linears = method.apply(workers, inputs.calibration, choice, shot)
+            sparsity = 1 - sum(s.num_kept for s in linears) / sum(s.size for s in linears)
+            facts |= {"sparsity": sparsity, "predicted_loss_increase": predicted_increase(linears)}
+            record |= method.record(workers, scores, choice, linears)
+        if spec.correction is not None:
+            with step("correction", shot) as facts:
+                losses = Corrections(spec.correction).train(workers, inputs.calibration, shot, num_shots)
+                facts |= {"num_steps": len(losses)} | ({"first_loss": losses[0], "last_loss": losses[-1]} if losses else {})
+                record["correction_losses"] = losses
+        with step("evaluation", shot) as facts:
+            facts["sparsity"] = sparsity
+            perplexities = _perplexities(workers, inputs, facts)
+        _check_for_collapse(perplexities, report.dense["perplexity"], spec.evaluation.stop_above, shot)
+        with step("commit", shot) as facts:
+            written = [file for worker in workers.run_all(save_shot, run.shot_folder(shot)) for file in worker]
+            report.add_shot(shot, inputs.spec.pruning.targets, sparsity, choice.threshold, perplexities, linears, record, step)
+            run.commit_shot(shot, written, report.shots[-1])
+            run.write_report(report.as_record())
+            page.draw(report.as_record(), final=False)
+            if spec.output.keep_shots and shot > spec.output.keep_shots:
+                run.drop_tensors(shot - spec.output.keep_shots)
+            last = report.shots[-1]
+            facts |= {"uri": run.shot_folder(shot), "parameters": last["num_nonzero"], "peak_rss_bytes": last["peak_rss_bytes"]}
+
+    for kind in spec.output.exports:
+        with step("export", num_shots) as facts:
+            about, linear_records, uri = report.model_card_facts(), report.shots[-1]["linears"], run.path("export", kind)
+            source, tokens, tasks = (inputs.layout, inputs.model), inputs.calibration[0], spec.evaluation.tasks
+            found = export(kind, workers, *source, uri, tokens, about, linear_records, speed=spec.output.speed, tasks=tasks)
+            report.exports.append(found)
+            facts |= {"kind": kind} | {name: found[name] for name in ("uri", "size_bytes", "reload_max_logit_difference")}
+    run.write_report(report.as_record())
+    page.draw(report.as_record(), final=True)
+
+
+def _with_latencies(method: Groups, inputs: Inputs, workers: Cluster, uri: str) -> Groups:
+    section = method.section
+    assert isinstance(section.target, LatencyTarget)
+    widths = Widths(method.fewest, section.width_multiple, isinstance(section, UniformGroupsSection))
+    return method.with_budget(latency_budget(workers, inputs.layout, inputs.model, section.target, widths, uri))
+
+
+def _perplexities(workers: Cluster, inputs: Inputs, facts: dict[str, Fact]) -> dict[str, float]:
+    values = {name: perplexity(workers, windows) for name, windows in inputs.texts.items()}
+    facts |= {f"perplexity {name}": value for name, value in values.items()}
+    return values
+
+
+def _check_for_collapse(after: Mapping[str, float], before: Mapping[str, float], limit: float | None, shot: int) -> None:
+    if limit is None:
+        return
+    for text, value in after.items():
+        if not value <= limit * before[text]:
+            raise CollapseError(
+                f"after shot {shot} the perplexity on {text} is {value:.4g}, {value / before[text]:.3g} times the dense model's; "
+                f"evaluation.stop_above allows {limit:g}. The shots before are committed; prune less, or raise evaluation.stop_above"
+            )

@@ -1,0 +1,1 @@
+"""Files on any fsspec URI, models and texts wherever they are."""

