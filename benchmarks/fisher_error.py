@@ -1,4 +1,4 @@
-"""``python -m ray_surgeon.fisher_error SPEC``: how well Kronecker products approximate the Fisher of real linears.
+"""``python -m benchmarks.fisher_error SPEC --linear NAME``: how well Kronecker products approximate the Fisher of real linears.
 
 The dense Fisher of a block of weights (some rows and columns of one linear) over the calibration tokens of a job spec, against its
 approximations: identity, activations, KFAC, and sums of more terms. Like Figure 5 of the paper. Runs in one process.
@@ -10,46 +10,48 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
+import matplotlib.figure
 import torch
 from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from ray_surgeon import storage
-from ray_surgeon.cluster.messages import ModelRecipe, WorkerIndex
+from ray_surgeon.cluster.local import LocalCluster
 from ray_surgeon.cluster.placement import place
-from ray_surgeon.cluster.worker import ShardWorker
-from ray_surgeon.job import Job
+from ray_surgeon.cluster.worker import ModelRecipe, load
+from ray_surgeon.inputs import Inputs, check
 from ray_surgeon.models.shard import watch_pairs
-from ray_surgeon.plots import error_figure, save
-from ray_surgeon.preflight import prepare
-from ray_surgeon.report import LOG_WIDTH
+from ray_surgeon.run.display import new_console
+from ray_surgeon.run.plots import save
+from ray_surgeon.sections.curvature import ExtendedKfacSection, KfacSection
 from ray_surgeon.spec import parse_spec
-from ray_surgeon.surgery.extended import Term, terms_of_samples
+from ray_surgeon.storage import files
+from ray_surgeon.surgery.extended.terms import Term, terms_of_samples
 
 
-def token_pairs(job: Job, config: Any, linears: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
+def token_pairs(inputs: Inputs, linears: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
     """Return the inputs a [N, C] and output gradients g [N, R] of linears for every calibration token.
 
     Raises:
         ValueError: the model has no such linear.
     """
-    worker = ShardWorker(place(config, 1, 1), WorkerIndex(0, 0), torch.get_num_threads(), "cpu")
-    worker.load(ModelRecipe(job.model_source, job.spec.model.dtype), by_element=False)
+    cluster = LocalCluster(inputs.layout, place(inputs.layout, 1, 1), torch.get_num_threads())
+    cluster.run_all(load, ModelRecipe(inputs.model), False)
+    ((_, worker),) = cluster.workers.items()
     shard = worker.shard
     if unknown := [name for name in linears if name not in shard.linears]:
         raise ValueError(f"--linear: the model has no linear {', '.join(unknown)}; it has for example {', '.join(list(shard.linears)[:7])}")
     seen: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in linears}
     for name, store in seen.items():
         watch_pairs(shard.linears[name], _storing(store))
-    for number, tokens in enumerate(torch.from_numpy(job.calibration)):
+    assert isinstance(inputs.spec.curvature, KfacSection | ExtendedKfacSection)
+    seed = inputs.spec.curvature.label_seed(0, len(inputs.calibration))
+    for number, tokens in enumerate(torch.from_numpy(inputs.calibration)):
         hidden = shard.forward(number, tokens[None])
-        sampled = job.spec.curvature.fisher == "sampled"
-        generator = torch.Generator().manual_seed(job.spec.curvature.seed + number) if sampled else None
+        generator = None if seed is None else torch.Generator().manual_seed(seed + number)
         _, gradient = shard.loss(hidden, tokens[None], with_gradient=True, generator=generator)
         assert gradient is not None
         shard.backward(number, gradient)
@@ -60,7 +62,7 @@ def _storing(store: list[tuple[Tensor, Tensor]]) -> Callable[[Tensor, Tensor], N
     return lambda a, g: store.append((a, g))
 
 
-def block_errors(a: Tensor, g: Tensor, rows: Tensor, columns: Tensor, max_terms: int, num_passes: int) -> dict[str, list[float]]:
+def block_errors(a: Tensor, g: Tensor, rows: Tensor, columns: Tensor, max_terms: int, num_iterations: int) -> dict[str, list[float]]:
     """Return relative Frobenius errors on the block of `rows` x `columns` of the Fisher, in float64.
 
     Args:
@@ -69,7 +71,7 @@ def block_errors(a: Tensor, g: Tensor, rows: Tensor, columns: Tensor, max_terms:
         rows: indices.
         columns: indices.
         max_terms: Kronecker terms, at most.
-        num_passes: of the power method for each term.
+        num_iterations: power iterations for each term.
 
     Returns:
         ``identity`` and ``activations``, each with the factor that fits the block best, one number; ``after KFAC`` (the first term is
@@ -89,7 +91,7 @@ def block_errors(a: Tensor, g: Tensor, rows: Tensor, columns: Tensor, max_terms:
     def fitted(approximation: Tensor) -> list[float]:
         return [error(approximation * torch.sum(approximation * dense) / torch.sum(approximation.square()))]
 
-    after, start = (terms_of_samples(a, g, first, max_terms, num_passes) for first in ([kfac], []))
+    after, start = (terms_of_samples(a, g, first, max_terms, num_iterations) for first in ([kfac], []))
     one = torch.eye(g.shape[1], dtype=a.dtype)
     return {
         "identity": fitted(inside([(one, torch.eye(a.shape[1], dtype=a.dtype))])),
@@ -111,14 +113,28 @@ def errors_table(errors: dict[str, dict[str, list[float]]]) -> Table:
     return table
 
 
+def error_figure(errors: Mapping[str, Mapping[str, Sequence[float]]]) -> matplotlib.figure.Figure:
+    """Plot the errors against the number of Kronecker terms: linear -> way to find terms -> error with 1, 2, ... terms."""
+    figure = matplotlib.figure.Figure(figsize=(6.4, 4.0), layout="constrained")
+    axes = figure.subplots()
+    for number, (linear, ways) in enumerate(errors.items()):
+        for style, (way, values) in zip(("o-", "s:"), ways.items(), strict=False):
+            axes.plot(range(1, len(values) + 1), values, style, color=f"C{number}", label=f"{linear}, {way}")
+    axes.set_xlabel("Kronecker terms")
+    axes.set_ylabel("relative error of a dense block of the Fisher")
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    return figure
+
+
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m ray_surgeon.fisher_error", description="Errors of approximations of the Fisher.")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.fisher_error", description="Errors of approximations of the Fisher.")
     parser.add_argument("spec", help="job spec whose model, calibration and curvature.fisher are taken")
     parser.add_argument("--linear", action="append", required=True, help="name of a linear, e.g. model.layers.0.mlp.down_proj; repeatable")
     parser.add_argument("--rows", type=int, default=24, help="rows of the block, evenly spaced")
     parser.add_argument("--columns", type=int, default=24, help="columns of the block, evenly spaced")
     parser.add_argument("--max-terms", type=int, default=6, help="Kronecker terms, at most")
-    parser.add_argument("--passes", type=int, default=10, help="passes of the power method for each term")
+    parser.add_argument("--iterations", type=int, default=10, help="power iterations for each term")
     parser.add_argument("--plot", default="fisher-error.png", metavar="FILE", help="plot; a .json of the same name gets the numbers")
     parser.add_argument("--set", action="append", default=[], metavar="section.field=value", help="override a field of the spec")
     return parser.parse_args(argv)
@@ -129,21 +145,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, errors_console = _arguments(argv), Console(stderr=True)
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            spec = parse_spec(storage.read_text(arguments.spec), [*arguments.set, f"output.uri={scratch}/run"])
-            job, config, _ = prepare(spec, resume=False, dry_run=True)
-        pairs = token_pairs(job, config, arguments.linear)
+            spec = parse_spec(files.read_text(arguments.spec), [*arguments.set, f"output.uri={scratch}/run"])
+            inputs = check(spec, dry_run=True)
+        pairs = token_pairs(inputs, arguments.linear)
         errors = {}
         for name, (a, g) in pairs.items():
             rows = torch.linspace(0, g.shape[1] - 1, min(arguments.rows, g.shape[1])).long()
             columns = torch.linspace(0, a.shape[1] - 1, min(arguments.columns, a.shape[1])).long()
-            errors[name] = block_errors(a, g, rows, columns, arguments.max_terms, arguments.passes)
+            errors[name] = block_errors(a, g, rows, columns, arguments.max_terms, arguments.iterations)
         curves = {name: {way: ways[way] for way in ("after KFAC", "from the start")} for name, ways in errors.items()}
         save(error_figure(curves), arguments.plot)
-        storage.write_text(arguments.plot.rpartition(".")[0] + ".json", json.dumps(errors, indent=2))
+        files.write_text(arguments.plot.rpartition(".")[0] + ".json", json.dumps(errors, indent=2))
     except (OSError, ValueError, ValidationError) as error:
         errors_console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         return 2
-    console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
+    console = new_console()
     console.print(errors_table(errors))
     console.print(f"plot: {arguments.plot}", soft_wrap=True)
     return 0

@@ -25,6 +25,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.storage import files
 
 torch.set_num_threads(1)
@@ -62,6 +63,9 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "phi3": Phi3Config(**ROTARY, **COMMON, pad_token_id=0),
     "gpt2": GPT2Config(n_embd=32, n_inner=48, n_layer=4, n_head=4, n_positions=128, vocab_size=VOCABULARY, initializer_range=0.2),
 }
+
+
+LAYOUTS = {family: ModelLayout.of(config) for family, config in CONFIGS.items()}
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ray_surgeon.fisher_error import block_errors, main
+from benchmarks.fisher_error import block_errors, main
 from tests.integration.runs import tiny_spec
 
 

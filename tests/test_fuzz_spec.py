@@ -64,7 +64,7 @@ def understood_or_refused(text: str) -> None:
     try:
         spec = parse_spec(text)
     except ValidationError as error:
-        message = pipeline._validation_message(error, "spec.yaml")
+        message = pipeline.validation_message(error, "spec.yaml")
         assert message.startswith("spec.yaml is not a valid job spec:\n  ")
         assert len(message) < 20_000
     except ValueError as error:
@@ -73,7 +73,7 @@ def understood_or_refused(text: str) -> None:
         again = parse_spec(yaml.safe_dump(spec.model_dump(mode="json")))
         assert again == spec
         assert again.method_fingerprint() == spec.method_fingerprint()
-        assert math.isfinite(spec.pruning.target_sparsity or 0)
+        assert math.isfinite(spec.pruning.last_sparsity or 0)
         assert 1 <= spec.pruning.shots <= 1000 or spec.pruning.sparsities is not None
 
 
@@ -96,7 +96,7 @@ def test_any_override(place: str, value: Any) -> None:
     try:
         parse_spec(text, [f"{place}={yaml.safe_dump(value, allow_unicode=True)}"])
     except ValidationError as error:
-        assert pipeline._validation_message(error, "spec.yaml")
+        assert pipeline.validation_message(error, "spec.yaml")
     except ValueError as error:
         assert str(error)
 

@@ -8,15 +8,14 @@ import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from ray_surgeon import sections as sections_module
-from ray_surgeon import spec as spec_module
-from ray_surgeon import text_sections as text_sections_module
-from ray_surgeon.pipeline import main
-from ray_surgeon.spec import JobSpec, Section, parse_spec
+from ray_surgeon.methods import METHODS
+from ray_surgeon.pipeline import main, validation_message
+from ray_surgeon.sections.base import Section
+from ray_surgeon.spec import JobSpec, parse_spec
 
 PIPELINES = sorted((Path(__file__).parent.parent / "pipelines").rglob("*.yaml"))
 MINIMAL = """
-version: 1
+version: 2
 name: x
 model: {source: somewhere/model}
 calibration: {source: python-docs, num_sequences: 2, sequence_length: 8}
@@ -40,7 +39,7 @@ def test_every_field_is_described(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--schema"]) == 0
     schema = json.loads(capsys.readouterr().out)
     sections = [schema, *schema["$defs"].values()]
-    assert len(sections) == 17
+    assert len(sections) > 30
     for section in sections:
         assert section["additionalProperties"] is False
         assert section["description"]
@@ -48,11 +47,52 @@ def test_every_field_is_described(capsys: pytest.CaptureFixture[str]) -> None:
             assert field.get("description"), f"{section['title']}.{name}"
 
 
+def subclasses(kind: type[BaseModel]) -> set[type[BaseModel]]:
+    return {kind, *(found for child in kind.__subclasses__() for found in subclasses(child))}
+
+
 def test_sections_are_frozen() -> None:
-    found = {**vars(spec_module), **vars(sections_module), **vars(text_sections_module)}.values()
-    sections = {s for s in found if isinstance(s, type) and issubclass(s, BaseModel) and s not in (BaseModel, Section)}
-    assert len(sections) == 19
+    sections = subclasses(Section)
+    assert len(sections) > 30
     assert all(s.model_config["frozen"] and s.model_config["extra"] == "forbid" for s in sections)
+
+
+def test_every_pruning_section_has_a_method_and_is_chosen_by_structure_and_method() -> None:
+    found = set()
+    for structure, method in [(s, "llm_surgeon") for s in ("rows_columns", "rows", "columns", "element", "n_m", "groups")] + [
+        (s, m) for s in ("element", "n_m") for m in ("sparsegpt", "wanda")
+    ]:
+        found.add(type(parse_spec(MINIMAL, [f"pruning.structure={structure}", f"pruning.method={method}"]).pruning))
+    found.add(type(parse_spec(MINIMAL, ["pruning.structure=groups", "pruning.allocation=uniform"]).pruning))
+    assert found == set(METHODS)
+
+
+def test_curvature_is_kfac_unless_the_method_gathers_its_own() -> None:
+    assert parse_spec(MINIMAL).curvature is not None
+    assert parse_spec(MINIMAL, ["pruning.method=wanda", "pruning.structure=element"]).curvature is None
+
+
+def test_optional_sections_are_switched_off_by_null() -> None:
+    on = parse_spec(MINIMAL, ["correction.lora_rank=4", "correction.learning_rate=0.1"])
+    assert on.correction is not None
+    assert parse_spec(yaml.safe_dump(on.model_dump(mode="json")), ["correction=null"]).correction is None
+    assert parse_spec(MINIMAL, ["correction={}"]).correction is not None
+
+
+def test_a_file_of_version_1_is_refused_with_what_changed() -> None:
+    old = yaml.safe_load(MINIMAL) | {"version": 1}
+    with pytest.raises(ValueError, match=r"has version 1.*Set version: 2; no other line has to change"):
+        parse_spec(yaml.safe_dump(old))
+    old |= {"updates": {"joint": "exact", "correlations": "none"}, "curvature": {"first_term": "nearest"}, "correction": {"lora_rank": 0}}
+    with pytest.raises(ValueError, match="has version 1") as caught:
+        parse_spec(yaml.safe_dump(old))
+    lines = str(caught.value).splitlines()[1:]
+    assert [line.split(":")[0].strip() for line in lines] == [
+        "curvature.first_term",
+        "updates.correlations",
+        "updates.joint",
+        "correction.lora_rank",
+    ]
 
 
 def test_shares_of_a_mix_add_up() -> None:
@@ -81,11 +121,11 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"pruning.target_sparsity": 1}, "target_sparsity"),
     ({"pruning.target_sparsity": -3}, "target_sparsity"),
     ({"pruning.target_sparsity": ".nan"}, "target_sparsity"),
-    ({"pruning.structure": "blocks"}, "structure"),
+    ({"pruning.structure": "blocks"}, "expected structure"),
     ({"pruning.num_shots": 0}, "num_shots"),
     ({"pruning.num_shot": 3}, "num_shot"),
     ({"prunning.num_shots": 3}, "prunning"),
-    ({"version": 2}, "version"),
+    ({"version": 3}, "version"),
     ({"name": "Not A Name"}, "name"),
     ({"calibration.num_sequences": 0}, "num_sequences"),
     ({"calibration.sequence_length": 1}, "sequence_length"),
@@ -98,35 +138,26 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"model.wheel": "x==1", "model.wheel_sha256": "ab" * 32}, "wheel belongs to a pkg"),
     ({"cluster.num_replicas": 3}, "cannot be filled by 2"),
     ({"cluster.gpus_per_worker": 2}, "gpus_per_worker"),
-    ({"updates.joint": "both"}, "joint"),
+    ({"pruning.update": "both"}, "update"),
     ({"pruning.sparsities": "[0.1, 0.3]"}, "must rise"),
     ({"pruning.sparsities": "[0.2, 0.1, 0.2]"}, "must rise"),
     ({"pruning.sparsities": "[]"}, "must rise"),
     ({"pruning.sparsities": "[0.1, 0.2]", "pruning.num_shots": 2}, "takes the place"),
-    ({"pruning.n_m": "[4, 2]"}, "needs N < M"),
-    ({"pruning.n_m": "two:four"}, "n_m"),
+    ({"pruning.structure": "n_m", "pruning.n_m": "[4, 2]"}, "needs N < M"),
+    ({"pruning.structure": "n_m", "pruning.n_m": "two:four"}, "n_m"),
     ({"pruning.structure": "n_m", "pruning.target_sparsity": 0.6}, "more than 2:4 can remove"),
-    ({"pruning.method": "wanda"}, "set pruning.structure to element or n_m"),
-    (
-        {"pruning.method": "sparsegpt", "pruning.structure": "element", "pruning.costs": "obd"},
-        r"pruning\.costs",
-    ),
-    ({"pruning.method": "wanda", "pruning.structure": "element", "curvature.damping.a": 0.1}, r"curvature\.damping"),
-    ({"pruning.structure": "element", "updates.joint": "exact"}, r"updates\.joint \(structure element"),
-    ({"pruning.structure": "element", "pruning.n_m": "[4, 8]"}, r"pruning\.n_m"),
-    ({"updates.num_iterations": 5}, r"updates\.num_iterations"),
-    ({"pruning.structure": "element", "updates.max_correlate": 5}, r"updates\.max_correlate"),
-    ({"updates.correlations": "none", "updates.first_order_step": 1}, r"updates\.first_order_step"),
-    ({"curvature.kind": "activations", "curvature.num_kronecker_terms": 2}, r"num_kronecker_terms"),
-    ({"curvature.kind": "activations", "updates.first_order_step": 1}, r"first_order_step"),
-    ({"curvature.seed": 3}, r"curvature\.seed"),
-    ({"curvature.num_power_passes": 3}, r"num_power_passes"),
-    ({"curvature.num_kronecker_terms": 2, "pruning.selection": "greedy"}, "choose one of the two"),
-    ({"curvature.num_kronecker_terms": 2, "pruning.structure": "element", "updates.solver": "chunks"}, "use conjugate_gradients"),
-    ({"pruning.costs": "obd", "pruning.selection": "greedy"}, r"pruning\.selection \(costs obd"),
-    ({"correction.learning_rate": 0.1}, "lora_rank is 0"),
-    ({"correction.lora_rank": 2, "correction.steps_per_shot": 0}, "set one of them"),
-    ({"correction.lora_rank": 2, "correction.sequences_per_step": 3}, "more than the 2"),
+    ({"pruning.structure": "n_m", "pruning.method": "wanda", "pruning.target_sparsity": 0.6}, "more than 2:4 can remove"),
+    ({"pruning.structure": "element", "pruning.method": "wanda", "pruning.n_m": "[2, 4]"}, "has no pattern"),
+    ({"pruning.structure": "element", "pruning.method": "sparsegpt", "pruning.max_damping": 0.001}, "is below damping"),
+    ({"pruning.method": "wanda", "pruning.structure": "element", "curvature.damping.a": 0.1}, "gathers its own"),
+    ({"curvature": "null"}, "needs one"),
+    ({"calibration.stride": 8, "calibration.seed": 3}, "stride places them"),
+    ({"curvature.seed": 3}, "seed draws the labels"),
+    ({"curvature.kind": "extended_kfac", "pruning.costs": "greedy"}, "greedy needs one Kronecker term"),
+    ({"curvature.kind": "extended_kfac", "pruning.structure": "groups"}, "extended_kfac does not go with structure groups"),
+    ({"curvature.kind": "extended_kfac", "pruning.structure": "element", "pruning.update.solver": "chunks"}, "need one Kronecker term"),
+    ({"correction.steps_per_shot": 0}, "set one of them"),
+    ({"correction.sequences_per_step": 3}, "more than the 2"),
     ({"output.exports": "[onnx]"}, "exports"),
     ({"calibration.weight": 2.0}, "no effect without mix"),
     ({"calibration.mix": "[{source: python-docstrings, weight: 0.1}]"}, "in 2 sequences is none"),
@@ -140,6 +171,35 @@ BAD: list[tuple[dict[str, Any], str]] = [
 def test_bad_specs_name_the_field(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         parse_spec(MINIMAL, [f"{path}={value}" for path, value in changes.items()])
+
+
+IDLE = [
+    ({"pruning.structure": "element", "pruning.selection": "once"}, "pruning.selection: is no option of element"),
+    ({"pruning.structure": "element", "pruning.n_m": "[4, 8]"}, "pruning.n_m: is no option of element"),
+    (
+        {"pruning.structure": "element", "pruning.update.max_correlate": 5},
+        "max_correlate: is no option of conjugate_gradients",
+    ),
+    ({"pruning.structure": "element", "pruning.update": "{solver: none, tolerance: 1}"}, "pruning.update.tolerance: is no option of plain"),
+    ({"pruning.width_multiple": 8}, "pruning.width_multiple: is no option of rows_columns"),
+    ({"pruning.structure": "groups", "pruning.costs": "obd"}, "pruning.costs: is no option of groups"),
+    (
+        {"pruning.structure": "groups", "pruning.allocation": "uniform", "pruning.rank_by": "cost"},
+        "of groups, allocation uniform",
+    ),
+    ({"pruning.method": "sparsegpt", "pruning.structure": "element", "pruning.costs": "obd"}, "pruning.costs: is no option of sparsegpt"),
+    ({"pruning.method": "wanda", "pruning.structure": "element", "pruning.damping": 0.1}, "pruning.damping: is no option of wanda"),
+    ({"curvature.kind": "activations", "curvature.fisher": "sampled"}, "curvature.fisher: is no option of activations"),
+    ({"curvature.num_kronecker_terms": 2}, "curvature.num_kronecker_terms: is no option of kfac"),
+    ({"cluster.backend": "local", "cluster.ping_timeout_s": 3}, "cluster.ping_timeout_s: is no option of local"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), IDLE, ids=[str(c) for c, _ in IDLE])
+def test_an_option_without_effect_cannot_be_written(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        parse_spec(MINIMAL, [f"{path}={value}" for path, value in changes.items()])
+    assert message in validation_message(caught.value, "spec.yaml")
 
 
 def test_same_names_of_texts_are_refused() -> None:
@@ -159,7 +219,7 @@ def test_method_fingerprint_ignores_where_and_what_else_is_measured() -> None:
     base = parse_spec(MINIMAL).method_fingerprint()
     same = ["cluster.num_shards=3", "output.uri=elsewhere", "name=y", "evaluation.0.num_sequences=5"]
     assert parse_spec(MINIMAL, same).method_fingerprint() == base
-    for change in ("pruning.target_sparsity=0.3", "curvature.damping.g=0.5", "updates.joint=exact", "model.dtype=bfloat16"):
+    for change in ("pruning.target_sparsity=0.3", "curvature.damping.g=0.5", "pruning.update=single", "model.dtype=bfloat16"):
         other = parse_spec(MINIMAL, [change])
         assert (other.method_fingerprint() != base) or other == parse_spec(MINIMAL)
 

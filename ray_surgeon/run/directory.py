@@ -6,6 +6,8 @@ A shot exists if its manifest does; the manifest is written after every file it 
 from __future__ import annotations
 
 import json
+import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +20,8 @@ from ray_surgeon.storage import files as store
 _FREE_SECTIONS = ("name", "cluster.", "output.")
 """What may differ between a run and its resumption."""
 _MOST_CHANGES = 8
+_EVENTS_EVERY_S = 20.0
+"""How often a store that cannot append gets all events again, besides the end of every shot."""
 _BEFORE_A_RUN = (".writable", "spec.yaml", "source")
 """All there is of a run that was killed before its first record; `source` is a model that was in memory."""
 
@@ -51,6 +55,7 @@ class RunDirectory:
         """Name the folder; nothing is read or written yet."""
         self.uri = uri
         self._events: list[str] = []
+        self._events_written_s = -math.inf
 
     def path(self, *parts: str) -> str:
         """Return the URI of something in the folder."""
@@ -124,10 +129,18 @@ class RunDirectory:
         return [event["facts"] for event in map(json.loads, self._events) if event["step"] == "retry"]
 
     def add_event(self, event: Mapping[str, Any]) -> None:
-        """Append to events.jsonl."""
-        line = json.dumps(event)
-        store.append_line(self.path("events.jsonl"), line, self._events)
-        self._events.append(line)
+        """Append to events.jsonl; object stores cannot append, so there the whole file is written again, now and then."""
+        self._events.append(json.dumps(event))
+        if store.is_local(self.uri):
+            store.append_line(self.path("events.jsonl"), self._events[-1])
+        elif time.monotonic() - self._events_written_s > _EVENTS_EVERY_S:
+            self.write_events()
+
+    def write_events(self) -> None:
+        """Write events.jsonl on an object store."""
+        if not store.is_local(self.uri):
+            store.write_text(self.path("events.jsonl"), "".join(f"{line}\n" for line in self._events))
+            self._events_written_s = time.monotonic()
 
     def shot_folder(self, index: int) -> str:
         """Return the URI of a shot's folder, e.g. ``shots/0003``."""
@@ -175,5 +188,6 @@ class RunDirectory:
                 )
 
     def write_report(self, report: Mapping[str, Any]) -> None:
-        """Write report.json."""
+        """Write report.json, and the events so far."""
+        self.write_events()
         store.write_json(self.path("report.json"), report)

@@ -221,15 +221,17 @@ def write_text(uri: str, text: str) -> None:
         _upload(uri, scratch)
 
 
-def append_line(uri: str, line: str, so_far: list[str]) -> None:
-    """Append one line to a text file; object stores cannot append, so there the lines `so_far` are written again."""
-    filesystem, path = open_filesystem(uri)
-    if isinstance(filesystem, LocalFileSystem):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(line + "\n")
-    else:
-        write_text(uri, "\n".join([*so_far, line]) + "\n")
+def is_local(uri: str) -> bool:
+    """Whether a URI is a path on this machine, or on a file system that it mounts."""
+    return isinstance(open_filesystem(uri)[0], LocalFileSystem)
+
+
+def append_line(uri: str, line: str) -> None:
+    """Append one line to a local text file."""
+    _, path = open_filesystem(uri)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(line + "\n")
 
 
 def read_json(uri: str) -> Any:

@@ -6,6 +6,7 @@ import errno
 import functools
 import sys
 from collections.abc import Callable
+from time import monotonic, sleep
 from typing import ParamSpec, TypeVar
 
 import tenacity
@@ -64,14 +65,18 @@ def tries_again(function: Callable[P, T]) -> Callable[P, T]:
             return isinstance(error, (OSError, *_client_errors())) and _may_pass(error, uri)
 
         def is_patience_over(state: tenacity.RetryCallState) -> bool:
-            assert state.outcome_timestamp is not None
             if not first_failure_s:  # not the start: a large file alone may take longer than the patience
-                first_failure_s.append(state.outcome_timestamp)
-            return state.outcome_timestamp - first_failure_s[0] + state.upcoming_sleep >= PATIENCE_S
+                first_failure_s.append(monotonic())
+            return monotonic() - first_failure_s[0] + state.upcoming_sleep >= PATIENCE_S
 
-        # the pauses are random because workers that failed together should not come back together
-        pauses = tenacity.wait_random_exponential(multiplier=FIRST_PAUSE_S, max=_LONGEST_PAUSE_S)
-        again = tenacity.Retrying(retry=tenacity.retry_if_exception(may_pass), stop=is_patience_over, wait=pauses, reraise=True)
+        again = tenacity.Retrying(
+            retry=tenacity.retry_if_exception(may_pass),
+            stop=is_patience_over,
+            # random pauses, because workers that failed together should not come back together
+            wait=tenacity.wait_random_exponential(multiplier=FIRST_PAUSE_S, max=_LONGEST_PAUSE_S),
+            sleep=sleep,
+            reraise=True,
+        )
         try:
             return again(function, *args, **kwargs)
         except OSError:

@@ -12,9 +12,14 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from ray_surgeon.cluster.local import LocalCluster
+from ray_surgeon.cluster.placement import place
+from ray_surgeon.cluster.worker import ModelRecipe, load
+from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.pipeline import main
+from ray_surgeon.sections.texts import ModelSection
 from ray_surgeon.storage import files
 
 
@@ -49,6 +54,14 @@ def tiny_spec(folder: Path, model: Path, **changes: Any) -> Path:
 
 def run(folder: Path, model: Path, *arguments: str, **changes: Any) -> int:
     return main([str(tiny_spec(folder, model, **changes)), *arguments])
+
+
+def loaded(model: Path, num_shards: int = 1, num_replicas: int = 1) -> LocalCluster:
+    """Return workers in this process that have loaded a model."""
+    layout = ModelLayout.of(AutoConfig.from_pretrained(model))
+    cluster = LocalCluster(layout, place(layout, num_shards, num_replicas), 1)
+    cluster.run_all(load, ModelRecipe(ModelSection(source=str(model))), False)
+    return cluster
 
 
 def overflowing_model(model: Path, folder: Path) -> Path:

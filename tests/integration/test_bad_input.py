@@ -13,8 +13,10 @@ from s3fs import S3FileSystem
 from safetensors.torch import load_file, save_file
 
 import ray_surgeon
-from ray_surgeon import coordinator, pipeline, retrying, storage
+from ray_surgeon import driver, pipeline
 from ray_surgeon.pipeline import main
+from ray_surgeon.run import html_report
+from ray_surgeon.storage import files, retrying
 from tests.integration.runs import run, tiny_spec
 
 
@@ -23,7 +25,7 @@ def no_worker_may_start(monkeypatch: pytest.MonkeyPatch) -> None:
     def start(*args: object) -> None:
         raise AssertionError("a worker was started")
 
-    monkeypatch.setattr(pipeline, "run_job", start)
+    monkeypatch.setattr(pipeline, "run", start)
 
 
 @pytest.fixture
@@ -110,7 +112,7 @@ def test_run_directory_that_holds_something_else(model: Path, tmp_path: Path, ca
     (folder / "thesis.txt").rename(folder / "run.json")
     (folder / "run.json").write_text(json.dumps({"fingerprints": {"method": "another"}}))
     message = refused(capsys, run(tmp_path, model))
-    assert "another run: different calibration, code, evaluation, method, model, tokenizer (version None there, 0.1.0 here)" in message
+    assert "another run: different calibration, code, evaluation, method, model, tokenizer (version None there, 0.2.0 here)" in message
     assert refused(capsys, run(tmp_path, model, "--resume")) == message
     assert [path.name for path in folder.iterdir()] == ["run.json"]
 
@@ -164,7 +166,7 @@ def test_files_that_may_not_be_read(
 
     with fsspec.open("memory://denied/config.json", "w") as file:
         file.write("{}")
-    monkeypatch.setattr(storage, "local_copy", denied)
+    monkeypatch.setattr(files, "local_copy", denied)
     assert "cannot read memory://denied" in refused(capsys, run(tmp_path, model, model__source="memory://denied"))
 
 
@@ -206,7 +208,7 @@ def test_resume_shows_what_is_different(
     with monkeypatch.context() as patch:
         patch.setattr(ray_surgeon, "__version__", "9.9.9")
         message = refused(capsys, run(tmp_path, model, "--resume", pruning__num_shots=1))
-    assert "different code (version 0.1.0 there, 9.9.9 here)" in message
+    assert "different code (version 0.2.0 there, 9.9.9 here)" in message
     assert run(tmp_path, model, "--resume", pruning__num_shots=1, name="renamed") == 0, "what does not matter may change"
 
 
@@ -223,7 +225,7 @@ def test_weights_may_be_links_and_a_failed_drawing_ends_no_run(model: Path, tmp_
         raise RuntimeError("no fonts")
 
     monkeypatch.undo()
-    monkeypatch.setattr(coordinator, "page", fail)
+    monkeypatch.setattr(html_report, "page", fail)
     (model / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
     (model / "model.safetensors").symlink_to("../elsewhere.safetensors")
     assert run(tmp_path, model, pruning__num_shots=1) == 0
@@ -237,6 +239,6 @@ def test_a_ray_that_cannot_start_is_said(
     def no_home(address: str | None, num_cpus: int) -> str:
         raise RuntimeError("cannot start a local Ray: read-only; it needs a writable home")
 
-    monkeypatch.setattr(pipeline, "connect", no_home)
-    assert run(tmp_path, model, cluster__backend="ray") == 1
+    monkeypatch.setattr(driver, "connect", no_home)
+    assert run(tmp_path, model, cluster={"backend": "ray"}) == 1
     assert capsys.readouterr().err.startswith("failed: cannot start a local Ray")

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM
 
-from ray_surgeon.cluster.alone import run_alone
-from ray_surgeon.cluster.worker import ShardWorker
-from ray_surgeon.export.latency import LatencyOptions
-from ray_surgeon.export.speed import SpeedOptions
+from ray_surgeon.cluster.fresh_process import run_module
+from ray_surgeon.cluster.worker import Worker
+from ray_surgeon.export import latency
 from ray_surgeon.models.budgets import bytes_budget, flops_budget, parameters_budget
-from tests.conftest import CONFIGS
+from ray_surgeon.sections.targets import SpeedSection
+from tests.conftest import LAYOUTS
 from tests.integration.runs import assert_same_shot, report_of, run
 
 GROUPS: dict[str, Any] = {"pruning__structure": "groups", "pruning__width_multiple": 8, "pruning__target_sparsity": None}
 BUDGETS = {
-    "parameters": parameters_budget(CONFIGS["llama"]),
-    "bytes": bytes_budget(CONFIGS["llama"], 2),
-    "flops": flops_budget(CONFIGS["llama"], 100),
+    "parameters": parameters_budget(LAYOUTS["llama"]),
+    "bytes": bytes_budget(LAYOUTS["llama"], 2),
+    "flops": flops_budget(LAYOUTS["llama"], 100),
 }
 REQUEST = {"prompt_length": 16, "num_new_tokens": 2, "num_repeats": 1}
 
@@ -32,7 +31,7 @@ REQUEST = {"prompt_length": 16, "num_new_tokens": 2, "num_repeats": 1}
 def test_the_model_needs_no_more_than_the_target(unit: str, allocation: str, model_folders: dict[str, Path], tmp_path: Path) -> None:
     budget = BUDGETS[unit]
     allowed = int(0.8 * budget.dense)
-    target = {unit: allowed} | ({"request": {"prompt_length": 100}} if unit == "flops" else {})
+    target = {unit: allowed} | ({"prompt_length": 100} if unit == "flops" else {})
     kind = "uniform" if allocation == "uniform" else "per_block"
     options = {
         **GROUPS,
@@ -67,11 +66,11 @@ def test_latency_is_measured_once_a_width(
 ) -> None:
     asked = []
 
-    def measure(worker: ShardWorker, module: str, request: dict[str, Any]) -> dict[str, Any]:
+    def measure(worker: Worker, module: str, request: dict[str, Any]) -> dict[str, Any]:
         asked.append(request)
         return {"device": "a table", "seconds": [seconds(*width) for width in request["widths"]], "rest_seconds": 0.1}
 
-    monkeypatch.setattr(ShardWorker, "run_alone", measure)
+    monkeypatch.setattr(latency, "run_on_worker", measure)
     dense = 0.1 + 4 * seconds(48, 2)
     options = {**GROUPS, "pruning__target": {"latency_s": 0.8 * dense, "request": REQUEST}, "pruning__allocation": allocation}
     assert run(tmp_path, model_folders["llama"], **options) == 0
@@ -100,10 +99,11 @@ def test_latency_is_measured_once_a_width(
 @pytest.mark.parametrize("family", ["gemma3", "gpt2", "llama", "opt"])
 def test_blocks_of_every_width_are_timed(family: str, model_folders: dict[str, Path]) -> None:
     """Nothing is said of the seconds but that there are some: they are measured."""
-    options = LatencyOptions("cpu", SpeedOptions(1, 16, 2, 1, 1), "float32", {}, 8, False)
+    request = SpeedSection(prompt_length=16, num_new_tokens=2, num_repeats=1).model_dump()
     document = json.loads((model_folders[family] / "config.json").read_text()) | {"dtype": "float32"}
     widths = [[48, 2], [24, 2], [0, 2], [48, 1], [48, 0], *([n, 2] for n in range(1, 6))]
-    found = run_alone("ray_surgeon.export.latency", asdict(options) | {"document": document, "widths": widths})
+    asked = {"device": "cpu", "request": request, "document": document, "widths": widths}
+    found = run_module("ray_surgeon.export.latency", asked)
     assert len(found["seconds"]) == len(widths)
     assert found["rest_seconds"] > 0
     assert found["seconds"][0] > 0
@@ -115,15 +115,15 @@ def test_blocks_of_every_width_are_timed(family: str, model_folders: dict[str, P
     [
         ({"pruning__target": {"parameters": 10}}, "the model needs at least"),
         ({"pruning__target": {"parameters": 10**9}}, "the dense model needs no more than"),
-        ({"pruning__target": {"parameters": 10, "bytes": 10}}, "got parameters, bytes"),
-        ({"pruning__target": {}}, "got none"),
-        ({"pruning__target": {"bytes": 10, "request": {"prompt_length": 3}}}, "request has no effect on bytes"),
-        ({"pruning__target": {"flops": 10, "device": "cuda"}}, "device has no effect on flops"),
-        ({"pruning__target": {"flops": 10, "request": {"num_threads": 3}}}, "takes only prompt_length"),
+        ({"pruning__target": {"parameters": 10, "bytes": 10}}, "pruning.target.bytes: is no option of parameters"),
+        ({"pruning__target": {}}, "expected one of parameters, bytes, flops and latency_s"),
+        ({"pruning__target": {"bytes": 10, "request": {"prompt_length": 3}}}, "pruning.target.request: is no option of bytes"),
+        ({"pruning__target": {"flops": 10, "device": "cuda"}}, "pruning.target.device: is no option of flops"),
+        ({"pruning__target": {"flops": 10, "request": {"num_threads": 3}}}, "pruning.target.request: is no option of flops"),
         ({"pruning__target": {"latency_s": 1, "device": "cuda"}}, "set cluster.gpus_per_worker to 1"),
         ({"pruning__target": {"bytes": 10}, "pruning__target_sparsity": 0.5}, "got both"),
         ({}, "got none"),
-        ({"pruning__target": {"bytes": 10}, "pruning__structure": "rows"}, "leaves zeros"),
+        ({"pruning__target": {"bytes": 10}, "pruning__structure": "rows"}, "is no option of rows_columns"),
         ({"pruning__target": {"bytes": 10}, "pruning__sparsities": [0.1, 0.2]}, "use num_shots and schedule"),
     ],
 )

@@ -15,10 +15,10 @@ import yaml
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from ray_surgeon.models.couplings import head_layout
-from ray_surgeon.models.narrow import plain_kv_heads
+from ray_surgeon.models.layout import ModelLayout
+from ray_surgeon.models.pruned_config import plain_kv_heads
 from ray_surgeon.pipeline import main
-from tests.conftest import CONFIGS
+from tests.conftest import CONFIGS, LAYOUTS
 from tests.integration.runs import report_of, run, tiny_spec
 
 GROUPS: dict[str, Any] = {"pruning__structure": "groups", "pruning__width_multiple": 8, "pruning__target_sparsity": 0.4}
@@ -78,7 +78,7 @@ def test_heads_that_do_not_divide_become_a_mistral(model_folders: dict[str, Path
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((model_folders["llama"] / name).read_bytes())
-    assert plain_kv_heads(config) == (1, 2, 3, 4, 5)
+    assert plain_kv_heads(ModelLayout.of(config)) == (1, 2, 3, 4, 5)
     options = {**GROUPS, "pruning__allocation": "uniform", "pruning__groups": ["attention"], "pruning__target_sparsity": 0.2}
     assert run(tmp_path, folder, **options, output__exports=["masked", "uniform"]) == 0
     document = json.loads((tmp_path / "run/export/uniform/config.json").read_text())
@@ -215,4 +215,4 @@ def test_a_wrong_export_is_not_announced(model_folders: dict[str, Path], tmp_pat
     monkeypatch.setattr(kinds, "block_widths", lambda *arguments: right(*arguments)[::-1])
     assert run(tmp_path, model_folders["llama"], **GROUPS, output__exports=["per_block"]) == 1
     assert not (tmp_path / "run/export/per_block/README.md").exists()
-    assert head_layout(CONFIGS["llama"]).num_kv_heads == 2
+    assert LAYOUTS["llama"].heads.num_kv == 2

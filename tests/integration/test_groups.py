@@ -9,9 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ray_surgeon.models.couplings import group_sets, head_layout
-from ray_surgeon.models.skeleton import linear_shapes
-from tests.conftest import CONFIGS
+from tests.conftest import CONFIGS, LAYOUTS
 from tests.integration.runs import assert_same_shot, report_of, run, tensors_of_shot
 
 GROUPS: dict[str, Any] = {"pruning__structure": "groups", "pruning__width_multiple": 8}
@@ -20,18 +18,18 @@ GROUPS: dict[str, Any] = {"pruning__structure": "groups", "pruning__width_multip
 @pytest.mark.parametrize("allocation", ["global", "uniform"])
 @pytest.mark.parametrize("family", sorted(CONFIGS))
 def test_groups_of_every_family(family: str, allocation: str, model_folders: dict[str, Path], tmp_path: Path) -> None:
-    """Readers lose exactly the columns whose writers lose their rows, and the masked model says so."""
+    """Consumers lose exactly the columns whose producers lose their rows, and the masked model says so."""
     options = {**GROUPS, "pruning__allocation": allocation, "output__exports": ["masked"]}
     assert run(tmp_path, model_folders[family], **options, cluster__num_shards=2) == 0
     report, tensors = report_of(tmp_path / "run"), tensors_of_shot(tmp_path / "run", 2)
     total = sum(s["rows"] * s["columns"] for s in report["linears"])
     gone, widths = 0, set()
-    for groups in group_sets(CONFIGS[family], linear_shapes(CONFIGS[family])):
-        columns = tensors[f"{groups.reader}.columns"]
+    for groups in LAYOUTS[family].group_sets:
+        columns = tensors[f"{groups.consumer}.columns"]
         left = columns[groups.columns]
         assert (left.all(dim=1) | ~left.any(dim=1)).all(), "a group goes whole or not at all"
         removed = ~left.all(dim=1)
-        for name, rows in groups.writers:
+        for name, rows in groups.producers:
             assert torch.equal(~tensors[f"{name}.rows"][rows].all(dim=1), removed)
             assert torch.equal(tensors[f"{name}.rows"][rows].any(dim=1), ~removed)
         kept = int((~removed).sum())
@@ -50,7 +48,7 @@ def test_groups_of_every_family(family: str, allocation: str, model_folders: dic
 
 @pytest.mark.parametrize("allocation", ["global", "uniform"])
 def test_shards_and_replicas_and_resume(allocation: str, model_folders: dict[str, Path], tmp_path: Path) -> None:
-    options = {**GROUPS, "pruning__allocation": allocation, "curvature__first_term": "nearest"}
+    options = {**GROUPS, "pruning__allocation": allocation}
     for name, cluster in (("one", {}), ("shards", {"cluster__num_shards": 3}), ("replicas", {"cluster__num_replicas": 2})):
         assert run(tmp_path / name, model_folders["llama"], **options, **cluster) == 0
     assert_same_shot(tmp_path / "one/run", tmp_path / "shards/run", 2)
@@ -61,31 +59,22 @@ def test_shards_and_replicas_and_resume(allocation: str, model_folders: dict[str
 def test_only_ffn_channels_go_if_the_spec_says_so(model_folders: dict[str, Path], tmp_path: Path) -> None:
     assert run(tmp_path, model_folders["llama"], **GROUPS, pruning__groups=["ffn"]) == 0
     tensors = tensors_of_shot(tmp_path / "run", 2)
-    for groups in group_sets(CONFIGS["llama"], linear_shapes(CONFIGS["llama"])):
-        assert tensors[f"{groups.reader}.columns"].all() == (groups.kind == "attention")
+    for groups in LAYOUTS["llama"].group_sets:
+        assert tensors[f"{groups.consumer}.columns"].all() == (groups.kind == "attention")
 
 
 def test_a_removed_group_may_be_anything_upstream(model_folders: dict[str, Path], tmp_path: Path) -> None:
-    """What the masks call gone does not reach the logits: noise in the rows that were removed, with the reader's columns zero."""
+    """What the masks call pruned does not reach the logits: noise in the rows that were removed, with the consumer's columns zero."""
     assert run(tmp_path, model_folders["llama"], **GROUPS, output__exports=["masked"]) == 0
     masked = AutoModelForCausalLM.from_pretrained(tmp_path / "run/export/masked")
     tensors = tensors_of_shot(tmp_path / "run", 2)
     tokens = torch.arange(40)[None]
     before = masked(tokens).logits
     with torch.no_grad():
-        for groups in group_sets(CONFIGS["llama"], linear_shapes(CONFIGS["llama"])):
+        for groups in LAYOUTS["llama"].group_sets:
             if groups.kind == "ffn":
-                gone = ~tensors[f"{groups.reader}.columns"][groups.columns[:, 0]]
-                for name, rows in groups.writers:
+                gone = ~tensors[f"{groups.consumer}.columns"][groups.columns[:, 0]]
+                for name, rows in groups.producers:
                     masked.get_parameter(f"{name}.weight")[rows[gone].flatten()] = 1.0
     torch.testing.assert_close(masked(tokens).logits, before)
-    assert head_layout(CONFIGS["llama"]).num_kv_heads == 2
-
-
-def test_the_first_order_correction_of_groups_does_something(model_folders: dict[str, Path], tmp_path: Path) -> None:
-    for step in (0.0, 1.0):
-        assert run(tmp_path / str(step), model_folders["llama"], **GROUPS, updates__first_order_step=step) == 0
-    without, corrected = (tensors_of_shot(tmp_path / f"{step}/run", 1) for step in (0.0, 1.0))
-    assert all(torch.equal(without[n], corrected[n]) for n in without if n.endswith(("rows", "columns"))), "the costs are the same"
-    assert any(not torch.equal(without[n], corrected[n]) for n in without if n.endswith("down_proj.weight"))
-    assert all(torch.equal(without[n], corrected[n]) for n in without if n.endswith("up_proj.weight")), "only readers are corrected"
+    assert LAYOUTS["llama"].heads.num_kv == 2

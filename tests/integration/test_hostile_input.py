@@ -130,7 +130,7 @@ def bomb(case: Case) -> None:
     """Nine lists of nine references each: a YAML of 300 bytes that says a billion things."""
     lines = ["a0: &a0 [x,x,x,x,x,x,x,x,x]"] + [f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10)]
     case.spec = case.folder / "bomb.yaml"
-    case.spec.write_text("\n".join(lines) + "\nversion: 1\nname: *a9\n")
+    case.spec.write_text("\n".join(lines) + "\nversion: 2\nname: *a9\n")
 
 
 def written_spec(text: str | bytes) -> Callable[[Case], None]:

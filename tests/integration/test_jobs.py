@@ -150,7 +150,7 @@ def test_a_job_that_is_watched_and_stopped_and_goes_on(head: Head, model_folders
     values = metrics_of(head, "watched")
     head.ray("job", "stop", "stops")
     assert "stopped" in head.ray("job", "status", "stops").stdout
-    assert "interrupted; go on with: python -m ray_surgeon.pipeline" in head.ray("job", "logs", "stops").stdout
+    assert "interrupted; continue with: python -m ray_surgeon.pipeline" in head.ray("job", "logs", "stops").stdout
 
     assert values["num_shots"] == 30
     events = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]

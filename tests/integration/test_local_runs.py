@@ -11,17 +11,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ray_surgeon import coordinator, storage
-from ray_surgeon.cluster.local import LocalCluster
-from ray_surgeon.cluster.messages import ModelRecipe
-from ray_surgeon.cluster.placement import place
-from ray_surgeon.cluster.steps import collect_curvature
-from ray_surgeon.preflight import prepare
-from ray_surgeon.report import main as compare
-from ray_surgeon.sources import ModelSource
+from ray_surgeon import shots
+from ray_surgeon.cluster.curvature_pass import finish_curvature, gather_curvature
+from ray_surgeon.inputs import check
+from ray_surgeon.run.directory import RunDirectory
+from ray_surgeon.run.report import main as compare
 from ray_surgeon.spec import parse_spec
+from ray_surgeon.storage import files
 from tests.conftest import CONFIGS
-from tests.integration.runs import assert_same_shot, overflowing_model, report_of, run, tensors_of_shot, tiny_spec
+from tests.integration.runs import assert_same_shot, loaded, overflowing_model, report_of, run, tensors_of_shot, tiny_spec
 
 
 @pytest.mark.parametrize("family", sorted(CONFIGS))
@@ -90,19 +88,18 @@ def test_replicas_give_the_same_model_up_to_the_order_of_sums(model_folders: dic
 
 
 def test_factors_of_replicas_are_those_of_one(model_folders: dict[str, Path], tmp_path: Path) -> None:
-    job, _, _ = prepare(parse_spec(tiny_spec(tmp_path, model_folders["llama"]).read_text()), resume=False)
+    inputs = check(parse_spec(tiny_spec(tmp_path, model_folders["llama"]).read_text()))
     factors = []
     for num_replicas in (1, 2, 3):
-        cluster = LocalCluster(place(CONFIGS["llama"], 2, num_replicas), 1)
-        cluster.run_all("load", ModelRecipe(job.model_source, "float32"), False)
-        collect_curvature(cluster, job.calibration, "kfac", None)
-        owned = {name: w.shard.factors(name) for w in cluster._workers.values() for name in w.owned()}
+        cluster = loaded(model_folders["llama"], 2, num_replicas)
+        gather_curvature(cluster, inputs.calibration, "kfac")
+        owned = {name: w.shard.factors(name) for w in cluster.workers.values() for name in w.owned()}
         assert len(owned) == 4 * 7
         factors.append(owned)
     for others in factors[1:]:
         for name, one in factors[0].items():
             other = others[name]
-            assert other.num_tokens == one.num_tokens == job.calibration.size
+            assert other.num_tokens == one.num_tokens == inputs.calibration.size
             for a, b in ((one.A, other.A), (one.G, other.G)):
                 assert float((a - b).norm() / a.norm()) < 1e-5
 
@@ -118,18 +115,18 @@ def test_resumed_run_ends_with_the_same_bits(
     options: dict[str, Any] = {"pruning__num_shots": 3, "cluster__num_shards": 2}
     assert run(tmp_path / "whole", model_folders["llama"], **options) == 0
 
-    original = coordinator.RunDirectory.add_event
+    original = RunDirectory.add_event
 
     def stop(self: Any, event: dict[str, Any]) -> None:
         original(self, event)
         if event["shot"] == 2 and event["step"] == stop_at:
             raise MachineGoneError("the machine went away")
 
-    monkeypatch.setattr(coordinator.RunDirectory, "add_event", stop)
+    monkeypatch.setattr(RunDirectory, "add_event", stop)
     assert run(tmp_path / "cut", model_folders["llama"], **options) == 1
     monkeypatch.undo()
-    assert storage.exists(str(tmp_path / "cut/run/shots/0001/manifest.json"))
-    assert not storage.exists(str(tmp_path / "cut/run/shots/0002/manifest.json"))
+    assert files.exists(str(tmp_path / "cut/run/shots/0001/manifest.json"))
+    assert not files.exists(str(tmp_path / "cut/run/shots/0002/manifest.json"))
     assert run(tmp_path / "cut", model_folders["llama"], **options) == 2, "without --resume nothing is overwritten"
     assert run(tmp_path / "cut", model_folders["llama"], "--resume", **{**options, "cluster__num_shards": 3}) == 0
     for shot in (1, 2, 3):
@@ -144,6 +141,9 @@ EVALUATION = [{"name": "docs", "source": "python-docs", "num_sequences": 2, "seq
 
 def test_options_do_something(model_folders: dict[str, Path], tmp_path: Path) -> None:
     """Each option changes the weights of the result."""
+    element, cg = {"pruning__structure": "element"}, {"solver": "conjugate_gradients"}
+    extended = {"curvature__kind": "extended_kfac"}
+    sparsegpt, wanda = ({"pruning__structure": "element", "pruning__method": method} for method in ("sparsegpt", "wanda"))
     changes: dict[str, Any] = {
         "default": {},
         "structure": {"pruning__structure": "rows"},
@@ -152,28 +152,28 @@ def test_options_do_something(model_folders: dict[str, Path], tmp_path: Path) ->
         "num_shots": {"pruning__num_shots": 2},
         "structure-columns": {"pruning__structure": "columns"},
         "rank_by": {"pruning__rank_by": "cost"},
-        "costs": {"pruning__costs": "obd"},
-        "correlations-single": {"updates__correlations": "single"},
-        "correlations-none": {"updates__correlations": "none"},
+        "costs-obd": {"pruning__costs": "obd"},
+        "costs-obs": {"pruning__costs": "obs"},
+        "update-single": {"pruning__update": "single"},
+        "update-none": {"pruning__update": "none"},
         "kind-activations": {"curvature__kind": "activations"},
         "kind-identity": {"curvature__kind": "identity"},
-        "element": {"pruning__structure": "element"},
-        "element-chunks": {"pruning__structure": "element", "updates__solver": "chunks"},
-        "max_correlate": {"pruning__structure": "element", "updates__solver": "chunks", "updates__max_correlate": 50},
-        "num_iterations": {"pruning__structure": "element", "updates__num_iterations": 3},
-        "selection": {"pruning__selection": "once"},
-        "terms": {"curvature__num_kronecker_terms": 2},
-        "three-terms": {"curvature__num_kronecker_terms": 3},
-        "passes": {"curvature__num_kronecker_terms": 2, "curvature__num_power_passes": 3},
-        "first_term": {"curvature__first_term": "nearest"},
-        "first_term-passes": {"curvature__first_term": "nearest", "curvature__num_power_passes": 1},
-        "first_order_step": {"updates__first_order_step": 0.5},
-        "first_order_step-1": {"updates__first_order_step": 1.0},
-        "sparsegpt": {"pruning__structure": "element", "pruning__method": "sparsegpt"},
-        "sparsegpt-damping": {"pruning__structure": "element", "pruning__method": "sparsegpt", "curvature__damping": {"a": 0.5}},
-        "sparsegpt-n_m": {"pruning__structure": "n_m", "pruning__method": "sparsegpt"},
-        "wanda": {"pruning__structure": "element", "pruning__method": "wanda"},
-        "wanda-n_m": {"pruning__structure": "n_m", "pruning__method": "wanda"},
+        "element": element,
+        "element-obd": {**element, "pruning__costs": "obd"},
+        "element-single": {**element, "pruning__update": {"solver": "single"}},
+        "element-none": {**element, "pruning__update": {"solver": "none"}},
+        "element-chunks": {**element, "pruning__update": {"solver": "chunks"}},
+        "max_correlate": {**element, "pruning__update": {"solver": "chunks", "max_correlate": 50}},
+        "num_iterations": {**element, "pruning__update": {**cg, "num_iterations": 3}},
+        "terms": extended,
+        "three-terms": {**extended, "curvature__num_kronecker_terms": 3},
+        "iterations": {**extended, "curvature__num_power_iterations": 3},
+        "sparsegpt": sparsegpt,
+        "sparsegpt-damping": {**sparsegpt, "pruning__damping": 0.5},
+        "sparsegpt-n_m": {**sparsegpt, "pruning__structure": "n_m"},
+        "wanda": wanda,
+        "wanda-n_m": {**wanda, "pruning__structure": "n_m"},
+        "wanda-pattern": {**wanda, "pruning__structure": "n_m", "pruning__n_m": [4, 8]},
         "lora": {"correction__lora_rank": 2},
         "lora-rank": {"correction__lora_rank": 3},
         "lora-rate": {"correction__lora_rank": 2, "correction__learning_rate": 1e-2},
@@ -181,12 +181,11 @@ def test_options_do_something(model_folders: dict[str, Path], tmp_path: Path) ->
         "lora-sequences": {"correction__lora_rank": 2, "correction__sequences_per_step": 2},
         "lora-epochs": {"correction__lora_rank": 2, "correction__final_epochs": 1},
         "lora-seed": {"correction__lora_rank": 2, "correction__seed": 1},
-        "precision": {"pruning__structure": "element", "updates__precision": "float32"},
-        "tolerance": {"pruning__structure": "element", "updates__tolerance": 0.5},
+        "precision": {**element, "pruning__update": {**cg, "precision": "float32"}},
+        "tolerance": {**element, "pruning__update": {**cg, "tolerance": 0.5}},
         "n_m": {"pruning__structure": "n_m"},
         "pattern": {"pruning__structure": "n_m", "pruning__n_m": [4, 8]},
-        "group_costs": {"pruning__structure": "n_m", "pruning__group_costs": "sum"},
-        "joint": {"updates__joint": "exact"},
+        "obs_sum": {"pruning__structure": "n_m", "pruning__costs": "obs_sum"},
         "damping.a": {"curvature__damping": {"a": 0.5}},
         "damping.g": {"curvature__damping": {"g": 0.5}},
         "fisher": {"curvature__fisher": "sampled"},
@@ -220,12 +219,10 @@ def test_overflow_stops_the_shot_and_the_linear_is_named(
 ) -> None:
     """Only the pass itself can tell."""
     broken = overflowing_model(model_folders["llama"], tmp_path / "model")
-    spec = parse_spec(tiny_spec(tmp_path, broken, cluster__num_shards=num_shards).read_text())
-    job, _, placement = prepare(spec, resume=False)
-    cluster = LocalCluster(placement, 1)
-    cluster.run_all("load", ModelRecipe(job.model_source, "float32"), False)
+    inputs = check(parse_spec(tiny_spec(tmp_path, broken, cluster__num_shards=num_shards).read_text()))
+    cluster = loaded(broken, num_shards)
     with pytest.raises(FloatingPointError, match=r"inputs are not finite from model\.layers\.1\.mlp\.down_proj on"):
-        collect_curvature(cluster, job.calibration, kind, None)
+        gather_curvature(cluster, inputs.calibration, kind)
     assert run(tmp_path, broken, cluster__num_shards=num_shards) == 1
     assert "not a number" in capsys.readouterr().err
 
@@ -235,7 +232,7 @@ def test_a_collapse_stops_the_run_and_keeps_the_shots_before(
 ) -> None:
     """A tiny model of random weights does not become worse, so its perplexity is made up."""
     values = iter([10.0, 19.0, 21.0])
-    monkeypatch.setattr(coordinator, "perplexity", lambda cluster, windows: next(values))
+    monkeypatch.setattr(shots, "perplexity", lambda cluster, windows: next(values))
     texts = [{"name": "docs", "source": "python-docs", "num_sequences": 2, "sequence_length": 32, "max_tokens": 3000}]
     assert run(tmp_path, model_folders["llama"], pruning__num_shots=3, evaluation={"texts": texts, "stop_above": 2}) == 1
     error = capsys.readouterr().err
@@ -272,7 +269,7 @@ def test_a_sentencepiece_file_is_exported_as_it_is(model_folders: dict[str, Path
 
 def test_only_the_last_shots_keep_their_tensors(model_folders: dict[str, Path], tmp_path: Path) -> None:
     assert run(tmp_path, model_folders["llama"], pruning__num_shots=4, output__keep_shots=2) == 0
-    names = {shot: storage.list_names(str(tmp_path / f"run/shots/{shot:04d}")) for shot in (1, 2, 3, 4)}
+    names = {shot: files.list_names(str(tmp_path / f"run/shots/{shot:04d}")) for shot in (1, 2, 3, 4)}
     assert names[1] == names[2] == ["manifest.json"]
     assert len(names[3]) == len(names[4]) == 3
     assert [shot["index"] for shot in report_of(tmp_path / "run")["shots"]] == [1, 2, 3, 4]
@@ -290,11 +287,9 @@ def test_a_gap_in_the_shots_is_repeated(model_folders: dict[str, Path], tmp_path
 
 
 def test_replica_that_fails_is_named_and_not_waited_for(model_folders: dict[str, Path], tmp_path: Path) -> None:
-    placement = place(CONFIGS["llama"], 1, 2)
-    cluster = LocalCluster(placement, 1)
-    cluster.run_all("load", ModelRecipe(ModelSource(str(model_folders["llama"])), "float32"), False)
+    cluster = loaded(model_folders["llama"], 1, 2)
     with pytest.raises(AssertionError):
-        cluster.run_all("finish_curvature", "kfac")
+        cluster.run_all(finish_curvature, "kfac")
 
 
 @pytest.mark.parametrize("structure", ["element", "n_m"])
@@ -328,7 +323,12 @@ def test_elements_and_groups(family: str, structure: str, model_folders: dict[st
 
 
 def test_magnitude_is_identity_curvature_without_updates(model_folders: dict[str, Path], tmp_path: Path) -> None:
-    options = {"curvature__kind": "identity", "pruning__costs": "obd", "updates__correlations": "none", "pruning__structure": "element"}
+    options = {
+        "curvature__kind": "identity",
+        "pruning__costs": "obd",
+        "pruning__update": {"solver": "none"},
+        "pruning__structure": "element",
+    }
     assert run(tmp_path, model_folders["llama"], **options, pruning__target_sparsity=0.5, pruning__num_shots=1) == 0
     dense, pruned = AutoModelForCausalLM.from_pretrained(model_folders["llama"]).state_dict(), tensors_of_shot(tmp_path / "run", 1)
     names = [name for name in pruned if name.endswith(".weight")]
@@ -366,7 +366,7 @@ def test_runs_are_compared_in_one_table(
 
 def test_model_text_and_run_on_s3(model_folders: dict[str, Path], tmp_path: Path, s3: None, cache: Path) -> None:
     """Everything in a bucket: two shots, a resume after the first, and an export that reloads; equal to the run on disk."""
-    filesystem, _ = storage.open_filesystem("s3://bucket/x")
+    filesystem, _ = files.open_filesystem("s3://bucket/x")
     filesystem.put(f"{model_folders['llama']}/", "bucket/models/llama/", recursive=True)
     assert run(tmp_path / "disk", model_folders["llama"], cluster__num_shards=2) == 0
     filesystem.put_file(str(tmp_path / "disk/text.txt"), "bucket/text.txt")
@@ -375,11 +375,11 @@ def test_model_text_and_run_on_s3(model_folders: dict[str, Path], tmp_path: Path
     options: dict[str, Any] = {**places, "cluster__num_shards": 2, "output__exports": ["masked"]}
     assert run(tmp_path / "s3", model_folders["llama"], **options) == 0
     for name in ("spec.yaml", "run.json", "events.jsonl", "report.json", "export"):
-        assert name in storage.list_names("s3://bucket/run")
+        assert name in files.list_names("s3://bucket/run")
     expected = tensors_of_shot(tmp_path / "disk/run", 2)
     for _ in range(2):
         for shard in (1, 2):
-            found = storage.read_tensors(f"s3://bucket/run/shots/0002/shard-{shard:04d}.safetensors")
+            found = files.read_tensors(f"s3://bucket/run/shots/0002/shard-{shard:04d}.safetensors")
             assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
         filesystem.rm("bucket/run/shots/0002", recursive=True)
         assert run(tmp_path / "s3", model_folders["llama"], "--resume", **options) == 0

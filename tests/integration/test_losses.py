@@ -42,7 +42,7 @@ def cluster() -> Iterator[Cluster]:
 
 def processes_of_the_run() -> dict[str, list[psutil.Process]]:
     """Return the coordinator's and the workers' processes of Ray below this process."""
-    found: dict[str, list[psutil.Process]] = {"Coordinator": [], "ShardWorker": []}
+    found: dict[str, list[psutil.Process]] = {"Coordinator": [], "Worker": []}
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             title = (process.cmdline() or [""])[0]
@@ -107,12 +107,12 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, model_folders: dict[st
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
-@pytest.mark.parametrize("kind", ["ShardWorker", "Coordinator"])
+@pytest.mark.parametrize("kind", ["Worker", "Coordinator"])
 def test_a_lost_process(
     kind: str, sent: signal.Signals, cluster: Cluster, undisturbed: Path, model_folders: dict[str, Path], tmp_path: Path
 ) -> None:
     causes = disturb(kind, sent, 0.3, tmp_path, cluster, model_folders["llama"], undisturbed)
-    assert causes == ["worker" if kind == "ShardWorker" else "coordinator"]
+    assert causes == ["worker" if kind == "Worker" else "coordinator"]
 
 
 def test_a_lost_machine(undisturbed: Path, model_folders: dict[str, Path], tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_a_lost_machine(undisturbed: Path, model_folders: dict[str, Path], tmp_p
         options = {**OPTIONS, **ON_RAY, "cluster__address": two.address, "cluster__start_timeout_s": 120.0, "cluster__ping_timeout_s": 40.0}
         spec = tiny_spec(tmp_path, model_folders["llama"], **options)
         process = subprocess.Popen([sys.executable, "-m", "ray_surgeon.pipeline", str(spec)], stderr=subprocess.PIPE, text=True)
-        wait_for(lambda: len(processes_of_the_run()["ShardWorker"]) == 2)
+        wait_for(lambda: len(processes_of_the_run()["Worker"]) == 2)
         time.sleep(1.0)
         two.remove_node(lost, allow_graceful=False)
         wait_for(lambda: retries(tmp_path / "run"))
@@ -142,14 +142,14 @@ def test_a_lost_machine(undisturbed: Path, model_folders: dict[str, Path], tmp_p
 @pytest.mark.parametrize("number", range(50))
 def test_chaos(number: int, cluster: Cluster, undisturbed: Path, model_folders: dict[str, Path], tmp_path: Path) -> None:
     chance = random.Random(number)
-    kind, sent = chance.choice(["ShardWorker", "ShardWorker", "Coordinator"]), chance.choice([signal.SIGKILL, signal.SIGSTOP])
+    kind, sent = chance.choice(["Worker", "Worker", "Coordinator"]), chance.choice([signal.SIGKILL, signal.SIGSTOP])
     disturb(kind, sent, chance.uniform(0, 6), tmp_path, cluster, model_folders["llama"], undisturbed)
 
 
 def test_a_run_gives_up_and_says_what_to_do(
     cluster: Cluster, model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    disturber = Disturber("ShardWorker", signal.SIGKILL, 0.3)
+    disturber = Disturber("Worker", signal.SIGKILL, 0.3)
     disturber.start()
     options = {**OPTIONS, **ON_RAY, "cluster__address": cluster.address, "cluster__retries": {"worker": 0}, "pruning__num_shots": 100}
     assert run(tmp_path, model_folders["llama"], **options) == 1
@@ -165,5 +165,5 @@ def test_errors_of_the_work_are_not_retried(
     broken = overflowing_model(model_folders["llama"], tmp_path / "model")
     assert run(tmp_path, broken, **OPTIONS, **ON_RAY, cluster__address=cluster.address) == 1
     captured = capsys.readouterr()
-    assert "going on from" not in captured.out
+    assert "continuing from" not in captured.out
     assert "failed: the loss on the evaluation text is not a number" in captured.err

@@ -15,12 +15,13 @@ import ray
 import torch
 from ray.exceptions import RayError, RayTaskError
 
-from ray_surgeon.cluster.messages import ModelRecipe, WorkerIndex
-from ray_surgeon.cluster.placement import place
-from ray_surgeon.cluster.ray_cluster import LostError, RayCluster, RayResources, connect
-from ray_surgeon.sources import ModelSource
-from ray_surgeon.storage import list_names
-from tests.conftest import LLAMA
+from ray_surgeon.cluster.placement import WorkerIndex, place
+from ray_surgeon.cluster.ray_cluster import RayCluster, WorkerFailureError, connect
+from ray_surgeon.cluster.worker import ModelRecipe, Worker, load
+from ray_surgeon.sections.cluster import RaySection
+from ray_surgeon.sections.texts import ModelSection
+from ray_surgeon.storage.files import list_names
+from tests.conftest import LAYOUTS
 from tests.integration.runs import assert_same_shot, report_of, run, tiny_spec
 
 pytestmark = pytest.mark.ray
@@ -48,7 +49,7 @@ def test_ray_equals_local(num_shards: int, num_replicas: int, model_folders: dic
 
 def test_corrections_further_terms_and_blocks_on_ray_equal_local(model_folders: dict[str, Path], tmp_path: Path) -> None:
     """Everything that moves between replicas beside the first curvature pass, in one run, and the block-by-block pass in another."""
-    surgeon = {"curvature__num_kronecker_terms": 2, "correction__lora_rank": 2, "updates__first_order_step": 0.5}
+    surgeon = {"curvature__kind": "extended_kfac", "correction__lora_rank": 2}
     blocks = {"pruning__method": "sparsegpt", "pruning__structure": "element"}
     for name, options in (("surgeon", surgeon), ("blocks", blocks)):
         cluster = {"cluster__num_shards": 2, "cluster__num_replicas": 2, "pruning__num_shots": 1}
@@ -66,20 +67,21 @@ def local_ray() -> Iterator[None]:
 
 def test_failures_are_seen_and_named(local_ray: None, model_folders: dict[str, Path]) -> None:
     """No room, a worker's error, a killed worker: each is raised where the coordinator waits."""
-    placement = place(LLAMA, 2, 1)
+    layout = LAYOUTS["llama"]
+    placement = place(layout, 2, 1)
     with pytest.raises(RuntimeError, match=r"no room for 2 workers.*CPU \d+ free of \d+"):
-        RayCluster(placement, RayResources(1000, 0, 0.5, 60))
-    cluster = RayCluster(placement, RayResources(1, 0, 60, 60))
+        RayCluster(layout, placement, RaySection(cpus_per_worker=1000, start_timeout_s=0.5))
+    cluster = RayCluster(layout, placement, RaySection())
     with pytest.raises(ValueError, match="absent"):
-        cluster.run_all("load", ModelRecipe(ModelSource("/absent/folder"), "float32"), False)
-    cluster.run_all("load", ModelRecipe(ModelSource(str(model_folders["llama"])), "float32"), False)
-    usage = cluster.run_all("usage")
+        cluster.run_all(load, ModelRecipe(ModelSection(source="/absent/folder")), False)
+    cluster.run_all(load, ModelRecipe(ModelSection(source=str(model_folders["llama"]))), False)
+    usage = cluster.usages()
     assert len({u.process for u in usage}) == 2
     assert all(u.peak_rss_bytes > 50 * 2**20 for u in usage)
     os.kill(int(usage[1].process.rpartition(":")[2]), signal.SIGKILL)
-    with pytest.raises(LostError) as caught:
-        cluster.get([cluster.submit(WorkerIndex(1, 0), "usage")])
-    assert caught.value.lost.cause == "worker"
+    with pytest.raises(WorkerFailureError) as caught:
+        cluster.get([cluster.submit(WorkerIndex(1, 0), Worker.usage)])
+    assert caught.value.failure.cause == "worker"
     cluster.close()
 
 
@@ -103,15 +105,15 @@ def test_a_loss_is_seen_through_tasks_that_needed_it(local_ray: None) -> None:
     with pytest.raises(RayError) as caught:
         ray.get(waiting)
     assert isinstance(caught.value, RayTaskError)
-    cluster = RayCluster(place(LLAMA, 1, 1), RayResources(1, 0, 60, 60))
-    lost = cluster._as_lost(caught.value)
+    cluster = RayCluster(LAYOUTS["llama"], place(LAYOUTS["llama"], 1, 1), RaySection())
+    found = cluster._as_failure(caught.value)
     cluster.close()
-    assert isinstance(lost, LostError)
-    assert lost.lost.cause == "worker"
+    assert isinstance(found, WorkerFailureError)
+    assert found.failure.cause == "worker"
 
 
 def test_workers_get_their_threads_and_no_more(local_ray: None) -> None:
-    cluster = RayCluster(place(LLAMA, 1, 1), RayResources(2, 0, 60, 60))
+    cluster = RayCluster(LAYOUTS["llama"], place(LAYOUTS["llama"], 1, 1), RaySection(cpus_per_worker=2))
     threads = ray.get(cluster._actors[WorkerIndex(0, 0)].__ray_call__.remote(lambda worker: torch.get_num_threads()))
     assert threads == 2
     cluster.close()
@@ -131,5 +133,5 @@ def test_sigterm_ends_the_run_and_says_how_to_go_on(model_folders: dict[str, Pat
     rest, errors = process.communicate(timeout=60)
     output += rest
     assert process.returncode == 130, output + errors
-    assert "interrupted; go on with: python -m ray_surgeon.pipeline" in errors
+    assert "interrupted; continue with: python -m ray_surgeon.pipeline" in errors
     assert "\x1b[" not in output, "a log has no cursor codes"

@@ -21,8 +21,8 @@ import torch
 from s3fs import S3FileSystem
 from safetensors.torch import load_file
 
-from ray_surgeon import retrying, storage
 from ray_surgeon.pipeline import main
+from ray_surgeon.storage import files, retrying
 from tests.integration.runs import assert_same_shot, report_of, run, tiny_spec
 
 SECRET = "wJalr-a-secret-that-must-not-appear"
@@ -61,7 +61,7 @@ class FaultyProxy(BaseHTTPRequestHandler):
             self.close_connection = True
             self.connection.close()
         elif fault == "silence":
-            time.sleep(0.8)  # longer than the client waits
+            time.sleep(0.3)  # longer than the client waits
             self.close_connection = True
         else:
             self.hand_on(body, short=fault == "short")
@@ -128,8 +128,8 @@ def faulty(s3: None, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[t
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-    monkeypatch.setitem(storage.fsspec.config.conf, "s3", {"config_kwargs": {"read_timeout": 0.7, "retries": {"max_attempts": 1}}})
-    monkeypatch.setattr(retrying, "_FIRST_PAUSE_S", 0.02)
+    monkeypatch.setitem(files.fsspec.config.conf, "s3", {"config_kwargs": {"read_timeout": 0.25, "retries": {"max_attempts": 1}}})
+    monkeypatch.setattr(retrying, "FIRST_PAUSE_S", 0.02)
     S3FileSystem.clear_instance_cache()
     yield FaultyProxy
     FaultyProxy.probability = 0.0
@@ -139,18 +139,18 @@ def faulty(s3: None, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[t
 
 def upload_model(folder: Path) -> None:
     for path in folder.iterdir():
-        storage.put_file(f"s3://bucket/model/{path.name}", path)
+        files.put_file(f"s3://bucket/model/{path.name}", path)
 
 
 def download_run(uri: str, target: Path) -> None:
-    filesystem, path = storage.open_filesystem(uri)
+    filesystem, path = files.open_filesystem(uri)
     filesystem.get(path, str(target), recursive=True)
 
 
 def test_two_hundred_faults_and_no_shot_lost(
     faulty: type[FaultyProxy], model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = {"pruning__num_shots": 6, "output__exports": ["masked"]}
+    options = {"pruning__num_shots": 3, "output__exports": ["masked"]}
     assert run(tmp_path / "sound", model_folders["llama"], **options) == 0
     upload_model(model_folders["llama"])
     number = 0
@@ -158,20 +158,20 @@ def test_two_hundred_faults_and_no_shot_lost(
         number += 1
         uri = f"s3://bucket/runs/{number}"
         text = tmp_path / "sound/text.txt"
-        storage.put_file("s3://bucket/text.txt", text)
+        files.put_file("s3://bucket/text.txt", text)
         changes: dict[str, Any] = {"model__source": "s3://bucket/model", "output__uri": uri, "calibration__source": "s3://bucket/text.txt"}
         if number > 1:  # one export is enough, the fresh process that reloads it takes long
             changes["output__exports"] = []
         spec = tiny_spec(tmp_path / f"run-{number}", model_folders["llama"], **{**options, **changes})
-        faulty.probability = 0.35
+        faulty.probability = 0.5
         assert main([str(spec)]) == 0
         faulty.probability = 0.0
         download_run(uri, tmp_path / f"came-{number}")
-        for shot in range(1, 7):
+        for shot in (1, 2, 3):
             assert_same_shot(tmp_path / "sound/run", tmp_path / f"came-{number}", shot)
-        assert len(report_of(tmp_path / f"came-{number}")["shots"]) == 6
+        assert len(report_of(tmp_path / f"came-{number}")["shots"]) == 3
         events = [json.loads(line) for line in (tmp_path / f"came-{number}/events.jsonl").read_text().splitlines()]
-        assert [event["shot"] for event in events if event["step"] == "commit"] == [1, 2, 3, 4, 5, 6]
+        assert [event["shot"] for event in events if event["step"] == "commit"] == [1, 2, 3]
         names = [path.name for path in (tmp_path / "sound/run/export/masked").glob("*.safetensors")] if number == 1 else []
         assert names or number > 1
         for name in names:
@@ -194,22 +194,22 @@ def test_a_store_that_stays_away_ends_the_run_and_keeps_its_shots(
     monkeypatch.setattr(retrying, "PATIENCE_S", 1.0)
     options = {"pruning__num_shots": 3, "output__uri": "s3://bucket/run"}
     spec = tiny_spec(tmp_path, model_folders["llama"], **options)
-    put = storage.write_tensors
+    put = files.write_tensors
 
     def put_and_fail(uri: str, tensors: Any) -> int:
         if "shots/0002/masks" in uri:
             faulty.probability, faulty.kinds = 1.0, ("503", "reset")
         return put(uri, tensors)
 
-    monkeypatch.setattr(storage, "write_tensors", put_and_fail)
+    monkeypatch.setattr(files, "write_tensors", put_and_fail)
     assert main([str(spec)]) == 1
     error = capsys.readouterr().err
     assert "failed: " in error
     assert "--resume" in error
     faulty.probability = 0.0
-    monkeypatch.setattr(storage, "write_tensors", put)
-    assert storage.exists("s3://bucket/run/shots/0002/shard-0001.safetensors"), "the second shot is half written"
-    assert not storage.exists("s3://bucket/run/shots/0002/manifest.json")
+    monkeypatch.setattr(files, "write_tensors", put)
+    assert files.exists("s3://bucket/run/shots/0002/shard-0001.safetensors"), "the second shot is half written"
+    assert not files.exists("s3://bucket/run/shots/0002/manifest.json")
     assert main([str(spec), "--resume"]) == 0
     assert "resumed_after_shot=1" in capsys.readouterr().out
     assert run(tmp_path / "sound", model_folders["llama"], pruning__num_shots=3) == 0
@@ -221,9 +221,9 @@ def test_refusals_are_not_tried_again(faulty: type[FaultyProxy], monkeypatch: py
     pauses: list[float] = []
     monkeypatch.setattr(retrying, "sleep", pauses.append)
     with pytest.raises(FileNotFoundError):
-        storage.read_bytes("s3://bucket/absent")
+        files.read_bytes("s3://bucket/absent")
     with pytest.raises(FileNotFoundError):
-        storage.read_bytes("s3://no-such-bucket/absent")
+        files.read_bytes("s3://no-such-bucket/absent")
     assert pauses == []
 
 
@@ -255,29 +255,29 @@ def test_patience_counts_from_the_first_failure(monkeypatch: pytest.MonkeyPatch)
 
 def test_large_files_go_in_parts_and_come_back_whole(faulty: type[FaultyProxy], cache: Path) -> None:
     tensors = {"large": torch.arange(30_000_000, dtype=torch.float32)}
-    size = storage.write_tensors("s3://bucket/large.safetensors", tensors)
+    size = files.write_tensors("s3://bucket/large.safetensors", tensors)
     assert size > 100 * 2**20
-    assert storage.size_bytes("s3://bucket/large.safetensors") == size
-    filesystem, path = storage.open_filesystem("s3://bucket/large.safetensors")
+    assert files.size_bytes("s3://bucket/large.safetensors") == size
+    filesystem, path = files.open_filesystem("s3://bucket/large.safetensors")
     assert filesystem.info(path)["ETag"].strip('"').endswith("-3"), "an object of three parts says so in its tag"
-    assert torch.equal(storage.read_tensors("s3://bucket/large.safetensors")["large"], tensors["large"])
+    assert torch.equal(files.read_tensors("s3://bucket/large.safetensors")["large"], tensors["large"])
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
 def test_a_full_or_forbidden_disk_is_said_and_the_shot_before_stays(
     number: int, model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    replace = storage.os.replace
+    replace = files.os.replace
 
     def full(source: Path, target: Path) -> None:
         if "shots/0002/masks" in str(target):
-            raise OSError(number, storage.os.strerror(number), str(target))
+            raise OSError(number, files.os.strerror(number), str(target))
         replace(source, target)
 
-    monkeypatch.setattr(storage.os, "replace", full)
+    monkeypatch.setattr(files.os, "replace", full)
     assert run(tmp_path, model_folders["llama"], pruning__num_shots=3) == 1
     error = capsys.readouterr().err
-    assert storage.os.strerror(number) in error
+    assert files.os.strerror(number) in error
     assert "masks-0001.safetensors" in error
     assert "--resume" in error
     monkeypatch.undo()

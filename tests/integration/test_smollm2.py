@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from ray_surgeon.inputs import check
 from ray_surgeon.models.gguf import convert_gguf
 from ray_surgeon.pipeline import main
-from ray_surgeon.preflight import prepare
-from ray_surgeon.sources import open_model
 from ray_surgeon.spec import parse_spec
+from ray_surgeon.storage.sources import open_model
 from tests.integration.runs import report_of
 
 ROOT = Path(__file__).parent.parent.parent
@@ -43,9 +43,9 @@ def test_smollm2_on_two_ray_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert report["parameters"]["in_pruned_linears"] == 106_168_320
     assert shot["sparsity"] == pytest.approx(0.05, abs=1e-3)
     assert dense < shot["perplexity"]["python-docs"] < 1.15 * dense
-    job, *_ = prepare(parse_spec((tmp_path / "run/spec.yaml").read_text()), resume=True)
-    windows = torch.from_numpy(job.evaluation["python-docs"])
-    folder = open_model(job.model_source, convert_gguf).small_files_folder()
+    inputs = check(parse_spec((tmp_path / "run/spec.yaml").read_text()), resume=True)
+    windows = torch.from_numpy(inputs.texts["python-docs"])
+    folder = open_model(inputs.model, convert_gguf).small_files_folder()
     for uri, found in ((folder, dense), (tmp_path / "run/export/masked", shot["perplexity"]["python-docs"])):
         model = AutoModelForCausalLM.from_pretrained(uri, dtype=torch.float32)
         with torch.no_grad():

@@ -27,7 +27,7 @@ def child(arguments: list[str], path: str) -> None:
     if "--workers-may-start" in arguments:
         arguments.remove("--workers-may-start")
     else:
-        ray_surgeon.pipeline.run_job = refuse  # type: ignore[assignment]
+        ray_surgeon.pipeline.run = refuse  # type: ignore[assignment]
     with open(path, "w", encoding="utf-8") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         try:
             code = ray_surgeon.pipeline.main(arguments)

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from ray_surgeon.models.adapters import adapter_for
-from ray_surgeon.models.head import next_token_loss
+from ray_surgeon.models.families import family_of
+from ray_surgeon.models.layout import BlockRange
+from ray_surgeon.models.loss import next_token_loss
 from ray_surgeon.models.shard import ModelShard
-from ray_surgeon.models.skeleton import BlockRange, checkpoint_key, linear_shapes, num_parameters, tied_names
-from tests.conftest import CONFIGS, VOCABULARY, tiny_model
+from tests.conftest import CONFIGS, LAYOUTS, VOCABULARY, tiny_model
 
 TOKENS = torch.randint(0, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(1))
 FAMILIES = sorted(CONFIGS)
@@ -19,14 +19,13 @@ FAMILIES = sorted(CONFIGS)
 
 def reader(family: str) -> Callable[[str], Tensor]:
     state = tiny_model(family).state_dict()
-    config = CONFIGS[family]
-    return lambda name: state[str(checkpoint_key(name, state, tied_names(config, adapter_for(config))))]
+    return lambda name: state[str(LAYOUTS[family].checkpoint_key(name, state))]
 
 
 def shards(family: str, cuts: list[int]) -> list[ModelShard]:
     found = []
     for first, last in itertools.pairwise(cuts):
-        shard = ModelShard(CONFIGS[family], BlockRange(first, last, 4), torch.float32, torch.device("cpu"))
+        shard = ModelShard(LAYOUTS[family], BlockRange(first, last, 4), torch.float32, torch.device("cpu"))
         shard.load(reader(family))
         found.append(shard)
     return found
@@ -68,13 +67,13 @@ def test_factors_are_those_of_autograd_on_the_whole_model(family: str) -> None:
     gather(parts, TOKENS)
     model = tiny_model(family)
     inputs, gradients = {}, {}
-    for shape in linear_shapes(CONFIGS[family]):
+    for shape in LAYOUTS[family].linears:
         module = model.get_submodule(shape.name)
         module.register_forward_hook(lambda m, i, o, name=shape.name: inputs.__setitem__(name, i[0].detach()))
         module.register_full_backward_hook(lambda m, gi, go, name=shape.name: gradients.__setitem__(name, go[0].detach()))
     logits = model(TOKENS).logits
     torch.nn.functional.cross_entropy(logits[:, :-1].reshape(-1, VOCABULARY), TOKENS[:, 1:].reshape(-1), reduction="sum").backward()
-    for shape in linear_shapes(CONFIGS[family]):
+    for shape in LAYOUTS[family].linears:
         a, g = inputs[shape.name].flatten(0, -2), gradients[shape.name].flatten(0, -2)
         if shape.has_bias:
             a = torch.cat([a, torch.ones(len(a), 1)], dim=1)
@@ -117,7 +116,7 @@ def test_weights_need_no_gradient() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_weight_round_trip_with_bias_as_last_column(family: str) -> None:
     (part,) = shards(family, [0, 4])
-    shapes = {s.name: s for s in linear_shapes(CONFIGS[family])}
+    shapes = {s.name: s for s in LAYOUTS[family].linears}
     assert list(part.linears) == list(shapes)
     for name, shape in shapes.items():
         W = part.weight(name)
@@ -128,7 +127,7 @@ def test_weight_round_trip_with_bias_as_last_column(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_number_of_parameters_counts_tied_ones_once(family: str) -> None:
-    assert num_parameters(CONFIGS[family]) == sum(p.numel() for p in tiny_model(family).parameters())
+    assert LAYOUTS[family].num_parameters == sum(p.numel() for p in tiny_model(family).parameters())
 
 
 def test_loss_gradient_is_autograd_and_sampled_labels_are_drawn_from_the_model() -> None:
@@ -152,4 +151,4 @@ def test_unknown_family_is_refused_with_the_known_ones() -> None:
     from transformers import BertConfig
 
     with pytest.raises(ValueError, match=r"'bert'.*gpt2, llama"):
-        adapter_for(BertConfig())
+        family_of(BertConfig())

@@ -5,6 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ray_surgeon.surgery.kronecker import Damping, KroneckerFactors
+from ray_surgeon.surgery.linear import Linear
+
+DAMPING = Damping(0.01, 0.1, 1.0)
+
 
 def spd(n: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
@@ -18,22 +23,26 @@ def problem(R: int = 6, C: int = 7, seed: int = 0) -> tuple[Tensor, Tensor, Tens
     return torch.randn(R, C, generator=generator, dtype=torch.float64), spd(C, seed + 1), spd(R, seed + 2)
 
 
+def linear(W: Tensor, A: Tensor, G: Tensor, *, has_bias: bool = False, num_tokens: int = 11) -> Linear:
+    """Return a linear whose factors are means A and G over some tokens."""
+    return Linear("x", W, KroneckerFactors(A * num_tokens, G * num_tokens, num_tokens), has_bias, DAMPING)
+
+
 def dense_removal(W: Tensor, A: Tensor, G: Tensor, removed: Tensor) -> tuple[Tensor, float]:
     """Remove `removed` [R, C] bool under F = kron(G, A); see `dense_minimum`."""
     return dense_minimum(W, torch.kron(G, A), removed)
 
 
-def dense_minimum(W: Tensor, F: Tensor, removed: Tensor, gradient: Tensor | None = None) -> tuple[Tensor, float]:
-    """Minimise 1/2 d^T F d + gradient^T d subject to (W + D) = 0 on `removed`; return the new weights and the cost."""
+def dense_minimum(W: Tensor, F: Tensor, removed: Tensor) -> tuple[Tensor, float]:
+    """Minimise 1/2 d^T F d subject to (W + D) = 0 on `removed`; return the new weights and the cost."""
     constrained = removed.reshape(-1).nonzero()[:, 0]
     n, m = F.shape[0], len(constrained)
-    first = torch.zeros(n, dtype=W.dtype) if gradient is None else gradient.reshape(-1)
     E = torch.zeros(m, n, dtype=W.dtype)
     E[torch.arange(m), constrained] = 1
     system = torch.cat([torch.cat([F, E.T], dim=1), torch.cat([E, torch.zeros(m, m, dtype=W.dtype)], dim=1)])
-    right = torch.cat([-first, -W.reshape(-1)[constrained]])
+    right = torch.cat([torch.zeros(n, dtype=W.dtype), -W.reshape(-1)[constrained]])
     d = torch.linalg.solve(system, right)[:n]
-    return W + d.view_as(W), float(0.5 * d @ F @ d + first @ d)
+    return W + d.view_as(W), float(0.5 * d @ F @ d)
 
 
 def indefinite(n: int, seed: int) -> Tensor:

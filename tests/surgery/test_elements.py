@@ -6,21 +6,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from ray_surgeon.surgery.chunks import update_in_chunks
 from ray_surgeon.surgery.conjugate import MaskedPreconditioner, SplitMatrix, dominant_part, update_elements
 from ray_surgeon.surgery.costs import quadratic_cost
-from ray_surgeon.surgery.element_surgery import ElementSurgery, ElementUnits, ElementUpdate
-from ray_surgeon.surgery.elements import (
+from ray_surgeon.surgery.element_costs import (
     element_costs,
     group_costs,
     group_patterns,
     pattern_removals,
     summed_group_costs,
 )
-from ray_surgeon.surgery.kronecker import KroneckerFactors, damped
+from ray_surgeon.surgery.element_pruning import ElementUnits, ElementUpdate, find_elements, prune_elements, unit_costs
+from ray_surgeon.surgery.extended.chunks import update_in_chunks
+from ray_surgeon.surgery.kronecker import damped
 from ray_surgeon.surgery.masks import ElementMask
 from ray_surgeon.surgery.threshold import bit_histogram, bucket_of, cost_of_bits
-from tests.surgery.dense import dense_removal, problem
+from tests.surgery.dense import dense_removal, linear, problem
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
 
@@ -188,14 +188,8 @@ def test_kth_value_by_counting_bits_is_that_of_sorting(ties: bool) -> None:
         assert cost_of_bits(high, low) == float(expected[k - 1])
 
 
-UPDATE = ElementUpdate("full", "conjugate_gradients", 300, 1e-12, 1000, "float64")
-
-
-def surgery(W: Tensor, A: Tensor, G: Tensor, kept: Tensor, units: ElementUnits, *, has_bias: bool = False) -> ElementSurgery:
-    factors = KroneckerFactors(A * 13, G * 13, 13)
-    return ElementSurgery(
-        "x", W, factors, ElementMask(kept), has_bias=has_bias, units=units, damping_a=0.01, damping_g=0.1, max_damping=1.0
-    )
+UPDATE = ElementUpdate("conjugate_gradients", 300, 1e-12, "float64")
+SINGLE = ElementUnits()
 
 
 @pytest.mark.parametrize("solver", ["conjugate_gradients", "chunks"])
@@ -205,64 +199,64 @@ def test_linear_of_elements_is_dense_with_what_earlier_shots_removed(solver: str
     kept = ~random_removal(6, 7, 0.2)
     kept[:, -1] = True
     W = W * kept
-    operation = surgery(W, A, G, kept, ElementUnits(), has_bias=True)
-    found = operation.candidates("obs")
-    costs = operation.unit_costs(found)
+    of, before = linear(W, A, G, has_bias=True), ElementMask(kept)
+    found = find_elements(of, SINGLE, "obs")
+    costs = unit_costs(of, before, SINGLE, found)
     assert costs.shape == (6, 6)
     assert torch.equal(torch.isinf(costs), ~kept[:, :6])
     expected_costs = element_costs(W, *obs_scales(damped(A, 0.01), damped(G, 0.1)))
     torch.testing.assert_close(costs[kept[:, :6]], expected_costs[:, :6][kept[:, :6]].float())
     threshold = float(costs.flatten().sort().values[9])
-    update = ElementUpdate("full", solver, 300, 1e-12, 1000, "float64")
-    new, mask, predicted, residual = operation.prune(found, threshold, update)
+    update = ElementUpdate(solver, 300, 1e-12, "float64", 1000)
+    removal, mask = prune_elements(of, before, SINGLE, found, threshold, update)
     assert int((~mask.kept).sum()) == int((~kept).sum()) + 10
     if solver == "conjugate_gradients":
         expected, cost = dense_removal(W, damped(A, 0.01), damped(G, 0.1), ~mask.kept)
-        torch.testing.assert_close(new, expected, rtol=1e-7, atol=1e-9)
-        assert predicted == pytest.approx(cost, rel=1e-8)
-    assert residual < 1e-11
-    assert not new[~mask.kept].any()
+        torch.testing.assert_close(removal.W, expected, rtol=1e-7, atol=1e-9)
+        assert removal.predicted == pytest.approx(cost, rel=1e-8)
+    assert removal.residual < 1e-11
+    assert not removal.W[~mask.kept].any()
     assert mask.kept[:, -1].all()
 
 
 def test_n_m_linear_keeps_the_pattern_and_the_bias() -> None:
     W, A, G = problem(R=5, C=9)
-    operation = surgery(W, A, G, torch.ones(5, 9, dtype=torch.bool), ElementUnits(2, 4), has_bias=True)
-    found = operation.candidates("obs")
+    of, full, units = linear(W, A, G, has_bias=True), ElementMask.full(5, 9), ElementUnits(2, 4)
+    found = find_elements(of, units, "obs")
     damped_inverse = torch.linalg.inv(damped(A, 0.01))[:8, :8]
     G_inverse_diagonal = torch.linalg.inv(damped(G, 0.1)).diagonal()
     expected, _ = group_costs(W[:, :8].contiguous(), blocks_of(damped_inverse, 4), G_inverse_diagonal, 2, 4)
-    torch.testing.assert_close(operation.unit_costs(found), expected.float())
-    new, mask, _, _ = operation.prune(found, float("inf"), UPDATE)
+    torch.testing.assert_close(unit_costs(of, full, units, found), expected.float())
+    removal, mask = prune_elements(of, full, units, found, float("inf"), UPDATE)
     assert torch.equal(mask.kept[:, :8].view(5, 2, 4).sum(dim=2), torch.full((5, 2), 2))
     assert mask.kept[:, -1].all()
-    torch.testing.assert_close(new, dense_removal(W, damped(A, 0.01), damped(G, 0.1), ~mask.kept)[0], rtol=1e-7, atol=1e-9)
-    again = surgery(new, A, G, mask.kept, ElementUnits(2, 4), has_bias=True)
-    assert torch.isinf(again.unit_costs(again.candidates("obs"))).all(), "a pruned group is no candidate again"
+    torch.testing.assert_close(removal.W, dense_removal(W, damped(A, 0.01), damped(G, 0.1), ~mask.kept)[0], rtol=1e-7, atol=1e-9)
+    again = linear(removal.W, A, G, has_bias=True)
+    assert torch.isinf(unit_costs(again, mask, units, find_elements(again, units, "obs"))).all(), "a pruned group is no candidate again"
 
 
-def test_dead_rows_and_columns_cost_nothing() -> None:
+def test_always_zero_rows_and_columns_cost_nothing() -> None:
     W, A, G = problem()
     G[1], G[:, 1] = 0, 0
     A[3], A[:, 3] = 0, 0
-    operation = surgery(W, A, G, torch.ones(6, 7, dtype=torch.bool), ElementUnits())
-    found = operation.candidates("obs")
-    costs = operation.unit_costs(found)
+    of, full = linear(W, A, G), ElementMask.full(6, 7)
+    found = find_elements(of, SINGLE, "obs")
+    costs = unit_costs(of, full, SINGLE, found)
     assert not costs[1].any()
     assert not costs[:, 3].any()
-    new, mask, _, _ = operation.prune(found, 0.0, UPDATE)
-    assert not new[1].any()
-    assert not new[:, 3].any()
+    removal, mask = prune_elements(of, full, SINGLE, found, 0.0, UPDATE)
+    assert not removal.W[1].any()
+    assert not removal.W[:, 3].any()
     assert int(mask.kept.sum()) == 5 * 6
 
 
-@pytest.mark.parametrize("correlations", ["single", "none"])
-def test_simpler_updates(correlations: str) -> None:
+@pytest.mark.parametrize("solver", ["single", "none"])
+def test_simpler_updates(solver: str) -> None:
     W, A, G = problem()
-    operation = surgery(W, A, G, torch.ones(6, 7, dtype=torch.bool), ElementUnits())
-    found = operation.candidates("obs")
-    threshold = float(operation.unit_costs(found).min())
-    new, mask, _, _ = operation.prune(found, threshold, ElementUpdate(correlations, "chunks", 1, 0.0, 1, "float64"))
+    of, full = linear(W, A, G), ElementMask.full(6, 7)
+    found = find_elements(of, SINGLE, "obs")
+    threshold = float(unit_costs(of, full, SINGLE, found).min())
+    removal, mask = prune_elements(of, full, SINGLE, found, threshold, ElementUpdate(solver))
     assert int((~mask.kept).sum()) == 1
-    expected = dense_removal(W, damped(A, 0.01), damped(G, 0.1), ~mask.kept)[0] if correlations == "single" else W * mask.kept
-    torch.testing.assert_close(new, expected, **EXACT)
+    expected = dense_removal(W, damped(A, 0.01), damped(G, 0.1), ~mask.kept)[0] if solver == "single" else W * mask.kept
+    torch.testing.assert_close(removal.W, expected, **EXACT)

@@ -6,18 +6,18 @@ from torch import Tensor
 
 from ray_surgeon.surgery.conjugate import update_elements
 from ray_surgeon.surgery.curvature import LinearCurvature
-from ray_surgeon.surgery.element_surgery import ElementSurgery, ElementUnits, ElementUpdate
-from ray_surgeon.surgery.extended import (
+from ray_surgeon.surgery.element_pruning import ElementUnits, ElementUpdate, find_elements, prune_elements, unit_costs
+from ray_surgeon.surgery.extended.terms import (
     Term,
     TwoTermInverse,
-    apply_terms,
     clip_term,
     minimise_kept,
     terms_of_samples,
 )
-from ray_surgeon.surgery.kronecker import KroneckerFactors, add_second_moment, symmetrize
-from ray_surgeon.surgery.linear import LinearSurgery
+from ray_surgeon.surgery.kronecker import Damping, KroneckerFactors, add_second_moment, symmetrize
+from ray_surgeon.surgery.linear import Linear
 from ray_surgeon.surgery.masks import ElementMask, StructuredMask
+from ray_surgeon.surgery.structured import find_candidates, prune_structures
 from tests.surgery.dense import crossing, dense_minimum, flags, indefinite, problem
 
 R, C = 5, 6
@@ -45,7 +45,7 @@ def test_weighted_moment_is_the_direct_sum() -> None:
     torch.testing.assert_close(total, torch.einsum("n,ni,nj->ij", weights, x, x), rtol=1e-12, atol=1e-12)
 
 
-def test_power_method_finds_the_best_further_terms_of_the_rearranged_fisher() -> None:
+def test_power_iteration_finds_the_best_further_terms_of_the_rearranged_fisher() -> None:
     """Against the SVD of R(F) - sum of known terms, formed densely."""
     num_tokens = 50
     a, g = torch.randn(num_tokens, C, dtype=torch.float64), torch.randn(num_tokens, R, dtype=torch.float64)
@@ -113,24 +113,20 @@ def test_row_column_and_element_costs_are_the_dense_ones() -> None:
 
 
 @pytest.mark.parametrize("num_terms", [1, 2, 4])
-@pytest.mark.parametrize("with_gradient", [False, True])
-def test_joint_update_is_the_dense_solution(num_terms: int, with_gradient: bool) -> None:
+def test_joint_update_is_the_dense_solution(num_terms: int) -> None:
     W, terms, F = sum_of(num_terms)
-    gradient = torch.randn(R, C, dtype=torch.float64) if with_gradient else None
-    found, residual = minimise_kept(W, terms, flags(R, [1, 4]), flags(C, [0, 3]), gradient, tolerance=1e-13, num_iterations=200)
-    expected, _ = dense_minimum(W, F, crossing(R, C, [1, 4], [0, 3]), gradient)
+    found, residual = minimise_kept(W, terms, flags(R, [1, 4]), flags(C, [0, 3]), tolerance=1e-13, num_iterations=200)
+    expected, _ = dense_minimum(W, F, crossing(R, C, [1, 4], [0, 3]))
     torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9)
     assert residual < 1e-12
 
 
 @pytest.mark.parametrize("num_terms", [1, 2, 3])
-@pytest.mark.parametrize("with_gradient", [False, True])
-def test_elements_of_a_sum_are_the_dense_solution(num_terms: int, with_gradient: bool) -> None:
+def test_elements_of_a_sum_are_the_dense_solution(num_terms: int) -> None:
     W, terms, F = sum_of(num_terms)
-    gradient = torch.randn(R, C, dtype=torch.float64) if with_gradient else None
     kept = torch.rand(R, C, generator=torch.Generator().manual_seed(3)) > 0.5
-    solution = update_elements(W, terms, kept, gradient=gradient, num_iterations=400, tolerance=1e-13)
-    expected, _ = dense_minimum(W, F, ~kept, gradient)
+    solution = update_elements(W, terms, kept, num_iterations=400, tolerance=1e-13)
+    expected, _ = dense_minimum(W, F, ~kept)
     torch.testing.assert_close(solution.W, expected, rtol=1e-7, atol=1e-9)
 
 
@@ -144,100 +140,87 @@ def test_single_corrections_are_dense_for_one_structure() -> None:
     torch.testing.assert_close(column, dense_minimum(W, F, crossing(R, C, [], [4]))[0], rtol=1e-8, atol=1e-10)
 
 
-def extended_factors(num_terms: int = 2) -> tuple[Tensor, KroneckerFactors]:
+DAMPING = Damping(0.02, 0.1, 1.0)
+
+
+def extended_linear(num_terms: int = 2) -> Linear:
     W, terms, _ = sum_of(num_terms)
     n = 9
-    return W, KroneckerFactors(terms[0][1] * n, terms[0][0] * n, n, tuple(terms[1:]), torch.randn(R, C, dtype=torch.float64) * n)
+    return Linear("x", W, KroneckerFactors(terms[0][1] * n, terms[0][0] * n, n, tuple(terms[1:])), False, DAMPING)
 
 
 def dense_of(curvature: LinearCurvature) -> Tensor:
     return torch.stack([torch.kron(G, A) for G, A in curvature.terms]).sum(dim=0)
 
 
-@pytest.mark.parametrize("joint", ["exact", "independent"])
+@pytest.mark.parametrize("side", ["rows", "columns"])
 @pytest.mark.parametrize("costs", ["obs", "obd"])
-def test_a_linear_with_two_terms(costs: str, joint: str) -> None:
-    """One row is dead, one column went before: costs, update and predicted loss are dense on the rest."""
-    W, factors = extended_factors()
+def test_a_linear_with_two_terms(costs: str, side: str) -> None:
+    """One row and one column were pruned before: costs, update and predicted loss are dense on the rest."""
+    linear = extended_linear()
     mask = StructuredMask(flags(R, [1, 2, 3, 4]), flags(C, [0, 2, 3, 4, 5]))
-    mask.apply_(W)
-    damping = {"damping_a": 0.02, "damping_g": 0.1, "max_damping": 1.0}
-    surgery = LinearSurgery("x", W, factors, mask, has_bias=False, **damping)
-    found = surgery.candidates("rows_columns", "cost", costs)
-    curvature = LinearCurvature("x", factors, mask.rows, mask.columns, dtype=W.dtype, **damping)
-    F, alive = dense_of(curvature), W[mask.rows][:, mask.columns]
+    mask.apply_(linear.W)
+    found = find_candidates(linear, mask, side, costs, per_parameter=False)
+    curvature, alive = linear.curvature(found.live), found.live.of(linear.W)
+    F = dense_of(curvature)
     assert found.clipping == curvature.clipping
-    for r in range(4):
-        removed = crossing(4, 5, [r], [])
-        change = torch.where(removed, -alive, 0).flatten()
-        expected = dense_minimum(alive, F, removed)[1] if costs == "obs" else float(0.5 * change @ F @ change)
-        assert float(found.row_costs[r]) == pytest.approx(expected, rel=1e-8)
-    threshold = float(torch.cat([found.row_costs, found.column_costs]).sort().values[2])
-    new, _, predicted, residual = surgery.prune(found, threshold, joint, step=1.0)
-    rows = [r for r in range(4) if found.row_costs[r] <= threshold]
-    columns = [c for c in range(5) if found.column_costs[c] <= threshold]
-    gradient = (factors.gradient / factors.num_tokens)[mask.rows][:, mask.columns]  # type: ignore[operator]
-    change = (new - W)[mask.rows][:, mask.columns].flatten()
-    assert predicted == pytest.approx(float(0.5 * change @ F @ change + gradient.flatten() @ change), rel=1e-8)
-    assert residual == 0.0
-    if joint == "exact":
-        expected_W, _ = dense_minimum(alive, F, crossing(4, 5, rows, columns), gradient)
-        torch.testing.assert_close(new[mask.rows][:, mask.columns], expected_W, rtol=1e-8, atol=1e-10)
+    by_cost = found.row_costs if side == "rows" else found.column_costs
+
+    def crossed(places: list[int]) -> Tensor:
+        return crossing(4, 5, places, []) if side == "rows" else crossing(4, 5, [], places)
+
+    for place in range(len(by_cost)):
+        change = torch.where(crossed([place]), -alive, 0).flatten()
+        expected = dense_minimum(alive, F, crossed([place]))[1] if costs == "obs" else float(0.5 * change @ F @ change)
+        assert float(by_cost[place]) == pytest.approx(expected, rel=1e-8)
+    threshold = float(by_cost.sort().values[1])
+    removal, _ = prune_structures(linear, mask, found, threshold, "full")
+    pruned = [place for place in range(len(by_cost)) if by_cost[place] <= threshold]
+    new = found.live.of(removal.W)
+    change = (new - alive).flatten()
+    assert removal.predicted == pytest.approx(float(0.5 * change @ F @ change), rel=1e-8)
+    assert removal.residual == 0.0
+    torch.testing.assert_close(new, dense_minimum(alive, F, crossed(pruned))[0], rtol=1e-8, atol=1e-10)
+
+
+def test_rows_and_columns_of_two_terms_are_updated_independently() -> None:
+    linear = extended_linear()
+    curvature = linear.curvature(linear.live)
+    rows, columns = flags(R, [0]), flags(C, [2, 3])
+    new, _ = curvature.prune(linear.W, rows, columns, "full")
+    F = dense_of(curvature)
+    by_rows, by_columns = (dense_minimum(linear.W, F, crossing(R, C, *c))[0] for c in (([0], []), ([], [2, 3])))
+    expected = (by_rows + by_columns - linear.W) * torch.outer(~rows, ~columns)
+    torch.testing.assert_close(new, expected, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("units", [ElementUnits(), ElementUnits(2, 3), ElementUnits(2, 3, joint=False)])
 @pytest.mark.parametrize("costs", ["obs", "obd"])
 def test_elements_and_groups_with_two_terms(units: ElementUnits, costs: str) -> None:
-    """A column is dead; costs and update are dense on the rest."""
-    W, factors = extended_factors()
-    factors.A[4], factors.A[:, 4] = 0, 0
-    damping = {"damping_a": 0.02, "damping_g": 0.1, "max_damping": 1.0}
-    surgery = ElementSurgery("x", W, factors, ElementMask.full(R, C), has_bias=False, units=units, **damping)
-    found = surgery.candidates(costs)
-    live = flags(C, [0, 1, 2, 3, 5])
-    curvature = LinearCurvature("x", factors, flags(R, list(range(R))), live, dtype=W.dtype, **damping)
-    F, alive = dense_of(curvature), W[:, live]
-    unit_costs = surgery.unit_costs(found)
+    """One input is always zero: costs and update are dense on the rest."""
+    linear, mask = extended_linear(), ElementMask.full(R, C)
+    linear.factors.A[4], linear.factors.A[:, 4] = 0, 0
+    found = find_elements(linear, units, costs)
+    assert found.live.columns.tolist() == [True, True, True, True, False, True]
+    F, alive = dense_of(linear.curvature(found.live)), found.live.of(linear.W)
+    by_unit = unit_costs(linear, mask, units, found)
     single = torch.zeros(R, C, dtype=torch.float64)
     for r in range(R):
-        for place, c in enumerate(live.nonzero()[:, 0].tolist()):
+        for place, c in enumerate(found.live.columns.nonzero()[:, 0].tolist()):
             removed = torch.zeros(R, 5, dtype=torch.bool)
             removed[r, place] = True
             change = torch.where(removed, -alive, 0).flatten()
             single[r, c] = dense_minimum(alive, F, removed)[1] if costs == "obs" else 0.5 * change @ F @ change
     expected = single if units.m == 1 else single.view(R, 2, 3).min(dim=2).values
-    torch.testing.assert_close(unit_costs.double(), expected, rtol=1e-5, atol=1e-9)
-    update = ElementUpdate("full", "conjugate_gradients", 400, 1e-13, 10, "float64", step=1.0)
-    threshold = float(unit_costs.flatten().sort().values[len(unit_costs.flatten()) // 2])
-    new, mask, _, _ = surgery.prune(found, threshold, update)
-    gradient = factors.gradient[:, live] / factors.num_tokens  # type: ignore[index]
-    torch.testing.assert_close(new[:, live], dense_minimum(alive, F, ~mask.kept[:, live], gradient)[0], rtol=1e-6, atol=1e-8)
-    alone = ElementUpdate("single", "conjugate_gradients", 1, 1e-13, 10, "float64")
-    smallest = float(unit_costs[unit_costs > 0].min())
-    once, mask, _, _ = surgery.prune(found, smallest, alone)
+    torch.testing.assert_close(by_unit.double(), expected, rtol=1e-5, atol=1e-9)
+    threshold = float(by_unit.flatten().sort().values[len(by_unit.flatten()) // 2])
+    full = ElementUpdate("conjugate_gradients", 400, 1e-13, "float64")
+    removal, new_mask = prune_elements(linear, mask, units, found, threshold, full)
+    pruned = ~found.live.of(new_mask.kept)
+    torch.testing.assert_close(found.live.of(removal.W), dense_minimum(alive, F, pruned)[0], rtol=1e-6, atol=1e-8)
+    smallest = float(by_unit[by_unit > 0].min())
+    once, new_mask = prune_elements(linear, mask, units, found, smallest, ElementUpdate("single"))
     if units.m == 1:
-        gone = ~mask.kept[:, live] & (alive != 0)
-        assert int(gone.sum()) == 1
-        torch.testing.assert_close(once[:, live], dense_minimum(alive, F, gone)[0], rtol=1e-6, atol=1e-8)
-
-
-def test_closed_form_correction_is_exact_for_the_quadratic() -> None:
-    W, terms, F = sum_of(1)
-    gradient = torch.randn(R, C, dtype=torch.float64)
-    curvature = LinearCurvature(
-        "x",
-        KroneckerFactors(terms[0][1] * 3, terms[0][0] * 3, 3, gradient=gradient * 3),
-        flags(R, list(range(R))),
-        flags(C, list(range(C))),
-        dtype=W.dtype,
-        damping_a=0.0,
-        damping_g=0.0,
-        max_damping=0.0,
-    )
-    gone = flags(R, [0]), flags(C, [2, 3])
-    new, _ = curvature.without(W, *gone, joint="exact", correlations="full", step=1.0)
-    torch.testing.assert_close(new, dense_minimum(W, F, crossing(R, C, [0], [2, 3]), gradient)[0], rtol=1e-8, atol=1e-10)
-    half, _ = curvature.without(W, *gone, joint="exact", correlations="full", step=0.5)
-    none, _ = curvature.without(W, *gone, joint="exact", correlations="full")
-    torch.testing.assert_close(half, (new + none) / 2, rtol=1e-8, atol=1e-10)
-    assert torch.equal(apply_terms(torch.zeros_like(W), terms), torch.zeros_like(W))
+        pruned = ~found.live.of(new_mask.kept) & (alive != 0)
+        assert int(pruned.sum()) == 1
+        torch.testing.assert_close(found.live.of(once.W), dense_minimum(alive, F, pruned)[0], rtol=1e-6, atol=1e-8)

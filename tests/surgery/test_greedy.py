@@ -3,23 +3,22 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ray_surgeon.surgery.greedy import GreedyCurve, greedy_costs
-from ray_surgeon.surgery.kronecker import KroneckerFactors
-from ray_surgeon.surgery.linear import LinearSurgery
+from ray_surgeon.surgery.greedy import GreedyPath, greedy_costs
 from ray_surgeon.surgery.masks import StructuredMask
-from tests.surgery.dense import crossing, dense_removal, flags, problem
+from ray_surgeon.surgery.structured import find_candidates, prune_structures
+from tests.surgery.dense import crossing, dense_removal, flags, linear, problem
 
 R, C = 6, 7
 
 
-def curve() -> tuple[GreedyCurve, torch.Tensor, torch.Tensor, torch.Tensor]:
+def path() -> tuple[GreedyPath, torch.Tensor, torch.Tensor, torch.Tensor]:
     W, A, G = problem(R, C)
-    return GreedyCurve(W, A, G, torch.linalg.inv(A), torch.linalg.inv(G)), W, A, G
+    return GreedyPath(W, A, G, torch.linalg.inv(A), torch.linalg.inv(G)), W, A, G
 
 
 def test_weights_and_costs_after_downdating_are_the_dense_ones() -> None:
     """After a few removals in turns: W is the dense joint solution, and every cost what its removal adds to the dense cost."""
-    found, W, A, G = curve()
+    found, W, A, G = path()
     found.remove_rows(torch.tensor([1, 4]))
     found.remove_columns(torch.tensor([0]))
     found.remove_rows(torch.tensor([3]))
@@ -37,15 +36,15 @@ def test_weights_and_costs_after_downdating_are_the_dense_ones() -> None:
 
 
 @pytest.mark.parametrize("per_parameter", [False, True])
-def test_greedy_curve_by_brute_force(per_parameter: bool) -> None:
-    """One at a time, the cheapest by the dense marginal cost; heights are the running maximum."""
-    found, W, A, G = curve()
+def test_greedy_path_by_brute_force(per_parameter: bool) -> None:
+    """One at a time, the cheapest by the dense marginal cost; the result is the running maximum."""
+    found, W, A, G = path()
     by_row, by_column = greedy_costs(
         found, flags(R, [0, 1, 2, 3, 4]), flags(C, list(range(C - 1))), per_parameter=per_parameter, limit=torch.inf
     )
     rows: list[int] = []
     columns: list[int] = []
-    height, before = 0.0, 0.0
+    highest, before = 0.0, 0.0
     while len(rows) < 5 or len(columns) < C - 1:
         options = []
         for r in set(range(5)) - set(rows):
@@ -55,19 +54,19 @@ def test_greedy_curve_by_brute_force(per_parameter: bool) -> None:
             cost = dense_removal(W, A, G, crossing(R, C, rows, [*columns, c]))[1] - before
             options.append((cost / (R - len(rows) if per_parameter else 1), "column", c))
         cost, kind, index = min(options)
-        height = max(height, cost)
+        highest = max(highest, cost)
         (rows if kind == "row" else columns).append(index)
         before = dense_removal(W, A, G, crossing(R, C, rows, columns))[1]
-        assert float((by_row if kind == "row" else by_column)[index]) == pytest.approx(height, rel=1e-7)
+        assert float((by_row if kind == "row" else by_column)[index]) == pytest.approx(highest, rel=1e-7)
     assert torch.isinf(by_row[5])
     assert torch.isinf(by_column[C - 1])
 
 
-def test_a_limit_cuts_the_same_curve() -> None:
+def test_a_limit_cuts_the_same_path() -> None:
     everything = flags(R, list(range(R))), flags(C, list(range(C)))
-    whole = torch.cat(greedy_costs(curve()[0], *everything, per_parameter=True, limit=torch.inf))
+    whole = torch.cat(greedy_costs(path()[0], *everything, per_parameter=True, limit=torch.inf))
     limit = float(whole.sort().values[5])
-    cut = torch.cat(greedy_costs(curve()[0], *everything, per_parameter=True, limit=limit))
+    cut = torch.cat(greedy_costs(path()[0], *everything, per_parameter=True, limit=limit))
     assert torch.equal(cut, torch.where(whole <= limit, whole, torch.inf))
 
 
@@ -76,11 +75,10 @@ def test_a_linear_gives_its_greedy_candidates_on_the_alive_part() -> None:
     G[2], G[:, 2] = 0, 0
     mask = StructuredMask(flags(R, list(range(R))), flags(C, [0, 1, 2, 4, 5, 6]))
     mask.apply_(W)
-    factors = KroneckerFactors(A * 5, G * 5, 5)
-    surgery = LinearSurgery("x", W, factors, mask, has_bias=True, damping_a=0.01, damping_g=0.1, max_damping=1.0)
-    once = surgery.candidates("rows_columns", "cost")
+    of = linear(W, A, G, has_bias=True, num_tokens=5)
+    once = find_candidates(of, mask, "rows_columns", "obs", per_parameter=False)
     limit = float(once.row_costs.max() + once.column_costs.max())
-    found = surgery.candidates("rows_columns", "cost", greedy_limit=limit)
+    found = find_candidates(of, mask, "rows_columns", "obs", per_parameter=False, limit=limit)
     assert 2 in found.rows
     assert float(found.row_costs[found.rows == 2]) == 0.0
     assert 6 not in found.columns
@@ -88,6 +86,6 @@ def test_a_linear_gives_its_greedy_candidates_on_the_alive_part() -> None:
     assert len(found.rows) + len(found.columns) > 3
     cheapest = torch.cat([once.row_costs, once.column_costs]).sort().values
     assert float(torch.cat([found.row_costs, found.column_costs]).sort().values[1]) == pytest.approx(float(cheapest[1]), rel=1e-9)
-    new, _, predicted, _ = surgery.prune(found, limit, "exact")
-    assert predicted > 0
-    assert not new[found.rows].any()
+    removal, _ = prune_structures(of, mask, found, limit, "full")
+    assert removal.predicted > 0
+    assert not removal.W[found.rows].any()

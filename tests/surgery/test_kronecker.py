@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ray_surgeon.surgery.kronecker import KroneckerFactors, add_second_moment, balanced, damped, factorise, symmetrize, with_ones
+from ray_surgeon.surgery.kronecker import add_second_moment, balanced, damped, factorise, symmetrize, with_ones
 from tests.surgery.dense import spd
 
 
@@ -14,20 +14,6 @@ def test_second_moment_equals_the_full_product(n: int) -> None:
     symmetrize(total)
     torch.testing.assert_close(total, x.T @ x, rtol=1e-12, atol=1e-12)
     assert torch.equal(total, total.T)
-
-
-def test_merging_does_not_depend_on_the_split() -> None:
-    a, g = torch.randn(30, 5, dtype=torch.float64), torch.randn(30, 4, dtype=torch.float64)
-
-    def factors(part: slice) -> KroneckerFactors:
-        return KroneckerFactors(a[part].T @ a[part], g[part].T @ g[part], len(a[part]))
-
-    whole = factors(slice(None))
-    for cut in (1, 10, 29):
-        merged = factors(slice(None, cut)).merged(factors(slice(cut, None)))
-        torch.testing.assert_close(merged.A, whole.A, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(merged.G, whole.G, rtol=1e-12, atol=1e-12)
-        assert merged.num_tokens == 30
 
 
 def test_kronecker_product_is_exact_where_kfac_is() -> None:

@@ -1,77 +1,88 @@
 import pytest
 import torch
-from torch import Tensor
 
-from ray_surgeon.surgery.kronecker import KroneckerFactors, damped
-from ray_surgeon.surgery.linear import LinearSurgery
+from ray_surgeon.surgery.kronecker import damped
+from ray_surgeon.surgery.linear import Linear, Part
 from ray_surgeon.surgery.masks import StructuredMask
-from tests.surgery.dense import crossing, dense_removal, problem
+from ray_surgeon.surgery.structured import Candidates, find_candidates, prune_structures
+from tests.surgery.dense import crossing, dense_removal, flags, linear, problem
 
 
-def surgery(W: Tensor, A: Tensor, G: Tensor, mask: StructuredMask, *, has_bias: bool = False) -> LinearSurgery:
-    n = 11
-    factors = KroneckerFactors(A * n, G * n, n)
-    return LinearSurgery("x", W, factors, mask, has_bias=has_bias, damping_a=0.01, damping_g=0.1, max_damping=1.0)
+def candidates(of: Linear, mask: StructuredMask, structure: str = "rows_columns", *, per_parameter: bool = False) -> Candidates:
+    return find_candidates(of, mask, structure, "obs", per_parameter=per_parameter)
 
 
-def test_costs_and_update_are_the_dense_ones_on_the_alive_part() -> None:
-    """An earlier shot removed row 2 and columns 0 and 5; now rows and columns below a threshold go."""
+def test_a_part_is_put_back_where_it_came_from() -> None:
+    W = torch.arange(12.0).view(3, 4)
+    part = Part(flags(3, [0, 2]), flags(4, [1, 3]))
+    assert part.of(W).tolist() == [[1, 3], [9, 11]]
+    changed = part.put(-part.of(W), W)
+    assert changed.tolist() == [[0, -1, 2, -3], [4, 5, 6, 7], [8, -9, 10, -11]]
+    assert torch.equal(W, torch.arange(12.0).view(3, 4)), "the original stays"
+
+
+@pytest.mark.parametrize("structure", ["rows", "columns"])
+def test_costs_and_update_are_the_dense_ones_on_the_alive_part(structure: str) -> None:
+    """An earlier shot removed row 2 and columns 0 and 5; now rows, or columns, below a threshold are pruned."""
     W, A, G = problem()
     rows, columns = [0, 1, 3, 4, 5], [1, 2, 3, 4, 6]
     mask = StructuredMask(torch.tensor([i in rows for i in range(6)]), torch.tensor([i in columns for i in range(7)]))
     mask.apply_(W)
-    operation = surgery(W, A, G, mask)
-    found = operation.candidates("rows_columns", "cost")
+    of = linear(W, A, G)
+    found = candidates(of, mask)
     alive_W = W[rows][:, columns]
     alive_A, alive_G = damped(A[columns][:, columns], 0.01), damped(G[rows][:, rows], 0.1)
     for i in range(5):
         assert float(found.row_costs[i]) == pytest.approx(dense_removal(alive_W, alive_A, alive_G, crossing(5, 5, [i], []))[1], rel=1e-9)
         assert float(found.column_costs[i]) == pytest.approx(dense_removal(alive_W, alive_A, alive_G, crossing(5, 5, [], [i]))[1], rel=1e-9)
-    threshold = float(torch.cat([found.row_costs, found.column_costs]).sort().values[2])
-    new, new_mask, predicted, _ = operation.prune(found, threshold, "exact")
-    gone_rows = [i for i in range(5) if found.row_costs[i] <= threshold]
-    gone_columns = [i for i in range(5) if found.column_costs[i] <= threshold]
-    expected, cost = dense_removal(alive_W, alive_A, alive_G, crossing(5, 5, gone_rows, gone_columns))
-    torch.testing.assert_close(new[rows][:, columns], expected, rtol=1e-9, atol=1e-11)
-    assert predicted == pytest.approx(cost, rel=1e-9)
-    assert not new[2].any()
-    assert not new[:, [0, 5]].any()
-    assert not new[~new_mask.rows].any()
-    assert not new[:, ~new_mask.columns].any()
-    assert len(gone_rows) + len(gone_columns) == 3
+    found = candidates(of, mask, structure)
+    costs = found.row_costs if structure == "rows" else found.column_costs
+    threshold = float(costs.sort().values[2])
+    removal, new_mask = prune_structures(of, mask, found, threshold, "full")
+    pruned = [i for i in range(5) if costs[i] <= threshold]
+    crossed = crossing(5, 5, pruned, []) if structure == "rows" else crossing(5, 5, [], pruned)
+    expected, cost = dense_removal(alive_W, alive_A, alive_G, crossed)
+    torch.testing.assert_close(removal.W[rows][:, columns], expected, rtol=1e-9, atol=1e-11)
+    assert removal.predicted == pytest.approx(cost, rel=1e-9)
+    assert not removal.W[2].any()
+    assert not removal.W[:, [0, 5]].any()
+    assert not removal.W[~new_mask.rows].any()
+    assert not removal.W[:, ~new_mask.columns].any()
+    assert len(pruned) == 3
 
 
-def test_dead_rows_and_columns_cost_nothing_and_do_not_break_the_inverse() -> None:
+def test_always_zero_rows_and_columns_cost_nothing_and_do_not_break_the_inverse() -> None:
     W, A, G = problem()
     G[1], G[:, 1] = 0, 0
     A[3], A[:, 3] = 0, 0
     W[:, 6] = 0
-    found = surgery(W, A, G, StructuredMask.full(6, 7)).candidates("rows_columns", "cost")
+    of, full = linear(W, A, G), StructuredMask.full(6, 7)
+    found = candidates(of, full)
     assert found.row_costs[1] == 0
     assert found.column_costs[3] == 0
     assert found.column_costs[6] == 0
     assert (found.row_costs[[0, 2, 3, 4, 5]] > 0).all()
-    new, mask, _, _ = surgery(W, A, G, StructuredMask.full(6, 7)).prune(found, 0.0, "exact")
-    assert not new[1].any()
+    removal, mask = prune_structures(of, full, found, 0.0, "full")
+    assert not removal.W[1].any()
     assert mask.num_kept == 5 * 5
 
 
 def test_the_bias_is_never_a_candidate_and_goes_with_its_row() -> None:
     W, A, G = problem()
-    operation = surgery(W, A, G, StructuredMask.full(6, 7), has_bias=True)
-    found = operation.candidates("rows_columns", "cost")
+    of, full = linear(W, A, G, has_bias=True), StructuredMask.full(6, 7)
+    found = candidates(of, full)
     assert found.columns.tolist() == [0, 1, 2, 3, 4, 5]
     assert len(found.rows) == 6
     threshold = float(found.row_costs.min())
-    new, mask, _, _ = operation.prune(found, threshold, "exact")
+    removal, mask = prune_structures(of, full, found, threshold, "full")
     assert mask.columns[-1]
-    assert new[~mask.rows, -1].tolist() == [0.0]
+    assert removal.W[~mask.rows, -1].tolist() == [0.0]
 
 
 @pytest.mark.parametrize(("structure", "num_rows", "num_columns"), [("rows", 6, 0), ("columns", 0, 7), ("rows_columns", 6, 7)])
 def test_structure_limits_the_candidates(structure: str, num_rows: int, num_columns: int) -> None:
     W, A, G = problem()
-    found = surgery(W, A, G, StructuredMask.full(6, 7)).candidates(structure, "cost")
+    found = candidates(linear(W, A, G), StructuredMask.full(6, 7), structure)
     assert (len(found.rows), len(found.columns)) == (num_rows, num_columns)
 
 
@@ -79,8 +90,8 @@ def test_cost_per_parameter_divides_by_what_the_structure_still_has() -> None:
     W, A, G = problem()
     mask = StructuredMask(torch.arange(6) != 0, torch.arange(7) < 5)
     mask.apply_(W)
-    by_cost = surgery(W, A, G, mask).candidates("rows_columns", "cost")
-    per_parameter = surgery(W, A, G, mask).candidates("rows_columns", "cost_per_parameter")
+    by_cost = candidates(linear(W, A, G), mask)
+    per_parameter = candidates(linear(W, A, G), mask, per_parameter=True)
     torch.testing.assert_close(per_parameter.row_costs * 5, by_cost.row_costs)
     torch.testing.assert_close(per_parameter.column_costs * 5, by_cost.column_costs)
 
@@ -89,4 +100,13 @@ def test_nan_weights_are_an_error_that_names_the_linear() -> None:
     W, A, G = problem()
     W[2, 2] = float("nan")
     with pytest.raises(FloatingPointError, match="x rows"):
-        surgery(W, A, G, StructuredMask.full(6, 7)).candidates("rows_columns", "cost")
+        candidates(linear(W, A, G), StructuredMask.full(6, 7))
+
+
+def test_a_linear_of_which_all_rows_are_pruned_has_no_candidates() -> None:
+    W, A, G = problem()
+    mask = StructuredMask(flags(6, []), flags(7, list(range(7))))
+    mask.apply_(W)
+    found = find_candidates(linear(W, A, G), mask, "rows_columns", "obs", per_parameter=True, limit=1.0)
+    assert not len(found.rows)
+    assert prune_structures(linear(W, A, G), mask, found, 1.0, "full")[1].num_kept == 0

@@ -12,14 +12,14 @@ import pyarrow.parquet
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from ray_surgeon.data import TextSource, Windows, cut_windows, interleaved, token_stream
+from ray_surgeon.sections.texts import SourceSection
+from ray_surgeon.storage.texts import Windows, cut_windows, interleaved, token_stream
 
 DOCUMENTS = [f"Document {i}: " + "the quick brown fox. " * 5 for i in range(40)]
 
 
-def source(where: object, **changes: object) -> TextSource:
-    fields = {"source": str(where), "config": None, "split": "train", "column": "text", "revision": None, "max_tokens": 10**7}
-    return TextSource(**{**fields, **changes})  # type: ignore[arg-type]
+def source(where: object, **changes: object) -> SourceSection:
+    return SourceSection.model_validate({"source": str(where), **changes})
 
 
 def test_strided_windows_are_where_they_should_be() -> None:

@@ -14,9 +14,9 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from ray_surgeon.page import page
-from ray_surgeon.plots import by_block, inline_svg, run_figures
-from ray_surgeon.report import main
+from ray_surgeon.run.html_report import page
+from ray_surgeon.run.plots import by_block, inline_svg, run_figures
+from ray_surgeon.run.report import main
 from ray_surgeon.surgery.threshold import cost_curve
 from tests.integration.runs import report_of, run
 

@@ -6,13 +6,12 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from ray_surgeon.cluster.messages import WorkerIndex
-from ray_surgeon.cluster.placement import assign_owners, partition_blocks, place
-from ray_surgeon.cluster.steps import one_forward_one_backward, submission_order
+from ray_surgeon.cluster.placement import WorkerIndex, assign_owners, partition_blocks, place
+from ray_surgeon.cluster.plan import plan_workers
+from ray_surgeon.cluster.schedule import one_forward_one_backward, submission_order
 from ray_surgeon.cluster.transport import decode, encode
-from ray_surgeon.models.skeleton import linear_shapes
-from ray_surgeon.plan import plan_workers
-from tests.conftest import LLAMA
+from ray_surgeon.models.layout import ModelLayout
+from tests.conftest import LAYOUTS
 
 
 @pytest.mark.parametrize("num_shards", [1, 2, 3, 7, 30])
@@ -38,14 +37,14 @@ def test_the_slowest_shard_is_as_fast_as_can_be(num_blocks: int, num_shards: int
 
 def test_more_shards_than_blocks_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"cluster\.num_shards: 5 .* 4 blocks"):
-        place(LLAMA, 5, 1)
+        place(LAYOUTS["llama"], 5, 1)
 
 
 def test_owners_share_the_work_of_their_shard() -> None:
     config = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=6, num_attention_heads=4, vocab_size=100)
-    shapes = linear_shapes(config)
+    shapes = ModelLayout.of(config).linears
     owners = assign_owners(shapes, 3, partition_blocks(6, 2, 1.0))
-    load = [sum(s.num_rows**3 + s.num_columns**3 for s in shapes if owners[s.site] == r) for r in range(3)]
+    load = [sum(s.num_rows**3 + s.num_columns**3 for s in shapes if owners[s.shared_input] == r) for r in range(3)]
     assert min(load) > 0
     assert max(load) < 1.5 * min(load)
 
@@ -75,7 +74,7 @@ def test_order_is_complete_and_causal_and_bounded(num_shards: int, n: int) -> No
 
 
 def test_workers_are_numbered_replica_by_replica() -> None:
-    placement = place(LLAMA, 2, 3)
+    placement = place(LAYOUTS["llama"], 2, 3)
     assert placement.workers[:3] == [WorkerIndex(0, 0), WorkerIndex(1, 0), WorkerIndex(0, 1)]
     assert [placement.rank(index) for index in placement.workers] == list(range(6))
 
@@ -83,23 +82,25 @@ def test_workers_are_numbered_replica_by_replica() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int64])
 def test_transport_is_exact_and_gives_a_tensor_of_its_own(dtype: torch.dtype) -> None:
     tensor = (torch.randn(3, 4) * 100).to(dtype)
-    wire = encode(tensor)
-    wire.array.setflags(write=False)
-    back = decode(wire, torch.device("cpu"))
+    payload = encode(tensor)
+    payload.array.setflags(write=False)
+    back = decode(payload, torch.device("cpu"))
     assert back.dtype == dtype
     assert torch.equal(back, tensor)
     back.add_(1)
-    assert torch.equal(decode(wire, torch.device("cpu")), tensor)
+    assert torch.equal(decode(payload, torch.device("cpu")), tensor)
 
 
 def test_a_slice_does_not_ship_its_storage() -> None:
-    wire = encode(torch.randn(1000, 10)[:2])
-    assert wire.array.base is None or wire.array.base.nbytes <= 80  # type: ignore[union-attr]
+    payload = encode(torch.randn(1000, 10)[:2])
+    assert payload.array.base is None or payload.array.base.nbytes <= 80  # type: ignore[union-attr]
 
 
 def test_plan_of_groups_counts_the_factors_that_are_gathered() -> None:
     """Those of o_proj [32, 32] and down_proj [32, 48], of four blocks."""
-    (whole,), (groups,) = (plan_workers(LLAMA, place(LLAMA, 1, 1), "float32", 16, readers_only=only) for only in (False, True))
+    (whole,), (groups,) = (
+        plan_workers(LAYOUTS["llama"], place(LAYOUTS["llama"], 1, 1), "float32", 16, consumers_only=only) for only in (False, True)
+    )
     assert groups.factor_bytes == 4 * 4 * (32**2 + 32**2 + 32**2 + 48**2)
     assert groups.factor_bytes < whole.factor_bytes
     assert groups.weight_bytes == whole.weight_bytes
