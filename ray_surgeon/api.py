@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers.utils.logging
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from ray_surgeon.cluster.local import LocalCluster
@@ -194,12 +195,16 @@ def _as_name(source: str) -> str:
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, uri: str) -> None:
     """Write a model in memory beside the run, where all workers can read it."""
+    shows_bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as scratch:
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
         for path in sorted(Path(scratch).iterdir()):
             if path.name in SMALL_FILES or path.name.endswith((".safetensors", ".safetensors.index.json")):
                 files.put_file(files.join(uri, path.name), path)
+    if shows_bars:
+        transformers.utils.logging.enable_progress_bar()
 
 
 def curvature(

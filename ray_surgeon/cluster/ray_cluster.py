@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import time
@@ -81,6 +82,7 @@ def connect(address: str | None, num_cpus_needed: int) -> str:
         return target
     try:
         num_cpus = max(os.cpu_count() or 1, num_cpus_needed)
+        logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)  # not for newcomers
         ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, log_to_driver=False, configure_logging=False)
     except OSError as error:
         home = os.path.expanduser("~")

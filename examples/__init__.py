@@ -1,0 +1,1 @@
+"""Short scripts, each run with ``python -m examples.NAME``."""

@@ -1,0 +1,41 @@
+"""Prune a model that is in memory: ``python -m examples.prune_in_memory [--ray]``."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+
+import ray_surgeon
+from examples.tiny_model import tiny_llama
+
+
+def main() -> None:
+    """Take a quarter of the channels of every feed-forward layer away and compare."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--ray", action="store_true", help="on two Ray workers instead of in this process")
+    on_ray = parser.parse_args().ray
+    model, tokenizer = tiny_llama()
+    with tempfile.TemporaryDirectory() as folder:
+        result = ray_surgeon.prune(
+            model,
+            tokenizer,
+            calibration={"source": "python-docs", "num_sequences": 8, "sequence_length": 64},
+            pruning={
+                "structure": "groups",
+                "groups": ["ffn"],
+                "allocation": "uniform",
+                "width_multiple": 16,
+                "target_sparsity": 0.15,
+                "num_shots": 1,
+            },
+            cluster={"backend": "ray", "num_shards": 2} if on_ray else {"backend": "local"},
+            output=folder,
+        )
+        pruned = result.load()
+    before, after = result.perplexity["test"]
+    print(f"{model.num_parameters()} -> {pruned.num_parameters()} parameters, perplexity {before:.2f} -> {after:.2f}")
+    print(f"feed-forward width {model.config.intermediate_size} -> {pruned.config.intermediate_size}")
+
+
+if __name__ == "__main__":
+    main()
