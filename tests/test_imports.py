@@ -11,6 +11,8 @@ SURGERY = Path(__file__).parent.parent / "ray_surgeon/surgery"
 
 def test_surgery_needs_torch_only() -> None:
     modules = [".".join(("ray_surgeon.surgery", *path.relative_to(SURGERY).with_suffix("").parts)) for path in SURGERY.rglob("*.py")]
-    blocked = "import sys; sys.modules.update(dict.fromkeys(('ray', 'transformers', 'pydantic', 'fsspec', 'accelerate'))); import importlib; "
+    blocked = (
+        "import sys; sys.modules.update(dict.fromkeys(('ray', 'transformers', 'pydantic', 'fsspec', 'accelerate'))); import importlib; "
+    )
     names = [module.removesuffix(".__init__") for module in modules]
     subprocess.run([sys.executable, "-c", blocked + f"[importlib.import_module(m) for m in {names!r}]"], check=True)

@@ -142,9 +142,9 @@ def _submit(cluster: Cluster, pipeline: _ReplicaPipeline, operation: Operation, 
     number = pipeline.replica + micro_batch * cluster.placement.num_replicas
     if shard == 0 and direction == "forward":
         pipeline.moving[micro_batch] = token_payload(pipeline.tokens[micro_batch])
-        ahead = pipeline.finished.pop(micro_batch - num_shards - 1, None)
-        if ahead is not None:
-            cluster.get([ahead])
+        ahead = micro_batch - num_shards - 1
+        if ahead in pipeline.finished:
+            cluster.get([pipeline.finished.pop(ahead)])
             pipeline.num_done += 1
     moving, finished = pipeline.moving.pop(micro_batch), None
     if shard == num_shards - 1:

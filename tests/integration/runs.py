@@ -99,3 +99,16 @@ def assert_same_shot(one: Path, other: Path, shot: int) -> None:
     assert a.keys() == b.keys()
     different = [name for name in a if not torch.equal(a[name], b[name])]
     assert not different, f"{len(different)} of {len(a)} differ: {different[:3]}"
+
+
+def difference(one: Path, other: Path, shot: int) -> float:
+    """Return how different two shots are: the mean share of mask entries that differ, or the median relative difference of weights."""
+    a, b = tensors_of_shot(one, shot), tensors_of_shot(other, shot)
+    assert a.keys() == b.keys()
+    masks = [float((a[name] != b[name]).double().mean()) for name in a if a[name].dtype == torch.bool]
+    weights = sorted(float((a[name] - b[name]).norm() / a[name].norm()) for name in a if name.endswith("weight"))
+    return max(sum(masks) / len(masks), weights[len(weights) // 2])
+
+
+MOST_BY_ORDER_OF_SUMS = 2e-3
+"""What another order of sums may change in a tiny random model: up to 7e-4 was found. A sum without one replica changes 1.5e-2 or more."""

@@ -131,7 +131,8 @@ def test_spec_that_is_no_yaml(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_unreachable_s3(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retrying, "PATIENCE_S", 1.0)
+    monkeypatch.setattr(retrying, "PATIENCE_S", 0.5)
+    monkeypatch.setitem(fsspec.config.conf, "s3", {"config_kwargs": {"connect_timeout": 0.5, "retries": {"max_attempts": 0}}})
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")

@@ -22,7 +22,7 @@ from tests.integration.runs import assert_same_shot, overflowing_model, report_o
 
 pytestmark = pytest.mark.ray
 
-NUM_SHOTS = 12
+NUM_SHOTS = 6
 OPTIONS: dict[str, Any] = {
     "cluster__num_shards": 2,
     "pruning__num_shots": NUM_SHOTS,
@@ -30,7 +30,7 @@ OPTIONS: dict[str, Any] = {
         {"name": "docs", "source": "python-docs", "num_sequences": 2, "sequence_length": 32, "max_tokens": 3000},
     ],
 }
-ON_RAY = {"cluster__backend": "ray", "cluster__ping_timeout_s": 8.0, "cluster__start_timeout_s": 40.0}
+ON_RAY = {"cluster__backend": "ray", "cluster__ping_timeout_s": 6.0, "cluster__start_timeout_s": 40.0}
 
 
 @pytest.fixture(scope="module")
@@ -53,44 +53,34 @@ def processes_of_the_run() -> dict[str, list[psutil.Process]]:
 
 
 class Disturber(threading.Thread):
-    """Waits until there are processes, and then some more, and sends one of them a signal."""
+    """Waits until a run has so many events, and sends a process of it a signal."""
 
-    def __init__(self, kind: str, sent: signal.Signals, delay_s: float) -> None:
+    def __init__(self, kind: str, sent: signal.Signals, uri: Path, num_events: int) -> None:
         super().__init__(daemon=True)
-        self.kind, self.sent, self.delay_s = kind, sent, delay_s
+        self.kind, self.sent, self.events, self.num_events = kind, sent, uri / "events.jsonl", num_events
         self.before = {process.pid for process in processes_of_the_run()[kind]}  # of a run that has ended, on their way out
         self.hit: psutil.Process | None = None
 
     def run(self) -> None:
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            if self.victims():
-                break
-            time.sleep(0.05)
-        time.sleep(self.delay_s)
-        victims = self.victims()
-        if victims:
-            self.hit = victims[-1]
-            with contextlib.suppress(psutil.NoSuchProcess):
-                self.hit.send_signal(self.sent)
-
-    def victims(self) -> list[psutil.Process]:
-        return [process for process in processes_of_the_run()[self.kind] if process.pid not in self.before]
+        wait_for(lambda: self.events.exists() and len(self.events.read_text().splitlines()) >= self.num_events)
+        self.hit = next(process for process in reversed(processes_of_the_run()[self.kind]) if process.pid not in self.before)
+        self.hit.send_signal(self.sent)
 
 
-def disturb(kind: str, sent: signal.Signals, delay_s: float, folder: Path, cluster: Cluster, model: Path, undisturbed: Path) -> list[str]:
-    """Run with one loss, compare the result, and return the causes of the retries."""
-    disturber = Disturber(kind, sent, delay_s)
+def disturb(kind: str, sent: signal.Signals, num_events: int, folder: Path, cluster: Cluster, model: Path, undisturbed: Path) -> None:
+    """Run with one loss for certain, which the run must have seen, and compare the result."""
+    disturber = Disturber(kind, sent, folder / "run", num_events)
     disturber.start()
     assert run(folder, model, **OPTIONS, **ON_RAY, cluster__address=cluster.address) == 0
     disturber.join()
+    assert disturber.hit is not None, "the run was over before the loss"
     for shot in range(1, NUM_SHOTS + 1):
         assert_same_shot(undisturbed, folder / "run", shot)
     assert len(report_of(folder / "run")["shots"]) == NUM_SHOTS
-    if disturber.hit is not None and sent == signal.SIGSTOP:
+    if sent == signal.SIGSTOP:
         gone, alive = psutil.wait_procs([disturber.hit], timeout=30)
         assert gone, f"{alive} is stopped and still there: it could go on and write"
-    return retries(folder / "run")
+    assert retries(folder / "run") == ["worker" if kind == "Worker" else "coordinator"]
 
 
 def retries(uri: Path) -> list[str]:
@@ -111,8 +101,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, model_folders: dict[st
 def test_a_lost_process(
     kind: str, sent: signal.Signals, cluster: Cluster, undisturbed: Path, model_folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    causes = disturb(kind, sent, 0.3, tmp_path, cluster, model_folders["llama"], undisturbed)
-    assert causes == ["worker" if kind == "Worker" else "coordinator"]
+    disturb(kind, sent, 4, tmp_path, cluster, model_folders["llama"], undisturbed)
 
 
 def test_a_lost_machine(undisturbed: Path, model_folders: dict[str, Path], tmp_path: Path) -> None:
@@ -143,13 +132,13 @@ def test_a_lost_machine(undisturbed: Path, model_folders: dict[str, Path], tmp_p
 def test_chaos(number: int, cluster: Cluster, undisturbed: Path, model_folders: dict[str, Path], tmp_path: Path) -> None:
     chance = random.Random(number)
     kind, sent = chance.choice(["Worker", "Worker", "Coordinator"]), chance.choice([signal.SIGKILL, signal.SIGSTOP])
-    disturb(kind, sent, chance.uniform(0, 6), tmp_path, cluster, model_folders["llama"], undisturbed)
+    disturb(kind, sent, chance.randint(1, 6 * NUM_SHOTS - 8), tmp_path, cluster, model_folders["llama"], undisturbed)
 
 
 def test_a_run_gives_up_and_says_what_to_do(
     cluster: Cluster, model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    disturber = Disturber("Worker", signal.SIGKILL, 0.3)
+    disturber = Disturber("Worker", signal.SIGKILL, tmp_path / "run", 4)
     disturber.start()
     options = {**OPTIONS, **ON_RAY, "cluster__address": cluster.address, "cluster__retries": {"worker": 0}, "pruning__num_shots": 100}
     assert run(tmp_path, model_folders["llama"], **options) == 1

@@ -1,0 +1,195 @@
+"""Pruning is one Python call; the command line is a thin shell over it."""
+
+from __future__ import annotations
+
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+import ray_surgeon
+from ray_surgeon import pipeline
+from ray_surgeon.api import _as_name
+from ray_surgeon.cluster.curvature_pass import gather_curvature
+from ray_surgeon.inputs import check
+from ray_surgeon.run.directory import RunDirectory
+from ray_surgeon.run.events import Moment
+from ray_surgeon.shots import run_shots
+from tests.integration.runs import assert_same_shot, loaded, run, tiny_spec
+
+ROOT = Path(__file__).parent.parent.parent
+TEXT = {"source": "python-docs", "num_sequences": 4, "sequence_length": 32, "max_tokens": 4000}
+GROUPS = {"structure": "groups", "groups": ["ffn"], "width_multiple": 8, "target_sparsity": 0.2, "num_shots": 1}
+
+
+def in_memory(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+
+
+def test_a_model_in_memory_becomes_really_smaller(
+    model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, tokenizer = in_memory(model_folders["llama"])
+    sections: dict[str, Any] = {"calibration": TEXT, "pruning": {**GROUPS, "allocation": "uniform"}, "output": str(tmp_path / "run")}
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    result = ray_surgeon.prune(model, tokenizer, **sections)
+    pruned = result.load()
+    assert isinstance(pruned, LlamaForCausalLM)
+    assert pruned.config.intermediate_size < model.config.intermediate_size
+    assert result.path == str(tmp_path / "run/export/uniform")
+    assert 0.2 - 1e-9 <= result.sparsity < 0.3
+    assert set(result.perplexity) == {"test"}
+    assert result.report["spec"]["name"] == "model"
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items()), "the model in memory stays"
+    assert "shot 1/1   commit" in capsys.readouterr().out
+    again = ray_surgeon.prune(model, tokenizer, **sections, resume=True, progress=False)
+    assert again.perplexity == result.perplexity
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.ray
+def test_on_ray_with_the_same_bits(model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    model, tokenizer = in_memory(model_folders["llama"])
+    for name, cluster in (("local", {"backend": "local"}), ("ray", {"backend": "ray", "num_shards": 2})):
+        output = {"uri": str(tmp_path / name), "exports": []}
+        ray_surgeon.prune(model, tokenizer, calibration=TEXT, pruning=GROUPS, cluster=cluster, output=output)
+    assert_same_shot(tmp_path / "local", tmp_path / "ray", 1)
+
+
+def test_a_path_and_a_whole_spec(model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = ray_surgeon.prune(str(model_folders["llama"]), calibration=TEXT, pruning=GROUPS, progress=False)
+    assert result.uri == str(tmp_path / "runs/llama")
+    assert type(result.load()).__name__ == "PrunedForCausalLM"
+    with pytest.raises(ValueError, match="has no export masked; it has \\['per_block'\\]"):
+        result.load("masked")
+    spec = ray_surgeon.parse_spec(tiny_spec(tmp_path / "spec", model_folders["llama"]).read_text())
+    found = ray_surgeon.prune(spec=spec, progress=False)
+    assert run(tmp_path / "cli", model_folders["llama"]) == 0
+    assert_same_shot(tmp_path / "cli/run", Path(found.uri), 2)
+    with pytest.raises(ValueError, match="has no export at all"):
+        _ = found.path
+
+
+def test_an_export_on_another_file_system_is_loaded(model_folders: dict[str, Path]) -> None:
+    result = ray_surgeon.prune(str(model_folders["llama"]), calibration=TEXT, pruning=GROUPS, output="memory://api/run", progress=False)
+    assert result.path == "memory://api/run/export/per_block"
+    assert sum(p.numel() for p in result.load().parameters()) < sum(
+        p.numel() for p in AutoModelForCausalLM.from_pretrained(model_folders["llama"]).parameters()
+    )
+
+
+def test_bad_arguments_are_said_before_anything_starts(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    model, tokenizer = in_memory(model_folders["llama"])
+    spec = ray_surgeon.parse_spec(tiny_spec(tmp_path, model_folders["llama"]).read_text())
+    sections: dict[str, Any] = {"calibration": TEXT, "pruning": GROUPS, "output": str(tmp_path / "out")}
+    for arguments, options, message in [
+        ((), sections, "model: give a Hub id"),
+        ((model,), sections, "needs its tokenizer"),
+        ((str(model_folders["llama"]), tokenizer), sections, "belongs to a model in memory"),
+        ((model, tokenizer), {**sections, "spec": spec}, "it says everything already"),
+        ((model, tokenizer), {**sections, "prunning": {}}, "prunning"),
+        ((str(tmp_path / "absent"),), sections, "no folder"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            ray_surgeon.prune(*arguments, **options)  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(AttributeError, match="no attribute 'prun'"):
+        _ = ray_surgeon.prun
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_curvature_is_that_of_a_run(family: str, model_folders: dict[str, Path], tmp_path: Path) -> None:
+    model, tokenizer = in_memory(model_folders[family])
+    inputs = check(ray_surgeon.parse_spec(tiny_spec(tmp_path, model_folders[family]).read_text()))
+    found = ray_surgeon.curvature(model, inputs.calibration)
+    cluster = loaded(model_folders[family])
+    gather_curvature(cluster, inputs.calibration, "kfac")
+    ((_, worker),) = cluster.workers.items()
+    assert list(found) == list(worker.shard.linears)
+    for name, factors in found.items():
+        expected = worker.shard.factors(name)
+        assert torch.equal(factors.A, expected.A)
+        assert torch.equal(factors.G, expected.G)
+        assert factors.num_tokens == inputs.calibration.size
+    name = list(found)[2]
+    assert list(ray_surgeon.curvature(model, inputs.calibration, linears=[name])) == [name]
+    sampled = ray_surgeon.curvature(model, inputs.calibration, linears=[name], label_seed=1)[name]
+    assert not torch.equal(sampled.G, found[name].G)
+    assert torch.equal(sampled.A, found[name].A)
+    texts = ["The quick brown fox jumps over the lazy dog.", "Another text of another length, a little longer than the first one."]
+    tokens = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    assert torch.equal(ray_surgeon.curvature(model, texts, tokenizer)[name].A, ray_surgeon.curvature(model, tokens)[name].A)
+    for sequences, options, message in [
+        (texts, {}, "texts need one"),
+        ([[3]], {}, "two tokens or more"),
+        ([], {}, "two tokens or more"),
+        (tokens, {"linears": ["absent"]}, "has no absent; it has for example"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            ray_surgeon.curvature(model, sequences, **options)  # type: ignore[arg-type]
+
+
+def test_names_of_runs_are_made_of_sources() -> None:
+    assert _as_name("meta-llama/Llama-3.2-1B") == "llama-3.2-1b"
+    assert _as_name("s3://bucket/My Model/") == "my-model"
+    assert _as_name("///") == "model"
+
+
+def test_long_steps_show_that_they_move(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    """Sequences in the passes, linears in costs and updates, steps in corrections: all of them, in order, to the end."""
+    changes: dict[str, Any] = {"correction__lora_rank": 2, "pruning__num_shots": 1, "cluster__num_shards": 2}
+    inputs = check(ray_surgeon.parse_spec(tiny_spec(tmp_path, model_folders["llama"], **changes).read_text()))
+    moments: list[Moment] = []
+    cluster = loaded(model_folders["llama"], 2)
+    run_shots(
+        inputs, cluster, RunDirectory(inputs.spec.output.uri), lambda news: moments.append(news) if isinstance(news, Moment) else None
+    )
+    for step, unit, total in (
+        ("curvature", "sequences", 6),
+        ("costs", "linears", 28),
+        ("update", "linears", 28),
+        ("correction", "steps", 3),
+    ):
+        own = [m for m in moments if m.step == step and m.unit == unit]
+        assert (own[-1].done, own[-1].total) == (total, total), step
+        assert len({m.done for m in own}) >= total // 2, step
+        assert all(m.shot == 1 for m in own)
+    curvature = [m for m in moments if m.step == "curvature" and m.done == 3]
+    assert curvature[0].tokens_each == 40
+    assert curvature[0].tokens_per_s
+    assert curvature[0].left_s
+
+
+def test_the_command_line(model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spec = str(tiny_spec(tmp_path, model_folders["llama"]))
+    assert pipeline.cli(["schema"]) == 0
+    assert '"JobSpec"' in capsys.readouterr().out
+    assert pipeline.cli(["plan", spec]) == 0
+    assert "1 shards x 1 replicas" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+    assert pipeline.cli(["prune", spec, "--set", "pruning.num_shots=1"]) == 0
+    capsys.readouterr()
+    plot, page = str(tmp_path / "p.svg"), str(tmp_path / "c.html")
+    assert pipeline.cli(["report", str(tmp_path / "run"), "--plot", plot, "--html", page]) == 0
+    assert Path(page).exists()
+    for arguments in ([], ["prun"]):
+        with pytest.raises(SystemExit):
+            pipeline.cli(arguments)
+    done = subprocess.run([str(Path(sys.executable).parent / "ray-surgeon"), "--help"], capture_output=True, text=True, check=True)
+    assert all(command in done.stdout for command in ("prune", "plan", "report", "schema"))
+
+
+@pytest.mark.parametrize("name", ["prune_in_memory", "look_at_curvature", "compare_methods"])
+def test_examples_run(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", [name])
+    monkeypatch.syspath_prepend(str(ROOT))
+    runpy.run_module(f"examples.{name}", run_name="__main__")
+    expected = {"prune_in_memory": "feed-forward width 64 -> 48", "look_at_curvature": "sampled G (32, 32)", "compare_methods": "Wanda"}
+    assert expected[name] in capsys.readouterr().out

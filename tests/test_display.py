@@ -1,0 +1,76 @@
+"""What a person sees of a running job."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from ray_surgeon.cluster.cluster import Progress
+from ray_surgeon.run import display as display_module
+from ray_surgeon.run.display import Display
+from ray_surgeon.run.events import Event, Moment
+
+EVENT = Event("curvature", 1, 3, 61.25, {"loss": 2.5, "tokens": 12, "unit": "nats"}, [1.0])
+MOMENT = Moment("curvature", 1, 3, 12, 64, "sequences", 512, 48.0)
+
+
+def test_lines() -> None:
+    assert EVENT.line == "shot 1/3   curvature     61.2 s  loss=2.5  tokens=12  unit=nats"
+    assert MOMENT.line == "shot 1/3   curvature  12 of 64 sequences, 128 tokens per second, 208 s left"
+    start = Moment("load", 0, 3, 0, 0, "", 0, 1.0)
+    assert start.line == "start      load       ..."
+    assert start.left_s is start.tokens_per_s is None
+
+
+def test_a_terminal_gets_bars_that_move() -> None:
+    out = io.StringIO()
+    with Display(Console(file=out, force_terminal=True, width=160), "my-run") as display:
+        display(Event("load", 2, 3, 1.0, {"resumed_after_shot": 1}))
+        display(MOMENT)
+        display._bars.refresh()
+        display(Event("commit", 2, 3, 1.0, {}))
+        display._bars.refresh()
+    text = out.getvalue()
+    for expected in ("my-run", "1/3", "2/3", "12/64", "128 tokens/s", "208 s left"):
+        assert expected in text, expected
+
+
+def test_a_log_gets_lines_now_and_then_and_no_cursor_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.StringIO()
+    with Display(Console(file=out, width=140), "my-run") as display:
+        display(EVENT)
+        display(MOMENT)
+        assert "12 of 64" not in out.getvalue(), "the last line was written just now"
+        monkeypatch.setattr(display_module, "_LINE_EVERY_S", 0.0)
+        display(MOMENT)
+    assert out.getvalue().splitlines() == [EVENT.line, MOMENT.line]
+
+
+@pytest.mark.parametrize("widgets", [True, False])
+def test_a_notebook_gets_bars_if_they_can_be_drawn(widgets: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(display_module, "_has_widgets", lambda: widgets)
+    console = Console(force_jupyter=True)
+    assert Display(console, "my-run")._live is widgets
+
+
+def test_without_a_console_nothing_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    with Display(None, "my-run") as display:
+        display(EVENT)
+        display(MOMENT)
+        display.note("a note")
+    captured = capsys.readouterr()
+    assert captured.out + captured.err == ""
+
+
+def test_progress_tells_its_listener_of_every_change() -> None:
+    seen: list[tuple[int, int]] = []
+    progress = Progress()
+    progress.listener = lambda: seen.append((progress.done, progress.total))
+    progress.begin(3, "sequences", 10)
+    progress.reach(1)
+    progress.reach(1)
+    progress.begin(unit="linears")
+    progress.reach(2, 7)
+    assert seen == [(0, 3), (1, 3), (0, 0), (2, 7)]
