@@ -29,7 +29,7 @@ from ray_surgeon.run.plots import save
 from ray_surgeon.sections.curvature import ExtendedKfacSection, KfacSection
 from ray_surgeon.spec import parse_spec
 from ray_surgeon.storage import files
-from ray_surgeon.surgery.extended.terms import Term, terms_of_samples
+from ray_surgeon.surgery.extended.terms import Term, power_iteration, quadratic_forms
 
 
 def token_pairs(inputs: Inputs, linears: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -60,6 +60,35 @@ def token_pairs(inputs: Inputs, linears: Sequence[str]) -> dict[str, tuple[Tenso
 
 def _storing(store: list[tuple[Tensor, Tensor]]) -> Callable[[Tensor, Tensor], None]:
     return lambda a, g: store.append((a, g))
+
+
+def terms_of_samples(a: Tensor, g: Tensor, first: Sequence[Term], num_terms: int, num_passes: int) -> list[Term]:
+    """Find Kronecker terms of the Fisher of tokens that are all at hand, by the same power method as the passes over a text.
+
+    Args:
+        a: [N, C].
+        g: [N, R].
+        first: terms that are known, e.g. that of KFAC.
+        num_terms: with the known ones.
+        num_passes: for each new term, for A and G in turns, starting with A for the identity as G.
+
+    Returns:
+        The known terms and the new ones.
+    """
+    terms, num_tokens = list(first), len(a)
+    while len(terms) < num_terms:
+        G_known, A_known = [G for G, _ in terms], [A for _, A in terms]
+        unit_G = torch.eye(g.shape[1], dtype=g.dtype, device=g.device) / g.shape[1] ** 0.5
+        sigma, unit_A = 0.0, unit_G
+        for number in range(num_passes):
+            if number % 2 == 0:
+                moment = a.T @ (a * quadratic_forms(g, unit_G)[:, None]) / num_tokens
+                unit_A, sigma = power_iteration(moment, A_known, G_known, unit_G)
+            else:
+                moment = g.T @ (g * quadratic_forms(a, unit_A)[:, None]) / num_tokens
+                unit_G, sigma = power_iteration(moment, G_known, A_known, unit_A)
+        terms.append((unit_G * sigma**0.5, unit_A * sigma**0.5))
+    return terms
 
 
 def block_errors(a: Tensor, g: Tensor, rows: Tensor, columns: Tensor, max_terms: int, num_iterations: int) -> dict[str, list[float]]:

@@ -27,8 +27,15 @@ def _table(name: str, section: dict[str, Any]) -> Iterator[str]:
     yield f"\n## {name}\n\n{section.get('description', '')}\n\n| field | type | default | |\n|---|---|---|---|"
     required = section.get("required", [])
     for field, about in section.get("properties", {}).items():
-        default = "required" if field in required else f"`{about.get('default')}`" if "default" in about else ""
+        default = "required" if field in required else _default(about)
         yield f"| `{field}` | {_type(about)} | {default} | {about.get('description', '')} |".replace("\n", " ")
+
+
+def _default(about: dict[str, Any]) -> str:
+    if "default" not in about:
+        return ""
+    value = about["default"]
+    return "its own defaults" if isinstance(value, dict) else "`null`" if value is None else f"`{value}`"
 
 
 def _type(about: dict[str, Any]) -> str:

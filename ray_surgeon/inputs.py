@@ -37,29 +37,17 @@ from ray_surgeon.storage.texts import Windows, cut_windows, interleaved, token_s
 
 @dataclass(frozen=True)
 class Inputs:
-    """A checked job spec and everything that was read for it.
+    """A checked job spec and everything that was read for it."""
 
-    Attributes:
-        spec: what was asked for.
-        layout: of the model.
-        placement: of its blocks on workers.
-        method: of pruning.
-        model: where the weights are, pinned to what was checked.
-        calibration: [num_sequences, sequence_length] tokens.
-        texts: evaluation text -> windows.
-        fingerprints: of model, tokenizer, texts and method.
-        environment: versions and machine, for the report.
-    """
-
-    spec: JobSpec
-    layout: ModelLayout
-    placement: Placement
-    method: Method
-    model: ModelSection
-    calibration: NDArray[np.int64] = field(repr=False)
-    texts: Mapping[str, NDArray[np.int64]] = field(repr=False)
-    fingerprints: Mapping[str, Any]
-    environment: Mapping[str, str]
+    spec: JobSpec  # what was asked for
+    layout: ModelLayout  # of the model
+    placement: Placement  # of its blocks on workers
+    method: Method  # of pruning
+    model: ModelSection  # where the weights are, pinned to what was checked
+    calibration: NDArray[np.int64] = field(repr=False)  # [num_sequences, sequence_length] tokens
+    texts: Mapping[str, NDArray[np.int64]] = field(repr=False)  # evaluation text -> windows
+    fingerprints: Mapping[str, Any]  # of model, tokenizer, texts and method
+    environment: Mapping[str, str]  # versions and machine, for the report
 
     @property
     def spec_yaml(self) -> str:

@@ -18,23 +18,14 @@ U = TypeVar("U")
 
 @dataclass
 class Progress:
-    """How far the present step has come.
+    """How far the present step has come."""
 
-    Attributes:
-        done: units that are done.
-        total: units in all; 0 while that is not known.
-        unit: e.g. "sequences" or "linears".
-        tokens_each: tokens of one unit; 0 if it has none.
-        started_s: clock at the beginning.
-        listener: is called after every change.
-    """
-
-    done: int = 0
-    total: int = 0
-    unit: str = ""
-    tokens_each: int = 0
-    started_s: float = 0.0
-    listener: Callable[[], None] | None = field(default=None, repr=False)
+    done: int = 0  # units that are done
+    total: int = 0  # units in all; 0 while that is not known
+    unit: str = ""  # e.g. "sequences" or "linears"
+    tokens_each: int = 0  # tokens of one unit; 0 if it has none
+    started_s: float = 0.0  # clock at the beginning
+    listener: Callable[[], None] | None = field(default=None, repr=False)  # is called after every change
 
     def begin(self, total: int = 0, unit: str = "", tokens_each: int = 0) -> None:
         """Start to count."""

@@ -18,17 +18,11 @@ class WorkerIndex:
 
 @dataclass(frozen=True)
 class Placement:
-    """Blocks of every shard, and the replica that owns each shared-input group.
+    """Blocks of every shard, and the replica that owns each shared-input group."""
 
-    Attributes:
-        num_replicas: copies of every shard.
-        blocks: one range a shard, e.g. (0, 17), (17, 30).
-        owners: shared-input group -> replica that reduces, inverts, costs and updates its linears.
-    """
-
-    num_replicas: int
-    blocks: tuple[BlockRange, ...]
-    owners: tuple[int, ...]
+    num_replicas: int  # copies of every shard
+    blocks: tuple[BlockRange, ...]  # one range a shard, e.g. (0, 17), (17, 30)
+    owners: tuple[int, ...]  # shared-input group -> replica that reduces, inverts, costs and updates its linears
 
     @property
     def num_shards(self) -> int:

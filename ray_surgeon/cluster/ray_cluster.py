@@ -34,15 +34,10 @@ _LOOK_S = 2.0
 
 @dataclass(frozen=True)
 class WorkerFailure:
-    """A loss after which a run may continue from its last committed shot.
+    """A loss after which a run may continue from its last committed shot."""
 
-    Attributes:
-        cause: "worker", "node", "coordinator", "communication" or "memory"; see `RetriesSection`.
-        message: one line.
-    """
-
-    cause: str
-    message: str
+    cause: str  # "worker", "node", "coordinator", "communication" or "memory"; see `RetriesSection`
+    message: str  # one line
 
     @staticmethod
     def by(cause: str, error: BaseException) -> WorkerFailure:

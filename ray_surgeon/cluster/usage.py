@@ -15,21 +15,13 @@ import torch
 
 @dataclass(frozen=True)
 class Usage:
-    """What a worker's process has used since it started; workers of one process report the same process.
+    """What a worker's process has used since it started; workers of one process report the same process."""
 
-    Attributes:
-        process: host and number.
-        cpu_s: CPU time of all its threads.
-        peak_rss_bytes: peak of its resident memory.
-        peak_gpu_bytes: peak of what torch allocated on its GPU.
-        busy_s: wall clock that this worker itself spent inside its steps.
-    """
-
-    process: str
-    cpu_s: float
-    peak_rss_bytes: int
-    peak_gpu_bytes: int = 0
-    busy_s: float = 0.0
+    process: str  # host and number
+    cpu_s: float  # CPU time of all its threads
+    peak_rss_bytes: int  # peak of its resident memory
+    peak_gpu_bytes: int = 0  # peak of what torch allocated on its GPU
+    busy_s: float = 0.0  # wall clock that this worker itself spent inside its steps
 
 
 def process_usage(device: torch.device, busy_s: float = 0.0) -> Usage:

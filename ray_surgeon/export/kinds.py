@@ -36,17 +36,11 @@ SHIPPED = Path(__file__).parent / "shipped"
 
 @dataclass(frozen=True)
 class Kind:
-    """What there is to say of a kind.
+    """What there is to say of a kind."""
 
-    Attributes:
-        summary: one sentence for the model card.
-        loaders: program -> what is known of it.
-        modules: files of `SHIPPED` that go along.
-    """
-
-    summary: str
-    loaders: Mapping[str, str]
-    modules: tuple[str, ...] = ()
+    summary: str  # one sentence for the model card
+    loaders: Mapping[str, str]  # program -> what is known of it
+    modules: tuple[str, ...] = ()  # files of `SHIPPED` that go along
 
     @property
     def load(self) -> str:

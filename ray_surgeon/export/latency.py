@@ -35,17 +35,11 @@ _BLOCKS_AT_ONCE = 8
 
 @dataclass(frozen=True)
 class Widths:
-    """Which widths are measured.
+    """Which widths are measured."""
 
-    Attributes:
-        fewest: kind of groups -> groups that must be left in every block; other kinds stay whole.
-        multiple: feed-forward widths are multiples of this.
-        uniform: whether plain classes must hold the numbers of heads.
-    """
-
-    fewest: Mapping[str, int]
-    multiple: int
-    uniform: bool
+    fewest: Mapping[str, int]  # kind of groups -> groups that must be left in every block; other kinds stay whole
+    multiple: int  # feed-forward widths are multiples of this
+    uniform: bool  # whether plain classes must hold the numbers of heads
 
 
 def latency_budget(cluster: Cluster, layout: ModelLayout, model: ModelSection, target: LatencyTarget, wanted: Widths, uri: str) -> Budget:

@@ -100,36 +100,22 @@ class UniformGroupsSection(_Groups):
 
 @dataclass(frozen=True)
 class ConsumerCosts:
-    """Marginal costs of the groups of one consumer, as a worker sends them.
+    """Marginal costs of the groups of one consumer, as a worker sends them."""
 
-    Attributes:
-        consumer: the linear.
-        kind: of the groups.
-        costs: [num_groups] float32, see `group_costs`.
-        num_left: groups that are left now.
-        num_parameters: of one group.
-        allowed: numbers of groups that may be left afterwards.
-    """
-
-    consumer: str
-    kind: str
-    costs: Tensor
-    num_left: int
-    num_parameters: int
-    allowed: frozenset[int]
+    consumer: str  # the linear
+    kind: str  # of the groups
+    costs: Tensor  # [num_groups] float32, see `group_costs`
+    num_left: int  # groups that are left now
+    num_parameters: int  # of one group
+    allowed: frozenset[int]  # numbers of groups that may be left afterwards
 
 
 @dataclass(frozen=True)
 class Reach:
-    """How far the greedy paths are followed.
+    """How far the greedy paths are followed."""
 
-    Attributes:
-        limit: largest cost, per unit of the target if groups are ranked so; None for the cost of each group on its own.
-        needed: kind -> groups of every block that may be needed whatever they cost.
-    """
-
-    limit: float | None = None
-    needed: Mapping[str, int] | None = None
+    limit: float | None = None  # largest cost, per unit of the target if groups are ranked so; None for the cost of each group on its own
+    needed: Mapping[str, int] | None = None  # kind -> groups of every block that may be needed whatever they cost
 
 
 @dataclass
@@ -141,16 +127,11 @@ class _Scored:
 
 @dataclass(frozen=True)
 class Groups(Method):
-    """Coupled groups.
-
-    Attributes:
-        budget: what they save from; None until latencies are measured.
-        fewest: kind -> groups that must be left in every block.
-    """
+    """Coupled groups."""
 
     section: GroupsSection | UniformGroupsSection
-    budget: Budget | None
-    fewest: Mapping[str, int]
+    budget: Budget | None  # what they save from; None until latencies are measured
+    fewest: Mapping[str, int]  # kind -> groups that must be left in every block
 
     @property
     def consumers_only(self) -> bool:

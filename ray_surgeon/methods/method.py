@@ -31,21 +31,13 @@ Curve = list[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Scores(Generic[C]):
-    """Costs of the linears that a worker owns, or of all linears.
+    """Costs of the linears that a worker owns, or of all linears."""
 
-    Attributes:
-        costs: whatever the method ranks; nothing where the costs stay on the workers.
-        num_parameters: entries of the linears.
-        num_kept: of them, what earlier shots kept.
-        raised_damping: factorisations that needed more damping than asked for.
-        clipping: further Kronecker terms that were clipped.
-    """
-
-    costs: tuple[C, ...]
-    num_parameters: int
-    num_kept: int
-    raised_damping: tuple[RaisedDamping, ...] = ()
-    clipping: tuple[Clipping, ...] = ()
+    costs: tuple[C, ...]  # whatever the method ranks; nothing where the costs stay on the workers
+    num_parameters: int  # entries of the linears
+    num_kept: int  # of them, what earlier shots kept
+    raised_damping: tuple[RaisedDamping, ...] = ()  # factorisations that needed more damping than asked for
+    clipping: tuple[Clipping, ...] = ()  # further Kronecker terms that were clipped
 
     @staticmethod
     def merged(parts: Sequence[Scores[C]]) -> Scores[C]:
@@ -66,32 +58,20 @@ class Scores(Generic[C]):
 
 @dataclass(frozen=True)
 class Choice:
-    """What to prune in a shot.
+    """What to prune in a shot."""
 
-    Attributes:
-        threshold: everything up to this cost; None if the method has none.
-        facts: for the event of the step.
-        counts: consumer -> number of its groups, for coupled groups.
-        record: more for the report.
-    """
-
-    threshold: float | None
-    facts: Mapping[str, float | int | str]
-    counts: Mapping[str, int] = field(default_factory=dict)
-    record: Mapping[str, Any] = field(default_factory=dict)
+    threshold: float | None  # everything up to this cost; None if the method has none
+    facts: Mapping[str, float | int | str]  # for the event of the step
+    counts: Mapping[str, int] = field(default_factory=dict)  # consumer -> number of its groups, for coupled groups
+    record: Mapping[str, Any] = field(default_factory=dict)  # more for the report
 
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """One way to prune, with its options.
+    """One way to prune, with its options."""
 
-    Attributes:
-        section: `pruning` of the job spec.
-        curvature: the section of that name; None for methods that gather their own.
-    """
-
-    section: ScheduleSection
-    curvature: AnyCurvature | None
+    section: ScheduleSection  # `pruning` of the job spec
+    curvature: AnyCurvature | None  # the section of that name; None for methods that gather their own
 
     @property
     def by_element(self) -> bool:

@@ -16,19 +16,12 @@ from ray_surgeon.models.pruned_config import plain_kv_heads
 
 @dataclass(frozen=True)
 class Budget:
-    """What the whole model needs as a sum over its blocks.
+    """What the whole model needs as a sum over its blocks."""
 
-    Attributes:
-        unit: e.g. ``parameters``.
-        fixed: need of what no group belongs to.
-        by_left: kind of groups -> need of one block with 0, 1, ... of them left; it never falls.
-        num_blocks: blocks of the model.
-    """
-
-    unit: str
-    fixed: float
-    by_left: Mapping[str, tuple[float, ...]]
-    num_blocks: int
+    unit: str  # e.g. ``parameters``
+    fixed: float  # need of what no group belongs to
+    by_left: Mapping[str, tuple[float, ...]]  # kind of groups -> need of one block with 0, 1, ... of them left; it never falls
+    num_blocks: int  # blocks of the model
 
     def of(self, left: Iterable[tuple[str, int]]) -> float:
         """Return the need of a model.

@@ -28,19 +28,12 @@ class FfnCoupling:
 
 @dataclass(frozen=True)
 class AttentionCoupling:
-    """Which linears of an attention lose rows when the columns of a KV group's query heads are pruned from its last one.
+    """Which linears of an attention lose rows when the columns of a KV group's query heads are pruned from its last one."""
 
-    Attributes:
-        consumer: e.g. ``self_attn.o_proj``.
-        query: linear that writes the query heads; if it is also that of keys and values, the three lie one after the other.
-        key: linear that writes the key heads.
-        value: linear that writes the value heads.
-    """
-
-    consumer: str
-    query: str
-    key: str
-    value: str
+    consumer: str  # e.g. ``self_attn.o_proj``
+    query: str  # linear that writes the query heads; if it is also that of keys and values, the three lie one after the other
+    key: str  # linear that writes the key heads
+    value: str  # linear that writes the value heads
 
 
 @dataclass(frozen=True)

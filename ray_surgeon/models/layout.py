@@ -83,40 +83,24 @@ class Heads:
 
 @dataclass(frozen=True)
 class GroupSet:
-    """All coupled groups of one kind in one block (docs/method.md, section 8).
+    """All coupled groups of one kind in one block (docs/method.md, section 8)."""
 
-    Attributes:
-        kind: ``ffn`` or ``attention``.
-        block: its number.
-        consumer: global name of the linear whose columns decide.
-        columns: [num_groups, width] columns of the consumer.
-        producers: (global name of a linear, [num_groups, rows] its rows that are pruned with each group).
-        num_parameters: of one group, biases included.
-    """
-
-    kind: str
-    block: int
-    consumer: str
-    columns: Tensor
-    producers: tuple[tuple[str, Tensor], ...]
-    num_parameters: int
+    kind: str  # ``ffn`` or ``attention``
+    block: int  # its number
+    consumer: str  # global name of the linear whose columns decide
+    columns: Tensor  # [num_groups, width] columns of the consumer
+    producers: tuple[tuple[str, Tensor], ...]  # (global name of a linear, [num_groups, rows] its rows that are pruned with each group)
+    num_parameters: int  # of one group, biases included
 
 
 @dataclass(frozen=True)
 class ModelLayout:
-    """What is known of a model before its weights are read.
+    """What is known of a model before its weights are read."""
 
-    Attributes:
-        config: of the model.
-        family: of the model.
-        parameters: global name -> shape of every parameter and saved buffer, a tied head included.
-        linears: every prunable linear, in order.
-    """
-
-    config: PretrainedConfig
-    family: Family
-    parameters: Mapping[str, tuple[int, ...]]
-    linears: tuple[LinearShape, ...]
+    config: PretrainedConfig  # of the model
+    family: Family  # of the model
+    parameters: Mapping[str, tuple[int, ...]]  # global name -> shape of every parameter and saved buffer, a tied head included
+    linears: tuple[LinearShape, ...]  # every prunable linear, in order
 
     @staticmethod
     def of(config: PretrainedConfig, where: str = "the model") -> ModelLayout:

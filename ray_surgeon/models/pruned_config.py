@@ -19,15 +19,10 @@ Document = dict[str, Any]
 
 @dataclass(frozen=True)
 class BlockWidths:
-    """What is left of one block.
+    """What is left of one block."""
 
-    Attributes:
-        num_channels: of the feed-forward layer.
-        num_kv_heads: each with its query heads.
-    """
-
-    num_channels: int
-    num_kv_heads: int
+    num_channels: int  # of the feed-forward layer
+    num_kv_heads: int  # each with its query heads
 
 
 def block_widths(layout: ModelLayout, rows_kept: Mapping[str, int]) -> list[BlockWidths]:

@@ -23,21 +23,13 @@ class BadWeightsError(ValueError):
 
 @dataclass
 class SharedInput:
-    """Linears that read the same input, and the sums gathered there.
+    """Linears that read the same input, and the sums gathered there."""
 
-    Attributes:
-        names: global names of the linears.
-        modules: the linears.
-        A: [C, C] sum of a a^T, shared by all of them; None outside a curvature pass.
-        G: one [R, R] sum of g g^T a linear.
-        num_tokens: tokens in A.
-    """
-
-    names: tuple[str, ...]
-    modules: tuple[LinearModule, ...]
-    A: Tensor | None = None
-    G: tuple[Tensor, ...] = ()
-    num_tokens: int = 0
+    names: tuple[str, ...]  # global names of the linears
+    modules: tuple[LinearModule, ...]  # the linears
+    A: Tensor | None = None  # [C, C] sum of a a^T, shared by all of them; None outside a curvature pass
+    G: tuple[Tensor, ...] = ()  # one [R, R] sum of g g^T a linear
+    num_tokens: int = 0  # tokens in A
 
 
 class ModelShard:

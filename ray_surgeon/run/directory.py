@@ -35,17 +35,11 @@ def _fields(section: Any, prefix: str = "") -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class CommittedShot:
-    """A shot that can be resumed from.
+    """A shot that can be resumed from."""
 
-    Attributes:
-        index: its number, from 1.
-        files: its weights and masks.
-        record: its entry in the report.
-    """
-
-    index: int
-    files: tuple[SavedFile, ...]
-    record: dict[str, Any]
+    index: int  # its number, from 1
+    files: tuple[SavedFile, ...]  # its weights and masks
+    record: dict[str, Any]  # its entry in the report
 
 
 class RunDirectory:

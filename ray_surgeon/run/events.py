@@ -18,23 +18,14 @@ Fact = str | int | float
 
 @dataclass(frozen=True)
 class Event:
-    """The end of one step.
+    """The end of one step."""
 
-    Attributes:
-        step: e.g. "curvature".
-        shot: 0 for what is done before the first shot.
-        num_shots: in all.
-        seconds: wall clock of the step.
-        facts: what there is to say about it.
-        worker_seconds: how long each worker was busy in it, in the order of `placement.workers`.
-    """
-
-    step: str
-    shot: int
-    num_shots: int
-    seconds: float
-    facts: dict[str, Fact]
-    worker_seconds: Sequence[float] = ()
+    step: str  # e.g. "curvature"
+    shot: int  # 0 for what is done before the first shot
+    num_shots: int  # in all
+    seconds: float  # wall clock of the step
+    facts: dict[str, Fact]  # what there is to say about it
+    worker_seconds: Sequence[float] = ()  # how long each worker was busy in it, in the order of `placement.workers`
 
     @property
     def line(self) -> str:
@@ -46,27 +37,16 @@ class Event:
 
 @dataclass(frozen=True)
 class Moment:
-    """How far the present step has come.
+    """How far the present step has come."""
 
-    Attributes:
-        step: its name.
-        shot: of the step.
-        num_shots: in all.
-        done: units that are done.
-        total: units in all; 0 while that is not known.
-        unit: e.g. "sequences".
-        tokens_each: tokens of one unit; 0 if it has none.
-        elapsed_s: since these units began.
-    """
-
-    step: str
-    shot: int
-    num_shots: int
-    done: int
-    total: int
-    unit: str
-    tokens_each: int
-    elapsed_s: float
+    step: str  # its name
+    shot: int  # of the step
+    num_shots: int  # in all
+    done: int  # units that are done
+    total: int  # units in all; 0 while that is not known
+    unit: str  # e.g. "sequences"
+    tokens_each: int  # tokens of one unit; 0 if it has none
+    elapsed_s: float  # since these units began
 
     @property
     def tokens_per_s(self) -> float | None:

@@ -28,27 +28,16 @@ LOG_WIDTH = 140
 
 @dataclass
 class RunReport:
-    """The report of one run, growing shot by shot.
+    """The report of one run, growing shot by shot."""
 
-    Attributes:
-        spec: the resolved job spec.
-        fingerprints: of model, tokenizer, texts and method.
-        environment: versions and machine.
-        num_parameters: of the whole dense model.
-        dense: what was measured before the first shot.
-        shots: one record a shot.
-        exports: one record an export.
-        retries: what was lost on the way, a record with cause and message each.
-    """
-
-    spec: Mapping[str, Any]
-    fingerprints: Mapping[str, Any]
-    environment: Mapping[str, str]
-    num_parameters: int
-    dense: dict[str, Any] = field(default_factory=dict)
-    shots: list[dict[str, Any]] = field(default_factory=list)
-    exports: list[dict[str, Any]] = field(default_factory=list)
-    retries: list[dict[str, Any]] = field(default_factory=list)
+    spec: Mapping[str, Any]  # the resolved job spec
+    fingerprints: Mapping[str, Any]  # of model, tokenizer, texts and method
+    environment: Mapping[str, str]  # versions and machine
+    num_parameters: int  # of the whole dense model
+    dense: dict[str, Any] = field(default_factory=dict)  # what was measured before the first shot
+    shots: list[dict[str, Any]] = field(default_factory=list)  # one record a shot
+    exports: list[dict[str, Any]] = field(default_factory=list)  # one record an export
+    retries: list[dict[str, Any]] = field(default_factory=list)  # what was lost on the way, a record with cause and message each
 
     def add_shot(
         self,

@@ -44,21 +44,13 @@ SMALL_FILES = (
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """The files of one checkpoint, opened on demand.
+    """The files of one checkpoint, opened on demand."""
 
-    Attributes:
-        origin: the source as the user named it, for errors.
-        pinned: the source with the commit that was found, so that every worker reads the same.
-        names: files that are there.
-        open_uri: file name -> URI for ranged reads.
-        fetch: file name -> local path, downloading it if need be.
-    """
-
-    origin: str
-    pinned: ModelSection
-    names: tuple[str, ...]
-    open_uri: Callable[[str], str]
-    fetch: Callable[[str], Path]
+    origin: str  # the source as the user named it, for errors
+    pinned: ModelSection  # the source with the commit that was found, so that every worker reads the same
+    names: tuple[str, ...]  # files that are there
+    open_uri: Callable[[str], str]  # file name -> URI for ranged reads
+    fetch: Callable[[str], Path]  # file name -> local path, downloading it if need be
 
     def small_files_folder(self) -> Path:
         """Return a local folder with the configuration and the tokenizer.

@@ -38,15 +38,10 @@ _LONGER = 300
 
 @dataclass(frozen=True)
 class Windows:
-    """Windows of one text.
+    """Windows of one text."""
 
-    Attributes:
-        tokens: [num_sequences, sequence_length] int64.
-        fingerprint: SHA-256 over the tokens.
-    """
-
-    tokens: NDArray[np.int64]
-    fingerprint: str
+    tokens: NDArray[np.int64]  # [num_sequences, sequence_length] int64
+    fingerprint: str  # SHA-256 over the tokens
 
 
 def cut_windows(stream: NDArray[np.int64], num_sequences: int, sequence_length: int, stride: int | None, seed: int, where: str) -> Windows:

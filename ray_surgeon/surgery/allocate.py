@@ -23,23 +23,14 @@ class OutOfReachError(ValueError):
 
 @dataclass(frozen=True)
 class GroupCosts:
-    """Marginal costs of the groups of one consumer, as the allocation sees them.
+    """Marginal costs of the groups of one consumer, as the allocation sees them."""
 
-    Attributes:
-        consumer: the linear.
-        kind: of the groups; all of one kind have one size.
-        costs: [num_groups] see `group_costs`; infinite for groups that stay or are pruned already.
-        num_left: groups that are left now.
-        allowed: numbers of groups that may be left afterwards.
-        needs: what the block needs of the budget with 0, 1, ... groups left; it never falls.
-    """
-
-    consumer: str
-    kind: str
-    costs: Tensor
-    num_left: int
-    allowed: frozenset[int]
-    needs: Sequence[float]
+    consumer: str  # the linear
+    kind: str  # of the groups; all of one kind have one size
+    costs: Tensor  # [num_groups] see `group_costs`; infinite for groups that stay or are pruned already
+    num_left: int  # groups that are left now
+    allowed: frozenset[int]  # numbers of groups that may be left afterwards
+    needs: Sequence[float]  # what the block needs of the budget with 0, 1, ... groups left; it never falls
 
     @property
     def possible_counts(self) -> list[int]:
@@ -60,15 +51,10 @@ class GroupCosts:
 
 @dataclass(frozen=True)
 class Allocation:
-    """How many groups each consumer loses in this shot.
+    """How many groups each consumer loses in this shot."""
 
-    Attributes:
-        counts: consumer -> number.
-        threshold: the largest cost of what is pruned, in the unit of the ranking; None for uniform widths.
-    """
-
-    counts: dict[str, int]
-    threshold: float | None
+    counts: dict[str, int]  # consumer -> number
+    threshold: float | None  # the largest cost of what is pruned, in the unit of the ranking; None for uniform widths
 
 
 def allocate_globally(costs: Sequence[GroupCosts], missing: float, *, per_unit: bool) -> Allocation:

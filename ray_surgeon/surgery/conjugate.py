@@ -26,17 +26,11 @@ _REFRESH = 11
 
 @dataclass(frozen=True)
 class Solution:
-    """An update and how well it solves its equations.
+    """An update and how well it solves its equations."""
 
-    Attributes:
-        W: [R, C] new weights, zero on removed elements.
-        residual: norm of (G D A) on kept entries, relative to its norm for D = -W on removed and 0 on kept ones.
-        predicted_loss_increase: 1/2 D^T F D.
-    """
-
-    W: Tensor
-    residual: float
-    predicted_loss_increase: float
+    W: Tensor  # [R, C] new weights, zero on removed elements
+    residual: float  # norm of (G D A) on kept entries, relative to its norm for D = -W on removed and 0 on kept ones
+    predicted_loss_increase: float  # 1/2 D^T F D
 
 
 def dominant_part(A: Tensor, rank: int) -> tuple[Tensor, Tensor]:

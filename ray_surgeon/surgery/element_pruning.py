@@ -23,17 +23,11 @@ from ray_surgeon.surgery.threshold import check_costs
 
 @dataclass(frozen=True)
 class ElementUnits:
-    """What is pruned as one: single elements, or all but `n` of each group of `m` consecutive inputs of a row.
+    """What is pruned as one: single elements, or all but `n` of each group of `m` consecutive inputs of a row."""
 
-    Attributes:
-        n: elements of a group that stay; 0 for single elements.
-        m: elements of a group; 1 for single elements.
-        joint: whether the cost of a group is the exact joint cost of its best pattern, or the sum of single costs.
-    """
-
-    n: int = 0
-    m: int = 1
-    joint: bool = True
+    n: int = 0  # elements of a group that stay; 0 for single elements
+    m: int = 1  # elements of a group; 1 for single elements
+    joint: bool = True  # whether the cost of a group is the exact joint cost of its best pattern, or the sum of single costs
 
     @property
     def num_removed(self) -> int:
@@ -63,27 +57,16 @@ class ElementUpdate:
 
 @dataclass(frozen=True)
 class ElementCandidates:
-    """What the costs of a linear's units follow from. With one Kronecker term, nothing as large as the weights is kept.
+    """What the costs of a linear's units follow from. With one Kronecker term, nothing as large as the weights is kept."""
 
-    Attributes:
-        row_scale: [R, 1] or [R, C] and
-        column_scale: [1, C] or [1, 1]: see `element_costs`; zero where an input or a gradient is always zero.
-        group_costs: [R, C / m] float32 costs of groups; empty for single elements.
-        choice: [R, C / m] best pattern of every group; empty for single elements.
-        live: rows and columns on which the curvature is not degenerate.
-        damping: what the factors on `live` needed.
-        raised_damping: see `LinearCurvature`.
-        clipping: see `LinearCurvature`.
-    """
-
-    row_scale: Tensor
-    column_scale: Tensor
-    group_costs: Tensor
-    choice: Tensor
-    live: Part
-    damping: Damping
-    raised_damping: tuple[RaisedDamping, ...]
-    clipping: tuple[Clipping, ...]
+    row_scale: Tensor  # [R, 1] or [R, C] and
+    column_scale: Tensor  # [1, C] or [1, 1]: see `element_costs`; zero where an input or a gradient is always zero
+    group_costs: Tensor  # [R, C / m] float32 costs of groups; empty for single elements
+    choice: Tensor  # [R, C / m] best pattern of every group; empty for single elements
+    live: Part  # rows and columns on which the curvature is not degenerate
+    damping: Damping  # what the factors on `live` needed
+    raised_damping: tuple[RaisedDamping, ...]  # see `LinearCurvature`
+    clipping: tuple[Clipping, ...]  # see `LinearCurvature`
 
 
 def find_elements(linear: Linear, units: ElementUnits, costs: str) -> ElementCandidates:

@@ -81,17 +81,11 @@ def balanced(A: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Damping:
-    """Damping of the two factors, relative to the mean of their diagonals (docs/method.md, section 2).
+    """Damping of the two factors, relative to the mean of their diagonals (docs/method.md, section 2)."""
 
-    Attributes:
-        a: of A.
-        g: of G.
-        max: the largest damping that may be tried when a factor is not positive definite.
-    """
-
-    a: float
-    g: float
-    max: float
+    a: float  # of A
+    g: float  # of G
+    max: float  # the largest damping that may be tried when a factor is not positive definite
 
 
 def damped(matrix: Tensor, damping: float) -> Tensor:
@@ -104,19 +98,12 @@ def damped(matrix: Tensor, damping: float) -> Tensor:
 
 @dataclass(frozen=True)
 class DampedFactor:
-    """One damped factor and its Cholesky decomposition.
+    """One damped factor and its Cholesky decomposition."""
 
-    Attributes:
-        matrix: [n, n] the damped factor.
-        cholesky: [n, n] lower L with L L^T = matrix.
-        damping: the damping that was needed, at least the one asked for.
-        float64_retry: whether the factorisation at the dtype of the input failed and float64 was used.
-    """
-
-    matrix: Tensor
-    cholesky: Tensor
-    damping: float
-    float64_retry: bool
+    matrix: Tensor  # [n, n] the damped factor
+    cholesky: Tensor  # [n, n] lower L with L L^T = matrix
+    damping: float  # the damping that was needed, at least the one asked for
+    float64_retry: bool  # whether the factorisation at the dtype of the input failed and float64 was used
 
     def inverse_diagonal(self) -> Tensor:
         """Return the diagonal [n] of the inverse: the squared column norms of L^-1, which is made a panel of columns at a time."""

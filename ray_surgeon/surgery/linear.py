@@ -13,15 +13,10 @@ from ray_surgeon.surgery.kronecker import Damping, KroneckerFactors
 
 @dataclass(frozen=True)
 class Part:
-    """Rows and columns of one linear; factors are inverted on them alone, because a pruned row makes G singular.
+    """Rows and columns of one linear; factors are inverted on them alone, because a pruned row makes G singular."""
 
-    Attributes:
-        rows: [R] bool.
-        columns: [C] bool.
-    """
-
-    rows: Tensor
-    columns: Tensor
+    rows: Tensor  # [R] bool
+    columns: Tensor  # [C] bool
 
     def of(self, whole: Tensor) -> Tensor:
         """Return this part of a matrix [R, C]."""
@@ -36,21 +31,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Linear:
-    """One linear in one shot.
+    """One linear in one shot."""
 
-    Attributes:
-        name: for errors.
-        W: [R, C] float32 or float64, the bias as the last column.
-        factors: sums over the calibration tokens.
-        has_bias: whether the last column is a bias.
-        damping: of the factors.
-    """
-
-    name: str
-    W: Tensor
-    factors: KroneckerFactors
-    has_bias: bool
-    damping: Damping
+    name: str  # for errors
+    W: Tensor  # [R, C] float32 or float64, the bias as the last column
+    factors: KroneckerFactors  # sums over the calibration tokens
+    has_bias: bool  # whether the last column is a bias
+    damping: Damping  # of the factors
 
     @property
     def num_inputs(self) -> int:

@@ -10,15 +10,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class StructuredMask:
-    """Kept rows and columns of one linear.
+    """Kept rows and columns of one linear."""
 
-    Attributes:
-        rows: [R] bool. A pruned row takes its bias with it.
-        columns: [C] bool. The bias, where there is one, is the last column, and is never pruned as a column.
-    """
-
-    rows: Tensor
-    columns: Tensor
+    rows: Tensor  # [R] bool. A pruned row takes its bias with it
+    columns: Tensor  # [C] bool. The bias, where there is one, is the last column, and is never pruned as a column
 
     @staticmethod
     def full(num_rows: int, num_columns: int) -> StructuredMask:
@@ -51,13 +46,9 @@ class StructuredMask:
 
 @dataclass(frozen=True)
 class ElementMask:
-    """Kept elements of one linear.
+    """Kept elements of one linear."""
 
-    Attributes:
-        kept: [R, C] bool. The bias, where there is one, is the last column and stays.
-    """
-
-    kept: Tensor
+    kept: Tensor  # [R, C] bool. The bias, where there is one, is the last column and stays
 
     @staticmethod
     def full(num_rows: int, num_columns: int) -> ElementMask:

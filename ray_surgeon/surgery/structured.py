@@ -20,27 +20,16 @@ from ray_surgeon.surgery.threshold import check_costs
 
 @dataclass(frozen=True)
 class Candidates:
-    """Rows and columns of one linear that may be pruned.
+    """Rows and columns of one linear that may be pruned."""
 
-    Attributes:
-        rows: [p] indices of the rows.
-        columns: [q] indices of the columns, never the bias's.
-        row_costs: [p] costs, by which the threshold ranks; 0 for rows that are zero.
-        column_costs: [q].
-        live: rows and columns on which the curvature is not degenerate.
-        damping: what the factors on `live` needed.
-        raised_damping: see `LinearCurvature`.
-        clipping: see `LinearCurvature`.
-    """
-
-    rows: Tensor
-    columns: Tensor
-    row_costs: Tensor
-    column_costs: Tensor
-    live: Part
-    damping: Damping
-    raised_damping: tuple[RaisedDamping, ...]
-    clipping: tuple[Clipping, ...]
+    rows: Tensor  # [p] indices of the rows
+    columns: Tensor  # [q] indices of the columns, never the bias's
+    row_costs: Tensor  # [p] costs, by which the threshold ranks; 0 for rows that are zero
+    column_costs: Tensor  # [q]
+    live: Part  # rows and columns on which the curvature is not degenerate
+    damping: Damping  # what the factors on `live` needed
+    raised_damping: tuple[RaisedDamping, ...]  # see `LinearCurvature`
+    clipping: tuple[Clipping, ...]  # see `LinearCurvature`
 
     def to_prune(self, mask: StructuredMask, threshold: float) -> tuple[Tensor, Tensor]:
         """Return which rows [R] and columns [C] cost at most the threshold, as bools on the mask's device."""
@@ -52,17 +41,11 @@ class Candidates:
 
 @dataclass(frozen=True)
 class Removal:
-    """What became of one linear.
+    """What became of one linear."""
 
-    Attributes:
-        W: [R, C] new weights, zero in everything removed.
-        predicted: loss increase by the quadratic model, in nats per token.
-        residual: of the update's equations, relative; 0 where they are solved directly.
-    """
-
-    W: Tensor
-    predicted: float
-    residual: float
+    W: Tensor  # [R, C] new weights, zero in everything removed
+    predicted: float  # loss increase by the quadratic model, in nats per token
+    residual: float  # of the update's equations, relative; 0 where they are solved directly
 
 
 def find_candidates(

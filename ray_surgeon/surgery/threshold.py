@@ -16,23 +16,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class StructureCosts:
-    """Costs of the alive rows and columns of one linear, as the threshold sees them.
+    """Costs of the alive rows and columns of one linear, as the threshold sees them."""
 
-    Attributes:
-        name: the linear.
-        num_parameters: entries of the whole linear, bias included.
-        num_rows: alive rows.
-        num_columns: alive columns, bias included.
-        rows: [num candidates <= num_rows] costs of rows that may be pruned.
-        columns: [num candidates <= num_columns] costs of columns that may be pruned (never the bias's).
-    """
-
-    name: str
-    num_parameters: int
-    num_rows: int
-    num_columns: int
-    rows: Tensor
-    columns: Tensor
+    name: str  # the linear
+    num_parameters: int  # entries of the whole linear, bias included
+    num_rows: int  # alive rows
+    num_columns: int  # alive columns, bias included
+    rows: Tensor  # [num candidates <= num_rows] costs of rows that may be pruned
+    columns: Tensor  # [num candidates <= num_columns] costs of columns that may be pruned (never the bias's)
 
 
 @dataclass(frozen=True)

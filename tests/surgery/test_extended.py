@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.fisher_error import terms_of_samples
 from ray_surgeon.surgery.conjugate import update_elements
 from ray_surgeon.surgery.curvature import LinearCurvature
 from ray_surgeon.surgery.element_pruning import ElementUnits, ElementUpdate, find_elements, prune_elements, unit_costs
@@ -12,7 +13,6 @@ from ray_surgeon.surgery.extended.terms import (
     TwoTermInverse,
     clip_term,
     minimise_kept,
-    terms_of_samples,
 )
 from ray_surgeon.surgery.kronecker import Damping, KroneckerFactors, add_second_moment, symmetrize
 from ray_surgeon.surgery.linear import Linear

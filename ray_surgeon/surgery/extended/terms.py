@@ -46,46 +46,12 @@ def power_iteration(moment: Tensor, known: Sequence[Tensor], known_other: Sequen
     return rest / max(norm, torch.finfo(rest.dtype).tiny), norm
 
 
-def terms_of_samples(a: Tensor, g: Tensor, first: Sequence[Term], num_terms: int, num_passes: int) -> list[Term]:
-    """Find Kronecker terms of the Fisher of tokens that are all at hand, by the same power method as the passes over a text.
-
-    Args:
-        a: [N, C].
-        g: [N, R].
-        first: terms that are known, e.g. that of KFAC.
-        num_terms: with the known ones.
-        num_passes: for each new term, for A and G in turns, starting with A for the identity as G.
-
-    Returns:
-        The known terms and the new ones.
-    """
-    terms, num_tokens = list(first), len(a)
-    while len(terms) < num_terms:
-        G_known, A_known = [G for G, _ in terms], [A for _, A in terms]
-        unit_G = torch.eye(g.shape[1], dtype=g.dtype, device=g.device) / g.shape[1] ** 0.5
-        sigma, unit_A = 0.0, unit_G
-        for number in range(num_passes):
-            if number % 2 == 0:
-                moment = a.T @ (a * quadratic_forms(g, unit_G)[:, None]) / num_tokens
-                unit_A, sigma = power_iteration(moment, A_known, G_known, unit_G)
-            else:
-                moment = g.T @ (g * quadratic_forms(a, unit_A)[:, None]) / num_tokens
-                unit_G, sigma = power_iteration(moment, G_known, A_known, unit_A)
-        terms.append((unit_G * sigma**0.5, unit_A * sigma**0.5))
-    return terms
-
-
 @dataclass(frozen=True)
 class ClippedTerm:
-    """A further term that keeps the sum positive definite.
+    """A further term that keeps the sum positive definite."""
 
-    Attributes:
-        term: G_r and A_r after clipping.
-        change: norm of what was clipped, relative to the norm of the term, both measured in units of the first term.
-    """
-
-    term: Term
-    change: float
+    term: Term  # G_r and A_r after clipping
+    change: float  # norm of what was clipped, relative to the norm of the term, both measured in units of the first term
 
 
 def _whitened(factor: Tensor, cholesky: Tensor) -> Tensor:
