@@ -1,4 +1,4 @@
-# Workers, head and submitter of a Ray cluster on Kubernetes: docker build -t registry.example.com/ray-surgeon:0.1.0 .
+# Workers, head and submitter of a Ray cluster on Kubernetes: docker build -t registry.example.com/ray-surgeon:0.2.0 .
 # The first stage builds a wheel from this repository; the second one has no compiler and no sources.
 
 FROM python:3.11.14-slim-bookworm AS build

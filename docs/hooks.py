@@ -33,9 +33,9 @@ def _table(name: str, section: dict[str, Any]) -> Iterator[str]:
 
 def _default(about: dict[str, Any]) -> str:
     if "default" not in about:
-        return ""
+        return "see text"
     value = about["default"]
-    return "its own defaults" if isinstance(value, dict) else "`null`" if value is None else f"`{value}`"
+    return "defaults of the section" if isinstance(value, dict) else "`null`" if value is None else f"`{value}`"
 
 
 def _type(about: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Make large language models smaller and keep them good: The LLM Surgeon (arXiv 2312.17244) over Ray workers."""
+"""Make large language models smaller with little loss of quality: The LLM Surgeon (arXiv 2312.17244) over Ray workers."""
 
 from __future__ import annotations
 

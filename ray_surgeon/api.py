@@ -41,7 +41,7 @@ class PruneResult:
 
     @property
     def path(self) -> str:
-        """Folder of the pruned model: of the last export in the order of `output.exports`.
+        """Folder or URI of the pruned model: the last export listed in `output.exports`.
 
         Raises:
             ValueError: the run has no export.
@@ -63,7 +63,7 @@ class PruneResult:
         """Load the pruned model by transformers.
 
         Args:
-            kind: of export; the last one if not given.
+            kind: which export; the last one if not given.
             options: of `from_pretrained`, such as ``device_map``.
 
         Raises:
@@ -96,34 +96,57 @@ def prune(
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     spec: JobSpec | None = None,
+    calibration: Mapping[str, Any] | None = None,
+    pruning: Mapping[str, Any] | None = None,
+    curvature: Mapping[str, Any] | None = None,
+    correction: Mapping[str, Any] | None = None,
+    evaluation: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+    cluster: Mapping[str, Any] | None = None,
+    output: str | Mapping[str, Any] | None = None,
+    name: str | None = None,
     resume: bool = False,
     progress: bool = True,
-    **sections: Any,
 ) -> PruneResult:
     """Prune a model.
 
     Args:
         model: a Hub id, a folder, an fsspec URI, or a model in memory; not with `spec`.
-        tokenizer: of a model in memory.
-        spec: a whole job spec, in place of `model` and `sections`.
+        tokenizer: the tokenizer of a model in memory.
+        spec: a whole job spec, in place of everything else.
+        calibration: section of that name: source, num_sequences, sequence_length and more. Needed without `spec`.
+        pruning: section of that name: structure, target_sparsity and more. Needed without `spec`.
+        curvature: section of that name; KFAC if not given.
+        correction: section of that name; no low-rank corrections if not given.
+        evaluation: texts to measure on, and tasks; if not given, the test part of the calibration text.
+        cluster: section of that name; if not given, everything runs in this process. ``{"backend": "ray"}`` runs it on Ray.
+        output: section of that name, or only its URI; if not given, below ``./runs``.
+        name: of the run; made of the model's if not given.
         resume: whether to continue a run after its last committed shot.
-        progress: whether to show how the run goes, in a terminal or a notebook.
-        sections: those of a job spec, as mappings: ``calibration``, ``pruning``, ``curvature``, ``correction``, ``evaluation``,
-            ``cluster``, ``output``. Only ``calibration`` and ``pruning`` are needed. Without ``cluster`` everything runs in this process;
-            ``cluster={"backend": "ray"}`` runs it on Ray. ``output`` may be a path, by default below ``./runs``. Without ``evaluation``
-            the model is measured on the test part of the calibration text.
+        progress: whether to show how far the run is, in a terminal or a notebook.
 
     Returns:
         The run: the pruned model's folder, the model itself by ``.load()``, and the report.
 
     Raises:
-        ValueError: something cannot work; names the field, what was found, and the remedy. Nothing expensive has started then.
+        ValueError: something cannot work; names the field, what was found, and the remedy. Before anything expensive starts, but for
+            weights that are NaN or infinite and for targets that only costs can refuse.
         FloatingPointError: a loss, factor or cost is not usable; committed shots stay.
         RuntimeError: the run failed otherwise; committed shots stay.
     """
+    sections = {
+        "calibration": calibration,
+        "pruning": pruning,
+        "curvature": curvature,
+        "correction": correction,
+        "evaluation": evaluation,
+        "cluster": cluster,
+        "output": output,
+        "name": name,
+    }
+    given = {key: value for key, value in sections.items() if value is not None}
     if spec is None:
-        spec = _spec_of(model, tokenizer, sections)
-    elif model is not None or tokenizer is not None or sections:
+        spec = _spec_of(model, tokenizer, given)
+    elif model is not None or tokenizer is not None or given:
         raise ValueError("spec: it says everything already; leave model, tokenizer and the sections out")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     inputs = check(spec, resume=resume)

@@ -28,6 +28,14 @@ from ray_surgeon.sections.cluster import RaySection
 from ray_surgeon.shots import CollapseError, run_shots
 
 _POLL_S = 0.5
+_LOST = {
+    "worker": "a worker was lost",
+    "node": "a machine was lost",
+    "coordinator": "the coordinator was lost",
+    "communication": "replicas could not communicate",
+    "memory": "a machine ran out of memory",
+}
+"""Cause of a failure -> what the user reads."""
 
 
 class Coordinator:
@@ -104,11 +112,11 @@ def run_on_ray(inputs: Inputs, display: Display) -> None:
             cause = failure.cause
             if not left[cause]:
                 raise RuntimeError(
-                    f"lost a {cause}: {failure.message}. cluster.retries.{cause} allows {getattr(section.retries, cause)}; committed shots "
+                    f"{_LOST[cause]}: {failure.message}. cluster.retries.{cause} allows {getattr(section.retries, cause)}; committed shots "
                     f"are kept. Look for the reason in Ray's logs, or raise cluster.retries.{cause}"
                 )
             left[cause] -= 1
-            display.note(f"lost a {cause}: {failure.message}; continuing from the last committed shot, {left[cause]} such retries left")
+            display.note(f"{_LOST[cause]}: {failure.message}; continuing from the last committed shot, {left[cause]} such retries left")
             failure = _try(inputs, section, failure, display)
     except RayError as error:
         raise unwrapped(error) from error

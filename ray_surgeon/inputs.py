@@ -151,11 +151,11 @@ def _budget(layout: ModelLayout, pruning: GroupsSection | UniformGroupsSection, 
 
 def _read_texts(spec: JobSpec, tokenizer: Any, config: PretrainedConfig) -> tuple[Windows, dict[str, Windows]]:
     length = spec.calibration.sequence_length
-    places = ["calibration", *(f"calibration.mix[{i}]" for i in range(len(spec.calibration.mix)))]
+    places = ["calibration", *(f"calibration.mix.{i}" for i in range(len(spec.calibration.mix)))]
     parts = zip(spec.calibration.shares, places, strict=True)
     calibration = interleaved([_windows(text, count, length, tokenizer, config, place) for (text, count), place in parts])
     texts = {
-        t.name: _windows(t, t.num_sequences, t.sequence_length, tokenizer, config, f"evaluation[{i}] {t.name!r}")
+        t.name: _windows(t, t.num_sequences, t.sequence_length, tokenizer, config, f"evaluation.{i} ({t.name})")
         for i, t in enumerate(spec.evaluation.texts)
     }
     return calibration, texts
@@ -165,7 +165,7 @@ def _check_pattern(layout: ModelLayout, m: int) -> None:
     for shape in layout.linears:
         if (shape.num_columns - shape.has_bias) % m:
             raise ValueError(
-                f"pruning.n_m: {shape.name} has {shape.num_columns - shape.has_bias} inputs, which is no multiple of {m}; choose another M"
+                f"pruning.n_m: {shape.name} has {shape.num_columns - shape.has_bias} inputs, not a multiple of {m}; choose another M"
             )
 
 

@@ -68,7 +68,7 @@ def validation_message(error: ValidationError, origin: str) -> str:
         message = problem["msg"].removeprefix("Value error, ")
         given = "" if problem["type"] in ("missing", "value_error") else f" (got {reprlib.repr(problem['input'])[:80]})"
         if problem["type"] == "extra_forbidden":
-            message = f"is no option of {tags[-1]}" if tags else "is no option"
+            message = f"is not an option of {tags[-1]}" if tags else "is not an option"
             given += "; remove it or correct its name, --schema lists the fields"
         lines.append(f"  {path}: {message}{given}")
     return "\n".join(lines)

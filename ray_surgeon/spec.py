@@ -11,7 +11,6 @@ import yaml
 from pydantic import Field, model_validator
 
 from ray_surgeon.methods import CorrectionSection, GroupsSection, PruningSection, UniformGroupsSection
-from ray_surgeon.methods.layerwise import SparseGPTSection, WandaSection
 from ray_surgeon.sections.base import Section
 from ray_surgeon.sections.cluster import ClusterSection, RaySection
 from ray_surgeon.sections.curvature import CurvatureSection, KfacSection
@@ -24,7 +23,7 @@ _YAML_ERRORS = (yaml.YAMLError, RecursionError, ValueError, LookupError, Attribu
 
 
 def _default_curvature(fields: dict[str, Any]) -> KfacSection | None:
-    return None if isinstance(fields.get("pruning"), SparseGPTSection | WandaSection) else KfacSection()
+    return KfacSection() if getattr(fields.get("pruning"), "takes_curvature", True) else None
 
 
 class JobSpec(Section):
@@ -39,18 +38,17 @@ class JobSpec(Section):
     curvature: CurvatureSection | None = Field(
         default_factory=_default_curvature, description="Curvature of the loss; kfac if not given. sparsegpt and wanda have none"
     )
-    correction: CorrectionSection | None = Field(None, description="Low-rank first-order corrections after the shots; null: none")
+    correction: CorrectionSection | None = Field(None, description="Low-rank first-order corrections after every shot; null: none")
     cluster: ClusterSection = Field(RaySection(), description="Workers and where they run")
     output: OutputSection = Field(description="Where results go")
 
     @model_validator(mode="after")
     def _fits_the_curvature(self) -> JobSpec:
-        if isinstance(self.pruning, SparseGPTSection | WandaSection):
-            if self.curvature is not None:
-                raise ValueError(f"curvature: pruning.method {self.pruning.method} gathers its own; remove the section")
-        elif self.curvature is None:
-            raise ValueError(f"curvature: pruning.method {self.pruning.method} needs one; remove the null")
-        elif (problem := self.pruning.problem_with(self.curvature)) is not None:
+        if self.pruning.takes_curvature != (self.curvature is not None):
+            remedy = "needs one; remove the null" if self.pruning.takes_curvature else "gathers its own; remove the section"
+            raise ValueError(f"curvature: pruning.method {self.pruning.method} {remedy}")
+        problem = None if self.curvature is None else self.pruning.problem_with(self.curvature)
+        if problem is not None:
             raise ValueError(problem)
         return self
 
@@ -114,7 +112,7 @@ _CHANGED = {
     "curvature.kind": "curvature.kind stays; extended_kfac is a kind of its own",
     "curvature.num_kronecker_terms": "curvature: {kind: extended_kfac, num_kronecker_terms: N}",
     "curvature.num_power_passes": "curvature.num_power_iterations, of kind extended_kfac",
-    "curvature.first_term": "is gone: the nearest first term was worse than KFAC's",
+    "curvature.first_term": "was removed: the nearest first term was worse than KFAC's",
     "pruning.selection": "pruning.costs: greedy, obs or obd",
     "pruning.costs": "pruning.costs: greedy, obs or obd for rows and columns; obs, obs_sum or obd for n_m",
     "pruning.group_costs": "pruning.costs: obs (was joint) or obs_sum (was sum), of structure n_m",
@@ -125,9 +123,9 @@ _CHANGED = {
     "updates.num_iterations": "pruning.update.num_iterations",
     "updates.tolerance": "pruning.update.tolerance",
     "updates.max_correlate": "pruning.update.max_correlate",
-    "updates.joint": "is gone: exact and independent were equally good; independent, the published one, stays",
-    "updates.first_order_step": "is gone: it made models worse",
-    "correction.lora_rank": "leave the section correction out, or null, for no corrections; lora_rank 0 is gone",
+    "updates.joint": "was removed: exact and independent were equally good; independent, the published one, stays",
+    "updates.first_order_step": "was removed: it made models worse",
+    "correction.lora_rank": "leave the section correction out, or null, for no corrections; lora_rank 0 is not allowed any more",
 }
 """Field of version 1 -> what became of it."""
 

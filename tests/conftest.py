@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
+import tempfile
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -25,6 +30,8 @@ from transformers import (
     Qwen3Config,
 )
 
+from ray_surgeon.cluster import fresh_process
+from ray_surgeon.export import folder
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.storage import files
 
@@ -100,6 +107,50 @@ def model_folders(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTraine
         tiny_model(family).save_pretrained(folders[family])
         tokenizer.save_pretrained(folders[family])
     return folders
+
+
+class Zygote:
+    """See tests/zygote.py."""
+
+    def __init__(self) -> None:
+        command, root = [sys.executable, "-m", "tests.zygote"], Path(__file__).parent.parent
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        self.process = subprocess.Popen(command, cwd=root, env=environment, text=True, **pipes)  # type: ignore[call-overload]
+        assert self.process.stdout.readline() == "ready\n"
+
+    def ask(self, **asked: object) -> dict[str, Any]:
+        self.process.stdin.write(json.dumps(asked) + "\n")
+        self.process.stdin.flush()
+        answer = json.loads(self.process.stdout.readline())
+        assert isinstance(answer, dict)
+        return answer
+
+    def run_module(self, module: str, request: Mapping[str, Any], offline: bool = True) -> dict[str, Any]:
+        """Do as `fresh_process.run_module`, in a fork."""
+        with tempfile.TemporaryDirectory() as modules:
+            answer = self.ask(module=module, request=request, environment={"HF_MODULES_CACHE": modules})
+        if answer["code"]:
+            raise RuntimeError("\n".join(answer["text"].strip().splitlines()[-5:]))
+        found = json.loads(answer["text"].strip().splitlines()[-1])
+        assert isinstance(found, dict)
+        return found
+
+
+@pytest.fixture(scope="session")
+def zygote() -> Iterator[Zygote]:
+    zygote = Zygote()
+    yield zygote
+    zygote.process.stdin.close()
+    zygote.process.wait(30)
+
+
+@pytest.fixture
+def forked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fork the processes in which runs of this process reload and time exports; importing everything takes longer than a tiny run."""
+    zygote = request.getfixturevalue("zygote")
+    for module in (folder, fresh_process):
+        monkeypatch.setattr(module, "run_module", zygote.run_module)
 
 
 @pytest.fixture

@@ -14,10 +14,13 @@ import matplotlib.image
 import numpy as np
 import pytest
 
+from ray_surgeon.cluster import fresh_process
+from ray_surgeon.export import folder as export_folder
 from ray_surgeon.run.html_report import page
 from ray_surgeon.run.plots import by_block, inline_svg, run_figures
 from ray_surgeon.run.report import main
 from ray_surgeon.surgery.threshold import cost_curve
+from tests.conftest import Zygote
 from tests.integration.runs import report_of, run
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -56,7 +59,7 @@ class Reader(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, Path]) -> dict[str, Path]:
+def runs(tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, Path], zygote: Zygote) -> dict[str, Path]:
     """Return a run of groups with exports, timed, and one of rows and columns whose factors need more damping."""
     folder = tmp_path_factory.mktemp("page")
     groups = {
@@ -66,7 +69,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, Path
         "output__exports": ["per_block", "masked"],
         "output__speed": {"prompt_length": 16, "num_new_tokens": 2, "num_repeats": 1},
     }
-    assert run(folder / "groups", model_folders["llama"], **groups) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (export_folder, fresh_process):
+            patch.setattr(module, "run_module", zygote.run_module)
+        assert run(folder / "groups", model_folders["llama"], **groups) == 0
     assert run(folder / "rows", model_folders["opt"], name="some-rows", pruning__num_shots=3, cluster__num_shards=2) == 0
     return {"groups": folder / "groups/run", "rows": folder / "rows/run"}
 

@@ -58,7 +58,7 @@ def connect(address: str | None, num_cpus_needed: int) -> str:
     """Connect this process to Ray, starting one on this machine if none is named.
 
     Args:
-        address: of the job spec; then ``RAY_ADDRESS`` counts.
+        address: from the job spec. If it is None, ``RAY_ADDRESS`` is used.
         num_cpus_needed: logical CPUs of the local Ray, at least; more workers than cores take turns.
 
     Returns:
@@ -77,7 +77,7 @@ def connect(address: str | None, num_cpus_needed: int) -> str:
         return target
     try:
         num_cpus = max(os.cpu_count() or 1, num_cpus_needed)
-        logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)  # not for newcomers
+        logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)  # its warning
         ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, log_to_driver=False, configure_logging=False)
     except OSError as error:
         home = os.path.expanduser("~")
@@ -195,7 +195,7 @@ class RayCluster:
         """Wait for futures and return their values.
 
         Raises:
-            WorkerFailureError: a worker died, or does not answer any more.
+            WorkerFailureError: a worker's process ended, or does not answer any more.
         """
         return self._wait(futures, self._ping_timeout_s / 2)
 
@@ -230,7 +230,7 @@ class RayCluster:
         """Ping every worker.
 
         Raises:
-            RayError: one is dead.
+            RayError: a worker's process ended.
             WorkerFailureError: one does not answer, stopped or cut off.
         """
         pings = {actor.ping.options(concurrency_group="ping").remote(): index for index, actor in self._actors.items()}
@@ -239,7 +239,7 @@ class RayCluster:
         if silent:
             index = pings[silent[0]]
             raise WorkerFailureError(
-                WorkerFailure("worker", f"shard {index.shard} of replica {index.replica} has not answered for {timeout_s:g} s")
+                WorkerFailure("worker", f"shard {index.shard} of replica {index.replica} has not answered for {self._ping_timeout_s:g} s")
             )
 
     def _as_failure(self, error: RayError) -> Exception:
@@ -263,7 +263,7 @@ class RayCluster:
         alive = _nodes_alive()
         gone = [index for index, node in self._nodes.items() if node not in alive]
         if gone or (not self._nodes and not self._nodes_at_start <= alive):
-            return WorkerFailureError(WorkerFailure("node", f"{len(gone) or 'some'} workers were on machines that went away"))
+            return WorkerFailureError(WorkerFailure("node", f"{len(gone) or 'some'} workers were on lost machines"))
         if isinstance(error, (NodeDiedError, ObjectLostError)):
             return WorkerFailureError(WorkerFailure.by("node", error))
         return WorkerFailureError(WorkerFailure.by("worker", error))

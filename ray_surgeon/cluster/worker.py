@@ -81,7 +81,7 @@ class LinearSummary:
 
 
 class Worker:
-    """Holds one shard of one replica. Each linear has one owner among the replicas, which costs and updates it."""
+    """Holds one shard of one replica. Each linear has one owner among the replicas, which computes its costs and updates it."""
 
     def __init__(self, layout: ModelLayout, placement: Placement, index: WorkerIndex, num_threads: int, device: str) -> None:
         """Prepare an empty worker.
@@ -172,7 +172,7 @@ class Worker:
             self.masks[name] = mask
 
     def owner(self, name: str) -> int:
-        """Return the replica that costs and updates a linear."""
+        """Return the replica that computes the costs of a linear and updates it."""
         return self.placement.owners[self.layout.shapes[name].shared_input]
 
     def owns(self, name: str) -> bool:

@@ -8,11 +8,11 @@ from typing import Any
 _CARD = """---
 library_name: transformers
 base_model: {source}
-tags: [pruning, llm-surgeon]
+tags: [pruning, {tag}]
 ---
 # {name}
 
-{source}, pruned by The LLM Surgeon (arXiv 2312.17244): {sparsity:.2%} of the parameters of the decoder blocks' linears are gone
+{source}, pruned by {method}: {sparsity:.2%} of the parameters of the decoder blocks' linears were removed
 ({structure}). {summary}
 
 | text | perplexity before | after |
@@ -32,6 +32,8 @@ model = {load}
 |---|---|
 {loaders}
 """
+
+_METHODS = {"llm_surgeon": "The LLM Surgeon (arXiv 2312.17244)", "sparsegpt": "SparseGPT", "wanda": "Wanda"}
 
 _SPEED = """
 | tokens per second, median ({device}, {dtype}, batch {batch_size}) | dense | this model | ratio |
@@ -58,6 +60,8 @@ def model_card(summary: str, entry: Mapping[str, Any], source: str, facts: Mappi
         name=facts["name"],
         sparsity=facts["sparsity"],
         structure=facts["structure"],
+        tag=facts["method"].replace("_", "-"),
+        method=_METHODS[facts["method"]],
         texts="\n".join(f"| {text} | {before:.3f} | {after:.3f} |" for text, (before, after) in facts["perplexity"].items()),
         calibration=calibration["source"],
         num_sequences=calibration["num_sequences"],

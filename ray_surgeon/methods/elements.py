@@ -78,7 +78,7 @@ class _Elements(SparsitySection):
     update: UpdateSection = Field(ConjugateGradientsUpdate(), description="How the kept weights make up for the pruned ones")
 
     def problem_with(self, curvature: AnyCurvature) -> str | None:
-        """Return why this section and a curvature do not go together, if so."""
+        """Return why this section and a curvature do not go together; see `ScheduleSection`."""
         if isinstance(self.update, ChunksUpdate) and isinstance(curvature, ExtendedKfacSection):
             return "pruning.update: chunks need one Kronecker term; use solver conjugate_gradients, or curvature.kind kfac"
         return None
@@ -121,7 +121,7 @@ class NMSection(_Elements):
 
 
 def check_pattern(n_m: Pattern, target_sparsity: float) -> None:
-    """Refuse a pattern that is none, or a target that it cannot reach.
+    """Refuse an impossible pattern, or a target that it cannot reach.
 
     Raises:
         ValueError: names the field.

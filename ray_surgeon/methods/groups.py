@@ -39,7 +39,7 @@ GroupKind = Literal["ffn", "attention"]
 
 class _Groups(ScheduleSection):
     structure: Literal["groups"] = Field(description="Coupled groups")
-    method: Literal["llm_surgeon"] = Field("llm_surgeon", description="One global threshold on costs, and updates")
+    method: Literal["llm_surgeon"] = Field("llm_surgeon", description="The LLM Surgeon: costs from the curvature, and updates")
     groups: tuple[GroupKind, ...] = Field(
         ("ffn", "attention"), min_length=1, description="Kinds of groups: FFN channels, KV groups with their query heads"
     )
@@ -62,7 +62,7 @@ class _Groups(ScheduleSection):
         return {"ffn": self.width_multiple, "attention": 1}
 
     def problem_with(self, curvature: AnyCurvature) -> str | None:
-        """Return why this section and a curvature do not go together, if so."""
+        """Return why this section and a curvature do not go together; see `ScheduleSection`."""
         if isinstance(curvature, ExtendedKfacSection):
             return "curvature.kind: extended_kfac does not go with structure groups; use kfac"
         return None
@@ -72,8 +72,6 @@ class _Groups(ScheduleSection):
         if (self.target_sparsity is None) == (self.target is None):
             got = "none" if self.target is None else "both"
             raise ValueError(f"target_sparsity: give this or target, got {got}")
-        if self.target is not None and self.sparsities is not None:
-            raise ValueError("sparsities: are fractions of the linears' parameters, not of target; use num_shots and schedule")
         return self
 
 
@@ -108,6 +106,10 @@ class ConsumerCosts:
     num_left: int  # groups that are left now
     num_parameters: int  # of one group
     allowed: frozenset[int]  # numbers of groups that may be left afterwards
+
+
+NOTHING = -1.0
+"""A limit below every cost."""
 
 
 @dataclass(frozen=True)
@@ -266,7 +268,7 @@ class Groups(Method):
         while True:
             if self._uniform:
                 needed = {kind: math.ceil(factor * 1.25 * n) + self.multiple(kind, shot) for kind, n in counts.items()}
-                reach = Reach(-1.0, needed)
+                reach = Reach(NOTHING, needed)
             else:
                 reach = Reach(2 * factor * (first.threshold or 0.0))
             cluster.progress.begin(unit="linears")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from ray_surgeon.surgery.masks import ElementMask
 
 
 class _Layerwise(SparsitySection):
+    takes_curvature: ClassVar[bool] = False
     structure: Literal["element", "n_m"] = Field(description="Single elements, or N:M groups")
     n_m: Pattern | None = Field(None, description="[N, M] of structure n_m: N of M consecutive inputs of a row stay; [2, 4] if not given")
 

@@ -97,7 +97,7 @@ class Method(ABC):
     def calibrate(self, cluster: Cluster, sequences: NDArray[np.int64], shot: int) -> tuple[float, dict[str, Any]]:
         """Gather the curvature of the present weights; return the mean NLL in nats per predicted token, and more for the report."""
         curvature = self.used_curvature
-        seed = curvature.label_seed(shot, len(sequences)) if hasattr(curvature, "label_seed") else None
+        seed = curvature.label_seed(shot, len(sequences))
         loss = gather_curvature(cluster, sequences, curvature.kind, seed, consumers_only=self.consumers_only)
         if not isinstance(curvature, ExtendedKfacSection):
             return loss, {}

@@ -37,11 +37,12 @@ class RowsColumnsSection(SparsitySection):
     )
     rank_by: RankBy = Field("cost_per_parameter", description="What the global threshold compares: a cost, or a cost per parameter removed")
     update: Literal["full", "single", "none"] = Field(
-        "full", description="Updates of the kept weights for all removals together, for each as if it were alone, or none"
+        "full",
+        description="Updates of the kept weights. full: one for all removals together; single: one for each as if it were alone; none",
     )
 
     def problem_with(self, curvature: AnyCurvature) -> str | None:
-        """Return why this section and a curvature do not go together, if so."""
+        """Return why this section and a curvature do not go together; see `ScheduleSection`."""
         if self.costs == "greedy" and isinstance(curvature, ExtendedKfacSection):
             return "pruning.costs: greedy needs one Kronecker term; choose obs, or curvature.kind kfac"
         return None
@@ -130,8 +131,10 @@ class RowsColumns(Method):
         target = self.section.targets[shot - 1]
         cluster.progress.begin(unit="linears")
         scores = Scores.merged(cluster.run_all(self.costs, None))
-        is_greedy = self.section.costs == "greedy" or (self.section.costs is None and not isinstance(self.curvature, ExtendedKfacSection))
-        limit, reached = 2 * structured_threshold(_by_name(scores), target).value if is_greedy else 0.0, not is_greedy
+        one_term = not isinstance(self.curvature, ExtendedKfacSection)
+        if (self.section.costs or ("greedy" if one_term else "obs")) != "greedy":
+            return scores
+        limit, reached = 2 * structured_threshold(_by_name(scores), target).value, False
         while not reached:
             cluster.progress.begin(unit="linears")
             scores = Scores.merged(cluster.run_all(self.costs, limit))

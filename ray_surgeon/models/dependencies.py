@@ -1,8 +1,9 @@
 """Dependency propagation: rows and columns that cannot influence the output any more because others are pruned, in every structured mode.
 
-A pruned row writes zeros, its bias included, so nothing has to be folded into other biases. A column that reads only zeros can be pruned,
-and so can a row that nobody reads. Inside the feed-forward layer this needs an activation that keeps zero. Inside attention a head whose
-values are not read does not need its queries, and a dimension of the queries that is zero does not need that of the keys.
+A pruned row writes zeros, its bias included, so nothing has to be folded into other biases. A column whose input is always zero can
+be pruned. So can a row whose output no consumer uses. Inside the feed-forward layer this needs an activation that keeps zero. Inside
+attention a head whose values are not read does not need its queries, and a dimension of the queries that is zero does not need that of
+the keys.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ class FfnCoupling:
 
     Attributes:
         consumer: the linear whose columns decide, e.g. ``mlp.down_proj``.
-        producers: (linear, part, number of parts): the rows that write the consumer's inputs; parts of a fused linear lie one after the
+        producers: (linear, part, number of parts): the rows that produce the consumer's inputs; parts of a fused linear lie one after the
             other, e.g. ("mlp.gate_up_proj", 1, 2) for the second half.
     """
 
@@ -31,9 +31,9 @@ class AttentionCoupling:
     """Which linears of an attention lose rows when the columns of a KV group's query heads are pruned from its last one."""
 
     consumer: str  # e.g. ``self_attn.o_proj``
-    query: str  # linear that writes the query heads; if it is also that of keys and values, the three lie one after the other
-    key: str  # linear that writes the key heads
-    value: str  # linear that writes the value heads
+    query: str  # linear that produces the query heads; if it is also that of keys and values, the three lie one after the other
+    key: str  # linear that produces the key heads
+    value: str  # linear that produces the value heads
 
 
 @dataclass(frozen=True)

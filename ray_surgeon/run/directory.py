@@ -159,7 +159,7 @@ class RunDirectory:
         return list(range(1, index + 1))
 
     def read_shot(self, index: int) -> CommittedShot:
-        """Return a committed shot. Its files may be gone if it is not the last one; see `check_tensors`."""
+        """Return a committed shot. Its files may have been removed if it is not the last one; see `check_tensors`."""
         folder = self.shot_folder(index)
         manifest = store.read_json(store.join(folder, "manifest.json"))
         entries = manifest["files"]

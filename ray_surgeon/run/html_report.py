@@ -116,7 +116,7 @@ def page(records: Sequence[Mapping[str, Any]], drawn: Mapping[int, Mapping[str, 
 
 
 class LivePage:
-    """report.html of a run: written once a minute while the run goes on, and at its end with the plots."""
+    """report.html of a run: written when a shot is committed, at most once a minute, and at the end with the plots."""
 
     def __init__(self, run: RunDirectory) -> None:
         """Wait a minute before the first page."""

@@ -134,6 +134,7 @@ class RunReport:
             "dtype": self.spec["model"]["dtype"],
             "sparsity": last["sparsity"],
             "structure": self.spec["pruning"]["structure"],
+            "method": self.spec["pruning"]["method"],
             "calibration": self.spec["calibration"],
             "perplexity": {text: (before[text], after[text]) for text in after},
             "tasks": self.dense.get("tasks", {}),

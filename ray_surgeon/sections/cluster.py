@@ -13,7 +13,7 @@ class RetriesSection(Section):
     """How often a run continues from its last committed shot after a loss, by cause; 0 for never. Errors of the input are not retried."""
 
     worker: int = Field(3, ge=0, description="A worker's process ended or does not answer any more")
-    node: int = Field(10, ge=0, description="A machine went away, as spot machines do")
+    node: int = Field(10, ge=0, description="A machine was lost, as spot machines are")
     coordinator: int = Field(3, ge=0, description="The coordinator's process ended or does not answer any more")
     communication: int = Field(3, ge=0, description="A collective between replicas failed or took longer than step_timeout_s")
     memory: int = Field(1, ge=0, description="Ray ended a worker because its machine ran out of memory")
@@ -52,7 +52,7 @@ class RaySection(_Workers):
     start_timeout_s: float = Field(300.0, gt=0, description="How long to wait for the cluster to have room for all workers")
     step_timeout_s: float = Field(1800.0, gt=0, description="A collective between replicas that takes longer fails")
     ping_timeout_s: float = Field(60.0, gt=0, description="A process that does not answer for this long counts as lost")
-    retries: RetriesSection = Field(RetriesSection(), description="What happens after a loss")
+    retries: RetriesSection = Field(RetriesSection(), description="How often a run continues after a loss, by cause")
 
 
 ClusterSection = Annotated[

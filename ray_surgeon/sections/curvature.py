@@ -28,6 +28,10 @@ class _Curvature(Section):
         """The damping as the mathematics takes it."""
         return Damping(self.damping.a, self.damping.g, self.max_damping)
 
+    def label_seed(self, shot: int, num_sequences: int) -> int | None:
+        """Return the seed of labels drawn from the model in a shot; None if the labels are the data's, or not needed."""
+        return None
+
     @model_validator(mode="after")
     def _cap_above_damping(self) -> _Curvature:
         if self.max_damping < max(self.damping.a, self.damping.g):
@@ -42,7 +46,7 @@ class _Fisher(_Curvature):
     seed: int = Field(0, ge=0, description="Seed of the labels of the sampled Fisher")
 
     def label_seed(self, shot: int, num_sequences: int) -> int | None:
-        """Return the seed of the labels in a shot; None if they are the data's."""
+        """Return the seed of labels drawn from the model in a shot; None if the labels are the data's."""
         return self.seed + shot * num_sequences if self.fisher == "sampled" else None
 
     @model_validator(mode="after")

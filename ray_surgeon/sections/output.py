@@ -14,9 +14,7 @@ class OutputSection(Section):
     """Where results go."""
 
     uri: str = Field(min_length=1, description="Run directory: a local path or an fsspec URI such as s3://bucket/runs/name")
-    keep_shots: int = Field(
-        2, ge=0, description="Keep the tensors of this many last shots; 0 keeps all. The record of a shot is always kept"
-    )
+    keep_shots: int = Field(2, ge=0, description="Keep the tensors of the last N shots; 0 keeps all. The record of a shot is always kept")
     exports: tuple[Literal["masked", "uniform", "per_block", "deci"], ...] = Field(
         ("masked",),
         description="Checkpoints to write at the end. masked: dense with zeros; of structure groups also uniform: really smaller, for "

@@ -7,10 +7,14 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, Tag, model_validator
 
 from ray_surgeon.sections.base import Positive, Section, by_tag, tag
+from ray_surgeon.sections.curvature import AnyCurvature
 
 
 class ScheduleSection(Section):
     """Shots and how the removal is spread over them."""
+
+    takes_curvature: ClassVar[bool] = True
+    """Whether a job with this section has a section `curvature`."""
 
     num_shots: int = Field(5, ge=1, le=1000, description="Shots, each with a curvature of its own")
     schedule: Literal["linear", "geometric"] = Field(
@@ -31,6 +35,10 @@ class ScheduleSection(Section):
         """The target, if it is a sparsity."""
         raise NotImplementedError
 
+    def problem_with(self, curvature: AnyCurvature) -> str | None:
+        """Return why this section and a curvature do not go together, if so."""
+        return None
+
     @property
     def targets(self) -> tuple[float, ...]:
         """Sparsity at the end of every shot; none if the target is no sparsity."""
@@ -47,6 +55,8 @@ class ScheduleSection(Section):
 
     @model_validator(mode="after")
     def _rising_sparsities(self) -> ScheduleSection:
+        if self.sparsities is not None and self.last_sparsity is None:
+            raise ValueError("sparsities: are fractions of the linears' parameters; give target_sparsity, or use num_shots and schedule")
         if self.sparsities is not None:
             rising = all(a < b for a, b in zip((0.0, *self.sparsities), self.sparsities, strict=False))
             if not rising or self.sparsities[-1:] != (self.last_sparsity,):
@@ -113,9 +123,9 @@ class LatencyTarget(_Target):
 
     unit: ClassVar[str] = "latency_s"
     latency_s: float = Field(
-        gt=0, description="Seconds to answer a request, as the sum over blocks of times that are measured once a width at the start"
+        gt=0, description="Seconds to answer a request: the sum over blocks of times measured at the start, once per width"
     )
-    device: Literal["cpu", "cuda"] = Field("cpu", description="Where it is measured: on the first worker's machine, or its GPU")
+    device: Literal["cpu", "cuda"] = Field("cpu", description="cpu: measured on the first worker's machine; cuda: on its GPU")
     request: SpeedSection = Field(SpeedSection(), description="The request")
 
 

@@ -44,8 +44,8 @@ class SourceSection(Section):
 
     source: str = Field(
         min_length=1,
-        description="python-docs (the topics of Python's own help), python-docstrings (those of its standard library), files on any fsspec "
-        "URI ending in .txt, .jsonl or .parquet (* for several), the name of a Hub data set, or a local data-set folder",
+        description="python-docs (the topics of Python's own help), python-docstrings (the longer docstrings of its library), files on any "
+        "fsspec URI ending in .txt, .jsonl or .parquet (* for several), the name of a Hub data set, or a local data-set folder",
     )
     config: str | None = Field(None, description="Configuration of a Hub data set, e.g. wikitext-2-raw-v1")
     split: str = Field(
@@ -69,7 +69,7 @@ class SourceSection(Section):
         if self.has_own_split and self.split not in ("train", "test"):
             raise ValueError(f"split is {self.split!r}, but {self.source} has train and test only")
         if self.has_own_split and (self.config or self.revision):
-            raise ValueError(f"config and revision belong to a Hub data set, {self.source} is none; remove them")
+            raise ValueError(f"config and revision belong to a Hub data set, which {self.source} is not; remove them")
         if self.stride is not None and self.seed:
             raise ValueError("seed draws windows, and stride places them; remove one of the two")
         return self

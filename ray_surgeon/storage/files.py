@@ -156,7 +156,7 @@ def check_size(uri: str, max_bytes: int, what: str) -> None:
     """
     size = size_bytes(uri)
     if size is not None and size > max_bytes:
-        raise ValueError(f"{uri}: has {size} bytes, at most {max_bytes} are read; {what}")
+        raise ValueError(f"{uri}: has {size} bytes, more than the limit of {max_bytes}; {what}")
 
 
 def read_text(uri: str) -> str:

@@ -86,7 +86,7 @@ def interleaved(parts: Sequence[Windows]) -> Windows:
 def _check_variety(stream: NDArray[np.int64], where: str) -> None:
     different = len(np.unique(stream))
     if different < min(_FEWEST_TOKENS, len(stream)):
-        raise ValueError(f"{where}: only {different} different tokens stand in the whole text, which teaches nothing; give real text")
+        raise ValueError(f"{where}: the whole text has only {different} different tokens; give real text")
 
 
 def token_stream(text: SourceSection, tokenizer: Any, where: str) -> NDArray[np.int64]:

@@ -34,7 +34,7 @@ class Solution:
 
 
 def dominant_part(A: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Approximate A by ``diag(D) + U U^T``: its dominant eigenvectors, and the diagonal of what they leave.
+    """Approximate A by ``diag(s) + U U^T``: its dominant eigenvectors, and the diagonal of what they leave.
 
     Subspace iteration from the columns with the largest diagonal, which are the outlier inputs of a language model.
 
@@ -43,7 +43,7 @@ def dominant_part(A: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         rank: columns of U.
 
     Returns:
-        U [C, rank] and D [C], positive.
+        U [C, rank] and s [C], positive.
     """
     C = len(A)
     start = A.diagonal().topk(min(C, rank + _OVERSAMPLING)).indices
@@ -58,7 +58,7 @@ def dominant_part(A: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 class SplitMatrix:
-    """A symmetric matrix as diag(D) + U U^T in its own dtype and a small rest in a narrower one, for fast products.
+    """A symmetric matrix as diag(s) + U U^T in its own dtype and a small rest in a narrower one, for fast products.
 
     Rounding a factor as it is to bfloat16 makes it indefinite, since its condition number is far above 256. What is rounded here is
     what the dominant eigenvectors and the diagonal leave.
@@ -66,26 +66,26 @@ class SplitMatrix:
 
     def __init__(self, matrix: Tensor, rank: int, narrow: torch.dtype) -> None:
         """Split a matrix [n, n]; `narrow` is the dtype of the rest."""
-        self.U, self.D = dominant_part(matrix, rank)
+        self.U, self.s = dominant_part(matrix, rank)
         self._rest = torch.addmm(matrix, self.U, self.U.T, alpha=-1)
-        self._rest.diagonal().sub_(self.D)
+        self._rest.diagonal().sub_(self.s)
         self._rest = self._rest.to(narrow)
 
     def after(self, X: Tensor) -> Tensor:
         """Return X @ matrix, X being [m, n]."""
         product = (X.to(self._rest.dtype) @ self._rest).to(X.dtype)
-        return product.addmm_(X @ self.U, self.U.T).addcmul_(X, self.D)
+        return product.addmm_(X @ self.U, self.U.T).addcmul_(X, self.s)
 
     def before(self, X: Tensor) -> Tensor:
         """Return matrix @ X, X being [n, m]."""
         product = (self._rest @ X.to(self._rest.dtype)).to(X.dtype)
-        return product.addmm_(self.U, self.U.T @ X).addcmul_(X, self.D[:, None])
+        return product.addmm_(self.U, self.U.T @ X).addcmul_(X, self.s[:, None])
 
 
 class MaskedPreconditioner:
     """Approximate inverse of the problem on kept entries: for every row, of G_rr (A restricted to the row's kept columns).
 
-    With A near ``diag(D) + U U^T`` the restriction is inverted by Woodbury's formula with a small system a row. The inverse of the
+    With A near ``diag(s) + U U^T`` the restriction is inverted by Woodbury's formula with a small system a row. The inverse of the
     unconstrained problem, G^-1 X A^-1, is the nearer one where little is removed, but not at half: there this one needs a third of
     the iterations for the same cost.
     """
@@ -98,17 +98,17 @@ class MaskedPreconditioner:
             G_diagonal: [R] of damped G.
             mask: [R, C] 1 on kept entries, 0 elsewhere.
         """
-        self._U, by_D = A.U, 1 / A.D
+        self._U, by_s = A.U, 1 / A.s
         C, k = self._U.shape
-        self._U_by_D, self._scale = self._U * by_D[:, None], mask * by_D / G_diagonal[:, None]
-        pairs = (self._U_by_D[:, :, None] * self._U[:, None, :]).reshape(C, k * k)
+        self._U_by_s, self._scale = self._U * by_s[:, None], mask * by_s / G_diagonal[:, None]
+        pairs = (self._U_by_s[:, :, None] * self._U[:, None, :]).reshape(C, k * k)
         systems = (mask @ pairs).view(len(mask), k, k)
         systems.diagonal(dim1=1, dim2=2).add_(1)
         self._inverses = torch.cholesky_inverse(torch.linalg.cholesky(systems))
 
     def __call__(self, X: Tensor) -> Tensor:
         """Apply to X [R, C], zero outside the mask."""
-        inner = torch.bmm(self._inverses, (X @ self._U_by_D)[:, :, None])[:, :, 0]
+        inner = torch.bmm(self._inverses, (X @ self._U_by_s)[:, :, None])[:, :, 0]
         return torch.addmm(X, inner, self._U.T, alpha=-1).mul_(self._scale)
 
 

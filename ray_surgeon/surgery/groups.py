@@ -1,6 +1,6 @@
 """Coupled groups: marginal costs on the consumer of a group's inputs, and its exact update.
 
-Source: docs/method.md, section 8. Everything upstream of the pruned columns writes only to them, so its removal costs nothing.
+Source: docs/method.md, section 8. The rows of the producers feed only the pruned columns, so their removal costs nothing.
 """
 
 from __future__ import annotations

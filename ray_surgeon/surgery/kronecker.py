@@ -146,7 +146,7 @@ def factorise(matrix: Tensor, damping: float, max_damping: float, name: str) -> 
         if raised > max_damping:
             raise FloatingPointError(
                 f"{name}: the curvature factor of shape {tuple(matrix.shape)} is not positive definite with damping "
-                f"{current:g} (asked for {damping:g}, cap {max_damping:g}); raise curvature.damping or "
-                "curvature.max_damping, or give more calibration tokens"
+                f"{current:g} (asked for {damping:g}, cap {max_damping:g}); raise damping or "
+                "max_damping of the job spec, or give more calibration tokens"
             )
         current = raised

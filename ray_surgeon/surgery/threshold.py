@@ -44,7 +44,7 @@ def check_costs(name: str, costs: Tensor) -> None:
     """Refuse costs that would prune at random.
 
     Raises:
-        FloatingPointError: a cost is NaN, infinite or negative; taking it for zero would say "prune me first".
+        FloatingPointError: a cost is NaN, infinite or negative.
     """
     if not costs.numel():
         return

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
+from ray.cluster_utils import Cluster
 
 from ray_surgeon.run.html_report import LivePage
 
@@ -10,3 +13,18 @@ def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Leave out pages and plots of runs in this process: tests/test_html_report.py has them, and they take longer than a tiny run."""
     if not request.module.__name__.endswith("test_s3_faults"):
         monkeypatch.setattr(LivePage, "draw", lambda self, record, *, final: None)
+
+
+@pytest.fixture(autouse=True)
+def fork_what_reloads(request: pytest.FixtureRequest) -> None:
+    """Fork the processes that reload exports, but where their freshness is the subject, and for tasks, which import other packages."""
+    if not request.node.get_closest_marker("fresh") and not request.module.__name__.endswith(("test_tasks", "test_smollm2")):
+        request.getfixturevalue("forked")
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """One Ray for all tests of a process that do not need one of their own."""
+    head = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False})
+    yield head
+    head.shutdown()

@@ -110,5 +110,5 @@ def difference(one: Path, other: Path, shot: int) -> float:
     return max(sum(masks) / len(masks), weights[len(weights) // 2])
 
 
-MOST_BY_ORDER_OF_SUMS = 2e-3
-"""What another order of sums may change in a tiny random model: up to 7e-4 was found. A sum without one replica changes 1.5e-2 or more."""
+MOST_BY_ORDER_OF_SUMS = 5e-3
+"""What another order of sums may change in a tiny random model: 3.4e-3 was found. A sum without one replica changes 1.5e-2 or more."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from ray.cluster_utils import Cluster
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 import ray_surgeon
@@ -53,12 +54,12 @@ def test_a_model_in_memory_becomes_really_smaller(
 
 
 @pytest.mark.ray
-def test_on_ray_with_the_same_bits(model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+def test_on_ray_with_the_same_bits(cluster: Cluster, model_folders: dict[str, Path], tmp_path: Path) -> None:
     model, tokenizer = in_memory(model_folders["llama"])
-    for name, cluster in (("local", {"backend": "local"}), ("ray", {"backend": "ray", "num_shards": 2})):
+    ray_section = {"backend": "ray", "num_shards": 2, "address": cluster.address}
+    for name, section in (("local", {"backend": "local"}), ("ray", ray_section)):
         output = {"uri": str(tmp_path / name), "exports": []}
-        ray_surgeon.prune(model, tokenizer, calibration=TEXT, pruning=GROUPS, cluster=cluster, output=output)
+        ray_surgeon.prune(model, tokenizer, calibration=TEXT, pruning=GROUPS, cluster=section, output=output)
     assert_same_shot(tmp_path / "local", tmp_path / "ray", 1)
 
 
@@ -94,7 +95,7 @@ def test_bad_arguments_are_said_before_anything_starts(model_folders: dict[str, 
         ((model,), sections, "needs its tokenizer"),
         ((str(model_folders["llama"]), tokenizer), sections, "belongs to a model in memory"),
         ((model, tokenizer), {**sections, "spec": spec}, "it says everything already"),
-        ((model, tokenizer), {**sections, "prunning": {}}, "prunning"),
+        ((model, tokenizer), {**sections, "pruning": {**GROUPS, "widths": 3}}, "widths"),
         ((str(tmp_path / "absent"),), sections, "no folder"),
     ]:
         with pytest.raises(ValueError, match=message):

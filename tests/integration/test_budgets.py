@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
-from ray_surgeon.cluster.fresh_process import run_module
 from ray_surgeon.cluster.worker import Worker
 from ray_surgeon.export import latency
 from ray_surgeon.models.budgets import bytes_budget, flops_budget, parameters_budget
 from ray_surgeon.sections.targets import SpeedSection
-from tests.conftest import LAYOUTS
+from tests.conftest import LAYOUTS, Zygote
 from tests.integration.runs import assert_same_shot, report_of, run
 
 GROUPS: dict[str, Any] = {"pruning__structure": "groups", "pruning__width_multiple": 8, "pruning__target_sparsity": None}
@@ -97,13 +96,13 @@ def test_latency_is_measured_once_a_width(
 
 
 @pytest.mark.parametrize("family", ["gemma3", "gpt2", "llama", "opt"])
-def test_blocks_of_every_width_are_timed(family: str, model_folders: dict[str, Path]) -> None:
+def test_blocks_of_every_width_are_timed(family: str, zygote: Zygote, model_folders: dict[str, Path]) -> None:
     """Nothing is said of the seconds but that there are some: they are measured."""
     request = SpeedSection(prompt_length=16, num_new_tokens=2, num_repeats=1).model_dump()
     document = json.loads((model_folders[family] / "config.json").read_text()) | {"dtype": "float32"}
     widths = [[48, 2], [24, 2], [0, 2], [48, 1], [48, 0], *([n, 2] for n in range(1, 6))]
     asked = {"device": "cpu", "request": request, "document": document, "widths": widths}
-    found = run_module("ray_surgeon.export.latency", asked)
+    found = zygote.run_module("ray_surgeon.export.latency", asked)
     assert len(found["seconds"]) == len(widths)
     assert found["rest_seconds"] > 0
     assert found["seconds"][0] > 0
@@ -115,15 +114,15 @@ def test_blocks_of_every_width_are_timed(family: str, model_folders: dict[str, P
     [
         ({"pruning__target": {"parameters": 10}}, "the model needs at least"),
         ({"pruning__target": {"parameters": 10**9}}, "the dense model needs no more than"),
-        ({"pruning__target": {"parameters": 10, "bytes": 10}}, "pruning.target.bytes: is no option of parameters"),
+        ({"pruning__target": {"parameters": 10, "bytes": 10}}, "pruning.target.bytes: is not an option of parameters"),
         ({"pruning__target": {}}, "expected one of parameters, bytes, flops and latency_s"),
-        ({"pruning__target": {"bytes": 10, "request": {"prompt_length": 3}}}, "pruning.target.request: is no option of bytes"),
-        ({"pruning__target": {"flops": 10, "device": "cuda"}}, "pruning.target.device: is no option of flops"),
-        ({"pruning__target": {"flops": 10, "request": {"num_threads": 3}}}, "pruning.target.request: is no option of flops"),
+        ({"pruning__target": {"bytes": 10, "request": {"prompt_length": 3}}}, "pruning.target.request: is not an option of bytes"),
+        ({"pruning__target": {"flops": 10, "device": "cuda"}}, "pruning.target.device: is not an option of flops"),
+        ({"pruning__target": {"flops": 10, "request": {"num_threads": 3}}}, "pruning.target.request: is not an option of flops"),
         ({"pruning__target": {"latency_s": 1, "device": "cuda"}}, "set cluster.gpus_per_worker to 1"),
         ({"pruning__target": {"bytes": 10}, "pruning__target_sparsity": 0.5}, "got both"),
         ({}, "got none"),
-        ({"pruning__target": {"bytes": 10}, "pruning__structure": "rows"}, "is no option of rows_columns"),
+        ({"pruning__target": {"bytes": 10}, "pruning__structure": "rows"}, "is not an option of rows_columns"),
         ({"pruning__target": {"bytes": 10}, "pruning__sparsities": [0.1, 0.2]}, "use num_shots and schedule"),
     ],
 )

@@ -108,6 +108,7 @@ def test_per_block_export_of_every_family(family: str, remove_blocks: bool, mode
     assert json.loads((per_block / "config.json").read_text())["model_type"] == f"pruned_{CONFIGS[family].model_type}"
 
 
+@pytest.mark.fresh
 @pytest.mark.parametrize(("allocation", "kind"), [("uniform", "uniform"), ("global", "per_block")])
 def test_exports_do_not_need_this_project(allocation: str, kind: str, model_folders: dict[str, Path], tmp_path: Path) -> None:
     options = {**GROUPS, "pruning__allocation": allocation, "output__exports": ["masked", kind]}

@@ -7,9 +7,7 @@ import os
 import pickle
 import shutil
 import struct
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,39 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.conftest import Zygote
 from tests.integration.runs import tiny_spec
 
 MAX_SECONDS = 30
 MAX_BYTES = 2**30
-
-
-class Zygote:
-    def __init__(self) -> None:
-        command = [sys.executable, "-m", "tests.integration.zygote"]
-        root = Path(__file__).parent.parent.parent
-        self.process = subprocess.Popen(
-            command, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
-        assert self.process.stdout is not None
-        assert self.process.stdout.readline() == "ready\n"
-
-    def run(self, *arguments: str) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(arguments) + "\n")
-        self.process.stdin.flush()
-        answer = json.loads(self.process.stdout.readline())
-        assert isinstance(answer, dict)
-        return answer
-
-
-@pytest.fixture(scope="module")
-def zygote() -> Iterator[Zygote]:
-    zygote = Zygote()
-    yield zygote
-    assert zygote.process.stdin is not None
-    zygote.process.stdin.close()
-    zygote.process.wait(30)
 
 
 class Case:
@@ -68,7 +38,6 @@ class Case:
         self.text = folder / "broken.txt"
         self.changes: dict[str, Any] = {}
         self.spec: Path | None = None
-        self.arguments: list[str] = []
 
     def config(self, **changes: Any) -> None:
         document = json.loads((self.model / "config.json").read_text())
@@ -293,7 +262,7 @@ def test_ends_in_a_clear_error(name: str, zygote: Zygote, model_folders: dict[st
     change(case)
     spec = case.spec or tiny_spec(tmp_path, case.model, **case.changes)
     numbers = "NaN or infinite" in "".join(words)
-    answer = zygote.run(str(spec), *case.arguments, *(["--workers-may-start"] if numbers else []))
+    answer = zygote.ask(arguments=[str(spec), *(["--workers-may-start"] if numbers else [])])
     assert answer["code"] == 2, answer["text"]
     message = answer["text"][answer["text"].index("error: ") :]
     assert [word for word in words if word not in message] == [], message
@@ -307,7 +276,7 @@ def test_ends_in_a_clear_error(name: str, zygote: Zygote, model_folders: dict[st
 def test_the_case_itself_is_sound(zygote: Zygote, model_folders: dict[str, Path], tmp_path: Path) -> None:
     """Without a change it passes, so that each case fails by its change alone."""
     case = Case(tmp_path, model_folders["llama"])
-    answer = zygote.run(str(tiny_spec(tmp_path, case.model)), "--dry-run")
+    answer = zygote.ask(arguments=[str(tiny_spec(tmp_path, case.model)), "--dry-run"])
     assert answer["code"] == 0, answer["text"]
 
 

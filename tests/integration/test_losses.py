@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +30,6 @@ OPTIONS: dict[str, Any] = {
     ],
 }
 ON_RAY = {"cluster__backend": "ray", "cluster__ping_timeout_s": 6.0, "cluster__start_timeout_s": 40.0}
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    head = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False})
-    yield head
-    head.shutdown()
 
 
 def processes_of_the_run() -> dict[str, list[psutil.Process]]:

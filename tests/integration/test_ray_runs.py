@@ -9,12 +9,15 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
 import torch
+from ray.cluster_utils import Cluster
 from ray.exceptions import RayError, RayTaskError
 
+from ray_surgeon.cluster import ray_cluster
 from ray_surgeon.cluster.placement import WorkerIndex, place
 from ray_surgeon.cluster.ray_cluster import RayCluster, WorkerFailureError, connect
 from ray_surgeon.cluster.worker import ModelRecipe, Worker, load
@@ -32,57 +35,61 @@ def no_foreign_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
 
-@pytest.mark.parametrize(("num_shards", "num_replicas"), [(3, 1), (2, 2)])
-def test_ray_equals_local(num_shards: int, num_replicas: int, model_folders: dict[str, Path], tmp_path: Path) -> None:
-    options = {"cluster__num_shards": num_shards, "cluster__num_replicas": num_replicas}
+def on_ray(cluster: Cluster) -> dict[str, Any]:
+    return {"cluster__backend": "ray", "cluster__address": cluster.address}
+
+
+def test_ray_equals_local(cluster: Cluster, model_folders: dict[str, Path], tmp_path: Path) -> None:
+    """Three shards; two replicas are in the test after this one."""
+    options: dict[str, Any] = {"cluster__num_shards": 3}
     assert run(tmp_path / "local", model_folders["llama"], **options) == 0
     exports = {"output__exports": ["masked"]}
-    assert run(tmp_path / "ray", model_folders["llama"], **options, **exports, cluster__backend="ray") == 0
+    assert run(tmp_path / "ray", model_folders["llama"], **options, **exports, **on_ray(cluster)) == 0
     for shot in (1, 2):
         assert_same_shot(tmp_path / "local/run", tmp_path / "ray/run", shot)
-    local, on_ray = report_of(tmp_path / "local/run"), report_of(tmp_path / "ray/run")
-    assert [s["perplexity"] for s in on_ray["shots"]] == [s["perplexity"] for s in local["shots"]]
-    assert on_ray["exports"][0]["reload_max_logit_difference"] < 1e-4
+    local, there = report_of(tmp_path / "local/run"), report_of(tmp_path / "ray/run")
+    assert [s["perplexity"] for s in there["shots"]] == [s["perplexity"] for s in local["shots"]]
+    assert there["exports"][0]["reload_max_logit_difference"] < 1e-4
     assert "model.safetensors.index.json" in list_names(str(tmp_path / "ray/run/export/masked"))
     assert not ray.is_initialized()
 
 
-def test_corrections_further_terms_and_blocks_on_ray_equal_local(model_folders: dict[str, Path], tmp_path: Path) -> None:
+def test_corrections_further_terms_and_blocks_on_ray_equal_local(cluster: Cluster, model_folders: dict[str, Path], tmp_path: Path) -> None:
     """Everything that moves between replicas beside the first curvature pass, in one run, and the block-by-block pass in another."""
     surgeon = {"curvature__kind": "extended_kfac", "correction__lora_rank": 2}
     blocks = {"pruning__method": "sparsegpt", "pruning__structure": "element"}
     for name, options in (("surgeon", surgeon), ("blocks", blocks)):
-        cluster = {"cluster__num_shards": 2, "cluster__num_replicas": 2, "pruning__num_shots": 1}
-        assert run(tmp_path / name / "local", model_folders["llama"], **options, **cluster) == 0
-        assert run(tmp_path / name / "ray", model_folders["llama"], **options, **cluster, cluster__backend="ray") == 0
+        workers = {"cluster__num_shards": 2, "cluster__num_replicas": 2, "pruning__num_shots": 1}
+        assert run(tmp_path / name / "local", model_folders["llama"], **options, **workers) == 0
+        assert run(tmp_path / name / "ray", model_folders["llama"], **options, **workers, **on_ray(cluster)) == 0
         assert_same_shot(tmp_path / name / "local/run", tmp_path / name / "ray/run", 1)
 
 
 @pytest.fixture
-def local_ray() -> Iterator[None]:
-    connect(None, 4)
+def connected(cluster: Cluster) -> Iterator[None]:
+    connect(cluster.address, 4)
     yield
     ray.shutdown()
 
 
-def test_failures_are_seen_and_named(local_ray: None, model_folders: dict[str, Path]) -> None:
+def test_failures_are_seen_and_named(connected: None, model_folders: dict[str, Path]) -> None:
     """No room, a worker's error, a killed worker: each is raised where the coordinator waits."""
     layout = LAYOUTS["llama"]
     placement = place(layout, 2, 1)
     with pytest.raises(RuntimeError, match=r"no room for 2 workers.*CPU \d+ free of \d+"):
         RayCluster(layout, placement, RaySection(cpus_per_worker=1000, start_timeout_s=0.5))
-    cluster = RayCluster(layout, placement, RaySection())
+    workers = RayCluster(layout, placement, RaySection())
     with pytest.raises(ValueError, match="absent"):
-        cluster.run_all(load, ModelRecipe(ModelSection(source="/absent/folder")), False)
-    cluster.run_all(load, ModelRecipe(ModelSection(source=str(model_folders["llama"]))), False)
-    usage = cluster.usages()
+        workers.run_all(load, ModelRecipe(ModelSection(source="/absent/folder")), False)
+    workers.run_all(load, ModelRecipe(ModelSection(source=str(model_folders["llama"]))), False)
+    usage = workers.usages()
     assert len({u.process for u in usage}) == 2
     assert all(u.peak_rss_bytes > 50 * 2**20 for u in usage)
     os.kill(int(usage[1].process.rpartition(":")[2]), signal.SIGKILL)
     with pytest.raises(WorkerFailureError) as caught:
-        cluster.get([cluster.submit(WorkerIndex(1, 0), Worker.usage)])
+        workers.get([workers.submit(WorkerIndex(1, 0), Worker.usage)])
     assert caught.value.failure.cause == "worker"
-    cluster.close()
+    workers.close()
 
 
 class Link:
@@ -96,7 +103,7 @@ class Link:
         return given
 
 
-def test_a_loss_is_seen_through_tasks_that_needed_it(local_ray: None) -> None:
+def test_a_loss_is_seen_through_tasks_that_needed_it(connected: None) -> None:
     """What fails is the task of a worker that lives; what is lost is the other one."""
     first, second = (ray.remote(Link).options(num_cpus=0).remote() for _ in range(2))
     waiting = second.take.remote(first.give.remote())
@@ -105,18 +112,18 @@ def test_a_loss_is_seen_through_tasks_that_needed_it(local_ray: None) -> None:
     with pytest.raises(RayError) as caught:
         ray.get(waiting)
     assert isinstance(caught.value, RayTaskError)
-    cluster = RayCluster(LAYOUTS["llama"], place(LAYOUTS["llama"], 1, 1), RaySection())
-    found = cluster._as_failure(caught.value)
-    cluster.close()
+    workers = RayCluster(LAYOUTS["llama"], place(LAYOUTS["llama"], 1, 1), RaySection())
+    found = workers._as_failure(caught.value)
+    workers.close()
     assert isinstance(found, WorkerFailureError)
     assert found.failure.cause == "worker"
 
 
-def test_workers_get_their_threads_and_no_more(local_ray: None) -> None:
-    cluster = RayCluster(LAYOUTS["llama"], place(LAYOUTS["llama"], 1, 1), RaySection(cpus_per_worker=2))
-    threads = ray.get(cluster._actors[WorkerIndex(0, 0)].__ray_call__.remote(lambda worker: torch.get_num_threads()))
+def test_workers_get_their_threads_and_no_more(connected: None) -> None:
+    workers = RayCluster(LAYOUTS["llama"], place(LAYOUTS["llama"], 1, 1), RaySection(cpus_per_worker=2))
+    threads = ray.get(workers._actors[WorkerIndex(0, 0)].__ray_call__.remote(lambda worker: torch.get_num_threads()))
     assert threads == 2
-    cluster.close()
+    workers.close()
 
 
 def test_sigterm_ends_the_run_and_says_how_to_go_on(model_folders: dict[str, Path], tmp_path: Path) -> None:
@@ -135,3 +142,21 @@ def test_sigterm_ends_the_run_and_says_how_to_go_on(model_folders: dict[str, Pat
     assert process.returncode == 130, output + errors
     assert "interrupted; continue with: python -m ray_surgeon.pipeline" in errors
     assert "\x1b[" not in output, "a log has no cursor codes"
+
+
+def test_progress_of_linears_is_seen_while_they_are_done(
+    connected: None, model_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_cluster, "_LOOK_S", 0.2)
+    workers = RayCluster(LAYOUTS["llama"], place(LAYOUTS["llama"], 2, 1), RaySection())
+    seen: list[tuple[int, int]] = []
+    workers.progress.listener = lambda: seen.append((workers.progress.done, workers.progress.total))
+    workers.progress.begin(unit="linears")
+
+    def slowly(worker: Worker) -> None:
+        for _ in worker.each(["a", "b", "c", "d"]):
+            time.sleep(0.5)
+
+    workers.run_all(slowly)
+    workers.close()
+    assert any(0 < done < total == 8 for done, total in seen), seen

@@ -129,7 +129,7 @@ def faulty(s3: None, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[t
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     monkeypatch.setitem(files.fsspec.config.conf, "s3", {"config_kwargs": {"read_timeout": 0.25, "retries": {"max_attempts": 1}}})
-    monkeypatch.setattr(retrying, "FIRST_PAUSE_S", 0.02)
+    monkeypatch.setattr(retrying, "FIRST_PAUSE_S", 0.005)
     S3FileSystem.clear_instance_cache()
     yield FaultyProxy
     FaultyProxy.probability = 0.0

@@ -47,7 +47,7 @@ class NoInputs(nn.Module):
 
 
 class NoAttention(nn.Module):
-    """Stands for an attention of which all heads are gone: what is left is the bias of its last linear."""
+    """Stands for an attention whose heads are all pruned: what is left is the bias of its last linear."""
 
     def __init__(self, output_name: str, output: nn.Module, layer_idx: int) -> None:
         super().__init__()

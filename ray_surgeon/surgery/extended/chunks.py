@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-def update_in_chunks(W: Tensor, A_inverse: Tensor, G_inverse: Tensor, removed: Tensor, max_correlate: int) -> Tensor:
+def update_in_chunks(W: Tensor, A_inverse: Tensor, G_inverse: Tensor, to_prune: Tensor, max_correlate: int) -> Tensor:
     """Remove elements chunk by chunk and update everything else; removed elements end at zero.
 
     A chunk S is at most `max_correlate` removed elements in row-major order. Its multipliers solve C x = w_S with
@@ -20,14 +20,14 @@ def update_in_chunks(W: Tensor, A_inverse: Tensor, G_inverse: Tensor, removed: T
         W: [R, C].
         A_inverse: [C, C].
         G_inverse: [R, R].
-        removed: [R, C] bool, the elements to prune now.
+        to_prune: [R, C] bool.
         max_correlate: largest chunk; one that holds all elements gives the exact solution.
 
     Returns:
-        [R, C] new weights, zero in `removed`.
+        [R, C] new weights, zero in `to_prune`.
     """
     W = W.clone()
-    for chunk in torch.split(removed.nonzero(), max_correlate):
+    for chunk in torch.split(to_prune.nonzero(), max_correlate):
         rows, columns = chunk.unbind(dim=1)
         system = G_inverse[rows][:, rows] * A_inverse[columns][:, columns]
         multipliers = torch.linalg.solve(system, W[rows, columns])
@@ -35,5 +35,5 @@ def update_in_chunks(W: Tensor, A_inverse: Tensor, G_inverse: Tensor, removed: T
         X = torch.zeros(len(touched), W.shape[1], dtype=W.dtype, device=W.device)
         X[place, columns] = multipliers
         W -= G_inverse[:, touched] @ (X @ A_inverse)
-    W[removed] = 0
+    W[to_prune] = 0
     return W

@@ -146,7 +146,7 @@ class TwoTermInverse:
         return blocks
 
     def single_corrections(self, W: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        """Return the sum of each removed row's and column's own correction, [R, C], as if it went alone."""
+        """Return the sum of each removed row's and column's own correction, [R, C], as if it were pruned alone."""
         total = torch.zeros_like(W)
         if rows.any():
             Y, Z = self.row_parts(W)

@@ -1,36 +1,57 @@
-"""Runs command lines, each in a fork of a process that has imported everything, and says what each of them needed.
+"""A process that has imported everything and forks for each request: fresh processes in milliseconds.
 
-A line of standard input is a JSON list of arguments; the answer is a line with exit code, output, seconds and peak memory.
+A request is a line of JSON on standard input, the answer one with exit code, output, seconds and peak memory.
+``{"arguments": [...]}`` runs the command line.
+``{"module": ..., "request": ..., "environment": ...}`` runs one of our modules as `fresh_process.run_module` does.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
+import io
 import json
 import os
 import sys
 import tempfile
 import time
 import traceback
+from typing import Any
 
 import torch
+import transformers.dynamic_module_utils
+from transformers import LlamaForCausalLM  # noqa: F401 - so that forks need not import it
 
 import ray_surgeon.pipeline
 from ray_surgeon.cluster.usage import process_usage
+
+MODULES = ("ray_surgeon.export.reload", "ray_surgeon.export.speed", "ray_surgeon.export.latency")
 
 
 def refuse(*args: object) -> None:
     raise AssertionError("a worker was started")
 
 
-def child(arguments: list[str], path: str) -> None:
+def run_command_line(arguments: list[str]) -> int:
     if "--workers-may-start" in arguments:
         arguments.remove("--workers-may-start")
     else:
         ray_surgeon.pipeline.run = refuse  # type: ignore[assignment]
+    return ray_surgeon.pipeline.main(arguments)
+
+
+def run_module(asked: dict[str, Any]) -> int:
+    os.environ.update(asked["environment"])
+    transformers.dynamic_module_utils.HF_MODULES_CACHE = asked["environment"]["HF_MODULES_CACHE"]
+    sys.stdin = io.StringIO(json.dumps(asked["request"]))
+    importlib.import_module(asked["module"]).main()
+    return 0
+
+
+def child(asked: dict[str, Any], path: str) -> None:
     with open(path, "w", encoding="utf-8") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         try:
-            code = ray_surgeon.pipeline.main(arguments)
+            code = run_command_line(asked["arguments"]) if "arguments" in asked else run_module(asked)
         except BaseException:
             traceback.print_exc()
             code = 99
@@ -41,6 +62,9 @@ def child(arguments: list[str], path: str) -> None:
 
 
 def main() -> None:
+    for module in MODULES:
+        importlib.import_module(module)
+    torch.set_num_threads(1)
     print("ready", flush=True)
     for line in sys.stdin:
         with tempfile.TemporaryDirectory() as folder:
