@@ -14,26 +14,15 @@ from ray_surgeon.models.layout import ModelLayout
 
 @dataclass(frozen=True)
 class WorkerPlan:
-    """One worker's needs.
+    """One worker's needs."""
 
-    Attributes:
-        shard: its number.
-        first_block: of the shard.
-        last_block: of the shard, inclusive.
-        weight_bytes: parameters in the model's dtype.
-        factor_bytes: A and G in float32.
-        workspace_bytes: of the costs step, for the linear with the largest factor: copies that are alive, damped and factorised.
-        activation_bytes: an estimate of what autograd keeps for the micro-batches in flight: outputs and inputs of every
-            linear, and the softmax of one slice of logits on the last shard.
-    """
-
-    shard: int
-    first_block: int
-    last_block: int
-    weight_bytes: int
-    factor_bytes: int
-    workspace_bytes: int
-    activation_bytes: int
+    shard: int  # its number
+    first_block: int  # of the shard
+    last_block: int  # of the shard, inclusive
+    weight_bytes: int  # parameters in the model's dtype
+    factor_bytes: int  # A and G in float32
+    workspace_bytes: int  # of the costs step: copies of the largest factors that are alive, damped and factorised
+    activation_bytes: int  # estimated, of micro-batches in flight: inputs and outputs of linears, a slice of logits
 
 
 def plan_workers(

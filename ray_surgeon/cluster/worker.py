@@ -35,44 +35,25 @@ def collective(step: Callable[P, T]) -> Callable[P, T]:
 
 @dataclass(frozen=True)
 class ModelRecipe:
-    """How a worker gets its weights.
+    """How a worker gets its weights."""
 
-    Attributes:
-        model: the dense model, and the dtype of weights and activations.
-        shot_files: key -> URI of the file that holds it, of the committed shot that a run continues from; these tensors replace the dense
-            ones.
-    """
-
-    model: ModelSection
-    shot_files: tuple[tuple[str, str], ...] = ()
+    model: ModelSection  # the dense model, and the dtype of weights and activations
+    shot_files: tuple[tuple[str, str], ...] = ()  # (key, URI of its file) of the committed shot to continue from
 
 
 @dataclass(frozen=True)
 class LinearSummary:
-    """What is left of one linear after a shot.
+    """What is left of one linear after a shot."""
 
-    Attributes:
-        name: the linear.
-        num_rows: rows in all.
-        num_columns: columns in all, the bias included.
-        rows_kept: rows of which something stays.
-        columns_kept: columns of which something stays, the bias included.
-        num_kept: entries that the mask keeps.
-        num_nonzero: entries that are not exactly zero.
-        predicted: loss increase by the quadratic model, for this shot's change of this linear, in nats per token; None if the method has no
-            such model.
-        residual: of the equations of the update, relative; 0 where they are solved directly.
-    """
-
-    name: str
-    num_rows: int
-    num_columns: int
-    rows_kept: int
-    columns_kept: int
-    num_kept: int
-    num_nonzero: int
-    predicted: float | None
-    residual: float
+    name: str  # the linear
+    num_rows: int  # rows in all
+    num_columns: int  # columns in all, the bias included
+    rows_kept: int  # rows of which something stays
+    columns_kept: int  # columns of which something stays, the bias included
+    num_kept: int  # entries that the mask keeps
+    num_nonzero: int  # entries that are not exactly zero
+    predicted: float | None  # loss increase of this shot's change by the quadratic model, in nats per token; None without such a model
+    residual: float  # of the equations of the update, relative; 0 where they are solved directly
 
     @property
     def size(self) -> int:

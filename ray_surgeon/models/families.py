@@ -14,16 +14,10 @@ from transformers import PretrainedConfig
 
 @dataclass(frozen=True)
 class FfnCoupling:
-    """Which linears of a feed-forward layer lose rows when columns of its last one are pruned.
+    """Which linears of a feed-forward layer lose rows when columns of its last one are pruned."""
 
-    Attributes:
-        consumer: the linear whose columns decide, e.g. ``mlp.down_proj``.
-        producers: (linear, part, number of parts): the rows that produce the consumer's inputs; parts of a fused linear lie one after the
-            other, e.g. ("mlp.gate_up_proj", 1, 2) for the second half.
-    """
-
-    consumer: str
-    producers: tuple[tuple[str, int, int], ...]
+    consumer: str  # the linear whose columns decide, e.g. ``mlp.down_proj``
+    producers: tuple[tuple[str, int, int], ...]  # (linear, part, number of parts of a fused one), e.g. ("mlp.gate_up_proj", 1, 2)
 
 
 @dataclass(frozen=True)
@@ -38,37 +32,21 @@ class AttentionCoupling:
 
 @dataclass(frozen=True)
 class Family:
-    """One family.
+    """One family."""
 
-    Attributes:
-        base: path of the module whose forward loops over the blocks, e.g. ``model``.
-        blocks: name of the block list below `base`, e.g. ``layers``.
-        embeddings: modules below `base` that only the first shard needs, e.g. ``embed_tokens``.
-        positions: those of them whose output is added to the hidden states by `base.forward`.
-        final: modules below `base` that only the last shard needs, e.g. ``norm``.
-        head: path of the output linear.
-        token_embedding: path of the embedding that a tied head shares its weight with.
-        shared_inputs: per block, groups of linears that read the same input and therefore share one A.
-        ffn: what a channel of the feed-forward layer is.
-        attention: what a KV group with its query heads is.
-        width_field: name of the feed-forward layer's width in the configuration.
-        has_free_heads: whether the configuration may have fewer heads than fill the hidden size.
-        norms_queries: whether queries and keys are normalised over a head's dimensions, each of which therefore matters to the others.
-    """
-
-    base: str
-    blocks: str
-    embeddings: tuple[str, ...]
-    positions: tuple[str, ...]
-    final: tuple[str, ...]
-    head: str
-    token_embedding: str
-    shared_inputs: tuple[tuple[str, ...], ...]
-    ffn: FfnCoupling
-    attention: AttentionCoupling
-    width_field: str = "intermediate_size"
-    has_free_heads: bool = True
-    norms_queries: bool = False
+    base: str  # path of the module whose forward loops over the blocks, e.g. ``model``
+    blocks: str  # name of the block list below `base`, e.g. ``layers``
+    embeddings: tuple[str, ...]  # below `base`, only for the first shard, e.g. ``embed_tokens``
+    positions: tuple[str, ...]  # of these, the ones whose output is added to hidden states
+    final: tuple[str, ...]  # below `base`, only for the last shard, e.g. ``norm``
+    head: str  # path of the output linear
+    token_embedding: str  # path of the embedding whose weight a tied head shares
+    shared_inputs: tuple[tuple[str, ...], ...]  # of a block: linears that read the same input and share one A
+    ffn: FfnCoupling  # what a channel of the feed-forward layer is
+    attention: AttentionCoupling  # what a KV group with its query heads is
+    width_field: str = "intermediate_size"  # the feed-forward width in the configuration
+    has_free_heads: bool = True  # whether heads may fill less than the hidden size
+    norms_queries: bool = False  # whether queries and keys are normalised over a head's dimensions
 
     def block_prefix(self, block: int) -> str:
         """Return the name of a block in the whole model, e.g. ``model.layers.3.``."""

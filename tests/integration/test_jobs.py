@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from ray.job_submission import JobSubmissionClient
 from ray.util import get_node_ip_address
 
 from tests.integration.runs import assert_same_shot, overflowing_model, report_of, run, tiny_spec, wait_for
@@ -43,6 +45,19 @@ class Head:
     client: str
     metrics: str
     environment: Mapping[str, str]
+
+    @functools.cached_property
+    def jobs(self) -> JobSubmissionClient:
+        """What the command line uses too, without a process for each question."""
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
+                patch.setenv(name, self.environment[name])
+            return JobSubmissionClient(self.dashboard, headers={"Authorization": f"Bearer {self.environment['RAY_AUTH_TOKEN']}"})
+
+    def ended(self, name: str) -> str:
+        """Wait for the end of a job and return its status and message."""
+        wait_for(lambda: self.jobs.get_job_status(name).is_terminal())
+        return f"{self.jobs.get_job_status(name)} {self.jobs.get_job_info(name).message}"
 
     def ray(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         command = [str(Path(sys.executable).parent / "ray"), *arguments[:2], "--address", self.dashboard, *arguments[2:]]
@@ -111,17 +126,18 @@ def test_two_jobs_at_once_do_not_disturb_each_other(head: Head, model_folders: d
     assert run(tmp_path / "here", model_folders["llama"], cluster__num_shards=2) == 0
     for shot in (1, 2):
         assert_same_shot(tmp_path / "here/run", tmp_path / "succeeds/run", shot)
-    logs = head.ray("job", "logs", "fails", "--follow").stdout
+    ended = head.ended("fails")
+    logs = head.jobs.get_job_logs("fails")
     assert "failed: the loss on the evaluation text is not a number" in logs
     assert "--resume" in logs
-    assert "exit code 1" in head.ray("job", "status", "fails").stdout
+    assert "exit code 1" in ended
 
 
 def test_a_job_with_a_bad_spec(head: Head, model_folders: dict[str, Path], tmp_path: Path) -> None:
     done = head.submit("bad-spec", tiny_spec(tmp_path, model_folders["llama"], **ON_RAY, pruning__target_sparsity=3))
     assert done.returncode == 1
     assert "pruning.target_sparsity: Input should be less than 1 (got 3)" in done.stdout
-    assert "exit code 2" in head.ray("job", "status", "bad-spec").stdout
+    assert "exit code 2" in head.ended("bad-spec")
 
 
 def metrics_of(head: Head, run: str) -> dict[str, float]:
@@ -137,15 +153,15 @@ def metrics_of(head: Head, run: str) -> dict[str, float]:
 
 
 def test_a_job_that_is_watched_and_stopped_and_goes_on(head: Head, model_folders: dict[str, Path], tmp_path: Path) -> None:
-    spec = tiny_spec(tmp_path, model_folders["llama"], **ON_RAY, name="watched", pruning__num_shots=12)
+    spec = tiny_spec(tmp_path, model_folders["llama"], **ON_RAY, name="watched", pruning__num_shots=8)
     assert head.submit("stops", spec, wait=False).returncode == 0
     wait_for(lambda: metrics_of(head, "watched").get("shot", 0) >= 2)
     values = metrics_of(head, "watched")
     head.ray("job", "stop", "stops")
-    assert "stopped" in head.ray("job", "status", "stops").stdout
-    assert "interrupted; continue with: python -m ray_surgeon.pipeline" in head.ray("job", "logs", "stops").stdout
+    assert "STOPPED" in head.ended("stops")
+    assert "interrupted; continue with: python -m ray_surgeon.pipeline" in head.jobs.get_job_logs("stops")
 
-    assert values["num_shots"] == 12
+    assert values["num_shots"] == 8
     events = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
     told = [event["facts"]["perplexity docs"] for event in events if event["step"] == "evaluation"]
     assert any(values["perplexity docs"] == pytest.approx(perplexity) for perplexity in told)
@@ -156,7 +172,7 @@ def test_a_job_that_is_watched_and_stopped_and_goes_on(head: Head, model_folders
     done = head.submit("goes-on", spec, "--resume")
     assert done.returncode == 0, done.stdout
     assert re.search(r"resumed_after_shot=[1-9]", done.stdout)
-    assert len(report_of(tmp_path / "run")["shots"]) == 12
+    assert len(report_of(tmp_path / "run")["shots"]) == 8
 
 
 def test_a_driver_outside_of_the_cluster(head: Head, model_folders: dict[str, Path], tmp_path: Path) -> None:

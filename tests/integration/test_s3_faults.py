@@ -128,8 +128,10 @@ def faulty(s3: None, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[t
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-    monkeypatch.setitem(files.fsspec.config.conf, "s3", {"config_kwargs": {"read_timeout": 0.25, "retries": {"max_attempts": 1}}})
+    monkeypatch.setitem(files.fsspec.config.conf, "s3", {"config_kwargs": {"read_timeout": 0.25, "retries": {"max_attempts": 0}}})
     monkeypatch.setattr(retrying, "FIRST_PAUSE_S", 0.005)
+    monkeypatch.setattr(retrying, "_LONGEST_PAUSE_S", 0.1)
+    monkeypatch.setattr(S3FileSystem, "retries", 2)  # the pauses of the clients cannot be set
     S3FileSystem.clear_instance_cache()
     yield FaultyProxy
     FaultyProxy.probability = 0.0
@@ -163,7 +165,7 @@ def test_two_hundred_faults_and_no_shot_lost(
         if number > 1:  # one export is enough, the fresh process that reloads it takes long
             changes["output__exports"] = []
         spec = tiny_spec(tmp_path / f"run-{number}", model_folders["llama"], **{**options, **changes})
-        faulty.probability = 0.5
+        faulty.probability = 0.6
         assert main([str(spec)]) == 0
         faulty.probability = 0.0
         download_run(uri, tmp_path / f"came-{number}")
@@ -253,7 +255,7 @@ def test_patience_counts_from_the_first_failure(monkeypatch: pytest.MonkeyPatch)
     assert len(calls) == 1
 
 
-def test_large_files_go_in_parts_and_come_back_whole(faulty: type[FaultyProxy], cache: Path) -> None:
+def test_large_files_go_in_parts_and_come_back_whole(s3: None, cache: Path) -> None:
     tensors = {"large": torch.arange(30_000_000, dtype=torch.float32)}
     size = files.write_tensors("s3://bucket/large.safetensors", tensors)
     assert size > 100 * 2**20

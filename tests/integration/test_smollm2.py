@@ -26,10 +26,10 @@ def run_pipeline(name: str, overrides: dict[str, Any]) -> int:
     return main([str(ROOT / f"pipelines/{name}.yaml"), *arguments])
 
 
-def test_smollm2_on_two_ray_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_and_columns_of_smollm2(tmp_path: Path) -> None:
     """Two calibration sequences of 256 tokens, one shot to 5 %, two windows; perplexities as plain transformers has them."""
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     overrides = {
+        "cluster": "{backend: local, num_shards: 2}",
         "calibration.num_sequences": 2,
         "calibration.sequence_length": 256,
         "evaluation.0.num_sequences": 2,
