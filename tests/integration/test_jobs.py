@@ -7,9 +7,11 @@ import json
 import os
 import re
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
@@ -90,6 +92,9 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     }
     command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--include-dashboard=true"]
     command += [f"--{name}={value}" for name, value in options.items()]
+    # Jobs find the cluster in its temporary folder: in a shared one they would go to whichever cluster of a test started last.
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short, because sockets lie in it
+    command.append(f"--temp-dir={folder}")
     log = tmp_path_factory.mktemp("head") / "log"
     with open(log, "w") as file:
         process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
@@ -102,6 +107,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     finally:
         process.terminate()
         process.wait(60)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def answers(url: str) -> bool:
