@@ -191,7 +191,7 @@ def _spec_of(model: str | PreTrainedModel | None, tokenizer: PreTrainedTokenizer
     if isinstance(model, str):
         if tokenizer is not None:
             raise ValueError("tokenizer: belongs to a model in memory; that of a folder, URI or Hub id is read from there")
-        document["model"] = {"source": model} | dict(given.get("model") or {})
+        document["model"] = {"source": model}
         return JobSpec.model_validate(document)
     if tokenizer is None:
         raise ValueError("tokenizer: a model in memory needs its tokenizer; give it as the second argument")
