@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, Tag, model_validator
@@ -31,9 +32,9 @@ class ScheduleSection(Section):
         return self.num_shots if self.sparsities is None else len(self.sparsities)
 
     @property
+    @abstractmethod
     def last_sparsity(self) -> float | None:
         """The target, if it is a sparsity."""
-        raise NotImplementedError
 
     def problem_with(self, curvature: AnyCurvature) -> str | None:
         """Return why this section and a curvature do not go together, if so."""
