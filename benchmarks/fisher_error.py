@@ -38,7 +38,7 @@ def token_pairs(inputs: Inputs, linears: Sequence[str]) -> dict[str, tuple[Tenso
         ValueError: the model has no such linear.
     """
     cluster = LocalCluster(inputs.layout, place(inputs.layout, 1, 1), torch.get_num_threads())
-    cluster.run_all(load, ModelRecipe(inputs.model), False)
+    cluster.run_all(load, ModelRecipe(inputs.model), False, cluster.stores)
     ((_, worker),) = cluster.workers.items()
     shard = worker.shard
     if unknown := [name for name in linears if name not in shard.linears]:
@@ -49,11 +49,10 @@ def token_pairs(inputs: Inputs, linears: Sequence[str]) -> dict[str, tuple[Tenso
     assert inputs.spec.curvature is not None
     seed = inputs.spec.curvature.label_seed(0, len(inputs.calibration))
     for number, tokens in enumerate(torch.from_numpy(inputs.calibration)):
-        hidden = shard.forward(number, tokens[None])
+        (hidden,) = worker.runner.forward(number, tokens[None])
         generator = None if seed is None else torch.Generator().manual_seed(seed + number)
-        _, gradient = shard.loss(hidden, tokens[None], with_gradient=True, generator=generator)
-        assert gradient is not None
-        shard.backward(number, gradient)
+        _, gradient = worker.runner.loss(hidden, tokens[None], generator)
+        worker.runner.backward(number, [gradient])
     return {name: (torch.cat([a for a, _ in store]), torch.cat([g for _, g in store])) for name, store in seen.items()}
 
 

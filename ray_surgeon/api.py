@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from ray_surgeon.cluster.local import LocalCluster
 from ray_surgeon.inputs import Inputs, check
 from ray_surgeon.models.layout import BlockRange, ModelLayout
+from ray_surgeon.models.runner import BlockRunner
 from ray_surgeon.models.shard import ModelShard
 from ray_surgeon.run.directory import RunDirectory
 from ray_surgeon.run.display import Display, new_console
@@ -264,14 +265,15 @@ def curvature(
     shard = ModelShard(layout, BlockRange(0, layout.num_blocks, layout.num_blocks), model.dtype, model.device)
     shard.load(lambda name: state[layout.checkpoint_key(name, state) or name])
     shard.start_curvature()
+    runner = BlockRunner(shard)
     for number, ids in enumerate(tokens):
         batch = torch.tensor([ids], device=model.device)
-        generator = None if label_seed is None else torch.Generator(model.device).manual_seed(label_seed + number)
-        _, gradient = shard.loss(shard.forward(number, batch), batch, with_gradient=True, generator=generator)
-        assert gradient is not None
-        shard.backward(number, gradient)
+        generator = None if label_seed is None else torch.Generator().manual_seed(label_seed + number)
+        (hidden,) = runner.forward(number, batch)
+        _, gradient = runner.loss(hidden, batch, generator)
+        runner.backward(number, [gradient])
     shard.stop_curvature()
-    return {name: shard.factors(name) for name in linears or layout.shapes}
+    return {name: shard.factors(name).dense() for name in linears or layout.shapes}
 
 
 def _tokens(sequence: Any, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import platform
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 import ray_surgeon
 from ray_surgeon.cluster.placement import Placement, place
-from ray_surgeon.cluster.plan import WorkerPlan, plan_workers
+from ray_surgeon.cluster.plan import Device, Job, Plan, Room, plan_job
 from ray_surgeon.export.kinds import check_export
 from ray_surgeon.export.tasks import check_tasks
 from ray_surgeon.methods import METHODS, Groups, GroupsSection, Method, UniformGroupsSection
@@ -46,7 +46,7 @@ class Inputs:
     model: ModelSection  # where the weights are, pinned to what was checked
     calibration: NDArray[np.int64] = field(repr=False)  # [num_sequences, sequence_length] tokens
     texts: Mapping[str, NDArray[np.int64]] = field(repr=False)  # evaluation text -> windows
-    fingerprints: Mapping[str, Any]  # of model, tokenizer, texts and method
+    fingerprints: Mapping[str, Any]  # of model, tokenizer, texts and method; empty for a plan from config.json alone
     environment: Mapping[str, str]  # versions and machine, for the report
 
     @property
@@ -65,11 +65,32 @@ class Inputs:
         of = "" if method.budget is None else f" of {method.budget.dense:.6g}"
         return f"{method.section.target.allowed:.6g}{of} {method.section.target.unit}"
 
-    def plan(self) -> list[WorkerPlan]:
-        """Return what every shard will need."""
-        spec = self.spec
-        length = spec.calibration.sequence_length
-        return plan_workers(self.layout, self.placement, spec.model.dtype, length, consumers_only=self.method.consumers_only)
+    def job(self) -> Job:
+        """Return what the plan depends on."""
+        return job_of(self.spec, self.layout, self.method)
+
+    def plan(self, room: Room, device: Device) -> Plan:
+        """Return how the job runs.
+
+        Args:
+            room: of every worker.
+            device: how fast theirs is.
+
+        Raises:
+            DoesNotFitError: no way to run it fits.
+        """
+        return plan_job(self.layout, self.placement, self.job(), self.spec.memory, room, device)
+
+
+def job_of(spec: JobSpec, layout: ModelLayout, method: Method) -> Job:
+    """Return what a plan depends on."""
+    texts = [(text.num_sequences, text.sequence_length) for text in spec.evaluation.texts]
+    job = method.job(layout, spec.model.dtype, (spec.calibration.num_sequences, spec.calibration.sequence_length), texts)
+    if spec.correction is None:
+        return job
+    section, num_sequences = spec.correction, spec.calibration.num_sequences
+    passing = section.steps_per_shot * section.sequences_per_step + section.final_epochs * num_sequences
+    return replace(job, lora_rank=section.lora_rank, num_correction_sequences=passing)
 
 
 def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inputs:
@@ -78,7 +99,7 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
     Args:
         spec: parsed.
         resume: whether the run directory may already hold this run.
-        dry_run: whether to leave the run directory untouched.
+        dry_run: whether to leave the run directory untouched. A model without weights is enough then.
 
     Raises:
         ValueError: something cannot work; names the field, what was found, and the remedy.
@@ -92,6 +113,9 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
     for kind in spec.output.exports:
         check_export(kind, layout)
     method = method_for(spec, layout)
+    if dry_run and not source.has_weights:
+        nothing = np.broadcast_to(np.int64(0), (spec.calibration.num_sequences, spec.calibration.sequence_length))
+        return Inputs(spec, layout, placement, method, source.pinned, nothing, {}, {}, _environment())
     with _as_input_error(f"model.source: cannot read {source.origin}"):
         shapes, model_fingerprint = source.shapes_and_fingerprint()
     layout.check_checkpoint(shapes, source.origin)
@@ -126,7 +150,9 @@ def method_for(spec: JobSpec, layout: ModelLayout) -> Method:
     if isinstance(pruning, GroupsSection | UniformGroupsSection):
         uniform = isinstance(pruning, UniformGroupsSection)
         fewest = fewest_left(layout, pruning.groups, pruning.fewest_groups, uniform=uniform)
-        method = Groups(pruning, spec.curvature, _budget(layout, pruning, spec.model.dtype), fewest)
+        consumers = {"ffn": layout.family.ffn.consumer, "attention": layout.family.attention.consumer}
+        names = tuple(consumers[kind] for kind in pruning.groups)
+        method = Groups(pruning, spec.curvature, _budget(layout, pruning, spec.model.dtype), fewest, names)
         method.check()
         return method
     pattern = getattr(pruning, "pattern", None) or getattr(pruning, "n_m", None)

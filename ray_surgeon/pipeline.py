@@ -8,18 +8,21 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import reprlib
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from types import FrameType
 
+import torch
 from pydantic import ValidationError
 from rich.console import Console
 
 from ray_surgeon.api import PruneResult, run
-from ray_surgeon.cluster.plan import plan_table
-from ray_surgeon.inputs import check
+from ray_surgeon.cluster.plan import DEVICES, Device, DoesNotFitError, Room, plan_table
+from ray_surgeon.cluster.room import found_here
+from ray_surgeon.inputs import Inputs, check
 from ray_surgeon.models.shard import BadWeightsError
 from ray_surgeon.run import report
 from ray_surgeon.run.directory import RunDirectory
@@ -50,10 +53,40 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="continue after the last committed shot of this run")
     parser.add_argument("--set", action="append", default=[], metavar="section.field=value", help="override a field; repeatable")
     parser.add_argument("--schema", action="store_true", help="print the JSON Schema of the job spec and stop")
+    told = parser.add_argument_group("--dry-run", "for other machines than this one")
+    told.add_argument("--device", choices=sorted(DEVICES), help="what workers compute on; expected times are this device's")
+    told.add_argument("--device-memory", type=_bytes, metavar="80GB", help="of each worker's device; the device's own if not given")
+    told.add_argument("--host-memory", type=_bytes, metavar="1TB", help="of each machine; this one's if not given")
+    told.add_argument("--disk", type=_bytes, metavar="4TB", help="free on each machine; this one's if not given")
+    told.add_argument("--workers-per-machine", type=int, default=8, metavar="N", help="that share its memory and disk, at most; 8")
     arguments = parser.parse_args(argv)
     if not arguments.schema and arguments.spec is None:
         parser.error("a job spec is needed, for instance pipelines/quickstart.yaml")
     return arguments
+
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def _bytes(text: str) -> float:
+    """Return a size such as 80GB or 1.5TiB in bytes."""
+    match = re.fullmatch(r"([0-9.]+)\s*([kmgt]?i?)b?", text.lower())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; give one such as 80GB or 1.5TiB")
+    return float(match[1]) * _UNITS[match[2]]
+
+
+def _planned_for(arguments: argparse.Namespace, inputs: Inputs) -> tuple[Room, Device]:
+    """Return what a worker has, as the command line says it, or else as it is here."""
+    section = inputs.spec.cluster
+    here = found_here(torch.device("cpu"), inputs.spec.memory.scratch).room
+    name = arguments.device or ("h100" if section.gpus_per_worker or arguments.device_memory else "cpu")
+    device = DEVICES[name] if name != "cpu" else DEVICES[name].times(section.cpus_per_worker)
+    together = max(1, min(section.num_workers, arguments.workers_per_machine))
+    host, disk = ((given or there) / together for given, there in ((arguments.host_memory, here.host), (arguments.disk, here.disk)))
+    if not device.memory_bytes:
+        return Room(host, host, disk, device_is_host=True), device
+    return Room(arguments.device_memory or device.memory_bytes, host, disk, device_is_host=False), device
 
 
 def validation_message(error: ValidationError, origin: str) -> str:
@@ -101,9 +134,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         inputs = check(_read_spec(arguments.spec, arguments.set), resume=arguments.resume, dry_run=arguments.dry_run)
-        console.print(plan_table(inputs.plan(), inputs.placement.num_replicas))
         console.print(f"{inputs.spec.pruning.shots} shots to {inputs.goal}, {inputs.calibration.size} calibration tokens each")
         if arguments.dry_run:
+            if not inputs.fingerprints:
+                console.print("planned from config.json alone: there are no weights to check")
+            console.print(plan_table(inputs.plan(*_planned_for(arguments, inputs))))
             return DONE
         if isinstance(inputs.spec.cluster, RaySection):
             from ray_surgeon.driver import connect_to_ray  # Ray is imported only if it is used
@@ -124,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         errors.print(f"interrupted; {resume_with}", markup=False, soft_wrap=True)
         return INTERRUPTED
-    except BadWeightsError as error:
+    except (BadWeightsError, DoesNotFitError) as error:
         return fail(f"error: {error}", BAD_INPUT)
     except (RuntimeError, OSError, ValueError, FloatingPointError) as error:
         return fail(f"failed: {error}\n{resume_with}", FAILED)

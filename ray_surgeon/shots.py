@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import uuid
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from ray_surgeon.cluster.cluster import Cluster
 from ray_surgeon.cluster.passes import perplexity
-from ray_surgeon.cluster.saving import save_shot
-from ray_surgeon.cluster.worker import ModelRecipe, load
+from ray_surgeon.cluster.room import device_of, look_around, shared
+from ray_surgeon.cluster.saving import continue_from_shot, save_shot
+from ray_surgeon.cluster.worker import ModelRecipe, clean_up, load
 from ray_surgeon.export.kinds import export
 from ray_surgeon.export.latency import Widths, latency_budget
 from ray_surgeon.export.tasks import evaluate_tasks
@@ -36,6 +40,7 @@ def run_shots(inputs: Inputs, workers: Cluster, run: RunDirectory, listen: Calla
         listen: is called with the event of every step, and with moments inside of long ones.
 
     Raises:
+        DoesNotFitError: the workers' memory is too small, whatever is kept where; nothing has started then.
         FloatingPointError: a loss, factor or cost is not usable; committed shots stay.
         CollapseError: perplexity is above the limit of the spec; committed shots stay.
     """
@@ -49,9 +54,15 @@ def run_shots(inputs: Inputs, workers: Cluster, run: RunDirectory, listen: Calla
     workers.progress.listener = lambda: listen(step.moment())
     page = LivePage(run)
 
+    with step("plan") as facts:
+        machines = workers.run_all(look_around, spec.memory.scratch)
+        plan = inputs.plan(shared(machines), device_of(machines, spec.cluster.cpus_per_worker))
+        workers.stores, report.plan = plan.stores, plan.as_record()
+        facts |= asdict(plan.stores) | {"peak_gib": max(max(peaks) for peaks in plan.peaks().values()) / 2**30}
     with step("load", len(done)) as facts:
         shot_files = tuple((key, file.uri) for file in done[-1].files for key in file.keys) if done else ()
-        workers.run_all(load, ModelRecipe(inputs.model, shot_files), method.by_element)
+        recipe = ModelRecipe(inputs.model, shot_files, (spec.memory.scratch or "", _key(run.uri), uuid.uuid4().hex))
+        workers.run_all(load, recipe, method.by_element, workers.stores)
         facts |= {"workers": len(workers.placement.workers), "resumed_after_shot": len(done)}
     if isinstance(method, Groups) and method.budget is None:
         with step("latency") as facts:
@@ -98,6 +109,7 @@ def run_shots(inputs: Inputs, workers: Cluster, run: RunDirectory, listen: Calla
             written = [file for worker in workers.run_all(save_shot, run.shot_folder(shot)) for file in worker]
             report.add_shot(shot, inputs.spec.pruning.targets, sparsity, choice.threshold, perplexities, linears, record, step)
             run.commit_shot(shot, written, report.shots[-1])
+            workers.run_all(continue_from_shot, written)
             run.write_report(report.as_record())
             page.draw(report.as_record(), final=False)
             if spec.output.keep_shots and shot > spec.output.keep_shots:
@@ -112,6 +124,7 @@ def run_shots(inputs: Inputs, workers: Cluster, run: RunDirectory, listen: Calla
             found = export(kind, workers, *source, uri, tokens, about, linear_records, speed=spec.output.speed, tasks=tasks)
             report.exports.append(found)
             facts |= {"kind": kind} | {name: found[name] for name in ("uri", "size_bytes", "reload_max_logit_difference")}
+    workers.run_all(clean_up)
     run.write_report(report.as_record())
     page.draw(report.as_record(), final=True)
 
@@ -138,3 +151,8 @@ def _check_for_collapse(after: Mapping[str, float], before: Mapping[str, float],
                 f"after shot {shot} the perplexity on {text} is {value:.4g}, {value / before[text]:.3g} times the dense model's; "
                 f"evaluation.stop_above allows {limit:g}. The shots before are committed; prune less, or raise evaluation.stop_above"
             )
+
+
+def _key(uri: str) -> str:
+    """Return a name for a run's folder of scratch, the same for every try."""
+    return hashlib.sha256(uri.encode()).hexdigest()[:16]

@@ -14,6 +14,7 @@ from ray_surgeon.methods import CorrectionSection, GroupsSection, PruningSection
 from ray_surgeon.sections.base import Section
 from ray_surgeon.sections.cluster import ClusterSection, RaySection
 from ray_surgeon.sections.curvature import CurvatureSection, KfacSection
+from ray_surgeon.sections.memory import MemorySection
 from ray_surgeon.sections.output import OutputSection
 from ray_surgeon.sections.targets import LatencyTarget
 from ray_surgeon.sections.texts import CalibrationSection, EvaluationSection, ModelSection
@@ -39,6 +40,7 @@ class JobSpec(Section):
         default_factory=_default_curvature, description="Curvature of the loss; kfac if not given. sparsegpt and wanda have none"
     )
     correction: CorrectionSection | None = Field(None, description="Low-rank first-order corrections after every shot; null: none")
+    memory: MemorySection = Field(MemorySection(), description="Where workers keep what they do not use at the moment")
     cluster: ClusterSection = Field(RaySection(), description="Workers and where they run")
     output: OutputSection = Field(description="Where results go")
 

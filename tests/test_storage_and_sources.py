@@ -43,8 +43,8 @@ def test_files_come_back_from_every_kind_of_storage(kind: str, tmp_path: Path, c
     assert files.list_names(files.join(root, "x")) == ["record.json", "t.safetensors"]
     found = files.read_tensors(files.join(root, "x", "t.safetensors"))
     assert all(torch.equal(found[name], TENSORS[name]) for name in TENSORS)
-    shapes, _ = files.read_safetensors_header(files.join(root, "x", "t.safetensors"))
-    assert shapes == {"a": (2, 3), "b": (4,)}
+    header = files.read_safetensors_header(files.join(root, "x", "t.safetensors"))
+    assert header.shapes == {"a": (2, 3), "b": (4,)}
     assert size > 28
 
 
@@ -107,7 +107,7 @@ def test_sharded_checkpoint_on_s3_reads_tensor_by_tensor(model_folders: dict[str
     assert not list(cache.rglob("*.safetensors")), "headers are read by range, nothing is downloaded"
     name = "model.layers.1.mlp.up_proj.weight"
     assert torch.equal(reader.read(name), model.state_dict()[name])
-    assert len(list(cache.rglob("*.safetensors"))) == 1
+    assert not list(cache.rglob("*.safetensors")), "so are tensors, a byte of another one is never fetched"
 
 
 def test_unreadable_s3_is_an_error_with_the_address(s3: None, cache: Path) -> None:

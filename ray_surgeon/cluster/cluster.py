@@ -10,6 +10,7 @@ from typing import Concatenate, ParamSpec, Protocol, TypeVar
 from ray_surgeon.cluster.placement import Placement, WorkerIndex
 from ray_surgeon.cluster.usage import Usage
 from ray_surgeon.cluster.worker import Worker
+from ray_surgeon.memory.stores import Stores
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -52,6 +53,7 @@ class Cluster(Protocol):
 
     placement: Placement
     progress: Progress
+    stores: Stores  # of the loaded workers
 
     def submit(self, index: WorkerIndex, step: Callable[Concatenate[Worker, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Start a step on one worker; its steps run in the order of submission.

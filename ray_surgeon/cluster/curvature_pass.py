@@ -9,13 +9,14 @@ import torch
 from numpy.typing import NDArray
 
 from ray_surgeon.cluster.cluster import Cluster
+from ray_surgeon.cluster.collectives import SingleReplica
 from ray_surgeon.cluster.passes import forward_and_backward, sequence_losses
 from ray_surgeon.cluster.worker import Worker, collective
 
 
-def start_curvature(worker: Worker, kind: str, consumers_only: bool) -> None:
-    """Zero the factors and start gathering; see `ModelShard.start_curvature`."""
-    worker.shard.start_curvature(kind, consumers_only=consumers_only)
+def start_curvature(worker: Worker, kind: str, only: tuple[str, ...]) -> None:
+    """Start gathering; see `ModelShard.start_curvature`."""
+    worker.shard.start_curvature(kind, only=only)
 
 
 def first_not_finite(worker: Worker) -> str | None:
@@ -24,32 +25,38 @@ def first_not_finite(worker: Worker) -> str | None:
 
 
 @collective
-def finish_curvature(worker: Worker, kind: str) -> None:
-    """Stop gathering and sum the factors over the replicas to their owners; the others free theirs."""
-    assert worker.shard.gathering, "no curvature pass has been made"
-    worker.shard.stop_curvature(kind)
-    for group in worker.shard.gathering:
+def finish_curvature(worker: Worker) -> None:
+    """Stop gathering and sum the factors over the replicas to their owners, packed; the others free theirs."""
+    shard, store = worker.shard, worker.shard.factor_store
+    assert shard.gathering, "no curvature pass has been made"
+    shard.stop_curvature()
+    if isinstance(worker.replicas, SingleReplica):
+        return
+    for group in shard.gathering:
         owner = worker.owner(group.names[0])
-        assert group.A is not None
         num_tokens = torch.tensor(group.num_tokens, device=worker.device)
-        for total in (group.A, *group.G, num_tokens):
-            worker.replicas.reduce(total, owner)
+        worker.replicas.reduce(num_tokens, owner)
         group.num_tokens = int(num_tokens)
-        if owner != worker.replicas.rank:
-            group.A, group.G = None, ()
+        for key in (f"{group.names[0]}.A", *(f"{name}.G" for name in group.names)):
+            total = store.on_device(key, store.get(key).n)
+            worker.replicas.reduce(total.flat, owner)
+            if owner == worker.replicas.rank:
+                store.put(key, total)
+            else:
+                store.drop(key)
 
 
 def gather_curvature(
-    cluster: Cluster, sequences: NDArray[np.int64], kind: str, label_seed: int | None = None, *, consumers_only: bool = False
+    cluster: Cluster, sequences: NDArray[np.int64], kind: str, label_seed: int | None = None, *, only: tuple[str, ...] = ("",)
 ) -> float:
     """Run every calibration sequence through the model and gather A and G where they belong.
 
     Args:
         cluster: with loaded workers.
-        sequences: [num_sequences, sequence_length] tokens; one is a micro-batch.
+        sequences: [num_sequences, sequence_length] tokens.
         kind: see `ModelShard.start_curvature`; a forward pass is enough for ``activations`` and ``identity``.
         label_seed: see `forward_backward`.
-        consumers_only: whether only the consumers of coupled groups are wanted.
+        only: see `ModelShard.start_curvature`.
 
     Returns:
         Mean NLL in nats per predicted token.
@@ -57,7 +64,7 @@ def gather_curvature(
     Raises:
         FloatingPointError: a loss is not finite; names the first linear whose inputs are not.
     """
-    cluster.run_all(start_curvature, kind, consumers_only)
+    cluster.run_all(start_curvature, kind, only)
     try:
         forward_only = kind in ("activations", "identity")
         losses = sequence_losses(cluster, sequences) if forward_only else forward_and_backward(cluster, sequences, label_seed)
@@ -67,6 +74,6 @@ def gather_curvature(
         names = [name for name in cluster.run_all(first_not_finite) if name is not None]
         reason = getattr(error, "cause", error)  # unwrapped from Ray's task error
         raise FloatingPointError(f"{reason}; inputs are not finite from {names[0] if names else 'the head'} on") from error
-    cluster.run_all(finish_curvature, kind)
+    cluster.run_all(finish_curvature)
     num_predicted = int(sequences.shape[0]) * (int(sequences.shape[1]) - 1)
     return sum(losses) / num_predicted

@@ -13,6 +13,7 @@ from ray_surgeon.cluster.collectives import ThreadMeeting, ThreadReplica
 from ray_surgeon.cluster.placement import Placement, WorkerIndex
 from ray_surgeon.cluster.usage import Usage
 from ray_surgeon.cluster.worker import Worker
+from ray_surgeon.memory.stores import Stores
 from ray_surgeon.models.layout import ModelLayout
 
 P = ParamSpec("P")
@@ -34,7 +35,7 @@ class LocalCluster:
             num_threads: torch threads of the process.
             device: "cpu" or "cuda".
         """
-        self.placement, self.progress = placement, Progress()
+        self.placement, self.progress, self.stores = placement, Progress(), Stores()
         self.workers = {index: Worker(layout, placement, index, num_threads, device) for index in placement.workers}
         self._positions: dict[WorkerIndex, tuple[int, int]] = {}
         for index, worker in self.workers.items():

@@ -1,4 +1,4 @@
-"""Passes of text through the shards: what a worker does for one micro-batch, and how the coordinator schedules them.
+"""Passes of text through the shards: what a worker does for one wave of sequences, and how the coordinator schedules them.
 
 Activations go from worker to worker; the coordinator sees references, losses and, for a comparison of exports, logits.
 """
@@ -24,66 +24,68 @@ from ray_surgeon.cluster.worker import Worker
 # On a worker
 
 
-def forward(worker: Worker, micro_batch: int, inputs: TensorPayload | None) -> TensorPayload:
-    """Run a micro-batch forward: tokens or hidden states in, hidden states out."""
+def forward(worker: Worker, wave: int, inputs: TensorPayload | None) -> TensorPayload:
+    """Run a wave forward: tokens [m, T] or hidden states [m, T, d] in, hidden states out."""
     assert inputs is not None
-    return encode(worker.shard.forward(micro_batch, decode(inputs, worker.device)))
+    return encode(torch.cat(worker.runner.forward(wave, decode(inputs, worker.device))))
 
 
 def forward_backward(
-    worker: Worker, micro_batch: int, inputs: TensorPayload | None, tokens: TensorPayload, label_seed: int | None
-) -> tuple[TensorPayload | None, float]:
-    """Run a micro-batch through the last shard and back.
+    worker: Worker, wave: int, inputs: TensorPayload | None, tokens: TensorPayload, numbers: Sequence[int], label_seed: int | None
+) -> tuple[TensorPayload | None, list[float]]:
+    """Run a wave through the last shard and back.
 
     Args:
         worker: with the last shard.
-        micro_batch: its number.
+        wave: its number.
         inputs: tokens, if this is the only shard, or hidden states.
-        tokens: [n, T] the labels.
+        tokens: [m, T] the labels.
+        numbers: of the sequences.
         label_seed: seed of labels drawn from the model; None takes the data's (empirical Fisher).
 
     Returns:
-        The gradient at the inputs, None if this is the only shard, and the summed NLL of the data in nats.
+        The gradient at the inputs, None if this is the only shard, and the summed NLL of each sequence in nats.
 
     Raises:
-        FloatingPointError: the loss is not finite.
+        FloatingPointError: a loss is not finite.
     """
     assert inputs is not None
     labels = decode(tokens, worker.device)
-    generator = None if label_seed is None else torch.Generator(worker.device).manual_seed(label_seed + micro_batch)
-    hidden = worker.shard.forward(micro_batch, decode(inputs, worker.device))
-    nll, gradient = worker.shard.loss(hidden, labels, with_gradient=True, generator=generator)
-    total = float(nll.sum())
-    if not math.isfinite(total):
-        raise FloatingPointError(f"the loss of calibration micro-batch {micro_batch} is {total}; check the weights and the dtype")
+    gradients, losses = worker.runner.forward(wave, decode(inputs, worker.device)), []
+    for i, number in enumerate(numbers):
+        generator = None if label_seed is None else torch.Generator().manual_seed(label_seed + number)
+        nll, gradients[i] = worker.runner.loss(gradients[i], labels[i : i + 1], generator)
+        losses.append(float(nll))
+        if not math.isfinite(losses[-1]):
+            raise FloatingPointError(f"the loss of calibration sequence {number} is {losses[-1]}; check the weights and the dtype")
+    return _gradient_below(worker, worker.runner.backward(wave, gradients)), losses
+
+
+def backward(worker: Worker, wave: int, gradient: TensorPayload | None) -> TensorPayload | None:
+    """Run a wave backward: gradient at the outputs in, gradient at the inputs out; the first shard keeps its own."""
     assert gradient is not None
-    return _gradient_below(worker, worker.shard.backward(micro_batch, gradient)), total
+    return _gradient_below(worker, worker.runner.backward(wave, list(torch.split(decode(gradient, worker.device), 1))))
 
 
-def backward(worker: Worker, micro_batch: int, gradient: TensorPayload | None) -> TensorPayload | None:
-    """Run a micro-batch backward: gradient at the outputs in, gradient at the inputs out; the first shard keeps its own."""
-    assert gradient is not None
-    return _gradient_below(worker, worker.shard.backward(micro_batch, decode(gradient, worker.device)))
-
-
-def _gradient_below(worker: Worker, gradient: Tensor) -> TensorPayload | None:
-    return None if worker.index.shard == 0 else encode(gradient)
+def _gradient_below(worker: Worker, gradients: list[Tensor]) -> TensorPayload | None:
+    return None if worker.index.shard == 0 else encode(torch.cat(gradients))
 
 
 def infer(worker: Worker, inputs: TensorPayload) -> TensorPayload:
-    """Run a shard without gradients: tokens or hidden states in, hidden states out."""
-    return encode(worker.shard.infer(decode(inputs, worker.device)))
+    """Run a wave without gradients: tokens or hidden states in, hidden states out."""
+    return encode(torch.cat(worker.runner.infer(decode(inputs, worker.device))))
 
 
 def infer_loss(worker: Worker, inputs: TensorPayload, tokens: TensorPayload) -> list[float]:
     """Return the summed NLL in nats of each sequence, at the last shard."""
-    nll, _ = worker.shard.loss(worker.shard.infer(decode(inputs, worker.device)), decode(tokens, worker.device))
-    return [float(value) for value in nll]
+    labels = decode(tokens, worker.device)
+    hidden = worker.runner.infer(decode(inputs, worker.device))
+    return [float(worker.shard.loss(h, labels[i : i + 1])[0]) for i, h in enumerate(hidden)]
 
 
 def infer_logits(worker: Worker, inputs: TensorPayload) -> TensorPayload:
     """Return the logits [n, T, vocabulary], at the last shard."""
-    return encode(worker.shard.logits(worker.shard.infer(decode(inputs, worker.device))))
+    return encode(worker.shard.logits(torch.cat(worker.runner.infer(decode(inputs, worker.device)))))
 
 
 # On the coordinator
@@ -99,67 +101,78 @@ class _ReplicaPipeline:
     """What is on its way between the shards of one replica."""
 
     replica: int
-    tokens: NDArray[np.int64]
+    waves: list[list[int]]  # numbers of the sequences
     moving: dict[int, TensorPayload | None] = field(default_factory=dict)
-    losses: list[float] = field(default_factory=list)
+    losses: list[list[float]] = field(default_factory=list)
     finished: dict[int, object] = field(default_factory=dict)
     num_done: int = 0
+
+
+def _waves(cluster: Cluster, num_sequences: int) -> list[list[list[int]]]:
+    """Return for every replica the numbers of the sequences of each of its waves; replica r sees sequences r, r + D, ... ."""
+    num_replicas, size = cluster.placement.num_replicas, cluster.stores.wave
+    own = [list(range(replica, num_sequences, num_replicas)) for replica in range(num_replicas)]
+    return [[numbers[i : i + size] for i in range(0, len(numbers), size)] for numbers in own]
 
 
 def forward_and_backward(
     cluster: Cluster, sequences: NDArray[np.int64], label_seed: int | None = None, *, counted: bool = True
 ) -> list[float]:
-    """Run every sequence forward and backward, in one-forward-one-backward order, and return its summed NLL in nats.
+    """Run every sequence forward and backward, and return its summed NLL in nats.
 
-    Replica r sees sequences r, r + D, ... . Submission runs a bounded number of micro-batches ahead.
+    Waves of sequences go through the shards in one-forward-one-backward order. Submission runs a bounded number of them ahead.
 
     Args:
         cluster: with loaded workers, whose hooks gather what is wanted.
-        sequences: [num_sequences, sequence_length] tokens; one is a micro-batch.
+        sequences: [num_sequences, sequence_length] tokens.
         label_seed: see `forward_backward`.
         counted: whether the progress of the step counts these sequences.
     """
-    num_shards, num_replicas = cluster.placement.num_shards, cluster.placement.num_replicas
+    num_shards = cluster.placement.num_shards
     if counted:
         cluster.progress.begin(len(sequences), "sequences", sequences.shape[1])
-    pipelines = [_ReplicaPipeline(r, sequences[r::num_replicas]) for r in range(num_replicas)]
-    orders = [submission_order(num_shards, len(pipeline.tokens)) for pipeline in pipelines]
+    pipelines = [_ReplicaPipeline(replica, waves) for replica, waves in enumerate(_waves(cluster, len(sequences)))]
+    orders = [submission_order(num_shards, len(pipeline.waves)) for pipeline in pipelines]
     for operations in zip_longest(*orders):
         for pipeline, operation in zip(pipelines, operations, strict=True):
             if operation is not None:
-                _submit(cluster, pipeline, operation, label_seed)
+                _submit(cluster, pipeline, operation, sequences, label_seed)
                 if counted:
                     cluster.progress.reach(sum(p.num_done for p in pipelines))
-    losses = cluster.get([loss for pipeline in pipelines for loss in pipeline.losses])
+    by_number: dict[int, float] = {}
+    for pipeline in pipelines:
+        for numbers, losses in zip(pipeline.waves, cluster.get(pipeline.losses), strict=True):
+            by_number |= dict(zip(numbers, losses, strict=True))
     if counted:
         cluster.progress.reach(len(sequences))
-    return [float(loss) for loss in losses]
+    return [by_number[number] for number in range(len(sequences))]
 
 
-def _submit(cluster: Cluster, pipeline: _ReplicaPipeline, operation: Operation, label_seed: int | None) -> None:
-    shard, direction, micro_batch = operation
-    num_shards, index = cluster.placement.num_shards, WorkerIndex(shard, pipeline.replica)
-    number = pipeline.replica + micro_batch * cluster.placement.num_replicas
+def _submit(
+    cluster: Cluster, pipeline: _ReplicaPipeline, operation: Operation, sequences: NDArray[np.int64], label_seed: int | None
+) -> None:
+    shard, direction, wave = operation
+    num_shards, index, numbers = cluster.placement.num_shards, WorkerIndex(shard, pipeline.replica), pipeline.waves[wave]
     if shard == 0 and direction == "forward":
-        pipeline.moving[micro_batch] = token_payload(pipeline.tokens[micro_batch])
-        ahead = micro_batch - num_shards - 1
+        pipeline.moving[wave] = token_payload(sequences[numbers])
+        ahead = wave - num_shards - 1
         if ahead in pipeline.finished:
             cluster.get([pipeline.finished.pop(ahead)])
-            pipeline.num_done += 1
-    moving, finished = pipeline.moving.pop(micro_batch), None
+            pipeline.num_done += len(pipeline.waves[ahead])
+    moving, finished = pipeline.moving.pop(wave), None
     if shard == num_shards - 1:
-        labels = token_payload(pipeline.tokens[micro_batch])
-        moving, loss = cluster.submit_pair(index, forward_backward, number, moving, labels, label_seed)
-        pipeline.losses.append(loss)
-        finished = loss
+        labels = token_payload(sequences[numbers])
+        moving, losses = cluster.submit_pair(index, forward_backward, wave, moving, labels, numbers, label_seed)
+        pipeline.losses.append(losses)
+        finished = losses
     elif direction == "forward":
-        moving = cluster.submit(index, forward, number, moving)
+        moving = cluster.submit(index, forward, wave, moving)
     else:
-        moving = cluster.submit(index, backward, number, moving)
+        moving = cluster.submit(index, backward, wave, moving)
     if shard == 0 and (direction == "backward" or num_shards == 1):
-        pipeline.finished[micro_batch] = moving if finished is None else finished
+        pipeline.finished[wave] = moving if finished is None else finished
     else:
-        pipeline.moving[micro_batch] = moving
+        pipeline.moving[wave] = moving
 
 
 def _to_last_shard(cluster: Cluster, replica: int, tokens: NDArray[np.int64]) -> tuple[WorkerIndex, TensorPayload]:
@@ -171,19 +184,22 @@ def _to_last_shard(cluster: Cluster, replica: int, tokens: NDArray[np.int64]) ->
 
 def sequence_losses(cluster: Cluster, sequences: NDArray[np.int64]) -> list[float]:
     """Return the summed NLL in nats of each sequence [num_sequences, sequence_length]; forward only."""
-    num_replicas = cluster.placement.num_replicas
     cluster.progress.begin(len(sequences), "sequences", sequences.shape[1])
-    in_flight = num_replicas * (cluster.placement.num_shards + 1)
+    of_replicas = _waves(cluster, len(sequences))
+    waves = [(r, numbers) for turn in zip_longest(*of_replicas) for r, numbers in enumerate(turn) if numbers is not None]
+    in_flight = cluster.placement.num_replicas * (cluster.placement.num_shards + 1)
     futures: list[list[float]] = []
-    for i, tokens in enumerate(sequences):
+    by_number: dict[int, float] = {}
+    for i, (replica, numbers) in enumerate(waves):
         if i >= in_flight:
             cluster.get([futures[i - in_flight]])
-            cluster.progress.reach(i - in_flight + 1)
-        index, moving = _to_last_shard(cluster, i % num_replicas, tokens)
-        futures.append(cluster.submit(index, infer_loss, moving, token_payload(tokens)))
-    losses = [nll for values in cluster.get(futures) for nll in values]
+            cluster.progress.reach(sum(len(done) for _, done in waves[: i - in_flight + 1]))
+        index, moving = _to_last_shard(cluster, replica, sequences[numbers])
+        futures.append(cluster.submit(index, infer_loss, moving, token_payload(sequences[numbers])))
+    for (_, numbers), losses in zip(waves, cluster.get(futures), strict=True):
+        by_number |= dict(zip(numbers, losses, strict=True))
     cluster.progress.reach(len(sequences))
-    return losses
+    return [by_number[number] for number in range(len(sequences))]
 
 
 def perplexity(cluster: Cluster, windows: NDArray[np.int64]) -> float:

@@ -21,6 +21,7 @@ from ray_surgeon.cluster.collectives import CollectiveError, ProcessReplica
 from ray_surgeon.cluster.placement import Placement, WorkerIndex
 from ray_surgeon.cluster.usage import Usage
 from ray_surgeon.cluster.worker import Worker
+from ray_surgeon.memory.stores import Stores
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.sections.cluster import RaySection
 
@@ -142,7 +143,7 @@ class RayCluster:
         Raises:
             RuntimeError: the cluster has no room within the time; names what was asked for and what there is.
         """
-        self.placement, self.progress = placement, Progress()
+        self.placement, self.progress, self.stores = placement, Progress(), Stores()
         self._group = _reserve(len(placement.workers), section)
         threads = str(section.cpus_per_worker)
         environment = {

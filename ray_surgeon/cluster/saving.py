@@ -1,16 +1,21 @@
-"""Weights and masks as safetensors files, one a shard; replica 0 writes for all."""
+"""Weights and masks as safetensors files of bounded size, so that a shard of any size is written a part at a time; replica 0 writes."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from ray_surgeon.cluster.worker import Worker
+from ray_surgeon.memory.weights import DiskWeights
 from ray_surgeon.models.linears import cut, num_inputs
 from ray_surgeon.storage import files
 from ray_surgeon.surgery.masks import StructuredMask
+
+_FILE_BYTES = 2**30
+"""A file ends before it would have more, unless a single tensor has."""
 
 
 @dataclass(frozen=True)
@@ -24,43 +29,97 @@ class SavedFile:
 
 def save_shot(worker: Worker, folder: str) -> tuple[SavedFile, ...]:
     """Write what the method changes: the linears and the masks of a shard."""
-    linears = worker.shard.tensors(linears_only=True)
-    return _write(worker, folder, {"shard-{shard:04d}.safetensors": linears, "masks-{shard:04d}.safetensors": _masks(worker)})
+    if worker.index.replica != 0:
+        return ()
+    saved, number = [], worker.index.shard + 1
+    weights = _parts(worker, worker.shard.saved(linears_only=True))
+    for kind, parts, get in (("shard", weights, worker.shard.tensor), ("masks", _mask_parts(worker), _mask_getter(worker))):
+        for i, names in enumerate(parts, 1):
+            suffix = f"-{i:04d}" if len(parts) > 1 else ""
+            saved.append(_write(files.join(folder, f"{kind}-{number:04d}{suffix}.safetensors"), names, get))
+    return tuple(saved)
+
+
+def continue_from_shot(worker: Worker, saved: Sequence[SavedFile]) -> None:
+    """Let weights that are streamed from disk come from the files of a committed shot, if these are on this machine."""
+    weights = worker.shard.weights
+    if isinstance(weights, DiskWeights) and all(files.is_local(file.uri) for file in saved):
+        uri_of, reader = {key: file.uri for file in saved for key in file.keys}, files.TensorReader()
+        weights.continue_from(lambda name: reader.read(uri_of[name], name))
+
+
+def num_files(worker: Worker, masks: bool) -> tuple[int, int]:
+    """Return how many files `save_weights` writes, of weights and of masks."""
+    if worker.index.replica != 0:
+        return 0, 0
+    return len(_parts(worker, worker.shard.saved(linears_only=False))), len(_mask_parts(worker)) if masks else 0
 
 
 def save_weights(
-    worker: Worker, folder: str, name: str, *, masks: str | None, cut_out: bool, left_out: Collection[str]
+    worker: Worker, folder: str, names: Sequence[str], mask_names: Sequence[str], *, cut_out: bool, left_out: Collection[str]
 ) -> tuple[SavedFile, ...]:
     """Write a shard's whole part of the model.
 
     Args:
         worker: of the shard.
         folder: URI.
-        name: file name with ``{shard}`` in it, which becomes the shard's number from 1.
-        masks: file name of the masks, likewise; None writes none.
+        names: of the files of weights.
+        mask_names: of the files of masks.
         cut_out: whether pruned rows and columns are left out, and with them tensors of which nothing is left.
         left_out: names of other tensors to leave out.
     """
-    tensors = worker.shard.tensors(linears_only=False)
-    if cut_out:
-        tensors = {name: tensor for name, tensor in tensors.items() if name not in left_out}
-        for linear, module in worker.shard.linears.items():
-            mask = worker.mask(linear, StructuredMask)
-            parts = cut(module, mask.rows, mask.columns[: num_inputs(module)])
-            tensors.update({f"{linear}.{part}": tensor for part, tensor in parts.items()})
-        tensors = {name: tensor for name, tensor in tensors.items() if tensor.numel()}
-    return _write(worker, folder, {name: tensors} | ({} if masks is None else {masks: _masks(worker)}))
-
-
-def _masks(worker: Worker) -> dict[str, Tensor]:
-    return {f"{name}.{part}": value for name, mask in worker.masks.items() for part, value in mask.tensors().items()}
-
-
-def _write(worker: Worker, folder: str, contents: dict[str, dict[str, Tensor]]) -> tuple[SavedFile, ...]:
     if worker.index.replica != 0:
         return ()
-    saved = []
-    for template, tensors in contents.items():
-        uri = files.join(folder, template.format(shard=worker.index.shard + 1))
-        saved.append(SavedFile(uri, files.write_tensors(uri, tensors), tuple(tensors)))
-    return tuple(saved)
+
+    def get(name: str) -> Tensor:
+        tensor, (linear, _, part) = worker.shard.tensor(name), name.rpartition(".")
+        if not cut_out or linear not in worker.shard.linears:
+            return tensor
+        mask, module = worker.mask(linear, StructuredMask), worker.shard.linears[linear]
+        return cut(module, part, tensor, mask.rows, mask.columns[: num_inputs(module)])
+
+    def is_left(name: str) -> bool:
+        linear, _, part = name.rpartition(".")
+        if not cut_out or linear not in worker.shard.linears:
+            return not cut_out or name not in left_out
+        mask = worker.mask(linear, StructuredMask)
+        return bool(mask.rows.any()) and (part == "bias" or bool(mask.columns[: num_inputs(worker.shard.linears[linear])].any()))
+
+    parts = _parts(worker, worker.shard.saved(linears_only=False))
+    saved = [_write(files.join(folder, n), [k for k in part if is_left(k)], get) for n, part in zip(names, parts, strict=True)]
+    masks = zip(mask_names, _mask_parts(worker), strict=True) if mask_names else ()
+    return tuple(saved + [_write(files.join(folder, name), part, _mask_getter(worker)) for name, part in masks])
+
+
+def _parts(worker: Worker, names: Sequence[str]) -> list[list[str]]:
+    """Cut names of tensors into those of one file each, by the sizes they have before anything is cut out."""
+    width = worker.shard.dtype.itemsize
+    return _by_size([(name, width * torch.Size(worker.layout.parameters[name]).numel()) for name in names])
+
+
+def _mask_parts(worker: Worker) -> list[list[str]]:
+    return _by_size([(f"{name}.{part}", tensor.numel()) for name, mask in worker.masks.items() for part, tensor in mask.tensors().items()])
+
+
+def _mask_getter(worker: Worker) -> Callable[[str], Tensor]:
+    def get(key: str) -> Tensor:
+        name, _, part = key.rpartition(".")
+        return worker.masks[name].tensors()[part]
+
+    return get
+
+
+def _by_size(sizes: Sequence[tuple[str, int]]) -> list[list[str]]:
+    parts: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes:
+        if parts[-1] and filled + size > _FILE_BYTES:
+            parts.append([])
+            filled = 0
+        parts[-1].append(name)
+        filled += size
+    return parts
+
+
+def _write(uri: str, names: Sequence[str], get: Callable[[str], Tensor]) -> SavedFile:
+    return SavedFile(uri, files.write_tensors(uri, {name: get(name) for name in names}), tuple(names))

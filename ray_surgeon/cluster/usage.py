@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import resource
 import socket
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +22,54 @@ class Usage:
     process: str  # host and number
     cpu_s: float  # CPU time of all its threads
     peak_rss_bytes: int  # peak of its resident memory
-    peak_gpu_bytes: int = 0  # peak of what torch allocated on its GPU
+    peak_gpu_bytes: int = 0  # peak of what torch allocated on its GPU since it was asked last
+    peak_anonymous_bytes: int = 0  # peak, since it was asked last, of the memory that is no file's: what could not be given back
     busy_s: float = 0.0  # wall clock that this worker itself spent inside its steps
+
+
+class AnonymousPeak:
+    """The peak of a process's anonymous memory, which the kernel does not keep: it is looked at every few milliseconds."""
+
+    _EVERY_S = 0.02
+
+    def __init__(self) -> None:
+        """Start to look."""
+        self._peak, self._file = 0, Path("/proc/self/status")
+        if self._file.exists():
+            threading.Thread(target=self._look_on, daemon=True, name="anonymous-memory").start()
+
+    def _look_on(self) -> None:
+        while True:
+            self._peak = max(self._peak, self._now())
+            time.sleep(self._EVERY_S)
+
+    def _now(self) -> int:
+        line = next((line for line in self._file.read_text().splitlines() if line.startswith("RssAnon:")), "RssAnon: 0 kB")
+        return int(line.split()[1]) * 1024
+
+    def take(self) -> int:
+        """Return the peak so far, and begin anew."""
+        if not self._file.exists():
+            return 0
+        now = self._now()
+        peak, self._peak = max(self._peak, now), now
+        return peak
+
+
+@functools.cache
+def anonymous_peak() -> AnonymousPeak:
+    """Return the one of this process."""
+    return AnonymousPeak()
 
 
 def process_usage(device: torch.device, busy_s: float = 0.0) -> Usage:
     """Return what this process has used so far; `device` says whether GPU memory counts."""
-    gpu = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
-    return Usage(f"{socket.gethostname()}:{os.getpid()}", time.process_time(), _peak_rss_bytes(), gpu, busy_s)
+    gpu = 0
+    if device.type == "cuda":
+        gpu = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    name, anonymous = f"{socket.gethostname()}:{os.getpid()}", anonymous_peak().take()
+    return Usage(name, time.process_time(), _peak_rss_bytes(), gpu, anonymous, busy_s)
 
 
 def _peak_rss_bytes() -> int:

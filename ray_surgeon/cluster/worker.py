@@ -6,6 +6,7 @@ import functools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
@@ -14,8 +15,11 @@ from torch import Tensor
 from ray_surgeon.cluster.collectives import ReplicaGroup, SingleReplica
 from ray_surgeon.cluster.placement import Placement, WorkerIndex
 from ray_surgeon.cluster.usage import Usage, process_usage
+from ray_surgeon.memory.stores import Scratch, Stores
+from ray_surgeon.memory.weights import ReadAhead
 from ray_surgeon.models.gguf import convert_gguf
 from ray_surgeon.models.layout import GroupSet, ModelLayout
+from ray_surgeon.models.runner import BlockRunner
 from ray_surgeon.models.shard import ModelShard
 from ray_surgeon.sections.texts import ModelSection
 from ray_surgeon.storage import files
@@ -39,6 +43,7 @@ class ModelRecipe:
 
     model: ModelSection  # the dense model, and the dtype of weights and activations
     shot_files: tuple[tuple[str, str], ...] = ()  # (key, URI of its file) of the committed shot to continue from
+    scratch: tuple[str, str, str] = ("", "none", "none")  # folder for scratch, "" for the machine's own; name of the run and of this try
 
 
 @dataclass(frozen=True)
@@ -119,31 +124,36 @@ class Worker:
 
     # Weights and masks
 
-    def load(self, recipe: ModelRecipe, by_element: bool) -> None:
+    def load(self, recipe: ModelRecipe, by_element: bool, stores: Stores) -> None:
         """Load this shard's weights and, when a run is resumed, its masks.
 
         Args:
             recipe: where everything is.
             by_element: whether masks are of elements, or of rows and columns.
+            stores: where the weights and factors are kept.
 
         Raises:
             ValueError: the checkpoint cannot be read.
         """
         source = open_model(recipe.model, convert_gguf)
-        self.shard = ModelShard(self.layout, self.placement.blocks[self.index.shard], getattr(torch, recipe.model.dtype), self.device)
-        reader = source.reader()
-        local_copy = functools.cache(files.local_copy)  # asking an object store once a file, not once a tensor
-        pruned_in = dict(recipe.shot_files)
+        root, run, attempt = recipe.scratch
+        scratch = Scratch(Path(root) if root else Scratch.default_root(), run, attempt, f"{self.index.shard}-{self.index.replica}")
+        scratch.remove_earlier()
+        blocks, dtype = self.placement.blocks[self.index.shard], getattr(torch, recipe.model.dtype)
+        self.shard = ModelShard(self.layout, blocks, dtype, self.device, stores, scratch)
+        self.runner, self.scratch = BlockRunner(self.shard), scratch
+        reader, shot, pruned_in = source.reader(), files.TensorReader(), dict(recipe.shot_files)
 
         def read(name: str) -> Tensor:
             if name in pruned_in:
-                return files.read_tensors(str(local_copy(pruned_in[name])), (name,))[name]
+                return shot.read(pruned_in[name], name)
             key = self.layout.checkpoint_key(name, reader.file_of)
             if key is None:
                 raise ValueError(f"model.source: {source.origin} has no tensor {name}")
             return reader.read(key)
 
-        self.shard.load(read)
+        stays = reader.is_local and all(files.is_local(uri) for uri in set(pruned_in.values()))
+        self.shard.load(read if stays else ReadAhead(read, self.shard.wanted), stays=stays)
         kind: type[StructuredMask] | type[ElementMask] = ElementMask if by_element else StructuredMask
         for name in self.shard.linears:
             shape = self.layout.shapes[name]
@@ -190,7 +200,7 @@ class Worker:
 
     def share_linears(self, names: Iterable[str]) -> None:
         """Send linears and their masks from their owners to the other replicas, after all of them have done their own."""
-        for name in names:
+        for name in names if not isinstance(self.replicas, SingleReplica) else ():
             W = self.shard.weight(name)
             self.replicas.broadcast(W, self.owner(name))
             if not self.owns(name):
@@ -212,9 +222,14 @@ class Worker:
         return LinearSummary(name, len(rows), len(columns), *kept, int(W.count_nonzero()), predicted, residual)
 
 
-def load(worker: Worker, recipe: ModelRecipe, by_element: bool) -> None:
+def load(worker: Worker, recipe: ModelRecipe, by_element: bool, stores: Stores) -> None:
     """Load a worker's shard; see `Worker.load`."""
-    worker.load(recipe, by_element)
+    worker.load(recipe, by_element, stores)
+
+
+def clean_up(worker: Worker) -> None:
+    """Remove what a worker has on its disk."""
+    worker.scratch.close()
 
 
 def sizes(worker: Worker) -> tuple[int, int]:

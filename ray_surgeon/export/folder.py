@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from ray_surgeon.cluster.cluster import Cluster
 from ray_surgeon.cluster.fresh_process import run_module
 from ray_surgeon.cluster.passes import logits
-from ray_surgeon.cluster.saving import save_weights
+from ray_surgeon.cluster.saving import num_files, save_weights
 from ray_surgeon.cluster.transport import decode
 from ray_surgeon.models.gguf import convert_gguf
 from ray_surgeon.sections.texts import ModelSection
@@ -28,7 +29,7 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05, "float16": 0.01}
 
 
 def write_weights(cluster: Cluster, uri: str, *, cut_out: bool, masks: bool, left_out: tuple[str, ...] = ()) -> int:
-    """Have every shard write its file, and an index if there are several. Returns the bytes of all weights.
+    """Have every shard write its files, and an index if there are several. Returns the bytes of all weights.
 
     Args:
         cluster: with the pruned weights.
@@ -37,16 +38,29 @@ def write_weights(cluster: Cluster, uri: str, *, cut_out: bool, masks: bool, lef
         masks: whether to write the masks too, beside the weights.
         left_out: see `save_weights`.
     """
-    num_shards = cluster.placement.num_shards
-    part = f"-{{shard:05d}}-of-{num_shards:05d}" if num_shards > 1 else ""
-    masks_name = f"masks{part}.safetensors" if masks else None
-    written = cluster.run_all(save_weights, uri, f"model{part}.safetensors", masks=masks_name, cut_out=cut_out, left_out=left_out)
-    weights = [file for worker in written for file in worker if file.uri.rpartition("/")[2].startswith("model")]
+    numbers = cluster.run_all(num_files, masks)
+    of_weights, of_masks = _names("model", [n for n, _ in numbers]), _names("masks", [n for _, n in numbers])
+    futures = [
+        cluster.submit(index, save_weights, uri, of_weights[i], of_masks[i], cut_out=cut_out, left_out=left_out)
+        for i, index in enumerate(cluster.placement.workers)
+    ]
+    written = [file for worker in cluster.get(futures) for file in worker]
+    weights = [file for file in written if file.uri.rpartition("/")[2].startswith("model")]
     total = sum(file.size_bytes for file in weights)
-    if num_shards > 1:
+    if len(weights) > 1:
         weight_map = {key: file.uri.rpartition("/")[2] for file in weights for key in file.keys}
         files.write_json(files.join(uri, "model.safetensors.index.json"), {"metadata": {"total_size": total}, "weight_map": weight_map})
     return total
+
+
+def _names(stem: str, numbers: Sequence[int]) -> list[list[str]]:
+    """Return the names of the files of every worker, numbered through all of them if there are several."""
+    count, names, first = sum(numbers), [], 1
+    for number in numbers:
+        several = [f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(first, first + number)]
+        names.append(several if count > 1 else [f"{stem}.safetensors"] * number)
+        first += number
+    return names
 
 
 def dense_document(model: ModelSection) -> dict[str, Any]:

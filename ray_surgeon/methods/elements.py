@@ -11,14 +11,15 @@ from numpy.typing import NDArray
 from pydantic import Field, Tag, model_validator
 
 from ray_surgeon.cluster.cluster import Cluster
+from ray_surgeon.cluster.plan import LinearNeeds
 from ray_surgeon.cluster.worker import LinearSummary, Worker, collective, sizes
 from ray_surgeon.methods.method import Choice, Method, Scores, in_order, linear_of
+from ray_surgeon.models.layout import LinearShape
 from ray_surgeon.sections.base import Positive, Section, by_tag, tag
 from ray_surgeon.sections.curvature import AnyCurvature, ExtendedKfacSection
 from ray_surgeon.sections.targets import SparsitySection
 from ray_surgeon.surgery.element_pruning import ElementCandidates, ElementUnits, ElementUpdate, find_elements, prune_elements, unit_costs
 from ray_surgeon.surgery.masks import ElementMask
-from ray_surgeon.surgery.structured import Removal
 from ray_surgeon.surgery.threshold import Threshold, bit_histogram, bucket_of, cost_curve, cost_of_bits, units_to_remove
 
 Pattern = tuple[Positive, Positive]
@@ -151,6 +152,19 @@ class Elements(Method):
         """Masks are of elements."""
         return True
 
+    def needs(self, shape: LinearShape) -> LinearNeeds:
+        """Both factors are factorised for the costs; the update multiplies by both as often as its solver iterates."""
+        R, C = shape.num_rows, shape.num_columns
+        update = self.section.update
+        iterations = update.num_iterations if isinstance(update, ConjugateGradientsUpdate) else 2
+        return LinearNeeds(
+            costs_bytes=4 * (2 * (C**2 + R**2) + max(R, C) ** 2 + 5 * R * C),
+            costs_flops=1.5 * (C**3 + R**3),
+            update_bytes=4 * (2.5 * (C**2 + R**2) + 10 * R * C),
+            update_flops=iterations * 2.0 * R * C * (R + C),
+            kept_bytes=0.0 if self.section.structure == "element" else 12.0 * R * C / self.section.units.m,
+        )
+
     # On a worker
 
     def costs(self, worker: Worker) -> Scores[None]:
@@ -178,15 +192,15 @@ class Elements(Method):
     @collective
     def prune(self, worker: Worker, threshold: float) -> tuple[LinearSummary, ...]:
         """Remove everything whose cost is at most the threshold, update what stays, and send it to the replicas."""
-        found, done, update = worker.drop(_Scored), dict[str, Removal](), self.section.update.as_update
+        found, done, update = worker.drop(_Scored), dict[str, tuple[float, float]](), self.section.update.as_update
         for name in worker.each(list(found.candidates)):
             linear, mask = linear_of(worker, name, self.used_curvature), worker.mask(name, ElementMask)
             removal, worker.masks[name] = prune_elements(linear, mask, self.section.units, found.candidates.pop(name), threshold, update)
             worker.shard.set_weight(name, removal.W)
-            done[name] = Removal(removal.W[:0], removal.predicted, removal.residual)
+            done[name] = removal.predicted, removal.residual
         worker.shard.drop_curvature()
         worker.share_linears(worker.shard.linears)
-        return tuple(worker.summary(name, removal.predicted, removal.residual) for name, removal in done.items())
+        return tuple(worker.summary(name, *about) for name, about in done.items())
 
     # On the coordinator
 

@@ -19,7 +19,7 @@ from ray_surgeon.cluster.passes import forward_and_backward
 from ray_surgeon.cluster.worker import Worker, collective
 from ray_surgeon.models.shard import ModelShard, watch_pairs
 from ray_surgeon.surgery.extended.terms import power_iteration, quadratic_forms
-from ray_surgeon.surgery.kronecker import add_second_moment, symmetrize
+from ray_surgeon.surgery.kronecker import PackedSymmetric
 
 Side = Literal["g", "a"]
 
@@ -39,7 +39,7 @@ class PowerIteration:
         self._shard = shard
         self.unit_G: dict[str, Tensor] = {}
         self.unit_A: dict[str, Tensor] = {}
-        self.moments: dict[str, Tensor] = {}
+        self.moments: dict[str, PackedSymmetric] = {}
         self.sigma: dict[str, float] = {}
         self._hooks: list[RemovableHandle] = []
 
@@ -48,26 +48,21 @@ class PowerIteration:
         assert not self._hooks
         other = self.unit_A if side == "g" else self.unit_G
         for name, module in self._shard.gathered.items():
-            size = self._size(name, side)
-            self.moments[name] = torch.zeros(size, size, device=self._shard.device)
+            shape = self._shard.layout.shapes[name]
+            self.moments[name] = PackedSymmetric.zeros(shape.num_columns if side == "a" else shape.num_rows, self._shard.device)
             self._hooks.append(watch_pairs(module, _add_moment(self.moments[name], other[name], side)))
 
-    def _size(self, name: str, side: Side) -> int:
-        return self._shard.weight(name).shape[side == "a"]
-
     def stop(self) -> None:
-        """Remove the hooks and complete the symmetric sums."""
+        """Remove the hooks."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        for total in self.moments.values():
-            symmetrize(total)
 
 
-def _add_moment(total: Tensor, other: Tensor, side: Side) -> Callable[[Tensor, Tensor], None]:
+def _add_moment(total: PackedSymmetric, other: Tensor, side: Side) -> Callable[[Tensor, Tensor], None]:
     def see(a: Tensor, g: Tensor) -> None:
         wanted, weighing = (g, a) if side == "g" else (a, g)
-        add_second_moment(total, wanted, quadratic_forms(weighing, other))
+        total.add(wanted, quadratic_forms(weighing, other))
 
     return see
 
@@ -92,12 +87,13 @@ def finish_iteration(worker: Worker, side: Side) -> None:
     power = worker.kept(PowerIteration)
     power.stop()
     units, others = (power.unit_G, power.unit_A) if side == "g" else (power.unit_A, power.unit_G)
-    for name, moment in power.moments.items():
+    for name, packed in power.moments.items():
         owner = worker.owner(name)
-        worker.replicas.reduce(moment, owner)
+        worker.replicas.reduce(packed.flat, owner)
+        moment = packed.dense()
         unit = torch.empty_like(moment)
         if worker.owns(name):
-            factors = worker.shard.factors(name)
+            factors = worker.shard.factors(name).dense(worker.device)
             n = factors.num_tokens
             known = [(factors.G / n, factors.A / n), *factors.terms]
             same, opposite = ([t[0] for t in known], [t[1] for t in known])
@@ -114,7 +110,7 @@ def finish_term(worker: Worker) -> dict[str, float]:
     for name in worker.shard.gathered:
         if not worker.owns(name):
             continue
-        scale, factors = power.sigma[name] ** 0.5, worker.shard.factors(name)
+        scale, factors = power.sigma[name] ** 0.5, worker.shard.factors(name).dense(worker.device)
         size = float(torch.linalg.norm(factors.A) * torch.linalg.norm(factors.G)) / factors.num_tokens**2
         sizes[name] = power.sigma[name] / size if size else 0.0
         worker.shard.terms.setdefault(name, []).append((power.unit_G[name] * scale, power.unit_A[name] * scale))

@@ -18,20 +18,21 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from ray_surgeon.cluster.cluster import Cluster
+from ray_surgeon.cluster.plan import LinearNeeds
 from ray_surgeon.cluster.worker import LinearSummary, Worker, collective, sizes
 from ray_surgeon.methods.method import Choice, Method, Scores, in_order, linear_of
 from ray_surgeon.models.budgets import Budget
-from ray_surgeon.models.layout import GroupSet
+from ray_surgeon.models.layout import GroupSet, LinearShape
 from ray_surgeon.models.pruned_config import plain_kv_heads
 from ray_surgeon.sections.base import Positive
 from ray_surgeon.sections.curvature import AnyCurvature, ExtendedKfacSection
 from ray_surgeon.sections.targets import ScheduleSection, TargetSection
 from ray_surgeon.surgery.allocate import Allocation, GroupCosts, OutOfReachError, allocate_globally, allocate_uniformly
-from ray_surgeon.surgery.curvature import LinearCurvature
+from ray_surgeon.surgery.curvature import RaisedDamping
 from ray_surgeon.surgery.groups import alive_part, group_costs, lowest, prune_groups
+from ray_surgeon.surgery.kronecker import Damping
 from ray_surgeon.surgery.linear import Part
 from ray_surgeon.surgery.masks import StructuredMask
-from ray_surgeon.surgery.structured import Removal
 from ray_surgeon.surgery.threshold import cost_curve
 
 GroupKind = Literal["ffn", "attention"]
@@ -122,9 +123,9 @@ class Reach:
 
 @dataclass
 class _Scored:
-    """What `score` leaves on a worker for `apply`: consumer -> alive part, its curvature, marginal costs."""
+    """What `score` leaves on a worker for `apply`: consumer -> alive part, the damping its factors needed, marginal costs."""
 
-    consumers: dict[str, tuple[Part, LinearCurvature, Tensor]]
+    consumers: dict[str, tuple[Part, Damping, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -134,11 +135,12 @@ class Groups(Method):
     section: GroupsSection | UniformGroupsSection
     budget: Budget | None  # what they save from; None until latencies are measured
     fewest: Mapping[str, int]  # kind -> groups that must be left in every block
+    consumers: tuple[str, ...]  # how the names of the last linears of the groups end
 
     @property
-    def consumers_only(self) -> bool:
+    def gathers(self) -> tuple[str, ...]:
         """Producers need no curvature."""
-        return True
+        return self.consumers
 
     @property
     def _uniform(self) -> bool:
@@ -200,6 +202,19 @@ class Groups(Method):
         """Return what the number of groups left must be a multiple of; widths are rounded in the last shot."""
         return self.section.width_multiple if kind == "ffn" and shot == self.section.shots else 1
 
+    def needs(self, shape: LinearShape) -> LinearNeeds | None:
+        """Only consumers are ranked and updated: their A is factorised, then the part of it that stays."""
+        if not shape.name.endswith(self.consumers):
+            return None
+        R, C = shape.num_rows, shape.num_columns
+        reach = min(1.0, 2 * (self.section.target_sparsity or 0.5))
+        return LinearNeeds(
+            costs_bytes=4 * ((2.9 + reach) * C**2 + 2 * R**2 + 5 * R * C),
+            costs_flops=5.0 * C**3 + R**3 + 4 * R**2 * C,
+            update_bytes=4 * (2.7 * C**2 + R**2 + 5 * R * C),
+            update_flops=2.0 * C**3,
+        )
+
     # On a worker
 
     def costs(self, worker: Worker, reach: Reach, shot: int) -> Scores[ConsumerCosts]:
@@ -208,7 +223,7 @@ class Groups(Method):
         Raises:
             FloatingPointError: a factor or a cost is not usable; names the linear.
         """
-        found, replies = _Scored({}), []
+        found, replies, raised = _Scored({}), [], list[RaisedDamping]()
         sets = {groups.consumer: groups for groups in worker.group_sets if groups.kind in self.section.groups}
         for name in worker.each([name for name in sets if worker.owns(name)]):
             groups, mask = sets[name], worker.mask(name, StructuredMask)
@@ -219,11 +234,11 @@ class Groups(Method):
             limit = None if reach.limit is None else reach.limit * (self.known_budget.size(kind) if self._per_unit else 1.0)
             needed = max((reach.needed or {}).get(kind, 0), left % self.multiple(kind, shot))
             costs = group_costs(linear, alive, curvature, groups.columns, self.section.fewest_groups[kind], limit, needed)
-            found.consumers[name] = alive, curvature, costs
+            found.consumers[name] = alive, curvature.used_damping, costs
+            raised += curvature.raised_damping
             replies.append(ConsumerCosts(name, kind, costs.float(), left, groups.num_parameters, self._allowed(worker, groups, shot)))
         worker.keep(found)
-        raised = tuple(event for _, curvature, _ in found.consumers.values() for event in curvature.raised_damping)
-        return Scores(tuple(replies), *sizes(worker), raised)
+        return Scores(tuple(replies), *sizes(worker), tuple(raised))
 
     def _allowed(self, worker: Worker, groups: GroupSet, shot: int) -> frozenset[int]:
         if groups.kind == "attention" and self._uniform:
@@ -239,23 +254,24 @@ class Groups(Method):
             worker: after `costs`.
             counts: consumer -> number of its groups.
         """
-        found, done = worker.drop(_Scored), dict[str, Removal]()
+        found, predicted = worker.drop(_Scored), dict[str, float]()
         sets = [groups for groups in worker.group_sets if groups.kind in self.section.groups]
         for groups in sets:
             name = groups.consumer
             if name not in found.consumers:
                 continue
-            alive, curvature, costs = found.consumers.pop(name)
+            alive, damping, costs = found.consumers[name]
             mask, linear = worker.mask(name, StructuredMask), linear_of(worker, name, self.used_curvature)
             to_prune = torch.zeros(len(mask.columns), dtype=torch.bool)
             to_prune[groups.columns[lowest(costs, counts[name])].flatten()] = True
-            done[name], worker.masks[name] = prune_groups(linear, mask, alive, curvature, to_prune)
-            worker.shard.set_weight(name, done[name].W)
+            removal, worker.masks[name] = prune_groups(linear, mask, alive, linear.curvature(alive, damping), to_prune)
+            worker.shard.set_weight(name, removal.W)
+            predicted[name] = removal.predicted
         worker.shard.drop_curvature()
         worker.share_linears(groups.consumer for groups in sets)
         for groups in sets:
             _remove_producers(worker, groups)
-        return tuple(worker.summary(name, done[name].predicted if name in done else 0.0, 0.0) for name in worker.owned())
+        return tuple(worker.summary(name, predicted.get(name, 0.0), 0.0) for name in worker.owned())
 
     # On the coordinator
 

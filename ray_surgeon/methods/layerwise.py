@@ -14,11 +14,13 @@ from torch import Tensor
 from ray_surgeon.cluster.cluster import Cluster
 from ray_surgeon.cluster.passes import token_payload
 from ray_surgeon.cluster.placement import WorkerIndex
+from ray_surgeon.cluster.plan import LinearNeeds
 from ray_surgeon.cluster.transport import TensorPayload, decode, encode
 from ray_surgeon.cluster.worker import LinearSummary, Worker, collective
 from ray_surgeon.methods.elements import Pattern, check_pattern
 from ray_surgeon.methods.method import Choice, Method, Scores, in_order
 from ray_surgeon.models.block_by_block import BlockByBlock
+from ray_surgeon.models.layout import LinearShape
 from ray_surgeon.sections.targets import SparsitySection
 from ray_surgeon.surgery.layerwise import prune_linear
 from ray_surgeon.surgery.masks import ElementMask
@@ -81,12 +83,17 @@ class Layerwise(Method):
         """There is no global threshold."""
         return False
 
+    def needs(self, shape: LinearShape) -> LinearNeeds:
+        """The inverse of A and its Cholesky factor."""
+        R, C = shape.num_rows, shape.num_columns
+        return LinearNeeds(update_bytes=4 * (4 * C**2 + 4 * R * C), update_flops=2.0 * C**3 + 2 * R * C**2)
+
     # On a worker
 
     def enter(self, worker: Worker, micro_batch: int, inputs: TensorPayload) -> None:
         """Take a micro-batch that will pass the shard block by block."""
         if micro_batch < worker.placement.num_replicas:
-            worker.keep(BlockByBlock(worker.shard))
+            worker.keep(BlockByBlock(worker.shard, worker.runner))
         worker.kept(BlockByBlock).enter(micro_batch, decode(inputs, worker.device))
 
     @collective
@@ -94,19 +101,21 @@ class Layerwise(Method):
         """Prune the blocks of one shard one after the other; workers of other shards do nothing."""
         if shard != worker.index.shard:
             return ()
-        way, blocks = worker.kept(BlockByBlock), worker.shard.blocks
-        for block in range(blocks.first, blocks.last):
-            for group in way.gather(block):
-                assert group.A is not None
-                num_tokens = torch.tensor(group.num_tokens, device=worker.device)
-                for total in (group.A, num_tokens):
-                    worker.replicas.reduce(total, worker.owner(group.names[0]))
+        way, blocks, store = worker.kept(BlockByBlock), worker.shard.blocks, worker.shard.factor_store
+        for place in range(blocks.last - blocks.first):
+            groups = way.gather(place)
+            for group in groups:
+                key = f"{group.names[0]}.A"
+                total, num_tokens = store.on_device(key, store.get(key).n), torch.tensor(group.num_tokens, device=worker.device)
+                for tensor in (total.flat, num_tokens):
+                    worker.replicas.reduce(tensor, worker.owner(group.names[0]))
+                store.drop(key)
                 if worker.owns(group.names[0]):
+                    A = total.dense().div_(int(num_tokens))
                     for name in group.names:
-                        self._prune_linear(worker, name, group.A / int(num_tokens), sparsity)
-                group.A = None
-            worker.share_linears(name for group in way.shared_inputs(block) for name in group.names)
-            way.advance(block)
+                        self._prune_linear(worker, name, A, sparsity)
+            worker.share_linears(name for group in groups for name in group.names)
+            way.advance(place)
         return tuple(worker.summary(name, None, 0.0) for name in worker.owned())
 
     def _prune_linear(self, worker: Worker, name: str, A: Tensor, sparsity: float) -> None:

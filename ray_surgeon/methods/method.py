@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 
 from ray_surgeon.cluster.cluster import Cluster
 from ray_surgeon.cluster.curvature_pass import gather_curvature
+from ray_surgeon.cluster.plan import Job, LinearNeeds
 from ray_surgeon.cluster.worker import LinearSummary, Worker
 from ray_surgeon.methods.extended_kfac import gather_terms
+from ray_surgeon.models.layout import LinearShape, ModelLayout
 from ray_surgeon.sections.curvature import AnyCurvature, ExtendedKfacSection
 from ray_surgeon.sections.targets import ScheduleSection
 from ray_surgeon.surgery.curvature import Clipping, RaisedDamping
@@ -84,9 +86,9 @@ class Method(ABC):
         return True
 
     @property
-    def consumers_only(self) -> bool:
-        """Whether curvature is needed only for the consumers of coupled groups."""
-        return False
+    def gathers(self) -> tuple[str, ...]:
+        """How the names of the linears end whose curvature is needed."""
+        return ("",)
 
     @property
     def used_curvature(self) -> AnyCurvature:
@@ -98,11 +100,46 @@ class Method(ABC):
         """Gather the curvature of the present weights; return the mean NLL in nats per predicted token, and more for the report."""
         curvature = self.used_curvature
         seed = curvature.label_seed(shot, len(sequences))
-        loss = gather_curvature(cluster, sequences, curvature.kind, seed, consumers_only=self.consumers_only)
+        loss = gather_curvature(cluster, sequences, curvature.kind, seed, only=self.gathers)
         if not isinstance(curvature, ExtendedKfacSection):
             return loss, {}
         sizes = gather_terms(cluster, sequences, curvature.num_kronecker_terms, curvature.num_power_iterations, seed)
         return loss, {"median_size_of_terms": [float(np.median(list(by_linear.values()))) for by_linear in sizes]}
+
+    @abstractmethod
+    def needs(self, shape: LinearShape) -> LinearNeeds | None:
+        """Return what the costs and the update of a linear need; None if it is neither ranked nor updated by its factors."""
+
+    def job(self, layout: ModelLayout, dtype: str, calibration: tuple[int, int], evaluation: Sequence[tuple[int, int]]) -> Job:
+        """Return what a plan depends on.
+
+        Args:
+            layout: of the model.
+            dtype: of weights and activations.
+            calibration: number and length of its sequences.
+            evaluation: number and length of the windows of each text.
+        """
+        needs = {shape.name: found for shape in layout.linears if (found := self.needs(shape)) is not None}
+        dense, passes, factors = dict[str, float](), 1, "none"
+        if self.curvature is not None:
+            factors = "A" if self.curvature.kind in ("activations", "identity") else "both"
+        if isinstance(self.curvature, ExtendedKfacSection):
+            further = self.curvature.num_kronecker_terms - 1
+            passes += further * self.curvature.num_power_iterations
+            sizes = {shape.name: 4.0 * (shape.num_rows**2 + shape.num_columns**2) for shape in layout.linears}
+            dense = {name: (further + 1.5) * size for name, size in sizes.items()}
+        return Job(
+            dtype,
+            *calibration,
+            tuple(evaluation),
+            needs,
+            factors,
+            frozenset(needs),
+            passes,
+            dense,
+            mask_bytes=1.0 if self.by_element else 0.0,
+            block_by_block=not self.has_costs,
+        )
 
     @abstractmethod
     def score(self, cluster: Cluster, shot: int) -> Scores[Any]:

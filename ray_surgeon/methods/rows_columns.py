@@ -13,13 +13,15 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from ray_surgeon.cluster.cluster import Cluster
+from ray_surgeon.cluster.plan import LinearNeeds
 from ray_surgeon.cluster.worker import LinearSummary, Worker, collective, sizes
 from ray_surgeon.methods.method import Choice, Method, Scores, in_order, linear_of
 from ray_surgeon.models.dependencies import propagate, shrinkable
+from ray_surgeon.models.layout import LinearShape
 from ray_surgeon.sections.curvature import AnyCurvature, ExtendedKfacSection
 from ray_surgeon.sections.targets import SparsitySection
 from ray_surgeon.surgery.masks import StructuredMask
-from ray_surgeon.surgery.structured import Candidates, Removal, find_candidates, prune_structures
+from ray_surgeon.surgery.structured import Candidates, find_candidates, prune_structures
 from ray_surgeon.surgery.threshold import StructureCosts, can_reach, cost_curve, smallest_enough, structured_threshold
 
 RankBy = Literal["cost", "cost_per_parameter"]
@@ -60,6 +62,17 @@ class RowsColumns(Method):
     """Rows and columns."""
 
     section: RowsColumnsSection
+
+    def needs(self, shape: LinearShape) -> LinearNeeds:
+        """Both factors of every linear are factorised, then the parts that stay."""
+        R, C = shape.num_rows, shape.num_columns
+        reach = min(1.0, 2 * self.section.target_sparsity)
+        return LinearNeeds(
+            costs_bytes=4 * ((2 + reach) * (C**2 + R**2) + max(R, C) ** 2 + 6 * R * C),
+            costs_flops=5.0 * (C**3 + R**3) + 6 * R * C * (R + C),
+            update_bytes=4 * (C**2 + R**2 + 1.7 * max(R, C) ** 2 + 7 * R * C),
+            update_flops=2.0 * (C**3 + R**3),
+        )
 
     # On a worker
 
@@ -104,11 +117,12 @@ class RowsColumns(Method):
     @collective
     def prune(self, worker: Worker, threshold: float) -> tuple[LinearSummary, ...]:
         """Remove everything whose cost is at most the threshold, update what stays, and send it to the replicas."""
-        found, done = worker.drop(_Scored), dict[str, Removal]()
+        found, done = worker.drop(_Scored), dict[str, tuple[float, float]]()
         for name in worker.each(list(found.candidates)):
             linear, mask = linear_of(worker, name, self.used_curvature), worker.mask(name, StructuredMask)
-            done[name], worker.masks[name] = prune_structures(linear, mask, found.candidates[name], threshold, self.section.update)
-            worker.shard.set_weight(name, done[name].W)
+            removal, worker.masks[name] = prune_structures(linear, mask, found.candidates[name], threshold, self.section.update)
+            worker.shard.set_weight(name, removal.W)
+            done[name] = removal.predicted, removal.residual
         worker.shard.drop_curvature()
         worker.share_linears(worker.shard.linears)
         masks = {name: worker.mask(name, StructuredMask) for name in worker.shard.linears}
@@ -117,7 +131,7 @@ class RowsColumns(Method):
             mask.apply_(W)
             worker.shard.set_weight(name, W)
             worker.masks[name] = mask
-        return tuple(worker.summary(name, removal.predicted, removal.residual) for name, removal in done.items())
+        return tuple(worker.summary(name, *about) for name, about in done.items())
 
     def num_shrinkable(self, worker: Worker) -> int:
         """Return the parameters of a shard in groups that are pruned whole; replica 0 answers for all."""

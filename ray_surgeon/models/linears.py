@@ -22,12 +22,12 @@ def matrix(module: LinearModule) -> Tensor:
     return weight.T if isinstance(module, Conv1D) else weight
 
 
-def cut(module: LinearModule, rows: Tensor, columns: Tensor) -> dict[str, Tensor]:
-    """Return the weight, and the bias if there is one, with only the kept rows [R] and input columns [C] (bool), stored as the module's."""
-    rows, columns = rows.to(module.weight.device), columns.to(module.weight.device)
-    W = matrix(module)[rows][:, columns]
-    parts = {"weight": (W.T if isinstance(module, Conv1D) else W).contiguous()}
-    return parts if module.bias is None else parts | {"bias": module.bias.detach()[rows]}
+def cut(module: LinearModule, part: str, stored: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Return the ``weight`` or ``bias`` of a linear, as it is stored, with only the kept rows [R] and input columns [C] (bool)."""
+    rows, columns = rows.to(stored.device), columns.to(stored.device)
+    if part == "bias":
+        return stored[rows]
+    return stored[columns][:, rows] if isinstance(module, Conv1D) else stored[rows][:, columns]
 
 
 def num_outputs(module: LinearModule) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_TOKENS_PER_SLICE = 128
+TOKENS_PER_SLICE = 128
 """128 tokens x 50k vocabulary x 4 bytes = 25 MiB."""
 
 
@@ -19,7 +19,8 @@ def next_token_loss(
         head_weight: [vocabulary, d].
         tokens: [num_sequences, T] int64; position t predicts token t + 1, so T - 1 tokens are predicted.
         with_gradient: whether to return the gradient of the summed loss.
-        generator: if given, the labels of the gradient are drawn from the model (sampled Fisher) instead of the data.
+        generator: of the CPU; if given, the labels of the gradient are drawn from the model (sampled Fisher) instead of the data, the
+            same ones on every device.
 
     Returns:
         [num_sequences] float64 summed NLL of the data in nats, and the gradient [num_sequences, T, d] or None.
@@ -30,15 +31,23 @@ def next_token_loss(
     nll = torch.empty(len(labels), dtype=torch.float64, device=hidden.device)
     gradient = torch.zeros_like(hidden) if with_gradient else None
     flat_gradient = torch.empty_like(flat) if with_gradient else None
-    for start in range(0, len(labels), _TOKENS_PER_SLICE):
-        part = slice(start, start + _TOKENS_PER_SLICE)
+    chances = None if generator is None else torch.rand(len(labels), generator=generator).to(hidden.device)
+    for start in range(0, len(labels), TOKENS_PER_SLICE):
+        part = slice(start, start + TOKENS_PER_SLICE)
         logits = (flat[part] @ head_weight.T).float()
         nll[part] = torch.logsumexp(logits, dim=-1).double() - logits.gather(1, labels[part, None])[:, 0].double()
         if flat_gradient is not None:
             probabilities = torch.softmax(logits, dim=-1)
-            targets = labels[part, None] if generator is None else torch.multinomial(probabilities, 1, generator=generator)
+            targets = labels[part, None] if chances is None else _drawn(probabilities, chances[part])
             probabilities.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=probabilities.dtype))
             flat_gradient[part] = probabilities.to(hidden.dtype) @ head_weight
     if gradient is not None and flat_gradient is not None:
         gradient[:, :-1] = flat_gradient.view(num_sequences, T - 1, d)
     return nll.view(num_sequences, T - 1).sum(dim=1), gradient
+
+
+def _drawn(probabilities: Tensor, chances: Tensor) -> Tensor:
+    """Return for each token the label [n, 1] at which the cumulated probabilities [n, vocabulary] pass its chance [n] in [0, 1)."""
+    cumulated = probabilities.cumsum(dim=1)
+    drawn = torch.searchsorted(cumulated, chances[:, None] * cumulated[:, -1:], right=True)
+    return drawn.clamp_(max=probabilities.shape[1] - 1)

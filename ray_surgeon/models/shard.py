@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers.pytorch_utils import Conv1D
 
+from ray_surgeon.memory.factors import FactorStore
+from ray_surgeon.memory.stores import Scratch, Stores
+from ray_surgeon.memory.weights import Read, Slot, weight_store
 from ray_surgeon.models.layout import BlockRange, ModelLayout, build_blocks, global_name
-from ray_surgeon.models.linears import LinearModule, as_linear, matrix, num_inputs, num_outputs
+from ray_surgeon.models.linears import LinearModule, as_linear, num_inputs
 from ray_surgeon.models.loss import next_token_loss
 from ray_surgeon.surgery.extended.terms import Term
-from ray_surgeon.surgery.kronecker import KroneckerFactors, add_second_moment, symmetrize, with_ones
+from ray_surgeon.surgery.kronecker import PackedFactors, PackedSymmetric, with_ones
 
 
 class BadWeightsError(ValueError):
@@ -23,22 +29,29 @@ class BadWeightsError(ValueError):
 
 @dataclass
 class SharedInput:
-    """Linears that read the same input, and the sums gathered there."""
+    """Linears that read the same input, and so share one A."""
 
     names: tuple[str, ...]  # global names of the linears
     modules: tuple[LinearModule, ...]  # the linears
-    A: Tensor | None = None  # [C, C] sum of a a^T, shared by all of them; None outside a curvature pass
-    G: tuple[Tensor, ...] = ()  # one [R, R] sum of g g^T a linear
-    num_tokens: int = 0  # tokens in A
+    place: int  # of their block in the shard
+    num_tokens: int = 0  # tokens in the sums
 
 
 class ModelShard:
-    """Blocks ``blocks.first`` to ``blocks.last`` of a causal LM: loads, runs forward and backward, gathers A and G.
+    """Blocks ``blocks.first`` to ``blocks.last`` of a causal LM, their weights, and the sums A and G of their linears.
 
     Weights need no gradient. A is summed in the forward pass and G in the backward pass, so nothing is kept for both.
     """
 
-    def __init__(self, layout: ModelLayout, blocks: BlockRange, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        layout: ModelLayout,
+        blocks: BlockRange,
+        dtype: torch.dtype,
+        device: torch.device,
+        stores: Stores | None = None,
+        scratch: Scratch | None = None,
+    ) -> None:
         """Build the shard without weights.
 
         Args:
@@ -46,130 +59,175 @@ class ModelShard:
             blocks: the blocks this shard holds.
             dtype: dtype of weights and activations; factors are float32 whatever it is.
             device: where it computes.
+            stores: where weights and factors are; all on the device if not given.
+            scratch: for what is on disk.
         """
         self.layout, self.blocks, self.dtype, self.device = layout, blocks, dtype, device
+        self.stores = stores or Stores()
         self.model = build_blocks(layout.config, blocks, dtype)
         self.base = self.model.get_submodule(layout.family.base)
-        self.shared_inputs: list[SharedInput] = []
+        scratch = scratch or Scratch(Path(), "none", "none", "none")
+        self.weights = weight_store(self.stores.weights, self._slots(), dtype, device, scratch)
+        self._in_blocks = frozenset(self.weights.names)
+        self.factor_store = FactorStore(self.stores.factors, device, scratch)
+        self.shared_inputs = list(self._find_shared_inputs())
+        self.linears: dict[str, LinearModule] = {n: m for g in self.shared_inputs for n, m in zip(g.names, g.modules, strict=True)}
         self.gathering: list[SharedInput] = []
         self.terms: dict[str, list[Term]] = {}
-        self._saved: dict[int, tuple[Tensor, Tensor]] = {}
-        self._hooks: list[RemovableHandle] = []
+        self._kind: str | None = None
 
-    def load(self, read_tensor: Callable[[str], Tensor]) -> None:
+    def _slots(self) -> list[dict[str, Slot]]:
+        """Return, for each block, global name -> where a tensor belongs."""
+        saved, found = set(self.model.state_dict()), []
+        for block in range(self.blocks.first, self.blocks.last):
+            prefix = self.layout.family.block_prefix(block - self.blocks.first)
+            module = self.model.get_submodule(prefix.rstrip("."))
+            inside = [n for n, _ in module.named_parameters()] + [n for n, _ in module.named_buffers() if prefix + n in saved]
+            places = ((self.layout.family.block_prefix(block) + n, n.rpartition(".")) for n in inside)
+            found.append({name: Slot(module.get_submodule(owner), leaf) for name, (owner, _, leaf) in places})
+        return found
+
+    @property
+    def wanted(self) -> list[str]:
+        """Global names of the tensors that `load` reads, in its order."""
+        return [*self._outside_of_blocks.values(), *self.weights.names]
+
+    @property
+    def _outside_of_blocks(self) -> dict[str, str]:
+        """Name in this shard -> global name of tensors outside of the blocks; a head tied to an embedding that is here is left out."""
+        saved_names, shared = set(self.model.state_dict()), self.layout.tied if self.blocks.is_first and self.blocks.is_last else {}
+        local = [n for n, _ in self.model.named_parameters()] + [n for n, _ in self.model.named_buffers() if n in saved_names]
+        names = {name: global_name(self.layout.family, name, self.blocks.first) for name in local if name not in shared}
+        return {name: found for name, found in names.items() if found not in self._in_blocks}
+
+    def load(self, read_tensor: Read, *, stays: bool = True) -> None:
         """Load this shard's tensors, and only these.
 
         Args:
             read_tensor: global parameter name -> tensor, of any float dtype.
+            stays: see `WeightStore.fill`.
 
         Raises:
             BadWeightsError: a weight is not finite.
         """
-        tied = self.layout.tied
-        shares_embedding = self.blocks.is_first and self.blocks.is_last
-        saved_names = set(self.model.state_dict())
-        for local in [n for n, _ in self.model.named_parameters()] + [n for n, _ in self.model.named_buffers() if n in saved_names]:
-            if local in tied and shares_embedding:
-                continue
-            name = global_name(self.layout.family, local, self.blocks.first)
+        for local, name in self._outside_of_blocks.items():
             value = read_tensor(name)
-            if not torch.isfinite(value).all():
-                raise BadWeightsError(
-                    f"model.source: {name} has {int((~torch.isfinite(value)).sum())} NaN or infinite weights; fetch it again"
-                )
+            _check_finite(name, value)
             set_module_tensor_to_device(self.model, local, self.device, value=value, dtype=self.dtype)
-        for local, source in tied.items() if shares_embedding else ():
+        for local, source in self.layout.tied.items() if self.blocks.is_first and self.blocks.is_last else ():
             owner = self.model.get_submodule(local.rpartition(".")[0])
             setattr(owner, "weight", self.model.get_parameter(source))  # noqa: B010 - a typed attribute would not be a Parameter
-        self.model.to(self.device)
+        for module in self.model.modules():
+            for leaf, buffer in module._buffers.items():
+                if buffer is not None and not buffer.is_meta:
+                    module._buffers[leaf] = buffer.to(self.device)
         self.model.requires_grad_(False)
-        self.shared_inputs = list(self._find_shared_inputs())
+        self.weights.fill(read_tensor, _check_finite, stays=stays)
 
     def _find_shared_inputs(self) -> Iterator[SharedInput]:
         family = self.layout.family
-        for block in range(self.blocks.first, self.blocks.last):
-            local_prefix = family.block_prefix(block - self.blocks.first)
+        for place, block in enumerate(range(self.blocks.first, self.blocks.last)):
+            local_prefix = family.block_prefix(place)
             for group in family.shared_inputs:
                 modules = tuple(as_linear(self.model.get_submodule(local_prefix + linear)) for linear in group)
-                yield SharedInput(tuple(family.block_prefix(block) + linear for linear in group), modules)
-
-    @property
-    def linears(self) -> dict[str, LinearModule]:
-        """Global name -> linear, in order."""
-        return {name: module for group in self.shared_inputs for name, module in zip(group.names, group.modules, strict=True)}
+                yield SharedInput(tuple(family.block_prefix(block) + linear for linear in group), modules, place)
 
     def weight(self, name: str) -> Tensor:
-        """Return W [R, C] float32 of a linear, its bias as the last column."""
+        """Return W [R, C] float32 of a linear on the device, its bias as the last column; a copy."""
         module = self.linears[name]
-        W = matrix(module).float()
-        return (
-            W.clone(memory_format=torch.contiguous_format)
-            if module.bias is None
-            else torch.cat([W, module.bias.detach().float()[:, None]], dim=1)
-        )
+        matrix = self.weights.get(f"{name}.weight").to(self.device)
+        matrix = matrix.T if isinstance(module, Conv1D) else matrix
+        if module.bias is None:
+            return matrix.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+        bias = self.weights.get(f"{name}.bias").to(self.device)
+        return torch.cat([matrix.float(), bias.float()[:, None]], dim=1)
 
     def set_weight(self, name: str, W: Tensor) -> None:
         """Write W [R, C], bias in the last column, into a linear."""
         module = self.linears[name]
-        with torch.no_grad():
-            matrix(module).copy_(W[:, : num_inputs(module)])
-            if module.bias is not None:
-                module.bias.copy_(W[:, -1])
+        matrix = W[:, : num_inputs(module)]
+        self.weights.set(f"{name}.weight", matrix.T if isinstance(module, Conv1D) else matrix)
+        if module.bias is not None:
+            self.weights.set(f"{name}.bias", W[:, -1])
 
-    def tensors(self, *, linears_only: bool) -> dict[str, Tensor]:
-        """Return global name -> tensor: of the linears, or of everything this shard saves in an export.
+    def saved(self, *, linears_only: bool) -> list[str]:
+        """Return the global names of the tensors of the linears, or of everything this shard saves in an export.
 
         A tied head is left out: the embedding is saved once, by the first shard.
         """
         if linears_only:
-            named = {f"{n}.{p}": t for n, m in self.linears.items() for p, t in (("weight", m.weight), ("bias", m.bias)) if t is not None}
-        else:
-            tied = self.layout.tied
-            state = {global_name(self.layout.family, n, self.blocks.first): t for n, t in self.model.state_dict().items()}
-            named = {n: t for n, t in state.items() if n not in tied}
-        return {name: tensor.detach() for name, tensor in named.items()}
+            return [f"{n}.{p}" for n, m in self.linears.items() for p in (("weight",) if m.bias is None else ("weight", "bias"))]
+        tied = self.layout.tied
+        names = (global_name(self.layout.family, name, self.blocks.first) for name in self.model.state_dict())
+        return [name for name in names if name not in tied]
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a saved tensor by its global name, where it lies."""
+        if name in self._in_blocks:
+            return self.weights.get(name)
+        found = self.model.state_dict()[name]
+        assert isinstance(found, Tensor)
+        return found.detach()
 
     # Curvature
 
-    def start_curvature(self, kind: str = "kfac", *, consumers_only: bool = False) -> None:
-        """Zero the sums and install the hooks.
+    def start_curvature(self, kind: str = "kfac", *, only: tuple[str, ...] = ("",)) -> None:
+        """Start to gather, with empty sums.
 
         Args:
             kind: ``activations`` sums A in a forward pass alone and takes G = I; ``identity`` takes A = G = I and needs no pass (both
                 times the number of tokens, as sums over tokens are); all others sum A and G.
-            consumers_only: whether only the consumers of coupled groups are wanted.
+            only: how the names of the linears end that are wanted; those that share an input with one come along.
         """
-        assert not self._hooks
-        consumers = (self.layout.family.ffn.consumer, self.layout.family.attention.consumer)
-        self.gathering = [group for group in self.shared_inputs if not consumers_only or group.names[0].endswith(consumers)]
+        assert self._kind is None
+        self.drop_curvature()
+        self.gathering = [group for group in self.shared_inputs if any(name.endswith(only) for name in group.names)]
         for group in self.gathering:
-            first = group.modules[0]
-            C = num_inputs(first) + (first.bias is not None)
-            group.A = torch.zeros(C, C, device=self.device)
-            group.G = tuple(torch.zeros(num_outputs(m), num_outputs(m), device=self.device) for m in group.modules)
-            group.num_tokens = 0
-            if kind == "identity":
-                group.num_tokens = 1
-                for total in (group.A, *group.G):
-                    total.fill_diagonal_(1)
-                continue
-            self._hooks.append(first.register_forward_pre_hook(add_inputs_to(group)))
-            for module, G in zip(group.modules, group.G, strict=True) if kind != "activations" else ():
-                self._hooks.append(module.register_forward_hook(_add_output_gradients_to(G)))
+            group.num_tokens = int(kind == "identity")
+        self._kind = kind
 
-    def stop_curvature(self, kind: str = "kfac") -> None:
-        """Remove the hooks and complete the symmetric sums of the kind that was started."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
-        self._saved.clear()
+    @contextlib.contextmanager
+    def gathering_in(self, place: int, *, wide: bool = False) -> Iterator[None]:
+        """Add what passes a block meanwhile to its sums, if curvature is gathered: inputs, and output gradients if the kind needs them.
+
+        Args:
+            place: of the block in the shard.
+            wide: whether products are of float32 whatever the inputs are, because other threads of this process make products, too.
+        """
+        if self._kind in (None, "identity"):
+            yield
+            return
+        sums, hooks = dict[str, PackedSymmetric](), list[RemovableHandle]()
+        for group in (group for group in self.gathering if group.place == place):
+            first = group.names[0]
+            sums[f"{first}.A"] = self.factor_store.on_device(f"{first}.A", self.layout.shapes[first].num_columns)
+            hooks.append(group.modules[0].register_forward_pre_hook(_add_inputs_to(group, sums[f"{first}.A"], wide=wide)))
+            for name, module in zip(group.names, group.modules, strict=True) if self._kind != "activations" else ():
+                sums[f"{name}.G"] = self.factor_store.on_device(f"{name}.G", self.layout.shapes[name].num_rows)
+                hooks.append(module.register_forward_hook(_add_output_gradients_to(sums[f"{name}.G"])))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for key, total in sums.items():
+                self.factor_store.put(key, total)
+
+    def stop_gathering(self) -> None:
+        """Stop to gather; what was summed stays."""
+        self._kind = None
+
+    def stop_curvature(self) -> None:
+        """Stop to gather, and set the factors that the kind does not sum."""
         for group in self.gathering:
-            assert group.A is not None
-            if kind == "activations":
-                for G in group.G:
-                    G.fill_diagonal_(group.num_tokens)
-            for total in (group.A, *group.G):
-                symmetrize(total)
+            shapes = [self.layout.shapes[name] for name in group.names]
+            sizes = {f"{shapes[0].name}.A": shapes[0].num_columns} if self._kind == "identity" else {}
+            sizes |= {f"{shape.name}.G": shape.num_rows for shape in shapes} if self._kind in ("identity", "activations") else {}
+            for key, n in sizes.items():
+                total = PackedSymmetric.zeros(n, self.device)
+                total.fill_diagonal(group.num_tokens)
+                self.factor_store.put(key, total)
+        self.stop_gathering()
 
     @property
     def gathered(self) -> dict[str, LinearModule]:
@@ -178,51 +236,21 @@ class ModelShard:
 
     def first_not_finite(self) -> str | None:
         """Return the first linear whose inputs were NaN or infinite in the curvature pass so far."""
-        return next((g.names[0] for g in self.gathering if g.A is not None and not torch.isfinite(g.A.triu()).all()), None)
+        keys = ((group.names[0], f"{group.names[0]}.A") for group in self.gathering)
+        return next((name for name, key in keys if key in self.factor_store and not self.factor_store.get(key).is_finite()), None)
 
     def drop_curvature(self) -> None:
         """Free the sums."""
-        for group in self.shared_inputs:
-            group.A, group.G = None, ()
+        self.factor_store.clear()
         self.terms.clear()
 
-    def factors(self, name: str) -> KroneckerFactors:
-        """Return the factors of a linear; A is shared with the other linears that read the same input, not copied."""
-        for group in self.shared_inputs:
-            if name in group.names:
-                assert group.A is not None, "no curvature pass has been made"
-                return KroneckerFactors(group.A, group.G[group.names.index(name)], group.num_tokens, tuple(self.terms.get(name, ())))
-        raise KeyError(name)
+    def factors(self, name: str) -> PackedFactors:
+        """Return the factors of a linear where they lie; A is shared with the other linears that read the same input."""
+        (group,) = (group for group in self.shared_inputs if name in group.names)
+        A, G = self.factor_store.get(f"{group.names[0]}.A"), self.factor_store.get(f"{name}.G")
+        return PackedFactors(A, G, group.num_tokens, tuple(self.terms.get(name, ())))
 
-    # Forward and backward
-
-    def _run(self, inputs: Tensor) -> Tensor:
-        key = "input_ids" if inputs.dtype == torch.int64 else "inputs_embeds"
-        hidden = self.base(**{key: inputs}, use_cache=False).last_hidden_state
-        assert isinstance(hidden, Tensor)
-        return hidden
-
-    @torch.no_grad()
-    def infer(self, inputs: Tensor) -> Tensor:
-        """Run the blocks without gradients: tokens [n, T] int64 or hidden states [n, T, d] -> hidden states [n, T, d]."""
-        return self._run(inputs)
-
-    def forward(self, micro_batch: int, inputs: Tensor) -> Tensor:
-        """Run the blocks, keep what the backward pass of this micro-batch needs, return detached hidden states [n, T, d]."""
-        if inputs.dtype == torch.int64:
-            with torch.no_grad():
-                inputs = self.base.get_submodule(self.layout.family.embeddings[0])(inputs)
-        leaf = inputs.requires_grad_()
-        hidden = self._run(leaf)
-        self._saved[micro_batch] = (leaf, hidden)
-        return hidden.detach()
-
-    def backward(self, micro_batch: int, gradient: Tensor) -> Tensor:
-        """Run a micro-batch backwards: gradient at the outputs [n, T, d] -> gradient at the inputs [n, T, d]."""
-        leaf, hidden = self._saved.pop(micro_batch)
-        torch.autograd.backward(hidden, gradient)
-        assert leaf.grad is not None
-        return leaf.grad
+    # The head
 
     @torch.no_grad()
     def loss(
@@ -241,9 +269,14 @@ class ModelShard:
         return logits.float()
 
 
+def _check_finite(name: str, value: Tensor) -> None:
+    if not torch.isfinite(value).all():
+        raise BadWeightsError(f"model.source: {name} has {int((~torch.isfinite(value)).sum())} NaN or infinite weights; fetch it again")
+
+
 def inputs_of(module: LinearModule, inputs: Tensor) -> Tensor:
-    """Return the inputs a [num_tokens, C] float32 of a linear, with the bias's ones."""
-    a = inputs.detach().flatten(0, -2).float()
+    """Return the inputs a [num_tokens, C] of a linear, with the bias's ones."""
+    a = inputs.detach().flatten(0, -2)
     return a if module.bias is None else with_ones(a)
 
 
@@ -255,26 +288,23 @@ def watch_pairs(module: LinearModule, see: Callable[[Tensor, Tensor], None]) -> 
 
     def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if output.requires_grad:
-            output.register_hook(lambda g: see(inputs_of(module, inputs[0]), g.detach().flatten(0, -2).float()))  # type: ignore[no-untyped-call]
+            output.register_hook(lambda g: see(inputs_of(module, inputs[0]).float(), g.detach().flatten(0, -2).float()))  # type: ignore[no-untyped-call]
 
     return module.register_forward_hook(hook)
 
 
-def add_inputs_to(group: SharedInput) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    """Return a forward pre-hook that sums A of linears with a shared input."""
-
+def _add_inputs_to(group: SharedInput, A: PackedSymmetric, *, wide: bool) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
     def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        assert group.A is not None
         a = inputs_of(group.modules[0], inputs[0])
-        add_second_moment(group.A, a)
+        A.add(a.float() if wide else a)
         group.num_tokens += len(a)
 
     return hook
 
 
-def _add_output_gradients_to(G: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+def _add_output_gradients_to(G: PackedSymmetric) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
     def add(gradient: Tensor) -> None:
-        add_second_moment(G, gradient.detach().flatten(0, -2).float())
+        G.add(gradient.detach().flatten(0, -2))
 
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if output.requires_grad:

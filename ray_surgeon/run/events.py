@@ -75,6 +75,9 @@ class Steps:
         seconds: step of the present shot -> wall clock.
         cpu_seconds: step -> CPU time of all processes.
         worker_seconds: step -> how long each worker was busy, in the order of `placement.workers`.
+        peak_rss_bytes: of the workers' processes together since they started.
+        peak_gpu_bytes: of their GPUs' memory together in this shot.
+        peaks: step -> peak bytes of each worker in it, in the same order: on a GPU of its memory, else anonymous ones of its process.
     """
 
     def __init__(self, cluster: Cluster, run: RunDirectory, num_shots: int, listen: Callable[[Event], None]) -> None:
@@ -88,6 +91,8 @@ class Steps:
         self.seconds: dict[str, float] = {}
         self.cpu_seconds: dict[str, float] = {}
         self.worker_seconds: dict[str, list[float]] = {}
+        self.peaks: dict[str, list[int]] = {}
+        self.peak_rss_bytes = self.peak_gpu_bytes = 0
 
     @contextmanager
     def __call__(self, name: str, shot: int = 0) -> Iterator[dict[str, Fact]]:
@@ -101,6 +106,9 @@ class Steps:
         self.seconds[name] = time.perf_counter() - wall
         self.cpu_seconds[name] = _cpu_s(after) - _cpu_s(before)
         self.worker_seconds[name] = [round(b.busy_s - a.busy_s, 3) for a, b in zip(before[1:], after[1:], strict=True)]
+        self.peak_rss_bytes = sum({usage.process: usage.peak_rss_bytes for usage in after[1:]}.values())
+        self.peak_gpu_bytes = max(self.peak_gpu_bytes, sum(usage.peak_gpu_bytes for usage in after[1:]))
+        self.peaks[name] = [usage.peak_gpu_bytes or usage.peak_anonymous_bytes for usage in after[1:]]
         if "num_tokens" in facts:
             facts["tokens_per_s"] = float(facts.pop("num_tokens")) / self.seconds[name]
         event = Event(name, shot, self._num_shots, round(self.seconds[name], 3), facts, self.worker_seconds[name])
@@ -115,10 +123,6 @@ class Steps:
 
     def _usages(self) -> list[Usage]:
         return [process_usage(torch.device("cpu")), *self._cluster.usages()]
-
-    def peak_bytes(self, field_name: str) -> int:
-        """Return the sum over the workers' processes of a peak of `Usage`."""
-        return sum({usage.process: getattr(usage, field_name) for usage in self._cluster.usages()}.values())
 
 
 def _cpu_s(usages: list[Usage]) -> float:

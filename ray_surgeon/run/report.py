@@ -37,6 +37,7 @@ class RunReport:
     dense: dict[str, Any] = field(default_factory=dict)  # what was measured before the first shot
     shots: list[dict[str, Any]] = field(default_factory=list)  # one record a shot
     exports: list[dict[str, Any]] = field(default_factory=list)  # one record an export
+    plan: dict[str, Any] = field(default_factory=dict)  # where workers keep what, and the peaks and times that were expected
     retries: list[dict[str, Any]] = field(default_factory=list)  # what was lost on the way, a record with cause and message each
 
     def add_shot(
@@ -75,8 +76,9 @@ class RunReport:
                 "seconds": dict(steps.seconds),
                 "cpu_seconds": dict(steps.cpu_seconds),
                 "worker_seconds": dict(steps.worker_seconds),
-                "peak_rss_bytes": steps.peak_bytes("peak_rss_bytes"),
-                "peak_gpu_bytes": steps.peak_bytes("peak_gpu_bytes"),
+                "peak_rss_bytes": steps.peak_rss_bytes,
+                "peak_gpu_bytes": steps.peak_gpu_bytes,
+                "peak_bytes": {step: list(of_workers) for step, of_workers in steps.peaks.items()},
                 "linears": self.linear_records(linears),
                 "num_nonzero": self.num_parameters - sum(s.size - s.num_nonzero for s in linears),
                 "dense": self.dense,
@@ -122,6 +124,7 @@ class RunReport:
                 "whole_model_sparsity": 1 - after / self.num_parameters,
             },
             "exports": self.exports,
+            "plan": self.plan,
             "retries": self.retries,
         }
 

@@ -15,11 +15,14 @@ import os
 import shutil
 import struct
 import tempfile
+import threading
 from collections.abc import Container, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import fsspec
+import torch
 from filelock import FileLock
 from fsspec.implementations.local import LocalFileSystem
 from safetensors import SafetensorError, safe_open
@@ -48,6 +51,21 @@ _ITEM_BYTES = {
     "BOOL": 1,
 }
 _ITEM_BYTES |= {"F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+"""Those of which a tensor is ever read."""
 _FINGERPRINT_BYTES = 65536
 
 
@@ -288,34 +306,80 @@ def local_copy(uri: str) -> Path:
 
 def read_tensors(uri: str, names: Container[str] | None = None) -> dict[str, Tensor]:
     """Read a safetensors file, or only the tensors of the given names."""
-    with safe_open(local_copy(uri), framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys() if names is None or name in names}  # noqa: SIM118
+    reader = TensorReader()
+    return {name: reader.read(uri, name) for name in reader.names(uri) if names is None or name in names}
+
+
+class TensorReader:
+    """Reads single tensors of safetensors files: a local file is mapped into memory, of another only the tensor's bytes are fetched."""
+
+    def __init__(self) -> None:
+        """Start without open files."""
+        self._open: dict[str, Any] = {}
+        self._headers: dict[str, SafetensorsHeader] = {}
+        self._lock = threading.Lock()
+
+    def names(self, uri: str) -> list[str]:
+        """Return the names of a file's tensors."""
+        return list(self._header(uri).shapes)
+
+    def read(self, uri: str, name: str) -> Tensor:
+        """Return a tensor; a local one must not be written to."""
+        if is_local(uri):
+            with self._lock:
+                if uri not in self._open:
+                    self._open[uri] = safe_open(open_filesystem(uri)[1], framework="pt")
+            tensor = self._open[uri].get_tensor(name)
+            assert isinstance(tensor, Tensor)
+            return tensor
+        header = self._header(uri)
+        start, end = header.bytes_of[name]
+        content = bytearray(_read_range(uri, start, end))
+        dtype = _DTYPES[header.dtypes[name]]
+        return (
+            torch.frombuffer(content, dtype=dtype).view(header.shapes[name]) if content else torch.empty(header.shapes[name], dtype=dtype)
+        )
+
+    def _header(self, uri: str) -> SafetensorsHeader:
+        with self._lock:
+            if uri not in self._headers:
+                self._headers[uri] = read_safetensors_header(uri)
+            return self._headers[uri]
+
+
+@dataclass(frozen=True)
+class SafetensorsHeader:
+    """What a safetensors file says of its tensors."""
+
+    shapes: Mapping[str, tuple[int, ...]]  # by name
+    dtypes: Mapping[str, str]  # in the format's own words, e.g. "BF16"
+    bytes_of: Mapping[str, tuple[int, int]]  # first byte and the one after the last, in the file
+    fingerprint: str  # SHA-256 over the header, the file's size and its last 64 KiB
 
 
 @tries_again
-def read_safetensors_header(uri: str) -> tuple[dict[str, tuple[int, ...]], str]:
-    """Read names and shapes of a safetensors file, without its tensors, by ranged reads.
+def _read_range(uri: str, start: int, end: int) -> bytes:
+    filesystem, path = open_filesystem(uri)
+    content: bytes = filesystem.cat_file(path, start=start, end=end)
+    if len(content) != end - start:
+        raise OSError(errno.EIO, f"{uri}: {len(content)} of {end - start} bytes came")
+    return content
 
-    Returns:
-        name -> shape, and a SHA-256 over the header, the file's size and its last 64 KiB.
+
+@tries_again
+def read_safetensors_header(uri: str) -> SafetensorsHeader:
+    """Read what a safetensors file says of its tensors, without reading them, by ranged reads.
 
     Raises:
         ValueError: the file is not a whole safetensors file.
     """
     filesystem, path = open_filesystem(uri)
     size = int(filesystem.size(path))
-
-    def read(start: int, end: int) -> bytes:
-        content: bytes = filesystem.cat_file(path, start=start, end=end)
-        if len(content) != end - start:
-            raise OSError(errno.EIO, f"{uri}: {len(content)} of {end - start} bytes came")
-        return content
-
-    prefix = read(0, min(8, size))
+    prefix = _read_range(uri, 0, min(8, size))
     length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
     if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
         raise ValueError(f"{uri}: not a safetensors file, or cut short ({size} bytes, header of {length}); fetch it again")
-    raw = read(8, 8 + length)
+    raw = _read_range(uri, 8, 8 + length)
     try:
         header = json.loads(raw)
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
@@ -325,8 +389,10 @@ def read_safetensors_header(uri: str) -> tuple[dict[str, tuple[int, ...]], str]:
         raise ValueError(f"{uri}: the safetensors header is damaged ({error}); fetch the file again") from error
     if 8 + length + end != size:
         raise ValueError(f"{uri}: cut short or padded: {size} bytes, {8 + length + end} by its header; fetch it again")
-    tail = read(max(8 + length, size - _FINGERPRINT_BYTES), size)
-    return shapes, hashlib.sha256(raw + str(size).encode() + tail).hexdigest()
+    tail = _read_range(uri, max(8 + length, size - _FINGERPRINT_BYTES), size)
+    places = {name: (8 + length + int(e["data_offsets"][0]), 8 + length + int(e["data_offsets"][1])) for name, e in entries.items()}
+    fingerprint = hashlib.sha256(raw + str(size).encode() + tail).hexdigest()
+    return SafetensorsHeader(shapes, {name: str(entry["dtype"]) for name, entry in entries.items()}, places, fingerprint)
 
 
 def _end_of_data(entries: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> int:

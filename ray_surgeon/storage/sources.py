@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import importlib.util
 import os
@@ -16,9 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from filelock import FileLock
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from safetensors import safe_open
 from torch import Tensor
 
 from ray_surgeon.sections.texts import ModelSection
@@ -51,6 +49,7 @@ class ModelFiles:
     names: tuple[str, ...]  # files that are there
     open_uri: Callable[[str], str]  # file name -> URI for ranged reads
     fetch: Callable[[str], Path]  # file name -> local path, downloading it if need be
+    local_uri: Callable[[str], str | None]  # file name -> where a copy of it is on this machine already
 
     def small_files_folder(self) -> Path:
         """Return a local folder with the configuration and the tokenizer.
@@ -72,6 +71,11 @@ class ModelFiles:
         for path in paths:
             files.put_file(str(folder / path.name), path)
         return folder
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether there is a file of weights that can be read."""
+        return any(name.endswith((".safetensors", ".safetensors.index.json")) for name in self.names)
 
     def weight_files(self) -> list[str]:
         """Return the safetensors files that hold the weights.
@@ -105,9 +109,9 @@ class ModelFiles:
         shapes: dict[str, tuple[int, ...]] = {}
         digest = hashlib.sha256(self.fetch("config.json").read_bytes())
         for name in self.weight_files():
-            file_shapes, file_digest = files.read_safetensors_header(self.open_uri(name))
-            shapes.update(file_shapes)
-            digest.update(file_digest.encode())
+            header = files.read_safetensors_header(self.open_uri(name))
+            shapes.update(header.shapes)
+            digest.update(header.fingerprint.encode())
         return shapes, digest.hexdigest()
 
     def reader(self) -> WeightReader:
@@ -116,19 +120,22 @@ class ModelFiles:
 
 
 class WeightReader:
-    """Reads single tensors of a checkpoint, fetching only the files that hold them."""
+    """Reads single tensors of a checkpoint, and of files that are not on this machine only the bytes of these tensors."""
 
     def __init__(self, model: ModelFiles) -> None:
         """Read the headers of the weight files."""
-        self._fetch = functools.cache(model.fetch)  # asking the Hub or an object store once a file, not once a tensor
-        self.file_of = {key: name for name in model.weight_files() for key in files.read_safetensors_header(model.open_uri(name))[0]}
+        self._tensors = files.TensorReader()
+        self._uri_of = {name: model.local_uri(name) or model.open_uri(name) for name in model.weight_files()}
+        self.file_of = {key: name for name, uri in self._uri_of.items() for key in self._tensors.names(uri)}
+
+    @property
+    def is_local(self) -> bool:
+        """Whether all files are on this machine."""
+        return all(files.is_local(uri) for uri in self._uri_of.values())
 
     def read(self, key: str) -> Tensor:
-        """Return one tensor."""
-        with safe_open(self._fetch(self.file_of[key]), framework="pt") as file:
-            tensor = file.get_tensor(key)
-        assert isinstance(tensor, Tensor)
-        return tensor
+        """Return one tensor, which must not be written to."""
+        return self._tensors.read(self._uri_of[self.file_of[key]], key)
 
 
 def open_model(source: ModelSection, convert: Callable[[Path, Path], None]) -> ModelFiles:
@@ -161,7 +168,9 @@ def _folder(source: ModelSection, folder: Path) -> ModelFiles:
         target = (folder / name).resolve()
         if folder.resolve() not in target.parents and target.parent.name != "blobs":  # where the Hub's cache keeps content
             raise ValueError(f"model.source: {folder / name} is a link to {target}, outside of the model; put the file itself there")
-    return ModelFiles(source.source, source, names, lambda name: str(folder / name), lambda name: folder / name)
+    return ModelFiles(
+        source.source, source, names, lambda name: str(folder / name), lambda name: folder / name, lambda name: str(folder / name)
+    )
 
 
 def _remote(source: ModelSection) -> ModelFiles:
@@ -172,7 +181,9 @@ def _remote(source: ModelSection) -> ModelFiles:
         raise ValueError(f"model.source: cannot list {uri}: {error}; check the address, the credentials and the network") from error
     if not names:
         raise ValueError(f"model.source: nothing at {uri}; check bucket, key and credentials")
-    return ModelFiles(uri, source, names, lambda name: files.join(uri, name), lambda name: files.local_copy(files.join(uri, name)))
+    return ModelFiles(
+        uri, source, names, lambda name: files.join(uri, name), lambda name: files.local_copy(files.join(uri, name)), lambda name: None
+    )
 
 
 def _hub(source: ModelSection) -> ModelFiles:
@@ -192,8 +203,12 @@ def _hub(source: ModelSection) -> ModelFiles:
     def fetch(name: str) -> Path:
         return Path(hf_hub_download(repo, name, revision=commit))
 
+    def cached(name: str) -> str | None:
+        path = try_to_load_from_cache(repo, name, revision=commit)
+        return path if isinstance(path, str) else None
+
     pinned = source.model_copy(update={"source": repo, "revision": commit})
-    return ModelFiles(source.source, pinned, names, lambda name: f"hf://{repo}@{commit}/{name}", fetch)
+    return ModelFiles(source.source, pinned, names, lambda name: f"hf://{repo}@{commit}/{name}", fetch, cached)
 
 
 def _repository(api: HfApi, repo: str, revision: str | None) -> tuple[tuple[str, ...], str | None, str]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ray_surgeon.surgery import costs
 from ray_surgeon.surgery.extended.terms import Term, TwoTermInverse, clip_term, minimise_kept
-from ray_surgeon.surgery.kronecker import DampedFactor, Damping, KroneckerFactors, balanced, damped, factorise
+from ray_surgeon.surgery.kronecker import DampedFactor, Damping, KroneckerFactors, balance_, damp_, factorise
 from ray_surgeon.surgery.updates import prune_rows_and_columns, prune_singly
 
 _SOLVER_TOLERANCE = 1e-4
@@ -50,30 +50,34 @@ class LinearCurvature:
 
         Args:
             name: of the linear, for errors.
-            factors: of the rows and columns that matter.
+            factors: of the rows and columns that matter. They are taken over: their memory is reused.
             damping: of A and G.
             dtype: to compute in.
         """
         self.name, self.damping = name, damping
-        A, G = balanced(factors.A / factors.num_tokens, factors.G / factors.num_tokens)
-        self._means = A.to(dtype), G.to(dtype)
+        A, G = factors.A.div_(factors.num_tokens), factors.G.div_(factors.num_tokens)
+        balance_(A, G)
+        self._A, self._G = A.to(dtype), G.to(dtype)
+        self._diagonals = self._A.diagonal().clone(), self._G.diagonal().clone()
         self._further = [(g.to(dtype), a.to(dtype)) for g, a in factors.terms]
 
     @cached_property
     def A(self) -> DampedFactor:
         """Damped and factorised A of the first term."""
-        return factorise(self._means[0], self.damping.a, self.damping.max, f"{self.name} A")
+        self._A.diagonal().copy_(self._diagonals[0])  # `first` may have damped it
+        return factorise(self._A, self.damping.a, self.damping.max, f"{self.name} A")
 
     @cached_property
     def G(self) -> DampedFactor:
         """Damped and factorised G of the first term."""
-        return factorise(self._means[1], self.damping.g, self.damping.max, f"{self.name} G")
+        self._G.diagonal().copy_(self._diagonals[1])
+        return factorise(self._G, self.damping.g, self.damping.max, f"{self.name} G")
 
     @cached_property
     def first(self) -> Term:
         """Damped G and A of the first term, without a factorisation if there has been none."""
-        A = self.A.matrix if "A" in self.__dict__ else damped(self._means[0], self.damping.a)
-        G = self.G.matrix if "G" in self.__dict__ else damped(self._means[1], self.damping.g)
+        A = self.A.matrix if "A" in self.__dict__ else damp_(self._A, self.damping.a)
+        G = self.G.matrix if "G" in self.__dict__ else damp_(self._G, self.damping.g)
         return G, A
 
     @cached_property
@@ -164,7 +168,7 @@ class LinearCurvature:
             blocks = self.inverse.row_blocks(left.reshape(-1), right.reshape(-1)).view(-1, num_groups, m, m)
             row_factor = blocks.new_ones(len(blocks))
         else:
-            blocks, row_factor = torch.cholesky_inverse(self.A.cholesky)[left, right][None], self.G.inverse_diagonal()
+            blocks, row_factor = self.A.inverse_blocks(inside)[None], self.G.inverse_diagonal()
         blocks = blocks.masked_fill(absent[:, :, None] | absent[:, None, :], 0.0)
         return blocks + torch.diag_embed(absent.to(blocks.dtype)), row_factor
 
@@ -197,8 +201,7 @@ class LinearCurvature:
     def _prune_singly(self, W: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         if self.is_extended:
             return (W + self.inverse.single_corrections(W, rows, columns)) * torch.outer(~rows, ~columns)
-        A_inverse, G_inverse = torch.cholesky_inverse(self.A.cholesky), torch.cholesky_inverse(self.G.cholesky)
-        return prune_singly(W, A_inverse, G_inverse, rows, columns)
+        return prune_singly(W, self.A.inverse(), self.G.inverse(), rows, columns)
 
     def quadratic_cost(self, change: Tensor) -> float:
         """Return the predicted loss increase of a change [R, C] of the weights."""

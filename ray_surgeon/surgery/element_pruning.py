@@ -176,7 +176,7 @@ def _updated_directly(W: Tensor, curvature: LinearCurvature, kept: Tensor, updat
     if update.solver == "single" and curvature.is_extended:
         inverse = curvature.inverse
         return (W - inverse.solve(W * ~kept / inverse.diagonal())) * kept
-    A_inverse, G_inverse = torch.cholesky_inverse(curvature.A.cholesky), torch.cholesky_inverse(curvature.G.cholesky)
+    A_inverse, G_inverse = curvature.A.inverse(), curvature.G.inverse()
     if update.solver == "single":
         alone = W * ~kept / torch.outer(G_inverse.diagonal(), A_inverse.diagonal())
         return (W - G_inverse @ alone @ A_inverse) * kept

@@ -5,6 +5,8 @@ sum of single costs. With U = G W and H = W A kept beside W, a removal changes e
 
 * rows P: X = [G^-1]_:P ([G^-1]_PP)^-1; W -= X W_P; H -= X H_P; G^-1 -= X [G^-1]_P:; U keeps its other rows;
 * columns Q: Y = ([A^-1]_QQ)^-1 [A^-1]_Q:; W -= W_Q Y; U -= U_Q Y; A^-1 -= [A^-1]_:Q Y; H keeps its other columns.
+
+The inverses never exist whole: see `DowndatedInverse`.
 """
 
 from __future__ import annotations
@@ -14,66 +16,135 @@ import math
 import torch
 from torch import Tensor
 
+from ray_surgeon.surgery.kronecker import DampedFactor, solve_lower
+
 _FEW = 1 / 128
 """Of the structures that are left, the fraction that is pruned in one step (at least one structure)."""
+
+
+class DowndatedInverse:
+    """The inverse M of a damped factor from which rows and columns are eliminated, M -= M_:Q (M_QQ)^-1 M_Q:, without M itself.
+
+    Costs need only diagonal blocks of M, and an elimination only the columns it eliminates: both follow from the Cholesky factor and from
+    the V with M = L^-T L^-1 - V^T V that the eliminations so far have left.
+    """
+
+    def __init__(self, factor: DampedFactor, sets: Tensor | None = None) -> None:
+        """Start with nothing eliminated.
+
+        Args:
+            factor: [n, n].
+            sets: [num_sets, w] indices of the diagonal blocks that are wanted; single entries if None.
+        """
+        self._factor = factor
+        n = len(factor.cholesky)
+        self._sets = torch.arange(n, device=factor.cholesky.device)[:, None] if sets is None else sets
+        self.blocks = factor.inverse_blocks(self._sets)  # [num_sets, w, w]
+        self._V, self._k = factor.cholesky.new_empty(0, n), 0
+        self._is_gone = torch.zeros(n, dtype=torch.bool, device=factor.cholesky.device)
+
+    @property
+    def diagonal(self) -> Tensor:
+        """The entries [num_sets] of sets of one."""
+        return self.blocks[:, 0, 0]
+
+    def eliminate(self, Q: Tensor) -> Tensor:
+        """Eliminate rows and columns, given by their indices [q], and return Y = (M_QQ)^-1 M_Q: [q, n].
+
+        The block of a set that is gone becomes the identity.
+        """
+        V = self._V[: self._k]
+        columns = self._factor.inverse_columns(Q).addmm_(V.T, V[:, Q], alpha=-1)
+        K = _root(columns[Q])
+        X = solve_lower(K, columns.T)
+        self._remember(X)
+        of_sets = X.T[self._sets]
+        self.blocks -= of_sets.square().sum(dim=2)[:, :, None] if self._sets.shape[1] == 1 else of_sets @ of_sets.mT
+        gone = self._is_gone.index_fill_(0, Q, True)[self._sets].all(dim=1)
+        self.blocks[gone] = torch.eye(self._sets.shape[1], dtype=X.dtype, device=X.device)
+        return solve_lower(K, X, transposed=True)
+
+    def _remember(self, X: Tensor) -> None:
+        k = self._k + len(X)
+        if k > len(self._V):
+            longer = X.new_empty(min(max(k, 2 * self._k), X.shape[1]), X.shape[1])
+            longer[: self._k] = self._V[: self._k]
+            self._V = longer
+        self._V[self._k : k], self._k = X, k
+
+
+def _root(block: Tensor) -> Tensor:
+    """Return a lower L with L L^T = block, which rounding may have made indefinite."""
+    L: Tensor
+    L, failed = torch.linalg.cholesky_ex(block)
+    if failed:
+        values, vectors = torch.linalg.eigh(block.double())
+        values = values.clamp(min=1e-7 * float(values[-1].clamp(min=1e-30)))
+        L = torch.linalg.qr((vectors * values.sqrt()).T).R.T.to(block.dtype)
+    return L
 
 
 class GreedyPath:
     """The weights and costs of one linear along its greedy path."""
 
-    def __init__(self, W: Tensor, A: Tensor, G: Tensor, A_inverse: Tensor, G_inverse: Tensor) -> None:
+    def __init__(
+        self,
+        W: Tensor,
+        A: DampedFactor,
+        G: DampedFactor,
+        *,
+        prunes_rows: bool = True,
+        prunes_columns: bool = True,
+        sets: Tensor | None = None,
+    ) -> None:
         """Start with everything alive.
 
         Args:
             W: [R, C] alive weights.
-            A: [C, C] damped.
-            G: [R, R] damped.
-            A_inverse: [C, C].
-            G_inverse: [R, R].
+            A: [C, C].
+            G: [R, R].
+            prunes_rows: whether rows are pruned and have costs; what only they need is left out otherwise.
+            prunes_columns: likewise.
+            sets: [num_sets, width] columns that are pruned together; single ones if None.
         """
-        self.W, self._H, self._U = W.clone(), W @ A, G @ W
-        self._A_inverse, self._G_inverse = A_inverse.clone(), G_inverse.clone()
+        self.W, self.prunes_rows, self.prunes_columns = W.clone(), prunes_rows, prunes_columns
         self.rows = torch.ones(len(W), dtype=torch.bool, device=W.device)
         self.columns = torch.ones(W.shape[1], dtype=torch.bool, device=W.device)
+        self._sets = torch.arange(W.shape[1], device=W.device)[:, None] if sets is None else sets
+        if prunes_rows:
+            self._H, self._by_row = W @ A.matrix, DowndatedInverse(G)
+        if prunes_columns:
+            self._U, self._by_column = G.matrix @ W, DowndatedInverse(A, self._sets)
 
     def row_costs(self) -> Tensor:
         """Return the cost of each row now, [R]; of pruned ones, 0."""
-        return 0.5 * ((self.W * self._H).sum(dim=1) / self._G_inverse.diagonal()).clamp(min=0) * self.rows
+        return 0.5 * ((self.W * self._H).sum(dim=1) / self._by_row.diagonal).clamp(min=0) * self.rows
 
     def column_costs(self) -> Tensor:
         """Return the cost of each column now, [C]; of pruned ones, 0."""
-        return 0.5 * ((self.W * self._U).sum(dim=0) / self._A_inverse.diagonal()).clamp(min=0) * self.columns
+        return 0.5 * ((self.W * self._U).sum(dim=0) / self._by_column.diagonal).clamp(min=0) * self.columns
 
-    def column_set_costs(self, columns: Tensor) -> Tensor:
-        """Return the joint cost of each set of columns [num_sets, width] now: 1/2 tr(W_Q^T G W_Q ([A^-1]_QQ)^-1), [num_sets].
-
-        The value of pruned sets means nothing.
-        """
-        if columns.shape[1] == 1:
-            return 0.5 * ((self.W * self._U).sum(dim=0) / self._A_inverse.diagonal()).clamp(min=0)[columns[:, 0]]
-        costs = []
-        for Q in columns:
-            inner = self.W[:, Q].T @ self._U[:, Q]
-            costs.append(0.5 * torch.linalg.solve(self._A_inverse[Q][:, Q], inner).diagonal().sum())
-        return torch.stack(costs).clamp(min=0)
+    def column_set_costs(self) -> Tensor:
+        """Return the joint cost of each set of columns now: 1/2 tr(W_Q^T G W_Q ([A^-1]_QQ)^-1), [num_sets]; of pruned ones, 0."""
+        if self._sets.shape[1] == 1:
+            return 0.5 * ((self.W * self._U).sum(dim=0)[self._sets[:, 0]] / self._by_column.diagonal).clamp(min=0)
+        inner = torch.einsum("rsi,rsj->sij", self.W[:, self._sets], self._U[:, self._sets])
+        solved: Tensor = torch.linalg.solve(self._by_column.blocks, inner)
+        return 0.5 * solved.diagonal(dim1=1, dim2=2).sum(dim=1).clamp(min=0)
 
     def remove_rows(self, pruned: Tensor) -> None:
         """Remove rows, given by their indices."""
-        X = self._G_inverse[:, pruned] @ torch.linalg.inv(self._G_inverse[pruned][:, pruned])
-        self.W -= X @ self.W[pruned]
-        self._H -= X @ self._H[pruned]
-        self._G_inverse -= X @ self._G_inverse[pruned]
-        self._G_inverse[pruned, pruned] = 1.0  # only a division by the diagonal reads it
+        X = self._by_row.eliminate(pruned).T
+        self._H.addmm_(X, self._H[pruned], alpha=-1)
+        self.W.addmm_(X, self.W[pruned], alpha=-1)
         self.W[pruned] = 0
         self.rows[pruned] = False
 
     def remove_columns(self, pruned: Tensor) -> None:
         """Remove columns, given by their indices."""
-        Y = torch.linalg.inv(self._A_inverse[pruned][:, pruned]) @ self._A_inverse[pruned]
-        self._U -= self._U[:, pruned] @ Y
-        self.W -= self.W[:, pruned] @ Y
-        self._A_inverse -= self._A_inverse[:, pruned] @ Y
-        self._A_inverse[pruned, pruned] = 1.0
+        Y = self._by_column.eliminate(pruned)
+        self._U.addmm_(self._U[:, pruned], Y, alpha=-1)
+        self.W.addmm_(self.W[:, pruned], Y, alpha=-1)
         self.W[:, pruned] = 0
         self.columns[pruned] = False
 
@@ -97,8 +168,11 @@ def greedy_costs(
     by_row, by_column = path.W.new_full((len(path.W),), torch.inf), path.W.new_full((path.W.shape[1],), torch.inf)
     highest = 0.0
     while True:
-        row_costs = torch.where(may_prune_rows & path.rows, path.row_costs(), torch.inf)
-        column_costs = torch.where(may_prune_columns & path.columns, path.column_costs(), torch.inf)
+        row_costs, column_costs = torch.full_like(by_row, torch.inf), torch.full_like(by_column, torch.inf)
+        if path.prunes_rows:
+            row_costs = torch.where(may_prune_rows & path.rows, path.row_costs(), torch.inf)
+        if path.prunes_columns:
+            column_costs = torch.where(may_prune_columns & path.columns, path.column_costs(), torch.inf)
         if per_parameter:
             row_costs, column_costs = row_costs / path.columns.sum().clamp(min=1), column_costs / path.rows.sum().clamp(min=1)
         together = torch.cat([row_costs, column_costs])
@@ -121,22 +195,22 @@ def greedy_costs(
             path.remove_columns(pruned_columns)
 
 
-def greedy_group_costs(path: GreedyPath, columns: Tensor, least: int, *, limit: float = math.inf, needed: int = 0) -> Tensor:
-    """Follow the greedy path of groups of columns up to a marginal cost, and return the cost at which each is pruned.
+def greedy_set_costs(path: GreedyPath, sets: Tensor, least: int, *, limit: float = math.inf, needed: int = 0) -> Tensor:
+    """Follow the greedy path of sets of columns up to a marginal cost, and return the cost at which each is pruned.
 
     Args:
-        path: with everything alive.
-        columns: [num_groups, width] the columns of each group.
-        least: groups that stay.
-        limit: no group is pruned whose marginal cost is above it,
+        path: with these sets, all of them alive.
+        sets: [num_sets, width] columns of each.
+        least: sets that stay.
+        limit: no set is pruned whose marginal cost is above it,
         needed: except that this many are pruned whatever they cost.
 
     Returns:
-        [num_groups] the largest marginal cost up to and including the group's own removal; infinite for those that stay.
+        [num_sets] the largest marginal cost up to and including the set's own removal; infinite for those that stay.
     """
-    marginal, alive, highest = torch.full((len(columns),), torch.inf, dtype=path.W.dtype), torch.ones(len(columns), dtype=torch.bool), 0.0
+    marginal, alive, highest = torch.full((len(sets),), torch.inf, dtype=path.W.dtype), torch.ones(len(sets), dtype=torch.bool), 0.0
     while (left := int(alive.sum())) > least:
-        costs = path.column_set_costs(columns).cpu().masked_fill(~alive, torch.inf)
+        costs = path.column_set_costs().cpu().masked_fill(~alive, torch.inf)
         cheapest = costs.topk(min(max(1, int(left * _FEW)), left - least), largest=False)
         num_pruned = len(alive) - left
         to_prune = (cheapest.values <= limit) | (torch.arange(len(cheapest.values)) < needed - num_pruned)
@@ -145,6 +219,6 @@ def greedy_group_costs(path: GreedyPath, columns: Tensor, least: int, *, limit: 
         pruned = cheapest.indices[to_prune]
         marginal[pruned] = cheapest.values[to_prune].clamp(min=highest)
         highest = float(marginal[pruned].max())
-        path.remove_columns(columns[pruned.to(columns.device)].flatten())
+        path.remove_columns(sets[pruned.to(sets.device)].flatten())
         alive[pruned] = False
     return marginal

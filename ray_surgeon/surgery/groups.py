@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ray_surgeon.surgery.curvature import LinearCurvature
-from ray_surgeon.surgery.greedy import GreedyPath, greedy_group_costs
+from ray_surgeon.surgery.greedy import GreedyPath, greedy_set_costs
 from ray_surgeon.surgery.linear import Linear, Part
 from ray_surgeon.surgery.masks import StructuredMask
 from ray_surgeon.surgery.structured import Removal
@@ -25,7 +25,7 @@ def alive_part(linear: Linear, mask: StructuredMask) -> Part:
 def group_costs(
     linear: Linear, alive: Part, curvature: LinearCurvature, columns: Tensor, least: int, limit: float | None, needed: int = 0
 ) -> Tensor:
-    """Return the marginal cost at which each group is pruned, see `greedy_group_costs`; 0 for groups whose inputs are always zero.
+    """Return the marginal cost at which each group is pruned, see `greedy_set_costs`; 0 for groups whose inputs are always zero.
 
     Args:
         linear: the consumer.
@@ -44,23 +44,22 @@ def group_costs(
     """
     columns = columns.to(linear.W.device)
     left, place = alive.columns[columns].all(dim=1), alive.columns.cumsum(0) - 1
-    A, G = curvature.A, curvature.G
-    inverses = torch.cholesky_inverse(A.cholesky), torch.cholesky_inverse(G.cholesky)
-    path = GreedyPath(alive.of(linear.W), A.matrix, G.matrix, *inverses)
     costs = torch.full((len(columns),), torch.inf, dtype=linear.W.dtype)
-    always_zero = (left & (linear.factors.A.diagonal()[columns] == 0).all(dim=1)).nonzero()[:, 0]
+    always_zero = (left & (linear.factors.A.diagonal().to(left.device)[columns] == 0).all(dim=1)).nonzero()[:, 0]
     always_zero = always_zero[: max(0, int(left.sum()) - least)]
+    costs[always_zero.cpu()] = 0.0
+    left[always_zero] = False
+    numbers = left.nonzero()[:, 0]
+    sets = place[columns[numbers]]
+    path = GreedyPath(alive.of(linear.W), curvature.A, curvature.G, prunes_rows=False, sets=sets)
     if len(always_zero):
         path.remove_columns(place[columns[always_zero]].flatten())
-        costs[always_zero.cpu()] = 0.0
-        left[always_zero] = False
-    numbers = left.nonzero()[:, 0]
     if len(numbers) and limit is None:
-        single = path.column_set_costs(place[columns[numbers]]).cpu().sort(stable=True)
+        single = path.column_set_costs().cpu().sort(stable=True)
         most = max(0, len(numbers) - least)
         costs[numbers.cpu()[single.indices[:most]]] = single.values[:most]
     elif len(numbers) and limit is not None:
-        costs[numbers.cpu()] = greedy_group_costs(path, place[columns[numbers]], least, limit=limit, needed=needed)
+        costs[numbers.cpu()] = greedy_set_costs(path, sets, least, limit=limit, needed=needed)
     check_costs(f"{linear.name} groups", costs[torch.isfinite(costs)])
     return costs
 

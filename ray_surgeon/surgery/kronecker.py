@@ -5,45 +5,121 @@ Source: docs/method.md, sections 1 and 2 (KFAC, Martens & Grosse 2015; The LLM S
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 _PANEL = 256
-"""Columns of one panel of the symmetric product: wide enough for a fast GEMM, narrow enough to skip near half of it."""
+"""Rows of one panel of a symmetric sum: high enough for a fast GEMM, low enough to skip near half of it."""
 
 _INVERSE_PANEL = 512
 """Columns of L^-1 that exist at once; above its diagonal L^-1 is zero, so later panels are smaller."""
 
 
-def add_second_moment(total: Tensor, x: Tensor, weights: Tensor | None = None) -> None:
-    """Add ``x.T @ diag(weights) @ x`` to the upper block triangle of `total`, in place, at about half the work of the full product.
+class PackedSymmetric:
+    """A symmetric sum of outer products [n, n], of which only the blocks on and above the diagonal exist: half the memory, half the work.
 
-    Args:
-        total: [n, n] float32 or float64; only blocks on and above the diagonal are written.
-        x: [num_tokens, n] of the dtype of `total`.
-        weights: [num_tokens], of either sign; 1 if None.
+    Panel after panel of rows lies in one flat tensor, so that a store or a reduce moves it as it is.
     """
-    n = x.shape[1]
-    weighted = x if weights is None else x * weights[:, None]
-    for start in range(0, n, _PANEL):
-        stop = min(start + _PANEL, n)
-        total[start:stop, start:].addmm_(weighted[:, start:stop].T, x[:, start:])
+
+    def __init__(self, n: int, flat: Tensor) -> None:
+        """Take the entries of a sum of this size; see `size`."""
+        assert len(flat) == self.size(n)
+        self.n, self.flat = n, flat
+
+    @staticmethod
+    def size(n: int) -> int:
+        """Return how many entries a sum [n, n] keeps."""
+        return sum((min(start + _PANEL, n) - start) * (n - start) for start in range(0, n, _PANEL))
+
+    @staticmethod
+    def zeros(n: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> PackedSymmetric:
+        """Return an empty sum."""
+        return PackedSymmetric(n, torch.zeros(PackedSymmetric.size(n), device=device, dtype=dtype))
+
+    @staticmethod
+    def of(matrix: Tensor) -> PackedSymmetric:
+        """Return a symmetric matrix [n, n] as such a sum."""
+        packed = PackedSymmetric.zeros(len(matrix), matrix.device, matrix.dtype)
+        for start, panel in packed._panels():
+            panel.copy_(matrix[start : start + len(panel), start:])
+        return packed
+
+    def _panels(self) -> Iterator[tuple[int, Tensor]]:
+        """Yield the number of a panel's first row, which is also that of its first column, and a view [rows, n - start] of it."""
+        place = 0
+        for start in range(0, self.n, _PANEL):
+            rows, columns = min(_PANEL, self.n - start), self.n - start
+            yield start, self.flat[place : place + rows * columns].view(rows, columns)
+            place += rows * columns
+
+    def add(self, x: Tensor, weights: Tensor | None = None) -> None:
+        """Add ``x.T @ diag(weights) @ x``.
+
+        Products of bfloat16 numbers are exact in float32. Where the hardware has such products with float32 sums, they are used: several
+        times as fast, and different from float32's own only by the order of the sums.
+
+        Args:
+            x: [num_tokens, n].
+            weights: [num_tokens], of either sign; 1 if None.
+        """
+        narrow = x.dtype == torch.bfloat16 and self.flat.dtype == torch.float32 and weights is None
+        if narrow and x.is_cuda:
+            for start, panel in self._panels():
+                panel.add_(torch.mm(x[:, start : start + len(panel)].T, x[:, start:], out_dtype=torch.float32))
+            return
+        x = x.to(self.flat.dtype)
+        weighted = x if weights is None else x * weights[:, None]
+        with _narrow_products() if narrow else contextlib.nullcontext():
+            for start, panel in self._panels():
+                panel.addmm_(weighted[:, start : start + len(panel)].T, x[:, start:])
+
+    def fill_diagonal(self, value: float) -> None:
+        """Set the diagonal."""
+        for _, panel in self._panels():
+            panel.diagonal().fill_(value)
+
+    def diagonal(self) -> Tensor:
+        """Return a copy of the diagonal [n]."""
+        return torch.cat([panel.diagonal() for _, panel in self._panels()]) if self.n else self.flat.clone()
+
+    def is_finite(self) -> bool:
+        """Whether every entry is a number."""
+        return bool(torch.isfinite(self.flat).all())
+
+    def dense(self, device: torch.device | None = None) -> Tensor:
+        """Return the whole matrix [n, n], a copy."""
+        total = torch.empty(self.n, self.n, dtype=self.flat.dtype, device=device or self.flat.device)
+        for start, panel in self._panels():
+            stop = start + len(panel)
+            total[start:stop, start:].copy_(panel)
+            square = total[start:stop, start:stop]
+            square.copy_(square.triu() + square.triu(1).T)
+            total[stop:, start:stop].copy_(total[start:stop, stop:].T)
+        return total
 
 
-def symmetrize(total: Tensor) -> None:
-    """Mirror the upper triangle of `total` [n, n] into the lower one, in place."""
-    for start in range(0, total.shape[0], _PANEL):
-        stop = min(start + _PANEL, total.shape[0])
-        panel = total[start:stop, start:stop]
-        panel.copy_(panel.triu() + panel.triu(1).T)
-        total[stop:, start:stop].copy_(total[start:stop, stop:].T)
+@contextlib.contextmanager
+def _narrow_products() -> Iterator[None]:
+    """Let float32 products on the CPU round their inputs to bfloat16, of all threads of the process."""
+    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before, settings.fp32_precision = settings.fp32_precision, "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
 
 
 def with_ones(x: Tensor) -> Tensor:
     """Append the input of the bias, a column of ones: [num_tokens, C - 1] -> [num_tokens, C]."""
     return torch.cat([x, x.new_ones(x.shape[0], 1)], dim=1)
+
+
+Pair = tuple[Tensor, Tensor]
+"""G_r [R, R] and A_r [C, C] of a further Kronecker product."""
 
 
 @dataclass(frozen=True)
@@ -60,23 +136,46 @@ class KroneckerFactors:
     A: Tensor
     G: Tensor
     num_tokens: int
-    terms: tuple[tuple[Tensor, Tensor], ...] = ()
+    terms: tuple[Pair, ...] = ()
+
+    def packed(self) -> PackedFactors:
+        """Return the same, packed."""
+        return PackedFactors(PackedSymmetric.of(self.A), PackedSymmetric.of(self.G), self.num_tokens, self.terms)
+
+
+@dataclass(frozen=True)
+class PackedFactors:
+    """The factors of one linear as they are gathered and kept: half of each, perhaps in the memory of the host or on disk."""
+
+    A: PackedSymmetric  # [C, C]
+    G: PackedSymmetric  # [R, R]
+    num_tokens: int  # in both sums
+    terms: tuple[Pair, ...] = ()  # see `KroneckerFactors`
+
+    def dense(self, device: torch.device | None = None) -> KroneckerFactors:
+        """Return whole matrices, copies."""
+        return KroneckerFactors(self.A.dense(device), self.G.dense(device), self.num_tokens, self.terms)
 
     def restricted(self, rows: Tensor, columns: Tensor) -> KroneckerFactors:
-        """Return the factors of the alive rows [R] and columns [C] (bool masks) only."""
-        if rows.all() and columns.all():
-            return self
-        terms = tuple((G[rows][:, rows], A[columns][:, columns]) for G, A in self.terms)
-        return KroneckerFactors(self.A[columns][:, columns], self.G[rows][:, rows], self.num_tokens, terms)
+        """Return the factors of the alive rows [R] and columns [C] (bool masks) only, copies on the device of the masks."""
+        terms = tuple((_part(G, rows), _part(A, columns)) for G, A in self.terms)
+        return KroneckerFactors(
+            _part(self.A.dense(columns.device), columns), _part(self.G.dense(rows.device), rows), self.num_tokens, terms
+        )
 
 
-def balanced(A: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale A and G to equal Frobenius norms; kron(G, A) is unchanged. A zero factor is left alone."""
+def _part(matrix: Tensor, alive: Tensor) -> Tensor:
+    return matrix if alive.all() else matrix[alive][:, alive]
+
+
+def balance_(A: Tensor, G: Tensor) -> None:
+    """Scale A and G to equal Frobenius norms, in place; kron(G, A) is unchanged. A zero factor is left alone."""
     norm_A, norm_G = torch.linalg.norm(A), torch.linalg.norm(G)
     if norm_A == 0 or norm_G == 0:
-        return A, G
+        return
     ratio = torch.sqrt(norm_G / norm_A)
-    return A * ratio, G / ratio
+    A.mul_(ratio)
+    G.div_(ratio)
 
 
 @dataclass(frozen=True)
@@ -88,32 +187,66 @@ class Damping:
     max: float  # the largest damping that may be tried when a factor is not positive definite
 
 
-def damped(matrix: Tensor, damping: float) -> Tensor:
-    """Return ``matrix + damping * mean(diag(matrix)) * I`` (docs/method.md, section 2)."""
-    result = matrix.clone()
+def damp_(matrix: Tensor, damping: float) -> Tensor:
+    """Add ``damping * mean(diag(matrix)) * I`` to a matrix, in place, and return it (docs/method.md, section 2)."""
     if len(matrix):
-        result.diagonal().add_(damping * matrix.diagonal().mean())
-    return result
+        matrix.diagonal().add_(damping * matrix.diagonal().mean())
+    return matrix
+
+
+def solve_lower(L: Tensor, right: Tensor, *, transposed: bool = False) -> Tensor:
+    """Return L^-1 right, or L^-T right, for a lower triangular L [n, n]."""
+    matrix = L.T if transposed else L
+    solved: Tensor = torch.linalg.solve_triangular(matrix, right, upper=transposed)
+    return solved
 
 
 @dataclass(frozen=True)
 class DampedFactor:
-    """One damped factor and its Cholesky decomposition."""
+    """One damped factor and its Cholesky decomposition, and what follows from its inverse.
+
+    The inverse is made by triangular solves and products, of panels that leave out what is zero: LAPACK's own takes five times as long.
+    """
 
     matrix: Tensor  # [n, n] the damped factor
     cholesky: Tensor  # [n, n] lower L with L L^T = matrix
     damping: float  # the damping that was needed, at least the one asked for
     float64_retry: bool  # whether the factorisation at the dtype of the input failed and float64 was used
 
+    def _solved(self, indices: Tensor, start: int) -> Tensor:
+        """Return rows `start` and below of the columns of L^-1 with these indices, none of which is smaller than `start`."""
+        unit = self.cholesky.new_zeros(len(self.cholesky) - start, len(indices))
+        unit[indices - start, torch.arange(len(indices), device=unit.device)] = 1
+        return solve_lower(self.cholesky[start:, start:], unit)
+
+    def inverse_columns(self, indices: Tensor) -> Tensor:
+        """Return columns [n, k] of the inverse, given by their indices [k]."""
+        return solve_lower(self.cholesky, self._solved(indices, 0), transposed=True)
+
+    def inverse_blocks(self, sets: Tensor) -> Tensor:
+        """Return the diagonal blocks [num_sets, w, w] of the inverse that belong to sets of indices [num_sets, w]."""
+        width, blocks = sets.shape[1], []
+        for part in torch.split(sets, max(1, _INVERSE_PANEL // width)) if len(sets) else ():
+            X = self._solved(part.flatten(), int(part.min())).view(-1, *part.shape).permute(1, 2, 0)
+            blocks.append(X.square().sum(dim=2)[:, :, None] if width == 1 else X @ X.mT)
+        return torch.cat(blocks) if blocks else self.cholesky.new_zeros(0, width, width)
+
     def inverse_diagonal(self) -> Tensor:
-        """Return the diagonal [n] of the inverse: the squared column norms of L^-1, which is made a panel of columns at a time."""
-        L, panels = self.cholesky, []
-        for start in range(0, len(L), _INVERSE_PANEL):
-            width = min(_INVERSE_PANEL, len(L) - start)
-            unit = torch.eye(len(L) - start, width, dtype=L.dtype, device=L.device)
-            columns = torch.linalg.solve_triangular(L[start:, start:], unit, upper=False)
-            panels.append(columns.square().sum(dim=0))
-        return torch.cat(panels) if panels else L.new_zeros(0)
+        """Return the diagonal [n] of the inverse."""
+        return self.inverse_blocks(torch.arange(len(self.cholesky), device=self.cholesky.device)[:, None])[:, 0, 0]
+
+    def inverse(self) -> Tensor:
+        """Return the inverse [n, n]."""
+        n = len(self.cholesky)
+        X = torch.zeros_like(self.cholesky, memory_format=torch.contiguous_format)
+        for start in range(0, n, _INVERSE_PANEL):
+            stop = min(start + _INVERSE_PANEL, n)
+            X[start:, start:stop] = self._solved(torch.arange(start, stop, device=X.device), start)
+        for start in range(0, n, _INVERSE_PANEL):  # rows of L^-1 that no later product reads become rows of the lower half of the inverse
+            stop = min(start + _INVERSE_PANEL, n)
+            X[start:stop, :stop] = X[start:, start:stop].T @ X[start:, :stop]
+            X[:start, start:stop] = X[start:stop, :start].T
+        return X
 
 
 def factorise(matrix: Tensor, damping: float, max_damping: float, name: str) -> DampedFactor:
@@ -122,7 +255,7 @@ def factorise(matrix: Tensor, damping: float, max_damping: float, name: str) -> 
     A failed Cholesky is retried in float64; then the damping is raised tenfold up to `max_damping`.
 
     Args:
-        matrix: [n, n] symmetric positive semi-definite.
+        matrix: [n, n] symmetric positive semi-definite. It is damped in place, for it may be large.
         damping: relative to the mean of the diagonal.
         max_damping: the largest damping that may be tried.
         name: what the matrix is, for the error.
@@ -132,16 +265,16 @@ def factorise(matrix: Tensor, damping: float, max_damping: float, name: str) -> 
     """
     if not torch.isfinite(matrix).all():
         raise FloatingPointError(f"{name}: the curvature factor of shape {tuple(matrix.shape)} has NaN or infinite entries")
+    diagonal = matrix.diagonal().clone()
     current = damping
     while True:
-        candidate = damped(matrix, current)
-        factor, failed = torch.linalg.cholesky_ex(candidate)
+        factor, failed = torch.linalg.cholesky_ex(damp_(matrix, current))
         if not failed:
-            return DampedFactor(candidate, factor, current, float64_retry=False)
-        candidate = damped(matrix.double(), current)
-        factor, failed = torch.linalg.cholesky_ex(candidate)
+            return DampedFactor(matrix, factor, current, float64_retry=False)
+        matrix.diagonal().copy_(diagonal)
+        factor, failed = torch.linalg.cholesky_ex(damp_(matrix.double(), current))
         if not failed:
-            return DampedFactor(candidate.to(matrix.dtype), factor.to(matrix.dtype), current, float64_retry=True)
+            return DampedFactor(damp_(matrix, current), factor.to(matrix.dtype), current, float64_retry=True)
         raised = max(current * 10.0, 1e-8)
         if raised > max_damping:
             raise FloatingPointError(

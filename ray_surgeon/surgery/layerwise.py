@@ -68,7 +68,7 @@ def sparsegpt(
     A[always_zero, always_zero] = 1
     W[:, always_zero] = 0
     factor = factorise(A, damping, max_damping, name)
-    U = torch.linalg.cholesky(torch.cholesky_inverse(factor.cholesky), upper=True)
+    U = torch.linalg.cholesky(factor.inverse(), upper=True)
     kept = torch.ones_like(W, dtype=torch.bool)
     width = -(-block_size // m) * m
     for start in range(0, W.shape[1], width):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ray_surgeon.surgery.curvature import LinearCurvature
-from ray_surgeon.surgery.kronecker import Damping, KroneckerFactors
+from ray_surgeon.surgery.kronecker import Damping, PackedFactors
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Linear:
 
     name: str  # for errors
     W: Tensor  # [R, C] float32 or float64, the bias as the last column
-    factors: KroneckerFactors  # sums over the calibration tokens
+    factors: PackedFactors  # sums over the calibration tokens
     has_bias: bool  # whether the last column is a bias
     damping: Damping  # of the factors
 
@@ -47,7 +47,8 @@ class Linear:
     @property
     def live(self) -> Part:
         """Rows with a gradient and columns with an input that is not always zero."""
-        return Part(self.factors.G.diagonal() > 0, self.factors.A.diagonal() > 0)
+        device = self.W.device
+        return Part(self.factors.G.diagonal().to(device) > 0, self.factors.A.diagonal().to(device) > 0)
 
     def curvature(self, part: Part, damping: Damping | None = None) -> LinearCurvature:
         """Return the damped curvature of a part; `damping` replaces that of the linear."""

@@ -66,8 +66,8 @@ def find_candidates(
     """
     W, factors = linear.W, linear.factors
     mask = StructuredMask(mask.rows.to(W.device), mask.columns.to(W.device))
-    live_rows = mask.rows & (factors.G.diagonal() > 0) & (W != 0).any(dim=1)
-    live_columns = mask.columns & (factors.A.diagonal() > 0) & (W != 0).any(dim=0)
+    live_rows = mask.rows & (factors.G.diagonal().to(W.device) > 0) & (W != 0).any(dim=1)
+    live_columns = mask.columns & (factors.A.diagonal().to(W.device) > 0) & (W != 0).any(dim=0)
     rows, columns = mask.rows & (structure != "columns"), mask.columns & (structure != "rows")
     if linear.has_bias:
         live_columns[-1] = mask.columns[-1]
@@ -76,8 +76,7 @@ def find_candidates(
     curvature, alive = linear.curvature(live), live.of(W)
     by_row, by_column = W.new_zeros(len(W)), W.new_zeros(W.shape[1])
     if limit is not None:
-        inverses = torch.cholesky_inverse(curvature.A.cholesky), torch.cholesky_inverse(curvature.G.cholesky)
-        path = GreedyPath(alive, curvature.A.matrix, curvature.G.matrix, *inverses)
+        path = GreedyPath(alive, curvature.A, curvature.G, prunes_rows=structure != "columns", prunes_columns=structure != "rows")
         by_row[live_rows], by_column[live_columns] = greedy_costs(
             path, rows[live_rows], columns[live_columns], per_parameter=per_parameter, limit=limit
         )

@@ -10,14 +10,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ray_surgeon.surgery.kronecker import factorise
+from ray_surgeon.surgery.kronecker import factorise, solve_lower
 
 
 def _correlation(matrix: Tensor, to_prune: Tensor, name: str) -> Tensor:
     """Return M = matrix_KK^-1 matrix_KP, [kept, pruned]; a part of a damped matrix is positive definite as it is."""
     kept = ~to_prune
-    factor = factorise(matrix[kept][:, kept], 0.0, 0.0, f"{name} (kept part, damped already)")
-    return torch.cholesky_solve(matrix[kept][:, to_prune], factor.cholesky)
+    L = factorise(matrix[kept][:, kept], 0.0, 0.0, f"{name} (kept part, damped already)").cholesky
+    return solve_lower(L, solve_lower(L, matrix[kept][:, to_prune]), transposed=True)
 
 
 def prune_rows(W: Tensor, G: Tensor, to_prune: Tensor, *, name: str = "G") -> Tensor:

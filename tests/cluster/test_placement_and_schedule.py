@@ -7,7 +7,6 @@ import torch
 from transformers import LlamaConfig
 
 from ray_surgeon.cluster.placement import WorkerIndex, assign_owners, partition_blocks, place
-from ray_surgeon.cluster.plan import plan_workers
 from ray_surgeon.cluster.schedule import one_forward_one_backward, submission_order
 from ray_surgeon.cluster.transport import decode, encode
 from ray_surgeon.models.layout import ModelLayout
@@ -94,13 +93,3 @@ def test_transport_is_exact_and_gives_a_tensor_of_its_own(dtype: torch.dtype) ->
 def test_a_slice_does_not_ship_its_storage() -> None:
     payload = encode(torch.randn(1000, 10)[:2])
     assert payload.array.base is None or payload.array.base.nbytes <= 80  # type: ignore[union-attr]
-
-
-def test_plan_of_groups_counts_the_factors_that_are_gathered() -> None:
-    """Those of o_proj [32, 32] and down_proj [32, 48], of four blocks."""
-    (whole,), (groups,) = (
-        plan_workers(LAYOUTS["llama"], place(LAYOUTS["llama"], 1, 1), "float32", 16, consumers_only=only) for only in (False, True)
-    )
-    assert groups.factor_bytes == 4 * 4 * (32**2 + 32**2 + 32**2 + 48**2)
-    assert groups.factor_bytes < whole.factor_bytes
-    assert groups.weight_bytes == whole.weight_bytes

@@ -60,7 +60,7 @@ def loaded(model: Path, num_shards: int = 1, num_replicas: int = 1) -> LocalClus
     """Return workers in this process that have loaded a model."""
     layout = ModelLayout.of(AutoConfig.from_pretrained(model))
     cluster = LocalCluster(layout, place(layout, num_shards, num_replicas), 1)
-    cluster.run_all(load, ModelRecipe(ModelSection(source=str(model))), False)
+    cluster.run_all(load, ModelRecipe(ModelSection(source=str(model))), False, cluster.stores)
     return cluster
 
 

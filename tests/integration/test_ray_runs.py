@@ -21,6 +21,7 @@ from ray_surgeon.cluster import ray_cluster
 from ray_surgeon.cluster.placement import WorkerIndex, place
 from ray_surgeon.cluster.ray_cluster import RayCluster, WorkerFailureError, connect
 from ray_surgeon.cluster.worker import ModelRecipe, Worker, load
+from ray_surgeon.memory.stores import Stores
 from ray_surgeon.sections.cluster import RaySection
 from ray_surgeon.sections.texts import ModelSection
 from ray_surgeon.storage.files import list_names
@@ -80,8 +81,8 @@ def test_failures_are_seen_and_named(connected: None, model_folders: dict[str, P
         RayCluster(layout, placement, RaySection(cpus_per_worker=1000, start_timeout_s=0.5))
     workers = RayCluster(layout, placement, RaySection())
     with pytest.raises(ValueError, match="absent"):
-        workers.run_all(load, ModelRecipe(ModelSection(source="/absent/folder")), False)
-    workers.run_all(load, ModelRecipe(ModelSection(source=str(model_folders["llama"]))), False)
+        workers.run_all(load, ModelRecipe(ModelSection(source="/absent/folder")), False, Stores())
+    workers.run_all(load, ModelRecipe(ModelSection(source=str(model_folders["llama"]))), False, Stores())
     usage = workers.usages()
     assert len({u.process for u in usage}) == 2
     assert all(u.peak_rss_bytes > 50 * 2**20 for u in usage)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ray_surgeon.surgery.kronecker import Damping, KroneckerFactors
+from ray_surgeon.surgery.kronecker import Damping, KroneckerFactors, damp_
 from ray_surgeon.surgery.linear import Linear
 
 DAMPING = Damping(0.01, 0.1, 1.0)
@@ -25,7 +25,7 @@ def problem(R: int = 6, C: int = 7, seed: int = 0) -> tuple[Tensor, Tensor, Tens
 
 def linear(W: Tensor, A: Tensor, G: Tensor, *, has_bias: bool = False, num_tokens: int = 11) -> Linear:
     """Return a linear whose factors are means A and G over some tokens."""
-    return Linear("x", W, KroneckerFactors(A * num_tokens, G * num_tokens, num_tokens), has_bias, DAMPING)
+    return Linear("x", W, KroneckerFactors(A * num_tokens, G * num_tokens, num_tokens).packed(), has_bias, DAMPING)
 
 
 def dense_removal(W: Tensor, A: Tensor, G: Tensor, removed: Tensor) -> tuple[Tensor, float]:
@@ -61,3 +61,8 @@ def flags(n: int, indices: list[int]) -> Tensor:
     vector = torch.zeros(n, dtype=torch.bool)
     vector[indices] = True
     return vector
+
+
+def damped(matrix: Tensor, damping: float) -> Tensor:
+    """Return a damped copy."""
+    return damp_(matrix.clone(), damping)

@@ -17,10 +17,9 @@ from ray_surgeon.surgery.element_costs import (
 )
 from ray_surgeon.surgery.element_pruning import ElementUnits, ElementUpdate, find_elements, prune_elements, unit_costs
 from ray_surgeon.surgery.extended.chunks import update_in_chunks
-from ray_surgeon.surgery.kronecker import damped
 from ray_surgeon.surgery.masks import ElementMask
 from ray_surgeon.surgery.threshold import bit_histogram, bucket_of, cost_of_bits
-from tests.surgery.dense import dense_removal, linear, problem
+from tests.surgery.dense import damped, dense_removal, linear, problem
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
 

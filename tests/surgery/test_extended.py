@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -14,7 +16,7 @@ from ray_surgeon.surgery.extended.terms import (
     clip_term,
     minimise_kept,
 )
-from ray_surgeon.surgery.kronecker import Damping, KroneckerFactors, add_second_moment, symmetrize
+from ray_surgeon.surgery.kronecker import Damping, KroneckerFactors, PackedSymmetric
 from ray_surgeon.surgery.linear import Linear
 from ray_surgeon.surgery.masks import ElementMask, StructuredMask
 from ray_surgeon.surgery.structured import find_candidates, prune_structures
@@ -39,10 +41,9 @@ def two_term_inverse(terms: list[Term]) -> TwoTermInverse:
 
 def test_weighted_moment_is_the_direct_sum() -> None:
     x, weights = torch.randn(7, 300, dtype=torch.float64), torch.randn(7, dtype=torch.float64)
-    total = torch.zeros(300, 300, dtype=torch.float64)
-    add_second_moment(total, x, weights)
-    symmetrize(total)
-    torch.testing.assert_close(total, torch.einsum("n,ni,nj->ij", weights, x, x), rtol=1e-12, atol=1e-12)
+    total = PackedSymmetric.zeros(300, dtype=torch.float64)
+    total.add(x, weights)
+    torch.testing.assert_close(total.dense(), torch.einsum("n,ni,nj->ij", weights, x, x), rtol=1e-12, atol=1e-12)
 
 
 def test_power_iteration_finds_the_best_further_terms_of_the_rearranged_fisher() -> None:
@@ -146,7 +147,7 @@ DAMPING = Damping(0.02, 0.1, 1.0)
 def extended_linear(num_terms: int = 2) -> Linear:
     W, terms, _ = sum_of(num_terms)
     n = 9
-    return Linear("x", W, KroneckerFactors(terms[0][1] * n, terms[0][0] * n, n, tuple(terms[1:])), False, DAMPING)
+    return Linear("x", W, KroneckerFactors(terms[0][1] * n, terms[0][0] * n, n, tuple(terms[1:])).packed(), False, DAMPING)
 
 
 def dense_of(curvature: LinearCurvature) -> Tensor:
@@ -199,7 +200,9 @@ def test_rows_and_columns_of_two_terms_are_updated_independently() -> None:
 def test_elements_and_groups_with_two_terms(units: ElementUnits, costs: str) -> None:
     """One input is always zero: costs and update are dense on the rest."""
     linear, mask = extended_linear(), ElementMask.full(R, C)
-    linear.factors.A[4], linear.factors.A[:, 4] = 0, 0
+    factors = linear.factors.dense()
+    factors.A[4], factors.A[:, 4] = 0, 0
+    linear = replace(linear, factors=factors.packed())
     found = find_elements(linear, units, costs)
     assert found.live.columns.tolist() == [True, True, True, True, False, True]
     F, alive = dense_of(linear.curvature(found.live)), found.live.of(linear.W)

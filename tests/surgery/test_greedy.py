@@ -3,17 +3,48 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ray_surgeon.surgery.greedy import GreedyPath, greedy_costs
+from ray_surgeon.surgery.greedy import DowndatedInverse, GreedyPath, _root, greedy_costs
+from ray_surgeon.surgery.kronecker import factorise
 from ray_surgeon.surgery.masks import StructuredMask
 from ray_surgeon.surgery.structured import find_candidates, prune_structures
-from tests.surgery.dense import crossing, dense_removal, flags, linear, problem
+from tests.surgery.dense import crossing, dense_removal, flags, linear, problem, spd
 
 R, C = 6, 7
 
 
 def path() -> tuple[GreedyPath, torch.Tensor, torch.Tensor, torch.Tensor]:
     W, A, G = problem(R, C)
-    return GreedyPath(W, A, G, torch.linalg.inv(A), torch.linalg.inv(G)), W, A, G
+    return GreedyPath(W, factorise(A.clone(), 0.0, 0.0, "A"), factorise(G.clone(), 0.0, 0.0, "G")), W, A, G
+
+
+@pytest.mark.parametrize("width", [1, 2, 3])
+def test_downdated_inverse_is_that_of_what_is_left(width: int) -> None:
+    """Blocks and eliminations after some eliminations, one of which is of every index a set has."""
+    n = 12
+    matrix = spd(n, 4)
+    sets = torch.arange(n).view(-1, width)
+    found = DowndatedInverse(factorise(matrix.clone(), 0.0, 0.0, "x"), sets)
+    gone: list[int] = []
+    for Q in (sets[1], sets[[0, 3]].flatten()):
+        kept = [i for i in range(n) if i not in gone]
+        inverse = torch.zeros(n, n, dtype=matrix.dtype)
+        inverse[torch.tensor(kept)[:, None], torch.tensor(kept)] = torch.linalg.inv(matrix[kept][:, kept])
+        expected = torch.linalg.solve(inverse[Q][:, Q], inverse[Q])
+        torch.testing.assert_close(found.eliminate(Q), expected, rtol=1e-9, atol=1e-10)
+        gone += Q.tolist()
+    kept = [i for i in range(n) if i not in gone]
+    inverse = torch.linalg.inv(matrix[kept][:, kept])
+    for number, indices in enumerate(sets.tolist()):
+        places = [kept.index(i) for i in indices if i in kept]
+        expected = inverse[places][:, places] if places else torch.eye(width, dtype=matrix.dtype)
+        torch.testing.assert_close(found.blocks[number], expected, rtol=1e-9, atol=1e-10)
+
+
+def test_a_block_that_rounding_made_indefinite_still_has_a_root() -> None:
+    block = torch.tensor([[1.0, 1.0 + 1e-6], [1.0 + 1e-6, 1.0]])
+    L = _root(block)
+    assert torch.equal(L, L.tril())
+    torch.testing.assert_close(L @ L.T, block, rtol=1e-5, atol=1e-5)
 
 
 def test_weights_and_costs_after_downdating_are_the_dense_ones() -> None:

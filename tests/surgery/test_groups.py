@@ -10,9 +10,8 @@ from torch import Tensor
 
 from ray_surgeon.surgery.allocate import GroupCosts, OutOfReachError, allocate_globally, allocate_uniformly
 from ray_surgeon.surgery.groups import alive_part, group_costs, lowest, prune_groups
-from ray_surgeon.surgery.kronecker import damped
 from ray_surgeon.surgery.masks import StructuredMask
-from tests.surgery.dense import crossing, dense_removal, flags, linear, problem
+from tests.surgery.dense import crossing, damped, dense_removal, flags, linear, problem
 
 R, C = 5, 9
 

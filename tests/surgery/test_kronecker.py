@@ -1,19 +1,25 @@
 import pytest
 import torch
 
-from ray_surgeon.surgery.kronecker import add_second_moment, balanced, damped, factorise, symmetrize, with_ones
+from ray_surgeon.surgery.kronecker import PackedSymmetric, balance_, damp_, factorise, with_ones
 from tests.surgery.dense import spd
 
 
 @pytest.mark.parametrize("n", [1, 7, 256, 300, 600])
-def test_second_moment_equals_the_full_product(n: int) -> None:
+def test_packed_second_moment_equals_the_full_product(n: int) -> None:
     x = torch.randn(50, n, dtype=torch.float64)
-    total = torch.zeros(n, n, dtype=torch.float64)
-    add_second_moment(total, x[:20])
-    add_second_moment(total, x[20:])
-    symmetrize(total)
+    packed = PackedSymmetric.zeros(n, dtype=torch.float64)
+    packed.add(x[:20])
+    packed.add(x[20:])
+    total = packed.dense()
     torch.testing.assert_close(total, x.T @ x, rtol=1e-12, atol=1e-12)
     assert torch.equal(total, total.T)
+    assert torch.equal(packed.diagonal(), total.diagonal())
+    assert torch.equal(PackedSymmetric.of(total).flat.sum(), packed.flat.sum())
+    assert torch.equal(PackedSymmetric.of(total).dense(), total)
+    assert n * (n + 1) / 2 <= len(packed.flat) <= n * (n + 256) / 2
+    packed.fill_diagonal(3.0)
+    assert torch.equal(packed.dense().diagonal(), torch.full((n,), 3.0, dtype=torch.float64))
 
 
 def test_kronecker_product_is_exact_where_kfac_is() -> None:
@@ -35,26 +41,38 @@ def test_bias_is_one_more_input() -> None:
 
 def test_balancing_keeps_the_product() -> None:
     A, G = spd(5, 0) * 1e6, spd(4, 1) * 1e-7
-    balanced_A, balanced_G = balanced(A, G)
+    balanced_A, balanced_G = A.clone(), G.clone()
+    balance_(balanced_A, balanced_G)
     torch.testing.assert_close(torch.kron(balanced_G, balanced_A), torch.kron(G, A), rtol=1e-12, atol=0)
     torch.testing.assert_close(torch.linalg.norm(balanced_A), torch.linalg.norm(balanced_G), rtol=1e-12, atol=0)
 
 
 def test_balancing_leaves_a_zero_factor() -> None:
-    A, G = balanced(torch.zeros(3, 3), torch.eye(2))
+    A, G = torch.zeros(3, 3), torch.eye(2)
+    balance_(A, G)
     assert torch.equal(A, torch.zeros(3, 3))
     assert torch.equal(G, torch.eye(2))
 
 
 def test_damping_is_relative_to_the_mean_of_the_diagonal() -> None:
     matrix = torch.diag(torch.tensor([1.0, 3.0]))
-    torch.testing.assert_close(damped(matrix, 0.5), torch.diag(torch.tensor([2.0, 4.0])))
+    torch.testing.assert_close(damp_(matrix, 0.5), torch.diag(torch.tensor([2.0, 4.0])))
 
 
-def test_inverse_diagonal() -> None:
-    matrix = spd(8, 3)
-    found = factorise(matrix, 0.1, 1.0, "x").inverse_diagonal()
-    torch.testing.assert_close(found, torch.linalg.inv(damped(matrix, 0.1)).diagonal(), rtol=1e-11, atol=0)
+@pytest.mark.parametrize("n", [1, 8, 513, 1100])
+def test_inverse_and_its_parts(n: int) -> None:
+    """Sizes below, at and above the panels'."""
+    matrix = spd(n, 3)
+    expected = torch.linalg.inv(damp_(matrix.clone(), 0.1))
+    found = factorise(matrix, 0.1, 1.0, "x")
+    torch.testing.assert_close(found.inverse(), expected, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(found.inverse_diagonal(), expected.diagonal(), rtol=1e-9, atol=0)
+    some = torch.randperm(n)[: n // 2 + 1]
+    torch.testing.assert_close(found.inverse_columns(some), expected[:, some], rtol=1e-9, atol=1e-10)
+    if n > 8:
+        sets = torch.randperm(n)[: n // 3 * 3].view(-1, 3)
+        blocks = expected[sets[:, :, None], sets[:, None, :]]
+        torch.testing.assert_close(found.inverse_blocks(sets), blocks, rtol=1e-9, atol=1e-10)
 
 
 def test_failed_cholesky_is_retried_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,11 +85,12 @@ def test_failed_cholesky_is_retried_in_float64(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(torch.linalg, "cholesky_ex", fails_in_float32)
     matrix = spd(8, 3).float()
-    found = factorise(matrix, 0.01, 1.0, "x")
+    found = factorise(matrix.clone(), 0.01, 1.0, "x")
     assert found.float64_retry
     assert found.damping == 0.01
     assert found.cholesky.dtype == torch.float32
-    torch.testing.assert_close(found.cholesky @ found.cholesky.T, damped(matrix, 0.01))
+    torch.testing.assert_close(found.cholesky @ found.cholesky.T, damp_(matrix, 0.01))
+    torch.testing.assert_close(found.matrix, matrix)
 
 
 def test_damping_is_raised_tenfold_and_reported() -> None:

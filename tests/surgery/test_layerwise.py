@@ -4,9 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ray_surgeon.surgery.kronecker import damped
 from ray_surgeon.surgery.layerwise import sparsegpt, wanda
-from tests.surgery.dense import problem
+from tests.surgery.dense import damped, problem
 
 OPTIONS = {"damping": 0.01, "max_damping": 1.0, "name": "x"}
 

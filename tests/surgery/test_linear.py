@@ -1,11 +1,10 @@
 import pytest
 import torch
 
-from ray_surgeon.surgery.kronecker import damped
 from ray_surgeon.surgery.linear import Linear, Part
 from ray_surgeon.surgery.masks import StructuredMask
 from ray_surgeon.surgery.structured import Candidates, find_candidates, prune_structures
-from tests.surgery.dense import crossing, dense_removal, flags, linear, problem
+from tests.surgery.dense import crossing, damped, dense_removal, flags, linear, problem
 
 
 def candidates(of: Linear, mask: StructuredMask, structure: str = "rows_columns", *, per_parameter: bool = False) -> Candidates:

@@ -1,0 +1,75 @@
+"""How much memory and disk there is for a worker, asked on its machine."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from ray_surgeon.cluster.plan import DEVICES, Device, Room
+from ray_surgeon.cluster.worker import Worker
+from ray_surgeon.memory.stores import Scratch
+
+_CGROUPS = (("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),)
+"""Limit of a container and what it uses."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What there is on the machine of a worker, which others may share."""
+
+    machine: str
+    device: str  # which one on it
+    device_name: str  # e.g. "NVIDIA H100 80GB HBM3"; "" for the CPU
+    room: Room
+
+
+def look_around(worker: Worker, scratch: str | None) -> Found:
+    """Return what there is; runs on the worker."""
+    return found_here(worker.device, scratch)
+
+
+def found_here(device: torch.device, scratch: str | None) -> Found:
+    """Return what there is on this machine."""
+    root = Path(scratch) if scratch else Scratch.default_root()
+    while not root.exists():
+        root = root.parent
+    host, disk = float(_available_bytes()), float(shutil.disk_usage(root).free)
+    if device.type != "cuda":
+        return Found(socket.gethostname(), "cpu", "", Room(host, host, disk, device_is_host=True))
+    properties, (free, _) = torch.cuda.get_device_properties(device), torch.cuda.mem_get_info(device)
+    return Found(socket.gethostname(), str(properties.uuid), properties.name, Room(float(free), host, disk, device_is_host=False))
+
+
+def shared(found: Sequence[Found]) -> Room:
+    """Return what every worker may use, where workers share machines and devices."""
+    on_machine, on_device = Counter(f.machine for f in found), Counter((f.machine, f.device) for f in found)
+    rooms = []
+    for f in found:
+        machine = on_machine[f.machine]
+        device = machine if f.room.device_is_host else on_device[f.machine, f.device]
+        rooms.append(replace(f.room, device=f.room.device / device, host=f.room.host / machine, disk=f.room.disk / machine))
+    return Room.smallest(rooms)
+
+
+def device_of(found: Sequence[Found], num_threads: int) -> Device:
+    """Return how fast the workers' devices are; of a GPU that is not known, an A100's figures."""
+    name = found[0].device_name.lower()
+    if not name:
+        return DEVICES["cpu"].times(num_threads)
+    return next((device for key, device in DEVICES.items() if key in name.replace(" ", "")), DEVICES["a100"])
+
+
+def _available_bytes() -> int:
+    """Return the memory that this machine, or this container, can still give."""
+    meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines()) if Path("/proc/meminfo").exists() else {}
+    available = int(meminfo.get("MemAvailable", "8000000 kB").split()[0]) * 1024
+    for limit, used in _CGROUPS:
+        if Path(limit).exists() and (text := Path(limit).read_text().strip()) != "max":
+            available = min(available, int(text) - int(Path(used).read_text()))
+    return available

@@ -1,0 +1,58 @@
+"""Stores of packed factors."""
+
+from __future__ import annotations
+
+import torch
+
+from ray_surgeon.memory.stores import Place, Scratch
+from ray_surgeon.surgery.kronecker import PackedSymmetric
+
+
+class FactorStore:
+    """Packed sums by key. A block's sums are on the device while the block runs; between that they are where the plan says."""
+
+    def __init__(self, place: Place, device: torch.device, scratch: Scratch) -> None:
+        """Start empty."""
+        self._place, self._device, self._scratch = place, device, scratch
+        self._kept: dict[str, PackedSymmetric] = {}
+
+    def __contains__(self, key: str) -> bool:
+        """Whether there is such a sum."""
+        return key in self._kept
+
+    def get(self, key: str) -> PackedSymmetric:
+        """Return a sum where it lies. It is not to be written to: on disk it is a private copy."""
+        return self._kept[key]
+
+    def on_device(self, key: str, n: int) -> PackedSymmetric:
+        """Return a sum [n, n] that may be added to, an empty one if there is none; `put` keeps what was added."""
+        if key not in self._kept:
+            return PackedSymmetric.zeros(n, self._device)
+        kept = self._kept[key]
+        if self._place == "device":
+            return kept
+        return PackedSymmetric(n, torch.empty_like(kept.flat, device=self._device).copy_(kept.flat))
+
+    def put(self, key: str, total: PackedSymmetric) -> None:
+        """Keep a sum in place of the one there was."""
+        if self._place == "disk":
+            path = self._scratch.path(f"{key}.factor")
+            scratch = path.with_suffix(".writing")
+            total.flat.cpu().numpy().tofile(scratch)
+            scratch.replace(path)  # who still reads the old file keeps it
+            flat = torch.from_file(str(path), shared=False, size=len(total.flat), dtype=total.flat.dtype)
+            total = PackedSymmetric(total.n, flat)
+        elif self._place == "host":
+            total = PackedSymmetric(total.n, total.flat.cpu())
+        self._kept[key] = total
+
+    def drop(self, key: str) -> None:
+        """Forget a sum."""
+        del self._kept[key]
+        if self._place == "disk":
+            self._scratch.path(f"{key}.factor").unlink()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        for key in list(self._kept):
+            self.drop(key)

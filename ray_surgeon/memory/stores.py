@@ -1,0 +1,69 @@
+"""What a worker keeps where, and the folder on its disk."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Place = Literal["device", "host", "disk"]
+"""Of weights or factors."""
+
+Activations = Literal["keep", "recompute"]
+"""Of a block, between its forward and its backward pass."""
+
+
+@dataclass(frozen=True)
+class Stores:
+    """Where a worker keeps what it does not use at the moment, and how many sequences pass it together."""
+
+    weights: Place = "device"  # of blocks
+    factors: Place = "device"  # A and G of all linears
+    activations: Activations = "keep"
+    wave: int = 1  # sequences that pass a block before the next block runs
+
+
+class Scratch:
+    """A folder on the local disk for one worker of one try of a run.
+
+    The tries of a run share a parent folder, so that a try removes what a killed one before it left.
+    """
+
+    def __init__(self, root: Path, run: str, attempt: str, worker: str) -> None:
+        """Name the folder; it is made when something is written.
+
+        Args:
+            root: folder for all runs.
+            run: the same for every try of a run.
+            attempt: one try of it.
+            worker: one of its workers.
+        """
+        self._run, self._attempt = root / f"ray_surgeon-{run}", attempt
+        self.folder = self._run / attempt / worker
+
+    @staticmethod
+    def default_root() -> Path:
+        """Return the folder for temporary files of this machine."""
+        return Path(tempfile.gettempdir())
+
+    def path(self, name: str) -> Path:
+        """Return the path of a file in the folder, which is made if need be."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return self.folder / name
+
+    def remove_earlier(self) -> None:
+        """Remove what earlier tries of this run left."""
+        for left in self._run.iterdir() if self._run.exists() else ():
+            if left.name != self._attempt:
+                shutil.rmtree(left, ignore_errors=True)
+
+    def close(self) -> None:
+        """Remove the folder, and those above it that are empty then."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        for parent in (self.folder.parent, self._run):
+            try:
+                parent.rmdir()
+            except OSError:  # other workers' folders are there, or it is gone
+                return

@@ -1,0 +1,251 @@
+"""Stores of the weights of a shard's blocks."""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ray_surgeon.memory.stores import Place, Scratch
+
+Read = Callable[[str], Tensor]
+"""Global name of a tensor -> the tensor, of any float dtype, on the CPU."""
+
+
+class ReadAhead:
+    """Reads tensors from afar, several at a time, in the order in which they will be asked for."""
+
+    def __init__(self, read: Read, names: Sequence[str], num_at_once: int = 8) -> None:
+        """Start to read.
+
+        Args:
+            read: may be called from several threads.
+            names: every tensor that will be asked for, in order.
+            num_at_once: tensors that are on their way or wait to be taken.
+        """
+        self._read, self._left = read, deque(names)
+        self._pool = ThreadPoolExecutor(num_at_once)
+        self._coming: dict[str, Future[Tensor]] = {}
+        for _ in range(num_at_once):
+            self._start_next()
+
+    def _start_next(self) -> None:
+        if self._left:
+            name = self._left.popleft()
+            self._coming[name] = self._pool.submit(self._read, name)
+
+    def __call__(self, name: str) -> Tensor:
+        """Return a tensor."""
+        coming = self._coming.pop(name, None)
+        if coming is None:
+            return self._read(name)
+        self._start_next()
+        return coming.result()
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a parameter or a saved buffer of a block belongs."""
+
+    module: nn.Module  # that has it
+    leaf: str  # its name there
+
+    def fill(self, tensor: Tensor) -> None:
+        """Put a tensor there."""
+        if self.leaf in self.module._parameters:
+            self.module._parameters[self.leaf] = nn.Parameter(tensor, requires_grad=False)
+        else:
+            self.module._buffers[self.leaf] = tensor
+
+    def tensor(self) -> Tensor:
+        """Return what is there."""
+        found = getattr(self.module, self.leaf)
+        assert isinstance(found, Tensor)
+        return found.detach()
+
+
+class WeightStore(ABC):
+    """The weights of a shard's blocks by global name. A block has its weights on the device inside of ``with store.block(...)``."""
+
+    def __init__(self, slots: Sequence[Mapping[str, Slot]], dtype: torch.dtype, device: torch.device) -> None:
+        """Start without weights.
+
+        Args:
+            slots: for each block, global name -> where the tensor belongs.
+            dtype: of the weights.
+            device: where blocks run.
+        """
+        self._slots, self._dtype, self._device = slots, dtype, device
+        self._all = {name: slot for of_block in slots for name, slot in of_block.items()}
+        self.names = tuple(self._all)
+
+    @abstractmethod
+    def fill(self, read: Read, checked: Callable[[str, Tensor], None], *, stays: bool) -> None:
+        """Take the weights.
+
+        Args:
+            read: a tensor by its name.
+            checked: raises if a tensor is not usable.
+            stays: whether `read` goes on to give the same tensors at little cost, from a local disk.
+        """
+
+    @abstractmethod
+    def get(self, name: str) -> Tensor:
+        """Return a tensor where it lies; it is not to be written to."""
+
+    @abstractmethod
+    def set(self, name: str, tensor: Tensor) -> None:
+        """Replace the content of a tensor; not inside of its block."""
+
+    @contextlib.contextmanager
+    def block(self, place: int, then: int | None = None) -> Iterator[None]:
+        """Have the weights of a block on the device.
+
+        Args:
+            place: of the block in the shard.
+            then: the block that will be wanted next, if that is known; its weights are fetched meanwhile.
+        """
+        yield
+
+
+class ResidentWeights(WeightStore):
+    """All weights are on the device."""
+
+    def fill(self, read: Read, checked: Callable[[str, Tensor], None], *, stays: bool) -> None:
+        """Take the weights; see `WeightStore.fill`."""
+        for name, slot in self._all.items():
+            value = read(name)
+            checked(name, value)
+            slot.fill(torch.empty_like(value, dtype=self._dtype, device=self._device).copy_(value))
+
+    def get(self, name: str) -> Tensor:
+        """Return a tensor."""
+        return self._all[name].tensor()
+
+    def set(self, name: str, tensor: Tensor) -> None:
+        """Replace the content of a tensor."""
+        self._all[name].tensor().copy_(tensor)
+
+
+class StreamedWeights(WeightStore):
+    """Only the block that runs has its weights on the device; on an accelerator the next one's are on their way."""
+
+    def __init__(self, slots: Sequence[Mapping[str, Slot]], dtype: torch.dtype, device: torch.device) -> None:
+        """Start without weights; see `WeightStore`."""
+        super().__init__(slots, dtype, device)
+        self._absent = [{name: slot.tensor() for name, slot in of_block.items()} for of_block in slots]  # on the meta device
+        self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
+        self._fetching = ThreadPoolExecutor(1) if device.type != "cpu" else None
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    @contextlib.contextmanager
+    def block(self, place: int, then: int | None = None) -> Iterator[None]:
+        """Have the weights of a block on the device; see `WeightStore.block`."""
+        ahead, self._ahead = self._ahead, None
+        tensors = ahead[1].result() if ahead is not None and ahead[0] == place else self._fetch(place)
+        if self._stream is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+            for tensor in tensors.values():
+                tensor.record_stream(torch.cuda.current_stream(self._device))
+        if then is not None and self._fetching is not None:
+            self._ahead = then, self._fetching.submit(self._fetch, then)
+        for name, slot in self._slots[place].items():
+            slot.fill(tensors[name])
+        del tensors, ahead
+        try:
+            yield
+        finally:
+            for name, slot in self._slots[place].items():
+                slot.fill(self._absent[place][name])
+
+    def _fetch(self, place: int) -> dict[str, Tensor]:
+        with torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext():
+            return {name: self.get(name).to(self._device, non_blocking=True) for name in self._slots[place]}
+
+    def _forget_ahead(self) -> None:
+        if self._ahead is not None:
+            self._ahead[1].result()
+            self._ahead = None
+
+
+class HostWeights(StreamedWeights):
+    """The weights are in the memory of the host, which is pinned for a GPU."""
+
+    def fill(self, read: Read, checked: Callable[[str, Tensor], None], *, stays: bool) -> None:
+        """Take the weights; see `WeightStore.fill`."""
+        self._host: dict[str, Tensor] = {}
+        for name in self._all:
+            value = read(name)
+            checked(name, value)
+            kept = torch.empty_like(value, dtype=self._dtype, pin_memory=self._device.type == "cuda")
+            self._host[name] = kept.copy_(value)
+
+    def get(self, name: str) -> Tensor:
+        """Return a tensor."""
+        return self._host[name]
+
+    def set(self, name: str, tensor: Tensor) -> None:
+        """Replace the content of a tensor."""
+        self._forget_ahead()
+        self._host[name].copy_(tensor)
+
+
+class DiskWeights(StreamedWeights):
+    """The weights are read from where they come from, if that is on a local disk, and else from a copy; changed ones from scratch."""
+
+    def __init__(self, slots: Sequence[Mapping[str, Slot]], dtype: torch.dtype, device: torch.device, scratch: Scratch) -> None:
+        """Start without weights; see `WeightStore`."""
+        super().__init__(slots, dtype, device)
+        self._scratch = scratch
+        self._changed: set[str] = set()
+
+    def fill(self, read: Read, checked: Callable[[str, Tensor], None], *, stays: bool) -> None:
+        """Look at every tensor once, and copy it if it would not stay; see `WeightStore.fill`."""
+        self._read = read
+        for name in self._all:
+            value = read(name)
+            checked(name, value)
+            if not stays:
+                self.set(name, value)
+
+    def continue_from(self, read: Read) -> None:
+        """Read everything that was changed so far by another function, and free the scratch."""
+        self._forget_ahead()
+        changed, before, self._changed = frozenset(self._changed), self._read, set()
+        self._read = lambda name: read(name) if name in changed else before(name)
+        for name in changed:
+            self._scratch.path(f"{name}.safetensors").unlink()
+
+    def get(self, name: str) -> Tensor:
+        """Return a tensor, which lies in a file that is mapped into memory unless its dtype must be changed."""
+        if name not in self._changed:
+            return self._read(name).to(self._dtype)
+        with safe_open(self._scratch.path(f"{name}.safetensors"), framework="pt") as file:
+            tensor = file.get_tensor("x")
+        assert isinstance(tensor, Tensor)
+        return tensor
+
+    def set(self, name: str, tensor: Tensor) -> None:
+        """Replace the content of a tensor."""
+        self._forget_ahead()
+        path = self._scratch.path(f"{name}.safetensors")
+        save_file({"x": tensor.to("cpu", self._dtype).contiguous()}, path.with_suffix(".writing"))
+        path.with_suffix(".writing").replace(path)
+        self._changed.add(name)
+
+
+def weight_store(
+    place: Place, slots: Sequence[Mapping[str, Slot]], dtype: torch.dtype, device: torch.device, scratch: Scratch
+) -> WeightStore:
+    """Return an empty store; see `WeightStore`."""
+    if place == "device":
+        return ResidentWeights(slots, dtype, device)
+    return HostWeights(slots, dtype, device) if place == "host" else DiskWeights(slots, dtype, device, scratch)

@@ -1,0 +1,191 @@
+"""Runs sequences through the blocks of a shard, one block at a time, so that weights and factors of one block are enough on the device.
+
+A *wave* of sequences passes a shard together: block b runs on every one of them before block b + 1. What a block is called with beside
+the hidden states (masks, positions) is taken from the family's own forward, which sees blocks that only note what they are given.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ray_surgeon.models.shard import ModelShard
+
+
+class _ReachedTheEndError(Exception):
+    """Ends the family's forward when its last block has been called."""
+
+
+class _Passing:
+    """Stands for the output of a block that only notes what it is given, whether the family takes it whole or its first item."""
+
+    def __getitem__(self, index: int) -> _Passing:
+        return self
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a block is called with beside the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass
+class _Wave:
+    """Sequences between their forward and their backward pass."""
+
+    calls: list[Call]  # one a block
+    inputs: list[list[Tensor]] = field(default_factory=list)  # for each block, what every sequence came with
+    outputs: list[list[Tensor]] = field(default_factory=list)  # for each block, if its activations are kept
+
+
+class BlockRunner:
+    """The passes over a shard, forward and backward."""
+
+    def __init__(self, shard: ModelShard) -> None:
+        """Take a shard, with or without its weights."""
+        self._shard = shard
+        blocks = shard.base.get_submodule(shard.layout.family.blocks)
+        assert isinstance(blocks, nn.ModuleList)
+        self._blocks = list(blocks)
+        self._waves: dict[int, _Wave] = {}
+
+    @torch.no_grad()
+    def enter(self, inputs: Tensor) -> tuple[Tensor, list[Call]]:
+        """Take a sequence up to the first block.
+
+        Args:
+            inputs: tokens [n, T] int64 or hidden states [n, T, d].
+
+        Returns:
+            Hidden states [n, T, d], and with what every block is called beside them.
+        """
+        calls: list[Call] = []
+        hidden: list[Tensor] = []
+
+        def note(*args: Any, **kwargs: Any) -> _Passing:
+            given, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
+            if not calls:
+                hidden.append(given)
+            calls.append(Call(rest, kwargs))
+            if len(calls) == len(self._blocks):
+                raise _ReachedTheEndError
+            return _Passing()
+
+        key = "input_ids" if inputs.dtype == torch.int64 else "inputs_embeds"
+        with contextlib.suppress(_ReachedTheEndError), self._in_place_of_blocks(note):
+            self._shard.base(**{key: inputs}, use_cache=False)
+        return hidden[0], calls
+
+    @contextlib.contextmanager
+    def _in_place_of_blocks(self, forward: Any) -> Iterator[None]:
+        for block in self._blocks:
+            block.forward = forward
+        try:
+            yield
+        finally:
+            for block in self._blocks:
+                del block.forward
+
+    def through(self, place: int, hidden: Tensor, calls: list[Call]) -> Tensor:
+        """Run one block, whose weights must be there, on a sequence [n, T, d]."""
+        call = calls[place]
+        output = self._blocks[place](hidden, *call.args, **call.kwargs)
+        first = output[0] if isinstance(output, tuple) else output
+        assert isinstance(first, Tensor)
+        return first
+
+    def leave(self, hidden: Tensor) -> Tensor:
+        """Run what comes after the last block, which in a shard that is not the last one is nothing."""
+        for name in self._shard.layout.family.final:
+            module = getattr(self._shard.base, name, None)
+            hidden = hidden if module is None else module(hidden)
+        return hidden
+
+    @torch.no_grad()
+    def infer(self, inputs: Tensor) -> list[Tensor]:
+        """Run a wave without gradients: tokens [m, T] or hidden states [m, T, d] -> hidden states [1, T, d] of every sequence."""
+        hidden, calls = self._enter_all(inputs)
+        for place in range(len(self._blocks)):
+            with self._shard.weights.block(place, self._after(place)), self._shard.gathering_in(place):
+                for i, h in enumerate(hidden):
+                    hidden[i] = self.through(place, h, calls)
+        return [self.leave(h) for h in hidden]
+
+    def forward(self, wave: int, inputs: Tensor) -> list[Tensor]:
+        """Run the blocks on a wave, and keep what its backward pass needs.
+
+        Args:
+            wave: its number.
+            inputs: tokens [m, T] or hidden states [m, T, d].
+
+        Returns:
+            Hidden states [1, T, d] of every sequence, detached.
+        """
+        hidden, calls = self._enter_all(inputs)
+        passing = self._waves[wave] = _Wave(calls)
+        keeps = self._shard.stores.activations == "keep"
+        for place in range(len(self._blocks)):
+            gathering = self._shard.gathering_in(place) if keeps else contextlib.nullcontext()
+            with self._shard.weights.block(place, self._after(place)), gathering, torch.set_grad_enabled(keeps):
+                leaves = [h.detach().requires_grad_(keeps) for h in hidden]
+                outputs = [self.through(place, leaf, calls) for leaf in leaves]
+            passing.inputs.append(leaves)
+            if keeps:
+                passing.outputs.append(outputs)
+            hidden = [output.detach() for output in outputs]
+        return hidden
+
+    def backward(self, wave: int, gradients: list[Tensor]) -> list[Tensor]:
+        """Run a wave backward: gradients at the outputs -> gradients at the inputs, [1, T, d] of every sequence."""
+        passing = self._waves.pop(wave)
+        for place in reversed(range(len(self._blocks))):
+            leaves = passing.inputs.pop()
+            if passing.outputs:
+                for i, output in enumerate(passing.outputs.pop()):
+                    torch.autograd.backward(output, gradients[i])
+                    gradients[i] = _gradient(leaves[i])
+                continue
+            before = place - 1 if place else None
+            with self._shard.weights.block(place, before), self._shard.gathering_in(place):
+                for i in range(len(leaves)):
+                    leaf = leaves[i].requires_grad_()
+                    torch.autograd.backward(self.through(place, leaf, passing.calls), gradients[i])
+                    gradients[i] = _gradient(leaf)
+                    leaves[i] = leaf = gradients[i]  # the inputs are not needed any more
+        return gradients
+
+    def loss(self, hidden: Tensor, tokens: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Return the loss of a sequence after the last block, and its gradient there.
+
+        Args:
+            hidden: [1, T, d] detached.
+            tokens: [1, T].
+            generator: see `next_token_loss`.
+
+        Returns:
+            [1] float64 summed NLL of the data in nats, and the gradient [1, T, d].
+        """
+        leaf = hidden.requires_grad_()
+        output = self.leave(leaf)
+        nll, gradient = self._shard.loss(output.detach(), tokens, with_gradient=True, generator=generator)
+        torch.autograd.backward(output, gradient)
+        return nll, _gradient(leaf)
+
+    def _enter_all(self, inputs: Tensor) -> tuple[list[Tensor], list[Call]]:
+        entered = [self.enter(one[None]) for one in inputs]
+        return [hidden for hidden, _ in entered], entered[-1][1]
+
+    def _after(self, place: int) -> int | None:
+        return place + 1 if place + 1 < len(self._blocks) else None
+
+
+def _gradient(leaf: Tensor) -> Tensor:
+    assert leaf.grad is not None
+    return leaf.grad

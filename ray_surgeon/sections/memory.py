@@ -1,0 +1,38 @@
+"""Where a worker keeps what it does not use at the moment."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from ray_surgeon.memory.stores import Activations, Place
+from ray_surgeon.sections.base import Positive, Section
+
+
+class MemorySection(Section):
+    """Where a worker keeps weights and factors, and how sequences pass it. What is auto or not given is chosen by the plan.
+
+    Every choice gives the same weights, bit for bit on a CPU; they differ in memory and time.
+    """
+
+    weights: Place | Literal["auto"] = Field(
+        "auto",
+        description="Of the blocks. device: all stay there; host: in the host's memory, copied block by block; disk: read block by block "
+        "from the model's files or the last shot, and changed ones from scratch",
+    )
+    factors: Place | Literal["auto"] = Field("auto", description="A and G of all linears: device, host, or disk (files in scratch)")
+    activations: Activations | Literal["auto"] = Field(
+        "auto",
+        description="Of a block between its forward and backward pass: keep, which needs weights and factors on the device, or recompute "
+        "from the block's inputs",
+    )
+    wave: Positive | None = Field(None, description="Sequences that pass a block before the next block runs; fewer copies, more memory")
+    scratch: str | None = Field(None, description="Local folder for what is on disk; the folder for temporary files if not given")
+
+    @model_validator(mode="after")
+    def _keeps_what_is_there(self) -> MemorySection:
+        streamed = [name for name in ("weights", "factors") if getattr(self, name) in ("host", "disk")]
+        if self.activations == "keep" and streamed:
+            raise ValueError(f"activations: keep needs {streamed[0]} on the device; set activations: recompute, or {streamed[0]}: device")
+        return self

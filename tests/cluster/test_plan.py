@@ -1,0 +1,109 @@
+"""Plans from configurations alone: what fits how, what is refused and why. How right they are is measured in test_smollm2.py."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+
+from benchmarks.shaped_model import shaped_config
+from ray_surgeon.cluster.placement import place
+from ray_surgeon.cluster.plan import DEVICES, DoesNotFitError, Job, Plan, Room, plan_job
+from ray_surgeon.inputs import job_of, method_for
+from ray_surgeon.models.layout import ModelLayout
+from ray_surgeon.pipeline import _bytes
+from ray_surgeon.spec import JobSpec
+from tests.conftest import LAYOUTS
+
+GB, TB = 1e9, 1e12
+
+
+@functools.cache
+def layout_of(name: str) -> ModelLayout:
+    return LAYOUTS[name] if name in LAYOUTS else ModelLayout.of(shaped_config(name))
+
+
+def job_for(name: str, structure: str = "groups", num_shards: int = 1, **memory: Any) -> tuple[JobSpec, Job]:
+    document = {
+        "version": 2,
+        "name": "plan",
+        "model": {"source": "x", "dtype": "bfloat16"},
+        "calibration": {"source": "python-docs", "num_sequences": 128, "sequence_length": 2048},
+        "evaluation": [{"name": "docs", "source": "python-docs", "num_sequences": 24, "sequence_length": 2048}],
+        "pruning": {"structure": structure, "target_sparsity": 0.2, "num_shots": 1}
+        | ({"width_multiple": 8} if name == "llama" and structure == "groups" else {}),
+        "memory": memory,
+        "cluster": {"num_shards": num_shards, "gpus_per_worker": 1},
+        "output": {"uri": "x"},
+    }
+    spec, layout = JobSpec.model_validate(document), layout_of(name)
+    return spec, job_of(spec, layout, method_for(spec, layout))
+
+
+def plan(
+    name: str, device_memory: float, host_memory: float, num_shards: int = 1, structure: str = "groups", disk: float = 4 * TB, **memory: Any
+) -> Plan:
+    spec, job = job_for(name, structure, num_shards, **memory)
+    room = Room(device_memory, host_memory / min(8, num_shards), disk, device_is_host=False)
+    return plan_job(layout_of(name), place(layout_of(name), num_shards, 1), job, spec.memory, room, DEVICES["h100"])
+
+
+def test_resident_where_it_fits() -> None:
+    found = plan("llama-3-70b", 80 * GB, TB, 8)
+    assert (found.stores.weights, found.stores.factors) == ("device", "device")
+    assert all(seconds > 0 for name, seconds in found.seconds.items() if name != "load")
+    assert found.excess()[0] <= 1
+
+
+@pytest.mark.parametrize(
+    ("name", "device_memory", "host_memory", "num_shards", "structure", "weights", "factors"),
+    [
+        ("llama-3-70b", 80, 1000, 1, "groups", "host", "host"),
+        ("llama-3-70b", 80, 64, 1, "groups", "disk", "disk"),
+        ("llama-3-70b", 80, 1000, 8, "rows_columns", "device", "host"),
+        ("llama-3-405b", 80, 1000, 16, "groups", "host", "host"),
+        ("qwen3-32b", 24, 64, 1, "groups", "disk", "disk"),
+    ],
+)
+def test_what_is_streamed_where_it_would_not_fit(
+    name: str, device_memory: float, host_memory: float, num_shards: int, structure: str, weights: str, factors: str
+) -> None:
+    found = plan(name, device_memory * GB, host_memory * GB, num_shards, structure)
+    assert (found.stores.weights, found.stores.factors) == (weights, factors)
+    assert found.stores.wave > 1
+    assert found.stores.activations == "recompute"
+    on_disk = [worker.disk for worker in found.workers]
+    assert all(on_disk) == (weights == "disk")
+
+
+@pytest.mark.parametrize("name", ["llama-3-70b", "llama-3-405b", "qwen3-32b"])
+def test_what_does_not_fit_is_refused_with_the_step_and_a_remedy(name: str) -> None:
+    with pytest.raises(DoesNotFitError, match=r"costs on shard 0 needs .* of device memory, there are .*; give workers with .* times that"):
+        plan(name, 8 * GB, TB)
+
+
+def test_the_smallest_number_of_shards_that_would_do() -> None:
+    with pytest.raises(DoesNotFitError, match=r"set cluster\.num_shards: (\d+)") as refused:
+        plan("llama-3-70b", 80 * GB, TB, 2, weights="device", factors="device")
+    number = int(str(refused.value).partition("num_shards: ")[2].partition(",")[0])
+    assert plan("llama-3-70b", 80 * GB, TB, number, weights="device", factors="device").stores.weights == "device"
+    with pytest.raises(DoesNotFitError):
+        plan("llama-3-70b", 80 * GB, TB, number - 1, weights="device", factors="device")
+    assert "leave memory to the plan" in str(refused.value)
+
+
+def test_disk_that_is_too_small_is_refused() -> None:
+    with pytest.raises(DoesNotFitError, match="of disk"):
+        plan("llama-3-70b", 80 * GB, TB, disk=GB, weights="disk")
+
+
+def test_factors_are_those_that_are_gathered() -> None:
+    jobs = {structure: job_for("llama", structure)[1] for structure in ("groups", "rows_columns")}
+    assert {name.rpartition(".")[2] for name in jobs["groups"].gathered} == {"o_proj", "down_proj"}
+    assert len(jobs["rows_columns"].gathered) == 4 * 7
+
+
+@pytest.mark.parametrize(("text", "size"), [("80GB", 8e10), ("1.5TiB", 1.5 * 2**40), ("64g", 6.4e10), ("100", 100)])
+def test_sizes_on_the_command_line(text: str, size: float) -> None:
+    assert _bytes(text) == size

@@ -1,0 +1,156 @@
+"""Stores and waves give the same bits; scratch is used, taken over and removed; what does not fit is refused."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ray_surgeon.memory.factors import FactorStore
+from ray_surgeon.memory.stores import Scratch
+from ray_surgeon.memory.weights import DiskWeights
+from ray_surgeon.pipeline import main
+from ray_surgeon.surgery.kronecker import PackedSymmetric
+from tests.integration.runs import assert_same_shot, report_of, run, tiny_spec
+
+GROUPS = {"pruning__structure": "groups", "pruning__width_multiple": 8}
+METHODS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sampled": {"curvature__fisher": "sampled"},
+    "activations": {"curvature__kind": "activations"},
+    "two-terms": {"curvature__kind": "extended_kfac"},
+    "element": {"pruning__structure": "element", "correction__lora_rank": 2},
+    "n_m": {"pruning__structure": "n_m"},
+    "sparsegpt": {"pruning__method": "sparsegpt", "pruning__structure": "element"},
+    "groups": {**GROUPS, "correction__lora_rank": 2, "correction__sequences_per_step": 2, "output__exports": ["per_block"]},
+}
+WAYS = [
+    {"memory__activations": "recompute"},
+    {"memory__activations": "keep", "memory__wave": 4},
+    {"memory__weights": "host", "memory__factors": "host", "memory__wave": 1},
+    {"memory__weights": "disk", "memory__factors": "disk", "memory__wave": 4},
+    {"memory__weights": "disk", "memory__factors": "device", "memory__wave": 6},
+    {"memory__weights": "device", "memory__factors": "disk", "memory__wave": 2},
+]
+
+
+@pytest.fixture(scope="module")
+def resident(model_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Runs with everything on the device, on two shards."""
+    found: dict[str, Path] = {}
+    for method, options in METHODS.items():
+        found[method] = tmp_path_factory.mktemp("resident") / method
+        assert run(found[method], model_folders["llama-biases"], cluster__num_shards=2, **options) == 0
+    return found
+
+
+@pytest.mark.parametrize(("method", "way"), [(method, way) for method in METHODS for way in range(len(WAYS))])
+def test_every_store_and_wave_gives_the_same_bits(
+    method: str, way: int, model_folders: dict[str, Path], resident: dict[str, Path], tmp_path: Path
+) -> None:
+    options = METHODS[method] | WAYS[way] | {"memory__scratch": str(tmp_path / "scratch"), "cluster__num_shards": 1 + way % 3}
+    assert run(tmp_path / "other", model_folders["llama-biases"], **options) == 0
+    stores = report_of(tmp_path / "other/run")["plan"]["stores"]
+    assert all(stores[name.removeprefix("memory__")] == value for name, value in WAYS[way].items())
+    for shot in (1, 2):
+        assert_same_shot(resident[method] / "run", tmp_path / "other/run", shot)
+    assert report_of(resident[method] / "run")["shots"][1]["perplexity"] == report_of(tmp_path / "other/run")["shots"][1]["perplexity"]
+    assert not list((tmp_path / "scratch").rglob("*")), "scratch is removed"
+
+
+@pytest.mark.parametrize("family", ["opt", "gpt2", "gemma3", "phi3"])
+def test_other_families_from_disk_with_replicas(family: str, model_folders: dict[str, Path], tmp_path: Path) -> None:
+    replicas = {"cluster__num_replicas": 2, "memory__scratch": str(tmp_path / "scratch")}
+    assert run(tmp_path / "one", model_folders[family], **replicas) == 0
+    assert run(tmp_path / "other", model_folders[family], memory__weights="disk", memory__factors="disk", memory__wave=3, **replicas) == 0
+    for shot in (1, 2):
+        assert_same_shot(tmp_path / "one/run", tmp_path / "other/run", shot)
+
+
+def test_a_run_from_disk_is_resumed_with_the_same_bits_and_takes_over_what_a_killed_one_left(
+    model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray_surgeon import shots
+
+    options = {"memory__weights": "disk", "memory__factors": "disk", "memory__wave": 6, "memory__scratch": str(tmp_path / "scratch")}
+    assert run(tmp_path / "whole", model_folders["llama"], **options) == 0
+
+    class KilledError(RuntimeError):
+        pass
+
+    def killed(*arguments: object) -> None:
+        raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shots, "_check_for_collapse", killed)
+        patch.setattr("ray_surgeon.api.LocalCluster.close", lambda cluster: None)
+        assert run(tmp_path / "cut", model_folders["llama"], **options) == 1
+    left = list((tmp_path / "scratch").glob("ray_surgeon-*/*/*"))
+    assert len(left) == 1
+    assert list(left[0].iterdir())
+    assert run(tmp_path / "cut", model_folders["llama"], "--resume", **options) == 0
+    assert not list((tmp_path / "scratch").iterdir())
+    assert_same_shot(tmp_path / "whole/run", tmp_path / "cut/run", 2)
+
+
+def test_weights_come_from_the_last_shot_where_that_is_local(
+    model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved: list[int] = []
+    before = DiskWeights.continue_from
+
+    def seen(store: DiskWeights, read: Any) -> None:
+        moved.append(len(list(store._scratch.folder.glob("*.safetensors"))))
+        before(store, read)
+        assert not list(store._scratch.folder.glob("*.safetensors"))
+
+    monkeypatch.setattr(DiskWeights, "continue_from", seen)
+    assert run(tmp_path, model_folders["llama"], memory__weights="disk") == 0
+    assert moved == [28, 28]
+
+
+def test_a_job_that_cannot_fit_is_refused_before_anything_starts(
+    model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = str(tiny_spec(tmp_path, model_folders["llama"], cluster__gpus_per_worker=1))
+    assert main([spec, "--dry-run", "--device-memory", "80GB"]) == 0
+    assert main([spec, "--dry-run", "--device-memory", "100kB"]) == 2
+    text = " ".join(capsys.readouterr().err.split())
+    assert "does not fit" in text
+    assert "of device memory" in text
+    assert "times that memory" in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_the_spec_fixes_is_kept_and_a_contradiction_is_refused(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    assert run(tmp_path, model_folders["llama"], "--dry-run", memory__activations="keep", memory__weights="disk") == 2
+
+
+@pytest.mark.parametrize("place", ["device", "host", "disk"])
+def test_factors_come_back_from_every_store(place: Any, tmp_path: Path) -> None:
+    store = FactorStore(place, torch.device("cpu"), Scratch(tmp_path, "run", "try", "0"))
+    x = torch.randn(5, 300)
+    for part in (x[:2], x[2:]):
+        total = store.on_device("a.A", 300)
+        total.add(part)
+        store.put("a.A", total)
+    expected = PackedSymmetric.zeros(300)
+    for part in (x[:2], x[2:]):
+        expected.add(part)
+    assert torch.equal(store.get("a.A").dense(), expected.dense())
+    assert "a.A" in store
+    store.clear()
+    assert "a.A" not in store
+    assert not list(tmp_path.rglob("*.factor"))
+
+
+def test_scratch_of_other_runs_is_left_alone(tmp_path: Path) -> None:
+    names = list(itertools.product(("one", "two"), ("first", "second")))
+    for run_name, attempt in names:
+        Scratch(tmp_path, run_name, attempt, "0").path("x").touch()
+    Scratch(tmp_path, "one", "third", "0").remove_earlier()
+    assert sorted(path.parent.name for path in tmp_path.glob("*/*/0")) == ["first", "second"]
+    assert {path.parent.parent.name for path in tmp_path.glob("*/*/0")} == {"ray_surgeon-two"}

@@ -1,0 +1,254 @@
+"""Every method on a device that is not the CPU: the same results as there, and an error where the two are mixed.
+
+The runs on the device are in processes of their own; see tests/pretend_accelerator.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from ray_surgeon.api import curvature
+from ray_surgeon.cluster import passes
+from ray_surgeon.cluster.local import LocalCluster
+from ray_surgeon.cluster.transport import TensorPayload, decode
+from ray_surgeon.export import folder
+from ray_surgeon.inputs import check
+from ray_surgeon.run.directory import RunDirectory
+from ray_surgeon.run.html_report import LivePage
+from ray_surgeon.shots import run_shots
+from ray_surgeon.spec import parse_spec
+from ray_surgeon.storage import files
+from tests import zygote as forks
+from tests.conftest import CONFIGS, Zygote, tiny_model
+from tests.integration.runs import report_of, tensors_of_shot, tiny_spec
+
+EQUAL = (0.0, 0.0)
+"""Relative difference of a tensor and of a perplexity: none without updates, where weights are the dense model's or zero."""
+BY_ORDER_OF_SUMS = (5e-6, 5e-7)
+"""What other kernels may make: 1e-6 and 8e-8 were found."""
+BY_CANCELLATION = (5e-5, 5e-6)
+"""With further Kronecker terms, which are differences: 8e-6 and 6e-7. And where a bias is near zero: 1e-5."""
+BY_ITERATIONS = (1e-2, 5e-4)
+"""After conjugate gradients, which stop at a residual of 1e-3 and multiply in bfloat16: 3e-3 and 8e-5."""
+BY_BFLOAT16 = (1e-2, 5e-3)
+"""Of a bfloat16 model, by the rounding of its weights: 3e-3 and 5e-4."""
+
+ELEMENT = {"pruning__structure": "element"}
+EXTENDED = {"curvature__kind": "extended_kfac"}
+SOLVED = {"solver": "conjugate_gradients", "precision": "float32", "num_iterations": 200, "tolerance": 1e-6}
+GROUPS = {"pruning__structure": "groups", "pruning__width_multiple": 8, "correction__lora_rank": 2, "correction__learning_rate": 1e-2}
+N_M = {"pruning__structure": "n_m"}
+METHODS: dict[str, tuple[dict[str, Any], tuple[float, float]]] = {
+    "greedy": ({}, BY_ORDER_OF_SUMS),
+    "obs": ({"pruning__costs": "obs"}, BY_ORDER_OF_SUMS),
+    "obd": ({"pruning__costs": "obd"}, BY_ORDER_OF_SUMS),
+    "single": ({"pruning__costs": "obs", "pruning__update": "single"}, BY_ORDER_OF_SUMS),
+    "none": ({"pruning__costs": "obs", "pruning__update": "none"}, EQUAL),
+    "sampled": ({"pruning__costs": "obs", "curvature__fisher": "sampled"}, BY_ORDER_OF_SUMS),
+    "identity": ({"pruning__costs": "obs", "curvature__kind": "identity"}, BY_ORDER_OF_SUMS),
+    "activations": ({"pruning__costs": "obs", "curvature__kind": "activations"}, BY_ORDER_OF_SUMS),
+    "two-terms": (EXTENDED, BY_CANCELLATION),
+    "three-terms": ({**EXTENDED, "curvature__num_kronecker_terms": 3}, BY_CANCELLATION),
+    "bfloat16": ({"pruning__costs": "obs", "model__dtype": "bfloat16"}, BY_BFLOAT16),
+    "shards-and-replicas": ({"pruning__costs": "obs", "cluster__num_shards": 2, "cluster__num_replicas": 2}, BY_ORDER_OF_SUMS),
+    "shots": ({"pruning__num_shots": 2}, BY_ORDER_OF_SUMS),
+    "element": (ELEMENT, BY_ITERATIONS),
+    "element-solved": ({**ELEMENT, "pruning__update": SOLVED}, BY_ORDER_OF_SUMS),
+    "element-obd": ({**ELEMENT, "pruning__costs": "obd"}, BY_ITERATIONS),
+    "element-chunks": ({**ELEMENT, "pruning__update": {"solver": "chunks", "max_correlate": 100}}, BY_ORDER_OF_SUMS),
+    "element-single": ({**ELEMENT, "pruning__update": {"solver": "single"}}, BY_ORDER_OF_SUMS),
+    "element-none": ({**ELEMENT, "pruning__update": {"solver": "none"}}, EQUAL),
+    "element-two-terms": ({**ELEMENT, **EXTENDED}, BY_ITERATIONS),
+    "n_m": (N_M, BY_ITERATIONS),
+    "n_m-obs_sum": ({**N_M, "pruning__costs": "obs_sum"}, BY_ITERATIONS),
+    "sparsegpt": ({"pruning__method": "sparsegpt", **ELEMENT}, BY_ORDER_OF_SUMS),
+    "sparsegpt-n_m": ({"pruning__method": "sparsegpt", **N_M}, BY_ORDER_OF_SUMS),
+    "wanda": ({"pruning__method": "wanda", **ELEMENT}, EQUAL),
+    "wanda-n_m": ({"pruning__method": "wanda", **N_M}, EQUAL),
+    "groups": ({**GROUPS, "output__exports": ["masked", "per_block"]}, BY_ORDER_OF_SUMS),
+    "groups-uniform": ({**GROUPS, "pruning__allocation": "uniform", "output__exports": ["masked", "uniform"]}, BY_ORDER_OF_SUMS),
+}
+for _weights, _factors in (("host", "host"), ("disk", "disk"), ("host", "disk"), ("device", "host")):
+    _stores = {"memory__weights": _weights, "memory__factors": _factors, "memory__wave": 2}
+    METHODS[f"greedy-{_weights}-{_factors}"] = ({**_stores, "pruning__num_shots": 2}, BY_ORDER_OF_SUMS)
+METHODS["groups-disk"] = ({**GROUPS, "memory__weights": "disk", "memory__factors": "disk", "memory__wave": 3}, BY_ORDER_OF_SUMS)
+METHODS["wanda-host"] = ({"pruning__method": "wanda", **ELEMENT, "memory__weights": "host"}, EQUAL)
+MODULE = "tests.integration.test_pretend_accelerator"
+
+
+# In a process that has the device
+
+
+def run_on(device: str, spec: str) -> None:
+    """Run a job, with the one implementation of attention that both devices have."""
+    inputs = check(parse_spec(Path(spec).read_text()))
+    cluster = LocalCluster(inputs.layout, inputs.placement, 1, device)
+    with sdpa_kernel(SDPBackend.MATH):
+        run_shots(inputs, cluster, RunDirectory(inputs.spec.output.uri), lambda event: None)
+
+
+def run_on_sim(spec: str) -> None:
+    folder.run_module = reload_here  # type: ignore[attr-defined]
+    LivePage.draw = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    run_on("sim", spec)
+
+
+def reload_here(module: str, request: Mapping[str, Any], offline: bool = True) -> dict[str, Any]:
+    """Run a module, for which this is fresh enough: it computes on the CPU."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed, tempfile.TemporaryDirectory() as modules:
+        forks.run_module({"module": module, "request": request, "environment": {"HF_MODULES_CACHE": modules}})
+    found: dict[str, Any] = json.loads(printed.getvalue().splitlines()[-1])
+    return found
+
+
+def run_on_sim_and_forget_to_move(spec: str) -> None:
+    def stay(payload: TensorPayload, device: torch.device) -> Tensor:
+        return decode(payload, torch.device("cpu"))
+
+    passes.decode = stay  # type: ignore[attr-defined]
+    run_on_sim(spec)
+
+
+def curvature_on(device: str, model: str, path: str) -> None:
+    """Write the factors of a model in memory, with labels that are drawn."""
+    loaded = AutoModelForCausalLM.from_pretrained(model).to(device)
+    with sdpa_kernel(SDPBackend.MATH):
+        found = curvature(loaded, torch.arange(60).view(2, 30), label_seed=0)
+    assert {factors.A.device.type for factors in found.values()} == {device}
+    torch.save({name: (factors.A.cpu(), factors.G.cpu()) for name, factors in found.items()}, path)
+
+
+def mixtures() -> dict[str, str]:
+    """Return what comes of mixing a tensor on the CPU, x, with one on the device, y."""
+    x, y, index = torch.eye(4), torch.eye(4, device="sim"), torch.tensor([2, 0])
+    attempts: dict[str, Callable[[], object]] = {
+        "sum": lambda: y + x,
+        "product": lambda: y @ x,
+        "second moment": lambda: y[1:].addmm_(x[1:], y),
+        "concatenation": lambda: torch.cat([y, x]),
+        "system": lambda: torch.linalg.solve(y, x),
+        "triangular system": lambda: torch.linalg.solve_triangular(y, x, upper=False),
+        "choice": lambda: torch.where(y > 0, y, x),
+        "mask that is filled": lambda: y.masked_fill_(x > 0, 1.0),
+        "written to": lambda: torch.zeros(()).add_(y.sum()),
+        "output": lambda: torch.mm(y, y, out=torch.empty(4, 4)),
+        "index of the CPU's": lambda: x[index.to("sim")],
+        "index_add_": lambda: y.index_add_(0, index, y[:2]),
+        "gather": lambda: y.gather(1, index[:, None]),
+        "einsum": lambda: torch.einsum("ij,jk->ik", y, x),
+        "linear": lambda: torch.nn.functional.linear(y, x),
+        "embedding": lambda: torch.nn.functional.embedding(index, y),
+        "generator": lambda: torch.multinomial(y, 1, generator=torch.Generator()),
+        "numpy": lambda: y.numpy(),
+    }
+    found = {}
+    for name, attempt in attempts.items():
+        try:
+            attempt()
+        except (RuntimeError, TypeError):
+            continue
+        found[name] = "was let through"
+    y[index], y[x > 0], y[0] = 3.0, 2.0, torch.tensor(1.0)  # as on a GPU, indices and single numbers may be on the CPU
+    y[1:] = x[1:]  # and this is a copy
+    expected = torch.eye(4)
+    expected[0] = 1
+    if not torch.equal(y.cpu(), expected):
+        found["copies"] = str(y.cpu())
+    return found
+
+
+# Here
+
+
+@pytest.fixture(scope="session")
+def small_models(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> dict[str, Path]:
+    """The tiny models with two blocks."""
+    folders = {}
+    for family in ("llama", "opt", "gpt2", "qwen2", "gemma3", "phi3"):
+        document = CONFIGS[family].to_dict()
+        document |= {"n_layer" if family == "gpt2" else "num_hidden_layers": 2}
+        if "layer_types" in document:
+            document["layer_types"] = document["layer_types"][:2]
+        folders[family] = tmp_path_factory.mktemp("small") / family
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(CONFIGS, family, type(CONFIGS[family])(**document))
+            tiny_model(family).save_pretrained(folders[family])
+        tokenizer.save_pretrained(folders[family])
+    return folders
+
+
+def elsewhere(zygote: Zygote, function: Callable[..., object], **arguments: object) -> Any:
+    """Call a function in a process that has the device."""
+    return zygote.run_module("tests.pretend_accelerator", {"function": f"{MODULE}:{function.__name__}", "arguments": arguments})["returned"]
+
+
+def spec_in(place: Path, model: Path, **options: Any) -> str:
+    text = {"name": "docs", "source": str(place / "text.txt"), "num_sequences": 2, "sequence_length": 40, "max_tokens": 4000}
+    defaults = {"pruning__num_shots": 1, "calibration__num_sequences": 3, "evaluation": [text], "output__exports": ["masked"]}
+    return str(tiny_spec(place, model, **defaults | options))
+
+
+def assert_same(on_cpu: Mapping[str, Tensor], on_sim: Mapping[str, Tensor], tolerance: float) -> None:
+    assert on_cpu.keys() == on_sim.keys()
+    for name, expected in on_cpu.items():
+        found = on_sim[name]
+        assert (found.dtype, found.shape) == (expected.dtype, expected.shape), name
+        if expected.dtype.is_floating_point:
+            distance = float((found.double() - expected.double()).norm())
+            assert distance <= tolerance * float(expected.double().norm()), f"{name}: {distance}"
+        else:
+            assert torch.equal(found, expected), name
+
+
+def assert_same_run(zygote: Zygote, model: Path, place: Path, options: Mapping[str, Any], tolerances: tuple[float, float]) -> None:
+    """Run a job on both devices: the same masks, and weights, perplexities and exports within tolerances."""
+    run_on("cpu", spec_in(place / "cpu", model, **options))
+    elsewhere(zygote, run_on_sim, spec=spec_in(place / "sim", model, **options))
+    on_cpu, on_sim = (report_of(place / device / "run") for device in ("cpu", "sim"))
+    for one, other in zip([on_cpu["dense"], *on_cpu["shots"]], [on_sim["dense"], *on_sim["shots"]], strict=True):
+        assert other["perplexity"]["docs"] == pytest.approx(one["perplexity"]["docs"], rel=max(tolerances[1], 1e-7))
+    last = len(on_cpu["shots"])
+    assert_same(*(tensors_of_shot(place / device / "run", last) for device in ("cpu", "sim")), tolerances[0])
+    assert [export["kind"] for export in on_sim["exports"]] == options.get("output__exports", ["masked"])
+    for export in on_sim["exports"]:
+        for path in Path(export["uri"]).glob("model*.safetensors"):
+            expected = place / "cpu/run/export" / export["kind"] / path.name
+            assert_same(files.read_tensors(str(expected)), files.read_tensors(str(path)), tolerances[0])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method(method: str, zygote: Zygote, small_models: dict[str, Path], tmp_path: Path) -> None:
+    assert_same_run(zygote, small_models["llama"], tmp_path, *METHODS[method])
+
+
+@pytest.mark.parametrize("family", ["opt", "gpt2", "qwen2", "gemma3", "phi3"])
+def test_other_families(family: str, zygote: Zygote, small_models: dict[str, Path], tmp_path: Path) -> None:
+    assert_same_run(zygote, small_models[family], tmp_path, METHODS["groups"][0], BY_CANCELLATION)
+
+
+def test_curvature_of_a_model_in_memory(zygote: Zygote, small_models: dict[str, Path], tmp_path: Path) -> None:
+    model = str(small_models["llama"])
+    curvature_on("cpu", model, str(tmp_path / "cpu"))
+    elsewhere(zygote, curvature_on, device="sim", model=model, path=str(tmp_path / "sim"))
+    on_cpu, on_sim = (torch.load(tmp_path / device) for device in ("cpu", "sim"))
+    for part in (0, 1):
+        assert_same(*({name: pair[part] for name, pair in found.items()} for found in (on_cpu, on_sim)), BY_ORDER_OF_SUMS[0])
+
+
+def test_a_tensor_that_was_left_on_the_cpu_is_an_error(zygote: Zygote, small_models: dict[str, Path], tmp_path: Path) -> None:
+    assert elsewhere(zygote, mixtures) == {}
+    with pytest.raises(RuntimeError, match=r"weight.* is on sim.*|is on cpu, and others are on sim"):
+        elsewhere(zygote, run_on_sim_and_forget_to_move, spec=spec_in(tmp_path, small_models["llama"]))
+    assert not hasattr(torch, "sim"), "this process does not have the device"

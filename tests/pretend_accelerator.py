@@ -1,0 +1,167 @@
+"""A pretend accelerator: the torch device "sim", to run on the CPU what is meant for a GPU, and to see when the two are mixed.
+
+Its tensors are torch's own, with storages, strides and views, and say that they are on "sim", but their memory is the CPU's. An operator
+runs on CPU tensors over the same memory, after a check that no CPU tensor is among its arguments. It checks where tensors are, and knows
+nothing of streams, memory, NCCL, or how a GPU rounds. Not there: generators on the device, convolutions, copy.deepcopy and torch.save.
+
+Importing this registers the device, and a process keeps it. torch prepares its threads for backward passes at the first one and does not
+know devices that come later. So the device lives in processes of its own: forks by `tests.zygote`, for which `main` is the entry.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import DispatchKey, DispatchKeySet
+from torch._ops import OpOverload
+
+SIM = "sim"
+
+_DLPACK = {"cpu": 1, SIM: 12}
+"""kDLCPU and kDLExtDev of dlpack.h; torch reads the latter as its device for backends from outside, which "sim" is."""
+_DEVICE_TYPE_OFFSET = 8
+"""Of DLManagedTensor.dl_tensor.device.device_type: behind the pointer to the data."""
+_CPU_KERNELS = DispatchKeySet(DispatchKey.CPU)
+
+_takes_numbers = torch._C._should_allow_numbers_as_tensors  # type: ignore[attr-defined]
+
+_pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
+_pointer_of.restype, _pointer_of.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+
+
+def _seen_as(tensor: Tensor, device: str) -> Tensor:
+    """Return a tensor over the same memory, with the same strides, that says it is on another device."""
+    capsule = torch._C._to_dlpack(tensor)  # type: ignore[attr-defined]
+    address = _pointer_of(capsule, b"dltensor")
+    assert address is not None
+    ctypes.c_int32.from_address(address + _DEVICE_TYPE_OFFSET).value = _DLPACK[device]
+    seen: Tensor = torch._C._from_dlpack(capsule)  # type: ignore[attr-defined]
+    return seen
+
+
+@dataclass(frozen=True)
+class _Signature:
+    """What is asked of an operator's schema, once for each operator."""
+
+    names: tuple[str, ...]  # of all arguments
+    out: frozenset[str]  # tensors that are only written to; they may be of another size, or one of the inputs
+    changed: frozenset[str]  # tensors that are written to
+    plain: frozenset[str]  # single tensors, for which torch may hand over a number
+    anywhere: frozenset[str]  # may be on the CPU as well
+    is_view: bool  # whether the result shares the storage of an argument
+    returns_first: bool  # whether the result is the first argument
+
+    @staticmethod
+    @functools.cache
+    def of(op: OpOverload) -> _Signature:
+        arguments, returns = op._schema.arguments, [r.alias_info for r in op._schema.returns if r.alias_info is not None]
+        changed = frozenset(a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write)
+        return _Signature(
+            names=tuple(a.name for a in arguments),
+            out=frozenset(a.name for a in arguments if a.kwarg_only and a.name in changed),
+            changed=changed,
+            plain=frozenset(a.name for a in arguments if str(a.type) == "Tensor" and not _takes_numbers(op._schema.name.split("::")[1])),
+            anywhere=frozenset(a.name for a in arguments if a.name == "indices" and "index" in op._schema.name),
+            is_view=any(not alias.is_write for alias in returns),
+            returns_first=any(alias.is_write for alias in returns),
+        )
+
+
+def _run(op: OpOverload, *args: Any, **kwargs: Any) -> Any:
+    """Run any operator: views by the CPU's kernels on the tensors themselves, all others on CPU tensors over the same memory."""
+    signature = _Signature.of(op)
+    bound = dict(zip(signature.names, args, strict=False)) | kwargs
+    _check_devices(op, signature, bound)
+    if signature.is_view:  # those kernels only make sizes and strides
+        return op.redispatch(_CPU_KERNELS, *args, **kwargs)
+    given = {name: _on_cpu(value) for name, value in bound.items() if name not in signature.out}
+    given |= {name: torch.empty(0, dtype=bound[name].dtype) for name in signature.out}
+    for name in signature.plain:
+        if isinstance(given[name], bool | int | float):
+            given[name] = torch.tensor(given[name], dtype=torch.float64 if isinstance(given[name], float) else None)
+    results = op(**given)
+    for name in signature.out:
+        out, result = bound[name], given[name]
+        if out.shape != result.shape:
+            out.resize_(result.shape)
+        _seen_as(out, "cpu").copy_(result)
+    if signature.out:
+        outs = tuple(bound[name] for name in signature.names if name in signature.out)
+        return outs if len(outs) > 1 else outs[0]
+    return args[0] if signature.returns_first else _on_sim(results)
+
+
+def _check_devices(op: OpOverload, signature: _Signature, bound: dict[str, Any]) -> None:
+    """Refuse what a GPU would refuse.
+
+    Raises:
+        RuntimeError: a tensor is on the CPU that has dimensions, or is written to; or a generator is.
+    """
+    for name, value in bound.items():
+        if name in signature.anywhere:
+            continue
+        for item in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(item, Tensor):
+                misplaced = item.device.type != SIM and (item.dim() > 0 or name in signature.changed)
+            else:
+                misplaced = isinstance(item, torch.Generator)
+            if misplaced:
+                raise RuntimeError(f"{op}: {name} is on {item.device}, and others are on {SIM}; all must be on one device")
+
+
+def _on_cpu(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return _seen_as(value, "cpu") if value.device.type == SIM else value
+    if isinstance(value, list | tuple):
+        return [_on_cpu(item) for item in value]
+    return torch.device("cpu") if isinstance(value, torch.device) else value
+
+
+def _on_sim(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return _seen_as(value, SIM)
+    return tuple(_on_sim(item) for item in value) if isinstance(value, list | tuple) else value
+
+
+def _copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
+    """Copy between the devices, or within one: what `copy_` and `to` come to."""
+    _on_cpu(target).copy_(_on_cpu(source))
+    return target
+
+
+def _resize(tensor: Tensor, size: Sequence[int], *, memory_format: torch.memory_format | None = None) -> Tensor:
+    """Give a tensor another size, as an output may have; its memory is new, because that of the CPU tensor behind it cannot grow."""
+    if tuple(tensor.shape) != tuple(size):
+        new = _seen_as(torch.empty(size, dtype=tensor.dtype), SIM)
+        storage = torch.ops.aten.set_.source_Storage_storage_offset
+        storage.redispatch(_CPU_KERNELS, tensor, new.untyped_storage(), 0, list(size), list(new.stride()))
+    return tensor
+
+
+def _register() -> tuple[torch.library.Library, ...]:
+    torch.utils.backend_registration._setup_privateuseone_for_python_backend(SIM)
+    everything, some = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
+    everything.fallback(_run, "PrivateUse1")
+    some.impl("_copy_from", _copy_from, "PrivateUse1")
+    some.impl("resize_", _resize, "PrivateUse1")
+    return everything, some
+
+
+_LIBRARIES = _register()
+"""Kept, because a library that is dropped takes its operators with it."""
+
+
+def main() -> None:
+    """Call a function in this process and print what it returns: ``{"function": "module:name", "arguments": {...}}`` on standard input."""
+    asked = json.load(sys.stdin)
+    module, name = asked["function"].split(":")
+    print(json.dumps({"returned": getattr(importlib.import_module(module), name)(**asked["arguments"])}))
