@@ -1,4 +1,4 @@
-"""One of our modules in a process of its own, which sees the devices that the calling process sees."""
+"""One of our modules in a process of its own, which sees the devices that the calling process sees, or one of them."""
 
 from __future__ import annotations
 
@@ -13,19 +13,21 @@ from typing import Any
 from ray_surgeon.cluster.worker import Worker
 
 
-def run_module(module: str, request: Mapping[str, Any], offline: bool = True) -> dict[str, Any]:
+def run_module(module: str, request: Mapping[str, Any], offline: bool = True, gpu: str | None = None) -> dict[str, Any]:
     """Run a module and return what it found.
 
     Args:
         module: dotted name; it reads a JSON object from its standard input, and the last line it prints is one.
         request: that object.
         offline: whether it may not ask the Hub.
+        gpu: the one GPU that it sees, as in ``CUDA_VISIBLE_DEVICES``; those of this process if not given.
 
     Raises:
         RuntimeError: it fails; its last lines are shown.
     """
     with tempfile.TemporaryDirectory() as modules:
         settings = {"HF_MODULES_CACHE": modules, "OMP_WAIT_POLICY": "PASSIVE"} | ({"HF_HUB_OFFLINE": "1"} if offline else {})
+        settings |= {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
         command = [sys.executable, "-m", module]
         done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, check=False, env=os.environ | settings)
     if done.returncode:
@@ -36,5 +38,9 @@ def run_module(module: str, request: Mapping[str, Any], offline: bool = True) ->
 
 
 def run_on_worker(worker: Worker, module: str, request: Mapping[str, Any], offline: bool = True) -> dict[str, Any]:
-    """Run a module in a process beside a worker, which sees that worker's devices; see `run_module`."""
-    return run_module(module, request, offline)
+    """Run a module in a process beside a worker, which sees that worker's device alone; see `run_module`."""
+    number = worker.device.index
+    if number is None:
+        return run_module(module, request, offline)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return run_module(module, request, offline, visible.split(",")[number] if visible else str(number))

@@ -162,11 +162,14 @@ class Plan:
         return {step.name: [w.peak(self.room, w.steps[i])[0] for w in self.workers] for i, step in enumerate(self.workers[0].steps)}
 
     def as_record(self) -> dict[str, Any]:
-        """Return what the report says of it."""
+        """Return what the report says of it; operations and bytes are those of all shards of one replica."""
+        steps = list(enumerate(self.workers[0].steps))
         return {
             "stores": asdict(self.stores),
             "device": self.device.name,
             "seconds": {name: round(seconds, 3) for name, seconds in self.seconds.items()},
+            "flops": {step.name: sum(w.steps[i].flops + w.steps[i].float32_flops for w in self.workers) for i, step in steps},
+            "moved_bytes": {step.name: sum(w.steps[i].host_bytes for w in self.workers) for i, step in steps},
             "peak_bytes": {name: [int(peak) for peak in of_shards] for name, of_shards in self.peaks().items()},
             "disk_bytes": [int(worker.disk) for worker in self.workers],
         }
@@ -206,7 +209,8 @@ def plan_job(layout: ModelLayout, placement: Placement, job: Job, wanted: Memory
     Raises:
         DoesNotFitError: nothing fits; names the step that binds, and what would do.
     """
-    usable = replace(room, device=_SAFE * room.device, host=_SAFE * room.host, disk=_SAFE * room.disk)
+    limit = math.inf if wanted.limit_gib is None else wanted.limit_gib * 2**30
+    usable = replace(room, device=min(limit, _SAFE * room.device), host=_SAFE * room.host, disk=_SAFE * room.disk)
     shapes = _Shapes(layout, job)
     plans = [_plan(shapes, placement, job, stores, usable, device) for stores in _ways(job, placement, wanted, room)]
     fitting = [plan for plan in plans if plan.excess()[0] <= 1]

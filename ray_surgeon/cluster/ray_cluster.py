@@ -151,6 +151,7 @@ class RayCluster:
             "MKL_NUM_THREADS": threads,
             "OMP_WAIT_POLICY": "PASSIVE",
             "TOKENIZERS_PARALLELISM": "false",
+            "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",  # with a list of one device a worker, NCCL hung (Ray issue 61073)
         }
         actor_class = ray.remote(concurrency_groups={"ping": 1})(Worker)  # type: ignore[call-overload]
         self._ping_timeout_s = section.ping_timeout_s
@@ -171,6 +172,7 @@ class RayCluster:
         try:
             started = [actor.__ray_call__.remote(_node_id) for actor in self._actors.values()]
             self._nodes = dict(zip(self._actors, self._wait(started, section.start_timeout_s), strict=True))
+            self.run_all(_take_device)
             if placement.num_replicas > 1:
                 first = placement.workers[0]
                 (host,) = self.get([self._actors[first].__ray_call__.remote(_node_address)])
@@ -303,6 +305,14 @@ class RayCluster:
 def _node_id(worker: Worker) -> str:
     """Return the identity of the machine of a worker; runs there."""
     return str(ray.get_runtime_context().get_node_id())
+
+
+def _take_device(worker: Worker) -> None:
+    """Let a worker with a GPU take the one that Ray gave it, of all that its machine shows; runs there."""
+    if worker.device.type == "cuda":
+        (number,) = ray.get_runtime_context().get_accelerator_ids()["GPU"]
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        worker.take_device(visible.split(",").index(number) if visible else int(number))
 
 
 def _node_address(worker: Worker) -> str:

@@ -39,7 +39,7 @@ def found_here(device: torch.device, scratch: str | None) -> Found:
     root = Path(scratch) if scratch else Scratch.default_root()
     while not root.exists():
         root = root.parent
-    host, disk = float(_available_bytes()), float(shutil.disk_usage(root).free)
+    host, disk = float(available_bytes()), float(shutil.disk_usage(root).free)
     if device.type != "cuda":
         return Found(socket.gethostname(), "cpu", "", Room(host, host, disk, device_is_host=True))
     properties, (free, _) = torch.cuda.get_device_properties(device), torch.cuda.mem_get_info(device)
@@ -65,7 +65,7 @@ def device_of(found: Sequence[Found], num_threads: int) -> Device:
     return next((device for key, device in DEVICES.items() if key in name.replace(" ", "")), DEVICES["a100"])
 
 
-def _available_bytes() -> int:
+def available_bytes() -> int:
     """Return the memory that this machine, or this container, can still give."""
     meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines()) if Path("/proc/meminfo").exists() else {}
     available = int(meminfo.get("MemAvailable", "8000000 kB").split()[0]) * 1024

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ray_surgeon.cluster.collectives import ReplicaGroup, SingleReplica
 from ray_surgeon.cluster.placement import Placement, WorkerIndex
-from ray_surgeon.cluster.usage import Usage, process_usage
+from ray_surgeon.cluster.usage import Usage, give_back, process_usage
 from ray_surgeon.memory.stores import Scratch, Stores
 from ray_surgeon.memory.weights import ReadAhead
 from ray_surgeon.models.gguf import convert_gguf
@@ -101,8 +101,15 @@ class Worker:
         return self.position
 
     def usage(self) -> Usage:
-        """Return what this process has used so far."""
-        return process_usage(self.device, self._busy_s)
+        """Return what this process has used so far; asked between steps."""
+        usage = process_usage(self.device, self._busy_s)
+        give_back()
+        return usage
+
+    def take_device(self, number: int) -> None:
+        """Compute on one of the GPUs that this process sees, before anything is loaded."""
+        self.device = torch.device("cuda", number)
+        torch.cuda.set_device(self.device)
 
     # What a method keeps here between its steps, one object a class
 

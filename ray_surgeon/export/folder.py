@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from ray_surgeon.cluster.cluster import Cluster
 from ray_surgeon.cluster.fresh_process import run_module
 from ray_surgeon.cluster.passes import logits
+from ray_surgeon.cluster.room import available_bytes
 from ray_surgeon.cluster.saving import num_files, save_weights
 from ray_surgeon.cluster.transport import decode
 from ray_surgeon.models.gguf import convert_gguf
@@ -103,9 +104,13 @@ def reload_difference(cluster: Cluster, uri: str, tokens: NDArray[np.int64], dty
     here = decode(logits(cluster, some), torch.device("cpu"))
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
-        download_folder(uri, scratch / "model")
-        logits_file = str(scratch / "logits")
-        request = {"folder": str(scratch / "model"), "tokens": some, "logits": logits_file, "shipped_code": shipped_code}
+        folder = Path(uri) if files.is_local(uri) else scratch / "model"
+        if folder != Path(uri):
+            download_folder(uri, folder)
+        logits_file, size = str(scratch / "logits"), sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        most = available_bytes()
+        request = {"folder": str(folder), "tokens": some, "logits": logits_file, "shipped_code": shipped_code}
+        request |= {"max_memory": int(most / 2), "offload": str(scratch / "offload")} if 1.5 * size > most else {}
         try:
             run_module("ray_surgeon.export.reload", request)
         except RuntimeError as error:

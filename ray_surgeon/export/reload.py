@@ -19,9 +19,10 @@ def main() -> None:
         RuntimeError: a tensor is missing or left over; or the logits with a cache are not those without.
     """
     request = json.load(sys.stdin)
-    model, info = AutoModelForCausalLM.from_pretrained(
-        request["folder"], dtype="auto", trust_remote_code=request["shipped_code"], output_loading_info=True
-    )
+    options = {"dtype": "auto", "trust_remote_code": request["shipped_code"], "output_loading_info": True}
+    if "max_memory" in request:  # more than there is: what does not fit stays in its files and comes block by block
+        options |= {"device_map": "auto", "max_memory": {"cpu": request["max_memory"]}, "offload_folder": request["offload"]}
+    model, info = AutoModelForCausalLM.from_pretrained(request["folder"], **options)
     wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
     if wrong:
         raise RuntimeError(f"tensors do not fit the classes: {wrong}")

@@ -118,7 +118,7 @@ class Reach:
     """How far the greedy paths are followed."""
 
     limit: float | None = None  # largest cost, per unit of the target if groups are ranked so; None for the cost of each group on its own
-    needed: Mapping[str, int] | None = None  # kind -> groups of every block that may be needed whatever they cost
+    needed: Mapping[str, int] | None = None  # consumer -> its groups that may be needed whatever they cost
 
 
 @dataclass
@@ -232,7 +232,7 @@ class Groups(Method):
             curvature = linear.curvature(alive)
             left = int(mask.columns[groups.columns].all(dim=1).sum())
             limit = None if reach.limit is None else reach.limit * (self.known_budget.size(kind) if self._per_unit else 1.0)
-            needed = max((reach.needed or {}).get(kind, 0), left % self.multiple(kind, shot))
+            needed = max((reach.needed or {}).get(name, 0), left % self.multiple(kind, shot))
             costs = group_costs(linear, alive, curvature, groups.columns, self.section.fewest_groups[kind], limit, needed)
             found.consumers[name] = alive, curvature.used_damping, costs
             raised += curvature.raised_damping
@@ -276,25 +276,30 @@ class Groups(Method):
     # On the coordinator
 
     def score(self, cluster: Cluster, shot: int) -> Scores[ConsumerCosts]:
-        """Let every block follow its greedy path as far as the target needs: first somewhat farther than single costs say."""
+        """Let every block follow its greedy path somewhat farther than single costs say, and again if that was not far enough."""
         cluster.progress.begin(unit="linears")
         once = Scores.merged(cluster.run_all(self.costs, Reach(), shot))
-        first, factor = self._allocate(once, shot), 1.0
-        counts = {cost.kind: first.counts[cost.consumer] for cost in once.costs}
+        first, factor = self._allocate(once, shot), 1.25
+        limit = NOTHING if self._uniform else factor * (first.threshold or 0.0)
         while True:
-            if self._uniform:
-                needed = {kind: math.ceil(factor * 1.25 * n) + self.multiple(kind, shot) for kind, n in counts.items()}
-                reach = Reach(NOTHING, needed)
-            else:
-                reach = Reach(2 * factor * (first.threshold or 0.0))
+            needed = {c.consumer: math.ceil(factor * first.counts[c.consumer]) + self.multiple(c.kind, shot) for c in once.costs}
             cluster.progress.begin(unit="linears")
-            scores = Scores.merged(cluster.run_all(self.costs, reach, shot))
+            scores = Scores.merged(cluster.run_all(self.costs, Reach(limit, needed), shot))
             try:
-                self._allocate(scores, shot)
+                found = self._allocate(scores, shot)
             except OutOfReachError:
-                factor *= 4
-            else:
+                factor, limit = 2 * factor, 4 * limit
+                continue
+            if self._uniform or all(self._is_followed(c, found.threshold or 0.0, limit) for c in scores.costs):
                 return scores
+            limit = found.threshold or 0.0  # with all paths up to there the threshold is this one or lower
+
+    def _is_followed(self, costs: ConsumerCosts, threshold: float, limit: float) -> bool:
+        """Whether a path goes on to the threshold: its limit is above, or it came that far because its groups were needed, or it ended."""
+        reached = costs.costs[torch.isfinite(costs.costs)]
+        unit = self.known_budget.size(costs.kind) if self._per_unit else 1.0
+        ended = len(reached) >= costs.num_left - self.fewest.get(costs.kind, 0)
+        return threshold <= limit or ended or bool((reached >= threshold * unit).any())
 
     def _allocate(self, scores: Scores[ConsumerCosts], shot: int) -> Allocation:
         budget, costs = self.known_budget, sorted(scores.costs, key=lambda c: c.consumer)

@@ -24,6 +24,9 @@ from ray_surgeon.surgery.masks import StructuredMask
 from ray_surgeon.surgery.structured import Candidates, find_candidates, prune_structures
 from ray_surgeon.surgery.threshold import StructureCosts, can_reach, cost_curve, smallest_enough, structured_threshold
 
+_SAMPLED_BLOCKS = 4
+"""One of so many blocks tells how far greedy paths must go."""
+
 RankBy = Literal["cost", "cost_per_parameter"]
 
 
@@ -76,12 +79,13 @@ class RowsColumns(Method):
 
     # On a worker
 
-    def costs(self, worker: Worker, limit: float | None) -> Scores[StructureCosts]:
+    def costs(self, worker: Worker, limit: float | None, every: int = 1) -> Scores[StructureCosts]:
         """Take the costs of the owned linears' rows and columns and keep them for `prune`.
 
         Args:
             worker: with curvature.
             limit: of the greedy path; None for the cost of each structure on its own.
+            every: of so many blocks only the first is looked at.
 
         Raises:
             FloatingPointError: a factor or a cost is not usable; names the linear.
@@ -89,7 +93,8 @@ class RowsColumns(Method):
         section, found = self.section, _Scored({})
         kind = "obd" if section.costs == "obd" else "obs"
         per_parameter, replies = section.rank_by == "cost_per_parameter", []
-        for name in worker.owned():
+        names = [name for name in worker.shard.linears if worker.owns(name) and worker.layout.shapes[name].block % every == 0]
+        for name in worker.each(names):
             linear, mask = linear_of(worker, name, self.used_curvature), worker.mask(name, StructuredMask)
             candidates = find_candidates(linear, mask, section.structure, kind, per_parameter=per_parameter, limit=limit)
             found.candidates[name] = candidates
@@ -141,12 +146,17 @@ class RowsColumns(Method):
     # On the coordinator
 
     def score(self, cluster: Cluster, shot: int) -> Scores[StructureCosts]:
-        """Take all costs; greedy paths are followed as far as the target needs, starting from twice the threshold of single costs."""
+        """Take all costs; greedy paths are followed as far as the target needs.
+
+        Their limit is at first twice the threshold of single costs on a sample of the blocks. It decides how much is computed, not what is
+        chosen, which lies below it.
+        """
         target = self.section.targets[shot - 1]
-        cluster.progress.begin(unit="linears")
-        scores = Scores.merged(cluster.run_all(self.costs, None))
         one_term = not isinstance(self.curvature, ExtendedKfacSection)
-        if (self.section.costs or ("greedy" if one_term else "obs")) != "greedy":
+        is_greedy = (self.section.costs or ("greedy" if one_term else "obs")) == "greedy"
+        cluster.progress.begin(unit="linears")
+        scores = Scores.merged(cluster.run_all(self.costs, None, _SAMPLED_BLOCKS if is_greedy else 1))
+        if not is_greedy:
             return scores
         limit, reached = 2 * structured_threshold(_by_name(scores), target).value, False
         while not reached:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ray_surgeon.surgery.products import product
+
 TOKENS_PER_SLICE = 128
 """128 tokens x 50k vocabulary x 4 bytes = 25 MiB."""
 
@@ -34,13 +36,13 @@ def next_token_loss(
     chances = None if generator is None else torch.rand(len(labels), generator=generator).to(hidden.device)
     for start in range(0, len(labels), TOKENS_PER_SLICE):
         part = slice(start, start + TOKENS_PER_SLICE)
-        logits = (flat[part] @ head_weight.T).float()
+        logits = product(flat[part], head_weight.T).float()
         nll[part] = torch.logsumexp(logits, dim=-1).double() - logits.gather(1, labels[part, None])[:, 0].double()
         if flat_gradient is not None:
             probabilities = torch.softmax(logits, dim=-1)
             targets = labels[part, None] if chances is None else _drawn(probabilities, chances[part])
             probabilities.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=probabilities.dtype))
-            flat_gradient[part] = probabilities.to(hidden.dtype) @ head_weight
+            flat_gradient[part] = product(probabilities.to(hidden.dtype), head_weight)
     if gradient is not None and flat_gradient is not None:
         gradient[:, :-1] = flat_gradient.view(num_sequences, T - 1, d)
     return nll.view(num_sequences, T - 1).sum(dim=1), gradient

@@ -17,7 +17,7 @@ from ray_surgeon.memory.factors import FactorStore
 from ray_surgeon.memory.stores import Scratch, Stores
 from ray_surgeon.memory.weights import Read, Slot, weight_store
 from ray_surgeon.models.layout import BlockRange, ModelLayout, build_blocks, global_name
-from ray_surgeon.models.linears import LinearModule, as_linear, num_inputs
+from ray_surgeon.models.linears import LinearModule, as_linear, num_inputs, use_fast_products
 from ray_surgeon.models.loss import next_token_loss
 from ray_surgeon.surgery.extended.terms import Term
 from ray_surgeon.surgery.kronecker import PackedFactors, PackedSymmetric, with_ones
@@ -72,6 +72,8 @@ class ModelShard:
         self.factor_store = FactorStore(self.stores.factors, device, scratch)
         self.shared_inputs = list(self._find_shared_inputs())
         self.linears: dict[str, LinearModule] = {n: m for g in self.shared_inputs for n, m in zip(g.names, g.modules, strict=True)}
+        for module in self.linears.values() if device.type == "cpu" and dtype == torch.float32 else ():
+            use_fast_products(module)
         self.gathering: list[SharedInput] = []
         self.terms: dict[str, list[Term]] = {}
         self._kind: str | None = None
@@ -113,7 +115,8 @@ class ModelShard:
         for local, name in self._outside_of_blocks.items():
             value = read_tensor(name)
             _check_finite(name, value)
-            set_module_tensor_to_device(self.model, local, self.device, value=value, dtype=self.dtype)
+            own = torch.empty_like(value, dtype=self.dtype, device=self.device).copy_(value)  # the file's memory would stay mapped
+            set_module_tensor_to_device(self.model, local, self.device, value=own)
         for local, source in self.layout.tied.items() if self.blocks.is_first and self.blocks.is_last else ():
             owner = self.model.get_submodule(local.rpartition(".")[0])
             setattr(owner, "weight", self.model.get_parameter(source))  # noqa: B010 - a typed attribute would not be a Parameter

@@ -28,6 +28,9 @@ class MemorySection(Section):
         "from the block's inputs",
     )
     wave: Positive | None = Field(None, description="Sequences that pass a block before the next block runs; fewer copies, more memory")
+    limit_gib: float | None = Field(
+        None, gt=0, description="GiB of its device, on the CPU of the host, that a worker may use; all there is if not given"
+    )
     scratch: str | None = Field(None, description="Local folder for what is on disk; the folder for temporary files if not given")
 
     @model_validator(mode="after")

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ray_surgeon.surgery.products import product
+
 
 def row_costs(W: Tensor, A: Tensor, G_inverse_diagonal: Tensor) -> Tensor:
     """Cost of each row after the optimal update of the others: 1/2 (W_r A W_r^T) / [G^-1]_rr.
@@ -20,7 +22,7 @@ def row_costs(W: Tensor, A: Tensor, G_inverse_diagonal: Tensor) -> Tensor:
     Returns:
         [R] costs, in the loss's units.
     """
-    return 0.5 * (W @ A * W).sum(dim=1) / G_inverse_diagonal
+    return 0.5 * (product(W, A) * W).sum(dim=1) / G_inverse_diagonal
 
 
 def column_costs(W: Tensor, G: Tensor, A_inverse_diagonal: Tensor) -> Tensor:
@@ -34,17 +36,29 @@ def column_costs(W: Tensor, G: Tensor, A_inverse_diagonal: Tensor) -> Tensor:
     Returns:
         [C] costs, in the loss's units.
     """
-    return 0.5 * (W * (G @ W)).sum(dim=0) / A_inverse_diagonal
+    return 0.5 * (W * product(G, W)).sum(dim=0) / A_inverse_diagonal
 
 
 def diagonal_row_costs(W: Tensor, A: Tensor, G_diagonal: Tensor) -> Tensor:
     """Cost of each row if the others stay as they are (OBD): 1/2 G_rr (W_r A W_r^T), [R]."""
-    return 0.5 * (W @ A * W).sum(dim=1) * G_diagonal
+    return 0.5 * (product(W, A) * W).sum(dim=1) * G_diagonal
 
 
 def diagonal_column_costs(W: Tensor, G: Tensor, A_diagonal: Tensor) -> Tensor:
     """Cost of each column if the others stay as they are (OBD): 1/2 A_cc (W_c^T G W_c), [C]."""
-    return 0.5 * (W * (G @ W)).sum(dim=0) * A_diagonal
+    return 0.5 * (W * product(G, W)).sum(dim=0) * A_diagonal
+
+
+def column_removal_cost(change: Tensor, A: Tensor, G: Tensor, removed: Tensor) -> float:
+    """Predicted loss increase of the removal of columns with the optimal update of the others, as which D A is zero elsewhere.
+
+    Args:
+        change: [R, C] new weights minus old weights, D.
+        A: [C, C].
+        G: [R, R].
+        removed: [C] bool.
+    """
+    return 0.5 * float((product(G, change[:, removed]) * product(change, A[:, removed])).sum(dtype=change.dtype))
 
 
 def quadratic_cost(change: Tensor, A: Tensor, G: Tensor) -> float:
@@ -55,4 +69,4 @@ def quadratic_cost(change: Tensor, A: Tensor, G: Tensor) -> float:
         A: [C, C].
         G: [R, R].
     """
-    return 0.5 * float(((G @ change) * (change @ A)).sum(dtype=change.dtype))
+    return 0.5 * float((product(G, change) * product(change, A)).sum(dtype=change.dtype))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ray_surgeon.surgery.kronecker import DampedFactor, solve_lower
+from ray_surgeon.surgery.products import product
 
 _FEW = 1 / 128
 """Of the structures that are left, the fraction that is pruned in one step (at least one structure)."""
@@ -112,9 +113,9 @@ class GreedyPath:
         self.columns = torch.ones(W.shape[1], dtype=torch.bool, device=W.device)
         self._sets = torch.arange(W.shape[1], device=W.device)[:, None] if sets is None else sets
         if prunes_rows:
-            self._H, self._by_row = W @ A.matrix, DowndatedInverse(G)
+            self._H, self._by_row = product(W, A.matrix), DowndatedInverse(G)
         if prunes_columns:
-            self._U, self._by_column = G.matrix @ W, DowndatedInverse(A, self._sets)
+            self._U, self._by_column = product(G.matrix, W), DowndatedInverse(A, self._sets)
 
     def row_costs(self) -> Tensor:
         """Return the cost of each row now, [R]; of pruned ones, 0."""

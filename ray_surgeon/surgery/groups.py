@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ray_surgeon.surgery.costs import column_removal_cost
 from ray_surgeon.surgery.curvature import LinearCurvature
 from ray_surgeon.surgery.greedy import GreedyPath, greedy_set_costs
 from ray_surgeon.surgery.linear import Linear, Part
@@ -68,12 +69,13 @@ def prune_groups(
     linear: Linear, mask: StructuredMask, alive: Part, curvature: LinearCurvature, to_prune: Tensor
 ) -> tuple[Removal, StructuredMask]:
     """Remove columns [C] bool of a consumer and update the others exactly; arguments as those of `group_costs`."""
-    before, (_, A) = alive.of(linear.W), curvature.first
-    after = prune_columns(before, A, to_prune.to(before.device)[alive.columns], name=f"{linear.name} A")
+    before, (G, A) = alive.of(linear.W), curvature.first
+    removed = to_prune.to(before.device)[alive.columns]
+    after = prune_columns(before, A, removed, name=f"{linear.name} A")
     new_mask = mask.without(torch.zeros_like(mask.rows), to_prune.cpu())
     W = alive.put(after, linear.W)
     new_mask.apply_(W)
-    return Removal(W, curvature.quadratic_cost(after - before), 0.0), new_mask
+    return Removal(W, column_removal_cost(after - before, A, G, removed), 0.0), new_mask
 
 
 def lowest(costs: Tensor, number: int) -> Tensor:

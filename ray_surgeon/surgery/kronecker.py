@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ray_surgeon.surgery.products import product
+
 _PANEL = 256
 """Rows of one panel of a symmetric sum: high enough for a fast GEMM, low enough to skip near half of it."""
 
@@ -71,11 +73,11 @@ class PackedSymmetric:
             for start, panel in self._panels():
                 panel.add_(torch.mm(x[:, start : start + len(panel)].T, x[:, start:], out_dtype=torch.float32))
             return
-        x = x.to(self.flat.dtype)
-        weighted = x if weights is None else x * weights[:, None]
+        rows = x.T.to(self.flat.dtype, memory_format=torch.contiguous_format)  # parts of it have no gaps
+        weighted = rows if weights is None else rows * weights
         with _narrow_products() if narrow else contextlib.nullcontext():
             for start, panel in self._panels():
-                panel.addmm_(weighted[:, start : start + len(panel)].T, x[:, start:])
+                panel.add_(product(weighted[start : start + len(panel)], rows[start:].T))
 
     def fill_diagonal(self, value: float) -> None:
         """Set the diagonal."""
@@ -244,7 +246,7 @@ class DampedFactor:
             X[start:, start:stop] = self._solved(torch.arange(start, stop, device=X.device), start)
         for start in range(0, n, _INVERSE_PANEL):  # rows of L^-1 that no later product reads become rows of the lower half of the inverse
             stop = min(start + _INVERSE_PANEL, n)
-            X[start:stop, :stop] = X[start:, start:stop].T @ X[start:, :stop]
+            X[start:stop, :stop] = product(X[start:, start:stop].T, X[start:, :stop])
             X[:start, start:stop] = X[start:stop, :start].T
         return X
 

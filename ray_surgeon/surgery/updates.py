@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ray_surgeon.surgery.kronecker import factorise, solve_lower
+from ray_surgeon.surgery.products import product
 
 
 def _correlation(matrix: Tensor, to_prune: Tensor, name: str) -> Tensor:
@@ -36,7 +37,7 @@ def prune_rows(W: Tensor, G: Tensor, to_prune: Tensor, *, name: str = "G") -> Te
     if not to_prune.any():
         return W.clone()
     if not to_prune.all():
-        new[~to_prune] = W[~to_prune] + _correlation(G, to_prune, name) @ W[to_prune]
+        new[~to_prune] = W[~to_prune] + product(_correlation(G, to_prune, name), W[to_prune])
     return new
 
 
