@@ -22,12 +22,14 @@ from ray_surgeon.models.loss import TOKENS_PER_SLICE
 from ray_surgeon.sections.memory import MemorySection
 from ray_surgeon.surgery.kronecker import PackedSymmetric
 
-_PROCESS_BYTES = 330 * 2**20
+_PROCESS_BYTES = 358 * 2**20
 """Anonymous memory of a worker that has imported everything and loaded nothing; measured with torch 2.13 and Ray 2.60 on Linux."""
+_HEAP_BYTES = 60 * 2**20
+"""What the C library's heap holds beside large tensors while linears have their turns; measured."""
 _SAFE = 0.9
 """Of the memory there is, the fraction that is planned with."""
-_FILE_BYTES = 2**30
-"""A file of weights has no more, unless one tensor has; a part is in memory while it is written."""
+FILE_BYTES = 2**30
+"""A file of weights has no more, unless one tensor has; what it holds is in memory while it is written."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ class StepPlan:
         """Return the expected time."""
         computing = self.flops / device.flops[dtype] + self.float32_flops / device.float32_flops
         moving = self.host_bytes / device.host_bytes_per_s + self.disk_bytes / device.disk_bytes_per_s
-        return self.bubble * max(computing, moving)
+        return self.bubble * (computing + moving)  # factors do not move while something computes; that weights do is not counted on
 
 
 @dataclass(frozen=True)
@@ -298,169 +300,160 @@ class _Shapes:
 
 
 def _plan(shapes: _Shapes, placement: Placement, job: Job, stores: Stores, room: Room, device: Device) -> Plan:
-    workers = tuple(_plan_worker(shapes, placement, job, stores, room, shard, blocks) for shard, blocks in enumerate(placement.blocks))
-    return Plan(stores, workers, placement.num_replicas, room, device, job.dtype)
+    workers = []
+    for shard, blocks in enumerate(placement.blocks):
+        worker = _Worker(shapes, placement, job, stores, room.device_is_host, shard, blocks)
+        workers.append(WorkerPlan(shard, blocks.first, blocks.last - 1, tuple(worker.steps()), worker.disk_bytes, _PROCESS_BYTES))
+    return Plan(stores, tuple(workers), placement.num_replicas, room, device, job.dtype)
 
 
-def _plan_worker(shapes: _Shapes, placement: Placement, job: Job, stores: Stores, room: Room, shard: int, blocks: BlockRange) -> WorkerPlan:
-    layout, width, T = shapes.layout, shapes.width, job.sequence_length
-    hidden, own = layout.config.hidden_size * width, range(blocks.first, blocks.last)
-    linears = [linear for block in own for linear in shapes.linears[block]]
-    sizes = [shapes.block_bytes[block] for block in own]
-    factors = [shapes.factor_bytes[block] for block in own]
-    # weights
-    outside, all_blocks, largest = shapes.outside_bytes(blocks), sum(sizes), max(sizes)
-    on_disk_only = room.device_is_host and stores.weights == "disk"  # blocks are mapped into memory, no copy of them is made
-    at_once = 0 if on_disk_only or (room.device_is_host and stores.weights == "host") else largest * (1 if room.device_is_host else 2)
-    weights = outside + (all_blocks if stores.weights == "device" else at_once)
-    idle = outside + (all_blocks if stores.weights == "device" else 0)  # while linears have their turns
-    weights_host = all_blocks if stores.weights == "host" else 0
-    masks = job.mask_bytes * sum(linear.size for linear in linears)
-    # factors
-    all_factors, share = sum(factors), 1 / placement.num_replicas
-    gathering = all_factors if stores.factors == "device" else max(factors)
-    gathering_host = all_factors if stores.factors == "host" else 0
-    dense = sum(job.dense_bytes.get(linear.name, 0.0) for linear in linears)
-    # activations
-    per_replica = -(-job.num_sequences // placement.num_replicas)
-    wave = min(stores.wave, per_replica)
-    waves = -(-per_replica // wave)
-    in_flight = min(waves, placement.num_shards - shard)
-    with_gradient = max(_bytes_per_token(shapes.linears[block], hidden, width) for block in own)
-    forward_only = max(_forward_bytes_per_token(shapes.linears[block], hidden, width) for block in own)
-    conversion = max((4 * T * linear.num_columns for linear in linears if linear.name in job.gathered), default=0) if width < 4 else 0
-    vocabulary = layout.config.vocab_size
-    head = (TOKENS_PER_SLICE * vocabulary * (width + 12) if blocks.is_last else 0) + 4 * T * hidden * blocks.is_last
-    between = 3 * wave * T * hidden if placement.num_shards > 1 else 0  # what is packed and unpacked on the way
-    if stores.activations == "keep":
-        passing = in_flight * wave * T * with_gradient * len(own) + wave * T * hidden + between
-    else:
-        passing = (in_flight * len(own) + 2) * wave * T * hidden + T * with_gradient + between
-    passing += conversion
-    steps = [StepPlan("load", weights, weights_host + masks + shapes.largest_tensor * (not on_disk_only))]
-    for number, (count, length) in enumerate(job.evaluation):
-        windows = min(stores.wave, -(-count // placement.num_replicas))
-        flows = (
-            2 * windows * length * hidden
-            + length * forward_only
-            + head
-            + (3 * windows * length * hidden if placement.num_shards > 1 else 0)
+class _Worker:
+    """One worker and what its steps need."""
+
+    def __init__(
+        self, shapes: _Shapes, placement: Placement, job: Job, stores: Stores, device_is_host: bool, shard: int, blocks: BlockRange
+    ) -> None:
+        self._shapes, self._job, self._stores, self._blocks = shapes, job, stores, blocks
+        self._num_shards, self._num_replicas = placement.num_shards, placement.num_replicas
+        self._own = range(blocks.first, blocks.last)
+        self._linears = [linear for block in self._own for linear in shapes.linears[block]]
+        self._of_needs = [job.needs[linear.name] for linear in self._linears if linear.name in job.needs]
+        config = shapes.layout.config
+        self._hidden = int(config.hidden_size) * shapes.width  # bytes of a token's hidden state
+        # weights
+        sizes = [shapes.block_bytes[block] for block in self._own]
+        self._all_blocks, self._outside = sum(sizes), shapes.outside_bytes(blocks)
+        resident = self._all_blocks if stores.weights == "device" else 0
+        copies = 0 if device_is_host or resident else 2 * max(sizes)  # on the CPU a block runs where it lies, else the next one is ahead
+        self._idle, self._weights = self._outside + resident, self._outside + resident + copies
+        self._host = (self._all_blocks if stores.weights == "host" else 0) + job.mask_bytes * sum(linear.size for linear in self._linears)
+        self._all_factors = sum(shapes.factor_bytes[block] for block in self._own)
+        self._dense = sum(job.dense_bytes.get(linear.name, 0.0) for linear in self._linears)
+        # sequences
+        self._sequences = -(-job.num_sequences // placement.num_replicas)
+        self._wave = min(stores.wave, self._sequences)
+        self._num_waves = -(-self._sequences // self._wave)
+        self._in_flight = min(self._num_waves, placement.num_shards - shard)
+        sides = [_Activations.of(shapes.linears[block], int(config.hidden_size), shapes.width) for block in self._own]
+        self._kept, self._moment = max(side.kept for side in sides), max(side.moment for side in sides)
+        self._forward_only = max(side.forward_only for side in sides)
+        self._head = TOKENS_PER_SLICE * config.vocab_size * (shapes.width + 20) if blocks.is_last else 0
+        self._head_flops = 2 * config.vocab_size * config.hidden_size if blocks.is_last else 0  # of a token, forward
+
+    @property
+    def disk_bytes(self) -> float:
+        """Bytes of scratch."""
+        return self._all_factors * (self._stores.factors == "disk") + self._all_blocks * (self._stores.weights == "disk")
+
+    def steps(self) -> Iterator[StepPlan]:
+        """Yield the steps of a shot, those before the first one included."""
+        yield StepPlan("load", self._weights, self._host + self._shapes.largest_tensor)
+        yield self._evaluation()
+        if self._job.factors != "none":
+            yield self._curvature()
+        if self._job.block_by_block:
+            yield self._block_by_block()
+        elif self._of_needs:
+            yield self._linear_by_linear("costs", [n.costs_bytes for n in self._of_needs], [n.costs_flops for n in self._of_needs])
+            yield self._linear_by_linear("update", [n.update_bytes for n in self._of_needs], [n.update_flops for n in self._of_needs])
+        if self._job.lora_rank:
+            yield self._correction()
+        written = max(min(FILE_BYTES, self._all_blocks + self._outside), self._shapes.largest_tensor)
+        yield StepPlan("commit", self._idle, self._host + written, disk_bytes=self._all_blocks)
+
+    def _evaluation(self) -> StepPlan:
+        peak, tokens, loads = 0.0, 0, 0
+        for count, length in self._job.evaluation:
+            own = -(-count // self._num_replicas)
+            wave = min(self._stores.wave, own)
+            between = 3 + 3 * (self._num_shards > 1)
+            peak = max(peak, between * wave * length * self._hidden + max(length * self._forward_only, self._head))
+            tokens, loads = tokens + own * length, loads + -(-own // wave)
+        flops = tokens * (2 * self._all_blocks / self._shapes.width + self._head_flops)
+        return StepPlan(
+            "evaluation", self._weights + peak, self._host, flops, 0.0, *self._moved(self._stores.weights, loads * self._all_blocks)
         )
-        tokens = -(-count // placement.num_replicas) * length
-        moved = -(-count // placement.num_replicas // windows) * all_blocks
-        flops = tokens * (2 * all_blocks / width + (2 * vocabulary * layout.config.hidden_size if blocks.is_last else 0))
-        step = StepPlan("evaluation", weights + flows, weights_host + masks, flops, 0.0, *_moved(stores.weights, moved))
-        if number == 0 or step.device > steps[-1].device:
-            steps = [s for s in steps if s.name != "evaluation"] + [
-                replace(step, flops=sum(c * n for c, n in job.evaluation) * step.flops / (count * length))
-            ]
-    needs = [job.needs[linear.name] for linear in linears if linear.name in job.needs]
-    if job.factors != "none":
-        steps.append(
-            _curvature(
-                shapes,
-                placement,
-                job,
-                stores,
-                blocks,
-                own,
-                waves,
-                weights + gathering + dense + max(passing, head + wave * T * hidden),
-                weights_host + gathering_host + masks,
-            )
-        )
-    at_rest = (all_factors * share if stores.factors == "device" else 0) + dense
-    at_rest_host = all_factors * share if stores.factors == "host" else 0
-    kept = sum(n.kept_bytes for n in needs) * share
-    moved_factors = _moved(stores.factors, all_factors * share)
-    if needs and job.block_by_block:
-        gathered = max(sum(4 * linear.num_columns**2 for linear in shapes.linears[block]) for block in own)
-        moving = per_replica * T * hidden + T * forward_only + conversion
-        tokens = per_replica * T * 2 * 2 * all_blocks / width
-        update = weights + moving + gathered + max(n.update_bytes for n in needs)
-        flops = share * sum(n.update_flops for n in needs)
-        steps.append(StepPlan("update", update, weights_host + masks, tokens, flops, *_moved(stores.weights, 2 * all_blocks)))
-    elif needs:
-        costs = max(n.costs_bytes for n in needs)
-        update = max(n.update_bytes for n in needs)
-        steps.append(
-            StepPlan(
-                "costs",
-                idle + at_rest + kept + costs,
-                weights_host + at_rest_host + masks,
-                0.0,
-                share * sum(n.costs_flops for n in needs),
-                *moved_factors,
-            )
-        )
-        steps.append(
-            StepPlan(
-                "update",
-                idle + at_rest + kept + update,
-                weights_host + at_rest_host + masks,
-                0.0,
-                share * sum(n.update_flops for n in needs),
-                *moved_factors,
-            )
-        )
-    if job.lora_rank:
-        adapters = 16 * job.lora_rank * sum(linear.num_rows + linear.num_columns for linear in linears)
-        inputs = width * T * sum(linear.num_columns for linear in shapes.linears[own[0]])
-        flops = 3 * 2 * all_blocks / width * job.num_correction_sequences * T
-        loads = _moved(stores.weights, 2 * all_blocks * -(-job.num_correction_sequences // wave))
-        steps.append(
-            StepPlan(
-                "correction",
-                weights + adapters + max(passing, head) + inputs * (len(own) * in_flight if stores.activations == "keep" else 1),
-                weights_host + masks,
-                flops,
-                0.0,
-                *loads,
-            )
-        )
-    written = max(min(_FILE_BYTES, all_blocks + outside), shapes.largest_tensor)
-    steps.append(StepPlan("commit", idle, weights_host + masks + written, disk_bytes=all_blocks))
-    disk = (all_factors if stores.factors == "disk" else 0) + (all_blocks if stores.weights == "disk" else 0)
-    return WorkerPlan(shard, blocks.first, blocks.last - 1, tuple(steps), disk, _PROCESS_BYTES)
+
+    def _passing(self, more_kept: float = 0.0) -> float:
+        """Return the bytes of a pass forward and backward: what waits for its backward pass, and the moment that needs most.
+
+        Args:
+            more_kept: bytes of a token in a block beside its own activations.
+        """
+        T, num_blocks = self._job.sequence_length, len(self._own)
+        wave = self._wave * T * self._hidden
+        conversion = max((4 * (T + 256) * linear.num_columns for linear in self._linears if linear.name in self._job.gathered), default=0)
+        waiting: float = 2 * wave + 3 * wave * (self._num_shards > 1)  # what is packed and unpacked on the way
+        if self._stores.activations == "keep":
+            waiting += self._in_flight * self._wave * T * (self._kept + more_kept) * num_blocks
+            return waiting + max(T * self._moment + conversion, self._head)
+        waiting += self._in_flight * num_blocks * wave
+        return waiting + max(T * (self._kept + more_kept + self._moment) + conversion, self._head)
+
+    def _curvature(self) -> StepPlan:
+        stores, job = self._stores, self._job
+        on_device = self._all_factors if stores.factors == "device" else max(self._shapes.factor_bytes[block] for block in self._own)
+        on_host = self._all_factors if stores.factors == "host" else 0
+        forward_only = job.factors == "A"
+        passes = 1 if forward_only else 2 + (stores.activations == "recompute")
+        products = passes * 2 * self._all_blocks / self._shapes.width + (1 if forward_only else 3) * self._head_flops
+        flops = job.num_passes * self._sequences * job.sequence_length * (products + self._all_factors / 2)
+        weights = self._moved(stores.weights, (1 if forward_only else 2) * self._num_waves * self._all_blocks)
+        factors = self._moved(stores.factors, 2 * self._num_waves * self._all_factors)
+        moved = [job.num_passes * (one + other) for one, other in zip(weights, factors, strict=True)]
+        bubble = (self._num_waves + self._num_shards - 1) / self._num_waves
+        device = self._weights + on_device + self._dense + self._passing()
+        return StepPlan("curvature", device, self._host + on_host, flops, 0.0, moved[0], moved[1], bubble)
+
+    def _linear_by_linear(self, name: str, sizes: Sequence[float], flops: Sequence[float]) -> StepPlan:
+        """Return a step in which linears have their turns, each on the replica that owns it."""
+        factors = self._all_factors / self._num_replicas
+        kept = sum(n.kept_bytes for n in self._of_needs) / self._num_replicas
+        device = self._idle + factors * (self._stores.factors == "device") + self._dense + kept + _HEAP_BYTES + max(sizes)
+        host = self._host + factors * (self._stores.factors == "host")
+        return StepPlan(name, device, host, 0.0, sum(flops) / self._num_replicas, *self._moved(self._stores.factors, factors))
+
+    def _block_by_block(self) -> StepPlan:
+        """Return the update of methods that prune while all sequences pass: a block's second moments and one linear at a time."""
+        T = self._job.sequence_length
+        moments = max(sum(4 * linear.num_columns**2 for linear in self._shapes.linears[block]) for block in self._own)
+        passing = self._sequences * T * self._hidden + T * self._forward_only + max(4 * T * linear.num_columns for linear in self._linears)
+        device = self._weights + passing + moments + _HEAP_BYTES + max(n.update_bytes for n in self._of_needs)
+        flops = self._sequences * T * 4 * self._all_blocks / self._shapes.width
+        in_float32 = sum(n.update_flops for n in self._of_needs) / self._num_replicas
+        return StepPlan("update", device, self._host, flops, in_float32, *self._moved(self._stores.weights, 2 * self._all_blocks))
+
+    def _correction(self) -> StepPlan:
+        """Return the training of B A, of which each linear keeps its inputs, its two parameters, their gradients and Adam's moments."""
+        job, blocks = self._job, len(self._own)
+        adapters = 16 * job.lora_rank * sum(linear.num_rows + linear.num_columns for linear in self._linears)
+        inputs = self._shapes.width * sum(linear.num_columns for linear in self._linears) / blocks
+        flops = 6 * self._all_blocks / self._shapes.width * job.num_correction_sequences * job.sequence_length
+        loads = 2 * self._all_blocks * -(-job.num_correction_sequences // self._wave)
+        device = self._weights + adapters + self._passing(inputs)
+        return StepPlan("correction", device, self._host, flops, 0.0, *self._moved(self._stores.weights, loads))
+
+    @staticmethod
+    def _moved(where: Place, size: float) -> tuple[float, float]:
+        """Return the bytes that move between host and device, and between disk and host."""
+        return (0.0, 0.0) if where == "device" else (size, 0.0) if where == "host" else (size, size)
 
 
-def _curvature(
-    shapes: _Shapes, placement: Placement, job: Job, stores: Stores, blocks: BlockRange, own: range, waves: int, device: float, host: float
-) -> StepPlan:
-    tokens = -(-job.num_sequences // placement.num_replicas) * job.sequence_length
-    block_bytes = sum(shapes.block_bytes[block] for block in own)
-    passes = 1 if job.factors == "A" else 2 + (stores.activations == "recompute")
-    products = passes * 2 * block_bytes / shapes.width
-    head = 3 * 2 * shapes.layout.config.vocab_size * shapes.layout.config.hidden_size if blocks.is_last else 0
-    factors = sum(shapes.factor_bytes[block] for block in own) / 4 * 2
-    loads = (1 if job.factors == "A" else 2) * waves * block_bytes
-    moved = [
-        a + b
-        for a, b in zip(
-            _moved(stores.weights, loads), _moved(stores.factors, 2 * waves * sum(shapes.factor_bytes[b] for b in own)), strict=True
-        )
-    ]
-    bubble = (waves + placement.num_shards - 1) / waves
-    flops = job.num_passes * tokens * (products + head + factors)
-    return StepPlan("curvature", device, host, flops, 0.0, job.num_passes * moved[0], job.num_passes * moved[1], bubble)
+@dataclass(frozen=True)
+class _Activations:
+    """Bytes that a block needs for a token, fitted to measurements of Llama-2-7B's blocks in bfloat16 and SmolLM2's in float32."""
 
+    kept: float  # from its forward to its backward pass
+    moment: float  # more while it runs backward
+    forward_only: float  # without gradients
 
-def _moved(where: Place, size: float) -> tuple[float, float]:
-    """Return the bytes that move between host and device, and between disk and host."""
-    return (0.0, 0.0) if where == "device" else (size, 0.0) if where == "host" else (size, size)
-
-
-def _bytes_per_token(linears: Sequence[LinearShape], hidden: int, width: int) -> float:
-    """Return what a block needs for a token, forward with gradients and back: outputs of its linears, norms in float32, gradients."""
-    outputs = sum(linear.num_rows for linear in linears)
-    widest = max(linear.num_columns for linear in linears)
-    return width * (outputs + 4 * widest) + 10 * hidden / width * (4 + width) / 2
-
-
-def _forward_bytes_per_token(linears: Sequence[LinearShape], hidden: int, width: int) -> float:
-    """Return what a block needs for a token without gradients: its widest layer's outputs and inputs."""
-    widest = max(linear.num_columns for linear in linears)
-    return width * 3 * widest + 4 * hidden
+    @staticmethod
+    def of(linears: Sequence[LinearShape], hidden: int, width: int) -> _Activations:
+        """Count outputs of linears, the product in the feed-forward layer, attention's copies, and what norms keep in float32."""
+        outputs, widest = sum(linear.num_rows for linear in linears), max(linear.num_columns for linear in linears)
+        norms = 8 * hidden if width < 4 else 0
+        kept = width * (outputs + widest + 4 * hidden) + norms
+        return _Activations(kept, width * 4 * widest + 12 * hidden, width * 3 * widest + 4 * hidden)
 
 
 def plan_table(plan: Plan) -> Table:

@@ -8,14 +8,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ray_surgeon.cluster.plan import FILE_BYTES
 from ray_surgeon.cluster.worker import Worker
 from ray_surgeon.memory.weights import DiskWeights
 from ray_surgeon.models.linears import cut, num_inputs
 from ray_surgeon.storage import files
 from ray_surgeon.surgery.masks import StructuredMask
-
-_FILE_BYTES = 2**30
-"""A file ends before it would have more, unless a single tensor has."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +111,7 @@ def _by_size(sizes: Sequence[tuple[str, int]]) -> list[list[str]]:
     parts: list[list[str]] = [[]]
     filled = 0
     for name, size in sizes:
-        if parts[-1] and filled + size > _FILE_BYTES:
+        if parts[-1] and filled + size > FILE_BYTES:
             parts.append([])
             filled = 0
         parts[-1].append(name)

@@ -209,9 +209,9 @@ class Groups(Method):
         R, C = shape.num_rows, shape.num_columns
         reach = min(1.0, 2 * (self.section.target_sparsity or 0.5))
         return LinearNeeds(
-            costs_bytes=4 * ((2.9 + reach) * C**2 + 2 * R**2 + 5 * R * C),
+            costs_bytes=4 * ((2.6 + reach) * C**2 + 2 * R**2 + 4.2 * R * C),
             costs_flops=5.0 * C**3 + R**3 + 4 * R**2 * C,
-            update_bytes=4 * (2.7 * C**2 + R**2 + 5 * R * C),
+            update_bytes=4 * (2.2 * C**2 + R**2 + 5 * R * C),
             update_flops=2.0 * C**3,
         )
 
