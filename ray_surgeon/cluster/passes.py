@@ -18,7 +18,7 @@ from torch import Tensor
 from ray_surgeon.cluster.cluster import Cluster
 from ray_surgeon.cluster.placement import WorkerIndex
 from ray_surgeon.cluster.schedule import Operation, submission_order
-from ray_surgeon.cluster.transport import TensorPayload, decode, encode
+from ray_surgeon.cluster.transport import TensorPayload, encode
 from ray_surgeon.cluster.worker import Worker
 
 # On a worker
@@ -27,7 +27,7 @@ from ray_surgeon.cluster.worker import Worker
 def forward(worker: Worker, wave: int, inputs: TensorPayload | None) -> TensorPayload:
     """Run a wave forward: tokens [m, T] or hidden states [m, T, d] in, hidden states out."""
     assert inputs is not None
-    return encode(torch.cat(worker.runner.forward(wave, decode(inputs, worker.device))))
+    return worker.pack(torch.cat(worker.runner.forward(wave, worker.unpack(inputs))))
 
 
 def forward_backward(
@@ -50,8 +50,8 @@ def forward_backward(
         FloatingPointError: a loss is not finite.
     """
     assert inputs is not None
-    labels = decode(tokens, worker.device)
-    gradients, losses = worker.runner.forward(wave, decode(inputs, worker.device)), []
+    labels = worker.unpack(tokens)
+    gradients, losses = worker.runner.forward(wave, worker.unpack(inputs)), []
     for i, number in enumerate(numbers):
         generator = None if label_seed is None else torch.Generator().manual_seed(label_seed + number)
         nll, gradients[i] = worker.runner.loss(gradients[i], labels[i : i + 1], generator)
@@ -64,28 +64,28 @@ def forward_backward(
 def backward(worker: Worker, wave: int, gradient: TensorPayload | None) -> TensorPayload | None:
     """Run a wave backward: gradient at the outputs in, gradient at the inputs out; the first shard keeps its own."""
     assert gradient is not None
-    return _gradient_below(worker, worker.runner.backward(wave, list(torch.split(decode(gradient, worker.device), 1))))
+    return _gradient_below(worker, worker.runner.backward(wave, list(torch.split(worker.unpack(gradient), 1))))
 
 
 def _gradient_below(worker: Worker, gradients: list[Tensor]) -> TensorPayload | None:
-    return None if worker.index.shard == 0 else encode(torch.cat(gradients))
+    return None if worker.index.shard == 0 else worker.pack(torch.cat(gradients))
 
 
 def infer(worker: Worker, inputs: TensorPayload) -> TensorPayload:
     """Run a wave without gradients: tokens or hidden states in, hidden states out."""
-    return encode(torch.cat(worker.runner.infer(decode(inputs, worker.device))))
+    return worker.pack(torch.cat(worker.runner.infer(worker.unpack(inputs))))
 
 
 def infer_loss(worker: Worker, inputs: TensorPayload, tokens: TensorPayload) -> list[float]:
     """Return the summed NLL in nats of each sequence, at the last shard."""
-    labels = decode(tokens, worker.device)
-    hidden = worker.runner.infer(decode(inputs, worker.device))
+    labels = worker.unpack(tokens)
+    hidden = worker.runner.infer(worker.unpack(inputs))
     return [float(worker.shard.loss(h, labels[i : i + 1])[0]) for i, h in enumerate(hidden)]
 
 
 def infer_logits(worker: Worker, inputs: TensorPayload) -> TensorPayload:
     """Return the logits [n, T, vocabulary], at the last shard."""
-    return encode(worker.shard.logits(torch.cat(worker.runner.infer(decode(inputs, worker.device)))))
+    return worker.pack(worker.shard.logits(torch.cat(worker.runner.infer(worker.unpack(inputs)))))
 
 
 # On the coordinator

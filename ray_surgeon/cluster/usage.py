@@ -27,6 +27,7 @@ class Usage:
     peak_gpu_bytes: int = 0  # peak of what torch allocated on its GPU since it was asked last
     peak_anonymous_bytes: int = 0  # peak, since it was asked last, of the memory that is no file's: what could not be given back
     busy_s: float = 0.0  # wall clock that this worker itself spent inside its steps
+    packing_s: float = 0.0  # of it, what it took to pack and unpack tensors from and for other workers
 
 
 class AnonymousPeak:
@@ -64,14 +65,14 @@ def anonymous_peak() -> AnonymousPeak:
     return AnonymousPeak()
 
 
-def process_usage(device: torch.device, busy_s: float = 0.0) -> Usage:
+def process_usage(device: torch.device, busy_s: float = 0.0, packing_s: float = 0.0) -> Usage:
     """Return what this process has used so far; `device` says whether GPU memory counts."""
     gpu = 0
     if device.type == "cuda":
         gpu = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
     name, anonymous = f"{socket.gethostname()}:{os.getpid()}", anonymous_peak().take()
-    return Usage(name, time.process_time(), _peak_rss_bytes(), gpu, anonymous, busy_s)
+    return Usage(name, time.process_time(), _peak_rss_bytes(), gpu, anonymous, busy_s, packing_s)
 
 
 def give_back() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ray_surgeon.cluster.collectives import ReplicaGroup, SingleReplica
 from ray_surgeon.cluster.placement import Placement, WorkerIndex
+from ray_surgeon.cluster.transport import TensorPayload, decode, encode
 from ray_surgeon.cluster.usage import Usage, give_back, process_usage
 from ray_surgeon.memory.stores import Scratch, Stores
 from ray_surgeon.memory.weights import ReadAhead
@@ -86,7 +87,7 @@ class Worker:
         self.position = (0, 0)
         self.report_position: Callable[[int, int], None] | None = None
         self._kept: dict[type, Any] = {}
-        self._busy_s = 0.0
+        self._busy_s = self._packing_s = 0.0
 
     def call(self, step: Callable[Concatenate[Worker, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a step and count the time."""
@@ -102,7 +103,7 @@ class Worker:
 
     def usage(self) -> Usage:
         """Return what this process has used so far; asked between steps."""
-        usage = process_usage(self.device, self._busy_s)
+        usage = process_usage(self.device, self._busy_s, self._packing_s)
         give_back()
         return usage
 
@@ -110,6 +111,22 @@ class Worker:
         """Compute on one of the GPUs that this process sees, before anything is loaded."""
         self.device = torch.device("cuda", number)
         torch.cuda.set_device(self.device)
+
+    # Tensors to and from other workers; packing them is what the object store costs a worker
+
+    def pack(self, tensor: Tensor) -> TensorPayload:
+        """Return a tensor as it travels."""
+        start = time.perf_counter()
+        payload = encode(tensor)
+        self._packing_s += time.perf_counter() - start
+        return payload
+
+    def unpack(self, payload: TensorPayload) -> Tensor:
+        """Return a tensor that came, on the device."""
+        start = time.perf_counter()
+        tensor = decode(payload, self.device)
+        self._packing_s += time.perf_counter() - start
+        return tensor
 
     # What a method keeps here between its steps, one object a class
 

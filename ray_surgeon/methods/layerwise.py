@@ -15,7 +15,7 @@ from ray_surgeon.cluster.cluster import Cluster
 from ray_surgeon.cluster.passes import token_payload
 from ray_surgeon.cluster.placement import WorkerIndex
 from ray_surgeon.cluster.plan import LinearNeeds
-from ray_surgeon.cluster.transport import TensorPayload, decode, encode
+from ray_surgeon.cluster.transport import TensorPayload
 from ray_surgeon.cluster.worker import LinearSummary, Worker, collective
 from ray_surgeon.methods.elements import Pattern, check_pattern
 from ray_surgeon.methods.method import Choice, Method, Scores, in_order
@@ -94,7 +94,7 @@ class Layerwise(Method):
         """Take a micro-batch that will pass the shard block by block."""
         if micro_batch < worker.placement.num_replicas:
             worker.keep(BlockByBlock(worker.shard, worker.runner))
-        worker.kept(BlockByBlock).enter(micro_batch, decode(inputs, worker.device))
+        worker.kept(BlockByBlock).enter(micro_batch, worker.unpack(inputs))
 
     @collective
     def prune(self, worker: Worker, shard: int, sparsity: float) -> tuple[LinearSummary, ...]:
@@ -134,7 +134,7 @@ class Layerwise(Method):
 
     def leave(self, worker: Worker, micro_batch: int) -> TensorPayload:
         """Hand over a micro-batch that has passed all blocks."""
-        return encode(worker.kept(BlockByBlock).leave(micro_batch))
+        return worker.pack(worker.kept(BlockByBlock).leave(micro_batch))
 
     def forget(self, worker: Worker) -> None:
         """Free what the pass kept."""

@@ -77,6 +77,7 @@ class Steps:
         worker_seconds: step -> how long each worker was busy, in the order of `placement.workers`.
         peak_rss_bytes: of the workers' processes together since they started.
         peak_gpu_bytes: of their GPUs' memory together in this shot.
+        packing_seconds: step -> how long each worker took to pack and unpack what goes between workers, in the same order.
         peaks: step -> peak bytes of each worker in it, in the same order: on a GPU of its memory, else anonymous ones of its process.
     """
 
@@ -91,6 +92,7 @@ class Steps:
         self.seconds: dict[str, float] = {}
         self.cpu_seconds: dict[str, float] = {}
         self.worker_seconds: dict[str, list[float]] = {}
+        self.packing_seconds: dict[str, list[float]] = {}
         self.peaks: dict[str, list[int]] = {}
         self.peak_rss_bytes = self.peak_gpu_bytes = 0
 
@@ -106,6 +108,7 @@ class Steps:
         self.seconds[name] = time.perf_counter() - wall
         self.cpu_seconds[name] = _cpu_s(after) - _cpu_s(before)
         self.worker_seconds[name] = [round(b.busy_s - a.busy_s, 3) for a, b in zip(before[1:], after[1:], strict=True)]
+        self.packing_seconds[name] = [round(b.packing_s - a.packing_s, 3) for a, b in zip(before[1:], after[1:], strict=True)]
         self.peak_rss_bytes = sum({usage.process: usage.peak_rss_bytes for usage in after[1:]}.values())
         self.peak_gpu_bytes = max(self.peak_gpu_bytes, sum(usage.peak_gpu_bytes for usage in after[1:]))
         self.peaks[name] = [usage.peak_gpu_bytes or usage.peak_anonymous_bytes for usage in after[1:]]

@@ -76,6 +76,7 @@ class RunReport:
                 "seconds": dict(steps.seconds),
                 "cpu_seconds": dict(steps.cpu_seconds),
                 "worker_seconds": dict(steps.worker_seconds),
+                "packing_seconds": dict(steps.packing_seconds),
                 "peak_rss_bytes": steps.peak_rss_bytes,
                 "peak_gpu_bytes": steps.peak_gpu_bytes,
                 "peak_bytes": {step: list(of_workers) for step, of_workers in steps.peaks.items()},

@@ -20,9 +20,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from ray_surgeon.api import curvature
-from ray_surgeon.cluster import passes
 from ray_surgeon.cluster.local import LocalCluster
 from ray_surgeon.cluster.transport import TensorPayload, decode
+from ray_surgeon.cluster.worker import Worker
 from ray_surgeon.export import folder
 from ray_surgeon.inputs import check
 from ray_surgeon.run.directory import RunDirectory
@@ -114,10 +114,10 @@ def reload_here(module: str, request: Mapping[str, Any], offline: bool = True) -
 
 
 def run_on_sim_and_forget_to_move(spec: str) -> None:
-    def stay(payload: TensorPayload, device: torch.device) -> Tensor:
+    def stay(worker: Worker, payload: TensorPayload) -> Tensor:
         return decode(payload, torch.device("cpu"))
 
-    passes.decode = stay  # type: ignore[attr-defined]
+    Worker.unpack = stay  # type: ignore[method-assign]
     run_on_sim(spec)
 
 
