@@ -154,3 +154,31 @@ def test_scratch_of_other_runs_is_left_alone(tmp_path: Path) -> None:
     Scratch(tmp_path, "one", "third", "0").remove_earlier()
     assert sorted(path.parent.name for path in tmp_path.glob("*/*/0")) == ["first", "second"]
     assert {path.parent.parent.name for path in tmp_path.glob("*/*/0")} == {"ray_surgeon-two"}
+
+
+def test_a_limit_makes_weights_stream(model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The process itself needs 358 MiB; the largest of the rest is the step over linears."""
+    assert run(tmp_path, model_folders["llama"], memory__limit_gib=1.0) == 0
+    assert report_of(tmp_path / "run")["plan"]["stores"]["weights"] == "device"
+    assert run(tmp_path / "small", model_folders["llama"], memory__limit_gib=0.1) == 2
+    assert "memory: the job does not fit" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "small/run/shots").exists()
+
+
+def test_an_export_that_does_not_fit_in_memory_is_reloaded_from_disk(
+    model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray_surgeon.export import folder
+
+    asked: list[Any] = []
+    run_module = folder.run_module
+
+    def noted(module: str, request: Any) -> Any:
+        asked.append(request)
+        return run_module(module, request)
+
+    monkeypatch.setattr(folder, "run_module", noted)
+    monkeypatch.setattr(folder, "available_bytes", lambda: 100_000)
+    assert run(tmp_path, model_folders["llama"], output__exports=["masked", "per_block"], **GROUPS) == 0
+    assert [request["max_memory"] for request in asked] == [50_000, 50_000]
+    assert all(export["reload_max_logit_difference"] < 1e-3 for export in report_of(tmp_path / "run")["exports"])

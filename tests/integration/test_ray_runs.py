@@ -41,11 +41,11 @@ def on_ray(cluster: Cluster) -> dict[str, Any]:
 
 
 def test_ray_equals_local(cluster: Cluster, model_folders: dict[str, Path], tmp_path: Path) -> None:
-    """Three shards; two replicas are in the test after this one."""
+    """Three shards, on Ray from disk and in waves; two replicas are in the test after this one."""
     options: dict[str, Any] = {"cluster__num_shards": 3}
     assert run(tmp_path / "local", model_folders["llama"], **options) == 0
-    exports = {"output__exports": ["masked"]}
-    assert run(tmp_path / "ray", model_folders["llama"], **options, **exports, **on_ray(cluster)) == 0
+    others = {"output__exports": ["masked"], "memory__weights": "disk", "memory__factors": "disk", "memory__wave": 2}
+    assert run(tmp_path / "ray", model_folders["llama"], **options, **others, **on_ray(cluster)) == 0
     for shot in (1, 2):
         assert_same_shot(tmp_path / "local/run", tmp_path / "ray/run", shot)
     local, there = report_of(tmp_path / "local/run"), report_of(tmp_path / "ray/run")

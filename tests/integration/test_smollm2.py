@@ -73,7 +73,12 @@ def test_quickstart_makes_an_ordinary_model_that_is_smaller(
         "output.speed.num_repeats": 1,
     }
     assert run_pipeline("quickstart", overrides) == 0
-    (export,) = report_of(tmp_path / "run")["exports"]
+    report = report_of(tmp_path / "run")
+    measured, planned = report["shots"][0]["peak_bytes"], report["plan"]["peak_bytes"]
+    ratios = {step: [a / b for a, b in zip(measured[step], planned[step], strict=True)] for step in measured.keys() & planned.keys()}
+    assert {"curvature", "costs", "update", "correction", "evaluation"} <= ratios.keys()
+    assert all(0.85 < ratio < 1.15 for of_step in ratios.values() for ratio in of_step), ratios
+    (export,) = report["exports"]
     assert export["widths"] == [[1152, 3]] * 30
     assert export["size_bytes"] < 0.86 * 4 * 134_515_008
     assert export["reload_max_logit_difference"] < 1e-4
