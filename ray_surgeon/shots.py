@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import uuid
 from collections.abc import Callable, Mapping
@@ -33,6 +34,8 @@ class CollapseError(RuntimeError):
 def run_shots(inputs: Inputs, workers: Cluster, run: RunDirectory, listen: Callable[[Event | Moment], None]) -> None:
     """Prune the model shot by shot; every shot is committed, and a run continues after the last committed one.
 
+    What workers have on their disks is removed at the end, and after errors of the work.
+
     Args:
         inputs: checked.
         workers: without weights.
@@ -44,20 +47,31 @@ def run_shots(inputs: Inputs, workers: Cluster, run: RunDirectory, listen: Calla
         FloatingPointError: a loss, factor or cost is not usable; committed shots stay.
         CollapseError: perplexity is above the limit of the spec; committed shots stay.
     """
+    try:
+        _run_shots(inputs, workers, run, listen)
+    except (FloatingPointError, ValueError, OSError, CollapseError):
+        with contextlib.suppress(Exception):  # the first error is the one to tell
+            workers.run_all(clean_up)
+        raise
+    workers.run_all(clean_up)
+
+
+def _run_shots(inputs: Inputs, workers: Cluster, run: RunDirectory, listen: Callable[[Event | Moment], None]) -> None:
     spec, method, num_shots = inputs.spec, inputs.method, inputs.spec.pruning.shots
+    machines = workers.run_all(look_around, spec.memory.scratch)
+    plan = inputs.plan(shared(machines), device_of(machines, spec.cluster.cpus_per_worker))
+    workers.stores = plan.stores
     run.start(inputs.spec_yaml, inputs.fingerprints)
     done = [run.read_shot(index) for index in run.committed_indices()]
     report = RunReport(spec.model_dump(mode="json"), inputs.fingerprints, inputs.environment, inputs.layout.num_parameters)
     report.shots.extend(shot.record for shot in done)
     report.retries.extend(run.retries())
+    report.plan = plan.as_record()
     step = Steps(workers, run, num_shots, listen)
     workers.progress.listener = lambda: listen(step.moment())
     page = LivePage(run)
 
     with step("plan") as facts:
-        machines = workers.run_all(look_around, spec.memory.scratch)
-        plan = inputs.plan(shared(machines), device_of(machines, spec.cluster.cpus_per_worker))
-        workers.stores, report.plan = plan.stores, plan.as_record()
         facts |= asdict(plan.stores) | {"peak_gib": max(max(peaks) for peaks in plan.peaks().values()) / 2**30}
     with step("load", len(done)) as facts:
         shot_files = tuple((key, file.uri) for file in done[-1].files for key in file.keys) if done else ()
@@ -124,7 +138,6 @@ def run_shots(inputs: Inputs, workers: Cluster, run: RunDirectory, listen: Calla
             found = export(kind, workers, *source, uri, tokens, about, linear_records, speed=spec.output.speed, tasks=tasks)
             report.exports.append(found)
             facts |= {"kind": kind} | {name: found[name] for name in ("uri", "size_bytes", "reload_max_logit_difference")}
-    workers.run_all(clean_up)
     run.write_report(report.as_record())
     page.draw(report.as_record(), final=True)
 

@@ -43,7 +43,11 @@ class FactorStore:
             flat = torch.from_file(str(path), shared=False, size=len(total.flat), dtype=total.flat.dtype)
             total = PackedSymmetric(total.n, flat)
         elif self._place == "host":
-            total = PackedSymmetric(total.n, total.flat.cpu())
+            if key not in self._kept:
+                flat = torch.empty_like(total.flat, device="cpu", pin_memory=self._device.type == "cuda")
+                self._kept[key] = PackedSymmetric(total.n, flat)
+            self._kept[key].flat.copy_(total.flat)
+            return
         self._kept[key] = total
 
     def drop(self, key: str) -> None:

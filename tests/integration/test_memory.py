@@ -96,6 +96,16 @@ def test_a_run_from_disk_is_resumed_with_the_same_bits_and_takes_over_what_a_kil
     assert_same_shot(tmp_path / "whole/run", tmp_path / "cut/run", 2)
 
 
+def test_a_run_that_fails_leaves_no_scratch(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    options = {"memory__weights": "disk", "memory__factors": "disk", "memory__scratch": str(tmp_path / "scratch")}
+    evaluation = {
+        "texts": [{"name": "docs", "source": str(tmp_path / "text.txt"), "num_sequences": 2, "sequence_length": 40, "max_tokens": 4000}]
+    }
+    stops = {"evaluation": evaluation | {"stop_above": 1.0001}, "pruning__target_sparsity": 0.8}
+    assert run(tmp_path, model_folders["llama"], **options, **stops) == 1
+    assert not list((tmp_path / "scratch").rglob("*"))
+
+
 def test_weights_come_from_the_last_shot_where_that_is_local(
     model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,7 +172,7 @@ def test_a_limit_makes_weights_stream(model_folders: dict[str, Path], tmp_path: 
     assert report_of(tmp_path / "run")["plan"]["stores"]["weights"] == "device"
     assert run(tmp_path / "small", model_folders["llama"], memory__limit_gib=0.1) == 2
     assert "memory: the job does not fit" in " ".join(capsys.readouterr().err.split())
-    assert not (tmp_path / "small/run/shots").exists()
+    assert not list((tmp_path / "small/run").iterdir())
 
 
 def test_an_export_that_does_not_fit_in_memory_is_reloaded_from_disk(
