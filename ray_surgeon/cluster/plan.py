@@ -171,7 +171,7 @@ class Plan:
             "device": self.device.name,
             "seconds": {name: round(seconds, 3) for name, seconds in self.seconds.items()},
             "flops": {step.name: sum(w.steps[i].flops + w.steps[i].float32_flops for w in self.workers) for i, step in steps},
-            "moved_bytes": {step.name: sum(w.steps[i].host_bytes for w in self.workers) for i, step in steps},
+            "moved_bytes": {step.name: sum(w.steps[i].host_bytes + w.steps[i].disk_bytes for w in self.workers) for i, step in steps},
             "peak_bytes": {name: [int(peak) for peak in of_shards] for name, of_shards in self.peaks().items()},
             "disk_bytes": [int(worker.disk) for worker in self.workers],
         }
@@ -457,7 +457,7 @@ class _Activations:
 
 
 def plan_table(plan: Plan) -> Table:
-    """Return the plan as a table: for every shard the peak of each step, and the expected time of each."""
+    """Return the plan as a table: for every shard the peak of each step; operations, bytes that move and the expected time of each."""
     stores, steps = plan.stores, [step.name for step in plan.workers[0].steps]
     how = f"weights: {stores.weights}, factors: {stores.factors}, activations: {stores.activations}, wave: {stores.wave}"
     table = Table(
@@ -469,7 +469,11 @@ def plan_table(plan: Plan) -> Table:
         peaks = [worker.peak(plan.room, step) for step in worker.steps]
         sizes = [*(device for device, _ in peaks), max(host for _, host in peaks), worker.disk]
         table.add_row(str(worker.shard), f"{worker.first_block}-{worker.last_block}", *(f"{size / 2**30:.2f}" for size in sizes))
-    table.add_row("", f"{plan.device.name}", *(_time(seconds) for seconds in plan.seconds.values()), "", "")
+    table.add_section()
+    record = plan.as_record()
+    table.add_row("all", "TFLOP", *(f"{flops / 1e12:.3g}" for flops in record["flops"].values()), "", "")
+    table.add_row("all", "GB moved", *(f"{size / 1e9:.3g}" for size in record["moved_bytes"].values()), "", "")
+    table.add_row("slowest", plan.device.name, *(_time(seconds) for seconds in plan.seconds.values()), "", "")
     return table
 
 
