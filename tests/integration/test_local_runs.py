@@ -253,7 +253,7 @@ def test_evaluation_does_not_change_the_weights_and_events_are_kept(model_folder
     assert run(tmp_path, model_folders["opt"]) == 0
     lines = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
     per_shot = ["curvature", "costs", "threshold", "update", "evaluation", "commit"]
-    assert [event["step"] for event in lines] == ["load", "evaluation", *per_shot * 2]
+    assert [event["step"] for event in lines] == ["plan", "load", "evaluation", *per_shot * 2]
     assert (tmp_path / "run/spec.yaml").exists()
 
 
