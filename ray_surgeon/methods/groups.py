@@ -109,6 +109,9 @@ class ConsumerCosts:
     allowed: frozenset[int]  # numbers of groups that may be left afterwards
 
 
+_FAR = 4.0
+"""How far above its limit a path is followed because single costs say that many of its groups are needed."""
+
 NOTHING = -1.0
 """A limit below every cost."""
 
@@ -118,7 +121,7 @@ class Reach:
     """How far the greedy paths are followed."""
 
     limit: float | None = None  # largest cost, per unit of the target if groups are ranked so; None for the cost of each group on its own
-    needed: Mapping[str, int] | None = None  # consumer -> its groups that may be needed whatever they cost
+    needed: Mapping[str, int] | None = None  # consumer -> its groups that may be needed even if they cost more
 
 
 @dataclass
@@ -232,8 +235,10 @@ class Groups(Method):
             curvature = linear.curvature(alive)
             left = int(mask.columns[groups.columns].all(dim=1).sum())
             limit = None if reach.limit is None else reach.limit * (self.known_budget.size(kind) if self._per_unit else 1.0)
-            needed = max((reach.needed or {}).get(name, 0), left % self.multiple(kind, shot))
-            costs = group_costs(linear, alive, curvature, groups.columns, self.section.fewest_groups[kind], limit, needed)
+            odd = left % self.multiple(kind, shot)  # must go whatever they cost
+            most = math.inf if self._uniform or limit is None or odd else _FAR * limit
+            needed = max((reach.needed or {}).get(name, 0), odd)
+            costs = group_costs(linear, alive, curvature, groups.columns, self.section.fewest_groups[kind], limit, needed, most)
             found.consumers[name] = alive, curvature.used_damping, costs
             raised += curvature.raised_damping
             replies.append(ConsumerCosts(name, kind, costs.float(), left, groups.num_parameters, self._allowed(worker, groups, shot)))

@@ -196,7 +196,9 @@ def greedy_costs(
             path.remove_columns(pruned_columns)
 
 
-def greedy_set_costs(path: GreedyPath, sets: Tensor, least: int, *, limit: float = math.inf, needed: int = 0) -> Tensor:
+def greedy_set_costs(
+    path: GreedyPath, sets: Tensor, least: int, *, limit: float = math.inf, needed: int = 0, most: float = math.inf
+) -> Tensor:
     """Follow the greedy path of sets of columns up to a marginal cost, and return the cost at which each is pruned.
 
     Args:
@@ -204,7 +206,8 @@ def greedy_set_costs(path: GreedyPath, sets: Tensor, least: int, *, limit: float
         sets: [num_sets, width] columns of each.
         least: sets that stay.
         limit: no set is pruned whose marginal cost is above it,
-        needed: except that this many are pruned whatever they cost.
+        needed: except that this many are pruned,
+        most: as long as none costs more than this.
 
     Returns:
         [num_sets] the largest marginal cost up to and including the set's own removal; infinite for those that stay.
@@ -214,7 +217,7 @@ def greedy_set_costs(path: GreedyPath, sets: Tensor, least: int, *, limit: float
         costs = path.column_set_costs().cpu().masked_fill(~alive, torch.inf)
         cheapest = costs.topk(min(max(1, int(left * _FEW)), left - least), largest=False)
         num_pruned = len(alive) - left
-        to_prune = (cheapest.values <= limit) | (torch.arange(len(cheapest.values)) < needed - num_pruned)
+        to_prune = (cheapest.values <= limit) | ((torch.arange(len(cheapest.values)) < needed - num_pruned) & (cheapest.values <= most))
         if not to_prune.any():
             break
         pruned = cheapest.indices[to_prune]

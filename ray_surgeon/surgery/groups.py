@@ -5,6 +5,8 @@ Source: docs/method.md, section 8. The rows of the producers feed only the prune
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -24,7 +26,14 @@ def alive_part(linear: Linear, mask: StructuredMask) -> Part:
 
 
 def group_costs(
-    linear: Linear, alive: Part, curvature: LinearCurvature, columns: Tensor, least: int, limit: float | None, needed: int = 0
+    linear: Linear,
+    alive: Part,
+    curvature: LinearCurvature,
+    columns: Tensor,
+    least: int,
+    limit: float | None,
+    needed: int = 0,
+    most: float = math.inf,
 ) -> Tensor:
     """Return the marginal cost at which each group is pruned, see `greedy_set_costs`; 0 for groups whose inputs are always zero.
 
@@ -35,7 +44,8 @@ def group_costs(
         columns: [num_groups, width] columns of each group.
         least: groups that stay.
         limit: no group is pruned whose marginal cost is above it; None for the cost of each group on its own.
-        needed: groups that are pruned whatever they cost.
+        needed: groups that are pruned even if they cost more,
+        most: up to this.
 
     Returns:
         [num_groups], infinite for groups that stay or are pruned already.
@@ -60,7 +70,7 @@ def group_costs(
         most = max(0, len(numbers) - least)
         costs[numbers.cpu()[single.indices[:most]]] = single.values[:most]
     elif len(numbers) and limit is not None:
-        costs[numbers.cpu()] = greedy_set_costs(path, sets, least, limit=limit, needed=needed)
+        costs[numbers.cpu()] = greedy_set_costs(path, sets, least, limit=limit, needed=needed, most=most)
     check_costs(f"{linear.name} groups", costs[torch.isfinite(costs)])
     return costs
 
