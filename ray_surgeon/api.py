@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from ray_surgeon.cluster.local import LocalCluster
 from ray_surgeon.inputs import Inputs, check
+from ray_surgeon.memory.stores import Stores
 from ray_surgeon.models.layout import BlockRange, ModelLayout
 from ray_surgeon.models.runner import BlockRunner
 from ray_surgeon.models.shard import ModelShard
@@ -262,7 +263,8 @@ def curvature(
     if not tokens or min(len(ids) for ids in tokens) < 2:
         raise ValueError("sequences: each must have two tokens or more, because the last one predicts nothing; give longer ones")
     state = model.state_dict()
-    shard = ModelShard(layout, BlockRange(0, layout.num_blocks, layout.num_blocks), model.dtype, model.device)
+    where = Stores(weights="disk")  # they are never written, so they are read where they are: in the model
+    shard = ModelShard(layout, BlockRange(0, layout.num_blocks, layout.num_blocks), model.dtype, model.device, where)
     shard.load(lambda name: state[layout.checkpoint_key(name, state) or name])
     shard.start_curvature()
     runner = BlockRunner(shard)
