@@ -178,11 +178,11 @@ class Plan:
 
     def excess(self) -> tuple[float, str]:
         """Return the largest part of a memory that would be needed, and a sentence on where; at most 1 fits."""
-        worst = (0.0, "")
+        worst, on_device = (0.0, ""), "memory" if self.room.device_is_host else "device memory"
         for worker in self.workers:
             for step in worker.steps:
                 device, host = worker.peak(self.room, step)
-                for what, need, there in (("device memory", device, self.room.device), ("host memory", host, self.room.host)):
+                for what, need, there in ((on_device, device, self.room.device), ("host memory", host, self.room.host)):
                     if need / there > worst[0]:
                         worst = (need / there, f"{step.name} on shard {worker.shard} needs {_gib(need)} of {what}, there are {_gib(there)}")
             if worker.disk / max(1.0, self.room.disk) > worst[0]:
@@ -262,8 +262,7 @@ def _remedy(shapes: _Shapes, placement: Placement, job: Job, wanted: MemorySecti
         ways = (_plan(shapes, placement, job, stores, room, device) for stores in _ways(job, placement, free, room))
         if any(plan.excess()[0] <= 1 for plan in ways):
             remedies.append("leave memory to the plan, which finds a way")
-    factor = best.excess()[0] / _SAFE * _SAFE
-    remedies.append(f"or give workers with {factor:.2g} times that memory")
+    remedies.append(f"or give workers with {best.excess()[0]:.2g} times that memory")
     return ", ".join(remedies).removeprefix("or ")
 
 
