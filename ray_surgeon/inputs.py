@@ -65,10 +65,6 @@ class Inputs:
         of = "" if method.budget is None else f" of {method.budget.dense:.6g}"
         return f"{method.section.target.allowed:.6g}{of} {method.section.target.unit}"
 
-    def job(self) -> Job:
-        """Return what the plan depends on."""
-        return job_of(self.spec, self.layout, self.method)
-
     def plan(self, room: Room, device: Device) -> Plan:
         """Return how the job runs.
 
@@ -79,7 +75,7 @@ class Inputs:
         Raises:
             DoesNotFitError: no way to run it fits.
         """
-        return plan_job(self.layout, self.placement, self.job(), self.spec.memory, room, device)
+        return plan_job(self.layout, self.placement, job_of(self.spec, self.layout, self.method), self.spec.memory, room, device)
 
 
 def job_of(spec: JobSpec, layout: ModelLayout, method: Method) -> Job:

@@ -76,15 +76,8 @@ def save_weights(
         mask, module = worker.mask(linear, StructuredMask), worker.shard.linears[linear]
         return cut(module, part, tensor, mask.rows, mask.columns[: num_inputs(module)])
 
-    def is_left(name: str) -> bool:
-        linear, _, part = name.rpartition(".")
-        if not cut_out or linear not in worker.shard.linears:
-            return not cut_out or name not in left_out
-        mask = worker.mask(linear, StructuredMask)
-        return bool(mask.rows.any()) and (part == "bias" or bool(mask.columns[: num_inputs(worker.shard.linears[linear])].any()))
-
     parts = _parts(worker, worker.shard.saved(linears_only=False))
-    saved = [_write(files.join(folder, n), [k for k in part if is_left(k)], get) for n, part in zip(names, parts, strict=True)]
+    saved = [_write(files.join(folder, n), [k for k in part if k not in left_out], get) for n, part in zip(names, parts, strict=True)]
     masks = zip(mask_names, _mask_parts(worker), strict=True) if mask_names else ()
     return tuple(saved + [_write(files.join(folder, name), part, _mask_getter(worker)) for name, part in masks])
 
@@ -120,4 +113,5 @@ def _by_size(sizes: Sequence[tuple[str, int]]) -> list[list[str]]:
 
 
 def _write(uri: str, names: Sequence[str], get: Callable[[str], Tensor]) -> SavedFile:
-    return SavedFile(uri, files.write_tensors(uri, {name: get(name) for name in names}), tuple(names))
+    tensors = {name: tensor for name in names if (tensor := get(name)).numel()}
+    return SavedFile(uri, files.write_tensors(uri, tensors), tuple(tensors))

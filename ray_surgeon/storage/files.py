@@ -334,7 +334,7 @@ class TensorReader:
             return tensor
         header = self._header(uri)
         start, end = header.bytes_of[name]
-        content = bytearray(_read_range(uri, start, end))
+        content = bytearray(_read_part(uri, start, end))
         dtype = _DTYPES[header.dtypes[name]]
         return (
             torch.frombuffer(content, dtype=dtype).view(header.shapes[name]) if content else torch.empty(header.shapes[name], dtype=dtype)
@@ -357,13 +357,16 @@ class SafetensorsHeader:
     fingerprint: str  # SHA-256 over the header, the file's size and its last 64 KiB
 
 
-@tries_again
 def _read_range(uri: str, start: int, end: int) -> bytes:
+    """Read bytes once; callers try again."""
     filesystem, path = open_filesystem(uri)
     content: bytes = filesystem.cat_file(path, start=start, end=end)
     if len(content) != end - start:
         raise OSError(errno.EIO, f"{uri}: {len(content)} of {end - start} bytes came")
     return content
+
+
+_read_part = tries_again(_read_range)
 
 
 @tries_again

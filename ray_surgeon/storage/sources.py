@@ -47,9 +47,8 @@ class ModelFiles:
     origin: str  # the source as the user named it, for errors
     pinned: ModelSection  # the source with the commit that was found, so that every worker reads the same
     names: tuple[str, ...]  # files that are there
-    open_uri: Callable[[str], str]  # file name -> URI for ranged reads
+    open_uri: Callable[[str], str]  # file name -> URI for ranged reads; a local path if a copy is on this machine
     fetch: Callable[[str], Path]  # file name -> local path, downloading it if need be
-    local_uri: Callable[[str], str | None]  # file name -> where a copy of it is on this machine already
 
     def small_files_folder(self) -> Path:
         """Return a local folder with the configuration and the tokenizer.
@@ -125,7 +124,7 @@ class WeightReader:
     def __init__(self, model: ModelFiles) -> None:
         """Read the headers of the weight files."""
         self._tensors = files.TensorReader()
-        self._uri_of = {name: model.local_uri(name) or model.open_uri(name) for name in model.weight_files()}
+        self._uri_of = {name: model.open_uri(name) for name in model.weight_files()}
         self.file_of = {key: name for name, uri in self._uri_of.items() for key in self._tensors.names(uri)}
 
     @property
@@ -168,9 +167,7 @@ def _folder(source: ModelSection, folder: Path) -> ModelFiles:
         target = (folder / name).resolve()
         if folder.resolve() not in target.parents and target.parent.name != "blobs":  # where the Hub's cache keeps content
             raise ValueError(f"model.source: {folder / name} is a link to {target}, outside of the model; put the file itself there")
-    return ModelFiles(
-        source.source, source, names, lambda name: str(folder / name), lambda name: folder / name, lambda name: str(folder / name)
-    )
+    return ModelFiles(source.source, source, names, lambda name: str(folder / name), lambda name: folder / name)
 
 
 def _remote(source: ModelSection) -> ModelFiles:
@@ -181,9 +178,7 @@ def _remote(source: ModelSection) -> ModelFiles:
         raise ValueError(f"model.source: cannot list {uri}: {error}; check the address, the credentials and the network") from error
     if not names:
         raise ValueError(f"model.source: nothing at {uri}; check bucket, key and credentials")
-    return ModelFiles(
-        uri, source, names, lambda name: files.join(uri, name), lambda name: files.local_copy(files.join(uri, name)), lambda name: None
-    )
+    return ModelFiles(uri, source, names, lambda name: files.join(uri, name), lambda name: files.local_copy(files.join(uri, name)))
 
 
 def _hub(source: ModelSection) -> ModelFiles:
@@ -203,12 +198,12 @@ def _hub(source: ModelSection) -> ModelFiles:
     def fetch(name: str) -> Path:
         return Path(hf_hub_download(repo, name, revision=commit))
 
-    def cached(name: str) -> str | None:
-        path = try_to_load_from_cache(repo, name, revision=commit)
-        return path if isinstance(path, str) else None
+    def open_uri(name: str) -> str:
+        cached = try_to_load_from_cache(repo, name, revision=commit)
+        return cached if isinstance(cached, str) else f"hf://{repo}@{commit}/{name}"
 
     pinned = source.model_copy(update={"source": repo, "revision": commit})
-    return ModelFiles(source.source, pinned, names, lambda name: f"hf://{repo}@{commit}/{name}", fetch, cached)
+    return ModelFiles(source.source, pinned, names, open_uri, fetch)
 
 
 def _repository(api: HfApi, repo: str, revision: str | None) -> tuple[tuple[str, ...], str | None, str]:

@@ -111,11 +111,11 @@ class GreedyPath:
         self.W, self.prunes_rows, self.prunes_columns = W.clone(), prunes_rows, prunes_columns
         self.rows = torch.ones(len(W), dtype=torch.bool, device=W.device)
         self.columns = torch.ones(W.shape[1], dtype=torch.bool, device=W.device)
-        self._sets = torch.arange(W.shape[1], device=W.device)[:, None] if sets is None else sets
+        self.sets = torch.arange(W.shape[1], device=W.device)[:, None] if sets is None else sets
         if prunes_rows:
             self._H, self._by_row = product(W, A.matrix), DowndatedInverse(G)
         if prunes_columns:
-            self._U, self._by_column = product(G.matrix, W), DowndatedInverse(A, self._sets)
+            self._U, self._by_column = product(G.matrix, W), DowndatedInverse(A, self.sets)
 
     def row_costs(self) -> Tensor:
         """Return the cost of each row now, [R]; of pruned ones, 0."""
@@ -127,9 +127,9 @@ class GreedyPath:
 
     def column_set_costs(self) -> Tensor:
         """Return the joint cost of each set of columns now: 1/2 tr(W_Q^T G W_Q ([A^-1]_QQ)^-1), [num_sets]; of pruned ones, 0."""
-        if self._sets.shape[1] == 1:
-            return 0.5 * ((self.W * self._U).sum(dim=0)[self._sets[:, 0]] / self._by_column.diagonal).clamp(min=0)
-        inner = torch.einsum("rsi,rsj->sij", self.W[:, self._sets], self._U[:, self._sets])
+        if self.sets.shape[1] == 1:
+            return 0.5 * ((self.W * self._U).sum(dim=0)[self.sets[:, 0]] / self._by_column.diagonal).clamp(min=0)
+        inner = torch.einsum("rsi,rsj->sij", self.W[:, self.sets], self._U[:, self.sets])
         solved: Tensor = torch.linalg.solve(self._by_column.blocks, inner)
         return 0.5 * solved.diagonal(dim1=1, dim2=2).sum(dim=1).clamp(min=0)
 
@@ -196,14 +196,11 @@ def greedy_costs(
             path.remove_columns(pruned_columns)
 
 
-def greedy_set_costs(
-    path: GreedyPath, sets: Tensor, least: int, *, limit: float = math.inf, needed: int = 0, most: float = math.inf
-) -> Tensor:
+def greedy_set_costs(path: GreedyPath, least: int, *, limit: float = math.inf, needed: int = 0, most: float = math.inf) -> Tensor:
     """Follow the greedy path of sets of columns up to a marginal cost, and return the cost at which each is pruned.
 
     Args:
-        path: with these sets, all of them alive.
-        sets: [num_sets, width] columns of each.
+        path: with all of its sets alive.
         least: sets that stay.
         limit: no set is pruned whose marginal cost is above it,
         needed: except that this many are pruned,
@@ -212,6 +209,7 @@ def greedy_set_costs(
     Returns:
         [num_sets] the largest marginal cost up to and including the set's own removal; infinite for those that stay.
     """
+    sets = path.sets
     marginal, alive, highest = torch.full((len(sets),), torch.inf, dtype=path.W.dtype), torch.ones(len(sets), dtype=torch.bool), 0.0
     while (left := int(alive.sum())) > least:
         costs = path.column_set_costs().cpu().masked_fill(~alive, torch.inf)

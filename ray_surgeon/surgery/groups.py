@@ -61,8 +61,7 @@ def group_costs(
     costs[always_zero.cpu()] = 0.0
     left[always_zero] = False
     numbers = left.nonzero()[:, 0]
-    sets = place[columns[numbers]]
-    path = GreedyPath(alive.of(linear.W), curvature.A, curvature.G, prunes_rows=False, sets=sets)
+    path = GreedyPath(alive.of(linear.W), curvature.A, curvature.G, prunes_rows=False, sets=place[columns[numbers]])
     if len(always_zero):
         path.remove_columns(place[columns[always_zero]].flatten())
     if len(numbers) and limit is None:
@@ -70,7 +69,7 @@ def group_costs(
         most = max(0, len(numbers) - least)
         costs[numbers.cpu()[single.indices[:most]]] = single.values[:most]
     elif len(numbers) and limit is not None:
-        costs[numbers.cpu()] = greedy_set_costs(path, sets, least, limit=limit, needed=needed, most=most)
+        costs[numbers.cpu()] = greedy_set_costs(path, least, limit=limit, needed=needed, most=most)
     check_costs(f"{linear.name} groups", costs[torch.isfinite(costs)])
     return costs
 

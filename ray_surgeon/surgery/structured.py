@@ -64,10 +64,10 @@ def find_candidates(
     Raises:
         FloatingPointError: a factor or a cost is not usable.
     """
-    W, factors = linear.W, linear.factors
+    W, with_curvature = linear.W, linear.live
     mask = StructuredMask(mask.rows.to(W.device), mask.columns.to(W.device))
-    live_rows = mask.rows & (factors.G.diagonal().to(W.device) > 0) & (W != 0).any(dim=1)
-    live_columns = mask.columns & (factors.A.diagonal().to(W.device) > 0) & (W != 0).any(dim=0)
+    live_rows = mask.rows & with_curvature.rows & (W != 0).any(dim=1)
+    live_columns = mask.columns & with_curvature.columns & (W != 0).any(dim=0)
     rows, columns = mask.rows & (structure != "columns"), mask.columns & (structure != "rows")
     if linear.has_bias:
         live_columns[-1] = mask.columns[-1]
