@@ -66,9 +66,9 @@ def write(name: str, folder: Path, num_blocks: int | None, dtype: torch.dtype) -
     trained.train_from_iterator(list(topics.values()), vocab_size=min(8000, config.vocab_size), show_progress=False)
     PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer).save_pretrained(folder)
     of_file: dict[int, list[str]] = {}
-    inside = f"{layout.family.base}.{layout.family.blocks}."
     for key in layout.parameters:
-        number = int(key.removeprefix(inside).partition(".")[0]) + 1 if key.startswith(inside) else 0
+        block = layout.block_of(key)
+        number = 0 if block is None else block + 1
         of_file.setdefault(number, []).extend([key] if key not in layout.tied else [])
     weight_map, total = dict[str, str](), 0
     for number, keys in sorted(of_file.items()):

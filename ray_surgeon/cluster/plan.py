@@ -271,14 +271,13 @@ class _Shapes:
 
     def __init__(self, layout: ModelLayout, job: Job) -> None:
         self.layout, self.width = layout, getattr(torch, job.dtype).itemsize
-        inside = f"{layout.family.base}.{layout.family.blocks}."
         self.block_bytes = [0] * layout.num_blocks
         self.largest_tensor = 0
         for name, shape in layout.parameters.items():
             size = self.width * math.prod(shape)
             self.largest_tensor = max(self.largest_tensor, size)
-            if name.startswith(inside):
-                self.block_bytes[int(name.removeprefix(inside).partition(".")[0])] += size
+            if (block := layout.block_of(name)) is not None:
+                self.block_bytes[block] += size
         self.linears: list[list[LinearShape]] = [[] for _ in range(layout.num_blocks)]
         for linear in layout.linears:
             self.linears[linear.block].append(linear)

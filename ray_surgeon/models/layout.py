@@ -157,15 +157,19 @@ class ModelLayout:
         """Parameters of all prunable linears, of which sparsity is a fraction."""
         return sum(linear.size for linear in self.linears)
 
+    def block_of(self, name: str) -> int | None:
+        """Return the number of the block that a parameter belongs to; None if it lies outside of the blocks."""
+        inside = f"{self.family.base}.{self.family.blocks}."
+        return int(name.removeprefix(inside).partition(".")[0]) if name.startswith(inside) else None
+
     def parameters_of(self, blocks: BlockRange) -> dict[str, tuple[int, ...]]:
         """Return name -> shape of what a shard with these blocks holds, a tied head only where the embedding is not."""
         family = self.family
         first = tuple(f"{family.base}.{name}." for name in family.embeddings)
-        inside = f"{family.base}.{family.blocks}."
         found = {}
         for name, shape in self.parameters.items():
-            if name.startswith(inside):
-                here = blocks.first <= int(name.removeprefix(inside).partition(".")[0]) < blocks.last
+            if (block := self.block_of(name)) is not None:
+                here = blocks.first <= block < blocks.last
             elif name.startswith(first):
                 here = blocks.is_first
             else:
