@@ -17,8 +17,10 @@ from numpy.typing import NDArray
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 import ray_surgeon
+from ray_surgeon.cluster.devices import Device, Room
+from ray_surgeon.cluster.needs import Job
 from ray_surgeon.cluster.placement import Placement, place
-from ray_surgeon.cluster.plan import Device, Job, Plan, Room, plan_job
+from ray_surgeon.cluster.plan import Plan, plan_job
 from ray_surgeon.export.kinds import check_export
 from ray_surgeon.export.tasks import check_tasks
 from ray_surgeon.methods import METHODS, Groups, GroupsSection, Method, UniformGroupsSection

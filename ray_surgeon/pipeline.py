@@ -20,7 +20,8 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from ray_surgeon.api import PruneResult, run
-from ray_surgeon.cluster.plan import DEVICES, Device, DoesNotFitError, Room, plan_table
+from ray_surgeon.cluster.devices import DEVICES, Device, Room
+from ray_surgeon.cluster.plan import DoesNotFitError, plan_table
 from ray_surgeon.cluster.room import found_here
 from ray_surgeon.inputs import Inputs, check
 from ray_surgeon.models.shard import BadWeightsError

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from ray_surgeon.sections.texts import ModelSection
-from ray_surgeon.storage import files
+from ray_surgeon.storage import files, tensor_files
 from ray_surgeon.storage.sources import open_model
 from tests.conftest import CONFIGS, LAYOUTS
 
@@ -35,25 +35,25 @@ def test_files_come_back_from_every_kind_of_storage(kind: str, tmp_path: Path, c
     root = {"local": str(tmp_path / "run"), "memory": "memory://run", "s3": "s3://bucket/run"}[kind]
     assert files.list_names(root) == []
     files.write_json(files.join(root, "x", "record.json"), {"a": [1]})
-    size = files.write_tensors(files.join(root, "x", "t.safetensors"), TENSORS)
+    size = tensor_files.write(files.join(root, "x", "t.safetensors"), TENSORS)
     for line in ("one", "two") if kind == "local" else ():
         files.append_line(files.join(root, "events.jsonl"), line)
     assert files.read_json(files.join(root, "x", "record.json")) == {"a": [1]}
     assert kind != "local" or files.read_text(files.join(root, "events.jsonl")) == "one\ntwo\n"
     assert files.list_names(files.join(root, "x")) == ["record.json", "t.safetensors"]
-    found = files.read_tensors(files.join(root, "x", "t.safetensors"))
+    found = tensor_files.read(files.join(root, "x", "t.safetensors"))
     assert all(torch.equal(found[name], TENSORS[name]) for name in TENSORS)
-    header = files.read_safetensors_header(files.join(root, "x", "t.safetensors"))
+    header = tensor_files.read_header(files.join(root, "x", "t.safetensors"))
     assert header.shapes == {"a": (2, 3), "b": (4,)}
     assert size > 28
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     uri = str(tmp_path / "t.safetensors")
-    files.write_tensors(uri, TENSORS)
+    tensor_files.write(uri, TENSORS)
     before = Path(uri).read_bytes()
     with pytest.raises(RuntimeError, match="share memory"):
-        files.write_tensors(uri, {"a": TENSORS["a"], "c": TENSORS["a"]})
+        tensor_files.write(uri, {"a": TENSORS["a"], "c": TENSORS["a"]})
     assert Path(uri).read_bytes() == before
     assert files.list_names(str(tmp_path)) == ["t.safetensors"]
 
@@ -72,7 +72,7 @@ def test_damaged_safetensors_are_named(tmp_path: Path, damage: str) -> None:
     }
     path.write_bytes(damaged[damage])
     with pytest.raises(ValueError, match=re.escape(str(path))):
-        files.read_safetensors_header(str(path))
+        tensor_files.read_header(str(path))
 
 
 @pytest.mark.parametrize("family", sorted(CONFIGS))

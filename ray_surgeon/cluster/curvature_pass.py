@@ -37,7 +37,7 @@ def finish_curvature(worker: Worker) -> None:
         num_tokens = torch.tensor(group.num_tokens, device=worker.device)
         worker.replicas.reduce(num_tokens, owner)
         group.num_tokens = int(num_tokens)
-        for key in (f"{group.names[0]}.A", *(f"{name}.G" for name in group.names)):
+        for key in group.keys:
             total = store.on_device(key, store.get(key).n)
             worker.replicas.reduce(total.flat, owner)
             if owner == worker.replicas.rank:

@@ -39,8 +39,4 @@ def run_module(module: str, request: Mapping[str, Any], offline: bool = True, gp
 
 def run_on_worker(worker: Worker, module: str, request: Mapping[str, Any], offline: bool = True) -> dict[str, Any]:
     """Run a module in a process beside a worker, which sees that worker's device alone; see `run_module`."""
-    number = worker.device.index
-    if number is None:
-        return run_module(module, request, offline)
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return run_module(module, request, offline, visible.split(",")[number] if visible else str(number))
+    return run_module(module, request, offline, worker.gpu)

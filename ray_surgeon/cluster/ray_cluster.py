@@ -172,7 +172,7 @@ class RayCluster:
         try:
             started = [actor.__ray_call__.remote(_node_id) for actor in self._actors.values()]
             self._nodes = dict(zip(self._actors, self._wait(started, section.start_timeout_s), strict=True))
-            self.run_all(_take_device)
+            self.run_all(_take_gpu)
             if placement.num_replicas > 1:
                 first = placement.workers[0]
                 (host,) = self.get([self._actors[first].__ray_call__.remote(_node_address)])
@@ -307,12 +307,12 @@ def _node_id(worker: Worker) -> str:
     return str(ray.get_runtime_context().get_node_id())
 
 
-def _take_device(worker: Worker) -> None:
+def _take_gpu(worker: Worker) -> None:
     """Let a worker with a GPU take the one that Ray gave it, of all that its machine shows; runs there."""
     if worker.device.type == "cuda":
-        (number,) = ray.get_runtime_context().get_accelerator_ids()["GPU"]
+        (name,) = ray.get_runtime_context().get_accelerator_ids()["GPU"]
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        worker.take_device(visible.split(",").index(number) if visible else int(number))
+        worker.take_gpu(name, visible.split(",").index(name) if visible else int(name))
 
 
 def _node_address(worker: Worker) -> str:

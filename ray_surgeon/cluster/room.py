@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ray_surgeon.cluster.plan import DEVICES, Device, Room
+from ray_surgeon.cluster.devices import DEVICES, Device, Room
 from ray_surgeon.cluster.worker import Worker
 from ray_surgeon.memory.stores import Scratch
 

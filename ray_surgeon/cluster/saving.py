@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ray_surgeon.cluster.plan import FILE_BYTES
+from ray_surgeon.cluster.needs import FILE_BYTES
 from ray_surgeon.cluster.worker import Worker
 from ray_surgeon.memory.weights import DiskWeights
 from ray_surgeon.models.linears import cut, num_inputs
-from ray_surgeon.storage import files
+from ray_surgeon.storage import files, tensor_files
 from ray_surgeon.surgery.masks import StructuredMask
 
 
@@ -42,7 +42,7 @@ def continue_from_shot(worker: Worker, saved: Sequence[SavedFile]) -> None:
     """Let weights that are streamed from disk come from the files of a committed shot, if these are on this machine."""
     weights = worker.shard.weights
     if isinstance(weights, DiskWeights) and all(files.is_local(file.uri) for file in saved):
-        uri_of, reader = {key: file.uri for file in saved for key in file.keys}, files.TensorReader()
+        uri_of, reader = {key: file.uri for file in saved for key in file.keys}, tensor_files.Reader()
         weights.continue_from(lambda name: reader.read(uri_of[name], name))
 
 
@@ -114,4 +114,4 @@ def _by_size(sizes: Sequence[tuple[str, int]]) -> list[list[str]]:
 
 def _write(uri: str, names: Sequence[str], get: Callable[[str], Tensor]) -> SavedFile:
     tensors = {name: tensor for name in names if (tensor := get(name)).numel()}
-    return SavedFile(uri, files.write_tensors(uri, tensors), tuple(tensors))
+    return SavedFile(uri, tensor_files.write(uri, tensors), tuple(tensors))

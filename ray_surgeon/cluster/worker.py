@@ -23,7 +23,7 @@ from ray_surgeon.models.layout import GroupSet, ModelLayout
 from ray_surgeon.models.runner import BlockRunner
 from ray_surgeon.models.shard import ModelShard
 from ray_surgeon.sections.texts import ModelSection
-from ray_surgeon.storage import files
+from ray_surgeon.storage import files, tensor_files
 from ray_surgeon.storage.sources import open_model
 from ray_surgeon.surgery.masks import ElementMask, Mask, StructuredMask
 
@@ -82,6 +82,7 @@ class Worker:
         """
         torch.set_num_threads(num_threads)
         self.layout, self.placement, self.index, self.device = layout, placement, index, torch.device(device)
+        self.gpu: str | None = None  # its name, as in CUDA_VISIBLE_DEVICES, where Ray gave it one
         self.replicas: ReplicaGroup = SingleReplica()
         self.masks: dict[str, Mask] = {}
         self.position = (0, 0)
@@ -107,9 +108,14 @@ class Worker:
         give_back()
         return usage
 
-    def take_device(self, number: int) -> None:
-        """Compute on one of the GPUs that this process sees, before anything is loaded."""
-        self.device = torch.device("cuda", number)
+    def take_gpu(self, name: str, number: int) -> None:
+        """Compute on one of the GPUs that this process sees, before anything is loaded.
+
+        Args:
+            name: of the GPU, as in ``CUDA_VISIBLE_DEVICES``.
+            number: among those that the process sees.
+        """
+        self.gpu, self.device = name, torch.device("cuda", number)
         torch.cuda.set_device(self.device)
 
     # Tensors to and from other workers; packing them is what the object store costs a worker
@@ -166,7 +172,7 @@ class Worker:
         blocks, dtype = self.placement.blocks[self.index.shard], getattr(torch, recipe.model.dtype)
         self.shard = ModelShard(self.layout, blocks, dtype, self.device, stores, scratch)
         self.runner, self.scratch = BlockRunner(self.shard), scratch
-        reader, shot, pruned_in = source.reader(), files.TensorReader(), dict(recipe.shot_files)
+        reader, shot, pruned_in = source.reader(), tensor_files.Reader(), dict(recipe.shot_files)
 
         def read(name: str) -> Tensor:
             if name in pruned_in:

@@ -20,7 +20,7 @@ from ray_surgeon.cluster.saving import num_files, save_weights
 from ray_surgeon.cluster.transport import decode
 from ray_surgeon.models.gguf import convert_gguf
 from ray_surgeon.sections.texts import ModelSection
-from ray_surgeon.storage import files
+from ray_surgeon.storage import files, tensor_files
 from ray_surgeon.storage.sources import SMALL_FILES, open_model
 
 NUM_COMPARED_TOKENS = 64
@@ -115,7 +115,7 @@ def reload_difference(cluster: Cluster, uri: str, tokens: NDArray[np.int64], dty
             run_module("ray_surgeon.export.reload", request)
         except RuntimeError as error:
             raise RuntimeError(f"the export {uri} cannot be loaded by transformers:\n{error}") from error
-        there = files.read_tensors(logits_file)["logits"]
+        there = tensor_files.read(logits_file)["logits"]
     difference = float((here - there).abs().max())
     if not difference <= TOLERANCE[dtype] * float(here.abs().max()):
         raise RuntimeError(f"the export {uri} loads, but its logits differ from the workers' by {difference:g}; do not use it")

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pydantic import Field, Tag, model_validator
 
 from ray_surgeon.cluster.cluster import Cluster
-from ray_surgeon.cluster.plan import LinearNeeds
+from ray_surgeon.cluster.needs import LinearNeeds
 from ray_surgeon.cluster.worker import LinearSummary, Worker, collective, sizes
 from ray_surgeon.methods.method import Choice, Method, Scores, in_order, linear_of
 from ray_surgeon.models.layout import LinearShape

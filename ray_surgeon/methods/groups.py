@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from ray_surgeon.cluster.cluster import Cluster
-from ray_surgeon.cluster.plan import LinearNeeds
+from ray_surgeon.cluster.needs import LinearNeeds
 from ray_surgeon.cluster.worker import LinearSummary, Worker, collective, sizes
 from ray_surgeon.methods.method import Choice, Method, Scores, in_order, linear_of
 from ray_surgeon.models.budgets import Budget

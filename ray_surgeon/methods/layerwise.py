@@ -12,9 +12,9 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from ray_surgeon.cluster.cluster import Cluster
+from ray_surgeon.cluster.needs import LinearNeeds
 from ray_surgeon.cluster.passes import token_payload
 from ray_surgeon.cluster.placement import WorkerIndex
-from ray_surgeon.cluster.plan import LinearNeeds
 from ray_surgeon.cluster.transport import TensorPayload
 from ray_surgeon.cluster.worker import LinearSummary, Worker, collective
 from ray_surgeon.methods.elements import Pattern, check_pattern
@@ -105,7 +105,7 @@ class Layerwise(Method):
         for place in range(blocks.last - blocks.first):
             groups = way.gather(place)
             for group in groups:
-                key = f"{group.names[0]}.A"
+                key = group.key_of_A
                 total, num_tokens = store.on_device(key, store.get(key).n), torch.tensor(group.num_tokens, device=worker.device)
                 for tensor in (total.flat, num_tokens):
                     worker.replicas.reduce(tensor, worker.owner(group.names[0]))

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ray_surgeon.cluster.cluster import Cluster
 from ray_surgeon.cluster.curvature_pass import gather_curvature
-from ray_surgeon.cluster.plan import Job, LinearNeeds
+from ray_surgeon.cluster.needs import Job, LinearNeeds
 from ray_surgeon.cluster.worker import LinearSummary, Worker
 from ray_surgeon.methods.extended_kfac import gather_terms
 from ray_surgeon.models.layout import LinearShape, ModelLayout

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from ray_surgeon.cluster.cluster import Cluster
-from ray_surgeon.cluster.plan import LinearNeeds
+from ray_surgeon.cluster.needs import LinearNeeds
 from ray_surgeon.cluster.worker import LinearSummary, Worker, collective, sizes
 from ray_surgeon.methods.method import Choice, Method, Scores, in_order, linear_of
 from ray_surgeon.models.dependencies import propagate, shrinkable

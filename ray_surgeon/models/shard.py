@@ -36,6 +36,21 @@ class SharedInput:
     place: int  # of their block in the shard
     num_tokens: int = 0  # tokens in the sums
 
+    @property
+    def key_of_A(self) -> str:
+        """Under which their A is stored."""
+        return f"{self.names[0]}.A"
+
+    @staticmethod
+    def key_of_G(name: str) -> str:
+        """Under which the G of one of them is stored."""
+        return f"{name}.G"
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Under which their A and all G are stored."""
+        return (self.key_of_A, *map(self.key_of_G, self.names))
+
 
 class ModelShard:
     """Blocks ``blocks.first`` to ``blocks.last`` of a causal LM, their weights, and the sums A and G of their linears.
@@ -202,12 +217,11 @@ class ModelShard:
             return
         sums, hooks = dict[str, PackedSymmetric](), list[RemovableHandle]()
         for group in (group for group in self.gathering if group.place == place):
-            first = group.names[0]
-            sums[f"{first}.A"] = self.factor_store.on_device(f"{first}.A", self.layout.shapes[first].num_columns)
-            hooks.append(group.modules[0].register_forward_pre_hook(_add_inputs_to(group, sums[f"{first}.A"], wide=wide)))
+            A = sums[group.key_of_A] = self.factor_store.on_device(group.key_of_A, self.layout.shapes[group.names[0]].num_columns)
+            hooks.append(group.modules[0].register_forward_pre_hook(_add_inputs_to(group, A, wide=wide)))
             for name, module in zip(group.names, group.modules, strict=True) if self._kind != "activations" else ():
-                sums[f"{name}.G"] = self.factor_store.on_device(f"{name}.G", self.layout.shapes[name].num_rows)
-                hooks.append(module.register_forward_hook(_add_output_gradients_to(sums[f"{name}.G"])))
+                G = sums[group.key_of_G(name)] = self.factor_store.on_device(group.key_of_G(name), self.layout.shapes[name].num_rows)
+                hooks.append(module.register_forward_hook(_add_output_gradients_to(G)))
         try:
             yield
         finally:
@@ -224,8 +238,8 @@ class ModelShard:
         """Stop to gather, and set the factors that the kind does not sum."""
         for group in self.gathering:
             shapes = [self.layout.shapes[name] for name in group.names]
-            sizes = {f"{shapes[0].name}.A": shapes[0].num_columns} if self._kind == "identity" else {}
-            sizes |= {f"{shape.name}.G": shape.num_rows for shape in shapes} if self._kind in ("identity", "activations") else {}
+            sizes = {group.key_of_A: shapes[0].num_columns} if self._kind == "identity" else {}
+            sizes |= {group.key_of_G(shape.name): shape.num_rows for shape in shapes} if self._kind in ("identity", "activations") else {}
             for key, n in sizes.items():
                 total = PackedSymmetric.zeros(n, self.device)
                 total.fill_diagonal(group.num_tokens)
@@ -239,7 +253,7 @@ class ModelShard:
 
     def first_not_finite(self) -> str | None:
         """Return the first linear whose inputs were NaN or infinite in the curvature pass so far."""
-        keys = ((group.names[0], f"{group.names[0]}.A") for group in self.gathering)
+        keys = ((group.names[0], group.key_of_A) for group in self.gathering)
         return next((name for name, key in keys if key in self.factor_store and not self.factor_store.get(key).is_finite()), None)
 
     def drop_curvature(self) -> None:
@@ -250,7 +264,7 @@ class ModelShard:
     def factors(self, name: str) -> PackedFactors:
         """Return the factors of a linear where they lie; A is shared with the other linears that read the same input."""
         (group,) = (group for group in self.shared_inputs if name in group.names)
-        A, G = self.factor_store.get(f"{group.names[0]}.A"), self.factor_store.get(f"{name}.G")
+        A, G = self.factor_store.get(group.key_of_A), self.factor_store.get(group.key_of_G(name))
         return PackedFactors(A, G, group.num_tokens, tuple(self.terms.get(name, ())))
 
     # The head

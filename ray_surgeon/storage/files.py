@@ -1,4 +1,4 @@
-"""Files on any fsspec URI: a local path, s3://bucket/key, memory://... Tensors are safetensors, records are JSON.
+"""Files on any fsspec URI: a local path, s3://bucket/key, memory://... Records are JSON; tensors are in `storage.tensor_files`.
 
 A file appears whole or not at all: local files are written beside their place and renamed, object stores publish an
 object when its upload ends.
@@ -10,63 +10,21 @@ import errno
 import hashlib
 import itertools
 import json
-import math
 import os
 import shutil
-import struct
 import tempfile
-import threading
-from collections.abc import Container, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import fsspec
-import torch
 from filelock import FileLock
 from fsspec.implementations.local import LocalFileSystem
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from ray_surgeon.storage.retrying import tries_again
 
-_MAX_HEADER_BYTES = 25_000_000
-"""Of a safetensors file; the format allows four times that, a file of a large model has some 100 kB."""
 MAX_JSON_BYTES = 64 * 2**20
 """Tokenizers have tens of megabytes; more is no description of anything."""
-_ITEM_BYTES = {
-    "F64": 8,
-    "I64": 8,
-    "U64": 8,
-    "F32": 4,
-    "I32": 4,
-    "U32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "I16": 2,
-    "U16": 2,
-    "I8": 1,
-    "U8": 1,
-    "BOOL": 1,
-}
-_ITEM_BYTES |= {"F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
-"""Those of which a tensor is ever read."""
-_FINGERPRINT_BYTES = 65536
 
 
 def cache_folder() -> Path:
@@ -133,8 +91,8 @@ def download(uri: str, target: Path) -> None:
 @tries_again
 def put_file(uri: str, source: Path) -> None:
     """Copy a local file, whole or not at all."""
-    with tempfile.TemporaryDirectory(dir=_scratch_folder(uri), prefix=".writing-") as folder:
-        _upload(uri, Path(shutil.copyfile(source, Path(folder) / "file")))
+    with tempfile.TemporaryDirectory(dir=scratch_folder(uri), prefix=".writing-") as folder:
+        upload(uri, Path(shutil.copyfile(source, Path(folder) / "file")))
 
 
 @tries_again
@@ -209,7 +167,8 @@ def read_lines(uri: str) -> Iterator[str]:
 
 
 @tries_again
-def _upload(uri: str, source: Path) -> None:
+def upload(uri: str, source: Path) -> None:
+    """Move a local file that lies in `scratch_folder` to its place."""
     filesystem, path = open_filesystem(uri)
     if isinstance(filesystem, LocalFileSystem):
         target = Path(path)
@@ -222,8 +181,8 @@ def _upload(uri: str, source: Path) -> None:
             raise OSError(errno.EIO, f"{uri}: {written} of {source.stat().st_size} bytes arrived")
 
 
-def _scratch_folder(uri: str) -> str | None:
-    """Return a folder from which `_upload` is a rename, for local targets."""
+def scratch_folder(uri: str) -> str | None:
+    """Return a folder from which `upload` is a rename, for local targets."""
     filesystem, path = open_filesystem(uri)
     if not isinstance(filesystem, LocalFileSystem):
         return None
@@ -233,10 +192,10 @@ def _scratch_folder(uri: str) -> str | None:
 
 def write_text(uri: str, text: str) -> None:
     """Write a UTF-8 file, whole or not at all."""
-    with tempfile.TemporaryDirectory(dir=_scratch_folder(uri), prefix=".writing-") as folder:
+    with tempfile.TemporaryDirectory(dir=scratch_folder(uri), prefix=".writing-") as folder:
         scratch = Path(folder) / "file"
         scratch.write_text(text, encoding="utf-8")
-        _upload(uri, scratch)
+        upload(uri, scratch)
 
 
 def is_local(uri: str) -> bool:
@@ -270,20 +229,6 @@ def write_json(uri: str, record: object) -> None:
     write_text(uri, json.dumps(record, indent=2) + "\n")
 
 
-def write_tensors(uri: str, tensors: Mapping[str, Tensor]) -> int:
-    """Write tensors as one safetensors file and return its size in bytes."""
-    with tempfile.TemporaryDirectory(dir=_scratch_folder(uri), prefix=".writing-") as folder:
-        scratch = Path(folder) / "file"
-        try:
-            save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, scratch, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise OSError(f"{uri}: cannot write: {error}; free space on the disk, then go on with --resume") from error
-        scratch.chmod(0o644)  # safetensors writes 0600, which another user that serves the model could not read
-        size = scratch.stat().st_size
-        _upload(uri, scratch)
-    return size
-
-
 @tries_again
 def local_copy(uri: str) -> Path:
     """Return a local path of a file: itself, or a copy kept in the cache, keyed by its URI, size and version."""
@@ -304,113 +249,10 @@ def local_copy(uri: str) -> Path:
     return target
 
 
-def read_tensors(uri: str, names: Container[str] | None = None) -> dict[str, Tensor]:
-    """Read a safetensors file, or only the tensors of the given names."""
-    reader = TensorReader()
-    return {name: reader.read(uri, name) for name in reader.names(uri) if names is None or name in names}
-
-
-class TensorReader:
-    """Reads single tensors of safetensors files: a local file is mapped into memory, of another only the tensor's bytes are fetched."""
-
-    def __init__(self) -> None:
-        """Start without open files."""
-        self._open: dict[str, Any] = {}
-        self._headers: dict[str, SafetensorsHeader] = {}
-        self._lock = threading.Lock()
-
-    def names(self, uri: str) -> list[str]:
-        """Return the names of a file's tensors."""
-        return list(self._header(uri).shapes)
-
-    def read(self, uri: str, name: str) -> Tensor:
-        """Return a tensor; a local one must not be written to."""
-        if is_local(uri):
-            with self._lock:
-                if uri not in self._open:
-                    self._open[uri] = safe_open(open_filesystem(uri)[1], framework="pt")
-            tensor = self._open[uri].get_tensor(name)
-            assert isinstance(tensor, Tensor)
-            return tensor
-        header = self._header(uri)
-        start, end = header.bytes_of[name]
-        content = bytearray(_read_part(uri, start, end))
-        dtype = _DTYPES[header.dtypes[name]]
-        return (
-            torch.frombuffer(content, dtype=dtype).view(header.shapes[name]) if content else torch.empty(header.shapes[name], dtype=dtype)
-        )
-
-    def _header(self, uri: str) -> SafetensorsHeader:
-        with self._lock:
-            if uri not in self._headers:
-                self._headers[uri] = read_safetensors_header(uri)
-            return self._headers[uri]
-
-
-@dataclass(frozen=True)
-class SafetensorsHeader:
-    """What a safetensors file says of its tensors."""
-
-    shapes: Mapping[str, tuple[int, ...]]  # by name
-    dtypes: Mapping[str, str]  # in the format's own words, e.g. "BF16"
-    bytes_of: Mapping[str, tuple[int, int]]  # first byte and the one after the last, in the file
-    fingerprint: str  # SHA-256 over the header, the file's size and its last 64 KiB
-
-
-def _read_range(uri: str, start: int, end: int) -> bytes:
-    """Read bytes once; callers try again."""
+def read_range(uri: str, start: int, end: int) -> bytes:
+    """Read bytes from `start` up to `end`, once: callers try again."""
     filesystem, path = open_filesystem(uri)
     content: bytes = filesystem.cat_file(path, start=start, end=end)
     if len(content) != end - start:
         raise OSError(errno.EIO, f"{uri}: {len(content)} of {end - start} bytes came")
     return content
-
-
-_read_part = tries_again(_read_range)
-
-
-@tries_again
-def read_safetensors_header(uri: str) -> SafetensorsHeader:
-    """Read what a safetensors file says of its tensors, without reading them, by ranged reads.
-
-    Raises:
-        ValueError: the file is not a whole safetensors file.
-    """
-    filesystem, path = open_filesystem(uri)
-    size = int(filesystem.size(path))
-    prefix = _read_range(uri, 0, min(8, size))
-    length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-    if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
-        raise ValueError(f"{uri}: not a safetensors file, or cut short ({size} bytes, header of {length}); fetch it again")
-    raw = _read_range(uri, 8, 8 + length)
-    try:
-        header = json.loads(raw)
-        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        shapes = {name: tuple(int(n) for n in entry["shape"]) for name, entry in entries.items()}
-        end = _end_of_data(entries, shapes)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{uri}: the safetensors header is damaged ({error}); fetch the file again") from error
-    if 8 + length + end != size:
-        raise ValueError(f"{uri}: cut short or padded: {size} bytes, {8 + length + end} by its header; fetch it again")
-    tail = _read_range(uri, max(8 + length, size - _FINGERPRINT_BYTES), size)
-    places = {name: (8 + length + int(e["data_offsets"][0]), 8 + length + int(e["data_offsets"][1])) for name, e in entries.items()}
-    fingerprint = hashlib.sha256(raw + str(size).encode() + tail).hexdigest()
-    return SafetensorsHeader(shapes, {name: str(entry["dtype"]) for name, entry in entries.items()}, places, fingerprint)
-
-
-def _end_of_data(entries: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Return where the last tensor ends, after checking that they follow each other and have the bytes of their shapes.
-
-    Raises:
-        ValueError: names the tensor that does not.
-    """
-    end = 0
-    for name, entry in sorted(entries.items(), key=lambda item: int(item[1]["data_offsets"][0])):
-        first, last = (int(offset) for offset in entry["data_offsets"])
-        if entry["dtype"] not in _ITEM_BYTES:
-            raise ValueError(f"{name} has the unknown dtype {entry['dtype']}")
-        size = math.prod(shapes[name]) * _ITEM_BYTES[entry["dtype"]]
-        if min(shapes[name], default=0) < 0 or (first, last - first) != (end, size):
-            raise ValueError(f"{name} of shape {shapes[name]} and dtype {entry['dtype']} cannot lie at bytes {first} to {last}")
-        end = last
-    return end

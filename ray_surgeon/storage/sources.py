@@ -20,7 +20,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import Tensor
 
 from ray_surgeon.sections.texts import ModelSection
-from ray_surgeon.storage import files
+from ray_surgeon.storage import files, tensor_files
 
 HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 """Base class of the errors of whichever HTTP client the Hub's library uses; a refused connection raises it."""
@@ -108,7 +108,7 @@ class ModelFiles:
         shapes: dict[str, tuple[int, ...]] = {}
         digest = hashlib.sha256(self.fetch("config.json").read_bytes())
         for name in self.weight_files():
-            header = files.read_safetensors_header(self.open_uri(name))
+            header = tensor_files.read_header(self.open_uri(name))
             shapes.update(header.shapes)
             digest.update(header.fingerprint.encode())
         return shapes, digest.hexdigest()
@@ -123,7 +123,7 @@ class WeightReader:
 
     def __init__(self, model: ModelFiles) -> None:
         """Read the headers of the weight files."""
-        self._tensors = files.TensorReader()
+        self._tensors = tensor_files.Reader()
         self._uri_of = {name: model.open_uri(name) for name in model.weight_files()}
         self.file_of = {key: name for name, uri in self._uri_of.items() for key in self._tensors.names(uri)}
 

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from benchmarks.shaped_model import shaped_config
+from ray_surgeon.cluster.devices import DEVICES, Room
+from ray_surgeon.cluster.needs import Job
 from ray_surgeon.cluster.placement import place
-from ray_surgeon.cluster.plan import DEVICES, DoesNotFitError, Job, Plan, Room, plan_job
+from ray_surgeon.cluster.plan import DoesNotFitError, Plan, plan_job
 from ray_surgeon.inputs import job_of, method_for
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.pipeline import _bytes

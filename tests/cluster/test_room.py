@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from ray_surgeon.cluster.plan import DEVICES, Room
+from ray_surgeon.cluster.devices import DEVICES, Room
 from ray_surgeon.cluster.room import Found, available_bytes, device_of, found_here, shared
 
 GPU = Room(80.0, 1000.0, 4000.0, device_is_host=False)

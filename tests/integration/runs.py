@@ -20,7 +20,7 @@ from ray_surgeon.cluster.worker import ModelRecipe, load
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.pipeline import main
 from ray_surgeon.sections.texts import ModelSection
-from ray_surgeon.storage import files
+from ray_surgeon.storage import tensor_files
 
 
 def tiny_spec(folder: Path, model: Path, **changes: Any) -> Path:
@@ -85,7 +85,7 @@ def wait_for(what: Callable[[], object], seconds: float = 90) -> None:
 
 def tensors_of_shot(uri: Path, shot: int) -> dict[str, Tensor]:
     folder = uri / "shots" / f"{shot:04d}"
-    return {k: v for path in sorted(folder.glob("*.safetensors")) for k, v in files.read_tensors(str(path)).items()}
+    return {k: v for path in sorted(folder.glob("*.safetensors")) for k, v in tensor_files.read(str(path)).items()}
 
 
 def report_of(uri: Path) -> dict[str, Any]:

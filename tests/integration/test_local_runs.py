@@ -17,7 +17,7 @@ from ray_surgeon.inputs import check
 from ray_surgeon.run.directory import RunDirectory
 from ray_surgeon.run.report import main as compare
 from ray_surgeon.spec import parse_spec
-from ray_surgeon.storage import files
+from ray_surgeon.storage import files, tensor_files
 from tests.conftest import CONFIGS
 from tests.integration.runs import (
     MOST_BY_ORDER_OF_SUMS,
@@ -386,7 +386,7 @@ def test_model_text_and_run_on_s3(model_folders: dict[str, Path], tmp_path: Path
     expected = tensors_of_shot(tmp_path / "disk/run", 2)
     for _ in range(2):
         for shard in (1, 2):
-            found = files.read_tensors(f"s3://bucket/run/shots/0002/shard-{shard:04d}.safetensors")
+            found = tensor_files.read(f"s3://bucket/run/shots/0002/shard-{shard:04d}.safetensors")
             assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
         filesystem.rm("bucket/run/shots/0002", recursive=True)
         assert run(tmp_path / "s3", model_folders["llama"], "--resume", **options) == 0

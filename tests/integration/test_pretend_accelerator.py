@@ -29,7 +29,7 @@ from ray_surgeon.run.directory import RunDirectory
 from ray_surgeon.run.html_report import LivePage
 from ray_surgeon.shots import run_shots
 from ray_surgeon.spec import parse_spec
-from ray_surgeon.storage import files
+from ray_surgeon.storage import tensor_files
 from tests import zygote as forks
 from tests.conftest import CONFIGS, Zygote, tiny_model
 from tests.integration.runs import report_of, tensors_of_shot, tiny_spec
@@ -225,7 +225,7 @@ def assert_same_run(zygote: Zygote, model: Path, place: Path, options: Mapping[s
     for export in on_sim["exports"]:
         for path in Path(export["uri"]).glob("model*.safetensors"):
             expected = place / "cpu/run/export" / export["kind"] / path.name
-            assert_same(files.read_tensors(str(expected)), files.read_tensors(str(path)), tolerances[0])
+            assert_same(tensor_files.read(str(expected)), tensor_files.read(str(path)), tolerances[0])
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -22,7 +22,7 @@ from s3fs import S3FileSystem
 from safetensors.torch import load_file
 
 from ray_surgeon.pipeline import main
-from ray_surgeon.storage import files, retrying
+from ray_surgeon.storage import files, retrying, tensor_files
 from tests.integration.runs import assert_same_shot, report_of, run, tiny_spec
 
 SECRET = "wJalr-a-secret-that-must-not-appear"
@@ -196,20 +196,20 @@ def test_a_store_that_stays_away_ends_the_run_and_keeps_its_shots(
     monkeypatch.setattr(retrying, "PATIENCE_S", 1.0)
     options = {"pruning__num_shots": 3, "output__uri": "s3://bucket/run"}
     spec = tiny_spec(tmp_path, model_folders["llama"], **options)
-    put = files.write_tensors
+    put = tensor_files.write
 
     def put_and_fail(uri: str, tensors: Any) -> int:
         if "shots/0002/masks" in uri:
             faulty.probability, faulty.kinds = 1.0, ("503", "reset")
         return put(uri, tensors)
 
-    monkeypatch.setattr(files, "write_tensors", put_and_fail)
+    monkeypatch.setattr(tensor_files, "write", put_and_fail)
     assert main([str(spec)]) == 1
     error = capsys.readouterr().err
     assert "failed: " in error
     assert "--resume" in error
     faulty.probability = 0.0
-    monkeypatch.setattr(files, "write_tensors", put)
+    monkeypatch.setattr(tensor_files, "write", put)
     assert files.exists("s3://bucket/run/shots/0002/shard-0001.safetensors"), "the second shot is half written"
     assert not files.exists("s3://bucket/run/shots/0002/manifest.json")
     assert main([str(spec), "--resume"]) == 0
@@ -257,12 +257,12 @@ def test_patience_counts_from_the_first_failure(monkeypatch: pytest.MonkeyPatch)
 
 def test_large_files_go_in_parts_and_come_back_whole(s3: None, cache: Path) -> None:
     tensors = {"large": torch.arange(30_000_000, dtype=torch.float32)}
-    size = files.write_tensors("s3://bucket/large.safetensors", tensors)
+    size = tensor_files.write("s3://bucket/large.safetensors", tensors)
     assert size > 100 * 2**20
     assert files.size_bytes("s3://bucket/large.safetensors") == size
     filesystem, path = files.open_filesystem("s3://bucket/large.safetensors")
     assert filesystem.info(path)["ETag"].strip('"').endswith("-3"), "an object of three parts says so in its tag"
-    assert torch.equal(files.read_tensors("s3://bucket/large.safetensors")["large"], tensors["large"])
+    assert torch.equal(tensor_files.read("s3://bucket/large.safetensors")["large"], tensors["large"])
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])

@@ -1,0 +1,252 @@
+"""What every step of a job needs on a worker: memory, operations and bytes that move, by arithmetic on shapes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from ray_surgeon.cluster.devices import Device
+from ray_surgeon.cluster.placement import Placement
+from ray_surgeon.memory.stores import Place, Stores
+from ray_surgeon.models.layout import BlockRange, LinearShape, ModelLayout
+from ray_surgeon.models.loss import TOKENS_PER_SLICE
+from ray_surgeon.surgery.kronecker import PackedSymmetric
+
+PROCESS_BYTES = 358 * 2**20
+"""Anonymous memory of a worker that has imported everything and loaded nothing; measured with torch 2.13 and Ray 2.60 on Linux."""
+_HEAP_BYTES = 60 * 2**20
+"""What the C library's heap holds beside large tensors while linears have their turns; measured."""
+FILE_BYTES = 2**30
+"""A file of weights has no more, unless one tensor has; what it holds is in memory while it is written."""
+
+
+@dataclass(frozen=True)
+class LinearNeeds:
+    """What a method needs for one linear beside its weight and packed factors. Bytes are on the device, while it is that linear's turn."""
+
+    costs_bytes: float = 0.0
+    costs_flops: float = 0.0
+    update_bytes: float = 0.0
+    update_flops: float = 0.0
+    kept_bytes: float = 0.0  # from its costs to its update, all linears at a time
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a plan depends on beside model, placement and memory."""
+
+    dtype: str  # of weights and activations
+    num_sequences: int  # of the calibration
+    sequence_length: int
+    evaluation: tuple[tuple[int, int], ...]  # number and length of the windows of each text
+    needs: Mapping[str, LinearNeeds]  # of the linears that are ranked or updated
+    factors: str  # "both" A and G, "A" alone, or "none" are gathered in a pass over the calibration text
+    gathered: frozenset[str]  # linears whose factors are gathered
+    num_passes: int = 1  # over the calibration text before the costs of a shot
+    dense_bytes: Mapping[str, float] = field(default_factory=dict)  # linear -> bytes of further terms that are not packed
+    mask_bytes: float = 0.0  # of one entry of a linear, in the host's memory
+    block_by_block: bool = False  # whether all sequences pass a shard together while its blocks are pruned
+    lora_rank: int = 0  # of corrections; 0 for none
+    num_correction_sequences: int = 0  # that pass in the corrections of a shot
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One step on one worker."""
+
+    name: str
+    device: float  # peak bytes on the device
+    host: float  # peak bytes in the host's memory beside it
+    flops: float = 0.0  # of the products in the weights' dtype
+    float32_flops: float = 0.0
+    host_bytes: float = 0.0  # that move between host and device
+    disk_bytes: float = 0.0  # that move between disk and host
+    bubble: float = 1.0  # how much longer it takes because the shards wait for each other
+
+    def seconds(self, device: Device, dtype: str) -> float:
+        """Return the expected time."""
+        computing = self.flops / device.flops[dtype] + self.float32_flops / device.float32_flops
+        moving = self.host_bytes / device.host_bytes_per_s + self.disk_bytes / device.disk_bytes_per_s
+        return self.bubble * (computing + moving)  # factors do not move while something computes; that weights do is not counted on
+
+
+class Shapes:
+    """Sizes of a model's parts, each computed once."""
+
+    def __init__(self, layout: ModelLayout, job: Job) -> None:
+        self.layout, self.width = layout, getattr(torch, job.dtype).itemsize
+        self.block_bytes = [0] * layout.num_blocks
+        self.largest_tensor = 0
+        for name, shape in layout.parameters.items():
+            size = self.width * math.prod(shape)
+            self.largest_tensor = max(self.largest_tensor, size)
+            if (block := layout.block_of(name)) is not None:
+                self.block_bytes[block] += size
+        self.linears: list[list[LinearShape]] = [[] for _ in range(layout.num_blocks)]
+        for linear in layout.linears:
+            self.linears[linear.block].append(linear)
+        self.factor_bytes = [self._factors(block, job) for block in range(layout.num_blocks)]
+
+    def _factors(self, block: int, job: Job) -> int:
+        if job.factors == "none":
+            return 0
+        gathered = [linear for linear in self.linears[block] if linear.name in job.gathered]
+        num_columns = {linear.shared_input: linear.num_columns for linear in gathered}
+        return 4 * sum(map(PackedSymmetric.size, (*num_columns.values(), *(linear.num_rows for linear in gathered))))
+
+    def outside_bytes(self, blocks: BlockRange) -> int:
+        """Return the bytes of what a shard holds outside of its blocks."""
+        whole = sum(math.prod(shape) for shape in self.layout.parameters_of(blocks).values()) * self.width
+        return int(whole) - sum(self.block_bytes[blocks.first : blocks.last])
+
+
+class WorkerNeeds:
+    """One worker and what its steps need."""
+
+    def __init__(
+        self, shapes: Shapes, placement: Placement, job: Job, stores: Stores, device_is_host: bool, shard: int, blocks: BlockRange
+    ) -> None:
+        self._shapes, self._job, self._stores, self._blocks = shapes, job, stores, blocks
+        self._num_shards, self._num_replicas = placement.num_shards, placement.num_replicas
+        self._own = range(blocks.first, blocks.last)
+        self._linears = [linear for block in self._own for linear in shapes.linears[block]]
+        self._of_needs = [job.needs[linear.name] for linear in self._linears if linear.name in job.needs]
+        config = shapes.layout.config
+        self._hidden = int(config.hidden_size) * shapes.width  # bytes of a token's hidden state
+        # weights
+        sizes = [shapes.block_bytes[block] for block in self._own]
+        self._all_blocks, self._outside = sum(sizes), shapes.outside_bytes(blocks)
+        resident = self._all_blocks if stores.weights == "device" else 0
+        copies = 0 if device_is_host or resident else 2 * max(sizes)  # on the CPU a block runs where it lies, else the next one is ahead
+        self._idle, self._weights = self._outside + resident, self._outside + resident + copies
+        self._host = (self._all_blocks if stores.weights == "host" else 0) + job.mask_bytes * sum(linear.size for linear in self._linears)
+        self._all_factors = sum(shapes.factor_bytes[block] for block in self._own)
+        self._dense = sum(job.dense_bytes.get(linear.name, 0.0) for linear in self._linears)
+        # sequences
+        self._sequences = -(-job.num_sequences // placement.num_replicas)
+        self._wave = min(stores.wave, self._sequences)
+        self._num_waves = -(-self._sequences // self._wave)
+        self._in_flight = min(self._num_waves, placement.num_shards - shard)
+        sides = [_Activations.of(shapes.linears[block], int(config.hidden_size), shapes.width) for block in self._own]
+        self._kept, self._moment = max(side.kept for side in sides), max(side.moment for side in sides)
+        self._forward_only = max(side.forward_only for side in sides)
+        self._head = TOKENS_PER_SLICE * config.vocab_size * (shapes.width + 20) if blocks.is_last else 0
+        self._head_flops = 2 * config.vocab_size * config.hidden_size if blocks.is_last else 0  # of a token, forward
+
+    @property
+    def disk_bytes(self) -> float:
+        """Bytes of scratch."""
+        return self._all_factors * (self._stores.factors == "disk") + self._all_blocks * (self._stores.weights == "disk")
+
+    def steps(self) -> Iterator[StepPlan]:
+        """Yield the steps of a shot, those before the first one included."""
+        yield StepPlan("load", self._weights, self._host + self._shapes.largest_tensor)
+        yield self._evaluation()
+        if self._job.factors != "none":
+            yield self._curvature()
+        if self._job.block_by_block:
+            yield self._block_by_block()
+        elif self._of_needs:
+            yield self._linear_by_linear("costs", [n.costs_bytes for n in self._of_needs], [n.costs_flops for n in self._of_needs])
+            yield self._linear_by_linear("update", [n.update_bytes for n in self._of_needs], [n.update_flops for n in self._of_needs])
+        if self._job.lora_rank:
+            yield self._correction()
+        written = max(min(FILE_BYTES, self._all_blocks + self._outside), self._shapes.largest_tensor)
+        yield StepPlan("commit", self._idle, self._host + written, disk_bytes=self._all_blocks)
+
+    def _evaluation(self) -> StepPlan:
+        peak, tokens, loads = 0.0, 0, 0
+        for count, length in self._job.evaluation:
+            own = -(-count // self._num_replicas)
+            wave = min(self._stores.wave, own)
+            between = 3 + 3 * (self._num_shards > 1)
+            peak = max(peak, between * wave * length * self._hidden + max(length * self._forward_only, self._head))
+            tokens, loads = tokens + own * length, loads + -(-own // wave)
+        flops = tokens * (2 * self._all_blocks / self._shapes.width + self._head_flops)
+        return StepPlan(
+            "evaluation", self._weights + peak, self._host, flops, 0.0, *self._moved(self._stores.weights, loads * self._all_blocks)
+        )
+
+    def _passing(self, more_kept: float = 0.0) -> float:
+        """Return the bytes of a pass forward and backward: what waits for its backward pass, and the moment that needs most.
+
+        Args:
+            more_kept: bytes of a token in a block beside its own activations.
+        """
+        T, num_blocks = self._job.sequence_length, len(self._own)
+        wave = self._wave * T * self._hidden
+        conversion = max((4 * (T + 256) * linear.num_columns for linear in self._linears if linear.name in self._job.gathered), default=0)
+        waiting: float = 2 * wave + 3 * wave * (self._num_shards > 1)  # what is packed and unpacked on the way
+        if self._stores.activations == "keep":
+            waiting += self._in_flight * self._wave * T * (self._kept + more_kept) * num_blocks
+            return waiting + max(T * self._moment + conversion, self._head)
+        waiting += self._in_flight * num_blocks * wave
+        return waiting + max(T * (self._kept + more_kept + self._moment) + conversion, self._head)
+
+    def _curvature(self) -> StepPlan:
+        stores, job = self._stores, self._job
+        on_device = self._all_factors if stores.factors == "device" else max(self._shapes.factor_bytes[block] for block in self._own)
+        on_host = self._all_factors if stores.factors == "host" else 0
+        forward_only = job.factors == "A"
+        passes = 1 if forward_only else 2 + (stores.activations == "recompute")
+        products = passes * 2 * self._all_blocks / self._shapes.width + (1 if forward_only else 3) * self._head_flops
+        flops = job.num_passes * self._sequences * job.sequence_length * (products + self._all_factors / 2)
+        weights = self._moved(stores.weights, (1 if forward_only else 2) * self._num_waves * self._all_blocks)
+        factors = self._moved(stores.factors, 2 * self._num_waves * self._all_factors)
+        moved = [job.num_passes * (one + other) for one, other in zip(weights, factors, strict=True)]
+        bubble = (self._num_waves + self._num_shards - 1) / self._num_waves
+        device = self._weights + on_device + self._dense + self._passing()
+        return StepPlan("curvature", device, self._host + on_host, flops, 0.0, moved[0], moved[1], bubble)
+
+    def _linear_by_linear(self, name: str, sizes: Sequence[float], flops: Sequence[float]) -> StepPlan:
+        """Return a step in which linears have their turns, each on the replica that owns it."""
+        factors = self._all_factors / self._num_replicas
+        kept = sum(n.kept_bytes for n in self._of_needs) / self._num_replicas
+        device = self._idle + factors * (self._stores.factors == "device") + self._dense + kept + _HEAP_BYTES + max(sizes)
+        host = self._host + factors * (self._stores.factors == "host")
+        return StepPlan(name, device, host, 0.0, sum(flops) / self._num_replicas, *self._moved(self._stores.factors, factors))
+
+    def _block_by_block(self) -> StepPlan:
+        """Return the update of methods that prune while all sequences pass: a block's second moments and one linear at a time."""
+        T = self._job.sequence_length
+        moments = max(sum(4 * linear.num_columns**2 for linear in self._shapes.linears[block]) for block in self._own)
+        passing = self._sequences * T * self._hidden + T * self._forward_only + max(4 * T * linear.num_columns for linear in self._linears)
+        device = self._weights + passing + moments + _HEAP_BYTES + max(n.update_bytes for n in self._of_needs)
+        flops = self._sequences * T * 4 * self._all_blocks / self._shapes.width
+        in_float32 = sum(n.update_flops for n in self._of_needs) / self._num_replicas
+        return StepPlan("update", device, self._host, flops, in_float32, *self._moved(self._stores.weights, 2 * self._all_blocks))
+
+    def _correction(self) -> StepPlan:
+        """Return the training of B A, of which each linear keeps its inputs, its two parameters, their gradients and Adam's moments."""
+        job, blocks = self._job, len(self._own)
+        adapters = 16 * job.lora_rank * sum(linear.num_rows + linear.num_columns for linear in self._linears)
+        inputs = self._shapes.width * sum(linear.num_columns for linear in self._linears) / blocks
+        flops = 6 * self._all_blocks / self._shapes.width * job.num_correction_sequences * job.sequence_length
+        loads = 2 * self._all_blocks * -(-job.num_correction_sequences // self._wave)
+        device = self._weights + adapters + self._passing(inputs)
+        return StepPlan("correction", device, self._host, flops, 0.0, *self._moved(self._stores.weights, loads))
+
+    @staticmethod
+    def _moved(where: Place, size: float) -> tuple[float, float]:
+        """Return the bytes that move between host and device, and between disk and host."""
+        return (0.0, 0.0) if where == "device" else (size, 0.0) if where == "host" else (size, size)
+
+
+@dataclass(frozen=True)
+class _Activations:
+    """Bytes that a block needs for a token, fitted to measurements of Llama-2-7B's blocks in bfloat16 and SmolLM2's in float32."""
+
+    kept: float  # from its forward to its backward pass
+    moment: float  # more while it runs backward
+    forward_only: float  # without gradients
+
+    @staticmethod
+    def of(linears: Sequence[LinearShape], hidden: int, width: int) -> _Activations:
+        """Count outputs of linears, the product in the feed-forward layer, attention's copies, and what norms keep in float32."""
+        outputs, widest = sum(linear.num_rows for linear in linears), max(linear.num_columns for linear in linears)
+        norms = 8 * hidden if width < 4 else 0
+        kept = width * (outputs + widest + 4 * hidden) + norms
+        return _Activations(kept, width * 4 * widest + 12 * hidden, width * 3 * widest + 4 * hidden)

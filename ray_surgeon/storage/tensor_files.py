@@ -1,0 +1,173 @@
+"""Tensors in safetensors files on any fsspec URI. They are read one by one, from a map of a local file or by ranges of a remote one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import struct
+import tempfile
+import threading
+from collections.abc import Container, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ray_surgeon.storage import files
+from ray_surgeon.storage.retrying import tries_again
+
+_MAX_HEADER_BYTES = 25_000_000
+"""Of a safetensors file; the format allows four times that, a file of a large model has some 100 kB."""
+_ITEM_BYTES = {
+    "F64": 8,
+    "I64": 8,
+    "U64": 8,
+    "F32": 4,
+    "I32": 4,
+    "U32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I16": 2,
+    "U16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+}
+_ITEM_BYTES |= {"F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+"""Those of which a tensor is ever read."""
+_FINGERPRINT_BYTES = 65536
+
+_read_part = tries_again(files.read_range)
+
+
+def write(uri: str, tensors: Mapping[str, Tensor]) -> int:
+    """Write tensors as one safetensors file and return its size in bytes."""
+    with tempfile.TemporaryDirectory(dir=files.scratch_folder(uri), prefix=".writing-") as folder:
+        scratch = Path(folder) / "file"
+        try:
+            save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, scratch, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{uri}: cannot write: {error}; free space on the disk, then go on with --resume") from error
+        scratch.chmod(0o644)  # safetensors writes 0600, which another user that serves the model could not read
+        size = scratch.stat().st_size
+        files.upload(uri, scratch)
+    return size
+
+
+def read(uri: str, names: Container[str] | None = None) -> dict[str, Tensor]:
+    """Read a safetensors file, or only the tensors of the given names."""
+    reader = Reader()
+    return {name: reader.read(uri, name) for name in reader.names(uri) if names is None or name in names}
+
+
+class Reader:
+    """Reads single tensors of safetensors files: a local file is mapped into memory, of another only the tensor's bytes are fetched."""
+
+    def __init__(self) -> None:
+        """Start without open files."""
+        self._open: dict[str, Any] = {}
+        self._headers: dict[str, Header] = {}
+        self._lock = threading.Lock()
+
+    def names(self, uri: str) -> list[str]:
+        """Return the names of a file's tensors."""
+        return list(self._header(uri).shapes)
+
+    def read(self, uri: str, name: str) -> Tensor:
+        """Return a tensor; a local one must not be written to."""
+        if files.is_local(uri):
+            with self._lock:
+                if uri not in self._open:
+                    self._open[uri] = safe_open(files.open_filesystem(uri)[1], framework="pt")
+            tensor = self._open[uri].get_tensor(name)
+            assert isinstance(tensor, Tensor)
+            return tensor
+        header = self._header(uri)
+        start, end = header.bytes_of[name]
+        content = bytearray(_read_part(uri, start, end))
+        dtype = _DTYPES[header.dtypes[name]]
+        return (
+            torch.frombuffer(content, dtype=dtype).view(header.shapes[name]) if content else torch.empty(header.shapes[name], dtype=dtype)
+        )
+
+    def _header(self, uri: str) -> Header:
+        with self._lock:
+            if uri not in self._headers:
+                self._headers[uri] = read_header(uri)
+            return self._headers[uri]
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a safetensors file says of its tensors."""
+
+    shapes: Mapping[str, tuple[int, ...]]  # by name
+    dtypes: Mapping[str, str]  # in the format's own words, e.g. "BF16"
+    bytes_of: Mapping[str, tuple[int, int]]  # first byte and the one after the last, in the file
+    fingerprint: str  # SHA-256 over the header, the file's size and its last 64 KiB
+
+
+@tries_again
+def read_header(uri: str) -> Header:
+    """Read what a safetensors file says of its tensors, without reading them, by ranged reads.
+
+    Raises:
+        ValueError: the file is not a whole safetensors file.
+    """
+    filesystem, path = files.open_filesystem(uri)
+    size = int(filesystem.size(path))
+    prefix = files.read_range(uri, 0, min(8, size))
+    length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+    if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
+        raise ValueError(f"{uri}: not a safetensors file, or cut short ({size} bytes, header of {length}); fetch it again")
+    raw = files.read_range(uri, 8, 8 + length)
+    try:
+        header = json.loads(raw)
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        shapes = {name: tuple(int(n) for n in entry["shape"]) for name, entry in entries.items()}
+        end = _end_of_data(entries, shapes)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{uri}: the safetensors header is damaged ({error}); fetch the file again") from error
+    if 8 + length + end != size:
+        raise ValueError(f"{uri}: cut short or padded: {size} bytes, {8 + length + end} by its header; fetch it again")
+    tail = files.read_range(uri, max(8 + length, size - _FINGERPRINT_BYTES), size)
+    places = {name: (8 + length + int(e["data_offsets"][0]), 8 + length + int(e["data_offsets"][1])) for name, e in entries.items()}
+    fingerprint = hashlib.sha256(raw + str(size).encode() + tail).hexdigest()
+    return Header(shapes, {name: str(entry["dtype"]) for name, entry in entries.items()}, places, fingerprint)
+
+
+def _end_of_data(entries: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Return where the last tensor ends, after checking that they follow each other and have the bytes of their shapes.
+
+    Raises:
+        ValueError: names the tensor that does not.
+    """
+    end = 0
+    for name, entry in sorted(entries.items(), key=lambda item: int(item[1]["data_offsets"][0])):
+        first, last = (int(offset) for offset in entry["data_offsets"])
+        if entry["dtype"] not in _ITEM_BYTES:
+            raise ValueError(f"{name} has the unknown dtype {entry['dtype']}")
+        size = math.prod(shapes[name]) * _ITEM_BYTES[entry["dtype"]]
+        if min(shapes[name], default=0) < 0 or (first, last - first) != (end, size):
+            raise ValueError(f"{name} of shape {shapes[name]} and dtype {entry['dtype']} cannot lie at bytes {first} to {last}")
+        end = last
+    return end
