@@ -122,6 +122,7 @@ class Reach:
 
     limit: float | None = None  # largest cost, per unit of the target if groups are ranked so; None for the cost of each group on its own
     needed: Mapping[str, int] | None = None  # consumer -> its groups that may be needed even if they cost more
+    only: frozenset[str] | None = None  # consumers whose paths are followed anew; None for all
 
 
 @dataclass
@@ -226,9 +227,10 @@ class Groups(Method):
         Raises:
             FloatingPointError: a factor or a cost is not usable; names the linear.
         """
-        found, replies, raised = _Scored({}), [], list[RaisedDamping]()
+        found = _Scored({}) if reach.only is None else worker.kept(_Scored)
+        replies, raised = [], list[RaisedDamping]()
         sets = {groups.consumer: groups for groups in worker.group_sets if groups.kind in self.section.groups}
-        for name in worker.each([name for name in sets if worker.owns(name)]):
+        for name in worker.each([name for name in sets if worker.owns(name) and (reach.only is None or name in reach.only)]):
             groups, mask = sets[name], worker.mask(name, StructuredMask)
             linear = linear_of(worker, name, self.used_curvature)
             alive, kind = alive_part(linear, mask), groups.kind
@@ -286,18 +288,21 @@ class Groups(Method):
         once = Scores.merged(cluster.run_all(self.costs, Reach(), shot))
         first, factor = self._allocate(once, shot), 1.25
         limit = NOTHING if self._uniform else factor * (first.threshold or 0.0)
+        scores, only = once, None
         while True:
             needed = {c.consumer: math.ceil(factor * first.counts[c.consumer]) + self.multiple(c.kind, shot) for c in once.costs}
             cluster.progress.begin(unit="linears")
-            scores = Scores.merged(cluster.run_all(self.costs, Reach(limit, needed), shot))
+            scores = _merged(scores, Scores.merged(cluster.run_all(self.costs, Reach(limit, needed, only), shot)))
             try:
                 found = self._allocate(scores, shot)
             except OutOfReachError:
-                factor, limit = 2 * factor, 4 * limit
+                factor, limit, only = 2 * factor, 4 * limit, None
                 continue
-            if self._uniform or all(self._is_followed(c, found.threshold or 0.0, limit) for c in scores.costs):
+            threshold = found.threshold or 0.0
+            short = frozenset(c.consumer for c in scores.costs if not self._is_followed(c, threshold, limit))
+            if self._uniform or not short:
                 return scores
-            limit = found.threshold or 0.0  # with all paths up to there the threshold is this one or lower
+            limit, only = threshold, short  # with all paths up to there the threshold is this one or lower
 
     def _is_followed(self, costs: ConsumerCosts, threshold: float, limit: float) -> bool:
         """Whether a path goes on to the threshold: its limit is above, or it came that far because its groups were needed, or it ended."""
@@ -334,6 +339,13 @@ class Groups(Method):
     def apply(self, cluster: Cluster, sequences: NDArray[np.int64], choice: Choice, shot: int) -> list[LinearSummary]:
         """Prune and update."""
         return in_order(cluster.run_all(self.prune, choice.counts))
+
+
+def _merged(before: Scores[ConsumerCosts], after: Scores[ConsumerCosts]) -> Scores[ConsumerCosts]:
+    """Return scores in which those of some consumers were taken anew."""
+    costs = {c.consumer: c for c in (*before.costs, *after.costs)}
+    raised = {(event.linear, event.factor): event for event in (*before.raised_damping, *after.raised_damping)}
+    return replace(after, costs=tuple(costs.values()), raised_damping=tuple(raised.values()))
 
 
 def _remove_producers(worker: Worker, groups: GroupSet) -> None:

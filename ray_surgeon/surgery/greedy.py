@@ -6,7 +6,8 @@ sum of single costs. With U = G W and H = W A kept beside W, a removal changes e
 * rows P: X = [G^-1]_:P ([G^-1]_PP)^-1; W -= X W_P; H -= X H_P; G^-1 -= X [G^-1]_P:; U keeps its other rows;
 * columns Q: Y = ([A^-1]_QQ)^-1 [A^-1]_Q:; W -= W_Q Y; U -= U_Q Y; A^-1 -= [A^-1]_:Q Y; H keeps its other columns.
 
-The inverses never exist whole: see `DowndatedInverse`.
+The inverses never exist whole: see `DowndatedInverse`. Where half of the rows or of the columns are gone, the rest goes on as a smaller
+problem: the inverse of what is left is that of its part of the factor.
 """
 
 from __future__ import annotations
@@ -17,10 +18,14 @@ import torch
 from torch import Tensor
 
 from ray_surgeon.surgery.kronecker import DampedFactor, solve_lower
+from ray_surgeon.surgery.linear import Part
 from ray_surgeon.surgery.products import product
 
 _FEW = 1 / 128
 """Of the structures that are left, the fraction that is pruned in one step (at least one structure)."""
+
+_ROWS = 128
+"""Of two matrices that are multiplied entry by entry, as many rows at once."""
 
 
 class DowndatedInverse:
@@ -43,6 +48,10 @@ class DowndatedInverse:
         self.blocks = factor.inverse_blocks(self._sets)  # [num_sets, w, w]
         self._V, self._k = factor.cholesky.new_empty(0, n), 0
         self._is_gone = torch.zeros(n, dtype=torch.bool, device=factor.cholesky.device)
+
+    def of_part(self, left: Tensor, sets: Tensor | None = None) -> DowndatedInverse:
+        """Return the same for the indices that are left, [n] bool; `sets` count among them."""
+        return DowndatedInverse(self._factor.part(left), sets)
 
     @property
     def diagonal(self) -> Tensor:
@@ -74,6 +83,12 @@ class DowndatedInverse:
         self._V[self._k : k], self._k = X, k
 
 
+def _dots(x: Tensor, y: Tensor, *, dim: int) -> Tensor:
+    """Return ``(x * y).sum(dim)`` of two matrices, a few rows at a time: memory that is new in every step costs more than the products."""
+    parts = [(a * b).sum(dim=dim) for a, b in zip(torch.split(x, _ROWS), torch.split(y, _ROWS), strict=True)]
+    return torch.cat(parts) if dim else torch.stack(parts).sum(dim=0)
+
+
 def _root(block: Tensor) -> Tensor:
     """Return a lower L with L L^T = block, which rounding may have made indefinite."""
     L: Tensor
@@ -86,7 +101,10 @@ def _root(block: Tensor) -> Tensor:
 
 
 class GreedyPath:
-    """The weights and costs of one linear along its greedy path."""
+    """The weights and costs of one linear along its greedy path.
+
+    Indices are those of the rows, columns and sets that are here still; `row_numbers` and the like say which they were at the start.
+    """
 
     def __init__(
         self,
@@ -111,7 +129,9 @@ class GreedyPath:
         self.W, self.prunes_rows, self.prunes_columns = W.clone(), prunes_rows, prunes_columns
         self.rows = torch.ones(len(W), dtype=torch.bool, device=W.device)
         self.columns = torch.ones(W.shape[1], dtype=torch.bool, device=W.device)
-        self.sets = torch.arange(W.shape[1], device=W.device)[:, None] if sets is None else sets
+        self.row_numbers, self.column_numbers = (torch.arange(n, device=W.device) for n in W.shape)
+        self.sets = self.column_numbers[:, None] if sets is None else sets
+        self.set_numbers = torch.arange(len(self.sets), device=W.device)
         if prunes_rows:
             self._H, self._by_row = product(W, A.matrix), DowndatedInverse(G)
         if prunes_columns:
@@ -119,16 +139,16 @@ class GreedyPath:
 
     def row_costs(self) -> Tensor:
         """Return the cost of each row now, [R]; of pruned ones, 0."""
-        return 0.5 * ((self.W * self._H).sum(dim=1) / self._by_row.diagonal).clamp(min=0) * self.rows
+        return 0.5 * (_dots(self.W, self._H, dim=1) / self._by_row.diagonal).clamp(min=0) * self.rows
 
     def column_costs(self) -> Tensor:
         """Return the cost of each column now, [C]; of pruned ones, 0."""
-        return 0.5 * ((self.W * self._U).sum(dim=0) / self._by_column.diagonal).clamp(min=0) * self.columns
+        return 0.5 * (_dots(self.W, self._U, dim=0) / self._by_column.diagonal).clamp(min=0) * self.columns
 
     def column_set_costs(self) -> Tensor:
         """Return the joint cost of each set of columns now: 1/2 tr(W_Q^T G W_Q ([A^-1]_QQ)^-1), [num_sets]; of pruned ones, 0."""
         if self.sets.shape[1] == 1:
-            return 0.5 * ((self.W * self._U).sum(dim=0)[self.sets[:, 0]] / self._by_column.diagonal).clamp(min=0)
+            return 0.5 * (_dots(self.W, self._U, dim=0)[self.sets[:, 0]] / self._by_column.diagonal).clamp(min=0)
         inner = torch.einsum("rsi,rsj->sij", self.W[:, self.sets], self._U[:, self.sets])
         solved: Tensor = torch.linalg.solve(self._by_column.blocks, inner)
         return 0.5 * solved.diagonal(dim1=1, dim2=2).sum(dim=1).clamp(min=0)
@@ -148,6 +168,22 @@ class GreedyPath:
         self.W.addmm_(self.W[:, pruned], Y, alpha=-1)
         self.W[:, pruned] = 0
         self.columns[pruned] = False
+
+    def compact(self) -> None:
+        """Leave out what is gone, if that is half of the rows or of the columns. A set is gone with all of its columns."""
+        rows, columns = self.rows, self.columns
+        if 2 * int(rows.sum()) > len(rows) and 2 * int(columns.sum()) > len(columns):
+            return
+        part = Part(rows, columns)
+        self.W = part.of(self.W)
+        if self.prunes_rows:
+            self._H, self._by_row = part.of(self._H), self._by_row.of_part(rows)
+        if self.prunes_columns:
+            left, place = columns[self.sets].any(dim=1), columns.cumsum(0) - 1
+            self.sets, self.set_numbers = place[self.sets[left]], self.set_numbers[left]
+            self._U, self._by_column = part.of(self._U), self._by_column.of_part(columns, self.sets)
+        self.row_numbers, self.column_numbers = self.row_numbers[rows], self.column_numbers[columns]
+        self.rows, self.columns = rows[rows], columns[columns]
 
 
 def greedy_costs(
@@ -169,11 +205,11 @@ def greedy_costs(
     by_row, by_column = path.W.new_full((len(path.W),), torch.inf), path.W.new_full((path.W.shape[1],), torch.inf)
     highest = 0.0
     while True:
-        row_costs, column_costs = torch.full_like(by_row, torch.inf), torch.full_like(by_column, torch.inf)
+        row_costs, column_costs = path.W.new_full((len(path.rows),), torch.inf), path.W.new_full((len(path.columns),), torch.inf)
         if path.prunes_rows:
-            row_costs = torch.where(may_prune_rows & path.rows, path.row_costs(), torch.inf)
+            row_costs = torch.where(may_prune_rows[path.row_numbers] & path.rows, path.row_costs(), torch.inf)
         if path.prunes_columns:
-            column_costs = torch.where(may_prune_columns & path.columns, path.column_costs(), torch.inf)
+            column_costs = torch.where(may_prune_columns[path.column_numbers] & path.columns, path.column_costs(), torch.inf)
         if per_parameter:
             row_costs, column_costs = row_costs / path.columns.sum().clamp(min=1), column_costs / path.rows.sum().clamp(min=1)
         together = torch.cat([row_costs, column_costs])
@@ -189,11 +225,13 @@ def greedy_costs(
         indices = cheapest.indices[to_prune]
         is_row = indices < len(row_costs)
         pruned_rows, pruned_columns = indices[is_row], indices[~is_row] - len(row_costs)
-        by_row[pruned_rows], by_column[pruned_columns] = marginal[to_prune][is_row], marginal[to_prune][~is_row]
+        by_row[path.row_numbers[pruned_rows]] = marginal[to_prune][is_row]
+        by_column[path.column_numbers[pruned_columns]] = marginal[to_prune][~is_row]
         if len(pruned_rows):
             path.remove_rows(pruned_rows)
         if len(pruned_columns):
             path.remove_columns(pruned_columns)
+        path.compact()
 
 
 def greedy_set_costs(path: GreedyPath, least: int, *, limit: float = math.inf, needed: int = 0, most: float = math.inf) -> Tensor:
@@ -209,18 +247,20 @@ def greedy_set_costs(path: GreedyPath, least: int, *, limit: float = math.inf, n
     Returns:
         [num_sets] the largest marginal cost up to and including the set's own removal; infinite for those that stay.
     """
-    sets = path.sets
-    marginal, alive, highest = torch.full((len(sets),), torch.inf, dtype=path.W.dtype), torch.ones(len(sets), dtype=torch.bool), 0.0
+    num_sets, device = len(path.sets), path.W.device
+    marginal, alive, highest = torch.full((num_sets,), torch.inf, dtype=path.W.dtype), torch.ones(num_sets, dtype=torch.bool), 0.0
     while (left := int(alive.sum())) > least:
-        costs = path.column_set_costs().cpu().masked_fill(~alive, torch.inf)
+        numbers = path.set_numbers.cpu()
+        costs = path.column_set_costs().cpu().masked_fill(~alive[numbers], torch.inf)
         cheapest = costs.topk(min(max(1, int(left * _FEW)), left - least), largest=False)
-        num_pruned = len(alive) - left
+        num_pruned = num_sets - left
         to_prune = (cheapest.values <= limit) | ((torch.arange(len(cheapest.values)) < needed - num_pruned) & (cheapest.values <= most))
         if not to_prune.any():
             break
         pruned = cheapest.indices[to_prune]
-        marginal[pruned] = cheapest.values[to_prune].clamp(min=highest)
-        highest = float(marginal[pruned].max())
-        path.remove_columns(sets[pruned.to(sets.device)].flatten())
-        alive[pruned] = False
+        marginal[numbers[pruned]] = cheapest.values[to_prune].clamp(min=highest)
+        highest = float(marginal[numbers[pruned]].max())
+        alive[numbers[pruned]] = False
+        path.remove_columns(path.sets[pruned.to(device)].flatten())
+        path.compact()
     return marginal

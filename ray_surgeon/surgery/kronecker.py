@@ -215,6 +215,10 @@ class DampedFactor:
     damping: float  # the damping that was needed, at least the one asked for
     float64_retry: bool  # whether the factorisation at the dtype of the input failed and float64 was used
 
+    def part(self, left: Tensor) -> DampedFactor:
+        """Return the factor of the indices that are left, [n] bool, with the damping it has."""
+        return factorise(self.matrix[left][:, left], 0.0, 1.0, "part of a damped factor")
+
     def _solved(self, indices: Tensor, start: int) -> Tensor:
         """Return rows `start` and below of the columns of L^-1 with these indices, none of which is smaller than `start`."""
         unit = self.cholesky.new_zeros(len(self.cholesky) - start, len(indices))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from ray_surgeon.cluster.worker import Worker
+from ray_surgeon.methods.groups import Groups, Reach
 from tests.conftest import CONFIGS, LAYOUTS
 from tests.integration.runs import MOST_BY_ORDER_OF_SUMS, assert_same_shot, difference, report_of, run, tensors_of_shot
 
@@ -53,6 +56,28 @@ def test_shards_and_replicas_and_resume(allocation: str, model_folders: dict[str
         assert run(tmp_path / name, model_folders["llama"], **options, **cluster) == 0
     assert_same_shot(tmp_path / "one/run", tmp_path / "shards/run", 2)
     assert difference(tmp_path / "one/run", tmp_path / "replicas/run", 2) < MOST_BY_ORDER_OF_SUMS
+
+
+def test_paths_that_went_far_enough_are_not_followed_again(
+    model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A round for the paths that were cut too early gives the same shot as a round for all of them."""
+    followed, costs = dict[str, list[int]](), Groups.costs
+
+    def listening(self: Groups, worker: Worker, reach: Reach, shot: int) -> Any:
+        reach = replace(reach, only=None) if name == "all" else reach
+        found = costs(self, worker, reach, shot)
+        followed.setdefault(name, []).append(len(found.costs))
+        return found
+
+    monkeypatch.setattr(Groups, "costs", listening)
+    for name in ("some", "all"):
+        assert run(tmp_path / name, model_folders["gpt2"], **GROUPS, pruning__num_shots=1) == 0
+    every = len(LAYOUTS["gpt2"].group_sets)
+    assert followed["some"][:2] == [every, every]
+    assert followed["all"] == [every] * len(followed["some"])
+    assert sum(followed["some"]) < sum(followed["all"])
+    assert_same_shot(tmp_path / "some/run", tmp_path / "all/run", 1)
 
 
 def test_only_ffn_channels_go_if_the_spec_says_so(model_folders: dict[str, Path], tmp_path: Path) -> None:

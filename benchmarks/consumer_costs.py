@@ -1,0 +1,76 @@
+"""Costs of one wide consumer in products of this machine: what factors, single costs and greedy paths take, as a ratio to one GEMM.
+
+``python -m benchmarks.consumer_costs --rows 4096 --columns 11008`` prints a Markdown table. The GEMM is torch's own, of two square
+float32 matrices with as many columns as the consumer, timed in the same process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ray_surgeon.surgery.groups import alive_part, group_costs
+from ray_surgeon.surgery.kronecker import Damping, KroneckerFactors
+from ray_surgeon.surgery.linear import Linear
+from ray_surgeon.surgery.masks import StructuredMask
+
+_TOKENS = 4096
+
+
+def consumer(num_rows: int, num_columns: int) -> Linear:
+    """Return a linear with random weights and with factors of random tokens whose channels differ in scale."""
+    generator = torch.Generator().manual_seed(0)
+
+    def second_moments(n: int) -> Tensor:
+        x = torch.randn(_TOKENS, n, generator=generator) * torch.randn(n, generator=generator).exp()
+        return x.T @ x
+
+    W = torch.randn(num_rows, num_columns, generator=generator) * num_columns**-0.5
+    factors = KroneckerFactors(second_moments(num_columns), second_moments(num_rows), _TOKENS).packed()
+    return Linear("consumer", W, factors, has_bias=False, damping=Damping(a=0.01, g=0.01, max=1.0))
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """Time one call."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and print the table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.consumer_costs", description="Time the costs of one consumer.")
+    parser.add_argument("--rows", type=int, default=4096, help="of the consumer")
+    parser.add_argument("--columns", type=int, default=11008, help="of the consumer")
+    parser.add_argument("--fractions", type=float, nargs="+", default=[0.2, 0.5, 0.99], help="of the columns that a path prunes")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(arguments.threads)
+    n = arguments.columns
+    gemm = min(map(seconds, [partial(torch.mm, *torch.randn(2, n, n))] * 3))
+    linear, groups = consumer(arguments.rows, n), torch.arange(n)[:, None]
+    alive = alive_part(linear, StructuredMask.full(arguments.rows, n))
+    lines = [f"GEMM of {n}^3: {gemm:.1f} s, {2 * n**3 / gemm / 1e9:.0f} GFLOP/s", "", "| step | seconds | GEMMs |", "|---|---:|---:|"]
+
+    def line(step: str, run: Callable[[], object]) -> None:
+        taken = seconds(run)
+        lines.append(f"| {step} | {taken:.1f} | {taken / gemm:.2f} |")
+
+    def costs(limit: float | None, needed: int) -> Tensor:
+        return group_costs(linear, alive, linear.curvature(alive), groups, n - needed if needed else 1, limit, needed)
+
+    line("factors, single costs", lambda: costs(None, 0))
+    for fraction in arguments.fractions:
+        line(f"factors, greedy path of {fraction:.0%}", partial(costs, -1.0, int(n * fraction)))
+    sys.stdout.write("\n".join(lines) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
