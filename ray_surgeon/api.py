@@ -72,6 +72,8 @@ class PruneResult:
             ValueError: the run has no such export.
         """
         export = self._export(kind)
+        if "from_pretrained" not in export["load"]:
+            raise ValueError(f"the export {export['kind']} is not for transformers; load another, or: {export['load']}")
         trusted = "trust_remote_code=True" in export["load"]  # the code beside the weights is ours, written by the run
         with tempfile.TemporaryDirectory() as scratch:
             folder = str(export["uri"])

@@ -28,6 +28,7 @@ from ray_surgeon.models.budgets import Budget, bytes_budget, fewest_left, flops_
 from ray_surgeon.models.families import check_family, check_sizes
 from ray_surgeon.models.gguf import convert_gguf
 from ray_surgeon.models.layout import ModelLayout
+from ray_surgeon.models.pruned_config import check_rope
 from ray_surgeon.run.directory import RunDirectory
 from ray_surgeon.sections.targets import FlopsTarget, LatencyTarget, ParametersTarget
 from ray_surgeon.sections.texts import ModelSection, SourceSection
@@ -109,7 +110,7 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
     layout = ModelLayout.of(_load_config(folder, source.origin), source.origin)
     placement = place(layout, spec.cluster.num_shards, spec.cluster.num_replicas)
     for kind in spec.output.exports:
-        check_export(kind, layout)
+        check_export(kind, layout, uniform=isinstance(spec.pruning, UniformGroupsSection))
     method = method_for(spec, layout)
     if dry_run and not source.has_weights:
         nothing = np.broadcast_to(np.int64(0), (spec.calibration.num_sequences, spec.calibration.sequence_length))
@@ -221,6 +222,7 @@ def _load_config(folder: Path, origin: str) -> PretrainedConfig:
         raise ValueError(f"model.source: config.json of {origin} is a {type(document).__name__}, expected an object; fetch it again")
     check_family(str(document.get("model_type", "")))
     check_sizes(document, origin)
+    check_rope(document)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the code of any family may raise anything

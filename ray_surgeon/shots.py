@@ -135,9 +135,9 @@ def _run_shots(inputs: Inputs, workers: Cluster, run: RunDirectory, listen: Call
         with step("export", num_shots) as facts:
             about, linear_records, uri = report.model_card_facts(), report.shots[-1]["linears"], run.path("export", kind)
             source, tokens, tasks = (inputs.layout, inputs.model), inputs.calibration[0], spec.evaluation.tasks
-            found = export(kind, workers, *source, uri, tokens, about, linear_records, speed=spec.output.speed, tasks=tasks)
+            found = export(kind, workers, *source, uri, tokens, about, linear_records, output=spec.output, tasks=tasks)
             report.exports.append(found)
-            facts |= {"kind": kind} | {name: found[name] for name in ("uri", "size_bytes", "reload_max_logit_difference")}
+            facts |= {name: found[name] for name in ("kind", "uri", "size_bytes", "reload_max_logit_difference") if name in found}
     run.write_report(report.as_record())
     page.draw(report.as_record(), final=True)
 

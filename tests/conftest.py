@@ -126,7 +126,7 @@ class Zygote:
         assert isinstance(answer, dict)
         return answer
 
-    def run_module(self, module: str, request: Mapping[str, Any], offline: bool = True) -> dict[str, Any]:
+    def run_module(self, module: str, request: Mapping[str, Any], offline: bool = True, gpu: str | None = None) -> dict[str, Any]:
         """Do as `fresh_process.run_module`, in a fork."""
         with tempfile.TemporaryDirectory() as modules:
             answer = self.ask(module=module, request=request, environment={"HF_MODULES_CACHE": modules})

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ray_surgeon.cluster.room import available_bytes
 from ray_surgeon.cluster.saving import num_files, save_weights
 from ray_surgeon.cluster.transport import decode
 from ray_surgeon.models.gguf import convert_gguf
+from ray_surgeon.models.pruned_config import BlockWidths
 from ray_surgeon.sections.texts import ModelSection
 from ray_surgeon.storage import files, tensor_files
 from ray_surgeon.storage.sources import SMALL_FILES, open_model
@@ -77,6 +79,46 @@ def copy_small_files(model: ModelSection, uri: str) -> None:
     for name in SMALL_FILES:
         if name in dense.names and name != "config.json":
             files.put_file(files.join(uri, name), dense.fetch(name))
+
+
+def write_gguf(
+    cluster: Cluster,
+    model: ModelSection,
+    uri: str,
+    document: Mapping[str, Any],
+    widths: Sequence[BlockWidths],
+    kinds: Sequence[str],
+    left_out: tuple[str, ...],
+) -> list[dict[str, Any]]:
+    """Write GGUF files from weights that the workers write beside them, and that are removed then.
+
+    Args:
+        cluster: with the pruned weights.
+        model: the dense model, whose tokenizer goes along.
+        uri: folder.
+        document: content of the dense model's config.json.
+        widths: of every block.
+        kinds: types of the matrices, a file each.
+        left_out: see `save_weights`.
+
+    Returns:
+        Name, size and largest error of every file; see `gguf_file.write_gguf`.
+
+    Raises:
+        RuntimeError: the files cannot be written.
+    """
+    weights = files.join(uri, "weights")
+    write_weights(cluster, weights, cut_out=True, masks=False, left_out=left_out)
+    copy_small_files(model, weights)
+    name = model.source.rstrip("/").rpartition("/")[2].removesuffix(".gguf") + "-pruned"
+    request = {"folder": weights, "document": document, "widths": [asdict(width) for width in widths], "kinds": kinds}
+    try:
+        found = run_module("ray_surgeon.export.gguf_file", request | {"name": name, "target": uri})
+    except RuntimeError as error:
+        raise RuntimeError(f"the export {uri} cannot be written:\n{error}") from error
+    files.remove_folder(weights)
+    written: list[dict[str, Any]] = found["files"]
+    return written
 
 
 def download_folder(uri: str, folder: Path, *, weights: bool = True) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,14 +10,15 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig
 
 from ray_surgeon.cluster.cluster import Cluster
 from ray_surgeon.export.card import model_card
-from ray_surgeon.export.folder import copy_small_files, dense_document, reload_difference, write_weights
+from ray_surgeon.export.folder import copy_small_files, dense_document, reload_difference, write_gguf, write_weights
 from ray_surgeon.export.speed import measure
 from ray_surgeon.export.tasks import evaluate_tasks
 from ray_surgeon.models.layout import ModelLayout
+from ray_surgeon.models.llama_cpp import architecture_of
 from ray_surgeon.models.pruned_config import (
     DECI_MULTIPLE,
     BlockWidths,
@@ -24,10 +26,11 @@ from ray_surgeon.models.pruned_config import (
     block_widths,
     check_deci,
     deci_document,
+    for_older_readers,
     per_block_document,
     uniform_document,
 )
-from ray_surgeon.sections.targets import SpeedSection
+from ray_surgeon.sections.output import OutputSection
 from ray_surgeon.sections.texts import ModelSection, TasksSection
 from ray_surgeon.storage import files
 
@@ -55,32 +58,48 @@ KINDS = {
     ),
     "uniform": Kind(
         "Every block has the same, smaller widths, in a plain class of transformers.",
-        {"transformers": "reloaded and compared", "vLLM, SGLang, llama.cpp": "an ordinary configuration of their families; not run"},
+        {"transformers": "reloaded and compared", "vLLM": "an ordinary configuration of the family"},
     ),
     "per_block": Kind(
         "Every block has widths of its own, `per_layer_config` in config.json; the modeling code lies beside the weights.",
-        {"transformers with trust_remote_code": "reloaded and compared, generates with a cache", "others": "none"},
+        {
+            "transformers with trust_remote_code": "reloaded and compared, generates with a cache",
+            "vLLM with --trust-remote-code": "by its transformers backend, if every block has an attention; not GPT-2",
+        },
         ("modeling_pruned.py",),
     ),
     "deci": Kind(
         "A DeciLM (Nemotron-NAS): every block has a feed-forward layer of its own width, `block_configs` in config.json.",
         {
             "transformers with trust_remote_code": "reloaded and compared, generates with a cache",
-            "vLLM, SGLang, llama.cpp's converter": "block_configs as their DeciLM code reads them; checked against that code, not run",
+            "vLLM": "as its own DeciLM",
         },
         ("modeling_decilm.py", "modeling_pruned.py"),
+    ),
+    "gguf": Kind(
+        "GGUF for llama.cpp, tokenizer and chat template included. Blocks of different widths are its architecture `deci`.",
+        {"llama.cpp": "every tensor read again and compared", "vLLM, transformers": "no"},
     ),
 }
 
 
-def check_export(kind: str, layout: ModelLayout) -> None:
+def check_export(kind: str, layout: ModelLayout, *, uniform: bool) -> None:
     """Refuse an export that a model cannot have, before anything starts.
+
+    Args:
+        kind: one of `KINDS`.
+        layout: of the dense model.
+        uniform: whether all blocks will have the same widths.
 
     Raises:
         ValueError: says why, and what to export instead.
     """
     if kind == "deci":
         check_deci(layout)
+    if kind == "gguf":
+        if importlib.util.find_spec("gguf") is None:
+            raise ValueError("output.exports: gguf needs the package gguf; run `pip install gguf` (or install ray-surgeon[gguf])")
+        architecture_of(layout, [BlockWidths(1, 1)] if uniform else [BlockWidths(1, 1), BlockWidths(0, 0)])
 
 
 def export(
@@ -93,7 +112,7 @@ def export(
     facts: Mapping[str, Any],
     linears: Sequence[Mapping[str, Any]],
     *,
-    speed: SpeedSection | None,
+    output: OutputSection,
     tasks: TasksSection | None,
 ) -> dict[str, Any]:
     """Write a Hugging Face folder, reload it in a process of its own, compare logits, and measure what is asked.
@@ -107,7 +126,7 @@ def export(
         tokens: [T] a sequence to compare on.
         facts: for the model card; see `RunReport.model_card_facts`.
         linears: the report's records of the linears.
-        speed: how to time it beside the dense model, not for ``masked``; None for not at all.
+        output: `output` of the job spec.
         tasks: downstream tasks; None for none.
 
     Returns:
@@ -116,17 +135,31 @@ def export(
     Raises:
         RuntimeError: the fresh process cannot load it, or computes something else.
     """
+    entry: dict[str, Any]
     document, modules = dense_document(model), KINDS[kind].modules
     widths = [] if kind == "masked" else block_widths(layout, {linear["name"]: linear["rows_kept"] for linear in linears})
     left_out = _left_out(kind, layout, widths)
+    if kind == "gguf":
+        written = write_gguf(cluster, model, uri, document, widths, output.gguf or ("bf16",), left_out)
+        entry = {
+            "kind": kind,
+            "uri": uri,
+            "size_bytes": written[0]["size_bytes"],
+            "loaders": dict(KINDS[kind].loaders),
+            "load": f"llama-server --model {uri}/{written[0]['file']}",
+            "files": written,
+            "widths": [[width.num_channels, width.num_kv_heads] for width in widths],
+        }
+        files.write_text(files.join(uri, "README.md"), model_card(KINDS[kind].summary, entry, model.source, facts))
+        return entry
     size_bytes = write_weights(cluster, uri, cut_out=kind != "masked", masks=kind == "masked", left_out=left_out)
     copy_small_files(model, uri)
     if kind != "masked":
         document = _narrow(kind, layout, document, widths)
-    files.write_json(files.join(uri, "config.json"), document)
+    files.write_json(files.join(uri, "config.json"), for_older_readers(document))
     for module in modules:
         files.write_text(files.join(uri, module), shipped_source(module, layout.config))
-    entry: dict[str, Any] = {
+    entry = {
         "kind": kind,
         "uri": uri,
         "size_bytes": size_bytes,
@@ -136,8 +169,8 @@ def export(
     }
     if widths:
         entry["widths"] = [[width.num_channels, width.num_kv_heads] for width in widths]
-    if speed is not None and kind != "masked":
-        entry["speed"] = measure(cluster, uri, dense_document(model), speed, shipped_code=bool(modules))
+    if output.speed is not None and kind != "masked":
+        entry["speed"] = measure(cluster, uri, dense_document(model), output.speed, shipped_code=bool(modules))
     if tasks is not None:
         entry["tasks"] = evaluate_tasks(cluster, uri, tasks, shipped_code=bool(modules))
     files.write_text(files.join(uri, "README.md"), model_card(KINDS[kind].summary, entry, model.source, facts))
@@ -159,8 +192,8 @@ def _left_out(kind: str, layout: ModelLayout, widths: Sequence[BlockWidths]) -> 
         prefix = layout.family.block_prefix(block)
         if not width.num_kv_heads:
             names += [f"{prefix}self_attn.q_norm.weight", f"{prefix}self_attn.k_norm.weight"]
-            names += [f"{prefix}input_layernorm.weight"] if kind == "deci" else []
-        if not width.num_channels and kind == "deci":
+            names += [f"{prefix}input_layernorm.weight"] if kind in ("deci", "gguf") else []
+        if not width.num_channels and kind in ("deci", "gguf"):
             names.append(f"{prefix}post_attention_layernorm.weight")
     return tuple(names)
 
@@ -170,8 +203,12 @@ def shipped_source(module: str, config: PretrainedConfig) -> str:
     text = (SHIPPED / module).read_text(encoding="utf-8")
     if module != "modeling_pruned.py":
         return text
-    model_class = AutoModelForCausalLM._model_mapping[type(config)]
-    text = text.replace("LlamaConfig as", f"{type(config).__name__} as").replace("LlamaForCausalLM as", f"{model_class.__name__} as")
+    for dense, kind in (
+        ("LlamaConfig", type(config)),
+        ("LlamaForCausalLM", AutoModelForCausalLM._model_mapping[type(config)]),
+        ("LlamaModel", AutoModel._model_mapping[type(config)]),
+    ):
+        text = text.replace(f"{dense} as", f"{kind.__name__} as")
     return text.replace("pruned_llama", f"pruned_{config.model_type}")
 
 

@@ -31,6 +31,16 @@ class AttentionCoupling:
 
 
 @dataclass(frozen=True)
+class LlamaCpp:
+    """How llama.cpp calls a family, and what it wants otherwise than transformers has it."""
+
+    name: str
+    pairs_rotary: bool = False  # whether neighbouring entries of a head rotate together, not those of its halves
+    adds_one_to_norms: bool = False  # whether norms multiply by 1 + weight here, and by the weight there
+    transposed: bool = False  # whether linears are [inputs, outputs] here
+
+
+@dataclass(frozen=True)
 class Family:
     """One family."""
 
@@ -47,6 +57,7 @@ class Family:
     width_field: str = "intermediate_size"  # the feed-forward width in the configuration
     has_free_heads: bool = True  # whether heads may fill less than the hidden size
     norms_queries: bool = False  # whether queries and keys are normalised over a head's dimensions
+    llama_cpp: LlamaCpp | None = None  # None if llama.cpp does not know the family
 
     def block_prefix(self, block: int) -> str:
         """Return the name of a block in the whole model, e.g. ``model.layers.3.``."""
@@ -69,19 +80,21 @@ _LLAMA = Family(
     ),
     ffn=FfnCoupling("mlp.down_proj", (("mlp.gate_proj", 0, 1), ("mlp.up_proj", 0, 1))),
     attention=AttentionCoupling("self_attn.o_proj", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    llama_cpp=LlamaCpp("llama", pairs_rotary=True),
 )
 
 FAMILIES: dict[str, Family] = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": replace(_LLAMA, norms_queries=True),
-    "gemma3_text": replace(_LLAMA, norms_queries=True),
+    "qwen2": replace(_LLAMA, llama_cpp=LlamaCpp("qwen2")),
+    "qwen3": replace(_LLAMA, norms_queries=True, llama_cpp=LlamaCpp("qwen3")),
+    "gemma3_text": replace(_LLAMA, norms_queries=True, llama_cpp=LlamaCpp("gemma3", adds_one_to_norms=True)),
     "phi3": replace(
         _LLAMA,
         shared_inputs=(("self_attn.qkv_proj",), ("self_attn.o_proj",), ("mlp.gate_up_proj",), ("mlp.down_proj",)),
         ffn=FfnCoupling("mlp.down_proj", (("mlp.gate_up_proj", 0, 2), ("mlp.gate_up_proj", 1, 2))),
         attention=AttentionCoupling("self_attn.o_proj", "self_attn.qkv_proj", "self_attn.qkv_proj", "self_attn.qkv_proj"),
+        llama_cpp=LlamaCpp("phi3"),
     ),
     "opt": Family(
         base="model.decoder",
@@ -115,6 +128,7 @@ FAMILIES: dict[str, Family] = {
         attention=AttentionCoupling("attn.c_proj", "attn.c_attn", "attn.c_attn", "attn.c_attn"),
         width_field="n_inner",
         has_free_heads=False,
+        llama_cpp=LlamaCpp("gpt2", transposed=True),
     ),
 }
 

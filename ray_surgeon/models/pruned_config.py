@@ -100,7 +100,7 @@ def per_block_document(layout: ModelLayout, document: Mapping[str, Any], widths:
         layout: of the dense model.
         document: its config.json.
         widths: of every block.
-        files: name of the module with ``PrunedConfig`` and ``PrunedForCausalLM``.
+        files: name of the module with ``PrunedConfig``, ``PrunedModel`` and ``PrunedForCausalLM``.
     """
     layers = [
         {
@@ -113,10 +113,45 @@ def per_block_document(layout: ModelLayout, document: Mapping[str, Any], widths:
     return dict(document) | {
         "model_type": f"pruned_{layout.config.model_type}",
         "architectures": ["PrunedForCausalLM"],
-        "auto_map": {"AutoConfig": f"{files}.PrunedConfig", "AutoModelForCausalLM": f"{files}.PrunedForCausalLM"},
+        "auto_map": {
+            "AutoConfig": f"{files}.PrunedConfig",
+            "AutoModel": f"{files}.PrunedModel",
+            "AutoModelForCausalLM": f"{files}.PrunedForCausalLM",
+        },
         "head_dim": layout.heads.head_dim,
         "per_layer_config": layers,
     }
+
+
+def for_older_readers(document: Mapping[str, Any]) -> Document:
+    """Return a config.json that also says what programs read that do not know `rope_parameters`, such as ``rope_theta``."""
+    parameters = document.get("rope_parameters")
+    if not parameters:
+        return dict(document)
+    of_all = parameters.get("full_attention", parameters)
+    older = {"rope_theta": of_all["rope_theta"]}
+    if "sliding_attention" in parameters:
+        older["rope_local_base_freq"] = parameters["sliding_attention"]["rope_theta"]
+    if "partial_rotary_factor" in of_all:
+        older["partial_rotary_factor"] = of_all["partial_rotary_factor"]
+    if of_all.get("rope_type", "default") != "default":
+        older["rope_scaling"] = {name: value for name, value in of_all.items() if name not in ("rope_theta", "partial_rotary_factor")}
+    return dict(document) | older
+
+
+def check_rope(document: Mapping[str, Any]) -> None:
+    """Refuse a config.json that says two things of the rotary embeddings, of which programs read one or the other.
+
+    Raises:
+        ValueError: names both.
+    """
+    said = for_older_readers(document)
+    for name in ("rope_theta", "rope_local_base_freq", "partial_rotary_factor"):
+        if name in document and document[name] != said[name]:
+            raise ValueError(
+                f"model.source: config.json has {name} {document[name]}, and {said[name]} in rope_parameters; programs read one or the "
+                "other: remove the wrong one"
+            )
 
 
 DECI_MULTIPLE = 256

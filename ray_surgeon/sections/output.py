@@ -9,16 +9,22 @@ from pydantic import Field, model_validator
 from ray_surgeon.sections.base import Section
 from ray_surgeon.sections.targets import SpeedSection
 
+GgufKind = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
+
 
 class OutputSection(Section):
     """Where results go."""
 
     uri: str = Field(min_length=1, description="Run directory: a local path or an fsspec URI such as s3://bucket/runs/name")
     keep_shots: int = Field(2, ge=0, description="Keep the tensors of the last N shots; 0 keeps all. The record of a shot is always kept")
-    exports: tuple[Literal["masked", "uniform", "per_block", "deci"], ...] = Field(
+    exports: tuple[Literal["masked", "uniform", "per_block", "deci", "gguf"], ...] = Field(
         ("masked",),
         description="Checkpoints to write at the end. masked: dense with zeros; of structure groups also uniform: really smaller, for "
-        "plain classes; per_block: really smaller, widths differ, with modeling code beside the weights; deci: likewise, as DeciLM",
+        "plain classes; per_block: really smaller, widths differ, with modeling code beside the weights; deci: likewise, as DeciLM; "
+        "gguf: files for llama.cpp, where widths that differ need a Llama",
+    )
+    gguf: tuple[GgufKind, ...] | None = Field(
+        None, min_length=1, description="Of the export gguf: types of the matrices, one file each; null: bf16 alone"
     )
     speed: SpeedSection | None = Field(None, description="Measure how fast each smaller export is beside the dense model; null: do not")
 
@@ -26,6 +32,8 @@ class OutputSection(Section):
     def _each_export_once(self) -> OutputSection:
         if len(set(self.exports)) < len(self.exports):
             raise ValueError(f"exports: {list(self.exports)} names one twice; remove it")
-        if self.speed is not None and not set(self.exports) - {"masked"}:
+        if self.gguf is not None and "gguf" not in self.exports:
+            raise ValueError("gguf: exports has no gguf; add it, or remove the field gguf")
+        if self.speed is not None and not set(self.exports) - {"masked", "gguf"}:
             raise ValueError("speed: exports has no smaller model to measure; add uniform, per_block or deci, or remove speed")
         return self

@@ -82,6 +82,13 @@ def remove(uri: str) -> None:
 
 
 @tries_again
+def remove_folder(uri: str) -> None:
+    """Remove a folder and everything in it."""
+    filesystem, path = open_filesystem(uri)
+    filesystem.rm(path, recursive=True)
+
+
+@tries_again
 def download(uri: str, target: Path) -> None:
     """Copy a file to a local path."""
     filesystem, path = open_filesystem(uri)

@@ -92,6 +92,10 @@ class Reader:
         """Return the names of a file's tensors."""
         return list(self._header(uri).shapes)
 
+    def shapes(self, uri: str) -> Mapping[str, tuple[int, ...]]:
+        """Return the shapes of a file's tensors by name."""
+        return self._header(uri).shapes
+
     def read(self, uri: str, name: str) -> Tensor:
         """Return a tensor; a local one must not be written to."""
         if files.is_local(uri):

@@ -1,7 +1,7 @@
 """Loads this checkpoint, whose blocks differ in width: ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)``.
 
 ``per_layer_config`` in config.json has, for every block, the width of its feed-forward layer and its numbers of query and KV heads; a block
-with no heads has no attention. Everything else is the dense family's own code.
+with no heads has no attention. Everything else is the dense family's own code. vLLM serves it by its transformers backend.
 """
 
 from __future__ import annotations
@@ -13,17 +13,21 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig as DenseConfig
 from transformers import LlamaForCausalLM as DenseForCausalLM
+from transformers import LlamaModel as DenseModel
 from transformers.pytorch_utils import Conv1D
 
 
 class PrunedConfig(DenseConfig):  # type: ignore[misc]
-    """The dense model's configuration, and ``per_layer_config``, which is ``block_sizes`` here: newer versions use that name otherwise."""
+    """The dense model's configuration, and ``per_layer_config``: transformers' own where it has one, and a list of plain values."""
 
     model_type = "pruned_llama"
 
     def __init__(self, per_layer_config: list[dict[str, int]] | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.block_sizes = [dict(sizes) for sizes in per_layer_config or []]
+        if hasattr(DenseConfig, "per_layer_config"):
+            self.allow_global_per_layer_attribute_access = True  # the dense model is built first, with the dense widths
+            self.per_layer_config = dict(enumerate(self.block_sizes))
 
     def to_dict(self) -> dict[str, Any]:
         """Return what config.json says."""
@@ -107,6 +111,25 @@ def narrow_block(block: nn.Module, config: Any, layer_idx: int, width: int, num_
         setattr(block, attention_name, NoAttention(output, getattr(attention, output), layer_idx))
 
 
+def narrow(model: nn.Module, config: PrunedConfig) -> None:
+    """Make the blocks of a dense model as narrow as its configuration says."""
+    (blocks,) = (m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == config.num_hidden_layers)
+    for layer_idx, (block, sizes) in enumerate(zip(blocks, config.block_sizes, strict=True)):
+        width = next(sizes[name] for name in ("intermediate_size", "ffn_dim", "n_inner") if name in sizes)
+        narrow_block(block, config, layer_idx, width, sizes["num_attention_heads"], sizes["num_key_value_heads"])
+
+
+class PrunedModel(DenseModel):  # type: ignore[misc]
+    """The dense model without a head, with narrower blocks."""
+
+    config_class = PrunedConfig
+
+    def __init__(self, config: PrunedConfig) -> None:
+        super().__init__(config)
+        narrow(self, config)
+        self.post_init()
+
+
 class PrunedForCausalLM(DenseForCausalLM):  # type: ignore[misc]
     """The dense model with narrower blocks."""
 
@@ -114,8 +137,5 @@ class PrunedForCausalLM(DenseForCausalLM):  # type: ignore[misc]
 
     def __init__(self, config: PrunedConfig) -> None:
         super().__init__(config)
-        (blocks,) = (m for m in self.modules() if isinstance(m, nn.ModuleList) and len(m) == config.num_hidden_layers)
-        for layer_idx, (block, sizes) in enumerate(zip(blocks, config.block_sizes, strict=True)):
-            width = next(sizes[name] for name in ("intermediate_size", "ffn_dim", "n_inner") if name in sizes)
-            narrow_block(block, config, layer_idx, width, sizes["num_attention_heads"], sizes["num_key_value_heads"])
+        narrow(self, config)
         self.post_init()

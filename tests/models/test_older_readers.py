@@ -1,0 +1,52 @@
+"""What a config.json says twice, for programs that know one name or the other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from transformers import AutoConfig, PretrainedConfig
+
+from ray_surgeon.models.pruned_config import check_rope, for_older_readers
+from tests.conftest import CONFIGS
+
+LLAMA_3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 32}
+
+
+def document_of(config: PretrainedConfig) -> dict[str, Any]:
+    return {name: value for name, value in config.to_dict().items() if name not in ("transformers_version", "_name_or_path")}
+
+
+@pytest.mark.parametrize(
+    ("family", "rope"),
+    [("llama", None), ("llama", LLAMA_3), ("qwen3", None), ("qwen3", YARN), ("gemma3", None), ("phi3", None), ("gpt2", None)],
+)
+def test_transformers_reads_the_same(family: str, rope: dict[str, Any] | None) -> None:
+    document = document_of(CONFIGS[family])
+    if rope:
+        document["rope_parameters"] = dict(rope)
+    both = for_older_readers(document)
+    expected = AutoConfig.for_model(**document).to_dict()
+    assert {name: AutoConfig.for_model(**both).to_dict()[name] for name in expected} == expected
+    if family == "gpt2":
+        assert both == document
+        return
+    of_all = document["rope_parameters"].get("full_attention", document["rope_parameters"])
+    assert both["rope_theta"] == of_all["rope_theta"]
+    assert ("rope_scaling" in both) == (rope is not None)
+    assert ("rope_local_base_freq" in both) == (family == "gemma3")
+    check_rope(both)
+
+
+def test_two_different_values_are_refused() -> None:
+    document = for_older_readers(document_of(CONFIGS["llama"])) | {"rope_theta": 5.0}
+    with pytest.raises(ValueError, match=r"config\.json has rope_theta 5\.0, and 10000\.0 in rope_parameters"):
+        check_rope(document)

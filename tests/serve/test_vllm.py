@@ -1,0 +1,42 @@
+"""What vLLM computes from an export, against transformers: greedy continuations and log-probabilities, in float32.
+
+Three prompts of different lengths run as one batch with a cache; the longest is prefilled in chunks.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.serve import environments
+from tests.serve.compare import NUM_NEW_TOKENS, compare
+from tests.serve.models import FAMILIES, PLAIN, PROMPTS, exported
+
+pytestmark = [
+    pytest.mark.serve,
+    pytest.mark.skipif(not environments.python_of("vllm").exists(), reason="python -m tests.serve.environments vllm"),
+]
+CHUNK = 32
+
+
+def in_vllm(folder: Path, expected_class: str) -> None:
+    request = {"folder": str(folder), "prompts": PROMPTS, "num_new_tokens": NUM_NEW_TOKENS, "chunk": CHUNK, "max_length": 200}
+    found = environments.run("vllm", request)
+    assert found["class"] == expected_class
+    compare(found, folder, "vLLM")
+
+
+@pytest.mark.parametrize("family", PLAIN)
+def test_uniform(family: str, tmp_path: Path) -> None:
+    in_vllm(exported(family, "uniform", folder=tmp_path), FAMILIES[family].vllm_class)
+
+
+@pytest.mark.parametrize("family", sorted(set(PLAIN) - {"gpt2"}))
+def test_per_block(family: str, tmp_path: Path) -> None:
+    """KV heads differ from block to block, and so does the cache."""
+    in_vllm(exported(family, "per_block", folder=tmp_path), "TransformersForCausalLM")
+
+
+def test_deci(tmp_path: Path) -> None:
+    in_vllm(exported("llama-wide", "deci", folder=tmp_path), "DeciLMForCausalLM")
