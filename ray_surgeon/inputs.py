@@ -28,7 +28,7 @@ from ray_surgeon.models.budgets import Budget, bytes_budget, fewest_left, flops_
 from ray_surgeon.models.families import check_family, check_sizes
 from ray_surgeon.models.gguf import convert_gguf
 from ray_surgeon.models.layout import ModelLayout
-from ray_surgeon.models.pruned_config import check_rope
+from ray_surgeon.models.pruned_config import check_rope, kv_heads_left
 from ray_surgeon.run.directory import RunDirectory
 from ray_surgeon.sections.targets import FlopsTarget, LatencyTarget, ParametersTarget
 from ray_surgeon.sections.texts import ModelSection, SourceSection
@@ -148,7 +148,13 @@ def method_for(spec: JobSpec, layout: ModelLayout) -> Method:
     pruning = spec.pruning
     if isinstance(pruning, GroupsSection | UniformGroupsSection):
         uniform = isinstance(pruning, UniformGroupsSection)
-        fewest = fewest_left(layout, pruning.groups, pruning.fewest_groups, uniform=uniform)
+        heads, devices = layout.heads, pruning.tensor_parallel
+        if heads.num_kv not in kv_heads_left(layout, devices, uniform=uniform):
+            raise ValueError(
+                f"pruning.tensor_parallel: {devices}, but no engine splits the dense model's {heads.num_query} query heads and "
+                f"{heads.num_kv} KV heads so; give a number that divides them"
+            )
+        fewest = fewest_left(layout, pruning.groups, pruning.fewest_groups, devices, uniform=uniform)
         consumers = {"ffn": layout.family.ffn.consumer, "attention": layout.family.attention.consumer}
         names = tuple(consumers[kind] for kind in pruning.groups)
         method = Groups(pruning, spec.curvature, _budget(layout, pruning, spec.model.dtype), fewest, names)

@@ -145,7 +145,7 @@ def _run_shots(inputs: Inputs, workers: Cluster, run: RunDirectory, listen: Call
 def _with_latencies(method: Groups, inputs: Inputs, workers: Cluster, uri: str) -> Groups:
     section = method.section
     assert isinstance(section.target, LatencyTarget)
-    widths = Widths(method.fewest, section.width_multiple, isinstance(section, UniformGroupsSection))
+    widths = Widths(method.fewest, section.multiple, section.tensor_parallel, isinstance(section, UniformGroupsSection))
     return method.with_budget(latency_budget(workers, inputs.layout, inputs.model, section.target, widths, uri))
 
 

@@ -44,6 +44,19 @@ class JobSpec(Section):
     cluster: ClusterSection = Field(RaySection(), description="Workers and where they run")
     output: OutputSection = Field(description="Where results go")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _widths_for_deci(cls, document: Any) -> Any:
+        """DeciLM rounds widths up to multiples of 256."""
+        pruning = document.get("pruning") if isinstance(document, dict) else None
+        output = document.get("output") if isinstance(document, dict) else None
+        if not (isinstance(pruning, dict) and isinstance(output, dict)) or pruning.get("structure") != "groups":
+            return document
+        exports, devices = output.get("exports"), pruning.get("tensor_parallel", 1)
+        if not isinstance(exports, list | tuple) or "deci" not in exports or not isinstance(devices, int):
+            return document
+        return document | {"pruning": pruning | {"width_multiple": pruning.get("width_multiple") or 256 * devices}}
+
     @model_validator(mode="after")
     def _fits_the_curvature(self) -> JobSpec:
         if self.pruning.takes_curvature != (self.curvature is not None):
@@ -87,7 +100,7 @@ class JobSpec(Section):
         if isinstance(pruning, GroupsSection) and "uniform" in exports:
             raise ValueError("output.exports: uniform needs pruning.allocation uniform; set it, or export per_block")
         if isinstance(pruning, GroupsSection | UniformGroupsSection):
-            if "deci" in exports and (pruning.groups != ("ffn",) or pruning.width_multiple % 256):
+            if "deci" in exports and (pruning.groups != ("ffn",) or pruning.multiple % 256):
                 raise ValueError(
                     "output.exports: deci holds widths that are multiples of 256 and all heads; set pruning.groups to [ffn] and "
                     "pruning.width_multiple to 256"

@@ -238,3 +238,12 @@ def test_schedules() -> None:
     assert geometric[-1] == pytest.approx(0.2)
     assert steps == sorted(steps, reverse=True)
     assert parse_spec(MINIMAL, ["pruning.sparsities=[0.15, 0.2]"]).pruning.targets == (0.15, 0.2)
+
+
+def test_widths_that_engines_like() -> None:
+    groups = ["pruning.structure=groups", "pruning.groups=[ffn]"]
+    assert parse_spec(MINIMAL, groups).pruning.multiple == 64
+    assert parse_spec(MINIMAL, [*groups, "pruning.tensor_parallel=4"]).pruning.multiple == 256
+    assert parse_spec(MINIMAL, [*groups, "output.exports=[deci]"]).pruning.multiple == 256
+    assert parse_spec(MINIMAL, [*groups, "output.exports=[deci]", "pruning.tensor_parallel=2"]).pruning.multiple == 512
+    assert parse_spec(MINIMAL, [*groups, "pruning.width_multiple=8"]).pruning.multiple == 8

@@ -24,7 +24,7 @@ from ray_surgeon.export.kinds import shipped_source
 from ray_surgeon.models.budgets import Budget
 from ray_surgeon.models.families import family_of
 from ray_surgeon.models.layout import ModelLayout
-from ray_surgeon.models.pruned_config import BlockWidths, per_block_document, plain_kv_heads
+from ray_surgeon.models.pruned_config import BlockWidths, kv_heads_left, per_block_document
 from ray_surgeon.sections.targets import LatencyTarget, SpeedSection
 from ray_surgeon.sections.texts import ModelSection
 from ray_surgeon.storage import files
@@ -39,6 +39,7 @@ class Widths:
 
     fewest: Mapping[str, int]  # kind of groups -> groups that must be left in every block; other kinds stay whole
     multiple: int  # feed-forward widths are multiples of this
+    tensor_parallel: int  # see `kv_heads_left`
     uniform: bool  # whether plain classes must hold the numbers of heads
 
 
@@ -82,8 +83,8 @@ def _numbers(layout: ModelLayout, wanted: Widths) -> tuple[list[int], list[int]]
         least = wanted.fewest["ffn"]
         channels = sorted({*(n for n in range(0, all_channels, wanted.multiple) if n >= least), all_channels})
     if "attention" in wanted.fewest:
-        allowed = plain_kv_heads(layout) if wanted.uniform else range(wanted.fewest["attention"], num_heads)
-        heads = sorted({*allowed, num_heads})
+        allowed = kv_heads_left(layout, wanted.tensor_parallel, uniform=wanted.uniform)
+        heads = sorted({*(k for k in allowed if k >= wanted.fewest["attention"]), num_heads})
     return channels, heads
 
 

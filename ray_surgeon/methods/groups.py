@@ -23,7 +23,7 @@ from ray_surgeon.cluster.worker import LinearSummary, Worker, collective, sizes
 from ray_surgeon.methods.method import Choice, Method, Scores, in_order, linear_of
 from ray_surgeon.models.budgets import Budget
 from ray_surgeon.models.layout import GroupSet, LinearShape
-from ray_surgeon.models.pruned_config import plain_kv_heads
+from ray_surgeon.models.pruned_config import kv_heads_left
 from ray_surgeon.sections.base import Positive
 from ray_surgeon.sections.curvature import AnyCurvature, ExtendedKfacSection
 from ray_surgeon.sections.targets import ScheduleSection, TargetSection
@@ -44,8 +44,13 @@ class _Groups(ScheduleSection):
     groups: tuple[GroupKind, ...] = Field(
         ("ffn", "attention"), min_length=1, description="Kinds of groups: FFN channels, KV groups with their query heads"
     )
-    width_multiple: Positive = Field(
-        64, description="In the end every feed-forward layer has a multiple of this many channels, or all it had; hardware likes multiples"
+    tensor_parallel: Positive = Field(
+        1, description="Over how many devices an engine will split every layer: the heads and channels that are left can be split so"
+    )
+    width_multiple: Positive | None = Field(
+        None,
+        description="In the end every feed-forward layer has a multiple of this many channels, or all it had; hardware likes multiples. "
+        "null: 64 for every device of tensor_parallel, or 256 if deci is exported",
     )
     target_sparsity: float | None = Field(
         None, gt=0, lt=1, description="Fraction of the parameters of the blocks' linears to remove, biases included"
@@ -60,13 +65,27 @@ class _Groups(ScheduleSection):
     @property
     def fewest_groups(self) -> dict[str, int]:
         """Groups of each kind that stay in every block."""
-        return {"ffn": self.width_multiple, "attention": 1}
+        return {"ffn": self.multiple, "attention": 1}
+
+    @property
+    def multiple(self) -> int:
+        """The number that widths are multiples of in the end."""
+        return self.width_multiple or 64 * self.tensor_parallel
 
     def problem_with(self, curvature: AnyCurvature) -> str | None:
         """Return why this section and a curvature do not go together; see `ScheduleSection`."""
         if isinstance(curvature, ExtendedKfacSection):
             return "curvature.kind: extended_kfac does not go with structure groups; use kfac"
         return None
+
+    @model_validator(mode="after")
+    def _splits(self) -> _Groups:
+        if self.multiple % self.tensor_parallel:
+            raise ValueError(
+                f"width_multiple: {self.multiple} channels cannot be split over tensor_parallel {self.tensor_parallel} devices; "
+                "give a multiple of it"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_target(self) -> _Groups:
@@ -204,7 +223,7 @@ class Groups(Method):
 
     def multiple(self, kind: str, shot: int) -> int:
         """Return what the number of groups left must be a multiple of; widths are rounded in the last shot."""
-        return self.section.width_multiple if kind == "ffn" and shot == self.section.shots else 1
+        return self.section.multiple if kind == "ffn" and shot == self.section.shots else 1
 
     def needs(self, shape: LinearShape) -> LinearNeeds | None:
         """Only consumers are ranked and updated: their A is factorised, then the part of it that stays."""
@@ -248,8 +267,8 @@ class Groups(Method):
         return Scores(tuple(replies), *sizes(worker), tuple(raised))
 
     def _allowed(self, worker: Worker, groups: GroupSet, shot: int) -> frozenset[int]:
-        if groups.kind == "attention" and self._uniform:
-            return frozenset(plain_kv_heads(worker.layout))
+        if groups.kind == "attention":
+            return frozenset(kv_heads_left(worker.layout, self.section.tensor_parallel, uniform=self._uniform))
         whole = len(groups.columns)
         return frozenset((*range(0, whole, self.multiple(groups.kind, shot)), whole))
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ray_surgeon.models.layout import ModelLayout
-from ray_surgeon.models.pruned_config import plain_kv_heads
+from ray_surgeon.models.pruned_config import kv_heads_left
 
 
 @dataclass(frozen=True)
@@ -48,19 +48,22 @@ class Budget:
         return max(more - less for less, more in itertools.pairwise(self.by_left[kind]))
 
 
-def fewest_left(layout: ModelLayout, kinds: Sequence[str], least: Mapping[str, int], *, uniform: bool) -> dict[str, int]:
+def fewest_left(
+    layout: ModelLayout, kinds: Sequence[str], least: Mapping[str, int], tensor_parallel: int = 1, *, uniform: bool
+) -> dict[str, int]:
     """Return how few groups may be left in every block.
 
     Args:
         layout: of the model.
         kinds: of groups that may be pruned.
         least: kind -> groups that stay in every block.
+        tensor_parallel: see `kv_heads_left`.
         uniform: whether plain classes must be able to hold the result.
     """
     in_all = _group_numbers(layout)
     found = {kind: min(least[kind], in_all[kind]) for kind in kinds}
-    if uniform and "attention" in found:
-        found["attention"] = min(plain_kv_heads(layout))
+    if "attention" in found:
+        found["attention"] = min(k for k in kv_heads_left(layout, tensor_parallel, uniform=uniform) if k >= found["attention"])
     return found
 
 

@@ -52,6 +52,21 @@ def plain_kv_heads(layout: ModelLayout) -> tuple[int, ...]:
     return tuple(k for k in range(1, heads.num_kv + 1) if k == heads.num_kv or _holds_heads(layout, k * heads.n_rep))
 
 
+def kv_heads_left(layout: ModelLayout, tensor_parallel: int, *, uniform: bool) -> tuple[int, ...]:
+    """Return the numbers of KV heads that may be left in a block.
+
+    Args:
+        layout: of the dense model.
+        tensor_parallel: devices over which an engine will split them; it splits query heads evenly, and KV heads evenly or copies them.
+        uniform: whether a plain class must hold them in every block; without that 0 is allowed, too.
+    """
+    heads = layout.heads
+    possible = plain_kv_heads(layout) if uniform else range(heads.num_kv + 1)
+    return tuple(
+        k for k in possible if k * heads.n_rep % tensor_parallel == 0 and (k % tensor_parallel == 0 or (k > 0 and tensor_parallel % k == 0))
+    )
+
+
 def _holds_heads(layout: ModelLayout, num_query_heads: int) -> bool:
     config = layout.config
     if not layout.family.has_free_heads:

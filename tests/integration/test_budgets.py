@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoModelForCausalLM
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from ray_surgeon.cluster.worker import Worker
 from ray_surgeon.export import latency
 from ray_surgeon.models.budgets import bytes_budget, flops_budget, parameters_budget
+from ray_surgeon.models.layout import ModelLayout
+from ray_surgeon.models.pruned_config import kv_heads_left
 from ray_surgeon.sections.targets import SpeedSection
-from tests.conftest import LAYOUTS, Zygote
+from tests.conftest import CONFIGS, LAYOUTS, Zygote
 from tests.integration.runs import assert_same_shot, report_of, run
 
 GROUPS: dict[str, Any] = {"pruning__structure": "groups", "pruning__width_multiple": 8, "pruning__target_sparsity": None}
@@ -146,3 +149,29 @@ def test_shards_agree(model_folders: dict[str, Path], tmp_path: Path) -> None:
     for name, shards in (("one", 1), ("two", 2)):
         assert run(tmp_path / name, model_folders["llama"], **GROUPS, pruning__target=target, cluster__num_shards=shards) == 0
     assert_same_shot(tmp_path / "one/run", tmp_path / "two/run", 2)
+
+
+def test_heads_and_widths_that_engines_can_split(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    """Over two devices: KV heads come in pairs or are one that is copied, query heads and channels in pairs."""
+    config = LlamaConfig(**{**CONFIGS["llama"].to_dict(), "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 4})
+    torch.manual_seed(0)
+    folder = tmp_path / "model"
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((model_folders["llama"] / name).read_bytes())
+    assert kv_heads_left(ModelLayout.of(config), 2, uniform=False) == (0, 2, 4, 6, 8)
+    assert kv_heads_left(LAYOUTS["llama"], 2, uniform=True) == (1, 2)
+    for name, devices in (("one", 1), ("two", 2)):
+        pruning = {"pruning__structure": "groups", "pruning__tensor_parallel": devices, "pruning__width_multiple": 2}
+        assert run(tmp_path / name, folder, **pruning, output__exports=["per_block"]) == 0
+    heads = {name: [kv for _, kv in report_of(tmp_path / name / "run")["exports"][0]["widths"]] for name in ("one", "two")}
+    assert any(kv % 2 for kv in heads["one"])
+    assert not any(kv % 2 for kv in heads["two"])
+
+
+def test_what_no_engine_splits_is_refused(model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pruning = {"pruning__structure": "groups", "pruning__tensor_parallel": 3}
+    assert run(tmp_path, model_folders["llama"], **pruning) == 2
+    assert "no engine splits the dense model's 4 query heads and 2 KV heads so" in capsys.readouterr().err
+    assert run(tmp_path, model_folders["llama"], **pruning, pruning__width_multiple=8) == 2
+    assert "8 channels cannot be split over tensor_parallel 3" in capsys.readouterr().err
