@@ -110,7 +110,7 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
     layout = ModelLayout.of(_load_config(folder, source.origin), source.origin)
     placement = place(layout, spec.cluster.num_shards, spec.cluster.num_replicas)
     for kind in spec.output.exports:
-        check_export(kind, layout, uniform=isinstance(spec.pruning, UniformGroupsSection))
+        check_export(kind, layout, uniform=isinstance(spec.pruning, UniformGroupsSection), quantize=spec.output.quantize is not None)
     method = method_for(spec, layout)
     if dry_run and not source.has_weights:
         nothing = np.broadcast_to(np.int64(0), (spec.calibration.num_sequences, spec.calibration.sequence_length))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from ray_surgeon.cluster.saving import num_files, save_weights
 from ray_surgeon.cluster.transport import decode
 from ray_surgeon.models.gguf import convert_gguf
 from ray_surgeon.models.pruned_config import BlockWidths
+from ray_surgeon.sections.output import QuantizeSection
 from ray_surgeon.sections.texts import ModelSection
 from ray_surgeon.storage import files, tensor_files
 from ray_surgeon.storage.sources import SMALL_FILES, open_model
@@ -129,6 +131,50 @@ def download_folder(uri: str, folder: Path, *, weights: bool = True) -> None:
             files.download(files.join(uri, name), folder / name)
 
 
+@contextlib.contextmanager
+def local_folder(uri: str) -> Iterator[tuple[Path, Path]]:
+    """Yield an export's folder on this machine, a copy if it lies elsewhere, and a scratch folder; the copy is gone afterwards."""
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        folder = Path(uri) if files.is_local(uri) else scratch / "model"
+        if folder != Path(uri):
+            download_folder(uri, folder)
+        yield folder, scratch
+
+
+def quantised_copy(
+    uri: str, target: str, linears: Sequence[str], section: QuantizeSection, texts: Mapping[str, NDArray[np.int64]]
+) -> dict[str, Any]:
+    """Write the quantised copy of an export, load it in a process of its own, and return its size, its error and its perplexities.
+
+    Args:
+        uri: the export.
+        target: folder of the copy.
+        linears: names of what is quantised.
+        section: how.
+        texts: name -> [num_windows, T] tokens to evaluate on.
+
+    Raises:
+        RuntimeError: it cannot be quantised or loaded.
+    """
+    for name in files.list_names(uri):
+        if not name.endswith((".safetensors", ".index.json", ".md")):
+            with tempfile.TemporaryDirectory() as scratch:
+                files.download(files.join(uri, name), Path(scratch) / name)
+                files.put_file(files.join(target, name), Path(scratch) / name)
+    request = {"source": uri, "target": target, "linears": list(linears), "scheme": section.scheme, "group_size": section.group_size or 128}
+    try:
+        found = run_module("ray_surgeon.export.quantized", request)
+        with local_folder(target) as (folder, scratch_folder):
+            windows = {name: torch.from_numpy(tokens) for name, tokens in texts.items()}
+            tensor_files.write(str(scratch_folder / "windows"), windows)
+            about = {"folder": str(folder), "windows": str(scratch_folder / "windows"), "num_threads": torch.get_num_threads()}
+            found["perplexity"] = run_module("ray_surgeon.export.perplexity", about)
+    except RuntimeError as error:
+        raise RuntimeError(f"the quantised export {target} cannot be made:\n{error}") from error
+    return found
+
+
 def reload_difference(cluster: Cluster, uri: str, tokens: NDArray[np.int64], dtype: str, *, shipped_code: bool) -> float:
     """Return the largest difference between the workers' logits and those of the export in a process of its own, which also generates.
 
@@ -144,11 +190,7 @@ def reload_difference(cluster: Cluster, uri: str, tokens: NDArray[np.int64], dty
     """
     some = [int(t) for t in tokens[:NUM_COMPARED_TOKENS]]
     here = decode(logits(cluster, some), torch.device("cpu"))
-    with tempfile.TemporaryDirectory() as name:
-        scratch = Path(name)
-        folder = Path(uri) if files.is_local(uri) else scratch / "model"
-        if folder != Path(uri):
-            download_folder(uri, folder)
+    with local_folder(uri) as (folder, scratch):
         logits_file, size = str(scratch / "logits"), sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         most = available_bytes()
         request = {"folder": str(folder), "tokens": some, "logits": logits_file, "shipped_code": shipped_code}

@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig
 
 from ray_surgeon.cluster.cluster import Cluster
 from ray_surgeon.export.card import model_card
-from ray_surgeon.export.folder import copy_small_files, dense_document, reload_difference, write_gguf, write_weights
+from ray_surgeon.export.folder import copy_small_files, dense_document, quantised_copy, reload_difference, write_gguf, write_weights
 from ray_surgeon.export.speed import measure
 from ray_surgeon.export.tasks import evaluate_tasks
 from ray_surgeon.models.layout import ModelLayout
@@ -83,19 +83,24 @@ KINDS = {
 }
 
 
-def check_export(kind: str, layout: ModelLayout, *, uniform: bool) -> None:
+def check_export(kind: str, layout: ModelLayout, *, uniform: bool, quantize: bool = False) -> None:
     """Refuse an export that a model cannot have, before anything starts.
 
     Args:
         kind: one of `KINDS`.
         layout: of the dense model.
         uniform: whether all blocks will have the same widths.
+        quantize: whether a quantised copy is written, too.
 
     Raises:
         ValueError: says why, and what to export instead.
     """
     if kind == "deci":
         check_deci(layout)
+    if quantize and layout.family.llama_cpp is not None and layout.family.llama_cpp.transposed:
+        raise ValueError(f"output.quantize: quantises linears of torch.nn.Linear, {layout.config.model_type} has others; remove it")
+    if quantize and importlib.util.find_spec("compressed_tensors") is None:
+        raise ValueError("output.quantize: needs the package compressed-tensors; run `pip install 'ray-surgeon[quantize]'`")
     if kind == "gguf":
         if importlib.util.find_spec("gguf") is None:
             raise ValueError("output.exports: gguf needs the package gguf; run `pip install gguf` (or install ray-surgeon[gguf])")
@@ -174,6 +179,47 @@ def export(
     if tasks is not None:
         entry["tasks"] = evaluate_tasks(cluster, uri, tasks, shipped_code=bool(modules))
     files.write_text(files.join(uri, "README.md"), model_card(KINDS[kind].summary, entry, model.source, facts))
+    return entry
+
+
+def export_quantised(
+    layout: ModelLayout,
+    model: ModelSection,
+    uniform: Mapping[str, Any],
+    texts: Mapping[str, NDArray[np.int64]],
+    facts: Mapping[str, Any],
+    output: OutputSection,
+) -> dict[str, Any]:
+    """Write the quantised copy of the export uniform, and evaluate it.
+
+    Args:
+        layout: of the dense model.
+        model: the dense model.
+        uniform: entry of the export.
+        texts: name -> [num_windows, T] tokens to evaluate on.
+        facts: for the model card.
+        output: `output` of the job spec, with `quantize`.
+
+    Returns:
+        The copy's entry in the report.
+
+    Raises:
+        RuntimeError: it cannot be quantised or loaded.
+    """
+    section = output.quantize
+    assert section is not None
+    target = f"{uniform['uri']}-{section.scheme}"
+    found = quantised_copy(uniform["uri"], target, list(layout.shapes), section, texts)
+    entry = {
+        "kind": f"uniform-{section.scheme}",
+        "uri": target,
+        "loaders": {"transformers with compressed-tensors": "loaded and evaluated", "vLLM": "by compressed-tensors"},
+        "load": f'AutoModelForCausalLM.from_pretrained("{target}")',
+        "widths": uniform["widths"],
+    } | found
+    summary = f"Every block has the same, smaller widths; linears are quantised to {section.scheme}, in the format compressed-tensors."
+    pairs = {name: (before, found["perplexity"][name]) for name, (before, _) in facts["perplexity"].items()}
+    files.write_text(files.join(target, "README.md"), model_card(summary, entry, model.source, dict(facts) | {"perplexity": pairs}))
     return entry
 
 

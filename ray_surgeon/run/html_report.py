@@ -47,7 +47,8 @@ class _Run:
 
     @property
     def is_complete(self) -> bool:
-        exports = len(self.record["spec"]["output"]["exports"])
+        output = self.record["spec"]["output"]
+        exports = len(output["exports"]) + (output.get("quantize") is not None)
         return len(self.record["shots"]) == self.num_shots and len(self.record["exports"]) == exports
 
     @property

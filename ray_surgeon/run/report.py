@@ -169,8 +169,9 @@ def export_lines(record: Mapping[str, Any]) -> list[str]:
     for export in record["exports"]:
         lines.append(f"{export['kind']} export: {export['uri']}")
         lines.append(_change("weights, MB", before / 1e6, export["size_bytes"] / 1e6))
+        after = export.get("perplexity", record["shots"][-1]["perplexity"])  # a quantised one has its own
         for text, value in record["dense"]["perplexity"].items():
-            lines.append(_change(f"perplexity {text}", value, record["shots"][-1]["perplexity"][text]))
+            lines.append(_change(f"perplexity {text}", value, after[text]))
         for step in ("prefill", "decode") if "speed" in export else ():
             speeds = [export["speed"][model][f"{step}_tokens_per_s"]["median"] for model in ("dense", "pruned")]
             lines.append(_change(f"{step}, tokens per second", *speeds))

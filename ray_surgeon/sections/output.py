@@ -6,10 +6,26 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from ray_surgeon.sections.base import Section
+from ray_surgeon.sections.base import Positive, Section
 from ray_surgeon.sections.targets import SpeedSection
 
 GgufKind = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
+
+
+class QuantizeSection(Section):
+    """A quantised copy of the export uniform."""
+
+    scheme: Literal["fp8", "int8", "w4a16"] = Field(
+        description="fp8 and int8: weights with a scale for each row, activations with one for each token; w4a16: weights of four bits, "
+        "with a scale for each group of columns"
+    )
+    group_size: Positive | None = Field(None, description="Of scheme w4a16: columns that share a scale; null: 128")
+
+    @model_validator(mode="after")
+    def _groups(self) -> QuantizeSection:
+        if self.group_size is not None and self.scheme != "w4a16":
+            raise ValueError(f"group_size: is not an option of {self.scheme}, whose rows have one scale; remove it")
+        return self
 
 
 class OutputSection(Section):
@@ -26,6 +42,9 @@ class OutputSection(Section):
     gguf: tuple[GgufKind, ...] | None = Field(
         None, min_length=1, description="Of the export gguf: types of the matrices, one file each; null: bf16 alone"
     )
+    quantize: QuantizeSection | None = Field(
+        None, description="Also write the export uniform quantised, in the format compressed-tensors, which vLLM loads; null: do not"
+    )
     speed: SpeedSection | None = Field(None, description="Measure how fast each smaller export is beside the dense model; null: do not")
 
     @model_validator(mode="after")
@@ -34,6 +53,8 @@ class OutputSection(Section):
             raise ValueError(f"exports: {list(self.exports)} names one twice; remove it")
         if self.gguf is not None and "gguf" not in self.exports:
             raise ValueError("gguf: exports has no gguf; add it, or remove the field gguf")
+        if self.quantize is not None and "uniform" not in self.exports:
+            raise ValueError("quantize: is a copy of the export uniform; add it to exports, or remove quantize")
         if self.speed is not None and not set(self.exports) - {"masked", "gguf"}:
             raise ValueError("speed: exports has no smaller model to measure; add uniform, per_block or deci, or remove speed")
         return self

@@ -1,0 +1,98 @@
+"""Quantised checkpoints in the format compressed-tensors, which vLLM loads: made from an export's files, a tensor at a time.
+
+Weights are rounded to the nearest number; activations, where a scheme rounds them too, are scaled token by token when the model runs, so
+nothing has to be calibrated. Embeddings, norms and the head stay as they are. Runs as a module of its own, see `fresh_process`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+
+import torch
+from compressed_tensors.compressors.base import BaseCompressor
+from compressed_tensors.compressors.format import infer_module_format
+from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, preset_name_to_scheme
+from compressed_tensors.quantization.utils import calculate_qparams
+from torch import Tensor
+
+from ray_surgeon.storage import files, tensor_files
+
+PRESETS = {"fp8": "FP8_DYNAMIC", "int8": "W8A8", "w4a16": "W4A16"}
+"""Names of the schemes in compressed-tensors."""
+
+
+def scheme_of(name: str, group_size: int) -> QuantizationScheme:
+    """Return a scheme for all linears; `group_size` columns share a scale where the scheme has groups."""
+    scheme = preset_name_to_scheme(PRESETS[name], ["Linear"])
+    if scheme.weights.group_size is not None:
+        scheme.weights.group_size = group_size
+    scheme.format = infer_module_format(torch.nn.Linear, scheme).value
+    return scheme
+
+
+def quantised(weight: Tensor, scheme: QuantizationScheme) -> dict[str, Tensor]:
+    """Return what is stored of a linear's weight [R, C], by the names compressed-tensors has for it.
+
+    Raises:
+        ValueError: groups do not fill the rows.
+    """
+    size = scheme.weights.group_size
+    if size is not None and weight.shape[1] % size:
+        raise ValueError(f"{weight.shape[1]} columns are no multiple of group_size {size}; lower it, or raise pruning.width_multiple")
+    groups = weight.view(len(weight), -1, size) if size is not None else weight[:, None]
+    scale, _ = calculate_qparams(groups.amin(dim=2), groups.amax(dim=2), scheme.weights)
+    scale = scale.clamp(min=torch.finfo(torch.float32).tiny) if scale.dtype == torch.float32 else scale
+    compressor = BaseCompressor.get_value_from_registry(scheme.format)
+    stored: dict[str, Tensor] = compressor.compress({"weight": weight, "weight_scale": scale}, scheme)
+    return stored
+
+
+def restored(stored: Mapping[str, Tensor], scheme: QuantizationScheme) -> Tensor:
+    """Return the weight that a program computes with."""
+    weight: Tensor = BaseCompressor.get_value_from_registry(scheme.format).decompress(dict(stored), scheme)["weight"]
+    return weight
+
+
+def main() -> None:
+    """Write the quantised copy of an export, and say how large it is and how far its weights are from the export's.
+
+    Raises:
+        ValueError: see `quantised`.
+    """
+    request = json.load(sys.stdin)
+    source, target, linears = request["source"], request["target"], set(request["linears"])
+    scheme, reader = scheme_of(request["scheme"], request["group_size"]), tensor_files.Reader()
+    weight_map, total, difference, norm = dict[str, str](), 0, 0.0, 0.0
+    for file in files.list_names(source):
+        if not file.endswith(".safetensors"):
+            continue
+        tensors = {}
+        for key in reader.names(files.join(source, file)):
+            tensor, name = reader.read(files.join(source, file), key), key.removesuffix(".weight")
+            if name not in linears or name == key:
+                tensors[key] = tensor
+                continue
+            try:
+                stored = quantised(tensor, scheme)
+            except ValueError as error:
+                raise ValueError(f"output.quantize: {name}: {error}") from error
+            difference += float((restored(stored, scheme).float() - tensor.float()).square().sum())
+            norm += float(tensor.float().square().sum())
+            tensors |= {f"{name}.{part}": value for part, value in stored.items()}
+        total += tensor_files.write(files.join(target, file), tensors)
+        weight_map |= dict.fromkeys(tensors, file)
+    if len(set(weight_map.values())) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        files.write_json(files.join(target, "model.safetensors.index.json"), index)
+    document = files.read_json(files.join(source, "config.json"))
+    config = QuantizationConfig(
+        config_groups={"group_0": scheme}, format=scheme.format, ignore=["lm_head"], quantization_status="compressed"
+    )
+    files.write_json(files.join(target, "config.json"), document | {"quantization_config": config.to_dict()})
+    sys.stdout.write(json.dumps({"size_bytes": total, "relative_error": (difference / max(norm, 1e-30)) ** 0.5}) + "\n")
+
+
+if __name__ == "__main__":
+    main()

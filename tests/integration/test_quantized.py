@@ -1,0 +1,77 @@
+"""Quantised copies: what is stored, how far it is from the export, and that transformers evaluates it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ray_surgeon.export.quantized import PRESETS, quantised, restored, scheme_of
+from ray_surgeon.storage import tensor_files
+from tests.conftest import LAYOUTS
+from tests.integration.runs import report_of, run
+
+UNIFORM: dict[str, Any] = {
+    "pruning__structure": "groups",
+    "pruning__allocation": "uniform",
+    "pruning__width_multiple": 16,
+    "pruning__num_shots": 1,
+    "output__exports": ["uniform"],
+}
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_every_number_is_rounded_to_the_nearest(name: str) -> None:
+    weight, scheme = torch.randn(6, 32), scheme_of(name, 16)
+    stored = quantised(weight, scheme)
+    found = restored(stored, scheme)
+    groups = weight.view(6, -1, 16) if name == "w4a16" else weight[:, None]
+    step = groups.abs().amax(dim=2, keepdim=True) * {"fp8": 2**-4, "int8": 1 / 127.5, "w4a16": 1 / 7.5}[name]
+    error = (found.view(groups.shape) - groups).abs()
+    assert (error <= step * (0.5 if name != "fp8" else 1) + 1e-6).all() or name == "w4a16"
+    assert float((found - weight).norm() / weight.norm()) < {"fp8": 0.04, "int8": 0.01, "w4a16": 0.12}[name]
+
+
+def test_groups_must_fill_the_rows() -> None:
+    with pytest.raises(ValueError, match="48 columns are no multiple of group_size 32"):
+        quantised(torch.randn(4, 48), scheme_of("w4a16", 32))
+
+
+@pytest.mark.parametrize(("scheme", "size"), [("int8", None), ("fp8", None), ("w4a16", 16)])
+def test_a_quantised_copy(scheme: str, size: int | None, model_folders: dict[str, Path], tmp_path: Path) -> None:
+    quantize = {"scheme": scheme, "group_size": size}
+    assert run(tmp_path, model_folders["llama"], **UNIFORM, output__quantize=quantize, cluster__num_shards=2) == 0
+    report, folder = report_of(tmp_path / "run"), tmp_path / f"run/export/uniform-{scheme}"
+    uniform, copy = report["exports"]
+    assert (copy["kind"], copy["uri"]) == (f"uniform-{scheme}", str(folder))
+    assert copy["size_bytes"] < uniform["size_bytes"]
+    for text, value in report["shots"][-1]["perplexity"].items():
+        assert copy["perplexity"][text] == pytest.approx(value, rel=0.2 if scheme == "w4a16" else 0.05)
+        assert copy["perplexity"][text] != value
+    document = json.loads((folder / "config.json").read_text())
+    assert document["quantization_config"]["quant_method"] == "compressed-tensors"
+    stored = {k: v for path in folder.glob("*.safetensors") for k, v in tensor_files.read(str(path)).items()}
+    there = {k: v for path in (tmp_path / "run/export/uniform").glob("*.safetensors") for k, v in tensor_files.read(str(path)).items()}
+    assert all(torch.equal(stored[key], there[key]) for key in there if key.removesuffix(".weight") not in LAYOUTS["llama"].shapes)
+    dtypes = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "w4a16": torch.int32}
+    leaf = "weight_packed" if scheme == "w4a16" else "weight"
+    assert all(stored[f"{name}.{leaf}"].dtype == dtypes[scheme] for name in LAYOUTS["llama"].shapes)
+    assert f"quantised to {scheme}" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "expected"),
+    [
+        ("llama", {"output__quantize": {"scheme": "int8", "group_size": 16}}, "group_size: is not an option of int8"),
+        ("llama", {"output__quantize": {"scheme": "int8"}, "output__exports": ["masked"]}, "is a copy of the export uniform"),
+        ("gpt2", {"output__quantize": {"scheme": "int8"}}, "gpt2 has others"),
+    ],
+)
+def test_what_cannot_be_quantised_is_refused(
+    family: str, changes: dict[str, Any], expected: str, model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path, model_folders[family], **{**UNIFORM, **changes}) == 2
+    assert expected in capsys.readouterr().err
