@@ -49,3 +49,16 @@ def compare(
         sys.stdout.write(f"{engine} {found['version']} {model.config.model_type} {folder.name}: {said}\n")
         assert result["tokens"] == tokens[0, len(prompt) :].tolist()
         assert difference < tolerance
+
+
+def mean_difference(found: dict[str, Any], folder: Path, engine: str) -> float:
+    """Return the mean difference of the log-probabilities of all tokens that the engine read and wrote."""
+    model, differences = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), []
+    for prompt, result in zip(PROMPTS, found["results"], strict=True):
+        tokens = torch.tensor([prompt + result["tokens"]])
+        with torch.no_grad():
+            here = model(tokens).logits[0, :-1].log_softmax(dim=-1).gather(1, tokens[0, 1:, None])[:, 0]
+        differences.append((here - torch.tensor(result["prompt_logprobs"] + result["logprobs"])).abs())
+    mean = float(torch.cat(differences).mean())
+    sys.stdout.write(f"{engine} {found['version']} {folder.name}: log-probabilities differ by {mean:.1e} in the mean\n")
+    return mean

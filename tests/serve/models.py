@@ -71,7 +71,7 @@ def exported(family: str, *kinds: str, folder: Path, **options: Any) -> Path:
     pruning |= {"pruning__allocation": "global" if kinds[0] == "per_block" else "uniform"}
     if kinds[0] == "deci":
         pruning |= {"pruning__groups": ["ffn"], "pruning__width_multiple": 256, "pruning__allocation": "global"}
-    assert run(folder, folder / "model", **pruning, output__exports=list(kinds), **options) == 0
+    assert run(folder, folder / "model", **(pruning | {"output__exports": list(kinds)} | options)) == 0
     export = folder / "run" / "export" / kinds[0]
     config = json.loads((export / "config.json").read_text())
     if kinds[0] == "per_block":

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.serve import environments
-from tests.serve.compare import NUM_NEW_TOKENS, compare
+from tests.serve.compare import NUM_NEW_TOKENS, compare, mean_difference
 from tests.serve.models import FAMILIES, PLAIN, PROMPTS, exported
 
 pytestmark = [
@@ -40,3 +40,14 @@ def test_per_block(family: str, tmp_path: Path) -> None:
 
 def test_deci(tmp_path: Path) -> None:
     in_vllm(exported("llama-wide", "deci", folder=tmp_path), "DeciLMForCausalLM")
+
+
+@pytest.mark.parametrize(("scheme", "size"), [("int8", None), ("fp8", None), ("w4a16", 64)])
+def test_quantised(scheme: str, size: int | None, tmp_path: Path) -> None:
+    """vLLM rounds activations too, or computes in bfloat16, and so differs; a wrong scale would make the log-probabilities random."""
+    options = {"pruning__groups": ["ffn"], "pruning__width_multiple": 128, "output__quantize": {"scheme": scheme, "group_size": size}}
+    folder = exported("llama", "uniform", folder=tmp_path, **options).parent / f"uniform-{scheme}"
+    request = {"folder": str(folder), "prompts": PROMPTS, "num_new_tokens": NUM_NEW_TOKENS, "chunk": 128, "max_length": 200}
+    found = environments.run("vllm", request | {"dtype": "bfloat16" if scheme == "w4a16" else "float32"})
+    assert found["class"] == "LlamaForCausalLM"
+    assert mean_difference(found, folder, f"vLLM {scheme}") < 0.15

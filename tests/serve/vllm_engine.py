@@ -10,7 +10,7 @@ def main() -> None:
     request = json.load(sys.stdin)
     engine = vllm.LLM(
         request["folder"],
-        dtype="float32",
+        dtype=request.get("dtype", "float32"),
         enforce_eager=True,
         trust_remote_code=True,
         enable_prefix_caching=False,

@@ -1,0 +1,79 @@
+"""Pruned and quantised against quantised alone: bytes and perplexities of SmolLM2-135M, as a Markdown table.
+
+``python -m benchmarks.quantised FOLDER`` prunes the feed-forward layers by every fraction (without corrections), quantises the dense and
+the pruned models in the same ways, and evaluates all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import ray_surgeon
+from ray_surgeon.export.folder import quantised_copy
+from ray_surgeon.inputs import check
+from ray_surgeon.models.gguf import convert_gguf
+from ray_surgeon.sections.output import QuantizeSection
+from ray_surgeon.spec import JobSpec, parse_spec
+from ray_surgeon.storage.sources import open_model
+
+SCHEMES = (("int8", None), ("fp8", None), ("w4a16", 64), ("w4a16", 32))
+
+
+def row(name: str, folder: str, scheme: str, size: int | None, about: Mapping[str, Any], target: Path) -> dict[str, Any]:
+    """Quantise a folder and return its line."""
+    section = QuantizeSection.model_validate({"scheme": scheme, "group_size": size})
+    found = quantised_copy(folder, str(target), about["linears"], section, about["texts"])
+    return {"model": name, "scheme": scheme + (f", groups of {size}" if size else ""), **found}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and write FOLDER/quantised.json and the table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quantised", description="Compare pruned and quantised models.")
+    parser.add_argument("folder", type=Path, help="where everything is written")
+    parser.add_argument("--sparsities", type=float, nargs="+", default=[0.1, 0.1875], help="of the feed-forward layers' channels")
+    arguments = parser.parse_args(argv)
+    document = parse_spec(Path("pipelines/quickstart.yaml").read_text()).model_dump(mode="json")
+    rows: list[dict[str, Any]] = []
+    about: dict[str, Any] = {}
+    for sparsity in arguments.sparsities:
+        run = arguments.folder / f"pruned-{sparsity:g}"
+        output = {"uri": str(run), "exports": ["uniform"]}
+        pruning = document["pruning"] | {"target_sparsity": sparsity, "num_shots": 1, "width_multiple": 64}
+        spec = JobSpec.model_validate(document | {"correction": None, "output": output, "pruning": pruning})
+        if not about:
+            inputs = check(spec, resume=False, dry_run=True)
+            texts: Mapping[str, NDArray[np.int64]] = inputs.texts
+            about = {"linears": list(inputs.layout.shapes), "texts": texts}
+            dense = str(open_model(spec.model, convert_gguf).small_files_folder())
+            rows += [row("dense", dense, *how, about, arguments.folder / f"dense-{i}") for i, how in enumerate(SCHEMES)]
+        result = ray_surgeon.prune(spec=spec)
+        if len(rows) == len(SCHEMES):
+            before = result.report["dense"]["perplexity"]
+            rows.insert(
+                0, {"model": "dense", "scheme": "float32", "size_bytes": 4 * result.report["parameters"]["before"], "perplexity": before}
+            )
+        uniform = result.report["exports"][0]
+        after = result.report["shots"][-1]["perplexity"]
+        name = f"pruned {sparsity:.2%}"
+        rows.append({"model": name, "scheme": "float32", "size_bytes": uniform["size_bytes"], "perplexity": after})
+        rows += [row(name, uniform["uri"], *how, about, run / f"quantised-{i}") for i, how in enumerate(SCHEMES)]
+    texts_named = list(rows[0]["perplexity"])
+    lines = ["| model | weights | MB | " + " | ".join(texts_named) + " |", "|---|---|---:|" + "---:|" * len(texts_named)]
+    for line in rows:
+        values = " | ".join(f"{line['perplexity'][text]:.3f}" for text in texts_named)
+        lines.append(f"| {line['model']} | {line['scheme']} | {line['size_bytes'] / 1e6:.1f} | {values} |")
+    (arguments.folder / "quantised.json").write_text(json.dumps(rows, indent=2) + "\n")
+    sys.stdout.write("\n".join(lines) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
