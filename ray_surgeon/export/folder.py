@@ -112,6 +112,7 @@ def write_gguf(
     weights = files.join(uri, "weights")
     write_weights(cluster, weights, cut_out=True, masks=False, left_out=left_out)
     copy_small_files(model, weights)
+    files.write_json(files.join(weights, "config.json"), dict(document))
     name = model.source.rstrip("/").rpartition("/")[2].removesuffix(".gguf") + "-pruned"
     request = {"folder": weights, "document": document, "widths": [asdict(width) for width in widths], "kinds": kinds}
     try:

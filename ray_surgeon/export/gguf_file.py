@@ -21,7 +21,7 @@ from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFReader, GGUFWriter
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ray_surgeon.models.families import LlamaCpp
@@ -131,10 +131,11 @@ def _describe(writer: GGUFWriter, layout: ModelLayout, widths: Sequence[BlockWid
 
 
 def _local_tokenizer(folder: str, scratch: Path) -> Path:
-    """Return a local folder with everything of an export that is not weights."""
+    """Return a local folder with everything of an export that is not weights; its tokenizer.json is what transformers makes of it."""
     for name in files.list_names(folder):
         if not name.endswith((".safetensors", ".gguf")):
             files.download(files.join(folder, name), scratch / name)
+    AutoTokenizer.from_pretrained(scratch).save_pretrained(scratch)  # for some families it is not what the file says
     return scratch
 
 
@@ -145,31 +146,43 @@ def _add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> None:
         ValueError: llama.cpp has no such tokenizer, or this does not know its name there.
     """
     document = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    byte_level = (document.get("decoder") or {}).get("type") == "ByteLevel"
-    vocabulary: gguf.vocab.Vocab
+    model = document["model"]
+    byte_level = model["type"] == "BPE" and (document.get("decoder") or {}).get("type") == "ByteLevel"
     if byte_level:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(_pre_tokenizer(document["pre_tokenizer"]))
-        tokens, types, scores = _byte_level_tokens(document, vocab_size)
-    else:
-        by_pieces = (folder / "tokenizer.model").exists()
-        try:
-            vocabulary = gguf.SentencePieceVocab(folder) if by_pieces else gguf.LlamaHfVocab(folder)
-        except (FileNotFoundError, TypeError) as error:
-            raise ValueError(f"output.exports: gguf: the tokenizer is neither of bytes nor of SentencePiece ({error})") from error
-        writer.add_tokenizer_model(vocabulary.tokenizer_model)
+    elif model["type"] == "BPE" and model.get("byte_fallback"):
+        writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
-        found = list(vocabulary.all_tokens())[:vocab_size]
-        tokens, types, scores = [token for token, _, _ in found], [kind for _, _, kind in found], [score for _, score, _ in found]
-    for number in range(len(tokens), vocab_size):  # embeddings that no token uses
-        tokens.append(f"[PAD{number}]".encode())
-        types.append(gguf.TokenType.UNUSED)
-        scores.append(-1000.0)
-    writer.add_token_list(tokens)
-    writer.add_token_types(types)
+        writer.add_add_space_prefix(_has_space_prefix(document))
+    else:
+        raise ValueError(f"output.exports: gguf: a tokenizer of type {model['type']} that is neither of bytes nor of SentencePiece's BPE")
+    tokens = _tokens(document, vocab_size)
+    writer.add_token_list([token.encode() for token, _ in tokens])
+    writer.add_token_types([kind for _, kind in tokens])
     if not byte_level:
-        writer.add_token_scores(scores)
+        writer.add_token_scores([-float(number) for number in range(len(tokens))])  # they are numbered in the order of their merges
     gguf.SpecialVocab(folder, load_merges=byte_level, n_vocab=vocab_size).add_to_gguf(writer, quiet=True)
+
+
+def _has_space_prefix(document: Mapping[str, Any]) -> bool:
+    """Whether a tokenizer puts a space in front of a text."""
+    steps = [document.get("normalizer"), document.get("pre_tokenizer")]
+    parts = [part for step in steps if step for part in step.get("normalizers", step.get("pretokenizers", [step]))]
+    return any(part["type"] == "Prepend" or part.get("prepend_scheme", "never") != "never" for part in parts)
+
+
+def _tokens(document: Mapping[str, Any], vocab_size: int) -> list[tuple[str, gguf.TokenType]]:
+    """Return every token by its number; numbers that no token has are embeddings that nothing uses."""
+    unknown = document["model"].get("unk_token")
+    by_number = {}
+    for token, number in document["model"]["vocab"].items():
+        kind = gguf.TokenType.BYTE if re.fullmatch("<0x[0-9A-F]{2}>", token) else gguf.TokenType.NORMAL
+        by_number[number] = token, kind
+    for added in document.get("added_tokens", []):
+        kind = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
+        by_number[added["id"]] = added["content"], gguf.TokenType.UNKNOWN if added["content"] == unknown else kind
+    return [by_number.get(number, (f"[PAD{number}]", gguf.TokenType.UNUSED)) for number in range(vocab_size)]
 
 
 def _pre_tokenizer(document: Mapping[str, Any] | None) -> str:
@@ -182,15 +195,6 @@ def _pre_tokenizer(document: Mapping[str, Any] | None) -> str:
     if (plain or expression is not None) and expression in _PRE_TOKENIZERS:
         return _PRE_TOKENIZERS[expression]
     raise ValueError(f"output.exports: gguf: llama.cpp's name of this way to cut text is not known: {json.dumps(document)[:300]}")
-
-
-def _byte_level_tokens(document: Mapping[str, Any], vocab_size: int) -> tuple[list[bytes], list[gguf.TokenType], list[float]]:
-    by_number = {number: (token, gguf.TokenType.NORMAL) for token, number in document["model"]["vocab"].items()}
-    for added in document.get("added_tokens", []):
-        kind = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
-        by_number[added["id"]] = added["content"], kind
-    some = [by_number.get(number, (f"[PAD{number}]", gguf.TokenType.UNUSED)) for number in range(min(vocab_size, max(by_number) + 1))]
-    return [token.encode() for token, _ in some], [kind for _, kind in some], [0.0] * len(some)
 
 
 class Tensors:

@@ -31,6 +31,11 @@ def main() -> None:
                 raise RuntimeError(json.dumps(found)[:3000])
             return found["completion_probabilities"]
 
+    def tokens_of(text: str) -> list[int]:
+        call = urllib.request.Request(server.listening_address + "/tokenize", json.dumps({"content": text}).encode())
+        with urllib.request.urlopen(call) as answer:
+            return json.load(answer)["tokens"]
+
     def logprob(entry: dict, token: int) -> float:
         return next(top["logprob"] for top in entry["top_logprobs"] if top["id"] == token)
 
@@ -43,7 +48,8 @@ def main() -> None:
         found = ask(prompt, request["num_new_tokens"])
         tokens = [entry["id"] for entry in found]
         results.append({"tokens": tokens, "prompt_logprobs": of_prompt, "logprobs": [entry["logprob"] for entry in found]})
-    print(json.dumps({"version": importlib.metadata.version("xllamacpp"), "results": results}))
+    found = {"results": results, "tokenized": [tokens_of(text) for text in request["texts"]]}
+    print(json.dumps({"version": importlib.metadata.version("xllamacpp")} | found))
 
 
 if __name__ == "__main__":

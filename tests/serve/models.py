@@ -9,7 +9,7 @@ from pydoc_data.topics import topics
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
@@ -79,6 +79,22 @@ def exported(family: str, *kinds: str, folder: Path, **options: Any) -> Path:
     if kinds[0] == "deci":
         assert len({str(block["ffn"]) for block in config["block_configs"]}) > 1
     return export
+
+
+def of_pieces() -> PreTrainedTokenizerFast:
+    """Return a tokenizer as Llama 2 has it: SentencePiece's BPE, bytes for what has no piece, a space in front."""
+    trained = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    trained.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    trained.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    special = ["<unk>", "<s>", "</s>"] + [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = trainers.BpeTrainer(vocab_size=900, special_tokens=special, show_progress=False, max_token_length=12)
+    trained.train_from_iterator([text.replace("\n", " ") for text in topics.values() if text.isascii()][:40], trainer)
+    document = json.loads(trained.to_str())
+    document["added_tokens"] = [token for token in document["added_tokens"] if token["id"] < 3]
+    trained = Tokenizer.from_str(json.dumps(document))
+    return PreTrainedTokenizerFast(tokenizer_object=trained, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
