@@ -117,14 +117,14 @@ def per_block_document(layout: ModelLayout, document: Mapping[str, Any], widths:
         widths: of every block.
         files: name of the module with ``PrunedConfig``, ``PrunedModel`` and ``PrunedForCausalLM``.
     """
-    layers = [
-        {
+    layers = {
+        str(block): {
             layout.family.width_field: width.num_channels,
             "num_attention_heads": width.num_kv_heads * layout.heads.n_rep,
             "num_key_value_heads": width.num_kv_heads,
         }
-        for width in widths
-    ]
+        for block, width in enumerate(widths)
+    }
     return dict(document) | {
         "model_type": f"pruned_{layout.config.model_type}",
         "architectures": ["PrunedForCausalLM"],

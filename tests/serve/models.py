@@ -75,7 +75,7 @@ def exported(family: str, *kinds: str, folder: Path, **options: Any) -> Path:
     export = folder / "run" / "export" / kinds[0]
     config = json.loads((export / "config.json").read_text())
     if kinds[0] == "per_block":
-        assert len({layer["num_key_value_heads"] for layer in config["per_layer_config"]}) > 1
+        assert len({layer["num_key_value_heads"] for layer in config["per_layer_config"].values()}) > 1
     if kinds[0] == "deci":
         assert len({str(block["ffn"]) for block in config["block_configs"]}) > 1
     return export

@@ -27,7 +27,7 @@ def in_llamacpp(folder: Path, tolerance: float = TOLERANCE) -> None:
     (file,) = (folder.parent / "gguf").glob("*-F32.gguf")
     request = {"file": str(file), "prompts": PROMPTS, "num_new_tokens": NUM_NEW_TOKENS, "chunk": 32, "max_length": 200}
     found = environments.run("llamacpp", request | {"vocabulary": VOCABULARY, "scored": SCORED, "texts": TEXTS})
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     assert found["tokenized"] == [tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS]
     compare(found, folder, "llama.cpp", SCORED, without_end=True, tolerance=tolerance)
 

@@ -22,9 +22,9 @@ class PrunedConfig(DenseConfig):  # type: ignore[misc]
 
     model_type = "pruned_llama"
 
-    def __init__(self, per_layer_config: list[dict[str, int]] | None = None, **kwargs: Any) -> None:
+    def __init__(self, per_layer_config: dict[str, dict[str, int]] | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.block_sizes = [dict(sizes) for sizes in per_layer_config or []]
+        self.block_sizes = [dict(sizes) for _, sizes in sorted((per_layer_config or {}).items(), key=lambda item: int(item[0]))]
         if hasattr(DenseConfig, "per_layer_config"):
             self.allow_global_per_layer_attribute_access = True  # the dense model is built first, with the dense widths
             self.per_layer_config = dict(enumerate(self.block_sizes))
@@ -32,7 +32,7 @@ class PrunedConfig(DenseConfig):  # type: ignore[misc]
     def to_dict(self) -> dict[str, Any]:
         """Return what config.json says."""
         document: dict[str, Any] = super().to_dict()
-        document["per_layer_config"] = document.pop("block_sizes", [])
+        document["per_layer_config"] = {str(block): sizes for block, sizes in enumerate(document.pop("block_sizes", []))}
         return document
 
 
