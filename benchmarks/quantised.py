@@ -1,7 +1,7 @@
 """Pruned and quantised against quantised alone: bytes and perplexities of SmolLM2-135M, as a Markdown table.
 
-``python -m benchmarks.quantised FOLDER`` prunes the feed-forward layers by every fraction (without corrections), quantises the dense and
-the pruned models in the same ways, and evaluates all of them.
+``python -m benchmarks.quantised FOLDER`` prunes channels of feed-forward layers to every sparsity (without corrections), quantises the
+dense and the pruned models in the same ways, and evaluates all of them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write FOLDER/quantised.json and the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quantised", description="Compare pruned and quantised models.")
     parser.add_argument("folder", type=Path, help="where everything is written")
-    parser.add_argument("--sparsities", type=float, nargs="+", default=[0.1, 0.1875], help="of the feed-forward layers' channels")
+    parser.add_argument("--sparsities", type=float, nargs="+", default=[0.1, 0.1875], help="of the parameters of the blocks' linears")
     arguments = parser.parse_args(argv)
     document = parse_spec(Path("pipelines/quickstart.yaml").read_text()).model_dump(mode="json")
     rows: list[dict[str, Any]] = []

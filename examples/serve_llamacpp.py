@@ -7,13 +7,12 @@ environment with the package xllamacpp instead.
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 from pathlib import Path
 
 from transformers import AutoConfig
 
-from examples.serving import dense_and_pruned, report, serving, tokens_per_second
+from examples.serving import compare, dense_and_pruned
 from ray_surgeon.export.gguf_file import write_gguf
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.pruned_config import BlockWidths
@@ -46,20 +45,13 @@ def main() -> None:
         widths = [BlockWidths(config.intermediate_size, layout.heads.num_kv)] * layout.num_blocks
         dense_file = Path(scratch) / "dense.gguf"
         write_gguf(str(dense), config, widths, "bf16", "dense", dense_file)
-        rates: dict[tuple[str, int], list[tuple[float, float]]] = {}
-        for turn in range(arguments.rounds):
-            for name, file in (("dense", dense_file), ("pruned", next((exports / "gguf").glob("*.gguf")))):
-                command = [arguments.server, "--model", str(file), "--port", str(arguments.port), "--ctx-size", "8192", "--parallel", "8"]
-                if arguments.python:
-                    command = [arguments.python, "-c", _BY_PYTHON, str(file), str(arguments.port)]
-                with serving(command, arguments.port) as client:
-                    if turn == 0:
-                        model = client.models.list().data[0].id
-                        answer = client.completions.create(model=model, prompt="The with statement", max_tokens=24, temperature=0.0)
-                        sys.stdout.write(f"{name}: The with statement{answer.choices[0].text}\n")
-                    for batch_size in arguments.batches:
-                        rates.setdefault((name, batch_size), []).append(tokens_per_second(client, batch_size))
-    report("llama.cpp", rates)
+        options = ["--port", str(arguments.port), "--ctx-size", "8192", "--parallel", "8", "--no-cache-prompt"]
+        commands = {}
+        for name, file in (("dense", dense_file), ("pruned", next((exports / "gguf").glob("*.gguf")))):
+            commands[name] = [arguments.server, "--model", str(file), *options]
+            if arguments.python:
+                commands[name] = [arguments.python, "-c", _BY_PYTHON, str(file), str(arguments.port)]
+        compare("llama.cpp", commands, arguments.port, arguments.batches, arguments.rounds)
 
 
 if __name__ == "__main__":

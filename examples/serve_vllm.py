@@ -6,10 +6,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-from examples.serving import dense_and_pruned, report, serving, tokens_per_second
+from examples.serving import compare, dense_and_pruned
 
 
 def main() -> None:
@@ -22,19 +21,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="how often each model has its turn")
     arguments = parser.parse_args()
     dense, exports = dense_and_pruned(arguments.run)
-    rates: dict[tuple[str, int], list[tuple[float, float]]] = {}
-    for turn in range(arguments.rounds):
-        for name, folder in (("dense", dense), ("pruned", exports / "uniform")):
-            command = [arguments.vllm, "serve", str(folder), "--port", str(arguments.port), "--max-model-len", "1024"]
-            command += ["--enforce-eager", "--no-enable-prefix-caching"]
-            with serving(command, arguments.port) as client:
-                if turn == 0:
-                    model = client.models.list().data[0].id
-                    answer = client.completions.create(model=model, prompt="The with statement", max_tokens=24, temperature=0.0)
-                    sys.stdout.write(f"{name}: The with statement{answer.choices[0].text}\n")
-                for batch_size in arguments.batches:
-                    rates.setdefault((name, batch_size), []).append(tokens_per_second(client, batch_size))
-    report("vLLM", rates)
+    options = ["--port", str(arguments.port), "--max-model-len", "1024", "--enforce-eager", "--no-enable-prefix-caching"]
+    folders = {"dense": dense, "pruned": exports / "uniform"}
+    commands = {name: [arguments.vllm, "serve", str(folder), *options] for name, folder in folders.items()}
+    compare("vLLM", commands, arguments.port, arguments.batches, arguments.rounds)
 
 
 if __name__ == "__main__":

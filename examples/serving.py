@@ -6,10 +6,11 @@ import contextlib
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,15 +21,16 @@ from ray_surgeon.models.gguf import convert_gguf
 from ray_surgeon.spec import JobSpec, parse_spec
 from ray_surgeon.storage.sources import open_model
 
-PROMPT_TOKENS, NEW_TOKENS, TURNS = 512, 64, 3
+PROMPT_WORDS, NEW_TOKENS, TURNS = 256, 64, 3
+START_TIMEOUT_S = 300
 
 
 def dense_and_pruned(run: Path) -> tuple[Path, Path]:
     """Return the folders of SmolLM2-135M and of the exports of the quickstart's job without corrections, which runs unless it has run."""
     document = parse_spec(Path("pipelines/quickstart.yaml").read_text()).model_dump(mode="json")
     spec = JobSpec.model_validate(document | {"correction": None, "output": {"uri": str(run), "exports": ["uniform", "gguf"]}})
-    if not (run / "report.json").exists():
-        ray_surgeon.prune(spec=spec)
+    if not list((run / "export" / "gguf").glob("*.gguf")):
+        ray_surgeon.prune(spec=spec, resume=(run / "spec.yaml").exists())
     return open_model(spec.model, convert_gguf).small_files_folder(), run / "export"
 
 
@@ -37,19 +39,27 @@ def serving(command: Sequence[str], port: int) -> Iterator[OpenAI]:
     """Start an engine and yield a client of it once it answers.
 
     Raises:
-        RuntimeError: it ends before it answers.
+        RuntimeError: it ends before it answers, or does not answer in time.
     """
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    try:
-        while not _answers(port):
-            if process.poll() is not None:
-                assert process.stderr is not None
-                raise RuntimeError(f"{command[0]} ended: {process.stderr.read()[-2000:]}")
-            time.sleep(0.5)
-        yield OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
-    finally:
-        process.terminate()
-        process.wait(60)
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+        try:
+            deadline = time.monotonic() + START_TIMEOUT_S
+            while True:
+                if process.poll() is not None or time.monotonic() > deadline:
+                    log.seek(0)
+                    raise RuntimeError(f"{command[0]} does not serve: {log.read()[-2000:]}")
+                if _answers(port):
+                    break
+                time.sleep(0.5)
+            yield OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
+        finally:
+            process.terminate()
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 def _answers(port: int) -> bool:
@@ -73,19 +83,37 @@ def tokens_per_second(client: OpenAI, batch_size: int) -> tuple[float, float]:
 
     with ThreadPoolExecutor(batch_size) as pool:
         for turn in range(TURNS + 1):  # the first one warms up
-            # every prompt starts in its own way, so that no cache of prefixes helps
-            long = [f"{turn} {i} " + " ".join(words[(i + n) % 8] for n in range(PROMPT_TOKENS // 2)) for i in range(batch_size)]
-            for asked, num_tokens, rates in ((long, 1, prefill), ([f"{turn} {i}: once" for i in range(batch_size)], NEW_TOKENS, decode)):
+            starts = [f"{batch_size} {turn} {i} " for i in range(batch_size)]  # each its own, so that no cache of prefixes helps
+            long = [start + " ".join(words[(i + n) % 8] for n in range(PROMPT_WORDS)) for i, start in enumerate(starts)]
+            for asked, num_tokens, rates in ((long, 1, prefill), ([start + "once" for start in starts], NEW_TOKENS, decode)):
                 start = time.perf_counter()
                 done = sum(pool.map(ask, asked, [num_tokens] * batch_size))
                 rates.append(done / (time.perf_counter() - start))
     return statistics.median(prefill[1:]), statistics.median(decode[1:])
 
 
-def report(engine: str, rates: dict[tuple[str, int], list[tuple[float, float]]]) -> None:
-    """Print the table."""
+def compare(engine: str, commands: Mapping[str, Sequence[str]], port: int, batches: Sequence[int], rounds: int) -> None:
+    """Serve models in turns, ask each for a continuation, and print how fast they are.
+
+    Args:
+        engine: its name.
+        commands: how to serve ``dense`` and ``pruned``.
+        port: of the server.
+        batches: requests at a time.
+        rounds: how often each model has its turn.
+    """
+    rates: dict[tuple[str, int], list[tuple[float, float]]] = {}
+    for turn in range(rounds):
+        for name, command in commands.items():
+            with serving(command, port) as client:
+                if turn == 0:
+                    model = client.models.list().data[0].id
+                    answer = client.completions.create(model=model, prompt="The with statement", max_tokens=24, temperature=0.0)
+                    sys.stdout.write(f"{name}: The with statement{answer.choices[0].text}\n")
+                for batch_size in batches:
+                    rates.setdefault((name, batch_size), []).append(tokens_per_second(client, batch_size))
     sys.stdout.write(f"\n| {engine}, tokens per second | batch | dense | pruned | ratio |\n|---|---|---|---|---|\n")
     for step, name in enumerate(("prefill", "decode")):
-        for batch_size in sorted({batch for _, batch in rates}):
+        for batch_size in batches:
             dense, pruned = (statistics.median(rate[step] for rate in rates[which, batch_size]) for which in ("dense", "pruned"))
             sys.stdout.write(f"| {name} | {batch_size} | {dense:.0f} | {pruned:.0f} | {pruned / dense:.2f} |\n")

@@ -43,7 +43,7 @@ class PruneResult:
 
     @property
     def path(self) -> str:
-        """Folder or URI of the pruned model: the last export listed in `output.exports`.
+        """Folder or URI of the pruned model: the last export listed in `output.exports`, not a quantised copy.
 
         Raises:
             ValueError: the run has no export.
@@ -65,13 +65,13 @@ class PruneResult:
         """Load the pruned model by transformers.
 
         Args:
-            kind: which export; the last one if not given.
+            kind: which export; the last one that transformers loads, quantised copies left out, if not given.
             options: of `from_pretrained`, such as ``device_map``.
 
         Raises:
             ValueError: the run has no such export.
         """
-        export = self._export(kind)
+        export = self._export(kind, for_transformers=kind is None)
         if "from_pretrained" not in export["load"]:
             raise ValueError(f"the export {export['kind']} is not for transformers; load another, or: {export['load']}")
         trusted = "trust_remote_code=True" in export["load"]  # the code beside the weights is ours, written by the run
@@ -86,8 +86,13 @@ class PruneResult:
             )
         return model
 
-    def _export(self, kind: str | None) -> Mapping[str, Any]:
-        found = [export for export in self.report["exports"] if kind in (None, export["kind"])]
+    def _export(self, kind: str | None, *, for_transformers: bool = False) -> Mapping[str, Any]:
+        possible = self.report["spec"]["output"]["exports"] if kind is None else [kind]
+        found = [
+            export
+            for export in self.report["exports"]
+            if export["kind"] in possible and ("from_pretrained" in export["load"] or not for_transformers)
+        ]
         if not found:
             kinds = [export["kind"] for export in self.report["exports"]]
             raise ValueError(f"the run {self.uri} has no export {kind or 'at all'}; it has {kinds}; name one in output.exports")

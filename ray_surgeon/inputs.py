@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -21,6 +22,7 @@ from ray_surgeon.cluster.devices import Device, Room
 from ray_surgeon.cluster.needs import Job
 from ray_surgeon.cluster.placement import Placement, place
 from ray_surgeon.cluster.plan import Plan, plan_job
+from ray_surgeon.export.for_engines import Shrinking, check_quantised
 from ray_surgeon.export.kinds import check_export
 from ray_surgeon.export.tasks import check_tasks
 from ray_surgeon.methods import METHODS, Groups, GroupsSection, Method, UniformGroupsSection
@@ -28,6 +30,7 @@ from ray_surgeon.models.budgets import Budget, bytes_budget, fewest_left, flops_
 from ray_surgeon.models.families import check_family, check_sizes
 from ray_surgeon.models.gguf import convert_gguf
 from ray_surgeon.models.layout import ModelLayout
+from ray_surgeon.models.llama_cpp import tokenizer_names
 from ray_surgeon.models.pruned_config import check_rope, kv_heads_left
 from ray_surgeon.run.directory import RunDirectory
 from ray_surgeon.sections.targets import FlopsTarget, LatencyTarget, ParametersTarget
@@ -109,8 +112,13 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
         folder = source.small_files_folder()
     layout = ModelLayout.of(_load_config(folder, source.origin), source.origin)
     placement = place(layout, spec.cluster.num_shards, spec.cluster.num_replicas)
-    for kind in spec.output.exports:
-        check_export(kind, layout, uniform=isinstance(spec.pruning, UniformGroupsSection), quantize=spec.output.quantize is not None)
+    if isinstance(spec.pruning, GroupsSection | UniformGroupsSection):
+        pruning, uniform = spec.pruning, isinstance(spec.pruning, UniformGroupsSection)
+        shrinking = Shrinking(pruning.groups, pruning.fewest_groups, pruning.multiple, uniform)
+        for kind in spec.output.exports:
+            check_export(kind, layout, shrinking)
+        if spec.output.quantize is not None:
+            check_quantised(layout, shrinking, spec.output.quantize)
     method = method_for(spec, layout)
     if dry_run and not source.has_weights:
         nothing = np.broadcast_to(np.int64(0), (spec.calibration.num_sequences, spec.calibration.sequence_length))
@@ -119,6 +127,8 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
         shapes, model_fingerprint = source.shapes_and_fingerprint()
     layout.check_checkpoint(shapes, source.origin)
     tokenizer, tokenizer_fingerprint = _load_tokenizer(folder, source.origin)
+    if "gguf" in spec.output.exports:
+        tokenizer_names(json.loads(tokenizer.backend_tokenizer.to_str()))
     calibration, texts = _read_texts(spec, tokenizer, layout.config)
     fingerprints: dict[str, Any] = {
         "code": ray_surgeon.__version__,

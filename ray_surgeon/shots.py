@@ -14,7 +14,8 @@ from ray_surgeon.cluster.passes import perplexity
 from ray_surgeon.cluster.room import device_of, look_around, shared
 from ray_surgeon.cluster.saving import continue_from_shot, save_shot
 from ray_surgeon.cluster.worker import ModelRecipe, clean_up, load
-from ray_surgeon.export.kinds import export, export_quantised
+from ray_surgeon.export.for_engines import export_quantised
+from ray_surgeon.export.kinds import export
 from ray_surgeon.export.latency import Widths, latency_budget
 from ray_surgeon.export.tasks import evaluate_tasks
 from ray_surgeon.inputs import Inputs
@@ -138,7 +139,7 @@ def _run_shots(inputs: Inputs, workers: Cluster, run: RunDirectory, listen: Call
             found = export(kind, workers, *source, uri, tokens, about, linear_records, output=spec.output, tasks=tasks)
             report.exports.append(found)
             if kind == "uniform" and spec.output.quantize is not None:
-                report.exports.append(export_quantised(*source, found, inputs.texts, about, spec.output))
+                report.exports.append(export_quantised(*source, found, inputs.texts, about, spec.output.quantize))
             facts |= {name: found[name] for name in ("kind", "uri", "size_bytes", "reload_max_logit_difference") if name in found}
     run.write_report(report.as_record())
     page.draw(report.as_record(), final=True)

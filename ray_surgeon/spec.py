@@ -108,8 +108,8 @@ class JobSpec(Section):
             target = pruning.target
             if isinstance(target, LatencyTarget) and target.device == "cuda" and not self.cluster.gpus_per_worker:
                 raise ValueError("pruning.target: device cuda is the first worker's GPU; set cluster.gpus_per_worker to 1")
-        if self.evaluation.tasks is not None and not self.output.exports:
-            raise ValueError("evaluation.tasks: are of exports, and output.exports has none; add one, or remove tasks")
+        if self.evaluation.tasks is not None and not set(self.output.exports) - {"gguf"}:
+            raise ValueError("evaluation.tasks: are of exports for transformers, and output.exports has none; add one, or remove tasks")
         return self
 
     def method_fingerprint(self) -> str:

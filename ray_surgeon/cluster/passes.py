@@ -20,6 +20,7 @@ from ray_surgeon.cluster.placement import WorkerIndex
 from ray_surgeon.cluster.schedule import Operation, submission_order
 from ray_surgeon.cluster.transport import TensorPayload, encode
 from ray_surgeon.cluster.worker import Worker
+from ray_surgeon.models.loss import perplexity_of
 
 # On a worker
 
@@ -213,9 +214,7 @@ def perplexity(cluster: Cluster, windows: NDArray[np.int64]) -> float:
         FloatingPointError: the loss is not a number.
     """
     mean = sum(sequence_losses(cluster, windows)) / (windows.shape[0] * (windows.shape[1] - 1))
-    if math.isnan(mean):
-        raise FloatingPointError("the loss on the evaluation text is not a number; the weights are damaged")
-    return math.exp(mean) if mean < 700 else math.inf
+    return perplexity_of(mean)
 
 
 def logits(cluster: Cluster, tokens: Sequence[int]) -> TensorPayload:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 _CARD = """---
-library_name: transformers
+library_name: {library}
 base_model: {source}
 tags: [pruning, {tag}]
 ---
@@ -23,10 +23,7 @@ Calibrated on {num_sequences} x {sequence_length} tokens of {calibration}. Weigh
 {tasks}{speed}
 ## Load
 
-```python
-from transformers import AutoModelForCausalLM
-model = {load}
-```
+{load}
 
 | program | |
 |---|---|
@@ -69,9 +66,19 @@ def model_card(summary: str, entry: Mapping[str, Any], source: str, facts: Mappi
         size=f"{entry['size_bytes'] / 1e6:.1f}",
         tasks=_tasks(facts["tasks"], entry["tasks"]) if "tasks" in entry else "",
         speed=_speed(entry["speed"]) if "speed" in entry else "",
-        load=entry["load"].replace(str(entry["uri"]), "folder").replace('"folder"', "folder"),
+        library="transformers" if "from_pretrained" in entry["load"] else "llama.cpp",
+        load=_load(entry),
         loaders="\n".join(f"| {program} | {known} |" for program, known in entry["loaders"].items()),
     )
+
+
+def _load(entry: Mapping[str, Any]) -> str:
+    if "from_pretrained" in entry["load"]:
+        line = entry["load"].replace(str(entry["uri"]), "folder").replace('"folder"', "folder")
+        return f"```python\nfrom transformers import AutoModelForCausalLM\nmodel = {line}\n```"
+    lines = [f"| {file['file']} | {file['size_bytes'] / 1e6:.1f} | {file['largest_error']:.2g} |" for file in entry["files"]]
+    table = "\n".join(["| file | MB | largest error of a weight, of its matrix's largest |", "|---|---|---|", *lines])
+    return f"    llama-server --model {entry['files'][0]['file']}\n\n{table}"
 
 
 def _tasks(before: Mapping[str, Mapping[str, float]], after: Mapping[str, Mapping[str, float]]) -> str:

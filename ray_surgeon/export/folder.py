@@ -110,16 +110,18 @@ def write_gguf(
         RuntimeError: the files cannot be written.
     """
     weights = files.join(uri, "weights")
-    write_weights(cluster, weights, cut_out=True, masks=False, left_out=left_out)
-    copy_small_files(model, weights)
-    files.write_json(files.join(weights, "config.json"), dict(document))
+    files.remove_folder(uri)  # of a try that was interrupted
     name = model.source.rstrip("/").rpartition("/")[2].removesuffix(".gguf") + "-pruned"
     request = {"folder": weights, "document": document, "widths": [asdict(width) for width in widths], "kinds": kinds}
     try:
+        write_weights(cluster, weights, cut_out=True, masks=False, left_out=left_out)
+        copy_small_files(model, weights)
+        files.write_json(files.join(weights, "config.json"), dict(document))
         found = run_module("ray_surgeon.export.gguf_file", request | {"name": name, "target": uri})
     except RuntimeError as error:
         raise RuntimeError(f"the export {uri} cannot be written:\n{error}") from error
-    files.remove_folder(weights)
+    finally:
+        files.remove_folder(weights)
     written: list[dict[str, Any]] = found["files"]
     return written
 
@@ -137,10 +139,17 @@ def local_folder(uri: str) -> Iterator[tuple[Path, Path]]:
     """Yield an export's folder on this machine, a copy if it lies elsewhere, and a scratch folder; the copy is gone afterwards."""
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
-        folder = Path(uri) if files.is_local(uri) else scratch / "model"
-        if folder != Path(uri):
+        folder = Path(files.open_filesystem(uri)[1]) if files.is_local(uri) else scratch / "model"
+        if not files.is_local(uri):
             download_folder(uri, folder)
         yield folder, scratch
+
+
+def _to_load(folder: Path, scratch: Path) -> dict[str, Any]:
+    """Return what `reload.load` has to know of a folder: where it is, and how much memory it may take if there is little."""
+    size, most = sum(path.stat().st_size for path in folder.glob("*.safetensors")), available_bytes()
+    little = {"max_memory": int(most / 2), "offload": str(scratch / "offload")} if 1.5 * size > most else {}
+    return {"folder": str(folder)} | little
 
 
 def quantised_copy(
@@ -158,6 +167,7 @@ def quantised_copy(
     Raises:
         RuntimeError: it cannot be quantised or loaded.
     """
+    files.remove_folder(target)  # of a try that was interrupted
     for name in files.list_names(uri):
         if not name.endswith((".safetensors", ".index.json", ".md")):
             with tempfile.TemporaryDirectory() as scratch:
@@ -169,8 +179,8 @@ def quantised_copy(
         with local_folder(target) as (folder, scratch_folder):
             windows = {name: torch.from_numpy(tokens) for name, tokens in texts.items()}
             tensor_files.write(str(scratch_folder / "windows"), windows)
-            about = {"folder": str(folder), "windows": str(scratch_folder / "windows"), "num_threads": torch.get_num_threads()}
-            found["perplexity"] = run_module("ray_surgeon.export.perplexity", about)
+            about = {"windows": str(scratch_folder / "windows"), "num_threads": torch.get_num_threads(), "shipped_code": False}
+            found["perplexity"] = run_module("ray_surgeon.export.perplexity", about | _to_load(folder, scratch_folder))
     except RuntimeError as error:
         raise RuntimeError(f"the quantised export {target} cannot be made:\n{error}") from error
     return found
@@ -192,10 +202,8 @@ def reload_difference(cluster: Cluster, uri: str, tokens: NDArray[np.int64], dty
     some = [int(t) for t in tokens[:NUM_COMPARED_TOKENS]]
     here = decode(logits(cluster, some), torch.device("cpu"))
     with local_folder(uri) as (folder, scratch):
-        logits_file, size = str(scratch / "logits"), sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-        most = available_bytes()
-        request = {"folder": str(folder), "tokens": some, "logits": logits_file, "shipped_code": shipped_code}
-        request |= {"max_memory": int(most / 2), "offload": str(scratch / "offload")} if 1.5 * size > most else {}
+        logits_file = str(scratch / "logits")
+        request = {"tokens": some, "logits": logits_file, "shipped_code": shipped_code} | _to_load(folder, scratch)
         try:
             run_module("ray_surgeon.export.reload", request)
         except RuntimeError as error:

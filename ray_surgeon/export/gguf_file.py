@@ -26,7 +26,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ray_surgeon.models.families import LlamaCpp
 from ray_surgeon.models.layout import ModelLayout
-from ray_surgeon.models.llama_cpp import architecture_of, rope_kind
+from ray_surgeon.models.llama_cpp import architecture_of, rope_kind, tokenizer_names
 from ray_surgeon.models.pruned_config import BlockWidths
 from ray_surgeon.storage import files, tensor_files
 
@@ -41,14 +41,6 @@ KINDS = {
     "q4_0": (Kind.Q4_0, gguf.LlamaFileType.MOSTLY_Q4_0, 0.14),
 }
 """Type of the matrices -> how they are stored, how llama.cpp calls such a file, and the largest error, of the matrix's largest entry."""
-
-_PRE_TOKENIZERS = {
-    None: "gpt-2",
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+": "llama-bpe",
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "llama-bpe",
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "qwen2",
-}
-"""How byte-level tokenizers cut text before they merge: the expression in tokenizer.json -> llama.cpp's name; None is GPT-2's own."""
 
 
 def write_gguf(folder: str, config: PretrainedConfig, widths: Sequence[BlockWidths], kind: str, name: str, target: Path) -> float:
@@ -143,26 +135,32 @@ def _add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> None:
     """Write tokens, merges, special tokens and the chat template.
 
     Raises:
-        ValueError: llama.cpp has no such tokenizer, or this does not know its name there.
+        ValueError: see `tokenizer_names`.
     """
     document = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    model = document["model"]
-    byte_level = model["type"] == "BPE" and (document.get("decoder") or {}).get("type") == "ByteLevel"
-    if byte_level:
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(_pre_tokenizer(document["pre_tokenizer"]))
-    elif model["type"] == "BPE" and model.get("byte_fallback"):
-        writer.add_tokenizer_model("llama")
-        writer.add_tokenizer_pre("default")
-        writer.add_add_space_prefix(_has_space_prefix(document))
-    else:
-        raise ValueError(f"output.exports: gguf: a tokenizer of type {model['type']} that is neither of bytes nor of SentencePiece's BPE")
+    model, cut = tokenizer_names(document)
+    writer.add_tokenizer_model(model)
+    writer.add_tokenizer_pre(cut)
     tokens = _tokens(document, vocab_size)
     writer.add_token_list([token.encode() for token, _ in tokens])
     writer.add_token_types([kind for _, kind in tokens])
-    if not byte_level:
+    if model == "llama":
+        writer.add_add_space_prefix(_has_space_prefix(document))
         writer.add_token_scores([-float(number) for number in range(len(tokens))])  # they are numbered in the order of their merges
-    gguf.SpecialVocab(folder, load_merges=byte_level, n_vocab=vocab_size).add_to_gguf(writer, quiet=True)
+    special = gguf.SpecialVocab(folder, load_merges=model == "gpt2", n_vocab=vocab_size)
+    special.add_special_token |= _added_tokens(folder)
+    special.add_to_gguf(writer, quiet=True)
+
+
+def _added_tokens(folder: Path) -> dict[str, bool]:
+    """Return whether a tokenizer puts its first and its last special token around a text."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    plain, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    first, last = whole[: len(whole) - len(plain)], whole[len(plain) :]
+    return {
+        "bos": bool(first) and whole[0] == tokenizer.bos_token_id != plain[:1],
+        "eos": bool(last) and whole[-1] == tokenizer.eos_token_id and whole[-len(plain) :] != plain,
+    }
 
 
 def _has_space_prefix(document: Mapping[str, Any]) -> bool:
@@ -185,18 +183,6 @@ def _tokens(document: Mapping[str, Any], vocab_size: int) -> list[tuple[str, ggu
     return [by_number.get(number, (f"[PAD{number}]", gguf.TokenType.UNUSED)) for number in range(vocab_size)]
 
 
-def _pre_tokenizer(document: Mapping[str, Any] | None) -> str:
-    steps = list((document or {}).get("pretokenizers", [document]))
-    kinds, last = [step and step["type"] for step in steps], steps[-1]
-    if kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"] and last["use_regex"] and not last["add_prefix_space"]:
-        return "smollm"
-    expression = steps[0]["pattern"].get("Regex") if kinds == ["Split", "ByteLevel"] else None
-    plain = kinds == ["ByteLevel"] and last["use_regex"] and not last["add_prefix_space"]
-    if (plain or expression is not None) and expression in _PRE_TOKENIZERS:
-        return _PRE_TOKENIZERS[expression]
-    raise ValueError(f"output.exports: gguf: llama.cpp's name of this way to cut text is not known: {json.dumps(document)[:300]}")
-
-
 class Tensors:
     """The tensors of a model by llama.cpp's names, each read and rearranged when it is asked for."""
 
@@ -215,7 +201,9 @@ class Tensors:
             for key, shape in self._reader.shapes(uri).items():
                 name = there.get_name(key, try_suffixes=(".weight", ".bias"))
                 if name is None:
-                    raise ValueError(f"output.exports: gguf: llama.cpp's {architecture.name} has no place for {key}; export uniform")
+                    raise ValueError(
+                        f"output.exports: gguf: llama.cpp's {architecture.name} has no place for {key}; export uniform or per_block instead"
+                    )
                 self._source[name] = uri, key
                 self.shapes[name] = tuple(reversed(shape)) if self._is_transposed(key, shape) else tuple(shape)
         factors = self._rope_factors()
@@ -224,7 +212,7 @@ class Tensors:
         self.names = sorted(self.shapes)
 
     def _is_transposed(self, key: str, shape: Sequence[int]) -> bool:
-        return self._architecture.transposed and len(shape) == 2 and self._layout.block_of(key) is not None
+        return self._layout.family.transposed and len(shape) == 2 and self._layout.block_of(key) is not None
 
     def read(self, name: str) -> NDArray[np.float32]:
         """Return a tensor in float32."""

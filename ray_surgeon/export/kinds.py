@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +13,11 @@ from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig
 
 from ray_surgeon.cluster.cluster import Cluster
 from ray_surgeon.export.card import model_card
-from ray_surgeon.export.folder import copy_small_files, dense_document, quantised_copy, reload_difference, write_gguf, write_weights
+from ray_surgeon.export.folder import copy_small_files, dense_document, reload_difference, write_weights
+from ray_surgeon.export.for_engines import Shrinking, check_gguf, export_gguf
 from ray_surgeon.export.speed import measure
 from ray_surgeon.export.tasks import evaluate_tasks
 from ray_surgeon.models.layout import ModelLayout
-from ray_surgeon.models.llama_cpp import architecture_of
 from ray_surgeon.models.pruned_config import (
     DECI_MULTIPLE,
     BlockWidths,
@@ -76,35 +75,24 @@ KINDS = {
         },
         ("modeling_decilm.py", "modeling_pruned.py"),
     ),
-    "gguf": Kind(
-        "GGUF for llama.cpp, tokenizer and chat template included. Blocks of different widths are its architecture `deci`.",
-        {"llama.cpp": "every tensor read again and compared", "vLLM, transformers": "no"},
-    ),
 }
 
 
-def check_export(kind: str, layout: ModelLayout, *, uniform: bool, quantize: bool = False) -> None:
+def check_export(kind: str, layout: ModelLayout, shrinking: Shrinking) -> None:
     """Refuse an export that a model cannot have, before anything starts.
 
     Args:
-        kind: one of `KINDS`.
+        kind: one of `KINDS` but masked.
         layout: of the dense model.
-        uniform: whether all blocks will have the same widths.
-        quantize: whether a quantised copy is written, too.
+        shrinking: what pruning may leave.
 
     Raises:
         ValueError: says why, and what to export instead.
     """
     if kind == "deci":
         check_deci(layout)
-    if quantize and layout.family.llama_cpp is not None and layout.family.llama_cpp.transposed:
-        raise ValueError(f"output.quantize: quantises linears of torch.nn.Linear, {layout.config.model_type} has others; remove it")
-    if quantize and importlib.util.find_spec("compressed_tensors") is None:
-        raise ValueError("output.quantize: needs the package compressed-tensors; run `pip install 'ray-surgeon[quantize]'`")
     if kind == "gguf":
-        if importlib.util.find_spec("gguf") is None:
-            raise ValueError("output.exports: gguf needs the package gguf; run `pip install gguf` (or install ray-surgeon[gguf])")
-        architecture_of(layout, [BlockWidths(1, 1)] if uniform else [BlockWidths(1, 1), BlockWidths(0, 0)])
+        check_gguf(layout, shrinking)
 
 
 def export(
@@ -123,7 +111,7 @@ def export(
     """Write a Hugging Face folder, reload it in a process of its own, compare logits, and measure what is asked.
 
     Args:
-        kind: one of `KINDS`.
+        kind: one of `KINDS`, or gguf.
         cluster: with the pruned weights.
         layout: of the dense model.
         model: the dense model, whose tokenizer and configuration go along.
@@ -140,23 +128,11 @@ def export(
     Raises:
         RuntimeError: the fresh process cannot load it, or computes something else.
     """
-    entry: dict[str, Any]
-    document, modules = dense_document(model), KINDS[kind].modules
     widths = [] if kind == "masked" else block_widths(layout, {linear["name"]: linear["rows_kept"] for linear in linears})
     left_out = _left_out(kind, layout, widths)
     if kind == "gguf":
-        written = write_gguf(cluster, model, uri, document, widths, output.gguf or ("bf16",), left_out)
-        entry = {
-            "kind": kind,
-            "uri": uri,
-            "size_bytes": written[0]["size_bytes"],
-            "loaders": dict(KINDS[kind].loaders),
-            "load": f"llama-server --model {uri}/{written[0]['file']}",
-            "files": written,
-            "widths": [[width.num_channels, width.num_kv_heads] for width in widths],
-        }
-        files.write_text(files.join(uri, "README.md"), model_card(KINDS[kind].summary, entry, model.source, facts))
-        return entry
+        return export_gguf(cluster, layout, model, uri, widths, left_out, facts, output.gguf)
+    document, modules = dense_document(model), KINDS[kind].modules
     size_bytes = write_weights(cluster, uri, cut_out=kind != "masked", masks=kind == "masked", left_out=left_out)
     copy_small_files(model, uri)
     if kind != "masked":
@@ -164,7 +140,7 @@ def export(
     files.write_json(files.join(uri, "config.json"), for_older_readers(document))
     for module in modules:
         files.write_text(files.join(uri, module), shipped_source(module, layout.config))
-    entry = {
+    entry: dict[str, Any] = {
         "kind": kind,
         "uri": uri,
         "size_bytes": size_bytes,
@@ -172,6 +148,8 @@ def export(
         "load": KINDS[kind].load.format(uri=uri),
         "reload_max_logit_difference": reload_difference(cluster, uri, tokens, model.dtype, shipped_code=bool(modules)),
     }
+    if kind == "uniform" and layout.config.model_type == "qwen2" and widths[0].num_kv_heads < layout.heads.num_kv:
+        entry["loaders"]["vLLM"] = "with --model-impl transformers; its own Qwen2 wants heads that fill the hidden size"
     if widths:
         entry["widths"] = [[width.num_channels, width.num_kv_heads] for width in widths]
     if output.speed is not None and kind != "masked":
@@ -179,47 +157,6 @@ def export(
     if tasks is not None:
         entry["tasks"] = evaluate_tasks(cluster, uri, tasks, shipped_code=bool(modules))
     files.write_text(files.join(uri, "README.md"), model_card(KINDS[kind].summary, entry, model.source, facts))
-    return entry
-
-
-def export_quantised(
-    layout: ModelLayout,
-    model: ModelSection,
-    uniform: Mapping[str, Any],
-    texts: Mapping[str, NDArray[np.int64]],
-    facts: Mapping[str, Any],
-    output: OutputSection,
-) -> dict[str, Any]:
-    """Write the quantised copy of the export uniform, and evaluate it.
-
-    Args:
-        layout: of the dense model.
-        model: the dense model.
-        uniform: entry of the export.
-        texts: name -> [num_windows, T] tokens to evaluate on.
-        facts: for the model card.
-        output: `output` of the job spec, with `quantize`.
-
-    Returns:
-        The copy's entry in the report.
-
-    Raises:
-        RuntimeError: it cannot be quantised or loaded.
-    """
-    section = output.quantize
-    assert section is not None
-    target = f"{uniform['uri']}-{section.scheme}"
-    found = quantised_copy(uniform["uri"], target, list(layout.shapes), section, texts)
-    entry = {
-        "kind": f"uniform-{section.scheme}",
-        "uri": target,
-        "loaders": {"transformers with compressed-tensors": "loaded and evaluated", "vLLM": "by compressed-tensors"},
-        "load": f'AutoModelForCausalLM.from_pretrained("{target}")',
-        "widths": uniform["widths"],
-    } | found
-    summary = f"Every block has the same, smaller widths; linears are quantised to {section.scheme}, in the format compressed-tensors."
-    pairs = {name: (before, found["perplexity"][name]) for name, (before, _) in facts["perplexity"].items()}
-    files.write_text(files.join(target, "README.md"), model_card(summary, entry, model.source, dict(facts) | {"perplexity": pairs}))
     return entry
 
 

@@ -38,7 +38,7 @@ def quantised(weight: Tensor, scheme: QuantizationScheme) -> dict[str, Tensor]:
     Raises:
         ValueError: groups do not fill the rows.
     """
-    size = scheme.weights.group_size
+    weight, size = weight.float(), scheme.weights.group_size
     if size is not None and weight.shape[1] % size:
         raise ValueError(f"{weight.shape[1]} columns are no multiple of group_size {size}; lower it, or raise pruning.width_multiple")
     groups = weight.view(len(weight), -1, size) if size is not None else weight[:, None]
@@ -64,7 +64,7 @@ def main() -> None:
     request = json.load(sys.stdin)
     source, target, linears = request["source"], request["target"], set(request["linears"])
     scheme, reader = scheme_of(request["scheme"], request["group_size"]), tensor_files.Reader()
-    weight_map, total, difference, norm = dict[str, str](), 0, 0.0, 0.0
+    weight_map, plain, total, difference, norm = dict[str, str](), ["lm_head"], 0, 0.0, 0.0
     for file in files.list_names(source):
         if not file.endswith(".safetensors"):
             continue
@@ -73,6 +73,7 @@ def main() -> None:
             tensor, name = reader.read(files.join(source, file), key), key.removesuffix(".weight")
             if name not in linears or name == key:
                 tensors[key] = tensor
+                plain += [name] * (tensor.ndim == 2)
                 continue
             try:
                 stored = quantised(tensor, scheme)
@@ -88,7 +89,7 @@ def main() -> None:
         files.write_json(files.join(target, "model.safetensors.index.json"), index)
     document = files.read_json(files.join(source, "config.json"))
     config = QuantizationConfig(
-        config_groups={"group_0": scheme}, format=scheme.format, ignore=["lm_head"], quantization_status="compressed"
+        config_groups={"group_0": scheme}, format=scheme.format, ignore=sorted(set(plain)), quantization_status="compressed"
     )
     files.write_json(files.join(target, "config.json"), document | {"quantization_config": config.to_dict()})
     sys.stdout.write(json.dumps({"size_bytes": total, "relative_error": (difference / max(norm, 1e-30)) ** 0.5}) + "\n")

@@ -35,9 +35,10 @@ class LlamaCpp:
     """How llama.cpp calls a family, and what it wants otherwise than transformers has it."""
 
     name: str
+    activation: str  # of its feed-forward layers, as transformers calls it
     pairs_rotary: bool = False  # whether neighbouring entries of a head rotate together, not those of its halves
+    has_free_heads: bool = True  # whether heads may fill less than the hidden size there
     adds_one_to_norms: bool = False  # whether norms multiply by 1 + weight here, and by the weight there
-    transposed: bool = False  # whether linears are [inputs, outputs] here
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Family:
     width_field: str = "intermediate_size"  # the feed-forward width in the configuration
     has_free_heads: bool = True  # whether heads may fill less than the hidden size
     norms_queries: bool = False  # whether queries and keys are normalised over a head's dimensions
+    transposed: bool = False  # whether linears are [inputs, outputs], GPT-2's Conv1D
     llama_cpp: LlamaCpp | None = None  # None if llama.cpp does not know the family
 
     def block_prefix(self, block: int) -> str:
@@ -80,21 +82,21 @@ _LLAMA = Family(
     ),
     ffn=FfnCoupling("mlp.down_proj", (("mlp.gate_proj", 0, 1), ("mlp.up_proj", 0, 1))),
     attention=AttentionCoupling("self_attn.o_proj", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    llama_cpp=LlamaCpp("llama", pairs_rotary=True),
+    llama_cpp=LlamaCpp("llama", "silu", pairs_rotary=True),
 )
 
 FAMILIES: dict[str, Family] = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
-    "qwen2": replace(_LLAMA, llama_cpp=LlamaCpp("qwen2")),
-    "qwen3": replace(_LLAMA, norms_queries=True, llama_cpp=LlamaCpp("qwen3")),
-    "gemma3_text": replace(_LLAMA, norms_queries=True, llama_cpp=LlamaCpp("gemma3", adds_one_to_norms=True)),
+    "qwen2": replace(_LLAMA, llama_cpp=LlamaCpp("qwen2", "silu", has_free_heads=False)),
+    "qwen3": replace(_LLAMA, norms_queries=True, llama_cpp=LlamaCpp("qwen3", "silu")),
+    "gemma3_text": replace(_LLAMA, norms_queries=True, llama_cpp=LlamaCpp("gemma3", "gelu_pytorch_tanh", adds_one_to_norms=True)),
     "phi3": replace(
         _LLAMA,
         shared_inputs=(("self_attn.qkv_proj",), ("self_attn.o_proj",), ("mlp.gate_up_proj",), ("mlp.down_proj",)),
         ffn=FfnCoupling("mlp.down_proj", (("mlp.gate_up_proj", 0, 2), ("mlp.gate_up_proj", 1, 2))),
         attention=AttentionCoupling("self_attn.o_proj", "self_attn.qkv_proj", "self_attn.qkv_proj", "self_attn.qkv_proj"),
-        llama_cpp=LlamaCpp("phi3"),
+        llama_cpp=LlamaCpp("phi3", "silu"),
     ),
     "opt": Family(
         base="model.decoder",
@@ -128,7 +130,8 @@ FAMILIES: dict[str, Family] = {
         attention=AttentionCoupling("attn.c_proj", "attn.c_attn", "attn.c_attn", "attn.c_attn"),
         width_field="n_inner",
         has_free_heads=False,
-        llama_cpp=LlamaCpp("gpt2", transposed=True),
+        transposed=True,
+        llama_cpp=LlamaCpp("gpt2", "gelu_new"),
     ),
 }
 

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from transformers import PretrainedConfig
 
 from ray_surgeon.models.families import LlamaCpp
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.pruned_config import BlockWidths
+
+_WHERE = "output.exports: gguf"
+_OTHERWISE = "export uniform or per_block instead"
+
+_PRE_TOKENIZERS = {
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+": "llama-bpe",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "llama-bpe",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "qwen2",
+}
+"""How byte-level tokenizers cut text before they merge: the expression in tokenizer.json -> llama.cpp's name."""
 
 
 def architecture_of(layout: ModelLayout, widths: Sequence[BlockWidths]) -> LlamaCpp:
@@ -18,42 +30,99 @@ def architecture_of(layout: ModelLayout, widths: Sequence[BlockWidths]) -> Llama
         ValueError: there is none; says what to do.
     """
     known, config = layout.family.llama_cpp, layout.config
-    where = "output.exports: gguf"
     if known is None:
-        raise ValueError(f"{where}: llama.cpp does not know the family {config.model_type}; export uniform or per_block")
-    if known.name == "llama" and getattr(config, "sliding_window", None) is not None:
-        raise ValueError(f"{where}: llama.cpp would ignore sliding_window {config.sliding_window}; export uniform or per_block")
+        raise ValueError(f"{_WHERE}: llama.cpp does not know the family {config.model_type}; {_OTHERWISE}")
+    activation = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None) or config.activation_function
+    if activation != known.activation:
+        raise ValueError(f"{_WHERE}: llama.cpp's {known.name} has the activation {known.activation}, the model {activation}; {_OTHERWISE}")
+    for name in ("attention_bias", "mlp_bias", "scale_attn_by_inverse_layer_idx"):
+        if getattr(config, name, False):
+            raise ValueError(f"{_WHERE}: llama.cpp's {known.name} has no {name}, the model's config.json has it; {_OTHERWISE}")
+    window = getattr(config, "sliding_window", None)
+    if known.name != "gemma3" and window is not None and getattr(config, "use_sliding_window", True):
+        raise ValueError(
+            f"{_WHERE}: llama.cpp would ignore sliding_window {window}; {_OTHERWISE}, or set it to null in config.json if no text is longer"
+        )
     if known.name == "gemma3":
         _check_gemma(config)
-    rope_kind(config)
+    _check_rope(config, known)
+    heads = layout.heads
+    if not known.has_free_heads and any(width.num_kv_heads * heads.n_rep * heads.head_dim != config.hidden_size for width in widths):
+        raise ValueError(f"{_WHERE}: llama.cpp's {known.name} wants heads that fill the hidden size; set pruning.groups: [ffn]")
     if len(set(widths)) == 1:
         return known
-    if known.name != "llama" or not config.hidden_act == "silu":
+    if known.name != "llama":
         raise ValueError(
-            f"{where}: blocks of {config.model_type} that differ in width have no place there; set pruning.allocation: uniform"
+            f"{_WHERE}: blocks of {config.model_type} that differ in width have no place there; set pruning.allocation: uniform"
         )
-    if any(width.num_kv_heads and not width.num_channels for width in widths):
-        raise ValueError(f"{where}: llama.cpp leaves out the attention of a block without channels; set pruning.remove_blocks: false")
-    return LlamaCpp("deci", pairs_rotary=True)
+    if any(not width.num_kv_heads or not width.num_channels for width in widths):
+        raise ValueError(f"{_WHERE}: llama.cpp misreads some blocks without heads or channels; set pruning.remove_blocks: false")
+    return LlamaCpp("deci", activation="silu", pairs_rotary=True)
 
 
 def _check_gemma(config: PretrainedConfig) -> None:
     pattern = ["full_attention" if (i + 1) % 6 == 0 else "sliding_attention" for i in range(config.num_hidden_layers)]
     if list(config.layer_types) != pattern or config.query_pre_attn_scalar != config.head_dim:
         raise ValueError(
-            "output.exports: gguf: llama.cpp reads a Gemma 3 whose every sixth block attends to everything and whose queries are scaled by "
-            f"head_dim, here layer_types {config.layer_types} and query_pre_attn_scalar {config.query_pre_attn_scalar}; export uniform"
+            f"{_WHERE}: llama.cpp reads a Gemma 3 whose every sixth block attends to everything and whose queries are scaled by head_dim, "
+            f"here layer_types {config.layer_types} and query_pre_attn_scalar {config.query_pre_attn_scalar}; {_OTHERWISE}"
         )
 
 
+def _check_rope(config: PretrainedConfig, known: LlamaCpp) -> None:
+    parameters = rope_of(config)
+    kind, plain = rope_kind(config), {"rope_type", "rope_theta", "factor", "original_max_position_embeddings", "partial_rotary_factor"}
+    possible = (
+        kind in ("default", "linear") or (kind == "llama3" and known.name == "llama") or (kind == "yarn" and not set(parameters) - plain)
+    )
+    if not possible:
+        raise ValueError(f"{_WHERE}: rotary embeddings {json.dumps(dict(parameters))} are not written for {known.name}; {_OTHERWISE}")
+
+
+def rope_of(config: PretrainedConfig) -> Mapping[str, Any]:
+    """Return what a configuration says of the rotary embeddings of blocks that attend to everything; nothing if it has none."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    of_all: Mapping[str, Any] = parameters.get("full_attention", parameters)
+    return of_all
+
+
 def rope_kind(config: PretrainedConfig) -> str:
-    """Return the type of a model's rotary embeddings, ``default`` for none.
+    """Return the type of a model's rotary embeddings, ``default`` if there are none."""
+    return str(rope_of(config).get("rope_type", "default"))
+
+
+def tokenizer_names(document: Mapping[str, Any]) -> tuple[str, str]:
+    """Return llama.cpp's names of a tokenizer and of how it cuts text before it merges.
+
+    Args:
+        document: content of tokenizer.json.
 
     Raises:
-        ValueError: it is one that is not written.
+        ValueError: llama.cpp has no such tokenizer, or its name there is not known.
     """
-    parameters = getattr(config, "rope_parameters", None) or {}
-    kind = str(parameters.get("full_attention", parameters).get("rope_type", "default"))
-    if kind not in ("default", "linear", "llama3", "yarn"):
-        raise ValueError(f"output.exports: gguf: rotary embeddings of type {kind} are not written; export uniform or per_block")
-    return kind
+    model = document["model"]
+    if model["type"] == "BPE" and (document.get("decoder") or {}).get("type") == "ByteLevel":
+        return "gpt2", _pre_tokenizer(document.get("pre_tokenizer"))
+    if model["type"] == "BPE" and model.get("byte_fallback"):
+        return "llama", "default"
+    raise ValueError(
+        f"{_WHERE}: the tokenizer is of type {model['type']}; known are BPE of bytes, and SentencePiece's BPE with bytes for "
+        f"what has no piece; {_OTHERWISE}"
+    )
+
+
+def _pre_tokenizer(document: Mapping[str, Any] | None) -> str:
+    steps = list((document or {}).get("pretokenizers", [document]))
+    kinds, last = [step and step["type"] for step in steps], steps[-1]
+    if last is not None and kinds[-1] == "ByteLevel" and not last["add_prefix_space"]:
+        if kinds == ["ByteLevel"] and last["use_regex"]:
+            return "gpt-2"
+        if kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"] and last["use_regex"]:
+            return "smollm"
+        name = _PRE_TOKENIZERS.get(steps[0]["pattern"].get("Regex")) if kinds == ["Split", "ByteLevel"] else None
+        if name is not None:
+            return name
+    raise ValueError(
+        f"{_WHERE}: how the tokenizer cuts text has no known name in llama.cpp: {json.dumps(document)[:300]}; known are those of GPT-2, "
+        f"Llama 3, Qwen 2 and SmolLM; {_OTHERWISE}"
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,17 @@ from ray_surgeon.surgery.products import product
 
 TOKENS_PER_SLICE = 128
 """128 tokens x 50k vocabulary x 4 bytes = 25 MiB."""
+
+
+def perplexity_of(mean: float) -> float:
+    """Return exp of a mean NLL in nats, infinite where it is too large for a number.
+
+    Raises:
+        FloatingPointError: the loss is not a number.
+    """
+    if math.isnan(mean):
+        raise FloatingPointError("the loss on the evaluation text is not a number; the weights are damaged")
+    return math.exp(mean) if mean < 700 else math.inf
 
 
 def next_token_loss(

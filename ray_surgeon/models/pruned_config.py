@@ -160,11 +160,20 @@ def check_rope(document: Mapping[str, Any]) -> None:
     Raises:
         ValueError: names both.
     """
-    said = for_older_readers(document)
-    for name in ("rope_theta", "rope_local_base_freq", "partial_rotary_factor"):
-        if name in document and document[name] != said[name]:
+    parameters = document.get("rope_parameters")
+    if parameters is None:
+        return
+    of_all = parameters.get("full_attention", parameters) if isinstance(parameters, dict) else None
+    if not isinstance(of_all, dict) or not isinstance(of_all.get("rope_theta"), int | float):
+        raise ValueError(
+            f"model.source: rope_parameters in config.json is {str(parameters)[:200]}, expected an object with rope_theta; fetch it again"
+        )
+    said = for_older_readers(document) | dict(of_all)
+    older = {name: document.get(name) for name in ("rope_theta", "rope_local_base_freq", "partial_rotary_factor")}
+    for name, value in (older | dict(document.get("rope_scaling") or {})).items():
+        if value is not None and name in said and value != said[name]:
             raise ValueError(
-                f"model.source: config.json has {name} {document[name]}, and {said[name]} in rope_parameters; programs read one or the "
+                f"model.source: config.json has {name} {value}, and {said[name]} in rope_parameters; programs read one or the "
                 "other: remove the wrong one"
             )
 

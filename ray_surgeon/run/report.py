@@ -169,6 +169,9 @@ def export_lines(record: Mapping[str, Any]) -> list[str]:
     for export in record["exports"]:
         lines.append(f"{export['kind']} export: {export['uri']}")
         lines.append(_change("weights, MB", before / 1e6, export["size_bytes"] / 1e6))
+        if "files" in export:
+            lines += [f"  {file['file']}: {file['size_bytes'] / 1e6:.1f} MB" for file in export["files"]] + [f"  load it: {export['load']}"]
+            continue
         after = export.get("perplexity", record["shots"][-1]["perplexity"])  # a quantised one has its own
         for text, value in record["dense"]["perplexity"].items():
             lines.append(_change(f"perplexity {text}", value, after[text]))

@@ -51,6 +51,8 @@ class OutputSection(Section):
     def _each_export_once(self) -> OutputSection:
         if len(set(self.exports)) < len(self.exports):
             raise ValueError(f"exports: {list(self.exports)} names one twice; remove it")
+        if self.gguf is not None and len(set(self.gguf)) < len(self.gguf):
+            raise ValueError(f"gguf: {list(self.gguf)} names one twice; remove it")
         if self.gguf is not None and "gguf" not in self.exports:
             raise ValueError("gguf: exports has no gguf; add it, or remove the field gguf")
         if self.quantize is not None and "uniform" not in self.exports:

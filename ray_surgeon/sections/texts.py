@@ -127,7 +127,7 @@ class EvaluationText(TextSection):
 
 
 class TasksSection(Section):
-    """Downstream tasks by EleutherAI's evaluation harness, on the dense model and on every export. Needs the extra eval."""
+    """Downstream tasks by EleutherAI's evaluation harness, on the dense model and every export for transformers. Needs the extra eval."""
 
     names: tuple[str, ...] = Field(min_length=1, description="Tasks or groups of tasks that the harness knows, e.g. [piqa, arc_easy]")
     include: str | None = Field(None, description="Folder or fsspec URI of more task definitions; code that lies in them is run")

@@ -83,9 +83,10 @@ def remove(uri: str) -> None:
 
 @tries_again
 def remove_folder(uri: str) -> None:
-    """Remove a folder and everything in it."""
+    """Remove a folder and everything in it, if it is there."""
     filesystem, path = open_filesystem(uri)
-    filesystem.rm(path, recursive=True)
+    if filesystem.exists(path):
+        filesystem.rm(path, recursive=True)
 
 
 @tries_again

@@ -13,10 +13,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from ray_surgeon.export.gguf_file import Tensors, _local_tokenizer, _pre_tokenizer, write_gguf
+from ray_surgeon.export.gguf_file import Tensors, _local_tokenizer, write_gguf
 from ray_surgeon.models.layout import ModelLayout
-from ray_surgeon.models.llama_cpp import architecture_of
+from ray_surgeon.models.llama_cpp import _pre_tokenizer, architecture_of
 from ray_surgeon.models.pruned_config import BlockWidths, block_widths
+from ray_surgeon.run.html_report import page
 from ray_surgeon.storage import tensor_files
 from tests.conftest import CONFIGS, LAYOUTS, VOCABULARY
 from tests.integration.runs import report_of, run
@@ -57,7 +58,11 @@ def test_uniform_widths(model_folders: dict[str, Path], tmp_path: Path) -> None:
     entry = report_of(tmp_path / "run")["exports"][1]
     assert [file["file"] for file in entry["files"]] == ["llama-pruned-F32.gguf", "llama-pruned-Q8_0.gguf"]
     assert entry["files"][0]["largest_error"] == 0.0
-    assert "llama-server --model" in (folder / "README.md").read_text() + entry["load"]
+    assert entry["load"] == f"llama-server --model {folder}/llama-pruned-F32.gguf"
+    card = (folder / "README.md").read_text()
+    assert "llama-server --model llama-pruned-F32.gguf" in card
+    assert "library_name: llama.cpp" in card
+    assert "llama-pruned-Q8_0.gguf: " in page([report_of(tmp_path / "run")])
 
 
 def test_widths_that_differ_are_a_deci(model_folders: dict[str, Path], tmp_path: Path) -> None:
@@ -91,10 +96,19 @@ def test_frequencies_of_llama_3_are_those_of_transformers(tmp_path: Path) -> Non
     [
         ("opt", {}, [BlockWidths(8, 1)], "llama.cpp does not know the family opt"),
         ("mistral", {}, [BlockWidths(8, 1)], "would ignore sliding_window 8"),
-        ("qwen2", {}, [BlockWidths(8, 1), BlockWidths(16, 1)], "set pruning.allocation: uniform"),
+        ("qwen2", {}, [BlockWidths(8, 2), BlockWidths(16, 2)], "set pruning.allocation: uniform"),
         ("llama", {}, [BlockWidths(8, 1), BlockWidths(0, 1)], "set pruning.remove_blocks: false"),
+        ("qwen2", {}, [BlockWidths(8, 1)], r"set pruning\.groups: \[ffn\]"),
+        ("llama", {"hidden_act": "gelu"}, [BlockWidths(8, 1)], "has the activation silu, the model gelu"),
+        ("llama-biases", {}, [BlockWidths(8, 1)], "has no attention_bias"),
+        ("qwen3", {"rope_parameters": LLAMA_3}, [BlockWidths(8, 1)], '"rope_type": "llama3"'),
         ("gemma3", {}, [BlockWidths(8, 1)], "every sixth block"),
-        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, [BlockWidths(8, 1)], "of type dynamic"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            [BlockWidths(8, 1)],
+            '"rope_type": "dynamic"',
+        ),
     ],
 )
 def test_what_llama_cpp_would_misread_is_refused(family: str, change: dict[str, Any], widths: list[BlockWidths], expected: str) -> None:
@@ -106,7 +120,7 @@ def test_what_llama_cpp_would_misread_is_refused(family: str, change: dict[str, 
 
 
 def test_it_is_refused_before_anything_starts(model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(tmp_path, model_folders["qwen2"], **GROUPS, output__exports=["gguf"]) == 2
+    assert run(tmp_path, model_folders["qwen2"], **GROUPS, pruning__groups=["ffn"], output__exports=["gguf"]) == 2
     assert "set pruning.allocation: uniform" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
@@ -138,7 +152,7 @@ def test_gemma_of_the_usual_pattern_is_known() -> None:
 )
 def test_names_of_ways_to_cut_text(document: dict[str, Any] | None, expected: str | None) -> None:
     if expected is None:
-        with pytest.raises(ValueError, match="is not known"):
+        with pytest.raises(ValueError, match="has no known name"):
             _pre_tokenizer(document)
     else:
         assert _pre_tokenizer(document) == expected

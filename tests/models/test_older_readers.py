@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -34,8 +35,9 @@ def test_transformers_reads_the_same(family: str, rope: dict[str, Any] | None) -
     if rope:
         document["rope_parameters"] = dict(rope)
     both = for_older_readers(document)
-    expected = AutoConfig.for_model(**document).to_dict()
-    assert {name: AutoConfig.for_model(**both).to_dict()[name] for name in expected} == expected
+    check_rope(both)
+    expected = AutoConfig.for_model(**copy.deepcopy(document)).to_dict()
+    assert {name: AutoConfig.for_model(**copy.deepcopy(both)).to_dict()[name] for name in expected} == expected
     if family == "gpt2":
         assert both == document
         return
@@ -43,10 +45,18 @@ def test_transformers_reads_the_same(family: str, rope: dict[str, Any] | None) -
     assert both["rope_theta"] == of_all["rope_theta"]
     assert ("rope_scaling" in both) == (rope is not None)
     assert ("rope_local_base_freq" in both) == (family == "gemma3")
-    check_rope(both)
 
 
-def test_two_different_values_are_refused() -> None:
-    document = for_older_readers(document_of(CONFIGS["llama"])) | {"rope_theta": 5.0}
-    with pytest.raises(ValueError, match=r"config\.json has rope_theta 5\.0, and 10000\.0 in rope_parameters"):
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"rope_theta": 5.0}, r"config\.json has rope_theta 5\.0, and 10000\.0 in rope_parameters"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, r"config\.json has rope_type linear, and default in rope_parameters"),
+        ({"rope_parameters": {"rope_type": "default"}}, "expected an object with rope_theta"),
+        ({"rope_parameters": [1]}, "expected an object with rope_theta"),
+    ],
+)
+def test_two_different_values_are_refused(change: dict[str, Any], expected: str) -> None:
+    document = for_older_readers(document_of(CONFIGS["llama"])) | change
+    with pytest.raises(ValueError, match=expected):
         check_rope(document)

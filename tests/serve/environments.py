@@ -27,17 +27,21 @@ def python_of(engine: str) -> Path:
     return cache_folder() / "serve" / versions / "bin" / "python"
 
 
+def is_there(engine: str) -> bool:
+    """Whether an engine's environment is complete."""
+    return (python_of(engine).parent.parent / "done").exists()
+
+
 def make(engine: str) -> None:
     """Make an engine's environment, unless it is there."""
-    python = python_of(engine)
-    done = python.parent.parent / "done"
-    if done.exists():
+    if is_there(engine):
         return
+    python = python_of(engine)
     subprocess.run([sys.executable, "-m", "venv", "--clear", str(python.parent.parent)], check=True)
     pip = [str(python), "-m", "pip", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*pip, "install", *ENGINES[engine]], check=True)
     subprocess.run([*pip, "uninstall", "--yes", *_NOT_NEEDED], check=True, capture_output=True)
-    done.touch()
+    (python.parent.parent / "done").touch()
 
 
 def run(engine: str, request: Mapping[str, Any], timeout_s: float = 280) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from tests.serve.models import FAMILIES, PROMPTS, VOCABULARY, exported, of_piece
 
 pytestmark = [
     pytest.mark.serve,
-    pytest.mark.skipif(not environments.python_of("llamacpp").exists(), reason="python -m tests.serve.environments llamacpp"),
+    pytest.mark.skipif(not environments.is_there("llamacpp"), reason="python -m tests.serve.environments llamacpp"),
 ]
 SCORED = [1, 4, 18, 33, 69]
 TEXTS = ["The with statement  is used (in 1999) to wrap   the execution of a block\nwith methods:\n\n    def f(x): return x", "a", "it's"]
@@ -34,8 +35,18 @@ def in_llamacpp(folder: Path, tolerance: float = TOLERANCE) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma3", "phi3", "gpt2"])
 def test_uniform(family: str, tmp_path: Path) -> None:
-    tolerance = ROUNDED_GELU if family in ("gemma3", "gpt2") else TOLERANCE
-    in_llamacpp(exported(family, "uniform", "gguf", folder=tmp_path, output__gguf=["f32"]), tolerance)
+    tolerance, options = ROUNDED_GELU if family in ("gemma3", "gpt2") else TOLERANCE, {"output__gguf": ["f32"]}
+    if family == "qwen2":
+        options["pruning__groups"] = ["ffn"]
+    in_llamacpp(exported(family, "uniform", "gguf", folder=tmp_path, **options), tolerance)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_uniform_with_fewer_heads(family: str, tmp_path: Path) -> None:
+    options = {"pruning__groups": ["attention"], "pruning__target_sparsity": 0.1, "output__gguf": ["f32"]}
+    folder = exported(family, "uniform", "gguf", folder=tmp_path, **options)
+    assert json.loads((folder / "config.json").read_text())["num_key_value_heads"] == 1
+    in_llamacpp(folder)
 
 
 @pytest.mark.parametrize("kind", ["per_block", "deci"])

@@ -5,6 +5,7 @@ Three prompts of different lengths run as one batch with a cache; the longest is
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -15,14 +16,14 @@ from tests.serve.models import FAMILIES, PLAIN, PROMPTS, exported
 
 pytestmark = [
     pytest.mark.serve,
-    pytest.mark.skipif(not environments.python_of("vllm").exists(), reason="python -m tests.serve.environments vllm"),
+    pytest.mark.skipif(not environments.is_there("vllm"), reason="python -m tests.serve.environments vllm"),
 ]
 CHUNK = 32
 
 
-def in_vllm(folder: Path, expected_class: str) -> None:
+def in_vllm(folder: Path, expected_class: str, implementation: str = "auto") -> None:
     request = {"folder": str(folder), "prompts": PROMPTS, "num_new_tokens": NUM_NEW_TOKENS, "chunk": CHUNK, "max_length": 200}
-    found = environments.run("vllm", request)
+    found = environments.run("vllm", request | {"implementation": implementation})
     assert found["class"] == expected_class
     compare(found, folder, "vLLM")
 
@@ -30,6 +31,17 @@ def in_vllm(folder: Path, expected_class: str) -> None:
 @pytest.mark.parametrize("family", PLAIN)
 def test_uniform(family: str, tmp_path: Path) -> None:
     in_vllm(exported(family, "uniform", folder=tmp_path), FAMILIES[family].vllm_class)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3", "phi3"])
+def test_uniform_with_fewer_heads(family: str, tmp_path: Path) -> None:
+    options = {"pruning__groups": ["attention"], "pruning__target_sparsity": 0.1}
+    folder = exported(family, "uniform", folder=tmp_path, **options)
+    assert json.loads((folder / "config.json").read_text())["num_key_value_heads"] == 1
+    if family == "qwen2":  # vLLM's own wants heads that fill the hidden size
+        in_vllm(folder, "TransformersForCausalLM", "transformers")
+    else:
+        in_vllm(folder, FAMILIES[family].vllm_class)
 
 
 @pytest.mark.parametrize("family", sorted(set(PLAIN) - {"gpt2"}))

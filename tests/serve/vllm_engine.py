@@ -13,6 +13,7 @@ def main() -> None:
         dtype=request.get("dtype", "float32"),
         enforce_eager=True,
         trust_remote_code=True,
+        model_impl=request.get("implementation", "auto"),
         enable_prefix_caching=False,
         max_model_len=request["max_length"],
         max_num_batched_tokens=request["chunk"],  # longer prompts come in parts

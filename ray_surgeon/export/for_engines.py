@@ -1,0 +1,159 @@
+"""Exports that only serving engines read: GGUF for llama.cpp, and quantised copies for vLLM."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ray_surgeon.cluster.cluster import Cluster
+from ray_surgeon.export.card import model_card
+from ray_surgeon.export.folder import dense_document, quantised_copy, write_gguf
+from ray_surgeon.models.layout import ModelLayout
+from ray_surgeon.models.llama_cpp import architecture_of
+from ray_surgeon.models.pruned_config import BlockWidths, kv_heads_left
+from ray_surgeon.sections.output import GgufKind, QuantizeSection
+from ray_surgeon.sections.texts import ModelSection
+from ray_surgeon.storage import files
+
+
+@dataclass(frozen=True)
+class Shrinking:
+    """What pruning may leave of the blocks."""
+
+    kinds: Sequence[str]  # of groups that are pruned, ``ffn`` and ``attention``
+    fewest: Mapping[str, int]  # kind -> groups that stay in every block
+    multiple: int  # feed-forward widths are multiples of this in the end
+    uniform: bool  # whether all blocks have the same widths
+
+
+def check_gguf(layout: ModelLayout, shrinking: Shrinking) -> None:
+    """Refuse a model that llama.cpp could not read, before anything starts.
+
+    Raises:
+        ValueError: says why, and what to do.
+    """
+    if importlib.util.find_spec("gguf") is None:
+        raise ValueError("output.exports: gguf needs the package gguf; run `pip install 'ray-surgeon[gguf]'`")
+    heads = layout.heads.num_kv
+    if "attention" in shrinking.kinds:
+        heads = min(k for k in kv_heads_left(layout, 1, uniform=shrinking.uniform) if k >= shrinking.fewest["attention"])
+    channels = shrinking.fewest["ffn"] if "ffn" in shrinking.kinds else layout.num_channels
+    least = BlockWidths(channels, heads)
+    architecture_of(layout, [least] if shrinking.uniform else [least, BlockWidths(channels + 1, heads)])
+
+
+def check_quantised(layout: ModelLayout, shrinking: Shrinking, section: QuantizeSection) -> None:
+    """Refuse a model that cannot be quantised as asked, before anything starts.
+
+    Raises:
+        ValueError: says why, and what to do.
+    """
+    if importlib.util.find_spec("compressed_tensors") is None:
+        raise ValueError("output.quantize: needs the package compressed-tensors; run `pip install 'ray-surgeon[quantize]'`")
+    if layout.family.transposed:
+        raise ValueError(f"output.quantize: quantises nn.Linear, the linears of {layout.config.model_type} are Conv1D; remove quantize")
+    if section.scheme != "w4a16":
+        return
+    heads, size = layout.heads, section.group_size or 128
+    ffn, attention = layout.family.ffn.consumer, layout.family.attention.consumer
+    of_heads = heads.head_dim * heads.n_rep * (1 if "attention" in shrinking.kinds else heads.num_kv)
+    for name, shape in layout.shapes.items():
+        columns, remedy = shape.num_columns - shape.has_bias, ""
+        if name.endswith(ffn) and "ffn" in shrinking.kinds:
+            columns, remedy = math.gcd(columns, shrinking.multiple), "raise pruning.width_multiple, or "
+        elif name.endswith(attention):
+            columns = of_heads
+        if columns % size:
+            raise ValueError(
+                f"output.quantize: groups of group_size {size} do not fill the rows of {name}, whose columns will be a multiple of "
+                f"{columns}; {remedy}set group_size to a divisor, such as {math.gcd(columns, size)}"
+            )
+
+
+def export_gguf(
+    cluster: Cluster,
+    layout: ModelLayout,
+    model: ModelSection,
+    uri: str,
+    widths: Sequence[BlockWidths],
+    left_out: tuple[str, ...],
+    facts: Mapping[str, Any],
+    kinds: Sequence[GgufKind] | None,
+) -> dict[str, Any]:
+    """Write GGUF files and a model card.
+
+    Args:
+        cluster: with the pruned weights.
+        layout: of the dense model.
+        model: the dense model.
+        uri: folder to write.
+        widths: of every block.
+        left_out: names of tensors that the blocks do not have any more.
+        facts: for the model card; see `RunReport.model_card_facts`.
+        kinds: types of the matrices, a file each.
+
+    Returns:
+        The export's entry in the report.
+
+    Raises:
+        RuntimeError: a file cannot be written, or holds something else when it is read again.
+    """
+    written = write_gguf(cluster, model, uri, dense_document(model), widths, kinds or ("bf16",), left_out)
+    first = written[0]["file"]
+    entry = {
+        "kind": "gguf",
+        "uri": uri,
+        "size_bytes": written[0]["size_bytes"],
+        "loaders": {"llama.cpp": f"as {architecture_of(layout, widths).name}", "vLLM, transformers": "no"},
+        "load": f"llama-server --model {f'{uri}/{first}' if files.is_local(uri) else first}",
+        "files": written,
+        "widths": [[width.num_channels, width.num_kv_heads] for width in widths],
+    }
+    summary = "GGUF for llama.cpp, tokenizer and chat template included. Perplexities are those before the weights were quantised."
+    files.write_text(files.join(uri, "README.md"), model_card(summary, entry, model.source, facts))
+    return entry
+
+
+def export_quantised(
+    layout: ModelLayout,
+    model: ModelSection,
+    uniform: Mapping[str, Any],
+    texts: Mapping[str, NDArray[np.int64]],
+    facts: Mapping[str, Any],
+    section: QuantizeSection,
+) -> dict[str, Any]:
+    """Write the quantised copy of the export uniform, and evaluate it.
+
+    Args:
+        layout: of the dense model.
+        model: the dense model.
+        uniform: entry of the export.
+        texts: name -> [num_windows, T] tokens to evaluate on.
+        facts: for the model card.
+        section: how.
+
+    Returns:
+        The copy's entry in the report.
+
+    Raises:
+        RuntimeError: it cannot be quantised or loaded.
+    """
+    target = f"{uniform['uri']}-{section.scheme}"
+    found = quantised_copy(uniform["uri"], target, list(layout.shapes), section, texts)
+    entry = {
+        "kind": f"uniform-{section.scheme}",
+        "uri": target,
+        "loaders": {"transformers with compressed-tensors": "loaded and evaluated", "vLLM": "by compressed-tensors"},
+        "load": f'AutoModelForCausalLM.from_pretrained("{target}")',
+        "widths": uniform["widths"],
+    } | found
+    summary = f"Every block has the same, smaller widths; linears are quantised to {section.scheme}, in the format compressed-tensors."
+    pairs = {name: (before, found["perplexity"][name]) for name, (before, _) in facts["perplexity"].items()}
+    files.write_text(files.join(target, "README.md"), model_card(summary, entry, model.source, dict(facts) | {"perplexity": pairs}))
+    return entry
