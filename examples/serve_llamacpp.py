@@ -6,13 +6,12 @@ environment with the package xllamacpp instead.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from pathlib import Path
 
 from transformers import AutoConfig
 
-from examples.serving import compare, dense_and_pruned
+from examples.serving import compare, dense_and_pruned, new_parser
 from ray_surgeon.export.gguf_file import write_gguf
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.pruned_config import BlockWidths
@@ -30,13 +29,9 @@ while True:
 
 def main() -> None:
     """Serve dense and pruned in turns."""
-    parser = argparse.ArgumentParser(prog="python -m examples.serve_llamacpp", description="Serve a pruned model in llama.cpp.")
+    parser = new_parser("serve_llamacpp", "Serve a pruned model in llama.cpp.", port=8012)
     parser.add_argument("--server", default="llama-server", help="llama.cpp's server")
     parser.add_argument("--python", help="or a Python with xllamacpp")
-    parser.add_argument("--run", type=Path, default=Path("runs/serving"), help="run directory")
-    parser.add_argument("--port", type=int, default=8012, help="of the server")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="requests at a time")
-    parser.add_argument("--rounds", type=int, default=2, help="how often each model has its turn")
     arguments = parser.parse_args()
     dense, exports = dense_and_pruned(arguments.run)
     with tempfile.TemporaryDirectory() as scratch:

@@ -5,20 +5,13 @@
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
-from examples.serving import compare, dense_and_pruned
+from examples.serving import compare, dense_and_pruned, new_parser
 
 
 def main() -> None:
     """Serve dense and pruned in turns."""
-    parser = argparse.ArgumentParser(prog="python -m examples.serve_vllm", description="Serve a pruned model in vLLM.")
+    parser = new_parser("serve_vllm", "Serve a pruned model in vLLM.", port=8011)
     parser.add_argument("--vllm", default="vllm", help="the program vllm")
-    parser.add_argument("--run", type=Path, default=Path("runs/serving"), help="run directory")
-    parser.add_argument("--port", type=int, default=8011, help="of the server")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="requests at a time")
-    parser.add_argument("--rounds", type=int, default=2, help="how often each model has its turn")
     arguments = parser.parse_args()
     dense, exports = dense_and_pruned(arguments.run)
     options = ["--port", str(arguments.port), "--max-model-len", "1024", "--enforce-eager", "--no-enable-prefix-caching"]

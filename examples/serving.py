@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import statistics
 import subprocess
@@ -23,6 +24,16 @@ from ray_surgeon.storage.sources import open_model
 
 PROMPT_WORDS, NEW_TOKENS, TURNS = 256, 64, 3
 START_TIMEOUT_S = 300
+
+
+def new_parser(name: str, description: str, *, port: int) -> argparse.ArgumentParser:
+    """Return a parser of the arguments that the examples share; `port` is the server's unless another is given."""
+    parser = argparse.ArgumentParser(prog=f"python -m examples.{name}", description=description)
+    parser.add_argument("--run", type=Path, default=Path("runs/serving"), help="run directory")
+    parser.add_argument("--port", type=int, default=port, help="of the server")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="requests at a time")
+    parser.add_argument("--rounds", type=int, default=2, help="how often each model has its turn")
+    return parser
 
 
 def dense_and_pruned(run: Path) -> tuple[Path, Path]:

@@ -168,11 +168,12 @@ def quantised_copy(
         RuntimeError: it cannot be quantised or loaded.
     """
     files.remove_folder(target)  # of a try that was interrupted
-    for name in files.list_names(uri):
-        if not name.endswith((".safetensors", ".index.json", ".md")):
-            with tempfile.TemporaryDirectory() as scratch:
-                files.download(files.join(uri, name), Path(scratch) / name)
-                files.put_file(files.join(target, name), Path(scratch) / name)
+    with tempfile.TemporaryDirectory() as scratch:
+        small = Path(scratch) / "small"
+        download_folder(uri, small, weights=False)
+        for path in small.iterdir():
+            if not path.name.endswith((".index.json", ".md")):
+                files.put_file(files.join(target, path.name), path)
     request = {"source": uri, "target": target, "linears": list(linears), "scheme": section.scheme, "group_size": section.group_size or 128}
     try:
         found = run_module("ray_surgeon.export.quantized", request)

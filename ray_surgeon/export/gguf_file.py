@@ -156,11 +156,8 @@ def _added_tokens(folder: Path) -> dict[str, bool]:
     """Return whether a tokenizer puts its first and its last special token around a text."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     plain, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
-    first, last = whole[: len(whole) - len(plain)], whole[len(plain) :]
-    return {
-        "bos": bool(first) and whole[0] == tokenizer.bos_token_id != plain[:1],
-        "eos": bool(last) and whole[-1] == tokenizer.eos_token_id and whole[-len(plain) :] != plain,
-    }
+    adds = len(whole) > len(plain)
+    return {"bos": adds and whole[0] == tokenizer.bos_token_id, "eos": adds and whole[-1] == tokenizer.eos_token_id}
 
 
 def _has_space_prefix(document: Mapping[str, Any]) -> bool:
