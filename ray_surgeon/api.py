@@ -14,6 +14,7 @@ import transformers.utils.logging
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from ray_surgeon.cluster.local import LocalCluster
+from ray_surgeon.export.folder import local_folder
 from ray_surgeon.inputs import Inputs, check
 from ray_surgeon.memory.stores import Stores
 from ray_surgeon.models.layout import BlockRange, ModelLayout
@@ -75,12 +76,7 @@ class PruneResult:
         if "from_pretrained" not in export["load"]:
             raise ValueError(f"the export {export['kind']} is not for transformers; load another, or: {export['load']}")
         trusted = "trust_remote_code=True" in export["load"]  # the code beside the weights is ours, written by the run
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = str(export["uri"])
-            if "://" in folder:
-                folder = scratch
-                for name in files.list_names(str(export["uri"])):
-                    files.download(files.join(str(export["uri"]), name), Path(scratch) / name)
+        with local_folder(str(export["uri"])) as (folder, _):
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
                 folder, **({"dtype": "auto", "trust_remote_code": trusted} | options)
             )

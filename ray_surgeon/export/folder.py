@@ -83,7 +83,7 @@ def copy_small_files(model: ModelSection, uri: str) -> None:
             files.put_file(files.join(uri, name), dense.fetch(name))
 
 
-def write_gguf(
+def write_gguf_files(
     cluster: Cluster,
     model: ModelSection,
     uri: str,

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ray_surgeon.cluster.cluster import Cluster
 from ray_surgeon.export.card import model_card
-from ray_surgeon.export.folder import dense_document, quantised_copy, write_gguf
+from ray_surgeon.export.folder import dense_document, quantised_copy, write_gguf_files
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.llama_cpp import architecture_of
 from ray_surgeon.models.pruned_config import BlockWidths, kv_heads_left
@@ -104,7 +104,7 @@ def export_gguf(
     Raises:
         RuntimeError: a file cannot be written, or holds something else when it is read again.
     """
-    written = write_gguf(cluster, model, uri, dense_document(model), widths, kinds or ("bf16",), left_out)
+    written = write_gguf_files(cluster, model, uri, dense_document(model), widths, kinds or ("bf16",), left_out)
     first = written[0]["file"]
     entry = {
         "kind": "gguf",

@@ -148,8 +148,8 @@ def export(
         "load": KINDS[kind].load.format(uri=uri),
         "reload_max_logit_difference": reload_difference(cluster, uri, tokens, model.dtype, shipped_code=bool(modules)),
     }
-    if kind == "uniform" and layout.config.model_type == "qwen2" and widths[0].num_kv_heads < layout.heads.num_kv:
-        entry["loaders"]["vLLM"] = "with --model-impl transformers; its own Qwen2 wants heads that fill the hidden size"
+    if kind == "uniform" and not layout.family.has_free_heads_in_vllm and widths[0].num_kv_heads < layout.heads.num_kv:
+        entry["loaders"]["vLLM"] = "with --model-impl transformers; its own class wants heads that fill the hidden size"
     if widths:
         entry["widths"] = [[width.num_channels, width.num_kv_heads] for width in widths]
     if output.speed is not None and kind != "masked":

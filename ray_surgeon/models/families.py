@@ -59,6 +59,7 @@ class Family:
     has_free_heads: bool = True  # whether heads may fill less than the hidden size
     norms_queries: bool = False  # whether queries and keys are normalised over a head's dimensions
     transposed: bool = False  # whether linears are [inputs, outputs], GPT-2's Conv1D
+    has_free_heads_in_vllm: bool = True  # likewise, in vLLM's own class of the family
     llama_cpp: LlamaCpp | None = None  # None if llama.cpp does not know the family
 
     def block_prefix(self, block: int) -> str:
@@ -88,7 +89,7 @@ _LLAMA = Family(
 FAMILIES: dict[str, Family] = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
-    "qwen2": replace(_LLAMA, llama_cpp=LlamaCpp("qwen2", "silu", has_free_heads=False)),
+    "qwen2": replace(_LLAMA, has_free_heads_in_vllm=False, llama_cpp=LlamaCpp("qwen2", "silu", has_free_heads=False)),
     "qwen3": replace(_LLAMA, norms_queries=True, llama_cpp=LlamaCpp("qwen3", "silu")),
     "gemma3_text": replace(_LLAMA, norms_queries=True, llama_cpp=LlamaCpp("gemma3", "gelu_pytorch_tanh", adds_one_to_norms=True)),
     "phi3": replace(

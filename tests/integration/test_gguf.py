@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import gguf
 import numpy as np
@@ -13,11 +13,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from ray_surgeon.export.gguf_file import Tensors, _local_tokenizer, write_gguf
+from ray_surgeon.export.gguf_file import KINDS, Tensors, _local_tokenizer, write_gguf
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.llama_cpp import _pre_tokenizer, architecture_of
 from ray_surgeon.models.pruned_config import BlockWidths, block_widths
 from ray_surgeon.run.html_report import page
+from ray_surgeon.sections.output import GgufKind
 from ray_surgeon.storage import tensor_files
 from tests.conftest import CONFIGS, LAYOUTS, VOCABULARY
 from tests.integration.runs import report_of, run
@@ -173,6 +174,10 @@ def test_a_damaged_file_is_noticed(model_folders: dict[str, Path], tmp_path: Pat
     monkeypatch.setattr(Tensors, "read", once_otherwise)
     with pytest.raises(ValueError, match=r"blk.0.attn_k.weight read again differs"):
         write_gguf(str(model_folders["llama"]), config, [BlockWidths(48, 2)] * 4, "f32", "x", tmp_path / "x.gguf")
+
+
+def test_the_spec_names_every_type_of_matrices() -> None:
+    assert get_args(GgufKind) == tuple(KINDS)
 
 
 def test_gpt2_linears_are_transposed(model_folders: dict[str, Path], tmp_path: Path) -> None:
