@@ -92,7 +92,8 @@ def job_of(spec: JobSpec, layout: ModelLayout, method: Method) -> Job:
         return job
     section, num_sequences = spec.correction, spec.calibration.num_sequences
     passing = section.steps_per_shot * section.sequences_per_step + section.final_epochs * num_sequences
-    return replace(job, lora_rank=section.lora_rank, num_correction_sequences=passing)
+    remembers = section.loss == "kl"
+    return replace(job, remembers_calibration=remembers, lora_rank=section.lora_rank, num_correction_sequences=passing)
 
 
 def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inputs:

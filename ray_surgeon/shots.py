@@ -10,7 +10,8 @@ from dataclasses import asdict
 from typing import Any
 
 from ray_surgeon.cluster.cluster import Cluster
-from ray_surgeon.cluster.passes import perplexity
+from ray_surgeon.cluster.dense_model import CALIBRATION, read_states, write_states
+from ray_surgeon.cluster.passes import Measured, measure, remember
 from ray_surgeon.cluster.room import device_of, look_around, shared
 from ray_surgeon.cluster.saving import continue_from_shot, save_shot
 from ray_surgeon.cluster.worker import ModelRecipe, clean_up, load
@@ -85,9 +86,11 @@ def _run_shots(inputs: Inputs, workers: Cluster, run: RunDirectory, listen: Call
             facts["dense_s"] = method.known_budget.dense
     if done:
         report.dense = done[-1].record["dense"]
+        workers.run_all(read_states, run.path("dense.safetensors"))
     else:
         with step("evaluation") as facts:
-            report.dense = {"perplexity": _perplexities(workers, inputs, facts)}
+            report.dense = {"perplexity": _remember(workers, inputs, facts)}
+            workers.run_all(write_states, run.path("dense.safetensors"))
         if spec.evaluation.tasks is not None:
             with step("tasks"):
                 report.dense["tasks"] = evaluate_tasks(workers, inputs.model, spec.evaluation.tasks)
@@ -118,11 +121,11 @@ def _run_shots(inputs: Inputs, workers: Cluster, run: RunDirectory, listen: Call
                 record["correction_losses"] = losses
         with step("evaluation", shot) as facts:
             facts["sparsity"] = sparsity
-            perplexities = _perplexities(workers, inputs, facts)
-        _check_for_collapse(perplexities, report.dense["perplexity"], spec.evaluation.stop_above, shot)
+            measured = _measure(workers, inputs, facts)
+        _check_for_collapse(measured, report.dense["perplexity"], spec.evaluation.stop_above, shot)
         with step("commit", shot) as facts:
             written = [file for worker in workers.run_all(save_shot, run.shot_folder(shot)) for file in worker]
-            report.add_shot(shot, inputs.spec.pruning.targets, sparsity, choice.threshold, perplexities, linears, record, step)
+            report.add_shot(shot, inputs.spec.pruning.targets, sparsity, choice.threshold, measured, linears, record, step)
             run.commit_shot(shot, written, report.shots[-1])
             workers.run_all(continue_from_shot, written)
             run.write_report(report.as_record())
@@ -152,16 +155,26 @@ def _with_latencies(method: Groups, inputs: Inputs, workers: Cluster, uri: str) 
     return method.with_budget(latency_budget(workers, inputs.layout, inputs.model, section.target, widths, uri))
 
 
-def _perplexities(workers: Cluster, inputs: Inputs, facts: dict[str, Fact]) -> dict[str, float]:
-    values = {name: perplexity(workers, windows) for name, windows in inputs.texts.items()}
-    facts |= {f"perplexity {name}": value for name, value in values.items()}
-    return values
+def _remember(workers: Cluster, inputs: Inputs, facts: dict[str, Fact]) -> dict[str, float]:
+    """Return the dense model's perplexities, and let workers keep what later weights are compared with."""
+    found = {name: remember(workers, name, windows).perplexity for name, windows in inputs.texts.items()}
+    facts |= {f"perplexity {name}": value for name, value in found.items()}
+    if inputs.spec.correction is not None and inputs.spec.correction.loss == "kl":
+        remember(workers, CALIBRATION, inputs.calibration)
+    return found
 
 
-def _check_for_collapse(after: Mapping[str, float], before: Mapping[str, float], limit: float | None, shot: int) -> None:
+def _measure(workers: Cluster, inputs: Inputs, facts: dict[str, Fact]) -> dict[str, Measured]:
+    found = {name: measure(workers, name, windows) for name, windows in inputs.texts.items()}
+    facts |= {f"perplexity {name}": value.perplexity for name, value in found.items()}
+    facts |= {f"divergence {name}": value.divergence for name, value in found.items()}
+    return found
+
+
+def _check_for_collapse(after: Mapping[str, Measured], before: Mapping[str, float], limit: float | None, shot: int) -> None:
     if limit is None:
         return
-    for text, value in after.items():
+    for text, value in ((text, measured.perplexity) for text, measured in after.items()):
         if not value <= limit * before[text]:
             raise CollapseError(
                 f"after shot {shot} the perplexity on {text} is {value:.4g}, {value / before[text]:.3g} times the dense model's; "

@@ -111,6 +111,14 @@ def test_bad_files_are_named_with_the_remedy(tmp_path: Path, tokenizer: PreTrain
             token_stream(source(tmp_path / name), tokenizer, "calibration")
 
 
+def test_descriptions_of_packages_are_text_of_another_kind(tokenizer: PreTrainedTokenizerFast) -> None:
+    found = token_stream(source("package-descriptions", max_tokens=3000), tokenizer, "calibration")
+    again = token_stream(source("package-descriptions", max_tokens=3000, split="test"), tokenizer, "calibration")
+    assert len(found) == 2400
+    assert len(again) == 600
+    assert not np.array_equal(found[:600], again)
+
+
 def test_docstrings_are_another_text_of_python(tokenizer: PreTrainedTokenizerFast) -> None:
     found = token_stream(source("python-docstrings", max_tokens=3000), tokenizer, "calibration")
     assert len(found) == 2400

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ray_surgeon.cluster.cluster import Cluster
 from ray_surgeon.cluster.collectives import SingleReplica
-from ray_surgeon.cluster.passes import forward_and_backward, sequence_losses
+from ray_surgeon.cluster.passes import Labels, forward_and_backward, sequence_losses
 from ray_surgeon.cluster.worker import Worker, collective
 
 
@@ -55,7 +55,7 @@ def gather_curvature(
         cluster: with loaded workers.
         sequences: [num_sequences, sequence_length] tokens.
         kind: see `ModelShard.start_curvature`; a forward pass is enough for ``activations`` and ``identity``.
-        label_seed: see `forward_backward`.
+        label_seed: see `Labels`.
         only: see `ModelShard.start_curvature`.
 
     Returns:
@@ -67,7 +67,7 @@ def gather_curvature(
     cluster.run_all(start_curvature, kind, only)
     try:
         forward_only = kind in ("activations", "identity")
-        losses = sequence_losses(cluster, sequences) if forward_only else forward_and_backward(cluster, sequences, label_seed)
+        losses = sequence_losses(cluster, sequences) if forward_only else forward_and_backward(cluster, sequences, Labels(label_seed))
         if not all(map(math.isfinite, losses)):
             raise FloatingPointError("the loss of the calibration sequences is not finite; check the weights and the dtype")
     except FloatingPointError as error:

@@ -49,6 +49,7 @@ class Job:
     dense_bytes: Mapping[str, float] = field(default_factory=dict)  # linear -> bytes of further terms that are not packed
     mask_bytes: float = 0.0  # of one entry of a linear, in the host's memory
     block_by_block: bool = False  # whether all sequences pass a shard together while its blocks are pruned
+    remembers_calibration: bool = False  # whether the dense model's states of the calibration text are kept, as those of evaluations are
     lora_rank: int = 0  # of corrections; 0 for none
     num_correction_sequences: int = 0  # that pass in the corrections of a shot
 
@@ -123,6 +124,7 @@ class WorkerNeeds:
         copies = 0 if device_is_host or resident else 2 * max(sizes)  # on the CPU a block runs where it lies, else the next one is ahead
         self._idle, self._weights = self._outside + resident, self._outside + resident + copies
         self._host = (self._all_blocks if stores.weights == "host" else 0) + job.mask_bytes * sum(linear.size for linear in self._linears)
+        self._host += self._remembered(config.hidden_size) if blocks.is_last else 0
         self._all_factors = sum(shapes.factor_bytes[block] for block in self._own)
         self._dense = sum(job.dense_bytes.get(linear.name, 0.0) for linear in self._linears)
         # sequences
@@ -135,6 +137,12 @@ class WorkerNeeds:
         self._forward_only = max(side.forward_only for side in sides)
         self._head = TOKENS_PER_SLICE * config.vocab_size * (shapes.width + 20) if blocks.is_last else 0
         self._head_flops = 2 * config.vocab_size * config.hidden_size if blocks.is_last else 0  # of a token, forward
+
+    def _remembered(self, hidden_size: int) -> float:
+        """Return the bytes of the dense model's hidden states, bfloat16."""
+        job = self._job
+        tokens = sum(count * length for count, length in job.evaluation)
+        return 2.0 * hidden_size * (tokens + job.num_sequences * job.sequence_length * job.remembers_calibration)
 
     @property
     def disk_bytes(self) -> float:

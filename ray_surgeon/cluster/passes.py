@@ -6,9 +6,10 @@ Activations go from worker to worker; the coordinator sees references, losses an
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,11 +17,23 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ray_surgeon.cluster.cluster import Cluster
+from ray_surgeon.cluster.dense_model import CALIBRATION, DenseStates, keep_states
 from ray_surgeon.cluster.placement import WorkerIndex
 from ray_surgeon.cluster.schedule import Operation, submission_order
 from ray_surgeon.cluster.transport import TensorPayload, encode
 from ray_surgeon.cluster.worker import Worker
 from ray_surgeon.models.loss import perplexity_of
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What the model is to say in a pass forward and backward: the text, if nothing else is named."""
+
+    seed: int | None = None  # of labels drawn from the model itself (sampled Fisher)
+    of_dense_model: bool = False  # what the dense model says, whose states are kept; sequences are those of the calibration then
+
 
 # On a worker
 
@@ -32,7 +45,7 @@ def forward(worker: Worker, wave: int, inputs: TensorPayload | None) -> TensorPa
 
 
 def forward_backward(
-    worker: Worker, wave: int, inputs: TensorPayload | None, tokens: TensorPayload, numbers: Sequence[int], label_seed: int | None
+    worker: Worker, wave: int, inputs: TensorPayload | None, tokens: TensorPayload, numbers: Sequence[int], labels: Labels
 ) -> tuple[TensorPayload | None, list[float]]:
     """Run a wave through the last shard and back.
 
@@ -40,23 +53,24 @@ def forward_backward(
         worker: with the last shard.
         wave: its number.
         inputs: tokens, if this is the only shard, or hidden states.
-        tokens: [m, T] the labels.
+        tokens: [m, T] of the text.
         numbers: of the sequences.
-        label_seed: seed of labels drawn from the model; None takes the data's (empirical Fisher).
+        labels: what the model is to say.
 
     Returns:
-        The gradient at the inputs, None if this is the only shard, and the summed NLL of each sequence in nats.
+        The gradient at the inputs, None if this is the only shard, and the loss of each sequence, summed over its tokens, in nats.
 
     Raises:
         FloatingPointError: a loss is not finite.
     """
     assert inputs is not None
-    labels = worker.unpack(tokens)
+    text = worker.unpack(tokens)
     gradients, losses = worker.runner.forward(wave, worker.unpack(inputs)), []
     for i, number in enumerate(numbers):
-        generator = None if label_seed is None else torch.Generator().manual_seed(label_seed + number)
-        nll, gradients[i] = worker.runner.loss(gradients[i], labels[i : i + 1], generator)
-        losses.append(float(nll))
+        generator = None if labels.seed is None else torch.Generator().manual_seed(labels.seed + number)
+        dense = worker.kept(DenseStates).on_device(worker, CALIBRATION, number) if labels.of_dense_model else None
+        loss, gradients[i] = worker.runner.loss(gradients[i], text[i : i + 1], generator, dense)
+        losses.append(float(loss))
         if not math.isfinite(losses[-1]):
             raise FloatingPointError(f"the loss of calibration sequence {number} is {losses[-1]}; check the weights and the dtype")
     return _gradient_below(worker, worker.runner.backward(wave, gradients)), losses
@@ -84,6 +98,25 @@ def infer_loss(worker: Worker, inputs: TensorPayload, tokens: TensorPayload) -> 
     return [float(worker.shard.loss(h, labels[i : i + 1])[0]) for i, h in enumerate(hidden)]
 
 
+def infer_loss_and_divergence(
+    worker: Worker, inputs: TensorPayload, tokens: TensorPayload, text: str, numbers: Sequence[int]
+) -> list[tuple[float, float]]:
+    """Return the summed NLL and the summed divergence from the dense model in nats of each sequence, at the last shard."""
+    labels, found = worker.unpack(tokens), []
+    for i, (number, h) in enumerate(zip(numbers, worker.runner.infer(worker.unpack(inputs)), strict=True)):
+        dense = worker.kept(DenseStates).on_device(worker, text, number)
+        found.append((float(worker.shard.loss(h, labels[i : i + 1])[0]), float(worker.shard.divergence(h, dense)[0])))
+    return found
+
+
+def infer_loss_and_states(worker: Worker, inputs: TensorPayload, tokens: TensorPayload) -> tuple[list[float], TensorPayload]:
+    """Return the summed NLL in nats of each sequence, and the hidden states [m, T, d] bfloat16 before the head, at the last shard."""
+    labels = worker.unpack(tokens)
+    hidden = worker.runner.infer(worker.unpack(inputs))
+    losses = [float(worker.shard.loss(h, labels[i : i + 1])[0]) for i, h in enumerate(hidden)]
+    return losses, worker.pack(torch.cat(hidden).to(torch.bfloat16))
+
+
 def infer_logits(worker: Worker, inputs: TensorPayload) -> TensorPayload:
     """Return the logits [n, T, vocabulary], at the last shard."""
     return worker.pack(worker.shard.logits(torch.cat(worker.runner.infer(worker.unpack(inputs)))))
@@ -109,35 +142,41 @@ class _ReplicaPipeline:
     num_done: int = 0
 
 
-def _waves(cluster: Cluster, num_sequences: int) -> list[list[list[int]]]:
-    """Return for every replica the numbers of the sequences of each of its waves; replica r sees sequences r, r + D, ... ."""
+def _waves(cluster: Cluster, numbers: Sequence[int]) -> list[list[list[int]]]:
+    """Return for every replica the numbers of the sequences of each of its waves; replicas take sequences in turns."""
     num_replicas, size = cluster.placement.num_replicas, cluster.stores.wave
-    own = [list(range(replica, num_sequences, num_replicas)) for replica in range(num_replicas)]
-    return [[numbers[i : i + size] for i in range(0, len(numbers), size)] for numbers in own]
+    own = [list(numbers[replica::num_replicas]) for replica in range(num_replicas)]
+    return [[mine[i : i + size] for i in range(0, len(mine), size)] for mine in own]
 
 
 def forward_and_backward(
-    cluster: Cluster, sequences: NDArray[np.int64], label_seed: int | None = None, *, counted: bool = True
+    cluster: Cluster,
+    sequences: NDArray[np.int64],
+    labels: Labels | None = None,
+    *,
+    only: Sequence[int] | None = None,
+    counted: bool = True,
 ) -> list[float]:
-    """Run every sequence forward and backward, and return its summed NLL in nats.
+    """Run sequences forward and backward, and return the loss of each, summed over its tokens, in nats.
 
     Waves of sequences go through the shards in one-forward-one-backward order. Submission runs a bounded number of them ahead.
 
     Args:
         cluster: with loaded workers, whose hooks gather what is wanted.
         sequences: [num_sequences, sequence_length] tokens.
-        label_seed: see `forward_backward`.
+        labels: what the model is to say; the text if not given.
+        only: numbers of the sequences to run; all if not given.
         counted: whether the progress of the step counts these sequences.
     """
-    num_shards = cluster.placement.num_shards
+    num_shards, wanted = cluster.placement.num_shards, list(range(len(sequences)) if only is None else only)
     if counted:
-        cluster.progress.begin(len(sequences), "sequences", sequences.shape[1])
-    pipelines = [_ReplicaPipeline(replica, waves) for replica, waves in enumerate(_waves(cluster, len(sequences)))]
+        cluster.progress.begin(len(wanted), "sequences", sequences.shape[1])
+    pipelines = [_ReplicaPipeline(replica, waves) for replica, waves in enumerate(_waves(cluster, wanted))]
     orders = [submission_order(num_shards, len(pipeline.waves)) for pipeline in pipelines]
     for operations in zip_longest(*orders):
         for pipeline, operation in zip(pipelines, operations, strict=True):
             if operation is not None:
-                _submit(cluster, pipeline, operation, sequences, label_seed)
+                _submit(cluster, pipeline, operation, sequences, labels or Labels())
                 if counted:
                     cluster.progress.reach(sum(p.num_done for p in pipelines))
     by_number: dict[int, float] = {}
@@ -145,13 +184,11 @@ def forward_and_backward(
         for numbers, losses in zip(pipeline.waves, cluster.get(pipeline.losses), strict=True):
             by_number |= dict(zip(numbers, losses, strict=True))
     if counted:
-        cluster.progress.reach(len(sequences))
-    return [by_number[number] for number in range(len(sequences))]
+        cluster.progress.reach(len(wanted))
+    return [by_number[number] for number in wanted]
 
 
-def _submit(
-    cluster: Cluster, pipeline: _ReplicaPipeline, operation: Operation, sequences: NDArray[np.int64], label_seed: int | None
-) -> None:
+def _submit(cluster: Cluster, pipeline: _ReplicaPipeline, operation: Operation, sequences: NDArray[np.int64], labels: Labels) -> None:
     shard, direction, wave = operation
     num_shards, index, numbers = cluster.placement.num_shards, WorkerIndex(shard, pipeline.replica), pipeline.waves[wave]
     if shard == 0 and direction == "forward":
@@ -162,8 +199,8 @@ def _submit(
             pipeline.num_done += len(pipeline.waves[ahead])
     moving, finished = pipeline.moving.pop(wave), None
     if shard == num_shards - 1:
-        labels = token_payload(sequences[numbers])
-        moving, losses = cluster.submit_pair(index, forward_backward, wave, moving, labels, numbers, label_seed)
+        text = token_payload(sequences[numbers])
+        moving, losses = cluster.submit_pair(index, forward_backward, wave, moving, text, numbers, labels)
         pipeline.losses.append(losses)
         finished = losses
     elif direction == "forward":
@@ -183,38 +220,93 @@ def _to_last_shard(cluster: Cluster, replica: int, tokens: NDArray[np.int64]) ->
     return WorkerIndex(last, replica), moving
 
 
-def sequence_losses(cluster: Cluster, sequences: NDArray[np.int64]) -> list[float]:
-    """Return the summed NLL in nats of each sequence [num_sequences, sequence_length]; forward only."""
+def _each_wave(cluster: Cluster, sequences: NDArray[np.int64], at_the_end: Callable[[WorkerIndex, Any, list[int]], list[T]]) -> list[T]:
+    """Run every sequence forward, and return what comes of each.
+
+    Args:
+        cluster: with loaded workers.
+        sequences: [num_sequences, sequence_length] tokens.
+        at_the_end: (worker with the last shard, what it gets, numbers of the sequences of a wave) -> future with an item for each.
+    """
     cluster.progress.begin(len(sequences), "sequences", sequences.shape[1])
-    of_replicas = _waves(cluster, len(sequences))
+    of_replicas = _waves(cluster, range(len(sequences)))
     waves = [(r, numbers) for turn in zip_longest(*of_replicas) for r, numbers in enumerate(turn) if numbers is not None]
     in_flight = cluster.placement.num_replicas * (cluster.placement.num_shards + 1)
-    futures: list[list[float]] = []
-    by_number: dict[int, float] = {}
+    futures: list[list[T]] = []
+    by_number: dict[int, T] = {}
     for i, (replica, numbers) in enumerate(waves):
         if i >= in_flight:
             cluster.get([futures[i - in_flight]])
             cluster.progress.reach(sum(len(done) for _, done in waves[: i - in_flight + 1]))
-        index, moving = _to_last_shard(cluster, replica, sequences[numbers])
-        futures.append(cluster.submit(index, infer_loss, moving, token_payload(sequences[numbers])))
-    for (_, numbers), losses in zip(waves, cluster.get(futures), strict=True):
-        by_number |= dict(zip(numbers, losses, strict=True))
+        futures.append(at_the_end(*_to_last_shard(cluster, replica, sequences[numbers]), numbers))
+    for (_, numbers), found in zip(waves, cluster.get(futures), strict=True):
+        by_number |= dict(zip(numbers, found, strict=True))
     cluster.progress.reach(len(sequences))
     return [by_number[number] for number in range(len(sequences))]
 
 
-def perplexity(cluster: Cluster, windows: NDArray[np.int64]) -> float:
-    """Return exp of the mean over windows of the mean NLL of their predicted tokens.
+def sequence_losses(cluster: Cluster, sequences: NDArray[np.int64]) -> list[float]:
+    """Return the summed NLL in nats of each sequence [num_sequences, sequence_length]; forward only."""
+
+    def at_the_end(last: WorkerIndex, moving: Any, numbers: list[int]) -> list[float]:
+        return cluster.submit(last, infer_loss, moving, token_payload(sequences[numbers]))
+
+    return _each_wave(cluster, sequences, at_the_end)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What an evaluation finds on one text."""
+
+    perplexity: float  # exp of the mean NLL of the predicted tokens
+    divergence: float  # mean over them of the divergence from the dense model, in nats
+
+
+def remember(cluster: Cluster, text: str, windows: NDArray[np.int64]) -> Measured:
+    """Measure the dense model, and let the last shards of all replicas keep its hidden states.
+
+    Args:
+        cluster: with the dense weights.
+        text: its name.
+        windows: [num_sequences, sequence_length] tokens.
+
+    Raises:
+        FloatingPointError: the loss is not a number.
+    """
+    num_shards, num_replicas = cluster.placement.num_shards, cluster.placement.num_replicas
+
+    def at_the_end(last: WorkerIndex, moving: Any, numbers: list[int]) -> list[float]:
+        losses, states = cluster.submit_pair(last, infer_loss_and_states, moving, token_payload(windows[numbers]))
+        for replica in range(num_replicas):
+            cluster.submit(WorkerIndex(num_shards - 1, replica), keep_states, text, numbers, states)
+        return losses
+
+    losses = _each_wave(cluster, windows, at_the_end)
+    return Measured(perplexity_of(sum(losses) / _num_predicted(windows)), 0.0)
+
+
+def measure(cluster: Cluster, text: str, windows: NDArray[np.int64]) -> Measured:
+    """Measure the present weights on a text that was remembered.
 
     Args:
         cluster: with loaded workers.
+        text: its name.
         windows: [num_sequences, sequence_length] tokens; ``sequence_length - 1`` are predicted in each.
 
     Raises:
         FloatingPointError: the loss is not a number.
     """
-    mean = sum(sequence_losses(cluster, windows)) / (windows.shape[0] * (windows.shape[1] - 1))
-    return perplexity_of(mean)
+
+    def at_the_end(last: WorkerIndex, moving: Any, numbers: list[int]) -> list[tuple[float, float]]:
+        return cluster.submit(last, infer_loss_and_divergence, moving, token_payload(windows[numbers]), text, numbers)
+
+    found = _each_wave(cluster, windows, at_the_end)
+    losses, divergences = (sum(values) / _num_predicted(windows) for values in zip(*found, strict=True))
+    return Measured(perplexity_of(losses), divergences)
+
+
+def _num_predicted(windows: NDArray[np.int64]) -> int:
+    return int(windows.shape[0]) * (int(windows.shape[1]) - 1)
 
 
 def logits(cluster: Cluster, tokens: Sequence[int]) -> TensorPayload:

@@ -140,6 +140,10 @@ class Worker:
         """Keep an object, in place of one of the same class."""
         self._kept[type(thing)] = thing
 
+    def has(self, kind: type) -> bool:
+        """Whether an object of a class is kept."""
+        return kind in self._kept
+
     def kept(self, kind: type[T]) -> T:
         """Return the object of a class that is kept."""
         thing = self._kept[kind]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from ray_surgeon.cluster.cluster import Cluster
-from ray_surgeon.cluster.passes import forward_and_backward
+from ray_surgeon.cluster.passes import Labels, forward_and_backward
 from ray_surgeon.cluster.worker import Worker, collective
 from ray_surgeon.models.low_rank import LowRankCorrections
 from ray_surgeon.sections.base import Positive, Section
@@ -18,6 +19,11 @@ from ray_surgeon.sections.base import Positive, Section
 class CorrectionSection(Section):
     """Low-rank first-order corrections: after every shot, B A is trained beside every linear of the blocks and absorbed into it."""
 
+    loss: Literal["kl", "cross_entropy"] = Field(
+        "kl",
+        description="What they lower on the calibration text: the divergence from the dense model (kl), which recovers what pruning took, "
+        "or the loss (cross_entropy), which teaches the text as well",
+    )
     lora_rank: int = Field(8, ge=1, le=1024, description="Rank of B A")
     learning_rate: float = Field(1e-4, gt=0, le=1, description="Of Adam")
     steps_per_shot: int = Field(3, ge=0, description="Steps of Adam after every shot")
@@ -97,16 +103,17 @@ class Corrections:
             num_shots: in all.
 
         Returns:
-            The mean NLL in nats per predicted token of each step's batch, before the step.
+            The mean loss in nats per predicted token of each step's batch, before the step.
         """
-        batches, losses = self.batches(shot, num_shots, len(sequences)), []
+        batches, losses = self.batches(shot, num_shots, len(sequences)), list[float]()
+        labels = Labels(of_dense_model=self.section.loss == "kl")
         if not batches:
             return []
         cluster.run_all(self.start, shot)
         cluster.progress.begin(len(batches), "steps", self.section.sequences_per_step * sequences.shape[1])
         for number, batch in enumerate(batches):
             num_tokens = len(batch) * (sequences.shape[1] - 1)
-            losses.append(sum(forward_and_backward(cluster, sequences[batch], counted=False)) / num_tokens)
+            losses.append(sum(forward_and_backward(cluster, sequences, labels, only=batch, counted=False)) / num_tokens)
             cluster.run_all(self.step, num_tokens)
             cluster.progress.reach(number + 1)
         cluster.run_all(self.absorb)

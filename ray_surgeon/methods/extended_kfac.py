@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from ray_surgeon.cluster.cluster import Cluster
-from ray_surgeon.cluster.passes import forward_and_backward
+from ray_surgeon.cluster.passes import Labels, forward_and_backward
 from ray_surgeon.cluster.worker import Worker, collective
 from ray_surgeon.models.shard import ModelShard, watch_pairs
 from ray_surgeon.surgery.extended.terms import power_iteration, quadratic_forms
@@ -138,7 +138,7 @@ def gather_terms(
         sides: list[Side] = ["g" if number % 2 else "a" for number in range(num_iterations)]
         for side in sides:
             cluster.run_all(start_iteration, side)
-            forward_and_backward(cluster, sequences, label_seed)
+            forward_and_backward(cluster, sequences, Labels(label_seed))
             cluster.run_all(finish_iteration, side)
         sizes.append({name: size for found in cluster.run_all(finish_term) for name, size in found.items()})
     return sizes

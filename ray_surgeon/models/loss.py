@@ -61,6 +61,39 @@ def next_token_loss(
     return nll.view(num_sequences, T - 1).sum(dim=1), gradient
 
 
+def divergence(hidden: Tensor, dense: Tensor, head_weight: Tensor, *, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+    """Kullback-Leibler divergence of the dense model's next-token distributions from a model's, and its gradient.
+
+    The last position of a sequence, which predicts nothing that is there, is left out as in `next_token_loss`.
+
+    Args:
+        hidden: [num_sequences, T, d] output of the final norm.
+        dense: [num_sequences, T, d] of the dense model, of any float dtype.
+        head_weight: [vocabulary, d] of both.
+        with_gradient: whether to return the gradient of the summed divergence with respect to `hidden`.
+
+    Returns:
+        [num_sequences] float64 sum over the predicted tokens of ``sum_v p_v (log p_v - log q_v)`` in nats, p of the dense model, and the
+        gradient [num_sequences, T, d] or None.
+    """
+    num_sequences, T, d = hidden.shape
+    flat, target = hidden[:, :-1].reshape(-1, d), dense[:, :-1].reshape(-1, d)
+    found = torch.empty(len(flat), dtype=torch.float64, device=hidden.device)
+    gradient = torch.zeros_like(hidden) if with_gradient else None
+    flat_gradient = torch.empty_like(flat) if with_gradient else None
+    for start in range(0, len(flat), TOKENS_PER_SLICE):
+        part = slice(start, start + TOKENS_PER_SLICE)
+        log_q = torch.log_softmax(product(flat[part], head_weight.T).float(), dim=-1)
+        log_p = torch.log_softmax(product(target[part].to(hidden.dtype), head_weight.T).float(), dim=-1)
+        p = log_p.exp()
+        found[part] = log_p.sub_(log_q).mul_(p).sum(dim=-1).double()
+        if flat_gradient is not None:
+            flat_gradient[part] = product(log_q.exp_().sub_(p).to(hidden.dtype), head_weight)
+    if gradient is not None and flat_gradient is not None:
+        gradient[:, :-1] = flat_gradient.view(num_sequences, T - 1, d)
+    return found.view(num_sequences, T - 1).sum(dim=1), gradient
+
+
 def _drawn(probabilities: Tensor, chances: Tensor) -> Tensor:
     """Return for each token the label [n, 1] at which the cumulated probabilities [n, vocabulary] pass its chance [n] in [0, 1)."""
     cumulated = probabilities.cumsum(dim=1)

@@ -161,22 +161,28 @@ class BlockRunner:
                     leaves[i] = leaf = gradients[i]  # the inputs are not needed any more
         return gradients
 
-    def loss(self, hidden: Tensor, tokens: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    def loss(
+        self, hidden: Tensor, tokens: Tensor, generator: torch.Generator | None = None, dense: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return the loss of a sequence after the last block, and its gradient there.
 
         Args:
             hidden: [1, T, d] detached.
             tokens: [1, T].
             generator: see `next_token_loss`.
+            dense: [1, T, d] last hidden states of the dense model; the loss is the divergence from it, if they are given.
 
         Returns:
-            [1] float64 summed NLL of the data in nats, and the gradient [1, T, d].
+            [1] float64 summed NLL of the data, or summed divergence, in nats, and the gradient [1, T, d].
         """
         leaf = hidden.requires_grad_()
         output = self.leave(leaf)
-        nll, gradient = self._shard.loss(output.detach(), tokens, with_gradient=True, generator=generator)
+        if dense is None:
+            loss, gradient = self._shard.loss(output.detach(), tokens, with_gradient=True, generator=generator)
+        else:
+            loss, gradient = self._shard.divergence(output.detach(), dense, with_gradient=True)
         torch.autograd.backward(output, gradient)
-        return nll, _gradient(leaf)
+        return loss, _gradient(leaf)
 
     def _enter_all(self, inputs: Tensor) -> tuple[list[Tensor], list[Call]]:
         entered = [self.enter(one[None]) for one in inputs]

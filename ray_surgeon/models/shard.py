@@ -18,7 +18,7 @@ from ray_surgeon.memory.stores import Scratch, Stores
 from ray_surgeon.memory.weights import Read, Slot, weight_store
 from ray_surgeon.models.layout import BlockRange, ModelLayout, build_blocks, global_name
 from ray_surgeon.models.linears import LinearModule, as_linear, num_inputs, use_fast_products
-from ray_surgeon.models.loss import next_token_loss
+from ray_surgeon.models.loss import divergence, next_token_loss
 from ray_surgeon.surgery.extended.terms import Term
 from ray_surgeon.surgery.kronecker import PackedFactors, PackedSymmetric, with_ones
 
@@ -274,9 +274,18 @@ class ModelShard:
         self, hidden: Tensor, tokens: Tensor, *, with_gradient: bool = False, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Loss of the last shard's hidden states; see `next_token_loss`."""
+        return next_token_loss(hidden, self._head_weight, tokens, with_gradient=with_gradient, generator=generator)
+
+    @torch.no_grad()
+    def divergence(self, hidden: Tensor, dense: Tensor, *, with_gradient: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Divergence of the dense model from the last shard's hidden states; see `divergence`."""
+        return divergence(hidden, dense, self._head_weight, with_gradient=with_gradient)
+
+    @property
+    def _head_weight(self) -> Tensor:
         head = self.model.get_submodule(self.layout.family.head)
         assert isinstance(head, nn.Linear)
-        return next_token_loss(hidden, head.weight, tokens, with_gradient=with_gradient, generator=generator)
+        return head.weight
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "num_shots": ("Shots of the job", ()),
     "sparsity": ("Removed fraction of the parameters of the blocks' linears", ()),
     "perplexity": ("Perplexity of the last evaluation", ("text",)),
+    "divergence": ("Divergence from the dense model in the last evaluation, in nats per token", ("text",)),
     "tokens_per_s": ("Calibration tokens per second of the last curvature pass", ()),
     "step_seconds": ("Seconds of the last such step", ("step",)),
     "worker_busy_seconds": ("Seconds of the last such step that a worker was busy", ("step", "worker")),
@@ -47,8 +48,9 @@ def readings(event: Event) -> Iterator[Reading]:
     if event.worker_seconds and event.seconds:
         yield "efficiency", sum(event.worker_seconds) / (len(event.worker_seconds) * event.seconds), step
     for name, value in event.facts.items():
-        if name.startswith("perplexity "):
-            yield "perplexity", float(value), {"text": name.removeprefix("perplexity ")}
+        metric, _, text = name.partition(" ")
+        if metric in ("perplexity", "divergence"):
+            yield metric, float(value), {"text": text}
         elif name == "size_bytes":
             yield "export_bytes", float(value), {"kind": str(event.facts["kind"])}
         elif name in ("sparsity", "tokens_per_s", "parameters", "peak_rss_bytes"):

@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from ray_surgeon.cluster.passes import Measured
 from ray_surgeon.cluster.worker import LinearSummary
 from ray_surgeon.run.events import Steps
 from ray_surgeon.run.html_report import page
@@ -46,7 +47,7 @@ class RunReport:
         targets: Sequence[float],
         sparsity: float,
         threshold: float | None,
-        perplexities: Mapping[str, float],
+        measured: Mapping[str, Measured],
         linears: Sequence[LinearSummary],
         record: Mapping[str, Any],
         steps: Steps,
@@ -58,7 +59,7 @@ class RunReport:
             targets: sparsity at the end of every shot, if the target is a sparsity.
             sparsity: removed fraction of the linears' parameters.
             threshold: the global one; None if the method has none.
-            perplexities: by text.
+            measured: by text.
             linears: what is left of each.
             record: what the method and the corrections say.
             steps: of this shot so far.
@@ -69,7 +70,8 @@ class RunReport:
                 "target_sparsity": targets[shot - 1] if targets else None,
                 "sparsity": sparsity,
                 "threshold": threshold,
-                "perplexity": dict(perplexities),
+                "perplexity": {text: found.perplexity for text, found in measured.items()},
+                "divergence": {text: found.divergence for text, found in measured.items()},
                 "calibration_loss": None,
                 "correction_losses": [],
                 **record,
@@ -149,12 +151,12 @@ def shots_table(record: Mapping[str, Any]) -> Table:
     """Return the terminal's table of a report: one line for the dense model and one a shot."""
     texts = list(record["dense"]["perplexity"])
     table = Table(title=str(record["spec"]["name"]))
-    for column in ("shot", "sparsity", "threshold", *(f"perplexity {text}" for text in texts), "wall s", "CPU s", "peak memory GiB"):
+    for column in ("shot", "sparsity", "threshold", *(f"perplexity {text} (KL)" for text in texts), "wall s", "CPU s", "peak memory GiB"):
         table.add_column(column, justify="right")
     dense = [_perplexity_text(record["dense"]["perplexity"][text]) for text in texts]
     table.add_row("dense", "0.00 %", "", *dense, "", "", "")
     for shot in record["shots"]:
-        values = [_perplexity_text(shot["perplexity"][text]) for text in texts]
+        values = [f"{_perplexity_text(shot['perplexity'][text])} ({shot['divergence'][text]:.3f})" for text in texts]
         times = f"{sum(shot['seconds'].values()):.0f}", f"{sum(shot['cpu_seconds'].values()):.0f}"
         threshold = "" if shot["threshold"] is None else f"{shot['threshold']:.3g}"
         memory = f"{shot['peak_rss_bytes'] / 2**30:.2f}"

@@ -35,8 +35,8 @@ class ModelSection(Section):
         return self
 
 
-OWN_TEXTS = ("python-docs", "python-docstrings")
-"""Texts that come with Python."""
+OWN_TEXTS = ("python-docs", "python-docstrings", "package-descriptions")
+"""Texts that are there where Python is."""
 
 
 class SourceSection(Section):
@@ -44,8 +44,9 @@ class SourceSection(Section):
 
     source: str = Field(
         min_length=1,
-        description="python-docs (the topics of Python's own help), python-docstrings (the longer docstrings of its library), files on any "
-        "fsspec URI ending in .txt, .jsonl or .parquet (* for several), the name of a Hub data set, or a local data-set folder",
+        description="python-docs (the topics of Python's own help), python-docstrings (the longer docstrings of its library), "
+        "package-descriptions (the longer descriptions of the packages that are installed here), files on any fsspec URI ending in .txt, "
+        ".jsonl or .parquet (* for several), the name of a Hub data set, or a local data-set folder",
     )
     config: str | None = Field(None, description="Configuration of a Hub data set, e.g. wikitext-2-raw-v1")
     split: str = Field(

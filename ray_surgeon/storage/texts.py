@@ -11,6 +11,7 @@ import json
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,8 @@ def _documents(text: SourceSection, where: str) -> tuple[Iterator[str], bool]:
         return iter(topics.values()), False
     if text.source == "python-docstrings":
         return _docstrings(), False
+    if text.source == "package-descriptions":
+        return _descriptions(), False
     if text.source.endswith(_TEXT_SUFFIXES):
         return _file_documents(text, where), False
     return _dataset_documents(text, where)
@@ -148,6 +151,14 @@ def _docstrings() -> Iterator[str]:
                 docstring = ast.get_docstring(node)
                 if docstring and len(docstring) >= _LONGER:
                     yield docstring
+
+
+def _descriptions() -> Iterator[str]:
+    """Yield the longer descriptions of the installed packages, in the order of their names."""
+    found = {str(package.metadata["Name"]).lower(): package.metadata.json.get("description") for package in distributions()}
+    for _, description in sorted(found.items()):
+        if isinstance(description, str) and len(description) >= _LONGER:
+            yield description.strip()
 
 
 def _file_documents(text: SourceSection, where: str) -> Iterator[str]:

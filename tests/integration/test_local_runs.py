@@ -183,6 +183,7 @@ def test_options_do_something(model_folders: dict[str, Path], tmp_path: Path) ->
         "wanda-n_m": {**wanda, "pruning__structure": "n_m"},
         "wanda-pattern": {**wanda, "pruning__structure": "n_m", "pruning__n_m": [4, 8]},
         "lora": {"correction__lora_rank": 2},
+        "lora-loss": {"correction__lora_rank": 2, "correction__loss": "cross_entropy"},
         "lora-rank": {"correction__lora_rank": 3},
         "lora-rate": {"correction__lora_rank": 2, "correction__learning_rate": 1e-2},
         "lora-steps": {"correction__lora_rank": 2, "correction__steps_per_shot": 2},

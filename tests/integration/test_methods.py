@@ -27,7 +27,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "sparsegpt": {"pruning__method": "sparsegpt", "pruning__structure": "element"},
     "wanda-n_m": {"pruning__method": "wanda", "pruning__structure": "n_m"},
     "lora": {"correction__lora_rank": 2, "correction__final_epochs": 1, "correction__learning_rate": 1e-3},
-    "lora-element": {"correction__lora_rank": 2, "correction__learning_rate": 1e-3, "pruning__structure": "element"},
+    "lora-element": {
+        "correction__loss": "cross_entropy",
+        "correction__lora_rank": 2,
+        "correction__learning_rate": 1e-3,
+        "pruning__structure": "element",
+    },
 }
 
 
@@ -85,15 +90,49 @@ def test_what_is_removed_is_exactly_zero(method: str, family: str, model_folders
     assert checked > 0
 
 
-def test_corrections_lower_the_loss_and_their_curve_is_kept(model_folders: dict[str, Path], tmp_path: Path) -> None:
-    lora = {"correction__lora_rank": 4, "correction__learning_rate": 3e-3, "correction__steps_per_shot": 20, "correction__final_epochs": 5}
+@pytest.mark.parametrize("loss", ["kl", "cross_entropy"])
+def test_corrections_lower_the_loss_and_their_curve_is_kept(loss: str, model_folders: dict[str, Path], tmp_path: Path) -> None:
+    lora = {
+        "correction__loss": loss,
+        "correction__lora_rank": 4,
+        "correction__learning_rate": 3e-3,
+        "correction__steps_per_shot": 20,
+        "correction__final_epochs": 5,
+    }
     sequences = {"calibration__num_sequences": 4, "correction__sequences_per_step": 4}
     assert run(tmp_path / "with", model_folders["llama"], **lora, **sequences) == 0
     first, last = report_of(tmp_path / "with/run")["shots"]
     assert (len(first["correction_losses"]), len(last["correction_losses"])) == (20, 25)
     for shot in (first, last):
         assert shot["correction_losses"][-1] < 0.9 * shot["correction_losses"][0]
-    assert last["calibration_loss"] < first["correction_losses"][-1], "absorbed, and measured on the same sequences"
+    if loss == "cross_entropy":
+        assert last["calibration_loss"] < first["correction_losses"][-1], "absorbed, and measured on the same sequences"
+
+
+@pytest.mark.parametrize(("shards", "replicas"), [(1, 1), (2, 2)])
+def test_divergence_is_that_of_the_export_from_the_dense_model(
+    shards: int, replicas: int, model_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """The dense model's states are bfloat16, hence the tolerance; the divergence of corrections starts where that of the text ends."""
+    groups = {"pruning__structure": "groups", "pruning__allocation": "uniform", "pruning__width_multiple": 8, "pruning__num_shots": 1}
+    cluster = {"cluster__num_shards": shards, "cluster__num_replicas": replicas, "output__exports": ["uniform"]}
+    text = {"source": str(tmp_path / "text.txt"), "split": "train", "num_sequences": 6, "sequence_length": 40, "stride": 64}
+    evaluation = [{"name": "seen", "max_tokens": 4000, **text}]
+    assert run(tmp_path, model_folders["llama"], **groups, **cluster, evaluation=evaluation) == 0
+    report = report_of(tmp_path / "run")
+    (shot,) = report["shots"]
+    windows = torch.from_numpy(check(parse_spec((tmp_path / "spec.yaml").read_text()), resume=True).texts["seen"])
+    dense, pruned = (
+        torch.log_softmax(AutoModelForCausalLM.from_pretrained(folder)(windows).logits[:, :-1].double(), dim=-1)
+        for folder in (model_folders["llama"], tmp_path / "run/export/uniform")
+    )
+    expected = (dense.exp() * (dense - pruned)).sum(dim=-1).mean()
+    assert shot["divergence"]["seen"] == pytest.approx(float(expected.detach()), rel=0.02)
+    lora = {"correction__lora_rank": 2, "correction__sequences_per_step": 6}
+    assert run(tmp_path / "kl", model_folders["llama"], **groups, **cluster, evaluation=evaluation, **lora) == 0
+    (corrected,) = report_of(tmp_path / "kl/run")["shots"]
+    assert corrected["correction_losses"][0] == pytest.approx(shot["divergence"]["seen"], rel=1e-4)
+    assert corrected["divergence"]["seen"] < shot["divergence"]["seen"]
 
 
 def test_further_terms_of_shards_and_replicas_are_those_of_samples(model_folders: dict[str, Path], tmp_path: Path) -> None:

@@ -1,0 +1,56 @@
+"""What the dense model says of texts: its last hidden states, kept by the last shards, so that later weights can be compared with it.
+
+The head is never pruned, so the distributions of the next tokens follow from these states, a slice of tokens at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ray_surgeon.cluster.transport import TensorPayload, decode
+from ray_surgeon.cluster.worker import Worker
+from ray_surgeon.storage import tensor_files
+
+CALIBRATION = "(calibration)"
+"""Name of the calibration text among those that have states; no evaluation text can have it."""
+
+
+@dataclass
+class DenseStates:
+    """Last hidden states of the dense model, in the host's memory of a worker with the last shard."""
+
+    of_text: dict[str, dict[int, Tensor]] = field(default_factory=dict)  # text -> number of a sequence -> [1, T, d] bfloat16
+
+    def on_device(self, worker: Worker, text: str, number: int) -> Tensor:
+        """Return the states [1, T, d] of one sequence."""
+        return self.of_text[text][number].to(worker.device)
+
+
+def keep_states(worker: Worker, text: str, numbers: Sequence[int], states: TensorPayload) -> None:
+    """Keep the states [m, T, d] of some sequences of a text."""
+    if not worker.has(DenseStates):
+        worker.keep(DenseStates())
+    rows = torch.split(decode(states, torch.device("cpu")), 1)
+    worker.kept(DenseStates).of_text.setdefault(text, {}).update(zip(numbers, (row.clone() for row in rows), strict=True))
+
+
+def write_states(worker: Worker, uri: str) -> None:
+    """Write the states of all texts into one file, for a run that goes on later."""
+    if worker.shard.blocks.is_last and worker.index.replica == 0:
+        of_text = worker.kept(DenseStates).of_text
+        tensor_files.write(uri, {f"{number} {text}": states for text, found in of_text.items() for number, states in found.items()})
+
+
+def read_states(worker: Worker, uri: str) -> None:
+    """Read what `write_states` wrote."""
+    if not worker.shard.blocks.is_last:
+        return
+    found = DenseStates()
+    for name, states in tensor_files.read(uri).items():
+        number, _, text = name.partition(" ")
+        found.of_text.setdefault(text, {})[int(number)] = states.clone()
+    worker.keep(found)
