@@ -40,6 +40,9 @@ from ray_surgeon.storage import files
 from ray_surgeon.storage.sources import open_model
 from ray_surgeon.storage.texts import Windows, cut_windows, interleaved, token_stream
 
+_COLUMNS_OF_QUANTISED_KERNELS = 128
+"""On each device; blocks of FP8 have so many, and vLLM's kernel for four bits takes no fewer at a time."""
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -70,6 +73,18 @@ class Inputs:
         assert method.section.target is not None
         of = "" if method.budget is None else f" of {method.budget.dense:.6g}"
         return f"{method.section.target.allowed:.6g}{of} {method.section.target.unit}"
+
+    @property
+    def widths(self) -> str | None:
+        """What engines think of the widths that will be left, for people; None if nothing gets narrower."""
+        pruning = self.spec.pruning
+        if not isinstance(pruning, GroupsSection | UniformGroupsSection) or "ffn" not in pruning.groups:
+            return None
+        said = f"feed-forward layers keep multiples of {pruning.multiple} channels"
+        liked = _COLUMNS_OF_QUANTISED_KERNELS * pruning.tensor_parallel
+        return (
+            said if pruning.multiple % liked == 0 else f"{said}; kernels for quantised weights pad or refuse what is no multiple of {liked}"
+        )
 
     def plan(self, room: Room, device: Device) -> Plan:
         """Return how the job runs.

@@ -139,6 +139,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.dry_run:
             if not inputs.fingerprints:
                 console.print("planned from config.json alone: there are no weights to check")
+            if inputs.widths is not None:
+                console.print(inputs.widths)
             console.print(plan_table(inputs.plan(*_planned_for(arguments, inputs))))
             return DONE
         if isinstance(inputs.spec.cluster, RaySection):

@@ -46,16 +46,17 @@ class JobSpec(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _widths_for_deci(cls, document: Any) -> Any:
-        """DeciLM rounds widths up to multiples of 256."""
+    def _widths_for_engines(cls, document: Any) -> Any:
+        """DeciLM rounds widths up to multiples of 256; kernels for quantised weights work on 128 columns at a time."""
         pruning = document.get("pruning") if isinstance(document, dict) else None
         output = document.get("output") if isinstance(document, dict) else None
         if not (isinstance(pruning, dict) and isinstance(output, dict)) or pruning.get("structure") != "groups":
             return document
         exports, devices = output.get("exports"), pruning.get("tensor_parallel", 1)
-        if not isinstance(exports, list | tuple) or "deci" not in exports or not isinstance(devices, int):
+        if not isinstance(exports, list | tuple) or not isinstance(devices, int):
             return document
-        return document | {"pruning": pruning | {"width_multiple": pruning.get("width_multiple") or 256 * devices}}
+        multiple = 256 if "deci" in exports else 128 if output.get("quantize") else 64
+        return document | {"pruning": pruning | {"width_multiple": pruning.get("width_multiple") or multiple * devices}}
 
     @model_validator(mode="after")
     def _fits_the_curvature(self) -> JobSpec:

@@ -247,3 +247,5 @@ def test_widths_that_engines_like() -> None:
     assert parse_spec(MINIMAL, [*groups, "output.exports=[deci]"]).pruning.multiple == 256
     assert parse_spec(MINIMAL, [*groups, "output.exports=[deci]", "pruning.tensor_parallel=2"]).pruning.multiple == 512
     assert parse_spec(MINIMAL, [*groups, "pruning.width_multiple=8"]).pruning.multiple == 8
+    quantised = ["pruning.allocation=uniform", "output.exports=[uniform]", "output.quantize.scheme=int8"]
+    assert parse_spec(MINIMAL, [*groups, *quantised]).pruning.multiple == 128

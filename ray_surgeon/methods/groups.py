@@ -50,7 +50,7 @@ class _Groups(ScheduleSection):
     width_multiple: Positive | None = Field(
         None,
         description="In the end every feed-forward layer has a multiple of this many channels, or all it had; hardware likes multiples. "
-        "null: 64 for every device of tensor_parallel, or 256 if deci is exported",
+        "null: 64 for every device of tensor_parallel, 128 if the export is quantised, 256 if deci is exported",
     )
     target_sparsity: float | None = Field(
         None, gt=0, lt=1, description="Fraction of the parameters of the blocks' linears to remove, biases included"
