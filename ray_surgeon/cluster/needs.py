@@ -136,6 +136,9 @@ class WorkerNeeds:
         self._kept, self._moment = max(side.kept for side in sides), max(side.moment for side in sides)
         self._forward_only = max(side.forward_only for side in sides)
         self._head = TOKENS_PER_SLICE * config.vocab_size * (shapes.width + 20) if blocks.is_last else 0
+        self._comparison = (
+            TOKENS_PER_SLICE * config.vocab_size * 20 if blocks.is_last else 0
+        )  # of the dense model's distributions; measured
         self._head_flops = 2 * config.vocab_size * config.hidden_size if blocks.is_last else 0  # of a token, forward
 
     def _remembered(self, hidden_size: int) -> float:
@@ -171,9 +174,10 @@ class WorkerNeeds:
             own = -(-count // self._num_replicas)
             wave = min(self._stores.wave, own)
             between = 3 + 3 * (self._num_shards > 1)
-            peak = max(peak, between * wave * length * self._hidden + max(length * self._forward_only, self._head))
+            head = self._head + self._comparison
+            peak = max(peak, between * wave * length * self._hidden + max(length * self._forward_only, head))
             tokens, loads = tokens + own * length, loads + -(-own // wave)
-        flops = tokens * (2 * self._all_blocks / self._shapes.width + self._head_flops)
+        flops = tokens * (2 * self._all_blocks / self._shapes.width + 2 * self._head_flops)
         return StepPlan(
             "evaluation", self._weights + peak, self._host, flops, 0.0, *self._moved(self._stores.weights, loads * self._all_blocks)
         )

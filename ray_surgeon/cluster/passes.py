@@ -105,7 +105,8 @@ def infer_loss_and_divergence(
     labels, found = worker.unpack(tokens), []
     for i, (number, h) in enumerate(zip(numbers, worker.runner.infer(worker.unpack(inputs)), strict=True)):
         dense = worker.kept(DenseStates).on_device(worker, text, number)
-        found.append((float(worker.shard.loss(h, labels[i : i + 1])[0]), float(worker.shard.divergence(h, dense)[0])))
+        comparison = worker.shard.compare(h, dense, labels[i : i + 1])
+        found.append((float(comparison.nll), float(comparison.divergence)))
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -61,24 +62,28 @@ def next_token_loss(
     return nll.view(num_sequences, T - 1).sum(dim=1), gradient
 
 
-def divergence(hidden: Tensor, dense: Tensor, head_weight: Tensor, *, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
-    """Kullback-Leibler divergence of the dense model's next-token distributions from a model's, and its gradient.
+@dataclass(frozen=True)
+class Comparison:
+    """A model beside the dense one, summed over the predicted tokens of each sequence, in nats."""
 
-    The last position of a sequence, which predicts nothing that is there, is left out as in `next_token_loss`.
+    divergence: Tensor  # [num_sequences] float64, ``sum_v p_v (log p_v - log q_v)`` with p of the dense model
+    nll: Tensor  # [num_sequences] float64, of the text
+    gradient: Tensor | None  # [num_sequences, T, d] of the summed divergence with respect to the hidden states
+
+
+def compare_with_dense(hidden: Tensor, dense: Tensor, tokens: Tensor, head_weight: Tensor, *, with_gradient: bool = False) -> Comparison:
+    """Compare a model's next-token distributions with the dense model's, and with the text; see `next_token_loss`.
 
     Args:
         hidden: [num_sequences, T, d] output of the final norm.
         dense: [num_sequences, T, d] of the dense model, of any float dtype.
+        tokens: [num_sequences, T] int64.
         head_weight: [vocabulary, d] of both.
-        with_gradient: whether to return the gradient of the summed divergence with respect to `hidden`.
-
-    Returns:
-        [num_sequences] float64 sum over the predicted tokens of ``sum_v p_v (log p_v - log q_v)`` in nats, p of the dense model, and the
-        gradient [num_sequences, T, d] or None.
+        with_gradient: whether the gradient is wanted.
     """
     num_sequences, T, d = hidden.shape
-    flat, target = hidden[:, :-1].reshape(-1, d), dense[:, :-1].reshape(-1, d)
-    found = torch.empty(len(flat), dtype=torch.float64, device=hidden.device)
+    flat, target, labels = hidden[:, :-1].reshape(-1, d), dense[:, :-1].reshape(-1, d), tokens[:, 1:].reshape(-1)
+    divergence, nll = (torch.empty(len(flat), dtype=torch.float64, device=hidden.device) for _ in range(2))
     gradient = torch.zeros_like(hidden) if with_gradient else None
     flat_gradient = torch.empty_like(flat) if with_gradient else None
     for start in range(0, len(flat), TOKENS_PER_SLICE):
@@ -86,12 +91,14 @@ def divergence(hidden: Tensor, dense: Tensor, head_weight: Tensor, *, with_gradi
         log_q = torch.log_softmax(product(flat[part], head_weight.T).float(), dim=-1)
         log_p = torch.log_softmax(product(target[part].to(hidden.dtype), head_weight.T).float(), dim=-1)
         p = log_p.exp()
-        found[part] = log_p.sub_(log_q).mul_(p).sum(dim=-1).double()
+        nll[part] = -log_q.gather(1, labels[part, None])[:, 0].double()
+        divergence[part] = log_p.sub_(log_q).mul_(p).sum(dim=-1).double()
         if flat_gradient is not None:
             flat_gradient[part] = product(log_q.exp_().sub_(p).to(hidden.dtype), head_weight)
     if gradient is not None and flat_gradient is not None:
         gradient[:, :-1] = flat_gradient.view(num_sequences, T - 1, d)
-    return found.view(num_sequences, T - 1).sum(dim=1), gradient
+    of_sequences = [values.view(num_sequences, T - 1).sum(dim=1) for values in (divergence, nll)]
+    return Comparison(of_sequences[0], of_sequences[1], gradient)
 
 
 def _drawn(probabilities: Tensor, chances: Tensor) -> Tensor:

@@ -180,7 +180,8 @@ class BlockRunner:
         if dense is None:
             loss, gradient = self._shard.loss(output.detach(), tokens, with_gradient=True, generator=generator)
         else:
-            loss, gradient = self._shard.divergence(output.detach(), dense, with_gradient=True)
+            found = self._shard.compare(output.detach(), dense, tokens, with_gradient=True)
+            loss, gradient = found.divergence, found.gradient
         torch.autograd.backward(output, gradient)
         return loss, _gradient(leaf)
 

@@ -45,7 +45,7 @@ class SourceSection(Section):
     source: str = Field(
         min_length=1,
         description="python-docs (the topics of Python's own help), python-docstrings (the longer docstrings of its library), "
-        "package-descriptions (the longer descriptions of the packages that are installed here), files on any fsspec URI ending in .txt, "
+        "package-descriptions (prose in the descriptions of the packages that are installed here), files on any fsspec URI ending in .txt, "
         ".jsonl or .parquet (* for several), the name of a Hub data set, or a local data-set folder",
     )
     config: str | None = Field(None, description="Configuration of a Hub data set, e.g. wikitext-2-raw-v1")

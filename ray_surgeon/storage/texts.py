@@ -37,6 +37,12 @@ _LONGER = 300
 """Characters from which a docstring is prose rather than a label."""
 
 
+_PARAGRAPH = 120
+"""Characters from which a paragraph of a description is prose rather than a heading,"""
+_PLAIN = 0.94
+"""if so many of them are letters, spaces and punctuation."""
+
+
 @dataclass(frozen=True)
 class Windows:
     """Windows of one text."""
@@ -154,11 +160,18 @@ def _docstrings() -> Iterator[str]:
 
 
 def _descriptions() -> Iterator[str]:
-    """Yield the longer descriptions of the installed packages, in the order of their names."""
+    """Yield the prose in the descriptions of the installed packages, in the order of their names."""
     found = {str(package.metadata["Name"]).lower(): package.metadata.json.get("description") for package in distributions()}
     for _, description in sorted(found.items()):
-        if isinstance(description, str) and len(description) >= _LONGER:
-            yield description.strip()
+        paragraphs = (paragraph.strip() for paragraph in str(description or "").replace("\r\n", "\n").split("\n\n"))
+        if prose := [paragraph for paragraph in paragraphs if _is_prose(paragraph)]:
+            yield "\n\n".join(prose)
+
+
+def _is_prose(paragraph: str) -> bool:
+    """Whether a paragraph is sentences, not code, a table, a list of links or badges."""
+    plain = sum(character.isalpha() or character in " \n.,;'" for character in paragraph)
+    return len(paragraph) >= _PARAGRAPH and plain >= _PLAIN * len(paragraph) and "```" not in paragraph
 
 
 def _file_documents(text: SourceSection, where: str) -> Iterator[str]:

@@ -269,7 +269,7 @@ def factorise(matrix: Tensor, damping: float, max_damping: float, name: str) -> 
     Raises:
         FloatingPointError: the matrix is not finite, or no damping up to `max_damping` makes it positive definite.
     """
-    if not torch.isfinite(matrix).all():
+    if matrix.numel() and not all(map(torch.isfinite, torch.aminmax(matrix))):  # NaN if anything is; needs no second matrix as large
         raise FloatingPointError(f"{name}: the curvature factor of shape {tuple(matrix.shape)} has NaN or infinite entries")
     diagonal = matrix.diagonal().clone()
     current = damping

@@ -16,9 +16,9 @@ from ray_surgeon.surgery.products import product
 
 def _correlation(matrix: Tensor, to_prune: Tensor, name: str) -> Tensor:
     """Return M = matrix_KK^-1 matrix_KP, [kept, pruned]; a part of a damped matrix is positive definite as it is."""
-    kept = ~to_prune
-    L = factorise(matrix[kept][:, kept], 0.0, 0.0, f"{name} (kept part, damped already)").cholesky
-    return solve_lower(L, solve_lower(L, matrix[kept][:, to_prune]), transposed=True)
+    kept, pruned = (~to_prune).nonzero(), to_prune.nonzero()[:, 0]
+    L = factorise(matrix[kept, kept[:, 0]], 0.0, 0.0, f"{name} (kept part, damped already)").cholesky
+    return solve_lower(L, solve_lower(L, matrix[kept, pruned]), transposed=True)
 
 
 def prune_rows(W: Tensor, G: Tensor, to_prune: Tensor, *, name: str = "G") -> Tensor:

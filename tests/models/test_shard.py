@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ray_surgeon.models.families import family_of
 from ray_surgeon.models.layout import BlockRange
-from ray_surgeon.models.loss import divergence, next_token_loss
+from ray_surgeon.models.loss import compare_with_dense, next_token_loss
 from ray_surgeon.models.runner import BlockRunner
 from ray_surgeon.models.shard import ModelShard
 from tests.conftest import CONFIGS, LAYOUTS, VOCABULARY, tiny_model
@@ -151,17 +151,18 @@ def test_loss_gradient_is_autograd_and_sampled_labels_are_drawn_from_the_model()
 
 def test_divergence_from_the_dense_model_and_its_gradient_are_those_of_autograd() -> None:
     hidden, dense = torch.randn(2, 150, 8), torch.randn(2, 150, 8)
-    weight = torch.randn(11, 8)
+    weight, tokens = torch.randn(11, 8), torch.randint(0, 11, (2, 150))
     leaf, exact = hidden.double().requires_grad_(), weight.double()
     log_p, log_q = (torch.log_softmax(h @ exact.T, dim=-1)[:, :-1] for h in (dense.double(), leaf))
     expected = torch.nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim=(1, 2))
     (gradient,) = torch.autograd.grad(expected.sum(), leaf)
-    found, found_gradient = divergence(hidden, dense, weight, with_gradient=True)
-    torch.testing.assert_close(found, expected.detach(), rtol=1e-5, atol=0)
-    torch.testing.assert_close(found_gradient, gradient.float(), rtol=1e-4, atol=1e-5)
-    same, nothing = divergence(hidden, hidden, weight, with_gradient=False)
-    assert same.abs().max() < 1e-4
-    assert nothing is None
+    found = compare_with_dense(hidden, dense, tokens, weight, with_gradient=True)
+    torch.testing.assert_close(found.divergence, expected.detach(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(found.gradient, gradient.float(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.nll, next_token_loss(hidden, weight, tokens, with_gradient=False)[0], rtol=1e-6, atol=0)
+    same = compare_with_dense(hidden, hidden, tokens, weight)
+    assert same.divergence.abs().max() < 1e-4
+    assert same.gradient is None
 
 
 def test_unknown_family_is_refused_with_the_known_ones() -> None:

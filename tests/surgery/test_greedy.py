@@ -47,6 +47,24 @@ def test_a_block_that_rounding_made_indefinite_still_has_a_root() -> None:
     torch.testing.assert_close(L @ L.T, block, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_costs_of_wide_sets_are_the_dense_ones_on_any_number_of_threads(num_threads: int) -> None:
+    width, rows = 192, 5
+    W, A, G = torch.randn(rows, 3 * width), spd(3 * width, 0), spd(rows, 1)
+    sets, before = torch.arange(3 * width).view(3, width), torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        single = [factorise(matrix.float(), 0.1, 0.1, "x") for matrix in (A, G)]
+        found = GreedyPath(W, *single, prunes_rows=False, sets=sets).column_set_costs()
+    finally:
+        torch.set_num_threads(before)
+    inverse, damped = torch.linalg.inv(single[0].matrix.double()), single[1].matrix.double()
+    for number, places in enumerate(sets):
+        part = W[:, places].double()
+        expected = 0.5 * torch.trace(part.T @ damped @ part @ torch.linalg.inv(inverse[places][:, places]))
+        assert float(found[number]) == pytest.approx(float(expected), rel=1e-3)
+
+
 def test_weights_and_costs_after_downdating_are_the_dense_ones() -> None:
     """After a few removals in turns: W is the dense joint solution, and every cost what its removal adds to the dense cost."""
     found, W, A, G = path()
