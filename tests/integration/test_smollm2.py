@@ -66,6 +66,7 @@ def test_quickstart_makes_an_ordinary_model_that_is_smaller(
         "calibration.sequence_length": 128,
         "evaluation.0.num_sequences": 1,
         "evaluation.1.num_sequences": 1,
+        "evaluation.2.num_sequences": 1,
         "output.speed.prompt_length": 32,
         "output.speed.num_new_tokens": 4,
         "correction.steps_per_shot": 1,
