@@ -157,7 +157,7 @@ def _with_latencies(method: Groups, inputs: Inputs, workers: Cluster, uri: str) 
 
 def _remember(workers: Cluster, inputs: Inputs, facts: dict[str, Fact]) -> dict[str, float]:
     """Return the dense model's perplexities, and let workers keep what later weights are compared with."""
-    found = {name: remember(workers, name, windows).perplexity for name, windows in inputs.texts.items()}
+    found = {name: remember(workers, name, windows) for name, windows in inputs.texts.items()}
     facts |= {f"perplexity {name}": value for name, value in found.items()}
     if inputs.spec.correction is not None and inputs.spec.correction.loss == "kl":
         remember(workers, CALIBRATION, inputs.calibration)

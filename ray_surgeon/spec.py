@@ -55,7 +55,9 @@ class JobSpec(Section):
         exports, devices = output.get("exports"), pruning.get("tensor_parallel", 1)
         if not isinstance(exports, list | tuple) or not isinstance(devices, int):
             return document
-        multiple = 256 if "deci" in exports else 128 if output.get("quantize") else 64
+        multiple = 256 if "deci" in exports else 128 if output.get("quantize") else None
+        if multiple is None:
+            return document
         return document | {"pruning": pruning | {"width_multiple": pruning.get("width_multiple") or multiple * devices}}
 
     @model_validator(mode="after")

@@ -136,9 +136,7 @@ class WorkerNeeds:
         self._kept, self._moment = max(side.kept for side in sides), max(side.moment for side in sides)
         self._forward_only = max(side.forward_only for side in sides)
         self._head = TOKENS_PER_SLICE * config.vocab_size * (shapes.width + 20) if blocks.is_last else 0
-        self._comparison = (
-            TOKENS_PER_SLICE * config.vocab_size * 20 if blocks.is_last else 0
-        )  # of the dense model's distributions; measured
+        self._comparison = TOKENS_PER_SLICE * config.vocab_size * 20 if blocks.is_last else 0  # beside the dense model; measured
         self._head_flops = 2 * config.vocab_size * config.hidden_size if blocks.is_last else 0  # of a token, forward
 
     def _remembered(self, hidden_size: int) -> float:
@@ -174,8 +172,8 @@ class WorkerNeeds:
             own = -(-count // self._num_replicas)
             wave = min(self._stores.wave, own)
             between = 3 + 3 * (self._num_shards > 1)
-            head = self._head + self._comparison
-            peak = max(peak, between * wave * length * self._hidden + max(length * self._forward_only, head))
+            moment = max(length * self._forward_only, self._head + self._comparison)
+            peak = max(peak, between * wave * length * self._hidden + moment)
             tokens, loads = tokens + own * length, loads + -(-own // wave)
         flops = tokens * (2 * self._all_blocks / self._shapes.width + 2 * self._head_flops)
         return StepPlan(

@@ -93,8 +93,11 @@ def infer(worker: Worker, inputs: TensorPayload) -> TensorPayload:
 
 def infer_loss(worker: Worker, inputs: TensorPayload, tokens: TensorPayload) -> list[float]:
     """Return the summed NLL in nats of each sequence, at the last shard."""
+    return _text_losses(worker, worker.runner.infer(worker.unpack(inputs)), tokens)
+
+
+def _text_losses(worker: Worker, hidden: Sequence[Tensor], tokens: TensorPayload) -> list[float]:
     labels = worker.unpack(tokens)
-    hidden = worker.runner.infer(worker.unpack(inputs))
     return [float(worker.shard.loss(h, labels[i : i + 1])[0]) for i, h in enumerate(hidden)]
 
 
@@ -112,10 +115,8 @@ def infer_loss_and_divergence(
 
 def infer_loss_and_states(worker: Worker, inputs: TensorPayload, tokens: TensorPayload) -> tuple[list[float], TensorPayload]:
     """Return the summed NLL in nats of each sequence, and the hidden states [m, T, d] bfloat16 before the head, at the last shard."""
-    labels = worker.unpack(tokens)
     hidden = worker.runner.infer(worker.unpack(inputs))
-    losses = [float(worker.shard.loss(h, labels[i : i + 1])[0]) for i, h in enumerate(hidden)]
-    return losses, worker.pack(torch.cat(hidden).to(torch.bfloat16))
+    return _text_losses(worker, hidden, tokens), worker.pack(torch.cat(hidden).to(torch.bfloat16))
 
 
 def infer_logits(worker: Worker, inputs: TensorPayload) -> TensorPayload:
@@ -263,8 +264,8 @@ class Measured:
     divergence: float  # mean over them of the divergence from the dense model, in nats
 
 
-def remember(cluster: Cluster, text: str, windows: NDArray[np.int64]) -> Measured:
-    """Measure the dense model, and let the last shards of all replicas keep its hidden states.
+def remember(cluster: Cluster, text: str, windows: NDArray[np.int64]) -> float:
+    """Return the dense model's perplexity, and let the last shards of all replicas keep its hidden states.
 
     Args:
         cluster: with the dense weights.
@@ -282,8 +283,7 @@ def remember(cluster: Cluster, text: str, windows: NDArray[np.int64]) -> Measure
             cluster.submit(WorkerIndex(num_shards - 1, replica), keep_states, text, numbers, states)
         return losses
 
-    losses = _each_wave(cluster, windows, at_the_end)
-    return Measured(perplexity_of(sum(losses) / _num_predicted(windows)), 0.0)
+    return perplexity_of(sum(_each_wave(cluster, windows, at_the_end)) / _num_predicted(windows))
 
 
 def measure(cluster: Cluster, text: str, windows: NDArray[np.int64]) -> Measured:

@@ -79,11 +79,10 @@ def test_what_is_streamed_where_it_would_not_fit(
     assert all(on_disk) == (weights == "disk")
 
 
-@pytest.mark.parametrize("name", ["llama-3-70b", "llama-3-405b", "qwen3-32b"])
-def test_what_does_not_fit_is_refused_with_the_step_and_a_remedy(name: str) -> None:
-    with pytest.raises(
-        DoesNotFitError, match=r"(costs|update) on shard 0 needs .* of device memory, there are .*; give workers with .* times that"
-    ):
+@pytest.mark.parametrize(("name", "step"), [("llama-3-70b", "update"), ("llama-3-405b", "costs"), ("qwen3-32b", "update")])
+def test_what_does_not_fit_is_refused_with_the_step_and_a_remedy(name: str, step: str) -> None:
+    expected = f"{step} on shard 0 needs .* of device memory, there are .*; give workers with .* times that"
+    with pytest.raises(DoesNotFitError, match=expected):
         plan(name, 8 * GB, TB)
 
 

@@ -243,7 +243,7 @@ def test_a_collapse_stops_the_run_and_keeps_the_shots_before(
     """A tiny model of random weights does not become worse, so its perplexity is made up."""
     values = iter([19.0, 21.0])
     monkeypatch.setattr(shots, "measure", lambda cluster, text, windows: Measured(next(values), 0.1))
-    monkeypatch.setattr(shots, "remember", lambda cluster, text, windows: remember(cluster, text, windows) and Measured(10.0, 0.0))
+    monkeypatch.setattr(shots, "remember", lambda cluster, text, windows: remember(cluster, text, windows) and 10.0)
     texts = [{"name": "docs", "source": "python-docs", "num_sequences": 2, "sequence_length": 32, "max_tokens": 3000}]
     assert run(tmp_path, model_folders["llama"], pruning__num_shots=3, evaluation={"texts": texts, "stop_above": 2}) == 1
     error = capsys.readouterr().err

@@ -70,6 +70,7 @@ def test_quickstart_makes_an_ordinary_model_that_is_smaller(
         "output.speed.prompt_length": 32,
         "output.speed.num_new_tokens": 4,
         "correction.steps_per_shot": 1,
+        "correction.learning_rate": 2e-4,  # Adam's one step has full length, whatever the gradient
         "output.uri": tmp_path / "run",
         "output.speed.num_repeats": 1,
     }
@@ -82,7 +83,7 @@ def test_quickstart_makes_an_ordinary_model_that_is_smaller(
     (export,) = report["exports"]
     assert export["widths"] == [[1152, 3]] * 30
     assert export["size_bytes"] < 0.86 * 4 * 134_515_008
-    assert export["reload_max_logit_difference"] < 1e-3  # of logits up to 30, after one step of Adam, whose first one has full length
+    assert export["reload_max_logit_difference"] < 1e-4
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/export/uniform")
     assert (type(model).__name__, model.config.intermediate_size) == ("LlamaForCausalLM", 1152)
     assert "load it: AutoModelForCausalLM.from_pretrained(" in capsys.readouterr().out
