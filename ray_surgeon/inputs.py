@@ -22,6 +22,7 @@ from ray_surgeon.cluster.devices import Device, Room
 from ray_surgeon.cluster.needs import Job
 from ray_surgeon.cluster.placement import Placement, place
 from ray_surgeon.cluster.plan import Plan, plan_job
+from ray_surgeon.cluster.sampling import Wanted
 from ray_surgeon.export.for_engines import Shrinking, check_quantised
 from ray_surgeon.export.kinds import check_export
 from ray_surgeon.export.tasks import check_tasks
@@ -34,11 +35,11 @@ from ray_surgeon.models.llama_cpp import tokenizer_names
 from ray_surgeon.models.pruned_config import check_rope, kv_heads_left
 from ray_surgeon.run.directory import RunDirectory
 from ray_surgeon.sections.targets import FlopsTarget, LatencyTarget, ParametersTarget
-from ray_surgeon.sections.texts import ModelSection, SourceSection
+from ray_surgeon.sections.texts import ModelSection, SelfSection, SourceSection
 from ray_surgeon.spec import JobSpec
 from ray_surgeon.storage import files
 from ray_surgeon.storage.sources import open_model
-from ray_surgeon.storage.texts import Windows, cut_windows, interleaved, token_stream
+from ray_surgeon.storage.texts import Windows, cut_windows, interleaved, order, token_stream, windows_of
 
 _COLUMNS_OF_QUANTISED_KERNELS = 128
 """On each device; blocks of FP8 have so many, and vLLM's kernel for four bits takes no fewer at a time."""
@@ -53,10 +54,19 @@ class Inputs:
     placement: Placement  # of its blocks on workers
     method: Method  # of pruning
     model: ModelSection  # where the weights are, pinned to what was checked
-    calibration: NDArray[np.int64] = field(repr=False)  # [num_sequences, sequence_length] tokens
+    calibration: NDArray[np.int64] = field(repr=False)  # [num_sequences, sequence_length] tokens, 0 where the model will write them
     texts: Mapping[str, NDArray[np.int64]] = field(repr=False)  # evaluation text -> windows
     fingerprints: Mapping[str, Any]  # of model, tokenizer, texts and method; empty for a plan from config.json alone
     environment: Mapping[str, str]  # versions and machine, for the report
+    written: Mapping[int, Wanted] = field(default_factory=dict)  # number of a calibration text -> what the dense model is to write for it
+
+    def with_written(self, texts: Mapping[int, NDArray[np.int64]]) -> Inputs:
+        """Return the inputs with what the dense model wrote for some of the calibration texts, [n, sequence_length] each."""
+        calibration = self.calibration.copy()
+        for row, (number, i) in enumerate(order([count for _, count in self.spec.calibration.shares])):
+            if number in texts:
+                calibration[row] = texts[number][i]
+        return replace(self, calibration=calibration)
 
     @property
     def spec_yaml(self) -> str:
@@ -103,6 +113,8 @@ def job_of(spec: JobSpec, layout: ModelLayout, method: Method) -> Job:
     """Return what a plan depends on."""
     texts = [(text.num_sequences, text.sequence_length) for text in spec.evaluation.texts]
     job = method.job(layout, spec.model.dtype, (spec.calibration.num_sequences, spec.calibration.sequence_length), texts)
+    of_model = sum(count for text, count in spec.calibration.shares if isinstance(text, SelfSection))
+    job = replace(job, num_written=of_model)
     if spec.correction is None:
         return job
     section, num_sequences = spec.correction, spec.calibration.num_sequences
@@ -157,7 +169,8 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
     if spec.evaluation.tasks is not None:
         check_tasks(spec.evaluation.tasks)
     tokens = {name: windows.tokens for name, windows in texts.items()}
-    inputs = Inputs(spec, layout, placement, method, source.pinned, calibration.tokens, tokens, fingerprints, _environment())
+    written = _to_be_written(spec, tokenizer, layout.config)
+    inputs = Inputs(spec, layout, placement, method, source.pinned, calibration.tokens, tokens, fingerprints, _environment(), written)
     with _as_input_error(f"output.uri: cannot use {spec.output.uri}"):
         RunDirectory(spec.output.uri).check(fingerprints, inputs.spec_yaml, resume=resume)
         if not dry_run:
@@ -209,13 +222,41 @@ def _budget(layout: ModelLayout, pruning: GroupsSection | UniformGroupsSection, 
 def _read_texts(spec: JobSpec, tokenizer: Any, config: PretrainedConfig) -> tuple[Windows, dict[str, Windows]]:
     length = spec.calibration.sequence_length
     places = ["calibration", *(f"calibration.mix.{i}" for i in range(len(spec.calibration.mix)))]
-    parts = zip(spec.calibration.shares, places, strict=True)
-    calibration = interleaved([_windows(text, count, length, tokenizer, config, place) for (text, count), place in parts])
+    parts = [
+        windows_of(np.zeros((count, length), dtype=np.int64))
+        if isinstance(text, SelfSection)
+        else _windows(text, count, length, tokenizer, config, place)
+        for (text, count), place in zip(spec.calibration.shares, places, strict=True)
+    ]
+    calibration = interleaved(parts)
     texts = {
         t.name: _windows(t, t.num_sequences, t.sequence_length, tokenizer, config, f"evaluation.{i} ({t.name})")
         for i, t in enumerate(spec.evaluation.texts)
     }
     return calibration, texts
+
+
+def _to_be_written(spec: JobSpec, tokenizer: Any, config: PretrainedConfig) -> dict[int, Wanted]:
+    """Return number of a calibration text -> what the dense model is to write for it."""
+    length, found = spec.calibration.sequence_length, {}
+    for number, (text, count) in enumerate(spec.calibration.shares):
+        if not isinstance(text, SelfSection):
+            continue
+        where = f"calibration.mix.{number - 1}"
+        if text.prompt is not None:
+            prompt = tuple(tokenizer(text.prompt, add_special_tokens=False)["input_ids"])
+        else:
+            begins = [token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None]
+            if not begins:
+                raise ValueError(f"{where}.prompt: the tokenizer has no token that begins a text; give a prompt")
+            prompt = (int(begins[0]),)
+        longest = getattr(config, "max_position_embeddings", len(prompt) + length)
+        if len(prompt) + length > longest:
+            raise ValueError(
+                f"{where}: a prompt of {len(prompt)} and sequences of {length} tokens, but the model takes at most {longest}; shorten them"
+            )
+        found[number] = Wanted(prompt, text.temperature, text.seed, count, length)
+    return found
 
 
 def _check_pattern(layout: ModelLayout, m: int) -> None:

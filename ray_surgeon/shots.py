@@ -9,10 +9,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
+import torch
+
 from ray_surgeon.cluster.cluster import Cluster
 from ray_surgeon.cluster.dense_model import CALIBRATION, read_states, write_states
 from ray_surgeon.cluster.passes import Measured, measure, remember
 from ray_surgeon.cluster.room import device_of, look_around, shared
+from ray_surgeon.cluster.sampling import write_text
 from ray_surgeon.cluster.saving import continue_from_shot, save_shot
 from ray_surgeon.cluster.worker import ModelRecipe, clean_up, load
 from ray_surgeon.export.for_engines import export_quantised
@@ -27,6 +30,7 @@ from ray_surgeon.run.events import Event, Fact, Moment, Steps
 from ray_surgeon.run.html_report import LivePage
 from ray_surgeon.run.report import RunReport
 from ray_surgeon.sections.targets import LatencyTarget
+from ray_surgeon.storage import files, tensor_files
 
 
 class CollapseError(RuntimeError):
@@ -84,6 +88,9 @@ def _run_shots(inputs: Inputs, workers: Cluster, run: RunDirectory, listen: Call
         with step("latency") as facts:
             method = _with_latencies(method, inputs, workers, run.path("latency.json"))
             facts["dense_s"] = method.known_budget.dense
+    if inputs.written:
+        with step("sampling") as facts:
+            inputs = _with_written(workers, inputs, run.path("written.safetensors"), facts, resumed=bool(done))
     if done:
         report.dense = done[-1].record["dense"]
         workers.run_all(read_states, run.path("dense.safetensors"))
@@ -153,6 +160,19 @@ def _with_latencies(method: Groups, inputs: Inputs, workers: Cluster, uri: str) 
     assert isinstance(section.target, LatencyTarget)
     widths = Widths(method.fewest, section.multiple, section.tensor_parallel, isinstance(section, UniformGroupsSection))
     return method.with_budget(latency_budget(workers, inputs.layout, inputs.model, section.target, widths, uri))
+
+
+def _with_written(workers: Cluster, inputs: Inputs, uri: str, facts: dict[str, Fact], *, resumed: bool) -> Inputs:
+    """Let the dense model write its part of the calibration text, unless an earlier try of the run did."""
+    if files.exists(uri):
+        texts = {int(number): tokens.numpy() for number, tokens in tensor_files.read(uri).items()}
+    elif resumed:
+        raise ValueError(f"{uri} is gone, and the dense model with it, which wrote it; put it back, or start a new run")
+    else:
+        texts = {number: write_text(workers, wanted) for number, wanted in inputs.written.items()}
+        tensor_files.write(uri, {str(number): torch.from_numpy(tokens) for number, tokens in texts.items()})
+    facts["num_sequences"] = sum(map(len, texts.values()))
+    return inputs.with_written(texts)
 
 
 def _remember(workers: Cluster, inputs: Inputs, facts: dict[str, Fact]) -> dict[str, float]:

@@ -17,7 +17,7 @@ from ray_surgeon.sections.curvature import CurvatureSection, KfacSection
 from ray_surgeon.sections.memory import MemorySection
 from ray_surgeon.sections.output import OutputSection
 from ray_surgeon.sections.targets import LatencyTarget
-from ray_surgeon.sections.texts import CalibrationSection, EvaluationSection, ModelSection
+from ray_surgeon.sections.texts import CalibrationSection, EvaluationSection, ModelSection, SourceSection
 
 _YAML_ERRORS = (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError)
 """PyYAML lets through what its constructors raise on values that do not fit their tags."""
@@ -82,7 +82,7 @@ class JobSpec(Section):
                 "calibration sequences; give fewer replicas or more sequences"
             )
         for i, text in enumerate(self.evaluation.texts):
-            for read in (self.calibration, *self.calibration.mix):
+            for read in (read for read, _ in self.calibration.shares if isinstance(read, SourceSection)):
                 if text.has_own_split and text.source == read.source and text.max_tokens != read.max_tokens:
                     raise ValueError(
                         f"evaluation.{i}.max_tokens: must equal that of {text.source} in calibration, because both are cut from it and "

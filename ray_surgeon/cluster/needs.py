@@ -15,6 +15,8 @@ from ray_surgeon.models.layout import BlockRange, LinearShape, ModelLayout
 from ray_surgeon.models.loss import TOKENS_PER_SLICE
 from ray_surgeon.surgery.kronecker import PackedSymmetric
 
+SEQUENCES_TOGETHER = 16
+"""That the dense model writes, at most; a matrix of weights is read once for all of them."""
 PROCESS_BYTES = 358 * 2**20
 """Anonymous memory of a worker that has imported everything and loaded nothing; measured with torch 2.13 and Ray 2.60 on Linux."""
 _HEAP_BYTES = 60 * 2**20
@@ -50,6 +52,7 @@ class Job:
     mask_bytes: float = 0.0  # of one entry of a linear, in the host's memory
     block_by_block: bool = False  # whether all sequences pass a shard together while its blocks are pruned
     remembers_calibration: bool = False  # whether the dense model's states of the calibration text are kept, as those of evaluations are
+    num_written: int = 0  # calibration sequences that the dense model writes
     lora_rank: int = 0  # of corrections; 0 for none
     num_correction_sequences: int = 0  # that pass in the corrections of a shot
 
@@ -153,6 +156,8 @@ class WorkerNeeds:
     def steps(self) -> Iterator[StepPlan]:
         """Yield the steps of a shot, those before the first one included."""
         yield StepPlan("load", self._weights, self._host + self._shapes.largest_tensor)
+        if self._job.num_written:
+            yield self._sampling()
         yield self._evaluation()
         if self._job.factors != "none":
             yield self._curvature()
@@ -165,6 +170,19 @@ class WorkerNeeds:
             yield self._correction()
         written = max(min(FILE_BYTES, self._all_blocks + self._outside), self._shapes.largest_tensor)
         yield StepPlan("commit", self._idle, self._host + written, disk_bytes=self._all_blocks)
+
+    def _sampling(self) -> StepPlan:
+        """Return the writing of calibration text, token by token: keys and values of all sequences, and the blocks once a token."""
+        job, heads = self._job, self._shapes.layout.heads
+        own = -(-job.num_written // self._num_replicas)
+        per_token = 2 * heads.num_kv * heads.head_dim * self._shapes.width * len(self._own)
+        together = min(own, SEQUENCES_TOGETHER)
+        caches = own * job.sequence_length * per_token + 2 * together * job.sequence_length * per_token / len(self._own)  # grown by a copy
+        moment = together * (self._moment + 20 * self._shapes.layout.config.vocab_size * (self._head_flops > 0))
+        flops = own * job.sequence_length * (2 * self._all_blocks / self._shapes.width + self._head_flops)
+        loads = job.sequence_length * -(-own // SEQUENCES_TOGETHER)
+        moved = self._moved(self._stores.weights, loads * self._all_blocks)
+        return StepPlan("sampling", self._weights + caches + moment, self._host, flops, 0.0, *moved)
 
     def _evaluation(self) -> StepPlan:
         peak, tokens, loads = 0.0, 0, 0

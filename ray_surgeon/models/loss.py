@@ -101,6 +101,22 @@ def compare_with_dense(hidden: Tensor, dense: Tensor, tokens: Tensor, head_weigh
     return Comparison(of_sequences[0], of_sequences[1], gradient)
 
 
+def next_tokens(hidden: Tensor, head_weight: Tensor, chances: Tensor, temperature: float) -> Tensor:
+    """Draw a next token for every sequence.
+
+    Args:
+        hidden: [m, d] output of the final norm at the last token.
+        head_weight: [vocabulary, d].
+        chances: [m] uniform in [0, 1); a token is drawn where the cumulated probabilities pass its sequence's.
+        temperature: logits are divided by it.
+
+    Returns:
+        [m] int64.
+    """
+    logits = product(hidden, head_weight.T).float()
+    return _drawn(torch.softmax(logits / temperature, dim=-1), chances)[:, 0]
+
+
 def _drawn(probabilities: Tensor, chances: Tensor) -> Tensor:
     """Return for each token the label [n, 1] at which the cumulated probabilities [n, vocabulary] pass its chance [n] in [0, 1)."""
     cumulated = probabilities.cumsum(dim=1)

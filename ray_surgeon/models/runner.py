@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from ray_surgeon.models.shard import ModelShard
 
@@ -57,11 +58,12 @@ class BlockRunner:
         self._waves: dict[int, _Wave] = {}
 
     @torch.no_grad()
-    def enter(self, inputs: Tensor) -> tuple[Tensor, list[Call]]:
+    def enter(self, inputs: Tensor, cache: DynamicCache | None = None) -> tuple[Tensor, list[Call]]:
         """Take a sequence up to the first block.
 
         Args:
             inputs: tokens [n, T] int64 or hidden states [n, T, d].
+            cache: keys and values of the tokens before, if these go on.
 
         Returns:
             Hidden states [n, T, d], and with what every block is called beside them.
@@ -80,7 +82,7 @@ class BlockRunner:
 
         key = "input_ids" if inputs.dtype == torch.int64 else "inputs_embeds"
         with contextlib.suppress(_ReachedTheEndError), self._in_place_of_blocks(note):
-            self._shard.base(**{key: inputs}, use_cache=False)
+            self._shard.base(**{key: inputs}, use_cache=cache is not None, past_key_values=cache)
         return hidden[0], calls
 
     @contextlib.contextmanager
@@ -107,6 +109,27 @@ class BlockRunner:
             module = getattr(self._shard.base, name, None)
             hidden = hidden if module is None else module(hidden)
         return hidden
+
+    @torch.no_grad()
+    def go_on(self, inputs: Tensor, cache: DynamicCache) -> Tensor:
+        """Run sequences together, without gradients, after what their cache holds; it grows by what they bring.
+
+        Args:
+            inputs: tokens [m, n] or hidden states [m, n, d].
+            cache: of these sequences, see `new_cache`.
+
+        Returns:
+            Hidden states [m, n, d].
+        """
+        hidden, calls = self.enter(inputs, cache)
+        for place in range(len(self._blocks)):
+            with self._shard.weights.block(place, self._after(place)):
+                hidden = self.through(place, hidden, calls)
+        return self.leave(hidden)
+
+    def new_cache(self) -> DynamicCache:
+        """Return an empty cache of keys and values for this shard's blocks."""
+        return _ShardCache(self._shard.base.config, self._shard.blocks.first)
 
     @torch.no_grad()
     def infer(self, inputs: Tensor) -> list[Tensor]:
@@ -191,6 +214,19 @@ class BlockRunner:
 
     def _after(self, place: int) -> int | None:
         return place + 1 if place + 1 < len(self._blocks) else None
+
+
+class _ShardCache(DynamicCache):  # type: ignore[misc]
+    """Keys and values of a shard's blocks, which count from the first block of the model."""
+
+    def __init__(self, config: Any, first: int) -> None:
+        super().__init__(config=config)
+        self._first = first
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Add keys and values of a block, and return all of them; see `DynamicCache`."""
+        keys, values = super().update(key_states, value_states, layer_idx - self._first, *args, **kwargs)
+        return keys, values
 
 
 def _gradient(leaf: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from ray_surgeon.memory.stores import Scratch, Stores
 from ray_surgeon.memory.weights import Read, Slot, weight_store
 from ray_surgeon.models.layout import BlockRange, ModelLayout, build_blocks, global_name
 from ray_surgeon.models.linears import LinearModule, as_linear, num_inputs, use_fast_products
-from ray_surgeon.models.loss import Comparison, compare_with_dense, next_token_loss
+from ray_surgeon.models.loss import Comparison, compare_with_dense, next_token_loss, next_tokens
 from ray_surgeon.surgery.extended.terms import Term
 from ray_surgeon.surgery.kronecker import PackedFactors, PackedSymmetric, with_ones
 
@@ -280,6 +280,11 @@ class ModelShard:
     def compare(self, hidden: Tensor, dense: Tensor, tokens: Tensor, *, with_gradient: bool = False) -> Comparison:
         """Compare the last shard's hidden states with those of the dense model; see `compare_with_dense`."""
         return compare_with_dense(hidden, dense, tokens, self._head_weight, with_gradient=with_gradient)
+
+    @torch.no_grad()
+    def next_tokens(self, hidden: Tensor, chances: Tensor, temperature: float) -> Tensor:
+        """Draw next tokens after the last shard's hidden states; see `next_tokens`."""
+        return next_tokens(hidden, self._head_weight, chances, temperature)
 
     @property
     def _head_weight(self) -> Tensor:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, Tag, model_validator
 
-from ray_surgeon.sections.base import Positive, Section
+from ray_surgeon.sections.base import Positive, Section, by_tag, tag
 
 
 class ModelSection(Section):
@@ -67,6 +67,8 @@ class SourceSection(Section):
 
     @model_validator(mode="after")
     def _known_split(self) -> SourceSection:
+        if self.source == "self":
+            raise ValueError("source self is text that the dense model writes; it has a place in calibration.mix only")
         if self.has_own_split and self.split not in ("train", "test"):
             raise ValueError(f"split is {self.split!r}, but {self.source} has train and test only")
         if self.has_own_split and (self.config or self.revision):
@@ -89,14 +91,34 @@ class MixedSection(SourceSection):
     weight: float = Field(1.0, gt=0, description="Its share of num_sequences is its weight over the sum of all weights")
 
 
+class SelfSection(Section):
+    """Text that the dense model itself writes, token by token, before the first shot: it needs no data, and covers what the model knows."""
+
+    source: Literal["self"] = Field(description="The dense model")
+    weight: float = Field(1.0, gt=0, description="Its share of num_sequences is its weight over the sum of all weights")
+    temperature: float = Field(1.0, gt=0, le=10, description="Logits are divided by it; 1 is the model's own distribution")
+    prompt: str | None = Field(
+        None,
+        min_length=1,
+        description="What stands before every sequence and is no part of it, special tokens allowed; null: the token that begins a text",
+    )
+    seed: int = Field(0, ge=0, description="Seed of the draws; every sequence has draws of its own")
+
+
+MixSection = Annotated[
+    Annotated[MixedSection, Tag(tag("text"))] | Annotated[SelfSection, Tag(tag("self"))],
+    by_tag(lambda get: "self" if get("source", None) == "self" else "text", "a text, or source self"),
+]
+
+
 class CalibrationSection(TextSection):
     """The text whose loss the method keeps low, or a mix of texts."""
 
     weight: float = Field(1.0, gt=0, description="Weight of this text in the mix")
-    mix: tuple[MixedSection, ...] = Field((), description="More texts; num_sequences counts the windows of all, which are taken in turns")
+    mix: tuple[MixSection, ...] = Field((), description="More texts; num_sequences counts the windows of all, which are taken in turns")
 
     @property
-    def shares(self) -> list[tuple[SourceSection, int]]:
+    def shares(self) -> list[tuple[SourceSection | SelfSection, int]]:
         """Each text with its number of windows, which add up to num_sequences: exact shares rounded down, the largest rests up."""
         weights = [self.weight, *(text.weight for text in self.mix)]
         exact = [self.num_sequences * weight / sum(weights) for weight in weights]

@@ -77,16 +77,24 @@ def cut_windows(stream: NDArray[np.int64], num_sequences: int, sequence_length: 
     else:
         places = np.random.default_rng(seed).permutation(len(stream) // sequence_length)[:num_sequences]
         starts = places * sequence_length
-    tokens = np.stack([stream[start : start + sequence_length] for start in starts]).astype(np.int64)
-    return Windows(tokens, hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest())
+    return windows_of(np.stack([stream[start : start + sequence_length] for start in starts]).astype(np.int64))
+
+
+def order(counts: Sequence[int]) -> list[tuple[int, int]]:
+    """Return (number of the text, number of its window) of windows of several texts, as evenly spread as their counts allow."""
+    places = [((i + 0.5) / count, number, i) for number, count in enumerate(counts) for i in range(count)]
+    return [(number, i) for _, number, i in sorted(places)]
 
 
 def interleaved(parts: Sequence[Windows]) -> Windows:
-    """Return the windows of several texts in one, as evenly spread over the whole as their numbers allow."""
+    """Return the windows of several texts in one; see `order`."""
     if len(parts) == 1:
         return parts[0]
-    places = [((i + 0.5) / len(part.tokens), number, i) for number, part in enumerate(parts) for i in range(len(part.tokens))]
-    tokens = np.stack([parts[number].tokens[i] for _, number, i in sorted(places)])
+    return windows_of(np.stack([parts[number].tokens[i] for number, i in order([len(part.tokens) for part in parts])]))
+
+
+def windows_of(tokens: NDArray[np.int64]) -> Windows:
+    """Return tokens [num_sequences, sequence_length] with their fingerprint."""
     return Windows(tokens, hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest())
 
 

@@ -57,7 +57,7 @@ def test_ray_equals_local(cluster: Cluster, model_folders: dict[str, Path], tmp_
 
 def test_corrections_further_terms_and_blocks_on_ray_equal_local(cluster: Cluster, model_folders: dict[str, Path], tmp_path: Path) -> None:
     """Everything that moves between replicas beside the first curvature pass, in one run, and the block-by-block pass in another."""
-    surgeon = {"curvature__kind": "extended_kfac", "correction__lora_rank": 2}
+    surgeon = {"curvature__kind": "extended_kfac", "correction__lora_rank": 2, "calibration__mix": [{"source": "self"}]}
     blocks = {"pruning__method": "sparsegpt", "pruning__structure": "element"}
     for name, options in (("surgeon", surgeon), ("blocks", blocks)):
         workers = {"cluster__num_shards": 2, "cluster__num_replicas": 2, "pruning__num_shots": 1}

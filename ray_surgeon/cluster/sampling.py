@@ -1,0 +1,121 @@
+"""Text that the model itself writes: tokens are drawn one after the other, from caches of keys and values that stay on the workers.
+
+Source: Williams et al. 2024 (arXiv 2410.17170), self-calibration. The draws of a sequence depend on the seed and its number alone, and
+the sequences that are computed together on their number, so that shards, replicas and backends change nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import DynamicCache
+
+from ray_surgeon.cluster.cluster import Cluster
+from ray_surgeon.cluster.needs import SEQUENCES_TOGETHER
+from ray_surgeon.cluster.passes import token_payload
+from ray_surgeon.cluster.placement import WorkerIndex
+from ray_surgeon.cluster.transport import TensorPayload
+from ray_surgeon.cluster.worker import Worker
+
+_TOKENS_IN_FLIGHT = 4
+"""Submitted ahead of the ones that are there."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be written."""
+
+    prompt: tuple[int, ...]  # tokens that stand before every sequence and are no part of it
+    temperature: float  # logits are divided by it
+    seed: int  # of the draws
+    num_sequences: int  # how many
+    sequence_length: int  # tokens of each
+
+
+@dataclass
+class _Writing:
+    """Sequences that are being written, on a worker."""
+
+    caches: dict[int, DynamicCache] = field(default_factory=dict)  # number of a batch -> keys and values
+    chances: dict[int, Tensor] = field(default_factory=dict)  # of the last shard: [m, T]
+    tokens: dict[int, list[Tensor]] = field(default_factory=dict)  # likewise: [m] each
+
+
+# On a worker
+
+
+def begin(worker: Worker, batch: int, numbers: Sequence[int], wanted: Wanted) -> None:
+    """Prepare a batch of sequences with these numbers."""
+    if not worker.has(_Writing):
+        worker.keep(_Writing())
+    writing = worker.kept(_Writing)
+    writing.caches[batch] = worker.runner.new_cache()
+    if worker.shard.blocks.is_last:
+        generators = [torch.Generator().manual_seed(wanted.seed + 1_000_003 * number) for number in numbers]
+        writing.chances[batch] = torch.stack([torch.rand(wanted.sequence_length, generator=g) for g in generators])
+        writing.tokens[batch] = []
+
+
+def write_on(worker: Worker, batch: int, inputs: TensorPayload, temperature: float) -> TensorPayload:
+    """Take tokens [m, n] or hidden states [m, n, d] of a batch; return hidden states, or from the last shard the next tokens [m, 1]."""
+    writing = worker.kept(_Writing)
+    hidden = worker.runner.go_on(worker.unpack(inputs), writing.caches[batch])
+    if not worker.shard.blocks.is_last:
+        return worker.pack(hidden)
+    written = writing.tokens[batch]
+    chances = writing.chances[batch][:, len(written)].to(hidden.device)
+    written.append(worker.shard.next_tokens(hidden[:, -1], chances, temperature))
+    return worker.pack(written[-1][:, None])
+
+
+def end(worker: Worker, batch: int) -> TensorPayload | None:
+    """Forget a batch, and return its sequences [m, T] if this is the last shard."""
+    writing = worker.kept(_Writing)
+    del writing.caches[batch]
+    return worker.pack(torch.stack(writing.tokens.pop(batch), dim=1)) if writing.chances.pop(batch, None) is not None else None
+
+
+# On the coordinator
+
+
+def write_text(cluster: Cluster, wanted: Wanted) -> NDArray[np.int64]:
+    """Let the model write sequences.
+
+    Args:
+        cluster: with loaded workers.
+        wanted: what.
+
+    Returns:
+        [num_sequences, sequence_length] tokens.
+    """
+    batches = _batches(wanted.num_sequences)
+    shards, num_replicas = range(cluster.placement.num_shards), cluster.placement.num_replicas
+    cluster.progress.begin(wanted.sequence_length, "tokens", wanted.num_sequences)
+    moving: list[TensorPayload] = []
+    for batch, numbers in enumerate(batches):
+        for shard in shards:
+            cluster.submit(WorkerIndex(shard, batch % num_replicas), begin, batch, numbers, wanted)
+        moving.append(token_payload(np.tile(np.array(wanted.prompt, dtype=np.int64), (len(numbers), 1))))
+    in_flight: list[list[TensorPayload]] = []
+    for place in range(wanted.sequence_length):
+        for batch in range(len(batches)):
+            for shard in shards:
+                moving[batch] = cluster.submit(WorkerIndex(shard, batch % num_replicas), write_on, batch, moving[batch], wanted.temperature)
+        in_flight.append(list(moving))
+        if len(in_flight) > _TOKENS_IN_FLIGHT:
+            cluster.get(in_flight.pop(0))
+            cluster.progress.reach(place + 1 - _TOKENS_IN_FLIGHT)
+    ended = [cluster.submit(WorkerIndex(shard, batch % num_replicas), end, batch) for batch in range(len(batches)) for shard in shards]
+    found = [payload for payload in cluster.get(ended) if payload is not None]
+    cluster.progress.reach(wanted.sequence_length)
+    return np.concatenate([payload.array.astype(np.int64) for payload in found])
+
+
+def _batches(num_sequences: int) -> list[list[int]]:
+    """Return the numbers of the sequences of each batch, of nearly the same size, whatever the cluster is."""
+    return [part.tolist() for part in np.array_split(np.arange(num_sequences), -(-num_sequences // SEQUENCES_TOGETHER))]
