@@ -1,0 +1,255 @@
+"""Ours beside other ways to choose coupled groups: the same groups, text, budgets and evaluation, as a Markdown table.
+
+``python -m benchmarks.peers FOLDER`` prunes SmolLM2-135M to every point by every method. ``--model`` takes another checkpoint.
+
+The peers are written from their definitions. They choose on the dense model, in one shot, and are zeroed in place of being cut out, which
+computes the same: FLAP (An et al. 2024, arXiv 2312.11983: fluctuation of a consumer's inputs times its columns' squared norm, and the
+bias that makes up for the mean of what is removed), Wanda-sp (same source: |W| |X| summed over a group), Minitron (Muralidharan et al.
+2024, arXiv 2407.14679: norm of a group's activations), Taylor (LLM-Pruner, Ma et al. 2023, arXiv 2305.11627: sum of |w dL/dw| over all
+weights of a group). Where widths may differ, scores are standardised in every block as FLAP does it, and one threshold is taken for all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+import ray_surgeon
+from ray_surgeon.inputs import Inputs, check
+from ray_surgeon.methods import Groups
+from ray_surgeon.models.gguf import convert_gguf
+from ray_surgeon.models.layout import GroupSet
+from ray_surgeon.models.loss import compare_with_dense, perplexity_of
+from ray_surgeon.spec import JobSpec, parse_spec
+from ray_surgeon.storage.sources import open_model
+from ray_surgeon.surgery.allocate import GroupCosts, allocate_globally, allocate_uniformly
+
+POINTS: dict[str, dict[str, Any]] = {
+    "uniform FFN width, a quarter of the channels": {"groups": ["ffn"], "allocation": "uniform"},
+    "groups, 20 %": {"target_sparsity": 0.2},
+    "groups, 30 %": {"target_sparsity": 0.3},
+    "groups, 40 %": {"target_sparsity": 0.4},
+}
+"""Name -> what differs in the section `pruning`."""
+PEERS = ("FLAP", "Wanda-sp", "Minitron", "Taylor")
+
+Row = dict[str, Any]
+
+
+@dataclass
+class Statistics:
+    """Of the dense model on the calibration text."""
+
+    mean: dict[str, Tensor]  # consumer -> [C] mean of its inputs
+    square: dict[str, Tensor]  # consumer -> [C] mean of their squares
+    saliency: dict[str, Tensor]  # linear -> [R, C] |w dL/dw|
+    forward_s: float  # CPU-seconds of the passes that need no gradient
+    both_s: float  # and of those that do
+
+
+def linear(model: nn.Module, name: str) -> nn.Linear:
+    """Return a linear by its name."""
+    found = model.get_submodule(name)
+    assert isinstance(found, nn.Linear)
+    return found
+
+
+def gather(model: nn.Module, inputs: Inputs, consumers: Sequence[str]) -> Statistics:
+    """Pass the calibration text twice: forward for the inputs of consumers, forward and backward for the gradients of all weights."""
+    total, squares = dict[str, Tensor](), dict[str, Tensor]()
+
+    def watch(name: str) -> Any:
+        def hook(module: nn.Module, given: tuple[Tensor, ...]) -> None:
+            x = given[0].flatten(0, -2).double()
+            total[name] = total.get(name, 0) + x.sum(dim=0)
+            squares[name] = squares.get(name, 0) + x.square().sum(dim=0)
+
+        return hook
+
+    hooks = [linear(model, name).register_forward_pre_hook(watch(name)) for name in consumers]
+    start = time.process_time()
+    base = model.get_submodule(inputs.layout.family.base)
+    with torch.no_grad():
+        for tokens in inputs.calibration:
+            base(input_ids=torch.from_numpy(tokens)[None], use_cache=False)
+    forward_s = time.process_time() - start
+    for hook in hooks:
+        hook.remove()
+    weights = {shape.name: linear(model, shape.name).weight.requires_grad_() for shape in inputs.layout.linears}
+    start = time.process_time()
+    for tokens in inputs.calibration:
+        sequence = torch.from_numpy(tokens)[None]
+        (model(input_ids=sequence, labels=sequence, use_cache=False).loss / len(inputs.calibration)).backward()
+    saliency = {name: (weight.detach() * weight.grad).abs() for name, weight in weights.items()}  # type: ignore[operator]
+    model.requires_grad_(False)
+    both_s = time.process_time() - start
+    for weight in weights.values():
+        weight.grad = None
+    count = inputs.calibration.size
+    mean, square = ({name: value / count for name, value in sums.items()} for sums in (total, squares))
+    return Statistics(mean, square, saliency, forward_s, both_s)
+
+
+def scores(peer: str, model: nn.Module, groups: GroupSet, found: Statistics) -> Tensor:
+    """Return the score of each group [num_groups] float64; the lowest go first."""
+    name, columns = groups.consumer, groups.columns
+    W = linear(model, name).weight.double()
+    if peer == "FLAP":
+        fluctuation = found.square[name] - found.mean[name].square()
+        return (fluctuation * W.square().sum(dim=0))[columns].mean(dim=1)
+    if peer == "Wanda-sp":
+        return (W.abs().sum(dim=0) * found.square[name].sqrt())[columns].sum(dim=1)
+    if peer == "Minitron":
+        return found.square[name][columns].sum(dim=1).sqrt()
+    total = found.saliency[name].double().sum(dim=0)[columns].sum(dim=1)
+    for producer, rows in groups.producers:
+        total = total + found.saliency[producer].double().sum(dim=1)[rows].sum(dim=1)
+    return total
+
+
+@torch.no_grad()
+def prune(peer: str, model: nn.Module, inputs: Inputs, found: Statistics) -> None:
+    """Zero what a peer removes at the point of the inputs' spec, and make up for its mean if the peer does."""
+    method = inputs.method
+    assert isinstance(method, Groups)
+    sets = {groups.consumer: groups for groups in inputs.layout.group_sets if groups.kind in method.section.groups}
+    budget, costs = method.known_budget, []
+    for name, groups in sets.items():
+        score = scores(peer, model, groups, found)
+        score = (score - score.mean()) / score.std().clamp(min=1e-12)
+        score = score + 1e3  # costs are positive; the order is what counts
+        score[score.argsort(descending=True)[: method.fewest[groups.kind]]] = torch.inf
+        allowed = frozenset(range(0, len(score) + 1, method.multiple(groups.kind, 1)))
+        costs.append(GroupCosts(name, groups.kind, score, len(score), allowed, budget.by_left[groups.kind]))
+    missing = budget.dense - method.goal(1)
+    uniform = method.section.allocation == "uniform"
+    counts = (allocate_uniformly(costs, missing) if uniform else allocate_globally(costs, missing, per_unit=False)).counts
+    for cost in costs:
+        groups, module = sets[cost.consumer], linear(model, cost.consumer)
+        gone = cost.costs.argsort(stable=True)[: counts[cost.consumer]]
+        columns = groups.columns[gone].flatten()
+        if peer == "FLAP" and len(columns):
+            made_up = (module.weight[:, columns].double() @ found.mean[cost.consumer][columns]).float()
+            module.bias = nn.Parameter(made_up if module.bias is None else module.bias + made_up, requires_grad=False)
+        module.weight[:, columns] = 0
+        for producer, rows in groups.producers:
+            linear(model, producer).weight[rows[gone].flatten()] = 0
+            if linear(model, producer).bias is not None:
+                linear(model, producer).bias[rows[gone].flatten()] = 0
+
+
+@torch.no_grad()
+def states(model: nn.Module, inputs: Inputs, texts: Mapping[str, NDArray[np.int64]]) -> dict[str, list[Tensor]]:
+    """Return the last hidden states [1, T, d] of every window of every text."""
+    base = model.get_submodule(inputs.layout.family.base)
+
+    def last(window: NDArray[np.int64]) -> Tensor:
+        hidden = base(input_ids=torch.from_numpy(window)[None], use_cache=False).last_hidden_state
+        assert isinstance(hidden, Tensor)
+        return hidden
+
+    return {name: [last(window) for window in windows] for name, windows in texts.items()}
+
+
+def measure(model: nn.Module, inputs: Inputs, dense: Mapping[str, list[Tensor]]) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the perplexity and the divergence from the dense model on every text."""
+    head = linear(model, inputs.layout.family.head).weight
+    perplexity, divergence = dict[str, float](), dict[str, float]()
+    for name, windows in states(model, inputs, inputs.texts).items():
+        tokens = torch.from_numpy(inputs.texts[name])
+        compared = [compare_with_dense(h, d, tokens[i : i + 1], head) for i, (h, d) in enumerate(zip(windows, dense[name], strict=True))]
+        count = tokens.shape[0] * (tokens.shape[1] - 1)
+        perplexity[name] = perplexity_of(sum(float(c.nll) for c in compared) / count)
+        divergence[name] = sum(float(c.divergence) for c in compared) / count
+    return perplexity, divergence
+
+
+def specs(model: Mapping[str, Any], point: Mapping[str, Any], share: float, folder: Path) -> dict[str, JobSpec]:
+    """Return the job of each of our ways at a point."""
+    document = parse_spec(Path("pipelines/quickstart.yaml").read_text()).model_dump(mode="json")
+    pruning = {"structure": "groups", "num_shots": 1, "target_sparsity": share} | dict(point)
+    ways = {"The LLM Surgeon": None, "The LLM Surgeon, corrections on divergence": document["correction"]}
+    cluster = {"backend": "local", "cpus_per_worker": 2}
+    changed = document | {"model": dict(model), "pruning": pruning, "cluster": cluster}
+    return {
+        way: JobSpec.model_validate(changed | {"correction": correction, "output": {"uri": str(folder / f"ours-{i}"), "exports": []}})
+        for i, (way, correction) in enumerate(ways.items())
+    }
+
+
+def rows_of(name: str, model: Mapping[str, Any], point: Mapping[str, Any], folder: Path, which: Sequence[str]) -> list[Row]:
+    """Return the lines of one point."""
+    whole = specs(model, point, 0.01 if "target_sparsity" not in point else 0.1, folder)
+    layout = check(next(iter(whole.values())), resume=False, dry_run=True).layout
+    channels = sum(len(g.columns) * g.num_parameters for g in layout.group_sets if g.kind == "ffn")
+    jobs = specs(model, point, 0.25 * channels / layout.linear_size, folder)
+    rows: list[Row] = []
+    for way, spec in jobs.items() if "ours" in which else ():
+        start = time.process_time()
+        report = ray_surgeon.prune(spec=spec, resume=Path(spec.output.uri, "spec.yaml").exists(), progress=False).report
+        last, spent = report["shots"][-1], time.process_time() - start
+        found = {"perplexity": last["perplexity"], "divergence": last["divergence"], "sparsity": last["sparsity"], "cpu_s": spent}
+        if not rows:
+            rows.append({"point": name, "method": "dense", "perplexity": report["dense"]["perplexity"]})
+        rows.append({"point": name, "method": way} | found)
+    peers = [peer for peer in PEERS if "peers" in which]
+    if not peers:
+        return rows
+    inputs = check(next(iter(jobs.values())), resume=True, dry_run=True)
+    source = open_model(inputs.spec.model, convert_gguf).small_files_folder()
+    loaded = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval().requires_grad_(False)
+    dense = states(loaded, inputs, inputs.texts)
+    found_there = gather(loaded, inputs, [g.consumer for g in layout.group_sets])
+    for peer in peers:
+        pruned = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval().requires_grad_(False)
+        start = time.process_time()
+        prune(peer, pruned, inputs, found_there)
+        spent = time.process_time() - start + (found_there.both_s if peer == "Taylor" else found_there.forward_s)
+        perplexity, divergence = measure(pruned, inputs, dense)
+        rows.append({"point": name, "method": peer, "perplexity": perplexity, "divergence": divergence, "cpu_s": spent})
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and write FOLDER/peers.json and the table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description="Compare ways to choose coupled groups.")
+    parser.add_argument("folder", type=Path, help="where everything is written")
+    parser.add_argument("--model", help="folder of another checkpoint")
+    parser.add_argument("--points", type=int, nargs="+", default=list(range(len(POINTS))), help="numbers of points, from 0")
+    parser.add_argument("--which", nargs="+", default=["ours", "peers"], choices=["ours", "peers"], help="whose lines")
+    arguments = parser.parse_args(argv)
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(2)
+    model = parse_spec(Path("pipelines/quickstart.yaml").read_text()).model.model_dump(mode="json")
+    model = {"source": arguments.model} if arguments.model else model
+    rows: list[Row] = []
+    for number in arguments.points:
+        name, point = list(POINTS.items())[number]
+        rows += rows_of(name, model, point, arguments.folder / f"point-{number}", arguments.which)
+        (arguments.folder / "peers.json").write_text(json.dumps(rows, indent=2) + "\n")
+    texts = list(rows[0]["perplexity"])
+    lines = [
+        "| point | method | " + " | ".join(f"{t} (divergence)" for t in texts) + " | CPU-s |",
+        "|---|---|" + "---:|" * (len(texts) + 1),
+    ]
+    for row in rows:
+        values = [f"{row['perplexity'][t]:.3f}" + (f" ({row['divergence'][t]:.3f})" if "divergence" in row else "") for t in texts]
+        lines.append(f"| {row['point']} | {row['method']} | {' | '.join(values)} | {row.get('cpu_s', 0):.0f} |")
+    sys.stdout.write("\n".join(lines) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
