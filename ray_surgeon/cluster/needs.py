@@ -13,6 +13,7 @@ from ray_surgeon.cluster.placement import Placement
 from ray_surgeon.memory.stores import Place, Stores
 from ray_surgeon.models.layout import BlockRange, LinearShape, ModelLayout
 from ray_surgeon.models.loss import TOKENS_PER_SLICE
+from ray_surgeon.models.runner import TOKENS_OF_ROOM
 from ray_surgeon.surgery.kronecker import PackedSymmetric
 
 SEQUENCES_TOGETHER = 16
@@ -172,16 +173,17 @@ class WorkerNeeds:
         yield StepPlan("commit", self._idle, self._host + written, disk_bytes=self._all_blocks)
 
     def _sampling(self) -> StepPlan:
-        """Return the writing of calibration text, token by token: keys and values of all sequences, and the blocks once a token."""
+        """Return the writing of calibration text, token by token: keys and values of the sequences that are written together."""
         job, heads = self._job, self._shapes.layout.heads
         own = -(-job.num_written // self._num_replicas)
-        per_token = 2 * heads.num_kv * heads.head_dim * self._shapes.width * len(self._own)
-        together = min(own, SEQUENCES_TOGETHER)
-        caches = own * job.sequence_length * per_token + 2 * together * job.sequence_length * per_token / len(self._own)  # grown by a copy
-        moment = together * (self._moment + 20 * self._shapes.layout.config.vocab_size * (self._head_flops > 0))
+        batch = min(own, SEQUENCES_TOGETHER)
+        cached = (
+            2.0 * heads.num_kv * heads.head_dim * self._shapes.width * (job.sequence_length + TOKENS_OF_ROOM)
+        )  # of a block and sequence
+        caches = cached * (min(own, batch * self._num_shards) * len(self._own) + batch)  # those of a block are copied when they grow
+        moment = batch * (self._moment + (20 * self._shapes.layout.config.vocab_size if self._head_flops else 0))
         flops = own * job.sequence_length * (2 * self._all_blocks / self._shapes.width + self._head_flops)
-        loads = job.sequence_length * -(-own // SEQUENCES_TOGETHER)
-        moved = self._moved(self._stores.weights, loads * self._all_blocks)
+        moved = self._moved(self._stores.weights, job.sequence_length * -(-own // batch) * self._all_blocks)
         return StepPlan("sampling", self._weights + caches + moment, self._host, flops, 0.0, *moved)
 
     def _evaluation(self) -> StepPlan:

@@ -6,7 +6,7 @@ the sequences that are computed together on their number, so that shards, replic
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -94,26 +94,36 @@ def write_text(cluster: Cluster, wanted: Wanted) -> NDArray[np.int64]:
         [num_sequences, sequence_length] tokens.
     """
     batches = _batches(wanted.num_sequences)
+    together = cluster.placement.num_shards * cluster.placement.num_replicas  # so many keep all workers busy
+    rounds = [range(start, min(start + together, len(batches))) for start in range(0, len(batches), together)]
+    cluster.progress.begin(len(rounds) * wanted.sequence_length, "tokens")
+    found: list[TensorPayload] = []
+    for number, numbers in enumerate(rounds):
+        found += _write_batches(cluster, wanted, {batch: batches[batch] for batch in numbers}, number * wanted.sequence_length)
+    return np.concatenate([payload.array.astype(np.int64) for payload in found])
+
+
+def _write_batches(cluster: Cluster, wanted: Wanted, batches: Mapping[int, Sequence[int]], done: int) -> list[TensorPayload]:
+    """Write some batches together, each on its replica, and return their sequences."""
     shards, num_replicas = range(cluster.placement.num_shards), cluster.placement.num_replicas
-    cluster.progress.begin(wanted.sequence_length, "tokens", wanted.num_sequences)
-    moving: list[TensorPayload] = []
-    for batch, numbers in enumerate(batches):
+    moving: dict[int, TensorPayload] = {}
+    for batch, numbers in batches.items():
         for shard in shards:
             cluster.submit(WorkerIndex(shard, batch % num_replicas), begin, batch, numbers, wanted)
-        moving.append(token_payload(np.tile(np.array(wanted.prompt, dtype=np.int64), (len(numbers), 1))))
+        moving[batch] = token_payload(np.tile(np.array(wanted.prompt, dtype=np.int64), (len(numbers), 1)))
     in_flight: list[list[TensorPayload]] = []
     for place in range(wanted.sequence_length):
-        for batch in range(len(batches)):
+        for batch in batches:
             for shard in shards:
                 moving[batch] = cluster.submit(WorkerIndex(shard, batch % num_replicas), write_on, batch, moving[batch], wanted.temperature)
-        in_flight.append(list(moving))
+        in_flight.append(list(moving.values()))
         if len(in_flight) > _TOKENS_IN_FLIGHT:
             cluster.get(in_flight.pop(0))
-            cluster.progress.reach(place + 1 - _TOKENS_IN_FLIGHT)
-    ended = [cluster.submit(WorkerIndex(shard, batch % num_replicas), end, batch) for batch in range(len(batches)) for shard in shards]
+            cluster.progress.reach(done + place + 1 - _TOKENS_IN_FLIGHT)
+    ended = [cluster.submit(WorkerIndex(shard, batch % num_replicas), end, batch) for batch in batches for shard in shards]
     found = [payload for payload in cluster.get(ended) if payload is not None]
-    cluster.progress.reach(wanted.sequence_length)
-    return np.concatenate([payload.array.astype(np.int64) for payload in found])
+    cluster.progress.reach(done + wanted.sequence_length)
+    return found
 
 
 def _batches(num_sequences: int) -> list[list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -110,3 +111,16 @@ def test_factors_are_those_that_are_gathered() -> None:
 @pytest.mark.parametrize(("text", "size"), [("80GB", 8e10), ("1.5TiB", 1.5 * 2**40), ("64g", 6.4e10), ("100", 100)])
 def test_sizes_on_the_command_line(text: str, size: float) -> None:
     assert _bytes(text) == size
+
+
+def test_text_that_the_model_writes_has_a_step_with_its_keys_and_values() -> None:
+    spec, job = job_for("llama-3-70b", "groups", 8)
+    written = dataclasses.replace(job, num_written=64)
+    layout, room = layout_of("llama-3-70b"), Room(80 * GB, TB, TB, device_is_host=False)
+    plans = [plan_job(layout, place(layout, 8, 1), each, spec.memory, room, DEVICES["h100"]) for each in (job, written)]
+    assert "sampling" not in plans[0].seconds
+    assert plans[1].seconds["sampling"] > 0
+    caches = 64 * 2048 * (layout.num_blocks // 8) * 2 * layout.heads.num_kv * layout.heads.head_dim * 2
+    at_rest = next(step.device for step in plans[1].workers[0].steps if step.name == "load")
+    sampling = next(step.device for step in plans[1].workers[0].steps if step.name == "sampling")
+    assert caches < sampling - at_rest < 1.2 * caches
