@@ -1,0 +1,77 @@
+"""The benchmark of peers: what each of them removes, against its definition."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from benchmarks.peers import PEERS, gather, linear, measure, prune, scores, states
+from ray_surgeon.inputs import Inputs, check
+from ray_surgeon.spec import parse_spec
+from tests.integration.runs import tiny_spec
+
+
+@pytest.fixture
+def inputs(model_folders: dict[str, Path], tmp_path: Path) -> Inputs:
+    pruning = {"structure": "groups", "target_sparsity": 0.2, "num_shots": 1, "width_multiple": 4}
+    spec = tiny_spec(tmp_path, model_folders["llama"], pruning=pruning)
+    return check(parse_spec(spec.read_text()))
+
+
+def dense(inputs: Inputs) -> torch.nn.Module:
+    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(inputs.spec.model.source, dtype=torch.float32)
+    return model.eval().requires_grad_(False)
+
+
+def outputs_of(model: torch.nn.Module, name: str, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Return what went into a linear and what came out, of all calibration tokens, float64."""
+    seen: list[tuple[Tensor, Tensor]] = []
+    hook = linear(model, name).register_forward_hook(lambda _, given, out: seen.append((given[0].flatten(0, 1), out.flatten(0, 1))))
+    with torch.no_grad():
+        model(input_ids=torch.from_numpy(inputs.calibration))
+    hook.remove()
+    return seen[0][0].double(), seen[0][1].double()
+
+
+def test_scores_are_those_of_the_definitions(inputs: Inputs) -> None:
+    model = dense(inputs)
+    groups = next(g for g in inputs.layout.group_sets if g.kind == "attention")
+    x, _ = outputs_of(model, groups.consumer, inputs)
+    W = linear(model, groups.consumer).weight.double()
+    found = gather(model, inputs, [g.consumer for g in inputs.layout.group_sets])
+    weights = {name: linear(model, name).weight.requires_grad_() for name in (groups.consumer, *(p for p, _ in groups.producers))}
+    tokens = torch.from_numpy(inputs.calibration)
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    taken = {name: (weight * weight.grad).abs().double() for name, weight in weights.items()}
+    for number, columns in enumerate(groups.columns):
+        own = x[:, columns]
+        expected = {
+            "FLAP": (own.var(dim=0, correction=0) * W[:, columns].square().sum(dim=0)).mean(),
+            "Wanda-sp": (W[:, columns].abs() * own.square().mean(dim=0).sqrt()).sum(),
+            "Minitron": own.square().sum(dim=1).mean().sqrt(),
+            "Taylor": taken[groups.consumer][:, columns].sum() + sum(taken[name][rows[number]].sum() for name, rows in groups.producers),
+        }
+        for peer in PEERS:
+            torch.testing.assert_close(scores(peer, model, groups, found)[number], expected[peer], rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("peer", PEERS)
+def test_a_peer_removes_what_the_budget_says(peer: str, inputs: Inputs) -> None:
+    model, pruned = dense(inputs), dense(inputs)
+    found = gather(model, inputs, [g.consumer for g in inputs.layout.group_sets])
+    before = states(model, inputs, inputs.texts)
+    prune(peer, pruned, inputs, found)
+    zeros = sum(int((linear(pruned, shape.name).weight == 0).sum()) for shape in inputs.layout.linears)
+    assert 0.2 <= zeros / inputs.layout.linear_size < 0.35, "a KV group of the tiny model is a large step"
+    first = next(g.consumer for g in inputs.layout.group_sets if g.block == 0)  # its inputs are those of the dense model
+    mean = [outputs_of(each, first, inputs)[1].mean(dim=0) for each in (model, pruned)]
+    if peer == "FLAP":
+        torch.testing.assert_close(mean[0], mean[1], rtol=1e-4, atol=1e-6)
+    perplexity, divergence = measure(pruned, inputs, before)
+    assert all(value > 0 for value in divergence.values())
+    assert measure(model, inputs, before)[1] == pytest.approx(dict.fromkeys(divergence, 0.0), abs=1e-6)
+    assert set(perplexity) == set(inputs.texts)
