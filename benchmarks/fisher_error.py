@@ -51,7 +51,7 @@ def token_pairs(inputs: Inputs, linears: Sequence[str]) -> dict[str, tuple[Tenso
     for number, tokens in enumerate(torch.from_numpy(inputs.calibration)):
         (hidden,) = worker.runner.forward(number, tokens[None])
         generator = None if seed is None else torch.Generator().manual_seed(seed + number)
-        _, gradient = worker.runner.loss(hidden, tokens[None], generator)
+        _, gradient, _ = worker.runner.loss(hidden, tokens[None], generator)
         worker.runner.backward(number, [gradient])
     return {name: (torch.cat([a for a, _ in store]), torch.cat([g for _, g in store])) for name, store in seen.items()}
 

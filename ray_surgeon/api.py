@@ -275,7 +275,7 @@ def curvature(
         batch = torch.tensor([ids], device=model.device)
         generator = None if label_seed is None else torch.Generator().manual_seed(label_seed + number)
         (hidden,) = runner.forward(number, batch)
-        _, gradient = runner.loss(hidden, batch, generator)
+        _, gradient, _ = runner.loss(hidden, batch, generator)
         runner.backward(number, [gradient])
     shard.stop_curvature()
     return {name: shard.factors(name).dense() for name in linears or layout.shapes}

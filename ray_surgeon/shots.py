@@ -76,6 +76,7 @@ def _run_shots(inputs: Inputs, workers: Cluster, run: RunDirectory, listen: Call
     step = Steps(workers, run, num_shots, listen)
     workers.progress.listener = lambda: listen(step.moment())
     page = LivePage(run)
+    lowers_divergence = spec.correction is not None and spec.correction.loss == "kl"
 
     with step("plan") as facts:
         facts |= asdict(plan.stores) | {"peak_gib": max(max(peaks) for peaks in plan.peaks().values()) / 2**30}
@@ -97,6 +98,8 @@ def _run_shots(inputs: Inputs, workers: Cluster, run: RunDirectory, listen: Call
     else:
         with step("evaluation") as facts:
             report.dense = {"perplexity": _remember(workers, inputs, facts)}
+            if lowers_divergence and not method.has_costs:
+                remember(workers, CALIBRATION, inputs.calibration)
             workers.run_all(write_states, run.path("dense.safetensors"))
         if spec.evaluation.tasks is not None:
             with step("tasks"):
@@ -107,7 +110,10 @@ def _run_shots(inputs: Inputs, workers: Cluster, run: RunDirectory, listen: Call
         scores, choice, record = None, Choice(None, {}), dict[str, Any]()
         if method.has_costs:
             with step("curvature", shot) as facts:
-                loss, record = method.calibrate(workers, inputs.calibration, shot)
+                remembers = lowers_divergence and shot == 1
+                loss, record = method.calibrate(workers, inputs.calibration, shot, remembers=remembers)
+                if remembers:
+                    workers.run_all(write_states, run.path("dense.safetensors"))
                 facts |= {"calibration_loss": loss, "num_tokens": inputs.calibration.size}
                 record["calibration_loss"] = loss
             with step("costs", shot) as facts:
@@ -179,8 +185,6 @@ def _remember(workers: Cluster, inputs: Inputs, facts: dict[str, Fact]) -> dict[
     """Return the dense model's perplexities, and let workers keep what later weights are compared with."""
     found = {name: remember(workers, name, windows) for name, windows in inputs.texts.items()}
     facts |= {f"perplexity {name}": value for name, value in found.items()}
-    if inputs.spec.correction is not None and inputs.spec.correction.loss == "kl":
-        remember(workers, CALIBRATION, inputs.calibration)
     return found
 
 

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from ray_surgeon.cluster.cluster import Cluster
 from ray_surgeon.cluster.collectives import SingleReplica
-from ray_surgeon.cluster.passes import Labels, forward_and_backward, sequence_losses
+from ray_surgeon.cluster.dense_model import CALIBRATION
+from ray_surgeon.cluster.passes import Labels, forward_and_backward, remembered_losses, sequence_losses
 from ray_surgeon.cluster.worker import Worker, collective
 
 
@@ -47,7 +48,13 @@ def finish_curvature(worker: Worker) -> None:
 
 
 def gather_curvature(
-    cluster: Cluster, sequences: NDArray[np.int64], kind: str, label_seed: int | None = None, *, only: tuple[str, ...] = ("",)
+    cluster: Cluster,
+    sequences: NDArray[np.int64],
+    kind: str,
+    label_seed: int | None = None,
+    *,
+    only: tuple[str, ...] = ("",),
+    remembers: bool = False,
 ) -> float:
     """Run every calibration sequence through the model and gather A and G where they belong.
 
@@ -57,6 +64,7 @@ def gather_curvature(
         kind: see `ModelShard.start_curvature`; a forward pass is enough for ``activations`` and ``identity``.
         label_seed: see `Labels`.
         only: see `ModelShard.start_curvature`.
+        remembers: whether last shards keep the hidden states of these sequences, because the weights are the dense model's.
 
     Returns:
         Mean NLL in nats per predicted token.
@@ -66,8 +74,10 @@ def gather_curvature(
     """
     cluster.run_all(start_curvature, kind, only)
     try:
-        forward_only = kind in ("activations", "identity")
-        losses = sequence_losses(cluster, sequences) if forward_only else forward_and_backward(cluster, sequences, Labels(label_seed))
+        if kind not in ("activations", "identity"):
+            losses = forward_and_backward(cluster, sequences, Labels(label_seed, remembers=remembers))
+        else:
+            losses = remembered_losses(cluster, CALIBRATION, sequences) if remembers else sequence_losses(cluster, sequences)
         if not all(map(math.isfinite, losses)):
             raise FloatingPointError("the loss of the calibration sequences is not finite; check the weights and the dtype")
     except FloatingPointError as error:

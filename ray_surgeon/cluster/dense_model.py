@@ -30,12 +30,23 @@ class DenseStates:
         return self.of_text[text][number].to(worker.device)
 
 
-def keep_states(worker: Worker, text: str, numbers: Sequence[int], states: TensorPayload) -> None:
+def keep_states(worker: Worker, text: str, numbers: Sequence[int], states: Tensor) -> None:
     """Keep the states [m, T, d] of some sequences of a text."""
     if not worker.has(DenseStates):
         worker.keep(DenseStates())
-    rows = torch.split(decode(states, torch.device("cpu")), 1)
+    rows = torch.split(states.to("cpu", torch.bfloat16), 1)
     worker.kept(DenseStates).of_text.setdefault(text, {}).update(zip(numbers, (row.clone() for row in rows), strict=True))
+
+
+def receive_states(worker: Worker, text: str, numbers: Sequence[int], states: TensorPayload) -> None:
+    """Keep states that another worker sent; see `keep_states`."""
+    keep_states(worker, text, numbers, decode(states, torch.device("cpu")))
+
+
+def kept_states(worker: Worker, text: str, numbers: Sequence[int]) -> TensorPayload:
+    """Return the states [m, T, d] of some sequences of a text."""
+    of_text = worker.kept(DenseStates).of_text[text]
+    return worker.pack(torch.cat([of_text[number] for number in numbers]))
 
 
 def write_states(worker: Worker, uri: str) -> None:

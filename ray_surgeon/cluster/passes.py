@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ray_surgeon.cluster.cluster import Cluster
-from ray_surgeon.cluster.dense_model import CALIBRATION, DenseStates, keep_states
+from ray_surgeon.cluster.dense_model import CALIBRATION, DenseStates, keep_states, kept_states, receive_states
 from ray_surgeon.cluster.placement import WorkerIndex
 from ray_surgeon.cluster.schedule import Operation, submission_order
 from ray_surgeon.cluster.transport import TensorPayload, encode
@@ -33,6 +33,7 @@ class Labels:
 
     seed: int | None = None  # of labels drawn from the model itself (sampled Fisher)
     of_dense_model: bool = False  # what the dense model says, whose states are kept; sequences are those of the calibration then
+    remembers: bool = False  # whether last shards keep the hidden states of the calibration, because the weights are the dense model's
 
 
 # On a worker
@@ -69,7 +70,9 @@ def forward_backward(
     for i, number in enumerate(numbers):
         generator = None if labels.seed is None else torch.Generator().manual_seed(labels.seed + number)
         dense = worker.kept(DenseStates).on_device(worker, CALIBRATION, number) if labels.of_dense_model else None
-        loss, gradients[i] = worker.runner.loss(gradients[i], text[i : i + 1], generator, dense)
+        loss, gradients[i], states = worker.runner.loss(gradients[i], text[i : i + 1], generator, dense)
+        if labels.remembers:
+            keep_states(worker, CALIBRATION, [number], states)
         losses.append(float(loss))
         if not math.isfinite(losses[-1]):
             raise FloatingPointError(f"the loss of calibration sequence {number} is {losses[-1]}; check the weights and the dtype")
@@ -187,7 +190,20 @@ def forward_and_backward(
             by_number |= dict(zip(numbers, losses, strict=True))
     if counted:
         cluster.progress.reach(len(wanted))
+    if labels is not None and labels.remembers:
+        _share_states(cluster, pipelines)
     return [by_number[number] for number in wanted]
+
+
+def _share_states(cluster: Cluster, pipelines: Sequence[_ReplicaPipeline]) -> None:
+    """Give the states of the calibration that each replica keeps to the others."""
+    last = cluster.placement.num_shards - 1
+    for pipeline in pipelines if len(pipelines) > 1 else ():
+        for numbers in pipeline.waves:
+            states = cluster.submit(WorkerIndex(last, pipeline.replica), kept_states, CALIBRATION, numbers)
+            for other in pipelines:
+                if other is not pipeline:
+                    cluster.submit(WorkerIndex(last, other.replica), receive_states, CALIBRATION, numbers, states)
 
 
 def _submit(cluster: Cluster, pipeline: _ReplicaPipeline, operation: Operation, sequences: NDArray[np.int64], labels: Labels) -> None:
@@ -265,25 +281,31 @@ class Measured:
 
 
 def remember(cluster: Cluster, text: str, windows: NDArray[np.int64]) -> float:
-    """Return the dense model's perplexity, and let the last shards of all replicas keep its hidden states.
+    """Return the dense model's perplexity, and let the last shards of all replicas keep its hidden states; see `remembered_losses`.
+
+    Raises:
+        FloatingPointError: the loss is not a number.
+    """
+    return perplexity_of(sum(remembered_losses(cluster, text, windows)) / _num_predicted(windows))
+
+
+def remembered_losses(cluster: Cluster, text: str, windows: NDArray[np.int64]) -> list[float]:
+    """Return the summed NLL in nats of each sequence, and let the last shards of all replicas keep the hidden states.
 
     Args:
         cluster: with the dense weights.
         text: its name.
         windows: [num_sequences, sequence_length] tokens.
-
-    Raises:
-        FloatingPointError: the loss is not a number.
     """
     num_shards, num_replicas = cluster.placement.num_shards, cluster.placement.num_replicas
 
     def at_the_end(last: WorkerIndex, moving: Any, numbers: list[int]) -> list[float]:
         losses, states = cluster.submit_pair(last, infer_loss_and_states, moving, token_payload(windows[numbers]))
         for replica in range(num_replicas):
-            cluster.submit(WorkerIndex(num_shards - 1, replica), keep_states, text, numbers, states)
+            cluster.submit(WorkerIndex(num_shards - 1, replica), receive_states, text, numbers, states)
         return losses
 
-    return perplexity_of(sum(_each_wave(cluster, windows, at_the_end)) / _num_predicted(windows))
+    return _each_wave(cluster, windows, at_the_end)
 
 
 def measure(cluster: Cluster, text: str, windows: NDArray[np.int64]) -> Measured:

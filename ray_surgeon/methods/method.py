@@ -96,11 +96,21 @@ class Method(ABC):
         assert self.curvature is not None
         return self.curvature
 
-    def calibrate(self, cluster: Cluster, sequences: NDArray[np.int64], shot: int) -> tuple[float, dict[str, Any]]:
-        """Gather the curvature of the present weights; return the mean NLL in nats per predicted token, and more for the report."""
+    def calibrate(self, cluster: Cluster, sequences: NDArray[np.int64], shot: int, *, remembers: bool) -> tuple[float, dict[str, Any]]:
+        """Gather the curvature of the present weights.
+
+        Args:
+            cluster: with loaded workers.
+            sequences: [num_sequences, sequence_length] tokens.
+            shot: number of the shot.
+            remembers: see `gather_curvature`.
+
+        Returns:
+            The mean NLL in nats per predicted token, and more for the report.
+        """
         curvature = self.used_curvature
         seed = curvature.label_seed(shot, len(sequences))
-        loss = gather_curvature(cluster, sequences, curvature.kind, seed, only=self.gathers)
+        loss = gather_curvature(cluster, sequences, curvature.kind, seed, only=self.gathers, remembers=remembers)
         if not isinstance(curvature, ExtendedKfacSection):
             return loss, {}
         sizes = gather_terms(cluster, sequences, curvature.num_kronecker_terms, curvature.num_power_iterations, seed)

@@ -190,7 +190,7 @@ class BlockRunner:
 
     def loss(
         self, hidden: Tensor, tokens: Tensor, generator: torch.Generator | None = None, dense: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the loss of a sequence after the last block, and its gradient there.
 
         Args:
@@ -200,7 +200,7 @@ class BlockRunner:
             dense: [1, T, d] last hidden states of the dense model; the loss is the divergence from it, if they are given.
 
         Returns:
-            [1] float64 summed NLL of the data, or summed divergence, in nats, and the gradient [1, T, d].
+            [1] float64 summed NLL of the data, or summed divergence, in nats; the gradient [1, T, d]; what the head reads [1, T, d].
         """
         leaf = hidden.requires_grad_()
         output = self.leave(leaf)
@@ -210,7 +210,7 @@ class BlockRunner:
             found = self._shard.compare(output.detach(), dense, tokens, with_gradient=True)
             loss, gradient = found.divergence, found.gradient
         torch.autograd.backward(output, gradient)
-        return loss, _gradient(leaf)
+        return loss, _gradient(leaf), output.detach()
 
     def _enter_all(self, inputs: Tensor) -> tuple[list[Tensor], list[Call]]:
         entered = [self.enter(one[None]) for one in inputs]
