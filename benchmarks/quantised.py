@@ -9,28 +9,39 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+from transformers import AutoConfig
 
 import ray_surgeon
+from ray_surgeon.cluster.local import LocalCluster
+from ray_surgeon.cluster.placement import place
+from ray_surgeon.cluster.worker import ModelRecipe, load
 from ray_surgeon.export.folder import quantised_copy
-from ray_surgeon.inputs import check
+from ray_surgeon.export.rounding import round_weights
+from ray_surgeon.inputs import Inputs, check
 from ray_surgeon.models.gguf import convert_gguf
+from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.sections.output import QuantizeSection
+from ray_surgeon.sections.texts import ModelSection
 from ray_surgeon.spec import JobSpec, parse_spec
 from ray_surgeon.storage.sources import open_model
 
 SCHEMES = (("int8", None), ("fp8", None), ("w4a16", 64), ("w4a16", 32))
 
 
-def row(name: str, folder: str, scheme: str, size: int | None, about: Mapping[str, Any], target: Path) -> dict[str, Any]:
-    """Quantise a folder and return its line."""
-    section = QuantizeSection.model_validate({"scheme": scheme, "group_size": size})
-    found = quantised_copy(folder, str(target), about["linears"], section, about["texts"])
+def row(name: str, folder: str, scheme: str, size: int | None, inputs: Inputs, target: Path) -> dict[str, Any]:
+    """Quantise a folder and return its line; four bits are rounded by the calibration text."""
+    section, rounded = QuantizeSection.model_validate({"scheme": scheme, "group_size": size}), None
+    if size is not None:
+        layout = ModelLayout.of(AutoConfig.from_pretrained(folder))
+        cluster = LocalCluster(layout, place(layout, 1, 1), 2)
+        cluster.run_all(load, ModelRecipe(ModelSection(source=folder)), False, cluster.stores)
+        weights = f"{target}-rounded"
+        rounded = weights, round_weights(cluster, inputs.calibration, section.columns_together, weights)
+    found = quantised_copy(folder, str(target), list(inputs.layout.shapes), section, inputs.texts, rounded)
     return {"model": name, "scheme": scheme + (f", groups of {size}" if size else ""), **found}
 
 
@@ -42,18 +53,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     document = parse_spec(Path("pipelines/quickstart.yaml").read_text()).model_dump(mode="json")
     rows: list[dict[str, Any]] = []
-    about: dict[str, Any] = {}
+    inputs: Inputs | None = None
     for sparsity in arguments.sparsities:
         run = arguments.folder / f"pruned-{sparsity:g}"
         output = {"uri": str(run), "exports": ["uniform"]}
         pruning = document["pruning"] | {"target_sparsity": sparsity, "num_shots": 1, "width_multiple": 64}
         spec = JobSpec.model_validate(document | {"correction": None, "output": output, "pruning": pruning})
-        if not about:
+        if inputs is None:
             inputs = check(spec, resume=False, dry_run=True)
-            texts: Mapping[str, NDArray[np.int64]] = inputs.texts
-            about = {"linears": list(inputs.layout.shapes), "texts": texts}
             dense = str(open_model(spec.model, convert_gguf).small_files_folder())
-            rows += [row("dense", dense, *how, about, arguments.folder / f"dense-{i}") for i, how in enumerate(SCHEMES)]
+            rows += [row("dense", dense, *how, inputs, arguments.folder / f"dense-{i}") for i, how in enumerate(SCHEMES)]
         result = ray_surgeon.prune(spec=spec)
         if len(rows) == len(SCHEMES):
             before = result.report["dense"]["perplexity"]
@@ -64,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         after = result.report["shots"][-1]["perplexity"]
         name = f"pruned {sparsity:.2%}"
         rows.append({"model": name, "scheme": "float32", "size_bytes": uniform["size_bytes"], "perplexity": after})
-        rows += [row(name, uniform["uri"], *how, about, run / f"quantised-{i}") for i, how in enumerate(SCHEMES)]
+        rows += [row(name, uniform["uri"], *how, inputs, run / f"quantised-{i}") for i, how in enumerate(SCHEMES)]
     texts_named = list(rows[0]["perplexity"])
     lines = ["| model | weights | MB | " + " | ".join(texts_named) + " |", "|---|---|---:|" + "---:|" * len(texts_named)]
     for line in rows:

@@ -114,7 +114,8 @@ def job_of(spec: JobSpec, layout: ModelLayout, method: Method) -> Job:
     texts = [(text.num_sequences, text.sequence_length) for text in spec.evaluation.texts]
     job = method.job(layout, spec.model.dtype, (spec.calibration.num_sequences, spec.calibration.sequence_length), texts)
     of_model = sum(count for text, count in spec.calibration.shares if isinstance(text, SelfSection))
-    job = replace(job, num_written=of_model)
+    quantize = spec.output.quantize
+    job = replace(job, num_written=of_model, rounds=quantize is not None and quantize.scheme == "w4a16")
     if spec.correction is None:
         return job
     section, num_sequences = spec.correction, spec.calibration.num_sequences

@@ -154,9 +154,13 @@ def _run_shots(inputs: Inputs, workers: Cluster, run: RunDirectory, listen: Call
             source, tokens, tasks = (inputs.layout, inputs.model), inputs.calibration[0], spec.evaluation.tasks
             found = export(kind, workers, *source, uri, tokens, about, linear_records, output=spec.output, tasks=tasks)
             report.exports.append(found)
-            if kind == "uniform" and spec.output.quantize is not None:
-                report.exports.append(export_quantised(*source, found, inputs.texts, about, spec.output.quantize))
             facts |= {name: found[name] for name in ("kind", "uri", "size_bytes", "reload_max_logit_difference") if name in found}
+    if spec.output.quantize is not None:  # after the other exports, because it may round the workers' weights
+        with step("quantise", num_shots) as facts:
+            (uniform,) = (entry for entry in report.exports if entry["kind"] == "uniform")
+            source, texts, about = (inputs.layout, inputs.model), (inputs.calibration, inputs.texts), report.model_card_facts()
+            report.exports.append(export_quantised(workers, *source, uniform, *texts, about, spec.output.quantize))
+            facts |= {name: report.exports[-1][name] for name in ("kind", "uri", "size_bytes")}
     run.write_report(report.as_record())
     page.draw(report.as_record(), final=True)
 

@@ -53,6 +53,7 @@ class Job:
     mask_bytes: float = 0.0  # of one entry of a linear, in the host's memory
     block_by_block: bool = False  # whether all sequences pass a shard together while its blocks are pruned
     remembers_calibration: bool = False  # whether the dense model's states of the calibration text are kept, as those of evaluations are
+    rounds: bool = False  # whether a quantised export is rounded by the calibration text
     num_written: int = 0  # calibration sequences that the dense model writes
     lora_rank: int = 0  # of corrections; 0 for none
     num_correction_sequences: int = 0  # that pass in the corrections of a shot
@@ -163,7 +164,8 @@ class WorkerNeeds:
         if self._job.factors != "none":
             yield self._curvature()
         if self._job.block_by_block:
-            yield self._block_by_block()
+            sizes = [(n.update_bytes, n.update_flops) for n in self._of_needs]
+            yield self._block_by_block("update", sizes)
         elif self._of_needs:
             yield self._linear_by_linear("costs", [n.costs_bytes for n in self._of_needs], [n.costs_flops for n in self._of_needs])
             yield self._linear_by_linear("update", [n.update_bytes for n in self._of_needs], [n.update_flops for n in self._of_needs])
@@ -171,6 +173,9 @@ class WorkerNeeds:
             yield self._correction()
         written = max(min(FILE_BYTES, self._all_blocks + self._outside), self._shapes.largest_tensor)
         yield StepPlan("commit", self._idle, self._host + written, disk_bytes=self._all_blocks)
+        if self._job.rounds:
+            shapes = [(linear.num_rows, linear.num_columns) for linear in self._linears]
+            yield self._block_by_block("quantise", [(16.0 * (C**2 + R * C), 2.0 * C**3 + 2.0 * R * C**2) for R, C in shapes])
 
     def _sampling(self) -> StepPlan:
         """Return the writing of calibration text, token by token: keys and values of the sequences that are written together."""
@@ -239,15 +244,20 @@ class WorkerNeeds:
         host = self._host + factors * (self._stores.factors == "host")
         return StepPlan(name, device, host, 0.0, sum(flops) / self._num_replicas, *self._moved(self._stores.factors, factors))
 
-    def _block_by_block(self) -> StepPlan:
-        """Return the update of methods that prune while all sequences pass: a block's second moments and one linear at a time."""
+    def _block_by_block(self, name: str, of_linears: Sequence[tuple[float, float]]) -> StepPlan:
+        """Return a step in which linears change while all sequences pass: a block's second moments and one linear at a time.
+
+        Args:
+            name: of the step.
+            of_linears: bytes and operations of each linear.
+        """
         T = self._job.sequence_length
         moments = max(sum(4 * linear.num_columns**2 for linear in self._shapes.linears[block]) for block in self._own)
         passing = self._sequences * T * self._hidden + T * self._forward_only + max(4 * T * linear.num_columns for linear in self._linears)
-        device = self._weights + passing + moments + _HEAP_BYTES + max(n.update_bytes for n in self._of_needs)
+        device = self._weights + passing + moments + _HEAP_BYTES + max(size for size, _ in of_linears)
         flops = self._sequences * T * 4 * self._all_blocks / self._shapes.width
-        in_float32 = sum(n.update_flops for n in self._of_needs) / self._num_replicas
-        return StepPlan("update", device, self._host, flops, in_float32, *self._moved(self._stores.weights, 2 * self._all_blocks))
+        in_float32 = sum(flops for _, flops in of_linears) / self._num_replicas
+        return StepPlan(name, device, self._host, flops, in_float32, *self._moved(self._stores.weights, 2 * self._all_blocks))
 
     def _correction(self) -> StepPlan:
         """Return the training of B A, of which each linear keeps its inputs, its two parameters, their gradients and Adam's moments."""

@@ -153,7 +153,12 @@ def _to_load(folder: Path, scratch: Path) -> dict[str, Any]:
 
 
 def quantised_copy(
-    uri: str, target: str, linears: Sequence[str], section: QuantizeSection, texts: Mapping[str, NDArray[np.int64]]
+    uri: str,
+    target: str,
+    linears: Sequence[str],
+    section: QuantizeSection,
+    texts: Mapping[str, NDArray[np.int64]],
+    rounded: tuple[str, Sequence[str]] | None = None,
 ) -> dict[str, Any]:
     """Write the quantised copy of an export, load it in a process of its own, and return its size, its error and its perplexities.
 
@@ -163,6 +168,7 @@ def quantised_copy(
         linears: names of what is quantised.
         section: how.
         texts: name -> [num_windows, T] tokens to evaluate on.
+        rounded: folder with the same weights, rounded, and the files of their scales; if not given, they are rounded to the nearest number.
 
     Raises:
         RuntimeError: it cannot be quantised or loaded.
@@ -174,7 +180,9 @@ def quantised_copy(
         for path in small.iterdir():
             if not path.name.endswith((".index.json", ".md")):
                 files.put_file(files.join(target, path.name), path)
-    request = {"source": uri, "target": target, "linears": list(linears), "scheme": section.scheme, "group_size": section.group_size or 128}
+    source, scales = rounded or (uri, ())
+    request: dict[str, Any] = {"source": source, "export": uri, "scales": list(scales), "target": target, "linears": list(linears)}
+    request |= {"scheme": section.scheme, "group_size": section.columns_together}
     try:
         found = run_module("ray_surgeon.export.quantized", request)
         with local_folder(target) as (folder, scratch_folder):

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ray_surgeon.cluster.cluster import Cluster
 from ray_surgeon.export.card import model_card
 from ray_surgeon.export.folder import dense_document, quantised_copy, write_gguf_files
+from ray_surgeon.export.rounding import round_weights
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.llama_cpp import architecture_of
 from ray_surgeon.models.pruned_config import BlockWidths, kv_heads_left
@@ -121,19 +122,23 @@ def export_gguf(
 
 
 def export_quantised(
+    cluster: Cluster,
     layout: ModelLayout,
     model: ModelSection,
     uniform: Mapping[str, Any],
+    calibration: NDArray[np.int64],
     texts: Mapping[str, NDArray[np.int64]],
     facts: Mapping[str, Any],
     section: QuantizeSection,
 ) -> dict[str, Any]:
-    """Write the quantised copy of the export uniform, and evaluate it.
+    """Write the quantised copy of the export uniform, and evaluate it. Weights of four bits are rounded on the workers, for good.
 
     Args:
+        cluster: with the pruned weights.
         layout: of the dense model.
         model: the dense model.
         uniform: entry of the export.
+        calibration: [num_sequences, sequence_length] tokens by which four bits are rounded.
         texts: name -> [num_windows, T] tokens to evaluate on.
         facts: for the model card.
         section: how.
@@ -145,7 +150,13 @@ def export_quantised(
         RuntimeError: it cannot be quantised or loaded.
     """
     target = f"{uniform['uri']}-{section.scheme}"
-    found = quantised_copy(uniform["uri"], target, list(layout.shapes), section, texts)
+    rounded = None
+    if section.scheme == "w4a16":
+        folder = f"{target}-rounded"
+        rounded = folder, round_weights(cluster, calibration, section.columns_together, folder)
+    found = quantised_copy(uniform["uri"], target, list(layout.shapes), section, texts, rounded)
+    if rounded is not None:
+        files.remove_folder(rounded[0])
     entry = {
         "kind": f"uniform-{section.scheme}",
         "uri": target,

@@ -1,7 +1,8 @@
 """Quantised checkpoints in the format compressed-tensors, which vLLM loads: made from an export's files, a tensor at a time.
 
-Weights are rounded to the nearest number; activations, where a scheme rounds them too, are scaled token by token when the model runs, so
-nothing has to be calibrated. Embeddings, norms and the head stay as they are. Runs as a module of its own, see `fresh_process`.
+Weights of eight bits are rounded to the nearest number; those of four come rounded, with their scales. Activations, where a scheme rounds
+them too, are scaled token by token when the model runs, so nothing is calibrated here. Embeddings, norms and the head stay as they are.
+Runs as a module of its own, see `fresh_process`.
 """
 
 from __future__ import annotations
@@ -32,8 +33,13 @@ def scheme_of(name: str, group_size: int) -> QuantizationScheme:
     return scheme
 
 
-def quantised(weight: Tensor, scheme: QuantizationScheme) -> dict[str, Tensor]:
+def quantised(weight: Tensor, scheme: QuantizationScheme, scale: Tensor | None = None) -> dict[str, Tensor]:
     """Return what is stored of a linear's weight [R, C], by the names compressed-tensors has for it.
+
+    Args:
+        weight: to be rounded to the nearest number.
+        scheme: how.
+        scale: [R, groups]; with which the largest number just fits, if not given.
 
     Raises:
         ValueError: groups do not fill the rows.
@@ -41,8 +47,9 @@ def quantised(weight: Tensor, scheme: QuantizationScheme) -> dict[str, Tensor]:
     weight, size = weight.float(), scheme.weights.group_size
     if size is not None and weight.shape[1] % size:
         raise ValueError(f"{weight.shape[1]} columns are no multiple of group_size {size}; lower it, or raise pruning.width_multiple")
-    groups = weight.view(len(weight), -1, size) if size is not None else weight[:, None]
-    scale, _ = calculate_qparams(groups.amin(dim=2), groups.amax(dim=2), scheme.weights)
+    if scale is None:
+        groups = weight.view(len(weight), -1, size) if size is not None else weight[:, None]
+        scale, _ = calculate_qparams(groups.amin(dim=2), groups.amax(dim=2), scheme.weights)
     scale = scale.clamp(min=torch.finfo(torch.float32).tiny) if scale.dtype == torch.float32 else scale
     compressor = BaseCompressor.get_value_from_registry(scheme.format)
     stored: dict[str, Tensor] = compressor.compress({"weight": weight, "weight_scale": scale}, scheme)
@@ -63,7 +70,11 @@ def main() -> None:
     """
     request = json.load(sys.stdin)
     source, target, linears = request["source"], request["target"], set(request["linears"])
+    export = request["export"]  # with the weights as they were, and the configuration
+    scales = {name: scale for uri in request["scales"] for name, scale in tensor_files.read(uri).items()}
     scheme, reader = scheme_of(request["scheme"], request["group_size"]), tensor_files.Reader()
+    holders = [files.join(export, file) for file in files.list_names(export) if file.endswith(".safetensors")]
+    holder_of = {key: holder for holder in holders for key in reader.names(holder)}
     weight_map, plain, total, difference, norm = dict[str, str](), ["lm_head"], 0, 0.0, 0.0
     for file in files.list_names(source):
         if not file.endswith(".safetensors"):
@@ -75,19 +86,20 @@ def main() -> None:
                 tensors[key] = tensor
                 plain += [name] * (tensor.ndim == 2)
                 continue
+            before = reader.read(holder_of[key], key).float()
             try:
-                stored = quantised(tensor, scheme)
+                stored = quantised(tensor, scheme, scales.get(name))
             except ValueError as error:
                 raise ValueError(f"output.quantize: {name}: {error}") from error
-            difference += float((restored(stored, scheme).float() - tensor.float()).square().sum())
-            norm += float(tensor.float().square().sum())
+            difference += float((restored(stored, scheme).float() - before).square().sum())
+            norm += float(before.square().sum())
             tensors |= {f"{name}.{part}": value for part, value in stored.items()}
         total += tensor_files.write(files.join(target, file), tensors)
         weight_map |= dict.fromkeys(tensors, file)
     if len(set(weight_map.values())) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         files.write_json(files.join(target, "model.safetensors.index.json"), index)
-    document = files.read_json(files.join(source, "config.json"))
+    document = files.read_json(files.join(export, "config.json"))
     config = QuantizationConfig(
         config_groups={"group_0": scheme}, format=scheme.format, ignore=sorted(set(plain)), quantization_status="compressed"
     )

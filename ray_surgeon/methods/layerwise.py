@@ -11,15 +11,12 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from ray_surgeon.cluster.block_pass import BlockPass
 from ray_surgeon.cluster.cluster import Cluster
 from ray_surgeon.cluster.needs import LinearNeeds
-from ray_surgeon.cluster.passes import token_payload
-from ray_surgeon.cluster.placement import WorkerIndex
-from ray_surgeon.cluster.transport import TensorPayload
-from ray_surgeon.cluster.worker import LinearSummary, Worker, collective
+from ray_surgeon.cluster.worker import LinearSummary, Worker
 from ray_surgeon.methods.elements import Pattern, check_pattern
-from ray_surgeon.methods.method import Choice, Method, Scores, in_order
-from ray_surgeon.models.block_by_block import BlockByBlock
+from ray_surgeon.methods.method import Choice, Method, Scores
 from ray_surgeon.models.layout import LinearShape
 from ray_surgeon.sections.targets import SparsitySection
 from ray_surgeon.surgery.layerwise import prune_linear
@@ -88,58 +85,6 @@ class Layerwise(Method):
         R, C = shape.num_rows, shape.num_columns
         return LinearNeeds(update_bytes=4 * (4 * C**2 + 4 * R * C), update_flops=2.0 * C**3 + 2 * R * C**2)
 
-    # On a worker
-
-    def enter(self, worker: Worker, micro_batch: int, inputs: TensorPayload) -> None:
-        """Take a micro-batch that will pass the shard block by block."""
-        if micro_batch < worker.placement.num_replicas:
-            worker.keep(BlockByBlock(worker.shard, worker.runner))
-        worker.kept(BlockByBlock).enter(micro_batch, worker.unpack(inputs))
-
-    @collective
-    def prune(self, worker: Worker, shard: int, sparsity: float) -> tuple[LinearSummary, ...]:
-        """Prune the blocks of one shard one after the other; workers of other shards do nothing."""
-        if shard != worker.index.shard:
-            return ()
-        way, blocks, store = worker.kept(BlockByBlock), worker.shard.blocks, worker.shard.factor_store
-        for place in range(blocks.last - blocks.first):
-            groups = way.gather(place)
-            for group in groups:
-                key = group.key_of_A
-                total, num_tokens = store.on_device(key, store.get(key).n), torch.tensor(group.num_tokens, device=worker.device)
-                for tensor in (total.flat, num_tokens):
-                    worker.replicas.reduce(tensor, worker.owner(group.names[0]))
-                store.drop(key)
-                if worker.owns(group.names[0]):
-                    A = total.dense().div_(int(num_tokens))
-                    for name in group.names:
-                        self._prune_linear(worker, name, A, sparsity)
-            worker.share_linears(name for group in groups for name in group.names)
-            way.advance(place)
-        return tuple(worker.summary(name, None, 0.0) for name in worker.owned())
-
-    def _prune_linear(self, worker: Worker, name: str, A: Tensor, sparsity: float) -> None:
-        section, W, shape = self.section, worker.shard.weight(name), worker.layout.shapes[name]
-        num_inputs, (n, m) = shape.num_columns - shape.has_bias, section.pattern
-        fraction = sparsity * W.numel() / (len(W) * num_inputs)
-        damping = (section.damping, section.max_damping) if isinstance(section, SparseGPTSection) else (0.0, 0.0)
-        options = {"damping": damping[0], "max_damping": damping[1]}
-        W[:, :num_inputs], kept = prune_linear(
-            W[:, :num_inputs], A[:num_inputs, :num_inputs], fraction, n, m, method=section.method, name=name, **options
-        )
-        whole = torch.ones_like(W, dtype=torch.bool)
-        whole[:, :num_inputs] = kept
-        worker.masks[name] = ElementMask(whole.cpu())
-        worker.shard.set_weight(name, W)
-
-    def leave(self, worker: Worker, micro_batch: int) -> TensorPayload:
-        """Hand over a micro-batch that has passed all blocks."""
-        return worker.pack(worker.kept(BlockByBlock).leave(micro_batch))
-
-    def forget(self, worker: Worker) -> None:
-        """Free what the pass kept."""
-        worker.drop(BlockByBlock)
-
     # On the coordinator
 
     def score(self, cluster: Cluster, shot: int) -> Scores[None]:
@@ -152,16 +97,27 @@ class Layerwise(Method):
 
     def apply(self, cluster: Cluster, sequences: NDArray[np.int64], choice: Choice, shot: int) -> list[LinearSummary]:
         """Prune shard after shard, block after block, while the calibration sequences pass once."""
-        num_shards, num_replicas = cluster.placement.num_shards, cluster.placement.num_replicas
-        moving = [token_payload(tokens) for tokens in sequences]
-        summaries: list[LinearSummary] = []
-        cluster.progress.begin(num_shards, "shards")
-        for shard in range(num_shards):
-            indices = [WorkerIndex(shard, i % num_replicas) for i in range(len(sequences))]
-            cluster.get([cluster.submit(index, self.enter, i, moving[i]) for i, index in enumerate(indices)])
-            summaries += in_order(cluster.run_all(self.prune, shard, self.section.targets[shot - 1]))
-            if shard < num_shards - 1:
-                moving = [cluster.submit(index, self.leave, i) for i, index in enumerate(indices)]
-            cluster.progress.reach(shard + 1)
-        cluster.run_all(self.forget)
-        return summaries
+        return _Pruning(self.section, self.section.targets[shot - 1]).pass_all(cluster, sequences)
+
+
+@dataclass(frozen=True)
+class _Pruning(BlockPass):
+    """The pass of one shot."""
+
+    section: SparseGPTSection | WandaSection
+    sparsity: float  # of every linear
+
+    def change(self, worker: Worker, name: str, A: Tensor) -> None:
+        """Prune a linear."""
+        section, W, shape = self.section, worker.shard.weight(name), worker.layout.shapes[name]
+        num_inputs, (n, m) = shape.num_columns - shape.has_bias, section.pattern
+        fraction = self.sparsity * W.numel() / (len(W) * num_inputs)
+        damping = (section.damping, section.max_damping) if isinstance(section, SparseGPTSection) else (0.0, 0.0)
+        options = {"damping": damping[0], "max_damping": damping[1]}
+        W[:, :num_inputs], kept = prune_linear(
+            W[:, :num_inputs], A[:num_inputs, :num_inputs], fraction, n, m, method=section.method, name=name, **options
+        )
+        whole = torch.ones_like(W, dtype=torch.bool)
+        whole[:, :num_inputs] = kept
+        worker.masks[name] = ElementMask(whole.cpu())
+        worker.shard.set_weight(name, W)

@@ -85,8 +85,9 @@ class BlockRunner:
             return _Passing()
 
         key = "input_ids" if inputs.dtype == torch.int64 else "inputs_embeds"
+        going_on = {} if cache is None else {"past_key_values": cache}
         with contextlib.suppress(_ReachedTheEndError), self._in_place_of_blocks(note):
-            self._shard.base(**{key: inputs}, use_cache=cache is not None, past_key_values=cache)
+            self._shard.base(**{key: inputs}, **going_on, use_cache=cache is not None)
         return hidden[0], calls
 
     @contextlib.contextmanager

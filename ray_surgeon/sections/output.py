@@ -17,9 +17,14 @@ class QuantizeSection(Section):
 
     scheme: Literal["fp8", "int8", "w4a16"] = Field(
         description="fp8 and int8: weights with a scale for each row, activations with one for each token; w4a16: weights of four bits, "
-        "with a scale for each group of columns"
+        "with a scale for each group of columns, rounded by the calibration text (GPTQ)"
     )
     group_size: Positive | None = Field(None, description="Of scheme w4a16: columns that share a scale; null: 128")
+
+    @property
+    def columns_together(self) -> int:
+        """Columns that share a scale, where a scheme has groups."""
+        return self.group_size or 128
 
     @model_validator(mode="after")
     def _groups(self) -> QuantizeSection:

@@ -8,10 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from ray_surgeon.export.quantized import PRESETS, quantised, restored, scheme_of
+from ray_surgeon.inputs import check
 from ray_surgeon.run.html_report import page
+from ray_surgeon.spec import parse_spec
 from ray_surgeon.storage import tensor_files
+from ray_surgeon.surgery.rounding import round_columns
 from tests.conftest import LAYOUTS
 from tests.integration.runs import report_of, run
 
@@ -100,3 +104,44 @@ def test_what_cannot_be_quantised_is_refused(
 ) -> None:
     assert run(tmp_path, model_folders[family], **{**UNIFORM, **changes}) == 2
     assert expected in capsys.readouterr().err
+
+
+def test_four_bits_are_rounded_by_the_calibration_text(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    """Against the linears of the first block that see the text unrounded; on one worker, and streamed on two shards, and on replicas."""
+    options = {**UNIFORM, "output__quantize": {"scheme": "w4a16", "group_size": 16}}
+    assert run(tmp_path / "one", model_folders["llama"], **options) == 0
+    streamed = {"cluster__num_shards": 2, "memory__weights": "disk", "memory__factors": "disk"}
+    assert run(tmp_path / "streamed", model_folders["llama"], **options, **streamed) == 0
+    assert run(tmp_path / "replicas", model_folders["llama"], **options, cluster__num_replicas=2) == 0
+    stored = [
+        {
+            k: v
+            for path in (tmp_path / name / "run/export/uniform-w4a16").glob("*.safetensors")
+            for k, v in tensor_files.read(str(path)).items()
+        }
+        for name in ("one", "streamed")
+    ]
+    assert stored[0].keys() == stored[1].keys()
+    assert all(torch.equal(stored[0][key], stored[1][key]) for key in stored[0])
+    found = [report_of(tmp_path / name / "run")["exports"][-1]["perplexity"] for name in ("one", "replicas")]
+    assert found[1] == pytest.approx(found[0], rel=0.05), "replicas sum in another order, which tips single numbers"
+    assert not list((tmp_path / "one/run/export").glob("*-rounded"))
+
+    uniform = tmp_path / "one/run/export/uniform"
+    model = AutoModelForCausalLM.from_pretrained(uniform)
+    names = ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"]
+    seen: list[torch.Tensor] = []
+    model.get_submodule(names[0]).register_forward_pre_hook(lambda _, given: seen.append(given[0].flatten(0, 1)))
+    inputs = check(parse_spec((tmp_path / "one/spec.yaml").read_text()), resume=True)
+    with torch.no_grad():
+        model(torch.from_numpy(inputs.calibration))
+    A = seen[0].T @ seen[0] / len(seen[0])
+    for name in names:
+        W = model.get_submodule(name).weight.detach()
+        expected, scales = round_columns(W, A, 16, 4, damping=0.01, max_damping=1.0, name=name)
+        torch.testing.assert_close(stored[0][f"{name}.weight_scale"].float(), scales, rtol=1e-5, atol=0)
+        parts = {part: stored[0][f"{name}.{part}"] for part in ("weight_packed", "weight_scale", "weight_shape")}
+        torch.testing.assert_close(restored(parts, scheme_of("w4a16", 16)).float(), expected, rtol=1e-5, atol=1e-8)
+        nearest = restored(quantised(W, scheme_of("w4a16", 16)), scheme_of("w4a16", 16)).float()
+        lost = [float(((found - W) @ A * (found - W)).sum()) for found in (expected, nearest)]
+        assert lost[0] < 0.9 * lost[1]

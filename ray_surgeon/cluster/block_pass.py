@@ -1,0 +1,81 @@
+"""The pass in which linears change block after block while all sequences wait, so that every block sees what the changed ones give it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ray_surgeon.cluster.cluster import Cluster
+from ray_surgeon.cluster.passes import token_payload
+from ray_surgeon.cluster.placement import WorkerIndex
+from ray_surgeon.cluster.transport import TensorPayload
+from ray_surgeon.cluster.worker import LinearSummary, Worker, collective
+from ray_surgeon.models.block_by_block import BlockByBlock
+
+
+class BlockPass(ABC):
+    """What changes linears; an object travels to the workers, as methods do."""
+
+    @abstractmethod
+    def change(self, worker: Worker, name: str, A: Tensor) -> None:
+        """Change a linear of a worker, whose inputs have the mean second moment A [C, C], the bias's ones included."""
+
+    # On a worker
+
+    def enter(self, worker: Worker, micro_batch: int, inputs: TensorPayload) -> None:
+        """Take a micro-batch that will pass the shard block by block."""
+        if micro_batch < worker.placement.num_replicas:
+            worker.keep(BlockByBlock(worker.shard, worker.runner))
+        worker.kept(BlockByBlock).enter(micro_batch, worker.unpack(inputs))
+
+    @collective
+    def pass_shard(self, worker: Worker, shard: int) -> tuple[LinearSummary, ...]:
+        """Change the blocks of one shard one after the other; workers of other shards do nothing."""
+        if shard != worker.index.shard:
+            return ()
+        way, blocks, store = worker.kept(BlockByBlock), worker.shard.blocks, worker.shard.factor_store
+        for place in range(blocks.last - blocks.first):
+            groups = way.gather(place)
+            for group in groups:
+                key = group.key_of_A
+                total, num_tokens = store.on_device(key, store.get(key).n), torch.tensor(group.num_tokens, device=worker.device)
+                for tensor in (total.flat, num_tokens):
+                    worker.replicas.reduce(tensor, worker.owner(group.names[0]))
+                store.drop(key)
+                if worker.owns(group.names[0]):
+                    A = total.dense().div_(int(num_tokens))
+                    for name in group.names:
+                        self.change(worker, name, A)
+            worker.share_linears(name for group in groups for name in group.names)
+            way.advance(place)
+        return tuple(worker.summary(name, None, 0.0) for name in worker.owned())
+
+    def leave(self, worker: Worker, micro_batch: int) -> TensorPayload:
+        """Hand over a micro-batch that has passed all blocks."""
+        return worker.pack(worker.kept(BlockByBlock).leave(micro_batch))
+
+    def forget(self, worker: Worker) -> None:
+        """Free what the pass kept."""
+        worker.drop(BlockByBlock)
+
+    # On the coordinator
+
+    def pass_all(self, cluster: Cluster, sequences: NDArray[np.int64]) -> list[LinearSummary]:
+        """Change shard after shard, block after block, while the sequences pass once."""
+        num_shards, num_replicas = cluster.placement.num_shards, cluster.placement.num_replicas
+        moving = [token_payload(tokens) for tokens in sequences]
+        summaries: list[LinearSummary] = []
+        cluster.progress.begin(num_shards, "shards")
+        for shard in range(num_shards):
+            indices = [WorkerIndex(shard, i % num_replicas) for i in range(len(sequences))]
+            cluster.get([cluster.submit(index, self.enter, i, moving[i]) for i, index in enumerate(indices)])
+            summaries += [summary for worker in cluster.run_all(self.pass_shard, shard) for summary in worker]
+            if shard < num_shards - 1:
+                moving = [cluster.submit(index, self.leave, i) for i, index in enumerate(indices)]
+            cluster.progress.reach(shard + 1)
+        cluster.run_all(self.forget)
+        return summaries

@@ -1,0 +1,75 @@
+"""Weights of four bits, rounded on the workers by the calibration text; see `round_columns`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ray_surgeon.cluster.block_pass import BlockPass
+from ray_surgeon.cluster.cluster import Cluster
+from ray_surgeon.cluster.worker import Worker
+from ray_surgeon.export.folder import write_weights
+from ray_surgeon.models.linears import num_inputs
+from ray_surgeon.storage import files, tensor_files
+from ray_surgeon.surgery.masks import StructuredMask
+from ray_surgeon.surgery.rounding import round_columns
+
+NUM_BITS = 4
+_DAMPING, _MAX_DAMPING = 0.01, 1.0
+"""Of A, relative to the mean of its diagonal; the published value."""
+
+
+@dataclass
+class _Scales:
+    """What an owner keeps of its linears: name -> [R, groups] of what is left of the linear."""
+
+    of: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rounding(BlockPass):
+    """Rounds the linears of all blocks, each on the inputs that the rounded blocks before it give."""
+
+    group_size: int  # columns that share a scale
+
+    def change(self, worker: Worker, name: str, A: Tensor) -> None:
+        """Round what is left of a linear; its bias stays."""
+        mask, W = worker.mask(name, StructuredMask), worker.shard.weight(name)
+        rows = mask.rows.to(W.device).nonzero()[:, 0]
+        columns = mask.columns[: num_inputs(worker.shard.linears[name])].to(W.device).nonzero()[:, 0]
+        left, moment = W[rows][:, columns], A[columns][:, columns]
+        rounded, scales = round_columns(left, moment, self.group_size, NUM_BITS, damping=_DAMPING, max_damping=_MAX_DAMPING, name=name)
+        W[rows[:, None], columns] = rounded
+        worker.shard.set_weight(name, W)
+        if not worker.has(_Scales):
+            worker.keep(_Scales())
+        worker.kept(_Scales).of[name] = scales.cpu()
+
+
+def write_scales(worker: Worker, folder: str) -> str | None:
+    """Write the scales of the linears that a worker owns, and return the file's URI; None if it owns none."""
+    if not worker.has(_Scales):
+        return None
+    uri = files.join(folder, f"scales-{worker.index.shard}-{worker.index.replica}.safetensors")
+    tensor_files.write(uri, worker.drop(_Scales).of)
+    return uri
+
+
+def round_weights(cluster: Cluster, sequences: NDArray[np.int64], group_size: int, folder: str) -> list[str]:
+    """Round the weights on the workers, for good, and write what is left of the model.
+
+    Args:
+        cluster: with the pruned weights.
+        sequences: [num_sequences, sequence_length] tokens of the calibration.
+        group_size: columns that share a scale.
+        folder: where the weights go, and the scales.
+
+    Returns:
+        URIs of the files of scales.
+    """
+    Rounding(group_size).pass_all(cluster, sequences)
+    write_weights(cluster, folder, cut_out=True, masks=False)
+    return [uri for uri in cluster.run_all(write_scales, files.join(folder, "scales")) if uri is not None]

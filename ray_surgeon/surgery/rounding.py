@@ -1,0 +1,69 @@
+"""Rounding of weights to few bits, column by column, each error made up for by the columns to its right.
+
+Source: Frantar et al. 2023 (arXiv 2210.17323), GPTQ: the Surgeon's update with G = I, where a column moves to a number that can be stored
+instead of to zero. Written from its definition. See docs/method.md, section 9.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ray_surgeon.surgery.kronecker import factorise
+
+BLOCK_SIZE = 128
+"""Columns after which the columns to the right learn of the errors, rounded up to whole groups."""
+
+
+def scales_of(groups: Tensor, num_bits: int) -> Tensor:
+    """Return the scale [R] with which the largest number of each row of `groups` [R, size] just fits in signed integers."""
+    limit = 2.0 ** (num_bits - 1)
+    return (groups.abs().amax(dim=1) / (limit - 0.5)).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def nearest(x: Tensor, scale: Tensor, num_bits: int) -> Tensor:
+    """Return the numbers that can be stored, integer times scale, nearest to `x`; `scale` is broadcast."""
+    limit = 2.0 ** (num_bits - 1)
+    return (x / scale).round().clamp(-limit, limit - 1) * scale
+
+
+def round_columns(
+    W: Tensor, A: Tensor, group_size: int, num_bits: int, *, damping: float, max_damping: float, name: str
+) -> tuple[Tensor, Tensor]:
+    """Round a matrix so that its outputs on the inputs behind A change least, as far as one pass over the columns can.
+
+    With U the upper Cholesky factor of A^-1, the error of column c is (W_c - rounded W_c) / U_cc, and the columns after it get minus the
+    error times U_c:. The scale of a group is taken when its first column is reached.
+
+    Args:
+        W: [R, C] without bias.
+        A: [C, C] mean of the inputs' second moment.
+        group_size: columns that share a scale; it divides C.
+        num_bits: of the signed integers.
+        damping: relative to the mean of A's diagonal.
+        max_damping: see `factorise`.
+        name: the linear, for errors.
+
+    Returns:
+        [R, C] numbers that can be stored, and [R, C / group_size] scales.
+    """
+    W, A = W.clone(), A.clone()
+    always_zero = A.diagonal() == 0
+    A[always_zero, always_zero] = 1
+    U = torch.linalg.cholesky(factorise(A, damping, max_damping, name).inverse(), upper=True)
+    scales = W.new_empty(len(W), W.shape[1] // group_size)
+    width = -(-BLOCK_SIZE // group_size) * group_size
+    for start in range(0, W.shape[1], width):
+        stop = min(start + width, W.shape[1])
+        part, inner = W[:, start:stop], U[start:stop, start:stop]
+        errors = torch.zeros_like(part)
+        for c in range(stop - start):
+            group = (start + c) // group_size
+            if c % group_size == 0:
+                scales[:, group] = scales_of(part[:, c : c + group_size], num_bits)
+            rounded = nearest(part[:, c], scales[:, group], num_bits)
+            errors[:, c] = (part[:, c] - rounded) / inner[c, c]
+            part[:, c + 1 :] -= torch.outer(errors[:, c], inner[c, c + 1 :])
+            part[:, c] = rounded
+        W[:, stop:] -= errors @ U[start:stop, stop:]
+    return W, scales

@@ -1,0 +1,75 @@
+"""Rounding column by column against the dense solution, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from ray_surgeon.surgery.rounding import nearest, round_columns, scales_of
+
+R, C, SIZE, BITS = 5, 24, 8, 4
+EXACT = {"damping": 0.0, "max_damping": 1.0, "name": "w"}
+
+
+def problem(num_columns: int = C) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, num_columns, generator=generator, dtype=torch.float64) @ torch.randn(
+        num_columns, num_columns, generator=generator, dtype=torch.float64
+    )
+    return torch.randn(R, num_columns, generator=generator, dtype=torch.float64), x.T @ x / 200
+
+
+def loss(change: Tensor, A: Tensor) -> float:
+    return float((change @ A * change).sum())
+
+
+def one_by_one(W: Tensor, A: Tensor) -> Tensor:
+    """Round a column, then solve for all columns to its right at once, from the original weights."""
+    found, current = W.clone(), W.clone()
+    for c in range(W.shape[1]):
+        if c % SIZE == 0:
+            scale = scales_of(current[:, c : c + SIZE], BITS)
+        found[:, c] = nearest(current[:, c], scale, BITS)
+        done, rest = slice(0, c + 1), slice(c + 1, None)
+        # least tr(D A D^T) over D_rest, with D_done = found - W: D_rest = -D_done A_done,rest A_rest,rest^-1
+        change = -(found[:, done] - W[:, done]) @ A[done, rest] @ torch.linalg.inv(A[rest, rest])
+        current[:, rest] = W[:, rest] + change
+    return found
+
+
+def test_every_column_is_rounded_after_the_best_answer_to_those_before() -> None:
+    W, A = problem()
+    found, scales = round_columns(W, A, SIZE, BITS, **EXACT)
+    torch.testing.assert_close(found, one_by_one(W, A), rtol=0, atol=1e-9)
+    integers = found.view(R, -1, SIZE) / scales[..., None]
+    torch.testing.assert_close(integers, integers.round().clamp(-8, 7), rtol=0, atol=1e-9)
+
+
+def test_blocks_of_columns_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    W, A = problem(64)
+    whole, _ = round_columns(W, A, SIZE, BITS, **EXACT)
+    monkeypatch.setattr("ray_surgeon.surgery.rounding.BLOCK_SIZE", 12)  # two groups
+    parts, _ = round_columns(W, A, SIZE, BITS, **EXACT)
+    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-9)
+
+
+def test_outputs_change_less_than_by_rounding_to_the_nearest() -> None:
+    W, A = problem()
+    found, _ = round_columns(W, A, SIZE, BITS, **EXACT)
+    plain = torch.cat([nearest(g, scales_of(g, BITS)[:, None], BITS) for g in W.split(SIZE, dim=1)], dim=1)
+    assert loss(found - W, A) < 0.5 * loss(plain - W, A)
+
+
+def test_inputs_that_are_independent_leave_nothing_to_make_up_for() -> None:
+    W, _ = problem()
+    found, _ = round_columns(W, torch.eye(C, dtype=torch.float64), SIZE, BITS, **EXACT)
+    plain = torch.cat([nearest(g, scales_of(g, BITS)[:, None], BITS) for g in W.split(SIZE, dim=1)], dim=1)
+    torch.testing.assert_close(found, plain, rtol=0, atol=1e-12)
+
+
+def test_inputs_that_are_always_zero() -> None:
+    W, A = problem()
+    A[3], A[:, 3] = 0, 0
+    found, _ = round_columns(W, A, SIZE, BITS, **EXACT)
+    assert torch.isfinite(found).all()
