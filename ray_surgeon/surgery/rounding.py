@@ -14,11 +14,25 @@ from ray_surgeon.surgery.kronecker import factorise
 BLOCK_SIZE = 128
 """Columns after which the columns to the right learn of the errors, rounded up to whole groups."""
 
+FRACTIONS = tuple(1 - 0.05 * step for step in range(10))
+"""Of the largest scale, which are tried."""
 
-def scales_of(groups: Tensor, num_bits: int) -> Tensor:
-    """Return the scale [R] with which the largest number of each row of `groups` [R, size] just fits in signed integers."""
+
+def scales_of(groups: Tensor, weight: Tensor, num_bits: int) -> Tensor:
+    """Return the scale [R] of each row of `groups` [R, size]: of some, the one with the smallest weighted squared error.
+
+    With the largest, the largest number just fits in signed integers; smaller ones cut it off and are finer for all others.
+
+    Args:
+        groups: numbers that share a scale.
+        weight: [size] of the error of each column.
+        num_bits: of the signed integers.
+    """
     limit = 2.0 ** (num_bits - 1)
-    return (groups.abs().amax(dim=1) / (limit - 0.5)).clamp(min=torch.finfo(torch.float32).tiny)
+    largest = (groups.abs().amax(dim=1) / (limit - 0.5)).clamp(min=torch.finfo(torch.float32).tiny)
+    candidates = torch.stack([fraction * largest for fraction in FRACTIONS])  # [n, R]
+    errors = torch.stack([((groups - nearest(groups, scale[:, None], num_bits)).square() * weight).sum(dim=1) for scale in candidates])
+    return candidates.gather(0, errors.argmin(dim=0, keepdim=True))[0]
 
 
 def nearest(x: Tensor, scale: Tensor, num_bits: int) -> Tensor:
@@ -33,7 +47,7 @@ def round_columns(
     """Round a matrix so that its outputs on the inputs behind A change least, as far as one pass over the columns can.
 
     With U the upper Cholesky factor of A^-1, the error of column c is (W_c - rounded W_c) / U_cc, and the columns after it get minus the
-    error times U_c:. The scale of a group is taken when its first column is reached.
+    error times U_c:. The scale of a group is chosen when its first column is reached.
 
     Args:
         W: [R, C] without bias.
@@ -51,6 +65,7 @@ def round_columns(
     always_zero = A.diagonal() == 0
     A[always_zero, always_zero] = 1
     U = torch.linalg.cholesky(factorise(A, damping, max_damping, name).inverse(), upper=True)
+    importance = U.diagonal().square().reciprocal()  # what an error of each column costs once those to its right answer it
     scales = W.new_empty(len(W), W.shape[1] // group_size)
     width = -(-BLOCK_SIZE // group_size) * group_size
     for start in range(0, W.shape[1], width):
@@ -60,7 +75,7 @@ def round_columns(
         for c in range(stop - start):
             group = (start + c) // group_size
             if c % group_size == 0:
-                scales[:, group] = scales_of(part[:, c : c + group_size], num_bits)
+                scales[:, group] = scales_of(part[:, c : c + group_size], importance[start + c : start + c + group_size], num_bits)
             rounded = nearest(part[:, c], scales[:, group], num_bits)
             errors[:, c] = (part[:, c] - rounded) / inner[c, c]
             part[:, c + 1 :] -= torch.outer(errors[:, c], inner[c, c + 1 :])

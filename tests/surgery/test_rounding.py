@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ray_surgeon.surgery.rounding import nearest, round_columns, scales_of
+from ray_surgeon.surgery.rounding import FRACTIONS, nearest, round_columns, scales_of
 
 R, C, SIZE, BITS = 5, 24, 8, 4
 EXACT = {"damping": 0.0, "max_damping": 1.0, "name": "w"}
@@ -27,9 +27,10 @@ def loss(change: Tensor, A: Tensor) -> float:
 def one_by_one(W: Tensor, A: Tensor) -> Tensor:
     """Round a column, then solve for all columns to its right at once, from the original weights."""
     found, current = W.clone(), W.clone()
+    importance = torch.stack([1 / torch.linalg.inv(A[c:, c:])[0, 0] for c in range(len(A))])  # least cost of a unit error of column c
     for c in range(W.shape[1]):
         if c % SIZE == 0:
-            scale = scales_of(current[:, c : c + SIZE], BITS)
+            scale = scales_of(current[:, c : c + SIZE], importance[c : c + SIZE], BITS)
         found[:, c] = nearest(current[:, c], scale, BITS)
         done, rest = slice(0, c + 1), slice(c + 1, None)
         # least tr(D A D^T) over D_rest, with D_done = found - W: D_rest = -D_done A_done,rest A_rest,rest^-1
@@ -57,14 +58,14 @@ def test_blocks_of_columns_change_nothing(monkeypatch: pytest.MonkeyPatch) -> No
 def test_outputs_change_less_than_by_rounding_to_the_nearest() -> None:
     W, A = problem()
     found, _ = round_columns(W, A, SIZE, BITS, **EXACT)
-    plain = torch.cat([nearest(g, scales_of(g, BITS)[:, None], BITS) for g in W.split(SIZE, dim=1)], dim=1)
+    plain = torch.cat([nearest(g, g.abs().amax(dim=1, keepdim=True) / 7.5, BITS) for g in W.split(SIZE, dim=1)], dim=1)
     assert loss(found - W, A) < 0.5 * loss(plain - W, A)
 
 
 def test_inputs_that_are_independent_leave_nothing_to_make_up_for() -> None:
     W, _ = problem()
     found, _ = round_columns(W, torch.eye(C, dtype=torch.float64), SIZE, BITS, **EXACT)
-    plain = torch.cat([nearest(g, scales_of(g, BITS)[:, None], BITS) for g in W.split(SIZE, dim=1)], dim=1)
+    plain = torch.cat([nearest(g, scales_of(g, torch.ones(SIZE), BITS)[:, None], BITS) for g in W.split(SIZE, dim=1)], dim=1)
     torch.testing.assert_close(found, plain, rtol=0, atol=1e-12)
 
 
@@ -73,3 +74,14 @@ def test_inputs_that_are_always_zero() -> None:
     A[3], A[:, 3] = 0, 0
     found, _ = round_columns(W, A, SIZE, BITS, **EXACT)
     assert torch.isfinite(found).all()
+
+
+def test_the_scale_is_the_best_that_is_tried() -> None:
+    W, _ = problem()
+    group, weight = W[:, :SIZE], torch.arange(1.0, SIZE + 1, dtype=torch.float64)
+    found = scales_of(group, weight, BITS)
+    for row, scale in zip(group, found, strict=True):
+        largest = row.abs().max() / 7.5
+        tried = {float(largest * f): float(((row - nearest(row, largest * f, BITS)).square() * weight).sum()) for f in FRACTIONS}
+        assert float(scale) == pytest.approx(min(tried, key=lambda one: tried[one]))
+        assert min(tried.values()) < tried[float(largest)] or float(scale) == pytest.approx(float(largest))
