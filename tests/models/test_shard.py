@@ -40,7 +40,7 @@ def gather(parts: list[ModelShard], tokens: Tensor) -> None:
         hidden = sequence[None]
         for runner in runners:
             (hidden,) = runner.forward(i, hidden)
-        _, gradient = runners[-1].loss(hidden, sequence[None])
+        _, gradient, _ = runners[-1].loss(hidden, sequence[None])
         for runner in reversed(runners):
             (gradient,) = runner.backward(i, [gradient])
     for part in parts:
