@@ -24,14 +24,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import ray_surgeon
 from ray_surgeon.inputs import Inputs, check
 from ray_surgeon.methods import Groups
 from ray_surgeon.models.gguf import convert_gguf
-from ray_surgeon.models.layout import GroupSet
+from ray_surgeon.models.layout import GroupSet, ModelLayout
 from ray_surgeon.models.loss import compare_with_dense, perplexity_of
+from ray_surgeon.sections.texts import ModelSection
 from ray_surgeon.spec import JobSpec, parse_spec
 from ray_surgeon.storage.sources import open_model
 from ray_surgeon.surgery.allocate import GroupCosts, allocate_globally, allocate_uniformly
@@ -189,37 +190,36 @@ def specs(model: Mapping[str, Any], point: Mapping[str, Any], share: float, fold
     }
 
 
-def rows_of(name: str, model: Mapping[str, Any], point: Mapping[str, Any], folder: Path, which: Sequence[str]) -> list[Row]:
-    """Return the lines of one point."""
-    whole = specs(model, point, 0.01 if "target_sparsity" not in point else 0.1, folder)
-    layout = check(next(iter(whole.values())), resume=False, dry_run=True).layout
-    channels = sum(len(g.columns) * g.num_parameters for g in layout.group_sets if g.kind == "ffn")
-    jobs = specs(model, point, 0.25 * channels / layout.linear_size, folder)
+def rows_of_ours(name: str, jobs: Mapping[str, JobSpec]) -> list[Row]:
+    """Return the lines of the dense model and of our ways at a point."""
     rows: list[Row] = []
-    for way, spec in jobs.items() if "ours" in which else ():
+    for way, spec in jobs.items():
         start = time.process_time()
         report = ray_surgeon.prune(spec=spec, resume=Path(spec.output.uri, "spec.yaml").exists(), progress=False).report
         last, spent = report["shots"][-1], time.process_time() - start
-        found = {"perplexity": last["perplexity"], "divergence": last["divergence"], "sparsity": last["sparsity"], "cpu_s": spent}
         if not rows:
             rows.append({"point": name, "method": "dense", "perplexity": report["dense"]["perplexity"]})
-        rows.append({"point": name, "method": way} | found)
-    peers = [peer for peer in PEERS if "peers" in which]
-    if not peers:
-        return rows
-    inputs = check(next(iter(jobs.values())), resume=True, dry_run=True)
-    source = open_model(inputs.spec.model, convert_gguf).small_files_folder()
-    loaded = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval().requires_grad_(False)
-    dense = states(loaded, inputs, inputs.texts)
-    found_there = gather(loaded, inputs, [g.consumer for g in layout.group_sets])
-    for peer in peers:
-        pruned = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval().requires_grad_(False)
+        rows.append({"point": name, "method": way, "perplexity": last["perplexity"], "divergence": last["divergence"], "cpu_s": spent})
+    return rows
+
+
+def rows_of_peers(name: str, inputs: Inputs, folder: Path, dense: Mapping[str, list[Tensor]], found: Statistics) -> list[Row]:
+    """Return the lines of the peers at the point of the inputs' spec; the model lies in `folder`."""
+    rows: list[Row] = []
+    for peer in PEERS:
+        pruned = load(folder)
         start = time.process_time()
-        prune(peer, pruned, inputs, found_there)
-        spent = time.process_time() - start + (found_there.both_s if peer == "Taylor" else found_there.forward_s)
+        prune(peer, pruned, inputs, found)
+        spent = time.process_time() - start + (found.both_s if peer == "Taylor" else found.forward_s)
         perplexity, divergence = measure(pruned, inputs, dense)
         rows.append({"point": name, "method": peer, "perplexity": perplexity, "divergence": divergence, "cpu_s": spent})
     return rows
+
+
+def load(folder: Path) -> nn.Module:
+    """Return the dense model."""
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.eval().requires_grad_(False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -234,10 +234,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(2)
     model = parse_spec(Path("pipelines/quickstart.yaml").read_text()).model.model_dump(mode="json")
     model = {"source": arguments.model} if arguments.model else model
+    folder = open_model(ModelSection.model_validate(model), convert_gguf).small_files_folder()
+    layout = ModelLayout.of(AutoConfig.from_pretrained(folder))
+    channels = sum(len(g.columns) * g.num_parameters for g in layout.group_sets if g.kind == "ffn")
+    of_dense: tuple[dict[str, list[Tensor]], Statistics] | None = None  # the same at all points
     rows: list[Row] = []
     for number in arguments.points:
         name, point = list(POINTS.items())[number]
-        rows += rows_of(name, model, point, arguments.folder / f"point-{number}", arguments.which)
+        jobs = specs(model, point, 0.25 * channels / layout.linear_size, arguments.folder / f"point-{number}")
+        if "ours" in arguments.which:
+            rows += rows_of_ours(name, jobs)
+        if "peers" in arguments.which:
+            inputs = check(next(iter(jobs.values())), resume=True, dry_run=True)
+            if of_dense is None:
+                dense = load(folder)
+                of_dense = states(dense, inputs, inputs.texts), gather(dense, inputs, [g.consumer for g in layout.group_sets])
+            rows += rows_of_peers(name, inputs, folder, *of_dense)
         (arguments.folder / "peers.json").write_text(json.dumps(rows, indent=2) + "\n")
     texts = list(rows[0]["perplexity"])
     lines = [

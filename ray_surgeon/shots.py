@@ -100,7 +100,6 @@ def _run_shots(inputs: Inputs, workers: Cluster, run: RunDirectory, listen: Call
             report.dense = {"perplexity": _remember(workers, inputs, facts)}
             if lowers_divergence and not method.has_costs:
                 remember(workers, CALIBRATION, inputs.calibration)
-            workers.run_all(write_states, run.path("dense.safetensors"))
         if spec.evaluation.tasks is not None:
             with step("tasks"):
                 report.dense["tasks"] = evaluate_tasks(workers, inputs.model, spec.evaluation.tasks)
@@ -110,10 +109,7 @@ def _run_shots(inputs: Inputs, workers: Cluster, run: RunDirectory, listen: Call
         scores, choice, record = None, Choice(None, {}), dict[str, Any]()
         if method.has_costs:
             with step("curvature", shot) as facts:
-                remembers = lowers_divergence and shot == 1
-                loss, record = method.calibrate(workers, inputs.calibration, shot, remembers=remembers)
-                if remembers:
-                    workers.run_all(write_states, run.path("dense.safetensors"))
+                loss, record = method.calibrate(workers, inputs.calibration, shot, remembers=lowers_divergence and shot == 1)
                 facts |= {"calibration_loss": loss, "num_tokens": inputs.calibration.size}
                 record["calibration_loss"] = loss
             with step("costs", shot) as facts:
@@ -137,6 +133,8 @@ def _run_shots(inputs: Inputs, workers: Cluster, run: RunDirectory, listen: Call
             measured = _measure(workers, inputs, facts)
         _check_for_collapse(measured, report.dense["perplexity"], spec.evaluation.stop_above, shot)
         with step("commit", shot) as facts:
+            if shot == 1:  # what a run that goes on reads
+                workers.run_all(write_states, run.path("dense.safetensors"))
             written = [file for worker in workers.run_all(save_shot, run.shot_folder(shot)) for file in worker]
             report.add_shot(shot, inputs.spec.pruning.targets, sparsity, choice.threshold, measured, linears, record, step)
             run.commit_shot(shot, written, report.shots[-1])

@@ -13,7 +13,7 @@ from ray_surgeon.cluster.cluster import Cluster
 from ray_surgeon.cluster.passes import token_payload
 from ray_surgeon.cluster.placement import WorkerIndex
 from ray_surgeon.cluster.transport import TensorPayload
-from ray_surgeon.cluster.worker import LinearSummary, Worker, collective
+from ray_surgeon.cluster.worker import Worker, collective
 from ray_surgeon.models.block_by_block import BlockByBlock
 
 
@@ -33,10 +33,10 @@ class BlockPass(ABC):
         worker.kept(BlockByBlock).enter(micro_batch, worker.unpack(inputs))
 
     @collective
-    def pass_shard(self, worker: Worker, shard: int) -> tuple[LinearSummary, ...]:
+    def pass_shard(self, worker: Worker, shard: int) -> None:
         """Change the blocks of one shard one after the other; workers of other shards do nothing."""
         if shard != worker.index.shard:
-            return ()
+            return
         way, blocks, store = worker.kept(BlockByBlock), worker.shard.blocks, worker.shard.factor_store
         for place in range(blocks.last - blocks.first):
             groups = way.gather(place)
@@ -52,7 +52,6 @@ class BlockPass(ABC):
                         self.change(worker, name, A)
             worker.share_linears(name for group in groups for name in group.names)
             way.advance(place)
-        return tuple(worker.summary(name, None, 0.0) for name in worker.owned())
 
     def leave(self, worker: Worker, micro_batch: int) -> TensorPayload:
         """Hand over a micro-batch that has passed all blocks."""
@@ -64,18 +63,16 @@ class BlockPass(ABC):
 
     # On the coordinator
 
-    def pass_all(self, cluster: Cluster, sequences: NDArray[np.int64]) -> list[LinearSummary]:
+    def pass_all(self, cluster: Cluster, sequences: NDArray[np.int64]) -> None:
         """Change shard after shard, block after block, while the sequences pass once."""
         num_shards, num_replicas = cluster.placement.num_shards, cluster.placement.num_replicas
         moving = [token_payload(tokens) for tokens in sequences]
-        summaries: list[LinearSummary] = []
         cluster.progress.begin(num_shards, "shards")
         for shard in range(num_shards):
             indices = [WorkerIndex(shard, i % num_replicas) for i in range(len(sequences))]
             cluster.get([cluster.submit(index, self.enter, i, moving[i]) for i, index in enumerate(indices)])
-            summaries += [summary for worker in cluster.run_all(self.pass_shard, shard) for summary in worker]
+            cluster.run_all(self.pass_shard, shard)
             if shard < num_shards - 1:
                 moving = [cluster.submit(index, self.leave, i) for i, index in enumerate(indices)]
             cluster.progress.reach(shard + 1)
         cluster.run_all(self.forget)
-        return summaries

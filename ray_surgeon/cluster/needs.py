@@ -10,14 +10,13 @@ import torch
 
 from ray_surgeon.cluster.devices import Device
 from ray_surgeon.cluster.placement import Placement
+from ray_surgeon.cluster.sampling import SEQUENCES_TOGETHER
 from ray_surgeon.memory.stores import Place, Stores
 from ray_surgeon.models.layout import BlockRange, LinearShape, ModelLayout
 from ray_surgeon.models.loss import TOKENS_PER_SLICE
 from ray_surgeon.models.runner import TOKENS_OF_ROOM
 from ray_surgeon.surgery.kronecker import PackedSymmetric
 
-SEQUENCES_TOGETHER = 16
-"""That the dense model writes, at most; a matrix of weights is read once for all of them."""
 PROCESS_BYTES = 358 * 2**20
 """Anonymous memory of a worker that has imported everything and loaded nothing; measured with torch 2.13 and Ray 2.60 on Linux."""
 _HEAP_BYTES = 60 * 2**20

@@ -16,12 +16,13 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ray_surgeon.cluster.cluster import Cluster
-from ray_surgeon.cluster.needs import SEQUENCES_TOGETHER
 from ray_surgeon.cluster.passes import token_payload
 from ray_surgeon.cluster.placement import WorkerIndex
 from ray_surgeon.cluster.transport import TensorPayload
 from ray_surgeon.cluster.worker import Worker
 
+SEQUENCES_TOGETHER = 16
+"""That are written, at most; a matrix of weights is read once for all of them."""
 _TOKENS_IN_FLIGHT = 4
 """Submitted ahead of the ones that are there."""
 

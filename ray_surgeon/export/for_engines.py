@@ -150,13 +150,13 @@ def export_quantised(
         RuntimeError: it cannot be quantised or loaded.
     """
     target = f"{uniform['uri']}-{section.scheme}"
-    rounded = None
-    if section.scheme == "w4a16":
-        folder = f"{target}-rounded"
-        rounded = folder, round_weights(cluster, calibration, section.columns_together, folder)
-    found = quantised_copy(uniform["uri"], target, list(layout.shapes), section, texts, rounded)
-    if rounded is not None:
-        files.remove_folder(rounded[0])
+    rounded, folder = None, f"{target}-rounded"
+    try:
+        if section.scheme == "w4a16":
+            rounded = folder, round_weights(cluster, calibration, section.columns_together, folder)
+        found = quantised_copy(uniform["uri"], target, list(layout.shapes), section, texts, rounded)
+    finally:
+        files.remove_folder(folder)
     entry = {
         "kind": f"uniform-{section.scheme}",
         "uri": target,

@@ -16,7 +16,7 @@ from ray_surgeon.cluster.cluster import Cluster
 from ray_surgeon.cluster.needs import LinearNeeds
 from ray_surgeon.cluster.worker import LinearSummary, Worker
 from ray_surgeon.methods.elements import Pattern, check_pattern
-from ray_surgeon.methods.method import Choice, Method, Scores
+from ray_surgeon.methods.method import Choice, Method, Scores, in_order
 from ray_surgeon.models.layout import LinearShape
 from ray_surgeon.sections.targets import SparsitySection
 from ray_surgeon.surgery.layerwise import prune_linear
@@ -97,7 +97,12 @@ class Layerwise(Method):
 
     def apply(self, cluster: Cluster, sequences: NDArray[np.int64], choice: Choice, shot: int) -> list[LinearSummary]:
         """Prune shard after shard, block after block, while the calibration sequences pass once."""
-        return _Pruning(self.section, self.section.targets[shot - 1]).pass_all(cluster, sequences)
+        _Pruning(self.section, self.section.targets[shot - 1]).pass_all(cluster, sequences)
+        return in_order(cluster.run_all(_summaries))
+
+
+def _summaries(worker: Worker) -> tuple[LinearSummary, ...]:
+    return tuple(worker.summary(name, None, 0.0) for name in worker.owned())
 
 
 @dataclass(frozen=True)

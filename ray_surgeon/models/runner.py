@@ -235,7 +235,7 @@ class _ShardCache(DynamicCache):  # type: ignore[misc]
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Add keys and values [m, heads, n, head_dim] of a block, and return all of them; see `DynamicCache`."""
         number = layer_idx - self._first
-        if number >= len(self.layers) or type(self.layers[number]) is not DynamicLayer:
+        if type(self.layers[number]) is not DynamicLayer:
             keys, values = super().update(key_states, value_states, number, *args, **kwargs)
             return keys, values
         layer = self.layers[number]

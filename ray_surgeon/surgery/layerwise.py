@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ray_surgeon.surgery.kronecker import factorise
+from ray_surgeon.surgery.columns import replace_columns, upper_inverse
 
 BLOCK_SIZE = 128
 """Columns whose mask SparseGPT chooses together."""
@@ -63,27 +63,20 @@ def sparsegpt(
     Returns:
         [R, C] new weights and [R, C] what is kept.
     """
-    W, A = W.clone(), A.clone()
-    always_zero = A.diagonal() == 0
-    A[always_zero, always_zero] = 1
-    W[:, always_zero] = 0
-    factor = factorise(A, damping, max_damping, name)
-    U = torch.linalg.cholesky(factor.inverse(), upper=True)
+    W = W.clone()
+    W[:, A.diagonal() == 0] = 0
     kept = torch.ones_like(W, dtype=torch.bool)
-    width = -(-block_size // m) * m
-    for start in range(0, W.shape[1], width):
-        stop = min(start + width, W.shape[1])
-        part, inner = W[:, start:stop], U[start:stop, start:stop]
-        scale = inner.diagonal().square()
-        if m == 1:
-            kept[:, start:stop] = _largest(part.square() / scale, sparsity)
-        errors = torch.zeros_like(part)
-        for c in range(stop - start):
-            if m > 1 and c % m == 0:
-                kept[:, start + c : start + c + m] = ~smallest_in_groups(part[:, c : c + m].square() / scale[c : c + m], n, m)
-            errors[:, c] = part[:, c] * ~kept[:, start + c] / inner[c, c]
-            part[:, c:] -= torch.outer(errors[:, c], inner[c, c:])
-        W[:, stop:] -= errors @ U[start:stop, stop:]
+    U = upper_inverse(A, damping, max_damping, name)
+
+    def prune(start: int, c: int, part: Tensor) -> Tensor:
+        scale = U.diagonal()[start : start + part.shape[1]].square()
+        if m == 1 and c == 0:
+            kept[:, start : start + part.shape[1]] = _largest(part.square() / scale, sparsity)
+        if m > 1 and c % m == 0:
+            kept[:, start + c : start + c + m] = ~smallest_in_groups(part[:, c : c + m].square() / scale[c : c + m], n, m)
+        return part[:, c] * kept[:, start + c]
+
+    replace_columns(W, U, -(-block_size // m) * m, prune)
     return W * kept, kept
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ray_surgeon.surgery.kronecker import factorise
+from ray_surgeon.surgery.columns import replace_columns, upper_inverse
 
 BLOCK_SIZE = 128
 """Columns after which the columns to the right learn of the errors, rounded up to whole groups."""
@@ -46,8 +46,7 @@ def round_columns(
 ) -> tuple[Tensor, Tensor]:
     """Round a matrix so that its outputs on the inputs behind A change least, as far as one pass over the columns can.
 
-    With U the upper Cholesky factor of A^-1, the error of column c is (W_c - rounded W_c) / U_cc, and the columns after it get minus the
-    error times U_c:. The scale of a group is chosen when its first column is reached.
+    See `replace_columns`. The scale of a group is chosen when its first column is reached.
 
     Args:
         W: [R, C] without bias.
@@ -55,30 +54,21 @@ def round_columns(
         group_size: columns that share a scale; it divides C.
         num_bits: of the signed integers.
         damping: relative to the mean of A's diagonal.
-        max_damping: see `factorise`.
+        max_damping: see `upper_inverse`.
         name: the linear, for errors.
 
     Returns:
         [R, C] numbers that can be stored, and [R, C / group_size] scales.
     """
-    W, A = W.clone(), A.clone()
-    always_zero = A.diagonal() == 0
-    A[always_zero, always_zero] = 1
-    U = torch.linalg.cholesky(factorise(A, damping, max_damping, name).inverse(), upper=True)
+    W, U = W.clone(), upper_inverse(A, damping, max_damping, name)
     importance = U.diagonal().square().reciprocal()  # what an error of each column costs once those to its right answer it
     scales = W.new_empty(len(W), W.shape[1] // group_size)
-    width = -(-BLOCK_SIZE // group_size) * group_size
-    for start in range(0, W.shape[1], width):
-        stop = min(start + width, W.shape[1])
-        part, inner = W[:, start:stop], U[start:stop, start:stop]
-        errors = torch.zeros_like(part)
-        for c in range(stop - start):
-            group = (start + c) // group_size
-            if c % group_size == 0:
-                scales[:, group] = scales_of(part[:, c : c + group_size], importance[start + c : start + c + group_size], num_bits)
-            rounded = nearest(part[:, c], scales[:, group], num_bits)
-            errors[:, c] = (part[:, c] - rounded) / inner[c, c]
-            part[:, c + 1 :] -= torch.outer(errors[:, c], inner[c, c + 1 :])
-            part[:, c] = rounded
-        W[:, stop:] -= errors @ U[start:stop, stop:]
+
+    def round_(start: int, c: int, part: Tensor) -> Tensor:
+        group = (start + c) // group_size
+        if c % group_size == 0:
+            scales[:, group] = scales_of(part[:, c : c + group_size], importance[start + c : start + c + group_size], num_bits)
+        return nearest(part[:, c], scales[:, group], num_bits)
+
+    replace_columns(W, U, -(-BLOCK_SIZE // group_size) * group_size, round_)
     return W, scales
