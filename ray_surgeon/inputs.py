@@ -194,16 +194,42 @@ def method_for(spec: JobSpec, layout: ModelLayout) -> Method:
                 f"pruning.tensor_parallel: {devices}, but no engine splits the dense model's {heads.num_query} query heads and "
                 f"{heads.num_kv} KV heads so; give a number that divides them"
             )
+        _check_kinds(layout, pruning)
         fewest = fewest_left(layout, pruning.groups, pruning.fewest_groups, devices, uniform=uniform)
-        consumers = {"ffn": layout.family.ffn.consumer, "attention": layout.family.attention.consumer}
-        names = tuple(consumers[kind] for kind in pruning.groups)
-        method = Groups(pruning, spec.curvature, _budget(layout, pruning, spec.model.dtype), fewest, names)
+        consumers = {groups.kind: layout.shapes[groups.consumer].role for groups in layout.group_sets}
+        roles = frozenset(consumers[kind] for kind in pruning.groups if kind != "experts")
+        method = Groups(pruning, spec.curvature, _budget(layout, pruning, spec.model.dtype), fewest, roles)
         method.check()
         return method
     pattern = getattr(pruning, "pattern", None) or getattr(pruning, "n_m", None)
     if pattern is not None and pruning.structure == "n_m":
         _check_pattern(layout, pattern[1])
     return METHODS[type(pruning)](pruning, spec.curvature)
+
+
+def _check_kinds(layout: ModelLayout, pruning: GroupsSection | UniformGroupsSection) -> None:
+    missing = [kind for kind in pruning.groups if kind not in layout.kinds]
+    if missing:
+        raise ValueError(
+            f"pruning.groups: {', '.join(missing)}, but {layout.config.model_type} has {', '.join(layout.kinds)} that can be pruned here; "
+            "name some of these"
+        )
+    sparse = layout.family.sparse
+    if layout.num_experts and isinstance(pruning.target, LatencyTarget):
+        raise ValueError("pruning.target: a latency is not measured for mixtures of experts; give parameters, bytes or flops")
+    if "experts" not in pruning.groups:
+        return
+    assert sparse is not None
+    num_groups = 1 if sparse.num_groups is None else int(getattr(layout.config, sparse.num_groups) or 1)
+    if num_groups > 1:
+        raise ValueError(
+            f"pruning.groups: the router chooses among {num_groups} groups of experts of one size ({sparse.num_groups} in config.json), so "
+            "no single expert can go; use expert_channels"
+        )
+    if isinstance(pruning.target, FlopsTarget):
+        raise ValueError(
+            "pruning.target: whole experts save no flops, because a token goes to as many of the others; give parameters or bytes"
+        )
 
 
 def _budget(layout: ModelLayout, pruning: GroupsSection | UniformGroupsSection, dtype: str) -> Budget | None:

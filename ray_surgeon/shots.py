@@ -24,6 +24,7 @@ from ray_surgeon.export.latency import Widths, latency_budget
 from ray_surgeon.export.tasks import evaluate_tasks
 from ray_surgeon.inputs import Inputs
 from ray_surgeon.methods import Choice, Corrections, Groups, UniformGroupsSection
+from ray_surgeon.methods.groups import go_around_removed
 from ray_surgeon.methods.method import predicted_increase
 from ray_surgeon.run.directory import RunDirectory
 from ray_surgeon.run.events import Event, Fact, Moment, Steps
@@ -84,6 +85,8 @@ def _run_shots(inputs: Inputs, workers: Cluster, run: RunDirectory, listen: Call
         shot_files = tuple((key, file.uri) for file in done[-1].files for key in file.keys) if done else ()
         recipe = ModelRecipe(inputs.model, shot_files, (spec.memory.scratch or "", _key(run.uri), uuid.uuid4().hex))
         workers.run_all(load, recipe, method.by_element, workers.stores)
+        if isinstance(method, Groups) and done:
+            workers.run_all(go_around_removed)
         facts |= {"workers": len(workers.placement.workers), "resumed_after_shot": len(done)}
     if isinstance(method, Groups) and method.budget is None:
         with step("latency") as facts:

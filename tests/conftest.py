@@ -18,16 +18,22 @@ import torch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
     Gemma3TextConfig,
+    Glm4MoeConfig,
     GPT2Config,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
+    OlmoeConfig,
     OPTConfig,
     Phi3Config,
     PretrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from ray_surgeon.cluster import fresh_process
@@ -70,9 +76,30 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "phi3": Phi3Config(**ROTARY, **COMMON, pad_token_id=0),
     "gpt2": GPT2Config(n_embd=32, n_inner=48, n_layer=4, n_head=4, n_positions=128, vocab_size=VOCABULARY, initializer_range=0.2),
 }
+SPARSE = {"moe_intermediate_size": 24, "num_experts_per_tok": 2}
+MLA = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+SIGMOID = {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.5}
+SPARSE_CONFIGS: dict[str, PretrainedConfig] = {
+    "mixtral": MixtralConfig(**ROTARY, **COMMON, num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
+    "olmoe": OlmoeConfig(**ROTARY, **COMMON, num_experts=8, num_experts_per_tok=3),
+    "qwen2_moe": Qwen2MoeConfig(
+        **ROTARY, **COMMON, **SPARSE, num_experts=4, shared_expert_intermediate_size=40, decoder_sparse_step=2, norm_topk_prob=False
+    ),
+    "qwen3_moe": Qwen3MoeConfig(**ROTARY, **COMMON, **SPARSE, num_experts=6, head_dim=8, norm_topk_prob=True),
+    "glm4_moe": Glm4MoeConfig(**ROTARY, **COMMON, **SPARSE, **SIGMOID, head_dim=8, first_k_dense_replace=1, use_qk_norm=True),
+    "deepseek_v3": DeepseekV3Config(
+        **{**ROTARY, "num_key_value_heads": 4},
+        **COMMON,
+        **SPARSE,
+        **MLA,
+        **{**SIGMOID, "n_routed_experts": 8, "n_group": 2, "topk_group": 1},
+        first_k_dense_replace=1,
+    ),
+}
+"""Mixtures of experts."""
 
 
-LAYOUTS = {family: ModelLayout.of(config) for family, config in CONFIGS.items()}
+LAYOUTS = {family: ModelLayout.of(config) for family, config in (CONFIGS | SPARSE_CONFIGS).items()}
 
 
 @pytest.fixture(autouse=True)
@@ -82,11 +109,14 @@ def seeded() -> None:
 
 def tiny_model(family: str) -> torch.nn.Module:
     torch.manual_seed(0)
-    config = CONFIGS[family]
+    config = (CONFIGS | SPARSE_CONFIGS)[family]
     model = AutoModelForCausalLM.from_config(config)
     for name, parameter in model.named_parameters():
         if name.endswith("bias") and "norm" not in name:
             torch.nn.init.normal_(parameter, std=0.1)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            torch.nn.init.normal_(buffer, std=0.05)
     return model.eval()
 
 
@@ -102,7 +132,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFa
 @pytest.fixture(scope="session")
 def model_folders(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> dict[str, Path]:
     folders = {}
-    for family in CONFIGS:
+    for family in CONFIGS | SPARSE_CONFIGS:
         folders[family] = tmp_path_factory.mktemp("models") / family
         tiny_model(family).save_pretrained(folders[family])
         tokenizer.save_pretrained(folders[family])

@@ -47,7 +47,7 @@ class BlockPass(ABC):
                     worker.replicas.reduce(tensor, worker.owner(group.names[0]))
                 store.drop(key)
                 if worker.owns(group.names[0]):
-                    A = total.dense().div_(int(num_tokens))
+                    A = total.dense().div_(max(1, int(num_tokens)))  # an expert may have had none
                     for name in group.names:
                         self.change(worker, name, A)
             worker.share_linears(name for group in groups for name in group.names)

@@ -15,9 +15,9 @@ from ray_surgeon.cluster.passes import Labels, forward_and_backward, remembered_
 from ray_surgeon.cluster.worker import Worker, collective
 
 
-def start_curvature(worker: Worker, kind: str, only: tuple[str, ...]) -> None:
+def start_curvature(worker: Worker, kind: str, only: frozenset[str] | None, experts: bool) -> None:
     """Start gathering; see `ModelShard.start_curvature`."""
-    worker.shard.start_curvature(kind, only=only)
+    worker.shard.start_curvature(kind, only=only, experts=experts)
 
 
 def first_not_finite(worker: Worker) -> str | None:
@@ -29,10 +29,12 @@ def first_not_finite(worker: Worker) -> str | None:
 def finish_curvature(worker: Worker) -> None:
     """Stop gathering and sum the factors over the replicas to their owners, packed; the others free theirs."""
     shard, store = worker.shard, worker.shard.factor_store
-    assert shard.gathering, "no curvature pass has been made"
     shard.stop_curvature()
     if isinstance(worker.replicas, SingleReplica):
         return
+    for experts in worker.expert_sets if shard.expert_sums else ():
+        sums = shard.expert_sums[experts.block - shard.blocks.first]
+        worker.replicas.reduce(sums.total, worker.owner(experts.linears[0][0]))
     for group in shard.gathering:
         owner = worker.owner(group.names[0])
         num_tokens = torch.tensor(group.num_tokens, device=worker.device)
@@ -53,7 +55,8 @@ def gather_curvature(
     kind: str,
     label_seed: int | None = None,
     *,
-    only: tuple[str, ...] = ("",),
+    only: frozenset[str] | None = None,
+    experts: bool = False,
     remembers: bool = False,
 ) -> float:
     """Run every calibration sequence through the model and gather A and G where they belong.
@@ -64,6 +67,7 @@ def gather_curvature(
         kind: see `ModelShard.start_curvature`; a forward pass is enough for ``activations`` and ``identity``.
         label_seed: see `Labels`.
         only: see `ModelShard.start_curvature`.
+        experts: likewise.
         remembers: whether last shards keep the hidden states of these sequences, because the weights are the dense model's.
 
     Returns:
@@ -72,7 +76,7 @@ def gather_curvature(
     Raises:
         FloatingPointError: a loss is not finite; names the first linear whose inputs are not.
     """
-    cluster.run_all(start_curvature, kind, only)
+    cluster.run_all(start_curvature, kind, only, experts)
     try:
         if kind not in ("activations", "identity"):
             losses = forward_and_backward(cluster, sequences, Labels(label_seed, remembers=remembers))

@@ -47,6 +47,7 @@ class Job:
     needs: Mapping[str, LinearNeeds]  # of the linears that are ranked or updated
     factors: str  # "both" A and G, "A" alone, or "none" are gathered in a pass over the calibration text
     gathered: frozenset[str]  # linears whose factors are gathered
+    ranks_experts: bool = False  # whether the pass also finds out what every token's layer would give without each of its experts
     num_passes: int = 1  # over the calibration text before the costs of a shot
     dense_bytes: Mapping[str, float] = field(default_factory=dict)  # linear -> bytes of further terms that are not packed
     mask_bytes: float = 0.0  # of one entry of a linear, in the host's memory
@@ -93,6 +94,7 @@ class Shapes:
         self.linears: list[list[LinearShape]] = [[] for _ in range(layout.num_blocks)]
         for linear in layout.linears:
             self.linears[linear.block].append(linear)
+        self.share_active = layout.num_active_experts / max(1, layout.num_experts)  # of an expert's tokens, of all
         self.factor_bytes = [self._factors(block, job) for block in range(layout.num_blocks)]
 
     def _factors(self, block: int, job: Job) -> int:
@@ -101,6 +103,10 @@ class Shapes:
         gathered = [linear for linear in self.linears[block] if linear.name in job.gathered]
         num_columns = {linear.shared_input: linear.num_columns for linear in gathered}
         return 4 * sum(map(PackedSymmetric.size, (*num_columns.values(), *(linear.num_rows for linear in gathered))))
+
+    def active_parameters(self, block: int) -> float:
+        """Return the weights of a block's linears that a token is multiplied with."""
+        return sum(linear.size * (1.0 if linear.expert is None else self.share_active) for linear in self.linears[block])
 
     def outside_bytes(self, blocks: BlockRange) -> int:
         """Return the bytes of what a shard holds outside of its blocks."""
@@ -124,6 +130,7 @@ class WorkerNeeds:
         # weights
         sizes = [shapes.block_bytes[block] for block in self._own]
         self._all_blocks, self._outside = sum(sizes), shapes.outside_bytes(blocks)
+        self._active = sum(shapes.active_parameters(block) for block in self._own)
         resident = self._all_blocks if stores.weights == "device" else 0
         copies = 0 if device_is_host or resident else 2 * max(sizes)  # on the CPU a block runs where it lies, else the next one is ahead
         self._idle, self._weights = self._outside + resident, self._outside + resident + copies
@@ -136,7 +143,8 @@ class WorkerNeeds:
         self._wave = min(stores.wave, self._sequences)
         self._num_waves = -(-self._sequences // self._wave)
         self._in_flight = min(self._num_waves, placement.num_shards - shard)
-        sides = [_Activations.of(shapes.linears[block], int(config.hidden_size), shapes.width) for block in self._own]
+        of_experts = shapes.layout.num_active_experts * int(config.hidden_size) if job.ranks_experts else 0
+        sides = [_Activations.of(shapes, block, int(config.hidden_size), of_experts) for block in self._own]
         self._kept, self._moment = max(side.kept for side in sides), max(side.moment for side in sides)
         self._forward_only = max(side.forward_only for side in sides)
         self._head = TOKENS_PER_SLICE * config.vocab_size * (shapes.width + 20) if blocks.is_last else 0
@@ -186,7 +194,7 @@ class WorkerNeeds:
         )  # of a block and sequence
         caches = cached * (min(own, batch * self._num_shards) * len(self._own) + batch)  # those of a block are copied when they grow
         moment = batch * (self._moment + (20 * self._shapes.layout.config.vocab_size if self._head_flops else 0))
-        flops = own * job.sequence_length * (2 * self._all_blocks / self._shapes.width + self._head_flops)
+        flops = own * job.sequence_length * (2 * self._active + self._head_flops)
         moved = self._moved(self._stores.weights, job.sequence_length * -(-own // batch) * self._all_blocks)
         return StepPlan("sampling", self._weights + caches + moment, self._host, flops, 0.0, *moved)
 
@@ -199,7 +207,7 @@ class WorkerNeeds:
             moment = max(length * self._forward_only, self._head + self._comparison)
             peak = max(peak, between * wave * length * self._hidden + moment)
             tokens, loads = tokens + own * length, loads + -(-own // wave)
-        flops = tokens * (2 * self._all_blocks / self._shapes.width + 2 * self._head_flops)
+        flops = tokens * (2 * self._active + 2 * self._head_flops)
         return StepPlan(
             "evaluation", self._weights + peak, self._host, flops, 0.0, *self._moved(self._stores.weights, loads * self._all_blocks)
         )
@@ -226,7 +234,7 @@ class WorkerNeeds:
         on_host = self._all_factors if stores.factors == "host" else 0
         forward_only = job.factors == "A"
         passes = 1 if forward_only else 2 + (stores.activations == "recompute")
-        products = passes * 2 * self._all_blocks / self._shapes.width + (1 if forward_only else 3) * self._head_flops
+        products = (passes + job.ranks_experts) * 2 * self._active + (1 if forward_only else 3) * self._head_flops
         flops = job.num_passes * self._sequences * job.sequence_length * (products + self._all_factors / 2)
         weights = self._moved(stores.weights, (1 if forward_only else 2) * self._num_waves * self._all_blocks)
         factors = self._moved(stores.factors, 2 * self._num_waves * self._all_factors)
@@ -254,7 +262,7 @@ class WorkerNeeds:
         moments = max(sum(4 * linear.num_columns**2 for linear in self._shapes.linears[block]) for block in self._own)
         passing = self._sequences * T * self._hidden + T * self._forward_only + max(4 * T * linear.num_columns for linear in self._linears)
         device = self._weights + passing + moments + _HEAP_BYTES + max(size for size, _ in of_linears)
-        flops = self._sequences * T * 4 * self._all_blocks / self._shapes.width
+        flops = self._sequences * T * 4 * self._active
         in_float32 = sum(flops for _, flops in of_linears) / self._num_replicas
         return StepPlan(name, device, self._host, flops, in_float32, *self._moved(self._stores.weights, 2 * self._all_blocks))
 
@@ -263,7 +271,7 @@ class WorkerNeeds:
         job, blocks = self._job, len(self._own)
         adapters = 16 * job.lora_rank * sum(linear.num_rows + linear.num_columns for linear in self._linears)
         inputs = self._shapes.width * sum(linear.num_columns for linear in self._linears) / blocks
-        flops = 6 * self._all_blocks / self._shapes.width * job.num_correction_sequences * job.sequence_length
+        flops = 6 * self._active * job.num_correction_sequences * job.sequence_length
         loads = 2 * self._all_blocks * -(-job.num_correction_sequences // self._wave)
         device = self._weights + adapters + self._passing(inputs)
         return StepPlan("correction", device, self._host, flops, 0.0, *self._moved(self._stores.weights, loads))
@@ -283,9 +291,18 @@ class _Activations:
     forward_only: float  # without gradients
 
     @staticmethod
-    def of(linears: Sequence[LinearShape], hidden: int, width: int) -> _Activations:
-        """Count outputs of linears, the product in the feed-forward layer, attention's copies, and what norms keep in float32."""
-        outputs, widest = sum(linear.num_rows for linear in linears), max(linear.num_columns for linear in linears)
+    def of(shapes: Shapes, block: int, hidden: int, of_experts: int) -> _Activations:
+        """Count outputs of linears, the product in the feed-forward layer, attention's copies, and what norms keep in float32.
+
+        Args:
+            shapes: of the model.
+            block: its number.
+            hidden: size of a hidden state.
+            of_experts: numbers of a token in the changes that removals of its experts make; 0 if these are not wanted.
+        """
+        linears, width = shapes.linears[block], shapes.width
+        outputs = sum(linear.num_rows * (1.0 if linear.expert is None else shapes.share_active) for linear in linears)
+        widest = max(linear.num_columns for linear in linears)
         norms = 8 * hidden if width < 4 else 0
         kept = width * (outputs + widest + 4 * hidden) + norms
-        return _Activations(kept, width * 4 * widest + 12 * hidden, width * 3 * widest + 4 * hidden)
+        return _Activations(kept + 4 * of_experts, width * 4 * widest + 12 * hidden + 12 * of_experts, width * 3 * widest + 4 * hidden)

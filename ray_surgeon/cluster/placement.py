@@ -82,19 +82,25 @@ def partition_blocks(num_blocks: int, num_shards: int, head_cost: float) -> tupl
 def assign_owners(shapes: Sequence[LinearShape], num_replicas: int, blocks: Sequence[BlockRange]) -> tuple[int, ...]:
     """Give every shared-input group an owner among the replicas of its shard, the largest first to the least loaded.
 
-    The work of a linear is R^3 + C^3, for the two factorisations.
+    The experts of a block have one owner, because each is estimated with the help of the others. The work of a linear is R^3 + C^3, for the
+    two factorisations.
     """
+    first_of_experts: dict[int, int] = {}  # block -> its first group of experts, which stands for all
+    stands_for = {
+        s.shared_input: s.shared_input if s.expert is None else first_of_experts.setdefault(s.block, s.shared_input) for s in shapes
+    }
     work: dict[int, int] = {}
     block_of = {s.shared_input: s.block for s in shapes}
     for s in shapes:
-        work[s.shared_input] = work.get(s.shared_input, 0) + s.num_rows**3 + s.num_columns**3
-    owners = [0] * len(work)
+        group = stands_for[s.shared_input]
+        work[group] = work.get(group, 0) + s.num_rows**3 + s.num_columns**3
+    owners = [0] * len(stands_for)
     for shard in blocks:
         load = [0] * num_replicas
         for group in sorted((g for g in work if shard.first <= block_of[g] < shard.last), key=lambda g: (-work[g], g)):
             owners[group] = load.index(min(load))
             load[owners[group]] += work[group]
-    return tuple(owners)
+    return tuple(owners[stands_for[group]] for group in range(len(owners)))
 
 
 def place(layout: ModelLayout, num_shards: int, num_replicas: int) -> Placement:

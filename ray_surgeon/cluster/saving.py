@@ -11,6 +11,7 @@ from torch import Tensor
 from ray_surgeon.cluster.needs import FILE_BYTES
 from ray_surgeon.cluster.worker import Worker
 from ray_surgeon.memory.weights import DiskWeights
+from ray_surgeon.models.layout import stored_name
 from ray_surgeon.models.linears import cut, num_inputs
 from ray_surgeon.storage import files, tensor_files
 from ray_surgeon.surgery.masks import StructuredMask
@@ -54,7 +55,7 @@ def num_files(worker: Worker, masks: bool) -> tuple[int, int]:
 
 
 def save_weights(
-    worker: Worker, folder: str, names: Sequence[str], mask_names: Sequence[str], *, cut_out: bool, left_out: Collection[str]
+    worker: Worker, folder: str, names: Sequence[str], mask_names: Sequence[str], *, cut_out: bool, left_out: Collection[str], stored: bool
 ) -> tuple[SavedFile, ...]:
     """Write a shard's whole part of the model.
 
@@ -65,19 +66,33 @@ def save_weights(
         mask_names: of the files of masks.
         cut_out: whether pruned rows and columns are left out, and with them tensors of which nothing is left.
         left_out: names of other tensors to leave out.
+        stored: whether tensors are called as in the family's own checkpoints, or as they are here.
     """
     if worker.index.replica != 0:
         return ()
 
     def get(name: str) -> Tensor:
         tensor, (linear, _, part) = worker.shard.tensor(name), name.rpartition(".")
+        if cut_out and linear in routers:
+            return tensor[routers[linear].to(tensor.device)]
         if not cut_out or linear not in worker.shard.linears:
             return tensor
         mask, module = worker.mask(linear, StructuredMask), worker.shard.linears[linear]
         return cut(module, part, tensor, mask.rows, mask.columns[: num_inputs(module)])
 
+    def called(name: str) -> str:
+        for experts, places in numbers.items():
+            if name.startswith(f"{experts}."):
+                number, dot, rest = name.removeprefix(f"{experts}.").partition(".")
+                name = f"{experts}.{places[int(number)]}{dot}{rest}"
+        return stored_name(worker.layout.family, name) if stored else name
+
+    kept, sparse = {e: ~worker.removed_experts(e) for e in worker.expert_sets} if cut_out else {}, worker.layout.family.sparse
+    numbers = {experts.name: (left.cumsum(0) - 1).tolist() for experts, left in kept.items()}
+    routers = {worker.layout.family.block_prefix(e.block) + sparse.router: left for e, left in kept.items()} if sparse is not None else {}
     parts = _parts(worker, worker.shard.saved(linears_only=False))
-    saved = [_write(files.join(folder, n), [k for k in part if k not in left_out], get) for n, part in zip(names, parts, strict=True)]
+    wanted = [[name for name in part if name not in left_out] for part in parts]
+    saved = [_write(files.join(folder, name), part, get, called) for name, part in zip(names, wanted, strict=True)]
     masks = zip(mask_names, _mask_parts(worker), strict=True) if mask_names else ()
     return tuple(saved + [_write(files.join(folder, name), part, _mask_getter(worker)) for name, part in masks])
 
@@ -112,6 +127,6 @@ def _by_size(sizes: Sequence[tuple[str, int]]) -> list[list[str]]:
     return parts
 
 
-def _write(uri: str, names: Sequence[str], get: Callable[[str], Tensor]) -> SavedFile:
-    tensors = {name: tensor for name in names if (tensor := get(name)).numel()}
+def _write(uri: str, names: Sequence[str], get: Callable[[str], Tensor], called: Callable[[str], str] = str) -> SavedFile:
+    tensors = {called(name): tensor for name in names if (tensor := get(name)).numel()}
     return SavedFile(uri, tensor_files.write(uri, tensors), tuple(tensors))

@@ -19,7 +19,7 @@ from ray_surgeon.cluster.usage import Usage, give_back, process_usage
 from ray_surgeon.memory.stores import Scratch, Stores
 from ray_surgeon.memory.weights import ReadAhead
 from ray_surgeon.models.gguf import convert_gguf
-from ray_surgeon.models.layout import GroupSet, ModelLayout
+from ray_surgeon.models.layout import ExpertSet, GroupSet, ModelLayout
 from ray_surgeon.models.runner import BlockRunner
 from ray_surgeon.models.shard import ModelShard
 from ray_surgeon.sections.texts import ModelSection
@@ -231,6 +231,25 @@ class Worker:
         """Coupled groups of this shard's blocks."""
         blocks = self.shard.blocks
         return [groups for groups in self.layout.group_sets if blocks.first <= groups.block < blocks.last]
+
+    @functools.cached_property
+    def expert_sets(self) -> list[ExpertSet]:
+        """The experts of this shard's blocks."""
+        blocks = self.shard.blocks
+        return [experts for experts in self.layout.expert_sets if blocks.first <= experts.block < blocks.last]
+
+    def removed_experts(self, experts: ExpertSet) -> Tensor:
+        """Return which experts of a block are removed, [num_experts] bool: nothing of their last linears is kept, not even rows."""
+        return torch.tensor([not self.mask(linears[-1], StructuredMask).rows.any() for linears in experts.linears])
+
+    def remove_experts(self, experts: ExpertSet, removed: Tensor) -> None:
+        """Remove whole experts, [num_experts] bool, and let the router go around all that are removed."""
+        for number in removed.nonzero()[:, 0].tolist():
+            for name in experts.linears[number]:
+                mask = self.mask(name, StructuredMask)
+                self.masks[name] = StructuredMask(torch.zeros_like(mask.rows), torch.zeros_like(mask.columns))
+                self.shard.set_weight(name, torch.zeros(len(mask.rows), len(mask.columns), device=self.device))
+        self.shard.route_around(experts.block, ~self.removed_experts(experts))
 
     def share_linears(self, names: Iterable[str]) -> None:
         """Send linears and their masks from their owners to the other replicas, after all of them have done their own."""

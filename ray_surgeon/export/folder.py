@@ -33,7 +33,7 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05, "float16": 0.01}
 """Largest difference of logits by dtype, relative to the largest logit: what another order of sums may cause."""
 
 
-def write_weights(cluster: Cluster, uri: str, *, cut_out: bool, masks: bool, left_out: tuple[str, ...] = ()) -> int:
+def write_weights(cluster: Cluster, uri: str, *, cut_out: bool, masks: bool, left_out: tuple[str, ...] = (), stored: bool = True) -> int:
     """Have every shard write its files, and an index if there are several. Returns the bytes of all weights.
 
     Args:
@@ -42,11 +42,12 @@ def write_weights(cluster: Cluster, uri: str, *, cut_out: bool, masks: bool, lef
         cut_out: see `save_weights`.
         masks: whether to write the masks too, beside the weights.
         left_out: see `save_weights`.
+        stored: likewise.
     """
     numbers = cluster.run_all(num_files, masks)
     of_weights, of_masks = _names("model", [n for n, _ in numbers]), _names("masks", [n for _, n in numbers])
     futures = [
-        cluster.submit(index, save_weights, uri, of_weights[i], of_masks[i], cut_out=cut_out, left_out=left_out)
+        cluster.submit(index, save_weights, uri, of_weights[i], of_masks[i], cut_out=cut_out, left_out=left_out, stored=stored)
         for i, index in enumerate(cluster.placement.workers)
     ]
     written = [file for worker in cluster.get(futures) for file in worker]

@@ -59,16 +59,20 @@ def check_quantised(layout: ModelLayout, shrinking: Shrinking, section: Quantize
         raise ValueError("output.quantize: needs the package compressed-tensors; run `pip install 'ray-surgeon[quantize]'`")
     if layout.family.transposed:
         raise ValueError(f"output.quantize: quantises nn.Linear, the linears of {layout.config.model_type} are Conv1D; remove quantize")
+    if layout.num_experts:
+        raise ValueError(
+            "output.quantize: mixtures of experts are not quantised here; remove quantize, and quantise the export with other tools"
+        )
     if section.scheme != "w4a16":
         return
     heads, size = layout.heads, section.group_size or 128
-    ffn, attention = layout.family.ffn.consumer, layout.family.attention.consumer
+    ffn, attention = layout.family.ffn.consumer, "" if layout.family.attention is None else layout.family.attention.consumer
     of_heads = heads.head_dim * heads.n_rep * (1 if "attention" in shrinking.kinds else heads.num_kv)
     for name, shape in layout.shapes.items():
         columns, remedy = shape.num_columns - shape.has_bias, ""
-        if name.endswith(ffn) and "ffn" in shrinking.kinds:
+        if shape.role == ffn and "ffn" in shrinking.kinds:
             columns, remedy = math.gcd(columns, shrinking.multiple), "raise pruning.width_multiple, or "
-        elif name.endswith(attention):
+        elif shape.role == attention:
             columns = of_heads
         if columns % size:
             raise ValueError(

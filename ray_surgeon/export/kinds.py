@@ -24,6 +24,7 @@ from ray_surgeon.models.pruned_config import (
     Document,
     block_widths,
     check_deci,
+    check_uniform,
     deci_document,
     for_older_readers,
     per_block_document,
@@ -82,13 +83,17 @@ def check_export(kind: str, layout: ModelLayout, shrinking: Shrinking) -> None:
     """Refuse an export that a model cannot have, before anything starts.
 
     Args:
-        kind: one of `KINDS` but masked.
+        kind: one of `KINDS`, or gguf.
         layout: of the dense model.
         shrinking: what pruning may leave.
 
     Raises:
         ValueError: says why, and what to export instead.
     """
+    if kind == "uniform":
+        check_uniform(layout, shrinking.kinds)
+    if kind == "masked" and "experts" in shrinking.kinds:
+        raise ValueError("output.exports: masked keeps all shapes, and routers would go on to choose experts that are zero; export uniform")
     if kind == "deci":
         check_deci(layout)
     if kind == "gguf":
@@ -133,7 +138,7 @@ def export(
     if kind == "gguf":
         return export_gguf(cluster, layout, model, uri, widths, left_out, facts, output.gguf)
     document, modules = dense_document(model), KINDS[kind].modules
-    size_bytes = write_weights(cluster, uri, cut_out=kind != "masked", masks=kind == "masked", left_out=left_out)
+    size_bytes = write_weights(cluster, uri, cut_out=kind != "masked", masks=kind == "masked", left_out=left_out, stored=not modules)
     copy_small_files(model, uri)
     if kind != "masked":
         document = _narrow(kind, layout, document, widths)
@@ -152,6 +157,8 @@ def export(
         entry["loaders"]["vLLM"] = "with --model-impl transformers; its own class wants heads that fill the hidden size"
     if widths:
         entry["widths"] = [[width.num_channels, width.num_kv_heads] for width in widths]
+    if layout.num_experts and widths:
+        entry["experts"] = [list(width.experts) for width in widths]
     if output.speed is not None and kind != "masked":
         entry["speed"] = measure(cluster, uri, dense_document(model), output.speed, shipped_code=bool(modules))
     if tasks is not None:

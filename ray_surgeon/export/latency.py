@@ -72,7 +72,9 @@ def latency_budget(cluster: Cluster, layout: ModelLayout, model: ModelSection, t
     ffn = _table(channels, [seconds[n, heads[-1]] for n in channels])
     attention = _table(heads, [seconds[channels[-1], n] - seconds[whole] for n in heads])
     assert (len(ffn) - 1, len(attention) - 1) == (channels[-1], layout.heads.num_kv)
-    return Budget("latency_s", kept["rest_seconds"], {"ffn": ffn, "attention": attention}, layout.num_blocks)
+    return Budget(
+        "latency_s", kept["rest_seconds"], {"ffn": ffn, "attention": attention}, dict.fromkeys(("ffn", "attention"), layout.num_blocks)
+    )
 
 
 def _numbers(layout: ModelLayout, wanted: Widths) -> tuple[list[int], list[int]]:

@@ -57,6 +57,7 @@ class Slot:
 
     module: nn.Module  # that has it
     leaf: str  # its name there
+    dtype: torch.dtype  # that it has there
 
     def fill(self, tensor: Tensor) -> None:
         """Put a tensor there."""
@@ -75,15 +76,14 @@ class Slot:
 class WeightStore(ABC):
     """The weights of a shard's blocks by global name. A block has its weights on the device inside of ``with store.block(...)``."""
 
-    def __init__(self, slots: Sequence[Mapping[str, Slot]], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, slots: Sequence[Mapping[str, Slot]], device: torch.device) -> None:
         """Start without weights.
 
         Args:
             slots: for each block, global name -> where the tensor belongs.
-            dtype: of the weights.
             device: where blocks run.
         """
-        self._slots, self._dtype, self._device = slots, dtype, device
+        self._slots, self._device = slots, device
         self._all = {name: slot for of_block in slots for name, slot in of_block.items()}
         self.names = tuple(self._all)
 
@@ -124,7 +124,7 @@ class ResidentWeights(WeightStore):
         for name, slot in self._all.items():
             value = read(name)
             checked(name, value)
-            slot.fill(torch.empty_like(value, dtype=self._dtype, device=self._device).copy_(value))
+            slot.fill(torch.empty_like(value, dtype=slot.dtype, device=self._device).copy_(value))
 
     def get(self, name: str) -> Tensor:
         """Return a tensor."""
@@ -138,9 +138,9 @@ class ResidentWeights(WeightStore):
 class StreamedWeights(WeightStore):
     """Only the block that runs has its weights on the device; on an accelerator the next one's are on their way."""
 
-    def __init__(self, slots: Sequence[Mapping[str, Slot]], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, slots: Sequence[Mapping[str, Slot]], device: torch.device) -> None:
         """Start without weights; see `WeightStore`."""
-        super().__init__(slots, dtype, device)
+        super().__init__(slots, device)
         self._absent = [{name: slot.tensor() for name, slot in of_block.items()} for of_block in slots]  # on the meta device
         self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
         self._fetching = ThreadPoolExecutor(1) if device.type != "cpu" else None
@@ -182,10 +182,10 @@ class HostWeights(StreamedWeights):
     def fill(self, read: Read, checked: Callable[[str, Tensor], None], *, stays: bool) -> None:
         """Take the weights; see `WeightStore.fill`."""
         self._host: dict[str, Tensor] = {}
-        for name in self._all:
+        for name, slot in self._all.items():
             value = read(name)
             checked(name, value)
-            kept = torch.empty_like(value, dtype=self._dtype, pin_memory=self._device.type == "cuda")
+            kept = torch.empty_like(value, dtype=slot.dtype, pin_memory=self._device.type == "cuda")
             self._host[name] = kept.copy_(value)
 
     def get(self, name: str) -> Tensor:
@@ -201,9 +201,9 @@ class HostWeights(StreamedWeights):
 class DiskWeights(StreamedWeights):
     """The weights are read from where they come from, if that is on a local disk, and else from a copy; changed ones from scratch."""
 
-    def __init__(self, slots: Sequence[Mapping[str, Slot]], dtype: torch.dtype, device: torch.device, scratch: Scratch) -> None:
+    def __init__(self, slots: Sequence[Mapping[str, Slot]], device: torch.device, scratch: Scratch) -> None:
         """Start without weights; see `WeightStore`."""
-        super().__init__(slots, dtype, device)
+        super().__init__(slots, device)
         self._scratch = scratch
         self._changed: set[str] = set()
 
@@ -227,7 +227,7 @@ class DiskWeights(StreamedWeights):
     def get(self, name: str) -> Tensor:
         """Return a tensor, which lies in a file that is mapped into memory unless its dtype must be changed."""
         if name not in self._changed:
-            return self._read(name).to(self._dtype)
+            return self._read(name).to(self._all[name].dtype)
         with safe_open(self._scratch.path(f"{name}.safetensors"), framework="pt") as file:
             tensor = file.get_tensor("x")
         assert isinstance(tensor, Tensor)
@@ -237,15 +237,13 @@ class DiskWeights(StreamedWeights):
         """Replace the content of a tensor."""
         self._forget_ahead()
         path = self._scratch.path(f"{name}.safetensors")
-        save_file({"x": tensor.to("cpu", self._dtype).contiguous()}, path.with_suffix(".writing"))
+        save_file({"x": tensor.to("cpu", self._all[name].dtype).contiguous()}, path.with_suffix(".writing"))
         path.with_suffix(".writing").replace(path)
         self._changed.add(name)
 
 
-def weight_store(
-    place: Place, slots: Sequence[Mapping[str, Slot]], dtype: torch.dtype, device: torch.device, scratch: Scratch
-) -> WeightStore:
+def weight_store(place: Place, slots: Sequence[Mapping[str, Slot]], device: torch.device, scratch: Scratch) -> WeightStore:
     """Return an empty store; see `WeightStore`."""
     if place == "device":
-        return ResidentWeights(slots, dtype, device)
-    return HostWeights(slots, dtype, device) if place == "host" else DiskWeights(slots, dtype, device, scratch)
+        return ResidentWeights(slots, device)
+    return HostWeights(slots, device) if place == "host" else DiskWeights(slots, device, scratch)

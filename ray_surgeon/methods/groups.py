@@ -1,7 +1,8 @@
-"""Coupled groups: FFN channels and KV groups with everything that belongs to them, so that the model can really be made smaller.
+"""Coupled groups: channels, KV groups and experts with everything that belongs to them, so that the model can really be made smaller.
 
 Curvature is needed only for the consumers, the last linears of the groups. Every block follows its greedy path, one threshold over the
-model (or the cheapest common widths) decides how far, and the consumers are updated exactly.
+model (or the cheapest common widths) decides how far, and the consumers are updated exactly. A whole expert is one more point of its path:
+its tokens go to the next experts, see `ray_surgeon.surgery.experts`.
 """
 
 from __future__ import annotations
@@ -22,34 +23,43 @@ from ray_surgeon.cluster.needs import LinearNeeds
 from ray_surgeon.cluster.worker import LinearSummary, Worker, collective, sizes
 from ray_surgeon.methods.method import Choice, Method, Scores, in_order, linear_of
 from ray_surgeon.models.budgets import Budget
-from ray_surgeon.models.layout import GroupSet, LinearShape
+from ray_surgeon.models.layout import ExpertSet, GroupSet, LinearShape
 from ray_surgeon.models.pruned_config import kv_heads_left
 from ray_surgeon.sections.base import Positive
 from ray_surgeon.sections.curvature import AnyCurvature, ExtendedKfacSection
 from ray_surgeon.sections.targets import ScheduleSection, TargetSection
 from ray_surgeon.surgery.allocate import Allocation, GroupCosts, OutOfReachError, allocate_globally, allocate_uniformly
 from ray_surgeon.surgery.curvature import RaisedDamping
+from ray_surgeon.surgery.experts import frequency_costs, random_costs, reap_costs, rerouting_costs
 from ray_surgeon.surgery.groups import alive_part, group_costs, lowest, prune_groups
 from ray_surgeon.surgery.kronecker import Damping
 from ray_surgeon.surgery.linear import Part
 from ray_surgeon.surgery.masks import StructuredMask
-from ray_surgeon.surgery.threshold import cost_curve
+from ray_surgeon.surgery.threshold import check_costs, cost_curve
 
-GroupKind = Literal["ffn", "attention"]
+GroupKind = Literal["ffn", "attention", "shared_experts", "expert_channels", "experts"]
 
 
 class _Groups(ScheduleSection):
     structure: Literal["groups"] = Field(description="Coupled groups")
     method: Literal["llm_surgeon"] = Field("llm_surgeon", description="The LLM Surgeon: costs from the curvature, and updates")
     groups: tuple[GroupKind, ...] = Field(
-        ("ffn", "attention"), min_length=1, description="Kinds of groups: FFN channels, KV groups with their query heads"
+        ("ffn", "attention"),
+        min_length=1,
+        description="Kinds of groups: ffn, channels of feed-forward layers; attention, KV groups with their query heads; in mixtures of "
+        "experts also shared_experts, their channels; expert_channels, those of every expert; experts, whole ones",
+    )
+    expert_costs: Literal["rerouting", "reap", "frequency", "random"] = Field(
+        "rerouting",
+        description="What a whole expert costs: rerouting, the loss increase that curvature predicts if its tokens go to the next ones; "
+        "or a score of a baseline, which has no such unit: reap, weight times norm of its output; frequency, its share of tokens; random",
     )
     tensor_parallel: Positive = Field(
         1, description="Over how many devices an engine will split every layer: the heads and channels that are left can be split so"
     )
     width_multiple: Positive | None = Field(
         None,
-        description="In the end every feed-forward layer has a multiple of this many channels, or all it had; hardware likes multiples. "
+        description="In the end feed-forward layers and experts have multiples of this many channels, or all they had. "
         "null: 64 for every device of tensor_parallel, 128 if the export is quantised, 256 if deci is exported",
     )
     target_sparsity: float | None = Field(
@@ -65,7 +75,7 @@ class _Groups(ScheduleSection):
     @property
     def fewest_groups(self) -> dict[str, int]:
         """Groups of each kind that stay in every block."""
-        return {"ffn": self.multiple, "attention": 1}
+        return dict.fromkeys(("ffn", "shared_experts", "expert_channels"), self.multiple) | {"attention": 1}
 
     @property
     def multiple(self) -> int:
@@ -76,7 +86,19 @@ class _Groups(ScheduleSection):
         """Return why this section and a curvature do not go together; see `ScheduleSection`."""
         if isinstance(curvature, ExtendedKfacSection):
             return "curvature.kind: extended_kfac does not go with structure groups; use kfac"
+        if "experts" in self.groups and curvature.kind in ("activations", "identity"):
+            return f"curvature.kind: {curvature.kind} has no gradients, which the costs of whole experts need; use kfac"
         return None
+
+    @model_validator(mode="after")
+    def _scores_of_experts(self) -> _Groups:
+        if self.expert_costs != "rerouting" and "experts" not in self.groups:
+            raise ValueError(f"expert_costs: {self.expert_costs} is of whole experts; add experts to groups, or leave it out")
+        if self.expert_costs != "rerouting" and set(self.groups) != {"experts"}:
+            raise ValueError(
+                f"expert_costs: {self.expert_costs} has another unit than the costs of the other groups; set groups to [experts]"
+            )
+        return self
 
     @model_validator(mode="after")
     def _splits(self) -> _Groups:
@@ -107,7 +129,7 @@ class GroupsSection(_Groups):
     @property
     def fewest_groups(self) -> dict[str, int]:
         """Groups of each kind that stay in every block."""
-        return {"ffn": 0, "attention": 0} if self.remove_blocks else super().fewest_groups
+        return dict.fromkeys(super().fewest_groups, 0) if self.remove_blocks else super().fewest_groups
 
 
 class UniformGroupsSection(_Groups):
@@ -126,6 +148,8 @@ class ConsumerCosts:
     num_left: int  # groups that are left now
     num_parameters: int  # of one group
     allowed: frozenset[int]  # numbers of groups that may be left afterwards
+    whole: float = math.inf  # what it costs to remove the expert
+    block: int = 0  # its number
 
 
 _FAR = 4.0
@@ -157,13 +181,23 @@ class Groups(Method):
 
     section: GroupsSection | UniformGroupsSection
     budget: Budget | None  # what they save from; None until latencies are measured
-    fewest: Mapping[str, int]  # kind -> groups that must be left in every block
-    consumers: tuple[str, ...]  # how the names of the last linears of the groups end
+    fewest: Mapping[str, int]  # kind -> groups that must be left in every block, or experts
+    consumers: frozenset[str]  # roles of the last linears of the groups
 
     @property
-    def gathers(self) -> tuple[str, ...]:
+    def gathers(self) -> frozenset[str]:
         """Producers need no curvature."""
         return self.consumers
+
+    @property
+    def ranks_experts(self) -> bool:
+        """Whether whole experts may be removed."""
+        return "experts" in self.section.groups
+
+    def _sets(self, worker: Worker) -> list[GroupSet]:
+        """Return the groups of a worker that may be pruned; experts are sets of channels, whether these may be pruned singly or not."""
+        kinds = {"expert_channels" if kind == "experts" else kind for kind in self.section.groups}
+        return [groups for groups in worker.group_sets if groups.kind in kinds]
 
     @property
     def _uniform(self) -> bool:
@@ -223,18 +257,20 @@ class Groups(Method):
 
     def multiple(self, kind: str, shot: int) -> int:
         """Return what the number of groups left must be a multiple of; widths are rounded in the last shot."""
-        return self.section.multiple if kind == "ffn" and shot == self.section.shots else 1
+        return self.section.multiple if kind != "attention" and shot == self.section.shots else 1
 
     def needs(self, shape: LinearShape) -> LinearNeeds | None:
         """Only consumers are ranked and updated: their A is factorised, then the part of it that stays."""
-        if not shape.name.endswith(self.consumers):
+        if shape.role not in self.consumers:
             return None
         R, C = shape.num_rows, shape.num_columns
         reach = min(1.0, 2 * (self.section.target_sparsity or 0.5))
+        shrinking = 0 if shape.expert is None else 4 * (R**2 + C**2)  # the mean of the layer and the shrunk factors, packed
         return LinearNeeds(
-            costs_bytes=4 * ((2.6 + reach) * C**2 + 2 * R**2 + 4.2 * R * C),
+            costs_bytes=shrinking + 4 * ((2.6 + reach) * C**2 + 2 * R**2 + 4.2 * R * C),
             costs_flops=5.0 * C**3 + R**3 + 4 * R**2 * C,
-            update_bytes=4 * (max(3.75 * C**2 + 2 * R * C, 2.2 * C**2 + 5 * R * C) + R**2),  # measured, the first where nearly all stays
+            update_bytes=shrinking
+            + 4 * (max(3.75 * C**2 + 2 * R * C, 2.2 * C**2 + 5 * R * C) + R**2),  # measured, the first where nearly all stays
             update_flops=2.0 * C**3,
         )
 
@@ -248,23 +284,54 @@ class Groups(Method):
         """
         found = _Scored({}) if reach.only is None else worker.kept(_Scored)
         replies, raised = [], list[RaisedDamping]()
-        sets = {groups.consumer: groups for groups in worker.group_sets if groups.kind in self.section.groups}
+        sets = {groups.consumer: groups for groups in self._sets(worker)}
+        whole = self._expert_costs(worker, shot)
         for name in worker.each([name for name in sets if worker.owns(name) and (reach.only is None or name in reach.only)]):
             groups, mask = sets[name], worker.mask(name, StructuredMask)
+            left, size = int(mask.columns[groups.columns].all(dim=1).sum()), groups.num_parameters
+            is_fixed = worker.layout.shapes[name].role not in self.consumers  # experts go whole, or stay
+            if left == 0 or is_fixed:
+                nothing, expert = torch.full((len(groups.columns),), torch.inf), whole.get(name, math.inf) if left else math.inf
+                replies.append(ConsumerCosts(name, groups.kind, nothing, left, size, frozenset((left,)), expert, groups.block))
+                continue
             linear = linear_of(worker, name, self.used_curvature)
             alive, kind = alive_part(linear, mask), groups.kind
             curvature = linear.curvature(alive)
-            left = int(mask.columns[groups.columns].all(dim=1).sum())
             limit = None if reach.limit is None else reach.limit * (self.known_budget.size(kind) if self._per_unit else 1.0)
             odd = left % self.multiple(kind, shot)  # must go whatever they cost
             most = math.inf if self._uniform or limit is None or odd else _FAR * limit
             needed = max((reach.needed or {}).get(name, 0), odd)
-            costs = group_costs(linear, alive, curvature, groups.columns, self.section.fewest_groups[kind], limit, needed, most)
+            costs = group_costs(linear, alive, curvature, groups.columns, self.section.fewest_groups[kind], limit, needed, most).float()
             found.consumers[name] = alive, curvature.used_damping, costs
             raised += curvature.raised_damping
-            replies.append(ConsumerCosts(name, kind, costs.float(), left, groups.num_parameters, self._allowed(worker, groups, shot)))
+            allowed = self._allowed(worker, groups, shot)
+            replies.append(ConsumerCosts(name, kind, costs, left, size, allowed, whole.get(name, math.inf), groups.block))
         worker.keep(found)
         return Scores(tuple(replies), *sizes(worker), tuple(raised))
+
+    def _expert_costs(self, worker: Worker, shot: int) -> dict[str, float]:
+        """Return consumer of an expert -> what it costs to remove the expert, of the owned ones that are there."""
+        found = dict[str, float]()
+        for experts in worker.expert_sets if self.ranks_experts else ():
+            consumers = [linears[-1] for linears in experts.linears]
+            if not worker.owns(consumers[0]):
+                continue
+            costs = self._costs_of(worker, experts, shot)
+            check_costs(experts.name, costs)
+            gone = worker.removed_experts(experts).tolist()
+            found |= {name: float(cost) for name, cost, is_gone in zip(consumers, costs, gone, strict=True) if not is_gone}
+        return found
+
+    def _costs_of(self, worker: Worker, experts: ExpertSet, shot: int) -> Tensor:
+        place = experts.block - worker.shard.blocks.first
+        sums, num_chosen = worker.shard.expert_sums[place], worker.shard.mixtures[place].num_chosen
+        if self.section.expert_costs == "rerouting":
+            return rerouting_costs(sums, num_chosen)
+        if self.section.expert_costs == "reap":
+            return reap_costs(sums)
+        if self.section.expert_costs == "frequency":
+            return frequency_costs(sums, num_chosen)
+        return random_costs(len(experts.linears), 1_000 * experts.block + shot)
 
     def _allowed(self, worker: Worker, groups: GroupSet, shot: int) -> frozenset[int]:
         if groups.kind == "attention":
@@ -273,15 +340,17 @@ class Groups(Method):
         return frozenset((*range(0, whole, self.multiple(groups.kind, shot)), whole))
 
     @collective
-    def prune(self, worker: Worker, counts: Mapping[str, int]) -> tuple[LinearSummary, ...]:
+    def prune(self, worker: Worker, counts: Mapping[str, int], experts: Mapping[str, float]) -> tuple[LinearSummary, ...]:
         """Remove the cheapest groups of every consumer and the rows of its producers.
 
         Args:
             worker: after `costs`.
             counts: consumer -> number of its groups.
+            experts: consumer of each expert that goes whole -> what that costs.
         """
-        found, predicted = worker.drop(_Scored), dict[str, float]()
-        sets = [groups for groups in worker.group_sets if groups.kind in self.section.groups]
+        found, predicted = worker.drop(_Scored), {name: cost for name, cost in experts.items() if name in worker.masks}
+        shapes = worker.layout.shapes
+        sets = [g for g in self._sets(worker) if g.consumer not in experts and shapes[g.consumer].role in self.consumers]
         for groups in sets:
             name = groups.consumer
             if name not in found.consumers:
@@ -297,6 +366,8 @@ class Groups(Method):
         worker.share_linears(groups.consumer for groups in sets)
         for groups in sets:
             _remove_producers(worker, groups)
+        for of_block in worker.expert_sets if experts else ():
+            worker.remove_experts(of_block, torch.tensor([linears[-1] in experts for linears in of_block.linears]))
         return tuple(worker.summary(name, predicted.get(name, 0.0), 0.0) for name in worker.owned())
 
     # On the coordinator
@@ -309,7 +380,8 @@ class Groups(Method):
         limit = NOTHING if self._uniform else factor * (first.threshold or 0.0)
         scores, only = once, None
         while True:
-            needed = {c.consumer: math.ceil(factor * first.counts[c.consumer]) + self.multiple(c.kind, shot) for c in once.costs}
+            needed = {name: math.ceil(factor * count) for name, count in first.counts.items() if name not in first.experts}
+            needed = {c.consumer: needed.get(c.consumer, 0) + self.multiple(c.kind, shot) for c in once.costs}
             cluster.progress.begin(unit="linears")
             scores = _merged(scores, Scores.merged(cluster.run_all(self.costs, Reach(limit, needed, only), shot)))
             try:
@@ -328,19 +400,25 @@ class Groups(Method):
         reached = costs.costs[torch.isfinite(costs.costs)]
         unit = self.known_budget.size(costs.kind) if self._per_unit else 1.0
         ended = len(reached) >= costs.num_left - self.fewest.get(costs.kind, 0)
-        return threshold <= limit or ended or bool((reached >= threshold * unit).any())
+        return threshold <= limit or ended or costs.num_left == 0 or bool((reached >= threshold * unit).any())
 
     def _allocate(self, scores: Scores[ConsumerCosts], shot: int) -> Allocation:
         budget, costs = self.known_budget, sorted(scores.costs, key=lambda c: c.consumer)
-        groups = [GroupCosts(c.consumer, c.kind, c.costs, c.num_left, c.allowed, budget.by_left[c.kind]) for c in costs]
-        missing = budget.of((c.kind, c.num_left) for c in costs) - self.goal(shot)
-        return allocate_uniformly(groups, missing) if self._uniform else allocate_globally(groups, missing, per_unit=self._per_unit)
+        groups = [
+            GroupCosts(c.consumer, c.kind, c.costs, c.num_left, c.allowed, budget.by_left[c.kind], c.whole, c.block)
+            for c in costs
+            if c.num_left or c.kind != "expert_channels"
+        ]
+        missing, fewest = budget.of((c.kind, c.num_left) for c in costs) - self.goal(shot), self.fewest.get("experts", 0)
+        if self._uniform:
+            return allocate_uniformly(groups, missing, fewest_experts=fewest)
+        return allocate_globally(groups, missing, per_unit=self._per_unit, fewest_experts=fewest)
 
     def choose(self, cluster: Cluster, scores: Scores[ConsumerCosts], shot: int) -> Choice:
         """Choose how many groups every block loses."""
         budget, allocation, costs = self.known_budget, self._allocate(scores, shot), scores.costs
-        num_kept = scores.num_kept - sum(allocation.counts[c.consumer] * c.num_parameters for c in costs)
-        need = budget.of((c.kind, c.num_left - allocation.counts[c.consumer]) for c in costs)
+        num_kept = scores.num_kept - sum(allocation.counts.get(c.consumer, 0) * c.num_parameters for c in costs)
+        need = budget.of((c.kind, c.num_left - allocation.counts.get(c.consumer, 0)) for c in costs)
         sizes_of = torch.cat([torch.full((len(c.costs),), c.num_parameters) for c in costs])
         facts: dict[str, Any] = {
             "groups": sum(allocation.counts.values()),
@@ -353,11 +431,15 @@ class Groups(Method):
             "cost_curve": scores.as_fractions(cost_curve(torch.cat([c.costs for c in costs]), sizes_of)),
             "budget": {"unit": budget.unit, "dense": budget.dense, "goal": self.goal(shot), "need": need},
         }
-        return Choice(allocation.threshold, facts, allocation.counts, record)
+        experts = {c.consumer: c.whole for c in costs if c.consumer in allocation.experts}
+        if self.ranks_experts:
+            facts["experts"], record["experts_removed"] = len(experts), experts
+            record["expert_costs"] = {c.consumer: c.whole for c in costs if math.isfinite(c.whole)}
+        return Choice(allocation.threshold, facts, allocation.counts, experts, record)
 
     def apply(self, cluster: Cluster, sequences: NDArray[np.int64], choice: Choice, shot: int) -> list[LinearSummary]:
         """Prune and update."""
-        return in_order(cluster.run_all(self.prune, choice.counts))
+        return in_order(cluster.run_all(self.prune, choice.counts, choice.experts))
 
 
 def _merged(before: Scores[ConsumerCosts], after: Scores[ConsumerCosts]) -> Scores[ConsumerCosts]:
@@ -365,6 +447,14 @@ def _merged(before: Scores[ConsumerCosts], after: Scores[ConsumerCosts]) -> Scor
     costs = {c.consumer: c for c in (*before.costs, *after.costs)}
     raised = {(event.linear, event.factor): event for event in (*before.raised_damping, *after.raised_damping)}
     return replace(after, costs=tuple(costs.values()), raised_damping=tuple(raised.values()))
+
+
+def go_around_removed(worker: Worker) -> None:
+    """Let routers go around the experts that earlier shots removed, after weights and masks are loaded."""
+    for experts in worker.expert_sets:
+        removed = worker.removed_experts(experts)
+        if removed.any():
+            worker.shard.route_around(experts.block, ~removed)
 
 
 def _remove_producers(worker: Worker, groups: GroupSet) -> None:

@@ -65,6 +65,7 @@ class Choice:
     threshold: float | None  # everything up to this cost; None if the method has none
     facts: Mapping[str, float | int | str]  # for the event of the step
     counts: Mapping[str, int] = field(default_factory=dict)  # consumer -> number of its groups, for coupled groups
+    experts: Mapping[str, float] = field(default_factory=dict)  # consumer of each expert that goes whole -> what that costs
     record: Mapping[str, Any] = field(default_factory=dict)  # more for the report
 
 
@@ -86,9 +87,14 @@ class Method(ABC):
         return True
 
     @property
-    def gathers(self) -> tuple[str, ...]:
-        """How the names of the linears end whose curvature is needed."""
-        return ("",)
+    def gathers(self) -> frozenset[str] | None:
+        """Roles of the linears whose curvature is needed, see `LinearShape`; None for all."""
+        return None
+
+    @property
+    def ranks_experts(self) -> bool:
+        """Whether whole experts may be removed."""
+        return False
 
     @property
     def used_curvature(self) -> AnyCurvature:
@@ -110,7 +116,8 @@ class Method(ABC):
         """
         curvature = self.used_curvature
         seed = curvature.label_seed(shot, len(sequences))
-        loss = gather_curvature(cluster, sequences, curvature.kind, seed, only=self.gathers, remembers=remembers)
+        only, experts = self.gathers, self.ranks_experts
+        loss = gather_curvature(cluster, sequences, curvature.kind, seed, only=only, experts=experts, remembers=remembers)
         if not isinstance(curvature, ExtendedKfacSection):
             return loss, {}
         sizes = gather_terms(cluster, sequences, curvature.num_kronecker_terms, curvature.num_power_iterations, seed)
@@ -145,6 +152,7 @@ class Method(ABC):
             needs,
             factors,
             frozenset(needs),
+            self.ranks_experts,
             passes,
             dense,
             mask_bytes=1.0 if self.by_element else 0.0,

@@ -20,18 +20,19 @@ class Budget:
 
     unit: str  # e.g. ``parameters``
     fixed: float  # need of what no group belongs to
-    by_left: Mapping[str, tuple[float, ...]]  # kind of groups -> need of one block with 0, 1, ... of them left; it never falls
-    num_blocks: int  # blocks of the model
+    by_left: Mapping[str, tuple[float, ...]]  # kind of groups -> need of one consumer with 0, 1, ... of them left; it never falls
+    num_consumers: Mapping[str, int]  # kind of groups -> linears that read them in the whole model, one a block or one an expert
+    num_experts: int = 0  # of a block
 
     def of(self, left: Iterable[tuple[str, int]]) -> float:
         """Return the need of a model.
 
         Args:
-            left: (kind, number of groups that are left), once a block and kind; where a kind is missing, all are left.
+            left: (kind, number of groups that are left), once a consumer; where one is missing, all of its groups are left.
         """
         left = list(left)
         seen = Counter(kind for kind, _ in left)
-        whole = sum((self.num_blocks - seen[kind]) * table[-1] for kind, table in self.by_left.items())
+        whole = sum((self.num_consumers[kind] - seen[kind]) * table[-1] for kind, table in self.by_left.items())
         return self.fixed + whole + sum(self.by_left[kind][number] for kind, number in left)
 
     @property
@@ -40,8 +41,14 @@ class Budget:
         return self.of(())
 
     def least(self, fewest: Mapping[str, int]) -> float:
-        """Return the need if of the named kinds only so many groups stay in every block."""
-        return self.of((kind, number) for kind, number in fewest.items() for _ in range(self.num_blocks))
+        """Return the need if of the named kinds only so many groups stay in every block and expert, and so many experts."""
+        left = [(kind, number) for kind, number in fewest.items() if kind != "experts" for _ in range(self.num_consumers[kind])]
+        if "experts" in fewest:
+            gone = self.num_consumers["expert_channels"] // self.num_experts * (self.num_experts - fewest["experts"])
+            number = fewest.get("expert_channels", len(self.by_left["expert_channels"]) - 1)
+            left = [entry for entry in left if entry[0] != "expert_channels"] + [("expert_channels", 0)] * gone
+            left += [("expert_channels", number)] * (self.num_consumers["expert_channels"] - gone)
+        return self.of(left)
 
     def size(self, kind: str) -> float:
         """Return the most that one group saves."""
@@ -61,7 +68,7 @@ def fewest_left(
         uniform: whether plain classes must be able to hold the result.
     """
     in_all = _group_numbers(layout)
-    found = {kind: min(least[kind], in_all[kind]) for kind in kinds}
+    found = {kind: layout.num_active_experts if kind == "experts" else min(least[kind], in_all[kind]) for kind in kinds}
     if "attention" in found:
         found["attention"] = min(k for k in kv_heads_left(layout, tensor_parallel, uniform=uniform) if k >= found["attention"])
     return found
@@ -85,26 +92,39 @@ def bytes_budget(layout: ModelLayout, bytes_each: int) -> Budget:
 def flops_budget(layout: ModelLayout, prompt_length: int) -> Budget:
     """Return the floating-point operations for one token: two a weight of linears and head, and the attention to what lies before.
 
+    Of the experts only those count that a token goes to: so much of every expert as if all had as many tokens. Whole experts save nothing,
+    because a token goes to as many of those that are left.
+
     Args:
         layout: of the model.
         prompt_length: tokens of a prompt, over whose tokens this is the mean; a sliding window is not taken into account.
     """
     heads, config = layout.heads, layout.config
     scores = 4 * heads.head_dim * heads.num_query * (prompt_length + 1) / 2  # q.k and the sum of values: a multiply-add each
-    dense = 2.0 * (layout.linear_size + config.vocab_size * config.hidden_size) + layout.num_blocks * scores
-    return _additive(layout, "flops", dense, {"attention": scores / heads.num_kv}, per_parameter=2)
+    active = layout.num_active_experts / max(1, layout.num_experts)
+    weights = sum(shape.size * (1.0 if shape.expert is None else active) for shape in layout.linears)
+    dense = 2.0 * (weights + config.vocab_size * config.hidden_size) + layout.num_blocks * scores
+    return _additive(layout, "flops", dense, {"attention": scores / heads.num_kv}, {"expert_channels": 2 * active}, per_parameter=2)
 
 
 def _group_numbers(layout: ModelLayout) -> dict[str, int]:
-    return {groups.kind: len(groups.columns) for groups in layout.group_sets if groups.block == 0}
+    return {groups.kind: len(groups.columns) for groups in reversed(layout.group_sets)}
 
 
-def _additive(layout: ModelLayout, unit: str, dense: float, besides: Mapping[str, float], per_parameter: float = 1) -> Budget:
-    """Every group needs `per_parameter` for each of its parameters, and something `besides` by its kind."""
-    by_left = {}
+def _additive(
+    layout: ModelLayout,
+    unit: str,
+    dense: float,
+    besides: Mapping[str, float],
+    each: Mapping[str, float] | None = None,
+    *,
+    per_parameter: float = 1,
+) -> Budget:
+    """Every group needs `per_parameter`, or what `each` says of its kind, for each parameter, and something `besides` by its kind."""
+    by_left, num_consumers = dict[str, tuple[float, ...]](), Counter(groups.kind for groups in layout.group_sets)
     for groups in layout.group_sets:
-        if groups.block == 0:
-            size = per_parameter * groups.num_parameters + besides.get(groups.kind, 0.0)
+        if groups.kind not in by_left:
+            size = (each or {}).get(groups.kind, per_parameter) * groups.num_parameters + besides.get(groups.kind, 0.0)
             by_left[groups.kind] = tuple(size * number for number in range(len(groups.columns) + 1))
-    num_blocks = layout.num_blocks
-    return Budget(unit, dense - num_blocks * sum(table[-1] for table in by_left.values()), by_left, num_blocks)
+    fixed = dense - sum(num_consumers[kind] * table[-1] for kind, table in by_left.items())
+    return Budget(unit, fixed, by_left, num_consumers, layout.num_experts)

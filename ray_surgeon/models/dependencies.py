@@ -32,10 +32,10 @@ def propagate(layout: ModelLayout, masks: Mapping[str, StructuredMask], sets: Se
     rows = {name: mask.rows.clone() for name, mask in masks.items()}
     columns = {name: mask.columns.clone() for name, mask in masks.items()}
     for groups in sets:
-        if groups.kind == "ffn" and _activation(layout.config) in _KEEP_ZERO:
-            _propagate_in_ffn(groups, rows, columns)
-        elif groups.kind == "attention":
+        if groups.kind == "attention":
             _propagate_in_attention(layout, groups, rows, columns)
+        elif _activation(layout.config) in _KEEP_ZERO:
+            _propagate_in_ffn(groups, rows, columns)
     found = {name: StructuredMask(rows[name], columns[name]) for name in masks}
     return {name: mask for name, mask in found.items() if mask.num_kept < masks[name].num_kept or _fewer(mask, masks[name])}
 

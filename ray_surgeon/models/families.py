@@ -31,6 +31,26 @@ class AttentionCoupling:
 
 
 @dataclass(frozen=True)
+class SparseLayer:
+    """Where the mixture of experts of a block lies, if the block has one, and how config.json calls its sizes.
+
+    The experts are linears here, ``{experts}.{number}.{linear}``, as they are in checkpoints.
+    """
+
+    num_experts: tuple[str, ...]  # fields with the number of experts; programs read one or the other
+    width: str  # field with the width of an expert
+    layer: str = "mlp"  # the whole layer
+    router: str = "mlp.gate"  # which experts a token goes to; its output is logits, weights, numbers
+    experts: str = "mlp.experts"
+    producers: tuple[str, ...] = ("gate_proj", "up_proj")  # of one expert; they share their input
+    consumer: str = "down_proj"  # of one expert
+    shared: str | None = None  # a feed-forward layer beside the experts, through which every token goes, e.g. ``mlp.shared_expert``
+    shared_width: str | None = None  # field with its width; None if the width is a multiple of an expert's
+    num_groups: str | None = None  # field with the number of groups of experts of which a router chooses some first
+    has_softmax: bool = True  # whether weights are a softmax over all experts, so that they rise if one is removed, if not normalised later
+
+
+@dataclass(frozen=True)
 class LlamaCpp:
     """How llama.cpp calls a family, and what it wants otherwise than transformers has it."""
 
@@ -52,9 +72,12 @@ class Family:
     final: tuple[str, ...]  # below `base`, only for the last shard, e.g. ``norm``
     head: str  # path of the output linear
     token_embedding: str  # path of the embedding whose weight a tied head shares
-    shared_inputs: tuple[tuple[str, ...], ...]  # of a block: linears that read the same input and share one A
+    shared_inputs: tuple[tuple[str, ...], ...]  # of a block: linears that read the same input and share one A; a block may lack some
     ffn: FfnCoupling  # what a channel of the feed-forward layer is
-    attention: AttentionCoupling  # what a KV group with its query heads is
+    attention: AttentionCoupling | None  # what a KV group with its query heads is; None if heads cannot be pruned
+    sparse: SparseLayer | None = None  # what a mixture of experts is
+    stored: tuple[tuple[str, str], ...] = ()  # (part of a name here, the same in checkpoints)
+    float32: tuple[str, ...] = ()  # how the names of tensors end that are float32 whatever the model's dtype is
     width_field: str = "intermediate_size"  # the feed-forward width in the configuration
     has_free_heads: bool = True  # whether heads may fill less than the hidden size
     norms_queries: bool = False  # whether queries and keys are normalised over a head's dimensions
@@ -84,6 +107,19 @@ _LLAMA = Family(
     ffn=FfnCoupling("mlp.down_proj", (("mlp.gate_proj", 0, 1), ("mlp.up_proj", 0, 1))),
     attention=AttentionCoupling("self_attn.o_proj", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     llama_cpp=LlamaCpp("llama", "silu", pairs_rotary=True),
+)
+
+_MIXTRAL = replace(
+    _LLAMA,
+    sparse=SparseLayer(("num_local_experts",), "intermediate_size"),
+    stored=((".mlp.", ".block_sparse_moe."), (".gate_proj.", ".w1."), (".up_proj.", ".w3."), (".down_proj.", ".w2.")),
+    llama_cpp=None,
+)
+_QWEN3_MOE = replace(
+    _LLAMA, norms_queries=True, sparse=SparseLayer(("num_experts", "num_local_experts"), "moe_intermediate_size"), llama_cpp=None
+)
+_SHARED_OF_DEEPSEEK = SparseLayer(
+    ("n_routed_experts", "num_local_experts"), "moe_intermediate_size", shared="mlp.shared_experts", num_groups="n_group", has_softmax=False
 )
 
 FAMILIES: dict[str, Family] = {
@@ -134,6 +170,33 @@ FAMILIES: dict[str, Family] = {
         transposed=True,
         llama_cpp=LlamaCpp("gpt2", "gelu_new"),
     ),
+    "mixtral": _MIXTRAL,
+    "olmoe": replace(_QWEN3_MOE, attention=None, sparse=SparseLayer(("num_experts",), "intermediate_size")),
+    "qwen2_moe": replace(
+        _LLAMA,
+        sparse=SparseLayer(
+            ("num_experts",), "moe_intermediate_size", shared="mlp.shared_expert", shared_width="shared_expert_intermediate_size"
+        ),
+        has_free_heads=False,
+        llama_cpp=None,
+    ),
+    "qwen3_moe": _QWEN3_MOE,
+    "glm4_moe": replace(_LLAMA, norms_queries=True, sparse=_SHARED_OF_DEEPSEEK, float32=("e_score_correction_bias",), llama_cpp=None),
+    "deepseek_v3": replace(
+        _LLAMA,
+        shared_inputs=(
+            ("self_attn.q_proj", "self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"),
+            ("self_attn.q_b_proj",),
+            ("self_attn.kv_b_proj",),
+            ("self_attn.o_proj",),
+            ("mlp.gate_proj", "mlp.up_proj"),
+            ("mlp.down_proj",),
+        ),
+        attention=None,
+        sparse=_SHARED_OF_DEEPSEEK,
+        float32=("e_score_correction_bias",),
+        llama_cpp=None,
+    ),
 }
 
 
@@ -143,6 +206,8 @@ _LARGEST = {
     **dict.fromkeys(("hidden_size", "n_embd", "word_embed_proj_dim"), 1_000_000),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "vocab_size"), 10_000_000),
     **dict.fromkeys(("max_position_embeddings", "n_positions"), 1_000_000_000),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 10_000),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 10_000_000),
 }
 """Sizes in config.json far beyond any model; building one would fill the memory."""
 

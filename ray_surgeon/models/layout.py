@@ -8,7 +8,8 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +17,12 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from ray_surgeon.models.experts import split_experts
 from ray_surgeon.models.families import Family, family_of
 from ray_surgeon.models.linears import as_linear, num_inputs, num_outputs
+
+GROUP_KINDS = ("attention", "ffn", "shared_experts", "expert_channels", "experts")
+"""What may be pruned whole: KV groups, channels of feed-forward layers, of shared experts and of experts, and experts."""
 
 
 class NoPositions(nn.Module):
@@ -60,6 +65,8 @@ class LinearShape:
     has_bias: bool
     block: int
     shared_input: int
+    role: str  # its name in the block, with * for the number of an expert, e.g. ``mlp.experts.*.down_proj``
+    expert: int | None = None  # its number, if it belongs to one
 
     @property
     def size(self) -> int:
@@ -85,12 +92,24 @@ class Heads:
 class GroupSet:
     """All coupled groups of one kind in one block (docs/method.md, section 8)."""
 
-    kind: str  # ``ffn`` or ``attention``
+    kind: str  # one of `GROUP_KINDS` but experts
     block: int  # its number
     consumer: str  # global name of the linear whose columns decide
     columns: Tensor  # [num_groups, width] columns of the consumer
     producers: tuple[tuple[str, Tensor], ...]  # (global name of a linear, [num_groups, rows] its rows that are pruned with each group)
     num_parameters: int  # of one group, biases included
+
+
+@dataclass(frozen=True)
+class ExpertSet:
+    """The experts of one block, each with all of its linears."""
+
+    block: int  # its number
+    name: str  # global name of the experts, e.g. ``model.layers.3.mlp.experts``
+    linears: tuple[tuple[str, ...], ...]  # for every expert, the global names of its linears, the consumer last
+    num_parameters: int  # of one expert; its row of the router is not counted
+
+    kind = "experts"
 
 
 @dataclass(frozen=True)
@@ -192,27 +211,75 @@ class ModelLayout:
 
     @functools.cached_property
     def group_sets(self) -> tuple[GroupSet, ...]:
-        """Coupled groups of every block: first those of attention, then those of the feed-forward layer."""
+        """Coupled groups of every block: those of attention, of the feed-forward layer or the shared experts, and of every expert."""
         return tuple(groups for block in range(self.num_blocks) for groups in self._groups_of(block))
 
-    def _groups_of(self, block: int) -> tuple[GroupSet, GroupSet]:
-        prefix, attention, ffn = self.family.block_prefix(block), self.family.attention, self.family.ffn
-        heads = self.heads
+    @functools.cached_property
+    def expert_sets(self) -> tuple[ExpertSet, ...]:
+        """The experts of every block that has some."""
+        by_block: dict[int, dict[int, list[LinearShape]]] = {}
+        for shape in self.linears:
+            if shape.expert is not None:
+                by_block.setdefault(shape.block, {}).setdefault(shape.expert, []).append(shape)
+        return tuple(self._expert_set(block, list(experts.values())) for block, experts in by_block.items())
+
+    @functools.cached_property
+    def _experts_by_block(self) -> dict[int, ExpertSet]:
+        return {experts.block: experts for experts in self.expert_sets}
+
+    def _expert_set(self, block: int, experts: list[list[LinearShape]]) -> ExpertSet:
+        assert self.family.sparse is not None
+        name, sizes = self.family.block_prefix(block) + self.family.sparse.experts, {sum(s.size for s in expert) for expert in experts}
+        assert len(sizes) == 1, "experts of one block have one size"
+        return ExpertSet(block, name, tuple(tuple(shape.name for shape in expert) for expert in experts), sizes.pop())
+
+    @functools.cached_property
+    def num_active_experts(self) -> int:
+        """Experts that every token goes to, in a block that has some."""
+        return int(getattr(self.config, "num_experts_per_tok", None) or 0) if self.family.sparse else 0
+
+    @functools.cached_property
+    def num_experts(self) -> int:
+        """Experts of a block that has some."""
+        return max((len(experts.linears) for experts in self.expert_sets), default=0)
+
+    @functools.cached_property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of groups that this model has."""
+        found = {groups.kind for groups in self.group_sets} | {experts.kind for experts in self.expert_sets}
+        return tuple(kind for kind in GROUP_KINDS if kind in found)
+
+    def _groups_of(self, block: int) -> Iterator[GroupSet]:
+        prefix, ffn, sparse = self.family.block_prefix(block), self.family.ffn, self.family.sparse
+        if self.family.attention is not None:
+            yield self._attention_groups(block, prefix)
+        if prefix + ffn.consumer in self.shapes:
+            yield self._channels("ffn", block, prefix + ffn.consumer, [(prefix + name, part) for name, part, _ in ffn.producers])
+        if sparse is not None and sparse.shared is not None and f"{prefix}{sparse.shared}.{sparse.consumer}" in self.shapes:
+            inside = f"{prefix}{sparse.shared}."
+            yield self._channels("shared_experts", block, inside + sparse.consumer, [(inside + name, 0) for name in sparse.producers])
+        experts = self._experts_by_block.get(block)
+        if experts is not None:
+            for *producers, consumer in experts.linears:
+                yield self._channels("expert_channels", block, consumer, [(name, 0) for name in producers])
+
+    def _attention_groups(self, block: int, prefix: str) -> GroupSet:
+        attention, heads = self.family.attention, self.heads
+        assert attention is not None
         queries = torch.arange(heads.num_query * heads.head_dim).view(heads.num_kv, heads.n_rep * heads.head_dim)
         keys = torch.arange(heads.num_kv * heads.head_dim).view(heads.num_kv, heads.head_dim)
         fused = attention.query == attention.key
         first_key = heads.num_query * heads.head_dim if fused else 0
         first_value = (heads.num_query + heads.num_kv) * heads.head_dim if fused else 0
         places = ((attention.query, queries), (attention.key, keys + first_key), (attention.value, keys + first_value))
-        in_attention = tuple((prefix + name, rows) for name, rows in places)
-        consumer = self.shapes[prefix + ffn.consumer]
-        num_channels = consumer.num_columns - consumer.has_bias
+        producers = tuple((prefix + name, rows) for name, rows in places)
+        return self._group_set("attention", block, prefix + attention.consumer, queries, producers)
+
+    def _channels(self, kind: str, block: int, consumer: str, producers: list[tuple[str, int]]) -> GroupSet:
+        """Return channels as groups; the producers come with the part of a fused linear that they are."""
+        num_channels = self.shapes[consumer].num_columns - self.shapes[consumer].has_bias
         channels = torch.arange(num_channels)[:, None]
-        in_ffn = tuple((prefix + name, channels + part * num_channels) for name, part, _ in ffn.producers)
-        return (
-            self._group_set("attention", block, prefix + attention.consumer, queries, in_attention),
-            self._group_set("ffn", block, prefix + ffn.consumer, channels, in_ffn),
-        )
+        return self._group_set(kind, block, consumer, channels, tuple((name, channels + part * num_channels) for name, part in producers))
 
     def _group_set(self, kind: str, block: int, consumer: str, columns: Tensor, producers: tuple[tuple[str, Tensor], ...]) -> GroupSet:
         size = columns.shape[1] * self.shapes[consumer].num_rows
@@ -248,22 +315,50 @@ class ModelLayout:
 
         Some checkpoints leave out the leading ``model.`` or ``transformer.``, and tied heads are usually stored once.
         """
-        candidates = [name, self.tied.get(name, name)]
+        candidates = [stored_name(self.family, name), stored_name(self.family, self.tied.get(name, name))]
         candidates += [c.removeprefix("model.").removeprefix("transformer.") for c in candidates]
         return next((c for c in candidates if c in keys), None)
 
 
 def _linears(config: PretrainedConfig, family: Family, model: nn.Module) -> list[LinearShape]:
-    shapes = []
+    shapes: list[LinearShape] = []
     for block in range(int(config.num_hidden_layers)):
-        for number, group in enumerate(family.shared_inputs):
+        module = model.get_submodule(family.block_prefix(block).rstrip("."))
+        for group in shared_inputs_of(family, module):
+            number = shapes[-1].shared_input + 1 if shapes else 0
             for linear in group:
-                name = family.block_prefix(block) + linear
-                module = as_linear(model.get_submodule(name))
-                bias = module.bias is not None
-                shared_input = block * len(family.shared_inputs) + number
-                shapes.append(LinearShape(name, num_outputs(module), num_inputs(module) + bias, bias, block, shared_input))
+                found, expert = as_linear(module.get_submodule(linear)), _expert_of(family, linear)
+                bias, role = found.bias is not None, linear if expert is None else re.sub(r"\.\d+\.", ".*.", linear)
+                sizes = num_outputs(found), num_inputs(found) + bias
+                shapes.append(LinearShape(family.block_prefix(block) + linear, *sizes, bias, block, number, role, expert))
     return shapes
+
+
+def _expert_of(family: Family, linear: str) -> int | None:
+    if family.sparse is None or not linear.startswith(f"{family.sparse.experts}."):
+        return None
+    return int(linear.removeprefix(f"{family.sparse.experts}.").partition(".")[0])
+
+
+def shared_inputs_of(family: Family, block: nn.Module) -> list[tuple[str, ...]]:
+    """Return the names of the linears of a block, those together that read the same input; experts after the others."""
+    here = {name for name, _ in block.named_modules()}
+    groups = [tuple(linear for linear in group if linear in here) for group in family.shared_inputs]
+    if (sparse := family.sparse) is not None:
+        layers = [sparse.shared] if sparse.shared is not None else []
+        if sparse.experts in here:
+            layers += [f"{sparse.experts}.{number}" for number, _ in block.get_submodule(sparse.experts).named_children()]
+        for layer in (layer for layer in layers if layer in here):
+            groups += [tuple(f"{layer}.{name}" for name in sparse.producers), (f"{layer}.{sparse.consumer}",)]
+    return [group for group in groups if group]
+
+
+def stored_name(family: Family, name: str) -> str:
+    """Return what checkpoints call a tensor."""
+    if family.stored and family.sparse is not None and f".{family.sparse.layer}." in name:
+        for here, there in family.stored:
+            name = name.replace(here, there)
+    return name
 
 
 def build_blocks(config: PretrainedConfig, blocks: BlockRange, dtype: torch.dtype) -> nn.Module:
@@ -280,6 +375,9 @@ def build_blocks(config: PretrainedConfig, blocks: BlockRange, dtype: torch.dtyp
     all_blocks = base.get_submodule(family.blocks)
     assert isinstance(all_blocks, nn.ModuleList)
     setattr(base, family.blocks, nn.ModuleList(list(all_blocks)[blocks.first : blocks.last]))
+    if family.sparse is not None:
+        for block in list(all_blocks)[blocks.first : blocks.last]:
+            split_experts(block, family.sparse)
     if getattr(config, "layer_types", None):  # forward looks kinds of attention up by the place in the list it has
         base.config = copy.copy(config)
         base.config.layer_types = config.layer_types[blocks.first : blocks.last]  # type: ignore[union-attr]

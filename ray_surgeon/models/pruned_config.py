@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from ray_surgeon.models.families import SparseLayer
 from ray_surgeon.models.layout import ModelLayout
 
 Document = dict[str, Any]
@@ -21,8 +22,9 @@ Document = dict[str, Any]
 class BlockWidths:
     """What is left of one block."""
 
-    num_channels: int  # of the feed-forward layer
+    num_channels: int  # of the feed-forward layer, or of the shared experts
     num_kv_heads: int  # each with its query heads
+    experts: tuple[int, ...] = ()  # channels of every expert that is left, if the block has some
 
 
 def block_widths(layout: ModelLayout, rows_kept: Mapping[str, int]) -> list[BlockWidths]:
@@ -32,14 +34,19 @@ def block_widths(layout: ModelLayout, rows_kept: Mapping[str, int]) -> list[Bloc
         layout: of the dense model.
         rows_kept: name of each linear -> rows that are left.
     """
-    family, heads = layout.family, layout.heads
+    family, heads, attention = layout.family, layout.heads, layout.family.attention
     producer, _, num_parts = family.ffn.producers[0]
-    heads_in_rows = heads.n_rep + 2 if family.attention.query == family.attention.key else 1
+    heads_in_rows = 1 if attention is None or attention.query != attention.key else heads.n_rep + 2
+    experts = {found.block: found.linears for found in layout.expert_sets}
     widths = []
     for block in range(layout.num_blocks):
-        prefix = family.block_prefix(block)
-        kept = rows_kept[prefix + family.attention.key]
-        widths.append(BlockWidths(rows_kept[prefix + producer] // num_parts, kept // (heads_in_rows * heads.head_dim)))
+        prefix, producers = family.block_prefix(block), [producer]
+        if family.sparse is not None and family.sparse.shared is not None:
+            producers.append(f"{family.sparse.shared}.{family.sparse.producers[0]}")
+        num_channels = next((rows_kept[prefix + name] // num_parts for name in producers if prefix + name in rows_kept), 0)
+        num_kv_heads = heads.num_kv if attention is None else rows_kept[prefix + attention.key] // (heads_in_rows * heads.head_dim)
+        left = tuple(rows_kept[linears[0]] for linears in experts.get(block, ()) if rows_kept[linears[-1]])
+        widths.append(BlockWidths(num_channels, num_kv_heads, left))
     return widths
 
 
@@ -91,12 +98,18 @@ def uniform_document(layout: ModelLayout, document: Mapping[str, Any], widths: S
     Raises:
         ValueError: the widths differ, or no plain class can hold them.
     """
-    if len(set(widths)) > 1:
+    kinds = {"dense": [w for w in widths if not w.experts], "sparse": [w for w in widths if w.experts]}
+    of_experts = {width for of_block in widths for width in of_block.experts}
+    if any(len(set(of_kind)) > 1 for of_kind in kinds.values()) or len({w.num_kv_heads for w in widths}) > 1 or len(of_experts) > 1:
         raise ValueError("the blocks have different widths, which no plain class can hold; set pruning.allocation to uniform")
-    config, heads, width = layout.config, layout.heads, widths[0]
+    config, heads, width, sparse = layout.config, layout.heads, widths[0], layout.family.sparse
     if width.num_kv_heads not in plain_kv_heads(layout):
         raise ValueError(f"{config.model_type} cannot hold {width.num_kv_heads} of {heads.num_kv} KV heads in a plain class")
-    narrow = dict(document) | {layout.family.width_field: width.num_channels}
+    narrow = dict(document)
+    if kinds["dense"]:
+        narrow[layout.family.width_field] = kinds["dense"][0].num_channels
+    if sparse is not None and kinds["sparse"]:
+        narrow |= _sparse_fields(sparse, document, kinds["sparse"][0])
     if width.num_kv_heads == heads.num_kv:
         return narrow
     num_query_heads = width.num_kv_heads * heads.n_rep
@@ -106,6 +119,34 @@ def uniform_document(layout: ModelLayout, document: Mapping[str, Any], widths: S
         for name in ("attention_bias", "mlp_bias", "pretraining_tp"):
             narrow.pop(name, None)
     return narrow
+
+
+def _sparse_fields(sparse: SparseLayer, document: Mapping[str, Any], width: BlockWidths) -> Document:
+    """Return what config.json says of experts: their number by the names it has there, and widths."""
+    names = [name for name in sparse.num_experts if name in document] or sparse.num_experts[:1]
+    fields: Document = dict.fromkeys(names, len(width.experts)) | {sparse.width: width.experts[0]}
+    if sparse.shared_width is not None:
+        fields[sparse.shared_width] = width.num_channels
+    return fields
+
+
+def check_uniform(layout: ModelLayout, kinds: Sequence[str]) -> None:
+    """Refuse groups whose removal no plain class can hold, although it is the same in every block.
+
+    Raises:
+        ValueError: says why.
+    """
+    sparse = layout.family.sparse
+    if (
+        sparse is not None
+        and sparse.shared is not None
+        and sparse.shared_width is None
+        and {"expert_channels", "shared_experts"} & set(kinds)
+    ):
+        raise ValueError(
+            f"output.exports: in {layout.config.model_type} the shared experts are as wide as n_shared_experts others, so neither can get "
+            "narrower alone in a plain class; export per_block, or prune experts"
+        )
 
 
 def per_block_document(layout: ModelLayout, document: Mapping[str, Any], widths: Sequence[BlockWidths], files: str) -> Document:
@@ -123,6 +164,7 @@ def per_block_document(layout: ModelLayout, document: Mapping[str, Any], widths:
             "num_attention_heads": width.num_kv_heads * layout.heads.n_rep,
             "num_key_value_heads": width.num_kv_heads,
         }
+        | ({"expert_widths": list(width.experts)} if layout.num_experts else {})
         for block, width in enumerate(widths)
     }
     return dict(document) | {

@@ -16,9 +16,11 @@ from transformers.pytorch_utils import Conv1D
 from ray_surgeon.memory.factors import FactorStore
 from ray_surgeon.memory.stores import Scratch, Stores
 from ray_surgeon.memory.weights import Read, Slot, weight_store
-from ray_surgeon.models.layout import BlockRange, ModelLayout, build_blocks, global_name
+from ray_surgeon.models.experts import Mixture, Removals, mixture_of, removals
+from ray_surgeon.models.layout import BlockRange, ModelLayout, build_blocks, global_name, shared_inputs_of
 from ray_surgeon.models.linears import LinearModule, as_linear, num_inputs, use_fast_products
 from ray_surgeon.models.loss import Comparison, compare_with_dense, next_token_loss, next_tokens
+from ray_surgeon.surgery.experts import ExpertSums, LayerMean, add_changes, add_rises, mean_factor, shrunk_factors
 from ray_surgeon.surgery.extended.terms import Term
 from ray_surgeon.surgery.kronecker import PackedFactors, PackedSymmetric, with_ones
 
@@ -82,16 +84,20 @@ class ModelShard:
         self.model = build_blocks(layout.config, blocks, dtype)
         self.base = self.model.get_submodule(layout.family.base)
         scratch = scratch or Scratch(Path(), "none", "none", "none")
-        self.weights = weight_store(self.stores.weights, self._slots(), dtype, device, scratch)
+        self.weights = weight_store(self.stores.weights, self._slots(), device, scratch)
         self._in_blocks = frozenset(self.weights.names)
         self.factor_store = FactorStore(self.stores.factors, device, scratch)
         self.shared_inputs = list(self._find_shared_inputs())
         self.linears: dict[str, LinearModule] = {n: m for g in self.shared_inputs for n, m in zip(g.names, g.modules, strict=True)}
+        self._group_of = {name: group for group in self.shared_inputs for name in group.names}
+        self.mixtures = dict(self._find_mixtures())
+        self.expert_sums: dict[int, ExpertSums] = {}
         for module in self.linears.values() if device.type == "cpu" and dtype == torch.float32 else ():
             use_fast_products(module)
         self.gathering: list[SharedInput] = []
         self.terms: dict[str, list[Term]] = {}
         self._kind: str | None = None
+        self._layer_means: dict[tuple[int, str], LayerMean] = {}
 
     def _slots(self) -> list[dict[str, Slot]]:
         """Return, for each block, global name -> where a tensor belongs."""
@@ -101,8 +107,11 @@ class ModelShard:
             module = self.model.get_submodule(prefix.rstrip("."))
             inside = [n for n, _ in module.named_parameters()] + [n for n, _ in module.named_buffers() if prefix + n in saved]
             places = ((self.layout.family.block_prefix(block) + n, n.rpartition(".")) for n in inside)
-            found.append({name: Slot(module.get_submodule(owner), leaf) for name, (owner, _, leaf) in places})
+            found.append({n: Slot(module.get_submodule(owner), leaf, self._dtype_of(n)) for n, (owner, _, leaf) in places})
         return found
+
+    def _dtype_of(self, name: str) -> torch.dtype:
+        return torch.float32 if name.endswith(self.layout.family.float32 or ("\0",)) else self.dtype
 
     @property
     def wanted(self) -> list[str]:
@@ -146,9 +155,21 @@ class ModelShard:
         family = self.layout.family
         for place, block in enumerate(range(self.blocks.first, self.blocks.last)):
             local_prefix = family.block_prefix(place)
-            for group in family.shared_inputs:
+            for group in shared_inputs_of(family, self.model.get_submodule(local_prefix.rstrip("."))):
                 modules = tuple(as_linear(self.model.get_submodule(local_prefix + linear)) for linear in group)
                 yield SharedInput(tuple(family.block_prefix(block) + linear for linear in group), modules, place)
+
+    def _find_mixtures(self) -> Iterator[tuple[int, Mixture]]:
+        family = self.layout.family
+        for place in range(self.blocks.last - self.blocks.first) if family.sparse is not None else ():
+            assert family.sparse is not None
+            mixture = mixture_of(self.model.get_submodule(family.block_prefix(place).rstrip(".")), family.sparse)
+            if mixture is not None:
+                yield place, mixture
+
+    def route_around(self, block: int, kept: Tensor) -> None:
+        """Let the router of a block go around the experts that are not kept, [num_experts] bool."""
+        self.mixtures[block - self.blocks.first].router.kept = kept.clone()
 
     def weight(self, name: str) -> Tensor:
         """Return W [R, C] float32 of a linear on the device, its bias as the last column; a copy."""
@@ -189,17 +210,21 @@ class ModelShard:
 
     # Curvature
 
-    def start_curvature(self, kind: str = "kfac", *, only: tuple[str, ...] = ("",)) -> None:
+    def start_curvature(self, kind: str = "kfac", *, only: frozenset[str] | None = None, experts: bool = False) -> None:
         """Start to gather, with empty sums.
 
         Args:
             kind: ``activations`` sums A in a forward pass alone and takes G = I; ``identity`` takes A = G = I and needs no pass (both
                 times the number of tokens, as sums over tokens are); all others sum A and G.
-            only: how the names of the linears end that are wanted; those that share an input with one come along.
+            only: roles of the linears that are wanted, see `LinearShape`; those that share an input with one come along. None for all.
+            experts: whether to sum, too, what `ExpertSums` has.
         """
         assert self._kind is None
         self.drop_curvature()
-        self.gathering = [group for group in self.shared_inputs if any(name.endswith(only) for name in group.names)]
+        shapes = self.layout.shapes
+        self.gathering = [g for g in self.shared_inputs if only is None or any(shapes[name].role in only for name in g.names)]
+        if experts:
+            self.expert_sums = {place: ExpertSums(len(m.experts), self.device) for place, m in self.mixtures.items()}
         for group in self.gathering:
             group.num_tokens = int(kind == "identity")
         self._kind = kind
@@ -216,6 +241,8 @@ class ModelShard:
             yield
             return
         sums, hooks = dict[str, PackedSymmetric](), list[RemovableHandle]()
+        if place in self.expert_sums:
+            hooks += _add_experts_to(self.expert_sums[place], self.mixtures[place])
         for group in (group for group in self.gathering if group.place == place):
             A = sums[group.key_of_A] = self.factor_store.on_device(group.key_of_A, self.layout.shapes[group.names[0]].num_columns)
             hooks.append(group.modules[0].register_forward_pre_hook(_add_inputs_to(group, A, wide=wide)))
@@ -260,12 +287,33 @@ class ModelShard:
         """Free the sums."""
         self.factor_store.clear()
         self.terms.clear()
+        self.expert_sums.clear()
+        self._layer_means.clear()
 
     def factors(self, name: str) -> PackedFactors:
-        """Return the factors of a linear where they lie; A is shared with the other linears that read the same input."""
-        (group,) = (group for group in self.shared_inputs if name in group.names)
+        """Return the factors of a linear where they lie; A is shared with the other linears that read the same input.
+
+        Those of an expert are shrunk, see `shrunk_factors`.
+        """
+        group, shape = self._group_of[name], self.layout.shapes[name]
         A, G = self.factor_store.get(group.key_of_A), self.factor_store.get(group.key_of_G(name))
-        return PackedFactors(A, G, group.num_tokens, tuple(self.terms.get(name, ())))
+        own = PackedFactors(A, G, group.num_tokens, tuple(self.terms.get(name, ())))
+        return own if shape.expert is None else shrunk_factors(own, self._layer_mean(shape.block, shape.role))
+
+    def _layer_mean(self, block: int, role: str) -> LayerMean:
+        """Return the mean factors of the linears of a role over all experts of a block."""
+        if (block, role) not in self._layer_means:
+            assert self.layout.family.sparse is not None
+            self._layer_means.clear()  # one is used at a time
+            names = [shape.name for shape in self.layout.linears if shape.block == block and shape.role == role]
+            groups = [self._group_of[name] for name in names]
+            num_tokens, is_consumer = sum(g.num_tokens for g in groups), role.endswith(self.layout.family.sparse.consumer)
+            A = mean_factor((self.factor_store.get(g.key_of_A) for g in groups), num_tokens, has_basis=not is_consumer)
+            keys = [group.key_of_G(name) for name, group in zip(names, groups, strict=True)]
+            G = mean_factor(map(self.factor_store.get, keys), num_tokens, has_basis=is_consumer)
+            num_chosen = self.mixtures[block - self.blocks.first].num_chosen
+            self._layer_means[block, role] = LayerMean(A, G, num_tokens / num_chosen)
+        return self._layer_means[block, role]
 
     # The head
 
@@ -342,3 +390,27 @@ def _add_output_gradients_to(G: PackedSymmetric) -> Callable[[nn.Module, tuple[T
             output.register_hook(add)  # type: ignore[no-untyped-call]
 
     return hook
+
+
+def _add_experts_to(sums: ExpertSums, mixture: Mixture) -> list[RemovableHandle]:
+    waiting: list[Removals] = []
+
+    def enter(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        found = removals(mixture, *(x.detach() for x in inputs))
+        sums.add("tokens", found.experts, torch.ones_like(found.norms))
+        sums.add("weighted_norms", found.experts, found.norms)
+        waiting.append(found)
+
+    def leave(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        found = waiting.pop()
+
+        def add(gradient: Tensor) -> None:
+            g = gradient.detach().flatten(0, -2)
+            add_changes(sums, found.experts, found.changes, g[found.tokens])
+            if found.rises is not None:
+                add_rises(sums, found.rises, found.output, g)
+
+        if output.requires_grad:
+            output.register_hook(add)  # type: ignore[no-untyped-call]
+
+    return [mixture.experts.register_forward_pre_hook(enter), mixture.layer.register_forward_hook(leave)]

@@ -42,7 +42,7 @@ def test_flops_are_those_that_torch_counts(family: str) -> None:
 
 
 def test_a_budget_adds_up_its_blocks() -> None:
-    budget = Budget("latency_s", 0.5, {"ffn": (0.0, 1.0, 1.5), "attention": (-0.25, 0.0)}, 3)
+    budget = Budget("latency_s", 0.5, {"ffn": (0.0, 1.0, 1.5), "attention": (-0.25, 0.0)}, {"ffn": 3, "attention": 3})
     assert budget.dense == 5.0
     assert budget.of([("ffn", 1), ("ffn", 0), ("attention", 0)]) == 0.5 + 1.5 + 1.0 + 0.0 - 0.25
     assert budget.least({"ffn": 1}) == 3.5

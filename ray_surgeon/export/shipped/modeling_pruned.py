@@ -1,7 +1,8 @@
 """Loads this checkpoint, whose blocks differ in width: ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)``.
 
-``per_layer_config`` in config.json has, for every block, the width of its feed-forward layer and its numbers of query and KV heads; a block
-with no heads has no attention. Everything else is the dense family's own code. vLLM serves it by its transformers backend.
+``per_layer_config`` in config.json has, for every block, the width of its feed-forward layer, its numbers of query and KV heads, and the
+widths of its experts; a block with no heads has no attention. Everything else is the dense family's own code. vLLM serves it by its
+transformers backend, if it has no experts.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ class PrunedConfig(DenseConfig):  # type: ignore[misc]
 
     model_type = "pruned_llama"
 
-    def __init__(self, per_layer_config: dict[str, dict[str, int]] | None = None, **kwargs: Any) -> None:
+    def __init__(self, per_layer_config: dict[str, dict[str, Any]] | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.block_sizes = [dict(sizes) for _, sizes in sorted((per_layer_config or {}).items(), key=lambda item: int(item[0]))]
         if hasattr(DenseConfig, "per_layer_config"):
@@ -76,18 +77,54 @@ def narrow_linear(module: nn.Linear | Conv1D, num_inputs: int, num_outputs: int)
     return nn.Linear(num_inputs, num_outputs, bias=module.bias is not None)
 
 
+class Experts(nn.Module):
+    """Experts of different widths, each with linears of its own, in place of the family's, which lie in one tensor."""
+
+    def __init__(self, whole: Any, widths: list[int]) -> None:
+        super().__init__()
+        self.act_fn = whole.act_fn
+        self.numbers = range(len(widths))
+        for number, width in enumerate(widths):
+            expert = nn.Module()
+            for name, inputs, outputs in (("gate_proj", None, width), ("up_proj", None, width), ("down_proj", width, None)):
+                sizes = whole.hidden_dim if inputs is None else inputs, whole.hidden_dim if outputs is None else outputs
+                expert.add_module(name, nn.Linear(*sizes, bias=False) if width else NoInputs(sizes[1], bias=False))
+            self.add_module(str(number), expert)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Return the weighted sum [num_tokens, d] of the experts [num_tokens, k] that every token goes to."""
+        total = torch.zeros_like(hidden_states)
+        for number in self.numbers:
+            expert: Any = self.get_submodule(str(number))
+            token, place = torch.where(top_k_index == number)
+            x = hidden_states[token]
+            output = expert.down_proj(self.act_fn(expert.gate_proj(x)) * expert.up_proj(x)) * top_k_weights[token, place, None]
+            total = total.index_add(0, token, output.to(total.dtype))
+        return total
+
+
+def narrow_experts(layer: Any, widths: list[int]) -> None:
+    """Replace the experts of a mixture by as many as there are widths, and its router by one that chooses among them."""
+    layer.experts, router = Experts(layer.experts, widths), layer.gate
+    router.num_experts, router.top_k = len(widths), min(router.top_k, len(widths))
+    router.weight = nn.Parameter(router.weight[: len(widths)])
+    for name, buffer in router.named_buffers(recurse=False):
+        setattr(router, name, buffer[: len(widths)].clone())
+
+
 def narrow_block(block: nn.Module, config: Any, layer_idx: int, width: int, num_heads: int, num_kv_heads: int) -> None:
     """Replace the linears of a dense block by narrower ones, of a given feed-forward width and numbers of query and KV heads."""
     names = dict(block.named_modules())
     attention_name = "self_attn" if "self_attn" in names else "attn"
     attention = names[attention_name]
-    head_dim: Any = attention.head_dim
+    head_dim: Any = getattr(attention, "head_dim", None)
+    is_whole = num_heads == config.num_attention_heads  # an attention that is not pruned may be of any kind
     sizes = {"q_proj": num_heads, "k_proj": num_kv_heads, "v_proj": num_kv_heads}
     for fused in ("qkv_proj", "c_attn"):
         sizes[fused] = num_heads + 2 * num_kv_heads
     for name, module in names.items():
         owner, _, last = name.rpartition(".")
-        if not isinstance(module, (nn.Linear, Conv1D)):
+        if not isinstance(module, (nn.Linear, Conv1D)) or last == "shared_expert_gate" or (owner == attention_name and is_whole):
             continue
         inputs, outputs = module.weight.shape if isinstance(module, Conv1D) else module.weight.shape[::-1]
         if owner == attention_name:
@@ -99,6 +136,8 @@ def narrow_block(block: nn.Module, config: Any, layer_idx: int, width: int, num_
         else:
             inputs = width
         setattr(names[owner], last, narrow_linear(module, inputs, outputs))
+    if is_whole:
+        return
     attention.config = copy.copy(config)
     counts = dict.fromkeys(("num_attention_heads", "num_heads"), num_heads)
     counts |= {"num_key_value_heads": num_kv_heads, "split_size": num_heads * head_dim}
@@ -117,6 +156,8 @@ def narrow(model: nn.Module, config: PrunedConfig) -> None:
     for layer_idx, (block, sizes) in enumerate(zip(blocks, config.block_sizes, strict=True)):
         width = next(sizes[name] for name in ("intermediate_size", "ffn_dim", "n_inner") if name in sizes)
         narrow_block(block, config, layer_idx, width, sizes["num_attention_heads"], sizes["num_key_value_heads"])
+        if sizes.get("expert_widths"):
+            narrow_experts(block.mlp, sizes["expert_widths"])
 
 
 class PrunedModel(DenseModel):  # type: ignore[misc]

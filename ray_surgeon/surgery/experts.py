@@ -1,0 +1,149 @@
+"""Experts: factors of experts that saw few tokens, and what the removal of a whole expert costs.
+
+Source: docs/method.md, section 10. Losses and costs are means over all tokens, of which an expert sees a share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ray_surgeon.surgery.kronecker import PackedFactors, PackedSymmetric
+
+PRIOR_TOKENS = 32.0
+"""How many tokens of its own an expert must have seen to count as much as the mean of its layer; see docs/results.md."""
+
+
+@dataclass(frozen=True)
+class LayerMean:
+    """What the experts of a layer have in common: means over all of their tokens."""
+
+    A: PackedSymmetric  # [C, C]
+    G: PackedSymmetric  # [R, R]
+    num_tokens: float  # that passed the layer, each through several experts
+
+
+def mean_factor(totals: Iterable[PackedSymmetric], num_tokens: int, *, has_basis: bool) -> PackedSymmetric:
+    """Return the mean of a factor over all tokens of all experts of a layer.
+
+    Args:
+        totals: sum of every expert.
+        num_tokens: in all of these sums.
+        has_basis: whether the same entry means the same in all experts, as in the hidden states. The channels of one expert have nothing to
+            do with those of another, and what does not depend on their order is a multiple of the identity only (and of ones, left out).
+    """
+    mean: PackedSymmetric | None = None
+    for total in totals:
+        if mean is None:
+            mean = PackedSymmetric.zeros(total.n, total.flat.device, total.flat.dtype)
+        mean.flat.add_(total.flat)
+    assert mean is not None, "a layer has experts"
+    mean.flat.div_(max(1, num_tokens))
+    if has_basis:
+        return mean
+    level = float(mean.diagonal().mean())
+    mean.flat.zero_()
+    mean.fill_diagonal(level)
+    return mean
+
+
+def shrunk_factors(own: PackedFactors, mean: LayerMean, prior_tokens: float = PRIOR_TOKENS) -> PackedFactors:
+    """Return the factors of one expert, shrunk towards the mean of its layer the more, the fewer tokens it saw.
+
+    The estimate is (sum + k mean) / (n + k): the posterior mean of a second moment under a conjugate (inverse Wishart) prior that is worth
+    k tokens, the linear shrinkage of Ledoit and Wolf (2004) with a weight by the number of tokens. The share of all tokens that the expert
+    sees, by which G is multiplied, is (n + 1) / (N + 2), Laplace's rule of succession: an expert that was not called may be called yet.
+
+    Args:
+        own: sums over the expert's tokens.
+        mean: of the layer.
+        prior_tokens: k.
+
+    Returns:
+        Means, with `num_tokens` 1.
+    """
+    n = own.num_tokens
+    share = (n + 1) / (mean.num_tokens + 2)
+    A = own.A.flat.add(mean.A.flat.to(own.A.flat.device), alpha=prior_tokens).div_(n + prior_tokens)
+    G = own.G.flat.add(mean.G.flat.to(own.G.flat.device), alpha=prior_tokens).mul_(share / (n + prior_tokens))
+    return PackedFactors(PackedSymmetric(own.A.n, A), PackedSymmetric(own.G.n, G), 1, own.terms)
+
+
+SUMS = ("tokens", "weighted_norms", "gains", "squares")
+"""Rows of the sums over tokens of the experts of a layer, see `ExpertSums`."""
+
+
+class ExpertSums:
+    """Sums over the tokens that are routed to each expert of a layer; they merge over micro-batches and replicas."""
+
+    def __init__(self, num_experts: int, device: torch.device | None = None) -> None:
+        """Start with nothing."""
+        self.total = torch.zeros(len(SUMS), num_experts, dtype=torch.float64, device=device)
+
+    def add(self, name: str, experts: Tensor, values: Tensor) -> None:
+        """Add values [n] of tokens to one of `SUMS`, for the experts [n] they are routed to."""
+        self.total[SUMS.index(name)].index_add_(0, experts, values.double())
+
+    def of(self, name: str) -> Tensor:
+        """Return one of the sums, [num_experts] float64."""
+        return self.total[SUMS.index(name)]
+
+
+def add_changes(sums: ExpertSums, experts: Tensor, changes: Tensor, gradients: Tensor) -> None:
+    """Add what removals change.
+
+    Args:
+        sums: to add to.
+        experts: [n] which expert is removed.
+        changes: [n, d] what its removal changes in the output of the layer for a token that is routed to it.
+        gradients: [n, d] of the loss, summed over tokens, by that output.
+    """
+    gains = (changes.float() * gradients.float()).sum(dim=1)
+    sums.add("gains", experts, gains)
+    sums.add("squares", experts, gains.double().square())
+
+
+def add_rises(sums: ExpertSums, rises: Tensor, outputs: Tensor, gradients: Tensor) -> None:
+    """Add what removals change for tokens that are not routed to the expert.
+
+    Args:
+        sums: to add to.
+        rises: [n, num_experts] by how much the output of the layer rises, relative.
+        outputs: [n, d].
+        gradients: [n, d] of the loss, summed over tokens, by the output.
+    """
+    gains = (outputs.float() * gradients.float()).sum(dim=1, keepdim=True) * rises
+    sums.of("gains").add_(gains.double().sum(dim=0))
+    sums.of("squares").add_(gains.double().square().sum(dim=0))
+
+
+def rerouting_costs(sums: ExpertSums, num_chosen: int) -> Tensor:
+    """Return the predicted loss increase in nats per token if one expert is removed and its tokens go to the next, [num_experts] float64.
+
+    Second order, 1/2 E[(g^T dy)^2], the Fisher being that of the tokens themselves; g^T dy alone has mean 0 at a minimum, and what it has
+    beside that on the calibration text is its noise.
+    """
+    return 0.5 * sums.of("squares") / _num_tokens(sums, num_chosen)
+
+
+def reap_costs(sums: ExpertSums) -> Tensor:
+    """Return REAP's saliency: the mean over an expert's tokens of its weight times the norm of its output (Lasby et al. 2025)."""
+    return sums.of("weighted_norms") / sums.of("tokens").clamp(min=1)
+
+
+def frequency_costs(sums: ExpertSums, num_chosen: int) -> Tensor:
+    """Return the share of tokens that are routed to each expert."""
+    return sums.of("tokens") / _num_tokens(sums, num_chosen)
+
+
+def _num_tokens(sums: ExpertSums, num_chosen: int) -> float:
+    return max(1.0, float(sums.of("tokens").sum()) / num_chosen)
+
+
+def random_costs(num_experts: int, seed: int) -> Tensor:
+    """Return costs in (0, 1] that depend on a seed only."""
+    generator = torch.Generator().manual_seed(seed)
+    return 1 - torch.rand(num_experts, generator=generator, dtype=torch.float64)

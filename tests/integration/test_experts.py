@@ -1,0 +1,204 @@
+"""Mixtures of experts through the whole pipeline: channels of experts, whole experts, all kinds together."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ray_surgeon.run.directory import RunDirectory
+from tests.conftest import LAYOUTS, SPARSE_CONFIGS
+from tests.integration.runs import MOST_BY_ORDER_OF_SUMS, assert_same_shot, difference, report_of, run, tensors_of_shot
+
+pytestmark = pytest.mark.usefixtures("forked")
+
+GROUPS: dict[str, Any] = {"pruning__structure": "groups", "pruning__width_multiple": 8, "pruning__target_sparsity": 0.15}
+UNIFORM = GROUPS | {"pruning__allocation": "uniform", "output__exports": ["uniform"]}
+WITHOUT_GROUPS = sorted(set(SPARSE_CONFIGS) - {"deepseek_v3"})
+
+
+def export_of(folder: Path, kind: str) -> dict[str, Any]:
+    (export,) = report_of(folder / "run")["exports"]
+    assert export["kind"] == kind
+    assert export["reload_max_logit_difference"] < 1e-4
+    return dict(export)
+
+
+@pytest.mark.parametrize("family", WITHOUT_GROUPS)
+def test_whole_experts_leave_a_plain_model_with_fewer(family: str, model_folders: dict[str, Path], tmp_path: Path) -> None:
+    assert run(tmp_path, model_folders[family], **UNIFORM, pruning__groups=["experts"], pruning__num_shots=1, cluster__num_shards=2) == 0
+    experts = export_of(tmp_path, "uniform")["experts"]
+    sparse = [numbers for numbers in experts if numbers]
+    assert len({len(numbers) for numbers in sparse}) == 1
+    num_left, layout = len(sparse[0]), LAYOUTS[family]
+    assert layout.num_active_experts <= num_left < layout.num_experts
+    config = AutoConfig.from_pretrained(tmp_path / "run/export/uniform")
+    assert type(config) is type(SPARSE_CONFIGS[family])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/export/uniform")
+    layers = [block.mlp for block in model.model.layers if hasattr(block.mlp, "experts")]
+    assert {len(layer.experts.down_proj) for layer in layers} == {num_left} == {len(layer.gate.weight) for layer in layers}
+    removed = report_of(tmp_path / "run")["shots"][-1]["experts_removed"]
+    assert len(removed) == len(layers) * (layout.num_experts - num_left)
+    tensors = tensors_of_shot(tmp_path / "run", 1)
+    for name in removed:
+        assert not tensors[f"{name}.rows"].any()
+        assert not tensors[f"{name}.weight"].any()
+
+
+@pytest.mark.parametrize("family", sorted(SPARSE_CONFIGS))
+def test_channels_of_experts(family: str, model_folders: dict[str, Path], tmp_path: Path) -> None:
+    """Where shared experts are as wide as others by definition, no plain class holds the result."""
+    plain = family not in ("glm4_moe", "deepseek_v3")
+    options = UNIFORM if plain else GROUPS | {"output__exports": ["per_block"]}
+    assert run(tmp_path, model_folders[family], **options, pruning__groups=["expert_channels"], cluster__num_shards=2) == 0
+    widths = [width for numbers in export_of(tmp_path, "uniform" if plain else "per_block")["experts"] for width in numbers]
+    assert all(width % 8 == 0 for width in widths)
+    assert min(widths) < max(LAYOUTS[family].num_channels, 24)
+    assert len(set(widths)) == 1 or not plain
+
+
+@pytest.mark.parametrize("family", WITHOUT_GROUPS)
+def test_everything_under_one_threshold(family: str, model_folders: dict[str, Path], tmp_path: Path) -> None:
+    kinds = list(LAYOUTS[family].kinds)
+    options = GROUPS | {"pruning__groups": kinds, "pruning__target_sparsity": 0.3, "output__exports": ["per_block"]}
+    assert run(tmp_path, model_folders[family], **options) == 0
+    export_of(tmp_path, "per_block")
+    report = report_of(tmp_path / "run")
+    assert 0.3 <= report["shots"][-1]["sparsity"] < 0.4
+    assert report["shots"][-1]["budget"]["need"] <= report["shots"][-1]["budget"]["goal"]
+
+
+def test_groups_of_experts_of_which_a_router_chooses_some(
+    model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kinds = ["ffn", "shared_experts", "expert_channels"]
+    options = GROUPS | {"output__exports": ["per_block"]}
+    assert run(tmp_path / "channels", model_folders["deepseek_v3"], **options, pruning__groups=kinds) == 0
+    export_of(tmp_path / "channels", "per_block")
+    assert run(tmp_path / "experts", model_folders["deepseek_v3"], **options, pruning__groups=["experts"]) == 2
+    assert "2 groups of experts" in capsys.readouterr().err
+
+
+ALL = GROUPS | {"pruning__groups": ["attention", "ffn", "shared_experts", "expert_channels", "experts"], "pruning__target_sparsity": 0.25}
+
+
+def test_shards_and_replicas_and_stores(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    ways: dict[str, dict[str, Any]] = {
+        "one": {},
+        "shards": {"cluster__num_shards": 3},
+        "replicas": {"cluster__num_replicas": 2},
+        "disk": {"memory__weights": "disk", "memory__factors": "disk", "memory__wave": 4, "memory__scratch": str(tmp_path / "scratch")},
+        "host": {"memory__weights": "host", "memory__factors": "host", "memory__activations": "recompute"},
+    }
+    for name, way in ways.items():
+        assert run(tmp_path / name, model_folders["qwen2_moe"], **ALL, **way) == 0
+    for name in ("shards", "disk", "host"):
+        for shot in (1, 2):
+            assert_same_shot(tmp_path / "one/run", tmp_path / name / "run", shot)
+    assert difference(tmp_path / "one/run", tmp_path / "replicas/run", 2) < MOST_BY_ORDER_OF_SUMS
+
+
+def test_a_resumed_run_goes_around_the_experts_that_are_gone(
+    model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = GROUPS | {"pruning__groups": ["experts"], "pruning__target_sparsity": 0.3, "pruning__num_shots": 3}
+    assert run(tmp_path / "whole", model_folders["qwen3_moe"], **options) == 0
+    add_event = RunDirectory.add_event
+
+    def stop(self: Any, event: dict[str, Any]) -> None:
+        add_event(self, event)
+        if event["shot"] == 2 and event["step"] == "costs":
+            raise FloatingPointError("enough")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "add_event", stop)
+        assert run(tmp_path / "cut", model_folders["qwen3_moe"], **options) == 1
+    assert len(report_of(tmp_path / "cut/run")["shots"]) == 1
+    assert run(tmp_path / "cut", model_folders["qwen3_moe"], "--resume", **options) == 0
+    for shot in (1, 2, 3):
+        assert_same_shot(tmp_path / "whole/run", tmp_path / "cut/run", shot)
+    one, other = (report_of(tmp_path / name / "run")["shots"][-1]["perplexity"] for name in ("whole", "cut"))
+    assert one == other
+
+
+def test_other_methods_take_experts_as_linears(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    methods: dict[str, dict[str, Any]] = {
+        "rows": {},
+        "elements": {"pruning__structure": "element", "correction__lora_rank": 2},
+        "sparsegpt": {"pruning__method": "sparsegpt", "pruning__structure": "element"},
+        "wanda": {"pruning__method": "wanda", "pruning__structure": "element", "curvature": None},
+        "extended": {"curvature__kind": "extended_kfac"},
+    }
+    for name, options in methods.items():
+        for family in ("olmoe", "glm4_moe"):
+            assert run(tmp_path / name / family, model_folders[family], **options, output__exports=["masked"]) == 0, (name, family)
+            assert report_of(tmp_path / name / family / "run")["shots"][-1]["sparsity"] == pytest.approx(0.3, abs=0.03)
+            export_of(tmp_path / name / family, "masked")
+
+
+@pytest.mark.parametrize("score", ["reap", "frequency", "random"])
+def test_scores_of_baselines(score: str, model_folders: dict[str, Path], tmp_path: Path) -> None:
+    """The experts with the lowest scores go, as many in every block."""
+    options = UNIFORM | {"pruning__groups": ["experts"], "pruning__num_shots": 1, "pruning__expert_costs": score}
+    assert run(tmp_path, model_folders["olmoe"], **options) == 0
+    shot = report_of(tmp_path / "run")["shots"][-1]
+    for experts in LAYOUTS["olmoe"].expert_sets:
+        costs = {linears[-1]: shot["expert_costs"][linears[-1]] for linears in experts.linears}
+        gone = [name for name in costs if name in shot["experts_removed"]]
+        assert gone
+        assert max(costs[name] for name in gone) <= min(cost for name, cost in costs.items() if name not in gone)
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"pruning__groups": ["ffn"]}, "has attention, expert_channels, experts that can be pruned here"),
+        ({"pruning__groups": ["experts"], "pruning__target": {"flops": 1e4}, "pruning__target_sparsity": None}, "save no flops"),
+        ({"pruning__groups": ["expert_channels"], "pruning__target": {"latency_s": 1.0}, "pruning__target_sparsity": None}, "a latency"),
+        ({"pruning__groups": ["experts"], "output__exports": ["masked"]}, "masked keeps all shapes"),
+        ({"pruning__groups": ["experts"], "curvature__kind": "identity"}, "has no gradients"),
+        ({"pruning__groups": ["experts", "attention"], "pruning__expert_costs": "reap"}, "another unit"),
+        ({"pruning__expert_costs": "reap"}, "is of whole experts"),
+        ({"pruning__groups": ["experts"], "pruning__target_sparsity": 0.9}, "lower it"),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    changes: dict[str, Any], complaint: str, model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path, model_folders["mixtral"], "--dry-run", **GROUPS | changes) == 2
+    assert complaint in capsys.readouterr().err
+
+
+def test_targets_of_a_mixture(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    """Bytes count all experts; flops only those a token goes to."""
+    options = {**GROUPS, "pruning__target_sparsity": None, "pruning__num_shots": 1, "pruning__groups": ["expert_channels"]}
+    layout = LAYOUTS["qwen3_moe"]
+    active = sum(shape.size * (1 if shape.expert is None else 2 / 6) for shape in layout.linears)
+    scores = 4 * 4 * 8 * 4 * 17 / 2  # blocks, a multiply-add for q.k and one for the sum, dimensions of a head, heads, tokens before
+    dense = 2 * (active + layout.config.vocab_size * layout.config.hidden_size) + scores
+    targets = {"bytes": {"bytes": int(0.9 * 4 * layout.num_parameters)}, "flops": {"flops": int(0.9 * dense), "prompt_length": 16}}
+    for unit, target in targets.items():
+        assert run(tmp_path / unit, model_folders["qwen3_moe"], **options, pruning__target=target) == 0
+        budget = report_of(tmp_path / unit / "run")["shots"][-1]["budget"]
+        assert budget["need"] <= target[unit] < budget["dense"]
+    assert budget["dense"] == pytest.approx(dense)
+
+
+def test_config_of_a_checkpoint_without_some_fields(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    """Older checkpoints call the number of experts by one name only."""
+    copy = tmp_path / "model"
+    copy.mkdir()
+    for path in model_folders["qwen3_moe"].iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    document = json.loads((copy / "config.json").read_text())
+    document["num_experts"] = document.pop("num_local_experts", document.get("num_experts"))
+    (copy / "config.json").write_text(json.dumps(document))
+    assert run(tmp_path, copy, **UNIFORM, pruning__groups=["experts"], pruning__num_shots=1) == 0
+    written = json.loads((tmp_path / "run/export/uniform/config.json").read_text())
+    assert written["num_experts"] == len(export_of(tmp_path, "uniform")["experts"][0])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/export/uniform")
+    assert torch.isfinite(model(torch.arange(5)[None]).logits).all()

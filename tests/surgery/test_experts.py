@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from ray_surgeon.surgery.allocate import GroupCosts, OutOfReachError, allocate_globally, allocate_uniformly
+from ray_surgeon.surgery.experts import (
+    ExpertSums,
+    LayerMean,
+    add_changes,
+    frequency_costs,
+    mean_factor,
+    random_costs,
+    reap_costs,
+    rerouting_costs,
+    shrunk_factors,
+)
+from ray_surgeon.surgery.kronecker import PackedFactors, PackedSymmetric
+
+
+def gram(x: torch.Tensor) -> PackedSymmetric:
+    return PackedSymmetric.of(x.T @ x)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 7, 4000])
+def test_factors_are_shrunk_by_the_number_of_tokens(num_tokens: int) -> None:
+    a, g = torch.randn(num_tokens, 5, dtype=torch.float64), torch.randn(num_tokens, 3, dtype=torch.float64)
+    M_A, M_G = (torch.randn(9, n, dtype=torch.float64) for n in (5, 3))
+    mean = LayerMean(gram(M_A), gram(M_G), 5000)
+    found = shrunk_factors(PackedFactors(gram(a), gram(g), num_tokens), mean, prior_tokens=20).dense()
+    share = (num_tokens + 1) / 5002
+    torch.testing.assert_close(found.A, (a.T @ a + 20 * M_A.T @ M_A) / (num_tokens + 20))
+    torch.testing.assert_close(found.G, share * (g.T @ g + 20 * M_G.T @ M_G) / (num_tokens + 20))
+    if num_tokens > 1000:
+        torch.testing.assert_close(found.A, a.T @ a / num_tokens, rtol=0.2, atol=0.1)
+
+
+def test_the_mean_of_a_layer_keeps_a_basis_only_where_there_is_one() -> None:
+    own = [torch.randn(n, 4, dtype=torch.float64) for n in (3, 0, 10)]
+    together = torch.cat(own)
+    wanted = together.T @ together / 13
+    torch.testing.assert_close(mean_factor(map(gram, own), 13, has_basis=True).dense(), wanted)
+    level = wanted.diagonal().mean() * torch.eye(4, dtype=torch.float64)
+    torch.testing.assert_close(mean_factor(map(gram, own), 13, has_basis=False).dense(), level)
+
+
+def test_costs_from_their_definitions() -> None:
+    """Three experts, two a token, five tokens."""
+    numbers = torch.tensor([[0, 1], [1, 0], [0, 1], [1, 2], [0, 1]])
+    experts, tokens = numbers.flatten(), torch.arange(5).repeat_interleave(2)
+    changes, gradients, norms = torch.randn(10, 6), torch.randn(5, 6), torch.rand(10)
+    sums = ExpertSums(4)
+    for part in (slice(0, 4), slice(4, 10)):
+        sums.add("tokens", experts[part], torch.ones(len(experts[part])))
+        sums.add("weighted_norms", experts[part], norms[part])
+        add_changes(sums, experts[part], changes[part], gradients[tokens[part]])
+    gains = (changes * gradients[tokens]).sum(dim=1).double()
+    for expert in range(3):
+        mine = experts == expert
+        assert float(rerouting_costs(sums, 2)[expert]) == pytest.approx(float(gains[mine].square().sum()) / 2 / 5, rel=1e-5)
+        assert float(reap_costs(sums)[expert]) == pytest.approx(float(norms[mine].mean()), rel=1e-5)
+        assert float(frequency_costs(sums, 2)[expert]) == pytest.approx(int(mine.sum()) / 5)
+    for costs in (rerouting_costs(sums, 2), reap_costs(sums), frequency_costs(sums, 2)):
+        assert float(costs[3]) == 0, "no token came"
+    assert torch.equal(random_costs(4, 7), random_costs(4, 7))
+    assert not torch.equal(random_costs(4, 7), random_costs(4, 8))
+
+
+def experts_of(layer: int, costs: list[list[float]], whole: list[float]) -> list[GroupCosts]:
+    """Experts of one layer, of three channels of ten parameters each."""
+    needs = [0.0, 10.0, 20.0, 30.0]
+    return [
+        GroupCosts(f"{layer}.{i}", "expert_channels", torch.tensor(c), 3, frozenset(range(4)), needs, w, layer)
+        for i, (c, w) in enumerate(zip(costs, whole, strict=True))
+    ]
+
+
+def test_whole_experts_and_channels_under_one_threshold_by_brute_force() -> None:
+    """Every allocation on the path costs least of all that save as much, if no layer is short of experts."""
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(20):
+        curves = [torch.rand(3, generator=generator).cumsum(0).tolist() for _ in range(3)]
+        whole = (3 * torch.rand(3, generator=generator)).tolist()
+        costs = experts_of(0, curves, whole)
+        for missing in (10.0, 25.0, 40.0, 60.0):
+            found = allocate_globally(costs, missing, per_unit=True)
+            cost = sum(c.whole if c.consumer in found.experts else float(c.curve[found.counts[c.consumer]]) for c in costs)
+            saved = sum(c.saved(found.counts[c.consumer]) for c in costs)
+            assert saved >= missing
+            for choice in itertools.product(range(5), repeat=3):  # 4 stands for the whole expert
+                other = sum(c.whole if n == 4 else float(c.curve[n]) for c, n in zip(costs, choice, strict=True))
+                if sum(c.saved(min(n, 3)) for c, n in zip(costs, choice, strict=True)) >= saved:
+                    assert cost <= other + 1e-6
+
+
+def test_a_layer_keeps_its_fewest_experts() -> None:
+    costs = experts_of(0, [[9.0, 9.0, 9.0]] * 3, [0.1, 0.2, 0.3]) + experts_of(1, [[9.0, 9.0, 9.0]] * 3, [1.0, 2.0, 3.0])
+    found = allocate_globally(costs, 60, per_unit=True, fewest_experts=2)
+    assert found.experts == {"0.0", "1.0"}
+    fixed = [GroupCosts(c.consumer, c.kind, torch.full((3,), torch.inf), 3, frozenset({3}), c.needs, c.whole, c.layer) for c in costs]
+    with pytest.raises(OutOfReachError, match="60"):
+        allocate_globally(fixed, 90, per_unit=True, fewest_experts=2)
+    uniform = allocate_uniformly(fixed, 60, fewest_experts=2)
+    assert uniform.experts == {"0.0", "1.0"}
+    assert uniform.counts == {c.consumer: 3 if c.consumer in uniform.experts else 0 for c in costs}
+    with pytest.raises(OutOfReachError):
+        allocate_uniformly(fixed, 90, fewest_experts=2)
+
+
+def test_uniform_experts_and_channels_by_brute_force() -> None:
+    generator = torch.Generator().manual_seed(5)
+    costs = [
+        c
+        for layer in range(2)
+        for c in experts_of(
+            layer, torch.rand(4, 3, generator=generator).cumsum(1).tolist(), (2 * torch.rand(4, generator=generator)).tolist()
+        )
+    ]
+    for missing in (60.0, 100.0, 160.0):
+        found = allocate_uniformly(costs, missing, fewest_experts=1)
+
+        def cost_of(m: int, n: int) -> float:
+            total = 0.0
+            for layer in range(2):
+                own = [c for c in costs if c.layer == layer]
+                subsets = itertools.combinations(range(4), m)
+                total += min(sum(c.whole if i in gone else float(c.curve[n]) for i, c in enumerate(own)) for gone in subsets)
+            return total
+
+        options = {(m, n): cost_of(m, n) for m in range(4) for n in range(4) if 2 * (30 * m + 10 * n * (4 - m)) >= missing}
+        chosen = sum(c.whole if c.consumer in found.experts else float(c.curve[found.counts[c.consumer]]) for c in costs)
+        assert chosen == pytest.approx(min(options.values()))
+        assert len({sum(c.consumer in found.experts for c in costs if c.layer == layer) for layer in range(2)}) == 1
+    assert math.isinf(GroupCosts("x", "ffn", torch.zeros(1), 1, frozenset({0}), [0.0, 1.0]).whole)
