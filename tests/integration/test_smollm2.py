@@ -18,6 +18,9 @@ from tests.integration.runs import report_of
 
 ROOT = Path(__file__).parent.parent.parent
 
+MOST_BY_ORDER_OF_SUMS = 5e-4
+"""What another order of sums may change in logits of up to 30, behind 30 blocks in float32; 0.8e-4 and 1.4e-4 were seen."""
+
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
 
@@ -53,7 +56,7 @@ def test_rows_and_columns_of_smollm2(tmp_path: Path) -> None:
         with torch.no_grad():
             loss = torch.stack([model(window[None], labels=window[None]).loss for window in windows]).mean()
         assert found == pytest.approx(float(loss.exp()), rel=1e-4)
-    assert report["exports"][0]["reload_max_logit_difference"] < 1e-4
+    assert report["exports"][0]["reload_max_logit_difference"] < MOST_BY_ORDER_OF_SUMS
 
 
 def test_quickstart_makes_an_ordinary_model_that_is_smaller(
@@ -83,7 +86,7 @@ def test_quickstart_makes_an_ordinary_model_that_is_smaller(
     (export,) = report["exports"]
     assert export["widths"] == [[1152, 3]] * 30
     assert export["size_bytes"] < 0.86 * 4 * 134_515_008
-    assert export["reload_max_logit_difference"] < 1e-4
+    assert export["reload_max_logit_difference"] < MOST_BY_ORDER_OF_SUMS
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/export/uniform")
     assert (type(model).__name__, model.config.intermediate_size) == ("LlamaForCausalLM", 1152)
     assert "load it: AutoModelForCausalLM.from_pretrained(" in capsys.readouterr().out

@@ -1,0 +1,234 @@
+"""Experts and their channels pruned by ours and by others, and what the costs of experts say of measured losses, as Markdown.
+
+``python -m benchmarks.upcycled MODEL && python -m benchmarks.experts MODEL FOLDER``
+
+The same number of experts, or of channels, goes from every block of the dense mixture, calibrated on Python's help and measured on help and
+docstrings. Others, from their definitions: REAP (Lasby et al. 2025, arXiv 2510.13999: mean over an expert's tokens of its weight times the
+norm of its output), frequency of routing, magnitude (norm of the weights), random. For channels REAP's score is that of a channel, the root
+mean square of its activation times the norm of its column; others have no updates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import AutoConfig
+
+from ray_surgeon.cluster.local import LocalCluster
+from ray_surgeon.cluster.worker import LinearSummary, Worker, collective
+from ray_surgeon.inputs import Inputs, check
+from ray_surgeon.methods import Groups
+from ray_surgeon.models.gguf import convert_gguf
+from ray_surgeon.models.layout import BlockRange, ModelLayout
+from ray_surgeon.models.runner import BlockRunner, Call
+from ray_surgeon.models.shard import ModelShard
+from ray_surgeon.run.directory import RunDirectory
+from ray_surgeon.sections.texts import ModelSection
+from ray_surgeon.shots import run_shots
+from ray_surgeon.spec import parse_spec
+from ray_surgeon.storage.sources import open_model
+from ray_surgeon.surgery.experts import rerouting_costs
+from ray_surgeon.surgery.masks import StructuredMask
+
+FRACTIONS = (0.25, 0.5)
+OF_EXPERTS = ("rerouting", "reap", "frequency", "magnitude", "random")
+OF_CHANNELS = ("ours", "reap", "magnitude", "random")
+
+
+@dataclass(frozen=True)
+class Peer(Groups):
+    """Others' scores in place of the costs, and no updates."""
+
+    peer: str = "magnitude"
+
+    def _expert_costs(self, worker: Worker, shot: int) -> dict[str, float]:
+        found = super()._expert_costs(worker, shot)
+        if self.peer == "magnitude" and self.ranks_experts:
+            for experts in worker.expert_sets:
+                for linears in experts.linears:
+                    found[linears[-1]] = sum(float(worker.shard.weight(name).square().sum()) for name in linears) ** 0.5
+        return found
+
+    def costs(self, worker: Worker, reach: Any, shot: int) -> Any:
+        """Return scores of channels, in the order of which they go."""
+        found = super().costs(worker, reach, shot)
+        if self.ranks_experts:
+            return found
+        return replace(found, costs=tuple(replace(c, costs=self._scores(worker, c.consumer, c.costs)) for c in found.costs))
+
+    def _scores(self, worker: Worker, name: str, costs: Tensor) -> Tensor:
+        norms = worker.shard.weight(name).norm(dim=0)
+        if self.peer == "reap":
+            norms = norms * worker.shard.factors(name).A.diagonal().clamp(min=0).sqrt()
+        elif self.peer == "random":
+            norms = torch.rand(len(norms), generator=torch.Generator().manual_seed(worker.layout.linear_numbers[name]))
+        most = int(torch.isfinite(costs).sum())
+        scores = torch.full_like(costs, torch.inf)
+        cheapest = norms.argsort(stable=True)[:most]
+        scores[cheapest] = norms[cheapest].to(scores.dtype)
+        return scores
+
+    @collective
+    def prune(self, worker: Worker, counts: Mapping[str, int], experts: Mapping[str, float]) -> tuple[LinearSummary, ...]:
+        """Remove the channels with the lowest scores and nothing else, or whole experts as ours does."""
+        if self.ranks_experts:
+            return super().prune(worker, counts, experts)
+        for groups in self._sets(worker):
+            scores = self._scores(worker, groups.consumer, torch.zeros(len(groups.columns)))
+            gone, mask = scores.argsort(stable=True)[: counts[groups.consumer]], worker.mask(groups.consumer, StructuredMask)
+            removed = torch.zeros_like(mask.columns)
+            removed[groups.columns[gone].flatten()] = True
+            worker.masks[groups.consumer] = mask.without(torch.zeros_like(mask.rows), removed)
+            W = worker.shard.weight(groups.consumer)
+            W[:, removed] = 0
+            worker.shard.set_weight(groups.consumer, W)
+        worker.shard.drop_curvature()
+        return tuple(worker.summary(name, 0.0, 0.0) for name in worker.owned())
+
+
+def inputs_of(model: Path, folder: Path, kind: str, sparsity: float, shots: int, **pruning: Any) -> Inputs:
+    """Return a checked job."""
+    document = {
+        "version": 2,
+        "name": "experts",
+        "model": {"source": str(model)},
+        "calibration": {"source": "python-docs", "num_sequences": 16, "sequence_length": 512},
+        "evaluation": [
+            {"name": text, "source": text, "split": "test", "num_sequences": 8, "sequence_length": 512}
+            for text in ("python-docs", "python-docstrings")
+        ],
+        "pruning": {
+            "structure": "groups",
+            "allocation": "uniform",
+            "groups": [kind],
+            "target_sparsity": sparsity,
+            "num_shots": shots,
+            "width_multiple": 64,
+        }
+        | pruning,
+        "cluster": {"backend": "local", "cpus_per_worker": 2},
+        "output": {"uri": str(folder), "exports": [], "keep_shots": 1},
+    }
+    return check(parse_spec(json.dumps(document)))
+
+
+def pruned(inputs: Inputs) -> dict[str, Any]:
+    """Run a job and return the dense and the last perplexities, and divergences."""
+    cluster = LocalCluster(inputs.layout, inputs.placement, 2)
+    run_shots(inputs, cluster, RunDirectory(inputs.spec.output.uri), lambda news: None)
+    report = json.loads((Path(inputs.spec.output.uri) / "report.json").read_text())
+    return {"dense": report["dense"]["perplexity"]} | {name: report["shots"][-1][name] for name in ("perplexity", "divergence", "sparsity")}
+
+
+def table(model: Path, folder: Path, layout: ModelLayout, shots: int) -> list[dict[str, Any]]:
+    """Return the records of every point and method."""
+    of_experts = sum(e.num_parameters * len(e.linears) for e in layout.expert_sets) / layout.linear_size
+    rows = []
+    for kind, names in (("experts", OF_EXPERTS), ("expert_channels", OF_CHANNELS)):
+        for fraction in FRACTIONS:
+            for name in names:
+                own = name in ("rerouting", "ours")
+                score = {"expert_costs": name} if kind == "experts" and name != "magnitude" else {}
+                where = folder / f"{kind}-{fraction:g}-{name}"
+                inputs = inputs_of(model, where, kind, fraction * of_experts - 1e-9, shots if own else 1, **score)
+                if not own:
+                    method = inputs.method
+                    assert isinstance(method, Groups)
+                    peer = Peer(method.section, method.curvature, method.budget, method.fewest, method.consumers, name)
+                    inputs = replace(inputs, method=peer)
+                rows.append({"kind": kind, "fraction": fraction, "method": name} | pruned(inputs))
+                sys.stderr.write(json.dumps(rows[-1]) + "\n")
+                (folder / "experts.json").write_text(json.dumps(rows, indent=2) + "\n")
+    return rows
+
+
+@torch.no_grad()
+def loss_from(runner: BlockRunner, shard: ModelShard, first: int, states: list[Tensor], calls: list[Call], tokens: Tensor) -> float:
+    """Return the mean NLL of sequences whose hidden states before a block are known."""
+    total = 0.0
+    for sequence, hidden in zip(tokens, states, strict=True):
+        for place in range(first, len(calls)):
+            hidden = runner.through(place, hidden, calls)
+        nll, _ = shard.loss(runner.leave(hidden), sequence[None])
+        total += float(nll.sum())
+    return total / (len(tokens) * (tokens.shape[1] - 1))
+
+
+def predictions(model: Path, layout: ModelLayout, sequences: NDArray[np.int64], every: int) -> dict[str, Any]:
+    """Return predicted and measured loss increases of single experts, of every so many blocks, on the same text."""
+    source, tokens = open_model(ModelSection(source=str(model)), convert_gguf), torch.from_numpy(sequences)
+    reader, blocks = source.reader(), BlockRange(0, layout.num_blocks, layout.num_blocks)
+    shard = ModelShard(layout, blocks, torch.float32, torch.device("cpu"))
+    shard.load(lambda name: reader.read(str(layout.checkpoint_key(name, reader.file_of))))
+    runner = BlockRunner(shard)
+    shard.start_curvature(only=frozenset(), experts=True)
+    for i, sequence in enumerate(tokens):
+        (hidden,) = runner.forward(i, sequence[None])
+        _, gradient, _ = runner.loss(hidden, sequence[None])
+        runner.backward(i, [gradient])
+    shard.stop_curvature()
+    entered = [runner.enter(sequence[None]) for sequence in tokens]
+    states, calls = [hidden for hidden, _ in entered], entered[0][1]
+    dense, found = loss_from(runner, shard, 0, states, calls, tokens), []
+    with torch.no_grad():
+        for place in range(layout.num_blocks):
+            if place % every == every // 2 and place in shard.mixtures:
+                mixture, sums = shard.mixtures[place], shard.expert_sums[place]
+                costs = rerouting_costs(sums, mixture.num_chosen)
+                for expert in range(len(mixture.experts)):
+                    mixture.router.kept[expert] = False
+                    increase = loss_from(runner, shard, place, states, calls, tokens) - dense
+                    mixture.router.kept[expert] = True
+                    first_order = float(sums.of("gains")[expert]) / tokens.numel()
+                    entry = {"block": place, "expert": expert, "predicted": float(costs[expert]), "measured": increase}
+                    found.append(entry | {"first_order": first_order})
+            states = [runner.through(place, hidden, calls) for hidden in states]
+    predicted, measured = ([entry[name] for entry in found] for name in ("predicted", "measured"))
+    ranks = np.array([predicted, measured]).argsort(axis=1).argsort(axis=1)
+    return {"experts": found, "rank_correlation": float(np.corrcoef(*ranks)[0][1])}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure and print the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("model", type=Path, help="a mixture of experts")
+    parser.add_argument("folder", type=Path, help="where runs go")
+    parser.add_argument("--shots", type=int, default=2, help="of ours")
+    parser.add_argument("--every", type=int, default=3, help="single experts are removed from every so many blocks")
+    parser.add_argument("--sequences", type=int, default=4, help="of 512 tokens, on which single removals are measured")
+    parser.add_argument("--which", nargs="+", default=["predictions", "table"], choices=["predictions", "table"])
+    arguments = parser.parse_args(argv)
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(2)
+    layout = ModelLayout.of(AutoConfig.from_pretrained(arguments.model))
+    if "predictions" in arguments.which:
+        sequences = inputs_of(arguments.model, arguments.folder / "none", "experts", 0.01, 1).calibration[: arguments.sequences]
+        found = predictions(arguments.model, layout, sequences, arguments.every)
+        (arguments.folder / "predictions.json").write_text(json.dumps(found, indent=2) + "\n")
+        count = len(found["experts"])
+        sys.stdout.write(f"rank correlation of predicted and measured loss increases of {count} experts: {found['rank_correlation']:.3f}\n")
+    if "table" in arguments.which:
+        rows = table(arguments.model, arguments.folder, layout, arguments.shots)
+        texts = list(rows[0]["perplexity"])
+        lines = ["| what goes | method | " + " | ".join(texts) + " |", "|---|---|" + "---:|" * len(texts)]
+        of_dense = [f"{rows[0]['dense'][text]:.3f}" for text in texts]
+        lines.append(f"| nothing | dense | {' | '.join(of_dense)} |")
+        for row in rows:
+            values = " | ".join(f"{row['perplexity'][t]:.3f} ({row['divergence'][t]:.3f})" for t in texts)
+            lines.append(f"| {row['fraction']:.0%} of {row['kind']} | {row['method']} | {values} |")
+        sys.stdout.write("\n".join(lines) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
