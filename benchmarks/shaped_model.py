@@ -15,10 +15,12 @@ from pydoc_data.topics import topics
 import torch
 from safetensors.torch import save_file
 from tokenizers import ByteLevelBPETokenizer
-from transformers import LlamaConfig, OPTConfig, PretrainedConfig, PreTrainedTokenizerFast, Qwen3Config
+from transformers import LlamaConfig, OPTConfig, PretrainedConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3MoeConfig
 
 from ray_surgeon.models.layout import ModelLayout
 
+_QWEN3_MOE = {"vocab_size": 151936, "max_position_embeddings": 40960, "head_dim": 128, "num_key_value_heads": 4, "num_experts": 128}
+_QWEN3_MOE |= {"num_experts_per_tok": 8, "norm_topk_prob": True, "tie_word_embeddings": False}
 _LLAMA_3 = {"vocab_size": 128256, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "num_key_value_heads": 8}
 SHAPES: dict[str, PretrainedConfig] = {
     "llama-2-7b": LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32),
@@ -35,6 +37,12 @@ SHAPES: dict[str, PretrainedConfig] = {
         vocab_size=151936,
         max_position_embeddings=40960,
         tie_word_embeddings=False,
+    ),
+    "qwen3-30b-a3b": Qwen3MoeConfig(
+        hidden_size=2048, intermediate_size=6144, moe_intermediate_size=768, num_hidden_layers=48, num_attention_heads=32, **_QWEN3_MOE
+    ),
+    "qwen3-235b-a22b": Qwen3MoeConfig(
+        hidden_size=4096, intermediate_size=12288, moe_intermediate_size=1536, num_hidden_layers=94, num_attention_heads=64, **_QWEN3_MOE
     ),
     "opt-1.3b": OPTConfig(
         hidden_size=2048,

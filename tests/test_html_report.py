@@ -17,7 +17,7 @@ import pytest
 from ray_surgeon.cluster import fresh_process
 from ray_surgeon.export import folder as export_folder
 from ray_surgeon.run.html_report import page
-from ray_surgeon.run.plots import by_block, inline_svg, run_figures
+from ray_surgeon.run.plots import by_block, by_expert, inline_svg, run_figures
 from ray_surgeon.run.report import main
 from ray_surgeon.surgery.threshold import cost_curve
 from tests.conftest import Zygote
@@ -197,6 +197,24 @@ def test_depth_is_by_block_and_kind(runs: dict[str, Path]) -> None:
     assert all(len(row) == 4 for row in values)
     by_name = {linear["name"]: linear["sparsity"] for linear in linears}
     assert values[kinds.index("fc2")][3] == by_name[next(n for n in by_name if n.endswith("layers.3.fc2"))]
+
+
+def test_experts_have_a_map_of_their_own(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    options = {"pruning__structure": "groups", "pruning__groups": ["experts"], "pruning__num_shots": 1, "pruning__target_sparsity": 0.15}
+    assert run(tmp_path, model_folders["qwen2_moe"], **options) == 0
+    report = report_of(tmp_path / "run")
+    kinds, values = by_block(report["linears"])
+    row = values[kinds.index("mlp.experts.*.down_proj")]
+    assert np.isnan(row[0])
+    assert 0 < row[1] < 1
+    experts = by_expert(report["linears"])
+    assert np.shape(experts) == (4, 4)
+    gone = {name.removeprefix("model.layers.").removesuffix(".down_proj") for name in report["shots"][0]["experts_removed"]}
+    assert {f"{b}.mlp.experts.{e}" for e in range(4) for b in (1, 3) if experts[e][b] == 1} == gone
+    assert len(gone) == sum(value == 1 for row in experts for value in row)
+    html = page([report])
+    Reader(html)
+    assert "1 is an expert that is gone" in html
 
 
 def test_two_figures_of_a_page_share_no_identifier(runs: dict[str, Path]) -> None:

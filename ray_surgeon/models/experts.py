@@ -18,6 +18,13 @@ from torch.nn.functional import linear
 from ray_surgeon.models.families import SparseLayer
 
 
+class _Linear(nn.Linear):
+    """Waits for its weights: there are ten thousands of these in a large model, and starting values would take most of the time."""
+
+    def reset_parameters(self) -> None:
+        """Leave the weights as they are."""
+
+
 class Expert(nn.Module):
     """One expert: ``consumer(activation(gate(x)) * up(x))``."""
 
@@ -25,8 +32,8 @@ class Expert(nn.Module):
         super().__init__()
         self._activation, self._names = activation, (*family.producers, family.consumer)
         for name in family.producers:
-            self.add_module(name, nn.Linear(hidden, width, bias=False, device=like.device, dtype=like.dtype))
-        self.add_module(family.consumer, nn.Linear(width, hidden, bias=False, device=like.device, dtype=like.dtype))
+            self.add_module(name, _Linear(hidden, width, bias=False, device=like.device, dtype=like.dtype))
+        self.add_module(family.consumer, _Linear(width, hidden, bias=False, device=like.device, dtype=like.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """[num_tokens, d] -> [num_tokens, d]."""

@@ -153,14 +153,36 @@ def size_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def by_block(linears: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[float]]]:
-    """Return the kinds of linears, and per kind the sparsity in every block (not a number where a block has none)."""
-    places: dict[str, dict[int, float]] = {}
+    """Return the kinds of linears, and per kind the mean sparsity in every block (not a number where a block has none)."""
+    places: dict[str, dict[int, list[float]]] = {}
     for linear in linears:
-        match = re.fullmatch(r".*?\.(\d+)\.(.+)", linear["name"])
-        assert match is not None, f"{linear['name']} is in no block"
-        places.setdefault(match[2], {})[int(match[1])] = linear["sparsity"]
+        block, name = _place(linear)
+        kind = re.sub(r"\.\d+\.", ".*.", name)  # the experts of a block together
+        places.setdefault(kind, {}).setdefault(block, []).append(linear["sparsity"])
     num_blocks = 1 + max(block for kind in places.values() for block in kind)
-    return list(places), [[kind.get(block, math.nan) for block in range(num_blocks)] for kind in places.values()]
+    return list(places), [[_mean(kind.get(block, [])) for block in range(num_blocks)] for kind in places.values()]
+
+
+def by_expert(linears: Sequence[Mapping[str, Any]]) -> list[list[float]]:
+    """Return, for every expert, the mean sparsity of its linears in every block; nothing if there are no experts."""
+    places: dict[int, dict[int, list[float]]] = {}
+    for linear in linears:
+        block, name = _place(linear)
+        if (match := re.search(r"\.(\d+)\.", name)) is not None:
+            places.setdefault(int(match[1]), {}).setdefault(block, []).append(linear["sparsity"])
+    num_blocks = 1 + max((block for expert in places.values() for block in expert), default=-1)
+    return [[_mean(places[expert].get(block, [])) for block in range(num_blocks)] for expert in sorted(places)]
+
+
+def _place(linear: Mapping[str, Any]) -> tuple[int, str]:
+    """Return the number of the block of a linear, and the linear's name in it."""
+    match = re.fullmatch(r".*?\.(\d+)\.(.+)", linear["name"])
+    assert match is not None, f"{linear['name']} is in no block"
+    return int(match[1]), match[2]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
 
 
 @_styled
@@ -173,6 +195,24 @@ def depth_figure(linears: Sequence[Mapping[str, Any]]) -> Figure:
     axes.invert_yaxis()
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("block")
+    figure.colorbar(filled, ax=axes, label="sparsity", aspect=12)
+    return figure
+
+
+@_styled
+def expert_figure(sparsities: Sequence[Sequence[float]]) -> Figure:
+    """Plot the sparsity of every expert in every block as a heat map: 1 is an expert that is gone.
+
+    Args:
+        sparsities: see `by_expert`.
+    """
+    figure, axes = _axes(height=min(8.0, 1.4 + 0.12 * len(sparsities)))
+    filled = axes.pcolormesh(sparsities, cmap="viridis", vmin=0, vmax=1)
+    axes.invert_yaxis()
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("block")
+    axes.set_ylabel("expert")
     figure.colorbar(filled, ax=axes, label="sparsity", aspect=12)
     return figure
 
@@ -238,6 +278,8 @@ def run_figures(record: Mapping[str, Any]) -> dict[str, Figure]:
     per = "parameter" if pruning.get("target") is None else "unit of the target"
     unit = f"cost per {per}" if pruning.get("rank_by", "cost_per_parameter") == "cost_per_parameter" else "cost"
     figures |= {"size": size_figure([record]), "depth": depth_figure(record["linears"])}
+    if experts := by_expert(record["linears"]):
+        figures["experts"] = expert_figure(experts)
     if any(shot.get("cost_curve") for shot in record["shots"]):
         figures["costs"] = cost_figure(record["shots"], unit)
     return figures | {"time": time_figure(record["shots"])}

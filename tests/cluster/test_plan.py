@@ -27,6 +27,9 @@ def layout_of(name: str) -> ModelLayout:
     return LAYOUTS[name] if name in LAYOUTS else ModelLayout.of(shaped_config(name))
 
 
+WITH_EXPERTS = ["attention", "expert_channels", "experts"]
+
+
 def job_for(name: str, structure: str = "groups", num_shards: int = 1, **memory: Any) -> tuple[JobSpec, Job]:
     document = {
         "version": 2,
@@ -35,7 +38,8 @@ def job_for(name: str, structure: str = "groups", num_shards: int = 1, **memory:
         "calibration": {"source": "python-docs", "num_sequences": 128, "sequence_length": 2048},
         "evaluation": [{"name": "docs", "source": "python-docs", "num_sequences": 24, "sequence_length": 2048}],
         "pruning": {"structure": structure, "target_sparsity": 0.2, "num_shots": 1}
-        | ({"width_multiple": 8} if name == "llama" and structure == "groups" else {}),
+        | ({"width_multiple": 8} if name == "llama" and structure == "groups" else {})
+        | ({"groups": WITH_EXPERTS} if name.startswith("qwen3-") and "-a" in name else {}),
         "memory": memory,
         "cluster": {"num_shards": num_shards, "gpus_per_worker": 1},
         "output": {"uri": "x"},
@@ -78,6 +82,22 @@ def test_what_is_streamed_where_it_would_not_fit(
     assert found.stores.activations == "recompute"
     on_disk = [worker.disk for worker in found.workers]
     assert all(on_disk) == (weights == "disk")
+
+
+def test_mixtures_of_experts_from_their_configurations() -> None:
+    """Qwen3-30B-A3B on one device with the memory of its host, Qwen3-235B-A22B on eight."""
+    layout = layout_of("qwen3-30b-a3b")
+    assert layout.num_parameters == 30_532_122_624
+    assert (layout.num_experts, layout.num_active_experts, len(layout.expert_sets)) == (128, 8, 48)
+    found = plan("qwen3-30b-a3b", 80 * GB, TB)
+    assert found.stores.factors == "host"
+    factors = 48 * 128 * 4 * (768**2 / 2 + 2048**2 / 2)
+    assert factors < found.workers[0].peak(found.room, found.workers[0].steps[2])[1] < 1.6 * factors
+    assert plan("qwen3-235b-a22b", 80 * GB, 2 * TB, 8).excess()[0] <= 1
+    active = 128 * 2048 * 2 * 3.3e9  # tokens; two operations for each of 3.3e9 weights that a token is multiplied with
+    flops = found.as_record()["flops"]
+    assert active < flops["curvature"] < 12 * active, "forward, backward, once more, without experts, and the factors"
+    assert found.seconds["curvature"] > 0
 
 
 @pytest.mark.parametrize(("name", "step"), [("llama-3-70b", "update"), ("llama-3-405b", "costs"), ("qwen3-32b", "update")])

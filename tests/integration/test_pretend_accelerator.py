@@ -31,7 +31,7 @@ from ray_surgeon.shots import run_shots
 from ray_surgeon.spec import parse_spec
 from ray_surgeon.storage import tensor_files
 from tests import zygote as forks
-from tests.conftest import CONFIGS, Zygote, tiny_model
+from tests.conftest import CONFIGS, SPARSE_CONFIGS, Zygote, tiny_model
 from tests.integration.runs import report_of, tensors_of_shot, tiny_spec
 
 EQUAL = (0.0, 0.0)
@@ -176,14 +176,15 @@ def mixtures() -> dict[str, str]:
 def small_models(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> dict[str, Path]:
     """The tiny models with two blocks."""
     folders = {}
-    for family in ("llama", "opt", "gpt2", "qwen2", "gemma3", "phi3"):
-        document = CONFIGS[family].to_dict()
+    for family in ("llama", "opt", "gpt2", "qwen2", "gemma3", "phi3", "qwen2_moe", "glm4_moe"):
+        configs = SPARSE_CONFIGS if family in SPARSE_CONFIGS else CONFIGS
+        document = configs[family].to_dict()
         document |= {"n_layer" if family == "gpt2" else "num_hidden_layers": 2}
         if "layer_types" in document:
             document["layer_types"] = document["layer_types"][:2]
         folders[family] = tmp_path_factory.mktemp("small") / family
         with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(CONFIGS, family, type(CONFIGS[family])(**document))
+            patch.setitem(configs, family, type(configs[family])(**document))
             tiny_model(family).save_pretrained(folders[family])
         tokenizer.save_pretrained(folders[family])
     return folders
@@ -236,6 +237,14 @@ def test_every_method(method: str, zygote: Zygote, small_models: dict[str, Path]
 @pytest.mark.parametrize("family", ["opt", "gpt2", "qwen2", "gemma3", "phi3"])
 def test_other_families(family: str, zygote: Zygote, small_models: dict[str, Path], tmp_path: Path) -> None:
     assert_same_run(zygote, small_models[family], tmp_path, METHODS["groups"][0], BY_CANCELLATION)
+
+
+@pytest.mark.parametrize("stores", ["device", "host", "disk"])
+@pytest.mark.parametrize("family", ["qwen2_moe", "glm4_moe"])
+def test_experts(family: str, stores: str, zygote: Zygote, small_models: dict[str, Path], tmp_path: Path) -> None:
+    kinds = ["ffn", "shared_experts", "expert_channels", "experts"]
+    options = {**GROUPS, "pruning__groups": kinds, "memory__weights": stores, "memory__factors": stores, "output__exports": ["per_block"]}
+    assert_same_run(zygote, small_models[family], tmp_path, options, BY_CANCELLATION)
 
 
 def test_curvature_of_a_model_in_memory(zygote: Zygote, small_models: dict[str, Path], tmp_path: Path) -> None:

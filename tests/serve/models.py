@@ -16,12 +16,16 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
+    OlmoeConfig,
     OPTConfig,
     Phi3Config,
     PretrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from tests.integration.runs import run
@@ -59,13 +63,22 @@ FAMILIES = {
     ),
 }
 
+_SPARSE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "norm_topk_prob": True}
+MIXTURES = {
+    "mixtral": Served(MixtralConfig(**_ROTARY, **_COMMON, num_local_experts=8, sliding_window=None), "MixtralForCausalLM"),
+    "olmoe": Served(OlmoeConfig(**_ROTARY, **_COMMON, num_experts=8, num_experts_per_tok=2), "OlmoeForCausalLM"),
+    "qwen2_moe": Served(Qwen2MoeConfig(**_ROTARY, **_COMMON, **_SPARSE, shared_expert_intermediate_size=128), "Qwen2MoeForCausalLM"),
+    "qwen3_moe": Served(Qwen3MoeConfig(**_ROTARY, **_COMMON, **_SPARSE, head_dim=32), "Qwen3MoeForCausalLM"),
+}
+"""Mixtures of experts."""
+
 PLAIN = sorted(set(FAMILIES) - {"llama-wide"})
 
 
 def exported(family: str, *kinds: str, folder: Path, **options: Any) -> Path:
     """Prune a tiny model and return the folder of its first export."""
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(FAMILIES[family].config).save_pretrained(folder / "model")
+    AutoModelForCausalLM.from_config((FAMILIES | MIXTURES)[family].config).save_pretrained(folder / "model")
     tokenizer().save_pretrained(folder / "model")
     pruning: dict[str, Any] = {"pruning__structure": "groups", "pruning__num_shots": 1, "pruning__width_multiple": 32}
     pruning |= {"pruning__allocation": "global" if kinds[0] == "per_block" else "uniform"}

@@ -12,7 +12,7 @@ import pytest
 
 from tests.serve import environments
 from tests.serve.compare import NUM_NEW_TOKENS, compare, mean_difference
-from tests.serve.models import FAMILIES, PLAIN, PROMPTS, exported
+from tests.serve.models import FAMILIES, MIXTURES, PLAIN, PROMPTS, exported
 
 pytestmark = [
     pytest.mark.serve,
@@ -48,6 +48,13 @@ def test_uniform_with_fewer_heads(family: str, tmp_path: Path) -> None:
 def test_per_block(family: str, tmp_path: Path) -> None:
     """KV heads differ from block to block, and so does the cache."""
     in_vllm(exported(family, "per_block", folder=tmp_path), "TransformersForCausalLM")
+
+
+@pytest.mark.parametrize("kinds", [["experts"], ["expert_channels"], ["experts", "expert_channels"]], ids="-".join)
+@pytest.mark.parametrize("family", sorted(MIXTURES))
+def test_fewer_and_narrower_experts(family: str, kinds: list[str], tmp_path: Path) -> None:
+    folder = exported(family, "uniform", folder=tmp_path, pruning__groups=kinds)
+    in_vllm(folder, MIXTURES[family].vllm_class)
 
 
 def test_deci(tmp_path: Path) -> None:
