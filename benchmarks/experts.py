@@ -102,9 +102,9 @@ def inputs_of(model: Path, folder: Path, kind: str, sparsity: float, shots: int,
         "version": 2,
         "name": "experts",
         "model": {"source": str(model)},
-        "calibration": {"source": "python-docs", "num_sequences": 16, "sequence_length": 512},
+        "calibration": {"source": "python-docs", "num_sequences": 8, "sequence_length": 512},
         "evaluation": [
-            {"name": text, "source": text, "split": "test", "num_sequences": 8, "sequence_length": 512}
+            {"name": text, "source": text, "split": "test", "num_sequences": 6, "sequence_length": 512}
             for text in ("python-docs", "python-docstrings")
         ],
         "pruning": {
