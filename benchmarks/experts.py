@@ -4,7 +4,7 @@
 
 The same number of experts, or of channels, goes from every block of the dense mixture, calibrated on Python's help and measured on help and
 docstrings. Others, from their definitions: REAP (Lasby et al. 2025, arXiv 2510.13999: mean over an expert's tokens of its weight times the
-norm of its output), frequency of routing, magnitude (norm of the weights), random. For channels REAP's score is that of a channel, the root
+norm of its output), frequency of routing, magnitude (norm of the weights). For channels REAP's score is that of a channel, the root
 mean square of its activation times the norm of its column; others have no updates.
 """
 
@@ -41,8 +41,8 @@ from ray_surgeon.surgery.experts import rerouting_costs
 from ray_surgeon.surgery.masks import StructuredMask
 
 FRACTIONS = (0.25, 0.5)
-OF_EXPERTS = ("rerouting", "reap", "frequency", "magnitude", "random")
-OF_CHANNELS = ("ours", "reap", "magnitude", "random")
+OF_EXPERTS = ("rerouting", "reap", "frequency", "magnitude")
+OF_CHANNELS = ("ours", "reap", "magnitude")
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,6 @@ class Peer(Groups):
         norms = worker.shard.weight(name).norm(dim=0)
         if self.peer == "reap":
             norms = norms * worker.shard.factors(name).A.diagonal().clamp(min=0).sqrt()
-        elif self.peer == "random":
-            norms = torch.rand(len(norms), generator=torch.Generator().manual_seed(worker.layout.linear_numbers[name]))
         most = int(torch.isfinite(costs).sum())
         scores = torch.full_like(costs, torch.inf)
         cheapest = norms.argsort(stable=True)[:most]
@@ -134,8 +132,8 @@ def table(model: Path, folder: Path, layout: ModelLayout, shots: int) -> list[di
     """Return the records of every point and method."""
     of_experts = sum(e.num_parameters * len(e.linears) for e in layout.expert_sets) / layout.linear_size
     rows = []
-    for kind, names in (("experts", OF_EXPERTS), ("expert_channels", OF_CHANNELS)):
-        for fraction in FRACTIONS:
+    for fraction in FRACTIONS:
+        for kind, names in (("experts", OF_EXPERTS), ("expert_channels", OF_CHANNELS)):
             for name in names:
                 own = name in ("rerouting", "ours")
                 score = {"expert_costs": name} if kind == "experts" and name != "magnitude" else {}
