@@ -17,6 +17,7 @@ from ray_surgeon.cluster.local import LocalCluster
 from ray_surgeon.export.folder import local_folder
 from ray_surgeon.inputs import Inputs, check
 from ray_surgeon.memory.stores import Stores
+from ray_surgeon.models.experts import in_memory
 from ray_surgeon.models.layout import BlockRange, ModelLayout
 from ray_surgeon.models.runner import BlockRunner
 from ray_surgeon.models.shard import ModelShard
@@ -254,7 +255,7 @@ def curvature(
 
     Returns:
         Name -> sums A [C, C] of a a^T and G [R, R] of g g^T over all tokens, with the number of tokens; a bias is the last input, whose
-        value is 1. Source: docs/method.md, section 1.
+        value is 1. Those of an expert are over the tokens that are routed to it. Source: docs/method.md, section 1.
 
     Raises:
         ValueError: the family is not supported, the model has no such linear, or there is no sequence of two tokens or more.
@@ -268,7 +269,12 @@ def curvature(
     state = model.state_dict()
     where = Stores(weights="disk")  # they are never written, so they are read where they are: in the model
     shard = ModelShard(layout, BlockRange(0, layout.num_blocks, layout.num_blocks), model.dtype, model.device, where)
-    shard.load(lambda name: state[layout.checkpoint_key(name, state) or name])
+
+    def read(name: str) -> torch.Tensor:
+        of_expert = None if layout.family.sparse is None else in_memory(layout.family.sparse, state, name)
+        return state[layout.checkpoint_key(name, state) or name] if of_expert is None else of_expert
+
+    shard.load(read)
     shard.start_curvature()
     runner = BlockRunner(shard)
     for number, ids in enumerate(tokens):
@@ -278,7 +284,7 @@ def curvature(
         _, gradient, _ = runner.loss(hidden, batch, generator)
         runner.backward(number, [gradient])
     shard.stop_curvature()
-    return {name: shard.factors(name).dense() for name in linears or layout.shapes}
+    return {name: shard.own_factors(name).dense() for name in linears or layout.shapes}
 
 
 def _tokens(sequence: Any, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:

@@ -7,7 +7,7 @@ the names they have in checkpoints. The family's own layer and router stay: they
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,6 +138,23 @@ def split_experts(block: nn.Module, family: SparseLayer) -> bool:
     experts = [Expert(family, width, int(whole.hidden_dim), whole.act_fn, like) for _ in range(int(whole.num_experts))]
     setattr(layer, name, ExpertLinears(experts))
     return True
+
+
+def in_memory(family: SparseLayer, state: Mapping[str, Tensor], name: str) -> Tensor | None:
+    """Return the weight of an expert's linear from a model in memory, whose experts lie in two tensors a layer; None if it is no such.
+
+    Args:
+        family: of the model.
+        state: its ``state_dict``.
+        name: e.g. ``model.layers.3.mlp.experts.5.gate_proj.weight``.
+    """
+    layer, inside, rest = name.partition(f".{family.experts}.")
+    if not inside:
+        return None
+    number, linear, _ = rest.split(".")
+    whole = f"{layer}{inside}" + ("down_proj" if linear == family.consumer else "gate_up_proj")
+    weight = state[whole][int(number)]
+    return weight if linear == family.consumer else weight.chunk(2)[family.producers.index(linear)]
 
 
 def mixture_of(block: nn.Module, family: SparseLayer) -> Mixture | None:

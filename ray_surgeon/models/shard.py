@@ -291,14 +291,15 @@ class ModelShard:
         self._layer_means.clear()
 
     def factors(self, name: str) -> PackedFactors:
-        """Return the factors of a linear where they lie; A is shared with the other linears that read the same input.
-
-        Those of an expert are shrunk, see `shrunk_factors`.
-        """
-        group, shape = self._group_of[name], self.layout.shapes[name]
-        A, G = self.factor_store.get(group.key_of_A), self.factor_store.get(group.key_of_G(name))
-        own = PackedFactors(A, G, group.num_tokens, tuple(self.terms.get(name, ())))
+        """Return the factors of a linear, see `own_factors`; those of an expert are shrunk, see `shrunk_factors`."""
+        own, shape = self.own_factors(name), self.layout.shapes[name]
         return own if shape.expert is None else shrunk_factors(own, self._layer_mean(shape.block, shape.role))
+
+    def own_factors(self, name: str) -> PackedFactors:
+        """Return the sums of a linear where they lie; A is shared with the other linears that read the same input."""
+        group = self._group_of[name]
+        A, G = self.factor_store.get(group.key_of_A), self.factor_store.get(group.key_of_G(name))
+        return PackedFactors(A, G, group.num_tokens, tuple(self.terms.get(name, ())))
 
     def _layer_mean(self, block: int, role: str) -> LayerMean:
         """Return the mean factors of the linears of a role over all experts of a block."""

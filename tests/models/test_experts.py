@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ray_surgeon.api import curvature
 from ray_surgeon.models.experts import Mixture, removals, routed
 from ray_surgeon.models.families import FAMILIES
 from ray_surgeon.models.layout import BlockRange, stored_name
@@ -181,6 +182,21 @@ def test_factors_of_an_expert_are_of_its_tokens_and_shrunk_towards_the_layer(fam
         torch.testing.assert_close(factors.A, wanted, rtol=1e-4, atol=1e-6)
         assert factors.num_tokens == 1
         assert float(factors.G.diagonal().min()) > 0
+
+
+@pytest.mark.parametrize("family", FAMILIES_WITH_EXPERTS)
+def test_curvature_of_a_model_in_memory(family: str, states: dict[str, dict[str, Tensor]]) -> None:
+    """Sums over the tokens of each expert, equal to those of the checkpoint; all tokens together are those of the layer."""
+    found, part = curvature(tiny_model(family), TOKENS), shard(family, states[family])
+    gather(part)
+    for name, factors in found.items():
+        own = part.own_factors(name).dense()
+        assert factors.num_tokens == own.num_tokens
+        torch.testing.assert_close(factors.A, own.A, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(factors.G, own.G, rtol=1e-3, atol=1e-8)
+    experts = LAYOUTS[family].expert_sets[-1]
+    total = sum(found[linears[-1]].num_tokens for linears in experts.linears)
+    assert total == TOKENS.numel() * LAYOUTS[family].num_active_experts
 
 
 def test_copies_of_a_router_do_not_change_it(states: dict[str, dict[str, Tensor]]) -> None:
