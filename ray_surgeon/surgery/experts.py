@@ -14,7 +14,7 @@ from torch import Tensor
 from ray_surgeon.surgery.kronecker import PackedFactors, PackedSymmetric
 
 PRIOR_TOKENS = 32.0
-"""How many tokens of its own an expert must have seen to count as much as the mean of its layer; see docs/results.md."""
+"""How many tokens of its own an expert must have seen to count as much as the mean of its layer; a guess, not measured yet."""
 
 
 @dataclass(frozen=True)
