@@ -274,7 +274,7 @@ def _largest_error(file: Path, tensors: Tensors, kind: str) -> float:
 def _written(request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     document = dict(request["document"])
     config = AutoConfig.for_model(document.pop("model_type"), **document)
-    widths = [BlockWidths(**width) for width in request["widths"]]
+    widths = [BlockWidths(width["num_channels"], width["num_kv_heads"]) for width in request["widths"]]
     for kind in request["kinds"]:
         file = f"{request['name']}-{kind.upper()}.gguf"
         with tempfile.TemporaryDirectory() as scratch:

@@ -263,6 +263,7 @@ class ModelShard:
 
     def stop_curvature(self) -> None:
         """Stop to gather, and set the factors that the kind does not sum."""
+        assert self._kind is not None, "no curvature pass has been made"
         for group in self.gathering:
             shapes = [self.layout.shapes[name] for name in group.names]
             sizes = {group.key_of_A: shapes[0].num_columns} if self._kind == "identity" else {}
