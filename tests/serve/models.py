@@ -17,7 +17,6 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
-    OlmoeConfig,
     OPTConfig,
     Phi3Config,
     PretrainedConfig,
@@ -66,11 +65,10 @@ FAMILIES = {
 _SPARSE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "norm_topk_prob": True}
 MIXTURES = {
     "mixtral": Served(MixtralConfig(**_ROTARY, **_COMMON, num_local_experts=8, sliding_window=None), "MixtralForCausalLM"),
-    "olmoe": Served(OlmoeConfig(**_ROTARY, **_COMMON, num_experts=8, num_experts_per_tok=2), "OlmoeForCausalLM"),
     "qwen2_moe": Served(Qwen2MoeConfig(**_ROTARY, **_COMMON, **_SPARSE, shared_expert_intermediate_size=128), "Qwen2MoeForCausalLM"),
     "qwen3_moe": Served(Qwen3MoeConfig(**_ROTARY, **_COMMON, **_SPARSE, head_dim=32), "Qwen3MoeForCausalLM"),
 }
-"""Mixtures of experts."""
+"""Mixtures of experts. vLLM 0.32's OLMoE is left out: on a CPU it differs from transformers' on the dense model, too, by 2 nats."""
 
 PLAIN = sorted(set(FAMILIES) - {"llama-wide"})
 
