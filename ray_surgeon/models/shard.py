@@ -111,7 +111,7 @@ class ModelShard:
         return found
 
     def _dtype_of(self, name: str) -> torch.dtype:
-        return torch.float32 if name.endswith(self.layout.family.float32 or ("\0",)) else self.dtype
+        return torch.float32 if name.endswith(self.layout.family.float32) else self.dtype
 
     @property
     def wanted(self) -> list[str]:
@@ -306,7 +306,7 @@ class ModelShard:
         """Return the mean factors of the linears of a role over all experts of a block."""
         if (block, role) not in self._layer_means:
             assert self.layout.family.sparse is not None
-            self._layer_means.clear()  # one is used at a time
+            self._layer_means = {key: mean for key, mean in self._layer_means.items() if key[0] == block}  # blocks have their turns
             names = [shape.name for shape in self.layout.linears if shape.block == block and shape.role == role]
             groups = [self._group_of[name] for name in names]
             num_tokens, is_consumer = sum(g.num_tokens for g in groups), role.endswith(self.layout.family.sparse.consumer)

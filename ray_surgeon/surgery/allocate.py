@@ -88,14 +88,14 @@ def allocate_globally(costs: Sequence[GroupCosts], missing: float, *, per_unit: 
         points = [(c.saved(n) if per_unit else n, curve[n], n) for n in counts]
         if math.isfinite(c.whole):
             points.append((c.saved(c.num_left) if per_unit else c.num_left, c.whole, _WHOLE))
-        for (x, y, n), (next_x, next_y, next_n) in itertools.pairwise(_hull(sorted(points))):
-            steps.append(((next_y - y) / (next_x - x), place, n, next_n))
+        for (x, y, _), (next_x, next_y, next_n) in itertools.pairwise(_hull(sorted(points))):
+            steps.append(((next_y - y) / (next_x - x), place, next_n))
     steps.sort(key=lambda step: step[0])
     left = Counter(c.layer for c in costs if math.isfinite(c.whole))
     experts, threshold = set[int](), 0.0
     saved = sum(c.saved(n) for c, n in zip(costs, numbers, strict=True))
     tolerance = 1e-9 * abs(missing) + 1e-6
-    for slope, place, _, next_n in steps:
+    for slope, place, next_n in steps:
         if saved >= missing - tolerance:
             break
         c = costs[place]
