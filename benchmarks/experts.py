@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,9 @@ from ray_surgeon.cluster.local import LocalCluster
 from ray_surgeon.cluster.worker import LinearSummary, Worker, collective
 from ray_surgeon.inputs import Inputs, check
 from ray_surgeon.methods import Groups
+from ray_surgeon.models.build import BlockRange
 from ray_surgeon.models.gguf import convert_gguf
-from ray_surgeon.models.layout import BlockRange, ModelLayout
+from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.runner import BlockRunner, Call
 from ray_surgeon.models.shard import ModelShard
 from ray_surgeon.run.directory import RunDirectory
@@ -150,20 +151,36 @@ def table(model: Path, folder: Path, layout: ModelLayout, shots: int) -> list[di
     return rows
 
 
-@torch.no_grad()
-def loss_from(runner: BlockRunner, shard: ModelShard, first: int, states: list[Tensor], calls: list[Call], tokens: Tensor) -> float:
-    """Return the mean NLL of sequences whose hidden states before a block are known."""
-    total = 0.0
-    for sequence, hidden in zip(tokens, states, strict=True):
-        for place in range(first, len(calls)):
-            hidden = runner.through(place, hidden, calls)
-        nll, _ = shard.loss(runner.leave(hidden), sequence[None])
-        total += float(nll.sum())
-    return total / (len(tokens) * (tokens.shape[1] - 1))
+@dataclass(frozen=True)
+class Removals:
+    """What it takes to measure removals: the model, and where the sequences stand before a block."""
+
+    shard: ModelShard
+    runner: BlockRunner
+    tokens: Tensor  # [num_sequences, T]
+    calls: list[Call]
+
+    @torch.no_grad()
+    def last_states(self, first: int, states: list[Tensor]) -> list[Tensor]:
+        """Return the hidden states before the head of sequences whose states before block `first` are given."""
+        for place in range(first, len(self.calls)):
+            states = [self.runner.through(place, hidden, self.calls) for hidden in states]
+        return [self.runner.leave(hidden) for hidden in states]
+
+    @torch.no_grad()
+    def compare(self, states: list[Tensor], dense: list[Tensor]) -> tuple[float, float]:
+        """Return the mean NLL, and the mean divergence from the dense model, of states before the head."""
+        found = [self.shard.compare(h, d, t[None]) for h, d, t in zip(states, dense, self.tokens, strict=True)]
+        count = len(self.tokens) * (self.tokens.shape[1] - 1)
+        return sum(float(c.nll) for c in found) / count, sum(float(c.divergence) for c in found) / count
 
 
 def predictions(model: Path, layout: ModelLayout, sequences: NDArray[np.int64], every: int) -> dict[str, Any]:
-    """Return predicted and measured loss increases of single experts, of every so many blocks, on the same text."""
+    """Return predicted and measured loss increases of single experts, of every so many blocks, on the same text.
+
+    Measured is the increase of the loss on the text, and the divergence from the dense model: the increase of the loss on all that the
+    dense model might say at each token, weighted by how likely it says so. The first has the noise of the text's labels.
+    """
     source, tokens = open_model(ModelSection(source=str(model)), convert_gguf), torch.from_numpy(sequences)
     reader, blocks = source.reader(), BlockRange(0, layout.num_blocks, layout.num_blocks)
     shard = ModelShard(layout, blocks, torch.float32, torch.device("cpu"))
@@ -176,24 +193,43 @@ def predictions(model: Path, layout: ModelLayout, sequences: NDArray[np.int64], 
         runner.backward(i, [gradient])
     shard.stop_curvature()
     entered = [runner.enter(sequence[None]) for sequence in tokens]
-    states, calls = [hidden for hidden, _ in entered], entered[0][1]
-    dense, found = loss_from(runner, shard, 0, states, calls, tokens), []
-    with torch.no_grad():
-        for place in range(layout.num_blocks):
-            if place % every == every // 2 and place in shard.mixtures:
-                mixture, sums = shard.mixtures[place], shard.expert_sums[place]
-                costs = rerouting_costs(sums, mixture.num_chosen)
-                for expert in range(len(mixture.experts)):
-                    mixture.router.kept[expert] = False
-                    increase = loss_from(runner, shard, place, states, calls, tokens) - dense
-                    mixture.router.kept[expert] = True
-                    first_order = float(sums.of("gains")[expert]) / tokens.numel()
-                    entry = {"block": place, "expert": expert, "predicted": float(costs[expert]), "measured": increase}
-                    found.append(entry | {"first_order": first_order})
-            states = [runner.through(place, hidden, calls) for hidden in states]
-    predicted, measured = ([entry[name] for entry in found] for name in ("predicted", "measured"))
-    ranks = np.array([predicted, measured]).argsort(axis=1).argsort(axis=1)
-    return {"experts": found, "rank_correlation": float(np.corrcoef(*ranks)[0][1])}
+    states, found = [hidden for hidden, _ in entered], list[dict[str, float]]()
+    removals = Removals(shard, runner, tokens, entered[0][1])
+    of_dense = removals.last_states(0, states)
+    dense, _ = removals.compare(of_dense, of_dense)
+    for place in range(layout.num_blocks):
+        if place % every == every // 2 and place in shard.mixtures:
+            mixture, sums = shard.mixtures[place], shard.expert_sums[place]
+            costs = rerouting_costs(sums, mixture.num_chosen)
+            for expert in range(len(mixture.experts)):
+                mixture.router.kept[expert] = False
+                nll, divergence = removals.compare(removals.last_states(place, states), of_dense)
+                mixture.router.kept[expert] = True
+                entry = {
+                    "block": place,
+                    "expert": expert,
+                    "predicted": float(costs[expert]),
+                    "measured": nll - dense,
+                    "divergence": divergence,
+                }
+                found.append(entry | {"first_order": float(sums.of("gains")[expert]) / tokens.numel()})
+        with torch.no_grad():
+            states = [runner.through(place, hidden, removals.calls) for hidden in states]
+    predicted = [entry["predicted"] for entry in found]
+    both = [entry["predicted"] + entry["first_order"] for entry in found]
+    measured, diverged = ([entry[name] for entry in found] for name in ("measured", "divergence"))
+    return {
+        "experts": found,
+        "rank_correlation": rank_correlation(predicted, measured),
+        "with the first order": rank_correlation(both, measured),
+        "with the divergence": rank_correlation(predicted, diverged),
+    }
+
+
+def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
+    """Return Spearman's."""
+    ranks = np.array([a, b]).argsort(axis=1).argsort(axis=1)
+    return float(np.corrcoef(*ranks)[0][1])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -203,7 +239,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="where runs go")
     parser.add_argument("--shots", type=int, default=2, help="of ours")
     parser.add_argument("--every", type=int, default=3, help="single experts are removed from every so many blocks")
-    parser.add_argument("--sequences", type=int, default=4, help="of 512 tokens, on which single removals are measured")
+    parser.add_argument("--sequences", type=int, default=8, help="of 512 tokens, on which single removals are measured")
     parser.add_argument("--which", nargs="+", default=["predictions", "table"], choices=["predictions", "table"])
     arguments = parser.parse_args(argv)
     arguments.folder.mkdir(parents=True, exist_ok=True)
@@ -213,8 +249,8 @@ def main(argv: list[str] | None = None) -> int:
         sequences = inputs_of(arguments.model, arguments.folder / "none", "experts", 0.01, 1).calibration[: arguments.sequences]
         found = predictions(arguments.model, layout, sequences, arguments.every)
         (arguments.folder / "predictions.json").write_text(json.dumps(found, indent=2) + "\n")
-        count = len(found["experts"])
-        sys.stdout.write(f"rank correlation of predicted and measured loss increases of {count} experts: {found['rank_correlation']:.3f}\n")
+        said = ", ".join(f"{name} {value:.3f}" for name, value in found.items() if name != "experts")
+        sys.stdout.write(f"{len(found['experts'])} experts removed one at a time, predicted and measured: {said}\n")
     if "table" in arguments.which:
         rows = table(arguments.model, arguments.folder, layout, arguments.shots)
         texts = list(rows[0]["perplexity"])

@@ -3,11 +3,11 @@
 ``python -m benchmarks.upcycled FOLDER`` writes a Mixtral of 8 experts a block, of which every token goes to 2, and prints its perplexities
 and the entropy of its routing, in less than 15 minutes on two cores.
 
-Sparse upcycling (Komatsuzaki et al. 2023, arXiv 2212.05055): every expert is a copy of the feed-forward layer and the router is random. The
-last linears of the experts and the routers are then trained on three kinds of text, in bfloat16 products, with the family's own loss for
-balance. Experts that are whole copies hardly differ after so few steps: the removal of one changed the loss by 5e-4 nats of either sign. So
-each starts without the outputs of a random quarter of its channels, the others scaled up (Drop-Upcycling, Nakamura et al. 2025, arXiv
-2502.19261).
+Sparse upcycling (Komatsuzaki et al. 2023, arXiv 2212.05055): every expert is a copy of the feed-forward layer. Copies hardly differ after a
+few hundred steps: the removal of one changed the loss by 5e-4 nats of either sign. So each starts without the outputs of a random quarter
+of its channels, the others scaled up (Drop-Upcycling, Nakamura et al. 2025, arXiv 2502.19261), and the routers start at the centres of
+clusters of what they see, which keeps tokens of one kind together. Low-rank changes of all linears of the experts, and the routers, are
+then trained on three kinds of text, in bfloat16 products, with the family's own loss for balance, and absorbed.
 """
 
 from __future__ import annotations
@@ -28,18 +28,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MixtralConfig, PreTrainedModel
 
+from ray_surgeon.models.build import stored_name
 from ray_surgeon.models.experts import split_experts
 from ray_surgeon.models.families import FAMILIES
 from ray_surgeon.models.gguf import convert_gguf
-from ray_surgeon.models.layout import stored_name
+from ray_surgeon.models.low_rank import LowRank, adding
 from ray_surgeon.sections.texts import SourceSection
 from ray_surgeon.spec import parse_spec
 from ray_surgeon.storage.sources import open_model
 from ray_surgeon.storage.texts import cut_windows, token_stream
+from ray_surgeon.surgery.masks import StructuredMask
 
 TEXTS = ("python-docs", "python-docstrings", "package-descriptions")
 DROPPED = 0.25
-LENGTH, BATCH, RATE, NUM_WINDOWS = 192, 3, 5e-4, 6
+LENGTH, BATCH, RANK, RATE, NUM_WINDOWS = 256, 4, 16, 1e-3, 6
 
 
 def upcycled(dense: PreTrainedModel, num_experts: int) -> PreTrainedModel:
@@ -94,11 +96,48 @@ def windows(tokenizer: Any, source: str, split: str, count: int, length: int) ->
     return cut_windows(token_stream(SourceSection(source=source, split=split), tokenizer, source), count, length, None, 0, source).tokens
 
 
+@torch.no_grad()
+def start_routers(model: PreTrainedModel, dense: PreTrainedModel, tokens: NDArray[np.int64], rounds: int = 10) -> None:
+    """Let each router's rows be the centres of clusters of what the feed-forward layers of the dense model see on sequences [n, T].
+
+    Clusters are of directions around the mean. Rows have nothing of the mean, which all tokens share, and logits a variance of 1.
+    """
+    seen: list[Tensor] = []
+
+    def hook(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen.append(inputs[0].flatten(0, 1))
+
+    hooks = [block.mlp.register_forward_pre_hook(hook) for block in dense.model.layers]
+    dense.model(input_ids=torch.from_numpy(tokens), use_cache=False)
+    for handle in hooks:
+        handle.remove()
+    for block, x in zip(model.model.layers, seen, strict=True):
+        mean = x.mean(dim=0)
+        directions = torch.nn.functional.normalize(x - mean, dim=1)
+        rows: Tensor = block.mlp.gate.weight
+        centres = directions[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[: len(rows)]]
+        for _ in range(rounds):
+            nearest = (directions @ centres.T).argmax(dim=1)
+            sums = torch.zeros_like(centres).index_add_(0, nearest, directions)
+            centres = torch.nn.functional.normalize(sums, dim=1)
+        centres -= torch.outer(centres @ mean, mean) / mean.square().sum()
+        rows.copy_(centres / (x @ centres.T).std(dim=0)[:, None])
+
+
 def train(model: PreTrainedModel, tokens: NDArray[np.int64], say: float = 30.0) -> None:
-    """Train the last linears of experts, and routers, on sequences [n, T], `BATCH` at a time."""
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.endswith(("down_proj.weight", "gate.weight")))
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    """Train low-rank changes of the experts' linears, and the routers, on sequences [n, T], `BATCH` at a time, and absorb them."""
+    model.requires_grad_(False)
+    parts, wide, hooks, trained = dict[str, LowRank](), dict[str, Tensor](), [], list[Tensor]()
+    for name, module in model.model.layers.named_modules():
+        if ".experts." in name and isinstance(module, torch.nn.Linear):
+            mask = StructuredMask.full(module.out_features, module.in_features)
+            parts[name] = LowRank(module, mask, RANK, len(parts), torch.device("cpu"))
+            hooks.append(module.register_forward_hook(adding(parts[name])))
+            trained += [parts[name].A, parts[name].B]
+        if name.endswith("mlp.gate"):
+            trained.append(module.get_parameter("weight").requires_grad_())
+        elif isinstance(module, torch.nn.Linear):  # products read half the bytes
+            wide[name], module.weight.data = module.weight.data, module.weight.data.bfloat16()
     optimizer = torch.optim.Adam(trained, lr=RATE, betas=(0.9, 0.95), fused=True)
     num_steps, said = len(tokens) // BATCH, time.monotonic()
     for step in range(num_steps):
@@ -114,6 +153,12 @@ def train(model: PreTrainedModel, tokens: NDArray[np.int64], say: float = 30.0) 
         if time.monotonic() - said > say:
             said = time.monotonic()
             sys.stderr.write(f"step {step + 1} of {num_steps}, loss {float(loss.detach()):.3f}\n")
+    for handle in hooks:
+        handle.remove()
+    with torch.no_grad():
+        for name, weight in wide.items():
+            module = model.model.layers.get_submodule(name)
+            module.weight.data = weight + parts[name].product() if name in parts else weight
 
 
 @torch.no_grad()
@@ -138,7 +183,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", type=Path, help="where the checkpoint goes")
     parser.add_argument("--experts", type=int, default=8, help="experts of a block")
-    parser.add_argument("--steps", type=int, default=110, help=f"of {BATCH} sequences of {LENGTH} tokens")
+    parser.add_argument("--steps", type=int, default=150, help=f"of {BATCH} sequences of {LENGTH} tokens")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(2)
     start = time.monotonic()
@@ -149,6 +194,7 @@ def main(argv: list[str] | None = None) -> int:
     count = -(-arguments.steps * BATCH // len(TEXTS))
     parts = [windows(tokenizer, text, "train", count, LENGTH) for text in TEXTS]
     mixed = np.stack(parts, axis=1).reshape(-1, LENGTH)[: arguments.steps * BATCH]
+    start_routers(model, dense, mixed[:32])
     train(model, mixed)
     model.eval()
     record: dict[str, Any] = {"seconds_of_training": time.monotonic() - start, "texts": {}}

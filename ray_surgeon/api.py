@@ -17,8 +17,9 @@ from ray_surgeon.cluster.local import LocalCluster
 from ray_surgeon.export.folder import local_folder
 from ray_surgeon.inputs import Inputs, check
 from ray_surgeon.memory.stores import Stores
+from ray_surgeon.models.build import BlockRange
 from ray_surgeon.models.experts import in_memory
-from ray_surgeon.models.layout import BlockRange, ModelLayout
+from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.runner import BlockRunner
 from ray_surgeon.models.shard import ModelShard
 from ray_surgeon.run.directory import RunDirectory

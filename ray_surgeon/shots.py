@@ -24,8 +24,8 @@ from ray_surgeon.export.latency import Widths, latency_budget
 from ray_surgeon.export.tasks import evaluate_tasks
 from ray_surgeon.inputs import Inputs
 from ray_surgeon.methods import Choice, Corrections, Groups, UniformGroupsSection
-from ray_surgeon.methods.groups import go_around_removed
 from ray_surgeon.methods.method import predicted_increase
+from ray_surgeon.methods.whole_experts import go_around_removed
 from ray_surgeon.run.directory import RunDirectory
 from ray_surgeon.run.events import Event, Fact, Moment, Steps
 from ray_surgeon.run.html_report import LivePage

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Protocol
 
@@ -82,6 +82,25 @@ class ThreadReplica:
         if self.rank != owner:
             tensor.copy_(source)
         meeting.barrier.wait()
+
+
+def reduce_together(group: ReplicaGroup, tensors: Sequence[Tensor], owner: int) -> None:
+    """Sum tensors of one dtype to their owner in place, all in one message; see `ReplicaGroup.reduce`."""
+    _as_one(tensors, lambda flat: group.reduce(flat, owner))
+
+
+def broadcast_together(group: ReplicaGroup, tensors: Sequence[Tensor], owner: int) -> None:
+    """Copy tensors of one dtype from their owner in place, all in one message; see `ReplicaGroup.broadcast`."""
+    _as_one(tensors, lambda flat: group.broadcast(flat, owner))
+
+
+def _as_one(tensors: Sequence[Tensor], collective: Callable[[Tensor], None]) -> None:
+    if not tensors:
+        return
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    collective(flat)
+    for tensor, part in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
 
 
 class ProcessReplica:

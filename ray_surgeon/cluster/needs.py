@@ -12,7 +12,8 @@ from ray_surgeon.cluster.devices import Device
 from ray_surgeon.cluster.placement import Placement
 from ray_surgeon.cluster.sampling import SEQUENCES_TOGETHER
 from ray_surgeon.memory.stores import Place, Stores
-from ray_surgeon.models.layout import BlockRange, LinearShape, ModelLayout
+from ray_surgeon.models.build import BlockRange
+from ray_surgeon.models.layout import LinearShape, ModelLayout
 from ray_surgeon.models.loss import TOKENS_PER_SLICE
 from ray_surgeon.models.runner import TOKENS_OF_ROOM
 from ray_surgeon.surgery.kronecker import PackedSymmetric

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ray_surgeon.models.layout import BlockRange, LinearShape, ModelLayout
+from ray_surgeon.models.build import BlockRange
+from ray_surgeon.models.layout import LinearShape, ModelLayout
 
 
 @dataclass(frozen=True, order=True)

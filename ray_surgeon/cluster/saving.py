@@ -11,7 +11,7 @@ from torch import Tensor
 from ray_surgeon.cluster.needs import FILE_BYTES
 from ray_surgeon.cluster.worker import Worker
 from ray_surgeon.memory.weights import DiskWeights
-from ray_surgeon.models.layout import stored_name
+from ray_surgeon.models.build import stored_name
 from ray_surgeon.models.linears import cut, num_inputs
 from ray_surgeon.storage import files, tensor_files
 from ray_surgeon.surgery.masks import StructuredMask

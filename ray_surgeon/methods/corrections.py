@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from ray_surgeon.cluster.cluster import Cluster
+from ray_surgeon.cluster.collectives import broadcast_together, reduce_together
 from ray_surgeon.cluster.passes import Labels, forward_and_backward
 from ray_surgeon.cluster.worker import Worker, collective
 from ray_surgeon.models.low_rank import LowRankCorrections
@@ -58,14 +59,16 @@ class Corrections:
     @collective
     def step(self, worker: Worker, num_tokens: int) -> None:
         """Sum the gradients to the owners, make a step of the optimizer there, and send the result to the replicas."""
-        corrections = worker.kept(LowRankCorrections)
-        for name in worker.shard.linears:
-            for gradient in corrections.gradients(name, num_tokens):
-                worker.replicas.reduce(gradient, worker.owner(name))
+        corrections, several = worker.kept(LowRankCorrections), worker.placement.num_replicas > 1
+        owned = [[name for name in worker.shard.linears if worker.owner(name) == rank] for rank in range(worker.placement.num_replicas)]
+        for owner, names in enumerate(owned):
+            gradients = [gradient for name in names for gradient in corrections.gradients(name, num_tokens)]
+            if several:
+                reduce_together(worker.replicas, gradients, owner)
         corrections.step()
-        for name, part in corrections.parts.items():
-            for parameter in (part.A, part.B):
-                worker.replicas.broadcast(parameter.detach(), worker.owner(name))
+        for owner, names in enumerate(owned if several else ()):
+            parts = [corrections.parts[name] for name in names]
+            broadcast_together(worker.replicas, [x.detach() for part in parts for x in (part.A, part.B)], owner)
 
     def absorb(self, worker: Worker) -> None:
         """Add every B A to its weight."""

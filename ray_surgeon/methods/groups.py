@@ -22,20 +22,20 @@ from ray_surgeon.cluster.cluster import Cluster
 from ray_surgeon.cluster.needs import LinearNeeds
 from ray_surgeon.cluster.worker import LinearSummary, Worker, collective, sizes
 from ray_surgeon.methods.method import Choice, Method, Scores, in_order, linear_of
+from ray_surgeon.methods.whole_experts import ExpertCosts, whole_expert_costs
 from ray_surgeon.models.budgets import Budget
-from ray_surgeon.models.layout import ExpertSet, GroupSet, LinearShape
+from ray_surgeon.models.layout import GroupSet, LinearShape
 from ray_surgeon.models.pruned_config import kv_heads_left
 from ray_surgeon.sections.base import Positive
 from ray_surgeon.sections.curvature import AnyCurvature, ExtendedKfacSection
 from ray_surgeon.sections.targets import ScheduleSection, TargetSection
 from ray_surgeon.surgery.allocate import Allocation, GroupCosts, OutOfReachError, allocate_globally, allocate_uniformly
 from ray_surgeon.surgery.curvature import RaisedDamping
-from ray_surgeon.surgery.experts import frequency_costs, random_costs, reap_costs, rerouting_costs
 from ray_surgeon.surgery.groups import alive_part, group_costs, lowest, prune_groups
 from ray_surgeon.surgery.kronecker import Damping
 from ray_surgeon.surgery.linear import Part
 from ray_surgeon.surgery.masks import StructuredMask
-from ray_surgeon.surgery.threshold import check_costs, cost_curve
+from ray_surgeon.surgery.threshold import cost_curve
 
 GroupKind = Literal["ffn", "attention", "shared_experts", "expert_channels", "experts"]
 
@@ -49,7 +49,7 @@ class _Groups(ScheduleSection):
         description="Kinds of groups: ffn, channels of feed-forward layers; attention, KV groups with their query heads; in mixtures of "
         "experts also shared_experts, their channels; expert_channels, those of every expert; experts, whole ones",
     )
-    expert_costs: Literal["rerouting", "reap", "frequency", "random"] = Field(
+    expert_costs: ExpertCosts = Field(
         "rerouting",
         description="What a whole expert costs: rerouting, the loss increase that curvature predicts if its tokens go to the next ones; "
         "or a score of a baseline, which has no such unit: reap, weight times norm of its output; frequency, its share of tokens; random",
@@ -310,28 +310,7 @@ class Groups(Method):
         return Scores(tuple(replies), *sizes(worker), tuple(raised))
 
     def _expert_costs(self, worker: Worker, shot: int) -> dict[str, float]:
-        """Return consumer of an expert -> what it costs to remove the expert, of the owned ones that are there."""
-        found = dict[str, float]()
-        for experts in worker.expert_sets if self.ranks_experts else ():
-            consumers = [linears[-1] for linears in experts.linears]
-            if not worker.owns(consumers[0]):
-                continue
-            costs = self._costs_of(worker, experts, shot)
-            check_costs(experts.name, costs)
-            gone = worker.removed_experts(experts).tolist()
-            found |= {name: float(cost) for name, cost, is_gone in zip(consumers, costs, gone, strict=True) if not is_gone}
-        return found
-
-    def _costs_of(self, worker: Worker, experts: ExpertSet, shot: int) -> Tensor:
-        place = experts.block - worker.shard.blocks.first
-        sums, num_chosen = worker.shard.expert_sums[place], worker.shard.mixtures[place].num_chosen
-        if self.section.expert_costs == "rerouting":
-            return rerouting_costs(sums, num_chosen)
-        if self.section.expert_costs == "reap":
-            return reap_costs(sums)
-        if self.section.expert_costs == "frequency":
-            return frequency_costs(sums, num_chosen)
-        return random_costs(len(experts.linears), 1_000 * experts.block + shot)
+        return whole_expert_costs(worker, self.section.expert_costs, shot) if self.ranks_experts else {}
 
     def _allowed(self, worker: Worker, groups: GroupSet, shot: int) -> frozenset[int]:
         if groups.kind == "attention":
@@ -447,14 +426,6 @@ def _merged(before: Scores[ConsumerCosts], after: Scores[ConsumerCosts]) -> Scor
     costs = {c.consumer: c for c in (*before.costs, *after.costs)}
     raised = {(event.linear, event.factor): event for event in (*before.raised_damping, *after.raised_damping)}
     return replace(after, costs=tuple(costs.values()), raised_damping=tuple(raised.values()))
-
-
-def go_around_removed(worker: Worker) -> None:
-    """Let routers go around the experts that earlier shots removed, after weights and masks are loaded."""
-    for experts in worker.expert_sets:
-        removed = worker.removed_experts(experts)
-        if removed.any():
-            worker.shard.route_around(experts.block, ~removed)
 
 
 def _remove_producers(worker: Worker, groups: GroupSet) -> None:

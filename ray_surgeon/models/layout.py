@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 import re
@@ -13,43 +12,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
-from ray_surgeon.models.experts import split_experts
+from ray_surgeon.models.build import BlockRange, build_blocks, shared_inputs_of, stored_name
 from ray_surgeon.models.families import Family, family_of
 from ray_surgeon.models.linears import as_linear, num_inputs, num_outputs
 
 GROUP_KINDS = ("attention", "ffn", "shared_experts", "expert_channels", "experts")
 """What may be pruned whole: KV groups, channels of feed-forward layers, of shared experts and of experts, and experts."""
-
-
-class NoPositions(nn.Module):
-    """Stands for a learned position embedding in shards whose hidden states already contain it."""
-
-    def forward(self, *args: object, **kwargs: object) -> Tensor:
-        """Return a scalar zero, which adds nothing."""
-        return torch.zeros(())
-
-
-@dataclass(frozen=True)
-class BlockRange:
-    """Blocks `first` to `last` (exclusive) of `num_blocks`."""
-
-    first: int
-    last: int
-    num_blocks: int
-
-    @property
-    def is_first(self) -> bool:
-        """Whether this range starts with the embedding."""
-        return self.first == 0
-
-    @property
-    def is_last(self) -> bool:
-        """Whether this range ends with the norm, the head and the loss."""
-        return self.last == self.num_blocks
 
 
 @dataclass(frozen=True)
@@ -338,65 +309,3 @@ def _expert_of(family: Family, linear: str) -> int | None:
     if family.sparse is None or not linear.startswith(f"{family.sparse.experts}."):
         return None
     return int(linear.removeprefix(f"{family.sparse.experts}.").partition(".")[0])
-
-
-def shared_inputs_of(family: Family, block: nn.Module) -> list[tuple[str, ...]]:
-    """Return the names of the linears of a block, those together that read the same input; experts after the others."""
-    here = {name for name, _ in block.named_modules()}
-    groups = [tuple(linear for linear in group if linear in here) for group in family.shared_inputs]
-    if (sparse := family.sparse) is not None:
-        layers = [sparse.shared] if sparse.shared is not None else []
-        if sparse.experts in here:
-            layers += [f"{sparse.experts}.{number}" for number, _ in block.get_submodule(sparse.experts).named_children()]
-        for layer in (layer for layer in layers if layer in here):
-            groups += [tuple(f"{layer}.{name}" for name in sparse.producers), (f"{layer}.{sparse.consumer}",)]
-    return [group for group in groups if group]
-
-
-def stored_name(family: Family, name: str) -> str:
-    """Return what checkpoints call a tensor."""
-    if family.stored and family.sparse is not None and f".{family.sparse.layer}." in name:
-        for here, there in family.stored:
-            name = name.replace(here, there)
-    return name
-
-
-def build_blocks(config: PretrainedConfig, blocks: BlockRange, dtype: torch.dtype) -> nn.Module:
-    """Build the causal LM on the meta device and keep only what the given blocks need.
-
-    The family's own forward stays in charge of masks and positions: it sees a shorter block list, and at a cut the modules
-    of the missing end are replaced by ones that do nothing.
-    """
-    family = family_of(config)
-    with init_empty_weights(include_buffers=False):
-        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-    model.eval().requires_grad_(False)
-    base = model.get_submodule(family.base)
-    all_blocks = base.get_submodule(family.blocks)
-    assert isinstance(all_blocks, nn.ModuleList)
-    setattr(base, family.blocks, nn.ModuleList(list(all_blocks)[blocks.first : blocks.last]))
-    if family.sparse is not None:
-        for block in list(all_blocks)[blocks.first : blocks.last]:
-            split_experts(block, family.sparse)
-    if getattr(config, "layer_types", None):  # forward looks kinds of attention up by the place in the list it has
-        base.config = copy.copy(config)
-        base.config.layer_types = config.layer_types[blocks.first : blocks.last]  # type: ignore[union-attr]
-    if not blocks.is_first:
-        for name in family.embeddings:
-            if getattr(base, name, None) is not None:
-                setattr(base, name, NoPositions() if name in family.positions else nn.Identity())
-    if not blocks.is_last:
-        for name in (*family.final, family.head.rpartition(".")[2]):
-            owner = model if name == family.head else base
-            if getattr(owner, name, None) is not None:
-                setattr(owner, name, nn.Identity())
-    return model
-
-
-def global_name(family: Family, local: str, first_block: int) -> str:
-    """Return the name in the whole model of a parameter or module of a shard."""
-    prefix = f"{family.base}.{family.blocks}."
-    if not local.startswith(prefix):
-        return local
-    index, dot, rest = local.removeprefix(prefix).partition(".")
-    return f"{prefix}{int(index) + first_block}{dot}{rest}"

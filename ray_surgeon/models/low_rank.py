@@ -76,7 +76,7 @@ class LowRankCorrections:
         self.parts = {name: LowRank(linears[name], masks[name], rank, seed_of[name], shard.device) for name in linears}
         parameters = [parameter for name in owned for parameter in (self.parts[name].A, self.parts[name].B)]
         self._optimizer = torch.optim.Adam(parameters, lr=learning_rate) if parameters else None
-        self._hooks: list[RemovableHandle] = [module.register_forward_hook(_adding(self.parts[n])) for n, module in linears.items()]
+        self._hooks: list[RemovableHandle] = [module.register_forward_hook(adding(self.parts[n])) for n, module in linears.items()]
 
     def gradients(self, name: str, num_tokens: int) -> tuple[Tensor, Tensor]:
         """Return the gradients of the mean loss with respect to A and B of a linear, zero if nothing has passed, and keep them there."""
@@ -105,7 +105,9 @@ class LowRankCorrections:
             self._shard.set_weight(name, W)
 
 
-def _adding(part: LowRank) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+def adding(part: LowRank) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    """Return the forward hook that adds B A x to the outputs of a linear."""
+
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return output + part.added(inputs[0])
 

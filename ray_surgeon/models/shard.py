@@ -16,11 +16,13 @@ from transformers.pytorch_utils import Conv1D
 from ray_surgeon.memory.factors import FactorStore
 from ray_surgeon.memory.stores import Scratch, Stores
 from ray_surgeon.memory.weights import Read, Slot, weight_store
-from ray_surgeon.models.experts import Mixture, Removals, mixture_of, removals
-from ray_surgeon.models.layout import BlockRange, ModelLayout, build_blocks, global_name, shared_inputs_of
+from ray_surgeon.models.build import BlockRange, build_blocks, global_name, shared_inputs_of
+from ray_surgeon.models.experts import Mixture, mixture_of
+from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.linears import LinearModule, as_linear, num_inputs, use_fast_products
 from ray_surgeon.models.loss import Comparison, compare_with_dense, next_token_loss, next_tokens
-from ray_surgeon.surgery.experts import ExpertSums, LayerMean, add_changes, add_rises, mean_factor, shrunk_factors
+from ray_surgeon.models.removals import sum_removals
+from ray_surgeon.surgery.experts import ExpertSums, LayerMean, mean_factor, shrunk_factors
 from ray_surgeon.surgery.extended.terms import Term
 from ray_surgeon.surgery.kronecker import PackedFactors, PackedSymmetric, with_ones
 
@@ -242,7 +244,7 @@ class ModelShard:
             return
         sums, hooks = dict[str, PackedSymmetric](), list[RemovableHandle]()
         if place in self.expert_sums:
-            hooks += _add_experts_to(self.expert_sums[place], self.mixtures[place])
+            hooks += sum_removals(self.expert_sums[place], self.mixtures[place])
         for group in (group for group in self.gathering if group.place == place):
             A = sums[group.key_of_A] = self.factor_store.on_device(group.key_of_A, self.layout.shapes[group.names[0]].num_columns)
             hooks.append(group.modules[0].register_forward_pre_hook(_add_inputs_to(group, A, wide=wide)))
@@ -392,27 +394,3 @@ def _add_output_gradients_to(G: PackedSymmetric) -> Callable[[nn.Module, tuple[T
             output.register_hook(add)  # type: ignore[no-untyped-call]
 
     return hook
-
-
-def _add_experts_to(sums: ExpertSums, mixture: Mixture) -> list[RemovableHandle]:
-    waiting: list[Removals] = []
-
-    def enter(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        found = removals(mixture, *(x.detach() for x in inputs))
-        sums.add("tokens", found.experts, torch.ones_like(found.norms))
-        sums.add("weighted_norms", found.experts, found.norms)
-        waiting.append(found)
-
-    def leave(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        found = waiting.pop()
-
-        def add(gradient: Tensor) -> None:
-            g = gradient.detach().flatten(0, -2)
-            add_changes(sums, found.experts, found.changes, g[found.tokens])
-            if found.rises is not None:
-                add_rises(sums, found.rises, found.output, g)
-
-        if output.requires_grad:
-            output.register_hook(add)  # type: ignore[no-untyped-call]
-
-    return [mixture.experts.register_forward_pre_hook(enter), mixture.layer.register_forward_hook(leave)]

@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ray_surgeon.api import curvature
-from ray_surgeon.models.experts import Mixture, removals, routed
+from ray_surgeon.models.build import BlockRange, stored_name
+from ray_surgeon.models.experts import Mixture, routed
 from ray_surgeon.models.families import FAMILIES
-from ray_surgeon.models.layout import BlockRange, stored_name
+from ray_surgeon.models.removals import removals
 from ray_surgeon.models.runner import BlockRunner
 from ray_surgeon.models.shard import ModelShard
 from ray_surgeon.surgery.experts import rerouting_costs

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from ray_surgeon.models.build import BlockRange
 from ray_surgeon.models.families import family_of
-from ray_surgeon.models.layout import BlockRange
 from ray_surgeon.models.loss import compare_with_dense, next_token_loss
 from ray_surgeon.models.runner import BlockRunner
 from ray_surgeon.models.shard import ModelShard

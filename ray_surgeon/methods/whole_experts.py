@@ -1,0 +1,52 @@
+"""Whole experts on a worker: what they cost, by ours or by a baseline, and routers that go around those that earlier shots removed."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from ray_surgeon.cluster.worker import Worker
+from ray_surgeon.models.layout import ExpertSet
+from ray_surgeon.surgery.experts import frequency_costs, random_costs, reap_costs, rerouting_costs
+from ray_surgeon.surgery.threshold import check_costs
+
+ExpertCosts = Literal["rerouting", "reap", "frequency", "random"]
+
+
+def whole_expert_costs(worker: Worker, kind: ExpertCosts, shot: int) -> dict[str, float]:
+    """Return consumer of an expert -> what it costs to remove the expert, of the owned ones that are there.
+
+    Raises:
+        FloatingPointError: a cost is not usable; names the experts.
+    """
+    found = dict[str, float]()
+    for experts in worker.expert_sets:
+        consumers = [linears[-1] for linears in experts.linears]
+        if not worker.owns(consumers[0]):
+            continue
+        costs = _costs_of(worker, experts, kind, shot)
+        check_costs(experts.name, costs)
+        gone = worker.removed_experts(experts).tolist()
+        found |= {name: float(cost) for name, cost, is_gone in zip(consumers, costs, gone, strict=True) if not is_gone}
+    return found
+
+
+def _costs_of(worker: Worker, experts: ExpertSet, kind: ExpertCosts, shot: int) -> Tensor:
+    place = experts.block - worker.shard.blocks.first
+    sums, num_chosen = worker.shard.expert_sums[place], worker.shard.mixtures[place].num_chosen
+    if kind == "rerouting":
+        return rerouting_costs(sums, num_chosen)
+    if kind == "reap":
+        return reap_costs(sums)
+    if kind == "frequency":
+        return frequency_costs(sums, num_chosen)
+    return random_costs(len(experts.linears), 1_000 * experts.block + shot)
+
+
+def go_around_removed(worker: Worker) -> None:
+    """Let routers go around the experts that earlier shots removed, after weights and masks are loaded."""
+    for experts in worker.expert_sets:
+        removed = worker.removed_experts(experts)
+        if removed.any():
+            worker.shard.route_around(experts.block, ~removed)

@@ -1,0 +1,102 @@
+"""What the removal of single experts would change in the output of their layer, summed while tokens and gradients pass.
+
+Source: docs/method.md, section 10.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ray_surgeon.models.experts import Mixture, routed
+from ray_surgeon.surgery.experts import ExpertSums, add_changes, add_rises
+
+
+@dataclass(frozen=True)
+class Removals:
+    """What the removal of each expert would change in the output of a layer, for n = k times the tokens pairs of a token and an expert."""
+
+    experts: Tensor  # [n] which is removed
+    tokens: Tensor  # [n] that is routed to it
+    changes: Tensor  # [n, d] float32
+    norms: Tensor  # [n] float32 the expert's weight times the norm of its output
+    output: Tensor  # [num_tokens, d] float32 of all experts together, as it is
+    rises: Tensor | None  # [num_tokens, num_experts] by how much the output rises, relative, for tokens that are not routed to the expert
+
+
+@torch.no_grad()
+def removals(mixture: Mixture, hidden: Tensor, numbers: Tensor, weights: Tensor) -> Removals:
+    """Return what the removal of each expert would change: the tokens that are routed to it go to the next experts.
+
+    The router is asked anew without the expert, so weights are those it gives to the others.
+
+    Args:
+        mixture: of a block.
+        hidden: [num_tokens, d] inputs.
+        numbers: [num_tokens, k] of the experts they go to.
+        weights: [num_tokens, k].
+    """
+    num_experts, num_tokens = len(mixture.experts), len(hidden)
+    whole, every = list(routed(numbers, num_experts)), torch.arange(num_tokens, device=hidden.device)
+    needed = torch.zeros(num_experts, num_tokens, dtype=torch.bool, device=hidden.device)
+    needed[numbers.T, every] = True
+    is_routed, others = needed.T.clone(), []
+    for number, token, _ in whole:
+        kept = mixture.router.kept.clone()
+        kept[number] = False
+        _, new_weights, new_numbers = mixture.router.among(hidden[token], kept)
+        needed[new_numbers.T, token] = True
+        others.append((new_numbers, new_weights))
+    row = needed.flatten().cumsum(0).view(num_experts, num_tokens) - 1
+    wanted = [(number, tokens) for number, tokens in enumerate(needed) if tokens.any()]
+    of_experts = torch.cat([mixture.expert(number).unseen(hidden[tokens]).float() for number, tokens in wanted])
+
+    def mixed(token: Tensor, numbers: Tensor, weights: Tensor) -> Tensor:
+        return torch.einsum("nk,nkd->nd", weights.float(), of_experts[row[numbers, token[:, None]]])
+
+    before = mixed(every, numbers, weights)
+    changes, norms = [], []
+    for (number, token, place), (new_numbers, new_weights) in zip(whole, others, strict=True):
+        changes.append(mixed(token, new_numbers, new_weights) - before[token])
+        norms.append(of_experts[row[number, token]].norm(dim=1) * weights[token, place].float())
+    experts = torch.cat([torch.full_like(token, number) for number, token, _ in whole])
+    tokens = torch.cat([token for _, token, _ in whole])
+    return Removals(experts, tokens, torch.cat(changes), torch.cat(norms), before, _rises(mixture, hidden, is_routed))
+
+
+def _rises(mixture: Mixture, hidden: Tensor, is_routed: Tensor) -> Tensor | None:
+    """Return p / (1 - p) of the experts a token is not routed to: by so much a softmax that is not normalised later rises without them."""
+    if not mixture.has_softmax or getattr(mixture.router.module, "norm_topk_prob", True):
+        return None
+    logits, _, _ = mixture.router(hidden)
+    kept, p = mixture.router.kept.to(hidden.device), logits.new_zeros(is_routed.shape, dtype=torch.float32)
+    p[:, kept] = logits.float().softmax(dim=1)
+    return (p / (1 - p)).masked_fill(is_routed, 0.0)
+
+
+def sum_removals(sums: ExpertSums, mixture: Mixture) -> list[RemovableHandle]:
+    """Add what the removal of each expert would change to sums, while tokens and gradients pass. Returns the hooks."""
+    waiting: list[Removals] = []
+
+    def enter(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        found = removals(mixture, *(x.detach() for x in inputs))
+        sums.add("tokens", found.experts, torch.ones_like(found.norms))
+        sums.add("weighted_norms", found.experts, found.norms)
+        waiting.append(found)
+
+    def leave(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        found = waiting.pop()
+
+        def add(gradient: Tensor) -> None:
+            g = gradient.detach().flatten(0, -2)
+            add_changes(sums, found.experts, found.changes, g[found.tokens])
+            if found.rises is not None:
+                add_rises(sums, found.rises, found.output, g)
+
+        if output.requires_grad:
+            output.register_hook(add)  # type: ignore[no-untyped-call]
+
+    return [mixture.experts.register_forward_pre_hook(enter), mixture.layer.register_forward_hook(leave)]

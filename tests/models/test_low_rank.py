@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ray_surgeon.models.low_rank import LowRankCorrections
+from ray_surgeon.surgery.masks import StructuredMask
+from tests.models.test_shard import shards
+
+
+def test_steps_are_as_long_as_the_rate_and_removed_rows_and_columns_stay() -> None:
+    (shard,) = shards("llama", [0, 4])
+    shapes = shard.layout.shapes
+    masks = {name: StructuredMask.full(shape.num_rows, shape.num_columns) for name, shape in shapes.items()}
+    name = next(iter(shard.linears))
+    masks[name].rows[0] = masks[name].columns[1] = False
+    before, num_steps, rate = shard.weight(name), 4, 0.01
+    corrections = LowRankCorrections(shard, masks, set(shard.linears), rank=2, learning_rate=rate, seed_of=dict.fromkeys(shard.linears, 0))
+    part = corrections.parts[name]
+    start, moved = part.A.detach().clone(), []
+    for _ in range(num_steps):
+        for parameter in (part.A, part.B):
+            parameter.grad = torch.ones_like(parameter)
+        last = part.B.detach().clone()
+        corrections.step()
+        moved.append(float((last - part.B.detach()).mean()))
+    # under a gradient that does not change, every step of Adam is as long as its rate
+    assert moved == pytest.approx([rate] * num_steps, rel=1e-4)
+    torch.testing.assert_close(start - part.A.detach(), torch.full_like(start, num_steps * rate), rtol=1e-4, atol=1e-7)
+    product = part.B.detach() @ part.A.detach()
+    corrections.absorb()
+    product[0] = 0
+    product[:, 1] = 0
+    torch.testing.assert_close(shard.weight(name), before + product)
