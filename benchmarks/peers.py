@@ -179,7 +179,7 @@ def measure(model: nn.Module, inputs: Inputs, dense: Mapping[str, list[Tensor]])
 
 def specs(model: Mapping[str, Any], point: Mapping[str, Any], share: float, folder: Path) -> dict[str, JobSpec]:
     """Return the job of each of our ways at a point."""
-    document = parse_spec(Path("pipelines/quickstart.yaml").read_text()).model_dump(mode="json")
+    document = parse_spec(Path("pipelines/quickstart.yaml").read_text(), ["model.dtype=float32"]).model_dump(mode="json")
     pruning = {"structure": "groups", "num_shots": 1, "target_sparsity": share} | dict(point)
     ways = {"The LLM Surgeon": None, "The LLM Surgeon, corrections on divergence": document["correction"]}
     cluster = {"backend": "local", "cpus_per_worker": 2}
@@ -232,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     arguments.folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(2)
-    model = parse_spec(Path("pipelines/quickstart.yaml").read_text()).model.model_dump(mode="json")
+    model = parse_spec(Path("pipelines/quickstart.yaml").read_text(), ["model.dtype=float32"]).model.model_dump(mode="json")
     model = {"source": arguments.model} if arguments.model else model
     folder = open_model(ModelSection.model_validate(model), convert_gguf).small_files_folder()
     layout = ModelLayout.of(AutoConfig.from_pretrained(folder))

@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="where everything is written")
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.1, 0.1875], help="of the parameters of the blocks' linears")
     arguments = parser.parse_args(argv)
-    document = parse_spec(Path("pipelines/quickstart.yaml").read_text()).model_dump(mode="json")
+    document = parse_spec(Path("pipelines/quickstart.yaml").read_text(), ["model.dtype=float32"]).model_dump(mode="json")
     rows: list[dict[str, Any]] = []
     inputs: Inputs | None = None
     for sparsity in arguments.sparsities:

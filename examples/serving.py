@@ -38,7 +38,7 @@ def new_parser(name: str, description: str, *, port: int) -> argparse.ArgumentPa
 
 def dense_and_pruned(run: Path) -> tuple[Path, Path]:
     """Return the folders of SmolLM2-135M and of the exports of the quickstart's job without corrections, which runs unless it has run."""
-    document = parse_spec(Path("pipelines/quickstart.yaml").read_text()).model_dump(mode="json")
+    document = parse_spec(Path("pipelines/quickstart.yaml").read_text(), ["model.dtype=float32"]).model_dump(mode="json")
     spec = JobSpec.model_validate(document | {"correction": None, "output": {"uri": str(run), "exports": ["uniform", "gguf"]}})
     if not list((run / "export" / "gguf").glob("*.gguf")):
         ray_surgeon.prune(spec=spec, resume=(run / "spec.yaml").exists())

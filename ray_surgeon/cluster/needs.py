@@ -268,9 +268,12 @@ class WorkerNeeds:
         return StepPlan(name, device, self._host, flops, in_float32, *self._moved(self._stores.weights, 2 * self._all_blocks))
 
     def _correction(self) -> StepPlan:
-        """Return the training of B A, of which each linear keeps its inputs, its two parameters, their gradients and Adam's moments."""
-        job, blocks = self._job, len(self._own)
-        adapters = 16 * job.lora_rank * sum(linear.num_rows + linear.num_columns for linear in self._linears)
+        """Return the training of B A: inputs, A, B and their gradients everywhere, Adam's moments at the owner of a linear.
+
+        Between replicas the gradients of one owner travel together, as one more copy.
+        """
+        job, blocks, N = self._job, len(self._own), self._num_replicas
+        adapters = (8 + (8 if N == 1 else 12 / N)) * job.lora_rank * sum(linear.num_rows + linear.num_columns for linear in self._linears)
         inputs = self._shapes.width * sum(linear.num_columns for linear in self._linears) / blocks
         flops = 6 * self._active * job.num_correction_sequences * job.sequence_length
         loads = 2 * self._all_blocks * -(-job.num_correction_sequences // self._wave)
