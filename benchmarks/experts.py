@@ -152,7 +152,7 @@ def table(model: Path, folder: Path, layout: ModelLayout, shots: int) -> list[di
 
 
 @dataclass(frozen=True)
-class Removals:
+class SingleRemovals:
     """What it takes to measure removals: the model, and where the sequences stand before a block."""
 
     shard: ModelShard
@@ -194,7 +194,7 @@ def predictions(model: Path, layout: ModelLayout, sequences: NDArray[np.int64], 
     shard.stop_curvature()
     entered = [runner.enter(sequence[None]) for sequence in tokens]
     states, found = [hidden for hidden, _ in entered], list[dict[str, float]]()
-    removals = Removals(shard, runner, tokens, entered[0][1])
+    removals = SingleRemovals(shard, runner, tokens, entered[0][1])
     of_dense = removals.last_states(0, states)
     dense, _ = removals.compare(of_dense, of_dense)
     for place in range(layout.num_blocks):

@@ -179,7 +179,7 @@ def measure(model: nn.Module, inputs: Inputs, dense: Mapping[str, list[Tensor]])
 
 def specs(model: Mapping[str, Any], point: Mapping[str, Any], share: float, folder: Path) -> dict[str, JobSpec]:
     """Return the job of each of our ways at a point."""
-    document = parse_spec(Path("pipelines/quickstart.yaml").read_text(), ["model.dtype=float32"]).model_dump(mode="json")
+    document = parse_spec(Path("pipelines/quickstart.yaml").read_text()).model_dump(mode="json")
     pruning = {"structure": "groups", "num_shots": 1, "target_sparsity": share} | dict(point)
     ways = {"The LLM Surgeon": None, "The LLM Surgeon, corrections on divergence": document["correction"]}
     cluster = {"backend": "local", "cpus_per_worker": 2}

@@ -86,16 +86,16 @@ class ThreadReplica:
 
 def reduce_together(group: ReplicaGroup, tensors: Sequence[Tensor], owner: int) -> None:
     """Sum tensors of one dtype to their owner in place, all in one message; see `ReplicaGroup.reduce`."""
-    _as_one(tensors, lambda flat: group.reduce(flat, owner))
+    _as_one(group, tensors, lambda flat: group.reduce(flat, owner))
 
 
 def broadcast_together(group: ReplicaGroup, tensors: Sequence[Tensor], owner: int) -> None:
     """Copy tensors of one dtype from their owner in place, all in one message; see `ReplicaGroup.broadcast`."""
-    _as_one(tensors, lambda flat: group.broadcast(flat, owner))
+    _as_one(group, tensors, lambda flat: group.broadcast(flat, owner))
 
 
-def _as_one(tensors: Sequence[Tensor], collective: Callable[[Tensor], None]) -> None:
-    if not tensors:
+def _as_one(group: ReplicaGroup, tensors: Sequence[Tensor], collective: Callable[[Tensor], None]) -> None:
+    if not tensors or isinstance(group, SingleReplica):
         return
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     collective(flat)

@@ -59,14 +59,13 @@ class Corrections:
     @collective
     def step(self, worker: Worker, num_tokens: int) -> None:
         """Sum the gradients to the owners, make a step of the optimizer there, and send the result to the replicas."""
-        corrections, several = worker.kept(LowRankCorrections), worker.placement.num_replicas > 1
+        corrections = worker.kept(LowRankCorrections)
         owned = [[name for name in worker.shard.linears if worker.owner(name) == rank] for rank in range(worker.placement.num_replicas)]
         for owner, names in enumerate(owned):
             gradients = [gradient for name in names for gradient in corrections.gradients(name, num_tokens)]
-            if several:
-                reduce_together(worker.replicas, gradients, owner)
+            reduce_together(worker.replicas, gradients, owner)
         corrections.step()
-        for owner, names in enumerate(owned if several else ()):
+        for owner, names in enumerate(owned):
             parts = [corrections.parts[name] for name in names]
             broadcast_together(worker.replicas, [x.detach() for part in parts for x in (part.A, part.B)], owner)
 
