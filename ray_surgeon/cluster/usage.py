@@ -37,13 +37,14 @@ class AnonymousPeak:
 
     def __init__(self) -> None:
         """Start to look."""
-        self._peak, self._file = 0, Path("/proc/self/status")
+        self._peak, self._file, self._lock = 0, Path("/proc/self/status"), threading.Lock()
         if self._file.exists():
             threading.Thread(target=self._look_on, daemon=True, name="anonymous-memory").start()
 
     def _look_on(self) -> None:
         while True:
-            self._peak = max(self._peak, self._now())
+            with self._lock:  # a peak that was taken meanwhile would come back
+                self._peak = max(self._peak, self._now())
             time.sleep(self._EVERY_S)
 
     def _now(self) -> int:
@@ -54,8 +55,9 @@ class AnonymousPeak:
         """Return the peak so far, and begin anew."""
         if not self._file.exists():
             return 0
-        now = self._now()
-        peak, self._peak = max(self._peak, now), now
+        with self._lock:
+            now = self._now()
+            peak, self._peak = max(self._peak, now), now
         return peak
 
 
