@@ -61,10 +61,15 @@ class _TimesConstant(torch.autograd.Function):
 def times_constant(x: Tensor, y: Tensor) -> Tensor:
     """Return x y [..., n], with a gradient for x alone.
 
+    A single row goes twice: MKL's product of a vector depends, on AMD's CPUs, on where in memory the matrix starts, and a matrix that is
+    mapped from a file starts anywhere.
+
     Args:
         x: [..., k].
         y: [k, n].
     """
     flat = x.reshape(-1, x.shape[-1])
+    if len(flat) == 1:
+        return (torch.cat([flat, flat]) @ y)[:1].view(*x.shape[:-1], y.shape[1])
     found: Tensor = _TimesConstant.apply(flat, y) if _fast(flat, y) else flat @ y  # type: ignore[no-untyped-call]
     return found.view(*x.shape[:-1], y.shape[1])

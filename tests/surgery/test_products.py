@@ -49,3 +49,14 @@ def test_gradient_is_that_of_autograd(num_tokens: int) -> None:
     torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(times_constant(x, y), x @ y, rtol=1e-4, atol=1e-4)
     assert not product(one, y).requires_grad
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 5])
+def test_products_do_not_depend_on_where_a_matrix_starts(num_rows: int) -> None:
+    """A matrix that is mapped from a file starts anywhere; the allocator's start at multiples of 64 bytes."""
+    x, y = torch.randn(num_rows, 32), torch.randn(32, 48)
+    wanted = times_constant(x, y)
+    for offset in range(1, 16):
+        elsewhere = torch.empty(y.numel() + 16)[offset : offset + y.numel()].view(48, 32).T.copy_(y)
+        torch.testing.assert_close(times_constant(x, elsewhere), times_constant(x, y.T.contiguous().T), rtol=0, atol=0)
+    torch.testing.assert_close(wanted, x @ y)
