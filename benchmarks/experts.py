@@ -29,6 +29,7 @@ from ray_surgeon.cluster.worker import LinearSummary, Worker, collective
 from ray_surgeon.inputs import Inputs, check
 from ray_surgeon.methods import Groups
 from ray_surgeon.models.build import BlockRange
+from ray_surgeon.models.checkpoint import tensor_reader
 from ray_surgeon.models.gguf import convert_gguf
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.runner import BlockRunner, Call
@@ -184,7 +185,7 @@ def predictions(model: Path, layout: ModelLayout, sequences: NDArray[np.int64], 
     source, tokens = open_model(ModelSection(source=str(model)), convert_gguf), torch.from_numpy(sequences)
     reader, blocks = source.reader(), BlockRange(0, layout.num_blocks, layout.num_blocks)
     shard = ModelShard(layout, blocks, torch.float32, torch.device("cpu"))
-    shard.load(lambda name: reader.read(str(layout.checkpoint_key(name, reader.file_of))))
+    shard.load(tensor_reader(layout, reader.file_of, reader.read, str(model)))
     runner = BlockRunner(shard)
     shard.start_curvature(only=frozenset(), experts=True)
     for i, sequence in enumerate(tokens):

@@ -18,6 +18,7 @@ from ray_surgeon.export.folder import local_folder
 from ray_surgeon.inputs import Inputs, check
 from ray_surgeon.memory.stores import Stores
 from ray_surgeon.models.build import BlockRange
+from ray_surgeon.models.checkpoint import read_state, tensor_reader
 from ray_surgeon.models.experts import in_memory
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.runner import BlockRunner
@@ -268,12 +269,13 @@ def curvature(
     if not tokens or min(len(ids) for ids in tokens) < 2:
         raise ValueError("sequences: each must have two tokens or more, because the last one predicts nothing; give longer ones")
     state = model.state_dict()
+    read_stored = tensor_reader(layout, state, read_state(state), "the model")
     where = Stores(weights="disk")  # they are never written, so they are read where they are: in the model
     shard = ModelShard(layout, BlockRange(0, layout.num_blocks, layout.num_blocks), model.dtype, model.device, where)
 
     def read(name: str) -> torch.Tensor:
-        of_expert = None if layout.family.sparse is None else in_memory(layout.family.sparse, state, name)
-        return state[layout.checkpoint_key(name, state) or name] if of_expert is None else of_expert
+        of_expert = in_memory(layout.family, state, name)
+        return read_stored(name) if of_expert is None else of_expert
 
     shard.load(read)
     shard.start_curvature()

@@ -28,7 +28,8 @@ from ray_surgeon.export.kinds import check_export
 from ray_surgeon.export.tasks import check_tasks
 from ray_surgeon.methods import METHODS, Groups, GroupsSection, Method, UniformGroupsSection
 from ray_surgeon.models.budgets import Budget, bytes_budget, fewest_left, flops_budget, linears_budget, parameters_budget
-from ray_surgeon.models.families import check_family, check_sizes
+from ray_surgeon.models.checkpoint import check_checkpoint
+from ray_surgeon.models.families import check_family, check_not_quantised, check_sizes
 from ray_surgeon.models.gguf import convert_gguf
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.llama_cpp import tokenizer_names
@@ -154,7 +155,7 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
         return Inputs(spec, layout, placement, method, source.pinned, nothing, {}, {}, _environment())
     with _as_input_error(f"model.source: cannot read {source.origin}"):
         shapes, model_fingerprint = source.shapes_and_fingerprint()
-    layout.check_checkpoint(shapes, source.origin)
+    check_checkpoint(layout, shapes, source.origin)
     tokenizer, tokenizer_fingerprint = _load_tokenizer(folder, source.origin)
     if "gguf" in spec.output.exports:
         tokenizer_names(json.loads(tokenizer.backend_tokenizer.to_str()))
@@ -322,6 +323,7 @@ def _load_config(folder: Path, origin: str) -> PretrainedConfig:
         raise ValueError(f"model.source: config.json of {origin} is a {type(document).__name__}, expected an object; fetch it again")
     check_family(str(document.get("model_type", "")))
     check_sizes(document, origin)
+    check_not_quantised(document)
     check_rope(document)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)

@@ -22,6 +22,7 @@ from transformers import (
     Gemma3TextConfig,
     Glm4MoeConfig,
     GPT2Config,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -86,6 +87,15 @@ SPARSE_CONFIGS: dict[str, PretrainedConfig] = {
         **ROTARY, **COMMON, **SPARSE, num_experts=4, shared_expert_intermediate_size=40, decoder_sparse_step=2, norm_topk_prob=False
     ),
     "qwen3_moe": Qwen3MoeConfig(**ROTARY, **COMMON, **SPARSE, num_experts=6, head_dim=8, norm_topk_prob=True),
+    "gpt_oss": GptOssConfig(
+        **ROTARY,
+        **COMMON,
+        num_local_experts=6,
+        num_experts_per_tok=2,
+        head_dim=8,
+        sliding_window=16,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    ),
     "glm4_moe": Glm4MoeConfig(**ROTARY, **COMMON, **SPARSE, **SIGMOID, head_dim=8, first_k_dense_replace=1, use_qk_norm=True),
     "deepseek_v3": DeepseekV3Config(
         **{**ROTARY, "num_key_value_heads": 4},

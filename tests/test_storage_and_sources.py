@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from ray_surgeon.models.checkpoint import check_checkpoint
 from ray_surgeon.sections.texts import ModelSection
 from ray_surgeon.storage import files, tensor_files
 from ray_surgeon.storage.sources import open_model
@@ -79,19 +80,19 @@ def test_damaged_safetensors_are_named(tmp_path: Path, damage: str) -> None:
 def test_saved_models_fit_their_configuration(model_folders: dict[str, Path], family: str) -> None:
     source = open_model(ModelSection(source=str(model_folders[family])), no_conversion)
     shapes, fingerprint = source.shapes_and_fingerprint()
-    LAYOUTS[family].check_checkpoint(shapes, "here")
+    check_checkpoint(LAYOUTS[family], shapes, "here")
     assert fingerprint == source.shapes_and_fingerprint()[1]
     old_names = {name.removeprefix("model."): shape for name, shape in shapes.items()}
-    LAYOUTS[family].check_checkpoint(old_names, "an old checkpoint without the leading model.")
+    check_checkpoint(LAYOUTS[family], old_names, "an old checkpoint without the leading model.")
 
 
 def test_missing_and_misshapen_tensors_are_named(model_folders: dict[str, Path]) -> None:
     shapes, _ = open_model(ModelSection(source=str(model_folders["llama"])), no_conversion).shapes_and_fingerprint()
     name = "model.layers.2.mlp.up_proj.weight"
     with pytest.raises(ValueError, match=rf"1 missing \({name}\)"):
-        LAYOUTS["llama"].check_checkpoint({k: v for k, v in shapes.items() if k != name}, "here")
+        check_checkpoint(LAYOUTS["llama"], {k: v for k, v in shapes.items() if k != name}, "here")
     with pytest.raises(ValueError, match=r"1 of another shape.*\(1, 1\), expected \(48, 32\)"):
-        LAYOUTS["llama"].check_checkpoint(shapes | {name: (1, 1)}, "here")
+        check_checkpoint(LAYOUTS["llama"], shapes | {name: (1, 1)}, "here")
 
 
 def test_sharded_checkpoint_on_s3_reads_tensor_by_tensor(model_folders: dict[str, Path], s3: None, cache: Path, tmp_path: Path) -> None:
@@ -107,7 +108,8 @@ def test_sharded_checkpoint_on_s3_reads_tensor_by_tensor(model_folders: dict[str
     assert not list(cache.rglob("*.safetensors")), "headers are read by range, nothing is downloaded"
     name = "model.layers.1.mlp.up_proj.weight"
     assert torch.equal(reader.read(name), model.state_dict()[name])
-    assert not list(cache.rglob("*.safetensors")), "so are tensors, a byte of another one is never fetched"
+    assert torch.equal(reader.read(name, 7), model.state_dict()[name][7])
+    assert not list(cache.rglob("*.safetensors")), "so are tensors and their entries, a byte of another one is never fetched"
 
 
 def test_unreadable_s3_is_an_error_with_the_address(s3: None, cache: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -13,6 +14,7 @@ from ray_surgeon.cluster.placement import Placement
 from ray_surgeon.cluster.sampling import SEQUENCES_TOGETHER
 from ray_surgeon.memory.stores import Place, Stores
 from ray_surgeon.models.build import BlockRange
+from ray_surgeon.models.checkpoint import part_of_stack
 from ray_surgeon.models.layout import LinearShape, ModelLayout
 from ray_surgeon.models.loss import TOKENS_PER_SLICE
 from ray_surgeon.models.runner import TOKENS_OF_ROOM
@@ -86,12 +88,16 @@ class Shapes:
     def __init__(self, layout: ModelLayout, job: Job) -> None:
         self.layout, self.width = layout, getattr(torch, job.dtype).itemsize
         self.block_bytes = [0] * layout.num_blocks
+        stored: dict[str, int] = defaultdict(int)
         self.largest_tensor = 0
         for name, shape in layout.parameters.items():
             size = self.width * math.prod(shape)
             self.largest_tensor = max(self.largest_tensor, size)
+            part = part_of_stack(layout.family, name)
+            stored[name if part is None else part.whole] += size
             if (block := layout.block_of(name)) is not None:
                 self.block_bytes[block] += size
+        self.largest_stored = max(stored.values())  # tensor of a checkpoint
         self.linears: list[list[LinearShape]] = [[] for _ in range(layout.num_blocks)]
         for linear in layout.linears:
             self.linears[linear.block].append(linear)
@@ -179,7 +185,7 @@ class WorkerNeeds:
             yield self._linear_by_linear("update", [n.update_bytes for n in self._of_needs], [n.update_flops for n in self._of_needs])
         if self._job.lora_rank:
             yield self._correction()
-        written = max(min(FILE_BYTES, self._all_blocks + self._outside), self._shapes.largest_tensor)
+        written = max(min(FILE_BYTES, self._all_blocks + self._outside), self._shapes.largest_stored)
         yield StepPlan("commit", self._idle, self._host + written, disk_bytes=self._all_blocks)
         if self._job.rounds:
             shapes = [(linear.num_rows, linear.num_columns) for linear in self._linears]

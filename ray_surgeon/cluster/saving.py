@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -12,9 +13,12 @@ from ray_surgeon.cluster.needs import FILE_BYTES
 from ray_surgeon.cluster.worker import Worker
 from ray_surgeon.memory.weights import DiskWeights
 from ray_surgeon.models.build import stored_name
+from ray_surgeon.models.checkpoint import Stack, part_of_stack
 from ray_surgeon.models.linears import cut, num_inputs
 from ray_surgeon.storage import files, tensor_files
 from ray_surgeon.surgery.masks import StructuredMask
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -44,14 +48,14 @@ def continue_from_shot(worker: Worker, saved: Sequence[SavedFile]) -> None:
     weights = worker.shard.weights
     if isinstance(weights, DiskWeights) and all(files.is_local(file.uri) for file in saved):
         uri_of, reader = {key: file.uri for file in saved for key in file.keys}, tensor_files.Reader()
-        weights.continue_from(lambda name: reader.read(uri_of[name], name))
+        weights.continue_from(lambda name: reader.read(uri_of[name], name), uri_of)
 
 
 def num_files(worker: Worker, masks: bool) -> tuple[int, int]:
     """Return how many files `save_weights` writes, of weights and of masks."""
     if worker.index.replica != 0:
         return 0, 0
-    return len(_parts(worker, worker.shard.saved(linears_only=False))), len(_mask_parts(worker)) if masks else 0
+    return len(_parts(worker, worker.shard.saved(linears_only=False), stacked=True)), len(_mask_parts(worker)) if masks else 0
 
 
 def save_weights(
@@ -71,36 +75,87 @@ def save_weights(
     if worker.index.replica != 0:
         return ()
 
-    def get(name: str) -> Tensor:
-        tensor, (linear, _, part) = worker.shard.tensor(name), name.rpartition(".")
-        if cut_out and linear in routers:
-            return tensor[routers[linear].to(tensor.device)]
-        if not cut_out or linear not in worker.shard.linears:
-            return tensor
-        mask, module = worker.mask(linear, StructuredMask), worker.shard.linears[linear]
-        return cut(module, part, tensor, mask.rows, mask.columns[: num_inputs(module)])
+    family, exported = worker.layout.family, _Exported(worker, cut_out=cut_out)
+    is_stacked = stored and family.sparse is not None and family.sparse.stacked
 
     def called(name: str) -> str:
-        for experts, places in numbers.items():
-            if name.startswith(f"{experts}."):
-                number, dot, rest = name.removeprefix(f"{experts}.").partition(".")
-                name = f"{experts}.{places[int(number)]}{dot}{rest}"
-        return stored_name(worker.layout.family, name) if stored else name
+        part = part_of_stack(family, name) if is_stacked else None
+        if part is not None:
+            return part.whole
+        return stored_name(family, exported.called(name)) if stored else exported.called(name)
 
-    kept, sparse = {e: ~worker.removed_experts(e) for e in worker.expert_sets} if cut_out else {}, worker.layout.family.sparse
-    numbers = {experts.name: (left.cumsum(0) - 1).tolist() for experts, left in kept.items()}
-    routers = {worker.layout.family.block_prefix(e.block) + sparse.router: left for e, left in kept.items()} if sparse is not None else {}
-    parts = _parts(worker, worker.shard.saved(linears_only=False))
+    parts = _parts(worker, worker.shard.saved(linears_only=False), stacked=True)
     wanted = [[name for name in part if name not in left_out] for part in parts]
+    get = exported.of_stack if is_stacked else exported.get
     saved = [_write(files.join(folder, name), part, get, called) for name, part in zip(names, wanted, strict=True)]
     masks = zip(mask_names, _mask_parts(worker), strict=True) if mask_names else ()
     return tuple(saved + [_write(files.join(folder, name), part, _mask_getter(worker)) for name, part in masks])
 
 
-def _parts(worker: Worker, names: Sequence[str]) -> list[list[str]]:
-    """Cut names of tensors into those of one file each, by the sizes they have before anything is cut out."""
+class _Exported:
+    """The tensors of a shard as an export has them."""
+
+    def __init__(self, worker: Worker, *, cut_out: bool) -> None:
+        """Look up what is left of experts and heads, if pruned parts are cut out."""
+        self._worker, self._cut_out, family = worker, cut_out, worker.layout.family
+        sets, sparse = worker.expert_sets if cut_out else [], family.sparse
+        kept = {experts: ~worker.removed_experts(experts) for experts in sets}
+        self._numbers = {experts.name: (left.cumsum(0) - 1).tolist() for experts, left in kept.items()}
+        self._num_left = {experts.name: int(left.sum()) for experts, left in kept.items()}
+        self._entries = {family.block_prefix(e.block) + sparse.router: left for e, left in kept.items()} if sparse is not None else {}
+        for groups in worker.group_sets if cut_out and family.per_head else ():
+            if groups.kind == "attention":
+                columns = worker.mask(groups.consumer, StructuredMask).columns[groups.columns.flatten()]
+                heads = columns.view(-1, worker.layout.heads.head_dim).any(dim=1)
+                self._entries |= {family.block_prefix(groups.block) + name: heads for name in family.per_head}
+        self._stacks: dict[str, Stack] = {}
+
+    def get(self, name: str) -> Tensor:
+        """Return a tensor, without what is cut out."""
+        tensor, (linear, _, part) = self._worker.shard.tensor(name), name.rpartition(".")
+        for of in (name, linear):
+            if of in self._entries:
+                return tensor[self._entries[of].to(tensor.device)]
+        if not self._cut_out or linear not in self._worker.shard.linears:
+            return tensor
+        mask, module = self._worker.mask(linear, StructuredMask), self._worker.shard.linears[linear]
+        return cut(module, part, tensor, mask.rows, mask.columns[: num_inputs(module)])
+
+    def called(self, name: str) -> str:
+        """Return its name, experts being numbered without those that are gone."""
+        for experts, places in self._numbers.items():
+            if name.startswith(f"{experts}."):
+                number, dot, rest = name.removeprefix(f"{experts}.").partition(".")
+                return f"{experts}.{places[int(number)]}{dot}{rest}"
+        return name
+
+    def of_stack(self, name: str) -> Tensor:
+        """Return the tensor that holds all experts, filled with this one of an expert's and those asked for before; others as they are."""
+        part, tensor = part_of_stack(self._worker.layout.family, name), self.get(name)
+        if part is None or not tensor.numel():
+            return tensor
+        experts = part.whole.rpartition(".")[0]
+        place = self._numbers[experts][part.expert] if experts in self._numbers else part.expert
+        if part.whole not in self._stacks:
+            assert self._worker.layout.family.sparse is not None
+            num_left = self._num_left.get(experts, self._worker.layout.num_experts)
+            self._stacks = {part.whole: Stack(self._worker.layout.family.sparse, num_left)}
+        self._stacks[part.whole].put(part, place, tensor)
+        return self._stacks[part.whole].tensor
+
+
+def _parts(worker: Worker, names: Sequence[str], *, stacked: bool = False) -> list[list[str]]:
+    """Cut names of tensors into those of one file each, by the sizes they have before anything is cut out.
+
+    With `stacked`, those that checkpoints of the family keep in one tensor follow each other and stay together.
+    """
+    units: dict[str, list[str]] = {}
+    for name in names:
+        part = part_of_stack(worker.layout.family, name) if stacked else None
+        units.setdefault(name if part is None else part.whole, []).append(name)
     width = worker.shard.dtype.itemsize
-    return _by_size([(name, width * torch.Size(worker.layout.parameters[name]).numel()) for name in names])
+    sizes = [(unit, sum(width * torch.Size(worker.layout.parameters[name]).numel() for name in unit)) for unit in units.values()]
+    return [[name for unit in part for name in unit] for part in _by_size(sizes)]
 
 
 def _mask_parts(worker: Worker) -> list[list[str]]:
@@ -115,8 +170,8 @@ def _mask_getter(worker: Worker) -> Callable[[str], Tensor]:
     return get
 
 
-def _by_size(sizes: Sequence[tuple[str, int]]) -> list[list[str]]:
-    parts: list[list[str]] = [[]]
+def _by_size(sizes: Sequence[tuple[T, int]]) -> list[list[T]]:
+    parts: list[list[T]] = [[]]
     filled = 0
     for name, size in sizes:
         if parts[-1] and filled + size > FILE_BYTES:

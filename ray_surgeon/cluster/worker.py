@@ -18,6 +18,7 @@ from ray_surgeon.cluster.transport import TensorPayload, decode, encode
 from ray_surgeon.cluster.usage import Usage, give_back, process_usage
 from ray_surgeon.memory.stores import Scratch, Stores
 from ray_surgeon.memory.weights import ReadAhead
+from ray_surgeon.models.checkpoint import is_packed, tensor_reader
 from ray_surgeon.models.gguf import convert_gguf
 from ray_surgeon.models.layout import ExpertSet, GroupSet, ModelLayout
 from ray_surgeon.models.runner import BlockRunner
@@ -177,16 +178,14 @@ class Worker:
         self.shard = ModelShard(self.layout, blocks, dtype, self.device, stores, scratch)
         self.runner, self.scratch = BlockRunner(self.shard), scratch
         reader, shot, pruned_in = source.reader(), tensor_files.Reader(), dict(recipe.shot_files)
+        read_dense = tensor_reader(self.layout, reader.file_of, reader.read, source.origin)
 
         def read(name: str) -> Tensor:
-            if name in pruned_in:
-                return shot.read(pruned_in[name], name)
-            key = self.layout.checkpoint_key(name, reader.file_of)
-            if key is None:
-                raise ValueError(f"model.source: {source.origin} has no tensor {name}")
-            return reader.read(key)
+            return shot.read(pruned_in[name], name) if name in pruned_in else read_dense(name)
 
-        stays = reader.is_local and all(files.is_local(uri) for uri in set(pruned_in.values()))
+        stays = (
+            reader.is_local and not is_packed(reader.file_of, self.layout) and all(files.is_local(uri) for uri in set(pruned_in.values()))
+        )
         self.shard.load(read if stays else ReadAhead(read, self.shard.wanted), stays=stays)
         kind: type[StructuredMask] | type[ElementMask] = ElementMask if by_element else StructuredMask
         for name in self.shard.linears:

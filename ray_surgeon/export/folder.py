@@ -70,9 +70,10 @@ def _names(stem: str, numbers: Sequence[int]) -> list[list[str]]:
 
 
 def dense_document(model: ModelSection) -> dict[str, Any]:
-    """Return the content of the dense model's config.json, with the dtype of the job."""
+    """Return the content of the dense model's config.json, with the dtype of the job, and not quantised."""
     document = json.loads(open_model(model, convert_gguf).fetch("config.json").read_text(encoding="utf-8"))
-    document.pop("torch_dtype", None)
+    for name in ("torch_dtype", "quantization_config"):
+        document.pop(name, None)
     return dict(document) | {"dtype": model.dtype}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -216,10 +216,11 @@ class DiskWeights(StreamedWeights):
             if not stays:
                 self.set(name, value)
 
-    def continue_from(self, read: Read) -> None:
-        """Read everything that was changed so far by another function, and free the scratch."""
+    def continue_from(self, read: Read, names: Container[str]) -> None:
+        """Read those of the given names that were changed so far by another function, and free their scratch."""
         self._forget_ahead()
-        changed, before, self._changed = frozenset(self._changed), self._read, set()
+        changed, before = frozenset(name for name in self._changed if name in names), self._read
+        self._changed -= changed
         self._read = lambda name: read(name) if name in changed else before(name)
         for name in changed:
             self._scratch.path(f"{name}.safetensors").unlink()

@@ -70,7 +70,7 @@ def build_blocks(config: PretrainedConfig, blocks: BlockRange, dtype: torch.dtyp
     """
     family = family_of(config)
     with init_empty_weights(include_buffers=False):
-        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=family.runs_attention)
     model.eval().requires_grad_(False)
     base = model.get_submodule(family.base)
     all_blocks = base.get_submodule(family.blocks)
@@ -80,7 +80,7 @@ def build_blocks(config: PretrainedConfig, blocks: BlockRange, dtype: torch.dtyp
         for block in list(all_blocks)[blocks.first : blocks.last]:
             split_experts(block, family.sparse)
     if getattr(config, "layer_types", None):  # forward looks kinds of attention up by the place in the list it has
-        base.config = copy.copy(config)
+        base.config = copy.copy(base.config)
         base.config.layer_types = config.layer_types[blocks.first : blocks.last]  # type: ignore[union-attr]
     if not blocks.is_first:
         for name in family.embeddings:

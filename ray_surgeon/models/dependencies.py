@@ -35,7 +35,9 @@ def propagate(layout: ModelLayout, masks: Mapping[str, StructuredMask], sets: Se
         if groups.kind == "attention":
             _propagate_in_attention(layout, groups, rows, columns)
         elif _activation(layout.config) in _KEEP_ZERO:
-            _propagate_in_ffn(groups, rows, columns)
+            sparse = layout.family.sparse
+            zeroing = None if sparse is None or groups.kind == "ffn" else sparse.zeroing
+            _propagate_in_ffn(groups, rows, columns, zeroing)
     found = {name: StructuredMask(rows[name], columns[name]) for name in masks}
     return {name: mask for name, mask in found.items() if mask.num_kept < masks[name].num_kept or _fewer(mask, masks[name])}
 
@@ -54,12 +56,13 @@ def _activation(config: PretrainedConfig) -> str:
     return str(next(value for value in (getattr(config, name, None) for name in names) if value is not None))
 
 
-def _propagate_in_ffn(groups: GroupSet, rows: dict[str, Tensor], columns: dict[str, Tensor]) -> None:
-    """A channel is a product or a function of what its producers write: if one is zero, so is the channel."""
+def _propagate_in_ffn(groups: GroupSet, rows: dict[str, Tensor], columns: dict[str, Tensor], zeroing: tuple[str, ...] | None) -> None:
+    """A channel is a product or a function of what its producers write: if one of those in `zeroing`, or any, is zero, so is it."""
     channels = groups.columns[:, 0]
     alive = columns[groups.consumer][channels]
     for name, written in groups.producers:
-        alive = alive & rows[name][written[:, 0]]
+        if zeroing is None or name.endswith(zeroing):
+            alive = alive & rows[name][written[:, 0]]
     columns[groups.consumer][channels] = alive
     for name, written in groups.producers:
         rows[name][written[:, 0]] &= alive

@@ -7,7 +7,7 @@ the names they have in checkpoints. The family's own layer and router stay: they
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from ray_surgeon.models.families import SparseLayer
+from ray_surgeon.models.families import Family, SparseLayer
+from ray_surgeon.models.linears import as_linear
 
 
 class _Linear(nn.Linear):
@@ -25,26 +26,33 @@ class _Linear(nn.Linear):
         """Leave the weights as they are."""
 
 
-class Expert(nn.Module):
-    """One expert: ``consumer(activation(gate(x)) * up(x))``."""
+Combine = Callable[[Tensor, Tensor], Tensor]
+"""(gate, up) -> channels, all [num_tokens, width]."""
 
-    def __init__(self, family: SparseLayer, width: int, hidden: int, activation: nn.Module, like: Tensor) -> None:
+
+class Expert(nn.Module):
+    """One expert: ``consumer(combine(gate(x), up(x)))``."""
+
+    def __init__(self, family: SparseLayer, width: int, hidden: int, combine: Combine, like: Tensor, *, bias: bool) -> None:
         super().__init__()
-        self._activation, self._names = activation, (*family.producers, family.consumer)
+        self._combine, self._names = combine, (*family.producers, family.consumer)
         for name in family.producers:
-            self.add_module(name, _Linear(hidden, width, bias=False, device=like.device, dtype=like.dtype))
-        self.add_module(family.consumer, _Linear(width, hidden, bias=False, device=like.device, dtype=like.dtype))
+            self.add_module(name, _Linear(hidden, width, bias=bias, device=like.device, dtype=like.dtype))
+        self.add_module(family.consumer, _Linear(width, hidden, bias=bias, device=like.device, dtype=like.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """[num_tokens, d] -> [num_tokens, d]."""
         gate, up, down = (self.get_submodule(name) for name in self._names)
-        output: Tensor = down(self._activation(gate(x)) * up(x))
+        output: Tensor = down(self._combine(gate(x), up(x)))
         return output
 
     def unseen(self, x: Tensor) -> Tensor:
         """Return the same without calling the linears, so that hooks on them notice nothing."""
-        gate, up, down = (self.get_parameter(f"{name}.weight") for name in self._names)
-        return linear(self._activation(linear(x, gate)) * linear(x, up), down)
+        if len(x) == 1:  # see `times_constant`
+            return self.unseen(torch.cat([x, x]))[:1]
+        gate, up, down = (as_linear(self.get_submodule(name)) for name in self._names)
+        channels = self._combine(linear(x, gate.weight, gate.bias), linear(x, up.weight, up.bias))
+        return linear(channels, down.weight, down.bias)
 
 
 class ExpertLinears(nn.ModuleList):
@@ -134,27 +142,39 @@ def split_experts(block: nn.Module, family: SparseLayer) -> bool:
     whole: Any = getattr(layer, name, None)
     if whole is None:
         return False
-    like, width = whole.down_proj, int(whole.intermediate_dim)
-    experts = [Expert(family, width, int(whole.hidden_dim), whole.act_fn, like) for _ in range(int(whole.num_experts))]
+    like, combine, bias = whole.down_proj, _combine(whole, family), hasattr(whole, "down_proj_bias")
+    num_experts, width, hidden = like.shape if family.stacked else (like.shape[0], like.shape[2], like.shape[1])
+    experts = [Expert(family, width, hidden, combine, like, bias=bias) for _ in range(num_experts)]
     setattr(layer, name, ExpertLinears(experts))
     return True
 
 
-def in_memory(family: SparseLayer, state: Mapping[str, Tensor], name: str) -> Tensor | None:
-    """Return the weight of an expert's linear from a model in memory, whose experts lie in two tensors a layer; None if it is no such.
+def _combine(whole: nn.Module, family: SparseLayer) -> Combine:
+    """Return what a family's own experts do with the outputs of gate and up."""
+    if not family.stacked:
+        activation: Any = whole.act_fn
+        return lambda gate, up: activation(gate) * up
+    settings: Any = copy.copy(whole)
+    settings._parameters = {}
+    return lambda gate, up: settings._apply_gate(torch.stack([gate, up], dim=-1).flatten(-2))
+
+
+def in_memory(family: Family, state: Mapping[str, Tensor], name: str) -> Tensor | None:
+    """Return the weight of an expert's linear from a model in memory that has it otherwise than checkpoints have; None if it has not.
 
     Args:
         family: of the model.
         state: its ``state_dict``.
         name: e.g. ``model.layers.3.mlp.experts.5.gate_proj.weight``.
     """
-    layer, inside, rest = name.partition(f".{family.experts}.")
-    if not inside:
+    sparse = family.sparse
+    if sparse is None or sparse.stacked or f".{sparse.experts}." not in name:
         return None
+    layer, inside, rest = name.partition(f".{sparse.experts}.")
     number, linear, _ = rest.split(".")
-    whole = f"{layer}{inside}" + ("down_proj" if linear == family.consumer else "gate_up_proj")
+    whole = f"{layer}{inside}" + ("down_proj" if linear == sparse.consumer else "gate_up_proj")
     weight = state[whole][int(number)]
-    return weight if linear == family.consumer else weight.chunk(2)[family.producers.index(linear)]
+    return weight if linear == sparse.consumer else weight.chunk(2)[sparse.producers.index(linear)]
 
 
 def mixture_of(block: nn.Module, family: SparseLayer) -> Mixture | None:

@@ -48,6 +48,8 @@ class SparseLayer:
     shared_width: str | None = None  # field with its width; None if the width is a multiple of an expert's
     num_groups: str | None = None  # field with the number of groups of experts of which a router chooses some first
     has_softmax: bool = True  # whether weights are a softmax over all experts, so that they rise if one is removed, if not normalised later
+    zeroing: tuple[str, ...] = ("gate_proj", "up_proj")  # the producers of which a channel is zero if one is
+    stacked: bool = False  # whether checkpoints keep all experts of a layer together, [num_experts, inputs, outputs], producers in turns
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,8 @@ class Family:
     has_free_heads: bool = True  # whether heads may fill less than the hidden size
     norms_queries: bool = False  # whether queries and keys are normalised over a head's dimensions
     transposed: bool = False  # whether linears are [inputs, outputs], GPT-2's Conv1D
+    per_head: tuple[str, ...] = ()  # tensors of a block with one entry for every query head
+    runs_attention: str = "sdpa"  # how transformers is to run attention
     has_free_heads_in_vllm: bool = True  # likewise, in vLLM's own class of the family
     llama_cpp: LlamaCpp | None = None  # None if llama.cpp does not know the family
 
@@ -181,6 +185,13 @@ FAMILIES: dict[str, Family] = {
         llama_cpp=None,
     ),
     "qwen3_moe": _QWEN3_MOE,
+    "gpt_oss": replace(
+        _LLAMA,
+        sparse=SparseLayer(("num_local_experts",), "intermediate_size", router="mlp.router", zeroing=("gate_proj",), stacked=True),
+        per_head=("self_attn.sinks",),
+        runs_attention="eager",
+        llama_cpp=None,
+    ),
     "glm4_moe": replace(_LLAMA, norms_queries=True, sparse=_SHARED_OF_DEEPSEEK, float32=("e_score_correction_bias",), llama_cpp=None),
     "deepseek_v3": replace(
         _LLAMA,
@@ -222,6 +233,21 @@ def check_sizes(document: Mapping[str, Any], where: str) -> None:
         value = document.get(name)
         if value is not None and (type(value) is not int or not 1 <= value <= most):
             raise ValueError(f"model.source: {name} in config.json of {where} is {str(value)[:40]!r}, expected 1 to {most}; fetch it again")
+
+
+def check_not_quantised(document: Mapping[str, Any]) -> None:
+    """Refuse quantised weights, of which the scales would not be read; but MXFP4 of a family that keeps experts together is known.
+
+    Raises:
+        ValueError: names the way they are quantised.
+    """
+    found, family = document.get("quantization_config"), FAMILIES.get(str(document.get("model_type")))
+    way = found.get("quant_method") if isinstance(found, Mapping) else found
+    if way is not None and not (way == "mxfp4" and family is not None and family.sparse is not None and family.sparse.stacked):
+        raise ValueError(
+            f"model.source: the weights are quantised ({str(way)[:40]}), and updates need them as they were; give the checkpoint in "
+            "bfloat16 or float32, and quantise the pruned model with output.quantize"
+        )
 
 
 def check_family(family: str) -> None:

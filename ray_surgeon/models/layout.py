@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from ray_surgeon.models.build import BlockRange, build_blocks, shared_inputs_of, stored_name
+from ray_surgeon.models.build import BlockRange, build_blocks, shared_inputs_of
 from ray_surgeon.models.families import Family, family_of
 from ray_surgeon.models.linears import as_linear, num_inputs, num_outputs
 
@@ -256,39 +256,6 @@ class ModelLayout:
         size = columns.shape[1] * self.shapes[consumer].num_rows
         size += sum(rows.shape[1] * self.shapes[name].num_columns for name, rows in producers)
         return GroupSet(kind, block, consumer, columns, producers, size)
-
-    def check_checkpoint(self, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
-        """Compare a checkpoint's tensors with what the configuration needs, before anything is loaded.
-
-        Args:
-            shapes: key -> shape of every tensor in the checkpoint.
-            where: the checkpoint, for the error.
-
-        Raises:
-            ValueError: a tensor is missing or has another shape.
-        """
-        missing, wrong = [], []
-        for name, shape in self.parameters.items():
-            key = self.checkpoint_key(name, shapes)
-            if name in self.tied:
-                continue
-            if key is None:
-                missing.append(name)
-            elif shapes[key] != shape:
-                wrong.append(f"{key} is {shapes[key]}, expected {shape}")
-        if missing or wrong:
-            details = [f"{len(missing)} missing ({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''})"] if missing else []
-            details += [f"{len(wrong)} of another shape ({'; '.join(wrong[:3])})"] if wrong else []
-            raise ValueError(f"model.source: {where} does not fit its config.json: {'; '.join(details)}. Give a complete checkpoint")
-
-    def checkpoint_key(self, name: str, keys: Mapping[str, object]) -> str | None:
-        """Return the key under which a checkpoint stores a parameter, or None.
-
-        Some checkpoints leave out the leading ``model.`` or ``transformer.``, and tied heads are usually stored once.
-        """
-        candidates = [stored_name(self.family, name), stored_name(self.family, self.tied.get(name, name))]
-        candidates += [c.removeprefix("model.").removeprefix("transformer.") for c in candidates]
-        return next((c for c in candidates if c in keys), None)
 
 
 def _linears(config: PretrainedConfig, family: Family, model: nn.Module) -> list[LinearShape]:

@@ -87,8 +87,8 @@ def sum_removals(sums: ExpertSums, mixture: Mixture) -> list[RemovableHandle]:
         sums.add("weighted_norms", found.experts, found.norms)
         waiting.append(found)
 
-    def leave(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        found = waiting.pop()
+    def leave(module: nn.Module, inputs: tuple[Tensor, ...], outputs: Tensor | tuple[Tensor, ...]) -> None:
+        found, output = waiting.pop(), outputs[0] if isinstance(outputs, tuple) else outputs
 
         def add(gradient: Tensor) -> None:
             g = gradient.detach().flatten(0, -2)

@@ -309,10 +309,13 @@ class ModelShard:
         if (block, role) not in self._layer_means:
             assert self.layout.family.sparse is not None
             self._layer_means = {key: mean for key, mean in self._layer_means.items() if key[0] == block}  # blocks have their turns
-            names = [shape.name for shape in self.layout.linears if shape.block == block and shape.role == role]
+            shapes = [shape for shape in self.layout.linears if shape.block == block and shape.role == role]
+            names = [shape.name for shape in shapes]
             groups = [self._group_of[name] for name in names]
             num_tokens, is_consumer = sum(g.num_tokens for g in groups), role.endswith(self.layout.family.sparse.consumer)
-            A = mean_factor((self.factor_store.get(g.key_of_A) for g in groups), num_tokens, has_basis=not is_consumer)
+            A = mean_factor(
+                (self.factor_store.get(g.key_of_A) for g in groups), num_tokens, has_basis=not is_consumer, has_bias=shapes[0].has_bias
+            )
             keys = [group.key_of_G(name) for name, group in zip(names, groups, strict=True)]
             G = mean_factor(map(self.factor_store.get, keys), num_tokens, has_basis=is_consumer)
             num_chosen = self.mixtures[block - self.blocks.first].num_chosen

@@ -132,9 +132,9 @@ class WeightReader:
         """Whether all files are on this machine."""
         return all(files.is_local(uri) for uri in self._uri_of.values())
 
-    def read(self, key: str) -> Tensor:
-        """Return one tensor, which must not be written to."""
-        return self._tensors.read(self._uri_of[self.file_of[key]], key)
+    def read(self, key: str, entry: int | None = None) -> Tensor:
+        """Return one tensor, or only an entry of its first dimension; it must not be written to."""
+        return self._tensors.read(self._uri_of[self.file_of[key]], key, entry)
 
 
 def open_model(source: ModelSection, convert: Callable[[Path, Path], None]) -> ModelFiles:

@@ -96,22 +96,22 @@ class Reader:
         """Return the shapes of a file's tensors by name."""
         return self._header(uri).shapes
 
-    def read(self, uri: str, name: str) -> Tensor:
-        """Return a tensor; a local one must not be written to."""
+    def read(self, uri: str, name: str, entry: int | None = None) -> Tensor:
+        """Return a tensor, or only an entry of its first dimension; a local one must not be written to."""
         if files.is_local(uri):
             with self._lock:
                 if uri not in self._open:
                     self._open[uri] = safe_open(files.open_filesystem(uri)[1], framework="pt")
             tensor = self._open[uri].get_tensor(name)
             assert isinstance(tensor, Tensor)
-            return tensor
+            return tensor if entry is None else tensor[entry]
         header = self._header(uri)
-        start, end = header.bytes_of[name]
-        content = bytearray(_read_part(uri, start, end))
-        dtype = _DTYPES[header.dtypes[name]]
-        return (
-            torch.frombuffer(content, dtype=dtype).view(header.shapes[name]) if content else torch.empty(header.shapes[name], dtype=dtype)
-        )
+        (start, end), shape = header.bytes_of[name], header.shapes[name]
+        if entry is not None:
+            size, shape = (end - start) // shape[0], shape[1:]
+            start, end = start + entry * size, start + (entry + 1) * size
+        content, dtype = bytearray(_read_part(uri, start, end)), _DTYPES[header.dtypes[name]]
+        return torch.frombuffer(content, dtype=dtype).view(shape) if content else torch.empty(shape, dtype=dtype)
 
     def _header(self, uri: str) -> Header:
         with self._lock:

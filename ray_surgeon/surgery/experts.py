@@ -26,7 +26,7 @@ class LayerMean:
     num_tokens: float  # that passed the layer, each through several experts
 
 
-def mean_factor(totals: Iterable[PackedSymmetric], num_tokens: int, *, has_basis: bool) -> PackedSymmetric:
+def mean_factor(totals: Iterable[PackedSymmetric], num_tokens: int, *, has_basis: bool, has_bias: bool = False) -> PackedSymmetric:
     """Return the mean of a factor over all tokens of all experts of a layer.
 
     Args:
@@ -34,6 +34,7 @@ def mean_factor(totals: Iterable[PackedSymmetric], num_tokens: int, *, has_basis
         num_tokens: in all of these sums.
         has_basis: whether the same entry means the same in all experts, as in the hidden states. The channels of one expert have nothing to
             do with those of another, and what does not depend on their order is a multiple of the identity only (and of ones, left out).
+        has_bias: whether the last entry is the bias's, which means the same in all experts.
     """
     mean: PackedSymmetric | None = None
     for total in totals:
@@ -44,9 +45,13 @@ def mean_factor(totals: Iterable[PackedSymmetric], num_tokens: int, *, has_basis
     mean.flat.div_(max(1, num_tokens))
     if has_basis:
         return mean
-    level = float(mean.diagonal().mean())
+    diagonal = mean.diagonal()
+    of_bias = float(diagonal[-1])
+    level = float(diagonal[: len(diagonal) - has_bias].mean())
     mean.flat.zero_()
     mean.fill_diagonal(level)
+    if has_bias:
+        mean.flat[-1] = of_bias
     return mean
 
 

@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from ray_surgeon.run.directory import RunDirectory
 from tests.conftest import LAYOUTS, SPARSE_CONFIGS
 from tests.integration.runs import MOST_BY_ORDER_OF_SUMS, assert_same_shot, difference, report_of, run, tensors_of_shot
+from tests.models.test_checkpoint import as_mxfp4
 
 pytestmark = pytest.mark.usefixtures("forked")
 
@@ -40,7 +43,11 @@ def test_whole_experts_leave_a_plain_model_with_fewer(family: str, model_folders
     assert type(config) is type(SPARSE_CONFIGS[family])
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/export/uniform")
     layers = [block.mlp for block in model.model.layers if hasattr(block.mlp, "experts")]
-    assert {len(layer.experts.down_proj) for layer in layers} == {num_left} == {len(layer.gate.weight) for layer in layers}
+    assert (
+        {len(layer.experts.down_proj) for layer in layers}
+        == {num_left}
+        == {len((layer.gate if hasattr(layer, "gate") else layer.router).weight) for layer in layers}
+    )
     removed = report_of(tmp_path / "run")["shots"][-1]["experts_removed"]
     assert len(removed) == len(layers) * (layout.num_experts - num_left)
     tensors = tensors_of_shot(tmp_path / "run", 1)
@@ -134,7 +141,7 @@ def test_other_methods_take_experts_as_linears(model_folders: dict[str, Path], t
         "extended": {"curvature__kind": "extended_kfac"},
     }
     for name, options in methods.items():
-        for family in ("olmoe", "glm4_moe"):
+        for family in ("olmoe", "glm4_moe", "gpt_oss"):
             assert run(tmp_path / name / family, model_folders[family], **options, output__exports=["masked"]) == 0, (name, family)
             assert report_of(tmp_path / name / family / "run")["shots"][-1]["sparsity"] == pytest.approx(0.3, abs=0.03)
             export_of(tmp_path / name / family, "masked")
@@ -186,6 +193,55 @@ def test_targets_of_a_mixture(model_folders: dict[str, Path], tmp_path: Path) ->
         budget = report_of(tmp_path / unit / "run")["shots"][-1]["budget"]
         assert budget["need"] <= target[unit] < budget["dense"]
     assert budget["dense"] == pytest.approx(dense)
+
+
+def test_heads_with_sinks(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    """Half of the heads go, in a plain class, with their sinks."""
+    options = UNIFORM | {"pruning__groups": ["attention"], "pruning__target_sparsity": 0.03, "cluster__num_shards": 2}
+    assert run(tmp_path, model_folders["gpt_oss"], **options) == 0
+    widths = export_of(tmp_path, "uniform")["widths"]
+    assert {num_kv_heads for _, num_kv_heads in widths} == {1}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/export/uniform")
+    dense = AutoModelForCausalLM.from_pretrained(model_folders["gpt_oss"])
+    for one, other in zip(model.model.layers, dense.model.layers, strict=True):
+        sinks, whole = one.self_attn.sinks, other.self_attn.sinks
+        assert any(torch.equal(sinks, whole[start : start + 2]) for start in (0, 2))
+        assert len(sinks) == 2
+
+
+def test_a_packed_checkpoint_is_pruned_as_the_unpacked_one(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    """As gpt-oss is published: MXFP4, and an export in the job's dtype that says nothing of it; also with weights on disk."""
+    state = load_file(model_folders["gpt_oss"] / "model.safetensors")
+    document = json.loads((model_folders["gpt_oss"] / "config.json").read_text()) | {"intermediate_size": 64}
+    stacked = {name: tensor for name, tensor in state.items() if "experts" in name}
+    for name, tensor in stacked.items():  # a width that blocks of 32 fill
+        if name.endswith("down_proj"):
+            state[name] = torch.cat([tensor, tensor[:, :16]], dim=1)
+        elif "gate_up" in name:
+            state[name] = torch.cat([tensor, tensor[..., :32]], dim=-1)
+    packed = as_mxfp4(state)
+    unpacked = {name: t for name, t in packed.items() if not name.endswith(("_blocks", "_scales"))}
+    for name in packed:
+        if name.endswith("_blocks"):
+            whole = name.removesuffix("_blocks")
+            unpacked[whole] = convert_moe_packed_tensors(packed[name], packed[f"{whole}_scales"]).float()
+    quantised = {"quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}}
+    for name, tensors, extra in (("packed", packed, quantised), ("unpacked", unpacked, {})):
+        folder = tmp_path / name
+        folder.mkdir()
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(document | extra))
+        for path in model_folders["gpt_oss"].glob("tokenizer*"):
+            (folder / path.name).write_bytes(path.read_bytes())
+    options = UNIFORM | {"pruning__groups": ["experts", "expert_channels"], "pruning__target_sparsity": 0.25}
+    disk = {"memory__weights": "disk", "memory__scratch": str(tmp_path / "scratch")}
+    for name, way in {"packed": {}, "unpacked": {}, "streamed": disk}.items():
+        assert run(tmp_path / "runs" / name, tmp_path / ("packed" if way else name), **options, **way) == 0
+        export_of(tmp_path / "runs" / name, "uniform")
+    for name in ("unpacked", "streamed"):
+        assert_same_shot(tmp_path / "runs/packed/run", tmp_path / "runs" / name / "run", 2)
+    written = json.loads((tmp_path / "runs/packed/run/export/uniform/config.json").read_text())
+    assert "quantization_config" not in written
 
 
 def test_config_of_a_checkpoint_without_some_fields(model_folders: dict[str, Path], tmp_path: Path) -> None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from ray_surgeon.models.build import BlockRange
+from ray_surgeon.models.checkpoint import read_state, tensor_reader
 from ray_surgeon.models.dependencies import propagate, shrinkable
 from ray_surgeon.models.linears import as_linear, matrix
+from ray_surgeon.models.shard import ModelShard
 from ray_surgeon.surgery.masks import StructuredMask
-from tests.conftest import CONFIGS, LAYOUTS, tiny_model
+from tests.conftest import CONFIGS, LAYOUTS, SPARSE_CONFIGS, tiny_model
 
 TOKENS = torch.arange(24)[None] * 7 % 300 + 3
 
@@ -52,6 +58,21 @@ def test_propagation_does_not_change_the_logits(family: str) -> None:
     torch.testing.assert_close(model(TOKENS).logits, before, atol=1e-5, rtol=1e-5)
     assert propagate(layout, after, sets).keys() <= {n for n in after if "mlp" not in n and "fc" not in n}
     assert 0 < shrinkable(after, sets) < sum(m.num_parameters for m in masks.values())
+
+
+@pytest.mark.parametrize("family", sorted(set(SPARSE_CONFIGS) - {"deepseek_v3"}))  # whose attention is no pair of plain halves
+def test_propagation_in_experts_does_not_change_the_logits(family: str, model_folders: dict[str, Path]) -> None:
+    """In gpt-oss a channel whose gate is zero is zero, and one whose up is zero is not."""
+    layout, masks, state = LAYOUTS[family], random_masks(family, 0.3), load_file(model_folders[family] / "model.safetensors")
+    part = ModelShard(layout, BlockRange(0, 4, 4), torch.float32, torch.device("cpu"))
+    part.load(tensor_reader(layout, state, read_state(state), "here"))
+    with torch.no_grad():
+        write(part.model, masks, 0.0)
+        before = part.model(TOKENS).logits
+        changed = propagate(layout, masks, layout.group_sets)
+        assert any("experts" in name for name in changed)
+        write(part.model, masks | changed, 0.0)
+        torch.testing.assert_close(part.model(TOKENS).logits, before, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ray_surgeon.models.build import BlockRange
+from ray_surgeon.models.checkpoint import read_state, tensor_reader
 from ray_surgeon.models.families import family_of
 from ray_surgeon.models.loss import compare_with_dense, next_token_loss
 from ray_surgeon.models.runner import BlockRunner
@@ -20,7 +21,7 @@ FAMILIES = sorted(CONFIGS)
 
 def reader(family: str) -> Callable[[str], Tensor]:
     state = tiny_model(family).state_dict()
-    return lambda name: state[str(LAYOUTS[family].checkpoint_key(name, state))]
+    return tensor_reader(LAYOUTS[family], state, read_state(state), "here")
 
 
 def shards(family: str, cuts: list[int]) -> list[ModelShard]:
@@ -168,5 +169,5 @@ def test_divergence_from_the_dense_model_and_its_gradient_are_those_of_autograd(
 def test_unknown_family_is_refused_with_the_known_ones() -> None:
     from transformers import BertConfig
 
-    with pytest.raises(ValueError, match=r"'bert'.*gpt2, llama"):
+    with pytest.raises(ValueError, match=r"'bert'.*gpt2, gpt_oss, llama"):
         family_of(BertConfig())

@@ -18,7 +18,7 @@ from ray_surgeon.surgery.experts import (
     rerouting_costs,
     shrunk_factors,
 )
-from ray_surgeon.surgery.kronecker import PackedFactors, PackedSymmetric
+from ray_surgeon.surgery.kronecker import PackedFactors, PackedSymmetric, with_ones
 
 
 def gram(x: torch.Tensor) -> PackedSymmetric:
@@ -45,6 +45,13 @@ def test_the_mean_of_a_layer_keeps_a_basis_only_where_there_is_one() -> None:
     torch.testing.assert_close(mean_factor(map(gram, own), 13, has_basis=True).dense(), wanted)
     level = wanted.diagonal().mean() * torch.eye(4, dtype=torch.float64)
     torch.testing.assert_close(mean_factor(map(gram, own), 13, has_basis=False).dense(), level)
+
+
+def test_the_mean_of_a_layer_has_the_bias_as_it_is() -> None:
+    own = [with_ones(torch.randn(n, 4, dtype=torch.float64)) for n in (3, 0, 10)]
+    level = torch.cat(own)[:, :4].square().sum() / 13 / 4
+    wanted = torch.diag(torch.tensor([*[level] * 4, 1.0], dtype=torch.float64))
+    torch.testing.assert_close(mean_factor(map(gram, own), 13, has_basis=False, has_bias=True).dense(), wanted)
 
 
 def test_costs_from_their_definitions() -> None:

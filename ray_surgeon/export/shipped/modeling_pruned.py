@@ -82,14 +82,22 @@ class Experts(nn.Module):
 
     def __init__(self, whole: Any, widths: list[int]) -> None:
         super().__init__()
-        self.act_fn = whole.act_fn
-        self.numbers = range(len(widths))
+        self.numbers, bias = range(len(widths)), hasattr(whole, "down_proj_bias")
+        hidden = whole.down_proj.shape[2 if bias else 1]
+        whole._parameters.clear()
+        self.whole = [whole]  # in a list, so that it is no part of this module
         for number, width in enumerate(widths):
             expert = nn.Module()
-            for name, inputs, outputs in (("gate_proj", None, width), ("up_proj", None, width), ("down_proj", width, None)):
-                sizes = whole.hidden_dim if inputs is None else inputs, whole.hidden_dim if outputs is None else outputs
-                expert.add_module(name, nn.Linear(*sizes, bias=False) if width else NoInputs(sizes[1], bias=False))
+            for name, inputs, outputs in (("gate_proj", hidden, width), ("up_proj", hidden, width), ("down_proj", width, hidden)):
+                expert.add_module(name, nn.Linear(inputs, outputs, bias=bias) if width else NoInputs(outputs, bias=bias))
             self.add_module(str(number), expert)
+
+    def combine(self, gate: Tensor, up: Tensor) -> Tensor:
+        """Return channels [num_tokens, width] as the family has them; those with biases take gate and up in turns."""
+        (whole,) = self.whole
+        if hasattr(whole, "act_fn"):
+            return whole.act_fn(gate) * up  # type: ignore[no-any-return]
+        return whole._apply_gate(torch.stack([gate, up], dim=-1).flatten(-2))  # type: ignore[no-any-return]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Return the weighted sum [num_tokens, d] of the experts [num_tokens, k] that every token goes to."""
@@ -98,16 +106,17 @@ class Experts(nn.Module):
             expert: Any = self.get_submodule(str(number))
             token, place = torch.where(top_k_index == number)
             x = hidden_states[token]
-            output = expert.down_proj(self.act_fn(expert.gate_proj(x)) * expert.up_proj(x)) * top_k_weights[token, place, None]
+            output = expert.down_proj(self.combine(expert.gate_proj(x), expert.up_proj(x))) * top_k_weights[token, place, None]
             total = total.index_add(0, token, output.to(total.dtype))
         return total
 
 
 def narrow_experts(layer: Any, widths: list[int]) -> None:
     """Replace the experts of a mixture by as many as there are widths, and its router by one that chooses among them."""
-    layer.experts, router = Experts(layer.experts, widths), layer.gate
+    layer.experts, router = Experts(layer.experts, widths), layer.gate if hasattr(layer, "gate") else layer.router
     router.num_experts, router.top_k = len(widths), min(router.top_k, len(widths))
-    router.weight = nn.Parameter(router.weight[: len(widths)])
+    for name, parameter in router.named_parameters(recurse=False):
+        setattr(router, name, nn.Parameter(parameter[: len(widths)]))
     for name, buffer in router.named_buffers(recurse=False):
         setattr(router, name, buffer[: len(widths)].clone())
 
@@ -139,6 +148,8 @@ def narrow_block(block: nn.Module, config: Any, layer_idx: int, width: int, num_
     if is_whole:
         return
     attention.config = copy.copy(config)
+    if hasattr(attention, "sinks"):
+        attention.sinks = nn.Parameter(attention.sinks[:num_heads])
     counts = dict.fromkeys(("num_attention_heads", "num_heads"), num_heads)
     counts |= {"num_key_value_heads": num_kv_heads, "split_size": num_heads * head_dim}
     for name, value in counts.items():

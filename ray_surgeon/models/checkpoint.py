@@ -1,0 +1,200 @@
+"""Where a checkpoint has each tensor of a model: under the family's own name, or inside of one that holds all experts of a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ray_surgeon.models.build import stored_name
+from ray_surgeon.models.families import Family, SparseLayer
+from ray_surgeon.models.layout import ModelLayout
+
+ReadStored = Callable[[str, int | None], Tensor]
+"""(key, entry) -> a checkpoint's tensor, or only an entry of its first dimension."""
+
+_BLOCKS, _SCALES = "_blocks", "_scales"
+"""How the names of the two parts of an MXFP4 tensor end: numbers of four bits, two a byte, and the exponents of 32 at a time."""
+_FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+"""What four bits stand for (OCP Microscaling Formats 1.0, E2M1)."""
+
+
+@dataclass(frozen=True)
+class PartOfStack:
+    """A tensor of an expert's linear inside of a stored one [num_experts, ...]."""
+
+    whole: str  # name of the stored one, e.g. ``model.layers.3.mlp.experts.gate_up_proj``
+    expert: int  # its number
+    every: slice  # its outputs, of those of one expert there
+
+
+def part_of_stack(family: Family, name: str) -> PartOfStack | None:
+    """Return where a tensor of an expert lies, if the family's checkpoints keep all experts of a layer together; None for all others.
+
+    Args:
+        family: of the model.
+        name: e.g. ``model.layers.3.mlp.experts.5.gate_proj.weight``.
+    """
+    sparse = family.sparse
+    if sparse is None or not sparse.stacked or f".{sparse.experts}." not in name:
+        return None
+    layer, inside, rest = name.partition(f".{sparse.experts}.")
+    number, linear, kind = rest.split(".")
+    suffix = "" if kind == "weight" else f"_{kind}"
+    if linear == sparse.consumer:
+        return PartOfStack(f"{layer}{inside}down_proj{suffix}", int(number), slice(None))
+    return PartOfStack(f"{layer}{inside}gate_up_proj{suffix}", int(number), slice(sparse.producers.index(linear), None, 2))
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """What a checkpoint has of a tensor."""
+
+    keys: tuple[str, ...]  # one; or blocks and scales
+    part: PartOfStack | None  # None if the tensor is the stored one
+
+    def shape(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+        """Return the tensor's shape, from those of the stored ones by key."""
+        shape = shapes[self.keys[0]]
+        if self.part is None:
+            return shape
+        if len(self.keys) == 2:  # [num_experts, outputs, inputs / 32, 16]
+            shape = (shape[0], 32 * shape[2], shape[1])
+        *inputs, outputs = shape[1:]
+        return (len(range(outputs)[self.part.every]), *inputs)
+
+    def tensor(self, read: ReadStored) -> Tensor:
+        """Return the tensor, which lies by rows: what is computed with it is bit for bit the same however it was stored."""
+        if self.part is None:
+            return read(self.keys[0], None)
+        entries = [read(key, self.part.expert) for key in self.keys]
+        if len(entries) == 2:
+            blocks, scales = (entry[self.part.every] for entry in entries)
+            return from_mxfp4(blocks, scales)
+        return entries[0][..., self.part.every].t().contiguous()  # of [inputs, outputs], or [outputs] of a bias
+
+
+def from_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
+    """Return numbers of four bits with shared exponents as bfloat16, which holds them exactly.
+
+    Args:
+        blocks: [..., n, 16] uint8, each two numbers, the first in the lower bits.
+        scales: [..., n] uint8, exponents of two, plus 127.
+
+    Returns:
+        [..., 32 n].
+    """
+    numbers = torch.stack([blocks & 15, blocks >> 4], dim=-1).flatten(-2)
+    values = torch.tensor(_FP4, dtype=torch.bfloat16, device=blocks.device)[numbers.int()]
+    return torch.ldexp(values, scales.int()[..., None] - 127).to(torch.bfloat16).flatten(-2)
+
+
+def is_packed(keys: Container[str], layout: ModelLayout) -> bool:
+    """Whether a checkpoint has the experts as MXFP4, which costs time to read."""
+    found = (find_stored(layout, linears[-1] + ".weight", keys) for experts in layout.expert_sets[:1] for linears in experts.linears[:1])
+    return any(stored is not None and len(stored.keys) == 2 for stored in found)
+
+
+def find_stored(layout: ModelLayout, name: str, keys: Container[str]) -> StoredTensor | None:
+    """Return where a checkpoint has a parameter, or None.
+
+    Some checkpoints leave out the leading ``model.`` or ``transformer.``, and tied heads are usually stored once.
+
+    Args:
+        layout: of the model.
+        name: of the parameter, in the whole model.
+        keys: of the checkpoint.
+    """
+    part = part_of_stack(layout.family, name)
+    plain = (name, layout.tied.get(name, name))  # as a model in memory has them
+    candidates = [part.whole] if part is not None else [*(stored_name(layout.family, n) for n in plain), *plain]
+    candidates += [c.removeprefix("model.").removeprefix("transformer.") for c in candidates]
+    for candidate in candidates:
+        if candidate in keys:
+            return StoredTensor((candidate,), part)
+        if part is not None and candidate + _BLOCKS in keys and candidate + _SCALES in keys:
+            return StoredTensor((candidate + _BLOCKS, candidate + _SCALES), part)
+    return None
+
+
+def tensor_reader(layout: ModelLayout, keys: Container[str], read: ReadStored, where: str) -> Callable[[str], Tensor]:
+    """Return what reads a parameter by its name in the whole model.
+
+    Args:
+        layout: of the model.
+        keys: of the checkpoint.
+        read: one of its tensors.
+        where: the checkpoint, for the ValueError if it has no such parameter.
+    """
+
+    def read_parameter(name: str) -> Tensor:
+        stored = find_stored(layout, name, keys)
+        if stored is None:
+            raise ValueError(f"model.source: {where} has no tensor {name}")
+        return stored.tensor(read)
+
+    return read_parameter
+
+
+def read_state(state: Mapping[str, Tensor]) -> ReadStored:
+    """Return what reads the ``state_dict`` of a model in memory as a checkpoint."""
+    return lambda key, entry: state[key] if entry is None else state[key][entry]
+
+
+def check_checkpoint(layout: ModelLayout, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Compare a checkpoint's tensors with what the configuration needs, before anything is loaded.
+
+    Args:
+        layout: of the model.
+        shapes: key -> shape of every tensor in the checkpoint.
+        where: the checkpoint, for the error.
+
+    Raises:
+        ValueError: a tensor is missing or has another shape.
+    """
+    missing, wrong = [], []
+    for name, shape in layout.parameters.items():
+        if name in layout.tied:
+            continue
+        stored = find_stored(layout, name, shapes)
+        if stored is None:
+            missing.append(name)
+            continue
+        num_experts = shapes[stored.keys[0]][0] if stored.part is not None else layout.num_experts
+        if stored.shape(shapes) != shape or num_experts != layout.num_experts:
+            of_all = f"{num_experts} times " if stored.part is not None else ""
+            expected = f"{layout.num_experts} times " if stored.part is not None else ""
+            wrong.append(f"{stored.keys[0]} is {of_all}{stored.shape(shapes)}, expected {expected}{shape}")
+    if missing or wrong:
+        details = [f"{len(missing)} missing ({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''})"] if missing else []
+        details += [f"{len(wrong)} of another shape ({'; '.join(wrong[:3])})"] if wrong else []
+        raise ValueError(f"model.source: {where} does not fit its config.json: {'; '.join(details)}. Give a complete checkpoint")
+
+
+class Stack:
+    """Puts tensors of experts together as a checkpoint has them: [num_experts, inputs, outputs], a bias [num_experts, outputs]."""
+
+    def __init__(self, sparse: SparseLayer, num_experts: int) -> None:
+        """Start empty.
+
+        Args:
+            sparse: of the family.
+            num_experts: that are put together.
+        """
+        self._num_producers, self._num_experts = len(sparse.producers), num_experts
+        self._whole: Tensor | None = None
+
+    def put(self, part: PartOfStack, place: int, tensor: Tensor) -> None:
+        """Put a linear's weight [R, C] or bias [R] at a place among the experts."""
+        if self._whole is None:
+            num_outputs = len(tensor) * (1 if part.every == slice(None) else self._num_producers)
+            self._whole = tensor.new_empty(self._num_experts, *tensor.shape[1:], num_outputs)
+        self._whole[place, ..., part.every] = tensor.t()
+
+    @property
+    def tensor(self) -> Tensor:
+        """What was put together."""
+        assert self._whole is not None
+        return self._whole
