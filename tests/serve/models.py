@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -66,6 +67,9 @@ _SPARSE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 
 MIXTURES = {
     "mixtral": Served(MixtralConfig(**_ROTARY, **_COMMON, num_local_experts=8, sliding_window=None), "MixtralForCausalLM"),
     "qwen2_moe": Served(Qwen2MoeConfig(**_ROTARY, **_COMMON, **_SPARSE, shared_expert_intermediate_size=128), "Qwen2MoeForCausalLM"),
+    "gpt_oss": Served(
+        GptOssConfig(**_ROTARY, **_COMMON, num_local_experts=8, num_experts_per_tok=2, head_dim=32, sliding_window=16), "GptOssForCausalLM"
+    ),
     "qwen3_moe": Served(Qwen3MoeConfig(**_ROTARY, **_COMMON, **_SPARSE, head_dim=32), "Qwen3MoeForCausalLM"),
 }
 """Mixtures of experts. vLLM 0.32's OLMoE is left out: on a CPU it differs from transformers' on the dense model, too, by 2 nats."""

@@ -33,15 +33,16 @@ def test_uniform(family: str, tmp_path: Path) -> None:
     in_vllm(exported(family, "uniform", folder=tmp_path), FAMILIES[family].vllm_class)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3", "phi3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3", "phi3", "gpt_oss"])
 def test_uniform_with_fewer_heads(family: str, tmp_path: Path) -> None:
-    options = {"pruning__groups": ["attention"], "pruning__target_sparsity": 0.1}
+    sparsity = 0.02 if family in MIXTURES else 0.1  # of all linears, of which experts are many
+    options = {"pruning__groups": ["attention"], "pruning__target_sparsity": sparsity}
     folder = exported(family, "uniform", folder=tmp_path, **options)
     assert json.loads((folder / "config.json").read_text())["num_key_value_heads"] == 1
     if family == "qwen2":  # vLLM's own wants heads that fill the hidden size
         in_vllm(folder, "TransformersForCausalLM", "transformers")
     else:
-        in_vllm(folder, FAMILIES[family].vllm_class)
+        in_vllm(folder, (FAMILIES | MIXTURES)[family].vllm_class)
 
 
 @pytest.mark.parametrize("family", sorted(set(PLAIN) - {"gpt2"}))
