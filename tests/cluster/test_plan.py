@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.shaped_model import shaped_config
 from ray_surgeon.cluster.devices import DEVICES, Room
-from ray_surgeon.cluster.needs import Job
+from ray_surgeon.cluster.needs import Job, Shapes
 from ray_surgeon.cluster.placement import place
 from ray_surgeon.cluster.plan import DoesNotFitError, Plan, plan_job
 from ray_surgeon.inputs import job_of, method_for
@@ -38,8 +38,8 @@ def job_for(name: str, structure: str = "groups", num_shards: int = 1, **memory:
         "calibration": {"source": "python-docs", "num_sequences": 128, "sequence_length": 2048},
         "evaluation": [{"name": "docs", "source": "python-docs", "num_sequences": 24, "sequence_length": 2048}],
         "pruning": {"structure": structure, "target_sparsity": 0.2, "num_shots": 1}
-        | ({"width_multiple": 8} if name == "llama" and structure == "groups" else {})
-        | ({"groups": WITH_EXPERTS} if name.startswith("qwen3-") and "-a" in name else {}),
+        | ({"width_multiple": 8} if name in LAYOUTS and structure == "groups" else {})
+        | ({"groups": WITH_EXPERTS} if layout_of(name).num_experts else {}),
         "memory": memory,
         "cluster": {"num_shards": num_shards, "gpus_per_worker": 1},
         "output": {"uri": "x"},
@@ -98,6 +98,14 @@ def test_mixtures_of_experts_from_their_configurations() -> None:
     flops = found.as_record()["flops"]
     assert active < flops["curvature"] < 12 * active, "forward, backward, once more, without experts, and the factors"
     assert found.seconds["curvature"] > 0
+
+
+def test_what_a_checkpoint_keeps_together_is_written_together() -> None:
+    """gate_up_proj [6, 32, 96] of gpt-oss is in memory as a whole while it is written, embeddings of 320 x 32 and files of 1 GiB aside."""
+    _, job = job_for("gpt_oss")
+    shapes = Shapes(LAYOUTS["gpt_oss"], dataclasses.replace(job, dtype="float32"))
+    assert shapes.largest_tensor == 4 * 320 * 32
+    assert shapes.largest_stored == 4 * 6 * 32 * 96
 
 
 @pytest.mark.parametrize(("name", "step"), [("llama-3-70b", "update"), ("llama-3-405b", "costs"), ("qwen3-32b", "update")])

@@ -59,11 +59,28 @@ class Disturber(threading.Thread):
         self.hit.send_signal(self.sent)
 
 
-def disturb(kind: str, sent: signal.Signals, num_events: int, folder: Path, cluster: Cluster, model: Path, undisturbed: Path) -> None:
+MIXTURE = OPTIONS | {
+    "pruning__structure": "groups",
+    "pruning__width_multiple": 8,
+    "pruning__groups": ["attention", "ffn", "experts"],
+    "pruning__target_sparsity": 0.3,
+}
+
+
+def disturb(
+    kind: str,
+    sent: signal.Signals,
+    num_events: int,
+    folder: Path,
+    cluster: Cluster,
+    model: Path,
+    undisturbed: Path,
+    options: dict[str, Any] = OPTIONS,
+) -> None:
     """Run with one loss for certain, which the run must have seen, and compare the result."""
     disturber = Disturber(kind, sent, folder / "run", num_events)
     disturber.start()
-    assert run(folder, model, **OPTIONS, **ON_RAY, cluster__address=cluster.address) == 0
+    assert run(folder, model, **options, **ON_RAY, cluster__address=cluster.address) == 0
     disturber.join()
     assert disturber.hit is not None, "the run was over before the loss"
     for shot in range(1, NUM_SHOTS + 1):
@@ -94,6 +111,13 @@ def test_a_lost_process(
     kind: str, sent: signal.Signals, cluster: Cluster, undisturbed: Path, model_folders: dict[str, Path], tmp_path: Path
 ) -> None:
     disturb(kind, sent, 4, tmp_path, cluster, model_folders["llama"], undisturbed)
+
+
+def test_a_lost_worker_of_a_mixture(cluster: Cluster, model_folders: dict[str, Path], tmp_path: Path) -> None:
+    """Heads, channels and experts go; routers go around the same experts after the loss."""
+    assert run(tmp_path / "undisturbed", model_folders["qwen2_moe"], **MIXTURE) == 0
+    assert any(shot["experts_removed"] for shot in report_of(tmp_path / "undisturbed/run")["shots"])
+    disturb("Worker", signal.SIGKILL, 9, tmp_path, cluster, model_folders["qwen2_moe"], tmp_path / "undisturbed/run", MIXTURE)
 
 
 def test_a_lost_machine(undisturbed: Path, model_folders: dict[str, Path], tmp_path: Path) -> None:
