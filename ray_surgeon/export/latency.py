@@ -22,6 +22,7 @@ from ray_surgeon.cluster.fresh_process import run_on_worker
 from ray_surgeon.export.folder import dense_document
 from ray_surgeon.export.kinds import shipped_source
 from ray_surgeon.models.budgets import Budget
+from ray_surgeon.models.build import cache_argument
 from ray_surgeon.models.families import family_of
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.pruned_config import BlockWidths, kv_heads_left, per_block_document
@@ -146,14 +147,14 @@ def _time_blocks(model: Any, options: SpeedSection, device: torch.device) -> lis
         block.register_forward_pre_hook(note(place))
         block.register_forward_hook(note(place))
     prompts = torch.randint(model.config.vocab_size, (options.batch_size, options.prompt_length)).to(device)
-    turns = []
+    turns, cache = [], cache_argument(model)
     for _ in range(options.num_repeats + 1):
         for noted in moments:
             noted.clear()
         start = clock.now()
         out = model(prompts, use_cache=True, logits_to_keep=1)
         for _ in range(options.num_new_tokens):
-            out = model(out.logits[:, -1:].argmax(dim=-1), past_key_values=out.past_key_values, use_cache=True)
+            out = model(out.logits[:, -1:].argmax(dim=-1), **{cache: out[cache]}, use_cache=True)
         whole = clock.between(start, clock.now())
         in_blocks = [sum(clock.between(*pair) for pair in zip(noted[::2], noted[1::2], strict=True)) for noted in moments]
         turns.append([*in_blocks, whole - sum(in_blocks)])

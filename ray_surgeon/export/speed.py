@@ -21,6 +21,7 @@ from ray_surgeon.cluster.cluster import Cluster
 from ray_surgeon.cluster.fresh_process import run_on_worker
 from ray_surgeon.cluster.usage import process_usage
 from ray_surgeon.export.folder import download_folder
+from ray_surgeon.models.build import cache_argument
 from ray_surgeon.sections.targets import SpeedSection
 
 
@@ -66,7 +67,7 @@ def _timed(work: Callable[[], object], device: torch.device) -> float:
 @torch.no_grad()
 def _once(model: PreTrainedModel, prompts: torch.Tensor, options: SpeedSection) -> tuple[float, float]:
     """Return tokens per second of one prefill and of the decode that follows it."""
-    state: dict[str, Any] = {}
+    state, cache = dict[str, Any](), cache_argument(model)
 
     def prefill() -> None:
         state["out"] = model(prompts, use_cache=True, logits_to_keep=1)
@@ -75,7 +76,7 @@ def _once(model: PreTrainedModel, prompts: torch.Tensor, options: SpeedSection) 
         out = state["out"]
         for _ in range(options.num_new_tokens):
             token = out.logits[:, -1:].argmax(dim=-1)
-            out = model(token, past_key_values=out.past_key_values, use_cache=True)
+            out = model(token, **{cache: out[cache]}, use_cache=True)
 
     read = prompts.numel() / _timed(prefill, prompts.device)
     return read, options.num_new_tokens * len(prompts) / _timed(decode, prompts.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +40,11 @@ class NoPositions(nn.Module):
     def forward(self, *args: object, **kwargs: object) -> Tensor:
         """Return a scalar zero, which adds nothing."""
         return torch.zeros(())
+
+
+def cache_argument(module: nn.Module) -> str:
+    """Return how the installed transformers calls the keys and values of earlier tokens: ``past_key_values``, and ``cache`` later."""
+    return "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
 
 
 def shared_inputs_of(family: Family, block: nn.Module) -> list[tuple[str, ...]]:

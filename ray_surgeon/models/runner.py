@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from ray_surgeon.models.build import cache_argument
 from ray_surgeon.models.shard import ModelShard
 
 TOKENS_OF_ROOM = 128
@@ -85,7 +86,7 @@ class BlockRunner:
             return _Passing()
 
         key = "input_ids" if inputs.dtype == torch.int64 else "inputs_embeds"
-        going_on = {} if cache is None else {"past_key_values": cache}
+        going_on = {} if cache is None else {cache_argument(self._shard.base): cache}
         with contextlib.suppress(_ReachedTheEndError), self._in_place_of_blocks(note):
             self._shard.base(**{key: inputs}, **going_on, use_cache=cache is not None)
         return hidden[0], calls

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import subprocess
@@ -15,8 +16,10 @@ import yaml
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
+from ray_surgeon.export.kinds import shipped_source
+from ray_surgeon.models.build import cache_argument
 from ray_surgeon.models.layout import ModelLayout
-from ray_surgeon.models.pruned_config import plain_kv_heads
+from ray_surgeon.models.pruned_config import BlockWidths, per_block_document, plain_kv_heads
 from ray_surgeon.pipeline import main
 from tests.conftest import CONFIGS, LAYOUTS
 from tests.integration.runs import report_of, run, tiny_spec
@@ -106,6 +109,27 @@ def test_per_block_export_of_every_family(family: str, remove_blocks: bool, mode
     assert (min(kv for _, kv in widths) == 0) == remove_blocks or (min(c for c, _ in widths) == 0) == remove_blocks
     assert size_of(per_block) < size_of(model_folders[family])
     assert json.loads((per_block / "config.json").read_text())["model_type"] == f"pruned_{CONFIGS[family].model_type}"
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+def test_a_first_block_without_attention_counts_the_tokens_of_the_cache(family: str, tmp_path: Path) -> None:
+    """Where new tokens stand is asked of the cache's first layer."""
+    layout = LAYOUTS[family]
+    (tmp_path / "pruned.py").write_text(shipped_source("modeling_pruned.py", layout.config))
+    spec = importlib.util.spec_from_file_location(f"pruned_{family}", tmp_path / "pruned.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    widths = [BlockWidths(48, 0), *[BlockWidths(48, layout.heads.num_kv)] * 3]
+    document = per_block_document(layout, layout.config.to_dict(), widths, "pruned")
+    model = module.PrunedForCausalLM(module.PrunedConfig(**document)).eval()
+    name = cache_argument(model)
+    with torch.no_grad():
+        first = model(TOKENS[:, :9], use_cache=True)
+        then = model(TOKENS[:, 9:], use_cache=True, **{name: first[name]}).logits
+        torch.testing.assert_close(then, model(TOKENS, use_cache=False).logits[:, 9:], atol=1e-4, rtol=1e-4)
+        assert first[name].get_seq_length() == TOKENS.shape[1]
 
 
 @pytest.mark.fresh

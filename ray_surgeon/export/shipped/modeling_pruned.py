@@ -59,11 +59,12 @@ class NoAttention(nn.Module):
         self.layer_idx, self.output_name = layer_idx, output_name
         self.add_module(output_name, output)
 
-    def forward(self, hidden_states: Tensor, past_key_values: Any = None, **kwargs: Any) -> tuple[Tensor, None]:
-        """Return the bias for every token, and tell the cache how many tokens there were."""
-        if past_key_values is not None:
+    def forward(self, hidden_states: Tensor, cache: Any = None, past_key_values: Any = None, **kwargs: Any) -> tuple[Tensor, None]:
+        """Return the bias for every token, and tell the cache how many tokens there were; transformers has called it by both names."""
+        cache = past_key_values if cache is None else cache
+        if cache is not None:
             nothing = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
-            past_key_values.update(nothing, nothing, self.layer_idx)
+            cache.update(nothing, nothing, self.layer_idx)
         bias: Tensor = self.get_submodule(self.output_name)(hidden_states)
         return bias, None
 
