@@ -162,15 +162,26 @@ def prune(
         return run(inputs, display)
 
 
-def run(inputs: Inputs, display: Display) -> PruneResult:
-    """Run checked inputs on Ray, or with all workers in this process."""
+def run(inputs: Inputs, display: Display, *, disconnects: bool = False) -> PruneResult:
+    """Run checked inputs on Ray, or with all workers in this process.
+
+    Args:
+        inputs: checked.
+        display: shows events.
+        disconnects: whether to disconnect this process from Ray afterwards even if it was connected before.
+    """
     section, directory = inputs.spec.cluster, RunDirectory(inputs.spec.output.uri)
     if isinstance(section, RaySection):
         from ray_surgeon import driver  # Ray is imported only if it is used
 
         if not driver.is_connected():
             display.note(f"running on {driver.connect_to_ray(inputs)}")
-        driver.run_on_ray(inputs, display)
+            disconnects = True
+        try:
+            driver.run_on_ray(inputs, display)
+        finally:
+            if disconnects:
+                driver.disconnect()
     else:
         cluster = LocalCluster(inputs.layout, inputs.placement, section.cpus_per_worker, section.device)
         try:

@@ -120,8 +120,6 @@ def run_on_ray(inputs: Inputs, display: Display) -> None:
             failure = _try(inputs, section, failure, display)
     except RayError as error:
         raise unwrapped(error) from error
-    finally:
-        ray.shutdown()
 
 
 def connect_to_ray(inputs: Inputs) -> str:
@@ -139,6 +137,11 @@ def connect_to_ray(inputs: Inputs) -> str:
 def is_connected() -> bool:
     """Whether this process belongs to a Ray cluster already."""
     return bool(ray.is_initialized())
+
+
+def disconnect() -> None:
+    """Leave the cluster; a Ray that was started on this machine ends."""
+    ray.shutdown()
 
 
 def unwrapped(error: BaseException) -> BaseException:

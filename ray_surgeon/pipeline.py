@@ -158,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     resume_with = f"continue with: python -m ray_surgeon.pipeline {arguments.spec} --resume{overrides}"
     try:
         with Display(console, inputs.spec.name) as display:
-            result = run(inputs, display)
+            result = run(inputs, display, disconnects=True)
     except KeyboardInterrupt:
         errors.print(f"interrupted; {resume_with}", markup=False, soft_wrap=True)
         return INTERRUPTED

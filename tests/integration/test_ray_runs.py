@@ -17,6 +17,7 @@ import torch
 from ray.cluster_utils import Cluster
 from ray.exceptions import RayError, RayTaskError
 
+import ray_surgeon
 from ray_surgeon.cluster import ray_cluster
 from ray_surgeon.cluster.placement import WorkerIndex, place
 from ray_surgeon.cluster.ray_cluster import RayCluster, WorkerFailureError, connect
@@ -24,6 +25,7 @@ from ray_surgeon.cluster.worker import ModelRecipe, Worker, load
 from ray_surgeon.memory.stores import Stores
 from ray_surgeon.sections.cluster import RaySection
 from ray_surgeon.sections.texts import ModelSection
+from ray_surgeon.spec import parse_spec
 from ray_surgeon.storage.files import list_names
 from tests.conftest import LAYOUTS
 from tests.integration.runs import assert_same_shot, report_of, run, tiny_spec
@@ -72,6 +74,15 @@ def connected(cluster: Cluster) -> Iterator[None]:
     connect(cluster.address, 4)
     yield
     ray.shutdown()
+
+
+def test_a_connection_that_was_there_before_stays(
+    connected: None, cluster: Cluster, model_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    spec = parse_spec(tiny_spec(tmp_path, model_folders["llama"], **on_ray(cluster), pruning__num_shots=1).read_text())
+    assert ray_surgeon.prune(spec=spec, progress=False).report["shots"]
+    assert ray.is_initialized()
+    assert ray.get(ray.remote(num_cpus=0)(lambda: 3).remote()) == 3
 
 
 def test_failures_are_seen_and_named(connected: None, model_folders: dict[str, Path]) -> None:
