@@ -39,7 +39,7 @@ from ray_surgeon.sections.texts import ModelSection
 from ray_surgeon.shots import run_shots
 from ray_surgeon.spec import parse_spec
 from ray_surgeon.storage.sources import open_model
-from ray_surgeon.surgery.experts import rerouting_costs
+from ray_surgeon.surgery.experts import rerouting_costs, shrunk_factors
 from ray_surgeon.surgery.masks import StructuredMask
 
 FRACTIONS = (0.25, 0.5)
@@ -227,6 +227,61 @@ def predictions(model: Path, layout: ModelLayout, sequences: NDArray[np.int64], 
     }
 
 
+PRIORS = (1, 4, 8, 16, 32, 64, 128, 256, 1024)
+
+
+def priors(model: Path, layout: ModelLayout, sequences: NDArray[np.int64], every: int) -> dict[str, Any]:
+    """Return how well factors that are shrunk with each weight describe text they were not estimated on.
+
+    Factors of experts are estimated on a quarter of the sequences. Were inputs and gradients normal with these second moments, the others
+    would have the negative log-likelihood 1/2 (log det M + tr M^-1 M_other), here divided by the size of M, less that of the best weight;
+    the mean over the experts of every so many blocks which have tokens in both parts.
+    """
+    source, blocks = open_model(ModelSection(source=str(model)), convert_gguf), BlockRange(0, layout.num_blocks, layout.num_blocks)
+    reader, shard = source.reader(), ModelShard(layout, blocks, torch.float32, torch.device("cpu"))
+    shard.load(tensor_reader(layout, reader.file_of, reader.read, str(model)))
+    assert layout.family.sparse is not None
+    experts, of_expert = layout.family.sparse.experts, (layout.family.sparse.producers[0], layout.family.sparse.consumer)
+    roles = {f"{experts}.*.{linear}" for linear in of_expert}
+    wanted = [s for s in layout.linears if s.role in roles and s.block % every == every // 2]
+
+    def gather(part: NDArray[np.int64]) -> None:
+        shard.start_curvature(only=frozenset(roles))
+        shard.gathering = [group for group in shard.gathering if group.place % every == every // 2]
+        runner = BlockRunner(shard)
+        for i, sequence in enumerate(torch.from_numpy(part)):
+            (hidden,) = runner.forward(i, sequence[None])
+            _, gradient, _ = runner.loss(hidden, sequence[None])
+            runner.backward(i, [gradient])
+        shard.stop_curvature()
+
+    found: dict[str, list[list[float]]] = {}
+    count = len(sequences) // 4
+    gather(sequences[:count])
+    estimates = {shape.name: (shard.own_factors(shape.name), shard.layer_mean(shape.block, shape.role)) for shape in wanted}
+    gather(sequences[count:])
+    for shape in wanted:
+        own, (few, mean) = shard.own_factors(shape.name), estimates[shape.name]
+        if not own.num_tokens or not few.num_tokens:
+            continue
+        others, share = own.dense(), (few.num_tokens + 1) / (mean.num_tokens + 2)
+        for side, other in (("A", others.A), ("G", others.G)):
+            losses = []
+            for prior in PRIORS:
+                estimate = shrunk_factors(few, mean, prior).dense()
+                matrix = estimate.A.double() if side == "A" else estimate.G.double() / share
+                level = 1e-4 * matrix.diagonal().mean()
+                factor = torch.linalg.cholesky(matrix + level * torch.eye(len(matrix), dtype=torch.float64))
+                fit = torch.cholesky_solve(other.double() / own.num_tokens, factor).trace()
+                losses.append(float(factor.diagonal().log().sum() + fit / 2) / len(matrix))
+            found.setdefault(f"{side} of {shape.role}", []).append(losses)
+    means = {name: np.array(losses).mean(axis=0) for name, losses in found.items()}
+    return {
+        "tokens": sorted(few.num_tokens for few, _ in estimates.values()),
+        "excess": {name: dict(zip(map(str, PRIORS), (mean - mean.min()).tolist(), strict=True)) for name, mean in means.items()},
+    }
+
+
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
     """Return Spearman's."""
     ranks = np.array([a, b]).argsort(axis=1).argsort(axis=1)
@@ -241,7 +296,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--shots", type=int, default=2, help="of ours")
     parser.add_argument("--every", type=int, default=3, help="single experts are removed from every so many blocks")
     parser.add_argument("--sequences", type=int, default=8, help="of 512 tokens, on which single removals are measured")
-    parser.add_argument("--which", nargs="+", default=["predictions", "table"], choices=["predictions", "table"])
+    parser.add_argument("--which", nargs="+", default=["predictions", "table"], choices=["predictions", "priors", "table"])
     arguments = parser.parse_args(argv)
     arguments.folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(2)
@@ -252,6 +307,15 @@ def main(argv: list[str] | None = None) -> int:
         (arguments.folder / "predictions.json").write_text(json.dumps(found, indent=2) + "\n")
         said = ", ".join(f"{name} {value:.3f}" for name, value in found.items() if name != "experts")
         sys.stdout.write(f"{len(found['experts'])} experts removed one at a time, predicted and measured: {said}\n")
+    if "priors" in arguments.which:
+        sequences = inputs_of(arguments.model, arguments.folder / "none", "experts", 0.01, 1).calibration[: arguments.sequences]
+        found = priors(arguments.model, layout, sequences, arguments.every)
+        (arguments.folder / "priors.json").write_text(json.dumps(found, indent=2) + "\n")
+        lines = [f"| tokens of the prior | {' | '.join(map(str, PRIORS))} |", "|---|" + "---:|" * len(PRIORS)]
+        lines += [
+            f"| {name} | {' | '.join(f'{value:.3f}' for value in by_weight.values())} |" for name, by_weight in found["excess"].items()
+        ]
+        sys.stdout.write("\n".join(lines) + "\n")
     if "table" in arguments.which:
         rows = table(arguments.model, arguments.folder, layout, arguments.shots)
         texts = list(rows[0]["perplexity"])

@@ -296,7 +296,7 @@ class ModelShard:
     def factors(self, name: str) -> PackedFactors:
         """Return the factors of a linear, see `own_factors`; those of an expert are shrunk, see `shrunk_factors`."""
         own, shape = self.own_factors(name), self.layout.shapes[name]
-        return own if shape.expert is None else shrunk_factors(own, self._layer_mean(shape.block, shape.role))
+        return own if shape.expert is None else shrunk_factors(own, self.layer_mean(shape.block, shape.role))
 
     def own_factors(self, name: str) -> PackedFactors:
         """Return the sums of a linear where they lie; A is shared with the other linears that read the same input."""
@@ -304,7 +304,7 @@ class ModelShard:
         A, G = self.factor_store.get(group.key_of_A), self.factor_store.get(group.key_of_G(name))
         return PackedFactors(A, G, group.num_tokens, tuple(self.terms.get(name, ())))
 
-    def _layer_mean(self, block: int, role: str) -> LayerMean:
+    def layer_mean(self, block: int, role: str) -> LayerMean:
         """Return the mean factors of the linears of a role over all experts of a block."""
         if (block, role) not in self._layer_means:
             assert self.layout.family.sparse is not None
