@@ -72,7 +72,7 @@ def connect(address: str | None, num_cpus_needed: int) -> str:
     target = address or os.environ.get("RAY_ADDRESS")
     if target:
         try:
-            ray.init(address=target, log_to_driver=False)
+            _connect_to(target)
         except (ConnectionError, TimeoutError) as error:
             raise ValueError(f"cluster.address: cannot reach Ray at {target!r}: {error}; start it, or leave the address out") from error
         return target
@@ -84,6 +84,16 @@ def connect(address: str | None, num_cpus_needed: int) -> str:
         home = os.path.expanduser("~")
         raise RuntimeError(f"cannot start a local Ray: {error}; it needs a writable home ({home}) and temporary folder") from error
     return f"a local Ray with {num_cpus} CPUs"
+
+
+def _connect_to(address: str) -> None:
+    """Connect, and once more if the cluster answers that it could not start what serves a client: it looks at a process that is ending."""
+    try:
+        ray.init(address=address, log_to_driver=False)
+    except ConnectionError as error:
+        if "Initialization failure from server" not in str(error):
+            raise
+        ray.init(address=address, log_to_driver=False)
 
 
 def num_nodes() -> int:

@@ -67,7 +67,7 @@ def test_specs_that_cannot_work(
 def test_unknown_family(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"model_type": "gpt_neox"}))
-    assert "known families: deepseek_v3, gemma3_text, glm4_moe, gpt2, llama" in refused(capsys, run(tmp_path, model))
+    assert "known families: deepseek_v3, gemma3_text, glm4_moe, gpt2, gpt_oss, llama" in refused(capsys, run(tmp_path, model))
 
 
 def test_unknown_architecture_and_remote_code(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -112,9 +113,9 @@ def test_weights_come_from_the_last_shot_where_that_is_local(
     moved: list[int] = []
     before = DiskWeights.continue_from
 
-    def seen(store: DiskWeights, read: Any) -> None:
+    def seen(store: DiskWeights, read: Any, names: Container[str]) -> None:
         moved.append(len(list(store._scratch.folder.glob("*.safetensors"))))
-        before(store, read)
+        before(store, read, names)
         assert not list(store._scratch.folder.glob("*.safetensors"))
 
     monkeypatch.setattr(DiskWeights, "continue_from", seen)

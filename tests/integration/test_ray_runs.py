@@ -85,6 +85,22 @@ def test_a_connection_that_was_there_before_stays(
     assert ray.get(ray.remote(num_cpus=0)(lambda: 3).remote()) == 3
 
 
+@pytest.mark.parametrize(
+    ("message", "times"), [("Initialization failure from server:\nZombieProcess", 2), ("ray client connection timeout", 1)]
+)
+def test_a_cluster_that_cannot_start_what_serves_a_client_is_asked_again(message: str, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[str]()
+
+    def fail(address: str, **options: Any) -> None:
+        asked.append(address)
+        raise ConnectionError(message)
+
+    monkeypatch.setattr(ray, "init", fail)
+    with pytest.raises(ValueError, match=r"cannot reach Ray at 'ray://192.0.2.1:1'"):
+        connect("ray://192.0.2.1:1", 1)
+    assert asked == ["ray://192.0.2.1:1"] * times
+
+
 def test_failures_are_seen_and_named(connected: None, model_folders: dict[str, Path]) -> None:
     """No room, a worker's error, a killed worker: each is raised where the coordinator waits."""
     layout = LAYOUTS["llama"]
