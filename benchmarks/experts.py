@@ -176,22 +176,32 @@ class SingleRemovals:
         return sum(float(c.nll) for c in found) / count, sum(float(c.divergence) for c in found) / count
 
 
+def loaded(model: Path, layout: ModelLayout) -> ModelShard:
+    """Return a whole model in float32."""
+    reader, blocks = open_model(ModelSection(source=str(model)), convert_gguf).reader(), BlockRange(0, layout.num_blocks, layout.num_blocks)
+    shard = ModelShard(layout, blocks, torch.float32, torch.device("cpu"))
+    shard.load(tensor_reader(layout, reader.file_of, reader.read, str(model)))
+    return shard
+
+
+def gather(runner: BlockRunner, tokens: Tensor) -> None:
+    """Pass sequences [num_sequences, T] forward and backward."""
+    for i, sequence in enumerate(tokens):
+        (hidden,) = runner.forward(i, sequence[None])
+        _, gradient, _ = runner.loss(hidden, sequence[None])
+        runner.backward(i, [gradient])
+
+
 def predictions(model: Path, layout: ModelLayout, sequences: NDArray[np.int64], every: int) -> dict[str, Any]:
     """Return predicted and measured loss increases of single experts, of every so many blocks, on the same text.
 
     Measured is the increase of the loss on the text, and the divergence from the dense model: the increase of the loss on all that the
     dense model might say at each token, weighted by how likely it says so. The first has the noise of the text's labels.
     """
-    source, tokens = open_model(ModelSection(source=str(model)), convert_gguf), torch.from_numpy(sequences)
-    reader, blocks = source.reader(), BlockRange(0, layout.num_blocks, layout.num_blocks)
-    shard = ModelShard(layout, blocks, torch.float32, torch.device("cpu"))
-    shard.load(tensor_reader(layout, reader.file_of, reader.read, str(model)))
+    shard, tokens = loaded(model, layout), torch.from_numpy(sequences)
     runner = BlockRunner(shard)
     shard.start_curvature(only=frozenset(), experts=True)
-    for i, sequence in enumerate(tokens):
-        (hidden,) = runner.forward(i, sequence[None])
-        _, gradient, _ = runner.loss(hidden, sequence[None])
-        runner.backward(i, [gradient])
+    gather(runner, tokens)
     shard.stop_curvature()
     entered = [runner.enter(sequence[None]) for sequence in tokens]
     states, found = [hidden for hidden, _ in entered], list[dict[str, float]]()
@@ -237,29 +247,24 @@ def priors(model: Path, layout: ModelLayout, sequences: NDArray[np.int64], every
     would have the negative log-likelihood 1/2 (log det M + tr M^-1 M_other), here divided by the size of M, less that of the best weight;
     the mean over the experts of every so many blocks which have tokens in both parts.
     """
-    source, blocks = open_model(ModelSection(source=str(model)), convert_gguf), BlockRange(0, layout.num_blocks, layout.num_blocks)
-    reader, shard = source.reader(), ModelShard(layout, blocks, torch.float32, torch.device("cpu"))
-    shard.load(tensor_reader(layout, reader.file_of, reader.read, str(model)))
+    shard, tokens = loaded(model, layout), torch.from_numpy(sequences)
+    runner = BlockRunner(shard)
     assert layout.family.sparse is not None
     experts, of_expert = layout.family.sparse.experts, (layout.family.sparse.producers[0], layout.family.sparse.consumer)
     roles = {f"{experts}.*.{linear}" for linear in of_expert}
     wanted = [s for s in layout.linears if s.role in roles and s.block % every == every // 2]
 
-    def gather(part: NDArray[np.int64]) -> None:
+    def gather_factors(part: Tensor) -> None:
         shard.start_curvature(only=frozenset(roles))
         shard.gathering = [group for group in shard.gathering if group.place % every == every // 2]
-        runner = BlockRunner(shard)
-        for i, sequence in enumerate(torch.from_numpy(part)):
-            (hidden,) = runner.forward(i, sequence[None])
-            _, gradient, _ = runner.loss(hidden, sequence[None])
-            runner.backward(i, [gradient])
+        gather(runner, part)
         shard.stop_curvature()
 
     found: dict[str, list[list[float]]] = {}
-    count = len(sequences) // 4
-    gather(sequences[:count])
+    count = len(tokens) // 4
+    gather_factors(tokens[:count])
     estimates = {shape.name: (shard.own_factors(shape.name), shard.layer_mean(shape.block, shape.role)) for shape in wanted}
-    gather(sequences[count:])
+    gather_factors(tokens[count:])
     for shape in wanted:
         own, (few, mean) = shard.own_factors(shape.name), estimates[shape.name]
         if not own.num_tokens or not few.num_tokens:
