@@ -123,11 +123,11 @@ class _Exported:
 
     def called(self, name: str) -> str:
         """Return its name, experts being numbered without those that are gone."""
-        for experts, places in self._numbers.items():
-            if name.startswith(f"{experts}."):
-                number, dot, rest = name.removeprefix(f"{experts}.").partition(".")
-                return f"{experts}.{places[int(number)]}{dot}{rest}"
-        return name
+        sparse = self._worker.layout.family.sparse
+        found = sparse.tensor_of(name) if sparse is not None else None
+        if found is None or found.experts not in self._numbers:
+            return name
+        return f"{found.experts}.{self._numbers[found.experts][found.number]}.{found.linear}.{found.kind}"
 
     def of_stack(self, name: str) -> Tensor:
         """Return the tensor that holds all experts, filled with this one of an expert's and those asked for before; others as they are."""

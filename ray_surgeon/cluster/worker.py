@@ -18,7 +18,7 @@ from ray_surgeon.cluster.transport import TensorPayload, decode, encode
 from ray_surgeon.cluster.usage import Usage, give_back, process_usage
 from ray_surgeon.memory.stores import Scratch, Stores
 from ray_surgeon.memory.weights import ReadAhead
-from ray_surgeon.models.checkpoint import is_packed, tensor_reader
+from ray_surgeon.models.checkpoint import tensor_reader
 from ray_surgeon.models.gguf import convert_gguf
 from ray_surgeon.models.layout import ExpertSet, GroupSet, ModelLayout
 from ray_surgeon.models.runner import BlockRunner
@@ -183,9 +183,9 @@ class Worker:
         def read(name: str) -> Tensor:
             return shot.read(pruned_in[name], name) if name in pruned_in else read_dense(name)
 
-        stays = (
-            reader.is_local and not is_packed(reader.file_of, self.layout) and all(files.is_local(uri) for uri in set(pruned_in.values()))
-        )
+        # stacks of experts are taken apart once, not whenever a block is read
+        is_stacked = self.layout.family.sparse is not None and self.layout.family.sparse.stacked
+        stays = reader.is_local and not is_stacked and all(files.is_local(uri) for uri in set(pruned_in.values()))
         self.shard.load(read if stays else ReadAhead(read, self.shard.wanted), stays=stays)
         kind: type[StructuredMask] | type[ElementMask] = ElementMask if by_element else StructuredMask
         for name in self.shard.linears:

@@ -38,14 +38,13 @@ def part_of_stack(family: Family, name: str) -> PartOfStack | None:
         name: e.g. ``model.layers.3.mlp.experts.5.gate_proj.weight``.
     """
     sparse = family.sparse
-    if sparse is None or not sparse.stacked or f".{sparse.experts}." not in name:
+    found = sparse.tensor_of(name) if sparse is not None and sparse.stacked else None
+    if sparse is None or found is None:
         return None
-    layer, inside, rest = name.partition(f".{sparse.experts}.")
-    number, linear, kind = rest.split(".")
-    suffix = "" if kind == "weight" else f"_{kind}"
-    if linear == sparse.consumer:
-        return PartOfStack(f"{layer}{inside}down_proj{suffix}", int(number), slice(None))
-    return PartOfStack(f"{layer}{inside}gate_up_proj{suffix}", int(number), slice(sparse.producers.index(linear), None, 2))
+    suffix = "" if found.kind == "weight" else f"_{found.kind}"
+    if found.linear == sparse.consumer:
+        return PartOfStack(f"{found.experts}.down_proj{suffix}", found.number, slice(None))
+    return PartOfStack(f"{found.experts}.gate_up_proj{suffix}", found.number, slice(sparse.producers.index(found.linear), None, 2))
 
 
 @dataclass(frozen=True)
@@ -89,12 +88,6 @@ def from_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
     numbers = torch.stack([blocks & 15, blocks >> 4], dim=-1).flatten(-2)
     values = torch.tensor(_FP4, dtype=torch.bfloat16, device=blocks.device)[numbers.int()]
     return torch.ldexp(values, scales.int()[..., None] - 127).to(torch.bfloat16).flatten(-2)
-
-
-def is_packed(keys: Container[str], layout: ModelLayout) -> bool:
-    """Whether a checkpoint has the experts as MXFP4, which costs time to read."""
-    found = (find_stored(layout, linears[-1] + ".weight", keys) for experts in layout.expert_sets[:1] for linears in experts.linears[:1])
-    return any(stored is not None and len(stored.keys) == 2 for stored in found)
 
 
 def find_stored(layout: ModelLayout, name: str, keys: Container[str]) -> StoredTensor | None:

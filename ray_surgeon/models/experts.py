@@ -168,13 +168,12 @@ def in_memory(family: Family, state: Mapping[str, Tensor], name: str) -> Tensor 
         name: e.g. ``model.layers.3.mlp.experts.5.gate_proj.weight``.
     """
     sparse = family.sparse
-    if sparse is None or sparse.stacked or f".{sparse.experts}." not in name:
+    found = sparse.tensor_of(name) if sparse is not None and not sparse.stacked else None
+    if sparse is None or found is None:
         return None
-    layer, inside, rest = name.partition(f".{sparse.experts}.")
-    number, linear, _ = rest.split(".")
-    whole = f"{layer}{inside}" + ("down_proj" if linear == sparse.consumer else "gate_up_proj")
-    weight = state[whole][int(number)]
-    return weight if linear == sparse.consumer else weight.chunk(2)[sparse.producers.index(linear)]
+    if found.linear == sparse.consumer:
+        return state[f"{found.experts}.down_proj"][found.number]
+    return state[f"{found.experts}.gate_up_proj"][found.number].chunk(2)[sparse.producers.index(found.linear)]
 
 
 def mixture_of(block: nn.Module, family: SparseLayer) -> Mixture | None:

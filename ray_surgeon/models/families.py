@@ -31,6 +31,16 @@ class AttentionCoupling:
 
 
 @dataclass(frozen=True)
+class ExpertTensor:
+    """What the name of a tensor of one expert says."""
+
+    experts: str  # all experts of the layer, e.g. ``model.layers.3.mlp.experts``
+    number: int  # of the expert
+    linear: str  # e.g. ``gate_proj``
+    kind: str  # ``weight`` or ``bias``
+
+
+@dataclass(frozen=True)
 class SparseLayer:
     """Where the mixture of experts of a block lies, if the block has one, and how config.json calls its sizes.
 
@@ -50,6 +60,14 @@ class SparseLayer:
     has_softmax: bool = True  # whether weights are a softmax over all experts, so that they rise if one is removed, if not normalised later
     zeroing: tuple[str, ...] = ("gate_proj", "up_proj")  # the producers of which a channel is zero if one is
     stacked: bool = False  # whether checkpoints keep all experts of a layer together, [num_experts, inputs, outputs], producers in turns
+
+    def tensor_of(self, name: str) -> ExpertTensor | None:
+        """Take apart the name of a tensor of an expert, e.g. ``model.layers.3.mlp.experts.5.gate_proj.weight``; None for all others."""
+        layer, inside, rest = name.partition(f".{self.experts}.")
+        if not inside:
+            return None
+        number, linear, kind = rest.split(".")
+        return ExpertTensor(layer + inside[:-1], int(number), linear, kind)
 
 
 @dataclass(frozen=True)
@@ -82,6 +100,7 @@ class Family:
     float32: tuple[str, ...] = ()  # how the names of tensors end that are float32 whatever the model's dtype is
     width_field: str = "intermediate_size"  # the feed-forward width in the configuration
     has_free_heads: bool = True  # whether heads may fill less than the hidden size
+    has_any_heads: bool = False  # whether their number may be one that does not divide the hidden size
     norms_queries: bool = False  # whether queries and keys are normalised over a head's dimensions
     transposed: bool = False  # whether linears are [inputs, outputs], GPT-2's Conv1D
     per_head: tuple[str, ...] = ()  # tensors of a block with one entry for every query head
@@ -128,15 +147,16 @@ _SHARED_OF_DEEPSEEK = SparseLayer(
 
 FAMILIES: dict[str, Family] = {
     "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": replace(_LLAMA, has_free_heads_in_vllm=False, llama_cpp=LlamaCpp("qwen2", "silu", has_free_heads=False)),
-    "qwen3": replace(_LLAMA, norms_queries=True, llama_cpp=LlamaCpp("qwen3", "silu")),
+    "mistral": replace(_LLAMA, has_any_heads=True),
+    "qwen2": replace(_LLAMA, has_any_heads=True, has_free_heads_in_vllm=False, llama_cpp=LlamaCpp("qwen2", "silu", has_free_heads=False)),
+    "qwen3": replace(_LLAMA, has_any_heads=True, norms_queries=True, llama_cpp=LlamaCpp("qwen3", "silu")),
     "gemma3_text": replace(_LLAMA, norms_queries=True, llama_cpp=LlamaCpp("gemma3", "gelu_pytorch_tanh", adds_one_to_norms=True)),
     "phi3": replace(
         _LLAMA,
         shared_inputs=(("self_attn.qkv_proj",), ("self_attn.o_proj",), ("mlp.gate_up_proj",), ("mlp.down_proj",)),
         ffn=FfnCoupling("mlp.down_proj", (("mlp.gate_up_proj", 0, 2), ("mlp.gate_up_proj", 1, 2))),
         attention=AttentionCoupling("self_attn.o_proj", "self_attn.qkv_proj", "self_attn.qkv_proj", "self_attn.qkv_proj"),
+        has_any_heads=True,
         llama_cpp=LlamaCpp("phi3", "silu"),
     ),
     "opt": Family(
@@ -188,6 +208,7 @@ FAMILIES: dict[str, Family] = {
     "gpt_oss": replace(
         _LLAMA,
         sparse=SparseLayer(("num_local_experts",), "intermediate_size", router="mlp.router", zeroing=("gate_proj",), stacked=True),
+        has_any_heads=True,
         per_head=("self_attn.sinks",),
         runs_attention="eager",
         llama_cpp=None,

@@ -78,8 +78,7 @@ def _holds_heads(layout: ModelLayout, num_query_heads: int) -> bool:
     config = layout.config
     if not layout.family.has_free_heads:
         return False
-    divides = config.hidden_size % num_query_heads == 0
-    return divides or config.model_type in ("mistral", "qwen2", "qwen3", "phi3", "gpt_oss") or _is_mistral(config)
+    return config.hidden_size % num_query_heads == 0 or layout.family.has_any_heads or _is_mistral(config)
 
 
 def _is_mistral(config: PretrainedConfig) -> bool:
