@@ -43,8 +43,7 @@ from ray_surgeon.surgery.experts import rerouting_costs, shrunk_factors
 from ray_surgeon.surgery.masks import StructuredMask
 
 FRACTIONS = (0.25, 0.5)
-OF_EXPERTS = ("rerouting", "reap", "frequency", "magnitude")
-OF_CHANNELS = ("ours", "reap", "magnitude")
+METHODS = {"experts": ("rerouting", "reap", "frequency", "magnitude"), "expert_channels": ("ours", "reap", "magnitude")}
 
 
 @dataclass(frozen=True)
@@ -102,9 +101,9 @@ def inputs_of(model: Path, folder: Path, kind: str, sparsity: float, shots: int,
         "version": 2,
         "name": "experts",
         "model": {"source": str(model)},
-        "calibration": {"source": "python-docs", "num_sequences": 8, "sequence_length": 512},
+        "calibration": {"source": "python-docs", "num_sequences": 24, "sequence_length": 512},
         "evaluation": [
-            {"name": text, "source": text, "split": "test", "num_sequences": 6, "sequence_length": 512}
+            {"name": text, "source": text, "split": "test", "num_sequences": 16, "sequence_length": 512}
             for text in ("python-docs", "python-docstrings")
         ],
         "pruning": {
@@ -130,13 +129,14 @@ def pruned(inputs: Inputs) -> dict[str, Any]:
     return {"dense": report["dense"]["perplexity"]} | {name: report["shots"][-1][name] for name in ("perplexity", "divergence", "sparsity")}
 
 
-def table(model: Path, folder: Path, layout: ModelLayout, shots: int) -> list[dict[str, Any]]:
-    """Return the records of every point and method."""
+def table(model: Path, folder: Path, layout: ModelLayout, kinds: Sequence[str], fractions: Sequence[float]) -> list[dict[str, Any]]:
+    """Return the records of every point and method. Ours removes channels in two shots, and experts in as many as go from a block."""
     of_experts = sum(e.num_parameters * len(e.linears) for e in layout.expert_sets) / layout.linear_size
     rows = []
-    for fraction in FRACTIONS:
-        for kind, names in (("experts", OF_EXPERTS), ("expert_channels", OF_CHANNELS)):
-            for name in names:
+    for fraction in fractions:
+        for kind in kinds:
+            shots = round(fraction * layout.num_experts) if kind == "experts" else 2
+            for name in METHODS[kind]:
                 own = name in ("rerouting", "ours")
                 score = {"expert_costs": name} if kind == "experts" and name != "magnitude" else {}
                 where = folder / f"{kind}-{fraction:g}-{name}"
@@ -211,7 +211,7 @@ def predictions(model: Path, layout: ModelLayout, sequences: NDArray[np.int64], 
     for place in range(layout.num_blocks):
         if place % every == every // 2 and place in shard.mixtures:
             mixture, sums = shard.mixtures[place], shard.expert_sums[place]
-            costs = rerouting_costs(sums, mixture.num_chosen)
+            costs, second = (rerouting_costs(sums, mixture.num_chosen, first_order=first) for first in (True, False))
             for expert in range(len(mixture.experts)):
                 mixture.router.kept[expert] = False
                 nll, divergence = removals.compare(removals.last_states(place, states), of_dense)
@@ -220,20 +220,21 @@ def predictions(model: Path, layout: ModelLayout, sequences: NDArray[np.int64], 
                     "block": place,
                     "expert": expert,
                     "predicted": float(costs[expert]),
+                    "second_order": float(second[expert]),
                     "measured": nll - dense,
                     "divergence": divergence,
                 }
-                found.append(entry | {"first_order": float(sums.of("gains")[expert]) / tokens.numel()})
+                found.append(entry)
         with torch.no_grad():
             states = [runner.through(place, hidden, removals.calls) for hidden in states]
-    predicted = [entry["predicted"] for entry in found]
-    both = [entry["predicted"] + entry["first_order"] for entry in found]
-    measured, diverged = ([entry[name] for entry in found] for name in ("measured", "divergence"))
+    predicted, second_order, measured, diverged = (
+        [entry[name] for entry in found] for name in ("predicted", "second_order", "measured", "divergence")
+    )
     return {
         "experts": found,
         "rank_correlation": rank_correlation(predicted, measured),
-        "with the first order": rank_correlation(both, measured),
-        "with the divergence": rank_correlation(predicted, diverged),
+        "of the second order": rank_correlation(second_order, measured),
+        "of the second order with the divergence": rank_correlation(second_order, diverged),
     }
 
 
@@ -298,7 +299,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("model", type=Path, help="a mixture of experts")
     parser.add_argument("folder", type=Path, help="where runs go")
-    parser.add_argument("--shots", type=int, default=2, help="of ours")
+    parser.add_argument("--kinds", nargs="+", default=list(METHODS), choices=list(METHODS), help="what goes in the table")
+    parser.add_argument("--fractions", nargs="+", type=float, default=list(FRACTIONS), help="of it that go")
     parser.add_argument("--every", type=int, default=3, help="single experts are removed from every so many blocks")
     parser.add_argument("--sequences", type=int, default=8, help="of 512 tokens, on which single removals are measured")
     parser.add_argument("--which", nargs="+", default=["predictions", "table"], choices=["predictions", "priors", "table"])
@@ -322,7 +324,7 @@ def main(argv: list[str] | None = None) -> int:
         ]
         sys.stdout.write("\n".join(lines) + "\n")
     if "table" in arguments.which:
-        rows = table(arguments.model, arguments.folder, layout, arguments.shots)
+        rows = table(arguments.model, arguments.folder, layout, arguments.kinds, arguments.fractions)
         texts = list(rows[0]["perplexity"])
         lines = ["| what goes | method | " + " | ".join(texts) + " |", "|---|---|" + "---:|" * len(texts)]
         of_dense = [f"{rows[0]['dense'][text]:.3f}" for text in texts]

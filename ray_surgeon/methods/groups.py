@@ -27,7 +27,7 @@ from ray_surgeon.models.budgets import Budget
 from ray_surgeon.models.layout import GroupSet, LinearShape
 from ray_surgeon.models.pruned_config import kv_heads_left
 from ray_surgeon.sections.base import Positive
-from ray_surgeon.sections.curvature import AnyCurvature, ExtendedKfacSection
+from ray_surgeon.sections.curvature import AnyCurvature, ExtendedKfacSection, KfacSection
 from ray_surgeon.sections.targets import ScheduleSection, TargetSection
 from ray_surgeon.surgery.allocate import Allocation, GroupCosts, OutOfReachError, allocate_globally, allocate_uniformly
 from ray_surgeon.surgery.curvature import RaisedDamping
@@ -51,7 +51,7 @@ class _Groups(ScheduleSection):
     )
     expert_costs: ExpertCosts = Field(
         "rerouting",
-        description="What a whole expert costs: rerouting, the loss increase that curvature predicts if its tokens go to the next ones; "
+        description="What a whole expert costs: rerouting, the loss increase that gradients predict if its tokens go to the next ones; "
         "or a score of a baseline, which has no such unit: reap, weight times norm of its output; frequency, its share of tokens; random",
     )
     tensor_parallel: Positive = Field(
@@ -310,7 +310,10 @@ class Groups(Method):
         return Scores(tuple(replies), *sizes(worker), tuple(raised))
 
     def _expert_costs(self, worker: Worker, shot: int) -> dict[str, float]:
-        return whole_expert_costs(worker, self.section.expert_costs, shot) if self.ranks_experts else {}
+        if not self.ranks_experts:
+            return {}
+        has_own_labels = isinstance(self.curvature, KfacSection) and self.curvature.fisher == "empirical"
+        return whole_expert_costs(worker, self.section.expert_costs, shot, first_order=has_own_labels)
 
     def _allowed(self, worker: Worker, groups: GroupSet, shot: int) -> frozenset[int]:
         if groups.kind == "attention":
@@ -356,7 +359,7 @@ class Groups(Method):
         cluster.progress.begin(unit="linears")
         once = Scores.merged(cluster.run_all(self.costs, Reach(), shot))
         first, factor = self._allocate(once, shot), 1.25
-        limit = NOTHING if self._uniform else factor * (first.threshold or 0.0)
+        limit = NOTHING if self._uniform else factor * max(0.0, first.threshold or 0.0)
         scores, only = once, None
         while True:
             needed = {name: math.ceil(factor * count) for name, count in first.counts.items() if name not in first.experts}
@@ -368,7 +371,7 @@ class Groups(Method):
             except OutOfReachError:
                 factor, limit, only = 2 * factor, 4 * limit, None
                 continue
-            threshold = found.threshold or 0.0
+            threshold = max(0.0, found.threshold or 0.0)  # below 0 only experts go
             short = frozenset(c.consumer for c in scores.costs if not self._is_followed(c, threshold, limit))
             if self._uniform or not short:
                 return scores

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from ray_surgeon.cluster.worker import Worker
 from ray_surgeon.models.layout import ExpertSet
 from ray_surgeon.surgery.experts import frequency_costs, random_costs, reap_costs, rerouting_costs
-from ray_surgeon.surgery.threshold import check_costs
 
 ExpertCosts = Literal["rerouting", "reap", "frequency", "random"]
 
 
-def whole_expert_costs(worker: Worker, kind: ExpertCosts, shot: int) -> dict[str, float]:
+def whole_expert_costs(worker: Worker, kind: ExpertCosts, shot: int, *, first_order: bool) -> dict[str, float]:
     """Return consumer of an expert -> what it costs to remove the expert, of the owned ones that are there.
+
+    Args:
+        worker: after a pass that gathered sums of experts.
+        kind: of the costs.
+        shot: its number.
+        first_order: see `rerouting_costs`.
 
     Raises:
         FloatingPointError: a cost is not usable; names the experts.
@@ -25,18 +31,21 @@ def whole_expert_costs(worker: Worker, kind: ExpertCosts, shot: int) -> dict[str
         consumers = [linears[-1] for linears in experts.linears]
         if not worker.owns(consumers[0]):
             continue
-        costs = _costs_of(worker, experts, kind, shot)
-        check_costs(experts.name, costs)
+        costs = _costs_of(worker, experts, kind, shot, first_order=first_order)
+        if not torch.isfinite(costs).all():
+            raise FloatingPointError(
+                f"{experts.name}: costs of experts {(~torch.isfinite(costs)).nonzero()[:, 0].tolist()} are not numbers"
+            )
         gone = worker.removed_experts(experts).tolist()
         found |= {name: float(cost) for name, cost, is_gone in zip(consumers, costs, gone, strict=True) if not is_gone}
     return found
 
 
-def _costs_of(worker: Worker, experts: ExpertSet, kind: ExpertCosts, shot: int) -> Tensor:
+def _costs_of(worker: Worker, experts: ExpertSet, kind: ExpertCosts, shot: int, *, first_order: bool) -> Tensor:
     place = experts.block - worker.shard.blocks.first
     sums, num_chosen = worker.shard.expert_sums[place], worker.shard.mixtures[place].num_chosen
     if kind == "rerouting":
-        return rerouting_costs(sums, num_chosen)
+        return rerouting_costs(sums, num_chosen, first_order=first_order)
     if kind == "reap":
         return reap_costs(sums)
     if kind == "frequency":

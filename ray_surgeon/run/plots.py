@@ -232,14 +232,14 @@ def cost_figure(shots: Sequence[Mapping[str, Any]], unit: str) -> Figure:
         points = [(100 * sparsity, cost) for sparsity, cost in shot["cost_curve"] if cost > 0]
         (line,) = axes.plot(*(zip(*points, strict=True) if points else ((), ())), linewidth=1.4, label=f"shot {shot['index']}")
         color = line.get_color()
-        if shot["threshold"]:
+        if (shot["threshold"] or 0) > 0:  # experts may lower the loss by going
             axes.plot([100 * shot["sparsity"]], [shot["threshold"]], "o", color=color, markersize=5)
             axes.axhline(shot["threshold"], color=color, linewidth=0.6, linestyle=":")
     axes.set_yscale("log")
     axes.set_xlabel("pruned with all cheaper ones, % of the linears' parameters")
     axes.set_ylabel(unit)
     axes.grid(**_SOFT)
-    axes.legend(title="dots and dotted lines: thresholds" if any(s["threshold"] for s in chosen) else None, title_fontsize=7)
+    axes.legend(title="dots and dotted lines: thresholds" if any((s["threshold"] or 0) > 0 for s in chosen) else None, title_fontsize=7)
     return figure
 
 

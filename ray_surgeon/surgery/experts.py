@@ -125,13 +125,19 @@ def add_rises(sums: ExpertSums, rises: Tensor, outputs: Tensor, gradients: Tenso
     sums.of("squares").add_(gains.double().square().sum(dim=0))
 
 
-def rerouting_costs(sums: ExpertSums, num_chosen: int) -> Tensor:
+def rerouting_costs(sums: ExpertSums, num_chosen: int, *, first_order: bool = True) -> Tensor:
     """Return the predicted loss increase in nats per token if one expert is removed and its tokens go to the next, [num_experts] float64.
 
-    Second order, 1/2 E[(g^T dy)^2], the Fisher being that of the tokens themselves; g^T dy alone has mean 0 at a minimum, and what it has
-    beside that on the calibration text is its noise.
+    E[g^T dy] + 1/2 E[(g^T dy)^2], the Fisher being that of the tokens themselves. The first order is not 0 where the model is not at a
+    minimum for the text: after earlier shots, for example. A removal that lowers the loss has a negative cost.
+
+    Args:
+        sums: over the tokens of a layer.
+        num_chosen: experts a token goes to.
+        first_order: whether to add it. With labels drawn from the model it is noise: its mean is 0.
     """
-    return 0.5 * sums.of("squares") / _num_tokens(sums, num_chosen)
+    second = 0.5 * sums.of("squares")
+    return (sums.of("gains") + second if first_order else second) / _num_tokens(sums, num_chosen)
 
 
 def reap_costs(sums: ExpertSums) -> Tensor:

@@ -160,6 +160,16 @@ def test_scores_of_baselines(score: str, model_folders: dict[str, Path], tmp_pat
         assert max(costs[name] for name in gone) <= min(cost for name, cost in costs.items() if name not in gone)
 
 
+def test_the_first_order_counts_with_labels_of_the_text_only(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    options = UNIFORM | {"pruning__groups": ["experts"], "pruning__num_shots": 1}
+    costs = {}
+    for fisher in ("empirical", "sampled"):
+        assert run(tmp_path / fisher, model_folders["olmoe"], **options, curvature__fisher=fisher) == 0
+        costs[fisher] = report_of(tmp_path / fisher / "run")["shots"][-1]["expert_costs"].values()
+    assert min(costs["empirical"]) < 0 < max(costs["empirical"])
+    assert min(costs["sampled"]) >= 0
+
+
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [

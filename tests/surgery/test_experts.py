@@ -67,7 +67,9 @@ def test_costs_from_their_definitions() -> None:
     gains = (changes * gradients[tokens]).sum(dim=1).double()
     for expert in range(3):
         mine = experts == expert
-        assert float(rerouting_costs(sums, 2)[expert]) == pytest.approx(float(gains[mine].square().sum()) / 2 / 5, rel=1e-5)
+        second = float(gains[mine].square().sum()) / 2 / 5
+        assert float(rerouting_costs(sums, 2, first_order=False)[expert]) == pytest.approx(second, rel=1e-5)
+        assert float(rerouting_costs(sums, 2)[expert]) == pytest.approx(second + float(gains[mine].sum()) / 5, rel=1e-5, abs=1e-6)
         assert float(reap_costs(sums)[expert]) == pytest.approx(float(norms[mine].mean()), rel=1e-5)
         assert float(frequency_costs(sums, 2)[expert]) == pytest.approx(int(mine.sum()) / 5)
     for costs in (rerouting_costs(sums, 2), reap_costs(sums), frequency_costs(sums, 2)):
@@ -115,6 +117,15 @@ def test_a_layer_keeps_its_fewest_experts() -> None:
     assert uniform.counts == {c.consumer: 3 if c.consumer in uniform.experts else 0 for c in costs}
     with pytest.raises(OutOfReachError):
         allocate_uniformly(fixed, 90, fewest_experts=2)
+
+
+def test_an_expert_whose_removal_lowers_the_loss_goes_first() -> None:
+    costs = experts_of(0, [[0.1, 0.1, 0.1]] * 3, [0.5, -0.3, 0.3])
+    found = allocate_globally(costs, 30, per_unit=True)
+    assert found.experts == {"0.1"}
+    assert found.counts == {"0.0": 0, "0.1": 3, "0.2": 0}
+    assert found.threshold == pytest.approx(-0.01)
+    assert allocate_globally(costs, 40, per_unit=True).threshold == pytest.approx(0.01)
 
 
 def test_uniform_experts_and_channels_by_brute_force() -> None:
