@@ -76,7 +76,7 @@ def save_weights(
         return ()
 
     family, exported = worker.layout.family, _Exported(worker, cut_out=cut_out)
-    is_stacked = stored and family.sparse is not None and family.sparse.stacked
+    is_stacked = stored and family.stacks_experts
 
     def called(name: str) -> str:
         part = part_of_stack(family, name) if is_stacked else None

@@ -184,8 +184,8 @@ class Worker:
             return shot.read(pruned_in[name], name) if name in pruned_in else read_dense(name)
 
         # stacks of experts are taken apart once, not whenever a block is read
-        is_stacked = self.layout.family.sparse is not None and self.layout.family.sparse.stacked
-        stays = reader.is_local and not is_stacked and all(files.is_local(uri) for uri in set(pruned_in.values()))
+        is_read_again = reader.is_local and not self.layout.family.stacks_experts
+        stays = is_read_again and all(files.is_local(uri) for uri in set(pruned_in.values()))
         self.shard.load(read if stays else ReadAhead(read, self.shard.wanted), stays=stays)
         kind: type[StructuredMask] | type[ElementMask] = ElementMask if by_element else StructuredMask
         for name in self.shard.linears:

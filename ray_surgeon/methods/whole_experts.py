@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from ray_surgeon.cluster.worker import Worker
 from ray_surgeon.models.layout import ExpertSet
 from ray_surgeon.surgery.experts import frequency_costs, random_costs, reap_costs, rerouting_costs
+from ray_surgeon.surgery.threshold import check_costs
 
 ExpertCosts = Literal["rerouting", "reap", "frequency", "random"]
 
@@ -32,10 +32,7 @@ def whole_expert_costs(worker: Worker, kind: ExpertCosts, shot: int, *, first_or
         if not worker.owns(consumers[0]):
             continue
         costs = _costs_of(worker, experts, kind, shot, first_order=first_order)
-        if not torch.isfinite(costs).all():
-            raise FloatingPointError(
-                f"{experts.name}: costs of experts {(~torch.isfinite(costs)).nonzero()[:, 0].tolist()} are not numbers"
-            )
+        check_costs(experts.name, costs, may_be_negative=kind == "rerouting" and first_order)
         gone = worker.removed_experts(experts).tolist()
         found |= {name: float(cost) for name, cost, is_gone in zip(consumers, costs, gone, strict=True) if not is_gone}
     return found

@@ -108,6 +108,11 @@ class Family:
     has_free_heads_in_vllm: bool = True  # likewise, in vLLM's own class of the family
     llama_cpp: LlamaCpp | None = None  # None if llama.cpp does not know the family
 
+    @property
+    def stacks_experts(self) -> bool:
+        """Whether checkpoints keep all experts of a layer together."""
+        return self.sparse is not None and self.sparse.stacked
+
     def block_prefix(self, block: int) -> str:
         """Return the name of a block in the whole model, e.g. ``model.layers.3.``."""
         return f"{self.base}.{self.blocks}.{block}."
@@ -264,7 +269,7 @@ def check_not_quantised(document: Mapping[str, Any]) -> None:
     """
     found, family = document.get("quantization_config"), FAMILIES.get(str(document.get("model_type")))
     way = found.get("quant_method") if isinstance(found, Mapping) else found
-    if way is not None and not (way == "mxfp4" and family is not None and family.sparse is not None and family.sparse.stacked):
+    if way is not None and not (way == "mxfp4" and family is not None and family.stacks_experts):
         raise ValueError(
             f"model.source: the weights are quantised ({str(way)[:40]}), and updates need them as they were; give the checkpoint in "
             "bfloat16 or float32, and quantise the pruned model with output.quantize"

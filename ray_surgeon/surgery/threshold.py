@@ -40,8 +40,13 @@ class Threshold:
         return self.num_removed / self.num_parameters
 
 
-def check_costs(name: str, costs: Tensor) -> None:
+def check_costs(name: str, costs: Tensor, *, may_be_negative: bool = False) -> None:
     """Refuse costs that would prune at random.
+
+    Args:
+        name: of what they belong to, for the error.
+        costs: of any shape.
+        may_be_negative: whether they have a first order, so that a removal may lower the loss.
 
     Raises:
         FloatingPointError: a cost is NaN, infinite or negative.
@@ -49,9 +54,11 @@ def check_costs(name: str, costs: Tensor) -> None:
     if not costs.numel():
         return
     low, high = torch.aminmax(costs)  # both are NaN if any cost is
-    if not (low >= 0 and high < torch.inf):
-        bad = int((~torch.isfinite(costs) | (costs < 0)).sum())
-        raise FloatingPointError(f"{name}: {bad} of {costs.numel()} costs are NaN, infinite or negative")
+    least = -torch.finfo(costs.dtype).max if may_be_negative else 0
+    if not (low >= least and high < torch.inf):
+        bad = int((~torch.isfinite(costs) | (costs < least)).sum())
+        what = "NaN or infinite" if may_be_negative else "NaN, infinite or negative"
+        raise FloatingPointError(f"{name}: {bad} of {costs.numel()} costs are {what}")
 
 
 def cost_curve(costs: Tensor, sizes: Tensor, num_points: int = 128) -> list[tuple[float, float]]:

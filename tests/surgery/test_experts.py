@@ -19,6 +19,7 @@ from ray_surgeon.surgery.experts import (
     shrunk_factors,
 )
 from ray_surgeon.surgery.kronecker import PackedFactors, PackedSymmetric, with_ones
+from ray_surgeon.surgery.threshold import check_costs
 
 
 def gram(x: torch.Tensor) -> PackedSymmetric:
@@ -117,6 +118,15 @@ def test_a_layer_keeps_its_fewest_experts() -> None:
     assert uniform.counts == {c.consumer: 3 if c.consumer in uniform.experts else 0 for c in costs}
     with pytest.raises(OutOfReachError):
         allocate_uniformly(fixed, 90, fewest_experts=2)
+
+
+def test_only_costs_with_a_first_order_may_be_negative() -> None:
+    check_costs("layer", torch.tensor([-1.0, 0.0, 2.0]), may_be_negative=True)
+    with pytest.raises(FloatingPointError, match="layer: 1 of 3 costs are NaN, infinite or negative"):
+        check_costs("layer", torch.tensor([-1.0, 0.0, 2.0]))
+    for wrong in (torch.nan, torch.inf, -torch.inf):
+        with pytest.raises(FloatingPointError, match="layer: 1 of 2 costs are NaN or infinite"):
+            check_costs("layer", torch.tensor([wrong, -1.0]), may_be_negative=True)
 
 
 def test_an_expert_whose_removal_lowers_the_loss_goes_first() -> None:
