@@ -18,6 +18,7 @@ import math
 import re
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,13 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MixtralConfig, PreTrainedModel
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from ray_surgeon.models.build import stored_name
 from ray_surgeon.models.experts import split_experts
 from ray_surgeon.models.families import FAMILIES
 from ray_surgeon.models.gguf import convert_gguf
+from ray_surgeon.models.loss import next_token_loss
 from ray_surgeon.models.low_rank import LowRank, adding
 from ray_surgeon.sections.texts import SourceSection
 from ray_surgeon.spec import parse_spec
@@ -41,7 +44,7 @@ from ray_surgeon.surgery.masks import StructuredMask
 
 TEXTS = ("python-docs", "python-docstrings", "package-descriptions")
 DROPPED = 0.25
-LENGTH, BATCH, RANK, RATE, NUM_WINDOWS = 256, 4, 16, 1e-3, 6
+LENGTH, BATCH, RANK, RATE, NUM_WINDOWS, NUM_THREADS = 256, 4, 16, 1e-3, 6, 2
 
 
 def upcycled(dense: PreTrainedModel, num_experts: int) -> PreTrainedModel:
@@ -124,10 +127,24 @@ def start_routers(model: PreTrainedModel, dense: PreTrainedModel, tokens: NDArra
         rows.copy_(centres / (x @ centres.T).std(dim=0)[:, None])
 
 
+def in_tiles(expert: torch.nn.Module, rows: int = 64) -> None:
+    """Let an expert get multiples of so many tokens, with zeros behind them: code of bfloat16 products is made anew for every shape."""
+    forward = expert.forward
+
+    def padded(x: Tensor) -> Tensor:
+        output: Tensor = forward(torch.nn.functional.pad(x, (0, 0, 0, -len(x) % rows)))
+        return output[: len(x)]
+
+    expert.__dict__["forward"] = padded
+
+
 def train(model: PreTrainedModel, tokens: NDArray[np.int64], say: float = 30.0) -> None:
     """Train low-rank changes of the experts' linears, and the routers, on sequences [n, T], `BATCH` at a time, and absorb them."""
     model.requires_grad_(False)
     parts, wide, hooks, trained = dict[str, LowRank](), dict[str, Tensor](), [], list[Tensor]()
+    experts = [expert for block in model.model.layers for expert in block.mlp.experts]
+    for expert in experts:
+        in_tiles(expert)
     for name, module in model.model.layers.named_modules():
         if ".experts." in name and isinstance(module, torch.nn.Linear):
             mask = StructuredMask.full(module.out_features, module.in_features)
@@ -138,23 +155,39 @@ def train(model: PreTrainedModel, tokens: NDArray[np.int64], say: float = 30.0) 
             trained.append(module.get_parameter("weight").requires_grad_())
         elif isinstance(module, torch.nn.Linear):  # products read half the bytes
             wide[name], module.weight.data = module.weight.data, module.weight.data.bfloat16()
+    head = model.get_output_embeddings().weight.bfloat16()
+    coefficient, sizes = model.config.router_aux_loss_coef, (model.config.num_local_experts, model.config.num_experts_per_tok)
+
+    def backward(part: Tensor) -> float:
+        """Add the gradients of a part of a batch, and return its part of the loss."""
+        with torch.autocast("cpu", torch.bfloat16):
+            found = model.model(input_ids=part, use_cache=False, output_router_logits=True)
+            balance = load_balancing_loss_func(found.router_logits, *sizes)
+        hidden, num_predicted = found.last_hidden_state, BATCH * (part.shape[1] - 1)
+        nll, gradient = next_token_loss(hidden.detach().bfloat16(), head, part, with_gradient=True)
+        assert gradient is not None
+        torch.autograd.backward([hidden, coefficient / NUM_THREADS * balance], [gradient.to(hidden) / num_predicted, None])
+        return float(nll.sum()) / num_predicted
+
+    pool = ThreadPoolExecutor(NUM_THREADS, initializer=torch.set_num_threads, initargs=(1,))  # what is small runs on one
     optimizer = torch.optim.Adam(trained, lr=RATE, betas=(0.9, 0.95), fused=True)
     num_steps, said = len(tokens) // BATCH, time.monotonic()
     for step in range(num_steps):
         rate = min(1.0, (step + 1) / 10) * (0.5 + 0.5 * math.cos(math.pi * step / num_steps))
         optimizer.param_groups[0]["lr"] = RATE * rate
         batch = torch.from_numpy(tokens[step * BATCH : (step + 1) * BATCH])
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = model(input_ids=batch, labels=batch, use_cache=False).loss
-        loss.backward()
+        losses = list(pool.map(backward, torch.split(batch, BATCH // NUM_THREADS)))
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if time.monotonic() - said > say:
             said = time.monotonic()
-            sys.stderr.write(f"step {step + 1} of {num_steps}, loss {float(loss.detach()):.3f}\n")
+            sys.stderr.write(f"step {step + 1} of {num_steps}, loss {sum(losses):.3f}\n")
+    pool.shutdown()
     for handle in hooks:
         handle.remove()
+    for expert in experts:
+        del expert.__dict__["forward"]
     with torch.no_grad():
         for name, weight in wide.items():
             module = model.model.layers.get_submodule(name)
@@ -185,7 +218,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--experts", type=int, default=8, help="experts of a block")
     parser.add_argument("--steps", type=int, default=150, help=f"of {BATCH} sequences of {LENGTH} tokens")
     arguments = parser.parse_args(argv)
-    torch.set_num_threads(2)
+    torch.set_num_threads(NUM_THREADS)
     start = time.monotonic()
     folder = open_model(parse_spec(Path("pipelines/quickstart.yaml").read_text()).model, convert_gguf).small_files_folder()
     tokenizer = AutoTokenizer.from_pretrained(folder)
