@@ -1,4 +1,7 @@
-"""Ways to prune. Each file holds one: its section of the job spec, what it does on a worker and what it does on the coordinator."""
+"""Ways to prune. Each file holds one: its section of the job spec, what it does on a worker and what it does on the coordinator.
+
+The section of coupled groups, the longest, has a file of its own.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,8 @@ from pydantic import Tag
 
 from ray_surgeon.methods.corrections import Corrections, CorrectionSection
 from ray_surgeon.methods.elements import Elements, ElementsSection, NMSection
-from ray_surgeon.methods.groups import Groups, GroupsSection, UniformGroupsSection
+from ray_surgeon.methods.groups import Groups
+from ray_surgeon.methods.groups_section import GroupsSection, UniformGroupsSection
 from ray_surgeon.methods.layerwise import Layerwise, SparseGPTSection, WandaSection
 from ray_surgeon.methods.method import Choice, Method, Scores
 from ray_surgeon.methods.rows_columns import RowsColumns, RowsColumnsSection

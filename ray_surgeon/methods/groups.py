@@ -10,25 +10,23 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
 from torch import Tensor
 
 from ray_surgeon.cluster.cluster import Cluster
 from ray_surgeon.cluster.needs import LinearNeeds
 from ray_surgeon.cluster.worker import LinearSummary, Worker, collective, sizes
+from ray_surgeon.methods.groups_section import GroupsSection, UniformGroupsSection
 from ray_surgeon.methods.method import Choice, Method, Scores, in_order, linear_of
-from ray_surgeon.methods.whole_experts import ExpertCosts, whole_expert_costs
+from ray_surgeon.methods.whole_experts import whole_expert_costs
 from ray_surgeon.models.budgets import Budget
 from ray_surgeon.models.layout import GroupSet, LinearShape
 from ray_surgeon.models.pruned_config import kv_heads_left
-from ray_surgeon.sections.base import Positive
-from ray_surgeon.sections.curvature import AnyCurvature, ExtendedKfacSection, KfacSection
-from ray_surgeon.sections.targets import ScheduleSection, TargetSection
+from ray_surgeon.sections.curvature import KfacSection
 from ray_surgeon.surgery.allocate import Allocation, GroupCosts, OutOfReachError, allocate_globally, allocate_uniformly
 from ray_surgeon.surgery.curvature import RaisedDamping
 from ray_surgeon.surgery.groups import alive_part, group_costs, lowest, prune_groups
@@ -36,106 +34,6 @@ from ray_surgeon.surgery.kronecker import Damping
 from ray_surgeon.surgery.linear import Part
 from ray_surgeon.surgery.masks import StructuredMask
 from ray_surgeon.surgery.threshold import cost_curve
-
-GroupKind = Literal["ffn", "attention", "shared_experts", "expert_channels", "experts"]
-
-
-class _Groups(ScheduleSection):
-    structure: Literal["groups"] = Field(description="Coupled groups")
-    method: Literal["llm_surgeon"] = Field("llm_surgeon", description="The LLM Surgeon: costs from the curvature, and updates")
-    groups: tuple[GroupKind, ...] = Field(
-        ("ffn", "attention"),
-        min_length=1,
-        description="Kinds of groups: ffn, channels of feed-forward layers; attention, KV groups with their query heads; in mixtures of "
-        "experts also shared_experts, their channels; expert_channels, those of every expert; experts, whole ones",
-    )
-    expert_costs: ExpertCosts = Field(
-        "rerouting",
-        description="What a whole expert costs: rerouting, the loss increase that gradients predict if its tokens go to the next ones; "
-        "or a score of a baseline, which has no such unit: reap, weight times norm of its output; frequency, its share of tokens; random",
-    )
-    tensor_parallel: Positive = Field(
-        1, description="Over how many devices an engine will split every layer: the heads and channels that are left can be split so"
-    )
-    width_multiple: Positive | None = Field(
-        None,
-        description="In the end feed-forward layers and experts have multiples of this many channels, or all they had. "
-        "null: 64 for every device of tensor_parallel, 128 if the export is quantised, 256 if deci is exported",
-    )
-    target_sparsity: float | None = Field(
-        None, gt=0, lt=1, description="Fraction of the parameters of the blocks' linears to remove, biases included"
-    )
-    target: TargetSection | None = Field(None, description="In place of target_sparsity: what the whole model may need in the end")
-
-    @property
-    def last_sparsity(self) -> float | None:
-        """The target, if it is a sparsity."""
-        return self.target_sparsity
-
-    @property
-    def fewest_groups(self) -> dict[str, int]:
-        """Groups of each kind that stay in every block."""
-        return dict.fromkeys(("ffn", "shared_experts", "expert_channels"), self.multiple) | {"attention": 1}
-
-    @property
-    def multiple(self) -> int:
-        """The number that widths are multiples of in the end."""
-        return self.width_multiple or 64 * self.tensor_parallel
-
-    def problem_with(self, curvature: AnyCurvature) -> str | None:
-        """Return why this section and a curvature do not go together; see `ScheduleSection`."""
-        if isinstance(curvature, ExtendedKfacSection):
-            return "curvature.kind: extended_kfac does not go with structure groups; use kfac"
-        if "experts" in self.groups and curvature.kind in ("activations", "identity"):
-            return f"curvature.kind: {curvature.kind} has no gradients, which the costs of whole experts need; use kfac"
-        return None
-
-    @model_validator(mode="after")
-    def _scores_of_experts(self) -> _Groups:
-        if self.expert_costs != "rerouting" and "experts" not in self.groups:
-            raise ValueError(f"expert_costs: {self.expert_costs} is of whole experts; add experts to groups, or leave it out")
-        if self.expert_costs != "rerouting" and set(self.groups) != {"experts"}:
-            raise ValueError(
-                f"expert_costs: {self.expert_costs} has another unit than the costs of the other groups; set groups to [experts]"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _splits(self) -> _Groups:
-        if self.multiple % self.tensor_parallel:
-            raise ValueError(
-                f"width_multiple: {self.multiple} channels cannot be split over tensor_parallel {self.tensor_parallel} devices; "
-                "give a multiple of it"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _one_target(self) -> _Groups:
-        if (self.target_sparsity is None) == (self.target is None):
-            got = "none" if self.target is None else "both"
-            raise ValueError(f"target_sparsity: give this or target, got {got}")
-        return self
-
-
-class GroupsSection(_Groups):
-    """Coupled groups, as many from each block as one threshold over the model says."""
-
-    allocation: Literal["global"] = Field("global", description="One threshold over the model; widths differ from block to block")
-    rank_by: Literal["cost", "cost_per_parameter"] = Field(
-        "cost_per_parameter", description="What the threshold compares: the cost of a group, or its cost per unit of the target"
-    )
-    remove_blocks: bool = Field(False, description="Whether the last KV group or the last channels of a block may be pruned too")
-
-    @property
-    def fewest_groups(self) -> dict[str, int]:
-        """Groups of each kind that stay in every block."""
-        return dict.fromkeys(super().fewest_groups, 0) if self.remove_blocks else super().fewest_groups
-
-
-class UniformGroupsSection(_Groups):
-    """Coupled groups, the same number from each block, so that plain model classes can hold the result."""
-
-    allocation: Literal["uniform"] = Field(description="The same widths in every block")
 
 
 @dataclass(frozen=True)
