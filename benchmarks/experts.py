@@ -5,7 +5,8 @@
 The same number of experts, or of channels, goes from every block of the dense mixture, calibrated on Python's help and measured on help and
 docstrings. Others, from their definitions: REAP (Lasby et al. 2025, arXiv 2510.13999: mean over an expert's tokens of its weight times the
 norm of its output), frequency of routing, magnitude (norm of the weights). For channels REAP's score is that of a channel, the root
-mean square of its activation times the norm of its column; others have no updates.
+mean square of its activation times the norm of its column. Others have one shot and no updates; ours has one shot for every expert that
+goes from a block, and two for channels.
 """
 
 from __future__ import annotations
@@ -37,7 +38,10 @@ from ray_surgeon.surgery.masks import StructuredMask
 FRACTIONS = (0.25, 0.5)
 NUM_AT_ONCE = 2
 """Jobs that run side by side, one thread each: experts see too few tokens for a product to fill two."""
-METHODS = {"experts": ("rerouting", "reap", "frequency", "magnitude"), "expert_channels": ("ours", "reap", "magnitude")}
+METHODS = {
+    "experts": ("rerouting", "rerouting, one shot", "reap", "frequency", "magnitude"),
+    "expert_channels": ("ours", "reap", "magnitude"),
+}
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class Peer(Groups):
     def _scores(self, worker: Worker, name: str, costs: Tensor) -> Tensor:
         norms = worker.shard.weight(name).norm(dim=0)
         if self.peer == "reap":
-            norms = norms * worker.shard.factors(name).A.diagonal().clamp(min=0).sqrt()
+            norms = norms * worker.shard.own_factors(name).A.diagonal().clamp(min=0).sqrt()
         most = int(torch.isfinite(costs).sum())
         scores = torch.full_like(costs, torch.inf)
         cheapest = norms.argsort(stable=True)[:most]
@@ -124,13 +128,14 @@ class Point:
     method: str
 
     def inputs(self, model: Path, folder: Path, layout: ModelLayout) -> Inputs:
-        """Return its job. Ours removes channels in two shots, and experts in as many as go from a block."""
+        """Return its job. Ours removes channels in two shots, and experts in as many as go from a block; others have one shot."""
         of_experts = sum(e.num_parameters * len(e.linears) for e in layout.expert_sets) / layout.linear_size
-        is_ours = self.method in ("rerouting", "ours")
-        own_shots = round(self.fraction * layout.num_experts) if self.kind == "experts" else 2
-        score: dict[str, Any] = {"expert_costs": self.method} if self.kind == "experts" and self.method != "magnitude" else {}
-        where = folder / f"{self.kind}-{self.fraction:g}-{self.method}"
-        inputs = inputs_of(model, where, self.kind, self.fraction * of_experts - 1e-9, own_shots if is_ours else 1, **score)
+        is_ours, num_shots = self.method.partition(",")[0] in ("rerouting", "ours"), 1
+        if self.method in ("rerouting", "ours"):
+            num_shots = round(self.fraction * layout.num_experts) if self.kind == "experts" else 2
+        score: dict[str, Any] = {"expert_costs": self.method} if self.method in ("frequency", "reap") and self.kind == "experts" else {}
+        where = folder / f"{self.kind}-{self.fraction:g}-{self.method.replace(', ', '-').replace(' ', '-')}"
+        inputs = inputs_of(model, where, self.kind, self.fraction * of_experts - 1e-9, num_shots, **score)
         if is_ours:
             return inputs
         method = inputs.method

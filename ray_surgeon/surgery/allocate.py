@@ -5,10 +5,10 @@ Source: docs/method.md, section 8.
 
 from __future__ import annotations
 
-import itertools
+import heapq
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -67,7 +67,7 @@ def allocate_globally(costs: Sequence[GroupCosts], missing: float, *, per_unit: 
 
     Where only some numbers of groups may be left, those between two of them are pruned together or stay together. Paths are cut at the
     corners of their lower convex hull, because nothing between two corners is worth its cost. The removal of a whole expert is one more
-    point of its path, where nothing is left.
+    point of its path, where nothing is left; once its layer has no expert to spare, the path goes on without that point.
 
     Args:
         costs: of every consumer.
@@ -80,37 +80,78 @@ def allocate_globally(costs: Sequence[GroupCosts], missing: float, *, per_unit: 
     """
     if not costs:
         raise OutOfReachError(0.0)
-    numbers, steps = [], []
-    for place, c in enumerate(costs):
-        counts = c.possible_counts or [0]
-        numbers.append(counts[0])
-        curve = c.curve.tolist()
-        points = [(c.saved(n) if per_unit else n, curve[n], n) for n in counts]
-        if math.isfinite(c.whole):
-            points.append((c.saved(c.num_left) if per_unit else c.num_left, c.whole, _WHOLE))
-        for (x, y, _), (next_x, next_y, next_n) in itertools.pairwise(_hull(sorted(points))):
-            steps.append(((next_y - y) / (next_x - x), place, next_n))
-    steps.sort(key=lambda step: step[0])
+    paths = [_Path(c, per_unit) for c in costs]
+    steps = [(path.slope, place) for place, path in enumerate(paths) if path.goes_on]
+    heapq.heapify(steps)
     left = Counter(c.layer for c in costs if math.isfinite(c.whole))
-    experts, threshold = set[int](), 0.0
-    saved = sum(c.saved(n) for c, n in zip(costs, numbers, strict=True))
+    threshold, saved = 0.0, sum(path.saved for path in paths)
     tolerance = 1e-9 * abs(missing) + 1e-6
-    for slope, place, next_n in steps:
-        if saved >= missing - tolerance:
-            break
-        c = costs[place]
-        if next_n == _WHOLE:
-            if left[c.layer] <= fewest_experts:
-                continue
-            left[c.layer] -= 1
-            experts.add(place)
-            next_n = c.num_left
-        saved += c.saved(next_n) - c.saved(numbers[place])
-        numbers[place], threshold = next_n, slope
-    if saved < missing - tolerance:
-        raise OutOfReachError(saved)
-    counts_of = {c.consumer: n for c, n in zip(costs, numbers, strict=True)}
-    return Allocation(counts_of, threshold, frozenset(costs[place].consumer for place in experts))
+    while saved < missing - tolerance:
+        if not steps:
+            raise OutOfReachError(saved)
+        slope, place = heapq.heappop(steps)
+        path, layer = paths[place], costs[place].layer
+        if path.goes_whole and left[layer] <= fewest_experts:
+            path.stay()
+        else:
+            left[layer] -= path.goes_whole
+            before = path.saved
+            path.advance()
+            saved, threshold = saved + path.saved - before, slope
+        if path.goes_on:
+            heapq.heappush(steps, (path.slope, place))
+    counts = {path.costs.consumer: path.number for path in paths}
+    return Allocation(counts, threshold, frozenset(path.costs.consumer for path in paths if path.is_whole))
+
+
+class _Path:
+    """How far one consumer has gone along the corners of its costs."""
+
+    def __init__(self, costs: GroupCosts, per_unit: bool) -> None:
+        """Stand at its first point."""
+        self.costs, self.is_whole, self._per_unit = costs, False, per_unit
+        self._points = self._corners(costs.possible_counts or [0], can_go_whole=math.isfinite(costs.whole))
+
+    def _corners(self, counts: list[int], *, can_go_whole: bool) -> list[tuple[float, float, int]]:
+        """Return the corners, from the first of some numbers of groups, in the order in which they are taken from the end."""
+        c, curve = self.costs, self.costs.curve.tolist()
+        self.number = counts[0]
+        points = [(c.saved(n) if self._per_unit else n, curve[n], n) for n in counts]
+        if can_go_whole:
+            points.append((c.saved(c.num_left) if self._per_unit else c.num_left, c.whole, _WHOLE))
+        return _hull(sorted(points))[::-1]
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether there is another point."""
+        return len(self._points) > 1
+
+    @property
+    def slope(self) -> float:
+        """Price of the step to the next point."""
+        return _slope(self._points[-1], self._points[-2])
+
+    @property
+    def goes_whole(self) -> bool:
+        """Whether the whole expert goes at the next point."""
+        return self._points[-2][2] == _WHOLE
+
+    @property
+    def saved(self) -> float:
+        """What is saved so far."""
+        return self.costs.saved(self.number)
+
+    def advance(self) -> None:
+        """Go to the next point."""
+        self._points.pop()
+        number = self._points[-1][2]
+        self.is_whole = number == _WHOLE
+        self.number = self.costs.num_left if self.is_whole else number
+
+    def stay(self) -> None:
+        """Go on without the whole expert, which stays: what lies above the way to it has its turn."""
+        counts = [n for n in self.costs.possible_counts or [0] if n >= self.number]
+        self._points = self._corners(counts, can_go_whole=False)
 
 
 _WHOLE = 2**62
@@ -134,13 +175,28 @@ def _slope(a: tuple[float, float, int], b: tuple[float, float, int]) -> float:
 
 
 @dataclass(frozen=True)
-class _Option:
-    """One width of one kind, in every block."""
+class _Options:
+    """Widths of one kind or more, each in every block."""
 
-    saved: float
-    cost: float
-    counts: dict[str, int]
-    experts: frozenset[str] = frozenset()
+    saved: Tensor  # [num_options] float64
+    cost: Tensor  # [num_options] float64
+    chosen: Tensor  # [num_options, num_kinds, 2] int64: groups that each consumer loses, and whole experts that each layer loses
+
+    def beside(self, other: _Options) -> _Options:
+        """Return every one of these with every one of other kinds."""
+        saved, cost = ((a[:, None] + b).flatten() for a, b in ((self.saved, other.saved), (self.cost, other.cost)))
+        n, m = len(self.saved), len(other.saved)
+        chosen = torch.cat([self.chosen.repeat_interleave(m, dim=0), other.chosen.repeat(n, 1, 1)], dim=1)
+        return _Options(saved, cost, chosen)
+
+    def best(self, wanted: float) -> _Options:
+        """Return those for which no other costs less and saves as much, or costs less and saves all that is wanted; cheapest first."""
+        order = self.saved.argsort(descending=True, stable=True)
+        order = order[self.cost[order].argsort(stable=True)]
+        saved = self.saved[order].clamp(max=max(0.0, wanted))
+        before = torch.cat([saved.new_full((1,), -math.inf), saved.cummax(dim=0).values[:-1]])
+        order = order[saved > before]
+        return _Options(self.saved[order], self.cost[order], self.chosen[order])
 
 
 def allocate_uniformly(costs: Sequence[GroupCosts], missing: float, *, fewest_experts: int = 0) -> Allocation:
@@ -155,33 +211,52 @@ def allocate_uniformly(costs: Sequence[GroupCosts], missing: float, *, fewest_ex
         OutOfReachError: everything that may be pruned saves less.
     """
     kinds = list(dict.fromkeys(c.kind for c in costs))
-    options = [list(_options([c for c in costs if c.kind == kind], fewest_experts)) for kind in kinds]
-    best: tuple[float, tuple[_Option, ...]] | None = None
-    for choice in itertools.product(*options):
-        saved, cost = sum(option.saved for option in choice), sum(option.cost for option in choice)
-        if saved >= missing - 1e-9 * abs(missing) - 1e-6 and (best is None or cost < best[0]):
-            best = cost, choice
-    if best is None:
-        raise OutOfReachError(sum(max((option.saved for option in of_kind), default=0.0) for of_kind in options))
-    counts = {consumer: number for option in best[1] for consumer, number in option.counts.items()}
-    return Allocation(counts, None, frozenset(expert for option in best[1] for expert in option.experts))
+    of_kinds = [[c for c in costs if c.kind == kind] for kind in kinds]
+    wanted = missing - 1e-9 * abs(missing) - 1e-6
+    nothing = torch.zeros(1, dtype=torch.float64)
+    found = _Options(nothing, nothing, torch.zeros(1, 0, 2, dtype=torch.int64))
+    for of_kind in of_kinds:
+        found = found.beside(_options(of_kind, fewest_experts).best(wanted)).best(wanted)
+    enough = (found.saved >= wanted).nonzero()[:, 0]
+    if not len(enough):
+        raise OutOfReachError(float(found.saved.max()) if len(found.saved) else 0.0)
+    counts, experts = dict[str, int](), set[str]()
+    for of_kind, (number, num_whole) in zip(of_kinds, found.chosen[enough[0]].tolist(), strict=True):
+        gone = {place for order in _orders(of_kind, number).values() for place in order[:num_whole]} if num_whole else set()
+        counts |= {c.consumer: c.num_left if place in gone else number for place, c in enumerate(of_kind)}
+        experts |= {of_kind[place].consumer for place in gone}
+    return Allocation(counts, None, frozenset(experts))
 
 
-def _options(costs: Sequence[GroupCosts], fewest_experts: int) -> Iterable[_Option]:
-    """Yield every width of one kind, and with each every number of whole experts: those go for which that saves most beside the width."""
-    assert len({c.num_left for c in costs}) == 1, "blocks have different widths"
-    widths = sorted(set.intersection(*(set(c.possible_counts) for c in costs)))
-    curves = [c.curve for c in costs]
+def _orders(costs: Sequence[GroupCosts], number: int) -> dict[int, list[int]]:
+    """Return the places of the experts of each layer, those first whose removal costs least beside that of so many groups of each."""
     layers: dict[int, list[int]] = {}
     for place, c in enumerate(costs):
         layers.setdefault(c.layer, []).append(place)
-    num_experts = min(map(len, layers.values())) if all(math.isfinite(c.whole) for c in costs) else 0
+    above = [c.whole - float(c.curve[number]) for c in costs]
+    return {layer: sorted(places, key=above.__getitem__) for layer, places in layers.items()}
+
+
+def _options(costs: Sequence[GroupCosts], fewest_experts: int) -> _Options:
+    """Return every width of one kind, and with each every number of whole experts: those go for which that costs least beside the width."""
+    assert len({c.num_left for c in costs}) == 1, "blocks have different widths"
+    widths = sorted(set.intersection(*(set(c.possible_counts) for c in costs)))
+    curves = torch.stack([c.curve[: widths[-1] + 1] for c in costs]) if widths else torch.zeros(len(costs), 0)
+    whole = torch.tensor([c.whole for c in costs], dtype=torch.float64)
+    saved_whole = torch.tensor([c.saved(c.num_left) for c in costs], dtype=torch.float64)
+    sizes = Counter(c.layer for c in costs)
+    most = max(0, min(sizes.values()) - fewest_experts) if bool(torch.isfinite(whole).all()) else 0
+    layers = [torch.tensor([place for place, c in enumerate(costs) if c.layer == layer]) for layer in sizes]
+    saved, cost = ([torch.zeros(0, dtype=torch.float64)] for _ in range(2))
     for n in widths:
-        narrow = [float(curve[n]) for curve in curves]
-        order = {layer: sorted(places, key=lambda place: costs[place].whole - narrow[place]) for layer, places in layers.items()}
-        for m in range(max(0, num_experts - fewest_experts) + 1):
-            gone = {place for places in order.values() for place in places[:m]}
-            counts = {c.consumer: c.num_left if place in gone else n for place, c in enumerate(costs)}
-            cost = sum(c.whole if place in gone else narrow[place] for place, c in enumerate(costs))
-            saved = sum(c.saved(counts[c.consumer]) for c in costs)
-            yield _Option(saved, cost, counts, frozenset(costs[place].consumer for place in gone))
+        saved_narrow = torch.tensor([c.saved(n) for c in costs], dtype=torch.float64)
+        savings, prices = saved_narrow.sum().repeat(most + 1), curves[:, n].sum().repeat(most + 1)
+        for places in layers if most else ():
+            above = (whole - curves[:, n])[places]
+            order = above.argsort(stable=True)[:most]
+            prices[1:] += above[order].cumsum(0)
+            savings[1:] += (saved_whole - saved_narrow)[places][order].cumsum(0)
+        saved.append(savings)
+        cost.append(prices)
+    chosen = torch.cartesian_prod(torch.tensor(widths, dtype=torch.int64), torch.arange(most + 1))
+    return _Options(torch.cat(saved), torch.cat(cost), chosen[:, None, :])

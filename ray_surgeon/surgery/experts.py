@@ -26,28 +26,32 @@ class LayerMean:
     num_tokens: float  # that passed the layer, each through several experts
 
 
-def mean_factor(totals: Iterable[PackedSymmetric], num_tokens: int, *, has_basis: bool, has_bias: bool = False) -> PackedSymmetric:
+def mean_factor(totals: Iterable[tuple[PackedSymmetric, int]], *, has_basis: bool, has_bias: bool = False) -> PackedSymmetric:
     """Return the mean of a factor over all tokens of all experts of a layer.
 
     Args:
-        totals: sum of every expert.
-        num_tokens: in all of these sums.
+        totals: sum of every expert, and its number of tokens.
         has_basis: whether the same entry means the same in all experts, as in the hidden states. The channels of one expert have nothing to
             do with those of another, and what does not depend on their order is a multiple of the identity only (and of ones, left out).
+            Channels that are always zero, as pruned ones are, say nothing of the others and do not count.
         has_bias: whether the last entry is the bias's, which means the same in all experts.
     """
     mean: PackedSymmetric | None = None
-    for total in totals:
+    num_tokens, num_nonzero = 0, 0  # the second over all channels of all experts
+    for total, own_tokens in totals:
         if mean is None:
             mean = PackedSymmetric.zeros(total.n, total.flat.device, total.flat.dtype)
         mean.flat.add_(total.flat)
+        num_tokens += own_tokens
+        if not has_basis:
+            num_nonzero += own_tokens * int(total.diagonal()[: total.n - has_bias].count_nonzero())
     assert mean is not None, "a layer has experts"
     mean.flat.div_(max(1, num_tokens))
     if has_basis:
         return mean
-    diagonal = mean.diagonal()
+    diagonal, num_channels = mean.diagonal(), mean.n - has_bias
     of_bias = float(diagonal[-1])
-    level = float(diagonal[: len(diagonal) - has_bias].mean())
+    level = float(diagonal[:num_channels].mean()) * (num_tokens * num_channels / max(1, num_nonzero))
     mean.flat.zero_()
     mean.fill_diagonal(level)
     if has_bias:

@@ -26,6 +26,10 @@ def gram(x: torch.Tensor) -> PackedSymmetric:
     return PackedSymmetric.of(x.T @ x)
 
 
+def sums_of(own: list[torch.Tensor]) -> list[tuple[PackedSymmetric, int]]:
+    return [(gram(x), len(x)) for x in own]
+
+
 @pytest.mark.parametrize("num_tokens", [0, 1, 7, 4000])
 def test_factors_are_shrunk_by_the_number_of_tokens(num_tokens: int) -> None:
     a, g = torch.randn(num_tokens, 5, dtype=torch.float64), torch.randn(num_tokens, 3, dtype=torch.float64)
@@ -43,16 +47,27 @@ def test_the_mean_of_a_layer_keeps_a_basis_only_where_there_is_one() -> None:
     own = [torch.randn(n, 4, dtype=torch.float64) for n in (3, 0, 10)]
     together = torch.cat(own)
     wanted = together.T @ together / 13
-    torch.testing.assert_close(mean_factor(map(gram, own), 13, has_basis=True).dense(), wanted)
+    torch.testing.assert_close(mean_factor(sums_of(own), has_basis=True).dense(), wanted)
     level = wanted.diagonal().mean() * torch.eye(4, dtype=torch.float64)
-    torch.testing.assert_close(mean_factor(map(gram, own), 13, has_basis=False).dense(), level)
+    torch.testing.assert_close(mean_factor(sums_of(own), has_basis=False).dense(), level)
 
 
 def test_the_mean_of_a_layer_has_the_bias_as_it_is() -> None:
     own = [with_ones(torch.randn(n, 4, dtype=torch.float64)) for n in (3, 0, 10)]
     level = torch.cat(own)[:, :4].square().sum() / 13 / 4
     wanted = torch.diag(torch.tensor([*[level] * 4, 1.0], dtype=torch.float64))
-    torch.testing.assert_close(mean_factor(map(gram, own), 13, has_basis=False, has_bias=True).dense(), wanted)
+    torch.testing.assert_close(mean_factor(sums_of(own), has_basis=False, has_bias=True).dense(), wanted)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_the_level_of_a_layer_is_that_of_the_channels_which_are_left(has_bias: bool) -> None:
+    """Experts of other widths: those that lost channels do not lower it."""
+    own = [torch.randn(n, 6, dtype=torch.float64) for n in (300, 0, 500)]
+    own[0][:, [0, 2, 3]] = 0
+    own[2][:, 5] = 0
+    left = torch.cat([own[0][:, [1, 4, 5]].flatten(), own[2][:, :5].flatten()])
+    found = mean_factor(sums_of([with_ones(x) if has_bias else x for x in own]), has_basis=False, has_bias=has_bias).dense()
+    torch.testing.assert_close(found[:6, :6], left.square().mean() * torch.eye(6, dtype=torch.float64))
 
 
 def test_costs_from_their_definitions() -> None:
