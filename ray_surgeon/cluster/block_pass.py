@@ -47,7 +47,9 @@ class BlockPass(ABC):
                     worker.replicas.reduce(tensor, worker.owner(group.names[0]))
                 store.drop(key)
                 if worker.owns(group.names[0]):
-                    A = total.dense().div_(max(1, int(num_tokens)))  # an expert may have had none
+                    A = total.dense().div_(max(1, int(num_tokens)))
+                    if not num_tokens:  # an expert that was not called: zeros would say that no weight of it matters
+                        A.fill_diagonal_(1.0)
                     for name in group.names:
                         self.change(worker, name, A)
             worker.share_linears(name for group in groups for name in group.names)

@@ -197,7 +197,7 @@ class WorkerNeeds:
         own = -(-job.num_written // self._num_replicas)
         batch = min(own, SEQUENCES_TOGETHER)
         cached = (
-            2.0 * heads.num_kv * heads.head_dim * self._shapes.width * (job.sequence_length + TOKENS_OF_ROOM)
+            1.0 * heads.num_kv * (heads.query_dim + heads.value_dim) * self._shapes.width * (job.sequence_length + TOKENS_OF_ROOM)
         )  # of a block and sequence
         caches = cached * (min(own, batch * self._num_shards) * len(self._own) + batch)  # those of a block are copied when they grow
         moment = batch * (self._moment + (20 * self._shapes.layout.config.vocab_size if self._head_flops else 0))

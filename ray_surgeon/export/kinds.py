@@ -155,6 +155,8 @@ def export(
     }
     if kind == "uniform" and not layout.family.has_free_heads_in_vllm and widths[0].num_kv_heads < layout.heads.num_kv:
         entry["loaders"]["vLLM"] = "with --model-impl transformers; its own class wants heads that fill the hidden size"
+    if kind == "per_block" and layout.num_experts:
+        entry["loaders"] = {name: known for name, known in entry["loaders"].items() if "vLLM" not in name} | {"vLLM": "not run"}
     if widths:
         entry["widths"] = [[width.num_channels, width.num_kv_heads] for width in widths]
     if layout.num_experts and widths:

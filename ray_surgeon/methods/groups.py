@@ -53,6 +53,9 @@ class ConsumerCosts:
 _FAR = 4.0
 """How far above its limit a path is followed because single costs say that many of its groups are needed."""
 
+_FAR_ENOUGH = 40.0
+"""How many times as many groups as single costs say are followed before all are."""
+
 NOTHING = -1.0
 """A limit below every cost."""
 
@@ -267,7 +270,10 @@ class Groups(Method):
             try:
                 found = self._allocate(scores, shot)
             except OutOfReachError:
-                factor, limit, only = 2 * factor, 4 * limit, None
+                if math.isinf(limit):  # all paths were followed to their ends
+                    raise
+                factor, only = 2 * factor, None
+                limit = 4 * limit if factor < _FAR_ENOUGH else math.inf
                 continue
             threshold = max(0.0, found.threshold or 0.0)  # below 0 only experts go
             short = frozenset(c.consumer for c in scores.costs if not self._is_followed(c, threshold, limit))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from torch import Tensor
@@ -33,6 +34,8 @@ def whole_expert_costs(worker: Worker, kind: ExpertCosts, shot: int, *, first_or
             continue
         costs = _costs_of(worker, experts, kind, shot, first_order=first_order)
         check_costs(experts.name, costs, may_be_negative=kind == "rerouting" and first_order)
+        if not worker.shard.mixtures[experts.block - worker.shard.blocks.first].can_spare_one:
+            costs.fill_(math.inf)
         gone = worker.removed_experts(experts).tolist()
         found |= {name: float(cost) for name, cost, is_gone in zip(consumers, costs, gone, strict=True) if not is_gone}
     return found

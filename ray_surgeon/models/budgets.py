@@ -68,7 +68,8 @@ def fewest_left(
         uniform: whether plain classes must be able to hold the result.
     """
     in_all = _group_numbers(layout)
-    found = {kind: layout.num_active_experts if kind == "experts" else min(least[kind], in_all[kind]) for kind in kinds}
+    grouped = 2 if getattr(layout.config, "n_group", None) else 1  # a router with groups takes the best two of a group
+    found = {kind: max(layout.num_active_experts, grouped) if kind == "experts" else min(least[kind], in_all[kind]) for kind in kinds}
     if "attention" in found:
         found["attention"] = min(k for k in kv_heads_left(layout, tensor_parallel, uniform=uniform) if k >= found["attention"])
     return found
@@ -100,7 +101,8 @@ def flops_budget(layout: ModelLayout, prompt_length: int) -> Budget:
         prompt_length: tokens of a prompt, over whose tokens this is the mean; a sliding window is not taken into account.
     """
     heads, config = layout.heads, layout.config
-    scores = 4 * heads.head_dim * heads.num_query * (prompt_length + 1) / 2  # q.k and the sum of values: a multiply-add each
+    each = 2 * (heads.query_dim + heads.value_dim)  # q.k and the sum of values: a multiply-add each
+    scores = each * heads.num_query * (prompt_length + 1) / 2
     active = layout.num_active_experts / max(1, layout.num_experts)
     weights = sum(shape.size * (1.0 if shape.expert is None else active) for shape in layout.linears)
     dense = 2.0 * (weights + config.vocab_size * config.hidden_size) + layout.num_blocks * scores

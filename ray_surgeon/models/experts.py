@@ -134,6 +134,11 @@ class Mixture:
         """Experts a token goes to."""
         return int(self.router.module.top_k)  # type: ignore[arg-type]
 
+    @property
+    def can_spare_one(self) -> bool:
+        """Whether a token finds as many experts when one more is removed."""
+        return int(self.router.kept.sum()) > self.num_chosen
+
 
 def split_experts(block: nn.Module, family: SparseLayer) -> bool:
     """Replace the experts of a block by linears. Returns whether it has any."""

@@ -52,6 +52,8 @@ class Heads:
     num_query: int
     num_kv: int
     head_dim: int
+    query_dim: int  # of a query and a key, if they have another dimension than what `head_dim` says (multi-head latent attention)
+    value_dim: int  # of a value
 
     @property
     def n_rep(self) -> int:
@@ -173,7 +175,9 @@ class ModelLayout:
         """Attention heads of every block."""
         config, heads = self.config, int(self.config.num_attention_heads)
         kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
-        return Heads(heads, kv_heads, int(getattr(config, "head_dim", None) or config.hidden_size // heads))
+        head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+        query_dim, value_dim = (int(getattr(config, name, None) or head_dim) for name in ("qk_head_dim", "v_head_dim"))
+        return Heads(heads, kv_heads, head_dim, query_dim, value_dim)
 
     @functools.cached_property
     def num_channels(self) -> int:

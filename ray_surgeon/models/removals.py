@@ -31,7 +31,8 @@ class Removals:
 def removals(mixture: Mixture, hidden: Tensor, numbers: Tensor, weights: Tensor) -> Removals:
     """Return what the removal of each expert would change: the tokens that are routed to it go to the next experts.
 
-    The router is asked anew without the expert, so weights are those it gives to the others.
+    The router is asked anew without the expert, so weights are those it gives to the others. Where it has no expert to spare,
+    nothing changes.
 
     Args:
         mixture: of a block.
@@ -45,6 +46,9 @@ def removals(mixture: Mixture, hidden: Tensor, numbers: Tensor, weights: Tensor)
     needed[numbers.T, every] = True
     is_routed, others = needed.T.clone(), []
     for number, token, _ in whole:
+        if not mixture.can_spare_one:
+            others.append((numbers[token], weights[token]))
+            continue
         kept = mixture.router.kept.clone()
         kept[number] = False
         _, new_weights, new_numbers = mixture.router.among(hidden[token], kept)

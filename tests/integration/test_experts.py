@@ -147,6 +147,36 @@ def test_other_methods_take_experts_as_linears(model_folders: dict[str, Path], t
             export_of(tmp_path / name / family, "masked")
 
 
+@pytest.mark.parametrize("method", ["sparsegpt", "wanda"])
+def test_an_expert_that_was_not_called_keeps_its_largest_weights(method: str, model_folders: dict[str, Path], tmp_path: Path) -> None:
+    """It may be called yet."""
+    model = AutoModelForCausalLM.from_pretrained(model_folders["glm4_moe"])
+    block = len(model.model.layers) - 1
+    model.model.layers[block].mlp.gate.e_score_correction_bias[1] = -100
+    model.save_pretrained(tmp_path / "model")
+    for path in model_folders["glm4_moe"].glob("tokenizer*"):
+        (tmp_path / "model" / path.name).write_bytes(path.read_bytes())
+    options = {"pruning__method": method, "pruning__structure": "element", "pruning__target_sparsity": 0.5, "pruning__num_shots": 1}
+    options |= {"curvature": None} if method == "wanda" else {}
+    assert run(tmp_path, tmp_path / "model", **options) == 0
+    dense = model.model.layers[block].mlp.experts.down_proj[1].detach()
+    pruned = tensors_of_shot(tmp_path / "run", 1)[f"model.layers.{block}.mlp.experts.1.down_proj.weight"]
+    assert pruned.count_nonzero() == pruned.numel() / 2
+    assert torch.equal(pruned[pruned != 0], dense[pruned != 0])
+    assert float(dense[pruned != 0].abs().mean()) > float(dense[pruned == 0].abs().mean())
+
+
+def test_a_layer_without_an_expert_to_spare_passes_another_shot(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    """Its router, which takes the best two of a group, cannot be asked without one of its two."""
+    options = UNIFORM | {"pruning__groups": ["experts"], "pruning__num_shots": 4, "pruning__target_sparsity": 0.24}
+    assert run(tmp_path, model_folders["glm4_moe"], **options) == 0
+    shots = report_of(tmp_path / "run")["shots"]
+    assert [len(shot["experts_removed"]) for shot in shots] == [3, 0, 3, 0]
+    assert shots[0]["expert_costs"]
+    assert not shots[-1]["expert_costs"]
+    assert all(len(numbers) in (0, 2) for numbers in export_of(tmp_path, "uniform")["experts"])
+
+
 @pytest.mark.parametrize("score", ["reap", "frequency", "random"])
 def test_scores_of_baselines(score: str, model_folders: dict[str, Path], tmp_path: Path) -> None:
     """The experts with the lowest scores go, as many in every block."""

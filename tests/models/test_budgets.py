@@ -41,6 +41,19 @@ def test_flops_are_those_that_torch_counts(family: str) -> None:
     assert length * (flops_budget(layout, length).dense - biases) + pairs == counter.get_total_flops()
 
 
+def test_flops_of_latent_attention_are_those_that_torch_counts() -> None:
+    """What grows with the square of the length: queries and keys have another dimension than values."""
+    layout, model = LAYOUTS["deepseek_v3"], tiny_model("deepseek_v3")
+    model.set_attn_implementation("eager")  # type: ignore[operator]
+    counted = []
+    for length in (24, 48):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(torch.zeros(1, length, dtype=torch.long))
+        counted.append(counter.get_flop_counts()["Global"][torch.ops.aten.bmm])
+    a_token_more = flops_budget(layout, 2).dense - flops_budget(layout, 1).dense
+    assert counted[1] - 2 * counted[0] == 2 * a_token_more * (48**2 - 2 * 24**2)
+
+
 def test_a_budget_adds_up_its_blocks() -> None:
     budget = Budget("latency_s", 0.5, {"ffn": (0.0, 1.0, 1.5), "attention": (-0.25, 0.0)}, {"ffn": 3, "attention": 3})
     assert budget.dense == 5.0

@@ -135,6 +135,27 @@ def test_a_layer_keeps_its_fewest_experts() -> None:
         allocate_uniformly(fixed, 90, fewest_experts=2)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_channels_go_where_no_expert_can_be_spared(seed: int) -> None:
+    """Whole experts are cheap; all that may go together does, and no allocation of the same experts that saves as much costs less."""
+    generator = torch.Generator().manual_seed(seed)
+    curves = torch.rand(4, 3, generator=generator).cumsum(1).tolist()
+    costs = experts_of(0, curves, (0.5 * torch.rand(4, generator=generator)).tolist())
+    with pytest.raises(OutOfReachError, match="120"):
+        allocate_globally(costs, 121, per_unit=True, fewest_experts=2)
+    for missing in range(10, 121, 10):
+        found = allocate_globally(costs, missing, per_unit=True, fewest_experts=2)
+        saved = sum(c.saved(found.counts[c.consumer]) for c in costs)
+        assert saved >= missing
+        assert len(found.experts) <= 2
+        stay = [c for c in costs if c.consumer not in found.experts]
+        numbers = [found.counts[c.consumer] for c in stay]
+        price = sum(float(c.curve[n]) for c, n in zip(stay, numbers, strict=True))
+        for choice in itertools.product(range(4), repeat=len(stay)):
+            if sum(choice) >= sum(numbers):
+                assert price <= sum(float(c.curve[n]) for c, n in zip(stay, choice, strict=True)) + 1e-6
+
+
 def test_only_costs_with_a_first_order_may_be_negative() -> None:
     check_costs("layer", torch.tensor([-1.0, 0.0, 2.0]), may_be_negative=True)
     with pytest.raises(FloatingPointError, match="layer: 1 of 3 costs are NaN, infinite or negative"):
