@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         uniform = result.report["exports"][0]
         after = result.report["shots"][-1]["perplexity"]
-        name = f"pruned {sparsity:.2%}"
+        name = f"pruned {result.sparsity:.2%}"
         rows.append({"model": name, "scheme": "float32", "size_bytes": uniform["size_bytes"], "perplexity": after})
         rows += [row(name, uniform["uri"], *how, inputs, run / f"quantised-{i}") for i, how in enumerate(SCHEMES)]
     texts_named = list(rows[0]["perplexity"])

@@ -110,6 +110,7 @@ def prune(
     correction: Mapping[str, Any] | None = None,
     evaluation: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
     cluster: Mapping[str, Any] | None = None,
+    memory: Mapping[str, Any] | None = None,
     output: str | Mapping[str, Any] | None = None,
     name: str | None = None,
     resume: bool = False,
@@ -127,6 +128,7 @@ def prune(
         correction: section of that name; no low-rank corrections if not given.
         evaluation: texts to measure on, and tasks; if not given, the test part of the calibration text.
         cluster: section of that name; if not given, everything runs in this process. ``{"backend": "ray"}`` runs it on Ray.
+        memory: section of that name; if not given, planned by what the machines have.
         output: section of that name, or only its URI; if not given, below ``./runs``.
         name: of the run; made of the model's if not given.
         resume: whether to continue a run after its last committed shot.
@@ -148,6 +150,7 @@ def prune(
         "correction": correction,
         "evaluation": evaluation,
         "cluster": cluster,
+        "memory": memory,
         "output": output,
         "name": name,
     }

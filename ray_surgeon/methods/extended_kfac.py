@@ -18,6 +18,7 @@ from ray_surgeon.cluster.cluster import Cluster
 from ray_surgeon.cluster.passes import Labels, forward_and_backward
 from ray_surgeon.cluster.worker import Worker, collective
 from ray_surgeon.models.shard import ModelShard, watch_pairs
+from ray_surgeon.surgery.experts import own_divisor
 from ray_surgeon.surgery.extended.terms import power_iteration, quadratic_forms
 from ray_surgeon.surgery.kronecker import PackedSymmetric
 
@@ -93,15 +94,23 @@ def finish_iteration(worker: Worker, side: Side) -> None:
         moment = packed.dense()
         unit = torch.empty_like(moment)
         if worker.owns(name):
-            factors = worker.shard.factors(name).dense(worker.device)
-            n = factors.num_tokens
-            known = [(factors.G / n, factors.A / n), *factors.terms]
+            factors = worker.shard.own_factors(name).dense(worker.device)
+            n, divisor = max(1, factors.num_tokens), _divisor(worker, name, factors.num_tokens)
+            known = [(factors.G / divisor, factors.A / n), *factors.terms]
             same, opposite = ([t[0] for t in known], [t[1] for t in known])
             if side == "a":
                 same, opposite = opposite, same
-            unit, power.sigma[name] = power_iteration(moment / n, same, opposite, others[name])
+            unit, power.sigma[name] = power_iteration(moment / divisor, same, opposite, others[name])
         worker.replicas.broadcast(unit, owner)
         units[name] = unit
+
+
+def _divisor(worker: Worker, name: str, num_tokens: int) -> float:
+    """Return by what sums over tokens are divided: of an expert so that its further terms weigh what its own tokens do in the first."""
+    shape = worker.layout.shapes[name]
+    if shape.expert is None:
+        return max(1, num_tokens)
+    return own_divisor(num_tokens, worker.shard.layer_mean(shape.block, shape.role))
 
 
 def finish_term(worker: Worker) -> dict[str, float]:

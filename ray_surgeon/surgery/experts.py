@@ -75,10 +75,19 @@ def shrunk_factors(own: PackedFactors, mean: LayerMean, prior_tokens: float = PR
         Means, with `num_tokens` 1.
     """
     n = own.num_tokens
-    share = (n + 1) / (mean.num_tokens + 2)
+    share = _share(n, mean)
     A = own.A.flat.add(mean.A.flat.to(own.A.flat.device), alpha=prior_tokens).div_(n + prior_tokens)
     G = own.G.flat.add(mean.G.flat.to(own.G.flat.device), alpha=prior_tokens).mul_(share / (n + prior_tokens))
     return PackedFactors(PackedSymmetric(own.A.n, A), PackedSymmetric(own.G.n, G), 1, own.terms)
+
+
+def own_divisor(num_tokens: int, mean: LayerMean, prior_tokens: float = PRIOR_TOKENS) -> float:
+    """Return by what the sum of g g^T (x) a a^T over an expert's own tokens is divided in the Fisher which `shrunk_factors` estimates."""
+    return (num_tokens + prior_tokens) / _share(num_tokens, mean)
+
+
+def _share(num_tokens: int, mean: LayerMean) -> float:
+    return (num_tokens + 1) / (mean.num_tokens + 2)
 
 
 SUMS = ("tokens", "weighted_norms", "gains", "squares")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import runpy
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from ray.cluster_utils import Cluster
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 import ray_surgeon
-from ray_surgeon import pipeline
+from ray_surgeon import JobSpec, pipeline
 from ray_surgeon.api import _as_name
 from ray_surgeon.cluster.curvature_pass import gather_curvature
 from ray_surgeon.inputs import check
@@ -30,6 +31,14 @@ GROUPS = {"structure": "groups", "groups": ["ffn"], "width_multiple": 8, "target
 
 def in_memory(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+
+
+def test_every_section_is_an_argument(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    assert set(JobSpec.model_fields) - {"version"} <= set(inspect.signature(ray_surgeon.prune).parameters)
+    result = ray_surgeon.prune(
+        str(model_folders["llama"]), calibration=TEXT, pruning=GROUPS, memory={"weights": "host"}, output=str(tmp_path), progress=False
+    )
+    assert result.report["plan"]["stores"]["weights"] == "host"
 
 
 def test_a_model_in_memory_becomes_really_smaller(

@@ -15,6 +15,7 @@ from ray_surgeon.cluster.curvature_pass import gather_curvature
 from ray_surgeon.inputs import check
 from ray_surgeon.methods.extended_kfac import gather_terms
 from ray_surgeon.spec import parse_spec
+from ray_surgeon.surgery.experts import PRIOR_TOKENS
 from ray_surgeon.surgery.layerwise import prune_linear
 from tests.conftest import CONFIGS, LAYOUTS
 from tests.integration.runs import MOST_BY_ORDER_OF_SUMS, assert_same_shot, difference, loaded, report_of, run, tensors_of_shot, tiny_spec
@@ -168,6 +169,41 @@ def test_further_terms_of_shards_and_replicas_are_those_of_samples(model_folders
             expected = torch.kron(G, A) * sigma
             assert float((found - expected).norm() / expected.norm()) < 1e-2, name
             assert sizes[name] == pytest.approx(float(sigma / first_A.norm() / first_G.norm()), rel=1e-3)
+
+
+def test_further_terms_of_experts_weigh_what_their_own_tokens_do(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    """The best second term of an expert's own Fisher, times n_e / (n_e + k) and its share of all tokens."""
+    checked = check(parse_spec(tiny_spec(tmp_path, model_folders["mixtral"]).read_text()))
+    cluster = loaded(model_folders["mixtral"])
+    (worker,) = cluster.workers.values()
+    names = [f"model.layers.2.mlp.experts.{expert}.{linear}" for expert in (0, 3) for linear in ("gate_proj", "down_proj")]
+    pairs: dict[str, list[Any]] = {name: [[], []] for name in names}
+    hooks = []
+    for name, (inputs, gradients) in pairs.items():
+        module = worker.shard.model.get_submodule(name)
+        hooks.append(module.register_forward_hook(lambda m, i, o, store=inputs: store.append(i[0].detach().double())))
+        hooks.append(module.register_full_backward_hook(lambda m, gi, go, store=gradients: store.append(go[0].detach().double())))
+    gather_curvature(cluster, checked.calibration, "kfac")
+    for hook in hooks:
+        hook.remove()
+    (sizes,) = gather_terms(cluster, checked.calibration, 2, 6, None)
+    for name, (inputs, gradients) in pairs.items():
+        a, g = torch.cat(inputs), torch.cat(gradients)
+        n, N = len(a), checked.calibration.size
+        assert 0 < n < N
+        first_A, first_G = a.T @ a / n, g.T @ g / n
+        G, sigma, A = torch.eye(len(first_G)).double() / len(first_G) ** 0.5, torch.tensor(0.0), first_A
+        for _ in range(3):
+            A = torch.einsum("n,ni,nj->ij", (g @ G * g).sum(1), a, a) / n - (first_G * G).sum() * first_A
+            A = A / A.norm()
+            G = torch.einsum("n,ni,nj->ij", (a @ A * a).sum(1), g, g) / n - (first_A * A).sum() * first_G
+            sigma = G.norm()
+            G = G / sigma
+        expected = torch.kron(G, A) * sigma * n / (n + PRIOR_TOKENS) * (n + 1) / (N + 2)
+        factors = worker.shard.factors(name)
+        assert float((torch.kron(*[x.double() for x in factors.terms[0]]) - expected).norm() / expected.norm()) < 1e-2, name
+        first = float(factors.dense().A.norm() * factors.dense().G.norm())
+        assert sizes[name] == pytest.approx(float(expected.norm()) / first, rel=1e-2)
 
 
 def test_sampled_fisher_is_the_exact_one_in_the_mean(model_folders: dict[str, Path], tmp_path: Path) -> None:
