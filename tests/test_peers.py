@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,13 +51,29 @@ def test_scores_are_those_of_the_definitions(inputs: Inputs) -> None:
     for number, columns in enumerate(groups.columns):
         own = x[:, columns]
         expected = {
-            "FLAP": (own.var(dim=0, correction=0) * W[:, columns].square().sum(dim=0)).mean(),
+            "FLAP": (own.var(dim=0, correction=0) * W[:, columns].square().sum(dim=0)).square().sum(),
             "Wanda-sp": (W[:, columns].abs() * own.square().mean(dim=0).sqrt()).sum(),
-            "Minitron": own.square().sum(dim=1).mean().sqrt(),
+            "Minitron": own.square().sum(dim=1).mean(),
             "Taylor": taken[groups.consumer][:, columns].sum() + sum(taken[name][rows[number]].sum() for name, rows in groups.producers),
         }
         for peer in PEERS:
-            torch.testing.assert_close(scores(peer, model, groups, found)[number], expected[peer], rtol=1e-4, atol=1e-9)
+            torch.testing.assert_close(scores(peer, model, groups, found)[number].sum(), expected[peer], rtol=1e-4, atol=1e-12)
+
+
+def test_scores_are_comparable_between_blocks(inputs: Inputs) -> None:
+    """A block whose activations are a hundred times as large does not keep more for it."""
+    model = dense(inputs)
+    found = gather(model, inputs, [g.consumer for g in inputs.layout.group_sets])
+    louder = replace(
+        found,
+        square={name: square * (1e4 if ".0." in name else 1) for name, square in found.square.items()},
+        mean={name: mean * (100 if ".0." in name else 1) for name, mean in found.mean.items()},
+    )
+    pruned = [dense(inputs), dense(inputs)]
+    for each, statistics in zip(pruned, (found, louder), strict=True):
+        prune("Wanda-sp", each, inputs, statistics)
+    for shape in inputs.layout.linears:
+        assert torch.equal(*(linear(each, shape.name).weight for each in pruned))
 
 
 @pytest.mark.parametrize("peer", PEERS)
