@@ -147,6 +147,27 @@ def test_other_methods_take_experts_as_linears(model_folders: dict[str, Path], t
             export_of(tmp_path / name / family, "masked")
 
 
+def test_shared_experts_become_narrower_in_a_plain_class(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    options = UNIFORM | {"pruning__groups": ["shared_experts"], "pruning__target_sparsity": 0.05}
+    assert run(tmp_path, model_folders["qwen2_moe"], **options) == 0
+    export_of(tmp_path, "uniform")
+    config = AutoConfig.from_pretrained(tmp_path / "run/export/uniform")
+    assert config.shared_expert_intermediate_size in (8, 16, 24, 32)
+    assert config.moe_intermediate_size == 24
+
+
+def test_whole_layers_of_a_mixture_may_go(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    """Experts and shared experts without channels, dense layers and attention without any, in the classes that go along."""
+    kinds = ["attention", "ffn", "shared_experts", "expert_channels"]
+    options = GROUPS | {"pruning__groups": kinds, "pruning__remove_blocks": True, "pruning__target_sparsity": 0.8}
+    assert run(tmp_path, model_folders["qwen2_moe"], **options, output__exports=["per_block"]) == 0
+    export = export_of(tmp_path, "per_block")
+    widths = [width for experts in export["experts"] for width in experts]
+    assert 0 in widths
+    assert min(kv_heads for _, kv_heads in export["widths"]) == 0 or min(channels for channels, _ in export["widths"]) == 0
+    assert export["loaders"]["vLLM"] == "not run"
+
+
 @pytest.mark.parametrize("method", ["sparsegpt", "wanda"])
 def test_an_expert_that_was_not_called_keeps_its_largest_weights(method: str, model_folders: dict[str, Path], tmp_path: Path) -> None:
     """It may be called yet."""
