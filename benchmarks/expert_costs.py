@@ -31,14 +31,14 @@ from ray_surgeon.models.runner import BlockRunner, Call
 from ray_surgeon.models.shard import ModelShard
 from ray_surgeon.sections.texts import ModelSection
 from ray_surgeon.storage.sources import open_model
-from ray_surgeon.surgery.experts import rerouting_costs, shrunk_factors
+from ray_surgeon.surgery.experts import rerouting_costs, share_of_tokens, shrunk_factors
 
 NUM_THREADS = 2
 
 
 def sequences_of_help(model: Path, num_sequences: int) -> NDArray[np.int64]:
     """Return calibration sequences [num_sequences, 512]."""
-    return inputs_of(model, Path("unused"), "experts", 0.01, 1, num_sequences).calibration
+    return inputs_of(model, Path("unused"), "experts", 0.01, 1, num_sequences, dry_run=True).calibration
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def priors(model: Path, layout: ModelLayout, sequences: NDArray[np.int64], every
         own, (few, mean) = shard.own_factors(shape.name), estimates[shape.name]
         if not own.num_tokens or not few.num_tokens:
             continue
-        others, share = own.dense(), (few.num_tokens + 1) / (mean.num_tokens + 2)
+        others, share = own.dense(), share_of_tokens(few.num_tokens, mean)
         for side, other in (("A", others.A), ("G", others.G)):
             losses = []
             for prior in PRIORS:

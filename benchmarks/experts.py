@@ -93,7 +93,9 @@ class Peer(Groups):
         return tuple(worker.summary(name, 0.0, 0.0) for name in worker.owned())
 
 
-def inputs_of(model: Path, folder: Path, kind: str, sparsity: float, shots: int, num_sequences: int = 24, **pruning: Any) -> Inputs:
+def inputs_of(
+    model: Path, folder: Path, kind: str, sparsity: float, shots: int, num_sequences: int = 24, *, dry_run: bool = False, **pruning: Any
+) -> Inputs:
     """Return a checked job."""
     document = {
         "version": 2,
@@ -116,7 +118,7 @@ def inputs_of(model: Path, folder: Path, kind: str, sparsity: float, shots: int,
         "cluster": {"backend": "local", "cpus_per_worker": 1},
         "output": {"uri": str(folder), "exports": [], "keep_shots": 1},
     }
-    return check(parse_spec(json.dumps(document)))
+    return check(parse_spec(json.dumps(document)), dry_run=dry_run)
 
 
 @dataclass(frozen=True)

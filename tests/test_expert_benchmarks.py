@@ -74,9 +74,13 @@ def log_chances(model: torch.nn.Module, sequences: Tensor) -> Tensor:
     return found
 
 
-def test_removals_of_single_experts_are_measured_on_as_many_sequences_as_asked(folder: Path) -> None:
+def test_removals_of_single_experts_are_measured_on_as_many_sequences_as_asked(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     sequences = sequences_of_help(folder, 30)
     assert sequences.shape == (30, 512)
+    assert not list(tmp_path.iterdir()), "no run is started"
     few = sequences[:2]
     found = predictions(folder, ModelLayout.of(CONFIG), few, every=2)["experts"]
     assert [(entry["block"], entry["expert"]) for entry in found] == [(block, expert) for block in (1, 3) for expert in range(4)]

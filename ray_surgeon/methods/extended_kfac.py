@@ -95,7 +95,8 @@ def finish_iteration(worker: Worker, side: Side) -> None:
         unit = torch.empty_like(moment)
         if worker.owns(name):
             factors = worker.shard.own_factors(name).dense(worker.device)
-            n, divisor = max(1, factors.num_tokens), _divisor(worker, name, factors.num_tokens)
+            n = max(1, factors.num_tokens)
+            divisor = _divisor(worker, name, n)
             known = [(factors.G / divisor, factors.A / n), *factors.terms]
             same, opposite = ([t[0] for t in known], [t[1] for t in known])
             if side == "a":
@@ -109,7 +110,7 @@ def _divisor(worker: Worker, name: str, num_tokens: int) -> float:
     """Return by what sums over tokens are divided: of an expert so that its further terms weigh what its own tokens do in the first."""
     shape = worker.layout.shapes[name]
     if shape.expert is None:
-        return max(1, num_tokens)
+        return num_tokens
     return own_divisor(num_tokens, worker.shard.layer_mean(shape.block, shape.role))
 
 

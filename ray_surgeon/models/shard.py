@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -313,14 +313,10 @@ class ModelShard:
             names = [shape.name for shape in shapes]
             groups = [self._group_of[name] for name in names]
             tokens, is_consumer = [g.num_tokens for g in groups], role.endswith(self.layout.family.sparse.consumer)
-
-            def mean_of(keys: Iterable[str], *, has_basis: bool, has_bias: bool) -> PackedSymmetric:
-                totals = zip(map(self.factor_store.get, keys), tokens, strict=True)
-                return mean_factor(totals, has_basis=has_basis, has_bias=has_bias)
-
-            A = mean_of([g.key_of_A for g in groups], has_basis=not is_consumer, has_bias=shapes[0].has_bias)
-            keys = [group.key_of_G(name) for name, group in zip(names, groups, strict=True)]
-            G = mean_of(keys, has_basis=is_consumer, has_bias=False)
+            keys_of_G = [group.key_of_G(name) for name, group in zip(names, groups, strict=True)]
+            As, Gs = (zip(map(self.factor_store.get, keys), tokens, strict=True) for keys in ([g.key_of_A for g in groups], keys_of_G))
+            A = mean_factor(As, has_basis=not is_consumer, has_bias=shapes[0].has_bias)
+            G = mean_factor(Gs, has_basis=is_consumer)
             num_chosen = self.mixtures[block - self.blocks.first].num_chosen
             self._layer_means[block, role] = LayerMean(A, G, sum(tokens) / num_chosen)
         return self._layer_means[block, role]

@@ -110,13 +110,14 @@ class _Path:
     def __init__(self, costs: GroupCosts, per_unit: bool) -> None:
         """Stand at its first point."""
         self.costs, self.is_whole, self._per_unit = costs, False, per_unit
-        self._points = self._corners(costs.possible_counts or [0], can_go_whole=math.isfinite(costs.whole))
+        self._counts = costs.possible_counts or [0]
+        self.number = self._counts[0]
+        self._points = self._corners(can_go_whole=math.isfinite(costs.whole))
 
-    def _corners(self, counts: list[int], *, can_go_whole: bool) -> list[tuple[float, float, int]]:
-        """Return the corners, from the first of some numbers of groups, in the order in which they are taken from the end."""
+    def _corners(self, *, can_go_whole: bool) -> list[tuple[float, float, int]]:
+        """Return the corners from the present number of groups on; they are taken from the end."""
         c, curve = self.costs, self.costs.curve.tolist()
-        self.number = counts[0]
-        points = [(c.saved(n) if self._per_unit else n, curve[n], n) for n in counts]
+        points = [(c.saved(n) if self._per_unit else n, curve[n], n) for n in self._counts if n >= self.number]
         if can_go_whole:
             points.append((c.saved(c.num_left) if self._per_unit else c.num_left, c.whole, _WHOLE))
         return _hull(sorted(points))[::-1]
@@ -150,8 +151,7 @@ class _Path:
 
     def stay(self) -> None:
         """Go on without the whole expert, which stays: what lies above the way to it has its turn."""
-        counts = [n for n in self.costs.possible_counts or [0] if n >= self.number]
-        self._points = self._corners(counts, can_go_whole=False)
+        self._points = self._corners(can_go_whole=False)
 
 
 _WHOLE = 2**62
@@ -222,19 +222,24 @@ def allocate_uniformly(costs: Sequence[GroupCosts], missing: float, *, fewest_ex
         raise OutOfReachError(float(found.saved.max()) if len(found.saved) else 0.0)
     counts, experts = dict[str, int](), set[str]()
     for of_kind, (number, num_whole) in zip(of_kinds, found.chosen[enough[0]].tolist(), strict=True):
-        gone = {place for order in _orders(of_kind, number).values() for place in order[:num_whole]} if num_whole else set()
+        above = torch.tensor([c.whole - float(c.curve[number]) for c in of_kind], dtype=torch.float64)
+        gone = {int(place) for places in _cheapest(_layers(of_kind), above, num_whole) for place in places}
         counts |= {c.consumer: c.num_left if place in gone else number for place, c in enumerate(of_kind)}
         experts |= {of_kind[place].consumer for place in gone}
     return Allocation(counts, None, frozenset(experts))
 
 
-def _orders(costs: Sequence[GroupCosts], number: int) -> dict[int, list[int]]:
-    """Return the places of the experts of each layer, those first whose removal costs least beside that of so many groups of each."""
+def _layers(costs: Sequence[GroupCosts]) -> list[Tensor]:
+    """Return the places of the experts of each layer."""
     layers: dict[int, list[int]] = {}
     for place, c in enumerate(costs):
         layers.setdefault(c.layer, []).append(place)
-    above = [c.whole - float(c.curve[number]) for c in costs]
-    return {layer: sorted(places, key=above.__getitem__) for layer, places in layers.items()}
+    return [torch.tensor(places) for places in layers.values()]
+
+
+def _cheapest(layers: Sequence[Tensor], above: Tensor, most: int) -> list[Tensor]:
+    """Return the first places of each layer in the order of what the removal of the expert costs above that of groups of each."""
+    return [places[above[places].argsort(stable=True)[:most]] for places in layers]
 
 
 def _options(costs: Sequence[GroupCosts], fewest_experts: int) -> _Options:
@@ -244,18 +249,16 @@ def _options(costs: Sequence[GroupCosts], fewest_experts: int) -> _Options:
     curves = torch.stack([c.curve[: widths[-1] + 1] for c in costs]) if widths else torch.zeros(len(costs), 0)
     whole = torch.tensor([c.whole for c in costs], dtype=torch.float64)
     saved_whole = torch.tensor([c.saved(c.num_left) for c in costs], dtype=torch.float64)
-    sizes = Counter(c.layer for c in costs)
-    most = max(0, min(sizes.values()) - fewest_experts) if bool(torch.isfinite(whole).all()) else 0
-    layers = [torch.tensor([place for place, c in enumerate(costs) if c.layer == layer]) for layer in sizes]
+    layers = _layers(costs)
+    most = max(0, min(map(len, layers)) - fewest_experts) if bool(torch.isfinite(whole).all()) else 0
     saved, cost = ([torch.zeros(0, dtype=torch.float64)] for _ in range(2))
     for n in widths:
         saved_narrow = torch.tensor([c.saved(n) for c in costs], dtype=torch.float64)
         savings, prices = saved_narrow.sum().repeat(most + 1), curves[:, n].sum().repeat(most + 1)
-        for places in layers if most else ():
-            above = (whole - curves[:, n])[places]
-            order = above.argsort(stable=True)[:most]
-            prices[1:] += above[order].cumsum(0)
-            savings[1:] += (saved_whole - saved_narrow)[places][order].cumsum(0)
+        above = whole - curves[:, n]
+        for places in _cheapest(layers, above, most):
+            prices[1:] += above[places].cumsum(0)
+            savings[1:] += (saved_whole - saved_narrow)[places].cumsum(0)
         saved.append(savings)
         cost.append(prices)
     chosen = torch.cartesian_prod(torch.tensor(widths, dtype=torch.int64), torch.arange(most + 1))

@@ -59,6 +59,11 @@ def mean_factor(totals: Iterable[tuple[PackedSymmetric, int]], *, has_basis: boo
     return mean
 
 
+def share_of_tokens(num_tokens: int, mean: LayerMean) -> float:
+    """Return the share of a layer's tokens that an expert sees, by Laplace's rule of succession: one not called may be called yet."""
+    return (num_tokens + 1) / (mean.num_tokens + 2)
+
+
 def shrunk_factors(own: PackedFactors, mean: LayerMean, prior_tokens: float = PRIOR_TOKENS) -> PackedFactors:
     """Return the factors of one expert, shrunk towards the mean of its layer the more, the fewer tokens it saw.
 
@@ -75,7 +80,7 @@ def shrunk_factors(own: PackedFactors, mean: LayerMean, prior_tokens: float = PR
         Means, with `num_tokens` 1.
     """
     n = own.num_tokens
-    share = _share(n, mean)
+    share = share_of_tokens(n, mean)
     A = own.A.flat.add(mean.A.flat.to(own.A.flat.device), alpha=prior_tokens).div_(n + prior_tokens)
     G = own.G.flat.add(mean.G.flat.to(own.G.flat.device), alpha=prior_tokens).mul_(share / (n + prior_tokens))
     return PackedFactors(PackedSymmetric(own.A.n, A), PackedSymmetric(own.G.n, G), 1, own.terms)
@@ -83,11 +88,7 @@ def shrunk_factors(own: PackedFactors, mean: LayerMean, prior_tokens: float = PR
 
 def own_divisor(num_tokens: int, mean: LayerMean, prior_tokens: float = PRIOR_TOKENS) -> float:
     """Return by what the sum of g g^T (x) a a^T over an expert's own tokens is divided in the Fisher which `shrunk_factors` estimates."""
-    return (num_tokens + prior_tokens) / _share(num_tokens, mean)
-
-
-def _share(num_tokens: int, mean: LayerMean) -> float:
-    return (num_tokens + 1) / (mean.num_tokens + 2)
+    return (num_tokens + prior_tokens) / share_of_tokens(num_tokens, mean)
 
 
 SUMS = ("tokens", "weighted_norms", "gains", "squares")

@@ -136,6 +136,24 @@ def test_divergence_is_that_of_the_export_from_the_dense_model(
     assert corrected["divergence"]["seen"] < shot["divergence"]["seen"]
 
 
+def first_term(a: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    return torch.kron(g.T @ g / len(g), a.T @ a / len(a))
+
+
+def second_term(a: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    """Return kron(G, A) of the best further term for the inputs and gradients of tokens, by three double steps of the power method."""
+    n = len(a)
+    first_A, first_G = a.T @ a / n, g.T @ g / n
+    G, sigma, A = torch.eye(len(first_G)).double() / len(first_G) ** 0.5, torch.tensor(0.0), first_A
+    for _ in range(3):
+        A = torch.einsum("n,ni,nj->ij", (g @ G * g).sum(1), a, a) / n - (first_G * G).sum() * first_A
+        A = A / A.norm()
+        G = torch.einsum("n,ni,nj->ij", (a @ A * a).sum(1), g, g) / n - (first_A * A).sum() * first_G
+        sigma = G.norm()
+        G = G / sigma
+    return torch.kron(G, A) * sigma
+
+
 def test_further_terms_of_shards_and_replicas_are_those_of_samples(model_folders: dict[str, Path], tmp_path: Path) -> None:
     """The second term of every linear against the power method on its inputs and gradients from autograd on the whole model."""
     checked = check(parse_spec(tiny_spec(tmp_path, model_folders["llama"]).read_text()))
@@ -156,19 +174,10 @@ def test_further_terms_of_shards_and_replicas_are_those_of_samples(model_folders
         assert sizes.keys() == owned.keys() == pairs.keys()
         for name, factors in owned.items():
             a, g = torch.cat(pairs[name][0]), torch.cat(pairs[name][1])
-            n = len(a)
-            first_A, first_G = a.T @ a / n, g.T @ g / n
-            G, sigma, A = torch.eye(len(first_G)).double() / len(first_G) ** 0.5, torch.tensor(0.0), first_A
-            for _ in range(3):
-                A = torch.einsum("n,ni,nj->ij", (g @ G * g).sum(1), a, a) / n - (first_G * G).sum() * first_A
-                A = A / A.norm()
-                G = torch.einsum("n,ni,nj->ij", (a @ A * a).sum(1), g, g) / n - (first_A * A).sum() * first_G
-                sigma = G.norm()
-                G = G / sigma
             found = torch.kron(*[x.double() for x in factors.terms[0]])
-            expected = torch.kron(G, A) * sigma
+            expected = second_term(a, g)
             assert float((found - expected).norm() / expected.norm()) < 1e-2, name
-            assert sizes[name] == pytest.approx(float(sigma / first_A.norm() / first_G.norm()), rel=1e-3)
+            assert sizes[name] == pytest.approx(float(expected.norm() / first_term(a, g).norm()), rel=1e-3)
 
 
 def test_further_terms_of_experts_weigh_what_their_own_tokens_do(model_folders: dict[str, Path], tmp_path: Path) -> None:
@@ -191,15 +200,7 @@ def test_further_terms_of_experts_weigh_what_their_own_tokens_do(model_folders: 
         a, g = torch.cat(inputs), torch.cat(gradients)
         n, N = len(a), checked.calibration.size
         assert 0 < n < N
-        first_A, first_G = a.T @ a / n, g.T @ g / n
-        G, sigma, A = torch.eye(len(first_G)).double() / len(first_G) ** 0.5, torch.tensor(0.0), first_A
-        for _ in range(3):
-            A = torch.einsum("n,ni,nj->ij", (g @ G * g).sum(1), a, a) / n - (first_G * G).sum() * first_A
-            A = A / A.norm()
-            G = torch.einsum("n,ni,nj->ij", (a @ A * a).sum(1), g, g) / n - (first_A * A).sum() * first_G
-            sigma = G.norm()
-            G = G / sigma
-        expected = torch.kron(G, A) * sigma * n / (n + PRIOR_TOKENS) * (n + 1) / (N + 2)
+        expected = second_term(a, g) * n / (n + PRIOR_TOKENS) * (n + 1) / (N + 2)
         factors = worker.shard.factors(name)
         assert float((torch.kron(*[x.double() for x in factors.terms[0]]) - expected).norm() / expected.norm()) < 1e-2, name
         first = float(factors.dense().A.norm() * factors.dense().G.norm())
