@@ -90,15 +90,18 @@ def gather(model: nn.Module, inputs: Inputs, consumers: Sequence[str]) -> Statis
     for hook in hooks:
         hook.remove()
     weights = {shape.name: linear(model, shape.name).weight.requires_grad_() for shape in inputs.layout.linears}
+    gradients = {name: torch.zeros(weight.shape) for name, weight in weights.items()}
     start = time.process_time()
     for tokens in inputs.calibration:
         sequence = torch.from_numpy(tokens)[None]
         (model(input_ids=sequence, labels=sequence, use_cache=False).loss / len(inputs.calibration)).backward()
-    saliency = {name: (weight.detach() * weight.grad).abs() for name, weight in weights.items()}  # type: ignore[operator]
+        for name, weight in weights.items():  # summed in float32, whatever the model computes in
+            assert weight.grad is not None
+            gradients[name] += weight.grad
+            weight.grad = None
+    saliency = {name: (weight.detach() * gradients[name]).abs() for name, weight in weights.items()}
     model.requires_grad_(False)
     both_s = time.process_time() - start
-    for weight in weights.values():
-        weight.grad = None
     count = inputs.calibration.size
     mean, square = ({name: value / count for name, value in sums.items()} for sums in (total, squares))
     return Statistics(mean, square, saliency, forward_s, both_s)
@@ -143,7 +146,7 @@ def prune(peer: str, model: nn.Module, inputs: Inputs, found: Statistics) -> Non
         gone = cost.costs.argsort(stable=True)[: counts[cost.consumer]]
         columns = groups.columns[gone].flatten()
         if peer == "FLAP" and len(columns):
-            made_up = (module.weight[:, columns].double() @ found.mean[cost.consumer][columns]).float()
+            made_up = (module.weight[:, columns].double() @ found.mean[cost.consumer][columns]).to(module.weight.dtype)
             module.bias = nn.Parameter(made_up if module.bias is None else module.bias + made_up, requires_grad=False)
         module.weight[:, columns] = 0
         for producer, rows in groups.producers:
@@ -208,7 +211,7 @@ def rows_of_peers(name: str, inputs: Inputs, folder: Path, dense: Mapping[str, l
     """Return the lines of the peers at the point of the inputs' spec; the model lies in `folder`."""
     rows: list[Row] = []
     for peer in PEERS:
-        pruned = load(folder)
+        pruned = load(folder, inputs.spec.model.dtype)
         start = time.process_time()
         prune(peer, pruned, inputs, found)
         spent = time.process_time() - start + (found.both_s if peer == "Taylor" else found.forward_s)
@@ -217,9 +220,9 @@ def rows_of_peers(name: str, inputs: Inputs, folder: Path, dense: Mapping[str, l
     return rows
 
 
-def load(folder: Path) -> nn.Module:
-    """Return the dense model."""
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+def load(folder: Path, dtype: str) -> nn.Module:
+    """Return the dense model in the job's dtype."""
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
     return model.eval().requires_grad_(False)
 
 
@@ -228,13 +231,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description="Compare ways to choose coupled groups.")
     parser.add_argument("folder", type=Path, help="where everything is written")
     parser.add_argument("--model", help="folder of another checkpoint")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="what all compute in; the quickstart's if left out")
     parser.add_argument("--points", type=int, nargs="+", default=list(range(len(POINTS))), help="numbers of points, from 0")
     parser.add_argument("--which", nargs="+", default=["ours", "peers"], choices=["ours", "peers"], help="whose lines")
     arguments = parser.parse_args(argv)
     arguments.folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(2)
-    model = parse_spec(Path("pipelines/quickstart.yaml").read_text(), ["model.dtype=float32"]).model.model_dump(mode="json")
-    model = {"source": arguments.model} if arguments.model else model
+    model = parse_spec(Path("pipelines/quickstart.yaml").read_text()).model.model_dump(mode="json")
+    model = {"source": arguments.model, "dtype": model["dtype"]} if arguments.model else model
+    model |= {"dtype": arguments.dtype} if arguments.dtype else {}
     folder = open_model(ModelSection.model_validate(model), convert_gguf).small_files_folder()
     layout = ModelLayout.of(AutoConfig.from_pretrained(folder))
     channels = sum(len(g.columns) * g.num_parameters for g in layout.group_sets if g.kind == "ffn")
@@ -248,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "peers" in arguments.which:
             inputs = check(next(iter(jobs.values())), resume=True, dry_run=True)
             if of_dense is None:
-                dense = load(folder)
+                dense = load(folder, model["dtype"])
                 of_dense = states(dense, inputs, inputs.texts), gather(dense, inputs, [g.consumer for g in layout.group_sets])
             rows += rows_of_peers(name, inputs, folder, *of_dense)
         (arguments.folder / "peers.json").write_text(json.dumps(rows, indent=2) + "\n")
