@@ -237,9 +237,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     arguments.folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(2)
-    model = parse_spec(Path("pipelines/quickstart.yaml").read_text()).model.model_dump(mode="json")
-    model = {"source": arguments.model, "dtype": model["dtype"]} if arguments.model else model
-    model |= {"dtype": arguments.dtype} if arguments.dtype else {}
+    overrides = [f"model.dtype={arguments.dtype}"] if arguments.dtype else []
+    model = parse_spec(Path("pipelines/quickstart.yaml").read_text(), overrides).model.model_dump(mode="json")
+    if arguments.model:
+        model = {"source": arguments.model, "dtype": model["dtype"]}
     folder = open_model(ModelSection.model_validate(model), convert_gguf).small_files_folder()
     layout = ModelLayout.of(AutoConfig.from_pretrained(folder))
     channels = sum(len(g.columns) * g.num_parameters for g in layout.group_sets if g.kind == "ffn")
@@ -253,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "peers" in arguments.which:
             inputs = check(next(iter(jobs.values())), resume=True, dry_run=True)
             if of_dense is None:
-                dense = load(folder, model["dtype"])
+                dense = load(folder, inputs.spec.model.dtype)
                 of_dense = states(dense, inputs, inputs.texts), gather(dense, inputs, [g.consumer for g in layout.group_sets])
             rows += rows_of_peers(name, inputs, folder, *of_dense)
         (arguments.folder / "peers.json").write_text(json.dumps(rows, indent=2) + "\n")

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
-from benchmarks.peers import PEERS, gather, linear, measure, prune, scores, states
+from benchmarks.peers import PEERS, gather, linear, load, measure, prune, scores, states
 from ray_surgeon.inputs import Inputs, check
 from ray_surgeon.spec import parse_spec
 from tests.integration.runs import tiny_spec
@@ -24,8 +23,7 @@ def inputs(model_folders: dict[str, Path], tmp_path: Path) -> Inputs:
 
 
 def dense(inputs: Inputs) -> torch.nn.Module:
-    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(inputs.spec.model.source, dtype=torch.float32)
-    return model.eval().requires_grad_(False)
+    return load(Path(inputs.spec.model.source), inputs.spec.model.dtype)
 
 
 def outputs_of(model: torch.nn.Module, name: str, inputs: Inputs) -> tuple[Tensor, Tensor]:

@@ -18,10 +18,19 @@ NUM_EXPERTS = 4
 TOKENS = np.random.default_rng(0).integers(0, VOCABULARY, (8, 24))
 
 
-def logits(model: torch.nn.Module, tokens: np.ndarray = TOKENS) -> Tensor:
+def logits(model: torch.nn.Module) -> Tensor:
     with torch.no_grad():
-        found: Tensor = model(input_ids=torch.from_numpy(tokens)).logits
+        found: Tensor = model(input_ids=torch.from_numpy(TOKENS)).logits
     return found
+
+
+def inputs_of_layer(model: PreTrainedModel, block: int) -> Tensor:
+    """Return what the feed-forward layer of a block sees on all tokens."""
+    seen: list[Tensor] = []
+    hook = model.model.layers[block].mlp.register_forward_pre_hook(lambda _, given: seen.append(given[0].flatten(0, 1)))
+    logits(model)
+    hook.remove()
+    return seen[0]
 
 
 @pytest.fixture
@@ -55,11 +64,9 @@ def test_a_saved_mixture_is_an_ordinary_checkpoint(dense: PreTrainedModel, tmp_p
 
 
 def test_routers_start_with_logits_of_variance_one_that_leave_out_the_mean(dense: PreTrainedModel) -> None:
-    model, seen = upcycled.upcycled(dense, NUM_EXPERTS), list[Tensor]()
-    hook = dense.model.layers[0].mlp.register_forward_pre_hook(lambda _, given: seen.append(given[0].flatten(0, 1)))
+    model = upcycled.upcycled(dense, NUM_EXPERTS)
     upcycled.start_routers(model, dense, TOKENS)
-    hook.remove()
-    scores = seen[0] @ model.model.layers[0].mlp.gate.weight.T
+    scores = inputs_of_layer(dense, 0) @ model.model.layers[0].mlp.gate.weight.T
     torch.testing.assert_close(scores.std(dim=0), torch.ones(NUM_EXPERTS))
     torch.testing.assert_close(scores.mean(dim=0), torch.zeros(NUM_EXPERTS), atol=1e-4, rtol=0)
 
@@ -85,11 +92,7 @@ def test_measures_perplexity_and_the_entropy_of_routing(dense: PreTrainedModel) 
         tokens = torch.from_numpy(TOKENS)
         loss = float(torch.nn.functional.cross_entropy(logits(model)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()))
         rows = model.model.layers[1].mlp.gate.weight
-        seen: list[Tensor] = []
-        hook = model.model.layers[1].mlp.register_forward_pre_hook(lambda _, given: seen.append(given[0].flatten(0, 1)))
-        logits(model)
-        hook.remove()
-        chosen = (seen[0] @ rows.T).topk(2, dim=1).indices.flatten().bincount(minlength=NUM_EXPERTS).double()
+        chosen = (inputs_of_layer(model, 1) @ rows.T).topk(2, dim=1).indices.flatten().bincount(minlength=NUM_EXPERTS).double()
     share = chosen / chosen.sum()
     assert perplexity == pytest.approx(math.exp(loss), rel=1e-5)
     assert len(entropy) == LLAMA.num_hidden_layers
