@@ -30,6 +30,7 @@ from ray_surgeon.shots import run_shots
 from ray_surgeon.spec import JobSpec
 from ray_surgeon.storage import files
 from ray_surgeon.storage.sources import SMALL_FILES
+from ray_surgeon.storage.texts import first_token
 from ray_surgeon.surgery.kronecker import KroneckerFactors
 
 
@@ -265,7 +266,7 @@ def curvature(
     Args:
         model: a causal LM of a supported family; its weights are not changed.
         sequences: token sequences, or texts if there is a tokenizer.
-        tokenizer: for texts; each text is one sequence, without special tokens.
+        tokenizer: for texts; each text is one sequence, after the token that the tokenizer itself begins a text with, if any.
         linears: names of the linears wanted, e.g. ``model.layers.0.mlp.down_proj``; all if not given.
         label_seed: seed of labels drawn from the model (sampled Fisher); None takes the text's own (empirical Fisher).
 
@@ -308,5 +309,6 @@ def _tokens(sequence: Any, tokenizer: PreTrainedTokenizerBase | None) -> list[in
     if isinstance(sequence, str):
         if tokenizer is None:
             raise ValueError("tokenizer: texts need one; give it, or sequences of tokens")
-        return list(tokenizer(sequence, add_special_tokens=False)["input_ids"])
+        first = first_token(tokenizer)
+        return [*([] if first is None else [first]), *tokenizer(sequence, add_special_tokens=False)["input_ids"]]
     return [int(token) for token in sequence]

@@ -40,7 +40,7 @@ from ray_surgeon.sections.texts import ModelSection, SelfSection, SourceSection
 from ray_surgeon.spec import JobSpec
 from ray_surgeon.storage import files
 from ray_surgeon.storage.sources import open_model
-from ray_surgeon.storage.texts import Windows, cut_windows, interleaved, order, token_stream, windows_of
+from ray_surgeon.storage.texts import Windows, cut_windows, first_token, interleaved, order, token_stream, windows_of
 
 _COLUMNS_OF_QUANTISED_KERNELS = 128
 """On each device; blocks of FP8 have so many, and vLLM's kernel for four bits takes no fewer at a time."""
@@ -266,7 +266,7 @@ def _read_texts(spec: JobSpec, tokenizer: Any, config: PretrainedConfig) -> tupl
 
 def _to_be_written(spec: JobSpec, tokenizer: Any, config: PretrainedConfig) -> dict[int, Wanted]:
     """Return number of a calibration text -> what the dense model is to write for it."""
-    length, found = spec.calibration.sequence_length, {}
+    length, found, first = spec.calibration.sequence_length, {}, first_token(tokenizer)
     for number, (text, count) in enumerate(spec.calibration.shares):
         if not isinstance(text, SelfSection):
             continue
@@ -283,7 +283,7 @@ def _to_be_written(spec: JobSpec, tokenizer: Any, config: PretrainedConfig) -> d
             raise ValueError(
                 f"{where}: a prompt of {len(prompt)} and sequences of {length} tokens, but the model takes at most {longest}; shorten them"
             )
-        found[number] = Wanted(prompt, text.temperature, text.seed, count, length)
+        found[number] = Wanted(prompt, text.temperature, text.seed, count, length - (first is not None), first)
     return found
 
 
@@ -348,8 +348,11 @@ def _windows(
     longest = getattr(config, "max_position_embeddings", sequence_length)
     if sequence_length > longest:
         raise ValueError(f"{where}.sequence_length: {sequence_length}, but the model takes at most {longest}; shorten it")
+    first = first_token(tokenizer) if section.bos is None else tokenizer.bos_token_id if section.bos else None
+    if section.bos and first is None:
+        raise ValueError(f"{where}.bos: true, but the tokenizer has no BOS token; remove it")
     stream = token_stream(section, tokenizer, where)
-    windows = cut_windows(stream, num_sequences, sequence_length, section.stride, section.seed, f"{where} ({section.source})")
+    windows = cut_windows(stream, num_sequences, sequence_length, section.stride, section.seed, f"{where} ({section.source})", first)
     if int(windows.tokens.max()) >= config.vocab_size:
         raise ValueError(
             f"model.source: the tokenizer gives token {int(windows.tokens.max())}, the model's vocabulary is {config.vocab_size}; "

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import copy
 import json
+import shutil
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -10,10 +12,14 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from ray_surgeon.inputs import check
 from ray_surgeon.sections.texts import SourceSection
-from ray_surgeon.storage.texts import Windows, cut_windows, interleaved, token_stream
+from ray_surgeon.spec import parse_spec
+from ray_surgeon.storage.texts import Windows, cut_windows, first_token, interleaved, token_stream
+from tests.integration.runs import tiny_spec
 
 DOCUMENTS = [f"Document {i}: " + "the quick brown fox. " * 5 for i in range(40)]
 
@@ -32,6 +38,30 @@ def test_drawn_windows_do_not_overlap_and_depend_on_the_seed_alone() -> None:
     first, again, other = (cut_windows(stream, 100, 10, None, seed, "calibration") for seed in (0, 0, 1))
     assert len(np.unique(first.tokens)) == 1000
     assert first.fingerprint == again.fingerprint != other.fingerprint
+
+
+def test_every_window_begins_with_the_first_token_if_there_is_one() -> None:
+    placed = cut_windows(np.arange(1000), 3, 10, 200, 0, "calibration", 7777)
+    assert placed.tokens.tolist() == [[7777, *range(s, s + 9)] for s in (0, 200, 400)]
+    drawn = cut_windows(np.arange(900), 100, 10, None, 0, "calibration", 7777).tokens
+    assert set(drawn[:, 0]) == {7777}
+    assert np.array_equal(np.sort(drawn[:, 1:].flatten()), np.arange(900))
+    with pytest.raises(ValueError, match=r"has 899 tokens.*need 900"):
+        cut_windows(np.arange(899), 100, 10, None, 0, "calibration", 7777)
+
+
+def test_the_first_token_is_the_one_that_the_tokenizer_puts_there(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert first_token(tokenizer) is None
+    assert first_token(beginning(tokenizer, "<end> $A")) == tokenizer.bos_token_id
+    assert first_token(beginning(tokenizer, "$A <end>")) is None
+
+
+def beginning(tokenizer: PreTrainedTokenizerFast, template: str) -> PreTrainedTokenizerFast:
+    """Return a copy that puts special tokens around a text."""
+    changed = copy.deepcopy(tokenizer)
+    special = [("<end>", changed.bos_token_id)]
+    changed.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=special)
+    return changed
 
 
 def test_too_little_text_says_how_much_is_needed() -> None:
@@ -131,3 +161,24 @@ def test_mixed_windows_are_spread_evenly() -> None:
     assert found.tokens[:, 0].tolist() == [0, 1, 0, 2, 0, 1, 0]
     assert interleaved(parts[:1]) is parts[0]
     assert found.fingerprint != interleaved(parts[:2]).fingerprint
+
+
+def test_windows_of_a_job_begin_as_the_tokenizer_begins_a_text(
+    model_folders: dict[str, Path], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    model, bos = Path(shutil.copytree(model_folders["llama"], tmp_path / "model")), tokenizer.bos_token_id
+    beginning(tokenizer, "<end> $A").save_pretrained(model)
+
+    def begun(**changes: object) -> list[bool]:
+        inputs = check(parse_spec(tiny_spec(tmp_path, model, **changes).read_text()), dry_run=True)
+        windows = [inputs.calibration, *inputs.texts.values()]
+        assert [w.shape for w in windows] == [(6, 40), (4, 40), (3, 32)]
+        return [bool((w[:, 0] == bos).all()) for w in windows]
+
+    assert begun() == [True, True, True]
+    assert begun(calibration__bos=False) == [False, True, True]
+    assert begun(model__source=str(model_folders["llama"])) == [False, False, False]
+    assert begun(model__source=str(model_folders["llama"]), calibration__bos=True) == [True, False, False]
+    (model / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    with pytest.raises(ValueError, match=r"calibration\.bos: true, but the tokenizer has no BOS token"):
+        begun(calibration__bos=True)

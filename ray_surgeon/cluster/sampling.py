@@ -35,7 +35,8 @@ class Wanted:
     temperature: float  # logits are divided by it
     seed: int  # of the draws
     num_sequences: int  # how many
-    sequence_length: int  # tokens of each
+    sequence_length: int  # tokens of each that are written
+    first: int | None = None  # token that then stands at the beginning of every sequence, as at that of other windows
 
 
 @dataclass
@@ -92,7 +93,7 @@ def write_text(cluster: Cluster, wanted: Wanted) -> NDArray[np.int64]:
         wanted: what.
 
     Returns:
-        [num_sequences, sequence_length] tokens.
+        [num_sequences, sequence_length] tokens, one more with a first one.
     """
     batches = _batches(wanted.num_sequences)
     together = cluster.placement.num_shards * cluster.placement.num_replicas  # so many keep all workers busy
@@ -101,7 +102,8 @@ def write_text(cluster: Cluster, wanted: Wanted) -> NDArray[np.int64]:
     found: list[TensorPayload] = []
     for number, numbers in enumerate(rounds):
         found += _write_batches(cluster, wanted, {batch: batches[batch] for batch in numbers}, number * wanted.sequence_length)
-    return np.concatenate([payload.array.astype(np.int64) for payload in found])
+    written = np.concatenate([payload.array.astype(np.int64) for payload in found])
+    return written if wanted.first is None else np.insert(written, 0, wanted.first, axis=1)
 
 
 def _write_batches(cluster: Cluster, wanted: Wanted, batches: Mapping[int, Sequence[int]], done: int) -> list[TensorPayload]:

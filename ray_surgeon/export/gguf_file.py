@@ -29,6 +29,7 @@ from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.llama_cpp import architecture_of, rope_kind, tokenizer_names
 from ray_surgeon.models.pruned_config import BlockWidths
 from ray_surgeon.storage import files, tensor_files
+from ray_surgeon.storage.texts import first_token
 
 KINDS = {
     "f32": (Kind.F32, gguf.LlamaFileType.ALL_F32, 1e-6),
@@ -156,8 +157,7 @@ def _added_tokens(folder: Path) -> dict[str, bool]:
     """Return whether a tokenizer puts its first and its last special token around a text."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     plain, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
-    adds = len(whole) > len(plain)
-    return {"bos": adds and whole[0] == tokenizer.bos_token_id, "eos": adds and whole[-1] == tokenizer.eos_token_id}
+    return {"bos": first_token(tokenizer) is not None, "eos": len(whole) > len(plain) and whole[-1] == tokenizer.eos_token_id}
 
 
 def _has_space_prefix(document: Mapping[str, Any]) -> bool:

@@ -59,6 +59,11 @@ class SourceSection(Section):
         None, description="Window i starts at token stride * i; without it, windows that do not overlap are drawn with the seed"
     )
     seed: int = Field(0, ge=0, description="Seed of the draw of windows, without stride")
+    bos: bool | None = Field(
+        None,
+        description="Whether every window begins with the tokenizer's BOS token, which counts among its tokens; null: if the tokenizer "
+        "begins a text with it. Engines serve that way, and some models are lost without it; perplexities in papers are mostly without",
+    )
 
     @property
     def has_own_split(self) -> bool:

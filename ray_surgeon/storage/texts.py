@@ -1,6 +1,7 @@
 """Token windows for calibration and evaluation: deterministic, packed, with a fingerprint.
 
-A text is one long stream of tokens: documents joined by blank lines, no special tokens, no padding. Windows are cut from it.
+A text is one long stream of tokens: documents joined by blank lines, no special tokens, no padding. Windows are cut from it. Where the
+tokenizer begins a text with a token of its own, every window begins with it: such models are lost without it.
 """
 
 from __future__ import annotations
@@ -51,7 +52,15 @@ class Windows:
     fingerprint: str  # SHA-256 over the tokens
 
 
-def cut_windows(stream: NDArray[np.int64], num_sequences: int, sequence_length: int, stride: int | None, seed: int, where: str) -> Windows:
+def cut_windows(
+    stream: NDArray[np.int64],
+    num_sequences: int,
+    sequence_length: int,
+    stride: int | None,
+    seed: int,
+    where: str,
+    first: int | None = None,
+) -> Windows:
     """Cut windows from a stream of tokens.
 
     Args:
@@ -61,11 +70,13 @@ def cut_windows(stream: NDArray[np.int64], num_sequences: int, sequence_length: 
         stride: window i starts at token ``stride * i``; None draws windows that do not overlap, without replacement.
         seed: of the draw.
         where: field and source, for the error.
+        first: token that every window begins with; the text has one place less then.
 
     Raises:
         ValueError: the text is too short; says how much there is and how much is needed.
     """
-    needed = (num_sequences - 1) * stride + sequence_length if stride else num_sequences * sequence_length
+    own = sequence_length - (first is not None)
+    needed = (num_sequences - 1) * stride + own if stride else num_sequences * own
     if len(stream) < needed:
         raise ValueError(
             f"{where}: the text has {len(stream)} tokens, but {num_sequences} sequences of {sequence_length}"
@@ -75,9 +86,15 @@ def cut_windows(stream: NDArray[np.int64], num_sequences: int, sequence_length: 
     if stride:
         starts = np.arange(num_sequences) * stride
     else:
-        places = np.random.default_rng(seed).permutation(len(stream) // sequence_length)[:num_sequences]
-        starts = places * sequence_length
-    return windows_of(np.stack([stream[start : start + sequence_length] for start in starts]).astype(np.int64))
+        starts = np.random.default_rng(seed).permutation(len(stream) // own)[:num_sequences] * own
+    tokens = np.stack([stream[start : start + own] for start in starts]).astype(np.int64)
+    return windows_of(tokens if first is None else np.insert(tokens, 0, first, axis=1))
+
+
+def first_token(tokenizer: Any) -> int | None:
+    """Return the token that a transformers tokenizer itself puts before a text, if there is one."""
+    plain, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    return int(whole[0]) if len(whole) > len(plain) and whole[0] == tokenizer.bos_token_id else None
 
 
 def order(counts: Sequence[int]) -> list[tuple[int, int]]:

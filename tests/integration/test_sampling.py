@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,9 @@ def test_tokens_are_drawn_from_the_model_whatever_the_workers_are(family: str, m
         model = AutoModelForCausalLM.from_pretrained(model_folders[family])
         expected = [by_whole_passes(model, WANTED, number) for number in (0, 8, 9, 17)]  # of two batches
     written = [write_text(loaded(model_folders[family], *workers), WANTED) for workers in ((1, 1), (3, 1), (2, 2))]
+    begun = write_text(loaded(model_folders[family]), replace(WANTED, first=7))
+    assert begun[:, 0].tolist() == [7] * 18
+    assert np.array_equal(begun[:, 1:], written[0])
     assert written[0].shape == (18, 12)
     assert written[0][[0, 8, 9, 17]].tolist() == expected
     for other in written[1:]:
