@@ -81,6 +81,12 @@ class JobSpec(Section):
                 f"cluster.num_replicas: {self.cluster.num_replicas} replicas cannot be filled by {num_sequences} "
                 "calibration sequences; give fewer replicas or more sequences"
             )
+        num_backward = self.curvature.num_backward if isinstance(self.curvature, KfacSection) else None
+        if num_backward is not None and not self.cluster.num_replicas <= num_backward <= num_sequences:
+            raise ValueError(
+                f"curvature.num_backward: {num_backward}, but there are {num_sequences} calibration sequences and every replica "
+                f"needs one; give {self.cluster.num_replicas} to {num_sequences}"
+            )
         for i, text in enumerate(self.evaluation.texts):
             for read in (read for read, _ in self.calibration.shares if isinstance(read, SourceSection)):
                 if text.has_own_split and text.source == read.source and text.max_tokens != read.max_tokens:

@@ -25,6 +25,16 @@ def first_not_finite(worker: Worker) -> str | None:
     return worker.shard.first_not_finite()
 
 
+def weigh_gradients(worker: Worker, factor: float) -> None:
+    """Multiply the sums G by a factor."""
+    shard, store = worker.shard, worker.shard.factor_store
+    for name in shard.gathered:
+        key = f"{name}.G"
+        total = store.on_device(key, store.get(key).n)
+        total.flat.mul_(factor)
+        store.put(key, total)
+
+
 @collective
 def finish_curvature(worker: Worker) -> None:
     """Stop gathering and sum the factors over the replicas to their owners, packed; the others free theirs."""
@@ -55,6 +65,7 @@ def gather_curvature(
     kind: str,
     label_seed: int | None = None,
     *,
+    num_backward: int | None = None,
     only: frozenset[str] | None = None,
     experts: bool = False,
     remembers: bool = False,
@@ -66,6 +77,7 @@ def gather_curvature(
         sequences: [num_sequences, sequence_length] tokens.
         kind: see `ModelShard.start_curvature`; a forward pass is enough for ``activations`` and ``identity``.
         label_seed: see `Labels`.
+        num_backward: sequences that pass backward, too; all if not given. G is theirs, brought to the number of all sequences.
         only: see `ModelShard.start_curvature`.
         experts: likewise.
         remembers: whether last shards keep the hidden states of these sequences, because the weights are the dense model's.
@@ -79,9 +91,17 @@ def gather_curvature(
     cluster.run_all(start_curvature, kind, only, experts)
     try:
         if kind not in ("activations", "identity"):
-            losses = forward_and_backward(cluster, sequences, Labels(label_seed, remembers=remembers))
+            both = drawn(len(sequences), num_backward or len(sequences))
+            losses = forward_and_backward(cluster, sequences, Labels(label_seed, remembers=remembers), only=both)
         else:
-            losses = remembered_losses(cluster, CALIBRATION, sequences) if remembers else sequence_losses(cluster, sequences)
+            both, losses = [], list[float]()
+        if rest := sorted(set(range(len(sequences))) - set(both)):
+            forward_only = (
+                remembered_losses(cluster, CALIBRATION, sequences, rest) if remembers else sequence_losses(cluster, sequences, rest)
+            )
+            losses = [*losses, *forward_only]
+            if both:
+                cluster.run_all(weigh_gradients, len(sequences) / len(both))
         if not all(map(math.isfinite, losses)):
             raise FloatingPointError("the loss of the calibration sequences is not finite; check the weights and the dtype")
     except FloatingPointError as error:
@@ -91,3 +111,8 @@ def gather_curvature(
     cluster.run_all(finish_curvature)
     num_predicted = int(sequences.shape[0]) * (int(sequences.shape[1]) - 1)
     return sum(losses) / num_predicted
+
+
+def drawn(num_sequences: int, count: int) -> list[int]:
+    """Return the numbers of `count` sequences, drawn so that all texts of a mix have their share by chance; all if that many."""
+    return sorted(np.random.default_rng(0).permutation(num_sequences)[:count].tolist())

@@ -52,6 +52,7 @@ class Job:
     gathered: frozenset[str]  # linears whose factors are gathered
     ranks_experts: bool = False  # whether the pass also finds out what every token's layer would give without each of its experts
     num_passes: int = 1  # over the calibration text before the costs of a shot
+    num_backward: int | None = None  # sequences that pass backward, too, if not all
     dense_bytes: Mapping[str, float] = field(default_factory=dict)  # linear -> bytes of further terms that are not packed
     mask_bytes: float = 0.0  # of one entry of a linear, in the host's memory
     block_by_block: bool = False  # whether all sequences pass a shard together while its blocks are pruned
@@ -239,11 +240,12 @@ class WorkerNeeds:
         stores, job = self._stores, self._job
         on_device = self._all_factors if stores.factors == "device" else max(self._shapes.factor_bytes[block] for block in self._own)
         on_host = self._all_factors if stores.factors == "host" else 0
-        forward_only = job.factors == "A"
-        passes = 1 if forward_only else 2 + (stores.activations == "recompute")
-        products = (passes + job.ranks_experts) * 2 * self._active + (1 if forward_only else 3) * self._head_flops
-        flops = job.num_passes * self._sequences * job.sequence_length * (products + self._all_factors / 2)
-        weights = self._moved(stores.weights, (1 if forward_only else 2) * self._num_waves * self._all_blocks)
+        backward = 0 if job.factors == "A" else self._sequences if job.num_backward is None else -(-job.num_backward // self._num_replicas)
+        waves_backward = -(-backward // self._wave)
+        forward = (1 + job.ranks_experts) * 2 * self._active + self._head_flops + self._all_factors / 2
+        further = (1 + (stores.activations == "recompute")) * 2 * self._active + 2 * self._head_flops
+        flops = job.num_passes * job.sequence_length * (self._sequences * forward + backward * further)
+        weights = self._moved(stores.weights, (self._num_waves + waves_backward) * self._all_blocks)
         factors = self._moved(stores.factors, 2 * self._num_waves * self._all_factors)
         moved = [job.num_passes * (one + other) for one, other in zip(weights, factors, strict=True)]
         bubble = (self._num_waves + self._num_shards - 1) / self._num_waves

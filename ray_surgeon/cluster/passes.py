@@ -238,16 +238,23 @@ def _to_last_shard(cluster: Cluster, replica: int, tokens: NDArray[np.int64]) ->
     return WorkerIndex(last, replica), moving
 
 
-def _each_wave(cluster: Cluster, sequences: NDArray[np.int64], at_the_end: Callable[[WorkerIndex, Any, list[int]], list[T]]) -> list[T]:
-    """Run every sequence forward, and return what comes of each.
+def _each_wave(
+    cluster: Cluster,
+    sequences: NDArray[np.int64],
+    at_the_end: Callable[[WorkerIndex, Any, list[int]], list[T]],
+    only: Sequence[int] | None = None,
+) -> list[T]:
+    """Run sequences forward, and return what comes of each.
 
     Args:
         cluster: with loaded workers.
         sequences: [num_sequences, sequence_length] tokens.
         at_the_end: (worker with the last shard, what it gets, numbers of the sequences of a wave) -> future with an item for each.
+        only: numbers of the sequences to run; all if not given.
     """
-    cluster.progress.begin(len(sequences), "sequences", sequences.shape[1])
-    of_replicas = _waves(cluster, range(len(sequences)))
+    wanted = list(range(len(sequences)) if only is None else only)
+    cluster.progress.begin(len(wanted), "sequences", sequences.shape[1])
+    of_replicas = _waves(cluster, wanted)
     waves = [(r, numbers) for turn in zip_longest(*of_replicas) for r, numbers in enumerate(turn) if numbers is not None]
     in_flight = cluster.placement.num_replicas * (cluster.placement.num_shards + 1)
     futures: list[list[T]] = []
@@ -259,17 +266,17 @@ def _each_wave(cluster: Cluster, sequences: NDArray[np.int64], at_the_end: Calla
         futures.append(at_the_end(*_to_last_shard(cluster, replica, sequences[numbers]), numbers))
     for (_, numbers), found in zip(waves, cluster.get(futures), strict=True):
         by_number |= dict(zip(numbers, found, strict=True))
-    cluster.progress.reach(len(sequences))
-    return [by_number[number] for number in range(len(sequences))]
+    cluster.progress.reach(len(wanted))
+    return [by_number[number] for number in wanted]
 
 
-def sequence_losses(cluster: Cluster, sequences: NDArray[np.int64]) -> list[float]:
-    """Return the summed NLL in nats of each sequence [num_sequences, sequence_length]; forward only."""
+def sequence_losses(cluster: Cluster, sequences: NDArray[np.int64], only: Sequence[int] | None = None) -> list[float]:
+    """Return the summed NLL in nats of sequences, see `_each_wave`."""
 
     def at_the_end(last: WorkerIndex, moving: Any, numbers: list[int]) -> list[float]:
         return cluster.submit(last, infer_loss, moving, token_payload(sequences[numbers]))
 
-    return _each_wave(cluster, sequences, at_the_end)
+    return _each_wave(cluster, sequences, at_the_end, only)
 
 
 @dataclass(frozen=True)
@@ -289,13 +296,14 @@ def remember(cluster: Cluster, text: str, windows: NDArray[np.int64]) -> float:
     return perplexity_of(sum(remembered_losses(cluster, text, windows)) / _num_predicted(windows))
 
 
-def remembered_losses(cluster: Cluster, text: str, windows: NDArray[np.int64]) -> list[float]:
-    """Return the summed NLL in nats of each sequence, and let the last shards of all replicas keep the hidden states.
+def remembered_losses(cluster: Cluster, text: str, windows: NDArray[np.int64], only: Sequence[int] | None = None) -> list[float]:
+    """Return the summed NLL in nats of sequences, and let the last shards of all replicas keep the hidden states.
 
     Args:
         cluster: with the dense weights.
         text: its name.
         windows: [num_sequences, sequence_length] tokens.
+        only: numbers of the sequences to run; all if not given.
     """
     num_shards, num_replicas = cluster.placement.num_shards, cluster.placement.num_replicas
 
@@ -305,7 +313,7 @@ def remembered_losses(cluster: Cluster, text: str, windows: NDArray[np.int64]) -
             cluster.submit(WorkerIndex(num_shards - 1, replica), receive_states, text, numbers, states)
         return losses
 
-    return _each_wave(cluster, windows, at_the_end)
+    return _each_wave(cluster, windows, at_the_end, only)
 
 
 def measure(cluster: Cluster, text: str, windows: NDArray[np.int64]) -> Measured:

@@ -20,7 +20,7 @@ from ray_surgeon.cluster.needs import Job, LinearNeeds
 from ray_surgeon.cluster.worker import LinearSummary, Worker
 from ray_surgeon.methods.extended_kfac import gather_terms
 from ray_surgeon.models.layout import LinearShape, ModelLayout
-from ray_surgeon.sections.curvature import AnyCurvature, ExtendedKfacSection
+from ray_surgeon.sections.curvature import AnyCurvature, ExtendedKfacSection, KfacSection
 from ray_surgeon.sections.targets import ScheduleSection
 from ray_surgeon.surgery.curvature import Clipping, RaisedDamping
 from ray_surgeon.surgery.linear import Linear
@@ -117,7 +117,10 @@ class Method(ABC):
         curvature = self.used_curvature
         seed = curvature.label_seed(shot, len(sequences))
         only, experts = self.gathers, self.ranks_experts
-        loss = gather_curvature(cluster, sequences, curvature.kind, seed, only=only, experts=experts, remembers=remembers)
+        backward = curvature.num_backward if isinstance(curvature, KfacSection) else None
+        loss = gather_curvature(
+            cluster, sequences, curvature.kind, seed, num_backward=backward, only=only, experts=experts, remembers=remembers
+        )
         if not isinstance(curvature, ExtendedKfacSection):
             return loss, {}
         sizes = gather_terms(cluster, sequences, curvature.num_kronecker_terms, curvature.num_power_iterations, seed)
@@ -154,6 +157,7 @@ class Method(ABC):
             frozenset(needs),
             self.ranks_experts,
             passes,
+            self.curvature.num_backward if isinstance(self.curvature, KfacSection) else None,
             dense,
             mask_bytes=1.0 if self.by_element else 0.0,
             block_by_block=not self.has_costs,

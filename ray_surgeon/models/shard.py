@@ -243,12 +243,13 @@ class ModelShard:
             yield
             return
         sums, hooks = dict[str, PackedSymmetric](), list[RemovableHandle]()
+        sums_G = self._kind != "activations" and torch.is_grad_enabled()
         if place in self.expert_sums:
             hooks += sum_removals(self.expert_sums[place], self.mixtures[place])
         for group in (group for group in self.gathering if group.place == place):
             A = sums[group.key_of_A] = self.factor_store.on_device(group.key_of_A, self.layout.shapes[group.names[0]].num_columns)
             hooks.append(group.modules[0].register_forward_pre_hook(_add_inputs_to(group, A, wide=wide)))
-            for name, module in zip(group.names, group.modules, strict=True) if self._kind != "activations" else ():
+            for name, module in zip(group.names, group.modules, strict=True) if sums_G else ():
                 G = sums[group.key_of_G(name)] = self.factor_store.on_device(group.key_of_G(name), self.layout.shapes[name].num_rows)
                 hooks.append(module.register_forward_hook(_add_output_gradients_to(G)))
         try:

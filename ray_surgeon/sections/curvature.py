@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, Tag, model_validator
 
-from ray_surgeon.sections.base import Section, by_tag, tag
+from ray_surgeon.sections.base import Positive, Section, by_tag, tag
 from ray_surgeon.surgery.kronecker import Damping
 
 
@@ -60,6 +60,11 @@ class KfacSection(_Fisher):
     """KFAC: A and G, as if activations and gradients were independent."""
 
     kind: Literal["kfac"] = Field("kfac", description="A and G of every linear, gathered anew in every shot")
+    num_backward: Positive | None = Field(
+        None,
+        description="Calibration sequences that pass backward, too, and give G, drawn once; null: all. All give A. A pass without "
+        "gradients takes less than half the time, and groups need few with them: their columns are updated by A alone",
+    )
 
 
 class ExtendedKfacSection(_Fisher):

@@ -84,6 +84,21 @@ def test_what_is_streamed_where_it_would_not_fit(
     assert all(on_disk) == (weights == "disk")
 
 
+def test_fewer_sequences_with_gradients_take_less_of_the_curvature_pass() -> None:
+    spec, job = job_for("llama-3-70b", num_shards=8)
+    layout, room = layout_of("llama-3-70b"), Room(80 * GB, TB / 8, 4 * TB, device_is_host=False)
+
+    def flops(num_backward: int | None) -> float:
+        changed = dataclasses.replace(job, num_backward=num_backward)
+        found = plan_job(layout, place(layout, 8, 1), changed, spec.memory, room, DEVICES["h100"])
+        return float(found.as_record()["flops"]["curvature"])
+
+    assert flops(128) == flops(None)
+    without = flops(None) - (flops(None) - flops(64)) * 2  # no sequence has a gradient
+    assert flops(32) == pytest.approx(without + (flops(None) - without) / 4)
+    assert 0.3 < without / flops(None) < 0.6
+
+
 def test_mixtures_of_experts_from_their_configurations() -> None:
     """Qwen3-30B-A3B on one device with the memory of its host, Qwen3-235B-A22B on eight."""
     layout = layout_of("qwen3-30b-a3b")

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ray_surgeon.cluster.local import LocalCluster
 from ray_surgeon.cluster.placement import place
 from ray_surgeon.cluster.worker import ModelRecipe, load
+from ray_surgeon.memory.stores import Stores
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.pipeline import main
 from ray_surgeon.sections.texts import ModelSection
@@ -56,10 +57,11 @@ def run(folder: Path, model: Path, *arguments: str, **changes: Any) -> int:
     return main([str(tiny_spec(folder, model, **changes)), *arguments])
 
 
-def loaded(model: Path, num_shards: int = 1, num_replicas: int = 1) -> LocalCluster:
+def loaded(model: Path, num_shards: int = 1, num_replicas: int = 1, stores: Stores | None = None) -> LocalCluster:
     """Return workers in this process that have loaded a model."""
     layout = ModelLayout.of(AutoConfig.from_pretrained(model))
     cluster = LocalCluster(layout, place(layout, num_shards, num_replicas), 1)
+    cluster.stores = stores or cluster.stores
     cluster.run_all(load, ModelRecipe(ModelSection(source=str(model))), False, cluster.stores)
     return cluster
 

@@ -47,6 +47,8 @@ SPEC_ERRORS: list[tuple[dict[str, Any], list[str]]] = [
     ({"pruning__target_sparsity": -3}, ["pruning.target_sparsity", "got -3"]),
     ({"pruning__num_shot": 1}, ["pruning.num_shot", "correct its name"]),
     ({"cluster__num_shards": 5}, ["cluster.num_shards: 5", "4 blocks", "give 1 to 4"]),
+    ({"curvature__num_backward": 7}, ["num_backward: 7", "6 calibration sequences", "give 1 to 6"]),
+    ({"curvature__num_backward": 1, "cluster__num_replicas": 2}, ["num_backward: 1", "every replica", "give 2 to 6"]),
     ({"cluster__num_replicas": 7}, ["num_replicas: 7", "6 calibration sequences"]),
     ({"model__source": "/absent/model"}, ["model.source", "no folder '/absent/model'"]),
     ({"calibration__source": "/absent/text.txt"}, ["calibration", "no file /absent/text.txt"]),

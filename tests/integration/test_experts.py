@@ -231,6 +231,7 @@ def test_the_first_order_counts_with_labels_of_the_text_only(model_folders: dict
         ({"pruning__groups": ["experts"], "curvature__kind": "identity"}, "has no gradients"),
         ({"pruning__groups": ["experts", "attention"], "pruning__expert_costs": "reap"}, "another unit"),
         ({"pruning__expert_costs": "reap"}, "is of whole experts"),
+        ({"curvature__num_backward": 3}, "the experts of a mixture see too few tokens"),
         ({"pruning__groups": ["experts"], "pruning__target_sparsity": 0.9}, "lower it"),
     ],
 )

@@ -11,9 +11,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ray_surgeon.cluster.collectives import ThreadReplica
-from ray_surgeon.cluster.curvature_pass import gather_curvature
+from ray_surgeon.cluster.curvature_pass import drawn, gather_curvature
 from ray_surgeon.inputs import check
+from ray_surgeon.memory.stores import Stores
 from ray_surgeon.methods.extended_kfac import gather_terms
+from ray_surgeon.models.layout import LinearShape
 from ray_surgeon.spec import parse_spec
 from ray_surgeon.surgery.experts import PRIOR_TOKENS
 from ray_surgeon.surgery.layerwise import prune_linear
@@ -205,6 +207,53 @@ def test_further_terms_of_experts_weigh_what_their_own_tokens_do(model_folders: 
         assert float((torch.kron(*[x.double() for x in factors.terms[0]]) - expected).norm() / expected.norm()) < 1e-2, name
         first = float(factors.dense().A.norm() * factors.dense().G.norm())
         assert sizes[name] == pytest.approx(float(expected.norm()) / first, rel=1e-2)
+
+
+@pytest.mark.parametrize("stores", [Stores(), Stores("host", "host", "recompute", 2)], ids=["kept", "streamed"])
+def test_gradients_of_some_sequences_and_inputs_of_all(stores: Stores, model_folders: dict[str, Path], tmp_path: Path) -> None:
+    """A of every linear from all sequences, G from autograd on the whole model over the drawn ones, brought to the number of all."""
+    sequences = check(parse_spec(tiny_spec(tmp_path, model_folders["llama"]).read_text())).calibration
+    model, both = AutoModelForCausalLM.from_pretrained(model_folders["llama"]), drawn(len(sequences), 2)
+    A, G = (
+        {shape.name: torch.zeros(n, n).double() for shape, n in sizes} for sizes in zip(*map(sides, LAYOUTS["llama"].linears), strict=True)
+    )
+    for name in A:
+        module = model.get_submodule(name)
+        module.register_forward_hook(lambda m, i, o, n=name: add_second_moment(A[n], i[0]))
+        module.register_full_backward_hook(lambda m, gi, go, n=name: add_second_moment(G[n], go[0]))
+    losses = []
+    for number, tokens in enumerate(torch.from_numpy(sequences)):
+        losses.append(torch.nn.functional.cross_entropy(model(tokens[None]).logits[0, :-1], tokens[1:], reduction="sum"))
+        if number in both:
+            losses[-1].backward()
+    mean = float(torch.stack(losses).detach().mean()) / (sequences.shape[1] - 1)
+    for shards, replicas in ((1, 1), (2, 1), (1, 2)):
+        cluster = loaded(model_folders["llama"], shards, replicas, stores)
+        assert gather_curvature(cluster, sequences, "kfac", num_backward=2) == pytest.approx(mean, rel=1e-6)
+        for name, factors in ((name, w.shard.factors(name).dense()) for w in cluster.workers.values() for name in w.owned()):
+            assert factors.num_tokens == sequences.size
+            assert float((factors.A - A[name]).norm() / A[name].norm()) < 1e-5, name
+            assert float((factors.G - G[name] * len(sequences) / 2).norm() / factors.G.norm()) < 1e-4, name
+
+
+def test_sequences_without_gradients_are_remembered_for_corrections(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    options: dict[str, Any] = {"curvature__num_backward": 2, "correction": {"lora_rank": 2, "steps_per_shot": 6}}
+    for shards in (1, 2):
+        assert run(tmp_path / str(shards), model_folders["llama"], cluster__num_shards=shards, **options) == 0
+    for shot in (1, 2):
+        assert_same_shot(tmp_path / "1/run", tmp_path / "2/run", shot)
+    assert len(report_of(tmp_path / "1/run")["shots"][0]["correction_losses"]) == 6  # each sequence was compared with the dense model
+    assert run(tmp_path / "replicas", model_folders["llama"], cluster__num_replicas=2, **options) == 0
+    assert difference(tmp_path / "1/run", tmp_path / "replicas/run", 2) < MOST_BY_ORDER_OF_SUMS
+
+
+def sides(shape: LinearShape) -> tuple[tuple[LinearShape, int], tuple[LinearShape, int]]:
+    return (shape, shape.num_columns), (shape, shape.num_rows)
+
+
+def add_second_moment(total: torch.Tensor, x: torch.Tensor) -> None:
+    flat = x.detach().flatten(0, -2).double()
+    total += flat.T @ flat
 
 
 def test_sampled_fisher_is_the_exact_one_in_the_mean(model_folders: dict[str, Path], tmp_path: Path) -> None:
