@@ -116,10 +116,11 @@ def infer_loss_and_divergence(
     return found
 
 
-def infer_loss_and_states(worker: Worker, inputs: TensorPayload, tokens: TensorPayload) -> tuple[list[float], TensorPayload]:
-    """Return the summed NLL in nats of each sequence, and the hidden states [m, T, d] bfloat16 before the head, at the last shard."""
+def infer_loss_and_keep(worker: Worker, inputs: TensorPayload, tokens: TensorPayload, text: str, numbers: Sequence[int]) -> list[float]:
+    """Return the summed NLL in nats of each sequence, and keep the hidden states before the head, at the last shard."""
     hidden = worker.runner.infer(worker.unpack(inputs))
-    return _text_losses(worker, hidden, tokens), worker.pack(torch.cat(hidden).to(torch.bfloat16))
+    keep_states(worker, text, numbers, torch.cat(hidden))
+    return _text_losses(worker, hidden, tokens)
 
 
 def infer_logits(worker: Worker, inputs: TensorPayload) -> TensorPayload:
@@ -191,19 +192,19 @@ def forward_and_backward(
     if counted:
         cluster.progress.reach(len(wanted))
     if labels is not None and labels.remembers:
-        _share_states(cluster, pipelines)
+        _share_states(cluster, CALIBRATION, [pipeline.waves for pipeline in pipelines])
     return [by_number[number] for number in wanted]
 
 
-def _share_states(cluster: Cluster, pipelines: Sequence[_ReplicaPipeline]) -> None:
-    """Give the states of the calibration that each replica keeps to the others."""
-    last = cluster.placement.num_shards - 1
-    for pipeline in pipelines if len(pipelines) > 1 else ():
-        for numbers in pipeline.waves:
-            states = cluster.submit(WorkerIndex(last, pipeline.replica), kept_states, CALIBRATION, numbers)
-            for other in pipelines:
-                if other is not pipeline:
-                    cluster.submit(WorkerIndex(last, other.replica), receive_states, CALIBRATION, numbers, states)
+def _share_states(cluster: Cluster, text: str, waves_of: Sequence[Sequence[Sequence[int]]]) -> None:
+    """Give the states that each replica keeps of its waves to the others; after the pass, in which replicas would wait for each other."""
+    last, num_replicas = cluster.placement.num_shards - 1, len(waves_of)
+    for replica, waves in enumerate(waves_of if num_replicas > 1 else ()):
+        for numbers in waves:
+            states = cluster.submit(WorkerIndex(last, replica), kept_states, text, numbers)
+            for other in range(num_replicas):
+                if other != replica:
+                    cluster.submit(WorkerIndex(last, other), receive_states, text, numbers, states)
 
 
 def _submit(cluster: Cluster, pipeline: _ReplicaPipeline, operation: Operation, sequences: NDArray[np.int64], labels: Labels) -> None:
@@ -305,15 +306,13 @@ def remembered_losses(cluster: Cluster, text: str, windows: NDArray[np.int64], o
         windows: [num_sequences, sequence_length] tokens.
         only: numbers of the sequences to run; all if not given.
     """
-    num_shards, num_replicas = cluster.placement.num_shards, cluster.placement.num_replicas
 
     def at_the_end(last: WorkerIndex, moving: Any, numbers: list[int]) -> list[float]:
-        losses, states = cluster.submit_pair(last, infer_loss_and_states, moving, token_payload(windows[numbers]))
-        for replica in range(num_replicas):
-            cluster.submit(WorkerIndex(num_shards - 1, replica), receive_states, text, numbers, states)
-        return losses
+        return cluster.submit(last, infer_loss_and_keep, moving, token_payload(windows[numbers]), text, numbers)
 
-    return _each_wave(cluster, windows, at_the_end, only)
+    losses = _each_wave(cluster, windows, at_the_end, only)
+    _share_states(cluster, text, _waves(cluster, range(len(windows)) if only is None else only))
+    return losses
 
 
 def measure(cluster: Cluster, text: str, windows: NDArray[np.int64]) -> Measured:
