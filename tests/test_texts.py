@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import shutil
+import textwrap
+from importlib.metadata import Distribution
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -18,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from ray_surgeon.inputs import check
 from ray_surgeon.sections.texts import SourceSection
 from ray_surgeon.spec import parse_spec
+from ray_surgeon.storage import texts
 from ray_surgeon.storage.texts import Windows, cut_windows, first_token, interleaved, token_stream
 from tests.integration.runs import tiny_spec
 
@@ -38,6 +42,38 @@ def test_drawn_windows_do_not_overlap_and_depend_on_the_seed_alone() -> None:
     first, again, other = (cut_windows(stream, 100, 10, None, seed, "calibration") for seed in (0, 0, 1))
     assert len(np.unique(first.tokens)) == 1000
     assert first.fingerprint == again.fingerprint != other.fingerprint
+
+
+def test_docstrings_of_packages_take_turns_and_are_of_no_text_that_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copied = inspect.cleandoc(textwrap.TextWrapper.__doc__ or "")
+    assert len(copied) > 300
+    packages = {
+        "alpha": {
+            "alpha/one.py": f"def f():\n    {'Of alpha. ' * 40!r}\n",
+            "alpha/two.py": f"class C:\n    {'Of alpha, too. ' * 40!r}\n    def m(self):\n        'A label.'\n",
+            "alpha/copied.py": f"class C:\n    {copied!r}\n",
+            "alpha/tests/one.py": f"def f():\n    {'Of its tests. ' * 40!r}\n",
+        },
+        "beta": {
+            "beta/__init__.py": f"{'Of the module. ' * 40!r}\ndef f():\n    {'Of beta. ' * 40!r}\n",
+            "beta/template.py": "def {{ name }}():\n",
+        },
+    }
+    installed = []
+    for name, members in packages.items():
+        about = tmp_path / f"{name}-1.dist-info"
+        about.mkdir()
+        (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
+        (about / "RECORD").write_text("".join(f"{path},,\n" for path in [*members, f"{name}/gone.py"]))
+        for path, text in members.items():
+            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / path).write_text(text)
+        installed.append(Distribution.at(about))
+    for order in (installed, installed[::-1]):
+        monkeypatch.setattr(texts, "distributions", lambda order=order: iter(order))
+        found = [document.partition(".")[0] for document in texts._package_docstrings()]
+        assert sorted(found) == ["Of alpha", "Of alpha, too", "Of beta"]
+        assert found.index("Of beta") < 2
 
 
 def test_every_window_begins_with_the_first_token_if_there_is_one() -> None:

