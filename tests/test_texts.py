@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import copy
 import inspect
 import json
 import shutil
@@ -15,7 +14,6 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from ray_surgeon.inputs import check
@@ -23,7 +21,7 @@ from ray_surgeon.sections.texts import SourceSection
 from ray_surgeon.spec import parse_spec
 from ray_surgeon.storage import texts
 from ray_surgeon.storage.texts import Windows, cut_windows, first_token, interleaved, token_stream
-from tests.integration.runs import tiny_spec
+from tests.integration.runs import beginning, tiny_spec
 
 DOCUMENTS = [f"Document {i}: " + "the quick brown fox. " * 5 for i in range(40)]
 
@@ -90,14 +88,6 @@ def test_the_first_token_is_the_one_that_the_tokenizer_puts_there(tokenizer: Pre
     assert first_token(tokenizer) is None
     assert first_token(beginning(tokenizer, "<end> $A")) == tokenizer.bos_token_id
     assert first_token(beginning(tokenizer, "$A <end>")) is None
-
-
-def beginning(tokenizer: PreTrainedTokenizerFast, template: str) -> PreTrainedTokenizerFast:
-    """Return a copy that puts special tokens around a text."""
-    changed = copy.deepcopy(tokenizer)
-    special = [("<end>", changed.bos_token_id)]
-    changed.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=special)
-    return changed
 
 
 def test_too_little_text_says_how_much_is_needed() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Callable
@@ -11,8 +12,9 @@ from typing import Any
 
 import torch
 import yaml
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from ray_surgeon.cluster.local import LocalCluster
 from ray_surgeon.cluster.placement import place
@@ -76,6 +78,14 @@ def overflowing_model(model: Path, folder: Path) -> Path:
     for path in model.glob("tokenizer*"):
         (folder / path.name).write_bytes(path.read_bytes())
     return folder
+
+
+def beginning(tokenizer: PreTrainedTokenizerFast, template: str) -> PreTrainedTokenizerFast:
+    """Return a copy that puts special tokens around a text."""
+    changed = copy.deepcopy(tokenizer)
+    special = [("<end>", changed.bos_token_id)]
+    changed.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=special)
+    return changed
 
 
 def wait_for(what: Callable[[], object], seconds: float = 90) -> None:

@@ -22,7 +22,7 @@ from ray_surgeon.inputs import check
 from ray_surgeon.run.directory import RunDirectory
 from ray_surgeon.run.events import Moment
 from ray_surgeon.shots import run_shots
-from tests.integration.runs import assert_same_shot, loaded, run, tiny_spec
+from tests.integration.runs import assert_same_shot, beginning, loaded, run, tiny_spec
 
 ROOT = Path(__file__).parent.parent.parent
 TEXT = {"source": "python-docs", "num_sequences": 4, "sequence_length": 32, "max_tokens": 4000}
@@ -136,6 +136,9 @@ def test_curvature_is_that_of_a_run(family: str, model_folders: dict[str, Path],
     texts = ["The quick brown fox jumps over the lazy dog.", "Another text of another length, a little longer than the first one."]
     tokens = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     assert torch.equal(ray_surgeon.curvature(model, texts, tokenizer)[name].A, ray_surgeon.curvature(model, tokens)[name].A)
+    with_bos = [[tokenizer.bos_token_id, *sequence] for sequence in tokens]
+    of_texts = ray_surgeon.curvature(model, texts, beginning(tokenizer, "<end> $A"), linears=[name])
+    assert torch.equal(of_texts[name].A, ray_surgeon.curvature(model, with_bos)[name].A)
     for sequences, options, message in [
         (texts, {}, "texts need one"),
         ([[3]], {}, "two tokens or more"),
