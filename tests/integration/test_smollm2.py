@@ -65,10 +65,11 @@ def test_rows_and_columns_of_smollm2(tmp_path: Path) -> None:
 def test_quickstart_makes_an_ordinary_model_that_is_smaller(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The quickstart's spec on two calibration sequences and with one step of corrections."""
+    """The quickstart's spec on a sequence of each text, two of them backward, and with one step of corrections."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     overrides = {
-        "calibration.num_sequences": 2,
+        "calibration.num_sequences": 3,
+        "curvature.num_backward": 2,
         "calibration.sequence_length": 128,
         "evaluation.0.num_sequences": 2,
         "evaluation.1.num_sequences": 2,
