@@ -187,7 +187,7 @@ def method_for(spec: JobSpec, layout: ModelLayout) -> Method:
         ValueError: the method cannot do what is asked to this model.
     """
     pruning = spec.pruning
-    if layout.num_experts and getattr(spec.curvature, "num_backward", None) is not None:
+    if layout.num_experts and spec.curvature is not None and spec.curvature.sequences_backward is not None:
         raise ValueError("curvature.num_backward: the experts of a mixture see too few tokens to leave some out of G; remove it")
     if isinstance(pruning, GroupsSection | UniformGroupsSection):
         uniform = isinstance(pruning, UniformGroupsSection)

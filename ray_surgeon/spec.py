@@ -81,7 +81,7 @@ class JobSpec(Section):
                 f"cluster.num_replicas: {self.cluster.num_replicas} replicas cannot be filled by {num_sequences} "
                 "calibration sequences; give fewer replicas or more sequences"
             )
-        num_backward = self.curvature.num_backward if isinstance(self.curvature, KfacSection) else None
+        num_backward = None if self.curvature is None else self.curvature.sequences_backward
         if num_backward is not None and not self.cluster.num_replicas <= num_backward <= num_sequences:
             raise ValueError(
                 f"curvature.num_backward: {num_backward}, but there are {num_sequences} calibration sequences and every replica "

@@ -28,8 +28,7 @@ def first_not_finite(worker: Worker) -> str | None:
 def weigh_gradients(worker: Worker, factor: float) -> None:
     """Multiply the sums G by a factor."""
     shard, store = worker.shard, worker.shard.factor_store
-    for name in shard.gathered:
-        key = f"{name}.G"
+    for key in (group.key_of_G(name) for group in shard.gathering for name in group.names):
         total = store.on_device(key, store.get(key).n)
         total.flat.mul_(factor)
         store.put(key, total)
@@ -90,16 +89,12 @@ def gather_curvature(
     """
     cluster.run_all(start_curvature, kind, only, experts)
     try:
-        if kind not in ("activations", "identity"):
-            both = drawn(len(sequences), num_backward or len(sequences))
-            losses = forward_and_backward(cluster, sequences, Labels(label_seed, remembers=remembers), only=both)
-        else:
-            both, losses = [], list[float]()
+        count = 0 if kind in ("activations", "identity") else num_backward or len(sequences)
+        both, losses = drawn(len(sequences), count), list[float]()
+        if both:
+            losses += forward_and_backward(cluster, sequences, Labels(label_seed, remembers=remembers), only=both)
         if rest := sorted(set(range(len(sequences))) - set(both)):
-            forward_only = (
-                remembered_losses(cluster, CALIBRATION, sequences, rest) if remembers else sequence_losses(cluster, sequences, rest)
-            )
-            losses = [*losses, *forward_only]
+            losses += remembered_losses(cluster, CALIBRATION, sequences, rest) if remembers else sequence_losses(cluster, sequences, rest)
             if both:
                 cluster.run_all(weigh_gradients, len(sequences) / len(both))
         if not all(map(math.isfinite, losses)):

@@ -20,7 +20,7 @@ from ray_surgeon.cluster.needs import Job, LinearNeeds
 from ray_surgeon.cluster.worker import LinearSummary, Worker
 from ray_surgeon.methods.extended_kfac import gather_terms
 from ray_surgeon.models.layout import LinearShape, ModelLayout
-from ray_surgeon.sections.curvature import AnyCurvature, ExtendedKfacSection, KfacSection
+from ray_surgeon.sections.curvature import AnyCurvature, ExtendedKfacSection
 from ray_surgeon.sections.targets import ScheduleSection
 from ray_surgeon.surgery.curvature import Clipping, RaisedDamping
 from ray_surgeon.surgery.linear import Linear
@@ -117,7 +117,7 @@ class Method(ABC):
         curvature = self.used_curvature
         seed = curvature.label_seed(shot, len(sequences))
         only, experts = self.gathers, self.ranks_experts
-        backward = curvature.num_backward if isinstance(curvature, KfacSection) else None
+        backward = curvature.sequences_backward
         loss = gather_curvature(
             cluster, sequences, curvature.kind, seed, num_backward=backward, only=only, experts=experts, remembers=remembers
         )
@@ -157,7 +157,7 @@ class Method(ABC):
             frozenset(needs),
             self.ranks_experts,
             passes,
-            self.curvature.num_backward if isinstance(self.curvature, KfacSection) else None,
+            None if self.curvature is None else self.curvature.sequences_backward,
             dense,
             mask_bytes=1.0 if self.by_element else 0.0,
             block_by_block=not self.has_costs,

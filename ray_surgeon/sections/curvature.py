@@ -32,6 +32,11 @@ class _Curvature(Section):
         """Return the seed of labels drawn from the model in a shot; None if the labels are the data's, or not needed."""
         return None
 
+    @property
+    def sequences_backward(self) -> int | None:
+        """How many sequences pass backward, too; None if that is not limited."""
+        return None
+
     @model_validator(mode="after")
     def _cap_above_damping(self) -> _Curvature:
         if self.max_damping < max(self.damping.a, self.damping.g):
@@ -65,6 +70,11 @@ class KfacSection(_Fisher):
         description="Calibration sequences that pass backward, too, and give G, drawn once; null: all. All give A. A pass without "
         "gradients takes less than half the time, and groups need few with them: their columns are updated by A alone",
     )
+
+    @property
+    def sequences_backward(self) -> int | None:
+        """How many sequences pass backward, too; None if that is not limited."""
+        return self.num_backward
 
 
 class ExtendedKfacSection(_Fisher):
