@@ -80,7 +80,7 @@ class Peer(Groups):
         """Remove the channels with the lowest scores and nothing else, or whole experts as ours does."""
         if self.ranks_experts:
             return super().prune(worker, counts, experts)
-        for groups in self._sets(worker):
+        for groups in self.sets(worker):
             scores = self._scores(worker, groups.consumer, torch.zeros(len(groups.columns)))
             gone, mask = scores.argsort(stable=True)[: counts[groups.consumer]], worker.mask(groups.consumer, StructuredMask)
             removed = torch.zeros_like(mask.columns)

@@ -186,12 +186,17 @@ def measure(model: nn.Module, inputs: Inputs, dense: Mapping[str, list[Tensor]])
 def specs(document: Mapping[str, Any], point: Mapping[str, Any], share: float, folder: Path) -> dict[str, JobSpec]:
     """Return the job of each of our ways at a point, from the quickstart's."""
     pruning = {"structure": "groups", "num_shots": 1, "target_sparsity": share} | dict(point)
-    ways = {"The LLM Surgeon": None, "The LLM Surgeon, corrections on divergence": document["correction"]}
-    cluster = {"backend": "local", "cpus_per_worker": 2}
-    changed = dict(document) | {"pruning": pruning, "cluster": cluster}
+    ways: dict[str, dict[str, Any]] = {"The LLM Surgeon": {"correction": None}}
+    if "allocation" not in point:
+        pruning_and_search = {"pruning": pruning | {"search": {}}}
+        ways["The LLM Surgeon, search"] = {"correction": None} | pruning_and_search
+        ways["The LLM Surgeon, search, corrections on divergence"] = pruning_and_search
+    else:
+        ways["The LLM Surgeon, corrections on divergence"] = {}
+    changed = dict(document) | {"pruning": pruning, "cluster": {"backend": "local", "cpus_per_worker": 2}}
     return {
-        way: JobSpec.model_validate(changed | {"correction": correction, "output": {"uri": str(folder / f"ours-{i}"), "exports": []}})
-        for i, (way, correction) in enumerate(ways.items())
+        way: JobSpec.model_validate(changed | options | {"output": {"uri": str(folder / f"ours-{i}"), "exports": []}})
+        for i, (way, options) in enumerate(ways.items())
     }
 
 

@@ -60,6 +60,7 @@ class Inputs:
     fingerprints: Mapping[str, Any]  # of model, tokenizer, texts and method; empty for a plan from config.json alone
     environment: Mapping[str, str]  # versions and machine, for the report
     written: Mapping[int, Wanted] = field(default_factory=dict)  # number of a calibration text -> what the dense model is to write for it
+    searched: NDArray[np.int64] = field(default_factory=lambda: _nothing(0, 0), repr=False)  # what a search measures on, as `calibration`
 
     def with_written(self, texts: Mapping[int, NDArray[np.int64]]) -> Inputs:
         """Return the inputs with what the dense model wrote for some of the calibration texts, [n, sequence_length] each."""
@@ -117,6 +118,9 @@ def job_of(spec: JobSpec, layout: ModelLayout, method: Method) -> Job:
     of_model = sum(count for text, count in spec.calibration.shares if isinstance(text, SelfSection))
     quantize = spec.output.quantize
     job = replace(job, num_written=of_model, rounds=quantize is not None and quantize.scheme == "w4a16")
+    if (search := spec.search) is not None:
+        units = {(groups.block, groups.kind) for groups in layout.group_sets if groups.consumer in job.needs}
+        job = replace(job, num_searched=search.num_sequences, num_search_passes=search.rounds * (len(units) + 1) + 1)
     if spec.correction is None:
         return job
     section, num_sequences = spec.correction, spec.calibration.num_sequences
@@ -151,7 +155,7 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
             check_quantised(layout, shrinking, spec.output.quantize)
     method = method_for(spec, layout)
     if dry_run and not source.has_weights:
-        nothing = np.broadcast_to(np.int64(0), (spec.calibration.num_sequences, spec.calibration.sequence_length))
+        nothing = _nothing(spec.calibration.num_sequences, spec.calibration.sequence_length)
         return Inputs(spec, layout, placement, method, source.pinned, nothing, {}, {}, _environment())
     with _as_input_error(f"model.source: cannot read {source.origin}"):
         shapes, model_fingerprint = source.shapes_and_fingerprint()
@@ -159,7 +163,7 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
     tokenizer, tokenizer_fingerprint = _load_tokenizer(folder, source.origin)
     if "gguf" in spec.output.exports:
         tokenizer_names(json.loads(tokenizer.backend_tokenizer.to_str()))
-    calibration, texts = _read_texts(spec, tokenizer, layout.config)
+    calibration, searched, texts = _read_texts(spec, tokenizer, layout.config)
     fingerprints: dict[str, Any] = {
         "code": ray_surgeon.__version__,
         "method": spec.method_fingerprint(),
@@ -172,7 +176,8 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
         check_tasks(spec.evaluation.tasks)
     tokens = {name: windows.tokens for name, windows in texts.items()}
     written = _to_be_written(spec, tokenizer, layout.config)
-    inputs = Inputs(spec, layout, placement, method, source.pinned, calibration.tokens, tokens, fingerprints, _environment(), written)
+    tokens_of = (calibration.tokens, tokens)
+    inputs = Inputs(spec, layout, placement, method, source.pinned, *tokens_of, fingerprints, _environment(), written, searched)
     with _as_input_error(f"output.uri: cannot use {spec.output.uri}"):
         RunDirectory(spec.output.uri).check(fingerprints, inputs.spec_yaml, resume=resume)
         if not dry_run:
@@ -249,21 +254,30 @@ def _budget(layout: ModelLayout, pruning: GroupsSection | UniformGroupsSection, 
     return bytes_budget(layout, getattr(torch, dtype).itemsize)
 
 
-def _read_texts(spec: JobSpec, tokenizer: Any, config: PretrainedConfig) -> tuple[Windows, dict[str, Windows]]:
-    length = spec.calibration.sequence_length
-    places = ["calibration", *(f"calibration.mix.{i}" for i in range(len(spec.calibration.mix)))]
-    parts = [
-        windows_of(np.zeros((count, length), dtype=np.int64))
-        if isinstance(text, SelfSection)
-        else _windows(text, count, length, tokenizer, config, place)
-        for (text, count), place in zip(spec.calibration.shares, places, strict=True)
-    ]
+def _nothing(num_sequences: int, sequence_length: int) -> NDArray[np.int64]:
+    return np.broadcast_to(np.int64(0), (num_sequences, sequence_length))
+
+
+def _read_texts(spec: JobSpec, tokenizer: Any, config: PretrainedConfig) -> tuple[Windows, NDArray[np.int64], dict[str, Windows]]:
+    """Return the calibration, what a search measures on, which lies beside it in the same texts, and the evaluation texts."""
+    section = spec.calibration
+    length, search = section.sequence_length, spec.search
+    further = [0] * len(section.shares) if search is None else section.further(search.num_sequences)
+    parts, beside = list[Windows](), list[NDArray[np.int64]]()
+    for number, ((text, count), more) in enumerate(zip(section.shares, further, strict=True)):
+        if isinstance(text, SelfSection):
+            parts.append(windows_of(np.zeros((count, length), dtype=np.int64)))
+            continue
+        where = f"calibration.mix.{number - 1}" if number else "calibration"
+        windows = _windows(text, count + more, length, tokenizer, config, where)
+        parts.append(windows_of(windows.tokens[:count]))
+        beside.append(windows.tokens[count:])
     calibration = interleaved(parts)
     texts = {
         t.name: _windows(t, t.num_sequences, t.sequence_length, tokenizer, config, f"evaluation.{i} ({t.name})")
         for i, t in enumerate(spec.evaluation.texts)
     }
-    return calibration, texts
+    return calibration, np.concatenate(beside), texts
 
 
 def _to_be_written(spec: JobSpec, tokenizer: Any, config: PretrainedConfig) -> dict[int, Wanted]:

@@ -25,6 +25,7 @@ from ray_surgeon.export.tasks import evaluate_tasks
 from ray_surgeon.inputs import Inputs
 from ray_surgeon.methods import Choice, Corrections, Groups, UniformGroupsSection
 from ray_surgeon.methods.method import predicted_increase
+from ray_surgeon.methods.search import SEARCHED, Search
 from ray_surgeon.methods.whole_experts import go_around_removed
 from ray_surgeon.run.directory import RunDirectory
 from ray_surgeon.run.events import Event, Fact, Moment, Steps
@@ -95,6 +96,7 @@ def _run_shots(inputs: Inputs, workers: Cluster, run: RunDirectory, listen: Call
     if inputs.written:
         with step("sampling") as facts:
             inputs = _with_written(workers, inputs, run.path("written.safetensors"), facts, resumed=bool(done))
+    search = Search.of(method)
     if done:
         report.dense = done[-1].record["dense"]
         workers.run_all(read_states, run.path("dense.safetensors"))
@@ -103,13 +105,15 @@ def _run_shots(inputs: Inputs, workers: Cluster, run: RunDirectory, listen: Call
             report.dense = {"perplexity": _remember(workers, inputs, facts)}
             if lowers_divergence and not method.has_costs:
                 remember(workers, CALIBRATION, inputs.calibration)
+            if search is not None:
+                remember(workers, SEARCHED, inputs.searched)
         if spec.evaluation.tasks is not None:
             with step("tasks"):
                 report.dense["tasks"] = evaluate_tasks(workers, inputs.model, spec.evaluation.tasks)
 
     for shot in range(len(done) + 1, num_shots + 1):
         step.new_shot()
-        scores, choice, record = None, Choice(None, {}), dict[str, Any]()
+        scores, choice, record, searched = None, Choice(None, {}), dict[str, Any](), dict[str, Any]()
         if method.has_costs:
             with step("curvature", shot) as facts:
                 loss, record = method.calibrate(workers, inputs.calibration, shot, remembers=lowers_divergence and shot == 1)
@@ -118,6 +122,10 @@ def _run_shots(inputs: Inputs, workers: Cluster, run: RunDirectory, listen: Call
             with step("costs", shot) as facts:
                 scores = method.score(workers, shot)
                 facts["damping_raised"] = len(scores.raised_damping)
+            if search is not None:
+                with step("search", shot) as facts:
+                    scores, searched = search.run(workers, scores, inputs.searched, shot)
+                    facts |= {"divergence_before": searched["divergences"][0], "divergence": min(searched["divergences"])}
             with step("threshold", shot) as facts:
                 choice = method.choose(workers, scores, shot)
                 facts |= choice.facts
@@ -125,7 +133,7 @@ def _run_shots(inputs: Inputs, workers: Cluster, run: RunDirectory, listen: Call
             linears = method.apply(workers, inputs.calibration, choice, shot)
             sparsity = 1 - sum(s.num_kept for s in linears) / sum(s.size for s in linears)
             facts |= {"sparsity": sparsity, "predicted_loss_increase": predicted_increase(linears)}
-            record |= method.record(workers, scores, choice, linears)
+            record |= method.record(workers, scores, choice, linears) | ({"search": searched} if search is not None else {})
         if spec.correction is not None:
             with step("correction", shot) as facts:
                 losses = Corrections(spec.correction).train(workers, inputs.calibration, shot, num_shots)

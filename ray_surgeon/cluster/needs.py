@@ -59,6 +59,8 @@ class Job:
     remembers_calibration: bool = False  # whether the dense model's states of the calibration text are kept, as those of evaluations are
     rounds: bool = False  # whether a quantised export is rounded by the calibration text
     num_written: int = 0  # calibration sequences that the dense model writes
+    num_searched: int = 0  # calibration sequences on which a search measures; 0 for no search
+    num_search_passes: int = 0  # over these, in a shot
     lora_rank: int = 0  # of corrections; 0 for none
     num_correction_sequences: int = 0  # that pass in the corrections of a shot
 
@@ -162,7 +164,7 @@ class WorkerNeeds:
     def _remembered(self, hidden_size: int) -> float:
         """Return the bytes of the dense model's hidden states, bfloat16."""
         job = self._job
-        tokens = sum(count * length for count, length in job.evaluation)
+        tokens = sum(count * length for count, length in job.evaluation) + job.num_searched * job.sequence_length
         return 2.0 * hidden_size * (tokens + job.num_sequences * job.sequence_length * job.remembers_calibration)
 
     @property
@@ -183,6 +185,8 @@ class WorkerNeeds:
             yield self._block_by_block("update", sizes)
         elif self._of_needs:
             yield self._linear_by_linear("costs", [n.costs_bytes for n in self._of_needs], [n.costs_flops for n in self._of_needs])
+            if self._job.num_searched:
+                yield self._search()
             yield self._linear_by_linear("update", [n.update_bytes for n in self._of_needs], [n.update_flops for n in self._of_needs])
         if self._job.lora_rank:
             yield self._correction()
@@ -207,8 +211,21 @@ class WorkerNeeds:
         return StepPlan("sampling", self._weights + caches + moment, self._host, flops, 0.0, *moved)
 
     def _evaluation(self) -> StepPlan:
+        return self._measuring("evaluation", self._job.evaluation)
+
+    def _search(self) -> StepPlan:
+        """Return the passes of a search, while factors stay where they are and the host keeps every consumer's other weight."""
+        job, factors = self._job, self._all_factors / self._num_replicas
+        passes = self._measuring("search", ((job.num_searched, job.sequence_length),))
+        update = self._linear_by_linear("search", [n.update_bytes for n in self._of_needs], [n.update_flops for n in self._of_needs])
+        device = max(passes.device + factors * (self._stores.factors == "device"), update.device)
+        host = update.host + self._shapes.width * sum(linear.size for linear in self._linears if linear.name in job.needs)
+        moved = [job.num_search_passes * size for size in (passes.host_bytes, passes.disk_bytes)]
+        return StepPlan("search", device, host, job.num_search_passes * passes.flops, update.float32_flops, *moved)
+
+    def _measuring(self, name: str, texts: Sequence[tuple[int, int]]) -> StepPlan:
         peak, tokens, loads = 0.0, 0, 0
-        for count, length in self._job.evaluation:
+        for count, length in texts:
             own = -(-count // self._num_replicas)
             wave = min(self._stores.wave, own)
             between = 3 + 3 * (self._num_shards > 1)
@@ -216,9 +233,7 @@ class WorkerNeeds:
             peak = max(peak, between * wave * length * self._hidden + moment)
             tokens, loads = tokens + own * length, loads + -(-own // wave)
         flops = tokens * (2 * self._active + 2 * self._head_flops)
-        return StepPlan(
-            "evaluation", self._weights + peak, self._host, flops, 0.0, *self._moved(self._stores.weights, loads * self._all_blocks)
-        )
+        return StepPlan(name, self._weights + peak, self._host, flops, 0.0, *self._moved(self._stores.weights, loads * self._all_blocks))
 
     def _passing(self, more_kept: float = 0.0) -> float:
         """Return the bytes of a pass forward and backward: what waits for its backward pass, and the moment that needs most.

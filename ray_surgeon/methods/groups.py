@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,11 @@ from ray_surgeon.surgery.groups import alive_part, group_costs, lowest, prune_gr
 from ray_surgeon.surgery.kronecker import Damping
 from ray_surgeon.surgery.linear import Part
 from ray_surgeon.surgery.masks import StructuredMask
+from ray_surgeon.surgery.structured import Removal
 from ray_surgeon.surgery.threshold import cost_curve
+
+Unit = tuple[int, str]
+"""The groups of one kind in one block."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,13 @@ class ConsumerCosts:
     allowed: frozenset[int]  # numbers of groups that may be left afterwards
     whole: float = math.inf  # what it costs to remove the expert
     block: int = 0  # its number
+    limit: float = math.inf  # per unit of the target if groups are ranked so; groups that cost more may be missing in `costs`
+    scale: float = 1.0  # what costs are multiplied with to be compared with those of other consumers; see `Search`
+
+    @property
+    def unit(self) -> Unit:
+        """What a search scales together."""
+        return self.block, self.kind
 
 
 _FAR = 4.0
@@ -64,13 +75,14 @@ NOTHING = -1.0
 class Reach:
     """How far the greedy paths are followed."""
 
-    limit: float | None = None  # largest cost, per unit of the target if groups are ranked so; None for the cost of each group on its own
+    limit: float | None = None  # largest scaled cost, see `ConsumerCosts.limit`; None for the cost of each group on its own
     needed: Mapping[str, int] | None = None  # consumer -> its groups that may be needed even if they cost more
     only: frozenset[str] | None = None  # consumers whose paths are followed anew; None for all
+    scales: Mapping[Unit, float] = field(default_factory=dict)  # those of `ConsumerCosts`; 1 if not given
 
 
 @dataclass
-class _Scored:
+class Scored:
     """What `score` leaves on a worker for `apply`: consumer -> alive part, the damping its factors needed, marginal costs."""
 
     consumers: dict[str, tuple[Part, Damping, Tensor]]
@@ -95,7 +107,7 @@ class Groups(Method):
         """Whether whole experts may be removed."""
         return "experts" in self.section.groups
 
-    def _sets(self, worker: Worker) -> list[GroupSet]:
+    def sets(self, worker: Worker) -> list[GroupSet]:
         """Return the groups of a worker that may be pruned; experts are sets of channels, whether these may be pruned singly or not."""
         kinds = {"expert_channels" if kind == "experts" else kind for kind in self.section.groups}
         return [groups for groups in worker.group_sets if groups.kind in kinds]
@@ -183,9 +195,9 @@ class Groups(Method):
         Raises:
             FloatingPointError: a factor or a cost is not usable; names the linear.
         """
-        found = _Scored({}) if reach.only is None else worker.kept(_Scored)
+        found = Scored({}) if reach.only is None else worker.kept(Scored)
         replies, raised = [], list[RaisedDamping]()
-        sets = {groups.consumer: groups for groups in self._sets(worker)}
+        sets = {groups.consumer: groups for groups in self.sets(worker)}
         whole = self._expert_costs(worker, shot)
         for name in worker.each([name for name in sets if worker.owns(name) and (reach.only is None or name in reach.only)]):
             groups, mask = sets[name], worker.mask(name, StructuredMask)
@@ -197,8 +209,9 @@ class Groups(Method):
                 continue
             linear = linear_of(worker, name, self.used_curvature)
             alive, kind = alive_part(linear, mask), groups.kind
-            curvature = linear.curvature(alive)
-            limit = None if reach.limit is None else reach.limit * (self.known_budget.size(kind) if self._per_unit else 1.0)
+            curvature, scale = linear.curvature(alive), reach.scales.get((groups.block, kind), 1.0)
+            unscaled = -math.inf if reach.limit is None else reach.limit / scale
+            limit = None if reach.limit is None else unscaled * self._unit_of(kind)
             odd = left % self.multiple(kind, shot)  # must go whatever they cost
             most = math.inf if self._uniform or limit is None or odd else _FAR * limit
             needed = max((reach.needed or {}).get(name, 0), odd)
@@ -206,7 +219,8 @@ class Groups(Method):
             found.consumers[name] = alive, curvature.used_damping, costs
             raised += curvature.raised_damping
             allowed = self._allowed(worker, groups, shot)
-            replies.append(ConsumerCosts(name, kind, costs, left, size, allowed, whole.get(name, math.inf), groups.block))
+            whole_cost = whole.get(name, math.inf)
+            replies.append(ConsumerCosts(name, kind, costs, left, size, allowed, whole_cost, groups.block, unscaled, scale))
         worker.keep(found)
         return Scores(tuple(replies), *sizes(worker), tuple(raised))
 
@@ -231,18 +245,14 @@ class Groups(Method):
             counts: consumer -> number of its groups.
             experts: consumer of each expert that goes whole -> what that costs.
         """
-        found, predicted = worker.drop(_Scored), {name: cost for name, cost in experts.items() if name in worker.masks}
+        found, predicted = worker.drop(Scored), {name: cost for name, cost in experts.items() if name in worker.masks}
         shapes = worker.layout.shapes
-        sets = [g for g in self._sets(worker) if g.consumer not in experts and shapes[g.consumer].role in self.consumers]
+        sets = [g for g in self.sets(worker) if g.consumer not in experts and shapes[g.consumer].role in self.consumers]
         for groups in sets:
             name = groups.consumer
             if name not in found.consumers:
                 continue
-            alive, damping, costs = found.consumers[name]
-            mask, linear = worker.mask(name, StructuredMask), linear_of(worker, name, self.used_curvature)
-            to_prune = torch.zeros(len(mask.columns), dtype=torch.bool)
-            to_prune[groups.columns[lowest(costs, counts[name])].flatten()] = True
-            removal, worker.masks[name] = prune_groups(linear, mask, alive, linear.curvature(alive, damping), to_prune)
+            removal, worker.masks[name] = self.removal(worker, found, groups, counts[name])
             worker.shard.set_weight(name, removal.W)
             predicted[name] = removal.predicted
         worker.shard.drop_curvature()
@@ -253,13 +263,28 @@ class Groups(Method):
             worker.remove_experts(of_block, torch.tensor([linears[-1] in experts for linears in of_block.linears]))
         return tuple(worker.summary(name, predicted.get(name, 0.0), 0.0) for name in worker.owned())
 
+    def removal(self, worker: Worker, found: Scored, groups: GroupSet, count: int) -> tuple[Removal, StructuredMask]:
+        """Return an owned consumer without its cheapest groups; see `prune_groups`.
+
+        Args:
+            worker: after `costs`.
+            found: what these left there.
+            groups: those of the consumer.
+            count: how many of them go.
+        """
+        alive, damping, costs = found.consumers[groups.consumer]
+        mask, linear = worker.mask(groups.consumer, StructuredMask), linear_of(worker, groups.consumer, self.used_curvature)
+        to_prune = torch.zeros(len(mask.columns), dtype=torch.bool)
+        to_prune[groups.columns[lowest(costs, count)].flatten()] = True
+        return prune_groups(linear, mask, alive, linear.curvature(alive, damping), to_prune)
+
     # On the coordinator
 
     def score(self, cluster: Cluster, shot: int) -> Scores[ConsumerCosts]:
         """Let every block follow its greedy path somewhat farther than single costs say, and again if that was not far enough."""
         cluster.progress.begin(unit="linears")
         once = Scores.merged(cluster.run_all(self.costs, Reach(), shot))
-        first, factor = self._allocate(once, shot), 1.25
+        first, factor = self.allocate(once, shot), 1.25
         limit = NOTHING if self._uniform else factor * max(0.0, first.threshold or 0.0)
         scores, only = once, None
         while True:
@@ -268,7 +293,7 @@ class Groups(Method):
             cluster.progress.begin(unit="linears")
             scores = _merged(scores, Scores.merged(cluster.run_all(self.costs, Reach(limit, needed, only), shot)))
             try:
-                found = self._allocate(scores, shot)
+                found = self.allocate(scores, shot)
             except OutOfReachError:
                 if math.isinf(limit):  # all paths were followed to their ends
                     raise
@@ -276,22 +301,41 @@ class Groups(Method):
                 limit = 4 * limit if factor < _FAR_ENOUGH else math.inf
                 continue
             threshold = max(0.0, found.threshold or 0.0)  # below 0 only experts go
-            short = frozenset(c.consumer for c in scores.costs if not self._is_followed(c, threshold, limit))
-            if self._uniform or not short:
+            only = self._short(scores, threshold)
+            if self._uniform or not only:
                 return scores
-            limit, only = threshold, short  # with all paths up to there the threshold is this one or lower
+            limit = threshold  # with all paths up to there the threshold is this one or lower
 
-    def _is_followed(self, costs: ConsumerCosts, threshold: float, limit: float) -> bool:
+    def rescaled(self, cluster: Cluster, scores: Scores[ConsumerCosts], scales: Mapping[Unit, float], shot: int) -> Scores[ConsumerCosts]:
+        """Return scores with other scales, for which those paths were followed on that now go farther."""
+        scores = replace(scores, costs=tuple(replace(c, scale=scales.get(c.unit, 1.0)) for c in scores.costs))
+        while True:
+            found = self.allocate(scores, shot)
+            threshold = max(0.0, found.threshold or 0.0)
+            only = self._short(scores, threshold)
+            if not only:
+                return scores
+            cluster.progress.begin(unit="linears")
+            scores = _merged(scores, Scores.merged(cluster.run_all(self.costs, Reach(threshold, found.counts, only, scales), shot)))
+
+    def _unit_of(self, kind: str) -> float:
+        """Return what costs of groups of a kind are divided by to be ranked."""
+        return self.known_budget.size(kind) if self._per_unit else 1.0
+
+    def _short(self, scores: Scores[ConsumerCosts], threshold: float) -> frozenset[str]:
+        return frozenset(c.consumer for c in scores.costs if not self._is_followed(c, threshold / c.scale))
+
+    def _is_followed(self, costs: ConsumerCosts, threshold: float) -> bool:
         """Whether a path goes on to the threshold: its limit is above, or it came that far because its groups were needed, or it ended."""
         reached = costs.costs[torch.isfinite(costs.costs)]
-        unit = self.known_budget.size(costs.kind) if self._per_unit else 1.0
         ended = len(reached) >= costs.num_left - self.fewest.get(costs.kind, 0)
-        return threshold <= limit or ended or costs.num_left == 0 or bool((reached >= threshold * unit).any())
+        return threshold <= costs.limit or ended or costs.num_left == 0 or bool((reached >= threshold * self._unit_of(costs.kind)).any())
 
-    def _allocate(self, scores: Scores[ConsumerCosts], shot: int) -> Allocation:
+    def allocate(self, scores: Scores[ConsumerCosts], shot: int) -> Allocation:
+        """Return how many groups every block loses."""
         budget, costs = self.known_budget, sorted(scores.costs, key=lambda c: c.consumer)
         groups = [
-            GroupCosts(c.consumer, c.kind, c.costs, c.num_left, c.allowed, budget.by_left[c.kind], c.whole, c.block)
+            GroupCosts(c.consumer, c.kind, c.costs * c.scale, c.num_left, c.allowed, budget.by_left[c.kind], c.whole, c.block)
             for c in costs
             if c.num_left or c.kind != "expert_channels"
         ]
@@ -302,7 +346,7 @@ class Groups(Method):
 
     def choose(self, cluster: Cluster, scores: Scores[ConsumerCosts], shot: int) -> Choice:
         """Choose how many groups every block loses."""
-        budget, allocation, costs = self.known_budget, self._allocate(scores, shot), scores.costs
+        budget, allocation, costs = self.known_budget, self.allocate(scores, shot), scores.costs
         num_kept = scores.num_kept - sum(allocation.counts.get(c.consumer, 0) * c.num_parameters for c in costs)
         need = budget.of((c.kind, c.num_left - allocation.counts.get(c.consumer, 0)) for c in costs)
         sizes_of = torch.cat([torch.full((len(c.costs),), c.num_parameters) for c in costs])

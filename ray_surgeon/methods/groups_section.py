@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from ray_surgeon.methods.whole_experts import ExpertCosts
-from ray_surgeon.sections.base import Positive
+from ray_surgeon.sections.base import Positive, Section
 from ray_surgeon.sections.curvature import AnyCurvature, ExtendedKfacSection
 from ray_surgeon.sections.targets import ScheduleSection, TargetSection
 
@@ -91,6 +91,17 @@ class _Groups(ScheduleSection):
         return self
 
 
+class SearchSection(Section):
+    """The search for how many groups every block loses; see `ray_surgeon.methods.search`."""
+
+    rounds: Positive = Field(1, description="Allocations that are tried after the first one, each with scales from the one before")
+    num_sequences: Positive = Field(
+        16,
+        description="Sequences on which the divergence from the dense model is measured: in every round once for every kind of groups of "
+        "every block that loses any, and once more. They are cut from the calibration's texts beside its own",
+    )
+
+
 class GroupsSection(_Groups):
     """Coupled groups, as many from each block as one threshold over the model says."""
 
@@ -99,6 +110,17 @@ class GroupsSection(_Groups):
         "cost_per_parameter", description="What the threshold compares: the cost of a group, or its cost per unit of the target"
     )
     remove_blocks: bool = Field(False, description="Whether the last KV group or the last channels of a block may be pruned too")
+    search: SearchSection | None = Field(
+        None,
+        description="In every shot, after the costs: undo the removals of one block after the other, scale its costs by how far the "
+        "divergence from the dense model falls, and take the threshold anew; null: no search",
+    )
+
+    @model_validator(mode="after")
+    def _searches_what_it_can_undo(self) -> GroupsSection:
+        if self.search is not None and "experts" in self.groups:
+            raise ValueError("search: does not go with whole experts, whose tokens go elsewhere; use expert_channels, or leave it out")
+        return self
 
     @property
     def fewest_groups(self) -> dict[str, int]:

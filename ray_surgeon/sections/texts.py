@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field, Tag, model_validator
@@ -125,14 +126,13 @@ class CalibrationSection(TextSection):
 
     @property
     def shares(self) -> list[tuple[SourceSection | SelfSection, int]]:
-        """Each text with its number of windows, which add up to num_sequences: exact shares rounded down, the largest rests up."""
-        weights = [self.weight, *(text.weight for text in self.mix)]
-        exact = [self.num_sequences * weight / sum(weights) for weight in weights]
-        counts = [int(share) for share in exact]
-        rests = sorted(range(len(exact)), key=lambda i: (counts[i] - exact[i], i))
-        for i in rests[: self.num_sequences - sum(counts)]:
-            counts[i] += 1
+        """Each text with its number of windows, which add up to num_sequences."""
+        counts = _split(self.num_sequences, [self.weight, *(text.weight for text in self.mix)])
         return list(zip((self, *self.mix), counts, strict=True))
+
+    def further(self, num_sequences: int) -> list[int]:
+        """Return of how many more windows each text has a share, none of what the model writes."""
+        return _split(num_sequences, [self.weight, *(0.0 if isinstance(text, SelfSection) else text.weight for text in self.mix)])
 
     @model_validator(mode="after")
     def _every_text_counts(self) -> CalibrationSection:
@@ -144,6 +144,16 @@ class CalibrationSection(TextSection):
         if not self.mix and self.weight != 1.0:
             raise ValueError("weight has no effect without mix; remove it")
         return self
+
+
+def _split(total: int, weights: Sequence[float]) -> list[int]:
+    """Return numbers in proportion to weights that add up to `total`: exact shares rounded down, the largest rests up."""
+    exact = [total * weight / sum(weights) for weight in weights]
+    counts = [int(share) for share in exact]
+    rests = sorted(range(len(exact)), key=lambda i: (counts[i] - exact[i], i))
+    for i in rests[: total - sum(counts)]:
+        counts[i] += 1
+    return counts
 
 
 class EvaluationText(TextSection):

@@ -10,10 +10,13 @@ import pytest
 
 from benchmarks.shaped_model import shaped_config
 from ray_surgeon.cluster.devices import DEVICES, Room
-from ray_surgeon.cluster.needs import Job, Shapes
+from ray_surgeon.cluster.needs import Job, Shapes, WorkerNeeds
 from ray_surgeon.cluster.placement import place
 from ray_surgeon.cluster.plan import DoesNotFitError, Plan, plan_job
 from ray_surgeon.inputs import job_of, method_for
+from ray_surgeon.memory.stores import Stores
+from ray_surgeon.methods import GroupsSection, SearchSection
+from ray_surgeon.models.build import BlockRange
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.pipeline import _bytes
 from ray_surgeon.spec import JobSpec
@@ -97,6 +100,24 @@ def test_fewer_sequences_with_gradients_take_less_of_the_curvature_pass() -> Non
     without = flops(None) - (flops(None) - flops(64)) * 2  # no sequence has a gradient
     assert flops(32) == pytest.approx(without + (flops(None) - without) / 4)
     assert 0.3 < without / flops(None) < 0.6
+
+
+def test_a_search_passes_once_for_every_kind_of_groups_and_keeps_consumers_twice() -> None:
+    spec, job = job_for("llama-3-70b", num_shards=8)
+    assert isinstance(spec.pruning, GroupsSection)
+    layout, room = layout_of("llama-3-70b"), Room(80 * GB, TB / 8, 4 * TB, device_is_host=False)
+    with_search = spec.model_copy(update={"pruning": spec.pruning.model_copy(update={"search": SearchSection(num_sequences=24, rounds=2)})})
+    job = job_of(with_search, layout, method_for(with_search, layout))
+    found = plan_job(layout, place(layout, 8, 1), job, spec.memory, room, DEVICES["h100"]).as_record()
+    passes = 2 * (2 * 80 + 1) + 1
+    assert found["flops"]["search"] == pytest.approx(passes * found["flops"]["evaluation"], rel=0.02), "as many windows, and updates"
+    without, search = (
+        WorkerNeeds(Shapes(layout, each), place(layout, 8, 1), each, Stores("device", "device"), False, 0, BlockRange(0, 10, 80))
+        for each in (dataclasses.replace(job, num_searched=0), job)
+    )
+    hosts = [{step.name: step.host for step in needs.steps()} for needs in (without, search)]
+    assert "search" not in hosts[0]
+    assert hosts[1]["search"] - hosts[0]["update"] == 2 * 10 * (28672 * 8192 + 8192 * 8192), "bfloat16"
 
 
 def test_mixtures_of_experts_from_their_configurations() -> None:

@@ -49,6 +49,15 @@ SPEC_ERRORS: list[tuple[dict[str, Any], list[str]]] = [
     ({"cluster__num_shards": 5}, ["cluster.num_shards: 5", "4 blocks", "give 1 to 4"]),
     ({"curvature__num_backward": 7}, ["num_backward: 7", "6 calibration sequences", "give 1 to 6"]),
     ({"curvature__num_backward": 1, "cluster__num_replicas": 2}, ["num_backward: 1", "every replica", "give 2 to 6"]),
+    (
+        {"pruning__structure": "groups", "pruning__groups": ["experts"], "pruning__search": {}},
+        ["search: does not go with whole experts", "use expert_channels"],
+    ),
+    ({"pruning__structure": "groups", "pruning__allocation": "uniform", "pruning__search": {}}, ["pruning.search", "correct its name"]),
+    (
+        {"pruning__structure": "groups", "pruning__width_multiple": 8, "pruning__search": {"num_sequences": 600}},
+        ["calibration", "606 sequences", "need 38760"],
+    ),
     ({"cluster__num_replicas": 7}, ["num_replicas: 7", "6 calibration sequences"]),
     ({"model__source": "/absent/model"}, ["model.source", "no folder '/absent/model'"]),
     ({"calibration__source": "/absent/text.txt"}, ["calibration", "no file /absent/text.txt"]),

@@ -1,0 +1,172 @@
+"""The search for how many coupled groups every block loses: costs are scaled by what removals really change.
+
+Inside of a linear the quadratic model's costs rank groups well. Between blocks they are off by factors of three and more, because they know
+nothing of the blocks behind, nor of what is removed there. So all removals are tried together, and those of each block are undone in
+turn: how far the divergence from the dense model falls, over what the costs say, is the scale of the block's costs. The threshold over
+scaled costs is a new allocation, and the better one is taken.
+
+Source: docs/method.md, section 8.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ray_surgeon.cluster.cluster import Cluster
+from ray_surgeon.cluster.passes import measure
+from ray_surgeon.cluster.worker import Worker, collective
+from ray_surgeon.methods.groups import ConsumerCosts, Groups, Scored, Unit
+from ray_surgeon.methods.groups_section import GroupsSection, SearchSection
+from ray_surgeon.methods.method import Method, Scores
+from ray_surgeon.surgery.allocate import Allocation
+
+SEARCHED = "(search)"
+"""Name of the text of a search among those that have dense states; no evaluation text can have it."""
+
+_FARTHEST = 20.0
+"""A scale is at most so many times the mean of all, and at least the mean over it."""
+
+_STEP = 0.7
+"""How far scales go to what was measured: the allocation that this gives has other ratios."""
+
+
+@dataclass
+class Trial:
+    """Consumers that are pruned on trial."""
+
+    others: dict[str, Tensor] = field(default_factory=dict)  # consumer -> [R, C] on the host: its weight from before, or the pruned one
+
+
+@dataclass(frozen=True)
+class Search:
+    """The search of one run."""
+
+    section: SearchSection
+    method: Groups
+
+    @staticmethod
+    def of(method: Method) -> Search | None:
+        """Return the search of a method, if it has one."""
+        if not isinstance(method, Groups) or not isinstance(method.section, GroupsSection) or method.section.search is None:
+            return None
+        return Search(method.section.search, method)
+
+    # On a worker
+
+    @collective
+    def prune(self, worker: Worker, counts: Mapping[str, int]) -> None:
+        """Take the cheapest groups of every consumer out of it, on trial.
+
+        Masks and producers stay, because zero columns take nothing from what producers give.
+        """
+        if not worker.has(Trial):
+            worker.keep(Trial())
+        others, scored, shard = worker.kept(Trial).others, worker.kept(Scored), worker.shard
+        changed = [groups for groups in self.method.sets(worker) if groups.consumer in others or counts.get(groups.consumer)]
+        for groups in changed:
+            name, count = groups.consumer, counts.get(groups.consumer, 0)
+            before = others.pop(name) if name in others else shard.weight(name).to("cpu", shard.dtype)
+            shard.set_weight(name, before.to(worker.device, torch.float32))
+            if count:
+                others[name] = before
+                if worker.owns(name):
+                    shard.set_weight(name, self.method.removal(worker, scored, groups, count)[0].W)
+        worker.share_linears(groups.consumer for groups in changed)
+
+    def turn(self, worker: Worker, unit: Unit) -> None:
+        """Undo the removals of a block, or do them again."""
+        others, shard = worker.kept(Trial).others, worker.shard
+        for name in [g.consumer for g in self.method.sets(worker) if (g.block, g.kind) == unit and g.consumer in others]:
+            other, others[name] = others[name], shard.weight(name).to("cpu", shard.dtype)
+            shard.set_weight(name, other.to(worker.device, torch.float32))
+
+    def end(self, worker: Worker) -> None:
+        """Put all weights from before back."""
+        for name, before in worker.drop(Trial).others.items():
+            worker.shard.set_weight(name, before.to(worker.device, torch.float32))
+
+    # On the coordinator
+
+    def run(
+        self, cluster: Cluster, scores: Scores[ConsumerCosts], windows: NDArray[np.int64], shot: int
+    ) -> tuple[Scores[ConsumerCosts], dict[str, Any]]:
+        """Try allocations, each with scales from the one before, and take the one of the lowest divergence.
+
+        Args:
+            cluster: after the costs.
+            scores: all of them.
+            windows: [num_sequences, sequence_length] tokens that the curvature has not seen; the dense model's states were remembered.
+            shot: its number.
+
+        Returns:
+            The scores with its scales, and for the report the divergences of all that were tried, and the scales.
+
+        Raises:
+            FloatingPointError: the loss is not a number.
+        """
+        scales, tried = dict[Unit, float](), list[tuple[float, Scores[ConsumerCosts]]]()
+        while True:
+            allocation = self.method.allocate(scores, shot)
+            cluster.run_all(self.prune, allocation.counts)
+            divergence = measure(cluster, SEARCHED, windows).divergence
+            tried.append((divergence, scores))
+            if len(tried) > self.section.rounds:
+                break
+            scales = self._scales(cluster, scores, allocation, windows, divergence, scales)
+            scores = self.method.rescaled(cluster, scores, scales, shot)
+        cluster.run_all(self.end)
+        divergences = [divergence for divergence, _ in tried]
+        _, best = tried[divergences.index(min(divergences))]
+        scale_of = {c.unit: c.scale for c in best.costs}
+        return best, {
+            "divergences": divergences,
+            "scales": [{"block": block, "kind": kind, "scale": scale} for (block, kind), scale in sorted(scale_of.items())],
+        }
+
+    def _scales(
+        self,
+        cluster: Cluster,
+        scores: Scores[ConsumerCosts],
+        allocation: Allocation,
+        windows: NDArray[np.int64],
+        divergence: float,
+        before: Mapping[Unit, float],
+    ) -> dict[Unit, float]:
+        """Return the scale of every block that loses something, from what undoing its removals says."""
+        costs = dict[Unit, float]()
+        for c in scores.costs:
+            if count := allocation.counts.get(c.consumer, 0):
+                lowest = c.costs[torch.isfinite(c.costs)].double().sort().values[:count]
+                costs[c.unit] = costs.get(c.unit, 0.0) + float(lowest.sum())
+        ratios = dict[Unit, float]()
+        for unit in sorted(unit for unit, cost in costs.items() if cost > 0):
+            cluster.run_all(self.turn, unit)
+            ratios[unit] = (divergence - measure(cluster, SEARCHED, windows).divergence) / costs[unit]
+            cluster.run_all(self.turn, unit)
+        return smoothed(ratios, before)
+
+
+def smoothed(ratios: Mapping[Unit, float], before: Mapping[Unit, float]) -> dict[Unit, float]:
+    """Return scales from ratios of measured to expected changes.
+
+    Args:
+        ratios: of every block that loses something; one that is not positive counts as the smallest that is allowed.
+        before: scales of the allocation that was measured; 1 where nothing is given.
+
+    Returns:
+        The scales of `before`, moved most of the way, in logarithms, to the ratios over their mean.
+    """
+    positive = [ratio for ratio in ratios.values() if ratio > 0]
+    if not positive:
+        return dict(before)
+    mean = math.exp(sum(map(math.log, positive)) / len(positive))
+    near = {unit: min(max(ratio / mean, 1 / _FARTHEST), _FARTHEST) for unit, ratio in ratios.items()}
+    return {**before, **{unit: before.get(unit, 1.0) ** (1 - _STEP) * ratio**_STEP for unit, ratio in near.items()}}

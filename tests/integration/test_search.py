@@ -1,0 +1,188 @@
+"""The search for how many coupled groups every block loses: what it measures, what it leaves behind, and what it changes."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from ray_surgeon.cluster.local import LocalCluster
+from ray_surgeon.cluster.passes import measure, remember
+from ray_surgeon.inputs import check
+from ray_surgeon.methods.groups import ConsumerCosts, Groups, Reach, Scored, Unit
+from ray_surgeon.methods.groups_section import GroupsSection, SearchSection, UniformGroupsSection
+from ray_surgeon.methods.method import Scores
+from ray_surgeon.methods.search import SEARCHED, Search, smoothed
+from ray_surgeon.spec import parse_spec
+from ray_surgeon.surgery.masks import StructuredMask
+from tests.integration.runs import MOST_BY_ORDER_OF_SUMS, assert_same_shot, difference, loaded, report_of, run, tensors_of_shot, tiny_spec
+
+GROUPS: dict[str, Any] = {"pruning__structure": "groups", "pruning__width_multiple": 1, "pruning__search": {"num_sequences": 3}}
+
+
+def scored(model: Path, folder: Path, num_replicas: int = 1) -> tuple[Search, LocalCluster, Scores[ConsumerCosts], NDArray[np.int64]]:
+    """Return a search and what it takes: a cluster after the costs of the first shot, these, and windows with dense states."""
+    spec = parse_spec(tiny_spec(folder, model, **GROUPS, pruning__num_shots=1).read_text())
+    inputs = check(spec)
+    search, cluster = Search.of(inputs.method), loaded(model, 2, num_replicas)
+    assert search is not None
+    remember(cluster, SEARCHED, inputs.searched)
+    inputs.method.calibrate(cluster, inputs.calibration, 1, remembers=False)
+    return search, cluster, inputs.method.score(cluster, 1), inputs.searched
+
+
+def linears_of(cluster: LocalCluster) -> dict[str, torch.Tensor]:
+    return {name: worker.shard.weight(name) for worker in cluster.workers.values() for name in worker.shard.linears}
+
+
+@pytest.mark.parametrize(("family", "num_replicas"), [("llama", 1), ("gpt2", 2), ("qwen3_moe", 1)])
+def test_scales_are_what_removals_change_over_what_they_were_to_cost(
+    family: str, num_replicas: int, model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each block by brute force: the model with everything removed but in that block, put together from pruned and dense weights."""
+    if family == "qwen3_moe":
+        monkeypatch.setitem(GROUPS, "pruning__groups", ["attention", "expert_channels"])
+    search, cluster, scores, windows = scored(model_folders[family], tmp_path, num_replicas)
+    method, dense = search.method, linears_of(cluster)
+    counts = method.allocate(scores, 1).counts
+    pruned = dict(dense)
+    for worker in cluster.workers.values():
+        for groups in method.sets(worker):
+            if worker.owns(groups.consumer):
+                pruned[groups.consumer] = method.removal(worker, worker.kept(Scored), groups, counts[groups.consumer])[0].W
+
+    def divergence(undone: Unit | None) -> float:
+        kept = {c.consumer for c in scores.costs if c.unit == undone}
+        for worker in cluster.workers.values():
+            for name in worker.shard.linears:
+                worker.shard.set_weight(name, dense[name] if name in kept else pruned[name])
+        return measure(cluster, SEARCHED, windows).divergence
+
+    expected: dict[Unit, float] = {}
+    for unit in {c.unit for c in scores.costs if counts[c.consumer]}:
+        cost = sum(float(c.costs.sort().values[: counts[c.consumer]].double().sum()) for c in scores.costs if c.unit == unit)
+        expected[unit] = (divergence(None) - divergence(unit)) / cost
+    divergence_before = divergence(None)
+    for worker in cluster.workers.values():
+        for name, W in dense.items():
+            if name in worker.shard.linears:
+                worker.shard.set_weight(name, W)
+    seen: list[dict[Unit, float]] = []
+    monkeypatch.setattr("ray_surgeon.methods.search.smoothed", lambda ratios, before: seen.append(ratios) or smoothed(ratios, before))
+    _, record = search.run(cluster, scores, windows, 1)
+    assert record["divergences"][0] == pytest.approx(divergence_before, rel=1e-5)
+    assert seen == [pytest.approx(expected, rel=1e-3)]
+    assert len(expected) > 2
+
+
+def test_the_best_allocation_is_taken_and_everything_else_is_left_as_it_was(
+    model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search, cluster, scores, windows = scored(model_folders["llama"], tmp_path, 2)
+    search = Search(SearchSection(rounds=3, num_sequences=3), search.method)
+    dense, given = linears_of(cluster), iter([5.0, 3.0, 4.0, 6.0])
+    scales: list[dict[Unit, float]] = []
+
+    def of_scores(*args: Any) -> dict[Unit, float]:
+        scales.append({c.unit: 1.5 ** (len(scales) + 1) if c.unit == (0, "ffn") else 1.0 for c in scores.costs})
+        return scales[-1]
+
+    monkeypatch.setattr("ray_surgeon.methods.search.measure", lambda *_: type("M", (), {"divergence": next(given)}))
+    monkeypatch.setattr(Search, "_scales", of_scores)
+    found, record = search.run(cluster, scores, windows, 1)
+    assert record["divergences"] == [5.0, 3.0, 4.0, 6.0]
+    assert {c.unit: c.scale for c in found.costs} == scales[0], "those of the second allocation"
+    assert {(entry["block"], entry["kind"]): entry["scale"] for entry in record["scales"]} == scales[0]
+    for worker in cluster.workers.values():
+        assert all(torch.equal(worker.shard.weight(name), dense[name]) for name in worker.shard.linears)
+        assert all(worker.mask(name, StructuredMask).num_kept == worker.mask(name, StructuredMask).num_parameters for name in worker.masks)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_paths_are_followed_as_far_as_scales_call_for(seed: int, model_folders: dict[str, Path], tmp_path: Path) -> None:
+    """With any scales the allocation is that of paths which were followed to their ends."""
+    search, cluster, scores, _ = scored(model_folders["llama"], tmp_path)
+    generator, method = np.random.default_rng(seed), search.method
+    scales = {unit: float(np.exp(generator.normal() * 2)) for unit in sorted({c.unit for c in scores.costs})}
+    found = method.rescaled(cluster, scores, scales, 1)
+    whole = Scores.merged(cluster.run_all(method.costs, Reach(math.inf, scales=scales), 1))
+    assert {c.consumer: c.scale for c in found.costs} == {c.consumer: scales[c.unit] for c in whole.costs}
+    assert method.allocate(found, 1).counts == method.allocate(whole, 1).counts
+    assert method.allocate(found, 1).counts != method.allocate(scores, 1).counts
+
+
+def test_smoothed_scales() -> None:
+    a, b, c = (0, "ffn"), (1, "ffn"), (2, "attention")
+    assert smoothed({a: 4.0, b: 1.0}, {}) == pytest.approx({a: 2.0**0.7, b: 0.5**0.7}), "over their mean, which is 2"
+    assert smoothed({a: 4.0, b: 1.0}, {a: 8.0, c: 3.0}) == pytest.approx({a: 8.0**0.3 * 2.0**0.7, b: 0.5**0.7, c: 3.0})
+    assert smoothed({a: 1.0, b: -1.0}, {}) == pytest.approx({a: 1.0, b: 0.05**0.7}), "the smallest that is allowed"
+    assert smoothed({a: -1.0}, {b: 2.0}) == {b: 2.0}
+
+
+@pytest.mark.parametrize("shots", [1, 2])
+def test_a_search_in_a_run(shots: int, model_folders: dict[str, Path], tmp_path: Path) -> None:
+    """Shards and stores change nothing and replicas little; a run that goes on ends the same; the masks are the better allocation's."""
+    options = {**GROUPS, "pruning__num_shots": shots}
+    on_disk = {"memory__weights": "disk", "memory__factors": "disk", "memory__wave": 2}
+    ways: dict[str, dict[str, Any]] = {"shards": {"cluster__num_shards": 3}, "replicas": {"cluster__num_replicas": 2}, "disk": on_disk}
+    for name, others in ({"one": {}} | ways).items():
+        assert run(tmp_path / name, model_folders["llama"], **options, **others) == 0
+    assert_same_shot(tmp_path / "one/run", tmp_path / "shards/run", shots)
+    assert_same_shot(tmp_path / "one/run", tmp_path / "disk/run", shots)
+    assert difference(tmp_path / "one/run", tmp_path / "replicas/run", shots) < MOST_BY_ORDER_OF_SUMS
+    report = report_of(tmp_path / "one/run")
+    for shot in report["shots"]:
+        assert len(shot["search"]["divergences"]) == 2
+        assert shot["seconds"]["search"] > 0
+    if shots == 2:
+        shutil.rmtree(tmp_path / "shards/run/shots/0002")
+        assert run(tmp_path / "shards", model_folders["llama"], "--resume", **options, cluster__num_shards=3) == 0
+        assert_same_shot(tmp_path / "one/run", tmp_path / "shards/run", 2)
+
+
+def test_a_search_that_finds_something_changes_the_masks(
+    model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scales that make one layer dear keep its channels."""
+
+    def dear(self: Search, cluster: Any, scores: Scores[ConsumerCosts], *_: Any) -> dict[Unit, float]:
+        return {c.unit: 1e6 if c.unit == (1, "ffn") else 1.0 for c in scores.costs}
+
+    monkeypatch.setattr(Search, "_scales", dear)
+    given = iter([2.0, 1.0])
+    monkeypatch.setattr("ray_surgeon.methods.search.measure", lambda *_: type("M", (), {"divergence": next(given)}))
+    assert run(tmp_path, model_folders["llama"], **GROUPS, pruning__num_shots=1) == 0
+    tensors = tensors_of_shot(tmp_path / "run", 1)
+    assert tensors["model.layers.1.mlp.down_proj.columns"].all()
+    assert not tensors["model.layers.0.mlp.down_proj.columns"].all()
+
+
+def test_windows_of_a_search_lie_beside_those_of_the_calibration(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    """In every text but the model's own, and the calibration is the same as without a search."""
+    mix = [{"source": "self"}, {"source": "python-docstrings", "max_tokens": 4000}]
+    inputs = []
+    for search in ({"num_sequences": 5}, None):
+        options = {**GROUPS, "pruning__search": search, "calibration__mix": mix, "calibration__stride": None}
+        inputs.append(check(parse_spec(tiny_spec(tmp_path, model_folders["llama"], **options).read_text()), dry_run=True))
+    with_search, without = inputs
+    assert np.array_equal(with_search.calibration, without.calibration)
+    assert (with_search.searched.shape, len(without.searched)) == ((5, 40), 0)
+    rows = {tuple(row) for row in (*with_search.calibration, *with_search.searched)}
+    assert len(rows) == 4 + 5 + 1, "all different, and two that are still to be written"
+
+
+def test_a_method_has_a_search_if_its_section_says_so() -> None:
+    plain = {"structure": "groups", "target_sparsity": 0.2}
+    for section, searches in (
+        (GroupsSection(**plain, search=SearchSection()), True),
+        (GroupsSection(**plain), False),
+        (UniformGroupsSection(**plain, allocation="uniform"), False),
+    ):
+        found = Search.of(Groups(section, None, None, {}, frozenset()))
+        assert (found is not None) == searches
