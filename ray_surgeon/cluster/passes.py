@@ -326,13 +326,20 @@ def measure(cluster: Cluster, text: str, windows: NDArray[np.int64]) -> Measured
     Raises:
         FloatingPointError: the loss is not a number.
     """
+    losses, divergences = (sum(values) / _num_predicted(windows) for values in zip(*_compared(cluster, text, windows), strict=True))
+    return Measured(perplexity_of(losses), divergences)
 
+
+def divergences_of(cluster: Cluster, text: str, windows: NDArray[np.int64]) -> list[float]:
+    """Return the divergence from the dense model of every window, in nats per predicted token; see `measure`."""
+    return [divergence / (windows.shape[1] - 1) for _, divergence in _compared(cluster, text, windows)]
+
+
+def _compared(cluster: Cluster, text: str, windows: NDArray[np.int64]) -> list[tuple[float, float]]:
     def at_the_end(last: WorkerIndex, moving: Any, numbers: list[int]) -> list[tuple[float, float]]:
         return cluster.submit(last, infer_loss_and_divergence, moving, token_payload(windows[numbers]), text, numbers)
 
-    found = _each_wave(cluster, windows, at_the_end)
-    losses, divergences = (sum(values) / _num_predicted(windows) for values in zip(*found, strict=True))
-    return Measured(perplexity_of(losses), divergences)
+    return _each_wave(cluster, windows, at_the_end)
 
 
 def _num_predicted(windows: NDArray[np.int64]) -> int:

@@ -95,8 +95,9 @@ class SearchSection(Section):
     """The search for how many groups every block loses; see `ray_surgeon.methods.search`."""
 
     rounds: Positive = Field(1, description="Allocations that are tried after the first one, each with scales from the one before")
-    num_sequences: Positive = Field(
+    num_sequences: int = Field(
         16,
+        ge=2,
         description="Sequences on which the divergence from the dense model is measured: in every round once for every kind of groups of "
         "every block that loses any, and once more. They are cut from the calibration's texts beside its own",
     )

@@ -10,8 +10,7 @@ Source: docs/method.md, section 8.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,21 +20,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ray_surgeon.cluster.cluster import Cluster
-from ray_surgeon.cluster.passes import measure
+from ray_surgeon.cluster.passes import divergences_of
 from ray_surgeon.cluster.worker import Worker, collective
 from ray_surgeon.methods.groups import ConsumerCosts, Groups, Scored, Unit
 from ray_surgeon.methods.groups_section import GroupsSection, SearchSection
 from ray_surgeon.methods.method import Method, Scores
 from ray_surgeon.surgery.allocate import Allocation
+from ray_surgeon.surgery.scales import next_scales, shrunk_ratios
 
 SEARCHED = "(search)"
 """Name of the text of a search among those that have dense states; no evaluation text can have it."""
-
-_FARTHEST = 20.0
-"""A scale is at most so many times the mean of all, and at least the mean over it."""
-
-_STEP = 0.7
-"""How far scales go to what was measured: the allocation that this gives has other ratios."""
 
 
 @dataclass
@@ -116,18 +110,17 @@ class Search:
         while True:
             allocation = self.method.allocate(scores, shot)
             cluster.run_all(self.prune, allocation.counts)
-            divergence = measure(cluster, SEARCHED, windows).divergence
-            tried.append((divergence, scores))
+            divergences = divergences_of(cluster, SEARCHED, windows)
+            tried.append((sum(divergences) / len(divergences), scores))
             if len(tried) > self.section.rounds:
                 break
-            scales = self._scales(cluster, scores, allocation, windows, divergence, scales)
+            scales = self._scales(cluster, scores, allocation, windows, divergences, scales)
             scores = self.method.rescaled(cluster, scores, scales, shot)
         cluster.run_all(self.end)
-        divergences = [divergence for divergence, _ in tried]
-        _, best = tried[divergences.index(min(divergences))]
+        _, best = min(tried, key=lambda each: each[0])
         scale_of = {c.unit: c.scale for c in best.costs}
         return best, {
-            "divergences": divergences,
+            "divergences": [divergence for divergence, _ in tried],
             "scales": [{"block": block, "kind": kind, "scale": scale} for (block, kind), scale in sorted(scale_of.items())],
         }
 
@@ -137,36 +130,23 @@ class Search:
         scores: Scores[ConsumerCosts],
         allocation: Allocation,
         windows: NDArray[np.int64],
-        divergence: float,
+        divergences: Sequence[float],
         before: Mapping[Unit, float],
     ) -> dict[Unit, float]:
-        """Return the scale of every block that loses something, from what undoing its removals says."""
+        """Return the scales for another allocation: undo the removals of every block of this one in turn."""
         costs = dict[Unit, float]()
         for c in scores.costs:
             if count := allocation.counts.get(c.consumer, 0):
                 lowest = c.costs[torch.isfinite(c.costs)].double().sort().values[:count]
                 costs[c.unit] = costs.get(c.unit, 0.0) + float(lowest.sum())
-        ratios = dict[Unit, float]()
-        for unit in sorted(unit for unit, cost in costs.items() if cost > 0):
+        units = sorted(unit for unit, cost in costs.items() if cost > 0)
+        if not units:
+            return dict(before)
+        changes, all_gone = list[Tensor](), torch.tensor(divergences, dtype=torch.float64)
+        for unit in units:
             cluster.run_all(self.turn, unit)
-            ratios[unit] = (divergence - measure(cluster, SEARCHED, windows).divergence) / costs[unit]
+            changes.append(all_gone - torch.tensor(divergences_of(cluster, SEARCHED, windows), dtype=torch.float64))
             cluster.run_all(self.turn, unit)
-        return smoothed(ratios, before)
-
-
-def smoothed(ratios: Mapping[Unit, float], before: Mapping[Unit, float]) -> dict[Unit, float]:
-    """Return scales from ratios of measured to expected changes.
-
-    Args:
-        ratios: of every block that loses something; one that is not positive counts as the smallest that is allowed.
-        before: scales of the allocation that was measured; 1 where nothing is given.
-
-    Returns:
-        The scales of `before`, moved most of the way, in logarithms, to the ratios over their mean.
-    """
-    positive = [ratio for ratio in ratios.values() if ratio > 0]
-    if not positive:
-        return dict(before)
-    mean = math.exp(sum(map(math.log, positive)) / len(positive))
-    near = {unit: min(max(ratio / mean, 1 / _FARTHEST), _FARTHEST) for unit, ratio in ratios.items()}
-    return {**before, **{unit: before.get(unit, 1.0) ** (1 - _STEP) * ratio**_STEP for unit, ratio in near.items()}}
+        ratios = shrunk_ratios(torch.stack(changes), torch.tensor([costs[unit] for unit in units], dtype=torch.float64))
+        scales = next_scales(torch.tensor([before.get(unit, 1.0) for unit in units], dtype=torch.float64), ratios)
+        return {**before, **dict(zip(units, scales.tolist(), strict=True))}

@@ -13,14 +13,15 @@ import torch
 from numpy.typing import NDArray
 
 from ray_surgeon.cluster.local import LocalCluster
-from ray_surgeon.cluster.passes import measure, remember
+from ray_surgeon.cluster.passes import divergences_of, remember
 from ray_surgeon.inputs import check
 from ray_surgeon.methods.groups import ConsumerCosts, Groups, Reach, Scored, Unit
 from ray_surgeon.methods.groups_section import GroupsSection, SearchSection, UniformGroupsSection
 from ray_surgeon.methods.method import Scores
-from ray_surgeon.methods.search import SEARCHED, Search, smoothed
+from ray_surgeon.methods.search import SEARCHED, Search
 from ray_surgeon.spec import parse_spec
 from ray_surgeon.surgery.masks import StructuredMask
+from ray_surgeon.surgery.scales import shrunk_ratios
 from tests.integration.runs import MOST_BY_ORDER_OF_SUMS, assert_same_shot, difference, loaded, report_of, run, tensors_of_shot, tiny_spec
 
 GROUPS: dict[str, Any] = {"pruning__structure": "groups", "pruning__width_multiple": 1, "pruning__search": {"num_sequences": 3}}
@@ -57,28 +58,34 @@ def test_scales_are_what_removals_change_over_what_they_were_to_cost(
             if worker.owns(groups.consumer):
                 pruned[groups.consumer] = method.removal(worker, worker.kept(Scored), groups, counts[groups.consumer])[0].W
 
-    def divergence(undone: Unit | None) -> float:
+    def divergence(undone: Unit | None) -> torch.Tensor:
         kept = {c.consumer for c in scores.costs if c.unit == undone}
         for worker in cluster.workers.values():
             for name in worker.shard.linears:
                 worker.shard.set_weight(name, dense[name] if name in kept else pruned[name])
-        return measure(cluster, SEARCHED, windows).divergence
+        return torch.tensor(divergences_of(cluster, SEARCHED, windows))
 
-    expected: dict[Unit, float] = {}
-    for unit in {c.unit for c in scores.costs if counts[c.consumer]}:
-        cost = sum(float(c.costs.sort().values[: counts[c.consumer]].double().sum()) for c in scores.costs if c.unit == unit)
-        expected[unit] = (divergence(None) - divergence(unit)) / cost
-    divergence_before = divergence(None)
+    units = sorted({c.unit for c in scores.costs if counts[c.consumer]})
+    changes = torch.stack([divergence(None) - divergence(unit) for unit in units])
+    costs = [sum(float(c.costs.sort().values[: counts[c.consumer]].double().sum()) for c in scores.costs if c.unit == u) for u in units]
+    divergence_before = float(divergence(None).mean())
     for worker in cluster.workers.values():
         for name, W in dense.items():
             if name in worker.shard.linears:
                 worker.shard.set_weight(name, W)
-    seen: list[dict[Unit, float]] = []
-    monkeypatch.setattr("ray_surgeon.methods.search.smoothed", lambda ratios, before: seen.append(ratios) or smoothed(ratios, before))
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def noting(*given: torch.Tensor) -> torch.Tensor:
+        seen.append((given[0], given[1]))
+        return shrunk_ratios(*given)
+
+    monkeypatch.setattr("ray_surgeon.methods.search.shrunk_ratios", noting)
     _, record = search.run(cluster, scores, windows, 1)
+    ((found_changes, found_costs),) = seen
     assert record["divergences"][0] == pytest.approx(divergence_before, rel=1e-5)
-    assert seen == [pytest.approx(expected, rel=1e-3)]
-    assert len(expected) > 2
+    torch.testing.assert_close(found_changes, changes.double(), rtol=1e-3, atol=1e-6)
+    assert found_costs.tolist() == pytest.approx(costs)
+    assert len(units) > 2
 
 
 def test_the_best_allocation_is_taken_and_everything_else_is_left_as_it_was(
@@ -93,7 +100,7 @@ def test_the_best_allocation_is_taken_and_everything_else_is_left_as_it_was(
         scales.append({c.unit: 1.5 ** (len(scales) + 1) if c.unit == (0, "ffn") else 1.0 for c in scores.costs})
         return scales[-1]
 
-    monkeypatch.setattr("ray_surgeon.methods.search.measure", lambda *_: type("M", (), {"divergence": next(given)}))
+    monkeypatch.setattr("ray_surgeon.methods.search.divergences_of", lambda *_: [next(given)])
     monkeypatch.setattr(Search, "_scales", of_scores)
     found, record = search.run(cluster, scores, windows, 1)
     assert record["divergences"] == [5.0, 3.0, 4.0, 6.0]
@@ -115,14 +122,6 @@ def test_paths_are_followed_as_far_as_scales_call_for(seed: int, model_folders: 
     assert {c.consumer: c.scale for c in found.costs} == {c.consumer: scales[c.unit] for c in whole.costs}
     assert method.allocate(found, 1).counts == method.allocate(whole, 1).counts
     assert method.allocate(found, 1).counts != method.allocate(scores, 1).counts
-
-
-def test_smoothed_scales() -> None:
-    a, b, c = (0, "ffn"), (1, "ffn"), (2, "attention")
-    assert smoothed({a: 4.0, b: 1.0}, {}) == pytest.approx({a: 2.0**0.7, b: 0.5**0.7}), "over their mean, which is 2"
-    assert smoothed({a: 4.0, b: 1.0}, {a: 8.0, c: 3.0}) == pytest.approx({a: 8.0**0.3 * 2.0**0.7, b: 0.5**0.7, c: 3.0})
-    assert smoothed({a: 1.0, b: -1.0}, {}) == pytest.approx({a: 1.0, b: 0.05**0.7}), "the smallest that is allowed"
-    assert smoothed({a: -1.0}, {b: 2.0}) == {b: 2.0}
 
 
 @pytest.mark.parametrize("shots", [1, 2])
@@ -156,7 +155,7 @@ def test_a_search_that_finds_something_changes_the_masks(
 
     monkeypatch.setattr(Search, "_scales", dear)
     given = iter([2.0, 1.0])
-    monkeypatch.setattr("ray_surgeon.methods.search.measure", lambda *_: type("M", (), {"divergence": next(given)}))
+    monkeypatch.setattr("ray_surgeon.methods.search.divergences_of", lambda *_: [next(given)])
     assert run(tmp_path, model_folders["llama"], **GROUPS, pruning__num_shots=1) == 0
     tensors = tensors_of_shot(tmp_path / "run", 1)
     assert tensors["model.layers.1.mlp.down_proj.columns"].all()
