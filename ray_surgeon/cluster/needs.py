@@ -218,7 +218,7 @@ class WorkerNeeds:
         job, factors = self._job, self._all_factors / self._num_replicas
         passes = self._measuring("search", ((job.num_searched, job.sequence_length),))
         update = self._linear_by_linear("search", [n.update_bytes for n in self._of_needs], [n.update_flops for n in self._of_needs])
-        device = max(passes.device + factors * (self._stores.factors == "device"), update.device)
+        device = max(passes.device + factors * (self._stores.factors == "device") + _HEAP_BYTES, update.device)
         host = update.host + self._shapes.width * sum(linear.size for linear in self._linears if linear.name in job.needs)
         moved = [job.num_search_passes * size for size in (passes.host_bytes, passes.disk_bytes)]
         return StepPlan("search", device, host, job.num_search_passes * passes.flops, update.float32_flops, *moved)

@@ -61,18 +61,14 @@ class Search:
 
         Masks and producers stay, because zero columns take nothing from what producers give.
         """
-        if not worker.has(Trial):
-            worker.keep(Trial())
-        others, scored, shard = worker.kept(Trial).others, worker.kept(Scored), worker.shard
-        changed = [groups for groups in self.method.sets(worker) if groups.consumer in others or counts.get(groups.consumer)]
+        trial, scored, shard = Trial(), worker.kept(Scored), worker.shard
+        changed = [groups for groups in self.method.sets(worker) if counts.get(groups.consumer)]
         for groups in changed:
-            name, count = groups.consumer, counts.get(groups.consumer, 0)
-            before = others.pop(name) if name in others else shard.weight(name).to("cpu", shard.dtype)
-            shard.set_weight(name, before.to(worker.device, torch.float32))
-            if count:
-                others[name] = before
-                if worker.owns(name):
-                    shard.set_weight(name, self.method.removal(worker, scored, groups, count)[0].W)
+            name = groups.consumer
+            trial.others[name] = shard.weight(name).to("cpu", shard.dtype)
+            if worker.owns(name):
+                shard.set_weight(name, self.method.removal(worker, scored, groups, counts[name])[0].W)
+        worker.keep(trial)
         worker.share_linears(groups.consumer for groups in changed)
 
     def turn(self, worker: Worker, unit: Unit) -> None:
@@ -107,16 +103,16 @@ class Search:
             FloatingPointError: the loss is not a number.
         """
         scales, tried = dict[Unit, float](), list[tuple[float, Scores[ConsumerCosts]]]()
-        while True:
+        for number in range(self.section.rounds + 1):
+            if number:
+                scores = self.method.rescaled(cluster, scores, scales, shot)
             allocation = self.method.allocate(scores, shot)
             cluster.run_all(self.prune, allocation.counts)
             divergences = divergences_of(cluster, SEARCHED, windows)
             tried.append((sum(divergences) / len(divergences), scores))
-            if len(tried) > self.section.rounds:
-                break
-            scales = self._scales(cluster, scores, allocation, windows, divergences, scales)
-            scores = self.method.rescaled(cluster, scores, scales, shot)
-        cluster.run_all(self.end)
+            if number < self.section.rounds:
+                scales = self._scales(cluster, scores, allocation, windows, divergences, scales)
+            cluster.run_all(self.end)
         _, best = min(tried, key=lambda each: each[0])
         scale_of = {c.unit: c.scale for c in best.costs}
         return best, {

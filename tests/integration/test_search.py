@@ -102,7 +102,15 @@ def test_the_best_allocation_is_taken_and_everything_else_is_left_as_it_was(
 
     monkeypatch.setattr("ray_surgeon.methods.search.divergences_of", lambda *_: [next(given)])
     monkeypatch.setattr(Search, "_scales", of_scores)
+    rescaled, followed = Groups.rescaled, list[bool]()
+
+    def following(self: Groups, cluster: LocalCluster, *others: Any) -> Scores[ConsumerCosts]:
+        followed.append(all(torch.equal(W, dense[name]) for name, W in linears_of(cluster).items()))
+        return rescaled(self, cluster, *others)
+
+    monkeypatch.setattr(Groups, "rescaled", following)
     found, record = search.run(cluster, scores, windows, 1)
+    assert followed == [True] * 3, "paths begin with the weights from before"
     assert record["divergences"] == [5.0, 3.0, 4.0, 6.0]
     assert {c.unit: c.scale for c in found.costs} == scales[0], "those of the second allocation"
     assert {(entry["block"], entry["kind"]): entry["scale"] for entry in record["scales"]} == scales[0]
