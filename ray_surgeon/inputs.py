@@ -27,6 +27,7 @@ from ray_surgeon.export.for_engines import Shrinking, check_quantised
 from ray_surgeon.export.kinds import check_export
 from ray_surgeon.export.tasks import check_tasks
 from ray_surgeon.methods import METHODS, Groups, GroupsSection, Method, UniformGroupsSection
+from ray_surgeon.methods.search import Search
 from ray_surgeon.models.budgets import Budget, bytes_budget, fewest_left, flops_budget, linears_budget, parameters_budget
 from ray_surgeon.models.checkpoint import check_checkpoint
 from ray_surgeon.models.families import check_family, check_not_quantised, check_sizes
@@ -118,9 +119,10 @@ def job_of(spec: JobSpec, layout: ModelLayout, method: Method) -> Job:
     of_model = sum(count for text, count in spec.calibration.shares if isinstance(text, SelfSection))
     quantize = spec.output.quantize
     job = replace(job, num_written=of_model, rounds=quantize is not None and quantize.scheme == "w4a16")
-    if (search := spec.search) is not None:
+    if (search := Search.of(method)) is not None:
         units = {(groups.block, groups.kind) for groups in layout.group_sets if groups.consumer in job.needs}
-        job = replace(job, num_searched=search.num_sequences, num_search_passes=search.rounds * (len(units) + 1) + 1)
+        rounds = search.section.rounds
+        job = replace(job, num_searched=search.section.num_sequences, num_trials=rounds + 1, num_undone=rounds * len(units))
     if spec.correction is None:
         return job
     section, num_sequences = spec.correction, spec.calibration.num_sequences
@@ -163,7 +165,9 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
     tokenizer, tokenizer_fingerprint = _load_tokenizer(folder, source.origin)
     if "gguf" in spec.output.exports:
         tokenizer_names(json.loads(tokenizer.backend_tokenizer.to_str()))
-    calibration, searched, texts = _read_texts(spec, tokenizer, layout.config)
+    search = Search.of(method)
+    num_searched = 0 if search is None else search.section.num_sequences
+    calibration, searched, texts = _read_texts(spec, num_searched, tokenizer, layout.config)
     fingerprints: dict[str, Any] = {
         "code": ray_surgeon.__version__,
         "method": spec.method_fingerprint(),
@@ -172,12 +176,14 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
         "calibration": calibration.fingerprint,
         "evaluation": {name: windows.fingerprint for name, windows in texts.items()},
     }
+    if search is not None:
+        fingerprints["search"] = searched.fingerprint
     if spec.evaluation.tasks is not None:
         check_tasks(spec.evaluation.tasks)
     tokens = {name: windows.tokens for name, windows in texts.items()}
     written = _to_be_written(spec, tokenizer, layout.config)
     tokens_of = (calibration.tokens, tokens)
-    inputs = Inputs(spec, layout, placement, method, source.pinned, *tokens_of, fingerprints, _environment(), written, searched)
+    inputs = Inputs(spec, layout, placement, method, source.pinned, *tokens_of, fingerprints, _environment(), written, searched.tokens)
     with _as_input_error(f"output.uri: cannot use {spec.output.uri}"):
         RunDirectory(spec.output.uri).check(fingerprints, inputs.spec_yaml, resume=resume)
         if not dry_run:
@@ -258,26 +264,26 @@ def _nothing(num_sequences: int, sequence_length: int) -> NDArray[np.int64]:
     return np.broadcast_to(np.int64(0), (num_sequences, sequence_length))
 
 
-def _read_texts(spec: JobSpec, tokenizer: Any, config: PretrainedConfig) -> tuple[Windows, NDArray[np.int64], dict[str, Windows]]:
+def _read_texts(spec: JobSpec, num_searched: int, tokenizer: Any, config: PretrainedConfig) -> tuple[Windows, Windows, dict[str, Windows]]:
     """Return the calibration, what a search measures on, which lies beside it in the same texts, and the evaluation texts."""
     section = spec.calibration
-    length, search = section.sequence_length, spec.search
-    further = [0] * len(section.shares) if search is None else section.further(search.num_sequences)
+    length, further = section.sequence_length, section.further(num_searched)
     parts, beside = list[Windows](), list[NDArray[np.int64]]()
     for number, ((text, count), more) in enumerate(zip(section.shares, further, strict=True)):
         if isinstance(text, SelfSection):
             parts.append(windows_of(np.zeros((count, length), dtype=np.int64)))
             continue
+        overlapping = (length - 1) // text.stride if text.stride and more else 0  # windows that begin in the calibration's last one
         where = f"calibration.mix.{number - 1}" if number else "calibration"
-        windows = _windows(text, count + more, length, tokenizer, config, where)
+        windows = _windows(text, count + overlapping + more, length, tokenizer, config, where)
         parts.append(windows_of(windows.tokens[:count]))
-        beside.append(windows.tokens[count:])
+        beside.append(windows.tokens[count + overlapping :])
     calibration = interleaved(parts)
     texts = {
         t.name: _windows(t, t.num_sequences, t.sequence_length, tokenizer, config, f"evaluation.{i} ({t.name})")
         for i, t in enumerate(spec.evaluation.texts)
     }
-    return calibration, np.concatenate(beside), texts
+    return calibration, windows_of(np.concatenate(beside)), texts
 
 
 def _to_be_written(spec: JobSpec, tokenizer: Any, config: PretrainedConfig) -> dict[int, Wanted]:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, model_validator
 
-from ray_surgeon.methods import CorrectionSection, GroupsSection, PruningSection, SearchSection, UniformGroupsSection
+from ray_surgeon.methods import CorrectionSection, GroupsSection, PruningSection, UniformGroupsSection
 from ray_surgeon.sections.base import Section
 from ray_surgeon.sections.cluster import ClusterSection, RaySection
 from ray_surgeon.sections.curvature import CurvatureSection, KfacSection
@@ -120,11 +120,6 @@ class JobSpec(Section):
         if self.evaluation.tasks is not None and not set(self.output.exports) - {"gguf"}:
             raise ValueError("evaluation.tasks: are of exports for transformers, and output.exports has none; add one, or remove tasks")
         return self
-
-    @property
-    def search(self) -> SearchSection | None:
-        """The search for an allocation, if there is one."""
-        return self.pruning.search if isinstance(self.pruning, GroupsSection) else None
 
     def method_fingerprint(self) -> str:
         """Return a SHA-256 over everything that determines the result: not the name, the cluster, the texts evaluated or the output.

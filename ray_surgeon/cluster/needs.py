@@ -59,8 +59,9 @@ class Job:
     remembers_calibration: bool = False  # whether the dense model's states of the calibration text are kept, as those of evaluations are
     rounds: bool = False  # whether a quantised export is rounded by the calibration text
     num_written: int = 0  # calibration sequences that the dense model writes
-    num_searched: int = 0  # calibration sequences on which a search measures; 0 for no search
-    num_search_passes: int = 0  # over these, in a shot
+    num_searched: int = 0  # sequences on which a search measures; 0 for no search
+    num_trials: int = 0  # of allocations in a search
+    num_undone: int = 0  # measurements with removals undone, of one kind of groups in one block each, in all of them
     lora_rank: int = 0  # of corrections; 0 for none
     num_correction_sequences: int = 0  # that pass in the corrections of a shot
 
@@ -220,8 +221,12 @@ class WorkerNeeds:
         update = self._linear_by_linear("search", [n.update_bytes for n in self._of_needs], [n.update_flops for n in self._of_needs])
         device = max(passes.device + factors * (self._stores.factors == "device") + _HEAP_BYTES, update.device)
         host = update.host + self._shapes.width * sum(linear.size for linear in self._linears if linear.name in job.needs)
-        moved = [job.num_search_passes * size for size in (passes.host_bytes, passes.disk_bytes)]
-        return StepPlan("search", device, host, job.num_search_passes * passes.flops, update.float32_flops, *moved)
+        num_passes = job.num_trials + job.num_undone
+        moved = [
+            num_passes * of_pass + job.num_trials * of_update
+            for of_pass, of_update in ((passes.host_bytes, update.host_bytes), (passes.disk_bytes, update.disk_bytes))
+        ]
+        return StepPlan("search", device, host, num_passes * passes.flops, job.num_trials * update.float32_flops, *moved)
 
     def _measuring(self, name: str, texts: Sequence[tuple[int, int]]) -> StepPlan:
         peak, tokens, loads = 0.0, 0, 0

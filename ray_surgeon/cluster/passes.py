@@ -331,8 +331,15 @@ def measure(cluster: Cluster, text: str, windows: NDArray[np.int64]) -> Measured
 
 
 def divergences_of(cluster: Cluster, text: str, windows: NDArray[np.int64]) -> list[float]:
-    """Return the divergence from the dense model of every window, in nats per predicted token; see `measure`."""
-    return [divergence / (windows.shape[1] - 1) for _, divergence in _compared(cluster, text, windows)]
+    """Return the divergence from the dense model of every window of a text that was remembered, in nats per predicted token.
+
+    Raises:
+        FloatingPointError: one is not a number.
+    """
+    found = [divergence / (windows.shape[1] - 1) for _, divergence in _compared(cluster, text, windows)]
+    if not all(map(math.isfinite, found)):
+        raise FloatingPointError(f"the divergence from the dense model on {text} is not finite; check the weights and the dtype")
+    return found
 
 
 def _compared(cluster: Cluster, text: str, windows: NDArray[np.int64]) -> list[tuple[float, float]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from torch import Tensor
 from ray_surgeon.cluster.cluster import Cluster
 from ray_surgeon.cluster.needs import LinearNeeds
 from ray_surgeon.cluster.worker import LinearSummary, Worker, collective, sizes
+from ray_surgeon.methods.consumer_costs import ConsumerCosts, Reach, Unit
 from ray_surgeon.methods.groups_section import GroupsSection, UniformGroupsSection
 from ray_surgeon.methods.method import Choice, Method, Scores, in_order, linear_of
 from ray_surgeon.methods.whole_experts import whole_expert_costs
@@ -36,31 +37,6 @@ from ray_surgeon.surgery.masks import StructuredMask
 from ray_surgeon.surgery.structured import Removal
 from ray_surgeon.surgery.threshold import cost_curve
 
-Unit = tuple[int, str]
-"""The groups of one kind in one block."""
-
-
-@dataclass(frozen=True)
-class ConsumerCosts:
-    """Marginal costs of the groups of one consumer, as a worker sends them."""
-
-    consumer: str  # the linear
-    kind: str  # of the groups
-    costs: Tensor  # [num_groups] float32, see `group_costs`
-    num_left: int  # groups that are left now
-    num_parameters: int  # of one group
-    allowed: frozenset[int]  # numbers of groups that may be left afterwards
-    whole: float = math.inf  # what it costs to remove the expert
-    block: int = 0  # its number
-    limit: float = math.inf  # per unit of the target if groups are ranked so; groups that cost more may be missing in `costs`
-    scale: float = 1.0  # what costs are multiplied with to be compared with those of other consumers; see `Search`
-
-    @property
-    def unit(self) -> Unit:
-        """What a search scales together."""
-        return self.block, self.kind
-
-
 _FAR = 4.0
 """How far above its limit a path is followed because single costs say that many of its groups are needed."""
 
@@ -69,16 +45,6 @@ _FAR_ENOUGH = 40.0
 
 NOTHING = -1.0
 """A limit below every cost."""
-
-
-@dataclass(frozen=True)
-class Reach:
-    """How far the greedy paths are followed."""
-
-    limit: float | None = None  # largest scaled cost, see `ConsumerCosts.limit`; None for the cost of each group on its own
-    needed: Mapping[str, int] | None = None  # consumer -> its groups that may be needed even if they cost more
-    only: frozenset[str] | None = None  # consumers whose paths are followed anew; None for all
-    scales: Mapping[Unit, float] = field(default_factory=dict)  # those of `ConsumerCosts`; 1 if not given
 
 
 @dataclass
@@ -288,10 +254,8 @@ class Groups(Method):
         limit = NOTHING if self._uniform else factor * max(0.0, first.threshold or 0.0)
         scores, only = once, None
         while True:
-            needed = {name: math.ceil(factor * count) for name, count in first.counts.items() if name not in first.experts}
-            needed = {c.consumer: needed.get(c.consumer, 0) + self.multiple(c.kind, shot) for c in once.costs}
-            cluster.progress.begin(unit="linears")
-            scores = _merged(scores, Scores.merged(cluster.run_all(self.costs, Reach(limit, needed, only), shot)))
+            wanted = {name: math.ceil(factor * count) for name, count in first.counts.items() if name not in first.experts}
+            scores = self._followed(cluster, scores, Reach(limit, self._and_one_step(scores, wanted, shot), only), shot)
             try:
                 found = self.allocate(scores, shot)
             except OutOfReachError:
@@ -307,16 +271,27 @@ class Groups(Method):
             limit = threshold  # with all paths up to there the threshold is this one or lower
 
     def rescaled(self, cluster: Cluster, scores: Scores[ConsumerCosts], scales: Mapping[Unit, float], shot: int) -> Scores[ConsumerCosts]:
-        """Return scores with other scales, for which those paths were followed on that now go farther."""
+        """Return scores with other scales. Paths that go farther now are followed anew, with the weights that workers have."""
         scores = replace(scores, costs=tuple(replace(c, scale=scales.get(c.unit, 1.0)) for c in scores.costs))
+        asked = {c.consumer: c.num_reached for c in scores.costs}
         while True:
             found = self.allocate(scores, shot)
             threshold = max(0.0, found.threshold or 0.0)
-            only = self._short(scores, threshold)
+            needed = self._and_one_step(scores, found.counts, shot)
+            cut = {c.consumer for c in scores.costs if asked[c.consumer] < needed[c.consumer] and not self._has_ended(c)}
+            only = self._short(scores, threshold) | cut
             if not only:
                 return scores
-            cluster.progress.begin(unit="linears")
-            scores = _merged(scores, Scores.merged(cluster.run_all(self.costs, Reach(threshold, found.counts, only, scales), shot)))
+            scores = self._followed(cluster, scores, Reach(threshold, needed, only, scales), shot)
+            asked |= {name: max(asked[name], needed[name]) for name in only}
+
+    def _followed(self, cluster: Cluster, scores: Scores[ConsumerCosts], reach: Reach, shot: int) -> Scores[ConsumerCosts]:
+        cluster.progress.begin(unit="linears")
+        return _merged(scores, Scores.merged(cluster.run_all(self.costs, reach, shot)))
+
+    def _and_one_step(self, scores: Scores[ConsumerCosts], counts: Mapping[str, int], shot: int) -> dict[str, int]:
+        """Return numbers of groups and one step more, which may be worth its mean cost though its last group alone is not."""
+        return {c.consumer: counts.get(c.consumer, 0) + self.multiple(c.kind, shot) for c in scores.costs}
 
     def _unit_of(self, kind: str) -> float:
         """Return what costs of groups of a kind are divided by to be ranked."""
@@ -328,8 +303,10 @@ class Groups(Method):
     def _is_followed(self, costs: ConsumerCosts, threshold: float) -> bool:
         """Whether a path goes on to the threshold: its limit is above, or it came that far because its groups were needed, or it ended."""
         reached = costs.costs[torch.isfinite(costs.costs)]
-        ended = len(reached) >= costs.num_left - self.fewest.get(costs.kind, 0)
-        return threshold <= costs.limit or ended or costs.num_left == 0 or bool((reached >= threshold * self._unit_of(costs.kind)).any())
+        return threshold <= costs.limit or self._has_ended(costs) or bool((reached >= threshold * self._unit_of(costs.kind)).any())
+
+    def _has_ended(self, costs: ConsumerCosts) -> bool:
+        return costs.num_left == 0 or costs.num_reached >= costs.num_left - self.fewest.get(costs.kind, 0)
 
     def allocate(self, scores: Scores[ConsumerCosts], shot: int) -> Allocation:
         """Return how many groups every block loses."""

@@ -113,8 +113,8 @@ class GroupsSection(_Groups):
     remove_blocks: bool = Field(False, description="Whether the last KV group or the last channels of a block may be pruned too")
     search: SearchSection | None = Field(
         None,
-        description="In every shot, after the costs: undo the removals of one block after the other, scale its costs by how far the "
-        "divergence from the dense model falls, and take the threshold anew; null: no search",
+        description="In every shot, after the costs: undo the removals of one kind of groups in one block after the other, scale these "
+        "costs by how far the divergence from the dense model falls, and take the threshold anew; null: no search",
     )
 
     @model_validator(mode="after")

@@ -1,9 +1,9 @@
 """The search for how many coupled groups every block loses: costs are scaled by what removals really change.
 
 Inside of a linear the quadratic model's costs rank groups well. Between blocks they are off by factors of three and more, because they know
-nothing of the blocks behind, nor of what is removed there. So all removals are tried together, and those of each block are undone in
-turn: how far the divergence from the dense model falls, over what the costs say, is the scale of the block's costs. The threshold over
-scaled costs is a new allocation, and the better one is taken.
+nothing of the blocks behind, nor of what is removed there. So all removals are tried together, and those of one kind of groups in one block
+are undone in turn: how far the divergence from the dense model falls, over what the costs say, is the scale of these costs. The threshold
+over scaled costs is a new allocation, and the better one is taken.
 
 Source: docs/method.md, section 8.
 """
@@ -22,7 +22,8 @@ from torch import Tensor
 from ray_surgeon.cluster.cluster import Cluster
 from ray_surgeon.cluster.passes import divergences_of
 from ray_surgeon.cluster.worker import Worker, collective
-from ray_surgeon.methods.groups import ConsumerCosts, Groups, Scored, Unit
+from ray_surgeon.methods.consumer_costs import ConsumerCosts, Unit
+from ray_surgeon.methods.groups import Groups, Scored
 from ray_surgeon.methods.groups_section import GroupsSection, SearchSection
 from ray_surgeon.methods.method import Method, Scores
 from ray_surgeon.surgery.allocate import Allocation
@@ -72,7 +73,7 @@ class Search:
         worker.share_linears(groups.consumer for groups in changed)
 
     def turn(self, worker: Worker, unit: Unit) -> None:
-        """Undo the removals of a block, or do them again."""
+        """Undo the removals of one kind of groups in one block, or do them again."""
         others, shard = worker.kept(Trial).others, worker.shard
         for name in [g.consumer for g in self.method.sets(worker) if (g.block, g.kind) == unit and g.consumer in others]:
             other, others[name] = others[name], shard.weight(name).to("cpu", shard.dtype)
@@ -102,18 +103,21 @@ class Search:
         Raises:
             FloatingPointError: the loss is not a number.
         """
-        scales, tried = dict[Unit, float](), list[tuple[float, Scores[ConsumerCosts]]]()
+        scales, tried, allocations = dict[Unit, float](), list[tuple[float, Scores[ConsumerCosts]]](), list[dict[str, int]]()
         for number in range(self.section.rounds + 1):
             if number:
                 scores = self.method.rescaled(cluster, scores, scales, shot)
             allocation = self.method.allocate(scores, shot)
+            if allocation.counts in allocations:  # nothing more can be learnt
+                break
+            allocations.append(allocation.counts)
             cluster.run_all(self.prune, allocation.counts)
             divergences = divergences_of(cluster, SEARCHED, windows)
             tried.append((sum(divergences) / len(divergences), scores))
             if number < self.section.rounds:
                 scales = self._scales(cluster, scores, allocation, windows, divergences, scales)
             cluster.run_all(self.end)
-        _, best = min(tried, key=lambda each: each[0])
+        _, best = min(tried, key=lambda each: each[0])  # workers keep the longest paths, which begin like the ones before
         scale_of = {c.unit: c.scale for c in best.costs}
         return best, {
             "divergences": [divergence for divergence, _ in tried],
@@ -129,7 +133,7 @@ class Search:
         divergences: Sequence[float],
         before: Mapping[Unit, float],
     ) -> dict[Unit, float]:
-        """Return the scales for another allocation: undo the removals of every block of this one in turn."""
+        """Return the scales for another allocation: undo the removals of this one in turn, one kind in one block at a time."""
         costs = dict[Unit, float]()
         for c in scores.costs:
             if count := allocation.counts.get(c.consumer, 0):

@@ -11,7 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ray_surgeon.cluster.worker import Worker
-from ray_surgeon.methods.groups import Groups, Reach
+from ray_surgeon.methods.consumer_costs import Reach
+from ray_surgeon.methods.groups import Groups
 from tests.conftest import CONFIGS, LAYOUTS
 from tests.integration.runs import MOST_BY_ORDER_OF_SUMS, assert_same_shot, difference, report_of, run, tensors_of_shot
 
