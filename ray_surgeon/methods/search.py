@@ -147,6 +147,11 @@ class Search:
             cluster.run_all(self.turn, unit)
             changes.append(all_gone - torch.tensor(divergences_of(cluster, SEARCHED, windows), dtype=torch.float64))
             cluster.run_all(self.turn, unit)
-        ratios = shrunk_ratios(torch.stack(changes), torch.tensor([costs[unit] for unit in units], dtype=torch.float64))
+        kinds = sorted({kind for _, kind in units})
+        ratios = shrunk_ratios(
+            torch.stack(changes),
+            torch.tensor([costs[unit] for unit in units], dtype=torch.float64),
+            torch.tensor([kinds.index(kind) for _, kind in units]),
+        )
         scales = next_scales(torch.tensor([before.get(unit, 1.0) for unit in units], dtype=torch.float64), ratios)
         return {**before, **dict(zip(units, scales.tolist(), strict=True))}

@@ -8,36 +8,42 @@ from torch import Tensor
 _STEP = 0.7
 """How far, in logarithms, scales go to what was measured: the allocation that they give has other ratios."""
 
+_SPREAD = 0.5
+"""How far ratios of the blocks lie from their mean, over that, as was found on SmolLM2."""
+
 _FARTHEST = 20.0
 """A ratio is at least the mean of all over this."""
 
 
-def shrunk_ratios(changes: Tensor, costs: Tensor) -> Tensor:
-    """Return the ratios of measured to expected changes, over that of all together; by empirical Bayes.
+def shrunk_ratios(changes: Tensor, costs: Tensor, kinds: Tensor) -> Tensor:
+    """Return the ratios of measured to expected changes, each drawn towards the mean of its kind, over that of all together.
 
-    A block that loses little changes little, and most of what is measured is chance. So its ratio r is drawn towards the common one m by
-    its standard error e, which the sequences tell: r <- m + s^2 / (s^2 + e^2) (r - m). The variance s^2 of true ratios is that of the
-    measured ones without their errors, blocks weighted by the squares of their costs.
+    Where little is removed, little changes, and most of what is measured is chance. The sequences tell the standard error e of a ratio r.
+    It is drawn towards the ratio m of its kind as far as e says, r <- m + s^2 / (s^2 + e^2) (r - m), with s half of m: the posterior mean
+    for ratios that lie around m with the standard deviation s.
 
     Args:
-        changes: [num_blocks, num_sequences] how far the divergence of each sequence falls when a block's removals are undone; at least
-            two sequences.
-        costs: [num_blocks] what the removals were to cost, positive.
+        changes: [num_units, num_sequences] how far the divergence of each sequence falls when the removals of one kind of groups in one
+            block are undone; at least two sequences.
+        costs: [num_units] what these removals were to cost, positive.
+        kinds: [num_units] number of the kind.
 
     Returns:
-        [num_blocks] float64, positive; 1 for all if undoing does not lower the divergence.
+        [num_units] float64, at least 0.05; 1 for all if the divergence does not fall.
     """
     changes, costs = changes.double(), costs.double()
-    change, error = changes.mean(dim=1), changes.std(dim=1) / changes.shape[1] ** 0.5
+    change, error = changes.mean(dim=1), changes.std(dim=1) / changes.shape[1] ** 0.5 / costs
     common = change.sum() / costs.sum()
     if not common > 0:
         return torch.ones_like(costs)
-    variance = (((change - common * costs).square() - error.square()).sum() / costs.square().sum()).clamp(min=0)
-    if not variance > 0:
-        return torch.ones_like(costs)
-    weight = variance / (variance + (error / costs).square())
-    shrunk: Tensor = 1 + weight * (change / costs / common - 1)
-    return shrunk.clamp(min=1 / _FARTHEST)
+    mean = torch.empty_like(costs)
+    for kind in set(kinds.tolist()):
+        own = kinds == kind
+        of_kind = change[own].sum() / costs[own].sum()
+        mean[own] = of_kind if of_kind > 0 else common
+    prior = (_SPREAD * mean).square()
+    shrunk: Tensor = mean + prior / (prior + error.square()) * (change / costs - mean)
+    return (shrunk / common).clamp(min=1 / _FARTHEST)
 
 
 def next_scales(before: Tensor, ratios: Tensor) -> Tensor:

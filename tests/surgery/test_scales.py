@@ -12,40 +12,54 @@ from ray_surgeon.surgery.scales import next_scales, shrunk_ratios
 def test_by_numpy() -> None:
     generator = np.random.default_rng(0)
     changes, costs = generator.normal(1.0, 0.3, (5, 8)) * np.array([[1, 2, 3, 4, 0.1]]).T, np.array([1.0, 1.0, 4.0, 2.0, 0.3])
-    mean, error = changes.mean(1), np.array([np.sqrt(np.var(row, ddof=1) / 8) for row in changes])
-    common = mean.sum() / costs.sum()
-    variance = sum((mean[b] - common * costs[b]) ** 2 - error[b] ** 2 for b in range(5)) / sum(costs**2)
-    expected = [common + variance / (variance + (error[b] / costs[b]) ** 2) * (mean[b] / costs[b] - common) for b in range(5)]
-    found = shrunk_ratios(torch.tensor(changes), torch.tensor(costs))
+    kinds = np.array([0, 1, 0, 0, 1])
+    change, error = changes.mean(1), np.array([np.sqrt(np.var(row, ddof=1) / 8) for row in changes]) / costs
+    expected = []
+    for unit in range(5):
+        mean = change[kinds == kinds[unit]].sum() / costs[kinds == kinds[unit]].sum()
+        precision = np.array([1 / (0.5 * mean) ** 2, 1 / error[unit] ** 2])
+        expected.append(float(precision @ [mean, change[unit] / costs[unit]] / precision.sum()))
+    found = shrunk_ratios(torch.tensor(changes), torch.tensor(costs), torch.tensor(kinds))
     assert found.dtype == torch.float64
-    assert found.tolist() == pytest.approx(np.array(expected) / common)
+    assert found.tolist() == pytest.approx(np.array(expected) / (change.sum() / costs.sum()))
 
 
 def test_shrinking_brings_ratios_nearer_to_the_truth() -> None:
-    """Blocks of very different costs, whose changes are measured with the same error."""
+    """Units of very different costs and of two kinds, whose changes are measured with the same error."""
     generator = torch.Generator().manual_seed(0)
     plain, shrunk = 0.0, 0.0
+    kinds = torch.arange(30) % 2
     for _ in range(50):
-        truth = (0.3 * torch.randn(30, generator=generator, dtype=torch.float64)).exp()
+        truth = (1 + kinds) * (1 + 0.4 * torch.randn(30, generator=generator, dtype=torch.float64)).clamp(min=0.1)
         costs = (1.5 * torch.randn(30, generator=generator, dtype=torch.float64)).exp()
-        changes = (truth * costs)[:, None] + 2.0 * torch.randn(30, 8, generator=generator, dtype=torch.float64)
+        changes = (truth * costs)[:, None] + torch.randn(30, 8, generator=generator, dtype=torch.float64)
         common = (truth * costs).sum() / costs.sum()
         plain += float((changes.mean(1) / costs / common - truth / common).square().mean())
-        shrunk += float((shrunk_ratios(changes, costs) - truth / common).square().mean())
-    assert shrunk < plain / 20
+        shrunk += float((shrunk_ratios(changes, costs, kinds) - truth / common).square().mean())
+    assert shrunk < plain / 5
 
 
 def test_without_an_error_ratios_are_what_they_are() -> None:
     costs = torch.tensor([1.0, 2.0, 4.0])
     changes = torch.tensor([2.0, 2.0, 12.0])[:, None].expand(3, 4)
-    assert shrunk_ratios(changes, costs).tolist() == pytest.approx([2 / (16 / 7), 1 / (16 / 7), 3 / (16 / 7)])
+    for kinds in (torch.zeros(3), torch.arange(3)):
+        assert shrunk_ratios(changes, costs, kinds).tolist() == pytest.approx([2 / (16 / 7), 1 / (16 / 7), 3 / (16 / 7)])
+
+
+def test_a_kind_of_its_own_is_not_drawn_towards_others() -> None:
+    costs, changes = torch.ones(4), torch.tensor([[1.0, 1.0], [1.0, 1.0], [1.0, 1.0], [2.0, 6.0]])
+    alone, together = (shrunk_ratios(changes, costs, torch.tensor(kinds))[3] for kinds in ([0, 0, 0, 1], [0, 0, 0, 0]))
+    assert float(alone) == pytest.approx(4 / (7 / 4))
+    assert float(together) < 0.7 * float(alone)
 
 
 def test_what_says_nothing_changes_nothing() -> None:
-    costs = torch.tensor([1.0, 2.0])
-    assert shrunk_ratios(torch.tensor([[1.0, -3.0], [1.0, -1.0]]), costs).tolist() == [1.0, 1.0], "undoing makes it worse"
-    assert shrunk_ratios(torch.tensor([[0.0, 2.0], [1.0, 3.0]]), costs).tolist() == [1.0, 1.0], "differences are smaller than their errors"
-    assert shrunk_ratios(torch.tensor([[-2.0, -2.0], [9.0, 9.0]]), costs).tolist()[0] == 0.05, "the smallest that is allowed"
+    costs, kinds = torch.tensor([1.0, 2.0]), torch.tensor([0, 1])
+    assert shrunk_ratios(torch.tensor([[1.0, -3.0], [1.0, -1.0]]), costs, kinds).tolist() == [1.0, 1.0], "undoing makes it worse"
+    found = shrunk_ratios(torch.tensor([[-2.0, -2.0], [9.0, 9.0]]), costs, torch.tensor([0, 0]))
+    assert found.tolist()[0] == 0.05, "the smallest that is allowed"
+    worse = shrunk_ratios(torch.tensor([[-2.0, -2.1], [9.0, 9.0]]), costs, kinds)
+    assert worse.tolist()[0] == 0.05, "a kind whose undoing makes it worse is drawn towards all"
 
 
 def test_the_next_scales() -> None:
