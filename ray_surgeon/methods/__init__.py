@@ -1,6 +1,6 @@
 """Ways to prune. Each file holds one: its section of the job spec, what it does on a worker and what it does on the coordinator.
 
-The section of coupled groups, the longest, has a file of its own.
+Coupled groups, the longest, have further files: their section, costs as workers send them, whole experts, and the search.
 """
 
 from __future__ import annotations
