@@ -38,6 +38,10 @@ class ConsumerCosts:
         """How many groups the path has."""
         return int(torch.isfinite(self.costs).sum())
 
+    def of_cheapest(self, count: int) -> float:
+        """Return what the cheapest groups cost together, before scaling."""
+        return float(self.costs.double().sort().values[:count].sum())
+
 
 @dataclass(frozen=True)
 class Reach:

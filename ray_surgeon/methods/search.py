@@ -136,9 +136,7 @@ class Search:
         """Return the scales for another allocation: undo the removals of this one in turn, one kind in one block at a time."""
         costs = dict[Unit, float]()
         for c in scores.costs:
-            if count := allocation.counts.get(c.consumer, 0):
-                lowest = c.costs[torch.isfinite(c.costs)].double().sort().values[:count]
-                costs[c.unit] = costs.get(c.unit, 0.0) + float(lowest.sum())
+            costs[c.unit] = costs.get(c.unit, 0.0) + c.of_cheapest(allocation.counts.get(c.consumer, 0))
         units = sorted(unit for unit, cost in costs.items() if cost > 0)
         if not units:
             return dict(before)
