@@ -79,7 +79,7 @@ def test_ways_of_ours(inputs: Inputs, tmp_path: Path) -> None:
     correction = {"steps_per_shot": 2}
     document = inputs.spec.model_dump(mode="json") | {"correction": correction}
     found = {
-        name: {way: (spec.search is not None, spec.correction is not None) for way, spec in jobs.items()}
+        name: {way: (getattr(spec.pruning, "search", None) is not None, spec.correction is not None) for way, spec in jobs.items()}
         for name, point in POINTS.items()
         for jobs in [specs(document, point, 0.1, tmp_path, ["ours", "search", "peers"])]
     }
