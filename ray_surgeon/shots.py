@@ -113,7 +113,7 @@ def _run_shots(inputs: Inputs, workers: Cluster, run: RunDirectory, listen: Call
 
     for shot in range(len(done) + 1, num_shots + 1):
         step.new_shot()
-        scores, choice, record, searched = None, Choice(None, {}), dict[str, Any](), dict[str, Any]()
+        scores, choice, record = None, Choice(None, {}), dict[str, Any]()
         if method.has_costs:
             with step("curvature", shot) as facts:
                 loss, record = method.calibrate(workers, inputs.calibration, shot, remembers=lowers_divergence and shot == 1)
@@ -124,8 +124,9 @@ def _run_shots(inputs: Inputs, workers: Cluster, run: RunDirectory, listen: Call
                 facts["damping_raised"] = len(scores.raised_damping)
             if search is not None:
                 with step("search", shot) as facts:
-                    scores, searched = search.run(workers, scores, inputs.searched, shot)
-                    facts |= {"divergence_before": searched["divergences"][0], "divergence": min(searched["divergences"])}
+                    scores, record["search"] = search.run(workers, scores, inputs.searched, shot)
+                    divergences = record["search"]["divergences"]
+                    facts |= {"divergence_before": divergences[0], "divergence": min(divergences)}
             with step("threshold", shot) as facts:
                 choice = method.choose(workers, scores, shot)
                 facts |= choice.facts
@@ -133,7 +134,7 @@ def _run_shots(inputs: Inputs, workers: Cluster, run: RunDirectory, listen: Call
             linears = method.apply(workers, inputs.calibration, choice, shot)
             sparsity = 1 - sum(s.num_kept for s in linears) / sum(s.size for s in linears)
             facts |= {"sparsity": sparsity, "predicted_loss_increase": predicted_increase(linears)}
-            record |= method.record(workers, scores, choice, linears) | ({"search": searched} if search is not None else {})
+            record |= method.record(workers, scores, choice, linears)
         if spec.correction is not None:
             with step("correction", shot) as facts:
                 losses = Corrections(spec.correction).train(workers, inputs.calibration, shot, num_shots)

@@ -188,7 +188,7 @@ class WorkerNeeds:
             yield self._linear_by_linear("costs", [n.costs_bytes for n in self._of_needs], [n.costs_flops for n in self._of_needs])
             if self._job.num_searched:
                 yield self._search()
-            yield self._linear_by_linear("update", [n.update_bytes for n in self._of_needs], [n.update_flops for n in self._of_needs])
+            yield self._updates("update")
         if self._job.lora_rank:
             yield self._correction()
         written = max(min(FILE_BYTES, self._all_blocks + self._outside), self._shapes.largest_stored)
@@ -218,7 +218,7 @@ class WorkerNeeds:
         """Return the passes of a search, while factors stay where they are and the host keeps every consumer's other weight."""
         job, factors = self._job, self._all_factors / self._num_replicas
         passes = self._measuring("search", ((job.num_searched, job.sequence_length),))
-        update = self._linear_by_linear("search", [n.update_bytes for n in self._of_needs], [n.update_flops for n in self._of_needs])
+        update = self._updates("search")
         device = max(passes.device + factors * (self._stores.factors == "device") + _HEAP_BYTES, update.device)
         host = update.host + self._shapes.width * sum(linear.size for linear in self._linears if linear.name in job.needs)
         num_passes = job.num_trials + job.num_undone
@@ -271,6 +271,9 @@ class WorkerNeeds:
         bubble = (self._num_waves + self._num_shards - 1) / self._num_waves
         device = self._weights + on_device + self._dense + self._passing()
         return StepPlan("curvature", device, self._host + on_host, flops, 0.0, moved[0], moved[1], bubble)
+
+    def _updates(self, name: str) -> StepPlan:
+        return self._linear_by_linear(name, [n.update_bytes for n in self._of_needs], [n.update_flops for n in self._of_needs])
 
     def _linear_by_linear(self, name: str, sizes: Sequence[float], flops: Sequence[float]) -> StepPlan:
         """Return a step in which linears have their turns, each on the replica that owns it."""

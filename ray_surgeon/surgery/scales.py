@@ -47,5 +47,5 @@ def shrunk_ratios(changes: Tensor, costs: Tensor, kinds: Tensor) -> Tensor:
 
 
 def next_scales(before: Tensor, ratios: Tensor) -> Tensor:
-    """Return the scales after a round: those before [num_blocks], moved most of the way to the ratios [num_blocks]."""
+    """Return the scales after a round: those before [num_units], moved most of the way to the ratios [num_units]."""
     return before.double().pow(1 - _STEP) * ratios.double().pow(_STEP)
