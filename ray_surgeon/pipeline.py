@@ -24,7 +24,7 @@ from ray_surgeon.cluster.devices import DEVICES, Device, Room
 from ray_surgeon.cluster.plan import DoesNotFitError, plan_table
 from ray_surgeon.cluster.room import found_here
 from ray_surgeon.inputs import Inputs, check
-from ray_surgeon.models.shard import BadWeightsError
+from ray_surgeon.models.checkpoint import BadWeightsError
 from ray_surgeon.run import report
 from ray_surgeon.run.directory import RunDirectory
 from ray_surgeon.run.display import Display, new_console

@@ -88,8 +88,15 @@ def test_ways_of_ours(inputs: Inputs, tmp_path: Path) -> None:
     uniform, *others = found.values()
     assert uniform == plain
     assert others == [plain | searching] * 3
-    jobs = specs(document, POINTS["groups, 20 %"], 0.1, tmp_path, ["ours", "search"])
-    assert len({spec.output.uri for spec in jobs.values()}) == 4
+    document["pruning"]["reconstruction"] = {"num_epochs": 3}
+    jobs = specs(document, POINTS["groups, 20 %"], 0.1, tmp_path, ["ours", "reconstruction", "search"])
+    assert len({spec.output.uri for spec in jobs.values()}) == 6
+    trained = {way: job.pruning.reconstruction for way, job in jobs.items()}  # type: ignore[union-attr]
+    assert [way for way, section in trained.items() if section is not None] == [
+        "The LLM Surgeon, reconstruction",
+        "The LLM Surgeon, reconstruction, corrections on divergence",
+    ]
+    assert trained["The LLM Surgeon, reconstruction"].num_epochs == 3
 
 
 @pytest.mark.parametrize("peer", PEERS)

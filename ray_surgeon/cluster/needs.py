@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -19,6 +19,7 @@ from ray_surgeon.models.layout import LinearShape, ModelLayout
 from ray_surgeon.models.loss import TOKENS_PER_SLICE
 from ray_surgeon.models.runner import TOKENS_OF_ROOM
 from ray_surgeon.surgery.kronecker import PackedSymmetric
+from ray_surgeon.surgery.reconstruction import TOKENS_AT_A_TIME
 
 PROCESS_BYTES = 358 * 2**20
 """Anonymous memory of a worker that has imported everything and loaded nothing; measured with torch 2.13 and Ray 2.60 on Linux."""
@@ -62,6 +63,9 @@ class Job:
     num_searched: int = 0  # sequences on which a search measures; 0 for no search
     num_trials: int = 0  # of allocations in a search
     num_undone: int = 0  # measurements with removals undone, of one kind of groups in one block each, in all of them
+    reconstructed: frozenset[str] = frozenset()  # last linears of the layers that are trained to give what they gave before
+    tokens_per_step: int = 0  # of their training
+    num_epochs: int = 0  # likewise, over the calibration tokens
     lora_rank: int = 0  # of corrections; 0 for none
     num_correction_sequences: int = 0  # that pass in the corrections of a shot
 
@@ -115,6 +119,12 @@ class Shapes:
         num_columns = {linear.shared_input: linear.num_columns for linear in gathered}
         return 4 * sum(map(PackedSymmetric.size, (*num_columns.values(), *(linear.num_rows for linear in gathered))))
 
+    def layer_size(self, consumer: LinearShape) -> float:
+        """Return the parameters of a feed-forward layer: as many rows of width d as it has channels, two or three times."""
+        of_block = {linear.name: linear.size for linear in self.linears[consumer.block]}
+        (groups,) = (groups for groups in self.layout.group_sets if groups.consumer == consumer.name)
+        return consumer.size + sum(of_block[name] for name in {name for name, _ in groups.producers})
+
     def active_parameters(self, block: int) -> float:
         """Return the weights of a block's linears that a token is multiplied with."""
         return sum(linear.size * (1.0 if linear.expert is None else self.share_active) for linear in self.linears[block])
@@ -147,6 +157,8 @@ class WorkerNeeds:
         self._idle, self._weights = self._outside + resident, self._outside + resident + copies
         self._host = (self._all_blocks if stores.weights == "host" else 0) + job.mask_bytes * sum(linear.size for linear in self._linears)
         self._host += self._remembered(config.hidden_size) if blocks.is_last else 0
+        tokens, layers = job.num_sequences * job.sequence_length, [linear for linear in self._linears if linear.name in job.reconstructed]
+        self._inputs = 2.0 * tokens * config.hidden_size * -(-len(layers) // placement.num_replicas)  # bfloat16, as those of each replica
         self._all_factors = sum(shapes.factor_bytes[block] for block in self._own)
         self._dense = sum(job.dense_bytes.get(linear.name, 0.0) for linear in self._linears)
         # sequences
@@ -188,7 +200,7 @@ class WorkerNeeds:
             yield self._linear_by_linear("costs", [n.costs_bytes for n in self._of_needs], [n.costs_flops for n in self._of_needs])
             if self._job.num_searched:
                 yield self._search()
-            yield self._updates("update")
+            yield self._updates("update") if not self._job.reconstructed else self._with_reconstruction(self._updates("update"))
         if self._job.lora_rank:
             yield self._correction()
         written = max(min(FILE_BYTES, self._all_blocks + self._outside), self._shapes.largest_stored)
@@ -270,17 +282,29 @@ class WorkerNeeds:
         moved = [job.num_passes * (one + other) for one, other in zip(weights, factors, strict=True)]
         bubble = (self._num_waves + self._num_shards - 1) / self._num_waves
         device = self._weights + on_device + self._dense + self._passing()
-        return StepPlan("curvature", device, self._host + on_host, flops, 0.0, moved[0], moved[1], bubble)
+        return StepPlan("curvature", device, self._host + on_host + self._inputs, flops, 0.0, moved[0], moved[1], bubble)
 
     def _updates(self, name: str) -> StepPlan:
         return self._linear_by_linear(name, [n.update_bytes for n in self._of_needs], [n.update_flops for n in self._of_needs])
+
+    def _with_reconstruction(self, update: StepPlan) -> StepPlan:
+        """Return the update with the training of layers, one at a time: masters, gradients, moments, inputs and outputs of all tokens."""
+        job, width, hidden = self._job, self._shapes.width, int(self._shapes.layout.config.hidden_size)
+        layers = [linear for linear in self._linears if linear.name in job.reconstructed]
+        tokens, sizes = job.num_sequences * job.sequence_length, [self._shapes.layer_size(linear) for linear in layers]
+        at_a_time = max(TOKENS_AT_A_TIME, job.tokens_per_step) * (4 * 3 * max(linear.num_columns for linear in layers) + 16 * hidden)
+        device = self._idle + _HEAP_BYTES + max(sizes) * (28 + 2 * width) + tokens * hidden * (2 + 2 * width) + at_a_time
+        factors = self._all_factors / self._num_replicas
+        device += factors * (self._stores.factors == "device")
+        flops = tokens * sum(sizes) * (2 + 6 * job.num_epochs) / self._num_replicas
+        return replace(update, device=max(update.device, device), flops=flops)
 
     def _linear_by_linear(self, name: str, sizes: Sequence[float], flops: Sequence[float]) -> StepPlan:
         """Return a step in which linears have their turns, each on the replica that owns it."""
         factors = self._all_factors / self._num_replicas
         kept = sum(n.kept_bytes for n in self._of_needs) / self._num_replicas
         device = self._idle + factors * (self._stores.factors == "device") + self._dense + kept + _HEAP_BYTES + max(sizes)
-        host = self._host + factors * (self._stores.factors == "host")
+        host = self._host + factors * (self._stores.factors == "host") + self._inputs
         return StepPlan(name, device, host, 0.0, sum(flops) / self._num_replicas, *self._moved(self._stores.factors, factors))
 
     def _block_by_block(self, name: str, of_linears: Sequence[tuple[float, float]]) -> StepPlan:

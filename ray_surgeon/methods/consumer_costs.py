@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+
+from ray_surgeon.methods.method import Scores
 
 Unit = tuple[int, str]
 """The groups of one kind in one block."""
@@ -51,3 +53,10 @@ class Reach:
     needed: Mapping[str, int] | None = None  # consumer -> its groups that may be needed even if they cost more
     only: frozenset[str] | None = None  # consumers whose paths are followed anew; None for all
     scales: Mapping[Unit, float] = field(default_factory=dict)  # those of `ConsumerCosts`; 1 if not given
+
+
+def merged(before: Scores[ConsumerCosts], after: Scores[ConsumerCosts]) -> Scores[ConsumerCosts]:
+    """Return scores in which those of some consumers were taken anew."""
+    costs = {c.consumer: c for c in (*before.costs, *after.costs)}
+    raised = {(event.linear, event.factor): event for event in (*before.raised_damping, *after.raised_damping)}
+    return replace(after, costs=tuple(costs.values()), raised_damping=tuple(raised.values()))

@@ -8,7 +8,7 @@ its tokens go to the next experts, see `ray_surgeon.surgery.experts`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,14 +18,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ray_surgeon.cluster.cluster import Cluster
-from ray_surgeon.cluster.needs import LinearNeeds
+from ray_surgeon.cluster.needs import Job, LinearNeeds
 from ray_surgeon.cluster.worker import LinearSummary, Worker, collective, sizes
-from ray_surgeon.methods.consumer_costs import ConsumerCosts, Reach, Unit
-from ray_surgeon.methods.groups_section import GroupsSection, UniformGroupsSection
+from ray_surgeon.methods.consumer_costs import ConsumerCosts, Reach, Unit, merged
+from ray_surgeon.methods.groups_section import RECONSTRUCTED, GroupsSection, UniformGroupsSection
 from ray_surgeon.methods.method import Choice, Method, Scores, in_order, linear_of
+from ray_surgeon.methods.reconstruction import Reconstruction, errors_of
 from ray_surgeon.methods.whole_experts import whole_expert_costs
 from ray_surgeon.models.budgets import Budget
-from ray_surgeon.models.layout import GroupSet, LinearShape
+from ray_surgeon.models.layout import GroupSet, LinearShape, ModelLayout
 from ray_surgeon.models.pruned_config import kv_heads_left
 from ray_surgeon.sections.curvature import KfacSection
 from ray_surgeon.surgery.allocate import Allocation, GroupCosts, OutOfReachError, allocate_globally, allocate_uniformly
@@ -77,6 +78,12 @@ class Groups(Method):
         """Return the groups of a worker that may be pruned; experts are sets of channels, whether these may be pruned singly or not."""
         kinds = {"expert_channels" if kind == "experts" else kind for kind in self.section.groups}
         return [groups for groups in worker.group_sets if groups.kind in kinds]
+
+    @property
+    def reconstruction(self) -> Reconstruction | None:
+        """The reconstruction of layers that lose groups, if there is one."""
+        section = self.section.reconstruction
+        return None if section is None else Reconstruction(section, self.used_curvature.as_damping.g)
 
     @property
     def _uniform(self) -> bool:
@@ -153,6 +160,14 @@ class Groups(Method):
             update_flops=2.0 * C**3,
         )
 
+    def job(self, layout: ModelLayout, dtype: str, calibration: tuple[int, int], evaluation: Sequence[tuple[int, int]]) -> Job:
+        """Return what a plan depends on; see `Method`."""
+        job = super().job(layout, dtype, calibration, evaluation)
+        if (section := self.section.reconstruction) is None:
+            return job
+        layers = frozenset(groups.consumer for groups in layout.group_sets if groups.kind in RECONSTRUCTED & set(self.section.groups))
+        return replace(job, reconstructed=layers, tokens_per_step=section.tokens_per_step, num_epochs=section.num_epochs)
+
     # On a worker
 
     def costs(self, worker: Worker, reach: Reach, shot: int) -> Scores[ConsumerCosts]:
@@ -212,17 +227,21 @@ class Groups(Method):
             experts: consumer of each expert that goes whole -> what that costs.
         """
         found, predicted = worker.drop(Scored), {name: cost for name, cost in experts.items() if name in worker.masks}
-        shapes = worker.layout.shapes
+        shapes, reconstruction = worker.layout.shapes, self.reconstruction
         sets = [g for g in self.sets(worker) if g.consumer not in experts and shapes[g.consumer].role in self.consumers]
         for groups in sets:
             name = groups.consumer
             if name not in found.consumers:
                 continue
             removal, worker.masks[name] = self.removal(worker, found, groups, counts[name])
-            worker.shard.set_weight(name, removal.W)
-            predicted[name] = removal.predicted
+            W, predicted[name] = removal.W, removal.predicted
+            if reconstruction is not None and groups.kind in RECONSTRUCTED and counts[name]:
+                W = reconstruction.fitted(worker, groups, W)
+            worker.shard.set_weight(name, W)
         worker.shard.drop_curvature()
         worker.share_linears(groups.consumer for groups in sets)
+        if reconstruction is not None:
+            reconstruction.end(worker, [groups for groups in sets if groups.kind in RECONSTRUCTED and counts.get(groups.consumer)])
         for groups in sets:
             _remove_producers(worker, groups)
         for of_block in worker.expert_sets if experts else ():
@@ -245,6 +264,17 @@ class Groups(Method):
         return prune_groups(linear, mask, alive, linear.curvature(alive, damping), to_prune)
 
     # On the coordinator
+
+    def calibrate(self, cluster: Cluster, sequences: NDArray[np.int64], shot: int, *, remembers: bool) -> tuple[float, dict[str, Any]]:
+        """Gather the curvature, and what a reconstruction needs; see `Method`."""
+        if self.reconstruction is None:
+            return super().calibrate(cluster, sequences, shot, remembers=remembers)
+        cluster.run_all(self.reconstruction.start)
+        found = super().calibrate(cluster, sequences, shot, remembers=remembers)
+        with_gradients = self.used_curvature.kind != "activations"
+        num_backward = (self.used_curvature.sequences_backward or len(sequences)) * with_gradients
+        cluster.run_all(self.reconstruction.share, num_backward, len(sequences))
+        return found
 
     def score(self, cluster: Cluster, shot: int) -> Scores[ConsumerCosts]:
         """Let every block follow its greedy path somewhat farther than single costs say, and again if that was not far enough."""
@@ -287,7 +317,7 @@ class Groups(Method):
 
     def _followed(self, cluster: Cluster, scores: Scores[ConsumerCosts], reach: Reach, shot: int) -> Scores[ConsumerCosts]:
         cluster.progress.begin(unit="linears")
-        return _merged(scores, Scores.merged(cluster.run_all(self.costs, reach, shot)))
+        return merged(scores, Scores.merged(cluster.run_all(self.costs, reach, shot)))
 
     def _and_one_step(self, scores: Scores[ConsumerCosts], counts: Mapping[str, int], shot: int) -> dict[str, int]:
         """Return numbers of groups and one step more, which may be worth its mean cost though its last group alone is not."""
@@ -348,12 +378,14 @@ class Groups(Method):
         """Prune and update."""
         return in_order(cluster.run_all(self.prune, choice.counts, choice.experts))
 
-
-def _merged(before: Scores[ConsumerCosts], after: Scores[ConsumerCosts]) -> Scores[ConsumerCosts]:
-    """Return scores in which those of some consumers were taken anew."""
-    costs = {c.consumer: c for c in (*before.costs, *after.costs)}
-    raised = {(event.linear, event.factor): event for event in (*before.raised_damping, *after.raised_damping)}
-    return replace(after, costs=tuple(costs.values()), raised_damping=tuple(raised.values()))
+    def record(
+        self, cluster: Cluster, scores: Scores[ConsumerCosts] | None, choice: Choice, linears: Sequence[LinearSummary]
+    ) -> dict[str, Any]:
+        """Return what the report says of a shot; see `Method`."""
+        found = super().record(cluster, scores, choice, linears)
+        if self.reconstruction is not None:
+            found["reconstruction"] = {name: errors for of_worker in cluster.run_all(errors_of) for name, errors in of_worker.items()}
+        return found
 
 
 def _remove_producers(worker: Worker, groups: GroupSet) -> None:

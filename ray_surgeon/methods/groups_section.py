@@ -13,6 +13,20 @@ from ray_surgeon.sections.targets import ScheduleSection, TargetSection
 
 GroupKind = Literal["ffn", "attention", "shared_experts", "expert_channels", "experts"]
 
+RECONSTRUCTED = frozenset({"ffn", "shared_experts"})
+"""Kinds of groups of which the layers that lose some can be reconstructed: every token passes them."""
+
+
+class ReconstructionSection(Section):
+    """Reconstruction of feed-forward layers, see `ray_surgeon.methods.reconstruction`."""
+
+    learning_rate: float = Field(
+        0.006, gt=0, le=1, description="The first one of Adam, in units of the root mean square of each weight; it falls linearly to zero"
+    )
+    tokens_per_step: Positive = Field(512, description="Calibration tokens of one step, at most all")
+    num_epochs: Positive = Field(2, description="Passes over the calibration tokens")
+    seed: int = Field(0, ge=0, description="Seed of the order of the tokens")
+
 
 class _Groups(ScheduleSection):
     structure: Literal["groups"] = Field(description="Coupled groups")
@@ -41,6 +55,12 @@ class _Groups(ScheduleSection):
     )
     target: TargetSection | None = Field(None, description="In place of target_sparsity: what the whole model may need in the end")
 
+    reconstruction: ReconstructionSection | None = Field(
+        None,
+        description="In every shot, after the update: train all weights of every feed-forward layer that lost channels to give what it "
+        "gave before, in the metric of the curvature. Workers keep its inputs meanwhile. null: no reconstruction",
+    )
+
     @property
     def last_sparsity(self) -> float | None:
         """The target, if it is a sparsity."""
@@ -62,7 +82,17 @@ class _Groups(ScheduleSection):
             return "curvature.kind: extended_kfac does not go with structure groups; use kfac"
         if "experts" in self.groups and curvature.kind in ("activations", "identity"):
             return f"curvature.kind: {curvature.kind} has no gradients, which the costs of whole experts need; use kfac"
+        if self.reconstruction is not None and curvature.kind == "identity":
+            return "curvature.kind: identity passes no text, whose inputs pruning.reconstruction needs; use kfac or activations"
         return None
+
+    @model_validator(mode="after")
+    def _reconstructs_something(self) -> _Groups:
+        if self.reconstruction is not None and not RECONSTRUCTED & set(self.groups):
+            raise ValueError(
+                f"reconstruction: is of ffn and shared_experts, got groups {', '.join(self.groups)}; add one of them, or leave it out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _scores_of_experts(self) -> _Groups:

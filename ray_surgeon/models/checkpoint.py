@@ -21,6 +21,20 @@ _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3
 """What four bits stand for (OCP Microscaling Formats 1.0, E2M1)."""
 
 
+class BadWeightsError(ValueError):
+    """A weight of the checkpoint is NaN or infinite, which is only known once it is read."""
+
+
+def check_finite(name: str, value: Tensor) -> None:
+    """Refuse a tensor with entries that are no numbers.
+
+    Raises:
+        BadWeightsError: names the tensor.
+    """
+    if not torch.isfinite(value).all():
+        raise BadWeightsError(f"model.source: {name} has {int((~torch.isfinite(value)).sum())} NaN or infinite weights; fetch it again")
+
+
 @dataclass(frozen=True)
 class PartOfStack:
     """A tensor of an expert's linear inside of a stored one [num_experts, ...]."""

@@ -34,7 +34,7 @@ def propagate(layout: ModelLayout, masks: Mapping[str, StructuredMask], sets: Se
     for groups in sets:
         if groups.kind == "attention":
             _propagate_in_attention(layout, groups, rows, columns)
-        elif _activation(layout.config) in _KEEP_ZERO:
+        elif layout.activation in _KEEP_ZERO:
             sparse = layout.family.sparse
             zeroing = None if sparse is None or groups.kind == "ffn" else sparse.zeroing
             _propagate_in_ffn(groups, rows, columns, zeroing)
@@ -49,11 +49,6 @@ def shrinkable(masks: Mapping[str, StructuredMask], sets: Sequence[GroupSet]) ->
 
 def _fewer(new: StructuredMask, old: StructuredMask) -> bool:
     return not (torch.equal(new.rows, old.rows) and torch.equal(new.columns, old.columns))
-
-
-def _activation(config: PretrainedConfig) -> str:
-    names = ("hidden_act", "hidden_activation", "activation_function")
-    return str(next(value for value in (getattr(config, name, None) for name in names) if value is not None))
 
 
 def _propagate_in_ffn(groups: GroupSet, rows: dict[str, Tensor], columns: dict[str, Tensor], zeroing: tuple[str, ...] | None) -> None:

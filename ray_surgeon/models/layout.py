@@ -184,6 +184,12 @@ class ModelLayout:
         """Channels of every feed-forward layer."""
         return int(getattr(self.config, self.family.width_field) or 4 * self.config.hidden_size)
 
+    @property
+    def activation(self) -> str:
+        """The activation of feed-forward layers, as transformers calls it."""
+        names = ("hidden_act", "hidden_activation", "activation_function")
+        return str(next(value for value in (getattr(self.config, name, None) for name in names) if value is not None))
+
     @functools.cached_property
     def group_sets(self) -> tuple[GroupSet, ...]:
         """Coupled groups of every block: those of attention, of the feed-forward layer or the shared experts, and of every expert."""

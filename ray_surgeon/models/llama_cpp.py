@@ -32,9 +32,10 @@ def architecture_of(layout: ModelLayout, widths: Sequence[BlockWidths]) -> Llama
     known, config = layout.family.llama_cpp, layout.config
     if known is None:
         raise ValueError(f"{_WHERE}: llama.cpp does not know the family {config.model_type}; {_OTHERWISE}")
-    activation = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None) or config.activation_function
-    if activation != known.activation:
-        raise ValueError(f"{_WHERE}: llama.cpp's {known.name} has the activation {known.activation}, the model {activation}; {_OTHERWISE}")
+    if layout.activation != known.activation:
+        raise ValueError(
+            f"{_WHERE}: llama.cpp's {known.name} has the activation {known.activation}, the model {layout.activation}; {_OTHERWISE}"
+        )
     for name in ("attention_bias", "mlp_bias", "scale_attn_by_inverse_layer_idx"):
         if getattr(config, name, False):
             raise ValueError(f"{_WHERE}: llama.cpp's {known.name} has no {name}, the model's config.json has it; {_OTHERWISE}")

@@ -17,7 +17,9 @@ from ray_surgeon.memory.factors import FactorStore
 from ray_surgeon.memory.stores import Scratch, Stores
 from ray_surgeon.memory.weights import Read, Slot, weight_store
 from ray_surgeon.models.build import BlockRange, build_blocks, global_name, shared_inputs_of
+from ray_surgeon.models.checkpoint import check_finite
 from ray_surgeon.models.experts import Mixture, mixture_of
+from ray_surgeon.models.layer_inputs import LayerInputs
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.linears import LinearModule, as_linear, num_inputs, use_fast_products
 from ray_surgeon.models.loss import Comparison, compare_with_dense, next_token_loss, next_tokens
@@ -25,10 +27,6 @@ from ray_surgeon.models.removals import sum_removals
 from ray_surgeon.surgery.experts import ExpertSums, LayerMean, mean_factor, shrunk_factors
 from ray_surgeon.surgery.extended.terms import Term
 from ray_surgeon.surgery.kronecker import PackedFactors, PackedSymmetric, with_ones
-
-
-class BadWeightsError(ValueError):
-    """A weight of the checkpoint is NaN or infinite, which is only known once it is read."""
 
 
 @dataclass
@@ -94,6 +92,7 @@ class ModelShard:
         self._group_of = {name: group for group in self.shared_inputs for name in group.names}
         self.mixtures = dict(self._find_mixtures())
         self.expert_sums: dict[int, ExpertSums] = {}
+        self.layer_inputs: LayerInputs | None = None  # kept where curvature is gathered, if wanted
         for module in self.linears.values() if device.type == "cpu" and dtype == torch.float32 else ():
             use_fast_products(module)
         self.gathering: list[SharedInput] = []
@@ -140,7 +139,7 @@ class ModelShard:
         """
         for local, name in self._outside_of_blocks.items():
             value = read_tensor(name)
-            _check_finite(name, value)
+            check_finite(name, value)
             own = torch.empty_like(value, dtype=self.dtype, device=self.device).copy_(value)  # the file's memory would stay mapped
             set_module_tensor_to_device(self.model, local, self.device, value=own)
         for local, source in self.layout.tied.items() if self.blocks.is_first and self.blocks.is_last else ():
@@ -151,7 +150,7 @@ class ModelShard:
                 if buffer is not None and not buffer.is_meta:
                     module._buffers[leaf] = buffer.to(self.device)
         self.model.requires_grad_(False)
-        self.weights.fill(read_tensor, _check_finite, stays=stays)
+        self.weights.fill(read_tensor, check_finite, stays=stays)
 
     def _find_shared_inputs(self) -> Iterator[SharedInput]:
         family = self.layout.family
@@ -246,6 +245,7 @@ class ModelShard:
         sums_G = self._kind != "activations" and torch.is_grad_enabled()
         if place in self.expert_sums:
             hooks += sum_removals(self.expert_sums[place], self.mixtures[place])
+        hooks += [] if self.layer_inputs is None else self.layer_inputs.watch(place)
         for group in (group for group in self.gathering if group.place == place):
             A = sums[group.key_of_A] = self.factor_store.on_device(group.key_of_A, self.layout.shapes[group.names[0]].num_columns)
             hooks.append(group.modules[0].register_forward_pre_hook(_add_inputs_to(group, A, wide=wide)))
@@ -353,11 +353,6 @@ class ModelShard:
         logits = self.model.get_submodule(self.layout.family.head)(hidden)
         assert isinstance(logits, Tensor)
         return logits.float()
-
-
-def _check_finite(name: str, value: Tensor) -> None:
-    if not torch.isfinite(value).all():
-        raise BadWeightsError(f"model.source: {name} has {int((~torch.isfinite(value)).sum())} NaN or infinite weights; fetch it again")
 
 
 def inputs_of(module: LinearModule, inputs: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from ray_surgeon.cluster.plan import DoesNotFitError, Plan, plan_job
 from ray_surgeon.inputs import job_of, method_for
 from ray_surgeon.memory.stores import Stores
 from ray_surgeon.methods import GroupsSection
-from ray_surgeon.methods.groups_section import SearchSection
+from ray_surgeon.methods.groups_section import ReconstructionSection, SearchSection
 from ray_surgeon.models.build import BlockRange
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.pipeline import _bytes
@@ -120,6 +120,28 @@ def test_a_search_passes_once_for_every_kind_of_groups_and_keeps_consumers_twice
     hosts = [{step.name: step.host for step in needs.steps()} for needs in (without, search)]
     assert "search" not in hosts[0]
     assert hosts[1]["search"] - hosts[0]["update"] == 2 * 10 * (28672 * 8192 + 8192 * 8192), "bfloat16"
+
+
+def test_a_reconstruction_keeps_the_inputs_of_layers_and_trains_one_at_a_time() -> None:
+    spec, job = job_for("llama-3-70b", num_shards=8)
+    layout, room = layout_of("llama-3-70b"), Room(80 * GB, TB / 8, 4 * TB, device_is_host=False)
+    section = ReconstructionSection(tokens_per_step=1024, num_epochs=3)
+    changed = spec.model_copy(update={"pruning": spec.pruning.model_copy(update={"reconstruction": section})})
+    job = job_of(changed, layout, method_for(changed, layout))
+    assert len(job.reconstructed) == 80
+    tokens, layer, blocks = 128 * 2048, 3 * 8192 * 28672, BlockRange(0, 10, 80)
+    without, trained = (
+        {s.name: s for s in WorkerNeeds(Shapes(layout, j), place(layout, 8, 2), j, Stores("device", "device"), False, 0, blocks).steps()}
+        for j in (dataclasses.replace(job, reconstructed=frozenset()), job)
+    )
+    for name in ("curvature", "costs", "update"):
+        assert trained[name].host - without[name].host == 2 * tokens * 8192 * 10 / 2, "bfloat16, half of the layers on each replica"
+    for name in ("evaluation", "commit"):
+        assert trained[name] == without[name]
+    assert trained["update"].flops == pytest.approx(10 / 2 * tokens * layer * (2 + 3 * 6))
+    weights, inputs_and_outputs = 32 * layer, (2 + 2 + 2) * tokens * 8192
+    assert trained["update"].device > weights + inputs_and_outputs
+    assert plan_job(layout, place(layout, 8, 1), job, spec.memory, room, DEVICES["h100"]).excess()[0] <= 1
 
 
 def test_mixtures_of_experts_from_their_configurations() -> None:

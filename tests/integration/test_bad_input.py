@@ -55,6 +55,14 @@ SPEC_ERRORS: list[tuple[dict[str, Any], list[str]]] = [
     ),
     ({"pruning__structure": "groups", "pruning__allocation": "uniform", "pruning__search": {}}, ["pruning.search", "correct its name"]),
     (
+        {"pruning__structure": "groups", "pruning__groups": ["attention"], "pruning__reconstruction": {}},
+        ["reconstruction: is of ffn and shared_experts", "got groups attention", "add one of them"],
+    ),
+    (
+        {"pruning__structure": "groups", "pruning__reconstruction": {}, "curvature__kind": "identity"},
+        ["curvature.kind: identity passes no text", "use kfac or activations"],
+    ),
+    (
         {"pruning__structure": "groups", "pruning__width_multiple": 8, "pruning__search": {"num_sequences": 600}},
         ["calibration", "606 sequences", "need 38760"],
     ),

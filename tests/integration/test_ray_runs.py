@@ -58,16 +58,18 @@ def test_ray_equals_local(cluster: Cluster, model_folders: dict[str, Path], tmp_
 
 
 def test_corrections_further_terms_and_blocks_on_ray_equal_local(cluster: Cluster, model_folders: dict[str, Path], tmp_path: Path) -> None:
-    """Everything that moves between replicas beside the first curvature pass, in one run; the block-by-block pass; experts; a search."""
+    """Everything that moves between replicas beside the first curvature pass, in one run; the block-by-block pass; experts; a search; a reconstruction."""
     surgeon = {"curvature__kind": "extended_kfac", "correction__lora_rank": 2, "calibration__mix": [{"source": "self"}]}
     blocks = {"pruning__method": "sparsegpt", "pruning__structure": "element"}
     experts = {"pruning__structure": "groups", "pruning__width_multiple": 8, "pruning__groups": ["expert_channels", "experts"]}
     search = {"pruning__structure": "groups", "pruning__width_multiple": 8, "pruning__search": {"num_sequences": 3}}
+    trained = {"pruning__structure": "groups", "pruning__width_multiple": 8, "pruning__reconstruction": {"tokens_per_step": 16}}
     for name, family, options in (
         ("surgeon", "llama", surgeon),
         ("blocks", "llama", blocks),
         ("experts", "qwen3_moe", experts),
         ("search", "llama", search),
+        ("trained", "phi3", trained),
     ):
         workers = {"cluster__num_shards": 2, "cluster__num_replicas": 2, "pruning__num_shots": 1}
         assert run(tmp_path / name / "local", model_folders[family], **options, **workers) == 0

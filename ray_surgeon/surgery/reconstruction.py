@@ -1,0 +1,137 @@
+"""Reconstruction of a feed-forward layer that lost channels: all that is left of it is trained to give what the whole layer gave.
+
+The exact update of a consumer changes its own weights only, and takes channels as they are. Here what the kept channels compute changes,
+too, for the inputs that the dense model gives them. The error is measured by G, the second moment of the gradients at the layer's outputs:
+to second order that is the divergence that the error causes. Nothing passes through other layers, so every token says as much of these
+weights as the layer has outputs.
+
+Source: docs/method.md, section 8; block reconstruction of BRECQ (Li et al. 2021, arXiv 2102.05426), G in place of the Fisher's diagonal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+TOKENS_AT_A_TIME = 4096
+"""Of which outputs and errors are computed together."""
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """A feed-forward layer, y = W f(V x), or with a gate, y = W (f(V_1 x) * V_2 x). A further column of a weight is its bias."""
+
+    producers: tuple[Tensor, ...]  # V [k, d], the gate first; one of them, or two
+    consumer: Tensor  # W [R, k]
+    activation: Callable[[Tensor], Tensor]  # f, of every entry
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the outputs [N, R] for inputs [N, d]."""
+        first, *others = (_affine(x, V) for V in self.producers)
+        hidden = self.activation(first)
+        for other in others:
+            hidden = hidden * other
+        return _affine(hidden, self.consumer)
+
+    @property
+    def weights(self) -> tuple[Tensor, ...]:
+        """The weights, the consumer last."""
+        return (*self.producers, self.consumer)
+
+    def with_weights(self, weights: tuple[Tensor, ...]) -> FeedForward:
+        """Return the layer with others."""
+        return replace(self, producers=weights[:-1], consumer=weights[-1])
+
+    def to(self, dtype: torch.dtype) -> FeedForward:
+        """Return the layer in another dtype, without gradients."""
+        return self.with_weights(tuple(weight.detach().to(dtype) for weight in self.weights))
+
+
+@dataclass(frozen=True)
+class Reconstructed:
+    """A layer, and its error in the metric, 1/2 E[e^T G e] over some thousand of the tokens, before and after."""
+
+    layer: FeedForward  # float32
+    before: float
+    after: float
+
+
+def reconstruct(
+    layer: FeedForward,
+    inputs: Tensor,
+    outputs: Tensor,
+    G: Tensor,
+    *,
+    learning_rate: float,
+    tokens_per_step: int,
+    num_epochs: int,
+    generator: torch.Generator,
+) -> Reconstructed:
+    """Train a layer on divergence to second order, by Adam with a rate that falls linearly to zero.
+
+    Args:
+        layer: what is left, float32.
+        inputs: [N, d] of the layer, in the dtype of the products.
+        outputs: [N, R] what they are to give, likewise.
+        G: [R, R] metric of the outputs, float32, positive semidefinite.
+        learning_rate: the first one, in units of the root mean square of each weight.
+        tokens_per_step: of the gradient of a step; all, if there are fewer.
+        num_epochs: passes over the tokens.
+        generator: of their order, on the CPU.
+
+    Returns:
+        The trained layer, or the one that was given if the error did not fall. Errors are those of tokens at equal distances.
+    """
+    dtype, size = inputs.dtype, min(tokens_per_step, len(inputs))
+    some = slice(None, None, -(-len(inputs) // TOKENS_AT_A_TIME))
+    measured = inputs[some], outputs[some], G
+    before = error_of(layer.to(dtype), *measured)
+    if not before > 0:
+        return Reconstructed(layer, before, before)
+    masters = tuple(weight.detach().clone().requires_grad_() for weight in layer.weights)
+    rates = [learning_rate * float(weight.detach().pow(2).mean().sqrt()) for weight in masters]
+    optimizer = torch.optim.Adam(
+        [{"params": [weight], "lr": rate} for weight, rate in zip(masters, rates, strict=True)], betas=(0.9, 0.95), fused=True
+    )
+    num_steps, number = num_epochs * (len(inputs) // size), 0
+    for _ in range(num_epochs):
+        order = torch.randperm(len(inputs), generator=generator).to(inputs.device)
+        for tokens in torch.split(order[: len(order) // size * size], size):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * (1 - number / num_steps)
+            working = tuple(weight.detach().to(dtype).requires_grad_() for weight in masters)
+            with torch.enable_grad():
+                found = layer.with_weights(working)(inputs[tokens])
+            error = (found.detach() - outputs[tokens]).float()
+            gradients = torch.autograd.grad(found, working, (error @ G / (size * before)).to(dtype))
+            for weight, gradient in zip(masters, gradients, strict=True):
+                weight.grad = gradient.to(weight.dtype)
+            optimizer.step()
+            number += 1
+    trained = layer.with_weights(tuple(weight.detach() for weight in masters))
+    after = error_of(trained.to(dtype), *measured)
+    return Reconstructed(trained, before, after) if after < before else Reconstructed(layer, before, before)
+
+
+@torch.no_grad()
+def error_of(layer: FeedForward, inputs: Tensor, outputs: Tensor, G: Tensor) -> float:
+    """Return 1/2 E[e^T G e] of the layer's errors e; arguments as those of `reconstruct`, the layer in the dtype of the products."""
+    total = 0.0
+    for x, y in zip(torch.split(inputs, TOKENS_AT_A_TIME), torch.split(outputs, TOKENS_AT_A_TIME), strict=True):
+        error = (layer(x) - y).to(G.dtype)
+        total += float(((error @ G) * error).sum(dtype=torch.float64))
+    return total / (2 * len(inputs))
+
+
+@torch.no_grad()
+def outputs_of(layer: FeedForward, inputs: Tensor) -> Tensor:
+    """Return the outputs [N, R] of a layer for many inputs [N, d], a part of them at a time."""
+    return torch.cat([layer(x) for x in torch.split(inputs, TOKENS_AT_A_TIME)])
+
+
+def _affine(x: Tensor, W: Tensor) -> Tensor:
+    n = x.shape[-1]
+    return x @ W.T if W.shape[1] == n else x @ W[:, :n].T + W[:, n]

@@ -1,0 +1,130 @@
+"""Reconstruction of feed-forward layers in whole jobs: what is kept, what is trained, and what replicas have after it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ray_surgeon.cluster.curvature_pass import drawn
+from ray_surgeon.inputs import Inputs, check
+from ray_surgeon.memory.stores import Stores
+from ray_surgeon.methods.groups import Groups
+from ray_surgeon.methods.groups_section import RECONSTRUCTED
+from ray_surgeon.methods.reconstruction import _layer
+from ray_surgeon.spec import parse_spec
+from ray_surgeon.surgery.masks import StructuredMask
+from ray_surgeon.surgery.reconstruction import outputs_of
+from tests.conftest import CONFIGS, SPARSE_CONFIGS, tiny_model
+from tests.integration.runs import MOST_BY_ORDER_OF_SUMS, difference, loaded, report_of, run, tensors_of_shot, tiny_spec
+
+GROUPS: dict[str, Any] = {"pruning__structure": "groups", "pruning__width_multiple": 1, "pruning__groups": ["ffn"]}
+FIT: dict[str, Any] = GROUPS | {"pruning__reconstruction": {"tokens_per_step": 16, "num_epochs": 4, "learning_rate": 0.02}}
+
+
+def inputs_for(model: Path, folder: Path, **options: Any) -> Inputs:
+    return check(parse_spec(tiny_spec(folder, model, **(FIT | {"pruning__num_shots": 1} | options)).read_text()))
+
+
+@pytest.mark.parametrize("family", CONFIGS | SPARSE_CONFIGS)
+def test_a_layer_is_what_the_family_computes(family: str, model_folders: dict[str, Path]) -> None:
+    """Inputs of the producers in, outputs of the consumer out, for every family that has such layers."""
+    cluster, model = loaded(model_folders[family]), tiny_model(family)
+    (worker,) = cluster.workers.values()
+    layers = [groups for groups in worker.group_sets if groups.kind in RECONSTRUCTED]
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def noting(name: str) -> Any:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            seen[name] = inputs[0].detach().flatten(0, -2), output.detach().flatten(0, -2)
+
+        return hook
+
+    names = {name for groups in layers for name in (groups.producers[0][0], groups.consumer)}
+    for name in names:
+        model.get_submodule(name).register_forward_hook(noting(name))
+    with torch.no_grad():
+        model(torch.arange(24)[None])
+    for groups in layers:
+        whole = _layer(worker, groups, worker.shard.weight(groups.consumer), torch.ones(len(groups.columns), dtype=torch.bool))
+        torch.testing.assert_close(outputs_of(whole, seen[groups.producers[0][0]][0]), seen[groups.consumer][1], rtol=1e-4, atol=1e-5)
+    assert layers or family in SPARSE_CONFIGS
+
+
+@pytest.mark.parametrize("stores", [Stores(), Stores("disk", "device", "recompute", 2)])
+def test_owners_get_the_inputs_of_every_token_once(stores: Stores, model_folders: dict[str, Path], tmp_path: Path) -> None:
+    inputs = inputs_for(model_folders["llama"], tmp_path, curvature__num_backward=3)
+    cluster = loaded(model_folders["llama"], 2, 2, stores)
+    inputs.method.calibrate(cluster, inputs.calibration, 1, remembers=False)
+    seen: dict[str, list[Tensor]] = {}
+    model = tiny_model("llama")
+    for number, block in enumerate(model.model.layers):
+        parts = seen[f"model.layers.{number}.mlp.down_proj"] = []
+        block.mlp.register_forward_pre_hook(lambda _, given, parts=parts: parts.append(given[0].detach()[0]))
+    with torch.no_grad():
+        for tokens in inputs.calibration:
+            model(torch.from_numpy(tokens)[None])
+    owned = 0
+    for worker in cluster.workers.values():
+        kept = worker.shard.layer_inputs
+        assert kept is not None
+        for name in filter(worker.owns, kept.names):
+            order = [*drawn(6, 3), *sorted(set(range(6)) - set(drawn(6, 3)))]
+            found, expected = kept.take(name).float(), torch.cat([seen[name][number] for number in order])
+            torch.testing.assert_close(found, expected.bfloat16().float(), rtol=1e-2, atol=1e-3)
+            owned += 1
+    assert owned == len(seen)
+
+
+def test_channels_are_the_same_and_the_divergence_is_lower(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    options = {"evaluation": [{"name": "seen", "source": str(tmp_path / "plain/text.txt"), "split": "train", "num_sequences": 6,
+                               "sequence_length": 40, "stride": 64, "max_tokens": 4000}], "pruning__num_shots": 1}  # fmt: skip
+    assert run(tmp_path / "plain", model_folders["llama"], **GROUPS, **options) == 0
+    assert run(tmp_path / "fit", model_folders["llama"], **FIT, **options) == 0
+    plain, fit = (report_of(tmp_path / name / "run")["shots"][0] for name in ("plain", "fit"))
+    assert fit["groups_removed"] == plain["groups_removed"]
+    assert fit["divergence"]["seen"] < 0.9 * plain["divergence"]["seen"]
+    assert set(fit["reconstruction"]) == {name for name, count in fit["groups_removed"].items() if count}
+    assert all(after < before for before, after in fit["reconstruction"].values())
+    before, after = (tensors_of_shot(tmp_path / name / "run", 1) for name in ("plain", "fit"))
+    assert {name for name in before if not torch.equal(before[name], after[name])} == {
+        f"model.layers.{block}.mlp.{linear}.weight"
+        for block in {name.split(".")[2] for name in fit["reconstruction"]}
+        for linear in ("gate_proj", "up_proj", "down_proj")
+    }
+    for name in after:
+        if name.endswith("weight"):
+            assert torch.equal(before[name] == 0, after[name] == 0), "what is pruned stays zero"
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
+def test_two_replicas_and_shards_give_what_one_worker_gives(family: str, model_folders: dict[str, Path], tmp_path: Path) -> None:
+    for name, workers in (("one", {}), ("four", {"cluster__num_shards": 2, "cluster__num_replicas": 2})):
+        assert run(tmp_path / name, model_folders[family], **FIT, **workers) == 0
+    for shot in (1, 2):
+        assert difference(tmp_path / "one/run", tmp_path / "four/run", shot) < MOST_BY_ORDER_OF_SUMS
+
+
+def test_replicas_have_the_same_weights_and_no_inputs_after_it(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    inputs = inputs_for(model_folders["phi3"], tmp_path, cluster__num_replicas=2)
+    method = inputs.method
+    assert isinstance(method, Groups)
+    cluster = loaded(model_folders["phi3"], 1, 2)
+    method.calibrate(cluster, inputs.calibration, 1, remembers=False)
+    choice = method.choose(cluster, method.score(cluster, 1), 1)
+    method.apply(cluster, inputs.calibration, choice, 1)
+    one, other = cluster.workers.values()
+    assert one.shard.layer_inputs is other.shard.layer_inputs is None
+    for name in one.shard.linears:
+        assert torch.equal(one.shard.weight(name), other.shard.weight(name))
+        assert torch.equal(one.mask(name, StructuredMask).rows, other.mask(name, StructuredMask).rows)
+
+
+def test_a_layer_that_is_gone_is_not_trained(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    options = {"pruning__target_sparsity": 0.6, "pruning__remove_blocks": True, "pruning__num_shots": 1, "pruning__rank_by": "cost"}
+    assert run(tmp_path, model_folders["llama"], **FIT, **options) == 0
+    shot = report_of(tmp_path / "run")["shots"][0]
+    assert all(after <= before for before, after in shot["reconstruction"].values())

@@ -1,0 +1,103 @@
+"""Training what is left of a feed-forward layer, against dense formulas in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from ray_surgeon.surgery.reconstruction import FeedForward, Reconstructed, error_of, outputs_of, reconstruct
+
+D, K, N = 6, 5, 40
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": torch.nn.functional.silu, "relu": torch.relu}
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def problem(gated: bool, biased: bool, activation: str = "silu") -> tuple[FeedForward, Tensor, Tensor, Tensor]:
+    """Return a layer, its inputs, what it is to give, and a metric."""
+    producers = tuple(draw(K, D + biased, seed=1 + i) for i in range(1 + gated))
+    layer = FeedForward(producers, draw(D, K + biased, seed=3), ACTIVATIONS[activation])
+    root = draw(D, D, seed=6)
+    return layer, draw(N, D, seed=4), draw(N, D, seed=5), root @ root.T
+
+
+def by_hand(weights: tuple[Tensor, ...], layer: FeedForward, x: Tensor, y: Tensor, G: Tensor) -> Tensor:
+    """Return 1/2 E[e^T G e], token by token and channel by channel."""
+    total = torch.zeros((), dtype=torch.float64)
+    *producers, W = weights
+    ones = torch.ones(1, dtype=torch.float64)
+    for token, wanted in zip(x, y, strict=True):
+        read = [torch.cat([token, ones])[: V.shape[1]] for V in producers]
+        hidden = layer.activation(producers[0] @ read[0])
+        if len(producers) == 2:
+            hidden = hidden * (producers[1] @ read[1])
+        error = W @ torch.cat([hidden, ones])[: W.shape[1]] - wanted
+        total = total + error @ G @ error / 2
+    return total / len(x)
+
+
+def trained(layer: FeedForward, x: Tensor, y: Tensor, G: Tensor, **options: float) -> Reconstructed:
+    settings = {"learning_rate": 0.01, "tokens_per_step": 8, "num_epochs": 3} | options
+    generator = torch.Generator().manual_seed(0)
+    return reconstruct(layer.to(torch.float32), x.float(), y.float(), G.float(), generator=generator, **settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_error_and_the_direction_of_the_first_step(gated: bool, biased: bool, activation: str) -> None:
+    layer, x, y, G = problem(gated, biased, activation)
+    assert error_of(layer, x, y, G) == pytest.approx(float(by_hand(layer.weights, layer, x, y, G)), rel=1e-12)
+    leaves = tuple(weight.clone().requires_grad_() for weight in layer.weights)
+    gradients = torch.autograd.grad(by_hand(leaves, layer, x, y, G), leaves)
+    found = trained(layer, x, y, G, tokens_per_step=1000, num_epochs=1, learning_rate=1e-3)
+    assert found.before == pytest.approx(error_of(layer, x, y, G), rel=1e-5)
+    for after, before, gradient in zip(found.layer.weights, layer.weights, gradients, strict=True):
+        step = -1e-3 * before.pow(2).mean().sqrt() * gradient.sign()  # Adam's first step has one size for every entry
+        torch.testing.assert_close(after.double() - before, step, rtol=0, atol=2e-6)
+
+
+def test_outputs_are_those_of_all_tokens_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x, y, G = problem(True, True)
+    whole, error = outputs_of(layer, x), error_of(layer, x, y, G)
+    monkeypatch.setattr("ray_surgeon.surgery.reconstruction.TOKENS_AT_A_TIME", 7)
+    torch.testing.assert_close(outputs_of(layer, x), whole)
+    assert error_of(layer, x, y, G) == pytest.approx(error)
+
+
+def test_channels_that_others_can_replace_are_replaced() -> None:
+    """Channels in pairs that differ little: one of each pair, with twice the weight, gives nearly what both gave."""
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randn(8, D, generator=generator)
+    both = torch.cat([first, first + 0.3 * torch.randn(8, D, generator=generator)])
+    W, x = torch.randn(D, 8, generator=generator), torch.randn(2000, D, generator=generator)
+    whole = FeedForward((both,), torch.cat([W, W], dim=1), torch.relu)
+    left = FeedForward((first,), 2 * W, torch.relu)
+    found = trained(left, x, outputs_of(whole, x), torch.eye(D, dtype=torch.float64), tokens_per_step=50, num_epochs=10)
+    assert found.after < 0.35 * found.before
+    assert found.after == pytest.approx(error_of(found.layer, x, outputs_of(whole, x), torch.eye(D)))
+
+
+def test_the_metric_says_which_errors_count() -> None:
+    layer, x, y, _ = problem(True, False)
+    only_first = torch.zeros(D, D, dtype=torch.float64)
+    only_first[0, 0] = 1.0
+    found = trained(layer, x, y, only_first, num_epochs=30)
+    errors = [(outputs_of(each.to(torch.float32), x.float()) - y.float()).pow(2).mean(0) for each in (layer, found.layer)]
+    assert errors[1][0] < 0.5 * errors[0][0]
+    torch.testing.assert_close(found.layer.consumer[1:], layer.consumer[1:].float(), rtol=0, atol=0)
+
+
+def test_a_layer_that_does_not_get_better_stays() -> None:
+    layer, x, y, G = problem(True, True)
+    found = trained(layer, x, outputs_of(layer, x) + 0.01 * y, G, learning_rate=1.0, num_epochs=1)
+    assert found.after == found.before > 0
+    for after, before in zip(found.layer.weights, layer.weights, strict=True):
+        assert torch.equal(after, before.float())
+    exact = trained(layer, x, outputs_of(layer.to(torch.float32), x.float()).double(), G)
+    assert exact.after == exact.before == 0
