@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ray_surgeon.cluster.cluster import Cluster
 from ray_surgeon.cluster.collectives import SingleReplica
 from ray_surgeon.cluster.dense_model import CALIBRATION
-from ray_surgeon.cluster.passes import Labels, forward_and_backward, remembered_losses, sequence_losses
+from ray_surgeon.cluster.passes import Labels, forward_and_backward, pass_up_to_the_head, remembered_losses, sequence_losses
 from ray_surgeon.cluster.worker import Worker, collective
 
 
@@ -82,10 +82,10 @@ def gather_curvature(
         remembers: whether last shards keep the hidden states of these sequences, because the weights are the dense model's.
 
     Returns:
-        Mean NLL in nats per predicted token.
+        Mean NLL in nats per predicted token of the sequences that pass backward, or of all if none does.
 
     Raises:
-        FloatingPointError: a loss is not finite; names the first linear whose inputs are not.
+        FloatingPointError: a loss or a hidden state is not finite; names the first linear whose inputs are not.
     """
     cluster.run_all(start_curvature, kind, only, experts)
     try:
@@ -93,19 +93,20 @@ def gather_curvature(
         both, losses = drawn(len(sequences), count), list[float]()
         if both:
             losses += forward_and_backward(cluster, sequences, Labels(label_seed, remembers=remembers), only=both)
-        if rest := sorted(set(range(len(sequences))) - set(both)):
-            losses += remembered_losses(cluster, CALIBRATION, sequences, rest) if remembers else sequence_losses(cluster, sequences, rest)
-            if both:
-                cluster.run_all(weigh_gradients, len(sequences) / len(both))
-        if not all(map(math.isfinite, losses)):
+        is_finite, rest, text = True, sorted(set(range(len(sequences))) - set(both)), CALIBRATION if remembers else None
+        if rest and both:
+            is_finite = pass_up_to_the_head(cluster, sequences, rest, text)
+            cluster.run_all(weigh_gradients, len(sequences) / len(both))
+        elif rest:
+            losses += sequence_losses(cluster, sequences) if text is None else remembered_losses(cluster, text, sequences)
+        if not is_finite or not all(map(math.isfinite, losses)):
             raise FloatingPointError("the loss of the calibration sequences is not finite; check the weights and the dtype")
     except FloatingPointError as error:
         names = [name for name in cluster.run_all(first_not_finite) if name is not None]
         reason = getattr(error, "cause", error)  # unwrapped from Ray's task error
         raise FloatingPointError(f"{reason}; inputs are not finite from {names[0] if names else 'the head'} on") from error
     cluster.run_all(finish_curvature)
-    num_predicted = int(sequences.shape[0]) * (int(sequences.shape[1]) - 1)
-    return sum(losses) / num_predicted
+    return sum(losses) / (len(losses) * (int(sequences.shape[1]) - 1))
 
 
 def drawn(num_sequences: int, count: int) -> list[int]:

@@ -274,9 +274,10 @@ class WorkerNeeds:
         on_host = self._all_factors if stores.factors == "host" else 0
         backward = 0 if job.factors == "A" else self._sequences if job.num_backward is None else -(-job.num_backward // self._num_replicas)
         waves_backward = -(-backward // self._wave)
-        forward = (1 + job.ranks_experts) * 2 * self._active + self._head_flops + self._all_factors / 2
+        forward = (1 + job.ranks_experts) * 2 * self._active + self._all_factors / 2
+        head = self._head_flops * (backward or self._sequences)  # forward
         further = (1 + (stores.activations == "recompute")) * 2 * self._active + 2 * self._head_flops
-        flops = job.num_passes * job.sequence_length * (self._sequences * forward + backward * further)
+        flops = job.num_passes * job.sequence_length * (self._sequences * forward + head + backward * further)
         weights = self._moved(stores.weights, (self._num_waves + waves_backward) * self._all_blocks)
         factors = self._moved(stores.factors, 2 * self._num_waves * self._all_factors)
         moved = [job.num_passes * (one + other) for one, other in zip(weights, factors, strict=True)]

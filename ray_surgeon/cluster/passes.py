@@ -123,6 +123,14 @@ def infer_loss_and_keep(worker: Worker, inputs: TensorPayload, tokens: TensorPay
     return _text_losses(worker, hidden, tokens)
 
 
+def infer_states(worker: Worker, inputs: TensorPayload, text: str | None, numbers: Sequence[int]) -> list[bool]:
+    """Run a wave up to the head, keep the hidden states before it if a text is named, and say which sequences are finite."""
+    hidden = worker.runner.infer(worker.unpack(inputs))
+    if text is not None:
+        keep_states(worker, text, numbers, torch.cat(hidden))
+    return [bool(torch.isfinite(h).all()) for h in hidden]
+
+
 def infer_logits(worker: Worker, inputs: TensorPayload) -> TensorPayload:
     """Return the logits [n, T, vocabulary], at the last shard."""
     return worker.pack(worker.shard.logits(torch.cat(worker.runner.infer(worker.unpack(inputs)))))
@@ -278,6 +286,25 @@ def sequence_losses(cluster: Cluster, sequences: NDArray[np.int64], only: Sequen
         return cluster.submit(last, infer_loss, moving, token_payload(sequences[numbers]))
 
     return _each_wave(cluster, sequences, at_the_end, only)
+
+
+def pass_up_to_the_head(cluster: Cluster, sequences: NDArray[np.int64], only: Sequence[int], text: str | None) -> bool:
+    """Run sequences forward without the head, which costs as much as several blocks, and return whether all states are finite.
+
+    Args:
+        cluster: with loaded workers, whose hooks gather what is wanted.
+        sequences: [num_sequences, sequence_length] tokens.
+        only: numbers of the sequences to run.
+        text: as whose states those before the head are kept by the last shards of all replicas; None if they are not.
+    """
+
+    def at_the_end(last: WorkerIndex, moving: Any, numbers: list[int]) -> list[bool]:
+        return cluster.submit(last, infer_states, moving, text, numbers)
+
+    found = _each_wave(cluster, sequences, at_the_end, only)
+    if text is not None:
+        _share_states(cluster, text, _waves(cluster, only))
+    return all(found)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ray_surgeon.cluster.cluster import Cluster
 from ray_surgeon.cluster.fresh_process import run_on_worker
+from ray_surgeon.cluster.placement import WorkerIndex
 from ray_surgeon.cluster.usage import process_usage
 from ray_surgeon.export.folder import download_folder
 from ray_surgeon.models.build import cache_argument
@@ -26,10 +27,10 @@ from ray_surgeon.sections.targets import SpeedSection
 
 
 def measure(cluster: Cluster, uri: str, dense: Mapping[str, Any], options: SpeedSection, *, shipped_code: bool) -> dict[str, Any]:
-    """Measure an export beside the dense model, in fresh processes of the first worker, on its GPU if it has one.
+    """Measure an export beside the dense model, in fresh processes of the first worker and the last, on their GPUs if they have some.
 
     Args:
-        cluster: its first worker measures.
+        cluster: its first worker times, and the last one finds out what the export needs of memory.
         uri: the export.
         dense: config.json of the dense model.
         options: what to time.
@@ -44,13 +45,15 @@ def measure(cluster: Cluster, uri: str, dense: Mapping[str, Any], options: Speed
     """
     request = {"uri": uri, "dense": dense, "options": options.model_dump(), "shipped_code": shipped_code}
 
-    def run(only: str | None) -> dict[str, Any]:
-        first = cluster.placement.workers[0]
-        return cluster.get([cluster.submit(first, run_on_worker, "ray_surgeon.export.speed", request | {"only": only})])[0]
+    first, last = cluster.placement.workers[0], cluster.placement.workers[-1]
 
-    record = run(None)
-    for name in ("dense", "pruned"):
-        record[name] |= run(name)
+    def run(on: WorkerIndex, only: str | None) -> Any:
+        return cluster.submit(on, run_on_worker, "ray_surgeon.export.speed", request | {"only": only})
+
+    record: dict[str, Any] = cluster.get([run(first, None)])[0]
+    alone = cluster.get([run(first, "dense"), run(last, "pruned")])  # at the same time: what they need does not depend on how long it takes
+    for name, usage in zip(("dense", "pruned"), alone, strict=True):
+        record[name] |= usage
     return record
 
 

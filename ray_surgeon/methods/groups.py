@@ -23,7 +23,7 @@ from ray_surgeon.cluster.worker import LinearSummary, Worker, collective, sizes
 from ray_surgeon.methods.consumer_costs import ConsumerCosts, Reach, Unit, merged
 from ray_surgeon.methods.groups_section import RECONSTRUCTED, GroupsSection, UniformGroupsSection
 from ray_surgeon.methods.method import Choice, Method, Scores, in_order, linear_of
-from ray_surgeon.methods.reconstruction import Reconstruction, errors_of
+from ray_surgeon.methods.reconstruction import Arrivals, Reconstruction, errors_of
 from ray_surgeon.methods.whole_experts import whole_expert_costs
 from ray_surgeon.models.budgets import Budget
 from ray_surgeon.models.layout import GroupSet, LinearShape, ModelLayout
@@ -269,11 +269,10 @@ class Groups(Method):
         """Gather the curvature, and what a reconstruction needs; see `Method`."""
         if self.reconstruction is None:
             return super().calibrate(cluster, sequences, shot, remembers=remembers)
-        cluster.run_all(self.reconstruction.start)
+        arrivals = Arrivals.in_pass(self.used_curvature, sequences, cluster.placement.num_replicas)
+        cluster.run_all(self.reconstruction.start, arrivals)
         found = super().calibrate(cluster, sequences, shot, remembers=remembers)
-        with_gradients = self.used_curvature.kind != "activations"
-        num_backward = (self.used_curvature.sequences_backward or len(sequences)) * with_gradients
-        cluster.run_all(self.reconstruction.share, num_backward, len(sequences))
+        cluster.run_all(self.reconstruction.share, arrivals)
         return found
 
     def score(self, cluster: Cluster, shot: int) -> Scores[ConsumerCosts]:

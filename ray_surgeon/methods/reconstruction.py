@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers.activations import ACT2FN
 
@@ -17,6 +19,7 @@ from ray_surgeon.cluster.worker import Worker, collective
 from ray_surgeon.methods.groups_section import RECONSTRUCTED, ReconstructionSection
 from ray_surgeon.models.layer_inputs import LayerInputs
 from ray_surgeon.models.layout import GroupSet
+from ray_surgeon.sections.curvature import AnyCurvature
 from ray_surgeon.surgery.kronecker import PackedSymmetric
 from ray_surgeon.surgery.masks import StructuredMask
 from ray_surgeon.surgery.reconstruction import FeedForward, outputs_of, reconstruct
@@ -30,13 +33,34 @@ class Errors:
 
 
 @dataclass(frozen=True)
+class Arrivals:
+    """In which order the calibration sequences pass, so that the number of replicas changes nothing: replicas take them in turns."""
+
+    num_backward: int  # sequences that pass backward, too; they come first
+    num_sequences: int  # all of them
+    sequence_length: int
+    num_replicas: int
+
+    @staticmethod
+    def in_pass(curvature: AnyCurvature, sequences: NDArray[np.int64], num_replicas: int) -> Arrivals:
+        """Return that of a curvature pass over sequences [num_sequences, sequence_length]."""
+        num_backward = 0 if curvature.kind == "activations" else curvature.sequences_backward or len(sequences)
+        return Arrivals(num_backward, len(sequences), int(sequences.shape[1]), num_replicas)
+
+    def of(self, replica: int) -> list[int]:
+        """Return when the sequences of a replica would come if it were the only one, in the order in which they come to it."""
+        first, N = self.num_backward, self.num_replicas
+        return [*range(replica, first, N), *range(first + replica, self.num_sequences, N)]
+
+
+@dataclass(frozen=True)
 class Reconstruction:
     """The reconstruction of one run."""
 
     section: ReconstructionSection
     damping: float  # of G, relative to the mean of its diagonal
 
-    def start(self, worker: Worker) -> None:
+    def start(self, worker: Worker, arrivals: Arrivals) -> None:
         """Let the next curvature pass keep the inputs of the layers."""
         shard = worker.shard
         layers = {
@@ -44,33 +68,25 @@ class Reconstruction:
             for groups in worker.group_sets
             if groups.kind in RECONSTRUCTED
         }
-        shard.layer_inputs = LayerInputs(layers)
+        shard.layer_inputs = LayerInputs(layers, len(arrivals.of(worker.replicas.rank)) * arrivals.sequence_length)
 
     @collective
-    def share(self, worker: Worker, num_backward: int, num_sequences: int) -> None:
-        """Send the inputs of every layer to the owner of its consumer, after the pass.
-
-        They get the order that one replica has, so that the number of replicas changes nothing: what passed backward, too, came first.
-
-        Args:
-            worker: after the pass.
-            num_backward: sequences that passed backward, too, all replicas' together.
-            num_sequences: all of them.
-        """
+    def share(self, worker: Worker, arrivals: Arrivals) -> None:
+        """Send the inputs of every layer to the owner of its consumer, after the pass, in the order that one replica has."""
         inputs, N, rank = worker.shard.layer_inputs, worker.placement.num_replicas, worker.replicas.rank
         assert inputs is not None
-        places = [[*range(one, num_backward, N), *range(num_backward + one, num_sequences, N)] for one in range(N)]
         for name in inputs.names if N > 1 else ():
-            own, owner = inputs.take(name).view(len(places[rank]), -1, worker.layout.config.hidden_size), worker.owner(name)
-            everything = own.new_empty(num_sequences, *own.shape[1:]) if owner == rank else None
+            own, owner = inputs.take(name), worker.owner(name)
+            own = own.view(-1, arrivals.sequence_length, own.shape[1])
+            everything = own.new_empty(arrivals.num_sequences, *own.shape[1:]) if owner == rank else None
             for one in range(N):
-                part = own if one == rank else own.new_empty(len(places[one]), *own.shape[1:])
+                part = own if one == rank else own.new_empty(len(arrivals.of(one)), *own.shape[1:])
                 if one != owner:
                     moving = part.to(worker.device)
                     worker.replicas.broadcast(moving.view(torch.uint8), one)
                     part = moving.cpu()
                 if everything is not None:
-                    everything[places[one]] = part
+                    everything[arrivals.of(one)] = part
             if everything is not None:
                 inputs.put(name, everything.flatten(0, 1))
         worker.keep(Errors())

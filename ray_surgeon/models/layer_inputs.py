@@ -8,20 +8,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ray_surgeon.models.linears import LinearModule
+from ray_surgeon.models.linears import LinearModule, num_inputs
 
 
 class LayerInputs:
-    """Inputs of some layers, bfloat16 in the host's memory."""
+    """Inputs of some layers, bfloat16 in the host's memory, which is reserved at the start and returned as soon as one is taken."""
 
-    def __init__(self, layers: Mapping[str, tuple[int, LinearModule]]) -> None:
+    def __init__(self, layers: Mapping[str, tuple[int, LinearModule]], num_tokens: int) -> None:
         """Start with none.
 
         Args:
             layers: name of a layer's last linear -> place of its block in the shard, and a linear that reads the layer's inputs.
+            num_tokens: that will pass.
         """
         self._layers = dict(layers)
-        self._parts: dict[str, list[Tensor]] = {name: [] for name in layers}
+        self._kept = {n: torch.empty(num_tokens, num_inputs(module), dtype=torch.bfloat16) for n, (_, module) in layers.items()}
+        self._num_kept = dict.fromkeys(layers, 0)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -30,22 +32,20 @@ class LayerInputs:
 
     def watch(self, place: int) -> list[RemovableHandle]:
         """Keep what the layers of a block read from now on, until the hooks are removed."""
-        return [
-            module.register_forward_pre_hook(_adding_to(self._parts[name])) for name, (at, module) in self._layers.items() if at == place
-        ]
+        return [module.register_forward_pre_hook(self._adding_to(name)) for name, (at, module) in self._layers.items() if at == place]
+
+    def _adding_to(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            x, first = inputs[0].detach().flatten(0, -2), self._num_kept[name]
+            self._kept[name][first : first + len(x)] = x
+            self._num_kept[name] += len(x)
+
+        return hook
 
     def take(self, name: str) -> Tensor:
         """Return the inputs [N, d] of a layer, and keep them no longer."""
-        parts, self._parts[name] = self._parts[name], []
-        return torch.cat(parts)
+        return self._kept.pop(name)
 
     def put(self, name: str, inputs: Tensor) -> None:
         """Keep inputs [N, d] of a layer."""
-        self._parts[name] = [inputs]
-
-
-def _adding_to(parts: list[Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        parts.append(inputs[0].detach().flatten(0, -2).to("cpu", torch.bfloat16, copy=True))
-
-    return hook
+        self._kept[name] = inputs

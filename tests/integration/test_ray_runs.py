@@ -58,7 +58,7 @@ def test_ray_equals_local(cluster: Cluster, model_folders: dict[str, Path], tmp_
 
 
 def test_corrections_further_terms_and_blocks_on_ray_equal_local(cluster: Cluster, model_folders: dict[str, Path], tmp_path: Path) -> None:
-    """Everything that moves between replicas beside the first curvature pass, in one run; the block-by-block pass; experts; a search; a reconstruction."""
+    """Everything that moves between replicas beside the curvature pass, in one run; blocks; experts; a search; a reconstruction."""
     surgeon = {"curvature__kind": "extended_kfac", "correction__lora_rank": 2, "calibration__mix": [{"source": "self"}]}
     blocks = {"pruning__method": "sparsegpt", "pruning__structure": "element"}
     experts = {"pruning__structure": "groups", "pruning__width_multiple": 8, "pruning__groups": ["expert_channels", "experts"]}
