@@ -157,8 +157,11 @@ class WorkerNeeds:
         self._idle, self._weights = self._outside + resident, self._outside + resident + copies
         self._host = (self._all_blocks if stores.weights == "host" else 0) + job.mask_bytes * sum(linear.size for linear in self._linears)
         self._host += self._remembered(config.hidden_size) if blocks.is_last else 0
-        tokens, layers = job.num_sequences * job.sequence_length, [linear for linear in self._linears if linear.name in job.reconstructed]
-        self._inputs = 2.0 * tokens * config.hidden_size * -(-len(layers) // placement.num_replicas)  # bfloat16, as those of each replica
+        self._layers = [linear for linear in self._linears if linear.name in job.reconstructed]
+        self._owners = [placement.owners[linear.shared_input] for linear in self._layers]
+        inputs_of_layer = 2.0 * job.num_sequences * job.sequence_length * config.hidden_size  # bfloat16
+        self._inputs_moving = inputs_of_layer * self._layers_at_once()
+        self._inputs = inputs_of_layer * max(map(self._owners.count, self._owners), default=0)
         self._all_factors = sum(shapes.factor_bytes[block] for block in self._own)
         self._dense = sum(job.dense_bytes.get(linear.name, 0.0) for linear in self._linears)
         # sequences
@@ -180,6 +183,15 @@ class WorkerNeeds:
         tokens = sum(count * length for count, length in job.evaluation) + job.num_searched * job.sequence_length
         return 2.0 * hidden_size * (tokens + job.num_sequences * job.sequence_length * job.remembers_calibration)
 
+    def _layers_at_once(self) -> float:
+        """Return of how many layers a replica has the inputs at most: its part of those that are not sent yet, and all of its own."""
+        N, num_layers, most = self._num_replicas, len(self._layers), 0.0
+        for replica in range(N):
+            for number in range(num_layers):
+                own = self._owners[: number + 1].count(replica)
+                most = max(most, own + (num_layers - number + 1) / N if N > 1 else num_layers)  # one part more is on its way
+        return most
+
     @property
     def disk_bytes(self) -> float:
         """Bytes of scratch."""
@@ -196,11 +208,11 @@ class WorkerNeeds:
         if self._job.block_by_block:
             sizes = [(n.update_bytes, n.update_flops) for n in self._of_needs]
             yield self._block_by_block("update", sizes)
-        elif self._of_needs:
+        elif self._job.needs:  # of any shard: all have the same steps
             yield self._linear_by_linear("costs", [n.costs_bytes for n in self._of_needs], [n.costs_flops for n in self._of_needs])
             if self._job.num_searched:
                 yield self._search()
-            yield self._updates("update") if not self._job.reconstructed else self._with_reconstruction(self._updates("update"))
+            yield self._with_reconstruction(self._updates("update")) if self._layers else self._updates("update")
         if self._job.lora_rank:
             yield self._correction()
         written = max(min(FILE_BYTES, self._all_blocks + self._outside), self._shapes.largest_stored)
@@ -283,7 +295,7 @@ class WorkerNeeds:
         moved = [job.num_passes * (one + other) for one, other in zip(weights, factors, strict=True)]
         bubble = (self._num_waves + self._num_shards - 1) / self._num_waves
         device = self._weights + on_device + self._dense + self._passing()
-        return StepPlan("curvature", device, self._host + on_host + self._inputs, flops, 0.0, moved[0], moved[1], bubble)
+        return StepPlan("curvature", device, self._host + on_host + self._inputs_moving, flops, 0.0, moved[0], moved[1], bubble)
 
     def _updates(self, name: str) -> StepPlan:
         return self._linear_by_linear(name, [n.update_bytes for n in self._of_needs], [n.update_flops for n in self._of_needs])
@@ -291,20 +303,20 @@ class WorkerNeeds:
     def _with_reconstruction(self, update: StepPlan) -> StepPlan:
         """Return the update with the training of layers, one at a time: masters, gradients, moments, inputs and outputs of all tokens."""
         job, width, hidden = self._job, self._shapes.width, int(self._shapes.layout.config.hidden_size)
-        layers = [linear for linear in self._linears if linear.name in job.reconstructed]
-        tokens, sizes = job.num_sequences * job.sequence_length, [self._shapes.layer_size(linear) for linear in layers]
-        at_a_time = max(TOKENS_AT_A_TIME, job.tokens_per_step) * (4 * 3 * max(linear.num_columns for linear in layers) + 16 * hidden)
+        tokens, sizes = job.num_sequences * job.sequence_length, [self._shapes.layer_size(linear) for linear in self._layers]
+        together = max(4 * TOKENS_AT_A_TIME, 7 * min(tokens, job.tokens_per_step))  # hidden entries: forward alone, or backward, too
+        at_a_time = together * (width * max(linear.num_columns for linear in self._layers) + 4 * hidden)
         device = self._idle + _HEAP_BYTES + max(sizes) * (28 + 2 * width) + tokens * hidden * (2 + 2 * width) + at_a_time
-        factors = self._all_factors / self._num_replicas
-        device += factors * (self._stores.factors == "device")
-        flops = tokens * sum(sizes) * (2 + 6 * job.num_epochs) / self._num_replicas
+        device += self._all_factors / self._num_replicas * (self._stores.factors == "device")
+        of_owners = [sum(size for size, one in zip(sizes, self._owners, strict=True) if one == owner) for owner in set(self._owners)]
+        flops = tokens * max(of_owners) * (2 + 6 * job.num_epochs)
         return replace(update, device=max(update.device, device), flops=flops)
 
     def _linear_by_linear(self, name: str, sizes: Sequence[float], flops: Sequence[float]) -> StepPlan:
         """Return a step in which linears have their turns, each on the replica that owns it."""
         factors = self._all_factors / self._num_replicas
         kept = sum(n.kept_bytes for n in self._of_needs) / self._num_replicas
-        device = self._idle + factors * (self._stores.factors == "device") + self._dense + kept + _HEAP_BYTES + max(sizes)
+        device = self._idle + factors * (self._stores.factors == "device") + self._dense + kept + _HEAP_BYTES + max(sizes, default=0.0)
         host = self._host + factors * (self._stores.factors == "host") + self._inputs
         return StepPlan(name, device, host, 0.0, sum(flops) / self._num_replicas, *self._moved(self._stores.factors, factors))
 

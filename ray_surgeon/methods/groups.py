@@ -82,8 +82,8 @@ class Groups(Method):
     @property
     def reconstruction(self) -> Reconstruction | None:
         """The reconstruction of layers that lose groups, if there is one."""
-        section = self.section.reconstruction
-        return None if section is None else Reconstruction(section, self.used_curvature.as_damping.g)
+        section, kinds = self.section.reconstruction, RECONSTRUCTED & set(self.section.groups)
+        return None if section is None else Reconstruction(section, kinds, self.used_curvature.as_damping.g)
 
     @property
     def _uniform(self) -> bool:
@@ -235,13 +235,13 @@ class Groups(Method):
                 continue
             removal, worker.masks[name] = self.removal(worker, found, groups, counts[name])
             W, predicted[name] = removal.W, removal.predicted
-            if reconstruction is not None and groups.kind in RECONSTRUCTED and counts[name]:
+            if reconstruction is not None and groups.kind in reconstruction.kinds and counts[name]:
                 W = reconstruction.fitted(worker, groups, W)
             worker.shard.set_weight(name, W)
         worker.shard.drop_curvature()
         worker.share_linears(groups.consumer for groups in sets)
         if reconstruction is not None:
-            reconstruction.end(worker, [groups for groups in sets if groups.kind in RECONSTRUCTED and counts.get(groups.consumer)])
+            reconstruction.end(worker, [groups for groups in sets if groups.kind in reconstruction.kinds and counts.get(groups.consumer)])
         for groups in sets:
             _remove_producers(worker, groups)
         for of_block in worker.expert_sets if experts else ():

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.activations import ACT2FN
 
 from ray_surgeon.cluster.worker import Worker, collective
-from ray_surgeon.methods.groups_section import RECONSTRUCTED, ReconstructionSection
+from ray_surgeon.methods.groups_section import ReconstructionSection
 from ray_surgeon.models.layer_inputs import LayerInputs
 from ray_surgeon.models.layout import GroupSet
 from ray_surgeon.sections.curvature import AnyCurvature
@@ -27,7 +27,7 @@ from ray_surgeon.surgery.reconstruction import FeedForward, outputs_of, reconstr
 
 @dataclass
 class Errors:
-    """What reconstructions of a shot left on a worker for the report: consumer -> error before and after, in nats a token."""
+    """What reconstructions of a shot left on a worker for the report: consumer -> error in the metric, before and after."""
 
     of_layer: dict[str, tuple[float, float]] = field(default_factory=dict)
 
@@ -58,6 +58,7 @@ class Reconstruction:
     """The reconstruction of one run."""
 
     section: ReconstructionSection
+    kinds: frozenset[str]  # of the groups whose layers are trained
     damping: float  # of G, relative to the mean of its diagonal
 
     def start(self, worker: Worker, arrivals: Arrivals) -> None:
@@ -66,7 +67,7 @@ class Reconstruction:
         layers = {
             groups.consumer: (groups.block - shard.blocks.first, shard.linears[groups.producers[0][0]])
             for groups in worker.group_sets
-            if groups.kind in RECONSTRUCTED
+            if groups.kind in self.kinds
         }
         shard.layer_inputs = LayerInputs(layers, len(arrivals.of(worker.replicas.rank)) * arrivals.sequence_length)
 

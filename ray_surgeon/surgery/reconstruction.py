@@ -1,9 +1,9 @@
 """Reconstruction of a feed-forward layer that lost channels: all that is left of it is trained to give what the whole layer gave.
 
 The exact update of a consumer changes its own weights only, and takes channels as they are. Here what the kept channels compute changes,
-too, for the inputs that the dense model gives them. The error is measured by G, the second moment of the gradients at the layer's outputs:
-to second order that is the divergence that the error causes. Nothing passes through other layers, so every token says as much of these
-weights as the layer has outputs.
+too, for the inputs that the model from before gives them. The error is measured by G, the second moment of the gradients at the layer's
+outputs: to second order that is the divergence that the error causes. Nothing passes through other layers, so every token says as much of
+these weights as the layer has outputs.
 
 Source: docs/method.md, section 8; block reconstruction of BRECQ (Li et al. 2021, arXiv 2102.05426), G in place of the Fisher's diagonal.
 """

@@ -129,19 +129,38 @@ def test_a_reconstruction_keeps_the_inputs_of_layers_and_trains_one_at_a_time() 
     changed = spec.model_copy(update={"pruning": spec.pruning.model_copy(update={"reconstruction": section})})
     job = job_of(changed, layout, method_for(changed, layout))
     assert len(job.reconstructed) == 80
-    tokens, layer, blocks = 128 * 2048, 3 * 8192 * 28672, BlockRange(0, 10, 80)
+    tokens, layer, blocks, placement = 128 * 2048, 3 * 8192 * 28672, BlockRange(0, 10, 80), place(layout, 8, 2)
     without, trained = (
-        {s.name: s for s in WorkerNeeds(Shapes(layout, j), place(layout, 8, 2), j, Stores("device", "device"), False, 0, blocks).steps()}
+        {s.name: s for s in WorkerNeeds(Shapes(layout, j), placement, j, Stores("device", "device"), False, 0, blocks).steps()}
         for j in (dataclasses.replace(job, reconstructed=frozenset()), job)
     )
-    for name in ("curvature", "costs", "update"):
-        assert trained[name].host - without[name].host == 2 * tokens * 8192 * 10 / 2, "bfloat16, half of the layers on each replica"
+    owners = [placement.owners[layout.shapes[f"model.layers.{block}.mlp.down_proj"].shared_input] for block in range(10)]
+    assert [owners.count(replica) for replica in (0, 1)] == [5, 5]
+    for name in ("costs", "update"):
+        assert trained[name].host - without[name].host == 2 * tokens * 8192 * 5, "bfloat16, half of the layers on each replica"
+    moving = (trained["curvature"].host - without["curvature"].host) / (2 * tokens * 8192)
+    assert moving == max(owners[: i + 1].count(replica) + (11 - i) / 2 for i in range(10) for replica in (0, 1))
     for name in ("evaluation", "commit"):
         assert trained[name] == without[name]
     assert trained["update"].flops == pytest.approx(10 / 2 * tokens * layer * (2 + 3 * 6))
     weights, inputs_and_outputs = 32 * layer, (2 + 2 + 2) * tokens * 8192
     assert trained["update"].device > weights + inputs_and_outputs
     assert plan_job(layout, place(layout, 8, 1), job, spec.memory, room, DEVICES["h100"]).excess()[0] <= 1
+
+
+def test_shards_without_a_layer_to_train_have_nothing_of_it() -> None:
+    """Only the first block of this mixture has a feed-forward layer of its own."""
+    layout, options = layout_of("glm4_moe"), {"groups": ("ffn",), "target_sparsity": 0.02, "reconstruction": ReconstructionSection()}
+    spec, _ = job_for("glm4_moe", num_shards=2)
+    changed = spec.model_copy(update={"pruning": spec.pruning.model_copy(update=options)})
+    job = job_of(changed, layout, method_for(changed, layout))
+    assert job.reconstructed == {"model.layers.0.mlp.down_proj"}
+    first, second = (
+        {s.name: s for s in WorkerNeeds(Shapes(layout, job), place(layout, 2, 1), job, Stores(), True, shard, blocks).steps()}
+        for shard, blocks in enumerate(place(layout, 2, 1).blocks)
+    )
+    assert list(first) == list(second)
+    assert first["update"].flops > second["update"].flops == 0
 
 
 def test_mixtures_of_experts_from_their_configurations() -> None:

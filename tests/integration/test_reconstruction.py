@@ -127,4 +127,20 @@ def test_a_layer_that_is_gone_is_not_trained(model_folders: dict[str, Path], tmp
     options = {"pruning__target_sparsity": 0.6, "pruning__remove_blocks": True, "pruning__num_shots": 1, "pruning__rank_by": "cost"}
     assert run(tmp_path, model_folders["llama"], **FIT, **options) == 0
     shot = report_of(tmp_path / "run")["shots"][0]
-    assert all(after <= before for before, after in shot["reconstruction"].values())
+    gone = {name for name, count in shot["groups_removed"].items() if count == 48}
+    assert gone
+    assert set(shot["reconstruction"]) == {name for name, count in shot["groups_removed"].items() if 0 < count < 48}
+
+
+def test_a_mixture_keeps_inputs_of_the_kinds_that_lose_groups(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    options = {"pruning__groups": ["ffn", "attention"], "pruning__num_shots": 1, "pruning__target_sparsity": 0.05}
+    inputs, cluster = inputs_for(model_folders["glm4_moe"], tmp_path, **options), loaded(model_folders["glm4_moe"], 2)
+    inputs.method.calibrate(cluster, inputs.calibration, 1, remembers=False)
+    kept = [worker.shard.layer_inputs for worker in cluster.workers.values()]
+    assert [inputs is not None and inputs.names for inputs in kept] == [("model.layers.0.mlp.down_proj",), ()]
+    for kind in ("ffn", "shared_experts"):
+        changed = FIT | options | {"pruning__groups": [kind], "cluster__num_shards": 2}
+        assert run(tmp_path / kind, model_folders["glm4_moe"], **changed) == 0
+        shot = report_of(tmp_path / kind / "run")["shots"][0]
+        assert shot["reconstruction"].keys() == {name for name, count in shot["groups_removed"].items() if count}
+        assert all(after < before for before, after in shot["reconstruction"].values())
