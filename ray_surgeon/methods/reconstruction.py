@@ -150,7 +150,7 @@ class Reconstruction:
 
 def errors_of(worker: Worker) -> dict[str, tuple[float, float]]:
     """Return the errors of the layers that a worker owns, before and after."""
-    return worker.drop(Errors).of_layer
+    return worker.kept(Errors).of_layer
 
 
 def _layer(worker: Worker, groups: GroupSet, W: Tensor, kept: Tensor) -> FeedForward:
