@@ -211,7 +211,7 @@ def test_further_terms_of_experts_weigh_what_their_own_tokens_do(model_folders: 
 
 @pytest.mark.parametrize("stores", [Stores(), Stores("host", "host", "recompute", 2)], ids=["kept", "streamed"])
 def test_gradients_of_some_sequences_and_inputs_of_all(stores: Stores, model_folders: dict[str, Path], tmp_path: Path) -> None:
-    """A of every linear from all sequences, G from autograd on the whole model over the drawn ones, brought to the number of all."""
+    """A of every linear from all sequences, G and the loss from autograd on the whole model over the drawn ones, G brought to all."""
     sequences = check(parse_spec(tiny_spec(tmp_path, model_folders["llama"]).read_text())).calibration
     model, both = AutoModelForCausalLM.from_pretrained(model_folders["llama"]), drawn(len(sequences), 2)
     A, G = (
@@ -223,9 +223,10 @@ def test_gradients_of_some_sequences_and_inputs_of_all(stores: Stores, model_fol
         module.register_full_backward_hook(lambda m, gi, go, n=name: add_second_moment(G[n], go[0]))
     losses = []
     for number, tokens in enumerate(torch.from_numpy(sequences)):
-        losses.append(torch.nn.functional.cross_entropy(model(tokens[None]).logits[0, :-1], tokens[1:], reduction="sum"))
+        loss = torch.nn.functional.cross_entropy(model(tokens[None]).logits[0, :-1], tokens[1:], reduction="sum")
         if number in both:
-            losses[-1].backward()
+            losses.append(loss)
+            loss.backward()
     mean = float(torch.stack(losses).detach().mean()) / (sequences.shape[1] - 1)
     for shards, replicas in ((1, 1), (2, 1), (1, 2)):
         cluster = loaded(model_folders["llama"], shards, replicas, stores)
