@@ -111,6 +111,11 @@ class Shapes:
             self.linears[linear.block].append(linear)
         self.share_active = layout.num_active_experts / max(1, layout.num_experts)  # of an expert's tokens, of all
         self.factor_bytes = [self._factors(block, job) for block in range(layout.num_blocks)]
+        self.layer_sizes = {  # consumer -> parameters of a layer that is trained: its own and those of its producers, a fused one's once
+            groups.consumer: sum(layout.shapes[name].size for name in {groups.consumer, *(name for name, _ in groups.producers)})
+            for groups in (layout.group_sets if job.reconstructed else ())
+            if groups.consumer in job.reconstructed
+        }
 
     def _factors(self, block: int, job: Job) -> int:
         if job.factors == "none":
@@ -118,12 +123,6 @@ class Shapes:
         gathered = [linear for linear in self.linears[block] if linear.name in job.gathered]
         num_columns = {linear.shared_input: linear.num_columns for linear in gathered}
         return 4 * sum(map(PackedSymmetric.size, (*num_columns.values(), *(linear.num_rows for linear in gathered))))
-
-    def layer_size(self, consumer: LinearShape) -> float:
-        """Return the parameters of a feed-forward layer: as many rows of width d as it has channels, two or three times."""
-        of_block = {linear.name: linear.size for linear in self.linears[consumer.block]}
-        (groups,) = (groups for groups in self.layout.group_sets if groups.consumer == consumer.name)
-        return consumer.size + sum(of_block[name] for name in {name for name, _ in groups.producers})
 
     def active_parameters(self, block: int) -> float:
         """Return the weights of a block's linears that a token is multiplied with."""
@@ -303,7 +302,7 @@ class WorkerNeeds:
     def _with_reconstruction(self, update: StepPlan) -> StepPlan:
         """Return the update with the training of layers, one at a time: masters, gradients, moments, inputs and outputs of all tokens."""
         job, width, hidden = self._job, self._shapes.width, int(self._shapes.layout.config.hidden_size)
-        tokens, sizes = job.num_sequences * job.sequence_length, [self._shapes.layer_size(linear) for linear in self._layers]
+        tokens, sizes = job.num_sequences * job.sequence_length, [self._shapes.layer_sizes[linear.name] for linear in self._layers]
         together = max(4 * TOKENS_AT_A_TIME, 7 * min(tokens, job.tokens_per_step))  # hidden entries: forward alone, or backward, too
         at_a_time = together * (width * max(linear.num_columns for linear in self._layers) + 4 * hidden)
         device = self._idle + _HEAP_BYTES + max(sizes) * (28 + 2 * width) + tokens * hidden * (2 + 2 * width) + at_a_time

@@ -163,10 +163,10 @@ class Groups(Method):
     def job(self, layout: ModelLayout, dtype: str, calibration: tuple[int, int], evaluation: Sequence[tuple[int, int]]) -> Job:
         """Return what a plan depends on; see `Method`."""
         job = super().job(layout, dtype, calibration, evaluation)
-        if (section := self.section.reconstruction) is None:
+        if (found := self.reconstruction) is None:
             return job
-        layers = frozenset(groups.consumer for groups in layout.group_sets if groups.kind in RECONSTRUCTED & set(self.section.groups))
-        return replace(job, reconstructed=layers, tokens_per_step=section.tokens_per_step, num_epochs=section.num_epochs)
+        layers = frozenset(groups.consumer for groups in layout.group_sets if groups.kind in found.kinds)
+        return replace(job, reconstructed=layers, tokens_per_step=found.section.tokens_per_step, num_epochs=found.section.num_epochs)
 
     # On a worker
 

@@ -20,7 +20,7 @@ from ray_surgeon.methods.groups_section import ReconstructionSection
 from ray_surgeon.models.layer_inputs import LayerInputs
 from ray_surgeon.models.layout import GroupSet
 from ray_surgeon.sections.curvature import AnyCurvature
-from ray_surgeon.surgery.kronecker import PackedSymmetric
+from ray_surgeon.surgery.kronecker import damp_
 from ray_surgeon.surgery.masks import StructuredMask
 from ray_surgeon.surgery.reconstruction import FeedForward, outputs_of, reconstruct
 
@@ -143,9 +143,7 @@ class Reconstruction:
     def _metric(self, worker: Worker, name: str) -> Tensor:
         """Return the damped G of a consumer."""
         factors = worker.shard.factors(name)
-        G: Tensor = PackedSymmetric(factors.G.n, factors.G.flat.to(worker.device)).dense() / factors.num_tokens
-        G.diagonal().add_(self.damping * G.diagonal().mean())
-        return G
+        return damp_(factors.G.dense(worker.device).div_(factors.num_tokens), self.damping)
 
 
 def errors_of(worker: Worker) -> dict[str, tuple[float, float]]:
