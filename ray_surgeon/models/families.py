@@ -11,6 +11,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from ray_surgeon.models.attention import IN_PRODUCTS
+
 
 @dataclass(frozen=True)
 class FfnCoupling:
@@ -104,7 +106,7 @@ class Family:
     norms_queries: bool = False  # whether queries and keys are normalised over a head's dimensions
     transposed: bool = False  # whether linears are [inputs, outputs], GPT-2's Conv1D
     per_head: tuple[str, ...] = ()  # tensors of a block with one entry for every query head
-    runs_attention: str = "sdpa"  # how transformers is to run attention
+    runs_attention: str = IN_PRODUCTS  # how transformers is to run attention
     has_free_heads_in_vllm: bool = True  # likewise, in vLLM's own class of the family
     llama_cpp: LlamaCpp | None = None  # None if llama.cpp does not know the family
 

@@ -1,0 +1,134 @@
+"""Causal attention on CPUs as matrix products of blocks of queries, registered with transformers under the name `IN_PRODUCTS`.
+
+torch's own kernel for CPUs makes 40 of the 450 GFLOP/s that one core of an EPYC with AVX-512 BF16 makes in products of 512 x 576 numbers:
+in a small model it takes more time than all linears. `python -m benchmarks.attention` compares the two. Memory is linear in the number of
+tokens, as the kernel's is: the weights of a block of queries exist only while they are needed, and are computed again for gradients.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+IN_PRODUCTS = "sdpa_in_products"
+"""The name by which models ask for it."""
+QUERIES_AT_A_TIME = 128
+"""Of every head that shares keys. The keys after the last of them are left out, so that fewer queries are less work in larger pieces."""
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Return the outputs of attention.
+
+    What is not plain attention on a CPU, in bfloat16 or of one query, goes to transformers' own function for SDPA.
+
+    Args:
+        module: the attention layer, whose `is_causal` counts if none is given.
+        query: [n, heads, T, d].
+        key: [n, key heads, S, d], each for as many query heads that follow each other.
+        value: [n, key heads, S, e].
+        attention_mask: None if every query reads all keys, or those up to its own place.
+        dropout: share of weights that are set to zero.
+        scaling: factor of the scores; 1 / sqrt(d) if None.
+        is_causal: whether a query reads the keys up to its own place only.
+        kwargs: of other functions.
+
+    Returns:
+        [n, T, heads, e], and None in place of the weights.
+    """
+    T, S = query.shape[2], key.shape[2]
+    causal = T > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    plain = attention_mask is None and not dropout and kwargs.get("position_bias") is None and (not causal or T == S)
+    gains = query.device.type == "cpu" and (query.dtype == torch.bfloat16 or T == 1)
+    if not plain or not gains:
+        outputs, _ = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
+        )
+        return outputs, None
+    factor = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return in_products(query * factor, key, value, causal=causal).transpose(1, 2).contiguous(), None
+
+
+def in_products(query: Tensor, key: Tensor, value: Tensor, *, causal: bool) -> Tensor:
+    """Return softmax(Q K^T) V [n, heads, T, e], with gradients for all three.
+
+    Args:
+        query: [n, heads, T, d], scaled.
+        key: [n, key heads, S, d].
+        value: [n, key heads, S, e].
+        causal: whether query t reads the keys up to t only; T is S then.
+    """
+    n, heads, T, d = query.shape
+    Q, K, V = query.reshape(n * key.shape[1], -1, T, d), key.flatten(0, 1), value.flatten(0, 1)
+    outputs: Tensor = _InProducts.apply(Q, K, V, causal)  # type: ignore[no-untyped-call]
+    return outputs.reshape(n, heads, T, -1)
+
+
+class _InProducts(torch.autograd.Function):
+    """The same for queries [N, r, T, d], of which r share the keys [N, S, d] and values [N, S, e]."""
+
+    @staticmethod
+    def forward(ctx: Any, Q: Tensor, K: Tensor, V: Tensor, causal: bool) -> Tensor:
+        """Return [N, r, T, e]."""
+        outputs, centred = Q.new_empty(*Q.shape[:3], V.shape[-1]), _centred(K, causal)
+        for places, keys in _blocks(Q.shape[2], K.shape[1], causal):
+            weights = _weights(Q[:, :, places].flatten(1, 2), centred[:, :keys], places if causal else None)
+            outputs[:, :, places] = torch.bmm(weights, V[:, :keys]).view(outputs[:, :, places].shape)
+        ctx.causal = causal
+        ctx.save_for_backward(Q, K, V, outputs)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        """Return the gradients of queries, keys and values."""
+        Q, K, V, outputs = ctx.saved_tensors
+        centred, to_Q = _centred(K, ctx.causal), torch.empty_like(Q, memory_format=torch.contiguous_format)
+        to_K, to_V = (torch.zeros(part.shape, dtype=torch.promote_types(part.dtype, torch.float32)) for part in (K, V))
+        read = (gradient.to(to_K.dtype) * outputs).sum(dim=-1).to(Q.dtype)  # [N, r, T], mean of the weights' gradients, weighted by them
+        for places, keys in _blocks(Q.shape[2], K.shape[1], ctx.causal):
+            q, to_outputs = (part[:, :, places].flatten(1, 2) for part in (Q, gradient))
+            weights = _weights(q, centred[:, :keys], places if ctx.causal else None)
+            to_V[:, :keys] += torch.bmm(to_outputs.mT, weights).mT  # the smaller one is transposed
+            to_scores = torch.bmm(to_outputs, V[:, :keys].mT).sub_(read[:, :, places].flatten(1, 2)[:, :, None]).mul_(weights)
+            to_Q[:, :, places] = torch.bmm(to_scores, centred[:, :keys]).view(to_Q[:, :, places].shape)
+            to_K[:, :keys] += torch.bmm(q.mT, to_scores).mT
+        return to_Q, to_K.to(K.dtype), to_V.to(V.dtype), None
+
+
+def _centred(K: Tensor, causal: bool) -> Tensor:
+    """Return the keys less their mean, which takes the same from all scores of a query: smaller scores are rounded less."""
+    return K - K.mean(dim=1, keepdim=True) if causal else K
+
+
+def _weights(q: Tensor, K: Tensor, places: slice | None) -> Tensor:
+    """Return softmax(q K^T) [N, r m, k] of m queries in r heads, which read keys up to their own places if these are given."""
+    scores = torch.bmm(q, K.mT)
+    if places is not None:
+        m = places.stop - places.start
+        later = torch.ones(m, m, dtype=torch.bool).triu_(1)
+        scores.view(len(scores), -1, m, scores.shape[-1])[..., places].masked_fill_(later, -torch.inf)
+    return torch.softmax(scores, dim=-1)
+
+
+def _blocks(T: int, S: int, causal: bool) -> list[tuple[slice, int]]:
+    """Return the places of each block of T queries, and how many of S keys it reads."""
+    places = [slice(start, min(start + QUERIES_AT_A_TIME, T)) for start in range(0, T, QUERIES_AT_A_TIME)]
+    return [(part, part.stop if causal else S) for part in places]
+
+
+AttentionInterface.register(IN_PRODUCTS, attention)
+AttentionMaskInterface.register(IN_PRODUCTS, sdpa_mask)
