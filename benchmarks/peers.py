@@ -8,8 +8,8 @@ computes the same: FLAP (An et al. 2024, arXiv 2312.11983: fluctuation of a cons
 bias that makes up for the mean of what is removed), Wanda-sp (same source: |W| |X| summed over a group), Minitron (Muralidharan et al.
 2024, arXiv 2407.14679: norm of a group's activations, here over all tokens), Taylor (LLM-Pruner, Ma et al. 2023, arXiv 2305.11627: sum of
 |w dL/dw| over all weights of a group). Where widths may differ, the scores of a block's columns are standardised, as FLAP does it, a group
-has the mean of its columns, and one threshold is taken for all. A search reads 16 more sequences of the same text. CPU-s are those of
-scores, updates and corrections, without measuring.
+has the mean of its columns, and one threshold is taken for all. A search reads 16 more sequences of the same text. All have the
+quickstart's texts, without the model's own. CPU-s are those of scores, updates and corrections, without measuring.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from ray_surgeon.methods import Groups
 from ray_surgeon.models.gguf import convert_gguf
 from ray_surgeon.models.layout import GroupSet, ModelLayout
 from ray_surgeon.models.loss import compare_with_dense, perplexity_of
-from ray_surgeon.sections.texts import ModelSection
+from ray_surgeon.sections.texts import ModelSection, SelfSection
 from ray_surgeon.spec import JobSpec, parse_spec
 from ray_surgeon.storage.sources import open_model
 from ray_surgeon.surgery.allocate import GroupCosts, allocate_globally, allocate_uniformly
@@ -206,6 +206,15 @@ def specs(document: Mapping[str, Any], point: Mapping[str, Any], share: float, f
     }
 
 
+def without_own_text(spec: JobSpec) -> dict[str, Any]:
+    """Return a spec without what the model itself writes, which is there in a run only, with as many sequences of each other text."""
+    document: dict[str, Any] = spec.model_dump(mode="json")
+    given = [(text, count) for text, count in spec.calibration.shares if not isinstance(text, SelfSection)]
+    mix = [{**text.model_dump(mode="json"), "weight": count} for text, count in given[1:]]
+    counts = {"weight": given[0][1] if mix else 1.0, "num_sequences": sum(count for _, count in given)}
+    return document | {"calibration": document["calibration"] | counts | {"mix": mix}}
+
+
 def _file_name(way: str) -> str:
     return "-".join(way.lower().replace(",", "").split())
 
@@ -253,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     arguments.folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(2)
-    document = parse_spec(Path("pipelines/quickstart.yaml").read_text(), arguments.set).model_dump(mode="json")
+    document = without_own_text(parse_spec(Path("pipelines/quickstart.yaml").read_text(), arguments.set))
     if arguments.model:
         other = str(fetch(arguments.folder / "gemma")) if arguments.model == "gemma3-270m" else arguments.model
         document["model"] = {"source": other, "dtype": document["model"]["dtype"]}

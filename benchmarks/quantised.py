@@ -16,6 +16,7 @@ from typing import Any
 from transformers import AutoConfig
 
 import ray_surgeon
+from benchmarks.peers import without_own_text
 from ray_surgeon.cluster.local import LocalCluster
 from ray_surgeon.cluster.placement import place
 from ray_surgeon.cluster.worker import ModelRecipe, load
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="where everything is written")
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.1, 0.1875], help="of the parameters of the blocks' linears")
     arguments = parser.parse_args(argv)
-    document = parse_spec(Path("pipelines/quickstart.yaml").read_text(), ["model.dtype=float32"]).model_dump(mode="json")
+    document = without_own_text(parse_spec(Path("pipelines/quickstart.yaml").read_text(), ["model.dtype=float32"]))
     rows: list[dict[str, Any]] = []
     inputs: Inputs | None = None
     for sparsity in arguments.sparsities:

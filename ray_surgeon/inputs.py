@@ -116,9 +116,13 @@ def job_of(spec: JobSpec, layout: ModelLayout, method: Method) -> Job:
     """Return what a plan depends on."""
     texts = [(text.num_sequences, text.sequence_length) for text in spec.evaluation.texts]
     job = method.job(layout, spec.model.dtype, (spec.calibration.num_sequences, spec.calibration.sequence_length), texts)
-    of_model = sum(count for text, count in spec.calibration.shares if isinstance(text, SelfSection))
+    written = tuple(
+        (count * text.texts_per_sequence, spec.calibration.sequence_length // text.texts_per_sequence)
+        for text, count in spec.calibration.shares
+        if isinstance(text, SelfSection)
+    )
     quantize = spec.output.quantize
-    job = replace(job, num_written=of_model, rounds=quantize is not None and quantize.scheme == "w4a16")
+    job = replace(job, written=written, rounds=quantize is not None and quantize.scheme == "w4a16")
     if (search := Search.of(method)) is not None:
         units = {(groups.block, groups.kind) for groups in layout.group_sets if groups.consumer in job.needs}
         rounds = search.section.rounds
@@ -305,7 +309,9 @@ def _to_be_written(spec: JobSpec, tokenizer: Any, config: PretrainedConfig) -> d
             raise ValueError(
                 f"{where}: a prompt of {len(prompt)} and sequences of {length} tokens, but the model takes at most {longest}; shorten them"
             )
-        found[number] = Wanted(prompt, text.temperature, text.seed, count, length - (first is not None), first)
+        texts = text.texts_per_sequence
+        begin = prompt[-1] if first is None and texts > 1 else first
+        found[number] = Wanted(prompt, text.temperature, text.seed, count * texts, length // texts - (begin is not None), begin)
     return found
 
 

@@ -189,7 +189,8 @@ def _with_written(workers: Cluster, inputs: Inputs, uri: str, facts: dict[str, F
     elif resumed:
         raise ValueError(f"{uri} is gone, and the dense model with it, which wrote it; put it back, or start a new run")
     else:
-        texts = {number: write_text(workers, wanted) for number, wanted in inputs.written.items()}
+        length = inputs.calibration.shape[1]
+        texts = {number: write_text(workers, wanted).reshape(-1, length) for number, wanted in inputs.written.items()}
         tensor_files.write(uri, {str(number): torch.from_numpy(tokens) for number, tokens in texts.items()})
     facts["num_sequences"] = sum(map(len, texts.values()))
     return inputs.with_written(texts)

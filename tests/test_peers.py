@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.peers import PEERS, POINTS, gather, linear, load, measure, prune, scores, specs, states
+from benchmarks.peers import PEERS, POINTS, gather, linear, load, measure, prune, scores, specs, states, without_own_text
 from ray_surgeon.inputs import Inputs, check
-from ray_surgeon.spec import parse_spec
+from ray_surgeon.spec import JobSpec, parse_spec
 from tests.integration.runs import tiny_spec
 
 
@@ -115,3 +115,16 @@ def test_a_peer_removes_what_the_budget_says(peer: str, inputs: Inputs) -> None:
     assert all(value > 0 for value in divergence.values())
     assert measure(model, inputs, before)[1] == pytest.approx(dict.fromkeys(divergence, 0.0), abs=1e-6)
     assert set(perplexity) == set(inputs.texts)
+
+
+def test_text_of_the_models_own_is_left_out_and_no_other() -> None:
+    spec = parse_spec(Path("pipelines/quickstart.yaml").read_text())
+    document = without_own_text(spec)
+    left = JobSpec.model_validate(document).calibration
+    assert [(text.source, count) for text, count in left.shares] == [
+        (text.source, count) for text, count in spec.calibration.shares if text.source != "self"
+    ]
+    assert len(left.shares) == len(spec.calibration.shares) - 1
+    alone = without_own_text(parse_spec(Path("pipelines/quickstart.yaml").read_text(), ["calibration.mix=[{source: self}]"]))
+    assert (alone["calibration"]["mix"], alone["calibration"]["num_sequences"]) == ([], 80)
+    assert JobSpec.model_validate(alone)

@@ -11,7 +11,7 @@ import torch
 
 from ray_surgeon.cluster.devices import Device
 from ray_surgeon.cluster.placement import Placement
-from ray_surgeon.cluster.sampling import SEQUENCES_TOGETHER
+from ray_surgeon.cluster.sampling import texts_together
 from ray_surgeon.memory.stores import Place, Stores
 from ray_surgeon.models.build import BlockRange
 from ray_surgeon.models.checkpoint import part_of_stack
@@ -59,7 +59,7 @@ class Job:
     block_by_block: bool = False  # whether all sequences pass a shard together while its blocks are pruned
     remembers_calibration: bool = False  # whether the dense model's states of the calibration text are kept, as those of evaluations are
     rounds: bool = False  # whether a quantised export is rounded by the calibration text
-    num_written: int = 0  # calibration sequences that the dense model writes
+    written: tuple[tuple[int, int], ...] = ()  # number of texts that the dense model writes, and tokens of each
     num_searched: int = 0  # sequences on which a search measures; 0 for no search
     num_trials: int = 0  # of allocations in a search
     num_undone: int = 0  # measurements with removals undone, of one kind of groups in one block each, in all of them
@@ -199,7 +199,7 @@ class WorkerNeeds:
     def steps(self) -> Iterator[StepPlan]:
         """Yield the steps of a shot, those before the first one included."""
         yield StepPlan("load", self._weights, self._host + self._shapes.largest_tensor)
-        if self._job.num_written:
+        if self._job.written:
             yield self._sampling()
         yield self._evaluation()
         if self._job.factors != "none":
@@ -221,18 +221,20 @@ class WorkerNeeds:
             yield self._block_by_block("quantise", [(16.0 * (C**2 + R * C), 2.0 * C**3 + 2.0 * R * C**2) for R, C in shapes])
 
     def _sampling(self) -> StepPlan:
-        """Return the writing of calibration text, token by token: keys and values of the sequences that are written together."""
-        job, heads = self._job, self._shapes.layout.heads
-        own = -(-job.num_written // self._num_replicas)
-        batch = min(own, SEQUENCES_TOGETHER)
-        cached = (
-            1.0 * heads.num_kv * (heads.query_dim + heads.value_dim) * self._shapes.width * (job.sequence_length + TOKENS_OF_ROOM)
-        )  # of a block and sequence
-        caches = cached * (min(own, batch * self._num_shards) * len(self._own) + batch)  # those of a block are copied when they grow
-        moment = batch * (self._moment + (20 * self._shapes.layout.config.vocab_size if self._head_flops else 0))
-        flops = own * job.sequence_length * (2 * self._active + self._head_flops)
-        moved = self._moved(self._stores.weights, job.sequence_length * -(-own // batch) * self._all_blocks)
-        return StepPlan("sampling", self._weights + caches + moment, self._host, flops, 0.0, *moved)
+        """Return the writing of calibration text, token by token: keys and values of the texts that are written together."""
+        heads, most, flops, num_passes = self._shapes.layout.heads, 0.0, 0.0, 0
+        of_token = 1.0 * heads.num_kv * (heads.query_dim + heads.value_dim) * self._shapes.width  # keys and values in a block
+        for num_texts, length in self._job.written:
+            own = -(-num_texts // self._num_replicas)
+            batch = min(own, texts_together(length))
+            cached = of_token * (length + TOKENS_OF_ROOM)  # of a text
+            caches = cached * (min(own, batch * self._num_shards) * len(self._own) + batch)  # those of a block are copied when they grow
+            moment = batch * (self._moment + (20 * self._shapes.layout.config.vocab_size if self._head_flops else 0))
+            most = max(most, caches + moment)
+            flops += own * length * (2 * self._active + self._head_flops)
+            num_passes += length * -(-own // batch)
+        moved = self._moved(self._stores.weights, num_passes * self._all_blocks)
+        return StepPlan("sampling", self._weights + most, self._host, flops, 0.0, *moved)
 
     def _evaluation(self) -> StepPlan:
         return self._measuring("evaluation", self._job.evaluation)
@@ -300,15 +302,17 @@ class WorkerNeeds:
         return self._linear_by_linear(name, [n.update_bytes for n in self._of_needs], [n.update_flops for n in self._of_needs])
 
     def _with_reconstruction(self, update: StepPlan) -> StepPlan:
-        """Return the update with the training of layers, one at a time: masters, gradients, moments, inputs and outputs of all tokens."""
+        """Return the update with the training of producers, one layer at a time: their states, and inputs and outputs of all tokens."""
         job, width, hidden = self._job, self._shapes.width, int(self._shapes.layout.config.hidden_size)
         tokens, sizes = job.num_sequences * job.sequence_length, [self._shapes.layer_sizes[linear.name] for linear in self._layers]
         together = max(4 * TOKENS_AT_A_TIME, 7 * min(tokens, job.tokens_per_step))  # hidden entries: forward alone, or backward, too
         at_a_time = together * (width * max(linear.num_columns for linear in self._layers) + 4 * hidden)
-        device = self._idle + _HEAP_BYTES + max(sizes) * (28 + 2 * width) + tokens * hidden * (2 + 2 * width) + at_a_time
+        consumer = max(linear.size for linear in self._layers)
+        states = max(sizes) * (28 + 2 * width) - 20 * consumer  # of which only producers have masters, gradients and moments
+        device = self._idle + _HEAP_BYTES + states + tokens * hidden * (2 + 2 * width) + at_a_time
         device += self._all_factors / self._num_replicas * (self._stores.factors == "device")
         of_owners = [sum(size for size, one in zip(sizes, self._owners, strict=True) if one == owner) for owner in set(self._owners)]
-        flops = tokens * max(of_owners) * (2 + 6 * job.num_epochs)
+        flops = tokens * max(of_owners) * (2 + 4 * job.num_epochs)
         return replace(update, device=max(update.device, device), flops=flops)
 
     def _linear_by_linear(self, name: str, sizes: Sequence[float], flops: Sequence[float]) -> StepPlan:

@@ -21,8 +21,10 @@ from ray_surgeon.cluster.placement import WorkerIndex
 from ray_surgeon.cluster.transport import TensorPayload
 from ray_surgeon.cluster.worker import Worker
 
-SEQUENCES_TOGETHER = 16
+TEXTS_TOGETHER = 16
 """That are written, at most; a matrix of weights is read once for all of them."""
+TOKENS_TOGETHER = 8192
+"""Up to which short ones are more."""
 _TOKENS_IN_FLIGHT = 4
 """Submitted ahead of the ones that are there."""
 
@@ -95,7 +97,7 @@ def write_text(cluster: Cluster, wanted: Wanted) -> NDArray[np.int64]:
     Returns:
         [num_sequences, sequence_length] tokens, one more with a first one.
     """
-    batches = _batches(wanted.num_sequences)
+    batches = _batches(wanted)
     together = cluster.placement.num_shards * cluster.placement.num_replicas  # so many keep all workers busy
     rounds = [range(start, min(start + together, len(batches))) for start in range(0, len(batches), together)]
     cluster.progress.begin(len(rounds) * wanted.sequence_length, "tokens")
@@ -129,6 +131,12 @@ def _write_batches(cluster: Cluster, wanted: Wanted, batches: Mapping[int, Seque
     return found
 
 
-def _batches(num_sequences: int) -> list[list[int]]:
+def _batches(wanted: Wanted) -> list[list[int]]:
     """Return the numbers of the sequences of each batch, of nearly the same size, whatever the cluster is."""
-    return [part.tolist() for part in np.array_split(np.arange(num_sequences), -(-num_sequences // SEQUENCES_TOGETHER))]
+    num_batches = -(-wanted.num_sequences // texts_together(wanted.sequence_length))
+    return [part.tolist() for part in np.array_split(np.arange(wanted.num_sequences), num_batches)]
+
+
+def texts_together(length: int) -> int:
+    """Return how many texts of so many tokens are written together, at most."""
+    return max(TEXTS_TOGETHER, TOKENS_TOGETHER // length)

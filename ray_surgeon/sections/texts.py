@@ -109,7 +109,12 @@ class SelfSection(Section):
         min_length=1,
         description="What stands before every sequence and is no part of it, special tokens allowed; null: the token that begins a text",
     )
-    seed: int = Field(0, ge=0, description="Seed of the draws; every sequence has draws of its own")
+    texts_per_sequence: Positive = Field(
+        1,
+        description="Texts that fill a sequence together, each from its own beginning: more subjects, and fewer steps, as more texts are "
+        "written together; divides sequence_length. Between them stands the tokenizer's BOS token if it begins texts, or the prompt's last",
+    )
+    seed: int = Field(0, ge=0, description="Seed of the draws; every text has draws of its own")
 
 
 MixSection = Annotated[
@@ -140,6 +145,12 @@ class CalibrationSection(TextSection):
             if not count:
                 raise ValueError(
                     f"mix: the share of {text.source} in {self.num_sequences} sequences is none; raise its weight or num_sequences"
+                )
+        for number, text in enumerate(self.mix):
+            if isinstance(text, SelfSection) and self.sequence_length % text.texts_per_sequence:
+                raise ValueError(
+                    f"mix.{number}: {text.texts_per_sequence} texts of one length do not fill sequences of {self.sequence_length} tokens; "
+                    "give texts_per_sequence a divisor of sequence_length"
                 )
         if not self.mix and self.weight != 1.0:
             raise ValueError("weight has no effect without mix; remove it")

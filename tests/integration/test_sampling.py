@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ray_surgeon.cluster.sampling import Wanted, write_text
+from ray_surgeon.cluster import sampling
+from ray_surgeon.cluster.sampling import Wanted, texts_together, write_text
 from ray_surgeon.run.directory import RunDirectory
 from ray_surgeon.storage import tensor_files
 from tests.conftest import CONFIGS
@@ -32,7 +33,10 @@ def by_whole_passes(model: torch.nn.Module, wanted: Wanted, number: int) -> list
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-def test_tokens_are_drawn_from_the_model_whatever_the_workers_are(family: str, model_folders: dict[str, Path]) -> None:
+def test_tokens_are_drawn_from_the_model_whatever_the_workers_are(
+    family: str, model_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampling, "TOKENS_TOGETHER", 0)
     with torch.no_grad():
         model = AutoModelForCausalLM.from_pretrained(model_folders[family])
         expected = [by_whole_passes(model, WANTED, number) for number in (0, 8, 9, 17)]  # of two batches
@@ -44,6 +48,22 @@ def test_tokens_are_drawn_from_the_model_whatever_the_workers_are(family: str, m
     assert written[0][[0, 8, 9, 17]].tolist() == expected
     for other in written[1:]:
         assert np.array_equal(other, written[0])
+
+
+def test_short_texts_are_written_in_larger_batches() -> None:
+    assert [texts_together(length) for length in (8192, 512, 128, 1)] == [16, 16, 64, 8192]
+
+
+def test_several_texts_fill_a_sequence_and_begin_with_the_last_token_of_the_prompt(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    several = {"source": "self", "weight": 0.5, "prompt": "<end>", "texts_per_sequence": 4}
+    assert run(tmp_path, model_folders["llama"], calibration__mix=[several]) == 0
+    written = tensor_files.read(str(tmp_path / "run/written.safetensors"))["1"]
+    assert written.shape == (2, 40)
+    prompt = AutoTokenizer.from_pretrained(model_folders["llama"])("<end>", add_special_tokens=False)["input_ids"]
+    texts = written.view(8, 10)
+    assert texts[:, 0].tolist() == [prompt[-1]] * 8
+    alone = write_text(loaded(model_folders["llama"]), Wanted(tuple(prompt), 1.0, 0, 8, 9))
+    assert np.array_equal(texts[:, 1:], alone), "each begins after the prompt, not after the text before it"
 
 
 def test_a_run_calibrates_on_it_and_goes_on_with_it(
@@ -87,6 +107,7 @@ def test_a_run_calibrates_on_it_and_goes_on_with_it(
         ({"calibration__source": "self"}, "a place in calibration.mix only"),
         ({"calibration__mix": [{"source": "self", "temperature": 0}]}, "temperature"),
         ({"calibration__mix": [{"source": "self", "split": "test"}]}, "split"),
+        ({"calibration__mix": [{"source": "self", "texts_per_sequence": 3}]}, "a divisor of sequence_length"),
         ({"calibration__mix": [{"source": "self", "prompt": "with a long prompt " * 400}]}, "shorten them"),
     ],
 )
