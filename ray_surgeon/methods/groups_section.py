@@ -21,7 +21,7 @@ class ReconstructionSection(Section):
     """Reconstruction of feed-forward layers, see `ray_surgeon.methods.reconstruction`."""
 
     learning_rate: float = Field(
-        0.006, gt=0, le=1, description="The first one of Adam, in units of the root mean square of each weight; it falls linearly to zero"
+        0.012, gt=0, le=1, description="The first one of Adam, in units of the root mean square of each weight; it falls linearly to zero"
     )
     tokens_per_step: Positive = Field(512, description="Calibration tokens of one step, at most all")
     num_epochs: Positive = Field(2, description="Passes over the calibration tokens")

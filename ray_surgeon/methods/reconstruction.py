@@ -92,8 +92,8 @@ class Reconstruction:
                 inputs.put(name, everything.flatten(0, 1))
         worker.keep(Errors())
 
-    def fitted(self, worker: Worker, groups: GroupSet, W: Tensor) -> Tensor:
-        """Train an owned layer after groups were removed, set its producers, and return its consumer.
+    def fit(self, worker: Worker, groups: GroupSet, W: Tensor) -> None:
+        """Train the producers of an owned layer after groups were removed.
 
         Args:
             worker: whose weights are those from before, and whose mask of the consumer is the new one.
@@ -104,7 +104,7 @@ class Reconstruction:
         assert shard.layer_inputs is not None
         kept = worker.mask(name, StructuredMask).columns[groups.columns].all(dim=1)
         if not kept.any():
-            return W
+            return
         whole = _layer(worker, groups, shard.weight(name), torch.ones_like(kept))
         inputs = shard.layer_inputs.take(name).to(worker.device, shard.dtype)
         wanted = outputs_of(whole.to(shard.dtype), inputs)
@@ -119,14 +119,10 @@ class Reconstruction:
             generator=torch.Generator().manual_seed(section.seed + worker.layout.linear_numbers[name]),
         )
         worker.kept(Errors).of_layer[name] = found.before, found.after
-        columns = _columns(groups, kept, W)
         for (producer, rows), V in zip(groups.producers, found.layer.producers, strict=True):
             changed = shard.weight(producer)
             changed[rows[kept].flatten().to(changed.device)] = V
             shard.set_weight(producer, changed)
-        result = W.clone()
-        result[:, columns] = found.layer.consumer
-        return result
 
     def end(self, worker: Worker, sets: Sequence[GroupSet]) -> None:
         """Send the producers of trained layers from the owners of their consumers to the other replicas, and keep inputs no longer.

@@ -1,9 +1,9 @@
-"""Reconstruction of a feed-forward layer that lost channels: all that is left of it is trained to give what the whole layer gave.
+"""Reconstruction of a feed-forward layer that lost channels: those that are left are trained until the layer gives what it gave.
 
 The exact update of a consumer changes its own weights only, and takes channels as they are. Here what the kept channels compute changes,
-too, for the inputs that the model from before gives them. The error is measured by G, the second moment of the gradients at the layer's
-outputs: to second order that is the divergence that the error causes. Nothing passes through other layers, so every token says as much of
-these weights as the layer has outputs.
+for the inputs that the model from before gives them. The consumer stays at its exact update: more fitting of it fits the calibration text
+alone. The error is measured by G, the second moment of the gradients at the layer's outputs: to second order that is the divergence that
+the error causes. Nothing passes through other layers, so every token says as much of these weights as the layer has outputs.
 
 Source: docs/method.md, section 8; block reconstruction of BRECQ (Li et al. 2021, arXiv 2102.05426), G in place of the Fisher's diagonal.
 """
@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from ray_surgeon.surgery.products import product
 
 TOKENS_AT_A_TIME = 4096
 """Of which outputs and errors are computed together."""
@@ -36,18 +38,10 @@ class FeedForward:
             hidden = hidden * other
         return _affine(hidden, self.consumer)
 
-    @property
-    def weights(self) -> tuple[Tensor, ...]:
-        """The weights, the consumer last."""
-        return (*self.producers, self.consumer)
-
-    def with_weights(self, weights: tuple[Tensor, ...]) -> FeedForward:
-        """Return the layer with others."""
-        return replace(self, producers=weights[:-1], consumer=weights[-1])
-
     def to(self, dtype: torch.dtype) -> FeedForward:
         """Return the layer in another dtype, without gradients."""
-        return self.with_weights(tuple(weight.detach().to(dtype) for weight in self.weights))
+        producers = tuple(weight.detach().to(dtype) for weight in self.producers)
+        return replace(self, producers=producers, consumer=self.consumer.detach().to(dtype))
 
 
 @dataclass(frozen=True)
@@ -70,7 +64,7 @@ def reconstruct(
     num_epochs: int,
     generator: torch.Generator,
 ) -> Reconstructed:
-    """Train a layer on divergence to second order, by Adam with a rate that falls linearly to zero.
+    """Train the producers of a layer on divergence to second order, by Adam with a rate that falls linearly to zero.
 
     Args:
         layer: what is left, float32.
@@ -91,12 +85,13 @@ def reconstruct(
     before = error_of(layer.to(dtype), *measured)
     if not before > 0:
         return Reconstructed(layer, before, before)
-    masters = tuple(weight.detach().clone().requires_grad_() for weight in layer.weights)
+    narrow = layer.to(dtype)
+    masters = tuple(weight.detach().clone().requires_grad_() for weight in layer.producers)
     rates = [learning_rate * float(weight.detach().pow(2).mean().sqrt()) for weight in masters]
     optimizer = torch.optim.Adam(
-        [{"params": [weight], "lr": rate} for weight, rate in zip(masters, rates, strict=True)], betas=(0.9, 0.95), fused=True
+        [{"params": [weight], "lr": rate} for weight, rate in zip(masters, rates, strict=True)], betas=(0.8, 0.9), fused=True
     )
-    num_steps, number = num_epochs * (len(inputs) // size), 0
+    num_steps, number, scaled = num_epochs * (len(inputs) // size), 0, G / (size * before)
     for _ in range(num_epochs):
         order = torch.randperm(len(inputs), generator=generator).to(inputs.device)
         for tokens in torch.split(order[: len(order) // size * size], size):
@@ -104,14 +99,14 @@ def reconstruct(
                 group["lr"] = rate * (1 - number / num_steps)
             working = tuple(weight.detach().to(dtype).requires_grad_() for weight in masters)
             with torch.enable_grad():
-                found = layer.with_weights(working)(inputs[tokens])
+                found = replace(narrow, producers=working)(inputs[tokens])
             error = (found.detach() - outputs[tokens]).float()
-            gradients = torch.autograd.grad(found, working, (error @ G / (size * before)).to(dtype))
+            gradients = torch.autograd.grad(found, working, product(error, scaled).to(dtype))
             for weight, gradient in zip(masters, gradients, strict=True):
                 weight.grad = gradient.to(weight.dtype)
             optimizer.step()
             number += 1
-    trained = layer.with_weights(tuple(weight.detach() for weight in masters))
+    trained = replace(layer, producers=tuple(weight.detach() for weight in masters))
     after = error_of(trained.to(dtype), *measured)
     return Reconstructed(trained, before, after) if after < before else Reconstructed(layer, before, before)
 
@@ -122,7 +117,7 @@ def error_of(layer: FeedForward, inputs: Tensor, outputs: Tensor, G: Tensor) -> 
     total = 0.0
     for x, y in zip(torch.split(inputs, TOKENS_AT_A_TIME), torch.split(outputs, TOKENS_AT_A_TIME), strict=True):
         error = (layer(x) - y).to(G.dtype)
-        total += float(((error @ G) * error).sum(dtype=torch.float64))
+        total += float((product(error, G) * error).sum(dtype=torch.float64))
     return total / (2 * len(inputs))
 
 
