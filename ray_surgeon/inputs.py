@@ -304,14 +304,15 @@ def _to_be_written(spec: JobSpec, tokenizer: Any, config: PretrainedConfig) -> d
             if not begins:
                 raise ValueError(f"{where}.prompt: the tokenizer has no token that begins a text; give a prompt")
             prompt = (int(begins[0]),)
-        longest = getattr(config, "max_position_embeddings", len(prompt) + length)
-        if len(prompt) + length > longest:
+        texts, of_text = text.texts_per_sequence, length // text.texts_per_sequence
+        longest = getattr(config, "max_position_embeddings", len(prompt) + of_text)
+        if not prompt or len(prompt) + of_text > longest:
             raise ValueError(
-                f"{where}: a prompt of {len(prompt)} and sequences of {length} tokens, but the model takes at most {longest}; shorten them"
+                f"{where}: a prompt of {len(prompt)} and texts of {of_text} tokens, but the model takes at most {longest}, "
+                "and begins after at least one; change the prompt or the lengths"
             )
-        texts = text.texts_per_sequence
         begin = prompt[-1] if first is None and texts > 1 else first
-        found[number] = Wanted(prompt, text.temperature, text.seed, count * texts, length // texts - (begin is not None), begin)
+        found[number] = Wanted(prompt, text.temperature, text.seed, count * texts, of_text - (begin is not None), begin)
     return found
 
 

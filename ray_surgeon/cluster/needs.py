@@ -111,7 +111,7 @@ class Shapes:
             self.linears[linear.block].append(linear)
         self.share_active = layout.num_active_experts / max(1, layout.num_experts)  # of an expert's tokens, of all
         self.factor_bytes = [self._factors(block, job) for block in range(layout.num_blocks)]
-        self.layer_sizes = {  # consumer -> parameters of a layer that is trained: its own and those of its producers, a fused one's once
+        self.layer_sizes = {  # consumer -> parameters of a layer that is reconstructed, with its producers', a fused one's once
             groups.consumer: sum(layout.shapes[name].size for name in {groups.consumer, *(name for name, _ in groups.producers)})
             for groups in (layout.group_sets if job.reconstructed else ())
             if groups.consumer in job.reconstructed
@@ -225,14 +225,15 @@ class WorkerNeeds:
         heads, most, flops, num_passes = self._shapes.layout.heads, 0.0, 0.0, 0
         of_token = 1.0 * heads.num_kv * (heads.query_dim + heads.value_dim) * self._shapes.width  # keys and values in a block
         for num_texts, length in self._job.written:
-            own = -(-num_texts // self._num_replicas)
-            batch = min(own, texts_together(length))
+            num_batches = -(-num_texts // texts_together(length))
+            batch, rounds = -(-num_texts // num_batches), -(-num_batches // self._num_replicas)  # a batch is one replica's
+            own = min(num_texts, rounds * batch)
             cached = of_token * (length + TOKENS_OF_ROOM)  # of a text
             caches = cached * (min(own, batch * self._num_shards) * len(self._own) + batch)  # those of a block are copied when they grow
             moment = batch * (self._moment + (20 * self._shapes.layout.config.vocab_size if self._head_flops else 0))
             most = max(most, caches + moment)
             flops += own * length * (2 * self._active + self._head_flops)
-            num_passes += length * -(-own // batch)
+            num_passes += length * rounds
         moved = self._moved(self._stores.weights, num_passes * self._all_blocks)
         return StepPlan("sampling", self._weights + most, self._host, flops, 0.0, *moved)
 
@@ -309,7 +310,7 @@ class WorkerNeeds:
         at_a_time = together * (width * max(linear.num_columns for linear in self._layers) + 4 * hidden)
         consumer = max(linear.size for linear in self._layers)
         states = max(sizes) * (28 + 2 * width) - 20 * consumer  # of which only producers have masters, gradients and moments
-        device = self._idle + _HEAP_BYTES + states + tokens * hidden * (2 + 2 * width) + at_a_time
+        device = self._idle + _HEAP_BYTES + states + 4 * hidden**2 + tokens * hidden * (2 + 2 * width) + at_a_time
         device += self._all_factors / self._num_replicas * (self._stores.factors == "device")
         of_owners = [sum(size for size, one in zip(sizes, self._owners, strict=True) if one == owner) for owner in set(self._owners)]
         flops = tokens * max(of_owners) * (2 + 4 * job.num_epochs)

@@ -1,7 +1,7 @@
 """Text that the model itself writes: tokens are drawn one after the other, from caches of keys and values that stay on the workers.
 
 Source: Williams et al. 2024 (arXiv 2410.17170), self-calibration. The draws of a sequence depend on the seed and its number alone, and
-the sequences that are computed together on their number, so that shards, replicas and backends change nothing.
+the sequences that are computed together on their number and length, so that shards, replicas and backends change nothing.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from ray_surgeon.cluster.transport import TensorPayload
 from ray_surgeon.cluster.worker import Worker
 
 TEXTS_TOGETHER = 16
-"""That are written, at most; a matrix of weights is read once for all of them."""
+"""That are written, at most, if they are long; a matrix of weights is read once for all of them."""
 TOKENS_TOGETHER = 8192
-"""Up to which short ones are more."""
+"""Of short texts, which are more."""
 _TOKENS_IN_FLIGHT = 4
 """Submitted ahead of the ones that are there."""
 
@@ -133,7 +133,8 @@ def _write_batches(cluster: Cluster, wanted: Wanted, batches: Mapping[int, Seque
 
 def _batches(wanted: Wanted) -> list[list[int]]:
     """Return the numbers of the sequences of each batch, of nearly the same size, whatever the cluster is."""
-    num_batches = -(-wanted.num_sequences // texts_together(wanted.sequence_length))
+    length = wanted.sequence_length + (wanted.first is not None)
+    num_batches = -(-wanted.num_sequences // texts_together(length))
     return [part.tolist() for part in np.array_split(np.arange(wanted.num_sequences), num_batches)]
 
 

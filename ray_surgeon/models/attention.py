@@ -52,7 +52,8 @@ def attention(
     """
     T, S = query.shape[2], key.shape[2]
     causal = T > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    plain = attention_mask is None and not dropout and kwargs.get("position_bias") is None and (not causal or T == S)
+    special = dropout or kwargs.get("position_bias") is not None or kwargs.get("softcap") is not None
+    plain = attention_mask is None and not special and (not causal or T == S)
     gains = query.device.type == "cpu" and (query.dtype == torch.bfloat16 or T == 1)
     if not plain or not gains:
         outputs, _ = sdpa_attention_forward(

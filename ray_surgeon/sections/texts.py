@@ -147,9 +147,10 @@ class CalibrationSection(TextSection):
                     f"mix: the share of {text.source} in {self.num_sequences} sequences is none; raise its weight or num_sequences"
                 )
         for number, text in enumerate(self.mix):
-            if isinstance(text, SelfSection) and self.sequence_length % text.texts_per_sequence:
+            texts, length = text.texts_per_sequence if isinstance(text, SelfSection) else 1, self.sequence_length
+            if length % texts or length < 2 * texts:
                 raise ValueError(
-                    f"mix.{number}: {text.texts_per_sequence} texts of one length do not fill sequences of {self.sequence_length} tokens; "
+                    f"mix.{number}: {texts} texts of one length, two tokens or more, do not fill sequences of {length} tokens; "
                     "give texts_per_sequence a divisor of sequence_length"
                 )
         if not self.mix and self.weight != 1.0:

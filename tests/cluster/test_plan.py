@@ -237,3 +237,18 @@ def test_text_that_the_model_writes_has_a_step_with_its_keys_and_values() -> Non
     plan = plan_job(layout, place(layout, 8, 1), in_parts, spec.memory, room, DEVICES["h100"])
     assert next(step.device for step in plan.workers[0].steps if step.name == "sampling") > sampling, "a copy while keys grow weighs more"
     assert plan.seconds["sampling"] > plans[1].seconds["sampling"]
+
+
+def test_a_batch_of_texts_is_written_by_one_replica() -> None:
+    """64 short texts are one batch, 128 are two: as much work for a replica, and keys and values of 64 texts."""
+    _, job = job_for("llama")
+    layout = layout_of("llama")
+    one, two = (
+        next(
+            step
+            for step in WorkerNeeds(Shapes(layout, each), place(layout, 1, 2), each, Stores(), True, 0, BlockRange(0, 4, 4)).steps()
+            if step.name == "sampling"
+        )
+        for each in (dataclasses.replace(job, written=((count, 128),)) for count in (64, 128))
+    )
+    assert (one.flops, one.device) == (two.flops, two.device)

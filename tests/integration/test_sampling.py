@@ -108,7 +108,8 @@ def test_a_run_calibrates_on_it_and_goes_on_with_it(
         ({"calibration__mix": [{"source": "self", "temperature": 0}]}, "temperature"),
         ({"calibration__mix": [{"source": "self", "split": "test"}]}, "split"),
         ({"calibration__mix": [{"source": "self", "texts_per_sequence": 3}]}, "a divisor of sequence_length"),
-        ({"calibration__mix": [{"source": "self", "prompt": "with a long prompt " * 400}]}, "shorten them"),
+        ({"calibration__mix": [{"source": "self", "prompt": "with a long prompt " * 400}]}, "change the prompt or the lengths"),
+        ({"calibration__mix": [{"source": "self", "texts_per_sequence": 40}]}, "two tokens or more"),
     ],
 )
 def test_what_cannot_be_written_is_refused(

@@ -68,7 +68,7 @@ def test_quickstart_makes_an_ordinary_model_that_is_smaller(
     """The quickstart's spec on a sequence of each text, two of them backward, and with one step of corrections."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     overrides = {
-        "calibration.num_sequences": 3,
+        "calibration.num_sequences": 4,
         "curvature.num_backward": 2,
         "calibration.sequence_length": 128,
         "evaluation.0.num_sequences": 2,

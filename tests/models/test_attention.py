@@ -67,10 +67,29 @@ def test_keys_in_common_do_not_make_scores_coarse() -> None:
 def test_everything_else_goes_to_torch(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "in_products", None)
     query, key, value = drawn(9, 9, torch.bfloat16 if masked else torch.float32)
-    mask = torch.ones(9, 9, dtype=torch.bool).tril_() if masked else None
+    mask = torch.ones(9, 9, dtype=torch.bool).tril_().triu_(-3) if masked else None  # a window of four keys
     found, _ = attention.attention(Layer(), query, key, value, mask)
-    expected = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    expected = scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=not masked, enable_gqa=True)
     assert relative_error(found.double(), expected.transpose(1, 2).double()) < 0.02
+
+
+@pytest.mark.parametrize(("T", "dtype", "options"), [(4, torch.bfloat16, {}), (9, torch.bfloat16, {"dropout": 0.5})])
+def test_what_is_not_plain_attention_goes_to_torch(
+    T: int, dtype: torch.dtype, options: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, float]] = []
+    monkeypatch.setattr(attention, "in_products", None)
+    monkeypatch.setattr(attention, "sdpa_attention_forward", lambda *_, **given: (seen.append(given), None))
+    attention.attention(Layer(), *drawn(T, 9, dtype), None, **options)
+    assert seen[0]["dropout"] == options.get("dropout", 0.0)
+
+
+def test_one_query_reads_all_keys_in_any_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "sdpa_attention_forward", None)
+    query, key, value = drawn(1, 9, torch.float32)
+    found, _ = attention.attention(Layer(), query, key, value, None)
+    expected = scaled_dot_product_attention(query, key, value, enable_gqa=True)
+    assert relative_error(found, expected.transpose(1, 2)) < 1e-5
 
 
 def test_the_benchmark_measures_both(capsys: pytest.CaptureFixture[str]) -> None:
