@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -13,6 +12,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from benchmarks.consumer_costs import seconds
 from ray_surgeon.models.attention import in_products
 from ray_surgeon.run.display import new_console
 
@@ -24,12 +24,8 @@ def by_torch(query: Tensor, key: Tensor, value: Tensor, *, causal: bool) -> Tens
 
 def milliseconds(work: Callable[[], object], repeats: int) -> float:
     """Return those of the fastest of some repeats, after one that warms up."""
-    found = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        work()
-        found.append(time.perf_counter() - start)
-    return 1e3 * min(found[1:])
+    seconds(work)
+    return 1e3 * min(seconds(work) for _ in range(repeats))
 
 
 def both(query: Tensor, key: Tensor, value: Tensor, *, causal: bool, gradients: bool, repeats: int) -> tuple[float, float]:

@@ -11,7 +11,7 @@ import torch
 
 from ray_surgeon.cluster.devices import Device
 from ray_surgeon.cluster.placement import Placement
-from ray_surgeon.cluster.sampling import texts_together
+from ray_surgeon.cluster.sampling import num_batches
 from ray_surgeon.memory.stores import Place, Stores
 from ray_surgeon.models.build import BlockRange
 from ray_surgeon.models.checkpoint import part_of_stack
@@ -225,8 +225,8 @@ class WorkerNeeds:
         heads, most, flops, num_passes = self._shapes.layout.heads, 0.0, 0.0, 0
         of_token = 1.0 * heads.num_kv * (heads.query_dim + heads.value_dim) * self._shapes.width  # keys and values in a block
         for num_texts, length in self._job.written:
-            num_batches = -(-num_texts // texts_together(length))
-            batch, rounds = -(-num_texts // num_batches), -(-num_batches // self._num_replicas)  # a batch is one replica's
+            batches = num_batches(num_texts, length)
+            batch, rounds = -(-num_texts // batches), -(-batches // self._num_replicas)  # a batch is one replica's
             own = min(num_texts, rounds * batch)
             cached = of_token * (length + TOKENS_OF_ROOM)  # of a text
             caches = cached * (min(own, batch * self._num_shards) * len(self._own) + batch)  # those of a block are copied when they grow

@@ -133,9 +133,13 @@ def _write_batches(cluster: Cluster, wanted: Wanted, batches: Mapping[int, Seque
 
 def _batches(wanted: Wanted) -> list[list[int]]:
     """Return the numbers of the sequences of each batch, of nearly the same size, whatever the cluster is."""
-    length = wanted.sequence_length + (wanted.first is not None)
-    num_batches = -(-wanted.num_sequences // texts_together(length))
-    return [part.tolist() for part in np.array_split(np.arange(wanted.num_sequences), num_batches)]
+    count, length = wanted.num_sequences, wanted.sequence_length + (wanted.first is not None)
+    return [part.tolist() for part in np.array_split(np.arange(count), num_batches(count, length))]
+
+
+def num_batches(num_texts: int, length: int) -> int:
+    """Return in how many batches texts of so many tokens are written, whatever the cluster is."""
+    return -(-num_texts // texts_together(length))
 
 
 def texts_together(length: int) -> int:

@@ -107,7 +107,7 @@ class SelfSection(Section):
     prompt: str | None = Field(
         None,
         min_length=1,
-        description="What stands before every sequence and is no part of it, special tokens allowed; null: the token that begins a text",
+        description="What stands before every text and is no part of it, special tokens allowed; null: the token that begins a text",
     )
     texts_per_sequence: Positive = Field(
         1,
@@ -147,7 +147,9 @@ class CalibrationSection(TextSection):
                     f"mix: the share of {text.source} in {self.num_sequences} sequences is none; raise its weight or num_sequences"
                 )
         for number, text in enumerate(self.mix):
-            texts, length = text.texts_per_sequence if isinstance(text, SelfSection) else 1, self.sequence_length
+            if not isinstance(text, SelfSection):
+                continue
+            texts, length = text.texts_per_sequence, self.sequence_length
             if length % texts or length < 2 * texts:
                 raise ValueError(
                     f"mix.{number}: {texts} texts of one length, two tokens or more, do not fill sequences of {length} tokens; "

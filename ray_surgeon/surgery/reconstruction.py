@@ -82,10 +82,10 @@ def reconstruct(
     dtype, size = inputs.dtype, min(tokens_per_step, len(inputs))
     some = slice(None, None, -(-len(inputs) // TOKENS_AT_A_TIME))
     measured = inputs[some], outputs[some], G
-    before = error_of(layer.to(dtype), *measured)
+    narrow = layer.to(dtype)
+    before = error_of(narrow, *measured)
     if not before > 0:
         return Reconstructed(layer, before, before)
-    narrow = layer.to(dtype)
     masters = tuple(weight.detach().clone().requires_grad_() for weight in layer.producers)
     rates = [learning_rate * float(weight.detach().pow(2).mean().sqrt()) for weight in masters]
     optimizer = torch.optim.Adam(

@@ -85,11 +85,15 @@ def test_channels_that_others_can_replace_are_replaced() -> None:
 
 def test_the_metric_says_which_errors_count() -> None:
     layer, x, y, _ = problem(True, False)
-    fits = [trained(layer, x, y, torch.diag(one), num_epochs=60).layer for one in torch.eye(D, dtype=torch.float64)[:2]]
-    errors = [(outputs_of(each.to(torch.float32), x.float()) - y.float()).pow(2).mean(0) for each in (layer, *fits)]
-    for place in (0, 1):
-        assert errors[1 + place][place] < 0.5 * errors[0][place]
-        assert errors[1 + place][place] < 0.5 * errors[2 - place][place], "there the other one counts"
+    first, second = (torch.diag(one) for one in torch.eye(D, dtype=torch.float64)[:2])
+    found, longer, other = (trained(layer, x, y, G, num_epochs=epochs) for G, epochs in ((first, 30), (first, 60), (second, 60)))
+    layers = layer, found.layer, longer.layer, other.layer
+    errors = [(outputs_of(each.to(torch.float32), x.float()) - y.float()).pow(2).mean(0) for each in layers]
+    assert errors[1][0] < 0.5 * errors[0][0]
+    assert torch.equal(found.layer.consumer, layer.consumer.float())
+    for one, another, place in ((2, 3, 0), (3, 2, 1)):
+        assert errors[one][place] < 0.5 * errors[0][place]
+        assert errors[one][place] < 0.5 * errors[another][place], "there the other one counts"
 
 
 def test_a_layer_that_does_not_get_better_stays() -> None:
