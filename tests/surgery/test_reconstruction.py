@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ray_surgeon.surgery.reconstruction import FeedForward, Reconstructed, error_of, outputs_of, reconstruct
+from ray_surgeon.surgery.reconstruction import BEND, FeedForward, Reconstructed, error_of, outputs_of, reconstruct
 
 D, K, N = 6, 5, 40
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": torch.nn.functional.silu, "relu": torch.relu}
@@ -27,8 +27,8 @@ def problem(gated: bool, biased: bool, activation: str = "silu") -> tuple[FeedFo
 
 
 def by_hand(producers: tuple[Tensor, ...], layer: FeedForward, x: Tensor, y: Tensor, G: Tensor) -> Tensor:
-    """Return 1/2 E[e^T G e], token by token and channel by channel."""
-    total = torch.zeros((), dtype=torch.float64)
+    """Return 1/2 e^T G e of every token, channel by channel."""
+    found = []
     W, ones = layer.consumer, torch.ones(1, dtype=torch.float64)
     for token, wanted in zip(x, y, strict=True):
         read = [torch.cat([token, ones])[: V.shape[1]] for V in producers]
@@ -36,8 +36,8 @@ def by_hand(producers: tuple[Tensor, ...], layer: FeedForward, x: Tensor, y: Ten
         if len(producers) == 2:
             hidden = hidden * (producers[1] @ read[1])
         error = W @ torch.cat([hidden, ones])[: W.shape[1]] - wanted
-        total = total + error @ G @ error / 2
-    return total / len(x)
+        found.append(error @ G @ error / 2)
+    return torch.stack(found)
 
 
 def trained(layer: FeedForward, x: Tensor, y: Tensor, G: Tensor, **options: float) -> Reconstructed:
@@ -51,15 +51,19 @@ def trained(layer: FeedForward, x: Tensor, y: Tensor, G: Tensor, **options: floa
 @pytest.mark.parametrize("gated", [False, True])
 def test_the_error_and_the_direction_of_the_first_step(gated: bool, biased: bool, activation: str) -> None:
     layer, x, y, G = problem(gated, biased, activation)
-    assert error_of(layer, x, y, G) == pytest.approx(float(by_hand(layer.producers, layer, x, y, G)), rel=1e-12)
-    leaves = tuple(weight.clone().requires_grad_() for weight in layer.producers)
-    gradients = torch.autograd.grad(by_hand(leaves, layer, x, y, G), leaves)
+    before = by_hand(layer.producers, layer, x, y, G)
+    assert error_of(layer, x, y, G) == pytest.approx(float(before.mean()), rel=1e-12)
+    leaves, bend = tuple(weight.clone().requires_grad_() for weight in layer.producers), BEND * before.mean()
+    errors = by_hand(leaves, layer, x, y, G)
+    assert 0 < int((errors > bend).sum()) < len(errors)
+    huber = torch.where(errors > bend, 2 * (bend * errors).sqrt() - bend, errors).mean()
+    gradients = torch.autograd.grad(huber, leaves)
     found = trained(layer, x, y, G, tokens_per_step=1000, num_epochs=1, learning_rate=1e-3)
     assert found.before == pytest.approx(error_of(layer, x, y, G), rel=1e-5)
     assert torch.equal(found.layer.consumer, layer.consumer.float())
-    for after, before, gradient in zip(found.layer.producers, layer.producers, gradients, strict=True):
-        step = -1e-3 * before.pow(2).mean().sqrt() * gradient.sign()  # Adam's first step has one size for every entry
-        torch.testing.assert_close(after.double() - before, step, rtol=0, atol=2e-6)
+    for after, start, gradient in zip(found.layer.producers, layer.producers, gradients, strict=True):
+        step = -1e-3 * start.pow(2).mean().sqrt() * gradient.sign()  # Adam's first step has one size for every entry
+        torch.testing.assert_close(after.double() - start, step, rtol=0, atol=2e-6)
 
 
 def test_outputs_are_those_of_all_tokens_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,17 +74,36 @@ def test_outputs_are_those_of_all_tokens_in_order(monkeypatch: pytest.MonkeyPatc
     assert error_of(layer, x, y, G) == pytest.approx(error)
 
 
-def test_channels_that_others_can_replace_are_replaced() -> None:
-    """Channels in pairs that differ little: one of each pair, with twice the weight, gives nearly what both gave."""
+def pairs_of_channels() -> tuple[FeedForward, FeedForward, Tensor]:
+    """Return a layer whose channels are pairs that differ little, one of each pair with twice the weight, and inputs."""
     generator = torch.Generator().manual_seed(0)
     first = torch.randn(8, D, generator=generator)
     both = torch.cat([first, first + 0.3 * torch.randn(8, D, generator=generator)])
     W, x = torch.randn(D, 8, generator=generator), torch.randn(2000, D, generator=generator)
-    whole = FeedForward((both,), torch.cat([W, W], dim=1), torch.relu)
-    left = FeedForward((first,), 2 * W, torch.relu)
+    return FeedForward((both,), torch.cat([W, W], dim=1), torch.relu), FeedForward((first,), 2 * W, torch.relu), x
+
+
+def test_channels_that_others_can_replace_are_replaced() -> None:
+    whole, left, x = pairs_of_channels()
     found = trained(left, x, outputs_of(whole, x), torch.eye(D, dtype=torch.float64), tokens_per_step=50, num_epochs=10)
     assert found.after < 0.35 * found.before
     assert found.after == pytest.approx(error_of(found.layer, x, outputs_of(whole, x), torch.eye(D)))
+
+
+def test_tokens_with_huge_outputs_do_not_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, left, x = pairs_of_channels()
+    y, G, ordinary = outputs_of(whole, x), torch.eye(D), torch.arange(len(x)) % 100 != 0
+    y[~ordinary] += 300 * torch.randn(20, D, generator=torch.Generator().manual_seed(1))  # no channels can give that
+
+    def error() -> float:
+        layer = trained(left, x, y, G.double(), tokens_per_step=50, num_epochs=10).layer
+        before, after = (error_of(each, x[ordinary], y[ordinary], G) for each in (left, layer))
+        return after / before
+
+    with_bend = error()
+    assert with_bend < 0.5
+    monkeypatch.setattr("ray_surgeon.surgery.reconstruction.BEND", float("inf"))
+    assert error() > 2 * with_bend
 
 
 def test_the_metric_says_which_errors_count() -> None:
