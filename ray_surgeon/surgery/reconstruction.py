@@ -108,7 +108,7 @@ def reconstruct(
             error = (found.detach() - outputs[tokens]).float()
             slope = product(error, scaled)
             in_means = (slope * error).sum(dim=1, keepdim=True) * (size / 2)
-            gradients = torch.autograd.grad(found, working, (slope * (BEND / in_means).clamp_(max=1).sqrt_()).to(dtype))
+            gradients = torch.autograd.grad(found, working, (slope * (BEND / in_means.clamp_(min=BEND)).sqrt_()).to(dtype))
             for weight, gradient in zip(masters, gradients, strict=True):
                 weight.grad = gradient.to(weight.dtype)
             optimizer.step()
