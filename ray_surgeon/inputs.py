@@ -116,11 +116,8 @@ def job_of(spec: JobSpec, layout: ModelLayout, method: Method) -> Job:
     """Return what a plan depends on."""
     texts = [(text.num_sequences, text.sequence_length) for text in spec.evaluation.texts]
     job = method.job(layout, spec.model.dtype, (spec.calibration.num_sequences, spec.calibration.sequence_length), texts)
-    written = tuple(
-        (count * text.texts_per_sequence, spec.calibration.sequence_length // text.texts_per_sequence)
-        for text, count in spec.calibration.shares
-        if isinstance(text, SelfSection)
-    )
+    length = spec.calibration.sequence_length
+    written = tuple(text.sizes(count, length) for text, count in spec.calibration.shares if isinstance(text, SelfSection))
     quantize = spec.output.quantize
     job = replace(job, written=written, rounds=quantize is not None and quantize.scheme == "w4a16")
     if (search := Search.of(method)) is not None:
@@ -304,15 +301,15 @@ def _to_be_written(spec: JobSpec, tokenizer: Any, config: PretrainedConfig) -> d
             if not begins:
                 raise ValueError(f"{where}.prompt: the tokenizer has no token that begins a text; give a prompt")
             prompt = (int(begins[0]),)
-        texts, of_text = text.texts_per_sequence, length // text.texts_per_sequence
+        num_texts, of_text = text.sizes(count, length)
         longest = getattr(config, "max_position_embeddings", len(prompt) + of_text)
         if not prompt or len(prompt) + of_text > longest:
             raise ValueError(
                 f"{where}: a prompt of {len(prompt)} and texts of {of_text} tokens, but the model takes at most {longest}, "
                 "and begins after at least one; change the prompt or the lengths"
             )
-        begin = prompt[-1] if first is None and texts > 1 else first
-        found[number] = Wanted(prompt, text.temperature, text.seed, count * texts, of_text - (begin is not None), begin)
+        begin = prompt[-1] if first is None and text.texts_per_sequence > 1 else first
+        found[number] = Wanted(prompt, text.temperature, text.seed, num_texts, of_text - (begin is not None), begin)
     return found
 
 

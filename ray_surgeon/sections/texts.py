@@ -116,6 +116,10 @@ class SelfSection(Section):
     )
     seed: int = Field(0, ge=0, description="Seed of the draws; every text has draws of its own")
 
+    def sizes(self, num_sequences: int, sequence_length: int) -> tuple[int, int]:
+        """Return how many texts fill so many sequences, and of how many tokens each is."""
+        return num_sequences * self.texts_per_sequence, sequence_length // self.texts_per_sequence
+
 
 MixSection = Annotated[
     Annotated[MixedSection, Tag(tag("text"))] | Annotated[SelfSection, Tag(tag("self"))],

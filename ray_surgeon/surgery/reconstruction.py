@@ -21,8 +21,8 @@ from ray_surgeon.surgery.products import product
 TOKENS_AT_A_TIME = 4096
 """Of which outputs and errors are computed together."""
 BEND = 0.5
-"""Errors above so many times the mean error before count by their root: some tokens, the first one of a text above all, have outputs a
-thousand times as large as others, which the norm after them makes as small as others; and a divergence grows less than its second order."""
+"""Errors above so many times the mean error before count by their root: some tokens, the first one of a text above all, have outputs
+hundreds of times as large as others, which the norm after them makes as small; and a divergence grows less than its second order."""
 
 
 @dataclass(frozen=True)
