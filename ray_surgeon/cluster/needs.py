@@ -303,17 +303,19 @@ class WorkerNeeds:
         return self._linear_by_linear(name, [n.update_bytes for n in self._of_needs], [n.update_flops for n in self._of_needs])
 
     def _with_reconstruction(self, update: StepPlan) -> StepPlan:
-        """Return the update with the training of producers, one layer at a time: their states, and inputs and outputs of all tokens."""
+        """Return the update with the training of layers, one at a time: its states, and inputs and outputs of all tokens."""
         job, width, hidden = self._job, self._shapes.width, int(self._shapes.layout.config.hidden_size)
         tokens, sizes = job.num_sequences * job.sequence_length, [self._shapes.layer_sizes[linear.name] for linear in self._layers]
         together = max(4 * TOKENS_AT_A_TIME, 7 * min(tokens, job.tokens_per_step))  # hidden entries: forward alone, or backward, too
         at_a_time = together * (width * max(linear.num_columns for linear in self._layers) + 4 * hidden)
-        consumer = max(linear.size for linear in self._layers)
-        states = max(sizes) * (28 + 2 * width) - 20 * consumer  # of which only producers have masters, gradients and moments
+        states = max(sizes) * (28 + 2 * width) + 4 * max(linear.size for linear in self._layers)  # and the consumer that is returned
         device = self._idle + _HEAP_BYTES + states + 4 * hidden**2 + tokens * hidden * (2 + 2 * width) + at_a_time
         device += self._all_factors / self._num_replicas * (self._stores.factors == "device")
-        of_owners = [sum(size for size, one in zip(sizes, self._owners, strict=True) if one == owner) for owner in set(self._owners)]
-        flops = tokens * max(of_owners) * (2 + 4 * job.num_epochs)
+        of_token = [  # whole, and in every epoch left, its weights' gradients and those of the hidden entries
+            2 * size + job.num_epochs * (4 * size + 2 * linear.size) for size, linear in zip(sizes, self._layers, strict=True)
+        ]
+        of_owners = [sum(n for n, one in zip(of_token, self._owners, strict=True) if one == owner) for owner in set(self._owners)]
+        flops = tokens * max(of_owners)
         return replace(update, device=max(update.device, device), flops=flops)
 
     def _linear_by_linear(self, name: str, sizes: Sequence[float], flops: Sequence[float]) -> StepPlan:

@@ -236,7 +236,7 @@ class Groups(Method):
             removal, worker.masks[name] = self.removal(worker, found, groups, counts[name])
             W, predicted[name] = removal.W, removal.predicted
             if reconstruction is not None and groups.kind in reconstruction.kinds and counts[name]:
-                reconstruction.fit(worker, groups, W)
+                W = reconstruction.fitted(worker, groups, W)
             worker.shard.set_weight(name, W)
         worker.shard.drop_curvature()
         worker.share_linears(groups.consumer for groups in sets)

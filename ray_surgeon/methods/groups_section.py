@@ -57,7 +57,7 @@ class _Groups(ScheduleSection):
 
     reconstruction: ReconstructionSection | None = Field(
         None,
-        description="In every shot, after the update: train the producers of every feed-forward layer that lost channels until it gives "
+        description="In every shot, after the update: train every feed-forward layer that lost channels until it gives "
         "what it gave before, in the metric of the curvature. Workers keep its inputs meanwhile. null: no reconstruction",
     )
 

@@ -92,8 +92,8 @@ class Reconstruction:
                 inputs.put(name, everything.flatten(0, 1))
         worker.keep(Errors())
 
-    def fit(self, worker: Worker, groups: GroupSet, W: Tensor) -> None:
-        """Train the producers of an owned layer after groups were removed.
+    def fitted(self, worker: Worker, groups: GroupSet, W: Tensor) -> Tensor:
+        """Train an owned layer after groups were removed, set its producers, and return its consumer.
 
         Args:
             worker: whose weights are those from before, and whose mask of the consumer is the new one.
@@ -104,7 +104,7 @@ class Reconstruction:
         assert shard.layer_inputs is not None
         kept = worker.mask(name, StructuredMask).columns[groups.columns].all(dim=1)
         if not kept.any():
-            return
+            return W
         whole = _layer(worker, groups, shard.weight(name), torch.ones_like(kept))
         inputs = shard.layer_inputs.take(name).to(worker.device, shard.dtype)
         wanted = outputs_of(whole.to(shard.dtype), inputs)
@@ -123,6 +123,9 @@ class Reconstruction:
             changed = shard.weight(producer)
             changed[rows[kept].flatten().to(changed.device)] = V
             shard.set_weight(producer, changed)
+        result = W.clone()
+        result[:, _columns(groups, kept, W)] = found.layer.consumer
+        return result
 
     def end(self, worker: Worker, sets: Sequence[GroupSet]) -> None:
         """Send the producers of trained layers from the owners of their consumers to the other replicas, and keep inputs no longer.

@@ -1,9 +1,9 @@
-"""Reconstruction of a feed-forward layer that lost channels: those that are left are trained until the layer gives what it gave.
+"""Reconstruction of a feed-forward layer that lost channels: all that is left of it is trained until it gives what the whole layer gave.
 
 The exact update of a consumer changes its own weights only, and takes channels as they are. Here what the kept channels compute changes,
-for the inputs that the model from before gives them. The consumer stays at its exact update: more fitting of it fits the calibration text
-alone. The error is measured by G, the second moment of the gradients at the layer's outputs: to second order that is the divergence that
-the error causes. Nothing passes through other layers, so every token says as much of these weights as the layer has outputs.
+too, for the inputs that the model from before gives them. The error is measured by G, the second moment of the gradients at the layer's
+outputs: to second order that is the divergence that the error causes. Nothing passes through other layers, so every token says as much of
+these weights as the layer has outputs.
 
 Source: docs/method.md, section 8; block reconstruction of BRECQ (Li et al. 2021, arXiv 2102.05426), G in place of the Fisher's diagonal.
 """
@@ -41,10 +41,18 @@ class FeedForward:
             hidden = hidden * other
         return _affine(hidden, self.consumer)
 
+    @property
+    def weights(self) -> tuple[Tensor, ...]:
+        """The weights, the consumer last."""
+        return (*self.producers, self.consumer)
+
+    def with_weights(self, weights: tuple[Tensor, ...]) -> FeedForward:
+        """Return the layer with others."""
+        return replace(self, producers=weights[:-1], consumer=weights[-1])
+
     def to(self, dtype: torch.dtype) -> FeedForward:
         """Return the layer in another dtype, without gradients."""
-        producers = tuple(weight.detach().to(dtype) for weight in self.producers)
-        return replace(self, producers=producers, consumer=self.consumer.detach().to(dtype))
+        return self.with_weights(tuple(weight.detach().to(dtype) for weight in self.weights))
 
 
 @dataclass(frozen=True)
@@ -67,7 +75,7 @@ def reconstruct(
     num_epochs: int,
     generator: torch.Generator,
 ) -> Reconstructed:
-    """Train the producers of a layer on divergence to second order, by Adam with a rate that falls linearly to zero.
+    """Train a layer on divergence to second order, by Adam with a rate that falls linearly to zero.
 
     The loss is Huber's (1964): the second order, from `BEND` on tangent to it and linear in the root of the error.
 
@@ -87,11 +95,10 @@ def reconstruct(
     dtype, size = inputs.dtype, min(tokens_per_step, len(inputs))
     some = torch.randperm(len(inputs), generator=generator)[:TOKENS_AT_A_TIME].sort().values.to(inputs.device)
     measured = inputs[some], outputs[some], G
-    narrow = layer.to(dtype)
-    before = error_of(narrow, *measured)
+    before = error_of(layer.to(dtype), *measured)
     if not before > 0:
         return Reconstructed(layer, before, before)
-    masters = tuple(weight.detach().clone().requires_grad_() for weight in layer.producers)
+    masters = tuple(weight.detach().clone().requires_grad_() for weight in layer.weights)
     rates = [learning_rate * float(weight.detach().pow(2).mean().sqrt()) for weight in masters]
     optimizer = torch.optim.Adam(
         [{"params": [weight], "lr": rate} for weight, rate in zip(masters, rates, strict=True)], betas=(0.8, 0.9), fused=True
@@ -104,7 +111,7 @@ def reconstruct(
                 group["lr"] = rate * (1 - number / num_steps)
             working = tuple(weight.detach().to(dtype).requires_grad_() for weight in masters)
             with torch.enable_grad():
-                found = replace(narrow, producers=working)(inputs[tokens])
+                found = layer.with_weights(working)(inputs[tokens])
             error = (found.detach() - outputs[tokens]).float()
             slope = product(error, scaled)
             in_means = (slope * error).sum(dim=1, keepdim=True) * (size / 2)
@@ -113,7 +120,7 @@ def reconstruct(
                 weight.grad = gradient.to(weight.dtype)
             optimizer.step()
             number += 1
-    trained = replace(layer, producers=tuple(weight.detach() for weight in masters))
+    trained = layer.with_weights(tuple(weight.detach() for weight in masters))
     after = error_of(trained.to(dtype), *measured)
     return Reconstructed(trained, before, after) if after < before else Reconstructed(layer, before, before)
 

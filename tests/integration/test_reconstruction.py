@@ -93,7 +93,7 @@ def test_channels_are_the_same_and_the_divergence_is_lower(model_folders: dict[s
     assert {name for name in before if not torch.equal(before[name], after[name])} == {
         f"model.layers.{block}.mlp.{linear}.weight"
         for block in {name.split(".")[2] for name in fit["reconstruction"]}
-        for linear in ("gate_proj", "up_proj")
+        for linear in ("gate_proj", "up_proj", "down_proj")
     }
     for name in after:
         if name.endswith("weight"):
