@@ -309,7 +309,7 @@ class WorkerNeeds:
         together = max(4 * TOKENS_AT_A_TIME, 7 * min(tokens, job.tokens_per_step))  # hidden entries: forward alone, or backward, too
         at_a_time = together * (width * max(linear.num_columns for linear in self._layers) + 4 * hidden)
         states = max(sizes) * (28 + 2 * width) + 4 * max(linear.size for linear in self._layers)  # and the consumer that is returned
-        device = self._idle + _HEAP_BYTES + states + 4 * hidden**2 + tokens * hidden * (2 + 2 * width) + at_a_time
+        device = self._idle + _HEAP_BYTES + states + tokens * hidden * (2 + 2 * width) + at_a_time
         device += self._all_factors / self._num_replicas * (self._stores.factors == "device")
         of_token = [  # whole, and in every epoch left, its weights' gradients and those of the hidden entries
             2 * size + job.num_epochs * (4 * size + 2 * linear.size) for size, linear in zip(sizes, self._layers, strict=True)

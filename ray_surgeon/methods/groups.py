@@ -83,7 +83,7 @@ class Groups(Method):
     def reconstruction(self) -> Reconstruction | None:
         """The reconstruction of layers that lose groups, if there is one."""
         section, kinds = self.section.reconstruction, RECONSTRUCTED & set(self.section.groups)
-        return None if section is None else Reconstruction(section, kinds, self.used_curvature.as_damping.g)
+        return None if section is None else Reconstruction(section, kinds)
 
     @property
     def _uniform(self) -> bool:

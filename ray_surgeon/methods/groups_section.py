@@ -58,7 +58,7 @@ class _Groups(ScheduleSection):
     reconstruction: ReconstructionSection | None = Field(
         None,
         description="In every shot, after the update: train every feed-forward layer that lost channels until it gives "
-        "what it gave before, in the metric of the curvature. Workers keep its inputs meanwhile. null: no reconstruction",
+        "what it gave before. Workers keep its inputs meanwhile. null: no reconstruction",
     )
 
     @property

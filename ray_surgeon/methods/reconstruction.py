@@ -20,14 +20,13 @@ from ray_surgeon.methods.groups_section import ReconstructionSection
 from ray_surgeon.models.layer_inputs import LayerInputs
 from ray_surgeon.models.layout import GroupSet
 from ray_surgeon.sections.curvature import AnyCurvature
-from ray_surgeon.surgery.kronecker import damp_
 from ray_surgeon.surgery.masks import StructuredMask
 from ray_surgeon.surgery.reconstruction import FeedForward, outputs_of, reconstruct
 
 
 @dataclass
 class Errors:
-    """What reconstructions of a shot left on a worker for the report: consumer -> error in the metric, before and after."""
+    """What reconstructions of a shot left on a worker for the report: consumer -> half of its mean squared error, before and after."""
 
     of_layer: dict[str, tuple[float, float]] = field(default_factory=dict)
 
@@ -59,7 +58,6 @@ class Reconstruction:
 
     section: ReconstructionSection
     kinds: frozenset[str]  # of the groups whose layers are trained
-    damping: float  # of G, relative to the mean of its diagonal
 
     def start(self, worker: Worker, arrivals: Arrivals) -> None:
         """Let the next curvature pass keep the inputs of the layers."""
@@ -112,7 +110,6 @@ class Reconstruction:
             _layer(worker, groups, W, kept),
             inputs,
             wanted,
-            self._metric(worker, name),
             learning_rate=section.learning_rate,
             tokens_per_step=section.tokens_per_step,
             num_epochs=section.num_epochs,
@@ -138,11 +135,6 @@ class Reconstruction:
                 worker.replicas.broadcast(V, worker.owner(groups.consumer))
                 worker.shard.set_weight(name, V)
         worker.shard.layer_inputs = None
-
-    def _metric(self, worker: Worker, name: str) -> Tensor:
-        """Return the damped G of a consumer."""
-        factors = worker.shard.factors(name)
-        return damp_(factors.G.dense(worker.device).div_(factors.num_tokens), self.damping)
 
 
 def errors_of(worker: Worker) -> dict[str, tuple[float, float]]:

@@ -1,11 +1,10 @@
 """Reconstruction of a feed-forward layer that lost channels: all that is left of it is trained until it gives what the whole layer gave.
 
 The exact update of a consumer changes its own weights only, and takes channels as they are. Here what the kept channels compute changes,
-too, for the inputs that the model from before gives them. The error is measured by G, the second moment of the gradients at the layer's
-outputs: to second order that is the divergence that the error causes. Nothing passes through other layers, so every token says as much of
-these weights as the layer has outputs.
+too, for the inputs that the model from before gives them. All directions of the outputs count alike: errors are larger than what
+gradients say of small ones. Nothing passes through other layers, so every token says as much of these weights as the layer has outputs.
 
-Source: docs/method.md, section 8; block reconstruction of BRECQ (Li et al. 2021, arXiv 2102.05426), G in place of the Fisher's diagonal.
+Source: docs/method.md, section 8; block reconstruction as of BRECQ (Li et al. 2021, arXiv 2102.05426), without the Fisher's diagonal.
 """
 
 from __future__ import annotations
@@ -16,13 +15,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ray_surgeon.surgery.products import product
-
 TOKENS_AT_A_TIME = 4096
 """Of which outputs and errors are computed together."""
-BEND = 0.5
+BEND = 4.0
 """Errors above so many times the mean error before count by their root: some tokens, the first one of a text above all, have outputs
-hundreds of times as large as others, which the norm after them makes as small; and a divergence grows less than its second order."""
+hundreds of times as large as others, which the norm after them makes as small."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,7 @@ class FeedForward:
 
 @dataclass(frozen=True)
 class Reconstructed:
-    """A layer, and its error in the metric, 1/2 E[e^T G e] over some thousand of the tokens, before and after."""
+    """A layer, and half of its mean squared error, 1/2 E[|e|^2], over some thousand of the tokens, before and after."""
 
     layer: FeedForward  # float32
     before: float
@@ -68,22 +65,20 @@ def reconstruct(
     layer: FeedForward,
     inputs: Tensor,
     outputs: Tensor,
-    G: Tensor,
     *,
     learning_rate: float,
     tokens_per_step: int,
     num_epochs: int,
     generator: torch.Generator,
 ) -> Reconstructed:
-    """Train a layer on divergence to second order, by Adam with a rate that falls linearly to zero.
+    """Train a layer on the squared error of its outputs, by Adam with a rate that falls linearly to zero.
 
-    The loss is Huber's (1964): the second order, from `BEND` on tangent to it and linear in the root of the error.
+    The loss is Huber's (1964): half of a token's squared error, from `BEND` on tangent to it and linear in the root.
 
     Args:
         layer: what is left, float32.
         inputs: [N, d] of the layer, in the dtype of the products.
         outputs: [N, R] what they are to give, likewise.
-        G: [R, R] metric of the outputs, float32, positive semidefinite.
         learning_rate: the first one, in units of the root mean square of each weight.
         tokens_per_step: of the gradient of a step; all, if there are fewer.
         num_epochs: passes over the tokens.
@@ -94,7 +89,7 @@ def reconstruct(
     """
     dtype, size = inputs.dtype, min(tokens_per_step, len(inputs))
     some = torch.randperm(len(inputs), generator=generator)[:TOKENS_AT_A_TIME].sort().values.to(inputs.device)
-    measured = inputs[some], outputs[some], G
+    measured = inputs[some], outputs[some]
     before = error_of(layer.to(dtype), *measured)
     if not before > 0:
         return Reconstructed(layer, before, before)
@@ -103,7 +98,7 @@ def reconstruct(
     optimizer = torch.optim.Adam(
         [{"params": [weight], "lr": rate} for weight, rate in zip(masters, rates, strict=True)], betas=(0.8, 0.9), fused=True
     )
-    num_steps, number, scaled = num_epochs * (len(inputs) // size), 0, G / (size * before)
+    num_steps, number = num_epochs * (len(inputs) // size), 0
     for _ in range(num_epochs):
         order = torch.randperm(len(inputs), generator=generator).to(inputs.device)
         for tokens in torch.split(order[: len(order) // size * size], size):
@@ -113,9 +108,9 @@ def reconstruct(
             with torch.enable_grad():
                 found = layer.with_weights(working)(inputs[tokens])
             error = (found.detach() - outputs[tokens]).float()
-            slope = product(error, scaled)
-            in_means = (slope * error).sum(dim=1, keepdim=True) * (size / 2)
-            gradients = torch.autograd.grad(found, working, (slope * (BEND / in_means.clamp_(min=BEND)).sqrt_()).to(dtype))
+            in_means = error.pow(2).sum(dim=1, keepdim=True) / (2 * before)
+            slope = error * ((BEND / in_means.clamp_(min=BEND)).sqrt_() / (size * before))
+            gradients = torch.autograd.grad(found, working, slope.to(dtype))
             for weight, gradient in zip(masters, gradients, strict=True):
                 weight.grad = gradient.to(weight.dtype)
             optimizer.step()
@@ -126,12 +121,11 @@ def reconstruct(
 
 
 @torch.no_grad()
-def error_of(layer: FeedForward, inputs: Tensor, outputs: Tensor, G: Tensor) -> float:
-    """Return 1/2 E[e^T G e] of the layer's errors e; arguments as those of `reconstruct`, the layer in the dtype of the products."""
+def error_of(layer: FeedForward, inputs: Tensor, outputs: Tensor) -> float:
+    """Return 1/2 E[|e|^2] of the layer's errors e; arguments as those of `reconstruct`, the layer in the dtype of the products."""
     total = 0.0
     for x, y in zip(torch.split(inputs, TOKENS_AT_A_TIME), torch.split(outputs, TOKENS_AT_A_TIME), strict=True):
-        error = (layer(x) - y).to(G.dtype)
-        total += float((product(error, G) * error).sum(dtype=torch.float64))
+        total += float((layer(x) - y).double().pow(2).sum())
     return total / (2 * len(inputs))
 
 
