@@ -16,15 +16,14 @@ from ray_surgeon.memory.stores import Place, Stores
 from ray_surgeon.models.build import BlockRange
 from ray_surgeon.models.checkpoint import part_of_stack
 from ray_surgeon.models.layout import LinearShape, ModelLayout
-from ray_surgeon.models.loss import TOKENS_PER_SLICE
+from ray_surgeon.models.loss import bytes_at_the_head
 from ray_surgeon.models.runner import TOKENS_OF_ROOM
 from ray_surgeon.surgery.kronecker import PackedSymmetric
 from ray_surgeon.surgery.reconstruction import TOKENS_AT_A_TIME
 
-PROCESS_BYTES = 358 * 2**20
-"""Anonymous memory of a worker that has imported everything and loaded nothing; measured with torch 2.13 and Ray 2.60 on Linux."""
-_HEAP_BYTES = 60 * 2**20
-"""What the C library's heap holds beside large tensors while linears have their turns; measured."""
+PROCESS_BYTES = (328 + 60) * 2**20
+"""Anonymous memory of a worker beside its tensors: once it has imported everything, and what the C library's heap and oneDNN hold more
+once it has computed; measured with torch 2.13 and Ray 2.60 on Linux."""
 FILE_BYTES = 2**30
 """A file of weights has no more, unless one tensor has; what it holds is in memory while it is written."""
 
@@ -172,8 +171,7 @@ class WorkerNeeds:
         sides = [_Activations.of(shapes, block, int(config.hidden_size), of_experts) for block in self._own]
         self._kept, self._moment = max(side.kept for side in sides), max(side.moment for side in sides)
         self._forward_only = max(side.forward_only for side in sides)
-        self._head = TOKENS_PER_SLICE * config.vocab_size * (shapes.width + 20) if blocks.is_last else 0
-        self._comparison = TOKENS_PER_SLICE * config.vocab_size * 20 if blocks.is_last else 0  # beside the dense model; measured
+        self._head = bytes_at_the_head(config.vocab_size, shapes.width, on_cpu=device_is_host) if blocks.is_last else 0
         self._head_flops = 2 * config.vocab_size * config.hidden_size if blocks.is_last else 0  # of a token, forward
 
     def _remembered(self, hidden_size: int) -> float:
@@ -245,7 +243,7 @@ class WorkerNeeds:
         job, factors = self._job, self._all_factors / self._num_replicas
         passes = self._measuring("search", ((job.num_searched, job.sequence_length),))
         update = self._updates("search")
-        device = max(passes.device + factors * (self._stores.factors == "device") + _HEAP_BYTES, update.device)
+        device = max(passes.device + factors * (self._stores.factors == "device"), update.device)
         host = update.host + self._shapes.width * sum(linear.size for linear in self._linears if linear.name in job.needs)
         num_passes = job.num_trials + job.num_undone
         moved = [
@@ -260,7 +258,7 @@ class WorkerNeeds:
             own = -(-count // self._num_replicas)
             wave = min(self._stores.wave, own)
             between = 3 + 3 * (self._num_shards > 1)
-            moment = max(length * self._forward_only, self._head + self._comparison)
+            moment = max(length * self._forward_only, self._head)
             peak = max(peak, between * wave * length * self._hidden + moment)
             tokens, loads = tokens + own * length, loads + -(-own // wave)
         flops = tokens * (2 * self._active + 2 * self._head_flops)
@@ -309,7 +307,7 @@ class WorkerNeeds:
         together = max(4 * TOKENS_AT_A_TIME, 7 * min(tokens, job.tokens_per_step))  # hidden entries: forward alone, or backward, too
         at_a_time = together * (width * max(linear.num_columns for linear in self._layers) + 4 * hidden)
         states = max(sizes) * (28 + 2 * width) + 4 * max(linear.size for linear in self._layers)  # and the consumer that is returned
-        device = self._idle + _HEAP_BYTES + states + tokens * hidden * (2 + 2 * width) + at_a_time
+        device = self._idle + states + tokens * hidden * (2 + 2 * width) + at_a_time
         device += self._all_factors / self._num_replicas * (self._stores.factors == "device")
         of_token = [  # whole, and in every epoch left, its weights' gradients and those of the hidden entries
             2 * size + job.num_epochs * (4 * size + 2 * linear.size) for size, linear in zip(sizes, self._layers, strict=True)
@@ -322,7 +320,7 @@ class WorkerNeeds:
         """Return a step in which linears have their turns, each on the replica that owns it."""
         factors = self._all_factors / self._num_replicas
         kept = sum(n.kept_bytes for n in self._of_needs) / self._num_replicas
-        device = self._idle + factors * (self._stores.factors == "device") + self._dense + kept + _HEAP_BYTES + max(sizes, default=0.0)
+        device = self._idle + factors * (self._stores.factors == "device") + self._dense + kept + max(sizes, default=0.0)
         host = self._host + factors * (self._stores.factors == "host") + self._inputs
         return StepPlan(name, device, host, 0.0, sum(flops) / self._num_replicas, *self._moved(self._stores.factors, factors))
 
@@ -336,7 +334,7 @@ class WorkerNeeds:
         T = self._job.sequence_length
         moments = max(sum(4 * linear.num_columns**2 for linear in self._shapes.linears[block]) for block in self._own)
         passing = self._sequences * T * self._hidden + T * self._forward_only + max(4 * T * linear.num_columns for linear in self._linears)
-        device = self._weights + passing + moments + _HEAP_BYTES + max(size for size, _ in of_linears)
+        device = self._weights + passing + moments + max(size for size, _ in of_linears)
         flops = self._sequences * T * 4 * self._active
         in_float32 = sum(flops for _, flops in of_linears) / self._num_replicas
         return StepPlan(name, device, self._host, flops, in_float32, *self._moved(self._stores.weights, 2 * self._all_blocks))

@@ -17,6 +17,17 @@ TOKENS_IN_CACHE = 16
 """Of a slice on a CPU, whose probabilities then stay in a core's cache from step to step. A GPU takes a slice at once."""
 
 
+def bytes_at_the_head(vocab_size: int, width: int, *, on_cpu: bool) -> int:
+    """Return the most bytes that a loss takes beside the hidden states: logits of both models, and what is worked on in float32.
+
+    Args:
+        vocab_size: of the model.
+        width: bytes of a logit.
+        on_cpu: whether parts that stay in the cache are worked on together; the C library's heap then holds as much again, as measured.
+    """
+    return vocab_size * (2 * TOKENS_PER_SLICE * width + (2 * TOKENS_IN_CACHE if on_cpu else TOKENS_PER_SLICE) * 20)
+
+
 def perplexity_of(mean: float) -> float:
     """Return exp of a mean NLL in nats, infinite where it is too large for a number.
 
@@ -62,6 +73,7 @@ def next_token_loss(
                 logits[rows] = probabilities.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=probabilities.dtype))
         if flat_gradient is not None:
             flat_gradient[part] = product(logits, head_weight)
+        del logits  # before the next slice's are made
     if gradient is not None and flat_gradient is not None:
         gradient[:, :-1] = flat_gradient.view(num_sequences, T - 1, d)
     return nll.view(num_sequences, T - 1).sum(dim=1), gradient
@@ -102,6 +114,7 @@ def compare_with_dense(hidden: Tensor, dense: Tensor, tokens: Tensor, head_weigh
                 logits[rows] = log_q.exp_().sub_(p)
         if flat_gradient is not None:
             flat_gradient[part] = product(logits, head_weight)
+        del logits, wanted  # before the next slice's are made
     if gradient is not None and flat_gradient is not None:
         gradient[:, :-1] = flat_gradient.view(num_sequences, T - 1, d)
     of_sequences = [values.view(num_sequences, T - 1).sum(dim=1) for values in (divergence, nll)]
