@@ -109,7 +109,11 @@ class Shapes:
         for linear in layout.linears:
             self.linears[linear.block].append(linear)
         self.share_active = layout.num_active_experts / max(1, layout.num_experts)  # of an expert's tokens, of all
+        self.active_parameters = [  # of every block's linears, what a token is multiplied with
+            sum(linear.size * (1.0 if linear.expert is None else self.share_active) for linear in linears) for linears in self.linears
+        ]
         self.factor_bytes = [self._factors(block, job) for block in range(layout.num_blocks)]
+        self._outside: dict[tuple[bool, bool], int] = {}
         self.layer_sizes = {  # consumer -> parameters of a layer that is reconstructed, with its producers', a fused one's once
             groups.consumer: sum(layout.shapes[name].size for name in {groups.consumer, *(name for name, _ in groups.producers)})
             for groups in (layout.group_sets if job.reconstructed else ())
@@ -123,14 +127,13 @@ class Shapes:
         num_columns = {linear.shared_input: linear.num_columns for linear in gathered}
         return 4 * sum(map(PackedSymmetric.size, (*num_columns.values(), *(linear.num_rows for linear in gathered))))
 
-    def active_parameters(self, block: int) -> float:
-        """Return the weights of a block's linears that a token is multiplied with."""
-        return sum(linear.size * (1.0 if linear.expert is None else self.share_active) for linear in self.linears[block])
-
     def outside_bytes(self, blocks: BlockRange) -> int:
-        """Return the bytes of what a shard holds outside of its blocks."""
-        whole = sum(math.prod(shape) for shape in self.layout.parameters_of(blocks).values()) * self.width
-        return int(whole) - sum(self.block_bytes[blocks.first : blocks.last])
+        """Return the bytes of what a shard holds outside of its blocks, which depends on whether it has the first one and the last."""
+        ends = blocks.is_first, blocks.is_last
+        if ends not in self._outside:
+            whole = sum(math.prod(shape) for shape in self.layout.parameters_of(blocks).values()) * self.width
+            self._outside[ends] = int(whole) - sum(self.block_bytes[blocks.first : blocks.last])
+        return self._outside[ends]
 
 
 class WorkerNeeds:
@@ -149,7 +152,7 @@ class WorkerNeeds:
         # weights
         sizes = [shapes.block_bytes[block] for block in self._own]
         self._all_blocks, self._outside = sum(sizes), shapes.outside_bytes(blocks)
-        self._active = sum(shapes.active_parameters(block) for block in self._own)
+        self._active = sum(shapes.active_parameters[block] for block in self._own)
         resident = self._all_blocks if stores.weights == "device" else 0
         copies = 0 if device_is_host or resident else 2 * max(sizes)  # on the CPU a block runs where it lies, else the next one is ahead
         self._idle, self._weights = self._outside + resident, self._outside + resident + copies
