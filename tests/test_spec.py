@@ -163,6 +163,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"calibration.mix": "[{source: python-docstrings, weight: 0.1}]"}, "in 2 sequences is none"),
     ({"calibration.mix": "[{source: python-docstrings, weight: 0}]"}, "weight"),
     ({"calibration.mix": "[{source: python-docs, max_tokens: 5}]"}, "must equal that of python-docs"),
+    ({"calibration.mix": "[{source: python-docs, weight: 0.8}]"}, r"mix\.0: these windows of python-docs are in the calibration already"),
+    ({"calibration.num_sequences": 6, "calibration.mix": "[{source: self}, {source: self}]"}, r"mix\.1: these windows of self"),
     ({"evaluation": "[]"}, "evaluation"),
 ]
 

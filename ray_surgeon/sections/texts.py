@@ -163,6 +163,18 @@ class CalibrationSection(TextSection):
             raise ValueError("weight has no effect without mix; remove it")
         return self
 
+    @model_validator(mode="after")
+    def _no_text_twice(self) -> CalibrationSection:
+        aside = {"weight", "mix", "num_sequences", "sequence_length"}
+        texts = [text.model_dump(exclude=aside) for text, _ in self.shares]
+        for number, text in enumerate(texts):
+            if text in texts[:number]:
+                raise ValueError(
+                    f"mix.{number - 1}: these windows of {text['source']} are in the calibration already; raise the weight of that text "
+                    "instead"
+                )
+        return self
+
 
 def _split(total: int, weights: Sequence[float]) -> list[int]:
     """Return numbers in proportion to weights that add up to `total`: exact shares rounded down, the largest rests up."""
