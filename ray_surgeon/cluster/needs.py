@@ -160,8 +160,11 @@ class WorkerNeeds:
         self._host += self._remembered(config.hidden_size) if blocks.is_last else 0
         self._layers = [linear for linear in self._linears if linear.name in job.reconstructed]
         self._owners = [placement.owners[linear.shared_input] for linear in self._layers]
+        N, num_backward = self._num_replicas, 0 if job.factors == "A" else job.num_backward or job.num_sequences
+        self._backward = -(-num_backward // N)  # sequences of the replica that has most of them
         inputs_of_layer = 2.0 * job.num_sequences * job.sequence_length * config.hidden_size  # bfloat16
-        self._inputs_moving = inputs_of_layer * self._layers_at_once()
+        part = (self._backward + -(-(job.num_sequences - num_backward) // N)) / job.num_sequences  # of a layer's inputs, at most
+        self._inputs_moving = inputs_of_layer * self._layers_at_once(part)
         self._inputs = inputs_of_layer * max(map(self._owners.count, self._owners), default=0)
         self._all_factors = sum(shapes.factor_bytes[block] for block in self._own)
         self._dense = sum(job.dense_bytes.get(linear.name, 0.0) for linear in self._linears)
@@ -183,13 +186,13 @@ class WorkerNeeds:
         tokens = sum(count * length for count, length in job.evaluation) + job.num_searched * job.sequence_length
         return 2.0 * hidden_size * (tokens + job.num_sequences * job.sequence_length * job.remembers_calibration)
 
-    def _layers_at_once(self) -> float:
-        """Return of how many layers a replica has the inputs at most: its part of those that are not sent yet, and all of its own."""
+    def _layers_at_once(self, part: float) -> float:
+        """Return of how many layers a replica has the inputs at most: a part of those that are not sent yet, and all of its own."""
         N, num_layers, most = self._num_replicas, len(self._layers), 0.0
         for replica in range(N):
             for number in range(num_layers):
                 own = self._owners[: number + 1].count(replica)
-                most = max(most, own + (num_layers - number + 1) / N if N > 1 else num_layers)  # one part more is on its way
+                most = max(most, own + (num_layers - number + 1) * part if N > 1 else num_layers)  # one part more is on its way
         return most
 
     @property
@@ -287,8 +290,7 @@ class WorkerNeeds:
         stores, job = self._stores, self._job
         on_device = self._all_factors if stores.factors == "device" else max(self._shapes.factor_bytes[block] for block in self._own)
         on_host = self._all_factors if stores.factors == "host" else 0
-        backward = 0 if job.factors == "A" else self._sequences if job.num_backward is None else -(-job.num_backward // self._num_replicas)
-        waves_backward = -(-backward // self._wave)
+        backward, waves_backward = self._backward, -(-self._backward // self._wave)
         forward = (1 + job.ranks_experts) * 2 * self._active + self._all_factors / 2
         head = self._head_flops * (backward or self._sequences)  # forward
         further = (1 + (stores.activations == "recompute")) * 2 * self._active + 2 * self._head_flops

@@ -17,6 +17,7 @@ from ray_surgeon.inputs import job_of, method_for
 from ray_surgeon.memory.stores import Stores
 from ray_surgeon.methods import GroupsSection
 from ray_surgeon.methods.groups_section import ReconstructionSection, SearchSection
+from ray_surgeon.methods.reconstruction import Arrivals
 from ray_surgeon.models.build import BlockRange
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.pipeline import _bytes
@@ -148,6 +149,15 @@ def test_a_reconstruction_keeps_the_inputs_of_layers_and_trains_one_at_a_time() 
     weights, inputs_and_outputs = 32 * layer + 4 * layer / 3, (2 + 2 + 2) * tokens * 8192
     assert trained["update"].device > weights + inputs_and_outputs
     assert plan_job(layout, place(layout, 8, 1), job, spec.memory, room, DEVICES["h100"]).excess()[0] <= 1
+    # of five sequences, of which one passes backward, the first replica gets three
+    few = dataclasses.replace(job, num_sequences=5, num_backward=1)
+    hosts = [
+        {s.name: s.host for s in WorkerNeeds(Shapes(layout, j), placement, j, Stores("device", "device"), False, 0, blocks).steps()}
+        for j in (dataclasses.replace(few, reconstructed=frozenset()), few)
+    ]
+    assert len(Arrivals(1, 5, 2048, 2).of(0)) == 3
+    kept = max(5 * owners[: i + 1].count(replica) + 3 * (11 - i) for i in range(10) for replica in (0, 1))
+    assert hosts[1]["curvature"] - hosts[0]["curvature"] == pytest.approx(2 * 2048 * 8192 * kept)
 
 
 def test_shards_without_a_layer_to_train_have_nothing_of_it() -> None:
