@@ -120,9 +120,7 @@ class Reconstruction:
             changed = shard.weight(producer)
             changed[rows[kept].flatten().to(changed.device)] = V
             shard.set_weight(producer, changed)
-        result = W.clone()
-        result[:, _columns(groups, kept, W)] = found.layer.consumer
-        return result
+        return W.index_copy(1, _columns(groups, kept, W), found.layer.consumer)
 
     def end(self, worker: Worker, sets: Sequence[GroupSet]) -> None:
         """Send the producers of trained layers from the owners of their consumers to the other replicas, and keep inputs no longer.

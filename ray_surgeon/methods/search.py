@@ -41,6 +41,15 @@ class Trial:
 
 
 @dataclass(frozen=True)
+class Tried:
+    """An allocation that was tried."""
+
+    scores: Scores[ConsumerCosts]  # whose threshold gave it
+    counts: dict[str, int]  # consumer -> how many of its groups went
+    divergence: float  # mean of the sequences of the search, nats a token
+
+
+@dataclass(frozen=True)
 class Search:
     """The search of one run."""
 
@@ -77,12 +86,12 @@ class Search:
         others, shard = worker.kept(Trial).others, worker.shard
         for name in [g.consumer for g in self.method.sets(worker) if (g.block, g.kind) == unit and g.consumer in others]:
             other, others[name] = others[name], shard.weight(name).to("cpu", shard.dtype)
-            shard.set_weight(name, other.to(worker.device, torch.float32))
+            _put(worker, name, other)
 
     def end(self, worker: Worker) -> None:
         """Put all weights from before back."""
         for name, before in worker.drop(Trial).others.items():
-            worker.shard.set_weight(name, before.to(worker.device, torch.float32))
+            _put(worker, name, before)
 
     # On the coordinator
 
@@ -103,24 +112,23 @@ class Search:
         Raises:
             FloatingPointError: the loss is not a number.
         """
-        scales, tried, allocations = dict[Unit, float](), list[tuple[float, Scores[ConsumerCosts]]](), list[dict[str, int]]()
+        scales, tried = dict[Unit, float](), list[Tried]()
         for number in range(self.section.rounds + 1):
             if number:
                 scores = self.method.rescaled(cluster, scores, scales, shot)
             allocation = self.method.allocate(scores, shot)
-            if allocation.counts in allocations:  # nothing more can be learnt
+            if any(allocation.counts == one.counts for one in tried):  # nothing more can be learnt
                 break
-            allocations.append(allocation.counts)
             cluster.run_all(self.prune, allocation.counts)
             divergences = divergences_of(cluster, SEARCHED, windows)
-            tried.append((sum(divergences) / len(divergences), scores))
+            tried.append(Tried(scores, allocation.counts, sum(divergences) / len(divergences)))
             if number < self.section.rounds:
                 scales = self._scales(cluster, scores, allocation, windows, divergences, scales)
             cluster.run_all(self.end)
-        _, best = min(tried, key=lambda each: each[0])  # workers keep the longest paths, which begin like the ones before
+        best = min(tried, key=lambda one: one.divergence).scores  # workers keep the longest paths, which begin like the ones before
         scale_of = {c.unit: c.scale for c in best.costs}
         return best, {
-            "divergences": [divergence for divergence, _ in tried],
+            "divergences": [one.divergence for one in tried],
             "scales": [{"block": block, "kind": kind, "scale": scale} for (block, kind), scale in sorted(scale_of.items())],
         }
 
@@ -153,3 +161,8 @@ class Search:
         )
         scales = next_scales(torch.tensor([before.get(unit, 1.0) for unit in units], dtype=torch.float64), ratios)
         return {**before, **dict(zip(units, scales.tolist(), strict=True))}
+
+
+def _put(worker: Worker, name: str, weight: Tensor) -> None:
+    """Set a consumer to a weight from the host."""
+    worker.shard.set_weight(name, weight.to(worker.device, torch.float32))
