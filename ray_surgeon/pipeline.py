@@ -47,25 +47,30 @@ def _interrupt_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, interrupt)
 
 
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m ray_surgeon.pipeline", description="Prune a language model as a job spec says.")
+def _arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog=prog, description="Prune a language model as a job spec says.")
     parser.add_argument("spec", nargs="?", help="job spec: a YAML or JSON file, local or on any fsspec URI")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, and stop")
     parser.add_argument("--resume", action="store_true", help="continue after the last committed shot of this run")
     parser.add_argument("--set", action="append", default=[], metavar="section.field=value", help="override a field; repeatable")
     parser.add_argument("--schema", action="store_true", help="print the JSON Schema of the job spec and stop")
-    told = parser.add_argument_group("--dry-run", "for other machines than this one")
+    told = parser.add_argument_group("a plan for other machines than this one", "ray-surgeon plan, or --dry-run")
     told.add_argument("--device", choices=sorted(DEVICES), help="what workers compute on; expected times are this device's")
     told.add_argument("--device-memory", type=_bytes, metavar="80GB", help="of each worker's device; the device's own if not given")
     told.add_argument("--host-memory", type=_bytes, metavar="1TB", help="of each machine; this one's if not given")
     told.add_argument("--disk", type=_bytes, metavar="4TB", help="free on each machine; this one's if not given")
-    told.add_argument("--workers-per-machine", type=int, default=8, metavar="N", help="that share its memory and disk, at most; 8")
+    told.add_argument("--workers-per-machine", type=int, metavar="N", help="that share its memory and disk, at most; 8 if not given")
     arguments = parser.parse_args(argv)
     if not arguments.schema and arguments.spec is None:
         parser.error("a job spec is needed, for instance pipelines/quickstart.yaml")
+    given = [f"--{name.replace('_', '-')}" for name in _OF_A_PLAN if getattr(arguments, name) is not None]
+    if given and not arguments.dry_run:
+        parser.error(f"{', '.join(given)}: only for a plan (ray-surgeon plan, or --dry-run); a run asks its workers what they have")
     return arguments
 
 
+_OF_A_PLAN = ("device", "device_memory", "host_memory", "disk", "workers_per_machine")
+"""Options that tell of other machines."""
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
@@ -83,7 +88,7 @@ def _planned_for(arguments: argparse.Namespace, inputs: Inputs) -> tuple[Room, D
     here = found_here(torch.device("cpu"), inputs.spec.memory.scratch).room
     name = arguments.device or ("h100" if section.gpus_per_worker or arguments.device_memory else "cpu")
     device = DEVICES[name] if name != "cpu" else DEVICES[name].times(section.cpus_per_worker)
-    together = max(1, min(section.num_workers, arguments.workers_per_machine))
+    together = max(1, min(section.num_workers, arguments.workers_per_machine or 8))
     host, disk = ((given or there) / together for given, there in ((arguments.host_memory, here.host), (arguments.disk, here.disk)))
     if not device.memory_bytes:
         return Room(host, host, disk, device_is_host=True), device
@@ -120,9 +125,9 @@ def _read_spec(uri: str, overrides: Sequence[str]) -> JobSpec:
         raise ValueError(validation_message(error, uri)) from error
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a job spec and return the exit code."""
-    arguments, console, errors = _arguments(argv), new_console(), Console(stderr=True)
+def main(argv: Sequence[str] | None = None, prog: str = "python -m ray_surgeon.pipeline") -> int:
+    """Run a job spec and return the exit code; `prog` is how the help calls the command."""
+    arguments, console, errors = _arguments(argv, prog), new_console(), Console(stderr=True)
     if arguments.schema:
         print(json.dumps(JobSpec.model_json_schema(), indent=2))  # noqa: T201 - the schema is the output
         return DONE
@@ -179,10 +184,10 @@ def _show(result: PruneResult, console: Console) -> None:
 
 
 _COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
-    "prune": ("prune a model as a job spec says", main),
-    "plan": ("check a job spec and print what it will need", lambda argv: main([*argv, "--dry-run"])),
+    "prune": ("prune a model as a job spec says", lambda argv: main(argv, "ray-surgeon prune")),
+    "plan": ("check a job spec and print what it will need", lambda argv: main([*argv, "--dry-run"], "ray-surgeon plan")),
     "report": ("compare finished runs", report.main),
-    "schema": ("print the JSON Schema of the job spec", lambda argv: main([*argv, "--schema"])),
+    "schema": ("print the JSON Schema of the job spec", lambda argv: main([*argv, "--schema"], "ray-surgeon schema")),
 }
 
 

@@ -186,6 +186,11 @@ def test_the_command_line(model_folders: dict[str, Path], tmp_path: Path, capsys
     assert '"JobSpec"' in capsys.readouterr().out
     assert pipeline.cli(["plan", spec]) == 0
     assert "1 shards x 1 replicas" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        pipeline.cli(["prune", spec, "--host-memory", "1TB"])
+    refused = capsys.readouterr().err
+    assert "usage: ray-surgeon prune" in refused
+    assert "--host-memory: only for a plan" in refused
     assert not (tmp_path / "run").exists()
     assert pipeline.cli(["prune", spec, "--set", "pruning.num_shots=1"]) == 0
     capsys.readouterr()
