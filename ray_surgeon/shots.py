@@ -147,6 +147,7 @@ def _run_shots(inputs: Inputs, workers: Cluster, run: RunDirectory, listen: Call
         with step("commit", shot) as facts:
             if shot == 1:  # what a run that goes on reads
                 workers.run_all(write_states, run.path("dense.safetensors"))
+            files.remove_folder(run.shot_folder(shot))  # of a try that was interrupted
             written = [file for worker in workers.run_all(save_shot, run.shot_folder(shot)) for file in worker]
             report.add_shot(shot, inputs.spec.pruning.targets, sparsity, choice.threshold, measured, linears, record, step)
             run.commit_shot(shot, written, report.shots[-1])

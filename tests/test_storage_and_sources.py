@@ -42,11 +42,22 @@ def test_files_come_back_from_every_kind_of_storage(kind: str, tmp_path: Path, c
     assert files.read_json(files.join(root, "x", "record.json")) == {"a": [1]}
     assert kind != "local" or files.read_text(files.join(root, "events.jsonl")) == "one\ntwo\n"
     assert files.list_names(files.join(root, "x")) == ["record.json", "t.safetensors"]
+    files.write_text(files.join(root, "x", "more", "one.yaml"), "")
+    files.write_text(files.join(root, "x", ".writing-abc", "file"), "half")
+    assert files.list_names(files.join(root, "x")) == ["more", "record.json", "t.safetensors"], "what was left half written is no name"
+    assert files.list_files(files.join(root, "x")) == ["more/one.yaml", "record.json", "t.safetensors"]
     found = tensor_files.read(files.join(root, "x", "t.safetensors"))
     assert all(torch.equal(found[name], TENSORS[name]) for name in TENSORS)
     header = tensor_files.read_header(files.join(root, "x", "t.safetensors"))
     assert header.shapes == {"a": (2, 3), "b": (4,)}
     assert size > 28
+
+
+def test_a_folder_of_an_object_store_is_not_in_itself(s3: None) -> None:
+    """Consoles make an empty object of the folder's name."""
+    filesystem, path = files.open_filesystem("s3://bucket/empty")
+    filesystem.pipe_file(f"{path}/", b"")
+    assert files.list_names("s3://bucket/empty") == files.list_files("s3://bucket/empty") == []
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:

@@ -15,8 +15,11 @@ from ray_surgeon.cluster.devices import DEVICES, Device, Room
 from ray_surgeon.cluster.worker import Worker
 from ray_surgeon.memory.stores import Scratch
 
-_CGROUPS = (("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),)
-"""Limit of a container and what it uses."""
+_CGROUPS = (
+    ("/sys/fs/cgroup", "memory.max", "memory.current", ""),
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+)
+"""Of the second and the first version: folder, limit of a container, what it uses, and how names in memory.stat begin."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,9 @@ def available_bytes() -> int:
     """Return the memory that this machine, or this container, can still give."""
     meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines()) if Path("/proc/meminfo").exists() else {}
     available = int(meminfo.get("MemAvailable", "8000000 kB").split()[0]) * 1024
-    for limit, used in _CGROUPS:
-        if Path(limit).exists() and (text := Path(limit).read_text().strip()) != "max":
-            available = min(available, int(text) - int(Path(used).read_text()))
-    return available
+    for folder, limit, used, prefix in _CGROUPS:
+        if Path(folder, limit).exists() and (text := Path(folder, limit).read_text().strip()) != "max":
+            stat = dict(line.split() for line in Path(folder, "memory.stat").read_text().splitlines())
+            files = sum(int(stat.get(f"{prefix}{kind}_file", 0)) for kind in ("inactive", "active"))  # go when memory is wanted
+            available = min(available, int(text) - int(Path(folder, used).read_text()) + files)
+    return max(1, available)  # a plan divides by it

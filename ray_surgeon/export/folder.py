@@ -34,7 +34,7 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05, "float16": 0.01}
 
 
 def write_weights(cluster: Cluster, uri: str, *, cut_out: bool, masks: bool, left_out: tuple[str, ...] = (), stored: bool = True) -> int:
-    """Have every shard write its files, and an index if there are several. Returns the bytes of all weights.
+    """Have every shard write its files into an empty folder, and an index if there are several. Returns the bytes of all weights.
 
     Args:
         cluster: with the pruned weights.
@@ -44,6 +44,7 @@ def write_weights(cluster: Cluster, uri: str, *, cut_out: bool, masks: bool, lef
         left_out: see `save_weights`.
         stored: likewise.
     """
+    files.remove_folder(uri)  # of a try that was interrupted, perhaps with another number of files
     numbers = cluster.run_all(num_files, masks)
     of_weights, of_masks = _names("model", [n for n, _ in numbers]), _names("masks", [n for _, n in numbers])
     futures = [
@@ -131,8 +132,9 @@ def write_gguf_files(
 def download_folder(uri: str, folder: Path, *, weights: bool = True) -> None:
     """Copy the files of an export into a local folder, with or without its weights."""
     folder.mkdir()
-    for name in files.list_names(uri):
+    for name in files.list_files(uri):
         if weights or not name.endswith(".safetensors"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             files.download(files.join(uri, name), folder / name)
 
 

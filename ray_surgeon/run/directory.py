@@ -66,7 +66,7 @@ class RunDirectory:
         Raises:
             ValueError: the folder holds another run, or holds this one and `resume` is not asked for.
         """
-        if all(name in _BEFORE_A_RUN or name.startswith(".writing-") for name in store.list_names(self.uri)):
+        if all(name in _BEFORE_A_RUN for name in store.list_names(self.uri)):
             return
         if not store.exists(self.path("run.json")):
             raise ValueError(f"output.uri: {self.uri} is not empty and holds no run of this program; choose another folder")

@@ -23,6 +23,8 @@ from fsspec.implementations.local import LocalFileSystem
 
 from ray_surgeon.storage.retrying import tries_again
 
+WRITING = ".writing-"
+"""How the names of folders begin in which files are written until they are whole."""
 MAX_JSON_BYTES = 64 * 2**20
 """Tokenizers have tens of megabytes; more is no description of anything."""
 
@@ -99,17 +101,30 @@ def download(uri: str, target: Path) -> None:
 @tries_again
 def put_file(uri: str, source: Path) -> None:
     """Copy a local file, whole or not at all."""
-    with tempfile.TemporaryDirectory(dir=scratch_folder(uri), prefix=".writing-") as folder:
+    with tempfile.TemporaryDirectory(dir=scratch_folder(uri), prefix=WRITING) as folder:
         upload(uri, Path(shutil.copyfile(source, Path(folder) / "file")))
 
 
 @tries_again
 def list_names(uri: str) -> list[str]:
-    """Return the sorted names in a folder; an absent folder is empty."""
+    """Return the sorted names in a folder; an absent folder is empty.
+
+    What a killed process left half written has no name there, nor has the folder itself, which object stores may list.
+    """
     filesystem, path = open_filesystem(uri)
     if not filesystem.exists(path):
         return []
-    return sorted(entry.rstrip("/").rpartition("/")[2] for entry in filesystem.ls(path, detail=False))
+    entries = {entry.rstrip("/") for entry in filesystem.ls(path, detail=False)} - {path.rstrip("/")}
+    return sorted(name for name in (entry.rpartition("/")[2] for entry in entries) if not name.startswith(WRITING))
+
+
+@tries_again
+def list_files(uri: str) -> list[str]:
+    """Return the sorted paths, from a folder on, of the files in it and in the folders inside of it; see `list_names`."""
+    filesystem, path = open_filesystem(uri)
+    root = path.rstrip("/") + "/"
+    found = (entry.removeprefix(root) for entry in filesystem.find(path) if entry.startswith(root) and not entry.endswith("/"))
+    return sorted(name for name in found if not any(part.startswith(WRITING) for part in name.split("/")))
 
 
 @tries_again
@@ -200,7 +215,7 @@ def scratch_folder(uri: str) -> str | None:
 
 def write_text(uri: str, text: str) -> None:
     """Write a UTF-8 file, whole or not at all."""
-    with tempfile.TemporaryDirectory(dir=scratch_folder(uri), prefix=".writing-") as folder:
+    with tempfile.TemporaryDirectory(dir=scratch_folder(uri), prefix=WRITING) as folder:
         scratch = Path(folder) / "file"
         scratch.write_text(text, encoding="utf-8")
         upload(uri, scratch)

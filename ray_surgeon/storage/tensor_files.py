@@ -61,7 +61,7 @@ _read_part = tries_again(files.read_range)
 
 def write(uri: str, tensors: Mapping[str, Tensor]) -> int:
     """Write tensors as one safetensors file and return its size in bytes."""
-    with tempfile.TemporaryDirectory(dir=files.scratch_folder(uri), prefix=".writing-") as folder:
+    with tempfile.TemporaryDirectory(dir=files.scratch_folder(uri), prefix=files.WRITING) as folder:
         scratch = Path(folder) / "file"
         try:
             save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, scratch, metadata={"format": "pt"})

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
+from ray_surgeon.cluster import room
 from ray_surgeon.cluster.devices import DEVICES, Room
 from ray_surgeon.cluster.room import Found, available_bytes, device_of, found_here, shared
 
@@ -34,3 +36,16 @@ def test_what_is_here(tmp_path: Path) -> None:
     assert 2**28 < found.room.host <= available_bytes() * 2
     assert found.room.disk > 0
     assert device_of([found], 3).float32_flops == 3 * DEVICES["cpu"].float32_flops
+
+
+@pytest.mark.parametrize(("limit", "used", "prefix"), [("memory.max", "memory.current", ""), ("limit", "usage", "total_")])
+def test_files_that_a_container_has_read_leave_its_memory_when_it_is_wanted(
+    limit: str, used: str, prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "_CGROUPS", ((str(tmp_path), limit, used, prefix),))
+    here = available_bytes()
+    (tmp_path / "memory.stat").write_text(f"anon 100\n{prefix}inactive_file 3000\n{prefix}active_file 400\n")
+    (tmp_path / used).write_text("10000\n")
+    for text, expected in (("max", here), ("12000\n", 12000 - 10000 + 3400), ("6601\n", 1), ("6000\n", 1)):
+        (tmp_path / limit).write_text(text)
+        assert available_bytes() == pytest.approx(expected, rel=0.5 if text == "max" else 0)

@@ -287,13 +287,19 @@ def test_only_the_last_shots_keep_their_tensors(model_folders: dict[str, Path], 
 
 
 def test_a_gap_in_the_shots_is_repeated(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    """In an empty folder, whatever a process that was killed left there."""
     options: dict[str, Any] = {"pruning__num_shots": 3}
     assert run(tmp_path, model_folders["llama"], **options) == 0
-    expected = tensors_of_shot(tmp_path / "run", 3)
-    shutil.rmtree(tmp_path / "run/shots/0002")
+    expected, folder = tensors_of_shot(tmp_path / "run", 3), tmp_path / "run/shots/0002"
+    names = sorted(path.name for path in folder.iterdir())
+    (folder / "manifest.json").unlink()
+    (folder / "weights-00-of-03.safetensors").touch()
+    (folder / ".writing-abc").mkdir()
+    (folder / ".writing-abc/file").write_text("half")
     assert run(tmp_path, model_folders["llama"], "--resume", **options) == 0
     found = tensors_of_shot(tmp_path / "run", 3)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert sorted(path.name for path in folder.iterdir()) == names
     assert [shot["index"] for shot in report_of(tmp_path / "run")["shots"]] == [1, 2, 3]
 
 
