@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,18 @@ from ray_surgeon.memory.stores import Stores
 from ray_surgeon.models.build import BlockRange
 from ray_surgeon.models.checkpoint import read_state, tensor_reader
 from ray_surgeon.models.experts import in_memory
+from ray_surgeon.models.gguf import convert_gguf
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.runner import BlockRunner
 from ray_surgeon.models.shard import ModelShard
 from ray_surgeon.run.directory import RunDirectory
 from ray_surgeon.run.display import Display, new_console
 from ray_surgeon.sections.cluster import RaySection
+from ray_surgeon.sections.texts import ModelSection
 from ray_surgeon.shots import run_shots
 from ray_surgeon.spec import JobSpec
 from ray_surgeon.storage import files
-from ray_surgeon.storage.sources import SMALL_FILES
+from ray_surgeon.storage.sources import SMALL_FILES, open_model
 from ray_surgeon.storage.texts import first_token
 from ray_surgeon.surgery.kronecker import KroneckerFactors
 
@@ -223,7 +226,7 @@ def _spec_of(model: str | PreTrainedModel | None, tokenizer: PreTrainedTokenizer
     uri = uri if "://" in uri else str(Path(uri).expanduser().resolve())
     document["model"] = {"source": files.join(uri, "source"), "dtype": dtype}
     spec = JobSpec.model_validate(document)
-    _save(model, tokenizer, spec.model.source)
+    _save(model, tokenizer, spec.model, spec.output.uri)
     return spec
 
 
@@ -239,18 +242,42 @@ def _as_name(source: str) -> str:
     return "".join(c if c.isascii() and (c.isalnum() or c in ".-") else "-" for c in last).strip("-.")[:63] or "model"
 
 
-def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, uri: str) -> None:
-    """Write a model in memory beside the run, where all workers can read it."""
-    shows_bars = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    with tempfile.TemporaryDirectory() as scratch:
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, section: ModelSection, run: str) -> None:
+    """Write a model in memory beside its run, where all workers can read it, unless the run has begun and has it.
+
+    Raises:
+        ValueError: the run has another one, or the folder holds something else.
+    """
+    has_begun = not RunDirectory(run).is_new()
+    with tempfile.TemporaryDirectory() as scratch, _without_bars():
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
+        if has_begun and files.exists(section.source):
+            here, there = (open_model(section.model_copy(update={"source": uri}), convert_gguf) for uri in (scratch, section.source))
+            if here.shapes_and_fingerprint() != there.shapes_and_fingerprint():
+                raise ValueError(f"output.uri: {run} holds a run of another model; give output another folder")
+            return
+        for name in filter(_is_saved, files.list_names(section.source)):  # of a try before the run began
+            files.remove(files.join(section.source, name))
         for path in sorted(Path(scratch).iterdir()):
-            if path.name in SMALL_FILES or path.name.endswith((".safetensors", ".safetensors.index.json")):
-                files.put_file(files.join(uri, path.name), path)
-    if shows_bars:
-        transformers.utils.logging.enable_progress_bar()
+            if _is_saved(path.name):
+                files.put_file(files.join(section.source, path.name), path)
+
+
+def _is_saved(name: str) -> bool:
+    return name in SMALL_FILES or name.endswith((".safetensors", ".safetensors.index.json"))
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Let transformers show no progress bars meanwhile."""
+    shows_bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shows_bars:
+            transformers.utils.logging.enable_progress_bar()
 
 
 def curvature(

@@ -179,8 +179,9 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
     }
     if search is not None:
         fingerprints["search"] = searched.fingerprint
-    if spec.evaluation.tasks is not None:
+    if spec.evaluation.tasks is not None:  # scores before and after are of the same tasks
         check_tasks(spec.evaluation.tasks)
+        fingerprints["tasks"] = spec.evaluation.tasks.model_dump(mode="json", exclude={"batch_size"})
     tokens = {name: windows.tokens for name, windows in texts.items()}
     written = _to_be_written(spec, tokenizer, layout.config)
     tokens_of = (calibration.tokens, tokens)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ray_surgeon.cluster.cluster import Cluster
+from ray_surgeon.cluster.cluster import Cluster, LostError
 from ray_surgeon.cluster.dense_model import CALIBRATION, read_states, write_states
 from ray_surgeon.cluster.passes import Measured, measure, remember
 from ray_surgeon.cluster.room import device_of, look_around, shared
@@ -57,7 +57,9 @@ def run_shots(inputs: Inputs, workers: Cluster, run: RunDirectory, listen: Calla
     """
     try:
         _run_shots(inputs, workers, run, listen)
-    except (FloatingPointError, ValueError, OSError, CollapseError):
+    except LostError:  # there is nobody to ask
+        raise
+    except Exception:
         with contextlib.suppress(Exception):  # the first error is the one to tell
             workers.run_all(clean_up)
         raise

@@ -122,13 +122,12 @@ class JobSpec(Section):
         return self
 
     def method_fingerprint(self) -> str:
-        """Return a SHA-256 over everything that determines the result: not the name, the cluster, the texts evaluated or the output.
+        """Return a SHA-256 over everything that determines the result: not the name, the texts evaluated, the output, or what runs where.
 
         Where the model lies does not count either; its content has a fingerprint of its own.
         """
-        method = self.model_dump(
-            mode="json", exclude={"name": True, "cluster": True, "evaluation": True, "output": True, "model": {"source"}}
-        )
+        free = dict.fromkeys(("name", "cluster", "memory", "evaluation", "output"), True)
+        method = self.model_dump(mode="json", exclude=free | {"model": {"source"}})
         return hashlib.sha256(json.dumps(method, sort_keys=True).encode()).hexdigest()
 
 

@@ -225,7 +225,7 @@ def test_not_a_mapping(text: str) -> None:
 
 def test_method_fingerprint_ignores_where_and_what_else_is_measured() -> None:
     base = parse_spec(MINIMAL).method_fingerprint()
-    same = ["cluster.num_shards=3", "output.uri=elsewhere", "name=y", "evaluation.0.num_sequences=5"]
+    same = ["cluster.num_shards=3", "output.uri=elsewhere", "name=y", "evaluation.0.num_sequences=5", "memory.limit_gib=8"]
     assert parse_spec(MINIMAL, same).method_fingerprint() == base
     for change in ("pruning.target_sparsity=0.3", "curvature.damping.g=0.5", "pruning.update=single", "model.dtype=bfloat16"):
         other = parse_spec(MINIMAL, [change])

@@ -20,7 +20,7 @@ def run_module(module: str, request: Mapping[str, Any], offline: bool = True, gp
         module: dotted name; it reads a JSON object from its standard input, and the last line it prints is one.
         request: that object.
         offline: whether it may not ask the Hub.
-        gpu: the one GPU that it sees, as in ``CUDA_VISIBLE_DEVICES``; those of this process if not given.
+        gpu: the one GPU that it sees, as in ``CUDA_VISIBLE_DEVICES``, or "" for none; those of this process if not given.
 
     Raises:
         RuntimeError: it fails; its last lines are shown.
@@ -38,5 +38,5 @@ def run_module(module: str, request: Mapping[str, Any], offline: bool = True, gp
 
 
 def run_on_worker(worker: Worker, module: str, request: Mapping[str, Any], offline: bool = True) -> dict[str, Any]:
-    """Run a module in a process beside a worker, which sees that worker's device alone; see `run_module`."""
-    return run_module(module, request, offline, worker.gpu)
+    """Run a module in a process beside a worker, which sees that worker's device alone, and no GPU if that is a CPU; see `run_module`."""
+    return run_module(module, request, offline, "" if worker.device.type == "cpu" else worker.gpu)

@@ -71,9 +71,12 @@ def _names(stem: str, numbers: Sequence[int]) -> list[list[str]]:
 
 
 def dense_document(model: ModelSection) -> dict[str, Any]:
-    """Return the content of the dense model's config.json, with the dtype of the job, and not quantised."""
+    """Return the content of the dense model's config.json, with the dtype of the job, not quantised, and without code of its own.
+
+    Every family here has classes in transformers, and files of code are not copied.
+    """
     document = json.loads(open_model(model, convert_gguf).fetch("config.json").read_text(encoding="utf-8"))
-    for name in ("torch_dtype", "quantization_config"):
+    for name in ("torch_dtype", "quantization_config", "auto_map"):
         document.pop(name, None)
     return dict(document) | {"dtype": model.dtype}
 

@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -238,7 +238,10 @@ class DiskWeights(StreamedWeights):
         """Replace the content of a tensor."""
         self._forget_ahead()
         path = self._scratch.path(f"{name}.safetensors")
-        save_file({"x": tensor.to("cpu", self._all[name].dtype).contiguous()}, path.with_suffix(".writing"))
+        try:
+            save_file({"x": tensor.to("cpu", self._all[name].dtype).contiguous()}, path.with_suffix(".writing"))
+        except SafetensorError as error:
+            raise OSError(f"{path}: cannot write: {error}; free space on that disk, or name another one in memory.scratch") from error
         path.with_suffix(".writing").replace(path)
         self._changed.add(name)
 

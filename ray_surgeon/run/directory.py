@@ -17,7 +17,7 @@ import yaml
 from ray_surgeon.cluster.saving import SavedFile
 from ray_surgeon.storage import files as store
 
-_FREE_SECTIONS = ("name", "cluster.", "output.")
+_FREE_SECTIONS = ("name", "cluster.", "memory.", "output.")
 """What may differ between a run and its resumption."""
 _MOST_CHANGES = 8
 _EVENTS_EVERY_S = 20.0
@@ -66,10 +66,8 @@ class RunDirectory:
         Raises:
             ValueError: the folder holds another run, or holds this one and `resume` is not asked for.
         """
-        if all(name in _BEFORE_A_RUN for name in store.list_names(self.uri)):
+        if self.is_new():
             return
-        if not store.exists(self.path("run.json")):
-            raise ValueError(f"output.uri: {self.uri} is not empty and holds no run of this program; choose another folder")
         held = store.read_json(self.path("run.json"))["fingerprints"]
         different = [key for key in sorted({*held, *fingerprints}) if held.get(key) != fingerprints.get(key)]
         if different:
@@ -85,6 +83,18 @@ class RunDirectory:
             )
         if done := self.committed_indices():
             self.check_tensors(self.read_shot(done[-1]))
+
+    def is_new(self) -> bool:
+        """Whether no run has begun here.
+
+        Raises:
+            ValueError: the folder holds something else.
+        """
+        if all(name in _BEFORE_A_RUN for name in store.list_names(self.uri)):
+            return True
+        if not store.exists(self.path("run.json")):
+            raise ValueError(f"output.uri: {self.uri} is not empty and holds no run of this program; choose another folder")
+        return False
 
     def _changes(self, held: Mapping[str, Any], fingerprints: Mapping[str, Any], spec_yaml: str) -> str:
         """Return the fields of the two specs that differ, and the versions, for an error."""

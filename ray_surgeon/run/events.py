@@ -110,8 +110,9 @@ class Steps:
         self.worker_seconds[name] = [round(b.busy_s - a.busy_s, 3) for a, b in zip(before[1:], after[1:], strict=True)]
         self.packing_seconds[name] = [round(b.packing_s - a.packing_s, 3) for a, b in zip(before[1:], after[1:], strict=True)]
         self.peak_rss_bytes = sum({usage.process: usage.peak_rss_bytes for usage in after[1:]}.values())
-        self.peak_gpu_bytes = max(self.peak_gpu_bytes, sum(usage.peak_gpu_bytes for usage in after[1:]))
-        self.peaks[name] = [usage.peak_gpu_bytes or usage.peak_anonymous_bytes for usage in after[1:]]
+        gpu, anonymous = (largest_of_processes(after, of) for of in ("peak_gpu_bytes", "peak_anonymous_bytes"))
+        self.peak_gpu_bytes = max(self.peak_gpu_bytes, sum(gpu.values()))
+        self.peaks[name] = [gpu[usage.process] or anonymous[usage.process] for usage in after[1:]]
         if "num_tokens" in facts:
             facts["tokens_per_s"] = float(facts.pop("num_tokens")) / self.seconds[name]
         event = Event(name, shot, self._num_shots, round(self.seconds[name], 3), facts, self.worker_seconds[name])
@@ -126,6 +127,14 @@ class Steps:
 
     def _usages(self) -> list[Usage]:
         return [process_usage(torch.device("cpu")), *self._cluster.usages()]
+
+
+def largest_of_processes(usages: list[Usage], field: str) -> dict[str, int]:
+    """Return the largest value of a field by process, of which the first that is asked begins anew."""
+    found: dict[str, int] = {}
+    for usage in usages:
+        found[usage.process] = max(found.get(usage.process, 0), getattr(usage, field))
+    return found
 
 
 def _cpu_s(usages: list[Usage]) -> float:

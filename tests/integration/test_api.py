@@ -62,6 +62,26 @@ def test_a_model_in_memory_becomes_really_smaller(
     assert capsys.readouterr().out == ""
 
 
+def test_the_model_of_another_run_is_not_overwritten(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    model, tokenizer = in_memory(model_folders["llama"])
+    sections: dict[str, Any] = {"calibration": TEXT, "pruning": GROUPS, "output": {"uri": str(tmp_path / "run"), "exports": []}}
+    ray_surgeon.prune(model, tokenizer, **sections, progress=False)
+    source = tmp_path / "run/source/model.safetensors"
+    before = source.read_bytes()
+    with pytest.raises(ValueError, match="already holds this run"):
+        ray_surgeon.prune(model, tokenizer, **sections, progress=False)
+    model.model.norm.weight.data *= 2
+    for resume in (False, True):
+        with pytest.raises(ValueError, match="holds a run of another model"):
+            ray_surgeon.prune(model, tokenizer, **sections, progress=False, resume=resume)
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project/thesis.txt").touch()
+    with pytest.raises(ValueError, match="holds no run of this program"):
+        ray_surgeon.prune(model, tokenizer, **sections | {"output": str(tmp_path / "project")}, progress=False)
+    assert not (tmp_path / "project/source").exists()
+    assert source.read_bytes() == before
+
+
 @pytest.mark.ray
 def test_on_ray_with_the_same_bits(cluster: Cluster, model_folders: dict[str, Path], tmp_path: Path) -> None:
     model, tokenizer = in_memory(model_folders["llama"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,13 +17,15 @@ import yaml
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
+from ray_surgeon.export.folder import dense_document, write_weights
 from ray_surgeon.export.kinds import shipped_source
 from ray_surgeon.models.build import cache_argument
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.pruned_config import BlockWidths, per_block_document, plain_kv_heads
 from ray_surgeon.pipeline import main
+from ray_surgeon.sections.texts import ModelSection
 from tests.conftest import CONFIGS, LAYOUTS
-from tests.integration.runs import report_of, run, tiny_spec
+from tests.integration.runs import loaded, report_of, run, tiny_spec
 
 GROUPS: dict[str, Any] = {"pruning__structure": "groups", "pruning__width_multiple": 8, "pruning__target_sparsity": 0.4}
 TOKENS = torch.arange(30)[None] + 7
@@ -241,3 +244,18 @@ def test_a_wrong_export_is_not_announced(model_folders: dict[str, Path], tmp_pat
     assert run(tmp_path, model_folders["llama"], **GROUPS, output__exports=["per_block"]) == 1
     assert not (tmp_path / "run/export/per_block/README.md").exists()
     assert LAYOUTS["llama"].heads.num_kv == 2
+
+
+def test_an_export_has_no_files_of_a_try_with_other_shards(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    for num_shards in (2, 1):
+        write_weights(loaded(model_folders["llama"], num_shards), str(tmp_path / "export"), cut_out=False, masks=False)
+    assert [path.name for path in (tmp_path / "export").iterdir()] == ["model.safetensors"]
+
+
+def test_a_configuration_does_not_name_code_that_is_not_there(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    """Models of the Hub may, beside a class of transformers."""
+    model = Path(shutil.copytree(model_folders["phi3"], tmp_path / "model"))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoConfig": "configuration_phi3.Phi3Config"}}))
+    found = dense_document(ModelSection(source=str(model)))
+    assert found == {name: value for name, value in config.items() if name != "torch_dtype"} | {"dtype": "float32"}

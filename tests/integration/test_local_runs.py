@@ -286,6 +286,21 @@ def test_only_the_last_shots_keep_their_tensors(model_folders: dict[str, Path], 
     assert [shot["index"] for shot in report_of(tmp_path / "run")["shots"]] == [1, 2, 3, 4]
 
 
+def test_tasks_of_a_run_that_goes_on_are_those_it_began_with(
+    model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The dense model's scores are from the beginning."""
+    monkeypatch.setattr(inputs, "check_tasks", lambda options: None)
+    model = model_folders["llama"]
+    exports = {"pruning__structure": "groups", "pruning__width_multiple": 8, "output__exports": ["per_block"]}
+    text = {"name": "docs", "source": str(tmp_path / "text.txt"), "num_sequences": 4, "sequence_length": 40, "max_tokens": 4000}
+    assert run(tmp_path, model, **exports, evaluation={"texts": [text]}) == 0
+    capsys.readouterr()
+    tasks = {"names": ["piqa"], "limit": 3}
+    assert run(tmp_path, model, "--resume", **exports, evaluation={"texts": [text], "tasks": tasks}) == 2
+    assert "holds another run: different tasks (evaluation.tasks" in capsys.readouterr().err
+
+
 def test_a_gap_in_the_shots_is_repeated(model_folders: dict[str, Path], tmp_path: Path) -> None:
     """In an empty folder, whatever a process that was killed left there."""
     options: dict[str, Any] = {"pruning__num_shots": 3}

@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
+from ray_surgeon.cluster.cluster import LostError
+from ray_surgeon.memory import weights
 from ray_surgeon.memory.factors import FactorStore
 from ray_surgeon.memory.stores import Scratch
 from ray_surgeon.memory.weights import DiskWeights
@@ -79,7 +82,7 @@ def test_a_run_from_disk_is_resumed_with_the_same_bits_and_takes_over_what_a_kil
     options = {"memory__weights": "disk", "memory__factors": "disk", "memory__wave": 6, "memory__scratch": str(tmp_path / "scratch")}
     assert run(tmp_path / "whole", model_folders["llama"], **options) == 0
 
-    class KilledError(RuntimeError):
+    class KilledError(LostError):
         pass
 
     def killed(*arguments: object) -> None:
@@ -105,6 +108,26 @@ def test_a_run_that_fails_leaves_no_scratch(model_folders: dict[str, Path], tmp_
     stops = {"evaluation": evaluation | {"stop_above": 1.0001}, "pruning__target_sparsity": 0.8}
     assert run(tmp_path, model_folders["llama"], **options, **stops) == 1
     assert not list((tmp_path / "scratch").rglob("*"))
+
+
+def test_a_full_scratch_disk_is_named_and_what_is_on_it_removed(
+    model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(tensors: object, path: Path) -> None:
+        path.write_text("half")
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(weights, "save_file", full)
+    assert run(tmp_path, model_folders["llama"], memory__weights="disk", memory__scratch=str(tmp_path / "scratch")) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "No space left on device; free space on that disk, or name another one in memory.scratch" in said
+    assert "--resume" in said
+    assert not list((tmp_path / "scratch").rglob("*"))
+
+
+def test_a_run_goes_on_with_less_memory(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    assert run(tmp_path, model_folders["llama"]) == 0
+    assert run(tmp_path, model_folders["llama"], "--resume", memory__weights="disk", memory__scratch=str(tmp_path)) == 0
 
 
 def test_weights_come_from_the_last_shot_where_that_is_local(

@@ -1,0 +1,33 @@
+"""Processes beside a worker, and what those of a run have used."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from ray_surgeon.cluster import fresh_process
+from ray_surgeon.cluster.usage import Usage
+from ray_surgeon.run.events import largest_of_processes
+
+
+@pytest.mark.parametrize(
+    ("device", "gpu", "seen"), [("cpu", None, ""), ("cpu", "3", ""), ("cuda", "3", "3"), ("cuda", None, None)], ids=str
+)
+def test_a_process_beside_a_worker_on_a_cpu_sees_no_gpu(
+    device: str, gpu: str | None, seen: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(fresh_process, "run_module", lambda *arguments: given.append(arguments) or {})
+    worker: Any = SimpleNamespace(device=torch.device(device), gpu=gpu)
+    fresh_process.run_on_worker(worker, "module", {})
+    assert given == [("module", {}, True, seen)]
+
+
+def test_a_peak_is_that_of_the_process_whoever_asked_first() -> None:
+    """Asking begins anew, so the second of one process hears of what is there now."""
+    usages = [Usage("a", 1.0, 10, 0, 900), Usage("a", 1.0, 10, 0, 100), Usage("b", 1.0, 10, 70, 200), Usage("b", 1.0, 10, 5, 200)]
+    assert largest_of_processes(usages, "peak_anonymous_bytes") == {"a": 900, "b": 200}
+    assert largest_of_processes(usages, "peak_gpu_bytes") == {"a": 0, "b": 70}
