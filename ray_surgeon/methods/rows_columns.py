@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -26,6 +26,8 @@ from ray_surgeon.surgery.threshold import StructureCosts, can_reach, cost_curve,
 
 _SAMPLED_BLOCKS = 4
 """One of so many blocks tells how far greedy paths must go."""
+_MOST_LIMITS = 10
+"""How often that is tried, four times as far each time, before paths are followed to their ends."""
 
 RankBy = Literal["cost", "cost_per_parameter"]
 
@@ -158,12 +160,12 @@ class RowsColumns(Method):
         scores = Scores.merged(cluster.run_all(self.costs, None, _SAMPLED_BLOCKS if is_greedy else 1))
         if not is_greedy:
             return scores
-        limit, reached = 2 * structured_threshold(_by_name(scores), target).value, False
-        while not reached:
+        missing = target - (1 - scores.num_kept / scores.num_parameters)
+        for limit in _limits(_by_name(scores), missing):
             cluster.progress.begin(unit="linears")
             scores = Scores.merged(cluster.run_all(self.costs, limit))
-            reached = can_reach(scores.costs, target)
-            limit *= 4
+            if can_reach(scores.costs, target):
+                break
         return scores
 
     def choose(self, cluster: Cluster, scores: Scores[StructureCosts], shot: int) -> Choice:
@@ -197,3 +199,19 @@ class RowsColumns(Method):
 
 def _by_name(scores: Scores[StructureCosts]) -> list[StructureCosts]:
     return sorted(scores.costs, key=lambda linear: linear.name)
+
+
+def _limits(sample: Sequence[StructureCosts], missing: float) -> Iterator[float]:
+    """Yield how far greedy paths may be followed: twice as far as single costs say, then farther and farther, at last to their ends.
+
+    Args:
+        sample: of the linears, with single costs.
+        missing: fraction of all parameters that is still to go. Earlier shots may have taken more of the sample than of the others.
+    """
+    num_kept, num_parameters = (sum(c.num_rows * c.num_columns for c in sample), sum(c.num_parameters for c in sample))
+    wanted = 1 - num_kept / num_parameters + max(0.0, missing)
+    if can_reach(sample, wanted):
+        positive = torch.cat([side[side > 0] for c in sample for side in (c.rows, c.columns)])
+        first = max(2 * structured_threshold(sample, wanted).value, float(positive.min()) if len(positive) else 0.0)
+        yield from (first * 4**i for i in range(_MOST_LIMITS if first else 0))
+    yield math.inf

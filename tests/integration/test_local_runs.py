@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ray_surgeon import shots
+from ray_surgeon import inputs, shots
 from ray_surgeon.cluster.curvature_pass import finish_curvature, gather_curvature
 from ray_surgeon.cluster.passes import Measured, remember
 from ray_surgeon.inputs import check

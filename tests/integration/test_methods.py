@@ -47,6 +47,19 @@ def test_methods_run_on_every_family(family: str, method: str, model_folders: di
         assert shot["sparsity"] == pytest.approx(shot["target_sparsity"], abs=0.02)
 
 
+@pytest.mark.parametrize("target", [0.3, 0.97])
+def test_rows_and_columns_where_the_blocks_that_are_asked_are_ahead(target: float, model_folders: dict[str, Path], tmp_path: Path) -> None:
+    """Of every four blocks the first says how far greedy paths go; here it alone is far above the target of the second shot."""
+    model = AutoModelForCausalLM.from_pretrained(model_folders["llama"])
+    for module in (module for module in model.model.layers[0].modules() if isinstance(module, torch.nn.Linear)):
+        module.weight.data *= 0.2
+    shutil.copytree(model_folders["llama"], tmp_path / "model")
+    model.save_pretrained(tmp_path / "model")
+    assert run(tmp_path, tmp_path / "model", pruning__target_sparsity=target, pruning__num_shots=5) == 0
+    shots = report_of(tmp_path / "run")["shots"]
+    assert all(shot["target_sparsity"] <= shot["sparsity"] < shot["target_sparsity"] + 0.03 for shot in shots)
+
+
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_shards_replicas_and_resume(method: str, model_folders: dict[str, Path], tmp_path: Path) -> None:
     """Any number of shards gives the same bits, replicas the same up to the order of sums, and a resumed run the same bits."""
