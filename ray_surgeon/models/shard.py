@@ -98,6 +98,7 @@ class ModelShard:
         self.gathering: list[SharedInput] = []
         self.terms: dict[str, list[Term]] = {}
         self._kind: str | None = None
+        self._has_tokens = True  # factors are sums over tokens, of which an expert may have few
         self._layer_means: dict[tuple[int, str], LayerMean] = {}
 
     def _slots(self) -> list[dict[str, Slot]]:
@@ -228,7 +229,7 @@ class ModelShard:
             self.expert_sums = {place: ExpertSums(len(m.experts), self.device) for place, m in self.mixtures.items()}
         for group in self.gathering:
             group.num_tokens = int(kind == "identity")
-        self._kind = kind
+        self._kind, self._has_tokens = kind, kind != "identity"
 
     @contextlib.contextmanager
     def gathering_in(self, place: int, *, wide: bool = False) -> Iterator[None]:
@@ -295,9 +296,9 @@ class ModelShard:
         self._layer_means.clear()
 
     def factors(self, name: str) -> PackedFactors:
-        """Return the factors of a linear, see `own_factors`; those of an expert are shrunk, see `shrunk_factors`."""
+        """Return the factors of a linear, see `own_factors`; those of an expert are shrunk, see `shrunk_factors`, if they are of tokens."""
         own, shape = self.own_factors(name), self.layout.shapes[name]
-        return own if shape.expert is None else shrunk_factors(own, self.layer_mean(shape.block, shape.role))
+        return own if shape.expert is None or not self._has_tokens else shrunk_factors(own, self.layer_mean(shape.block, shape.role))
 
     def own_factors(self, name: str) -> PackedFactors:
         """Return the sums of a linear where they lie; A is shared with the other linears that read the same input."""

@@ -145,6 +145,11 @@ class GreedyPath:
         """Return the cost of each column now, [C]; of pruned ones, 0."""
         return 0.5 * (_dots(self.W, self._U, dim=0) / self._by_column.diagonal).clamp(min=0) * self.columns
 
+    def single_costs(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the costs of some rows [R] bool and columns [C] bool at the start; of what is not pruned, none."""
+        by_row = self.row_costs()[rows] if self.prunes_rows else self.W.new_zeros(0)
+        return by_row, self.column_costs()[columns] if self.prunes_columns else self.W.new_zeros(0)
+
     def column_set_costs(self) -> Tensor:
         """Return the joint cost of each set of columns now: 1/2 tr(W_Q^T G W_Q ([A^-1]_QQ)^-1), [num_sets]; of pruned ones, 0."""
         if self.sets.shape[1] == 1:

@@ -77,9 +77,10 @@ def find_candidates(
     by_row, by_column = W.new_zeros(len(W)), W.new_zeros(W.shape[1])
     if limit is not None:
         path = GreedyPath(alive, curvature.A, curvature.G, prunes_rows=structure != "columns", prunes_columns=structure != "rows")
-        by_row[live_rows], by_column[live_columns] = greedy_costs(
-            path, rows[live_rows], columns[live_columns], per_parameter=per_parameter, limit=limit
-        )
+        may = rows[live_rows], columns[live_columns]
+        for side, single in zip(("rows", "columns"), path.single_costs(*may), strict=True):
+            check_costs(f"{linear.name} {side}", single)  # the path ends at what is not finite
+        by_row[live_rows], by_column[live_columns] = greedy_costs(path, *may, per_parameter=per_parameter, limit=limit)
         rows &= torch.isfinite(by_row)
         columns &= torch.isfinite(by_column)
     else:

@@ -320,3 +320,19 @@ def test_config_of_a_checkpoint_without_some_fields(model_folders: dict[str, Pat
     assert written["num_experts"] == len(export_of(tmp_path, "uniform")["experts"][0])
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/export/uniform")
     assert torch.isfinite(model(torch.arange(5)[None]).logits).all()
+
+
+def test_magnitudes_of_experts_and_attention_are_compared_as_they_are(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    """The identity is no sum over tokens, of which an expert would have few: one threshold on |w| over the whole model."""
+    magnitude = {
+        "curvature__kind": "identity",
+        "pruning__structure": "element",
+        "pruning__costs": "obd",
+        "pruning__update": {"solver": "none"},
+    }
+    assert run(tmp_path, model_folders["mixtral"], **magnitude, pruning__target_sparsity=0.5, pruning__num_shots=1) == 0
+    weights = {name: W for name, W in tensors_of_shot(tmp_path / "run", 1).items() if name.endswith("_proj.weight")}
+    of_experts, others = (
+        min(float(W[W != 0].abs().min()) for name, W in weights.items() if ("experts" in name) == has) for has in (True, False)
+    )
+    assert of_experts == pytest.approx(others, rel=0.02)

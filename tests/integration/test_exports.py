@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ import pytest
 import torch
 import yaml
 from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from ray_surgeon.export.folder import dense_document, write_weights
+from ray_surgeon.export import folder as export_folder
+from ray_surgeon.export.folder import dense_document, reload_difference, write_weights
 from ray_surgeon.export.kinds import shipped_source
 from ray_surgeon.models.build import cache_argument
 from ray_surgeon.models.layout import ModelLayout
@@ -259,3 +262,23 @@ def test_a_configuration_does_not_name_code_that_is_not_there(model_folders: dic
     (model / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoConfig": "configuration_phi3.Phi3Config"}}))
     found = dense_document(ModelSection(source=str(model)))
     assert found == {name: value for name, value in config.items() if name != "torch_dtype"} | {"dtype": "float32"}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "has_experts", "passes"), [("bfloat16", True, True), ("bfloat16", False, False), ("float32", True, False)]
+)
+def test_a_token_of_a_mixture_may_go_to_other_experts_where_numbers_are_narrow(
+    dtype: str, has_experts: bool, passes: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    here = torch.randn(1, 9, 7)
+    there = here.clone()
+    there[0, :4] += 10.0
+    monkeypatch.setattr(export_folder, "logits", lambda cluster, tokens: None)
+    monkeypatch.setattr(export_folder, "decode", lambda payload, device: here)
+    monkeypatch.setattr(export_folder, "run_module", lambda module, request: save_file({"logits": there}, request["logits"]))
+    compare = partial(reload_difference, Any, str(tmp_path), TOKENS[0].numpy(), dtype, shipped_code=False, has_experts=has_experts)
+    if passes:
+        assert compare() == pytest.approx(10.0)
+        there[0, 4] += 10.0
+    with pytest.raises(RuntimeError, match="differ from the workers' by 10"):
+        compare()

@@ -174,3 +174,14 @@ def test_targets_out_of_reach() -> None:
     for allocate in (lambda: allocate_globally(costs_of(0), 550, per_unit=True), lambda: allocate_uniformly(costs_of(0), 550)):
         with pytest.raises(OutOfReachError, match=f"save {3 * (2 * 40 + 7 * 6)}"):
             allocate()
+
+
+@pytest.mark.parametrize("limit", [None, math.inf])
+@pytest.mark.parametrize("bad", [math.nan, 1e200])
+def test_costs_that_are_no_numbers_are_an_error_and_not_groups_that_stay(bad: float, limit: float | None) -> None:
+    W, A, G = problem(R, C)
+    W[0, 3] = bad
+    of = linear(W, A, G)
+    alive = alive_part(of, StructuredMask(flags(R, list(range(R))), flags(C, list(range(C)))))
+    with pytest.raises(FloatingPointError, match="x groups: "):
+        group_costs(of, alive, of.curvature(alive), torch.arange(C).view(-1, 1), 0, limit)
