@@ -139,9 +139,11 @@ def _run_shots(inputs: Inputs, workers: Cluster, run: RunDirectory, listen: Call
             record |= method.record(workers, scores, choice, linears)
         if spec.correction is not None:
             with step("correction", shot) as facts:
-                losses = Corrections(spec.correction).train(workers, inputs.calibration, shot, num_shots)
-                facts |= {"num_steps": len(losses)} | ({"first_loss": losses[0], "last_loss": losses[-1]} if losses else {})
-                record["correction_losses"] = losses
+                losses, absorbed = Corrections(spec.correction).train(workers, inputs.calibration, shot, num_shots)
+                facts |= {"num_steps": len(losses)} | (
+                    {"first_loss": losses[0], "last_loss": losses[-1], "absorbed": absorbed} if losses else {}
+                )
+                record |= {"correction_losses": losses, "correction_absorbed": absorbed}
         with step("evaluation", shot) as facts:
             facts["sparsity"] = sparsity
             measured = _measure(workers, inputs, facts)

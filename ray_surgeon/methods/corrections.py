@@ -26,7 +26,13 @@ class CorrectionSection(Section):
         "or the loss (cross_entropy), which teaches the text as well",
     )
     lora_rank: int = Field(8, ge=1, le=1024, description="Rank of B A")
-    learning_rate: float = Field(1e-4, gt=0, le=1, description="Of Adam")
+    learning_rate: float = Field(
+        1e-4,
+        gt=0,
+        le=1,
+        description="Of Adam. In a narrow model.dtype what few small steps change is rounded away: the report's correction_absorbed is the "
+        "share that arrived in the weights",
+    )
     steps_per_shot: int = Field(3, ge=0, description="Steps of Adam after every shot")
     sequences_per_step: Positive = Field(1, description="Calibration sequences of one step, at most all")
     final_epochs: int = Field(0, ge=0, description="Passes over the calibration sequences after the last shot")
@@ -69,9 +75,10 @@ class Corrections:
             parts = [corrections.parts[name] for name in names]
             broadcast_together(worker.replicas, [x.detach() for part in parts for x in (part.A, part.B)], owner)
 
-    def absorb(self, worker: Worker) -> None:
-        """Add every B A to its weight."""
-        worker.drop(LowRankCorrections).absorb()
+    def absorb(self, worker: Worker) -> tuple[float, float]:
+        """Add every B A to its weight, and return how much of it arrived in the owned ones; see `LowRankCorrections.absorb`."""
+        found = [about for name, about in worker.drop(LowRankCorrections).absorb().items() if worker.owns(name)]
+        return sum(arrived for arrived, _ in found), sum(wanted for _, wanted in found)
 
     # On the coordinator
 
@@ -95,7 +102,7 @@ class Corrections:
             batches += [batch for _ in range(section.final_epochs) for batch in epoch()]
         return batches
 
-    def train(self, cluster: Cluster, sequences: NDArray[np.int64], shot: int, num_shots: int) -> list[float]:
+    def train(self, cluster: Cluster, sequences: NDArray[np.int64], shot: int, num_shots: int) -> tuple[list[float], float]:
         """Train the corrections of all linears, one step of the optimizer a batch, and absorb them.
 
         Args:
@@ -105,12 +112,13 @@ class Corrections:
             num_shots: in all.
 
         Returns:
-            The mean loss in nats per predicted token of each step's batch, before the step.
+            The mean loss in nats per predicted token of each step's batch, before the step, and which share of the corrections arrived
+            in the weights, as `LowRankCorrections.absorb` has it.
         """
         batches, losses = self.batches(shot, num_shots, len(sequences)), list[float]()
         labels = Labels(of_dense_model=self.section.loss == "kl")
         if not batches:
-            return []
+            return [], 1.0
         cluster.run_all(self.start, shot)
         cluster.progress.begin(len(batches), "steps", self.section.sequences_per_step * sequences.shape[1])
         for number, batch in enumerate(batches):
@@ -118,5 +126,5 @@ class Corrections:
             losses.append(sum(forward_and_backward(cluster, sequences, labels, only=batch, counted=False)) / num_tokens)
             cluster.run_all(self.step, num_tokens)
             cluster.progress.reach(number + 1)
-        cluster.run_all(self.absorb)
-        return losses
+        arrived, wanted = (sum(parts) for parts in zip(*cluster.run_all(self.absorb), strict=True))
+        return losses, arrived / wanted if wanted else 1.0

@@ -95,14 +95,25 @@ class LowRankCorrections:
             part.A.grad = part.B.grad = None
 
     @torch.no_grad()
-    def absorb(self) -> None:
-        """Add every B A to its weight and remove the corrections."""
+    def absorb(self) -> dict[str, tuple[float, float]]:
+        """Add every B A to its weight and remove the corrections.
+
+        Returns:
+            Name -> <change of W, B A> and |B A|^2. In a narrow dtype an entry of B A below half of a step of its weight changes nothing.
+        """
         for hook in self._hooks:
             hook.remove()
+        arrived: dict[str, tuple[float, float]] = {}
         for name, part in self.parts.items():
-            W = self._shard.weight(name)
-            W[:, : part.A.shape[1]] += part.product()
+            W, added = self._shard.weight(name), part.product()
+            inputs = W[:, : part.A.shape[1]]
+            before = inputs.to(self._shard.dtype, copy=True)  # which is what they are
+            inputs += added
             self._shard.set_weight(name, W)
+            del W, inputs
+            change = self._shard.weight(name)[:, : part.A.shape[1]].sub_(before)
+            arrived[name] = float(torch.linalg.vecdot(change, added).sum()), float(torch.linalg.vecdot(added, added).sum())
+        return arrived
 
 
 def adding(part: LowRank) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:

@@ -74,6 +74,7 @@ class RunReport:
                 "divergence": {text: found.divergence for text, found in measured.items()},
                 "calibration_loss": None,
                 "correction_losses": [],
+                "correction_absorbed": None,
                 **record,
                 "seconds": dict(steps.seconds),
                 "cpu_seconds": dict(steps.cpu_seconds),

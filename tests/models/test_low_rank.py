@@ -28,7 +28,25 @@ def test_steps_are_as_long_as_the_rate_and_removed_rows_and_columns_stay() -> No
     assert moved == pytest.approx([rate] * num_steps, rel=1e-4)
     torch.testing.assert_close(start - part.A.detach(), torch.full_like(start, num_steps * rate), rtol=1e-4, atol=1e-7)
     product = part.B.detach() @ part.A.detach()
-    corrections.absorb()
+    found = corrections.absorb()
     product[0] = 0
     product[:, 1] = 0
     torch.testing.assert_close(shard.weight(name), before + product)
+    assert found[name] == pytest.approx([float(product.square().sum())] * 2, rel=1e-4)
+
+
+@pytest.mark.parametrize(("size", "least", "most"), [(1e-6, 0.0, 0.1), (1e-2, 0.9, 1.1)])
+def test_what_is_absorbed_in_bfloat16_is_said(size: float, least: float, most: float) -> None:
+    (shard,) = shards("llama", [0, 4], dtype=torch.bfloat16)
+    shapes = shard.layout.shapes
+    masks = {name: StructuredMask.full(shape.num_rows, shape.num_columns) for name, shape in shapes.items()}
+    seeds = dict.fromkeys(shard.linears, 0)
+    corrections = LowRankCorrections(shard, masks, set(shard.linears), rank=2, learning_rate=0.1, seed_of=seeds)
+    before, added = {name: shard.weight(name) for name in shard.linears}, {}
+    for name, part in corrections.parts.items():
+        part.B.data += size * torch.randn(part.B.shape, generator=torch.Generator().manual_seed(1))
+        added[name] = part.product().detach()
+    for name, (arrived, wanted) in corrections.absorb().items():
+        change = (shard.weight(name) - before[name])[:, : added[name].shape[1]]
+        assert arrived == pytest.approx(float((change * added[name]).sum()), rel=1e-4, abs=1e-12)
+        assert least <= arrived / wanted <= most

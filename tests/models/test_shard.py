@@ -24,10 +24,10 @@ def reader(family: str) -> Callable[[str], Tensor]:
     return tensor_reader(LAYOUTS[family], state, read_state(state), "here")
 
 
-def shards(family: str, cuts: list[int]) -> list[ModelShard]:
+def shards(family: str, cuts: list[int], dtype: torch.dtype = torch.float32) -> list[ModelShard]:
     found = []
     for first, last in itertools.pairwise(cuts):
-        shard = ModelShard(LAYOUTS[family], BlockRange(first, last, 4), torch.float32, torch.device("cpu"))
+        shard = ModelShard(LAYOUTS[family], BlockRange(first, last, 4), dtype, torch.device("cpu"))
         shard.load(reader(family))
         found.append(shard)
     return found
