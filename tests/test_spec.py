@@ -62,7 +62,8 @@ def test_every_pruning_section_has_a_method_and_is_chosen_by_structure_and_metho
     for structure, method in [(s, "llm_surgeon") for s in ("rows_columns", "rows", "columns", "element", "n_m", "groups")] + [
         (s, m) for s in ("element", "n_m") for m in ("sparsegpt", "wanda")
     ]:
-        found.add(type(parse_spec(MINIMAL, [f"pruning.structure={structure}", f"pruning.method={method}"]).pruning))
+        whole = ["pruning.target_sparsity=0.5", "pruning.num_shots=1"] if structure == "n_m" else []
+        found.add(type(parse_spec(MINIMAL, [f"pruning.structure={structure}", f"pruning.method={method}", *whole]).pruning))
     found.add(type(parse_spec(MINIMAL, ["pruning.structure=groups", "pruning.allocation=uniform"]).pruning))
     assert found == set(METHODS)
 
@@ -147,6 +148,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"pruning.structure": "n_m", "pruning.n_m": "two:four"}, "n_m"),
     ({"pruning.structure": "n_m", "pruning.target_sparsity": 0.6}, "more than 2:4 can remove"),
     ({"pruning.structure": "n_m", "pruning.method": "wanda", "pruning.target_sparsity": 0.6}, "more than 2:4 can remove"),
+    ({"pruning.structure": "n_m", "pruning.method": "wanda", "pruning.target_sparsity": 0.5}, "to 2:4 at once; set target_sparsity to 0.5"),
+    ({"pruning.structure": "n_m", "pruning.method": "sparsegpt", "pruning.num_shots": 1}, "to 2:4 at once; set target_sparsity to 0.5"),
     ({"pruning.structure": "element", "pruning.method": "wanda", "pruning.n_m": "[2, 4]"}, "has no pattern"),
     ({"pruning.structure": "element", "pruning.method": "sparsegpt", "pruning.max_damping": 0.001}, "is below damping"),
     ({"pruning.method": "wanda", "pruning.structure": "element", "curvature.damping.a": 0.1}, "gathers its own"),

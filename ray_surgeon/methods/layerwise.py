@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -19,6 +21,7 @@ from ray_surgeon.methods.elements import Pattern, check_pattern
 from ray_surgeon.methods.method import Choice, Method, Scores, in_order
 from ray_surgeon.models.layout import LinearShape
 from ray_surgeon.sections.targets import SparsitySection
+from ray_surgeon.surgery.curvature import RaisedDamping
 from ray_surgeon.surgery.layerwise import prune_linear
 from ray_surgeon.surgery.masks import ElementMask
 
@@ -36,7 +39,10 @@ class _Layerwise(SparsitySection):
     @model_validator(mode="after")
     def _possible_pattern(self) -> _Layerwise:
         if self.structure == "n_m":
-            check_pattern(self.n_m or (2, 4), self.target_sparsity)
+            n, m = self.pattern
+            check_pattern((n, m), self.target_sparsity)
+            if self.shots > 1 or not math.isclose(self.target_sparsity, 1 - n / m):
+                raise ValueError(f"n_m: takes every linear to {n}:{m} at once; set target_sparsity to {1 - n / m:g} and num_shots to 1")
         elif self.n_m is not None:
             raise ValueError("n_m: structure element has no pattern; remove it, or set structure n_m")
         return self
@@ -100,6 +106,21 @@ class Layerwise(Method):
         _Pruning(self.section, self.section.targets[shot - 1]).pass_all(cluster, sequences)
         return in_order(cluster.run_all(_summaries))
 
+    def record(self, cluster: Cluster, scores: Scores[None] | None, choice: Choice, linears: Sequence[LinearSummary]) -> dict[str, Any]:
+        """Return what was damped more than asked."""
+        return {"damping_used": [asdict(event) for events in cluster.run_all(_take_raised) for event in events]}
+
+
+@dataclass
+class _Raised:
+    """What owned linears needed of damping, beside what was asked, in a shot."""
+
+    of_shot: list[RaisedDamping] = field(default_factory=list)
+
+
+def _take_raised(worker: Worker) -> list[RaisedDamping]:
+    return worker.drop(_Raised).of_shot if worker.has(_Raised) else []
+
 
 def _summaries(worker: Worker) -> tuple[LinearSummary, ...]:
     return tuple(worker.summary(name, None, 0.0) for name in worker.owned())
@@ -119,10 +140,13 @@ class _Pruning(BlockPass):
         fraction = self.sparsity * W.numel() / (len(W) * num_inputs)
         damping = (section.damping, section.max_damping) if isinstance(section, SparseGPTSection) else (0.0, 0.0)
         options = {"damping": damping[0], "max_damping": damping[1]}
-        W[:, :num_inputs], kept = prune_linear(
+        W[:, :num_inputs], kept, raised = prune_linear(
             W[:, :num_inputs], A[:num_inputs, :num_inputs], fraction, n, m, method=section.method, name=name, **options
         )
         whole = torch.ones_like(W, dtype=torch.bool)
         whole[:, :num_inputs] = kept
         worker.masks[name] = ElementMask(whole.cpu())
         worker.shard.set_weight(name, W)
+        if not worker.has(_Raised):
+            worker.keep(_Raised())
+        worker.kept(_Raised).of_shot += [] if raised is None else [raised]

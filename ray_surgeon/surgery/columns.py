@@ -10,11 +10,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ray_surgeon.surgery.curvature import RaisedDamping, raised_damping
 from ray_surgeon.surgery.kronecker import factorise
 
 
-def upper_inverse(A: Tensor, damping: float, max_damping: float, name: str) -> Tensor:
-    """Return U, the upper Cholesky factor of the inverse of the damped A [C, C]; inputs that are always zero count as independent.
+def upper_inverse(A: Tensor, damping: float, max_damping: float, name: str) -> tuple[Tensor, RaisedDamping | None]:
+    """Return U, the upper Cholesky factor of the inverse of the damped A [C, C], and whether it needed more damping.
+
+    Inputs that are always zero count as independent.
 
     Args:
         A: mean of the inputs' second moment.
@@ -25,8 +28,9 @@ def upper_inverse(A: Tensor, damping: float, max_damping: float, name: str) -> T
     A = A.clone()
     always_zero = A.diagonal() == 0
     A[always_zero, always_zero] = 1
-    U: Tensor = torch.linalg.cholesky(factorise(A, damping, max_damping, name).inverse(), upper=True)
-    return U
+    factor = factorise(A, damping, max_damping, name)
+    U: Tensor = torch.linalg.cholesky(factor.inverse(), upper=True)
+    return U, raised_damping(name, "A", damping, factor)
 
 
 def replace_columns(W: Tensor, U: Tensor, width: int, replace: Callable[[int, int, Tensor], Tensor]) -> None:

@@ -33,6 +33,13 @@ class RaisedDamping:
     float64_retry: bool
 
 
+def raised_damping(linear: str, name: str, asked: float, factor: DampedFactor) -> RaisedDamping | None:
+    """Return what a factor of a linear, A or G, needed beside what was asked; None if nothing."""
+    if factor.damping == asked and not factor.float64_retry:
+        return None
+    return RaisedDamping(linear, name, asked, factor.damping, factor.float64_retry)
+
+
 @dataclass(frozen=True)
 class Clipping:
     """A further Kronecker term that would have made the Fisher indefinite, e.g. ("...q_proj", 1, 0.12): changed by 12 %."""
@@ -105,11 +112,7 @@ class LinearCurvature:
     def raised_damping(self) -> tuple[RaisedDamping, ...]:
         """Factorisations that needed more than was asked for."""
         factors = (("A", self.damping.a, self.A), ("G", self.damping.g, self.G))
-        return tuple(
-            RaisedDamping(self.name, name, asked, factor.damping, factor.float64_retry)
-            for name, asked, factor in factors
-            if factor.damping != asked or factor.float64_retry
-        )
+        return tuple(event for factor in factors if (event := raised_damping(self.name, *factor)) is not None)
 
     @property
     def is_extended(self) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ray_surgeon.surgery.columns import replace_columns, upper_inverse
+from ray_surgeon.surgery.curvature import RaisedDamping
 
 BLOCK_SIZE = 128
 """Columns whose mask SparseGPT chooses together."""
@@ -42,7 +43,7 @@ def wanda(W: Tensor, A_diagonal: Tensor, sparsity: float, n: int, m: int) -> Ten
 
 def sparsegpt(
     W: Tensor, A: Tensor, sparsity: float, n: int, m: int, *, damping: float, max_damping: float, name: str, block_size: int = BLOCK_SIZE
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, RaisedDamping | None]:
     """Prune a linear column by column, each removal made up for by the columns to its right.
 
     With U the upper Cholesky factor of A^-1, the error of column c is (W_c - pruned W_c) / U_cc, and the columns after it get minus
@@ -61,12 +62,12 @@ def sparsegpt(
         block_size: columns of a block, rounded up to whole groups.
 
     Returns:
-        [R, C] new weights and [R, C] what is kept.
+        [R, C] new weights, [R, C] what is kept, and the damping that A needed if that is more.
     """
     W = W.clone()
     W[:, A.diagonal() == 0] = 0
     kept = torch.ones_like(W, dtype=torch.bool)
-    U = upper_inverse(A, damping, max_damping, name)
+    U, raised = upper_inverse(A, damping, max_damping, name)
 
     def prune(start: int, c: int, part: Tensor) -> Tensor:
         scale = U.diagonal()[start : start + part.shape[1]].square()
@@ -77,17 +78,17 @@ def sparsegpt(
         return part[:, c] * kept[:, start + c]
 
     replace_columns(W, U, -(-block_size // m) * m, prune)
-    return W * kept, kept
+    return W * kept, kept, raised
 
 
 def prune_linear(
     W: Tensor, A: Tensor, sparsity: float, n: int, m: int, *, method: str, damping: float, max_damping: float, name: str
-) -> tuple[Tensor, Tensor]:
-    """Return the new weights and what is kept by ``sparsegpt`` or ``wanda``; arguments as theirs."""
+) -> tuple[Tensor, Tensor, RaisedDamping | None]:
+    """Return the new weights, what is kept and the damping that was needed by ``sparsegpt`` or ``wanda``; arguments as theirs."""
     if method == "sparsegpt":
         return sparsegpt(W, A, sparsity, n, m, damping=damping, max_damping=max_damping, name=name)
     kept = wanda(W, A.diagonal(), sparsity, n, m)
-    return W * kept, kept
+    return W * kept, kept, None
 
 
 def _largest(scores: Tensor, sparsity: float) -> Tensor:

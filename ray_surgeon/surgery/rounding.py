@@ -60,7 +60,7 @@ def round_columns(
     Returns:
         [R, C] numbers that can be stored, and [R, C / group_size] scales.
     """
-    W, U = W.clone(), upper_inverse(A, damping, max_damping, name)
+    W, (U, _) = W.clone(), upper_inverse(A, damping, max_damping, name)
     importance = U.diagonal().square().reciprocal()  # what an error of each column costs once those to its right answer it
     scales = W.new_empty(len(W), W.shape[1] // group_size)
 

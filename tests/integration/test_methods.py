@@ -28,7 +28,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "three-terms": {"curvature__kind": "extended_kfac", "curvature__num_kronecker_terms": 3, "curvature__num_power_iterations": 3},
     "two-terms-element": {"curvature__kind": "extended_kfac", "pruning__structure": "element"},
     "sparsegpt": {"pruning__method": "sparsegpt", "pruning__structure": "element"},
-    "wanda-n_m": {"pruning__method": "wanda", "pruning__structure": "n_m"},
+    "wanda": {"pruning__method": "wanda", "pruning__structure": "element"},
     "lora": {"correction__lora_rank": 2, "correction__final_epochs": 1, "correction__learning_rate": 1e-3},
     "lora-element": {
         "correction__loss": "cross_entropy",
@@ -45,6 +45,16 @@ def test_methods_run_on_every_family(family: str, method: str, model_folders: di
     assert run(tmp_path, model_folders[family], **METHODS[method], cluster__num_shards=2, output__exports=["masked"]) == 0
     for shot in report_of(tmp_path / "run")["shots"]:
         assert shot["sparsity"] == pytest.approx(shot["target_sparsity"], abs=0.02)
+
+
+def test_what_sparsegpt_damped_more_than_asked_is_in_the_report(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    """Twenty tokens say nothing of 32 inputs."""
+    few = {"calibration__num_sequences": 1, "calibration__sequence_length": 20, "pruning__damping": 0, "pruning__num_shots": 1}
+    assert run(tmp_path, model_folders["llama"], **METHODS["sparsegpt"], **few, cluster__num_shards=2) == 0
+    (shot,) = report_of(tmp_path / "run")["shots"]
+    names = [event["linear"] for event in shot["damping_used"]]
+    assert names == [shape.name for shape in LAYOUTS["llama"].linears]
+    assert all(event["asked"] == 0 < event["used"] for event in shot["damping_used"])
 
 
 @pytest.mark.parametrize("target", [0.3, 0.97])
@@ -325,7 +335,7 @@ def test_blocks_are_pruned_from_the_inputs_of_the_pruned_ones_before(
             weight, x = model.get_parameter(f"{name}.weight"), torch.cat(store)
             shape = next(s for s in shapes if s.name == name)
             fraction = sparsity * shape.num_columns / (shape.num_columns - shape.has_bias)
-            expected, _ = prune_linear(
+            expected, _, _ = prune_linear(
                 weight.detach(), x.T @ x / len(x), fraction, n, m, method=method, damping=0.01, max_damping=1.0, name=name
             )
             same = float(((expected == 0) == (found[f"{name}.weight"] == 0)).double().mean())

@@ -74,9 +74,9 @@ METHODS: dict[str, tuple[dict[str, Any], tuple[float, float]]] = {
     "n_m": (N_M, BY_ITERATIONS),
     "n_m-obs_sum": ({**N_M, "pruning__costs": "obs_sum"}, BY_ITERATIONS),
     "sparsegpt": ({"pruning__method": "sparsegpt", **ELEMENT}, BY_ORDER_OF_SUMS),
-    "sparsegpt-n_m": ({"pruning__method": "sparsegpt", **N_M}, BY_ORDER_OF_SUMS),
+    "sparsegpt-n_m": ({"pruning__method": "sparsegpt", **N_M, "pruning__target_sparsity": 0.5}, BY_ORDER_OF_SUMS),
     "wanda": ({"pruning__method": "wanda", **ELEMENT}, EQUAL),
-    "wanda-n_m": ({"pruning__method": "wanda", **N_M}, EQUAL),
+    "wanda-n_m": ({"pruning__method": "wanda", **N_M, "pruning__target_sparsity": 0.5}, EQUAL),
     "groups": ({**GROUPS, "output__exports": ["masked", "per_block"]}, BY_ORDER_OF_SUMS),
     "groups-uniform": ({**GROUPS, "pruning__allocation": "uniform", "output__exports": ["masked", "uniform"]}, BY_ORDER_OF_SUMS),
 }

@@ -39,7 +39,7 @@ def by_definition(W: Tensor, A: Tensor, sparsity: float, n: int, m: int, block: 
 @pytest.mark.parametrize("block", [4, 100])
 def test_sparsegpt_is_its_definition(n: int, m: int, block: int) -> None:
     W, A, _ = problem(5, 12)
-    found, kept = sparsegpt(W, A, 0.5, n, m, block_size=block, **OPTIONS)  # type: ignore[arg-type]
+    found, kept, _ = sparsegpt(W, A, 0.5, n, m, block_size=block, **OPTIONS)  # type: ignore[arg-type]
     expected, expected_kept = by_definition(W, A, 0.5, n, m, block)
     assert torch.equal(kept, expected_kept)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
@@ -49,10 +49,21 @@ def test_sparsegpt_is_its_definition(n: int, m: int, block: int) -> None:
 def test_sparsegpt_removes_inputs_that_are_always_zero() -> None:
     W, A, _ = problem(5, 12)
     A[3], A[:, 3] = 0, 0
-    found, kept = sparsegpt(W, A, 0.5, 0, 1, **OPTIONS)  # type: ignore[arg-type]
+    found, kept, raised = sparsegpt(W, A, 0.5, 0, 1, **OPTIONS)  # type: ignore[arg-type]
     assert not found[:, 3].any()
     assert torch.isfinite(found).all()
     assert int((~kept).sum()) == 30
+    assert raised is None
+
+
+def test_sparsegpt_says_what_it_damped_more_than_asked() -> None:
+    W, A, _ = problem(5, 12)
+    A[:, 1], A[1] = A[:, 0], A[0]
+    A[1, 1] = A[0, 0] = A[0, 1]
+    *_, raised = sparsegpt(W, A - 1e-9 * A[0, 0] * torch.eye(12, dtype=A.dtype), 0.5, 0, 1, damping=0.0, max_damping=1.0, name="x")
+    assert raised is not None
+    assert (raised.linear, raised.factor, raised.asked) == ("x", "A", 0.0)
+    assert raised.used > 0
 
 
 def test_wanda_keeps_the_largest_of_each_row_or_group() -> None:
