@@ -36,6 +36,9 @@ from ray_surgeon.storage.sources import SMALL_FILES, open_model
 from ray_surgeon.storage.texts import first_token
 from ray_surgeon.surgery.kronecker import KroneckerFactors
 
+_MARKER = ".from_memory"
+"""An empty file beside a model that was in memory: the folder is the run's."""
+
 
 @dataclass(frozen=True)
 class PruneResult:
@@ -252,20 +255,26 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, section: M
     with tempfile.TemporaryDirectory() as scratch, _without_bars():
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
+        given = [
+            p
+            for p in sorted(Path(scratch).iterdir())
+            if p.name in SMALL_FILES or p.name.endswith((".safetensors", ".safetensors.index.json"))
+        ]
         if has_begun and files.exists(section.source):
             here, there = (open_model(section.model_copy(update={"source": uri}), convert_gguf) for uri in (scratch, section.source))
-            if here.shapes_and_fingerprint() != there.shapes_and_fingerprint():
-                raise ValueError(f"output.uri: {run} holds a run of another model; give output another folder")
+            small = [path for path in given if path.name in SMALL_FILES]
+            if here.shapes_and_fingerprint() != there.shapes_and_fingerprint() or any(
+                path.name not in there.names or path.read_bytes() != there.fetch(path.name).read_bytes() for path in small
+            ):
+                raise ValueError(f"output.uri: {run} holds a run of another model or tokenizer; give output another folder")
             return
-        for name in filter(_is_saved, files.list_names(section.source)):  # of a try before the run began
-            files.remove(files.join(section.source, name))
-        for path in sorted(Path(scratch).iterdir()):
-            if _is_saved(path.name):
-                files.put_file(files.join(section.source, path.name), path)
-
-
-def _is_saved(name: str) -> bool:
-    return name in SMALL_FILES or name.endswith((".safetensors", ".safetensors.index.json"))
+        marker = files.join(section.source, _MARKER)
+        if not files.exists(marker) and files.list_names(section.source):
+            raise ValueError(f"output.uri: {section.source} holds something else, and the model would go there; give output another folder")
+        files.remove_folder(section.source)  # of a try before the run began
+        files.write_text(marker, "")
+        for path in given:
+            files.put_file(files.join(section.source, path.name), path)
 
 
 @contextmanager

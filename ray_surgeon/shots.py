@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ray_surgeon.cluster.cluster import Cluster, LostError
+from ray_surgeon.cluster.cluster import Cluster
 from ray_surgeon.cluster.dense_model import CALIBRATION, read_states, write_states
 from ray_surgeon.cluster.passes import Measured, measure, remember
 from ray_surgeon.cluster.room import device_of, look_around, shared
@@ -57,9 +57,7 @@ def run_shots(inputs: Inputs, workers: Cluster, run: RunDirectory, listen: Calla
     """
     try:
         _run_shots(inputs, workers, run, listen)
-    except LostError:  # there is nobody to ask
-        raise
-    except Exception:
+    except (FloatingPointError, ValueError, OSError, CollapseError):
         with contextlib.suppress(Exception):  # the first error is the one to tell
             workers.run_all(clean_up)
         raise
@@ -151,7 +149,7 @@ def _run_shots(inputs: Inputs, workers: Cluster, run: RunDirectory, listen: Call
         with step("commit", shot) as facts:
             if shot == 1:  # what a run that goes on reads
                 workers.run_all(write_states, run.path("dense.safetensors"))
-            files.remove_folder(run.shot_folder(shot))  # of a try that was interrupted
+            files.remove_files(run.shot_folder(shot), ["*.safetensors"])  # of a try that was interrupted
             written = [file for worker in workers.run_all(save_shot, run.shot_folder(shot)) for file in worker]
             report.add_shot(shot, inputs.spec.pruning.targets, sparsity, choice.threshold, measured, linears, record, step)
             run.commit_shot(shot, written, report.shots[-1])

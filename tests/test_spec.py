@@ -149,6 +149,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"pruning.structure": "n_m", "pruning.target_sparsity": 0.6}, "more than 2:4 can remove"),
     ({"pruning.structure": "n_m", "pruning.method": "wanda", "pruning.target_sparsity": 0.6}, "more than 2:4 can remove"),
     ({"pruning.structure": "n_m", "pruning.method": "wanda", "pruning.target_sparsity": 0.5}, "to 2:4 at once; set target_sparsity to 0.5"),
+    (
+        {"pruning.structure": "n_m", "pruning.method": "wanda", "pruning.n_m": "[1, 3]", "pruning.num_shots": 1},
+        "target_sparsity to 0.666667",
+    ),
     ({"pruning.structure": "n_m", "pruning.method": "sparsegpt", "pruning.num_shots": 1}, "to 2:4 at once; set target_sparsity to 0.5"),
     ({"pruning.structure": "element", "pruning.method": "wanda", "pruning.n_m": "[2, 4]"}, "has no pattern"),
     ({"pruning.structure": "element", "pruning.method": "sparsegpt", "pruning.max_damping": 0.001}, "is below damping"),
@@ -254,3 +258,9 @@ def test_widths_that_engines_like() -> None:
     assert parse_spec(MINIMAL, [*groups, "pruning.width_multiple=8"]).pruning.multiple == 8
     quantised = ["pruning.allocation=uniform", "output.exports=[uniform]", "output.quantize.scheme=int8"]
     assert parse_spec(MINIMAL, [*groups, *quantised]).pruning.multiple == 128
+
+
+def test_a_target_that_is_a_pattern_s_may_be_written_as_errors_print_it() -> None:
+    overrides = ["pruning.structure=n_m", "pruning.method=wanda", "pruning.n_m=[1,3]", "pruning.num_shots=1"]
+    for target in ("0.666667", "0.6667", "0.666"):
+        assert parse_spec(MINIMAL, [*overrides, f"pruning.target_sparsity={target}"]).pruning.shots == 1

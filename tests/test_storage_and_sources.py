@@ -45,7 +45,11 @@ def test_files_come_back_from_every_kind_of_storage(kind: str, tmp_path: Path, c
     files.write_text(files.join(root, "x", "more", "one.yaml"), "")
     files.write_text(files.join(root, "x", ".writing-abc", "file"), "half")
     assert files.list_names(files.join(root, "x")) == ["more", "record.json", "t.safetensors"], "what was left half written is no name"
+    assert files.list_names(files.join(root, "x", "record.json")) == ["record.json"], "a file is no empty folder"
     assert files.list_files(files.join(root, "x")) == ["more/one.yaml", "record.json", "t.safetensors"]
+    files.remove_files(files.join(root, "x"), ["*.yaml", "rec?rd.json"])
+    assert files.list_files(files.join(root, "x")) == ["more/one.yaml", "t.safetensors"]
+    files.remove_files(files.join(root, "absent"), ["*"])
     found = tensor_files.read(files.join(root, "x", "t.safetensors"))
     assert all(torch.equal(found[name], TENSORS[name]) for name in TENSORS)
     header = tensor_files.read_header(files.join(root, "x", "t.safetensors"))

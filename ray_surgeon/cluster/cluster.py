@@ -17,10 +17,6 @@ T = TypeVar("T")
 U = TypeVar("U")
 
 
-class LostError(RuntimeError):
-    """Part of the cluster is lost. A new group of workers can continue from the last committed shot."""
-
-
 @dataclass
 class Progress:
     """How far the present step has come."""

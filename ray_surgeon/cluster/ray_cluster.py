@@ -16,7 +16,7 @@ from ray.util.metrics import Counter, Gauge
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from ray_surgeon.cluster.cluster import LostError, Progress
+from ray_surgeon.cluster.cluster import Progress
 from ray_surgeon.cluster.collectives import CollectiveError, ProcessReplica
 from ray_surgeon.cluster.placement import Placement, WorkerIndex
 from ray_surgeon.cluster.usage import Usage
@@ -46,8 +46,8 @@ class WorkerFailure:
         return WorkerFailure(cause, " ".join(str(error).split())[:300])
 
 
-class WorkerFailureError(LostError):
-    """Part of a cluster of Ray actors is lost."""
+class WorkerFailureError(RuntimeError):
+    """Part of the cluster is lost. A new group of workers can continue from the last committed shot."""
 
     def __init__(self, failure: WorkerFailure) -> None:
         """Say what is lost."""

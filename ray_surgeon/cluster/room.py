@@ -74,7 +74,8 @@ def available_bytes() -> int:
     available = int(meminfo.get("MemAvailable", "8000000 kB").split()[0]) * 1024
     for folder, limit, used, prefix in _CGROUPS:
         if Path(folder, limit).exists() and (text := Path(folder, limit).read_text().strip()) != "max":
-            stat = dict(line.split() for line in Path(folder, "memory.stat").read_text().splitlines())
+            lines = Path(folder, "memory.stat").read_text().splitlines() if Path(folder, "memory.stat").exists() else []
+            stat = dict(line.split() for line in lines)
             files = sum(int(stat.get(f"{prefix}{kind}_file", 0)) for kind in ("inactive", "active"))  # go when memory is wanted
             available = min(available, int(text) - int(Path(folder, used).read_text()) + files)
     return max(1, available)  # a plan divides by it

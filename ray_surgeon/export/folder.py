@@ -28,13 +28,15 @@ from ray_surgeon.storage import files, tensor_files
 from ray_surgeon.storage.sources import SMALL_FILES, open_model
 
 NUM_COMPARED_TOKENS = 64
+WRITTEN = ("model.safetensors", "model-?????-of-?????.safetensors", "masks.safetensors", "masks-?????-of-?????.safetensors", "*.index.json")
+"""Names of the files of weights and masks."""
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05, "float16": 0.01}
 """Largest difference of logits by dtype, relative to the largest logit: what another order of sums may cause."""
 
 
 def write_weights(cluster: Cluster, uri: str, *, cut_out: bool, masks: bool, left_out: tuple[str, ...] = (), stored: bool = True) -> int:
-    """Have every shard write its files into an empty folder, and an index if there are several. Returns the bytes of all weights.
+    """Have every shard write its files, and an index if there are several, in the place of others. Returns the bytes of all weights.
 
     Args:
         cluster: with the pruned weights.
@@ -44,7 +46,7 @@ def write_weights(cluster: Cluster, uri: str, *, cut_out: bool, masks: bool, lef
         left_out: see `save_weights`.
         stored: likewise.
     """
-    files.remove_folder(uri)  # of a try that was interrupted, perhaps with another number of files
+    files.remove_files(uri, WRITTEN)  # of a try that was interrupted, perhaps with another number of files
     numbers = cluster.run_all(num_files, masks)
     of_weights, of_masks = _names("model", [n for n, _ in numbers]), _names("masks", [n for _, n in numbers])
     futures = [

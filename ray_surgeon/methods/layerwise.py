@@ -40,8 +40,9 @@ class _Layerwise(SparsitySection):
     def _possible_pattern(self) -> _Layerwise:
         if self.structure == "n_m":
             n, m = self.pattern
-            check_pattern((n, m), self.target_sparsity)
-            if self.shots > 1 or not math.isclose(self.target_sparsity, 1 - n / m):
+            is_that = math.isclose(self.target_sparsity, 1 - n / m, abs_tol=1e-3)
+            check_pattern((n, m), 1 - n / m if is_that else self.target_sparsity)
+            if self.shots > 1 or not is_that:
                 raise ValueError(f"n_m: takes every linear to {n}:{m} at once; set target_sparsity to {1 - n / m:g} and num_shots to 1")
         elif self.n_m is not None:
             raise ValueError("n_m: structure element has no pattern; remove it, or set structure n_m")

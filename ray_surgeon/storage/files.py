@@ -7,13 +7,14 @@ object when its upload ends.
 from __future__ import annotations
 
 import errno
+import fnmatch
 import hashlib
 import itertools
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,18 @@ def remove_folder(uri: str) -> None:
 
 
 @tries_again
+def remove_files(uri: str, patterns: Sequence[str]) -> None:
+    """Remove the files of a folder whose names match a pattern with * or ?, and what a killed process left half written there."""
+    filesystem, path = open_filesystem(uri)
+    for entry in filesystem.ls(path, detail=False) if filesystem.exists(path) else ():
+        name = entry.rstrip("/").rpartition("/")[2]
+        if name.startswith(WRITING):
+            filesystem.rm(entry, recursive=True)
+        elif any(fnmatch.fnmatch(name, pattern) for pattern in patterns):
+            filesystem.rm_file(entry)
+
+
+@tries_again
 def download(uri: str, target: Path) -> None:
     """Copy a file to a local path."""
     filesystem, path = open_filesystem(uri)
@@ -114,7 +127,9 @@ def list_names(uri: str) -> list[str]:
     filesystem, path = open_filesystem(uri)
     if not filesystem.exists(path):
         return []
-    entries = {entry.rstrip("/") for entry in filesystem.ls(path, detail=False)} - {path.rstrip("/")}
+    entries, itself = {entry.rstrip("/") for entry in filesystem.ls(path, detail=False)}, path.rstrip("/")
+    if itself in entries and filesystem.isdir(path):
+        entries.remove(itself)
     return sorted(name for name in (entry.rpartition("/")[2] for entry in entries) if not name.startswith(WRITING))
 
 

@@ -250,9 +250,11 @@ def test_a_wrong_export_is_not_announced(model_folders: dict[str, Path], tmp_pat
 
 
 def test_an_export_has_no_files_of_a_try_with_other_shards(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "export/.writing-abc").mkdir(parents=True)
+    (tmp_path / "export/my.gguf").touch()
     for num_shards in (2, 1):
         write_weights(loaded(model_folders["llama"], num_shards), str(tmp_path / "export"), cut_out=False, masks=False)
-    assert [path.name for path in (tmp_path / "export").iterdir()] == ["model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "export").iterdir()) == ["model.safetensors", "my.gguf"]
 
 
 def test_a_configuration_does_not_name_code_that_is_not_there(model_folders: dict[str, Path], tmp_path: Path) -> None:

@@ -299,6 +299,10 @@ def test_tasks_of_a_run_that_goes_on_are_those_it_began_with(
     tasks = {"names": ["piqa"], "limit": 3}
     assert run(tmp_path, model, "--resume", **exports, evaluation={"texts": [text], "tasks": tasks}) == 2
     assert "holds another run: different tasks (evaluation.tasks" in capsys.readouterr().err
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    record["fingerprints"]["tasks"] = {"names": ["piqa"]}
+    (tmp_path / "run/run.json").write_text(json.dumps(record))
+    assert run(tmp_path, model, "--resume", **exports, evaluation={"texts": [text]}) == 0, "without tasks that failed"
 
 
 def test_a_gap_in_the_shots_is_repeated(model_folders: dict[str, Path], tmp_path: Path) -> None:

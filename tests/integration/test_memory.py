@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from ray_surgeon.cluster.cluster import LostError
 from ray_surgeon.memory import weights
 from ray_surgeon.memory.factors import FactorStore
 from ray_surgeon.memory.stores import Scratch
@@ -82,7 +81,7 @@ def test_a_run_from_disk_is_resumed_with_the_same_bits_and_takes_over_what_a_kil
     options = {"memory__weights": "disk", "memory__factors": "disk", "memory__wave": 6, "memory__scratch": str(tmp_path / "scratch")}
     assert run(tmp_path / "whole", model_folders["llama"], **options) == 0
 
-    class KilledError(LostError):
+    class KilledError(RuntimeError):
         pass
 
     def killed(*arguments: object) -> None:
