@@ -74,7 +74,7 @@ def build_blocks(config: PretrainedConfig, blocks: BlockRange, dtype: torch.dtyp
     The family's own forward stays in charge of masks and positions: it sees a shorter block list, and at a cut the modules
     of the missing end are replaced by ones that do nothing.
     """
-    family = family_of(config)
+    family, config = family_of(config), copy.deepcopy(config)  # transformers writes the dtype into it, and other shards have theirs
     with init_empty_weights(include_buffers=False):
         model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=family.runs_attention)
     model.eval().requires_grad_(False)

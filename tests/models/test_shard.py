@@ -171,3 +171,9 @@ def test_unknown_family_is_refused_with_the_known_ones() -> None:
 
     with pytest.raises(ValueError, match=r"'bert'.*gpt2, gpt_oss, llama"):
         family_of(BertConfig())
+
+
+def test_a_shard_leaves_the_configuration_of_the_model_as_it_is() -> None:
+    before = LAYOUTS["llama"].config.to_dict()
+    shards("llama", [0, 4], dtype=torch.bfloat16)
+    assert LAYOUTS["llama"].config.to_dict() == before
