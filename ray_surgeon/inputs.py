@@ -41,7 +41,7 @@ from ray_surgeon.sections.texts import ModelSection, SelfSection, SourceSection
 from ray_surgeon.spec import JobSpec
 from ray_surgeon.storage import files
 from ray_surgeon.storage.sources import open_model
-from ray_surgeon.storage.texts import Windows, cut_windows, first_token, interleaved, order, token_stream, windows_of
+from ray_surgeon.storage.texts import Windows, cut_windows, first_token, interleaved, is_saved_whole, order, token_stream, windows_of
 
 _COLUMNS_OF_QUANTISED_KERNELS = 128
 """On each device; blocks of FP8 have so many, and vLLM's kernel for four bits takes no fewer at a time."""
@@ -157,6 +157,7 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
         if spec.output.quantize is not None:
             check_quantised(layout, shrinking, spec.output.quantize)
     method = method_for(spec, layout)
+    _check_lengths(spec, layout)
     if dry_run and not source.has_weights:
         nothing = _nothing(spec.calibration.num_sequences, spec.calibration.sequence_length)
         return Inputs(spec, layout, placement, method, source.pinned, nothing, {}, {}, _environment())
@@ -191,6 +192,23 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
         if not dry_run:
             RunDirectory(spec.output.uri).check_writable()
     return inputs
+
+
+def _check_lengths(spec: JobSpec, layout: ModelLayout) -> None:
+    """Refuse requests that are timed and are longer than the table of positions, in which they would fail after all pruning.
+
+    Raises:
+        ValueError: names the field.
+    """
+    target = getattr(spec.pruning, "target", None)
+    asked = {"output.speed": spec.output.speed, "pruning.target.request": target.request if isinstance(target, LatencyTarget) else None}
+    longest = layout.config.max_position_embeddings if layout.family.positions else None
+    for where, request in asked.items():
+        if longest is not None and request is not None and request.prompt_length + request.num_new_tokens > longest:
+            raise ValueError(
+                f"{where}: a prompt of {request.prompt_length} tokens and {request.num_new_tokens} new ones, but the model takes at most "
+                f"{longest}; give fewer"
+            )
 
 
 def method_for(spec: JobSpec, layout: ModelLayout) -> Method:
@@ -269,6 +287,13 @@ def _nothing(num_sequences: int, sequence_length: int) -> NDArray[np.int64]:
 def _read_texts(spec: JobSpec, num_searched: int, tokenizer: Any, config: PretrainedConfig) -> tuple[Windows, Windows, dict[str, Windows]]:
     """Return the calibration, what a search measures on, which lies beside it in the same texts, and the evaluation texts."""
     section = spec.calibration
+    for i, measured in enumerate(spec.evaluation.texts):
+        of_text = (read for read, _ in section.shares if isinstance(read, SourceSection) and read.source == measured.source)
+        if is_saved_whole(measured) and any(read.max_tokens != measured.max_tokens for read in of_text):
+            raise ValueError(
+                f"evaluation.{i}.max_tokens: must equal that of {measured.source} in calibration, because both are cut from it and "
+                "the border between train and test would move; set both"
+            )
     length, further = section.sequence_length, section.further(num_searched)
     parts, beside = list[Windows](), list[NDArray[np.int64]]()
     for number, ((text, count), more) in enumerate(zip(section.shares, further, strict=True)):

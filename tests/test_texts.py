@@ -208,3 +208,18 @@ def test_windows_of_a_job_begin_as_the_tokenizer_begins_a_text(
     (model / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     with pytest.raises(ValueError, match=r"calibration\.bos: true, but the tokenizer has no BOS token"):
         begun(calibration__bos=True)
+
+
+def test_no_more_of_a_long_text_is_read_than_is_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(texts, "_PIECE_BYTES", 1000)
+    (tmp_path / "long.txt").write_text("one two three four five six seven\n" * 3000)
+    seen: list[int] = []
+
+    def tokenizer(chunk: str, **options: object) -> dict[str, list[int]]:
+        seen.append(len(chunk))
+        return {"input_ids": [hash(word) % 100 for word in chunk.split()]}
+
+    text = SourceSection(source=str(tmp_path / "long.txt"), max_tokens=300)
+    assert len(texts.token_stream(text, tokenizer, "calibration")) == 240, "the part that is calibrated on"
+    assert len(seen) == 2
+    assert max(seen) < 1100

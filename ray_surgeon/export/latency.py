@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import operator
 import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -63,10 +65,14 @@ def latency_budget(cluster: Cluster, layout: ModelLayout, model: ModelSection, t
     about = target.model_dump(mode="json", exclude={"latency_s"}) | {"dtype": model.dtype} | asdict(wanted)
     kept: dict[str, Any] = files.read_json(uri) if files.exists(uri) else {}
     if kept.get("options") != about or kept.get("widths") != [list(width) for width in widths]:
-        request = about | {"document": dense_document(model), "widths": widths}
-        first = cluster.placement.workers[0]
-        measured = cluster.get([cluster.submit(first, run_on_worker, "ray_surgeon.export.latency", request)])[0]
-        kept = {"options": about, "widths": [list(width) for width in widths]} | measured
+        document, first = dense_document(model), cluster.placement.workers[0]
+        kinds = Counter(document.get("layer_types") or [None])  # a block with a sliding window takes another time than one without
+        requests = [about | {"document": document, "widths": widths, "layer_type": kind} for kind in kinds]
+        measured = [cluster.get([cluster.submit(first, run_on_worker, "ray_surgeon.export.latency", asked)])[0] for asked in requests]
+        shares = [count / kinds.total() for count in kinds.values()]
+        kept = {"options": about, "widths": [list(width) for width in widths], "device": measured[0]["device"]}
+        kept["seconds"] = [sum(map(operator.mul, shares, times)) for times in zip(*(m["seconds"] for m in measured), strict=True)]
+        kept["rest_seconds"] = sum(map(operator.mul, shares, (m["rest_seconds"] for m in measured)))
         files.write_json(uri, kept)
     seconds = dict(zip(widths, kept["seconds"], strict=True))
     whole = (channels[-1], heads[-1])
@@ -97,13 +103,14 @@ def _table(numbers: Sequence[int], seconds: Sequence[float]) -> tuple[float, ...
     return tuple(float(value) for value in np.interp(range(numbers[-1] + 1), numbers, rising))
 
 
-def _model(document: Mapping[str, Any], widths: Sequence[tuple[int, int]], folder: Path) -> Any:
-    """Return a model with random weights that has one block of each width."""
+def _model(document: Mapping[str, Any], widths: Sequence[tuple[int, int]], layer_type: str | None, folder: Path) -> Any:
+    """Return a model with random weights that has one block of each width, all of one kind if the model has several."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(document))
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     layers = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
     fewer = {name: value for name, value in document.items() if name != "layer_types"} | {layers: len(widths)}
+    fewer |= {"layer_types": [layer_type] * len(widths)} if layer_type is not None else {}
     blocks = [BlockWidths(channels, heads) for channels, heads in widths]
     (folder / "config.json").write_text(
         json.dumps(per_block_document(ModelLayout(config, family_of(config), {}, ()), fewer, blocks, "modeling_pruned"))
@@ -175,7 +182,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for first in range(0, max(1, len(others)), _BLOCKS_AT_ONCE - 1):
             batch = [whole, *others[first : first + _BLOCKS_AT_ONCE - 1]]
-            model = _model(request["document"], batch, Path(scratch) / str(first)).eval().to(device)
+            model = _model(request["document"], batch, request["layer_type"], Path(scratch) / str(first)).eval().to(device)
             medians = [statistics.median(times) for times in zip(*_time_blocks(model, options, device), strict=True)]
             seconds |= {width: value - medians[0] for width, value in zip(batch, medians[:-1], strict=True)}  # beside the same whole block
             of_whole.append(medians[0])

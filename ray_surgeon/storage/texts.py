@@ -151,11 +151,13 @@ def token_stream(text: SourceSection, tokenizer: Any, where: str) -> NDArray[np.
 
 def _joined(documents: Iterable[str]) -> Iterator[str]:
     batch: list[str] = []
+    length = 0
     for document in documents:
         batch.append(document)
-        if len(batch) == _DOCUMENTS_PER_CALL:
+        length += len(document)
+        if len(batch) == _DOCUMENTS_PER_CALL or length >= _PIECE_BYTES:
             yield "\n\n".join(batch) + "\n\n"
-            batch = []
+            batch, length = [], 0
     if batch:
         yield "\n\n".join(batch)
 
@@ -296,11 +298,16 @@ def _parquet_rows(uri: str, column: str, where: str) -> Iterator[Any]:
             raise ValueError(f"{where}: {uri} is not a parquet file ({error}); check the file") from error
 
 
+def is_saved_whole(text: SourceSection) -> bool:
+    """Whether a text is a data set of the library datasets on this machine, without splits; train and test are cut from it here."""
+    return (Path(text.source) / "dataset_info.json").exists()
+
+
 def _dataset_documents(text: SourceSection, where: str) -> tuple[Iterator[str], bool]:
     import datasets
 
     try:
-        if (Path(text.source) / "dataset_info.json").exists() or (Path(text.source) / "dataset_dict.json").exists():
+        if is_saved_whole(text) or (Path(text.source) / "dataset_dict.json").exists():
             loaded = datasets.load_from_disk(text.source)
             has_splits = isinstance(loaded, datasets.DatasetDict)
             if not has_splits and text.split not in ("train", "test"):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
+import datasets
 import fsspec
 import pytest
 from s3fs import S3FileSystem
@@ -134,6 +136,28 @@ def test_run_directory_that_holds_something_else(model: Path, tmp_path: Path, ca
     assert "another run: different calibration, code, evaluation, method, model, tokenizer (version None there, 0.2.0 here)" in message
     assert refused(capsys, run(tmp_path, model, "--resume")) == message
     assert [path.name for path in folder.iterdir()] == ["run.json"]
+
+
+def test_a_data_set_that_is_cut_here_is_cut_at_one_place(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    datasets.Dataset.from_dict({"text": list(topics.values())[:8]}).save_to_disk(str(tmp_path / "set"))
+    capsys.readouterr()
+    text = {"source": str(tmp_path / "set"), "num_sequences": 2, "sequence_length": 40}
+    changes = {"calibration": text | {"max_tokens": 3000}, "evaluation": [text | {"name": "docs", "max_tokens": 1000}]}
+    assert "evaluation.0.max_tokens: must equal that of" in refused(capsys, run(tmp_path, model, **changes))
+    changes["evaluation"] = [text | {"name": "docs", "max_tokens": 3000}]
+    assert run(tmp_path, model, "--dry-run", **changes) == 0
+
+
+def test_requests_beyond_the_table_of_positions(model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In GPT-2 they would fail when everything is done; a Llama takes them."""
+    groups = {"pruning__structure": "groups", "pruning__width_multiple": 8, "output__exports": ["per_block"]}
+    speed = {"output__speed": {"prompt_length": 100, "num_new_tokens": 29}}
+    message = refused(capsys, run(tmp_path, model_folders["gpt2"], **groups, **speed))
+    assert "output.speed: a prompt of 100 tokens and 29 new ones, but the model takes at most 128" in message
+    target = {"latency_s": 1.0, "request": {"prompt_length": 128}}
+    message = refused(capsys, run(tmp_path, model_folders["opt"], **groups, pruning__target=target, pruning__target_sparsity=None))
+    assert "pruning.target.request: a prompt of 128 tokens" in message
+    assert run(tmp_path, model_folders["llama"], "--dry-run", **groups, **speed) == 0
 
 
 @pytest.mark.parametrize("spec", ["/absent/spec.yaml", "nosuch://spec.yaml"])

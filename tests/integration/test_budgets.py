@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,28 @@ def test_latency_is_measured_once_a_width(
     assert len(asked) == 2
 
 
+def test_latency_of_blocks_with_and_without_a_window_counts_as_there_are(
+    model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of four blocks three look at a window; each kind is measured by itself, so that no width is taken for a kind."""
+    asked = []
+
+    def measure(worker: Worker, module: str, request: dict[str, Any]) -> dict[str, Any]:
+        asked.append(request["layer_type"])
+        factor = 2.0 if request["layer_type"] == "full_attention" else 1.0
+        return {"device": "a table", "seconds": [factor * seconds(*width) for width in request["widths"]], "rest_seconds": 0.1}
+
+    monkeypatch.setattr(latency, "run_on_worker", measure)
+    model = Path(shutil.copytree(model_folders["gemma3"], tmp_path / "model"))
+    config = json.loads((model / "config.json").read_text())
+    kinds = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
+    (model / "config.json").write_text(json.dumps(config | {"layer_types": kinds}))
+    dense = 0.1 + 5 * seconds(48, 2)
+    assert run(tmp_path, model, **GROUPS, pruning__target={"latency_s": 0.9 * dense, "request": REQUEST}) == 0
+    assert asked == ["sliding_attention", "full_attention"]
+    assert report_of(tmp_path / "run")["shots"][-1]["budget"]["dense"] == pytest.approx(dense)
+
+
 @pytest.mark.parametrize("family", ["gemma3", "gpt2", "llama", "opt"])
 def test_blocks_of_every_width_are_timed(family: str, zygote: Zygote, model_folders: dict[str, Path]) -> None:
     """Nothing is said of the seconds but that there are some: they are measured."""
@@ -105,6 +128,7 @@ def test_blocks_of_every_width_are_timed(family: str, zygote: Zygote, model_fold
     document = json.loads((model_folders[family] / "config.json").read_text()) | {"dtype": "float32"}
     widths = [[48, 2], [24, 2], [0, 2], [48, 1], [48, 0], *([n, 2] for n in range(1, 6))]
     asked = {"device": "cpu", "request": request, "document": document, "widths": widths}
+    asked["layer_type"] = "full_attention" if family == "gemma3" else None
     found = zygote.run_module("ray_surgeon.export.latency", asked)
     assert len(found["seconds"]) == len(widths)
     assert found["rest_seconds"] > 0
