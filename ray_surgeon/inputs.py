@@ -22,7 +22,7 @@ from ray_surgeon.cluster.devices import Device, Room
 from ray_surgeon.cluster.needs import Job
 from ray_surgeon.cluster.placement import Placement, place
 from ray_surgeon.cluster.plan import Plan, plan_job
-from ray_surgeon.cluster.sampling import Wanted
+from ray_surgeon.cluster.sampling import Wanted, to_be_written
 from ray_surgeon.export.for_engines import Shrinking, check_quantised
 from ray_surgeon.export.kinds import check_export
 from ray_surgeon.export.tasks import check_tasks
@@ -184,7 +184,7 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
         check_tasks(spec.evaluation.tasks)
         fingerprints["tasks"] = spec.evaluation.tasks.model_dump(mode="json", exclude={"batch_size"})
     tokens = {name: windows.tokens for name, windows in texts.items()}
-    written = _to_be_written(spec, tokenizer, layout.config)
+    written = to_be_written(spec.calibration, tokenizer, layout.config)
     tokens_of = (calibration.tokens, tokens)
     inputs = Inputs(spec, layout, placement, method, source.pinned, *tokens_of, fingerprints, _environment(), written, searched.tokens)
     with _as_input_error(f"output.uri: cannot use {spec.output.uri}"):
@@ -311,32 +311,6 @@ def _read_texts(spec: JobSpec, num_searched: int, tokenizer: Any, config: Pretra
         for i, t in enumerate(spec.evaluation.texts)
     }
     return calibration, windows_of(np.concatenate(beside)), texts
-
-
-def _to_be_written(spec: JobSpec, tokenizer: Any, config: PretrainedConfig) -> dict[int, Wanted]:
-    """Return number of a calibration text -> what the dense model is to write for it."""
-    length, found, first = spec.calibration.sequence_length, {}, first_token(tokenizer)
-    for number, (text, count) in enumerate(spec.calibration.shares):
-        if not isinstance(text, SelfSection):
-            continue
-        where = f"calibration.mix.{number - 1}"
-        if text.prompt is not None:
-            prompt = tuple(tokenizer(text.prompt, add_special_tokens=False)["input_ids"])
-        else:
-            begins = [token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None]
-            if not begins:
-                raise ValueError(f"{where}.prompt: the tokenizer has no token that begins a text; give a prompt")
-            prompt = (int(begins[0]),)
-        num_texts, of_text = text.sizes(count, length)
-        longest = getattr(config, "max_position_embeddings", len(prompt) + of_text)
-        if not prompt or len(prompt) + of_text > longest:
-            raise ValueError(
-                f"{where}: a prompt of {len(prompt)} and texts of {of_text} tokens, but the model takes at most {longest}, "
-                "and begins after at least one; change the prompt or the lengths"
-            )
-        begin = prompt[-1] if first is None and text.texts_per_sequence > 1 else first
-        found[number] = Wanted(prompt, text.temperature, text.seed, num_texts, of_text - (begin is not None), begin)
-    return found
 
 
 def _check_pattern(layout: ModelLayout, m: int) -> None:

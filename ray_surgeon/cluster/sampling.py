@@ -8,18 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, PretrainedConfig
 
 from ray_surgeon.cluster.cluster import Cluster
 from ray_surgeon.cluster.passes import token_payload
 from ray_surgeon.cluster.placement import WorkerIndex
 from ray_surgeon.cluster.transport import TensorPayload
 from ray_surgeon.cluster.worker import Worker
+from ray_surgeon.sections.texts import CalibrationSection, SelfSection
+from ray_surgeon.storage.texts import first_token
 
 TEXTS_TOGETHER = 16
 """That are written, at most, if they are long; a matrix of weights is read once for all of them."""
@@ -48,6 +51,36 @@ class _Writing:
     caches: dict[int, DynamicCache] = field(default_factory=dict)  # number of a batch -> keys and values
     chances: dict[int, Tensor] = field(default_factory=dict)  # of the last shard: [m, T]
     tokens: dict[int, list[Tensor]] = field(default_factory=dict)  # likewise: [m] each
+
+
+def to_be_written(section: CalibrationSection, tokenizer: Any, config: PretrainedConfig) -> dict[int, Wanted]:
+    """Return number of a calibration text -> what the dense model is to write for it.
+
+    Raises:
+        ValueError: the model cannot write it; names the field.
+    """
+    length, found, first = section.sequence_length, {}, first_token(tokenizer)
+    for number, (text, count) in enumerate(section.shares):
+        if not isinstance(text, SelfSection):
+            continue
+        where = f"calibration.mix.{number - 1}"
+        if text.prompt is not None:
+            prompt = tuple(tokenizer(text.prompt, add_special_tokens=False)["input_ids"])
+        else:
+            begins = [token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None]
+            if not begins:
+                raise ValueError(f"{where}.prompt: the tokenizer has no token that begins a text; give a prompt")
+            prompt = (int(begins[0]),)
+        num_texts, of_text = text.sizes(count, length)
+        longest = getattr(config, "max_position_embeddings", len(prompt) + of_text)
+        if not prompt or len(prompt) + of_text > longest:
+            raise ValueError(
+                f"{where}: a prompt of {len(prompt)} and texts of {of_text} tokens, but the model takes at most {longest}, "
+                "and begins after at least one; change the prompt or the lengths"
+            )
+        begin = prompt[-1] if first is None and text.texts_per_sequence > 1 else first
+        found[number] = Wanted(prompt, text.temperature, text.seed, num_texts, of_text - (begin is not None), begin)
+    return found
 
 
 # On a worker
