@@ -66,7 +66,7 @@ def latency_budget(cluster: Cluster, layout: ModelLayout, model: ModelSection, t
     kept: dict[str, Any] = files.read_json(uri) if files.exists(uri) else {}
     if kept.get("options") != about or kept.get("widths") != [list(width) for width in widths]:
         document, first = dense_document(model), cluster.placement.workers[0]
-        kinds = Counter(document.get("layer_types") or [None])  # a block with a sliding window takes another time than one without
+        kinds = Counter(getattr(layout.config, "layer_types", None) or [None])  # a block with a sliding window takes another time
         requests = [about | {"document": document, "widths": widths, "layer_type": kind} for kind in kinds]
         measured = [cluster.get([cluster.submit(first, run_on_worker, "ray_surgeon.export.latency", asked)])[0] for asked in requests]
         shares = [count / kinds.total() for count in kinds.values()]
