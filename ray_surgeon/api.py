@@ -338,7 +338,7 @@ def curvature(
         _, gradient, _ = runner.loss(hidden, batch, generator)
         runner.backward(number, [gradient])
     shard.stop_curvature()
-    return {name: shard.own_factors(name).dense() for name in linears or layout.shapes}
+    return {name: shard.own_factors(name).dense() for name in (layout.shapes if linears is None else linears)}
 
 
 def _tokens(sequence: Any, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:

@@ -27,6 +27,7 @@ from ray_surgeon.export.for_engines import Shrinking, check_quantised
 from ray_surgeon.export.kinds import check_export
 from ray_surgeon.export.tasks import check_tasks
 from ray_surgeon.methods import METHODS, Groups, GroupsSection, Method, UniformGroupsSection
+from ray_surgeon.methods.layerwise import SparseGPTSection, WandaSection, check_reach
 from ray_surgeon.methods.search import Search
 from ray_surgeon.models.budgets import Budget, bytes_budget, fewest_left, flops_budget, linears_budget, parameters_budget
 from ray_surgeon.models.checkpoint import check_checkpoint
@@ -228,6 +229,8 @@ def method_for(spec: JobSpec, layout: ModelLayout) -> Method:
                 f"pruning.tensor_parallel: {devices}, but no engine splits the dense model's {heads.num_query} query heads and "
                 f"{heads.num_kv} KV heads so; give a number that divides them"
             )
+        for of in (of for of in layout.group_sets if of.kind != "attention" and len(of.columns) % devices):
+            raise ValueError(f"pruning.tensor_parallel: {devices}, but {of.consumer} has {len(of.columns)} channels; give a divisor")
         _check_kinds(layout, pruning)
         fewest = fewest_left(layout, pruning.groups, pruning.fewest_groups, devices, uniform=uniform)
         consumers = {groups.kind: layout.shapes[groups.consumer].role for groups in layout.group_sets}
@@ -238,6 +241,8 @@ def method_for(spec: JobSpec, layout: ModelLayout) -> Method:
     pattern = getattr(pruning, "pattern", None) or getattr(pruning, "n_m", None)
     if pattern is not None and pruning.structure == "n_m":
         _check_pattern(layout, pattern[1])
+    elif isinstance(pruning, SparseGPTSection | WandaSection):
+        check_reach(pruning, layout)
     return METHODS[type(pruning)](pruning, spec.curvature)
 
 

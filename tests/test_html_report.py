@@ -17,7 +17,7 @@ import pytest
 from ray_surgeon.cluster import fresh_process
 from ray_surgeon.export import folder as export_folder
 from ray_surgeon.run.html_report import page
-from ray_surgeon.run.plots import by_block, by_expert, inline_svg, run_figures
+from ray_surgeon.run.plots import _short, by_block, by_expert, inline_svg, run_figures
 from ray_surgeon.run.report import main
 from ray_surgeon.surgery.threshold import cost_curve
 from tests.conftest import Zygote
@@ -221,3 +221,12 @@ def test_two_figures_of_a_page_share_no_identifier(runs: dict[str, Path]) -> Non
     figure = run_figures(json.loads((runs["rows"] / "report.json").read_text()))["costs"]
     ids = [set(re.findall(r'id="([^"]+)"', inline_svg(figure, name))) for name in ("a", "b")]
     assert not ids[0] & ids[1]
+
+
+def test_linears_with_equal_last_names_have_their_whole_ones() -> None:
+    assert _short(["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]) == ["c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"]
+
+
+def test_a_run_whose_name_looks_like_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path / "[/a]")]) == 2
+    assert "[/a]" in capsys.readouterr().err

@@ -364,7 +364,7 @@ class Groups(Method):
         }
         record = {
             "groups_removed": allocation.counts,
-            "cost_curve": scores.as_fractions(cost_curve(torch.cat([c.costs * c.scale for c in costs]), sizes_of)),
+            "cost_curve": scores.as_fractions(cost_curve(torch.cat([c.costs * c.scale / self._unit_of(c.kind) for c in costs]), sizes_of)),
             "budget": {"unit": budget.unit, "dense": budget.dense, "goal": self.goal(shot), "need": need},
         }
         experts = {c.consumer: c.whole for c in costs if c.consumer in allocation.experts}

@@ -87,6 +87,12 @@ class _Groups(ScheduleSection):
         return None
 
     @model_validator(mode="after")
+    def _different_kinds(self) -> _Groups:
+        if len(set(self.groups)) < len(self.groups):
+            raise ValueError(f"groups: {', '.join(self.groups)} name a kind twice; remove one")
+        return self
+
+    @model_validator(mode="after")
     def _reconstructs_something(self) -> _Groups:
         if self.reconstruction is not None and not RECONSTRUCTED & set(self.groups):
             raise ValueError(
@@ -146,6 +152,12 @@ class GroupsSection(_Groups):
         description="In every shot, after the costs: undo the removals of one kind of groups in one block after the other, scale these "
         "costs by how far the divergence from the dense model falls, and take the threshold anew; null: no search",
     )
+
+    @model_validator(mode="after")
+    def _has_blocks_to_remove(self) -> GroupsSection:
+        if self.remove_blocks and set(self.groups) == {"experts"}:
+            raise ValueError("remove_blocks: is of KV groups and channels, and only whole experts go; remove it, or name other groups")
+        return self
 
     @model_validator(mode="after")
     def _searches_what_it_can_undo(self) -> GroupsSection:

@@ -19,7 +19,7 @@ from ray_surgeon.cluster.needs import LinearNeeds
 from ray_surgeon.cluster.worker import LinearSummary, Worker
 from ray_surgeon.methods.elements import Pattern, check_pattern
 from ray_surgeon.methods.method import Choice, Method, Scores, in_order
-from ray_surgeon.models.layout import LinearShape
+from ray_surgeon.models.layout import LinearShape, ModelLayout
 from ray_surgeon.sections.targets import SparsitySection
 from ray_surgeon.surgery.curvature import RaisedDamping
 from ray_surgeon.surgery.layerwise import prune_linear
@@ -69,6 +69,20 @@ class WandaSection(_Layerwise):
     """Wanda (Sun et al. 2023)."""
 
     method: Literal["wanda"] = Field(description="Wanda")
+
+
+def check_reach(section: SparseGPTSection | WandaSection, layout: ModelLayout) -> None:
+    """Refuse a target that takes more than all weights of a linear, whose bias counts and stays.
+
+    Raises:
+        ValueError: names the field.
+    """
+    most = min((shape.num_columns - shape.has_bias) / shape.num_columns for shape in layout.linears)
+    if section.target_sparsity > most:
+        raise ValueError(
+            f"pruning.target_sparsity: {section.target_sparsity:g}, but {section.method} leaves biases, and {most:.4g} of the narrowest "
+            "linear are weights; lower it"
+        )
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import io
 import math
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec
@@ -191,12 +192,18 @@ def depth_figure(linears: Sequence[Mapping[str, Any]]) -> Figure:
     kinds, sparsities = by_block(linears)
     figure, axes = _axes(height=1.2 + 0.28 * len(kinds))
     filled = axes.pcolormesh(sparsities, cmap="viridis", vmin=0, vmax=max(0.05, *(v for row in sparsities for v in row if v == v)))
-    axes.set_yticks([i + 0.5 for i in range(len(kinds))], [kind.rpartition(".")[2] for kind in kinds])
+    axes.set_yticks([i + 0.5 for i in range(len(kinds))], _short(kinds))
     axes.invert_yaxis()
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("block")
     figure.colorbar(filled, ax=axes, label="sparsity", aspect=12)
     return figure
+
+
+def _short(kinds: Sequence[str]) -> list[str]:
+    """Return the last parts of the kinds' names, and of those with equal ones the whole names."""
+    last = Counter(kind.rpartition(".")[2] for kind in kinds)
+    return [kind if last[kind.rpartition(".")[2]] > 1 else kind.rpartition(".")[2] for kind in kinds]
 
 
 @_styled
@@ -277,6 +284,7 @@ def run_figures(record: Mapping[str, Any]) -> dict[str, Figure]:
     pruning = record["spec"]["pruning"]
     per = "parameter" if pruning.get("target") is None else "unit of the target"
     unit = f"cost per {per}" if pruning.get("rank_by", "cost_per_parameter") == "cost_per_parameter" else "cost"
+    unit = "cost of a group" if pruning["structure"] == "n_m" else unit
     figures |= {"size": size_figure([record]), "depth": depth_figure(record["linears"])}
     if experts := by_expert(record["linears"]):
         figures["experts"] = expert_figure(experts)

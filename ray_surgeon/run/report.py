@@ -238,7 +238,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         records = [_read_report(run) for run in arguments.runs]
     except (OSError, ValueError) as error:
-        errors.print(f"error: no report: {error}; give run directories with a report.json", style="red", soft_wrap=True)
+        errors.print(f"error: no report: {error}; give run directories with a report.json", style="red", markup=False, soft_wrap=True)
         return 2
     console.print(comparison_table(records))
     texts = list(dict.fromkeys(text for record in records for text in record["dense"]["perplexity"]))
@@ -250,5 +250,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         errors.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         return 2
-    console.print(f"plot: {arguments.plot}\npage: {arguments.html}", soft_wrap=True)
+    console.print(f"plot: {arguments.plot}\npage: {arguments.html}", markup=False, soft_wrap=True)
     return 0

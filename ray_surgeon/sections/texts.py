@@ -80,6 +80,8 @@ class SourceSection(Section):
             raise ValueError(f"split is {self.split!r}, but {self.source} has train and test only")
         if self.has_own_split and (self.config or self.revision):
             raise ValueError(f"config and revision belong to a Hub data set, which {self.source} is not; remove them")
+        if self.column != "text" and (self.source in OWN_TEXTS or self.source.endswith(".txt")):
+            raise ValueError(f"column is {self.column!r}, but {self.source} has none; remove it")
         if self.stride is not None and self.seed:
             raise ValueError("seed draws windows, and stride places them; remove one of the two")
         return self

@@ -86,7 +86,7 @@ def test_what_is_streamed_where_it_would_not_fit(
     assert found.stores.wave > 1
     assert found.stores.activations == "recompute"
     on_disk = [worker.disk for worker in found.workers]
-    assert all(on_disk) == (weights == "disk")
+    assert set(map(bool, on_disk)) == {weights == "disk"}
 
 
 def test_fewer_sequences_with_gradients_take_less_of_the_curvature_pass() -> None:

@@ -159,6 +159,7 @@ def test_curvature_is_that_of_a_run(family: str, model_folders: dict[str, Path],
         assert factors.num_tokens == inputs.calibration.size
     name = list(found)[2]
     assert list(ray_surgeon.curvature(model, inputs.calibration, linears=[name])) == [name]
+    assert not ray_surgeon.curvature(model, inputs.calibration, linears=[])
     sampled = ray_surgeon.curvature(model, inputs.calibration, linears=[name], label_seed=1)[name]
     assert not torch.equal(sampled.G, found[name].G)
     assert torch.equal(sampled.A, found[name].A)

@@ -148,6 +148,24 @@ def test_a_data_set_that_is_cut_here_is_cut_at_one_place(model: Path, tmp_path: 
     assert run(tmp_path, model, "--dry-run", **changes) == 0
 
 
+def test_more_than_the_weights_beside_biases(model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of 32 inputs and a bias 32 of 33 can go."""
+    wanda = {"pruning__method": "wanda", "pruning__structure": "element", "pruning__target_sparsity": 0.975}
+    assert "wanda leaves biases, and 0.9697 of the narrowest linear" in refused(capsys, run(tmp_path, model_folders["opt"], **wanda))
+    assert run(tmp_path, model_folders["llama"], "--dry-run", **wanda) == 0
+
+
+def test_channels_that_cannot_be_split(model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Heads are not all that an engine splits."""
+    config = json.loads((model_folders["llama"] / "config.json").read_text())
+    shutil.copytree(model_folders["llama"], tmp_path / "model")
+    (tmp_path / "model/config.json").write_text(json.dumps(config | {"intermediate_size": 50}))
+    (tmp_path / "model/model.safetensors").unlink()
+    groups = {"pruning__structure": "groups", "pruning__groups": ["attention"], "pruning__tensor_parallel": 4, "output__exports": []}
+    message = refused(capsys, run(tmp_path, tmp_path / "model", "--dry-run", **groups))
+    assert "has 50 channels; give a divisor" in message
+
+
 def test_requests_beyond_the_table_of_positions(model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In GPT-2 they would fail when everything is done; a Llama takes them."""
     groups = {"pruning__structure": "groups", "pruning__width_multiple": 8, "output__exports": ["per_block"]}
