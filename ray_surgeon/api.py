@@ -208,8 +208,10 @@ def _spec_of(model: str | PreTrainedModel | None, tokenizer: PreTrainedTokenizer
         raise ValueError("model: give a Hub id, a folder, a URI, or a model in memory; or a whole spec")
     if isinstance(model, str) and "name" not in given:
         document["name"] = _as_name(model)
-    output = document.get("output") or {}
-    output = {"uri": output} if isinstance(output, str) else dict(output)
+    output = document.get("output", {})
+    if not isinstance(output, str | os.PathLike | Mapping):
+        raise ValueError(f"output: got {output!r}; give a folder, a URI, or the section of that name")
+    output = dict(output) if isinstance(output, Mapping) else {"uri": os.fspath(output)}
     document["output"] = {"uri": f"./runs/{document['name']}"} | output
     pruning = document.get("pruning")
     if "exports" not in output and isinstance(pruning, Mapping) and pruning.get("structure") == "groups":
@@ -237,7 +239,8 @@ def _test_part(calibration: Mapping[str, Any]) -> dict[str, Any]:
     """Return the evaluation text of a run that names none: a quarter as many windows of the test part of the calibration text."""
     not_shared = ("num_sequences", "mix", "weight", "stride", "seed", "split")
     text = {name: value for name, value in calibration.items() if name not in not_shared}
-    return text | {"name": "test", "split": "test", "num_sequences": max(1, int(calibration.get("num_sequences", 1)) // 4)}
+    count = calibration.get("num_sequences")  # of another type it is refused in its own place
+    return text | {"name": "test", "split": "test", "num_sequences": max(1, count // 4) if isinstance(count, int) else 1}
 
 
 def _as_name(source: str) -> str:
@@ -314,11 +317,20 @@ def curvature(
         ValueError: the family is not supported, the model has no such linear, or there is no sequence of two tokens or more.
     """
     layout = ModelLayout.of(model.config)
+    if sequences is None or isinstance(sequences, str) or isinstance(linears, str):
+        raise ValueError("sequences and linears: give lists, also of a single text or name")
     if unknown := [name for name in linears or () if name not in layout.shapes]:
         raise ValueError(f"linears: the model has no {', '.join(unknown)}; it has for example {', '.join(list(layout.shapes)[:7])}")
+    if isinstance(sequences, torch.Tensor) and (sequences.ndim != 2 or sequences.is_floating_point()):
+        raise ValueError(f"sequences: a tensor must be [num_sequences, T] integers, got {list(sequences.shape)} {sequences.dtype}")
     tokens = [_tokens(sequence, tokenizer) for sequence in sequences]
     if not tokens or min(len(ids) for ids in tokens) < 2:
         raise ValueError("sequences: each must have two tokens or more, because the last one predicts nothing; give longer ones")
+    most, longest = model.config.vocab_size, model.config.max_position_embeddings if layout.family.positions else None
+    if not all(0 <= token < most for ids in tokens for token in ids):
+        raise ValueError(f"sequences: a token is not one of the model's {most}; give those of its own tokenizer")
+    if longest is not None and max(len(ids) for ids in tokens) > longest:
+        raise ValueError(f"sequences: one has {max(len(ids) for ids in tokens)} tokens, the model takes at most {longest}; cut it")
     state = model.state_dict()
     read_stored = tensor_reader(layout, state, read_state(state), "the model")
     where = Stores(weights="disk")  # they are never written, so they are read where they are: in the model

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import reprlib
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -59,7 +60,7 @@ def _arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     told.add_argument("--device-memory", type=_bytes, metavar="80GB", help="of each worker's device; the device's own if not given")
     told.add_argument("--host-memory", type=_bytes, metavar="1TB", help="of each machine; this one's if not given")
     told.add_argument("--disk", type=_bytes, metavar="4TB", help="free on each machine; this one's if not given")
-    told.add_argument("--workers-per-machine", type=int, metavar="N", help="that share its memory and disk, at most; 8 if not given")
+    told.add_argument("--workers-per-machine", type=_positive, metavar="N", help="that share its memory and disk, at most; 8 if not given")
     arguments = parser.parse_args(argv)
     if not arguments.schema and arguments.spec is None:
         parser.error("a job spec is needed, for instance pipelines/quickstart.yaml")
@@ -74,10 +75,16 @@ _OF_A_PLAN = ("device", "device_memory", "host_memory", "disk", "workers_per_mac
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
+    return int(text)
+
+
 def _bytes(text: str) -> float:
     """Return a size such as 80GB or 1.5TiB in bytes."""
-    match = re.fullmatch(r"([0-9.]+)\s*([kmgt]?i?)b?", text.lower())
-    if match is None:
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?)\s*([kmgt]?i?)b?", text.lower())
+    if match is None or not float(match[1]):
         raise argparse.ArgumentTypeError(f"{text!r} is no size; give one such as 80GB or 1.5TiB")
     return float(match[1]) * _UNITS[match[2]]
 
@@ -159,8 +166,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m ray_surgeon.p
         return fail(f"failed: {error}", FAILED)
     except KeyboardInterrupt:
         return INTERRUPTED
-    overrides = "".join(f" --set {override}" for override in arguments.set)
-    resume_with = f"continue with: python -m ray_surgeon.pipeline {arguments.spec} --resume{overrides}"
+    overrides = "".join(f" --set {shlex.quote(override)}" for override in arguments.set)
+    resume_with = f"continue with: python -m ray_surgeon.pipeline {shlex.quote(arguments.spec)} --resume{overrides}"
     try:
         with Display(console, inputs.spec.name) as display:
             result = run(inputs, display, disconnects=True)

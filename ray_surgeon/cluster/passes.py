@@ -321,7 +321,7 @@ def remember(cluster: Cluster, text: str, windows: NDArray[np.int64]) -> float:
     Raises:
         FloatingPointError: the loss is not a number.
     """
-    return perplexity_of(sum(remembered_losses(cluster, text, windows)) / _num_predicted(windows))
+    return _finite(text, perplexity_of(sum(remembered_losses(cluster, text, windows)) / _num_predicted(windows)))
 
 
 def remembered_losses(cluster: Cluster, text: str, windows: NDArray[np.int64], only: Sequence[int] | None = None) -> list[float]:
@@ -354,7 +354,7 @@ def measure(cluster: Cluster, text: str, windows: NDArray[np.int64]) -> Measured
         FloatingPointError: the loss is not a number.
     """
     losses, divergences = (sum(values) / _num_predicted(windows) for values in zip(*_compared(cluster, text, windows), strict=True))
-    return Measured(perplexity_of(losses), divergences)
+    return Measured(_finite(text, perplexity_of(losses)), _finite(text, divergences))
 
 
 def divergences_of(cluster: Cluster, text: str, windows: NDArray[np.int64]) -> list[float]:
@@ -374,6 +374,12 @@ def _compared(cluster: Cluster, text: str, windows: NDArray[np.int64]) -> list[t
         return cluster.submit(last, infer_loss_and_divergence, moving, token_payload(windows[numbers]), text, numbers)
 
     return _each_wave(cluster, windows, at_the_end)
+
+
+def _finite(text: str, value: float) -> float:
+    if not math.isfinite(value):
+        raise FloatingPointError(f"the perplexity on {text}, or its divergence, is not finite; check the weights and the dtype")
+    return value
 
 
 def _num_predicted(windows: NDArray[np.int64]) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -76,12 +77,13 @@ class RunDirectory:
             raise ValueError(
                 f"output.uri: {self.uri} holds another run: different {', '.join(different)}"
                 f"{self._changes(held, fingerprints, spec_yaml)}; choose another folder, for instance "
-                f"--set output.uri={self.uri.rstrip('/')}-2"
+                f"--set output.uri={shlex.quote(self.uri.rstrip('/') + '-2')}"
             )
         if not resume:
             raise ValueError(
                 f"output.uri: {self.uri} already holds this run, with {len(self.committed_indices())} committed shots; continue it "
-                f"with --resume, or choose another folder, for instance --set output.uri={self.uri.rstrip('/')}-2"
+                f"with --resume (resume=True in Python), or choose another folder, for instance "
+                f"--set output.uri={shlex.quote(self.uri.rstrip('/') + '-2')}"
             )
         if done := self.committed_indices():
             self.check_tensors(self.read_shot(done[-1]))

@@ -272,6 +272,8 @@ def factorise(matrix: Tensor, damping: float, max_damping: float, name: str) -> 
     if matrix.numel() and not all(map(torch.isfinite, torch.aminmax(matrix))):  # NaN if anything is; needs no second matrix as large
         raise FloatingPointError(f"{name}: the curvature factor of shape {tuple(matrix.shape)} has NaN or infinite entries")
     diagonal = matrix.diagonal().clone()
+    if len(diagonal) and not diagonal.any():
+        raise FloatingPointError(f"{name}: the curvature factor is zero, so the linear reads or changes nothing; check the model's weights")
     current = damping
     while True:
         factor, failed = torch.linalg.cholesky_ex(damp_(matrix, current))

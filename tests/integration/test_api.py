@@ -116,6 +116,37 @@ def test_a_path_and_a_whole_spec(model_folders: dict[str, Path], tmp_path: Path,
         _ = found.path
 
 
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"calibration": TEXT | {"num_sequences": None}}, "num_sequences"),
+        ({"calibration": TEXT | {"num_sequences": [1]}}, "num_sequences"),
+        ({"calibration": TEXT | {"num_sequences": "abc"}}, "num_sequences"),
+        ({"output": 3}, "output: got 3"),
+        ({"output": [1]}, "output: got"),
+        ({"output": ""}, "uri"),
+    ],
+)
+def test_sections_of_wrong_types_are_named(sections: dict[str, Any], message: str, model_folders: dict[str, Path]) -> None:
+    with pytest.raises(ValueError, match=message):
+        ray_surgeon.prune(str(model_folders["llama"]), **{"calibration": TEXT, "pruning": GROUPS, **sections})
+
+
+def test_an_output_may_be_a_path_and_remedies_are_of_python_too(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    sections: dict[str, Any] = {"calibration": TEXT, "pruning": GROUPS, "output": tmp_path / "a run", "progress": False}
+    assert ray_surgeon.prune(str(model_folders["llama"]), **sections).uri == str(tmp_path / "a run")
+    with pytest.raises(ValueError, match=r"resume=True in Python.*--set output.uri='.*/a run-2'"):
+        ray_surgeon.prune(str(model_folders["llama"]), **sections)
+
+
+def test_a_perplexity_that_is_no_number_ends_the_run(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    """Of random logits that are huge, the loss is, too."""
+    model, tokenizer = in_memory(model_folders["llama"])
+    model.lm_head.weight.data *= 1e5
+    with pytest.raises(FloatingPointError, match="the perplexity on test, or its divergence, is not finite"):
+        ray_surgeon.prune(model, tokenizer, calibration=TEXT, pruning=GROUPS, output=str(tmp_path / "run"), progress=False)
+
+
 def test_an_export_on_another_file_system_is_loaded(model_folders: dict[str, Path]) -> None:
     result = ray_surgeon.prune(str(model_folders["llama"]), calibration=TEXT, pruning=GROUPS, output="memory://api/run", progress=False)
     assert result.path == "memory://api/run/export/per_block"
@@ -173,6 +204,14 @@ def test_curvature_is_that_of_a_run(family: str, model_folders: dict[str, Path],
         (texts, {}, "texts need one"),
         ([[3]], {}, "two tokens or more"),
         ([], {}, "two tokens or more"),
+        (None, {}, "give lists"),
+        ("one text", {"tokenizer": tokenizer}, "give lists"),
+        (tokens, {"linears": name}, "give lists"),
+        ([[1, 2, 999]], {}, "not one of the model's 320"),
+        ([[1, -2, 3]], {}, "not one of the model's 320"),
+        *([([[1] * 129], {}, "the model takes at most 128")] if family == "opt" else []),
+        (torch.rand(2, 5), {}, r"\[2, 5\] torch.float32"),
+        (torch.tensor([1, 2, 3]), {}, r"\[3\] torch.int64"),
         (tokens, {"linears": ["absent"]}, "has no absent; it has for example"),
     ]:
         with pytest.raises(ValueError, match=message):

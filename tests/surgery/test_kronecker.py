@@ -104,3 +104,8 @@ def test_hopeless_matrix_is_an_error_that_names_it() -> None:
         factorise(torch.tensor([[1.0, 0.0], [0.0, -5.0]]), 0.01, 1.0, "blocks.3 G")
     with pytest.raises(FloatingPointError, match="NaN"):
         factorise(torch.full((2, 2), float("nan")), 0.01, 1.0, "x")
+
+
+def test_a_factor_that_is_zero_is_named_at_once() -> None:
+    with pytest.raises(FloatingPointError, match="up A: the curvature factor is zero"):
+        factorise(torch.zeros(3, 3), 0.01, 1.0, "up A")
