@@ -17,7 +17,7 @@ from ray_surgeon.sections.curvature import CurvatureSection, KfacSection
 from ray_surgeon.sections.memory import MemorySection
 from ray_surgeon.sections.output import OutputSection
 from ray_surgeon.sections.targets import LatencyTarget
-from ray_surgeon.sections.texts import CalibrationSection, EvaluationSection, ModelSection, SourceSection
+from ray_surgeon.sections.texts import CalibrationSection, EvaluationSection, ModelSection
 
 _YAML_ERRORS = (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError)
 """PyYAML lets through what its constructors raise on values that do not fit their tags."""
@@ -88,12 +88,8 @@ class JobSpec(Section):
                 f"needs one; give {self.cluster.num_replicas} to {num_sequences}"
             )
         for i, text in enumerate(self.evaluation.texts):
-            for read in (read for read, _ in self.calibration.shares if isinstance(read, SourceSection)):
-                if text.has_own_split and text.source == read.source and text.max_tokens != read.max_tokens:
-                    raise ValueError(
-                        f"evaluation.{i}.max_tokens: must equal that of {text.source} in calibration, because both are cut from it and "
-                        "the border between train and test would move; set both"
-                    )
+            if text.has_own_split:
+                self.calibration.check_border(text, f"evaluation.{i}")
         if self.correction is not None and self.correction.sequences_per_step > num_sequences:
             raise ValueError(
                 f"correction.sequences_per_step: {self.correction.sequences_per_step} is more than the {num_sequences} "

@@ -60,7 +60,7 @@ class RunDirectory:
         """Refuse a folder that holds something else, before anything expensive starts.
 
         Args:
-            fingerprints: of this run.
+            fingerprints: of this run; None for what may be whatever the folder's run had.
             spec_yaml: its resolved spec.
             resume: whether the folder may hold committed shots of it.
 
@@ -70,9 +70,8 @@ class RunDirectory:
         if self.is_new():
             return
         held = store.read_json(self.path("run.json"))["fingerprints"]
-        if "tasks" not in fingerprints:  # a run may go on without tasks that fail, and not with others
-            held.pop("tasks", None)
-        different = [key for key in sorted({*held, *fingerprints}) if held.get(key) != fingerprints.get(key)]
+        free = {key for key, value in fingerprints.items() if value is None}
+        different = [key for key in sorted({*held, *fingerprints} - free) if held.get(key) != fingerprints.get(key)]
         if different:
             raise ValueError(
                 f"output.uri: {self.uri} holds another run: different {', '.join(different)}"
@@ -161,9 +160,7 @@ class RunDirectory:
 
     def drop_tensors(self, index: int) -> None:
         """Remove the weights and masks of a shot from which no run will resume; its manifest stays."""
-        for name in store.list_names(self.shot_folder(index)):
-            if name != "manifest.json":
-                store.remove(store.join(self.shot_folder(index), name))
+        store.remove_files(self.shot_folder(index), ["*.safetensors"])
 
     def committed_indices(self) -> list[int]:
         """Return 1, 2, ... up to the last shot before which every shot is committed."""

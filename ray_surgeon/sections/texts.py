@@ -145,6 +145,19 @@ class CalibrationSection(TextSection):
         """Return of how many more windows each text has a share, none of what the model writes."""
         return _split(num_sequences, [self.weight, *(0.0 if isinstance(text, SelfSection) else text.weight for text in self.mix)])
 
+    def check_border(self, measured: SourceSection, where: str) -> None:
+        """Refuse a text whose train and test are cut here, at another place for the calibration than for what is measured.
+
+        Raises:
+            ValueError: the calibration reads more or less of the same text; `where` is the measured one's place in the spec.
+        """
+        for text, _ in self.shares:
+            if isinstance(text, SourceSection) and text.source == measured.source and text.max_tokens != measured.max_tokens:
+                raise ValueError(
+                    f"{where}.max_tokens: must equal that of {text.source} in calibration, because both are cut from it and "
+                    "the border between train and test would move; set both"
+                )
+
     @model_validator(mode="after")
     def _every_text_counts(self) -> CalibrationSection:
         for text, count in self.shares:

@@ -12,6 +12,7 @@ problem: the inverse of what is left is that of its part of the factor.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from ray_surgeon.surgery.kronecker import DampedFactor, solve_lower
 from ray_surgeon.surgery.linear import Part
 from ray_surgeon.surgery.products import product
+from ray_surgeon.surgery.threshold import check_costs
 
 _FEW = 1 / 128
 """Of the structures that are left, the fraction that is pruned in one step (at least one structure)."""
@@ -145,11 +147,6 @@ class GreedyPath:
         """Return the cost of each column now, [C]; of pruned ones, 0."""
         return 0.5 * (_dots(self.W, self._U, dim=0) / self._by_column.diagonal).clamp(min=0) * self.columns
 
-    def single_costs(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the costs of some rows [R] bool and columns [C] bool at the start; of what is not pruned, none."""
-        by_row = self.row_costs()[rows] if self.prunes_rows else self.W.new_zeros(0)
-        return by_row, self.column_costs()[columns] if self.prunes_columns else self.W.new_zeros(0)
-
     def column_set_costs(self) -> Tensor:
         """Return the joint cost of each set of columns now: 1/2 tr(W_Q^T G W_Q ([A^-1]_QQ)^-1), [num_sets]; of pruned ones, 0."""
         if self.sets.shape[1] == 1:
@@ -196,7 +193,7 @@ class GreedyPath:
 
 
 def greedy_costs(
-    path: GreedyPath, may_prune_rows: Tensor, may_prune_columns: Tensor, *, per_parameter: bool, limit: float
+    path: GreedyPath, may_prune_rows: Tensor, may_prune_columns: Tensor, *, name: str, per_parameter: bool, limit: float
 ) -> tuple[Tensor, Tensor]:
     """Follow the greedy path up to a marginal cost, and return the marginal cost at which each structure is pruned.
 
@@ -204,32 +201,40 @@ def greedy_costs(
         path: with everything alive.
         may_prune_rows: [R] bool.
         may_prune_columns: [C] bool.
+        name: of the linear, for the error.
         per_parameter: whether costs are divided by the entries that a structure still has when it is pruned.
         limit: no structure is pruned whose marginal cost is above it.
 
     Returns:
         [R] and [C]: the largest marginal cost up to and including the structure's own removal, so that a threshold cuts the path at
         one place; infinite for what was not removed.
+
+    Raises:
+        FloatingPointError: a cost of the first step is not usable; the path would end there.
     """
     by_row, by_column = path.W.new_full((len(path.W),), torch.inf), path.W.new_full((path.W.shape[1],), torch.inf)
     highest = 0.0
-    while True:
+    for step in itertools.count():
         row_costs, column_costs = path.W.new_full((len(path.rows),), torch.inf), path.W.new_full((len(path.columns),), torch.inf)
         if path.prunes_rows:
             row_costs = torch.where(may_prune_rows[path.row_numbers] & path.rows, path.row_costs(), torch.inf)
+            if step == 0:
+                check_costs(f"{name} rows", row_costs[may_prune_rows])
         if path.prunes_columns:
             column_costs = torch.where(may_prune_columns[path.column_numbers] & path.columns, path.column_costs(), torch.inf)
+            if step == 0:
+                check_costs(f"{name} columns", column_costs[may_prune_columns])
         if per_parameter:
             row_costs, column_costs = row_costs / path.columns.sum().clamp(min=1), column_costs / path.rows.sum().clamp(min=1)
         together = torch.cat([row_costs, column_costs])
         left = int(torch.isfinite(together).sum())
         if left == 0:
-            return by_row, by_column
+            break
         cheapest = together.topk(max(1, int(left * _FEW)), largest=False)
         marginal = cheapest.values.clamp(min=highest)
         to_prune = marginal <= limit
         if not to_prune.any():
-            return by_row, by_column
+            break
         highest = float(marginal[to_prune].max())
         indices = cheapest.indices[to_prune]
         is_row = indices < len(row_costs)
@@ -241,26 +246,36 @@ def greedy_costs(
         if len(pruned_columns):
             path.remove_columns(pruned_columns)
         path.compact()
+    return by_row, by_column
 
 
-def greedy_set_costs(path: GreedyPath, least: int, *, limit: float = math.inf, needed: int = 0, most: float = math.inf) -> Tensor:
+def greedy_set_costs(
+    path: GreedyPath, least: int, *, name: str, limit: float = math.inf, needed: int = 0, most: float = math.inf
+) -> Tensor:
     """Follow the greedy path of sets of columns up to a marginal cost, and return the cost at which each is pruned.
 
     Args:
         path: with all of its sets alive.
         least: sets that stay.
+        name: of the sets, for the error.
         limit: no set is pruned whose marginal cost is above it,
         needed: except that this many are pruned,
         most: as long as none costs more than this.
 
     Returns:
         [num_sets] the largest marginal cost up to and including the set's own removal; infinite for those that stay.
+
+    Raises:
+        FloatingPointError: a cost of the first step is not usable; the path would end there.
     """
     num_sets, device = len(path.sets), path.W.device
     marginal, alive, highest = torch.full((num_sets,), torch.inf, dtype=path.W.dtype), torch.ones(num_sets, dtype=torch.bool), 0.0
     while (left := int(alive.sum())) > least:
         numbers = path.set_numbers.cpu()
-        costs = path.column_set_costs().cpu().masked_fill(~alive[numbers], torch.inf)
+        costs = path.column_set_costs().cpu()
+        if left == num_sets:
+            check_costs(name, costs)
+        costs.masked_fill_(~alive[numbers], torch.inf)
         cheapest = costs.topk(min(max(1, int(left * _FEW)), left - least), largest=False)
         num_pruned = num_sets - left
         to_prune = (cheapest.values <= limit) | ((torch.arange(len(cheapest.values)) < needed - num_pruned) & (cheapest.values <= most))

@@ -64,14 +64,16 @@ def group_costs(
     path = GreedyPath(alive.of(linear.W), curvature.A, curvature.G, prunes_rows=False, sets=place[columns[numbers]])
     if len(always_zero):
         path.remove_columns(place[columns[always_zero]].flatten())
-    single = path.column_set_costs().cpu() if len(numbers) else costs[:0]
-    check_costs(f"{linear.name} groups", single)
-    if len(numbers) and limit is None:
-        single, order = single.sort(stable=True)
+    if not len(numbers):
+        return costs
+    name = f"{linear.name} groups"
+    if limit is None:
+        single, order = path.column_set_costs().cpu().sort(stable=True)
+        check_costs(name, single)
         most = max(0, len(numbers) - least)
         costs[numbers.cpu()[order[:most]]] = single[:most]
-    elif len(numbers) and limit is not None:
-        costs[numbers.cpu()] = greedy_set_costs(path, least, limit=limit, needed=needed, most=most)
+    else:
+        costs[numbers.cpu()] = greedy_set_costs(path, least, name=name, limit=limit, needed=needed, most=most)
     return costs
 
 

@@ -78,9 +78,7 @@ def find_candidates(
     if limit is not None:
         path = GreedyPath(alive, curvature.A, curvature.G, prunes_rows=structure != "columns", prunes_columns=structure != "rows")
         may = rows[live_rows], columns[live_columns]
-        for side, single in zip(("rows", "columns"), path.single_costs(*may), strict=True):
-            check_costs(f"{linear.name} {side}", single)  # the path ends at what is not finite
-        by_row[live_rows], by_column[live_columns] = greedy_costs(path, *may, per_parameter=per_parameter, limit=limit)
+        by_row[live_rows], by_column[live_columns] = greedy_costs(path, *may, name=linear.name, per_parameter=per_parameter, limit=limit)
         rows &= torch.isfinite(by_row)
         columns &= torch.isfinite(by_column)
     else:

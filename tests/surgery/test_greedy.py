@@ -89,7 +89,7 @@ def test_greedy_path_by_brute_force(per_parameter: bool) -> None:
     """One at a time, the cheapest by the dense marginal cost; the result is the running maximum."""
     found, W, A, G = path()
     by_row, by_column = greedy_costs(
-        found, flags(R, [0, 1, 2, 3, 4]), flags(C, list(range(C - 1))), per_parameter=per_parameter, limit=torch.inf
+        found, flags(R, [0, 1, 2, 3, 4]), flags(C, list(range(C - 1))), name="linear", per_parameter=per_parameter, limit=torch.inf
     )
     rows: list[int] = []
     columns: list[int] = []
@@ -113,9 +113,9 @@ def test_greedy_path_by_brute_force(per_parameter: bool) -> None:
 
 def test_a_limit_cuts_the_same_path() -> None:
     everything = flags(R, list(range(R))), flags(C, list(range(C)))
-    whole = torch.cat(greedy_costs(path()[0], *everything, per_parameter=True, limit=torch.inf))
+    whole = torch.cat(greedy_costs(path()[0], *everything, name="linear", per_parameter=True, limit=torch.inf))
     limit = float(whole.sort().values[5])
-    cut = torch.cat(greedy_costs(path()[0], *everything, per_parameter=True, limit=limit))
+    cut = torch.cat(greedy_costs(path()[0], *everything, name="linear", per_parameter=True, limit=limit))
     assert torch.equal(cut, torch.where(whole <= limit, whole, torch.inf))
 
 
