@@ -8,7 +8,15 @@ from dataclasses import asdict
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError, RayTaskError, WorkerCrashedError
+from ray.exceptions import (
+    GetTimeoutError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+    WorkerCrashedError,
+)
 
 from ray_surgeon.cluster.ray_cluster import (
     RayCluster,
@@ -178,10 +186,10 @@ def _try(inputs: Inputs, section: RaySection, before: WorkerFailure | None, show
         failure: WorkerFailure | None = ray.get(run)
     except GetTimeoutError:
         return WorkerFailure("coordinator", f"the coordinator has not answered for {patience_s:g} s")
-    except (RayActorError, ObjectLostError, WorkerCrashedError) as error:
+    except (RayActorError, ObjectLostError, OutOfMemoryError, WorkerCrashedError) as error:
         if isinstance(error, RayTaskError):  # the coordinator lives and reports another error
             raise
-        return WorkerFailure.by("coordinator", error)
+        return WorkerFailure.by("memory" if isinstance(error, OutOfMemoryError) else "coordinator", error)
     finally:
         ray.kill(coordinator)
     return failure

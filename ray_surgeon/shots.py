@@ -57,16 +57,19 @@ def run_shots(inputs: Inputs, workers: Cluster, run: RunDirectory, listen: Calla
     """
     try:
         _run_shots(inputs, workers, run, listen)
-    except (FloatingPointError, ValueError, OSError, CollapseError):
+    except Exception as error:
         with contextlib.suppress(Exception):  # the first error is the one to tell
-            workers.run_all(clean_up)
+            run.write_events()
+            if isinstance(error, (FloatingPointError, ValueError, OSError, CollapseError)):
+                workers.run_all(clean_up)
         raise
     workers.run_all(clean_up)
 
 
 def _run_shots(inputs: Inputs, workers: Cluster, run: RunDirectory, listen: Callable[[Event | Moment], None]) -> None:
     spec, method, num_shots = inputs.spec, inputs.method, inputs.spec.pruning.shots
-    machines = workers.run_all(look_around, spec.memory.scratch)
+    scratch = spec.memory.scratch or "", _key(run.uri), uuid.uuid4().hex
+    machines = workers.run_all(look_around, *scratch)
     plan = inputs.plan(shared(machines), device_of(machines, spec.cluster.cpus_per_worker))
     workers.stores = plan.stores
     run.start(inputs.spec_yaml, inputs.fingerprints)
@@ -84,7 +87,7 @@ def _run_shots(inputs: Inputs, workers: Cluster, run: RunDirectory, listen: Call
         facts |= asdict(plan.stores) | {"peak_gib": max(max(peaks) for peaks in plan.peaks().values()) / 2**30}
     with step("load", len(done)) as facts:
         shot_files = tuple((key, file.uri) for file in done[-1].files for key in file.keys) if done else ()
-        recipe = ModelRecipe(inputs.model, shot_files, (spec.memory.scratch or "", _key(run.uri), uuid.uuid4().hex))
+        recipe = ModelRecipe(inputs.model, shot_files, scratch)
         workers.run_all(load, recipe, method.by_element, workers.stores)
         if isinstance(method, Groups) and done:
             workers.run_all(go_around_removed)
@@ -156,7 +159,7 @@ def _run_shots(inputs: Inputs, workers: Cluster, run: RunDirectory, listen: Call
             workers.run_all(continue_from_shot, written)
             run.write_report(report.as_record())
             page.draw(report.as_record(), final=False)
-            if spec.output.keep_shots and shot > spec.output.keep_shots:
+            if spec.output.keep_shots:
                 run.drop_tensors(shot - spec.output.keep_shots)
             last = report.shots[-1]
             facts |= {"uri": run.shot_folder(shot), "parameters": last["num_nonzero"], "peak_rss_bytes": last["peak_rss_bytes"]}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ray_surgeon.cluster.transport import TensorPayload, decode
 from ray_surgeon.cluster.worker import Worker
-from ray_surgeon.storage import tensor_files
+from ray_surgeon.storage import files, tensor_files
 
 CALIBRATION = "(calibration)"
 """Name of the calibration text among those that have states; no evaluation text can have it."""
@@ -60,8 +60,9 @@ def read_states(worker: Worker, uri: str) -> None:
     """Read what `write_states` wrote."""
     if not worker.shard.blocks.is_last:
         return
-    found = DenseStates()
-    for name, states in tensor_files.read(uri).items():
+    found, reader, is_mapped = DenseStates(), tensor_files.Reader(), files.is_local(uri)
+    for name in reader.names(uri):  # one after the other: all of them twice would need memory that no plan has
         number, _, text = name.partition(" ")
-        found.of_text.setdefault(text, {})[int(number)] = states.clone()
+        states = reader.read(uri, name)
+        found.of_text.setdefault(text, {})[int(number)] = states.clone() if is_mapped else states
     worker.keep(found)

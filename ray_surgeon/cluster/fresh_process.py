@@ -10,6 +10,8 @@ import tempfile
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from ray_surgeon.cluster.worker import Worker
 
 
@@ -39,4 +41,6 @@ def run_module(module: str, request: Mapping[str, Any], offline: bool = True, gp
 
 def run_on_worker(worker: Worker, module: str, request: Mapping[str, Any], offline: bool = True) -> dict[str, Any]:
     """Run a module in a process beside a worker, which sees that worker's device alone, and no GPU if that is a CPU; see `run_module`."""
+    if worker.device.type == "cuda":
+        torch.cuda.empty_cache()  # what torch keeps of freed memory is not there for the other process
     return run_module(module, request, offline, "" if worker.device.type == "cpu" else worker.gpu)

@@ -31,6 +31,13 @@ U = TypeVar("U")
 
 _LOOK_S = 2.0
 """How often a step over linears is asked how many are done."""
+_ANSWER_S = 30.0
+"""In which a machine must start a process that answers, if a worker on it does not."""
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def _answer() -> None:
+    """Do nothing; that it ends says that its machine lives."""
 
 
 @dataclass(frozen=True)
@@ -216,18 +223,18 @@ class RayCluster:
         """Wait; where nothing ends for so many seconds, ask whether the workers live."""
         values: dict[Any, Any] = {}
         pending: list[Any] = list(dict.fromkeys(futures))
-        waited_s = 0.0
+        heard = time.monotonic()
         try:
             while pending:  # in the order of completion, so that a failure is seen while the others still run
-                pause_s = min(patience_s, _LOOK_S)
-                done, pending = ray.wait(pending, num_returns=1, timeout=pause_s, fetch_local=False)
+                done, pending = ray.wait(pending, num_returns=1, timeout=min(patience_s, _LOOK_S), fetch_local=False)
                 values.update(zip(done, ray.get(done), strict=True))
-                waited_s = 0.0 if done else waited_s + pause_s
-                if not done and self.progress.unit == "linears":
+                if done:
+                    heard = time.monotonic()
+                elif self.progress.unit == "linears":
                     self._look()
-                if waited_s >= patience_s:
+                if time.monotonic() - heard >= patience_s:
                     self._check_that_all_answer(self._ping_timeout_s / 2)
-                    waited_s = 0.0
+                    heard = time.monotonic()
         except RayError as error:
             raise self._as_failure(error) from error
         return [values[future] for future in futures]
@@ -246,14 +253,32 @@ class RayCluster:
             RayError: a worker's process ended.
             WorkerFailureError: one does not answer, stopped or cut off.
         """
+        index = self._silent(timeout_s)
+        if index is not None:
+            cause = "worker" if self._machine_answers(index) else "node"
+            message = f"shard {index.shard} of replica {index.replica} did not answer for {timeout_s:g} s when asked whether it lives"
+            raise WorkerFailureError(WorkerFailure(cause, message))
+
+    def _silent(self, timeout_s: float) -> WorkerIndex | None:
+        """Ping every worker, and return one that does not answer; raises RayError if a worker's process ended."""
         pings = {actor.ping.options(concurrency_group="ping").remote(): index for index, actor in self._actors.items()}
         done, silent = ray.wait(list(pings), num_returns=len(pings), timeout=timeout_s, fetch_local=False)
         ray.get(done)
-        if silent:
-            index = pings[silent[0]]
-            raise WorkerFailureError(
-                WorkerFailure("worker", f"shard {index.shard} of replica {index.replica} has not answered for {self._ping_timeout_s:g} s")
-            )
+        return pings[silent[0]] if silent else None
+
+    def _machine_answers(self, index: WorkerIndex) -> bool:
+        """Whether the machine of a worker still runs anything. Of one that is cut off, Ray itself says so after a minute only."""
+        node = self._nodes.get(index)
+        if node is None:
+            return True
+        there = NodeAffinitySchedulingStrategy(node, soft=False)
+        answer = _answer.options(scheduling_strategy=there).remote()
+        try:
+            done, _ = ray.wait([answer], timeout=_ANSWER_S)
+            ray.get(done)
+        except RayError:
+            return False
+        return bool(done)
 
     def _as_failure(self, error: RayError) -> Exception:
         """Return the failure behind an error, or the error itself if the work raised it."""
@@ -286,14 +311,11 @@ class RayCluster:
         deadline = time.monotonic() + self._ping_timeout_s
         while time.monotonic() < deadline:
             try:
-                self._check_that_all_answer(1.0)
+                if self._silent(1.0) is None:
+                    break
             except RayError as newer:
                 if not isinstance(newer, ActorUnavailableError):
                     return newer
-            except WorkerFailureError:
-                pass
-            else:
-                break
             time.sleep(0.5)
         return error
 

@@ -32,9 +32,10 @@ class Found:
     room: Room
 
 
-def look_around(worker: Worker, scratch: str | None) -> Found:
-    """Return what there is; runs on the worker."""
-    return found_here(worker.device, scratch)
+def look_around(worker: Worker, scratch: str, run: str, attempt: str) -> Found:
+    """Return what there is, after what earlier tries of the run left on the disk is gone; see `Scratch`. Runs on the worker."""
+    Scratch(Path(scratch) if scratch else Scratch.default_root(), run, attempt, "").remove_earlier()
+    return found_here(worker.device, scratch or None)
 
 
 def found_here(device: torch.device, scratch: str | None) -> Found:

@@ -49,6 +49,7 @@ def continue_from_shot(worker: Worker, saved: Sequence[SavedFile]) -> None:
     if isinstance(weights, DiskWeights) and all(files.is_local(file.uri) for file in saved):
         uri_of, reader = {key: file.uri for file in saved for key in file.keys}, tensor_files.Reader()
         weights.continue_from(lambda name: reader.read(uri_of[name], name), uri_of)
+        worker.shot_reader.close()
 
 
 def num_files(worker: Worker, masks: bool) -> tuple[int, int]:

@@ -86,6 +86,7 @@ class Worker:
         self.gpu: str | None = None  # its name, as in CUDA_VISIBLE_DEVICES, where Ray gave it one
         self.replicas: ReplicaGroup = SingleReplica()
         self.masks: dict[str, Mask] = {}
+        self.shot_reader = tensor_files.Reader()  # of the committed shot that the weights come from
         self.position = (0, 0)
         self.report_position: Callable[[int, int], None] | None = None
         self._kept: dict[type, Any] = {}
@@ -173,11 +174,10 @@ class Worker:
         source = open_model(recipe.model, convert_gguf)
         root, run, attempt = recipe.scratch
         scratch = Scratch(Path(root) if root else Scratch.default_root(), run, attempt, f"{self.index.shard}-{self.index.replica}")
-        scratch.remove_earlier()
         blocks, dtype = self.placement.blocks[self.index.shard], getattr(torch, recipe.model.dtype)
         self.shard = ModelShard(self.layout, blocks, dtype, self.device, stores, scratch)
         self.runner, self.scratch = BlockRunner(self.shard), scratch
-        reader, shot, pruned_in = source.reader(), tensor_files.Reader(), dict(recipe.shot_files)
+        reader, shot, pruned_in = source.reader(), self.shot_reader, dict(recipe.shot_files)
         read_dense = tensor_reader(self.layout, reader.file_of, reader.read, source.origin)
 
         def read(name: str) -> Tensor:
@@ -192,7 +192,7 @@ class Worker:
             shape = self.layout.shapes[name]
             mask: Mask = kind.full(shape.num_rows, shape.num_columns)
             if recipe.shot_files:
-                mask = type(mask)(**{part: read(f"{name}.{part}").bool() for part in mask.tensors()})
+                mask = type(mask)(**{part: read(f"{name}.{part}").to(torch.bool, copy=True) for part in mask.tensors()})
             self.masks[name] = mask
 
     def owner(self, name: str) -> int:

@@ -209,7 +209,7 @@ class DiskWeights(StreamedWeights):
 
     def fill(self, read: Read, checked: Callable[[str, Tensor], None], *, stays: bool) -> None:
         """Look at every tensor once, and copy it if it would not stay; see `WeightStore.fill`."""
-        self._read = read
+        self._reads = dict.fromkeys(self._all, read)
         for name in self._all:
             value = read(name)
             checked(name, value)
@@ -217,18 +217,18 @@ class DiskWeights(StreamedWeights):
                 self.set(name, value)
 
     def continue_from(self, read: Read, names: Container[str]) -> None:
-        """Read those of the given names that were changed so far by another function, and free their scratch."""
+        """Read the given names by another function, keep nothing open that no name needs then, and free their scratch."""
         self._forget_ahead()
-        changed, before = frozenset(name for name in self._changed if name in names), self._read
+        self._reads |= {name: read for name in self._all if name in names}
+        changed = {name for name in self._changed if name in names}
         self._changed -= changed
-        self._read = lambda name: read(name) if name in changed else before(name)
         for name in changed:
             self._scratch.path(f"{name}.safetensors").unlink()
 
     def get(self, name: str) -> Tensor:
         """Return a tensor, which lies in a file that is mapped into memory unless its dtype must be changed."""
         if name not in self._changed:
-            return self._read(name).to(self._all[name].dtype)
+            return self._reads[name](name).to(self._all[name].dtype)
         with safe_open(self._scratch.path(f"{name}.safetensors"), framework="pt") as file:
             tensor = file.get_tensor("x")
         assert isinstance(tensor, Tensor)

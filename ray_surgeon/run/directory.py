@@ -51,6 +51,7 @@ class RunDirectory:
         self.uri = uri
         self._events: list[str] = []
         self._events_written_s = -math.inf
+        self._num_dropped = 0  # shots whose tensors are gone
 
     def path(self, *parts: str) -> str:
         """Return the URI of something in the folder."""
@@ -121,7 +122,8 @@ class RunDirectory:
         store.remove(probe)
 
     def start(self, spec_yaml: str, fingerprints: Mapping[str, Any]) -> None:
-        """Take the folder for this run, or go on in it."""
+        """Take the folder for this run, or go on in it, without what a killed process left half written."""
+        store.remove_files(self.uri, [])
         if not store.exists(self.path("run.json")):
             store.write_text(self.path("spec.yaml"), spec_yaml)
             store.write_json(self.path("run.json"), {"fingerprints": dict(fingerprints)})
@@ -158,9 +160,11 @@ class RunDirectory:
         entries = [{"name": f.uri.rpartition("/")[2], "size_bytes": f.size_bytes, "keys": list(f.keys)} for f in files]
         store.write_json(store.join(self.shot_folder(index), "manifest.json"), {"index": index, "files": entries, "record": dict(record)})
 
-    def drop_tensors(self, index: int) -> None:
-        """Remove the weights and masks of a shot from which no run will resume; its manifest stays."""
-        store.remove_files(self.shot_folder(index), ["*.safetensors"])
+    def drop_tensors(self, last: int) -> None:
+        """Remove the weights and masks of all shots up to one, from which no run will resume; their manifests stay."""
+        while self._num_dropped < last:
+            self._num_dropped += 1
+            store.remove_files(self.shot_folder(self._num_dropped), ["*.safetensors"])
 
     def committed_indices(self) -> list[int]:
         """Return 1, 2, ... up to the last shot before which every shot is committed."""

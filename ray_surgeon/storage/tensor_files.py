@@ -113,6 +113,11 @@ class Reader:
         content, dtype = bytearray(_read_part(uri, start, end)), _DTYPES[header.dtypes[name]]
         return torch.frombuffer(content, dtype=dtype).view(shape) if content else torch.empty(shape, dtype=dtype)
 
+    def close(self) -> None:
+        """Let go of the files, so that the space of removed ones is free; a further read opens its file again."""
+        with self._lock:
+            self._open.clear()
+
     def _header(self, uri: str) -> Header:
         with self._lock:
             if uri not in self._headers:

@@ -286,6 +286,23 @@ def test_only_the_last_shots_keep_their_tensors(model_folders: dict[str, Path], 
     assert [shot["index"] for shot in report_of(tmp_path / "run")["shots"]] == [1, 2, 3, 4]
 
 
+def test_what_a_killed_process_did_not_remove_goes_later(
+    model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors of a shot from before it was killed, and a file that it was writing."""
+    options: dict[str, Any] = {"pruning__num_shots": 5, "output__keep_shots": 2}
+    with monkeypatch.context() as patched:
+        patched.setattr(RunDirectory, "drop_tensors", lambda *_: sys.exit("killed") if (tmp_path / "run/shots/0003").exists() else None)
+        with pytest.raises(SystemExit):
+            run(tmp_path, model_folders["llama"], **options)
+    (tmp_path / "run/.writing-x").mkdir()
+    (tmp_path / "run/.writing-x/file").write_text("half")
+    assert run(tmp_path, model_folders["llama"], "--resume", **options) == 0
+    kept = [shot for shot in range(1, 6) if list((tmp_path / f"run/shots/{shot:04d}").glob("*.safetensors"))]
+    assert kept == [4, 5]
+    assert not (tmp_path / "run/.writing-x").exists()
+
+
 def test_tasks_of_a_run_that_goes_on_are_those_it_began_with(
     model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -418,3 +435,6 @@ def test_model_text_and_run_on_s3(model_folders: dict[str, Path], tmp_path: Path
             assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
         filesystem.rm("bucket/run/shots/0002", recursive=True)
         assert run(tmp_path / "s3", model_folders["llama"], "--resume", **options) == 0
+    stopping = {**options, "output__uri": "s3://bucket/stopped", "evaluation": {"texts": EVALUATION, "stop_above": 1.00001}}
+    assert run(tmp_path / "s3", model_folders["llama"], **stopping) == 1
+    assert "evaluation" in json.loads(files.read_text("s3://bucket/stopped/events.jsonl").splitlines()[-1])["step"], "what ended it"

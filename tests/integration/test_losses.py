@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
 import signal
 import subprocess
@@ -15,8 +16,19 @@ from typing import Any
 
 import psutil
 import pytest
+import ray
+import torch
+from ray import cloudpickle
 from ray.cluster_utils import Cluster
+from transformers import AutoConfig
 
+from ray_surgeon.cluster import ray_cluster
+from ray_surgeon.cluster.collectives import ProcessReplica
+from ray_surgeon.cluster.placement import place
+from ray_surgeon.cluster.ray_cluster import RayCluster, WorkerFailureError, connect
+from ray_surgeon.cluster.worker import Worker
+from ray_surgeon.models.layout import ModelLayout
+from ray_surgeon.sections.cluster import RaySection
 from tests.integration.runs import assert_same_shot, overflowing_model, report_of, run, tiny_spec, wait_for
 
 pytestmark = pytest.mark.ray
@@ -141,6 +153,61 @@ def test_a_lost_machine(undisturbed: Path, model_folders: dict[str, Path], tmp_p
     for shot in range(1, NUM_SHOTS + 1):
         assert_same_shot(undisturbed, tmp_path / "run", shot)
     assert retries(tmp_path / "run") == ["node"]
+
+
+def _hold(worker: Worker, seconds: float) -> int:
+    time.sleep(seconds)
+    return os.getppid()
+
+
+def _lost_before_all_meet(worker: Worker, address: str, timeout_s: float) -> None:
+    """Take the place where workers meet, and go away."""
+    if worker.placement.rank(worker.index) == 0:
+        host, port = address.removeprefix("tcp://").rsplit(":", 1)
+        store = torch.distributed.TCPStore(host, int(port), 2, is_master=True, wait_for_workers=False)
+        time.sleep(2)
+        del store
+        os._exit(1)
+    ProcessReplica(address, 1, 2, 1, worker.device, timeout_s)
+
+
+def test_what_does_not_answer_is_a_worker_or_its_machine(
+    model_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """Stopped, not killed: no connection breaks. And a worker that is lost while replicas meet is a loss like others."""
+    monkeypatch.setattr(ray_cluster, "_ANSWER_S", 12.0)
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    request.addfinalizer(lambda: cloudpickle.unregister_pickle_by_value(sys.modules[__name__]))
+    layout = ModelLayout.of(AutoConfig.from_pretrained(model_folders["llama"]))
+    section = RaySection(ping_timeout_s=6.0, start_timeout_s=60.0)
+    two = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    stopped: list[psutil.Process] = []
+    try:
+        node = two.add_node(num_cpus=2, node_ip_address="127.0.0.2")
+        two.wait_for_nodes()
+        connect(two.address, 0)
+        with monkeypatch.context() as patched:
+            patched.setattr(ray_cluster, "_join_replicas", _lost_before_all_meet)
+            with pytest.raises(WorkerFailureError):
+                RayCluster(layout, place(layout, 1, 2), section)
+        workers = RayCluster(layout, place(layout, 1, 1), section)
+        (raylet,) = workers.run_all(_hold, 0)
+        assert raylet == node.all_processes["raylet"][0].process.pid
+        machine = psutil.Process(raylet)
+        (worker,) = [p for p in machine.children(recursive=True) if p.cmdline()[0].startswith("ray::Worker")]
+        for lost, cause in (([worker], "worker"), ([machine, *machine.children(recursive=True)], "node")):
+            for process in lost:
+                process.suspend()
+                stopped.append(process)
+            with pytest.raises(WorkerFailureError) as caught:
+                workers.run_all(_hold, 1)
+            assert caught.value.failure.cause == cause
+    finally:
+        for process in stopped:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.resume()
+        ray.shutdown()
+        two.shutdown()
 
 
 @pytest.mark.chaos

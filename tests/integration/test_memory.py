@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections.abc import Container
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
+from ray_surgeon import shots
+from ray_surgeon.cluster import room
 from ray_surgeon.memory import weights
 from ray_surgeon.memory.factors import FactorStore
 from ray_surgeon.memory.stores import Scratch
@@ -187,6 +190,40 @@ def test_scratch_of_other_runs_is_left_alone(tmp_path: Path) -> None:
     Scratch(tmp_path, "one", "third", "0").remove_earlier()
     assert sorted(path.parent.name for path in tmp_path.glob("*/*/0")) == ["first", "second"]
     assert {path.parent.parent.name for path in tmp_path.glob("*/*/0")} == {"ray_surgeon-two"}
+
+
+def test_scratch_of_an_earlier_try_is_gone_before_the_disk_is_asked(
+    model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri, root, asked = str(tmp_path / "run"), tmp_path / "scratch", list[bool]()
+    left = Scratch(root, shots._key(uri), "earlier", "0-0").path("x.factor")
+    left.write_text("left by a killed worker")
+    usage = shutil.disk_usage
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda path: (asked.append(left.exists()), usage(path))[1])
+    assert run(tmp_path, model_folders["llama"], memory__weights="disk", memory__factors="disk", memory__scratch=str(root)) == 0
+    assert not any(asked)
+    assert asked
+
+
+def test_files_of_shots_are_closed_when_none_reads_them(
+    model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that is removed and still mapped takes its space. Attention is never changed, and is in the shot that a run goes on from."""
+    seen, interrupted = dict[int, set[str]](), list[int]()
+
+    def look(measured: object, before: object, limit: object, shot: int) -> None:
+        mapped = {line.split()[5] for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line}
+        seen[shot] = {name.rpartition("shots/")[2].partition("/")[0] for name in mapped if "/shots/" in name}
+        if shot == 3 and not interrupted:
+            interrupted.append(shot)
+            raise FloatingPointError("ends here")
+
+    monkeypatch.setattr(shots, "_check_for_collapse", look)
+    options: dict[str, Any] = {**GROUPS, "pruning__groups": ["ffn"], "pruning__num_shots": 5, "memory__weights": "disk"}
+    options |= {"output__keep_shots": 1, "pruning__target_sparsity": 0.2}
+    assert run(tmp_path, model_folders["llama"], **options) == 1
+    assert run(tmp_path, model_folders["llama"], "--resume", **options) == 0
+    assert seen == {1: set(), 2: {"0001"}, 3: {"0002"}, 4: {"0003"}, 5: {"0004"}}, "of the shot before alone"
 
 
 def test_a_limit_makes_weights_stream(model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
