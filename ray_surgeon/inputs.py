@@ -27,7 +27,6 @@ from ray_surgeon.export.for_engines import Shrinking, check_quantised
 from ray_surgeon.export.kinds import check_export
 from ray_surgeon.export.tasks import check_tasks
 from ray_surgeon.methods import METHODS, Groups, GroupsSection, Method, UniformGroupsSection
-from ray_surgeon.methods.layerwise import SparseGPTSection, WandaSection, check_reach
 from ray_surgeon.methods.search import Search
 from ray_surgeon.models.budgets import Budget, bytes_budget, fewest_left, flops_budget, linears_budget, parameters_budget
 from ray_surgeon.models.checkpoint import check_checkpoint
@@ -243,9 +242,14 @@ def method_for(spec: JobSpec, layout: ModelLayout) -> Method:
     pattern = getattr(pruning, "pattern", None) or getattr(pruning, "n_m", None)
     if pattern is not None and pruning.structure == "n_m":
         _check_pattern(layout, pattern[1])
-    elif isinstance(pruning, SparseGPTSection | WandaSection):
-        check_reach(pruning, layout)
-    return METHODS[type(pruning)](pruning, spec.curvature)
+    other: Method = METHODS[type(pruning)](pruning, spec.curvature)
+    most = other.reach(layout)
+    if pruning.targets[-1] > most:
+        raise ValueError(
+            f"pruning.target_sparsity: {pruning.targets[-1]:g}, but {most:.4g} is all that {pruning.method} can take from this model, "
+            "because biases count and stay; lower it"
+        )
+    return other
 
 
 def _check_kinds(layout: ModelLayout, pruning: GroupsSection | UniformGroupsSection) -> None:

@@ -134,9 +134,10 @@ def _run_shots(inputs: Inputs, workers: Cluster, run: RunDirectory, listen: Call
                 choice = method.choose(workers, scores, shot)
                 facts |= choice.facts
         with step("update", shot) as facts:
-            linears = method.apply(workers, inputs.calibration, choice, shot)
+            linears = method.of_loss(method.apply(workers, inputs.calibration, choice, shot))
             sparsity = 1 - sum(s.num_kept for s in linears) / sum(s.size for s in linears)
-            facts |= {"sparsity": sparsity, "predicted_loss_increase": predicted_increase(linears)}
+            predicted = predicted_increase(linears)
+            facts |= {"sparsity": sparsity} | ({} if predicted is None else {"predicted_loss_increase": predicted})
             record |= method.record(workers, scores, choice, linears)
         if spec.correction is not None:
             with step("correction", shot) as facts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -14,13 +15,13 @@ from ray_surgeon.cluster.cluster import Cluster
 from ray_surgeon.cluster.needs import LinearNeeds
 from ray_surgeon.cluster.worker import LinearSummary, Worker, collective, sizes
 from ray_surgeon.methods.method import Choice, Method, Scores, in_order, linear_of
-from ray_surgeon.models.layout import LinearShape
+from ray_surgeon.models.layout import LinearShape, ModelLayout
 from ray_surgeon.sections.base import Positive, Section, by_tag, tag
 from ray_surgeon.sections.curvature import AnyCurvature, ExtendedKfacSection
 from ray_surgeon.sections.targets import SparsitySection
 from ray_surgeon.surgery.element_pruning import ElementCandidates, ElementUnits, ElementUpdate, find_elements, prune_elements, unit_costs
 from ray_surgeon.surgery.masks import ElementMask
-from ray_surgeon.surgery.threshold import Threshold, bit_histogram, bucket_of, cost_curve, cost_of_bits, units_to_remove
+from ray_surgeon.surgery.threshold import SHORT, Threshold, bit_histogram, bucket_of, cost_curve, cost_of_bits, units_to_remove
 
 Pattern = tuple[Positive, Positive]
 
@@ -152,17 +153,23 @@ class Elements(Method):
         """Masks are of elements."""
         return True
 
+    def reach(self, layout: ModelLayout) -> float:
+        """Return the fraction of all candidates, and what a target may be short of; biases count and stay."""
+        weights = sum(shape.num_rows * (shape.num_columns - shape.has_bias) for shape in layout.linears)
+        return weights * self.section.units.num_removed / self.section.units.m / layout.linear_size + SHORT
+
     def needs(self, shape: LinearShape) -> LinearNeeds:
         """Both factors are factorised for the costs; the update multiplies by both as often as its solver iterates."""
-        R, C = shape.num_rows, shape.num_columns
+        R, C, units = shape.num_rows, shape.num_columns, self.section.units
+        patterns = math.comb(units.m, units.n) if self.section.costs == "obs" and units.m > 1 else 0  # each of which every group tries
         update = self.section.update
         iterations = update.num_iterations if isinstance(update, ConjugateGradientsUpdate) else 2
         return LinearNeeds(
             costs_bytes=4 * (2 * (C**2 + R**2) + max(R, C) ** 2 + 5 * R * C),
-            costs_flops=1.5 * (C**3 + R**3),
+            costs_flops=1.5 * (C**3 + R**3) + patterns * 2.0 * R * (C // units.m) * units.num_removed**2,
             update_bytes=4 * (2.5 * (C**2 + R**2) + 10 * R * C),
             update_flops=iterations * 2.0 * R * C * (R + C),
-            kept_bytes=0.0 if self.section.structure == "element" else 12.0 * R * C / self.section.units.m,
+            kept_bytes=0.0 if self.section.structure == "element" else 12.0 * R * C / units.m,
         )
 
     # On a worker

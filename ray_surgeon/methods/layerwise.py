@@ -71,20 +71,6 @@ class WandaSection(_Layerwise):
     method: Literal["wanda"] = Field(description="Wanda")
 
 
-def check_reach(section: SparseGPTSection | WandaSection, layout: ModelLayout) -> None:
-    """Refuse a target that takes more than all weights of a linear, whose bias counts and stays.
-
-    Raises:
-        ValueError: names the field.
-    """
-    most = min((shape.num_columns - shape.has_bias) / shape.num_columns for shape in layout.linears)
-    if section.target_sparsity > most:
-        raise ValueError(
-            f"pruning.target_sparsity: {section.target_sparsity:g}, but {section.method} leaves biases, and {most:.4g} of the narrowest "
-            "linear are weights; lower it"
-        )
-
-
 @dataclass(frozen=True)
 class Layerwise(Method):
     """SparseGPT or Wanda."""
@@ -100,6 +86,12 @@ class Layerwise(Method):
     def has_costs(self) -> bool:
         """There is no global threshold."""
         return False
+
+    def reach(self, layout: ModelLayout) -> float:
+        """Return the weights' fraction of the narrowest linear, whose bias counts and stays; a pattern is a target of its own."""
+        if self.section.structure == "n_m":
+            return 1.0
+        return min((shape.num_columns - shape.has_bias) / shape.num_columns for shape in layout.linears)
 
     def needs(self, shape: LinearShape) -> LinearNeeds:
         """The inverse of A and its Cholesky factor."""
@@ -154,9 +146,18 @@ class _Pruning(BlockPass):
         num_inputs, (n, m) = shape.num_columns - shape.has_bias, section.pattern
         fraction = self.sparsity * W.numel() / (len(W) * num_inputs)
         damping = (section.damping, section.max_damping) if isinstance(section, SparseGPTSection) else (0.0, 0.0)
-        options = {"damping": damping[0], "max_damping": damping[1]}
+        before = worker.mask(name, ElementMask).kept[:, :num_inputs].to(W.device)
         W[:, :num_inputs], kept, raised = prune_linear(
-            W[:, :num_inputs], A[:num_inputs, :num_inputs], fraction, n, m, method=section.method, name=name, **options
+            W[:, :num_inputs],
+            A[:num_inputs, :num_inputs],
+            fraction,
+            n,
+            m,
+            method=section.method,
+            before=before,
+            damping=damping[0],
+            max_damping=damping[1],
+            name=name,
         )
         whole = torch.ones_like(W, dtype=torch.bool)
         whole[:, :num_inputs] = kept

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -96,6 +96,10 @@ class Method(ABC):
         """Whether whole experts may be removed."""
         return False
 
+    def reach(self, layout: ModelLayout) -> float:
+        """Return the largest target that a model's shapes allow."""
+        return 1.0
+
     @property
     def used_curvature(self) -> AnyCurvature:
         """The curvature of a method that has one."""
@@ -175,6 +179,11 @@ class Method(ABC):
     def apply(self, cluster: Cluster, sequences: NDArray[np.int64], choice: Choice, shot: int) -> list[LinearSummary]:
         """Prune, and update what stays."""
 
+    def of_loss(self, linears: Sequence[LinearSummary]) -> list[LinearSummary]:
+        """Return what `apply` says, without predictions where the curvature is none of the loss, so that costs are not in nats."""
+        is_of_loss = self.curvature is not None and self.curvature.is_of_loss
+        return list(linears) if is_of_loss else [replace(linear, predicted=None) for linear in linears]
+
     def record(self, cluster: Cluster, scores: Scores[Any] | None, choice: Choice, linears: Sequence[LinearSummary]) -> dict[str, Any]:
         """Return what the report says of a shot."""
         if scores is None:
@@ -189,9 +198,10 @@ class Method(ABC):
         }
 
 
-def predicted_increase(linears: Sequence[LinearSummary]) -> float:
-    """Return the loss increase that the quadratic model predicts for a shot, in nats per token."""
-    return sum(linear.predicted or 0.0 for linear in linears)
+def predicted_increase(linears: Sequence[LinearSummary]) -> float | None:
+    """Return the loss increase that the quadratic model predicts for a shot, in nats per token, if it does."""
+    predicted = [linear.predicted for linear in linears if linear.predicted is not None]
+    return sum(predicted) if predicted else None
 
 
 def linear_of(worker: Worker, name: str, curvature: AnyCurvature) -> Linear:

@@ -68,7 +68,9 @@ def fewest_left(
         uniform: whether plain classes must be able to hold the result.
     """
     in_all = _group_numbers(layout)
-    grouped = 2 if getattr(layout.config, "n_group", None) else 1  # a router with groups takes the best two of a group
+    sparse = layout.family.sparse
+    has_groups = sparse is not None and sparse.num_groups is not None and getattr(layout.config, sparse.num_groups, None)
+    grouped = 2 if has_groups else 1  # a router with groups takes the best two of a group
     found = {kind: max(layout.num_active_experts, grouped) if kind == "experts" else min(least[kind], in_all[kind]) for kind in kinds}
     if "attention" in found:
         found["attention"] = min(k for k in kv_heads_left(layout, tensor_parallel, uniform=uniform) if k >= found["attention"])
@@ -105,7 +107,9 @@ def flops_budget(layout: ModelLayout, prompt_length: int) -> Budget:
     scores = each * heads.num_query * (prompt_length + 1) / 2
     active = layout.num_active_experts / max(1, layout.num_experts)
     weights = sum(shape.size * (1.0 if shape.expert is None else active) for shape in layout.linears)
-    dense = 2.0 * (weights + config.vocab_size * config.hidden_size) + layout.num_blocks * scores
+    narrow = getattr(config, "word_embed_proj_dim", config.hidden_size)  # OPT's embeddings may be, with a linear before and after
+    ends = config.vocab_size * narrow + (2 * narrow * config.hidden_size if narrow != config.hidden_size else 0)
+    dense = 2.0 * (weights + ends) + layout.num_blocks * scores
     return _additive(layout, "flops", dense, {"attention": scores / heads.num_kv}, {"expert_channels": 2 * active}, per_parameter=2)
 
 

@@ -18,6 +18,27 @@ class DampingSection(Section):
 
 
 class _Curvature(Section):
+    @property
+    def as_damping(self) -> Damping:
+        """The damping as the mathematics takes it."""
+        return Damping(0.0, 0.0, 1.0)
+
+    @property
+    def is_of_loss(self) -> bool:
+        """Whether costs are in nats, because G is of the loss's gradients."""
+        return False
+
+    @property
+    def sequences_backward(self) -> int | None:
+        """How many sequences pass backward, too; None if that is not limited."""
+        return None
+
+    def label_seed(self, shot: int, num_sequences: int) -> int | None:
+        """Return the seed of labels drawn from the model in a shot; None if the labels are the data's, or not needed."""
+        return None
+
+
+class _Damped(_Curvature):
     damping: DampingSection = Field(DampingSection(), description="Damping of A and G")
     max_damping: float = Field(
         1.0, gt=0, le=10, description="A factor that is not positive definite gets ten times the damping, up to this; then the run fails"
@@ -28,27 +49,23 @@ class _Curvature(Section):
         """The damping as the mathematics takes it."""
         return Damping(self.damping.a, self.damping.g, self.max_damping)
 
-    def label_seed(self, shot: int, num_sequences: int) -> int | None:
-        """Return the seed of labels drawn from the model in a shot; None if the labels are the data's, or not needed."""
-        return None
-
-    @property
-    def sequences_backward(self) -> int | None:
-        """How many sequences pass backward, too; None if that is not limited."""
-        return None
-
     @model_validator(mode="after")
-    def _cap_above_damping(self) -> _Curvature:
+    def _cap_above_damping(self) -> _Damped:
         if self.max_damping < max(self.damping.a, self.damping.g):
             raise ValueError(f"max_damping {self.max_damping:g} is below damping {self.damping.a:g}/{self.damping.g:g}; raise it")
         return self
 
 
-class _Fisher(_Curvature):
+class _Fisher(_Damped):
     fisher: Literal["empirical", "sampled"] = Field(
         "empirical", description="Labels of the gradients: the data's (empirical) or drawn from the model (sampled)"
     )
     seed: int = Field(0, ge=0, description="Seed of the labels of the sampled Fisher")
+
+    @property
+    def is_of_loss(self) -> bool:
+        """Whether costs are in nats, because G is of the loss's gradients."""
+        return True
 
     def label_seed(self, shot: int, num_sequences: int) -> int | None:
         """Return the seed of labels drawn from the model in a shot; None if the labels are the data's."""
@@ -90,14 +107,25 @@ class ExtendedKfacSection(_Fisher):
     )
 
 
-class ActivationsSection(_Curvature):
+class ActivationsSection(_Damped):
     """A alone, with G = I, from forward passes only."""
 
     kind: Literal["activations"] = Field(description="A of every linear, and G = I")
 
+    @property
+    def as_damping(self) -> Damping:
+        """The damping as the mathematics takes it."""
+        return Damping(self.damping.a, 0.0, self.max_damping)
+
+    @model_validator(mode="after")
+    def _damps_a_alone(self) -> ActivationsSection:
+        if self.damping.g != DampingSection().g:
+            raise ValueError("damping.g has no effect, because G is the identity; remove it")
+        return self
+
 
 class IdentitySection(_Curvature):
-    """A = G = I, which makes costs magnitudes."""
+    """A = G = I, which makes costs magnitudes, and needs no damping."""
 
     kind: Literal["identity"] = Field(description="A = G = I")
 

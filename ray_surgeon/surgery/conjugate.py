@@ -51,8 +51,9 @@ def dominant_part(A: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     for _ in range(_SUBSPACE_ITERATIONS):
         Q = torch.linalg.qr(A @ Q).Q
     eigenvalues, vectors = torch.linalg.eigh(Q.T @ A @ Q)
-    eigenvalues = eigenvalues[-rank:].clamp(min=0)
-    U = Q @ vectors[:, -rank:] * eigenvalues.sqrt()
+    first = len(eigenvalues) - rank
+    eigenvalues = eigenvalues[first:].clamp(min=0)
+    U = Q @ vectors[:, first:] * eigenvalues.sqrt()
     rest = (A.diagonal().sum() - eigenvalues.sum()) / max(1, C - rank)
     return U, (A.diagonal() - U.square().sum(dim=1)).clamp(min=0.1 * float(rest))
 
@@ -156,7 +157,10 @@ def update_elements(
     left, iteration = 1.0, 0
     while iteration < num_iterations and left > tolerance:
         product = _product(split, direction).mul_(mask)
-        step = _dot(residual, direction) / _dot(direction, product)
+        curved = _dot(direction, product)
+        if not (rz > 0 and curved > 0):  # the dtype has nothing more to give
+            break
+        step = _dot(residual, direction) / curved
         change.addcmul_(direction, step)
         residual.addcmul_(product, step, value=-1)
         iteration += 1
@@ -166,9 +170,9 @@ def update_elements(
         direction.mul_(-step * _dot(product, z) / rz).add_(z)
         rz = _dot(residual, z)
         left = float(torch.linalg.norm(residual)) / start
-    curved = apply_terms(change, terms)
-    predicted = _quadratic(change, curved)
-    left = float(torch.linalg.norm(curved.mul_(mask))) / start
+    product = apply_terms(change, terms)
+    predicted = _quadratic(change, product)
+    left = float(torch.linalg.norm(product.mul_(mask))) / start
     return Solution((W + change) * mask, left, predicted)
 
 
@@ -190,4 +194,4 @@ def _residual(change: Tensor, terms: Sequence[Term], mask: Tensor) -> Tensor:
 
 
 def _rank(matrix: Tensor, most: int) -> int:
-    return min(most, max(1, len(matrix) // 4))
+    return min(most, max(1, len(matrix) // 4), len(matrix) - 1)

@@ -71,10 +71,11 @@ def summed_group_costs(costs: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
         [R, C / m] costs and [R, C / m] the index into `group_patterns` of the pattern.
     """
     R, C = costs.shape
-    patterns = group_patterns(n, m).to(costs.device)
-    sums = costs.view(R, C // m, m)[:, :, patterns].sum(dim=-1)
-    best = sums.min(dim=-1)
-    return best.values, best.indices
+    groups, patterns = costs.view(R, C // m, m), group_patterns(n, m).to(costs.device)
+    number_of = torch.zeros(1 << m, dtype=torch.int64, device=costs.device)  # by the places, each a bit
+    number_of[(1 << patterns).sum(dim=-1)] = torch.arange(len(patterns), device=costs.device)
+    places = groups.sort(dim=-1, stable=True).indices[:, :, : m - n].sort(dim=-1).values
+    return groups.gather(-1, places).sum(dim=-1), number_of[(1 << places).sum(dim=-1)]
 
 
 def pattern_removals(chosen: Tensor, choice: Tensor, n: int, m: int) -> Tensor:

@@ -95,7 +95,7 @@ def find_elements(linear: Linear, units: ElementUnits, costs: str) -> ElementCan
 
 def _scales(linear: Linear, live: Part, row_scale: Tensor, column_scale: Tensor) -> tuple[Tensor, Tensor]:
     """Put scales of the live part into those of the whole linear, with zeros for the rest."""
-    if row_scale.shape[1] > 1:
+    if row_scale.shape[1] != 1:
         return live.put(row_scale * column_scale, linear.zeros()), column_scale.new_ones(1, 1)
     rows, columns = linear.W.new_zeros(len(live.rows), 1), linear.W.new_zeros(1, len(live.columns))
     rows[live.rows], columns[:, live.columns] = row_scale, column_scale
@@ -108,6 +108,8 @@ def _joint_group_costs(linear: Linear, live: Part, curvature: LinearCurvature, u
     W = linear.W[live.rows][:, : linear.num_inputs] * alive
     by_group = linear.W.new_zeros(len(linear.W), linear.num_inputs // m)
     choice = torch.zeros_like(by_group, dtype=torch.int64)
+    if not alive.any():
+        return by_group, choice
     by_group[live.rows], choice[live.rows] = group_costs(W, *curvature.inverse_blocks(places.view(-1, m)), n, m)
     return by_group, choice
 
@@ -180,4 +182,4 @@ def _updated_directly(W: Tensor, curvature: LinearCurvature, kept: Tensor, updat
     if update.solver == "single":
         alone = W * ~kept / torch.outer(G_inverse.diagonal(), A_inverse.diagonal())
         return (W - G_inverse @ alone @ A_inverse) * kept
-    return update_in_chunks(W, A_inverse, G_inverse, ~kept & (W != 0), update.max_correlate) * kept
+    return update_in_chunks(W, A_inverse, G_inverse, ~kept, update.max_correlate)

@@ -35,7 +35,9 @@ def group_costs(
     needed: int = 0,
     most: float = math.inf,
 ) -> Tensor:
-    """Return the marginal cost at which each group is pruned, see `greedy_set_costs`; 0 for groups whose inputs are always zero.
+    """Return the marginal cost at which each group is pruned, see `greedy_set_costs`.
+
+    Groups whose inputs are always zero cost 0, if others' are not.
 
     Args:
         linear: the consumer.
@@ -62,16 +64,14 @@ def group_costs(
     left[always_zero] = False
     numbers = left.nonzero()[:, 0]
     path = GreedyPath(alive.of(linear.W), curvature.A, curvature.G, prunes_rows=False, sets=place[columns[numbers]])
-    if len(always_zero):
-        path.remove_columns(place[columns[always_zero]].flatten())
     if not len(numbers):
         return costs
     name = f"{linear.name} groups"
     if limit is None:
         single, order = path.column_set_costs().cpu().sort(stable=True)
         check_costs(name, single)
-        most = max(0, len(numbers) - least)
-        costs[numbers.cpu()[order[:most]]] = single[:most]
+        num_pruned = max(0, len(numbers) - least)
+        costs[numbers.cpu()[order[:num_pruned]]] = single[:num_pruned]
     else:
         costs[numbers.cpu()] = greedy_set_costs(path, least, name=name, limit=limit, needed=needed, most=most)
     return costs

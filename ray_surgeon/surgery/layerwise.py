@@ -6,6 +6,8 @@ The curvature is A alone; the bias is left as it is.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -38,11 +40,21 @@ def wanda(W: Tensor, A_diagonal: Tensor, sparsity: float, n: int, m: int) -> Ten
     if m > 1:
         return ~smallest_in_groups(scores, n, m)
     kept = torch.ones_like(W, dtype=torch.bool)
-    return kept.scatter_(1, scores.topk(round(sparsity * W.shape[1]), dim=1, largest=False).indices, False)
+    return kept.scatter_(1, scores.topk(_at_least(sparsity, W.shape[1]), dim=1, largest=False).indices, False)
 
 
 def sparsegpt(
-    W: Tensor, A: Tensor, sparsity: float, n: int, m: int, *, damping: float, max_damping: float, name: str, block_size: int = BLOCK_SIZE
+    W: Tensor,
+    A: Tensor,
+    sparsity: float,
+    n: int,
+    m: int,
+    *,
+    before: Tensor,
+    damping: float,
+    max_damping: float,
+    name: str,
+    block_size: int = BLOCK_SIZE,
 ) -> tuple[Tensor, Tensor, RaisedDamping | None]:
     """Prune a linear column by column, each removal made up for by the columns to its right.
 
@@ -56,6 +68,7 @@ def sparsegpt(
         sparsity: fraction to prune, if `m` is 1.
         n: elements that stay in each group.
         m: elements of a group; 1 for single elements.
+        before: [R, C] bool, what earlier shots kept; what they pruned goes first, whatever it became in this one.
         damping: relative to the mean of the diagonal.
         max_damping: see `factorise`.
         name: the linear, for errors.
@@ -72,7 +85,8 @@ def sparsegpt(
     def prune(start: int, c: int, part: Tensor) -> Tensor:
         scale = U.diagonal()[start : start + part.shape[1]].square()
         if m == 1 and c == 0:
-            kept[:, start : start + part.shape[1]] = _largest(part.square() / scale, sparsity)
+            scores = (part.square() / scale).masked_fill(~before[:, start : start + part.shape[1]], -1.0)
+            kept[:, start : start + part.shape[1]] = _largest(scores, sparsity)
         if m > 1 and c % m == 0:
             kept[:, start + c : start + c + m] = ~smallest_in_groups(part[:, c : c + m].square() / scale[c : c + m], n, m)
         return part[:, c] * kept[:, start + c]
@@ -82,11 +96,11 @@ def sparsegpt(
 
 
 def prune_linear(
-    W: Tensor, A: Tensor, sparsity: float, n: int, m: int, *, method: str, damping: float, max_damping: float, name: str
+    W: Tensor, A: Tensor, sparsity: float, n: int, m: int, *, method: str, before: Tensor, damping: float, max_damping: float, name: str
 ) -> tuple[Tensor, Tensor, RaisedDamping | None]:
     """Return the new weights, what is kept and the damping that was needed by ``sparsegpt`` or ``wanda``; arguments as theirs."""
     if method == "sparsegpt":
-        return sparsegpt(W, A, sparsity, n, m, damping=damping, max_damping=max_damping, name=name)
+        return sparsegpt(W, A, sparsity, n, m, before=before, damping=damping, max_damping=max_damping, name=name)
     kept = wanda(W, A.diagonal(), sparsity, n, m)
     return W * kept, kept, None
 
@@ -94,5 +108,10 @@ def prune_linear(
 def _largest(scores: Tensor, sparsity: float) -> Tensor:
     """Keep all but the smallest `sparsity` of the scores, whichever rows they are in."""
     kept = torch.ones(scores.numel(), dtype=torch.bool, device=scores.device)
-    kept[scores.flatten().topk(round(sparsity * scores.numel()), largest=False).indices] = False
+    kept[scores.flatten().topk(_at_least(sparsity, scores.numel()), largest=False).indices] = False
     return kept.view_as(scores)
+
+
+def _at_least(fraction: float, number: int) -> int:
+    """Return so much of a number, rounded up, as other methods do to reach their target."""
+    return min(number, math.ceil(fraction * number - 1e-6))

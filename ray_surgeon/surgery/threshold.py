@@ -142,6 +142,8 @@ def smallest_enough(values: Tensor, num_removed: Callable[[float], int], wanted:
     return float(values[low])
 
 
+SHORT = 1e-3
+"""Of all parameters, as many as may be left over when a target would take every candidate."""
 _LOW_BITS = 16
 
 
@@ -182,12 +184,14 @@ def cost_of_bits(high: int, low: int) -> float:
 def units_to_remove(target_sparsity: float, num_parameters: int, num_pruned: int, num_per_unit: int, num_candidates: int) -> int:
     """Return how many units of `num_per_unit` entries must be pruned to reach the target.
 
+    All of them if they come short of it by no more than `SHORT`: biases count and stay.
+
     Raises:
         ValueError: there are not that many candidates.
     """
     missing = math.ceil(target_sparsity * num_parameters - 1e-6) - num_pruned
     num_units = max(0, math.ceil(missing / num_per_unit))
     most = (num_pruned + num_candidates * num_per_unit) / num_parameters
-    if num_units > num_candidates and target_sparsity - most > 1e-3:
+    if num_units > num_candidates and target_sparsity - most > SHORT:
         raise ValueError(f"pruning.target_sparsity: {target_sparsity:g} cannot be reached; all candidates together are {most:.4f}")
     return min(num_units, num_candidates)

@@ -57,6 +57,40 @@ def test_what_sparsegpt_damped_more_than_asked_is_in_the_report(model_folders: d
     assert all(event["asked"] == 0 < event["used"] for event in shot["damping_used"])
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pruning__structure": "n_m"},
+        {"pruning__structure": "n_m", "pruning__costs": "obs_sum"},
+        {"pruning__structure": "n_m", "curvature__kind": "extended_kfac"},
+        {"pruning__structure": "element", "curvature__kind": "extended_kfac"},
+        {"pruning__structure": "element", "pruning__update": {"solver": "chunks"}},
+        {"pruning__structure": "element", "pruning__update": {"solver": "single"}},
+    ],
+    ids=str,
+)
+def test_linears_whose_inputs_are_always_zero(options: dict[str, Any], model_folders: dict[str, Path], tmp_path: Path) -> None:
+    """As after attention or a feed-forward layer was pruned away; their weights cost nothing, and all of them go first."""
+    model = AutoModelForCausalLM.from_pretrained(model_folders["llama"])
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.zero_()
+        model.model.layers[2].self_attn.v_proj.weight.zero_()
+    model.save_pretrained(tmp_path / "model")
+    for path in model_folders["llama"].glob("tokenizer*"):
+        shutil.copy(path, tmp_path / "model")
+    assert run(tmp_path, tmp_path / "model", **options) == 0
+    assert report_of(tmp_path / "run")["shots"][-1]["sparsity"] == pytest.approx(0.3, abs=0.02)
+
+
+def test_a_target_beside_biases_is_refused_before_anything_runs(
+    model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for options in ({"pruning__structure": "n_m", "pruning__target_sparsity": 0.5}, {"pruning__target_sparsity": 0.995}):
+        assert run(tmp_path, model_folders["opt"], **{"pruning__structure": "element", **options}) == 2
+        assert "biases count and stay" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("target", [0.3, 0.97])
 def test_rows_and_columns_where_the_blocks_that_are_asked_are_ahead(target: float, model_folders: dict[str, Path], tmp_path: Path) -> None:
     """Of every four blocks the first says how far greedy paths go; here it alone is far above the target of the second shot."""
@@ -335,8 +369,9 @@ def test_blocks_are_pruned_from_the_inputs_of_the_pruned_ones_before(
             weight, x = model.get_parameter(f"{name}.weight"), torch.cat(store)
             shape = next(s for s in shapes if s.name == name)
             fraction = sparsity * shape.num_columns / (shape.num_columns - shape.has_bias)
+            before, A = torch.ones_like(weight, dtype=torch.bool), x.T @ x / len(x)
             expected, _, _ = prune_linear(
-                weight.detach(), x.T @ x / len(x), fraction, n, m, method=method, damping=0.01, max_damping=1.0, name=name
+                weight.detach(), A, fraction, n, m, method=method, before=before, damping=0.01, max_damping=1.0, name=name
             )
             same = float(((expected == 0) == (found[f"{name}.weight"] == 0)).double().mean())
             assert same > 0.99, f"{name}: {same}"

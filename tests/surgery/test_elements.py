@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
@@ -158,6 +159,38 @@ def test_one_chunk_is_the_dense_solution() -> None:
     removed = random_removal(6, 7, 0.4)
     found = update_in_chunks(W, torch.linalg.inv(A), torch.linalg.inv(G), removed, 1000)
     torch.testing.assert_close(found, dense_removal(W, A, G, removed)[0], rtol=1e-8, atol=1e-10)
+
+
+def test_chunks_hold_what_earlier_shots_pruned() -> None:
+    """Everything that is pruned is in the chunks; else it would get a part of the update, and lose it again."""
+    W, A, G = problem()
+    of = linear(W, A, G)
+    before = ElementMask(~random_removal(6, 7, 0.3))
+    W = of.W * before.kept
+    of = replace(of, W=W)
+    update = ElementUpdate("chunks", max_correlate=1000)
+    units = ElementUnits()
+    found = find_elements(of, units, "obs")
+    threshold = float(unit_costs(of, before, units, found).flatten().sort().values[5])
+    removal, after = prune_elements(of, before, units, found, threshold, update)
+    expected, predicted = dense_removal(W, damped(A, 0.01), damped(G, 0.1), ~after.kept)
+    torch.testing.assert_close(removal.W, expected, rtol=1e-6, atol=1e-8)
+    assert removal.predicted == pytest.approx(predicted, rel=1e-6)
+
+
+@pytest.mark.parametrize("precision", [None, torch.float32])
+def test_more_iterations_than_the_dtype_has_digits_for(precision: torch.dtype | None) -> None:
+    W, A, G = (x.float() for x in problem(6, 8))
+    found = update_elements(W, [(G, A)], ~random_removal(6, 8, 0.4), num_iterations=1000, tolerance=0.0, product_dtype=precision)
+    assert torch.isfinite(found.W).all()
+    assert found.residual < 1e-4
+
+
+def test_a_linear_of_one_column() -> None:
+    W, A, G = problem(8, 1)
+    removed = random_removal(8, 1, 0.4)
+    found = update_elements(W, [(G, A)], ~removed, num_iterations=50, tolerance=1e-9)
+    torch.testing.assert_close(found.W, dense_removal(W, A, G, removed)[0], rtol=1e-6, atol=1e-8)
 
 
 def test_chunks_are_taken_one_after_the_other_on_the_weights_so_far() -> None:

@@ -39,17 +39,27 @@ def by_definition(W: Tensor, A: Tensor, sparsity: float, n: int, m: int, block: 
 @pytest.mark.parametrize("block", [4, 100])
 def test_sparsegpt_is_its_definition(n: int, m: int, block: int) -> None:
     W, A, _ = problem(5, 12)
-    found, kept, _ = sparsegpt(W, A, 0.5, n, m, block_size=block, **OPTIONS)  # type: ignore[arg-type]
+    found, kept, _ = sparsegpt(W, A, 0.5, n, m, before=W != 0, block_size=block, **OPTIONS)  # type: ignore[arg-type]
     expected, expected_kept = by_definition(W, A, 0.5, n, m, block)
     assert torch.equal(kept, expected_kept)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
     assert not found[~kept].any()
 
 
+def test_what_sparsegpt_pruned_stays_pruned_in_the_next_shot() -> None:
+    """Columns to the right of a block change before the block chooses, pruned ones, too."""
+    W, A, _ = problem(8, 24)
+    W, before, _ = sparsegpt(W, A, 0.3, 0, 1, before=W != 0, block_size=4, **OPTIONS)  # type: ignore[arg-type]
+    found, kept, _ = sparsegpt(W, A, 0.6, 0, 1, before=before, block_size=4, **OPTIONS)  # type: ignore[arg-type]
+    assert not (kept & ~before).any()
+    assert not found[~kept].any()
+    assert float((~kept).double().mean()) >= 0.6
+
+
 def test_sparsegpt_removes_inputs_that_are_always_zero() -> None:
     W, A, _ = problem(5, 12)
     A[3], A[:, 3] = 0, 0
-    found, kept, raised = sparsegpt(W, A, 0.5, 0, 1, **OPTIONS)  # type: ignore[arg-type]
+    found, kept, raised = sparsegpt(W, A, 0.5, 0, 1, before=W != 0, **OPTIONS)  # type: ignore[arg-type]
     assert not found[:, 3].any()
     assert torch.isfinite(found).all()
     assert int((~kept).sum()) == 30
@@ -60,7 +70,8 @@ def test_sparsegpt_says_what_it_damped_more_than_asked() -> None:
     W, A, _ = problem(5, 12)
     A[:, 1], A[1] = A[:, 0], A[0]
     A[1, 1] = A[0, 0] = A[0, 1]
-    *_, raised = sparsegpt(W, A - 1e-9 * A[0, 0] * torch.eye(12, dtype=A.dtype), 0.5, 0, 1, damping=0.0, max_damping=1.0, name="x")
+    A -= 1e-9 * A[0, 0] * torch.eye(12, dtype=A.dtype)
+    *_, raised = sparsegpt(W, A, 0.5, 0, 1, before=W != 0, damping=0.0, max_damping=1.0, name="x")
     assert raised is not None
     assert (raised.linear, raised.factor, raised.asked) == ("x", "A", 0.0)
     assert raised.used > 0
@@ -72,6 +83,7 @@ def test_wanda_keeps_the_largest_of_each_row_or_group() -> None:
     kept = wanda(W, A.diagonal(), 0.25, 0, 1)
     for r in range(5):
         assert set((~kept[r]).nonzero()[:, 0].tolist()) == set(scores[r].argsort()[:3].tolist())
+    assert int((~wanda(W, A.diagonal(), 0.2, 0, 1)).sum(dim=1).min()) == 3, "at least a fifth of 12, as other methods do"
     kept = wanda(W, A.diagonal(), 0.0, 2, 4)
     for r in range(5):
         for start in (0, 4, 8):
