@@ -151,7 +151,7 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
     placement = place(layout, spec.cluster.num_shards, spec.cluster.num_replicas)
     if isinstance(spec.pruning, GroupsSection | UniformGroupsSection):
         pruning, uniform = spec.pruning, isinstance(spec.pruning, UniformGroupsSection)
-        shrinking = Shrinking(pruning.groups, pruning.fewest_groups, pruning.multiple, uniform)
+        shrinking = Shrinking(pruning.groups, pruning.fewest_groups, pruning.multiple, uniform, pruning.tensor_parallel)
         for kind in spec.output.exports:
             check_export(kind, layout, shrinking)
         if spec.output.quantize is not None:
@@ -243,11 +243,10 @@ def method_for(spec: JobSpec, layout: ModelLayout) -> Method:
     if pattern is not None and pruning.structure == "n_m":
         _check_pattern(layout, pattern[1])
     other: Method = METHODS[type(pruning)](pruning, spec.curvature)
-    most = other.reach(layout)
-    if pruning.targets[-1] > most:
+    if pruning.target_sparsity > (most := other.reach(layout)):
         raise ValueError(
-            f"pruning.target_sparsity: {pruning.targets[-1]:g}, but {most:.4g} is all that {pruning.method} can take from this model, "
-            "because biases count and stay; lower it"
+            f"pruning.target_sparsity: {pruning.target_sparsity:g}, but {most:.4g} is all that {pruning.method} can take from this "
+            "model, because biases count and stay; lower it"
         )
     return other
 

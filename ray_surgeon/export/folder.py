@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from transformers import AutoTokenizer
 
 from ray_surgeon.cluster.cluster import Cluster
 from ray_surgeon.cluster.fresh_process import run_module
@@ -80,15 +81,28 @@ def dense_document(model: ModelSection) -> dict[str, Any]:
     document = json.loads(open_model(model, convert_gguf).fetch("config.json").read_text(encoding="utf-8"))
     for name in ("torch_dtype", "quantization_config", "auto_map"):
         document.pop(name, None)
-    return dict(document) | {"dtype": model.dtype}
+    # blocks that guess further tokens are no part of the model that transformers runs, and not read
+    without = {"num_nextn_predict_layers": 0} if document.get("num_nextn_predict_layers") else {}
+    return dict(document) | {"dtype": model.dtype} | without
 
 
-def copy_small_files(model: ModelSection, uri: str) -> None:
-    """Copy the tokenizer and the generation configuration of the dense model."""
+def copy_small_files(model: ModelSection, uri: str, model_type: str | None = None) -> None:
+    """Copy the tokenizer and the generation configuration of the dense model.
+
+    transformers chooses a tokenizer's class by the type of the model, and some classes build another one than the file says. So for
+    another type than the dense model's, the tokenizer is written as it is for that one.
+    """
     dense = open_model(model, convert_gguf)
     for name in SMALL_FILES:
         if name in dense.names and name != "config.json":
             files.put_file(files.join(uri, name), dense.fetch(name))
+    if model_type in (None, json.loads(dense.fetch("config.json").read_text(encoding="utf-8")).get("model_type")):
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        AutoTokenizer.from_pretrained(dense.small_files_folder()).save_pretrained(scratch)
+        said = json.loads((Path(scratch) / "tokenizer_config.json").read_text(encoding="utf-8"))
+        files.write_json(files.join(uri, "tokenizer_config.json"), said | {"tokenizer_class": "PreTrainedTokenizerFast"})
+        files.put_file(files.join(uri, "tokenizer.json"), Path(scratch) / "tokenizer.json")
 
 
 def write_gguf_files(

@@ -31,6 +31,7 @@ class Shrinking:
     fewest: Mapping[str, int]  # kind -> groups that stay in every block
     multiple: int  # feed-forward widths are multiples of this in the end
     uniform: bool  # whether all blocks have the same widths
+    tensor_parallel: int = 1  # devices over which engines will split heads and channels
 
 
 def check_gguf(layout: ModelLayout, shrinking: Shrinking) -> None:
@@ -65,19 +66,22 @@ def check_quantised(layout: ModelLayout, shrinking: Shrinking, section: Quantize
         )
     if section.scheme != "w4a16":
         return
-    heads, size = layout.heads, section.group_size or 128
+    heads, size, devices = layout.heads, section.group_size or 128, shrinking.tensor_parallel
     ffn, attention = layout.family.ffn.consumer, "" if layout.family.attention is None else layout.family.attention.consumer
-    of_heads = heads.head_dim * heads.n_rep * (1 if "attention" in shrinking.kinds else heads.num_kv)
+    left = kv_heads_left(layout, devices, uniform=shrinking.uniform) if "attention" in shrinking.kinds else (heads.num_kv,)
     for name, shape in layout.shapes.items():
         columns, remedy = shape.num_columns - shape.has_bias, ""
-        if shape.role == ffn and "ffn" in shrinking.kinds:
-            columns, remedy = math.gcd(columns, shrinking.multiple), "raise pruning.width_multiple, or "
+        if shape.role == ffn:
+            if "ffn" in shrinking.kinds:
+                columns, remedy = math.gcd(columns, shrinking.multiple), "raise pruning.width_multiple, or "
+            columns //= devices
         elif shape.role == attention:
-            columns = of_heads
+            columns = math.gcd(*(k * heads.n_rep * heads.head_dim // devices for k in left))
         if columns % size:
+            each = f" on each of {devices} devices" if devices > 1 and shape.role in (ffn, attention) else ""
             raise ValueError(
                 f"output.quantize: groups of group_size {size} do not fill the rows of {name}, whose columns will be a multiple of "
-                f"{columns}; {remedy}set group_size to a divisor, such as {math.gcd(columns, size)}"
+                f"{columns}{each}; {remedy}set group_size to a divisor, such as {math.gcd(columns, size)}"
             )
 
 

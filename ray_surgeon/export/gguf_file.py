@@ -142,7 +142,7 @@ def _add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> None:
     model, cut = tokenizer_names(document)
     writer.add_tokenizer_model(model)
     writer.add_tokenizer_pre(cut)
-    tokens = _tokens(document, vocab_size)
+    tokens = _tokens(document, vocab_size, has_pieces=model == "llama")
     writer.add_token_list([token.encode() for token, _ in tokens])
     writer.add_token_types([kind for _, kind in tokens])
     if model == "llama":
@@ -167,8 +167,11 @@ def _has_space_prefix(document: Mapping[str, Any]) -> bool:
     return any(part["type"] == "Prepend" or part.get("prepend_scheme", "never") != "never" for part in parts)
 
 
-def _tokens(document: Mapping[str, Any], vocab_size: int) -> list[tuple[str, gguf.TokenType]]:
-    """Return every token by its number; numbers that no token has are embeddings that nothing uses."""
+def _tokens(document: Mapping[str, Any], vocab_size: int, *, has_pieces: bool) -> list[tuple[str, gguf.TokenType]]:
+    """Return every token by its number; numbers that no token has are embeddings that nothing uses.
+
+    Of a tokenizer of pieces, llama.cpp takes U+2581 for a space, but not in tokens that were added and are not special.
+    """
     unknown = document["model"].get("unk_token")
     by_number = {}
     for token, number in document["model"]["vocab"].items():
@@ -176,7 +179,8 @@ def _tokens(document: Mapping[str, Any], vocab_size: int) -> list[tuple[str, ggu
         by_number[number] = token, kind
     for added in document.get("added_tokens", []):
         kind = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
-        by_number[added["id"]] = added["content"], gguf.TokenType.UNKNOWN if added["content"] == unknown else kind
+        content = added["content"].replace("\u2581", " ") if has_pieces and not added["special"] else added["content"]
+        by_number[added["id"]] = content, gguf.TokenType.UNKNOWN if added["content"] == unknown else kind
     return [by_number.get(number, (f"[PAD{number}]", gguf.TokenType.UNUSED)) for number in range(vocab_size)]
 
 

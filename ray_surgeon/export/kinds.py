@@ -139,9 +139,9 @@ def export(
         return export_gguf(cluster, layout, model, uri, widths, left_out, facts, output.gguf)
     document, modules = dense_document(model), KINDS[kind].modules
     size_bytes = write_weights(cluster, uri, cut_out=kind != "masked", masks=kind == "masked", left_out=left_out, stored=not modules)
-    copy_small_files(model, uri)
     if kind != "masked":
         document = _narrow(kind, layout, document, widths)
+    copy_small_files(model, uri, document["model_type"])
     files.write_json(files.join(uri, "config.json"), for_older_readers(document))
     for module in modules:
         files.write_text(files.join(uri, module), shipped_source(module, layout.config))

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ray_surgeon.cluster.cluster import Cluster
@@ -115,7 +117,16 @@ def _random_model(document: Mapping[str, Any], folder: Path, dtype: torch.dtype,
     """Return a model of a configuration with random weights; modeling code, if any, lies in the folder."""
     (folder / "config.json").write_text(json.dumps(document))
     config = AutoConfig.from_pretrained(folder, trust_remote_code=shipped_code)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=shipped_code)
+    with init_empty_weights(include_buffers=False):  # classes whose blocks differ build the dense model, and make it narrow
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=shipped_code)
+    filled: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, absent in module.named_parameters(recurse=False):
+            if id(absent) not in filled:
+                values = torch.empty_like(absent, device="cpu").normal_(std=0.02)
+                filled[id(absent)] = nn.Parameter(values, requires_grad=False)
+            setattr(module, name, filled[id(absent)])
+    model.tie_weights()
     return model
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import transformers
 from transformers import PretrainedConfig
 
 from ray_surgeon.models.families import SparseLayer
@@ -76,9 +77,17 @@ def kv_heads_left(layout: ModelLayout, tensor_parallel: int, *, uniform: bool) -
 
 def _holds_heads(layout: ModelLayout, num_query_heads: int) -> bool:
     config = layout.config
-    if not layout.family.has_free_heads:
+    if not layout.family.has_free_heads or not _fits_factors(config, num_query_heads):
         return False
     return config.hidden_size % num_query_heads == 0 or layout.family.has_any_heads or _is_mistral(config)
+
+
+def _fits_factors(config: PretrainedConfig, num_query_heads: int) -> bool:
+    """Whether a Phi-3 has a factor for every rotated pair: it counts them by the hidden size over the heads, whatever head_dim is."""
+    parameters = config.rope_parameters if config.model_type == "phi3" else {}
+    rotated = int(config.hidden_size // num_query_heads * parameters.get("partial_rotary_factor", 1.0))
+    lists = [parameters.get(name) for name in ("short_factor", "long_factor")]
+    return all(len(factors) == rotated // 2 for factors in lists if factors is not None)
 
 
 def _is_mistral(config: PretrainedConfig) -> bool:
@@ -115,6 +124,7 @@ def uniform_document(layout: ModelLayout, document: Mapping[str, Any], widths: S
     narrow |= {"num_attention_heads": num_query_heads, "num_key_value_heads": width.num_kv_heads, "head_dim": heads.head_dim}
     if config.model_type == "llama" and config.hidden_size % num_query_heads:
         narrow |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
+        narrow["transformers_version"] = transformers.__version__  # of a Mistral from before 5 it doubts the tokenizer
         for name in ("attention_bias", "mlp_bias", "pretraining_tp"):
             narrow.pop(name, None)
     return narrow

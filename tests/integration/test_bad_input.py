@@ -151,7 +151,9 @@ def test_a_data_set_that_is_cut_here_is_cut_at_one_place(model: Path, tmp_path: 
 def test_more_than_the_weights_beside_biases(model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of 32 inputs and a bias 32 of 33 can go."""
     wanda = {"pruning__method": "wanda", "pruning__structure": "element", "pruning__target_sparsity": 0.975}
-    assert "but 0.9697 is all that wanda can take from this model, because biases count and stay" in refused(capsys, run(tmp_path, model_folders["opt"], **wanda))
+    assert "but 0.9697 is all that wanda can take from this model, because biases count and stay" in refused(
+        capsys, run(tmp_path, model_folders["opt"], **wanda)
+    )
     assert run(tmp_path, model_folders["llama"], "--dry-run", **wanda) == 0
 
 

@@ -17,8 +17,9 @@ import torch
 import yaml
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, Phi3Config
 
+from ray_surgeon.cluster.fresh_process import run_module
 from ray_surgeon.export import folder as export_folder
 from ray_surgeon.export.folder import dense_document, reload_difference, write_weights
 from ray_surgeon.export.kinds import shipped_source
@@ -29,6 +30,7 @@ from ray_surgeon.pipeline import main
 from ray_surgeon.sections.texts import ModelSection
 from tests.conftest import CONFIGS, LAYOUTS
 from tests.integration.runs import loaded, report_of, run, tiny_spec
+from tests.serve.models import of_pieces
 
 GROUPS: dict[str, Any] = {"pruning__structure": "groups", "pruning__width_multiple": 8, "pruning__target_sparsity": 0.4}
 TOKENS = torch.arange(30)[None] + 7
@@ -97,6 +99,61 @@ def test_heads_that_do_not_divide_become_a_mistral(model_folders: dict[str, Path
     assert said.startswith("MistralForCausalLM")
     masked = AutoModelForCausalLM.from_pretrained(tmp_path / "run/export/masked")
     torch.testing.assert_close(found, masked(TOKENS).logits, atol=1e-4, rtol=0)
+
+
+def test_phi3_holds_heads_that_its_rotary_factors_allow() -> None:
+    """It counts factors by the hidden size over the heads, and refuses to load with others."""
+    plain, factors = CONFIGS["phi3"].to_dict(), [1.0] * (CONFIGS["phi3"].hidden_size // CONFIGS["phi3"].num_attention_heads // 2)
+    scaling = {"type": "longrope", "long_factor": factors, "short_factor": factors}
+    config = Phi3Config(**{k: v for k, v in plain.items() if k != "rope_parameters"}, rope_scaling=scaling)
+    assert plain_kv_heads(ModelLayout.of(CONFIGS["phi3"])) == tuple(range(1, config.num_key_value_heads + 1))
+    assert plain_kv_heads(ModelLayout.of(config)) == (config.num_key_value_heads,)
+
+
+@pytest.mark.parametrize(("family", "kind"), [("llama", "uniform"), ("llama", "per_block"), ("mistral", "per_block"), ("mistral", "deci")])
+def test_an_export_of_another_type_has_the_same_tokens(family: str, kind: str, tmp_path: Path) -> None:
+    """transformers builds Llama's tokenizer anew from its pieces, and takes Mistral's as the file has it."""
+    heads = {"hidden_size": 40, "num_attention_heads": 5, "num_key_value_heads": 5, "head_dim": 8, "vocab_size": 900}
+    config = CONFIGS[family].__class__(**{**CONFIGS[family].to_dict(), **heads, "sliding_window": None, "intermediate_size": 512})
+    folder = tmp_path / "model"
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    of_pieces().save_pretrained(folder)
+    document = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(document | {"tokenizer_class": "LlamaTokenizer", "legacy": True}))
+    options = {**GROUPS, "pruning__groups": ["attention"], "pruning__target_sparsity": 0.02, "pruning__num_shots": 1}
+    options |= {"pruning__allocation": "uniform"} if kind == "uniform" else {}
+    options |= {"pruning__groups": ["ffn"], "pruning__width_multiple": 256, "pruning__target_sparsity": 0.4} if kind == "deci" else {}
+    assert run(tmp_path, folder, **options, output__exports=[kind]) == 0
+    export = tmp_path / "run/export" / kind
+    changed = json.loads((export / "config.json").read_text())
+    assert changed["model_type"] != config.model_type
+    assert not (kind == "uniform" and changed["transformers_version"].startswith("4")), "it would doubt the tokenizer of such a Mistral"
+    before, after = AutoTokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(export)
+    for text in ("hello world", " lead", "</s>hello", "<s>[INST] for the value[/INST] x</s><s>[INST]  a  b\n  c"):
+        assert after(text)["input_ids"] == before(text)["input_ids"], text
+        assert after.decode(after(text)["input_ids"]) == before.decode(before(text)["input_ids"])
+
+
+def test_blocks_that_guess_further_tokens_are_not_promised(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    model = Path(shutil.copytree(model_folders["glm4_moe"], tmp_path / "model"))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
+    assert dense_document(ModelSection(source=str(model)))["num_nextn_predict_layers"] == 0
+
+
+def test_memory_of_a_narrow_model_is_not_that_of_the_dense_one(tmp_path: Path) -> None:
+    """Classes whose blocks differ build the dense model first."""
+    config = CONFIGS["llama"].__class__(**{**CONFIGS["llama"].to_dict(), "hidden_size": 256, "intermediate_size": 16384, "head_dim": 32})
+    dense, layout = config.to_dict() | {"dtype": "float32"}, ModelLayout.of(config)
+    widths = [BlockWidths(512, layout.heads.num_kv)] * layout.num_blocks
+    document = per_block_document(layout, dense, widths, "modeling_pruned")
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    (tmp_path / "modeling_pruned.py").write_text(shipped_source("modeling_pruned.py", config))
+    options = {"prompt_length": 8, "num_new_tokens": 2, "num_repeats": 1, "num_threads": 1}
+    request = {"uri": str(tmp_path), "dense": dense, "options": options, "shipped_code": True}
+    of_dense, of_pruned = (run_module("ray_surgeon.export.speed", request | {"only": only}) for only in ("dense", "pruned"))
+    less = of_dense["peak_rss_bytes"] - of_pruned["peak_rss_bytes"]
+    assert less > 0.8 * 4 * 3 * 256 * (16384 - 512) * layout.num_blocks
 
 
 @pytest.mark.parametrize("remove_blocks", [False, True])

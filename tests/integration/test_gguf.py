@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from ray_surgeon.export.gguf_file import KINDS, Tensors, _local_tokenizer, write_gguf
+from ray_surgeon.export.gguf_file import KINDS, Tensors, _local_tokenizer, _tokens, write_gguf
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.llama_cpp import _pre_tokenizer, architecture_of
 from ray_surgeon.models.pruned_config import BlockWidths, block_widths
@@ -157,6 +157,14 @@ def test_names_of_ways_to_cut_text(document: dict[str, Any] | None, expected: st
             _pre_tokenizer(document)
     else:
         assert _pre_tokenizer(document) == expected
+
+
+def test_added_runs_of_spaces_are_spaces() -> None:
+    """Gemma's; llama.cpp takes U+2581 for a space in pieces only."""
+    added = [{"id": 1, "content": "\u2581\u2581", "special": False}, {"id": 2, "content": "<\u2581>", "special": True}]
+    document = {"model": {"vocab": {"\u2581a": 0}}, "added_tokens": added}
+    names = [[token for token, _ in _tokens(document, 3, has_pieces=has_pieces)] for has_pieces in (True, False)]
+    assert names == [["\u2581a", "  ", "<\u2581>"], ["\u2581a", "\u2581\u2581", "<\u2581>"]]
 
 
 def test_a_damaged_file_is_noticed(model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

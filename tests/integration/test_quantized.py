@@ -63,6 +63,16 @@ def test_groups_that_do_not_fill_the_rows_are_refused(
     assert expected in capsys.readouterr().err
 
 
+def test_groups_must_fill_the_rows_of_every_device(
+    model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`o_proj` has 32 columns, and an engine gives each of two devices half of them."""
+    pruning = UNIFORM | {"pruning__groups": ["ffn"], "pruning__width_multiple": 64, "pruning__tensor_parallel": 2}
+    asked = {"scheme": "w4a16", "group_size": 32}
+    assert run(tmp_path, model_folders["llama"], "--dry-run", **pruning, output__quantize=asked) == 2
+    assert "o_proj, whose columns will be a multiple of 16 on each of 2 devices" in " ".join(capsys.readouterr().err.split())
+
+
 def test_groups_must_fill_the_rows() -> None:
     with pytest.raises(ValueError, match="48 columns are no multiple of group_size 32"):
         quantised(torch.randn(4, 48), scheme_of("w4a16", 32))
