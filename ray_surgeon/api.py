@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import reprlib
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers.utils.logging
+from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from ray_surgeon.cluster.local import LocalCluster
@@ -30,7 +32,7 @@ from ray_surgeon.run.display import Display, new_console
 from ray_surgeon.sections.cluster import RaySection
 from ray_surgeon.sections.texts import ModelSection
 from ray_surgeon.shots import run_shots
-from ray_surgeon.spec import JobSpec
+from ray_surgeon.spec import JobSpec, validation_message
 from ray_surgeon.storage import files
 from ray_surgeon.storage.sources import SMALL_FILES, open_model
 from ray_surgeon.storage.texts import first_token
@@ -86,7 +88,7 @@ class PruneResult:
         if "from_pretrained" not in export["load"]:
             raise ValueError(f"the export {export['kind']} is not for transformers; load another, or: {export['load']}")
         trusted = "trust_remote_code=True" in export["load"]  # the code beside the weights is ours, written by the run
-        with local_folder(str(export["uri"])) as (folder, _):
+        with local_folder(str(export["uri"])) as (folder, _), _without_bars():
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
                 folder, **({"dtype": "auto", "trust_remote_code": trusted} | options)
             )
@@ -163,7 +165,13 @@ def prune(
     }
     given = {key: value for key, value in sections.items() if value is not None}
     if spec is None:
-        spec = _spec_of(model, tokenizer, given)
+        try:
+            spec = _spec_of(model, tokenizer, given)
+        except ValidationError as error:
+            derived = () if evaluation is not None else ("evaluation",)
+            raise ValueError(validation_message(error, "what prune() was given", derived)) from error
+    elif not isinstance(spec, JobSpec):
+        raise ValueError(f"spec: got a {type(spec).__name__}; give ray_surgeon.parse_spec(Path('spec.yaml').read_text())")
     elif model is not None or tokenizer is not None or given:
         raise ValueError("spec: it says everything already; leave model, tokenizer and the sections out")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -201,6 +209,12 @@ def run(inputs: Inputs, display: Display, *, disconnects: bool = False) -> Prune
     return PruneResult(directory.uri, files.read_json(directory.path("report.json")))
 
 
+_EXAMPLES = {
+    "calibration": "such as {'source': 'python-docs', 'num_sequences': 64, 'sequence_length': 512}",
+    "pruning": "such as {'structure': 'groups', 'groups': ['ffn'], 'target_sparsity': 0.2}",
+}
+
+
 def _spec_of(model: str | PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase | None, given: Mapping[str, Any]) -> JobSpec:
     """Return the job spec that the arguments of `prune` stand for."""
     document: dict[str, Any] = {"version": 2, "name": "model", "cluster": {"backend": "local"}} | dict(given)
@@ -208,16 +222,21 @@ def _spec_of(model: str | PreTrainedModel | None, tokenizer: PreTrainedTokenizer
         raise ValueError("model: give a Hub id, a folder, a URI, or a model in memory; or a whole spec")
     if isinstance(model, str) and "name" not in given:
         document["name"] = _as_name(model)
+    for section in ("calibration", "pruning"):
+        if not isinstance(document.get(section), Mapping):
+            got = "is missing" if section not in document else f"got {reprlib.repr(document[section])}"
+            raise ValueError(f"{section}: {got}; give the fields of that section of a job spec, {_EXAMPLES[section]}")
     output = document.get("output", {})
     if not isinstance(output, str | os.PathLike | Mapping):
         raise ValueError(f"output: got {output!r}; give a folder, a URI, or the section of that name")
     output = dict(output) if isinstance(output, Mapping) else {"uri": os.fspath(output)}
     document["output"] = {"uri": f"./runs/{document['name']}"} | output
-    pruning = document.get("pruning")
-    if "exports" not in output and isinstance(pruning, Mapping) and pruning.get("structure") == "groups":
+    pruning, calibration = document["pruning"], document["calibration"]
+    if "exports" not in output and pruning.get("structure") == "groups":
         document["output"]["exports"] = ["uniform" if pruning.get("allocation") == "uniform" else "per_block"]
-    calibration = document.get("calibration")
-    if "evaluation" not in document and isinstance(calibration, Mapping):
+    if "evaluation" not in document:
+        if calibration.get("split", "train") == "test":
+            raise ValueError("evaluation: the calibration reads the test part of its text, so name another text to measure on")
         document["evaluation"] = [_test_part(calibration)]
     if isinstance(model, str):
         if tokenizer is not None:

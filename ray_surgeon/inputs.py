@@ -36,9 +36,10 @@ from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.llama_cpp import tokenizer_names
 from ray_surgeon.models.pruned_config import check_rope, kv_heads_left
 from ray_surgeon.run.directory import RunDirectory
+from ray_surgeon.sections.cluster import LocalSection
 from ray_surgeon.sections.targets import FlopsTarget, LatencyTarget, ParametersTarget
 from ray_surgeon.sections.texts import ModelSection, SelfSection, SourceSection
-from ray_surgeon.spec import JobSpec
+from ray_surgeon.spec import JobSpec, with_absolute_paths
 from ray_surgeon.storage import files
 from ray_surgeon.storage.sources import open_model
 from ray_surgeon.storage.texts import Windows, cut_windows, first_token, interleaved, is_saved_whole, order, token_stream, windows_of
@@ -144,6 +145,10 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
         ValueError: something cannot work; names the field, what was found, and the remedy.
     """
     spec = with_absolute_paths(spec)
+    if not dry_run and isinstance(spec.cluster, LocalSection) and spec.cluster.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("cluster.gpus_per_worker: 1, but torch sees no GPU here; set it to 0, or install torch with CUDA and a driver")
+    with _as_input_error(f"output.uri: cannot use {spec.output.uri}"):
+        RunDirectory(spec.output.uri).is_new()  # raises if it holds something else
     with _as_input_error(f"model.source: cannot read {spec.model.source}"):
         source = open_model(spec.model, convert_gguf)
         folder = source.small_files_folder()
@@ -167,7 +172,9 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
     tokenizer, tokenizer_fingerprint = _load_tokenizer(folder, source.origin)
     if "gguf" in spec.output.exports:
         tokenizer_names(json.loads(tokenizer.backend_tokenizer.to_str()))
-    search = Search.of(method)
+    tasks, search = spec.evaluation.tasks, Search.of(method)
+    if tasks is not None:
+        check_tasks(tasks)
     num_searched = 0 if search is None else search.section.num_sequences
     calibration, searched, texts = _read_texts(spec, num_searched, tokenizer, layout.config)
     fingerprints: dict[str, Any] = {
@@ -180,9 +187,6 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
     }
     if search is not None:
         fingerprints["search"] = searched.fingerprint
-    tasks = spec.evaluation.tasks
-    if tasks is not None:
-        check_tasks(tasks)
     # scores before and after are of the same tasks; a run may go on without tasks that fail
     fingerprints["tasks"] = None if tasks is None else tasks.model_dump(mode="json", exclude={"batch_size"})
     tokens = {name: windows.tokens for name, windows in texts.items()}
@@ -325,19 +329,6 @@ def _check_pattern(layout: ModelLayout, m: int) -> None:
             raise ValueError(
                 f"pruning.n_m: {shape.name} has {shape.num_columns - shape.has_bias} inputs, not a multiple of {m}; choose another M"
             )
-
-
-def with_absolute_paths(spec: JobSpec) -> JobSpec:
-    """Return the spec with local paths made absolute: workers run in other folders than the driver."""
-    model, output, evaluation = spec.model, spec.output, spec.evaluation
-    if Path(model.source).exists():
-        model = model.model_copy(update={"source": str(Path(model.source).resolve())})
-    if "://" not in output.uri:
-        output = output.model_copy(update={"uri": str(Path(output.uri).expanduser().resolve())})
-    if evaluation.tasks is not None and evaluation.tasks.include is not None and "://" not in evaluation.tasks.include:
-        include = str(Path(evaluation.tasks.include).expanduser().resolve())
-        evaluation = evaluation.model_copy(update={"tasks": evaluation.tasks.model_copy(update={"include": include})})
-    return spec.model_copy(update={"model": model, "output": output, "evaluation": evaluation})
 
 
 @contextlib.contextmanager

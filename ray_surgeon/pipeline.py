@@ -9,7 +9,6 @@ import argparse
 import json
 import os
 import re
-import reprlib
 import shlex
 import signal
 import sys
@@ -20,6 +19,7 @@ import torch
 from pydantic import ValidationError
 from rich.console import Console
 
+import ray_surgeon
 from ray_surgeon.api import PruneResult, run
 from ray_surgeon.cluster.devices import DEVICES, Device, Room
 from ray_surgeon.cluster.plan import DoesNotFitError, plan_table
@@ -31,7 +31,7 @@ from ray_surgeon.run.directory import RunDirectory
 from ray_surgeon.run.display import Display, new_console
 from ray_surgeon.run.report import export_lines, shots_table
 from ray_surgeon.sections.cluster import RaySection
-from ray_surgeon.spec import JobSpec, parse_spec
+from ray_surgeon.spec import JobSpec, parse_spec, validation_message
 from ray_surgeon.storage import files
 
 _MAX_SPEC_BYTES = 2**20
@@ -102,24 +102,6 @@ def _planned_for(arguments: argparse.Namespace, inputs: Inputs) -> tuple[Room, D
     return Room(arguments.device_memory or device.memory_bytes, host, disk, device_is_host=False), device
 
 
-def validation_message(error: ValidationError, origin: str) -> str:
-    """Return what is wrong with a job spec: a line for every field, with what was given and the remedy."""
-    lines = [f"{origin} is not a valid job spec:"]
-    for problem in error.errors(include_url=False):
-        if problem["type"] == "default_factory_not_called":  # follows from another problem
-            continue
-        place = [str(part) for part in problem["loc"]]
-        tags = [part[1:-1] for part in place if part.startswith("<")]
-        path = ".".join(part for part in place if not part.startswith("<")) or "spec"
-        message = problem["msg"].removeprefix("Value error, ")
-        given = "" if problem["type"] in ("missing", "value_error") else f" (got {reprlib.repr(problem['input'])[:80]})"
-        if problem["type"] == "extra_forbidden":
-            message = f"is not an option of {tags[-1]}" if tags else "is not an option"
-            given += "; remove it or correct its name, --schema lists the fields"
-        lines.append(f"  {path}: {message}{given}")
-    return "\n".join(lines)
-
-
 def _read_spec(uri: str, overrides: Sequence[str]) -> JobSpec:
     try:
         files.check_size(uri, _MAX_SPEC_BYTES, "this is no job spec; see the files in pipelines/")
@@ -147,7 +129,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m ray_surgeon.p
 
     try:
         inputs = check(_read_spec(arguments.spec, arguments.set), resume=arguments.resume, dry_run=arguments.dry_run)
-        console.print(f"{inputs.spec.pruning.shots} shots to {inputs.goal}, {inputs.calibration.size} calibration tokens each")
+        shots = inputs.spec.pruning.shots
+        console.print(f"{shots} shot{'s' * (shots > 1)} to {inputs.goal}, {inputs.calibration.size} calibration tokens each")
         if arguments.dry_run:
             if not inputs.fingerprints:
                 console.print("planned from config.json alone: there are no weights to check")
@@ -201,6 +184,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
 def cli(argv: Sequence[str] | None = None) -> int:
     """Run ``ray-surgeon COMMAND ...`` and return the exit code."""
     parser = argparse.ArgumentParser(prog="ray-surgeon", description="Prune large language models with The LLM Surgeon over Ray workers.")
+    parser.add_argument("--version", action="version", version=f"ray-surgeon {ray_surgeon.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (text, _) in _COMMANDS.items():
         commands.add_parser(name, help=text, add_help=False)

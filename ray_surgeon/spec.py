@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import reprlib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from ray_surgeon.methods import CorrectionSection, GroupsSection, PruningSection, UniformGroupsSection
 from ray_surgeon.sections.base import Section
@@ -176,7 +178,7 @@ def parse_spec(text: str, overrides: Sequence[str] = ()) -> JobSpec:
         raise ValueError(f"the job spec is not valid YAML: {error}; see the files in pipelines/") from error
     if not isinstance(document, dict):
         raise ValueError(f"the job spec must be a mapping of sections, got {type(document).__name__}; see the files in pipelines/")
-    if document.get("version") == 1 and type(document["version"]) is int:
+    if str(document.get("version")) == "1":
         changes = list(_changes_since_version_1(document))
         raise ValueError(
             "version: this job spec has version 1, and version 2 is read here. Set version: 2"
@@ -189,15 +191,86 @@ def parse_spec(text: str, overrides: Sequence[str] = ()) -> JobSpec:
 
 def _apply_override(document: dict[str, Any], override: str) -> None:
     path, equals, value = override.partition("=")
-    *parents, last = path.split(".")
-    if not equals or not all((*parents, last)):
+    keys = path.split(".")
+    if not equals or not all(keys):
         raise ValueError(f"--set {override}: expected section.field=value, e.g. --set pruning.target_sparsity=0.3")
-    place: Any = document
     try:
-        for key in parents:
-            if isinstance(place, dict) and place.get(key) is None:  # absent, or switched off by null
-                place[key] = {}
-            place = place[int(key)] if isinstance(place, list) else place[key]
-        place[int(last) if isinstance(place, list) else last] = yaml.safe_load(value)
-    except (TypeError, *_YAML_ERRORS) as error:
-        raise ValueError(f"--set {override}: there is no such place in the spec ({error}); list items are numbered from 0") from error
+        content = yaml.safe_load(value)
+    except _YAML_ERRORS as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"--set {override}: the value is no YAML ({reason}); put it into quotes, as in '{path}=\"{value}\"'") from error
+    if keys[0] == "evaluation" and keys[1:2] in [[n] for n in EvaluationSection.model_fields] and isinstance(document["evaluation"], list):
+        document["evaluation"] = {"texts": document["evaluation"]}  # for which a list is short
+    place: Any = document
+    for number, key in enumerate(keys):
+        above, is_last = ".".join(keys[:number]), number == len(keys) - 1
+        if isinstance(place, list):
+            if not key.isdecimal() or not int(key) < len(place):
+                raise ValueError(f"--set {override}: {above} is a list with items 0 to {len(place) - 1}, and {key!r} is none of them")
+        elif not isinstance(place, dict):
+            raise ValueError(f"--set {override}: {above} is {place!r}, which has no fields; give {above} itself another value")
+        elif not is_last and place.get(key) is None:  # absent, or switched off by null
+            place[key] = {}
+        at: Any = int(key) if isinstance(place, list) else key
+        if is_last:
+            place[at] = content
+        else:
+            place = place[at]
+
+
+_SENTENCES = {
+    "missing": "is missing; add it, `ray-surgeon schema` describes it",
+    "tuple_type": "expected a list, such as [a, b]",
+    "list_type": "expected a list, such as [a, b]",
+    "model_type": "expected fields, such as {name: value}",
+    "model_attributes_type": "expected fields, such as {name: value}",
+    "dict_type": "expected fields, such as {name: value}",
+    "int_parsing": "expected a whole number, written out",
+    "float_parsing": "expected a number; with an exponent it needs a point and a sign, as in 1.0e+8",
+}
+"""Type of an error of pydantic's -> what it means to people who write YAML."""
+
+
+def validation_message(error: ValidationError, origin: str, derived: Sequence[str] = ()) -> str:
+    """Return what is wrong with a job spec: a line for every field, with what was given and the remedy.
+
+    Args:
+        error: of `JobSpec`.
+        origin: of the spec.
+        derived: sections that were made of others; what is wrong with them follows.
+    """
+    lines, problems = list[str](), error.errors(include_url=False)
+
+    def follows(problem: Any) -> bool:
+        """Whether others say it: a default that was not made, or a list that is short of an item that is wrong itself."""
+        place, others = problem["loc"], [other["loc"] for other in problems if other is not problem]
+        is_short = problem["type"] == "too_short" and any(other[: len(place)] == place for other in others)
+        is_derived = place[:1] and place[0] in derived and any(other[:1] and other[0] not in derived for other in others)
+        return problem["type"] == "default_factory_not_called" or is_short or bool(is_derived)
+
+    for problem in (problem for problem in problems if not follows(problem)):
+        place = [str(part) for part in problem["loc"]]
+        tags = [part[1:-1] for part in place if part.startswith("<")]
+        path = ".".join(part for part in place if not part.startswith("<")) or "spec"
+        message = _SENTENCES.get(problem["type"], problem["msg"].removeprefix("Value error, "))
+        given = "" if problem["type"] in ("missing", "value_error") else f" (got {reprlib.repr(problem['input'])[:80]})"
+        if problem["type"] == "extra_forbidden":
+            message = f"is not an option of {tags[-1]}" if tags else "is not an option"
+            given += "; remove it or correct its name, `ray-surgeon schema` lists the fields"
+        lines.append(f"  {path}: {message}{given}")
+    return "\n".join([f"{origin} is not a valid job spec:", *lines])
+
+
+def with_absolute_paths(spec: JobSpec) -> JobSpec:
+    """Return the spec with local paths made absolute: workers run in other folders than the driver."""
+    model, output, evaluation, memory = spec.model, spec.output, spec.evaluation, spec.memory
+    if (here := Path(model.source).expanduser()).exists():
+        model = model.model_copy(update={"source": str(here.resolve())})
+    if memory.scratch is not None:
+        memory = memory.model_copy(update={"scratch": str(Path(memory.scratch).expanduser().resolve())})
+    if "://" not in output.uri:
+        output = output.model_copy(update={"uri": str(Path(output.uri).expanduser().resolve())})
+    if evaluation.tasks is not None and evaluation.tasks.include is not None and "://" not in evaluation.tasks.include:
+        include = str(Path(evaluation.tasks.include).expanduser().resolve())
+        evaluation = evaluation.model_copy(update={"tasks": evaluation.tasks.model_copy(update={"include": include})})
+    return spec.model_copy(update={"model": model, "output": output, "evaluation": evaluation, "memory": memory})

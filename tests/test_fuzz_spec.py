@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from ray_surgeon import pipeline
-from ray_surgeon.spec import JobSpec, parse_spec
+from ray_surgeon.spec import JobSpec, parse_spec, validation_message
 
 PIPELINES = sorted((Path(__file__).parent.parent / "pipelines").rglob("*.yaml"))
 DOCUMENTS = [JobSpec.model_validate(yaml.safe_load(path.read_text())).model_dump(mode="json") for path in PIPELINES]
@@ -64,7 +64,7 @@ def understood_or_refused(text: str) -> None:
     try:
         spec = parse_spec(text)
     except ValidationError as error:
-        message = pipeline.validation_message(error, "spec.yaml")
+        message = validation_message(error, "spec.yaml")
         assert message.startswith("spec.yaml is not a valid job spec:\n  ")
         assert len(message) < 20_000
     except ValueError as error:
@@ -96,7 +96,7 @@ def test_any_override(place: str, value: Any) -> None:
     try:
         parse_spec(text, [f"{place}={yaml.safe_dump(value, allow_unicode=True)}"])
     except ValidationError as error:
-        assert pipeline.validation_message(error, "spec.yaml")
+        assert validation_message(error, "spec.yaml")
     except ValueError as error:
         assert str(error)
 

@@ -9,9 +9,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from ray_surgeon.methods import METHODS
-from ray_surgeon.pipeline import main, validation_message
+from ray_surgeon.pipeline import main
 from ray_surgeon.sections.base import Section
-from ray_surgeon.spec import JobSpec, parse_spec
+from ray_surgeon.spec import JobSpec, parse_spec, validation_message
 
 PIPELINES = sorted((Path(__file__).parent.parent / "pipelines").rglob("*.yaml"))
 MINIMAL = """
@@ -211,6 +211,47 @@ IDLE = [
     ({"curvature.num_kronecker_terms": 2}, "curvature.num_kronecker_terms: is not an option of kfac"),
     ({"cluster.backend": "local", "cluster.ping_timeout_s": 3}, "cluster.ping_timeout_s: is not an option of local"),
 ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"pruning.structure": "groups", "pruning.groups": "[ffm]"}, ["pruning.groups.0: Input should be"]),
+        ({"evaluation.0.nam": "x"}, ["nam: is not an option"]),
+        ({"output.exports": "uniform"}, ["output.exports: expected a list, such as [a, b] (got 'uniform')"]),
+        ({"calibration": "python-docs"}, ["calibration: expected fields, such as {name: value} (got 'python-docs')"]),
+        ({"memory.weights": "gpu"}, ["memory.weights: Input should be 'auto', 'device', 'host' or 'disk' (got 'gpu')"]),
+        ({"memory.scratch": "s3://bucket/x"}, ["memory.scratch: s3://bucket/x is not on a local disk"]),
+        ({"model": "{}"}, ["model.source: is missing; add it"]),
+        ({"curvature.kind": "activations", "curvature.damping": "{g: 0.2}"}, ["damping.g has no effect"]),
+        ({"curvature.kind": "identity", "curvature.damping": "{a: 0.2}"}, ["curvature.damping: is not an option of identity"]),
+    ],
+    ids=str,
+)
+def test_a_mistake_is_said_once_and_in_words_of_the_spec(changes: dict[str, Any], expected: list[str]) -> None:
+    with pytest.raises(ValidationError) as caught:
+        parse_spec(MINIMAL, [f"{path}={value}" for path, value in changes.items()])
+    first, *lines = validation_message(caught.value, "spec.yaml").split("\n")
+    assert first == "spec.yaml is not a valid job spec:"
+    assert len(lines) == len(expected), lines
+    assert all(part in line for line, part in zip(lines, expected, strict=True)), lines
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("calibration.source=*.txt", "the value is no YAML .* put it into quotes"),
+        ("name.first=x", "name is '.*', which has no fields"),
+        ("evaluation.7.name=x", "evaluation is a list with items 0 to 0, and '7' is none of them"),
+    ],
+)
+def test_overrides_that_have_no_place(override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_spec(MINIMAL, [override])
+
+
+def test_an_override_may_add_to_a_list_of_texts() -> None:
+    assert parse_spec(MINIMAL, ["evaluation.stop_above=3"]).evaluation.stop_above == 3.0
 
 
 @pytest.mark.parametrize(("changes", "message"), IDLE, ids=[str(c) for c, _ in IDLE])

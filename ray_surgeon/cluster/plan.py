@@ -113,7 +113,8 @@ def plan_job(layout: ModelLayout, placement: Placement, job: Job, wanted: Memory
         DoesNotFitError: nothing fits; names the step that binds, and what would do.
     """
     limit = math.inf if wanted.limit_gib is None else wanted.limit_gib * 2**30
-    usable = replace(room, device=min(limit, _SAFE * room.device), host=_SAFE * room.host, disk=_SAFE * room.disk)
+    unlimited = replace(room, device=_SAFE * room.device, host=_SAFE * room.host, disk=_SAFE * room.disk)
+    usable = replace(unlimited, device=min(limit, unlimited.device))
     shapes = Shapes(layout, job)
     plans = [_plan(shapes, placement, job, stores, usable, device) for stores in _ways(job, placement, wanted, room)]
     fitting = [plan for plan in plans if plan.excess()[0] <= 1]
@@ -122,7 +123,7 @@ def plan_job(layout: ModelLayout, placement: Placement, job: Job, wanted: Memory
     best = min(plans, key=lambda plan: plan.excess()[0])
     raise DoesNotFitError(
         f"memory: the job does not fit: {best.excess()[1]} (with weights: {best.stores.weights}, factors: {best.stores.factors}, "
-        f"wave: {best.stores.wave}); {_remedy(shapes, placement, job, wanted, usable, device, best)}"
+        f"wave: {best.stores.wave}); {_remedy(shapes, placement, job, wanted, usable, unlimited, device, best)}"
     )
 
 
@@ -142,8 +143,10 @@ def _ways(job: Job, placement: Placement, wanted: MemorySection, room: Room) -> 
             yield Stores(weights, factors, activations, min(wave, per_replica))
 
 
-def _remedy(shapes: Shapes, placement: Placement, job: Job, wanted: MemorySection, room: Room, device: Device, best: Plan) -> str:
-    """Return the smallest change that would do."""
+def _remedy(
+    shapes: Shapes, placement: Placement, job: Job, wanted: MemorySection, room: Room, unlimited: Room, device: Device, best: Plan
+) -> str:
+    """Return the smallest change that would do; `unlimited` is the room without `memory.limit_gib`."""
 
     def fits(num_shards: int) -> bool:
         other = place(shapes.layout, num_shards, placement.num_replicas)
@@ -163,7 +166,13 @@ def _remedy(shapes: Shapes, placement: Placement, job: Job, wanted: MemorySectio
         ways = (_plan(shapes, placement, job, stores, room, device) for stores in _ways(job, placement, free, room))
         if any(plan.excess()[0] <= 1 for plan in ways):
             remedies.append("leave memory to the plan, which finds a way")
-    remedies.append(f"or give workers with {best.excess()[0]:.2g} times that memory")
+    times = best.excess()[0]
+    if wanted.limit_gib is not None and _plan(shapes, placement, job, best.stores, unlimited, device).excess()[0] <= 1:
+        remedies.append(f"or raise memory.limit_gib to {math.ceil(100 * wanted.limit_gib * times) / 100:g}")
+    else:
+        remedies.append(
+            f"or give workers with {times:.2g} times that memory" if times < 100 else f"or give workers with {times:.0f} times it"
+        )
     return ", ".join(remedies).removeprefix("or ")
 
 

@@ -81,9 +81,9 @@ class RunDirectory:
             )
         if not resume:
             raise ValueError(
-                f"output.uri: {self.uri} already holds this run, with {len(self.committed_indices())} committed shots; continue it "
-                f"with --resume (resume=True in Python), or choose another folder, for instance "
-                f"--set output.uri={shlex.quote(self.uri.rstrip('/') + '-2')}"
+                f"output.uri: {self.uri} already holds this run, of which {len(self.committed_indices())} shots are committed; "
+                "continue it with --resume (resume=True in Python), or choose another folder, for instance "
+                f"--set output.uri={shlex.quote(self.uri.rstrip('/') + '-2')} (output in Python)"
             )
         if done := self.committed_indices():
             self.check_tensors(self.read_shot(done[-1]))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -230,8 +231,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print and plot the comparison of run directories, and write it as a page; exit code 2 if one has no report."""
     parser = argparse.ArgumentParser(prog="ray-surgeon report", description="Compare runs in one table, one plot and one page.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directory, local or on any fsspec URI")
-    parser.add_argument("--plot", default="perplexity.png", metavar="FILE", help=f"plot to write, a .{', .'.join(FORMATS)} file on any URI")
-    parser.add_argument("--html", default="comparison.html", metavar="FILE", help="page to write, with every run whole, on any URI")
+    parser.add_argument(
+        "--plot", default="perplexity.png", metavar="FILE", help=f"plot to write, a .{', .'.join(FORMATS)} file on any URI; %(default)s"
+    )
+    parser.add_argument(
+        "--html", default="comparison.html", metavar="FILE", help="page to write, with every run whole, on any URI; %(default)s"
+    )
     parser.add_argument("--text", help="evaluation text of the plot; the first one of the first run if not given")
     arguments = parser.parse_args(argv)
     console, errors = Console(width=None if sys.stdout.isatty() else LOG_WIDTH), Console(stderr=True)
@@ -240,6 +245,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         errors.print(f"error: no report: {error}; give run directories with a report.json", style="red", markup=False, soft_wrap=True)
         return 2
+    names = Counter(record["spec"]["name"] for record in records)
+    for run, record in zip(arguments.runs, records, strict=True):
+        if names[record["spec"]["name"]] > 1:
+            record["spec"]["name"] = run
     console.print(comparison_table(records))
     texts = list(dict.fromkeys(text for record in records for text in record["dense"]["perplexity"]))
     try:

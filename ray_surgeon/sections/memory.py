@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from ray_surgeon.memory.stores import Activations, Place
 from ray_surgeon.sections.base import Positive, Section
 
 
@@ -16,13 +15,15 @@ class MemorySection(Section):
     Every choice gives the same weights, bit for bit on a CPU; they differ in memory and time.
     """
 
-    weights: Place | Literal["auto"] = Field(
+    weights: Literal["auto", "device", "host", "disk"] = Field(
         "auto",
         description="Of the blocks. device: all stay there; host: in the host's memory, copied block by block; disk: read block by block "
         "from the model's files or the last shot, and changed ones from scratch",
     )
-    factors: Place | Literal["auto"] = Field("auto", description="A and G of all linears: device, host, or disk (files in scratch)")
-    activations: Activations | Literal["auto"] = Field(
+    factors: Literal["auto", "device", "host", "disk"] = Field(
+        "auto", description="A and G of all linears: device, host, or disk (files in scratch)"
+    )
+    activations: Literal["auto", "keep", "recompute"] = Field(
         "auto",
         description="Of a block between its forward and backward pass: keep, which needs weights and factors on the device, or recompute "
         "from the block's inputs",
@@ -32,6 +33,13 @@ class MemorySection(Section):
         None, gt=0, description="GiB of its device, on the CPU of the host, that a worker may use; all there is if not given"
     )
     scratch: str | None = Field(None, description="Local folder for what is on disk; the folder for temporary files if not given")
+
+    @field_validator("scratch")
+    @classmethod
+    def _is_local(cls, scratch: str | None) -> str | None:
+        if scratch is not None and "://" in scratch:
+            raise ValueError(f"{scratch} is not on a local disk; give a folder of the workers' machines")
+        return scratch
 
     @model_validator(mode="after")
     def _keeps_what_is_there(self) -> MemorySection:

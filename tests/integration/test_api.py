@@ -125,11 +125,27 @@ def test_a_path_and_a_whole_spec(model_folders: dict[str, Path], tmp_path: Path,
         ({"output": 3}, "output: got 3"),
         ({"output": [1]}, "output: got"),
         ({"output": ""}, "uri"),
+        ({"calibration": None}, "calibration: is missing; give the fields"),
+        ({"calibration": ["one text", "another"]}, "calibration: got .*; give the fields"),
+        ({"calibration": TEXT | {"split": "test"}}, "the calibration reads the test part of its text"),
+        ({"pruning": "groups"}, "pruning: got 'groups'; give the fields"),
     ],
 )
 def test_sections_of_wrong_types_are_named(sections: dict[str, Any], message: str, model_folders: dict[str, Path]) -> None:
     with pytest.raises(ValueError, match=message):
         ray_surgeon.prune(str(model_folders["llama"]), **{"calibration": TEXT, "pruning": GROUPS, **sections})
+
+
+def test_what_is_wrong_is_said_once_in_words(model_folders: dict[str, Path]) -> None:
+    """As on the command line: no inner names, and nothing of sections that nobody gave."""
+    with pytest.raises(ValueError, match="is not a valid job spec") as caught:
+        ray_surgeon.prune(str(model_folders["llama"]), calibration=TEXT | {"strid": 3}, pruning=GROUPS | {"target_sparsity": 30})
+    first, *lines = str(caught.value).split("\n")
+    assert first == "what prune() was given is not a valid job spec:"
+    assert [line.split(":")[0].strip() for line in lines] == ["calibration.strid", "pruning.target_sparsity"]
+    with pytest.raises(ValueError, match=r"spec: got a str; give ray_surgeon.parse_spec"):
+        ray_surgeon.prune(spec="quickstart.yaml")  # type: ignore[arg-type]
+    assert {"prune", "curvature", "JobSpec"} <= set(dir(ray_surgeon))
 
 
 def test_an_output_may_be_a_path_and_remedies_are_of_python_too(model_folders: dict[str, Path], tmp_path: Path) -> None:

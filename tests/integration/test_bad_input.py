@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -11,6 +12,7 @@ from typing import Any
 import datasets
 import fsspec
 import pytest
+import torch
 from s3fs import S3FileSystem
 from safetensors.torch import load_file, save_file
 
@@ -83,6 +85,24 @@ def test_specs_that_cannot_work(
 ) -> None:
     message = refused(capsys, run(tmp_path, model, **changes))
     assert [word for word in words if word not in message] == [], message
+
+
+def test_a_gpu_that_is_not_there(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "cluster.gpus_per_worker: 1, but torch sees no GPU" in refused(capsys, run(tmp_path, model, cluster__gpus_per_worker=1))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_home_is_found(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(model.parent))
+    assert run(tmp_path, Path("~") / model.name, "--dry-run", memory__scratch="~/scratch") == 0
+
+
+def test_a_limit_that_is_too_low_is_to_be_raised(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(capsys, run(tmp_path, model, "--dry-run", memory__limit_gib=0.1))
+    found = re.search(r"raise memory\.limit_gib to ([0-9.]+)", message)
+    assert found is not None, message
+    assert run(tmp_path, model, "--dry-run", memory__limit_gib=float(found[1])) == 0
 
 
 def test_unknown_family(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
