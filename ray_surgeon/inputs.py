@@ -96,9 +96,7 @@ class Inputs:
             return None
         said = f"feed-forward layers keep multiples of {pruning.multiple} channels"
         liked = _COLUMNS_OF_QUANTISED_KERNELS * pruning.tensor_parallel
-        return (
-            said if pruning.multiple % liked == 0 else f"{said}; kernels for quantised weights pad or refuse what is no multiple of {liked}"
-        )
+        return said if pruning.multiple % liked == 0 else f"{said}; to quantise later, set pruning.width_multiple to {liked}"
 
     def plan(self, room: Room, device: Device) -> Plan:
         """Return how the job runs.

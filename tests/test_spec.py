@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from ray_surgeon.pipeline import main
 from ray_surgeon.sections.base import Section
 from ray_surgeon.spec import JobSpec, parse_spec, validation_message
 
-PIPELINES = sorted((Path(__file__).parent.parent / "pipelines").rglob("*.yaml"))
+ROOT = Path(__file__).parent.parent
+PIPELINES = sorted((ROOT / "pipelines").rglob("*.yaml"))
 MINIMAL = """
 version: 2
 name: x
@@ -248,6 +250,13 @@ def test_a_mistake_is_said_once_and_in_words_of_the_spec(changes: dict[str, Any]
 def test_overrides_that_have_no_place(override: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_spec(MINIMAL, [override])
+
+
+def test_overrides_that_the_readme_names() -> None:
+    found = re.findall(r"`([a-z0-9-]+\.yaml)` with\s+`((?:--set \S+ ?)+)`", (ROOT / "README.md").read_text())
+    assert found
+    for file, overrides in found:
+        parse_spec((ROOT / "pipelines" / file).read_text(), overrides.replace("--set ", "").split())
 
 
 def test_an_override_may_add_to_a_list_of_texts() -> None:

@@ -279,13 +279,13 @@ def _each_wave(
     return [by_number[number] for number in wanted]
 
 
-def sequence_losses(cluster: Cluster, sequences: NDArray[np.int64], only: Sequence[int] | None = None) -> list[float]:
+def sequence_losses(cluster: Cluster, sequences: NDArray[np.int64]) -> list[float]:
     """Return the summed NLL in nats of sequences, see `_each_wave`."""
 
     def at_the_end(last: WorkerIndex, moving: Any, numbers: list[int]) -> list[float]:
         return cluster.submit(last, infer_loss, moving, token_payload(sequences[numbers]))
 
-    return _each_wave(cluster, sequences, at_the_end, only)
+    return _each_wave(cluster, sequences, at_the_end)
 
 
 def pass_up_to_the_head(cluster: Cluster, sequences: NDArray[np.int64], only: Sequence[int], text: str | None) -> bool:
@@ -324,21 +324,20 @@ def remember(cluster: Cluster, text: str, windows: NDArray[np.int64]) -> float:
     return _finite(text, perplexity_of(sum(remembered_losses(cluster, text, windows)) / _num_predicted(windows)))
 
 
-def remembered_losses(cluster: Cluster, text: str, windows: NDArray[np.int64], only: Sequence[int] | None = None) -> list[float]:
+def remembered_losses(cluster: Cluster, text: str, windows: NDArray[np.int64]) -> list[float]:
     """Return the summed NLL in nats of sequences, and let the last shards of all replicas keep the hidden states.
 
     Args:
         cluster: with the dense weights.
         text: its name.
         windows: [num_sequences, sequence_length] tokens.
-        only: numbers of the sequences to run; all if not given.
     """
 
     def at_the_end(last: WorkerIndex, moving: Any, numbers: list[int]) -> list[float]:
         return cluster.submit(last, infer_loss_and_keep, moving, token_payload(windows[numbers]), text, numbers)
 
-    losses = _each_wave(cluster, windows, at_the_end, only)
-    _share_states(cluster, text, _waves(cluster, range(len(windows)) if only is None else only))
+    losses = _each_wave(cluster, windows, at_the_end)
+    _share_states(cluster, text, _waves(cluster, range(len(windows))))
     return losses
 
 

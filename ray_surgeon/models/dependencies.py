@@ -39,7 +39,7 @@ def propagate(layout: ModelLayout, masks: Mapping[str, StructuredMask], sets: Se
             zeroing = None if sparse is None or groups.kind == "ffn" else sparse.zeroing
             _propagate_in_ffn(groups, rows, columns, zeroing)
     found = {name: StructuredMask(rows[name], columns[name]) for name in masks}
-    return {name: mask for name, mask in found.items() if mask.num_kept < masks[name].num_kept or _fewer(mask, masks[name])}
+    return {name: mask for name, mask in found.items() if _differs(mask, masks[name])}
 
 
 def shrinkable(masks: Mapping[str, StructuredMask], sets: Sequence[GroupSet]) -> int:
@@ -47,8 +47,8 @@ def shrinkable(masks: Mapping[str, StructuredMask], sets: Sequence[GroupSet]) ->
     return sum(int((~masks[g.consumer].columns[g.columns].any(dim=1)).sum()) * g.num_parameters for g in sets)
 
 
-def _fewer(new: StructuredMask, old: StructuredMask) -> bool:
-    return not (torch.equal(new.rows, old.rows) and torch.equal(new.columns, old.columns))
+def _differs(one: StructuredMask, other: StructuredMask) -> bool:
+    return not (torch.equal(one.rows, other.rows) and torch.equal(one.columns, other.columns))
 
 
 def _propagate_in_ffn(groups: GroupSet, rows: dict[str, Tensor], columns: dict[str, Tensor], zeroing: tuple[str, ...] | None) -> None:

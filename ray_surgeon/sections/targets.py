@@ -130,7 +130,6 @@ class LatencyTarget(_Target):
     request: SpeedSection = Field(SpeedSection(), description="The request")
 
 
-AnyTarget = ParametersTarget | BytesTarget | FlopsTarget | LatencyTarget
 _UNITS = ("parameters", "bytes", "flops", "latency_s")
 
 TargetSection = Annotated[

@@ -86,9 +86,9 @@ def shrunk_factors(own: PackedFactors, mean: LayerMean, prior_tokens: float = PR
     return PackedFactors(PackedSymmetric(own.A.n, A), PackedSymmetric(own.G.n, G), 1, own.terms)
 
 
-def own_divisor(num_tokens: int, mean: LayerMean, prior_tokens: float = PRIOR_TOKENS) -> float:
+def own_divisor(num_tokens: int, mean: LayerMean) -> float:
     """Return by what the sum of g g^T (x) a a^T over an expert's own tokens is divided in the Fisher which `shrunk_factors` estimates."""
-    return (num_tokens + prior_tokens) / share_of_tokens(num_tokens, mean)
+    return (num_tokens + PRIOR_TOKENS) / share_of_tokens(num_tokens, mean)
 
 
 SUMS = ("tokens", "weighted_norms", "gains", "squares")

@@ -1,7 +1,8 @@
 """Greedy paths: prune the cheapest few structures, update everything as if they were pruned already, and repeat.
 
 Source: docs/method.md, section 3 (rows, columns) and section 8 (groups). The costs are the exact ones after all earlier removals, not the
-sum of single costs. With U = G W and H = W A kept beside W, a removal changes everything by a product of rank `few`:
+sum of single costs. With U = G W and H = W A kept beside W, a removal changes everything by a product whose rank is the number of
+rows or columns that go:
 
 * rows P: X = [G^-1]_:P ([G^-1]_PP)^-1; W -= X W_P; H -= X H_P; G^-1 -= X [G^-1]_P:; U keeps its other rows;
 * columns Q: Y = ([A^-1]_QQ)^-1 [A^-1]_Q:; W -= W_Q Y; U -= U_Q Y; A^-1 -= [A^-1]_:Q Y; H keeps its other columns.

@@ -167,7 +167,7 @@ def test_the_plan_says_what_the_dense_model_needs(
     assert run(tmp_path, model_folders["llama"], "--dry-run", **GROUPS, pruning__target={"parameters": dense - 5000}) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert f"2 shots to {dense - 5000} of {dense} parameters" in said
-    assert "multiples of 8 channels; kernels for quantised weights pad or refuse what is no multiple of 128" in said
+    assert "multiples of 8 channels; to quantise later, set pruning.width_multiple to 128" in said
 
 
 def test_shards_agree(model_folders: dict[str, Path], tmp_path: Path) -> None:
