@@ -1,4 +1,4 @@
-"""A Llama of 47 thousand random weights and a tokenizer trained on Python's help, so that the examples run in seconds and need no download."""
+"""A Llama of 47 thousand random weights and a tokenizer trained on Python's help, so that examples run in seconds without a download."""
 
 from __future__ import annotations
 
