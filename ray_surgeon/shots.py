@@ -60,7 +60,8 @@ def run_shots(inputs: Inputs, workers: Cluster, run: RunDirectory, listen: Calla
     except Exception as error:
         with contextlib.suppress(Exception):  # the first error is the one to tell
             run.write_events()
-            if isinstance(error, (FloatingPointError, ValueError, OSError, CollapseError)):
+        if isinstance(error, (FloatingPointError, ValueError, OSError, CollapseError)):
+            with contextlib.suppress(Exception):
                 workers.run_all(clean_up)
         raise
     workers.run_all(clean_up)

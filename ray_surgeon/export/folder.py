@@ -100,9 +100,13 @@ def copy_small_files(model: ModelSection, uri: str, model_type: str | None = Non
         return
     with tempfile.TemporaryDirectory() as scratch:
         AutoTokenizer.from_pretrained(dense.small_files_folder()).save_pretrained(scratch)
-        said = json.loads((Path(scratch) / "tokenizer_config.json").read_text(encoding="utf-8"))
-        files.write_json(files.join(uri, "tokenizer_config.json"), said | {"tokenizer_class": "PreTrainedTokenizerFast"})
-        files.put_file(files.join(uri, "tokenizer.json"), Path(scratch) / "tokenizer.json")
+        if not (Path(scratch) / "tokenizer.json").exists():
+            return
+        said = Path(scratch) / "tokenizer_config.json"
+        document = json.loads(said.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+        said.write_text(json.dumps(document, indent=2, ensure_ascii=False), encoding="utf-8")
+        for path in Path(scratch).iterdir():
+            files.put_file(files.join(uri, path.name), path)
 
 
 def write_gguf_files(

@@ -63,9 +63,9 @@ def group_costs(
     costs[always_zero.cpu()] = 0.0
     left[always_zero] = False
     numbers = left.nonzero()[:, 0]
-    path = GreedyPath(alive.of(linear.W), curvature.A, curvature.G, prunes_rows=False, sets=place[columns[numbers]])
     if not len(numbers):
         return costs
+    path = GreedyPath(alive.of(linear.W), curvature.A, curvature.G, prunes_rows=False, sets=place[columns[numbers]])
     name = f"{linear.name} groups"
     if limit is None:
         single, order = path.column_set_costs().cpu().sort(stable=True)

@@ -119,7 +119,7 @@ def test_an_export_of_another_type_has_the_same_tokens(family: str, kind: str, t
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     of_pieces().save_pretrained(folder)
     document = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps(document | {"tokenizer_class": "LlamaTokenizer", "legacy": True}))
+    (folder / "tokenizer_config.json").write_text(json.dumps(document | {"tokenizer_class": "LlamaTokenizer", "chat_template": "hello"}))
     options = {**GROUPS, "pruning__groups": ["attention"], "pruning__target_sparsity": 0.02, "pruning__num_shots": 1}
     options |= {"pruning__allocation": "uniform"} if kind == "uniform" else {}
     options |= {"pruning__groups": ["ffn"], "pruning__width_multiple": 256, "pruning__target_sparsity": 0.4} if kind == "deci" else {}
@@ -129,6 +129,7 @@ def test_an_export_of_another_type_has_the_same_tokens(family: str, kind: str, t
     assert changed["model_type"] != config.model_type
     assert not (kind == "uniform" and changed["transformers_version"].startswith("4")), "it would doubt the tokenizer of such a Mistral"
     before, after = AutoTokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(export)
+    assert after.chat_template == before.chat_template == "hello"
     for text in ("hello world", " lead", "</s>hello", "<s>[INST] for the value[/INST] x</s><s>[INST]  a  b\n  c"):
         assert after(text)["input_ids"] == before(text)["input_ids"], text
         assert after.decode(after(text)["input_ids"]) == before.decode(before(text)["input_ids"])
