@@ -161,6 +161,20 @@ def _changes_since_version_1(document: dict[str, Any]) -> Iterator[str]:
         yield "  curvature: sparsegpt takes pruning.damping and pruning.max_damping; wanda none"
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, which refuses a key that is given twice: the last one would win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return a mapping."""
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice; remove one", key.start_mark)
+            seen.add(key.value)
+        found: dict[Any, Any] = super().construct_mapping(node, deep)
+        return found
+
+
 def parse_spec(text: str, overrides: Sequence[str] = ()) -> JobSpec:
     """Parse a job spec.
 
@@ -173,7 +187,7 @@ def parse_spec(text: str, overrides: Sequence[str] = ()) -> JobSpec:
         pydantic.ValidationError: a field is wrong.
     """
     try:
-        document = yaml.safe_load(text)
+        document = yaml.load(text, _Loader)
     except _YAML_ERRORS as error:
         raise ValueError(f"the job spec is not valid YAML: {error}; see the files in pipelines/") from error
     if not isinstance(document, dict):
@@ -199,7 +213,11 @@ def _apply_override(document: dict[str, Any], override: str) -> None:
     except _YAML_ERRORS as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"--set {override}: the value is no YAML ({reason}); put it into quotes, as in '{path}=\"{value}\"'") from error
-    if keys[0] == "evaluation" and keys[1:2] in [[n] for n in EvaluationSection.model_fields] and isinstance(document["evaluation"], list):
+    if (
+        keys[0] == "evaluation"
+        and keys[1:2] in [[n] for n in EvaluationSection.model_fields]
+        and isinstance(document.get("evaluation"), list)
+    ):
         document["evaluation"] = {"texts": document["evaluation"]}  # for which a list is short
     place: Any = document
     for number, key in enumerate(keys):

@@ -225,6 +225,7 @@ IDLE = [
         ({"memory.weights": "gpu"}, ["memory.weights: Input should be 'auto', 'device', 'host' or 'disk' (got 'gpu')"]),
         ({"memory.scratch": "s3://bucket/x"}, ["memory.scratch: s3://bucket/x is not on a local disk"]),
         ({"model": "{}"}, ["model.source: is missing; add it"]),
+        ({"model.source": "https://huggingface.co/org/name/tree/main"}, ["page of the Hub; give the Hub id, org/name"]),
         ({"curvature.kind": "activations", "curvature.damping": "{g: 0.2}"}, ["damping.g has no effect"]),
         ({"curvature.kind": "identity", "curvature.damping": "{a: 0.2}"}, ["curvature.damping: is not an option of identity"]),
     ],
@@ -250,6 +251,11 @@ def test_a_mistake_is_said_once_and_in_words_of_the_spec(changes: dict[str, Any]
 def test_overrides_that_have_no_place(override: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_spec(MINIMAL, [override])
+
+
+def test_a_section_that_is_given_twice_is_refused() -> None:
+    with pytest.raises(ValueError, match="pruning is given twice; remove one"):
+        parse_spec(MINIMAL + "\npruning: {target_sparsity: 0.1}\n")
 
 
 def test_overrides_that_the_readme_names() -> None:

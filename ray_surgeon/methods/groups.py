@@ -121,9 +121,10 @@ class Groups(Method):
         if section.target is None:
             assert section.target_sparsity is not None
             if dense * (1 - section.target_sparsity) < least:
+                change = "lower it, or change those" if least < dense else f"lower pruning.width_multiple, which is {section.multiple}"
                 raise ValueError(
                     f"pruning.target_sparsity: {section.target_sparsity:g}, but with these groups, allocation and widths at most "
-                    f"{1 - least / dense:.4f} of the parameters of this model's linears can be removed; lower it, or change those"
+                    f"{1 - least / dense:.4f} of the parameters of this model's linears can be removed; {change}"
                 )
             return
         what = f"pruning.target: {self.budget.unit} {section.target.allowed:.6g}, but"

@@ -27,6 +27,9 @@ class ModelSection(Section):
 
     @model_validator(mode="after")
     def _fields_fit_the_source(self) -> ModelSection:
+        page, _, identity = self.source.partition("://huggingface.co/")
+        if identity and page in ("http", "https"):
+            raise ValueError(f"source is a page of the Hub; give the Hub id, {'/'.join(identity.split('/')[:2])}")
         if self.revision is not None and "://" in self.source:
             raise ValueError("revision belongs to a Hub id; remove it, or give a Hub id as source")
         if (self.wheel is None) != (self.wheel_sha256 is None):

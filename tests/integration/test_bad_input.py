@@ -59,6 +59,10 @@ SPEC_ERRORS: list[tuple[dict[str, Any], list[str]]] = [
     ),
     ({"pruning__structure": "groups", "pruning__allocation": "uniform", "pruning__search": {}}, ["pruning.search", "correct its name"]),
     (
+        {"pruning__structure": "groups", "pruning__groups": ["ffn"], "pruning__width_multiple": 1000},
+        ["at most 0.0000 of the parameters", "lower pruning.width_multiple, which is 1000"],
+    ),
+    (
         {"pruning__structure": "groups", "pruning__groups": ["attention"], "pruning__reconstruction": {}},
         ["reconstruction: is of ffn and shared_experts", "got groups attention", "add one of them"],
     ),
