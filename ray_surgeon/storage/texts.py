@@ -246,7 +246,10 @@ def _file_documents(text: SourceSection, where: str) -> Iterator[str]:
 
 def _documents_in(uri: str, column: str, where: str) -> Iterator[str]:
     if uri.endswith(".txt"):
-        yield from _pieces(uri)
+        try:
+            yield from _pieces(uri)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
         return
     records = _json_lines(uri, where) if uri.endswith(".jsonl") else _parquet_rows(uri, column, where)
     for number, record in enumerate(records, start=1):

@@ -228,7 +228,7 @@ CASES: dict[str, tuple[Callable[[Case], None], list[str]]] = {
     "link-in-a-circle": (lambda c: link(c.model / "config.json", "config.json"), ["no config.json"]),
     "link-out-of-the-model": (secret_link, ["generation_config.json", "outside of the model"]),
     "text-empty": (lambda c: c.calibrate_on(b""), ["broken.txt", "0 tokens"]),
-    "text-not-utf8": (lambda c: c.calibrate_on(b"caf\xe9 " * 4000), ["broken.txt", "not UTF-8"]),
+    "text-not-utf8": (lambda c: c.calibrate_on(b"caf\xe9 " * 4000), ["calibration: ", "broken.txt", "not UTF-8"]),
     "text-one-token": (lambda c: c.calibrate_on(b"\n" * 30000), ["broken.txt", "different tokens"]),
     "text-of-10-gb": (large_text, ["broken.txt", "line 1 is longer"]),
     "lines-of-10-gb": (large_lines, ["broken.jsonl", "line 1 is longer"]),
