@@ -69,7 +69,7 @@ def run_shots(inputs: Inputs, workers: Cluster, run: RunDirectory, listen: Calla
 
 def _run_shots(inputs: Inputs, workers: Cluster, run: RunDirectory, listen: Callable[[Event | Moment], None]) -> None:
     spec, method, num_shots = inputs.spec, inputs.method, inputs.spec.pruning.shots
-    scratch = spec.memory.scratch or "", _key(run.uri), uuid.uuid4().hex
+    scratch = spec.memory.scratch, _key(run.uri), uuid.uuid4().hex
     machines = workers.run_all(look_around, *scratch)
     plan = inputs.plan(shared(machines), device_of(machines, spec.cluster.cpus_per_worker))
     workers.stores = plan.stores

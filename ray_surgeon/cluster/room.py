@@ -13,7 +13,7 @@ import torch
 
 from ray_surgeon.cluster.devices import DEVICES, Device, Room
 from ray_surgeon.cluster.worker import Worker
-from ray_surgeon.memory.stores import Scratch
+from ray_surgeon.memory.stores import Scratch, scratch_root
 
 _CGROUPS = (
     ("/sys/fs/cgroup", "memory.max", "memory.current", ""),
@@ -32,18 +32,18 @@ class Found:
     room: Room
 
 
-def look_around(worker: Worker, scratch: str, run: str, attempt: str) -> Found:
+def look_around(worker: Worker, root: str | None, run: str, attempt: str) -> Found:
     """Return what there is, after what earlier tries of the run left on the disk is gone; see `Scratch`. Runs on the worker."""
-    Scratch(Path(scratch) if scratch else Scratch.default_root(), run, attempt, "").remove_earlier()
-    return found_here(worker.device, scratch or None)
+    Scratch(root, run, attempt, "").remove_earlier()
+    return found_here(worker.device, root)
 
 
-def found_here(device: torch.device, scratch: str | None) -> Found:
-    """Return what there is on this machine."""
-    root = Path(scratch) if scratch else Scratch.default_root()
-    while not root.exists():
-        root = root.parent
-    host, disk = float(available_bytes()), float(shutil.disk_usage(root).free)
+def found_here(device: torch.device, root: str | None) -> Found:
+    """Return what there is on this machine; its disk is that of the root of scratch folders, which may be yet to be made."""
+    there = scratch_root(root)
+    while not there.exists():
+        there = there.parent
+    host, disk = float(available_bytes()), float(shutil.disk_usage(there).free)
     if device.type != "cuda":
         return Found(socket.gethostname(), "cpu", "", Room(host, host, disk, device_is_host=True))
     properties, (free, _) = torch.cuda.get_device_properties(device), torch.cuda.mem_get_info(device)

@@ -6,7 +6,6 @@ import functools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
@@ -45,7 +44,7 @@ class ModelRecipe:
 
     model: ModelSection  # the dense model, and the dtype of weights and activations
     shot_files: tuple[tuple[str, str], ...] = ()  # (key, URI of its file) of the committed shot to continue from
-    scratch: tuple[str, str, str] = ("", "none", "none")  # folder for scratch, "" for the machine's own; name of the run and of this try
+    scratch: tuple[str | None, str, str] = (None, "none", "none")  # folder, None for the machine's own; names of the run and of this try
 
 
 @dataclass(frozen=True)
@@ -172,8 +171,7 @@ class Worker:
             ValueError: the checkpoint cannot be read.
         """
         source = open_model(recipe.model, convert_gguf)
-        root, run, attempt = recipe.scratch
-        scratch = Scratch(Path(root) if root else Scratch.default_root(), run, attempt, f"{self.index.shard}-{self.index.replica}")
+        scratch = Scratch(*recipe.scratch, f"{self.index.shard}-{self.index.replica}")
         blocks, dtype = self.placement.blocks[self.index.shard], getattr(torch, recipe.model.dtype)
         self.shard = ModelShard(self.layout, blocks, dtype, self.device, stores, scratch)
         self.runner, self.scratch = BlockRunner(self.shard), scratch

@@ -86,17 +86,17 @@ def dense_document(model: ModelSection) -> dict[str, Any]:
     return dict(document) | {"dtype": model.dtype} | without
 
 
-def copy_small_files(model: ModelSection, uri: str, model_type: str | None = None) -> None:
+def copy_small_files(model: ModelSection, uri: str, *, another_type: bool = False) -> None:
     """Copy the tokenizer and the generation configuration of the dense model.
 
-    transformers chooses a tokenizer's class by the type of the model, and some classes build another one than the file says. So for
-    another type than the dense model's, the tokenizer is written as it is for that one.
+    transformers chooses a tokenizer's class by the type of the model, and some classes build another one than the file says. So if the
+    export is of another type than the dense model, the tokenizer is written as it is for the dense one.
     """
     dense = open_model(model, convert_gguf)
     for name in SMALL_FILES:
         if name in dense.names and name != "config.json":
             files.put_file(files.join(uri, name), dense.fetch(name))
-    if model_type in (None, json.loads(dense.fetch("config.json").read_text(encoding="utf-8")).get("model_type")):
+    if not another_type:
         return
     with tempfile.TemporaryDirectory() as scratch:
         AutoTokenizer.from_pretrained(dense.small_files_folder()).save_pretrained(scratch)

@@ -69,6 +69,7 @@ def check_quantised(layout: ModelLayout, shrinking: Shrinking, section: Quantize
     heads, size, devices = layout.heads, section.group_size or 128, shrinking.tensor_parallel
     ffn, attention = layout.family.ffn.consumer, "" if layout.family.attention is None else layout.family.attention.consumer
     left = kv_heads_left(layout, devices, uniform=shrinking.uniform) if "attention" in shrinking.kinds else (heads.num_kv,)
+    columns_of_attention = math.gcd(*(k * heads.n_rep * heads.head_dim // devices for k in left))
     for name, shape in layout.shapes.items():
         columns, remedy = shape.num_columns - shape.has_bias, ""
         if shape.role == ffn:
@@ -76,7 +77,7 @@ def check_quantised(layout: ModelLayout, shrinking: Shrinking, section: Quantize
                 columns, remedy = math.gcd(columns, shrinking.multiple), "raise pruning.width_multiple, or "
             columns //= devices
         elif shape.role == attention:
-            columns = math.gcd(*(k * heads.n_rep * heads.head_dim // devices for k in left))
+            columns = columns_of_attention
         if columns % size:
             each = f" on each of {devices} devices" if devices > 1 and shape.role in (ffn, attention) else ""
             raise ValueError(

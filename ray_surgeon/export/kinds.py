@@ -137,11 +137,10 @@ def export(
     left_out = _left_out(kind, layout, widths)
     if kind == "gguf":
         return export_gguf(cluster, layout, model, uri, widths, left_out, facts, output.gguf)
-    document, modules = dense_document(model), KINDS[kind].modules
+    dense, modules = dense_document(model), KINDS[kind].modules
     size_bytes = write_weights(cluster, uri, cut_out=kind != "masked", masks=kind == "masked", left_out=left_out, stored=not modules)
-    if kind != "masked":
-        document = _narrow(kind, layout, document, widths)
-    copy_small_files(model, uri, document["model_type"])
+    document = dense if kind == "masked" else _narrow(kind, layout, dense, widths)
+    copy_small_files(model, uri, another_type=document["model_type"] != dense["model_type"])
     files.write_json(files.join(uri, "config.json"), for_older_readers(document))
     for module in modules:
         files.write_text(files.join(uri, module), shipped_source(module, layout.config))
@@ -164,7 +163,7 @@ def export(
     if layout.num_experts and widths:
         entry["experts"] = [list(width.experts) for width in widths]
     if output.speed is not None and kind != "masked":
-        entry["speed"] = measure(cluster, uri, dense_document(model), output.speed, shipped_code=bool(modules))
+        entry["speed"] = measure(cluster, uri, dense, output.speed, shipped_code=bool(modules))
     if tasks is not None:
         entry["tasks"] = evaluate_tasks(cluster, uri, tasks, shipped_code=bool(modules))
     files.write_text(files.join(uri, "README.md"), model_card(KINDS[kind].summary, entry, model.source, facts))

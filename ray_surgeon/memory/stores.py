@@ -25,28 +25,28 @@ class Stores:
     wave: int = 1  # sequences that pass a block before the next block runs
 
 
+def scratch_root(root: str | None) -> Path:
+    """Return the folder for all runs, on this machine; None for the one of its temporary files."""
+    return Path(tempfile.gettempdir() if root is None else root)
+
+
 class Scratch:
     """A folder on the local disk for one worker of one try of a run.
 
     The tries of a run share a parent folder, so that a try removes what a killed one before it left.
     """
 
-    def __init__(self, root: Path, run: str, attempt: str, worker: str) -> None:
+    def __init__(self, root: str | None, run: str, attempt: str, worker: str) -> None:
         """Name the folder; it is made when something is written.
 
         Args:
-            root: folder for all runs.
+            root: folder for all runs; see `scratch_root`.
             run: the same for every try of a run.
             attempt: one try of it.
             worker: one of its workers.
         """
-        self._run, self._attempt = root / f"ray_surgeon-{run}", attempt
+        self._run, self._attempt = scratch_root(root) / f"ray_surgeon-{run}", attempt
         self.folder = self._run / attempt / worker
-
-    @staticmethod
-    def default_root() -> Path:
-        """Return the folder for temporary files of this machine."""
-        return Path(tempfile.gettempdir())
 
     def path(self, name: str) -> Path:
         """Return the path of a file in the folder, which is made if need be."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from accelerate.utils import set_module_tensor_to_device
@@ -83,7 +82,7 @@ class ModelShard:
         self.stores = stores or Stores()
         self.model = build_blocks(layout.config, blocks, dtype)
         self.base = self.model.get_submodule(layout.family.base)
-        scratch = scratch or Scratch(Path(), "none", "none", "none")
+        scratch = scratch or Scratch(None, "none", "none", "none")
         self.weights = weight_store(self.stores.weights, self._slots(), device, scratch)
         self._in_blocks = frozenset(self.weights.names)
         self.factor_store = FactorStore(self.stores.factors, device, scratch)

@@ -167,7 +167,7 @@ def test_what_the_spec_fixes_is_kept_and_a_contradiction_is_refused(model_folder
 
 @pytest.mark.parametrize("place", ["device", "host", "disk"])
 def test_factors_come_back_from_every_store(place: Any, tmp_path: Path) -> None:
-    store = FactorStore(place, torch.device("cpu"), Scratch(tmp_path, "run", "try", "0"))
+    store = FactorStore(place, torch.device("cpu"), Scratch(str(tmp_path), "run", "try", "0"))
     x = torch.randn(5, 300)
     for part in (x[:2], x[2:]):
         total = store.on_device("a.A", 300)
@@ -186,8 +186,8 @@ def test_factors_come_back_from_every_store(place: Any, tmp_path: Path) -> None:
 def test_scratch_of_other_runs_is_left_alone(tmp_path: Path) -> None:
     names = list(itertools.product(("one", "two"), ("first", "second")))
     for run_name, attempt in names:
-        Scratch(tmp_path, run_name, attempt, "0").path("x").touch()
-    Scratch(tmp_path, "one", "third", "0").remove_earlier()
+        Scratch(str(tmp_path), run_name, attempt, "0").path("x").touch()
+    Scratch(str(tmp_path), "one", "third", "0").remove_earlier()
     assert sorted(path.parent.name for path in tmp_path.glob("*/*/0")) == ["first", "second"]
     assert {path.parent.parent.name for path in tmp_path.glob("*/*/0")} == {"ray_surgeon-two"}
 
@@ -196,7 +196,7 @@ def test_scratch_of_an_earlier_try_is_gone_before_the_disk_is_asked(
     model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     uri, root, asked = str(tmp_path / "run"), tmp_path / "scratch", list[bool]()
-    left = Scratch(root, shots._key(uri), "earlier", "0-0").path("x.factor")
+    left = Scratch(str(root), shots._key(uri), "earlier", "0-0").path("x.factor")
     left.write_text("left by a killed worker")
     usage = shutil.disk_usage
     monkeypatch.setattr(room.shutil, "disk_usage", lambda path: (asked.append(left.exists()), usage(path))[1])
