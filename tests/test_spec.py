@@ -159,6 +159,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"pruning.structure": "element", "pruning.method": "wanda", "pruning.n_m": "[2, 4]"}, "has no pattern"),
     ({"pruning.structure": "groups", "pruning.groups": "[ffn, ffn]"}, "name a kind twice"),
     ({"pruning.structure": "groups", "pruning.groups": "[experts]", "pruning.remove_blocks": "true"}, "only whole experts go"),
+    ({"pruning.structure": "groups", "pruning.groups": "[experts]", "curvature.damping": "{a: 0.1}"}, "invert no factor; leave it out"),
     ({"calibration.source": "python-docs", "calibration.column": "body"}, "column is 'body'"),
     ({"pruning.structure": "element", "pruning.method": "sparsegpt", "pruning.max_damping": 0.001}, "is below damping"),
     ({"pruning.method": "wanda", "pruning.structure": "element", "curvature.damping.a": 0.1}, "gathers its own"),

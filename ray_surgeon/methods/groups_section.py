@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from ray_surgeon.methods.whole_experts import ExpertCosts
 from ray_surgeon.sections.base import Positive, Section
-from ray_surgeon.sections.curvature import AnyCurvature, ExtendedKfacSection
+from ray_surgeon.sections.curvature import AnyCurvature, DampingSection, ExtendedKfacSection, KfacSection
 from ray_surgeon.sections.targets import ScheduleSection, TargetSection
 
 GroupKind = Literal["ffn", "attention", "shared_experts", "expert_channels", "experts"]
@@ -82,6 +82,8 @@ class _Groups(ScheduleSection):
             return "curvature.kind: extended_kfac does not go with structure groups; use kfac"
         if "experts" in self.groups and curvature.kind in ("activations", "identity"):
             return f"curvature.kind: {curvature.kind} has no gradients, which the costs of whole experts need; use kfac"
+        if set(self.groups) == {"experts"} and isinstance(curvature, KfacSection) and curvature.damping != DampingSection():
+            return "curvature.damping: costs of whole experts invert no factor; leave it out"
         if self.reconstruction is not None and curvature.kind == "identity":
             return "curvature.kind: identity passes no text, whose inputs pruning.reconstruction needs; use kfac or activations"
         return None
