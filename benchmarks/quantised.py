@@ -1,7 +1,7 @@
 """Pruned and quantised against quantised alone: bytes and perplexities of SmolLM2-135M, as a Markdown table.
 
-``python -m benchmarks.quantised FOLDER`` prunes channels of feed-forward layers to every sparsity (without corrections), quantises the
-dense and the pruned models in the same ways, and evaluates all of them.
+``python -m benchmarks.quantised FOLDER`` prunes channels of feed-forward layers to every sparsity, as the quickstart does but without
+corrections, quantises the dense and the pruned models in the same ways, and evaluates all of them. ``--set`` changes the quickstart.
 """
 
 from __future__ import annotations
@@ -51,8 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quantised", description="Compare pruned and quantised models.")
     parser.add_argument("folder", type=Path, help="where everything is written")
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.1, 0.1875], help="of the parameters of the blocks' linears")
+    parser.add_argument("--set", action="append", default=[], metavar="section.field=value", help="of the quickstart; repeatable")
     arguments = parser.parse_args(argv)
-    document = without_own_text(parse_spec(Path("pipelines/quickstart.yaml").read_text(), ["model.dtype=float32"]))
+    overrides = ["model.dtype=float32", *arguments.set]
+    document = without_own_text(parse_spec(Path("pipelines/quickstart.yaml").read_text(), overrides))
     rows: list[dict[str, Any]] = []
     inputs: Inputs | None = None
     for sparsity in arguments.sparsities:

@@ -103,7 +103,8 @@ class PruneResult:
         ]
         if not found:
             kinds = [export["kind"] for export in self.report["exports"]]
-            raise ValueError(f"the run {self.uri} has no export {kind or 'at all'}; it has {kinds}; name one in output.exports")
+            wanted = f"export {kind}" if kind is not None else "export that transformers loads" if for_transformers else "export at all"
+            raise ValueError(f"the run {self.uri} has no {wanted}; it has {kinds}; name one in output.exports")
         last: Mapping[str, Any] = found[-1]
         return last
 

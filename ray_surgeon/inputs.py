@@ -92,9 +92,10 @@ class Inputs:
     def widths(self) -> str | None:
         """What engines think of the widths that will be left, for people; None if nothing gets narrower."""
         pruning = self.spec.pruning
-        if not isinstance(pruning, GroupsSection | UniformGroupsSection) or "ffn" not in pruning.groups:
+        if not isinstance(pruning, GroupsSection | UniformGroupsSection) or not pruning.has_widths:
             return None
-        said = f"feed-forward layers keep multiples of {pruning.multiple} channels"
+        whose = "feed-forward layers" if "ffn" in pruning.groups else "experts"
+        said = f"{whose} keep multiples of {pruning.multiple} channels"
         liked = _COLUMNS_OF_QUANTISED_KERNELS * pruning.tensor_parallel
         return said if pruning.multiple % liked == 0 else f"{said}; to quantise later, set pruning.width_multiple to {liked}"
 

@@ -56,7 +56,12 @@ def _arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     parser.add_argument("--set", action="append", default=[], metavar="section.field=value", help="override a field; repeatable")
     parser.add_argument("--schema", action="store_true", help="print the JSON Schema of the job spec and stop")
     told = parser.add_argument_group("a plan for other machines than this one", "ray-surgeon plan, or --dry-run")
-    told.add_argument("--device", choices=sorted(DEVICES), help="what workers compute on; expected times are this device's")
+    told.add_argument(
+        "--device",
+        choices=sorted(DEVICES),
+        help="what workers compute on; expected times are this device's; "
+        "if not given, the CPU, or an h100 where the spec has gpus_per_worker",
+    )
     told.add_argument("--device-memory", type=_bytes, metavar="80GB", help="of each worker's device; the device's own if not given")
     told.add_argument("--host-memory", type=_bytes, metavar="1TB", help="of each machine; this one's if not given")
     told.add_argument("--disk", type=_bytes, metavar="4TB", help="free on each machine; this one's if not given")
@@ -65,6 +70,8 @@ def _arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     if not arguments.schema and arguments.spec is None:
         parser.error("a job spec is needed, for instance pipelines/quickstart.yaml")
     given = [f"--{name.replace('_', '-')}" for name in _OF_A_PLAN if getattr(arguments, name) is not None]
+    if arguments.device == "cpu" and arguments.device_memory is not None:
+        parser.error("--device-memory: a CPU has the machine's; give --host-memory")
     if given and not arguments.dry_run:
         parser.error(f"{', '.join(given)}: only for a plan (ray-surgeon plan, or --dry-run); a run asks its workers what they have")
     return arguments

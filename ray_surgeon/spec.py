@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import reprlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -282,7 +283,8 @@ def validation_message(error: ValidationError, origin: str, derived: Sequence[st
 def with_absolute_paths(spec: JobSpec) -> JobSpec:
     """Return the spec with local paths made absolute: workers run in other folders than the driver."""
     model, output, evaluation, memory = spec.model, spec.output, spec.evaluation, spec.memory
-    if (here := Path(model.source).expanduser()).exists():
+    here = Path(model.source).expanduser()
+    if os.path.exists(here):  # Path.exists raises where it may not look
         model = model.model_copy(update={"source": str(here.resolve())})
     if memory.scratch is not None:
         memory = memory.model_copy(update={"scratch": str(Path(memory.scratch).expanduser().resolve())})

@@ -43,9 +43,9 @@ class SingleReplica:
 class ThreadMeeting:
     """Where the threads of one process that act as replicas of one shard meet."""
 
-    def __init__(self, num_replicas: int, timeout_s: float) -> None:
-        """Prepare places for `num_replicas` threads; one that waits longer than `timeout_s` raises."""
-        self.barrier = threading.Barrier(num_replicas, timeout=timeout_s)
+    def __init__(self, num_replicas: int) -> None:
+        """Prepare places for `num_replicas` threads, which wait until all are there or one leaves."""
+        self.barrier = threading.Barrier(num_replicas)
         self.tensors: list[Tensor | None] = [None] * num_replicas
 
 

@@ -8,19 +8,19 @@ from functools import partial
 from threading import BrokenBarrierError
 from typing import Concatenate, ParamSpec, TypeVar
 
+import torch
+
 from ray_surgeon.cluster.cluster import Progress
 from ray_surgeon.cluster.collectives import ThreadMeeting, ThreadReplica
 from ray_surgeon.cluster.placement import Placement, WorkerIndex
 from ray_surgeon.cluster.usage import Usage
-from ray_surgeon.cluster.worker import Worker
+from ray_surgeon.cluster.worker import Worker, clean_up
 from ray_surgeon.memory.stores import Stores
 from ray_surgeon.models.layout import ModelLayout
 
 P = ParamSpec("P")
 T = TypeVar("T")
 U = TypeVar("U")
-
-_MEETING_TIMEOUT_S = 600.0
 
 
 class LocalCluster:
@@ -32,17 +32,18 @@ class LocalCluster:
         Args:
             layout: of the whole model.
             placement: what each of them holds.
-            num_threads: torch threads of the process.
+            num_threads: torch threads of the process until `close`.
             device: "cpu" or "cuda".
         """
         self.placement, self.progress, self.stores = placement, Progress(), Stores()
+        self._threads_before = torch.get_num_threads()
         self.workers = {index: Worker(layout, placement, index, num_threads, device) for index in placement.workers}
         self._positions: dict[WorkerIndex, tuple[int, int]] = {}
         for index, worker in self.workers.items():
             worker.report_position = partial(self._report, index)
         if placement.num_replicas > 1:
             for shard in range(placement.num_shards):
-                meeting = ThreadMeeting(placement.num_replicas, _MEETING_TIMEOUT_S)
+                meeting = ThreadMeeting(placement.num_replicas)
                 for replica in range(placement.num_replicas):
                     self.workers[WorkerIndex(shard, replica)].replicas = ThreadReplica(meeting, replica)
 
@@ -78,8 +79,11 @@ class LocalCluster:
         return [self.workers[index].usage() for index in self.placement.workers]
 
     def close(self) -> None:
-        """Drop the workers."""
+        """Drop the workers and what they have on the disk, and give the process its threads back."""
+        for worker in self.workers.values():
+            clean_up(worker)
         self.workers.clear()
+        torch.set_num_threads(self._threads_before)
 
     def _report(self, index: WorkerIndex, done: int, total: int) -> None:
         self._positions[index] = done, total

@@ -206,13 +206,14 @@ def forward_and_backward(
 
 def _share_states(cluster: Cluster, text: str, waves_of: Sequence[Sequence[Sequence[int]]]) -> None:
     """Give the states that each replica keeps of its waves to the others; after the pass, in which replicas would wait for each other."""
-    last, num_replicas = cluster.placement.num_shards - 1, len(waves_of)
+    last, num_replicas, given = cluster.placement.num_shards - 1, len(waves_of), list[Any]()
     for replica, waves in enumerate(waves_of if num_replicas > 1 else ()):
         for numbers in waves:
             states = cluster.submit(WorkerIndex(last, replica), kept_states, text, numbers)
             for other in range(num_replicas):
                 if other != replica:
-                    cluster.submit(WorkerIndex(last, other), receive_states, text, numbers, states)
+                    given.append(cluster.submit(WorkerIndex(last, other), receive_states, text, numbers, states))
+    cluster.get(given)
 
 
 def _submit(cluster: Cluster, pipeline: _ReplicaPipeline, operation: Operation, sequences: NDArray[np.int64], labels: Labels) -> None:

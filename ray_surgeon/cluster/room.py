@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 from collections import Counter
@@ -41,7 +42,7 @@ def look_around(worker: Worker, root: str | None, run: str, attempt: str) -> Fou
 def found_here(device: torch.device, root: str | None) -> Found:
     """Return what there is on this machine; its disk is that of the root of scratch folders, which may be yet to be made."""
     there = scratch_root(root)
-    while not there.exists():
+    while not os.path.exists(there):
         there = there.parent
     host, disk = float(available_bytes()), float(shutil.disk_usage(there).free)
     if device.type != "cuda":

@@ -145,10 +145,11 @@ def _write_batches(cluster: Cluster, wanted: Wanted, batches: Mapping[int, Seque
     """Write some batches together, each on its replica, and return their sequences."""
     shards, num_replicas = range(cluster.placement.num_shards), cluster.placement.num_replicas
     moving: dict[int, TensorPayload] = {}
+    begun = []
     for batch, numbers in batches.items():
-        for shard in shards:
-            cluster.submit(WorkerIndex(shard, batch % num_replicas), begin, batch, numbers, wanted)
+        begun += [cluster.submit(WorkerIndex(shard, batch % num_replicas), begin, batch, numbers, wanted) for shard in shards]
         moving[batch] = token_payload(np.tile(np.array(wanted.prompt, dtype=np.int64), (len(numbers), 1)))
+    cluster.get(begun)
     in_flight: list[list[TensorPayload]] = []
     for place in range(wanted.sequence_length):
         for batch in batches:

@@ -84,6 +84,7 @@ class Worker:
         self.layout, self.placement, self.index, self.device = layout, placement, index, torch.device(device)
         self.gpu: str | None = None  # its name, as in CUDA_VISIBLE_DEVICES, where Ray gave it one
         self.replicas: ReplicaGroup = SingleReplica()
+        self.scratch: Scratch | None = None  # once something is loaded
         self.masks: dict[str, Mask] = {}
         self.shot_reader = tensor_files.Reader()  # of the committed shot that the weights come from
         self.position = (0, 0)
@@ -173,8 +174,8 @@ class Worker:
         source = open_model(recipe.model, convert_gguf)
         scratch = Scratch(*recipe.scratch, f"{self.index.shard}-{self.index.replica}")
         blocks, dtype = self.placement.blocks[self.index.shard], getattr(torch, recipe.model.dtype)
-        self.shard = ModelShard(self.layout, blocks, dtype, self.device, stores, scratch)
-        self.runner, self.scratch = BlockRunner(self.shard), scratch
+        self.shard, self.scratch = ModelShard(self.layout, blocks, dtype, self.device, stores, scratch), scratch
+        self.runner = BlockRunner(self.shard)
         reader, shot, pruned_in = source.reader(), self.shot_reader, dict(recipe.shot_files)
         read_dense = tensor_reader(self.layout, reader.file_of, reader.read, source.origin)
 
@@ -279,7 +280,8 @@ def load(worker: Worker, recipe: ModelRecipe, by_element: bool, stores: Stores) 
 
 def clean_up(worker: Worker) -> None:
     """Remove what a worker has on its disk."""
-    worker.scratch.close()
+    if worker.scratch is not None:
+        worker.scratch.close()
 
 
 def sizes(worker: Worker) -> tuple[int, int]:

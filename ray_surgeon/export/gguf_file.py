@@ -1,7 +1,7 @@
 """GGUF files for llama.cpp: names, metadata and tokenizer by the package gguf, tensors read from an export's files one at a time.
 
-Blocks of one width are the family's own architecture there. Where widths differ, a Llama is written as ``deci``, whose blocks have widths
-of their own. Runs as a module of its own, see `fresh_process`.
+Blocks of one width are the family's own architecture there. Where widths differ, a Llama or Mistral is written as ``deci``, whose
+blocks have widths of their own. Runs as a module of its own, see `fresh_process`.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ The dense model is built from its configuration with random weights: its speed d
 
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
 import sys
@@ -23,7 +24,7 @@ from ray_surgeon.cluster.cluster import Cluster
 from ray_surgeon.cluster.fresh_process import run_on_worker
 from ray_surgeon.cluster.placement import WorkerIndex
 from ray_surgeon.cluster.usage import process_usage
-from ray_surgeon.export.folder import download_folder
+from ray_surgeon.export.folder import download_folder, local_folder
 from ray_surgeon.models.build import cache_argument
 from ray_surgeon.sections.targets import SpeedSection
 
@@ -136,10 +137,13 @@ def main() -> None:
     options, shipped_code = SpeedSection(**request["options"]), bool(request["shipped_code"])
     torch.set_num_threads(options.num_threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as held:
         dense_folder, folder = Path(scratch) / "dense", Path(scratch) / "model"
         dense_folder.mkdir()
-        download_folder(request["uri"], folder, weights=request["only"] is None)
+        if request["only"] is None:
+            folder, _ = held.enter_context(local_folder(request["uri"]))
+        else:
+            download_folder(request["uri"], folder, weights=False)
         document = json.loads((folder / "config.json").read_text())
         dtype = getattr(torch, document["dtype"])
         models: dict[str, PreTrainedModel] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import tempfile
@@ -13,7 +14,7 @@ import torch
 
 from ray_surgeon.cluster.cluster import Cluster
 from ray_surgeon.cluster.fresh_process import run_module, run_on_worker
-from ray_surgeon.export.folder import download_folder
+from ray_surgeon.export.folder import download_folder, local_folder
 from ray_surgeon.models.gguf import convert_gguf
 from ray_surgeon.sections.texts import ModelSection, TasksSection
 from ray_surgeon.storage.sources import SMALL_FILES, open_model
@@ -84,7 +85,7 @@ def main() -> None:
     from lm_eval.tasks import TaskManager
 
     options = TasksSection(**request["options"])
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as held:
         definitions = Path(scratch) / "tasks"
         if options.include is not None:
             download_folder(options.include, definitions)
@@ -92,10 +93,10 @@ def main() -> None:
         if request["only_check"]:
             found: dict[str, Any] = {"unknown": [name for name in options.names if name not in manager.all_tasks]}
         else:
-            folder = Path(scratch) / "model"
             if "uri" in request:
-                download_folder(request["uri"], folder)
+                folder, _ = held.enter_context(local_folder(request["uri"]))
             else:
+                folder = Path(scratch) / "model"
                 _fetch_dense(ModelSection(**request["source"]), folder)
             device = "cuda" if torch.cuda.is_available() else "cpu"
             model = HFLM(str(folder), device=device, batch_size=options.batch_size, trust_remote_code=request["shipped_code"])

@@ -36,11 +36,9 @@ class FactorStore:
     def put(self, key: str, total: PackedSymmetric) -> None:
         """Keep a sum in place of the one there was."""
         if self._place == "disk":
-            path = self._scratch.path(f"{key}.factor")
-            scratch = path.with_suffix(".writing")
-            total.flat.cpu().numpy().tofile(scratch)
-            scratch.replace(path)  # who still reads the old file keeps it
-            flat = torch.from_file(str(path), shared=False, size=len(total.flat), dtype=total.flat.dtype)
+            with self._scratch.replacing(f"{key}.factor") as path:
+                total.flat.cpu().numpy().tofile(path)
+            flat = torch.from_file(str(self._scratch.path(f"{key}.factor")), shared=False, size=len(total.flat), dtype=total.flat.dtype)
             total = PackedSymmetric(total.n, flat)
         elif self._place == "host":
             if key not in self._kept:

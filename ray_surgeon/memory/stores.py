@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from safetensors import SafetensorError
 
 Place = Literal["device", "host", "disk"]
 """Of weights or factors."""
@@ -52,6 +56,21 @@ class Scratch:
         """Return the path of a file in the folder, which is made if need be."""
         self.folder.mkdir(parents=True, exist_ok=True)
         return self.folder / name
+
+    @contextlib.contextmanager
+    def replacing(self, name: str) -> Iterator[Path]:
+        """Yield a path to write to, whose file then takes the place of the one of this name; who still reads the old one keeps it.
+
+        Raises:
+            OSError: it cannot be written; names the file and the remedy.
+        """
+        path = self.path(name)
+        written = path.with_suffix(".writing")
+        try:
+            yield written
+            written.replace(path)
+        except (OSError, SafetensorError) as error:
+            raise OSError(f"{path}: cannot write: {error}; free space on that disk, or name another one in memory.scratch") from error
 
     def remove_earlier(self) -> None:
         """Remove what earlier tries of this run left."""

@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -48,6 +48,8 @@ class ReadAhead:
         if coming is None:
             return self._read(name)
         self._start_next()
+        if not self._coming:
+            self._pool.shutdown(wait=False)
         return coming.result()
 
 
@@ -237,12 +239,8 @@ class DiskWeights(StreamedWeights):
     def set(self, name: str, tensor: Tensor) -> None:
         """Replace the content of a tensor."""
         self._forget_ahead()
-        path = self._scratch.path(f"{name}.safetensors")
-        try:
-            save_file({"x": tensor.to("cpu", self._all[name].dtype).contiguous()}, path.with_suffix(".writing"))
-        except SafetensorError as error:
-            raise OSError(f"{path}: cannot write: {error}; free space on that disk, or name another one in memory.scratch") from error
-        path.with_suffix(".writing").replace(path)
+        with self._scratch.replacing(f"{name}.safetensors") as path:
+            save_file({"x": tensor.to("cpu", self._all[name].dtype).contiguous()}, path)
         self._changed.add(name)
 
 

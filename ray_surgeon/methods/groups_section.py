@@ -17,6 +17,9 @@ RECONSTRUCTED = frozenset({"ffn", "shared_experts"})
 """Kinds of groups of which the layers that lose some can be reconstructed: every token passes them."""
 
 
+_CHANNELS = ("ffn", "shared_experts", "expert_channels")
+
+
 class ReconstructionSection(Section):
     """Reconstruction of feed-forward layers, see `ray_surgeon.methods.reconstruction`."""
 
@@ -69,7 +72,12 @@ class _Groups(ScheduleSection):
     @property
     def fewest_groups(self) -> dict[str, int]:
         """Groups of each kind that stay in every block."""
-        return dict.fromkeys(("ffn", "shared_experts", "expert_channels"), self.multiple) | {"attention": 1}
+        return dict.fromkeys(_CHANNELS, self.multiple) | {"attention": 1}
+
+    @property
+    def has_widths(self) -> bool:
+        """Whether channels go, which leave a width."""
+        return any(kind in self.groups for kind in _CHANNELS)
 
     @property
     def multiple(self) -> int:
@@ -80,12 +88,14 @@ class _Groups(ScheduleSection):
         """Return why this section and a curvature do not go together; see `ScheduleSection`."""
         if isinstance(curvature, ExtendedKfacSection):
             return "curvature.kind: extended_kfac does not go with structure groups; use kfac"
-        if "experts" in self.groups and curvature.kind in ("activations", "identity"):
-            return f"curvature.kind: {curvature.kind} has no gradients, which the costs of whole experts need; use kfac"
+        if "experts" in self.groups and curvature.kind == "identity":
+            return "curvature.kind: identity looks at no text, which says what whole experts cost; use kfac"
+        if "experts" in self.groups and curvature.kind == "activations" and self.expert_costs == "rerouting":
+            return "curvature.kind: activations has no gradients, which the costs of whole experts need; use kfac"
         if set(self.groups) == {"experts"} and isinstance(curvature, KfacSection) and curvature.damping != DampingSection():
             return "curvature.damping: costs of whole experts invert no factor; leave it out"
         if self.reconstruction is not None and curvature.kind == "identity":
-            return "curvature.kind: identity passes no text, whose inputs pruning.reconstruction needs; use kfac or activations"
+            return "curvature.kind: identity keeps no inputs, which pruning.reconstruction needs; use kfac or activations"
         return None
 
     @model_validator(mode="after")

@@ -215,8 +215,8 @@ class ModelShard:
         """Start to gather, with empty sums.
 
         Args:
-            kind: ``activations`` sums A in a forward pass alone and takes G = I; ``identity`` takes A = G = I and needs no pass (both
-                times the number of tokens, as sums over tokens are); all others sum A and G.
+            kind: ``activations`` sums A in a forward pass alone and takes G = I; ``identity`` takes A = G = I and keeps nothing of a pass
+                (both times the number of tokens, as sums over tokens are); all others sum A and G.
             only: roles of the linears that are wanted, see `LinearShape`; those that share an input with one come along. None for all.
             experts: whether to sum, too, what `ExpertSums` has.
         """

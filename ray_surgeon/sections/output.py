@@ -42,7 +42,7 @@ class OutputSection(Section):
         ("masked",),
         description="Checkpoints to write at the end. masked: dense with zeros; of structure groups also uniform: really smaller, for "
         "plain classes; per_block: really smaller, widths differ, with modeling code beside the weights; deci: likewise, as DeciLM; "
-        "gguf: files for llama.cpp, where widths that differ need a Llama",
+        "gguf: files for llama.cpp, where widths that differ need a Llama or Mistral",
     )
     gguf: tuple[GgufKind, ...] | None = Field(
         None, min_length=1, description="Of the export gguf: types of the matrices, one file each; null: bf16 alone"

@@ -111,7 +111,6 @@ def download(uri: str, target: Path) -> None:
     filesystem.get_file(path, str(target))
 
 
-@tries_again
 def put_file(uri: str, source: Path) -> None:
     """Copy a local file, whole or not at all."""
     with tempfile.TemporaryDirectory(dir=scratch_folder(uri), prefix=WRITING) as folder:

@@ -10,6 +10,7 @@ import ast
 import contextlib
 import hashlib
 import json
+import os
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -303,14 +304,14 @@ def _parquet_rows(uri: str, column: str, where: str) -> Iterator[Any]:
 
 def is_saved_whole(text: SourceSection) -> bool:
     """Whether a text is a data set of the library datasets on this machine, without splits; train and test are cut from it here."""
-    return (Path(text.source) / "dataset_info.json").exists()
+    return os.path.exists(Path(text.source) / "dataset_info.json")
 
 
 def _dataset_documents(text: SourceSection, where: str) -> tuple[Iterator[str], bool]:
     import datasets
 
     try:
-        if is_saved_whole(text) or (Path(text.source) / "dataset_dict.json").exists():
+        if is_saved_whole(text) or os.path.exists(Path(text.source) / "dataset_dict.json"):
             loaded = datasets.load_from_disk(text.source)
             has_splits = isinstance(loaded, datasets.DatasetDict)
             if not has_splits and text.split not in ("train", "test"):

@@ -103,7 +103,10 @@ def test_on_ray_with_the_same_bits(cluster: Cluster, model_folders: dict[str, Pa
 
 def test_a_path_and_a_whole_spec(model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(2)
     result = ray_surgeon.prune(str(model_folders["llama"]), calibration=TEXT, pruning=GROUPS, progress=False)
+    assert torch.get_num_threads() == 2, "the threads of the caller's process are its own"
+    torch.set_num_threads(1)
     assert result.uri == str(tmp_path / "runs/llama")
     assert type(result.load()).__name__ == "PrunedForCausalLM"
     with pytest.raises(ValueError, match="has no export masked; it has \\['per_block'\\]"):
@@ -276,6 +279,9 @@ def test_the_command_line(model_folders: dict[str, Path], tmp_path: Path, capsys
     refused = capsys.readouterr().err
     assert "usage: ray-surgeon prune" in refused
     assert "--host-memory: only for a plan" in refused
+    with pytest.raises(SystemExit):
+        pipeline.cli(["plan", spec, "--device", "cpu", "--device-memory", "1GB"])
+    assert "--device-memory: a CPU has the machine's" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
     assert pipeline.cli(["prune", spec, "--set", "pruning.num_shots=1"]) == 0
     capsys.readouterr()

@@ -68,7 +68,7 @@ SPEC_ERRORS: list[tuple[dict[str, Any], list[str]]] = [
     ),
     (
         {"pruning__structure": "groups", "pruning__reconstruction": {}, "curvature__kind": "identity"},
-        ["curvature.kind: identity passes no text", "use kfac or activations"],
+        ["curvature.kind: identity keeps no inputs", "use kfac or activations"],
     ),
     (
         {"pruning__structure": "groups", "pruning__width_multiple": 8, "pruning__search": {"num_sequences": 600}},
@@ -80,6 +80,8 @@ SPEC_ERRORS: list[tuple[dict[str, Any], list[str]]] = [
     ({"calibration__num_sequences": 600}, ["calibration", "tokens", "need 38376"]),
     ({"calibration__sequence_length": 200}, ["calibration.sequence_length: 200", "at most 128"]),
     ({"output__uri": "nosuch://somewhere"}, ["nosuch://somewhere", "Protocol not known"]),
+    ({"model__source": "/" + "long" * 80}, ["model.source: cannot read"]),  # no file system takes a name of 320 characters
+    ({"evaluation": [{"name": "a", "source": "/" + "long" * 80, "num_sequences": 4, "sequence_length": 40}]}, ["evaluation.0 (a)"]),
 ]
 
 

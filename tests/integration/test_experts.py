@@ -200,10 +200,12 @@ def test_a_layer_without_an_expert_to_spare_passes_another_shot(model_folders: d
 
 @pytest.mark.parametrize("score", ["reap", "frequency", "random"])
 def test_scores_of_baselines(score: str, model_folders: dict[str, Path], tmp_path: Path) -> None:
-    """The experts with the lowest scores go, as many in every block."""
+    """The experts with the lowest scores go, as many in every block, and no gradients are needed."""
     options = UNIFORM | {"pruning__groups": ["experts"], "pruning__num_shots": 1, "pruning__expert_costs": score}
     assert run(tmp_path, model_folders["olmoe"], **options) == 0
     shot = report_of(tmp_path / "run")["shots"][-1]
+    assert run(tmp_path / "forward", model_folders["olmoe"], **options, curvature__kind="activations") == 0
+    assert report_of(tmp_path / "forward/run")["shots"][-1]["expert_costs"] == pytest.approx(shot["expert_costs"], rel=1e-4)
     for experts in LAYOUTS["olmoe"].expert_sets:
         costs = {linears[-1]: shot["expert_costs"][linears[-1]] for linears in experts.linears}
         gone = [name for name in costs if name in shot["experts_removed"]]
@@ -228,7 +230,8 @@ def test_the_first_order_counts_with_labels_of_the_text_only(model_folders: dict
         ({"pruning__groups": ["experts"], "pruning__target": {"flops": 1e4}, "pruning__target_sparsity": None}, "save no flops"),
         ({"pruning__groups": ["expert_channels"], "pruning__target": {"latency_s": 1.0}, "pruning__target_sparsity": None}, "a latency"),
         ({"pruning__groups": ["experts"], "output__exports": ["masked"]}, "masked keeps all shapes"),
-        ({"pruning__groups": ["experts"], "curvature__kind": "identity"}, "has no gradients"),
+        ({"pruning__groups": ["experts"], "curvature__kind": "identity"}, "looks at no text"),
+        ({"pruning__groups": ["experts"], "curvature__kind": "activations"}, "has no gradients"),
         ({"pruning__groups": ["experts", "attention"], "pruning__expert_costs": "reap"}, "another unit"),
         ({"pruning__expert_costs": "reap"}, "is of whole experts"),
         ({"curvature__num_backward": 3}, "the experts of a mixture see too few tokens"),

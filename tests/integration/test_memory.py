@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import resource
 import shutil
 from collections.abc import Container
 from pathlib import Path
@@ -18,6 +20,7 @@ from ray_surgeon.memory import weights
 from ray_surgeon.memory.factors import FactorStore
 from ray_surgeon.memory.stores import Scratch
 from ray_surgeon.memory.weights import DiskWeights
+from ray_surgeon.methods.rows_columns import RowsColumns
 from ray_surgeon.pipeline import main
 from ray_surgeon.surgery.kronecker import PackedSymmetric
 from tests.integration.runs import assert_same_shot, report_of, run, tiny_spec
@@ -124,6 +127,33 @@ def test_a_full_scratch_disk_is_named_and_what_is_on_it_removed(
     said = " ".join(capsys.readouterr().err.split())
     assert "No space left on device; free space on that disk, or name another one in memory.scratch" in said
     assert "--resume" in said
+    assert not list((tmp_path / "scratch").rglob("*"))
+
+
+def test_factors_that_have_no_room_on_the_scratch_disk_are_named(tmp_path: Path) -> None:
+    store = FactorStore("disk", torch.device("cpu"), Scratch(str(tmp_path), "run", "try", "0"))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"a\.A\.factor: cannot write: .* free space on that disk"):
+            store.put("a.A", PackedSymmetric.zeros(300))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_an_interrupted_run_leaves_nothing_on_the_scratch_disk(
+    model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there: list[int] = []
+
+    def interrupt(*args: object) -> None:
+        there.append(len(list((tmp_path / "scratch").rglob("*.factor"))))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(RowsColumns, "choose", interrupt)
+    with contextlib.suppress(KeyboardInterrupt):
+        run(tmp_path, model_folders["llama"], memory__factors="disk", memory__scratch=str(tmp_path / "scratch"))
+    assert there[0] > 0
     assert not list((tmp_path / "scratch").rglob("*"))
 
 

@@ -2,7 +2,7 @@
 
 ``per_layer_config`` in config.json has, for every block, the width of its feed-forward layer, its numbers of query and KV heads, and the
 widths of its experts; a block with no heads has no attention. Everything else is the dense family's own code. vLLM serves it by its
-transformers backend, if it has no experts.
+transformers backend, if it has no experts, is no GPT-2, and every block has an attention.
 """
 
 from __future__ import annotations
