@@ -21,7 +21,7 @@ from ray_surgeon.export.folder import local_folder
 from ray_surgeon.inputs import Inputs, check
 from ray_surgeon.memory.stores import Stores
 from ray_surgeon.models.build import BlockRange
-from ray_surgeon.models.checkpoint import read_state, tensor_reader
+from ray_surgeon.models.checkpoint import check_tied, read_state, tensor_reader
 from ray_surgeon.models.experts import in_memory
 from ray_surgeon.models.gguf import convert_gguf
 from ray_surgeon.models.layout import ModelLayout
@@ -276,7 +276,10 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, section: M
     """
     has_begun = not RunDirectory(run).is_new()
     with tempfile.TemporaryDirectory() as scratch, _without_bars():
-        model.save_pretrained(scratch)
+        try:
+            model.save_pretrained(scratch)
+        except ValueError as error:
+            raise ValueError(f"model: transformers does not save it: {error}; mend that first, or prune a folder") from error
         tokenizer.save_pretrained(scratch)
         given = [
             p
@@ -352,6 +355,7 @@ def curvature(
     if longest is not None and max(len(ids) for ids in tokens) > longest:
         raise ValueError(f"sequences: one has {max(len(ids) for ids in tokens)} tokens, the model takes at most {longest}; cut it")
     state = model.state_dict()
+    check_tied(layout, state, read_state(state), "the model")
     read_stored = tensor_reader(layout, state, read_state(state), "the model")
     where = Stores(weights="disk")  # they are never written, so they are read where they are: in the model
     shard = ModelShard(layout, BlockRange(0, layout.num_blocks, layout.num_blocks), model.dtype, model.device, where)

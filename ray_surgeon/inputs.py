@@ -29,7 +29,7 @@ from ray_surgeon.export.tasks import check_tasks
 from ray_surgeon.methods import METHODS, Groups, GroupsSection, Method, UniformGroupsSection
 from ray_surgeon.methods.search import Search
 from ray_surgeon.models.budgets import Budget, bytes_budget, fewest_left, flops_budget, linears_budget, parameters_budget
-from ray_surgeon.models.checkpoint import check_checkpoint
+from ray_surgeon.models.checkpoint import check_checkpoint, check_tied
 from ray_surgeon.models.families import check_family, check_not_quantised, check_sizes
 from ray_surgeon.models.gguf import convert_gguf
 from ray_surgeon.models.layout import ModelLayout
@@ -168,6 +168,8 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
     with _as_input_error(f"model.source: cannot read {source.origin}"):
         shapes, model_fingerprint = source.shapes_and_fingerprint()
     check_checkpoint(layout, shapes, source.origin)
+    if layout.tied.keys() & shapes.keys():
+        check_tied(layout, shapes, source.reader().read, source.origin)
     tokenizer, tokenizer_fingerprint = _load_tokenizer(folder, source.origin)
     if "gguf" in spec.output.exports:
         tokenizer_names(json.loads(tokenizer.backend_tokenizer.to_str()))

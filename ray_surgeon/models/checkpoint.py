@@ -180,6 +180,30 @@ def check_checkpoint(layout: ModelLayout, shapes: Mapping[str, tuple[int, ...]],
         raise ValueError(f"model.source: {where} does not fit its config.json: {'; '.join(details)}. Give a complete checkpoint")
 
 
+def check_tied(layout: ModelLayout, keys: Container[str], read: ReadStored, where: str) -> None:
+    """Refuse a head of its own in a model whose configuration ties it to the embedding; programs then take one or the other.
+
+    Args:
+        layout: of the model.
+        keys: of the checkpoint.
+        read: one of its tensors; three rows of each tell two matrices apart.
+        where: the checkpoint, for the error.
+
+    Raises:
+        ValueError: says what to change.
+    """
+    for head, embedding in layout.tied.items():
+        (key, *_), (tied_to, *_) = (stored.keys for name in (head, embedding) if (stored := find_stored(layout, name, keys)) is not None)
+        num_rows = layout.parameters[embedding][0]
+        if key != tied_to and not all(
+            torch.equal(read(key, row).float(), read(tied_to, row).float()) for row in (0, num_rows // 2, num_rows - 1)
+        ):
+            raise ValueError(
+                f"model.source: the configuration of {where} ties the head to the embedding, but {key} is another one than {tied_to}; set "
+                f"tie_word_embeddings to false, or remove {key}"
+            )
+
+
 class Stack:
     """Puts tensors of experts together as a checkpoint has them: [num_experts, inputs, outputs], a bias [num_experts, outputs]."""
 

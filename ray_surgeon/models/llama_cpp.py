@@ -39,6 +39,10 @@ def architecture_of(layout: ModelLayout, widths: Sequence[BlockWidths]) -> Llama
     for name in ("attention_bias", "mlp_bias", "scale_attn_by_inverse_layer_idx"):
         if getattr(config, name, False):
             raise ValueError(f"{_WHERE}: llama.cpp's {known.name} has no {name}, the model's config.json has it; {_OTHERWISE}")
+    if not getattr(config, "scale_attn_weights", True):
+        raise ValueError(
+            f"{_WHERE}: llama.cpp's {known.name} scales attention, the model's config.json has scale_attn_weights false; {_OTHERWISE}"
+        )
     window = getattr(config, "sliding_window", None)
     if known.name != "gemma3" and window is not None and getattr(config, "use_sliding_window", True):
         raise ValueError(
@@ -68,6 +72,9 @@ def _check_gemma(config: PretrainedConfig) -> None:
             f"{_WHERE}: llama.cpp reads a Gemma 3 whose every sixth block attends to everything and whose queries are scaled by head_dim, "
             f"here layer_types {config.layer_types} and query_pre_attn_scalar {config.query_pre_attn_scalar}; {_OTHERWISE}"
         )
+    sliding = config.rope_parameters["sliding_attention"]
+    if sliding.get("rope_type", "default") != "default":
+        raise ValueError(f"{_WHERE}: rotary embeddings {json.dumps(sliding)} of sliding blocks have no place in llama.cpp; {_OTHERWISE}")
 
 
 def _check_rope(config: PretrainedConfig, known: LlamaCpp) -> None:
@@ -76,6 +83,7 @@ def _check_rope(config: PretrainedConfig, known: LlamaCpp) -> None:
     possible = (
         kind in ("default", "linear") or (kind == "llama3" and known.name == "llama") or (kind == "yarn" and not set(parameters) - plain)
     )
+    possible &= parameters.get("partial_rotary_factor", 1.0) == 1.0 or known.name == "phi3"  # others fail to load
     if not possible:
         raise ValueError(f"{_WHERE}: rotary embeddings {json.dumps(dict(parameters))} are not written for {known.name}; {_OTHERWISE}")
 
@@ -101,8 +109,10 @@ def tokenizer_names(document: Mapping[str, Any]) -> tuple[str, str]:
     Raises:
         ValueError: llama.cpp has no such tokenizer, or its name there is not known.
     """
-    model = document["model"]
+    model, normaliser = document["model"], (document.get("normalizer") or {}).get("type")
     if model["type"] == "BPE" and (document.get("decoder") or {}).get("type") == "ByteLevel":
+        if normaliser not in (None, "NFC"):
+            raise ValueError(f"{_WHERE}: llama.cpp would not apply the tokenizer's normalizer {normaliser}; {_OTHERWISE}")
         return "gpt2", _pre_tokenizer(document.get("pre_tokenizer"))
     if model["type"] == "BPE" and model.get("byte_fallback"):
         return "llama", "default"

@@ -82,6 +82,8 @@ class ModelFiles:
         Raises:
             ValueError: there are none, or the index names files that are not there or lie elsewhere.
         """
+        if "model.safetensors" in self.names:  # transformers reads it, too, whatever else is there
+            return ["model.safetensors"]
         if "model.safetensors.index.json" in self.names:
             index = files.read_json(str(self.fetch("model.safetensors.index.json")))
             weight_map = index.get("weight_map") if isinstance(index, dict) else None

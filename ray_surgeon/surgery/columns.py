@@ -17,7 +17,7 @@ from ray_surgeon.surgery.kronecker import factorise
 def upper_inverse(A: Tensor, damping: float, max_damping: float, name: str) -> tuple[Tensor, RaisedDamping | None]:
     """Return U, the upper Cholesky factor of the inverse of the damped A [C, C], and whether it needed more damping.
 
-    Inputs that are always zero count as independent.
+    Inputs that are always zero count as independent, and as strong as the others are in the mean: so damping stays what is asked.
 
     Args:
         A: mean of the inputs' second moment.
@@ -27,7 +27,7 @@ def upper_inverse(A: Tensor, damping: float, max_damping: float, name: str) -> t
     """
     A = A.clone()
     always_zero = A.diagonal() == 0
-    A[always_zero, always_zero] = 1
+    A[always_zero, always_zero] = 1.0 if always_zero.all() else A.diagonal()[~always_zero].mean()
     factor = factorise(A, damping, max_damping, name)
     U: Tensor = torch.linalg.cholesky(factor.inverse(), upper=True)
     return U, raised_damping(name, "A", damping, factor)

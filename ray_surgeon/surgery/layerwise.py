@@ -26,7 +26,7 @@ def smallest_in_groups(scores: Tensor, n: int, m: int) -> Tensor:
     return chosen.view_as(scores)
 
 
-def wanda(W: Tensor, A_diagonal: Tensor, sparsity: float, n: int, m: int) -> Tensor:
+def wanda(W: Tensor, A_diagonal: Tensor, sparsity: float, n: int, m: int, *, before: Tensor) -> Tensor:
     """Return what Wanda keeps, [R, C] bool: the largest |W_rc| |X_c| of each row, or of each N:M group.
 
     Args:
@@ -35,8 +35,9 @@ def wanda(W: Tensor, A_diagonal: Tensor, sparsity: float, n: int, m: int) -> Ten
         sparsity: fraction of each row to prune, if `m` is 1.
         n: elements that stay in each group.
         m: elements of a group; 1 for single elements.
+        before: [R, C] bool, what earlier shots kept; what they pruned goes first, also beside weights whose inputs are always zero.
     """
-    scores = W.abs() * A_diagonal.sqrt()
+    scores = (W.abs() * A_diagonal.sqrt()).masked_fill(~before, -1.0)
     if m > 1:
         return ~smallest_in_groups(scores, n, m)
     kept = torch.ones_like(W, dtype=torch.bool)
@@ -101,7 +102,7 @@ def prune_linear(
     """Return the new weights, what is kept and the damping that was needed by ``sparsegpt`` or ``wanda``; arguments as theirs."""
     if method == "sparsegpt":
         return sparsegpt(W, A, sparsity, n, m, before=before, damping=damping, max_damping=max_damping, name=name)
-    kept = wanda(W, A.diagonal(), sparsity, n, m)
+    kept = wanda(W, A.diagonal(), sparsity, n, m, before=before)
     return W * kept, kept, None
 
 

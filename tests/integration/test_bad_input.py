@@ -26,7 +26,7 @@ from tests.integration.runs import run, tiny_spec
 
 @pytest.fixture(autouse=True)
 def no_worker_may_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    def start(*args: object) -> None:
+    def start(*args: object, **kwargs: object) -> None:
         raise AssertionError("a worker was started")
 
     monkeypatch.setattr(pipeline, "run", start)
@@ -129,6 +129,21 @@ def test_missing_tensor(model: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     del tensors["model.layers.3.mlp.down_proj.weight"]
     save_file(tensors, model / "model.safetensors")
     assert "1 missing (model.layers.3.mlp.down_proj.weight)" in refused(capsys, run(tmp_path, model))
+
+
+def test_a_head_of_its_own_in_a_model_that_is_tied(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A second copy of the embedding is right."""
+    tensors = load_file(model / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    save_file(tensors | {"lm_head.weight": embedding.clone()}, model / "model.safetensors")
+    assert run(tmp_path, model, "--dry-run") == 0
+    save_file(tensors | {"lm_head.weight": 2 * embedding}, model / "model.safetensors")
+    assert "set tie_word_embeddings to false, or remove lm_head.weight" in refused(capsys, run(tmp_path, model))
+
+
+def test_an_index_that_is_left_over(model: Path, tmp_path: Path) -> None:
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "model-00001-of-00002.safetensors"}}))
+    assert run(tmp_path, model, "--dry-run") == 0
 
 
 def test_cut_weights(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

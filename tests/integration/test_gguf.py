@@ -15,7 +15,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ray_surgeon.export.gguf_file import KINDS, Tensors, _local_tokenizer, _tokens, write_gguf
 from ray_surgeon.models.layout import ModelLayout
-from ray_surgeon.models.llama_cpp import _pre_tokenizer, architecture_of
+from ray_surgeon.models.llama_cpp import _pre_tokenizer, architecture_of, tokenizer_names
 from ray_surgeon.models.pruned_config import BlockWidths, block_widths
 from ray_surgeon.run.html_report import page
 from ray_surgeon.sections.output import GgufKind
@@ -92,6 +92,9 @@ def test_frequencies_of_llama_3_are_those_of_transformers(tmp_path: Path) -> Non
     assert factors[-1] == pytest.approx(8.0)
 
 
+PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+
+
 @pytest.mark.parametrize(
     ("family", "change", "widths", "expected"),
     [
@@ -103,6 +106,8 @@ def test_frequencies_of_llama_3_are_those_of_transformers(tmp_path: Path) -> Non
         ("llama", {"hidden_act": "gelu"}, [BlockWidths(8, 1)], "has the activation silu, the model gelu"),
         ("llama-biases", {}, [BlockWidths(8, 1)], "has no attention_bias"),
         ("qwen3", {"rope_parameters": LLAMA_3}, [BlockWidths(8, 1)], '"rope_type": "llama3"'),
+        ("qwen3", {"rope_parameters": PARTIAL}, [BlockWidths(8, 1)], '"partial_rotary_factor": 0.5'),
+        ("gpt2", {"scale_attn_weights": False}, [BlockWidths(8, 1)], "scale_attn_weights false"),
         ("gemma3", {}, [BlockWidths(8, 1)], "every sixth block"),
         (
             "llama",
@@ -130,6 +135,17 @@ def test_gemma_of_the_usual_pattern_is_known() -> None:
     usual = {"layer_types": ["sliding_attention"] * 5 + ["full_attention"], "num_hidden_layers": 6}
     config = Gemma3TextConfig(**{**CONFIGS["gemma3"].to_dict(), **usual})
     assert architecture_of(ModelLayout.of(config), [BlockWidths(8, 1)] * 6).name == "gemma3"
+    config.rope_parameters["sliding_attention"] |= {"rope_type": "linear", "factor": 4.0}
+    with pytest.raises(ValueError, match="of sliding blocks have no place"):
+        architecture_of(ModelLayout.of(config), [BlockWidths(8, 1)] * 6)
+
+
+def test_a_normaliser_that_llama_cpp_would_leave_out_is_refused() -> None:
+    cuts = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    document = {"model": {"type": "BPE"}, "decoder": {"type": "ByteLevel"}, "pre_tokenizer": cuts, "normalizer": None}
+    assert tokenizer_names(document) == tokenizer_names(document | {"normalizer": {"type": "NFC"}}) == ("gpt2", "gpt-2")
+    with pytest.raises(ValueError, match="normalizer Lowercase"):
+        tokenizer_names(document | {"normalizer": {"type": "Lowercase"}})
 
 
 @pytest.mark.parametrize(

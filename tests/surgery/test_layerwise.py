@@ -77,14 +77,23 @@ def test_sparsegpt_says_what_it_damped_more_than_asked() -> None:
     assert raised.used > 0
 
 
+def test_what_wanda_pruned_stays_pruned_where_inputs_are_zero_now() -> None:
+    W, A, _ = problem(5, 12)
+    before = wanda(W, A.diagonal(), 0.25, 0, 1, before=W != 0)
+    A[:, 2:9], A[2:9] = 0, 0
+    kept = wanda(W * before, A.diagonal(), 0.5, 0, 1, before=before)
+    assert not (kept & ~before).any()
+    assert (kept.sum(dim=1) == 6).all()
+
+
 def test_wanda_keeps_the_largest_of_each_row_or_group() -> None:
     W, A, _ = problem(5, 12)
     scores = W.abs() * A.diagonal().sqrt()
-    kept = wanda(W, A.diagonal(), 0.25, 0, 1)
+    kept = wanda(W, A.diagonal(), 0.25, 0, 1, before=W != 0)
     for r in range(5):
         assert set((~kept[r]).nonzero()[:, 0].tolist()) == set(scores[r].argsort()[:3].tolist())
-    assert int((~wanda(W, A.diagonal(), 0.2, 0, 1)).sum(dim=1).min()) == 3, "at least a fifth of 12, as other methods do"
-    kept = wanda(W, A.diagonal(), 0.0, 2, 4)
+    assert int((~wanda(W, A.diagonal(), 0.2, 0, 1, before=W != 0)).sum(dim=1).min()) == 3, "at least a fifth of 12, as other methods do"
+    kept = wanda(W, A.diagonal(), 0.0, 2, 4, before=W != 0)
     for r in range(5):
         for start in (0, 4, 8):
             expected = scores[r, start : start + 4].argsort()[:2] + start

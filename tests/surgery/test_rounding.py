@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ray_surgeon.surgery.columns import upper_inverse
 from ray_surgeon.surgery.rounding import FRACTIONS, nearest, round_columns, scales_of
 
 R, C, SIZE, BITS = 5, 24, 8, 4
@@ -74,6 +75,21 @@ def test_inputs_that_are_always_zero() -> None:
     A[3], A[:, 3] = 0, 0
     found, _ = round_columns(W, A, SIZE, BITS, **EXACT)
     assert torch.isfinite(found).all()
+
+
+@pytest.mark.parametrize("strength", [1.0, 1e-3])
+def test_inputs_that_are_always_zero_change_no_damping_of_the_others(strength: float) -> None:
+    W, A = problem()
+    A, live = strength**2 * A, torch.ones(C, dtype=torch.bool)
+    live[[0, 3, 7, 20]] = False
+    A[~live], A[:, ~live] = 0, 0
+    U, _ = upper_inverse(A, 0.01, 1.0, "w")
+    alone, _ = upper_inverse(A[live][:, live], 0.01, 1.0, "w")
+    torch.testing.assert_close(U[live][:, live], alone, rtol=1e-9, atol=0)
+    assert not U[~live][:, live].any()
+    found, _ = round_columns(W, A, SIZE, BITS, damping=0.01, max_damping=1.0, name="w")
+    expected, _ = round_columns(W, A / strength**2, SIZE, BITS, damping=0.01, max_damping=1.0, name="w")
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_the_scale_is_the_best_that_is_tried() -> None:
