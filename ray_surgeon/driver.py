@@ -19,6 +19,7 @@ from ray.exceptions import (
 )
 
 from ray_surgeon.cluster.ray_cluster import (
+    NoRoomError,
     RayCluster,
     RayMetrics,
     WorkerFailure,
@@ -28,7 +29,7 @@ from ray_surgeon.cluster.ray_cluster import (
     on_this_node,
 )
 from ray_surgeon.inputs import Inputs
-from ray_surgeon.run.directory import RunDirectory
+from ray_surgeon.run.directory import RunDirectory, TakenOverError
 from ray_surgeon.run.display import Display
 from ray_surgeon.run.events import Event, Moment
 from ray_surgeon.run.metrics import COUNTERS, GAUGES, readings
@@ -157,7 +158,7 @@ def unwrapped(error: BaseException) -> BaseException:
     cause = error
     while isinstance(cause, RayTaskError):
         cause = cause.cause
-    is_told = isinstance(cause, (FloatingPointError, ValueError, OSError, CollapseError))
+    is_told = isinstance(cause, (FloatingPointError, ValueError, OSError, CollapseError, TakenOverError, NoRoomError))
     return cause if is_told else RuntimeError(str(error))
 
 
@@ -169,10 +170,10 @@ def _try(inputs: Inputs, section: RaySection, before: WorkerFailure | None, show
         runtime_env={"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}},
         scheduling_strategy=on_this_node(),
     ).remote()
-    patience_s, seen, running = section.start_timeout_s, 0, True
+    patience_s, seen, running, awaited = section.start_timeout_s, 0, True, "started within"
     try:
         ray.get(coordinator.news.remote(0), timeout=patience_s)
-        patience_s = section.ping_timeout_s
+        patience_s, awaited = section.ping_timeout_s, "answered for"
         run = coordinator.run.remote(inputs, before)
         while running:
             done, _ = ray.wait([run], timeout=_POLL_S)
@@ -185,7 +186,7 @@ def _try(inputs: Inputs, section: RaySection, before: WorkerFailure | None, show
                 show(moment)
         failure: WorkerFailure | None = ray.get(run)
     except GetTimeoutError:
-        return WorkerFailure("coordinator", f"the coordinator has not answered for {patience_s:g} s")
+        return WorkerFailure("coordinator", f"the coordinator has not {awaited} {patience_s:g} s")
     except (RayActorError, ObjectLostError, OutOfMemoryError, WorkerCrashedError) as error:
         if isinstance(error, RayTaskError):  # the coordinator lives and reports another error
             raise

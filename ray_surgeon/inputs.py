@@ -146,6 +146,10 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
     spec = with_absolute_paths(spec)
     if not dry_run and isinstance(spec.cluster, LocalSection) and spec.cluster.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("cluster.gpus_per_worker: 1, but torch sees no GPU here; set it to 0, or install torch with CUDA and a driver")
+    if any(part.startswith("_ray_pkg_") for part in Path(spec.output.uri).parts):
+        raise ValueError(
+            f"output.uri: {spec.output.uri} is in Ray's copy of the working directory, which goes with the job; give a whole path or a URI"
+        )
     with _as_input_error(f"output.uri: cannot use {spec.output.uri}"):
         RunDirectory(spec.output.uri).is_new()  # raises if it holds something else
     with _as_input_error(f"model.source: cannot read {spec.model.source}"):

@@ -27,7 +27,7 @@ from ray_surgeon.cluster.room import found_here
 from ray_surgeon.inputs import Inputs, check
 from ray_surgeon.models.checkpoint import BadWeightsError
 from ray_surgeon.run import report
-from ray_surgeon.run.directory import RunDirectory
+from ray_surgeon.run.directory import RunDirectory, TakenOverError
 from ray_surgeon.run.display import Display, new_console
 from ray_surgeon.run.report import export_lines, shots_table
 from ray_surgeon.sections.cluster import RaySection
@@ -164,6 +164,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m ray_surgeon.p
     except KeyboardInterrupt:
         errors.print(f"interrupted; {resume_with}", markup=False, soft_wrap=True)
         return INTERRUPTED
+    except TakenOverError as error:
+        return fail(f"failed: {error}", FAILED)
     except (BadWeightsError, DoesNotFitError) as error:
         return fail(f"error: {error}", BAD_INPUT)
     except (RuntimeError, OSError, ValueError, FloatingPointError) as error:

@@ -52,17 +52,21 @@ def run_shots(inputs: Inputs, workers: Cluster, run: RunDirectory, listen: Calla
 
     Raises:
         DoesNotFitError: the workers' memory is too small, whatever is kept where; nothing has started then.
+        TakenOverError: another try of this run has begun meanwhile.
         FloatingPointError: a loss, factor or cost is not usable; committed shots stay.
         CollapseError: perplexity is above the limit of the spec; committed shots stay.
     """
     try:
         _run_shots(inputs, workers, run, listen)
-    except Exception as error:
+    except BaseException as error:
         with contextlib.suppress(Exception):  # the first error is the one to tell
             run.write_events()
         if isinstance(error, (FloatingPointError, ValueError, OSError, CollapseError)):
             with contextlib.suppress(Exception):
                 workers.run_all(clean_up)
+        if isinstance(error, Exception):
+            with contextlib.suppress(OSError):
+                run.check_attempt()  # what failed may be what another try has taken away
         raise
     workers.run_all(clean_up)
 
@@ -165,6 +169,7 @@ def _run_shots(inputs: Inputs, workers: Cluster, run: RunDirectory, listen: Call
                 run.drop_tensors(shot - spec.output.keep_shots)
             last = report.shots[-1]
             facts |= {"uri": run.shot_folder(shot), "parameters": last["num_nonzero"], "peak_rss_bytes": last["peak_rss_bytes"]}
+        run.write_events()  # with the commit's own
 
     for kind in spec.output.exports:
         with step("export", num_shots) as facts:

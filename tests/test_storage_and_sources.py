@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import resource
 import struct
 import subprocess
 import sys
@@ -62,6 +63,16 @@ def test_a_folder_of_an_object_store_is_not_in_itself(s3: None) -> None:
     filesystem, path = files.open_filesystem("s3://bucket/empty")
     filesystem.pipe_file(f"{path}/", b"")
     assert files.list_names("s3://bucket/empty") == files.list_files("s3://bucket/empty") == []
+
+
+def test_a_full_disk_is_an_error_with_the_file(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(OSError, match=f"{tmp_path}/run.json"):
+            files.write_text(f"{tmp_path}/run.json", "x" * 1000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:

@@ -53,6 +53,10 @@ class WorkerFailure:
         return WorkerFailure(cause, " ".join(str(error).split())[:300])
 
 
+class NoRoomError(RuntimeError):
+    """The cluster cannot hold the workers."""
+
+
 class WorkerFailureError(RuntimeError):
     """Part of the cluster is lost. A new group of workers can continue from the last committed shot."""
 
@@ -81,7 +85,9 @@ def connect(address: str | None, num_cpus_needed: int) -> str:
         try:
             _connect_to(target)
         except (ConnectionError, TimeoutError) as error:
-            raise ValueError(f"cluster.address: cannot reach Ray at {target!r}: {error}; start it, or leave the address out") from error
+            raise ValueError(
+                f"cluster.address: cannot reach Ray at {target!r}: {error}; start it, check RAY_AUTH_TOKEN, or leave the address out"
+            ) from error
         return target
     try:
         num_cpus = max(os.cpu_count() or 1, num_cpus_needed)
@@ -375,7 +381,7 @@ def _reserve(num_workers: int, section: RaySection) -> PlacementGroup:
         total, free = ray.cluster_resources(), ray.available_resources()  # type: ignore[no-untyped-call]
         remove_placement_group(group)
         shown = ", ".join(f"{key} {free.get(key, 0):g} free of {total.get(key, 0):g}" for key in bundle)
-        raise RuntimeError(
+        raise NoRoomError(
             f"no room for {num_workers} workers of {bundle} within {section.start_timeout_s:g} s; the cluster has {shown}. "
             "Ask for fewer shards or replicas, or add nodes"
         )

@@ -9,6 +9,7 @@ import json
 import math
 import shlex
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,7 @@ _FREE_SECTIONS = ("name", "cluster.", "memory.", "output.")
 _MOST_CHANGES = 8
 _EVENTS_EVERY_S = 20.0
 """How often a store that cannot append gets all events again, besides the end of every shot."""
-_BEFORE_A_RUN = (".writable", "spec.yaml", "source")
+_BEFORE_A_RUN = (".writable", "attempt", "spec.yaml", "source")
 """All there is of a run that was killed before its first record; `source` is a model that was in memory."""
 
 
@@ -32,6 +33,10 @@ def _fields(section: Any, prefix: str = "") -> dict[str, Any]:
     items = section.items() if isinstance(section, dict) else enumerate(section) if isinstance(section, list) else ()
     leaves = {k: v for key, value in items for k, v in _fields(value, f"{prefix}{key}.").items()}
     return leaves if leaves or not prefix else {prefix[:-1]: section}
+
+
+class TakenOverError(RuntimeError):
+    """Another try of the run has begun in its folder."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,8 @@ class RunDirectory:
         self._events: list[str] = []
         self._events_written_s = -math.inf
         self._num_dropped = 0  # shots whose tensors are gone
+        self._attempt = uuid.uuid4().hex  # this try of the run
+        self._has_begun = False
 
     def path(self, *parts: str) -> str:
         """Return the URI of something in the folder."""
@@ -122,7 +129,9 @@ class RunDirectory:
         store.remove(probe)
 
     def start(self, spec_yaml: str, fingerprints: Mapping[str, Any]) -> None:
-        """Take the folder for this run, or go on in it, without what a killed process left half written."""
+        """Take the folder for this run, or go on in it, without what a killed process left half written; the last one who does has it."""
+        store.write_text(self.path("attempt"), self._attempt)
+        self._has_begun = True
         store.remove_files(self.uri, [])
         if not store.exists(self.path("run.json")):
             store.write_text(self.path("spec.yaml"), spec_yaml)
@@ -133,12 +142,23 @@ class RunDirectory:
             if torn:  # by a full disk or a killed process
                 store.write_text(self.path("events.jsonl"), whole + newline)
 
+    def check_attempt(self) -> None:
+        """End this try if another one has begun since, for instance a second job with the same spec.
+
+        Raises:
+            TakenOverError: it has.
+        """
+        place = self.path("attempt")
+        if self._has_begun and store.exists(place) and store.read_text(place) != self._attempt:
+            raise TakenOverError(f"another try of this run has begun in {self.uri}, so this one ends; committed shots are kept")
+
     def retries(self) -> list[dict[str, Any]]:
         """Return the facts of every loss after which the run went on."""
         return [event["facts"] for event in map(json.loads, self._events) if event["step"] == "retry"]
 
     def add_event(self, event: Mapping[str, Any]) -> None:
         """Append to events.jsonl; object stores cannot append, so there the whole file is written again, now and then."""
+        self.check_attempt()
         self._events.append(json.dumps(event))
         if store.is_local(self.uri):
             store.append_line(self.path("events.jsonl"), self._events[-1])
@@ -148,6 +168,7 @@ class RunDirectory:
     def write_events(self) -> None:
         """Write events.jsonl on an object store."""
         if not store.is_local(self.uri):
+            self.check_attempt()
             store.write_text(self.path("events.jsonl"), "".join(f"{line}\n" for line in self._events))
             self._events_written_s = time.monotonic()
 

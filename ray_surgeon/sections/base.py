@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field
 
 Positive = Annotated[int, Field(gt=0)]
+
+_SECRETS = re.compile(r"://[^/@]*:[^/@]*@|[?&][^=&]*(?:signature|token|secret|password|credential|sig)=", re.IGNORECASE)
+
+
+def _without_secrets(uri: str) -> str:
+    if _SECRETS.search(uri):
+        raise ValueError("holds credentials, which every record of the run would show; give them to the file system, see docs/clusters.md")
+    return uri
+
+
+Address = Annotated[str, AfterValidator(_without_secrets)]
+"""A path, URI or Hub id, which the run's records show."""
 
 
 class Section(BaseModel):

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from ray_surgeon.sections.base import Positive, Section
+from ray_surgeon.sections.base import Address, Positive, Section
 from ray_surgeon.sections.targets import SpeedSection
 
 GgufKind = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
@@ -36,7 +36,7 @@ class QuantizeSection(Section):
 class OutputSection(Section):
     """Where results go."""
 
-    uri: str = Field(min_length=1, description="Run directory: a local path or an fsspec URI such as s3://bucket/runs/name")
+    uri: Address = Field(min_length=1, description="Run directory: a local path or an fsspec URI such as s3://bucket/runs/name")
     keep_shots: int = Field(2, ge=0, description="Keep the tensors of the last N shots; 0 keeps all. The record of a shot is always kept")
     exports: tuple[Literal["masked", "uniform", "per_block", "deci", "gguf"], ...] = Field(
         ("masked",),

@@ -7,13 +7,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field, Tag, model_validator
 
-from ray_surgeon.sections.base import Positive, Section, by_tag, tag
+from ray_surgeon.sections.base import Address, Positive, Section, by_tag, tag
 
 
 class ModelSection(Section):
     """The model to prune."""
 
-    source: str = Field(
+    source: Address = Field(
         min_length=1,
         description="A Hub id, a local folder, an fsspec URI of a folder (s3://bucket/model), or pkg://PACKAGE/FILE.gguf, "
         "a file inside a Python package. Weights are safetensors or GGUF",
@@ -46,7 +46,7 @@ OWN_TEXTS = ("python-docs", "python-docstrings", "package-docstrings", "package-
 class SourceSection(Section):
     """A text, and where its windows start."""
 
-    source: str = Field(
+    source: Address = Field(
         min_length=1,
         description="python-docs (the topics of Python's own help), python-docstrings (the longer docstrings of its library), "
         "package-docstrings (those of the packages that are installed here, a file of each in turns; give max_tokens), "
@@ -217,7 +217,7 @@ class TasksSection(Section):
     """Downstream tasks by EleutherAI's evaluation harness, on the dense model and every export for transformers. Needs the extra eval."""
 
     names: tuple[str, ...] = Field(min_length=1, description="Tasks or groups of tasks that the harness knows, e.g. [piqa, arc_easy]")
-    include: str | None = Field(None, description="Folder or fsspec URI of more task definitions; code that lies in them is run")
+    include: Address | None = Field(None, description="Folder or fsspec URI of more task definitions; code that lies in them is run")
     num_fewshot: int | None = Field(None, ge=0, description="Examples before each question; without it, as each task defines")
     limit: Positive | None = Field(None, description="Only the first so many questions of each task, to try it out")
     batch_size: Positive = Field(1, description="Questions at once")

@@ -22,7 +22,7 @@ import fsspec
 from filelock import FileLock
 from fsspec.implementations.local import LocalFileSystem
 
-from ray_surgeon.storage.retrying import tries_again
+from ray_surgeon.storage.retrying import naming, tries_again
 
 WRITING = ".writing-"
 """How the names of folders begin in which files are written until they are whole."""
@@ -231,7 +231,8 @@ def write_text(uri: str, text: str) -> None:
     """Write a UTF-8 file, whole or not at all."""
     with tempfile.TemporaryDirectory(dir=scratch_folder(uri), prefix=WRITING) as folder:
         scratch = Path(folder) / "file"
-        scratch.write_text(text, encoding="utf-8")
+        with naming(uri):
+            scratch.write_text(text, encoding="utf-8")
         upload(uri, scratch)
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from time import monotonic, sleep
 from typing import ParamSpec, TypeVar
 
@@ -53,6 +54,19 @@ def _may_pass(error: BaseException, uri: str) -> bool:
     return type(error).__name__ not in lasting_names and getattr(error, "errno", None) not in _LASTING_NUMBERS
 
 
+@contextlib.contextmanager
+def naming(uri: str) -> Iterator[None]:
+    """Let an OSError that does not say of which file it is say so."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = uri
+        elif error.errno is None and uri not in str(error):
+            error.args = (f"{uri}: {error}",)
+        raise
+
+
 def tries_again(function: Callable[P, T]) -> Callable[P, T]:
     """Let a function that takes a URI first try again after errors that may pass, and raise OSError whatever the client raises."""
 
@@ -78,9 +92,8 @@ def tries_again(function: Callable[P, T]) -> Callable[P, T]:
             reraise=True,
         )
         try:
-            return again(function, *args, **kwargs)
-        except OSError:
-            raise
+            with naming(uri):
+                return again(function, *args, **kwargs)
         except _client_errors() as error:
             raise OSError(f"{uri}: {error}") from error
 

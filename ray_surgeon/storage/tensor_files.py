@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import struct
 import tempfile
 import threading
@@ -66,7 +67,8 @@ def write(uri: str, tensors: Mapping[str, Tensor]) -> int:
         try:
             save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, scratch, metadata={"format": "pt"})
         except SafetensorError as error:
-            raise OSError(f"{uri}: cannot write: {error}; free space on the disk, then go on with --resume") from error
+            remedy = "; free space on the disk, then go on with --resume" if re.search("No space|quota", str(error)) else ""
+            raise OSError(f"{uri}: cannot write: {error}{remedy}") from error
         scratch.chmod(0o644)  # safetensors writes 0600, which another user that serves the model could not read
         size = scratch.stat().st_size
         files.upload(uri, scratch)

@@ -79,6 +79,7 @@ SPEC_ERRORS: list[tuple[dict[str, Any], list[str]]] = [
     ({"calibration__source": "/absent/text.txt"}, ["calibration", "no file /absent/text.txt"]),
     ({"calibration__num_sequences": 600}, ["calibration", "tokens", "need 38376"]),
     ({"calibration__sequence_length": 200}, ["calibration.sequence_length: 200", "at most 128"]),
+    ({"output__uri": "/tmp/ray/session/_ray_pkg_12/runs/x"}, ["output.uri", "Ray's copy of the working directory", "give a whole path"]),
     ({"output__uri": "nosuch://somewhere"}, ["nosuch://somewhere", "Protocol not known"]),
     ({"model__source": "/" + "long" * 80}, ["model.source: cannot read"]),  # no file system takes a name of 320 characters
     ({"evaluation": [{"name": "a", "source": "/" + "long" * 80, "num_sequences": 4, "sequence_length": 40}]}, ["evaluation.0 (a)"]),
@@ -91,6 +92,16 @@ def test_specs_that_cannot_work(
 ) -> None:
     message = refused(capsys, run(tmp_path, model, **changes))
     assert [word for word in words if word not in message] == [], message
+
+
+@pytest.mark.parametrize("field", ["model__source", "calibration__source", "output__uri"])
+@pytest.mark.parametrize("uri", ["http://me:S3CRET@host/x.txt", "https://host/x.txt?X-Amz-Expires=9&X-Amz-Signature=S3CRET"])
+def test_credentials_are_refused_and_not_shown(
+    uri: str, field: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = refused(capsys, run(tmp_path, model, **{field: uri}))
+    assert f"{field.replace('__', '.')}: holds credentials" in message
+    assert "S3CRET" not in message
 
 
 def test_a_gpu_that_is_not_there(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

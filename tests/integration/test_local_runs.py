@@ -15,6 +15,7 @@ from ray_surgeon import inputs, shots
 from ray_surgeon.cluster.curvature_pass import finish_curvature, gather_curvature
 from ray_surgeon.cluster.passes import Measured, remember
 from ray_surgeon.inputs import check
+from ray_surgeon.methods.rows_columns import RowsColumns
 from ray_surgeon.run.directory import RunDirectory
 from ray_surgeon.run.report import main as compare
 from ray_surgeon.spec import parse_spec
@@ -320,6 +321,44 @@ def test_tasks_of_a_run_that_goes_on_are_those_it_began_with(
     record["fingerprints"]["tasks"] = {"names": ["piqa"]}
     (tmp_path / "run/run.json").write_text(json.dumps(record))
     assert run(tmp_path, model, "--resume", **exports, evaluation={"texts": [text]}) == 0, "without tasks that failed"
+
+
+def test_another_try_in_the_same_folder_ends_this_one(
+    model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The last one that begins has the folder, and the events are its own from then on."""
+    choose = RowsColumns.choose
+
+    def begin_another(method: RowsColumns, cluster: Any, scores: Any, shot: int) -> Any:
+        if shot == 2:
+            RunDirectory(str(tmp_path / "run")).start("", {})
+        return choose(method, cluster, scores, shot)
+
+    monkeypatch.setattr(RowsColumns, "choose", begin_another)
+    assert run(tmp_path, model_folders["llama"], pruning__num_shots=3) == 1
+    said = capsys.readouterr().err
+    assert "another try of this run has begun" in said
+    assert "--resume" not in said
+    assert RunDirectory(str(tmp_path / "run")).committed_indices() == [1]
+    monkeypatch.undo()
+    assert run(tmp_path, model_folders["llama"], "--resume", pruning__num_shots=3) == 0
+    events = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
+    assert [event["shot"] for event in events if event["step"] == "commit"] == [1, 2, 3]
+
+
+def test_the_event_of_a_commit_is_kept_where_events_cannot_be_appended(
+    model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(method: RowsColumns, cluster: Any, scores: Any, shot: int) -> Any:
+        if shot == 2:
+            raise KeyboardInterrupt
+        return choose(method, cluster, scores, shot)
+
+    choose = RowsColumns.choose
+    monkeypatch.setattr(RowsColumns, "choose", stop)
+    assert run(tmp_path, model_folders["llama"], output__uri="memory://stopped") == 130
+    events = [json.loads(line) for line in files.read_text("memory://stopped/events.jsonl").splitlines()]
+    assert [event["step"] for event in events][-3:] == ["commit", "curvature", "costs"]
 
 
 def test_a_gap_in_the_shots_is_repeated(model_folders: dict[str, Path], tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from ray.exceptions import RayError, RayTaskError
 import ray_surgeon
 from ray_surgeon.cluster import ray_cluster
 from ray_surgeon.cluster.placement import WorkerIndex, place
-from ray_surgeon.cluster.ray_cluster import RayCluster, WorkerFailureError, connect
+from ray_surgeon.cluster.ray_cluster import NoRoomError, RayCluster, WorkerFailureError, connect
 from ray_surgeon.cluster.worker import ModelRecipe, Worker, load
 from ray_surgeon.memory.stores import Stores
 from ray_surgeon.sections.cluster import RaySection
@@ -113,7 +113,7 @@ def test_failures_are_seen_and_named(connected: None, model_folders: dict[str, P
     """No room, a worker's error, a killed worker: each is raised where the coordinator waits."""
     layout = LAYOUTS["llama"]
     placement = place(layout, 2, 1)
-    with pytest.raises(RuntimeError, match=r"no room for 2 workers.*CPU \d+ free of \d+"):
+    with pytest.raises(NoRoomError, match=r"^no room for 2 workers.*CPU \d+ free of \d+"):
         RayCluster(layout, placement, RaySection(cpus_per_worker=1000, start_timeout_s=0.5))
     workers = RayCluster(layout, placement, RaySection())
     with pytest.raises(ValueError, match="absent"):

@@ -50,6 +50,12 @@ def indefinite(n: int, seed: int) -> Tensor:
     return (x + x.T) / 2
 
 
+def too_indefinite(A: Tensor) -> Tensor:
+    """Return a matrix that is not positive definite with damping 0.01, and is with 0.1."""
+    shifted = A - torch.linalg.eigvalsh(A)[0] * torch.eye(len(A), dtype=A.dtype)
+    return shifted - 0.03 * shifted.diagonal().mean() * torch.eye(len(A), dtype=A.dtype)
+
+
 def crossing(R: int, C: int, rows: list[int], columns: list[int]) -> Tensor:
     removed = torch.zeros(R, C, dtype=torch.bool)
     removed[rows] = True

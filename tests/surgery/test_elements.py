@@ -20,7 +20,7 @@ from ray_surgeon.surgery.element_pruning import ElementUnits, ElementUpdate, fin
 from ray_surgeon.surgery.extended.chunks import update_in_chunks
 from ray_surgeon.surgery.masks import ElementMask
 from ray_surgeon.surgery.threshold import bit_histogram, bucket_of, cost_of_bits
-from tests.surgery.dense import damped, dense_removal, linear, problem
+from tests.surgery.dense import damped, dense_removal, linear, problem, too_indefinite
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
 
@@ -280,6 +280,18 @@ def test_always_zero_rows_and_columns_cost_nothing() -> None:
     assert not removal.W[1].any()
     assert not removal.W[:, 3].any()
     assert int(mask.kept.sum()) == 5 * 6
+
+
+def test_the_update_has_the_damping_that_the_costs_needed() -> None:
+    W, A, G = problem()
+    A = too_indefinite(A)
+    of, full = linear(W, A, G), ElementMask.full(6, 7)
+    found = find_elements(of, SINGLE, "obs")
+    assert found.damping.a == pytest.approx(0.1)
+    threshold = float(unit_costs(of, full, SINGLE, found).flatten().sort().values[9])
+    removal, mask = prune_elements(of, full, SINGLE, found, threshold, UPDATE)
+    expected, _ = dense_removal(W, damped(A, 0.1), damped(G, 0.1), ~mask.kept)
+    torch.testing.assert_close(removal.W, expected, rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("solver", ["single", "none"])

@@ -81,6 +81,31 @@ def test_groups_whose_inputs_are_always_zero_cost_nothing() -> None:
     assert (marginal[torch.arange(8) != 3] > 0).all()
 
 
+@pytest.mark.parametrize("limit", [None, math.inf])
+def test_some_groups_stay_also_where_most_inputs_are_zero(limit: float | None) -> None:
+    W, A, G = problem(R, C)
+    A[:7], A[:, :7] = 0, 0
+    of = linear(W, A, G)
+    alive = alive_part(of, StructuredMask.full(R, C))
+    marginal = group_costs(of, alive, of.curvature(alive), torch.arange(8)[:, None], 3, limit)
+    assert (marginal == 0).sum() == 5
+    assert torch.isinf(marginal).sum() == 3
+
+
+def test_a_group_that_is_cheap_after_another_goes_with_it() -> None:
+    """Column 0 is nearly what column 1 takes away; once 1 is gone and 0 makes up for it, little of 0 is left."""
+    W, G = torch.tensor([[1.0, -0.9, 10.0]], dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
+    A = torch.tensor([[1.0, 0.9, 0.0], [0.9, 1.0, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
+    of = linear(W, A, G)
+    alive = alive_part(of, StructuredMask.full(1, 3))
+    marginal = group_costs(of, alive, of.curvature(alive), torch.arange(3)[:, None], 0, math.inf)
+    one = dense_removal(W, damped(A, 0.01), damped(G, 0.1), crossing(1, 3, [], [1]))[1]
+    both = dense_removal(W, damped(A, 0.01), damped(G, 0.1), crossing(1, 3, [], [0, 1]))[1]
+    assert both - one < one
+    assert marginal[:2].tolist() == pytest.approx([one, one])
+    assert marginal[2] > one
+
+
 ANY = frozenset(range(9))
 EVEN = frozenset((0, 2, 4, 6, 8))
 

@@ -4,7 +4,7 @@ import torch
 from ray_surgeon.surgery.linear import Linear, Part
 from ray_surgeon.surgery.masks import StructuredMask
 from ray_surgeon.surgery.structured import Candidates, find_candidates, prune_structures
-from tests.surgery.dense import crossing, damped, dense_removal, flags, linear, problem
+from tests.surgery.dense import crossing, damped, dense_removal, flags, linear, problem, too_indefinite
 
 
 def candidates(of: Linear, mask: StructuredMask, structure: str = "rows_columns", *, per_parameter: bool = False) -> Candidates:
@@ -87,12 +87,38 @@ def test_structure_limits_the_candidates(structure: str, num_rows: int, num_colu
 
 def test_cost_per_parameter_divides_by_what_the_structure_still_has() -> None:
     W, A, G = problem()
-    mask = StructuredMask(torch.arange(6) != 0, torch.arange(7) < 5)
+    mask = StructuredMask(torch.arange(6) != 0, torch.arange(7) < 4)
     mask.apply_(W)
     by_cost = candidates(linear(W, A, G), mask)
     per_parameter = candidates(linear(W, A, G), mask, per_parameter=True)
-    torch.testing.assert_close(per_parameter.row_costs * 5, by_cost.row_costs)
+    torch.testing.assert_close(per_parameter.row_costs * 4, by_cost.row_costs)
     torch.testing.assert_close(per_parameter.column_costs * 5, by_cost.column_costs)
+
+
+def test_a_bias_that_is_zero_makes_up_for_columns() -> None:
+    W, A, G = problem()
+    W[:, -1] = 0
+    of, full = linear(W, A, G, has_bias=True), StructuredMask.full(6, 7)
+    found = candidates(of, full, "columns")
+    threshold = float(found.column_costs.sort().values[1])
+    removal, mask = prune_structures(of, full, found, threshold, "full")
+    expected, _ = dense_removal(W, damped(A, 0.01), damped(G, 0.1), crossing(6, 7, [], (~mask.columns).nonzero()[:, 0].tolist()))
+    torch.testing.assert_close(removal.W, expected, rtol=1e-9, atol=1e-11)
+    assert removal.W[:, -1].all()
+
+
+def test_the_update_has_the_damping_that_the_costs_needed() -> None:
+    W, A, G = problem()
+    A = too_indefinite(A)
+    of, full = linear(W, A, G), StructuredMask.full(6, 7)
+    found = candidates(of, full, "columns")
+    assert found.damping.a == pytest.approx(0.1)
+    assert [(raised.factor, raised.asked) for raised in found.raised_damping] == [("A", 0.01)]
+    threshold = float(found.column_costs.sort().values[1])
+    removal, mask = prune_structures(of, full, found, threshold, "full")
+    expected, cost = dense_removal(W, damped(A, 0.1), damped(G, 0.1), crossing(6, 7, [], (~mask.columns).nonzero()[:, 0].tolist()))
+    torch.testing.assert_close(removal.W, expected, rtol=1e-9, atol=1e-11)
+    assert removal.predicted == pytest.approx(cost, rel=1e-9)
 
 
 def test_nan_weights_are_an_error_that_names_the_linear() -> None:
