@@ -34,7 +34,7 @@ from ray_surgeon.sections.texts import ModelSection
 from ray_surgeon.shots import run_shots
 from ray_surgeon.spec import JobSpec, validation_message
 from ray_surgeon.storage import files
-from ray_surgeon.storage.sources import SMALL_FILES, open_model
+from ray_surgeon.storage.sources import goes_along, open_model
 from ray_surgeon.storage.texts import first_token
 from ray_surgeon.surgery.kronecker import KroneckerFactors
 
@@ -281,16 +281,13 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, section: M
         except ValueError as error:
             raise ValueError(f"model: transformers does not save it: {error}; mend that first, or prune a folder") from error
         tokenizer.save_pretrained(scratch)
-        given = [
-            p
-            for p in sorted(Path(scratch).iterdir())
-            if p.name in SMALL_FILES or p.name.endswith((".safetensors", ".safetensors.index.json"))
-        ]
+        written = {path.relative_to(scratch).as_posix(): path for path in sorted(Path(scratch).rglob("*")) if path.is_file()}
+        small = {name: path for name, path in written.items() if goes_along(name)}
+        weights = {name: path for name, path in written.items() if name.endswith((".safetensors", ".safetensors.index.json"))}
         if has_begun and files.exists(section.source):
             here, there = (open_model(section.model_copy(update={"source": uri}), convert_gguf) for uri in (scratch, section.source))
-            small = [path for path in given if path.name in SMALL_FILES]
             if here.shapes_and_fingerprint() != there.shapes_and_fingerprint() or any(
-                path.name not in there.names or path.read_bytes() != there.fetch(path.name).read_bytes() for path in small
+                name not in there.names or path.read_bytes() != there.fetch(name).read_bytes() for name, path in small.items()
             ):
                 raise ValueError(f"output.uri: {run} holds a run of another model or tokenizer; give output another folder")
             return
@@ -299,8 +296,8 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, section: M
             raise ValueError(f"output.uri: {section.source} holds something else, and the model would go there; give output another folder")
         files.remove_folder(section.source)  # of a try before the run began
         files.write_text(marker, "")
-        for path in given:
-            files.put_file(files.join(section.source, path.name), path)
+        for name, path in (small | weights).items():
+            files.put_file(files.join(section.source, name), path)
 
 
 @contextmanager

@@ -109,15 +109,9 @@ def _run_shots(inputs: Inputs, workers: Cluster, run: RunDirectory, listen: Call
         report.dense = done[-1].record["dense"]
         workers.run_all(read_states, run.path("dense.safetensors"))
     else:
-        with step("evaluation") as facts:
-            report.dense = {"perplexity": _remember(workers, inputs, facts)}
-            if lowers_divergence and not method.has_costs:
-                remember(workers, CALIBRATION, inputs.calibration)
-            if search is not None:
-                remember(workers, SEARCHED, inputs.searched)
-        if spec.evaluation.tasks is not None:
-            with step("tasks"):
-                report.dense["tasks"] = evaluate_tasks(workers, inputs.model, spec.evaluation.tasks)
+        report.dense = _look_at_dense(
+            inputs, workers, step, searches=search is not None, calibration=lowers_divergence and not method.has_costs
+        )
 
     for shot in range(len(done) + 1, num_shots + 1):
         step.new_shot()
@@ -171,6 +165,27 @@ def _run_shots(inputs: Inputs, workers: Cluster, run: RunDirectory, listen: Call
             facts |= {"uri": run.shot_folder(shot), "parameters": last["num_nonzero"], "peak_rss_bytes": last["peak_rss_bytes"]}
         run.write_events()  # with the commit's own
 
+    _write_exports(inputs, workers, run, report, step)
+    run.write_report(report.as_record())
+    page.draw(report.as_record(), final=True)
+
+
+def _look_at_dense(inputs: Inputs, workers: Cluster, step: Steps, *, searches: bool, calibration: bool) -> dict[str, Any]:
+    """Measure the dense model, and keep its states of what it will be compared on; return its record."""
+    with step("evaluation") as facts:
+        record: dict[str, Any] = {"perplexity": _remember(workers, inputs, facts)}
+        if calibration:
+            remember(workers, CALIBRATION, inputs.calibration)
+        if searches:
+            remember(workers, SEARCHED, inputs.searched)
+    if inputs.spec.evaluation.tasks is not None:
+        with step("tasks"):
+            record["tasks"] = evaluate_tasks(workers, inputs.model, inputs.spec.evaluation.tasks)
+    return record
+
+
+def _write_exports(inputs: Inputs, workers: Cluster, run: RunDirectory, report: RunReport, step: Steps) -> None:
+    spec, num_shots = inputs.spec, inputs.spec.pruning.shots
     for kind in spec.output.exports:
         with step("export", num_shots) as facts:
             about, linear_records, uri = report.model_card_facts(), report.shots[-1]["linears"], run.path("export", kind)
@@ -184,8 +199,6 @@ def _run_shots(inputs: Inputs, workers: Cluster, run: RunDirectory, listen: Call
             source, texts, about = (inputs.layout, inputs.model), (inputs.calibration, inputs.texts), report.model_card_facts()
             report.exports.append(export_quantised(workers, *source, uniform, *texts, about, spec.output.quantize))
             facts |= {name: report.exports[-1][name] for name in ("kind", "uri", "size_bytes")}
-    run.write_report(report.as_record())
-    page.draw(report.as_record(), final=True)
 
 
 def _with_latencies(method: Groups, inputs: Inputs, workers: Cluster, uri: str) -> Groups:

@@ -26,7 +26,7 @@ from ray_surgeon.models.pruned_config import BlockWidths
 from ray_surgeon.sections.output import QuantizeSection
 from ray_surgeon.sections.texts import ModelSection
 from ray_surgeon.storage import files, tensor_files
-from ray_surgeon.storage.sources import SMALL_FILES, open_model
+from ray_surgeon.storage.sources import goes_along, open_model
 
 NUM_COMPARED_TOKENS = 64
 WRITTEN = ("model.safetensors", "model-?????-of-?????.safetensors", "masks.safetensors", "masks-?????-of-?????.safetensors", "*.index.json")
@@ -93,8 +93,8 @@ def copy_small_files(model: ModelSection, uri: str, *, another_type: bool = Fals
     export is of another type than the dense model, the tokenizer is written as it is for the dense one.
     """
     dense = open_model(model, convert_gguf)
-    for name in SMALL_FILES:
-        if name in dense.names and name != "config.json":
+    for name in filter(goes_along, dense.names):
+        if name != "config.json":
             files.put_file(files.join(uri, name), dense.fetch(name))
     if not another_type:
         return

@@ -38,6 +38,13 @@ SMALL_FILES = (
     "chat_template.jinja",
 )
 """Everything of a checkpoint folder that is not weights and that a tokenizer or a reload may need."""
+TEMPLATES = "additional_chat_templates"
+"""The folder of chat templates beside the first one."""
+
+
+def goes_along(name: str) -> bool:
+    """Whether a file of a checkpoint, by its name in the folder, is copied beside an export's weights."""
+    return name in SMALL_FILES or (name.startswith(f"{TEMPLATES}/") and name.endswith(".jinja"))
 
 
 @dataclass(frozen=True)
@@ -164,8 +171,9 @@ def open_model(source: ModelSection, convert: Callable[[Path, Path], None]) -> M
 def _folder(source: ModelSection, folder: Path) -> ModelFiles:
     if source.revision is not None:
         raise ValueError(f"model.revision: {source.source} is a local folder, which has no revisions; remove it")
-    names = tuple(sorted(path.name for path in folder.iterdir() if path.is_file()))
-    for name in {*names} & {*SMALL_FILES}:  # these are copied into exports; weights may lie elsewhere
+    found = [*folder.iterdir(), *(folder / TEMPLATES).glob("*.jinja")]
+    names = tuple(sorted(path.relative_to(folder).as_posix() for path in found if path.is_file()))
+    for name in filter(goes_along, names):  # into exports; weights may lie elsewhere
         target = (folder / name).resolve()
         if folder.resolve() not in target.parents and target.parent.name != "blobs":  # where the Hub's cache keeps content
             raise ValueError(f"model.source: {folder / name} is a link to {target}, outside of the model; put the file itself there")
@@ -175,7 +183,8 @@ def _folder(source: ModelSection, folder: Path) -> ModelFiles:
 def _remote(source: ModelSection) -> ModelFiles:
     uri = source.source
     try:
-        names = tuple(files.list_names(uri))
+        templates = [f"{TEMPLATES}/{name}" for name in files.list_names(files.join(uri, TEMPLATES))]
+        names = tuple(files.list_names(uri) + templates)
     except OSError as error:
         raise ValueError(f"model.source: cannot list {uri}: {error}; check the address, the credentials and the network") from error
     if not names:

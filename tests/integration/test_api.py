@@ -22,6 +22,7 @@ from ray_surgeon.inputs import check
 from ray_surgeon.run.directory import RunDirectory
 from ray_surgeon.run.events import Moment
 from ray_surgeon.shots import run_shots
+from ray_surgeon.storage import files
 from tests.integration.runs import assert_same_shot, beginning, loaded, run, tiny_spec
 
 ROOT = Path(__file__).parent.parent.parent
@@ -89,6 +90,18 @@ def test_the_model_of_another_run_is_not_overwritten(model_folders: dict[str, Pa
         ray_surgeon.prune(model, tokenizer, **sections | {"output": str(tmp_path / "project")}, progress=False)
     assert not (tmp_path / "project/source").exists()
     assert source.read_bytes() == before
+
+
+def test_all_chat_templates_go_along(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    model, tokenizer = in_memory(model_folders["llama"])
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    result = ray_surgeon.prune(model, tokenizer, calibration=TEXT, pruning=GROUPS, output="memory://templates", progress=False)
+    files.download(files.join(result.path, "config.json"), tmp_path / "config.json")
+    for name in files.list_files(result.path):
+        if "token" in name or "template" in name:
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            files.download(files.join(result.path, name), tmp_path / name)
+    assert AutoTokenizer.from_pretrained(tmp_path).chat_template == tokenizer.chat_template
 
 
 @pytest.mark.ray
