@@ -21,6 +21,7 @@ from ray_surgeon.cluster.passes import logits
 from ray_surgeon.cluster.room import available_bytes
 from ray_surgeon.cluster.saving import num_files, save_weights
 from ray_surgeon.cluster.transport import decode
+from ray_surgeon.export.reload import agree
 from ray_surgeon.models.gguf import convert_gguf
 from ray_surgeon.models.pruned_config import BlockWidths
 from ray_surgeon.sections.output import QuantizeSection
@@ -31,9 +32,6 @@ from ray_surgeon.storage.sources import goes_along, open_model
 NUM_COMPARED_TOKENS = 64
 WRITTEN = ("model.safetensors", "model-?????-of-?????.safetensors", "masks.safetensors", "masks-?????-of-?????.safetensors", "*.index.json")
 """Names of the files of weights and masks."""
-
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05, "float16": 0.01}
-"""Largest difference of logits by dtype, relative to the largest logit: what another order of sums may cause."""
 
 
 def write_weights(cluster: Cluster, uri: str, *, cut_out: bool, masks: bool, left_out: tuple[str, ...] = (), stored: bool = True) -> int:
@@ -225,9 +223,6 @@ def quantised_copy(
 def reload_difference(cluster: Cluster, uri: str, tokens: NDArray[np.int64], dtype: str, *, shipped_code: bool, has_experts: bool) -> float:
     """Return the largest difference between the workers' logits and those of the export in a process of its own, which also generates.
 
-    A token whose best experts are nearly equal goes to others if attention rounds otherwise. So of a mixture in a narrow dtype the half of
-    the tokens that are nearest must agree.
-
     Args:
         cluster: with the pruned weights.
         uri: the export.
@@ -237,20 +232,21 @@ def reload_difference(cluster: Cluster, uri: str, tokens: NDArray[np.int64], dty
         has_experts: whether the model is a mixture.
 
     Raises:
-        RuntimeError: the fresh process fails; or the logits differ by more than `TOLERANCE` allows.
+        RuntimeError: the fresh process fails; or the logits differ by more than `agree` allows.
     """
     half = has_experts and dtype != "float32"
     some = [int(t) for t in tokens[:NUM_COMPARED_TOKENS]]
     here = decode(logits(cluster, some), torch.device("cpu"))
     with local_folder(uri) as (folder, scratch):
         logits_file = str(scratch / "logits")
-        request = {"tokens": some, "logits": logits_file, "shipped_code": shipped_code, "half": half} | _to_load(folder, scratch)
+        about = {"shipped_code": shipped_code, "dtype": dtype, "half": half} | _to_load(folder, scratch)
+        request = {"tokens": some, "logits": logits_file} | about
         try:
             run_module("ray_surgeon.export.reload", request)
         except RuntimeError as error:
             raise RuntimeError(f"the export {uri} cannot be loaded by transformers:\n{error}") from error
         there = tensor_files.read(logits_file)["logits"]
-    of_tokens = (here - there).abs().amax(dim=-1)
-    if not float(of_tokens.median() if half else of_tokens.max()) <= TOLERANCE[dtype] * float(here.abs().max()):
-        raise RuntimeError(f"the export {uri} loads, but its logits differ from the workers' by {of_tokens.max():g}; do not use it")
-    return float(of_tokens.max())
+    largest = float((here - there).abs().max())
+    if not agree(there, here, dtype, half=half):
+        raise RuntimeError(f"the export {uri} loads, but its logits differ from the workers' by {largest:g}; do not use it")
+    return largest

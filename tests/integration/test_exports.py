@@ -23,6 +23,7 @@ from ray_surgeon.cluster.fresh_process import run_module
 from ray_surgeon.export import folder as export_folder
 from ray_surgeon.export.folder import dense_document, reload_difference, write_weights
 from ray_surgeon.export.kinds import shipped_source
+from ray_surgeon.export.reload import agree
 from ray_surgeon.models.build import cache_argument
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.pruned_config import BlockWidths, per_block_document, plain_kv_heads
@@ -322,6 +323,23 @@ def test_a_configuration_does_not_name_code_that_is_not_there(model_folders: dic
     (model / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoConfig": "configuration_phi3.Phi3Config"}}))
     found = dense_document(ModelSection(source=str(model)))
     assert found == {name: value for name, value in config.items() if name != "torch_dtype"} | {"dtype": "float32"}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "of_all", "of_one", "passes"),
+    [
+        ("bfloat16", 0.05, 0.4, True),  # as SmolLM2 has it
+        ("bfloat16", 0.25, 0.25, False),
+        ("bfloat16", 0.05, 0.8, False),
+        ("float32", 1e-4, 3e-3, True),
+        ("float32", 1e-4, 1e-2, False),
+    ],
+)
+def test_logits_may_differ_by_rounding(dtype: str, of_all: float, of_one: float, passes: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, noise = (torch.randn(1, 16, 500, generator=generator) for _ in range(2))
+    noise[0, 3] *= of_one / of_all
+    assert agree(10 + 3 * (logits + of_all * noise), 10 + 3 * logits, dtype, half=False) is passes
 
 
 @pytest.mark.parametrize(
