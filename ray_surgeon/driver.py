@@ -29,7 +29,7 @@ from ray_surgeon.cluster.ray_cluster import (
     on_this_node,
 )
 from ray_surgeon.inputs import Inputs
-from ray_surgeon.run.directory import RunDirectory, TakenOverError
+from ray_surgeon.run.directory import Attempt, RunDirectory, TakenOverError
 from ray_surgeon.run.display import Display
 from ray_surgeon.run.events import Event, Moment
 from ray_surgeon.run.metrics import COUNTERS, GAUGES, readings
@@ -55,17 +55,18 @@ class Coordinator:
         self._events: list[Event] = []
         self._moment: Moment | None = None
 
-    def run(self, inputs: Inputs, before: WorkerFailure | None) -> WorkerFailure | None:
+    def run(self, inputs: Inputs, before: WorkerFailure | None, attempt: Attempt) -> WorkerFailure | None:
         """Run all shots that are not committed yet.
 
         Args:
             inputs: checked.
-            before: what ended the last try, for the record.
+            before: the loss after which this goes on, for the record.
+            attempt: this try, the same after losses.
 
         Returns:
             None at the end, or what failed.
         """
-        spec, run = inputs.spec, RunDirectory(inputs.spec.output.uri)
+        spec, run = inputs.spec, RunDirectory(inputs.spec.output.uri, attempt)
         metrics = RayMetrics(spec.name, GAUGES, COUNTERS)
 
         def listen(news: Event | Moment) -> None:
@@ -115,8 +116,8 @@ def run_on_ray(inputs: Inputs, display: Display) -> None:
     try:
         if num_nodes() > 1 and "://" not in inputs.spec.output.uri:
             display.note(f"note: the cluster has several machines; {inputs.spec.output.uri} must be a folder that they share")
-        left = section.retries.model_dump()
-        failure = _try(inputs, section, None, display)
+        left, attempt = section.retries.model_dump(), Attempt()
+        failure = _try(inputs, section, None, attempt, display)
         while failure is not None:
             cause = failure.cause
             if not left[cause]:
@@ -126,7 +127,7 @@ def run_on_ray(inputs: Inputs, display: Display) -> None:
                 )
             left[cause] -= 1
             display.note(f"{_LOST[cause]}: {failure.message}; continuing from the last committed shot, {left[cause]} such retries left")
-            failure = _try(inputs, section, failure, display)
+            failure = _try(inputs, section, failure, attempt, display)
     except RayError as error:
         raise unwrapped(error) from error
 
@@ -162,7 +163,9 @@ def unwrapped(error: BaseException) -> BaseException:
     return cause if is_told else RuntimeError(str(error))
 
 
-def _try(inputs: Inputs, section: RaySection, before: WorkerFailure | None, show: Callable[[Event | Moment], None]) -> WorkerFailure | None:
+def _try(
+    inputs: Inputs, section: RaySection, before: WorkerFailure | None, attempt: Attempt, show: Callable[[Event | Moment], None]
+) -> WorkerFailure | None:
     """Run a coordinator to its end and return what failed, if anything."""
     actor_class = ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0)(Coordinator)
     coordinator: Any = actor_class.options(
@@ -170,23 +173,26 @@ def _try(inputs: Inputs, section: RaySection, before: WorkerFailure | None, show
         runtime_env={"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}},
         scheduling_strategy=on_this_node(),
     ).remote()
-    patience_s, seen, running, awaited = section.start_timeout_s, 0, True, "started within"
+    patience_s, seen, running = section.start_timeout_s, 0, True
+    silence = f"not started within {patience_s:g} s; raise cluster.start_timeout_s"
     try:
         ray.get(coordinator.news.remote(0), timeout=patience_s)
-        patience_s, awaited = section.ping_timeout_s, "answered for"
-        run = coordinator.run.remote(inputs, before)
+        patience_s = section.ping_timeout_s
+        silence = f"not answered for {patience_s:g} s"
+        run = coordinator.run.remote(inputs, before, attempt)
         while running:
             done, _ = ray.wait([run], timeout=_POLL_S)
             running = not done
             events, moment = ray.get(coordinator.news.remote(seen), timeout=patience_s)
             seen += len(events)
+            attempt.has_begun |= seen > 0
             for event in events:
                 show(event)
             if moment is not None and running:
                 show(moment)
         failure: WorkerFailure | None = ray.get(run)
     except GetTimeoutError:
-        return WorkerFailure("coordinator", f"the coordinator has not {awaited} {patience_s:g} s")
+        return WorkerFailure("coordinator", f"the coordinator has {silence}")
     except (RayActorError, ObjectLostError, OutOfMemoryError, WorkerCrashedError) as error:
         if isinstance(error, RayTaskError):  # the coordinator lives and reports another error
             raise

@@ -60,7 +60,7 @@ def _arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
         "--device",
         choices=sorted(DEVICES),
         help="what workers compute on; expected times are this device's; "
-        "if not given, the CPU, or an h100 where the spec has gpus_per_worker",
+        "if not given, the CPU, or an h100 where the spec has gpus_per_worker, or with --device-memory",
     )
     told.add_argument("--device-memory", type=_bytes, metavar="80GB", help="of each worker's device; the device's own if not given")
     told.add_argument("--host-memory", type=_bytes, metavar="1TB", help="of each machine; this one's if not given")
@@ -70,10 +70,10 @@ def _arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     if not arguments.schema and arguments.spec is None:
         parser.error("a job spec is needed, for instance pipelines/quickstart.yaml")
     given = [f"--{name.replace('_', '-')}" for name in _OF_A_PLAN if getattr(arguments, name) is not None]
-    if arguments.device == "cpu" and arguments.device_memory is not None:
-        parser.error("--device-memory: a CPU has the machine's; give --host-memory")
     if given and not arguments.dry_run:
         parser.error(f"{', '.join(given)}: only for a plan (ray-surgeon plan, or --dry-run); a run asks its workers what they have")
+    if arguments.device == "cpu" and arguments.device_memory is not None:
+        parser.error("--device-memory: a CPU has the machine's; give --host-memory")
     return arguments
 
 

@@ -27,7 +27,7 @@ from ray_surgeon.methods import Choice, Corrections, Groups, UniformGroupsSectio
 from ray_surgeon.methods.method import predicted_increase
 from ray_surgeon.methods.search import SEARCHED, Search
 from ray_surgeon.methods.whole_experts import go_around_removed
-from ray_surgeon.run.directory import RunDirectory
+from ray_surgeon.run.directory import RunDirectory, TakenOverError
 from ray_surgeon.run.events import Event, Fact, Moment, Steps
 from ray_surgeon.run.html_report import LivePage
 from ray_surgeon.run.report import RunReport
@@ -59,14 +59,19 @@ def run_shots(inputs: Inputs, workers: Cluster, run: RunDirectory, listen: Calla
     try:
         _run_shots(inputs, workers, run, listen)
     except BaseException as error:
-        with contextlib.suppress(Exception):  # the first error is the one to tell
+        told = error
+        try:
+            run.check_attempt()
             run.write_events()
-        if isinstance(error, (FloatingPointError, ValueError, OSError, CollapseError)):
+        except TakenOverError as taken:
+            told = taken if isinstance(error, Exception) else error  # what failed may be what the other try has taken away
+        except Exception:
+            pass  # the first error is the one to tell
+        if isinstance(told, (FloatingPointError, ValueError, OSError, CollapseError, TakenOverError)):
             with contextlib.suppress(Exception):
                 workers.run_all(clean_up)
-        if isinstance(error, Exception):
-            with contextlib.suppress(OSError):
-                run.check_attempt()  # what failed may be what another try has taken away
+        if told is not error:
+            raise told from error
         raise
     workers.run_all(clean_up)
 

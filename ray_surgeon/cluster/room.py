@@ -34,9 +34,9 @@ class Found:
 
 
 def look_around(worker: Worker, root: str | None, run: str, attempt: str) -> Found:
-    """Return what there is, after what earlier tries of the run left on the disk is gone; see `Scratch`. Runs on the worker."""
-    Scratch(root, run, attempt, "").remove_earlier()
-    return found_here(worker.device, root)
+    """Return what there is, if what earlier tries of the run left on the disk goes; see `Scratch`. Runs on the worker."""
+    found = found_here(worker.device, root)
+    return replace(found, room=replace(found.room, disk=found.room.disk + Scratch(root, run, attempt, "").earlier_bytes()))
 
 
 def found_here(device: torch.device, root: str | None) -> Found:

@@ -173,6 +173,7 @@ class Worker:
         """
         source = open_model(recipe.model, convert_gguf)
         scratch = Scratch(*recipe.scratch, f"{self.index.shard}-{self.index.replica}")
+        scratch.remove_earlier()
         blocks, dtype = self.placement.blocks[self.index.shard], getattr(torch, recipe.model.dtype)
         self.shard, self.scratch = ModelShard(self.layout, blocks, dtype, self.device, stores, scratch), scratch
         self.runner = BlockRunner(self.shard)

@@ -72,11 +72,22 @@ class Scratch:
         except (OSError, SafetensorError) as error:
             raise OSError(f"{path}: cannot write: {error}; free space on that disk, or name another one in memory.scratch") from error
 
+    def _earlier(self) -> list[Path]:
+        """Return the folders of earlier tries of this run."""
+        return [left for left in (self._run.iterdir() if self._run.exists() else ()) if left.name != self._attempt]
+
+    def earlier_bytes(self) -> int:
+        """Return the bytes of what earlier tries of this run left."""
+        sizes = 0
+        for path in (path for left in self._earlier() for path in left.rglob("*")):
+            with contextlib.suppress(OSError):  # that try may live, and remove its files
+                sizes += path.lstat().st_size
+        return sizes
+
     def remove_earlier(self) -> None:
         """Remove what earlier tries of this run left."""
-        for left in self._run.iterdir() if self._run.exists() else ():
-            if left.name != self._attempt:
-                shutil.rmtree(left, ignore_errors=True)
+        for left in self._earlier():
+            shutil.rmtree(left, ignore_errors=True)
 
     def close(self) -> None:
         """Remove the folder, and those above it that are empty then."""

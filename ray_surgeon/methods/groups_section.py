@@ -16,7 +16,6 @@ GroupKind = Literal["ffn", "attention", "shared_experts", "expert_channels", "ex
 RECONSTRUCTED = frozenset({"ffn", "shared_experts"})
 """Kinds of groups of which the layers that lose some can be reconstructed: every token passes them."""
 
-
 _CHANNELS = ("ffn", "shared_experts", "expert_channels")
 
 
@@ -76,7 +75,7 @@ class _Groups(ScheduleSection):
 
     @property
     def has_widths(self) -> bool:
-        """Whether channels go, which leave a width."""
+        """Whether channels are removed, so that a width is left."""
         return any(kind in self.groups for kind in _CHANNELS)
 
     @property

@@ -163,7 +163,7 @@ def check_checkpoint(layout: ModelLayout, shapes: Mapping[str, tuple[int, ...]],
     """
     missing, wrong = [], []
     for name, shape in layout.parameters.items():
-        if name in layout.tied:
+        if name in layout.tied and name not in shapes:
             continue
         stored = find_stored(layout, name, shapes)
         if stored is None:
@@ -181,7 +181,7 @@ def check_checkpoint(layout: ModelLayout, shapes: Mapping[str, tuple[int, ...]],
 
 
 def check_tied(layout: ModelLayout, keys: Container[str], read: ReadStored, where: str) -> None:
-    """Refuse a head of its own in a model whose configuration ties it to the embedding; programs then take one or the other.
+    """Refuse a model whose configuration ties the head to the embedding and whose head differs: programs take one or the other.
 
     Args:
         layout: of the model.
@@ -195,9 +195,8 @@ def check_tied(layout: ModelLayout, keys: Container[str], read: ReadStored, wher
     for head, embedding in layout.tied.items():
         (key, *_), (tied_to, *_) = (stored.keys for name in (head, embedding) if (stored := find_stored(layout, name, keys)) is not None)
         num_rows = layout.parameters[embedding][0]
-        if key != tied_to and not all(
-            torch.equal(read(key, row).float(), read(tied_to, row).float()) for row in (0, num_rows // 2, num_rows - 1)
-        ):
+        pairs = ((read(key, row).float(), read(tied_to, row).float()) for row in (0, num_rows // 2, num_rows - 1))
+        if key != tied_to and not all(torch.equal(one.nan_to_num(), other.nan_to_num()) for one, other in pairs):
             raise ValueError(
                 f"model.source: the configuration of {where} ties the head to the embedding, but {key} is another one than {tied_to}; set "
                 f"tie_word_embeddings to false, or remove {key}"

@@ -109,10 +109,11 @@ def tokenizer_names(document: Mapping[str, Any]) -> tuple[str, str]:
     Raises:
         ValueError: llama.cpp has no such tokenizer, or its name there is not known.
     """
-    model, normaliser = document["model"], (document.get("normalizer") or {}).get("type")
+    model, normaliser = document["model"], document.get("normalizer")
     if model["type"] == "BPE" and (document.get("decoder") or {}).get("type") == "ByteLevel":
-        if normaliser not in (None, "NFC"):
-            raise ValueError(f"{_WHERE}: llama.cpp would not apply the tokenizer's normalizer {normaliser}; {_OTHERWISE}")
+        steps = (normaliser or {"normalizers": []}).get("normalizers", [normaliser])
+        if unknown := [step["type"] for step in steps if step["type"] != "NFC"]:
+            raise ValueError(f"{_WHERE}: llama.cpp would not apply the tokenizer's normalizer {', '.join(unknown)}; {_OTHERWISE}")
         return "gpt2", _pre_tokenizer(document.get("pre_tokenizer"))
     if model["type"] == "BPE" and model.get("byte_fallback"):
         return "llama", "default"

@@ -11,7 +11,7 @@ import shlex
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
@@ -39,6 +39,14 @@ class TakenOverError(RuntimeError):
     """Another try of the run has begun in its folder."""
 
 
+@dataclass
+class Attempt:
+    """A try of a run; one that goes on after a loss is the same."""
+
+    name: str = field(default_factory=lambda: uuid.uuid4().hex)
+    has_begun: bool = False  # and has taken the folder
+
+
 @dataclass(frozen=True)
 class CommittedShot:
     """A shot that can be resumed from."""
@@ -51,14 +59,13 @@ class CommittedShot:
 class RunDirectory:
     """A folder on any fsspec URI that belongs to one run."""
 
-    def __init__(self, uri: str) -> None:
-        """Name the folder; nothing is read or written yet."""
+    def __init__(self, uri: str, attempt: Attempt | None = None) -> None:
+        """Name the folder, and the try of the run that will write there; nothing is read or written yet."""
         self.uri = uri
         self._events: list[str] = []
         self._events_written_s = -math.inf
         self._num_dropped = 0  # shots whose tensors are gone
-        self._attempt = uuid.uuid4().hex  # this try of the run
-        self._has_begun = False
+        self._attempt = attempt or Attempt()
 
     def path(self, *parts: str) -> str:
         """Return the URI of something in the folder."""
@@ -129,9 +136,18 @@ class RunDirectory:
         store.remove(probe)
 
     def start(self, spec_yaml: str, fingerprints: Mapping[str, Any]) -> None:
-        """Take the folder for this run, or go on in it, without what a killed process left half written; the last one who does has it."""
-        store.write_text(self.path("attempt"), self._attempt)
-        self._has_begun = True
+        """Take the folder for this try, of a new run or of one that goes on, and remove what a killed process left half written.
+
+        The last try that starts owns the folder.
+
+        Raises:
+            TakenOverError: this try has started before, and another one since.
+        """
+        if self._attempt.has_begun:
+            self.check_attempt()
+        else:
+            store.write_text(self.path("attempt"), self._attempt.name)
+            self._attempt.has_begun = True
         store.remove_files(self.uri, [])
         if not store.exists(self.path("run.json")):
             store.write_text(self.path("spec.yaml"), spec_yaml)
@@ -143,13 +159,16 @@ class RunDirectory:
                 store.write_text(self.path("events.jsonl"), whole + newline)
 
     def check_attempt(self) -> None:
-        """End this try if another one has begun since, for instance a second job with the same spec.
+        """End this try if another one has started since, for instance a second job with the same spec.
 
         Raises:
             TakenOverError: it has.
         """
-        place = self.path("attempt")
-        if self._has_begun and store.exists(place) and store.read_text(place) != self._attempt:
+        try:
+            is_taken = self._attempt.has_begun and store.read_text(self.path("attempt")) != self._attempt.name
+        except FileNotFoundError:
+            return
+        if is_taken:
             raise TakenOverError(f"another try of this run has begun in {self.uri}, so this one ends; committed shots are kept")
 
     def retries(self) -> list[dict[str, Any]]:
@@ -168,7 +187,6 @@ class RunDirectory:
     def write_events(self) -> None:
         """Write events.jsonl on an object store."""
         if not store.is_local(self.uri):
-            self.check_attempt()
             store.write_text(self.path("events.jsonl"), "".join(f"{line}\n" for line in self._events))
             self._events_written_s = time.monotonic()
 
@@ -177,12 +195,17 @@ class RunDirectory:
         return self.path("shots", f"{index:04d}")
 
     def commit_shot(self, index: int, files: Sequence[SavedFile], record: Mapping[str, Any]) -> None:
-        """Make a shot exist: write its manifest."""
+        """Make a shot exist: write its manifest. Raises as `check_attempt` does."""
+        self.check_attempt()
         entries = [{"name": f.uri.rpartition("/")[2], "size_bytes": f.size_bytes, "keys": list(f.keys)} for f in files]
         store.write_json(store.join(self.shot_folder(index), "manifest.json"), {"index": index, "files": entries, "record": dict(record)})
 
     def drop_tensors(self, last: int) -> None:
-        """Remove the weights and masks of all shots up to one, from which no run will resume; their manifests stay."""
+        """Remove the weights and masks of all shots up to one, from which no run will resume; their manifests stay.
+
+        Raises as `check_attempt` does, because another try may resume from them.
+        """
+        self.check_attempt()
         while self._num_dropped < last:
             self._num_dropped += 1
             store.remove_files(self.shot_folder(self._num_dropped), ["*.safetensors"])

@@ -10,7 +10,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field
 
 Positive = Annotated[int, Field(gt=0)]
 
-_SECRETS = re.compile(r"://[^/@]*:[^/@]*@|[?&][^=&]*(?:signature|token|secret|password|credential|sig)=", re.IGNORECASE)
+_SECRETS = re.compile(
+    r"https?://[^/]*@|://[^/@]*:[^/@]*@|[?&][^=&]*(?:signature|token|secret|password|credential|api_?key|auth|sig)=", re.IGNORECASE
+)
 
 
 def _without_secrets(uri: str) -> str:
@@ -26,7 +28,7 @@ Address = Annotated[str, AfterValidator(_without_secrets)]
 class Section(BaseModel):
     """Settings shared by all sections: frozen, and a field that does not exist is refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
 
 
 def tag(name: str) -> str:

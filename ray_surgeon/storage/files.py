@@ -108,7 +108,8 @@ def remove_files(uri: str, patterns: Sequence[str]) -> None:
 def download(uri: str, target: Path) -> None:
     """Copy a file to a local path."""
     filesystem, path = open_filesystem(uri)
-    filesystem.get_file(path, str(target))
+    with naming(str(target)):
+        filesystem.get_file(path, str(target))
 
 
 def put_file(uri: str, source: Path) -> None:
@@ -245,7 +246,7 @@ def append_line(uri: str, line: str) -> None:
     """Append one line to a local text file."""
     _, path = open_filesystem(uri)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as file:
+    with naming(path), open(path, "a", encoding="utf-8") as file:
         file.write(line + "\n")
 
 
@@ -280,7 +281,8 @@ def local_copy(uri: str) -> Path:
     with FileLock(str(target) + ".lock"):
         if not target.exists():
             partial = target.with_name(target.name + ".partial")
-            filesystem.get_file(path, str(partial))
+            with naming(str(partial)):
+                filesystem.get_file(path, str(partial))
             if info["size"] not in (None, partial.stat().st_size):
                 raise OSError(errno.EIO, f"{uri}: {partial.stat().st_size} of {info['size']} bytes came")
             os.replace(partial, target)

@@ -60,10 +60,11 @@ def naming(uri: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno is not None and error.filename is None:
-            error.filename = uri
-        elif error.errno is None and uri not in str(error):
-            error.args = (f"{uri}: {error}",)
+        if error.filename is None and uri not in str(error):
+            if error.errno is None:
+                error.args = (f"{uri}: {error}",)
+            else:
+                error.filename = uri
         raise
 
 

@@ -116,10 +116,13 @@ def test_on_ray_with_the_same_bits(cluster: Cluster, model_folders: dict[str, Pa
 
 def test_a_path_and_a_whole_spec(model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    before = torch.get_num_threads()
     torch.set_num_threads(2)
-    result = ray_surgeon.prune(str(model_folders["llama"]), calibration=TEXT, pruning=GROUPS, progress=False)
-    assert torch.get_num_threads() == 2, "the threads of the caller's process are its own"
-    torch.set_num_threads(1)
+    try:
+        result = ray_surgeon.prune(str(model_folders["llama"]), calibration=TEXT, pruning=GROUPS, progress=False)
+        assert torch.get_num_threads() == 2, "the threads of the caller's process are its own"
+    finally:
+        torch.set_num_threads(before)
     assert result.uri == str(tmp_path / "runs/llama")
     assert type(result.load()).__name__ == "PrunedForCausalLM"
     with pytest.raises(ValueError, match="has no export masked; it has \\['per_block'\\]"):

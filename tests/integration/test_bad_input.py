@@ -95,7 +95,9 @@ def test_specs_that_cannot_work(
 
 
 @pytest.mark.parametrize("field", ["model__source", "calibration__source", "output__uri"])
-@pytest.mark.parametrize("uri", ["http://me:S3CRET@host/x.txt", "https://host/x.txt?X-Amz-Expires=9&X-Amz-Signature=S3CRET"])
+@pytest.mark.parametrize(
+    "uri", ["http://me:S3CRET@host/x.txt", "https://host/x.txt?X-Amz-Expires=9&X-Amz-Signature=S3CRET", "https://S3CRET@host/x"]
+)
 def test_credentials_are_refused_and_not_shown(
     uri: str, field: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -148,6 +150,8 @@ def test_a_head_of_its_own_in_a_model_that_is_tied(model: Path, tmp_path: Path, 
     embedding = tensors["model.embed_tokens.weight"]
     save_file(tensors | {"lm_head.weight": embedding.clone()}, model / "model.safetensors")
     assert run(tmp_path, model, "--dry-run") == 0
+    save_file(tensors | {"lm_head.weight": embedding[:-8].clone()}, model / "model.safetensors")
+    assert "lm_head.weight is (312" in refused(capsys, run(tmp_path, model))
     save_file(tensors | {"lm_head.weight": 2 * embedding}, model / "model.safetensors")
     assert "set tie_word_embeddings to false, or remove lm_head.weight" in refused(capsys, run(tmp_path, model))
 

@@ -323,8 +323,9 @@ def test_tasks_of_a_run_that_goes_on_are_those_it_began_with(
     assert run(tmp_path, model, "--resume", **exports, evaluation={"texts": [text]}) == 0, "without tasks that failed"
 
 
+@pytest.mark.parametrize("what", ["goes on", "fails"])
 def test_another_try_in_the_same_folder_ends_this_one(
-    model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    what: str, model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The last one that begins has the folder, and the events are its own from then on."""
     choose = RowsColumns.choose
@@ -332,6 +333,8 @@ def test_another_try_in_the_same_folder_ends_this_one(
     def begin_another(method: RowsColumns, cluster: Any, scores: Any, shot: int) -> Any:
         if shot == 2:
             RunDirectory(str(tmp_path / "run")).start("", {})
+            if what == "fails":
+                raise FileNotFoundError("what the other one took away")
         return choose(method, cluster, scores, shot)
 
     monkeypatch.setattr(RowsColumns, "choose", begin_another)
@@ -351,14 +354,16 @@ def test_the_event_of_a_commit_is_kept_where_events_cannot_be_appended(
 ) -> None:
     def stop(method: RowsColumns, cluster: Any, scores: Any, shot: int) -> Any:
         if shot == 2:
+            there.append(files.read_text("memory://stopped/events.jsonl"))
             raise KeyboardInterrupt
         return choose(method, cluster, scores, shot)
 
-    choose = RowsColumns.choose
+    choose, there = RowsColumns.choose, list[str]()
     monkeypatch.setattr(RowsColumns, "choose", stop)
     assert run(tmp_path, model_folders["llama"], output__uri="memory://stopped") == 130
     events = [json.loads(line) for line in files.read_text("memory://stopped/events.jsonl").splitlines()]
     assert [event["step"] for event in events][-3:] == ["commit", "curvature", "costs"]
+    assert json.loads(there[0].splitlines()[-1])["step"] == "commit", "also if the process is killed now"
 
 
 def test_a_gap_in_the_shots_is_repeated(model_folders: dict[str, Path], tmp_path: Path) -> None:

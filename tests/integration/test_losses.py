@@ -20,15 +20,19 @@ import ray
 import torch
 from ray import cloudpickle
 from ray.cluster_utils import Cluster
+from ray.exceptions import RayTaskError
 from transformers import AutoConfig
 
 from ray_surgeon.cluster import ray_cluster
 from ray_surgeon.cluster.collectives import ProcessReplica
 from ray_surgeon.cluster.placement import place
-from ray_surgeon.cluster.ray_cluster import RayCluster, WorkerFailureError, connect
+from ray_surgeon.cluster.ray_cluster import NoRoomError, RayCluster, WorkerFailureError, connect
 from ray_surgeon.cluster.worker import Worker
+from ray_surgeon.driver import unwrapped
 from ray_surgeon.models.layout import ModelLayout
+from ray_surgeon.run.directory import TakenOverError
 from ray_surgeon.sections.cluster import RaySection
+from ray_surgeon.shots import CollapseError
 from tests.integration.runs import assert_same_shot, overflowing_model, report_of, run, tiny_spec, wait_for
 
 pytestmark = pytest.mark.ray
@@ -239,3 +243,9 @@ def test_errors_of_the_work_are_not_retried(
     captured = capsys.readouterr()
     assert "continuing from" not in captured.out
     assert "failed: the loss on the evaluation text is not a number" in captured.err
+
+
+@pytest.mark.parametrize("error", [TakenOverError("another try has begun"), NoRoomError("no room"), CollapseError("worse")])
+def test_what_needs_no_traceback_is_told_in_one_line(error: Exception) -> None:
+    assert unwrapped(RayTaskError("run", "Traceback ...", error)) is error
+    assert type(unwrapped(RayTaskError("run", "Traceback ...", AttributeError("a defect")))) is RuntimeError

@@ -222,17 +222,20 @@ def test_scratch_of_other_runs_is_left_alone(tmp_path: Path) -> None:
     assert {path.parent.parent.name for path in tmp_path.glob("*/*/0")} == {"ray_surgeon-two"}
 
 
-def test_scratch_of_an_earlier_try_is_gone_before_the_disk_is_asked(
+def test_scratch_of_an_earlier_try_counts_as_free_and_goes(
     model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    uri, root, asked = str(tmp_path / "run"), tmp_path / "scratch", list[bool]()
+    uri, root = str(tmp_path / "run"), tmp_path / "scratch"
     left = Scratch(str(root), shots._key(uri), "earlier", "0-0").path("x.factor")
-    left.write_text("left by a killed worker")
+    left.write_bytes(bytes(5 * 2**20))
     usage = shutil.disk_usage
-    monkeypatch.setattr(room.shutil, "disk_usage", lambda path: (asked.append(left.exists()), usage(path))[1])
-    assert run(tmp_path, model_folders["llama"], memory__weights="disk", memory__factors="disk", memory__scratch=str(root)) == 0
-    assert not any(asked)
-    assert asked
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda path: usage(path)._replace(free=0))
+    options = {"memory__weights": "disk", "memory__factors": "disk", "memory__scratch": str(root)}
+    assert run(tmp_path, model_folders["llama"], **options, memory__limit_gib=0.001) == 2
+    assert left.exists(), "a job that is refused takes nothing from another"
+    assert run(tmp_path, model_folders["llama"], **options) == 0
+    assert not left.exists()
+    assert run(tmp_path / "full", model_folders["llama"], **options) == 2
 
 
 def test_files_of_shots_are_closed_when_none_reads_them(

@@ -35,7 +35,7 @@ def by_definition(W: Tensor, A: Tensor, sparsity: float, n: int, m: int, block: 
     return W, kept
 
 
-@pytest.mark.parametrize(("n", "m"), [(0, 1), (2, 4), (1, 2)])
+@pytest.mark.parametrize(("n", "m"), [(0, 1), (2, 4), (1, 2), (1, 4), (3, 4)])
 @pytest.mark.parametrize("block", [4, 100])
 def test_sparsegpt_is_its_definition(n: int, m: int, block: int) -> None:
     W, A, _ = problem(5, 12)
@@ -98,3 +98,4 @@ def test_wanda_keeps_the_largest_of_each_row_or_group() -> None:
         for start in (0, 4, 8):
             expected = scores[r, start : start + 4].argsort()[:2] + start
             assert set((~kept[r, start : start + 4]).nonzero()[:, 0].tolist()) == {int(e) - start for e in expected}
+    assert (wanda(W, A.diagonal(), 0.0, 1, 4, before=W != 0).view(5, 3, 4).sum(dim=2) == 1).all()

@@ -50,10 +50,23 @@ def test_every_column_is_rounded_after_the_best_answer_to_those_before() -> None
 
 def test_blocks_of_columns_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     W, A = problem(64)
-    whole, _ = round_columns(W, A, SIZE, BITS, **EXACT)
+    whole, scales = round_columns(W, A, SIZE, BITS, **EXACT)
     monkeypatch.setattr("ray_surgeon.surgery.rounding.BLOCK_SIZE", 12)  # two groups
-    parts, _ = round_columns(W, A, SIZE, BITS, **EXACT)
+    parts, same_scales = round_columns(W, A, SIZE, BITS, **EXACT)
     torch.testing.assert_close(parts, whole, rtol=0, atol=1e-9)
+    torch.testing.assert_close(same_scales, scales, rtol=0, atol=1e-9)
+    integers = whole / scales.repeat_interleave(SIZE, dim=1)
+    torch.testing.assert_close(integers, integers.round().clamp(-8, 7), rtol=0, atol=1e-9)
+
+
+def test_a_group_of_zeros_stays_zero() -> None:
+    W, A = problem()
+    W[2, SIZE : 2 * SIZE] = 0
+    A = torch.block_diag(*(A[i : i + SIZE, i : i + SIZE] for i in range(0, C, SIZE)))  # other groups' errors do not reach it
+    found, scales = round_columns(W, A, SIZE, BITS, **EXACT)
+    assert not found[2, SIZE : 2 * SIZE].any()
+    assert torch.isfinite(found).all()
+    assert torch.isfinite(scales).all()
 
 
 def test_outputs_change_less_than_by_rounding_to_the_nearest() -> None:

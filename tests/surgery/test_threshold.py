@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ray_surgeon.surgery.threshold import StructureCosts, structured_threshold
+from ray_surgeon.surgery.threshold import StructureCosts, can_reach, structured_threshold, units_to_remove
 
 
 def linears(seed: int, ties: bool) -> list[StructureCosts]:
@@ -35,6 +35,35 @@ def test_threshold_is_the_smallest_by_brute_force(seed: int, target: float, ties
     assert found.value == expected
     assert found.num_removed == removed(costs, expected)
     assert found.sparsity == found.num_removed / total
+
+
+@pytest.mark.parametrize(
+    ("target", "num_pruned", "num_per_unit", "num_candidates", "expected"),
+    [
+        (0.3, 0, 1, 100, 30),
+        (0.301, 0, 1, 100, 31),  # at least the target
+        (0.3, 20, 1, 80, 10),
+        (0.3, 20, 2, 40, 5),
+        (0.3, 21, 2, 40, 5),  # of whole units
+        (0.3, 40, 1, 60, 0),
+        (0.3, 0, 1, 30, 30),
+    ],
+)
+def test_units_that_are_missing(target: float, num_pruned: int, num_per_unit: int, num_candidates: int, expected: int) -> None:
+    assert units_to_remove(target, 100, num_pruned, num_per_unit, num_candidates) == expected
+
+
+def test_units_that_there_are_not() -> None:
+    assert units_to_remove(0.5, 10_000, 0, 1, 4_995) == 4_995, "biases count and stay"
+    with pytest.raises(ValueError, match=r"0\.5 cannot be reached; all candidates together are 0\.4900"):
+        units_to_remove(0.5, 10_000, 0, 1, 4_900)
+
+
+def test_all_candidates_together_count_what_crosses_once() -> None:
+    """Of 4 x 5 entries, 3 rows and 3 columns that may go leave 1 x 2."""
+    costs = [StructureCosts("x", 20, 4, 5, torch.ones(3), torch.ones(3))]
+    assert can_reach(costs, 18 / 20)
+    assert not can_reach(costs, 18.5 / 20)
 
 
 def test_what_earlier_shots_removed_counts() -> None:
