@@ -189,7 +189,7 @@ def plan_table(plan: Plan) -> Table:
     stores, steps = plan.stores, [step.name for step in plan.workers[0].steps]
     how = f"weights: {stores.weights}, factors: {stores.factors}, activations: {stores.activations}, wave: {stores.wave}"
     table = Table(
-        title=f"{len(plan.workers)} shards x {plan.num_replicas} replicas; {how}; GiB of a worker's device at the peak of each step"
+        title=f"shards: {len(plan.workers)}, replicas: {plan.num_replicas}; {how}; GiB of a worker's device at the peak of each step"
     )
     for column in ("shard", "blocks", *steps, "host", "disk"):
         table.add_column(column, justify="right")

@@ -289,7 +289,7 @@ def test_the_command_line(model_folders: dict[str, Path], tmp_path: Path, capsys
     assert pipeline.cli(["schema"]) == 0
     assert '"JobSpec"' in capsys.readouterr().out
     assert pipeline.cli(["plan", spec]) == 0
-    assert "1 shards x 1 replicas" in capsys.readouterr().out
+    assert "shards: 1, replicas: 1;" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         pipeline.cli(["prune", spec, "--host-memory", "1TB"])
     refused = capsys.readouterr().err
