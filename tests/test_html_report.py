@@ -121,7 +121,7 @@ def test_page_tells_of_damping_losses_and_unfinished_runs(runs: dict[str, Path])
     assert "shot 2 of 3, not complete" in text
     assert "decoder.layers.1.fc1 1 G 0.1 1 yes" in text
     assert "node <b>gone & away</b>" in text
-    assert "1 retries after losses" in text
+    assert "1 retry after losses" in text
     assert "<b>gone" not in html
     text = " ".join(check_self_contained(page([record | {"shots": [], "linears": []}])).words)
     assert "shot 0 of 3, not complete" in text

@@ -28,7 +28,7 @@ from ray_surgeon.cluster.usage import process_usage
 MODULES = ("ray_surgeon.export.reload", "ray_surgeon.export.speed", "ray_surgeon.export.latency")
 
 
-def refuse(*args: object) -> None:
+def refuse(*args: object, **kwargs: object) -> None:
     raise AssertionError("a worker was started")
 
 

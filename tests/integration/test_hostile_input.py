@@ -62,7 +62,12 @@ class Case:
         save_file(tensors, self.model / "model.safetensors", metadata={"format": "pt"})
 
     def index(self, document: object) -> None:
-        (self.model / "model.safetensors.index.json").write_text(json.dumps(document))
+        self.index_text(json.dumps(document))
+
+    def index_text(self, text: str) -> None:
+        """Beside a file of weights that needs an index, because it is not `model.safetensors`."""
+        (self.model / "model.safetensors").rename(self.model / "model-1.safetensors")
+        (self.model / "model.safetensors.index.json").write_text(text)
 
     def calibrate_on(self, content: bytes, suffix: str = ".txt") -> None:
         self.text = self.folder / f"broken{suffix}"
@@ -203,7 +208,7 @@ CASES: dict[str, tuple[Callable[[Case], None], list[str]]] = {
     "index-names-an-absent-file": (lambda c: c.index({"weight_map": {UP: "model-2.safetensors"}}), ["index", "model-2.safetensors"]),
     "index-a-list": (lambda c: c.index([UP]), ["index", "no weight_map"]),
     "index-of-numbers": (lambda c: c.index({"weight_map": {UP: 3}}), ["index", "no weight_map"]),
-    "index-empty": (lambda c: (c.model / "model.safetensors.index.json").write_text(""), ["index.json", "not valid JSON"]),
+    "index-empty": (lambda c: c.index_text(""), ["index.json", "not valid JSON"]),
     "config-empty": (lambda c: (c.model / "config.json").write_text(""), ["config.json", "not valid JSON"]),
     "config-a-list": (lambda c: (c.model / "config.json").write_text("[]"), ["config.json", "is a list, expected an object"]),
     "config-deep": (lambda c: (c.model / "config.json").write_text("[" * 10**6), ["config.json", "not valid JSON"]),
