@@ -59,21 +59,26 @@ def run_shots(inputs: Inputs, workers: Cluster, run: RunDirectory, listen: Calla
     try:
         _run_shots(inputs, workers, run, listen)
     except BaseException as error:
-        told = error
+        told = _last_words(run, error)
+        if isinstance(told, (FloatingPointError, ValueError, OSError, CollapseError, TakenOverError)):
+            with contextlib.suppress(Exception):
+                workers.run_all(clean_up)
+        if told is error:
+            raise
+        raise told from error
+    workers.run_all(clean_up)
+
+
+def _last_words(run: RunDirectory, error: BaseException) -> BaseException:
+    """Write the events of a run that failed, unless another try has its folder; return the error to tell."""
+    with contextlib.suppress(OSError):  # the first error is the one to tell
         try:
             run.check_attempt()
             run.write_events()
         except TakenOverError as taken:
-            told = taken if isinstance(error, Exception) else error  # what failed may be what the other try has taken away
-        except Exception:
-            pass  # the first error is the one to tell
-        if isinstance(told, (FloatingPointError, ValueError, OSError, CollapseError, TakenOverError)):
-            with contextlib.suppress(Exception):
-                workers.run_all(clean_up)
-        if told is not error:
-            raise told from error
-        raise
-    workers.run_all(clean_up)
+            if isinstance(error, Exception):  # what failed may be what the other try has taken away
+                return taken
+    return error
 
 
 def _run_shots(inputs: Inputs, workers: Cluster, run: RunDirectory, listen: Callable[[Event | Moment], None]) -> None:

@@ -130,10 +130,24 @@ def test_page_tells_of_damping_losses_and_unfinished_runs(runs: dict[str, Path])
 def test_several_runs_on_one_page(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "all.html"
     assert main([str(runs["groups"]), str(runs["rows"]), "--html", str(out), "--plot", str(tmp_path / "all.svg")]) == 0
-    assert str(out) in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert str(out) in said
+    assert "not complete" not in said
     text = " ".join(check_self_contained(out.read_text()).words)
     assert "2 runs of ray_surgeon" in text
     assert out.read_text().count("<svg") == 3 + 6 + 6
+
+
+def test_a_run_that_has_not_ended_is_named_beside_one_that_has(
+    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = report_of(runs["rows"])
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    (begun / "report.json").write_text(json.dumps(record | {"shots": record["shots"][:2], "exports": []}))
+    written = ["--html", str(tmp_path / "all.html"), "--plot", str(tmp_path / "all.svg")]
+    assert main([str(runs["groups"]), str(begun), *written]) == 0
+    assert "not complete: some-rows, 2 of 3 shots, 0 of 0 exports" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")

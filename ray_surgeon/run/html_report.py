@@ -21,6 +21,23 @@ _TEMPLATE = Path(__file__).with_name("html_report.html.jinja")
 _PAGE_EVERY_S = 60.0
 
 
+def num_shots(record: Mapping[str, Any]) -> int:
+    """Return how many shots the run of a report.json was to have."""
+    pruning = record["spec"]["pruning"]
+    return len(pruning["sparsities"] or range(pruning["num_shots"]))
+
+
+def num_exports(record: Mapping[str, Any]) -> int:
+    """Return how many exports it was to write."""
+    output = record["spec"]["output"]
+    return len(output["exports"]) + (output.get("quantize") is not None)
+
+
+def is_complete(record: Mapping[str, Any]) -> bool:
+    """Whether it has all its shots and exports."""
+    return len(record["shots"]) == num_shots(record) and len(record["exports"]) == num_exports(record)
+
+
 @dataclass(frozen=True)
 class Step:
     """One step over all shots: seconds on the wall, of all CPUs, and busy ones of each worker, and the fraction they were busy."""
@@ -42,14 +59,11 @@ class _Run:
 
     @property
     def num_shots(self) -> int:
-        pruning = self.record["spec"]["pruning"]
-        return len(pruning["sparsities"] or range(pruning["num_shots"]))
+        return num_shots(self.record)
 
     @property
     def is_complete(self) -> bool:
-        output = self.record["spec"]["output"]
-        exports = len(output["exports"]) + (output.get("quantize") is not None)
-        return len(self.record["shots"]) == self.num_shots and len(self.record["exports"]) == exports
+        return is_complete(self.record)
 
     @property
     def dense_bytes(self) -> int:

@@ -20,7 +20,7 @@ from rich.table import Table
 from ray_surgeon.cluster.passes import Measured
 from ray_surgeon.cluster.worker import LinearSummary
 from ray_surgeon.run.events import Steps
-from ray_surgeon.run.html_report import page
+from ray_surgeon.run.html_report import is_complete, num_exports, num_shots, page
 from ray_surgeon.run.plots import FORMATS, perplexity_figure, save
 from ray_surgeon.storage import files
 
@@ -250,6 +250,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if names[record["spec"]["name"]] > 1:
             record["spec"]["name"] = run
     console.print(comparison_table(records))
+    for record in records:
+        if not is_complete(record):
+            state = f"{len(record['shots'])} of {num_shots(record)} shots, {len(record['exports'])} of {num_exports(record)} exports"
+            console.print(f"not complete: {record['spec']['name']}, {state}", markup=False, soft_wrap=True)
     texts = list(dict.fromkeys(text for record in records for text in record["dense"]["perplexity"]))
     try:
         if (arguments.text or texts[0]) not in texts:
