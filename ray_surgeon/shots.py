@@ -117,7 +117,7 @@ def _run_shots(inputs: Inputs, workers: Cluster, run: RunDirectory, listen: Call
     search = Search.of(method)
     if done:
         report.dense = done[-1].record["dense"]
-        workers.run_all(read_states, run.path("dense.safetensors"))
+        workers.run_all(read_states, run.dense_states)
     else:
         report.dense = _look_at_dense(
             inputs, workers, step, searches=search is not None, calibration=lowers_divergence and not method.has_costs
@@ -161,7 +161,7 @@ def _run_shots(inputs: Inputs, workers: Cluster, run: RunDirectory, listen: Call
         _check_for_collapse(measured, report.dense["perplexity"], spec.evaluation.stop_above, shot)
         with step("commit", shot) as facts:
             if shot == 1:  # what a run that goes on reads
-                workers.run_all(write_states, run.path("dense.safetensors"))
+                workers.run_all(write_states, run.dense_states)
             files.remove_files(run.shot_folder(shot), ["*.safetensors"])  # of a try that was interrupted
             written = [file for worker in workers.run_all(save_shot, run.shot_folder(shot)) for file in worker]
             report.add_shot(shot, inputs.spec.pruning.targets, sparsity, choice.threshold, measured, linears, record, step)

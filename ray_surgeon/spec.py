@@ -43,7 +43,9 @@ class JobSpec(Section):
         default_factory=_default_curvature, description="Curvature of the loss; kfac if not given. sparsegpt and wanda have none"
     )
     correction: CorrectionSection | None = Field(None, description="Low-rank first-order corrections after every shot; null: none")
-    memory: MemorySection = Field(MemorySection(), description="Where workers keep what they do not use at the moment")
+    memory: MemorySection = Field(
+        MemorySection(), description="Where workers keep what they do not use at the moment; may differ on --resume"
+    )
     cluster: ClusterSection = Field(RaySection(), description="Workers and where they run")
     output: OutputSection = Field(description="Where results go")
 

@@ -160,6 +160,11 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"pruning.structure": "groups", "pruning.groups": "[ffn, ffn]"}, "name a kind twice"),
     ({"pruning.structure": "groups", "pruning.groups": "[experts]", "pruning.remove_blocks": "true"}, "only whole experts go"),
     ({"pruning.structure": "groups", "pruning.groups": "[experts]", "curvature.damping": "{a: 0.1}"}, "invert no factor; leave it out"),
+    (
+        {"pruning.groups": "[experts]", "pruning.expert_costs": "reap", "curvature.kind": "activations", "curvature.max_damping": 9}
+        | {"pruning.structure": "groups"},
+        "max_damping: costs of whole experts invert no factor",
+    ),
     ({"calibration.source": "python-docs", "calibration.column": "body"}, "column is 'body'"),
     ({"pruning.structure": "element", "pruning.method": "sparsegpt", "pruning.max_damping": 0.001}, "is below damping"),
     ({"pruning.method": "wanda", "pruning.structure": "element", "curvature.damping.a": 0.1}, "gathers its own"),

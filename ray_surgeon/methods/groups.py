@@ -40,10 +40,8 @@ from ray_surgeon.surgery.threshold import cost_curve
 
 _FAR = 4.0
 """How far above its limit a path is followed because single costs say that many of its groups are needed."""
-
 _FAR_ENOUGH = 40.0
 """How many times as many groups as single costs say are followed before all are."""
-
 NOTHING = -1.0
 """A limit below every cost."""
 
@@ -121,7 +119,8 @@ class Groups(Method):
         if section.target is None:
             assert section.target_sparsity is not None
             if dense * (1 - section.target_sparsity) < least:
-                change = "lower it, or change those" if least < dense else f"lower pruning.width_multiple, which is {section.multiple}"
+                nothing = f"lower pruning.width_multiple, which is {section.multiple}" if section.has_widths else "name other groups"
+                change = "lower it, or change those" if least < dense else nothing
                 raise ValueError(
                     f"pruning.target_sparsity: {section.target_sparsity:g}, but with these groups, allocation and widths at most "
                     f"{1 - least / dense:.4f} of the parameters of this model's linears can be removed; {change}"

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from ray_surgeon.methods.whole_experts import ExpertCosts
 from ray_surgeon.sections.base import Positive, Section
-from ray_surgeon.sections.curvature import AnyCurvature, DampingSection, ExtendedKfacSection, KfacSection
+from ray_surgeon.sections.curvature import ActivationsSection, AnyCurvature, ExtendedKfacSection, KfacSection
 from ray_surgeon.sections.targets import ScheduleSection, TargetSection
 
 GroupKind = Literal["ffn", "attention", "shared_experts", "expert_channels", "experts"]
@@ -37,7 +37,9 @@ class _Groups(ScheduleSection):
         ("ffn", "attention"),
         min_length=1,
         description="Kinds of groups: ffn, channels of feed-forward layers; attention, KV groups with their query heads; in mixtures of "
-        "experts also shared_experts, their channels; expert_channels, those of every expert; experts, whole ones",
+        "experts also shared_experts, their channels; expert_channels, those of every expert; experts, whole ones. A kind that the model "
+        "does not have is refused: attention of OLMoE and DeepSeek-V3, ffn where every block has experts. With allocation uniform, "
+        "attention takes nothing from OPT, GPT-2 and Qwen2-MoE, whose classes hold no fewer heads",
     )
     expert_costs: ExpertCosts = Field(
         "rerouting",
@@ -49,8 +51,9 @@ class _Groups(ScheduleSection):
     )
     width_multiple: Positive | None = Field(
         None,
-        description="In the end feed-forward layers and experts have multiples of this many channels, or all they had. "
-        "null: 64 for every device of tensor_parallel, 128 if the export is quantised, 256 if deci is exported",
+        description="In the end feed-forward layers and experts have multiples of this many channels, or all they had; without effect "
+        "where groups names no channels. null: for every device of tensor_parallel 64, 128 if output.quantize is set, 256 if deci is "
+        "exported",
     )
     target_sparsity: float | None = Field(
         None, gt=0, lt=1, description="Fraction of the parameters of the blocks' linears to remove, biases included"
@@ -91,8 +94,10 @@ class _Groups(ScheduleSection):
             return "curvature.kind: identity looks at no text, which says what whole experts cost; use kfac"
         if "experts" in self.groups and curvature.kind == "activations" and self.expert_costs == "rerouting":
             return "curvature.kind: activations has no gradients, which the costs of whole experts need; use kfac"
-        if set(self.groups) == {"experts"} and isinstance(curvature, KfacSection) and curvature.damping != DampingSection():
-            return "curvature.damping: costs of whole experts invert no factor; leave it out"
+        if set(self.groups) == {"experts"} and isinstance(curvature, KfacSection | ActivationsSection):
+            for field in ("damping", "max_damping"):
+                if getattr(curvature, field) != type(curvature).model_fields[field].default:
+                    return f"curvature.{field}: costs of whole experts invert no factor; leave it out"
         if self.reconstruction is not None and curvature.kind == "identity":
             return "curvature.kind: identity keeps no inputs, which pruning.reconstruction needs; use kfac or activations"
         return None

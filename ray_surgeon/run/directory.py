@@ -71,6 +71,11 @@ class RunDirectory:
         """Return the URI of something in the folder."""
         return store.join(self.uri, *parts)
 
+    @property
+    def dense_states(self) -> str:
+        """The URI of what later shots are compared with, which is there once a shot is."""
+        return self.path("dense.safetensors")
+
     def check(self, fingerprints: Mapping[str, Any], spec_yaml: str, *, resume: bool) -> None:
         """Refuse a folder that holds something else, before anything expensive starts.
 
@@ -80,7 +85,7 @@ class RunDirectory:
             resume: whether the folder may hold committed shots of it.
 
         Raises:
-            ValueError: the folder holds another run, or holds this one and `resume` is not asked for.
+            ValueError: the folder holds another run, or holds this one and `resume` is not asked for, or lacks what this one resumes from.
         """
         if self.is_new():
             return
@@ -101,6 +106,8 @@ class RunDirectory:
             )
         if done := self.committed_indices():
             self.check_tensors(self.read_shot(done[-1]))
+            if not store.exists(self.dense_states):
+                raise ValueError(f"{self.dense_states} is gone, and the dense model with it; put it back, or start a new run")
 
     def is_new(self) -> bool:
         """Whether no run has begun here.

@@ -98,12 +98,18 @@ class ExtendedKfacSection(_Fisher):
     """Extended KFAC: a sum of Kronecker products, the first one KFAC's (The LLM Surgeon, section 3.1)."""
 
     kind: Literal["extended_kfac"] = Field(description="A sum of Kronecker products")
-    num_kronecker_terms: int = Field(2, ge=2, le=8, description="Kronecker products in the sum. Updates take all, obs costs the first two")
+    num_kronecker_terms: int = Field(
+        2,
+        ge=2,
+        le=8,
+        description="Kronecker products in the sum. Costs obd and updates full and conjugate_gradients take all, "
+        "costs obs and update single the first two",
+    )
     num_power_iterations: int = Field(
         4,
         ge=1,
         le=100,
-        description="Power iterations for each further term, for A and G in turns; each one is a pass over the calibration text",
+        description="Power iterations for each further term, updating A and G alternately; each one is a pass over the calibration text",
     )
 
 

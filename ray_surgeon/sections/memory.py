@@ -28,9 +28,14 @@ class MemorySection(Section):
         description="Of a block between its forward and backward pass: keep, which needs weights and factors on the device, or recompute "
         "from the block's inputs",
     )
-    wave: Positive | None = Field(None, description="Sequences that pass a block before the next block runs; fewer copies, more memory")
+    wave: Positive | None = Field(
+        None, description="Sequences that pass a block before the next block runs; a larger wave means fewer copies and more memory"
+    )
     limit_gib: float | None = Field(
-        None, gt=0, description="GiB of its device, on the CPU of the host, that a worker may use; all there is if not given"
+        None,
+        gt=0,
+        description="GiB of its device, on a CPU of the host's memory, that a worker may use at most; null: nine tenths of its share of "
+        "what is free, which this cannot raise",
     )
     scratch: str | None = Field(None, description="Local folder for what is on disk; the folder for temporary files if not given")
 

@@ -40,9 +40,9 @@ class OutputSection(Section):
     keep_shots: int = Field(2, ge=0, description="Keep the tensors of the last N shots; 0 keeps all. The record of a shot is always kept")
     exports: tuple[Literal["masked", "uniform", "per_block", "deci", "gguf"], ...] = Field(
         ("masked",),
-        description="Checkpoints to write at the end. masked: dense with zeros; of structure groups also uniform: really smaller, for "
-        "plain classes; per_block: really smaller, widths differ, with modeling code beside the weights; deci: likewise, as DeciLM; "
-        "gguf: files for llama.cpp, where widths that differ need a Llama or Mistral",
+        description="Checkpoints to write at the end. masked: dense with zeros, refused for whole experts; of structure groups also "
+        "uniform: really smaller, for plain classes; per_block: really smaller, widths differ, with modeling code beside the weights; "
+        "deci: likewise, as DeciLM; gguf: files for llama.cpp, where widths that differ need a Llama or Mistral",
     )
     gguf: tuple[GgufKind, ...] | None = Field(
         None, min_length=1, description="Of the export gguf: types of the matrices, one file each; null: bf16 alone"
@@ -50,7 +50,9 @@ class OutputSection(Section):
     quantize: QuantizeSection | None = Field(
         None, description="Also write the export uniform quantised, in the format compressed-tensors, which vLLM loads; null: do not"
     )
-    speed: SpeedSection | None = Field(None, description="Measure how fast each smaller export is beside the dense model; null: do not")
+    speed: SpeedSection | None = Field(
+        None, description="Measure how fast the exports uniform, per_block and deci are beside the dense model; null: do not"
+    )
 
     @model_validator(mode="after")
     def _each_export_once(self) -> OutputSection:

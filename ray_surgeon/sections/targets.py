@@ -124,7 +124,9 @@ class LatencyTarget(_Target):
 
     unit: ClassVar[str] = "latency_s"
     latency_s: float = Field(
-        gt=0, description="Seconds to answer a request: the sum over blocks of times measured at the start, once per width"
+        gt=0,
+        description="Seconds to answer a request: the times of all blocks and of what is outside them. Every width is measured at the "
+        "start, request.num_repeats times, and its median counts",
     )
     device: Literal["cpu", "cuda"] = Field("cpu", description="cpu: measured on the first worker's machine; cuda: on its GPU")
     request: SpeedSection = Field(SpeedSection(), description="The request")

@@ -49,13 +49,15 @@ class SourceSection(Section):
     source: Address = Field(
         min_length=1,
         description="python-docs (the topics of Python's own help), python-docstrings (the longer docstrings of its library), "
-        "package-docstrings (those of the packages that are installed here, a file of each in turns; give max_tokens), "
-        "package-descriptions (prose in the descriptions of these packages), files on any fsspec URI ending in .txt, "
+        "package-docstrings (those of the packages that are installed here, one file of each package after the other, round and round; "
+        "give max_tokens), package-descriptions (prose in the descriptions of these packages), files on any fsspec URI ending in .txt, "
         ".jsonl or .parquet (* for several), the name of a Hub data set, or a local data-set folder",
     )
     config: str | None = Field(None, description="Configuration of a Hub data set, e.g. wikitext-2-raw-v1")
     split: str = Field(
-        "train", description="Split of a data set; files and Python's texts have train (the first 80 % of the tokens) and test (the rest)"
+        "train",
+        description="Split of a data set. Files, Python's texts and local data sets without splits have train (the first 80 % of the "
+        "tokens that are read, see max_tokens) and test (the rest)",
     )
     column: str = Field("text", description="Column or key that holds the text, in data sets, .jsonl and .parquet")
     revision: str | None = Field(None, description="Branch, tag or commit of a Hub data set")
@@ -112,7 +114,8 @@ class SelfSection(Section):
     prompt: str | None = Field(
         None,
         min_length=1,
-        description="What stands before every text and is no part of it, special tokens allowed; null: the token that begins a text",
+        description="What stands before every text and is no part of it, special tokens allowed; null: the tokenizer's BOS token, or its "
+        "EOS token if it has none",
     )
     texts_per_sequence: Positive = Field(
         1,
@@ -214,7 +217,7 @@ class EvaluationText(TextSection):
 
 
 class TasksSection(Section):
-    """Downstream tasks by EleutherAI's evaluation harness, on the dense model and every export for transformers. Needs the extra eval."""
+    """Downstream tasks by EleutherAI's harness, on the dense model and its exports for transformers, but quantised ones. Extra: eval."""
 
     names: tuple[str, ...] = Field(min_length=1, description="Tasks or groups of tasks that the harness knows, e.g. [piqa, arc_easy]")
     include: Address | None = Field(None, description="Folder or fsspec URI of more task definitions; code that lies in them is run")

@@ -95,6 +95,11 @@ def test_a_run_calibrates_on_it_and_goes_on_with_it(
     assert run(tmp_path / "cut", model_folders["llama"], "--resume", **options) == 1, "pruned weights must not write it"
     assert "is gone" in capsys.readouterr().err
     (tmp_path / "kept").rename(text)
+    states = tmp_path / "cut/run/dense.safetensors"
+    states.rename(tmp_path / "kept")
+    assert run(tmp_path / "cut", model_folders["llama"], "--resume", **options) == 2, "found before anything is loaded"
+    assert "dense.safetensors is gone" in capsys.readouterr().err
+    (tmp_path / "kept").rename(states)
     assert run(tmp_path / "cut", model_folders["llama"], "--resume", **options) == 0
     for other in ("streamed", "cut"):
         for shot in (1, 2):
