@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import reprlib
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers.utils.logging
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from ray_surgeon.cluster.local import LocalCluster
@@ -23,23 +22,19 @@ from ray_surgeon.memory.stores import Stores
 from ray_surgeon.models.build import BlockRange
 from ray_surgeon.models.checkpoint import check_tied, read_state, tensor_reader
 from ray_surgeon.models.experts import in_memory
-from ray_surgeon.models.gguf import convert_gguf
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.runner import BlockRunner
 from ray_surgeon.models.shard import ModelShard
 from ray_surgeon.run.directory import RunDirectory
 from ray_surgeon.run.display import Display, new_console
+from ray_surgeon.run.in_memory import a_tokenizer, causal_lm, dtype_of, saved, without_bars
+from ray_surgeon.sections.base import Positive
 from ray_surgeon.sections.cluster import RaySection
-from ray_surgeon.sections.texts import ModelSection
 from ray_surgeon.shots import run_shots
 from ray_surgeon.spec import JobSpec, validation_message
 from ray_surgeon.storage import files
-from ray_surgeon.storage.sources import goes_along, open_model
 from ray_surgeon.storage.texts import first_token
 from ray_surgeon.surgery.kronecker import KroneckerFactors
-
-_MARKER = ".from_memory"
-"""An empty file beside a model that was in memory: the folder is the run's."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +83,7 @@ class PruneResult:
         if "from_pretrained" not in export["load"]:
             raise ValueError(f"the export {export['kind']} is not for transformers; load another, or: {export['load']}")
         trusted = "trust_remote_code=True" in export["load"]  # the code beside the weights is ours, written by the run
-        with local_folder(str(export["uri"])) as (folder, _), _without_bars():
+        with local_folder(str(export["uri"])) as (folder, _), without_bars():
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
                 folder, **({"dtype": "auto", "trust_remote_code": trusted} | options)
             )
@@ -110,7 +105,7 @@ class PruneResult:
 
 
 def prune(
-    model: str | PreTrainedModel | None = None,
+    model: str | os.PathLike[str] | PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     spec: JobSpec | None = None,
@@ -165,9 +160,10 @@ def prune(
         "name": name,
     }
     given = {key: value for key, value in sections.items() if value is not None}
+    source = os.fspath(model) if isinstance(model, str | os.PathLike) else None if model is None else causal_lm(model)
     if spec is None:
         try:
-            spec = _spec_of(model, tokenizer, given)
+            spec = _spec_of(source, tokenizer, given)
         except ValidationError as error:
             derived = () if evaluation is not None else ("evaluation",)
             raise ValueError(validation_message(error, "what prune() was given", derived)) from error
@@ -176,11 +172,27 @@ def prune(
     elif model is not None or tokenizer is not None or given:
         raise ValueError("spec: it says everything already; leave model, tokenizer and the sections out")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    inputs = check(spec, resume=resume)
+    with ExitStack() as until_checked:
+        if source is not None and not isinstance(source, str):
+            until_checked.enter_context(saved(source, a_tokenizer(tokenizer), spec.model.source, spec.output.uri))
+        inputs = check(spec, resume=resume)
     with Display(new_console() if progress else None, inputs.spec.name) as display:
         return run(inputs, display)
 
 
+@contextmanager
+def _own_modes() -> Iterator[None]:
+    """Leave outside what the caller's thread is in: `no_grad`, `inference_mode`, `autocast`."""
+    with ExitStack() as held:
+        held.enter_context(torch.inference_mode(False))
+        held.enter_context(torch.enable_grad())
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                held.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+@_own_modes()
 def run(inputs: Inputs, display: Display, *, disconnects: bool = False) -> PruneResult:
     """Run checked inputs on Ray, or with all workers in this process.
 
@@ -190,7 +202,9 @@ def run(inputs: Inputs, display: Display, *, disconnects: bool = False) -> Prune
         disconnects: whether to disconnect this process from Ray afterwards even if it was connected before.
     """
     section, directory = inputs.spec.cluster, RunDirectory(inputs.spec.output.uri)
-    if isinstance(section, RaySection):
+    if directory.is_finished(inputs.spec.model_dump(mode="json")):
+        display.note("this run has ended before, and its exports are there; nothing is done again")
+    elif isinstance(section, RaySection):
         from ray_surgeon import driver  # Ray is imported only if it is used
 
         if not driver.is_connected():
@@ -246,21 +260,21 @@ def _spec_of(model: str | PreTrainedModel | None, tokenizer: PreTrainedTokenizer
         return JobSpec.model_validate(document)
     if tokenizer is None:
         raise ValueError("tokenizer: a model in memory needs its tokenizer; give it as the second argument")
-    dtype = str(model.dtype).removeprefix("torch.")
     uri = str(document["output"]["uri"])
     uri = uri if "://" in uri else str(Path(uri).expanduser().resolve())
-    document["model"] = {"source": files.join(uri, "source"), "dtype": dtype}
-    spec = JobSpec.model_validate(document)
-    _save(model, tokenizer, spec.model, spec.output.uri)
-    return spec
+    document["model"] = {"source": files.join(uri, "source"), "dtype": dtype_of(model)}
+    return JobSpec.model_validate(document)
 
 
 def _test_part(calibration: Mapping[str, Any]) -> dict[str, Any]:
     """Return the evaluation text of a run that names none: a quarter as many windows of the test part of the calibration text."""
     not_shared = ("num_sequences", "mix", "weight", "stride", "seed", "split")
     text = {name: value for name, value in calibration.items() if name not in not_shared}
-    count = calibration.get("num_sequences")  # of another type it is refused in its own place
-    return text | {"name": "test", "split": "test", "num_sequences": max(1, count // 4) if isinstance(count, int) else 1}
+    try:
+        count = TypeAdapter(Positive).validate_python(calibration.get("num_sequences"))
+    except ValidationError:
+        count = 1  # it is refused in its own place
+    return text | {"name": "test", "split": "test", "num_sequences": max(1, count // 4)}
 
 
 def _as_name(source: str) -> str:
@@ -268,50 +282,7 @@ def _as_name(source: str) -> str:
     return "".join(c if c.isascii() and (c.isalnum() or c in ".-") else "-" for c in last).strip("-.")[:63] or "model"
 
 
-def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, section: ModelSection, run: str) -> None:
-    """Write a model in memory beside its run, where all workers can read it, unless the run has begun and has it.
-
-    Raises:
-        ValueError: the run has another one, or the folder holds something else.
-    """
-    has_begun = not RunDirectory(run).is_new()
-    with tempfile.TemporaryDirectory() as scratch, _without_bars():
-        try:
-            model.save_pretrained(scratch)
-        except ValueError as error:
-            raise ValueError(f"model: transformers does not save it: {error}; mend that first, or prune a folder") from error
-        tokenizer.save_pretrained(scratch)
-        written = {path.relative_to(scratch).as_posix(): path for path in sorted(Path(scratch).rglob("*")) if path.is_file()}
-        small = {name: path for name, path in written.items() if goes_along(name)}
-        weights = {name: path for name, path in written.items() if name.endswith((".safetensors", ".safetensors.index.json"))}
-        if has_begun and files.exists(section.source):
-            here, there = (open_model(section.model_copy(update={"source": uri}), convert_gguf) for uri in (scratch, section.source))
-            if here.shapes_and_fingerprint() != there.shapes_and_fingerprint() or any(
-                name not in there.names or path.read_bytes() != there.fetch(name).read_bytes() for name, path in small.items()
-            ):
-                raise ValueError(f"output.uri: {run} holds a run of another model or tokenizer; give output another folder")
-            return
-        marker = files.join(section.source, _MARKER)
-        if not files.exists(marker) and files.list_names(section.source):
-            raise ValueError(f"output.uri: {section.source} holds something else, and the model would go there; give output another folder")
-        files.remove_folder(section.source)  # of a try before the run began
-        files.write_text(marker, "")
-        for name, path in (small | weights).items():
-            files.put_file(files.join(section.source, name), path)
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """Let transformers show no progress bars meanwhile."""
-    shows_bars = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shows_bars:
-            transformers.utils.logging.enable_progress_bar()
-
-
+@_own_modes()
 def curvature(
     model: PreTrainedModel,
     sequences: Sequence[Sequence[int]] | torch.Tensor | Iterable[str],
@@ -336,14 +307,22 @@ def curvature(
     Raises:
         ValueError: the family is not supported, the model has no such linear, or there is no sequence of two tokens or more.
     """
+    model, tokenizer = causal_lm(model), None if tokenizer is None else a_tokenizer(tokenizer)
     layout = ModelLayout.of(model.config)
     if sequences is None or isinstance(sequences, str) or isinstance(linears, str):
         raise ValueError("sequences and linears: give lists, also of a single text or name")
+    if isinstance(sequences, Mapping):
+        raise ValueError(
+            f"sequences: got a {type(sequences).__name__} of {', '.join(map(str, sequences))}; give one of these, such as input_ids"
+        )
+    if next((True for weight in model.parameters() if weight.is_inference()), False):
+        raise ValueError("model: its weights were made in torch.inference_mode, in which nothing has gradients; load it outside")
+    linears = None if linears is None else list(linears)
     if unknown := [name for name in linears or () if name not in layout.shapes]:
         raise ValueError(f"linears: the model has no {', '.join(unknown)}; it has for example {', '.join(list(layout.shapes)[:7])}")
     if isinstance(sequences, torch.Tensor) and (sequences.ndim != 2 or sequences.is_floating_point()):
         raise ValueError(f"sequences: a tensor must be [num_sequences, T] integers, got {list(sequences.shape)} {sequences.dtype}")
-    tokens = [_tokens(sequence, tokenizer) for sequence in sequences]
+    tokens = [_tokens(number, sequence, tokenizer) for number, sequence in enumerate(sequences)]
     if not tokens or min(len(ids) for ids in tokens) < 2:
         raise ValueError("sequences: each must have two tokens or more, because the last one predicts nothing; give longer ones")
     most, longest = model.config.vocab_size, model.config.max_position_embeddings if layout.family.positions else None
@@ -374,10 +353,15 @@ def curvature(
     return {name: shard.own_factors(name).dense() for name in (layout.shapes if linears is None else linears)}
 
 
-def _tokens(sequence: Any, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
+def _tokens(number: int, sequence: Any, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
     if isinstance(sequence, str):
         if tokenizer is None:
             raise ValueError("tokenizer: texts need one; give it, or sequences of tokens")
         first = first_token(tokenizer)
         return [*([] if first is None else [first]), *tokenizer(sequence, add_special_tokens=False)["input_ids"]]
-    return [int(token) for token in sequence]
+    try:
+        return [operator.index(token) for token in sequence]
+    except TypeError as error:
+        raise ValueError(
+            f"sequences[{number}]: got {reprlib.repr(sequence)}; give a list of integers, or a text and the tokenizer"
+        ) from error

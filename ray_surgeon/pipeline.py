@@ -156,6 +156,10 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m ray_surgeon.p
         return fail(f"failed: {error}", FAILED)
     except KeyboardInterrupt:
         return INTERRUPTED
+    except SystemExit as ending:
+        if ending.code != signal.SIGTERM:  # which Ray makes an exit of while it starts
+            raise
+        return INTERRUPTED
     overrides = "".join(f" --set {shlex.quote(override)}" for override in arguments.set)
     resume_with = f"continue with: python -m ray_surgeon.pipeline {shlex.quote(arguments.spec)} --resume{overrides}"
     try:

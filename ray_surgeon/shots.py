@@ -160,6 +160,7 @@ def _run_shots(inputs: Inputs, workers: Cluster, run: RunDirectory, listen: Call
             measured = _measure(workers, inputs, facts)
         _check_for_collapse(measured, report.dense["perplexity"], spec.evaluation.stop_above, shot)
         with step("commit", shot) as facts:
+            run.check_attempt()  # what follows takes files away that another try may have written
             if shot == 1:  # what a run that goes on reads
                 workers.run_all(write_states, run.dense_states)
             files.remove_files(run.shot_folder(shot), ["*.safetensors"])  # of a try that was interrupted
@@ -196,8 +197,10 @@ def _look_at_dense(inputs: Inputs, workers: Cluster, step: Steps, *, searches: b
 
 def _write_exports(inputs: Inputs, workers: Cluster, run: RunDirectory, report: RunReport, step: Steps) -> None:
     spec, num_shots = inputs.spec, inputs.spec.pruning.shots
+    run.write_report(report.as_record())  # without those of an earlier try, which are written anew
     for kind in spec.output.exports:
         with step("export", num_shots) as facts:
+            run.check_attempt()
             about, linear_records, uri = report.model_card_facts(), report.shots[-1]["linears"], run.path("export", kind)
             source, tokens, tasks = (inputs.layout, inputs.model), inputs.calibration[0], spec.evaluation.tasks
             found = export(kind, workers, *source, uri, tokens, about, linear_records, output=spec.output, tasks=tasks)

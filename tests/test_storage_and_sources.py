@@ -300,3 +300,12 @@ def test_unreachable_hub_is_a_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     done = subprocess.run([sys.executable, "-c", HUB_CLIENT], capture_output=True, text=True, timeout=120, check=False)
     assert "ValueError: model.source: cannot read 'me/model' (revision main) from the Hub" in done.stderr
+
+
+def test_a_named_cache_needs_no_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.setenv("RAY_SURGEON_CACHE", str(tmp_path))
+    assert files.cache_folder() == tmp_path

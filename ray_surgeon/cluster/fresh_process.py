@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ray_surgeon.cluster.worker import Worker
+if TYPE_CHECKING:  # the processes that read requests need no workers
+    from ray_surgeon.cluster.worker import Worker
+
+_PR_SET_PDEATHSIG = 1
 
 
 def run_module(module: str, request: Mapping[str, Any], offline: bool = True, gpu: str | None = None) -> dict[str, Any]:
     """Run a module and return what it found.
 
     Args:
-        module: dotted name; it reads a JSON object from its standard input, and the last line it prints is one.
+        module: dotted name; it takes a JSON object by `read_request`, and the last line it prints is one.
         request: that object.
         offline: whether it may not ask the Hub.
         gpu: the one GPU that it sees, as in ``CUDA_VISIBLE_DEVICES``, or "" for none; those of this process if not given.
@@ -37,6 +42,15 @@ def run_module(module: str, request: Mapping[str, Any], offline: bool = True, gp
     found = json.loads(done.stdout.strip().splitlines()[-1])
     assert isinstance(found, dict)
     return found
+
+
+def read_request() -> dict[str, Any]:
+    """Return what this process, which `run_module` has started, is asked for; on Linux it is killed when its parent is."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # else it keeps a GPU, and writes beside the next try
+    request = json.load(sys.stdin)
+    assert isinstance(request, dict)
+    return request
 
 
 def run_on_worker(worker: Worker, module: str, request: Mapping[str, Any], offline: bool = True) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ray_surgeon.cluster.fresh_process import read_request
 
 _NUM_PROMPT_TOKENS, _NUM_NEW_TOKENS = 8, 6
 
@@ -66,7 +67,7 @@ def main() -> None:
     Raises:
         RuntimeError: see `load`; or the logits with a cache are not those without.
     """
-    request = json.load(sys.stdin)
+    request = read_request()
     model = load(request)
     tokens = torch.tensor([request["tokens"]])
     with torch.no_grad():

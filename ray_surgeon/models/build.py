@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from ray_surgeon.models.experts import split_experts
 from ray_surgeon.models.families import Family, family_of
+
+_MAKES_EMPTY = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,13 @@ def shared_inputs_of(family: Family, block: nn.Module) -> list[tuple[str, ...]]:
             layers += [f"{sparse.experts}.{number}" for number, _ in block.get_submodule(sparse.experts).named_children()]
         for layer in (layer for layer in layers if layer in here):
             groups += [tuple(f"{layer}.{name}" for name in sparse.producers), (f"{layer}.{sparse.consumer}",)]
-    return [group for group in groups if group]
+    return [part for group in groups for part in _by_bias(block, group)]
+
+
+def _by_bias(block: nn.Module, group: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """Return a group in parts: a bias is one more input, so linears with one and linears without have no A in common."""
+    has_bias = {name: getattr(block.get_submodule(name), "bias", None) is not None for name in group}
+    return [tuple(name for name in group if has_bias[name] == has) for has in dict.fromkeys(has_bias.values())]
 
 
 def stored_name(family: Family, name: str) -> str:
@@ -68,6 +78,31 @@ def stored_name(family: Family, name: str) -> str:
     return name
 
 
+@contextlib.contextmanager
+def weights_on_meta() -> Iterator[None]:
+    """Let parameters that this thread makes have no memory, and buffers have theirs, as they are not in checkpoints.
+
+    accelerate's `init_empty_weights` does that to all threads of the process, for good if two of them overlap.
+    """
+    with _MAKES_EMPTY:
+        register, thread = nn.Module.register_parameter, threading.get_ident()
+        is_open = True
+
+        def register_empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+            register(module, name, parameter)
+            if is_open and parameter is not None and threading.get_ident() == thread:
+                empty = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+                empty.__dict__.update(parameter.__dict__)
+                module._parameters[name] = empty
+
+        nn.Module.register_parameter = register_empty  # type: ignore[method-assign, assignment]
+        try:
+            yield
+        finally:
+            is_open = False  # whoever has kept it meanwhile has what was there before
+            nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
 def build_blocks(config: PretrainedConfig, blocks: BlockRange, dtype: torch.dtype) -> nn.Module:
     """Build the causal LM on the meta device and keep only what the given blocks need.
 
@@ -75,7 +110,7 @@ def build_blocks(config: PretrainedConfig, blocks: BlockRange, dtype: torch.dtyp
     of the missing end are replaced by ones that do nothing.
     """
     family, config = family_of(config), copy.deepcopy(config)  # transformers writes the dtype into it, and other shards have theirs
-    with init_empty_weights(include_buffers=False):
+    with weights_on_meta():
         model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=family.runs_attention)
     model.eval().requires_grad_(False)
     base = model.get_submodule(family.base)

@@ -300,4 +300,8 @@ def family_of(config: PretrainedConfig) -> Family:
     check_family(config.model_type)
     if getattr(config, "final_logit_softcapping", None):
         raise ValueError("model.source: the model caps its logits (final_logit_softcapping), which the loss here does not; choose another")
+    if getattr(config, "use_bidirectional_attention", None):
+        raise ValueError(
+            "model.source: its tokens see later ones (use_bidirectional_attention), and the loss here is of the next one; choose another"
+        )
     return FAMILIES[config.model_type]

@@ -79,7 +79,8 @@ def _check_gemma(config: PretrainedConfig) -> None:
 
 def _check_rope(config: PretrainedConfig, known: LlamaCpp) -> None:
     parameters = rope_of(config)
-    kind, plain = rope_kind(config), {"rope_type", "rope_theta", "factor", "original_max_position_embeddings", "partial_rotary_factor"}
+    kind = rope_kind(config)
+    plain = {"rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "partial_rotary_factor"}
     possible = (
         kind in ("default", "linear") or (kind == "llama3" and known.name == "llama") or (kind == "yarn" and not set(parameters) - plain)
     )

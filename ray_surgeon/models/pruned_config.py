@@ -127,6 +127,7 @@ def uniform_document(layout: ModelLayout, document: Mapping[str, Any], widths: S
         narrow["transformers_version"] = transformers.__version__  # of a Mistral from before 5 it doubts the tokenizer
         for name in ("attention_bias", "mlp_bias", "pretraining_tp"):
             narrow.pop(name, None)
+        narrow.setdefault("max_position_embeddings", config.max_position_embeddings)  # a Mistral's default is another one
     return narrow
 
 
@@ -249,6 +250,11 @@ def check_deci(layout: ModelLayout) -> None:
             f"output.exports: deci needs head_dim * num_attention_heads = hidden_size, here {heads.head_dim} * {heads.num_query} "
             f"and {config.hidden_size}; use per_block"
         )
+    if layout.num_channels % DECI_MULTIPLE:
+        raise ValueError(
+            f"output.exports: deci has multiples of {DECI_MULTIPLE} channels, and blocks that lose none keep all {layout.num_channels}; "
+            "use per_block"
+        )
 
 
 def deci_document(layout: ModelLayout, document: Mapping[str, Any], widths: Sequence[BlockWidths], files: str) -> Document:
@@ -276,6 +282,7 @@ def deci_document(layout: ModelLayout, document: Mapping[str, Any], widths: Sequ
         ffn = {"ffn_mult": multiplier, "no_op": not width.num_channels, "replace_with_linear": False}
         blocks.append({"attention": attention, "ffn": ffn})
     return dict(document) | {
+        "max_position_embeddings": layout.config.max_position_embeddings,
         "model_type": "nemotron-nas",
         "architectures": ["DeciLMForCausalLM"],
         "auto_map": {"AutoConfig": f"{files}.DeciLMConfig", "AutoModelForCausalLM": f"{files}.DeciLMForCausalLM"},

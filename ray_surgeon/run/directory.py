@@ -17,7 +17,9 @@ from typing import Any
 import yaml
 
 from ray_surgeon.cluster.saving import SavedFile
+from ray_surgeon.run.progress import has_its_files, is_complete
 from ray_surgeon.storage import files as store
+from ray_surgeon.storage import tensor_files
 
 _FREE_SECTIONS = ("name", "cluster.", "memory.", "output.")
 """What may differ between a run and its resumption."""
@@ -106,8 +108,14 @@ class RunDirectory:
             )
         if done := self.committed_indices():
             self.check_tensors(self.read_shot(done[-1]))
-            if not store.exists(self.dense_states):
-                raise ValueError(f"{self.dense_states} is gone, and the dense model with it; put it back, or start a new run")
+            try:
+                tensor_files.Reader().names(self.dense_states)
+            except FileNotFoundError as error:
+                raise ValueError(f"{self.dense_states} is gone, and the dense model with it; put it back, or start a new run") from error
+            except ValueError as error:
+                raise ValueError(
+                    f"{error.args[0].partition('; ')[0]}, and the dense model is gone; put it back, or start a new run"
+                ) from error
 
     def is_new(self) -> bool:
         """Whether no run has begun here.
@@ -131,6 +139,13 @@ class RunDirectory:
             changes.append(f"version {held.get('code')} there, {fingerprints['code']} here")
         shown = "; ".join(changes[:_MOST_CHANGES]) + ("; ..." if len(changes) > _MOST_CHANGES else "")
         return f" ({shown})" if changes else ""
+
+    def is_finished(self, spec: Mapping[str, Any]) -> bool:
+        """Whether a run of this very spec has ended here, and its exports are still where they were written."""
+        if not store.exists(self.path("report.json")):
+            return False
+        report = store.read_json(self.path("report.json"))
+        return report["spec"] == dict(spec) and is_complete(report) and all(map(has_its_files, report["exports"]))
 
     def check_writable(self) -> None:
         """Write and remove a small file.

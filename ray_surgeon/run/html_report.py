@@ -15,27 +15,11 @@ import yaml
 
 from ray_surgeon.run.directory import RunDirectory
 from ray_surgeon.run.plots import inline_svg, perplexity_figure, run_figures, save, size_figure
+from ray_surgeon.run.progress import is_complete, num_shots
 from ray_surgeon.storage import files
 
 _TEMPLATE = Path(__file__).with_name("html_report.html.jinja")
 _PAGE_EVERY_S = 60.0
-
-
-def num_shots(record: Mapping[str, Any]) -> int:
-    """Return how many shots the run of a report.json was to have."""
-    pruning = record["spec"]["pruning"]
-    return len(pruning["sparsities"] or range(pruning["num_shots"]))
-
-
-def num_exports(record: Mapping[str, Any]) -> int:
-    """Return how many exports it was to write."""
-    output = record["spec"]["output"]
-    return len(output["exports"]) + (output.get("quantize") is not None)
-
-
-def is_complete(record: Mapping[str, Any]) -> bool:
-    """Whether it has all its shots and exports."""
-    return len(record["shots"]) == num_shots(record) and len(record["exports"]) == num_exports(record)
 
 
 @dataclass(frozen=True)

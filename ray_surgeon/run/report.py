@@ -20,8 +20,9 @@ from rich.table import Table
 from ray_surgeon.cluster.passes import Measured
 from ray_surgeon.cluster.worker import LinearSummary
 from ray_surgeon.run.events import Steps
-from ray_surgeon.run.html_report import is_complete, num_exports, num_shots, page
+from ray_surgeon.run.html_report import page
 from ray_surgeon.run.plots import FORMATS, perplexity_figure, save
+from ray_surgeon.run.progress import is_complete, num_exports, num_shots
 from ray_surgeon.storage import files
 
 LOG_WIDTH = 140

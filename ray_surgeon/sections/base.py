@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -21,7 +22,11 @@ def _without_secrets(uri: str) -> str:
     return uri
 
 
-Address = Annotated[str, AfterValidator(_without_secrets)]
+def _as_text(path: Any) -> Any:
+    return os.fspath(path) if isinstance(path, os.PathLike) else path
+
+
+Address = Annotated[str, BeforeValidator(_as_text), AfterValidator(_without_secrets)]
 """A path, URI or Hub id, which the run's records show."""
 
 

@@ -32,8 +32,9 @@ MAX_JSON_BYTES = 64 * 2**20
 
 def cache_folder() -> Path:
     """Return where downloads and conversions are kept: ``$RAY_SURGEON_CACHE``, or below ``$XDG_CACHE_HOME`` or ``~/.cache``."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ray_surgeon"
-    return Path(os.environ.get("RAY_SURGEON_CACHE") or default)
+    if named := os.environ.get("RAY_SURGEON_CACHE"):
+        return Path(named)  # where a user has no home
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ray_surgeon"
 
 
 def join(uri: str, *parts: str) -> str:

@@ -30,6 +30,8 @@ _CLIENTS = {
     "azure.core.exceptions": ("AzureError",),
 }
 _PASSING_STATUS = (408, 425, 429)
+_DAMAGED = ("IncompleteBody", "BadDigest")
+"""What S3 says of an upload that was cut or altered on the way; s3fs makes a refused request of it."""
 
 
 def _client_errors() -> tuple[type[Exception], ...]:
@@ -45,6 +47,8 @@ def _may_pass(error: BaseException, uri: str) -> bool:
     """Whether an operation may succeed when it is tried again."""
     lasting_names = ("NoCredentialsError", "PartialCredentialsError", "ParamValidationError", "ProfileNotFound", "NoRegionError")
     is_local = "://" not in uri or uri.startswith("file://")
+    if not is_local and any(code in str(error.__cause__) for code in _DAMAGED):
+        return True
     if is_local or isinstance(error, _LASTING_ERRORS):
         return False
     reply = getattr(error, "response", None)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,6 +29,24 @@ def test_a_process_beside_a_worker_on_a_cpu_sees_no_gpu(
     worker: Any = SimpleNamespace(device=torch.device(device), gpu=gpu)
     fresh_process.run_on_worker(worker, "module", {})
     assert given == [("module", {}, True, seen)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a request of the kernel of Linux")
+def test_a_process_ends_with_the_one_that_started_it(tmp_path: Path) -> None:
+    where = tmp_path / "pid"
+    request = {"path": str(where), "seconds": 200}
+    code = f"from ray_surgeon.cluster.fresh_process import run_module; run_module('tests.cluster.sleeper', {request})"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent.parent.parent) as parent:
+        while not where.exists():
+            time.sleep(0.05)
+        parent.kill()
+    sleeper = Path("/proc", where.read_text(), "stat")
+    for _ in range(200):
+        if not sleeper.exists() or sleeper.read_text().rpartition(")")[2].split()[0] == "Z":  # it has ended, seen or not
+            return
+        time.sleep(0.05)
+    os.kill(int(where.read_text()), 9)
+    raise AssertionError("it goes on")
 
 
 def test_a_peak_is_that_of_the_process_whoever_asked_first() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,17 +13,27 @@ from typing import Any
 import pytest
 import torch
 from ray.cluster_utils import Cluster
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DeepseekV3Config,
+    Gemma3TextConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 import ray_surgeon
-from ray_surgeon import JobSpec, pipeline
+from ray_surgeon import JobSpec, driver, pipeline
 from ray_surgeon.api import _as_name
 from ray_surgeon.cluster.curvature_pass import gather_curvature
 from ray_surgeon.inputs import check
+from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.run.directory import RunDirectory
 from ray_surgeon.run.events import Moment
 from ray_surgeon.shots import run_shots
 from ray_surgeon.storage import files
+from tests.conftest import CONFIGS, SPARSE_CONFIGS
 from tests.integration.runs import assert_same_shot, beginning, loaded, run, tiny_spec
 
 ROOT = Path(__file__).parent.parent.parent
@@ -251,6 +262,37 @@ def test_curvature_is_that_of_a_run(family: str, model_folders: dict[str, Path],
     ]:
         with pytest.raises(ValueError, match=message):
             ray_surgeon.curvature(model, sequences, **options)  # type: ignore[arg-type]
+
+
+def test_linears_with_and_without_a_bias_share_no_inputs() -> None:
+    """DeepSeek-V3's query projection without low rank never has one; what is beside it may."""
+    config = DeepseekV3Config(**{**SPARSE_CONFIGS["deepseek_v3"].to_dict(), "q_lora_rank": None, "attention_bias": True})
+    model = AutoModelForCausalLM.from_config(config)
+    found = ray_surgeon.curvature(model, [[1, 2, 3, 4]])
+    attention = "model.layers.0.self_attn"
+    assert found[f"{attention}.q_proj"].A.shape == (32, 32)
+    assert found[f"{attention}.kv_a_proj_with_mqa"].A.shape == (33, 33)
+    torch.testing.assert_close(found[f"{attention}.kv_a_proj_with_mqa"].A[:32, :32], found[f"{attention}.q_proj"].A)
+
+
+def test_models_that_see_later_tokens_are_refused() -> None:
+    config = Gemma3TextConfig(**{**CONFIGS["gemma3"].to_dict(), "use_bidirectional_attention": True})
+    with pytest.raises(ValueError, match="use_bidirectional_attention"):
+        ModelLayout.of(config)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, 3])
+def test_a_signal_while_ray_starts_is_an_interruption(
+    signum: int, model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray's own handler ends the process by the number of the signal."""
+    monkeypatch.setattr(driver, "connect_to_ray", lambda _: sys.exit(signum))
+    changes = {"cluster": {"backend": "ray"}}
+    if signum == signal.SIGTERM:
+        assert run(tmp_path, model_folders["llama"], **changes) == 130
+    else:
+        with pytest.raises(SystemExit):
+            run(tmp_path, model_folders["llama"], **changes)
 
 
 def test_names_of_runs_are_made_of_sources() -> None:

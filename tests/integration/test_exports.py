@@ -248,6 +248,11 @@ REFUSED = [
     ("llama", {"output__exports": ["uniform"]}, "needs pruning.structure groups"),
     ("llama", {**GROUPS, "output__exports": ["uniform"]}, "uniform needs pruning.allocation uniform"),
     ("llama", {**GROUPS, "output__exports": ["deci"]}, "set pruning.groups to [ffn]"),
+    (
+        "llama",
+        {**GROUPS, "pruning__groups": ["ffn"], "pruning__width_multiple": 256, "output__exports": ["deci"]},
+        "that lose none keep all",
+    ),
     ("llama", {**GROUPS, "output__exports": ["masked", "masked"]}, "names one twice"),
     ("llama", {**GROUPS, "output__speed": {}}, "has no smaller model to measure"),
     ("opt", {**GROUPS, "pruning__groups": ["ffn"], "pruning__width_multiple": 256, "output__exports": ["deci"]}, "not opt"),

@@ -140,6 +140,12 @@ def test_gemma_of_the_usual_pattern_is_known() -> None:
         architecture_of(ModelLayout.of(config), [BlockWidths(8, 1)] * 6)
 
 
+def test_yarn_may_be_called_by_the_older_name_beside_the_newer() -> None:
+    yarn = {"rope_type": "yarn", "type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 32}
+    layout = ModelLayout.of(type(CONFIGS["qwen2"])(**{**CONFIGS["qwen2"].to_dict(), "rope_parameters": yarn}))
+    assert architecture_of(layout, [BlockWidths(8, 2)]).name == "qwen2"
+
+
 def test_a_normaliser_that_llama_cpp_would_leave_out_is_refused() -> None:
     cuts = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
     document = {"model": {"type": "BPE"}, "decoder": {"type": "ByteLevel"}, "pre_tokenizer": cuts, "normalizer": None}

@@ -323,6 +323,54 @@ def test_tasks_of_a_run_that_goes_on_are_those_it_began_with(
     assert run(tmp_path, model, "--resume", **exports, evaluation={"texts": [text]}) == 0, "without tasks that failed"
 
 
+def test_a_try_that_slept_takes_nothing_from_the_one_that_went_on(
+    model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It wakes up before a commit, when the other one has ended, on another number of shards."""
+    slept = list[int]()
+
+    def sleep(*arguments: Any) -> None:
+        if not slept:
+            slept.append(1)
+            assert run(tmp_path, model_folders["llama"], "--resume", cluster__num_shards=2) == 0
+        check_for_collapse(*arguments)
+
+    check_for_collapse = shots._check_for_collapse
+    monkeypatch.setattr(shots, "_check_for_collapse", sleep)
+    assert run(tmp_path, model_folders["llama"]) == 1
+    assert slept
+    directory = RunDirectory(str(tmp_path / "run"))
+    for index in directory.committed_indices():
+        directory.check_tensors(directory.read_shot(index))
+    assert len(directory.committed_indices()) == 2
+
+
+def test_a_run_that_has_ended_is_not_done_again(model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options: dict[str, Any] = {"output__exports": ["masked"]}
+    assert run(tmp_path, model_folders["llama"], **options) == 0
+    weights, report = tmp_path / "run/export/masked/model.safetensors", (tmp_path / "run/report.json").read_text()
+    before = weights.stat().st_mtime_ns
+    capsys.readouterr()
+    assert run(tmp_path, model_folders["llama"], "--resume", **options) == 0
+    assert "nothing is done again" in capsys.readouterr().out
+    assert weights.stat().st_mtime_ns == before
+    assert (tmp_path / "run/report.json").read_text() == report
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert run(tmp_path, model_folders["llama"], "--resume", **options) == 0
+    assert weights.stat().st_mtime_ns != before, "a damaged export is written again"
+
+
+def test_while_exports_are_written_again_the_report_has_none(
+    model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(tmp_path, model_folders["llama"], output__exports=["masked"]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(shots, "export", lambda *_, **__: sys.exit("killed"))
+        with pytest.raises(SystemExit):
+            run(tmp_path, model_folders["llama"], "--resume", output__exports=["masked"], cluster__num_shards=2)
+    assert report_of(tmp_path / "run")["exports"] == []
+
+
 @pytest.mark.parametrize("what", ["goes on", "fails"])
 def test_another_try_in_the_same_folder_ends_this_one(
     what: str, model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

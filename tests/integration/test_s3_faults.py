@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from botocore.exceptions import ClientError
 from s3fs import S3FileSystem
 from safetensors.torch import load_file
 
@@ -227,6 +228,21 @@ def test_refusals_are_not_tried_again(faulty: type[FaultyProxy], monkeypatch: py
     with pytest.raises(FileNotFoundError):
         files.read_bytes("s3://no-such-bucket/absent")
     assert pauses == []
+
+
+@pytest.mark.parametrize("code", ["IncompleteBody", "BadDigest"])
+def test_uploads_that_were_damaged_on_the_way_are_tried_again(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """s3fs tells them as it tells requests that make no sense."""
+    monkeypatch.setattr(retrying, "sleep", lambda seconds: None)
+    calls: list[str] = []
+
+    def upload(uri: str) -> str:
+        calls.append(uri)
+        if len(calls) == 1:
+            raise OSError(errno.EINVAL, code) from ClientError({"Error": {"Code": code}}, "PutObject")
+        return "done"
+
+    assert retrying.tries_again(upload)("s3://bucket/key") == "done"
 
 
 def test_patience_counts_from_the_first_failure(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,6 +99,10 @@ def test_a_run_calibrates_on_it_and_goes_on_with_it(
     states.rename(tmp_path / "kept")
     assert run(tmp_path / "cut", model_folders["llama"], "--resume", **options) == 2, "found before anything is loaded"
     assert "dense.safetensors is gone" in capsys.readouterr().err
+    states.write_bytes((tmp_path / "kept").read_bytes()[:100])
+    assert run(tmp_path / "cut", model_folders["llama"], "--resume", **options) == 2
+    assert "cut short" in (said := capsys.readouterr().err)
+    assert "put it back, or start a new run" in said
     (tmp_path / "kept").rename(states)
     assert run(tmp_path / "cut", model_folders["llama"], "--resume", **options) == 0
     for other in ("streamed", "cut"):

@@ -6,9 +6,10 @@ import copy
 from typing import Any
 
 import pytest
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 
-from ray_surgeon.models.pruned_config import check_rope, for_older_readers
+from ray_surgeon.models.layout import ModelLayout
+from ray_surgeon.models.pruned_config import BlockWidths, check_rope, for_older_readers, uniform_document
 from tests.conftest import CONFIGS
 
 LLAMA_3 = {
@@ -60,3 +61,17 @@ def test_two_different_values_are_refused(change: dict[str, Any], expected: str)
     document = for_older_readers(document_of(CONFIGS["llama"])) | change
     with pytest.raises(ValueError, match=expected):
         check_rope(document)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_llama_that_becomes_a_mistral_keeps_its_context(named: bool) -> None:
+    """A config.json may leave out what is the default of its class, and a Mistral's is another one."""
+    config = LlamaConfig(
+        hidden_size=40, num_attention_heads=10, num_key_value_heads=5, head_dim=8, intermediate_size=64, num_hidden_layers=1
+    )
+    layout, document = ModelLayout.of(config), config.to_dict()
+    if not named:
+        del document["max_position_embeddings"]
+    found = uniform_document(layout, document, [BlockWidths(64, 3)])
+    assert found["model_type"] == "mistral"
+    assert AutoConfig.for_model(**found).max_position_embeddings == 2048
