@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -10,8 +11,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
-
-from ray_surgeon.cluster.fresh_process import read_request
 
 _NUM_PROMPT_TOKENS, _NUM_NEW_TOKENS = 8, 6
 
@@ -67,7 +66,7 @@ def main() -> None:
     Raises:
         RuntimeError: see `load`; or the logits with a cache are not those without.
     """
-    request = read_request()
+    request = json.load(sys.stdin)
     model = load(request)
     tokens = torch.tensor([request["tokens"]])
     with torch.no_grad():

@@ -26,7 +26,7 @@ from ray_surgeon.surgery.reconstruction import FeedForward, outputs_of, reconstr
 
 @dataclass
 class Errors:
-    """What reconstructions of a shot left on a worker for the report: consumer -> half of its mean squared error, before and after."""
+    """What reconstructions of a shot left on a worker for the report: consumer -> its mean loss before and after."""
 
     of_layer: dict[str, tuple[float, float]] = field(default_factory=dict)
 

@@ -9,6 +9,7 @@ Source: docs/method.md, section 8; block reconstruction as of BRECQ (Li et al. 2
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -54,7 +55,7 @@ class FeedForward:
 
 @dataclass(frozen=True)
 class Reconstructed:
-    """A layer, and half of its mean squared error, 1/2 E[|e|^2], over some thousand of the tokens, before and after."""
+    """A layer, and its mean loss over some thousand of the tokens before and after: `error_of` with the limit of the training."""
 
     layer: FeedForward  # float32
     before: float
@@ -85,14 +86,15 @@ def reconstruct(
         generator: of their order, on the CPU.
 
     Returns:
-        The trained layer, or the one that was given if the error did not fall. Errors are those of tokens drawn by chance.
+        The trained layer, or the one that was given if the loss did not fall. Errors are those of tokens drawn by chance.
     """
     dtype, size = inputs.dtype, min(tokens_per_step, len(inputs))
     some = torch.randperm(len(inputs), generator=generator)[:TOKENS_AT_A_TIME].sort().values.to(inputs.device)
     measured = inputs[some], outputs[some]
-    before = error_of(layer.to(dtype), *measured)
-    if not before > 0:
-        return Reconstructed(layer, before, before)
+    mean = error_of(layer.to(dtype), *measured)
+    if not mean > 0:
+        return Reconstructed(layer, mean, mean)
+    limit = BEND * mean
     masters = tuple(weight.detach().clone().requires_grad_() for weight in layer.weights)
     rates = [learning_rate * float(weight.detach().pow(2).mean().sqrt()) for weight in masters]
     optimizer = torch.optim.Adam(
@@ -108,25 +110,34 @@ def reconstruct(
             with torch.enable_grad():
                 found = layer.with_weights(working)(inputs[tokens])
             error = (found.detach() - outputs[tokens]).float()
-            in_means = error.pow(2).sum(dim=1, keepdim=True) / (2 * before)
-            slope = error * ((BEND / in_means.clamp_(min=BEND)).sqrt_() / (size * before))
+            in_means = error.pow(2).sum(dim=1, keepdim=True) / (2 * mean)
+            # Adam's steps are the same in every unit of the loss; in this one gradients are far from its eps and from float16's least
+            slope = error * ((BEND / in_means.clamp_(min=BEND)).sqrt_() / (2 * size * mean) ** 0.5)
             gradients = torch.autograd.grad(found, working, slope.to(dtype))
             for weight, gradient in zip(masters, gradients, strict=True):
                 weight.grad = gradient.to(weight.dtype)
             optimizer.step()
             number += 1
     trained = layer.with_weights(tuple(weight.detach() for weight in masters))
-    after = error_of(trained.to(dtype), *measured)
+    before, after = (error_of(each.to(dtype), *measured, limit) for each in (layer, trained))
     return Reconstructed(trained, before, after) if after < before else Reconstructed(layer, before, before)
 
 
 @torch.no_grad()
-def error_of(layer: FeedForward, inputs: Tensor, outputs: Tensor) -> float:
-    """Return 1/2 E[|e|^2] of the layer's errors e; arguments as those of `reconstruct`, the layer in the dtype of the products."""
+def error_of(layer: FeedForward, inputs: Tensor, outputs: Tensor, limit: float = math.inf) -> float:
+    """Return the mean of 1/2 |e|^2 over the layer's errors e, of Huber's loss in its place above a limit.
+
+    Args:
+        layer: in the dtype of the products.
+        inputs: as those of `reconstruct`.
+        outputs: likewise.
+        limit: from which on the loss goes on along its tangent, linear in |e|.
+    """
     total = 0.0
     for x, y in zip(torch.split(inputs, TOKENS_AT_A_TIME), torch.split(outputs, TOKENS_AT_A_TIME), strict=True):
-        total += float((layer(x) - y).double().pow(2).sum())
-    return total / (2 * len(inputs))
+        errors = (layer(x) - y).double().pow(2).sum(dim=1) / 2
+        total += float(torch.where(errors > limit, 2 * (errors * limit).sqrt() - limit, errors).sum())
+    return total / len(inputs)
 
 
 @torch.no_grad()

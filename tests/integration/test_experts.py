@@ -6,15 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+from ray_surgeon.cluster.curvature_pass import gather_curvature
+from ray_surgeon.methods.whole_experts import whole_expert_costs
 from ray_surgeon.run.directory import RunDirectory
 from tests.conftest import LAYOUTS, SPARSE_CONFIGS
-from tests.integration.runs import MOST_BY_ORDER_OF_SUMS, assert_same_shot, difference, report_of, run, tensors_of_shot
+from tests.integration.runs import MOST_BY_ORDER_OF_SUMS, assert_same_shot, difference, loaded, report_of, run, tensors_of_shot
 from tests.models.test_checkpoint import as_mxfp4
 
 pytestmark = pytest.mark.usefixtures("forked")
@@ -211,6 +214,15 @@ def test_scores_of_baselines(score: str, model_folders: dict[str, Path], tmp_pat
         gone = [name for name in costs if name in shot["experts_removed"]]
         assert gone
         assert max(costs[name] for name in gone) <= min(cost for name, cost in costs.items() if name not in gone)
+
+
+def test_random_costs_are_others_in_every_layer_and_shot(model_folders: dict[str, Path]) -> None:
+    cluster = loaded(model_folders["olmoe"])
+    (worker,) = cluster.workers.values()
+    gather_curvature(cluster, np.arange(40)[None], "activations", experts=True)
+    found = [whole_expert_costs(worker, "random", shot, first_order=False) for shot in (1, 2)]
+    of_layers = [tuple(costs[linears[-1]] for linears in experts.linears) for costs in found for experts in worker.expert_sets]
+    assert len(set(of_layers)) == len(of_layers) == 2 * 4
 
 
 def test_the_first_order_counts_with_labels_of_the_text_only(model_folders: dict[str, Path], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,19 +76,34 @@ def test_scales_are_what_removals_change_over_what_they_were_to_cost(
         for name, W in dense.items():
             if name in worker.shard.linears:
                 worker.shard.set_weight(name, W)
-    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    seen: list[tuple[torch.Tensor, ...]] = []
 
     def noting(*given: torch.Tensor) -> torch.Tensor:
-        seen.append((given[0], given[1]))
+        seen.append(given)
         return shrunk_ratios(*given)
 
     monkeypatch.setattr("ray_surgeon.methods.search.shrunk_ratios", noting)
     _, record = search.run(cluster, scores, windows, 1)
-    ((found_changes, found_costs),) = seen
+    ((found_changes, found_costs, found_kinds),) = seen
     assert record["divergences"][0] == pytest.approx(divergence_before, rel=1e-5)
     torch.testing.assert_close(found_changes, changes.double(), rtol=1e-3, atol=1e-6)
     assert found_costs.tolist() == pytest.approx(costs)
+    assert [[one == other for other in found_kinds] for one in found_kinds] == [[a == b for _, b in units] for _, a in units]
     assert len(units) > 2
+
+
+def test_scales_of_another_round_go_on_from_those_before(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    """What is measured is compared with costs before scaling; where nothing goes, scales stay."""
+    search, cluster, scores, windows = scored(model_folders["llama"], tmp_path)
+    allocation = search.method.allocate(scores, 1)
+    cluster.run_all(search.prune, allocation.counts)
+    divergences = divergences_of(cluster, SEARCHED, windows)
+    first = search._scales(cluster, scores, allocation, windows, divergences, {})
+    before = {unit: 0.5 + i for i, unit in enumerate(sorted({c.unit for c in scores.costs}))} | {(4, "ffn"): 3.0}
+    scaled = replace(scores, costs=tuple(replace(c, scale=before[c.unit]) for c in scores.costs))
+    found = search._scales(cluster, scaled, allocation, windows, divergences, before)
+    assert found == pytest.approx({unit: scale**0.3 * first[unit] if unit in first else scale for unit, scale in before.items()}, rel=1e-4)
+    assert 2 < len(first) < len(before)
 
 
 def test_the_best_allocation_is_taken_and_everything_else_is_left_as_it_was(

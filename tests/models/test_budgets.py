@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ray_surgeon.models.budgets import Budget, bytes_budget, flops_budget, linears_budget, parameters_budget
+from ray_surgeon.models.budgets import Budget, bytes_budget, fewest_left, flops_budget, linears_budget, parameters_budget
+from ray_surgeon.models.layout import ModelLayout
 from tests.conftest import CONFIGS, LAYOUTS, tiny_model
 
 
@@ -27,7 +31,7 @@ def test_what_a_group_needs_is_what_its_tensors_hold(family: str) -> None:
     assert parameters_budget(layout).least({"ffn": 8}) == parameters_budget(layout).of([("ffn", 8)] * 4)
 
 
-@pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "phi3"])
+@pytest.mark.parametrize("family", ["llama", "opt", "opt-projections", "gpt2", "phi3"])
 def test_flops_are_those_that_torch_counts(family: str) -> None:
     """torch counts the attention of every token to every other one, and we to those before it."""
     config, layout, length = CONFIGS[family], LAYOUTS[family], 24
@@ -54,6 +58,23 @@ def test_flops_of_latent_attention_are_those_that_torch_counts() -> None:
     assert counted[1] - 2 * counted[0] == 2 * a_token_more * (48**2 - 2 * 24**2)
 
 
+@pytest.mark.parametrize(
+    ("family", "kind", "left", "smaller"),
+    [
+        ("llama", "attention", 1, {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}),
+        ("llama", "ffn", 40, {"intermediate_size": 40}),
+        ("qwen3_moe", "expert_channels", 8, {"moe_intermediate_size": 8}),
+    ],
+)
+def test_flops_with_fewer_groups_are_those_of_a_smaller_model(family: str, kind: str, left: int, smaller: dict[str, int]) -> None:
+    config, budget = copy.deepcopy(LAYOUTS[family].config), flops_budget(LAYOUTS[family], 24)
+    for name, value in smaller.items():
+        setattr(config, name, value)
+    found = budget.of([(kind, left)] * budget.num_consumers[kind])
+    assert found == pytest.approx(flops_budget(ModelLayout.of(config), 24).dense)
+    assert found < budget.dense
+
+
 def test_a_budget_adds_up_its_blocks() -> None:
     budget = Budget("latency_s", 0.5, {"ffn": (0.0, 1.0, 1.5), "attention": (-0.25, 0.0)}, {"ffn": 3, "attention": 3})
     assert budget.dense == 5.0
@@ -61,3 +82,24 @@ def test_a_budget_adds_up_its_blocks() -> None:
     assert budget.least({"ffn": 1}) == 3.5
     assert budget.size("ffn") == 1.0
     assert budget.of([("attention", 0)] * 3) == 4.25
+    assert budget.size("attention") == 0.25
+
+
+def test_the_least_of_a_mixture_counts_whole_experts_and_the_channels_of_the_others() -> None:
+    """Two layers of four experts."""
+    tables = {"expert_channels": (0.0, 2.0, 3.0), "attention": (0.0, 5.0)}
+    budget = Budget("parameters", 1.0, tables, {"expert_channels": 8, "attention": 2}, num_experts=4)
+    assert budget.least({"experts": 3}) == 1 + 2 * 3 * 3 + 2 * 5
+    assert budget.least({"experts": 3, "expert_channels": 1, "attention": 0}) == 1 + 2 * 3 * 2
+    assert budget.least({"expert_channels": 1}) == 1 + 2 * 4 * 2 + 2 * 5
+
+
+def test_the_fewest_groups_that_may_be_left() -> None:
+    """As many as are asked for, but for those that there are, those that heads allow, and those that a router asks."""
+    least = {"attention": 1, "ffn": 100, "expert_channels": 8, "experts": 1}
+    assert fewest_left(LAYOUTS["llama"], ["attention", "ffn"], least, uniform=True) == {"attention": 1, "ffn": 48}
+    assert fewest_left(LAYOUTS["llama"], ["attention"], least | {"attention": 2}, uniform=True) == {"attention": 2}
+    assert fewest_left(LAYOUTS["olmoe"], ["experts", "expert_channels"], least, uniform=True) == {"experts": 3, "expert_channels": 8}
+    one = replace(LAYOUTS["deepseek_v3"], config=copy.deepcopy(LAYOUTS["deepseek_v3"].config))
+    one.config.num_experts_per_tok = 1
+    assert fewest_left(one, ["experts"], least, uniform=True) == {"experts": 2}, "a router with groups takes the best two of a group"

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ray_surgeon.models.low_rank import LowRankCorrections
-from ray_surgeon.surgery.masks import StructuredMask
+from ray_surgeon.models.low_rank import LowRank, LowRankCorrections, adding
+from ray_surgeon.surgery.masks import ElementMask, StructuredMask
 from tests.models.test_shard import shards
 
 
@@ -50,3 +50,38 @@ def test_what_is_absorbed_in_bfloat16_is_said(size: float, least: float, most: f
         change = (shard.weight(name) - before[name])[:, : added[name].shape[1]]
         assert arrived == pytest.approx(float((change * added[name]).sum()), rel=1e-4, abs=1e-12)
         assert least <= arrived / wanted <= most
+
+
+@pytest.mark.parametrize("by_element", [False, True])
+def test_what_is_added_to_outputs_is_what_is_absorbed(by_element: bool) -> None:
+    module, x = torch.nn.Linear(5, 4), torch.randn(2, 3, 5)
+    kept = torch.rand(4, 6) < 0.6
+    mask = ElementMask(kept) if by_element else StructuredMask(kept[:, 0], kept[0])  # the last column is the bias's
+    part, before = LowRank(module, mask, 2, 0, torch.device("cpu")), module(x)
+    part.B.data = torch.randn(4, 2)
+    module.register_forward_hook(adding(part))
+    added = part.B @ part.A * (kept[:, :5] if by_element else torch.outer(kept[:, 0], kept[0, :5]))
+    torch.testing.assert_close(part.product(), added)
+    torch.testing.assert_close(module(x), before + x @ added.T)
+
+
+def test_corrections_start_uniform_and_add_nothing() -> None:
+    part = LowRank(torch.nn.Linear(400, 3), StructuredMask.full(3, 401), 20, 0, torch.device("cpu"))
+    start = part.A.detach()
+    assert not part.B.any()
+    assert 0.049 < -float(start.min()) <= 0.05 >= float(start.max()) > 0.049
+    assert float(start.mean()) == pytest.approx(0, abs=1e-3)
+
+
+def test_gradients_are_of_the_mean_loss_and_forgotten_after_a_step() -> None:
+    (shard,) = shards("llama", [0, 4])
+    masks = {name: StructuredMask.full(shape.num_rows, shape.num_columns) for name, shape in shard.layout.shapes.items()}
+    name, other = list(shard.linears)[:2]
+    corrections = LowRankCorrections(shard, masks, {name}, rank=2, learning_rate=0.1, seed_of=dict.fromkeys(shard.linears, 0))
+    for each in (name, other):
+        part = corrections.parts[each]
+        part.A.grad = torch.full_like(part.A, 6.0)
+        assert [float(gradient.abs().max()) for gradient in corrections.gradients(each, 3)] == [2.0, 0.0]
+    corrections.step()
+    assert not corrections.gradients(name, 3)[0].any()
+    assert not corrections.gradients(other, 3)[0].any()

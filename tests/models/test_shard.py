@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 from ray_surgeon.models.build import BlockRange
 from ray_surgeon.models.checkpoint import read_state, tensor_reader
 from ray_surgeon.models.families import family_of
-from ray_surgeon.models.loss import compare_with_dense, next_token_loss
+from ray_surgeon.models.loss import compare_with_dense, next_token_loss, next_tokens, perplexity_of
 from ray_surgeon.models.runner import BlockRunner
 from ray_surgeon.models.shard import ModelShard
 from tests.conftest import CONFIGS, LAYOUTS, VOCABULARY, tiny_model
@@ -141,6 +142,9 @@ def test_loss_gradient_is_autograd_and_sampled_labels_are_drawn_from_the_model()
     (expected,) = torch.autograd.grad(loss, leaf)
     nll, gradient = next_token_loss(hidden, weight, tokens, with_gradient=True)
     assert float(nll.sum()) == pytest.approx(float(loss.detach()), rel=1e-5)
+    for one, sequence, labels in zip(nll, hidden, tokens, strict=True):
+        own = torch.nn.functional.cross_entropy((sequence @ weight.T)[:-1], labels[1:], reduction="sum")
+        assert float(one) == pytest.approx(float(own), rel=1e-5)
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
 
     sums = torch.zeros_like(hidden)
@@ -148,6 +152,22 @@ def test_loss_gradient_is_autograd_and_sampled_labels_are_drawn_from_the_model()
         _, sampled = next_token_loss(hidden, weight, tokens, with_gradient=True, generator=torch.Generator().manual_seed(seed))
         sums += sampled
     assert float((sums / 400).norm() / expected.norm()) < 0.1, "the sampled gradient has mean zero"
+
+
+def test_a_token_is_drawn_where_the_cumulated_probabilities_pass_the_chance() -> None:
+    """Of probabilities 0, 1/4, 3/4 and 0, and of 0, 1/10, 9/10 and 0 at half of the temperature."""
+    head = torch.tensor([[-300.0], [0.0], [math.log(3)], [-300.0]])
+    for temperature, bound in ((1.0, 0.25), (0.5, 0.1)):
+        chances = torch.tensor([0.0, bound - 1e-4, bound + 1e-4, 1 - 2**-24])
+        assert next_tokens(torch.ones(4, 1), head, chances, temperature).tolist() == [1, 1, 2, 2]
+
+
+def test_a_perplexity_is_a_number_infinite_or_an_error() -> None:
+    assert perplexity_of(math.log(20.0)) == pytest.approx(20)
+    assert perplexity_of(699.0) == math.exp(699)
+    assert perplexity_of(1e4) == perplexity_of(math.inf) == math.inf
+    with pytest.raises(FloatingPointError, match="not a number"):
+        perplexity_of(math.nan)
 
 
 def test_divergence_from_the_dense_model_and_its_gradient_are_those_of_autograd() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from ray_surgeon.surgery.experts import (
     add_changes,
     frequency_costs,
     mean_factor,
+    own_divisor,
     random_costs,
     reap_costs,
     rerouting_costs,
@@ -41,6 +43,34 @@ def test_factors_are_shrunk_by_the_number_of_tokens(num_tokens: int) -> None:
     torch.testing.assert_close(found.G, share * (g.T @ g + 20 * M_G.T @ M_G) / (num_tokens + 20))
     if num_tokens > 1000:
         torch.testing.assert_close(found.A, a.T @ a / num_tokens, rtol=0.2, atol=0.1)
+
+
+def test_an_expert_with_256_tokens_counts_as_much_as_its_layer() -> None:
+    a, g = torch.randn(256, 5, dtype=torch.float64), torch.randn(256, 3, dtype=torch.float64)
+    M_A, M_G = (torch.randn(9, n, dtype=torch.float64) for n in (5, 3))
+    found = shrunk_factors(PackedFactors(gram(a), gram(g), 256), LayerMean(gram(M_A), gram(M_G), 512)).dense()
+    torch.testing.assert_close(found.A, (a.T @ a / 256 + M_A.T @ M_A) / 2)
+    torch.testing.assert_close(found.G, 257 / 514 * (g.T @ g / 256 + M_G.T @ M_G) / 2)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 3, 4000])
+def test_further_terms_of_an_expert_are_divided_as_its_own_part_of_the_first_one_is(num_tokens: int) -> None:
+    a, g = torch.randn(num_tokens, 5, dtype=torch.float64), torch.randn(num_tokens, 3, dtype=torch.float64)
+    nothing = LayerMean(PackedSymmetric.zeros(5, None, torch.float64), PackedSymmetric.zeros(3, None, torch.float64), 5000)
+    found = shrunk_factors(PackedFactors(gram(a), gram(g), num_tokens), nothing).dense()
+    torch.testing.assert_close(found.G, g.T @ g / own_divisor(num_tokens, nothing))
+
+
+@pytest.mark.parametrize("has_basis", [False, True])
+def test_the_mean_of_a_layer_that_saw_one_token_or_none(has_basis: bool) -> None:
+    nothing, one = torch.zeros(0, 4, dtype=torch.float64), torch.randn(1, 4, dtype=torch.float64)
+    assert not mean_factor(sums_of([nothing, nothing]), has_basis=has_basis).dense().any()
+    wanted = one.T @ one if has_basis else one.square().mean() * torch.eye(4, dtype=torch.float64)
+    torch.testing.assert_close(mean_factor(sums_of([nothing, one]), has_basis=has_basis).dense(), wanted)
+
+
+def test_the_mean_of_a_layer_all_of_whose_channels_are_zero_is_zero() -> None:
+    assert not mean_factor(sums_of([torch.zeros(3, 4, dtype=torch.float64)]), has_basis=False).dense().any()
 
 
 def test_the_mean_of_a_layer_keeps_a_basis_only_where_there_is_one() -> None:
@@ -94,6 +124,18 @@ def test_costs_from_their_definitions() -> None:
     assert not torch.equal(random_costs(4, 7), random_costs(4, 8))
 
 
+@pytest.mark.parametrize("num_tokens", [0, 1])
+def test_costs_where_one_token_came_or_none(num_tokens: int) -> None:
+    sums, experts, changes, gradients = ExpertSums(3), torch.arange(num_tokens), torch.randn(num_tokens, 6), torch.randn(num_tokens, 6)
+    sums.add("tokens", experts, torch.ones(num_tokens))
+    sums.add("weighted_norms", experts, torch.full((num_tokens,), 0.5))
+    add_changes(sums, experts, changes, gradients)
+    gain = float((changes * gradients).sum())
+    assert rerouting_costs(sums, 1).tolist() == pytest.approx([gain + gain**2 / 2, 0, 0], rel=1e-5)
+    assert reap_costs(sums).tolist() == [0.5 * num_tokens, 0, 0]
+    assert frequency_costs(sums, 1).tolist() == [num_tokens, 0, 0]
+
+
 def experts_of(layer: int, costs: list[list[float]], whole: list[float]) -> list[GroupCosts]:
     """Experts of one layer, of three channels of ten parameters each."""
     needs = [0.0, 10.0, 20.0, 30.0]
@@ -133,6 +175,26 @@ def test_a_layer_keeps_its_fewest_experts() -> None:
     assert uniform.counts == {c.consumer: 3 if c.consumer in uniform.experts else 0 for c in costs}
     with pytest.raises(OutOfReachError):
         allocate_uniformly(fixed, 90, fewest_experts=2)
+
+
+def test_experts_that_lost_channels_before_go_with_those_that_are_left() -> None:
+    costs = [replace(c, num_left=2) for c in experts_of(0, [[math.inf, 9.0, 9.0]] * 3, [0.1, 0.2, 0.3])]
+    for found in (allocate_globally(costs, 20, per_unit=True), allocate_uniformly(costs, 20)):
+        assert found.experts == {"0.0"}
+        assert found.counts == {"0.0": 2, "0.1": 0, "0.2": 0}
+
+
+def test_an_expert_that_is_ranked_by_groups_counts_as_all_that_are_left_of_it() -> None:
+    costs = experts_of(0, [[math.inf] * 3, [0.5, 0.6, 0.7]], [0.9, math.inf])
+    found = allocate_globally(costs, 10, per_unit=False)
+    assert found.experts == {"0.0"}
+    assert found.threshold == pytest.approx(0.3)
+
+
+def test_no_expert_goes_uniformly_where_a_layer_can_spare_none() -> None:
+    costs = experts_of(0, [[math.inf] * 3] * 2, [0.1, 0.2]) + experts_of(1, [[math.inf] * 3] * 2, [math.inf, math.inf])
+    with pytest.raises(OutOfReachError, match="save 0"):
+        allocate_uniformly(costs, 20)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -183,7 +245,7 @@ def test_uniform_experts_and_channels_by_brute_force() -> None:
             layer, torch.rand(4, 3, generator=generator).cumsum(1).tolist(), (2 * torch.rand(4, generator=generator)).tolist()
         )
     ]
-    for missing in (60.0, 100.0, 160.0):
+    for missing in range(20, 221, 20):
         found = allocate_uniformly(costs, missing, fewest_experts=1)
 
         def cost_of(m: int, n: int) -> float:

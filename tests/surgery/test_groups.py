@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from ray_surgeon.surgery.allocate import GroupCosts, OutOfReachError, allocate_globally, allocate_uniformly
+from ray_surgeon.surgery.allocate import Allocation, GroupCosts, OutOfReachError, allocate_globally, allocate_uniformly
 from ray_surgeon.surgery.groups import alive_part, group_costs, lowest, prune_groups
 from ray_surgeon.surgery.masks import StructuredMask
 from tests.surgery.dense import crossing, damped, dense_removal, flags, linear, problem
@@ -159,6 +160,50 @@ def test_widths_are_rounded_and_what_goes_together_is_ranked_by_its_mean(seed: i
         steps += [(mean, i < taken) for i, mean in enumerate(means)]
     assert found.threshold is not None
     assert all(taken == (mean <= found.threshold + 1e-9) for mean, taken in steps)
+
+
+def test_what_odd_widths_lose_in_any_case_counts() -> None:
+    """One channel of each layer must go; what is missing beside them is one pair, the cheapest one."""
+    costs = [replace(c, num_left=7) for c in costs_of(0, EVEN) if c.kind == "ffn"]
+    for missing in (0.0, 6.0, 18.0):
+        assert allocate_globally(costs, missing, per_unit=True).counts == {c.consumer: 1 for c in costs}
+    found = allocate_globally(costs, 18.5, per_unit=True)
+    pairs = {c.consumer: float(c.curve[3] - c.curve[1]) for c in costs}
+    cheapest = min(pairs, key=lambda name: pairs[name])
+    assert found.counts == {name: 3 if name == cheapest else 1 for name in pairs}
+    assert found.threshold == pytest.approx(pairs[cheapest] / 12)
+
+
+def test_groups_of_earlier_shots_save_nothing_more() -> None:
+    costs = GroupCosts("x", "ffn", torch.tensor([1.0, 2.0, math.inf]), 2, ANY, [0.0, 10.0, 11.0, 30.0])
+    assert [costs.saved(count) for count in range(3)] == [0, 1, 11]
+
+
+def test_uniform_widths_are_those_that_every_block_can_have() -> None:
+    needs = [0.0, 10.0, 20.0, 30.0]
+    pairs = [(f"{block}", torch.tensor(c)) for block, c in enumerate(([1.0, 2.0, 3.0], [1.0, math.inf, math.inf]))]
+    costs = [GroupCosts(name, "ffn", c, 3, ANY, needs) for name, c in pairs]
+    assert allocate_uniformly(costs, 20).counts == {"0": 1, "1": 1}
+    with pytest.raises(OutOfReachError, match="save 20"):
+        allocate_uniformly(costs, 30)
+
+
+def test_groups_of_one_cost_go_one_at_a_time() -> None:
+    """Points of their path lie on one line, but for the rounding of sums."""
+    costs = GroupCosts("x", "ffn", torch.full((8,), 0.1), 8, ANY, [0.3 * n for n in range(9)])
+    for number in range(1, 9):
+        assert allocate_globally([costs], 0.3 * number - 0.1, per_unit=True).counts == {"x": number}
+
+
+@pytest.mark.parametrize(
+    "allocate", [lambda *given: allocate_globally(*given, per_unit=True), allocate_uniformly], ids=["global", "uniform"]
+)
+def test_a_target_that_groups_save_exactly_takes_no_more(allocate: Callable[..., Allocation]) -> None:
+    """Sums of needs are rounded."""
+    needs = [0.1 * n for n in range(5)]
+    costs = [GroupCosts(f"{block}", "ffn", torch.tensor([1.0, 2, 3, 4]) + block, 4, ANY, needs) for block in range(3)]
+    missing = sum(0.4 - 0.2 for _ in costs) + 1e-10
+    assert sum(allocate(costs, missing).counts.values()) == 6
 
 
 @pytest.mark.parametrize("seed", range(6))

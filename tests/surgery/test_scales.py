@@ -46,6 +46,13 @@ def test_without_an_error_ratios_are_what_they_are() -> None:
         assert shrunk_ratios(changes, costs, kinds).tolist() == pytest.approx([2 / (16 / 7), 1 / (16 / 7), 3 / (16 / 7)])
 
 
+@pytest.mark.parametrize("unit", [1e-6, 1e6])
+def test_ratios_are_the_same_in_every_unit(unit: float) -> None:
+    changes, costs, kinds = torch.tensor([[1.0, 2.0], [3.0, 5.0], [0.5, 0.1]]), torch.tensor([1.0, 3.0, 2.0]), torch.tensor([0, 0, 1])
+    expected = shrunk_ratios(changes, costs, kinds).tolist()
+    assert shrunk_ratios(unit * changes, costs, kinds).tolist() == pytest.approx(expected)
+
+
 def test_a_kind_of_its_own_is_not_drawn_towards_others() -> None:
     costs, changes = torch.ones(4), torch.tensor([[1.0, 1.0], [1.0, 1.0], [1.0, 1.0], [2.0, 6.0]])
     alone, together = (shrunk_ratios(changes, costs, torch.tensor(kinds))[3] for kinds in ([0, 0, 0, 1], [0, 0, 0, 0]))
@@ -60,8 +67,20 @@ def test_what_says_nothing_changes_nothing() -> None:
     assert found.tolist()[0] == 0.05, "the smallest that is allowed"
     worse = shrunk_ratios(torch.tensor([[-2.0, -2.1], [9.0, 9.0]]), costs, kinds)
     assert worse.tolist()[0] == 0.05, "a kind whose undoing makes it worse is drawn towards all"
+    noisy, common = shrunk_ratios(torch.tensor([[-2.0, 1.0], [9.0, 9.0]]), costs, kinds), 8.5 / 3
+    weight = (common / 2) ** 2 / ((common / 2) ** 2 + 1.5**2)
+    assert noisy.tolist()[0] == pytest.approx((common + weight * (-0.5 - common)) / common), "here by what chance leaves of it"
 
 
 def test_the_next_scales() -> None:
     before, ratios = torch.tensor([1.0, 8.0]), torch.tensor([2.0, 0.5])
     assert next_scales(before, ratios).tolist() == pytest.approx([2**0.7, 8**0.3 * 0.5**0.7])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scales_are_float64(dtype: torch.dtype) -> None:
+    """Differences of divergences are small."""
+    changes, costs = torch.tensor([[1.0, 2.0], [3.0, 5.0]], dtype=dtype), torch.tensor([1.0, 3.0], dtype=dtype)
+    found = shrunk_ratios(changes, costs, torch.tensor([0, 0]))
+    assert found.tolist() == shrunk_ratios(changes.double(), costs.double(), torch.tensor([0, 0])).tolist()
+    assert next_scales(costs, costs).dtype == torch.float64
