@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import os
 import reprlib
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ from ray_surgeon.models.shard import ModelShard
 from ray_surgeon.run.directory import RunDirectory
 from ray_surgeon.run.display import Display, new_console
 from ray_surgeon.run.in_memory import a_tokenizer, causal_lm, dtype_of, saved, without_bars
-from ray_surgeon.sections.base import Positive
+from ray_surgeon.sections.base import Positive, local_path
 from ray_surgeon.sections.cluster import RaySection
 from ray_surgeon.shots import run_shots
 from ray_surgeon.spec import JobSpec, validation_message
@@ -160,7 +161,7 @@ def prune(
         "name": name,
     }
     given = {key: value for key, value in sections.items() if value is not None}
-    source = os.fspath(model) if isinstance(model, str | os.PathLike) else None if model is None else causal_lm(model)
+    source = local_path(model) if isinstance(model, str | os.PathLike) else None if model is None else causal_lm(model)
     if spec is None:
         try:
             spec = _spec_of(source, tokenizer, given)
@@ -172,12 +173,39 @@ def prune(
     elif model is not None or tokenizer is not None or given:
         raise ValueError("spec: it says everything already; leave model, tokenizer and the sections out")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    with ExitStack() as until_checked:
+    with ExitStack() as held:
         if source is not None and not isinstance(source, str):
-            until_checked.enter_context(saved(source, a_tokenizer(tokenizer), spec.model.source, spec.output.uri))
+            held.enter_context(saved(source, a_tokenizer(tokenizer), spec.model.source, spec.output.uri))
         inputs = check(spec, resume=resume)
-    with Display(new_console() if progress else None, inputs.spec.name) as display:
+        display = held.enter_context(Display(new_console() if progress else None, inputs.spec.name))
         return run(inputs, display)
+
+
+def has_ended(inputs: Inputs) -> bool:
+    """Whether a run with the very spec of checked inputs is there whole, with its exports."""
+    return RunDirectory(inputs.spec.output.uri).is_finished(inputs.spec.model_dump(mode="json"))
+
+
+class _Threads:
+    """Gives the process back as many threads of torch as it had, after the last of several runs at once."""
+
+    def __init__(self) -> None:
+        self._lock, self._num_runs, self._before = threading.Lock(), 0, 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._num_runs:
+                self._before = torch.get_num_threads()
+            self._num_runs += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._num_runs -= 1
+            if not self._num_runs:
+                torch.set_num_threads(self._before)
+
+
+_THREADS = _Threads()
 
 
 @contextmanager
@@ -194,7 +222,7 @@ def _own_modes() -> Iterator[None]:
 
 @_own_modes()
 def run(inputs: Inputs, display: Display, *, disconnects: bool = False) -> PruneResult:
-    """Run checked inputs on Ray, or with all workers in this process.
+    """Run checked inputs on Ray, or with all workers in this process, unless such a run has ended there.
 
     Args:
         inputs: checked.
@@ -202,7 +230,7 @@ def run(inputs: Inputs, display: Display, *, disconnects: bool = False) -> Prune
         disconnects: whether to disconnect this process from Ray afterwards even if it was connected before.
     """
     section, directory = inputs.spec.cluster, RunDirectory(inputs.spec.output.uri)
-    if directory.is_finished(inputs.spec.model_dump(mode="json")):
+    if has_ended(inputs):
         display.note("this run has ended before, and its exports are there; nothing is done again")
     elif isinstance(section, RaySection):
         from ray_surgeon import driver  # Ray is imported only if it is used
@@ -216,11 +244,12 @@ def run(inputs: Inputs, display: Display, *, disconnects: bool = False) -> Prune
             if disconnects:
                 driver.disconnect()
     else:
-        cluster = LocalCluster(inputs.layout, inputs.placement, section.cpus_per_worker, section.device)
-        try:
-            run_shots(inputs, cluster, directory, display)
-        finally:
-            cluster.close()
+        with _THREADS:
+            cluster = LocalCluster(inputs.layout, inputs.placement, section.cpus_per_worker, section.device)
+            try:
+                run_shots(inputs, cluster, directory, display)
+            finally:
+                cluster.close()
     return PruneResult(directory.uri, files.read_json(directory.path("report.json")))
 
 
@@ -315,7 +344,7 @@ def curvature(
         raise ValueError(
             f"sequences: got a {type(sequences).__name__} of {', '.join(map(str, sequences))}; give one of these, such as input_ids"
         )
-    if next((True for weight in model.parameters() if weight.is_inference()), False):
+    if any(weight.is_inference() for weight in model.parameters()):
         raise ValueError("model: its weights were made in torch.inference_mode, in which nothing has gradients; load it outside")
     linears = None if linears is None else list(linears)
     if unknown := [name for name in linears or () if name not in layout.shapes]:

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 import ray_surgeon
-from ray_surgeon.api import PruneResult, run
+from ray_surgeon.api import PruneResult, has_ended, run
 from ray_surgeon.cluster.devices import DEVICES, Device, Room
 from ray_surgeon.cluster.plan import DoesNotFitError, plan_table
 from ray_surgeon.cluster.room import found_here
@@ -145,7 +145,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m ray_surgeon.p
                 console.print(inputs.widths)
             console.print(plan_table(inputs.plan(*_planned_for(arguments, inputs))))
             return DONE
-        if isinstance(inputs.spec.cluster, RaySection):
+        if isinstance(inputs.spec.cluster, RaySection) and not has_ended(inputs):
             from ray_surgeon.driver import connect_to_ray  # Ray is imported only if it is used
 
             console.print(f"running on {connect_to_ray(inputs)}")

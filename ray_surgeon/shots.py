@@ -71,7 +71,7 @@ def run_shots(inputs: Inputs, workers: Cluster, run: RunDirectory, listen: Calla
 
 def _last_words(run: RunDirectory, error: BaseException) -> BaseException:
     """Write the events of a run that failed, unless another try has its folder; return the error to tell."""
-    with contextlib.suppress(OSError):  # the first error is the one to tell
+    with contextlib.suppress(Exception):  # whatever a store's client raises; the first error is the one to tell
         try:
             run.check_attempt()
             run.write_events()
@@ -177,8 +177,8 @@ def _run_shots(inputs: Inputs, workers: Cluster, run: RunDirectory, listen: Call
         run.write_events()  # with the commit's own
 
     _write_exports(inputs, workers, run, report, step)
-    run.write_report(report.as_record())
     page.draw(report.as_record(), final=True)
+    run.write_report(report.as_record())  # last: a run whose report is whole has ended
 
 
 def _look_at_dense(inputs: Inputs, workers: Cluster, step: Steps, *, searches: bool, calibration: bool) -> dict[str, Any]:

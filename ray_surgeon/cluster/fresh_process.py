@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -17,14 +15,13 @@ import torch
 if TYPE_CHECKING:  # the processes that read requests need no workers
     from ray_surgeon.cluster.worker import Worker
 
-_PR_SET_PDEATHSIG = 1
-
 
 def run_module(module: str, request: Mapping[str, Any], offline: bool = True, gpu: str | None = None) -> dict[str, Any]:
     """Run a module and return what it found.
 
     Args:
-        module: dotted name; it takes a JSON object by `read_request`, and the last line it prints is one.
+        module: dotted name; it reads a JSON object from its standard input, and the last line it prints is one.
+            On Linux its process is killed when this one ends.
         request: that object.
         offline: whether it may not ask the Hub.
         gpu: the one GPU that it sees, as in ``CUDA_VISIBLE_DEVICES``, or "" for none; those of this process if not given.
@@ -35,22 +32,13 @@ def run_module(module: str, request: Mapping[str, Any], offline: bool = True, gp
     with tempfile.TemporaryDirectory() as modules:
         settings = {"HF_MODULES_CACHE": modules, "OMP_WAIT_POLICY": "PASSIVE"} | ({"HF_HUB_OFFLINE": "1"} if offline else {})
         settings |= {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
-        command = [sys.executable, "-m", module]
+        command = [sys.executable, "-m", "ray_surgeon.cluster.with_parent", str(os.getpid()), module]
         done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, check=False, env=os.environ | settings)
     if done.returncode:
         raise RuntimeError("\n".join(done.stderr.strip().splitlines()[-5:]) or f"{module} ended with exit code {done.returncode}")
     found = json.loads(done.stdout.strip().splitlines()[-1])
     assert isinstance(found, dict)
     return found
-
-
-def read_request() -> dict[str, Any]:
-    """Return what this process, which `run_module` has started, is asked for; on Linux it is killed when its parent is."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # else it keeps a GPU, and writes beside the next try
-    request = json.load(sys.stdin)
-    assert isinstance(request, dict)
-    return request
 
 
 def run_on_worker(worker: Worker, module: str, request: Mapping[str, Any], offline: bool = True) -> dict[str, Any]:

@@ -24,7 +24,6 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from ray_surgeon.cluster.fresh_process import read_request
 from ray_surgeon.models.families import LlamaCpp
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.llama_cpp import architecture_of, rope_kind, tokenizer_names
@@ -292,7 +291,7 @@ def _written(request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 def main() -> None:
     """Write the files that a request asks for, and say what was written."""
-    sys.stdout.write(json.dumps({"files": list(_written(read_request()))}) + "\n")
+    sys.stdout.write(json.dumps({"files": list(_written(json.load(sys.stdin)))}) + "\n")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ray_surgeon.cluster.cluster import Cluster
-from ray_surgeon.cluster.fresh_process import read_request, run_on_worker
+from ray_surgeon.cluster.fresh_process import run_on_worker
 from ray_surgeon.export.folder import dense_document
 from ray_surgeon.export.kinds import shipped_source
 from ray_surgeon.models.budgets import Budget
@@ -170,7 +170,7 @@ def _time_blocks(model: Any, options: SpeedSection, device: torch.device) -> lis
 
 def main() -> None:
     """Print the seconds of every width and of what is outside the blocks as one line of JSON."""
-    request = read_request()
+    request = json.load(sys.stdin)
     options, device = SpeedSection(**request["request"]), torch.device(request["device"])
     torch.set_num_threads(options.num_threads)
     torch.manual_seed(0)

@@ -8,14 +8,13 @@ import sys
 import torch
 from safetensors.torch import load_file
 
-from ray_surgeon.cluster.fresh_process import read_request
 from ray_surgeon.export.reload import load
 from ray_surgeon.models.loss import perplexity_of
 
 
 def main() -> None:
     """Print the perplexity on every text: exp of the mean over windows of the mean loss of a token."""
-    request = read_request()
+    request = json.load(sys.stdin)
     torch.set_num_threads(request["num_threads"])
     model = load(request)
     found = {}

@@ -18,7 +18,6 @@ from compressed_tensors.quantization import QuantizationConfig, QuantizationSche
 from compressed_tensors.quantization.utils import calculate_qparams
 from torch import Tensor
 
-from ray_surgeon.cluster.fresh_process import read_request
 from ray_surgeon.storage import files, tensor_files
 
 PRESETS = {"fp8": "FP8_DYNAMIC", "int8": "W8A8", "w4a16": "W4A16"}
@@ -69,7 +68,7 @@ def main() -> None:
     Raises:
         ValueError: see `quantised`.
     """
-    request = read_request()
+    request = json.load(sys.stdin)
     source, target, linears = request["source"], request["target"], set(request["linears"])
     export = request["export"]  # with the weights as they were, and the configuration
     scales = {name: scale for uri in request["scales"] for name, scale in tensor_files.read(uri).items()}

@@ -21,7 +21,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ray_surgeon.cluster.cluster import Cluster
-from ray_surgeon.cluster.fresh_process import read_request, run_on_worker
+from ray_surgeon.cluster.fresh_process import run_on_worker
 from ray_surgeon.cluster.placement import WorkerIndex
 from ray_surgeon.cluster.usage import process_usage
 from ray_surgeon.export.folder import download_folder, local_folder
@@ -133,7 +133,7 @@ def _random_model(document: Mapping[str, Any], folder: Path, dtype: torch.dtype,
 
 def main() -> None:
     """Print the comparison, or what one model alone needs of memory, as one line of JSON."""
-    request = read_request()
+    request = json.load(sys.stdin)
     options, shipped_code = SpeedSection(**request["options"]), bool(request["shipped_code"])
     torch.set_num_threads(options.num_threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ray_surgeon.cluster.cluster import Cluster
-from ray_surgeon.cluster.fresh_process import read_request, run_module, run_on_worker
+from ray_surgeon.cluster.fresh_process import run_module, run_on_worker
 from ray_surgeon.export.folder import download_folder, local_folder
 from ray_surgeon.models.gguf import convert_gguf
 from ray_surgeon.sections.texts import ModelSection, TasksSection
@@ -79,7 +79,7 @@ def _numbers(results: Mapping[str, Mapping[str, Any]]) -> Scores:
 
 def main() -> None:
     """Print the scores, or the tasks that are not known, as one line of JSON."""
-    request = read_request()
+    request = json.load(sys.stdin)
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager

@@ -141,11 +141,14 @@ class RunDirectory:
         return f" ({shown})" if changes else ""
 
     def is_finished(self, spec: Mapping[str, Any]) -> bool:
-        """Whether a run of this very spec has ended here, and its exports are still where they were written."""
-        if not store.exists(self.path("report.json")):
+        """Whether a run of this very spec has ended here, and its shots and exports are still where they were written."""
+        try:
+            report = store.read_json(self.path("report.json"))
+        except (FileNotFoundError, ValueError):  # not there, or damaged
             return False
-        report = store.read_json(self.path("report.json"))
-        return report["spec"] == dict(spec) and is_complete(report) and all(map(has_its_files, report["exports"]))
+        if not isinstance(report, dict) or report.get("spec") != dict(spec) or not is_complete(report):
+            return False
+        return len(self.committed_indices()) == len(report["shots"]) and all(map(has_its_files, report["exports"]))
 
     def check_writable(self) -> None:
         """Write and remove a small file.

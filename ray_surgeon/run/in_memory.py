@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import filecmp
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers.utils.logging
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from safetensors import SafetensorError
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel, PreTrainedTokenizerBase
 
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.run.directory import RunDirectory
 from ray_surgeon.storage import files
 from ray_surgeon.storage.sources import goes_along
 
-_MARKER = ".from_memory"
-"""An empty file beside a model that was in memory: the folder is the run's."""
+_MARKER, _WHOLE = ".from_memory", "whole"
+"""A file beside a model that was in memory: the folder is the run's. It says so once all others are there."""
+_OF_USE = {"transformers_version", "is_local", "local_files_only", "truncation", "padding"}
+"""What a configuration or a tokenizer's file says of who wrote it, or of the last text."""
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -30,9 +33,10 @@ def causal_lm(model: Any) -> PreTrainedModel:
         ValueError: it is no causal LM of transformers, or of a family that is not supported, or has no weights.
     """
     model = getattr(model, "_orig_mod", model)
-    if not isinstance(model, PreTrainedModel):
+    if isinstance(model, PreTrainedModel):
+        ModelLayout.of(model.config)
+    if not isinstance(model, PreTrainedModel) or not isinstance(model, MODEL_FOR_CAUSAL_LM_MAPPING[type(model.config)]):
         raise ValueError(f"model: got a {type(model).__name__}; give a causal LM of transformers, such as a LlamaForCausalLM")
-    ModelLayout.of(model.config)
     if absent := next((name for name, weight in model.named_parameters() if weight.is_meta), None):
         raise ValueError(f"model: {absent} has no values, it is on the device meta; load the weights first")
     return model
@@ -63,68 +67,88 @@ def dtype_of(model: PreTrainedModel) -> str:
 
 @contextmanager
 def saved(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str, run: str) -> Iterator[None]:
-    """Write a model into a folder of its run, unless the run has begun and has it; take it away if what follows refuses a new run.
+    """Write a model into a folder of its run, unless the run has begun and has it; take it away if a new run does not begin.
 
     Raises:
         ValueError: the run has another one, the folder holds something else, or it cannot be written.
     """
-    try:
-        has_begun = _save(model, tokenizer, source, run)
-    except OSError as error:
-        raise ValueError(f"output.uri: cannot use {run}: {error}; check the address, the permissions and the free space") from error
+    with tempfile.TemporaryDirectory() as scratch:
+        _write(model, tokenizer, scratch)
+        written = {path.relative_to(scratch).as_posix(): path for path in sorted(Path(scratch).rglob("*")) if path.is_file()}
+        chosen = {name: path for name, path in written.items() if goes_along(name) or name.endswith((".safetensors", ".index.json"))}
+        try:
+            has_begun = not RunDirectory(run).is_new()
+            is_there = _is_there(chosen, source, has_begun=has_begun)
+            if not is_there:
+                _put(chosen, source)
+        except OSError as error:
+            raise ValueError(f"output.uri: cannot use {run}: {error}; check the address, the permissions and the free space") from error
     try:
         yield
     except BaseException:
-        if not has_begun:
-            files.remove_folder(source)
+        with suppress(OSError, ValueError):
+            if not is_there and (has_begun or RunDirectory(run).is_new()):
+                files.remove_folder(source)
         raise
-
-
-def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str, run: str) -> bool:
-    """Write a model, or compare it with the one that is there, and return whether its run has begun."""
-    has_begun = not RunDirectory(run).is_new()
-    with tempfile.TemporaryDirectory() as scratch:
-        with without_bars():
-            _write(model, tokenizer, scratch)
-        written = {path.relative_to(scratch).as_posix(): path for path in sorted(Path(scratch).rglob("*")) if path.is_file()}
-        chosen = {name: path for name, path in written.items() if goes_along(name) or name.endswith((".safetensors", ".index.json"))}
-        if has_begun and files.exists(source):
-            there = set(files.list_files(source))
-            if not all(name in there and _same(files.join(source, name), path) for name, path in chosen.items()):
-                raise ValueError(f"output.uri: {run} holds a run of another model or tokenizer; give output another folder")
-        else:
-            marker = files.join(source, _MARKER)
-            if not files.exists(marker) and files.list_names(source):
-                raise ValueError(f"output.uri: {source} holds something else, and the model would go there; give output another folder")
-            files.remove_folder(source)  # of a try before the run began
-            files.write_text(marker, "")
-            for name, path in chosen.items():
-                files.put_file(files.join(source, name), path)
-    return has_begun
 
 
 def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str) -> None:
     """Write both as transformers does; the model's configuration stays as it is, which `save_pretrained` changes."""
     before = {name: getattr(model.config, name, None) for name in ("architectures", "dtype")}
     try:
-        model.save_pretrained(folder)
+        with without_bars():
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
     except ValueError as error:
         raise ValueError(f"model: transformers does not save it: {error}; mend that first, or prune a folder") from error
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"model: cannot be written to {folder}: {error}; free space there, or set TMPDIR") from error
     finally:
         for name, value in before.items():
             setattr(model.config, name, value)
-    tokenizer.save_pretrained(folder)
+
+
+def _is_there(chosen: Mapping[str, Path], source: str, *, has_begun: bool) -> bool:
+    """Whether the run has begun, with this model.
+
+    Raises:
+        ValueError: it has another one, or the folder holds something else.
+    """
+    marker, there = files.join(source, _MARKER), set(files.list_files(source))
+    if there and _MARKER not in there:
+        raise ValueError(f"output.uri: {source} holds something else, and the model would go there; give output another folder")
+    if not has_begun or not there or files.read_text(marker) != _WHOLE:
+        return False
+    if there - {_MARKER} != set(chosen) or not all(_same(files.join(source, name), path) for name, path in chosen.items()):
+        raise ValueError(f"output.uri: {source} is another model or tokenizer, with which the run began; give output another folder")
+    return True
+
+
+def _put(chosen: Mapping[str, Path], source: str) -> None:
+    """Write files into a folder of the run's own; all of them or, unless the process is killed, none."""
+    try:
+        files.remove_folder(source)  # of a try before the run began
+        files.write_text(files.join(source, _MARKER), "")
+        for name, path in chosen.items():
+            files.put_file(files.join(source, name), path)
+        files.write_text(files.join(source, _MARKER), _WHOLE)
+    except BaseException:
+        files.remove_folder(source)
+        raise
 
 
 def _same(uri: str, path: Path) -> bool:
-    """Whether a file of the run has the content of one on this machine, byte for byte."""
-    if files.is_local(uri):
-        return filecmp.cmp(files.open_filesystem(uri)[1], path, shallow=False)
-    if files.size_bytes(uri) != path.stat().st_size:
-        return False
+    """Whether a file of the run is one on this machine: weights byte for byte, JSON but for what changes with the use of a tokenizer."""
     with tempfile.TemporaryDirectory() as scratch:
-        files.download(uri, Path(scratch) / "file")
-        return filecmp.cmp(Path(scratch) / "file", path, shallow=False)
+        there = Path(files.open_filesystem(uri)[1]) if files.is_local(uri) else Path(scratch) / "file"
+        if not path.name.endswith(".json"):
+            if files.size_bytes(uri) != path.stat().st_size:
+                return False
+            if not files.is_local(uri):
+                files.download(uri, there)
+            return filecmp.cmp(there, path, shallow=False)
+    one, other = files.read_json(uri), files.read_json(str(path))
+    return all(one.get(name) == other.get(name) for name in {*one, *other} - _OF_USE)
 
 
 @contextmanager

@@ -26,8 +26,11 @@ def is_complete(record: Mapping[str, Any]) -> bool:
 
 
 def has_its_files(export: Mapping[str, Any]) -> bool:
-    """Whether the weights of an export in a report.json lie where it was written, as long as they were."""
+    """Whether an export in a report.json lies where it was written, with weights of the size that they had."""
     if "files" in export:
         return all(files.size_bytes(files.join(export["uri"], file["file"])) == file["size_bytes"] for file in export["files"])
-    names = [name for name in files.list_names(export["uri"]) if name.startswith("model") and name.endswith(".safetensors")]
-    return bool(sum(files.size_bytes(files.join(export["uri"], name)) or 0 for name in names) == export["size_bytes"])
+    there = files.list_names(export["uri"])
+    names = [name for name in there if name.startswith("model") and name.endswith(".safetensors")]
+    return "config.json" in there and bool(
+        sum(files.size_bytes(files.join(export["uri"], name)) or 0 for name in names) == export["size_bytes"]
+    )

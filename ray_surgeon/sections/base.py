@@ -22,11 +22,19 @@ def _without_secrets(uri: str) -> str:
     return uri
 
 
-def _as_text(path: Any) -> Any:
-    return os.fspath(path) if isinstance(path, os.PathLike) else path
+def local_path(given: Any) -> Any:
+    """Return a path as text, and what is none as it is.
+
+    Raises:
+        ValueError: it was a URI, whose two slashes a Path makes one.
+    """
+    path = os.fspath(given) if isinstance(given, os.PathLike) else given
+    if path is not given and re.match("[a-z][a-z0-9+.-]+:/", path):
+        raise ValueError(f"{path} was a URI before it became a path; give URIs as text")
+    return path
 
 
-Address = Annotated[str, BeforeValidator(_as_text), AfterValidator(_without_secrets)]
+Address = Annotated[str, BeforeValidator(local_path), AfterValidator(_without_secrets)]
 """A path, URI or Hub id, which the run's records show."""
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 import time
 from pathlib import Path
 
-from ray_surgeon.cluster.fresh_process import read_request
-
 if __name__ == "__main__":
-    request = read_request()
+    request = json.load(sys.stdin)
     Path(request["path"] + ".new").write_text(str(os.getpid()))
     os.replace(request["path"] + ".new", request["path"])
     time.sleep(request["seconds"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -38,6 +39,7 @@ def test_a_process_ends_with_the_one_that_started_it(tmp_path: Path) -> None:
     code = f"from ray_surgeon.cluster.fresh_process import run_module; run_module('tests.cluster.sleeper', {request})"
     with subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent.parent.parent) as parent:
         while not where.exists():
+            assert parent.poll() is None, "it could not start the other one"
             time.sleep(0.05)
         parent.kill()
     sleeper = Path("/proc", where.read_text(), "stat")
@@ -47,6 +49,16 @@ def test_a_process_ends_with_the_one_that_started_it(tmp_path: Path) -> None:
         time.sleep(0.05)
     os.kill(int(where.read_text()), 9)
     raise AssertionError("it goes on")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a request of the kernel of Linux")
+def test_a_process_whose_parent_is_gone_before_it_asks_does_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ray_surgeon.cluster.with_parent", str(os.getppid()), "tests.cluster.sleeper"]
+    request = json.dumps({"path": str(tmp_path / "pid"), "seconds": 0})
+    done = subprocess.run(command, input=request, text=True, capture_output=True, cwd=Path(__file__).parent.parent.parent, check=False)
+    assert done.returncode == 1
+    assert "has ended" in done.stderr
+    assert not (tmp_path / "pid").exists()
 
 
 def test_a_peak_is_that_of_the_process_whoever_asked_first() -> None:

@@ -175,6 +175,7 @@ def test_what_the_components_do() -> None:
     assert spot["spec"]["backoffLimit"] > objects("overlays/gpu-s3")["RayJob"]["spec"]["backoffLimit"]
     (_, head), (_, worker) = pods(spot)
     assert head["nodeSelector"] != worker["nodeSelector"]
+    assert spot["spec"]["submitterPodTemplate"]["spec"]["nodeSelector"] == head["nodeSelector"]
     assert {t["key"] for t in worker["tolerations"]} == {"nvidia.com/gpu", "spot"}
     assert kueue["metadata"]["labels"]["kueue.x-k8s.io/queue-name"]
     assert kueue["spec"]["suspend"] is True

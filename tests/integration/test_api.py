@@ -84,11 +84,11 @@ def test_the_model_of_another_run_is_not_overwritten(model_folders: dict[str, Pa
         ray_surgeon.prune(model, tokenizer, **sections, progress=False)
     model.model.norm.weight.data *= 2
     for resume in (False, True):
-        with pytest.raises(ValueError, match="holds a run of another model or tokenizer"):
+        with pytest.raises(ValueError, match="another model or tokenizer"):
             ray_surgeon.prune(model, tokenizer, **sections, progress=False, resume=resume)
     model, tokenizer = in_memory(model_folders["llama"])
     tokenizer.chat_template = "{{ messages }}"
-    with pytest.raises(ValueError, match="holds a run of another model or tokenizer"):
+    with pytest.raises(ValueError, match="another model or tokenizer"):
         ray_surgeon.prune(model, tokenizer, **sections, progress=False, resume=True)
     (tmp_path / "checkpoints/source").mkdir(parents=True)
     (tmp_path / "checkpoints/source/adapter_model.safetensors").write_text("my own")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import shutil
 import threading
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,10 +14,13 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, BloomForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, BloomForCausalLM, LlamaForSequenceClassification
 
 import ray_surgeon
+from ray_surgeon.cluster.plan import DoesNotFitError
+from ray_surgeon.run.in_memory import causal_lm
 from ray_surgeon.storage import files
+from tests.conftest import CONFIGS, SPARSE_CONFIGS, tiny_model
 
 TEXT = {"source": "python-docs", "num_sequences": 8, "sequence_length": 32, "max_tokens": 4000}
 ELEMENTS = {"structure": "element", "target_sparsity": 0.3, "num_shots": 1}
@@ -37,6 +43,7 @@ def expected(model_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFa
 
 def test_runs_in_threads_do_not_meet(expected: dict[str, tuple[float, float]], model_folders: dict[str, Path], tmp_path: Path) -> None:
     """Models are built without weights meanwhile, which no other thread may see."""
+    num_threads = torch.get_num_threads()
     register, is_over, on_meta = nn.Module.register_parameter, threading.Event(), 0
 
     def build() -> int:
@@ -56,6 +63,7 @@ def test_runs_in_threads_do_not_meet(expected: dict[str, tuple[float, float]], m
         on_meta = watching.result()
     assert found == [expected, expected]
     assert on_meta == 0
+    assert torch.get_num_threads() == num_threads
     assert nn.Module.register_parameter is register
 
 
@@ -84,14 +92,43 @@ def test_a_run_goes_on_with_the_very_same_model_only(model_folders: dict[str, Pa
     """Weights in the middle of a file count as well."""
     model, tokenizer = in_memory(model_folders["llama"])
     sections: dict[str, Any] = {"calibration": TEXT, "pruning": ELEMENTS, "progress": False}
-    for output in (str(tmp_path / "run"), "memory://the-same"):
-        ray_surgeon.prune(model, tokenizer, **sections, output={"uri": output, "exports": []})
+    weight = model.model.layers[0].mlp.up_proj.weight
+    before = weight.detach().clone()
+    for output in (str(tmp_path / "run"), f"memory://{uuid.uuid4().hex}"):
+        first = ray_surgeon.prune(model, tokenizer, **sections, output={"uri": output, "exports": []})
         with torch.no_grad():
-            model.model.layers[0].mlp.up_proj.weight[0, 0] += 1
+            weight[0, 0] += 1
         with pytest.raises(ValueError, match="another model or tokenizer"):
             ray_surgeon.prune(model, tokenizer, **sections, output={"uri": output, "exports": []}, resume=True)
         with torch.no_grad():
-            model.model.layers[0].mlp.up_proj.weight[0, 0] -= 1
+            weight.copy_(before)
+        tokenizer("some words", truncation=True, max_length=2)  # which it writes into its file from then on
+        again = ray_surgeon.prune(model, tokenizer, **sections, output={"uri": output, "exports": []}, resume=True)
+        assert again.perplexity == first.perplexity
+
+
+def test_a_model_is_written_whole_or_not_at_all(model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put = files.put_file
+
+    def is_full(uri: str, path: Path) -> None:
+        if uri.endswith("tokenizer.json"):
+            raise OSError(errno.ENOSPC, "no space left")
+        put(uri, path)
+
+    given, run = in_memory(model_folders["llama"]), tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "put_file", is_full)
+        with pytest.raises(ValueError, match=r"output.uri: cannot use .*no space left"):
+            prune(given, run)
+    assert files.list_files(str(run)) == []
+    prune(given, run)
+    for name in ("dense.safetensors", "source"):
+        shutil.move(run / name, tmp_path / name)
+    with pytest.raises(ValueError, match=r"dense\.safetensors is gone"):
+        prune(given, run, resume=True)
+    assert not (run / "source").exists(), "it was written anew, for nothing"
+    shutil.move(tmp_path / "dense.safetensors", run)
+    prune(given, run, resume=True)
 
 
 @pytest.mark.parametrize("count", [np.int64(8), "8"])
@@ -110,8 +147,17 @@ def test_what_is_refused_leaves_no_copy_of_the_model(model_folders: dict[str, Pa
     with pytest.raises(ValueError, match="need"):
         prune(in_memory(model_folders["llama"]), tmp_path / "short", calibration=TEXT | {"num_sequences": 10_000})
     assert files.list_files(str(tmp_path / "short")) == []
+    with pytest.raises(DoesNotFitError):
+        prune(in_memory(model_folders["llama"]), tmp_path / "large", memory={"limit_gib": 1e-6})
+    assert files.list_files(str(tmp_path / "large")) == []
     with pytest.raises(ValueError, match=r"output.uri: cannot use /proc/x"):
         prune(in_memory(model_folders["llama"]), Path("/proc/x"))
+
+
+@pytest.mark.parametrize("family", CONFIGS | SPARSE_CONFIGS)
+def test_models_of_all_families_are_taken(family: str) -> None:
+    model = tiny_model(family)
+    assert causal_lm(model) is model
 
 
 def test_arguments_of_other_kinds_are_named(model_folders: dict[str, Path], tmp_path: Path) -> None:
@@ -121,6 +167,9 @@ def test_arguments_of_other_kinds_are_named(model_folders: dict[str, Path], tmp_
         ((tokenizer, model), "model: got a "),
         ((nn.Linear(2, 2), tokenizer), "model: got a Linear; give a causal LM"),
         ((model.config, tokenizer), "model: got a LlamaConfig"),
+        ((model.model, tokenizer), "model: got a LlamaModel; give a causal LM"),
+        ((LlamaForSequenceClassification(model.config), tokenizer), "model: got a LlamaForSequenceClassification"),
+        ((Path("s3://bucket/model"), None), "give URIs as text"),
         ((model, "gpt2"), "tokenizer: got a str"),
         (
             (AutoModelForCausalLM.from_pretrained(model_folders["llama"], dtype=torch.float64), tokenizer),

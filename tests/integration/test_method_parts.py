@@ -1,0 +1,87 @@
+"""Parts of methods by themselves: labels, curves, choices, and the order and losses of corrections."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from ray_surgeon.inputs import check
+from ray_surgeon.methods.corrections import Corrections, CorrectionSection
+from ray_surgeon.methods.method import Scores
+from ray_surgeon.models.low_rank import LowRankCorrections
+from ray_surgeon.spec import parse_spec
+from ray_surgeon.surgery.masks import ElementMask
+from tests.conftest import LAYOUTS
+from tests.integration.runs import loaded, tiny_spec
+
+
+def test_labels_are_drawn_anew_in_every_shot(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    inputs = check(parse_spec(tiny_spec(tmp_path, model_folders["llama"], curvature__fisher="sampled").read_text()))
+    cluster, found = loaded(model_folders["llama"]), []
+    (worker,) = cluster.workers.values()
+    for shot in (1, 2, 1):
+        inputs.method.calibrate(cluster, inputs.calibration, shot, remembers=False)
+        found.append(worker.shard.factors("model.layers.3.mlp.down_proj").G.dense())
+    assert torch.equal(found[0], found[2])
+    assert float((found[1] - found[0]).norm() / found[0].norm()) > 0.05
+
+
+def test_a_curve_of_costs_begins_at_what_earlier_shots_pruned() -> None:
+    assert Scores((), 100, 80).as_fractions([(10, 0.5), (90, 2.0)]) == [(0.3, 0.5), (1.0, 2.0)]
+
+
+@pytest.mark.parametrize(("structure", "most"), [("element", 1.0), ("n_m", 0.5)])
+def test_a_choice_of_elements_says_how_many_go_in_all(structure: str, most: float, model_folders: dict[str, Path], tmp_path: Path) -> None:
+    method = (found := check(parse_spec(tiny_spec(tmp_path, model_folders["llama"], pruning__structure=structure).read_text()))).method
+    cluster = loaded(model_folders["llama"])
+    (worker,) = cluster.workers.values()
+    for name, shape in worker.layout.shapes.items():
+        worker.masks[name] = ElementMask(torch.ones(shape.num_rows, shape.num_columns, dtype=torch.bool))
+    for shot in (1, 2):
+        method.calibrate(cluster, found.calibration, shot, remembers=False)
+        choice = method.choose(cluster, method.score(cluster, shot), shot)
+        method.apply(cluster, found.calibration, choice, shot)
+        masks = worker.masks.values()
+        assert choice.facts["sparsity"] == pytest.approx(1 - sum(m.num_kept for m in masks) / LAYOUTS["llama"].linear_size)
+        assert choice.record["cost_curve"][-1][0] == pytest.approx(most)
+
+
+@pytest.mark.parametrize(("size", "steps", "epochs"), [(1, 13, 0), (4, 5, 2), (9, 3, 2)])
+def test_corrections_pass_over_all_sequences_in_an_order_of_every_pass(size: int, steps: int, epochs: int) -> None:
+    """Six sequences, the last step of a pass over what is left of them; the final passes are over all of them."""
+    corrections = Corrections(CorrectionSection(sequences_per_step=size, steps_per_shot=steps, final_epochs=epochs))
+    first, last = (corrections.batches(shot, 2, 6) for shot in (1, 2))
+    per_pass = math.ceil(6 / size)
+    assert (len(first), len(last)) == (steps, steps + epochs * per_pass)
+    passes = [part[i : i + per_pass] for part in (first, last[:steps], last[steps:]) for i in range(0, len(part), per_pass)]
+    orders = [[number for batch in one for number in batch] for one in passes]
+    assert all(len(batch) == size for one in passes for batch in one[: per_pass - 1])
+    assert all(sorted(order) == list(range(6)) for order, one in zip(orders, passes, strict=True) if len(one) == per_pass)
+    assert len({tuple(order) for order in orders}) == len(orders)
+
+
+def test_losses_of_corrections_are_those_of_the_tokens_of_each_step(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    """Of a dense model that hardly changes; the second step has two sequences."""
+    sequences = check(parse_spec(tiny_spec(tmp_path, model_folders["llama"]).read_text())).calibration
+    section = CorrectionSection(loss="cross_entropy", sequences_per_step=4, steps_per_shot=2, learning_rate=1e-12, lora_rank=1)
+    losses, arrived = Corrections(section).train(loaded(model_folders["llama"]), sequences, 1, 1)
+    model = AutoModelForCausalLM.from_pretrained(model_folders["llama"])
+    for loss, batch in zip(losses, Corrections(section).batches(1, 1, 6), strict=True):
+        tokens = torch.from_numpy(sequences[batch])
+        assert loss == pytest.approx(float(model(tokens, labels=tokens).loss.detach()), rel=1e-5)
+    assert arrived < 0.5, "steps are too short for float32"
+
+
+def test_corrections_of_linears_and_shots_start_from_their_own(model_folders: dict[str, Path]) -> None:
+    (worker,) = loaded(model_folders["llama"]).workers.values()
+    starts = []
+    for shot in (1, 2):
+        Corrections(CorrectionSection(lora_rank=1)).start(worker, shot)
+        parts = worker.drop(LowRankCorrections)
+        parts.absorb()
+        starts += [tuple(part.A.flatten().tolist()) for part in parts.parts.values()]
+    assert len(set(starts)) == len(starts)
