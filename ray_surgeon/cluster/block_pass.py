@@ -73,6 +73,7 @@ class BlockPass(ABC):
         for shard in range(num_shards):
             indices = [WorkerIndex(shard, i % num_replicas) for i in range(len(sequences))]
             cluster.get([cluster.submit(index, self.enter, i, moving[i]) for i, index in enumerate(indices)])
+            moving.clear()  # workers have taken them out of the object store
             cluster.run_all(self.pass_shard, shard)
             if shard < num_shards - 1:
                 moving = [cluster.submit(index, self.leave, i) for i, index in enumerate(indices)]

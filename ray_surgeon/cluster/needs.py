@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,9 +11,11 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from ray_surgeon.cluster.activations import Activations
 from ray_surgeon.cluster.devices import Device
 from ray_surgeon.cluster.placement import Placement
 from ray_surgeon.cluster.sampling import num_batches
+from ray_surgeon.memory.pinned import reserved_bytes
 from ray_surgeon.memory.stores import Place, Stores
 from ray_surgeon.models.build import BlockRange
 from ray_surgeon.models.checkpoint import part_of_stack
@@ -95,6 +99,7 @@ class Shapes:
     def __init__(self, layout: ModelLayout, job: Job) -> None:
         self.layout, self.width = layout, getattr(torch, job.dtype).itemsize
         self.block_bytes = [0] * layout.num_blocks
+        self._sizes: list[list[int]] = [[] for _ in range(layout.num_blocks)]
         stored: dict[str, int] = defaultdict(int)
         self.largest_tensor = 0
         for name, shape in layout.parameters.items():
@@ -104,6 +109,7 @@ class Shapes:
             stored[name if part is None else part.whole] += size
             if (block := layout.block_of(name)) is not None:
                 self.block_bytes[block] += size
+                self._sizes[block].append(size)
         self.largest_stored = max(stored.values())  # tensor of a checkpoint
         self.linears: list[list[LinearShape]] = [[] for _ in range(layout.num_blocks)]
         for linear in layout.linears:
@@ -112,7 +118,9 @@ class Shapes:
         self.active_parameters = [  # of every block's linears, what a token is multiplied with
             sum(linear.size * (1.0 if linear.expert is None else self.share_active) for linear in linears) for linears in self.linears
         ]
-        self.factor_bytes = [self._factors(block, job) for block in range(layout.num_blocks)]
+        self._factor_sizes = [self._factors(block, job) for block in range(layout.num_blocks)]
+        self.factor_bytes = [sum(sizes) for sizes in self._factor_sizes]
+        self.pinned_bytes = functools.cache(self._pinned_bytes)
         self._outside: dict[tuple[bool, bool], int] = {}
         self.layer_sizes = {  # consumer -> parameters of a layer that is reconstructed, with its producers', a fused one's once
             groups.consumer: sum(layout.shapes[name].size for name in {groups.consumer, *(name for name, _ in groups.producers)})
@@ -120,12 +128,18 @@ class Shapes:
             if groups.consumer in job.reconstructed
         }
 
-    def _factors(self, block: int, job: Job) -> int:
+    def _factors(self, block: int, job: Job) -> list[int]:
         if job.factors == "none":
-            return 0
+            return []
         gathered = [linear for linear in self.linears[block] if linear.name in job.gathered]
         num_columns = {linear.shared_input: linear.num_columns for linear in gathered}
-        return 4 * sum(map(PackedSymmetric.size, (*num_columns.values(), *(linear.num_rows for linear in gathered))))
+        return [4 * PackedSymmetric.size(n) for n in (*num_columns.values(), *(linear.num_rows for linear in gathered))]
+
+    def _pinned_bytes(self, blocks: BlockRange) -> tuple[int, int]:
+        """Return what is reserved in the host's memory for the weights of blocks, and for their factors, if they go to a GPU."""
+        own = slice(blocks.first, blocks.last)
+        weights, factors = (reserved_bytes(itertools.chain(*sizes[own])) for sizes in (self._sizes, self._factor_sizes))
+        return weights, factors
 
     def outside_bytes(self, blocks: BlockRange) -> int:
         """Return the bytes of what a shard holds outside of its blocks, which depends on whether it has the first one and the last."""
@@ -156,7 +170,14 @@ class WorkerNeeds:
         resident = self._all_blocks if stores.weights == "device" else 0
         copies = 0 if device_is_host or resident else 2 * max(sizes)  # on the CPU a block runs where it lies, else the next one is ahead
         self._idle, self._weights = self._outside + resident, self._outside + resident + copies
-        self._host = (self._all_blocks if stores.weights == "host" else 0) + job.mask_bytes * sum(linear.size for linear in self._linears)
+        self._masks = job.mask_bytes * sum(linear.size for linear in self._linears)
+        self._host, self._is_pinned = self._masks, not device_is_host
+        if self._is_pinned and "host" in (stores.weights, stores.factors):  # what was a factor's stays torch's
+            self._host += sum(
+                s for s, at in zip(shapes.pinned_bytes(blocks), (stores.weights, stores.factors), strict=True) if at == "host"
+            )
+        elif stores.weights == "host":
+            self._host += self._all_blocks
         self._host += self._remembered(config.hidden_size) if blocks.is_last else 0
         self._layers = [linear for linear in self._linears if linear.name in job.reconstructed]
         self._owners = [placement.owners[linear.shared_input] for linear in self._layers]
@@ -174,7 +195,8 @@ class WorkerNeeds:
         self._num_waves = -(-self._sequences // self._wave)
         self._in_flight = min(self._num_waves, placement.num_shards - shard)
         of_experts = shapes.layout.num_active_experts * int(config.hidden_size) if job.ranks_experts else 0
-        sides = [_Activations.of(shapes, block, int(config.hidden_size), of_experts) for block in self._own]
+        length = max(job.sequence_length, *(length for _, length in job.evaluation)) if job.evaluation else job.sequence_length
+        sides = [Activations.of(shapes, block, int(config.hidden_size), of_experts, length) for block in self._own]
         self._kept, self._moment = max(side.kept for side in sides), max(side.moment for side in sides)
         self._forward_only = max(side.forward_only for side in sides)
         self._head = bytes_at_the_head(config.vocab_size, shapes.width, on_cpu=device_is_host) if blocks.is_last else 0
@@ -289,7 +311,7 @@ class WorkerNeeds:
     def _curvature(self) -> StepPlan:
         stores, job = self._stores, self._job
         on_device = self._all_factors if stores.factors == "device" else max(self._shapes.factor_bytes[block] for block in self._own)
-        on_host = self._all_factors if stores.factors == "host" else 0
+        on_host = self._all_factors * (stores.factors == "host" and not self._is_pinned)
         backward, waves_backward = self._backward, -(-self._backward // self._wave)
         forward = (1 + job.ranks_experts) * 2 * self._active + self._all_factors / 2
         head = self._head_flops * (backward or self._sequences)  # forward
@@ -326,7 +348,7 @@ class WorkerNeeds:
         factors = self._all_factors / self._num_replicas
         kept = sum(n.kept_bytes for n in self._of_needs) / self._num_replicas
         device = self._idle + factors * (self._stores.factors == "device") + self._dense + kept + max(sizes, default=0.0)
-        host = self._host + factors * (self._stores.factors == "host") + self._inputs
+        host = self._host + factors * (self._stores.factors == "host" and not self._is_pinned) + self._inputs
         return StepPlan(name, device, host, 0.0, sum(flops) / self._num_replicas, *self._moved(self._stores.factors, factors))
 
     def _block_by_block(self, name: str, of_linears: Sequence[tuple[float, float]]) -> StepPlan:
@@ -345,45 +367,18 @@ class WorkerNeeds:
         return StepPlan(name, device, self._host, flops, in_float32, *self._moved(self._stores.weights, 2 * self._all_blocks))
 
     def _correction(self) -> StepPlan:
-        """Return the training of B A: inputs, A, B and their gradients everywhere, Adam's moments at the owner of a linear.
-
-        Between replicas the gradients of one owner travel together, as one more copy.
-        """
+        """Return the training of B A: inputs, A, B, gradients (between replicas one copy more), Adam's moments at a linear's owner."""
         job, blocks, N = self._job, len(self._own), self._num_replicas
         adapters = (8 + (8 if N == 1 else 12 / N)) * job.lora_rank * sum(linear.num_rows + linear.num_columns for linear in self._linears)
         inputs = self._shapes.width * sum(linear.num_columns for linear in self._linears) / blocks
         flops = 6 * self._active * job.num_correction_sequences * job.sequence_length
         loads = 2 * self._all_blocks * -(-job.num_correction_sequences // self._wave)
-        device = self._weights + adapters + self._passing(inputs)
+        product = 16.0 * max(linear.size for linear in self._linears)  # B A and copies: of elements in every pass, of others when absorbed
+        passing = self._passing(inputs) + product * (self._masks > 0)
+        device = self._weights + adapters + self._masks + max(passing, product)
         return StepPlan("correction", device, self._host, flops, 0.0, *self._moved(self._stores.weights, loads))
 
     @staticmethod
     def _moved(where: Place, size: float) -> tuple[float, float]:
         """Return the bytes that move between host and device, and between disk and host."""
         return (0.0, 0.0) if where == "device" else (size, 0.0) if where == "host" else (size, size)
-
-
-@dataclass(frozen=True)
-class _Activations:
-    """Bytes that a block needs for a token, fitted to measurements of Llama-2-7B's blocks in bfloat16 and SmolLM2's in float32."""
-
-    kept: float  # from its forward to its backward pass
-    moment: float  # more while it runs backward
-    forward_only: float  # without gradients
-
-    @staticmethod
-    def of(shapes: Shapes, block: int, hidden: int, of_experts: int) -> _Activations:
-        """Count outputs of linears, the product in the feed-forward layer, attention's copies, and what norms keep in float32.
-
-        Args:
-            shapes: of the model.
-            block: its number.
-            hidden: size of a hidden state.
-            of_experts: numbers of a token in the changes that removals of its experts make; 0 if these are not wanted.
-        """
-        linears, width = shapes.linears[block], shapes.width
-        outputs = sum(linear.num_rows * (1.0 if linear.expert is None else shapes.share_active) for linear in linears)
-        widest = max(linear.num_columns for linear in linears)
-        norms = 8 * hidden if width < 4 else 0
-        kept = width * (outputs + widest + 4 * hidden) + norms
-        return _Activations(kept + 4 * of_experts, width * 4 * widest + 12 * hidden + 12 * of_experts, width * 3 * widest + 4 * hidden)

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import ray
-from ray.exceptions import ActorUnavailableError, NodeDiedError, ObjectLostError, OutOfMemoryError, RayError, RayTaskError
+import torch
+from ray.exceptions import ActorUnavailableError, NodeDiedError, ObjectLostError, OutOfDiskError, OutOfMemoryError, RayError, RayTaskError
 from ray.util.metrics import Counter, Gauge
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
@@ -291,6 +292,8 @@ class RayCluster:
         while isinstance(error, RayTaskError) and isinstance(error.cause, RayError):
             error = error.cause  # a task failed because what it was to take was lost with another worker
         if isinstance(error, RayTaskError):
+            if isinstance(error.cause, torch.AcceleratorError):  # a GPU that fell off the bus; its process can use it no more
+                return WorkerFailureError(WorkerFailure.by("worker", error.cause))
             if not isinstance(error.cause, CollectiveError):
                 return error
             try:
@@ -302,6 +305,8 @@ class RayCluster:
             return WorkerFailureError(WorkerFailure.by("communication", error.cause))
         if isinstance(error, ActorUnavailableError):
             error = self._what_became_of_it(error)
+        if isinstance(error, OutOfDiskError):
+            return error  # it would be as full again
         if isinstance(error, OutOfMemoryError):
             return WorkerFailureError(WorkerFailure.by("memory", error))
         alive = _nodes_alive()

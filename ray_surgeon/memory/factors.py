@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ray_surgeon.memory.pinned import HostMemory
 from ray_surgeon.memory.stores import Place, Scratch
 from ray_surgeon.surgery.kronecker import PackedSymmetric
 
@@ -15,6 +16,7 @@ class FactorStore:
         """Start empty."""
         self._place, self._device, self._scratch = place, device, scratch
         self._kept: dict[str, PackedSymmetric] = {}
+        self._memory = HostMemory(device)
 
     def __contains__(self, key: str) -> bool:
         """Whether there is such a sum."""
@@ -42,8 +44,7 @@ class FactorStore:
             total = PackedSymmetric(total.n, flat)
         elif self._place == "host":
             if key not in self._kept:
-                flat = torch.empty_like(total.flat, device="cpu", pin_memory=self._device.type == "cuda")
-                self._kept[key] = PackedSymmetric(total.n, flat)
+                self._kept[key] = PackedSymmetric(total.n, self._memory.empty(total.flat.shape, total.flat.dtype))
             self._kept[key].flat.copy_(total.flat)
             return
         self._kept[key] = total
@@ -58,3 +59,4 @@ class FactorStore:
         """Forget everything."""
         for key in list(self._kept):
             self.drop(key)
+        self._memory.clear()

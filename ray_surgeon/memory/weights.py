@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ray_surgeon.memory.pinned import HostMemory
 from ray_surgeon.memory.stores import Place, Scratch
 
 Read = Callable[[str], Tensor]
@@ -137,6 +138,12 @@ class ResidentWeights(WeightStore):
         self._all[name].tensor().copy_(tensor)
 
 
+def _begin_on(device: torch.device) -> None:
+    """Make a GPU that of this thread, which begins with the first one as its own and would make a context there."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
 class StreamedWeights(WeightStore):
     """Only the block that runs has its weights on the device; on an accelerator the next one's are on their way."""
 
@@ -145,7 +152,7 @@ class StreamedWeights(WeightStore):
         super().__init__(slots, device)
         self._absent = [{name: slot.tensor() for name, slot in of_block.items()} for of_block in slots]  # on the meta device
         self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
-        self._fetching = ThreadPoolExecutor(1) if device.type != "cpu" else None
+        self._fetching = ThreadPoolExecutor(1, initializer=_begin_on, initargs=(device,)) if device.type != "cpu" else None
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     @contextlib.contextmanager
@@ -183,12 +190,11 @@ class HostWeights(StreamedWeights):
 
     def fill(self, read: Read, checked: Callable[[str, Tensor], None], *, stays: bool) -> None:
         """Take the weights; see `WeightStore.fill`."""
-        self._host: dict[str, Tensor] = {}
+        self._host, memory = dict[str, Tensor](), HostMemory(self._device)
         for name, slot in self._all.items():
             value = read(name)
             checked(name, value)
-            kept = torch.empty_like(value, dtype=slot.dtype, pin_memory=self._device.type == "cuda")
-            self._host[name] = kept.copy_(value)
+            self._host[name] = memory.empty(value.shape, slot.dtype).copy_(value)
 
     def get(self, name: str) -> Tensor:
         """Return a tensor."""

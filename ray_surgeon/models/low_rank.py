@@ -7,6 +7,7 @@ are left out, and for elements B A itself is masked.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ class LowRank:
     def added(self, x: Tensor) -> Tensor:
         """Return what is added to the outputs for inputs x [..., C]."""
         if self.by_element:
-            added: Tensor = x @ self.product().T.to(x.dtype)
+            added: Tensor = _ByElement.apply(x, self.A, self.B, self.kept)  # type: ignore[no-untyped-call]
         else:
             added = x @ (self.A * self.columns).T.to(x.dtype) @ (self.B * self.rows).T.to(x.dtype)
         return added
@@ -46,6 +47,23 @@ class LowRank:
         if self.by_element:
             return torch.mul(self.B @ self.A, self.kept)
         return torch.matmul(self.B * self.rows, self.A * self.columns)
+
+
+class _ByElement(torch.autograd.Function):
+    """x (B A * kept)^T. The product is as large as the weight; it is made again in the backward pass, so that none waits for it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, kept: Tensor) -> Tensor:
+        ctx.save_for_backward(x, A, B, kept)
+        return x @ (B @ A).mul_(kept).T.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
+        x, A, B, kept = ctx.saved_tensors
+        (g,) = gradients
+        of_x = g @ (B @ A).mul_(kept).to(x.dtype) if ctx.needs_input_grad[0] else None
+        of_product = (x.flatten(0, -2).T @ g.flatten(0, -2)).T.to(A.dtype) * kept
+        return of_x, B.T @ of_product, of_product @ A.T, None
 
 
 class LowRankCorrections:

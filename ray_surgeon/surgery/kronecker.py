@@ -280,6 +280,7 @@ def factorise(matrix: Tensor, damping: float, max_damping: float, name: str) -> 
         if not failed:
             return DampedFactor(matrix, factor, current, float64_retry=False)
         matrix.diagonal().copy_(diagonal)
+        del factor  # of a large matrix a float64 one has no room beside it
         factor, failed = torch.linalg.cholesky_ex(damp_(matrix.double(), current))
         if not failed:
             return DampedFactor(damp_(matrix, current), factor.to(matrix.dtype), current, float64_retry=True)

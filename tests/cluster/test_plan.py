@@ -22,6 +22,7 @@ from ray_surgeon.models.build import BlockRange
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.pipeline import _bytes
 from ray_surgeon.spec import JobSpec
+from ray_surgeon.surgery.kronecker import PackedSymmetric
 from tests.conftest import LAYOUTS
 
 GB, TB = 1e9, 1e12
@@ -74,7 +75,8 @@ def test_resident_where_it_fits() -> None:
         ("llama-3-70b", 80, 1000, 1, "groups", "host", "host"),
         ("llama-3-70b", 80, 64, 1, "groups", "disk", "disk"),
         ("llama-3-70b", 80, 1000, 8, "rows_columns", "device", "host"),
-        ("llama-3-405b", 80, 1000, 16, "groups", "host", "host"),
+        ("llama-3-405b", 80, 2000, 16, "groups", "host", "host"),
+        ("llama-3-405b", 80, 1000, 16, "groups", "disk", "host"),
         ("qwen3-32b", 24, 64, 1, "groups", "disk", "disk"),
     ],
 )
@@ -102,6 +104,57 @@ def test_fewer_sequences_with_gradients_take_less_of_the_curvature_pass() -> Non
     without = flops(None) - (flops(None) - flops(64)) * 2  # no sequence has a gradient
     assert flops(32) == pytest.approx(without + (flops(None) - without) / 4)
     assert 0.3 < without / flops(None) < 0.6
+
+
+def test_pinned_memory_is_counted_as_it_is_reserved() -> None:
+    """In pieces, which torch keeps when what was in them is gone."""
+    _, job = job_for("llama-3-70b", num_shards=8)
+    layout, blocks = layout_of("llama-3-70b"), BlockRange(0, 10, 80)
+    weights = [2 * 8192 * n for n in (8192, 1024, 1024, 8192, 28672, 28672, 28672, 1, 1)] * 10
+    factors = [4 * PackedSymmetric.size(n) for n in (8192, 8192, 28672, 8192)] * 10  # A and G of two consumers
+
+    def hosts(stores: Stores, *, on_cpu: bool) -> dict[str, float]:
+        needs = WorkerNeeds(Shapes(layout, job), place(layout, 8, 2), job, stores, on_cpu, 0, blocks)
+        return {step.name: step.host for step in needs.steps()}
+
+    for on_cpu in (False, True):
+        nothing, of_weights, of_factors = (
+            hosts(stores, on_cpu=on_cpu) for stores in (Stores("device", "device"), Stores("host", "device"), Stores("device", "host"))
+        )
+        kept = {step: of_factors[step] - nothing[step] for step in nothing}
+        if on_cpu:
+            assert of_weights["evaluation"] - nothing["evaluation"] == sum(weights)
+            assert kept["evaluation"] == 0
+            assert kept["curvature"] == 2 * kept["costs"] == sum(factors)
+        else:
+            assert sum(weights) < of_weights["evaluation"] - nothing["evaluation"] < 1.2 * sum(weights)
+            assert sum(factors) < kept["evaluation"] == kept["curvature"] == kept["costs"] < 1.1 * sum(factors)
+
+
+def test_corrections_of_elements_have_masks_on_the_device_and_products_as_large_as_a_weight() -> None:
+    layout, blocks = layout_of("llama-3-70b"), BlockRange(0, 10, 80)
+    _, job = job_for("llama-3-70b", "element", num_shards=8)
+    job = dataclasses.replace(job, lora_rank=8, num_correction_sequences=16)
+    devices = []
+    for each in (dataclasses.replace(job, mask_bytes=0.0), job):
+        needs = WorkerNeeds(Shapes(layout, each), place(layout, 8, 1), each, Stores("device", "device"), False, 0, blocks)
+        devices.append({step.name: step.device for step in needs.steps()})
+    sizes = [linear.size for linear in layout.linears if linear.block < 10]
+    assert devices[1]["correction"] - devices[0]["correction"] == sum(sizes) + 16 * max(sizes)
+    assert devices[1]["evaluation"] == devices[0]["evaluation"]
+
+
+def test_eager_attention_has_all_scores() -> None:
+    layout = layout_of("gpt_oss")
+    _, job = job_for("gpt_oss")
+    kept = {}
+    for length in (1024, 2048):
+        of_length = dataclasses.replace(job, sequence_length=length, evaluation=((2, length),))
+        needs = WorkerNeeds(
+            Shapes(layout, of_length), place(layout, 1, 1), of_length, Stores("device", "device"), False, 0, BlockRange(0, 4, 4)
+        )
+        kept[length] = {step.name: step.device - needs._weights for step in needs.steps()}
+    assert kept[2048]["evaluation"] > 3.5 * kept[1024]["evaluation"]
 
 
 def test_a_search_passes_once_for_every_kind_of_groups_and_keeps_consumers_twice() -> None:
@@ -183,7 +236,7 @@ def test_mixtures_of_experts_from_their_configurations() -> None:
     found = plan("qwen3-30b-a3b", 80 * GB, TB)
     assert (found.stores.weights, found.stores.factors) == ("host", "host")
     on_host = 48 * 128 * 4 * (768**2 / 2 + 2048**2 / 2) + 2 * (layout.num_parameters - 2 * 151936 * 2048)
-    assert on_host < found.workers[0].peak(found.room, found.workers[0].steps[2])[1] < 1.15 * on_host
+    assert on_host < found.workers[0].peak(found.room, found.workers[0].steps[2])[1] < 1.2 * on_host, "with what pieces leave empty"
     assert plan("qwen3-235b-a22b", 80 * GB, 2 * TB, 8).excess()[0] <= 1
     active = 128 * 2048 * 2 * 3.3e9  # tokens; two operations for each of 3.3e9 weights that a token is multiplied with
     flops = found.as_record()["flops"]

@@ -9,13 +9,14 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray
 import torch
 from ray.cluster_utils import Cluster
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import OutOfDiskError, RayError, RayTaskError
 
 import ray_surgeon
 from ray_surgeon.cluster import ray_cluster
@@ -154,6 +155,19 @@ def test_a_loss_is_seen_through_tasks_that_needed_it(connected: None) -> None:
     workers.close()
     assert isinstance(found, WorkerFailureError)
     assert found.failure.cause == "worker"
+
+
+def test_a_gpu_that_fails_is_a_lost_worker_and_a_full_disk_is_none() -> None:
+    nobody: Any = SimpleNamespace()
+    broken = RayTaskError("step", "", torch.AcceleratorError("CUDA error: unspecified launch failure"))
+    found = RayCluster._as_failure(nobody, broken)
+    assert isinstance(found, WorkerFailureError)
+    assert found.failure.cause == "worker"
+    assert "unspecified launch failure" in found.failure.message
+    full = OutOfDiskError("no space")
+    assert RayCluster._as_failure(nobody, full) is full
+    wrong = RayTaskError("step", "", torch.OutOfMemoryError("CUDA out of memory"))
+    assert RayCluster._as_failure(nobody, wrong) is wrong
 
 
 def test_workers_get_their_threads_and_no_more(connected: None) -> None:

@@ -52,6 +52,26 @@ def test_what_is_absorbed_in_bfloat16_is_said(size: float, least: float, most: f
         assert least <= arrived / wanted <= most
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_elements_have_the_gradients_of_the_whole_product_and_keep_none_of_its_size(dtype: torch.dtype) -> None:
+    R, C, T = 24, 16, 3
+    part = LowRank(torch.nn.Linear(C, R, bias=False), ElementMask(torch.rand(R, C) < 0.6), 2, 0, torch.device("cpu"))
+    if dtype == torch.float64:
+        part.A = part.A.detach().double().requires_grad_()
+    part.B = torch.randn(R, 2, dtype=part.A.dtype).requires_grad_()
+    x, direction = torch.randn(2, T, C, dtype=dtype, requires_grad=True), torch.randn(2, T, R, dtype=dtype)
+    kept: list[torch.Size] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.shape) if t.is_floating_point() else None, t)[1], lambda t: t):
+        added = part.added(x)
+    leaves = x, part.A, part.B
+    found = torch.autograd.grad(added, leaves, direction)
+    plain = x @ torch.mul(part.B @ part.A, part.kept).T.to(dtype)
+    assert torch.equal(added, plain)
+    for one, other in zip(found, torch.autograd.grad(plain, leaves, direction), strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-2 if dtype == torch.bfloat16 else 1e-12, atol=1e-12)
+    assert max(map(torch.Size.numel, kept)) <= max(x.numel(), part.A.numel(), part.B.numel()) < R * C
+
+
 @pytest.mark.parametrize("by_element", [False, True])
 def test_what_is_added_to_outputs_is_what_is_absorbed(by_element: bool) -> None:
     module, x = torch.nn.Linear(5, 4), torch.randn(2, 3, 5)
