@@ -187,7 +187,7 @@ def has_ended(inputs: Inputs) -> bool:
 
 
 class _Threads:
-    """Gives the process back as many threads of torch as it had, after the last of several runs at once."""
+    """Gives the process, and the thread of each of several runs at once, back as many threads of torch as the process had."""
 
     def __init__(self) -> None:
         self._lock, self._num_runs, self._before = threading.Lock(), 0, 0
@@ -201,8 +201,7 @@ class _Threads:
     def __exit__(self, *_: object) -> None:
         with self._lock:
             self._num_runs -= 1
-            if not self._num_runs:
-                torch.set_num_threads(self._before)
+            torch.set_num_threads(self._before)  # this thread's, and of threads that use torch from now on
 
 
 _THREADS = _Threads()
@@ -273,7 +272,7 @@ def _spec_of(model: str | PreTrainedModel | None, tokenizer: PreTrainedTokenizer
     output = document.get("output", {})
     if not isinstance(output, str | os.PathLike | Mapping):
         raise ValueError(f"output: got {output!r}; give a folder, a URI, or the section of that name")
-    output = dict(output) if isinstance(output, Mapping) else {"uri": os.fspath(output)}
+    output = dict(output) if isinstance(output, Mapping) else {"uri": local_path(output)}
     document["output"] = {"uri": f"./runs/{document['name']}"} | output
     pruning, calibration = document["pruning"], document["calibration"]
     if "exports" not in output and pruning.get("structure") == "groups":

@@ -16,9 +16,10 @@ class Activations:
     kept: float  # from its forward to its backward pass
     moment: float  # more while it runs backward
     forward_only: float  # without gradients
+    scores: float  # of eager attention, by reading transformers' code: for each token that it sees, two kept and four in a moment
 
     @staticmethod
-    def of(shapes: Shapes, block: int, hidden: int, of_experts: int, length: int) -> Activations:
+    def of(shapes: Shapes, block: int, hidden: int, of_experts: int) -> Activations:
         """Count outputs of linears, the product in the feed-forward layer, attention's copies, and what norms keep in float32.
 
         Args:
@@ -26,7 +27,6 @@ class Activations:
             block: its number.
             hidden: size of a hidden state.
             of_experts: numbers of a token in the changes that removals of its experts make; 0 if these are not wanted.
-            length: of the longest sequence, of which eager attention has all scores.
         """
         linears, width = shapes.linears[block], shapes.width
         outputs = sum(linear.num_rows * (1.0 if linear.expert is None else shapes.share_active) for linear in linears)
@@ -34,5 +34,5 @@ class Activations:
         norms = 8 * hidden if width < 4 else 0
         kept = width * (outputs + widest + 4 * hidden) + norms + 4 * of_experts
         moment, forward_only = width * 4 * widest + 12 * hidden + 12 * of_experts, width * 3 * widest + 4 * hidden
-        scores = width * shapes.layout.heads.num_query * length * (shapes.layout.family.runs_attention == "eager")
-        return Activations(kept + 2 * scores, moment + 4 * scores, forward_only + 4 * scores)  # by reading transformers' code
+        scores = width * shapes.layout.heads.num_query * (shapes.layout.family.runs_attention == "eager")
+        return Activations(kept, moment, forward_only, scores)

@@ -195,8 +195,8 @@ class WorkerNeeds:
         self._num_waves = -(-self._sequences // self._wave)
         self._in_flight = min(self._num_waves, placement.num_shards - shard)
         of_experts = shapes.layout.num_active_experts * int(config.hidden_size) if job.ranks_experts else 0
-        length = max(job.sequence_length, *(length for _, length in job.evaluation)) if job.evaluation else job.sequence_length
-        sides = [Activations.of(shapes, block, int(config.hidden_size), of_experts, length) for block in self._own]
+        sides = [Activations.of(shapes, block, int(config.hidden_size), of_experts) for block in self._own]
+        self._scores = sides[0].scores
         self._kept, self._moment = max(side.kept for side in sides), max(side.moment for side in sides)
         self._forward_only = max(side.forward_only for side in sides)
         self._head = bytes_at_the_head(config.vocab_size, shapes.width, on_cpu=device_is_host) if blocks.is_last else 0
@@ -286,7 +286,7 @@ class WorkerNeeds:
             own = -(-count // self._num_replicas)
             wave = min(self._stores.wave, own)
             between = 3 + 3 * (self._num_shards > 1)
-            moment = max(length * self._forward_only, self._head)
+            moment = max(length * (self._forward_only + 4 * length * self._scores), self._head)
             peak = max(peak, between * wave * length * self._hidden + moment)
             tokens, loads = tokens + own * length, loads + -(-own // wave)
         flops = tokens * (2 * self._active + 2 * self._head_flops)
@@ -299,14 +299,15 @@ class WorkerNeeds:
             more_kept: bytes of a token in a block beside its own activations.
         """
         T, num_blocks = self._job.sequence_length, len(self._own)
-        wave = self._wave * T * self._hidden
+        wave, scores = self._wave * T * self._hidden, T * self._scores
+        kept, moment = self._kept + more_kept + 2 * scores, self._moment + 4 * scores
         conversion = max((4 * (T + 256) * linear.num_columns for linear in self._linears if linear.name in self._job.gathered), default=0)
         waiting: float = 2 * wave + 3 * wave * (self._num_shards > 1)  # what is packed and unpacked on the way
         if self._stores.activations == "keep":
-            waiting += self._in_flight * self._wave * T * (self._kept + more_kept) * num_blocks
-            return waiting + max(T * self._moment + conversion, self._head)
+            waiting += self._in_flight * self._wave * T * kept * num_blocks
+            return waiting + max(T * moment + conversion, self._head)
         waiting += self._in_flight * num_blocks * wave
-        return waiting + max(T * (self._kept + more_kept + self._moment) + conversion, self._head)
+        return waiting + max(T * (kept + moment) + conversion, self._head)
 
     def _curvature(self) -> StepPlan:
         stores, job = self._stores, self._job
@@ -360,11 +361,13 @@ class WorkerNeeds:
         """
         T = self._job.sequence_length
         moments = max(sum(4 * linear.num_columns**2 for linear in self._shapes.linears[block]) for block in self._own)
-        passing = self._sequences * T * self._hidden + T * self._forward_only + max(4 * T * linear.num_columns for linear in self._linears)
+        forward = T * (self._forward_only + 4 * T * self._scores)
+        passing = self._sequences * T * self._hidden + forward + max(4 * T * linear.num_columns for linear in self._linears)
         device = self._weights + passing + moments + max(size for size, _ in of_linears)
         flops = self._sequences * T * 4 * self._active
         in_float32 = sum(flops for _, flops in of_linears) / self._num_replicas
-        return StepPlan(name, device, self._host, flops, in_float32, *self._moved(self._stores.weights, 2 * self._all_blocks))
+        host = self._host + moments * (self._stores.factors == "host")
+        return StepPlan(name, device, host, flops, in_float32, *self._moved(self._stores.weights, 2 * self._all_blocks))
 
     def _correction(self) -> StepPlan:
         """Return the training of B A: inputs, A, B, gradients (between replicas one copy more), Adam's moments at a linear's owner."""
@@ -375,7 +378,7 @@ class WorkerNeeds:
         loads = 2 * self._all_blocks * -(-job.num_correction_sequences // self._wave)
         product = 16.0 * max(linear.size for linear in self._linears)  # B A and copies: of elements in every pass, of others when absorbed
         passing = self._passing(inputs) + product * (self._masks > 0)
-        device = self._weights + adapters + self._masks + max(passing, product)
+        device = self._weights + adapters + self._masks * self._is_pinned + max(passing, product)  # on a CPU they are those of the host
         return StepPlan("correction", device, self._host, flops, 0.0, *self._moved(self._stores.weights, loads))
 
     @staticmethod

@@ -30,6 +30,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 U = TypeVar("U")
 
+_COMES_AGAIN = ("out of memory", "device-side assert")
+"""What errors of CUDA say that a new process would have, too."""
 _LOOK_S = 2.0
 """How often a step over linears is asked how many are done."""
 _ANSWER_S = 30.0
@@ -292,7 +294,8 @@ class RayCluster:
         while isinstance(error, RayTaskError) and isinstance(error.cause, RayError):
             error = error.cause  # a task failed because what it was to take was lost with another worker
         if isinstance(error, RayTaskError):
-            if isinstance(error.cause, torch.AcceleratorError):  # a GPU that fell off the bus; its process can use it no more
+            # a GPU that fell off the bus, which its process can use no more; other errors would come again
+            if isinstance(error.cause, torch.AcceleratorError) and not any(said in str(error.cause) for said in _COMES_AGAIN):
                 return WorkerFailureError(WorkerFailure.by("worker", error.cause))
             if not isinstance(error.cause, CollectiveError):
                 return error

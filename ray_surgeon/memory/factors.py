@@ -52,6 +52,8 @@ class FactorStore:
     def drop(self, key: str) -> None:
         """Forget a sum."""
         del self._kept[key]
+        if not self._kept:
+            self._memory.clear()
         if self._place == "disk":
             self._scratch.path(f"{key}.factor").unlink()
 

@@ -1,7 +1,8 @@
 """Memory of the host that is pinned for a GPU.
 
 torch reserves a power of two for every pinned tensor, up to twice of what it needs. Tensors lie together in larger pieces here, so that
-little is reserved for nothing. A piece goes when the last tensor in it does.
+less is reserved for nothing. A piece is kept until `clear`, and then goes when the last tensor in it does; torch keeps its memory for
+the next one of that size.
 """
 
 from __future__ import annotations

@@ -139,7 +139,7 @@ class ResidentWeights(WeightStore):
 
 
 def _begin_on(device: torch.device) -> None:
-    """Make a GPU that of this thread, which begins with the first one as its own and would make a context there."""
+    """Make a GPU, by its number, that of this thread, which begins with the first one as its own and would make a context there."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
 
@@ -152,6 +152,8 @@ class StreamedWeights(WeightStore):
         super().__init__(slots, device)
         self._absent = [{name: slot.tensor() for name, slot in of_block.items()} for of_block in slots]  # on the meta device
         self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
         self._fetching = ThreadPoolExecutor(1, initializer=_begin_on, initargs=(device,)) if device.type != "cpu" else None
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 

@@ -144,11 +144,11 @@ class RunDirectory:
         """Whether a run of this very spec has ended here, and its shots and exports are still where they were written."""
         try:
             report = store.read_json(self.path("report.json"))
-        except (FileNotFoundError, ValueError):  # not there, or damaged
+            if report["spec"] != dict(spec) or not is_complete(report):
+                return False
+            return len(self.committed_indices()) == len(report["shots"]) and all(map(has_its_files, report["exports"]))
+        except (FileNotFoundError, ValueError, KeyError, TypeError):  # not there, or damaged
             return False
-        if not isinstance(report, dict) or report.get("spec") != dict(spec) or not is_complete(report):
-            return False
-        return len(self.committed_indices()) == len(report["shots"]) and all(map(has_its_files, report["exports"]))
 
     def check_writable(self) -> None:
         """Write and remove a small file.

@@ -67,7 +67,7 @@ def dtype_of(model: PreTrainedModel) -> str:
 
 @contextmanager
 def saved(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str, run: str) -> Iterator[None]:
-    """Write a model into a folder of its run, unless the run has begun and has it; take it away if a new run does not begin.
+    """Write a model into a folder of its run, unless the run has begun and has it; take it away again if no try of the run begins.
 
     Raises:
         ValueError: the run has another one, the folder holds something else, or it cannot be written.
@@ -77,8 +77,7 @@ def saved(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: st
         written = {path.relative_to(scratch).as_posix(): path for path in sorted(Path(scratch).rglob("*")) if path.is_file()}
         chosen = {name: path for name, path in written.items() if goes_along(name) or name.endswith((".safetensors", ".index.json"))}
         try:
-            has_begun = not RunDirectory(run).is_new()
-            is_there = _is_there(chosen, source, has_begun=has_begun)
+            is_there, before = _is_there(chosen, source, has_begun=not RunDirectory(run).is_new()), _attempt(run)
             if not is_there:
                 _put(chosen, source)
         except OSError as error:
@@ -87,7 +86,7 @@ def saved(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: st
         yield
     except BaseException:
         with suppress(OSError, ValueError):
-            if not is_there and (has_begun or RunDirectory(run).is_new()):
+            if not is_there and _attempt(run) == before:  # none has begun meanwhile
                 files.remove_folder(source)
         raise
 
@@ -117,11 +116,19 @@ def _is_there(chosen: Mapping[str, Path], source: str, *, has_begun: bool) -> bo
     marker, there = files.join(source, _MARKER), set(files.list_files(source))
     if there and _MARKER not in there:
         raise ValueError(f"output.uri: {source} holds something else, and the model would go there; give output another folder")
-    if not has_begun or not there or files.read_text(marker) != _WHOLE:
+    if not has_begun or not there:
         return False
-    if there - {_MARKER} != set(chosen) or not all(_same(files.join(source, name), path) for name, path in chosen.items()):
+    is_whole, names = files.read_text(marker) == _WHOLE, there - {_MARKER}
+    differs = any(name not in chosen or not _same(files.join(source, name), chosen[name]) for name in names)
+    if differs or (is_whole and names != set(chosen)):
         raise ValueError(f"output.uri: {source} is another model or tokenizer, with which the run began; give output another folder")
-    return True
+    return names == set(chosen)
+
+
+def _attempt(run: str) -> str | None:
+    """Return which try of the run began last."""
+    uri = files.join(run, "attempt")
+    return files.read_text(uri) if files.exists(uri) else None
 
 
 def _put(chosen: Mapping[str, Path], source: str) -> None:

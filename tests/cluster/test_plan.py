@@ -135,13 +135,16 @@ def test_corrections_of_elements_have_masks_on_the_device_and_products_as_large_
     layout, blocks = layout_of("llama-3-70b"), BlockRange(0, 10, 80)
     _, job = job_for("llama-3-70b", "element", num_shards=8)
     job = dataclasses.replace(job, lora_rank=8, num_correction_sequences=16)
-    devices = []
-    for each in (dataclasses.replace(job, mask_bytes=0.0), job):
-        needs = WorkerNeeds(Shapes(layout, each), place(layout, 8, 1), each, Stores("device", "device"), False, 0, blocks)
-        devices.append({step.name: step.device for step in needs.steps()})
     sizes = [linear.size for linear in layout.linears if linear.block < 10]
-    assert devices[1]["correction"] - devices[0]["correction"] == sum(sizes) + 16 * max(sizes)
-    assert devices[1]["evaluation"] == devices[0]["evaluation"]
+    for on_cpu in (False, True):
+        devices, hosts = [], []
+        for each in (dataclasses.replace(job, mask_bytes=0.0), job):
+            needs = WorkerNeeds(Shapes(layout, each), place(layout, 8, 1), each, Stores("device", "device"), on_cpu, 0, blocks)
+            devices.append({step.name: step.device for step in needs.steps()})
+            hosts.append({step.name: step.host for step in needs.steps()})
+        assert devices[1]["correction"] - devices[0]["correction"] == 16 * max(sizes) + sum(sizes) * (not on_cpu)
+        assert hosts[1]["correction"] - hosts[0]["correction"] == sum(sizes)
+        assert devices[1]["evaluation"] == devices[0]["evaluation"]
 
 
 def test_eager_attention_has_all_scores() -> None:
@@ -149,12 +152,13 @@ def test_eager_attention_has_all_scores() -> None:
     _, job = job_for("gpt_oss")
     kept = {}
     for length in (1024, 2048):
-        of_length = dataclasses.replace(job, sequence_length=length, evaluation=((2, length),))
+        of_length = dataclasses.replace(job, sequence_length=512, evaluation=((2, length),))
         needs = WorkerNeeds(
             Shapes(layout, of_length), place(layout, 1, 1), of_length, Stores("device", "device"), False, 0, BlockRange(0, 4, 4)
         )
         kept[length] = {step.name: step.device - needs._weights for step in needs.steps()}
     assert kept[2048]["evaluation"] > 3.5 * kept[1024]["evaluation"]
+    assert kept[2048]["curvature"] == kept[1024]["curvature"]
 
 
 def test_a_search_passes_once_for_every_kind_of_groups_and_keeps_consumers_twice() -> None:

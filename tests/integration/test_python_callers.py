@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, Bloom
 
 import ray_surgeon
 from ray_surgeon.cluster.plan import DoesNotFitError
+from ray_surgeon.run.directory import RunDirectory
 from ray_surgeon.run.in_memory import causal_lm
 from ray_surgeon.storage import files
 from tests.conftest import CONFIGS, SPARSE_CONFIGS, tiny_model
@@ -52,18 +53,24 @@ def test_runs_in_threads_do_not_meet(expected: dict[str, tuple[float, float]], m
             count += nn.Linear(2, 2).weight.is_meta
         return count
 
+    def beside(given: tuple[Any, Any], output: Path) -> tuple[dict[str, tuple[float, float]], int]:
+        result = prune(given, output, cluster={"backend": "local", "cpus_per_worker": num_threads + 1})
+        return result.perplexity, torch.get_num_threads()
+
     models = [in_memory(model_folders["llama"]) for _ in range(2)]  # by transformers, which is not for several threads
     with ThreadPoolExecutor(3) as threads:
         watching = threads.submit(build)
         try:
-            runs = [threads.submit(prune, given, tmp_path / str(number)) for number, given in enumerate(models)]
-            found = [one.result().perplexity for one in runs]
+            runs = [threads.submit(beside, given, tmp_path / str(number)) for number, given in enumerate(models)]
+            found, threads_left = zip(*(one.result() for one in runs), strict=True)
         finally:
             is_over.set()
         on_meta = watching.result()
-    assert found == [expected, expected]
+    assert found == (expected, expected)
+    assert threads_left == (num_threads, num_threads)
     assert on_meta == 0
-    assert torch.get_num_threads() == num_threads
+    with ThreadPoolExecutor(1) as later:
+        assert later.submit(torch.get_num_threads).result() == num_threads
     assert nn.Module.register_parameter is register
 
 
@@ -128,7 +135,26 @@ def test_a_model_is_written_whole_or_not_at_all(model_folders: dict[str, Path], 
         prune(given, run, resume=True)
     assert not (run / "source").exists(), "it was written anew, for nothing"
     shutil.move(tmp_path / "dense.safetensors", run)
+
+    def fails(*_: Any) -> None:
+        RunDirectory(str(run)).start("", {})
+        raise RuntimeError("lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ray_surgeon.api.run_shots", fails)
+        (run / "report.json").unlink()
+        with pytest.raises(RuntimeError, match="lost"):
+            prune(given, run, resume=True)
+    assert (run / "source/model.safetensors").exists(), "the run has begun again, and reads it"
+    (run / "source/.from_memory").write_text("")
+    (run / "source/tokenizer.json").unlink()
     prune(given, run, resume=True)
+    (run / "source/.from_memory").write_text("")
+    with torch.no_grad():
+        given[0].model.norm.weight += 1
+    with pytest.raises(ValueError, match="another model or tokenizer"):
+        prune(given, run, resume=True)
+    assert (run / "source/model.safetensors").exists(), "what is there is not overwritten by another model"
 
 
 @pytest.mark.parametrize("count", [np.int64(8), "8"])
@@ -170,6 +196,7 @@ def test_arguments_of_other_kinds_are_named(model_folders: dict[str, Path], tmp_
         ((model.model, tokenizer), "model: got a LlamaModel; give a causal LM"),
         ((LlamaForSequenceClassification(model.config), tokenizer), "model: got a LlamaForSequenceClassification"),
         ((Path("s3://bucket/model"), None), "give URIs as text"),
+        ((model, tokenizer, Path("s3://bucket/run")), "give URIs as text"),
         ((model, "gpt2"), "tokenizer: got a str"),
         (
             (AutoModelForCausalLM.from_pretrained(model_folders["llama"], dtype=torch.float64), tokenizer),
@@ -178,7 +205,7 @@ def test_arguments_of_other_kinds_are_named(model_folders: dict[str, Path], tmp_
         ((model.__class__(model.config).to("meta"), tokenizer), "has no values"),
     ]:
         with pytest.raises(ValueError, match=message):
-            ray_surgeon.prune(*given, **sections)
+            ray_surgeon.prune(*given[:2], **sections | ({"output": given[2]} if len(given) > 2 else {}))
     for given, message in [
         (("x", ["a text"], tokenizer), "model: got a str"),
         ((model, ["a text"], "x"), "tokenizer: got a str"),

@@ -164,6 +164,9 @@ def test_a_gpu_that_fails_is_a_lost_worker_and_a_full_disk_is_none() -> None:
     assert isinstance(found, WorkerFailureError)
     assert found.failure.cause == "worker"
     assert "unspecified launch failure" in found.failure.message
+    for said in ("CUDA error: out of memory", "CUDA error: device-side assert triggered"):
+        again = RayTaskError("step", "", torch.AcceleratorError(said))
+        assert RayCluster._as_failure(nobody, again) is again
     full = OutOfDiskError("no space")
     assert RayCluster._as_failure(nobody, full) is full
     wrong = RayTaskError("step", "", torch.OutOfMemoryError("CUDA out of memory"))

@@ -52,7 +52,7 @@ def test_a_run_that_has_ended_is_not_done_again(model_folders: dict[str, Path], 
     assert weights.stat().st_mtime_ns != before, "a damaged export is written again"
 
 
-@pytest.mark.parametrize("damage", ["report", "another report", "config"])
+@pytest.mark.parametrize("damage", ["report", "another report", "no shots", "config"])
 def test_a_run_whose_end_is_damaged_ends_again(
     damage: str, model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -60,7 +60,8 @@ def test_a_run_whose_end_is_damaged_ends_again(
     if damage == "config":
         (tmp_path / "run/export/masked/config.json").unlink()
     else:
-        (tmp_path / "run/report.json").write_text("{" if damage == "report" else "[]")
+        spec_alone = json.dumps({"spec": report_of(tmp_path / "run")["spec"]})
+        (tmp_path / "run/report.json").write_text({"report": "{", "another report": "[]", "no shots": spec_alone}[damage])
     capsys.readouterr()
     assert run(tmp_path, model_folders["llama"], "--resume", output__exports=["masked"]) == 0
     assert "nothing is done again" not in capsys.readouterr().out
