@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from ray_surgeon.cluster.needs import Shapes
+from ray_surgeon.models.layout import LinearShape
 
 
 @dataclass(frozen=True)
@@ -19,20 +18,22 @@ class Activations:
     scores: float  # of eager attention, by reading transformers' code: for each token that it sees, two kept and four in a moment
 
     @staticmethod
-    def of(shapes: Shapes, block: int, hidden: int, of_experts: int) -> Activations:
+    def of(
+        linears: Sequence[LinearShape], width: int, hidden: int, *, share_active: float, of_experts: int, eager_heads: int
+    ) -> Activations:
         """Count outputs of linears, the product in the feed-forward layer, attention's copies, and what norms keep in float32.
 
         Args:
-            shapes: of the model.
-            block: its number.
+            linears: of the block.
+            width: bytes of a number.
             hidden: size of a hidden state.
+            share_active: of an expert's tokens, of all.
             of_experts: numbers of a token in the changes that removals of its experts make; 0 if these are not wanted.
+            eager_heads: whose scores are made whole; 0 if none are.
         """
-        linears, width = shapes.linears[block], shapes.width
-        outputs = sum(linear.num_rows * (1.0 if linear.expert is None else shapes.share_active) for linear in linears)
+        outputs = sum(linear.num_rows * (1.0 if linear.expert is None else share_active) for linear in linears)
         widest = max(linear.num_columns for linear in linears)
         norms = 8 * hidden if width < 4 else 0
         kept = width * (outputs + widest + 4 * hidden) + norms + 4 * of_experts
         moment, forward_only = width * 4 * widest + 12 * hidden + 12 * of_experts, width * 3 * widest + 4 * hidden
-        scores = width * shapes.layout.heads.num_query * (shapes.layout.family.runs_attention == "eager")
-        return Activations(kept, moment, forward_only, scores)
+        return Activations(kept, moment, forward_only, width * eager_heads)

@@ -195,7 +195,14 @@ class WorkerNeeds:
         self._num_waves = -(-self._sequences // self._wave)
         self._in_flight = min(self._num_waves, placement.num_shards - shard)
         of_experts = shapes.layout.num_active_experts * int(config.hidden_size) if job.ranks_experts else 0
-        sides = [Activations.of(shapes, block, int(config.hidden_size), of_experts) for block in self._own]
+        found = {
+            "width": shapes.width,
+            "hidden": int(config.hidden_size),
+            "share_active": shapes.share_active,
+            "of_experts": of_experts,
+            "eager_heads": shapes.layout.heads.num_query * (shapes.layout.family.runs_attention == "eager"),
+        }
+        sides = [Activations.of(shapes.linears[block], **found) for block in self._own]
         self._scores = sides[0].scores
         self._kept, self._moment = max(side.kept for side in sides), max(side.moment for side in sides)
         self._forward_only = max(side.forward_only for side in sides)
