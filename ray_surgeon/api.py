@@ -5,9 +5,8 @@ from __future__ import annotations
 import operator
 import os
 import reprlib
-import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from ray_surgeon.models.experts import in_memory
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.runner import BlockRunner
 from ray_surgeon.models.shard import ModelShard
+from ray_surgeon.run.caller import own_modes, own_threads
 from ray_surgeon.run.directory import RunDirectory
 from ray_surgeon.run.display import Display, new_console
 from ray_surgeon.run.in_memory import a_tokenizer, causal_lm, dtype_of, saved, without_bars
@@ -178,50 +178,25 @@ def prune(
             held.enter_context(saved(source, a_tokenizer(tokenizer), spec.model.source, spec.output.uri))
         inputs = check(spec, resume=resume)
         display = held.enter_context(Display(new_console() if progress else None, inputs.spec.name))
-        return run(inputs, display)
+        return ended_before(inputs, display.note) or run(inputs, display)
 
 
-def has_ended(inputs: Inputs) -> bool:
-    """Whether a run with the very spec of checked inputs is there whole, with its exports."""
-    return RunDirectory(inputs.spec.output.uri).is_finished(inputs.spec.model_dump(mode="json"))
+def ended_before(inputs: Inputs, say: Callable[[str], None]) -> PruneResult | None:
+    """Return the run with the very spec of checked inputs if it is there whole, with its exports; nothing is to be done then."""
+    directory = RunDirectory(inputs.spec.output.uri)
+    if not directory.is_finished(inputs.spec.model_dump(mode="json")):
+        return None
+    say("this run has ended before, and its exports are there; nothing is done again")
+    return _result(directory)
 
 
-class _Threads:
-    """Gives the process, and the thread of each of several runs at once, back as many threads of torch as the process had."""
-
-    def __init__(self) -> None:
-        self._lock, self._num_runs, self._before = threading.Lock(), 0, 0
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if not self._num_runs:
-                self._before = torch.get_num_threads()
-            self._num_runs += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._num_runs -= 1
-            torch.set_num_threads(self._before)  # this thread's, and of threads that use torch from now on
+def _result(directory: RunDirectory) -> PruneResult:
+    return PruneResult(directory.uri, files.read_json(directory.path("report.json")))
 
 
-_THREADS = _Threads()
-
-
-@contextmanager
-def _own_modes() -> Iterator[None]:
-    """Leave outside what the caller's thread is in: `no_grad`, `inference_mode`, `autocast`."""
-    with ExitStack() as held:
-        held.enter_context(torch.inference_mode(False))
-        held.enter_context(torch.enable_grad())
-        for kind in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(kind):
-                held.enter_context(torch.autocast(kind, enabled=False))
-        yield
-
-
-@_own_modes()
+@own_modes()
 def run(inputs: Inputs, display: Display, *, disconnects: bool = False) -> PruneResult:
-    """Run checked inputs on Ray, or with all workers in this process, unless such a run has ended there.
+    """Run checked inputs on Ray, or with all workers in this process.
 
     Args:
         inputs: checked.
@@ -229,9 +204,7 @@ def run(inputs: Inputs, display: Display, *, disconnects: bool = False) -> Prune
         disconnects: whether to disconnect this process from Ray afterwards even if it was connected before.
     """
     section, directory = inputs.spec.cluster, RunDirectory(inputs.spec.output.uri)
-    if has_ended(inputs):
-        display.note("this run has ended before, and its exports are there; nothing is done again")
-    elif isinstance(section, RaySection):
+    if isinstance(section, RaySection):
         from ray_surgeon import driver  # Ray is imported only if it is used
 
         if not driver.is_connected():
@@ -243,13 +216,13 @@ def run(inputs: Inputs, display: Display, *, disconnects: bool = False) -> Prune
             if disconnects:
                 driver.disconnect()
     else:
-        with _THREADS:
+        with own_threads:
             cluster = LocalCluster(inputs.layout, inputs.placement, section.cpus_per_worker, section.device)
             try:
                 run_shots(inputs, cluster, directory, display)
             finally:
                 cluster.close()
-    return PruneResult(directory.uri, files.read_json(directory.path("report.json")))
+    return _result(directory)
 
 
 _EXAMPLES = {
@@ -310,7 +283,7 @@ def _as_name(source: str) -> str:
     return "".join(c if c.isascii() and (c.isalnum() or c in ".-") else "-" for c in last).strip("-.")[:63] or "model"
 
 
-@_own_modes()
+@own_modes()
 def curvature(
     model: PreTrainedModel,
     sequences: Sequence[Sequence[int]] | torch.Tensor | Iterable[str],

@@ -171,9 +171,9 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
         return Inputs(spec, layout, placement, method, source.pinned, nothing, {}, {}, _environment())
     with _as_input_error(f"model.source: cannot read {source.origin}"):
         shapes, model_fingerprint = source.shapes_and_fingerprint()
-    check_checkpoint(layout, shapes, source.origin)
-    if layout.tied.keys() & shapes.keys():
-        check_tied(layout, shapes, source.reader().read, source.origin)
+        check_checkpoint(layout, shapes, source.origin)
+        if layout.tied.keys() & shapes.keys():
+            check_tied(layout, shapes, source.reader().read, source.origin)
     tokenizer, tokenizer_fingerprint = _load_tokenizer(folder, source.origin)
     if "gguf" in spec.output.exports:
         tokenizer_names(json.loads(tokenizer.backend_tokenizer.to_str()))

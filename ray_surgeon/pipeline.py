@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 import ray_surgeon
-from ray_surgeon.api import PruneResult, has_ended, run
+from ray_surgeon.api import PruneResult, ended_before, run
 from ray_surgeon.cluster.devices import DEVICES, Device, Room
 from ray_surgeon.cluster.plan import DoesNotFitError, plan_table
 from ray_surgeon.cluster.room import found_here
@@ -145,14 +145,15 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m ray_surgeon.p
                 console.print(inputs.widths)
             console.print(plan_table(inputs.plan(*_planned_for(arguments, inputs))))
             return DONE
-        if isinstance(inputs.spec.cluster, RaySection) and not has_ended(inputs):
+        result = ended_before(inputs, console.print)
+        if result is None and isinstance(inputs.spec.cluster, RaySection):
             from ray_surgeon.driver import connect_to_ray  # Ray is imported only if it is used
 
             console.print(f"running on {connect_to_ray(inputs)}")
             _interrupt_on_sigterm()
     except ValueError as error:
         return fail(f"error: {error}", BAD_INPUT)
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         return fail(f"failed: {error}", FAILED)
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -163,8 +164,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m ray_surgeon.p
     overrides = "".join(f" --set {shlex.quote(override)}" for override in arguments.set)
     resume_with = f"continue with: python -m ray_surgeon.pipeline {shlex.quote(arguments.spec)} --resume{overrides}"
     try:
-        with Display(console, inputs.spec.name) as display:
-            result = run(inputs, display, disconnects=True)
+        if result is None:
+            with Display(console, inputs.spec.name) as display:
+                result = run(inputs, display, disconnects=True)
     except KeyboardInterrupt:
         errors.print(f"interrupted; {resume_with}", markup=False, soft_wrap=True)
         return INTERRUPTED

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ray_surgeon.cluster.cluster import Cluster
+from ray_surgeon.cluster.cluster import Cluster, LostError
 from ray_surgeon.cluster.dense_model import CALIBRATION, read_states, write_states
 from ray_surgeon.cluster.passes import Measured, measure, remember
 from ray_surgeon.cluster.room import device_of, look_around, shared
@@ -60,7 +60,7 @@ def run_shots(inputs: Inputs, workers: Cluster, run: RunDirectory, listen: Calla
         _run_shots(inputs, workers, run, listen)
     except BaseException as error:
         told = _last_words(run, error)
-        if isinstance(told, (FloatingPointError, ValueError, OSError, CollapseError, TakenOverError)):
+        if isinstance(told, Exception) and not isinstance(told, LostError):
             with contextlib.suppress(Exception):
                 workers.run_all(clean_up)
         if told is error:

@@ -17,6 +17,10 @@ T = TypeVar("T")
 U = TypeVar("U")
 
 
+class LostError(RuntimeError):
+    """Part of the cluster is lost, not the work at fault."""
+
+
 @dataclass
 class Progress:
     """How far the present step has come."""

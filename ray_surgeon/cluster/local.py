@@ -32,11 +32,12 @@ class LocalCluster:
         Args:
             layout: of the whole model.
             placement: what each of them holds.
-            num_threads: torch threads of the process until `close`.
+            num_threads: torch threads of the process from now on; who had others gives them back.
             device: "cpu" or "cuda".
         """
         self.placement, self.progress, self.stores = placement, Progress(), Stores()
-        self._threads_before = torch.get_num_threads()
+        if device == "cuda":  # by its number, which threads of a worker need
+            device = f"cuda:{torch.cuda.current_device()}"
         self.workers = {index: Worker(layout, placement, index, num_threads, device) for index in placement.workers}
         self._positions: dict[WorkerIndex, tuple[int, int]] = {}
         for index, worker in self.workers.items():
@@ -63,7 +64,7 @@ class LocalCluster:
 
     def run_all(self, step: Callable[Concatenate[Worker, P], T], *args: P.args, **kwargs: P.kwargs) -> list[T]:
         """Run a step on every worker, one after the other unless replicas wait for each other inside it."""
-        self._positions.clear()
+        self._positions = dict.fromkeys(self.placement.workers, (0, 0))  # whose keys no thread of a replica changes
         workers = [self.workers[index] for index in self.placement.workers]
         if self.placement.num_replicas == 1 or not getattr(step, "is_collective", False):
             return [worker.call(step, *args, **kwargs) for worker in workers]
@@ -79,11 +80,10 @@ class LocalCluster:
         return [self.workers[index].usage() for index in self.placement.workers]
 
     def close(self) -> None:
-        """Drop the workers and what they have on the disk, and give the process its threads back."""
+        """Drop the workers and what they have on the disk."""
         for worker in self.workers.values():
             clean_up(worker)
         self.workers.clear()
-        torch.set_num_threads(self._threads_before)
 
     def _report(self, index: WorkerIndex, done: int, total: int) -> None:
         self._positions[index] = done, total

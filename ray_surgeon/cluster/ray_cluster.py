@@ -17,7 +17,7 @@ from ray.util.metrics import Counter, Gauge
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from ray_surgeon.cluster.cluster import Progress
+from ray_surgeon.cluster.cluster import LostError, Progress
 from ray_surgeon.cluster.collectives import CollectiveError, ProcessReplica
 from ray_surgeon.cluster.placement import Placement, WorkerIndex
 from ray_surgeon.cluster.usage import Usage
@@ -34,6 +34,8 @@ _COMES_AGAIN = ("out of memory", "device-side assert")
 """What errors of CUDA say that a new process would have, too."""
 _LOOK_S = 2.0
 """How often a step over linears is asked how many are done."""
+_TRIES = 4
+"""To connect by a Ray client: of the processes that serve clients, one in ten or so dies at its fork (Ray issue 63202)."""
 _ANSWER_S = 30.0
 """In which a machine must start a process that answers, if a worker on it does not."""
 
@@ -60,7 +62,7 @@ class NoRoomError(RuntimeError):
     """The cluster cannot hold the workers."""
 
 
-class WorkerFailureError(RuntimeError):
+class WorkerFailureError(LostError):
     """Part of the cluster is lost. A new group of workers can continue from the last committed shot."""
 
     def __init__(self, failure: WorkerFailure) -> None:
@@ -103,13 +105,14 @@ def connect(address: str | None, num_cpus_needed: int) -> str:
 
 
 def _connect_to(address: str) -> None:
-    """Connect, and once more if the cluster answers that it could not start what serves a client: it looks at a process that is ending."""
-    try:
-        ray.init(address=address, log_to_driver=False)
-    except ConnectionError as error:
-        if "Initialization failure from server" not in str(error):
-            raise
-        ray.init(address=address, log_to_driver=False)
+    """Connect, and again if the cluster answers that it could not start what serves a client."""
+    for tries_left in reversed(range(_TRIES)):
+        try:
+            ray.init(address=address, log_to_driver=False)
+            return
+        except ConnectionError as error:
+            if not tries_left or "Initialization failure from server" not in str(error):
+                raise
 
 
 def num_nodes() -> int:

@@ -61,11 +61,12 @@ def evaluate_tasks(cluster: Cluster, model: ModelSection | str, options: TasksSe
 
 
 def _fetch_dense(source: ModelSection, folder: Path) -> None:
-    files = open_model(source, convert_gguf)
+    dense = open_model(source, convert_gguf)
     folder.mkdir()
-    for name in files.names:
-        if name in SMALL_FILES or name in files.weight_files() or name.endswith(".safetensors.index.json"):
-            (folder / name).symlink_to(files.fetch(name).resolve())
+    weights = dense.weight_files()
+    for name in dense.names:
+        if name in SMALL_FILES or name in weights or name.endswith(".safetensors.index.json"):
+            (folder / name).symlink_to(dense.fetch(name).resolve())
 
 
 def _numbers(results: Mapping[str, Mapping[str, Any]]) -> Scores:

@@ -84,7 +84,7 @@ class WeightStore(ABC):
 
         Args:
             slots: for each block, global name -> where the tensor belongs.
-            device: where blocks run.
+            device: where blocks run; a GPU by its number.
         """
         self._slots, self._device = slots, device
         self._all = {name: slot for of_block in slots for name, slot in of_block.items()}
@@ -152,8 +152,6 @@ class StreamedWeights(WeightStore):
         super().__init__(slots, device)
         self._absent = [{name: slot.tensor() for name, slot in of_block.items()} for of_block in slots]  # on the meta device
         self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())
         self._fetching = ThreadPoolExecutor(1, initializer=_begin_on, initargs=(device,)) if device.type != "cpu" else None
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 

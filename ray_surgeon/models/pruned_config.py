@@ -215,14 +215,20 @@ def check_rope(document: Mapping[str, Any]) -> None:
     parameters = document.get("rope_parameters")
     if parameters is None:
         return
-    of_all = parameters.get("full_attention", parameters) if isinstance(parameters, dict) else None
-    if not isinstance(of_all, dict) or not isinstance(of_all.get("rope_theta"), int | float):
-        raise ValueError(
-            f"model.source: rope_parameters in config.json is {str(parameters)[:200]}, expected an object with rope_theta; fetch it again"
-        )
+    given: Document = parameters if isinstance(parameters, dict) else {}
+    of_all = given.get("full_attention", given)
+    for one in (of_all, given.get("sliding_attention", of_all)):
+        if not isinstance(one, dict) or not isinstance(one.get("rope_theta"), int | float):
+            raise ValueError(
+                f"model.source: rope_parameters in config.json is {str(parameters)[:200]}, expected an object with rope_theta; "
+                "fetch it again"
+            )
+    scaling = document.get("rope_scaling") or {}
+    if not isinstance(scaling, dict):
+        raise ValueError(f"model.source: rope_scaling in config.json is {str(scaling)[:200]}, expected an object; fetch it again")
     said = for_older_readers(document) | dict(of_all)
     older = {name: document.get(name) for name in ("rope_theta", "rope_local_base_freq", "partial_rotary_factor")}
-    for name, value in (older | dict(document.get("rope_scaling") or {})).items():
+    for name, value in (older | scaling).items():
         if value is not None and name in said and value != said[name]:
             raise ValueError(
                 f"model.source: config.json has {name} {value}, and {said[name]} in rope_parameters; programs read one or the "

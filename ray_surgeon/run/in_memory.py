@@ -14,7 +14,7 @@ import transformers.utils.logging
 from safetensors import SafetensorError
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel, PreTrainedTokenizerBase
 
-from ray_surgeon.models.layout import ModelLayout
+from ray_surgeon.models.families import family_of
 from ray_surgeon.run.directory import RunDirectory
 from ray_surgeon.storage import files
 from ray_surgeon.storage.sources import goes_along
@@ -34,7 +34,7 @@ def causal_lm(model: Any) -> PreTrainedModel:
     """
     model = getattr(model, "_orig_mod", model)
     if isinstance(model, PreTrainedModel):
-        ModelLayout.of(model.config)
+        family_of(model.config)
     if not isinstance(model, PreTrainedModel) or not isinstance(model, MODEL_FOR_CAUSAL_LM_MAPPING[type(model.config)]):
         raise ValueError(f"model: got a {type(model).__name__}; give a causal LM of transformers, such as a LlamaForCausalLM")
     if absent := next((name for name, weight in model.named_parameters() if weight.is_meta), None):
@@ -120,9 +120,10 @@ def _is_there(chosen: Mapping[str, Path], source: str, *, has_begun: bool) -> bo
         return False
     is_whole, names = files.read_text(marker) == _WHOLE, there - {_MARKER}
     differs = any(name not in chosen or not _same(files.join(source, name), chosen[name]) for name in names)
-    if differs or (is_whole and names != set(chosen)):
+    has_all = names == set(chosen)
+    if differs or (is_whole and not has_all):
         raise ValueError(f"output.uri: {source} is another model or tokenizer, with which the run began; give output another folder")
-    return names == set(chosen)
+    return has_all
 
 
 def _attempt(run: str) -> str | None:

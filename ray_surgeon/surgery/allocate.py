@@ -16,11 +16,11 @@ from torch import Tensor
 
 
 class OutOfReachError(ValueError):
-    """All groups that may be pruned save less than is wanted."""
+    """All groups that may be pruned save less than is wanted; the message says how much they save."""
 
-    def __init__(self, most: float) -> None:
-        """Take what they save."""
-        super().__init__(f"all groups that may be pruned save {most:g}")
+
+def _out_of_reach(most: float) -> OutOfReachError:
+    return OutOfReachError(f"all groups that may be pruned save {most:g}")
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def allocate_globally(costs: Sequence[GroupCosts], missing: float, *, per_unit: 
         OutOfReachError: everything that may be pruned saves less.
     """
     if not costs:
-        raise OutOfReachError(0.0)
+        raise _out_of_reach(0.0)
     paths = [_Path(c, per_unit) for c in costs]
     steps = [(path.slope, place) for place, path in enumerate(paths) if path.goes_on]
     heapq.heapify(steps)
@@ -88,7 +88,7 @@ def allocate_globally(costs: Sequence[GroupCosts], missing: float, *, per_unit: 
     tolerance = 1e-9 * abs(missing) + 1e-6
     while saved < missing - tolerance:
         if not steps:
-            raise OutOfReachError(saved)
+            raise _out_of_reach(saved)
         slope, place = heapq.heappop(steps)
         path, layer = paths[place], costs[place].layer
         if path.goes_whole and left[layer] <= fewest_experts:
@@ -219,7 +219,7 @@ def allocate_uniformly(costs: Sequence[GroupCosts], missing: float, *, fewest_ex
         found = found.beside(_options(of_kind, fewest_experts).best(wanted)).best(wanted)
     enough = (found.saved >= wanted).nonzero()[:, 0]
     if not len(enough):
-        raise OutOfReachError(float(found.saved.max()) if len(found.saved) else 0.0)
+        raise _out_of_reach(float(found.saved.max()) if len(found.saved) else 0.0)
     counts, experts = dict[str, int](), set[str]()
     for of_kind, (number, num_whole) in zip(of_kinds, found.chosen[enough[0]].tolist(), strict=True):
         above = torch.tensor([c.whole - float(c.curve[number]) for c in of_kind], dtype=torch.float64)

@@ -125,6 +125,8 @@ def test_rules_of_the_operator_and_of_ours(folder: str) -> None:
     for place, pod in pods(document):
         container = pod["containers"][0]
         assert {"livenessProbe", "readinessProbe"} <= set(container), place
+        if "client" in {port["name"] for port in container.get("ports", ())}:
+            assert {"name": "GRPC_ENABLE_FORK_SUPPORT", "value": "0"} in container["env"], "else Ray clients are not served at times"
         assert {"mountPath": "/dev/shm", "name": "shm"} in container["volumeMounts"]
         (shm,) = (volume for volume in pod["volumes"] if volume["name"] == "shm")
         assert shm["emptyDir"]["medium"] == "Memory"

@@ -21,6 +21,7 @@ from ray_surgeon import driver, pipeline
 from ray_surgeon.pipeline import main
 from ray_surgeon.run import html_report
 from ray_surgeon.storage import files, retrying
+from ray_surgeon.storage.sources import WeightReader
 from tests.integration.runs import run, tiny_spec
 
 
@@ -144,7 +145,9 @@ def test_missing_tensor(model: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "1 missing (model.layers.3.mlp.down_proj.weight)" in refused(capsys, run(tmp_path, model))
 
 
-def test_a_head_of_its_own_in_a_model_that_is_tied(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_head_of_its_own_in_a_model_that_is_tied(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A second copy of the embedding is right."""
     tensors = load_file(model / "model.safetensors")
     embedding = tensors["model.embed_tokens.weight"]
@@ -154,6 +157,12 @@ def test_a_head_of_its_own_in_a_model_that_is_tied(model: Path, tmp_path: Path, 
     assert "lm_head.weight is (312" in refused(capsys, run(tmp_path, model))
     save_file(tensors | {"lm_head.weight": 2 * embedding}, model / "model.safetensors")
     assert "set tie_word_embeddings to false, or remove lm_head.weight" in refused(capsys, run(tmp_path, model))
+
+    def reset(reader: WeightReader, key: str, entry: int | None = None) -> None:
+        raise ConnectionResetError("Connection reset by peer")
+
+    monkeypatch.setattr(WeightReader, "read", reset)
+    assert "model.source: cannot read" in refused(capsys, run(tmp_path, model))
 
 
 def test_an_index_that_is_left_over(model: Path, tmp_path: Path) -> None:

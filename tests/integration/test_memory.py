@@ -8,6 +8,7 @@ import resource
 import shutil
 from collections.abc import Container
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,12 +17,15 @@ from safetensors import SafetensorError
 
 from ray_surgeon import shots
 from ray_surgeon.cluster import room
+from ray_surgeon.cluster.cluster import LostError
+from ray_surgeon.cluster.worker import clean_up
 from ray_surgeon.memory import weights
 from ray_surgeon.memory.factors import FactorStore
 from ray_surgeon.memory.stores import Scratch
 from ray_surgeon.memory.weights import DiskWeights
 from ray_surgeon.methods.rows_columns import RowsColumns
 from ray_surgeon.pipeline import main
+from ray_surgeon.run.directory import RunDirectory
 from ray_surgeon.surgery.kronecker import PackedSymmetric
 from tests.integration.runs import assert_same_shot, report_of, run, tiny_spec
 
@@ -113,6 +117,25 @@ def test_a_run_that_fails_leaves_no_scratch(model_folders: dict[str, Path], tmp_
     stops = {"evaluation": evaluation | {"stop_above": 1.0001}, "pruning__target_sparsity": 0.8}
     assert run(tmp_path, model_folders["llama"], **options, **stops) == 1
     assert not list((tmp_path / "scratch").rglob("*"))
+
+
+@pytest.mark.parametrize(
+    ("error", "cleans"), [(RuntimeError("an export failed"), True), (LostError("a machine was lost"), False), (KeyboardInterrupt(), False)]
+)
+def test_scratch_goes_where_there_are_workers_that_can_remove_it(
+    error: BaseException, cleans: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[Any] = []
+    workers: Any = SimpleNamespace(run_all=steps.append)
+    nothing: Any = None
+
+    def fail(*args: object) -> None:
+        raise error
+
+    monkeypatch.setattr(shots, "_run_shots", fail)
+    with pytest.raises(type(error)):
+        shots.run_shots(nothing, workers, RunDirectory(str(tmp_path)), print)
+    assert steps == [clean_up] * cleans
 
 
 def test_a_full_scratch_disk_is_named_and_what_is_on_it_removed(

@@ -95,7 +95,7 @@ def test_a_connection_that_was_there_before_stays(
 
 
 @pytest.mark.parametrize(
-    ("message", "times"), [("Initialization failure from server:\nZombieProcess", 2), ("ray client connection timeout", 1)]
+    ("message", "times"), [("Initialization failure from server:\nZombieProcess", 4), ("ray client connection timeout", 1)]
 )
 def test_a_cluster_that_cannot_start_what_serves_a_client_is_asked_again(message: str, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = list[str]()

@@ -20,6 +20,7 @@ LLAMA_3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+THETA = {"rope_theta": 10000.0}
 YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 32}
 
 
@@ -55,6 +56,10 @@ def test_transformers_reads_the_same(family: str, rope: dict[str, Any] | None) -
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, r"config\.json has rope_type linear, and default in rope_parameters"),
         ({"rope_parameters": {"rope_type": "default"}}, "expected an object with rope_theta"),
         ({"rope_parameters": [1]}, "expected an object with rope_theta"),
+        ({"rope_parameters": {"full_attention": THETA, "sliding_attention": 5}}, "expected an object with rope_theta"),
+        ({"rope_parameters": {"full_attention": THETA, "sliding_attention": {}}}, "expected an object with rope_theta"),
+        ({"rope_scaling": 5}, r"rope_scaling in config\.json is 5, expected an object"),
+        ({"rope_scaling": "linear"}, r"rope_scaling in config\.json is linear, expected an object"),
     ],
 )
 def test_two_different_values_are_refused(change: dict[str, Any], expected: str) -> None:

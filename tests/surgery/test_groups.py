@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -184,8 +185,9 @@ def test_uniform_widths_are_those_that_every_block_can_have() -> None:
     pairs = [(f"{block}", torch.tensor(c)) for block, c in enumerate(([1.0, 2.0, 3.0], [1.0, math.inf, math.inf]))]
     costs = [GroupCosts(name, "ffn", c, 3, ANY, needs) for name, c in pairs]
     assert allocate_uniformly(costs, 20).counts == {"0": 1, "1": 1}
-    with pytest.raises(OutOfReachError, match="save 20"):
+    with pytest.raises(OutOfReachError, match="save 20") as caught:
         allocate_uniformly(costs, 30)
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value), "from a coordinator on another machine"
 
 
 def test_groups_of_one_cost_go_one_at_a_time() -> None:
