@@ -82,7 +82,7 @@ def _answers(port: int) -> bool:
 
 
 def tokens_per_second(client: OpenAI, batch_size: int) -> tuple[float, float]:
-    """Return tokens of prompts, and new tokens, that the engine handles a second for so many requests at a time; medians."""
+    """Return how many prompt tokens and new tokens the engine handles a second with this many requests at a time; medians."""
     model = client.models.list().data[0].id
     words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
     prefill, decode = list[float](), list[float]()

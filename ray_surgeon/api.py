@@ -74,7 +74,7 @@ class PruneResult:
         """Load the pruned model by transformers.
 
         Args:
-            kind: which export; the last one that transformers loads, quantised copies left out, if not given.
+            kind: which export; if not given, the last one that transformers loads, quantised copies left out.
             options: of `from_pretrained`, such as ``device_map``.
 
         Raises:
@@ -134,9 +134,9 @@ def prune(
         correction: section of that name; no low-rank corrections if not given.
         evaluation: texts to measure on, and tasks; if not given, the test part of the calibration text.
         cluster: section of that name; if not given, everything runs in this process. ``{"backend": "ray"}`` runs it on Ray.
-        memory: section of that name; if not given, planned by what the machines have.
+        memory: section of that name; if not given, planned from the memory that the machines have.
         output: section of that name, or only its URI; if not given, below ``./runs``.
-        name: of the run; made of the model's if not given.
+        name: of the run; if not given, made from the model's name.
         resume: whether to continue a run after its last committed shot.
         progress: whether to show how far the run is, in a terminal or a notebook.
 
@@ -144,8 +144,8 @@ def prune(
         The run: the pruned model's folder, the model itself by ``.load()``, and the report.
 
     Raises:
-        ValueError: something cannot work; names the field, what was found, and the remedy. Before anything expensive starts, but for
-            weights that are NaN or infinite and for targets that only costs can refuse.
+        ValueError: something cannot work. The message names the field, what was found, and the remedy. It is raised before anything
+            expensive starts, except for weights that are NaN or infinite, and for targets that only costs can refuse.
         FloatingPointError: a loss, factor or cost is not usable; committed shots stay.
         RuntimeError: the run failed otherwise; committed shots stay.
     """
@@ -297,7 +297,7 @@ def curvature(
     Args:
         model: a causal LM of a supported family; its weights are not changed.
         sequences: token sequences, or texts if there is a tokenizer.
-        tokenizer: for texts; each text is one sequence, after the token that the tokenizer itself begins a text with, if any.
+        tokenizer: for texts. Each text becomes one sequence; it begins with BOS if the tokenizer itself begins a text with it.
         linears: names of the linears wanted, e.g. ``model.layers.0.mlp.down_proj``; all if not given.
         label_seed: seed of labels drawn from the model (sampled Fisher); None takes the text's own (empirical Fisher).
 

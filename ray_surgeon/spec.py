@@ -119,7 +119,7 @@ class JobSpec(Section):
             if isinstance(target, LatencyTarget) and target.device == "cuda" and not self.cluster.gpus_per_worker:
                 raise ValueError("pruning.target: device cuda is the first worker's GPU; set cluster.gpus_per_worker to 1")
         if self.evaluation.tasks is not None and not set(self.output.exports) - {"gguf"}:
-            raise ValueError("evaluation.tasks: are of exports for transformers, and output.exports has none; add one, or remove tasks")
+            raise ValueError("evaluation.tasks: run on exports for transformers, and output.exports has none; add one, or remove tasks")
         return self
 
     def method_fingerprint(self) -> str:

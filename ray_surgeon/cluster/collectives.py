@@ -126,7 +126,7 @@ class ProcessReplica:
             dist.init_process_group(backend, init_method=address, rank=world_rank, world_size=world_size, timeout=timeout)
             groups = [dist.new_group(list(range(shard, world_size, num_shards)), timeout=timeout) for shard in range(num_shards)]
         except RuntimeError as error:  # another is lost before all have met, or its port was taken meanwhile
-            raise CollectiveError(f"the workers did not meet: {error}") from error
+            raise CollectiveError(f"the workers could not connect to each other: {error}") from error
         shard, self.rank = world_rank % num_shards, world_rank // num_shards
         self._group = groups[shard]
         self._world_ranks = list(range(shard, world_size, num_shards))

@@ -75,8 +75,8 @@ def to_be_written(section: CalibrationSection, tokenizer: Any, config: Pretraine
         longest = getattr(config, "max_position_embeddings", len(prompt) + of_text)
         if not prompt or len(prompt) + of_text > longest:
             raise ValueError(
-                f"{where}: a prompt of {len(prompt)} and texts of {of_text} tokens, but the model takes at most {longest}, "
-                "and begins after at least one; change the prompt or the lengths"
+                f"{where}: the prompt has {len(prompt)} tokens and each text {of_text}, but the model takes at most {longest} together, "
+                "and the prompt needs at least one; change the prompt or the lengths"
             )
         begin = prompt[-1] if first is None and text.texts_per_sequence > 1 else first
         found[number] = Wanted(prompt, text.temperature, text.seed, num_texts, of_text - (begin is not None), begin)

@@ -22,16 +22,16 @@ class CorrectionSection(Section):
 
     loss: Literal["kl", "cross_entropy"] = Field(
         "kl",
-        description="What they lower on the calibration text: the divergence from the dense model (kl), which recovers what pruning took, "
-        "or the loss (cross_entropy), which teaches the text as well",
+        description="What corrections lower on the calibration text: the divergence from the dense model (kl), which recovers what "
+        "pruning took, or the loss (cross_entropy), which also teaches the text",
     )
     lora_rank: int = Field(8, ge=1, le=1024, description="Rank of B A")
     learning_rate: float = Field(
         1e-4,
         gt=0,
         le=1,
-        description="Of Adam. In a narrow model.dtype what few small steps change is rounded away: the report's correction_absorbed is the "
-        "share that arrived in the weights",
+        description="Learning rate of Adam. In a narrow model.dtype, changes by few small steps are rounded away: correction_absorbed in "
+        "the report is the share that arrived in the weights",
     )
     steps_per_shot: int = Field(3, ge=0, description="Steps of Adam after every shot")
     sequences_per_step: Positive = Field(1, description="Calibration sequences of one step, at most all")

@@ -23,7 +23,7 @@ class ReconstructionSection(Section):
     """Reconstruction of feed-forward layers, see `ray_surgeon.methods.reconstruction`."""
 
     learning_rate: float = Field(
-        0.012, gt=0, le=1, description="The first one of Adam, in units of the root mean square of each weight; it falls linearly to zero"
+        0.012, gt=0, le=1, description="Adam's initial rate, in units of the root mean square of each weight; it falls linearly to zero"
     )
     tokens_per_step: Positive = Field(512, description="Calibration tokens of one step, at most all")
     num_epochs: Positive = Field(2, description="Passes over the calibration tokens")
@@ -47,13 +47,13 @@ class _Groups(ScheduleSection):
         "or a score of a baseline, which has no such unit: reap, weight times norm of its output; frequency, its share of tokens; random",
     )
     tensor_parallel: Positive = Field(
-        1, description="Over how many devices an engine will split every layer: the heads and channels that are left can be split so"
+        1, description="Number of devices over which an engine will split every layer; remaining heads and channels can be split so"
     )
     width_multiple: Positive | None = Field(
         None,
-        description="In the end feed-forward layers and experts have multiples of this many channels, or all they had; without effect "
-        "where groups names no channels. null: for every device of tensor_parallel 64, 128 if output.quantize is set, 256 if deci is "
-        "exported",
+        description="At the end, the number of channels of every feed-forward layer and expert is a multiple of this, or the original "
+        "number. Without effect where groups names no channels. null: for every device of tensor_parallel 64; 128 if output.quantize is "
+        "set; 256 if deci is exported",
     )
     target_sparsity: float | None = Field(
         None, gt=0, lt=1, description="Fraction of the parameters of the blocks' linears to remove, biases included"
@@ -62,8 +62,8 @@ class _Groups(ScheduleSection):
 
     reconstruction: ReconstructionSection | None = Field(
         None,
-        description="In every shot, after the update: train every feed-forward layer that lost channels until it gives "
-        "what it gave before. Workers keep its inputs meanwhile. null: no reconstruction",
+        description="In every shot, after the update: train every feed-forward layer that lost channels to reproduce its earlier "
+        "outputs. Workers keep its inputs until then. null: no reconstruction",
     )
 
     @property
@@ -150,8 +150,8 @@ class SearchSection(Section):
     num_sequences: int = Field(
         16,
         ge=2,
-        description="Sequences on which the divergence from the dense model is measured: in every round once for every kind of groups of "
-        "every block that loses any, and once more. They are cut from the calibration's texts beside its own",
+        description="Sequences on which the divergence from the dense model is measured. Every round measures it once for every kind of "
+        "groups in every block that loses any, and once more. They are cut from the calibration's texts, apart from its own sequences",
     )
 
 
@@ -165,8 +165,8 @@ class GroupsSection(_Groups):
     remove_blocks: bool = Field(False, description="Whether the last KV group or the last channels of a block may be pruned too")
     search: SearchSection | None = Field(
         None,
-        description="In every shot, after the costs: undo the removals of one kind of groups in one block after the other, scale these "
-        "costs by how far the divergence from the dense model falls, and take the threshold anew; null: no search",
+        description="In every shot, after the costs: for one block after the other, undo the removals of one kind of groups and scale "
+        "their costs by how far the divergence from the dense model falls; then compute the threshold again. null: no search",
     )
 
     @model_validator(mode="after")

@@ -99,7 +99,7 @@ def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: s
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
     except ValueError as error:
-        raise ValueError(f"model: transformers does not save it: {error}; mend that first, or prune a folder") from error
+        raise ValueError(f"model: transformers cannot save it: {error}; fix that first, or prune a folder") from error
     except (OSError, SafetensorError) as error:
         raise ValueError(f"model: cannot be written to {folder}: {error}; free space there, or set TMPDIR") from error
     finally:
@@ -122,7 +122,7 @@ def _is_there(chosen: Mapping[str, Path], source: str, *, has_begun: bool) -> bo
     differs = any(name not in chosen or not _same(files.join(source, name), chosen[name]) for name in names)
     has_all = names == set(chosen)
     if differs or (is_whole and not has_all):
-        raise ValueError(f"output.uri: {source} is another model or tokenizer, with which the run began; give output another folder")
+        raise ValueError(f"output.uri: {source} holds another model or tokenizer, with which the run began; give output another folder")
     return has_all
 
 

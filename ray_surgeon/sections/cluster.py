@@ -12,9 +12,9 @@ from ray_surgeon.sections.base import Positive, Section, by_tag, tag
 class RetriesSection(Section):
     """How often a run continues from its last committed shot after a loss, by cause; 0 for never. Errors of the input are not retried."""
 
-    worker: int = Field(3, ge=0, description="A worker's process ended or does not answer any more")
+    worker: int = Field(3, ge=0, description="A worker's process ended or stopped answering")
     node: int = Field(10, ge=0, description="A machine was lost, as spot machines are")
-    coordinator: int = Field(3, ge=0, description="The coordinator's process ended or does not answer any more")
+    coordinator: int = Field(3, ge=0, description="The coordinator's process ended or stopped answering")
     communication: int = Field(3, ge=0, description="A collective between replicas failed or took longer than step_timeout_s")
     memory: int = Field(1, ge=0, description="Ray ended a worker because its machine ran out of memory")
 
@@ -47,7 +47,9 @@ class RaySection(_Workers):
 
     backend: Literal["ray"] = Field("ray", description="Workers as Ray actors")
     address: str | None = Field(
-        None, description="Ray address, e.g. auto, host:6379 or ray://host:10001; without it RAY_ADDRESS, and without that a Ray of its own"
+        None,
+        description="Ray address, e.g. auto, host:6379 or ray://host:10001; if not given, RAY_ADDRESS; if that is not set either, the job "
+        "starts its own Ray",
     )
     start_timeout_s: float = Field(300.0, gt=0, description="How long to wait for the cluster to have room for all workers")
     step_timeout_s: float = Field(1800.0, gt=0, description="A collective between replicas that takes longer fails")

@@ -14,7 +14,7 @@ class DampingSection(Section):
     """Damping of the two factors, relative to the mean of their diagonals."""
 
     a: float = Field(0.01, ge=0, le=10, description="Damping of A, the inputs' second moment")
-    g: float = Field(0.1, ge=0, le=10, description="Damping of G, the output gradients' second moment, which few tokens estimate badly")
+    g: float = Field(0.1, ge=0, le=10, description="Damping of G, the output gradients' second moment, estimated badly from few tokens")
 
 
 class _Curvature(Section):
@@ -84,8 +84,9 @@ class KfacSection(_Fisher):
     kind: Literal["kfac"] = Field("kfac", description="A and G of every linear, gathered anew in every shot")
     num_backward: Positive | None = Field(
         None,
-        description="Calibration sequences that pass backward, too, and give G, drawn once; null: all. All give A. A pass without "
-        "gradients takes less than half the time, and groups need few with them: their columns are updated by A alone",
+        description="How many calibration sequences also pass backward and give G; they are drawn once. null: all. All sequences give A. "
+        "A pass without gradients takes less than half the time. Groups need few sequences with gradients, because their columns are "
+        "updated by A alone",
     )
 
     @property
@@ -102,8 +103,8 @@ class ExtendedKfacSection(_Fisher):
         2,
         ge=2,
         le=8,
-        description="Kronecker products in the sum. Costs obd and updates full and conjugate_gradients take all, "
-        "costs obs and update single the first two",
+        description="Kronecker products in the sum. Costs obd and updates full and conjugate_gradients use all of them, "
+        "costs obs and update single use the first two",
     )
     num_power_iterations: int = Field(
         4,

@@ -10,23 +10,23 @@ from ray_surgeon.sections.base import Positive, Section
 
 
 class MemorySection(Section):
-    """Where a worker keeps weights and factors, and how sequences pass it. What is auto or not given is chosen by the plan.
+    """Where a worker keeps weights and factors, and how sequences pass through it. The plan chooses what is auto or not given.
 
     Every choice gives the same weights, bit for bit on a CPU; they differ in memory and time.
     """
 
     weights: Literal["auto", "device", "host", "disk"] = Field(
         "auto",
-        description="Of the blocks. device: all stay there; host: in the host's memory, copied block by block; disk: read block by block "
-        "from the model's files or the last shot, and changed ones from scratch",
+        description="Where the blocks' weights are. device: all stay there; host: in the host's memory, copied block by block; disk: read "
+        "block by block from the model's files or the last shot, and changed ones from scratch",
     )
     factors: Literal["auto", "device", "host", "disk"] = Field(
         "auto", description="A and G of all linears: device, host, or disk (files in scratch)"
     )
     activations: Literal["auto", "keep", "recompute"] = Field(
         "auto",
-        description="Of a block between its forward and backward pass: keep, which needs weights and factors on the device, or recompute "
-        "from the block's inputs",
+        description="Activations of a block between its forward and backward pass. keep: they stay, which needs weights and factors on "
+        "the device; recompute: they are computed again from the block's inputs",
     )
     wave: Positive | None = Field(
         None, description="Sequences that pass a block before the next block runs; a larger wave means fewer copies and more memory"
@@ -34,8 +34,8 @@ class MemorySection(Section):
     limit_gib: float | None = Field(
         None,
         gt=0,
-        description="GiB of its device, on a CPU of the host's memory, that a worker may use at most; null: nine tenths of its share of "
-        "what is free, which this cannot raise",
+        description="GiB of memory that a worker may use at most: its device's, or on a CPU the host's. null: nine tenths of its share of "
+        "the free memory; this option can only lower that",
     )
     scratch: str | None = Field(None, description="Local folder for what is on disk; the folder for temporary files if not given")
 

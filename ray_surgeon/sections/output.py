@@ -19,7 +19,7 @@ class QuantizeSection(Section):
         description="fp8 and int8: weights with a scale for each row, activations with one for each token; w4a16: weights of four bits, "
         "with a scale for each group of columns, rounded by the calibration text (GPTQ)"
     )
-    group_size: Positive | None = Field(None, description="Of scheme w4a16: columns that share a scale; null: 128")
+    group_size: Positive | None = Field(None, description="For scheme w4a16: number of columns that share a scale; null: 128")
 
     @property
     def columns_together(self) -> int:
@@ -40,12 +40,12 @@ class OutputSection(Section):
     keep_shots: int = Field(2, ge=0, description="Keep the tensors of the last N shots; 0 keeps all. The record of a shot is always kept")
     exports: tuple[Literal["masked", "uniform", "per_block", "deci", "gguf"], ...] = Field(
         ("masked",),
-        description="Checkpoints to write at the end. masked: dense with zeros, refused for whole experts; of structure groups also "
-        "uniform: really smaller, for plain classes; per_block: really smaller, widths differ, with modeling code beside the weights; "
-        "deci: likewise, as DeciLM; gguf: files for llama.cpp, where widths that differ need a Llama or Mistral",
+        description="Checkpoints to write at the end. masked: dense shapes with zeros, refused for whole experts. With structure groups "
+        "also: uniform: really smaller, for plain classes; per_block: really smaller, widths differ by block, with modeling code beside "
+        "the weights; deci: likewise, as DeciLM; gguf: files for llama.cpp, where widths that differ need a Llama or Mistral",
     )
     gguf: tuple[GgufKind, ...] | None = Field(
-        None, min_length=1, description="Of the export gguf: types of the matrices, one file each; null: bf16 alone"
+        None, min_length=1, description="For the export gguf: types of the matrices, one file for each; null: bf16 alone"
     )
     quantize: QuantizeSection | None = Field(
         None, description="Also write the export uniform quantised, in the format compressed-tensors, which vLLM loads; null: do not"

@@ -20,7 +20,8 @@ class ScheduleSection(Section):
     num_shots: int = Field(5, ge=1, le=1000, description="Shots, each with a curvature of its own")
     schedule: Literal["linear", "geometric"] = Field(
         "linear",
-        description="linear: every shot removes (or saves) the same; geometric: every shot keeps the same fraction, later ones remove less",
+        description="linear: every shot removes (or saves) the same amount; geometric: every shot keeps the same fraction of what is left, "
+        "so later ones remove less",
     )
     sparsities: tuple[float, ...] | None = Field(
         None, description="Sparsity at the end of every shot, in place of num_shots and schedule; the last one is target_sparsity"
@@ -115,7 +116,7 @@ class FlopsTarget(_Target):
     """Floating-point operations of a token."""
 
     unit: ClassVar[str] = "flops"
-    flops: Positive = Field(description="Floating-point operations for a token of a prompt, on average over it")
+    flops: Positive = Field(description="Floating-point operations per token of a prompt, on average over the prompt")
     prompt_length: int = Field(512, gt=1, description="Tokens of that prompt")
 
 
@@ -125,8 +126,8 @@ class LatencyTarget(_Target):
     unit: ClassVar[str] = "latency_s"
     latency_s: float = Field(
         gt=0,
-        description="Seconds to answer a request: the times of all blocks and of what is outside them. Every width is measured at the "
-        "start, request.num_repeats times, and its median counts",
+        description="Seconds to answer a request: the sum of the times of all blocks and of what is outside them. Every width is measured "
+        "request.num_repeats times at the start, and the median counts",
     )
     device: Literal["cpu", "cuda"] = Field("cpu", description="cpu: measured on the first worker's machine; cuda: on its GPU")
     request: SpeedSection = Field(SpeedSection(), description="The request")

@@ -49,9 +49,9 @@ class SourceSection(Section):
     source: Address = Field(
         min_length=1,
         description="python-docs (the topics of Python's own help), python-docstrings (the longer docstrings of its library), "
-        "package-docstrings (those of the packages that are installed here, one file of each package after the other, round and round; "
-        "give max_tokens), package-descriptions (prose in the descriptions of these packages), files on any fsspec URI ending in .txt, "
-        ".jsonl or .parquet (* for several), the name of a Hub data set, or a local data-set folder",
+        "package-docstrings (those of the packages that are installed here, taking one file of each package in turn; give max_tokens), "
+        "package-descriptions (prose in the descriptions of these packages), files on any fsspec URI ending in .txt, .jsonl or .parquet "
+        "(* for several), the name of a Hub data set, or a local data-set folder",
     )
     config: str | None = Field(None, description="Configuration of a Hub data set, e.g. wikitext-2-raw-v1")
     split: str = Field(
@@ -68,8 +68,9 @@ class SourceSection(Section):
     seed: int = Field(0, ge=0, description="Seed of the draw of windows, without stride")
     bos: bool | None = Field(
         None,
-        description="Whether every window begins with the tokenizer's BOS token, which counts among its tokens; null: if the tokenizer "
-        "begins a text with it. Engines serve that way, and some models are lost without it; perplexities in papers are mostly without",
+        description="Whether every window begins with the tokenizer's BOS token, which counts as one of its tokens; null: only if the "
+        "tokenizer itself begins a text with it. Engines do the same, and some models work badly without it. Papers mostly give "
+        "perplexities without it",
     )
 
     @property
@@ -114,13 +115,14 @@ class SelfSection(Section):
     prompt: str | None = Field(
         None,
         min_length=1,
-        description="What stands before every text and is no part of it, special tokens allowed; null: the tokenizer's BOS token, or its "
-        "EOS token if it has none",
+        description="Prompt before every text, which is not part of the text and may have special tokens; null: the tokenizer's BOS "
+        "token, or its EOS token if it has no BOS token",
     )
     texts_per_sequence: Positive = Field(
         1,
-        description="Texts that fill a sequence together, each from its own beginning: more subjects, and fewer steps, as more texts are "
-        "written together; divides sequence_length. Between them stands the tokenizer's BOS token if it begins texts, or the prompt's last",
+        description="How many texts fill a sequence together, each written from its own beginning. More texts cover more subjects and "
+        "take fewer steps, because more of them are written at once. Must divide sequence_length. Between two texts stands the "
+        "tokenizer's BOS token if the tokenizer begins texts with it, otherwise the prompt's last token",
     )
     seed: int = Field(0, ge=0, description="Seed of the draws; every text has draws of its own")
 
@@ -177,8 +179,8 @@ class CalibrationSection(TextSection):
             texts, length = text.texts_per_sequence, self.sequence_length
             if length % texts or length < 2 * texts:
                 raise ValueError(
-                    f"mix.{number}: {texts} texts of one length, two tokens or more, do not fill sequences of {length} tokens; "
-                    "give texts_per_sequence a divisor of sequence_length"
+                    f"mix.{number}: {texts} texts of equal length, two tokens or more, cannot fill sequences of {length} tokens; "
+                    "set texts_per_sequence to a divisor of sequence_length"
                 )
         if not self.mix and self.weight != 1.0:
             raise ValueError("weight has no effect without mix; remove it")
@@ -217,12 +219,12 @@ class EvaluationText(TextSection):
 
 
 class TasksSection(Section):
-    """Downstream tasks by EleutherAI's harness, on the dense model and its exports for transformers, but quantised ones. Extra: eval."""
+    """Downstream tasks by EleutherAI's harness, on the dense model and its exports for transformers except quantised ones. Extra: eval."""
 
     names: tuple[str, ...] = Field(min_length=1, description="Tasks or groups of tasks that the harness knows, e.g. [piqa, arc_easy]")
-    include: Address | None = Field(None, description="Folder or fsspec URI of more task definitions; code that lies in them is run")
+    include: Address | None = Field(None, description="Folder or fsspec URI of more task definitions; code in them is run")
     num_fewshot: int | None = Field(None, ge=0, description="Examples before each question; without it, as each task defines")
-    limit: Positive | None = Field(None, description="Only the first so many questions of each task, to try it out")
+    limit: Positive | None = Field(None, description="Only this many questions of each task, the first ones, to try it out")
     batch_size: Positive = Field(1, description="Questions at once")
 
 
@@ -234,7 +236,7 @@ class EvaluationSection(Section):
     stop_above: float | None = Field(
         None,
         gt=1,
-        description="Stop the run, before the shot is committed, if perplexity on a text is more than so many times the dense model's",
+        description="Stop the run, before the shot is committed, if perplexity on a text is more than this many times the dense model's",
     )
 
     @model_validator(mode="before")

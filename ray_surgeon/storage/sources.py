@@ -67,7 +67,7 @@ class ModelFiles:
             raise ValueError(f"model.source: {self.origin} has no config.json; give the folder of a Hugging Face checkpoint")
         names = [name for name in SMALL_FILES if name in self.names]
         for name in names:
-            files.check_size(self.open_uri(name), files.MAX_JSON_BYTES, "this is no such file of a model; fetch it again")
+            files.check_size(self.open_uri(name), files.MAX_JSON_BYTES, "a model's file of this name is smaller; fetch it again")
         paths = [self.fetch(name) for name in names]
         if len({path.parent for path in paths}) == 1:
             return paths[0].parent
