@@ -24,7 +24,6 @@ from transformers import AutoConfig
 from benchmarks.experts import inputs_of
 from ray_surgeon.models.build import BlockRange
 from ray_surgeon.models.checkpoint import tensor_reader
-from ray_surgeon.models.gguf import convert_gguf
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.loss import Comparison
 from ray_surgeon.models.runner import BlockRunner, Call
@@ -75,7 +74,7 @@ class SingleRemovals:
 
 def loaded(model: Path, layout: ModelLayout) -> ModelShard:
     """Return a whole model in float32."""
-    reader, blocks = open_model(ModelSection(source=str(model)), convert_gguf).reader(), BlockRange(0, layout.num_blocks, layout.num_blocks)
+    reader, blocks = open_model(ModelSection(source=str(model))).reader(), BlockRange(0, layout.num_blocks, layout.num_blocks)
     shard = ModelShard(layout, blocks, torch.float32, torch.device("cpu"))
     shard.load(tensor_reader(layout, reader.file_of, reader.read, str(model)))
     return shard

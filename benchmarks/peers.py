@@ -33,7 +33,6 @@ import ray_surgeon
 from benchmarks.gemma import fetch
 from ray_surgeon.inputs import Inputs, check
 from ray_surgeon.methods import Groups
-from ray_surgeon.models.gguf import convert_gguf
 from ray_surgeon.models.layout import GroupSet, ModelLayout
 from ray_surgeon.models.loss import compare_with_dense, perplexity_of
 from ray_surgeon.sections.texts import ModelSection, SelfSection
@@ -143,8 +142,7 @@ def prune(peer: str, model: nn.Module, inputs: Inputs, found: Statistics) -> Non
         allowed = frozenset(range(0, len(score) + 1, method.multiple(groups.kind, 1)))
         costs.append(GroupCosts(name, groups.kind, score, len(score), allowed, budget.by_left[groups.kind]))
     missing = budget.dense - method.goal(1)
-    uniform = method.section.allocation == "uniform"
-    counts = (allocate_uniformly(costs, missing) if uniform else allocate_globally(costs, missing, per_unit=False)).counts
+    counts = (allocate_uniformly(costs, missing) if method.section.uniform else allocate_globally(costs, missing, per_unit=False)).counts
     for cost in costs:
         groups, module = sets[cost.consumer], linear(model, cost.consumer)
         gone = cost.costs.argsort(stable=True)[: counts[cost.consumer]]
@@ -266,7 +264,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.model:
         other = str(fetch(arguments.folder / "gemma")) if arguments.model == "gemma3-270m" else arguments.model
         document["model"] = {"source": other, "dtype": document["model"]["dtype"]}
-    folder = open_model(ModelSection.model_validate(document["model"]), convert_gguf).small_files_folder()
+    folder = open_model(ModelSection.model_validate(document["model"])).small_files_folder()
     layout = ModelLayout.of(AutoConfig.from_pretrained(folder))
     channels = sum(len(g.columns) * g.num_parameters for g in layout.group_sets if g.kind == "ffn")
     of_dense: tuple[dict[str, list[Tensor]], Statistics] | None = None  # the same at all points

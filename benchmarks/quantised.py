@@ -23,7 +23,6 @@ from ray_surgeon.cluster.worker import ModelRecipe, load
 from ray_surgeon.export.folder import quantised_copy
 from ray_surgeon.export.rounding import round_weights
 from ray_surgeon.inputs import Inputs, check
-from ray_surgeon.models.gguf import convert_gguf
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.sections.output import QuantizeSection
 from ray_surgeon.sections.texts import ModelSection
@@ -64,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         spec = JobSpec.model_validate(document | {"correction": None, "output": output, "pruning": pruning})
         if inputs is None:
             inputs = check(spec, resume=False, dry_run=True)
-            dense = str(open_model(spec.model, convert_gguf).small_files_folder())
+            dense = str(open_model(spec.model).small_files_folder())
             rows += [row("dense", dense, *how, inputs, arguments.folder / f"dense-{i}") for i, how in enumerate(SCHEMES)]
         result = ray_surgeon.prune(spec=spec)
         if len(rows) == len(SCHEMES):

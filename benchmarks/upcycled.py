@@ -33,7 +33,6 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from ray_surgeon.models.build import stored_name
 from ray_surgeon.models.experts import split_experts
 from ray_surgeon.models.families import FAMILIES
-from ray_surgeon.models.gguf import convert_gguf
 from ray_surgeon.models.loss import next_token_loss
 from ray_surgeon.models.low_rank import LowRank, adding
 from ray_surgeon.sections.texts import SourceSection
@@ -220,7 +219,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     torch.set_num_threads(NUM_THREADS)
     start = time.monotonic()
-    folder = open_model(parse_spec(Path("pipelines/quickstart.yaml").read_text()).model, convert_gguf).small_files_folder()
+    folder = open_model(parse_spec(Path("pipelines/quickstart.yaml").read_text()).model).small_files_folder()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     model = upcycled(dense, arguments.experts).train()

@@ -18,7 +18,6 @@ from pathlib import Path
 from openai import OpenAI
 
 import ray_surgeon
-from ray_surgeon.models.gguf import convert_gguf
 from ray_surgeon.spec import JobSpec, parse_spec
 from ray_surgeon.storage.sources import open_model
 
@@ -42,7 +41,7 @@ def dense_and_pruned(run: Path) -> tuple[Path, Path]:
     spec = JobSpec.model_validate(document | {"correction": None, "output": {"uri": str(run), "exports": ["uniform", "gguf"]}})
     if not list((run / "export" / "gguf").glob("*.gguf")):
         ray_surgeon.prune(spec=spec, resume=(run / "spec.yaml").exists())
-    return open_model(spec.model, convert_gguf).small_files_folder(), run / "export"
+    return open_model(spec.model).small_files_folder(), run / "export"
 
 
 @contextlib.contextmanager

@@ -26,12 +26,11 @@ from ray_surgeon.cluster.sampling import Wanted, to_be_written
 from ray_surgeon.export.for_engines import Shrinking, check_quantised
 from ray_surgeon.export.kinds import check_export
 from ray_surgeon.export.tasks import check_tasks
-from ray_surgeon.methods import METHODS, Groups, GroupsSection, Method, UniformGroupsSection
+from ray_surgeon.methods import METHODS, CoupledSection, Groups, Method
 from ray_surgeon.methods.search import Search
 from ray_surgeon.models.budgets import Budget, bytes_budget, fewest_left, flops_budget, linears_budget, parameters_budget
 from ray_surgeon.models.checkpoint import check_checkpoint, check_tied
 from ray_surgeon.models.families import check_family, check_not_quantised, check_sizes
-from ray_surgeon.models.gguf import convert_gguf
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.llama_cpp import tokenizer_names
 from ray_surgeon.models.pruned_config import check_rope, kv_heads_left
@@ -92,7 +91,7 @@ class Inputs:
     def widths(self) -> str | None:
         """What engines think of the widths that will be left, for people; None if nothing gets narrower."""
         pruning = self.spec.pruning
-        if not isinstance(pruning, GroupsSection | UniformGroupsSection) or not pruning.has_widths:
+        if not isinstance(pruning, CoupledSection) or not pruning.has_widths:
             return None
         whose = "feed-forward layers" if "ffn" in pruning.groups else "experts"
         said = f"{whose} keep multiples of {pruning.multiple} channels"
@@ -153,13 +152,13 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
     with _as_input_error(f"output.uri: cannot use {spec.output.uri}"):
         RunDirectory(spec.output.uri).is_new()  # raises if it holds something else
     with _as_input_error(f"model.source: cannot read {spec.model.source}"):
-        source = open_model(spec.model, convert_gguf)
+        source = open_model(spec.model)
         folder = source.small_files_folder()
     layout = ModelLayout.of(_load_config(folder, source.origin), source.origin)
     placement = place(layout, spec.cluster.num_shards, spec.cluster.num_replicas)
-    if isinstance(spec.pruning, GroupsSection | UniformGroupsSection):
-        pruning, uniform = spec.pruning, isinstance(spec.pruning, UniformGroupsSection)
-        shrinking = Shrinking(pruning.groups, pruning.fewest_groups, pruning.multiple, uniform, pruning.tensor_parallel)
+    if isinstance(spec.pruning, CoupledSection):
+        pruning = spec.pruning
+        shrinking = Shrinking(pruning.groups, pruning.fewest_groups, pruning.multiple, pruning.uniform, pruning.tensor_parallel)
         for kind in spec.output.exports:
             check_export(kind, layout, shrinking)
         if spec.output.quantize is not None:
@@ -231,10 +230,9 @@ def method_for(spec: JobSpec, layout: ModelLayout) -> Method:
     pruning = spec.pruning
     if layout.num_experts and spec.curvature is not None and spec.curvature.sequences_backward is not None:
         raise ValueError("curvature.num_backward: the experts of a mixture see too few tokens to leave some out of G; remove it")
-    if isinstance(pruning, GroupsSection | UniformGroupsSection):
-        uniform = isinstance(pruning, UniformGroupsSection)
+    if isinstance(pruning, CoupledSection):
         heads, devices = layout.heads, pruning.tensor_parallel
-        if heads.num_kv not in kv_heads_left(layout, devices, uniform=uniform):
+        if heads.num_kv not in kv_heads_left(layout, devices, uniform=pruning.uniform):
             raise ValueError(
                 f"pruning.tensor_parallel: {devices}, but no engine splits the dense model's {heads.num_query} query heads and "
                 f"{heads.num_kv} KV heads so; give a number that divides them"
@@ -242,7 +240,7 @@ def method_for(spec: JobSpec, layout: ModelLayout) -> Method:
         for of in (of for of in layout.group_sets if of.kind != "attention" and len(of.columns) % devices):
             raise ValueError(f"pruning.tensor_parallel: {devices}, but {of.consumer} has {len(of.columns)} channels; give a divisor")
         _check_kinds(layout, pruning)
-        fewest = fewest_left(layout, pruning.groups, pruning.fewest_groups, devices, uniform=uniform)
+        fewest = fewest_left(layout, pruning.groups, pruning.fewest_groups, devices, uniform=pruning.uniform)
         consumers = {groups.kind: layout.shapes[groups.consumer].role for groups in layout.group_sets}
         roles = frozenset(consumers[kind] for kind in pruning.groups if kind != "experts")
         method = Groups(pruning, spec.curvature, _budget(layout, pruning, spec.model.dtype), fewest, roles)
@@ -260,7 +258,7 @@ def method_for(spec: JobSpec, layout: ModelLayout) -> Method:
     return other
 
 
-def _check_kinds(layout: ModelLayout, pruning: GroupsSection | UniformGroupsSection) -> None:
+def _check_kinds(layout: ModelLayout, pruning: CoupledSection) -> None:
     missing = [kind for kind in pruning.groups if kind not in layout.kinds]
     if missing:
         raise ValueError(
@@ -285,7 +283,7 @@ def _check_kinds(layout: ModelLayout, pruning: GroupsSection | UniformGroupsSect
         )
 
 
-def _budget(layout: ModelLayout, pruning: GroupsSection | UniformGroupsSection, dtype: str) -> Budget | None:
+def _budget(layout: ModelLayout, pruning: CoupledSection, dtype: str) -> Budget | None:
     """Return what groups save from; None if it must be measured first."""
     target = pruning.target
     if target is None:

@@ -23,7 +23,7 @@ from ray_surgeon.export.kinds import export
 from ray_surgeon.export.latency import Widths, latency_budget
 from ray_surgeon.export.tasks import evaluate_tasks
 from ray_surgeon.inputs import Inputs
-from ray_surgeon.methods import Choice, Corrections, Groups, UniformGroupsSection
+from ray_surgeon.methods import Choice, Corrections, Groups
 from ray_surgeon.methods.method import predicted_increase
 from ray_surgeon.methods.search import SEARCHED, Search
 from ray_surgeon.methods.whole_experts import go_around_removed
@@ -217,7 +217,7 @@ def _write_exports(inputs: Inputs, workers: Cluster, run: RunDirectory, report: 
 def _with_latencies(method: Groups, inputs: Inputs, workers: Cluster, uri: str) -> Groups:
     section = method.section
     assert isinstance(section.target, LatencyTarget)
-    widths = Widths(method.fewest, section.multiple, section.tensor_parallel, isinstance(section, UniformGroupsSection))
+    widths = Widths(method.fewest, section.multiple, section.tensor_parallel, section.uniform)
     return method.with_budget(latency_budget(workers, inputs.layout, inputs.model, section.target, widths, uri))
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from ray_surgeon.methods import CorrectionSection, GroupsSection, PruningSection, UniformGroupsSection
+from ray_surgeon.methods import CorrectionSection, CoupledSection, PruningSection
 from ray_surgeon.sections.base import Section
 from ray_surgeon.sections.cluster import ClusterSection, RaySection
 from ray_surgeon.sections.curvature import CurvatureSection, KfacSection
@@ -105,11 +105,11 @@ class JobSpec(Section):
     @model_validator(mode="after")
     def _possible_exports(self) -> JobSpec:
         pruning, exports = self.pruning, set(self.output.exports) - {"masked"}
-        if exports and not isinstance(pruning, GroupsSection | UniformGroupsSection):
+        if exports and not isinstance(pruning, CoupledSection):
             raise ValueError(f"output.exports: {', '.join(sorted(exports))} needs pruning.structure groups; others leave zeros only")
-        if isinstance(pruning, GroupsSection) and "uniform" in exports:
+        if isinstance(pruning, CoupledSection) and not pruning.uniform and "uniform" in exports:
             raise ValueError("output.exports: uniform needs pruning.allocation uniform; set it, or export per_block")
-        if isinstance(pruning, GroupsSection | UniformGroupsSection):
+        if isinstance(pruning, CoupledSection):
             if "deci" in exports and (pruning.groups != ("ffn",) or pruning.multiple % 256):
                 raise ValueError(
                     "output.exports: deci holds widths that are multiples of 256 and all heads; set pruning.groups to [ffn] and "

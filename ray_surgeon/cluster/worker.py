@@ -18,7 +18,6 @@ from ray_surgeon.cluster.usage import Usage, give_back, process_usage
 from ray_surgeon.memory.stores import Scratch, Stores
 from ray_surgeon.memory.weights import ReadAhead
 from ray_surgeon.models.checkpoint import tensor_reader
-from ray_surgeon.models.gguf import convert_gguf
 from ray_surgeon.models.layout import ExpertSet, GroupSet, ModelLayout
 from ray_surgeon.models.runner import BlockRunner
 from ray_surgeon.models.shard import ModelShard
@@ -171,7 +170,7 @@ class Worker:
         Raises:
             ValueError: the checkpoint cannot be read.
         """
-        source = open_model(recipe.model, convert_gguf)
+        source = open_model(recipe.model)
         scratch = Scratch(*recipe.scratch, f"{self.index.shard}-{self.index.replica}")
         scratch.remove_earlier()
         blocks, dtype = self.placement.blocks[self.index.shard], getattr(torch, recipe.model.dtype)

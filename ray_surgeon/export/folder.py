@@ -22,7 +22,6 @@ from ray_surgeon.cluster.room import available_bytes
 from ray_surgeon.cluster.saving import num_files, save_weights
 from ray_surgeon.cluster.transport import decode
 from ray_surgeon.export.reload import agree
-from ray_surgeon.models.gguf import convert_gguf
 from ray_surgeon.models.pruned_config import BlockWidths
 from ray_surgeon.sections.output import QuantizeSection
 from ray_surgeon.sections.texts import ModelSection
@@ -76,7 +75,7 @@ def dense_document(model: ModelSection) -> dict[str, Any]:
 
     Every family here has classes in transformers, and files of code are not copied.
     """
-    document = json.loads(open_model(model, convert_gguf).fetch("config.json").read_text(encoding="utf-8"))
+    document = json.loads(open_model(model).fetch("config.json").read_text(encoding="utf-8"))
     for name in ("torch_dtype", "quantization_config", "auto_map"):
         document.pop(name, None)
     # blocks that guess further tokens are no part of the model that transformers runs, and not read
@@ -90,7 +89,7 @@ def copy_small_files(model: ModelSection, uri: str, *, another_type: bool = Fals
     transformers chooses a tokenizer's class by the type of the model, and some classes build another one than the file says. So if the
     export is of another type than the dense model, the tokenizer is written as it is for the dense one.
     """
-    dense = open_model(model, convert_gguf)
+    dense = open_model(model)
     for name in filter(goes_along, dense.names):
         if name != "config.json":
             files.put_file(files.join(uri, name), dense.fetch(name))

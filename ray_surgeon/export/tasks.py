@@ -15,7 +15,6 @@ import torch
 from ray_surgeon.cluster.cluster import Cluster
 from ray_surgeon.cluster.fresh_process import run_module, run_on_worker
 from ray_surgeon.export.folder import download_folder, local_folder
-from ray_surgeon.models.gguf import convert_gguf
 from ray_surgeon.sections.texts import ModelSection, TasksSection
 from ray_surgeon.storage.sources import SMALL_FILES, open_model
 
@@ -61,7 +60,7 @@ def evaluate_tasks(cluster: Cluster, model: ModelSection | str, options: TasksSe
 
 
 def _fetch_dense(source: ModelSection, folder: Path) -> None:
-    dense = open_model(source, convert_gguf)
+    dense = open_model(source)
     folder.mkdir()
     weights = dense.weight_files()
     for name in dense.names:

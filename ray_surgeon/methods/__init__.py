@@ -12,7 +12,7 @@ from pydantic import Tag
 from ray_surgeon.methods.corrections import Corrections, CorrectionSection
 from ray_surgeon.methods.elements import Elements, ElementsSection, NMSection
 from ray_surgeon.methods.groups import Groups
-from ray_surgeon.methods.groups_section import GroupsSection, UniformGroupsSection
+from ray_surgeon.methods.groups_section import CoupledSection, GroupsSection, UniformGroupsSection
 from ray_surgeon.methods.layerwise import Layerwise, SparseGPTSection, WandaSection
 from ray_surgeon.methods.method import Choice, Method, Scores
 from ray_surgeon.methods.rows_columns import RowsColumns, RowsColumnsSection
@@ -23,6 +23,7 @@ __all__ = [
     "Choice",
     "CorrectionSection",
     "Corrections",
+    "CoupledSection",
     "Groups",
     "GroupsSection",
     "Method",

@@ -21,7 +21,7 @@ from ray_surgeon.cluster.cluster import Cluster
 from ray_surgeon.cluster.needs import Job, LinearNeeds
 from ray_surgeon.cluster.worker import LinearSummary, Worker, collective, sizes
 from ray_surgeon.methods.consumer_costs import ConsumerCosts, Reach, Unit, merged
-from ray_surgeon.methods.groups_section import RECONSTRUCTED, GroupsSection, UniformGroupsSection
+from ray_surgeon.methods.groups_section import RECONSTRUCTED, CoupledSection, GroupsSection
 from ray_surgeon.methods.method import Choice, Method, Scores, in_order, linear_of
 from ray_surgeon.methods.reconstruction import Arrivals, Reconstruction, errors_of
 from ray_surgeon.methods.whole_experts import whole_expert_costs
@@ -57,7 +57,7 @@ class Scored:
 class Groups(Method):
     """Coupled groups."""
 
-    section: GroupsSection | UniformGroupsSection
+    section: CoupledSection
     budget: Budget | None  # what they save from; None until latencies are measured
     fewest: Mapping[str, int]  # kind -> groups that must be left in every block, or experts
     consumers: frozenset[str]  # roles of the last linears of the groups
@@ -82,10 +82,6 @@ class Groups(Method):
         """The reconstruction of layers that lose groups, if there is one."""
         section, kinds = self.section.reconstruction, RECONSTRUCTED & set(self.section.groups)
         return None if section is None else Reconstruction(section, kinds)
-
-    @property
-    def _uniform(self) -> bool:
-        return isinstance(self.section, UniformGroupsSection)
 
     @property
     def _per_unit(self) -> bool:
@@ -194,7 +190,7 @@ class Groups(Method):
             unscaled = -math.inf if reach.limit is None else reach.limit / scale
             limit = None if reach.limit is None else unscaled * self._unit_of(kind)
             odd = left % self.multiple(kind, shot)  # must go whatever they cost
-            most = math.inf if self._uniform or limit is None or odd else _FAR * limit
+            most = math.inf if self.section.uniform or limit is None or odd else _FAR * limit
             needed = max((reach.needed or {}).get(name, 0), odd)
             costs = group_costs(linear, alive, curvature, groups.columns, self.section.fewest_groups[kind], limit, needed, most).float()
             found.consumers[name] = alive, curvature.used_damping, costs
@@ -213,7 +209,7 @@ class Groups(Method):
 
     def _allowed(self, worker: Worker, groups: GroupSet, shot: int) -> frozenset[int]:
         if groups.kind == "attention":
-            return frozenset(kv_heads_left(worker.layout, self.section.tensor_parallel, uniform=self._uniform))
+            return frozenset(kv_heads_left(worker.layout, self.section.tensor_parallel, uniform=self.section.uniform))
         whole = len(groups.columns)
         return frozenset((*range(0, whole, self.multiple(groups.kind, shot)), whole))
 
@@ -280,7 +276,7 @@ class Groups(Method):
         cluster.progress.begin(unit="linears")
         once = Scores.merged(cluster.run_all(self.costs, Reach(), shot))
         first, factor = self.allocate(once, shot), 1.25
-        limit = NOTHING if self._uniform else factor * max(0.0, first.threshold or 0.0)
+        limit = NOTHING if self.section.uniform else factor * max(0.0, first.threshold or 0.0)
         scores, only = once, None
         while True:
             wanted = {name: math.ceil(factor * count) for name, count in first.counts.items() if name not in first.experts}
@@ -295,7 +291,7 @@ class Groups(Method):
                 continue
             threshold = max(0.0, found.threshold or 0.0)  # below 0 only experts go
             only = self._short(scores, threshold)
-            if self._uniform or not only:
+            if self.section.uniform or not only:
                 return scores
             limit = threshold  # with all paths up to there the threshold is this one or lower
 
@@ -346,7 +342,7 @@ class Groups(Method):
             if c.num_left or c.kind != "expert_channels"
         ]
         missing, fewest = budget.of((c.kind, c.num_left) for c in costs) - self.goal(shot), self.fewest.get("experts", 0)
-        if self._uniform:
+        if self.section.uniform:
             return allocate_uniformly(groups, missing, fewest_experts=fewest)
         return allocate_globally(groups, missing, per_unit=self._per_unit, fewest_experts=fewest)
 

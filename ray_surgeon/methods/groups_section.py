@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -30,7 +30,11 @@ class ReconstructionSection(Section):
     seed: int = Field(0, ge=0, description="Seed of the order of the tokens")
 
 
-class _Groups(ScheduleSection):
+class CoupledSection(ScheduleSection):
+    """What both ways to allocate coupled groups have."""
+
+    uniform: ClassVar[bool] = False  # whether every block gets the same widths
+
     structure: Literal["groups"] = Field(description="Coupled groups")
     method: Literal["llm_surgeon"] = Field("llm_surgeon", description="The LLM Surgeon: costs from the curvature, and updates")
     groups: tuple[GroupKind, ...] = Field(
@@ -103,13 +107,13 @@ class _Groups(ScheduleSection):
         return None
 
     @model_validator(mode="after")
-    def _different_kinds(self) -> _Groups:
+    def _different_kinds(self) -> CoupledSection:
         if len(set(self.groups)) < len(self.groups):
             raise ValueError(f"groups: {', '.join(self.groups)} name a kind twice; remove one")
         return self
 
     @model_validator(mode="after")
-    def _reconstructs_something(self) -> _Groups:
+    def _reconstructs_something(self) -> CoupledSection:
         if self.reconstruction is not None and not RECONSTRUCTED & set(self.groups):
             raise ValueError(
                 f"reconstruction: is of ffn and shared_experts, got groups {', '.join(self.groups)}; add one of them, or leave it out"
@@ -117,7 +121,7 @@ class _Groups(ScheduleSection):
         return self
 
     @model_validator(mode="after")
-    def _scores_of_experts(self) -> _Groups:
+    def _scores_of_experts(self) -> CoupledSection:
         if self.expert_costs != "rerouting" and "experts" not in self.groups:
             raise ValueError(f"expert_costs: {self.expert_costs} is of whole experts; add experts to groups, or leave it out")
         if self.expert_costs != "rerouting" and set(self.groups) != {"experts"}:
@@ -127,7 +131,7 @@ class _Groups(ScheduleSection):
         return self
 
     @model_validator(mode="after")
-    def _splits(self) -> _Groups:
+    def _splits(self) -> CoupledSection:
         if self.multiple % self.tensor_parallel:
             raise ValueError(
                 f"width_multiple: {self.multiple} channels cannot be split over tensor_parallel {self.tensor_parallel} devices; "
@@ -136,7 +140,7 @@ class _Groups(ScheduleSection):
         return self
 
     @model_validator(mode="after")
-    def _one_target(self) -> _Groups:
+    def _one_target(self) -> CoupledSection:
         if (self.target_sparsity is None) == (self.target is None):
             got = "none" if self.target is None else "both"
             raise ValueError(f"target_sparsity: give this or target, got {got}")
@@ -155,7 +159,7 @@ class SearchSection(Section):
     )
 
 
-class GroupsSection(_Groups):
+class GroupsSection(CoupledSection):
     """Coupled groups, as many from each block as one threshold over the model says."""
 
     allocation: Literal["global"] = Field("global", description="One threshold over the model; widths differ from block to block")
@@ -187,7 +191,9 @@ class GroupsSection(_Groups):
         return dict.fromkeys(super().fewest_groups, 0) if self.remove_blocks else super().fewest_groups
 
 
-class UniformGroupsSection(_Groups):
+class UniformGroupsSection(CoupledSection):
     """Coupled groups, the same number from each block, so that plain model classes can hold the result."""
+
+    uniform: ClassVar[bool] = True
 
     allocation: Literal["uniform"] = Field(description="The same widths in every block")

@@ -146,19 +146,18 @@ class WeightReader:
         return self._tensors.read(self._uri_of[self.file_of[key]], key, entry)
 
 
-def open_model(source: ModelSection, convert: Callable[[Path, Path], None]) -> ModelFiles:
+def open_model(source: ModelSection) -> ModelFiles:
     """Open a checkpoint wherever it is.
 
     Args:
         source: what the job spec says.
-        convert: (GGUF file, folder) -> None, writes a Hugging Face folder; called at most once a file, then cached.
 
     Raises:
         ValueError: it is not there or is not a checkpoint; says where it was looked for and what to do.
     """
     where = source.source
     if where.startswith("pkg://"):
-        return _folder(source, _converted(_package_file(source), convert))
+        return _folder(source, _converted(_package_file(source)))
     if "://" in where:
         return _remote(source)
     if Path(where).is_dir():
@@ -271,14 +270,16 @@ def _file_in_wheel(requirement: str, sha256: str, member: str) -> Path:
     return target
 
 
-def _converted(gguf: Path, convert: Callable[[Path, Path], None]) -> Path:
+def _converted(gguf: Path) -> Path:
     """Return the cached Hugging Face folder of a GGUF file, converting it if need be."""
+    from ray_surgeon.storage.gguf import convert_gguf  # transformers takes seconds to import
+
     digest = hashlib.sha256(gguf.read_bytes()).hexdigest()[:32]
     folder = files.cache_folder() / "converted" / digest
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(str(folder) + ".lock"):
         if not (folder / "config.json").exists():
             with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-                convert(gguf, Path(scratch) / "model")
+                convert_gguf(gguf, Path(scratch) / "model")
                 os.replace(Path(scratch) / "model", folder)
     return folder

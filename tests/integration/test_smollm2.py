@@ -10,7 +10,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ray_surgeon.inputs import check
-from ray_surgeon.models.gguf import convert_gguf
 from ray_surgeon.pipeline import main
 from ray_surgeon.spec import parse_spec
 from ray_surgeon.storage.sources import open_model
@@ -53,7 +52,7 @@ def test_rows_and_columns_of_smollm2(tmp_path: Path) -> None:
     assert dense < shot["perplexity"]["python-docs"] < 1.3 * dense
     inputs = check(parse_spec((tmp_path / "run/spec.yaml").read_text()), resume=True)
     windows = torch.from_numpy(inputs.texts["python-docs"])
-    folder = open_model(inputs.model, convert_gguf).small_files_folder()
+    folder = open_model(inputs.model).small_files_folder()
     for uri, found in ((folder, dense), (tmp_path / "run/export/masked", shot["perplexity"]["python-docs"])):
         model = AutoModelForCausalLM.from_pretrained(uri, dtype=torch.float32)
         with torch.no_grad():
