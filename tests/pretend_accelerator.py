@@ -13,8 +13,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
-import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -160,8 +158,7 @@ _LIBRARIES = _register()
 """Kept, because a library that is dropped takes its operators with it."""
 
 
-def main() -> None:
-    """Call a function in this process and print what it returns: ``{"function": "module:name", "arguments": {...}}`` on standard input."""
-    asked = json.load(sys.stdin)
+def answer(asked: dict[str, Any]) -> dict[str, Any]:
+    """Call a function in this process and return what it returns: ``{"function": "module:name", "arguments": {...}}``."""
     module, name = asked["function"].split(":")
-    print(json.dumps({"returned": getattr(importlib.import_module(module), name)(**asked["arguments"])}))
+    return {"returned": getattr(importlib.import_module(module), name)(**asked["arguments"])}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import io
 import json
 import os
 import sys
@@ -43,8 +42,7 @@ def run_command_line(arguments: list[str]) -> int:
 def run_module(asked: dict[str, Any]) -> int:
     os.environ.update(asked["environment"])
     transformers.dynamic_module_utils.HF_MODULES_CACHE = asked["environment"]["HF_MODULES_CACHE"]
-    sys.stdin = io.StringIO(json.dumps(asked["request"]))
-    importlib.import_module(asked["module"]).main()
+    print("\n" + json.dumps(importlib.import_module(asked["module"]).answer(asked["request"])))
     return 0
 
 

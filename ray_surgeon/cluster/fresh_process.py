@@ -17,12 +17,12 @@ if TYPE_CHECKING:  # the processes that read requests need no workers
 
 
 def run_module(module: str, request: Mapping[str, Any], offline: bool = True, gpu: str | None = None) -> dict[str, Any]:
-    """Run a module and return what it found.
+    """Return the answer of a module to a request.
 
     Args:
-        module: dotted name; it reads a JSON object from its standard input, and the last line it prints is one.
+        module: dotted name; its function `answer` takes the request and returns a dictionary. Both travel as JSON.
             On Linux its process is killed when this one ends.
-        request: that object.
+        request: for it.
         offline: whether it may not ask the Hub.
         gpu: the one GPU that it sees, as in ``CUDA_VISIBLE_DEVICES``, or "" for none; those of this process if not given.
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -289,10 +288,6 @@ def _written(request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         yield {"file": file, "size_bytes": size, "largest_error": error}
 
 
-def main() -> None:
-    """Write the files that a request asks for, and say what was written."""
-    sys.stdout.write(json.dumps({"files": list(_written(json.load(sys.stdin)))}) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+def answer(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the files that a request asks for, and return what was written; see `fresh_process.run_module`."""
+    return {"files": list(_written(request))}

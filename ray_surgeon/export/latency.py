@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import operator
 import statistics
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -168,9 +167,8 @@ def _time_blocks(model: Any, options: SpeedSection, device: torch.device) -> lis
     return turns[1:]
 
 
-def main() -> None:
-    """Print the seconds of every width and of what is outside the blocks as one line of JSON."""
-    request = json.load(sys.stdin)
+def answer(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the seconds of every width and of what is outside the blocks; see `fresh_process.run_module`."""
     options, device = SpeedSection(**request["request"]), torch.device(request["device"])
     torch.set_num_threads(options.num_threads)
     torch.manual_seed(0)
@@ -189,9 +187,4 @@ def main() -> None:
             rests.append(medians[-1])
     dense = statistics.median(of_whole)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {options.num_threads} threads"
-    found = {"device": name, "seconds": [dense + seconds[width] for width in widths], "rest_seconds": statistics.median(rests)}
-    sys.stdout.write(json.dumps(found) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    return {"device": name, "seconds": [dense + seconds[width] for width in widths], "rest_seconds": statistics.median(rests)}

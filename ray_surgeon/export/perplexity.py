@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import sys
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -12,9 +12,8 @@ from ray_surgeon.export.reload import load
 from ray_surgeon.models.loss import perplexity_of
 
 
-def main() -> None:
-    """Print the perplexity on every text: exp of the mean over windows of the mean loss of a token."""
-    request = json.load(sys.stdin)
+def answer(request: Mapping[str, Any]) -> dict[str, float]:
+    """Return the perplexity on every text: exp of the mean over windows of the mean loss of a token; see `fresh_process.run_module`."""
     torch.set_num_threads(request["num_threads"])
     model = load(request)
     found = {}
@@ -25,8 +24,4 @@ def main() -> None:
                 logits = model(window[None], use_cache=False).logits[0, :-1].float()
                 losses.append(float(torch.nn.functional.cross_entropy(logits, window[1:])))
             found[name] = perplexity_of(sum(losses) / len(losses))
-    sys.stdout.write(json.dumps(found) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    return found

@@ -7,9 +7,8 @@ Runs as a module of its own, see `fresh_process`.
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from compressed_tensors.compressors.base import BaseCompressor
@@ -62,13 +61,12 @@ def restored(stored: Mapping[str, Tensor], scheme: QuantizationScheme) -> Tensor
     return weight
 
 
-def main() -> None:
-    """Write the quantised copy of an export, and say how large it is and how far its weights are from the export's.
+def answer(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the quantised copy of an export; return its size and how far its weights are from the export's; see `fresh_process.run_module`.
 
     Raises:
         ValueError: see `quantised`.
     """
-    request = json.load(sys.stdin)
     source, target, linears = request["source"], request["target"], set(request["linears"])
     export = request["export"]  # with the weights as they were, and the configuration
     scales = {name: scale for uri in request["scales"] for name, scale in tensor_files.read(uri).items()}
@@ -104,8 +102,4 @@ def main() -> None:
         config_groups={"group_0": scheme}, format=scheme.format, ignore=sorted(set(plain)), quantization_status="compressed"
     )
     files.write_json(files.join(target, "config.json"), document | {"quantization_config": config.to_dict()})
-    sys.stdout.write(json.dumps({"size_bytes": total, "relative_error": (difference / max(norm, 1e-30)) ** 0.5}) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    return {"size_bytes": total, "relative_error": (difference / max(norm, 1e-30)) ** 0.5}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -60,13 +58,12 @@ def load(request: Mapping[str, Any]) -> PreTrainedModel:
     return loaded
 
 
-def main() -> None:
+def answer(request: Mapping[str, Any]) -> dict[str, Any]:
     """Write the logits [1, T, vocabulary] float32 of a token sequence, and generate from its first tokens; see `reload_difference`.
 
     Raises:
         RuntimeError: see `load`; or the logits with a cache are not those without.
     """
-    request = json.load(sys.stdin)
     model = load(request)
     tokens = torch.tensor([request["tokens"]])
     with torch.no_grad():
@@ -79,8 +76,4 @@ def main() -> None:
     if not agree(cached, again, request["dtype"], half=request["half"]):
         raise RuntimeError(f"with a cache the logits differ by {float((cached - again).abs().max()):g} from those without")
     save_file({"logits": logits.contiguous()}, request["logits"])
-    sys.stdout.write("{}\n")
-
-
-if __name__ == "__main__":
-    main()
+    return {}

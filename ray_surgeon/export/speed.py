@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -131,9 +130,8 @@ def _random_model(document: Mapping[str, Any], folder: Path, dtype: torch.dtype,
     return model
 
 
-def main() -> None:
-    """Print the comparison, or what one model alone needs of memory, as one line of JSON."""
-    request = json.load(sys.stdin)
+def answer(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the comparison, or what one model alone needs of memory; see `fresh_process.run_module`."""
     options, shipped_code = SpeedSection(**request["options"]), bool(request["shipped_code"])
     torch.set_num_threads(options.num_threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -164,8 +162,4 @@ def main() -> None:
             _once(models[request["only"]], prompts, options)
             usage = process_usage(device)
             record = {"peak_rss_bytes": usage.peak_rss_bytes, "peak_gpu_bytes": usage.peak_gpu_bytes}
-    sys.stdout.write(json.dumps(record) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    return record

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -77,9 +75,8 @@ def _numbers(results: Mapping[str, Mapping[str, Any]]) -> Scores:
     return scores
 
 
-def main() -> None:
-    """Print the scores, or the tasks that are not known, as one line of JSON."""
-    request = json.load(sys.stdin)
+def answer(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the scores, or the tasks that are not known; see `fresh_process.run_module`."""
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -104,8 +101,4 @@ def main() -> None:
             results = simple_evaluate(model, tasks=list(options.names), task_manager=manager, bootstrap_iters=0, **settings)
             assert results is not None
             found = dict(_numbers(results["results"]))
-    sys.stdout.write("\n" + json.dumps(found) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    return found

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 import time
 from pathlib import Path
+from typing import Any
 
-if __name__ == "__main__":
-    request = json.load(sys.stdin)
+
+def answer(request: dict[str, Any]) -> dict[str, Any]:
     Path(request["path"] + ".new").write_text(str(os.getpid()))
     os.replace(request["path"] + ".new", request["path"])
     time.sleep(request["seconds"])
+    return {}
