@@ -28,7 +28,8 @@ from ray_surgeon.run.display import new_console
 from ray_surgeon.run.plots import save
 from ray_surgeon.spec import parse_spec
 from ray_surgeon.storage import files
-from ray_surgeon.surgery.extended.terms import Term, power_iteration, quadratic_forms
+from ray_surgeon.surgery.extended.terms import power_iteration, quadratic_forms
+from ray_surgeon.surgery.kronecker import Term
 
 
 def token_pairs(inputs: Inputs, linears: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:

@@ -8,7 +8,6 @@ import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +31,7 @@ from ray_surgeon.run.in_memory import a_tokenizer, causal_lm, dtype_of, saved, w
 from ray_surgeon.sections.base import Positive, local_path
 from ray_surgeon.sections.cluster import RaySection
 from ray_surgeon.shots import run_shots
-from ray_surgeon.spec import JobSpec, validation_message
+from ray_surgeon.spec import JobSpec, absolute, validation_message
 from ray_surgeon.storage import files
 from ray_surgeon.storage.texts import first_token
 from ray_surgeon.surgery.kronecker import KroneckerFactors
@@ -261,9 +260,7 @@ def _spec_of(model: str | PreTrainedModel | None, tokenizer: PreTrainedTokenizer
         return JobSpec.model_validate(document)
     if tokenizer is None:
         raise ValueError("tokenizer: a model in memory needs its tokenizer; give it as the second argument")
-    uri = str(document["output"]["uri"])
-    uri = uri if "://" in uri else str(Path(uri).expanduser().resolve())
-    document["model"] = {"source": files.join(uri, "source"), "dtype": dtype_of(model)}
+    document["model"] = {"source": files.join(absolute(str(document["output"]["uri"])), "source"), "dtype": dtype_of(model)}
     return JobSpec.model_validate(document)
 
 

@@ -17,11 +17,11 @@ from ray.exceptions import (
     RayTaskError,
     WorkerCrashedError,
 )
+from ray.util.metrics import Counter, Gauge
 
 from ray_surgeon.cluster.ray_cluster import (
     NoRoomError,
     RayCluster,
-    RayMetrics,
     WorkerFailure,
     WorkerFailureError,
     connect,
@@ -47,6 +47,25 @@ _LOST = {
 """Cause of a failure -> what the user reads."""
 
 
+class RayMetrics:
+    """The gauges and counters of a run, which Ray exports as ``ray_surgeon_*``; the process that holds them must belong to Ray."""
+
+    def __init__(self, run: str) -> None:
+        """Register them; the name of the run is a tag of all."""
+        self._run = run
+        self._gauges = {name: Gauge(f"surgeon_{name}", text, ("run", *tags)) for name, (text, tags) in GAUGES.items()}
+        self._counters = {name: Counter(f"surgeon_{name}", text, ("run", *tags)) for name, (text, tags) in COUNTERS.items()}
+
+    def record(self, event: Event) -> None:
+        """Set the gauges and add to the counters that an event says something of."""
+        for name, value, tags in readings(event):
+            with_run = {"run": self._run, **tags}
+            if name in self._gauges:
+                self._gauges[name].set(value, with_run)
+            else:
+                self._counters[name].inc(value, with_run)
+
+
 class Coordinator:
     """The Ray actor that runs the shots; it holds the workers, so they end with it. `news` answers while `run` runs."""
 
@@ -67,22 +86,20 @@ class Coordinator:
             None at the end, or what failed.
         """
         spec, run = inputs.spec, RunDirectory(inputs.spec.output.uri, attempt)
-        metrics = RayMetrics(spec.name, GAUGES, COUNTERS)
+        metrics = RayMetrics(spec.name)
 
         def listen(news: Event | Moment) -> None:
             if isinstance(news, Moment):
                 self._moment = news
                 return
             self._events.append(news)
-            for reading in readings(news):
-                metrics.record(*reading)
+            metrics.record(news)
 
         if before is not None:
             run.start(inputs.spec_yaml, inputs.fingerprints)
             event = Event("retry", 0, spec.pruning.shots, 0.0, {"cause": before.cause, "message": before.message})
             run.add_event(asdict(event) | {"time": time.time()})
-            for reading in readings(event):
-                metrics.record(*reading)
+            metrics.record(event)
         cluster = None
         try:
             assert isinstance(spec.cluster, RaySection)

@@ -36,15 +36,13 @@ from ray_surgeon.models.llama_cpp import tokenizer_names
 from ray_surgeon.models.pruned_config import check_rope, kv_heads_left
 from ray_surgeon.run.directory import RunDirectory
 from ray_surgeon.sections.cluster import LocalSection
+from ray_surgeon.sections.output import KERNEL_COLUMNS
 from ray_surgeon.sections.targets import FlopsTarget, LatencyTarget, ParametersTarget
 from ray_surgeon.sections.texts import ModelSection, SelfSection, SourceSection
 from ray_surgeon.spec import JobSpec, with_absolute_paths
 from ray_surgeon.storage import files
 from ray_surgeon.storage.sources import open_model
 from ray_surgeon.storage.texts import Windows, cut_windows, first_token, interleaved, is_saved_whole, order, token_stream, windows_of
-
-_COLUMNS_OF_QUANTISED_KERNELS = 128
-"""On each device; blocks of FP8 have so many, and vLLM's kernel for four bits takes no fewer at a time."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +93,7 @@ class Inputs:
             return None
         whose = "feed-forward layers" if "ffn" in pruning.groups else "experts"
         said = f"{whose} keep multiples of {pruning.multiple} channels"
-        liked = _COLUMNS_OF_QUANTISED_KERNELS * pruning.tensor_parallel
+        liked = KERNEL_COLUMNS * pruning.tensor_parallel
         return said if pruning.multiple % liked == 0 else f"{said}; to quantise later, set pruning.width_multiple to {liked}"
 
     def plan(self, room: Room, device: Device) -> Plan:
@@ -194,9 +192,10 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
     # scores before and after are of the same tasks; a run may go on without tasks that fail
     fingerprints["tasks"] = None if tasks is None else tasks.model_dump(mode="json", exclude={"batch_size"})
     tokens = {name: windows.tokens for name, windows in texts.items()}
-    written = to_be_written(spec.calibration, tokenizer, layout.config)
-    tokens_of = (calibration.tokens, tokens)
-    inputs = Inputs(spec, layout, placement, method, source.pinned, *tokens_of, fingerprints, _environment(), written, searched.tokens)
+    written, here = to_be_written(spec.calibration, tokenizer, layout.config), _environment()
+    inputs = Inputs(
+        spec, layout, placement, method, source.pinned, calibration.tokens, tokens, fingerprints, here, written, searched.tokens
+    )
     with _as_input_error(f"output.uri: cannot use {spec.output.uri}"):
         RunDirectory(spec.output.uri).check(fingerprints, inputs.spec_yaml, resume=resume)
         if not dry_run:

@@ -24,7 +24,6 @@ from ray_surgeon.export.latency import Widths, latency_budget
 from ray_surgeon.export.tasks import evaluate_tasks
 from ray_surgeon.inputs import Inputs
 from ray_surgeon.methods import Choice, Corrections, Groups
-from ray_surgeon.methods.method import predicted_increase
 from ray_surgeon.methods.search import SEARCHED, Search
 from ray_surgeon.methods.whole_experts import go_around_removed
 from ray_surgeon.run.directory import RunDirectory, TakenOverError
@@ -145,9 +144,9 @@ def _run_shots(inputs: Inputs, workers: Cluster, run: RunDirectory, listen: Call
         with step("update", shot) as facts:
             linears = method.of_loss(method.apply(workers, inputs.calibration, choice, shot))
             sparsity = 1 - sum(s.num_kept for s in linears) / sum(s.size for s in linears)
-            predicted = predicted_increase(linears)
-            facts |= {"sparsity": sparsity} | ({} if predicted is None else {"predicted_loss_increase": predicted})
             record |= method.record(workers, scores, choice, linears)
+            predicted = record.get("predicted_loss_increase")
+            facts |= {"sparsity": sparsity} | ({} if predicted is None else {"predicted_loss_increase": predicted})
         if spec.correction is not None:
             with step("correction", shot) as facts:
                 losses, absorbed = Corrections(spec.correction).train(workers, inputs.calibration, shot, num_shots)
@@ -201,17 +200,35 @@ def _write_exports(inputs: Inputs, workers: Cluster, run: RunDirectory, report: 
     for kind in spec.output.exports:
         with step("export", num_shots) as facts:
             run.check_attempt()
-            about, linear_records, uri = report.model_card_facts(), report.shots[-1]["linears"], run.path("export", kind)
-            source, tokens, tasks = (inputs.layout, inputs.model), inputs.calibration[0], spec.evaluation.tasks
-            found = export(kind, workers, *source, uri, tokens, about, linear_records, output=spec.output, tasks=tasks)
+            found = export(
+                kind,
+                workers,
+                inputs.layout,
+                inputs.model,
+                run.path("export", kind),
+                inputs.calibration[0],
+                report.model_card_facts(),
+                report.shots[-1]["linears"],
+                output=spec.output,
+                tasks=spec.evaluation.tasks,
+            )
             report.exports.append(found)
             facts |= {name: found[name] for name in ("kind", "uri", "size_bytes", "reload_max_logit_difference") if name in found}
     if spec.output.quantize is not None:  # after the other exports, because it may round the workers' weights
         with step("quantise", num_shots) as facts:
             (uniform,) = (entry for entry in report.exports if entry["kind"] == "uniform")
-            source, texts, about = (inputs.layout, inputs.model), (inputs.calibration, inputs.texts), report.model_card_facts()
-            report.exports.append(export_quantised(workers, *source, uniform, *texts, about, spec.output.quantize))
-            facts |= {name: report.exports[-1][name] for name in ("kind", "uri", "size_bytes")}
+            copy = export_quantised(
+                workers,
+                inputs.layout,
+                inputs.model,
+                uniform,
+                inputs.calibration,
+                inputs.texts,
+                report.model_card_facts(),
+                spec.output.quantize,
+            )
+            report.exports.append(copy)
+            facts |= {name: copy[name] for name in ("kind", "uri", "size_bytes")}
 
 
 def _with_latencies(method: Groups, inputs: Inputs, workers: Cluster, uri: str) -> Groups:

@@ -18,7 +18,7 @@ from ray_surgeon.sections.base import Section
 from ray_surgeon.sections.cluster import ClusterSection, RaySection
 from ray_surgeon.sections.curvature import CurvatureSection, KfacSection
 from ray_surgeon.sections.memory import MemorySection
-from ray_surgeon.sections.output import OutputSection
+from ray_surgeon.sections.output import DECI_MULTIPLE, KERNEL_COLUMNS, OutputSection
 from ray_surgeon.sections.targets import LatencyTarget
 from ray_surgeon.sections.texts import CalibrationSection, EvaluationSection, ModelSection
 
@@ -52,7 +52,7 @@ class JobSpec(Section):
     @model_validator(mode="before")
     @classmethod
     def _widths_for_engines(cls, document: Any) -> Any:
-        """DeciLM rounds widths up to multiples of 256; kernels for quantised weights work on 128 columns at a time."""
+        """Let feed-forward layers and experts have widths that the engines of the exports take whole, unless the spec says others."""
         pruning = document.get("pruning") if isinstance(document, dict) else None
         output = document.get("output") if isinstance(document, dict) else None
         if not (isinstance(pruning, dict) and isinstance(output, dict)) or pruning.get("structure") != "groups":
@@ -60,7 +60,7 @@ class JobSpec(Section):
         exports, devices = output.get("exports"), pruning.get("tensor_parallel", 1)
         if not isinstance(exports, list | tuple) or not isinstance(devices, int):
             return document
-        multiple = 256 if "deci" in exports else 128 if output.get("quantize") else None
+        multiple = DECI_MULTIPLE if "deci" in exports else KERNEL_COLUMNS if output.get("quantize") else None
         if multiple is None:
             return document
         return document | {"pruning": pruning | {"width_multiple": pruning.get("width_multiple") or multiple * devices}}
@@ -110,10 +110,10 @@ class JobSpec(Section):
         if isinstance(pruning, CoupledSection) and not pruning.uniform and "uniform" in exports:
             raise ValueError("output.exports: uniform needs pruning.allocation uniform; set it, or export per_block")
         if isinstance(pruning, CoupledSection):
-            if "deci" in exports and (pruning.groups != ("ffn",) or pruning.multiple % 256):
+            if "deci" in exports and (pruning.groups != ("ffn",) or pruning.multiple % DECI_MULTIPLE):
                 raise ValueError(
-                    "output.exports: deci holds widths that are multiples of 256 and all heads; set pruning.groups to [ffn] and "
-                    "pruning.width_multiple to 256"
+                    f"output.exports: deci holds widths that are multiples of {DECI_MULTIPLE} and all heads; set pruning.groups to [ffn] "
+                    f"and pruning.width_multiple to {DECI_MULTIPLE}"
                 )
             target = pruning.target
             if isinstance(target, LatencyTarget) and target.device == "cuda" and not self.cluster.gpus_per_worker:
@@ -216,11 +216,8 @@ def _apply_override(document: dict[str, Any], override: str) -> None:
     except _YAML_ERRORS as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"--set {override}: the value is no YAML ({reason}); put it into quotes, as in '{path}=\"{value}\"'") from error
-    if (
-        keys[0] == "evaluation"
-        and keys[1:2] in [[n] for n in EvaluationSection.model_fields]
-        and isinstance(document.get("evaluation"), list)
-    ):
+    names_a_field = len(keys) > 1 and keys[0] == "evaluation" and keys[1] in EvaluationSection.model_fields
+    if names_a_field and isinstance(document.get("evaluation"), list):
         document["evaluation"] = {"texts": document["evaluation"]}  # for which a list is short
     place: Any = document
     for number, key in enumerate(keys):
@@ -282,6 +279,11 @@ def validation_message(error: ValidationError, origin: str, derived: Sequence[st
     return "\n".join([f"{origin} is not a valid job spec:", *lines])
 
 
+def absolute(uri: str) -> str:
+    """Return a local path whole, and any other URI as it is."""
+    return uri if "://" in uri else str(Path(uri).expanduser().resolve())
+
+
 def with_absolute_paths(spec: JobSpec) -> JobSpec:
     """Return the spec with local paths made absolute: workers run in other folders than the driver."""
     model, output, evaluation, memory = spec.model, spec.output, spec.evaluation, spec.memory
@@ -289,10 +291,9 @@ def with_absolute_paths(spec: JobSpec) -> JobSpec:
     if os.path.exists(here):  # Path.exists raises where it may not look
         model = model.model_copy(update={"source": str(here.resolve())})
     if memory.scratch is not None:
-        memory = memory.model_copy(update={"scratch": str(Path(memory.scratch).expanduser().resolve())})
-    if "://" not in output.uri:
-        output = output.model_copy(update={"uri": str(Path(output.uri).expanduser().resolve())})
-    if evaluation.tasks is not None and evaluation.tasks.include is not None and "://" not in evaluation.tasks.include:
-        include = str(Path(evaluation.tasks.include).expanduser().resolve())
-        evaluation = evaluation.model_copy(update={"tasks": evaluation.tasks.model_copy(update={"include": include})})
+        memory = memory.model_copy(update={"scratch": absolute(memory.scratch)})
+    output = output.model_copy(update={"uri": absolute(output.uri)})
+    if evaluation.tasks is not None and evaluation.tasks.include is not None:
+        tasks = evaluation.tasks.model_copy(update={"include": absolute(evaluation.tasks.include)})
+        evaluation = evaluation.model_copy(update={"tasks": tasks})
     return spec.model_copy(update={"model": model, "output": output, "evaluation": evaluation, "memory": memory})

@@ -9,7 +9,7 @@ from ray_surgeon.models.layout import LinearShape
 
 
 @dataclass(frozen=True)
-class Activations:
+class ActivationBytes:
     """Bytes that a block needs for a token, fitted to measurements of Llama-2-7B's blocks in bfloat16 and SmolLM2's in float32."""
 
     kept: float  # from its forward to its backward pass
@@ -20,7 +20,7 @@ class Activations:
     @staticmethod
     def of(
         linears: Sequence[LinearShape], width: int, hidden: int, *, share_active: float, of_experts: int, eager_heads: int
-    ) -> Activations:
+    ) -> ActivationBytes:
         """Count outputs of linears, the product in the feed-forward layer, attention's copies, and what norms keep in float32.
 
         Args:
@@ -36,4 +36,4 @@ class Activations:
         norms = 8 * hidden if width < 4 else 0
         kept = width * (outputs + widest + 4 * hidden) + norms + 4 * of_experts
         moment, forward_only = width * 4 * widest + 12 * hidden + 12 * of_experts, width * 3 * widest + 4 * hidden
-        return Activations(kept, moment, forward_only, width * eager_heads)
+        return ActivationBytes(kept, moment, forward_only, width * eager_heads)

@@ -32,10 +32,8 @@ class DenseStates:
 
 def keep_states(worker: Worker, text: str, numbers: Sequence[int], states: Tensor) -> None:
     """Keep the states [m, T, d] of some sequences of a text."""
-    if not worker.has(DenseStates):
-        worker.keep(DenseStates())
     rows = torch.split(states.to("cpu", torch.bfloat16), 1)
-    worker.kept(DenseStates).of_text.setdefault(text, {}).update(zip(numbers, (row.clone() for row in rows), strict=True))
+    worker.keeping(DenseStates).of_text.setdefault(text, {}).update(zip(numbers, (row.clone() for row in rows), strict=True))
 
 
 def receive_states(worker: Worker, text: str, numbers: Sequence[int], states: TensorPayload) -> None:

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from ray_surgeon.cluster.activations import Activations
+from ray_surgeon.cluster.activations import ActivationBytes
 from ray_surgeon.cluster.devices import Device
 from ray_surgeon.cluster.placement import Placement
 from ray_surgeon.cluster.sampling import num_batches
+from ray_surgeon.cluster.saving import FILE_BYTES
 from ray_surgeon.memory.pinned import reserved_bytes
 from ray_surgeon.memory.stores import Place, Stores
 from ray_surgeon.models.build import BlockRange
@@ -28,8 +29,6 @@ from ray_surgeon.surgery.reconstruction import TOKENS_AT_A_TIME
 PROCESS_BYTES = (328 + 60) * 2**20
 """Anonymous memory of a worker beside its tensors: once it has imported everything, and what the C library's heap and oneDNN hold more
 once it has computed; measured with torch 2.13 and Ray 2.60 on Linux."""
-FILE_BYTES = 2**30
-"""A file of weights has no more, unless one tensor has; what it holds is in memory while it is written."""
 
 
 @dataclass(frozen=True)
@@ -202,7 +201,7 @@ class WorkerNeeds:
             "of_experts": of_experts,
             "eager_heads": shapes.layout.heads.num_query * (shapes.layout.family.runs_attention == "eager"),
         }
-        sides = [Activations.of(shapes.linears[block], **found) for block in self._own]
+        sides = [ActivationBytes.of(shapes.linears[block], **found) for block in self._own]
         self._scores = sides[0].scores
         self._kept, self._moment = max(side.kept for side in sides), max(side.moment for side in sides)
         self._forward_only = max(side.forward_only for side in sides)

@@ -34,13 +34,12 @@ class WorkerPlan:
     last_block: int  # inclusive
     steps: tuple[StepPlan, ...]
     disk: float  # bytes of scratch
-    reserve: float  # bytes in the host's memory that are there before anything is loaded
 
     def peak(self, room: Room, step: StepPlan) -> tuple[float, float]:
         """Return the peak bytes of a step on the device and on the host; where these are one, all of them are the device's."""
         if room.device_is_host:
-            return step.device + step.host + self.reserve, 0.0
-        return step.device, step.host + self.reserve
+            return step.device + step.host + PROCESS_BYTES, 0.0
+        return step.device, step.host + PROCESS_BYTES
 
 
 @dataclass(frozen=True)
@@ -180,7 +179,7 @@ def _plan(shapes: Shapes, placement: Placement, job: Job, stores: Stores, room: 
     workers = []
     for shard, blocks in enumerate(placement.blocks):
         worker = WorkerNeeds(shapes, placement, job, stores, room.device_is_host, shard, blocks)
-        workers.append(WorkerPlan(shard, blocks.first, blocks.last - 1, tuple(worker.steps()), worker.disk_bytes, PROCESS_BYTES))
+        workers.append(WorkerPlan(shard, blocks.first, blocks.last - 1, tuple(worker.steps()), worker.disk_bytes))
     return Plan(stores, tuple(workers), placement.num_replicas, room, device, job.dtype)
 
 

@@ -6,14 +6,13 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import ray
 import torch
 from ray.exceptions import ActorUnavailableError, NodeDiedError, ObjectLostError, OutOfDiskError, OutOfMemoryError, RayError, RayTaskError
-from ray.util.metrics import Counter, Gauge
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
@@ -130,32 +129,6 @@ def on_this_node() -> NodeAffinitySchedulingStrategy:
     Not soft: Ray 2.60 takes a soft affinity of an actor without CPUs for none at times.
     """
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-
-
-class RayMetrics:
-    """Gauges and counters of Ray, which exports them as ``ray_surgeon_*``; the process that holds them must belong to Ray."""
-
-    def __init__(
-        self, run: str, gauges: Mapping[str, tuple[str, tuple[str, ...]]], counters: Mapping[str, tuple[str, tuple[str, ...]]]
-    ) -> None:
-        """Register metrics, each name -> (description, its own tags).
-
-        Args:
-            run: a tag of all of them.
-            gauges: what is set.
-            counters: what is counted.
-        """
-        self._run = run
-        self._gauges = {name: Gauge(f"surgeon_{name}", text, ("run", *tags)) for name, (text, tags) in gauges.items()}
-        self._counters = {name: Counter(f"surgeon_{name}", text, ("run", *tags)) for name, (text, tags) in counters.items()}
-
-    def record(self, name: str, value: float, tags: Mapping[str, str]) -> None:
-        """Set a gauge, or add to a counter."""
-        with_run = {"run": self._run, **tags}
-        if name in self._gauges:
-            self._gauges[name].set(value, with_run)
-        else:
-            self._counters[name].inc(value, with_run)
 
 
 class RayCluster:

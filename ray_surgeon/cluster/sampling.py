@@ -88,9 +88,7 @@ def to_be_written(section: CalibrationSection, tokenizer: Any, config: Pretraine
 
 def begin(worker: Worker, batch: int, numbers: Sequence[int], wanted: Wanted) -> None:
     """Prepare a batch of sequences with these numbers."""
-    if not worker.has(_Writing):
-        worker.keep(_Writing())
-    writing = worker.kept(_Writing)
+    writing = worker.keeping(_Writing)
     writing.caches[batch] = worker.runner.new_cache()
     if worker.shard.blocks.is_last:
         generators = [torch.Generator().manual_seed(wanted.seed + 1_000_003 * number) for number in numbers]

@@ -9,7 +9,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ray_surgeon.cluster.needs import FILE_BYTES
 from ray_surgeon.cluster.worker import Worker
 from ray_surgeon.memory.weights import DiskWeights
 from ray_surgeon.models.build import stored_name
@@ -19,6 +18,9 @@ from ray_surgeon.storage import files, tensor_files
 from ray_surgeon.surgery.masks import StructuredMask
 
 T = TypeVar("T")
+
+FILE_BYTES = 2**30
+"""A file of weights has no more, unless one tensor has; what it holds is in memory while it is written."""
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ class Worker:
             placement: where every block is.
             index: which worker this is.
             num_threads: torch threads on the CPU.
-            device: "cpu" or "cuda".
+            device: "cpu", or a GPU such as "cuda:0"; "cuda" if the worker is to take one by `take_gpu`.
         """
         torch.set_num_threads(num_threads)
         self.layout, self.placement, self.index, self.device = layout, placement, index, torch.device(device)
@@ -150,6 +150,12 @@ class Worker:
         thing = self._kept[kind]
         assert isinstance(thing, kind)
         return thing
+
+    def keeping(self, kind: type[T]) -> T:
+        """Return the object of a class that is kept, a new one if there is none."""
+        if not self.has(kind):
+            self.keep(kind())
+        return self.kept(kind)
 
     def drop(self, kind: type[T]) -> T:
         """Return the object of a class and keep it no longer."""

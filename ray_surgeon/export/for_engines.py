@@ -1,4 +1,4 @@
-"""Exports that only serving engines read: GGUF for llama.cpp, and quantised copies for vLLM."""
+"""Exports for serving engines: GGUF for llama.cpp, and quantised copies for vLLM."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from ray_surgeon.storage import files
 class Shrinking:
     """What pruning may leave of the blocks."""
 
-    kinds: Sequence[str]  # of groups that are pruned, ``ffn`` and ``attention``
+    kinds: Sequence[str]  # of groups that are pruned
     fewest: Mapping[str, int]  # kind -> groups that stay in every block
     multiple: int  # feed-forward widths are multiples of this in the end
     uniform: bool  # whether all blocks have the same widths
-    tensor_parallel: int = 1  # devices over which engines will split heads and channels
+    tensor_parallel: int  # devices over which engines will split heads and channels
 
 
 def check_gguf(layout: ModelLayout, shrinking: Shrinking) -> None:
@@ -66,7 +66,7 @@ def check_quantised(layout: ModelLayout, shrinking: Shrinking, section: Quantize
         )
     if section.scheme != "w4a16":
         return
-    heads, size, devices = layout.heads, section.group_size or 128, shrinking.tensor_parallel
+    heads, size, devices = layout.heads, section.columns_together, shrinking.tensor_parallel
     ffn, attention = layout.family.ffn.consumer, "" if layout.family.attention is None else layout.family.attention.consumer
     left = kv_heads_left(layout, devices, uniform=shrinking.uniform) if "attention" in shrinking.kinds else (heads.num_kv,)
     columns_of_attention = math.gcd(*(k * heads.n_rep * heads.head_dim // devices for k in left))

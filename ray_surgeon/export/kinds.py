@@ -19,7 +19,6 @@ from ray_surgeon.export.speed import measure
 from ray_surgeon.export.tasks import evaluate_tasks
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.pruned_config import (
-    DECI_MULTIPLE,
     BlockWidths,
     Document,
     block_widths,
@@ -203,6 +202,3 @@ def shipped_source(module: str, config: PretrainedConfig) -> str:
     ):
         text = text.replace(f"{dense} as", f"{kind.__name__} as")
     return text.replace("pruned_llama", f"pruned_{config.model_type}")
-
-
-assert DECI_MULTIPLE == 256, "as in modeling_decilm.py"

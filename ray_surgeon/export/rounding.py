@@ -44,9 +44,7 @@ class Rounding(BlockPass):
         rounded, scales = round_columns(left, moment, self.group_size, NUM_BITS, damping=_DAMPING, max_damping=_MAX_DAMPING, name=name)
         W[rows[:, None], columns] = rounded
         worker.shard.set_weight(name, W)
-        if not worker.has(_Scales):
-            worker.keep(_Scales())
-        worker.kept(_Scales).of[name] = scales.cpu()
+        worker.keeping(_Scales).of[name] = scales.cpu()
 
 
 def write_scales(worker: Worker, folder: str) -> str | None:

@@ -1,6 +1,7 @@
-"""Ways to prune. Each file holds one: its section of the job spec, what it does on a worker and what it does on the coordinator.
+"""Ways to prune. A file holds one: its section of the job spec, what it does on a worker and what it does on the coordinator.
 
-Coupled groups, the longest, have further files: their section, costs as workers send them, whole experts, and the search.
+Coupled groups, the longest, have further files: their section, costs as workers send them, whole experts, the search, and the
+reconstruction of layers. Corrections and further Kronecker terms, which go with several ways, have files of their own.
 """
 
 from __future__ import annotations

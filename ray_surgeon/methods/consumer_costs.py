@@ -55,7 +55,7 @@ class Reach:
     scales: Mapping[Unit, float] = field(default_factory=dict)  # those of `ConsumerCosts`; 1 if not given
 
 
-def merged(before: Scores[ConsumerCosts], after: Scores[ConsumerCosts]) -> Scores[ConsumerCosts]:
+def renewed(before: Scores[ConsumerCosts], after: Scores[ConsumerCosts]) -> Scores[ConsumerCosts]:
     """Return scores in which those of some consumers were taken anew."""
     costs = {c.consumer: c for c in (*before.costs, *after.costs)}
     raised = {(event.linear, event.factor): event for event in (*before.raised_damping, *after.raised_damping)}

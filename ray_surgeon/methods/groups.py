@@ -20,7 +20,7 @@ from torch import Tensor
 from ray_surgeon.cluster.cluster import Cluster
 from ray_surgeon.cluster.needs import Job, LinearNeeds
 from ray_surgeon.cluster.worker import LinearSummary, Worker, collective, sizes
-from ray_surgeon.methods.consumer_costs import ConsumerCosts, Reach, Unit, merged
+from ray_surgeon.methods.consumer_costs import ConsumerCosts, Reach, Unit, renewed
 from ray_surgeon.methods.groups_section import RECONSTRUCTED, CoupledSection, GroupsSection
 from ray_surgeon.methods.method import Choice, Method, Scores, in_order, linear_of
 from ray_surgeon.methods.reconstruction import Arrivals, Reconstruction, errors_of
@@ -33,9 +33,8 @@ from ray_surgeon.surgery.allocate import Allocation, GroupCosts, OutOfReachError
 from ray_surgeon.surgery.curvature import RaisedDamping
 from ray_surgeon.surgery.groups import alive_part, group_costs, lowest, prune_groups
 from ray_surgeon.surgery.kronecker import Damping
-from ray_surgeon.surgery.linear import Part
+from ray_surgeon.surgery.linear import Part, Removal
 from ray_surgeon.surgery.masks import StructuredMask
-from ray_surgeon.surgery.structured import Removal
 from ray_surgeon.surgery.threshold import cost_curve
 
 _FAR = 4.0
@@ -312,7 +311,7 @@ class Groups(Method):
 
     def _followed(self, cluster: Cluster, scores: Scores[ConsumerCosts], reach: Reach, shot: int) -> Scores[ConsumerCosts]:
         cluster.progress.begin(unit="linears")
-        return merged(scores, Scores.merged(cluster.run_all(self.costs, reach, shot)))
+        return renewed(scores, Scores.merged(cluster.run_all(self.costs, reach, shot)))
 
     def _and_one_step(self, scores: Scores[ConsumerCosts], counts: Mapping[str, int], shot: int) -> dict[str, int]:
         """Return numbers of groups and one step more, which may be worth its mean cost though its last group alone is not."""

@@ -106,7 +106,7 @@ class Layerwise(Method):
 
     def choose(self, cluster: Cluster, scores: Scores[None] | None, shot: int) -> Choice:
         """Nothing is chosen over the model: every linear goes to the sparsity of the shot."""
-        return Choice(None, {})
+        raise AssertionError("there is no threshold")
 
     def apply(self, cluster: Cluster, sequences: NDArray[np.int64], choice: Choice, shot: int) -> list[LinearSummary]:
         """Prune shard after shard, block after block, while the calibration sequences pass once."""
@@ -163,6 +163,4 @@ class _Pruning(BlockPass):
         whole[:, :num_inputs] = kept
         worker.masks[name] = ElementMask(whole.cpu())
         worker.shard.set_weight(name, W)
-        if not worker.has(_Raised):
-            worker.keep(_Raised())
-        worker.kept(_Raised).of_shot += [] if raised is None else [raised]
+        worker.keeping(_Raised).of_shot += [] if raised is None else [raised]

@@ -120,10 +120,15 @@ class Method(ABC):
         """
         curvature = self.used_curvature
         seed = curvature.label_seed(shot, len(sequences))
-        only, experts = self.gathers, self.ranks_experts
-        backward = curvature.sequences_backward
         loss = gather_curvature(
-            cluster, sequences, curvature.kind, seed, num_backward=backward, only=only, experts=experts, remembers=remembers
+            cluster,
+            sequences,
+            curvature.kind,
+            seed,
+            num_backward=curvature.sequences_backward,
+            only=self.gathers,
+            experts=self.ranks_experts,
+            remembers=remembers,
         )
         if not isinstance(curvature, ExtendedKfacSection):
             return loss, {}
@@ -186,11 +191,10 @@ class Method(ABC):
 
     def record(self, cluster: Cluster, scores: Scores[Any] | None, choice: Choice, linears: Sequence[LinearSummary]) -> dict[str, Any]:
         """Return what the report says of a shot."""
-        if scores is None:
-            return {"damping_used": []}
+        assert scores is not None, "methods without costs have a record of their own"
         residuals = sorted(linear.residual for linear in linears)
         return {
-            "predicted_loss_increase": predicted_increase(linears),
+            "predicted_loss_increase": _predicted_increase(linears),
             "update_residual": {"median": residuals[len(residuals) // 2], "max": residuals[-1]},
             "damping_used": [asdict(event) for event in scores.raised_damping],
             "terms_clipped": [asdict(event) for event in scores.clipping],
@@ -198,7 +202,7 @@ class Method(ABC):
         }
 
 
-def predicted_increase(linears: Sequence[LinearSummary]) -> float | None:
+def _predicted_increase(linears: Sequence[LinearSummary]) -> float | None:
     """Return the loss increase that the quadratic model predicts for a shot, in nats per token, if it does."""
     predicted = [linear.predicted for linear in linears if linear.predicted is not None]
     return sum(predicted) if predicted else None

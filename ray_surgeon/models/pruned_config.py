@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 
 from ray_surgeon.models.families import SparseLayer
 from ray_surgeon.models.layout import ModelLayout
+from ray_surgeon.sections.output import DECI_MULTIPLE
 
 Document = dict[str, Any]
 """Content of a config.json."""
@@ -234,10 +235,6 @@ def check_rope(document: Mapping[str, Any]) -> None:
                 f"model.source: config.json has {name} {value}, and {said[name]} in rope_parameters; programs read one or the "
                 "other: remove the wrong one"
             )
-
-
-DECI_MULTIPLE = 256
-"""DeciLM rounds the width of a feed-forward layer up to a multiple of this."""
 
 
 def check_deci(layout: ModelLayout) -> None:

@@ -24,8 +24,7 @@ from ray_surgeon.models.linears import LinearModule, as_linear, num_inputs, use_
 from ray_surgeon.models.loss import Comparison, compare_with_dense, next_token_loss, next_tokens
 from ray_surgeon.models.removals import sum_removals
 from ray_surgeon.surgery.experts import ExpertSums, LayerMean, mean_factor, shrunk_factors
-from ray_surgeon.surgery.extended.terms import Term
-from ray_surgeon.surgery.kronecker import PackedFactors, PackedSymmetric, with_ones
+from ray_surgeon.surgery.kronecker import PackedFactors, PackedSymmetric, Term, with_ones
 
 
 @dataclass

@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ray_surgeon.run.events import Event, Moment
-from ray_surgeon.run.report import LOG_WIDTH
 
+LOG_WIDTH = 140
+"""Columns of tables in a log, which has no width of its own."""
 _LINE_EVERY_S = 30.0
 """How often a log gets a line about a step that has not ended."""
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,14 +18,12 @@ from rich.table import Table
 
 from ray_surgeon.cluster.passes import Measured
 from ray_surgeon.cluster.worker import LinearSummary
+from ray_surgeon.run.display import new_console
 from ray_surgeon.run.events import Steps
 from ray_surgeon.run.html_report import page
 from ray_surgeon.run.plots import FORMATS, perplexity_figure, save
 from ray_surgeon.run.progress import is_complete, num_exports, num_shots
 from ray_surgeon.storage import files
-
-LOG_WIDTH = 140
-"""Columns of tables in a log, which has no width of its own."""
 
 
 @dataclass
@@ -240,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--text", help="evaluation text of the plot; the first one of the first run if not given")
     arguments = parser.parse_args(argv)
-    console, errors = Console(width=None if sys.stdout.isatty() else LOG_WIDTH), Console(stderr=True)
+    console, errors = new_console(), Console(stderr=True)
     try:
         records = [_read_report(run) for run in arguments.runs]
     except (OSError, ValueError) as error:

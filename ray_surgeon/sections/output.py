@@ -9,6 +9,11 @@ from pydantic import Field, model_validator
 from ray_surgeon.sections.base import Address, Positive, Section
 from ray_surgeon.sections.targets import SpeedSection
 
+KERNEL_COLUMNS = 128
+"""Kernels for quantised weights take multiples of it on each device: blocks of FP8 have so many, and vLLM's kernel for four bits takes no
+fewer at a time."""
+DECI_MULTIPLE = 256
+"""DeciLM rounds the width of a feed-forward layer up to a multiple of this."""
 GgufKind = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
 
 

@@ -9,6 +9,9 @@ from pydantic import Field, Tag, model_validator
 
 from ray_surgeon.sections.base import Address, Positive, Section, by_tag, tag
 
+TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
+"""Of files with text."""
+
 
 class ModelSection(Section):
     """The model to prune."""
@@ -76,7 +79,7 @@ class SourceSection(Section):
     @property
     def has_own_split(self) -> bool:
         """Whether train and test are cut here, because the source has no splits."""
-        return self.source in OWN_TEXTS or self.source.endswith((".txt", ".jsonl", ".parquet"))
+        return self.source in OWN_TEXTS or self.source.endswith(TEXT_SUFFIXES)
 
     @model_validator(mode="after")
     def _known_split(self) -> SourceSection:

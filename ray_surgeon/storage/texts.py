@@ -22,11 +22,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ray_surgeon.sections.texts import SourceSection
+from ray_surgeon.sections.texts import TEXT_SUFFIXES, SourceSection
 from ray_surgeon.storage import files
 from ray_surgeon.storage.sources import HTTP_ERROR
 
-_TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 _CALIBRATION_FRACTION = 0.8
 """Of a source without splits of its own, the first part is for calibration (`train`) and the rest for testing."""
 _DATA_SET_ERRORS = (OSError, ValueError, KeyError, RuntimeError, HTTP_ERROR)
@@ -175,7 +174,7 @@ def _documents(text: SourceSection, where: str) -> tuple[Iterator[str], bool]:
         return _package_docstrings(), False
     if text.source == "package-descriptions":
         return _descriptions(), False
-    if text.source.endswith(_TEXT_SUFFIXES):
+    if text.source.endswith(TEXT_SUFFIXES):
         return _file_documents(text, where), False
     return _dataset_documents(text, where)
 
@@ -340,5 +339,5 @@ def _data_set_error(text: SourceSection, where: str, error: Exception) -> ValueE
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return ValueError(
         f"{where}: cannot read the data set {text.source!r} (config {text.config}, split {text.split}): {reason}; check name, config, "
-        f"split and network, or give files ending in {', '.join(_TEXT_SUFFIXES)}"
+        f"split and network, or give files ending in {', '.join(TEXT_SUFFIXES)}"
     )

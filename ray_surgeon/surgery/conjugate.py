@@ -7,12 +7,13 @@ Source: docs/method.md, section 4. With D the change of the weights, D = -W on r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ray_surgeon.surgery.extended.terms import Term, apply_terms
+from ray_surgeon.surgery.extended.terms import apply_terms
+from ray_surgeon.surgery.kronecker import Term
+from ray_surgeon.surgery.linear import Removal
 
 _RANK_A = 20
 """Eigenvectors of A in the preconditioner; their small systems hold rank^2 numbers a row."""
@@ -22,15 +23,6 @@ _OVERSAMPLING = 8
 _SUBSPACE_ITERATIONS = 2
 _REFRESH = 11
 """Iterations with narrow products after which the residual is computed anew in full precision."""
-
-
-@dataclass(frozen=True)
-class Solution:
-    """An update and how well it solves its equations."""
-
-    W: Tensor  # [R, C] new weights, zero on removed elements
-    residual: float  # norm of (G D A) on kept entries, relative to its norm for D = -W on removed and 0 on kept ones
-    predicted_loss_increase: float  # 1/2 D^T F D
 
 
 def dominant_part(A: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -125,7 +117,7 @@ def update_elements(
     num_iterations: int,
     tolerance: float,
     product_dtype: torch.dtype | None = None,
-) -> Solution:
+) -> Removal:
     """Remove elements and update the kept ones of a linear, all correlations together.
 
     Products with A and G may be taken in a narrower dtype, which is several times faster (see `SplitMatrix`); the direction update
@@ -148,7 +140,7 @@ def update_elements(
     residual = _residual(change, terms, mask)
     start = float(torch.linalg.norm(residual))
     if start == 0.0:
-        return Solution(W * mask, 0.0, _quadratic(change, apply_terms(change, terms)))
+        return Removal(W * mask, _quadratic(change, apply_terms(change, terms)), 0.0)
     narrow = product_dtype or W.dtype
     split = [(SplitMatrix(G, _rank(G, _RANK_G), narrow), SplitMatrix(A, _rank(A, _RANK_A), narrow)) for G, A in terms]
     precondition = MaskedPreconditioner(split[0][1], terms[0][0].diagonal(), mask)
@@ -173,7 +165,7 @@ def update_elements(
     product = apply_terms(change, terms)
     predicted = _quadratic(change, product)
     left = float(torch.linalg.norm(product.mul_(mask))) / start
-    return Solution((W + change) * mask, left, predicted)
+    return Removal((W + change) * mask, predicted, left)
 
 
 def _quadratic(change: Tensor, curved: Tensor) -> float:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ray_surgeon.surgery import costs
-from ray_surgeon.surgery.extended.terms import Term, TwoTermInverse, clip_term, minimise_kept
-from ray_surgeon.surgery.kronecker import DampedFactor, Damping, KroneckerFactors, balance_, damp_, factorise
+from ray_surgeon.surgery.extended.terms import TwoTermInverse, clip_term, minimise_kept
+from ray_surgeon.surgery.kronecker import DampedFactor, Damping, KroneckerFactors, Term, balance_, damp_, factorise
 from ray_surgeon.surgery.updates import prune_rows_and_columns, prune_singly
 
 _SOLVER_TOLERANCE = 1e-4

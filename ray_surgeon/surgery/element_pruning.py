@@ -15,9 +15,8 @@ from ray_surgeon.surgery.curvature import Clipping, LinearCurvature, RaisedDampi
 from ray_surgeon.surgery.element_costs import element_costs, group_costs, pattern_removals, summed_group_costs
 from ray_surgeon.surgery.extended.chunks import update_in_chunks
 from ray_surgeon.surgery.kronecker import Damping
-from ray_surgeon.surgery.linear import Linear, Part
+from ray_surgeon.surgery.linear import Linear, Part, Removal
 from ray_surgeon.surgery.masks import ElementMask
-from ray_surgeon.surgery.structured import Removal
 from ray_surgeon.surgery.threshold import check_costs
 
 
@@ -159,7 +158,7 @@ def prune_elements(
 
 def _updated(W: Tensor, curvature: LinearCurvature, kept: Tensor, update: ElementUpdate) -> Removal:
     if update.solver == "conjugate_gradients":
-        solution = update_elements(
+        return update_elements(
             W,
             curvature.terms,
             kept,
@@ -167,7 +166,6 @@ def _updated(W: Tensor, curvature: LinearCurvature, kept: Tensor, update: Elemen
             tolerance=update.tolerance,
             product_dtype=getattr(torch, update.precision),
         )
-        return Removal(solution.W, solution.predicted_loss_increase, solution.residual)
     after = _updated_directly(W, curvature, kept, update)
     return Removal(after, curvature.quadratic_cost(after - W), 0.0)
 

@@ -13,9 +13,8 @@ from torch import Tensor
 from ray_surgeon.surgery.costs import column_removal_cost
 from ray_surgeon.surgery.curvature import LinearCurvature
 from ray_surgeon.surgery.greedy import GreedyPath, greedy_set_costs
-from ray_surgeon.surgery.linear import Linear, Part
+from ray_surgeon.surgery.linear import Linear, Part, Removal
 from ray_surgeon.surgery.masks import StructuredMask
-from ray_surgeon.surgery.structured import Removal
 from ray_surgeon.surgery.threshold import check_costs
 from ray_surgeon.surgery.updates import prune_columns
 

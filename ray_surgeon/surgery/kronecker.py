@@ -120,8 +120,8 @@ def with_ones(x: Tensor) -> Tensor:
     return torch.cat([x, x.new_ones(x.shape[0], 1)], dim=1)
 
 
-Pair = tuple[Tensor, Tensor]
-"""G_r [R, R] and A_r [C, C] of a further Kronecker product."""
+Term = tuple[Tensor, Tensor]
+"""G_r [R, R] and A_r [C, C] of a Kronecker product."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class KroneckerFactors:
     A: Tensor
     G: Tensor
     num_tokens: int
-    terms: tuple[Pair, ...] = ()
+    terms: tuple[Term, ...] = ()
 
     def packed(self) -> PackedFactors:
         """Return the same, packed."""
@@ -152,7 +152,7 @@ class PackedFactors:
     A: PackedSymmetric  # [C, C]
     G: PackedSymmetric  # [R, R]
     num_tokens: int  # in both sums
-    terms: tuple[Pair, ...] = ()  # see `KroneckerFactors`
+    terms: tuple[Term, ...] = ()  # see `KroneckerFactors`
 
     def dense(self, device: torch.device | None = None) -> KroneckerFactors:
         """Return whole matrices, copies."""

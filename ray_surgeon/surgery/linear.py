@@ -58,3 +58,12 @@ class Linear:
     def zeros(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return zeros [R, C] on the device of W."""
         return torch.zeros_like(self.W, dtype=dtype)
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What became of one linear."""
+
+    W: Tensor  # [R, C] new weights, zero in everything removed
+    predicted: float  # loss increase by the quadratic model, in nats per token
+    residual: float  # of the update's equations, relative; 0 where they are solved directly

@@ -13,7 +13,7 @@ from torch import Tensor
 from ray_surgeon.surgery.curvature import Clipping, RaisedDamping
 from ray_surgeon.surgery.greedy import GreedyPath, greedy_costs
 from ray_surgeon.surgery.kronecker import Damping
-from ray_surgeon.surgery.linear import Linear, Part
+from ray_surgeon.surgery.linear import Linear, Part, Removal
 from ray_surgeon.surgery.masks import StructuredMask
 from ray_surgeon.surgery.threshold import check_costs
 
@@ -37,15 +37,6 @@ class Candidates:
         rows[self.rows[self.row_costs.double() <= threshold].to(rows.device)] = True
         columns[self.columns[self.column_costs.double() <= threshold].to(columns.device)] = True
         return rows, columns
-
-
-@dataclass(frozen=True)
-class Removal:
-    """What became of one linear."""
-
-    W: Tensor  # [R, C] new weights, zero in everything removed
-    predicted: float  # loss increase by the quadratic model, in nats per token
-    residual: float  # of the update's equations, relative; 0 where they are solved directly
 
 
 def find_candidates(

@@ -24,10 +24,12 @@ from ray_surgeon.export import folder as export_folder
 from ray_surgeon.export.folder import dense_document, reload_difference, write_weights
 from ray_surgeon.export.kinds import shipped_source
 from ray_surgeon.export.reload import agree
+from ray_surgeon.export.shipped import modeling_decilm
 from ray_surgeon.models.build import cache_argument
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.pruned_config import BlockWidths, per_block_document, plain_kv_heads
 from ray_surgeon.pipeline import main
+from ray_surgeon.sections.output import DECI_MULTIPLE
 from ray_surgeon.sections.texts import ModelSection
 from tests.conftest import CONFIGS, LAYOUTS
 from tests.integration.runs import loaded, report_of, run, tiny_spec
@@ -206,6 +208,10 @@ def test_exports_do_not_need_this_project(allocation: str, kind: str, model_fold
     masked = AutoModelForCausalLM.from_pretrained(tmp_path / "run/export/masked")
     torch.testing.assert_close(found, masked(TOKENS).logits, atol=1e-4, rtol=0)
     assert said == {"uniform": "LlamaForCausalLM 35", "per_block": "PrunedForCausalLM 35"}[kind]
+
+
+def test_the_multiple_of_widths_is_that_of_the_code_that_goes_with_the_export() -> None:
+    assert modeling_decilm.MULTIPLE == DECI_MULTIPLE
 
 
 def deci_model(folder: Path, tokenizer_from: Path, **changes: Any) -> Path:

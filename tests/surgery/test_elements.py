@@ -87,7 +87,7 @@ def test_conjugate_gradients_reach_the_dense_solution(fraction: float) -> None:
     found = update_elements(W, [(G, A)], ~removed, num_iterations=200, tolerance=1e-12)
     torch.testing.assert_close(found.W, expected, rtol=1e-8, atol=1e-9)
     assert found.residual < 1e-11
-    assert found.predicted_loss_increase == pytest.approx(cost, rel=1e-9)
+    assert found.predicted == pytest.approx(cost, rel=1e-9)
     assert quadratic_cost(found.W - W, A, G) == pytest.approx(cost, rel=1e-9)
 
 

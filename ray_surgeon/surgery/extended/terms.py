@@ -15,8 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-Term = tuple[Tensor, Tensor]
-"""(G_r [R, R], A_r [C, C])"""
+from ray_surgeon.surgery.kronecker import Term
 
 _LEAST = 0.1
 """Of the first term, what the further terms leave in every direction, so that their sum is positive definite."""
