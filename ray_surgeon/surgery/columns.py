@@ -28,9 +28,9 @@ def upper_inverse(A: Tensor, damping: float, max_damping: float, name: str) -> t
     A = A.clone()
     always_zero = A.diagonal() == 0
     A[always_zero, always_zero] = 1.0 if always_zero.all() else A.diagonal()[~always_zero].mean()
-    factor = factorise(A, damping, max_damping, name)
-    U: Tensor = torch.linalg.cholesky(factor.inverse(), upper=True)
-    return U, raised_damping(name, "A", damping, factor)
+    factor = factorise(A.flip(0, 1), damping, max_damping, name)
+    # With the indices reversed A is L L^T, and U is the inverse of L reversed. A's own inverse may not be positive definite in float32.
+    return factor.inverse_cholesky().flip(0, 1), raised_damping(name, "A", damping, factor)
 
 
 def replace_columns(W: Tensor, U: Tensor, width: int, replace: Callable[[int, int, Tensor], Tensor]) -> None:

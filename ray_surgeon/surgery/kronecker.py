@@ -241,13 +241,18 @@ class DampedFactor:
         """Return the diagonal [n] of the inverse."""
         return self.inverse_blocks(torch.arange(len(self.cholesky), device=self.cholesky.device)[:, None])[:, 0, 0]
 
-    def inverse(self) -> Tensor:
-        """Return the inverse [n, n]."""
+    def inverse_cholesky(self) -> Tensor:
+        """Return L^-1 [n, n]."""
         n = len(self.cholesky)
         X = torch.zeros_like(self.cholesky, memory_format=torch.contiguous_format)
         for start in range(0, n, _INVERSE_PANEL):
             stop = min(start + _INVERSE_PANEL, n)
             X[start:, start:stop] = self._solved(torch.arange(start, stop, device=X.device), start)
+        return X
+
+    def inverse(self) -> Tensor:
+        """Return the inverse [n, n]."""
+        n, X = len(self.cholesky), self.inverse_cholesky()
         for start in range(0, n, _INVERSE_PANEL):  # rows of L^-1 that no later product reads become rows of the lower half of the inverse
             stop = min(start + _INVERSE_PANEL, n)
             X[start:stop, :stop] = product(X[start:, start:stop].T, X[start:, :stop])

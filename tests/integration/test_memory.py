@@ -86,16 +86,11 @@ def test_other_families_from_disk_with_replicas(family: str, model_folders: dict
 def test_a_run_from_disk_is_resumed_with_the_same_bits_and_takes_over_what_a_killed_one_left(
     model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ray_surgeon import shots
-
     options = {"memory__weights": "disk", "memory__factors": "disk", "memory__wave": 6, "memory__scratch": str(tmp_path / "scratch")}
     assert run(tmp_path / "whole", model_folders["llama"], **options) == 0
 
-    class KilledError(RuntimeError):
-        pass
-
     def killed(*arguments: object) -> None:
-        raise KilledError
+        raise LostError("after which nobody cleans up")
 
     with monkeypatch.context() as patch:
         patch.setattr(shots, "_check_for_collapse", killed)

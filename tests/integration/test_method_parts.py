@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from ray_surgeon.cluster.block_pass import BlockPass
+from ray_surgeon.cluster.worker import Worker
 from ray_surgeon.inputs import check
 from ray_surgeon.methods.corrections import Corrections, CorrectionSection
 from ray_surgeon.methods.method import Scores
@@ -85,3 +91,56 @@ def test_corrections_of_linears_and_shots_start_from_their_own(model_folders: di
         parts.absorb()
         starts += [tuple(part.A.flatten().tolist()) for part in parts.parts.values()]
     assert len(set(starts)) == len(starts)
+
+
+def test_the_seed_of_corrections_is_that_of_their_start_and_of_the_order(model_folders: dict[str, Path]) -> None:
+    (worker,) = loaded(model_folders["llama"]).workers.values()
+    starts, orders = [], []
+    for seed in (0, 1):
+        corrections = Corrections(CorrectionSection(lora_rank=1, seed=seed))
+        corrections.start(worker, 1)
+        parts = worker.drop(LowRankCorrections)
+        parts.absorb()
+        starts.append(parts.parts["model.layers.0.self_attn.q_proj"].A.flatten().tolist())
+        orders.append(corrections.batches(1, 1, 20))
+    assert starts[0] != starts[1]
+    assert orders[0] != orders[1]
+
+
+def test_gradients_of_corrections_are_of_the_mean_over_the_tokens_of_a_step(
+    model_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last step of an epoch may have fewer sequences."""
+    plain, seen = LowRankCorrections.gradients, set[int]()
+
+    def noting(self: LowRankCorrections, name: str, num_tokens: int) -> Any:
+        seen.add(num_tokens)
+        return plain(self, name, num_tokens)
+
+    monkeypatch.setattr(LowRankCorrections, "gradients", noting)
+    section = CorrectionSection(loss="cross_entropy", sequences_per_step=4, steps_per_shot=2, lora_rank=1)
+    Corrections(section).train(loaded(model_folders["llama"]), np.arange(6 * 20).reshape(6, 20), 1, 1)
+    assert seen == {4 * 19, 2 * 19}
+
+
+@dataclass(frozen=True)
+class Noting(BlockPass):
+    """Keeps what it is given for every linear."""
+
+    def change(self, worker: Worker, name: str, A: Tensor) -> None:
+        worker.keeping(dict)[name] = A.clone()
+
+
+@pytest.mark.parametrize("family", ["olmoe", "opt"])
+def test_moments_in_a_pass_by_blocks_are_means_over_the_tokens_of_all_replicas(family: str, model_folders: dict[str, Path]) -> None:
+    sequences, found = np.arange(8).reshape(2, 4), list[dict[str, Tensor]]()
+    for num_replicas in (1, 2):
+        cluster = loaded(model_folders[family], 1, num_replicas)
+        Noting().pass_all(cluster, sequences)
+        found.append({name: A for worker in cluster.workers.values() if worker.has(dict) for name, A in worker.kept(dict).items()})
+    one, two = found
+    assert one.keys() == two.keys() == set(LAYOUTS[family].shapes)
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-5)
+        if LAYOUTS[family].shapes[name].has_bias:
+            assert float(one[name][-1, -1]) == pytest.approx(1)

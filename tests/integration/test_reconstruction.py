@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from ray_surgeon.methods.groups_section import RECONSTRUCTED
 from ray_surgeon.methods.reconstruction import _layer
 from ray_surgeon.spec import parse_spec
 from ray_surgeon.surgery.masks import StructuredMask
-from ray_surgeon.surgery.reconstruction import outputs_of
-from tests.conftest import CONFIGS, SPARSE_CONFIGS, tiny_model
+from ray_surgeon.surgery.reconstruction import outputs_of, reconstruct
+from tests.conftest import CONFIGS, LAYOUTS, SPARSE_CONFIGS, tiny_model
 from tests.integration.runs import MOST_BY_ORDER_OF_SUMS, difference, loaded, report_of, run, tensors_of_shot, tiny_spec
 
 GROUPS: dict[str, Any] = {"pruning__structure": "groups", "pruning__width_multiple": 1, "pruning__groups": ["ffn"]}
@@ -144,3 +145,60 @@ def test_a_mixture_keeps_inputs_of_the_kinds_that_lose_groups(model_folders: dic
         shot = report_of(tmp_path / kind / "run")["shots"][0]
         assert shot["reconstruction"].keys() == {name for name, count in shot["groups_removed"].items() if count}
         assert all(after < before for before, after in shot["reconstruction"].values())
+
+
+def test_layers_are_trained_as_the_section_says(model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In an order of tokens of its own each."""
+    seen: list[dict[str, Any]] = []
+
+    def noting(layer: Any, *given: Any, generator: torch.Generator, **options: Any) -> Any:
+        seen.append(options | {"seed": generator.initial_seed()})
+        return reconstruct(layer, *given, generator=generator, **options)
+
+    monkeypatch.setattr("ray_surgeon.methods.reconstruction.reconstruct", noting)
+    section = {"tokens_per_step": 16, "num_epochs": 1, "learning_rate": 0.03}
+    options = FIT | {"pruning__reconstruction": section | {"seed": 1000}, "pruning__num_shots": 1}
+    assert run(tmp_path, model_folders["llama"], **options) == 0
+    names = report_of(tmp_path / "run")["shots"][0]["reconstruction"]
+    assert {one.pop("seed") for one in seen} == {1000 + LAYOUTS["llama"].linear_numbers[name] for name in names}
+    assert all(one[option] == value for one in seen for option, value in section.items())
+
+
+def test_only_layers_that_lost_channels_in_a_shot_are_trained_and_in_its_report(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    inputs, cluster = inputs_for(model_folders["llama"], tmp_path, pruning__num_shots=2), loaded(model_folders["llama"], 2)
+    method = inputs.method
+    layers = [groups.consumer for groups in LAYOUTS["llama"].group_sets if groups.kind == "ffn"]
+    for shot in (1, 2):
+        method.calibrate(cluster, inputs.calibration, shot, remembers=False)
+        scores = method.score(cluster, shot)
+        choice = replace(method.choose(cluster, scores, shot), counts={name: 3 * (name == layers[shot]) for name in layers})
+        linears = method.apply(cluster, inputs.calibration, choice, shot)
+        assert method.record(cluster, scores, choice, linears)["reconstruction"].keys() == {layers[shot]}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_models_in_bfloat16_are_reconstructed(family: str, model_folders: dict[str, Path], tmp_path: Path) -> None:
+    assert run(tmp_path, model_folders[family], **FIT, pruning__num_shots=1, model__dtype="bfloat16") == 0
+    (shot,) = report_of(tmp_path / "run")["shots"]
+    assert shot["reconstruction"]
+    assert all(after < before for before, after in shot["reconstruction"].values())
+
+
+def test_all_replicas_have_what_the_owner_of_the_consumer_trained(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    """Of three replicas, not the same one owns the producers and the consumer. What is trained differs by the order of sums alone."""
+    inputs = inputs_for(model_folders["llama"], tmp_path)
+    method, results, choice = inputs.method, list[dict[str, Tensor]](), None
+    for num_replicas in (1, 3):
+        cluster = loaded(model_folders["llama"], 1, num_replicas)
+        method.calibrate(cluster, inputs.calibration, 1, remembers=False)
+        found = method.choose(cluster, method.score(cluster, 1), 1)
+        choice = choice or found
+        method.apply(cluster, inputs.calibration, choice, 1)
+        results += [{name: worker.shard.weight(name) for name in worker.shard.linears} for worker in cluster.workers.values()]
+    (dense,) = loaded(model_folders["llama"]).workers.values()
+    one, *others = results
+    for name in {name for groups in LAYOUTS["llama"].group_sets if groups.kind == "ffn" for name, _ in groups.producers}:
+        change = (one[name] - dense.shard.weight(name))[one[name] != 0]
+        assert change.any()
+        for other in others:
+            assert float((other[name] - one[name]).norm()) < 1e-3 * float(change.norm())

@@ -248,3 +248,30 @@ def test_a_method_has_a_search_if_its_section_says_so() -> None:
     ):
         found = Search.of(Groups(section, None, None, {}, frozenset()))
         assert (found is not None) == searches
+
+
+def test_every_round_goes_on_from_the_scales_before(
+    model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search, cluster, scores, windows = scored(model_folders["llama"], tmp_path)
+    search = Search(SearchSection(rounds=2, num_sequences=3), search.method)
+    counts, seen, made = search.method.allocate(scores, 1).counts, list[dict[Unit, float]](), list[dict[Unit, float]]()
+    losing = [c.unit for c in scores.costs if counts[c.consumer]]
+
+    def scales(self: Search, cluster: Any, scores: Scores[ConsumerCosts], *given: Any) -> dict[Unit, float]:
+        seen.append(dict(given[-1]))
+        made.append({c.unit: 1e3 if c.unit == losing[len(made)] else 1.0 for c in scores.costs})
+        return made[-1]
+
+    monkeypatch.setattr(Search, "_scales", scales)
+    search.run(cluster, scores, windows, 1)
+    assert seen == [{}, made[0]]
+
+
+def test_an_allocation_is_measured_once(model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    search, cluster, scores, windows = scored(model_folders["llama"], tmp_path)
+    search = Search(SearchSection(rounds=3, num_sequences=3), search.method)
+    monkeypatch.setattr(Search, "_scales", lambda self, cluster, scores, *_: {c.unit: 2.0 for c in scores.costs})
+    found, record = search.run(cluster, scores, windows, 1)
+    assert len(record["divergences"]) == 1
+    assert {c.scale for c in found.costs} == {1.0}

@@ -90,6 +90,26 @@ def test_inputs_that_are_always_zero() -> None:
     assert torch.isfinite(found).all()
 
 
+def test_the_upper_factor_is_that_of_the_dense_inverse() -> None:
+    _, A = problem()
+    U, raised = upper_inverse(A, 0.01, 1.0, "w")
+    damped = A + 0.01 * A.diagonal().mean() * torch.eye(C, dtype=A.dtype)
+    torch.testing.assert_close(U, torch.linalg.cholesky(damped.inverse(), upper=True), rtol=1e-9, atol=1e-12)
+    assert raised is None
+
+
+@pytest.mark.parametrize(("num_columns", "num_tokens", "damping"), [(32, 20, 0.0), (32, 20, 1e-8), (128, 64, 1e-7)])
+def test_few_tokens_and_little_damping(num_columns: int, num_tokens: int, damping: float) -> None:
+    """In float32 the inverse of what has a Cholesky factor may have none."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(10):
+        scale = torch.logspace(0, -2, num_columns)[torch.randperm(num_columns, generator=generator)]
+        x = torch.randn(num_tokens, num_columns, generator=generator) * scale
+        U, _ = upper_inverse(x.T @ x / num_tokens, damping, 1.0, "w")
+        assert torch.isfinite(U).all()
+        assert (U.diagonal() > 0).all()
+
+
 @pytest.mark.parametrize("strength", [1.0, 1e-3])
 def test_inputs_that_are_always_zero_change_no_damping_of_the_others(strength: float) -> None:
     W, A = problem()

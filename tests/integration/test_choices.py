@@ -1,0 +1,170 @@
+"""What the coordinator chooses, from costs that are given; no model is loaded but in the last tests."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from ray_surgeon.methods.consumer_costs import ConsumerCosts, Reach, renewed
+from ray_surgeon.methods.groups import Groups
+from ray_surgeon.methods.groups_section import GroupsSection
+from ray_surgeon.methods.method import Scores
+from ray_surgeon.methods.rows_columns import RowsColumns, RowsColumnsSection
+from ray_surgeon.models.budgets import Budget, parameters_budget
+from ray_surgeon.sections.curvature import KfacSection
+from ray_surgeon.surgery.curvature import RaisedDamping
+from ray_surgeon.surgery.masks import StructuredMask
+from ray_surgeon.surgery.threshold import StructureCosts
+from tests.conftest import LAYOUTS
+from tests.integration.test_search import scored
+
+NO_CLUSTER: Any = None
+ANY = frozenset(range(9))
+COSTS = (
+    StructureCosts("a", 40, 8, 5, torch.arange(1.0, 9.0), torch.tensor([3.5, 4.5, 5.5, 6.5])),
+    StructureCosts("b", 12, 4, 3, torch.arange(2.0, 6.0), torch.tensor([1.5, 2.5, 3.5])),
+)
+
+
+class Propagating:
+    """Workers whose propagation takes `extra` entries more of each linear, at any threshold."""
+
+    def __init__(self, extra: int) -> None:
+        self.extra = extra
+
+    def run_all(self, step: Any, value: float) -> list[int]:
+        def kept(c: StructureCosts) -> int:
+            rows = int((c.rows > value).sum() + c.num_rows - len(c.rows))
+            return rows * int((c.columns > value).sum() + c.num_columns - len(c.columns))
+
+        return [max(0, kept(c) - self.extra) for c in COSTS]
+
+
+@pytest.mark.parametrize("extra", [0, 3, 40])
+@pytest.mark.parametrize("target", [0.05, 0.3, 0.31, 25.5 / 52])
+def test_rows_and_columns_go_up_to_the_lowest_threshold_that_removes_enough(extra: int, target: float) -> None:
+    method, cluster = RowsColumns(RowsColumnsSection(target_sparsity=target, num_shots=1), KfacSection()), Propagating(extra)
+
+    def removed(value: float) -> int:
+        return 52 - sum(cluster.run_all(None, value))
+
+    values = sorted({0.0, *(float(x) for c in COSTS for side in (c.rows, c.columns) for x in side)})
+    expected = next(value for value in values if removed(value) >= target * 52 - 1e-6)
+    choice = method.choose(cluster, Scores(COSTS, 52, 52), 1)
+    assert choice.threshold == expected == choice.facts["threshold"]
+    assert choice.facts["sparsity"] == pytest.approx(removed(expected) / 52)
+    by_cost = sorted((float(x), n) for c in COSTS for side, n in ((c.rows, c.num_columns), (c.columns, c.num_rows)) for x in side)
+    assert [cost for _, cost in choice.record["cost_curve"]] == [cost for cost, _ in by_cost]
+    assert choice.record["cost_curve"][0][0] == pytest.approx(by_cost[0][1] / 52)
+
+
+def small_budget(num_groups: int, num_consumers: int = 1) -> Budget:
+    """Ten parameters a group, and nothing else."""
+    of_any = parameters_budget(LAYOUTS["llama"])
+    by_left = {"ffn": tuple(10.0 * n for n in range(num_groups + 1))}
+    return replace(of_any, fixed=0.0, by_left=by_left, num_consumers={"ffn": num_consumers})
+
+
+def small_groups(budget: Budget | None = None, **options: Any) -> Groups:
+    section = GroupsSection(structure="groups", **{"target_sparsity": 0.5, "width_multiple": 1} | options)
+    return Groups(section, None, budget or small_budget(24), {"ffn": 0}, frozenset())
+
+
+def test_targets_at_the_ends_of_what_is_possible() -> None:
+    budget, fewest = parameters_budget(LAYOUTS["llama"]), {"ffn": 8, "attention": 1}
+
+    def asked(parameters: int) -> Groups:
+        section = GroupsSection(structure="groups", width_multiple=8, target={"parameters": parameters})
+        return Groups(section, None, budget, fewest, frozenset())
+
+    least, dense = int(budget.least(fewest)), int(budget.dense)
+    for possible in (least, dense - 1):
+        asked(possible).check()
+    with pytest.raises(ValueError, match="at least"):
+        asked(least - 1).check()
+    with pytest.raises(ValueError, match="no more than"):
+        asked(dense).check()
+    replace(small_groups(small_budget(2, 4), num_shots=1), fewest={"ffn": 1}).check()  # half is all that may go
+
+
+def test_the_curve_is_of_scaled_costs_a_unit_as_the_threshold_is() -> None:
+    method = small_groups(small_budget(2, 2), target_sparsity=0.25, num_shots=1)
+    costs = tuple(
+        ConsumerCosts(f"{block}", "ffn", torch.tensor([1.0, 2.0]), 2, 10, frozenset(range(3)), block=block, scale=scale)
+        for block, scale in enumerate((1.0, 7.0))
+    )
+    choice = method.choose(NO_CLUSTER, Scores(costs, 40, 40), 1)
+    assert [cost for _, cost in choice.record["cost_curve"]] == pytest.approx([0.1, 0.2, 0.7, 1.4])
+    assert choice.threshold == pytest.approx(0.1)
+    assert choice.facts["sparsity"] == 0.25
+
+
+def test_what_earlier_shots_removed_counts() -> None:
+    costs = (ConsumerCosts("x", "ffn", torch.tensor([1.0, 2.0, 3.0, math.inf]), 3, 10, ANY),)
+    choice = small_groups(small_budget(4), num_shots=2).choose(NO_CLUSTER, Scores(costs, 40, 30), 2)
+    assert (choice.facts["groups"], choice.facts["sparsity"], choice.facts["need"]) == (1, 0.5, 20.0)
+
+
+def test_scores_of_paths_that_were_followed_farther_take_the_place_of_those_before() -> None:
+    def cost(name: str, x: float) -> ConsumerCosts:
+        return ConsumerCosts(name, "ffn", torch.tensor([x]), 1, 10, ANY)
+
+    def event(name: str, factor: str, used: float) -> RaisedDamping:
+        return RaisedDamping(name, factor, 0.0, used, False)
+
+    before = Scores((cost("a", 1.0), cost("b", 2.0)), 20, 20, (event("a", "A", 1.0), event("a", "G", 2.0), event("b", "A", 3.0)))
+    found = renewed(before, Scores((cost("b", 5.0),), 20, 20, (event("b", "A", 4.0),)))
+    assert {c.consumer: float(c.costs) for c in found.costs} == {"a": 1.0, "b": 5.0}
+    assert {(e.linear, e.factor): e.used for e in found.raised_damping} == {("a", "A"): 1.0, ("a", "G"): 2.0, ("b", "A"): 4.0}
+
+
+def test_a_path_is_followed_where_costs_a_unit_reach_the_threshold() -> None:
+    costs = ConsumerCosts("x", "ffn", torch.tensor([1.0, math.inf, math.inf]), 3, 10, ANY, limit=0.05)
+    for threshold, followed in ((0.05, True), (0.1, True), (0.11, False)):
+        assert small_groups()._is_followed(costs, threshold) == followed
+    assert not small_groups(rank_by="cost")._is_followed(costs, 1.1)
+
+
+def test_paths_end_at_the_fewest_groups_that_stay() -> None:
+    costs = ConsumerCosts("x", "ffn", torch.tensor([1.0, 2.0, math.inf]), 3, 10, ANY)
+    assert replace(small_groups(), fewest={"ffn": 1})._has_ended(costs)
+    assert not small_groups()._has_ended(costs)
+
+
+def test_one_step_more_is_the_multiple_of_the_shot() -> None:
+    scores = Scores((ConsumerCosts("x", "ffn", torch.tensor([1.0]), 1, 10, ANY),), 1, 1)
+    method = small_groups(width_multiple=8, num_shots=2)
+    assert [method._and_one_step(scores, {"x": 3}, shot)["x"] for shot in (1, 2)] == [4, 11]
+
+
+def test_widths_that_may_be_left_are_multiples_in_the_last_shot_and_the_whole_one() -> None:
+    groups: Any = SimpleNamespace(kind="ffn", columns=torch.zeros(24, 1))
+    method = small_groups(width_multiple=16, num_shots=2)
+    assert method._allowed(NO_CLUSTER, groups, 2) == {0, 16, 24}
+    assert method._allowed(NO_CLUSTER, groups, 1) == frozenset(range(25))
+
+
+def test_factors_of_experts_are_shrunk_which_takes_memory() -> None:
+    method = replace(small_groups(), consumers=frozenset({"down"}))
+    linears: list[Any] = [SimpleNamespace(role="down", num_rows=3, num_columns=5, expert=expert) for expert in (None, 0)]
+    dense, expert = map(method.needs, linears)
+    assert expert.costs_bytes - dense.costs_bytes == expert.update_bytes - dense.update_bytes == 4 * (9 + 25)
+
+
+def test_a_path_is_followed_to_the_next_width_that_may_be_left_whatever_it_costs(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    search, cluster, _, _ = scored(model_folders["llama"], tmp_path, pruning__width_multiple=8)
+    for worker in cluster.workers.values():
+        for groups in search.method.sets(worker):
+            if groups.kind == "ffn":
+                mask = worker.mask(groups.consumer, StructuredMask)
+                gone = torch.zeros_like(mask.columns)
+                gone[:3] = True
+                worker.masks[groups.consumer] = mask.without(torch.zeros_like(mask.rows), gone)
+    found = Scores.merged(cluster.run_all(search.method.costs, Reach(1e-12), 1))
+    assert {c.num_reached for c in found.costs if c.kind == "ffn"} == {5}  # 45 are left, 40 may stay
