@@ -61,7 +61,7 @@ def run_shots(inputs: Inputs, workers: Cluster, run: RunDirectory, listen: Calla
         told = _last_words(run, error)
         if isinstance(told, Exception) and not isinstance(told, LostError):
             with contextlib.suppress(Exception):
-                workers.run_all(clean_up)
+                workers.clean_up()
         if told is error:
             raise
         raise told from error

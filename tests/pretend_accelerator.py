@@ -5,7 +5,7 @@ runs on CPU tensors over the same memory, after a check that no CPU tensor is am
 nothing of streams, memory, NCCL, or how a GPU rounds. Not there: generators on the device, convolutions, copy.deepcopy and torch.save.
 
 Importing this registers the device, and a process keeps it. torch prepares its threads for backward passes at the first one and does not
-know devices that come later. So the device lives in processes of its own: forks by `tests.zygote`, for which `main` is the entry.
+know devices that come later. So the device lives in processes of its own: forks by `tests.zygote`, for which `answer` is the entry.
 """
 
 from __future__ import annotations

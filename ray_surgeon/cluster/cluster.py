@@ -86,5 +86,8 @@ class Cluster(Protocol):
     def usages(self) -> list[Usage]:
         """Return what each worker has used so far."""
 
+    def clean_up(self) -> None:
+        """Let workers remove what they have on their disks, after an error; one that is still inside of a step may be left out."""
+
     def close(self) -> None:
         """End the workers."""

@@ -79,10 +79,14 @@ class LocalCluster:
         """Return what each worker has used so far."""
         return [self.workers[index].usage() for index in self.placement.workers]
 
-    def close(self) -> None:
-        """Drop the workers and what they have on the disk."""
+    def clean_up(self) -> None:
+        """Remove what the workers have on the disk."""
         for worker in self.workers.values():
             clean_up(worker)
+
+    def close(self) -> None:
+        """Drop the workers and what they have on the disk."""
+        self.clean_up()
         self.workers.clear()
 
     def _report(self, index: WorkerIndex, done: int, total: int) -> None:

@@ -250,7 +250,7 @@ class WorkerNeeds:
         yield StepPlan("commit", self._idle, self._host + written, disk_bytes=self._all_blocks)
         if self._job.rounds:
             shapes = [(linear.num_rows, linear.num_columns) for linear in self._linears]
-            yield self._block_by_block("quantise", [(16.0 * (C**2 + R * C), 2.0 * C**3 + 2.0 * R * C**2) for R, C in shapes])
+            yield self._block_by_block("quantise", [(16.0 * (C**2 + R * C), 2 / 3 * C**3 + 2.0 * R * C**2) for R, C in shapes])
 
     def _sampling(self) -> StepPlan:
         """Return the writing of calibration text, token by token: keys and values of the texts that are written together."""

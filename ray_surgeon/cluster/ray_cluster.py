@@ -20,7 +20,7 @@ from ray_surgeon.cluster.cluster import LostError, Progress
 from ray_surgeon.cluster.collectives import CollectiveError, ProcessReplica
 from ray_surgeon.cluster.placement import Placement, WorkerIndex
 from ray_surgeon.cluster.usage import Usage
-from ray_surgeon.cluster.worker import Worker
+from ray_surgeon.cluster.worker import Worker, clean_up
 from ray_surgeon.memory.stores import Stores
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.sections.cluster import RaySection
@@ -316,6 +316,11 @@ class RayCluster:
     def usages(self) -> list[Usage]:
         """Return what each worker has used so far."""
         return self.get([self._actors[index].usage.remote() for index in self.placement.workers])
+
+    def clean_up(self) -> None:
+        """Let workers remove what they have on their disks; those that wait in a step for one that has failed are not waited for."""
+        asked: list[Any] = [self.submit(index, clean_up) for index in self.placement.workers]
+        ray.wait(asked, num_returns=len(asked), timeout=self._ping_timeout_s, fetch_local=False)
 
     def close(self) -> None:
         """Kill the workers and give the resources back."""

@@ -94,9 +94,9 @@ class Layerwise(Method):
         return min((shape.num_columns - shape.has_bias) / shape.num_columns for shape in layout.linears)
 
     def needs(self, shape: LinearShape) -> LinearNeeds:
-        """The inverse of A and its Cholesky factor."""
+        """A's Cholesky factor and the inverse of that."""
         R, C = shape.num_rows, shape.num_columns
-        return LinearNeeds(update_bytes=4 * (4 * C**2 + 4 * R * C), update_flops=2.0 * C**3 + 2 * R * C**2)
+        return LinearNeeds(update_bytes=4 * (4 * C**2 + 4 * R * C), update_flops=2 / 3 * C**3 + 2 * R * C**2)
 
     # On the coordinator
 

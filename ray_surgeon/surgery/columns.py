@@ -25,10 +25,10 @@ def upper_inverse(A: Tensor, damping: float, max_damping: float, name: str) -> t
         max_damping: see `factorise`.
         name: the linear, for errors.
     """
-    A = A.clone()
+    A = A.flip(0, 1)
     always_zero = A.diagonal() == 0
     A[always_zero, always_zero] = 1.0 if always_zero.all() else A.diagonal()[~always_zero].mean()
-    factor = factorise(A.flip(0, 1), damping, max_damping, name)
+    factor = factorise(A, damping, max_damping, name)
     # With the indices reversed A is L L^T, and U is the inverse of L reversed. A's own inverse may not be positive definite in float32.
     return factor.inverse_cholesky().flip(0, 1), raised_damping(name, "A", damping, factor)
 

@@ -18,7 +18,6 @@ from safetensors import SafetensorError
 from ray_surgeon import shots
 from ray_surgeon.cluster import room
 from ray_surgeon.cluster.cluster import LostError
-from ray_surgeon.cluster.worker import clean_up
 from ray_surgeon.memory import weights
 from ray_surgeon.memory.factors import FactorStore
 from ray_surgeon.memory.stores import Scratch
@@ -120,8 +119,8 @@ def test_a_run_that_fails_leaves_no_scratch(model_folders: dict[str, Path], tmp_
 def test_scratch_goes_where_there_are_workers_that_can_remove_it(
     error: BaseException, cleans: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    steps: list[Any] = []
-    workers: Any = SimpleNamespace(run_all=steps.append)
+    cleaned: list[bool] = []
+    workers: Any = SimpleNamespace(clean_up=lambda: cleaned.append(True))
     nothing: Any = None
 
     def fail(*args: object) -> None:
@@ -130,7 +129,7 @@ def test_scratch_goes_where_there_are_workers_that_can_remove_it(
     monkeypatch.setattr(shots, "_run_shots", fail)
     with pytest.raises(type(error)):
         shots.run_shots(nothing, workers, RunDirectory(str(tmp_path)), print)
-    assert steps == [clean_up] * cleans
+    assert cleaned == [True] * cleans
 
 
 def test_a_full_scratch_disk_is_named_and_what_is_on_it_removed(

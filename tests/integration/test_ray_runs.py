@@ -130,6 +130,29 @@ def test_failures_are_seen_and_named(connected: None, model_folders: dict[str, P
     workers.close()
 
 
+def leave_something(worker: Worker) -> None:
+    assert worker.scratch is not None
+    worker.scratch.path("left").touch()
+
+
+def sleep(worker: Worker, seconds: float) -> None:
+    time.sleep(seconds)
+
+
+def test_cleaning_does_not_wait_for_a_worker_inside_of_a_step(connected: None, model_folders: dict[str, Path], tmp_path: Path) -> None:
+    """As one is that waits for a replica which has failed. It has a file left, the other one none."""
+    layout = LAYOUTS["llama"]
+    workers = RayCluster(layout, place(layout, 2, 1), RaySection(ping_timeout_s=3))
+    recipe = ModelRecipe(ModelSection(source=str(model_folders["llama"])), scratch=(str(tmp_path), "run", "try"))
+    workers.run_all(load, recipe, False, Stores())
+    workers.run_all(leave_something)
+    workers.submit(WorkerIndex(0, 0), sleep, 200)
+    workers.clean_up()
+    left = list(tmp_path.rglob("left"))
+    workers.close()
+    assert len(left) == 1
+
+
 class Link:
     """One of two actors of which the second takes what the first was to give."""
 
