@@ -34,7 +34,7 @@ _COMES_AGAIN = ("out of memory", "device-side assert")
 _LOOK_S = 2.0
 """How often a step over linears is asked how many are done."""
 _TRIES = 4
-"""To connect by a Ray client: of the processes that serve clients, one in ten or so dies at its fork (Ray issue 63202)."""
+"""To connect by a Ray client: of the processes that serve clients, about one in twenty dies at its fork (Ray issue 63202)."""
 _ANSWER_S = 30.0
 """In which a machine must start a process that answers, if a worker on it does not."""
 
