@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -36,12 +37,14 @@ class LocalCluster:
             device: "cpu" or "cuda".
         """
         self.placement, self.progress, self.stores = placement, Progress(), Stores()
-        if device == "cuda":  # by its number, which threads of a worker need
-            device = f"cuda:{torch.cuda.current_device()}"
+        gpu = None
+        if device == "cuda":  # by its number, which threads of a worker need, and by its name, which other processes need
+            number, names = torch.cuda.current_device(), os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+            device, gpu = f"cuda:{number}", names[number].strip() if number < len(names) and names[number] else str(number)
         self.workers = {index: Worker(layout, placement, index, num_threads, device) for index in placement.workers}
         self._positions: dict[WorkerIndex, tuple[int, int]] = {}
         for index, worker in self.workers.items():
-            worker.report_position = partial(self._report, index)
+            worker.gpu, worker.report_position = gpu, partial(self._report, index)
         if placement.num_replicas > 1:
             for shard in range(placement.num_shards):
                 meeting = ThreadMeeting(placement.num_replicas)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import socket
@@ -47,6 +48,8 @@ def found_here(device: torch.device, root: str | None) -> Found:
     host, disk = float(available_bytes()), float(shutil.disk_usage(there).free)
     if device.type != "cuda":
         return Found(socket.gethostname(), "cpu", "", Room(host, host, disk, device_is_host=True))
+    gc.collect()  # of earlier runs in this process
+    torch.cuda.empty_cache()
     properties, (free, _) = torch.cuda.get_device_properties(device), torch.cuda.mem_get_info(device)
     return Found(socket.gethostname(), str(properties.uuid), properties.name, Room(float(free), host, disk, device_is_host=False))
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -54,7 +55,13 @@ def attention(
     causal = T > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
     special = dropout or kwargs.get("position_bias") is not None or kwargs.get("softcap") is not None
     plain = attention_mask is None and not special and (not causal or T == S)
-    gains = query.device.type == "cpu" and (query.dtype == torch.bfloat16 or T == 1)
+    on_cpu, shared = query.device.type == "cpu", query.shape[1] // key.shape[1]
+    if plain and not on_cpu and shared > 1 and query.dtype == torch.float32:
+        # of torch's kernels for GPUs only the one that keeps all scores for gradients takes float32 with heads that share keys
+        keys, values = (part.repeat_interleave(shared, dim=1) for part in (key, value))
+        outputs = scaled_dot_product_attention(query, keys, values, is_causal=causal, scale=scaling)
+        return outputs.transpose(1, 2).contiguous(), None
+    gains = on_cpu and (query.dtype == torch.bfloat16 or T == 1)
     if not plain or not gains:
         outputs, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs

@@ -15,7 +15,11 @@ class RetriesSection(Section):
     worker: int = Field(3, ge=0, description="A worker's process ended or stopped answering")
     node: int = Field(10, ge=0, description="A machine was lost, as spot machines are")
     coordinator: int = Field(3, ge=0, description="The coordinator's process ended or stopped answering")
-    communication: int = Field(3, ge=0, description="A collective between replicas failed or took longer than step_timeout_s")
+    communication: int = Field(
+        3,
+        ge=0,
+        description="A collective between replicas failed or took longer than step_timeout_s; on GPUs that counts as a lost worker",
+    )
     memory: int = Field(1, ge=0, description="Ray ended a worker because its machine ran out of memory")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -55,6 +57,23 @@ def test_bfloat16_on_a_cpu_goes_in_products_and_is_as_near_as_its_numbers(monkey
     expected = scaled_dot_product_attention(query.double(), key.double(), value.double(), is_causal=True, enable_gqa=True)
     assert found.dtype == torch.bfloat16
     assert relative_error(found.double(), expected.transpose(1, 2)) < 2**-7
+
+
+def test_float32_with_shared_keys_on_a_gpu_goes_to_a_kernel_that_keeps_no_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None of torch's takes heads that share keys then; the pretend accelerator's runs compare the numbers."""
+    monkeypatch.setattr(attention, "sdpa_attention_forward", None)
+    shapes = list[torch.Size]()
+    kernel = attention.scaled_dot_product_attention
+
+    def watch(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        shapes.extend((key.shape, value.shape))
+        assert not options.get("enable_gqa")
+        return kernel(query, key, value, **options)
+
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", watch)
+    found, _ = attention.attention(Layer(), *(part.to("meta") for part in drawn(7, 7, torch.float32)), None)
+    assert found.shape == (2, 7, 6, 5)
+    assert shapes == [(2, 6, 7, 8), (2, 6, 7, 5)]
 
 
 def test_keys_in_common_do_not_make_scores_coarse() -> None:
