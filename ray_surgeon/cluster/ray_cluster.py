@@ -90,7 +90,8 @@ def connect(address: str | None, num_cpus_needed: int) -> str:
             _connect_to(target)
         except (ConnectionError, TimeoutError) as error:
             raise ValueError(
-                f"cluster.address: cannot reach Ray at {target!r}: {error}; start it, check RAY_AUTH_TOKEN, or leave the address out"
+                f"cluster.address: cannot reach Ray at {target!r}: {error}; start it, check RAY_AUTH_MODE and RAY_AUTH_TOKEN, or leave the "
+                "address out"
             ) from error
         return target
     try:

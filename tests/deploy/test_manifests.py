@@ -128,6 +128,9 @@ def test_rules_of_the_operator_and_of_ours(folder: str) -> None:
         if "client" in {port["name"] for port in container.get("ports", ())}:
             assert {"name": "GRPC_ENABLE_FORK_SUPPORT", "value": "0"} in container["env"], "else Ray clients are not served at times"
         assert {"mountPath": "/dev/shm", "name": "shm"} in container["volumeMounts"]
+        values = {variable["name"]: variable.get("value") for variable in container["env"]}
+        assert values["TMPDIR"] in {mount["mountPath"] for mount in container["volumeMounts"]}, "exports are fetched to there"
+        assert values["RAY_TMPDIR"] == "/tmp", "where the operator's containers look"
         (shm,) = (volume for volume in pod["volumes"] if volume["name"] == "shm")
         assert shm["emptyDir"]["medium"] == "Memory"
         assert gibibytes(shm["emptyDir"]["sizeLimit"]) < gibibytes(container["resources"]["limits"]["memory"])
