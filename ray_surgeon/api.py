@@ -24,7 +24,7 @@ from ray_surgeon.models.experts import in_memory
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.runner import BlockRunner
 from ray_surgeon.models.shard import ModelShard
-from ray_surgeon.run.caller import own_modes, own_threads
+from ray_surgeon.run.caller import own_modes
 from ray_surgeon.run.directory import RunDirectory
 from ray_surgeon.run.display import Display, new_console
 from ray_surgeon.run.in_memory import a_tokenizer, causal_lm, dtype_of, saved, without_bars
@@ -104,8 +104,9 @@ class PruneResult:
         return last
 
 
+@own_modes()
 def prune(
-    model: str | os.PathLike[str] | PreTrainedModel | None = None,
+    model: str | os.PathLike[str] | Mapping[str, Any] | PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     spec: JobSpec | None = None,
@@ -124,7 +125,7 @@ def prune(
     """Prune a model.
 
     Args:
-        model: a Hub id, a folder, an fsspec URI, or a model in memory; not with `spec`.
+        model: a Hub id, a folder, an fsspec URI, the section of that name (source, dtype, revision), or a model in memory; not with `spec`.
         tokenizer: the tokenizer of a model in memory.
         spec: a whole job spec, in place of everything else.
         calibration: section of that name: source, num_sequences, sequence_length and more. Needed without `spec`.
@@ -132,7 +133,8 @@ def prune(
         curvature: section of that name; KFAC if not given.
         correction: section of that name; no low-rank corrections if not given.
         evaluation: texts to measure on, and tasks; if not given, the test part of the calibration text.
-        cluster: section of that name; if not given, everything runs in this process. ``{"backend": "ray"}`` runs it on Ray.
+        cluster: section of that name; in this process, on one CPU thread, unless it says otherwise: ``{"cpus_per_worker": 16}``,
+            ``{"gpus_per_worker": 1}``, ``{"backend": "ray"}``.
         memory: section of that name; if not given, planned from the memory that the machines have.
         output: section of that name, or only its URI; if not given, below ``./runs``.
         name: of the run; if not given, made from the model's name.
@@ -160,7 +162,13 @@ def prune(
         "name": name,
     }
     given = {key: value for key, value in sections.items() if value is not None}
-    source = local_path(model) if isinstance(model, str | os.PathLike) else None if model is None else causal_lm(model)
+    source = local_path(model)
+    if isinstance(source, Mapping) and "source" not in source:
+        raise ValueError(
+            f"model: got a {type(source).__name__} of {', '.join(map(str, list(source)[:3]))}; give its source, or a causal LM"
+        )
+    if not (source is None or isinstance(source, str | Mapping)):
+        source = causal_lm(source)
     if spec is None:
         try:
             spec = _spec_of(source, tokenizer, given)
@@ -173,24 +181,23 @@ def prune(
         raise ValueError("spec: it says everything already; leave model, tokenizer and the sections out")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with ExitStack() as held:
-        if source is not None and not isinstance(source, str):
+        if isinstance(source, PreTrainedModel):
             held.enter_context(saved(source, a_tokenizer(tokenizer), spec.model.source, spec.output.uri))
         inputs = check(spec, resume=resume)
         display = held.enter_context(Display(new_console() if progress else None, inputs.spec.name))
+        if inputs.precision is not None:
+            display.note(inputs.precision)
         return ended_before(inputs, display.note) or run(inputs, display)
 
 
 def ended_before(inputs: Inputs, say: Callable[[str], None]) -> PruneResult | None:
     """Return the run with the very spec of checked inputs if it is there whole, with its exports; nothing is to be done then."""
     directory = RunDirectory(inputs.spec.output.uri)
-    if not directory.is_finished(inputs.spec.model_dump(mode="json")):
+    report = directory.report_if_finished(inputs.spec.model_dump(mode="json"))
+    if report is None:
         return None
     say("this run has ended before, and its exports are there; nothing is done again")
-    return _result(directory)
-
-
-def _result(directory: RunDirectory) -> PruneResult:
-    return PruneResult(directory.uri, files.read_json(directory.path("report.json")))
+    return PruneResult(directory.uri, report)
 
 
 @own_modes()
@@ -215,13 +222,12 @@ def run(inputs: Inputs, display: Display, *, disconnects: bool = False) -> Prune
             if disconnects:
                 driver.disconnect()
     else:
-        with own_threads:
-            cluster = LocalCluster(inputs.layout, inputs.placement, section.cpus_per_worker, section.device)
-            try:
-                run_shots(inputs, cluster, directory, display)
-            finally:
-                cluster.close()
-    return _result(directory)
+        cluster = LocalCluster(inputs.layout, inputs.placement, section.cpus_per_worker, section.device)
+        try:
+            run_shots(inputs, cluster, directory, display)
+        finally:
+            cluster.close()
+    return PruneResult(directory.uri, directory.report())
 
 
 _EXAMPLES = {
@@ -230,13 +236,19 @@ _EXAMPLES = {
 }
 
 
-def _spec_of(model: str | PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase | None, given: Mapping[str, Any]) -> JobSpec:
+def _spec_of(
+    model: str | Mapping[str, Any] | PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase | None, given: Mapping[str, Any]
+) -> JobSpec:
     """Return the job spec that the arguments of `prune` stand for."""
-    document: dict[str, Any] = {"version": 2, "name": "model", "cluster": {"backend": "local"}} | dict(given)
+    document: dict[str, Any] = {"version": 2, "name": "model", "cluster": {}} | dict(given)
     if model is None:
         raise ValueError("model: give a Hub id, a folder, a URI, or a model in memory; or a whole spec")
-    if isinstance(model, str) and "name" not in given:
-        document["name"] = _as_name(model)
+    if isinstance(model, str):
+        model = {"source": model}
+    if isinstance(model, Mapping) and "name" not in given:
+        document["name"] = _as_name(str(model.get("source", "model")))
+    if isinstance(document["cluster"], Mapping):
+        document["cluster"] = {"backend": "local", **document["cluster"]}
     for section in ("calibration", "pruning"):
         if not isinstance(document.get(section), Mapping):
             got = "is missing" if section not in document else f"got {reprlib.repr(document[section])}"
@@ -253,10 +265,10 @@ def _spec_of(model: str | PreTrainedModel | None, tokenizer: PreTrainedTokenizer
         if calibration.get("split", "train") == "test":
             raise ValueError("evaluation: the calibration reads the test part of its text, so name another text to measure on")
         document["evaluation"] = [_test_part(calibration)]
-    if isinstance(model, str):
+    if isinstance(model, Mapping):
         if tokenizer is not None:
             raise ValueError("tokenizer: belongs to a model in memory; that of a folder, URI or Hub id is read from there")
-        document["model"] = {"source": model}
+        document["model"] = dict(model)
         return JobSpec.model_validate(document)
     if tokenizer is None:
         raise ValueError("tokenizer: a model in memory needs its tokenizer; give it as the second argument")
@@ -295,7 +307,8 @@ def curvature(
         model: a causal LM of a supported family; its weights are not changed.
         sequences: token sequences, or texts if there is a tokenizer.
         tokenizer: for texts. Each text becomes one sequence; it begins with BOS if the tokenizer itself begins a text with it.
-        linears: names of the linears wanted, e.g. ``model.layers.0.mlp.down_proj``; all if not given.
+        linears: names of the linears wanted, e.g. ``model.layers.0.mlp.down_proj``; all if not given. Factors of their roles, here of
+            every block's ``down_proj``, and of what shares their inputs are gathered on the model's device, and no others.
         label_seed: seed of labels drawn from the model (sampled Fisher); None takes the text's own (empirical Fisher).
 
     Returns:
@@ -339,7 +352,7 @@ def curvature(
         return read_stored(name) if of_expert is None else of_expert
 
     shard.load(read)
-    shard.start_curvature()
+    shard.start_curvature(only=None if linears is None else frozenset(layout.shapes[name].role for name in linears))
     runner = BlockRunner(shard)
     for number, ids in enumerate(tokens):
         batch = torch.tensor([ids], device=model.device)

@@ -37,6 +37,8 @@ from ray_surgeon.sections.cluster import RaySection
 from ray_surgeon.shots import CollapseError, run_shots
 
 _POLL_S = 0.5
+_PATIENCE_S = 60.0
+"""How long memory that ended workers still hold is waited for."""
 _LOST = {
     "worker": "a worker was lost",
     "node": "a machine was lost",
@@ -104,7 +106,7 @@ class Coordinator:
         try:
             assert isinstance(spec.cluster, RaySection)
             cluster = RayCluster(inputs.layout, inputs.placement, spec.cluster)
-            run_shots(inputs, cluster, run, listen)
+            run_shots(inputs, cluster, run, listen, patience_s=0.0 if before is None else _PATIENCE_S)
         except WorkerFailureError as error:
             return error.failure
         finally:

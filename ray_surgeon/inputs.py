@@ -8,6 +8,7 @@ import json
 import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,14 @@ class Inputs:
         said = f"{whose} keep multiples of {pruning.multiple} channels"
         liked = KERNEL_COLUMNS * pruning.tensor_parallel
         return said if pruning.multiple % liked == 0 else f"{said}; to quantise later, set pruning.width_multiple to {liked}"
+
+    @property
+    def precision(self) -> str | None:
+        """What to know of a job in float32 if config.json says a narrower dtype, for people; None otherwise."""
+        stored = str(getattr(self.layout.config, "dtype", None)).removeprefix("torch.")
+        if stored not in ("bfloat16", "float16") or self.spec.model.dtype != "float32":
+            return None
+        return f"config.json says {stored}, but this job and its exports are in float32, of twice the size; see model.dtype: bfloat16"
 
     def plan(self, room: Room, device: Device) -> Plan:
         """Return how the job runs.
@@ -387,7 +396,5 @@ def _windows(
 
 
 def _environment() -> dict[str, str]:
-    from importlib.metadata import version
-
     packages = {name: version(name) for name in ("torch", "transformers", "ray", "numpy", "safetensors")}
     return {"ray_surgeon": ray_surgeon.__version__, "python": platform.python_version(), "machine": platform.machine()} | packages

@@ -33,6 +33,7 @@ from ray_surgeon.run.report import export_lines, shots_table
 from ray_surgeon.sections.cluster import RaySection
 from ray_surgeon.spec import JobSpec, parse_spec, validation_message
 from ray_surgeon.storage import files
+from ray_surgeon.surgery.threshold import OutOfReachError
 
 _MAX_SPEC_BYTES = 2**20
 
@@ -138,6 +139,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m ray_surgeon.p
         inputs = check(_read_spec(arguments.spec, arguments.set), resume=arguments.resume, dry_run=arguments.dry_run)
         shots = inputs.spec.pruning.shots
         console.print(f"{shots} shot{'s' * (shots > 1)} to {inputs.goal}, {inputs.calibration.size} calibration tokens each")
+        if inputs.precision is not None:
+            console.print(inputs.precision, soft_wrap=True, highlight=False)
         if arguments.dry_run:
             if not inputs.fingerprints:
                 console.print("planned from config.json alone: there are no weights to check")
@@ -172,7 +175,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m ray_surgeon.p
         return INTERRUPTED
     except TakenOverError as error:
         return fail(f"failed: {error}", FAILED)
-    except (BadWeightsError, DoesNotFitError) as error:
+    except (BadWeightsError, DoesNotFitError, OutOfReachError) as error:
         return fail(f"error: {error}", BAD_INPUT)
     except (RuntimeError, OSError, ValueError, FloatingPointError) as error:
         return fail(f"failed: {error}\n{resume_with}", FAILED)

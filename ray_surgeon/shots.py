@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -14,6 +15,7 @@ import torch
 from ray_surgeon.cluster.cluster import Cluster, LostError
 from ray_surgeon.cluster.dense_model import CALIBRATION, read_states, write_states
 from ray_surgeon.cluster.passes import Measured, measure, remember
+from ray_surgeon.cluster.plan import DoesNotFitError, Plan
 from ray_surgeon.cluster.room import device_of, look_around, shared
 from ray_surgeon.cluster.sampling import write_text
 from ray_surgeon.cluster.saving import continue_from_shot, save_shot
@@ -33,12 +35,17 @@ from ray_surgeon.run.report import RunReport
 from ray_surgeon.sections.targets import LatencyTarget
 from ray_surgeon.storage import files, tensor_files
 
+_PAUSE_S = 5.0
+"""Between two looks at memory that is to become free."""
+
 
 class CollapseError(RuntimeError):
     """The model is worse than the spec allows."""
 
 
-def run_shots(inputs: Inputs, workers: Cluster, run: RunDirectory, listen: Callable[[Event | Moment], None]) -> None:
+def run_shots(
+    inputs: Inputs, workers: Cluster, run: RunDirectory, listen: Callable[[Event | Moment], None], *, patience_s: float = 0.0
+) -> None:
     """Prune the model shot by shot; every shot is committed, and a run continues after the last committed one.
 
     What workers have on their disks is removed at the end, and after errors of the work.
@@ -48,6 +55,7 @@ def run_shots(inputs: Inputs, workers: Cluster, run: RunDirectory, listen: Calla
         workers: without weights.
         run: a run directory that was checked for these inputs.
         listen: is called with the event of every step, and with moments inside of long ones.
+        patience_s: how long to wait for memory that is taken, as by workers of an earlier try that are about to end.
 
     Raises:
         DoesNotFitError: the workers' memory is too small, whatever is kept where; nothing has started then.
@@ -56,7 +64,7 @@ def run_shots(inputs: Inputs, workers: Cluster, run: RunDirectory, listen: Calla
         CollapseError: perplexity is above the limit of the spec; committed shots stay.
     """
     try:
-        _run_shots(inputs, workers, run, listen)
+        _run_shots(inputs, workers, run, listen, patience_s)
     except BaseException as error:
         told = _last_words(run, error)
         if isinstance(told, Exception) and not isinstance(told, LostError):
@@ -80,11 +88,10 @@ def _last_words(run: RunDirectory, error: BaseException) -> BaseException:
     return error
 
 
-def _run_shots(inputs: Inputs, workers: Cluster, run: RunDirectory, listen: Callable[[Event | Moment], None]) -> None:
+def _run_shots(inputs: Inputs, workers: Cluster, run: RunDirectory, listen: Callable[[Event | Moment], None], patience_s: float) -> None:
     spec, method, num_shots = inputs.spec, inputs.method, inputs.spec.pruning.shots
     scratch = spec.memory.scratch, _key(run.uri), uuid.uuid4().hex
-    machines = workers.run_all(look_around, *scratch)
-    plan = inputs.plan(shared(machines), device_of(machines, spec.cluster.cpus_per_worker))
+    plan = _plan(inputs, workers, scratch, time.monotonic() + patience_s)
     workers.stores = plan.stores
     run.start(inputs.spec_yaml, inputs.fingerprints)
     done = [run.read_shot(index) for index in run.committed_indices()]
@@ -178,6 +185,18 @@ def _run_shots(inputs: Inputs, workers: Cluster, run: RunDirectory, listen: Call
     _write_exports(inputs, workers, run, report, step)
     page.draw(report.as_record(), final=True)
     run.write_report(report.as_record())  # last: a run whose report is whole has ended
+
+
+def _plan(inputs: Inputs, workers: Cluster, scratch: tuple[str | None, str, str], until_s: float) -> Plan:
+    """Return how the job runs, in the memory that there is; wait for more until a time if it does not fit."""
+    while True:
+        machines = workers.run_all(look_around, *scratch)
+        try:
+            return inputs.plan(shared(machines), device_of(machines, inputs.spec.cluster.cpus_per_worker))
+        except DoesNotFitError:
+            if time.monotonic() >= until_s:
+                raise
+        time.sleep(_PAUSE_S)
 
 
 def _look_at_dense(inputs: Inputs, workers: Cluster, step: Steps, *, searches: bool, calibration: bool) -> dict[str, Any]:

@@ -233,7 +233,7 @@ class WorkerNeeds:
         yield StepPlan("load", self._weights, self._host + self._shapes.largest_tensor)
         if self._job.written:
             yield self._sampling()
-        yield self._evaluation()
+        yield self._measuring("evaluation", self._job.evaluation)
         if self._job.factors != "none":
             yield self._curvature()
         if self._job.block_by_block:
@@ -269,16 +269,14 @@ class WorkerNeeds:
         moved = self._moved(self._stores.weights, num_passes * self._all_blocks)
         return StepPlan("sampling", self._weights + most, self._host, flops, 0.0, *moved)
 
-    def _evaluation(self) -> StepPlan:
-        return self._measuring("evaluation", self._job.evaluation)
-
     def _search(self) -> StepPlan:
         """Return the passes of a search, while factors stay where they are and the host keeps every consumer's other weight."""
         job, factors = self._job, self._all_factors / self._num_replicas
         passes = self._measuring("search", ((job.num_searched, job.sequence_length),))
         update = self._updates("search")
         device = max(passes.device + factors * (self._stores.factors == "device"), update.device)
-        host = update.host + self._shapes.width * sum(linear.size for linear in self._linears if linear.name in job.needs)
+        twice = self._shapes.width * sum(linear.size for linear in self._linears if linear.name in job.needs)
+        host = update.host + passes.host - self._host + twice
         num_passes = job.num_trials + job.num_undone
         moved = [
             num_passes * of_pass + job.num_trials * of_update
@@ -296,7 +294,8 @@ class WorkerNeeds:
             peak = max(peak, between * wave * length * self._hidden + moment)
             tokens, loads = tokens + own * length, loads + -(-own // wave)
         flops = tokens * (2 * self._active + 2 * self._head_flops)
-        return StepPlan(name, self._weights + peak, self._host, flops, 0.0, *self._moved(self._stores.weights, loads * self._all_blocks))
+        host = self._host + max((self._travelling(length) for _, length in texts), default=0.0)
+        return StepPlan(name, self._weights + peak, host, flops, 0.0, *self._moved(self._stores.weights, loads * self._all_blocks))
 
     def _passing(self, more_kept: float = 0.0) -> float:
         """Return the bytes of a pass forward and backward: what waits for its backward pass, and the moment that needs most.
@@ -315,6 +314,10 @@ class WorkerNeeds:
         waiting += self._in_flight * num_blocks * wave
         return waiting + max(T * (kept + moment) + conversion, self._head)
 
+    def _travelling(self, length: int) -> float:
+        """Return the host's bytes of a GPU's hidden states that travel: a copy each way, and what waits between shards."""
+        return float(self._is_pinned * (self._num_shards > 1) * (2 + self._in_flight) * self._wave * length * self._hidden)
+
     def _curvature(self) -> StepPlan:
         stores, job = self._stores, self._job
         on_device = self._all_factors if stores.factors == "device" else max(self._shapes.factor_bytes[block] for block in self._own)
@@ -329,7 +332,8 @@ class WorkerNeeds:
         moved = [job.num_passes * (one + other) for one, other in zip(weights, factors, strict=True)]
         bubble = (self._num_waves + self._num_shards - 1) / self._num_waves
         device = self._weights + on_device + self._dense + self._passing()
-        return StepPlan("curvature", device, self._host + on_host + self._inputs_moving, flops, 0.0, moved[0], moved[1], bubble)
+        host = self._host + on_host + self._inputs_moving + self._travelling(job.sequence_length)
+        return StepPlan("curvature", device, host, flops, 0.0, moved[0], moved[1], bubble)
 
     def _updates(self, name: str) -> StepPlan:
         return self._linear_by_linear(name, [n.update_bytes for n in self._of_needs], [n.update_flops for n in self._of_needs])
@@ -385,7 +389,8 @@ class WorkerNeeds:
         product = 16.0 * max(linear.size for linear in self._linears)  # B A and copies: of elements in every pass, of others when absorbed
         passing = self._passing(inputs) + product * (self._masks > 0)
         device = self._weights + adapters + self._masks * self._is_pinned + max(passing, product)  # on a CPU they are those of the host
-        return StepPlan("correction", device, self._host, flops, 0.0, *self._moved(self._stores.weights, loads))
+        moved = self._moved(self._stores.weights, loads)
+        return StepPlan("correction", device, self._host + self._travelling(job.sequence_length), flops, 0.0, *moved)
 
     @staticmethod
     def _moved(where: Place, size: float) -> tuple[float, float]:

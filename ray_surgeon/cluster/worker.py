@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
@@ -81,7 +81,7 @@ class Worker:
         """
         torch.set_num_threads(num_threads)
         self.layout, self.placement, self.index, self.device = layout, placement, index, torch.device(device)
-        self.gpu: str | None = None  # its name, as in CUDA_VISIBLE_DEVICES, where Ray gave it one
+        self.gpu: str | None = None  # its name, as in CUDA_VISIBLE_DEVICES, for other processes
         self.replicas: ReplicaGroup = SingleReplica()
         self.scratch: Scratch | None = None  # once something is loaded
         self.masks: dict[str, Mask] = {}
@@ -191,14 +191,16 @@ class Worker:
         # stacks of experts are taken apart once, not whenever a block is read
         is_read_again = reader.is_local and not self.layout.family.stacks_experts
         stays = is_read_again and all(files.is_local(uri) for uri in set(pruned_in.values()))
-        self.shard.load(read if stays else ReadAhead(read, self.shard.wanted), stays=stays)
         kind: type[StructuredMask] | type[ElementMask] = ElementMask if by_element else StructuredMask
+        parts = [part.name for part in fields(kind)] if recipe.shot_files else []
+        of_masks = [f"{name}.{part}" for name in self.shard.linears for part in parts]
+        kept = {f"{name}.kept": (shape.num_rows, shape.num_columns) for name, shape in self.layout.shapes.items() if by_element}
+        get = read if stays else ReadAhead(read, [*self.shard.wanted, *of_masks], {**self.layout.parameters, **kept})
+        self.shard.load(get, stays=stays)
         for name in self.shard.linears:
             shape = self.layout.shapes[name]
-            mask: Mask = kind.full(shape.num_rows, shape.num_columns)
-            if recipe.shot_files:
-                mask = type(mask)(**{part: read(f"{name}.{part}").to(torch.bool, copy=True) for part in mask.tensors()})
-            self.masks[name] = mask
+            found = {part: get(f"{name}.{part}").to(torch.bool, copy=True) for part in parts}
+            self.masks[name] = kind(**found) if parts else kind.full(shape.num_rows, shape.num_columns)
 
     def owner(self, name: str) -> int:
         """Return the replica that computes the costs of a linear and updates it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from ray_surgeon.memory.pinned import HostMemory
 from ray_surgeon.memory.stores import Place, Scratch
 
+ENTRIES_AHEAD = 2**27
+"""Of tensors that are read ahead: with as many, no further one is begun."""
 Read = Callable[[str], Tensor]
 """Global name of a tensor -> the tensor, of any float dtype, on the CPU."""
 
@@ -24,31 +27,37 @@ Read = Callable[[str], Tensor]
 class ReadAhead:
     """Reads tensors from afar, several at a time, in the order in which they will be asked for."""
 
-    def __init__(self, read: Read, names: Sequence[str], num_at_once: int = 8) -> None:
+    def __init__(self, read: Read, names: Sequence[str], shapes: Mapping[str, Sequence[int]], num_at_once: int = 8) -> None:
         """Start to read.
 
         Args:
             read: may be called from several threads.
             names: every tensor that will be asked for, in order.
-            num_at_once: tensors that are on their way or wait to be taken.
+            shapes: of those that are large.
+            num_at_once: tensors that are on their way or wait to be taken, or fewer that have `ENTRIES_AHEAD` entries together.
         """
-        self._read, self._left = read, deque(names)
+        self._read, self._left, self._shapes, self._num_at_once = read, deque(names), shapes, num_at_once
         self._pool = ThreadPoolExecutor(num_at_once)
         self._coming: dict[str, Future[Tensor]] = {}
-        for _ in range(num_at_once):
-            self._start_next()
+        self._num_entries = 0  # of those that are coming
+        self._start_more()
 
-    def _start_next(self) -> None:
-        if self._left:
+    def _start_more(self) -> None:
+        while self._left and len(self._coming) < self._num_at_once and (self._num_entries < ENTRIES_AHEAD or not self._coming):
             name = self._left.popleft()
+            self._num_entries += self._size(name)
             self._coming[name] = self._pool.submit(self._read, name)
+
+    def _size(self, name: str) -> int:
+        return math.prod(self._shapes.get(name, ()))
 
     def __call__(self, name: str) -> Tensor:
         """Return a tensor."""
         coming = self._coming.pop(name, None)
         if coming is None:
             return self._read(name)
-        self._start_next()
+        self._num_entries -= self._size(name)
+        self._start_more()
         if not self._coming:
             self._pool.shutdown(wait=False)
         return coming.result()

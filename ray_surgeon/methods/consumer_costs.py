@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -24,7 +24,7 @@ class ConsumerCosts:
     costs: Tensor  # [num_groups] float32, see `group_costs`
     num_left: int  # groups that are left now
     num_parameters: int  # of one group
-    allowed: frozenset[int]  # numbers of groups that may be left afterwards
+    allowed: Container[int]  # numbers of groups that may be left afterwards
     whole: float = math.inf  # what it costs to remove the expert
     block: int = 0  # its number
     limit: float = math.inf  # before scaling, per unit of the target if groups are ranked so; what costs more may be missing in `costs`

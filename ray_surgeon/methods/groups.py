@@ -8,7 +8,7 @@ its tokens go to the next experts, see `ray_surgeon.surgery.experts`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,13 +29,13 @@ from ray_surgeon.models.budgets import Budget
 from ray_surgeon.models.layout import GroupSet, LinearShape, ModelLayout
 from ray_surgeon.models.pruned_config import kv_heads_left
 from ray_surgeon.sections.curvature import KfacSection
-from ray_surgeon.surgery.allocate import Allocation, GroupCosts, OutOfReachError, allocate_globally, allocate_uniformly
+from ray_surgeon.surgery.allocate import Allocation, GroupCosts, allocate_globally, allocate_uniformly
 from ray_surgeon.surgery.curvature import RaisedDamping
 from ray_surgeon.surgery.groups import alive_part, group_costs, lowest, prune_groups
 from ray_surgeon.surgery.kronecker import Damping
 from ray_surgeon.surgery.linear import Part, Removal
 from ray_surgeon.surgery.masks import StructuredMask
-from ray_surgeon.surgery.threshold import cost_curve
+from ray_surgeon.surgery.threshold import OutOfReachError, cost_curve
 
 _FAR = 4.0
 """How far above its limit a path is followed because single costs say that many of its groups are needed."""
@@ -96,7 +96,7 @@ class Groups(Method):
         """Return the method with a measured budget.
 
         Raises:
-            ValueError: see `check`.
+            OutOfReachError: see `check`.
         """
         method = replace(self, budget=budget)
         method.check()
@@ -106,7 +106,7 @@ class Groups(Method):
         """Refuse a target that cannot be reached, or that the dense model meets already.
 
         Raises:
-            ValueError: says what is possible.
+            OutOfReachError: says what is possible.
         """
         if self.budget is None:
             return
@@ -116,18 +116,18 @@ class Groups(Method):
             if dense * (1 - section.target_sparsity) < least:
                 nothing = f"lower pruning.width_multiple, which is {section.multiple}" if section.has_widths else "name other groups"
                 change = "lower it, or change those" if least < dense else nothing
-                raise ValueError(
+                raise OutOfReachError(
                     f"pruning.target_sparsity: {section.target_sparsity:g}, but with these groups, allocation and widths at most "
                     f"{1 - least / dense:.4f} of the parameters of this model's linears can be removed; {change}"
                 )
             return
         what = f"pruning.target: {self.budget.unit} {section.target.allowed:.6g}, but"
         if section.target.allowed < least:
-            raise ValueError(
+            raise OutOfReachError(
                 f"{what} with these groups, allocation and widths the model needs at least {least:.6g}; raise it, or change those"
             )
         if section.target.allowed >= dense:
-            raise ValueError(f"{what} the dense model needs no more than {dense:.6g}; lower it")
+            raise OutOfReachError(f"{what} the dense model needs no more than {dense:.6g}; lower it")
 
     def goal(self, shot: int) -> float:
         """Return what the model may need of the budget after a shot."""
@@ -206,11 +206,11 @@ class Groups(Method):
         has_own_labels = isinstance(self.curvature, KfacSection) and self.curvature.fisher == "empirical"
         return whole_expert_costs(worker, self.section.expert_costs, shot, first_order=has_own_labels)
 
-    def _allowed(self, worker: Worker, groups: GroupSet, shot: int) -> frozenset[int]:
+    def _allowed(self, worker: Worker, groups: GroupSet, shot: int) -> Container[int]:
         if groups.kind == "attention":
             return frozenset(kv_heads_left(worker.layout, self.section.tensor_parallel, uniform=self.section.uniform))
-        whole = len(groups.columns)
-        return frozenset((*range(0, whole, self.multiple(groups.kind, shot)), whole))
+        whole, multiple = len(groups.columns), self.multiple(groups.kind, shot)  # a range takes no memory, of which experts are many
+        return range(0, whole + 1, multiple) if whole % multiple == 0 else frozenset((*range(0, whole, multiple), whole))
 
     @collective
     def prune(self, worker: Worker, counts: Mapping[str, int], experts: Mapping[str, float]) -> tuple[LinearSummary, ...]:

@@ -259,13 +259,19 @@ class ModelLayout:
     def _channels(self, kind: str, block: int, consumer: str, producers: list[tuple[str, int]]) -> GroupSet:
         """Return channels as groups; the producers come with the part of a fused linear that they are."""
         num_channels = self.shapes[consumer].num_columns - self.shapes[consumer].has_bias
-        channels = torch.arange(num_channels)[:, None]
-        return self._group_set(kind, block, consumer, channels, tuple((name, channels + part * num_channels) for name, part in producers))
+        rows = tuple((name, _places(part * num_channels, num_channels)) for name, part in producers)
+        return self._group_set(kind, block, consumer, _places(0, num_channels), rows)
 
     def _group_set(self, kind: str, block: int, consumer: str, columns: Tensor, producers: tuple[tuple[str, Tensor], ...]) -> GroupSet:
         size = columns.shape[1] * self.shapes[consumer].num_rows
         size += sum(rows.shape[1] * self.shapes[name].num_columns for name, rows in producers)
         return GroupSet(kind, block, consumer, columns, producers, size)
+
+
+@functools.cache
+def _places(first: int, count: int) -> Tensor:
+    """Return the numbers of channels, [count, 1]; the same tensor for all experts, which are many, also where a layout travels."""
+    return torch.arange(first, first + count)[:, None]
 
 
 def _linears(config: PretrainedConfig, family: Family, model: nn.Module) -> list[LinearShape]:

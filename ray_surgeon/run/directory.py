@@ -5,6 +5,7 @@ A shot exists if its manifest does; the manifest is written after every file it 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shlex
@@ -140,15 +141,24 @@ class RunDirectory:
         shown = "; ".join(changes[:_MOST_CHANGES]) + ("; ..." if len(changes) > _MOST_CHANGES else "")
         return f" ({shown})" if changes else ""
 
-    def is_finished(self, spec: Mapping[str, Any]) -> bool:
-        """Whether a run of this very spec has ended here, and its shots and exports are still where they were written."""
+    def report(self) -> dict[str, Any]:
+        """Return what the run has written at its end.
+
+        Raises:
+            FileNotFoundError: it has not ended.
+            ValueError: the file is damaged.
+        """
+        report: dict[str, Any] = store.read_json(self.path("report.json"))
+        return report
+
+    def report_if_finished(self, spec: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Return the report if a run of this very spec has ended here, and its shots and exports are still where they were written."""
         try:
-            report = store.read_json(self.path("report.json"))
-            if report["spec"] != dict(spec) or not is_complete(report):
-                return False
-            return len(self.committed_indices()) == len(report["shots"]) and all(map(has_its_files, report["exports"]))
+            report = self.report()
+            is_finished = report["spec"] == dict(spec) and is_complete(report) and all(map(has_its_files, report["exports"]))
+            return report if is_finished and len(self.committed_indices()) == len(report["shots"]) else None
         except (FileNotFoundError, ValueError, KeyError, TypeError):  # not there, or damaged
-            return False
+            return None
 
     def check_writable(self) -> None:
         """Write and remove a small file.
@@ -183,17 +193,20 @@ class RunDirectory:
             if torn:  # by a full disk or a killed process
                 store.write_text(self.path("events.jsonl"), whole + newline)
 
+    def last_attempt(self) -> str | None:
+        """Return the name of the try that has begun last, or None before any has."""
+        try:
+            return store.read_text(self.path("attempt"))
+        except FileNotFoundError:
+            return None
+
     def check_attempt(self) -> None:
         """End this try if another one has started since, for instance a second job with the same spec.
 
         Raises:
             TakenOverError: it has.
         """
-        try:
-            is_taken = self._attempt.has_begun and store.read_text(self.path("attempt")) != self._attempt.name
-        except FileNotFoundError:
-            return
-        if is_taken:
+        if self._attempt.has_begun and self.last_attempt() not in (None, self._attempt.name):
             raise TakenOverError(f"another try of this run has begun in {self.uri}, so this one ends; committed shots are kept")
 
     def retries(self) -> list[dict[str, Any]]:
@@ -201,13 +214,19 @@ class RunDirectory:
         return [event["facts"] for event in map(json.loads, self._events) if event["step"] == "retry"]
 
     def add_event(self, event: Mapping[str, Any]) -> None:
-        """Append to events.jsonl; object stores cannot append, so there the whole file is written again, now and then."""
-        self.check_attempt()
+        """Append to events.jsonl; object stores cannot append, so there the whole file is written again, now and then.
+
+        A store that fails meanwhile does not end the run for that: the lines are there the next time, at the latest with the report.
+        """
         self._events.append(json.dumps(event))
         if store.is_local(self.uri):
+            self.check_attempt()
             store.append_line(self.path("events.jsonl"), self._events[-1])
-        elif time.monotonic() - self._events_written_s > _EVENTS_EVERY_S:
-            self.write_events()
+            return
+        with contextlib.suppress(OSError):
+            self.check_attempt()
+            if time.monotonic() - self._events_written_s > _EVENTS_EVERY_S:
+                self.write_events()
 
     def write_events(self) -> None:
         """Write events.jsonl on an object store."""

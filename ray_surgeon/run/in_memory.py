@@ -72,12 +72,13 @@ def saved(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: st
     Raises:
         ValueError: the run has another one, the folder holds something else, or it cannot be written.
     """
+    directory = RunDirectory(run)
     with tempfile.TemporaryDirectory() as scratch:
         _write(model, tokenizer, scratch)
         written = {path.relative_to(scratch).as_posix(): path for path in sorted(Path(scratch).rglob("*")) if path.is_file()}
         chosen = {name: path for name, path in written.items() if goes_along(name) or name.endswith((".safetensors", ".index.json"))}
         try:
-            is_there, before = _is_there(chosen, source, has_begun=not RunDirectory(run).is_new()), _attempt(run)
+            is_there, before = _is_there(chosen, source, has_begun=not directory.is_new()), directory.last_attempt()
             if not is_there:
                 _put(chosen, source)
         except OSError as error:
@@ -86,7 +87,7 @@ def saved(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: st
         yield
     except BaseException:
         with suppress(OSError, ValueError):
-            if not is_there and _attempt(run) == before:  # none has begun meanwhile
+            if not is_there and directory.last_attempt() == before:  # none has begun meanwhile
                 files.remove_folder(source)
         raise
 
@@ -124,12 +125,6 @@ def _is_there(chosen: Mapping[str, Path], source: str, *, has_begun: bool) -> bo
     if differs or (is_whole and not has_all):
         raise ValueError(f"output.uri: {source} holds another model or tokenizer, with which the run began; give output another folder")
     return has_all
-
-
-def _attempt(run: str) -> str | None:
-    """Return which try of the run began last."""
-    uri = files.join(run, "attempt")
-    return files.read_text(uri) if files.exists(uri) else None
 
 
 def _put(chosen: Mapping[str, Path], source: str) -> None:

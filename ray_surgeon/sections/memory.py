@@ -18,7 +18,7 @@ class MemorySection(Section):
     weights: Literal["auto", "device", "host", "disk"] = Field(
         "auto",
         description="Where the blocks' weights are. device: all stay there; host: in the host's memory, copied block by block; disk: read "
-        "block by block from the model's files or the last shot, and changed ones from scratch",
+        "block by block from the files of the model or the last shot if they are local; otherwise, and once changed, from scratch",
     )
     factors: Literal["auto", "device", "host", "disk"] = Field(
         "auto", description="A and G of all linears: device, host, or disk (files in scratch)"

@@ -42,7 +42,12 @@ class OutputSection(Section):
     """Where results go."""
 
     uri: Address = Field(min_length=1, description="Run directory: a local path or an fsspec URI such as s3://bucket/runs/name")
-    keep_shots: int = Field(2, ge=0, description="Keep the tensors of the last N shots; 0 keeps all. The record of a shot is always kept")
+    keep_shots: int = Field(
+        2,
+        ge=0,
+        description="Keep the tensors of the last N shots, each of the size of the dense blocks, and one more while a shot is written; 0 "
+        "keeps all. The record of a shot is always kept",
+    )
     exports: tuple[Literal["masked", "uniform", "per_block", "deci", "gguf"], ...] = Field(
         ("masked",),
         description="Checkpoints to write at the end. masked: dense shapes with zeros, refused for whole experts. With structure groups "

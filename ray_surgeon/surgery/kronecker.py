@@ -6,6 +6,7 @@ Source: docs/method.md, sections 1 and 2 (KFAC, Martens & Grosse 2015; The LLM S
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -75,7 +76,7 @@ class PackedSymmetric:
             return
         rows = x.T.to(self.flat.dtype, memory_format=torch.contiguous_format)  # parts of it have no gaps
         weighted = rows if weights is None else rows * weights
-        with _narrow_products() if narrow else contextlib.nullcontext():
+        with _narrow_products if narrow else contextlib.nullcontext():
             for start, panel in self._panels():
                 panel.add_(product(weighted[start : start + len(panel)], rows[start:].T))
 
@@ -104,15 +105,27 @@ class PackedSymmetric:
         return total
 
 
-@contextlib.contextmanager
-def _narrow_products() -> Iterator[None]:
-    """Let float32 products on the CPU round their inputs to bfloat16, of all threads of the process."""
-    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before, settings.fp32_precision = settings.fp32_precision, "bf16"
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before
+class _NarrowProducts:
+    """Lets float32 products on the CPU round their inputs to bfloat16, of all threads of the process, until the last one leaves."""
+
+    def __init__(self) -> None:
+        self._lock, self._num_inside, self._before = threading.Lock(), 0, ""
+
+    def __enter__(self) -> None:
+        settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+        with self._lock:
+            if not self._num_inside:
+                self._before, settings.fp32_precision = settings.fp32_precision, "bf16"
+            self._num_inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._num_inside -= 1
+            if not self._num_inside:
+                torch.backends.mkldnn.matmul.fp32_precision = self._before  # type: ignore[attr-defined]
+
+
+_narrow_products = _NarrowProducts()
 
 
 def with_ones(x: Tensor) -> Tensor:

@@ -14,6 +14,10 @@ import torch
 from torch import Tensor
 
 
+class OutOfReachError(ValueError):
+    """A target asks for more than all that may be pruned; the message says how much that is."""
+
+
 @dataclass(frozen=True)
 class StructureCosts:
     """Costs of the alive rows and columns of one linear, as the threshold sees them."""
@@ -95,7 +99,7 @@ def structured_threshold(costs: Sequence[StructureCosts], target_sparsity: float
         target_sparsity: pruned fraction of all parameters after this shot, earlier shots included.
 
     Raises:
-        ValueError: everything that may be pruned is less than the target.
+        OutOfReachError: everything that may be pruned is less than the target.
         FloatingPointError: see `check_costs`.
     """
     for linear in costs:
@@ -117,7 +121,7 @@ def structured_threshold(costs: Sequence[StructureCosts], target_sparsity: float
     wanted = math.ceil(target_sparsity * num_parameters - 1e-6)
     most = num_removed(float(candidates[-1]))
     if most < wanted:
-        raise ValueError(
+        raise OutOfReachError(
             f"pruning.target_sparsity: {target_sparsity:g} cannot be reached; all candidates together are {most / num_parameters:.4f}"
         )
     value = smallest_enough(candidates, num_removed, wanted)
@@ -187,11 +191,11 @@ def units_to_remove(target_sparsity: float, num_parameters: int, num_pruned: int
     All of them if they come short of it by no more than `SHORT`: biases count and stay.
 
     Raises:
-        ValueError: there are not that many candidates.
+        OutOfReachError: there are not that many candidates.
     """
     missing = math.ceil(target_sparsity * num_parameters - 1e-6) - num_pruned
     num_units = max(0, math.ceil(missing / num_per_unit))
     most = (num_pruned + num_candidates * num_per_unit) / num_parameters
     if num_units > num_candidates and target_sparsity - most > SHORT:
-        raise ValueError(f"pruning.target_sparsity: {target_sparsity:g} cannot be reached; all candidates together are {most:.4f}")
+        raise OutOfReachError(f"pruning.target_sparsity: {target_sparsity:g} cannot be reached; all candidates together are {most:.4f}")
     return min(num_units, num_candidates)

@@ -131,6 +131,21 @@ def test_pinned_memory_is_counted_as_it_is_reserved() -> None:
             assert sum(factors) < kept["evaluation"] == kept["curvature"] == kept["costs"] < 1.1 * sum(factors)
 
 
+def test_hidden_states_that_travel_are_in_the_host_of_a_gpu() -> None:
+    """A copy each way, and those that wait between shards, as many as the first shard is ahead."""
+    layout, blocks = layout_of("llama-3-70b"), BlockRange(0, 20, 80)
+    wave = 2 * 2048 * 8192 * 4  # bfloat16, four sequences of 2048 tokens
+    hosts = []
+    for num_shards, on_cpu in ((4, False), (1, False), (4, True)):
+        _, job = job_for("llama-3-70b", num_shards=num_shards)
+        needs = WorkerNeeds(Shapes(layout, job), place(layout, num_shards, 1), job, Stores("device", "device", wave=4), on_cpu, 0, blocks)
+        hosts.append({step.name: step.host for step in needs.steps()})
+    for step in ("evaluation", "curvature"):
+        assert hosts[0][step] - hosts[0]["costs"] == (2 + 4) * wave
+        assert hosts[1][step] == hosts[1]["costs"]
+    assert hosts[2]["evaluation"] == hosts[2]["costs"], "on a CPU they are counted with all else"
+
+
 def test_corrections_of_elements_have_masks_on_the_device_and_products_as_large_as_a_weight() -> None:
     layout, blocks = layout_of("llama-3-70b"), BlockRange(0, 10, 80)
     _, job = job_for("llama-3-70b", "element", num_shards=8)
@@ -177,7 +192,8 @@ def test_a_search_passes_once_for_every_kind_of_groups_and_keeps_consumers_twice
     )
     hosts = [{step.name: step.host for step in needs.steps()} for needs in (without, search)]
     assert "search" not in hosts[0]
-    assert hosts[1]["search"] - hosts[0]["update"] == 2 * 10 * (28672 * 8192 + 8192 * 8192), "bfloat16"
+    before = hosts[0]["update"] + hosts[0]["evaluation"] - hosts[0]["costs"]  # and the hidden states that travel
+    assert hosts[1]["search"] - before == 2 * 10 * (28672 * 8192 + 8192 * 8192), "bfloat16"
 
 
 def test_a_reconstruction_keeps_the_inputs_of_layers_and_trains_one_at_a_time() -> None:

@@ -29,6 +29,7 @@ from ray_surgeon.api import _as_name
 from ray_surgeon.cluster.curvature_pass import gather_curvature
 from ray_surgeon.inputs import check
 from ray_surgeon.models.layout import ModelLayout
+from ray_surgeon.models.shard import ModelShard
 from ray_surgeon.run.directory import RunDirectory
 from ray_surgeon.run.events import Moment
 from ray_surgeon.shots import run_shots
@@ -51,6 +52,30 @@ def test_every_section_is_an_argument(model_folders: dict[str, Path], tmp_path: 
         str(model_folders["llama"]), calibration=TEXT, pruning=GROUPS, memory={"weights": "host"}, output=str(tmp_path), progress=False
     )
     assert result.report["plan"]["stores"]["weights"] == "host"
+
+
+def test_the_dtype_of_a_checkpoint_is_kept_if_asked_for(
+    model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Everything is computed and exported in float32 otherwise, which a line says; and a section `cluster` stays in this process."""
+    model, tokenizer = in_memory(model_folders["llama"])
+    for saved in (model.to(torch.bfloat16), tokenizer):
+        saved.save_pretrained(tmp_path / "narrow")
+    sizes = {}
+    for dtype in (None, "bfloat16"):
+        source = tmp_path / "narrow" if dtype is None else {"source": tmp_path / "narrow", "dtype": dtype}
+        output = str(tmp_path / f"run-{dtype}")
+        result = ray_surgeon.prune(source, calibration=TEXT, pruning=GROUPS, output=output, cluster={"num_shards": 2})
+        assert result.report["spec"]["cluster"]["backend"] == "local"
+        assert result.report["spec"]["name"] == "narrow"
+        said = " ".join(capsys.readouterr().out.split())
+        assert ("config.json says bfloat16, but this job and its exports are in float32" in said) == (dtype is None)
+        sizes[dtype] = result.report["exports"][0]["size_bytes"]
+    assert 1.9 < sizes[None] / sizes["bfloat16"] < 2.1
+    spec = tiny_spec(tmp_path / "cli", tmp_path / "narrow")
+    for options, is_said in (([], True), (["--set", "model.dtype=bfloat16"], False)):
+        assert pipeline.main([str(spec), "--dry-run", *options]) == 0
+        assert ("see model.dtype: bfloat16" in " ".join(capsys.readouterr().out.split())) == is_said
 
 
 def test_a_model_in_memory_becomes_really_smaller(
@@ -208,6 +233,10 @@ def test_bad_arguments_are_said_before_anything_starts(model_folders: dict[str, 
     for arguments, options, message in [
         ((), sections, "model: give a Hub id"),
         ((model,), sections, "needs its tokenizer"),
+        ((model.state_dict(),), sections, "model: got a OrderedDict of .*give its source"),
+        (({"dtype": "bfloat16"},), sections, "give its source"),
+        (({"source": str(model_folders["llama"]), "dtyp": "bfloat16"},), sections, "model.dtyp"),
+        ((str(model_folders["llama"]),), {**sections, "cluster": {"address": "auto"}}, "address"),
         ((str(model_folders["llama"]), tokenizer), sections, "belongs to a model in memory"),
         ((model, tokenizer), {**sections, "spec": spec}, "it says everything already"),
         ((model, tokenizer), {**sections, "pruning": {**GROUPS, "widths": 3}}, "widths"),
@@ -237,6 +266,18 @@ def test_curvature_is_that_of_a_run(family: str, model_folders: dict[str, Path],
     name = list(found)[2]
     assert list(ray_surgeon.curvature(model, inputs.calibration, linears=[name])) == [name]
     assert not ray_surgeon.curvature(model, inputs.calibration, linears=[])
+    gathered = list[str]()
+    stop = ModelShard.stop_curvature
+
+    def watch(shard: ModelShard) -> None:
+        gathered.extend(name for group in shard.gathering for name in group.names)
+        stop(shard)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ModelShard, "stop_curvature", watch)
+        alone = ray_surgeon.curvature(model, inputs.calibration, linears=[list(found)[-1]])
+    assert {name.rpartition(".")[2] for name in gathered} == {list(found)[-1].rpartition(".")[2]}, "others would take memory"
+    assert torch.equal(alone[list(found)[-1]].G, found[list(found)[-1]].G)
     sampled = ray_surgeon.curvature(model, inputs.calibration, linears=[name], label_seed=1)[name]
     assert not torch.equal(sampled.G, found[name].G)
     assert torch.equal(sampled.A, found[name].A)

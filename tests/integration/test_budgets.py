@@ -94,8 +94,10 @@ def test_latency_is_measured_once_a_width(
     assert json.loads((tmp_path / "run/latency.json").read_text())["device"] == "a table"
     options["pruning__target"] = {"latency_s": 0.001, "request": REQUEST}
     options["output__uri"] = str(tmp_path / "other")
-    assert run(tmp_path, model_folders["llama"], **options) == 1
-    assert "the model needs at least 0.1" in capsys.readouterr().err
+    assert run(tmp_path, model_folders["llama"], **options) == 2
+    error = capsys.readouterr().err
+    assert "the model needs at least 0.1" in error
+    assert "--resume" not in error, "it would be the same again"
     assert len(asked) == 2
 
 

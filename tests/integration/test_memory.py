@@ -18,10 +18,13 @@ from safetensors import SafetensorError
 from ray_surgeon import shots
 from ray_surgeon.cluster import room
 from ray_surgeon.cluster.cluster import LostError
+from ray_surgeon.cluster.devices import Room
+from ray_surgeon.cluster.plan import DoesNotFitError
+from ray_surgeon.cluster.room import Found
 from ray_surgeon.memory import weights
 from ray_surgeon.memory.factors import FactorStore
 from ray_surgeon.memory.stores import Scratch
-from ray_surgeon.memory.weights import DiskWeights
+from ray_surgeon.memory.weights import DiskWeights, ReadAhead
 from ray_surgeon.methods.rows_columns import RowsColumns
 from ray_surgeon.pipeline import main
 from ray_surgeon.run.directory import RunDirectory
@@ -237,6 +240,44 @@ def test_scratch_of_other_runs_is_left_alone(tmp_path: Path) -> None:
     Scratch(str(tmp_path), "one", "third", "0").remove_earlier()
     assert sorted(path.parent.name for path in tmp_path.glob("*/*/0")) == ["first", "second"]
     assert {path.parent.parent.name for path in tmp_path.glob("*/*/0")} == {"ray_surgeon-two"}
+
+
+def test_memory_that_ended_workers_still_hold_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers: list[Any] = [DoesNotFitError("it is full"), DoesNotFitError("it is full"), "a plan"]
+
+    def plan(*args: object) -> Any:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    clock = SimpleNamespace(now=100.0)
+    clock.monotonic, clock.sleep = lambda: clock.now, lambda s: setattr(clock, "now", clock.now + s)
+    monkeypatch.setattr(shots, "time", clock)
+    found = [Found("a", "cpu", "", Room(1e9, 1e9, 1e9, device_is_host=True))]
+    workers: Any = SimpleNamespace(run_all=lambda *args: found)
+    inputs: Any = SimpleNamespace(plan=plan, spec=SimpleNamespace(cluster=SimpleNamespace(cpus_per_worker=1)))
+    with pytest.raises(DoesNotFitError):
+        shots._plan(inputs, workers, (None, "run", "try"), 100.0)
+    assert shots._plan(inputs, workers, (None, "run", "try"), 106.0) == "a plan"
+    assert clock.now == 105.0
+
+
+def test_tensors_are_read_ahead_up_to_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "ENTRIES_AHEAD", 10)
+    names, begun = ["a", "b", "c", "d", "mask"], list[str]()
+    shapes = {"a": (2, 3), "b": (2, 3), "c": (30,), "d": (1,)}
+
+    def read(name: str) -> torch.Tensor:
+        begun.append(name)
+        return torch.zeros(shapes.get(name, (5,)))
+
+    ahead = ReadAhead(read, names, shapes)
+    for name, expected in zip(names, (["b", "c"], ["c"], ["d", "mask"], ["mask"], []), strict=True):
+        tensor = ahead(name)
+        assert tensor.shape == shapes.get(name, (5,))
+        assert set(begun) <= {*names[: names.index(name) + 1], *expected}
+    assert sorted(begun) == sorted(names), "once each"
 
 
 def test_scratch_of_an_earlier_try_counts_as_free_and_goes(

@@ -6,7 +6,9 @@ import errno
 import shutil
 import threading
 import uuid
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, BloomForCausalLM, LlamaForSequenceClassification
 
 import ray_surgeon
+from ray_surgeon import api
 from ray_surgeon.cluster.plan import DoesNotFitError
 from ray_surgeon.run.directory import RunDirectory
 from ray_surgeon.run.in_memory import causal_lm
@@ -78,16 +81,44 @@ MODES = {
     "no_grad": torch.no_grad,
     "inference_mode": torch.inference_mode,
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "default device": lambda: torch.device("meta"),
+    "narrow products": lambda: precision("medium"),
 }
+
+
+@contextmanager
+def precision(name: str) -> Iterator[None]:
+    """Let torch multiply float32 as it may; see `torch.set_float32_matmul_precision`. Inside of runs it does not."""
+    torch.set_float32_matmul_precision(name)
+    before = precisions()
+    try:
+        yield
+        assert precisions() == before
+        assert torch.get_float32_matmul_precision() == name
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def precisions() -> list[str]:
+    backends: Any = torch.backends
+    return [backends.mkldnn.matmul.fp32_precision, backends.cuda.matmul.fp32_precision]
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_modes_of_the_caller_stay_outside(
-    mode: str, expected: dict[str, tuple[float, float]], model_folders: dict[str, Path], tmp_path: Path
+    mode: str, expected: dict[str, tuple[float, float]], model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, tokenizer = in_memory(model_folders["llama"])
     texts = ["one text of some words", "and another one"]
     plain = ray_surgeon.curvature(model, texts, tokenizer)
+    shots_of_runs = api.run_shots
+
+    def run_shots(*args: Any) -> None:
+        assert torch.get_float32_matmul_precision() == "highest"
+        assert precisions() == ["ieee", "ieee"]
+        shots_of_runs(*args)
+
+    monkeypatch.setattr(api, "run_shots", run_shots)
     with MODES[mode]():
         found = ray_surgeon.curvature(model, texts, tokenizer)
         result = prune((model, tokenizer), tmp_path / "run")

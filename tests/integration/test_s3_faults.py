@@ -23,6 +23,7 @@ from s3fs import S3FileSystem
 from safetensors.torch import load_file
 
 from ray_surgeon.pipeline import main
+from ray_surgeon.run.directory import RunDirectory, TakenOverError
 from ray_surgeon.storage import files, retrying, tensor_files
 from tests.integration.runs import assert_same_shot, report_of, run, tiny_spec
 
@@ -218,6 +219,22 @@ def test_a_store_that_stays_away_ends_the_run_and_keeps_its_shots(
     assert run(tmp_path / "sound", model_folders["llama"], pruning__num_shots=3) == 0
     download_run("s3://bucket/run", tmp_path / "came")
     assert_same_shot(tmp_path / "sound/run", tmp_path / "came", 3)
+
+
+def test_records_of_steps_wait_for_a_store_that_is_away(faulty: type[FaultyProxy], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hours of work are not lost for them. A try that has begun meanwhile is noticed once the store is back."""
+    monkeypatch.setattr(retrying, "PATIENCE_S", 0.3)
+    run, other = RunDirectory("s3://bucket/away"), RunDirectory("s3://bucket/away")
+    run.start("a: spec", {})
+    faulty.probability, faulty.kinds = 1.0, ("503",)
+    run.add_event({"step": "costs", "number": 1})
+    faulty.probability = 0.0
+    assert not files.exists("s3://bucket/away/events.jsonl")
+    run.add_event({"step": "costs", "number": 2})
+    assert [json.loads(line)["number"] for line in files.read_text("s3://bucket/away/events.jsonl").splitlines()] == [1, 2]
+    other.start("a: spec", {})
+    with pytest.raises(TakenOverError):
+        run.add_event({"step": "costs", "number": 3})
 
 
 def test_refusals_are_not_tried_again(faulty: type[FaultyProxy], monkeypatch: pytest.MonkeyPatch) -> None:

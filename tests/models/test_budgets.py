@@ -75,6 +75,13 @@ def test_flops_with_fewer_groups_are_those_of_a_smaller_model(family: str, kind:
     assert found < budget.dense
 
 
+def test_indices_of_channels_are_there_once_for_all_experts() -> None:
+    """A layout travels to every worker, and there may be tens of thousands of experts."""
+    sets = [groups for groups in LAYOUTS["qwen3_moe"].group_sets if groups.kind == "expert_channels"]
+    assert len(sets) > 4
+    assert len({id(tensor) for groups in sets for tensor in (groups.columns, *(rows for _, rows in groups.producers))}) == 1
+
+
 def test_a_budget_adds_up_its_blocks() -> None:
     budget = Budget("latency_s", 0.5, {"ffn": (0.0, 1.0, 1.5), "attention": (-0.25, 0.0)}, {"ffn": 3, "attention": 3})
     assert budget.dense == 5.0

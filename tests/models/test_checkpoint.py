@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+from ray_surgeon.models import checkpoint
 from ray_surgeon.models.checkpoint import Stack, check_checkpoint, find_stored, from_mxfp4, part_of_stack, read_state, tensor_reader
 from ray_surgeon.models.families import FAMILIES, check_not_quantised
 from tests.conftest import LAYOUTS
@@ -34,6 +35,16 @@ def as_mxfp4(state: dict[str, Tensor]) -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def state(model_folders: dict[str, Path]) -> dict[str, Tensor]:
     return load_file(model_folders["gpt_oss"] / "model.safetensors")
+
+
+def test_weights_that_are_no_numbers_are_counted_in_all_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "_ENTRIES_AT_A_TIME", 4)
+    value = torch.ones(3, 5, dtype=torch.bfloat16)
+    checkpoint.check_finite("x", value)
+    checkpoint.check_finite("x", torch.ones(()))
+    value[0, 1], value[1, 2], value[2, 4] = torch.nan, torch.inf, -torch.inf
+    with pytest.raises(checkpoint.BadWeightsError, match="x has 3 NaN or infinite weights"):
+        checkpoint.check_finite("x", value)
 
 
 def test_numbers_of_four_bits_are_those_of_transformers() -> None:

@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ray_surgeon.surgery.allocate import Allocation, GroupCosts, OutOfReachError, allocate_globally, allocate_uniformly
+from ray_surgeon.surgery.allocate import Allocation, GroupCosts, allocate_globally, allocate_uniformly
+from ray_surgeon.surgery.threshold import OutOfReachError
 from tests.surgery.test_experts import experts_of
 
 ANY = frozenset(range(9))

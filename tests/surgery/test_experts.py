@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ray_surgeon.surgery.allocate import GroupCosts, OutOfReachError, allocate_globally, allocate_uniformly
+from ray_surgeon.surgery.allocate import GroupCosts, allocate_globally, allocate_uniformly
 from ray_surgeon.surgery.experts import (
     ExpertSums,
     LayerMean,
@@ -21,7 +21,7 @@ from ray_surgeon.surgery.experts import (
     shrunk_factors,
 )
 from ray_surgeon.surgery.kronecker import PackedFactors, PackedSymmetric, with_ones
-from ray_surgeon.surgery.threshold import check_costs
+from ray_surgeon.surgery.threshold import OutOfReachError, check_costs
 
 
 def gram(x: torch.Tensor) -> PackedSymmetric:

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from ray_surgeon.surgery.allocate import Allocation, GroupCosts, OutOfReachError, allocate_globally, allocate_uniformly
+from ray_surgeon.surgery.allocate import Allocation, GroupCosts, allocate_globally, allocate_uniformly
 from ray_surgeon.surgery.groups import alive_part, group_costs, lowest, prune_groups
 from ray_surgeon.surgery.masks import StructuredMask
+from ray_surgeon.surgery.threshold import OutOfReachError
 from tests.surgery.dense import crossing, damped, dense_removal, flags, linear, problem
 
 R, C = 5, 9
