@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import yaml
 from numpy.typing import NDArray
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
 import ray_surgeon
 from ray_surgeon.cluster.devices import Device, Room
@@ -43,7 +43,17 @@ from ray_surgeon.sections.texts import ModelSection, SelfSection, SourceSection
 from ray_surgeon.spec import JobSpec, with_absolute_paths
 from ray_surgeon.storage import files
 from ray_surgeon.storage.sources import open_model
-from ray_surgeon.storage.texts import Windows, cut_windows, first_token, interleaved, is_saved_whole, order, token_stream, windows_of
+from ray_surgeon.storage.texts import (
+    Windows,
+    cut_windows,
+    first_token,
+    interleaved,
+    is_saved_whole,
+    load_tokenizer,
+    order,
+    token_stream,
+    windows_of,
+)
 
 
 @dataclass(frozen=True)
@@ -180,7 +190,7 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
         check_checkpoint(layout, shapes, source.origin)
         if layout.tied.keys() & shapes.keys():
             check_tied(layout, shapes, source.reader().read, source.origin)
-    tokenizer, tokenizer_fingerprint = _load_tokenizer(folder, source.origin)
+    tokenizer = load_tokenizer(folder, source.origin)
     if "gguf" in spec.output.exports:
         tokenizer_names(json.loads(tokenizer.backend_tokenizer.to_str()))
     tasks, search = spec.evaluation.tasks, Search.of(method)
@@ -192,7 +202,7 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
         "code": ray_surgeon.__version__,
         "method": spec.method_fingerprint(),
         "model": model_fingerprint,
-        "tokenizer": tokenizer_fingerprint,
+        "tokenizer": hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest(),
         "calibration": calibration.fingerprint,
         "evaluation": {name: windows.fingerprint for name, windows in texts.items()},
     }
@@ -355,7 +365,7 @@ def _load_config(folder: Path, origin: str) -> PretrainedConfig:
     document = files.read_json(str(folder / "config.json"))
     if not isinstance(document, dict):
         raise ValueError(f"model.source: config.json of {origin} is a {type(document).__name__}, expected an object; fetch it again")
-    check_family(str(document.get("model_type", "")))
+    check_family(str(document.get("model_type", "")), document.get("text_config"))
     check_sizes(document, origin)
     check_not_quantised(document)
     check_rope(document)
@@ -364,16 +374,6 @@ def _load_config(folder: Path, origin: str) -> PretrainedConfig:
     except Exception as error:  # the code of any family may raise anything
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"model.source: transformers cannot read config.json of {origin}: {reason}; give a checkpoint it knows") from error
-
-
-def _load_tokenizer(folder: Path, origin: str) -> tuple[Any, str]:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # so may that of any tokenizer
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"model.source: {origin} has no tokenizer that loads ({reason}); copy its files beside config.json") from error
-    vocabulary = sorted(tokenizer.get_vocab().items())
-    return tokenizer, hashlib.sha256(repr(vocabulary).encode()).hexdigest()
 
 
 def _windows(

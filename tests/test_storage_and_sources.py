@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import resource
+import shutil
 import struct
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from ray_surgeon.models.checkpoint import check_checkpoint
 from ray_surgeon.sections.texts import ModelSection
@@ -105,6 +106,19 @@ def test_saved_models_fit_their_configuration(model_folders: dict[str, Path], fa
     assert fingerprint == source.shapes_and_fingerprint()[1]
     old_names = {name.removeprefix("model."): shape for name, shape in shapes.items()}
     check_checkpoint(LAYOUTS[family], old_names, "an old checkpoint without the leading model.")
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_weights_in_eight_bits_are_refused_though_the_configuration_says_nothing(
+    dtype: torch.dtype, model_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(model_folders["llama"], tmp_path / "narrow")
+    state, name = load_file(folder / "model.safetensors"), "model.layers.2.mlp.up_proj.weight"
+    save_file(
+        state | {name: state[name].to(dtype), f"{name}_scale": torch.ones(1)}, folder / "model.safetensors", metadata={"format": "pt"}
+    )
+    with pytest.raises(ValueError, match=rf"{name} of .*narrow is (F8_E4M3|I8), so it is quantised.*output\.quantize"):
+        open_model(ModelSection(source=str(folder))).shapes_and_fingerprint()
 
 
 def test_missing_and_misshapen_tensors_are_named(model_folders: dict[str, Path]) -> None:

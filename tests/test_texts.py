@@ -14,6 +14,10 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 from ray_surgeon.inputs import check
@@ -28,6 +32,19 @@ DOCUMENTS = [f"Document {i}: " + "the quick brown fox. " * 5 for i in range(40)]
 
 def source(where: object, **changes: object) -> SourceSection:
     return SourceSection.model_validate({"source": str(where), **changes})
+
+
+def test_a_tokenizer_that_loses_spaces_is_refused(tmp_path: Path) -> None:
+    """As some versions of transformers load the files of some models."""
+    words = Tokenizer(WordLevel({"a": 0, "b": 1, "<unk>": 2}, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()
+    for name, decoder in (("sound", None), ("lost", Fuse())):
+        if decoder is not None:
+            words.decoder = decoder
+        PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(tmp_path / name)
+    assert texts.load_tokenizer(tmp_path / "sound", "here").decode([0, 1]) == "a b"
+    with pytest.raises(ValueError, match="the tokenizer of here loses spaces"):
+        texts.load_tokenizer(tmp_path / "lost", "here")
 
 
 def test_strided_windows_are_where_they_should_be() -> None:

@@ -43,7 +43,8 @@ class CoupledSection(ScheduleSection):
         description="Kinds of groups: ffn, channels of feed-forward layers; attention, KV groups with their query heads; in mixtures of "
         "experts also shared_experts, their channels; expert_channels, those of every expert; experts, whole ones. A kind that the model "
         "does not have is refused: attention of OLMoE and DeepSeek-V3, ffn where every block has experts. With allocation uniform, "
-        "attention takes nothing from OPT, GPT-2 and Qwen2-MoE, whose classes hold no fewer heads",
+        "attention takes nothing from OPT, GPT-2, Qwen2-MoE and a Phi-3 with longrope, whose classes hold no fewer heads, and from "
+        "models of one KV head",
     )
     expert_costs: ExpertCosts = Field(
         "rerouting",

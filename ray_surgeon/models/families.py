@@ -141,12 +141,17 @@ _LLAMA = Family(
 
 _MIXTRAL = replace(
     _LLAMA,
+    has_any_heads=True,
     sparse=SparseLayer(("num_local_experts",), "intermediate_size"),
     stored=((".mlp.", ".block_sparse_moe."), (".gate_proj.", ".w1."), (".up_proj.", ".w3."), (".down_proj.", ".w2.")),
     llama_cpp=None,
 )
 _QWEN3_MOE = replace(
-    _LLAMA, norms_queries=True, sparse=SparseLayer(("num_experts", "num_local_experts"), "moe_intermediate_size"), llama_cpp=None
+    _LLAMA,
+    has_any_heads=True,
+    norms_queries=True,
+    sparse=SparseLayer(("num_experts", "num_local_experts"), "moe_intermediate_size"),
+    llama_cpp=None,
 )
 _SHARED_OF_DEEPSEEK = SparseLayer(
     ("n_routed_experts", "num_local_experts"), "moe_intermediate_size", shared="mlp.shared_experts", num_groups="n_group", has_softmax=False
@@ -220,7 +225,14 @@ FAMILIES: dict[str, Family] = {
         runs_attention="eager",
         llama_cpp=None,
     ),
-    "glm4_moe": replace(_LLAMA, norms_queries=True, sparse=_SHARED_OF_DEEPSEEK, float32=("e_score_correction_bias",), llama_cpp=None),
+    "glm4_moe": replace(
+        _LLAMA,
+        has_any_heads=True,
+        norms_queries=True,
+        sparse=_SHARED_OF_DEEPSEEK,
+        float32=("e_score_correction_bias",),
+        llama_cpp=None,
+    ),
     "deepseek_v3": replace(
         _LLAMA,
         shared_inputs=(
@@ -278,16 +290,21 @@ def check_not_quantised(document: Mapping[str, Any]) -> None:
         )
 
 
-def check_family(family: str) -> None:
+def check_family(family: str, of_text: Any = None) -> None:
     """Refuse a family that is not in `FAMILIES`.
+
+    Args:
+        family: the model type.
+        of_text: what config.json says of the model's text part, if it is of images, too.
 
     Raises:
         ValueError: names the known ones.
     """
     if family not in FAMILIES:
+        inside = of_text.get("model_type") if isinstance(of_text, Mapping) else None
+        remedy = f"Save its text part, a {inside}, as a model of its own" if inside in FAMILIES else "Choose a model of one of these"
         raise ValueError(
-            f"model.source: the model type is {family!r}, which is not supported; known families: {', '.join(sorted(FAMILIES))}. "
-            "Choose a model of one of these"
+            f"model.source: the model type is {family!r}, which is not supported; known families: {', '.join(sorted(FAMILIES))}. {remedy}"
         )
 
 

@@ -113,11 +113,20 @@ class ModelFiles:
         """Return key -> shape of every tensor, and a SHA-256 over config, headers, sizes and the last tensors' ends.
 
         Not over all the weights, which would read a large model whole; another model of the same shapes is told by its ends.
+
+        Raises:
+            ValueError: a weight is no float of 16 bits or more, and its scale would not be read.
         """
         shapes: dict[str, tuple[int, ...]] = {}
         digest = hashlib.sha256(self.fetch("config.json").read_bytes())
         for name in self.weight_files():
             header = tensor_files.read_header(self.open_uri(name))
+            for key, dtype in header.dtypes.items():
+                if key.endswith(".weight") and dtype not in ("F64", "F32", "F16", "BF16"):
+                    raise ValueError(
+                        f"model.source: {key} of {self.origin} is {dtype}, so it is quantised, and updates need weights as they were; give "
+                        "the checkpoint in bfloat16 or float32, and quantise the pruned model with output.quantize"
+                    )
             shapes.update(header.shapes)
             digest.update(header.fingerprint.encode())
         return shapes, digest.hexdigest()

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from transformers import AutoTokenizer
 
 from ray_surgeon.sections.texts import TEXT_SUFFIXES, SourceSection
 from ray_surgeon.storage import files
@@ -91,6 +92,31 @@ def cut_windows(
         starts = np.random.default_rng(seed).permutation(len(stream) // own)[:num_sequences] * own
     tokens = np.stack([stream[start : start + own] for start in starts]).astype(np.int64)
     return windows_of(tokens if first is None else np.insert(tokens, 0, first, axis=1))
+
+
+def load_tokenizer(folder: Path, origin: str) -> Any:
+    """Return the tokenizer that lies beside a config.json.
+
+    Args:
+        folder: on this machine.
+        origin: where it came from, for errors.
+
+    Raises:
+        ValueError: there is none, it is code, or spaces get lost in it.
+    """
+    said = folder / "tokenizer_config.json"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the code of any tokenizer may raise anything
+        reason, remedy = " ".join(str(error).split())[:300], "copy its files beside config.json"
+        if said.exists() and '"auto_map"' in said.read_text(encoding="utf-8", errors="replace"):
+            remedy = "it is code, which is never run, so make a tokenizer.json of it, or give model and tokenizer in memory"
+        raise ValueError(f"model.source: {origin} has no tokenizer that loads ({reason}); {remedy}") from error
+    if "ab" in tokenizer.decode(tokenizer("a b", add_special_tokens=False)["input_ids"]):  # some versions take the class for the file's
+        raise ValueError(
+            f"model.source: the tokenizer of {origin} loses spaces as transformers loads it; take another version of transformers"
+        )
+    return tokenizer
 
 
 def first_token(tokenizer: Any) -> int | None:

@@ -129,6 +129,16 @@ def test_unknown_family(model: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"model_type": "gpt_neox"}))
     assert "known families: deepseek_v3, gemma3_text, glm4_moe, gpt2, gpt_oss, llama" in refused(capsys, run(tmp_path, model))
+    (model / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": config | {"model_type": "gemma3_text"}}))
+    assert "Save its text part, a gemma3_text, as a model of its own" in refused(capsys, run(tmp_path, model))
+
+
+def test_a_tokenizer_that_is_code_is_not_run(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = json.loads((model / "tokenizer_config.json").read_text())
+    code = {"auto_map": {"AutoTokenizer": ["evil.Slow", None]}, "tokenizer_class": "Evil"}
+    (model / "tokenizer_config.json").write_text(json.dumps(said | code))
+    (model / "tokenizer.json").unlink()
+    assert "it is code, which is never run, so make a tokenizer.json of it" in refused(capsys, run(tmp_path, model))
 
 
 def test_unknown_architecture_and_remote_code(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
