@@ -113,7 +113,7 @@ class Inputs:
         stored = str(getattr(self.layout.config, "dtype", None)).removeprefix("torch.")
         if stored not in ("bfloat16", "float16") or self.spec.model.dtype != "float32":
             return None
-        return f"config.json says {stored}, but this job and its exports are in float32, of twice the size; see model.dtype: bfloat16"
+        return f"config.json says {stored}, but this job and its exports are in float32, twice as large; model.dtype: bfloat16 halves it"
 
     def plan(self, room: Room, device: Device) -> Plan:
         """Return how the job runs.

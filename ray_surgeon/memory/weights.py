@@ -43,7 +43,7 @@ class ReadAhead:
         self._start_more()
 
     def _start_more(self) -> None:
-        while self._left and len(self._coming) < self._num_at_once and (self._num_entries < ENTRIES_AHEAD or not self._coming):
+        while self._left and len(self._coming) < self._num_at_once and self._num_entries < ENTRIES_AHEAD:
             name = self._left.popleft()
             self._num_entries += self._size(name)
             self._coming[name] = self._pool.submit(self._read, name)

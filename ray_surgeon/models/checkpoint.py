@@ -35,9 +35,8 @@ def check_finite(name: str, value: Tensor) -> None:
         BadWeightsError: names the tensor.
     """
     flat = value.flatten()
-    parts = [
-        flat[first : first + _ENTRIES_AT_A_TIME] for first in range(0, len(flat), _ENTRIES_AT_A_TIME)
-    ]  # the test takes twice their bytes
+    firsts = range(0, len(flat), _ENTRIES_AT_A_TIME)  # the test takes more than twice the bytes of what is tested
+    parts = [flat[first : first + _ENTRIES_AT_A_TIME] for first in firsts]
     if not all(bool(torch.isfinite(part).all()) for part in parts):
         count = sum(int((~torch.isfinite(part)).sum()) for part in parts)
         raise BadWeightsError(f"model.source: {name} has {count} NaN or infinite weights; fetch it again")

@@ -271,7 +271,7 @@ class ModelLayout:
 @functools.cache
 def _places(first: int, count: int) -> Tensor:
     """Return the numbers of channels, [count, 1]; the same tensor for all experts, which are many, also where a layout travels."""
-    return torch.arange(first, first + count)[:, None]
+    return torch.arange(first, first + count, device="cpu")[:, None]
 
 
 def _linears(config: PretrainedConfig, family: Family, model: nn.Module) -> list[LinearShape]:

@@ -75,7 +75,7 @@ def test_the_dtype_of_a_checkpoint_is_kept_if_asked_for(
     spec = tiny_spec(tmp_path / "cli", tmp_path / "narrow")
     for options, is_said in (([], True), (["--set", "model.dtype=bfloat16"], False)):
         assert pipeline.main([str(spec), "--dry-run", *options]) == 0
-        assert ("see model.dtype: bfloat16" in " ".join(capsys.readouterr().out.split())) == is_said
+        assert ("model.dtype: bfloat16 halves it" in " ".join(capsys.readouterr().out.split())) == is_said
 
 
 def test_a_model_in_memory_becomes_really_smaller(

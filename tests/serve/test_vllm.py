@@ -6,6 +6,7 @@ Three prompts of different lengths run as one batch with a cache; the longest is
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,17 @@ def test_uniform_with_fewer_heads(family: str, tmp_path: Path) -> None:
         in_vllm(folder, "TransformersForCausalLM", "transformers")
     else:
         in_vllm(folder, (FAMILIES | MIXTURES)[family].vllm_class)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_mixtures_with_heads_that_do_not_divide_the_hidden_size(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of four KV heads three are left, with nine query heads for 128 numbers."""
+    served = MIXTURES[family]
+    config = type(served.config)(**served.config.to_dict() | {"num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 16})
+    monkeypatch.setitem(MIXTURES, family, replace(served, config=config))
+    folder = exported(family, "uniform", folder=tmp_path, pruning__groups=["attention"], pruning__target_sparsity=0.01)
+    assert json.loads((folder / "config.json").read_text())["num_attention_heads"] == 9
+    in_vllm(folder, served.vllm_class)
 
 
 @pytest.mark.parametrize("family", sorted(set(PLAIN) - {"gpt2"}))
