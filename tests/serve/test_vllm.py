@@ -50,7 +50,7 @@ def test_uniform_with_fewer_heads(family: str, tmp_path: Path) -> None:
 def test_mixtures_with_heads_that_do_not_divide_the_hidden_size(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of four KV heads three are left, with nine query heads for 128 numbers."""
     served = MIXTURES[family]
-    config = type(served.config)(**served.config.to_dict() | {"num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 16})
+    config = type(served.config)(**served.config.to_dict() | {"num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 32})
     monkeypatch.setitem(MIXTURES, family, replace(served, config=config))
     folder = exported(family, "uniform", folder=tmp_path, pruning__groups=["attention"], pruning__target_sparsity=0.01)
     assert json.loads((folder / "config.json").read_text())["num_attention_heads"] == 9
