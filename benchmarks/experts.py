@@ -76,10 +76,12 @@ class Peer(Groups):
         return scores
 
     @collective
-    def prune(self, worker: Worker, counts: Mapping[str, int], experts: Mapping[str, float]) -> tuple[LinearSummary, ...]:
+    def prune(
+        self, worker: Worker, counts: Mapping[str, int], experts: Mapping[str, float], rate: float | None
+    ) -> tuple[LinearSummary, ...]:
         """Remove the channels with the lowest scores and nothing else, or whole experts as ours does."""
         if self.ranks_experts:
-            return super().prune(worker, counts, experts)
+            return super().prune(worker, counts, experts, rate)
         for groups in self.sets(worker):
             scores = self._scores(worker, groups.consumer, torch.zeros(len(groups.columns)))
             gone, mask = scores.argsort(stable=True)[: counts[groups.consumer]], worker.mask(groups.consumer, StructuredMask)

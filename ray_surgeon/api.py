@@ -65,6 +65,20 @@ class PruneResult:
         return {text: (before[text], after[text]) for text in after}
 
     @property
+    def generation(self) -> Mapping[str, Any] | None:
+        """How the pruned model's answers to prompts compare with the dense model's; None if the run does not compare them.
+
+        Keys: ``acceptance`` (mean over the tokens of the dense model's answers of 1 minus the total variation between both models'
+        distributions of the next token: how often speculative decoding would accept), ``agreement`` (fraction of these tokens for which
+        both have the same most likely token), ``divergence`` (nats per token), ``tokens_until_departure`` (``mean`` and ``median`` of
+        the tokens in which both models' own answers agree from the start), ``not_ended`` (fraction of the answers that the dense model
+        ended and the pruned one does not; None if it ended none), ``repeating`` (fraction that is caught in a loop), and ``example``
+        (``prompt``, ``dense``, ``pruned``).
+        """
+        found: Mapping[str, Any] | None = self.report["shots"][-1].get("generation")
+        return found
+
+    @property
     def sparsity(self) -> float:
         """Removed fraction of the parameters of the blocks' linears."""
         return float(self.report["shots"][-1]["sparsity"])
@@ -119,6 +133,7 @@ def prune(
     memory: Mapping[str, Any] | None = None,
     output: str | Mapping[str, Any] | None = None,
     name: str | None = None,
+    preset: str | None = None,
     resume: bool = False,
     progress: bool = True,
 ) -> PruneResult:
@@ -128,16 +143,18 @@ def prune(
         model: a Hub id, a folder, an fsspec URI, the section of that name (source, dtype, revision), or a model in memory; not with `spec`.
         tokenizer: the tokenizer of a model in memory.
         spec: a whole job spec, in place of everything else.
-        calibration: section of that name: source, num_sequences, sequence_length and more. Needed without `spec`.
+        calibration: section of that name: source, num_sequences, sequence_length and more; needed without `spec`, unless a preset is given.
         pruning: section of that name: structure, target_sparsity and more. Needed without `spec`.
         curvature: section of that name; KFAC if not given.
         correction: section of that name; no low-rank corrections if not given.
-        evaluation: texts to measure on, and tasks; if not given, the test part of the calibration text.
+        evaluation: texts to measure on, generation and tasks; if not given, the test part of the calibration text, or of Python's help
+            and docstrings if the calibration is chosen by a preset or the model writes it.
         cluster: section of that name; in this process, on one CPU thread, unless it says otherwise: ``{"cpus_per_worker": 16}``,
             ``{"gpus_per_worker": 1}``, ``{"backend": "ray"}``.
         memory: section of that name; if not given, planned from the memory that the machines have.
         output: section of that name, or only its URI; if not given, below ``./runs``.
         name: of the run; if not given, made from the model's name.
+        preset: ``"fast"``, ``"balanced"`` or ``"quality"``: settings of text and method, under those that are given here.
         resume: whether to continue a run after its last committed shot.
         progress: whether to show how far the run is, in a terminal or a notebook.
 
@@ -160,6 +177,7 @@ def prune(
         "memory": memory,
         "output": output,
         "name": name,
+        "preset": preset,
     }
     given = {key: value for key, value in sections.items() if value is not None}
     source = local_path(model)
@@ -185,8 +203,8 @@ def prune(
             held.enter_context(saved(source, a_tokenizer(tokenizer), spec.model.source, spec.output.uri))
         inputs = check(spec, resume=resume)
         display = held.enter_context(Display(new_console() if progress else None, inputs.spec.name))
-        if inputs.precision is not None:
-            display.note(inputs.precision)
+        for line in inputs.notes:
+            display.note(line)
         return ended_before(inputs, display.note) or run(inputs, display)
 
 
@@ -249,7 +267,7 @@ def _spec_of(
         document["name"] = _as_name(str(model.get("source", "model")))
     if isinstance(document["cluster"], Mapping):
         document["cluster"] = {"backend": "local", **document["cluster"]}
-    for section in ("calibration", "pruning"):
+    for section in ("calibration", "pruning") if "preset" not in given else ("pruning",):
         if not isinstance(document.get(section), Mapping):
             got = "is missing" if section not in document else f"got {reprlib.repr(document[section])}"
             raise ValueError(f"{section}: {got}; give the fields of that section of a job spec, {_EXAMPLES[section]}")
@@ -258,10 +276,10 @@ def _spec_of(
         raise ValueError(f"output: got {output!r}; give a folder, a URI, or the section of that name")
     output = dict(output) if isinstance(output, Mapping) else {"uri": local_path(output)}
     document["output"] = {"uri": f"./runs/{document['name']}"} | output
-    pruning, calibration = document["pruning"], document["calibration"]
+    pruning, calibration = document["pruning"], document.get("calibration", {})
     if "exports" not in output and pruning.get("structure") == "groups":
         document["output"]["exports"] = ["uniform" if pruning.get("allocation") == "uniform" else "per_block"]
-    if "evaluation" not in document:
+    if "evaluation" not in document and calibration.get("source", "auto") not in ("auto", "self"):
         if calibration.get("split", "train") == "test":
             raise ValueError("evaluation: the calibration reads the test part of its text, so name another text to measure on")
         document["evaluation"] = [_test_part(calibration)]

@@ -19,15 +19,18 @@ from numpy.typing import NDArray
 from transformers import AutoConfig, PretrainedConfig
 
 import ray_surgeon
+from ray_surgeon.cluster.conversations import Request, WrittenText, to_be_written
 from ray_surgeon.cluster.devices import Device, Room
 from ray_surgeon.cluster.needs import Job
 from ray_surgeon.cluster.placement import Placement, place
 from ray_surgeon.cluster.plan import Plan, plan_job
-from ray_surgeon.cluster.sampling import Wanted, to_be_written
+from ray_surgeon.cluster.prompts import Yardstick, can_write_prompts, held_prompts, yardstick_of
 from ray_surgeon.export.for_engines import Shrinking, check_quantised
 from ray_surgeon.export.kinds import check_export
 from ray_surgeon.export.tasks import check_tasks
 from ray_surgeon.methods import METHODS, CoupledSection, Groups, Method
+from ray_surgeon.methods.calibration import MOST_MEASURED, CalibrationText
+from ray_surgeon.methods.corrections import further_sequences
 from ray_surgeon.methods.search import Search
 from ray_surgeon.models.budgets import Budget, bytes_budget, fewest_left, flops_budget, linears_budget, parameters_budget
 from ray_surgeon.models.checkpoint import check_checkpoint, check_tied
@@ -37,6 +40,7 @@ from ray_surgeon.models.llama_cpp import tokenizer_names
 from ray_surgeon.models.pruned_config import check_rope, kv_heads_left
 from ray_surgeon.run.directory import RunDirectory
 from ray_surgeon.sections.cluster import LocalSection
+from ray_surgeon.sections.generation import GenerationSection
 from ray_surgeon.sections.output import KERNEL_COLUMNS
 from ray_surgeon.sections.targets import FlopsTarget, LatencyTarget, ParametersTarget
 from ray_surgeon.sections.texts import ModelSection, SelfSection, SourceSection
@@ -46,6 +50,7 @@ from ray_surgeon.storage.sources import open_model
 from ray_surgeon.storage.texts import (
     Windows,
     cut_windows,
+    default_mix,
     first_token,
     interleaved,
     is_saved_whole,
@@ -69,16 +74,28 @@ class Inputs:
     texts: Mapping[str, NDArray[np.int64]] = field(repr=False)  # evaluation text -> windows
     fingerprints: Mapping[str, Any]  # of model, tokenizer, texts and method; empty for a plan from config.json alone
     environment: Mapping[str, str]  # versions and machine, for the report
-    written: Mapping[int, Wanted] = field(default_factory=dict)  # number of a calibration text -> what the dense model is to write for it
+    written: Mapping[int, Request] = field(default_factory=dict)  # number of a calibration text -> what the dense model is to write for it
     searched: NDArray[np.int64] = field(default_factory=lambda: _nothing(0, 0), repr=False)  # what a search measures on, as `calibration`
+    counts: NDArray[np.bool_] | None = field(default=None, repr=False)  # which tokens of the calibration count, likewise; None if all do
+    yardstick: Yardstick | None = None  # prompts whose answers are compared; None if they are not
+    chosen_text: str | None = None  # what was chosen for a calibration of source auto, for people
 
-    def with_written(self, texts: Mapping[int, NDArray[np.int64]]) -> Inputs:
-        """Return the inputs with what the dense model wrote for some of the calibration texts, [n, sequence_length] each."""
-        calibration = self.calibration.copy()
+    @property
+    def text(self) -> CalibrationText:
+        """What stages are fitted on, and what is held aside from them."""
+        return CalibrationText.split(self.calibration, self.counts, self.spec.num_held)
+
+    def with_written(self, texts: Mapping[int, WrittenText]) -> Inputs:
+        """Return the inputs with what the dense model wrote for some of the calibration texts."""
+        calibration, counts = self.calibration.copy(), np.ones(self.calibration.shape, dtype=bool)
         for row, (number, i) in enumerate(order([count for _, count in self.spec.calibration.shares])):
-            if number in texts:
-                calibration[row] = texts[number][i]
-        return replace(self, calibration=calibration)
+            if number not in texts:
+                continue
+            calibration[row] = texts[number].tokens[i]
+            if texts[number].answers.any():
+                counts[row] = texts[number].answers[i]
+        weighs = self.spec.calibration.weigh == "answers"
+        return replace(self, calibration=calibration, counts=counts if weighs else None)
 
     @property
     def spec_yaml(self) -> str:
@@ -115,6 +132,11 @@ class Inputs:
             return None
         return f"config.json says {stored}, but this job and its exports are in float32, twice as large; model.dtype: bfloat16 halves it"
 
+    @property
+    def notes(self) -> list[str]:
+        """What to know of a job before it starts, for people, a line each."""
+        return [line for line in (self.precision, self.chosen_text) if line is not None]
+
     def plan(self, room: Room, device: Device) -> Plan:
         """Return how the job runs.
 
@@ -125,16 +147,29 @@ class Inputs:
         Raises:
             DoesNotFitError: no way to run it fits.
         """
-        return plan_job(self.layout, self.placement, job_of(self.spec, self.layout, self.method), self.spec.memory, room, device)
+        job = job_of(self.spec, self.layout, self.method, None if self.yardstick is None else self.yardstick.section)
+        return plan_job(self.layout, self.placement, job, self.spec.memory, room, device)
 
 
-def job_of(spec: JobSpec, layout: ModelLayout, method: Method) -> Job:
-    """Return what a plan depends on."""
+def job_of(spec: JobSpec, layout: ModelLayout, method: Method, generation: GenerationSection | None = None) -> Job:
+    """Return what a plan depends on.
+
+    Args:
+        spec: of the job.
+        layout: of its model.
+        method: of pruning.
+        generation: how prompts are answered; None if they are not.
+    """
     texts = [(text.num_sequences, text.sequence_length) for text in spec.evaluation.texts]
-    job = method.job(layout, spec.model.dtype, (spec.calibration.num_sequences, spec.calibration.sequence_length), texts)
+    if spec.num_held:
+        texts.append((min(spec.num_held, MOST_MEASURED), spec.calibration.sequence_length))
     length = spec.calibration.sequence_length
     written = tuple(text.sizes(count, length) for text, count in spec.calibration.shares if isinstance(text, SelfSection))
     quantize = spec.output.quantize
+    if generation is not None:
+        written += ((generation.num_prompts, generation.max_new_tokens),)
+        texts.append((generation.num_prompts, _PROMPT_TOKENS + generation.max_new_tokens))
+    job = method.job(layout, spec.model.dtype, (spec.calibration.num_sequences, spec.calibration.sequence_length), texts)
     job = replace(job, written=written, rounds=quantize is not None and quantize.scheme == "w4a16")
     if (search := Search.of(method)) is not None:
         units = {(groups.block, groups.kind) for groups in layout.group_sets if groups.consumer in job.needs}
@@ -142,8 +177,11 @@ def job_of(spec: JobSpec, layout: ModelLayout, method: Method) -> Job:
         job = replace(job, num_searched=search.section.num_sequences, num_trials=rounds + 1, num_undone=rounds * len(units))
     if spec.correction is None:
         return job
-    section, num_sequences = spec.correction, spec.calibration.num_sequences
+    section, num_sequences = spec.correction, spec.calibration.num_sequences - spec.num_held
+    num_steps = section.steps_per_shot + section.final_epochs * -(-num_sequences // section.sequences_per_step)
+    tried, measured = further_sequences(section, num_steps, min(spec.num_held, MOST_MEASURED))
     passing = section.steps_per_shot * section.sequences_per_step + section.final_epochs * num_sequences
+    passing += tried + -(-measured // 3)  # a pass forward alone has a third of the operations
     remembers = section.loss == "kl"
     return replace(job, remembers_calibration=remembers, lora_rank=section.lora_rank, num_correction_sequences=passing)
 
@@ -193,6 +231,10 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
     tokenizer = load_tokenizer(folder, source.origin)
     if "gguf" in spec.output.exports:
         tokenizer_names(json.loads(tokenizer.backend_tokenizer.to_str()))
+    chosen_text = None
+    if spec.calibration.source == "auto":
+        calibration_section, chosen_text = default_mix(spec.calibration, tokenizer)
+        spec = spec.model_copy(update={"calibration": calibration_section})
     tasks, search = spec.evaluation.tasks, Search.of(method)
     if tasks is not None:
         check_tasks(tasks)
@@ -211,15 +253,58 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
     # scores before and after are of the same tasks; a run may go on without tasks that fail
     fingerprints["tasks"] = None if tasks is None else tasks.model_dump(mode="json", exclude={"batch_size"})
     tokens = {name: windows.tokens for name, windows in texts.items()}
-    written, here = to_be_written(spec.calibration, tokenizer, layout.config), _environment()
+    requests, here = to_be_written(spec.calibration, tokenizer, layout.config), _environment()
+    yardstick, written = _yardstick(spec.evaluation.generation, tokenizer, layout.config, requests, next(iter(tokens.values())))
+    if yardstick is not None:  # answers before and after are to the same prompts
+        given = None if yardstick.prompts is None else hashlib.sha256(repr(yardstick.prompts).encode()).hexdigest()
+        fingerprints["generation"] = yardstick.section.model_dump(mode="json", exclude={"prompts"}) | {"prompts": given}
     inputs = Inputs(
-        spec, layout, placement, method, source.pinned, calibration.tokens, tokens, fingerprints, here, written, searched.tokens
+        spec,
+        layout,
+        placement,
+        method,
+        source.pinned,
+        calibration.tokens,
+        tokens,
+        fingerprints,
+        here,
+        written,
+        searched.tokens,
+        yardstick=yardstick,
+        chosen_text=chosen_text,
     )
     with _as_input_error(f"output.uri: cannot use {spec.output.uri}"):
         RunDirectory(spec.output.uri).check(fingerprints, inputs.spec_yaml, resume=resume)
         if not dry_run:
             RunDirectory(spec.output.uri).check_writable()
     return inputs
+
+
+def _yardstick(
+    section: GenerationSection | str | None,
+    tokenizer: Any,
+    config: PretrainedConfig,
+    written: Mapping[int, Request],
+    windows: NDArray[np.int64],
+) -> tuple[Yardstick | None, Mapping[int, Request]]:
+    """Return the prompts whose answers are compared, and what is left for the model to write.
+
+    Args:
+        section: `evaluation.generation`.
+        tokenizer: of the model.
+        config: of the model.
+        written: number of a calibration text -> what the model is to write for it.
+        windows: [num_sequences, sequence_length] of the first evaluation text.
+    """
+    if isinstance(section, GenerationSection):
+        return yardstick_of(section, tokenizer, config, windows), written
+    if section is None:
+        return None, written
+    default = GenerationSection.model_validate({})
+    yardstick, rest = held_prompts(default, written, tokenizer, config)
+    if yardstick is not None or not can_write_prompts(default, tokenizer, config):
+        return yardstick, rest
+    return yardstick_of(default, tokenizer, config, windows), written
 
 
 def _check_lengths(spec: JobSpec, layout: ModelLayout) -> None:
@@ -315,6 +400,10 @@ def _budget(layout: ModelLayout, pruning: CoupledSection, dtype: str) -> Budget 
     return bytes_budget(layout, getattr(torch, dtype).itemsize)
 
 
+_PROMPT_TOKENS = 256
+"""Tokens of a prompt whose answers are compared, chat template included; a guess for the plan."""
+
+
 def _nothing(num_sequences: int, sequence_length: int) -> NDArray[np.int64]:
     return np.broadcast_to(np.int64(0), (num_sequences, sequence_length))
 
@@ -341,7 +430,7 @@ def _read_texts(spec: JobSpec, num_searched: int, tokenizer: Any, config: Pretra
         t.name: _windows(t, t.num_sequences, t.sequence_length, tokenizer, config, f"evaluation.{i} ({t.name})")
         for i, t in enumerate(spec.evaluation.texts)
     }
-    return calibration, windows_of(np.concatenate(beside)), texts
+    return calibration, windows_of(np.concatenate(beside) if beside else _nothing(0, length)), texts
 
 
 def _check_pattern(layout: ModelLayout, m: int) -> None:

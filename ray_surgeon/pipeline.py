@@ -29,7 +29,7 @@ from ray_surgeon.models.checkpoint import BadWeightsError
 from ray_surgeon.run import report
 from ray_surgeon.run.directory import RunDirectory, TakenOverError
 from ray_surgeon.run.display import Display, new_console
-from ray_surgeon.run.report import export_lines, shots_table
+from ray_surgeon.run.report import export_lines, generation_lines, shots_table
 from ray_surgeon.sections.cluster import RaySection
 from ray_surgeon.spec import JobSpec, parse_spec, validation_message
 from ray_surgeon.storage import files
@@ -139,8 +139,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m ray_surgeon.p
         inputs = check(_read_spec(arguments.spec, arguments.set), resume=arguments.resume, dry_run=arguments.dry_run)
         shots = inputs.spec.pruning.shots
         console.print(f"{shots} shot{'s' * (shots > 1)} to {inputs.goal}, {inputs.calibration.size} calibration tokens each")
-        if inputs.precision is not None:
-            console.print(inputs.precision, soft_wrap=True, highlight=False)
+        for line in inputs.notes:
+            console.print(line, soft_wrap=True, highlight=False)
         if arguments.dry_run:
             if not inputs.fingerprints:
                 console.print("planned from config.json alone: there are no weights to check")
@@ -185,8 +185,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m ray_surgeon.p
 
 def _show(result: PruneResult, console: Console) -> None:
     console.print(shots_table(result.report))
-    for line in export_lines(result.report):
-        console.print(line, soft_wrap=True, highlight=False)
+    for line in (*export_lines(result.report), *generation_lines(result.report)):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
     directory = RunDirectory(result.uri)
     console.print(f"report: {directory.path('report.html')} and report.json, plots in {directory.path('plots')}", soft_wrap=True)
 

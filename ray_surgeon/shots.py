@@ -10,14 +10,25 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-import torch
+import numpy as np
 
 from ray_surgeon.cluster.cluster import Cluster, LostError
+from ray_surgeon.cluster.conversations import as_tensors, from_tensors, write
 from ray_surgeon.cluster.dense_model import CALIBRATION, read_states, write_states
+from ray_surgeon.cluster.generation import (
+    Answers,
+    answers_of,
+    dense_record,
+    measure_answers,
+    read_answers,
+    remember_answers,
+    shot_record,
+    write_answers,
+)
 from ray_surgeon.cluster.passes import Measured, measure, remember
 from ray_surgeon.cluster.plan import DoesNotFitError, Plan
+from ray_surgeon.cluster.prompts import Yardstick
 from ray_surgeon.cluster.room import device_of, look_around, shared
-from ray_surgeon.cluster.sampling import write_text
 from ray_surgeon.cluster.saving import continue_from_shot, save_shot
 from ray_surgeon.cluster.worker import ModelRecipe, clean_up, load
 from ray_surgeon.export.for_engines import export_quantised
@@ -26,6 +37,8 @@ from ray_surgeon.export.latency import Widths, latency_budget
 from ray_surgeon.export.tasks import evaluate_tasks
 from ray_surgeon.inputs import Inputs
 from ray_surgeon.methods import Choice, Corrections, Groups
+from ray_surgeon.methods.calibration import HELD
+from ray_surgeon.methods.corrections import held_measure
 from ray_surgeon.methods.search import SEARCHED, Search
 from ray_surgeon.methods.whole_experts import go_around_removed
 from ray_surgeon.run.directory import RunDirectory, TakenOverError
@@ -120,50 +133,62 @@ def _run_shots(inputs: Inputs, workers: Cluster, run: RunDirectory, listen: Call
     if inputs.written:
         with step("sampling") as facts:
             inputs = _with_written(workers, inputs, run.path("written.safetensors"), facts, resumed=bool(done))
-    search = Search.of(method)
+    text, given = inputs.text, method
     if done:
         report.dense = done[-1].record["dense"]
         workers.run_all(read_states, run.dense_states)
-    else:
-        report.dense = _look_at_dense(
-            inputs, workers, step, searches=search is not None, calibration=lowers_divergence and not method.has_costs
-        )
+    answers = None
+    if inputs.yardstick is not None:
+        with step("answers") as facts:
+            answers = _answers(inputs.yardstick, workers, run.path("answers.json"), resumed=bool(done))
+            facts |= {"prompts": len(answers.prompts), "num_tokens": answers.num_tokens}
+    if not done:
+        report.dense = _look_at_dense(inputs, workers, step, calibration=lowers_divergence and not method.has_costs)
+        if answers is not None and inputs.yardstick is not None:
+            report.dense["generation"] = dense_record(answers, inputs.yardstick.text_of)
 
     for shot in range(len(done) + 1, num_shots + 1):
         step.new_shot()
-        scores, choice, record = None, Choice(None, {}), dict[str, Any]()
+        method, scores, choice, record = given, None, Choice(None, {}), dict[str, Any]()
         if method.has_costs:
             with step("curvature", shot) as facts:
-                loss, record = method.calibrate(workers, inputs.calibration, shot, remembers=lowers_divergence and shot == 1)
-                facts |= {"calibration_loss": loss, "num_tokens": inputs.calibration.size}
-                record["calibration_loss"] = loss
+                calibrated = method.calibrate(workers, text, shot, remembers=lowers_divergence and shot == 1)
+                method, record = calibrated.method, calibrated.record
+                facts |= {"calibration_loss": calibrated.loss, "num_tokens": text.tokens.size}
+                if (chosen := record.get("damping_chosen")) is not None:
+                    facts["damping"] = f"{chosen['a']:g}/{chosen['g']:g}"
+                record["calibration_loss"] = calibrated.loss
             with step("costs", shot) as facts:
                 scores = method.score(workers, shot)
                 facts["damping_raised"] = len(scores.raised_damping)
-            if search is not None:
+            if (search := Search.of(method)) is not None:
                 with step("search", shot) as facts:
-                    scores, record["search"] = search.run(workers, scores, inputs.searched, shot)
-                    divergences = record["search"]["divergences"]
-                    facts |= {"divergence_before": divergences[0], "divergence": min(divergences)}
+                    scores, record["search"] = search.run(workers, scores, inputs.searched, text, shot)
+                    facts |= search.facts(record["search"])
             with step("threshold", shot) as facts:
                 choice = method.choose(workers, scores, shot)
                 facts |= choice.facts
         with step("update", shot) as facts:
-            linears = method.of_loss(method.apply(workers, inputs.calibration, choice, shot))
+            linears = method.of_loss(method.apply(workers, text.tokens, choice, shot))
             sparsity = 1 - sum(s.num_kept for s in linears) / sum(s.size for s in linears)
             record |= method.record(workers, scores, choice, linears)
             predicted = record.get("predicted_loss_increase")
             facts |= {"sparsity": sparsity} | ({} if predicted is None else {"predicted_loss_increase": predicted})
+            facts |= method.update_facts(record)
+            if len(text.held) > 0 and method.has_costs:
+                record["divergence_held_aside"] = facts["divergence held aside"] = held_measure(workers, text)
         if spec.correction is not None:
             with step("correction", shot) as facts:
-                losses, absorbed = Corrections(spec.correction).train(workers, inputs.calibration, shot, num_shots)
-                facts |= {"num_steps": len(losses)} | (
-                    {"first_loss": losses[0], "last_loss": losses[-1], "absorbed": absorbed} if losses else {}
-                )
-                record |= {"correction_losses": losses, "correction_absorbed": absorbed}
+                trained = Corrections(spec.correction).train(workers, text, shot, num_shots)
+                facts |= trained.facts
+                record |= trained.as_record()
         with step("evaluation", shot) as facts:
             facts["sparsity"] = sparsity
             measured = _measure(workers, inputs, facts)
+            if answers is not None and inputs.yardstick is not None:
+                generation = measure_answers(workers, answers, inputs.yardstick.section.max_new_tokens)
+                record["generation"] = shot_record(answers, generation, inputs.yardstick.text_of)
+                facts |= {"accepted": generation.acceptance, "agreement": generation.agreement}
         _check_for_collapse(measured, report.dense["perplexity"], spec.evaluation.stop_above, shot)
         with step("commit", shot) as facts:
             run.check_attempt()  # what follows takes files away that another try may have written
@@ -199,14 +224,18 @@ def _plan(inputs: Inputs, workers: Cluster, scratch: tuple[str | None, str, str]
         time.sleep(_PAUSE_S)
 
 
-def _look_at_dense(inputs: Inputs, workers: Cluster, step: Steps, *, searches: bool, calibration: bool) -> dict[str, Any]:
+def _look_at_dense(inputs: Inputs, workers: Cluster, step: Steps, *, calibration: bool) -> dict[str, Any]:
     """Measure the dense model, and keep its states of what it will be compared on; return its record."""
     with step("evaluation") as facts:
         record: dict[str, Any] = {"perplexity": _remember(workers, inputs, facts)}
+        text = inputs.text
         if calibration:
-            remember(workers, CALIBRATION, inputs.calibration)
-        if searches:
+            remember(workers, CALIBRATION, text.tokens, text.counts)
+        if len(inputs.searched):
             remember(workers, SEARCHED, inputs.searched)
+        if len(text.held):
+            remember(workers, HELD, text.measured, text.measured_counts)
+            facts["windows held aside"] = len(text.held)
     if inputs.spec.evaluation.tasks is not None:
         with step("tasks"):
             record["tasks"] = evaluate_tasks(workers, inputs.model, inputs.spec.evaluation.tasks)
@@ -260,15 +289,30 @@ def _with_latencies(method: Groups, inputs: Inputs, workers: Cluster, uri: str) 
 def _with_written(workers: Cluster, inputs: Inputs, uri: str, facts: dict[str, Fact], *, resumed: bool) -> Inputs:
     """Let the dense model write its part of the calibration text, unless an earlier try of the run did."""
     if files.exists(uri):
-        texts = {int(number): tokens.numpy() for number, tokens in tensor_files.read(uri).items()}
+        texts = from_tensors(tensor_files.read(uri))
     elif resumed:
         raise ValueError(f"{uri} is gone, and the dense model with it, which wrote it; put it back, or start a new run")
     else:
-        length = inputs.calibration.shape[1]
-        texts = {number: write_text(workers, wanted).reshape(-1, length) for number, wanted in inputs.written.items()}
-        tensor_files.write(uri, {str(number): torch.from_numpy(tokens) for number, tokens in texts.items()})
-    facts["num_sequences"] = sum(map(len, texts.values()))
+        texts = {number: write(workers, request) for number, request in inputs.written.items()}
+        tensor_files.write(uri, as_tensors(texts))
+    facts["num_sequences"] = sum(len(text.tokens) for text in texts.values())
+    if any(text.answers.any() for text in texts.values()):
+        facts["share of answers"] = float(np.concatenate([text.answers for text in texts.values()]).mean())
     return inputs.with_written(texts)
+
+
+def _answers(yardstick: Yardstick, workers: Cluster, uri: str, *, resumed: bool) -> Answers:
+    """Let the dense model answer the prompts, unless an earlier try of the run did."""
+    if files.exists(uri):
+        answers = read_answers(uri)
+        if not resumed:  # otherwise its states are among those of the dense model
+            remember_answers(workers, answers)
+        return answers
+    if resumed:
+        raise ValueError(f"{uri} is gone, and the dense model with it, whose answers it had; put it back, or start a new run")
+    answers = answers_of(workers, yardstick.asked(workers), yardstick.section.max_new_tokens, yardstick.ends)
+    write_answers(uri, answers)
+    return answers
 
 
 def _remember(workers: Cluster, inputs: Inputs, facts: dict[str, Fact]) -> dict[str, float]:

@@ -19,9 +19,12 @@ from ray_surgeon.sections.cluster import ClusterSection, RaySection
 from ray_surgeon.sections.curvature import CurvatureSection, KfacSection
 from ray_surgeon.sections.memory import MemorySection
 from ray_surgeon.sections.output import DECI_MULTIPLE, KERNEL_COLUMNS, OutputSection
+from ray_surgeon.sections.presets import PresetName, with_preset
 from ray_surgeon.sections.targets import LatencyTarget
 from ray_surgeon.sections.texts import CalibrationSection, EvaluationSection, ModelSection
 
+HELD_SHARE = 0.1
+"""Share of the calibration's windows that are held aside where stages measure themselves on them."""
 _YAML_ERRORS = (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError)
 """PyYAML lets through what its constructors raise on values that do not fit their tags."""
 
@@ -34,10 +37,21 @@ class JobSpec(Section):
     """A job: one model, one method, one result."""
 
     version: Literal[2] = Field(description="Version of this format")
+    preset: PresetName | None = Field(
+        None,
+        description="Settings of text and method that fit together; what the spec itself says goes before them. fast: few windows and "
+        "no corrections; balanced: more windows, and corrections; quality: many windows, and longer corrections. None of them has a "
+        "number of one model: learning rates and damping are chosen in the run by windows held aside",
+    )
     name: str = Field(pattern="^[a-z0-9][a-z0-9.-]*$", max_length=63, description="Name of the run: lower case, digits, dots, dashes")
     model: ModelSection = Field(description="The model to prune")
-    calibration: CalibrationSection = Field(description="The text whose loss the method keeps low")
-    evaluation: EvaluationSection = Field(description="What the model is measured on: a list of texts, or texts and tasks")
+    calibration: CalibrationSection = Field(
+        description="The text whose loss the method keeps low. If not given: source auto, a mix that suits the model"
+    )
+    evaluation: EvaluationSection = Field(
+        description="What the model is measured on: a list of texts, or texts, generation and tasks. If not given: the test parts of "
+        "Python's help and docstrings"
+    )
     pruning: PruningSection = Field(description="What is removed and how much")
     curvature: CurvatureSection | None = Field(
         default_factory=_default_curvature, description="Curvature of the loss; kfac if not given. sparsegpt and wanda have none"
@@ -48,6 +62,12 @@ class JobSpec(Section):
     )
     cluster: ClusterSection = Field(RaySection(), description="Workers and where they run")
     output: OutputSection = Field(description="Where results go")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_preset(cls, document: Any) -> Any:
+        """Put the preset's settings under the spec's own."""
+        return with_preset(document) if isinstance(document, dict) else document
 
     @model_validator(mode="before")
     @classmethod
@@ -122,12 +142,23 @@ class JobSpec(Section):
             raise ValueError("evaluation.tasks: run on exports for transformers, and output.exports has none; add one, or remove tasks")
         return self
 
+    @property
+    def num_held(self) -> int:
+        """Windows of the calibration that are held aside: a tenth where a stage measures itself on them, unless the spec says otherwise."""
+        share, pruning, num_sequences = self.calibration.held_aside, self.pruning, self.calibration.num_sequences
+        if share is None:
+            chooses = self.curvature is not None and self.curvature.chooses_damping
+            stages = getattr(pruning, "reconstruction", None), getattr(pruning, "search", None), self.correction
+            share = HELD_SHARE if chooses or any(stage is not None for stage in stages) else 0.0
+        wanted = max(1, round(share * num_sequences)) if share else 0
+        return min(wanted, num_sequences - self.cluster.num_replicas)
+
     def method_fingerprint(self) -> str:
         """Return a SHA-256 over everything that determines the result: not the name, the texts evaluated, the output, or what runs where.
 
         Where the model lies does not count either; its content has a fingerprint of its own.
         """
-        free = dict.fromkeys(("name", "cluster", "memory", "evaluation", "output"), True)
+        free = dict.fromkeys(("name", "preset", "cluster", "memory", "evaluation", "output"), True)
         method = self.model_dump(mode="json", exclude=free | {"model": {"source"}})
         return hashlib.sha256(json.dumps(method, sort_keys=True).encode()).hexdigest()
 

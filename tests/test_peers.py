@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel
 
-from benchmarks.peers import PEERS, POINTS, gather, linear, load, measure, prune, scores, specs, states, without_own_text
+from benchmarks.peers import (
+    PEERS,
+    POINTS,
+    gather,
+    inputs_of_spec,
+    linear,
+    load,
+    main,
+    measure,
+    prune,
+    save,
+    scores,
+    specs,
+    states,
+    with_biases,
+    without_own_text,
+)
 from ray_surgeon.inputs import Inputs, check
 from ray_surgeon.spec import JobSpec, parse_spec
+from ray_surgeon.storage import tensor_files
 from tests.integration.runs import tiny_spec
 
 
@@ -22,7 +41,7 @@ def inputs(model_folders: dict[str, Path], tmp_path: Path) -> Inputs:
     return check(parse_spec(spec.read_text()))
 
 
-def dense(inputs: Inputs) -> torch.nn.Module:
+def dense(inputs: Inputs) -> PreTrainedModel:
     return load(Path(inputs.spec.model.source), inputs.spec.model.dtype)
 
 
@@ -128,3 +147,78 @@ def test_text_of_the_models_own_is_left_out_and_no_other() -> None:
     alone = without_own_text(parse_spec(Path("pipelines/quickstart.yaml").read_text(), ["calibration.mix=[{source: self}]"]))
     assert (alone["calibration"]["mix"], alone["calibration"]["num_sequences"]) == ([], spec.calibration.num_sequences // 2)
     assert JobSpec.model_validate(alone)
+
+
+@pytest.mark.parametrize("peer", ["FLAP", "Taylor"])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_saved_model_computes_the_same(
+    family: str,
+    peer: str,
+    model_folders: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    """Biases of FLAP, for which a Qwen2 has no place, are there, and so is the tokenizer."""
+    pruning = {"structure": "groups", "target_sparsity": 0.2, "num_shots": 1, "width_multiple": 4}
+    spec = tiny_spec(tmp_path, model_folders[family], pruning=pruning)
+    inputs = check(parse_spec(spec.read_text()))
+    pruned = dense(inputs)
+    found = gather(pruned, inputs, [g.consumer for g in inputs.layout.group_sets])
+    prune(peer, pruned, inputs, found)
+    folder = tmp_path / "saved"
+    save(pruned, inputs.model, folder)
+    loaded = load(folder, inputs.spec.model.dtype)
+    assert any(name.endswith("down_proj.bias") for name in loaded.state_dict()) == (peer == "FLAP")
+    tokens = torch.from_numpy(inputs.calibration)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(tokens).logits, pruned(tokens).logits)
+    text = "def f(x):\n    return x"
+    tokenizers = [AutoTokenizer.from_pretrained(path) for path in (model_folders[family], folder)]
+    assert len({str(tokenizer(text).input_ids) for tokenizer in tokenizers}) == 1
+
+
+def test_biases_of_other_families_are_refused(model_folders: dict[str, Path]) -> None:
+    with pytest.raises(ValueError, match="gemma3_text of this kind cannot be written"):
+        with_biases(load(model_folders["gemma3"], "float32"))
+
+
+def test_a_run_gives_what_the_model_wrote(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    pruning = {"structure": "groups", "target_sparsity": 0.2, "num_shots": 1, "width_multiple": 4}
+    run = tmp_path / "run"
+    run.mkdir()
+    spec = tiny_spec(tmp_path, model_folders["llama"], pruning=pruning)
+    mix = ["calibration.mix=[{source: self}]", f"output.uri={tmp_path / 'other'}"]
+    parsed = parse_spec(spec.read_text(), mix)
+    (run / "spec.yaml").write_text(json.dumps(parsed.model_dump(mode="json")))
+    with pytest.raises(ValueError, match=r"written\.safetensors is not there"):
+        inputs_of_spec(run, [], tmp_path / "peers")
+    (_, num_read), (_, num_written) = parsed.calibration.shares
+    length = parsed.calibration.sequence_length
+    written = torch.arange(num_written * length).reshape(num_written, length) % 7
+    further = {"1.other": written + 1}
+    tensor_files.write(str(run / "written.safetensors"), {"1": written} | further)
+    inputs = inputs_of_spec(run, [], tmp_path / "peers")
+    assert inputs.calibration.shape == (num_read + num_written, length)
+    rows = {tuple(row) for row in inputs.calibration.tolist()}
+    assert {tuple(row) for row in written.tolist()} <= rows
+    tensor_files.write(str(run / "written.safetensors"), {"1": written[:, 1:]})
+    with pytest.raises(ValueError, match="what the model wrote for text 1"):
+        inputs_of_spec(run, [], tmp_path / "peers")
+
+
+def test_peers_at_the_point_of_a_spec(
+    model_folders: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pruning = {"structure": "groups", "target_sparsity": 0.2, "num_shots": 2, "width_multiple": 4}
+    spec = tiny_spec(tmp_path, model_folders["llama"], pruning=pruning)
+    folder = tmp_path / "out"
+    assert main([str(folder), "--spec", str(spec), "--save"]) == 0
+    rows = json.loads((folder / "peers.json").read_text())
+    assert [row["method"] for row in rows] == ["dense", *PEERS]
+    assert capsys.readouterr().out.count("| spec |") == 1 + len(PEERS)
+    for peer in PEERS:
+        state = load(folder / "peers" / f"{peer}-spec", "float32").state_dict()
+        linears = [weight for name, weight in state.items() if name.endswith("_proj.weight")]
+        share = sum(int((w == 0).sum()) for w in linears) / sum(w.numel() for w in linears)
+        assert 0.2 <= share < 0.35, "the last shot's share"

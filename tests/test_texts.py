@@ -21,10 +21,10 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 from ray_surgeon.inputs import check
-from ray_surgeon.sections.texts import SourceSection
+from ray_surgeon.sections.texts import CalibrationSection, SelfSection, SourceSection
 from ray_surgeon.spec import parse_spec
 from ray_surgeon.storage import texts
-from ray_surgeon.storage.texts import Windows, cut_windows, first_token, interleaved, token_stream
+from ray_surgeon.storage.texts import Windows, cut_windows, default_mix, first_token, interleaved, token_stream
 from tests.integration.runs import beginning, tiny_spec
 
 DOCUMENTS = [f"Document {i}: " + "the quick brown fox. " * 5 for i in range(40)]
@@ -240,3 +240,149 @@ def test_no_more_of_a_long_text_is_read_than_is_wanted(tmp_path: Path, monkeypat
     assert len(texts.token_stream(text, tokenizer, "calibration")) == 240, "the part that is calibrated on"
     assert len(seen) == 2
     assert max(seen) < 1100
+
+
+def test_code_is_of_packages_and_its_split_does_not_move(tokenizer: PreTrainedTokenizerFast) -> None:
+    parts = {split: list(texts._code(split)) for split in ("train", "test")}
+    assert not {*parts["train"]} & {*parts["test"]}
+    assert 3 < len(parts["train"]) / len(parts["test"]) < 5
+    root = Path(json.__file__).parent.parent
+    both = {*parts["train"], *parts["test"]}
+    assert (root / "json/decoder.py").read_text(encoding="utf-8").strip() in both
+    for aside in ("textwrap.py", "pydoc_data/topics.py", "unittest/mock.py"):
+        assert (root / aside).read_text(encoding="utf-8").strip() not in both, aside
+    first = token_stream(source("python-code", max_tokens=3000), tokenizer, "calibration")
+    more = token_stream(source("python-code", max_tokens=5000), tokenizer, "calibration")
+    assert len(first) == 3000
+    assert np.array_equal(more[:3000], first)
+    found = CalibrationSection(source="python-code", num_sequences=1, sequence_length=8)
+    found.check_border(source("python-code", max_tokens=9), "evaluation.0")
+
+
+CHAT = "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}<end>{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+
+
+def test_prompts_are_read(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    chatty = beginning(tokenizer, "<end> $A")
+    chatty.chat_template = CHAT
+    path = tmp_path / "prompts.jsonl"
+    asked = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+    records = [{"prompt": "def f("}, {"messages": asked[:1], "id": 7}, {"messages": asked}]
+    path.write_text("\n\n".join(map(json.dumps, records)))
+    found = texts.read_prompts(str(path), chatty, "calibration.prompts")
+
+    def ids(text: str) -> tuple[int, ...]:
+        return tuple(chatty(text, add_special_tokens=False)["input_ids"])
+
+    assert [prompt.text for prompt in found] == ["def f(", "<u>Why?<end><a>", "<u>Why?<end><a>"]
+    assert found[0].tokens == (chatty.bos_token_id, *ids("def f("))
+    assert found[1].tokens == found[2].tokens == ids("<u>Why?<end><a>")
+    assert [prompt.answer for prompt in found] == [None, None, ids("So.<end>")]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "has no lines; write one JSON object a line"),
+        ("\n{]", "line 2 of .* is not JSON"),
+        ("[1]", "is a list, not an object"),
+        ('{"text": "a"}', r"has \['text'\], but one of prompt and messages is needed"),
+        ('{"prompt": "a", "messages": []}', "one of prompt and messages is needed"),
+        ('{"prompt": ""}', "expected a text that is not empty"),
+        ('{"prompt": 3}', "expected a text that is not empty"),
+        ('{"messages": "a"}', "no list of messages"),
+        ('{"messages": [{"role": "user"}]}', "a message without a text as its content"),
+        ('{"messages": [{"role": "robot", "content": "a"}]}', "role 'robot'; known are"),
+        ('{"messages": [{"role": "system", "content": "a"}]}', "one of a user must be there"),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}', "one of a user must be there"),
+        (
+            '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}]}',
+            "has an empty answer",
+        ),
+        ('{"messages": [{"role": "user", "content": "refused"}]}', "refuses these messages"),
+        ('{"prompt": "a b c d e f g h i j k l"}', "only 5 leave room for an answer"),
+    ],
+)
+def test_what_is_no_prompt_is_refused(text: str, said: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    chatty = beginning(tokenizer, "$A")
+    chatty.chat_template = "{% if messages[0].content == 'refused' %}{{ raise_exception('no') }}{% endif %}" + CHAT
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"^here: .*" + said):
+        texts.read_prompts(str(path), chatty, "here", 5)
+
+
+def test_prompts_that_cannot_be_read_are_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(ValueError, match=r"here: cannot read .*absent\.jsonl"):
+        texts.read_prompts(str(tmp_path / "absent.jsonl"), tokenizer, "here")
+    path = tmp_path / "chat.jsonl"
+    path.write_text('{"messages": [{"role": "user", "content": "a"}]}')
+    with pytest.raises(ValueError, match=r"line 1 .*has no chat template; give prompt"):
+        texts.read_prompts(str(path), tokenizer, "here")
+    (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "caf\xe9"}')
+    with pytest.raises(ValueError, match=r"cannot read .*not UTF-8"):
+        texts.read_prompts(str(tmp_path / "latin.jsonl"), tokenizer, "here")
+
+
+@pytest.mark.parametrize("is_chat", [False, True])
+def test_a_default_mix_suits_the_model(is_chat: bool, tokenizer: PreTrainedTokenizerFast) -> None:
+    chatty = beginning(tokenizer, "$A")
+    chatty.chat_template = CHAT if is_chat else None
+    for count, length in ((1, 32), (2, 64), (8, 64), (64, 512), (256, 2048)):
+        section = CalibrationSection(source="auto", num_sequences=count, sequence_length=length, seed=3, held_aside=0.2)
+        found, line = default_mix(section, chatty)
+        shares = found.shares
+        own = [(text, n) for text, n in shares if isinstance(text, SelfSection)]
+        assert sum(n for _, n in own) == max(1, count // 2)
+        assert sum(n for _, n in shares) == count
+        assert all(text.chat == is_chat and (text.starts is None) == is_chat for text, _ in own)
+        assert {text.seed for text, _ in shares} == {3}
+        assert (found.held_aside, found.sequence_length) == (0.2, length)
+        assert CalibrationSection.model_validate(found.model_dump(mode="json")) == found
+        assert all(n * length <= 48_000 for text, n in shares if text.source in ("python-docs", "python-docstrings"))
+        assert str(count) in line
+        assert "name a source" in line
+        assert ("conversations" in line) == is_chat
+
+
+def test_answers_of_a_model_without_a_chat_template_are_not_weighed(tokenizer: PreTrainedTokenizerFast) -> None:
+    section = CalibrationSection(source="auto", num_sequences=8, sequence_length=64, weigh="answers")
+    with pytest.raises(ValueError, match=r"calibration\.weigh: answers, but the model has no chat template"):
+        default_mix(section, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"source": "auto", "stride": 4}, "stride cannot be given"),
+        ({"source": "auto", "mix": [{"source": "self"}]}, "mix cannot be given"),
+        ({"source": "auto", "chat": True}, "chat cannot be given"),
+        ({"source": "self", "split": "test"}, "split belongs to a text that is read"),
+        ({"source": "python-docs", "chat": True}, "set source to self"),
+        ({"source": "self", "chat": True, "prompts": "a.jsonl"}, "chat and prompts say different"),
+        ({"source": "self", "chat": True, "texts_per_sequence": 2}, "packed as they fit"),
+        ({"source": "self", "start_tokens": 4}, "start_tokens belongs to starts"),
+        ({"source": "self", "starts": {"source": "self"}}, "a place in the calibration only"),
+        ({"source": "self", "starts": {"source": "python-docs"}, "start_tokens": 64}, "lower it"),
+        ({"source": "self", "temperature": 0}, "the same text every time"),
+        ({"source": "self", "weigh": "answers"}, "no text of the calibration has any"),
+        ({"source": "python-docs", "held_aside": 0.6}, "less than or equal to 0.5"),
+    ],
+)
+def test_fields_that_do_not_go_together_are_refused(fields: dict[str, object], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        CalibrationSection.model_validate({"num_sequences": 8, "sequence_length": 64, **fields})
+
+
+def test_the_model_may_write_all_of_the_calibration() -> None:
+    section = CalibrationSection(source="self", chat=True, num_sequences=8, sequence_length=64, weigh="answers")
+    ((text, count),) = section.shares
+    assert isinstance(text, SelfSection)
+    assert (text.chat, count) == (True, 8)
+    assert section.further(0) == [0]
+    with pytest.raises(ValueError, match="the model writes all of it"):
+        section.further(2)
+    given = {"source": "python-docs", "max_tokens": 500}
+    started = CalibrationSection.model_validate({"source": "self", "starts": given, "num_sequences": 8, "sequence_length": 64})
+    with pytest.raises(ValueError, match=r"evaluation\.0\.max_tokens: must equal"):
+        started.check_border(source("python-docs"), "evaluation.0")

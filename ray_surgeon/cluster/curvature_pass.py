@@ -11,7 +11,14 @@ from numpy.typing import NDArray
 from ray_surgeon.cluster.cluster import Cluster
 from ray_surgeon.cluster.collectives import SingleReplica
 from ray_surgeon.cluster.dense_model import CALIBRATION
-from ray_surgeon.cluster.passes import Labels, forward_and_backward, pass_up_to_the_head, remembered_losses, sequence_losses
+from ray_surgeon.cluster.passes import (
+    Labels,
+    forward_and_backward,
+    num_counted,
+    pass_up_to_the_head,
+    remembered_losses,
+    sequence_losses,
+)
 from ray_surgeon.cluster.worker import Worker, collective
 
 
@@ -26,12 +33,15 @@ def first_not_finite(worker: Worker) -> str | None:
 
 
 def weigh_gradients(worker: Worker, factor: float) -> None:
-    """Multiply the sums G by a factor."""
+    """Multiply what is summed of gradients by a factor: G, and what the removal of experts would change in the loss."""
     shard, store = worker.shard, worker.shard.factor_store
     for key in (group.key_of_G(name) for group in shard.gathering for name in group.names):
         total = store.on_device(key, store.get(key).n)
         total.flat.mul_(factor)
         store.put(key, total)
+    for sums in shard.expert_sums.values():
+        for name in ("gains", "squares"):
+            sums.of(name).mul_(factor)
 
 
 @collective
@@ -68,8 +78,15 @@ def gather_curvature(
     only: frozenset[str] | None = None,
     experts: bool = False,
     remembers: bool = False,
+    counts: NDArray[np.bool_] | None = None,
 ) -> float:
     """Run every calibration sequence through the model and gather A and G where they belong.
+
+    A is of all N tokens that pass, G of the loss of the M tokens that count. The mean loss of those M has the curvature
+    ``1/M sum_t g_t g_t^T (x) a_t a_t^T``, with g_t the gradient of the summed loss at every position t that passes, counted or not. As
+    if gradients and activations were independent, that is ``(1/M sum g g^T) (x) (1/N sum a a^T)``. Factors are sums that are divided by
+    N, so G is multiplied by the number of tokens that are predicted over the number of those that count, and costs are in nats per
+    token that counts. What the removal of experts would change in the loss is brought to the same scale.
 
     Args:
         cluster: with loaded workers.
@@ -80,25 +97,39 @@ def gather_curvature(
         only: see `ModelShard.start_curvature`.
         experts: likewise.
         remembers: whether last shards keep the hidden states of these sequences, because the weights are the dense model's.
+        counts: [num_sequences, sequence_length], whether a token counts as something that is predicted; None if all do.
 
     Returns:
-        Mean NLL in nats per predicted token of the sequences that pass backward, or of all if none does.
+        Mean NLL in nats per predicted token that counts, of the sequences that pass backward, or of all if none does.
 
     Raises:
+        ValueError: no token counts in the sequences that pass backward, or in all if none does.
         FloatingPointError: a loss or a hidden state is not finite; names the first linear whose inputs are not.
     """
+    count = 0 if kind in ("activations", "identity") else num_backward or len(sequences)
+    both = drawn(len(sequences), count)
+    measured = both or range(len(sequences))
+    num_tokens = num_counted(sequences, counts, measured)
+    if not num_tokens:
+        raise ValueError(
+            f"calibration: in none of the {len(measured)} sequences whose loss is taken does a token count, so there is nothing to keep; "
+            "use longer sequences or more of them, or raise curvature.num_backward"
+        )
     cluster.run_all(start_curvature, kind, only, experts)
     try:
-        count = 0 if kind in ("activations", "identity") else num_backward or len(sequences)
-        both, losses = drawn(len(sequences), count), list[float]()
+        losses = list[float]()
         if both:
-            losses += forward_and_backward(cluster, sequences, Labels(label_seed, remembers=remembers), only=both)
+            labels = Labels(label_seed, remembers=remembers)
+            losses += forward_and_backward(cluster, sequences, labels, only=both, counts=counts)
         is_finite, rest, text = True, sorted(set(range(len(sequences))) - set(both)), CALIBRATION if remembers else None
         if rest and both:
             is_finite = pass_up_to_the_head(cluster, sequences, rest, text)
-            cluster.run_all(weigh_gradients, len(sequences) / len(both))
-        elif rest:
-            losses += sequence_losses(cluster, sequences) if text is None else remembered_losses(cluster, text, sequences)
+        elif text is not None and not both:
+            losses += remembered_losses(cluster, text, sequences, counts)
+        elif not both:
+            losses += sequence_losses(cluster, sequences, counts)
+        if both and num_counted(sequences) != num_tokens:
+            cluster.run_all(weigh_gradients, num_counted(sequences) / num_tokens)
         if not is_finite or not all(map(math.isfinite, losses)):
             raise FloatingPointError("the loss of the calibration sequences is not finite; check the weights and the dtype")
     except FloatingPointError as error:
@@ -106,7 +137,7 @@ def gather_curvature(
         reason = getattr(error, "cause", error)  # unwrapped from Ray's task error
         raise FloatingPointError(f"{reason}; inputs are not finite from {names[0] if names else 'the head'} on") from error
     cluster.run_all(finish_curvature)
-    return sum(losses) / (len(losses) * (int(sequences.shape[1]) - 1))
+    return sum(losses) / num_tokens
 
 
 def drawn(num_sequences: int, count: int) -> list[int]:

@@ -34,6 +34,7 @@ class Labels:
     seed: int | None = None  # of labels drawn from the model itself (sampled Fisher)
     of_dense_model: bool = False  # what the dense model says, whose states are kept; sequences are those of the calibration then
     remembers: bool = False  # whether last shards keep the hidden states of the calibration, because the weights are the dense model's
+    may_diverge: bool = False  # whether a loss that is no number is returned, as that of a training that may go wrong
 
 
 # On a worker
@@ -46,7 +47,13 @@ def forward(worker: Worker, wave: int, inputs: TensorPayload | None) -> TensorPa
 
 
 def forward_backward(
-    worker: Worker, wave: int, inputs: TensorPayload | None, tokens: TensorPayload, numbers: Sequence[int], labels: Labels
+    worker: Worker,
+    wave: int,
+    inputs: TensorPayload | None,
+    tokens: TensorPayload,
+    numbers: Sequence[int],
+    labels: Labels,
+    counts: TensorPayload | None = None,
 ) -> tuple[TensorPayload | None, list[float]]:
     """Run a wave through the last shard and back.
 
@@ -57,24 +64,27 @@ def forward_backward(
         tokens: [m, T] of the text.
         numbers: of the sequences.
         labels: what the model is to say.
+        counts: [m, T] bool, which tokens count, see `next_token_loss`; None for all.
 
     Returns:
-        The gradient at the inputs, None if this is the only shard, and the loss of each sequence, summed over its tokens, in nats.
+        The gradient at the inputs, None if this is the only shard, and the loss of each sequence, summed over its tokens that count, in
+        nats.
 
     Raises:
-        FloatingPointError: a loss is not finite.
+        FloatingPointError: a loss is not finite, and no training may have made it so.
     """
     assert inputs is not None
     text = worker.unpack(tokens)
+    counting = _unpacked(worker, counts, len(text))
     gradients, losses = worker.runner.forward(wave, worker.unpack(inputs)), []
     for i, number in enumerate(numbers):
         generator = None if labels.seed is None else torch.Generator().manual_seed(labels.seed + number)
         dense = worker.kept(DenseStates).on_device(worker, CALIBRATION, number) if labels.of_dense_model else None
-        loss, gradients[i], states = worker.runner.loss(gradients[i], text[i : i + 1], generator, dense)
+        loss, gradients[i], states = worker.runner.loss(gradients[i], text[i : i + 1], generator, dense, counting[i])
         if labels.remembers:
             keep_states(worker, CALIBRATION, [number], states)
         losses.append(float(loss))
-        if not math.isfinite(losses[-1]):
+        if not labels.may_diverge and not math.isfinite(losses[-1]):
             raise FloatingPointError(f"the loss of calibration sequence {number} is {losses[-1]}; check the weights and the dtype")
     return _gradient_below(worker, worker.runner.backward(wave, gradients)), losses
 
@@ -94,33 +104,85 @@ def infer(worker: Worker, inputs: TensorPayload) -> TensorPayload:
     return worker.pack(torch.cat(worker.runner.infer(worker.unpack(inputs))))
 
 
-def infer_loss(worker: Worker, inputs: TensorPayload, tokens: TensorPayload) -> list[float]:
-    """Return the summed NLL in nats of each sequence, at the last shard."""
-    return _text_losses(worker, worker.runner.infer(worker.unpack(inputs)), tokens)
+def infer_loss(
+    worker: Worker,
+    inputs: TensorPayload,
+    tokens: TensorPayload,
+    counts: TensorPayload | None = None,
+) -> list[float]:
+    """Return the NLL in nats of each sequence, summed over its tokens that count, at the last shard."""
+    return _text_losses(worker, worker.runner.infer(worker.unpack(inputs)), tokens, counts)
 
 
-def _text_losses(worker: Worker, hidden: Sequence[Tensor], tokens: TensorPayload) -> list[float]:
+def _text_losses(
+    worker: Worker,
+    hidden: Sequence[Tensor],
+    tokens: TensorPayload,
+    counts: TensorPayload | None,
+) -> list[float]:
     labels = worker.unpack(tokens)
-    return [float(worker.shard.loss(h, labels[i : i + 1])[0]) for i, h in enumerate(hidden)]
+    counting = _unpacked(worker, counts, len(labels))
+    return [float(worker.shard.loss(h, labels[i : i + 1], counts=counting[i])[0]) for i, h in enumerate(hidden)]
 
 
-def infer_loss_and_divergence(
-    worker: Worker, inputs: TensorPayload, tokens: TensorPayload, text: str, numbers: Sequence[int]
-) -> list[tuple[float, float]]:
-    """Return the summed NLL and the summed divergence from the dense model in nats of each sequence, at the last shard."""
-    labels, found = worker.unpack(tokens), []
+def _unpacked(worker: Worker, counts: TensorPayload | None, num_sequences: int) -> list[Tensor | None]:
+    """Return which tokens count, [1, T] bool of each sequence, on the device; None where all do."""
+    return [None] * num_sequences if counts is None else list(torch.split(worker.unpack(counts), 1))
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One sequence of the present model beside the dense one, summed over its tokens that count; see `Comparison`."""
+
+    nll: float  # in nats
+    divergence: float  # in nats
+    acceptance: float = math.nan  # where it is asked for
+    agreement: float = math.nan  # likewise
+
+
+def infer_comparison(
+    worker: Worker,
+    inputs: TensorPayload,
+    tokens: TensorPayload,
+    text: str,
+    numbers: Sequence[int],
+    counts: TensorPayload | None = None,
+    with_acceptance: bool = False,
+) -> list[Compared]:
+    """Compare the present model with the dense one on each sequence of a wave, at the last shard.
+
+    Args:
+        worker: with the last shard, which has the dense model's states of the text.
+        inputs: tokens [m, T] or hidden states [m, T, d].
+        tokens: [m, T].
+        text: name of the text.
+        numbers: of the sequences.
+        counts: [m, T] bool, which tokens count; None for all.
+        with_acceptance: whether to compute acceptance and agreement.
+    """
+    labels = worker.unpack(tokens)
+    counting = _unpacked(worker, counts, len(labels))
+    found = []
     for i, (number, h) in enumerate(zip(numbers, worker.runner.infer(worker.unpack(inputs)), strict=True)):
         dense = worker.kept(DenseStates).on_device(worker, text, number)
-        comparison = worker.shard.compare(h, dense, labels[i : i + 1])
-        found.append((float(comparison.nll), float(comparison.divergence)))
+        sums = worker.shard.compare(h, dense, labels[i : i + 1], counts=counting[i], with_acceptance=with_acceptance)
+        further = () if sums.acceptance is None or sums.agreement is None else (sums.acceptance, sums.agreement)
+        found.append(Compared(*map(float, (sums.nll, sums.divergence, *further))))
     return found
 
 
-def infer_loss_and_keep(worker: Worker, inputs: TensorPayload, tokens: TensorPayload, text: str, numbers: Sequence[int]) -> list[float]:
-    """Return the summed NLL in nats of each sequence, and keep the hidden states before the head, at the last shard."""
+def infer_loss_and_keep(
+    worker: Worker,
+    inputs: TensorPayload,
+    tokens: TensorPayload,
+    text: str,
+    numbers: Sequence[int],
+    counts: TensorPayload | None = None,
+) -> list[float]:
+    """Return the summed NLL as `infer_loss` does, and keep the hidden states before the head, at the last shard."""
     hidden = worker.runner.infer(worker.unpack(inputs))
     keep_states(worker, text, numbers, torch.cat(hidden))
-    return _text_losses(worker, hidden, tokens)
+    return _text_losses(worker, hidden, tokens, counts)
 
 
 def infer_states(worker: Worker, inputs: TensorPayload, text: str | None, numbers: Sequence[int]) -> list[bool]:
@@ -144,6 +206,28 @@ def token_payload(tokens: NDArray[np.int64]) -> TensorPayload:
     return encode(torch.from_numpy(np.atleast_2d(tokens)))
 
 
+def counts_payload(counts: NDArray[np.bool_] | None, numbers: Sequence[int]) -> TensorPayload | None:
+    """Return which tokens of some sequences count, [m, T] bool of [num_sequences, T], as it travels; None for all."""
+    return None if counts is None else encode(torch.from_numpy(counts[numbers]))
+
+
+def num_counted(
+    sequences: NDArray[np.int64],
+    counts: NDArray[np.bool_] | None = None,
+    only: Sequence[int] | None = None,
+) -> int:
+    """Return how many tokens are predicted and count; the first of a sequence is not predicted.
+
+    Args:
+        sequences: [num_sequences, sequence_length] tokens.
+        counts: [num_sequences, sequence_length], whether a token counts; None if all do.
+        only: numbers of the sequences that are meant; all if not given.
+    """
+    if counts is None:
+        return (len(sequences) if only is None else len(only)) * (int(sequences.shape[1]) - 1)
+    return int((counts if only is None else counts[list(only)])[:, 1:].sum())
+
+
 @dataclass
 class _ReplicaPipeline:
     """What is on its way between the shards of one replica."""
@@ -156,7 +240,7 @@ class _ReplicaPipeline:
     num_done: int = 0
 
 
-def _waves(cluster: Cluster, numbers: Sequence[int]) -> list[list[list[int]]]:
+def waves_of_replicas(cluster: Cluster, numbers: Sequence[int]) -> list[list[list[int]]]:
     """Return for every replica the numbers of the sequences of each of its waves; replicas take sequences in turns."""
     num_replicas, size = cluster.placement.num_replicas, cluster.stores.wave
     own = [list(numbers[replica::num_replicas]) for replica in range(num_replicas)]
@@ -170,8 +254,9 @@ def forward_and_backward(
     *,
     only: Sequence[int] | None = None,
     counted: bool = True,
+    counts: NDArray[np.bool_] | None = None,
 ) -> list[float]:
-    """Run sequences forward and backward, and return the loss of each, summed over its tokens, in nats.
+    """Run sequences forward and backward, and return the loss of each, summed over its tokens that count, in nats.
 
     Waves of sequences go through the shards in one-forward-one-backward order. Submission runs a bounded number of them ahead.
 
@@ -181,16 +266,18 @@ def forward_and_backward(
         labels: what the model is to say; the text if not given.
         only: numbers of the sequences to run; all if not given.
         counted: whether the progress of the step counts these sequences.
+        counts: [num_sequences, sequence_length], whether a token counts as something that is predicted; None if all do. The gradients
+            are those of the summed loss of the tokens that count.
     """
     num_shards, wanted = cluster.placement.num_shards, list(range(len(sequences)) if only is None else only)
     if counted:
         cluster.progress.begin(len(wanted), "sequences", sequences.shape[1])
-    pipelines = [_ReplicaPipeline(replica, waves) for replica, waves in enumerate(_waves(cluster, wanted))]
+    pipelines = [_ReplicaPipeline(replica, waves) for replica, waves in enumerate(waves_of_replicas(cluster, wanted))]
     orders = [submission_order(num_shards, len(pipeline.waves)) for pipeline in pipelines]
     for operations in zip_longest(*orders):
         for pipeline, operation in zip(pipelines, operations, strict=True):
             if operation is not None:
-                _submit(cluster, pipeline, operation, sequences, labels or Labels())
+                _submit(cluster, pipeline, operation, sequences, labels or Labels(), counts)
                 if counted:
                     cluster.progress.reach(sum(p.num_done for p in pipelines))
     by_number: dict[int, float] = {}
@@ -200,23 +287,42 @@ def forward_and_backward(
     if counted:
         cluster.progress.reach(len(wanted))
     if labels is not None and labels.remembers:
-        _share_states(cluster, CALIBRATION, [pipeline.waves for pipeline in pipelines])
+        share_states(cluster, CALIBRATION, [pipeline.waves for pipeline in pipelines])
     return [by_number[number] for number in wanted]
 
 
-def _share_states(cluster: Cluster, text: str, waves_of: Sequence[Sequence[Sequence[int]]]) -> None:
-    """Give the states that each replica keeps of its waves to the others; after the pass, in which replicas would wait for each other."""
+def share_states(
+    cluster: Cluster,
+    text: str,
+    waves_of: Sequence[Sequence[Sequence[int]]],
+    receive: Callable[[Worker, str, Sequence[int], TensorPayload], None] = receive_states,
+) -> None:
+    """Give the states that each replica keeps of its waves to the others; after the pass, in which replicas would wait for each other.
+
+    Args:
+        cluster: with loaded workers.
+        text: its name.
+        waves_of: for every replica the numbers of the sequences of each of its waves.
+        receive: keeps them.
+    """
     last, num_replicas, given = cluster.placement.num_shards - 1, len(waves_of), list[Any]()
     for replica, waves in enumerate(waves_of if num_replicas > 1 else ()):
         for numbers in waves:
             states = cluster.submit(WorkerIndex(last, replica), kept_states, text, numbers)
             for other in range(num_replicas):
                 if other != replica:
-                    given.append(cluster.submit(WorkerIndex(last, other), receive_states, text, numbers, states))
+                    given.append(cluster.submit(WorkerIndex(last, other), receive, text, numbers, states))
     cluster.get(given)
 
 
-def _submit(cluster: Cluster, pipeline: _ReplicaPipeline, operation: Operation, sequences: NDArray[np.int64], labels: Labels) -> None:
+def _submit(
+    cluster: Cluster,
+    pipeline: _ReplicaPipeline,
+    operation: Operation,
+    sequences: NDArray[np.int64],
+    labels: Labels,
+    counts: NDArray[np.bool_] | None,
+) -> None:
     shard, direction, wave = operation
     num_shards, index, numbers = cluster.placement.num_shards, WorkerIndex(shard, pipeline.replica), pipeline.waves[wave]
     if shard == 0 and direction == "forward":
@@ -228,7 +334,8 @@ def _submit(cluster: Cluster, pipeline: _ReplicaPipeline, operation: Operation, 
     moving, finished = pipeline.moving.pop(wave), None
     if shard == num_shards - 1:
         text = token_payload(sequences[numbers])
-        moving, losses = cluster.submit_pair(index, forward_backward, wave, moving, text, numbers, labels)
+        counting = counts_payload(counts, numbers)
+        moving, losses = cluster.submit_pair(index, forward_backward, wave, moving, text, numbers, labels, counting)
         pipeline.losses.append(losses)
         finished = losses
     elif direction == "forward":
@@ -248,7 +355,7 @@ def _to_last_shard(cluster: Cluster, replica: int, tokens: NDArray[np.int64]) ->
     return WorkerIndex(last, replica), moving
 
 
-def _each_wave(
+def each_wave(
     cluster: Cluster,
     sequences: NDArray[np.int64],
     at_the_end: Callable[[WorkerIndex, Any, list[int]], list[T]],
@@ -264,7 +371,7 @@ def _each_wave(
     """
     wanted = list(range(len(sequences)) if only is None else only)
     cluster.progress.begin(len(wanted), "sequences", sequences.shape[1])
-    of_replicas = _waves(cluster, wanted)
+    of_replicas = waves_of_replicas(cluster, wanted)
     waves = [(r, numbers) for turn in zip_longest(*of_replicas) for r, numbers in enumerate(turn) if numbers is not None]
     in_flight = cluster.placement.num_replicas * (cluster.placement.num_shards + 1)
     futures: list[list[T]] = []
@@ -280,13 +387,18 @@ def _each_wave(
     return [by_number[number] for number in wanted]
 
 
-def sequence_losses(cluster: Cluster, sequences: NDArray[np.int64]) -> list[float]:
-    """Return the summed NLL in nats of sequences, see `_each_wave`."""
+def sequence_losses(
+    cluster: Cluster,
+    sequences: NDArray[np.int64],
+    counts: NDArray[np.bool_] | None = None,
+) -> list[float]:
+    """Return the NLL in nats of sequences, summed over the tokens that count; see `each_wave` and `num_counted`."""
 
     def at_the_end(last: WorkerIndex, moving: Any, numbers: list[int]) -> list[float]:
-        return cluster.submit(last, infer_loss, moving, token_payload(sequences[numbers]))
+        tokens = token_payload(sequences[numbers])
+        return cluster.submit(last, infer_loss, moving, tokens, counts_payload(counts, numbers))
 
-    return _each_wave(cluster, sequences, at_the_end)
+    return each_wave(cluster, sequences, at_the_end)
 
 
 def pass_up_to_the_head(cluster: Cluster, sequences: NDArray[np.int64], only: Sequence[int], text: str | None) -> bool:
@@ -302,9 +414,9 @@ def pass_up_to_the_head(cluster: Cluster, sequences: NDArray[np.int64], only: Se
     def at_the_end(last: WorkerIndex, moving: Any, numbers: list[int]) -> list[bool]:
         return cluster.submit(last, infer_states, moving, text, numbers)
 
-    found = _each_wave(cluster, sequences, at_the_end, only)
+    found = each_wave(cluster, sequences, at_the_end, only)
     if text is not None:
-        _share_states(cluster, text, _waves(cluster, only))
+        share_states(cluster, text, waves_of_replicas(cluster, only))
     return all(found)
 
 
@@ -312,78 +424,125 @@ def pass_up_to_the_head(cluster: Cluster, sequences: NDArray[np.int64], only: Se
 class Measured:
     """What an evaluation finds on one text."""
 
-    perplexity: float  # exp of the mean NLL of the predicted tokens
+    perplexity: float  # exp of the mean NLL of the predicted tokens that count
     divergence: float  # mean over them of the divergence from the dense model, in nats
 
 
-def remember(cluster: Cluster, text: str, windows: NDArray[np.int64]) -> float:
+def remember(
+    cluster: Cluster,
+    text: str,
+    windows: NDArray[np.int64],
+    counts: NDArray[np.bool_] | None = None,
+) -> float:
     """Return the dense model's perplexity, and let the last shards of all replicas keep its hidden states; see `remembered_losses`.
 
     Raises:
         FloatingPointError: the loss is not a number.
     """
-    return _finite(text, perplexity_of(sum(remembered_losses(cluster, text, windows)) / _num_predicted(windows)))
+    losses = remembered_losses(cluster, text, windows, counts)
+    return _finite(text, perplexity_of(sum(losses) / num_counted(windows, counts)))
 
 
-def remembered_losses(cluster: Cluster, text: str, windows: NDArray[np.int64]) -> list[float]:
-    """Return the summed NLL in nats of sequences, and let the last shards of all replicas keep the hidden states.
+def remembered_losses(
+    cluster: Cluster,
+    text: str,
+    windows: NDArray[np.int64],
+    counts: NDArray[np.bool_] | None = None,
+) -> list[float]:
+    """Return the NLL in nats of sequences, summed over the tokens that count, and let all last shards keep the hidden states.
 
     Args:
         cluster: with the dense weights.
         text: its name.
         windows: [num_sequences, sequence_length] tokens.
+        counts: [num_sequences, sequence_length], whether a token counts; None if all do.
     """
 
     def at_the_end(last: WorkerIndex, moving: Any, numbers: list[int]) -> list[float]:
-        return cluster.submit(last, infer_loss_and_keep, moving, token_payload(windows[numbers]), text, numbers)
+        tokens = token_payload(windows[numbers])
+        counting = counts_payload(counts, numbers)
+        return cluster.submit(last, infer_loss_and_keep, moving, tokens, text, numbers, counting)
 
-    losses = _each_wave(cluster, windows, at_the_end)
-    _share_states(cluster, text, _waves(cluster, range(len(windows))))
+    losses = each_wave(cluster, windows, at_the_end)
+    share_states(cluster, text, waves_of_replicas(cluster, range(len(windows))))
     return losses
 
 
-def measure(cluster: Cluster, text: str, windows: NDArray[np.int64]) -> Measured:
+def measure(
+    cluster: Cluster,
+    text: str,
+    windows: NDArray[np.int64],
+    counts: NDArray[np.bool_] | None = None,
+) -> Measured:
     """Measure the present weights on a text that was remembered.
 
     Args:
         cluster: with loaded workers.
         text: its name.
         windows: [num_sequences, sequence_length] tokens; ``sequence_length - 1`` are predicted in each.
+        counts: [num_sequences, sequence_length], whether a token counts; None if all do. The means are over those that do.
 
     Raises:
         FloatingPointError: the loss is not a number.
     """
-    losses, divergences = (sum(values) / _num_predicted(windows) for values in zip(*_compared(cluster, text, windows), strict=True))
-    return Measured(_finite(text, perplexity_of(losses)), _finite(text, divergences))
+    found, num_tokens = compared(cluster, text, windows, counts), num_counted(windows, counts)
+    loss = sum(one.nll for one in found) / num_tokens
+    divergence = sum(one.divergence for one in found) / num_tokens
+    return Measured(_finite(text, perplexity_of(loss)), _finite(text, divergence))
 
 
-def divergences_of(cluster: Cluster, text: str, windows: NDArray[np.int64]) -> list[float]:
+def divergences_of(
+    cluster: Cluster,
+    text: str,
+    windows: NDArray[np.int64],
+    counts: NDArray[np.bool_] | None = None,
+) -> list[float]:
     """Return the divergence from the dense model of every window of a text that was remembered, in nats per predicted token.
+
+    With `counts`, per token that counts, see `measure`; 0 for a window in which none does.
 
     Raises:
         FloatingPointError: one is not a number.
     """
-    found = [divergence / (windows.shape[1] - 1) for _, divergence in _compared(cluster, text, windows)]
+    found = [
+        one.divergence / max(1, num_counted(windows, counts, [number]))
+        for number, one in enumerate(compared(cluster, text, windows, counts))
+    ]
     if not all(map(math.isfinite, found)):
         raise FloatingPointError(f"the divergence from the dense model on {text} is not finite; check the weights and the dtype")
     return found
 
 
-def _compared(cluster: Cluster, text: str, windows: NDArray[np.int64]) -> list[tuple[float, float]]:
-    def at_the_end(last: WorkerIndex, moving: Any, numbers: list[int]) -> list[tuple[float, float]]:
-        return cluster.submit(last, infer_loss_and_divergence, moving, token_payload(windows[numbers]), text, numbers)
+def compared(
+    cluster: Cluster,
+    text: str,
+    windows: NDArray[np.int64],
+    counts: NDArray[np.bool_] | None = None,
+    *,
+    with_acceptance: bool = False,
+) -> list[Compared]:
+    """Compare the present weights with the dense ones on every window of a text that was remembered.
 
-    return _each_wave(cluster, windows, at_the_end)
+    Args:
+        cluster: with loaded workers.
+        text: its name.
+        windows: [num_sequences, sequence_length] tokens.
+        counts: [num_sequences, sequence_length], whether a token counts; None if all do.
+        with_acceptance: whether to compute acceptance and agreement.
+    """
+
+    def at_the_end(last: WorkerIndex, moving: Any, numbers: list[int]) -> list[Compared]:
+        tokens = token_payload(windows[numbers])
+        counting = counts_payload(counts, numbers)
+        return cluster.submit(last, infer_comparison, moving, tokens, text, numbers, counting, with_acceptance)
+
+    return each_wave(cluster, windows, at_the_end)
 
 
 def _finite(text: str, value: float) -> float:
     if not math.isfinite(value):
         raise FloatingPointError(f"the perplexity on {text}, or its divergence, is not finite; check the weights and the dtype")
     return value
-
-
-def _num_predicted(windows: NDArray[np.int64]) -> int:
-    return int(windows.shape[0]) * (int(windows.shape[1]) - 1)
 
 
 def logits(cluster: Cluster, tokens: Sequence[int]) -> TensorPayload:

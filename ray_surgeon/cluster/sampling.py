@@ -1,172 +1,70 @@
-"""Text that the model itself writes: tokens are drawn one after the other, from caches of keys and values that stay on the workers.
+"""Lets the model write: tokens are drawn one after the other, while keys and values stay on workers.
 
-Source: Williams et al. 2024 (arXiv 2410.17170), self-calibration. The draws of a sequence depend on the seed and its number alone, and
-the sequences that are computed together on their number and length, so that shards, replicas and backends change nothing.
+Texts that are written together all start at position 0, without padding. While a text's own prompt
+is not used up, the next token of the prompt is fed in place of the drawn one.
+
+What is written depends on the model and on `Wanted` alone: the draws of a text on the seed and its
+number, the texts of a batch on numbers and lengths, and the rows that are left out of a batch on
+tokens that are a fixed number of steps old. Shards, replicas and backends change nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import DynamicCache, PretrainedConfig
+from transformers import DynamicCache
 
 from ray_surgeon.cluster.cluster import Cluster
 from ray_surgeon.cluster.passes import token_payload
 from ray_surgeon.cluster.placement import WorkerIndex
 from ray_surgeon.cluster.transport import TensorPayload
 from ray_surgeon.cluster.worker import Worker
-from ray_surgeon.sections.texts import CalibrationSection, SelfSection
-from ray_surgeon.storage.texts import first_token
 
 TEXTS_TOGETHER = 16
-"""That are written, at most, if they are long; a matrix of weights is read once for all of them."""
+"""Texts in a batch, at most, if they are long; weights are read once for all of them."""
 TOKENS_TOGETHER = 8192
-"""Of short texts, which are more."""
-_TOKENS_IN_FLIGHT = 4
-"""Submitted ahead of the ones that are there."""
+"""Tokens in a batch, at most, if texts are short and so more than these many are in it."""
+PREFILL_TOKENS = 1024
+"""Tokens of prompts that pass the shards in one call."""
+_STEPS_IN_FLIGHT = 4
+"""Steps that are submitted ahead of the tokens that have come back."""
+_FEWER_ROWS = 0.75
+"""Ended texts are left out of a batch when no more than this fraction of its rows still writes."""
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is to be written."""
+    """Texts that the model is to write."""
 
-    prompt: tuple[int, ...]  # tokens that stand before every sequence and are no part of it
-    temperature: float  # logits are divided by it
-    seed: int  # of the draws
-    num_sequences: int  # how many
-    sequence_length: int  # tokens of each that are written
-    first: int | None = None  # token that then stands at the beginning of every sequence, as at that of other windows
+    prompts: tuple[tuple[int, ...], ...]  # one a text: tokens that stand before it, one or more
+    num_tokens: int  # of each text, at most, without its prompt
+    temperature: float = 1.0  # logits are divided by it; 0 takes the most likely token
+    seed: int = 0  # of the draws
+    ends: frozenset[int] = frozenset()  # a text ends with the first of these tokens
+    max_length: int | None = None  # tokens of a prompt and its text together, at most
+    num_together: int | None = None  # texts in a batch, at most; None: see `texts_together`
 
+    def room(self, number: int) -> int:
+        """Return how many tokens a text may have."""
+        if self.max_length is None:
+            return self.num_tokens
+        return max(0, min(self.num_tokens, self.max_length - len(self.prompts[number])))
 
-@dataclass
-class _Writing:
-    """Sequences that are being written, on a worker."""
-
-    caches: dict[int, DynamicCache] = field(default_factory=dict)  # number of a batch -> keys and values
-    chances: dict[int, Tensor] = field(default_factory=dict)  # of the last shard: [m, T]
-    tokens: dict[int, list[Tensor]] = field(default_factory=dict)  # likewise: [m] each
-
-
-def to_be_written(section: CalibrationSection, tokenizer: Any, config: PretrainedConfig) -> dict[int, Wanted]:
-    """Return number of a calibration text -> what the dense model is to write for it.
-
-    Raises:
-        ValueError: the model cannot write it; names the field.
-    """
-    length, found, first = section.sequence_length, {}, first_token(tokenizer)
-    for number, (text, count) in enumerate(section.shares):
-        if not isinstance(text, SelfSection):
-            continue
-        where = f"calibration.mix.{number - 1}"
-        if text.prompt is not None:
-            prompt = tuple(tokenizer(text.prompt, add_special_tokens=False)["input_ids"])
-        else:
-            begins = [token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None]
-            if not begins:
-                raise ValueError(f"{where}.prompt: the tokenizer has no token that begins a text; give a prompt")
-            prompt = (int(begins[0]),)
-        num_texts, of_text = text.sizes(count, length)
-        longest = getattr(config, "max_position_embeddings", len(prompt) + of_text)
-        if not prompt or len(prompt) + of_text > longest:
-            raise ValueError(
-                f"{where}: the prompt has {len(prompt)} tokens and each text {of_text}, but the model takes at most {longest} together, "
-                "and the prompt needs at least one; change the prompt or the lengths"
-            )
-        begin = prompt[-1] if first is None and text.texts_per_sequence > 1 else first
-        found[number] = Wanted(prompt, text.temperature, text.seed, num_texts, of_text - (begin is not None), begin)
-    return found
-
-
-# On a worker
-
-
-def begin(worker: Worker, batch: int, numbers: Sequence[int], wanted: Wanted) -> None:
-    """Prepare a batch of sequences with these numbers."""
-    writing = worker.keeping(_Writing)
-    writing.caches[batch] = worker.runner.new_cache()
-    if worker.shard.blocks.is_last:
-        generators = [torch.Generator().manual_seed(wanted.seed + 1_000_003 * number) for number in numbers]
-        writing.chances[batch] = torch.stack([torch.rand(wanted.sequence_length, generator=g) for g in generators])
-        writing.tokens[batch] = []
-
-
-def write_on(worker: Worker, batch: int, inputs: TensorPayload, temperature: float) -> TensorPayload:
-    """Take tokens [m, n] or hidden states [m, n, d] of a batch; return hidden states, or from the last shard the next tokens [m, 1]."""
-    writing = worker.kept(_Writing)
-    hidden = worker.runner.go_on(worker.unpack(inputs), writing.caches[batch])
-    if not worker.shard.blocks.is_last:
-        return worker.pack(hidden)
-    written = writing.tokens[batch]
-    chances = writing.chances[batch][:, len(written)].to(hidden.device)
-    written.append(worker.shard.next_tokens(hidden[:, -1], chances, temperature))
-    return worker.pack(written[-1][:, None])
-
-
-def end(worker: Worker, batch: int) -> TensorPayload | None:
-    """Forget a batch, and return its sequences [m, T] if this is the last shard."""
-    writing = worker.kept(_Writing)
-    del writing.caches[batch]
-    return worker.pack(torch.stack(writing.tokens.pop(batch), dim=1)) if writing.chances.pop(batch, None) is not None else None
-
-
-# On the coordinator
-
-
-def write_text(cluster: Cluster, wanted: Wanted) -> NDArray[np.int64]:
-    """Let the model write sequences.
-
-    Args:
-        cluster: with loaded workers.
-        wanted: what.
-
-    Returns:
-        [num_sequences, sequence_length] tokens, one more with a first one.
-    """
-    batches = _batches(wanted)
-    together = cluster.placement.num_shards * cluster.placement.num_replicas  # so many keep all workers busy
-    rounds = [range(start, min(start + together, len(batches))) for start in range(0, len(batches), together)]
-    cluster.progress.begin(len(rounds) * wanted.sequence_length, "tokens")
-    found: list[TensorPayload] = []
-    for number, numbers in enumerate(rounds):
-        found += _write_batches(cluster, wanted, {batch: batches[batch] for batch in numbers}, number * wanted.sequence_length)
-    written = np.concatenate([payload.array.astype(np.int64) for payload in found])
-    return written if wanted.first is None else np.insert(written, 0, wanted.first, axis=1)
-
-
-def _write_batches(cluster: Cluster, wanted: Wanted, batches: Mapping[int, Sequence[int]], done: int) -> list[TensorPayload]:
-    """Write some batches together, each on its replica, and return their sequences."""
-    shards, num_replicas = range(cluster.placement.num_shards), cluster.placement.num_replicas
-    moving: dict[int, TensorPayload] = {}
-    begun = []
-    for batch, numbers in batches.items():
-        begun += [cluster.submit(WorkerIndex(shard, batch % num_replicas), begin, batch, numbers, wanted) for shard in shards]
-        moving[batch] = token_payload(np.tile(np.array(wanted.prompt, dtype=np.int64), (len(numbers), 1)))
-    cluster.get(begun)
-    in_flight: list[list[TensorPayload]] = []
-    for place in range(wanted.sequence_length):
-        for batch in batches:
-            for shard in shards:
-                moving[batch] = cluster.submit(WorkerIndex(shard, batch % num_replicas), write_on, batch, moving[batch], wanted.temperature)
-        in_flight.append(list(moving.values()))
-        if len(in_flight) > _TOKENS_IN_FLIGHT:
-            cluster.get(in_flight.pop(0))
-            cluster.progress.reach(done + place + 1 - _TOKENS_IN_FLIGHT)
-    ended = [cluster.submit(WorkerIndex(shard, batch % num_replicas), end, batch) for batch in batches for shard in shards]
-    found = [payload for payload in cluster.get(ended) if payload is not None]
-    cluster.progress.reach(done + wanted.sequence_length)
-    return found
-
-
-def _batches(wanted: Wanted) -> list[list[int]]:
-    """Return the numbers of the sequences of each batch, of nearly the same size, whatever the cluster is."""
-    count, length = wanted.num_sequences, wanted.sequence_length + (wanted.first is not None)
-    return [part.tolist() for part in np.array_split(np.arange(count), num_batches(count, length))]
+    def batches(self) -> list[list[int]]:
+        """Return the numbers of the texts of each batch: nearly equally many, of similar length."""
+        lengths = [len(prompt) for prompt in self.prompts]
+        numbers = sorted((i for i in range(len(lengths)) if self.room(i)), key=lengths.__getitem__)
+        if not numbers:
+            return []
+        longest = max(lengths[i] + self.room(i) for i in numbers)
+        num_batches = -(-len(numbers) // (self.num_together or texts_together(longest)))
+        return [part.tolist() for part in np.array_split(np.array(numbers), num_batches)]
 
 
 def num_batches(num_texts: int, length: int) -> int:
@@ -177,3 +75,242 @@ def num_batches(num_texts: int, length: int) -> int:
 def texts_together(length: int) -> int:
     """Return how many texts of so many tokens are written together, at most."""
     return max(TEXTS_TOGETHER, TOKENS_TOGETHER // length)
+
+
+# On a worker
+
+
+@dataclass
+class _Draws:
+    """What the last shard needs to choose the next tokens of the rows of a batch."""
+
+    prompts: Tensor  # [m, longest prompt] int64, zeros after shorter ones
+    lengths: Tensor  # [m] int64, of the prompts
+    chances: Tensor  # [m, num_tokens] in [0, 1)
+    temperature: float
+
+    @staticmethod
+    def of(wanted: Wanted, numbers: Sequence[int], device: torch.device) -> _Draws:
+        """Return those of the texts with these numbers."""
+        lengths = [len(prompt) for prompt in wanted.prompts]
+        prompts = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
+        chances = torch.empty(len(lengths), wanted.num_tokens)
+        for row, (number, prompt) in enumerate(zip(numbers, wanted.prompts, strict=True)):
+            prompts[row, : len(prompt)] = torch.tensor(prompt)
+            generator = torch.Generator().manual_seed(wanted.seed + 1_000_003 * number)
+            chances[row] = torch.rand(wanted.num_tokens, generator=generator)
+        of_prompts = torch.tensor(lengths, device=device)
+        return _Draws(prompts.to(device), of_prompts, chances.to(device), wanted.temperature)
+
+    def of_rows(self, rows: Tensor) -> _Draws:
+        """Return those of some rows."""
+        return _Draws(self.prompts[rows], self.lengths[rows], self.chances[rows], self.temperature)
+
+    def choose(self, worker: Worker, hidden: Tensor, position: int) -> Tensor:
+        """Return the tokens [m] at a position, after the last hidden states [m, d] before it."""
+        own = (position - self.lengths).clamp(0, self.chances.shape[1] - 1)
+        chances = self.chances.gather(1, own[:, None])[:, 0]
+        drawn = worker.shard.next_tokens(hidden, chances, self.temperature)
+        if position >= self.prompts.shape[1]:
+            return drawn
+        return torch.where(position < self.lengths, self.prompts[:, position], drawn)
+
+
+@dataclass
+class _Batch:
+    """Texts that are being written together."""
+
+    cache: DynamicCache  # keys and values of all tokens so far
+    draws: _Draws | None  # on the last shard
+    num_tokens: int = 0  # so far, prompts included
+
+    def keep_rows(self, worker: Worker, rows: Tensor) -> None:
+        """Forget all rows but these."""
+        self.cache.batch_select_indices(rows)
+        kept = worker.runner.new_cache()  # one that has no room set aside for the rows before
+        kept.layers = self.cache.layers
+        self.cache = kept
+        if self.draws is not None:
+            self.draws = self.draws.of_rows(rows)
+
+
+@dataclass
+class _Writing:
+    """Everything that a worker is writing."""
+
+    batches: dict[int, _Batch] = field(default_factory=dict)
+
+
+def begin(worker: Worker, batch: int, numbers: Sequence[int], wanted: Wanted) -> None:
+    """Prepare a batch of texts with these numbers, whose prompts are all that `wanted` has."""
+    is_last = worker.shard.blocks.is_last
+    draws = _Draws.of(wanted, numbers, worker.device) if is_last else None
+    worker.keeping(_Writing).batches[batch] = _Batch(worker.runner.new_cache(), draws)
+
+
+def write_on(worker: Worker, batch: int, inputs: TensorPayload, rows: Sequence[int] | None = None) -> TensorPayload:
+    """Run the next tokens of a batch through a shard.
+
+    Args:
+        worker: with the shard.
+        batch: its number.
+        inputs: tokens [m, n] for the first shard, hidden states [m, n, d] for others.
+        rows: the rows of the batch that go on from here; None: all.
+
+    Returns:
+        Hidden states [m, n, d], from the last shard the tokens [m, 1] that follow.
+    """
+    text = worker.kept(_Writing).batches[batch]
+    given = worker.unpack(inputs)
+    if rows is not None:
+        chosen = torch.tensor(rows, device=given.device)
+        text.keep_rows(worker, chosen)
+        given = given[chosen] if worker.shard.blocks.is_first else given
+    hidden = worker.runner.go_on(given, text.cache)
+    text.num_tokens += given.shape[1]
+    if text.draws is None:
+        return worker.pack(hidden)
+    return worker.pack(text.draws.choose(worker, hidden[:, -1], text.num_tokens)[:, None])
+
+
+def end(worker: Worker, batch: int) -> None:
+    """Forget a batch."""
+    del worker.kept(_Writing).batches[batch]
+
+
+# On the coordinator
+
+
+def write_texts(cluster: Cluster, wanted: Wanted) -> list[NDArray[np.int64]]:
+    """Let the model write.
+
+    Args:
+        cluster: with loaded workers.
+        wanted: prompts and what is to follow them.
+
+    Returns:
+        For each prompt what follows it, int64 tokens up to and including the first of `ends`; no
+        tokens if its prompt leaves no room.
+    """
+    batches = wanted.batches()
+    texts: list[list[int]] = [[] for _ in wanted.prompts]
+    steps = [_num_steps(wanted, numbers) for numbers in batches]
+    num_replicas = cluster.placement.num_replicas
+    num_slots = min(len(batches), cluster.placement.num_shards * num_replicas)
+    slots: list[_BatchOfTexts | None] = [None] * num_slots
+    waiting = iter(enumerate(batches))
+    done = 0
+    running = len(batches)
+    cluster.progress.begin(sum(steps), "tokens")
+    while running:  # so many batches at once keep all workers busy
+        for slot, batch in enumerate(slots):
+            if batch is None:
+                if (following := next(waiting, None)) is not None:
+                    replica = slot % num_replicas
+                    slots[slot] = _BatchOfTexts(cluster, wanted, *following, replica, texts)
+            elif batch.go_on():
+                cluster.progress.reach(done + sum(b.num_steps for b in slots if b is not None))
+            else:
+                batch.close()
+                slots[slot] = None
+                done += steps[batch.number]
+                running -= 1
+                cluster.progress.reach(done + sum(b.num_steps for b in slots if b is not None))
+    return [np.array(text, dtype=np.int64) for text in texts]
+
+
+def _num_steps(wanted: Wanted, numbers: Sequence[int]) -> int:
+    """Return in how many steps a batch is written if no text ends before it must."""
+    lengths = [len(wanted.prompts[i]) for i in numbers]
+    last = max(length + wanted.room(i) for length, i in zip(lengths, numbers, strict=True))
+    return last - min(lengths)
+
+
+class _BatchOfTexts:
+    """A batch that is being written, as the coordinator sees it."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        wanted: Wanted,
+        number: int,
+        numbers: list[int],
+        replica: int,
+        texts: list[list[int]],
+    ) -> None:
+        """Begin to write.
+
+        Args:
+            cluster: with loaded workers.
+            wanted: all texts.
+            number: of the batch.
+            numbers: of its texts.
+            replica: that writes it.
+            texts: of all numbers; tokens are added as they come.
+        """
+        shards = range(cluster.placement.num_shards)
+        self._cluster = cluster
+        self._wanted = wanted
+        self._texts = texts
+        self._workers = [WorkerIndex(shard, replica) for shard in shards]
+        self._steps_left = _num_steps(wanted, numbers)
+        self.number = number
+        self.num_steps = 0  # that were submitted
+        self._rows = numbers  # numbers of the texts that it still has
+        self._ended: set[int] = set()
+        self._in_flight: deque[tuple[list[int], int, TensorPayload]] = deque()
+        prompts = tuple(wanted.prompts[i] for i in numbers)
+        own = Wanted(prompts, wanted.num_tokens, wanted.temperature, wanted.seed)
+        cluster.get([cluster.submit(worker, begin, number, numbers, own) for worker in self._workers])
+        self._position = min(map(len, prompts))  # of the tokens that come back next
+        *pieces, self._inputs = self._pieces(prompts)
+        for piece in pieces:
+            self._pass(piece, None)
+
+    def go_on(self) -> bool:
+        """Submit a step, take the tokens of an older one; return whether there is more to do."""
+        if self._steps_left:
+            self._inputs = self._pass(self._inputs, self._rows_to_keep())
+            self._in_flight.append((self._rows, self._position, self._inputs))
+            self._position += 1
+            self._steps_left -= 1
+            self.num_steps += 1
+        if len(self._in_flight) > _STEPS_IN_FLIGHT or not self._steps_left:
+            self._take(*self._in_flight.popleft())
+        is_done = self._ended.issuperset(self._rows)
+        return bool((self._steps_left or self._in_flight) and not is_done)
+
+    def close(self) -> None:
+        """Let the workers forget it."""
+        self._cluster.get([self._cluster.submit(w, end, self.number) for w in self._workers])
+
+    def _pieces(self, prompts: Sequence[Sequence[int]]) -> Iterator[TensorPayload]:
+        """Yield the tokens that all texts have from their prompts, in pieces [m, n]."""
+        tokens = np.array([prompt[: self._position] for prompt in prompts], dtype=np.int64)
+        size = max(1, PREFILL_TOKENS // len(prompts))
+        for start in range(0, self._position, size):
+            yield token_payload(tokens[:, start : start + size])
+
+    def _pass(self, inputs: TensorPayload, rows: list[int] | None) -> TensorPayload:
+        for worker in self._workers:
+            inputs = self._cluster.submit(worker, write_on, self.number, inputs, rows)
+        return inputs
+
+    def _rows_to_keep(self) -> list[int] | None:
+        """Return the rows that go on, if enough have ended that leaving them out is worth it."""
+        rows = [row for row, text in enumerate(self._rows) if text not in self._ended]
+        if len(rows) > _FEWER_ROWS * len(self._rows):
+            return None
+        self._rows = [self._rows[row] for row in rows]
+        return rows
+
+    def _take(self, rows: Sequence[int], position: int, payload: TensorPayload) -> None:
+        """Add the tokens at a position to the texts that have not ended."""
+        (come,) = self._cluster.get([payload])
+        for number, token in zip(rows, come.array[:, 0].tolist(), strict=True):
+            text = self._texts[number]
+            if number in self._ended or position < len(self._wanted.prompts[number]):
+                continue
+            text.append(token)
+            if token in self._wanted.ends or len(text) == self._wanted.room(number):
+                self._ended.add(number)

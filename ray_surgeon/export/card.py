@@ -14,7 +14,7 @@ tags: [pruning, {tag}]
 
 {source}, pruned by {method}: {sparsity:.2%} of the parameters of the decoder blocks' linears were removed
 ({structure}). {summary}
-
+{generation}
 | text | perplexity before | after |
 |---|---|---|
 {texts}
@@ -31,6 +31,18 @@ Calibrated on {num_sequences} x {sequence_length} tokens of {calibration}. Weigh
 """
 
 _METHODS = {"llm_surgeon": "The LLM Surgeon (arXiv 2312.17244)", "sparsegpt": "SparseGPT", "wanda": "Wanda"}
+
+_GENERATION = """
+| beside the dense model's answers to prompts | |
+|---|---|
+| acceptance rate | {acceptance:.1%} |
+| same most likely token | {agreement:.1%} |
+| divergence, nats per token | {divergence:.3f} |
+| own answer is the same for, tokens (mean) | {until:.1f} |
+
+The acceptance rate is how often speculative decoding of the dense model would accept a token that this model proposes: 1 minus the
+total variation between both distributions of the next token, in the mean over the answers' tokens.
+"""
 
 _SPEED = """
 | tokens per second, median ({device}, {dtype}, batch {batch_size}) | dense | this model | ratio |
@@ -64,12 +76,20 @@ def model_card(summary: str, entry: Mapping[str, Any], source: str, facts: Mappi
         num_sequences=calibration["num_sequences"],
         sequence_length=calibration["sequence_length"],
         size=f"{entry['size_bytes'] / 1e6:.1f}",
+        generation=_generation(facts.get("generation")),
         tasks=_tasks(facts["tasks"], entry["tasks"]) if "tasks" in entry else "",
         speed=_speed(entry["speed"]) if "speed" in entry else "",
         library="transformers" if "from_pretrained" in entry["load"] else "llama.cpp",
         load=_load(entry),
         loaders="\n".join(f"| {program} | {known} |" for program, known in entry["loaders"].items()),
     )
+
+
+def _generation(found: Mapping[str, Any] | None) -> str:
+    if not found:
+        return ""
+    numbers = {name: found[name] for name in ("acceptance", "agreement", "divergence")}
+    return _GENERATION.format(**numbers, until=found["tokens_until_departure"]["mean"])
 
 
 def _load(entry: Mapping[str, Any]) -> str:

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from ray_surgeon.cluster.cluster import Cluster
 from ray_surgeon.cluster.collectives import broadcast_together, reduce_together
-from ray_surgeon.cluster.passes import Labels, forward_and_backward
+from ray_surgeon.cluster.passes import Labels, compared, forward_and_backward, num_counted, sequence_losses
 from ray_surgeon.cluster.worker import Worker, collective
-from ray_surgeon.models.low_rank import LowRankCorrections
+from ray_surgeon.methods.calibration import HELD, CalibrationText
+from ray_surgeon.models.low_rank import CorrectionState, LowRankCorrections
 from ray_surgeon.sections.base import Positive, Section
+from ray_surgeon.surgery.reconstruction import rate_factor
+
+RATES = (5e-4, 1e-3, 2e-3)
+"""Learning rates that are tried, relative to the root mean square of each weight."""
+NUM_CHECKS = 5
+"""How often corrections are measured on the windows held aside while they are trained."""
+TOLERATED = 1.02
+"""Times the best measure so far, up to which a training goes on as it is."""
+GIVEN_UP = 1.5
+"""Times the measure at the start, from which a training with a rate given by hand is given up."""
 
 
 class CorrectionSection(Section):
@@ -26,12 +37,12 @@ class CorrectionSection(Section):
         "pruning took, or the loss (cross_entropy), which also teaches the text",
     )
     lora_rank: int = Field(8, ge=1, le=1024, description="Rank of B A")
-    learning_rate: float = Field(
-        1e-4,
+    learning_rate: float | None = Field(
+        None,
         gt=0,
         le=1,
-        description="Learning rate of Adam. In a narrow model.dtype, changes by few small steps are rounded away: correction_absorbed in "
-        "the report is the share that arrived in the weights",
+        description="Largest learning rate of Adam, relative to the root mean square of each weight; it rises shortly, then falls "
+        "linearly to zero. null: three rates are tried in the first steps, and the one that does best on the windows held aside goes on",
     )
     steps_per_shot: int = Field(3, ge=0, description="Steps of Adam after every shot")
     sequences_per_step: Positive = Field(1, description="Calibration sequences of one step, at most all")
@@ -43,6 +54,69 @@ class CorrectionSection(Section):
         if not self.steps_per_shot and not self.final_epochs:
             raise ValueError("steps_per_shot and final_epochs are 0, so nothing is trained; set one of them, or correction: null")
         return self
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training of corrections came to. Measures are of windows held aside: the divergence, or the loss if that is trained."""
+
+    losses: list[float]  # mean loss of each step's sequences before the step, in nats per token; of trials, those of the rate taken
+    absorbed: float  # share of the corrections that arrived in the weights, as `LowRankCorrections.absorb` has it
+    rate: float  # the learning rate at the end
+    tried: dict[float, float] = field(default_factory=dict)  # learning rate -> measure after the first steps
+    held: list[tuple[int, float]] = field(default_factory=list)  # number of steps done -> measure; of the one kept at the end, too
+    undone: str | None = None  # why the model stays as it was; None if the corrections are kept
+
+    @property
+    def facts(self) -> dict[str, str | int | float]:
+        """What the line of the step says: the measures before and after, the rate, and why it was undone, if it was."""
+        facts: dict[str, str | int | float] = {"num_steps": len(self.losses), "rate": self.rate}
+        if self.held:
+            facts |= {"held aside before": self.held[0][1], "held aside after": self.held[-1][1]}
+        elif self.losses:
+            facts |= {"first_loss": self.losses[0], "last_loss": self.losses[-1]}
+        return facts | ({"absorbed": self.absorbed} if self.undone is None else {"undone": self.undone})
+
+    def as_record(self) -> dict[str, Any]:
+        """Return what the report says."""
+        return {
+            "correction_losses": [loss for loss in self.losses if math.isfinite(loss)],
+            "correction_absorbed": self.absorbed,
+            "correction_rate": self.rate,
+            "correction_tried": [{"rate": rate, "held_aside": _number(value)} for rate, value in self.tried.items()],
+            "correction_held_aside": [{"steps": steps, "value": _number(value)} for steps, value in self.held],
+            "correction_undone": self.undone,
+        }
+
+
+def further_sequences(section: CorrectionSection, num_steps: int, num_measured: int) -> tuple[int, int]:
+    """Return how many sequences pass beside those of the steps, for the plan: forward and backward in trials, and forward alone.
+
+    Args:
+        section: of the corrections.
+        num_steps: of a training.
+        num_measured: windows held aside on which it is measured.
+    """
+    if not num_measured:
+        return 0, 0
+    tried = 0 if section.learning_rate is not None else (len(RATES) - 1) * _trial_steps(num_steps) * section.sequences_per_step
+    return tried, num_measured * (NUM_CHECKS + len(RATES) + 2)
+
+
+def _trial_steps(num_steps: int) -> int:
+    return min(num_steps, max(3, num_steps // 10))
+
+
+def _number(value: float) -> float | None:
+    """Return what JSON can hold: None for an infinite measure, of a training that diverged."""
+    return value if math.isfinite(value) else None
+
+
+@dataclass
+class _States:
+    """States of the corrections that a worker keeps, by name."""
+
+    of_name: dict[str, CorrectionState] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -59,26 +133,48 @@ class Corrections:
         first = section.seed + 1_000_003 * shot
         seeds = {name: first + numbers[name] for name in worker.shard.linears}
         owned = {name for name in worker.shard.linears if worker.owns(name)}
-        rank, rate = section.lora_rank, section.learning_rate
-        worker.keep(LowRankCorrections(worker.shard, worker.masks, owned, rank=rank, learning_rate=rate, seed_of=seeds))
+        worker.keep(LowRankCorrections(worker.shard, worker.masks, owned, rank=section.lora_rank, seed_of=seeds))
+        worker.keep(_States())
 
     @collective
-    def step(self, worker: Worker, num_tokens: int) -> None:
+    def step(self, worker: Worker, num_tokens: int, rate: float) -> None:
         """Sum the gradients to the owners, make a step of the optimizer there, and send the result to the replicas."""
         corrections = worker.kept(LowRankCorrections)
         owned = [[name for name in worker.shard.linears if worker.owner(name) == rank] for rank in range(worker.placement.num_replicas)]
         for owner, names in enumerate(owned):
             gradients = [gradient for name in names for gradient in corrections.gradients(name, num_tokens)]
             reduce_together(worker.replicas, gradients, owner)
-        corrections.step()
+        corrections.step(rate)
         for owner, names in enumerate(owned):
             parts = [corrections.parts[name] for name in names]
             broadcast_together(worker.replicas, [x.detach() for part in parts for x in (part.A, part.B)], owner)
 
+    def keep_state(self, worker: Worker, name: str) -> None:
+        """Keep the present state under a name."""
+        worker.kept(_States).of_name[name] = worker.kept(LowRankCorrections).state()
+
+    def take_state(self, worker: Worker, name: str) -> None:
+        """Go back to a state that was kept."""
+        worker.kept(LowRankCorrections).restore(worker.kept(_States).of_name[name])
+
+    def drop_state(self, worker: Worker, name: str) -> None:
+        """Keep a state no longer."""
+        del worker.kept(_States).of_name[name]
+
+    def round_as_absorbed(self, worker: Worker, rounds: bool) -> None:
+        """See `LowRankCorrections.round_as_absorbed`."""
+        worker.kept(LowRankCorrections).round_as_absorbed(rounds)
+
     def absorb(self, worker: Worker) -> tuple[float, float]:
         """Add every B A to its weight, and return how much of it arrived in the owned ones; see `LowRankCorrections.absorb`."""
+        worker.drop(_States)
         found = [about for name, about in worker.drop(LowRankCorrections).absorb().items() if worker.owns(name)]
         return sum(arrived for arrived, _ in found), sum(wanted for _, wanted in found)
+
+    def undo(self, worker: Worker) -> None:
+        """Remove the corrections without a trace."""
+        worker.drop(_States)
+        worker.drop(LowRankCorrections).remove()
 
     # On the coordinator
 
@@ -102,29 +198,154 @@ class Corrections:
             batches += [batch for _ in range(section.final_epochs) for batch in epoch()]
         return batches
 
-    def train(self, cluster: Cluster, sequences: NDArray[np.int64], shot: int, num_shots: int) -> tuple[list[float], float]:
-        """Train the corrections of all linears, one step of the optimizer a batch, and absorb them.
+    def train(self, cluster: Cluster, text: CalibrationText, shot: int, num_shots: int) -> Trained:
+        """Train the corrections of all linears, one step of the optimizer a batch, and absorb the best state of them.
+
+        Where windows are held aside, the corrections are measured on them before, on the way and at the end. A learning rate that is not
+        given is the best of three that are tried in the first steps, and is halved where the measure rises, from the best state on. A
+        training that ends no better than it began is undone.
 
         Args:
-            cluster: with the pruned weights and masks.
-            sequences: [num_sequences, sequence_length] tokens.
+            cluster: with the pruned weights and masks. With loss kl it has the dense model's states of the calibration text, and of the
+                windows held aside that are measured under the name `HELD`.
+            text: the calibration text.
             shot: number of the shot.
             num_shots: in all.
-
-        Returns:
-            The mean loss in nats per predicted token of each step's batch, before the step, and which share of the corrections arrived
-            in the weights, as `LowRankCorrections.absorb` has it.
         """
-        batches, losses = self.batches(shot, num_shots, len(sequences)), list[float]()
-        labels = Labels(of_dense_model=self.section.loss == "kl")
+        batches = self.batches(shot, num_shots, len(text.tokens))
         if not batches:
-            return [], 1.0
+            return Trained([], 1.0, 0.0)
         cluster.run_all(self.start, shot)
-        cluster.progress.begin(len(batches), "steps", self.section.sequences_per_step * sequences.shape[1])
-        for number, batch in enumerate(batches):
-            num_tokens = len(batch) * (sequences.shape[1] - 1)
-            losses.append(sum(forward_and_backward(cluster, sequences, labels, only=batch, counted=False)) / num_tokens)
-            cluster.run_all(self.step, num_tokens)
-            cluster.progress.reach(number + 1)
-        arrived, wanted = (sum(parts) for parts in zip(*cluster.run_all(self.absorb), strict=True))
-        return losses, arrived / wanted if wanted else 1.0
+        return _Training(self, cluster, text, batches).run()
+
+
+class _Training:
+    """One training of corrections, on the coordinator."""
+
+    def __init__(self, corrections: Corrections, cluster: Cluster, text: CalibrationText, batches: list[list[int]]) -> None:
+        self._corrections, self._cluster, self._text, self._batches = corrections, cluster, text, batches
+        self._checks = len(text.measured) > 0
+        self._losses = list[float]()
+        self._held = list[tuple[int, float]]()
+        self._best = math.inf  # the smallest measure so far, of the state that workers keep as "best"
+        self._best_after = 0  # number of steps of that state
+        self._every = max(1, round(len(batches) / NUM_CHECKS))
+
+    def run(self) -> Trained:
+        """Train, and absorb what is best."""
+        given, tried = self._corrections.section.learning_rate, dict[float, float]()
+        before = self._measure()
+        if self._checks and not math.isfinite(before):
+            raise FloatingPointError("the model is not finite on the windows held aside before its corrections; check the weights")
+        if self._checks:
+            self._note_if_best(0, before)
+        if given is not None or not self._checks:
+            rate, first = RATES[1] if given is None else given, 0
+        else:
+            rate, first, tried = self._try_rates()
+        rate, stopped = self._train_from(first, rate, halves=given is None)
+        undone = self._back_to_the_best(before) if self._checks else None
+        if undone is not None:
+            self._cluster.run_all(self._corrections.undo)
+            absorbed = 0.0
+        else:
+            arrived, wanted = (sum(parts) for parts in zip(*self._cluster.run_all(self._corrections.absorb), strict=True))
+            absorbed = arrived / wanted if wanted else 1.0
+        reason = None if undone is None else f"{undone}{stopped}"
+        return Trained(self._losses, absorbed, rate, tried, self._held, reason)
+
+    def _try_rates(self) -> tuple[float, int, dict[float, float]]:
+        """Take the first steps with each of the rates, and go on with the best; return it, the steps done, and all measures."""
+        count, measures, losses = (
+            min(len(self._batches), max(3, len(self._batches) // 10)),
+            dict[float, float](),
+            dict[float, list[float]](),
+        )
+        for rate in RATES:
+            self._cluster.run_all(self._corrections.take_state, "best")
+            losses[rate] = []
+            is_finite = all(self._step(number, rate, losses[rate]) for number in range(count))
+            measures[rate] = self._measure() if is_finite else math.inf
+            if measures[rate] <= min(measures.values()):
+                self._cluster.run_all(self._corrections.keep_state, "trial")
+        rate = min(measures, key=lambda tried: (measures[tried], -tried))
+        self._losses += losses[rate]
+        self._cluster.run_all(self._corrections.take_state, "trial")
+        self._cluster.run_all(self._corrections.drop_state, "trial")
+        self._note_if_best(count, measures[rate])
+        return rate, count, measures
+
+    def _train_from(self, first: int, rate: float, *, halves: bool) -> tuple[float, str]:
+        """Make the remaining steps and check on the way; return the rate at the end, and why it ended early, if it did."""
+        start = self._best
+        for number in range(first, len(self._batches)):
+            is_finite = self._step(number, rate, self._losses)
+            is_last = number + 1 == len(self._batches)
+            if not self._checks or not (is_last or not is_finite or (number + 1) % self._every == 0):
+                continue
+            measure = self._measure() if is_finite else math.inf
+            if self._note_if_best(number + 1, measure) or measure <= TOLERATED * self._best:
+                continue
+            if halves:
+                rate /= 2
+                self._cluster.run_all(self._corrections.take_state, "best")
+            elif measure > GIVEN_UP * start:
+                return rate, f"; it was given up after {number + 1} steps, because it diverged: {start:.4g} became {measure:.4g}"
+        return rate, ""
+
+    def _step(self, number: int, rate: float, losses: list[float]) -> bool:
+        """Make one step; return whether the loss was finite."""
+        section, batch, total = self._corrections.section, self._batches[number], len(self._batches)
+        num_tokens = num_counted(self._text.tokens, self._text.counts, batch)
+        if not num_tokens:
+            return True
+        labels = Labels(of_dense_model=section.loss == "kl", may_diverge=True)
+        found = forward_and_backward(self._cluster, self._text.tokens, labels, only=batch, counted=False, counts=self._text.counts)
+        losses.append(sum(found) / num_tokens)
+        if not math.isfinite(losses[-1]):
+            return False
+        self._cluster.run_all(self._corrections.step, num_tokens, rate * rate_factor(number, total))
+        self._cluster.progress.reach(number + 1)
+        return True
+
+    def _measure(self) -> float:
+        """Return the measure of the present state; infinite if it is no number."""
+        measure = held_measure(self._cluster, self._text, self._corrections.section.loss) if self._checks else math.inf
+        self._cluster.progress.begin(len(self._batches), "steps", len(self._batches[0]) * self._text.tokens.shape[1])
+        return measure
+
+    def _note_if_best(self, num_steps: int, measure: float) -> bool:
+        """Note a measure, and keep the state if it is the best so far; return whether it is."""
+        self._held.append((num_steps, measure))
+        if not measure < self._best:
+            return False
+        self._best, self._best_after = measure, num_steps
+        self._cluster.run_all(self._corrections.keep_state, "best")
+        return True
+
+    def _back_to_the_best(self, before: float) -> str | None:
+        """Go back to the best state; return why nothing is to be absorbed, if so."""
+        if not self._best_after:
+            return f"no state was better on the windows held aside than {before:.4g} before"
+        self._cluster.run_all(self._corrections.take_state, "best")
+        self._cluster.run_all(self._corrections.round_as_absorbed, True)
+        rounded = self._measure()
+        self._cluster.run_all(self._corrections.round_as_absorbed, False)
+        self._held.append((self._best_after, rounded))
+        if not rounded < before:
+            return f"rounded to the weights' dtype it was {rounded:.4g} on the windows held aside, and {before:.4g} before"
+        return None
+
+
+def held_measure(cluster: Cluster, text: CalibrationText, loss: str = "kl") -> float:
+    """Return what stages lower, on the windows held aside: the divergence (kl) or the loss, in nats per token that counts.
+
+    It is infinite if it is no number, as where a training diverged.
+    """
+    windows, counts = text.measured, text.measured_counts
+    if loss == "kl":
+        sums = [one.divergence for one in compared(cluster, HELD, windows, counts)]
+    else:
+        sums = sequence_losses(cluster, windows, counts)
+    mean = sum(sums) / max(1, num_counted(windows, counts))
+    return mean if math.isfinite(mean) else math.inf

@@ -20,10 +20,11 @@ from torch import Tensor
 from ray_surgeon.cluster.cluster import Cluster
 from ray_surgeon.cluster.needs import Job, LinearNeeds
 from ray_surgeon.cluster.worker import LinearSummary, Worker, collective, sizes
+from ray_surgeon.methods.calibration import CalibrationText
 from ray_surgeon.methods.consumer_costs import ConsumerCosts, Reach, Unit, renewed
 from ray_surgeon.methods.groups_section import RECONSTRUCTED, CoupledSection, GroupsSection
-from ray_surgeon.methods.method import Choice, Method, Scores, in_order, linear_of
-from ray_surgeon.methods.reconstruction import Arrivals, Reconstruction, errors_of
+from ray_surgeon.methods.method import Calibrated, Choice, Method, Scores, in_order, linear_of
+from ray_surgeon.methods.reconstruction import RATES, Arrivals, Reconstruction, errors_of, rate_of, summary_of
 from ray_surgeon.methods.whole_experts import whole_expert_costs
 from ray_surgeon.models.budgets import Budget
 from ray_surgeon.models.layout import GroupSet, LinearShape, ModelLayout
@@ -212,14 +213,36 @@ class Groups(Method):
         whole, multiple = len(groups.columns), self.multiple(groups.kind, shot)  # a range takes no memory, of which experts are many
         return range(0, whole + 1, multiple) if whole % multiple == 0 else frozenset((*range(0, whole, multiple), whole))
 
+    def try_rates(self, worker: Worker, counts: Mapping[str, int]) -> list[tuple[float, float]]:
+        """Train layers shortly with several learning rates, without changing anything.
+
+        Args:
+            worker: after `costs`.
+            counts: consumer of each of the layers -> number of its groups that go.
+
+        Returns:
+            A rate and the relative error held aside after it, for every rate and every layer that the worker owns.
+        """
+        reconstruction, found = self.reconstruction, worker.kept(Scored)
+        assert reconstruction is not None
+        tried = []
+        for groups in (groups for groups in self.sets(worker) if groups.consumer in found.consumers and groups.consumer in counts):
+            removal, mask = self.removal(worker, found, groups, counts[groups.consumer])
+            kept = mask.columns[groups.columns].all(dim=1)
+            tried += [(rate, reconstruction.tried(worker, groups, removal.W, kept, rate)) for rate in RATES if kept.any()]
+        return tried
+
     @collective
-    def prune(self, worker: Worker, counts: Mapping[str, int], experts: Mapping[str, float]) -> tuple[LinearSummary, ...]:
+    def prune(
+        self, worker: Worker, counts: Mapping[str, int], experts: Mapping[str, float], rate: float | None
+    ) -> tuple[LinearSummary, ...]:
         """Remove the cheapest groups of every consumer and the rows of its producers.
 
         Args:
             worker: after `costs`.
             counts: consumer -> number of its groups.
             experts: consumer of each expert that goes whole -> what that costs.
+            rate: learning rate of reconstructions; None if there are none.
         """
         found, predicted = worker.drop(Scored), {name: cost for name, cost in experts.items() if name in worker.masks}
         shapes, reconstruction = worker.layout.shapes, self.reconstruction
@@ -230,8 +253,8 @@ class Groups(Method):
                 continue
             removal, worker.masks[name] = self.removal(worker, found, groups, counts[name])
             W, predicted[name] = removal.W, removal.predicted
-            if reconstruction is not None and groups.kind in reconstruction.kinds and counts[name]:
-                W = reconstruction.fitted(worker, groups, W)
+            if reconstruction is not None and rate is not None and groups.kind in reconstruction.kinds and counts[name]:
+                W = reconstruction.fitted(worker, groups, W, rate)
             worker.shard.set_weight(name, W)
         worker.shard.drop_curvature()
         worker.share_linears(groups.consumer for groups in sets)
@@ -260,15 +283,21 @@ class Groups(Method):
 
     # On the coordinator
 
-    def calibrate(self, cluster: Cluster, sequences: NDArray[np.int64], shot: int, *, remembers: bool) -> tuple[float, dict[str, Any]]:
+    def calibrate(self, cluster: Cluster, text: CalibrationText, shot: int, *, remembers: bool) -> Calibrated:
         """Gather the curvature, and what a reconstruction needs; see `Method`."""
-        if self.reconstruction is None:
-            return super().calibrate(cluster, sequences, shot, remembers=remembers)
-        arrivals = Arrivals.in_pass(self.used_curvature, sequences, cluster.placement.num_replicas)
-        cluster.run_all(self.reconstruction.start, arrivals)
-        found = super().calibrate(cluster, sequences, shot, remembers=remembers)
-        cluster.run_all(self.reconstruction.share, arrivals)
+        found = super().calibrate(cluster, text, shot, remembers=remembers)
+        if self.reconstruction is not None:
+            cluster.run_all(self.reconstruction.share, self._arrivals(cluster, text), are_held=False)
+            self.reconstruction.keep_held(cluster, text.held)
         return found
+
+    def prepare_pass(self, cluster: Cluster, text: CalibrationText) -> None:
+        """Let workers keep the inputs of the layers that are reconstructed; see `Method`."""
+        if self.reconstruction is not None:
+            cluster.run_all(self.reconstruction.start, self._arrivals(cluster, text))
+
+    def _arrivals(self, cluster: Cluster, text: CalibrationText) -> Arrivals:
+        return Arrivals.in_pass(self.used_curvature, text.tokens, cluster.placement.num_replicas)
 
     def score(self, cluster: Cluster, shot: int) -> Scores[ConsumerCosts]:
         """Let every block follow its greedy path somewhat farther than single costs say, and again if that was not far enough."""
@@ -366,11 +395,39 @@ class Groups(Method):
         if self.ranks_experts:
             facts["experts"], record["experts_removed"] = len(experts), experts
             record["expert_costs"] = {c.consumer: c.whole for c in costs if math.isfinite(c.whole)}
-        return Choice(allocation.threshold, facts, allocation.counts, experts, record)
+        return Choice(allocation.threshold, facts, allocation.counts, experts, self._trial(scores, allocation), record)
+
+    def _trial(self, scores: Scores[ConsumerCosts], allocation: Allocation) -> dict[str, int]:
+        """Return the layers on which learning rates are tried, a third and two thirds through the model, with the groups they lose."""
+        if self.reconstruction is None:
+            return {}
+        kinds, going = self.reconstruction.kinds, allocation.counts
+        trained = sorted((c.block, c.consumer) for c in scores.costs if c.kind in kinds and going.get(c.consumer))
+        names = {trained[len(trained) * third // 3][1] for third in (1, 2)} if trained else set[str]()
+        return {name: going[name] for name in sorted(names)}
 
     def apply(self, cluster: Cluster, sequences: NDArray[np.int64], choice: Choice, shot: int) -> list[LinearSummary]:
-        """Prune and update."""
-        return in_order(cluster.run_all(self.prune, choice.counts, choice.experts))
+        """Prune, update, and train layers with the learning rate that did best on some of them."""
+        rate = self._learning_rate(cluster, choice)
+        return in_order(cluster.run_all(self.prune, choice.counts, choice.experts, rate))
+
+    def _learning_rate(self, cluster: Cluster, choice: Choice) -> float | None:
+        """Return the learning rate of reconstructions: the given one, or the best on two layers."""
+        if self.reconstruction is None or self.reconstruction.section.learning_rate is not None:
+            return None if self.reconstruction is None else self.reconstruction.section.learning_rate
+        if not choice.trial:
+            return RATES[0]
+        errors: dict[float, list[float]] = {rate: [] for rate in RATES}
+        for of_worker in cluster.run_all(self.try_rates, choice.trial):
+            for rate, error in of_worker:
+                errors[rate].append(error)
+        return Reconstruction.best_rate(errors)
+
+    def update_facts(self, record: Mapping[str, Any]) -> dict[str, float | int | str]:
+        """Return how many layers were reconstructed and undone, and what was left of their errors held aside; see `Method`."""
+        if self.reconstruction is None:
+            return {}
+        return {"rate": record["reconstruction_rate"], **summary_of(record["reconstruction"])}
 
     def record(
         self, cluster: Cluster, scores: Scores[ConsumerCosts] | None, choice: Choice, linears: Sequence[LinearSummary]
@@ -379,6 +436,7 @@ class Groups(Method):
         found = super().record(cluster, scores, choice, linears)
         if self.reconstruction is not None:
             found["reconstruction"] = {name: errors for of_worker in cluster.run_all(errors_of) for name, errors in of_worker.items()}
+            found["reconstruction_rate"] = max(cluster.run_all(rate_of))
         return found
 
 

@@ -22,8 +22,12 @@ _CHANNELS = ("ffn", "shared_experts", "expert_channels")
 class ReconstructionSection(Section):
     """Reconstruction of feed-forward layers, see `ray_surgeon.methods.reconstruction`."""
 
-    learning_rate: float = Field(
-        0.012, gt=0, le=1, description="Adam's initial rate, in units of the root mean square of each weight; it falls linearly to zero"
+    learning_rate: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Adam's largest rate, in units of the root mean square of each weight; it rises shortly, then falls linearly to "
+        "zero. null: three rates are tried on two layers, and the best one on the windows held aside is taken",
     )
     tokens_per_step: Positive = Field(512, description="Calibration tokens of one step, at most all")
     num_epochs: Positive = Field(2, description="Passes over the calibration tokens")

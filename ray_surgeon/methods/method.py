@@ -9,21 +9,28 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from math import isfinite
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import Self
 
 from ray_surgeon.cluster.cluster import Cluster
 from ray_surgeon.cluster.curvature_pass import gather_curvature
 from ray_surgeon.cluster.needs import Job, LinearNeeds
 from ray_surgeon.cluster.worker import LinearSummary, Worker
+from ray_surgeon.methods.calibration import CalibrationText
 from ray_surgeon.methods.extended_kfac import gather_terms
 from ray_surgeon.models.layout import LinearShape, ModelLayout
-from ray_surgeon.sections.curvature import AnyCurvature, ExtendedKfacSection
+from ray_surgeon.sections.curvature import AnyCurvature, DampingSection, ExtendedKfacSection
 from ray_surgeon.sections.targets import ScheduleSection
 from ray_surgeon.surgery.curvature import Clipping, RaisedDamping
+from ray_surgeon.surgery.damping import A_CHOICES, G_CHOICES, choose_damping, cost_held_aside
+from ray_surgeon.surgery.kronecker import Damping, PackedFactors
 from ray_surgeon.surgery.linear import Linear
+from ray_surgeon.surgery.masks import StructuredMask
 
 C = TypeVar("C")
 
@@ -66,7 +73,24 @@ class Choice:
     facts: Mapping[str, float | int | str]  # for the event of the step
     counts: Mapping[str, int] = field(default_factory=dict)  # consumer -> number of its groups, for coupled groups
     experts: Mapping[str, float] = field(default_factory=dict)  # consumer of each expert that goes whole -> what that costs
+    trial: Mapping[str, int] = field(default_factory=dict)  # consumers of layers on which learning rates are tried -> groups that go
     record: Mapping[str, Any] = field(default_factory=dict)  # more for the report
+
+
+@dataclass
+class _HeldFactors:
+    """Factors of the windows held aside, on a worker."""
+
+    of_linear: dict[str, PackedFactors]
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What a pass over the calibration text leaves on the coordinator."""
+
+    method: Method  # with the damping that was chosen, if it was
+    loss: float  # mean NLL in nats per predicted token
+    record: dict[str, Any]  # more for the report
 
 
 @dataclass(frozen=True)
@@ -106,34 +130,86 @@ class Method(ABC):
         assert self.curvature is not None
         return self.curvature
 
-    def calibrate(self, cluster: Cluster, sequences: NDArray[np.int64], shot: int, *, remembers: bool) -> tuple[float, dict[str, Any]]:
+    def calibrate(self, cluster: Cluster, text: CalibrationText, shot: int, *, remembers: bool) -> Calibrated:
         """Gather the curvature of the present weights.
 
         Args:
             cluster: with loaded workers.
-            sequences: [num_sequences, sequence_length] tokens.
+            text: the calibration text.
             shot: number of the shot.
             remembers: see `gather_curvature`.
-
-        Returns:
-            The mean NLL in nats per predicted token, and more for the report.
         """
-        curvature = self.used_curvature
+        curvature, sequences = self.used_curvature, text.tokens
         seed = curvature.label_seed(shot, len(sequences))
-        loss = gather_curvature(
-            cluster,
+        gather = partial(gather_curvature, cluster, kind=curvature.kind, label_seed=seed, only=self.gathers)
+        has_held = curvature.chooses_damping and len(text.held) > 0
+        if has_held:
+            gather(text.measured, counts=text.measured_counts)
+            cluster.run_all(self.keep_held_factors)
+        self.prepare_pass(cluster, text)
+        num_backward = curvature.sequences_backward
+        loss = gather(
             sequences,
-            curvature.kind,
-            seed,
-            num_backward=curvature.sequences_backward,
-            only=self.gathers,
+            num_backward=None if num_backward is None else min(num_backward, len(sequences)),
             experts=self.ranks_experts,
             remembers=remembers,
+            counts=text.counts,
         )
-        if not isinstance(curvature, ExtendedKfacSection):
-            return loss, {}
-        sizes = gather_terms(cluster, sequences, curvature.num_kronecker_terms, curvature.num_power_iterations, seed)
-        return loss, {"median_size_of_terms": [float(np.median(list(by_linear.values()))) for by_linear in sizes]}
+        method, record = self._with_chosen_damping(cluster, shot) if has_held else (self, dict[str, Any]())
+        if isinstance(curvature, ExtendedKfacSection):
+            further = gather_terms(cluster, sequences, curvature.num_kronecker_terms, curvature.num_power_iterations, seed)
+            record["median_size_of_terms"] = [float(np.median(list(by_linear.values()))) for by_linear in further]
+        return Calibrated(method, loss, record)
+
+    def prepare_pass(self, cluster: Cluster, text: CalibrationText) -> None:
+        """Prepare workers for the pass over the calibration text, in which the weights are those from before the shot."""
+        return
+
+    # The choice of damping
+
+    def probed(self, layout: ModelLayout) -> list[str]:
+        """Return the linears on which dampings are tried: of each role that is ranked one a third and one two thirds through the model."""
+        of_role: dict[str, list[str]] = {}
+        for shape in layout.linears:
+            if shape.expert is None and self.needs(shape) is not None:
+                of_role.setdefault(shape.role, []).append(shape.name)
+        return list(dict.fromkeys(names[len(names) * third // 3] for names in of_role.values() for third in (1, 2)))
+
+    def keep_held_factors(self, worker: Worker) -> None:
+        """Keep the factors of the owned linears that are probed, which are of the windows held aside now."""
+        names = [name for name in self.probed(worker.layout) if name in worker.shard.linears and worker.owns(name)]
+        own = {name: worker.shard.own_factors(name) for name in names}
+        worker.keep(_HeldFactors({name: replace(of, A=of.A.copied(), G=of.G.copied()) for name, of in own.items()}))
+
+    def costs_held_aside(self, worker: Worker, damping: Damping, share: float) -> list[float]:
+        """Return what removals in the probed linears that the worker owns cost by the factors held aside; see `cost_held_aside`."""
+        found = []
+        for name, held in worker.kept(_HeldFactors).of_linear.items():
+            linear = linear_of(worker, name, self.used_curvature)
+            mask = worker.masks[name]
+            kept = mask if isinstance(mask, StructuredMask) else StructuredMask.full(*linear.W.shape)
+            found.append(cost_held_aside(linear, kept, held, damping, share, prunes_rows=self.gathers is None))
+        return found
+
+    def drop_held_factors(self, worker: Worker) -> None:
+        """Keep the factors of the windows held aside no longer."""
+        worker.drop(_HeldFactors)
+
+    def _with_chosen_damping(self, cluster: Cluster, shot: int) -> tuple[Self, dict[str, Any]]:
+        """Return the method with the damping that costs least on the windows held aside, and what the report says of it."""
+        curvature = self.used_curvature
+        has_G = curvature.kind != "activations"
+        share = self.section.removed_in(shot)
+
+        def cost_of(a: float, g: float) -> list[float]:
+            damping = Damping(a, g if has_G else 0.0, curvature.as_damping.max)
+            return [cost for of_worker in cluster.run_all(self.costs_held_aside, damping, share) for cost in of_worker]
+
+        a, g, tried = choose_damping(cost_of, A_CHOICES, G_CHOICES if has_G else (DampingSection().g,))
+        cluster.run_all(self.drop_held_factors)
+        chosen = curvature.model_copy(update={"damping": DampingSection(a=a, g=g)})
+        record = {"a": a, "g": g, "tried": [{"a": one[0], "g": one[1], "cost": one[2] if isfinite(one[2]) else None} for one in tried]}
+        return replace(self, curvature=chosen), {"damping_chosen": record}
 
     @abstractmethod
     def needs(self, shape: LinearShape) -> LinearNeeds | None:
@@ -188,6 +264,10 @@ class Method(ABC):
         """Return what `apply` says, without predictions where the curvature is none of the loss, so that costs are not in nats."""
         is_of_loss = self.curvature is not None and self.curvature.is_of_loss
         return list(linears) if is_of_loss else [replace(linear, predicted=None) for linear in linears]
+
+    def update_facts(self, record: Mapping[str, Any]) -> dict[str, float | int | str]:
+        """Return what the line of the update says beside the sparsity, from the record of the shot."""
+        return {}
 
     def record(self, cluster: Cluster, scores: Scores[Any] | None, choice: Choice, linears: Sequence[LinearSummary]) -> dict[str, Any]:
         """Return what the report says of a shot."""

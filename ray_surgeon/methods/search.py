@@ -22,7 +22,9 @@ from torch import Tensor
 from ray_surgeon.cluster.cluster import Cluster
 from ray_surgeon.cluster.passes import divergences_of
 from ray_surgeon.cluster.worker import Worker, collective
+from ray_surgeon.methods.calibration import CalibrationText
 from ray_surgeon.methods.consumer_costs import ConsumerCosts, Unit
+from ray_surgeon.methods.corrections import held_measure
 from ray_surgeon.methods.groups import Groups, Scored
 from ray_surgeon.methods.groups_section import GroupsSection, SearchSection
 from ray_surgeon.methods.method import Method, Scores
@@ -47,6 +49,12 @@ class Tried:
     scores: Scores[ConsumerCosts]  # whose threshold gave it
     counts: dict[str, int]  # consumer -> how many of its groups went
     divergence: float  # mean of the sequences of the search, nats a token
+    held: float | None  # the divergence of the windows held aside, likewise; None if there are none
+
+    @property
+    def measure(self) -> float:
+        """What decides which allocation is taken."""
+        return self.divergence if self.held is None else self.held
 
 
 @dataclass(frozen=True)
@@ -96,18 +104,19 @@ class Search:
     # On the coordinator
 
     def run(
-        self, cluster: Cluster, scores: Scores[ConsumerCosts], windows: NDArray[np.int64], shot: int
+        self, cluster: Cluster, scores: Scores[ConsumerCosts], windows: NDArray[np.int64], text: CalibrationText, shot: int
     ) -> tuple[Scores[ConsumerCosts], dict[str, Any]]:
-        """Try allocations, each with scales from the one before, and take the one of the lowest divergence.
+        """Try allocations, each with scales from the one before, and take the one of the lowest divergence on what is held aside.
 
         Args:
             cluster: after the costs.
             scores: all of them.
             windows: [num_sequences, sequence_length] tokens that the curvature has not seen; the dense model's states were remembered.
+            text: the calibration text, whose windows held aside decide which allocation is taken; `windows` do if there are none.
             shot: its number.
 
         Returns:
-            The scores with its scales, and for the report the divergences of all that were tried, and the scales.
+            The scores with its scales, and for the report the divergences of all that were tried, which one was taken, and the scales.
 
         Raises:
             FloatingPointError: the loss is not a number.
@@ -121,16 +130,28 @@ class Search:
                 break
             cluster.run_all(self.prune, allocation.counts)
             divergences = divergences_of(cluster, SEARCHED, windows)
-            tried.append(Tried(scores, allocation.counts, sum(divergences) / len(divergences)))
+            held = held_measure(cluster, text) if len(text.held) else None
+            tried.append(Tried(scores, allocation.counts, sum(divergences) / len(divergences), held))
             if number < self.section.rounds:
                 scales = self._scales(cluster, scores, allocation, windows, divergences, scales)
             cluster.run_all(self.end)
-        best = min(tried, key=lambda one: one.divergence).scores  # workers keep the longest paths, which begin like the ones before
+        taken = min(range(len(tried)), key=lambda number: tried[number].measure)
+        best = tried[taken].scores  # workers keep the longest paths, which begin like the ones before
         scale_of = {c.unit: c.scale for c in best.costs}
         return best, {
-            "divergences": [one.divergence for one in tried],
+            "divergences": [trial.divergence for trial in tried],
+            "held_aside": [trial.held for trial in tried],
+            "taken": taken,
             "scales": [{"block": block, "kind": kind, "scale": scale} for (block, kind), scale in sorted(scale_of.items())],
         }
+
+    @staticmethod
+    def facts(record: Mapping[str, Any]) -> dict[str, float | int | str]:
+        """Return what the line of the step says: the measure of the first allocation and of the one taken, and which it is."""
+        measures = record["divergences"] if record["held_aside"][0] is None else record["held_aside"]
+        taken = record["taken"]
+        kept = "the first allocation stays" if taken == 0 else f"allocation {taken + 1} of {len(measures)}"
+        return {"divergence before": measures[0], "divergence": measures[taken], "taken": kept}
 
     def _scales(
         self,

@@ -42,6 +42,10 @@ class LayerInputs:
 
         return hook
 
+    def look_at(self, name: str) -> Tensor:
+        """Return the inputs [N, d] of a layer, which stay here, too."""
+        return self._kept[name]
+
     def take(self, name: str) -> Tensor:
         """Return the inputs [N, d] of a layer, and keep them no longer."""
         return self._kept.pop(name)

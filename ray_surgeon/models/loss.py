@@ -40,7 +40,13 @@ def perplexity_of(mean: float) -> float:
 
 
 def next_token_loss(
-    hidden: Tensor, head_weight: Tensor, tokens: Tensor, *, with_gradient: bool, generator: torch.Generator | None = None
+    hidden: Tensor,
+    head_weight: Tensor,
+    tokens: Tensor,
+    *,
+    with_gradient: bool,
+    generator: torch.Generator | None = None,
+    counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Negative log-likelihood of the next tokens, and its gradient with respect to the hidden states.
 
@@ -50,18 +56,23 @@ def next_token_loss(
         tokens: [num_sequences, T] int64; position t predicts token t + 1, so T - 1 tokens are predicted.
         with_gradient: whether to return the gradient of the summed loss.
         generator: of the CPU; if given, the labels of the gradient are drawn from the model (sampled Fisher) instead of the data, the
-            same ones on every device.
+            same ones on every device, and the same ones whichever tokens count.
+        counts: [num_sequences, T] bool, whether a token counts as something that is predicted: the loss of position t counts if token
+            t + 1 does. None if all count. The others have no logits, no loss and a gradient of 0.
 
     Returns:
-        [num_sequences] float64 summed NLL of the data in nats, and the gradient [num_sequences, T, d] or None.
+        [num_sequences] float64 NLL of the data in nats, summed over the tokens that count, and the gradient [num_sequences, T, d] or
+        None.
     """
-    num_sequences, T, d = hidden.shape
-    flat = hidden[:, :-1].reshape(-1, d)
-    labels = tokens[:, 1:].reshape(-1)
+    places = _places(counts)
+    flat = _chosen(hidden[:, :-1], places)
+    labels = _chosen(tokens[:, 1:, None], places)[:, 0]
     nll = torch.empty(len(labels), dtype=torch.float64, device=hidden.device)
-    gradient = torch.zeros_like(hidden) if with_gradient else None
     flat_gradient = torch.empty_like(flat) if with_gradient else None
-    chances = None if generator is None else torch.rand(len(labels), generator=generator).to(hidden.device)
+    chances = None
+    if generator is not None:
+        of_all = torch.rand(tokens[:, 1:].numel(), generator=generator).to(hidden.device)
+        chances = of_all if places is None else of_all[places]
     for part in _slices(0, len(labels), TOKENS_PER_SLICE):
         logits = product(flat[part], head_weight.T)
         for here, rows in _in_cache(part, logits.device):
@@ -74,21 +85,31 @@ def next_token_loss(
         if flat_gradient is not None:
             flat_gradient[part] = product(logits, head_weight)
         del logits  # before the next slice's are made
-    if gradient is not None and flat_gradient is not None:
-        gradient[:, :-1] = flat_gradient.view(num_sequences, T - 1, d)
-    return nll.view(num_sequences, T - 1).sum(dim=1), gradient
+    gradient = None if flat_gradient is None else _gradient(flat_gradient, places, hidden)
+    return _sums(nll, places, tokens), gradient
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A model beside the dense one, summed over the predicted tokens of each sequence, in nats."""
+    """A model beside the dense one, summed over the predicted tokens of each sequence that count."""
 
-    divergence: Tensor  # [num_sequences] float64, ``sum_v p_v (log p_v - log q_v)`` with p of the dense model
-    nll: Tensor  # [num_sequences] float64, of the text
+    divergence: Tensor  # [num_sequences] float64, ``sum_v p_v (log p_v - log q_v)`` with p of the dense model, in nats
+    nll: Tensor  # [num_sequences] float64, of the text, in nats
     gradient: Tensor | None  # [num_sequences, T, d] of the summed divergence with respect to the hidden states
+    acceptance: Tensor | None = None  # [num_sequences] float64, ``sum_v min(p_v, q_v)``
+    agreement: Tensor | None = None  # [num_sequences] float64, 1 where both models have the same most likely token
 
 
-def compare_with_dense(hidden: Tensor, dense: Tensor, tokens: Tensor, head_weight: Tensor, *, with_gradient: bool = False) -> Comparison:
+def compare_with_dense(
+    hidden: Tensor,
+    dense: Tensor,
+    tokens: Tensor,
+    head_weight: Tensor,
+    *,
+    with_gradient: bool = False,
+    counts: Tensor | None = None,
+    with_acceptance: bool = False,
+) -> Comparison:
     """Compare a model's next-token distributions with the dense model's, and with the text; see `next_token_loss`.
 
     Args:
@@ -97,11 +118,16 @@ def compare_with_dense(hidden: Tensor, dense: Tensor, tokens: Tensor, head_weigh
         tokens: [num_sequences, T] int64.
         head_weight: [vocabulary, d] of both.
         with_gradient: whether the gradient is wanted.
+        counts: [num_sequences, T] bool, see `next_token_loss`; None if all tokens count.
+        with_acceptance: whether acceptance and agreement are wanted. Source: docs/method.md, section 12.
     """
-    num_sequences, T, d = hidden.shape
-    flat, target, labels = hidden[:, :-1].reshape(-1, d), dense[:, :-1].reshape(-1, d), tokens[:, 1:].reshape(-1)
+    places = _places(counts)
+    flat = _chosen(hidden[:, :-1], places)
+    target = _chosen(dense[:, :-1], places)
+    labels = _chosen(tokens[:, 1:, None], places)[:, 0]
     divergence, nll = (torch.empty(len(flat), dtype=torch.float64, device=hidden.device) for _ in range(2))
-    gradient = torch.zeros_like(hidden) if with_gradient else None
+    acceptance = torch.empty_like(nll) if with_acceptance else None
+    agreement = torch.empty_like(nll) if with_acceptance else None
     flat_gradient = torch.empty_like(flat) if with_gradient else None
     for part in _slices(0, len(flat), TOKENS_PER_SLICE):
         logits, wanted = (product(states[part].to(hidden.dtype), head_weight.T) for states in (flat, target))
@@ -109,16 +135,23 @@ def compare_with_dense(hidden: Tensor, dense: Tensor, tokens: Tensor, head_weigh
             log_q, log_p = (torch.log_softmax(of[rows], dim=-1, dtype=torch.float32) for of in (logits, wanted))
             p = log_p.exp()
             nll[here] = -log_q.gather(1, labels[here, None])[:, 0].double()
+            if acceptance is not None and agreement is not None:
+                distance = log_q.exp().sub_(p).abs_().sum(dim=-1).double()  # twice the total variation
+                acceptance[here] = 1 - distance / 2
+                agreement[here] = (logits[rows].argmax(dim=-1) == wanted[rows].argmax(dim=-1)).double()
             divergence[here] = log_p.sub_(log_q).mul_(p).sum(dim=-1).double()
             if flat_gradient is not None:
                 logits[rows] = log_q.exp_().sub_(p)
         if flat_gradient is not None:
             flat_gradient[part] = product(logits, head_weight)
         del logits, wanted  # before the next slice's are made
-    if gradient is not None and flat_gradient is not None:
-        gradient[:, :-1] = flat_gradient.view(num_sequences, T - 1, d)
-    of_sequences = [values.view(num_sequences, T - 1).sum(dim=1) for values in (divergence, nll)]
-    return Comparison(of_sequences[0], of_sequences[1], gradient)
+    return Comparison(
+        divergence=_sums(divergence, places, tokens),
+        nll=_sums(nll, places, tokens),
+        gradient=None if flat_gradient is None else _gradient(flat_gradient, places, hidden),
+        acceptance=None if acceptance is None else _sums(acceptance, places, tokens),
+        agreement=None if agreement is None else _sums(agreement, places, tokens),
+    )
 
 
 def next_tokens(hidden: Tensor, head_weight: Tensor, chances: Tensor, temperature: float) -> Tensor:
@@ -128,13 +161,43 @@ def next_tokens(hidden: Tensor, head_weight: Tensor, chances: Tensor, temperatur
         hidden: [m, d] output of the final norm at the last token.
         head_weight: [vocabulary, d].
         chances: [m] uniform in [0, 1); a token is drawn where the cumulated probabilities pass its sequence's.
-        temperature: logits are divided by it.
+        temperature: logits are divided by it; 0 takes the most likely token.
 
     Returns:
         [m] int64.
     """
     logits = product(hidden, head_weight.T).float()
+    if temperature == 0:
+        return logits.argmax(dim=-1)
     return _drawn(torch.softmax(logits / temperature, dim=-1), chances)[:, 0]
+
+
+def _places(counts: Tensor | None) -> Tensor | None:
+    """Return the positions that count among the ``num_sequences * (T - 1)`` that predict a token, [n]; None for all."""
+    return None if counts is None else counts[:, 1:].reshape(-1).nonzero()[:, 0]
+
+
+def _chosen(rows: Tensor, places: Tensor | None) -> Tensor:
+    """Return the rows [n, d] that count, of [num_sequences, T - 1, d]."""
+    flat = rows.reshape(-1, rows.shape[-1])
+    return flat if places is None else flat[places]
+
+
+def _sums(values: Tensor, places: Tensor | None, tokens: Tensor) -> Tensor:
+    """Return the sums [num_sequences] of values [n] at the positions that count; tokens are [num_sequences, T]."""
+    if places is not None:
+        values = values.new_zeros(tokens[:, 1:].numel()).index_copy_(0, places, values)
+    return values.view(len(tokens), tokens.shape[1] - 1).sum(dim=1)
+
+
+def _gradient(flat: Tensor, places: Tensor | None, hidden: Tensor) -> Tensor:
+    """Return the gradient of hidden states [num_sequences, T, d] from its rows [n, d] at the positions that count."""
+    gradient = torch.zeros_like(hidden)
+    num_sequences, T, d = hidden.shape
+    if places is not None:
+        flat = flat.new_zeros(num_sequences * (T - 1), d).index_copy_(0, places, flat)
+    gradient[:, :-1] = flat.view(num_sequences, T - 1, d)
+    return gradient
 
 
 def _slices(start: int, stop: int, size: int) -> Iterator[slice]:

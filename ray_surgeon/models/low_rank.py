@@ -6,7 +6,9 @@ are left out, and for elements B A itself is masked.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +18,11 @@ from torch.utils.hooks import RemovableHandle
 from ray_surgeon.models.linears import LinearModule, num_inputs, num_outputs
 from ray_surgeon.models.shard import ModelShard
 from ray_surgeon.surgery.masks import ElementMask, Mask
+
+RATE_OF_A = 24.0
+"""How much faster A changes than B A, both relative to their sizes; found on SmolLM2."""
+CLIP = 2.0
+"""Times the mean norm of the gradients before, to which a gradient is clipped."""
 
 
 class LowRank:
@@ -66,19 +73,24 @@ class _ByElement(torch.autograd.Function):
         return of_x, B.T @ of_product, of_product @ A.T, None
 
 
-class LowRankCorrections:
-    """Corrections of all linears of a shard while they are trained."""
+@dataclass(frozen=True)
+class CorrectionState:
+    """Everything that training changes."""
 
-    def __init__(
-        self,
-        shard: ModelShard,
-        masks: Mapping[str, Mask],
-        owned: set[str],
-        *,
-        rank: int,
-        learning_rate: float,
-        seed_of: Mapping[str, int],
-    ) -> None:
+    parts: dict[str, tuple[Tensor, Tensor]]  # linear -> A, B
+    optimizer: dict[str, Any] | None  # None where no linear is owned
+    mean_norms: dict[tuple[str, int], tuple[float, int]]
+
+
+class LowRankCorrections:
+    """Corrections of all linears of a shard while they are trained.
+
+    A step of Adam changes B by its rate, whatever the weight's size is, so rates are given relative to that: by a step of rate 1 the
+    correction changes by the root mean square of the weight, and A by `RATE_OF_A` times its own. Each gradient is clipped to `CLIP` times
+    the mean norm of those before.
+    """
+
+    def __init__(self, shard: ModelShard, masks: Mapping[str, Mask], owned: set[str], *, rank: int, seed_of: Mapping[str, int]) -> None:
         """Add zero corrections to the outputs.
 
         Args:
@@ -86,15 +98,22 @@ class LowRankCorrections:
             masks: of its linears.
             owned: linears whose optimizer lives here.
             rank: of B A.
-            learning_rate: of Adam.
             seed_of: name -> seed of A.
         """
-        self._shard = shard
+        self._shard, self._rounds = shard, False
         linears = shard.linears
         self.parts = {name: LowRank(linears[name], masks[name], rank, seed_of[name], shard.device) for name in linears}
-        parameters = [parameter for name in owned for parameter in (self.parts[name].A, self.parts[name].B)]
-        self._optimizer = torch.optim.Adam(parameters, lr=learning_rate) if parameters else None
-        self._hooks: list[RemovableHandle] = [module.register_forward_hook(adding(self.parts[n])) for n, module in linears.items()]
+        self._sizes = dict[str, tuple[float, float]]()  # owned linear -> by how much A and B change in a step of rate 1
+        groups = list[dict[str, Any]]()
+        for name in (name for name in self.parts if name in owned):
+            part = self.parts[name]
+            of_A = float(part.A.detach().square().mean().sqrt())
+            of_W = float(shard.weight(name)[:, : part.A.shape[1]].square().mean().sqrt())
+            self._sizes[name] = RATE_OF_A * of_A, of_W / (of_A * rank**0.5)
+            groups += [{"params": [part.A], "lr": 0.0}, {"params": [part.B], "lr": 0.0}]
+        self._optimizer = torch.optim.Adam(groups) if groups else None
+        self._mean_norms = dict[tuple[str, int], tuple[float, int]]()  # linear and 0 for A or 1 for B -> mean norm, number of steps
+        self._hooks: list[RemovableHandle] = [m.register_forward_hook(self._adding(name)) for name, m in linears.items()]
 
     def gradients(self, name: str, num_tokens: int) -> tuple[Tensor, Tensor]:
         """Return the gradients of the mean loss with respect to A and B of a linear, zero if nothing has passed, and keep them there."""
@@ -105,12 +124,77 @@ class LowRankCorrections:
         assert part.B.grad is not None
         return part.A.grad, part.B.grad
 
-    def step(self) -> None:
-        """Make one step with the gradients of the owned linears, and forget all gradients."""
+    def step(self, rate: float) -> None:
+        """Make one step with the gradients of the owned linears, and forget all gradients.
+
+        Args:
+            rate: relative to the sizes of the weights, see above.
+        """
         if self._optimizer is not None:
+            sizes = [size for name in self._sizes for size in self._sizes[name]]
+            for group, size in zip(self._optimizer.param_groups, sizes, strict=True):
+                group["lr"] = rate * size
+            self._clip()
             self._optimizer.step()
+        self.forget_gradients()
+
+    def _clip(self) -> None:
+        for name in self._sizes:
+            for number, parameter in enumerate((self.parts[name].A, self.parts[name].B)):
+                gradient = parameter.grad
+                if gradient is None:  # nothing has passed
+                    continue
+                norm = float(gradient.norm())
+                mean, count = self._mean_norms.get((name, number), (norm, 0))
+                if mean > 0 and norm > CLIP * mean:
+                    gradient.mul_(CLIP * mean / norm)
+                    norm = CLIP * mean
+                self._mean_norms[name, number] = (mean * count + norm) / (count + 1), count + 1
+
+    def forget_gradients(self) -> None:
+        """Start the sums of gradients anew."""
         for part in self.parts.values():
             part.A.grad = part.B.grad = None
+
+    def state(self) -> CorrectionState:
+        """Return a copy of everything that steps change."""
+        parts = {name: (part.A.detach().clone(), part.B.detach().clone()) for name, part in self.parts.items()}
+        optimizer = None if self._optimizer is None else copy.deepcopy(self._optimizer.state_dict())
+        return CorrectionState(parts, optimizer, dict(self._mean_norms))
+
+    @torch.no_grad()
+    def restore(self, state: CorrectionState) -> None:
+        """Go back to a state; what it holds stays untouched."""
+        for name, (A, B) in state.parts.items():
+            self.parts[name].A.copy_(A)
+            self.parts[name].B.copy_(B)
+        if self._optimizer is not None and state.optimizer is not None:
+            self._optimizer.load_state_dict(copy.deepcopy(state.optimizer))
+        self._mean_norms = dict(state.mean_norms)
+        self.forget_gradients()
+
+    def round_as_absorbed(self, rounds: bool) -> None:
+        """Let outputs be those that the weights will give once they have absorbed the corrections, in their own dtype, or not."""
+        self._rounds = rounds
+
+    def _adding(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        """Return the forward hook that adds B A x to the outputs of a linear."""
+        part = self.parts[name]
+
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            x = inputs[0]
+            if not self._rounds:
+                return output + part.added(x)
+            W = self._shard.weight(name)[:, : part.A.shape[1]]
+            change = (W + part.product().detach()).to(x.dtype) - W.to(x.dtype)
+            return output + x @ change.T
+
+        return hook
+
+    def remove(self) -> None:
+        """Remove the corrections; the weights are as they were."""
+        for hook in self._hooks:
+            hook.remove()
 
     @torch.no_grad()
     def absorb(self) -> dict[str, tuple[float, float]]:
@@ -119,8 +203,7 @@ class LowRankCorrections:
         Returns:
             Name -> <change of W, B A> and |B A|^2. In a narrow dtype an entry of B A below half of a step of its weight changes nothing.
         """
-        for hook in self._hooks:
-            hook.remove()
+        self.remove()
         arrived: dict[str, tuple[float, float]] = {}
         for name, part in self.parts.items():
             W, added = self._shard.weight(name), part.product()
@@ -132,12 +215,3 @@ class LowRankCorrections:
             change = self._shard.weight(name)[:, : part.A.shape[1]].sub_(before)
             arrived[name] = float(torch.linalg.vecdot(change, added).sum()), float(torch.linalg.vecdot(added, added).sum())
         return arrived
-
-
-def adding(part: LowRank) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-    """Return the forward hook that adds B A x to the outputs of a linear."""
-
-    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return output + part.added(inputs[0])
-
-    return hook

@@ -191,7 +191,12 @@ class BlockRunner:
         return gradients
 
     def loss(
-        self, hidden: Tensor, tokens: Tensor, generator: torch.Generator | None = None, dense: Tensor | None = None
+        self,
+        hidden: Tensor,
+        tokens: Tensor,
+        generator: torch.Generator | None = None,
+        dense: Tensor | None = None,
+        counts: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the loss of a sequence after the last block, and its gradient there.
 
@@ -200,16 +205,18 @@ class BlockRunner:
             tokens: [1, T].
             generator: see `next_token_loss`.
             dense: [1, T, d] last hidden states of the dense model; the loss is the divergence from it, if they are given.
+            counts: [1, T] bool, whether a token counts as something that is predicted; None if all do.
 
         Returns:
-            [1] float64 summed NLL of the data, or summed divergence, in nats; the gradient [1, T, d]; what the head reads [1, T, d].
+            [1] float64 NLL of the data, or divergence, in nats, summed over the tokens that count; the gradient [1, T, d]; what the head
+            reads [1, T, d].
         """
         leaf = hidden.requires_grad_()
         output = self.leave(leaf)
         if dense is None:
-            loss, gradient = self._shard.loss(output.detach(), tokens, with_gradient=True, generator=generator)
+            loss, gradient = self._shard.loss(output.detach(), tokens, with_gradient=True, generator=generator, counts=counts)
         else:
-            found = self._shard.compare(output.detach(), dense, tokens, with_gradient=True)
+            found = self._shard.compare(output.detach(), dense, tokens, with_gradient=True, counts=counts)
             loss, gradient = found.divergence, found.gradient
         torch.autograd.backward(output, gradient)
         return loss, _gradient(leaf), output.detach()

@@ -90,7 +90,7 @@ class ModelShard:
         self._group_of = {name: group for group in self.shared_inputs for name in group.names}
         self.mixtures = dict(self._find_mixtures())
         self.expert_sums: dict[int, ExpertSums] = {}
-        self.layer_inputs: LayerInputs | None = None  # kept where curvature is gathered, if wanted
+        self.layer_inputs: LayerInputs | None = None  # what the present pass keeps of its layers' inputs, if anything
         for module in self.linears.values() if device.type == "cpu" and dtype == torch.float32 else ():
             use_fast_products(module)
         self.gathering: list[SharedInput] = []
@@ -231,21 +231,21 @@ class ModelShard:
 
     @contextlib.contextmanager
     def gathering_in(self, place: int, *, wide: bool = False) -> Iterator[None]:
-        """Add what passes a block meanwhile to its sums, if curvature is gathered: inputs, and output gradients if the kind needs them.
+        """Add what passes a block meanwhile to its sums, if curvature is gathered, and keep the inputs of layers, if these are wanted.
+
+        The sums are of inputs, and of output gradients if the kind needs them.
 
         Args:
             place: of the block in the shard.
             wide: whether products are of float32 whatever the inputs are, because other threads of this process make products, too.
         """
-        if self._kind in (None, "identity"):
-            yield
-            return
-        sums, hooks = dict[str, PackedSymmetric](), list[RemovableHandle]()
+        hooks = [] if self.layer_inputs is None else self.layer_inputs.watch(place)
+        gathers = self._kind not in (None, "identity")
+        sums = dict[str, PackedSymmetric]()
         sums_G = self._kind != "activations" and torch.is_grad_enabled()
-        if place in self.expert_sums:
+        if gathers and place in self.expert_sums:
             hooks += sum_removals(self.expert_sums[place], self.mixtures[place])
-        hooks += [] if self.layer_inputs is None else self.layer_inputs.watch(place)
-        for group in (group for group in self.gathering if group.place == place):
+        for group in (group for group in self.gathering if gathers and group.place == place):
             A = sums[group.key_of_A] = self.factor_store.on_device(group.key_of_A, self.layout.shapes[group.names[0]].num_columns)
             hooks.append(group.modules[0].register_forward_pre_hook(_add_inputs_to(group, A, wide=wide)))
             for name, module in zip(group.names, group.modules, strict=True) if sums_G else ():
@@ -325,15 +325,45 @@ class ModelShard:
 
     @torch.no_grad()
     def loss(
-        self, hidden: Tensor, tokens: Tensor, *, with_gradient: bool = False, generator: torch.Generator | None = None
+        self,
+        hidden: Tensor,
+        tokens: Tensor,
+        *,
+        with_gradient: bool = False,
+        generator: torch.Generator | None = None,
+        counts: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Loss of the last shard's hidden states; see `next_token_loss`."""
-        return next_token_loss(hidden, self._head_weight, tokens, with_gradient=with_gradient, generator=generator)
+        return next_token_loss(
+            hidden,
+            self._head_weight,
+            tokens,
+            with_gradient=with_gradient,
+            generator=generator,
+            counts=counts,
+        )
 
     @torch.no_grad()
-    def compare(self, hidden: Tensor, dense: Tensor, tokens: Tensor, *, with_gradient: bool = False) -> Comparison:
+    def compare(
+        self,
+        hidden: Tensor,
+        dense: Tensor,
+        tokens: Tensor,
+        *,
+        with_gradient: bool = False,
+        counts: Tensor | None = None,
+        with_acceptance: bool = False,
+    ) -> Comparison:
         """Compare the last shard's hidden states with those of the dense model; see `compare_with_dense`."""
-        return compare_with_dense(hidden, dense, tokens, self._head_weight, with_gradient=with_gradient)
+        return compare_with_dense(
+            hidden,
+            dense,
+            tokens,
+            self._head_weight,
+            with_gradient=with_gradient,
+            counts=counts,
+            with_acceptance=with_acceptance,
+        )
 
     @torch.no_grad()
     def next_tokens(self, hidden: Tensor, chances: Tensor, temperature: float) -> Tensor:

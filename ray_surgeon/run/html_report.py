@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,14 @@ import torch
 import yaml
 
 from ray_surgeon.run.directory import RunDirectory
-from ray_surgeon.run.plots import inline_svg, perplexity_figure, run_figures, save, size_figure
+from ray_surgeon.run.plots import (
+    acceptance_figure,
+    inline_svg,
+    perplexity_figure,
+    run_figures,
+    save,
+    size_figure,
+)
 from ray_surgeon.run.progress import is_complete, num_shots
 from ray_surgeon.storage import files
 
@@ -77,6 +85,10 @@ class _Run:
         return [event | {"shot": shot["index"]} for shot in self.record["shots"] for event in shot["damping_used"]]
 
     @property
+    def has_generation(self) -> bool:
+        return has_generation([self.record])
+
+    @property
     def spec_yaml(self) -> str:
         return yaml.safe_dump(dict(self.record["spec"]), sort_keys=False)
 
@@ -94,6 +106,23 @@ def _step(name: str, shots: Sequence[Mapping[str, Any]], num_workers: int) -> St
     return Step(name, sum(s["seconds"][name] for s in shots), sum(s["cpu_seconds"][name] for s in shots), totals, efficiency)
 
 
+def has_generation(records: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a run has compared the model's answers with the dense model's."""
+    return any(shot.get("generation") for record in records for shot in record["shots"])
+
+
+def excerpt(text: str, length: int | None = None) -> str:
+    """Return a text of a model or a user as it may be shown: on one line, without control characters, and cut.
+
+    Args:
+        text: anything.
+        length: characters that are shown, at most; None for all.
+    """
+    visible = "".join(" " if c.isspace() else c for c in text if c.isspace() or unicodedata.category(c)[0] != "C")
+    line = " ".join(visible.split())
+    return line if length is None or len(line) <= length else line[: length - 3].rstrip() + "..."
+
+
 def page(records: Sequence[Mapping[str, Any]], drawn: Mapping[int, Mapping[str, str]] | None = None) -> str:
     """Return an HTML page about one run, or about several, compared and then each.
 
@@ -105,13 +134,16 @@ def page(records: Sequence[Mapping[str, Any]], drawn: Mapping[int, Mapping[str, 
     texts = list(dict.fromkeys(text for record in records for text in record["dense"]["perplexity"]))
     comparison = {}
     if len(records) > 1:
-        figures = {f"perplexity-{text}": perplexity_figure(records, text) for text in texts} | {"size": size_figure(records)}
+        figures = {"acceptance": acceptance_figure(records)} if has_generation(records) else {}
+        figures |= {f"perplexity-{text}": perplexity_figure(records, text) for text in texts} | {"size": size_figure(records)}
         comparison = {name: inline_svg(figure, f"all-{name}") for name, figure in figures.items()}
     records = [{"retries": [], **record} for record in records]
     runs = [_Run(record, f"run-{number + 1}", (drawn or {}).get(number)) for number, record in enumerate(records)]
     title = str(records[0]["spec"]["name"]) if len(records) == 1 else f"{len(records)} runs of ray_surgeon"
+    environment.filters["excerpt"] = excerpt
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(runs=runs, texts=texts, comparison=comparison, title=title)
+    has_answers = has_generation(records)
+    return template.render(runs=runs, texts=texts, comparison=comparison, title=title, has_answers=has_answers)
 
 
 class LivePage:

@@ -137,6 +137,28 @@ def perplexity_figure(records: Sequence[Mapping[str, Any]], text: str) -> Figure
 
 
 @_styled
+def acceptance_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
+    """Plot the acceptance rate on the dense model's answers against sparsity, one line a run; runs without it are left out."""
+    figure, axes = _axes()
+    lowest = 1.0
+    for number, record in enumerate(records):
+        found = [(100 * s["sparsity"], s["generation"]["acceptance"]) for s in record["shots"] if s.get("generation")]
+        if not found:
+            continue
+        points = [(0.0, 1.0), *found]
+        lowest = min(lowest, *(y for _, y in points))
+        marker, color = _MARKERS[number % len(_MARKERS)], _COLORS[number % len(_COLORS)]
+        label = str(record["spec"]["name"])
+        axes.plot(*zip(*points, strict=True), markersize=4, linewidth=1.4, label=label, marker=marker, color=color)
+    axes.set_ylim(max(0.0, lowest - 0.05), 1.01)
+    axes.set_xlabel("sparsity of the blocks' linears, %")
+    axes.set_ylabel("acceptance rate")
+    axes.grid(**_SOFT)
+    axes.legend(loc="lower left")
+    return figure
+
+
+@_styled
 def size_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
     """Plot the parameters of the whole model that are left, zeros not counted, against sparsity, one line a run."""
     figure, axes = _axes()
@@ -278,7 +300,9 @@ def time_figure(shots: Sequence[Mapping[str, Any]]) -> Figure:
 
 def run_figures(record: Mapping[str, Any]) -> dict[str, Figure]:
     """Return the figures of one run, by name; those for which it has no data are left out."""
-    figures = {f"perplexity-{text}": perplexity_figure([record], text) for text in record["dense"]["perplexity"]}
+    has_answers = any(shot.get("generation") for shot in record["shots"])
+    figures = {"acceptance": acceptance_figure([record])} if has_answers else {}
+    figures |= {f"perplexity-{text}": perplexity_figure([record], text) for text in record["dense"]["perplexity"]}
     if not record["shots"]:
         return figures
     pruning = record["spec"]["pruning"]

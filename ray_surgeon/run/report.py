@@ -20,10 +20,13 @@ from ray_surgeon.cluster.passes import Measured
 from ray_surgeon.cluster.worker import LinearSummary
 from ray_surgeon.run.display import new_console
 from ray_surgeon.run.events import Steps
-from ray_surgeon.run.html_report import page
+from ray_surgeon.run.html_report import excerpt, has_generation, page
 from ray_surgeon.run.plots import FORMATS, perplexity_figure, save
 from ray_surgeon.run.progress import is_complete, num_exports, num_shots
 from ray_surgeon.storage import files
+
+_EXAMPLE_CHARACTERS = 200
+"""Of a prompt or an answer that the terminal shows."""
 
 
 @dataclass
@@ -50,6 +53,7 @@ class RunReport:
         linears: Sequence[LinearSummary],
         record: Mapping[str, Any],
         steps: Steps,
+        generation: Mapping[str, Any] | None = None,
     ) -> None:
         """Add the record of a shot.
 
@@ -62,6 +66,7 @@ class RunReport:
             linears: what is left of each.
             record: what the method and the corrections say.
             steps: of this shot so far.
+            generation: how the answers compare, see `cluster.generation.shot_record`; None if they are not compared.
         """
         self.shots.append(
             {
@@ -75,6 +80,7 @@ class RunReport:
                 "correction_losses": [],
                 "correction_absorbed": None,
                 **record,
+                **({} if generation is None else {"generation": dict(generation)}),
                 "seconds": dict(steps.seconds),
                 "cpu_seconds": dict(steps.cpu_seconds),
                 "worker_seconds": dict(steps.worker_seconds),
@@ -144,6 +150,7 @@ class RunReport:
             "calibration": self.spec["calibration"],
             "perplexity": {text: (before[text], after[text]) for text in after},
             "tasks": self.dense.get("tasks", {}),
+            "generation": last.get("generation"),
         }
 
 
@@ -151,17 +158,48 @@ def shots_table(record: Mapping[str, Any]) -> Table:
     """Return the terminal's table of a report: one line for the dense model and one a shot."""
     texts = list(record["dense"]["perplexity"])
     table = Table(title=str(record["spec"]["name"]))
-    for column in ("shot", "sparsity", "threshold", *(f"perplexity {text} (KL)" for text in texts), "wall s", "CPU s", "peak memory GiB"):
+    answers = has_generation([record])
+    accepted = ("accepted",) if answers else ()
+    perplexities = (f"perplexity {text} (KL)" for text in texts)
+    for column in ("shot", *accepted, "sparsity", "threshold", *perplexities, "wall s", "CPU s", "peak memory GiB"):
         table.add_column(column, justify="right")
     dense = [_perplexity_text(record["dense"]["perplexity"][text]) for text in texts]
-    table.add_row("dense", "0.00 %", "", *dense, "", "", "")
+    table.add_row("dense", *(("100.0%",) if answers else ()), "0.00 %", "", *dense, "", "", "")
     for shot in record["shots"]:
         values = [f"{_perplexity_text(shot['perplexity'][text])} ({shot['divergence'][text]:.3f})" for text in texts]
         times = f"{sum(shot['seconds'].values()):.0f}", f"{sum(shot['cpu_seconds'].values()):.0f}"
         threshold = "" if shot["threshold"] is None else f"{shot['threshold']:.3g}"
         memory = f"{shot['peak_rss_bytes'] / 2**30:.2f}"
-        table.add_row(str(shot["index"]), f"{shot['sparsity']:.2%}", threshold, *values, *times, memory)
+        accepted = (_acceptance_text(shot),) if answers else ()
+        table.add_row(str(shot["index"]), *accepted, f"{shot['sparsity']:.2%}", threshold, *values, *times, memory)
     return table
+
+
+def _acceptance_text(shot: Mapping[str, Any]) -> str:
+    return f"{shot['generation']['acceptance']:.1%}" if shot.get("generation") else ""
+
+
+def generation_lines(record: Mapping[str, Any]) -> list[str]:
+    """Return what a run ends by saying of the model's answers, and one of them; nothing if they are not compared.
+
+    The example is text of users and models: print these lines without markup.
+    """
+    found = record["shots"][-1].get("generation") if record["shots"] else None
+    if not found:
+        return []
+    dense, parts = record["dense"].get("generation") or {}, found["tokens_until_departure"]
+    of = f" of {dense['num_prompts']} prompts, {dense['num_tokens']} tokens" if dense else ""
+    lines = [
+        f"answers of the dense model{of}",
+        f"  {'accepted':<28} {found['acceptance']:10.1%}",
+        f"  {'same most likely token':<28} {found['agreement']:10.1%}",
+        f"  {'divergence, nats per token':<28} {found['divergence']:10.3f}",
+        f"  {'own answers part after':<28} {parts['mean']:10.1f} tokens (median {parts['median']:g})",
+    ]
+    if found["not_ended"] is not None:
+        lines.append(f"  {'not ended, of those ended':<28} {found['not_ended']:10.0%}")
+    lines.append(f"  {'caught in a loop':<28} {found['repeating']:10.0%}")
+    return lines + [f"  {part:<8}{excerpt(found['example'][part], _EXAMPLE_CHARACTERS)}" for part in ("prompt", "dense", "pruned")]
 
 
 def export_lines(record: Mapping[str, Any]) -> list[str]:
@@ -204,15 +242,18 @@ def comparison_table(records: Sequence[Mapping[str, Any]]) -> Table:
     """Return one line for every shot of every run: name, structure, sparsity, perplexity by text."""
     texts = list(dict.fromkeys(text for record in records for text in record["dense"]["perplexity"]))
     table = Table()
-    for column in ("run", "structure", "shot", "sparsity", *(f"perplexity {text}" for text in texts)):
+    answers = has_generation(records)
+    accepted = ("accepted",) if answers else ()
+    for column in ("run", "structure", "shot", *accepted, "sparsity", *(f"perplexity {text}" for text in texts)):
         table.add_column(column, justify="right" if column != "run" else "left")
     for record in records:
         name, structure = str(record["spec"]["name"]), str(record["spec"]["pruning"]["structure"])
-        lines = [("dense", 0.0, record["dense"]["perplexity"])]
-        lines += [(str(shot["index"]), shot["sparsity"], shot["perplexity"]) for shot in record["shots"]]
-        for shot, sparsity, perplexity in lines:
+        lines = [("dense", "100.0%" if has_generation([record]) else "", 0.0, record["dense"]["perplexity"])]
+        lines += [(str(shot["index"]), _acceptance_text(shot), shot["sparsity"], shot["perplexity"]) for shot in record["shots"]]
+        for shot, acceptance, sparsity, perplexity in lines:
+            accepted = (acceptance,) if answers else ()
             values = [_perplexity_text(perplexity[text]) if text in perplexity else "" for text in texts]
-            table.add_row(name, structure, shot, f"{sparsity:.2%}", *values)
+            table.add_row(name, structure, shot, *accepted, f"{sparsity:.2%}", *values)
     return table
 
 

@@ -67,3 +67,8 @@ def by_tag(tag_of: Callable[[Callable[[str, Any], Any]], str | None], expected: 
         return None if name is None else tag(name)
 
     return Discriminator(find, custom_error_type="no_such_section", custom_error_message=f"expected {expected}")
+
+
+def word_or_section(word: str) -> Discriminator:
+    """Return a discriminator for a union of a word, tagged by itself, and a section, tagged ``section``; errors are of the one meant."""
+    return Discriminator(lambda given: tag(word) if isinstance(given, str) else tag("section"))

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, Tag, model_validator
 
-from ray_surgeon.sections.base import Positive, Section, by_tag, tag
+from ray_surgeon.sections.base import Positive, Section, by_tag, tag, word_or_section
 from ray_surgeon.surgery.kronecker import Damping
 
 
@@ -15,6 +15,12 @@ class DampingSection(Section):
 
     a: float = Field(0.01, ge=0, le=10, description="Damping of A, the inputs' second moment")
     g: float = Field(0.1, ge=0, le=10, description="Damping of G, the output gradients' second moment, estimated badly from few tokens")
+
+
+_DampingField = Annotated[
+    Annotated[DampingSection, Tag(tag("section"))] | Annotated[Literal["auto"], Tag(tag("auto"))],
+    word_or_section("auto"),
+]
 
 
 class _Curvature(Section):
@@ -29,6 +35,11 @@ class _Curvature(Section):
         return False
 
     @property
+    def chooses_damping(self) -> bool:
+        """Whether the damping is chosen by windows held aside."""
+        return False
+
+    @property
     def sequences_backward(self) -> int | None:
         """How many sequences pass backward, too; None if that is not limited."""
         return None
@@ -39,18 +50,34 @@ class _Curvature(Section):
 
 
 class _Damped(_Curvature):
-    damping: DampingSection = Field(DampingSection(), description="Damping of A and G")
+    damping: _DampingField = Field(
+        DampingSection(),
+        description="Damping of A and G. auto: in every shot, that with which the removal of a part of some linears costs least by "
+        "factors of the windows held aside",
+    )
     max_damping: float = Field(
         1.0, gt=0, le=10, description="A factor that is not positive definite gets ten times the damping, up to this; then the run fails"
     )
 
     @property
     def as_damping(self) -> Damping:
-        """The damping as the mathematics takes it."""
-        return Damping(self.damping.a, self.damping.g, self.max_damping)
+        """The damping as the mathematics takes it; that of the defaults where it is chosen later."""
+        return Damping(self.given_damping.a, self.given_damping.g, self.max_damping)
+
+    @property
+    def given_damping(self) -> DampingSection:
+        """The damping in numbers, those of the defaults where it is chosen later."""
+        return DampingSection() if self.damping == "auto" else self.damping
+
+    @property
+    def chooses_damping(self) -> bool:
+        """Whether the damping is chosen by windows held aside."""
+        return self.damping == "auto"
 
     @model_validator(mode="after")
     def _cap_above_damping(self) -> _Damped:
+        if self.damping == "auto":
+            return self
         if self.max_damping < max(self.damping.a, self.damping.g):
             raise ValueError(f"max_damping {self.max_damping:g} is below damping {self.damping.a:g}/{self.damping.g:g}; raise it")
         return self
@@ -122,11 +149,11 @@ class ActivationsSection(_Damped):
     @property
     def as_damping(self) -> Damping:
         """The damping as the mathematics takes it."""
-        return Damping(self.damping.a, 0.0, self.max_damping)
+        return Damping(self.given_damping.a, 0.0, self.max_damping)
 
     @model_validator(mode="after")
     def _damps_a_alone(self) -> ActivationsSection:
-        if self.damping.g != DampingSection().g:
+        if self.given_damping.g != DampingSection().g:
             raise ValueError("damping.g has no effect, because G is the identity; remove it")
         return self
 

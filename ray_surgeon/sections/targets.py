@@ -46,6 +46,11 @@ class ScheduleSection(Section):
         """Sparsity at the end of every shot; none if the target is no sparsity."""
         return () if self.last_sparsity is None else self.fractions(self.last_sparsity)
 
+    def removed_in(self, shot: int) -> float:
+        """Return about which share of what is left goes in a shot; of a target that is no sparsity, a fifth over all shots."""
+        fractions = (0.0, *self.fractions(0.2 if self.last_sparsity is None else self.last_sparsity))
+        return (fractions[shot] - fractions[shot - 1]) / (1 - fractions[shot - 1])
+
     def fractions(self, last: float) -> tuple[float, ...]:
         """Return the fraction that is removed at the end of every shot, if `last` is that of the last one."""
         if self.sparsities is not None:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import distributions
 from itertools import zip_longest
@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import AutoTokenizer
 
-from ray_surgeon.sections.texts import TEXT_SUFFIXES, SourceSection
+from ray_surgeon.sections.texts import START_TOKENS, TEXT_SUFFIXES, CalibrationSection, SourceSection
 from ray_surgeon.storage import files
 from ray_surgeon.storage.sources import HTTP_ERROR
 
@@ -35,6 +35,12 @@ _FEWEST_TOKENS = 4
 _PIECE_BYTES = 64 * 2**20
 _DOCUMENTS_PER_CALL = 1000
 """Documents joined for one call of the tokenizer, so that a large corpus is not one string."""
+_CODE_FILES_PER_CALL = 16
+"""Likewise of files of code, which are long: what is not wanted need not be tokenized."""
+
+
+_NOT_CODE = frozenset({"site-packages", "dist-packages", "pydoc_data", "lib2to3", "__pycache__"})
+"""Folders of the standard library with other things than its own code, or with copies of it."""
 
 
 _LONGER = 300
@@ -162,7 +168,8 @@ def token_stream(text: SourceSection, tokenizer: Any, where: str) -> NDArray[np.
     """
     documents, has_splits = _documents(text, where)
     pieces, count = [], 0
-    for chunk in _joined(documents):
+    per_call = _CODE_FILES_PER_CALL if text.source == "python-code" else _DOCUMENTS_PER_CALL
+    for chunk in _joined(documents, per_call):
         ids = tokenizer(chunk, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
         pieces.append(np.asarray(ids, dtype=np.int64))
         count += len(ids)
@@ -175,13 +182,13 @@ def token_stream(text: SourceSection, tokenizer: Any, where: str) -> NDArray[np.
     return stream[:border] if text.split == "train" else stream[border:]
 
 
-def _joined(documents: Iterable[str]) -> Iterator[str]:
+def _joined(documents: Iterable[str], per_call: int) -> Iterator[str]:
     batch: list[str] = []
     length = 0
     for document in documents:
         batch.append(document)
         length += len(document)
-        if len(batch) == _DOCUMENTS_PER_CALL or length >= _PIECE_BYTES:
+        if len(batch) == per_call or length >= _PIECE_BYTES:
             yield "\n\n".join(batch) + "\n\n"
             batch, length = [], 0
     if batch:
@@ -196,6 +203,8 @@ def _documents(text: SourceSection, where: str) -> tuple[Iterator[str], bool]:
         return iter(topics.values()), False
     if text.source == "python-docstrings":
         return _docstrings(), False
+    if text.source == "python-code":
+        return _code(text.split), True
     if text.source == "package-docstrings":
         return _package_docstrings(), False
     if text.source == "package-descriptions":
@@ -218,6 +227,27 @@ def _docstrings_in(path: Path, *, of_modules: bool) -> Iterator[str]:
             docstring = ast.get_docstring(node)
             if docstring and len(docstring) >= _LONGER:
                 yield docstring
+
+
+def _code(split: str) -> Iterator[str]:
+    """Yield source files of the packages of the standard library, in an order that mixes packages.
+
+    Files are drawn for train and test one by one, so that how much is read does not matter. Modules
+    outside of packages are left out, because python-docstrings are theirs, and so is pydoc_data,
+    which holds the text of python-docs.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    drawn = []
+    for path in root.glob("*/**/*.py"):
+        inside = path.relative_to(root)
+        is_test = any("test" in part.lower() for part in inside.parts)
+        if not is_test and not _NOT_CODE.intersection(inside.parts):
+            drawn.append((hashlib.sha256(inside.as_posix().encode()).digest(), path))
+    for digest, path in sorted(drawn):
+        if (digest[-1] >= _CALIBRATION_FRACTION * 256) == (split == "test"):
+            with contextlib.suppress(OSError, UnicodeDecodeError):
+                if source := path.read_text(encoding="utf-8").strip():
+                    yield source
 
 
 def _package_docstrings() -> Iterator[str]:
@@ -325,6 +355,188 @@ def _parquet_rows(uri: str, column: str, where: str) -> Iterator[Any]:
                 yield from batch.to_pylist()
         except pyarrow.ArrowInvalid as error:
             raise ValueError(f"{where}: {uri} is not a parquet file ({error}); check the file") from error
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt of a file, and its answer if the file gives one."""
+
+    tokens: tuple[int, ...]  # of the prompt, with those of the chat template
+    text: str  # that they stand for
+    answer: tuple[int, ...] | None  # with the token that ends it; None: the model is to write it
+
+
+def has_chat_template(tokenizer: Any) -> bool:
+    """Whether a tokenizer knows how conversations of its model look."""
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def read_prompts(uri: str, tokenizer: Any, where: str, longest: int | None = None) -> list[Prompt]:
+    """Read a file of prompts.
+
+    Args:
+        uri: on any file system. Each line is a JSON object with `prompt` or `messages`.
+        tokenizer: a transformers tokenizer.
+        where: the field of the job spec, for errors.
+        longest: tokens that a prompt may have.
+
+    Raises:
+        ValueError: the file cannot be read or is empty, or a line is no prompt; names the line.
+    """
+    try:
+        lines = list(files.read_lines(uri))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{where}: cannot read {uri}: {error}; check the address, the permissions and the network") from error
+    prompts = []
+    first = first_token(tokenizer)
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        at = f"{where}: line {number} of {uri}"
+        prompts.append(_prompt(_record(line, at), tokenizer, first, at))
+        size = len(prompts[-1].tokens)
+        if longest is not None and size > longest:
+            raise ValueError(
+                f"{at} is a prompt of {size} tokens, but only {longest} leave room for an answer; shorten it, or remove the line"
+            )
+    if not prompts:
+        raise ValueError(f"{where}: {uri} has no lines; {_LINES}")
+    return prompts
+
+
+_LINES = 'write one JSON object a line, {"prompt": "..."} or {"messages": [{"role": "user", ...}]}'
+
+
+def _record(line: str, at: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{at} is not JSON ({error}); {_LINES}") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{at} is a {type(record).__name__}, not an object; {_LINES}")
+    if ("prompt" in record) == ("messages" in record):
+        given = sorted(map(str, record))
+        raise ValueError(f"{at} has {given}, but one of prompt and messages is needed; {_LINES}")
+    return record
+
+
+def _prompt(record: Mapping[str, Any], tokenizer: Any, first: int | None, at: str) -> Prompt:
+    """Return the prompt of a line; `first` is the token that the tokenizer puts before a text."""
+    if "messages" in record:
+        return _of_messages(_messages(record["messages"], at), tokenizer, at)
+    text = record["prompt"]
+    if not isinstance(text, str) or not text:
+        raise ValueError(f"{at} has a prompt {text!r}, expected a text that is not empty; {_LINES}")
+    tokens = _tokens(tokenizer, text)
+    return Prompt(tokens if first is None else (first, *tokens), text, None)
+
+
+def _messages(given: Any, at: str) -> list[dict[str, str]]:
+    if not isinstance(given, list) or not given:
+        raise ValueError(f"{at} has messages that are no list of messages; {_LINES}")
+    for message in given:
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+            raise ValueError(f"{at} has a message without a text as its content; {_LINES}")
+        if message.get("role") not in ("system", "user", "assistant"):
+            raise ValueError(f"{at} has a message of role {message.get('role')!r}; known are system, user and assistant")
+    roles = [message["role"] for message in given]
+    if "user" not in roles or roles[-1] == "system":
+        raise ValueError(
+            f"{at} has messages of {', '.join(roles)}; one of a user must be there, and the last one "
+            "is of a user, or of the assistant if the answer is given"
+        )
+    if roles[-1] == "assistant" and not given[-1]["content"].strip():
+        raise ValueError(f"{at} has an empty answer; remove that message to let the model answer")
+    return [{"role": message["role"], "content": message["content"]} for message in given]
+
+
+def _of_messages(messages: list[dict[str, str]], tokenizer: Any, at: str) -> Prompt:
+    if not has_chat_template(tokenizer):
+        raise ValueError(f"{at} has messages, but the model's tokenizer has no chat template; give prompt, a text that the model continues")
+    answer = None
+    asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+    try:
+        text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception as error:  # templates are code of the model's, which may raise anything
+        raise ValueError(f"{at}: the model's chat template refuses these messages ({error}); change their roles") from error
+    if asked is not messages:
+        said = messages[-1]["content"].strip()
+        after = _tokens(tokenizer, whole.rpartition(said)[2])
+        answer = (*_tokens(tokenizer, said), *after[:1])
+    return Prompt(_tokens(tokenizer, text), text, answer)
+
+
+def _tokens(tokenizer: Any, text: str) -> tuple[int, ...]:
+    return tuple(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+_OWN_SHARE = 0.5
+"""Of the windows of a default mix, what the model writes itself."""
+_SHARES = {"python-docstrings": 0.125, "python-docs": 0.125}
+"""Likewise what is taken of small texts. All that is left is python-code."""
+_SMALL_TEXT_TOKENS = 48_000
+"""Tokens that are taken of a small text, at most, so that some are left for a search."""
+_CODE_TOKENS = 400_000
+"""Tokens of code from which windows are drawn, if a job does not need more."""
+_SHORTEST_TEXT = 64
+"""Tokens of a text of a model without a chat template, at least; four of them fill a window."""
+
+
+def default_mix(section: CalibrationSection, tokenizer: Any) -> tuple[CalibrationSection, str]:
+    """Return the texts that a calibration of source auto stands for.
+
+    Args:
+        section: the calibration, of source auto.
+        tokenizer: of the model.
+
+    Returns:
+        The calibration with its texts, and a line for people about them.
+
+    Raises:
+        ValueError: answers are to be weighed, and the model has no chat template.
+    """
+    count, length, seed = section.num_sequences, section.sequence_length, section.seed
+    is_chat = has_chat_template(tokenizer)
+    if section.weigh == "answers" and not is_chat:
+        raise ValueError(
+            "calibration.weigh: answers, but the model has no chat template, so that nothing it "
+            "writes is an answer; remove it, or give a source self with prompts"
+        )
+    num_own = max(1, int(count * _OWN_SHARE))
+    small = {name: min(int(count * share), _SMALL_TEXT_TOKENS // length) for name, share in _SHARES.items()}
+    num_code = count - num_own - sum(small.values())
+    code_tokens = max(_CODE_TOKENS, 2 * num_code * length)
+    texts: list[tuple[int, dict[str, Any]]] = []
+    if is_chat:
+        texts.append((num_own, {"source": "self", "chat": True}))
+    else:
+        num_texts = 4 if length % 4 == 0 and length >= 4 * _SHORTEST_TEXT else 1
+        halves = (num_own - num_own // 2, num_own // 2)
+        for number, name in zip(halves, _SHARES, strict=True):
+            start = {"starts": {"source": name}, "start_tokens": min(START_TOKENS, length // 2)}
+            texts.append((number, {"source": "self", "texts_per_sequence": num_texts, **start}))
+    texts.append((num_code, {"source": "python-code", "max_tokens": code_tokens}))
+    texts += [(number, {"source": name}) for name, number in small.items()]
+    (weight, main), *others = [(number, text) for number, text in texts if number]
+    found = CalibrationSection.model_validate(
+        {
+            **main,
+            "seed": seed,
+            "weight": weight if others else 1.0,
+            "num_sequences": count,
+            "sequence_length": length,
+            "weigh": section.weigh,
+            "held_aside": section.held_aside,
+            "mix": [{**text, "seed": seed, "weight": number} for number, text in others],
+        }
+    )
+    own = "of conversations that the model writes" if is_chat else "that the model writes"
+    parts = [f"{num_own} {own}", *(f"{n} of {text['source']}" for n, text in texts if text["source"] != "self" and n)]
+    return found, (
+        f"calibration.source auto: {count} windows of {length} tokens, {', '.join(parts)}; to change "
+        "this, name a source, and more in calibration.mix"
+    )
 
 
 def is_saved_whole(text: SourceSection) -> bool:

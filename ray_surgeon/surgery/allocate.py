@@ -66,8 +66,9 @@ def allocate_globally(costs: Sequence[GroupCosts], missing: float, *, per_unit: 
     """Cut all paths at one threshold: the lowest that saves what is missing.
 
     Where only some numbers of groups may be left, those between two of them are pruned together or stay together. Paths are cut at the
-    corners of their lower convex hull, because nothing between two corners is worth its cost. The removal of a whole expert is one more
-    point of its path, where nothing is left; once its layer has no expert to spare, the path goes on without that point.
+    corners of their lower convex hull, because nothing between two corners is worth its cost; only the last step ends as soon as the
+    goal is met, so that nothing goes that was not asked for. The removal of a whole expert is one more point of its path, where nothing
+    is left; once its layer has no expert to spare, the path goes on without that point.
 
     Args:
         costs: of every consumer.
@@ -96,8 +97,9 @@ def allocate_globally(costs: Sequence[GroupCosts], missing: float, *, per_unit: 
         else:
             left[layer] -= path.goes_whole
             before = path.saved
-            path.advance()
-            saved, threshold = saved + path.saved - before, slope
+            path.advance(saved_at_least=missing - tolerance - saved + before)
+            saved += path.saved - before
+            threshold = slope
         if path.goes_on:
             heapq.heappush(steps, (path.slope, place))
     counts = {path.costs.consumer: path.number for path in paths}
@@ -142,12 +144,20 @@ class _Path:
         """What is saved so far."""
         return self.costs.saved(self.number)
 
-    def advance(self) -> None:
-        """Go to the next point."""
+    def advance(self, saved_at_least: float) -> None:
+        """Go to the next point, or to the first number of groups on the way that saves enough.
+
+        Args:
+            saved_at_least: what this path has to save for the goal to be met.
+        """
         self._points.pop()
         number = self._points[-1][2]
         self.is_whole = number == _WHOLE
-        self.number = self.costs.num_left if self.is_whole else number
+        if self.is_whole:
+            self.number = self.costs.num_left
+            return
+        on_the_way = (n for n in self._counts if self.number < n <= number)
+        self.number = next((n for n in on_the_way if self.costs.saved(n) >= saved_at_least), number)
 
     def stay(self) -> None:
         """Go on without the whole expert, which stays: what lies above the way to it has its turn."""
@@ -191,9 +201,11 @@ class _Options:
 
     def best(self, wanted: float) -> _Options:
         """Return those for which no other costs less and saves as much, or costs less and saves all that is wanted; cheapest first."""
-        order = self.saved.argsort(descending=True, stable=True)
+        enough = self.saved.clamp(max=max(0.0, wanted))
+        order = self.saved.argsort(stable=True)  # of options that save enough at the same cost, the one that removes least
+        order = order[enough[order].argsort(descending=True, stable=True)]
         order = order[self.cost[order].argsort(stable=True)]
-        saved = self.saved[order].clamp(max=max(0.0, wanted))
+        saved = enough[order]
         before = torch.cat([saved.new_full((1,), -math.inf), saved.cummax(dim=0).values[:-1]])
         order = order[saved > before]
         return _Options(self.saved[order], self.cost[order], self.chosen[order])
@@ -201,6 +213,9 @@ class _Options:
 
 def allocate_uniformly(costs: Sequence[GroupCosts], missing: float, *, fewest_experts: int = 0) -> Allocation:
     """Give every block the same widths: of all that save what is missing, those whose removals cost least together.
+
+    No option counts as cheaper than one that removes less of everything, as it would where experts promise a gain. So nothing goes
+    beyond the next step of the widths or numbers of experts.
 
     Args:
         costs: every block has the same kinds, and as many groups left of each; and as many experts.
@@ -215,18 +230,36 @@ def allocate_uniformly(costs: Sequence[GroupCosts], missing: float, *, fewest_ex
     wanted = missing - 1e-9 * abs(missing) - 1e-6
     nothing = torch.zeros(1, dtype=torch.float64)
     found = _Options(nothing, nothing, torch.zeros(1, 0, 2, dtype=torch.int64))
-    for of_kind in of_kinds:
-        found = found.beside(_options(of_kind, fewest_experts).best(wanted)).best(wanted)
+    options = [_options(of_kind, fewest_experts) for of_kind in of_kinds]
+    for option in options:
+        found = found.beside(option.best(wanted)).best(wanted)
     enough = (found.saved >= wanted).nonzero()[:, 0]
     if not len(enough):
         raise _out_of_reach(float(found.saved.max()) if len(found.saved) else 0.0, missing)
     counts, experts = dict[str, int](), set[str]()
-    for of_kind, (number, num_whole) in zip(of_kinds, found.chosen[enough[0]].tolist(), strict=True):
+    chosen = _without_surplus(options, found.chosen[enough[0]], wanted)
+    for of_kind, (number, num_whole) in zip(of_kinds, chosen.tolist(), strict=True):
         above = torch.tensor([c.whole - float(c.curve[number]) for c in of_kind], dtype=torch.float64)
         gone = {int(place) for places in _cheapest(_layers(of_kind), above, num_whole) for place in places}
         counts |= {c.consumer: c.num_left if place in gone else number for place, c in enumerate(of_kind)}
         experts |= {of_kind[place].consumer for place in gone}
     return Allocation(counts, None, frozenset(experts))
+
+
+def _without_surplus(options: Sequence[_Options], chosen: Tensor, wanted: float) -> Tensor:
+    """Return the widths and numbers of experts with which each kind saves no more than it must, at no higher cost.
+
+    Args:
+        options: of each kind.
+        chosen: [num_kinds, 2] the widths and numbers of experts that save enough together.
+        wanted: to be saved.
+    """
+    places = [int((of_kind.chosen[:, 0] == own).all(dim=1).nonzero()[0]) for of_kind, own in zip(options, chosen, strict=True)]
+    for kind, of_kind in enumerate(options):
+        others = sum(float(options[other].saved[place]) for other, place in enumerate(places) if other != kind)
+        possible = (of_kind.saved + others >= wanted) & (of_kind.cost <= of_kind.cost[places[kind]])
+        places[kind] = int(of_kind.saved.where(possible, torch.inf).argmin())
+    return torch.stack([of_kind.chosen[place, 0] for of_kind, place in zip(options, places, strict=True)])
 
 
 def _layers(costs: Sequence[GroupCosts]) -> list[Tensor]:
@@ -262,4 +295,6 @@ def _options(costs: Sequence[GroupCosts], fewest_experts: int) -> _Options:
         saved.append(savings)
         cost.append(prices)
     chosen = torch.cartesian_prod(torch.tensor(widths, dtype=torch.int64), torch.arange(most + 1))
-    return _Options(torch.cat(saved), torch.cat(cost), chosen[:, None, :])
+    rising = torch.cat(cost).view(-1, most + 1)
+    rising = rising.cummax(dim=0).values.cummax(dim=1).values if len(rising) else rising
+    return _Options(torch.cat(saved), rising.flatten(), chosen[:, None, :])

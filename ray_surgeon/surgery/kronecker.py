@@ -80,6 +80,10 @@ class PackedSymmetric:
             for start, panel in self._panels():
                 panel.add_(product(weighted[start : start + len(panel)], rows[start:].T))
 
+    def copied(self) -> PackedSymmetric:
+        """Return a copy."""
+        return PackedSymmetric(self.n, self.flat.clone())
+
     def fill_diagonal(self, value: float) -> None:
         """Set the diagonal."""
         for _, panel in self._panels():

@@ -3,6 +3,7 @@
 The exact update of a consumer changes its own weights only, and takes channels as they are. Here what the kept channels compute changes,
 too, for the inputs that the model from before gives them. All directions of the outputs count alike: errors are larger than what
 gradients say of small ones. Nothing passes through other layers, so every token says as much of these weights as the layer has outputs.
+Whether the layer got better is measured on tokens that it was not trained on.
 
 Source: docs/method.md, section 8; block reconstruction as of BRECQ (Li et al. 2021, arXiv 2102.05426), without the Fisher's diagonal.
 """
@@ -10,7 +11,7 @@ Source: docs/method.md, section 8; block reconstruction as of BRECQ (Li et al. 2
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,6 +22,8 @@ TOKENS_AT_A_TIME = 4096
 BEND = 4.0
 """Errors above so many times the mean error before count by their root: some tokens, the first one of a text above all, have outputs
 hundreds of times as large as others, which the norm after them makes as small."""
+WARM_UP = 0.05
+"""Share of the steps in which the rate rises to its first value, before it falls linearly to zero."""
 
 
 @dataclass(frozen=True)
@@ -55,24 +58,30 @@ class FeedForward:
 
 @dataclass(frozen=True)
 class Reconstructed:
-    """A layer, and its mean loss over some thousand of the tokens before and after: `error_of` with the limit of the training."""
+    """A layer, and its mean loss over tokens held aside before and after: `error_of` with the limit of the training."""
 
     layer: FeedForward  # float32
     before: float
-    after: float
+    after: float  # of the trained layer, even if it was worse and the layer stayed as it was
+
+    @property
+    def is_better(self) -> bool:
+        """Whether the trained layer was better on what was held aside, so that it was taken."""
+        return self.after < self.before
 
 
 def reconstruct(
     layer: FeedForward,
     inputs: Tensor,
     outputs: Tensor,
+    held: tuple[Tensor, Tensor] | None = None,
     *,
     learning_rate: float,
     tokens_per_step: int,
-    num_epochs: int,
+    num_epochs: float,
     generator: torch.Generator,
 ) -> Reconstructed:
-    """Train a layer on the squared error of its outputs, by Adam with a rate that falls linearly to zero.
+    """Train a layer on the squared error of its outputs, by Adam with a rate that rises shortly and then falls linearly to zero.
 
     The loss is Huber's (1964): half of a token's squared error, from `BEND` on tangent to it and linear in the root.
 
@@ -80,18 +89,19 @@ def reconstruct(
         layer: what is left, float32.
         inputs: [N, d] of the layer, in the dtype of the products.
         outputs: [N, R] what they are to give, likewise.
-        learning_rate: the first one, in units of the root mean square of each weight.
+        held: inputs [M, d] and outputs [M, R] of tokens held aside, on which the layer is measured; some of its own if not given.
+        learning_rate: the largest one, in units of the root mean square of each weight.
         tokens_per_step: of the gradient of a step; all, if there are fewer.
-        num_epochs: passes over the tokens.
+        num_epochs: passes over the tokens; less than one pass trains on some of them, at least one step.
         generator: of their order, on the CPU.
 
     Returns:
-        The trained layer, or the one that was given if the loss did not fall. Errors are those of tokens drawn by chance.
+        The trained layer, or the one that was given if the loss on the measured tokens did not fall.
     """
     dtype, size = inputs.dtype, min(tokens_per_step, len(inputs))
     some = torch.randperm(len(inputs), generator=generator)[:TOKENS_AT_A_TIME].sort().values.to(inputs.device)
-    measured = inputs[some], outputs[some]
-    mean = error_of(layer.to(dtype), *measured)
+    own = inputs[some], outputs[some]
+    mean = error_of(layer.to(dtype), *own)
     if not mean > 0:
         return Reconstructed(layer, mean, mean)
     limit = BEND * mean
@@ -100,27 +110,46 @@ def reconstruct(
     optimizer = torch.optim.Adam(
         [{"params": [weight], "lr": rate} for weight, rate in zip(masters, rates, strict=True)], betas=(0.8, 0.9), fused=True
     )
-    num_steps, number = num_epochs * (len(inputs) // size), 0
-    for _ in range(num_epochs):
-        order = torch.randperm(len(inputs), generator=generator).to(inputs.device)
-        for tokens in torch.split(order[: len(order) // size * size], size):
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * (1 - number / num_steps)
-            working = tuple(weight.detach().to(dtype).requires_grad_() for weight in masters)
-            with torch.enable_grad():
-                found = layer.with_weights(working)(inputs[tokens])
-            error = (found.detach() - outputs[tokens]).float()
-            in_means = error.pow(2).sum(dim=1, keepdim=True) / (2 * mean)
-            # Adam's steps are the same in every unit of the loss; in this one gradients are far from its eps and from float16's least
-            slope = error * ((BEND / in_means.clamp_(min=BEND)).sqrt_() / (2 * size * mean) ** 0.5)
-            gradients = torch.autograd.grad(found, working, slope.to(dtype))
-            for weight, gradient in zip(masters, gradients, strict=True):
-                weight.grad = gradient.to(weight.dtype)
-            optimizer.step()
-            number += 1
+    num_steps = max(1, int(num_epochs * (len(inputs) // size)))
+    for number, tokens in enumerate(_steps(len(inputs), size, num_steps, generator)):
+        here = tokens.to(inputs.device)
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * rate_factor(number, num_steps)
+        working = tuple(weight.detach().to(dtype).requires_grad_() for weight in masters)
+        with torch.enable_grad():
+            found = layer.with_weights(working)(inputs[here])
+        error = (found.detach() - outputs[here]).float()
+        in_means = error.pow(2).sum(dim=1, keepdim=True) / (2 * mean)
+        # Adam's steps are the same in every unit of the loss; in this one gradients are far from its eps and from float16's least
+        slope = error * ((BEND / in_means.clamp_(min=BEND)).sqrt_() / (2 * size * mean) ** 0.5)
+        gradients = torch.autograd.grad(found, working, slope.to(dtype))
+        for weight, gradient in zip(masters, gradients, strict=True):
+            weight.grad = gradient.to(weight.dtype)
+        optimizer.step()
     trained = layer.with_weights(tuple(weight.detach() for weight in masters))
+    measured = own if held is None else held
     before, after = (error_of(each.to(dtype), *measured, limit) for each in (layer, trained))
-    return Reconstructed(trained, before, after) if after < before else Reconstructed(layer, before, before)
+    return Reconstructed(trained if after < before else layer, before, after)
+
+
+def _steps(num_tokens: int, size: int, num_steps: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Yield the tokens [size] of each step; every pass over all of them has an order of its own."""
+    while num_steps > 0:
+        order = torch.randperm(num_tokens, generator=generator)
+        steps = torch.split(order[: num_tokens // size * size], size)[:num_steps]
+        yield from steps
+        num_steps -= len(steps)
+
+
+def rate_factor(number: int, num_steps: int) -> float:
+    """Return by what the largest learning rate is multiplied in a step: a short rise, then a linear fall to zero.
+
+    Args:
+        number: of the step, from 0.
+        num_steps: in all.
+    """
+    rise = max(1, round(WARM_UP * num_steps))
+    return min((number + 1) / rise, 1 - number / num_steps)
 
 
 @torch.no_grad()

@@ -180,7 +180,9 @@ def test_a_search_passes_once_for_every_kind_of_groups_and_keeps_consumers_twice
     spec, job = job_for("llama-3-70b", num_shards=8)
     assert isinstance(spec.pruning, GroupsSection)
     layout, room = layout_of("llama-3-70b"), Room(80 * GB, TB / 8, 4 * TB, device_is_host=False)
-    with_search = spec.model_copy(update={"pruning": spec.pruning.model_copy(update={"search": SearchSection(num_sequences=24, rounds=2)})})
+    searched = spec.pruning.model_copy(update={"search": SearchSection(num_sequences=24, rounds=2)})
+    nothing_held = spec.calibration.model_copy(update={"held_aside": 0.0})
+    with_search = spec.model_copy(update={"pruning": searched, "calibration": nothing_held})
     job = job_of(with_search, layout, method_for(with_search, layout))
     found = plan_job(layout, place(layout, 8, 1), job, spec.memory, room, DEVICES["h100"]).as_record()
     passes = 2 * (2 * 80 + 1) + 1

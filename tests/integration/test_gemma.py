@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.gemma import fetch
+from benchmarks.real_models import fetch
 from ray_surgeon.inputs import check
 from ray_surgeon.pipeline import main
 from ray_surgeon.spec import parse_spec
@@ -30,7 +30,7 @@ output: {uri: %s, exports: [masked]}
 
 @pytest.fixture(scope="module")
 def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return fetch(tmp_path_factory.mktemp("gemma") / "model")
+    return fetch("gemma3-270m", tmp_path_factory.mktemp("gemma") / "model")
 
 
 @pytest.mark.parametrize(("structure", "sparsity", "most"), [("rows_columns", 0.05, 1.25), ("element", 0.3, 1.25)])

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from ray_surgeon.cluster.block_pass import BlockPass
 from ray_surgeon.cluster.worker import Worker
 from ray_surgeon.inputs import check
+from ray_surgeon.methods.calibration import CalibrationText
 from ray_surgeon.methods.corrections import Corrections, CorrectionSection
 from ray_surgeon.methods.method import Scores
 from ray_surgeon.models.low_rank import LowRankCorrections
@@ -30,7 +31,7 @@ def test_labels_are_drawn_anew_in_every_shot(model_folders: dict[str, Path], tmp
     cluster, found = loaded(model_folders["llama"]), []
     (worker,) = cluster.workers.values()
     for shot in (1, 2, 1):
-        inputs.method.calibrate(cluster, inputs.calibration, shot, remembers=False)
+        inputs.method.calibrate(cluster, inputs.text, shot, remembers=False)
         found.append(worker.shard.factors("model.layers.3.mlp.down_proj").G.dense())
     assert torch.equal(found[0], found[2])
     assert float((found[1] - found[0]).norm() / found[0].norm()) > 0.05
@@ -48,7 +49,7 @@ def test_a_choice_of_elements_says_how_many_go_in_all(structure: str, most: floa
     for name, shape in worker.layout.shapes.items():
         worker.masks[name] = ElementMask(torch.ones(shape.num_rows, shape.num_columns, dtype=torch.bool))
     for shot in (1, 2):
-        method.calibrate(cluster, found.calibration, shot, remembers=False)
+        method.calibrate(cluster, found.text, shot, remembers=False)
         choice = method.choose(cluster, method.score(cluster, shot), shot)
         method.apply(cluster, found.calibration, choice, shot)
         masks = worker.masks.values()
@@ -74,12 +75,12 @@ def test_losses_of_corrections_are_those_of_the_tokens_of_each_step(model_folder
     """Of a dense model that hardly changes; the second step has two sequences."""
     sequences = check(parse_spec(tiny_spec(tmp_path, model_folders["llama"]).read_text())).calibration
     section = CorrectionSection(loss="cross_entropy", sequences_per_step=4, steps_per_shot=2, learning_rate=1e-12, lora_rank=1)
-    losses, arrived = Corrections(section).train(loaded(model_folders["llama"]), sequences, 1, 1)
+    found = Corrections(section).train(loaded(model_folders["llama"]), CalibrationText(sequences), 1, 1)
     model = AutoModelForCausalLM.from_pretrained(model_folders["llama"])
-    for loss, batch in zip(losses, Corrections(section).batches(1, 1, 6), strict=True):
+    for loss, batch in zip(found.losses, Corrections(section).batches(1, 1, 6), strict=True):
         tokens = torch.from_numpy(sequences[batch])
         assert loss == pytest.approx(float(model(tokens, labels=tokens).loss.detach()), rel=1e-5)
-    assert arrived < 0.5, "steps are too short for float32"
+    assert found.absorbed < 0.5, "steps are too short for float32"
 
 
 def test_corrections_of_linears_and_shots_start_from_their_own(model_folders: dict[str, Path]) -> None:
@@ -119,7 +120,7 @@ def test_gradients_of_corrections_are_of_the_mean_over_the_tokens_of_a_step(
 
     monkeypatch.setattr(LowRankCorrections, "gradients", noting)
     section = CorrectionSection(loss="cross_entropy", sequences_per_step=4, steps_per_shot=2, lora_rank=1)
-    Corrections(section).train(loaded(model_folders["llama"]), np.arange(6 * 20).reshape(6, 20), 1, 1)
+    Corrections(section).train(loaded(model_folders["llama"]), CalibrationText(np.arange(6 * 20).reshape(6, 20)), 1, 1)
     assert seen == {4 * 19, 2 * 19}
 
 

@@ -15,7 +15,7 @@ from ray_surgeon.inputs import Inputs, check
 from ray_surgeon.memory.stores import Stores
 from ray_surgeon.methods.groups import Groups
 from ray_surgeon.methods.groups_section import RECONSTRUCTED
-from ray_surgeon.methods.reconstruction import _layer
+from ray_surgeon.methods.reconstruction import RATES, KeptInputs, Reconstruction, _layer
 from ray_surgeon.spec import parse_spec
 from ray_surgeon.surgery.masks import StructuredMask
 from ray_surgeon.surgery.reconstruction import outputs_of, reconstruct
@@ -23,7 +23,10 @@ from tests.conftest import CONFIGS, LAYOUTS, SPARSE_CONFIGS, tiny_model
 from tests.integration.runs import MOST_BY_ORDER_OF_SUMS, difference, loaded, report_of, run, tensors_of_shot, tiny_spec
 
 GROUPS: dict[str, Any] = {"pruning__structure": "groups", "pruning__width_multiple": 1, "pruning__groups": ["ffn"]}
-FIT: dict[str, Any] = GROUPS | {"pruning__reconstruction": {"tokens_per_step": 16, "num_epochs": 4, "learning_rate": 0.02}}
+FIT: dict[str, Any] = GROUPS | {
+    "pruning__reconstruction": {"tokens_per_step": 16, "num_epochs": 4, "learning_rate": 0.02},
+    "calibration__held_aside": 0,
+}
 
 
 def inputs_for(model: Path, folder: Path, **options: Any) -> Inputs:
@@ -57,25 +60,30 @@ def test_a_layer_is_what_the_family_computes(family: str, model_folders: dict[st
 
 @pytest.mark.parametrize("stores", [Stores(), Stores("disk", "device", "recompute", 2)])
 def test_owners_get_the_inputs_of_every_token_once(stores: Stores, model_folders: dict[str, Path], tmp_path: Path) -> None:
-    inputs = inputs_for(model_folders["llama"], tmp_path, curvature__num_backward=3)
+    inputs = inputs_for(model_folders["llama"], tmp_path, curvature__num_backward=3, calibration__held_aside=0.3)
     cluster = loaded(model_folders["llama"], 2, 2, stores)
-    inputs.method.calibrate(cluster, inputs.calibration, 1, remembers=False)
+    inputs.method.calibrate(cluster, inputs.text, 1, remembers=False)
     seen: dict[str, list[Tensor]] = {}
     model = tiny_model("llama")
     for number, block in enumerate(model.model.layers):
         parts = seen[f"model.layers.{number}.mlp.down_proj"] = []
         block.mlp.register_forward_pre_hook(lambda _, given, parts=parts: parts.append(given[0].detach()[0]))
     with torch.no_grad():
-        for tokens in inputs.calibration:
+        for tokens in (*inputs.text.tokens, *inputs.text.held):
             model(torch.from_numpy(tokens)[None])
-    owned = 0
+    owned, num_held = 0, len(inputs.text.held)
+    assert num_held == 2
     for worker in cluster.workers.values():
-        kept = worker.shard.layer_inputs
-        assert kept is not None
-        for name in filter(worker.owns, kept.names):
-            order = [*drawn(6, 3), *sorted(set(range(6)) - set(drawn(6, 3)))]
-            found, expected = kept.take(name).float(), torch.cat([seen[name][number] for number in order])
-            torch.testing.assert_close(found, expected.bfloat16().float(), rtol=1e-2, atol=1e-3)
+        assert worker.shard.layer_inputs is None
+        kept = worker.kept(KeptInputs)
+        assert kept.fitted is not None
+        assert kept.held is not None
+        fitted = 6 - num_held
+        for name in filter(worker.owns, kept.fitted.names):
+            order = [*drawn(fitted, 3), *sorted(set(range(fitted)) - set(drawn(fitted, 3)))]
+            for found, numbers in ((kept.fitted.take(name), order), (kept.held.take(name), range(fitted, 6))):
+                expected = torch.cat([seen[name][number] for number in numbers])
+                torch.testing.assert_close(found.float(), expected.bfloat16().float(), rtol=1e-2, atol=1e-3)
             owned += 1
     assert owned == len(seen)
 
@@ -90,6 +98,7 @@ def test_channels_are_the_same_and_the_divergence_is_lower(model_folders: dict[s
     assert fit["divergence"]["seen"] < 0.9 * plain["divergence"]["seen"]
     assert set(fit["reconstruction"]) == {name for name, count in fit["groups_removed"].items() if count}
     assert all(after < before for before, after in fit["reconstruction"].values())
+    assert fit["reconstruction_rate"] == 0.02
     before, after = (tensors_of_shot(tmp_path / name / "run", 1) for name in ("plain", "fit"))
     assert {name for name in before if not torch.equal(before[name], after[name])} == {
         f"model.layers.{block}.mlp.{linear}.weight"
@@ -114,7 +123,7 @@ def test_replicas_have_the_same_weights_and_no_inputs_after_it(model_folders: di
     method = inputs.method
     assert isinstance(method, Groups)
     cluster = loaded(model_folders["phi3"], 1, 2)
-    method.calibrate(cluster, inputs.calibration, 1, remembers=False)
+    method.calibrate(cluster, inputs.text, 1, remembers=False)
     choice = method.choose(cluster, method.score(cluster, 1), 1)
     method.apply(cluster, inputs.calibration, choice, 1)
     one, other = cluster.workers.values()
@@ -136,8 +145,8 @@ def test_a_layer_that_is_gone_is_not_trained(model_folders: dict[str, Path], tmp
 def test_a_mixture_keeps_inputs_of_the_kinds_that_lose_groups(model_folders: dict[str, Path], tmp_path: Path) -> None:
     options = {"pruning__groups": ["ffn", "attention"], "pruning__num_shots": 1, "pruning__target_sparsity": 0.05}
     inputs, cluster = inputs_for(model_folders["glm4_moe"], tmp_path, **options), loaded(model_folders["glm4_moe"], 2)
-    inputs.method.calibrate(cluster, inputs.calibration, 1, remembers=False)
-    kept = [worker.shard.layer_inputs for worker in cluster.workers.values()]
+    inputs.method.calibrate(cluster, inputs.text, 1, remembers=False)
+    kept = [worker.kept(KeptInputs).fitted for worker in cluster.workers.values()]
     assert [inputs is not None and inputs.names for inputs in kept] == [("model.layers.0.mlp.down_proj",), ()]
     for kind in ("ffn", "shared_experts"):
         changed = FIT | options | {"pruning__groups": [kind], "cluster__num_shards": 2}
@@ -169,7 +178,7 @@ def test_only_layers_that_lost_channels_in_a_shot_are_trained_and_in_its_report(
     method = inputs.method
     layers = [groups.consumer for groups in LAYOUTS["llama"].group_sets if groups.kind == "ffn"]
     for shot in (1, 2):
-        method.calibrate(cluster, inputs.calibration, shot, remembers=False)
+        method.calibrate(cluster, inputs.text, shot, remembers=False)
         scores = method.score(cluster, shot)
         choice = replace(method.choose(cluster, scores, shot), counts={name: 3 * (name == layers[shot]) for name in layers})
         linears = method.apply(cluster, inputs.calibration, choice, shot)
@@ -190,7 +199,7 @@ def test_all_replicas_have_what_the_owner_of_the_consumer_trained(model_folders:
     method, results, choice = inputs.method, list[dict[str, Tensor]](), None
     for num_replicas in (1, 3):
         cluster = loaded(model_folders["llama"], 1, num_replicas)
-        method.calibrate(cluster, inputs.calibration, 1, remembers=False)
+        method.calibrate(cluster, inputs.text, 1, remembers=False)
         found = method.choose(cluster, method.score(cluster, 1), 1)
         choice = choice or found
         method.apply(cluster, inputs.calibration, choice, 1)
@@ -202,3 +211,34 @@ def test_all_replicas_have_what_the_owner_of_the_consumer_trained(model_folders:
         assert change.any()
         for other in others:
             assert float((other[name] - one[name]).norm()) < 1e-3 * float(change.norm())
+
+
+def test_the_learning_rate_is_the_best_of_those_tried_on_two_layers(
+    model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same one whoever owns the layers, and trying changes nothing."""
+    seen = list[tuple[str, float, float]]()
+    plain = Reconstruction.tried
+
+    def noting(self: Reconstruction, worker: Any, groups: Any, W: Tensor, kept: Tensor, rate: float) -> float:
+        weights = {name: worker.shard.weight(name) for name in worker.shard.linears}
+        error = plain(self, worker, groups, W, kept, rate)
+        assert all(torch.equal(worker.shard.weight(name), W) for name, W in weights.items())
+        seen.append((groups.consumer, rate, error))
+        return error
+
+    monkeypatch.setattr(Reconstruction, "tried", noting)
+    options: dict[str, Any] = {"pruning__reconstruction": {"tokens_per_step": 16, "num_epochs": 4}, "pruning__num_shots": 1}
+    options["calibration__held_aside"] = 0.3
+    for name, workers in (("one", {}), ("four", {"cluster__num_shards": 2, "cluster__num_replicas": 2})):
+        assert run(tmp_path / name, model_folders["llama"], **(FIT | options), **workers) == 0
+    assert {rate for _, rate, _ in seen} == set(RATES)
+    assert len({layer for layer, _, _ in seen}) == 2
+    first = seen[: len(seen) // 2]
+    means = {rate: sum(error for _, one, error in first if one == rate) for rate in RATES}
+    for name in ("one", "four"):
+        (shot,) = report_of(tmp_path / name / "run")["shots"]
+        assert shot["reconstruction_rate"] == min(RATES, key=lambda rate: means[rate])
+        assert shot["divergence_held_aside"] > 0
+    assert difference(tmp_path / "one/run", tmp_path / "four/run", 1) < MOST_BY_ORDER_OF_SUMS
+    assert Reconstruction.best_rate({0.1: [float("nan"), 0.1], 0.2: [0.9, 0.9]}) == 0.2

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from ray_surgeon.cluster.local import LocalCluster
 from ray_surgeon.cluster.passes import divergences_of, remember
 from ray_surgeon.inputs import Inputs, check
+from ray_surgeon.methods.calibration import CalibrationText
 from ray_surgeon.methods.consumer_costs import ConsumerCosts, Reach, Unit
 from ray_surgeon.methods.groups import Groups, Scored
 from ray_surgeon.methods.groups_section import GroupsSection, SearchSection, UniformGroupsSection
@@ -26,7 +27,13 @@ from ray_surgeon.surgery.masks import StructuredMask
 from ray_surgeon.surgery.scales import shrunk_ratios
 from tests.integration.runs import MOST_BY_ORDER_OF_SUMS, assert_same_shot, difference, loaded, report_of, run, tensors_of_shot, tiny_spec
 
-GROUPS: dict[str, Any] = {"pruning__structure": "groups", "pruning__width_multiple": 1, "pruning__search": {"num_sequences": 3}}
+GROUPS: dict[str, Any] = {
+    "pruning__structure": "groups",
+    "pruning__width_multiple": 1,
+    "pruning__search": {"num_sequences": 3},
+    "calibration__held_aside": 0,
+}
+NOTHING_HELD = CalibrationText(np.zeros((0, 40), dtype=np.int64))
 
 
 def scored(
@@ -38,7 +45,7 @@ def scored(
     search, cluster = Search.of(inputs.method), loaded(model, 2, num_replicas)
     assert search is not None
     remember(cluster, SEARCHED, inputs.searched)
-    inputs.method.calibrate(cluster, inputs.calibration, 1, remembers=False)
+    inputs.method.calibrate(cluster, inputs.text, 1, remembers=False)
     return search, cluster, inputs.method.score(cluster, 1), inputs.searched
 
 
@@ -83,7 +90,7 @@ def test_scales_are_what_removals_change_over_what_they_were_to_cost(
         return shrunk_ratios(*given)
 
     monkeypatch.setattr("ray_surgeon.methods.search.shrunk_ratios", noting)
-    _, record = search.run(cluster, scores, windows, 1)
+    _, record = search.run(cluster, scores, windows, NOTHING_HELD, 1)
     ((found_changes, found_costs, found_kinds),) = seen
     assert record["divergences"][0] == pytest.approx(divergence_before, rel=1e-5)
     torch.testing.assert_close(found_changes, changes.double(), rtol=1e-3, atol=1e-6)
@@ -128,7 +135,7 @@ def test_the_best_allocation_is_taken_and_everything_else_is_left_as_it_was(
         return rescaled(self, cluster, *others)
 
     monkeypatch.setattr(Groups, "rescaled", following)
-    found, record = search.run(cluster, scores, windows, 1)
+    found, record = search.run(cluster, scores, windows, NOTHING_HELD, 1)
     assert followed == [True] * 3, "paths begin with the weights from before"
     assert record["divergences"] == [5.0, 3.0, 4.0, 6.0]
     assert {c.unit: c.scale for c in found.costs} == scales[0], "those of the second allocation"
@@ -236,7 +243,7 @@ def test_a_divergence_that_is_no_number_ends_a_search(model_folders: dict[str, P
     name = next(iter(worker.shard.linears))
     worker.shard.set_weight(name, torch.full_like(worker.shard.weight(name), torch.nan))
     with pytest.raises(FloatingPointError, match=r"divergence .* is not finite"):
-        search.run(cluster, scores, windows, 1)
+        search.run(cluster, scores, windows, NOTHING_HELD, 1)
 
 
 def test_a_method_has_a_search_if_its_section_says_so() -> None:
@@ -264,7 +271,7 @@ def test_every_round_goes_on_from_the_scales_before(
         return made[-1]
 
     monkeypatch.setattr(Search, "_scales", scales)
-    search.run(cluster, scores, windows, 1)
+    search.run(cluster, scores, windows, NOTHING_HELD, 1)
     assert seen == [{}, made[0]]
 
 
@@ -272,6 +279,27 @@ def test_an_allocation_is_measured_once(model_folders: dict[str, Path], tmp_path
     search, cluster, scores, windows = scored(model_folders["llama"], tmp_path)
     search = Search(SearchSection(rounds=3, num_sequences=3), search.method)
     monkeypatch.setattr(Search, "_scales", lambda self, cluster, scores, *_: {c.unit: 2.0 for c in scores.costs})
-    found, record = search.run(cluster, scores, windows, 1)
+    found, record = search.run(cluster, scores, windows, NOTHING_HELD, 1)
     assert len(record["divergences"]) == 1
     assert {c.scale for c in found.costs} == {1.0}
+
+
+@pytest.mark.parametrize(("held", "taken"), [([3.0, 4.0], 0), ([4.0, 3.0], 1)])
+def test_windows_held_aside_decide_which_allocation_is_taken(
+    held: list[float], taken: int, model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the windows say on which the scales were taken."""
+    search, cluster, scores, windows = scored(model_folders["llama"], tmp_path)
+    counts = search.method.allocate(scores, 1).counts
+    losing = next(c.unit for c in scores.costs if counts[c.consumer])
+    given, measures = iter([9.0, 1.0] if not taken else [1.0, 9.0]), iter(held)
+    monkeypatch.setattr("ray_surgeon.methods.search.divergences_of", lambda *_: [next(given)])
+    monkeypatch.setattr("ray_surgeon.methods.search.held_measure", lambda *_: next(measures))
+    scales = {c.unit: 1e3 if c.unit == losing else 1.0 for c in scores.costs}
+    monkeypatch.setattr(Search, "_scales", lambda *_: scales)
+    found, record = search.run(cluster, scores, windows, CalibrationText(windows, held=windows), 1)
+    assert (record["held_aside"], record["taken"]) == (held, taken)
+    assert {c.unit: c.scale for c in found.costs} == (scales if taken else dict.fromkeys(scales, 1.0))
+    facts = Search.facts(record)
+    assert (facts["divergence before"], facts["divergence"]) == (held[0], min(held))
+    assert "allocation" in str(facts["taken"])

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ray_surgeon.models.low_rank import LowRank, LowRankCorrections, adding
+from ray_surgeon.models.low_rank import CLIP, RATE_OF_A, LowRank, LowRankCorrections
 from ray_surgeon.surgery.masks import ElementMask, StructuredMask
 from tests.models.test_shard import shards
 
@@ -15,18 +15,21 @@ def test_steps_are_as_long_as_the_rate_and_removed_rows_and_columns_stay() -> No
     name = next(iter(shard.linears))
     masks[name].rows[0] = masks[name].columns[1] = False
     before, num_steps, rate = shard.weight(name), 4, 0.01
-    corrections = LowRankCorrections(shard, masks, set(shard.linears), rank=2, learning_rate=rate, seed_of=dict.fromkeys(shard.linears, 0))
+    corrections = LowRankCorrections(shard, masks, set(shard.linears), rank=2, seed_of=dict.fromkeys(shard.linears, 0))
     part = corrections.parts[name]
     start, moved = part.A.detach().clone(), []
+    of_A = float(start.square().mean().sqrt())
+    of_W = float(before[:, : start.shape[1]].square().mean().sqrt())
     for _ in range(num_steps):
         for parameter in (part.A, part.B):
             parameter.grad = torch.ones_like(parameter)
         last = part.B.detach().clone()
-        corrections.step()
+        corrections.step(rate)
         moved.append(float((last - part.B.detach()).mean()))
-    # under a gradient that does not change, every step of Adam is as long as its rate
-    assert moved == pytest.approx([rate] * num_steps, rel=1e-4)
-    torch.testing.assert_close(start - part.A.detach(), torch.full_like(start, num_steps * rate), rtol=1e-4, atol=1e-7)
+    # under a gradient that does not change, every step of Adam is as long as its rate, here relative to the weights
+    assert moved == pytest.approx([rate * of_W / (of_A * 2**0.5)] * num_steps, rel=1e-4)
+    step_of_A = rate * RATE_OF_A * of_A
+    torch.testing.assert_close(start - part.A.detach(), torch.full_like(start, num_steps * step_of_A), rtol=1e-4, atol=1e-7)
     product = part.B.detach() @ part.A.detach()
     found = corrections.absorb()
     product[0] = 0
@@ -41,7 +44,7 @@ def test_what_is_absorbed_in_bfloat16_is_said(size: float, least: float, most: f
     shapes = shard.layout.shapes
     masks = {name: StructuredMask.full(shape.num_rows, shape.num_columns) for name, shape in shapes.items()}
     seeds = dict.fromkeys(shard.linears, 0)
-    corrections = LowRankCorrections(shard, masks, set(shard.linears), rank=2, learning_rate=0.1, seed_of=seeds)
+    corrections = LowRankCorrections(shard, masks, set(shard.linears), rank=2, seed_of=seeds)
     before, added = {name: shard.weight(name) for name in shard.linears}, {}
     for name, part in corrections.parts.items():
         part.B.data += size * torch.randn(part.B.shape, generator=torch.Generator().manual_seed(1))
@@ -79,10 +82,9 @@ def test_what_is_added_to_outputs_is_what_is_absorbed(by_element: bool) -> None:
     mask = ElementMask(kept) if by_element else StructuredMask(kept[:, 0], kept[0])  # the last column is the bias's
     part, before = LowRank(module, mask, 2, 0, torch.device("cpu")), module(x)
     part.B.data = torch.randn(4, 2)
-    module.register_forward_hook(adding(part))
     added = part.B @ part.A * (kept[:, :5] if by_element else torch.outer(kept[:, 0], kept[0, :5]))
     torch.testing.assert_close(part.product(), added)
-    torch.testing.assert_close(module(x), before + x @ added.T)
+    torch.testing.assert_close(before + part.added(x), before + x @ added.T)
 
 
 def test_corrections_start_uniform_and_add_nothing() -> None:
@@ -97,11 +99,80 @@ def test_gradients_are_of_the_mean_loss_and_forgotten_after_a_step() -> None:
     (shard,) = shards("llama", [0, 4])
     masks = {name: StructuredMask.full(shape.num_rows, shape.num_columns) for name, shape in shard.layout.shapes.items()}
     name, other = list(shard.linears)[:2]
-    corrections = LowRankCorrections(shard, masks, {name}, rank=2, learning_rate=0.1, seed_of=dict.fromkeys(shard.linears, 0))
+    corrections = LowRankCorrections(shard, masks, {name}, rank=2, seed_of=dict.fromkeys(shard.linears, 0))
     for each in (name, other):
         part = corrections.parts[each]
         part.A.grad = torch.full_like(part.A, 6.0)
         assert [float(gradient.abs().max()) for gradient in corrections.gradients(each, 3)] == [2.0, 0.0]
-    corrections.step()
+    corrections.step(0.1)
     assert not corrections.gradients(name, 3)[0].any()
     assert not corrections.gradients(other, 3)[0].any()
+
+
+def test_a_state_is_gone_back_to_whole() -> None:
+    """Steps after a state was restored are those that were made after it was kept, moments and mean norms included."""
+    (shard,) = shards("llama", [0, 4])
+    masks = {name: StructuredMask.full(shape.num_rows, shape.num_columns) for name, shape in shard.layout.shapes.items()}
+    corrections = LowRankCorrections(shard, masks, set(shard.linears), rank=2, seed_of=dict.fromkeys(shard.linears, 0))
+    part = corrections.parts[next(iter(shard.linears))]
+
+    def steps(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        generator = torch.Generator().manual_seed(count)
+        for _ in range(count):
+            for each in corrections.parts.values():
+                for parameter in (each.A, each.B):
+                    parameter.grad = torch.randn(parameter.shape, generator=generator)
+            corrections.step(0.01)
+        return part.A.detach().clone(), part.B.detach().clone()
+
+    steps(3)
+    state = corrections.state()
+    expected = steps(4)
+    steps(5)
+    corrections.restore(state)
+    assert part.A.grad is None
+    for found, wanted in zip(steps(4), expected, strict=True):
+        assert torch.equal(found, wanted)
+    corrections.restore(state)
+    for found, wanted in zip(steps(4), expected, strict=True):
+        assert torch.equal(found, wanted), "a state is not changed by what comes after it"
+
+
+def test_a_gradient_far_above_the_mean_of_those_before_is_clipped() -> None:
+    (shard,) = shards("llama", [0, 4])
+    masks = {name: StructuredMask.full(shape.num_rows, shape.num_columns) for name, shape in shard.layout.shapes.items()}
+    corrections = LowRankCorrections(shard, masks, set(shard.linears), rank=2, seed_of=dict.fromkeys(shard.linears, 0))
+    part = corrections.parts[next(iter(shard.linears))]
+    norms = []
+    for size in (1.0, 1.0, 100.0, 1.5):
+        for each in corrections.parts.values():
+            for parameter in (each.A, each.B):
+                parameter.grad = torch.full_like(parameter, size / parameter.numel() ** 0.5)
+        gradient = part.A.grad
+        assert gradient is not None
+        corrections.step(0.01)
+        norms.append(float(gradient.norm()))
+    assert norms == pytest.approx([1.0, 1.0, CLIP, 1.5])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_outputs_can_be_those_of_absorbed_weights(dtype: torch.dtype) -> None:
+    (shard,) = shards("llama", [0, 4], dtype=dtype)
+    masks = {name: StructuredMask.full(shape.num_rows, shape.num_columns) for name, shape in shard.layout.shapes.items()}
+    corrections = LowRankCorrections(shard, masks, set(shard.linears), rank=2, seed_of=dict.fromkeys(shard.linears, 0))
+    name, module = next(iter(shard.linears.items()))
+    part = corrections.parts[name]
+    part.B.data += 0.003 * torch.randn(part.B.shape, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(1, 5, part.A.shape[1], generator=torch.Generator().manual_seed(2)).to(dtype)
+    plain = module(x).detach()
+    corrections.round_as_absorbed(True)
+    rounded = module(x).detach()
+    corrections.absorb()
+    absorbed = module(x).detach()
+    torch.testing.assert_close(rounded, absorbed, rtol=2e-2, atol=2e-2 if dtype == torch.bfloat16 else 1e-6)
+    if dtype == torch.bfloat16:
+        assert float((rounded - absorbed).abs().mean()) < float((plain - absorbed).abs().mean())
+    corrections = LowRankCorrections(shard, masks, set(shard.linears), rank=2, seed_of=dict.fromkeys(shard.linears, 0))
+    corrections.parts[name].B.data += 1
+    corrections.remove()
+    assert torch.equal(module(x), absorbed), "what is removed leaves no trace"

@@ -256,8 +256,19 @@ def test_uniform_experts_and_channels_by_brute_force() -> None:
                 total += min(sum(c.whole if i in gone else float(c.curve[n]) for i, c in enumerate(own)) for gone in subsets)
             return total
 
-        options = {(m, n): cost_of(m, n) for m in range(4) for n in range(4) if 2 * (30 * m + 10 * n * (4 - m)) >= missing}
-        chosen = sum(c.whole if c.consumer in found.experts else float(c.curve[found.counts[c.consumer]]) for c in costs)
-        assert chosen == pytest.approx(min(options.values()))
+        def saves_enough(m: int, n: int, wanted: int = missing) -> bool:
+            return 2 * (30 * m + 10 * n * (4 - m)) >= wanted
+
+        cost = {(m, n): cost_of(m, n) for m in range(4) for n in range(4)}
+        rising = {(m, n): max(cost[i, j] for i in range(m + 1) for j in range(n + 1)) for m, n in cost}
+        best = min(price for option, price in rising.items() if saves_enough(*option))
+        gone = {sum(c.consumer in found.experts for c in costs if c.layer == layer) for layer in range(2)}
+        number = next(iter(gone))
+        width = next(found.counts[c.consumer] for c in costs if c.consumer not in found.experts)
+        chosen = sum(c.whole if c.consumer in found.experts else float(c.curve[width]) for c in costs)
+        assert rising[number, width] == pytest.approx(best)
+        assert chosen == pytest.approx(cost[number, width])
+        for less in ((number - 1, width), (number, width - 1)):
+            assert min(less) < 0 or not saves_enough(*less), "a step less would have been enough"
         assert len({sum(c.consumer in found.experts for c in costs if c.layer == layer) for layer in range(2)}) == 1
     assert math.isinf(GroupCosts("x", "ffn", torch.zeros(1), 1, frozenset({0}), [0.0, 1.0]).whole)

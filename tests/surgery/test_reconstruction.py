@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ray_surgeon.surgery.reconstruction import BEND, FeedForward, Reconstructed, error_of, outputs_of, reconstruct
+from ray_surgeon.surgery.reconstruction import BEND, FeedForward, Reconstructed, error_of, outputs_of, rate_factor, reconstruct
 
 D, K, N = 6, 5, 40
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": torch.nn.functional.silu, "relu": torch.relu}
@@ -69,7 +69,10 @@ def test_the_error_and_the_direction_of_the_first_step(gated: bool, biased: bool
 
 
 def by_adam(layer: FeedForward, x: Tensor, y: Tensor, learning_rate: float, size: int, num_epochs: int) -> tuple[Tensor, ...]:
-    """Return the weights after all steps: Adam with 0.8 and 0.9, on Huber's loss from 4 times the mean error, falling linearly to zero."""
+    """Return the weights after all steps: Adam with 0.8 and 0.9, on Huber's loss from 4 times the mean error.
+
+    The rate rises over the first twentieth of the steps, and then falls linearly to zero.
+    """
     generator, bend = torch.Generator().manual_seed(0), 4 * by_hand(layer.weights, layer, x, y).mean()
     torch.randperm(len(x), generator=generator)  # of those that are measured
     weights, per_epoch = list(layer.weights), len(x) // size
@@ -86,7 +89,8 @@ def by_adam(layer: FeedForward, x: Tensor, y: Tensor, learning_rate: float, size
             means[i] = 0.8 * means[i] + 0.2 * gradient
             squares[i] = 0.9 * squares[i] + 0.1 * gradient.square()
             direction = means[i] / (1 - 0.8 ** (step + 1)) / (squares[i] / (1 - 0.9 ** (step + 1))).sqrt()
-            weights[i] = weights[i] - (1 - step / (num_epochs * per_epoch)) * rates[i] * direction
+            total = num_epochs * per_epoch
+            weights[i] = weights[i] - min((step + 1) / max(1, round(total / 20)), 1 - step / total) * rates[i] * direction
     return tuple(weights)
 
 
@@ -106,7 +110,8 @@ def test_a_layer_that_gets_slightly_worse_stays() -> None:
     worse = error_of(layer.with_weights(by_adam(layer, x, y, 4e-4, 8, 1)), x, y, BEND * error_of(layer, x, y))
     found = trained(layer, x, y, learning_rate=4e-4, num_epochs=1)
     assert found.before < worse < 1.1 * found.before
-    assert found.after == found.before
+    assert found.after == pytest.approx(worse, rel=1e-3)
+    assert not found.is_better
     assert all(torch.equal(after, start.float()) for after, start in zip(found.layer.weights, layer.weights, strict=True))
 
 
@@ -189,7 +194,8 @@ def test_tokens_with_huge_outputs_do_not_refuse_what_all_others_gain_from(dtype:
     before, after = (error_of(each, x[ordinary], y[ordinary].float()) for each in (left, found.layer))
     assert after < 0.2 * before
     assert found.after < found.before
-    assert error_of(found.layer, x, y.float()) > error_of(left, x, y.float())
+    if dtype == torch.float32:  # in bfloat16 the plain error falls, too
+        assert error_of(found.layer, x, y.float()) > error_of(left, x, y.float())
 
 
 def test_outputs_of_any_size_train_alike_in_float16() -> None:
@@ -206,8 +212,37 @@ def test_outputs_of_any_size_train_alike_in_float16() -> None:
 def test_a_layer_that_does_not_get_better_stays() -> None:
     layer, x, y = problem(True, True)
     found = trained(layer, x, outputs_of(layer, x) + 0.01 * y, learning_rate=1.0, num_epochs=1)
-    assert found.after == found.before > 0
+    assert found.after > found.before > 0
     for after, before in zip(found.layer.weights, layer.weights, strict=True):
         assert torch.equal(after, before.float())
     exact = trained(layer, x, outputs_of(layer.to(torch.float32), x.float()).double())
     assert exact.after == exact.before == 0
+
+
+def test_a_layer_is_taken_by_tokens_held_aside_alone() -> None:
+    """Few tokens are learnt by heart. That shows on others, and the layer stays; with many it is taken, by its error on the others."""
+    whole, left, x = pairs_of_channels()
+    y = outputs_of(whole, x)
+    noise = y + 20 * torch.randn(y.shape, generator=torch.Generator().manual_seed(7))
+    held = x[1000:], y[1000:]
+    options = {"learning_rate": 0.02, "tokens_per_step": 20, "num_epochs": 30}
+    by_heart = reconstruct(left, x[:20], noise[:20], held, generator=torch.Generator().manual_seed(0), **options)  # type: ignore[arg-type]
+    own = reconstruct(left, x[:20], noise[:20], generator=torch.Generator().manual_seed(0), **options)  # type: ignore[arg-type]
+    assert own.is_better
+    assert not by_heart.is_better
+    assert all(torch.equal(after, start) for after, start in zip(by_heart.layer.weights, left.weights, strict=True))
+    found = reconstruct(left, x[:1000], y[:1000], held, generator=torch.Generator().manual_seed(0), **options)  # type: ignore[arg-type]
+    limit = BEND * error_of(left, x[:1000], y[:1000])
+    assert found.after == pytest.approx(error_of(found.layer, *held, limit), rel=1e-6)
+    assert found.before == pytest.approx(error_of(left, *held, limit), rel=1e-6)
+    assert found.after < 0.5 * found.before
+
+
+def test_a_part_of_a_pass_is_that_many_steps() -> None:
+    layer, x, y = problem(True, True)
+    found = trained(layer, x, y, tokens_per_step=8, num_epochs=0.4)
+    expected = by_adam(layer, x, y, 0.01, 8, 1)
+    assert not torch.equal(found.layer.consumer, expected[-1].float())
+    assert [rate_factor(number, 40) for number in (0, 1, 2, 20, 39)] == pytest.approx([0.5, 0.975, 0.95, 0.5, 0.025])
+    assert [rate_factor(number, 3) for number in range(3)] == pytest.approx([1, 2 / 3, 1 / 3])
+    assert rate_factor(0, 1) == 1.0

@@ -1,0 +1,125 @@
+"""Which prompts the dense and the pruned model answer, so that their answers can be compared; see `ray_surgeon.cluster.generation`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PretrainedConfig
+
+from ray_surgeon.cluster.cluster import Cluster
+from ray_surgeon.cluster.conversations import Conversations, Request, chat_marks, write_prompts
+from ray_surgeon.cluster.generation import check_prompts
+from ray_surgeon.sections.generation import GenerationSection
+from ray_surgeon.sections.texts import START_TOKENS, TURN_TOKENS
+from ray_surgeon.storage.texts import has_chat_template, read_prompts
+
+WHERE = "evaluation.generation"
+_SEED = 7_919
+"""Added to a user's seed, so that the prompts are not those of conversations in the calibration with the same seed."""
+_HELD_SHARE = 0.1
+"""Share of a calibration's file of prompts that is held aside for the comparison, at most."""
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """Prompts, and what their answers need."""
+
+    section: GenerationSection
+    prompts: tuple[tuple[int, ...], ...] | None  # tokens of each; None if the dense model writes them
+    request: Conversations | None  # for the prompts that it writes
+    ends: frozenset[int]  # tokens that end an answer
+    tokenizer: Any = field(repr=False)
+
+    def asked(self, cluster: Cluster) -> tuple[tuple[int, ...], ...]:
+        """Return the prompts, written by the dense model on the cluster if they are not given.
+
+        Raises:
+            RuntimeError: the model writes no usable prompts.
+        """
+        if self.prompts is not None:
+            return self.prompts
+        assert self.request is not None
+        return write_prompts(cluster, self.request, self.section.num_prompts)
+
+    def text_of(self, tokens: Sequence[int]) -> str:
+        """Return the text of tokens, without those of the chat template."""
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+
+def can_write_prompts(section: GenerationSection, tokenizer: Any, config: PretrainedConfig) -> bool:
+    """Whether a model can write prompts from its chat template's opening, and has room for their answers."""
+    if not has_chat_template(tokenizer):
+        return False
+    marks, longest = chat_marks(tokenizer, config, WHERE), getattr(config, "max_position_embeddings", None)
+    needed = len(marks.opening) + TURN_TOKENS + len(marks.closing) + section.max_new_tokens
+    return bool(marks.opening) and (longest is None or needed <= longest)
+
+
+def yardstick_of(
+    section: GenerationSection,
+    tokenizer: Any,
+    config: PretrainedConfig,
+    windows: NDArray[np.int64],
+) -> Yardstick:
+    """Return the prompts of a section, or how they are to be written.
+
+    Args:
+        section: `evaluation.generation`.
+        tokenizer: of the model.
+        config: of the model.
+        windows: [num_sequences, sequence_length] of the evaluation text that a model without a chat template goes on with.
+
+    Raises:
+        ValueError: a prompt cannot be read or answered; names the field.
+    """
+    longest, new = getattr(config, "max_position_embeddings", None), section.max_new_tokens
+    marks = chat_marks(tokenizer, config, WHERE)
+    if section.prompts is None and has_chat_template(tokenizer) and marks.opening:
+        length = len(marks.opening) + len(marks.closing) + len(marks.end) + 3 * TURN_TOKENS  # a third is a turn's
+        request = Conversations(marks, None, 0, length, 1.0, section.seed + _SEED, WHERE)
+        check_prompts([(*marks.opening, *marks.closing, *[0] * request.turn_tokens)], new, longest, f"{WHERE}.max_new_tokens")
+        return Yardstick(section, None, request, marks.ends_of_answer, tokenizer)
+    if section.prompts is None:
+        starts = windows[: section.num_prompts, : min(START_TOKENS, windows.shape[1])]
+        prompts = [tuple(start) for start in starts.tolist()]
+    else:
+        most = None if longest is None else longest - new
+        read = read_prompts(section.prompts, tokenizer, f"{WHERE}.prompts", most)
+        drawn = np.sort(np.random.default_rng(section.seed).permutation(len(read))[: section.num_prompts])
+        prompts = [read[number].tokens for number in drawn]
+    check_prompts(prompts, new, longest, f"{WHERE}.prompts")
+    return Yardstick(section, tuple(prompts), None, marks.ends_of_answer, tokenizer)
+
+
+def held_prompts(
+    section: GenerationSection, written: Mapping[int, Request], tokenizer: Any, config: PretrainedConfig
+) -> tuple[Yardstick | None, dict[int, Request]]:
+    """Take some prompts of the calibration's file out of it, for the comparison alone.
+
+    Args:
+        section: `evaluation.generation`, without prompts of its own.
+        written: number of a calibration text -> what the model is to write for it.
+        tokenizer: of the model.
+        config: of the model.
+
+    Returns:
+        The yardstick, None if the calibration has no file of two prompts or more; and what is left to be written.
+    """
+    for number, request in written.items():
+        prompts = request.prompts if isinstance(request, Conversations) else None
+        if prompts is None or len(prompts) < 2:
+            continue
+        count = min(section.num_prompts, max(1, round(_HELD_SHARE * len(prompts))))
+        held = set(np.random.default_rng(section.seed).permutation(len(prompts))[:count].tolist())
+        taken = tuple(prompts[i].tokens for i in sorted(held))
+        rest = tuple(prompt for i, prompt in enumerate(prompts) if i not in held)
+        assert isinstance(request, Conversations)
+        longest = getattr(config, "max_position_embeddings", None)
+        check_prompts(taken, section.max_new_tokens, longest, f"{request.where}.prompts")
+        yardstick = Yardstick(section, taken, None, request.marks.ends_of_answer, tokenizer)
+        return yardstick, {**written, number: replace(request, prompts=rest)}
+    return None, dict(written)

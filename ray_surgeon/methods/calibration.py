@@ -1,0 +1,60 @@
+"""The calibration text as the stages of a run take it: what they are fitted on, and what is held aside from all of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+HELD = "(held aside)"
+"""Name of the windows held aside among the texts that have dense states; no evaluation text can have it."""
+MOST_MEASURED = 12
+"""Windows held aside on which stages are measured, at most. A difference between two states of one model shows on few of them."""
+
+
+def _none() -> NDArray[np.int64]:
+    return np.zeros((0, 0), dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """Windows of the calibration, and which of their tokens count as something that is predicted."""
+
+    tokens: NDArray[np.int64] = field(repr=False)  # [num_sequences, sequence_length] what stages are fitted on
+    counts: NDArray[np.bool_] | None = field(default=None, repr=False)  # likewise, whether a token counts; None if all do
+    held: NDArray[np.int64] = field(default_factory=_none, repr=False)  # [num_windows, sequence_length] what no stage is fitted on
+    held_counts: NDArray[np.bool_] | None = field(default=None, repr=False)  # likewise
+
+    @staticmethod
+    def split(tokens: NDArray[np.int64], counts: NDArray[np.bool_] | None, num_held: int) -> CalibrationText:
+        """Hold some windows aside, spread evenly over all, so that every text of a mix gives its share.
+
+        Args:
+            tokens: [num_sequences, sequence_length].
+            counts: likewise, whether a token counts; None if all do.
+            num_held: how many windows are held aside.
+        """
+        is_held = np.zeros(len(tokens), dtype=bool)
+        is_held[held_places(len(tokens), num_held)] = True
+        of_fitted, of_held = (None, None) if counts is None else (counts[~is_held], counts[is_held])
+        return CalibrationText(tokens[~is_held], of_fitted, tokens[is_held], of_held)
+
+    @property
+    def measured(self) -> NDArray[np.int64]:
+        """Windows held aside on which stages are measured, some of them where they are many."""
+        return self.held[self._some]
+
+    @property
+    def measured_counts(self) -> NDArray[np.bool_] | None:
+        """Which of their tokens count."""
+        return None if self.held_counts is None else self.held_counts[self._some]
+
+    @property
+    def _some(self) -> NDArray[np.int64]:
+        return held_places(len(self.held), min(MOST_MEASURED, len(self.held)))
+
+
+def held_places(num_sequences: int, num_held: int) -> NDArray[np.int64]:
+    """Return the places of windows that are spread evenly: the middles of `num_held` equal parts."""
+    return ((np.arange(num_held) + 0.5) * num_sequences / max(1, num_held)).astype(np.int64)

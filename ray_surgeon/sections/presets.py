@@ -1,0 +1,103 @@
+"""Presets: settings of text and method that fit together, under what a spec says itself.
+
+A preset has no number that belongs to one model. Learning rates and damping are chosen in the run, by windows held aside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+PresetName = Literal["fast", "balanced", "quality"]
+
+_SAMPLED = {"fisher": "sampled", "damping": "auto"}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "fast": {
+        "calibration": {"num_sequences": 64, "sequence_length": 512},
+        "curvature": {**_SAMPLED, "num_backward": 12},
+        "reconstruction": {"num_epochs": 1},
+        "correction": None,
+    },
+    "balanced": {
+        "calibration": {"num_sequences": 144, "sequence_length": 512},
+        "curvature": {**_SAMPLED, "num_backward": 16},
+        "reconstruction": {"num_epochs": 1},
+        "correction": {"lora_rank": 32, "steps_per_shot": 60, "sequences_per_step": 2},
+    },
+    "quality": {
+        "calibration": {"num_sequences": 384, "sequence_length": 512},
+        "curvature": {**_SAMPLED, "num_backward": 32},
+        "reconstruction": {"num_epochs": 2},
+        "correction": {"lora_rank": 64, "steps_per_shot": 240, "sequences_per_step": 2},
+    },
+}
+"""Name -> what it sets: whole sections, but for `reconstruction`, which is a part of `pruning` of coupled groups."""
+
+_RECONSTRUCTED = {"ffn", "shared_experts"}
+_EXPERTS = {"experts", "expert_channels", "shared_experts"}
+_DEFAULT_GROUPS = ("ffn", "attention")
+_EVALUATION = ("python-docs", "python-docstrings")
+"""Texts that a run is measured on if it names none."""
+
+
+def with_preset(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a job spec's document with the settings of its preset under its own, and with default texts to measure on.
+
+    Args:
+        document: a mapping of sections; a section may be anything yet.
+    """
+    filled = dict(document)
+    preset = PRESETS.get(str(document.get("preset")))
+    if preset is not None:
+        _fill(filled, preset)
+    filled.setdefault("calibration", {"source": "auto"})
+    if filled.get("evaluation") is None:
+        filled["evaluation"] = {"texts": _texts(filled["calibration"])}
+    elif isinstance(filled["evaluation"], Mapping) and "texts" not in filled["evaluation"]:
+        filled["evaluation"] = {"texts": _texts(filled["calibration"])} | dict(filled["evaluation"])
+    return filled
+
+
+def _fill(document: dict[str, Any], preset: Mapping[str, Any]) -> None:
+    pruning = document.get("pruning")
+    plain = pruning if isinstance(pruning, Mapping) else {}
+    _under(document, "calibration", {"source": "auto"} | preset["calibration"])
+    if plain.get("method", "llm_surgeon") == "llm_surgeon":
+        _under(document, "curvature", _curvature_of(document.get("curvature"), plain, preset["curvature"]))
+    if preset["correction"] is not None:
+        _under(document, "correction", preset["correction"])
+    if plain.get("structure") != "groups":
+        return
+    groups = plain.get("groups", _DEFAULT_GROUPS)
+    filled = {"num_shots": 1} | dict(plain) if "sparsities" not in plain else dict(plain)
+    if isinstance(groups, list | tuple) and _RECONSTRUCTED & {str(kind) for kind in groups}:
+        _under(filled, "reconstruction", preset["reconstruction"])
+    document["pruning"] = filled
+
+
+def _curvature_of(section: Any, pruning: Mapping[str, Any], preset: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the preset's curvature without what the spec's kind of curvature, or its kinds of groups, do not have."""
+    kind = section.get("kind", "kfac") if isinstance(section, Mapping) else "kfac"
+    groups = pruning.get("groups", _DEFAULT_GROUPS)
+    of_experts = isinstance(groups, list | tuple) and bool(_EXPERTS & {str(kind) for kind in groups})
+    needless = set[str]()
+    if kind != "kfac" or of_experts:
+        needless.add("num_backward")
+    if kind in ("activations", "identity"):
+        needless.add("fisher")
+    if kind == "identity" or (of_experts and {str(kind) for kind in groups} == {"experts"}):
+        needless.add("damping")
+    return {name: value for name, value in preset.items() if name not in needless}
+
+
+def _under(document: dict[str, Any], name: str, settings: Mapping[str, Any]) -> None:
+    """Put settings under those of a section; a section that is null stays so."""
+    section = document.get(name, {})
+    if isinstance(section, Mapping):
+        document[name] = {**settings, **section}
+
+
+def _texts(calibration: Any) -> list[dict[str, Any]]:
+    length = calibration.get("sequence_length", 512) if isinstance(calibration, Mapping) else 512
+    return [{"name": name, "source": name, "num_sequences": 12, "sequence_length": length} for name in _EVALUATION]

@@ -1,0 +1,345 @@
+"""Calibration text that the dense model writes: plain texts and conversations."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
+
+from ray_surgeon.cluster import conversations
+from ray_surgeon.cluster.conversations import (
+    Conversation,
+    Conversations,
+    WrittenText,
+    as_tensors,
+    from_tensors,
+    pack,
+    repeats,
+    to_be_written,
+    write,
+)
+from ray_surgeon.cluster.sampling import Wanted, write_texts
+from ray_surgeon.run.directory import RunDirectory
+from ray_surgeon.sections.texts import CalibrationSection
+from ray_surgeon.storage import tensor_files
+from ray_surgeon.storage.texts import token_stream
+from tests.integration.runs import assert_same_shot, beginning, loaded, report_of, run
+
+TEMPLATE = (
+    "{% if messages[0].role != 'system' %}<s>Be kind.\n{% endif %}"
+    "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}<end>\n{% endfor %}"
+    "{% if add_generation_prompt %}<a>{% endif %}"
+)
+
+
+@pytest.fixture
+def chatty(model_folders: dict[str, Path]) -> PreTrainedTokenizerFast:
+    tokenizer = AutoTokenizer.from_pretrained(model_folders["llama"])
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+@pytest.fixture
+def asked(model_folders: dict[str, Path]) -> Callable[..., Any]:
+    """Return what a calibration text asks of the tiny model."""
+    config = AutoConfig.from_pretrained(model_folders["llama"])
+
+    def ask(tokenizer: PreTrainedTokenizerFast, **fields: Any) -> Any:
+        sizes = {"num_sequences": 5, "sequence_length": 96}
+        section = CalibrationSection.model_validate({"source": "self", **sizes, **fields})
+        return to_be_written(section, tokenizer, config)[0]
+
+    return ask
+
+
+def soon_ended(request: Conversations) -> Conversations:
+    """Return the same with many tokens that end a text; the tiny model hardly draws the one."""
+    last = frozenset({*request.marks.last, *range(20, 60)})
+    return replace(request, marks=replace(request.marks, last=last))
+
+
+def ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    found = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert isinstance(found, list)
+    return found
+
+
+def test_loops_are_found() -> None:
+    text = np.random.default_rng(0).permutation(300)
+    assert not repeats(text)
+    assert not repeats([])
+    assert not repeats([1])
+    assert repeats([7] * 32)
+    assert not repeats([7] * 31)
+    for period in (1, 2, 10, 11, 40, 64):
+        piece = text[:period].tolist()
+        times = max(3, -(-32 // period))
+        assert repeats([*text[100:150], *piece * times, *text[150:200]]), period
+        assert not repeats([*text[100:150], *piece * (times - 1), *text[150:200]]), period
+    assert not repeats(text[:65].tolist() * 3), "no longer pieces are looked for"
+
+
+def test_conversations_are_packed_whole_but_for_the_last_of_a_window() -> None:
+    made = [Conversation(tuple(range(10 * i, 10 * i + size)), slice(2, size - 1)) for i, size in enumerate((4, 5, 3, 8, 4))]
+    found = pack(made, 3, 7)
+    assert found.tokens.tolist() == [[0, 1, 2, 3, 10, 11, 12], [20, 21, 22, 30, 31, 32, 33]]
+    assert found.answers.tolist() == [
+        [False, False, True, False, False, False, True],
+        [False, False, False, False, False, True, True],
+    ]
+    assert pack(made, 1, 7).tokens.shape == (1, 7)
+    assert pack([], 2, 7).tokens.shape == (0, 7)
+
+
+def test_marks_of_a_template_are_found(chatty: PreTrainedTokenizerFast, asked: Callable[..., Any]) -> None:
+    marks = asked(chatty, chat=True).marks
+    assert marks.opening == tuple(ids(chatty, "<s>Be kind.\n<u>"))
+    assert marks.closing == tuple(ids(chatty, "<end>\n<a>"))
+    assert marks.end == tuple(ids(chatty, "<end>\n"))
+    end = chatty.eos_token_id
+    assert marks.last == marks.special == marks.ends_of_turn == marks.ends_of_answer == {end}
+    chatty.chat_template = "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
+    marks = asked(chatty, chat=True).marks
+    assert marks.ends_of_turn == {end, ids(chatty, ";")[0]}
+
+
+def test_conversations_are_the_same_whatever_the_workers_are(
+    chatty: PreTrainedTokenizerFast, asked: Callable[..., Any], model_folders: dict[str, Path]
+) -> None:
+    request = soon_ended(asked(chatty, chat=True, seed=4))
+    clusters = [loaded(model_folders["llama"], *w) for w in ((1, 1), (3, 1), (2, 2))]
+    found = [write(cluster, request) for cluster in clusters]
+    for other in found[1:]:
+        assert np.array_equal(other.tokens, found[0].tokens)
+        assert np.array_equal(other.answers, found[0].answers)
+    assert found[0].tokens.shape == found[0].answers.shape == (5, 96)
+    again = write(clusters[0], replace(request, seed=5))
+    assert not np.array_equal(again.tokens, found[0].tokens)
+    kept = from_tensors(as_tensors({2: found[0]}))[2]
+    assert np.array_equal(kept.tokens, found[0].tokens)
+    assert np.array_equal(kept.answers, found[0].answers)
+
+
+def test_answers_are_marked_and_the_template_stands_around_them(
+    chatty: PreTrainedTokenizerFast, asked: Callable[..., Any], model_folders: dict[str, Path]
+) -> None:
+    request = soon_ended(asked(chatty, chat=True))
+    writer = conversations._Writer(loaded(model_folders["llama"]), request)
+    found = writer.windows()
+    marks = request.marks
+    turns = []
+    for made in writer._conversations:
+        tokens = made.tokens
+        assert tokens[: len(marks.opening)] == marks.opening
+        before = tokens[: made.answer.start]
+        assert before[-len(marks.closing) :] == marks.closing
+        turns.append(before[len(marks.opening) : -len(marks.closing)])
+        answer = tokens[made.answer]
+        assert marks.ends_of_answer.isdisjoint(answer[:-1])
+        assert len(answer) > 1
+        ended = answer[-1] == chatty.eos_token_id
+        assert tokens[made.answer.stop :] == (marks.end[1:] if ended else ())
+    assert len(turns) == len(set(turns))
+    assert all(len(t) >= 3 and chatty.eos_token_id not in t and not repeats(t) for t in turns)
+    assert np.array_equal(found.tokens, pack(writer._conversations, 5, 96).tokens)
+    assert set(map(tuple, found.tokens[:, : len(marks.opening)].tolist())) == {marks.opening}
+    first = writer._conversations[0]
+    answered = found.tokens[0][found.answers[0]][: first.answer.stop - first.answer.start]
+    assert answered.tolist() == list(first.tokens[first.answer])
+
+
+def test_an_answer_may_be_cut_and_a_model_that_never_ends_a_turn_is_refused(
+    chatty: PreTrainedTokenizerFast,
+    asked: Callable[..., Any],
+    model_folders: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(conversations, "ANSWER_TOKENS", 9)
+    monkeypatch.setattr(conversations, "MAX_ROUNDS", 3)
+    request = asked(chatty, chat=True)
+    cluster = loaded(model_folders["llama"])
+    writer = conversations._Writer(cluster, soon_ended(request))
+    writer.windows()
+    sizes = {c.answer.stop - c.answer.start for c in writer._conversations}
+    assert max(sizes) == 9
+    never = replace(request.marks, last=frozenset(), closing=(1, 2), end=())
+    with pytest.raises(RuntimeError, match=r"calibration: after 3 rounds, \d+ of \d+ users' turns"):
+        write(cluster, replace(request, marks=never, temperature=0.01))
+
+
+def lines(path: Path, *records: object) -> str:
+    path.write_text("\n".join(map(json.dumps, records)) + "\n")
+    return str(path)
+
+
+def test_prompts_of_a_file_are_answered(
+    chatty: PreTrainedTokenizerFast,
+    asked: Callable[..., Any],
+    model_folders: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    said = {"role": "user", "content": "Why?"}
+    answer = {"role": "assistant", "content": "Because it is so."}
+    uri = lines(
+        tmp_path / "prompts.jsonl",
+        {"prompt": "the name of"},
+        {"messages": [said]},
+        {"messages": [{"role": "system", "content": "Be brief."}, said, answer]},
+    )
+    request = soon_ended(asked(chatty, prompts=uri, num_sequences=3))
+    writer = conversations._Writer(loaded(model_folders["llama"]), request)
+    found = writer.windows()
+    assert found.tokens.shape == (3, 96)
+    heads = [tuple(ids(chatty, "the name of")), tuple(ids(chatty, "<s>Be kind.\n<u>Why?<end>\n<a>"))]
+    given = tuple(ids(chatty, "<s>Be brief.<end>\n<u>Why?<end>\n<a>Because it is so.<end>\n"))
+    made = writer._conversations
+    assert [c.tokens for c in made].count(given) == 1, "what is given is not taken twice"
+    whole = next(c for c in made if c.tokens == given)
+    assert chatty.decode(whole.tokens[whole.answer]) == "Because it is so.<end>"
+    assert {c.tokens[: c.answer.start] for c in made if c is not whole} == set(heads)
+    others = [write(loaded(model_folders["llama"], *w), request) for w in ((3, 1), (2, 2))]
+    assert all(np.array_equal(other.tokens, found.tokens) for other in others)
+    greedy = asked(chatty, prompts=uri, temperature=0)
+    with pytest.raises(ValueError, match="give more prompts or fewer num_sequences"):
+        write(loaded(model_folders["llama"]), greedy)
+    plain = AutoTokenizer.from_pretrained(model_folders["llama"])
+    uri = lines(tmp_path / "plain.jsonl", {"prompt": "the name of"})
+    request = soon_ended(asked(beginning(plain, "<end> $A"), prompts=uri, num_sequences=1))
+    found = write(loaded(model_folders["llama"]), request)
+    assert found.tokens[0, :4].tolist() == [plain.bos_token_id, *ids(plain, "the name of")][:4]
+    assert found.answers[0].any()
+
+
+def test_a_text_goes_on_from_the_beginning_of_a_given_one(model_folders: dict[str, Path], asked: Callable[..., Any]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model_folders["llama"])
+    given = {"source": "python-docs", "max_tokens": 4000}
+    options = {"starts": given, "start_tokens": 6, "texts_per_sequence": 2}
+    request = asked(tokenizer, **options)
+    found = write(loaded(model_folders["llama"]), request)
+    assert found.tokens.shape == (5, 96)
+    assert not found.answers.any()
+    texts = found.tokens.reshape(10, 48)
+    stream = token_stream(CalibrationSection(num_sequences=1, sequence_length=2, **given), tokenizer, "").tolist()
+    places = {tuple(stream[i : i + 6]) for i in range(0, len(stream) - 5, 6)}
+    assert len({*map(tuple, texts[:, :6].tolist())} & places) == 10
+    prompts = tuple(map(tuple, texts[:, :6].tolist()))
+    alone = write_texts(loaded(model_folders["llama"]), Wanted(prompts, 42))
+    assert np.array_equal(texts[:, 6:], alone)
+    again = write(loaded(model_folders["llama"], 2, 2), request)
+    assert np.array_equal(again.tokens, found.tokens)
+    begun = asked(beginning(tokenizer, "<end> $A"), **options)
+    assert {start[0] for start in begun.starts} == {tokenizer.bos_token_id}
+
+
+def test_several_texts_fill_a_sequence_and_begin_with_the_last_token_of_the_prompt(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    several = {"source": "self", "weight": 0.5, "prompt": "<end>", "texts_per_sequence": 4}
+    assert run(tmp_path, model_folders["llama"], calibration__mix=[several]) == 0
+    written = tensor_files.read(str(tmp_path / "run/written.safetensors"))["1"]
+    assert written.shape == (2, 40)
+    tokenizer = AutoTokenizer.from_pretrained(model_folders["llama"])
+    prompt = tokenizer("<end>", add_special_tokens=False)["input_ids"]
+    texts = written.view(8, 10)
+    assert texts[:, 0].tolist() == [prompt[-1]] * 8
+    alone = write_texts(loaded(model_folders["llama"]), Wanted((tuple(prompt),) * 8, 9))
+    assert np.array_equal(texts[:, 1:], alone), "each begins after the prompt"
+
+
+def test_a_run_calibrates_on_it_and_goes_on_with_it(
+    model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"calibration__mix": [{"source": "self", "weight": 0.5, "prompt": "<end>"}], "cluster__num_shards": 2}
+    assert run(tmp_path / "whole", model_folders["llama"], **options) == 0
+    written = tensor_files.read(str(tmp_path / "whole/run/written.safetensors"))["1"]
+    assert written.shape == (2, 40)
+    assert run(tmp_path / "streamed", model_folders["llama"], memory__weights="disk", memory__factors="disk", **options) == 0
+    assert run(tmp_path / "plain", model_folders["llama"], cluster__num_shards=2) == 0
+    assert (
+        report_of(tmp_path / "plain/run")["shots"][0]["calibration_loss"]
+        != report_of(tmp_path / "whole/run")["shots"][0]["calibration_loss"]
+    )
+
+    commit = RunDirectory.commit_shot
+
+    def fails_at_the_second(self: RunDirectory, index: int, *rest: Any) -> None:
+        if index == 2:
+            raise OSError("the machine is lost")
+        commit(self, index, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "commit_shot", fails_at_the_second)
+        assert run(tmp_path / "cut", model_folders["llama"], **options) != 0
+    text = tmp_path / "cut/run/written.safetensors"
+    text.rename(tmp_path / "kept")
+    assert run(tmp_path / "cut", model_folders["llama"], "--resume", **options) == 1, "pruned weights must not write it"
+    assert "is gone" in capsys.readouterr().err
+    (tmp_path / "kept").rename(text)
+    states = tmp_path / "cut/run/dense.safetensors"
+    states.rename(tmp_path / "kept")
+    assert run(tmp_path / "cut", model_folders["llama"], "--resume", **options) == 2, "found before anything is loaded"
+    assert "dense.safetensors is gone" in capsys.readouterr().err
+    states.write_bytes((tmp_path / "kept").read_bytes()[:100])
+    assert run(tmp_path / "cut", model_folders["llama"], "--resume", **options) == 2
+    assert "cut short" in (said := capsys.readouterr().err)
+    assert "put it back, or start a new run" in said
+    (tmp_path / "kept").rename(states)
+    assert run(tmp_path / "cut", model_folders["llama"], "--resume", **options) == 0
+    for other in ("streamed", "cut"):
+        for shot in (1, 2):
+            assert_same_shot(tmp_path / "whole/run", tmp_path / other / "run", shot)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"calibration__source": "self", "calibration__stride": 64}, "the model writes this one"),
+        ({"calibration__mix": [{"source": "self", "temperature": 0}]}, "the same text every time"),
+        ({"calibration__mix": [{"source": "self", "split": "test"}]}, "split"),
+        ({"calibration__mix": [{"source": "self", "texts_per_sequence": 3}]}, "a divisor of sequence_length"),
+        ({"calibration__mix": [{"source": "self", "prompt": "with a long prompt " * 400}]}, "change the prompt or the lengths"),
+        ({"calibration__mix": [{"source": "self", "texts_per_sequence": 40}]}, "two tokens or more"),
+        ({"calibration__mix": [{"source": "self", "chat": True}]}, "give starts"),
+        ({"calibration__mix": [{"source": "self", "prompts": "absent.jsonl"}]}, "cannot read"),
+        ({"calibration__mix": [{"source": "self", "chat": True, "prompt": "a"}]}, "keep one"),
+        ({"calibration__weigh": "answers"}, "no text of the calibration has any"),
+        ({"calibration__chat": True}, "set source to self"),
+        ({"calibration__mix": [{"source": "auto"}]}, "a place in the calibration only"),
+    ],
+)
+def test_what_cannot_be_written_is_refused(
+    changes: dict[str, object], said: str, model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path, model_folders["llama"], **changes) == 2
+    assert said in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_what_a_template_cannot_do_is_refused(chatty: PreTrainedTokenizerFast, asked: Callable[..., Any], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"sequence_length: 40, but the chat template alone takes"):
+        asked(chatty, chat=True, sequence_length=40)
+    with pytest.raises(ValueError, match=r"the model takes at most 128"):
+        asked(chatty, chat=True, sequence_length=160)
+    long = lines(tmp_path / "long.jsonl", {"prompt": "a"}, {"prompt": "a b c d e f" * 40})
+    with pytest.raises(ValueError, match=r"line 2 of .*long\.jsonl is a prompt of \d+ tokens"):
+        asked(chatty, prompts=long)
+    for template, said in {
+        "{{ raise_exception('no') }}": "chat template fails",
+        "{% for m in messages %}<u>{{ m.content | upper }}{% endfor %}": "changes what is said",
+        "{% for m in messages %}{{ m.content }}<end>{% endfor %}": "puts nothing before",
+    }.items():
+        chatty.chat_template = template
+        with pytest.raises(ValueError, match=said):
+            asked(chatty, chat=True)
+
+
+def test_a_text_without_answers_is_read_as_such() -> None:
+    tokens = np.arange(6).reshape(2, 3)
+    tensors = as_tensors({1: WrittenText(tokens, tokens > 2)})
+    assert sorted(tensors) == ["1", "1.answers"]
+    found = from_tensors({"1": tensors["1"]})[1]
+    assert not found.answers.any()
+    assert np.array_equal(found.tokens, tokens)

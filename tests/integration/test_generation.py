@@ -1,0 +1,359 @@
+"""Answers of the dense model and of pruned ones: against transformers, whatever the workers are, and in every report."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM
+
+from ray_surgeon.api import PruneResult
+from ray_surgeon.cluster.dense_model import read_states, write_states
+from ray_surgeon.cluster.generation import (
+    Answers,
+    Generation,
+    answers_of,
+    check_prompts,
+    dense_record,
+    departure,
+    measure_answers,
+    read_answers,
+    shot_record,
+    windows_of_answers,
+    write_answers,
+)
+from ray_surgeon.cluster.local import LocalCluster
+from ray_surgeon.cluster.passes import remember
+from ray_surgeon.export.card import model_card
+from ray_surgeon.models.layout import ModelLayout
+from ray_surgeon.run.html_report import excerpt, page
+from ray_surgeon.run.report import (
+    RunReport,
+    comparison_table,
+    export_lines,
+    generation_lines,
+    main,
+    shots_table,
+)
+from ray_surgeon.sections.generation import GenerationSection
+from tests.conftest import VOCABULARY
+from tests.integration.runs import loaded, report_of, run
+
+WORKERS = ((1, 1), (3, 1), (2, 2))
+MAX_TOKENS = 12
+PROMPTS = tuple(
+    tuple(np.random.default_rng(number).integers(1, VOCABULARY, length).tolist()) for number, length in enumerate((3, 9, 1, 6, 4))
+)
+ENDS = frozenset(range(0, VOCABULARY, 9))
+"""So many that some answers end."""
+
+
+def damage(cluster: LocalCluster, factor: float) -> None:
+    """Weaken all linears."""
+    for worker in cluster.workers.values():
+        for name in worker.shard.linears:
+            worker.shard.set_weight(name, factor * worker.shard.weight(name))
+
+
+@torch.no_grad()
+def by_transformers(folder: Path, factor: float) -> tuple[Answers, dict[str, float], list[list[int]]]:
+    """Return the dense answers, the means over their tokens, and the answers of the damaged model, without our own code."""
+    dense, pruned = (AutoModelForCausalLM.from_pretrained(folder) for _ in range(2))
+    for name in ModelLayout.of(dense.config).shapes if factor != 1 else ():
+        for parameter in pruned.get_submodule(name).parameters():
+            parameter.mul_(factor)
+
+    def answer(model: torch.nn.Module, prompt: tuple[int, ...]) -> list[int]:
+        tokens = list(prompt)
+        while len(tokens) < len(prompt) + MAX_TOKENS and (len(tokens) == len(prompt) or tokens[-1] not in ENDS):
+            tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
+        return tokens[len(prompt) :]
+
+    answers = [answer(dense, prompt) for prompt in PROMPTS]
+    sums = dict.fromkeys(("acceptance", "agreement", "divergence"), 0.0)
+    for prompt, said in zip(PROMPTS, answers, strict=True):
+        tokens = torch.tensor([[*prompt, *said]])
+        p, q = (m(tokens).logits[0, len(prompt) - 1 : -1].double().softmax(dim=-1) for m in (dense, pruned))
+        sums["acceptance"] += float(torch.minimum(p, q).sum())
+        sums["agreement"] += float((p.argmax(dim=-1) == q.argmax(dim=-1)).sum())
+        sums["divergence"] += float((p * (p / q).log()).sum())
+    num_tokens = sum(map(len, answers))
+    own = [answer(pruned, prompt) for prompt in PROMPTS]
+    means = {name: value / num_tokens for name, value in sums.items()}
+    return Answers(PROMPTS, tuple(map(tuple, answers)), ENDS), means, own
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "mixtral"])
+def test_answers_and_rates_are_those_of_transformers_whatever_the_workers_are(family: str, model_folders: dict[str, Path]) -> None:
+    factor = 1.0 if family == "mixtral" else 0.95  # transformers has its experts in one tensor
+    expected, means, own = by_transformers(model_folders[family], factor)
+    assert 0 < sum(expected.ended) < len(PROMPTS), "some end"
+    found = []
+    for workers in WORKERS:
+        cluster = loaded(model_folders[family], *workers)
+        answers = answers_of(cluster, PROMPTS, MAX_TOKENS, ENDS)
+        assert answers == expected
+        damage(cluster, factor)
+        found.append(measure_answers(cluster, answers, MAX_TOKENS))
+    assert found[0] == found[1] == found[2]
+    for name, value in means.items():
+        assert getattr(found[0], name) == pytest.approx(value, rel=1e-4, abs=1e-5), name
+    assert list(map(list, found[0].answers)) == own
+    assert found[0].departures == tuple(map(departure, expected.answers, own))
+    ended = [answer[-1] in ENDS for answer, was in zip(own, expected.ended, strict=True) if was]
+    assert found[0].not_ended == 1 - sum(ended) / len(ended)
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_the_dense_model_accepts_its_own_answers_and_damage_lowers_all(workers: tuple[int, int], model_folders: dict[str, Path]) -> None:
+    cluster = loaded(model_folders["llama"], *workers)
+    answers = answers_of(cluster, PROMPTS, MAX_TOKENS, ENDS)
+    same = measure_answers(cluster, answers, MAX_TOKENS)
+    assert (same.acceptance, same.agreement, same.divergence) == (1.0, 1.0, 0.0)
+    assert same.departures == tuple(map(len, answers.answers))
+    assert same.answers == answers.answers
+    assert same.not_ended == 0.0
+    before = same
+    for factor in (0.95, 0.7):
+        damage(cluster, factor)
+        after = measure_answers(cluster, answers, MAX_TOKENS)
+        assert 0 < after.acceptance < before.acceptance
+        assert after.agreement <= before.agreement
+        assert after.divergence > before.divergence
+        assert sum(after.departures) <= sum(before.departures)
+        before = after
+    assert sum(before.departures) < sum(same.departures)
+
+
+def test_a_run_that_goes_on_measures_the_same(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    cluster = loaded(model_folders["llama"])
+    answers = answers_of(cluster, PROMPTS, MAX_TOKENS, ENDS)
+    remember(cluster, "docs", windows_of_answers(answers)[0])
+    cluster.run_all(write_states, str(tmp_path / "states.safetensors"))
+    write_answers(str(tmp_path / "answers.json"), answers)
+    damage(cluster, 0.9)
+    expected = measure_answers(cluster, answers, MAX_TOKENS)
+    again = loaded(model_folders["llama"], 2, 2)
+    again.run_all(read_states, str(tmp_path / "states.safetensors"))
+    damage(again, 0.9)
+    assert read_answers(str(tmp_path / "answers.json")) == answers
+    assert measure_answers(again, read_answers(str(tmp_path / "answers.json")), MAX_TOKENS) == expected
+
+
+def test_weights_that_are_not_finite_are_refused(model_folders: dict[str, Path]) -> None:
+    cluster = loaded(model_folders["llama"])
+    answers = answers_of(cluster, PROMPTS, MAX_TOKENS, ENDS)
+    damage(cluster, float("nan"))
+    with pytest.raises(FloatingPointError, match="divergence from the dense model on its answers"):
+        measure_answers(cluster, answers, MAX_TOKENS)
+    with pytest.raises(FloatingPointError, match="states of its answers"):
+        answers_of(cluster, PROMPTS, MAX_TOKENS, ENDS)
+
+
+def test_windows_have_answers_after_prompts_and_padding_that_does_not_count() -> None:
+    answers = Answers(((5, 6, 7), (8,)), ((1,), (2, 3)), frozenset({1}))
+    tokens, counts = windows_of_answers(answers, pad=9)
+    assert tokens.tolist() == [[5, 6, 7, 1], [8, 2, 3, 9]]
+    assert counts.tolist() == [[False, False, False, True], [False, True, True, False]]
+    assert answers.num_tokens == counts.sum()
+    assert answers.ended == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("answer", "other", "length"),
+    [([1, 2, 3], [1, 2, 3], 3), ([1, 2, 3], [1, 2], 2), ([1, 2], [1, 2, 3], 2), ([1, 2], [0, 2], 0), ([1, 2, 3], [1, 4, 3], 1)],
+)
+def test_answers_part_at_the_first_token_that_differs(answer: list[int], other: list[int], length: int) -> None:
+    assert departure(answer, other) == length
+
+
+def test_prompts_that_cannot_be_answered_are_refused() -> None:
+    check_prompts([(1, 2)], 6, 8, "generation.prompts")
+    check_prompts([(1, 2)], 6, None, "generation.prompts")
+    for prompts, longest, message in (
+        ([], None, "there is no prompt"),
+        ([(1,), ()], None, "prompt 1 has no tokens"),
+        ([(1, 2)], 7, "2 tokens and its answer up to 6, but the model takes at most 7"),
+    ):
+        with pytest.raises(ValueError, match=rf"generation\.prompts.*{message}"):
+            check_prompts(prompts, 6, longest, "generation.prompts")
+
+
+def test_the_section_has_few_fields_and_says_what_they_are() -> None:
+    section = GenerationSection()
+    assert section.model_dump() == {"prompts": None, "num_prompts": 16, "max_new_tokens": 96, "seed": 0}
+    assert all(field.description for field in GenerationSection.model_fields.values())
+
+
+# Reports
+
+HOSTILE = "[bold]<script>alert('x')</script>\x1b[2J\u202eabc\nnext line " + "long " * 100
+ANSWERS_OF_TWO = Answers(((5, 6, 7), (8,)), ((1,), (2, 3)), frozenset({1}))
+FOUND = Generation(
+    acceptance=0.875,
+    agreement=0.75,
+    divergence=0.125,
+    departures=(1, 0),
+    not_ended=0.0,
+    repeating=0.5,
+    answers=((1,), (4, 3)),
+)
+
+
+def decode(tokens: Any) -> str:
+    return HOSTILE + " ".join(map(str, tokens))
+
+
+def test_records_are_what_a_report_may_hold() -> None:
+    dense = dense_record(ANSWERS_OF_TWO, lambda tokens: f"text of {tokens}")
+    assert dense == {
+        "num_prompts": 2,
+        "num_tokens": 3,
+        "share_ended": 0.5,
+        "share_repeating": 0.0,
+        "example": {"prompt": "text of (5, 6, 7)", "dense": "text of (1,)"},
+    }
+    shot = shot_record(ANSWERS_OF_TWO, FOUND, lambda tokens: f"text of {tokens}")
+    assert shot == {
+        "acceptance": 0.875,
+        "agreement": 0.75,
+        "divergence": 0.125,
+        "tokens_until_departure": {"mean": 0.5, "median": 0.5},
+        "not_ended": 0.0,
+        "repeating": 0.5,
+        "example": dense["example"] | {"pruned": "text of (1,)"},
+    }
+    assert json.loads(json.dumps(shot)) == shot
+    assert len(dense_record(ANSWERS_OF_TWO, lambda tokens: "x" * 10_000)["example"]["dense"]) == 2000
+
+
+@pytest.fixture(scope="module")
+def without(tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, Path]) -> dict[str, Any]:
+    """Return the report of a run that compares no answers."""
+    folder = tmp_path_factory.mktemp("generation")
+    assert run(folder, model_folders["llama"], name="old") == 0
+    return report_of(folder / "run")
+
+
+@pytest.fixture
+def compared(without: dict[str, Any]) -> dict[str, Any]:
+    """Return a report with the answers of both shots."""
+    record = copy.deepcopy(without)
+    record["spec"]["name"] = "new"
+    record["dense"]["generation"] = dense_record(ANSWERS_OF_TWO, decode)
+    for shot in record["shots"]:
+        shot["generation"] = shot_record(ANSWERS_OF_TWO, FOUND, decode)
+    return record
+
+
+def shown(*things: Any) -> str:
+    console = Console(file=io.StringIO(), width=200)
+    for thing in things:
+        console.print(thing, markup=False, soft_wrap=True)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_the_terminal_shows_what_is_accepted_first(without: dict[str, Any], compared: dict[str, Any]) -> None:
+    assert [column.header for column in shots_table(compared).columns][:3] == ["shot", "accepted", "sparsity"]
+    assert shown(shots_table(compared)).count("87.5%") == 2
+    assert "accepted" not in shown(shots_table(without))
+    both = comparison_table([without, compared])
+    assert [column.header for column in both.columns][3] == "accepted"
+    assert list(both.columns[3].cells) == ["", "", "", "100.0%", "87.5%", "87.5%"]
+    assert "accepted" not in shown(comparison_table([without]))
+    assert generation_lines(without) == generation_lines(without | {"shots": []}) == []
+    assert export_lines(without) == export_lines(compared)
+    lines = generation_lines(compared)
+    assert lines[0] == "answers of the dense model of 2 prompts, 3 tokens"
+    assert "accepted" in lines[1]
+    assert "87.5%" in lines[1]
+    text = shown(*lines)
+    assert "[bold]<script>" in text
+    assert "\x1b" not in text
+    assert "\u202e" not in text
+    assert all(len(line) <= 210 for line in lines)
+    assert [line.split()[0] for line in lines[-3:]] == ["prompt", "dense", "pruned"]
+    compared["shots"][-1]["generation"]["not_ended"] = None
+    assert len(generation_lines(compared)) == len(lines) - 1
+
+
+def test_the_page_shows_answers_as_text(without: dict[str, Any], compared: dict[str, Any]) -> None:
+    html = page([compared])
+    assert "<script>" not in html
+    assert "&lt;script&gt;" in html
+    assert "\x1b" not in html
+    assert "\u202e" not in html
+    assert html.index("accepted of the dense model") < html.index("linears removed")
+    assert 'id="run-1-answers"' in html
+    assert 'id="run-1-example"' in html
+    together = page([without, compared])
+    assert "all-acceptance" in together
+    assert together.count("<th>accepted</th>") == 3, "of both runs, and two of one"
+    compared["shots"][0].pop("generation")
+    compared["shots"][1]["generation"]["not_ended"] = None
+    compared["dense"].pop("generation")
+    undrawn = {0: dict.fromkeys(("depth", "time"), "")}
+    assert "accepted" not in page([without], undrawn)
+    assert "run-1-answers" in page([compared], undrawn)
+    assert "run-1-answers" in page([compared | {"shots": compared["shots"][1:]}], undrawn)
+
+
+def test_the_report_command_compares_runs_with_and_without(
+    without: dict[str, Any], compared: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, record in (("old", without), ("new", compared)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "report.json").write_text(json.dumps(record))
+    outputs = ["--plot", str(tmp_path / "plot.png"), "--html", str(tmp_path / "page.html")]
+    assert main([str(tmp_path / "old"), str(tmp_path / "new"), *outputs]) == 0
+    assert "accepted" in capsys.readouterr().out
+    assert "run-2-answers" in (tmp_path / "page.html").read_text()
+
+
+def test_a_result_has_the_answers_of_its_last_shot(without: dict[str, Any], compared: dict[str, Any]) -> None:
+    assert PruneResult("somewhere", without).generation is None
+    generation = PruneResult("somewhere", compared).generation
+    assert generation is not None
+    assert generation["acceptance"] == 0.875
+
+
+NO_STEPS: Any = SimpleNamespace(
+    **{key: {} for key in ("seconds", "cpu_seconds", "worker_seconds", "packing_seconds", "peaks")},
+    peak_rss_bytes=0,
+    peak_gpu_bytes=0,
+)
+
+
+@pytest.mark.parametrize("generation", [None, shot_record(ANSWERS_OF_TWO, FOUND, decode)])
+def test_shots_and_cards_tell_of_answers_if_there_are_some(generation: dict[str, Any] | None, without: dict[str, Any]) -> None:
+    report = RunReport(without["spec"], {}, {}, 1000, dense=without["dense"])
+    report.add_shot(1, [0.3], 0.3, None, {}, [], {}, NO_STEPS, generation=generation)
+    assert report.shots[0].get("generation") == generation
+    facts = report.model_card_facts()
+    entry = {"size_bytes": 1e6, "load": "from_pretrained(x)", "uri": "x", "loaders": {}}
+    card = model_card("Of a kind.", entry, "some/model", facts)
+    assert model_card("Of a kind.", entry, "some/model", {k: v for k, v in facts.items() if k != "generation"})
+    if generation is None:
+        assert "acceptance" not in card
+        assert "Of a kind.\n\n| text |" in card
+    else:
+        assert "| acceptance rate | 87.5% |" in card
+        assert "speculative decoding" in card
+        assert card.index("acceptance rate") < card.index("| text | perplexity before |")
+        assert "script" not in card
+
+
+def test_excerpts_are_one_line_of_what_can_be_seen() -> None:
+    assert excerpt("a\n\tb\x00\x1b[0m c\u200b\u202e") == "a b[0m c"
+    assert excerpt("x" * 300, 200) == "x" * 197 + "..."
+    assert excerpt("x" * 200, 200) == "x" * 200
+    assert excerpt("") == ""
