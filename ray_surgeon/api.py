@@ -30,6 +30,7 @@ from ray_surgeon.run.display import Display, new_console
 from ray_surgeon.run.in_memory import a_tokenizer, causal_lm, dtype_of, saved, without_bars
 from ray_surgeon.sections.base import Positive, local_path
 from ray_surgeon.sections.cluster import RaySection
+from ray_surgeon.sections.texts import OF_CALIBRATION, WritingSection
 from ray_surgeon.shots import run_shots
 from ray_surgeon.spec import JobSpec, absolute, validation_message
 from ray_surgeon.storage import files
@@ -296,7 +297,7 @@ def _spec_of(
 
 def _test_part(calibration: Mapping[str, Any]) -> dict[str, Any]:
     """Return the evaluation text of a run that names none: a quarter as many windows of the test part of the calibration text."""
-    not_shared = ("num_sequences", "mix", "weight", "stride", "seed", "split")
+    not_shared = {"num_sequences", "mix", "stride", "seed", "split", *WritingSection.model_fields, *OF_CALIBRATION}
     text = {name: value for name, value in calibration.items() if name not in not_shared}
     try:
         count = TypeAdapter(Positive).validate_python(calibration.get("num_sequences"))

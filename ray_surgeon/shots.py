@@ -20,6 +20,7 @@ from ray_surgeon.cluster.generation import (
     answers_of,
     dense_record,
     measure_answers,
+    measure_rates,
     read_answers,
     remember_answers,
     shot_record,
@@ -177,6 +178,10 @@ def _run_shots(inputs: Inputs, workers: Cluster, run: RunDirectory, listen: Call
             facts |= method.update_facts(record)
             if len(text.held) > 0 and method.has_costs:
                 record["divergence_held_aside"] = facts["divergence held aside"] = held_measure(workers, text)
+            if answers is not None and spec.correction is not None:  # what corrections begin from
+                rates = measure_rates(workers, answers)
+                record["generation_before_correction"] = asdict(rates)
+                facts["accepted"] = rates.acceptance
         if spec.correction is not None:
             with step("correction", shot) as facts:
                 trained = Corrections(spec.correction).train(workers, text, shot, num_shots)

@@ -96,6 +96,17 @@ class JobSpec(Section):
         return self
 
     @model_validator(mode="after")
+    def _weighs_something(self) -> JobSpec:
+        if self.calibration.weigh == "all":
+            return self
+        kind = None if self.curvature is None else self.curvature.kind
+        if kind == "extended_kfac":
+            raise ValueError("calibration.weigh: answers does not go with curvature.kind extended_kfac, which weighs all tokens; use kfac")
+        if kind != "kfac" and self.correction is None:
+            raise ValueError("calibration.weigh: answers has no effect, because nothing takes gradients in this job; remove it")
+        return self
+
+    @model_validator(mode="after")
     def _fits_the_texts(self) -> JobSpec:
         num_sequences = self.calibration.num_sequences
         names = [text.name for text in self.evaluation.texts]

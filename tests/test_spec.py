@@ -134,6 +134,16 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"calibration.sequence_length": 1}, "sequence_length"),
     ({"calibration.split": "validation"}, "train and test only"),
     ({"calibration.revision": "main"}, "belong to a Hub data set"),
+    (
+        {"calibration.source": "self", "calibration.chat": "true", "calibration.weigh": "answers", "curvature.kind": "extended_kfac"},
+        "weigh: answers does not go with",
+    ),
+    (
+        {"calibration.source": "self", "calibration.chat": "true", "calibration.weigh": "answers", "curvature.kind": "activations"},
+        "weigh: answers has no effect",
+    ),
+    ({"evaluation": "{generation: {num_prompts: 0}}"}, r"generation\S*\.num_prompts"),
+    ({"preset": "best"}, "preset"),
     ({"curvature.damping.a": -0.1}, r"damping\.\S*\.a"),
     ({"curvature.max_damping": 0.001}, "below damping"),
     ({"model.revision": "main", "model.source": "s3://b/m"}, "revision belongs to a Hub id"),

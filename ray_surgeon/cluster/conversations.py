@@ -353,8 +353,8 @@ def write_prompts(cluster: Cluster, request: Conversations, count: int) -> tuple
     found = writer.prompts(count)
     if not found:
         raise RuntimeError(
-            f"{request.where}: of the users' turns that the model wrote none was of use (they did not end, or had special tokens); give "
-            "a file of prompts"
+            f"{request.where}: of the users' turns that the model wrote none was of use (they came twice, were in a loop, or had special "
+            "tokens); give a file of prompts"
         )
     return found
 
@@ -450,7 +450,7 @@ class _Writer:
         raise RuntimeError(
             f"{request.where}: after {MAX_ROUNDS} rounds, {self._num_used_turns} of "
             f"{self._num_turns} users' turns and {len(self._conversations)} of {self._num_answers} "
-            "answers were of use (other turns did not end or came twice, others were in a loop or had "
+            "answers were of use (others came twice, were in a loop or had "
             f"special tokens), and {missing} of {request.num_sequences} windows are not full; change "
             "temperature, give prompts, or give another text in place of this one"
         )
@@ -504,8 +504,8 @@ class _Writer:
         wanted = Wanted(prompts, request.turn_tokens + 1, request.temperature, seed, ends)
         self._num_turns += count
         for text in write_texts(self._cluster, wanted):
-            turn = tuple(text[:-1].tolist())
-            if text[-1] in ends and self._is_turn(turn) and turn not in self._seen:
+            turn = tuple(text[:-1].tolist())  # one that has not ended is cut: models of code paste long pieces of it
+            if self._is_turn(turn) and turn not in self._seen:
                 self._seen.add(turn)
                 self._num_used_turns += 1
                 self._asked.append(_Asked((*self._marks.opening, *turn, *self._marks.closing)))

@@ -185,6 +185,35 @@ def remember_answers(cluster: Cluster, answers: Answers) -> None:
     share_states(cluster, ANSWERS, waves_of_replicas(cluster, range(len(tokens))), receive_exactly)
 
 
+@dataclass(frozen=True)
+class Rates:
+    """The present weights at the tokens of the dense model's answers; see `Generation`."""
+
+    acceptance: float
+    agreement: float
+    divergence: float  # in nats
+
+
+def measure_rates(cluster: Cluster, answers: Answers) -> Rates:
+    """Measure the present weights on the dense model's answers, without writing any.
+
+    Args:
+        cluster: with loaded workers, which remember the answers.
+        answers: of the dense model.
+
+    Raises:
+        FloatingPointError: the divergence is not a number.
+    """
+    tokens, counts = windows_of_answers(answers)
+    found = compared(cluster, ANSWERS, tokens, counts, with_acceptance=True)
+    num_tokens = num_counted(tokens, counts)
+    divergence = sum(one.divergence for one in found) / num_tokens
+    if not math.isfinite(divergence):
+        raise FloatingPointError("the divergence from the dense model on its answers is not finite; check the weights and the dtype")
+    acceptance, agreement = (sum(getattr(one, name) for one in found) / num_tokens for name in ("acceptance", "agreement"))
+    return Rates(acceptance, agreement, divergence)
+
+
 def measure_answers(cluster: Cluster, answers: Answers, max_tokens: int) -> Generation:
     """Measure the present weights on the dense model's answers, and let them write their own.
 
@@ -196,19 +225,14 @@ def measure_answers(cluster: Cluster, answers: Answers, max_tokens: int) -> Gene
     Raises:
         FloatingPointError: the divergence is not a number.
     """
-    tokens, counts = windows_of_answers(answers)
-    found = compared(cluster, ANSWERS, tokens, counts, with_acceptance=True)
-    num_tokens = num_counted(tokens, counts)
-    divergence = sum(one.divergence for one in found) / num_tokens
-    if not math.isfinite(divergence):
-        raise FloatingPointError("the divergence from the dense model on its answers is not finite; check the weights and the dtype")
+    rates = measure_rates(cluster, answers)
     wanted = Wanted(answers.prompts, max_tokens, temperature=0.0, ends=answers.ends)
     own = tuple(tuple(text.tolist()) for text in write_texts(cluster, wanted))
     of_ended = [answer for answer, ended in zip(own, answers.ended, strict=True) if ended]
     return Generation(
-        acceptance=sum(one.acceptance for one in found) / num_tokens,
-        agreement=sum(one.agreement for one in found) / num_tokens,
-        divergence=divergence,
+        acceptance=rates.acceptance,
+        agreement=rates.agreement,
+        divergence=rates.divergence,
         departures=tuple(map(departure, answers.answers, own)),
         not_ended=_share(answer[-1] not in answers.ends for answer in of_ended) if of_ended else None,
         repeating=_share(map(repeats, own)),

@@ -6,7 +6,6 @@ are left out, and for elements B A itself is masked.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -78,8 +77,15 @@ class CorrectionState:
     """Everything that training changes."""
 
     parts: dict[str, tuple[Tensor, Tensor]]  # linear -> A, B
-    optimizer: dict[str, Any] | None  # None where no linear is owned
+    moments: dict[int, dict[str, Any]]  # number of a parameter -> what Adam keeps of it
     mean_norms: dict[tuple[str, int], tuple[float, int]]
+
+
+def _copied(moments: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
+    return {
+        number: {name: value.clone() if isinstance(value, Tensor) else value for name, value in of_parameter.items()}
+        for number, of_parameter in moments.items()
+    }
 
 
 class LowRankCorrections:
@@ -159,8 +165,8 @@ class LowRankCorrections:
     def state(self) -> CorrectionState:
         """Return a copy of everything that steps change."""
         parts = {name: (part.A.detach().clone(), part.B.detach().clone()) for name, part in self.parts.items()}
-        optimizer = None if self._optimizer is None else copy.deepcopy(self._optimizer.state_dict())
-        return CorrectionState(parts, optimizer, dict(self._mean_norms))
+        moments = {} if self._optimizer is None else _copied(self._optimizer.state_dict()["state"])
+        return CorrectionState(parts, moments, dict(self._mean_norms))
 
     @torch.no_grad()
     def restore(self, state: CorrectionState) -> None:
@@ -168,8 +174,9 @@ class LowRankCorrections:
         for name, (A, B) in state.parts.items():
             self.parts[name].A.copy_(A)
             self.parts[name].B.copy_(B)
-        if self._optimizer is not None and state.optimizer is not None:
-            self._optimizer.load_state_dict(copy.deepcopy(state.optimizer))
+        if self._optimizer is not None:
+            groups = self._optimizer.state_dict()["param_groups"]
+            self._optimizer.load_state_dict({"state": _copied(state.moments), "param_groups": groups})
         self._mean_norms = dict(state.mean_norms)
         self.forget_gradients()
 

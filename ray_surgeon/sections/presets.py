@@ -51,7 +51,7 @@ def with_preset(document: Mapping[str, Any]) -> dict[str, Any]:
     preset = PRESETS.get(str(document.get("preset")))
     if preset is not None:
         _fill(filled, preset)
-    filled.setdefault("calibration", {"source": "auto"})
+    filled.setdefault("calibration", {"source": "auto"} | PRESETS["balanced"]["calibration"])
     if filled.get("evaluation") is None:
         filled["evaluation"] = {"texts": _texts(filled["calibration"])}
     elif isinstance(filled["evaluation"], Mapping) and "texts" not in filled["evaluation"]:
@@ -64,7 +64,11 @@ def _fill(document: dict[str, Any], preset: Mapping[str, Any]) -> None:
     plain = pruning if isinstance(pruning, Mapping) else {}
     _under(document, "calibration", {"source": "auto"} | preset["calibration"])
     if plain.get("method", "llm_surgeon") == "llm_surgeon":
-        _under(document, "curvature", _curvature_of(document.get("curvature"), plain, preset["curvature"]))
+        settings = _curvature_of(document.get("curvature"), plain, preset["curvature"])
+        count = document["calibration"].get("num_sequences") if isinstance(document["calibration"], Mapping) else None
+        if isinstance(count, int) and "num_backward" in settings:
+            settings["num_backward"] = min(settings["num_backward"], max(1, count))
+        _under(document, "curvature", settings)
     if preset["correction"] is not None:
         _under(document, "correction", preset["correction"])
     if plain.get("structure") != "groups":

@@ -54,7 +54,7 @@ OWN_TEXTS = (
 
 START_TOKENS = 16
 """Tokens that a text of the model begins with, if it goes on with a given one."""
-TURN_TOKENS = 192
+TURN_TOKENS = 96
 """Tokens of a user's turn that the model writes, at most."""
 ANSWER_TOKENS = 224
 """Tokens of an answer that the model writes, at most."""
@@ -238,6 +238,10 @@ MixSection = Annotated[
     Annotated[MixedSection, Tag(tag("text"))] | Annotated[SelfSection, Tag(tag("self"))],
     by_tag(lambda get: "self" if get("source", None) == "self" else "text", "a text, or source self"),
 ]
+
+
+OF_CALIBRATION = ("weight", "weigh", "held_aside")
+"""Fields of a calibration that no other text has."""
 
 
 class CalibrationSection(TextSection, WritingSection):

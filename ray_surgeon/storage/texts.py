@@ -471,9 +471,9 @@ def _tokens(tokenizer: Any, text: str) -> tuple[int, ...]:
     return tuple(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-_OWN_SHARE = 0.5
+_OWN_SHARE = 1 / 3
 """Of the windows of a default mix, what the model writes itself."""
-_SHARES = {"python-docstrings": 0.125, "python-docs": 0.125}
+_SHARES = {"python-docstrings": 1 / 6, "python-docs": 1 / 6}
 """Likewise what is taken of small texts. All that is left is python-code."""
 _SMALL_TEXT_TOKENS = 48_000
 """Tokens that are taken of a small text, at most, so that some are left for a search."""

@@ -344,7 +344,12 @@ def test_names_of_runs_are_made_of_sources() -> None:
 
 def test_long_steps_show_that_they_move(model_folders: dict[str, Path], tmp_path: Path) -> None:
     """Sequences in the passes, linears in costs and updates, steps in corrections: all of them, in order, to the end."""
-    changes: dict[str, Any] = {"correction__lora_rank": 2, "pruning__num_shots": 1, "cluster__num_shards": 2}
+    changes: dict[str, Any] = {
+        "correction__lora_rank": 2,
+        "pruning__num_shots": 1,
+        "cluster__num_shards": 2,
+        "calibration__held_aside": 0,
+    }
     inputs = check(ray_surgeon.parse_spec(tiny_spec(tmp_path, model_folders["llama"], **changes).read_text()))
     moments: list[Moment] = []
     cluster = loaded(model_folders["llama"], 2)

@@ -188,7 +188,7 @@ def test_divergence_is_that_of_the_export_from_the_dense_model(
     )
     expected = (dense.exp() * (dense - pruned)).sum(dim=-1).mean()
     assert shot["divergence"]["seen"] == pytest.approx(float(expected.detach()), rel=0.02)
-    lora = {"correction__lora_rank": 2, "correction__sequences_per_step": 6}
+    lora = {"correction__lora_rank": 2, "correction__sequences_per_step": 6, "calibration__held_aside": 0}
     assert run(tmp_path / "kl", model_folders["llama"], **groups, **cluster, evaluation=evaluation, **lora) == 0
     (corrected,) = report_of(tmp_path / "kl/run")["shots"]
     assert corrected["correction_losses"][0] == pytest.approx(shot["divergence"]["seen"], rel=1e-4)
