@@ -256,11 +256,8 @@ class _Training:
 
     def _try_rates(self) -> tuple[float, int, dict[float, float]]:
         """Take the first steps with each of the rates, and go on with the best; return it, the steps done, and all measures."""
-        count, measures, losses = (
-            min(len(self._batches), max(3, len(self._batches) // 10)),
-            dict[float, float](),
-            dict[float, list[float]](),
-        )
+        count = _trial_steps(len(self._batches))
+        measures, losses = dict[float, float](), dict[float, list[float]]()
         for rate in RATES:
             self._cluster.run_all(self._corrections.take_state, "best")
             losses[rate] = []
