@@ -17,9 +17,9 @@ from ray_surgeon.surgery.kronecker import Damping, PackedFactors
 from ray_surgeon.surgery.linear import Linear, Part
 from ray_surgeon.surgery.masks import StructuredMask
 
-A_CHOICES = (1e-3, 1e-2, 1e-1)
+A_CHOICES = (1e-3, 1e-2, 1e-1, 1.0)
 """Damping of A, relative to its mean diagonal."""
-G_CHOICES = (0.03, 0.1, 0.3)
+G_CHOICES = (0.01, 0.03, 0.1, 0.3)
 """Damping of G, likewise."""
 
 
@@ -75,7 +75,7 @@ def choose_damping(
     Args:
         cost_of: damping of A and of G -> costs held aside of several linears.
         a_choices: for A.
-        g_choices: for G; the middle one goes with all for A.
+        g_choices: for G; the one after the middle goes with all for A.
 
     Returns:
         The damping of A, that of G, and for everything that was tried both with the mean of the costs, relative to the smallest of each
