@@ -333,9 +333,12 @@ def test_a_default_mix_suits_the_model(is_chat: bool, tokenizer: PreTrainedToken
         found, line = default_mix(section, chatty)
         shares = found.shares
         own = [(text, n) for text, n in shares if isinstance(text, SelfSection)]
-        assert sum(n for _, n in own) == max(1, count // 2)
+        chats = sum(n for text, n in own if text.chat)
+        continued = sum(n for text, n in own if text.starts is not None)
+        assert chats == (max(1, count // 4) if is_chat else 0)
+        assert continued == (count // 4 if is_chat else count // 2)
+        assert sum(n for _, n in own) == chats + continued
         assert sum(n for _, n in shares) == count
-        assert all(text.chat == is_chat and (text.starts is None) == is_chat for text, _ in own)
         assert {text.seed for text, _ in shares} == {3}
         assert (found.held_aside, found.sequence_length) == (0.2, length)
         assert CalibrationSection.model_validate(found.model_dump(mode="json")) == found

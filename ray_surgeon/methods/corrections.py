@@ -18,7 +18,7 @@ from ray_surgeon.models.low_rank import CorrectionState, LowRankCorrections
 from ray_surgeon.sections.base import Positive, Section
 from ray_surgeon.surgery.reconstruction import rate_factor
 
-RATES = (5e-4, 1e-3, 2e-3)
+RATES = (2.5e-4, 7e-4, 2e-3)
 """Learning rates that are tried, relative to the root mean square of each weight."""
 NUM_CHECKS = 5
 """How often corrections are measured on the windows held aside while they are trained."""

@@ -471,10 +471,14 @@ def _tokens(tokenizer: Any, text: str) -> tuple[int, ...]:
     return tuple(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-_OWN_SHARE = 1 / 3
-"""Of the windows of a default mix, what the model writes itself."""
-_SHARES = {"python-docstrings": 1 / 6, "python-docs": 1 / 6}
+_CHAT_SHARE = 1 / 4
+"""Of the windows of a default mix, conversations that the model writes, if it has a chat template."""
+_CONTINUED_SHARE = {True: 1 / 4, False: 1 / 2}
+"""Likewise what it writes after beginnings of code and of docstrings, with a chat template and without."""
+_SHARES = {"python-docstrings": 1 / 16, "python-docs": 1 / 16}
 """Likewise what is taken of small texts. All that is left is python-code."""
+_BEGINNINGS = ("python-code", "python-docstrings")
+"""Texts whose beginnings the model goes on with, the first one more often."""
 _SMALL_TEXT_TOKENS = 48_000
 """Tokens that are taken of a small text, at most, so that some are left for a search."""
 _CODE_TOKENS = 400_000
@@ -503,19 +507,17 @@ def default_mix(section: CalibrationSection, tokenizer: Any) -> tuple[Calibratio
             "calibration.weigh: answers, but the model has no chat template, so that nothing it "
             "writes is an answer; remove it, or give a source self with prompts"
         )
-    num_own = max(1, int(count * _OWN_SHARE))
+    num_chat = max(1, int(count * _CHAT_SHARE)) if is_chat else 0
+    num_continued = int(count * _CONTINUED_SHARE[is_chat])
     small = {name: min(int(count * share), _SMALL_TEXT_TOKENS // length) for name, share in _SHARES.items()}
-    num_code = count - num_own - sum(small.values())
+    num_code = count - num_chat - num_continued - sum(small.values())
     code_tokens = max(_CODE_TOKENS, 2 * num_code * length)
-    texts: list[tuple[int, dict[str, Any]]] = []
-    if is_chat:
-        texts.append((num_own, {"source": "self", "chat": True}))
-    else:
-        num_texts = 4 if length % 4 == 0 and length >= 4 * _SHORTEST_TEXT else 1
-        halves = (num_own - num_own // 2, num_own // 2)
-        for number, name in zip(halves, _SHARES, strict=True):
-            start = {"starts": {"source": name}, "start_tokens": min(START_TOKENS, length // 2)}
-            texts.append((number, {"source": "self", "texts_per_sequence": num_texts, **start}))
+    num_texts = 4 if length % 4 == 0 and length >= 4 * _SHORTEST_TEXT else 1
+    texts: list[tuple[int, dict[str, Any]]] = [(num_chat, {"source": "self", "chat": True})]
+    for number, name in zip((num_continued - num_continued // 3, num_continued // 3), _BEGINNINGS, strict=True):
+        read = {"max_tokens": code_tokens} if name == "python-code" else {}
+        begun = {"starts": {"source": name, **read}, "start_tokens": min(START_TOKENS, length // 2)}
+        texts.append((number, {"source": "self", "texts_per_sequence": num_texts, **begun}))
     texts.append((num_code, {"source": "python-code", "max_tokens": code_tokens}))
     texts += [(number, {"source": name}) for name, number in small.items()]
     (weight, main), *others = [(number, text) for number, text in texts if number]
@@ -531,8 +533,9 @@ def default_mix(section: CalibrationSection, tokenizer: Any) -> tuple[Calibratio
             "mix": [{**text, "seed": seed, "weight": number} for number, text in others],
         }
     )
-    own = "of conversations that the model writes" if is_chat else "that the model writes"
-    parts = [f"{num_own} {own}", *(f"{n} of {text['source']}" for n, text in texts if text["source"] != "self" and n)]
+    parts = [f"{num_chat} of conversations that the model writes"] if num_chat else []
+    parts += [f"{num_continued} that it writes after beginnings of code and docstrings"] if num_continued else []
+    parts += [f"{number} of {text['source']}" for number, text in texts if text["source"] != "self" and number]
     return found, (
         f"calibration.source auto: {count} windows of {length} tokens, {', '.join(parts)}; to change "
         "this, name a source, and more in calibration.mix"
