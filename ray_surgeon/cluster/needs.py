@@ -382,10 +382,10 @@ class WorkerNeeds:
     def _correction(self) -> StepPlan:
         """Return the training of B A: inputs, A, B, gradients (between replicas one copy more), Adam's moments at a linear's owner.
 
-        The best state so far, and that of a trial, are kept beside the present one.
+        The best state so far, and those of three trials, are kept beside the present one.
         """
         job, blocks, N = self._job, len(self._own), self._num_replicas
-        of_entry = 8 + (8 if N == 1 else 12 / N) + 2 * (4 + 8 / N)
+        of_entry = 8 + (8 if N == 1 else 12 / N) + 4 * (4 + 8 / N)
         adapters = of_entry * job.lora_rank * sum(linear.num_rows + linear.num_columns for linear in self._linears)
         inputs = self._shapes.width * sum(linear.num_columns for linear in self._linears) / blocks
         flops = 6 * self._active * job.num_correction_sequences * job.sequence_length

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,8 +19,10 @@ from ray_surgeon.models.low_rank import CorrectionState, LowRankCorrections
 from ray_surgeon.sections.base import Positive, Section
 from ray_surgeon.surgery.reconstruction import rate_factor
 
-RATES = (2.5e-4, 7e-4, 2e-3)
+RATES = (4e-4, 8e-4, 1.6e-3)
 """Learning rates that are tried, relative to the root mean square of each weight."""
+ENOUGH = 0.8
+"""Share of the best gain of the trials for which a lower rate is preferred: what is best for few steps is too fast for many."""
 NUM_CHECKS = 5
 """How often corrections are measured on the windows held aside while they are trained."""
 TOLERATED = 1.02
@@ -263,12 +266,12 @@ class _Training:
             losses[rate] = []
             is_finite = all(self._step(number, rate, losses[rate]) for number in range(count))
             measures[rate] = self._measure() if is_finite else math.inf
-            if measures[rate] <= min(measures.values()):
-                self._cluster.run_all(self._corrections.keep_state, "trial")
-        rate = min(measures, key=lambda tried: (measures[tried], -tried))
+            self._cluster.run_all(self._corrections.keep_state, f"{rate:g}")
+        rate = best_rate(self._best, measures)
         self._losses += losses[rate]
-        self._cluster.run_all(self._corrections.take_state, "trial")
-        self._cluster.run_all(self._corrections.drop_state, "trial")
+        self._cluster.run_all(self._corrections.take_state, f"{rate:g}")
+        for tried in RATES:
+            self._cluster.run_all(self._corrections.drop_state, f"{tried:g}")
         self._note_if_best(count, measures[rate])
         return rate, count, measures
 
@@ -332,6 +335,19 @@ class _Training:
         if not rounded < before:
             return f"rounded to the weights' dtype it was {rounded:.4g} on the windows held aside, and {before:.4g} before"
         return None
+
+
+def best_rate(before: float, measures: Mapping[float, float]) -> float:
+    """Return the lowest learning rate that brings `ENOUGH` of the best gain; the lowest of all if none brings any.
+
+    Args:
+        before: the measure before the trials.
+        measures: learning rate -> measure after its trial.
+    """
+    best_gain = before - min(measures.values())
+    if best_gain <= 0:
+        return min(measures)
+    return min(rate for rate, measure in measures.items() if before - measure >= ENOUGH * best_gain)
 
 
 def held_measure(cluster: Cluster, text: CalibrationText, loss: str = "kl") -> float:

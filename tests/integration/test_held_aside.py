@@ -18,7 +18,7 @@ from ray_surgeon.cluster.local import LocalCluster
 from ray_surgeon.cluster.passes import remember
 from ray_surgeon.inputs import check
 from ray_surgeon.methods.calibration import HELD, MOST_MEASURED, CalibrationText, held_places
-from ray_surgeon.methods.corrections import RATES, Corrections, CorrectionSection, Trained, held_measure
+from ray_surgeon.methods.corrections import RATES, Corrections, CorrectionSection, Trained, best_rate, held_measure
 from ray_surgeon.methods.elements import ElementsSection
 from ray_surgeon.methods.method import Method
 from ray_surgeon.sections.curvature import KfacSection
@@ -109,9 +109,8 @@ def test_corrections_choose_a_rate_and_end_better_than_they_began(loss: str, mod
     found = trained(cluster, text, loss=loss)
     assert found.undone is None
     assert set(found.tried) == set(RATES)
-    assert found.rate == min(RATES, key=lambda rate: found.tried[rate]) / 2 ** round(
-        math.log2(min(RATES, key=lambda rate: found.tried[rate]) / found.rate)
-    )
+    first = best_rate(found.held[0][1], found.tried)
+    assert first / found.rate == 2 ** round(math.log2(first / found.rate)), "halved, or as it was"
     assert found.held[0] == (0, before)
     after = held_measure(cluster, text, loss)
     assert after < before
@@ -120,6 +119,14 @@ def test_corrections_choose_a_rate_and_end_better_than_they_began(loss: str, mod
     record = found.as_record()
     assert record["correction_held_aside"][0] == {"steps": 0, "value": before}
     assert (found.facts["held aside before"], found.facts["held aside after"]) == (before, found.held[-1][1])
+
+
+def test_the_lowest_rate_with_most_of_the_best_gain_is_taken() -> None:
+    """Few steps favour a rate that is too fast for many."""
+    assert best_rate(1.0, {0.1: 0.95, 0.2: 0.82, 0.4: 0.8}) == 0.2
+    assert best_rate(1.0, {0.1: 0.84, 0.2: 0.82, 0.4: 0.8}) == 0.1
+    assert best_rate(1.0, {0.1: 0.95, 0.2: math.inf, 0.4: 0.8}) == 0.4
+    assert best_rate(1.0, {0.1: 1.1, 0.2: 1.2, 0.4: math.inf}) == 0.1
 
 
 @pytest.mark.parametrize("rate", [0.3, 1.0])
@@ -153,11 +160,11 @@ def test_a_loss_that_is_no_number_ends_a_training_and_not_the_run(model_folders:
 def test_a_rate_is_halved_where_the_measure_rises(model_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """From the best state on, which is the one that is absorbed."""
     cluster, text = pruned(model_folders["llama"])
-    measures = iter([1.0, 0.9, 0.8, 0.95, 0.7, 0.9, 0.85, 0.75, 0.74, 0.7])
+    measures = iter([1.0, 0.95, 0.8, 0.9, 0.7, 0.9, 0.85, 0.75, 0.74, 0.7])
     monkeypatch.setattr("ray_surgeon.methods.corrections.held_measure", lambda *_: next(measures))
     found = trained(cluster, text)
     # before, three trials, then five checks, of which 0.7 is the best and all others are above it by more than is tolerated
-    assert list(found.tried.values()) == [0.9, 0.8, 0.95]
+    assert list(found.tried.values()) == [0.95, 0.8, 0.9]
     assert found.rate == RATES[1] / 2**4
     assert min(found.held, key=lambda pair: pair[1])[1] == 0.7
     assert found.undone is None
