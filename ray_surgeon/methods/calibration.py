@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 HELD = "(held aside)"
 """Name of the windows held aside among the texts that have dense states; no evaluation text can have it."""
-MOST_MEASURED = 12
+MOST_MEASURED = 8
 """Windows held aside on which stages are measured, at most. A difference between two states of one model shows on few of them."""
 
 

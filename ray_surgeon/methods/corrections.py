@@ -23,7 +23,7 @@ RATES = (4e-4, 8e-4, 1.6e-3)
 """Learning rates that are tried, relative to the root mean square of each weight."""
 ENOUGH = 0.8
 """Share of the best gain of the trials for which a lower rate is preferred: what is best for few steps is too fast for many."""
-NUM_CHECKS = 5
+NUM_CHECKS = 4
 """How often corrections are measured on the windows held aside while they are trained."""
 TOLERATED = 1.02
 """Times the best measure so far, up to which a training goes on as it is."""
@@ -107,7 +107,7 @@ def further_sequences(section: CorrectionSection, num_steps: int, num_measured: 
 
 
 def _trial_steps(num_steps: int) -> int:
-    return min(num_steps, max(3, num_steps // 10))
+    return min(num_steps, max(3, num_steps // 15))
 
 
 def _number(value: float) -> float | None:

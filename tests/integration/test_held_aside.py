@@ -98,7 +98,7 @@ def weights(cluster: LocalCluster) -> dict[str, torch.Tensor]:
 
 
 def trained(cluster: LocalCluster, text: CalibrationText, **options: Any) -> Trained:
-    section = CorrectionSection.model_validate({"lora_rank": 4, "steps_per_shot": 30, "sequences_per_step": 2} | options)
+    section = CorrectionSection.model_validate({"lora_rank": 4, "steps_per_shot": 32, "sequences_per_step": 2} | options)
     return Corrections(section).train(cluster, text, 1, 1)
 
 
@@ -137,7 +137,7 @@ def test_corrections_that_diverge_leave_the_model_as_it_was_and_say_why(rate: fl
     assert found.undone is not None
     assert "no state was better on the windows held aside" in found.undone
     assert "diverged" in found.undone
-    assert len(found.losses) < 30, "it was given up"
+    assert len(found.losses) < 32, "it was given up"
     assert found.absorbed == 0
     assert found.facts["undone"] == found.undone
     for name, W in weights(cluster).items():
@@ -160,12 +160,12 @@ def test_a_loss_that_is_no_number_ends_a_training_and_not_the_run(model_folders:
 def test_a_rate_is_halved_where_the_measure_rises(model_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """From the best state on, which is the one that is absorbed."""
     cluster, text = pruned(model_folders["llama"])
-    measures = iter([1.0, 0.95, 0.8, 0.9, 0.7, 0.9, 0.85, 0.75, 0.74, 0.7])
+    measures = iter([1.0, 0.95, 0.8, 0.9, 0.7, 0.9, 0.85, 0.75, 0.7])
     monkeypatch.setattr("ray_surgeon.methods.corrections.held_measure", lambda *_: next(measures))
     found = trained(cluster, text)
-    # before, three trials, then five checks, of which 0.7 is the best and all others are above it by more than is tolerated
+    # before, three trials, then four checks, of which 0.7 is the best and all others are above it by more than is tolerated
     assert list(found.tried.values()) == [0.95, 0.8, 0.9]
-    assert found.rate == RATES[1] / 2**4
+    assert found.rate == RATES[1] / 2**3
     assert min(found.held, key=lambda pair: pair[1])[1] == 0.7
     assert found.undone is None
 
