@@ -170,7 +170,7 @@ def job_of(spec: JobSpec, layout: ModelLayout, method: Method, generation: Gener
         written += ((generation.num_prompts, generation.max_new_tokens),)
         texts.append((generation.num_prompts, _PROMPT_TOKENS + generation.max_new_tokens))
     job = method.job(layout, spec.model.dtype, (spec.calibration.num_sequences, spec.calibration.sequence_length), texts)
-    job = replace(job, written=written, rounds=quantize is not None and quantize.scheme == "w4a16")
+    job = replace(job, written=written, answers=generation is not None, rounds=quantize is not None and quantize.scheme == "w4a16")
     if (search := Search.of(method)) is not None:
         units = {(groups.block, groups.kind) for groups in layout.group_sets if groups.consumer in job.needs}
         rounds = search.section.rounds
@@ -183,7 +183,14 @@ def job_of(spec: JobSpec, layout: ModelLayout, method: Method, generation: Gener
     passing = section.steps_per_shot * section.sequences_per_step + section.final_epochs * num_sequences
     passing += tried + -(-measured // 3)  # a pass forward alone has a third of the operations
     remembers = section.loss == "kl"
-    return replace(job, remembers_calibration=remembers, lora_rank=section.lora_rank, num_correction_sequences=passing)
+    states = 0 if not measured else 1 if section.learning_rate is not None else 4
+    return replace(
+        job,
+        remembers_calibration=remembers,
+        lora_rank=section.lora_rank,
+        num_correction_sequences=passing,
+        num_correction_states=states,
+    )
 
 
 def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inputs:
@@ -259,7 +266,7 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
     requests, here = to_be_written(spec.calibration, tokenizer, layout.config), _environment()
     yardstick, written = _yardstick(spec.evaluation.generation, tokenizer, layout.config, requests, next(iter(tokens.values())))
     if yardstick is not None:  # answers before and after are to the same prompts
-        given = None if yardstick.prompts is None else hashlib.sha256(repr(yardstick.prompts).encode()).hexdigest()
+        given = None if yardstick.request is not None else hashlib.sha256(repr(yardstick.prompts).encode()).hexdigest()
         fingerprints["generation"] = yardstick.section.model_dump(mode="json", exclude={"prompts"}) | {"prompts": given}
     inputs = Inputs(
         spec,

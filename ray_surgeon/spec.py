@@ -161,8 +161,9 @@ class JobSpec(Section):
             chooses = self.curvature is not None and self.curvature.chooses_damping
             stages = getattr(pruning, "reconstruction", None), getattr(pruning, "search", None), self.correction
             share = HELD_SHARE if chooses or any(stage is not None for stage in stages) else 0.0
-        wanted = max(1, round(share * num_sequences)) if share else 0
-        return min(wanted, num_sequences - self.cluster.num_replicas)
+        num_replicas = self.cluster.num_replicas  # each of which takes part in a pass over them
+        wanted = max(num_replicas, round(share * num_sequences)) if share else 0
+        return min(wanted, num_sequences - num_replicas)
 
     def method_fingerprint(self) -> str:
         """Return a SHA-256 over everything that determines the result: not the name, the texts evaluated, the output, or what runs where.

@@ -261,6 +261,32 @@ def _conversations(
     return found
 
 
+_SAID, _ANSWERED = "What the user said 7351", "What was answered 9462"
+
+
+def _rendered(tokenizer: Any) -> tuple[str, str, str | None]:
+    """Return what a chat template makes of a turn that is to be answered, of a turn with its answer, and what is wrong with it."""
+    user = {"role": "user", "content": _SAID}
+    assistant = {"role": "assistant", "content": _ANSWERED}
+    try:
+        asked = tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template([user, assistant], tokenize=False)
+    except Exception as error:  # templates are code of the model's, which may raise anything
+        return "", "", f"the model's chat template fails ({error}); give a tokenizer with another one"
+    if _SAID not in asked or _ANSWERED not in whole:
+        problem = (
+            "the model's chat template changes what is said, so a turn's beginning and end are not known; give a tokenizer with another "
+            "one, or a text without chat"
+        )
+        return asked, whole, problem
+    return asked, whole, None
+
+
+def shows_turns(tokenizer: Any) -> bool:
+    """Whether a tokenizer has a chat template that shows what a user and the model say."""
+    return has_chat_template(tokenizer) and _rendered(tokenizer)[2] is None
+
+
 def chat_marks(tokenizer: Any, config: PretrainedConfig, where: str) -> ChatMarks:
     """Return what a tokenizer's chat template puts around turns, from what it makes of two marks.
 
@@ -281,19 +307,10 @@ def chat_marks(tokenizer: Any, config: PretrainedConfig, where: str) -> ChatMark
     not_text = frozenset({*special, *tokenizer.all_special_ids, *unused})
     if not has_chat_template(tokenizer):
         return ChatMarks(last=last, special=not_text)
-    said, answered = "What the user said 7351", "What was answered 9462"
-    user = {"role": "user", "content": said}
-    assistant = {"role": "assistant", "content": answered}
-    try:
-        asked = tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template([user, assistant], tokenize=False)
-    except Exception as error:  # templates are code of the model's, which may raise anything
-        raise ValueError(f"{where}: the model's chat template fails ({error}); give a tokenizer with another one") from error
-    if said not in asked or answered not in whole:
-        raise ValueError(
-            f"{where}: the model's chat template changes what is said, so a turn's beginning and end "
-            "are not known; give a tokenizer with another one, or a text without chat"
-        )
+    asked, whole, problem = _rendered(tokenizer)
+    if problem is not None:
+        raise ValueError(f"{where}: {problem}")
+    said, answered = _SAID, _ANSWERED
     opening, _, closing = asked.partition(said)
     end = whole.rpartition(answered)[2]
     pieces = [tokenizer(p, add_special_tokens=False)["input_ids"] for p in (opening, closing, end)]
@@ -346,17 +363,10 @@ def write_prompts(cluster: Cluster, request: Conversations, count: int) -> tuple
         request: of conversations whose turns the model writes.
         count: how many prompts.
 
-    Raises:
-        RuntimeError: none of what is written is a turn.
+    Returns:
+        Tokens of so many prompts, or of fewer where others came twice, were in a loop, or had special tokens.
     """
-    writer = _Writer(cluster, request)
-    found = writer.prompts(count)
-    if not found:
-        raise RuntimeError(
-            f"{request.where}: of the users' turns that the model wrote none was of use (they came twice, were in a loop, or had special "
-            "tokens); give a file of prompts"
-        )
-    return found
+    return _Writer(cluster, request).prompts(count)
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,7 @@ class Job:
     remembers_calibration: bool = False  # whether the dense model's states of the calibration text are kept, as those of evaluations are
     rounds: bool = False  # whether a quantised export is rounded by the calibration text
     written: tuple[tuple[int, int], ...] = ()  # number of texts that the dense model writes, and tokens of each
+    answers: bool = False  # whether the pruned model writes answers in evaluations
     num_searched: int = 0  # sequences on which a search measures; 0 for no search
     num_trials: int = 0  # of allocations in a search
     num_undone: int = 0  # measurements with removals undone, of one kind of groups in one block each, in all of them
@@ -70,6 +71,7 @@ class Job:
     num_epochs: int = 0  # likewise, over the calibration tokens
     lora_rank: int = 0  # of corrections; 0 for none
     num_correction_sequences: int = 0  # that pass in the corrections of a shot
+    num_correction_states: int = 0  # of corrections that are kept beside the present one: the best so far, and those of trials
 
 
 @dataclass(frozen=True)
@@ -233,7 +235,8 @@ class WorkerNeeds:
         yield StepPlan("load", self._weights, self._host + self._shapes.largest_tensor)
         if self._job.written:
             yield self._sampling()
-        yield self._measuring("evaluation", self._job.evaluation)
+        measuring = self._measuring("evaluation", self._job.evaluation)
+        yield replace(measuring, device=max(measuring.device, self._sampling().device)) if self._job.answers else measuring
         if self._job.factors != "none":
             yield self._curvature()
         if self._job.block_by_block:
@@ -382,10 +385,10 @@ class WorkerNeeds:
     def _correction(self) -> StepPlan:
         """Return the training of B A: inputs, A, B, gradients (between replicas one copy more), Adam's moments at a linear's owner.
 
-        The best state so far, and those of three trials, are kept beside the present one.
+        Other states of them are kept beside the present one.
         """
         job, blocks, N = self._job, len(self._own), self._num_replicas
-        of_entry = 8 + (8 if N == 1 else 12 / N) + 4 * (4 + 8 / N)
+        of_entry = 8 + (8 if N == 1 else 12 / N) + job.num_correction_states * (4 + 8 / N)
         adapters = of_entry * job.lora_rank * sum(linear.num_rows + linear.num_columns for linear in self._linears)
         inputs = self._shapes.width * sum(linear.num_columns for linear in self._linears) / blocks
         flops = 6 * self._active * job.num_correction_sequences * job.sequence_length

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from transformers import PretrainedConfig
 
 from ray_surgeon.cluster.cluster import Cluster
-from ray_surgeon.cluster.conversations import Conversations, Request, chat_marks, write_prompts
+from ray_surgeon.cluster.conversations import Conversations, Request, chat_marks, shows_turns, write_prompts
 from ray_surgeon.cluster.generation import check_prompts
 from ray_surgeon.sections.generation import GenerationSection
 from ray_surgeon.sections.texts import START_TOKENS, TURN_TOKENS
@@ -29,21 +29,16 @@ class Yardstick:
     """Prompts, and what their answers need."""
 
     section: GenerationSection
-    prompts: tuple[tuple[int, ...], ...] | None  # tokens of each; None if the dense model writes them
-    request: Conversations | None  # for the prompts that it writes
+    prompts: tuple[tuple[int, ...], ...]  # tokens of each; if the dense model writes some, in case that none of them is of use
+    request: Conversations | None  # for prompts that the dense model writes
     ends: frozenset[int]  # tokens that end an answer
     tokenizer: Any = field(repr=False)
 
     def asked(self, cluster: Cluster) -> tuple[tuple[int, ...], ...]:
-        """Return the prompts, written by the dense model on the cluster if they are not given.
-
-        Raises:
-            RuntimeError: the model writes no usable prompts.
-        """
-        if self.prompts is not None:
+        """Return the prompts, written by the dense model on the cluster if they are not given."""
+        if self.request is None:
             return self.prompts
-        assert self.request is not None
-        return write_prompts(cluster, self.request, self.section.num_prompts)
+        return write_prompts(cluster, self.request, self.section.num_prompts) or self.prompts
 
     def text_of(self, tokens: Sequence[int]) -> str:
         """Return the text of tokens, without those of the chat template."""
@@ -52,7 +47,7 @@ class Yardstick:
 
 def can_write_prompts(section: GenerationSection, tokenizer: Any, config: PretrainedConfig) -> bool:
     """Whether a model can write prompts from its chat template's opening, and has room for their answers."""
-    if not has_chat_template(tokenizer):
+    if not shows_turns(tokenizer):
         return False
     marks, longest = chat_marks(tokenizer, config, WHERE), getattr(config, "max_position_embeddings", None)
     needed = len(marks.opening) + TURN_TOKENS + len(marks.closing) + section.max_new_tokens
@@ -78,15 +73,14 @@ def yardstick_of(
     """
     longest, new = getattr(config, "max_position_embeddings", None), section.max_new_tokens
     marks = chat_marks(tokenizer, config, WHERE)
+    starts = windows[: section.num_prompts, : min(START_TOKENS, windows.shape[1])]
+    prompts = [tuple(start) for start in starts.tolist()]
     if section.prompts is None and has_chat_template(tokenizer) and marks.opening:
         length = len(marks.opening) + len(marks.closing) + len(marks.end) + 3 * TURN_TOKENS  # a third is a turn's
         request = Conversations(marks, None, 0, length, 1.0, section.seed + _SEED, WHERE)
         check_prompts([(*marks.opening, *marks.closing, *[0] * request.turn_tokens)], new, longest, f"{WHERE}.max_new_tokens")
-        return Yardstick(section, None, request, marks.ends_of_answer, tokenizer)
-    if section.prompts is None:
-        starts = windows[: section.num_prompts, : min(START_TOKENS, windows.shape[1])]
-        prompts = [tuple(start) for start in starts.tolist()]
-    else:
+        return Yardstick(section, tuple(prompts), request, marks.ends_of_answer, tokenizer)
+    if section.prompts is not None:
         most = None if longest is None else longest - new
         read = read_prompts(section.prompts, tokenizer, f"{WHERE}.prompts", most)
         drawn = np.sort(np.random.default_rng(section.seed).permutation(len(read))[: section.num_prompts])

@@ -66,6 +66,8 @@ def test_stages_are_measured_on_some_of_many_windows() -> None:
         ({"correction.lora_rank": 2}, 1),
         ({"correction.lora_rank": 2, "calibration.held_aside": 0}, 0),
         ({"correction.lora_rank": 2, "cluster.num_replicas": 6}, 0),
+        ({"correction.lora_rank": 2, "cluster.num_replicas": 3}, 3),
+        ({"correction.lora_rank": 2, "cluster.num_replicas": 4}, 2),
         ({"curvature.damping": "auto"}, 1),
         ({"pruning.structure": "groups", "pruning.search": "{num_sequences: 3}"}, 1),
         ({"pruning.structure": "groups", "pruning.reconstruction": "{}"}, 1),
@@ -251,6 +253,15 @@ def test_damping_is_chosen_alike_on_every_cluster(model_folders: dict[str, Path]
     assert [e["cost"] for e in tried[0]["tried"]] == pytest.approx([e["cost"] for e in tried[1]["tried"]], rel=1e-3)
 
 
+def test_damping_with_fewer_windows_held_aside_than_replicas_is_that_of_the_defaults(
+    model_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    options = {"curvature__damping": "auto", "cluster__num_replicas": 4, "pruning__num_shots": 1}
+    assert run(tmp_path, model_folders["llama"], **options) == 0
+    (shot,) = report_of(tmp_path / "run")["shots"]
+    assert "damping_chosen" not in shot
+
+
 def test_damping_without_windows_held_aside_is_that_of_the_defaults(model_folders: dict[str, Path], tmp_path: Path) -> None:
     for name, damping in (("auto", "auto"), ("given", {"a": 0.01, "g": 0.1})):
         options = {"curvature__damping": damping, "calibration__held_aside": 0, "pruning__num_shots": 1}
@@ -327,16 +338,13 @@ def test_a_calibration_with_prompts_holds_some_aside_for_the_comparison(model_fo
     changed = {"evaluation": {"texts": options["evaluation"], "generation": {"max_new_tokens": 8}}}
     inputs = check(parse_spec(tiny_spec(tmp_path, model_folders["llama"], **options).read_text()), dry_run=True)
     (request,) = inputs.written.values()
-    assert inputs.yardstick is None or inputs.yardstick.prompts is not None
-    if inputs.yardstick is not None:
-        assert inputs.yardstick.prompts is not None
-        left = {prompt.tokens for prompt in getattr(request, "prompts", None) or ()}
-        assert len(inputs.yardstick.prompts) == 2
-        assert len(left) == 18
-        assert not left & set(inputs.yardstick.prompts)
+    assert inputs.yardstick is not None
+    left = {prompt.tokens for prompt in getattr(request, "prompts", None) or ()}
+    assert len(inputs.yardstick.prompts) == 2
+    assert len(left) == 18
+    assert not left & set(inputs.yardstick.prompts)
     by_hand = check(parse_spec(tiny_spec(tmp_path, model_folders["llama"], **(options | changed)).read_text()), dry_run=True)
     assert by_hand.yardstick is not None
-    assert by_hand.yardstick.prompts is not None
     assert len(by_hand.yardstick.prompts) == 3, "the beginnings of the evaluation text's windows"
     off = changed["evaluation"] | {"generation": None}
     assert (

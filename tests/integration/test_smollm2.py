@@ -70,13 +70,14 @@ def test_quickstart_makes_an_ordinary_model_that_is_smaller(
         "calibration.num_sequences": 4,
         "curvature.num_backward": 2,
         "calibration.sequence_length": 128,
-        "evaluation.0.num_sequences": 2,
-        "evaluation.1.num_sequences": 2,
-        "evaluation.2.num_sequences": 2,
+        "evaluation.texts.0.num_sequences": 2,
+        "evaluation.texts.1.num_sequences": 2,
+        "evaluation.texts.2.num_sequences": 2,
+        "evaluation.generation": "null",  # tests/integration/test_held_aside.py has runs that compare answers
         "output.speed.prompt_length": 32,
         "output.speed.num_new_tokens": 4,
         "correction.steps_per_shot": 1,
-        "correction.learning_rate": 2e-4,  # Adam's one step has full length, whatever the gradient
+        "correction.learning_rate": 1e-4,  # Adam's one step has full length, whatever the gradient
         "output.uri": tmp_path / "run",
         "output.speed.num_repeats": 1,
     }
