@@ -184,7 +184,7 @@ def _run_shots(inputs: Inputs, workers: Cluster, run: RunDirectory, listen: Call
                 facts["accepted"] = rates.acceptance
         if spec.correction is not None:
             with step("correction", shot) as facts:
-                trained = Corrections(spec.correction).train(workers, text, shot, num_shots)
+                trained = Corrections(spec.correction).train(workers, text, shot, num_shots, record.get("divergence_held_aside"))
                 facts |= trained.facts
                 record |= trained.as_record()
         with step("evaluation", shot) as facts:

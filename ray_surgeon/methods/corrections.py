@@ -201,7 +201,7 @@ class Corrections:
             batches += [batch for _ in range(section.final_epochs) for batch in epoch()]
         return batches
 
-    def train(self, cluster: Cluster, text: CalibrationText, shot: int, num_shots: int) -> Trained:
+    def train(self, cluster: Cluster, text: CalibrationText, shot: int, num_shots: int, before: float | None = None) -> Trained:
         """Train the corrections of all linears, one step of the optimizer a batch, and absorb the best state of them.
 
         Where windows are held aside, the corrections are measured on them before, on the way and at the end. A learning rate that is not
@@ -214,12 +214,13 @@ class Corrections:
             text: the calibration text.
             shot: number of the shot.
             num_shots: in all.
+            before: the divergence of the windows held aside, if it has been measured already; see `held_measure`.
         """
         batches = self.batches(shot, num_shots, len(text.tokens))
         if not batches:
             return Trained([], 1.0, 0.0)
         cluster.run_all(self.start, shot)
-        return _Training(self, cluster, text, batches).run()
+        return _Training(self, cluster, text, batches).run(before if self.section.loss == "kl" else None)
 
 
 class _Training:
@@ -234,10 +235,14 @@ class _Training:
         self._best_after = 0  # number of steps of that state
         self._every = max(1, round(len(batches) / NUM_CHECKS))
 
-    def run(self) -> Trained:
-        """Train, and absorb what is best."""
+    def run(self, known: float | None) -> Trained:
+        """Train, and absorb what is best; `known` is the measure of the start, if there is one already."""
         given, tried = self._corrections.section.learning_rate, dict[float, float]()
-        before = self._measure()
+        if known is None:
+            before = self._measure()
+        else:
+            before = known
+            self._begin_steps()
         if self._checks and not math.isfinite(before):
             raise FloatingPointError("the model is not finite on the windows held aside before its corrections; check the weights")
         if self._checks:
@@ -311,8 +316,11 @@ class _Training:
     def _measure(self) -> float:
         """Return the measure of the present state; infinite if it is no number."""
         measure = held_measure(self._cluster, self._text, self._corrections.section.loss) if self._checks else math.inf
-        self._cluster.progress.begin(len(self._batches), "steps", len(self._batches[0]) * self._text.tokens.shape[1])
+        self._begin_steps()
         return measure
+
+    def _begin_steps(self) -> None:
+        self._cluster.progress.begin(len(self._batches), "steps", len(self._batches[0]) * self._text.tokens.shape[1])
 
     def _note_if_best(self, num_steps: int, measure: float) -> bool:
         """Note a measure, and keep the state if it is the best so far; return whether it is."""

@@ -53,7 +53,6 @@ class RunReport:
         linears: Sequence[LinearSummary],
         record: Mapping[str, Any],
         steps: Steps,
-        generation: Mapping[str, Any] | None = None,
     ) -> None:
         """Add the record of a shot.
 
@@ -66,7 +65,6 @@ class RunReport:
             linears: what is left of each.
             record: what the method and the corrections say.
             steps: of this shot so far.
-            generation: how the answers compare, see `cluster.generation.shot_record`; None if they are not compared.
         """
         self.shots.append(
             {
@@ -80,7 +78,6 @@ class RunReport:
                 "correction_losses": [],
                 "correction_absorbed": None,
                 **record,
-                **({} if generation is None else {"generation": dict(generation)}),
                 "seconds": dict(steps.seconds),
                 "cpu_seconds": dict(steps.cpu_seconds),
                 "worker_seconds": dict(steps.worker_seconds),

@@ -336,7 +336,7 @@ NO_STEPS: Any = SimpleNamespace(
 @pytest.mark.parametrize("generation", [None, shot_record(ANSWERS_OF_TWO, FOUND, decode)])
 def test_shots_and_cards_tell_of_answers_if_there_are_some(generation: dict[str, Any] | None, without: dict[str, Any]) -> None:
     report = RunReport(without["spec"], {}, {}, 1000, dense=without["dense"])
-    report.add_shot(1, [0.3], 0.3, None, {}, [], {}, NO_STEPS, generation=generation)
+    report.add_shot(1, [0.3], 0.3, None, {}, [], {} if generation is None else {"generation": generation}, NO_STEPS)
     assert report.shots[0].get("generation") == generation
     facts = report.model_card_facts()
     entry = {"size_bytes": 1e6, "load": "from_pretrained(x)", "uri": "x", "loaders": {}}
