@@ -242,9 +242,7 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
     if spec.calibration.source == "auto":
         calibration_section, chosen_text = default_mix(spec.calibration, tokenizer)
         spec = spec.model_copy(update={"calibration": calibration_section})
-        for i, measured in enumerate(spec.evaluation.texts):
-            if measured.has_own_split:
-                calibration_section.check_border(measured, f"evaluation.{i}")
+        spec.check_borders()
     tasks, search = spec.evaluation.tasks, Search.of(method)
     if tasks is not None:
         check_tasks(tasks)

@@ -123,9 +123,7 @@ class JobSpec(Section):
                 f"curvature.num_backward: {num_backward}, but there are {num_sequences} calibration sequences and every replica "
                 f"needs one; give {self.cluster.num_replicas} to {num_sequences}"
             )
-        for i, text in enumerate(self.evaluation.texts):
-            if text.has_own_split:
-                self.calibration.check_border(text, f"evaluation.{i}")
+        self.check_borders()
         if self.correction is not None and self.correction.sequences_per_step > num_sequences:
             raise ValueError(
                 f"correction.sequences_per_step: {self.correction.sequences_per_step} is more than the {num_sequences} "
@@ -152,6 +150,12 @@ class JobSpec(Section):
         if self.evaluation.tasks is not None and not set(self.output.exports) - {"gguf"}:
             raise ValueError("evaluation.tasks: run on exports for transformers, and output.exports has none; add one, or remove tasks")
         return self
+
+    def check_borders(self) -> None:
+        """Refuse evaluation texts that the calibration cuts at another place; see `CalibrationSection.check_border`."""
+        for i, text in enumerate(self.evaluation.texts):
+            if text.has_own_split:
+                self.calibration.check_border(text, f"evaluation.{i}")
 
     @property
     def num_held(self) -> int:
