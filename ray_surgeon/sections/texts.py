@@ -250,8 +250,8 @@ class CalibrationSection(TextSection, WritingSection):
     source: Address = Field(
         min_length=1,
         description="As for other texts; or `self`, text that the dense model writes, see the fields from temperature on; or `auto`, a "
-        "mix that suits the model: its own conversations if it has a chat template, what it writes after beginnings of code, and Python's "
-        "code, docstrings and help",
+        "mix that suits the model: its own conversations if it has a chat template, what it writes after `def ` and beginnings of "
+        "docstrings, and Python's code, docstrings and help",
     )
     weight: float = Field(1.0, gt=0, description="Weight of this text in the mix")
     mix: tuple[MixSection, ...] = Field((), description="More texts; num_sequences counts the windows of all, which are taken in turns")

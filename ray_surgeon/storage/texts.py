@@ -10,6 +10,7 @@ import ast
 import contextlib
 import hashlib
 import json
+import math
 import os
 import sysconfig
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -474,17 +475,17 @@ def _tokens(tokenizer: Any, text: str) -> tuple[int, ...]:
 _CHAT_SHARE = 1 / 4
 """Of the windows of a default mix, conversations that the model writes, if it has a chat template."""
 _CONTINUED_SHARE = {True: 1 / 4, False: 1 / 2}
-"""Likewise what it writes after beginnings of code and of docstrings, with a chat template and without."""
-_SHARES = {"python-docstrings": 1 / 16, "python-docs": 1 / 16}
-"""Likewise what is taken of small texts. All that is left is python-code."""
-_BEGINNINGS = ("python-code", "python-docstrings")
-"""Texts whose beginnings the model goes on with, the first one more often."""
+"""Likewise what it writes after `def ` and after beginnings of docstrings, with a chat template and without."""
+_FUNCTIONS_SHARE = 3 / 4
+"""Of these, functions that it writes after `def `. What a coder can do lives on them: see docs/results.md."""
+_SHARES = {"python-docstrings": 1 / 32, "python-docs": 1 / 32}
+"""Of the windows, what is taken of small texts. All that is left is python-code."""
 _SMALL_TEXT_TOKENS = 48_000
 """Tokens that are taken of a small text, at most, so that some are left for a search."""
 _CODE_TOKENS = 400_000
 """Tokens of code from which windows are drawn, if a job does not need more."""
 _SHORTEST_TEXT = 64
-"""Tokens of a text of a model without a chat template, at least; four of them fill a window."""
+"""Tokens of a text of a model without a chat template, at least, where several fill a window."""
 
 
 def default_mix(section: CalibrationSection, tokenizer: Any) -> tuple[CalibrationSection, str]:
@@ -512,13 +513,14 @@ def default_mix(section: CalibrationSection, tokenizer: Any) -> tuple[Calibratio
     small = {name: min(int(count * share), _SMALL_TEXT_TOKENS // length) for name, share in _SHARES.items()}
     num_code = count - num_chat - num_continued - sum(small.values())
     code_tokens = max(_CODE_TOKENS, 2 * num_code * length)
-    num_texts = 4 if length % 4 == 0 and length >= 4 * _SHORTEST_TEXT else 1
-    texts: list[tuple[int, dict[str, Any]]] = [(num_chat, {"source": "self", "chat": True})]
-    for number, name in zip((num_continued - num_continued // 3, num_continued // 3), _BEGINNINGS, strict=True):
-        read = {"max_tokens": code_tokens} if name == "python-code" else {}
-        begun = {"starts": {"source": name, **read}, "start_tokens": min(START_TOKENS, length // 2)}
-        texts.append((number, {"source": "self", "texts_per_sequence": num_texts, **begun}))
-    texts.append((num_code, {"source": "python-code", "max_tokens": code_tokens}))
+    num_functions = math.ceil(num_continued * _FUNCTIONS_SHARE)
+    begun = {"starts": {"source": "python-docstrings"}, "start_tokens": min(START_TOKENS, length // 2)}
+    texts: list[tuple[int, dict[str, Any]]] = [
+        (num_chat, {"source": "self", "chat": True}),
+        (num_functions, {"source": "self", "texts_per_sequence": _texts_in(length, 2), "prompt": "def "}),
+        (num_continued - num_functions, {"source": "self", "texts_per_sequence": _texts_in(length, 4), **begun}),
+        (num_code, {"source": "python-code", "max_tokens": code_tokens}),
+    ]
     texts += [(number, {"source": name}) for name, number in small.items()]
     (weight, main), *others = [(number, text) for number, text in texts if number]
     found = CalibrationSection.model_validate(
@@ -534,12 +536,17 @@ def default_mix(section: CalibrationSection, tokenizer: Any) -> tuple[Calibratio
         }
     )
     parts = [f"{num_chat} of conversations that the model writes"] if num_chat else []
-    parts += [f"{num_continued} that it writes after beginnings of code and docstrings"] if num_continued else []
+    parts += [f"{num_continued} that it writes after `def ` and beginnings of docstrings"] if num_continued else []
     parts += [f"{number} of {text['source']}" for number, text in texts if text["source"] != "self" and number]
     return found, (
         f"calibration.source auto: {count} windows of {length} tokens, {', '.join(parts)}; to change "
         "this, name a source, and more in calibration.mix"
     )
+
+
+def _texts_in(length: int, most: int) -> int:
+    """Return how many texts of the model, none of them short, fill a window."""
+    return most if length % most == 0 and length >= most * _SHORTEST_TEXT else 1
 
 
 def is_saved_whole(text: SourceSection) -> bool:

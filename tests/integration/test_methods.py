@@ -29,8 +29,14 @@ METHODS: dict[str, dict[str, Any]] = {
     "two-terms-element": {"curvature__kind": "extended_kfac", "pruning__structure": "element"},
     "sparsegpt": {"pruning__method": "sparsegpt", "pruning__structure": "element"},
     "wanda": {"pruning__method": "wanda", "pruning__structure": "element"},
-    "lora": {"correction__lora_rank": 2, "correction__final_epochs": 1, "correction__learning_rate": 1e-3},
+    "lora": {
+        "calibration__held_aside": 1 / 3,
+        "correction__lora_rank": 2,
+        "correction__final_epochs": 1,
+        "correction__learning_rate": 1e-3,
+    },
     "lora-element": {
+        "calibration__held_aside": 1 / 3,
         "correction__loss": "cross_entropy",
         "correction__lora_rank": 2,
         "correction__learning_rate": 1e-3,
@@ -295,7 +301,11 @@ def test_gradients_of_some_sequences_and_inputs_of_all(stores: Stores, model_fol
 
 
 def test_sequences_without_gradients_are_remembered_for_corrections(model_folders: dict[str, Path], tmp_path: Path) -> None:
-    options: dict[str, Any] = {"curvature__num_backward": 2, "correction": {"lora_rank": 2, "steps_per_shot": 6}}
+    options: dict[str, Any] = {
+        "calibration__held_aside": 1 / 3,
+        "curvature__num_backward": 2,
+        "correction": {"lora_rank": 2, "steps_per_shot": 6},
+    }
     for shards in (1, 2):
         assert run(tmp_path / str(shards), model_folders["llama"], cluster__num_shards=shards, **options) == 0
     for shot in (1, 2):
