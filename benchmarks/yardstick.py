@@ -1,0 +1,208 @@
+"""Which measure of a run says best what a pruned model can still do: rank correlation with HumanEval.
+
+``python -m benchmarks.yardstick HUMANEVAL.json=RUN...`` takes files that
+``python -m benchmarks.humaneval`` wrote, one for each family of models, the dense one first. RUN is
+a run directory of that dense model; its answers and its evaluation texts measure all models of
+the file. Perplexities stand beside the yardstick of generation, for they are what others go by.
+
+A rank correlation (Spearman's) is taken in every family, without its dense model, and then over all
+pruned models, whose HumanEval and perplexities are those of their dense model times something.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from transformers import AutoConfig
+
+from benchmarks.humaneval import named_folders
+from benchmarks.peers import inputs_of_spec
+from ray_surgeon.cluster.dense_model import DenseStates
+from ray_surgeon.cluster.generation import (
+    ANSWERS,
+    Answers,
+    measure_answers,
+    read_answers,
+    remember_answers,
+)
+from ray_surgeon.cluster.local import LocalCluster
+from ray_surgeon.cluster.passes import sequence_losses
+from ray_surgeon.cluster.placement import place
+from ray_surgeon.cluster.worker import ModelRecipe, Worker, load
+from ray_surgeon.models.layout import ModelLayout
+from ray_surgeon.sections.texts import ModelSection
+
+Measures = dict[str, float]  # name -> value, of one model
+
+LOWER_IS_BETTER = ("divergence", "not ended", "repeating", "perplexity")
+"""Measures, and beginnings of their names, that fall when a model is better."""
+
+
+def ranks(values: ArrayLike) -> NDArray[np.float64]:
+    """Return the ranks of values [n] from 1, equal ones with the mean of theirs."""
+    found = np.asarray(values, dtype=np.float64)
+    below = (found[:, None] > found[None, :]).sum(axis=1)
+    equal = (found[:, None] == found[None, :]).sum(axis=1)
+    return np.asarray(below + (equal + 1) / 2, dtype=np.float64)
+
+
+def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
+    """Return Spearman's correlation of two rows of values; not a number if either is constant."""
+    x, y = (ranks(values) - (len(values) + 1) / 2 for values in (one, other))
+    norm = math.sqrt(float(x @ x) * float(y @ y))
+    return float(x @ y) / norm if norm else math.nan
+
+
+def loaded(folder: str, dtype: str, num_threads: int) -> LocalCluster:
+    """Return one worker in this process with a checkpoint."""
+    layout = ModelLayout.of(AutoConfig.from_pretrained(folder))
+    cluster = LocalCluster(layout, place(layout, 1, 1), num_threads)
+    recipe = ModelRecipe(ModelSection.model_validate({"source": folder, "dtype": dtype}))
+    cluster.run_all(load, recipe, False, cluster.stores)
+    return cluster
+
+
+def states_of(worker: Worker) -> DenseStates:
+    """Return what a worker remembers of the dense model."""
+    return worker.kept(DenseStates)
+
+
+def measures_of(
+    cluster: LocalCluster,
+    answers: Answers,
+    max_tokens: int,
+    texts: Mapping[str, NDArray[np.int64]],
+) -> Measures:
+    """Return what a run would measure of a model.
+
+    Args:
+        cluster: with the model, whose worker remembers the dense model's answers.
+        answers: of the dense model.
+        max_tokens: of an answer.
+        texts: evaluation text -> windows.
+    """
+    found = measure_answers(cluster, answers, max_tokens)
+    measures = {
+        "acceptance": found.acceptance,
+        "agreement": found.agreement,
+        "divergence": found.divergence,
+        "tokens until departure": float(np.mean(found.departures)),
+        "not ended": found.not_ended or 0.0,
+        "repeating": found.repeating,
+    }
+    for name, windows in texts.items():
+        num_tokens = windows.shape[0] * (windows.shape[1] - 1)
+        loss = sum(sequence_losses(cluster, windows)) / num_tokens
+        measures[f"perplexity {name}"] = math.exp(loss)
+    return measures
+
+
+def family_of(humaneval: Path, run: Path, dtype: str, num_threads: int) -> list[dict[str, Any]]:
+    """Return name, tasks passed and measures of all models of a file; perplexities are relative.
+
+    Args:
+        humaneval: written by `benchmarks.humaneval`, with outcomes.
+        run: directory of a run of its first model, which is dense.
+        dtype: of weights and activations.
+        num_threads: of torch.
+
+    Raises:
+        ValueError: a checkpoint is missing, or the run has no answers.
+    """
+    records = json.loads(humaneval.read_text())["models"]
+    folders = named_folders([f"{record['name']}={record['folder']}" for record in records])
+    if not (run / "answers.json").exists():
+        raise ValueError(f"{run} has no answers.json; give a run with evaluation.generation")
+    inputs = inputs_of_spec(run, [], run)
+    answers = read_answers(str(run / "answers.json"))
+    section = inputs.spec.evaluation.generation
+    max_tokens = getattr(section, "max_new_tokens", max(map(len, answers.answers)))
+    states: DenseStates | None = None
+    found: list[dict[str, Any]] = []
+    for record in records:
+        cluster = loaded(folders[record["name"]], dtype, num_threads)
+        if states is None:
+            remember_answers(cluster, answers)
+            (states,) = cluster.run_all(states_of)
+        else:
+            (worker,) = cluster.workers.values()
+            worker.keeping(DenseStates).of_text[ANSWERS] = states.of_text[ANSWERS]
+        measures = measures_of(cluster, answers, max_tokens, inputs.texts)
+        cluster.close()
+        passed = sum(outcome == "passed" for outcome in record["outcomes"].values())
+        entry = {"family": humaneval.stem, "name": record["name"], "passed": passed, **measures}
+        found.append(relative(entry, found[0] if found else entry))
+        sys.stdout.write(json.dumps(found[-1]) + "\n")
+        sys.stdout.flush()
+    return found
+
+
+def relative(entry: Mapping[str, Any], dense: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a model's entry, with what its dense model has of the tasks and of perplexities."""
+    found = dict(entry)
+    found["share of dense"] = entry["passed"] / max(1, dense["passed"])
+    for name in entry:
+        if name.startswith("perplexity"):
+            found[f"{name}, relative"] = entry[name] / dense[name]
+    return found
+
+
+def correlations(entries: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return measure -> rank correlation with HumanEval, positive if better goes with better."""
+    known = ("family", "name", "passed", "share of dense")
+    names = [name for name in entries[0] if name not in known]
+    tasks = [entry["share of dense"] for entry in entries]
+    found = {}
+    for name in names:
+        sign = -1 if name.startswith(LOWER_IS_BETTER) else 1
+        found[name] = sign * rank_correlation([entry[name] for entry in entries], tasks)
+    return found
+
+
+def table(families: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Return the correlations in each family and over all pruned models, the best measure first."""
+    of_family = {name: correlations(entries[1:]) for name, entries in families.items()}
+    over_all = correlations([entry for entries in families.values() for entry in entries[1:]])
+    names = [name for name in over_all if not name.startswith("perplexity") or name.endswith("relative")]
+    columns = [*of_family, "all"]
+    lines = [f"| measure | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
+    for name in sorted(names, key=lambda name: -np.nan_to_num(over_all[name], nan=-1)):
+        values = [*(found[name] for found in of_family.values()), over_all[name]]
+        lines.append(f"| {name} | {' | '.join(f'{value:.2f}' for value in values)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure all models, and write the file and the tables."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.yardstick", description=__doc__)
+    add = parser.add_argument
+    add("families", nargs="+", metavar="HUMANEVAL.json=RUN")
+    add("--out", type=Path, default=Path("runs/yardstick.json"))
+    add("--dtype", default="bfloat16")
+    add("--threads", type=int, default=2)
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(arguments.threads)
+    families = {}
+    for given in arguments.families:
+        humaneval, equals, run = given.partition("=")
+        if not equals:
+            parser.error(f"{given}: expected HUMANEVAL.json=RUN")
+        found = family_of(Path(humaneval), Path(run), arguments.dtype, arguments.threads)
+        families[Path(humaneval).stem] = found
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(families, indent=2) + "\n")
+    sys.stdout.write(table(families))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""The rank correlation of a run's measures with HumanEval: ranks, signs, and measures that are the run's own."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from benchmarks.yardstick import correlations, main, rank_correlation, ranks
+from tests.integration.runs import report_of, run
+
+
+def test_equal_values_share_the_mean_of_their_ranks() -> None:
+    assert ranks([3.0, 1.0, 3.0, 7.0]).tolist() == [2.5, 1.0, 2.5, 4.0]
+
+
+def test_only_the_order_counts() -> None:
+    assert rank_correlation([1, 2, 3, 40], [0.1, 0.2, 0.3, 0.31]) == 1
+    assert rank_correlation([1, 2, 3, 40], [4, 3, 2, -1]) == -1
+    assert rank_correlation([1, 2, 3], [1, 3, 2]) == pytest.approx(0.5)
+    assert math.isnan(rank_correlation([1, 1, 1], [1, 2, 3]))
+
+
+def test_better_goes_with_better() -> None:
+    """A divergence that falls is as good as an acceptance that rises."""
+    entries = [
+        {
+            "family": "f",
+            "name": str(n),
+            "passed": n,
+            "share of dense": n / 9,
+            "acceptance": n,
+            "divergence": -n,
+            "perplexity a, relative": n,
+        }
+        for n in range(3)
+    ]
+    assert correlations(entries) == {"acceptance": 1, "divergence": 1, "perplexity a, relative": -1}
+
+
+def test_measures_are_those_of_the_run(model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = {
+        "pruning": {
+            "structure": "groups",
+            "groups": ["ffn"],
+            "allocation": "uniform",
+            "target_sparsity": 0.1,
+            "num_shots": 1,
+            "width_multiple": 4,
+        },
+        "evaluation": {
+            "texts": [{"name": "help", "source": "python-docs", "num_sequences": 2, "sequence_length": 32, "max_tokens": 4000}],
+            "generation": {"num_prompts": 3, "max_new_tokens": 8},
+        },
+        "output__exports": ["uniform"],
+    }
+    dense = model_folders["llama"]
+    assert run(tmp_path, dense, **options) == 0
+    (shot,) = report_of(tmp_path / "run")["shots"]
+    outcomes = {"a": "passed", "b": "failed", "c": "passed"}
+    models = [
+        {"name": "dense", "folder": str(dense), "outcomes": outcomes},
+        {"name": "pruned", "folder": str(tmp_path / "run/export/uniform"), "outcomes": {**outcomes, "a": "failed"}},
+    ]
+    written = tmp_path / "tiny.json"
+    written.write_text(json.dumps({"models": models}))
+    assert main([f"{written}={tmp_path / 'run'}", "--out", str(tmp_path / "all.json"), "--dtype", "float32", "--threads", "1"]) == 0
+    first, second = json.loads((tmp_path / "all.json").read_text())["tiny"]
+    assert (first["passed"], second["passed"], second["share of dense"]) == (2, 1, 0.5)
+    assert (first["acceptance"], first["agreement"]) == (pytest.approx(1, abs=1e-6), 1)
+    for name in ("acceptance", "agreement", "divergence"):
+        assert second[name] == pytest.approx(shot["generation"][name], rel=1e-4)
+    assert second["tokens until departure"] == pytest.approx(shot["generation"]["tokens_until_departure"]["mean"])
+    assert second["perplexity help"] == pytest.approx(shot["perplexity"]["help"], rel=1e-5)
+    assert "| acceptance |" in capsys.readouterr().out
