@@ -247,10 +247,9 @@ class Groups(Method):
         found, predicted = worker.drop(Scored), {name: cost for name, cost in experts.items() if name in worker.masks}
         shapes, reconstruction = worker.layout.shapes, self.reconstruction
         sets = [g for g in self.sets(worker) if g.consumer not in experts and shapes[g.consumer].role in self.consumers]
-        for groups in sets:
-            name = groups.consumer
-            if name not in found.consumers:
-                continue
+        owned = {groups.consumer: groups for groups in sets if groups.consumer in found.consumers}
+        for name in worker.each(list(owned)):
+            groups = owned[name]
             removal, worker.masks[name] = self.removal(worker, found, groups, counts[name])
             W, predicted[name] = removal.W, removal.predicted
             if reconstruction is not None and rate is not None and groups.kind in reconstruction.kinds and counts[name]:
@@ -409,6 +408,7 @@ class Groups(Method):
     def apply(self, cluster: Cluster, sequences: NDArray[np.int64], choice: Choice, shot: int) -> list[LinearSummary]:
         """Prune, update, and train layers with the learning rate that did best on some of them."""
         rate = self._learning_rate(cluster, choice)
+        cluster.progress.begin(unit="linears")
         return in_order(cluster.run_all(self.prune, choice.counts, choice.experts, rate))
 
     def _learning_rate(self, cluster: Cluster, choice: Choice) -> float | None:
