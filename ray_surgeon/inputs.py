@@ -183,13 +183,12 @@ def job_of(spec: JobSpec, layout: ModelLayout, method: Method, generation: Gener
     passing = section.steps_per_shot * section.sequences_per_step + section.final_epochs * num_sequences
     passing += tried + -(-measured // 3)  # a pass forward alone has a third of the operations
     remembers = section.loss == "kl"
-    states = 0 if not measured else 1 if section.learning_rate is not None else 4
     return replace(
         job,
         remembers_calibration=remembers,
         lora_rank=section.lora_rank,
         num_correction_sequences=passing,
-        num_correction_states=states,
+        num_correction_states=int(measured > 0),
     )
 
 

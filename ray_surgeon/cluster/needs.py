@@ -71,7 +71,7 @@ class Job:
     num_epochs: int = 0  # likewise, over the calibration tokens
     lora_rank: int = 0  # of corrections; 0 for none
     num_correction_sequences: int = 0  # that pass in the corrections of a shot
-    num_correction_states: int = 0  # of corrections that are kept beside the present one: the best so far, and those of trials
+    num_correction_states: int = 0  # of corrections that are kept beside the present one: the best so far
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -17,12 +16,14 @@ from ray_surgeon.cluster.worker import Worker, collective
 from ray_surgeon.methods.calibration import HELD, CalibrationText
 from ray_surgeon.models.low_rank import CorrectionState, LowRankCorrections
 from ray_surgeon.sections.base import Positive, Section
-from ray_surgeon.surgery.reconstruction import rate_factor
 
-RATES = (4e-4, 8e-4, 1.6e-3)
-"""Learning rates that are tried, relative to the root mean square of each weight."""
-ENOUGH = 0.8
-"""Share of the best gain of the trials for which a lower rate is preferred: what is best for few steps is too fast for many."""
+RATES = (2.4e-3, 1.2e-3, 6e-4)
+"""Learning rates that are tried in turn, relative to the root mean square of each weight. The first one that does no harm goes on. What is
+best for few steps is no guide to what is best for many: on SmolLM2 four steps are best at the lowest rate, and sixty at the highest."""
+HARMLESS = 1.05
+"""Times the measure at the start, up to which the first steps with a rate do no harm."""
+WARM_UP = 0.05
+"""Share of the steps in which the rate rises to its first value; it stays there until half of them are done, and falls linearly to zero."""
 NUM_CHECKS = 4
 """How often corrections are measured on the windows held aside while they are trained."""
 TOLERATED = 1.02
@@ -44,8 +45,9 @@ class CorrectionSection(Section):
         None,
         gt=0,
         le=1,
-        description="Largest learning rate of Adam, relative to the root mean square of each weight; it rises shortly, then falls "
-        "linearly to zero. null: three rates are tried in the first steps, and the one that does best on the windows held aside goes on",
+        description="Largest learning rate of Adam, relative to the root mean square of each weight; it rises shortly, stays, and "
+        "falls linearly to zero over the second half. null: the highest of three whose first steps do no harm on the windows held aside; "
+        "it is halved where they get worse later",
     )
     steps_per_shot: int = Field(3, ge=0, description="Steps of Adam after every shot")
     sequences_per_step: Positive = Field(1, description="Calibration sequences of one step, at most all")
@@ -66,7 +68,7 @@ class Trained:
     losses: list[float]  # mean loss of each step's sequences before the step, in nats per token; of trials, those of the rate taken
     absorbed: float  # share of the corrections that arrived in the weights, as `LowRankCorrections.absorb` has it
     rate: float  # the learning rate at the end
-    tried: dict[float, float] = field(default_factory=dict)  # learning rate -> measure after the first steps
+    tried: dict[float, float] = field(default_factory=dict)  # learning rate -> measure after its first steps, of the one taken the last
     held: list[tuple[int, float]] = field(default_factory=list)  # number of steps done -> measure; of the one kept at the end, too
     undone: str | None = None  # why the model stays as it was; None if the corrections are kept
 
@@ -116,10 +118,10 @@ def _number(value: float) -> float | None:
 
 
 @dataclass
-class _States:
-    """States of the corrections that a worker keeps, by name."""
+class _Best:
+    """The best state of the corrections so far, on a worker."""
 
-    of_name: dict[str, CorrectionState] = field(default_factory=dict)
+    state: CorrectionState | None = None
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,7 @@ class Corrections:
         seeds = {name: first + numbers[name] for name in worker.shard.linears}
         owned = {name for name in worker.shard.linears if worker.owns(name)}
         worker.keep(LowRankCorrections(worker.shard, worker.masks, owned, rank=section.lora_rank, seed_of=seeds))
-        worker.keep(_States())
+        worker.keep(_Best())
 
     @collective
     def step(self, worker: Worker, num_tokens: int, rate: float) -> None:
@@ -152,17 +154,15 @@ class Corrections:
             parts = [corrections.parts[name] for name in names]
             broadcast_together(worker.replicas, [x.detach() for part in parts for x in (part.A, part.B)], owner)
 
-    def keep_state(self, worker: Worker, name: str) -> None:
-        """Keep the present state under a name."""
-        worker.kept(_States).of_name[name] = worker.kept(LowRankCorrections).state()
+    def keep_state(self, worker: Worker) -> None:
+        """Keep the present state as the best."""
+        worker.kept(_Best).state = worker.kept(LowRankCorrections).state()
 
-    def take_state(self, worker: Worker, name: str) -> None:
-        """Go back to a state that was kept."""
-        worker.kept(LowRankCorrections).restore(worker.kept(_States).of_name[name])
-
-    def drop_state(self, worker: Worker, name: str) -> None:
-        """Keep a state no longer."""
-        del worker.kept(_States).of_name[name]
+    def take_state(self, worker: Worker) -> None:
+        """Go back to the best state."""
+        best = worker.kept(_Best).state
+        assert best is not None
+        worker.kept(LowRankCorrections).restore(best)
 
     def round_as_absorbed(self, worker: Worker, rounds: bool) -> None:
         """See `LowRankCorrections.round_as_absorbed`."""
@@ -170,13 +170,13 @@ class Corrections:
 
     def absorb(self, worker: Worker) -> tuple[float, float]:
         """Add every B A to its weight, and return how much of it arrived in the owned ones; see `LowRankCorrections.absorb`."""
-        worker.drop(_States)
+        worker.drop(_Best)
         found = [about for name, about in worker.drop(LowRankCorrections).absorb().items() if worker.owns(name)]
         return sum(arrived for arrived, _ in found), sum(wanted for _, wanted in found)
 
     def undo(self, worker: Worker) -> None:
         """Remove the corrections without a trace."""
-        worker.drop(_States)
+        worker.drop(_Best)
         worker.drop(LowRankCorrections).remove()
 
     # On the coordinator
@@ -205,7 +205,7 @@ class Corrections:
         """Train the corrections of all linears, one step of the optimizer a batch, and absorb the best state of them.
 
         Where windows are held aside, the corrections are measured on them before, on the way and at the end. A learning rate that is not
-        given is the best of three that are tried in the first steps, and is halved where the measure rises, from the best state on. A
+        given is the highest of three whose first steps do no harm, and is halved where the measure rises, from the best state on. A
         training that ends no better than it began is undone.
 
         Args:
@@ -263,20 +263,18 @@ class _Training:
         return Trained(self._losses, absorbed, rate, tried, self._held, reason)
 
     def _try_rates(self) -> tuple[float, int, dict[float, float]]:
-        """Take the first steps with each of the rates, and go on with the best; return it, the steps done, and all measures."""
-        count = _trial_steps(len(self._batches))
-        measures, losses = dict[float, float](), dict[float, list[float]]()
+        """Take the first steps with the highest rate that does no harm, else the lowest; return it, the steps done, and all measures."""
+        count, start, measures = _trial_steps(len(self._batches)), self._best, dict[float, float]()
+        rate, losses = RATES[-1], list[float]()
         for rate in RATES:
-            self._cluster.run_all(self._corrections.take_state, "best")
-            losses[rate] = []
-            is_finite = all(self._step(number, rate, losses[rate]) for number in range(count))
+            if measures:
+                self._cluster.run_all(self._corrections.take_state)
+            losses = []
+            is_finite = all(self._step(number, rate, losses) for number in range(count))
             measures[rate] = self._measure() if is_finite else math.inf
-            self._cluster.run_all(self._corrections.keep_state, f"{rate:g}")
-        rate = best_rate(self._best, measures)
-        self._losses += losses[rate]
-        self._cluster.run_all(self._corrections.take_state, f"{rate:g}")
-        for tried in RATES:
-            self._cluster.run_all(self._corrections.drop_state, f"{tried:g}")
+            if measures[rate] <= HARMLESS * start:
+                break
+        self._losses += losses
         self._note_if_best(count, measures[rate])
         return rate, count, measures
 
@@ -293,7 +291,7 @@ class _Training:
                 continue
             if halves:
                 rate /= 2
-                self._cluster.run_all(self._corrections.take_state, "best")
+                self._cluster.run_all(self._corrections.take_state)
             elif measure > GIVEN_UP * start:
                 return rate, f"; it was given up after {number + 1} steps, because it diverged: {start:.4g} became {measure:.4g}"
         return rate, ""
@@ -328,14 +326,14 @@ class _Training:
         if not measure < self._best:
             return False
         self._best, self._best_after = measure, num_steps
-        self._cluster.run_all(self._corrections.keep_state, "best")
+        self._cluster.run_all(self._corrections.keep_state)
         return True
 
     def _back_to_the_best(self, before: float) -> str | None:
         """Go back to the best state; return why nothing is to be absorbed, if so."""
         if not self._best_after:
             return f"no state was better on the windows held aside than {before:.4g} before"
-        self._cluster.run_all(self._corrections.take_state, "best")
+        self._cluster.run_all(self._corrections.take_state)
         self._cluster.run_all(self._corrections.round_as_absorbed, True)
         rounded = self._measure()
         self._cluster.run_all(self._corrections.round_as_absorbed, False)
@@ -345,17 +343,15 @@ class _Training:
         return None
 
 
-def best_rate(before: float, measures: Mapping[float, float]) -> float:
-    """Return the lowest learning rate that brings `ENOUGH` of the best gain; the lowest of all if none brings any.
+def rate_factor(number: int, num_steps: int) -> float:
+    """Return by what the largest learning rate is multiplied in a step; see `WARM_UP`.
 
     Args:
-        before: the measure before the trials.
-        measures: learning rate -> measure after its trial.
+        number: of the step, from 0.
+        num_steps: in all.
     """
-    best_gain = before - min(measures.values())
-    if best_gain <= 0:
-        return min(measures)
-    return min(rate for rate, measure in measures.items() if before - measure >= ENOUGH * best_gain)
+    rise = max(1, round(WARM_UP * num_steps))
+    return min((number + 1) / rise, 2 - 2 * number / num_steps, 1.0)
 
 
 def held_measure(cluster: Cluster, text: CalibrationText, loss: str = "kl") -> float:

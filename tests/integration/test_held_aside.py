@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from ray_surgeon.cluster.dense_model import CALIBRATION
 from ray_surgeon.cluster.local import LocalCluster
-from ray_surgeon.cluster.passes import remember
+from ray_surgeon.cluster.passes import forward_and_backward, remember
 from ray_surgeon.inputs import check
 from ray_surgeon.methods.calibration import HELD, MOST_MEASURED, CalibrationText, held_places
-from ray_surgeon.methods.corrections import RATES, Corrections, CorrectionSection, Trained, best_rate, held_measure
+from ray_surgeon.methods.corrections import HARMLESS, RATES, Corrections, CorrectionSection, Trained, held_measure, rate_factor
 from ray_surgeon.methods.elements import ElementsSection
 from ray_surgeon.methods.method import Method
 from ray_surgeon.sections.curvature import KfacSection
@@ -110,8 +110,9 @@ def test_corrections_choose_a_rate_and_end_better_than_they_began(loss: str, mod
     before = held_measure(cluster, text, loss)
     found = trained(cluster, text, loss=loss)
     assert found.undone is None
-    assert set(found.tried) == set(RATES)
-    first = best_rate(found.held[0][1], found.tried)
+    *harmful, first = found.tried
+    assert (*harmful, first) == RATES[: len(found.tried)]
+    assert all(found.tried[rate] > HARMLESS * before for rate in harmful)
     assert first / found.rate == 2 ** round(math.log2(first / found.rate)), "halved, or as it was"
     assert found.held[0] == (0, before)
     after = held_measure(cluster, text, loss)
@@ -123,12 +124,35 @@ def test_corrections_choose_a_rate_and_end_better_than_they_began(loss: str, mod
     assert (found.facts["held aside before"], found.facts["held aside after"]) == (before, found.held[-1][1])
 
 
-def test_the_lowest_rate_with_most_of_the_best_gain_is_taken() -> None:
-    """Few steps favour a rate that is too fast for many."""
-    assert best_rate(1.0, {0.1: 0.95, 0.2: 0.82, 0.4: 0.8}) == 0.2
-    assert best_rate(1.0, {0.1: 0.84, 0.2: 0.82, 0.4: 0.8}) == 0.1
-    assert best_rate(1.0, {0.1: 0.95, 0.2: math.inf, 0.4: 0.8}) == 0.4
-    assert best_rate(1.0, {0.1: 1.1, 0.2: 1.2, 0.4: math.inf}) == 0.1
+@pytest.mark.parametrize(
+    ("measures", "taken"), [([1.04], 0), ([1.06, 0.9], 1), ([math.inf, 2.0, 0.9], 2), ([1.06, 1.06, 1.06], 2)], ids=str
+)
+def test_the_highest_rate_that_does_no_harm_goes_on(
+    measures: list[float], taken: int, model_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all that are harmful the lowest one; every trial begins where the first one did."""
+    cluster, text = pruned(model_folders["llama"])
+    come, losses = iter([1.0, *measures, *[0.5] * 9]), list[float]()
+
+    def forward(*arguments: Any, **options: Any) -> list[float]:
+        of_sequences = forward_and_backward(*arguments, **options)
+        losses.append(of_sequences[0])
+        return of_sequences
+
+    monkeypatch.setattr("ray_surgeon.methods.corrections.held_measure", lambda *_: next(come))
+    monkeypatch.setattr("ray_surgeon.methods.corrections.forward_and_backward", forward)
+    found = trained(cluster, text)
+    assert found.tried == dict(zip(RATES, measures, strict=False))
+    assert found.rate == RATES[taken]
+    assert len(found.losses) == 32, "the steps of the trial that was taken are those of the training"
+    num_steps = (len(losses) - 32) // max(1, len(measures) - 1)
+    assert len({losses[number * num_steps] for number in range(len(measures))}) == 1
+
+
+def test_the_rate_of_corrections_rises_stays_and_falls() -> None:
+    assert [rate_factor(number, 40) for number in (0, 1, 20, 30, 39)] == pytest.approx([0.5, 1, 1, 0.5, 0.05])
+    assert [rate_factor(number, 3) for number in range(3)] == pytest.approx([1, 1, 2 / 3])
+    assert rate_factor(0, 1) == 1.0
 
 
 @pytest.mark.parametrize("rate", [0.3, 1.0])
@@ -162,11 +186,11 @@ def test_a_loss_that_is_no_number_ends_a_training_and_not_the_run(model_folders:
 def test_a_rate_is_halved_where_the_measure_rises(model_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """From the best state on, which is the one that is absorbed."""
     cluster, text = pruned(model_folders["llama"])
-    measures = iter([1.0, 0.95, 0.8, 0.9, 0.7, 0.9, 0.85, 0.75, 0.7])
+    measures = iter([1.0, 1.1, 0.8, 0.7, 0.9, 0.85, 0.75, 0.7])
     monkeypatch.setattr("ray_surgeon.methods.corrections.held_measure", lambda *_: next(measures))
     found = trained(cluster, text)
-    # before, three trials, then four checks, of which 0.7 is the best and all others are above it by more than is tolerated
-    assert list(found.tried.values()) == [0.95, 0.8, 0.9]
+    # before, two trials, then four checks, of which 0.7 is the best and all others are above it by more than is tolerated
+    assert list(found.tried.values()) == [1.1, 0.8]
     assert found.rate == RATES[1] / 2**3
     assert min(found.held, key=lambda pair: pair[1])[1] == 0.7
     assert found.undone is None
