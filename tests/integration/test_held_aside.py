@@ -18,7 +18,7 @@ from ray_surgeon.cluster.local import LocalCluster
 from ray_surgeon.cluster.passes import forward_and_backward, remember
 from ray_surgeon.inputs import check
 from ray_surgeon.methods.calibration import HELD, MOST_MEASURED, CalibrationText, held_places
-from ray_surgeon.methods.corrections import HARMLESS, RATES, Corrections, CorrectionSection, Trained, held_measure, rate_factor
+from ray_surgeon.methods.corrections import HARMLESS, RATES, Corrections, CorrectionSection, Trained, held_measure
 from ray_surgeon.methods.elements import ElementsSection
 from ray_surgeon.methods.method import Method
 from ray_surgeon.sections.curvature import KfacSection
@@ -147,12 +147,6 @@ def test_the_highest_rate_that_does_no_harm_goes_on(
     assert len(found.losses) == 32, "the steps of the trial that was taken are those of the training"
     num_steps = (len(losses) - 32) // max(1, len(measures) - 1)
     assert len({losses[number * num_steps] for number in range(len(measures))}) == 1
-
-
-def test_the_rate_of_corrections_rises_stays_and_falls() -> None:
-    assert [rate_factor(number, 40) for number in (0, 1, 20, 30, 39)] == pytest.approx([0.5, 1, 1, 0.5, 0.05])
-    assert [rate_factor(number, 3) for number in range(3)] == pytest.approx([1, 1, 2 / 3])
-    assert rate_factor(0, 1) == 1.0
 
 
 @pytest.mark.parametrize("rate", [0.3, 1.0])
