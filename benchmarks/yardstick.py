@@ -35,10 +35,11 @@ from ray_surgeon.cluster.generation import (
     remember_answers,
 )
 from ray_surgeon.cluster.local import LocalCluster
-from ray_surgeon.cluster.passes import sequence_losses
+from ray_surgeon.cluster.passes import num_counted, sequence_losses
 from ray_surgeon.cluster.placement import place
 from ray_surgeon.cluster.worker import ModelRecipe, Worker, load
 from ray_surgeon.models.layout import ModelLayout
+from ray_surgeon.models.loss import perplexity_of
 from ray_surgeon.sections.texts import ModelSection
 
 Measures = dict[str, float]  # name -> value, of one model
@@ -100,9 +101,8 @@ def measures_of(
         "repeating": found.repeating,
     }
     for name, windows in texts.items():
-        num_tokens = windows.shape[0] * (windows.shape[1] - 1)
-        loss = sum(sequence_losses(cluster, windows)) / num_tokens
-        measures[f"perplexity {name}"] = math.exp(loss)
+        loss = sum(sequence_losses(cluster, windows)) / num_counted(windows, None)
+        measures[f"perplexity {name}"] = perplexity_of(loss)
     return measures
 
 

@@ -68,7 +68,7 @@ class Trained:
     losses: list[float]  # mean loss of each step's sequences before the step, in nats per token; of trials, those of the rate taken
     absorbed: float  # share of the corrections that arrived in the weights, as `LowRankCorrections.absorb` has it
     rate: float  # the learning rate at the end
-    tried: dict[float, float] = field(default_factory=dict)  # learning rate -> measure after its first steps, of the one taken the last
+    tried: dict[float, float] = field(default_factory=dict)  # learning rate -> measure after its first steps; the last one was taken
     held: list[tuple[int, float]] = field(default_factory=list)  # number of steps done -> measure; of the one kept at the end, too
     undone: str | None = None  # why the model stays as it was; None if the corrections are kept
 
