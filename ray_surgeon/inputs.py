@@ -29,7 +29,7 @@ from ray_surgeon.export.for_engines import Shrinking, check_quantised
 from ray_surgeon.export.kinds import check_export
 from ray_surgeon.export.tasks import check_tasks
 from ray_surgeon.methods import METHODS, CoupledSection, Groups, Method
-from ray_surgeon.methods.calibration import MOST_MEASURED, CalibrationText
+from ray_surgeon.methods.calibration import CalibrationText
 from ray_surgeon.methods.corrections import further_sequences
 from ray_surgeon.methods.search import Search
 from ray_surgeon.models.budgets import Budget, bytes_budget, fewest_left, flops_budget, linears_budget, parameters_budget
@@ -162,7 +162,7 @@ def job_of(spec: JobSpec, layout: ModelLayout, method: Method, generation: Gener
     """
     texts = [(text.num_sequences, text.sequence_length) for text in spec.evaluation.texts]
     if spec.num_held:
-        texts.append((min(spec.num_held, MOST_MEASURED), spec.calibration.sequence_length))
+        texts.append((spec.num_held, spec.calibration.sequence_length))
     length = spec.calibration.sequence_length
     written = tuple(text.sizes(count, length) for text, count in spec.calibration.shares if isinstance(text, SelfSection))
     quantize = spec.output.quantize
@@ -179,7 +179,7 @@ def job_of(spec: JobSpec, layout: ModelLayout, method: Method, generation: Gener
         return job
     section, num_sequences = spec.correction, spec.calibration.num_sequences - spec.num_held
     num_steps = section.steps_per_shot + section.final_epochs * -(-num_sequences // section.sequences_per_step)
-    tried, measured = further_sequences(section, num_steps, min(spec.num_held, MOST_MEASURED))
+    tried, measured = further_sequences(section, num_steps, spec.num_held)
     passing = section.steps_per_shot * section.sequences_per_step + section.final_epochs * num_sequences
     passing += tried + -(-measured // 3)  # a pass forward alone has a third of the operations
     remembers = section.loss == "kl"

@@ -239,7 +239,7 @@ def _look_at_dense(inputs: Inputs, workers: Cluster, step: Steps, *, calibration
         if len(inputs.searched):
             remember(workers, SEARCHED, inputs.searched)
         if len(text.held):
-            remember(workers, HELD, text.measured, text.measured_counts)
+            remember(workers, HELD, text.held, text.held_counts)
             facts["windows held aside"] = len(text.held)
     if inputs.spec.evaluation.tasks is not None:
         with step("tasks"):

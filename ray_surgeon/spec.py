@@ -23,8 +23,9 @@ from ray_surgeon.sections.presets import PresetName, with_preset
 from ray_surgeon.sections.targets import LatencyTarget
 from ray_surgeon.sections.texts import CalibrationSection, EvaluationSection, ModelSection
 
-HELD_SHARE = 0.1
-"""Share of the calibration's windows that are held aside where stages measure themselves on them."""
+HELD_SHARE, MOST_HELD = 0.1, 6
+"""Share of the calibration's windows that are held aside where stages measure themselves on them, and how many at most. A difference
+between two states of one model shows on few windows, and the others are better used."""
 _YAML_ERRORS = (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError)
 """PyYAML lets through what its constructors raise on values that do not fit their tags."""
 
@@ -159,14 +160,16 @@ class JobSpec(Section):
 
     @property
     def num_held(self) -> int:
-        """Windows of the calibration that are held aside: a tenth where a stage measures itself on them, unless the spec says otherwise."""
+        """Windows of the calibration that are held aside: a tenth, at most six, if stages measure themselves on them."""
         share, pruning, num_sequences = self.calibration.held_aside, self.pruning, self.calibration.num_sequences
+        most = num_sequences
         if share is None:
             chooses = self.curvature is not None and self.curvature.chooses_damping
             stages = getattr(pruning, "reconstruction", None), getattr(pruning, "search", None), self.correction
             share = HELD_SHARE if chooses or any(stage is not None for stage in stages) else 0.0
+            most = MOST_HELD
         num_replicas = self.cluster.num_replicas  # each of which takes part in a pass over them
-        wanted = max(num_replicas, round(share * num_sequences)) if share else 0
+        wanted = max(num_replicas, min(most, round(share * num_sequences))) if share else 0
         return min(wanted, num_sequences - num_replicas)
 
     def method_fingerprint(self) -> str:

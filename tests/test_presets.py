@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from ray_surgeon.sections.presets import PRESETS
-from ray_surgeon.spec import JobSpec, parse_spec
+from ray_surgeon.spec import MOST_HELD, JobSpec, parse_spec
 
 GROUPS = """
 version: 2
@@ -42,7 +42,7 @@ def test_a_preset_is_all_that_a_job_of_groups_needs(preset: str) -> None:
         assert spec.correction is not None
         assert spec.correction.lora_rank == wanted["correction"]["lora_rank"]
         assert spec.correction.learning_rate is None
-    assert spec.num_held == round(0.1 * spec.calibration.num_sequences)
+    assert spec.num_held == min(MOST_HELD, round(0.1 * spec.calibration.num_sequences))
     assert [text.name for text in spec.evaluation.texts] == ["python-docs", "python-docstrings"]
     assert spec.evaluation.generation == "auto"
 

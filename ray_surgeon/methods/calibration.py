@@ -9,8 +9,6 @@ from numpy.typing import NDArray
 
 HELD = "(held aside)"
 """Name of the windows held aside among the texts that have dense states; no evaluation text can have it."""
-MOST_MEASURED = 8
-"""Windows held aside on which stages are measured, at most. A difference between two states of one model shows on few of them."""
 
 
 def _none() -> NDArray[np.int64]:
@@ -39,20 +37,6 @@ class CalibrationText:
         is_held[held_places(len(tokens), num_held)] = True
         of_fitted, of_held = (None, None) if counts is None else (counts[~is_held], counts[is_held])
         return CalibrationText(tokens[~is_held], of_fitted, tokens[is_held], of_held)
-
-    @property
-    def measured(self) -> NDArray[np.int64]:
-        """Windows held aside on which stages are measured, some of them where they are many."""
-        return self.held[self._some]
-
-    @property
-    def measured_counts(self) -> NDArray[np.bool_] | None:
-        """Which of their tokens count."""
-        return None if self.held_counts is None else self.held_counts[self._some]
-
-    @property
-    def _some(self) -> NDArray[np.int64]:
-        return held_places(len(self.held), min(MOST_MEASURED, len(self.held)))
 
 
 def held_places(num_sequences: int, num_held: int) -> NDArray[np.int64]:

@@ -24,7 +24,7 @@ best for few steps is no guide to what is best for many: on SmolLM2 the lowest o
 second for sixty; on Qwen2.5-Coder-0.5B the last is best for four and diverges later."""
 HARMLESS = 1.05
 """Times the measure at the start, up to which the first steps with a rate do no harm."""
-NUM_CHECKS = 4
+NUM_CHECKS = 3
 """How often corrections are measured on the windows held aside while they are trained."""
 TOLERATED = 1.02
 """Times the best measure so far, up to which a training goes on as it is."""
@@ -228,7 +228,7 @@ class _Training:
 
     def __init__(self, corrections: Corrections, cluster: Cluster, text: CalibrationText, batches: list[list[int]]) -> None:
         self._corrections, self._cluster, self._text, self._batches = corrections, cluster, text, batches
-        self._checks = len(text.measured) > 0
+        self._checks = len(text.held) > 0
         self._losses = list[float]()
         self._held = list[tuple[int, float]]()
         self._best = math.inf  # the smallest measure so far, of the state that workers keep as "best"
@@ -286,7 +286,7 @@ class _Training:
             is_last = number + 1 == len(self._batches)
             if not self._checks or not (is_last or not is_finite or (number + 1) % self._every == 0):
                 continue
-            measure = self._measure() if is_finite else math.inf
+            measure = self._measure(rounded=is_last) if is_finite else math.inf
             if self._note_if_best(number + 1, measure) or measure <= TOLERATED * self._best:
                 continue
             if halves:
@@ -311,9 +311,13 @@ class _Training:
         self._cluster.progress.reach(number + 1)
         return True
 
-    def _measure(self) -> float:
-        """Return the measure of the present state; infinite if it is no number."""
+    def _measure(self, *, rounded: bool = False) -> float:
+        """Return the measure of the present state, as it will be in the weights if it is to be rounded; infinite if it is no number."""
+        if rounded:
+            self._cluster.run_all(self._corrections.round_as_absorbed, True)
         measure = held_measure(self._cluster, self._text, self._corrections.section.loss) if self._checks else math.inf
+        if rounded:
+            self._cluster.run_all(self._corrections.round_as_absorbed, False)
         self._begin_steps()
         return measure
 
@@ -333,10 +337,10 @@ class _Training:
         """Go back to the best state; return why nothing is to be absorbed, if so."""
         if not self._best_after:
             return f"no state was better on the windows held aside than {before:.4g} before"
+        if self._best_after == len(self._batches):  # which was measured rounded
+            return None
         self._cluster.run_all(self._corrections.take_state)
-        self._cluster.run_all(self._corrections.round_as_absorbed, True)
-        rounded = self._measure()
-        self._cluster.run_all(self._corrections.round_as_absorbed, False)
+        rounded = self._measure(rounded=True)
         self._held.append((self._best_after, rounded))
         if not rounded < before:
             return f"rounded to the weights' dtype it was {rounded:.4g} on the windows held aside, and {before:.4g} before"
@@ -348,7 +352,7 @@ def held_measure(cluster: Cluster, text: CalibrationText, loss: str = "kl") -> f
 
     It is infinite if it is no number, as where a training diverged.
     """
-    windows, counts = text.measured, text.measured_counts
+    windows, counts = text.held, text.held_counts
     if loss == "kl":
         sums = [one.divergence for one in compared(cluster, HELD, windows, counts)]
     else:

@@ -142,9 +142,9 @@ class Method(ABC):
         curvature, sequences = self.used_curvature, text.tokens
         seed = curvature.label_seed(shot, len(sequences))
         gather = partial(gather_curvature, cluster, kind=curvature.kind, label_seed=seed, only=self.gathers)
-        has_held = curvature.chooses_damping and len(text.measured) >= cluster.placement.num_replicas
+        has_held = curvature.chooses_damping and len(text.held) >= cluster.placement.num_replicas
         if has_held:
-            gather(text.measured, counts=text.measured_counts)
+            gather(text.held, counts=text.held_counts)
             cluster.run_all(self.keep_held_factors)
         self.prepare_pass(cluster, text)
         num_backward = curvature.sequences_backward

@@ -265,8 +265,8 @@ class CalibrationSection(TextSection, WritingSection):
         ge=0,
         le=0.5,
         description="Fraction of the calibration's windows that no stage is fitted on; stages are measured on them before and after, and "
-        "what does not help is undone. null: a tenth if a stage checks itself so (reconstruction, search, corrections, damping auto), "
-        "otherwise none",
+        "what does not help is undone. null: a tenth, at most six windows, if a stage checks itself so (reconstruction, "
+        "search, corrections, damping auto), otherwise none",
     )
 
     @property
