@@ -1,4 +1,7 @@
-"""``python -m benchmarks.attention``: causal attention on this machine's CPU, in products and by torch's own kernel, in the same run."""
+"""Causal attention on this machine's CPU: products beside torch's own kernel.
+
+``python -m benchmarks.attention`` measures both in the same run.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,9 @@ from ray_surgeon.run.display import new_console
 
 def by_torch(query: Tensor, key: Tensor, value: Tensor, *, causal: bool) -> Tensor:
     """Return what `in_products` does."""
-    return scaled_dot_product_attention(query, key, value, is_causal=causal, scale=1.0, enable_gqa=True)
+    return scaled_dot_product_attention(
+        query, key, value, is_causal=causal, scale=1.0, enable_gqa=True
+    )
 
 
 def milliseconds(work: Callable[[], object], repeats: int) -> float:
@@ -28,7 +33,9 @@ def milliseconds(work: Callable[[], object], repeats: int) -> float:
     return 1e3 * min(seconds(work) for _ in range(repeats))
 
 
-def both(query: Tensor, key: Tensor, value: Tensor, *, causal: bool, gradients: bool, repeats: int) -> tuple[float, float]:
+def both(
+    query: Tensor, key: Tensor, value: Tensor, *, causal: bool, gradients: bool, repeats: int
+) -> tuple[float, float]:
     """Return the milliseconds of products and of torch's kernel."""
     leaves = [part.detach().requires_grad_(gradients) for part in (query, key, value)]
 
@@ -37,15 +44,25 @@ def both(query: Tensor, key: Tensor, value: Tensor, *, causal: bool, gradients: 
         if gradients:
             torch.autograd.grad(outputs, leaves, torch.ones_like(outputs))
 
-    own, torchs = (milliseconds(partial(passing, attend), repeats) for attend in (in_products, by_torch))
+    own, torchs = (
+        milliseconds(partial(passing, attend), repeats) for attend in (in_products, by_torch)
+    )
     return own, torchs
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.attention", description=__doc__)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[256, 512, 1024, 2048], help="lengths of a sequence")
-    parser.add_argument("--heads", type=int, default=9, help="query heads; 9 and 3 are those of SmolLM2-135M")
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        nargs="+",
+        default=[256, 512, 1024, 2048],
+        help="lengths of a sequence",
+    )
+    parser.add_argument(
+        "--heads", type=int, default=9, help="query heads; 9 and 3 are those of SmolLM2-135M"
+    )
     parser.add_argument("--key-heads", type=int, default=3)
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--texts", type=int, default=64, help="written together, a token at a time")
@@ -53,9 +70,15 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--repeats", type=int, default=20)
     parsed = parser.parse_args(arguments)
     if parsed.heads % parsed.key_heads:
-        parser.error(f"--heads: {parsed.heads} query heads are not a multiple of {parsed.key_heads} key heads")
+        parser.error(
+            f"--heads: {parsed.heads} query heads are not a multiple of {parsed.key_heads} key "
+            "heads"
+        )
     torch.set_num_threads(parsed.threads)
-    table = Table(title=f"bfloat16, {parsed.heads} heads of {parsed.head_dim}, {parsed.key_heads} of keys, {parsed.threads} threads")
+    table = Table(
+        title=f"bfloat16, {parsed.heads} heads of {parsed.head_dim}, {parsed.key_heads} of keys, "
+        f"{parsed.threads} threads"
+    )
     for column in ("", "in products, ms", "torch's kernel, ms", "ratio"):
         table.add_column(column, justify="right")
 
@@ -63,14 +86,30 @@ def main(arguments: Sequence[str]) -> int:
         return torch.randn(n, length, count, parsed.head_dim).bfloat16().transpose(1, 2)
 
     for length in parsed.tokens:
-        parts = heads(1, length, parsed.heads), heads(1, length, parsed.key_heads), heads(1, length, parsed.key_heads)
+        parts = (
+            heads(1, length, parsed.heads),
+            heads(1, length, parsed.key_heads),
+            heads(1, length, parsed.key_heads),
+        )
         for gradients in (False, True):
             own, torchs = both(*parts, causal=True, gradients=gradients, repeats=parsed.repeats)
             name = f"{length} tokens{' and gradients' if gradients else ''}"
             table.add_row(name, f"{own:.2f}", f"{torchs:.2f}", f"{torchs / own:.1f}")
     cached = heads(parsed.texts, 128, parsed.key_heads)
-    own, torchs = both(heads(parsed.texts, 1, parsed.heads), cached, cached, causal=False, gradients=False, repeats=parsed.repeats)
-    table.add_row(f"the next token of {parsed.texts} texts of 128", f"{own:.2f}", f"{torchs:.2f}", f"{torchs / own:.1f}")
+    own, torchs = both(
+        heads(parsed.texts, 1, parsed.heads),
+        cached,
+        cached,
+        causal=False,
+        gradients=False,
+        repeats=parsed.repeats,
+    )
+    table.add_row(
+        f"the next token of {parsed.texts} texts of 128",
+        f"{own:.2f}",
+        f"{torchs:.2f}",
+        f"{torchs / own:.1f}",
+    )
     new_console().print(table)
     return 0
 

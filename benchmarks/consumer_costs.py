@@ -1,7 +1,10 @@
-"""Costs of one wide consumer in products of this machine: what factors, single costs and greedy paths take, as a ratio to one GEMM.
+"""Costs of one wide consumer, as a ratio to one GEMM of this machine.
 
-``python -m benchmarks.consumer_costs --rows 4096 --columns 11008`` prints a Markdown table. The GEMM is torch's own, of two square
-float32 matrices with as many columns as the consumer, timed in the same process.
+These are factors, single costs and greedy paths.
+
+``python -m benchmarks.consumer_costs --rows 4096 --columns 11008`` prints a Markdown table. The
+GEMM is torch's own, of two square float32 matrices with as many columns as the consumer, timed in
+the same process.
 """
 
 from __future__ import annotations
@@ -24,7 +27,10 @@ _TOKENS = 4096
 
 
 def consumer(num_rows: int, num_columns: int) -> Linear:
-    """Return a linear with random weights and with factors of random tokens whose channels differ in scale."""
+    """Return a linear with random weights and factors of random tokens.
+
+    Their channels differ in scale.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def second_moments(n: int) -> Tensor:
@@ -32,7 +38,9 @@ def consumer(num_rows: int, num_columns: int) -> Linear:
         return x.T @ x
 
     W = torch.randn(num_rows, num_columns, generator=generator) * num_columns**-0.5
-    factors = KroneckerFactors(second_moments(num_columns), second_moments(num_rows), _TOKENS).packed()
+    factors = KroneckerFactors(
+        second_moments(num_columns), second_moments(num_rows), _TOKENS
+    ).packed()
     return Linear("consumer", W, factors, has_bias=False, damping=Damping(a=0.01, g=0.01, max=1.0))
 
 
@@ -45,25 +53,47 @@ def seconds(run: Callable[[], object]) -> float:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print the table."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.consumer_costs", description="Time the costs of one consumer.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.consumer_costs", description="Time the costs of one consumer."
+    )
     parser.add_argument("--rows", type=int, default=4096, help="of the consumer")
     parser.add_argument("--columns", type=int, default=11008, help="of the consumer")
-    parser.add_argument("--fractions", type=float, nargs="+", default=[0.2, 0.5, 0.99], help="of the columns that a path prunes")
+    parser.add_argument(
+        "--fractions",
+        type=float,
+        nargs="+",
+        default=[0.2, 0.5, 0.99],
+        help="of the columns that a path prunes",
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     n = arguments.columns
     gemm = min(map(seconds, [partial(torch.mm, *torch.randn(2, n, n))] * 3))
-    linear, groups = consumer(arguments.rows, n), torch.arange(n)[:, None]
+    linear = consumer(arguments.rows, n)
+    groups = torch.arange(n)[:, None]
     alive = alive_part(linear, StructuredMask.full(arguments.rows, n))
-    lines = [f"GEMM of {n}^3: {gemm:.1f} s, {2 * n**3 / gemm / 1e9:.0f} GFLOP/s", "", "| step | seconds | GEMMs |", "|---|---:|---:|"]
+    lines = [
+        f"GEMM of {n}^3: {gemm:.1f} s, {2 * n**3 / gemm / 1e9:.0f} GFLOP/s",
+        "",
+        "| step | seconds | GEMMs |",
+        "|---|---:|---:|",
+    ]
 
     def line(step: str, run: Callable[[], object]) -> None:
         taken = seconds(run)
         lines.append(f"| {step} | {taken:.1f} | {taken / gemm:.2f} |")
 
     def costs(limit: float | None, needed: int) -> Tensor:
-        return group_costs(linear, alive, linear.curvature(alive), groups, n - needed if needed else 1, limit, needed)
+        return group_costs(
+            linear,
+            alive,
+            linear.curvature(alive),
+            groups,
+            n - needed if needed else 1,
+            limit,
+            needed,
+        )
 
     line("factors, single costs", lambda: costs(None, 0))
     for fraction in arguments.fractions:

@@ -1,4 +1,6 @@
-"""What the costs of experts say of measured losses, and the factors of experts of other text, on a mixture of experts.
+"""Costs of experts beside measured losses, and their factors on other text.
+
+The model is a mixture of experts.
 
 ``python -m benchmarks.upcycled MODEL && python -m benchmarks.expert_costs MODEL FOLDER``
 """
@@ -37,12 +39,14 @@ NUM_THREADS = 2
 
 def sequences_of_help(model: Path, num_sequences: int) -> NDArray[np.int64]:
     """Return calibration sequences [num_sequences, 512]."""
-    return inputs_of(model, Path("unused"), "experts", 0.01, 1, num_sequences, dry_run=True).calibration
+    return inputs_of(
+        model, Path("unused"), "experts", 0.01, 1, num_sequences, dry_run=True
+    ).calibration
 
 
 @dataclass(frozen=True)
 class SingleRemovals:
-    """What it takes to measure removals: the model, and where the sequences stand before a block."""
+    """The model, and where the sequences stand before a block, to measure removals."""
 
     shard: ModelShard
     runner: BlockRunner
@@ -51,7 +55,10 @@ class SingleRemovals:
     dense: list[Tensor]  # of each sequence, the hidden states before the dense model's head
 
     def without(self, place: int, expert: int, states: list[Tensor]) -> tuple[float, float]:
-        """Return what `compare` says of the model without an expert of a block, before which the states are given."""
+        """Return what `compare` says of the model without an expert of a block.
+
+        States before the block are given.
+        """
         kept = self.shard.mixtures[place].router.kept
         kept[expert] = False
         found = self.compare(place, states)
@@ -59,11 +66,18 @@ class SingleRemovals:
         return found
 
     def compare(self, place: int, states: list[Tensor]) -> tuple[float, float]:
-        """Return the mean NLL, and the mean divergence from the dense model, of sequences whose states before a block are given."""
-        with ThreadPoolExecutor(NUM_THREADS, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        """Return the mean NLL and divergence from the dense model of sequences.
+
+        States before a block are given.
+        """
+        with ThreadPoolExecutor(
+            NUM_THREADS, initializer=torch.set_num_threads, initargs=(1,)
+        ) as pool:
             found = list(pool.map(partial(self._compare, place), states, self.dense, self.tokens))
         count = len(self.tokens) * (self.tokens.shape[1] - 1)
-        return sum(float(c.nll) for c in found) / count, sum(float(c.divergence) for c in found) / count
+        return sum(float(c.nll) for c in found) / count, sum(
+            float(c.divergence) for c in found
+        ) / count
 
     @torch.no_grad()
     def _compare(self, first: int, hidden: Tensor, dense: Tensor, tokens: Tensor) -> Comparison:
@@ -74,7 +88,8 @@ class SingleRemovals:
 
 def loaded(model: Path, layout: ModelLayout) -> ModelShard:
     """Return a whole model in float32."""
-    reader, blocks = open_model(ModelSection(source=str(model))).reader(), BlockRange(0, layout.num_blocks, layout.num_blocks)
+    reader = open_model(ModelSection(source=str(model))).reader()
+    blocks = BlockRange(0, layout.num_blocks, layout.num_blocks)
     shard = ModelShard(layout, blocks, torch.float32, torch.device("cpu"))
     shard.load(tensor_reader(layout, reader.file_of, reader.read, str(model)))
     return shard
@@ -88,25 +103,42 @@ def gather(runner: BlockRunner, tokens: Tensor) -> None:
         runner.backward(i, [gradient])
 
 
-def predictions(model: Path, layout: ModelLayout, sequences: NDArray[np.int64], every: int) -> dict[str, Any]:
-    """Return predicted and measured loss increases of single experts, of every so many blocks, on the same text.
+def predictions(
+    model: Path, layout: ModelLayout, sequences: NDArray[np.int64], every: int
+) -> dict[str, Any]:
+    """Return predicted and measured loss increases of single experts on the same text.
 
-    Measured is the increase of the loss on the text, and the divergence from the dense model: the increase of the loss on all that the
-    dense model might say at each token, weighted by how likely it says so. The first has the noise of the text's labels.
+    They are of every so many blocks.
+
+    Measured is the increase of the loss on the text, and the divergence from the dense model: the
+    increase of the loss on all that the dense model might say at each token, weighted by how likely
+    it says so. The first has the noise of the text's labels.
     """
-    shard, tokens = loaded(model, layout), torch.from_numpy(sequences)
+    shard = loaded(model, layout)
+    tokens = torch.from_numpy(sequences)
     runner = BlockRunner(shard)
     shard.start_curvature(only=frozenset(), experts=True)
     gather(runner, tokens)
     shard.stop_curvature()
     entered = [runner.enter(sequence[None]) for sequence in tokens]
-    states, found = [hidden for hidden, _ in entered], list[dict[str, float]]()
-    removals = SingleRemovals(shard, runner, tokens, entered[0][1], [runner.infer(sequence[None])[0] for sequence in tokens])
+    states = [hidden for hidden, _ in entered]
+    found = list[dict[str, float]]()
+    removals = SingleRemovals(
+        shard,
+        runner,
+        tokens,
+        entered[0][1],
+        [runner.infer(sequence[None])[0] for sequence in tokens],
+    )
     dense, _ = removals.compare(0, states)
     for place in range(layout.num_blocks):
         if place % every == every // 2 and place in shard.mixtures:
-            mixture, sums = shard.mixtures[place], shard.expert_sums[place]
-            costs, second = (rerouting_costs(sums, mixture.num_chosen, first_order=first) for first in (True, False))
+            mixture = shard.mixtures[place]
+            sums = shard.expert_sums[place]
+            costs, second = (
+                rerouting_costs(sums, mixture.num_chosen, first_order=first)
+                for first in (True, False)
+            )
             for expert in range(len(mixture.experts)):
                 nll, divergence = removals.without(place, expert, states)
                 entry = {
@@ -121,7 +153,8 @@ def predictions(model: Path, layout: ModelLayout, sequences: NDArray[np.int64], 
         with torch.no_grad():
             states = [runner.through(place, hidden, removals.calls) for hidden in states]
     predicted, second_order, measured, diverged = (
-        [entry[name] for entry in found] for name in ("predicted", "second_order", "measured", "divergence")
+        [entry[name] for entry in found]
+        for name in ("predicted", "second_order", "measured", "divergence")
     )
     return {
         "experts": found,
@@ -134,17 +167,22 @@ def predictions(model: Path, layout: ModelLayout, sequences: NDArray[np.int64], 
 PRIORS = (1, 4, 8, 16, 32, 64, 128, 256, 1024)
 
 
-def priors(model: Path, layout: ModelLayout, sequences: NDArray[np.int64], every: int) -> dict[str, Any]:
-    """Return how well factors that are shrunk with each weight describe text they were not estimated on.
+def priors(
+    model: Path, layout: ModelLayout, sequences: NDArray[np.int64], every: int
+) -> dict[str, Any]:
+    """Return how well factors shrunk with each weight describe other text.
 
-    Factors of experts are estimated on a quarter of the sequences. Were inputs and gradients normal with these second moments, the others
-    would have the negative log-likelihood 1/2 (log det M + tr M^-1 M_other), here divided by the size of M, less that of the best weight;
-    the mean over the experts of every so many blocks which have tokens in both parts.
+    Factors of experts are estimated on a quarter of the sequences. Were inputs and gradients normal
+    with these second moments, the others would have the negative log-likelihood 1/2 (log det M + tr
+    M^-1 M_other), here divided by the size of M, less that of the best weight; the mean over the
+    experts of every so many blocks which have tokens in both parts.
     """
-    shard, tokens = loaded(model, layout), torch.from_numpy(sequences)
+    shard = loaded(model, layout)
+    tokens = torch.from_numpy(sequences)
     runner = BlockRunner(shard)
     assert layout.family.sparse is not None
-    experts, of_expert = layout.family.sparse.experts, (layout.family.sparse.producers[0], layout.family.sparse.consumer)
+    experts = layout.family.sparse.experts
+    of_expert = (layout.family.sparse.producers[0], layout.family.sparse.consumer)
     roles = {f"{experts}.*.{linear}" for linear in of_expert}
     wanted = [s for s in layout.linears if s.role in roles and s.block % every == every // 2]
 
@@ -157,27 +195,37 @@ def priors(model: Path, layout: ModelLayout, sequences: NDArray[np.int64], every
     found: dict[str, list[list[float]]] = {}
     count = len(tokens) // 4
     gather_factors(tokens[:count])
-    estimates = {shape.name: (shard.own_factors(shape.name), shard.layer_mean(shape.block, shape.role)) for shape in wanted}
+    estimates = {
+        shape.name: (shard.own_factors(shape.name), shard.layer_mean(shape.block, shape.role))
+        for shape in wanted
+    }
     gather_factors(tokens[count:])
     for shape in wanted:
-        own, (few, mean) = shard.own_factors(shape.name), estimates[shape.name]
+        own = shard.own_factors(shape.name)
+        (few, mean) = estimates[shape.name]
         if not own.num_tokens or not few.num_tokens:
             continue
-        others, share = own.dense(), share_of_tokens(few.num_tokens, mean)
+        others = own.dense()
+        share = share_of_tokens(few.num_tokens, mean)
         for side, other in (("A", others.A), ("G", others.G)):
             losses = []
             for prior in PRIORS:
                 estimate = shrunk_factors(few, mean, prior).dense()
                 matrix = estimate.A.double() if side == "A" else estimate.G.double() / share
                 level = 1e-4 * matrix.diagonal().mean()
-                factor = torch.linalg.cholesky(matrix + level * torch.eye(len(matrix), dtype=torch.float64))
+                factor = torch.linalg.cholesky(
+                    matrix + level * torch.eye(len(matrix), dtype=torch.float64)
+                )
                 fit = torch.cholesky_solve(other.double() / own.num_tokens, factor).trace()
                 losses.append(float(factor.diagonal().log().sum() + fit / 2) / len(matrix))
             found.setdefault(f"{side} of {shape.role}", []).append(losses)
     means = {name: np.array(losses).mean(axis=0) for name, losses in found.items()}
     return {
         "tokens": sorted(few.num_tokens for few, _ in estimates.values()),
-        "excess": {name: dict(zip(map(str, PRIORS), (mean - mean.min()).tolist(), strict=True)) for name, mean in means.items()},
+        "excess": {
+            name: dict(zip(map(str, PRIORS), (mean - mean.min()).tolist(), strict=True))
+            for name, mean in means.items()
+        },
     }
 
 
@@ -192,24 +240,42 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("model", type=Path, help="a mixture of experts")
     parser.add_argument("folder", type=Path, help="where all figures go")
-    parser.add_argument("--every", type=int, default=10, help="experts of every so many blocks are measured")
+    parser.add_argument(
+        "--every", type=int, default=10, help="experts of every so many blocks are measured"
+    )
     parser.add_argument("--sequences", type=int, default=64, help="of 512 tokens of Python's help")
-    parser.add_argument("--which", nargs="+", default=["predictions"], choices=["predictions", "priors"], help="what is measured")
+    parser.add_argument(
+        "--which",
+        nargs="+",
+        default=["predictions"],
+        choices=["predictions", "priors"],
+        help="what is measured",
+    )
     arguments = parser.parse_args(argv)
     arguments.folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(NUM_THREADS)
-    layout, sequences = ModelLayout.of(AutoConfig.from_pretrained(arguments.model)), sequences_of_help(arguments.model, arguments.sequences)
+    layout = ModelLayout.of(AutoConfig.from_pretrained(arguments.model))
+    sequences = sequences_of_help(arguments.model, arguments.sequences)
     if "predictions" in arguments.which:
         found = predictions(arguments.model, layout, sequences, arguments.every)
         (arguments.folder / "predictions.json").write_text(json.dumps(found, indent=2) + "\n")
-        said = ", ".join(f"{name} {value:.3f}" for name, value in found.items() if name != "experts")
-        sys.stdout.write(f"{len(found['experts'])} experts removed one at a time, predicted and measured: {said}\n")
+        said = ", ".join(
+            f"{name} {value:.3f}" for name, value in found.items() if name != "experts"
+        )
+        sys.stdout.write(
+            f"{len(found['experts'])} experts removed one at a time, predicted and measured: "
+            f"{said}\n"
+        )
     if "priors" in arguments.which:
         found = priors(arguments.model, layout, sequences, arguments.every)
         (arguments.folder / "priors.json").write_text(json.dumps(found, indent=2) + "\n")
-        lines = [f"| tokens of the prior | {' | '.join(map(str, PRIORS))} |", "|---|" + "---:|" * len(PRIORS)]
+        lines = [
+            f"| tokens of the prior | {' | '.join(map(str, PRIORS))} |",
+            "|---|" + "---:|" * len(PRIORS),
+        ]
         lines += [
-            f"| {name} | {' | '.join(f'{value:.3f}' for value in by_weight.values())} |" for name, by_weight in found["excess"].items()
+            f"| {name} | {' | '.join(f'{value:.3f}' for value in by_weight.values())} |"
+            for name, by_weight in found["excess"].items()
         ]
         sys.stdout.write("\n".join(lines) + "\n")
     return 0

@@ -2,11 +2,12 @@
 
 ``python -m benchmarks.upcycled MODEL && python -m benchmarks.experts MODEL FOLDER``
 
-The same number of experts, or of channels, goes from every block of the dense mixture, calibrated on Python's help and measured on help and
-docstrings. Others, from their definitions: REAP (Lasby et al. 2025, arXiv 2510.13999: mean over an expert's tokens of its weight times the
-norm of its output), frequency of routing, magnitude (norm of the weights). For channels REAP's score is that of a channel, the root
-mean square of its activation times the norm of its column. Others have one shot and no updates; ours has one shot for every expert that
-goes from a block, and two for channels.
+The same number of experts, or of channels, goes from every block of the dense mixture, calibrated
+on Python's help and measured on help and docstrings. Others, from their definitions: REAP (Lasby et
+al. 2025, arXiv 2510.13999: mean over an expert's tokens of its weight times the norm of its
+output), frequency of routing, magnitude (norm of the weights). For channels REAP's score is that of
+a channel, the root mean square of its activation times the norm of its column. Others have one shot
+and no updates; ours has one shot for every expert that goes from a block, and two for channels.
 """
 
 from __future__ import annotations
@@ -37,7 +38,10 @@ from ray_surgeon.surgery.masks import StructuredMask
 
 FRACTIONS = (0.25, 0.5)
 NUM_AT_ONCE = 2
-"""Jobs that run side by side, one thread each: experts see too few tokens for a product to fill two."""
+"""Jobs that run side by side, one thread each.
+
+Experts see too few tokens for a product to fill two.
+"""
 METHODS = {
     "experts": ("rerouting", "rerouting, one shot", "reap", "frequency", "magnitude"),
     "expert_channels": ("ours", "reap", "magnitude"),
@@ -55,7 +59,10 @@ class Peer(Groups):
         if self.peer == "magnitude" and self.ranks_experts:
             for experts in worker.expert_sets:
                 for linears in experts.linears:
-                    found[linears[-1]] = sum(float(worker.shard.weight(name).square().sum()) for name in linears) ** 0.5
+                    found[linears[-1]] = (
+                        sum(float(worker.shard.weight(name).square().sum()) for name in linears)
+                        ** 0.5
+                    )
         return found
 
     def costs(self, worker: Worker, reach: Any, shot: int) -> Any:
@@ -63,7 +70,12 @@ class Peer(Groups):
         found = super().costs(worker, reach, shot)
         if self.ranks_experts:
             return found
-        return replace(found, costs=tuple(replace(c, costs=self._scores(worker, c.consumer, c.costs)) for c in found.costs))
+        return replace(
+            found,
+            costs=tuple(
+                replace(c, costs=self._scores(worker, c.consumer, c.costs)) for c in found.costs
+            ),
+        )
 
     def _scores(self, worker: Worker, name: str, costs: Tensor) -> Tensor:
         norms = worker.shard.weight(name).norm(dim=0)
@@ -77,14 +89,19 @@ class Peer(Groups):
 
     @collective
     def prune(
-        self, worker: Worker, counts: Mapping[str, int], experts: Mapping[str, float], rate: float | None
+        self,
+        worker: Worker,
+        counts: Mapping[str, int],
+        experts: Mapping[str, float],
+        rate: float | None,
     ) -> tuple[LinearSummary, ...]:
-        """Remove the channels with the lowest scores and nothing else, or whole experts as ours does."""
+        """Remove the channels with the lowest scores, or whole experts as ours does."""
         if self.ranks_experts:
             return super().prune(worker, counts, experts, rate)
         for groups in self.sets(worker):
             scores = self._scores(worker, groups.consumer, torch.zeros(len(groups.columns)))
-            gone, mask = scores.argsort(stable=True)[: counts[groups.consumer]], worker.mask(groups.consumer, StructuredMask)
+            gone = scores.argsort(stable=True)[: counts[groups.consumer]]
+            mask = worker.mask(groups.consumer, StructuredMask)
             removed = torch.zeros_like(mask.columns)
             removed[groups.columns[gone].flatten()] = True
             worker.masks[groups.consumer] = mask.without(torch.zeros_like(mask.rows), removed)
@@ -96,16 +113,34 @@ class Peer(Groups):
 
 
 def inputs_of(
-    model: Path, folder: Path, kind: str, sparsity: float, shots: int, num_sequences: int = 24, *, dry_run: bool = False, **pruning: Any
+    model: Path,
+    folder: Path,
+    kind: str,
+    sparsity: float,
+    shots: int,
+    num_sequences: int = 24,
+    *,
+    dry_run: bool = False,
+    **pruning: Any,
 ) -> Inputs:
     """Return a checked job."""
     document = {
         "version": 2,
         "name": "experts",
         "model": {"source": str(model), "dtype": "bfloat16"},
-        "calibration": {"source": "python-docs", "num_sequences": num_sequences, "sequence_length": 512},
+        "calibration": {
+            "source": "python-docs",
+            "num_sequences": num_sequences,
+            "sequence_length": 512,
+        },
         "evaluation": [
-            {"name": text, "source": text, "split": "test", "num_sequences": 16, "sequence_length": 512}
+            {
+                "name": text,
+                "source": text,
+                "split": "test",
+                "num_sequences": 16,
+                "sequence_length": 512,
+            }
             for text in ("python-docs", "python-docstrings")
         ],
         "pruning": {
@@ -132,19 +167,42 @@ class Point:
     method: str
 
     def inputs(self, model: Path, folder: Path, layout: ModelLayout) -> Inputs:
-        """Return its job. Ours removes channels in two shots, and experts in as many as go from a block; others have one shot."""
-        of_experts = sum(e.num_parameters * len(e.linears) for e in layout.expert_sets) / layout.linear_size
-        is_ours, num_shots = self.method.partition(",")[0] in ("rerouting", "ours"), 1
+        """Return its job.
+
+        Ours removes channels in two shots, and experts in as many as go from a block; others have
+        one shot.
+        """
+        of_experts = (
+            sum(e.num_parameters * len(e.linears) for e in layout.expert_sets) / layout.linear_size
+        )
+        is_ours = self.method.partition(",")[0] in ("rerouting", "ours")
+        num_shots = 1
         if self.method in ("rerouting", "ours"):
             num_shots = round(self.fraction * layout.num_experts) if self.kind == "experts" else 2
-        score: dict[str, Any] = {"expert_costs": self.method} if self.method in ("frequency", "reap") and self.kind == "experts" else {}
-        where = folder / f"{self.kind}-{self.fraction:g}-{self.method.replace(', ', '-').replace(' ', '-')}"
-        inputs = inputs_of(model, where, self.kind, self.fraction * of_experts - 1e-9, num_shots, **score)
+        score: dict[str, Any] = (
+            {"expert_costs": self.method}
+            if self.method in ("frequency", "reap") and self.kind == "experts"
+            else {}
+        )
+        where = (
+            folder
+            / f"{self.kind}-{self.fraction:g}-{self.method.replace(', ', '-').replace(' ', '-')}"
+        )
+        inputs = inputs_of(
+            model, where, self.kind, self.fraction * of_experts - 1e-9, num_shots, **score
+        )
         if is_ours:
             return inputs
         method = inputs.method
         assert isinstance(method, Groups)
-        peer = Peer(method.section, method.curvature, method.budget, method.fewest, method.consumers, self.method)
+        peer = Peer(
+            method.section,
+            method.curvature,
+            method.budget,
+            method.fewest,
+            method.consumers,
+            self.method,
+        )
         return replace(inputs, method=peer)
 
 
@@ -159,9 +217,16 @@ def record_of(point: Point, model: Path, folder: Path) -> dict[str, Any]:
     return vars(point) | {"dense": report["dense"]["perplexity"]} | last
 
 
-def table(model: Path, folder: Path, kinds: Sequence[str], fractions: Sequence[float]) -> Iterator[dict[str, Any]]:
+def table(
+    model: Path, folder: Path, kinds: Sequence[str], fractions: Sequence[float]
+) -> Iterator[dict[str, Any]]:
     """Return the records of every point."""
-    points = [Point(kind, fraction, method) for fraction in fractions for kind in kinds for method in METHODS[kind]]
+    points = [
+        Point(kind, fraction, method)
+        for fraction in fractions
+        for kind in kinds
+        for method in METHODS[kind]
+    ]
     with ProcessPoolExecutor(NUM_AT_ONCE, get_context("spawn")) as pool:
         for running in [pool.submit(record_of, point, model, folder) for point in points]:
             yield running.result()
@@ -172,8 +237,16 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("model", type=Path, help="a mixture of experts")
     parser.add_argument("folder", type=Path, help="where runs go")
-    parser.add_argument("--kinds", nargs="+", default=list(METHODS), choices=list(METHODS), help="what goes in the table")
-    parser.add_argument("--fractions", nargs="+", type=float, default=list(FRACTIONS), help="of it that go")
+    parser.add_argument(
+        "--kinds",
+        nargs="+",
+        default=list(METHODS),
+        choices=list(METHODS),
+        help="what goes in the table",
+    )
+    parser.add_argument(
+        "--fractions", nargs="+", type=float, default=list(FRACTIONS), help="of it that go"
+    )
     arguments = parser.parse_args(argv)
     arguments.folder.mkdir(parents=True, exist_ok=True)
     rows = []
@@ -182,11 +255,16 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write(json.dumps(row) + "\n")
         (arguments.folder / "experts.json").write_text(json.dumps(rows, indent=2) + "\n")
     texts = list(rows[0]["perplexity"])
-    lines = ["| what goes | method | " + " | ".join(texts) + " |", "|---|---|" + "---:|" * len(texts)]
+    lines = [
+        "| what goes | method | " + " | ".join(texts) + " |",
+        "|---|---|" + "---:|" * len(texts),
+    ]
     of_dense = [f"{rows[0]['dense'][text]:.3f}" for text in texts]
     lines.append(f"| nothing | dense | {' | '.join(of_dense)} |")
     for row in rows:
-        values = " | ".join(f"{row['perplexity'][t]:.3f} ({row['divergence'][t]:.3f})" for t in texts)
+        values = " | ".join(
+            f"{row['perplexity'][t]:.3f} ({row['divergence'][t]:.3f})" for t in texts
+        )
         lines.append(f"| {row['fraction']:.0%} of {row['kind']} | {row['method']} | {values} |")
     sys.stdout.write("\n".join(lines) + "\n")
     return 0

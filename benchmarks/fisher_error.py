@@ -1,7 +1,10 @@
-"""``python -m benchmarks.fisher_error SPEC --linear NAME``: how well Kronecker products approximate the Fisher of real linears.
+"""How well Kronecker products approximate the Fisher of real linears.
 
-The dense Fisher of a block of weights (some rows and columns of one linear) over the calibration tokens of a job spec, against its
-approximations: identity, activations, KFAC, and sums of more terms. Like Figure 5 of the paper. Runs in one process.
+``python -m benchmarks.fisher_error SPEC --linear NAME``.
+
+The dense Fisher of a block of weights (some rows and columns of one linear) over the calibration
+tokens of a job spec, against its approximations: identity, activations, KFAC, and sums of more
+terms. Like Figure 5 of the paper. Runs in one process.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ from ray_surgeon.surgery.kronecker import Term
 
 
 def token_pairs(inputs: Inputs, linears: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return the inputs a [N, C] and output gradients g [N, R] of linears for every calibration token.
+    """Return inputs a [N, C] and output gradients g [N, R] of linears for all tokens.
 
     Raises:
         ValueError: the model has no such linear.
@@ -43,7 +46,10 @@ def token_pairs(inputs: Inputs, linears: Sequence[str]) -> dict[str, tuple[Tenso
     ((_, worker),) = cluster.workers.items()
     shard = worker.shard
     if unknown := [name for name in linears if name not in shard.linears]:
-        raise ValueError(f"--linear: the model has no linear {', '.join(unknown)}; it has for example {', '.join(list(shard.linears)[:7])}")
+        raise ValueError(
+            f"--linear: the model has no linear {', '.join(unknown)}; it has for example "
+            f"{', '.join(list(shard.linears)[:7])}"
+        )
     seen: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in linears}
     for name, store in seen.items():
         watch_pairs(shard.linears[name], _storing(store))
@@ -54,15 +60,22 @@ def token_pairs(inputs: Inputs, linears: Sequence[str]) -> dict[str, tuple[Tenso
         generator = None if seed is None else torch.Generator().manual_seed(seed + number)
         _, gradient, _ = worker.runner.loss(hidden, tokens[None], generator)
         worker.runner.backward(number, [gradient])
-    return {name: (torch.cat([a for a, _ in store]), torch.cat([g for _, g in store])) for name, store in seen.items()}
+    return {
+        name: (torch.cat([a for a, _ in store]), torch.cat([g for _, g in store]))
+        for name, store in seen.items()
+    }
 
 
 def _storing(store: list[tuple[Tensor, Tensor]]) -> Callable[[Tensor, Tensor], None]:
     return lambda a, g: store.append((a, g))
 
 
-def terms_of_samples(a: Tensor, g: Tensor, first: Sequence[Term], num_terms: int, num_passes: int) -> list[Term]:
-    """Find Kronecker terms of the Fisher of tokens that are all at hand, by the same power method as the passes over a text.
+def terms_of_samples(
+    a: Tensor, g: Tensor, first: Sequence[Term], num_terms: int, num_passes: int
+) -> list[Term]:
+    """Find Kronecker terms of the Fisher of tokens that are all at hand.
+
+    The power method is that of the passes over a text.
 
     Args:
         a: [N, C].
@@ -74,11 +87,14 @@ def terms_of_samples(a: Tensor, g: Tensor, first: Sequence[Term], num_terms: int
     Returns:
         The known terms and the new ones.
     """
-    terms, num_tokens = list(first), len(a)
+    terms = list(first)
+    num_tokens = len(a)
     while len(terms) < num_terms:
-        G_known, A_known = [G for G, _ in terms], [A for _, A in terms]
+        G_known = [G for G, _ in terms]
+        A_known = [A for _, A in terms]
         unit_G = torch.eye(g.shape[1], dtype=g.dtype, device=g.device) / g.shape[1] ** 0.5
-        sigma, unit_A = 0.0, unit_G
+        sigma = 0.0
+        unit_A = unit_G
         for number in range(num_passes):
             if number % 2 == 0:
                 moment = a.T @ (a * quadratic_forms(g, unit_G)[:, None]) / num_tokens
@@ -90,8 +106,10 @@ def terms_of_samples(a: Tensor, g: Tensor, first: Sequence[Term], num_terms: int
     return terms
 
 
-def block_errors(a: Tensor, g: Tensor, rows: Tensor, columns: Tensor, max_terms: int, num_iterations: int) -> dict[str, list[float]]:
-    """Return relative Frobenius errors on the block of `rows` x `columns` of the Fisher, in float64.
+def block_errors(
+    a: Tensor, g: Tensor, rows: Tensor, columns: Tensor, max_terms: int, num_iterations: int
+) -> dict[str, list[float]]:
+    """Return relative Frobenius errors on a block of the Fisher, in float64.
 
     Args:
         a: [N, C].
@@ -102,24 +120,37 @@ def block_errors(a: Tensor, g: Tensor, rows: Tensor, columns: Tensor, max_terms:
         num_iterations: power iterations for each term.
 
     Returns:
-        ``identity`` and ``activations``, each with the factor that fits the block best, one number; ``after KFAC`` (the first term is
-        KFAC's) and ``from the start`` (every term is the best for what is left), for 1, 2, ... terms.
+        ``identity`` and ``activations``, each with the factor that fits the block best, one number;
+        ``after KFAC`` (the first term is KFAC's) and ``from the start`` (every term is the best for
+        what is left), for 1, 2, ... terms.
     """
-    a, g = a.double(), g.double()
+    a = a.double()
+    g = g.double()
     samples = (g[:, rows, None] * a[:, None, columns]).flatten(1)
     dense = samples.T @ samples / len(a)
     kfac = g.T @ g / len(a), a.T @ a / len(a)
 
     def inside(terms: Sequence[Term]) -> Tensor:
-        return torch.stack([torch.kron(G[rows][:, rows].contiguous(), A[columns][:, columns].contiguous()) for G, A in terms]).sum(dim=0)
+        return torch.stack(
+            [
+                torch.kron(G[rows][:, rows].contiguous(), A[columns][:, columns].contiguous())
+                for G, A in terms
+            ]
+        ).sum(dim=0)
 
     def error(approximation: Tensor) -> float:
         return float(torch.linalg.norm(dense - approximation) / torch.linalg.norm(dense))
 
     def fitted(approximation: Tensor) -> list[float]:
-        return [error(approximation * torch.sum(approximation * dense) / torch.sum(approximation.square()))]
+        return [
+            error(
+                approximation * torch.sum(approximation * dense) / torch.sum(approximation.square())
+            )
+        ]
 
-    after, start = (terms_of_samples(a, g, first, max_terms, num_iterations) for first in ([kfac], []))
+    after, start = (
+        terms_of_samples(a, g, first, max_terms, num_iterations) for first in ([kfac], [])
+    )
     one = torch.eye(g.shape[1], dtype=a.dtype)
     return {
         "identity": fitted(inside([(one, torch.eye(a.shape[1], dtype=a.dtype))])),
@@ -133,8 +164,14 @@ def errors_table(errors: dict[str, dict[str, list[float]]]) -> Table:
     """Return one line for every linear and way to find terms."""
     num_terms = max(len(values) for ways in errors.values() for values in ways.values())
     table = Table(title="relative error of a dense block of the Fisher")
-    for column in ("linear", "approximation", *(f"{n} term{'s' if n > 1 else ''}" for n in range(1, num_terms + 1))):
-        table.add_column(column, justify="left" if column in ("linear", "approximation") else "right")
+    for column in (
+        "linear",
+        "approximation",
+        *(f"{n} term{'s' if n > 1 else ''}" for n in range(1, num_terms + 1)),
+    ):
+        table.add_column(
+            column, justify="left" if column in ("linear", "approximation") else "right"
+        )
     for linear, ways in errors.items():
         for way, values in ways.items():
             table.add_row(linear, way, *(f"{value:.4f}" for value in values))
@@ -142,12 +179,21 @@ def errors_table(errors: dict[str, dict[str, list[float]]]) -> Table:
 
 
 def error_figure(errors: Mapping[str, Mapping[str, Sequence[float]]]) -> matplotlib.figure.Figure:
-    """Plot the errors against the number of Kronecker terms: linear -> way to find terms -> error with 1, 2, ... terms."""
+    """Plot the errors against the number of Kronecker terms.
+
+    They are given as linear -> way to find terms -> error with 1, 2, ... terms.
+    """
     figure = matplotlib.figure.Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.subplots()
     for number, (linear, ways) in enumerate(errors.items()):
         for style, (way, values) in zip(("o-", "s:"), ways.items(), strict=False):
-            axes.plot(range(1, len(values) + 1), values, style, color=f"C{number}", label=f"{linear}, {way}")
+            axes.plot(
+                range(1, len(values) + 1),
+                values,
+                style,
+                color=f"C{number}",
+                label=f"{linear}, {way}",
+            )
     axes.set_xlabel("Kronecker terms")
     axes.set_ylabel("relative error of a dense block of the Fisher")
     axes.set_ylim(bottom=0)
@@ -156,32 +202,63 @@ def error_figure(errors: Mapping[str, Mapping[str, Sequence[float]]]) -> matplot
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.fisher_error", description="Errors of approximations of the Fisher.")
-    parser.add_argument("spec", help="job spec whose model, calibration and curvature.fisher are taken")
-    parser.add_argument("--linear", action="append", required=True, help="name of a linear, e.g. model.layers.0.mlp.down_proj; repeatable")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.fisher_error",
+        description="Errors of approximations of the Fisher.",
+    )
+    parser.add_argument(
+        "spec", help="job spec whose model, calibration and curvature.fisher are taken"
+    )
+    parser.add_argument(
+        "--linear",
+        action="append",
+        required=True,
+        help="name of a linear, e.g. model.layers.0.mlp.down_proj; repeatable",
+    )
     parser.add_argument("--rows", type=int, default=24, help="rows of the block, evenly spaced")
-    parser.add_argument("--columns", type=int, default=24, help="columns of the block, evenly spaced")
+    parser.add_argument(
+        "--columns", type=int, default=24, help="columns of the block, evenly spaced"
+    )
     parser.add_argument("--max-terms", type=int, default=6, help="Kronecker terms, at most")
     parser.add_argument("--iterations", type=int, default=10, help="power iterations for each term")
-    parser.add_argument("--plot", default="fisher-error.png", metavar="FILE", help="plot; a .json of the same name gets the numbers")
-    parser.add_argument("--set", action="append", default=[], metavar="section.field=value", help="override a field of the spec")
+    parser.add_argument(
+        "--plot",
+        default="fisher-error.png",
+        metavar="FILE",
+        help="plot; a .json of the same name gets the numbers",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="section.field=value",
+        help="override a field of the spec",
+    )
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; exit code 2 for bad input."""
-    arguments, errors_console = _arguments(argv), Console(stderr=True)
+    arguments = _arguments(argv)
+    errors_console = Console(stderr=True)
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            spec = parse_spec(files.read_text(arguments.spec), [*arguments.set, f"output.uri={scratch}/run"])
+            spec = parse_spec(
+                files.read_text(arguments.spec), [*arguments.set, f"output.uri={scratch}/run"]
+            )
             inputs = check(spec, dry_run=True)
         pairs = token_pairs(inputs, arguments.linear)
         errors = {}
         for name, (a, g) in pairs.items():
             rows = torch.linspace(0, g.shape[1] - 1, min(arguments.rows, g.shape[1])).long()
             columns = torch.linspace(0, a.shape[1] - 1, min(arguments.columns, a.shape[1])).long()
-            errors[name] = block_errors(a, g, rows, columns, arguments.max_terms, arguments.iterations)
-        curves = {name: {way: ways[way] for way in ("after KFAC", "from the start")} for name, ways in errors.items()}
+            errors[name] = block_errors(
+                a, g, rows, columns, arguments.max_terms, arguments.iterations
+            )
+        curves = {
+            name: {way: ways[way] for way in ("after KFAC", "from the start")}
+            for name, ways in errors.items()
+        }
         save(error_figure(curves), arguments.plot)
         files.write_text(arguments.plot.rpartition(".")[0] + ".json", json.dumps(errors, indent=2))
     except (OSError, ValueError, ValidationError) as error:

@@ -457,7 +457,8 @@ def named_folders(models: Sequence[str]) -> dict[str, str]:
     for model in models:
         name, equals, folder = model.partition("=")
         if not equals:
-            name, folder = Path(model).resolve().name, model
+            name = Path(model).resolve().name
+            folder = model
         if name in found:
             raise ValueError(f"two models are called {name!r}; give NAME=FOLDER")
         if not Path(folder, "config.json").exists():

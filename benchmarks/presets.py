@@ -1,9 +1,13 @@
-"""One preset on several models, as a Markdown table: what is left after the update and reconstruction, and after corrections.
+"""One preset on several models, as a Markdown table.
 
-``python -m benchmarks.presets FOLDER --preset balanced`` prunes the models of `benchmarks.real_models`; ``NAME=FOLDER`` takes another
-checkpoint, as the mixture that ``python -m benchmarks.upcycled`` makes. Every feed-forward layer, or every expert, loses the same share of
-its channels. The divergence is that of windows held aside, which no stage was fitted on, and the acceptance rate that of the dense model's
-answers; of a model without a chat template to beginnings of the evaluation text. Runs that are there are read, not made again.
+It has what is left after the update and reconstruction, and after corrections.
+
+``python -m benchmarks.presets FOLDER --preset balanced`` prunes the models of
+`benchmarks.real_models`; ``NAME=FOLDER`` takes another checkpoint, as the mixture that ``python -m
+benchmarks.upcycled`` makes. Every feed-forward layer, or every expert, loses the same share of its
+channels. The divergence is that of windows held aside, which no stage was fitted on, and the
+acceptance rate that of the dense model's answers; of a model without a chat template to beginnings
+of the evaluation text. Runs that are there are read, not made again.
 """
 
 from __future__ import annotations
@@ -21,7 +25,9 @@ from benchmarks.real_models import MODELS, fetch
 GENERATION = {"num_prompts": 16, "max_new_tokens": 64}
 
 
-def run_of(name: str, model: Path, folder: Path, preset: str, share: float, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+def run_of(
+    name: str, model: Path, folder: Path, preset: str, share: float, settings: Mapping[str, Any]
+) -> Mapping[str, Any]:
     """Return the report of a model's run, which is made unless it is there.
 
     Args:
@@ -42,7 +48,13 @@ def run_of(name: str, model: Path, folder: Path, preset: str, share: float, sett
     groups = ["expert_channels"] if is_mixture else ["ffn"]
     result = ray_surgeon.prune(
         {"source": str(model), "dtype": "bfloat16"},
-        pruning={"structure": "groups", "groups": groups, "allocation": "uniform", "target_sparsity": share, "num_shots": 1},
+        pruning={
+            "structure": "groups",
+            "groups": groups,
+            "allocation": "uniform",
+            "target_sparsity": share,
+            "num_shots": 1,
+        },
         preset=preset,
         evaluation={"texts": _texts(config), "generation": GENERATION},
         output={"uri": str(folder / name), "exports": ["uniform"]},
@@ -54,13 +66,17 @@ def run_of(name: str, model: Path, folder: Path, preset: str, share: float, sett
 
 def _texts(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     length = min(512, int(config.get("max_position_embeddings", 512)))
-    return [{"name": text, "source": text, "num_sequences": 12, "sequence_length": length} for text in ("python-docs", "python-docstrings")]
+    return [
+        {"name": text, "source": text, "num_sequences": 12, "sequence_length": length}
+        for text in ("python-docs", "python-docstrings")
+    ]
 
 
 def row_of(name: str, report: Mapping[str, Any]) -> list[str]:
     """Return a line of the table."""
     shot = report["shots"][-1]
-    before, after = shot.get("generation_before_correction") or {}, shot["generation"]
+    before = shot.get("generation_before_correction") or {}
+    after = shot["generation"]
     held = [entry["value"] for entry in shot.get("correction_held_aside") or ()]
     first = shot.get("divergence_held_aside")
     errors = list((shot.get("reconstruction") or {}).values())
@@ -70,7 +86,8 @@ def row_of(name: str, report: Mapping[str, Any]) -> list[str]:
         name,
         f"{shot['sparsity']:.1%}",
         f"{damping.get('a', float('nan')):g} / {damping.get('g', float('nan')):g}",
-        f"{shot.get('reconstruction_rate', 0):g}" + (f", {undone} of {len(errors)} undone" if undone else ""),
+        f"{shot.get('reconstruction_rate', 0):g}"
+        + (f", {undone} of {len(errors)} undone" if undone else ""),
         "" if first is None else f"{first:.4f}",
         f"{before['acceptance']:.1%}" if before else "",
         "undone" if shot.get("correction_undone") else f"{shot.get('correction_rate', 0):g}",
@@ -96,18 +113,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Prune every model, and print the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.presets", description=__doc__)
     parser.add_argument("folder", type=Path, help="for models and runs")
-    parser.add_argument("models", nargs="*", metavar="NAME[=FOLDER]", help=f"{', '.join(MODELS)}, or another by its folder; all of these")
+    parser.add_argument(
+        "models",
+        nargs="*",
+        metavar="NAME[=FOLDER]",
+        help=f"{', '.join(MODELS)}, or another by its folder; all of these",
+    )
     parser.add_argument("--preset", default="balanced", choices=("fast", "balanced", "quality"))
-    parser.add_argument("--share", type=float, default=0.17, help="of the linears' parameters that is to go; %(default)s")
-    parser.add_argument("--cluster", type=json.loads, default={"cpus_per_worker": 2}, help="section of that name, as JSON; %(default)s")
-    parser.add_argument("--calibration", type=json.loads, help="section of that name, as JSON, before the preset's")
+    parser.add_argument(
+        "--share",
+        type=float,
+        default=0.17,
+        help="of the linears' parameters that is to go; %(default)s",
+    )
+    parser.add_argument(
+        "--cluster",
+        type=json.loads,
+        default={"cpus_per_worker": 2},
+        help="section of that name, as JSON; %(default)s",
+    )
+    parser.add_argument(
+        "--calibration", type=json.loads, help="section of that name, as JSON, before the preset's"
+    )
     arguments = parser.parse_args(argv)
-    settings = {"cluster": arguments.cluster} | ({"calibration": arguments.calibration} if arguments.calibration else {})
+    settings = {"cluster": arguments.cluster} | (
+        {"calibration": arguments.calibration} if arguments.calibration else {}
+    )
     rows = []
     for given in arguments.models or MODELS:
         name, _, path = given.partition("=")
         model = Path(path) if path else fetch(name, arguments.folder / "models" / name)
-        report = run_of(name, model, arguments.folder / arguments.preset, arguments.preset, arguments.share, settings)
+        report = run_of(
+            name,
+            model,
+            arguments.folder / arguments.preset,
+            arguments.preset,
+            arguments.share,
+            settings,
+        )
         rows.append(row_of(name, report))
         sys.stdout.write(table(rows) + "\n\n")
         sys.stdout.flush()

@@ -1,6 +1,9 @@
-"""Every step of a shot as counted operations a second, in those of this machine's own matrix products, measured in the same run.
+"""Operations a second of every step of a shot.
 
-``python -m benchmarks.steps OUT`` writes OUT.json and OUT.md. The operations are those of the plan; a ratio of 1 is the speed of a GEMM.
+They are in those of this machine's own matrix products, measured in the same run.
+
+``python -m benchmarks.steps OUT`` writes OUT.json and OUT.md. The operations are those of the plan;
+a ratio of 1 is the speed of a GEMM.
 """
 
 from __future__ import annotations
@@ -59,22 +62,48 @@ def steps_of(model: str, structure: str, folder: Path, num_threads: int) -> dict
         "output": {"uri": str(folder / "run"), "exports": []},
     }
     report = prune(spec=JobSpec.model_validate(spec), progress=False).report
-    return {"dtype": section.get("dtype", "float32"), "seconds": report["shots"][0]["seconds"], "plan": report["plan"]}
+    return {
+        "dtype": section.get("dtype", "float32"),
+        "seconds": report["shots"][0]["seconds"],
+        "plan": report["plan"],
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write the tables."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.steps", description="Measure the steps of a shot in this machine's GEMMs.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.steps",
+        description="Measure the steps of a shot in this machine's GEMMs.",
+    )
     parser.add_argument("out", type=Path, help="where to write, without the ending")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS[:3], help="which; llama-3-70b takes a large machine")
-    parser.add_argument("--structures", nargs="+", choices=sorted(_TARGETS), default=["groups"], help="what is pruned")
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        choices=MODELS,
+        default=MODELS[:3],
+        help="which; llama-3-70b takes a large machine",
+    )
+    parser.add_argument(
+        "--structures",
+        nargs="+",
+        choices=sorted(_TARGETS),
+        default=["groups"],
+        help="what is pruned",
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     rates = {dtype: gemm_rate(getattr(torch, dtype)) for dtype in ("float32", "bfloat16")}
     found: dict[str, Any] = {"threads": arguments.threads, "gemm_flops_per_s": rates, "runs": []}
-    lines = [f"GEMMs of {_GEMM}: " + ", ".join(f"{dtype} {rate / 1e9:.0f} GFLOP/s" for dtype, rate in rates.items()), ""]
-    lines += ["| model | structure | step | counted GFLOP | seconds | of the GEMM rate |", "|---|---|---|---:|---:|---:|"]
+    lines = [
+        f"GEMMs of {_GEMM}: "
+        + ", ".join(f"{dtype} {rate / 1e9:.0f} GFLOP/s" for dtype, rate in rates.items()),
+        "",
+    ]
+    lines += [
+        "| model | structure | step | counted GFLOP | seconds | of the GEMM rate |",
+        "|---|---|---|---:|---:|---:|",
+    ]
     for model in arguments.models:
         for structure in arguments.structures:
             with tempfile.TemporaryDirectory() as scratch:
@@ -84,7 +113,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 seconds = run["seconds"].get(step)
                 if seconds and flops:
                     rate = rates["float32" if step in ("costs", "update") else run["dtype"]]
-                    lines.append(f"| {model} | {structure} | {step} | {flops / 1e9:.0f} | {seconds:.1f} | {flops / seconds / rate:.2f} |")
+                    lines.append(
+                        f"| {model} | {structure} | {step} | {flops / 1e9:.0f} | {seconds:.1f} | "
+                        f"{flops / seconds / rate:.2f} |"
+                    )
     arguments.out.with_suffix(".json").write_text(json.dumps(found, indent=2) + "\n")
     arguments.out.with_suffix(".md").write_text("\n".join(lines) + "\n")
     sys.stdout.write("\n".join(lines) + "\n")

@@ -1,13 +1,18 @@
-"""SmolLM2-135M as a mixture of experts: a small real one, which no registry has, to prune and to measure on.
+"""SmolLM2-135M as a mixture of experts: a small real one.
 
-``python -m benchmarks.upcycled FOLDER`` writes a Mixtral of 8 experts a block, of which every token goes to 2, and prints its perplexities
-and the entropy of its routing, in less than 15 minutes on two cores.
+No registry has one to prune and to measure on.
 
-Sparse upcycling (Komatsuzaki et al. 2023, arXiv 2212.05055): every expert is a copy of the feed-forward layer. Copies hardly differ after a
-few hundred steps: the removal of one changed the loss by 5e-4 nats of either sign. So each starts without the outputs of a random quarter
-of its channels, the others scaled up (Drop-Upcycling, Nakamura et al. 2025, arXiv 2502.19261), and the routers start at the centres of
-clusters of what they see, which keeps tokens of one kind together. Low-rank changes of all linears of the experts, and the routers, are
-then trained on three kinds of text, in bfloat16 products, with the family's own loss for balance, and absorbed.
+``python -m benchmarks.upcycled FOLDER`` writes a Mixtral of 8 experts a block, of which every token
+goes to 2, and prints its perplexities and the entropy of its routing, in less than 15 minutes on
+two cores.
+
+Sparse upcycling (Komatsuzaki et al. 2023, arXiv 2212.05055): every expert is a copy of the
+feed-forward layer. Copies hardly differ after a few hundred steps: the removal of one changed the
+loss by 5e-4 nats of either sign. So each starts without the outputs of a random quarter of its
+channels, the others scaled up (Drop-Upcycling, Nakamura et al. 2025, arXiv 2502.19261), and the
+routers start at the centres of clusters of what they see, which keeps tokens of one kind together.
+Low-rank changes of all linears of the experts, and the routers, are then trained on three kinds of
+text, in bfloat16 products, with the family's own loss for balance, and absorbed.
 """
 
 from __future__ import annotations
@@ -28,7 +33,13 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MixtralConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    MixtralConfig,
+    PreTrainedModel,
+)
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from ray_surgeon.models.build import stored_name
@@ -44,16 +55,37 @@ from ray_surgeon.surgery.masks import StructuredMask
 
 TEXTS = ("python-docs", "python-docstrings", "package-descriptions")
 DROPPED = 0.25
-LENGTH, BATCH, RANK, RATE, NUM_WINDOWS, NUM_THREADS = 256, 4, 16, 1e-3, 6, 2
+LENGTH = 256
+BATCH = 4
+RANK = 16
+RATE = 1e-3
+NUM_WINDOWS = 6
+NUM_THREADS = 2
 
 
 def upcycled(dense: PreTrainedModel, num_experts: int) -> PreTrainedModel:
-    """Return a Mixtral that computes nearly what a Llama does, its experts as linears, whose gradients are faster on a CPU."""
+    """Return a Mixtral that computes nearly what a Llama does.
+
+    Its experts are linears, whose gradients are faster on a CPU.
+    """
     config = dense.config
     assert isinstance(config, LlamaConfig)
     same = (
-        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
-        *("hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_parameters", "tie_word_embeddings"),
+        *(
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+        ),
+        *(
+            "hidden_act",
+            "max_position_embeddings",
+            "rms_norm_eps",
+            "rope_parameters",
+            "tie_word_embeddings",
+        ),
         *("bos_token_id", "eos_token_id", "head_dim"),
     )
     fields = {name: getattr(config, name) for name in same}
@@ -88,7 +120,9 @@ def upcycled(dense: PreTrainedModel, num_experts: int) -> PreTrainedModel:
 def save(model: PreTrainedModel, folder: Path) -> None:
     """Write the checkpoint by the names that Mixtrals have."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {stored_name(FAMILIES["mixtral"], name): p.detach() for name, p in model.named_parameters()}
+    tensors = {
+        stored_name(FAMILIES["mixtral"], name): p.detach() for name, p in model.named_parameters()
+    }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     model.config.architectures = ["MixtralForCausalLM"]
     model.config.save_pretrained(folder)
@@ -105,14 +139,26 @@ def adding(part: LowRank) -> Callable[[torch.nn.Module, tuple[Tensor, ...], Tens
 
 def windows(tokenizer: Any, source: str, split: str, count: int, length: int) -> NDArray[np.int64]:
     """Return [count, length] tokens of a text."""
-    return cut_windows(token_stream(SourceSection(source=source, split=split), tokenizer, source), count, length, None, 0, source).tokens
+    return cut_windows(
+        token_stream(SourceSection(source=source, split=split), tokenizer, source),
+        count,
+        length,
+        None,
+        0,
+        source,
+    ).tokens
 
 
 @torch.no_grad()
-def start_routers(model: PreTrainedModel, dense: PreTrainedModel, tokens: NDArray[np.int64], rounds: int = 10) -> None:
-    """Let each router's rows be the centres of clusters of what the feed-forward layers of the dense model see on sequences [n, T].
+def start_routers(
+    model: PreTrainedModel, dense: PreTrainedModel, tokens: NDArray[np.int64], rounds: int = 10
+) -> None:
+    """Let each router's rows be centres of clusters of what its layer sees.
 
-    Clusters are of directions around the mean. Rows have nothing of the mean, which all tokens share, and logits a variance of 1.
+    The dense model's feed-forward layers see sequences [n, T].
+
+    Clusters are of directions around the mean. Rows have nothing of the mean, which all tokens
+    share, and logits a variance of 1.
     """
     seen: list[Tensor] = []
 
@@ -127,7 +173,9 @@ def start_routers(model: PreTrainedModel, dense: PreTrainedModel, tokens: NDArra
         mean = x.mean(dim=0)
         directions = torch.nn.functional.normalize(x - mean, dim=1)
         rows: Tensor = block.mlp.gate.weight
-        centres = directions[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[: len(rows)]]
+        centres = directions[
+            torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[: len(rows)]
+        ]
         for _ in range(rounds):
             nearest = (directions @ centres.T).argmax(dim=1)
             sums = torch.zeros_like(centres).index_add_(0, nearest, directions)
@@ -137,7 +185,10 @@ def start_routers(model: PreTrainedModel, dense: PreTrainedModel, tokens: NDArra
 
 
 def in_tiles(expert: torch.nn.Module, rows: int = 64) -> None:
-    """Let an expert get multiples of so many tokens, with zeros behind them: code of bfloat16 products is made anew for every shape."""
+    """Let an expert get multiples of so many tokens, with zeros behind them.
+
+    Code of bfloat16 products is made anew for every shape.
+    """
     forward = expert.forward
 
     def padded(x: Tensor) -> Tensor:
@@ -148,9 +199,15 @@ def in_tiles(expert: torch.nn.Module, rows: int = 64) -> None:
 
 
 def train(model: PreTrainedModel, tokens: NDArray[np.int64], say: float = 30.0) -> None:
-    """Train low-rank changes of the experts' linears, and the routers, on sequences [n, T], `BATCH` at a time, and absorb them."""
+    """Train low-rank changes of the experts' linears, and the routers.
+
+    They see sequences [n, T], `BATCH` at a time, and are absorbed.
+    """
     model.requires_grad_(False)
-    parts, wide, hooks, trained = dict[str, LowRank](), dict[str, Tensor](), [], list[Tensor]()
+    parts = dict[str, LowRank]()
+    wide = dict[str, Tensor]()
+    hooks = []
+    trained = list[Tensor]()
     experts = [expert for block in model.model.layers for expert in block.mlp.experts]
     for expert in experts:
         in_tiles(expert)
@@ -163,24 +220,33 @@ def train(model: PreTrainedModel, tokens: NDArray[np.int64], say: float = 30.0) 
         if name.endswith("mlp.gate"):
             trained.append(module.get_parameter("weight").requires_grad_())
         elif isinstance(module, torch.nn.Linear):  # products read half the bytes
-            wide[name], module.weight.data = module.weight.data, module.weight.data.bfloat16()
+            wide[name] = module.weight.data
+            module.weight.data = module.weight.data.bfloat16()
     head = model.get_output_embeddings().weight.bfloat16()
-    coefficient, sizes = model.config.router_aux_loss_coef, (model.config.num_local_experts, model.config.num_experts_per_tok)
+    coefficient = model.config.router_aux_loss_coef
+    sizes = (model.config.num_local_experts, model.config.num_experts_per_tok)
 
     def backward(part: Tensor) -> float:
         """Add the gradients of a part of a batch, and return its part of the loss."""
         with torch.autocast("cpu", torch.bfloat16):
             found = model.model(input_ids=part, use_cache=False, output_router_logits=True)
             balance = load_balancing_loss_func(found.router_logits, *sizes)
-        hidden, num_predicted = found.last_hidden_state, BATCH * (part.shape[1] - 1)
+        hidden = found.last_hidden_state
+        num_predicted = BATCH * (part.shape[1] - 1)
         nll, gradient = next_token_loss(hidden.detach().bfloat16(), head, part, with_gradient=True)
         assert gradient is not None
-        torch.autograd.backward([hidden, coefficient / NUM_THREADS * balance], [gradient.to(hidden) / num_predicted, None])
+        torch.autograd.backward(
+            [hidden, coefficient / NUM_THREADS * balance],
+            [gradient.to(hidden) / num_predicted, None],
+        )
         return float(nll.sum()) / num_predicted
 
-    pool = ThreadPoolExecutor(NUM_THREADS, initializer=torch.set_num_threads, initargs=(1,))  # what is small runs on one
+    pool = ThreadPoolExecutor(
+        NUM_THREADS, initializer=torch.set_num_threads, initargs=(1,)
+    )  # what is small runs on one
     optimizer = torch.optim.Adam(trained, lr=RATE, betas=(0.9, 0.95), fused=True)
-    num_steps, said = len(tokens) // BATCH, time.monotonic()
+    num_steps = len(tokens) // BATCH
+    said = time.monotonic()
     for step in range(num_steps):
         rate = min(1.0, (step + 1) / 10) * (0.5 + 0.5 * math.cos(math.pi * step / num_steps))
         optimizer.param_groups[0]["lr"] = RATE * rate
@@ -205,14 +271,23 @@ def train(model: PreTrainedModel, tokens: NDArray[np.int64], say: float = 30.0) 
 
 @torch.no_grad()
 def measured(model: PreTrainedModel, tokens: NDArray[np.int64]) -> tuple[float, list[float]]:
-    """Return the perplexity on windows [n, T], and for every block the entropy of the experts' shares of tokens, in bits."""
+    """Return the perplexity on windows [n, T], and entropies of the experts' shares.
+
+    There is one for every block, in bits.
+    """
     model.config.output_router_logits = False
-    nll, shares = 0.0, list[Tensor]()
+    nll = 0.0
+    shares = list[Tensor]()
     for window in torch.from_numpy(tokens):
-        found = model(input_ids=window[None], labels=window[None], use_cache=False, output_router_logits=True)
+        found = model(
+            input_ids=window[None], labels=window[None], use_cache=False, output_router_logits=True
+        )
         logits = found.logits[0, :-1]
         nll += float(torch.nn.functional.cross_entropy(logits.float(), window[1:], reduction="sum"))
-        chosen = [torch.bincount(r.topk(2, dim=-1).indices.flatten(), minlength=r.shape[-1]) for r in found.router_logits]
+        chosen = [
+            torch.bincount(r.topk(2, dim=-1).indices.flatten(), minlength=r.shape[-1])
+            for r in found.router_logits
+        ]
         shares.append(torch.stack(chosen))
     share = torch.stack(shares).sum(dim=0).double()
     share /= share.sum(dim=1, keepdim=True)
@@ -225,11 +300,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", type=Path, help="where the checkpoint goes")
     parser.add_argument("--experts", type=int, default=8, help="experts of a block")
-    parser.add_argument("--steps", type=int, default=150, help=f"of {BATCH} sequences of {LENGTH} tokens")
+    parser.add_argument(
+        "--steps", type=int, default=150, help=f"of {BATCH} sequences of {LENGTH} tokens"
+    )
     arguments = parser.parse_args(argv)
     torch.set_num_threads(NUM_THREADS)
     start = time.monotonic()
-    folder = open_model(parse_spec(Path("pipelines/quickstart.yaml").read_text()).model).small_files_folder()
+    folder = open_model(
+        parse_spec(Path("pipelines/quickstart.yaml").read_text()).model
+    ).small_files_folder()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     model = upcycled(dense, arguments.experts).train()
@@ -244,7 +323,10 @@ def main(argv: list[str] | None = None) -> int:
         tokens = windows(tokenizer, text, "test", NUM_WINDOWS, 512)
         perplexity, entropy = measured(model, tokens)
         with torch.no_grad():
-            nll = [float(dense(input_ids=w[None], labels=w[None]).loss) for w in torch.from_numpy(tokens)]
+            nll = [
+                float(dense(input_ids=w[None], labels=w[None]).loss)
+                for w in torch.from_numpy(tokens)
+            ]
         record["texts"][text] = {
             "perplexity": perplexity,
             "perplexity of SmolLM2": math.exp(sum(nll) / len(nll)),

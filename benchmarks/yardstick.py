@@ -1,4 +1,6 @@
-"""Which measure of a run says best what a pruned model can still do: rank correlation with HumanEval.
+"""Which measure of a run says best what a pruned model can still do.
+
+It is the one with the highest rank correlation with HumanEval.
 
 ``python -m benchmarks.yardstick HUMANEVAL.json=RUN...`` takes files that
 ``python -m benchmarks.humaneval`` wrote, one for each family of models, the dense one first. RUN is
@@ -172,7 +174,9 @@ def table(families: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """Return the correlations in each family and over all pruned models, the best measure first."""
     of_family = {name: correlations(entries[1:]) for name, entries in families.items()}
     over_all = correlations([entry for entries in families.values() for entry in entries[1:]])
-    names = [name for name in over_all if not name.startswith("perplexity") or name.endswith("relative")]
+    names = [
+        name for name in over_all if not name.startswith("perplexity") or name.endswith("relative")
+    ]
     columns = [*of_family, "all"]
     lines = [f"| measure | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
     for name in sorted(names, key=lambda name: -np.nan_to_num(over_all[name], nan=-1)):

@@ -24,18 +24,26 @@ def reference() -> Iterator[str]:
 
 
 def _table(name: str, section: dict[str, Any]) -> Iterator[str]:
-    yield f"\n## {name}\n\n{section.get('description', '')}\n\n| field | type | default | |\n|---|---|---|---|"
+    yield f"\n## {name}\n\n{section.get('description', '')}\n"
+    yield "| field | type | default | |\n|---|---|---|---|"
     required = section.get("required", [])
     for field, about in section.get("properties", {}).items():
         default = "required" if field in required else _default(about)
-        yield f"| `{field}` | {_type(about)} | {default} | {about.get('description', '')} |".replace("\n", " ")
+        description = about.get("description", "").replace("\n", " ")
+        yield f"| `{field}` | {_type(about)} | {default} | {description} |"
 
 
 def _default(about: dict[str, Any]) -> str:
     if "default" not in about:
         return "see text"
     value = about["default"]
-    return "defaults of the section" if isinstance(value, dict) else "`null`" if value is None else f"`{value}`"
+    return (
+        "defaults of the section"
+        if isinstance(value, dict)
+        else "`null`"
+        if value is None
+        else f"`{value}`"
+    )
 
 
 def _type(about: dict[str, Any]) -> str:

@@ -11,16 +11,24 @@ from examples.tiny_model import tiny_llama
 
 
 def main() -> None:
-    """Print how much of A and G lies in their largest eigenvalues, with labels of the text and with labels drawn from the model."""
+    """Print how much of A and G lies in their largest eigenvalues.
+
+    Labels are those of the text, and drawn from the model.
+    """
     model, tokenizer = tiny_llama()
     texts = [text[:400] for text in list(topics.values())[:8]]
     for name, label_seed in (("empirical", None), ("sampled", 0)):
         linear = "model.layers.1.mlp.down_proj"
-        factors = ray_surgeon.curvature(model, texts, tokenizer, linears=[linear], label_seed=label_seed)[linear]
+        factors = ray_surgeon.curvature(
+            model, texts, tokenizer, linears=[linear], label_seed=label_seed
+        )[linear]
         for factor, matrix in (("A", factors.A), ("G", factors.G)):
             values = torch.linalg.eigvalsh(matrix / factors.num_tokens).flip(0)
             share = float(values[:4].sum() / values.sum())
-            print(f"{name} {factor} {tuple(matrix.shape)}: the four largest eigenvalues hold {share:.0%} of the trace")
+            print(
+                f"{name} {factor} {tuple(matrix.shape)}: the four largest eigenvalues hold "
+                f"{share:.0%} of the trace"
+            )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,9 @@ from examples.tiny_model import tiny_llama
 def main() -> None:
     """Take a quarter of the channels of every feed-forward layer away and compare."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--ray", action="store_true", help="on two Ray workers instead of in this process")
+    parser.add_argument(
+        "--ray", action="store_true", help="on two Ray workers instead of in this process"
+    )
     on_ray = parser.parse_args().ray
     model, tokenizer = tiny_llama()
     with tempfile.TemporaryDirectory() as folder:
@@ -33,8 +35,13 @@ def main() -> None:
         )
         pruned = result.load()
     before, after = result.perplexity["test"]
-    print(f"{model.num_parameters()} -> {pruned.num_parameters()} parameters, perplexity {before:.2f} -> {after:.2f}")
-    print(f"feed-forward width {model.config.intermediate_size} -> {pruned.config.intermediate_size}")
+    print(
+        f"{model.num_parameters()} -> {pruned.num_parameters()} parameters, perplexity "
+        f"{before:.2f} -> {after:.2f}"
+    )
+    print(
+        f"feed-forward width {model.config.intermediate_size} -> {pruned.config.intermediate_size}"
+    )
 
 
 if __name__ == "__main__":

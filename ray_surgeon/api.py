@@ -1,4 +1,7 @@
-"""Pruning is one call: check -> plan -> start workers -> shots -> exports. The command line is a thin shell over this."""
+"""Pruning is one call: check -> plan -> start workers -> shots -> exports.
+
+The command line is a thin shell over this.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +55,9 @@ class PruneResult:
 
     @property
     def path(self) -> str:
-        """Folder or URI of the pruned model: the last export listed in `output.exports`, not a quantised copy.
+        """Folder or URI of the pruned model.
+
+        That is the last export listed in `output.exports`, not a quantised copy.
 
         Raises:
             ValueError: the run has no export.
@@ -62,19 +67,22 @@ class PruneResult:
     @property
     def perplexity(self) -> dict[str, tuple[float, float]]:
         """Text -> perplexity before and after."""
-        before, after = self.report["dense"]["perplexity"], self.report["shots"][-1]["perplexity"]
+        before = self.report["dense"]["perplexity"]
+        after = self.report["shots"][-1]["perplexity"]
         return {text: (before[text], after[text]) for text in after}
 
     @property
     def generation(self) -> Mapping[str, Any] | None:
-        """How the pruned model's answers to prompts compare with the dense model's; None if the run does not compare them.
+        """The pruned model's answers to prompts beside the dense model's; None without them.
 
-        Keys: ``acceptance`` (mean over the tokens of the dense model's answers of 1 minus the total variation between both models'
-        distributions of the next token: how often speculative decoding would accept), ``agreement`` (fraction of these tokens for which
-        both have the same most likely token), ``divergence`` (nats per token), ``tokens_until_departure`` (``mean`` and ``median`` of
-        the tokens in which both models' own answers agree from the start), ``not_ended`` (fraction of the answers that the dense model
-        ended and the pruned one does not; None if it ended none), ``repeating`` (fraction that is caught in a loop), and ``example``
-        (``prompt``, ``dense``, ``pruned``).
+        Keys: ``acceptance`` (mean over the tokens of the dense model's answers of 1 minus the total
+        variation between both models' distributions of the next token: how often speculative
+        decoding would accept), ``agreement`` (fraction of these tokens for which both have the same
+        most likely token), ``divergence`` (nats per token), ``tokens_until_departure`` (``mean``
+        and ``median`` of the tokens in which both models' own answers agree from the start),
+        ``not_ended`` (fraction of the answers that the dense model ended and the pruned one does
+        not; None if it ended none), ``repeating`` (fraction that is caught in a loop), and
+        ``example`` (``prompt``, ``dense``, ``pruned``).
         """
         found: Mapping[str, Any] | None = self.report["shots"][-1].get("generation")
         return found
@@ -88,7 +96,8 @@ class PruneResult:
         """Load the pruned model by transformers.
 
         Args:
-            kind: which export; if not given, the last one that transformers loads, quantised copies left out.
+            kind: which export; if not given, the last one that transformers loads, quantised copies
+                left out.
             options: of `from_pretrained`, such as ``device_map``.
 
         Raises:
@@ -96,8 +105,13 @@ class PruneResult:
         """
         export = self._export(kind, for_transformers=kind is None)
         if "from_pretrained" not in export["load"]:
-            raise ValueError(f"the export {export['kind']} is not for transformers; load another, or: {export['load']}")
-        trusted = "trust_remote_code=True" in export["load"]  # the code beside the weights is ours, written by the run
+            raise ValueError(
+                f"the export {export['kind']} is not for transformers; load another, or: "
+                f"{export['load']}"
+            )
+        trusted = (
+            "trust_remote_code=True" in export["load"]
+        )  # the code beside the weights is ours, written by the run
         with local_folder(str(export["uri"])) as (folder, _), without_bars():
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
                 folder, **({"dtype": "auto", "trust_remote_code": trusted} | options)
@@ -109,12 +123,21 @@ class PruneResult:
         found = [
             export
             for export in self.report["exports"]
-            if export["kind"] in possible and ("from_pretrained" in export["load"] or not for_transformers)
+            if export["kind"] in possible
+            and ("from_pretrained" in export["load"] or not for_transformers)
         ]
         if not found:
             kinds = [export["kind"] for export in self.report["exports"]]
-            wanted = f"export {kind}" if kind is not None else "export that transformers loads" if for_transformers else "export at all"
-            raise ValueError(f"the run {self.uri} has no {wanted}; it has {kinds}; name one in output.exports")
+            wanted = (
+                f"export {kind}"
+                if kind is not None
+                else "export that transformers loads"
+                if for_transformers
+                else "export at all"
+            )
+            raise ValueError(
+                f"the run {self.uri} has no {wanted}; it has {kinds}; name one in output.exports"
+            )
         last: Mapping[str, Any] = found[-1]
         return last
 
@@ -141,21 +164,25 @@ def prune(
     """Prune a model.
 
     Args:
-        model: a Hub id, a folder, an fsspec URI, the section of that name (source, dtype, revision), or a model in memory; not with `spec`.
+        model: a Hub id, a folder, an fsspec URI, the section of that name (source, dtype,
+            revision), or a model in memory; not with `spec`.
         tokenizer: the tokenizer of a model in memory.
         spec: a whole job spec, in place of everything else.
-        calibration: section of that name: source, num_sequences, sequence_length and more; needed without `spec`, unless a preset is given.
+        calibration: section of that name: source, num_sequences, sequence_length and more; needed
+            without `spec`, unless a preset is given.
         pruning: section of that name: structure, target_sparsity and more. Needed without `spec`.
         curvature: section of that name; KFAC if not given.
         correction: section of that name; no low-rank corrections if not given.
-        evaluation: texts to measure on, generation and tasks; if not given, the test part of the calibration text, or of Python's help
-            and docstrings if the calibration is chosen by a preset or the model writes it.
-        cluster: section of that name; in this process, on one CPU thread, unless it says otherwise: ``{"cpus_per_worker": 16}``,
-            ``{"gpus_per_worker": 1}``, ``{"backend": "ray"}``.
+        evaluation: texts to measure on, generation and tasks; if not given, the test part of the
+            calibration text, or of Python's help and docstrings if the calibration is chosen by a
+            preset or the model writes it.
+        cluster: section of that name; in this process, on one CPU thread, unless it says otherwise:
+            ``{"cpus_per_worker": 16}``, ``{"gpus_per_worker": 1}``, ``{"backend": "ray"}``.
         memory: section of that name; if not given, planned from the memory that the machines have.
         output: section of that name, or only its URI; if not given, below ``./runs``.
         name: of the run; if not given, made from the model's name.
-        preset: ``"fast"``, ``"balanced"`` or ``"quality"``: settings of text and method, under those that are given here.
+        preset: ``"fast"``, ``"balanced"`` or ``"quality"``: settings of text and method, under
+            those that are given here.
         resume: whether to continue a run after its last committed shot.
         progress: whether to show how far the run is, in a terminal or a notebook.
 
@@ -163,8 +190,9 @@ def prune(
         The run: the pruned model's folder, the model itself by ``.load()``, and the report.
 
     Raises:
-        ValueError: something cannot work. The message names the field, what was found, and the remedy. It is raised before anything
-            expensive starts, except for weights that are NaN or infinite, and for targets that only costs can refuse.
+        ValueError: something cannot work. The message names the field, what was found, and the
+            remedy. It is raised before anything expensive starts, except for weights that are NaN
+            or infinite, and for targets that only costs can refuse.
         FloatingPointError: a loss, factor or cost is not usable; committed shots stay.
         RuntimeError: the run failed otherwise; committed shots stay.
     """
@@ -184,7 +212,8 @@ def prune(
     source = local_path(model)
     if isinstance(source, Mapping) and "source" not in source:
         raise ValueError(
-            f"model: got a {type(source).__name__} of {', '.join(map(str, list(source)[:3]))}; give its source, or a causal LM"
+            f"model: got a {type(source).__name__} of {', '.join(map(str, list(source)[:3]))}; "
+            "give its source, or a causal LM"
         )
     if not (source is None or isinstance(source, str | Mapping)):
         source = causal_lm(source)
@@ -193,15 +222,24 @@ def prune(
             spec = _spec_of(source, tokenizer, given)
         except ValidationError as error:
             derived = () if evaluation is not None else ("evaluation",)
-            raise ValueError(validation_message(error, "what prune() was given", derived)) from error
+            raise ValueError(
+                validation_message(error, "what prune() was given", derived)
+            ) from error
     elif not isinstance(spec, JobSpec):
-        raise ValueError(f"spec: got a {type(spec).__name__}; give ray_surgeon.parse_spec(Path('spec.yaml').read_text())")
+        raise ValueError(
+            f"spec: got a {type(spec).__name__}; give "
+            "ray_surgeon.parse_spec(Path('spec.yaml').read_text())"
+        )
     elif model is not None or tokenizer is not None or given:
-        raise ValueError("spec: it says everything already; leave model, tokenizer and the sections out")
+        raise ValueError(
+            "spec: it says everything already; leave model, tokenizer and the sections out"
+        )
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with ExitStack() as held:
         if isinstance(source, PreTrainedModel):
-            held.enter_context(saved(source, a_tokenizer(tokenizer), spec.model.source, spec.output.uri))
+            held.enter_context(
+                saved(source, a_tokenizer(tokenizer), spec.model.source, spec.output.uri)
+            )
         inputs = check(spec, resume=resume)
         display = held.enter_context(Display(new_console() if progress else None, inputs.spec.name))
         for line in inputs.notes:
@@ -210,7 +248,10 @@ def prune(
 
 
 def ended_before(inputs: Inputs, say: Callable[[str], None]) -> PruneResult | None:
-    """Return the run with the very spec of checked inputs if it is there whole, with its exports; nothing is to be done then."""
+    """Return the run of these very inputs if it has ended, with its exports.
+
+    Nothing is to be done then.
+    """
     directory = RunDirectory(inputs.spec.output.uri)
     report = directory.report_if_finished(inputs.spec.model_dump(mode="json"))
     if report is None:
@@ -226,9 +267,11 @@ def run(inputs: Inputs, display: Display, *, disconnects: bool = False) -> Prune
     Args:
         inputs: checked.
         display: shows events.
-        disconnects: whether to disconnect this process from Ray afterwards even if it was connected before.
+        disconnects: whether to disconnect this process from Ray afterwards even if it was connected
+            before.
     """
-    section, directory = inputs.spec.cluster, RunDirectory(inputs.spec.output.uri)
+    section = inputs.spec.cluster
+    directory = RunDirectory(inputs.spec.output.uri)
     if isinstance(section, RaySection):
         from ray_surgeon import driver  # Ray is imported only if it is used
 
@@ -241,7 +284,9 @@ def run(inputs: Inputs, display: Display, *, disconnects: bool = False) -> Prune
             if disconnects:
                 driver.disconnect()
     else:
-        cluster = LocalCluster(inputs.layout, inputs.placement, section.cpus_per_worker, section.device)
+        cluster = LocalCluster(
+            inputs.layout, inputs.placement, section.cpus_per_worker, section.device
+        )
         try:
             run_shots(inputs, cluster, directory, display)
         finally:
@@ -256,12 +301,16 @@ _EXAMPLES = {
 
 
 def _spec_of(
-    model: str | Mapping[str, Any] | PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase | None, given: Mapping[str, Any]
+    model: str | Mapping[str, Any] | PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    given: Mapping[str, Any],
 ) -> JobSpec:
     """Return the job spec that the arguments of `prune` stand for."""
     document: dict[str, Any] = {"version": 2, "name": "model", "cluster": {}} | dict(given)
     if model is None:
-        raise ValueError("model: give a Hub id, a folder, a URI, or a model in memory; or a whole spec")
+        raise ValueError(
+            "model: give a Hub id, a folder, a URI, or a model in memory; or a whole spec"
+        )
     if isinstance(model, str):
         model = {"source": model}
     if isinstance(model, Mapping) and "name" not in given:
@@ -270,34 +319,68 @@ def _spec_of(
         document["cluster"] = {"backend": "local", **document["cluster"]}
     for section in ("calibration", "pruning") if "preset" not in given else ("pruning",):
         if not isinstance(document.get(section), Mapping):
-            got = "is missing" if section not in document else f"got {reprlib.repr(document[section])}"
-            raise ValueError(f"{section}: {got}; give the fields of that section of a job spec, {_EXAMPLES[section]}")
+            got = (
+                "is missing"
+                if section not in document
+                else f"got {reprlib.repr(document[section])}"
+            )
+            raise ValueError(
+                f"{section}: {got}; give the fields of that section of a job spec, "
+                f"{_EXAMPLES[section]}"
+            )
     output = document.get("output", {})
     if not isinstance(output, str | os.PathLike | Mapping):
-        raise ValueError(f"output: got {output!r}; give a folder, a URI, or the section of that name")
+        raise ValueError(
+            f"output: got {output!r}; give a folder, a URI, or the section of that name"
+        )
     output = dict(output) if isinstance(output, Mapping) else {"uri": local_path(output)}
     document["output"] = {"uri": f"./runs/{document['name']}"} | output
-    pruning, calibration = document["pruning"], document.get("calibration", {})
+    pruning = document["pruning"]
+    calibration = document.get("calibration", {})
     if "exports" not in output and pruning.get("structure") == "groups":
-        document["output"]["exports"] = ["uniform" if pruning.get("allocation") == "uniform" else "per_block"]
+        document["output"]["exports"] = [
+            "uniform" if pruning.get("allocation") == "uniform" else "per_block"
+        ]
     if "evaluation" not in document and calibration.get("source", "auto") not in ("auto", "self"):
         if calibration.get("split", "train") == "test":
-            raise ValueError("evaluation: the calibration reads the test part of its text, so name another text to measure on")
+            raise ValueError(
+                "evaluation: the calibration reads the test part of its text, so name another text "
+                "to measure on"
+            )
         document["evaluation"] = [_test_part(calibration)]
     if isinstance(model, Mapping):
         if tokenizer is not None:
-            raise ValueError("tokenizer: belongs to a model in memory; that of a folder, URI or Hub id is read from there")
+            raise ValueError(
+                "tokenizer: belongs to a model in memory; that of a folder, URI or Hub id is read "
+                "from there"
+            )
         document["model"] = dict(model)
         return JobSpec.model_validate(document)
     if tokenizer is None:
-        raise ValueError("tokenizer: a model in memory needs its tokenizer; give it as the second argument")
-    document["model"] = {"source": files.join(absolute(str(document["output"]["uri"])), "source"), "dtype": dtype_of(model)}
+        raise ValueError(
+            "tokenizer: a model in memory needs its tokenizer; give it as the second argument"
+        )
+    document["model"] = {
+        "source": files.join(absolute(str(document["output"]["uri"])), "source"),
+        "dtype": dtype_of(model),
+    }
     return JobSpec.model_validate(document)
 
 
 def _test_part(calibration: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the evaluation text of a run that names none: a quarter as many windows of the test part of the calibration text."""
-    not_shared = {"num_sequences", "mix", "stride", "seed", "split", *WritingSection.model_fields, *OF_CALIBRATION}
+    """Return the evaluation text of a run that names none.
+
+    It is a quarter as many windows of the test part of the calibration text.
+    """
+    not_shared = {
+        "num_sequences",
+        "mix",
+        "stride",
+        "seed",
+        "split",
+        *WritingSection.model_fields,
+        *OF_CALIBRATION,
+    }
     text = {name: value for name, value in calibration.items() if name not in not_shared}
     try:
         count = TypeAdapter(Positive).validate_python(calibration.get("num_sequences"))
@@ -308,7 +391,12 @@ def _test_part(calibration: Mapping[str, Any]) -> dict[str, Any]:
 
 def _as_name(source: str) -> str:
     last = source.rstrip("/").rpartition("/")[2].lower()
-    return "".join(c if c.isascii() and (c.isalnum() or c in ".-") else "-" for c in last).strip("-.")[:63] or "model"
+    return (
+        "".join(c if c.isascii() and (c.isalnum() or c in ".-") else "-" for c in last).strip("-.")[
+            :63
+        ]
+        or "model"
+    )
 
 
 @own_modes()
@@ -325,62 +413,104 @@ def curvature(
     Args:
         model: a causal LM of a supported family; its weights are not changed.
         sequences: token sequences, or texts if there is a tokenizer.
-        tokenizer: for texts. Each text becomes one sequence; it begins with BOS if the tokenizer itself begins a text with it.
-        linears: names of the linears wanted, e.g. ``model.layers.0.mlp.down_proj``; all if not given. Factors of their roles, here of
-            every block's ``down_proj``, and of what shares their inputs are gathered on the model's device, and no others.
-        label_seed: seed of labels drawn from the model (sampled Fisher); None takes the text's own (empirical Fisher).
+        tokenizer: for texts. Each text becomes one sequence; it begins with BOS if the tokenizer
+            itself begins a text with it.
+        linears: names of the linears wanted, e.g. ``model.layers.0.mlp.down_proj``; all if not
+            given. Factors of their roles, here of every block's ``down_proj``, and of what shares
+            their inputs are gathered on the model's device, and no others.
+        label_seed: seed of labels drawn from the model (sampled Fisher); None takes the text's own
+            (empirical Fisher).
 
     Returns:
-        Name -> sums A [C, C] of a a^T and G [R, R] of g g^T over all tokens, with the number of tokens; a bias is the last input, whose
-        value is 1. Those of an expert are over the tokens that are routed to it. Source: docs/method.md, section 1.
+        Name -> sums A [C, C] of a a^T and G [R, R] of g g^T over all tokens, with the number of
+        tokens; a bias is the last input, whose value is 1. Those of an expert are over the tokens
+        that are routed to it. Source: docs/method.md, section 1.
 
     Raises:
-        ValueError: the family is not supported, the model has no such linear, or there is no sequence of two tokens or more.
+        ValueError: the family is not supported, the model has no such linear, or there is no
+            sequence of two tokens or more.
     """
-    model, tokenizer = causal_lm(model), None if tokenizer is None else a_tokenizer(tokenizer)
+    model = causal_lm(model)
+    tokenizer = None if tokenizer is None else a_tokenizer(tokenizer)
     layout = ModelLayout.of(model.config)
     if sequences is None or isinstance(sequences, str) or isinstance(linears, str):
         raise ValueError("sequences and linears: give lists, also of a single text or name")
     if isinstance(sequences, Mapping):
         raise ValueError(
-            f"sequences: got a {type(sequences).__name__} of {', '.join(map(str, sequences))}; give one of these, such as input_ids"
+            f"sequences: got a {type(sequences).__name__} of {', '.join(map(str, sequences))}; "
+            "give one of these, such as input_ids"
         )
     if any(weight.is_inference() for weight in model.parameters()):
-        raise ValueError("model: its weights were made in torch.inference_mode, in which nothing has gradients; load it outside")
+        raise ValueError(
+            "model: its weights were made in torch.inference_mode, in which nothing has gradients; "
+            "load it outside"
+        )
     linears = None if linears is None else list(linears)
     if unknown := [name for name in linears or () if name not in layout.shapes]:
-        raise ValueError(f"linears: the model has no {', '.join(unknown)}; it has for example {', '.join(list(layout.shapes)[:7])}")
-    if isinstance(sequences, torch.Tensor) and (sequences.ndim != 2 or sequences.is_floating_point()):
-        raise ValueError(f"sequences: a tensor must be [num_sequences, T] integers, got {list(sequences.shape)} {sequences.dtype}")
+        raise ValueError(
+            f"linears: the model has no {', '.join(unknown)}; it has for example "
+            f"{', '.join(list(layout.shapes)[:7])}"
+        )
+    if isinstance(sequences, torch.Tensor) and (
+        sequences.ndim != 2 or sequences.is_floating_point()
+    ):
+        raise ValueError(
+            f"sequences: a tensor must be [num_sequences, T] integers, got {list(sequences.shape)} "
+            f"{sequences.dtype}"
+        )
     tokens = [_tokens(number, sequence, tokenizer) for number, sequence in enumerate(sequences)]
     if not tokens or min(len(ids) for ids in tokens) < 2:
-        raise ValueError("sequences: each must have two tokens or more, because the last one predicts nothing; give longer ones")
-    most, longest = model.config.vocab_size, model.config.max_position_embeddings if layout.family.positions else None
+        raise ValueError(
+            "sequences: each must have two tokens or more, because the last one predicts nothing; "
+            "give longer ones"
+        )
+    most = model.config.vocab_size
+    longest = model.config.max_position_embeddings if layout.family.positions else None
     if not all(0 <= token < most for ids in tokens for token in ids):
-        raise ValueError(f"sequences: a token is not one of the model's {most}; give those of its own tokenizer")
+        raise ValueError(
+            f"sequences: a token is not one of the model's {most}; give those of its own tokenizer"
+        )
     if longest is not None and max(len(ids) for ids in tokens) > longest:
-        raise ValueError(f"sequences: one has {max(len(ids) for ids in tokens)} tokens, the model takes at most {longest}; cut it")
+        raise ValueError(
+            f"sequences: one has {max(len(ids) for ids in tokens)} tokens, the model takes at most "
+            f"{longest}; cut it"
+        )
     state = model.state_dict()
     check_tied(layout, state, read_state(state), "the model")
     read_stored = tensor_reader(layout, state, read_state(state), "the model")
-    where = Stores(weights="disk")  # they are never written, so they are read where they are: in the model
-    shard = ModelShard(layout, BlockRange(0, layout.num_blocks, layout.num_blocks), model.dtype, model.device, where)
+    where = Stores(
+        weights="disk"
+    )  # they are never written, so they are read where they are: in the model
+    shard = ModelShard(
+        layout,
+        BlockRange(0, layout.num_blocks, layout.num_blocks),
+        model.dtype,
+        model.device,
+        where,
+    )
 
     def read(name: str) -> torch.Tensor:
         of_expert = in_memory(layout.family, state, name)
         return read_stored(name) if of_expert is None else of_expert
 
     shard.load(read)
-    shard.start_curvature(only=None if linears is None else frozenset(layout.shapes[name].role for name in linears))
+    shard.start_curvature(
+        only=None if linears is None else frozenset(layout.shapes[name].role for name in linears)
+    )
     runner = BlockRunner(shard)
     for number, ids in enumerate(tokens):
         batch = torch.tensor([ids], device=model.device)
-        generator = None if label_seed is None else torch.Generator().manual_seed(label_seed + number)
+        generator = (
+            None if label_seed is None else torch.Generator().manual_seed(label_seed + number)
+        )
         (hidden,) = runner.forward(number, batch)
         _, gradient, _ = runner.loss(hidden, batch, generator)
         runner.backward(number, [gradient])
     shard.stop_curvature()
-    return {name: shard.own_factors(name).dense() for name in (layout.shapes if linears is None else linears)}
+    return {
+        name: shard.own_factors(name).dense()
+        for name in (layout.shapes if linears is None else linears)
+    }
 
 
 def _tokens(number: int, sequence: Any, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
@@ -388,10 +518,14 @@ def _tokens(number: int, sequence: Any, tokenizer: PreTrainedTokenizerBase | Non
         if tokenizer is None:
             raise ValueError("tokenizer: texts need one; give it, or sequences of tokens")
         first = first_token(tokenizer)
-        return [*([] if first is None else [first]), *tokenizer(sequence, add_special_tokens=False)["input_ids"]]
+        return [
+            *([] if first is None else [first]),
+            *tokenizer(sequence, add_special_tokens=False)["input_ids"],
+        ]
     try:
         return [operator.index(token) for token in sequence]
     except TypeError as error:
         raise ValueError(
-            f"sequences[{number}]: got {reprlib.repr(sequence)}; give a list of integers, or a text and the tokenizer"
+            f"sequences[{number}]: got {reprlib.repr(sequence)}; give a list of integers, or a "
+            "text and the tokenizer"
         ) from error

@@ -1,4 +1,4 @@
-"""A run on Ray: the coordinator as an actor, its events polled by the driver, retries after losses."""
+"""A run on Ray: the coordinator as an actor, polled by the driver, retries after losses."""
 
 from __future__ import annotations
 
@@ -50,13 +50,22 @@ _LOST = {
 
 
 class RayMetrics:
-    """The gauges and counters of a run, which Ray exports as ``ray_surgeon_*``; the process that holds them must belong to Ray."""
+    """The gauges and counters of a run, which Ray exports as ``ray_surgeon_*``.
+
+    The process that holds them must belong to Ray.
+    """
 
     def __init__(self, run: str) -> None:
         """Register them; the name of the run is a tag of all."""
         self._run = run
-        self._gauges = {name: Gauge(f"surgeon_{name}", text, ("run", *tags)) for name, (text, tags) in GAUGES.items()}
-        self._counters = {name: Counter(f"surgeon_{name}", text, ("run", *tags)) for name, (text, tags) in COUNTERS.items()}
+        self._gauges = {
+            name: Gauge(f"surgeon_{name}", text, ("run", *tags))
+            for name, (text, tags) in GAUGES.items()
+        }
+        self._counters = {
+            name: Counter(f"surgeon_{name}", text, ("run", *tags))
+            for name, (text, tags) in COUNTERS.items()
+        }
 
     def record(self, event: Event) -> None:
         """Set the gauges and add to the counters that an event says something of."""
@@ -69,14 +78,19 @@ class RayMetrics:
 
 
 class Coordinator:
-    """The Ray actor that runs the shots; it holds the workers, so they end with it. `news` answers while `run` runs."""
+    """The Ray actor that runs the shots; it holds the workers, so they end with it.
+
+    `news` answers while `run` runs.
+    """
 
     def __init__(self) -> None:
         """Start without events."""
         self._events: list[Event] = []
         self._moment: Moment | None = None
 
-    def run(self, inputs: Inputs, before: WorkerFailure | None, attempt: Attempt) -> WorkerFailure | None:
+    def run(
+        self, inputs: Inputs, before: WorkerFailure | None, attempt: Attempt
+    ) -> WorkerFailure | None:
         """Run all shots that are not committed yet.
 
         Args:
@@ -87,7 +101,8 @@ class Coordinator:
         Returns:
             None at the end, or what failed.
         """
-        spec, run = inputs.spec, RunDirectory(inputs.spec.output.uri, attempt)
+        spec = inputs.spec
+        run = RunDirectory(inputs.spec.output.uri, attempt)
         metrics = RayMetrics(spec.name)
 
         def listen(news: Event | Moment) -> None:
@@ -99,14 +114,22 @@ class Coordinator:
 
         if before is not None:
             run.start(inputs.spec_yaml, inputs.fingerprints)
-            event = Event("retry", 0, spec.pruning.shots, 0.0, {"cause": before.cause, "message": before.message})
+            event = Event(
+                "retry",
+                0,
+                spec.pruning.shots,
+                0.0,
+                {"cause": before.cause, "message": before.message},
+            )
             run.add_event(asdict(event) | {"time": time.time()})
             metrics.record(event)
         cluster = None
         try:
             assert isinstance(spec.cluster, RaySection)
             cluster = RayCluster(inputs.layout, inputs.placement, spec.cluster)
-            run_shots(inputs, cluster, run, listen, patience_s=0.0 if before is None else _PATIENCE_S)
+            run_shots(
+                inputs, cluster, run, listen, patience_s=0.0 if before is None else _PATIENCE_S
+            )
         except WorkerFailureError as error:
             return error.failure
         finally:
@@ -134,18 +157,26 @@ def run_on_ray(inputs: Inputs, display: Display) -> None:
     assert isinstance(section, RaySection)
     try:
         if num_nodes() > 1 and "://" not in inputs.spec.output.uri:
-            display.note(f"note: the cluster has several machines; {inputs.spec.output.uri} must be a folder that they share")
-        left, attempt = section.retries.model_dump(), Attempt()
+            display.note(
+                f"note: the cluster has several machines; {inputs.spec.output.uri} must be a "
+                "folder that they share"
+            )
+        left = section.retries.model_dump()
+        attempt = Attempt()
         failure = _try(inputs, section, None, attempt, display)
         while failure is not None:
             cause = failure.cause
             if not left[cause]:
                 raise RuntimeError(
-                    f"{_LOST[cause]}: {failure.message}. cluster.retries.{cause} allows {getattr(section.retries, cause)}; committed shots "
-                    f"are kept. Look for the reason in Ray's logs, or raise cluster.retries.{cause}"
+                    f"{_LOST[cause]}: {failure.message}. cluster.retries.{cause} allows "
+                    f"{getattr(section.retries, cause)}; committed shots are kept. Look for the "
+                    f"reason in Ray's logs, or raise cluster.retries.{cause}"
                 )
             left[cause] -= 1
-            display.note(f"{_LOST[cause]}: {failure.message}; continuing from the last committed shot, {left[cause]} such retries left")
+            display.note(
+                f"{_LOST[cause]}: {failure.message}; continuing from the last committed shot, "
+                f"{left[cause]} such retries left"
+            )
             failure = _try(inputs, section, failure, attempt, display)
     except RayError as error:
         raise unwrapped(error) from error
@@ -174,16 +205,25 @@ def disconnect() -> None:
 
 
 def unwrapped(error: BaseException) -> BaseException:
-    """Return what the work raised, unwrapped from Ray's task errors; whole with its traceback if it may be a defect of ours."""
+    """Return what the work raised, unwrapped from Ray's task errors.
+
+    What may be a defect of ours keeps its traceback.
+    """
     cause = error
     while isinstance(cause, RayTaskError):
         cause = cause.cause
-    is_told = isinstance(cause, (FloatingPointError, ValueError, OSError, CollapseError, TakenOverError, NoRoomError))
+    is_told = isinstance(
+        cause, (FloatingPointError, ValueError, OSError, CollapseError, TakenOverError, NoRoomError)
+    )
     return cause if is_told else RuntimeError(str(error))
 
 
 def _try(
-    inputs: Inputs, section: RaySection, before: WorkerFailure | None, attempt: Attempt, show: Callable[[Event | Moment], None]
+    inputs: Inputs,
+    section: RaySection,
+    before: WorkerFailure | None,
+    attempt: Attempt,
+    show: Callable[[Event | Moment], None],
 ) -> WorkerFailure | None:
     """Run a coordinator to its end and return what failed, if anything."""
     actor_class = ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0)(Coordinator)
@@ -192,7 +232,9 @@ def _try(
         runtime_env={"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}},
         scheduling_strategy=on_this_node(),
     ).remote()
-    patience_s, seen, running = section.start_timeout_s, 0, True
+    patience_s = section.start_timeout_s
+    seen = 0
+    running = True
     silence = f"not started within {patience_s:g} s; raise cluster.start_timeout_s"
     try:
         ray.get(coordinator.news.remote(0), timeout=patience_s)
@@ -215,7 +257,9 @@ def _try(
     except (RayActorError, ObjectLostError, OutOfMemoryError, WorkerCrashedError) as error:
         if isinstance(error, RayTaskError):  # the coordinator lives and reports another error
             raise
-        return WorkerFailure.by("memory" if isinstance(error, OutOfMemoryError) else "coordinator", error)
+        return WorkerFailure.by(
+            "memory" if isinstance(error, OutOfMemoryError) else "coordinator", error
+        )
     finally:
         ray.kill(coordinator)
     return failure

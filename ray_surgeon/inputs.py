@@ -1,4 +1,7 @@
-"""Everything that is read and checked before a worker starts, so that a job which cannot work fails in seconds."""
+"""Everything that is read and checked before a worker starts.
+
+So a job which cannot work fails in seconds.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,14 @@ from ray_surgeon.methods import METHODS, CoupledSection, Groups, Method
 from ray_surgeon.methods.calibration import CalibrationText
 from ray_surgeon.methods.corrections import further_sequences
 from ray_surgeon.methods.search import Search
-from ray_surgeon.models.budgets import Budget, bytes_budget, fewest_left, flops_budget, linears_budget, parameters_budget
+from ray_surgeon.models.budgets import (
+    Budget,
+    bytes_budget,
+    fewest_left,
+    flops_budget,
+    linears_budget,
+    parameters_budget,
+)
 from ray_surgeon.models.checkpoint import check_checkpoint, check_tied
 from ray_surgeon.models.families import check_family, check_not_quantised, check_sizes
 from ray_surgeon.models.layout import ModelLayout
@@ -70,13 +80,23 @@ class Inputs:
     placement: Placement  # of its blocks on workers
     method: Method  # of pruning
     model: ModelSection  # where the weights are, pinned to what was checked
-    calibration: NDArray[np.int64] = field(repr=False)  # [num_sequences, sequence_length] tokens, 0 where the model will write them
+    calibration: NDArray[np.int64] = field(
+        repr=False
+    )  # [num_sequences, sequence_length] tokens, 0 where the model will write them
     texts: Mapping[str, NDArray[np.int64]] = field(repr=False)  # evaluation text -> windows
-    fingerprints: Mapping[str, Any]  # of model, tokenizer, texts and method; empty for a plan from config.json alone
+    fingerprints: Mapping[
+        str, Any
+    ]  # of model, tokenizer, texts and method; empty for a plan from config.json alone
     environment: Mapping[str, str]  # versions and machine, for the report
-    written: Mapping[int, Request] = field(default_factory=dict)  # number of a calibration text -> what the dense model is to write for it
-    searched: NDArray[np.int64] = field(default_factory=lambda: _nothing(0, 0), repr=False)  # what a search measures on, as `calibration`
-    counts: NDArray[np.bool_] | None = field(default=None, repr=False)  # which tokens of the calibration count, likewise; None if all do
+    written: Mapping[int, Request] = field(
+        default_factory=dict
+    )  # number of a calibration text -> what the dense model is to write for it
+    searched: NDArray[np.int64] = field(
+        default_factory=lambda: _nothing(0, 0), repr=False
+    )  # what a search measures on, as `calibration`
+    counts: NDArray[np.bool_] | None = field(
+        default=None, repr=False
+    )  # which tokens of the calibration count, likewise; None if all do
     yardstick: Yardstick | None = None  # prompts whose answers are compared; None if they are not
     chosen_text: str | None = None  # what was chosen for a calibration of source auto, for people
 
@@ -87,8 +107,11 @@ class Inputs:
 
     def with_written(self, texts: Mapping[int, WrittenText]) -> Inputs:
         """Return the inputs with what the dense model wrote for some of the calibration texts."""
-        calibration, counts = self.calibration.copy(), np.ones(self.calibration.shape, dtype=bool)
-        for row, (number, i) in enumerate(order([count for _, count in self.spec.calibration.shares])):
+        calibration = self.calibration.copy()
+        counts = np.ones(self.calibration.shape, dtype=bool)
+        for row, (number, i) in enumerate(
+            order([count for _, count in self.spec.calibration.shares])
+        ):
             if number not in texts:
                 continue
             calibration[row] = texts[number].tokens[i]
@@ -105,7 +128,8 @@ class Inputs:
     @property
     def goal(self) -> str:
         """What the run is to reach, for people."""
-        pruning, method = self.spec.pruning, self.method
+        pruning = self.spec.pruning
+        method = self.method
         if pruning.last_sparsity is not None:
             return f"{pruning.last_sparsity:.1%}"
         assert isinstance(method, Groups)
@@ -115,22 +139,29 @@ class Inputs:
 
     @property
     def widths(self) -> str | None:
-        """What engines think of the widths that will be left, for people; None if nothing gets narrower."""
+        """What engines think of the widths that will be left; None if nothing gets narrower."""
         pruning = self.spec.pruning
         if not isinstance(pruning, CoupledSection) or not pruning.has_widths:
             return None
         whose = "feed-forward layers" if "ffn" in pruning.groups else "experts"
         said = f"{whose} keep multiples of {pruning.multiple} channels"
         liked = KERNEL_COLUMNS * pruning.tensor_parallel
-        return said if pruning.multiple % liked == 0 else f"{said}; to quantise later, set pruning.width_multiple to {liked}"
+        return (
+            said
+            if pruning.multiple % liked == 0
+            else f"{said}; to quantise later, set pruning.width_multiple to {liked}"
+        )
 
     @property
     def precision(self) -> str | None:
-        """What to know of a job in float32 if config.json says a narrower dtype, for people; None otherwise."""
+        """What to know of a float32 job whose config.json says a narrower dtype, or None."""
         stored = str(getattr(self.layout.config, "dtype", None)).removeprefix("torch.")
         if stored not in ("bfloat16", "float16") or self.spec.model.dtype != "float32":
             return None
-        return f"config.json says {stored}, but this job and its exports are in float32, twice as large; model.dtype: bfloat16 halves it"
+        return (
+            f"config.json says {stored}, but this job and its exports are in float32, twice as "
+            "large; model.dtype: bfloat16 halves it"
+        )
 
     @property
     def notes(self) -> list[str]:
@@ -147,11 +178,18 @@ class Inputs:
         Raises:
             DoesNotFitError: no way to run it fits.
         """
-        job = job_of(self.spec, self.layout, self.method, None if self.yardstick is None else self.yardstick.section)
+        job = job_of(
+            self.spec,
+            self.layout,
+            self.method,
+            None if self.yardstick is None else self.yardstick.section,
+        )
         return plan_job(self.layout, self.placement, job, self.spec.memory, room, device)
 
 
-def job_of(spec: JobSpec, layout: ModelLayout, method: Method, generation: GenerationSection | None = None) -> Job:
+def job_of(
+    spec: JobSpec, layout: ModelLayout, method: Method, generation: GenerationSection | None = None
+) -> Job:
     """Return what a plan depends on.
 
     Args:
@@ -164,23 +202,51 @@ def job_of(spec: JobSpec, layout: ModelLayout, method: Method, generation: Gener
     if spec.num_held:
         texts.append((spec.num_held, spec.calibration.sequence_length))
     length = spec.calibration.sequence_length
-    written = tuple(text.sizes(count, length) for text, count in spec.calibration.shares if isinstance(text, SelfSection))
+    written = tuple(
+        text.sizes(count, length)
+        for text, count in spec.calibration.shares
+        if isinstance(text, SelfSection)
+    )
     quantize = spec.output.quantize
     if generation is not None:
         written += ((generation.num_prompts, generation.max_new_tokens),)
         texts.append((generation.num_prompts, _PROMPT_TOKENS + generation.max_new_tokens))
-    job = method.job(layout, spec.model.dtype, (spec.calibration.num_sequences, spec.calibration.sequence_length), texts)
-    job = replace(job, written=written, answers=generation is not None, rounds=quantize is not None and quantize.scheme == "w4a16")
+    job = method.job(
+        layout,
+        spec.model.dtype,
+        (spec.calibration.num_sequences, spec.calibration.sequence_length),
+        texts,
+    )
+    job = replace(
+        job,
+        written=written,
+        answers=generation is not None,
+        rounds=quantize is not None and quantize.scheme == "w4a16",
+    )
     if (search := Search.of(method)) is not None:
-        units = {(groups.block, groups.kind) for groups in layout.group_sets if groups.consumer in job.needs}
+        units = {
+            (groups.block, groups.kind)
+            for groups in layout.group_sets
+            if groups.consumer in job.needs
+        }
         rounds = search.section.rounds
-        job = replace(job, num_searched=search.section.num_sequences, num_trials=rounds + 1, num_undone=rounds * len(units))
+        job = replace(
+            job,
+            num_searched=search.section.num_sequences,
+            num_trials=rounds + 1,
+            num_undone=rounds * len(units),
+        )
     if spec.correction is None:
         return job
-    section, num_sequences = spec.correction, spec.calibration.num_sequences - spec.num_held
-    num_steps = section.steps_per_shot + section.final_epochs * -(-num_sequences // section.sequences_per_step)
+    section = spec.correction
+    num_sequences = spec.calibration.num_sequences - spec.num_held
+    num_steps = section.steps_per_shot + section.final_epochs * -(
+        -num_sequences // section.sequences_per_step
+    )
     tried, measured = further_sequences(section, num_steps, spec.num_held)
-    passing = section.steps_per_shot * section.sequences_per_step + section.final_epochs * num_sequences
+    passing = (
+        section.steps_per_shot * section.sequences_per_step + section.final_epochs * num_sequences
+    )
     passing += tried + -(-measured // 3)  # a pass forward alone has a third of the operations
     remembers = section.loss == "kl"
     return replace(
@@ -193,22 +259,32 @@ def job_of(spec: JobSpec, layout: ModelLayout, method: Method, generation: Gener
 
 
 def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inputs:
-    """Read the model's configuration and headers, the tokenizer and the texts, and check them against each other.
+    """Read the model's configuration, headers, tokenizer and texts, and check them.
 
     Args:
         spec: parsed.
         resume: whether the run directory may already hold this run.
-        dry_run: whether to leave the run directory untouched. A model without weights is enough then.
+        dry_run: whether to leave the run directory untouched. A model without weights is enough
+            then.
 
     Raises:
         ValueError: something cannot work; names the field, what was found, and the remedy.
     """
     spec = with_absolute_paths(spec)
-    if not dry_run and isinstance(spec.cluster, LocalSection) and spec.cluster.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("cluster.gpus_per_worker: 1, but torch sees no GPU here; set it to 0, or install torch with CUDA and a driver")
+    if (
+        not dry_run
+        and isinstance(spec.cluster, LocalSection)
+        and spec.cluster.device == "cuda"
+        and not torch.cuda.is_available()
+    ):
+        raise ValueError(
+            "cluster.gpus_per_worker: 1, but torch sees no GPU here; set it to 0, or install torch "
+            "with CUDA and a driver"
+        )
     if any(part.startswith("_ray_pkg_") for part in Path(spec.output.uri).parts):
         raise ValueError(
-            f"output.uri: {spec.output.uri} is in Ray's copy of the working directory, which goes with the job; give a whole path or a URI"
+            f"output.uri: {spec.output.uri} is in Ray's copy of the working directory, which goes "
+            "with the job; give a whole path or a URI"
         )
     with _as_input_error(f"output.uri: cannot use {spec.output.uri}"):
         RunDirectory(spec.output.uri).is_new()  # raises if it holds something else
@@ -219,7 +295,13 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
     placement = place(layout, spec.cluster.num_shards, spec.cluster.num_replicas)
     if isinstance(spec.pruning, CoupledSection):
         pruning = spec.pruning
-        shrinking = Shrinking(pruning.groups, pruning.fewest_groups, pruning.multiple, pruning.uniform, pruning.tensor_parallel)
+        shrinking = Shrinking(
+            pruning.groups,
+            pruning.fewest_groups,
+            pruning.multiple,
+            pruning.uniform,
+            pruning.tensor_parallel,
+        )
         for kind in spec.output.exports:
             check_export(kind, layout, shrinking)
         if spec.output.quantize is not None:
@@ -228,7 +310,9 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
     _check_lengths(spec, layout)
     if dry_run and not source.has_weights:
         nothing = _nothing(spec.calibration.num_sequences, spec.calibration.sequence_length)
-        return Inputs(spec, layout, placement, method, source.pinned, nothing, {}, {}, _environment())
+        return Inputs(
+            spec, layout, placement, method, source.pinned, nothing, {}, {}, _environment()
+        )
     with _as_input_error(f"model.source: cannot read {source.origin}"):
         shapes, model_fingerprint = source.shapes_and_fingerprint()
         check_checkpoint(layout, shapes, source.origin)
@@ -242,7 +326,8 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
         calibration_section, chosen_text = default_mix(spec.calibration, tokenizer)
         spec = spec.model_copy(update={"calibration": calibration_section})
         spec.check_borders()
-    tasks, search = spec.evaluation.tasks, Search.of(method)
+    tasks = spec.evaluation.tasks
+    search = Search.of(method)
     if tasks is not None:
         check_tasks(tasks)
     num_searched = 0 if search is None else search.section.num_sequences
@@ -251,20 +336,33 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
         "code": ray_surgeon.__version__,
         "method": spec.method_fingerprint(),
         "model": model_fingerprint,
-        "tokenizer": hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest(),
+        "tokenizer": hashlib.sha256(
+            repr(sorted(tokenizer.get_vocab().items())).encode()
+        ).hexdigest(),
         "calibration": calibration.fingerprint,
         "evaluation": {name: windows.fingerprint for name, windows in texts.items()},
     }
     if search is not None:
         fingerprints["search"] = searched.fingerprint
     # scores before and after are of the same tasks; a run may go on without tasks that fail
-    fingerprints["tasks"] = None if tasks is None else tasks.model_dump(mode="json", exclude={"batch_size"})
+    fingerprints["tasks"] = (
+        None if tasks is None else tasks.model_dump(mode="json", exclude={"batch_size"})
+    )
     tokens = {name: windows.tokens for name, windows in texts.items()}
-    requests, here = to_be_written(spec.calibration, tokenizer, layout.config), _environment()
-    yardstick, written = _yardstick(spec.evaluation.generation, tokenizer, layout.config, requests, next(iter(tokens.values())))
+    requests = to_be_written(spec.calibration, tokenizer, layout.config)
+    here = _environment()
+    yardstick, written = _yardstick(
+        spec.evaluation.generation, tokenizer, layout.config, requests, next(iter(tokens.values()))
+    )
     if yardstick is not None:  # answers before and after are to the same prompts
-        given = None if yardstick.request is not None else hashlib.sha256(repr(yardstick.prompts).encode()).hexdigest()
-        fingerprints["generation"] = yardstick.section.model_dump(mode="json", exclude={"prompts"}) | {"prompts": given}
+        given = (
+            None
+            if yardstick.request is not None
+            else hashlib.sha256(repr(yardstick.prompts).encode()).hexdigest()
+        )
+        fingerprints["generation"] = yardstick.section.model_dump(
+            mode="json", exclude={"prompts"}
+        ) | {"prompts": given}
     inputs = Inputs(
         spec,
         layout,
@@ -315,19 +413,28 @@ def _yardstick(
 
 
 def _check_lengths(spec: JobSpec, layout: ModelLayout) -> None:
-    """Refuse requests that are timed and are longer than the table of positions, in which they would fail after all pruning.
+    """Refuse timed requests that are longer than the table of positions.
+
+    They would fail after all pruning.
 
     Raises:
         ValueError: names the field.
     """
     target = getattr(spec.pruning, "target", None)
-    asked = {"output.speed": spec.output.speed, "pruning.target.request": target.request if isinstance(target, LatencyTarget) else None}
+    asked = {
+        "output.speed": spec.output.speed,
+        "pruning.target.request": target.request if isinstance(target, LatencyTarget) else None,
+    }
     longest = layout.config.max_position_embeddings if layout.family.positions else None
     for where, request in asked.items():
-        if longest is not None and request is not None and request.prompt_length + request.num_new_tokens > longest:
+        if (
+            longest is not None
+            and request is not None
+            and request.prompt_length + request.num_new_tokens > longest
+        ):
             raise ValueError(
-                f"{where}: a prompt of {request.prompt_length} tokens and {request.num_new_tokens} new ones, but the model takes at most "
-                f"{longest}; give fewer"
+                f"{where}: a prompt of {request.prompt_length} tokens and {request.num_new_tokens} "
+                f"new ones, but the model takes at most {longest}; give fewer"
             )
 
 
@@ -338,22 +445,42 @@ def method_for(spec: JobSpec, layout: ModelLayout) -> Method:
         ValueError: the method cannot do what is asked to this model.
     """
     pruning = spec.pruning
-    if layout.num_experts and spec.curvature is not None and spec.curvature.sequences_backward is not None:
-        raise ValueError("curvature.num_backward: the experts of a mixture see too few tokens to leave some out of G; remove it")
+    if (
+        layout.num_experts
+        and spec.curvature is not None
+        and spec.curvature.sequences_backward is not None
+    ):
+        raise ValueError(
+            "curvature.num_backward: the experts of a mixture see too few tokens to leave some out "
+            "of G; remove it"
+        )
     if isinstance(pruning, CoupledSection):
-        heads, devices = layout.heads, pruning.tensor_parallel
+        heads = layout.heads
+        devices = pruning.tensor_parallel
         if heads.num_kv not in kv_heads_left(layout, devices, uniform=pruning.uniform):
             raise ValueError(
-                f"pruning.tensor_parallel: {devices}, but no engine splits the dense model's {heads.num_query} query heads and "
-                f"{heads.num_kv} KV heads so; give a number that divides them"
+                f"pruning.tensor_parallel: {devices}, but no engine splits the dense model's "
+                f"{heads.num_query} query heads and {heads.num_kv} KV heads so; give a number that "
+                "divides them"
             )
-        for of in (of for of in layout.group_sets if of.kind != "attention" and len(of.columns) % devices):
-            raise ValueError(f"pruning.tensor_parallel: {devices}, but {of.consumer} has {len(of.columns)} channels; give a divisor")
+        for of in (
+            of for of in layout.group_sets if of.kind != "attention" and len(of.columns) % devices
+        ):
+            raise ValueError(
+                f"pruning.tensor_parallel: {devices}, but {of.consumer} has {len(of.columns)} "
+                "channels; give a divisor"
+            )
         _check_kinds(layout, pruning)
-        fewest = fewest_left(layout, pruning.groups, pruning.fewest_groups, devices, uniform=pruning.uniform)
-        consumers = {groups.kind: layout.shapes[groups.consumer].role for groups in layout.group_sets}
+        fewest = fewest_left(
+            layout, pruning.groups, pruning.fewest_groups, devices, uniform=pruning.uniform
+        )
+        consumers = {
+            groups.kind: layout.shapes[groups.consumer].role for groups in layout.group_sets
+        }
         roles = frozenset(consumers[kind] for kind in pruning.groups if kind != "experts")
-        method = Groups(pruning, spec.curvature, _budget(layout, pruning, spec.model.dtype), fewest, roles)
+        method = Groups(
+            pruning, spec.curvature, _budget(layout, pruning, spec.model.dtype), fewest, roles
+        )
         method.check()
         return method
     pattern = getattr(pruning, "pattern", None) or getattr(pruning, "n_m", None)
@@ -362,8 +489,8 @@ def method_for(spec: JobSpec, layout: ModelLayout) -> Method:
     other: Method = METHODS[type(pruning)](pruning, spec.curvature)
     if pruning.target_sparsity > (most := other.reach(layout)):
         raise ValueError(
-            f"pruning.target_sparsity: {pruning.target_sparsity:g}, but {most:.4g} is all that {pruning.method} can take from this "
-            "model, because biases count and stay; lower it"
+            f"pruning.target_sparsity: {pruning.target_sparsity:g}, but {most:.4g} is all that "
+            f"{pruning.method} can take from this model, because biases count and stay; lower it"
         )
     return other
 
@@ -372,24 +499,30 @@ def _check_kinds(layout: ModelLayout, pruning: CoupledSection) -> None:
     missing = [kind for kind in pruning.groups if kind not in layout.kinds]
     if missing:
         raise ValueError(
-            f"pruning.groups: {', '.join(missing)}, but {layout.config.model_type} has {', '.join(layout.kinds)} that can be pruned here; "
-            "name some of these"
+            f"pruning.groups: {', '.join(missing)}, but {layout.config.model_type} has "
+            f"{', '.join(layout.kinds)} that can be pruned here; name some of these"
         )
     sparse = layout.family.sparse
     if layout.num_experts and isinstance(pruning.target, LatencyTarget):
-        raise ValueError("pruning.target: a latency is not measured for mixtures of experts; give parameters, bytes or flops")
+        raise ValueError(
+            "pruning.target: a latency is not measured for mixtures of experts; give parameters, "
+            "bytes or flops"
+        )
     if "experts" not in pruning.groups:
         return
     assert sparse is not None
-    num_groups = 1 if sparse.num_groups is None else int(getattr(layout.config, sparse.num_groups) or 1)
+    num_groups = (
+        1 if sparse.num_groups is None else int(getattr(layout.config, sparse.num_groups) or 1)
+    )
     if num_groups > 1:
         raise ValueError(
-            f"pruning.groups: the router chooses among {num_groups} groups of experts of one size ({sparse.num_groups} in config.json), so "
-            "no single expert can go; use expert_channels"
+            f"pruning.groups: the router chooses among {num_groups} groups of experts of one size "
+            f"({sparse.num_groups} in config.json), so no single expert can go; use expert_channels"
         )
     if isinstance(pruning.target, FlopsTarget):
         raise ValueError(
-            "pruning.target: whole experts save no flops, because a token goes to as many of the others; give parameters or bytes"
+            "pruning.target: whole experts save no flops, because a token goes to as many of the "
+            "others; give parameters or bytes"
         )
 
 
@@ -415,26 +548,37 @@ def _nothing(num_sequences: int, sequence_length: int) -> NDArray[np.int64]:
     return np.broadcast_to(np.int64(0), (num_sequences, sequence_length))
 
 
-def _read_texts(spec: JobSpec, num_searched: int, tokenizer: Any, config: PretrainedConfig) -> tuple[Windows, Windows, dict[str, Windows]]:
-    """Return the calibration, what a search measures on, which lies beside it in the same texts, and the evaluation texts."""
+def _read_texts(
+    spec: JobSpec, num_searched: int, tokenizer: Any, config: PretrainedConfig
+) -> tuple[Windows, Windows, dict[str, Windows]]:
+    """Return the calibration, the windows of a search, and the evaluation texts.
+
+    The windows of a search lie beside the calibration's in the same texts.
+    """
     section = spec.calibration
     for i, measured in enumerate(spec.evaluation.texts):
         if is_saved_whole(measured):
             section.check_border(measured, f"evaluation.{i}")
-    length, further = section.sequence_length, section.further(num_searched)
-    parts, beside = list[Windows](), list[NDArray[np.int64]]()
+    length = section.sequence_length
+    further = section.further(num_searched)
+    parts = list[Windows]()
+    beside = list[NDArray[np.int64]]()
     for number, ((text, count), more) in enumerate(zip(section.shares, further, strict=True)):
         if isinstance(text, SelfSection):
             parts.append(windows_of(np.zeros((count, length), dtype=np.int64)))
             continue
-        overlapping = (length - 1) // text.stride if text.stride and more else 0  # windows that begin in the calibration's last one
+        overlapping = (
+            (length - 1) // text.stride if text.stride and more else 0
+        )  # windows that begin in the calibration's last one
         where = f"calibration.mix.{number - 1}" if number else "calibration"
         windows = _windows(text, count + overlapping + more, length, tokenizer, config, where)
         parts.append(windows_of(windows.tokens[:count]))
         beside.append(windows.tokens[count + overlapping :])
     calibration = interleaved(parts)
     texts = {
-        t.name: _windows(t, t.num_sequences, t.sequence_length, tokenizer, config, f"evaluation.{i} ({t.name})")
+        t.name: _windows(
+            t, t.num_sequences, t.sequence_length, tokenizer, config, f"evaluation.{i} ({t.name})"
+        )
         for i, t in enumerate(spec.evaluation.texts)
     }
     return calibration, windows_of(np.concatenate(beside) if beside else _nothing(0, length)), texts
@@ -444,7 +588,8 @@ def _check_pattern(layout: ModelLayout, m: int) -> None:
     for shape in layout.linears:
         if (shape.num_columns - shape.has_bias) % m:
             raise ValueError(
-                f"pruning.n_m: {shape.name} has {shape.num_columns - shape.has_bias} inputs, not a multiple of {m}; choose another M"
+                f"pruning.n_m: {shape.name} has {shape.num_columns - shape.has_bias} inputs, not a "
+                f"multiple of {m}; choose another M"
             )
 
 
@@ -454,13 +599,18 @@ def _as_input_error(what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ValueError(f"{what}: {error}; check the address, the permissions, the credentials and the network") from error
+        raise ValueError(
+            f"{what}: {error}; check the address, the permissions, the credentials and the network"
+        ) from error
 
 
 def _load_config(folder: Path, origin: str) -> PretrainedConfig:
     document = files.read_json(str(folder / "config.json"))
     if not isinstance(document, dict):
-        raise ValueError(f"model.source: config.json of {origin} is a {type(document).__name__}, expected an object; fetch it again")
+        raise ValueError(
+            f"model.source: config.json of {origin} is a {type(document).__name__}, expected an "
+            "object; fetch it again"
+        )
     check_family(str(document.get("model_type", "")), document.get("text_config"))
     check_sizes(document, origin)
     check_not_quantised(document)
@@ -469,28 +619,59 @@ def _load_config(folder: Path, origin: str) -> PretrainedConfig:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the code of any family may raise anything
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"model.source: transformers cannot read config.json of {origin}: {reason}; give a checkpoint it knows") from error
+        raise ValueError(
+            f"model.source: transformers cannot read config.json of {origin}: {reason}; give a "
+            "checkpoint it knows"
+        ) from error
 
 
 def _windows(
-    section: SourceSection, num_sequences: int, sequence_length: int, tokenizer: Any, config: PretrainedConfig, where: str
+    section: SourceSection,
+    num_sequences: int,
+    sequence_length: int,
+    tokenizer: Any,
+    config: PretrainedConfig,
+    where: str,
 ) -> Windows:
     longest = getattr(config, "max_position_embeddings", sequence_length)
     if sequence_length > longest:
-        raise ValueError(f"{where}.sequence_length: {sequence_length}, but the model takes at most {longest}; shorten it")
-    first = first_token(tokenizer) if section.bos is None else tokenizer.bos_token_id if section.bos else None
+        raise ValueError(
+            f"{where}.sequence_length: {sequence_length}, but the model takes at most {longest}; "
+            "shorten it"
+        )
+    first = (
+        first_token(tokenizer)
+        if section.bos is None
+        else tokenizer.bos_token_id
+        if section.bos
+        else None
+    )
     if section.bos and first is None:
         raise ValueError(f"{where}.bos: true, but the tokenizer has no BOS token; remove it")
     stream = token_stream(section, tokenizer, where)
-    windows = cut_windows(stream, num_sequences, sequence_length, section.stride, section.seed, f"{where} ({section.source})", first)
+    windows = cut_windows(
+        stream,
+        num_sequences,
+        sequence_length,
+        section.stride,
+        section.seed,
+        f"{where} ({section.source})",
+        first,
+    )
     if int(windows.tokens.max()) >= config.vocab_size:
         raise ValueError(
-            f"model.source: the tokenizer gives token {int(windows.tokens.max())}, the model's vocabulary is {config.vocab_size}; "
-            "the tokenizer belongs to another model"
+            f"model.source: the tokenizer gives token {int(windows.tokens.max())}, the model's "
+            f"vocabulary is {config.vocab_size}; the tokenizer belongs to another model"
         )
     return windows
 
 
 def _environment() -> dict[str, str]:
-    packages = {name: version(name) for name in ("torch", "transformers", "ray", "numpy", "safetensors")}
-    return {"ray_surgeon": ray_surgeon.__version__, "python": platform.python_version(), "machine": platform.machine()} | packages
+    packages = {
+        name: version(name) for name in ("torch", "transformers", "ray", "numpy", "safetensors")
+    }
+    return {
+        "ray_surgeon": ray_surgeon.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+    } | packages

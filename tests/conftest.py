@@ -46,10 +46,24 @@ torch.set_num_threads(1)
 
 VOCABULARY = 320
 
-ROTARY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
-COMMON = {"vocab_size": VOCABULARY, "max_position_embeddings": 128, "initializer_range": 0.2, "bos_token_id": 0, "eos_token_id": 0}
+ROTARY = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+COMMON = {
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
 LLAMA = LlamaConfig(**ROTARY, **COMMON, tie_word_embeddings=True)
-LLAMA_WITH_BIASES = LlamaConfig(**{**LLAMA.to_dict(), "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False})
+LLAMA_WITH_BIASES = LlamaConfig(
+    **{**LLAMA.to_dict(), "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False}
+)
 OPT = OPTConfig(
     hidden_size=32,
     ffn_dim=48,
@@ -63,8 +77,15 @@ OPT = OPTConfig(
     eos_token_id=0,
     pad_token_id=0,
 )
-OPT_WITH_PROJECTIONS = OPTConfig(**{**OPT.to_dict(), "word_embed_proj_dim": 16, "do_layer_norm_before": False})
-GEMMA = {"head_dim": 8, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2, "query_pre_attn_scalar": 8}
+OPT_WITH_PROJECTIONS = OPTConfig(
+    **{**OPT.to_dict(), "word_embed_proj_dim": 16, "do_layer_norm_before": False}
+)
+GEMMA = {
+    "head_dim": 8,
+    "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "query_pre_attn_scalar": 8,
+}
 CONFIGS: dict[str, PretrainedConfig] = {
     "llama": LLAMA,
     "llama-biases": LLAMA_WITH_BIASES,
@@ -75,18 +96,48 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "qwen3": Qwen3Config(**ROTARY, **COMMON, head_dim=8, tie_word_embeddings=True),
     "gemma3": Gemma3TextConfig(**ROTARY, **COMMON, **GEMMA, pad_token_id=0),
     "phi3": Phi3Config(**ROTARY, **COMMON, pad_token_id=0),
-    "gpt2": GPT2Config(n_embd=32, n_inner=48, n_layer=4, n_head=4, n_positions=128, vocab_size=VOCABULARY, initializer_range=0.2),
+    "gpt2": GPT2Config(
+        n_embd=32,
+        n_inner=48,
+        n_layer=4,
+        n_head=4,
+        n_positions=128,
+        vocab_size=VOCABULARY,
+        initializer_range=0.2,
+    ),
 }
 SPARSE = {"moe_intermediate_size": 24, "num_experts_per_tok": 2}
-MLA = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
-SIGMOID = {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.5}
+MLA = {
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 8,
+}
+SIGMOID = {
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "routed_scaling_factor": 1.5,
+}
 SPARSE_CONFIGS: dict[str, PretrainedConfig] = {
-    "mixtral": MixtralConfig(**ROTARY, **COMMON, num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
+    "mixtral": MixtralConfig(
+        **ROTARY, **COMMON, num_local_experts=4, num_experts_per_tok=2, sliding_window=None
+    ),
     "olmoe": OlmoeConfig(**ROTARY, **COMMON, num_experts=8, num_experts_per_tok=3),
     "qwen2_moe": Qwen2MoeConfig(
-        **ROTARY, **COMMON, **SPARSE, num_experts=4, shared_expert_intermediate_size=40, decoder_sparse_step=2, norm_topk_prob=False
+        **ROTARY,
+        **COMMON,
+        **SPARSE,
+        num_experts=4,
+        shared_expert_intermediate_size=40,
+        decoder_sparse_step=2,
+        norm_topk_prob=False,
     ),
-    "qwen3_moe": Qwen3MoeConfig(**ROTARY, **COMMON, **SPARSE, num_experts=6, head_dim=8, norm_topk_prob=True),
+    "qwen3_moe": Qwen3MoeConfig(
+        **ROTARY, **COMMON, **SPARSE, num_experts=6, head_dim=8, norm_topk_prob=True
+    ),
     "gpt_oss": GptOssConfig(
         **ROTARY,
         **COMMON,
@@ -96,7 +147,15 @@ SPARSE_CONFIGS: dict[str, PretrainedConfig] = {
         sliding_window=16,
         layer_types=["sliding_attention", "full_attention"] * 2,
     ),
-    "glm4_moe": Glm4MoeConfig(**ROTARY, **COMMON, **SPARSE, **SIGMOID, head_dim=8, first_k_dense_replace=1, use_qk_norm=True),
+    "glm4_moe": Glm4MoeConfig(
+        **ROTARY,
+        **COMMON,
+        **SPARSE,
+        **SIGMOID,
+        head_dim=8,
+        first_k_dense_replace=1,
+        use_qk_norm=True,
+    ),
     "deepseek_v3": DeepseekV3Config(
         **{**ROTARY, "num_key_value_heads": 4},
         **COMMON,
@@ -113,9 +172,14 @@ LAYOUTS = {family: ModelLayout.of(config) for family, config in (CONFIGS | SPARS
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Ask a part of the tests for no coverage: other markers than the usual ones, names, or files."""
-    coverage, usual = config.pluginmanager.getplugin("_cov"), config.getini("addopts")
-    is_part = config.option.keyword or config.option.markexpr != usual[usual.index("-m") + 1] or config.args != config.getini("testpaths")
+    """Ask a part of the tests for no coverage: other markers, names, or files."""
+    coverage = config.pluginmanager.getplugin("_cov")
+    usual = config.getini("addopts")
+    is_part = (
+        config.option.keyword
+        or config.option.markexpr != usual[usual.index("-m") + 1]
+        or config.args != config.getini("testpaths")
+    )
     if coverage is not None and is_part:
         coverage.options.cov_fail_under = 0
 
@@ -143,12 +207,21 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFa
     from pydoc_data.topics import topics
 
     trained = ByteLevelBPETokenizer()
-    trained.train_from_iterator(list(topics.values())[:20], vocab_size=VOCABULARY, special_tokens=["<end>"], show_progress=False)
-    return PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, eos_token="<end>", bos_token="<end>")
+    trained.train_from_iterator(
+        list(topics.values())[:20],
+        vocab_size=VOCABULARY,
+        special_tokens=["<end>"],
+        show_progress=False,
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=trained._tokenizer, eos_token="<end>", bos_token="<end>"
+    )
 
 
 @pytest.fixture(scope="session")
-def model_folders(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> dict[str, Path]:
+def model_folders(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast
+) -> dict[str, Path]:
     folders = {}
     for family in CONFIGS | SPARSE_CONFIGS:
         folders[family] = tmp_path_factory.mktemp("models") / family
@@ -161,7 +234,8 @@ class Zygote:
     """See tests/zygote.py."""
 
     def __init__(self) -> None:
-        command, root = [sys.executable, "-m", "tests.zygote"], Path(__file__).parent.parent
+        command = [sys.executable, "-m", "tests.zygote"]
+        root = Path(__file__).parent.parent
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         self.process = subprocess.Popen(command, cwd=root, env=environment, text=True, **pipes)  # type: ignore[call-overload]
@@ -174,10 +248,14 @@ class Zygote:
         assert isinstance(answer, dict)
         return answer
 
-    def run_module(self, module: str, request: Mapping[str, Any], offline: bool = True, gpu: str | None = None) -> dict[str, Any]:
+    def run_module(
+        self, module: str, request: Mapping[str, Any], offline: bool = True, gpu: str | None = None
+    ) -> dict[str, Any]:
         """Do as `fresh_process.run_module`, in a fork."""
         with tempfile.TemporaryDirectory() as modules:
-            answer = self.ask(module=module, request=request, environment={"HF_MODULES_CACHE": modules})
+            answer = self.ask(
+                module=module, request=request, environment={"HF_MODULES_CACHE": modules}
+            )
         if answer["code"]:
             raise RuntimeError("\n".join(answer["text"].strip().splitlines()[-5:]))
         found = json.loads(answer["text"].strip().splitlines()[-1])
@@ -195,7 +273,9 @@ def zygote() -> Iterator[Zygote]:
 
 @pytest.fixture
 def forked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fork the processes in which runs of this process reload and time exports; importing everything takes longer than a tiny run."""
+    """Fork the processes in which runs of this process reload and time exports; importing
+    everything takes longer than a tiny run.
+    """
     zygote = request.getfixturevalue("zygote")
     for module in (folder, fresh_process):
         monkeypatch.setattr(module, "run_module", zygote.run_module)
@@ -215,7 +295,9 @@ def s3() -> Iterator[None]:
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     server.start()
     host, port = server.get_host_and_port()
-    urllib.request.urlopen(urllib.request.Request(f"http://{host}:{port}/moto-api/reset", method="POST")).close()
+    urllib.request.urlopen(
+        urllib.request.Request(f"http://{host}:{port}/moto-api/reset", method="POST")
+    ).close()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
         patch.setenv("AWS_ACCESS_KEY_ID", "testing")

@@ -1,11 +1,15 @@
-"""A pretend accelerator: the torch device "sim", to run on the CPU what is meant for a GPU, and to see when the two are mixed.
+"""A pretend accelerator: the torch device "sim", to run on the CPU what is meant for a GPU, and to
+see when the two are mixed.
 
-Its tensors are torch's own, with storages, strides and views, and say that they are on "sim", but their memory is the CPU's. An operator
-runs on CPU tensors over the same memory, after a check that no CPU tensor is among its arguments. It checks where tensors are, and knows
-nothing of streams, memory, NCCL, or how a GPU rounds. Not there: generators on the device, convolutions, copy.deepcopy and torch.save.
+Its tensors are torch's own, with storages, strides and views, and say that they are on "sim", but
+their memory is the CPU's. An operator runs on CPU tensors over the same memory, after a check that
+no CPU tensor is among its arguments. It checks where tensors are, and knows nothing of streams,
+memory, NCCL, or how a GPU rounds. Not there: generators on the device, convolutions, copy.deepcopy
+and torch.save.
 
-Importing this registers the device, and a process keeps it. torch prepares its threads for backward passes at the first one and does not
-know devices that come later. So the device lives in processes of its own: forks by `tests.zygote`, for which `answer` is the entry.
+Importing this registers the device, and a process keeps it. torch prepares its threads for backward
+passes at the first one and does not know devices that come later. So the device lives in processes
+of its own: forks by `tests.zygote`, for which `answer` is the entry.
 """
 
 from __future__ import annotations
@@ -25,7 +29,9 @@ from torch._ops import OpOverload
 SIM = "sim"
 
 _DLPACK = {"cpu": 1, SIM: 12}
-"""kDLCPU and kDLExtDev of dlpack.h; torch reads the latter as its device for backends from outside, which "sim" is."""
+"""kDLCPU and kDLExtDev of dlpack.h; torch reads the latter as its device for backends from outside,
+which "sim" is.
+"""
 _DEVICE_TYPE_OFFSET = 8
 """Of DLManagedTensor.dl_tensor.device.device_type: behind the pointer to the data."""
 _CPU_KERNELS = DispatchKeySet(DispatchKey.CPU)
@@ -33,11 +39,14 @@ _CPU_KERNELS = DispatchKeySet(DispatchKey.CPU)
 _takes_numbers = torch._C._should_allow_numbers_as_tensors  # type: ignore[attr-defined]
 
 _pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
-_pointer_of.restype, _pointer_of.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+_pointer_of.restype = ctypes.c_void_p
+_pointer_of.argtypes = [ctypes.py_object, ctypes.c_char_p]
 
 
 def _seen_as(tensor: Tensor, device: str) -> Tensor:
-    """Return a tensor over the same memory, with the same strides, that says it is on another device."""
+    """Return a tensor over the same memory, with the same strides, that says it is on another
+    device.
+    """
     capsule = torch._C._to_dlpack(tensor)  # type: ignore[attr-defined]
     address = _pointer_of(capsule, b"dltensor")
     assert address is not None
@@ -51,7 +60,9 @@ class _Signature:
     """What is asked of an operator's schema, once for each operator."""
 
     names: tuple[str, ...]  # of all arguments
-    out: frozenset[str]  # tensors that are only written to; they may be of another size, or one of the inputs
+    out: frozenset[
+        str
+    ]  # tensors that are only written to; they may be of another size, or one of the inputs
     changed: frozenset[str]  # tensors that are written to
     plain: frozenset[str]  # single tensors, for which torch may hand over a number
     anywhere: frozenset[str]  # may be on the CPU as well
@@ -61,21 +72,32 @@ class _Signature:
     @staticmethod
     @functools.cache
     def of(op: OpOverload) -> _Signature:
-        arguments, returns = op._schema.arguments, [r.alias_info for r in op._schema.returns if r.alias_info is not None]
-        changed = frozenset(a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write)
+        arguments = op._schema.arguments
+        returns = [r.alias_info for r in op._schema.returns if r.alias_info is not None]
+        changed = frozenset(
+            a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write
+        )
         return _Signature(
             names=tuple(a.name for a in arguments),
             out=frozenset(a.name for a in arguments if a.kwarg_only and a.name in changed),
             changed=changed,
-            plain=frozenset(a.name for a in arguments if str(a.type) == "Tensor" and not _takes_numbers(op._schema.name.split("::")[1])),
-            anywhere=frozenset(a.name for a in arguments if a.name == "indices" and "index" in op._schema.name),
+            plain=frozenset(
+                a.name
+                for a in arguments
+                if str(a.type) == "Tensor" and not _takes_numbers(op._schema.name.split("::")[1])
+            ),
+            anywhere=frozenset(
+                a.name for a in arguments if a.name == "indices" and "index" in op._schema.name
+            ),
             is_view=any(not alias.is_write for alias in returns),
             returns_first=any(alias.is_write for alias in returns),
         )
 
 
 def _run(op: OpOverload, *args: Any, **kwargs: Any) -> Any:
-    """Run any operator: views by the CPU's kernels on the tensors themselves, all others on CPU tensors over the same memory."""
+    """Run any operator: views by the CPU's kernels on the tensors themselves, all others on CPU
+    tensors over the same memory.
+    """
     signature = _Signature.of(op)
     bound = dict(zip(signature.names, args, strict=False)) | kwargs
     _check_devices(op, signature, bound)
@@ -85,10 +107,13 @@ def _run(op: OpOverload, *args: Any, **kwargs: Any) -> Any:
     given |= {name: torch.empty(0, dtype=bound[name].dtype) for name in signature.out}
     for name in signature.plain:
         if isinstance(given[name], bool | int | float):
-            given[name] = torch.tensor(given[name], dtype=torch.float64 if isinstance(given[name], float) else None)
+            given[name] = torch.tensor(
+                given[name], dtype=torch.float64 if isinstance(given[name], float) else None
+            )
     results = op(**given)
     for name in signature.out:
-        out, result = bound[name], given[name]
+        out = bound[name]
+        result = given[name]
         if out.shape != result.shape:
             out.resize_(result.shape)
         _seen_as(out, "cpu").copy_(result)
@@ -102,18 +127,24 @@ def _check_devices(op: OpOverload, signature: _Signature, bound: dict[str, Any])
     """Refuse what a GPU would refuse.
 
     Raises:
-        RuntimeError: a tensor is on the CPU that has dimensions, or is written to; or a generator is.
+        RuntimeError: a tensor is on the CPU that has dimensions, or is written to; or a generator
+            is.
     """
     for name, value in bound.items():
         if name in signature.anywhere:
             continue
         for item in value if isinstance(value, list | tuple) else (value,):
             if isinstance(item, Tensor):
-                misplaced = item.device.type != SIM and (item.dim() > 0 or name in signature.changed)
+                misplaced = item.device.type != SIM and (
+                    item.dim() > 0 or name in signature.changed
+                )
             else:
                 misplaced = isinstance(item, torch.Generator)
             if misplaced:
-                raise RuntimeError(f"{op}: {name} is on {item.device}, and others are on {SIM}; all must be on one device")
+                raise RuntimeError(
+                    f"{op}: {name} is on {item.device}, and others are on {SIM}; all must be on "
+                    "one device"
+                )
 
 
 def _on_cpu(value: Any) -> Any:
@@ -136,18 +167,25 @@ def _copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Te
     return target
 
 
-def _resize(tensor: Tensor, size: Sequence[int], *, memory_format: torch.memory_format | None = None) -> Tensor:
-    """Give a tensor another size, as an output may have; its memory is new, because that of the CPU tensor behind it cannot grow."""
+def _resize(
+    tensor: Tensor, size: Sequence[int], *, memory_format: torch.memory_format | None = None
+) -> Tensor:
+    """Give a tensor another size, as an output may have; its memory is new, because that of the CPU
+    tensor behind it cannot grow.
+    """
     if tuple(tensor.shape) != tuple(size):
         new = _seen_as(torch.empty(size, dtype=tensor.dtype), SIM)
         storage = torch.ops.aten.set_.source_Storage_storage_offset
-        storage.redispatch(_CPU_KERNELS, tensor, new.untyped_storage(), 0, list(size), list(new.stride()))
+        storage.redispatch(
+            _CPU_KERNELS, tensor, new.untyped_storage(), 0, list(size), list(new.stride())
+        )
     return tensor
 
 
 def _register() -> tuple[torch.library.Library, ...]:
     torch.utils.backend_registration._setup_privateuseone_for_python_backend(SIM)
-    everything, some = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
+    everything = torch.library.Library("_", "IMPL")
+    some = torch.library.Library("aten", "IMPL")
     everything.fallback(_run, "PrivateUse1")
     some.impl("_copy_from", _copy_from, "PrivateUse1")
     some.impl("resize_", _resize, "PrivateUse1")
@@ -159,6 +197,8 @@ _LIBRARIES = _register()
 
 
 def answer(asked: dict[str, Any]) -> dict[str, Any]:
-    """Call a function in this process and return what it returns: ``{"function": "module:name", "arguments": {...}}``."""
+    """Call a function in this process and return what it returns: ``{"function": "module:name",
+    "arguments": {...}}``.
+    """
     module, name = asked["function"].split(":")
     return {"returned": getattr(importlib.import_module(module), name)(**asked["arguments"])}

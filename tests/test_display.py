@@ -18,7 +18,9 @@ MOMENT = Moment("curvature", 1, 3, 12, 64, "sequences", 512, 48.0)
 
 def test_lines() -> None:
     assert EVENT.line == "shot 1/3   curvature     61.2 s  loss=2.5  tokens=12  unit=nats"
-    assert MOMENT.line == "shot 1/3   curvature  12 of 64 sequences, 128 tokens per second, 208 s left"
+    assert (
+        MOMENT.line == "shot 1/3   curvature  12 of 64 sequences, 128 tokens per second, 208 s left"
+    )
     start = Moment("load", 0, 3, 0, 0, "", 0, 1.0)
     assert start.line == "start      load       ..."
     assert start.left_s is start.tokens_per_s is None
@@ -49,7 +51,9 @@ def test_a_log_gets_lines_now_and_then_and_no_cursor_codes(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("widgets", [True, False])
-def test_a_notebook_gets_bars_if_they_can_be_drawn(widgets: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_notebook_gets_bars_if_they_can_be_drawn(
+    widgets: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(display_module, "_has_widgets", lambda: widgets)
     console = Console(force_jupyter=True)
     assert Display(console, "my-run")._live is widgets

@@ -1,4 +1,6 @@
-"""The benchmarks of mixtures of experts: what they measure, and what others remove, against the definitions."""
+"""The benchmarks of mixtures of experts: what they measure, and what others remove, against the
+definitions.
+"""
 
 from __future__ import annotations
 
@@ -31,17 +33,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokeni
 def removed_by(point: Point, model: Path, folder: Path) -> tuple[dict[str, Any], set[str]]:
     """Run a point; return its record and the experts that are gone, as ``block.number``."""
     record = record_of(point, model, folder)
-    report = json.loads((folder / f"{point.kind}-{point.fraction:g}-{point.method}" / "report.json").read_text())
+    report = json.loads(
+        (folder / f"{point.kind}-{point.fraction:g}-{point.method}" / "report.json").read_text()
+    )
     names = [name.split(".") for shot in report["shots"] for name in shot["experts_removed"]]
     return record, {f"{name[2]}.{name[-2]}" for name in names}
 
 
-def test_magnitude_removes_the_experts_with_the_smallest_weights(folder: Path, tmp_path: Path) -> None:
+def test_magnitude_removes_the_experts_with_the_smallest_weights(
+    folder: Path, tmp_path: Path
+) -> None:
     record, gone = removed_by(Point("experts", 0.5, "magnitude"), folder, tmp_path)
     expected = set()
     for number, block in enumerate(AutoModelForCausalLM.from_pretrained(folder).model.layers):
         experts = block.mlp.experts
-        sizes = experts.gate_up_proj.square().sum(dim=(1, 2)) + experts.down_proj.square().sum(dim=(1, 2))
+        sizes = experts.gate_up_proj.square().sum(dim=(1, 2)) + experts.down_proj.square().sum(
+            dim=(1, 2)
+        )
         expected |= {f"{number}.{expert}" for expert in sizes.argsort()[:2].tolist()}
     assert gone == expected
     assert record["divergence"]["python-docs"] > 0
@@ -83,7 +91,9 @@ def test_removals_of_single_experts_are_measured_on_as_many_sequences_as_asked(
     assert not list(tmp_path.iterdir()), "no run is started"
     few = sequences[:2]
     found = predictions(folder, ModelLayout.of(CONFIG), few, every=2)["experts"]
-    assert [(entry["block"], entry["expert"]) for entry in found] == [(block, expert) for block in (1, 3) for expert in range(4)]
+    assert [(entry["block"], entry["expert"]) for entry in found] == [
+        (block, expert) for block in (1, 3) for expert in range(4)
+    ]
     tokens = torch.from_numpy(few)
     dense = log_chances(AutoModelForCausalLM.from_pretrained(folder), tokens)
     for entry in found[:3]:

@@ -11,8 +11,11 @@ from tests.integration.runs import tiny_spec
 
 
 def test_errors_against_a_fisher_that_is_formed_whole() -> None:
-    """One term is exact if a and g are independent, more terms never fit worse on the whole Fisher, enough terms fit exactly."""
-    a, g = torch.randn(40, 5, dtype=torch.float64), torch.randn(40, 4, dtype=torch.float64)
+    """One term is exact if a and g are independent, more terms never fit worse on the whole Fisher,
+    enough terms fit exactly.
+    """
+    a = torch.randn(40, 5, dtype=torch.float64)
+    g = torch.randn(40, 4, dtype=torch.float64)
     g = g * (1 + a[:, :1].square())
     everything = torch.arange(4), torch.arange(5)
     errors = block_errors(a, g, *everything, 10, 200)
@@ -32,7 +35,19 @@ def test_command_writes_a_plot_a_table_and_the_numbers(
 ) -> None:
     spec = tiny_spec(tmp_path, model_folders["opt"])
     linear = "model.decoder.layers.1.fc1"
-    arguments = [str(spec), "--linear", linear, "--rows", "6", "--columns", "6", "--max-terms", "3", "--plot", str(tmp_path / "e.png")]
+    arguments = [
+        str(spec),
+        "--linear",
+        linear,
+        "--rows",
+        "6",
+        "--columns",
+        "6",
+        "--max-terms",
+        "3",
+        "--plot",
+        str(tmp_path / "e.png"),
+    ]
     assert main(arguments) == 0
     assert "3 terms" in capsys.readouterr().out
     errors = json.loads((tmp_path / "e.json").read_text())[linear]

@@ -17,7 +17,10 @@ from ray_surgeon import pipeline
 from ray_surgeon.spec import JobSpec, parse_spec, validation_message
 
 PIPELINES = sorted((Path(__file__).parent.parent / "pipelines").rglob("*.yaml"))
-DOCUMENTS = [JobSpec.model_validate(yaml.safe_load(path.read_text())).model_dump(mode="json") for path in PIPELINES]
+DOCUMENTS = [
+    JobSpec.model_validate(yaml.safe_load(path.read_text())).model_dump(mode="json")
+    for path in PIPELINES
+]
 
 SCALARS = st.one_of(
     st.none(),
@@ -25,17 +28,42 @@ SCALARS = st.one_of(
     st.integers(),
     st.floats(allow_nan=True, allow_infinity=True),
     st.text(max_size=30),
-    st.sampled_from(["", "1e400", "~", "../..", "s3://", "pkg://", "pkg://a/../b.gguf", "\x00", "ﬀ", "1" * 400, "groups", "uniform"]),
+    st.sampled_from(
+        [
+            "",
+            "1e400",
+            "~",
+            "../..",
+            "s3://",
+            "pkg://",
+            "pkg://a/../b.gguf",
+            "\x00",
+            "ﬀ",
+            "1" * 400,
+            "groups",
+            "uniform",
+        ]
+    ),
 )
 VALUES = st.recursive(
-    SCALARS, lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(st.text(max_size=10), inner, max_size=4)), max_leaves=12
+    SCALARS,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4), st.dictionaries(st.text(max_size=10), inner, max_size=4)
+    ),
+    max_leaves=12,
 )
 
 
 def places(document: Any, path: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:
     """Return the path of everything in a document."""
     found = [path] if path else []
-    items = document.items() if isinstance(document, dict) else enumerate(document) if isinstance(document, list) else ()
+    items = (
+        document.items()
+        if isinstance(document, dict)
+        else enumerate(document)
+        if isinstance(document, list)
+        else ()
+    )
     for key, value in items:
         found += places(value, (*path, key))
     return found
@@ -77,14 +105,20 @@ def understood_or_refused(text: str) -> None:
         assert 1 <= spec.pruning.shots <= 1000 or spec.pruning.sparsities is not None
 
 
-@settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@settings(
+    max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
+)
 @given(changed())
 def test_changed_specs(document: dict[str, Any]) -> None:
     understood_or_refused(yaml.safe_dump(document, allow_unicode=True))
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
-@given(st.one_of(st.text(max_size=200), VALUES.map(lambda value: yaml.safe_dump(value, allow_unicode=True))))
+@given(
+    st.one_of(
+        st.text(max_size=200), VALUES.map(lambda value: yaml.safe_dump(value, allow_unicode=True))
+    )
+)
 def test_any_text(text: str) -> None:
     understood_or_refused(text)
 
@@ -101,13 +135,30 @@ def test_any_override(place: str, value: Any) -> None:
         assert str(error)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=25,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(document=changed())
 def test_the_command_line_never_shows_a_traceback(
-    document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    document: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A dry run of a changed spec, its model an absent folder: refused in time, with exit code 2."""
-    (tmp_path / "spec.yaml").write_text(yaml.safe_dump(document, allow_unicode=True), encoding="utf-8")
-    overrides = ["--set", "model.source=/absent/model", "--set", "model.wheel=null", "--set", "model.wheel_sha256=null"]
+    """A dry run of a changed spec with an absent model: refused in time, exit code 2."""
+    (tmp_path / "spec.yaml").write_text(
+        yaml.safe_dump(document, allow_unicode=True), encoding="utf-8"
+    )
+    overrides = [
+        "--set",
+        "model.source=/absent/model",
+        "--set",
+        "model.wheel=null",
+        "--set",
+        "model.wheel_sha256=null",
+    ]
     assert pipeline.main([str(tmp_path / "spec.yaml"), "--dry-run", *overrides]) == 2
     assert capsys.readouterr().err.startswith("error: ")

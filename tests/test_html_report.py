@@ -23,7 +23,10 @@ from ray_surgeon.surgery.threshold import cost_curve
 from tests.conftest import Zygote
 from tests.integration.runs import report_of, run
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))),
+    None,
+)
 
 
 class Reader(HTMLParser):
@@ -59,8 +62,12 @@ class Reader(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, Path], zygote: Zygote) -> dict[str, Path]:
-    """Return a run of groups with exports, timed, and one of rows and columns whose factors need more damping."""
+def runs(
+    tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, Path], zygote: Zygote
+) -> dict[str, Path]:
+    """Return a run of groups with exports, timed, and one of rows and columns whose factors need
+    more damping.
+    """
     folder = tmp_path_factory.mktemp("page")
     groups = {
         "name": "some-groups",
@@ -73,7 +80,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, Path
         for module in (export_folder, fresh_process):
             patch.setattr(module, "run_module", zygote.run_module)
         assert run(folder / "groups", model_folders["llama"], **groups) == 0
-    assert run(folder / "rows", model_folders["opt"], name="some-rows", pruning__num_shots=3, cluster__num_shards=2) == 0
+    assert (
+        run(
+            folder / "rows",
+            model_folders["opt"],
+            name="some-rows",
+            pruning__num_shots=3,
+            cluster__num_shards=2,
+        )
+        == 0
+    )
     return {"groups": folder / "groups/run", "rows": folder / "rows/run"}
 
 
@@ -81,10 +97,17 @@ def check_self_contained(html: str) -> Reader:
     reader = Reader(html)
     assert reader.open == []
     assert len(set(reader.ids)) == len(reader.ids)
-    inside = [target for target in reader.points_to if not target.startswith("data:image/png;base64,")]
-    astray = [target for target in inside if not (target.startswith("#") and target[1:] in reader.ids)]
+    inside = [
+        target for target in reader.points_to if not target.startswith("data:image/png;base64,")
+    ]
+    astray = [
+        target for target in inside if not (target.startswith("#") and target[1:] in reader.ids)
+    ]
     assert not astray
-    assert set(re.findall(r"https?://[^\s\"'<]+", html)) <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+    assert set(re.findall(r"https?://[^\s\"'<]+", html)) <= {
+        "http://www.w3.org/2000/svg",
+        "http://www.w3.org/1999/xlink",
+    }
     return reader
 
 
@@ -108,15 +131,25 @@ def test_page_of_a_run_says_everything(runs: dict[str, Path]) -> None:
     assert record["fingerprints"]["model"] in text
     assert "width_multiple: 8" in text
     assert html.count("<svg") == len(run_figures(record)) == 6
-    assert {p.name for p in (runs["groups"] / "plots").iterdir()} == {f"{n}.{s}" for n in run_figures(record) for s in ("svg", "png")}
+    assert {p.name for p in (runs["groups"] / "plots").iterdir()} == {
+        f"{n}.{s}" for n in run_figures(record) for s in ("svg", "png")
+    }
 
 
 def test_page_tells_of_damping_losses_and_unfinished_runs(runs: dict[str, Path]) -> None:
     record = report_of(runs["rows"])
-    event = {"linear": "decoder.layers.1.fc1", "factor": "G", "asked": 0.1, "used": 1.0, "float64_retry": True}
+    event = {
+        "linear": "decoder.layers.1.fc1",
+        "factor": "G",
+        "asked": 0.1,
+        "used": 1.0,
+        "float64_retry": True,
+    }
     lost = {"cause": "node", "message": "<b>gone & away</b>"}
     shots: list[dict[str, Any]] = record["shots"][:2]
-    html = page([record | {"shots": [shots[0] | {"damping_used": [event]}, shots[1]], "retries": [lost]}])
+    html = page(
+        [record | {"shots": [shots[0] | {"damping_used": [event]}, shots[1]], "retries": [lost]}]
+    )
     text = " ".join(check_self_contained(html).words)
     assert "shot 2 of 3, not complete" in text
     assert "decoder.layers.1.fc1 1 G 0.1 1 yes" in text
@@ -127,9 +160,23 @@ def test_page_tells_of_damping_losses_and_unfinished_runs(runs: dict[str, Path])
     assert "shot 0 of 3, not complete" in text
 
 
-def test_several_runs_on_one_page(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_several_runs_on_one_page(
+    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "all.html"
-    assert main([str(runs["groups"]), str(runs["rows"]), "--html", str(out), "--plot", str(tmp_path / "all.svg")]) == 0
+    assert (
+        main(
+            [
+                str(runs["groups"]),
+                str(runs["rows"]),
+                "--html",
+                str(out),
+                "--plot",
+                str(tmp_path / "all.svg"),
+            ]
+        )
+        == 0
+    )
     said = capsys.readouterr().out
     assert str(out) in said
     assert "not complete" not in said
@@ -144,7 +191,9 @@ def test_a_run_that_has_not_ended_is_named_beside_one_that_has(
     record = report_of(runs["rows"])
     begun = tmp_path / "begun"
     begun.mkdir()
-    (begun / "report.json").write_text(json.dumps(record | {"shots": record["shots"][:2], "exports": []}))
+    (begun / "report.json").write_text(
+        json.dumps(record | {"shots": record["shots"][:2], "exports": []})
+    )
     written = ["--html", str(tmp_path / "all.html"), "--plot", str(tmp_path / "all.svg")]
     assert main([str(runs["groups"]), str(begun), *written]) == 0
     assert "not complete: some-rows, 2 of 3 shots, 0 of 0 exports" in capsys.readouterr().out
@@ -154,9 +203,21 @@ def test_a_run_that_has_not_ended_is_named_beside_one_that_has(
 @pytest.mark.parametrize("dark", [False, True])
 def test_a_browser_draws_the_page(dark: bool, runs: dict[str, Path], tmp_path: Path) -> None:
     picture = tmp_path / "page.png"
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1280,2600", f"--user-data-dir={tmp_path}"]
+    options = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        "--window-size=1280,2600",
+        f"--user-data-dir={tmp_path}",
+    ]
     options += ["--blink-settings=preferredColorScheme=0"] if dark else []
-    command = [str(CHROMIUM), *options, f"--screenshot={picture}", (runs["rows"] / "report.html").as_uri()]
+    command = [
+        str(CHROMIUM),
+        *options,
+        f"--screenshot={picture}",
+        (runs["rows"] / "report.html").as_uri(),
+    ]
     subprocess.run(command, check=True, capture_output=True, timeout=120)
     pixels = matplotlib.image.imread(picture)[..., :3]
     assert pixels.shape == (2600, 1280, 3)
@@ -170,7 +231,8 @@ def test_a_browser_draws_the_page(dark: bool, runs: dict[str, Path], tmp_path: P
 def test_cost_curve_against_sorting_by_hand() -> None:
     import torch
 
-    costs, sizes = torch.tensor([3.0, 1.0, float("inf"), 2.0]), torch.tensor([10, 20, 40, 30])
+    costs = torch.tensor([3.0, 1.0, float("inf"), 2.0])
+    sizes = torch.tensor([10, 20, 40, 30])
     assert cost_curve(costs, sizes) == [(20.0, 1.0), (50.0, 2.0), (60.0, 3.0)]
     assert cost_curve(costs, sizes, num_points=2) == [(20.0, 1.0), (60.0, 3.0)]
     assert cost_curve(costs[2:3], sizes[2:3]) == []
@@ -188,8 +250,16 @@ def test_page_of_a_model_that_is_gone_and_of_a_method_without_costs(runs: dict[s
     infinite = dict.fromkeys(record["dense"]["perplexity"], float("inf"))
     shots = [shot | {"perplexity": infinite} for shot in record["shots"]]
     bare = ("predicted_loss_increase", "cost_curve", "shrinkable", "terms", "update_residual")
-    layerwise = [{k: v for k, v in shot.items() if k not in bare} | {"threshold": None, "calibration_loss": None} for shot in shots]
-    for change in ({"shots": shots}, {"shots": layerwise}, {"shots": shots, "dense": {"perplexity": infinite}}):
+    layerwise = [
+        {k: v for k, v in shot.items() if k not in bare}
+        | {"threshold": None, "calibration_loss": None}
+        for shot in shots
+    ]
+    for change in (
+        {"shots": shots},
+        {"shots": layerwise},
+        {"shots": shots, "dense": {"perplexity": infinite}},
+    ):
         assert "inf" in check_self_contained(page([record | change])).words
 
 
@@ -210,11 +280,19 @@ def test_depth_is_by_block_and_kind(runs: dict[str, Path]) -> None:
     assert len(kinds) == 6
     assert all(len(row) == 4 for row in values)
     by_name = {linear["name"]: linear["sparsity"] for linear in linears}
-    assert values[kinds.index("fc2")][3] == by_name[next(n for n in by_name if n.endswith("layers.3.fc2"))]
+    assert (
+        values[kinds.index("fc2")][3]
+        == by_name[next(n for n in by_name if n.endswith("layers.3.fc2"))]
+    )
 
 
 def test_experts_have_a_map_of_their_own(model_folders: dict[str, Path], tmp_path: Path) -> None:
-    options = {"pruning__structure": "groups", "pruning__groups": ["experts"], "pruning__num_shots": 1, "pruning__target_sparsity": 0.15}
+    options = {
+        "pruning__structure": "groups",
+        "pruning__groups": ["experts"],
+        "pruning__num_shots": 1,
+        "pruning__target_sparsity": 0.15,
+    }
     assert run(tmp_path, model_folders["qwen2_moe"], **options) == 0
     report = report_of(tmp_path / "run")
     kinds, values = by_block(report["linears"])
@@ -223,7 +301,10 @@ def test_experts_have_a_map_of_their_own(model_folders: dict[str, Path], tmp_pat
     assert 0 < row[1] < 1
     experts = by_expert(report["linears"])
     assert np.shape(experts) == (4, 4)
-    gone = {name.removeprefix("model.layers.").removesuffix(".down_proj") for name in report["shots"][0]["experts_removed"]}
+    gone = {
+        name.removeprefix("model.layers.").removesuffix(".down_proj")
+        for name in report["shots"][0]["experts_removed"]
+    }
     assert {f"{b}.mlp.experts.{e}" for e in range(4) for b in (1, 3) if experts[e][b] == 1} == gone
     assert len(gone) == sum(value == 1 for row in experts for value in row)
     html = page([report])
@@ -238,9 +319,16 @@ def test_two_figures_of_a_page_share_no_identifier(runs: dict[str, Path]) -> Non
 
 
 def test_linears_with_equal_last_names_have_their_whole_ones() -> None:
-    assert _short(["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]) == ["c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"]
+    assert _short(["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]) == [
+        "c_attn",
+        "attn.c_proj",
+        "c_fc",
+        "mlp.c_proj",
+    ]
 
 
-def test_a_run_whose_name_looks_like_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_whose_name_looks_like_markup(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([str(tmp_path / "[/a]")]) == 2
     assert "[/a]" in capsys.readouterr().err

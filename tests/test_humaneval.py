@@ -39,7 +39,8 @@ TASK = {
     "test": "def check(candidate):\n    assert candidate(1, 2) == 3\n",
     "entry_point": "add",
 }
-RIGHT, WRONG = "    return a + b\n", "    return a - b\n"
+RIGHT = "    return a + b\n"
+WRONG = "    return a - b\n"
 
 
 def _can_be_cut_off() -> bool:
@@ -273,7 +274,8 @@ def test_a_model_is_completed_by_transformers(
     """Padding changes nothing, and texts are the tokens that are the most likely one by one."""
     monkeypatch.setattr(humaneval, "NUM_NEW_TOKENS", 12)
     monkeypatch.setattr(humaneval, "cut", lambda text: text)
-    folder, prompts = str(model_folders["llama"]), ["def add(a, b):\n", "f"]
+    folder = str(model_folders["llama"])
+    prompts = ["def add(a, b):\n", "f"]
     one, two = (
         humaneval.completions_of_transformers(
             folder,

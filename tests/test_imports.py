@@ -1,4 +1,6 @@
-"""The mathematics works where nothing but torch is installed. Other rules of imports are in pyproject.toml, for import-linter."""
+"""The mathematics works where nothing but torch is installed. Other rules of imports are in
+pyproject.toml, for import-linter.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,16 @@ SURGERY = Path(__file__).parent.parent / "ray_surgeon/surgery"
 
 
 def test_surgery_needs_torch_only() -> None:
-    modules = [".".join(("ray_surgeon.surgery", *path.relative_to(SURGERY).with_suffix("").parts)) for path in SURGERY.rglob("*.py")]
+    modules = [
+        ".".join(("ray_surgeon.surgery", *path.relative_to(SURGERY).with_suffix("").parts))
+        for path in SURGERY.rglob("*.py")
+    ]
     blocked = (
-        "import sys; sys.modules.update(dict.fromkeys(('ray', 'transformers', 'pydantic', 'fsspec', 'accelerate'))); import importlib; "
+        "import sys; sys.modules.update(dict.fromkeys(('ray', 'transformers', 'pydantic', "
+        "'fsspec', 'accelerate'))); import importlib; "
     )
     names = [module.removesuffix(".__init__") for module in modules]
-    subprocess.run([sys.executable, "-c", blocked + f"[importlib.import_module(m) for m in {names!r}]"], check=True)
+    subprocess.run(
+        [sys.executable, "-c", blocked + f"[importlib.import_module(m) for m in {names!r}]"],
+        check=True,
+    )

@@ -48,7 +48,9 @@ def dense(inputs: Inputs) -> PreTrainedModel:
 def outputs_of(model: torch.nn.Module, name: str, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Return what went into a linear and what came out, of all calibration tokens, float64."""
     seen: list[tuple[Tensor, Tensor]] = []
-    hook = linear(model, name).register_forward_hook(lambda _, given, out: seen.append((given[0].flatten(0, 1), out.flatten(0, 1))))
+    hook = linear(model, name).register_forward_hook(
+        lambda _, given, out: seen.append((given[0].flatten(0, 1), out.flatten(0, 1)))
+    )
     with torch.no_grad():
         model(input_ids=torch.from_numpy(inputs.calibration))
     hook.remove()
@@ -61,20 +63,31 @@ def test_scores_are_those_of_the_definitions(inputs: Inputs) -> None:
     x, _ = outputs_of(model, groups.consumer, inputs)
     W = linear(model, groups.consumer).weight.double()
     found = gather(model, inputs, [g.consumer for g in inputs.layout.group_sets])
-    weights = {name: linear(model, name).weight.requires_grad_() for name in (groups.consumer, *(p for p, _ in groups.producers))}
+    weights = {
+        name: linear(model, name).weight.requires_grad_()
+        for name in (groups.consumer, *(p for p, _ in groups.producers))
+    }
     tokens = torch.from_numpy(inputs.calibration)
     model(input_ids=tokens, labels=tokens).loss.backward()
     taken = {name: (weight * weight.grad).abs().double() for name, weight in weights.items()}
     for number, columns in enumerate(groups.columns):
         own = x[:, columns]
         expected = {
-            "FLAP": (own.var(dim=0, correction=0) * W[:, columns].square().sum(dim=0)).square().sum(),
+            "FLAP": (own.var(dim=0, correction=0) * W[:, columns].square().sum(dim=0))
+            .square()
+            .sum(),
             "Wanda-sp": (W[:, columns].abs() * own.square().mean(dim=0).sqrt()).sum(),
             "Minitron": own.square().sum(dim=1).mean(),
-            "Taylor": taken[groups.consumer][:, columns].sum() + sum(taken[name][rows[number]].sum() for name, rows in groups.producers),
+            "Taylor": taken[groups.consumer][:, columns].sum()
+            + sum(taken[name][rows[number]].sum() for name, rows in groups.producers),
         }
         for peer in PEERS:
-            torch.testing.assert_close(scores(peer, model, groups, found)[number].sum(), expected[peer], rtol=1e-4, atol=1e-12)
+            torch.testing.assert_close(
+                scores(peer, model, groups, found)[number].sum(),
+                expected[peer],
+                rtol=1e-4,
+                atol=1e-12,
+            )
 
 
 def test_scores_are_comparable_between_blocks(inputs: Inputs) -> None:
@@ -83,7 +96,9 @@ def test_scores_are_comparable_between_blocks(inputs: Inputs) -> None:
     found = gather(model, inputs, [g.consumer for g in inputs.layout.group_sets])
     louder = replace(
         found,
-        square={name: square * (1e4 if ".0." in name else 1) for name, square in found.square.items()},
+        square={
+            name: square * (1e4 if ".0." in name else 1) for name, square in found.square.items()
+        },
         mean={name: mean * (100 if ".0." in name else 1) for name, mean in found.mean.items()},
     )
     pruned = [dense(inputs), dense(inputs)]
@@ -94,21 +109,34 @@ def test_scores_are_comparable_between_blocks(inputs: Inputs) -> None:
 
 
 def test_ways_of_ours(inputs: Inputs, tmp_path: Path) -> None:
-    """Without and with corrections, and the same with a search where widths may differ; each in a folder of its own."""
+    """Without and with corrections, and the same with a search where widths may differ; each in a
+    folder of its own.
+    """
     correction = {"steps_per_shot": 2}
     document = inputs.spec.model_dump(mode="json") | {"correction": correction}
     found = {
-        name: {way: (getattr(spec.pruning, "search", None) is not None, spec.correction is not None) for way, spec in jobs.items()}
+        name: {
+            way: (getattr(spec.pruning, "search", None) is not None, spec.correction is not None)
+            for way, spec in jobs.items()
+        }
         for name, point in POINTS.items()
         for jobs in [specs(document, point, 0.1, tmp_path, ["ours", "search", "peers"])]
     }
-    plain = {"The LLM Surgeon": (False, False), "The LLM Surgeon, corrections on divergence": (False, True)}
-    searching = {"The LLM Surgeon, search": (True, False), "The LLM Surgeon, search, corrections on divergence": (True, True)}
+    plain = {
+        "The LLM Surgeon": (False, False),
+        "The LLM Surgeon, corrections on divergence": (False, True),
+    }
+    searching = {
+        "The LLM Surgeon, search": (True, False),
+        "The LLM Surgeon, search, corrections on divergence": (True, True),
+    }
     uniform, *others = found.values()
     assert uniform == plain
     assert others == [plain | searching] * 3
     document["pruning"]["reconstruction"] = {"num_epochs": 3}
-    jobs = specs(document, POINTS["groups, 20 %"], 0.1, tmp_path, ["ours", "reconstruction", "search"])
+    jobs = specs(
+        document, POINTS["groups, 20 %"], 0.1, tmp_path, ["ours", "reconstruction", "search"]
+    )
     assert len({spec.output.uri for spec in jobs.values()}) == 6
     trained = {way: job.pruning.reconstruction for way, job in jobs.items()}  # type: ignore[union-attr]
     assert [way for way, section in trained.items() if section is not None] == [
@@ -120,19 +148,28 @@ def test_ways_of_ours(inputs: Inputs, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("peer", PEERS)
 def test_a_peer_removes_what_the_budget_says(peer: str, inputs: Inputs) -> None:
-    model, pruned = dense(inputs), dense(inputs)
+    model = dense(inputs)
+    pruned = dense(inputs)
     found = gather(model, inputs, [g.consumer for g in inputs.layout.group_sets])
     before = states(model, inputs, inputs.texts)
     prune(peer, pruned, inputs, found)
-    zeros = sum(int((linear(pruned, shape.name).weight == 0).sum()) for shape in inputs.layout.linears)
-    assert 0.2 <= zeros / inputs.layout.linear_size < 0.35, "a KV group of the tiny model is a large step"
-    first = next(g.consumer for g in inputs.layout.group_sets if g.block == 0)  # its inputs are those of the dense model
+    zeros = sum(
+        int((linear(pruned, shape.name).weight == 0).sum()) for shape in inputs.layout.linears
+    )
+    assert 0.2 <= zeros / inputs.layout.linear_size < 0.35, (
+        "a KV group of the tiny model is a large step"
+    )
+    first = next(
+        g.consumer for g in inputs.layout.group_sets if g.block == 0
+    )  # its inputs are those of the dense model
     mean = [outputs_of(each, first, inputs)[1].mean(dim=0) for each in (model, pruned)]
     if peer == "FLAP":
         torch.testing.assert_close(mean[0], mean[1], rtol=1e-4, atol=1e-6)
     perplexity, divergence = measure(pruned, inputs, before)
     assert all(value > 0 for value in divergence.values())
-    assert measure(model, inputs, before)[1] == pytest.approx(dict.fromkeys(divergence, 0.0), abs=1e-6)
+    assert measure(model, inputs, before)[1] == pytest.approx(
+        dict.fromkeys(divergence, 0.0), abs=1e-6
+    )
     assert set(perplexity) == set(inputs.texts)
 
 
@@ -144,8 +181,15 @@ def test_text_of_the_models_own_is_left_out_and_no_other() -> None:
         (text.source, count) for text, count in spec.calibration.shares if text.source != "self"
     ]
     assert len(left.shares) == len(spec.calibration.shares) - 1
-    alone = without_own_text(parse_spec(Path("pipelines/quickstart.yaml").read_text(), ["calibration.mix=[{source: self}]"]))
-    assert (alone["calibration"]["mix"], alone["calibration"]["num_sequences"]) == ([], spec.calibration.num_sequences // 2)
+    alone = without_own_text(
+        parse_spec(
+            Path("pipelines/quickstart.yaml").read_text(), ["calibration.mix=[{source: self}]"]
+        )
+    )
+    assert (alone["calibration"]["mix"], alone["calibration"]["num_sequences"]) == (
+        [],
+        spec.calibration.num_sequences // 2,
+    )
     assert JobSpec.model_validate(alone)
 
 

@@ -1,4 +1,4 @@
-"""Presets: what they set, what goes before them, and that no number of theirs belongs to one model."""
+"""Presets: what they set, what goes before them; no number belongs to one model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def spec_of(preset: str = "balanced", *overrides: str) -> JobSpec:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_is_all_that_a_job_of_groups_needs(preset: str) -> None:
-    spec, wanted = spec_of(preset), PRESETS[preset]
+    spec = spec_of(preset)
+    wanted = PRESETS[preset]
     assert spec.calibration.source == "auto"
     assert spec.calibration.num_sequences == wanted["calibration"]["num_sequences"]
     assert spec.curvature is not None
@@ -64,7 +65,11 @@ def test_what_a_spec_says_goes_before_its_preset() -> None:
         "pruning.num_shots=3",
         "evaluation.generation=null",
     )
-    assert (spec.calibration.source, spec.calibration.num_sequences, spec.calibration.sequence_length) == ("auto", 7, 512)
+    assert (
+        spec.calibration.source,
+        spec.calibration.num_sequences,
+        spec.calibration.sequence_length,
+    ) == ("auto", 7, 512)
     assert spec.curvature is not None
     assert not spec.curvature.chooses_damping
     assert spec.curvature.as_damping.a == 0.5
@@ -72,7 +77,10 @@ def test_what_a_spec_says_goes_before_its_preset() -> None:
     section: Any = spec.pruning
     assert (section.reconstruction.num_epochs, section.num_shots) == (5, 3)
     assert spec.correction is not None
-    assert (spec.correction.steps_per_shot, spec.correction.lora_rank) == (9, PRESETS["quality"]["correction"]["lora_rank"])
+    assert (spec.correction.steps_per_shot, spec.correction.lora_rank) == (
+        9,
+        PRESETS["quality"]["correction"]["lora_rank"],
+    )
     assert spec.evaluation.generation is None
     off = spec_of("quality", "correction=null", "pruning.reconstruction=null")
     assert off.correction is None
@@ -86,17 +94,39 @@ def test_what_a_spec_says_goes_before_its_preset() -> None:
 @pytest.mark.parametrize(
     ("pruning", "curvature", "has"),
     [
-        ("{structure: groups, groups: [attention], target_sparsity: 0.1}", "", {"num_backward": True, "reconstruction": False}),
-        ("{structure: groups, groups: [expert_channels], target_sparsity: 0.1}", "", {"num_backward": False, "reconstruction": False}),
-        ("{structure: groups, groups: [shared_experts], target_sparsity: 0.1}", "", {"num_backward": False, "reconstruction": True}),
-        ("{structure: groups, groups: [experts], target_sparsity: 0.1}", "", {"num_backward": False, "damping": False}),
+        (
+            "{structure: groups, groups: [attention], target_sparsity: 0.1}",
+            "",
+            {"num_backward": True, "reconstruction": False},
+        ),
+        (
+            "{structure: groups, groups: [expert_channels], target_sparsity: 0.1}",
+            "",
+            {"num_backward": False, "reconstruction": False},
+        ),
+        (
+            "{structure: groups, groups: [shared_experts], target_sparsity: 0.1}",
+            "",
+            {"num_backward": False, "reconstruction": True},
+        ),
+        (
+            "{structure: groups, groups: [experts], target_sparsity: 0.1}",
+            "",
+            {"num_backward": False, "damping": False},
+        ),
         ("{structure: rows_columns, target_sparsity: 0.1}", "", {"num_backward": True}),
         ("{structure: element, target_sparsity: 0.1}", "{kind: extended_kfac}", {"fisher": True}),
-        ("{structure: rows_columns, target_sparsity: 0.1}", "{kind: activations}", {"damping": True}),
+        (
+            "{structure: rows_columns, target_sparsity: 0.1}",
+            "{kind: activations}",
+            {"damping": True},
+        ),
         ("{structure: rows_columns, target_sparsity: 0.1}", "{kind: identity}", {}),
     ],
 )
-def test_a_preset_leaves_out_what_a_method_does_not_have(pruning: str, curvature: str, has: dict[str, bool]) -> None:
+def test_a_preset_leaves_out_what_a_method_does_not_have(
+    pruning: str, curvature: str, has: dict[str, bool]
+) -> None:
     overrides = [f"pruning={pruning}"] + ([f"curvature={curvature}"] if curvature else [])
     spec = spec_of("balanced", *overrides)
     assert spec.curvature is not None
@@ -116,7 +146,10 @@ def test_methods_without_curvature_take_a_preset_too() -> None:
 
 
 def test_a_resolved_spec_is_read_as_it_is() -> None:
-    for overrides in ((), ("correction=null", "pruning.reconstruction=null", "evaluation.generation=null")):
+    for overrides in (
+        (),
+        ("correction=null", "pruning.reconstruction=null", "evaluation.generation=null"),
+    ):
         spec = spec_of("balanced", *overrides)
         again = JobSpec.model_validate(spec.model_dump(mode="json"))
         assert again == spec
@@ -134,6 +167,9 @@ def test_a_spec_without_a_preset_and_texts_has_defaults() -> None:
     assert spec.preset is None
     assert spec.correction is None
     assert [text.sequence_length for text in spec.evaluation.texts] == [128, 128]
-    assert parse_spec(plain).calibration.num_sequences == PRESETS["balanced"]["calibration"]["num_sequences"]
+    assert (
+        parse_spec(plain).calibration.num_sequences
+        == PRESETS["balanced"]["calibration"]["num_sequences"]
+    )
     with pytest.raises(ValidationError, match="num_sequences"):
         parse_spec(plain, ["calibration={source: auto}"])

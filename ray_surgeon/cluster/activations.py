@@ -10,30 +10,47 @@ from ray_surgeon.models.layout import LinearShape
 
 @dataclass(frozen=True)
 class ActivationBytes:
-    """Bytes that a block needs for a token, fitted to measurements of Llama-2-7B's blocks in bfloat16 and SmolLM2's in float32."""
+    """Bytes that a block needs for a token.
+
+    Fitted to measurements of Llama-2-7B's blocks in bfloat16 and SmolLM2's in float32.
+    """
 
     kept: float  # from its forward to its backward pass
     moment: float  # more while it runs backward
     forward_only: float  # without gradients
-    scores: float  # of eager attention, by reading transformers' code: for each token that it sees, two kept and four in a moment
+    # of eager attention, by reading transformers' code: for each token that it sees, two kept and
+    # four in a moment
+    scores: float
 
     @staticmethod
     def of(
-        linears: Sequence[LinearShape], width: int, hidden: int, *, share_active: float, of_experts: int, eager_heads: int
+        linears: Sequence[LinearShape],
+        width: int,
+        hidden: int,
+        *,
+        share_active: float,
+        of_experts: int,
+        eager_heads: int,
     ) -> ActivationBytes:
-        """Count outputs of linears, the product in the feed-forward layer, attention's copies, and what norms keep in float32.
+        """Count outputs of linears, products of the feed-forward layer, and copies.
+
+        Attention copies its inputs, and norms keep theirs in float32.
 
         Args:
             linears: of the block.
             width: bytes of a number.
             hidden: size of a hidden state.
             share_active: of an expert's tokens, of all.
-            of_experts: numbers of a token in the changes that removals of its experts make; 0 if these are not wanted.
+            of_experts: numbers of a token in the changes that removals of its experts make; 0 if
+                these are not wanted.
             eager_heads: whose scores are made whole; 0 if none are.
         """
-        outputs = sum(linear.num_rows * (1.0 if linear.expert is None else share_active) for linear in linears)
+        outputs = sum(
+            linear.num_rows * (1.0 if linear.expert is None else share_active) for linear in linears
+        )
         widest = max(linear.num_columns for linear in linears)
         norms = 8 * hidden if width < 4 else 0
         kept = width * (outputs + widest + 4 * hidden) + norms + 4 * of_experts
-        moment, forward_only = width * 4 * widest + 12 * hidden + 12 * of_experts, width * 3 * widest + 4 * hidden
+        moment = width * 4 * widest + 12 * hidden + 12 * of_experts
+        forward_only = width * 3 * widest + 4 * hidden
         return ActivationBytes(kept, moment, forward_only, width * eager_heads)

@@ -1,4 +1,7 @@
-"""The pass in which linears change block after block while all sequences wait, so that every block sees what the changed ones give it."""
+"""The pass in which linears change block after block while all sequences wait.
+
+Every block sees what the changed blocks before it give.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,10 @@ class BlockPass(ABC):
 
     @abstractmethod
     def change(self, worker: Worker, name: str, A: Tensor) -> None:
-        """Change a linear of a worker, whose inputs have the mean second moment A [C, C], the bias's ones included."""
+        """Change a linear of a worker.
+
+        A [C, C] is the mean second moment of its inputs, the bias's ones included.
+        """
 
     # On a worker
 
@@ -34,21 +40,25 @@ class BlockPass(ABC):
 
     @collective
     def pass_shard(self, worker: Worker, shard: int) -> None:
-        """Change the blocks of one shard one after the other; workers of other shards do nothing."""
+        """Change the blocks of one shard in turn; workers of other shards do nothing."""
         if shard != worker.index.shard:
             return
-        way, blocks, store = worker.kept(BlockByBlock), worker.shard.blocks, worker.shard.factor_store
+        way = worker.kept(BlockByBlock)
+        blocks = worker.shard.blocks
+        store = worker.shard.factor_store
         for place in range(blocks.last - blocks.first):
             groups = way.gather(place)
             for group in groups:
                 key = group.key_of_A
-                total, num_tokens = store.on_device(key, store.get(key).n), torch.tensor(group.num_tokens, device=worker.device)
+                total = store.on_device(key, store.get(key).n)
+                num_tokens = torch.tensor(group.num_tokens, device=worker.device)
                 for tensor in (total.flat, num_tokens):
                     worker.replicas.reduce(tensor, worker.owner(group.names[0]))
                 store.drop(key)
                 if worker.owns(group.names[0]):
                     A = total.dense().div_(max(1, int(num_tokens)))
-                    if not num_tokens:  # an expert that was not called: zeros would say that no weight of it matters
+                    # an expert that was not called: zeros would say that no weight of it matters
+                    if not num_tokens:
                         A.fill_diagonal_(1.0)
                     for name in group.names:
                         self.change(worker, name, A)
@@ -67,12 +77,15 @@ class BlockPass(ABC):
 
     def pass_all(self, cluster: Cluster, sequences: NDArray[np.int64]) -> None:
         """Change shard after shard, block after block, while the sequences pass once."""
-        num_shards, num_replicas = cluster.placement.num_shards, cluster.placement.num_replicas
+        num_shards = cluster.placement.num_shards
+        num_replicas = cluster.placement.num_replicas
         moving = [token_payload(tokens) for tokens in sequences]
         cluster.progress.begin(num_shards, "shards")
         for shard in range(num_shards):
             indices = [WorkerIndex(shard, i % num_replicas) for i in range(len(sequences))]
-            cluster.get([cluster.submit(index, self.enter, i, moving[i]) for i, index in enumerate(indices)])
+            cluster.get(
+                [cluster.submit(index, self.enter, i, moving[i]) for i, index in enumerate(indices)]
+            )
             moving.clear()  # workers have taken them out of the object store
             cluster.run_all(self.pass_shard, shard)
             if shard < num_shards - 1:

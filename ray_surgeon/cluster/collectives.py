@@ -22,7 +22,10 @@ class ReplicaGroup(Protocol):
     rank: int
 
     def reduce(self, tensor: Tensor, owner: int) -> None:
-        """Make `tensor` the sum over the replicas, in place, at the owner; elsewhere its content is undefined after."""
+        """Make `tensor` the sum over the replicas, in place, at the owner.
+
+        On the other replicas its content is undefined afterwards.
+        """
 
     def broadcast(self, tensor: Tensor, owner: int) -> None:
         """Make `tensor` a copy of the owner's, in place."""
@@ -44,7 +47,7 @@ class ThreadMeeting:
     """Where the threads of one process that act as replicas of one shard meet."""
 
     def __init__(self, num_replicas: int) -> None:
-        """Prepare places for `num_replicas` threads, which wait until all are there or one leaves."""
+        """Prepare places for threads, which wait until all are there or one leaves."""
         self.barrier = threading.Barrier(num_replicas)
         self.tensors: list[Tensor | None] = [None] * num_replicas
 
@@ -54,7 +57,8 @@ class ThreadReplica:
 
     def __init__(self, meeting: ThreadMeeting, rank: int) -> None:
         """Join a meeting."""
-        self._meeting, self.rank = meeting, rank
+        self._meeting = meeting
+        self.rank = rank
 
     def leave(self) -> None:
         """Let the others go on with an error, because this one will not come."""
@@ -85,28 +89,46 @@ class ThreadReplica:
 
 
 def reduce_together(group: ReplicaGroup, tensors: Sequence[Tensor], owner: int) -> None:
-    """Sum tensors of one dtype to their owner in place, all in one message; see `ReplicaGroup.reduce`."""
+    """Sum tensors of one dtype to their owner in place, in one message; see `reduce`."""
     _as_one(group, tensors, lambda flat: group.reduce(flat, owner))
 
 
 def broadcast_together(group: ReplicaGroup, tensors: Sequence[Tensor], owner: int) -> None:
-    """Copy tensors of one dtype from their owner in place, all in one message; see `ReplicaGroup.broadcast`."""
+    """Copy tensors of one dtype from their owner in place, in one message.
+
+    See `ReplicaGroup.broadcast`.
+    """
     _as_one(group, tensors, lambda flat: group.broadcast(flat, owner))
 
 
-def _as_one(group: ReplicaGroup, tensors: Sequence[Tensor], collective: Callable[[Tensor], None]) -> None:
+def _as_one(
+    group: ReplicaGroup, tensors: Sequence[Tensor], collective: Callable[[Tensor], None]
+) -> None:
     if not tensors or isinstance(group, SingleReplica):
         return
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     collective(flat)
-    for tensor, part in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
+    for tensor, part in zip(
+        tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True
+    ):
         tensor.copy_(part.view_as(tensor))
 
 
 class ProcessReplica:
-    """A replica that is a process of its own, in a torch.distributed group (gloo on CPU, NCCL on GPU)."""
+    """A replica in a process of its own, in a torch.distributed group.
 
-    def __init__(self, address: str, world_rank: int, world_size: int, num_shards: int, device: torch.device, timeout_s: float) -> None:
+    The backend is gloo on CPUs and NCCL on GPUs.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        world_rank: int,
+        world_size: int,
+        num_shards: int,
+        device: torch.device,
+        timeout_s: float,
+    ) -> None:
         """Join the world of all workers and make one group a shard.
 
         Args:
@@ -123,11 +145,25 @@ class ProcessReplica:
         backend = "nccl" if device.type == "cuda" else "gloo"
         timeout = timedelta(seconds=timeout_s)
         try:
-            dist.init_process_group(backend, init_method=address, rank=world_rank, world_size=world_size, timeout=timeout)
-            groups = [dist.new_group(list(range(shard, world_size, num_shards)), timeout=timeout) for shard in range(num_shards)]
-        except RuntimeError as error:  # another is lost before all have met, or its port was taken meanwhile
-            raise CollectiveError(f"the workers could not connect to each other: {error}") from error
-        shard, self.rank = world_rank % num_shards, world_rank // num_shards
+            dist.init_process_group(
+                backend,
+                init_method=address,
+                rank=world_rank,
+                world_size=world_size,
+                timeout=timeout,
+            )
+            groups = [
+                dist.new_group(list(range(shard, world_size, num_shards)), timeout=timeout)
+                for shard in range(num_shards)
+            ]
+        except (
+            RuntimeError
+        ) as error:  # another is lost before all have met, or its port was taken meanwhile
+            raise CollectiveError(
+                f"the workers could not connect to each other: {error}"
+            ) from error
+        shard = world_rank % num_shards
+        self.rank = world_rank // num_shards
         self._group = groups[shard]
         self._world_ranks = list(range(shard, world_size, num_shards))
 

@@ -41,7 +41,8 @@ MAX_ROUNDS = 10
 _FEWEST_TURN_TOKENS = 3
 """Tokens of a user's turn; shorter ones ask for nothing."""
 _LEAST_ROOM = 24
-"""Tokens of a window that are left for a turn and its answer, beside the chat template, at least."""
+"""Tokens of a window that are left for a turn and its answer, beside the chat template, at least.
+"""
 _FEWEST_TURNS = 16
 """Turns that are written together, at least: fewer take as many steps."""
 _USUAL_ANSWER = 0.7
@@ -149,7 +150,9 @@ class Conversations:
 Request = Texts | Conversations
 
 
-def to_be_written(section: CalibrationSection, tokenizer: Any, config: PretrainedConfig) -> dict[int, Request]:
+def to_be_written(
+    section: CalibrationSection, tokenizer: Any, config: PretrainedConfig
+) -> dict[int, Request]:
     """Return number of a calibration text -> what the dense model is to write for it.
 
     Raises:
@@ -188,9 +191,9 @@ def _texts(
     longest = getattr(config, "max_position_embeddings", None) or math.inf
     if not prompts[0] or of_prompt + of_text > longest:
         raise ValueError(
-            f"{where}: the prompt has {of_prompt} tokens and each text {of_text}, but the model takes "
-            f"at most {longest} together, and the prompt needs at least one; change the prompt or the "
-            "lengths"
+            f"{where}: the prompt has {of_prompt} tokens and each text {of_text}, but the model "
+            f"takes at most {longest} together, and the prompt needs at least one; change the "
+            "prompt or the lengths"
         )
     own = of_text - len(starts[0])
     together = texts_together(of_text)
@@ -198,7 +201,9 @@ def _texts(
     return Texts(wanted, starts, length)
 
 
-def _starts(text: SelfSection, num_texts: int, tokenizer: Any, where: str) -> tuple[tuple[int, ...], ...]:
+def _starts(
+    text: SelfSection, num_texts: int, tokenizer: Any, where: str
+) -> tuple[tuple[int, ...], ...]:
     """Return the first tokens of every text, from windows of a given text."""
     given = text.starts
     assert given is not None
@@ -206,7 +211,9 @@ def _starts(text: SelfSection, num_texts: int, tokenizer: Any, where: str) -> tu
     if given.bos is not None:
         first = tokenizer.bos_token_id if given.bos else None
         if given.bos and first is None:
-            raise ValueError(f"{where}.starts.bos: true, but the tokenizer has no BOS token; remove it")
+            raise ValueError(
+                f"{where}.starts.bos: true, but the tokenizer has no BOS token; remove it"
+            )
     stream = token_stream(given, tokenizer, f"{where}.starts")
     named = f"{where}.starts ({given.source})"
     size = text.start_tokens
@@ -221,7 +228,9 @@ def _prompt(text: SelfSection, tokenizer: Any, where: str) -> tuple[int, ...]:
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if token is not None:
             return (int(token),)
-    raise ValueError(f"{where}.prompt: the tokenizer has no token that begins a text; give a prompt")
+    raise ValueError(
+        f"{where}.prompt: the tokenizer has no token that begins a text; give a prompt"
+    )
 
 
 def _conversations(
@@ -234,15 +243,18 @@ def _conversations(
 ) -> Conversations:
     longest = getattr(config, "max_position_embeddings", None) or length
     if length > longest:
-        raise ValueError(f"calibration.sequence_length: {length}, but the model takes at most {longest}; shorten it")
+        raise ValueError(
+            f"calibration.sequence_length: {length}, but the model takes at most {longest}; "
+            "shorten it"
+        )
     marks = chat_marks(tokenizer, config, where)
     if text.prompts is not None:
         prompts = tuple(read_prompts(text.prompts, tokenizer, f"{where}.prompts", length - 1))
     elif not has_chat_template(tokenizer):
         raise ValueError(
-            f"{where}.chat: true, but the model's tokenizer has no chat template, so the model cannot "
-            "write conversations; remove it, and give starts, a text that the model goes on with, such "
-            "as {source: python-docstrings}"
+            f"{where}.chat: true, but the model's tokenizer has no chat template, so the model "
+            "cannot write conversations; remove it, and give starts, a text that the model goes on "
+            "with, such as {source: python-docstrings}"
         )
     elif not marks.opening:
         raise ValueError(
@@ -255,28 +267,36 @@ def _conversations(
     if prompts is None and found.room < _LEAST_ROOM:
         raise ValueError(
             f"calibration.sequence_length: {length}, but the chat template alone takes "
-            f"{length - found.room} tokens of a conversation, and {_LEAST_ROOM} more are needed; make "
-            f"it longer, or remove chat from {where}"
+            f"{length - found.room} tokens of a conversation, and {_LEAST_ROOM} more are needed; "
+            f"make it longer, or remove chat from {where}"
         )
     return found
 
 
-_SAID, _ANSWERED = "What the user said 7351", "What was answered 9462"
+_SAID = "What the user said 7351"
+_ANSWERED = "What was answered 9462"
 
 
 def _rendered(tokenizer: Any) -> tuple[str, str, str | None]:
-    """Return what a chat template makes of a turn that is to be answered, of a turn with its answer, and what is wrong with it."""
+    """Return what a chat template makes of an open turn and of a turn with its answer.
+
+    The third item says what is wrong with the template; None if nothing is.
+    """
     user = {"role": "user", "content": _SAID}
     assistant = {"role": "assistant", "content": _ANSWERED}
     try:
         asked = tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
         whole = tokenizer.apply_chat_template([user, assistant], tokenize=False)
     except Exception as error:  # templates are code of the model's, which may raise anything
-        return "", "", f"the model's chat template fails ({error}); give a tokenizer with another one"
+        return (
+            "",
+            "",
+            f"the model's chat template fails ({error}); give a tokenizer with another one",
+        )
     if _SAID not in asked or _ANSWERED not in whole:
         problem = (
-            "the model's chat template changes what is said, so a turn's beginning and end are not known; give a tokenizer with another "
-            "one, or a text without chat"
+            "the model's chat template changes what is said, so a turn's beginning and end are not "
+            "known; give a tokenizer with another one, or a text without chat"
         )
         return asked, whole, problem
     return asked, whole, None
@@ -291,7 +311,8 @@ def chat_marks(tokenizer: Any, config: PretrainedConfig, where: str) -> ChatMark
     """Return what a tokenizer's chat template puts around turns, from what it makes of two marks.
 
     Args:
-        tokenizer: a transformers tokenizer; without a template, there are only tokens that end texts.
+        tokenizer: a transformers tokenizer; without a template, there are only tokens that end
+            texts.
         config: of the model.
         where: the field of the job spec, for errors.
 
@@ -310,7 +331,8 @@ def chat_marks(tokenizer: Any, config: PretrainedConfig, where: str) -> ChatMark
     asked, whole, problem = _rendered(tokenizer)
     if problem is not None:
         raise ValueError(f"{where}: {problem}")
-    said, answered = _SAID, _ANSWERED
+    said = _SAID
+    answered = _ANSWERED
     opening, _, closing = asked.partition(said)
     end = whole.rpartition(answered)[2]
     pieces = [tokenizer(p, add_special_tokens=False)["input_ids"] for p in (opening, closing, end)]
@@ -355,8 +377,10 @@ def write(cluster: Cluster, request: Request) -> WrittenText:
     return WrittenText(tokens, np.zeros(tokens.shape, dtype=np.bool_))
 
 
-def write_prompts(cluster: Cluster, request: Conversations, count: int) -> tuple[tuple[int, ...], ...]:
-    """Let the model write prompts alone: users' turns with the chat template around them, up to the answer.
+def write_prompts(
+    cluster: Cluster, request: Conversations, count: int
+) -> tuple[tuple[int, ...], ...]:
+    """Let the model write prompts: users' turns with the chat template around them.
 
     Args:
         cluster: with loaded workers.
@@ -364,7 +388,8 @@ def write_prompts(cluster: Cluster, request: Conversations, count: int) -> tuple
         count: how many prompts.
 
     Returns:
-        Tokens of so many prompts, or of fewer where others came twice, were in a loop, or had special tokens.
+        Tokens of so many prompts, or of fewer where others came twice, were in a loop, or had
+        special tokens.
     """
     return _Writer(cluster, request).prompts(count)
 
@@ -460,9 +485,9 @@ class _Writer:
         raise RuntimeError(
             f"{request.where}: after {MAX_ROUNDS} rounds, {self._num_used_turns} of "
             f"{self._num_turns} users' turns and {len(self._conversations)} of {self._num_answers} "
-            "answers were of use (others came twice, were in a loop or had "
-            f"special tokens), and {missing} of {request.num_sequences} windows are not full; change "
-            "temperature, give prompts, or give another text in place of this one"
+            "answers were of use (others came twice, were in a loop or had special tokens), and "
+            f"{missing} of {request.num_sequences} windows are not full; change temperature, give "
+            "prompts, or give another text in place of this one"
         )
 
     def prompts(self, count: int) -> tuple[tuple[int, ...], ...]:
@@ -514,7 +539,9 @@ class _Writer:
         wanted = Wanted(prompts, request.turn_tokens + 1, request.temperature, seed, ends)
         self._num_turns += count
         for text in write_texts(self._cluster, wanted):
-            turn = tuple(text[:-1].tolist())  # one that has not ended is cut: models of code paste long pieces of it
+            turn = tuple(
+                text[:-1].tolist()
+            )  # one that has not ended is cut: models of code paste long pieces of it
             if self._is_turn(turn) and turn not in self._seen:
                 self._seen.add(turn)
                 self._num_used_turns += 1
@@ -539,8 +566,9 @@ class _Writer:
             needed = self._request.num_sequences * self._request.sequence_length
             raise ValueError(
                 f"{self._request.where}.prompts: {len(self._request.prompts or ())} prompts gave "
-                f"{len(self._conversations)} conversations of {tokens} tokens, but the windows need "
-                f"{needed} and what is cut off at their ends; give more prompts or fewer num_sequences"
+                f"{len(self._conversations)} conversations of {tokens} tokens, but the windows "
+                f"need {needed} and what is cut off at their ends; give more prompts or fewer "
+                "num_sequences"
             )
 
     def _prompts(self) -> Iterator[Prompt]:

@@ -24,9 +24,15 @@ class Device:
 
 
 DEVICES = {
-    "h100": Device("h100", {"bfloat16": 4e14, "float16": 4e14, "float32": 4e13}, 4e13, 4e10, 3e9, 80e9),
-    "a100": Device("a100", {"bfloat16": 1.5e14, "float16": 1.5e14, "float32": 1.5e13}, 1.5e13, 2e10, 3e9, 80e9),
-    "l40s": Device("l40s", {"bfloat16": 1.5e14, "float16": 1.5e14, "float32": 4e13}, 4e13, 2e10, 3e9, 48e9),
+    "h100": Device(
+        "h100", {"bfloat16": 4e14, "float16": 4e14, "float32": 4e13}, 4e13, 4e10, 3e9, 80e9
+    ),
+    "a100": Device(
+        "a100", {"bfloat16": 1.5e14, "float16": 1.5e14, "float32": 1.5e13}, 1.5e13, 2e10, 3e9, 80e9
+    ),
+    "l40s": Device(
+        "l40s", {"bfloat16": 1.5e14, "float16": 1.5e14, "float32": 4e13}, 4e13, 2e10, 3e9, 48e9
+    ),
     "cpu": Device("cpu", {"bfloat16": 1.2e11, "float16": 2e10, "float32": 7e10}, 7e10, 1e10, 1e9),
 }
 """Devices by name: about 0.4 of the published dense rates; of the CPU one core of a server."""
@@ -44,5 +50,7 @@ class Room:
     @staticmethod
     def smallest(rooms: Sequence[Room]) -> Room:
         """Return what every worker has."""
-        device, host, disk = (min(getattr(room, name) for room in rooms) for name in ("device", "host", "disk"))
+        device, host, disk = (
+            min(getattr(room, name) for room in rooms) for name in ("device", "host", "disk")
+        )
         return Room(device, host, disk, any(room.device_is_host for room in rooms))

@@ -65,8 +65,14 @@ class Generation:
     acceptance: float  # mean of ``sum_v min(p_v, q_v)`` over the answers' tokens
     agreement: float  # fraction of them for which both models have the same most likely token
     divergence: float  # mean over them of the divergence from the dense model, in nats
-    departures: tuple[int, ...]  # for each prompt, tokens in which both own answers agree from the start
-    not_ended: float | None  # of the answers that the dense model ended, the fraction that is not ended; None if it ended none
+    departures: tuple[
+        int, ...
+    ]  # for each prompt, tokens in which both own answers agree from the start
+    not_ended: (
+        float | None
+        # of the answers that the dense model ended, the fraction that is not ended; None if it
+        # ended none
+    )
     repeating: float  # fraction of the answers that get stuck in a loop
     answers: tuple[tuple[int, ...], ...]  # the pruned model's own
 
@@ -95,8 +101,9 @@ def check_prompts(
             raise ValueError(f"{where}: prompt {number} has no tokens; give a text")
         if longest is not None and len(prompt) + max_new_tokens > longest:
             raise ValueError(
-                f"{where}: prompt {number} has {len(prompt)} tokens and its answer up to {max_new_tokens}, but the model takes at most "
-                f"{longest} together; shorten it, or lower max_new_tokens"
+                f"{where}: prompt {number} has {len(prompt)} tokens and its answer up to "
+                f"{max_new_tokens}, but the model takes at most {longest} together; shorten it, or "
+                "lower max_new_tokens"
             )
 
 
@@ -115,7 +122,9 @@ def keep_exactly(worker: Worker, inputs: TensorPayload, numbers: Sequence[int]) 
     return [bool(torch.isfinite(h).all()) for h in hidden]
 
 
-def receive_exactly(worker: Worker, text: str, numbers: Sequence[int], states: TensorPayload) -> None:
+def receive_exactly(
+    worker: Worker, text: str, numbers: Sequence[int], states: TensorPayload
+) -> None:
     """Keep states [m, T, d] that another worker sent, as they are."""
     rows = torch.split(decode(states, torch.device("cpu")), 1)
     own = worker.keeping(DenseStates).of_text.setdefault(text, {})
@@ -149,7 +158,9 @@ def answers_of(
     return answers
 
 
-def windows_of_answers(answers: Answers, pad: int = 0) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+def windows_of_answers(
+    answers: Answers, pad: int = 0
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """Return each prompt with its answer, filled up on the right, where causal models look last.
 
     Args:
@@ -181,7 +192,10 @@ def remember_answers(cluster: Cluster, answers: Answers) -> None:
 
     is_finite: list[bool] = each_wave(cluster, tokens, at_the_end)
     if not all(is_finite):
-        raise FloatingPointError("the dense model's states of its answers are not finite; check the weights and the dtype")
+        raise FloatingPointError(
+            "the dense model's states of its answers are not finite; check the weights and the "
+            "dtype"
+        )
     share_states(cluster, ANSWERS, waves_of_replicas(cluster, range(len(tokens))), receive_exactly)
 
 
@@ -209,8 +223,14 @@ def measure_rates(cluster: Cluster, answers: Answers) -> Rates:
     num_tokens = num_counted(tokens, counts)
     divergence = sum(one.divergence for one in found) / num_tokens
     if not math.isfinite(divergence):
-        raise FloatingPointError("the divergence from the dense model on its answers is not finite; check the weights and the dtype")
-    acceptance, agreement = (sum(getattr(one, name) for one in found) / num_tokens for name in ("acceptance", "agreement"))
+        raise FloatingPointError(
+            "the divergence from the dense model on its answers is not finite; check the weights "
+            "and the dtype"
+        )
+    acceptance, agreement = (
+        sum(getattr(one, name) for one in found) / num_tokens
+        for name in ("acceptance", "agreement")
+    )
     return Rates(acceptance, agreement, divergence)
 
 
@@ -234,7 +254,9 @@ def measure_answers(cluster: Cluster, answers: Answers, max_tokens: int) -> Gene
         agreement=rates.agreement,
         divergence=rates.divergence,
         departures=tuple(map(departure, answers.answers, own)),
-        not_ended=_share(answer[-1] not in answers.ends for answer in of_ended) if of_ended else None,
+        not_ended=_share(answer[-1] not in answers.ends for answer in of_ended)
+        if of_ended
+        else None,
         repeating=_share(map(repeats, own)),
         answers=own,
     )
@@ -276,8 +298,10 @@ def dense_record(answers: Answers, decode_tokens: Callable[[Sequence[int]], str]
     }
 
 
-def shot_record(answers: Answers, found: Generation, decode_tokens: Callable[[Sequence[int]], str]) -> dict[str, Any]:
-    """Return what a report tells of the answers after a shot; see `dense_record` and `Generation`."""
+def shot_record(
+    answers: Answers, found: Generation, decode_tokens: Callable[[Sequence[int]], str]
+) -> dict[str, Any]:
+    """Return what a report tells of the answers after a shot; see `dense_record`."""
     pruned = decode_tokens(found.answers[0])[:_EXAMPLE_CHARACTERS]
     return {
         "acceptance": found.acceptance,

@@ -1,4 +1,7 @@
-"""All workers in this process: the same protocol for notebooks, tests and debuggers, and the oracle of the Ray cluster."""
+"""All workers in this process, for notebooks, tests and debuggers.
+
+Results equal those of the Ray cluster.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,9 @@ U = TypeVar("U")
 class LocalCluster:
     """Workers as objects. A submitted step runs at once, so its future is simply the value."""
 
-    def __init__(self, layout: ModelLayout, placement: Placement, num_threads: int, device: str = "cpu") -> None:
+    def __init__(
+        self, layout: ModelLayout, placement: Placement, num_threads: int, device: str = "cpu"
+    ) -> None:
         """Create the workers.
 
         Args:
@@ -36,27 +41,51 @@ class LocalCluster:
             num_threads: torch threads of the process from now on; who had others gives them back.
             device: "cpu" or "cuda".
         """
-        self.placement, self.progress, self.stores = placement, Progress(), Stores()
+        self.placement = placement
+        self.progress = Progress()
+        self.stores = Stores()
         gpu = None
-        if device == "cuda":  # by its number, which threads of a worker need, and by its name, which other processes need
-            number, names = torch.cuda.current_device(), os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-            device, gpu = f"cuda:{number}", names[number].strip() if number < len(names) and names[number] else str(number)
-        self.workers = {index: Worker(layout, placement, index, num_threads, device) for index in placement.workers}
+        if (
+            device == "cuda"
+            # by its number, which threads of a worker need, and by its name, which other processes
+            # need
+        ):
+            number = torch.cuda.current_device()
+            names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+            device = f"cuda:{number}"
+            gpu = names[number].strip() if number < len(names) and names[number] else str(number)
+        self.workers = {
+            index: Worker(layout, placement, index, num_threads, device)
+            for index in placement.workers
+        }
         self._positions: dict[WorkerIndex, tuple[int, int]] = {}
         for index, worker in self.workers.items():
-            worker.gpu, worker.report_position = gpu, partial(self._report, index)
+            worker.gpu = gpu
+            worker.report_position = partial(self._report, index)
         if placement.num_replicas > 1:
             for shard in range(placement.num_shards):
                 meeting = ThreadMeeting(placement.num_replicas)
                 for replica in range(placement.num_replicas):
-                    self.workers[WorkerIndex(shard, replica)].replicas = ThreadReplica(meeting, replica)
+                    self.workers[WorkerIndex(shard, replica)].replicas = ThreadReplica(
+                        meeting, replica
+                    )
 
-    def submit(self, index: WorkerIndex, step: Callable[Concatenate[Worker, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+    def submit(
+        self,
+        index: WorkerIndex,
+        step: Callable[Concatenate[Worker, P], T],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> T:
         """Run a step now; see `Cluster.submit`."""
         return self.workers[index].call(step, *args, **kwargs)
 
     def submit_pair(
-        self, index: WorkerIndex, step: Callable[Concatenate[Worker, P], tuple[T, U]], *args: P.args, **kwargs: P.kwargs
+        self,
+        index: WorkerIndex,
+        step: Callable[Concatenate[Worker, P], tuple[T, U]],
+        *args: P.args,
+        **kwargs: P.kwargs,
     ) -> tuple[T, U]:
         """Run a step now; see `Cluster.submit_pair`."""
         return self.workers[index].call(step, *args, **kwargs)
@@ -65,15 +94,27 @@ class LocalCluster:
         """Return the values."""
         return list(futures)
 
-    def run_all(self, step: Callable[Concatenate[Worker, P], T], *args: P.args, **kwargs: P.kwargs) -> list[T]:
-        """Run a step on every worker, one after the other unless replicas wait for each other inside it."""
-        self._positions = dict.fromkeys(self.placement.workers, (0, 0))  # whose keys no thread of a replica changes
+    def run_all(
+        self, step: Callable[Concatenate[Worker, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> list[T]:
+        """Run a step on every worker, one after the other.
+
+        A step in which replicas wait for each other runs in threads.
+        """
+        self._positions = dict.fromkeys(
+            self.placement.workers, (0, 0)
+        )  # whose keys no thread of a replica changes
         workers = [self.workers[index] for index in self.placement.workers]
         if self.placement.num_replicas == 1 or not getattr(step, "is_collective", False):
             return [worker.call(step, *args, **kwargs) for worker in workers]
         with ThreadPoolExecutor(len(workers)) as pool:
-            futures = [pool.submit(_run_beside_replicas, worker, lambda w: w.call(step, *args, **kwargs)) for worker in workers]
-        errors = [error for error in (future.exception() for future in futures) if error is not None]
+            futures = [
+                pool.submit(_run_beside_replicas, worker, lambda w: w.call(step, *args, **kwargs))
+                for worker in workers
+            ]
+        errors = [
+            error for error in (future.exception() for future in futures) if error is not None
+        ]
         for error in sorted(errors, key=lambda error: isinstance(error, BrokenBarrierError)):
             raise error
         return [future.result() for future in futures]
@@ -95,7 +136,10 @@ class LocalCluster:
     def _report(self, index: WorkerIndex, done: int, total: int) -> None:
         self._positions[index] = done, total
         if self.progress.unit == "linears":
-            self.progress.reach(sum(done for done, _ in self._positions.values()), sum(total for _, total in self._positions.values()))
+            self.progress.reach(
+                sum(done for done, _ in self._positions.values()),
+                sum(total for _, total in self._positions.values()),
+            )
 
 
 def _run_beside_replicas(worker: Worker, run: Callable[[Worker], T]) -> T:

@@ -1,6 +1,7 @@
-"""Passes of text through the shards: what a worker does for one wave of sequences, and how the coordinator schedules them.
+"""Passes of text through the shards: a worker's part for one wave, and the schedule.
 
-Activations go from worker to worker; the coordinator sees references, losses and, for a comparison of exports, logits.
+Activations go from worker to worker; the coordinator sees references, losses and, for a comparison
+of exports, logits.
 """
 
 from __future__ import annotations
@@ -17,7 +18,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ray_surgeon.cluster.cluster import Cluster
-from ray_surgeon.cluster.dense_model import CALIBRATION, DenseStates, keep_states, kept_states, receive_states
+from ray_surgeon.cluster.dense_model import (
+    CALIBRATION,
+    DenseStates,
+    keep_states,
+    kept_states,
+    receive_states,
+)
 from ray_surgeon.cluster.placement import WorkerIndex
 from ray_surgeon.cluster.schedule import Operation, submission_order
 from ray_surgeon.cluster.transport import TensorPayload, encode
@@ -29,12 +36,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Labels:
-    """What the model is to say in a pass forward and backward: the text, if nothing else is named."""
+    """What the model is to say in a pass forward and backward; the text by default."""
 
     seed: int | None = None  # of labels drawn from the model itself (sampled Fisher)
-    of_dense_model: bool = False  # what the dense model says, whose states are kept; sequences are those of the calibration then
-    remembers: bool = False  # whether last shards keep the hidden states of the calibration, because the weights are the dense model's
-    may_diverge: bool = False  # whether a loss that is no number is returned, as that of a training that may go wrong
+    # what the dense model says, whose states are kept; sequences are those of the calibration then
+    of_dense_model: bool = False
+    # whether last shards keep the hidden states of the calibration, because the weights are the
+    # dense model's
+    remembers: bool = False
+    # whether a loss that is no number is returned, as that of a training that may go wrong
+    may_diverge: bool = False
 
 
 # On a worker
@@ -67,8 +78,8 @@ def forward_backward(
         counts: [m, T] bool, which tokens count, see `next_token_loss`; None for all.
 
     Returns:
-        The gradient at the inputs, None if this is the only shard, and the loss of each sequence, summed over its tokens that count, in
-        nats.
+        The gradient at the inputs, None if this is the only shard, and the loss of each sequence,
+        summed over its tokens that count, in nats.
 
     Raises:
         FloatingPointError: a loss is not finite, and no training may have made it so.
@@ -76,23 +87,40 @@ def forward_backward(
     assert inputs is not None
     text = worker.unpack(tokens)
     counting = _unpacked(worker, counts, len(text))
-    gradients, losses = worker.runner.forward(wave, worker.unpack(inputs)), []
+    gradients = worker.runner.forward(wave, worker.unpack(inputs))
+    losses = []
     for i, number in enumerate(numbers):
-        generator = None if labels.seed is None else torch.Generator().manual_seed(labels.seed + number)
-        dense = worker.kept(DenseStates).on_device(worker, CALIBRATION, number) if labels.of_dense_model else None
-        loss, gradients[i], states = worker.runner.loss(gradients[i], text[i : i + 1], generator, dense, counting[i])
+        generator = (
+            None if labels.seed is None else torch.Generator().manual_seed(labels.seed + number)
+        )
+        dense = (
+            worker.kept(DenseStates).on_device(worker, CALIBRATION, number)
+            if labels.of_dense_model
+            else None
+        )
+        loss, gradients[i], states = worker.runner.loss(
+            gradients[i], text[i : i + 1], generator, dense, counting[i]
+        )
         if labels.remembers:
             keep_states(worker, CALIBRATION, [number], states)
         losses.append(float(loss))
         if not labels.may_diverge and not math.isfinite(losses[-1]):
-            raise FloatingPointError(f"the loss of calibration sequence {number} is {losses[-1]}; check the weights and the dtype")
+            raise FloatingPointError(
+                f"the loss of calibration sequence {number} is {losses[-1]}; check the weights and "
+                "the dtype"
+            )
     return _gradient_below(worker, worker.runner.backward(wave, gradients)), losses
 
 
 def backward(worker: Worker, wave: int, gradient: TensorPayload | None) -> TensorPayload | None:
-    """Run a wave backward: gradient at the outputs in, gradient at the inputs out; the first shard keeps its own."""
+    """Run a wave backward: gradient at the outputs in, gradient at the inputs out.
+
+    The first shard keeps its own.
+    """
     assert gradient is not None
-    return _gradient_below(worker, worker.runner.backward(wave, list(torch.split(worker.unpack(gradient), 1))))
+    return _gradient_below(
+        worker, worker.runner.backward(wave, list(torch.split(worker.unpack(gradient), 1)))
+    )
 
 
 def _gradient_below(worker: Worker, gradients: list[Tensor]) -> TensorPayload | None:
@@ -110,7 +138,10 @@ def infer_loss(
     tokens: TensorPayload,
     counts: TensorPayload | None = None,
 ) -> list[float]:
-    """Return the NLL in nats of each sequence, summed over its tokens that count, at the last shard."""
+    """Return each sequence's NLL in nats, summed over its tokens that count.
+
+    Runs at the last shard.
+    """
     return _text_losses(worker, worker.runner.infer(worker.unpack(inputs)), tokens, counts)
 
 
@@ -122,17 +153,25 @@ def _text_losses(
 ) -> list[float]:
     labels = worker.unpack(tokens)
     counting = _unpacked(worker, counts, len(labels))
-    return [float(worker.shard.loss(h, labels[i : i + 1], counts=counting[i])[0]) for i, h in enumerate(hidden)]
+    return [
+        float(worker.shard.loss(h, labels[i : i + 1], counts=counting[i])[0])
+        for i, h in enumerate(hidden)
+    ]
 
 
-def _unpacked(worker: Worker, counts: TensorPayload | None, num_sequences: int) -> list[Tensor | None]:
+def _unpacked(
+    worker: Worker, counts: TensorPayload | None, num_sequences: int
+) -> list[Tensor | None]:
     """Return which tokens count, [1, T] bool of each sequence, on the device; None where all do."""
     return [None] * num_sequences if counts is None else list(torch.split(worker.unpack(counts), 1))
 
 
 @dataclass(frozen=True)
 class Compared:
-    """One sequence of the present model beside the dense one, summed over its tokens that count; see `Comparison`."""
+    """One sequence of the present model beside the dense one; see `Comparison`.
+
+    Values are sums over its tokens that count.
+    """
 
     nll: float  # in nats
     divergence: float  # in nats
@@ -163,10 +202,18 @@ def infer_comparison(
     labels = worker.unpack(tokens)
     counting = _unpacked(worker, counts, len(labels))
     found = []
-    for i, (number, h) in enumerate(zip(numbers, worker.runner.infer(worker.unpack(inputs)), strict=True)):
+    for i, (number, h) in enumerate(
+        zip(numbers, worker.runner.infer(worker.unpack(inputs)), strict=True)
+    ):
         dense = worker.kept(DenseStates).on_device(worker, text, number)
-        sums = worker.shard.compare(h, dense, labels[i : i + 1], counts=counting[i], with_acceptance=with_acceptance)
-        further = () if sums.acceptance is None or sums.agreement is None else (sums.acceptance, sums.agreement)
+        sums = worker.shard.compare(
+            h, dense, labels[i : i + 1], counts=counting[i], with_acceptance=with_acceptance
+        )
+        further = (
+            ()
+            if sums.acceptance is None or sums.agreement is None
+            else (sums.acceptance, sums.agreement)
+        )
         found.append(Compared(*map(float, (sums.nll, sums.divergence, *further))))
     return found
 
@@ -179,14 +226,22 @@ def infer_loss_and_keep(
     numbers: Sequence[int],
     counts: TensorPayload | None = None,
 ) -> list[float]:
-    """Return the summed NLL as `infer_loss` does, and keep the hidden states before the head, at the last shard."""
+    """Return the summed NLL as `infer_loss` does, and keep the states before the head.
+
+    Runs at the last shard.
+    """
     hidden = worker.runner.infer(worker.unpack(inputs))
     keep_states(worker, text, numbers, torch.cat(hidden))
     return _text_losses(worker, hidden, tokens, counts)
 
 
-def infer_states(worker: Worker, inputs: TensorPayload, text: str | None, numbers: Sequence[int]) -> list[bool]:
-    """Run a wave up to the head, keep the hidden states before it if a text is named, and say which sequences are finite."""
+def infer_states(
+    worker: Worker, inputs: TensorPayload, text: str | None, numbers: Sequence[int]
+) -> list[bool]:
+    """Run a wave up to the head, and return which sequences are finite.
+
+    The hidden states before the head are kept if a text is named.
+    """
     hidden = worker.runner.infer(worker.unpack(inputs))
     if text is not None:
         keep_states(worker, text, numbers, torch.cat(hidden))
@@ -206,8 +261,13 @@ def token_payload(tokens: NDArray[np.int64]) -> TensorPayload:
     return encode(torch.from_numpy(np.atleast_2d(tokens)))
 
 
-def counts_payload(counts: NDArray[np.bool_] | None, numbers: Sequence[int]) -> TensorPayload | None:
-    """Return which tokens of some sequences count, [m, T] bool of [num_sequences, T], as it travels; None for all."""
+def counts_payload(
+    counts: NDArray[np.bool_] | None, numbers: Sequence[int]
+) -> TensorPayload | None:
+    """Return which tokens of some sequences count, [m, T] bool, as it travels.
+
+    None stands for all tokens.
+    """
     return None if counts is None else encode(torch.from_numpy(counts[numbers]))
 
 
@@ -241,8 +301,12 @@ class _ReplicaPipeline:
 
 
 def waves_of_replicas(cluster: Cluster, numbers: Sequence[int]) -> list[list[list[int]]]:
-    """Return for every replica the numbers of the sequences of each of its waves; replicas take sequences in turns."""
-    num_replicas, size = cluster.placement.num_replicas, cluster.stores.wave
+    """Return, for every replica, the numbers of the sequences of each of its waves.
+
+    Replicas take sequences in turns.
+    """
+    num_replicas = cluster.placement.num_replicas
+    size = cluster.stores.wave
     own = [list(numbers[replica::num_replicas]) for replica in range(num_replicas)]
     return [[mine[i : i + size] for i in range(0, len(mine), size)] for mine in own]
 
@@ -256,9 +320,12 @@ def forward_and_backward(
     counted: bool = True,
     counts: NDArray[np.bool_] | None = None,
 ) -> list[float]:
-    """Run sequences forward and backward, and return the loss of each, summed over its tokens that count, in nats.
+    """Run sequences forward and backward, and return the loss of each in nats.
 
-    Waves of sequences go through the shards in one-forward-one-backward order. Submission runs a bounded number of them ahead.
+    A loss is summed over the sequence's tokens that count.
+
+    Waves of sequences go through the shards in one-forward-one-backward order. Submission runs a
+    bounded number of them ahead.
 
     Args:
         cluster: with loaded workers, whose hooks gather what is wanted.
@@ -266,13 +333,18 @@ def forward_and_backward(
         labels: what the model is to say; the text if not given.
         only: numbers of the sequences to run; all if not given.
         counted: whether the progress of the step counts these sequences.
-        counts: [num_sequences, sequence_length], whether a token counts as something that is predicted; None if all do. The gradients
-            are those of the summed loss of the tokens that count.
+        counts: [num_sequences, sequence_length], whether a token counts as something that is
+            predicted; None if all do. The gradients are those of the summed loss of the tokens that
+            count.
     """
-    num_shards, wanted = cluster.placement.num_shards, list(range(len(sequences)) if only is None else only)
+    num_shards = cluster.placement.num_shards
+    wanted = list(range(len(sequences)) if only is None else only)
     if counted:
         cluster.progress.begin(len(wanted), "sequences", sequences.shape[1])
-    pipelines = [_ReplicaPipeline(replica, waves) for replica, waves in enumerate(waves_of_replicas(cluster, wanted))]
+    pipelines = [
+        _ReplicaPipeline(replica, waves)
+        for replica, waves in enumerate(waves_of_replicas(cluster, wanted))
+    ]
     orders = [submission_order(num_shards, len(pipeline.waves)) for pipeline in pipelines]
     for operations in zip_longest(*orders):
         for pipeline, operation in zip(pipelines, operations, strict=True):
@@ -297,7 +369,9 @@ def share_states(
     waves_of: Sequence[Sequence[Sequence[int]]],
     receive: Callable[[Worker, str, Sequence[int], TensorPayload], None] = receive_states,
 ) -> None:
-    """Give the states that each replica keeps of its waves to the others; after the pass, in which replicas would wait for each other.
+    """Give the states that each replica keeps of its waves to the other replicas.
+
+    This comes after the pass, in which replicas would wait for each other.
 
     Args:
         cluster: with loaded workers.
@@ -305,13 +379,17 @@ def share_states(
         waves_of: for every replica the numbers of the sequences of each of its waves.
         receive: keeps them.
     """
-    last, num_replicas, given = cluster.placement.num_shards - 1, len(waves_of), list[Any]()
+    last = cluster.placement.num_shards - 1
+    num_replicas = len(waves_of)
+    given = list[Any]()
     for replica, waves in enumerate(waves_of if num_replicas > 1 else ()):
         for numbers in waves:
             states = cluster.submit(WorkerIndex(last, replica), kept_states, text, numbers)
             for other in range(num_replicas):
                 if other != replica:
-                    given.append(cluster.submit(WorkerIndex(last, other), receive, text, numbers, states))
+                    given.append(
+                        cluster.submit(WorkerIndex(last, other), receive, text, numbers, states)
+                    )
     cluster.get(given)
 
 
@@ -324,18 +402,23 @@ def _submit(
     counts: NDArray[np.bool_] | None,
 ) -> None:
     shard, direction, wave = operation
-    num_shards, index, numbers = cluster.placement.num_shards, WorkerIndex(shard, pipeline.replica), pipeline.waves[wave]
+    num_shards = cluster.placement.num_shards
+    index = WorkerIndex(shard, pipeline.replica)
+    numbers = pipeline.waves[wave]
     if shard == 0 and direction == "forward":
         pipeline.moving[wave] = token_payload(sequences[numbers])
         ahead = wave - num_shards - 1
         if ahead in pipeline.finished:
             cluster.get([pipeline.finished.pop(ahead)])
             pipeline.num_done += len(pipeline.waves[ahead])
-    moving, finished = pipeline.moving.pop(wave), None
+    moving = pipeline.moving.pop(wave)
+    finished = None
     if shard == num_shards - 1:
         text = token_payload(sequences[numbers])
         counting = counts_payload(counts, numbers)
-        moving, losses = cluster.submit_pair(index, forward_backward, wave, moving, text, numbers, labels, counting)
+        moving, losses = cluster.submit_pair(
+            index, forward_backward, wave, moving, text, numbers, labels, counting
+        )
         pipeline.losses.append(losses)
         finished = losses
     elif direction == "forward":
@@ -348,8 +431,11 @@ def _submit(
         pipeline.moving[wave] = moving
 
 
-def _to_last_shard(cluster: Cluster, replica: int, tokens: NDArray[np.int64]) -> tuple[WorkerIndex, TensorPayload]:
-    moving, last = token_payload(tokens), cluster.placement.num_shards - 1
+def _to_last_shard(
+    cluster: Cluster, replica: int, tokens: NDArray[np.int64]
+) -> tuple[WorkerIndex, TensorPayload]:
+    moving = token_payload(tokens)
+    last = cluster.placement.num_shards - 1
     for shard in range(last):
         moving = cluster.submit(WorkerIndex(shard, replica), infer, moving)
     return WorkerIndex(last, replica), moving
@@ -366,13 +452,19 @@ def each_wave(
     Args:
         cluster: with loaded workers.
         sequences: [num_sequences, sequence_length] tokens.
-        at_the_end: (worker with the last shard, what it gets, numbers of the sequences of a wave) -> future with an item for each.
+        at_the_end: (worker with the last shard, what it gets, numbers of the sequences of a wave)
+            -> future with an item for each.
         only: numbers of the sequences to run; all if not given.
     """
     wanted = list(range(len(sequences)) if only is None else only)
     cluster.progress.begin(len(wanted), "sequences", sequences.shape[1])
     of_replicas = waves_of_replicas(cluster, wanted)
-    waves = [(r, numbers) for turn in zip_longest(*of_replicas) for r, numbers in enumerate(turn) if numbers is not None]
+    waves = [
+        (r, numbers)
+        for turn in zip_longest(*of_replicas)
+        for r, numbers in enumerate(turn)
+        if numbers is not None
+    ]
     in_flight = cluster.placement.num_replicas * (cluster.placement.num_shards + 1)
     futures: list[list[T]] = []
     by_number: dict[int, T] = {}
@@ -392,7 +484,10 @@ def sequence_losses(
     sequences: NDArray[np.int64],
     counts: NDArray[np.bool_] | None = None,
 ) -> list[float]:
-    """Return the NLL in nats of sequences, summed over the tokens that count; see `each_wave` and `num_counted`."""
+    """Return the NLL in nats of sequences, summed over the tokens that count.
+
+    See `each_wave` and `num_counted`.
+    """
 
     def at_the_end(last: WorkerIndex, moving: Any, numbers: list[int]) -> list[float]:
         tokens = token_payload(sequences[numbers])
@@ -401,14 +496,19 @@ def sequence_losses(
     return each_wave(cluster, sequences, at_the_end)
 
 
-def pass_up_to_the_head(cluster: Cluster, sequences: NDArray[np.int64], only: Sequence[int], text: str | None) -> bool:
-    """Run sequences forward without the head, which costs as much as several blocks, and return whether all states are finite.
+def pass_up_to_the_head(
+    cluster: Cluster, sequences: NDArray[np.int64], only: Sequence[int], text: str | None
+) -> bool:
+    """Run sequences forward without the head, and return whether all states are finite.
+
+    The head costs as much as several blocks.
 
     Args:
         cluster: with loaded workers, whose hooks gather what is wanted.
         sequences: [num_sequences, sequence_length] tokens.
         only: numbers of the sequences to run.
-        text: as whose states those before the head are kept by the last shards of all replicas; None if they are not.
+        text: as whose states those before the head are kept by the last shards of all replicas;
+            None if they are not.
     """
 
     def at_the_end(last: WorkerIndex, moving: Any, numbers: list[int]) -> list[bool]:
@@ -434,7 +534,9 @@ def remember(
     windows: NDArray[np.int64],
     counts: NDArray[np.bool_] | None = None,
 ) -> float:
-    """Return the dense model's perplexity, and let the last shards of all replicas keep its hidden states; see `remembered_losses`.
+    """Return the dense model's perplexity, and keep its hidden states.
+
+    See `remembered_losses`.
 
     Raises:
         FloatingPointError: the loss is not a number.
@@ -449,7 +551,9 @@ def remembered_losses(
     windows: NDArray[np.int64],
     counts: NDArray[np.bool_] | None = None,
 ) -> list[float]:
-    """Return the NLL in nats of sequences, summed over the tokens that count, and let all last shards keep the hidden states.
+    """Return the NLL in nats of sequences, and let all last shards keep the hidden states.
+
+    The NLL is summed over the tokens that count.
 
     Args:
         cluster: with the dense weights.
@@ -479,13 +583,16 @@ def measure(
     Args:
         cluster: with loaded workers.
         text: its name.
-        windows: [num_sequences, sequence_length] tokens; ``sequence_length - 1`` are predicted in each.
-        counts: [num_sequences, sequence_length], whether a token counts; None if all do. The means are over those that do.
+        windows: [num_sequences, sequence_length] tokens; ``sequence_length - 1`` are predicted in
+            each.
+        counts: [num_sequences, sequence_length], whether a token counts; None if all do. The means
+            are over those that do.
 
     Raises:
         FloatingPointError: the loss is not a number.
     """
-    found, num_tokens = compared(cluster, text, windows, counts), num_counted(windows, counts)
+    found = compared(cluster, text, windows, counts)
+    num_tokens = num_counted(windows, counts)
     loss = sum(one.nll for one in found) / num_tokens
     divergence = sum(one.divergence for one in found) / num_tokens
     return Measured(_finite(text, perplexity_of(loss)), _finite(text, divergence))
@@ -497,7 +604,9 @@ def divergences_of(
     windows: NDArray[np.int64],
     counts: NDArray[np.bool_] | None = None,
 ) -> list[float]:
-    """Return the divergence from the dense model of every window of a text that was remembered, in nats per predicted token.
+    """Return the divergence from the dense model of every window of a remembered text.
+
+    Values are in nats per predicted token.
 
     With `counts`, per token that counts, see `measure`; 0 for a window in which none does.
 
@@ -509,7 +618,10 @@ def divergences_of(
         for number, one in enumerate(compared(cluster, text, windows, counts))
     ]
     if not all(map(math.isfinite, found)):
-        raise FloatingPointError(f"the divergence from the dense model on {text} is not finite; check the weights and the dtype")
+        raise FloatingPointError(
+            f"the divergence from the dense model on {text} is not finite; check the weights and "
+            "the dtype"
+        )
     return found
 
 
@@ -521,7 +633,7 @@ def compared(
     *,
     with_acceptance: bool = False,
 ) -> list[Compared]:
-    """Compare the present weights with the dense ones on every window of a text that was remembered.
+    """Compare the present weights with the dense ones on windows of a remembered text.
 
     Args:
         cluster: with loaded workers.
@@ -534,14 +646,19 @@ def compared(
     def at_the_end(last: WorkerIndex, moving: Any, numbers: list[int]) -> list[Compared]:
         tokens = token_payload(windows[numbers])
         counting = counts_payload(counts, numbers)
-        return cluster.submit(last, infer_comparison, moving, tokens, text, numbers, counting, with_acceptance)
+        return cluster.submit(
+            last, infer_comparison, moving, tokens, text, numbers, counting, with_acceptance
+        )
 
     return each_wave(cluster, windows, at_the_end)
 
 
 def _finite(text: str, value: float) -> float:
     if not math.isfinite(value):
-        raise FloatingPointError(f"the perplexity on {text}, or its divergence, is not finite; check the weights and the dtype")
+        raise FloatingPointError(
+            f"the perplexity on {text}, or its divergence, is not finite; check the weights and "
+            "the dtype"
+        )
     return value
 
 

@@ -23,7 +23,9 @@ class Placement:
 
     num_replicas: int  # copies of every shard
     blocks: tuple[BlockRange, ...]  # one range a shard, e.g. (0, 17), (17, 30)
-    owners: tuple[int, ...]  # shared-input group -> replica that reduces, inverts, costs and updates its linears
+    owners: tuple[
+        int, ...
+    ]  # shared-input group -> replica that reduces, inverts, costs and updates its linears
 
     @property
     def num_shards(self) -> int:
@@ -33,25 +35,36 @@ class Placement:
     @property
     def workers(self) -> list[WorkerIndex]:
         """Every worker, replica by replica."""
-        return [WorkerIndex(shard, replica) for replica in range(self.num_replicas) for shard in range(self.num_shards)]
+        return [
+            WorkerIndex(shard, replica)
+            for replica in range(self.num_replicas)
+            for shard in range(self.num_shards)
+        ]
 
     def rank(self, index: WorkerIndex) -> int:
         """Return the position of a worker in `workers`."""
         return index.replica * self.num_shards + index.shard
 
 
-def head_cost_in_blocks(shapes: Sequence[LinearShape], num_blocks: int, vocabulary: int, hidden: int) -> float:
+def head_cost_in_blocks(
+    shapes: Sequence[LinearShape], num_blocks: int, vocabulary: int, hidden: int
+) -> float:
     """Return what the head costs in a curvature pass, in blocks.
 
-    A linear costs 2 x 2 R C (forward, backward to its input) and R^2 + C^2 (its factors, half of them by symmetry) a token.
+    A linear costs 2 x 2 R C (forward, backward to its input) and R^2 + C^2 (its factors, half of
+    them by symmetry) a token.
     """
     inputs = {s.shared_input: s.num_columns for s in shapes}
-    block = sum(4 * s.num_rows * s.num_columns + s.num_rows**2 for s in shapes) + sum(c**2 for c in inputs.values())
+    block = sum(4 * s.num_rows * s.num_columns + s.num_rows**2 for s in shapes) + sum(
+        c**2 for c in inputs.values()
+    )
     return 4 * vocabulary * hidden * num_blocks / block
 
 
 def partition_blocks(num_blocks: int, num_shards: int, head_cost: float) -> tuple[BlockRange, ...]:
-    """Cut the blocks into contiguous shards so that the slowest is as fast as can be; the last one also has the head.
+    """Cut the blocks into contiguous shards so that the slowest is as fast as can be.
+
+    The last shard has the head, too.
 
     Args:
         num_blocks: decoder blocks.
@@ -63,8 +76,8 @@ def partition_blocks(num_blocks: int, num_shards: int, head_cost: float) -> tupl
     """
     if not 1 <= num_shards <= num_blocks:
         raise ValueError(
-            f"cluster.num_shards: {num_shards} shards cannot be filled, the model has {num_blocks} blocks; "
-            f"give 1 to {num_blocks} shards, and use cluster.num_replicas for more workers"
+            f"cluster.num_shards: {num_shards} shards cannot be filled, the model has {num_blocks} "
+            f"blocks; give 1 to {num_blocks} shards, and use cluster.num_replicas for more workers"
         )
     if num_shards == 1:
         return (BlockRange(0, num_blocks, num_blocks),)
@@ -77,18 +90,29 @@ def partition_blocks(num_blocks: int, num_shards: int, head_cost: float) -> tupl
     rest = num_blocks - last
     sizes = [rest // others + (i < rest % others) for i in range(others)] + [last]
     ends = [sum(sizes[: i + 1]) for i in range(num_shards)]
-    return tuple(BlockRange(end - size, end, num_blocks) for end, size in zip(ends, sizes, strict=True))
+    return tuple(
+        BlockRange(end - size, end, num_blocks) for end, size in zip(ends, sizes, strict=True)
+    )
 
 
-def assign_owners(shapes: Sequence[LinearShape], num_replicas: int, blocks: Sequence[BlockRange]) -> tuple[int, ...]:
-    """Give every shared-input group an owner among the replicas of its shard, the largest first to the least loaded.
+def assign_owners(
+    shapes: Sequence[LinearShape], num_replicas: int, blocks: Sequence[BlockRange]
+) -> tuple[int, ...]:
+    """Give every shared-input group an owner among the replicas of its shard.
 
-    The experts of a block have one owner, because each is estimated with the help of the others. The work of a linear is R^3 + C^3, for the
-    two factorisations.
+    The largest group goes first, to the replica with the least work.
+
+    The experts of a block have one owner, because each is estimated with the help of the others.
+    The work of a linear is R^3 + C^3, for the two factorisations.
     """
-    first_of_experts: dict[int, int] = {}  # block -> its first group of experts, which stands for all
+    first_of_experts: dict[
+        int, int
+    ] = {}  # block -> its first group of experts, which stands for all
     stands_for = {
-        s.shared_input: s.shared_input if s.expert is None else first_of_experts.setdefault(s.block, s.shared_input) for s in shapes
+        s.shared_input: s.shared_input
+        if s.expert is None
+        else first_of_experts.setdefault(s.block, s.shared_input)
+        for s in shapes
     }
     work: dict[int, int] = {}
     block_of = {s.shared_input: s.block for s in shapes}
@@ -98,7 +122,10 @@ def assign_owners(shapes: Sequence[LinearShape], num_replicas: int, blocks: Sequ
     owners = [0] * len(stands_for)
     for shard in blocks:
         load = [0] * num_replicas
-        for group in sorted((g for g in work if shard.first <= block_of[g] < shard.last), key=lambda g: (-work[g], g)):
+        for group in sorted(
+            (g for g in work if shard.first <= block_of[g] < shard.last),
+            key=lambda g: (-work[g], g),
+        ):
             owners[group] = load.index(min(load))
             load[owners[group]] += work[group]
     return tuple(owners[stands_for[group]] for group in range(len(owners)))
@@ -110,6 +137,8 @@ def place(layout: ModelLayout, num_shards: int, num_replicas: int) -> Placement:
     Raises:
         ValueError: see `partition_blocks`.
     """
-    head = head_cost_in_blocks(layout.linears, layout.num_blocks, layout.config.vocab_size, layout.config.hidden_size)
+    head = head_cost_in_blocks(
+        layout.linears, layout.num_blocks, layout.config.vocab_size, layout.config.hidden_size
+    )
     blocks = partition_blocks(layout.num_blocks, num_shards, head)
     return Placement(num_replicas, blocks, assign_owners(layout.linears, num_replicas, blocks))

@@ -1,4 +1,7 @@
-"""Which prompts the dense and the pruned model answer, so that their answers can be compared; see `ray_surgeon.cluster.generation`."""
+"""Which prompts the dense and the pruned model answer, to be compared.
+
+See `ray_surgeon.cluster.generation`.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,13 @@ from numpy.typing import NDArray
 from transformers import PretrainedConfig
 
 from ray_surgeon.cluster.cluster import Cluster
-from ray_surgeon.cluster.conversations import Conversations, Request, chat_marks, shows_turns, write_prompts
+from ray_surgeon.cluster.conversations import (
+    Conversations,
+    Request,
+    chat_marks,
+    shows_turns,
+    write_prompts,
+)
 from ray_surgeon.cluster.generation import check_prompts
 from ray_surgeon.sections.generation import GenerationSection
 from ray_surgeon.sections.texts import START_TOKENS, TURN_TOKENS
@@ -19,7 +28,10 @@ from ray_surgeon.storage.texts import has_chat_template, read_prompts
 
 WHERE = "evaluation.generation"
 _SEED = 7_919
-"""Added to a user's seed, so that the prompts are not those of conversations in the calibration with the same seed."""
+"""Added to a user's seed.
+
+So the prompts are not those of conversations in the calibration with the same seed.
+"""
 _HELD_SHARE = 0.1
 """Share of a calibration's file of prompts that is held aside for the comparison, at most."""
 
@@ -29,7 +41,9 @@ class Yardstick:
     """Prompts, and what their answers need."""
 
     section: GenerationSection
-    prompts: tuple[tuple[int, ...], ...]  # tokens of each; if the dense model writes some, in case that none of them is of use
+    prompts: tuple[
+        tuple[int, ...], ...
+    ]  # tokens of each; if the dense model writes some, in case that none of them is of use
     request: Conversations | None  # for prompts that the dense model writes
     ends: frozenset[int]  # tokens that end an answer
     tokenizer: Any = field(repr=False)
@@ -46,10 +60,14 @@ class Yardstick:
 
 
 def can_write_prompts(section: GenerationSection, tokenizer: Any, config: PretrainedConfig) -> bool:
-    """Whether a model can write prompts from its chat template's opening, and has room for their answers."""
+    """Whether a model can write prompts from its chat template's opening.
+
+    It must have room for their answers.
+    """
     if not shows_turns(tokenizer):
         return False
-    marks, longest = chat_marks(tokenizer, config, WHERE), getattr(config, "max_position_embeddings", None)
+    marks = chat_marks(tokenizer, config, WHERE)
+    longest = getattr(config, "max_position_embeddings", None)
     needed = len(marks.opening) + TURN_TOKENS + len(marks.closing) + section.max_new_tokens
     return bool(marks.opening) and (longest is None or needed <= longest)
 
@@ -66,31 +84,45 @@ def yardstick_of(
         section: `evaluation.generation`.
         tokenizer: of the model.
         config: of the model.
-        windows: [num_sequences, sequence_length] of the evaluation text that a model without a chat template goes on with.
+        windows: [num_sequences, sequence_length] of the evaluation text that a model without a chat
+            template goes on with.
 
     Raises:
         ValueError: a prompt cannot be read or answered; names the field.
     """
-    longest, new = getattr(config, "max_position_embeddings", None), section.max_new_tokens
+    longest = getattr(config, "max_position_embeddings", None)
+    new = section.max_new_tokens
     marks = chat_marks(tokenizer, config, WHERE)
     starts = windows[: section.num_prompts, : min(START_TOKENS, windows.shape[1])]
     prompts = [tuple(start) for start in starts.tolist()]
     if section.prompts is None and has_chat_template(tokenizer) and marks.opening:
-        length = len(marks.opening) + len(marks.closing) + len(marks.end) + 3 * TURN_TOKENS  # a third is a turn's
+        length = (
+            len(marks.opening) + len(marks.closing) + len(marks.end) + 3 * TURN_TOKENS
+        )  # a third is a turn's
         request = Conversations(marks, None, 0, length, 1.0, section.seed + _SEED, WHERE)
-        check_prompts([(*marks.opening, *marks.closing, *[0] * request.turn_tokens)], new, longest, f"{WHERE}.max_new_tokens")
+        check_prompts(
+            [(*marks.opening, *marks.closing, *[0] * request.turn_tokens)],
+            new,
+            longest,
+            f"{WHERE}.max_new_tokens",
+        )
         return Yardstick(section, tuple(prompts), request, marks.ends_of_answer, tokenizer)
     if section.prompts is not None:
         most = None if longest is None else longest - new
         read = read_prompts(section.prompts, tokenizer, f"{WHERE}.prompts", most)
-        drawn = np.sort(np.random.default_rng(section.seed).permutation(len(read))[: section.num_prompts])
+        drawn = np.sort(
+            np.random.default_rng(section.seed).permutation(len(read))[: section.num_prompts]
+        )
         prompts = [read[number].tokens for number in drawn]
     check_prompts(prompts, new, longest, f"{WHERE}.prompts")
     return Yardstick(section, tuple(prompts), None, marks.ends_of_answer, tokenizer)
 
 
 def held_prompts(
-    section: GenerationSection, written: Mapping[int, Request], tokenizer: Any, config: PretrainedConfig
+    section: GenerationSection,
+    written: Mapping[int, Request],
+    tokenizer: Any,
+    config: PretrainedConfig,
 ) -> tuple[Yardstick | None, dict[int, Request]]:
     """Take some prompts of the calibration's file out of it, for the comparison alone.
 
@@ -101,7 +133,8 @@ def held_prompts(
         config: of the model.
 
     Returns:
-        The yardstick, None if the calibration has no file of two prompts or more; and what is left to be written.
+        The yardstick, None if the calibration has no file of two prompts or more; and what is left
+        to be written.
     """
     for number, request in written.items():
         prompts = request.prompts if isinstance(request, Conversations) else None

@@ -21,7 +21,7 @@ _CGROUPS = (
     ("/sys/fs/cgroup", "memory.max", "memory.current", ""),
     ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
 )
-"""Of the second and the first version: folder, limit of a container, what it uses, and how names in memory.stat begin."""
+"""Folder, limit, use and prefix in memory.stat, of cgroup versions 2 and 1."""
 
 
 @dataclass(frozen=True)
@@ -35,33 +35,59 @@ class Found:
 
 
 def look_around(worker: Worker, root: str | None, run: str, attempt: str) -> Found:
-    """Return what there is, if what earlier tries of the run left on the disk goes; see `Scratch`. Runs on the worker."""
+    """Return what there is, if what earlier tries of the run left on the disk goes; see `Scratch`.
+
+    Runs on the worker.
+    """
     found = found_here(worker.device, root)
-    return replace(found, room=replace(found.room, disk=found.room.disk + Scratch(root, run, attempt, "").earlier_bytes()))
+    return replace(
+        found,
+        room=replace(
+            found.room, disk=found.room.disk + Scratch(root, run, attempt, "").earlier_bytes()
+        ),
+    )
 
 
 def found_here(device: torch.device, root: str | None) -> Found:
-    """Return what there is on this machine; its disk is that of the root of scratch folders, which may be yet to be made."""
+    """Return what there is on this machine.
+
+    The disk is that of the root of scratch folders, which may not exist yet.
+    """
     there = scratch_root(root)
     while not os.path.exists(there):
         there = there.parent
-    host, disk = float(available_bytes()), float(shutil.disk_usage(there).free)
+    host = float(available_bytes())
+    disk = float(shutil.disk_usage(there).free)
     if device.type != "cuda":
         return Found(socket.gethostname(), "cpu", "", Room(host, host, disk, device_is_host=True))
     gc.collect()  # of earlier runs in this process
     torch.cuda.empty_cache()
-    properties, (free, _) = torch.cuda.get_device_properties(device), torch.cuda.mem_get_info(device)
-    return Found(socket.gethostname(), str(properties.uuid), properties.name, Room(float(free), host, disk, device_is_host=False))
+    properties = torch.cuda.get_device_properties(device)
+    (free, _) = torch.cuda.mem_get_info(device)
+    return Found(
+        socket.gethostname(),
+        str(properties.uuid),
+        properties.name,
+        Room(float(free), host, disk, device_is_host=False),
+    )
 
 
 def shared(found: Sequence[Found]) -> Room:
     """Return what every worker may use, where workers share machines and devices."""
-    on_machine, on_device = Counter(f.machine for f in found), Counter((f.machine, f.device) for f in found)
+    on_machine = Counter(f.machine for f in found)
+    on_device = Counter((f.machine, f.device) for f in found)
     rooms = []
     for f in found:
         machine = on_machine[f.machine]
         device = machine if f.room.device_is_host else on_device[f.machine, f.device]
-        rooms.append(replace(f.room, device=f.room.device / device, host=f.room.host / machine, disk=f.room.disk / machine))
+        rooms.append(
+            replace(
+                f.room,
+                device=f.room.device / device,
+                host=f.room.host / machine,
+                disk=f.room.disk / machine,
+            )
+        )
     return Room.smallest(rooms)
 
 
@@ -70,17 +96,32 @@ def device_of(found: Sequence[Found], num_threads: int) -> Device:
     name = found[0].device_name.lower()
     if not name:
         return DEVICES["cpu"].times(num_threads)
-    return next((device for key, device in DEVICES.items() if key in name.replace(" ", "")), DEVICES["a100"])
+    return next(
+        (device for key, device in DEVICES.items() if key in name.replace(" ", "")), DEVICES["a100"]
+    )
 
 
 def available_bytes() -> int:
     """Return the memory that this machine, or this container, can still give."""
-    meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines()) if Path("/proc/meminfo").exists() else {}
+    meminfo = (
+        dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        if Path("/proc/meminfo").exists()
+        else {}
+    )
     available = int(meminfo.get("MemAvailable", "8000000 kB").split()[0]) * 1024
     for folder, limit, used, prefix in _CGROUPS:
-        if Path(folder, limit).exists() and (text := Path(folder, limit).read_text().strip()) != "max":
-            lines = Path(folder, "memory.stat").read_text().splitlines() if Path(folder, "memory.stat").exists() else []
+        if (
+            Path(folder, limit).exists()
+            and (text := Path(folder, limit).read_text().strip()) != "max"
+        ):
+            lines = (
+                Path(folder, "memory.stat").read_text().splitlines()
+                if Path(folder, "memory.stat").exists()
+                else []
+            )
             stat = dict(line.split() for line in lines)
-            files = sum(int(stat.get(f"{prefix}{kind}_file", 0)) for kind in ("inactive", "active"))  # go when memory is wanted
+            files = sum(
+                int(stat.get(f"{prefix}{kind}_file", 0)) for kind in ("inactive", "active")
+            )  # go when memory is wanted
             available = min(available, int(text) - int(Path(folder, used).read_text()) + files)
     return max(1, available)  # a plan divides by it

@@ -1,4 +1,4 @@
-"""Lets the model write: tokens are drawn one after the other, while keys and values stay on workers.
+"""Lets the model write token by token, while keys and values stay on workers.
 
 Texts that are written together all start at position 0, without padding. While a text's own prompt
 is not used up, the next token of the prompt is fed in place of the drawn one.
@@ -148,7 +148,9 @@ def begin(worker: Worker, batch: int, numbers: Sequence[int], wanted: Wanted) ->
     worker.keeping(_Writing).batches[batch] = _Batch(worker.runner.new_cache(), draws)
 
 
-def write_on(worker: Worker, batch: int, inputs: TensorPayload, rows: Sequence[int] | None = None) -> TensorPayload:
+def write_on(
+    worker: Worker, batch: int, inputs: TensorPayload, rows: Sequence[int] | None = None
+) -> TensorPayload:
     """Run the next tokens of a batch through a shard.
 
     Args:
@@ -261,7 +263,9 @@ class _BatchOfTexts:
         self._in_flight: deque[tuple[list[int], int, TensorPayload]] = deque()
         prompts = tuple(wanted.prompts[i] for i in numbers)
         own = Wanted(prompts, wanted.num_tokens, wanted.temperature, wanted.seed)
-        cluster.get([cluster.submit(worker, begin, number, numbers, own) for worker in self._workers])
+        cluster.get(
+            [cluster.submit(worker, begin, number, numbers, own) for worker in self._workers]
+        )
         self._position = min(map(len, prompts))  # of the tokens that come back next
         *pieces, self._inputs = self._pieces(prompts)
         for piece in pieces:

@@ -7,11 +7,19 @@ from collections.abc import Iterator
 from typing import Literal
 
 Operation = tuple[int, Literal["forward", "backward"], int]
-"""(shard, direction, micro-batch). On the last shard the backward pass belongs to the forward operation."""
+"""(shard, direction, micro-batch).
+
+On the last shard the backward pass belongs to the forward operation.
+"""
 
 
-def one_forward_one_backward(shard: int, num_shards: int, num_micro_batches: int) -> Iterator[Operation]:
-    """Yield the operations of one shard in 1F1B order (Narayanan et al. 2019): at most ``num_shards - shard`` are in flight."""
+def one_forward_one_backward(
+    shard: int, num_shards: int, num_micro_batches: int
+) -> Iterator[Operation]:
+    """Yield the operations of one shard in 1F1B order (Narayanan et al. 2019).
+
+    At most ``num_shards - shard`` waves are in flight.
+    """
     warm_up = min(num_shards - 1 - shard, num_micro_batches)
     for micro_batch in range(num_micro_batches + warm_up):
         if micro_batch < num_micro_batches:
@@ -21,8 +29,11 @@ def one_forward_one_backward(shard: int, num_shards: int, num_micro_batches: int
 
 
 def submission_order(num_shards: int, num_micro_batches: int) -> list[Operation]:
-    """Merge the shards' 1F1B orders so that every operation comes after those whose results it needs."""
-    queues = [deque(one_forward_one_backward(shard, num_shards, num_micro_batches)) for shard in range(num_shards)]
+    """Merge the shards' 1F1B orders; an operation comes after those that it needs."""
+    queues = [
+        deque(one_forward_one_backward(shard, num_shards, num_micro_batches))
+        for shard in range(num_shards)
+    ]
     done: set[Operation] = set()
     order: list[Operation] = []
     while any(queues):
@@ -37,5 +48,9 @@ def _needs(operation: Operation, num_shards: int) -> set[Operation]:
     shard, direction, micro_batch = operation
     if direction == "forward":
         return {(shard - 1, "forward", micro_batch)} if shard else set()
-    after: Operation = (shard + 1, "forward" if shard + 1 == num_shards - 1 else "backward", micro_batch)
+    after: Operation = (
+        shard + 1,
+        "forward" if shard + 1 == num_shards - 1 else "backward",
+        micro_batch,
+    )
     return {after}

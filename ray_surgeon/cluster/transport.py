@@ -1,4 +1,7 @@
-"""Tensors to and from the object store: numpy arrays are shared without a copy, pickled torch tensors are not."""
+"""Tensors to and from the object store, as numpy arrays.
+
+Arrays are shared without a copy; pickled torch tensors are not.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,20 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TensorPayload:
-    """A tensor on its way: a numpy array and the torch dtype it stands for, e.g. int16 for "bfloat16"."""
+    """A tensor on its way: a numpy array and the torch dtype it stands for.
+
+    For example int16 for "bfloat16".
+    """
 
     array: NDArray[np.generic]
     dtype: str
 
 
 def encode(tensor: Tensor) -> TensorPayload:
-    """Return a tensor as it travels. A view becomes a copy of its own, or its whole storage would travel."""
+    """Return a tensor as it travels.
+
+    A view becomes a copy of its own, or its whole storage would travel.
+    """
     dense = tensor.detach().cpu().contiguous()
     if dense.untyped_storage().nbytes() != dense.nbytes:
         dense = dense.clone()
@@ -29,7 +38,10 @@ def encode(tensor: Tensor) -> TensorPayload:
 
 
 def decode(payload: TensorPayload, device: torch.device) -> Tensor:
-    """Return a tensor that may be written to: what lies in the object store is shared with other readers."""
+    """Return a tensor that may be written to.
+
+    What lies in the object store is shared with other readers.
+    """
     tensor = torch.tensor(payload.array)
     if payload.dtype == "bfloat16":
         tensor = tensor.view(torch.bfloat16)

@@ -1,4 +1,7 @@
-"""One worker: a shard of blocks and its masks. A plain class; Ray or a local cluster calls it, and it runs the steps it is given."""
+"""One worker: a shard of blocks and its masks.
+
+A plain class; Ray or a local cluster calls it, and it runs the steps it is given.
+"""
 
 from __future__ import annotations
 
@@ -42,8 +45,14 @@ class ModelRecipe:
     """How a worker gets its weights."""
 
     model: ModelSection  # the dense model, and the dtype of weights and activations
-    shot_files: tuple[tuple[str, str], ...] = ()  # (key, URI of its file) of the committed shot to continue from
-    scratch: tuple[str | None, str, str] = (None, "none", "none")  # folder, None for the machine's own; names of the run and of this try
+    shot_files: tuple[
+        tuple[str, str], ...
+    ] = ()  # (key, URI of its file) of the committed shot to continue from
+    scratch: tuple[str | None, str, str] = (
+        None,
+        "none",
+        "none",
+    )  # folder, None for the machine's own; names of the run and of this try
 
 
 @dataclass(frozen=True)
@@ -57,7 +66,11 @@ class LinearSummary:
     columns_kept: int  # columns of which something stays, the bias included
     num_kept: int  # entries that the mask keeps
     num_nonzero: int  # entries that are not exactly zero
-    predicted: float | None  # loss increase of this shot's change by the quadratic model, in nats per token; None without such a model
+    predicted: (
+        float | None
+        # loss increase of this shot's change by the quadratic model, in nats per token; None
+        # without such a model
+    )
     residual: float  # of the equations of the update, relative; 0 where they are solved directly
 
     @property
@@ -67,9 +80,19 @@ class LinearSummary:
 
 
 class Worker:
-    """Holds one shard of one replica. Each linear has one owner among the replicas, which computes its costs and updates it."""
+    """Holds one shard of one replica.
 
-    def __init__(self, layout: ModelLayout, placement: Placement, index: WorkerIndex, num_threads: int, device: str) -> None:
+    Each linear has one owner among the replicas, which computes its costs and updates it.
+    """
+
+    def __init__(
+        self,
+        layout: ModelLayout,
+        placement: Placement,
+        index: WorkerIndex,
+        num_threads: int,
+        device: str,
+    ) -> None:
         """Prepare an empty worker.
 
         Args:
@@ -77,10 +100,14 @@ class Worker:
             placement: where every block is.
             index: which worker this is.
             num_threads: torch threads on the CPU.
-            device: "cpu", or a GPU such as "cuda:0"; "cuda" if the worker is to take one by `take_gpu`.
+            device: "cpu", or a GPU such as "cuda:0"; "cuda" if the worker is to take one by
+                `take_gpu`.
         """
         torch.set_num_threads(num_threads)
-        self.layout, self.placement, self.index, self.device = layout, placement, index, torch.device(device)
+        self.layout = layout
+        self.placement = placement
+        self.index = index
+        self.device = torch.device(device)
         self.gpu: str | None = None  # its name, as in CUDA_VISIBLE_DEVICES, for other processes
         self.replicas: ReplicaGroup = SingleReplica()
         self.scratch: Scratch | None = None  # once something is loaded
@@ -91,7 +118,9 @@ class Worker:
         self._kept: dict[type, Any] = {}
         self._busy_s = self._packing_s = 0.0
 
-    def call(self, step: Callable[Concatenate[Worker, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+    def call(
+        self, step: Callable[Concatenate[Worker, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
         """Run a step and count the time."""
         start = time.perf_counter()
         try:
@@ -100,7 +129,7 @@ class Worker:
             self._busy_s += time.perf_counter() - start
 
     def ping(self) -> tuple[int, int]:
-        """Show that this process lives, and how many of how many linears the present step has done."""
+        """Return how many of how many linears the present step has done; shows that it lives."""
         return self.position
 
     def usage(self) -> Usage:
@@ -116,7 +145,8 @@ class Worker:
             name: of the GPU, as in ``CUDA_VISIBLE_DEVICES``.
             number: among those that the process sees.
         """
-        self.gpu, self.device = name, torch.device("cuda", number)
+        self.gpu = name
+        self.device = torch.device("cuda", number)
         torch.cuda.set_device(self.device)
 
     # Tensors to and from other workers; packing them is what the object store costs a worker
@@ -179,10 +209,14 @@ class Worker:
         source = open_model(recipe.model)
         scratch = Scratch(*recipe.scratch, f"{self.index.shard}-{self.index.replica}")
         scratch.remove_earlier()
-        blocks, dtype = self.placement.blocks[self.index.shard], getattr(torch, recipe.model.dtype)
-        self.shard, self.scratch = ModelShard(self.layout, blocks, dtype, self.device, stores, scratch), scratch
+        blocks = self.placement.blocks[self.index.shard]
+        dtype = getattr(torch, recipe.model.dtype)
+        self.shard = ModelShard(self.layout, blocks, dtype, self.device, stores, scratch)
+        self.scratch = scratch
         self.runner = BlockRunner(self.shard)
-        reader, shot, pruned_in = source.reader(), self.shot_reader, dict(recipe.shot_files)
+        reader = source.reader()
+        shot = self.shot_reader
+        pruned_in = dict(recipe.shot_files)
         read_dense = tensor_reader(self.layout, reader.file_of, reader.read, source.origin)
 
         def read(name: str) -> Tensor:
@@ -191,16 +225,30 @@ class Worker:
         # stacks of experts are taken apart once, not whenever a block is read
         is_read_again = reader.is_local and not self.layout.family.stacks_experts
         stays = is_read_again and all(files.is_local(uri) for uri in set(pruned_in.values()))
-        kind: type[StructuredMask] | type[ElementMask] = ElementMask if by_element else StructuredMask
+        kind: type[StructuredMask] | type[ElementMask] = (
+            ElementMask if by_element else StructuredMask
+        )
         parts = [part.name for part in fields(kind)] if recipe.shot_files else []
         of_masks = [f"{name}.{part}" for name in self.shard.linears for part in parts]
-        kept = {f"{name}.kept": (shape.num_rows, shape.num_columns) for name, shape in self.layout.shapes.items() if by_element}
-        get = read if stays else ReadAhead(read, [*self.shard.wanted, *of_masks], {**self.layout.parameters, **kept})
+        kept = {
+            f"{name}.kept": (shape.num_rows, shape.num_columns)
+            for name, shape in self.layout.shapes.items()
+            if by_element
+        }
+        get = (
+            read
+            if stays
+            else ReadAhead(
+                read, [*self.shard.wanted, *of_masks], {**self.layout.parameters, **kept}
+            )
+        )
         self.shard.load(get, stays=stays)
         for name in self.shard.linears:
             shape = self.layout.shapes[name]
             found = {part: get(f"{name}.{part}").to(torch.bool, copy=True) for part in parts}
-            self.masks[name] = kind(**found) if parts else kind.full(shape.num_rows, shape.num_columns)
+            self.masks[name] = (
+                kind(**found) if parts else kind.full(shape.num_rows, shape.num_columns)
+            )
 
     def owner(self, name: str) -> int:
         """Return the replica that computes the costs of a linear and updates it."""
@@ -211,7 +259,7 @@ class Worker:
         return self.owner(name) == self.replicas.rank
 
     def owned(self) -> Iterator[str]:
-        """Yield the names of the linears that are this replica's, and let the coordinator see how many are done."""
+        """Yield the names of the linears that this replica owns, and report progress."""
         return self.each([name for name in self.shard.linears if self.owns(name)])
 
     def each(self, names: list[str]) -> Iterator[str]:
@@ -236,29 +284,52 @@ class Worker:
     def group_sets(self) -> list[GroupSet]:
         """Coupled groups of this shard's blocks."""
         blocks = self.shard.blocks
-        return [groups for groups in self.layout.group_sets if blocks.first <= groups.block < blocks.last]
+        return [
+            groups
+            for groups in self.layout.group_sets
+            if blocks.first <= groups.block < blocks.last
+        ]
 
     @functools.cached_property
     def expert_sets(self) -> list[ExpertSet]:
         """The experts of this shard's blocks."""
         blocks = self.shard.blocks
-        return [experts for experts in self.layout.expert_sets if blocks.first <= experts.block < blocks.last]
+        return [
+            experts
+            for experts in self.layout.expert_sets
+            if blocks.first <= experts.block < blocks.last
+        ]
 
     def removed_experts(self, experts: ExpertSet) -> Tensor:
-        """Return which experts of a block are removed, [num_experts] bool: nothing of their last linears is kept, not even rows."""
-        return torch.tensor([not self.mask(linears[-1], StructuredMask).rows.any() for linears in experts.linears])
+        """Return which experts of a block are removed, [num_experts] bool.
+
+        Nothing of their last linears is kept, not even rows.
+        """
+        return torch.tensor(
+            [not self.mask(linears[-1], StructuredMask).rows.any() for linears in experts.linears]
+        )
 
     def remove_experts(self, experts: ExpertSet, removed: Tensor) -> None:
-        """Remove whole experts, [num_experts] bool, and let the router go around all that are removed."""
+        """Remove whole experts, [num_experts] bool.
+
+        The router goes around all that are removed.
+        """
         for number in removed.nonzero()[:, 0].tolist():
             for name in experts.linears[number]:
                 mask = self.mask(name, StructuredMask)
-                self.masks[name] = StructuredMask(torch.zeros_like(mask.rows), torch.zeros_like(mask.columns))
-                self.shard.set_weight(name, torch.zeros(len(mask.rows), len(mask.columns), device=self.device))
+                self.masks[name] = StructuredMask(
+                    torch.zeros_like(mask.rows), torch.zeros_like(mask.columns)
+                )
+                self.shard.set_weight(
+                    name, torch.zeros(len(mask.rows), len(mask.columns), device=self.device)
+                )
         self.shard.route_around(experts.block, ~self.removed_experts(experts))
 
     def share_linears(self, names: Iterable[str]) -> None:
-        """Send linears and their masks from their owners to the other replicas, after all of them have done their own."""
+        """Send linears and their masks from their owners to the other replicas.
+
+        All owners have done their own before.
+        """
         for name in names if not isinstance(self.replicas, SingleReplica) else ():
             W = self.shard.weight(name)
             self.replicas.broadcast(W, self.owner(name))
@@ -275,10 +346,17 @@ class Worker:
 
     def summary(self, name: str, predicted: float | None, residual: float) -> LinearSummary:
         """Return what is left of a linear."""
-        mask, W = self.masks[name], self.shard.weight(name)
-        rows, columns = (mask.rows, mask.columns) if isinstance(mask, StructuredMask) else (mask.kept.any(1), mask.kept.any(0))
+        mask = self.masks[name]
+        W = self.shard.weight(name)
+        rows, columns = (
+            (mask.rows, mask.columns)
+            if isinstance(mask, StructuredMask)
+            else (mask.kept.any(1), mask.kept.any(0))
+        )
         kept = int(rows.sum()), int(columns.sum()), mask.num_kept
-        return LinearSummary(name, len(rows), len(columns), *kept, int(W.count_nonzero()), predicted, residual)
+        return LinearSummary(
+            name, len(rows), len(columns), *kept, int(W.count_nonzero()), predicted, residual
+        )
 
 
 def load(worker: Worker, recipe: ModelRecipe, by_element: bool, stores: Stores) -> None:

@@ -12,8 +12,8 @@ tags: [pruning, {tag}]
 ---
 # {name}
 
-{source}, pruned by {method}: {sparsity:.2%} of the parameters of the decoder blocks' linears were removed
-({structure}). {summary}
+{source}, pruned by {method}: {sparsity:.2%} of the parameters of the decoder blocks' linears were
+removed ({structure}). {summary}
 {generation}
 | text | perplexity before | after |
 |---|---|---|
@@ -30,7 +30,11 @@ Calibrated on {num_sequences} x {sequence_length} tokens of {calibration}. Weigh
 {loaders}
 """
 
-_METHODS = {"llm_surgeon": "The LLM Surgeon (arXiv 2312.17244)", "sparsegpt": "SparseGPT", "wanda": "Wanda"}
+_METHODS = {
+    "llm_surgeon": "The LLM Surgeon (arXiv 2312.17244)",
+    "sparsegpt": "SparseGPT",
+    "wanda": "Wanda",
+}
 
 _GENERATION = """
 | beside the dense model's answers to prompts | |
@@ -40,8 +44,9 @@ _GENERATION = """
 | divergence, nats per token | {divergence:.3f} |
 | own answer is the same for, tokens (mean) | {until:.1f} |
 
-The acceptance rate is how often speculative decoding of the dense model would accept a token that this model proposes: 1 minus the
-total variation between both distributions of the next token, in the mean over the answers' tokens.
+The acceptance rate is how often speculative decoding of the dense model would accept a token that
+this model proposes: 1 minus the total variation between both distributions of the next token, in
+the mean over the answers' tokens.
 """
 
 _SPEED = """
@@ -49,11 +54,13 @@ _SPEED = """
 |---|---|---|---|
 | prefill of {prompt_length} tokens | {prefill_dense:.1f} | {prefill:.1f} | {prefill_ratio:.3f} |
 | decode | {decode_dense:.1f} | {decode:.1f} | {decode_ratio:.3f} |
-| peak memory of a process with it alone, MB | {memory_dense:.0f} | {memory:.0f} | {memory_ratio:.3f} |
+| peak memory of a process, MB | {memory_dense:.0f} | {memory:.0f} | {memory_ratio:.3f} |
 """
 
 
-def model_card(summary: str, entry: Mapping[str, Any], source: str, facts: Mapping[str, Any]) -> str:
+def model_card(
+    summary: str, entry: Mapping[str, Any], source: str, facts: Mapping[str, Any]
+) -> str:
     """Return the text of README.md.
 
     Args:
@@ -71,7 +78,10 @@ def model_card(summary: str, entry: Mapping[str, Any], source: str, facts: Mappi
         structure=facts["structure"],
         tag=facts["method"].replace("_", "-"),
         method=_METHODS[facts["method"]],
-        texts="\n".join(f"| {text} | {before:.3f} | {after:.3f} |" for text, (before, after) in facts["perplexity"].items()),
+        texts="\n".join(
+            f"| {text} | {before:.3f} | {after:.3f} |"
+            for text, (before, after) in facts["perplexity"].items()
+        ),
         calibration=calibration["source"],
         num_sequences=calibration["num_sequences"],
         sequence_length=calibration["sequence_length"],
@@ -81,7 +91,9 @@ def model_card(summary: str, entry: Mapping[str, Any], source: str, facts: Mappi
         speed=_speed(entry["speed"]) if "speed" in entry else "",
         library="transformers" if "from_pretrained" in entry["load"] else "llama.cpp",
         load=_load(entry),
-        loaders="\n".join(f"| {program} | {known} |" for program, known in entry["loaders"].items()),
+        loaders="\n".join(
+            f"| {program} | {known} |" for program, known in entry["loaders"].items()
+        ),
     )
 
 
@@ -96,12 +108,23 @@ def _load(entry: Mapping[str, Any]) -> str:
     if "from_pretrained" in entry["load"]:
         line = entry["load"].replace(str(entry["uri"]), "folder").replace('"folder"', "folder")
         return f"```python\nfrom transformers import AutoModelForCausalLM\nmodel = {line}\n```"
-    lines = [f"| {file['file']} | {file['size_bytes'] / 1e6:.1f} | {file['largest_error']:.2g} |" for file in entry["files"]]
-    table = "\n".join(["| file | MB | largest error of a weight, of its matrix's largest |", "|---|---|---|", *lines])
+    lines = [
+        f"| {file['file']} | {file['size_bytes'] / 1e6:.1f} | {file['largest_error']:.2g} |"
+        for file in entry["files"]
+    ]
+    table = "\n".join(
+        [
+            "| file | MB | largest error of a weight, of its matrix's largest |",
+            "|---|---|---|",
+            *lines,
+        ]
+    )
     return f"    llama-server --model {entry['files'][0]['file']}\n\n{table}"
 
 
-def _tasks(before: Mapping[str, Mapping[str, float]], after: Mapping[str, Mapping[str, float]]) -> str:
+def _tasks(
+    before: Mapping[str, Mapping[str, float]], after: Mapping[str, Mapping[str, float]]
+) -> str:
     lines = [
         f"| {task} | {metric} | {before[task][metric]:.4f} | {value:.4f} |"
         for task, metrics in after.items()
@@ -112,7 +135,8 @@ def _tasks(before: Mapping[str, Mapping[str, float]], after: Mapping[str, Mappin
 
 
 def _speed(speed: Mapping[str, Any]) -> str:
-    dense, pruned = speed["dense"], speed["pruned"]
+    dense = speed["dense"]
+    pruned = speed["pruned"]
     memory = "peak_gpu_bytes" if dense["peak_gpu_bytes"] else "peak_rss_bytes"
     return _SPEED.format(
         **{name: speed[name] for name in ("device", "dtype", "batch_size", "prompt_length")},

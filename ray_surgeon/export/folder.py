@@ -1,4 +1,4 @@
-"""A Hugging Face folder: written by the workers, reloaded in a fresh process, its logits compared with theirs."""
+"""A Hugging Face folder: written by the workers, reloaded in a fresh process, compared."""
 
 from __future__ import annotations
 
@@ -29,12 +29,28 @@ from ray_surgeon.storage import files, tensor_files
 from ray_surgeon.storage.sources import goes_along, open_model
 
 NUM_COMPARED_TOKENS = 64
-WRITTEN = ("model.safetensors", "model-?????-of-?????.safetensors", "masks.safetensors", "masks-?????-of-?????.safetensors", "*.index.json")
+WRITTEN = (
+    "model.safetensors",
+    "model-?????-of-?????.safetensors",
+    "masks.safetensors",
+    "masks-?????-of-?????.safetensors",
+    "*.index.json",
+)
 """Names of the files of weights and masks."""
 
 
-def write_weights(cluster: Cluster, uri: str, *, cut_out: bool, masks: bool, left_out: tuple[str, ...] = (), stored: bool = True) -> int:
-    """Have every shard write its files, and an index if there are several, in the place of others. Returns the bytes of all weights.
+def write_weights(
+    cluster: Cluster,
+    uri: str,
+    *,
+    cut_out: bool,
+    masks: bool,
+    left_out: tuple[str, ...] = (),
+    stored: bool = True,
+) -> int:
+    """Have every shard write its files, and an index if there are several, in the place of others.
+
+    Returns the bytes of all weights.
 
     Args:
         cluster: with the pruned weights.
@@ -44,11 +60,23 @@ def write_weights(cluster: Cluster, uri: str, *, cut_out: bool, masks: bool, lef
         left_out: see `save_weights`.
         stored: likewise.
     """
-    files.remove_files(uri, WRITTEN)  # of a try that was interrupted, perhaps with another number of files
+    files.remove_files(
+        uri, WRITTEN
+    )  # of a try that was interrupted, perhaps with another number of files
     numbers = cluster.run_all(num_files, masks)
-    of_weights, of_masks = _names("model", [n for n, _ in numbers]), _names("masks", [n for _, n in numbers])
+    of_weights = _names("model", [n for n, _ in numbers])
+    of_masks = _names("masks", [n for _, n in numbers])
     futures = [
-        cluster.submit(index, save_weights, uri, of_weights[i], of_masks[i], cut_out=cut_out, left_out=left_out, stored=stored)
+        cluster.submit(
+            index,
+            save_weights,
+            uri,
+            of_weights[i],
+            of_masks[i],
+            cut_out=cut_out,
+            left_out=left_out,
+            stored=stored,
+        )
         for i, index in enumerate(cluster.placement.workers)
     ]
     written = [file for worker in cluster.get(futures) for file in worker]
@@ -56,22 +84,31 @@ def write_weights(cluster: Cluster, uri: str, *, cut_out: bool, masks: bool, lef
     total = sum(file.size_bytes for file in weights)
     if len(weights) > 1:
         weight_map = {key: file.uri.rpartition("/")[2] for file in weights for key in file.keys}
-        files.write_json(files.join(uri, "model.safetensors.index.json"), {"metadata": {"total_size": total}, "weight_map": weight_map})
+        files.write_json(
+            files.join(uri, "model.safetensors.index.json"),
+            {"metadata": {"total_size": total}, "weight_map": weight_map},
+        )
     return total
 
 
 def _names(stem: str, numbers: Sequence[int]) -> list[list[str]]:
-    """Return the names of the files of every worker, numbered through all of them if there are several."""
-    count, names, first = sum(numbers), [], 1
+    """Return the names of the files of every worker, numbered if there are several."""
+    count = sum(numbers)
+    names = []
+    first = 1
     for number in numbers:
-        several = [f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(first, first + number)]
+        several = [
+            f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(first, first + number)
+        ]
         names.append(several if count > 1 else [f"{stem}.safetensors"] * number)
         first += number
     return names
 
 
 def dense_document(model: ModelSection) -> dict[str, Any]:
-    """Return the content of the dense model's config.json, with the dtype of the job, not quantised, and without code of its own.
+    """Return the dense model's config.json, with the dtype of the job.
+
+    It is not quantised and names no code.
 
     Every family here has classes in transformers, and files of code are not copied.
     """
@@ -86,8 +123,9 @@ def dense_document(model: ModelSection) -> dict[str, Any]:
 def copy_small_files(model: ModelSection, uri: str, *, another_type: bool = False) -> None:
     """Copy the tokenizer and the generation configuration of the dense model.
 
-    transformers chooses a tokenizer's class by the type of the model, and some classes build another one than the file says. So if the
-    export is of another type than the dense model, the tokenizer is written as it is for the dense one.
+    transformers chooses a tokenizer's class by the type of the model, and some classes build
+    another one than the file says. So if the export is of another type than the dense model, the
+    tokenizer is written as it is for the dense one.
     """
     dense = open_model(model)
     for name in filter(goes_along, dense.names):
@@ -100,7 +138,9 @@ def copy_small_files(model: ModelSection, uri: str, *, another_type: bool = Fals
         if not (Path(scratch) / "tokenizer.json").exists():
             return
         said = Path(scratch) / "tokenizer_config.json"
-        document = json.loads(said.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+        document = json.loads(said.read_text(encoding="utf-8")) | {
+            "tokenizer_class": "PreTrainedTokenizerFast"
+        }
         said.write_text(json.dumps(document, indent=2, ensure_ascii=False), encoding="utf-8")
         for path in Path(scratch).iterdir():
             files.put_file(files.join(uri, path.name), path)
@@ -135,7 +175,12 @@ def write_gguf_files(
     weights = files.join(uri, "weights")
     files.remove_folder(uri)  # of a try that was interrupted
     name = model.source.rstrip("/").rpartition("/")[2].removesuffix(".gguf") + "-pruned"
-    request = {"folder": weights, "document": document, "widths": [asdict(width) for width in widths], "kinds": kinds}
+    request = {
+        "folder": weights,
+        "document": document,
+        "widths": [asdict(width) for width in widths],
+        "kinds": kinds,
+    }
     try:
         write_weights(cluster, weights, cut_out=True, masks=False, left_out=left_out)
         copy_small_files(model, weights)
@@ -160,7 +205,10 @@ def download_folder(uri: str, folder: Path, *, weights: bool = True) -> None:
 
 @contextlib.contextmanager
 def local_folder(uri: str) -> Iterator[tuple[Path, Path]]:
-    """Yield an export's folder on this machine, a copy if it lies elsewhere, and a scratch folder; the copy is gone afterwards."""
+    """Yield an export's folder on this machine, and a scratch folder.
+
+    An export elsewhere is copied; the copy is gone afterwards.
+    """
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         folder = Path(files.open_filesystem(uri)[1]) if files.is_local(uri) else scratch / "model"
@@ -170,9 +218,17 @@ def local_folder(uri: str) -> Iterator[tuple[Path, Path]]:
 
 
 def _to_load(folder: Path, scratch: Path) -> dict[str, Any]:
-    """Return what `reload.load` has to know of a folder: where it is, and how much memory it may take if there is little."""
-    size, most = sum(path.stat().st_size for path in folder.glob("*.safetensors")), available_bytes()
-    little = {"max_memory": int(most / 2), "offload": str(scratch / "offload")} if 1.5 * size > most else {}
+    """Return what `reload.load` has to know of a folder.
+
+    That is where it is, and how much memory it may take if there is little.
+    """
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    most = available_bytes()
+    little = (
+        {"max_memory": int(most / 2), "offload": str(scratch / "offload")}
+        if 1.5 * size > most
+        else {}
+    )
     return {"folder": str(folder)} | little
 
 
@@ -184,7 +240,9 @@ def quantised_copy(
     texts: Mapping[str, NDArray[np.int64]],
     rounded: tuple[str, Sequence[str]] | None = None,
 ) -> dict[str, Any]:
-    """Write the quantised copy of an export, load it in a process of its own, and return its size, its error and its perplexities.
+    """Write the quantised copy of an export, and load it in a process of its own.
+
+    Returns its size, its error and its perplexities.
 
     Args:
         uri: the export.
@@ -192,7 +250,8 @@ def quantised_copy(
         linears: names of what is quantised.
         section: how.
         texts: name -> [num_windows, T] tokens to evaluate on.
-        rounded: folder with the same weights, rounded, and the files of their scales; if not given, they are rounded to the nearest number.
+        rounded: folder with the same weights, rounded, and the files of their scales; if not given,
+            they are rounded to the nearest number.
 
     Raises:
         RuntimeError: it cannot be quantised or loaded.
@@ -205,22 +264,44 @@ def quantised_copy(
             if not path.name.endswith((".index.json", ".md")):
                 files.put_file(files.join(target, path.name), path)
     source, scales = rounded or (uri, ())
-    request: dict[str, Any] = {"source": source, "export": uri, "scales": list(scales), "target": target, "linears": list(linears)}
+    request: dict[str, Any] = {
+        "source": source,
+        "export": uri,
+        "scales": list(scales),
+        "target": target,
+        "linears": list(linears),
+    }
     request |= {"scheme": section.scheme, "group_size": section.columns_together}
     try:
         found = run_module("ray_surgeon.export.quantized", request)
         with local_folder(target) as (folder, scratch_folder):
             windows = {name: torch.from_numpy(tokens) for name, tokens in texts.items()}
             tensor_files.write(str(scratch_folder / "windows"), windows)
-            about = {"windows": str(scratch_folder / "windows"), "num_threads": torch.get_num_threads(), "shipped_code": False}
-            found["perplexity"] = run_module("ray_surgeon.export.perplexity", about | _to_load(folder, scratch_folder))
+            about = {
+                "windows": str(scratch_folder / "windows"),
+                "num_threads": torch.get_num_threads(),
+                "shipped_code": False,
+            }
+            found["perplexity"] = run_module(
+                "ray_surgeon.export.perplexity", about | _to_load(folder, scratch_folder)
+            )
     except RuntimeError as error:
         raise RuntimeError(f"the quantised export {target} cannot be made:\n{error}") from error
     return found
 
 
-def reload_difference(cluster: Cluster, uri: str, tokens: NDArray[np.int64], dtype: str, *, shipped_code: bool, has_experts: bool) -> float:
-    """Return the largest difference between the workers' logits and those of the export in a process of its own, which also generates.
+def reload_difference(
+    cluster: Cluster,
+    uri: str,
+    tokens: NDArray[np.int64],
+    dtype: str,
+    *,
+    shipped_code: bool,
+    has_experts: bool,
+) -> float:
+    """Return the largest difference between the workers' logits and the export's.
+
+    The export runs in a process of its own, which also generates.
 
     Args:
         cluster: with the pruned weights.
@@ -238,14 +319,21 @@ def reload_difference(cluster: Cluster, uri: str, tokens: NDArray[np.int64], dty
     here = decode(logits(cluster, some), torch.device("cpu"))
     with local_folder(uri) as (folder, scratch):
         logits_file = str(scratch / "logits")
-        about = {"shipped_code": shipped_code, "dtype": dtype, "half": half} | _to_load(folder, scratch)
+        about = {"shipped_code": shipped_code, "dtype": dtype, "half": half} | _to_load(
+            folder, scratch
+        )
         request = {"tokens": some, "logits": logits_file} | about
         try:
             run_module("ray_surgeon.export.reload", request)
         except RuntimeError as error:
-            raise RuntimeError(f"the export {uri} cannot be loaded by transformers:\n{error}") from error
+            raise RuntimeError(
+                f"the export {uri} cannot be loaded by transformers:\n{error}"
+            ) from error
         there = tensor_files.read(logits_file)["logits"]
     largest = float((here - there).abs().max())
     if not agree(there, here, dtype, half=half):
-        raise RuntimeError(f"the export {uri} loads, but its logits differ from the workers' by {largest:g}; do not use it")
+        raise RuntimeError(
+            f"the export {uri} loads, but its logits differ from the workers' by {largest:g}; do "
+            "not use it"
+        )
     return largest

@@ -41,13 +41,21 @@ def check_gguf(layout: ModelLayout, shrinking: Shrinking) -> None:
         ValueError: says why, and what to do.
     """
     if importlib.util.find_spec("gguf") is None:
-        raise ValueError("output.exports: gguf needs the package gguf; run `pip install 'ray-surgeon[gguf]'`")
+        raise ValueError(
+            "output.exports: gguf needs the package gguf; run `pip install 'ray-surgeon[gguf]'`"
+        )
     heads = layout.heads.num_kv
     if "attention" in shrinking.kinds:
-        heads = min(k for k in kv_heads_left(layout, 1, uniform=shrinking.uniform) if k >= shrinking.fewest["attention"])
+        heads = min(
+            k
+            for k in kv_heads_left(layout, 1, uniform=shrinking.uniform)
+            if k >= shrinking.fewest["attention"]
+        )
     channels = shrinking.fewest["ffn"] if "ffn" in shrinking.kinds else layout.num_channels
     least = BlockWidths(channels, heads)
-    architecture_of(layout, [least] if shrinking.uniform else [least, BlockWidths(channels + 1, heads)])
+    architecture_of(
+        layout, [least] if shrinking.uniform else [least, BlockWidths(channels + 1, heads)]
+    )
 
 
 def check_quantised(layout: ModelLayout, shrinking: Shrinking, section: QuantizeSection) -> None:
@@ -57,32 +65,53 @@ def check_quantised(layout: ModelLayout, shrinking: Shrinking, section: Quantize
         ValueError: says why, and what to do.
     """
     if importlib.util.find_spec("compressed_tensors") is None:
-        raise ValueError("output.quantize: needs the package compressed-tensors; run `pip install 'ray-surgeon[quantize]'`")
+        raise ValueError(
+            "output.quantize: needs the package compressed-tensors; run `pip install "
+            "'ray-surgeon[quantize]'`"
+        )
     if layout.family.transposed:
-        raise ValueError(f"output.quantize: quantises nn.Linear, the linears of {layout.config.model_type} are Conv1D; remove quantize")
+        raise ValueError(
+            f"output.quantize: quantises nn.Linear, the linears of {layout.config.model_type} are "
+            "Conv1D; remove quantize"
+        )
     if layout.num_experts:
         raise ValueError(
-            "output.quantize: mixtures of experts are not quantised here; remove quantize, and quantise the export with other tools"
+            "output.quantize: mixtures of experts are not quantised here; remove quantize, and "
+            "quantise the export with other tools"
         )
     if section.scheme != "w4a16":
         return
-    heads, size, devices = layout.heads, section.columns_together, shrinking.tensor_parallel
-    ffn, attention = layout.family.ffn.consumer, "" if layout.family.attention is None else layout.family.attention.consumer
-    left = kv_heads_left(layout, devices, uniform=shrinking.uniform) if "attention" in shrinking.kinds else (heads.num_kv,)
+    heads = layout.heads
+    size = section.columns_together
+    devices = shrinking.tensor_parallel
+    ffn = layout.family.ffn.consumer
+    attention = "" if layout.family.attention is None else layout.family.attention.consumer
+    left = (
+        kv_heads_left(layout, devices, uniform=shrinking.uniform)
+        if "attention" in shrinking.kinds
+        else (heads.num_kv,)
+    )
     columns_of_attention = math.gcd(*(k * heads.n_rep * heads.head_dim // devices for k in left))
     for name, shape in layout.shapes.items():
-        columns, remedy = shape.num_columns - shape.has_bias, ""
+        columns = shape.num_columns - shape.has_bias
+        remedy = ""
         if shape.role == ffn:
             if "ffn" in shrinking.kinds:
-                columns, remedy = math.gcd(columns, shrinking.multiple), "raise pruning.width_multiple, or "
+                columns = math.gcd(columns, shrinking.multiple)
+                remedy = "raise pruning.width_multiple, or "
             columns //= devices
         elif shape.role == attention:
             columns = columns_of_attention
         if columns % size:
-            each = f" on each of {devices} devices" if devices > 1 and shape.role in (ffn, attention) else ""
+            each = (
+                f" on each of {devices} devices"
+                if devices > 1 and shape.role in (ffn, attention)
+                else ""
+            )
             raise ValueError(
-                f"output.quantize: groups of group_size {size} do not fill the rows of {name}, whose columns will be a multiple of "
-                f"{columns}{each}; {remedy}set group_size to a divisor, such as {math.gcd(columns, size)}"
+                f"output.quantize: groups of group_size {size} do not fill the rows of {name}, "
+                f"whose columns will be a multiple of {columns}{each}; {remedy}set group_size to a "
+                f"divisor, such as {math.gcd(columns, size)}"
             )
 
 
@@ -114,18 +143,26 @@ def export_gguf(
     Raises:
         RuntimeError: a file cannot be written, or holds something else when it is read again.
     """
-    written = write_gguf_files(cluster, model, uri, dense_document(model), widths, kinds or ("bf16",), left_out)
+    written = write_gguf_files(
+        cluster, model, uri, dense_document(model), widths, kinds or ("bf16",), left_out
+    )
     first = written[0]["file"]
     entry = {
         "kind": "gguf",
         "uri": uri,
         "size_bytes": written[0]["size_bytes"],
-        "loaders": {"llama.cpp": f"as {architecture_of(layout, widths).name}", "vLLM, transformers": "no"},
+        "loaders": {
+            "llama.cpp": f"as {architecture_of(layout, widths).name}",
+            "vLLM, transformers": "no",
+        },
         "load": f"llama-server --model {f'{uri}/{first}' if files.is_local(uri) else first}",
         "files": written,
         "widths": [[width.num_channels, width.num_kv_heads] for width in widths],
     }
-    summary = "GGUF for llama.cpp, tokenizer and chat template included. Perplexities are those before the weights were quantised."
+    summary = (
+        "GGUF for llama.cpp, tokenizer and chat template included. Perplexities are those before "
+        "the weights were quantised."
+    )
     files.write_text(files.join(uri, "README.md"), model_card(summary, entry, model.source, facts))
     return entry
 
@@ -140,7 +177,9 @@ def export_quantised(
     facts: Mapping[str, Any],
     section: QuantizeSection,
 ) -> dict[str, Any]:
-    """Write the quantised copy of the export uniform, and evaluate it. Weights of four bits are rounded on the workers, for good.
+    """Write the quantised copy of the export uniform, and evaluate it.
+
+    Weights of four bits are rounded on the workers, for good.
 
     Args:
         cluster: with the pruned weights.
@@ -159,7 +198,8 @@ def export_quantised(
         RuntimeError: it cannot be quantised or loaded.
     """
     target = f"{uniform['uri']}-{section.scheme}"
-    rounded, folder = None, f"{target}-rounded"
+    rounded = None
+    folder = f"{target}-rounded"
     try:
         if section.scheme == "w4a16":
             rounded = folder, round_weights(cluster, calibration, section.columns_together, folder)
@@ -169,11 +209,23 @@ def export_quantised(
     entry = {
         "kind": f"uniform-{section.scheme}",
         "uri": target,
-        "loaders": {"transformers with compressed-tensors": "loaded and evaluated", "vLLM": "by compressed-tensors"},
+        "loaders": {
+            "transformers with compressed-tensors": "loaded and evaluated",
+            "vLLM": "by compressed-tensors",
+        },
         "load": f'AutoModelForCausalLM.from_pretrained("{target}")',
         "widths": uniform["widths"],
     } | found
-    summary = f"Every block has the same, smaller widths; linears are quantised to {section.scheme}, in the format compressed-tensors."
-    pairs = {name: (before, found["perplexity"][name]) for name, (before, _) in facts["perplexity"].items()}
-    files.write_text(files.join(target, "README.md"), model_card(summary, entry, model.source, dict(facts) | {"perplexity": pairs}))
+    summary = (
+        f"Every block has the same, smaller widths; linears are quantised to {section.scheme}, in "
+        "the format compressed-tensors."
+    )
+    pairs = {
+        name: (before, found["perplexity"][name])
+        for name, (before, _) in facts["perplexity"].items()
+    }
+    files.write_text(
+        files.join(target, "README.md"),
+        model_card(summary, entry, model.source, dict(facts) | {"perplexity": pairs}),
+    )
     return entry

@@ -1,7 +1,10 @@
-"""GGUF files for llama.cpp: names, metadata and tokenizer by the package gguf, tensors read from an export's files one at a time.
+"""GGUF files for llama.cpp, by the package gguf.
 
-Blocks of one width are the family's own architecture there. Where widths differ, a Llama or Mistral is written as ``deci``, whose
-blocks have widths of their own. Runs as a module of its own, see `fresh_process`.
+Tensors are read from an export's files one at a time.
+
+Blocks of one width are the family's own architecture there. Where widths differ, a Llama or Mistral
+is written as ``deci``, whose blocks have widths of their own. Runs as a module of its own, see
+`fresh_process`.
 """
 
 from __future__ import annotations
@@ -40,14 +43,25 @@ KINDS = {
     "q4_1": (Kind.Q4_1, gguf.LlamaFileType.MOSTLY_Q4_1, 0.07),
     "q4_0": (Kind.Q4_0, gguf.LlamaFileType.MOSTLY_Q4_0, 0.14),
 }
-"""Type of the matrices -> how they are stored, how llama.cpp calls such a file, and the largest error, of the matrix's largest entry."""
+"""Type of the matrices -> type of storage, llama.cpp's name, and largest error.
+
+The error is relative to the matrix's largest entry.
+"""
 
 
-def write_gguf(folder: str, config: PretrainedConfig, widths: Sequence[BlockWidths], kind: str, name: str, target: Path) -> float:
+def write_gguf(
+    folder: str,
+    config: PretrainedConfig,
+    widths: Sequence[BlockWidths],
+    kind: str,
+    name: str,
+    target: Path,
+) -> float:
     """Write one file and compare what it holds with what it was made from.
 
     Args:
-        folder: URI with the safetensors files, and the tokenizer, of a model whose groups are cut out.
+        folder: URI with the safetensors files, and the tokenizer, of a model whose groups are cut
+            out.
         config: of the dense model.
         widths: of every block.
         kind: one of `KINDS`.
@@ -58,7 +72,8 @@ def write_gguf(folder: str, config: PretrainedConfig, widths: Sequence[BlockWidt
         The largest error of a matrix's entry, of the matrix's largest entry.
 
     Raises:
-        ValueError: the tokenizer is of a kind that is not known; or what is read again is not what was written.
+        ValueError: the tokenizer is of a kind that is not known; or what is read again is not what
+            was written.
     """
     layout = ModelLayout.of(config)
     architecture = architecture_of(layout, widths)
@@ -71,22 +86,28 @@ def write_gguf(folder: str, config: PretrainedConfig, widths: Sequence[BlockWidt
         _add_tokenizer(writer, _local_tokenizer(folder, Path(scratch)), int(config.vocab_size))
     tensors = Tensors(folder, layout, architecture, widths)
     for key in tensors.names:
-        shape, how = tensors.shapes[key], _how(key, tensors.shapes[key], kind)
-        size = gguf.quant_shape_to_byte_shape(shape, how) if how not in (Kind.F32, Kind.F16) else shape
+        shape = tensors.shapes[key]
+        how = _how(key, tensors.shapes[key], kind)
+        size = (
+            gguf.quant_shape_to_byte_shape(shape, how) if how not in (Kind.F32, Kind.F16) else shape
+        )
         dtype = np.dtype({Kind.F32: np.float32, Kind.F16: np.float16}.get(how, np.uint8))
         writer.add_tensor_info(key, size, dtype, int(np.prod(size)) * dtype.itemsize, raw_dtype=how)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for key in tensors.names:
-        writer.write_tensor_data(gguf.quantize(tensors.read(key), _how(key, tensors.shapes[key], kind)))
+        writer.write_tensor_data(
+            gguf.quantize(tensors.read(key), _how(key, tensors.shapes[key], kind))
+        )
     writer.close()
     return _largest_error(target, tensors, kind)
 
 
 def _describe(writer: GGUFWriter, layout: ModelLayout, widths: Sequence[BlockWidths]) -> None:
     """Write what llama.cpp has to know of the shapes."""
-    config, heads = layout.config, layout.heads
+    config = layout.config
+    heads = layout.heads
 
     def one_or_all(values: list[int]) -> int | list[int]:
         return values[0] if len(set(values)) == 1 else values
@@ -105,7 +126,9 @@ def _describe(writer: GGUFWriter, layout: ModelLayout, widths: Sequence[BlockWid
     else:
         writer.add_layer_norm_eps(config.layer_norm_epsilon)
     window = getattr(config, "sliding_window", None)
-    if window is not None and (config.model_type not in ("qwen2", "qwen3") or config.use_sliding_window):
+    if window is not None and (
+        config.model_type not in ("qwen2", "qwen3") or config.use_sliding_window
+    ):
         writer.add_sliding_window(window)
     parameters = getattr(config, "rope_parameters", None)
     if parameters is None:
@@ -113,7 +136,9 @@ def _describe(writer: GGUFWriter, layout: ModelLayout, widths: Sequence[BlockWid
     if "sliding_attention" in parameters:
         writer.add_rope_freq_base_swa(float(parameters["sliding_attention"]["rope_theta"]))
         parameters = parameters["full_attention"]
-    writer.add_rope_dimension_count(int(heads.head_dim * parameters.get("partial_rotary_factor", 1.0)))
+    writer.add_rope_dimension_count(
+        int(heads.head_dim * parameters.get("partial_rotary_factor", 1.0))
+    )
     writer.add_rope_freq_base(float(parameters["rope_theta"]))
     if parameters["rope_type"] in ("linear", "yarn"):
         writer.add_rope_scaling_type(gguf.RopeScalingType(parameters["rope_type"]))
@@ -123,11 +148,16 @@ def _describe(writer: GGUFWriter, layout: ModelLayout, widths: Sequence[BlockWid
 
 
 def _local_tokenizer(folder: str, scratch: Path) -> Path:
-    """Return a local folder with everything of an export that is not weights; its tokenizer.json is what transformers makes of it."""
+    """Return a local folder with everything of an export that is not weights.
+
+    Its tokenizer.json is what transformers makes of it.
+    """
     for name in files.list_names(folder):
         if not name.endswith((".safetensors", ".gguf")):
             files.download(files.join(folder, name), scratch / name)
-    AutoTokenizer.from_pretrained(scratch).save_pretrained(scratch)  # for some families it is not what the file says
+    AutoTokenizer.from_pretrained(scratch).save_pretrained(
+        scratch
+    )  # for some families it is not what the file says
     return scratch
 
 
@@ -146,7 +176,9 @@ def _add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> None:
     writer.add_token_types([kind for _, kind in tokens])
     if model == "llama":
         writer.add_add_space_prefix(_has_space_prefix(document))
-        writer.add_token_scores([-float(number) for number in range(len(tokens))])  # they are numbered in the order of their merges
+        writer.add_token_scores(
+            [-float(number) for number in range(len(tokens))]
+        )  # they are numbered in the order of their merges
     special = gguf.SpecialVocab(folder, load_merges=model == "gpt2", n_vocab=vocab_size)
     special.add_special_token |= _added_tokens(folder)
     special.add_to_gguf(writer, quiet=True)
@@ -155,42 +187,80 @@ def _add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> None:
 def _added_tokens(folder: Path) -> dict[str, bool]:
     """Return whether a tokenizer puts its first and its last special token around a text."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    plain, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
-    return {"bos": first_token(tokenizer) is not None, "eos": len(whole) > len(plain) and whole[-1] == tokenizer.eos_token_id}
+    plain, whole = (
+        tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True)
+    )
+    return {
+        "bos": first_token(tokenizer) is not None,
+        "eos": len(whole) > len(plain) and whole[-1] == tokenizer.eos_token_id,
+    }
 
 
 def _has_space_prefix(document: Mapping[str, Any]) -> bool:
     """Whether a tokenizer puts a space in front of a text."""
     steps = [document.get("normalizer"), document.get("pre_tokenizer")]
-    parts = [part for step in steps if step for part in step.get("normalizers", step.get("pretokenizers", [step]))]
-    return any(part["type"] == "Prepend" or part.get("prepend_scheme", "never") != "never" for part in parts)
+    parts = [
+        part
+        for step in steps
+        if step
+        for part in step.get("normalizers", step.get("pretokenizers", [step]))
+    ]
+    return any(
+        part["type"] == "Prepend" or part.get("prepend_scheme", "never") != "never"
+        for part in parts
+    )
 
 
-def _tokens(document: Mapping[str, Any], vocab_size: int, *, has_pieces: bool) -> list[tuple[str, gguf.TokenType]]:
+def _tokens(
+    document: Mapping[str, Any], vocab_size: int, *, has_pieces: bool
+) -> list[tuple[str, gguf.TokenType]]:
     """Return every token by its number; numbers that no token has are embeddings that nothing uses.
 
-    Of a tokenizer of pieces, llama.cpp takes U+2581 for a space, but not in tokens that were added and are not special.
+    Of a tokenizer of pieces, llama.cpp takes U+2581 for a space, but not in tokens that were added
+    and are not special.
     """
     unknown = document["model"].get("unk_token")
     by_number = {}
     for token, number in document["model"]["vocab"].items():
-        kind = gguf.TokenType.BYTE if re.fullmatch("<0x[0-9A-F]{2}>", token) else gguf.TokenType.NORMAL
+        kind = (
+            gguf.TokenType.BYTE if re.fullmatch("<0x[0-9A-F]{2}>", token) else gguf.TokenType.NORMAL
+        )
         by_number[number] = token, kind
     for added in document.get("added_tokens", []):
         kind = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
-        content = added["content"].replace("\u2581", " ") if has_pieces and not added["special"] else added["content"]
-        by_number[added["id"]] = content, gguf.TokenType.UNKNOWN if added["content"] == unknown else kind
-    return [by_number.get(number, (f"[PAD{number}]", gguf.TokenType.UNUSED)) for number in range(vocab_size)]
+        content = (
+            added["content"].replace("\u2581", " ")
+            if has_pieces and not added["special"]
+            else added["content"]
+        )
+        by_number[added["id"]] = (
+            content,
+            gguf.TokenType.UNKNOWN if added["content"] == unknown else kind,
+        )
+    return [
+        by_number.get(number, (f"[PAD{number}]", gguf.TokenType.UNUSED))
+        for number in range(vocab_size)
+    ]
 
 
 class Tensors:
-    """The tensors of a model by llama.cpp's names, each read and rearranged when it is asked for."""
+    """Tensors of a model by llama.cpp's names, each read and rearranged when asked for."""
 
-    def __init__(self, folder: str, layout: ModelLayout, architecture: LlamaCpp, widths: Sequence[BlockWidths]) -> None:
+    def __init__(
+        self,
+        folder: str,
+        layout: ModelLayout,
+        architecture: LlamaCpp,
+        widths: Sequence[BlockWidths],
+    ) -> None:
         """Read the headers of a folder's files."""
-        self._layout, self._architecture, self._widths = layout, architecture, widths
+        self._layout = layout
+        self._architecture = architecture
+        self._widths = widths
         self._reader = tensor_files.Reader()
-        number = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name)
+        number = next(
+            number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name
+        )
         there = gguf.get_tensor_name_map(number, layout.num_blocks)
         self._source: dict[str, tuple[str, str]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -202,17 +272,24 @@ class Tensors:
                 name = there.get_name(key, try_suffixes=(".weight", ".bias"))
                 if name is None:
                     raise ValueError(
-                        f"output.exports: gguf: llama.cpp's {architecture.name} has no place for {key}; export uniform or per_block instead"
+                        f"output.exports: gguf: llama.cpp's {architecture.name} has no place for "
+                        f"{key}; export uniform or per_block instead"
                     )
                 self._source[name] = uri, key
-                self.shapes[name] = tuple(reversed(shape)) if self._is_transposed(key, shape) else tuple(shape)
+                self.shapes[name] = (
+                    tuple(reversed(shape)) if self._is_transposed(key, shape) else tuple(shape)
+                )
         factors = self._rope_factors()
         if factors is not None:
             self.shapes["rope_freqs.weight"] = factors.shape
         self.names = sorted(self.shapes)
 
     def _is_transposed(self, key: str, shape: Sequence[int]) -> bool:
-        return self._layout.family.transposed and len(shape) == 2 and self._layout.block_of(key) is not None
+        return (
+            self._layout.family.transposed
+            and len(shape) == 2
+            and self._layout.block_of(key) is not None
+        )
 
     def read(self, name: str) -> NDArray[np.float32]:
         """Return a tensor in float32."""
@@ -221,7 +298,8 @@ class Tensors:
             assert factors is not None
             return factors
         uri, key = self._source[name]
-        tensor, architecture = self._reader.read(uri, key).float(), self._architecture
+        tensor = self._reader.read(uri, key).float()
+        architecture = self._architecture
         if self._is_transposed(key, tensor.shape):
             tensor = tensor.T
         if architecture.pairs_rotary and re.search(r"\.attn_[qk]\.", name):
@@ -237,19 +315,28 @@ class Tensors:
             return None
         scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
         n = self._layout.heads.head_dim
-        plain = float(config.rope_parameters["rope_theta"]) ** -(torch.arange(0, n, 2, dtype=torch.float64) / n)
+        plain = float(config.rope_parameters["rope_theta"]) ** -(
+            torch.arange(0, n, 2, dtype=torch.float64) / n
+        )
         factors: NDArray[np.float32] = (plain / scaled.double()).float().numpy()
         return factors
 
 
 def _paired(tensor: Tensor, head_dim: int) -> Tensor:
-    """Return rows of queries or keys in the order in which neighbours rotate together, instead of the halves of a head."""
+    """Return rows of queries or keys in the order in which neighbours rotate together.
+
+    In transformers the halves of a head do.
+    """
     halves = tensor.view(-1, 2, head_dim // 2, *tensor.shape[1:])
     return halves.transpose(1, 2).reshape(tensor.shape)
 
 
 def _how(name: str, shape: Sequence[int], kind: str) -> Kind:
-    """Return how a tensor is stored: matrices as asked, or in float16 if their rows are no whole blocks of that; all else in float32."""
+    """Return how a tensor is stored.
+
+    Matrices are stored as asked, or in float16 if their rows are no whole blocks of that. All else
+    is in float32.
+    """
     if len(shape) < 2 or name.startswith("position_embd"):
         return Kind.F32
     block_size, _ = gguf.GGML_QUANT_SIZES[KINDS[kind][0]]
@@ -257,19 +344,32 @@ def _how(name: str, shape: Sequence[int], kind: str) -> Kind:
 
 
 def _largest_error(file: Path, tensors: Tensors, kind: str) -> float:
-    """Read a file again and return the largest error of an entry, of the largest entry of its tensor.
+    """Read a file again and return the largest error of an entry.
+
+    It is relative to the largest entry of its tensor.
 
     Raises:
         ValueError: a tensor is missing, or further from what it was made of than its type explains.
     """
-    found, largest = {tensor.name: tensor for tensor in GGUFReader(file).tensors}, 0.0
+    found = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
+    largest = 0.0
     if sorted(found) != tensors.names:
-        raise ValueError(f"{file.name}: holds other tensors than were written: {sorted(set(found) ^ set(tensors.names))}")
+        raise ValueError(
+            f"{file.name}: holds other tensors than were written: "
+            f"{sorted(set(found) ^ set(tensors.names))}"
+        )
     for name in tensors.names:
-        expected, there = tensors.read(name), gguf.dequantize(found[name].data, found[name].tensor_type)
-        error = float(np.abs(there.reshape(expected.shape) - expected).max() / max(float(np.abs(expected).max()), 1e-30))
+        expected = tensors.read(name)
+        there = gguf.dequantize(found[name].data, found[name].tensor_type)
+        error = float(
+            np.abs(there.reshape(expected.shape) - expected).max()
+            / max(float(np.abs(expected).max()), 1e-30)
+        )
         if not error <= KINDS[kind][2]:
-            raise ValueError(f"{file.name}: {name} read again differs by {error:g} of its largest entry; do not use the file")
+            raise ValueError(
+                f"{file.name}: {name} read again differs by {error:g} of its largest entry; do not "
+                "use the file"
+            )
         largest = max(largest, error)
     return largest
 
@@ -277,7 +377,9 @@ def _largest_error(file: Path, tensors: Tensors, kind: str) -> float:
 def _written(request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     document = dict(request["document"])
     config = AutoConfig.for_model(document.pop("model_type"), **document)
-    widths = [BlockWidths(width["num_channels"], width["num_kv_heads"]) for width in request["widths"]]
+    widths = [
+        BlockWidths(width["num_channels"], width["num_kv_heads"]) for width in request["widths"]
+    ]
     for kind in request["kinds"]:
         file = f"{request['name']}-{kind.upper()}.gguf"
         with tempfile.TemporaryDirectory() as scratch:
@@ -289,5 +391,5 @@ def _written(request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def answer(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Write the files that a request asks for, and return what was written; see `fresh_process.run_module`."""
+    """Write the files of a request, and return what was written; see `run_module`."""
     return {"files": list(_written(request))}

@@ -1,4 +1,4 @@
-"""The kinds of checkpoints a run may end in, each reloaded in a fresh process before it is announced."""
+"""The kinds of checkpoints of a run, each reloaded in a fresh process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig
 
 from ray_surgeon.cluster.cluster import Cluster
 from ray_surgeon.export.card import model_card
-from ray_surgeon.export.folder import copy_small_files, dense_document, reload_difference, write_weights
+from ray_surgeon.export.folder import (
+    copy_small_files,
+    dense_document,
+    reload_difference,
+    write_weights,
+)
 from ray_surgeon.export.for_engines import Shrinking, check_gguf, export_gguf
 from ray_surgeon.export.speed import measure
 from ray_surgeon.export.tasks import evaluate_tasks
@@ -47,28 +52,39 @@ class Kind:
     @property
     def load(self) -> str:
         """The line of Python that loads a folder; ``{uri}`` is to be filled in."""
-        return f'AutoModelForCausalLM.from_pretrained("{{uri}}"{", trust_remote_code=True" if self.modules else ""})'
+        trusts = ", trust_remote_code=True" if self.modules else ""
+        return f'AutoModelForCausalLM.from_pretrained("{{uri}}"{trusts})'
 
 
 KINDS = {
     "masked": Kind(
-        "The tensors keep their shapes, with zeros: **no gain in size or speed**. `masks*.safetensors` says what was kept (1 = kept).",
-        {"transformers": "reloaded and compared", "others": "whatever loads the dense model; not run"},
+        "The tensors keep their shapes, with zeros: **no gain in size or speed**. "
+        "`masks*.safetensors` says what was kept (1 = kept).",
+        {
+            "transformers": "reloaded and compared",
+            "others": "whatever loads the dense model; not run",
+        },
     ),
     "uniform": Kind(
         "Every block has the same, smaller widths, in a plain class of transformers.",
-        {"transformers": "reloaded and compared", "vLLM": "an ordinary configuration of the family"},
+        {
+            "transformers": "reloaded and compared",
+            "vLLM": "an ordinary configuration of the family",
+        },
     ),
     "per_block": Kind(
-        "Every block has widths of its own, `per_layer_config` in config.json; the modeling code lies beside the weights.",
+        "Every block has widths of its own, `per_layer_config` in config.json; the modeling code "
+        "lies beside the weights.",
         {
             "transformers with trust_remote_code": "reloaded and compared, generates with a cache",
-            "vLLM with --trust-remote-code": "by its transformers backend, if every block has an attention; not GPT-2",
+            "vLLM with --trust-remote-code": "by its transformers backend, if every block has an "
+            "attention; not GPT-2",
         },
         ("modeling_pruned.py",),
     ),
     "deci": Kind(
-        "A DeciLM (Nemotron-NAS): every block has a feed-forward layer of its own width, `block_configs` in config.json.",
+        "A DeciLM (Nemotron-NAS): every block has a feed-forward layer of its own width, "
+        "`block_configs` in config.json.",
         {
             "transformers with trust_remote_code": "reloaded and compared, generates with a cache",
             "vLLM": "as its own DeciLM",
@@ -92,7 +108,10 @@ def check_export(kind: str, layout: ModelLayout, shrinking: Shrinking) -> None:
     if kind == "uniform":
         check_uniform(layout, shrinking.kinds)
     if kind == "masked" and "experts" in shrinking.kinds:
-        raise ValueError("output.exports: masked keeps all shapes, and routers would go on to choose experts that are zero; export uniform")
+        raise ValueError(
+            "output.exports: masked keeps all shapes, and routers would go on to choose experts "
+            "that are zero; export uniform"
+        )
     if kind == "deci":
         check_deci(layout)
     if kind == "gguf":
@@ -112,7 +131,7 @@ def export(
     output: OutputSection,
     tasks: TasksSection | None,
 ) -> dict[str, Any]:
-    """Write a Hugging Face folder, reload it in a process of its own, compare logits, and measure what is asked.
+    """Write a Hugging Face folder, reload it in a fresh process, compare and measure.
 
     Args:
         kind: one of `KINDS`, or gguf.
@@ -132,12 +151,24 @@ def export(
     Raises:
         RuntimeError: the fresh process cannot load it, or computes something else.
     """
-    widths = [] if kind == "masked" else block_widths(layout, {linear["name"]: linear["rows_kept"] for linear in linears})
+    widths = (
+        []
+        if kind == "masked"
+        else block_widths(layout, {linear["name"]: linear["rows_kept"] for linear in linears})
+    )
     left_out = _left_out(kind, layout, widths)
     if kind == "gguf":
         return export_gguf(cluster, layout, model, uri, widths, left_out, facts, output.gguf)
-    dense, modules = dense_document(model), KINDS[kind].modules
-    size_bytes = write_weights(cluster, uri, cut_out=kind != "masked", masks=kind == "masked", left_out=left_out, stored=not modules)
+    dense = dense_document(model)
+    modules = KINDS[kind].modules
+    size_bytes = write_weights(
+        cluster,
+        uri,
+        cut_out=kind != "masked",
+        masks=kind == "masked",
+        left_out=left_out,
+        stored=not modules,
+    )
     document = dense if kind == "masked" else _narrow(kind, layout, dense, widths)
     copy_small_files(model, uri, another_type=document["model_type"] != dense["model_type"])
     files.write_json(files.join(uri, "config.json"), for_older_readers(document))
@@ -150,13 +181,26 @@ def export(
         "loaders": dict(KINDS[kind].loaders),
         "load": KINDS[kind].load.format(uri=uri),
         "reload_max_logit_difference": reload_difference(
-            cluster, uri, tokens, model.dtype, shipped_code=bool(modules), has_experts=bool(layout.num_experts)
+            cluster,
+            uri,
+            tokens,
+            model.dtype,
+            shipped_code=bool(modules),
+            has_experts=bool(layout.num_experts),
         ),
     }
-    if kind == "uniform" and not layout.family.has_free_heads_in_vllm and widths[0].num_kv_heads < layout.heads.num_kv:
-        entry["loaders"]["vLLM"] = "with --model-impl transformers; its own class wants heads that fill the hidden size"
+    if (
+        kind == "uniform"
+        and not layout.family.has_free_heads_in_vllm
+        and widths[0].num_kv_heads < layout.heads.num_kv
+    ):
+        entry["loaders"]["vLLM"] = (
+            "with --model-impl transformers; its own class wants heads that fill the hidden size"
+        )
     if kind == "per_block" and layout.num_experts:
-        entry["loaders"] = {name: known for name, known in entry["loaders"].items() if "vLLM" not in name} | {"vLLM": "not run"}
+        entry["loaders"] = {
+            name: known for name, known in entry["loaders"].items() if "vLLM" not in name
+        } | {"vLLM": "not run"}
     if widths:
         entry["widths"] = [[width.num_channels, width.num_kv_heads] for width in widths]
     if layout.num_experts and widths:
@@ -165,11 +209,15 @@ def export(
         entry["speed"] = measure(cluster, uri, dense, output.speed, shipped_code=bool(modules))
     if tasks is not None:
         entry["tasks"] = evaluate_tasks(cluster, uri, tasks, shipped_code=bool(modules))
-    files.write_text(files.join(uri, "README.md"), model_card(KINDS[kind].summary, entry, model.source, facts))
+    files.write_text(
+        files.join(uri, "README.md"), model_card(KINDS[kind].summary, entry, model.source, facts)
+    )
     return entry
 
 
-def _narrow(kind: str, layout: ModelLayout, document: Document, widths: Sequence[BlockWidths]) -> Document:
+def _narrow(
+    kind: str, layout: ModelLayout, document: Document, widths: Sequence[BlockWidths]
+) -> Document:
     if kind == "uniform":
         return uniform_document(layout, document, widths)
     if kind == "deci":
@@ -178,7 +226,10 @@ def _narrow(kind: str, layout: ModelLayout, document: Document, widths: Sequence
 
 
 def _left_out(kind: str, layout: ModelLayout, widths: Sequence[BlockWidths]) -> tuple[str, ...]:
-    """Return the norms inside an attention that is removed, and for DeciLM those in front of what a block does not have."""
+    """Return the norms inside an attention that is removed.
+
+    For DeciLM, also those in front of what a block does not have.
+    """
     names = []
     for block, width in enumerate(widths):
         prefix = layout.family.block_prefix(block)

@@ -1,4 +1,7 @@
-"""How long a block of a given width takes: measured once a width, on the first worker's machine, and kept in the run directory."""
+"""How long a block of a given width takes, measured once a width.
+
+The first worker's machine measures; the run directory keeps the result.
+"""
 
 from __future__ import annotations
 
@@ -39,13 +42,22 @@ _BLOCKS_AT_ONCE = 8
 class Widths:
     """Which widths are measured."""
 
-    fewest: Mapping[str, int]  # kind of groups -> groups that must be left in every block; other kinds stay whole
+    fewest: Mapping[
+        str, int
+    ]  # kind of groups -> groups that must be left in every block; other kinds stay whole
     multiple: int  # feed-forward widths are multiples of this
     tensor_parallel: int  # see `kv_heads_left`
     uniform: bool  # whether plain classes must hold the numbers of heads
 
 
-def latency_budget(cluster: Cluster, layout: ModelLayout, model: ModelSection, target: LatencyTarget, wanted: Widths, uri: str) -> Budget:
+def latency_budget(
+    cluster: Cluster,
+    layout: ModelLayout,
+    model: ModelSection,
+    target: LatencyTarget,
+    wanted: Widths,
+    uri: str,
+) -> Budget:
     """Return the latency of a model as a sum over its blocks.
 
     Args:
@@ -54,23 +66,47 @@ def latency_budget(cluster: Cluster, layout: ModelLayout, model: ModelSection, t
         model: the dense model.
         target: what is measured.
         wanted: of which widths.
-        uri: a JSON file; what it holds already, measured with the same options, is not measured again.
+        uri: a JSON file; what it holds already, measured with the same options, is not measured
+            again.
 
     Raises:
         RuntimeError: the measuring process fails.
     """
     channels, heads = _numbers(layout, wanted)
-    widths = [(number, heads[-1]) for number in channels] + [(channels[-1], number) for number in heads[:-1]]
-    about = target.model_dump(mode="json", exclude={"latency_s"}) | {"dtype": model.dtype} | asdict(wanted)
+    widths = [(number, heads[-1]) for number in channels] + [
+        (channels[-1], number) for number in heads[:-1]
+    ]
+    about = (
+        target.model_dump(mode="json", exclude={"latency_s"})
+        | {"dtype": model.dtype}
+        | asdict(wanted)
+    )
     kept: dict[str, Any] = files.read_json(uri) if files.exists(uri) else {}
     if kept.get("options") != about or kept.get("widths") != [list(width) for width in widths]:
-        document, first = dense_document(model), cluster.placement.workers[0]
-        kinds = Counter(getattr(layout.config, "layer_types", None) or [None])  # a block with a sliding window takes another time
-        requests = [about | {"document": document, "widths": widths, "layer_type": kind} for kind in kinds]
-        measured = [cluster.get([cluster.submit(first, run_on_worker, "ray_surgeon.export.latency", asked)])[0] for asked in requests]
+        document = dense_document(model)
+        first = cluster.placement.workers[0]
+        kinds = Counter(
+            getattr(layout.config, "layer_types", None) or [None]
+        )  # a block with a sliding window takes another time
+        requests = [
+            about | {"document": document, "widths": widths, "layer_type": kind} for kind in kinds
+        ]
+        measured = [
+            cluster.get(
+                [cluster.submit(first, run_on_worker, "ray_surgeon.export.latency", asked)]
+            )[0]
+            for asked in requests
+        ]
         shares = [count / kinds.total() for count in kinds.values()]
-        kept = {"options": about, "widths": [list(width) for width in widths], "device": measured[0]["device"]}
-        kept["seconds"] = [sum(map(operator.mul, shares, times)) for times in zip(*(m["seconds"] for m in measured), strict=True)]
+        kept = {
+            "options": about,
+            "widths": [list(width) for width in widths],
+            "device": measured[0]["device"],
+        }
+        kept["seconds"] = [
+            sum(map(operator.mul, shares, times))
+            for times in zip(*(m["seconds"] for m in measured), strict=True)
+        ]
         kept["rest_seconds"] = sum(map(operator.mul, shares, (m["rest_seconds"] for m in measured)))
         files.write_json(uri, kept)
     seconds = dict(zip(widths, kept["seconds"], strict=True))
@@ -79,17 +115,24 @@ def latency_budget(cluster: Cluster, layout: ModelLayout, model: ModelSection, t
     attention = _table(heads, [seconds[channels[-1], n] - seconds[whole] for n in heads])
     assert (len(ffn) - 1, len(attention) - 1) == (channels[-1], layout.heads.num_kv)
     return Budget(
-        "latency_s", kept["rest_seconds"], {"ffn": ffn, "attention": attention}, dict.fromkeys(("ffn", "attention"), layout.num_blocks)
+        "latency_s",
+        kept["rest_seconds"],
+        {"ffn": ffn, "attention": attention},
+        dict.fromkeys(("ffn", "attention"), layout.num_blocks),
     )
 
 
 def _numbers(layout: ModelLayout, wanted: Widths) -> tuple[list[int], list[int]]:
     """Return the numbers of channels and of KV heads that may be left, in ascending order."""
-    num_heads, all_channels = layout.heads.num_kv, layout.num_channels
-    heads, channels = [num_heads], [all_channels]
+    num_heads = layout.heads.num_kv
+    all_channels = layout.num_channels
+    heads = [num_heads]
+    channels = [all_channels]
     if "ffn" in wanted.fewest:
         least = wanted.fewest["ffn"]
-        channels = sorted({*(n for n in range(0, all_channels, wanted.multiple) if n >= least), all_channels})
+        channels = sorted(
+            {*(n for n in range(0, all_channels, wanted.multiple) if n >= least), all_channels}
+        )
     if "attention" in wanted.fewest:
         allowed = kv_heads_left(layout, wanted.tensor_parallel, uniform=wanted.uniform)
         heads = sorted({*(k for k in allowed if k >= wanted.fewest["attention"]), num_heads})
@@ -97,26 +140,47 @@ def _numbers(layout: ModelLayout, wanted: Widths) -> tuple[list[int], list[int]]
 
 
 def _table(numbers: Sequence[int], seconds: Sequence[float]) -> tuple[float, ...]:
-    """Return the seconds with 0, 1, ... groups left: straight between measured numbers, and never falling, whatever noise says."""
+    """Return the seconds with 0, 1, ... groups left.
+
+    Values are linear between measured numbers, and never fall.
+    """
     rising = np.maximum.accumulate(np.asarray(seconds))
     return tuple(float(value) for value in np.interp(range(numbers[-1] + 1), numbers, rising))
 
 
-def _model(document: Mapping[str, Any], widths: Sequence[tuple[int, int]], layer_type: str | None, folder: Path) -> Any:
-    """Return a model with random weights that has one block of each width, all of one kind if the model has several."""
+def _model(
+    document: Mapping[str, Any],
+    widths: Sequence[tuple[int, int]],
+    layer_type: str | None,
+    folder: Path,
+) -> Any:
+    """Return a model with random weights that has one block of each width.
+
+    All blocks are of one kind if the model has several.
+    """
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(document))
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     layers = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-    fewer = {name: value for name, value in document.items() if name != "layer_types"} | {layers: len(widths)}
+    fewer = {name: value for name, value in document.items() if name != "layer_types"} | {
+        layers: len(widths)
+    }
     fewer |= {"layer_types": [layer_type] * len(widths)} if layer_type is not None else {}
     blocks = [BlockWidths(channels, heads) for channels, heads in widths]
     (folder / "config.json").write_text(
-        json.dumps(per_block_document(ModelLayout(config, family_of(config), {}, ()), fewer, blocks, "modeling_pruned"))
+        json.dumps(
+            per_block_document(
+                ModelLayout(config, family_of(config), {}, ()), fewer, blocks, "modeling_pruned"
+            )
+        )
     )
     (folder / "modeling_pruned.py").write_text(shipped_source("modeling_pruned.py", config))
-    pruned = AutoConfig.from_pretrained(folder, trust_remote_code=True)  # the code is ours, written just now
-    return AutoModelForCausalLM.from_config(pruned, dtype=getattr(torch, str(document["dtype"])), trust_remote_code=True)
+    pruned = AutoConfig.from_pretrained(
+        folder, trust_remote_code=True
+    )  # the code is ours, written just now
+    return AutoModelForCausalLM.from_config(
+        pruned, dtype=getattr(torch, str(document["dtype"])), trust_remote_code=True
+    )
 
 
 class _Clock:
@@ -141,9 +205,12 @@ class _Clock:
 
 @torch.no_grad()
 def _time_blocks(model: Any, options: SpeedSection, device: torch.device) -> list[list[float]]:
-    """Return for every measured turn the seconds of a request in each block, and at the end in all the rest."""
-    clock, num_blocks = _Clock(device), len(model.config.block_sizes)
-    (blocks,) = (m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == num_blocks)
+    """Return for every measured turn the seconds of each block, and of all the rest."""
+    clock = _Clock(device)
+    num_blocks = len(model.config.block_sizes)
+    (blocks,) = (
+        m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == num_blocks
+    )
     moments: list[list[Any]] = [[] for _ in blocks]
 
     def note(place: int) -> Callable[..., None]:
@@ -152,8 +219,11 @@ def _time_blocks(model: Any, options: SpeedSection, device: torch.device) -> lis
     for place, block in enumerate(blocks):
         block.register_forward_pre_hook(note(place))
         block.register_forward_hook(note(place))
-    prompts = torch.randint(model.config.vocab_size, (options.batch_size, options.prompt_length)).to(device)
-    turns, cache = [], cache_argument(model)
+    prompts = torch.randint(
+        model.config.vocab_size, (options.batch_size, options.prompt_length)
+    ).to(device)
+    turns = []
+    cache = cache_argument(model)
     for _ in range(options.num_repeats + 1):
         for noted in moments:
             noted.clear()
@@ -162,29 +232,56 @@ def _time_blocks(model: Any, options: SpeedSection, device: torch.device) -> lis
         for _ in range(options.num_new_tokens):
             out = model(out.logits[:, -1:].argmax(dim=-1), **{cache: out[cache]}, use_cache=True)
         whole = clock.between(start, clock.now())
-        in_blocks = [sum(clock.between(*pair) for pair in zip(noted[::2], noted[1::2], strict=True)) for noted in moments]
+        in_blocks = [
+            sum(clock.between(*pair) for pair in zip(noted[::2], noted[1::2], strict=True))
+            for noted in moments
+        ]
         turns.append([*in_blocks, whole - sum(in_blocks)])
     return turns[1:]
 
 
 def answer(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the seconds of every width and of what is outside the blocks; see `fresh_process.run_module`."""
-    options, device = SpeedSection(**request["request"]), torch.device(request["device"])
+    """Return the seconds of every width and of what is outside the blocks.
+
+    See `fresh_process.run_module`.
+    """
+    options = SpeedSection(**request["request"])
+    device = torch.device(request["device"])
     torch.set_num_threads(options.num_threads)
     torch.manual_seed(0)
     widths = [tuple(width) for width in request["widths"]]
     whole = max(widths)
     seconds: dict[tuple[int, int], float] = {}
-    of_whole, rests = [], []
+    of_whole = []
+    rests = []
     others = [width for width in widths if width != whole]
     with tempfile.TemporaryDirectory() as scratch:
         for first in range(0, max(1, len(others)), _BLOCKS_AT_ONCE - 1):
             batch = [whole, *others[first : first + _BLOCKS_AT_ONCE - 1]]
-            model = _model(request["document"], batch, request["layer_type"], Path(scratch) / str(first)).eval().to(device)
-            medians = [statistics.median(times) for times in zip(*_time_blocks(model, options, device), strict=True)]
-            seconds |= {width: value - medians[0] for width, value in zip(batch, medians[:-1], strict=True)}  # beside the same whole block
+            model = (
+                _model(
+                    request["document"], batch, request["layer_type"], Path(scratch) / str(first)
+                )
+                .eval()
+                .to(device)
+            )
+            medians = [
+                statistics.median(times)
+                for times in zip(*_time_blocks(model, options, device), strict=True)
+            ]
+            seconds |= {
+                width: value - medians[0] for width, value in zip(batch, medians[:-1], strict=True)
+            }  # beside the same whole block
             of_whole.append(medians[0])
             rests.append(medians[-1])
     dense = statistics.median(of_whole)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {options.num_threads} threads"
-    return {"device": name, "seconds": [dense + seconds[width] for width in widths], "rest_seconds": statistics.median(rests)}
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU, {options.num_threads} threads"
+    )
+    return {
+        "device": name,
+        "seconds": [dense + seconds[width] for width in widths],
+        "rest_seconds": statistics.median(rests),
+    }

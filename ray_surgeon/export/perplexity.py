@@ -1,4 +1,4 @@
-"""The perplexity of a checkpoint as transformers computes it, in a process of its own; see `fresh_process`."""
+"""The perplexity of a checkpoint as transformers computes it, in a fresh process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from ray_surgeon.models.loss import perplexity_of
 
 
 def answer(request: Mapping[str, Any]) -> dict[str, float]:
-    """Return the perplexity on every text: exp of the mean over windows of the mean loss of a token; see `fresh_process.run_module`."""
+    """Return the perplexity on every text; see `fresh_process.run_module`.
+
+    It is exp of the mean over windows of the mean loss of a token.
+    """
     torch.set_num_threads(request["num_threads"])
     model = load(request)
     found = {}

@@ -1,8 +1,11 @@
-"""Quantised checkpoints in the format compressed-tensors, which vLLM loads: made from an export's files, a tensor at a time.
+"""Quantised checkpoints in the format compressed-tensors, which vLLM loads.
 
-Weights of eight bits are rounded to the nearest number; those of four come rounded, with their scales. Activations, where a scheme rounds
-them too, are scaled token by token when the model runs, so nothing is calibrated here. Embeddings, norms and the head stay as they are.
-Runs as a module of its own, see `fresh_process`.
+They are made from an export's files, a tensor at a time.
+
+Weights of eight bits are rounded to the nearest number; those of four come rounded, with their
+scales. Activations, where a scheme rounds them too, are scaled token by token when the model runs,
+so nothing is calibrated here. Embeddings, norms and the head stay as they are. Runs as a module of
+its own, see `fresh_process`.
 """
 
 from __future__ import annotations
@@ -13,7 +16,11 @@ from typing import Any
 import torch
 from compressed_tensors.compressors.base import BaseCompressor
 from compressed_tensors.compressors.format import infer_module_format
-from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, preset_name_to_scheme
+from compressed_tensors.quantization import (
+    QuantizationConfig,
+    QuantizationScheme,
+    preset_name_to_scheme,
+)
 from compressed_tensors.quantization.utils import calculate_qparams
 from torch import Tensor
 
@@ -24,7 +31,10 @@ PRESETS = {"fp8": "FP8_DYNAMIC", "int8": "W8A8", "w4a16": "W4A16"}
 
 
 def scheme_of(name: str, group_size: int) -> QuantizationScheme:
-    """Return a scheme for all linears; `group_size` columns share a scale where the scheme has groups."""
+    """Return a scheme for all linears.
+
+    `group_size` columns share a scale where the scheme has groups.
+    """
     scheme = preset_name_to_scheme(PRESETS[name], ["Linear"])
     if scheme.weights.group_size is not None:
         scheme.weights.group_size = group_size
@@ -32,8 +42,10 @@ def scheme_of(name: str, group_size: int) -> QuantizationScheme:
     return scheme
 
 
-def quantised(weight: Tensor, scheme: QuantizationScheme, scale: Tensor | None = None) -> dict[str, Tensor]:
-    """Return what is stored of a linear's weight [R, C], by the names compressed-tensors has for it.
+def quantised(
+    weight: Tensor, scheme: QuantizationScheme, scale: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Return what is stored of a weight [R, C], by compressed-tensors' names.
 
     Args:
         weight: to be rounded to the nearest number.
@@ -43,43 +55,69 @@ def quantised(weight: Tensor, scheme: QuantizationScheme, scale: Tensor | None =
     Raises:
         ValueError: groups do not fill the rows.
     """
-    weight, size = weight.float(), scheme.weights.group_size
+    weight = weight.float()
+    size = scheme.weights.group_size
     if size is not None and weight.shape[1] % size:
-        raise ValueError(f"{weight.shape[1]} columns are no multiple of group_size {size}; lower it, or raise pruning.width_multiple")
+        raise ValueError(
+            f"{weight.shape[1]} columns are no multiple of group_size {size}; lower it, or raise "
+            "pruning.width_multiple"
+        )
     if scale is None:
         groups = weight.view(len(weight), -1, size) if size is not None else weight[:, None]
         scale, _ = calculate_qparams(groups.amin(dim=2), groups.amax(dim=2), scheme.weights)
-    scale = scale.clamp(min=torch.finfo(torch.float32).tiny) if scale.dtype == torch.float32 else scale
+    scale = (
+        scale.clamp(min=torch.finfo(torch.float32).tiny) if scale.dtype == torch.float32 else scale
+    )
     compressor = BaseCompressor.get_value_from_registry(scheme.format)
-    stored: dict[str, Tensor] = compressor.compress({"weight": weight, "weight_scale": scale}, scheme)
+    stored: dict[str, Tensor] = compressor.compress(
+        {"weight": weight, "weight_scale": scale}, scheme
+    )
     return stored
 
 
 def restored(stored: Mapping[str, Tensor], scheme: QuantizationScheme) -> Tensor:
     """Return the weight that a program computes with."""
-    weight: Tensor = BaseCompressor.get_value_from_registry(scheme.format).decompress(dict(stored), scheme)["weight"]
+    weight: Tensor = BaseCompressor.get_value_from_registry(scheme.format).decompress(
+        dict(stored), scheme
+    )["weight"]
     return weight
 
 
 def answer(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Write the quantised copy of an export; return its size and how far its weights are from the export's; see `fresh_process.run_module`.
+    """Write the quantised copy of an export; see `fresh_process.run_module`.
+
+    Returns its size and the error of its weights.
 
     Raises:
         ValueError: see `quantised`.
     """
-    source, target, linears = request["source"], request["target"], set(request["linears"])
+    source = request["source"]
+    target = request["target"]
+    linears = set(request["linears"])
     export = request["export"]  # with the weights as they were, and the configuration
-    scales = {name: scale for uri in request["scales"] for name, scale in tensor_files.read(uri).items()}
-    scheme, reader = scheme_of(request["scheme"], request["group_size"]), tensor_files.Reader()
-    holders = [files.join(export, file) for file in files.list_names(export) if file.endswith(".safetensors")]
+    scales = {
+        name: scale for uri in request["scales"] for name, scale in tensor_files.read(uri).items()
+    }
+    scheme = scheme_of(request["scheme"], request["group_size"])
+    reader = tensor_files.Reader()
+    holders = [
+        files.join(export, file)
+        for file in files.list_names(export)
+        if file.endswith(".safetensors")
+    ]
     holder_of = {key: holder for holder in holders for key in reader.names(holder)}
-    weight_map, plain, total, difference, norm = dict[str, str](), ["lm_head"], 0, 0.0, 0.0
+    weight_map = dict[str, str]()
+    plain = ["lm_head"]
+    total = 0
+    difference = 0.0
+    norm = 0.0
     for file in files.list_names(source):
         if not file.endswith(".safetensors"):
             continue
         tensors = {}
         for key in reader.names(files.join(source, file)):
-            tensor, name = reader.read(files.join(source, file), key), key.removesuffix(".weight")
+            tensor = reader.read(files.join(source, file), key)
+            name = key.removesuffix(".weight")
             if name not in linears or name == key:
                 tensors[key] = tensor
                 plain += [name] * (tensor.ndim == 2)
@@ -99,7 +137,12 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
         files.write_json(files.join(target, "model.safetensors.index.json"), index)
     document = files.read_json(files.join(export, "config.json"))
     config = QuantizationConfig(
-        config_groups={"group_0": scheme}, format=scheme.format, ignore=sorted(set(plain)), quantization_status="compressed"
+        config_groups={"group_0": scheme},
+        format=scheme.format,
+        ignore=sorted(set(plain)),
+        quantization_status="compressed",
     )
-    files.write_json(files.join(target, "config.json"), document | {"quantization_config": config.to_dict()})
+    files.write_json(
+        files.join(target, "config.json"), document | {"quantization_config": config.to_dict()}
+    )
     return {"size_bytes": total, "relative_error": (difference / max(norm, 1e-30)) ** 0.5}

@@ -18,7 +18,8 @@ from ray_surgeon.surgery.masks import StructuredMask
 from ray_surgeon.surgery.rounding import round_columns
 
 NUM_BITS = 4
-_DAMPING, _MAX_DAMPING = 0.01, 1.0
+_DAMPING = 0.01
+_MAX_DAMPING = 1.0
 """Of A, relative to the mean of its diagonal; the published value."""
 
 
@@ -31,24 +32,39 @@ class _Scales:
 
 @dataclass(frozen=True)
 class Rounding(BlockPass):
-    """Rounds the linears of all blocks, each on the inputs that the rounded blocks before it give."""
+    """Rounds the linears of all blocks, each on the inputs that rounded blocks give."""
 
     group_size: int  # columns that share a scale
 
     def change(self, worker: Worker, name: str, A: Tensor) -> None:
         """Round what is left of a linear; its bias stays."""
-        mask, W = worker.mask(name, StructuredMask), worker.shard.weight(name)
+        mask = worker.mask(name, StructuredMask)
+        W = worker.shard.weight(name)
         rows = mask.rows.to(W.device).nonzero()[:, 0]
-        columns = mask.columns[: num_inputs(worker.shard.linears[name])].to(W.device).nonzero()[:, 0]
-        left, moment = W[rows][:, columns], A[columns][:, columns]
-        rounded, scales = round_columns(left, moment, self.group_size, NUM_BITS, damping=_DAMPING, max_damping=_MAX_DAMPING, name=name)
+        columns = (
+            mask.columns[: num_inputs(worker.shard.linears[name])].to(W.device).nonzero()[:, 0]
+        )
+        left = W[rows][:, columns]
+        moment = A[columns][:, columns]
+        rounded, scales = round_columns(
+            left,
+            moment,
+            self.group_size,
+            NUM_BITS,
+            damping=_DAMPING,
+            max_damping=_MAX_DAMPING,
+            name=name,
+        )
         W[rows[:, None], columns] = rounded
         worker.shard.set_weight(name, W)
         worker.keeping(_Scales).of[name] = scales.cpu()
 
 
 def write_scales(worker: Worker, folder: str) -> str | None:
-    """Write the scales of the linears that a worker owns, and return the file's URI; None if it owns none."""
+    """Write the scales of the linears that a worker owns, and return the file's URI.
+
+    None if it owns none.
+    """
     if not worker.has(_Scales):
         return None
     uri = files.join(folder, f"scales-{worker.index.shard}-{worker.index.replica}.safetensors")
@@ -56,7 +72,9 @@ def write_scales(worker: Worker, folder: str) -> str | None:
     return uri
 
 
-def round_weights(cluster: Cluster, sequences: NDArray[np.int64], group_size: int, folder: str) -> list[str]:
+def round_weights(
+    cluster: Cluster, sequences: NDArray[np.int64], group_size: int, folder: str
+) -> list[str]:
     """Round the weights on the workers, for good, and write what is left of the model.
 
     Args:
@@ -70,4 +88,8 @@ def round_weights(cluster: Cluster, sequences: NDArray[np.int64], group_size: in
     """
     Rounding(group_size).pass_all(cluster, sequences)
     write_weights(cluster, folder, cut_out=True, masks=False)
-    return [uri for uri in cluster.run_all(write_scales, files.join(folder, "scales")) if uri is not None]
+    return [
+        uri
+        for uri in cluster.run_all(write_scales, files.join(folder, "scales"))
+        if uri is not None
+    ]

@@ -1,4 +1,7 @@
-"""Downstream tasks of EleutherAI's evaluation harness, on the dense model and on exports, in a process of its own."""
+"""Downstream tasks of EleutherAI's harness, in a process of its own.
+
+They run on the dense model and on exports.
+"""
 
 from __future__ import annotations
 
@@ -27,19 +30,30 @@ def check_tasks(options: TasksSection) -> None:
         ValueError: the harness is not installed, or names the tasks.
     """
     try:
-        found = run_module("ray_surgeon.export.tasks", {"options": options.model_dump(), "only_check": True})
+        found = run_module(
+            "ray_surgeon.export.tasks", {"options": options.model_dump(), "only_check": True}
+        )
     except RuntimeError as error:
         missing = "No module named 'lm_eval'" in str(error)
         remedy = "pip install 'ray_surgeon[eval]'" if missing else "correct the task definitions"
-        raise ValueError(f"evaluation.tasks: the harness cannot be used: {error}; {remedy}") from error
+        raise ValueError(
+            f"evaluation.tasks: the harness cannot be used: {error}; {remedy}"
+        ) from error
     if found["unknown"]:
         raise ValueError(
-            f"evaluation.tasks.names: the harness does not know {', '.join(found['unknown'])}; `lm_eval ls tasks` lists what it knows, "
-            "and evaluation.tasks.include is a folder with more"
+            f"evaluation.tasks.names: the harness does not know {', '.join(found['unknown'])}; "
+            "`lm_eval ls tasks` lists what it knows, and evaluation.tasks.include is a folder with "
+            "more"
         )
 
 
-def evaluate_tasks(cluster: Cluster, model: ModelSection | str, options: TasksSection, *, shipped_code: bool = False) -> Scores:
+def evaluate_tasks(
+    cluster: Cluster,
+    model: ModelSection | str,
+    options: TasksSection,
+    *,
+    shipped_code: bool = False,
+) -> Scores:
     """Evaluate a model in a fresh process of the first worker, on its GPU if it has one.
 
     Args:
@@ -52,9 +66,15 @@ def evaluate_tasks(cluster: Cluster, model: ModelSection | str, options: TasksSe
         RuntimeError: the process fails.
     """
     where = {"uri": model} if isinstance(model, str) else {"source": model.model_dump()}
-    request = where | {"options": options.model_dump(), "only_check": False, "shipped_code": shipped_code}
+    request = where | {
+        "options": options.model_dump(),
+        "only_check": False,
+        "shipped_code": shipped_code,
+    }
     first = cluster.placement.workers[0]
-    return cluster.get([cluster.submit(first, run_on_worker, "ray_surgeon.export.tasks", request, False)])[0]
+    return cluster.get(
+        [cluster.submit(first, run_on_worker, "ray_surgeon.export.tasks", request, False)]
+    )[0]
 
 
 def _fetch_dense(source: ModelSection, folder: Path) -> None:
@@ -70,7 +90,11 @@ def _numbers(results: Mapping[str, Mapping[str, Any]]) -> Scores:
     """Return the harness's numbers; ``acc,none`` is ``acc``, and another filter's name stays."""
     scores: Scores = {}
     for task, metrics in results.items():
-        numbers = {name: value for name, value in metrics.items() if "," in name and isinstance(value, (int, float))}
+        numbers = {
+            name: value
+            for name, value in metrics.items()
+            if "," in name and isinstance(value, (int, float))
+        }
         scores[task] = {name.removesuffix(",none"): float(value) for name, value in numbers.items()}
     return scores
 
@@ -88,7 +112,9 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
             download_folder(options.include, definitions)
         manager = TaskManager(include_path=None if options.include is None else str(definitions))
         if request["only_check"]:
-            found: dict[str, Any] = {"unknown": [name for name in options.names if name not in manager.all_tasks]}
+            found: dict[str, Any] = {
+                "unknown": [name for name in options.names if name not in manager.all_tasks]
+            }
         else:
             if "uri" in request:
                 folder, _ = held.enter_context(local_folder(request["uri"]))
@@ -96,9 +122,24 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
                 folder = Path(scratch) / "model"
                 _fetch_dense(ModelSection(**request["source"]), folder)
             device = "cuda" if torch.cuda.is_available() else "cpu"
-            model = HFLM(str(folder), device=device, batch_size=options.batch_size, trust_remote_code=request["shipped_code"])
-            settings: dict[str, Any] = {"num_fewshot": options.num_fewshot, "limit": options.limit, "log_samples": False}
-            results = simple_evaluate(model, tasks=list(options.names), task_manager=manager, bootstrap_iters=0, **settings)
+            model = HFLM(
+                str(folder),
+                device=device,
+                batch_size=options.batch_size,
+                trust_remote_code=request["shipped_code"],
+            )
+            settings: dict[str, Any] = {
+                "num_fewshot": options.num_fewshot,
+                "limit": options.limit,
+                "log_samples": False,
+            }
+            results = simple_evaluate(
+                model,
+                tasks=list(options.names),
+                task_manager=manager,
+                bootstrap_iters=0,
+                **settings,
+            )
             assert results is not None
             found = dict(_numbers(results["results"]))
     return found

@@ -1,1 +1,1 @@
-"""Where a worker keeps weights and factors: on its device, in the memory of its host, or on its disk."""
+"""Where weights and factors are kept: on the device, on its host, or on disk."""

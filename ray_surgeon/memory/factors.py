@@ -10,11 +10,17 @@ from ray_surgeon.surgery.kronecker import PackedSymmetric
 
 
 class FactorStore:
-    """Packed sums by key. A block's sums are on the device while the block runs; between that they are where the plan says."""
+    """Packed sums by key.
+
+    A block's sums are on the device while the block runs; between that they are where the plan
+    says.
+    """
 
     def __init__(self, place: Place, device: torch.device, scratch: Scratch) -> None:
         """Start empty."""
-        self._place, self._device, self._scratch = place, device, scratch
+        self._place = place
+        self._device = device
+        self._scratch = scratch
         self._kept: dict[str, PackedSymmetric] = {}
         self._memory = HostMemory(device)
 
@@ -27,7 +33,10 @@ class FactorStore:
         return self._kept[key]
 
     def on_device(self, key: str, n: int) -> PackedSymmetric:
-        """Return a sum [n, n] that may be added to, an empty one if there is none; `put` keeps what was added."""
+        """Return a sum [n, n] that may be added to, zeros if there is none.
+
+        `put` keeps what was added.
+        """
         if key not in self._kept:
             return PackedSymmetric.zeros(n, self._device)
         kept = self._kept[key]
@@ -40,11 +49,18 @@ class FactorStore:
         if self._place == "disk":
             with self._scratch.replacing(f"{key}.factor") as path:
                 total.flat.cpu().numpy().tofile(path)
-            flat = torch.from_file(str(self._scratch.path(f"{key}.factor")), shared=False, size=len(total.flat), dtype=total.flat.dtype)
+            flat = torch.from_file(
+                str(self._scratch.path(f"{key}.factor")),
+                shared=False,
+                size=len(total.flat),
+                dtype=total.flat.dtype,
+            )
             total = PackedSymmetric(total.n, flat)
         elif self._place == "host":
             if key not in self._kept:
-                self._kept[key] = PackedSymmetric(total.n, self._memory.empty(total.flat.shape, total.flat.dtype))
+                self._kept[key] = PackedSymmetric(
+                    total.n, self._memory.empty(total.flat.shape, total.flat.dtype)
+                )
             self._kept[key].flat.copy_(total.flat)
             return
         self._kept[key] = total

@@ -1,8 +1,8 @@
 """Memory of the host that is pinned for a GPU.
 
-torch reserves a power of two for every pinned tensor, up to twice of what it needs. Tensors lie together in larger pieces here, so that
-less is reserved for nothing. A piece is kept until `clear`, and then goes when the last tensor in it does; torch keeps its memory for
-the next one of that size.
+torch reserves a power of two for every pinned tensor, up to twice of what it needs. Tensors lie
+together in larger pieces here, so that less is reserved for nothing. A piece is kept until `clear`,
+and then goes when the last tensor in it does; torch keeps its memory for the next one of that size.
 """
 
 from __future__ import annotations
@@ -14,12 +14,18 @@ import torch
 from torch import Tensor
 
 _LARGEST_PIECE = 2**33
-"""Bytes of a piece, unless one tensor has more. Earlier ones have an eighth of all before them, so that no more is reserved for nothing."""
+"""Bytes of a piece, unless one tensor has more.
+
+Earlier ones have an eighth of all before them, so that no more is reserved for nothing.
+"""
 _ALIGNMENT = 64
 
 
 class Pieces:
-    """The places of tensors in pieces whose sizes are powers of two: each in the first piece with room for it."""
+    """The places of tensors in pieces whose sizes are powers of two.
+
+    Each tensor lies in the first piece with room for it.
+    """
 
     def __init__(self) -> None:
         """Start without pieces."""
@@ -27,9 +33,15 @@ class Pieces:
         self._used: list[int] = []
 
     def place(self, size: int) -> tuple[int, int]:
-        """Return the number of a piece, which may be a new one, and the first byte in it, for a tensor of `size` bytes."""
+        """Return the piece and the first byte in it for a tensor of `size` bytes.
+
+        The piece may be a new one.
+        """
         room = -(-size // _ALIGNMENT) * _ALIGNMENT
-        number = next((i for i, used in enumerate(self._used) if used + room <= self.sizes[i]), len(self.sizes))
+        number = next(
+            (i for i, used in enumerate(self._used) if used + room <= self.sizes[i]),
+            len(self.sizes),
+        )
         if number == len(self.sizes):
             least = min(_LARGEST_PIECE, sum(self.sizes) // 8)
             self.sizes.append(1 << max(6, (room - 1).bit_length(), least.bit_length() - 1))
@@ -66,8 +78,12 @@ class HostMemory:
         return self._memory[number][first : first + size].view(dtype).view(shape)
 
     def clear(self) -> None:
-        """Begin with new pieces; the memory of those before is free once nobody has a tensor in them."""
-        self._pieces, self._memory = Pieces(), list[Tensor]()
+        """Begin with new pieces.
+
+        The memory of earlier ones is free once nobody has a tensor in them.
+        """
+        self._pieces = Pieces()
+        self._memory = list[Tensor]()
 
     @staticmethod
     def _reserve(size: int) -> Tensor:

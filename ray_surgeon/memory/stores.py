@@ -21,7 +21,7 @@ Activations = Literal["keep", "recompute"]
 
 @dataclass(frozen=True)
 class Stores:
-    """Where a worker keeps what it does not use at the moment, and how many sequences pass it together."""
+    """Where idle weights and factors are kept, and how many sequences pass together."""
 
     weights: Place = "device"  # of blocks
     factors: Place = "device"  # A and G of all linears
@@ -37,7 +37,8 @@ def scratch_root(root: str | None) -> Path:
 class Scratch:
     """A folder on the local disk for one worker of one try of a run.
 
-    The tries of a run share a parent folder, so that a try removes what a killed one before it left.
+    The tries of a run share a parent folder, so that a try removes what a killed one before it
+    left.
     """
 
     def __init__(self, root: str | None, run: str, attempt: str, worker: str) -> None:
@@ -49,7 +50,8 @@ class Scratch:
             attempt: one try of it.
             worker: one of its workers.
         """
-        self._run, self._attempt = scratch_root(root) / f"ray_surgeon-{run}", attempt
+        self._run = scratch_root(root) / f"ray_surgeon-{run}"
+        self._attempt = attempt
         self.folder = self._run / attempt / worker
 
     def path(self, name: str) -> Path:
@@ -59,7 +61,9 @@ class Scratch:
 
     @contextlib.contextmanager
     def replacing(self, name: str) -> Iterator[Path]:
-        """Yield a path to write to, whose file then takes the place of the one of this name; who still reads the old one keeps it.
+        """Yield a path to write to; its file then replaces the one of this name.
+
+        Who still reads the old one keeps it.
 
         Raises:
             OSError: it cannot be written; names the file and the remedy.
@@ -70,11 +74,18 @@ class Scratch:
             yield written
             written.replace(path)
         except (OSError, SafetensorError) as error:
-            raise OSError(f"{path}: cannot write: {error}; free space on that disk, or name another one in memory.scratch") from error
+            raise OSError(
+                f"{path}: cannot write: {error}; free space on that disk, or name another one in "
+                "memory.scratch"
+            ) from error
 
     def _earlier(self) -> list[Path]:
         """Return the folders of earlier tries of this run."""
-        return [left for left in (self._run.iterdir() if self._run.exists() else ()) if left.name != self._attempt]
+        return [
+            left
+            for left in (self._run.iterdir() if self._run.exists() else ())
+            if left.name != self._attempt
+        ]
 
     def earlier_bytes(self) -> int:
         """Return the bytes of what earlier tries of this run left."""

@@ -27,23 +27,37 @@ Read = Callable[[str], Tensor]
 class ReadAhead:
     """Reads tensors from afar, several at a time, in the order in which they will be asked for."""
 
-    def __init__(self, read: Read, names: Sequence[str], shapes: Mapping[str, Sequence[int]], num_at_once: int = 8) -> None:
+    def __init__(
+        self,
+        read: Read,
+        names: Sequence[str],
+        shapes: Mapping[str, Sequence[int]],
+        num_at_once: int = 8,
+    ) -> None:
         """Start to read.
 
         Args:
             read: may be called from several threads.
             names: every tensor that will be asked for, in order.
             shapes: of those that are large.
-            num_at_once: tensors that are on their way or wait to be taken, or fewer that have `ENTRIES_AHEAD` entries together.
+            num_at_once: tensors that are on their way or wait to be taken, or fewer that have
+                `ENTRIES_AHEAD` entries together.
         """
-        self._read, self._left, self._shapes, self._num_at_once = read, deque(names), shapes, num_at_once
+        self._read = read
+        self._left = deque(names)
+        self._shapes = shapes
+        self._num_at_once = num_at_once
         self._pool = ThreadPoolExecutor(num_at_once)
         self._coming: dict[str, Future[Tensor]] = {}
         self._num_entries = 0  # of those that are coming
         self._start_more()
 
     def _start_more(self) -> None:
-        while self._left and len(self._coming) < self._num_at_once and self._num_entries < ENTRIES_AHEAD:
+        while (
+            self._left
+            and len(self._coming) < self._num_at_once
+            and self._num_entries < ENTRIES_AHEAD
+        ):
             name = self._left.popleft()
             self._num_entries += self._size(name)
             self._coming[name] = self._pool.submit(self._read, name)
@@ -86,7 +100,10 @@ class Slot:
 
 
 class WeightStore(ABC):
-    """The weights of a shard's blocks by global name. A block has its weights on the device inside of ``with store.block(...)``."""
+    """The weights of a shard's blocks by global name.
+
+    A block has its weights on the device inside of ``with store.block(...)``.
+    """
 
     def __init__(self, slots: Sequence[Mapping[str, Slot]], device: torch.device) -> None:
         """Start without weights.
@@ -95,7 +112,8 @@ class WeightStore(ABC):
             slots: for each block, global name -> where the tensor belongs.
             device: where blocks run; a GPU by its number.
         """
-        self._slots, self._device = slots, device
+        self._slots = slots
+        self._device = device
         self._all = {name: slot for of_block in slots for name, slot in of_block.items()}
         self.names = tuple(self._all)
 
@@ -106,7 +124,8 @@ class WeightStore(ABC):
         Args:
             read: a tensor by its name.
             checked: raises if a tensor is not usable.
-            stays: whether `read` goes on to give the same tensors at little cost, from a local disk.
+            stays: whether `read` goes on to give the same tensors at little cost, from a local
+                disk.
         """
 
     @abstractmethod
@@ -123,7 +142,8 @@ class WeightStore(ABC):
 
         Args:
             place: of the block in the shard.
-            then: the block that will be wanted next, if that is known; its weights are fetched meanwhile.
+            then: the block that will be wanted next, if that is known; its weights are fetched
+                meanwhile.
         """
         yield
 
@@ -148,27 +168,42 @@ class ResidentWeights(WeightStore):
 
 
 def _begin_on(device: torch.device) -> None:
-    """Make a GPU, by its number, that of this thread, which begins with the first one as its own and would make a context there."""
+    """Make a GPU, by its number, that of this thread.
+
+    A new thread begins with the first GPU, and would make a context there.
+    """
     if device.type == "cuda":
         torch.cuda.set_device(device)
 
 
 class StreamedWeights(WeightStore):
-    """Only the block that runs has its weights on the device; on an accelerator the next one's are on their way."""
+    """Only the block that runs has its weights on the device.
+
+    On an accelerator the next block's are on their way.
+    """
 
     def __init__(self, slots: Sequence[Mapping[str, Slot]], device: torch.device) -> None:
         """Start without weights; see `WeightStore`."""
         super().__init__(slots, device)
-        self._absent = [{name: slot.tensor() for name, slot in of_block.items()} for of_block in slots]  # on the meta device
+        self._absent = [
+            {name: slot.tensor() for name, slot in of_block.items()} for of_block in slots
+        ]  # on the meta device
         self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
-        self._fetching = ThreadPoolExecutor(1, initializer=_begin_on, initargs=(device,)) if device.type != "cpu" else None
+        self._fetching = (
+            ThreadPoolExecutor(1, initializer=_begin_on, initargs=(device,))
+            if device.type != "cpu"
+            else None
+        )
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     @contextlib.contextmanager
     def block(self, place: int, then: int | None = None) -> Iterator[None]:
         """Have the weights of a block on the device; see `WeightStore.block`."""
-        ahead, self._ahead = self._ahead, None
-        tensors = ahead[1].result() if ahead is not None and ahead[0] == place else self._fetch(place)
+        ahead = self._ahead
+        self._ahead = None
+        tensors = (
+            ahead[1].result() if ahead is not None and ahead[0] == place else self._fetch(place)
+        )
         if self._stream is not None:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
             for tensor in tensors.values():
@@ -185,8 +220,15 @@ class StreamedWeights(WeightStore):
                 slot.fill(self._absent[place][name])
 
     def _fetch(self, place: int) -> dict[str, Tensor]:
-        with torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext():
-            return {name: self.get(name).to(self._device, non_blocking=True) for name in self._slots[place]}
+        with (
+            torch.cuda.stream(self._stream)
+            if self._stream is not None
+            else contextlib.nullcontext()
+        ):
+            return {
+                name: self.get(name).to(self._device, non_blocking=True)
+                for name in self._slots[place]
+            }
 
     def _forget_ahead(self) -> None:
         if self._ahead is not None:
@@ -199,7 +241,8 @@ class HostWeights(StreamedWeights):
 
     def fill(self, read: Read, checked: Callable[[str, Tensor], None], *, stays: bool) -> None:
         """Take the weights; see `WeightStore.fill`."""
-        self._host, memory = dict[str, Tensor](), HostMemory(self._device)
+        self._host = dict[str, Tensor]()
+        memory = HostMemory(self._device)
         for name, slot in self._all.items():
             value = read(name)
             checked(name, value)
@@ -216,9 +259,14 @@ class HostWeights(StreamedWeights):
 
 
 class DiskWeights(StreamedWeights):
-    """The weights are read from where they come from, if that is on a local disk, and else from a copy; changed ones from scratch."""
+    """Weights are read from their source on a local disk, or else from a copy of it.
 
-    def __init__(self, slots: Sequence[Mapping[str, Slot]], device: torch.device, scratch: Scratch) -> None:
+    Changed weights come from scratch.
+    """
+
+    def __init__(
+        self, slots: Sequence[Mapping[str, Slot]], device: torch.device, scratch: Scratch
+    ) -> None:
         """Start without weights; see `WeightStore`."""
         super().__init__(slots, device)
         self._scratch = scratch
@@ -234,7 +282,10 @@ class DiskWeights(StreamedWeights):
                 self.set(name, value)
 
     def continue_from(self, read: Read, names: Container[str]) -> None:
-        """Read the given names by another function, keep nothing open that no name needs then, and free their scratch."""
+        """Read the given names by another function, and free their scratch.
+
+        Nothing stays open that no name needs.
+        """
         self._forget_ahead()
         self._reads |= {name: read for name in self._all if name in names}
         changed = {name for name in self._changed if name in names}
@@ -243,7 +294,7 @@ class DiskWeights(StreamedWeights):
             self._scratch.path(f"{name}.safetensors").unlink()
 
     def get(self, name: str) -> Tensor:
-        """Return a tensor, which lies in a file that is mapped into memory unless its dtype must be changed."""
+        """Return a tensor, mapped from its file unless its dtype must be changed."""
         if name not in self._changed:
             return self._reads[name](name).to(self._all[name].dtype)
         with safe_open(self._scratch.path(f"{name}.safetensors"), framework="pt") as file:
@@ -259,7 +310,9 @@ class DiskWeights(StreamedWeights):
         self._changed.add(name)
 
 
-def weight_store(place: Place, slots: Sequence[Mapping[str, Slot]], device: torch.device, scratch: Scratch) -> WeightStore:
+def weight_store(
+    place: Place, slots: Sequence[Mapping[str, Slot]], device: torch.device, scratch: Scratch
+) -> WeightStore:
     """Return an empty store; see `WeightStore`."""
     if place == "device":
         return ResidentWeights(slots, device)

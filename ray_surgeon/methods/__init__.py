@@ -1,7 +1,11 @@
-"""Ways to prune. A file holds one: its section of the job spec, what it does on a worker and what it does on the coordinator.
+"""Ways to prune.
 
-Coupled groups, the longest, have further files: their section, costs as workers send them, whole experts, the search, and the
-reconstruction of layers. Corrections and further Kronecker terms, which go with several ways, have files of their own.
+A file holds one: its section of the job spec, what it does on a worker and what it does on the
+coordinator.
+
+Coupled groups, the longest, have further files: their section, costs as workers send them, whole
+experts, the search, and the reconstruction of layers. Corrections and further Kronecker terms,
+which go with several ways, have files of their own.
 """
 
 from __future__ import annotations
@@ -44,15 +48,24 @@ METHODS: dict[type, type[Method]] = {
 }
 """Section -> the method that takes it."""
 
-_STRUCTURES = {"rows_columns": "rows_columns", "rows": "rows_columns", "columns": "rows_columns", "element": "element", "n_m": "n_m"}
+_STRUCTURES = {
+    "rows_columns": "rows_columns",
+    "rows": "rows_columns",
+    "columns": "rows_columns",
+    "element": "element",
+    "n_m": "n_m",
+}
 
 
 def _tag_of(get: Any) -> str | None:
-    method, structure = get("method", "llm_surgeon"), get("structure", "rows_columns")
+    method = get("method", "llm_surgeon")
+    structure = get("structure", "rows_columns")
     if method in ("sparsegpt", "wanda"):
         return str(method)
     if method == "llm_surgeon" and structure == "groups":
-        return "groups, allocation uniform" if get("allocation", "global") == "uniform" else "groups"
+        return (
+            "groups, allocation uniform" if get("allocation", "global") == "uniform" else "groups"
+        )
     return _STRUCTURES.get(str(structure)) if method == "llm_surgeon" else None
 
 
@@ -66,6 +79,7 @@ PruningSection = Annotated[
     | Annotated[WandaSection, Tag(tag("wanda"))],
     by_tag(
         _tag_of,
-        "structure rows_columns, rows, columns, element, n_m or groups with method llm_surgeon, or element or n_m with sparsegpt or wanda",
+        "structure rows_columns, rows, columns, element, n_m or groups with method llm_surgeon, or "
+        "element or n_m with sparsegpt or wanda",
     ),
 ]

@@ -1,4 +1,4 @@
-"""The calibration text as the stages of a run take it: what they are fitted on, and what is held aside from all of them."""
+"""The calibration text: what stages are fitted on, and what is held aside from them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 HELD = "(held aside)"
-"""Name of the windows held aside among the texts that have dense states; no evaluation text can have it."""
+"""Name of the windows held aside among the texts that have dense states.
+
+No evaluation text can have it.
+"""
 
 
 def _none() -> NDArray[np.int64]:
@@ -17,16 +20,24 @@ def _none() -> NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """Windows of the calibration, and which of their tokens count as something that is predicted."""
+    """Windows of the calibration, and which of their tokens count as predicted ones."""
 
-    tokens: NDArray[np.int64] = field(repr=False)  # [num_sequences, sequence_length] what stages are fitted on
-    counts: NDArray[np.bool_] | None = field(default=None, repr=False)  # likewise, whether a token counts; None if all do
-    held: NDArray[np.int64] = field(default_factory=_none, repr=False)  # [num_windows, sequence_length] what no stage is fitted on
+    tokens: NDArray[np.int64] = field(
+        repr=False
+    )  # [num_sequences, sequence_length] what stages are fitted on
+    counts: NDArray[np.bool_] | None = field(
+        default=None, repr=False
+    )  # likewise, whether a token counts; None if all do
+    held: NDArray[np.int64] = field(
+        default_factory=_none, repr=False
+    )  # [num_windows, sequence_length] what no stage is fitted on
     held_counts: NDArray[np.bool_] | None = field(default=None, repr=False)  # likewise
 
     @staticmethod
-    def split(tokens: NDArray[np.int64], counts: NDArray[np.bool_] | None, num_held: int) -> CalibrationText:
-        """Hold some windows aside, spread evenly over all, so that every text of a mix gives its share.
+    def split(
+        tokens: NDArray[np.int64], counts: NDArray[np.bool_] | None, num_held: int
+    ) -> CalibrationText:
+        """Hold some windows aside, spread evenly, so that every text gives its share.
 
         Args:
             tokens: [num_sequences, sequence_length].
@@ -40,5 +51,5 @@ class CalibrationText:
 
 
 def held_places(num_sequences: int, num_held: int) -> NDArray[np.int64]:
-    """Return the places of windows that are spread evenly: the middles of `num_held` equal parts."""
+    """Return the places of evenly spread windows: the middles of `num_held` equal parts."""
     return ((np.arange(num_held) + 0.5) * num_sequences / max(1, num_held)).astype(np.int64)

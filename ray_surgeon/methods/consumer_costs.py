@@ -27,8 +27,11 @@ class ConsumerCosts:
     allowed: Container[int]  # numbers of groups that may be left afterwards
     whole: float = math.inf  # what it costs to remove the expert
     block: int = 0  # its number
-    limit: float = math.inf  # before scaling, per unit of the target if groups are ranked so; what costs more may be missing in `costs`
-    scale: float = 1.0  # what costs are multiplied with to be compared with those of other consumers; see `Search`
+    # before scaling, per unit of the target if groups are ranked so; what costs more may be missing
+    # in `costs`
+    limit: float = math.inf
+    # what costs are multiplied with to be compared with those of other consumers; see `Search`
+    scale: float = 1.0
 
     @property
     def unit(self) -> Unit:
@@ -49,14 +52,23 @@ class ConsumerCosts:
 class Reach:
     """How far the greedy paths are followed."""
 
-    limit: float | None = None  # largest scaled cost, per unit likewise; None for the cost of each group on its own
-    needed: Mapping[str, int] | None = None  # consumer -> its groups that may be needed even if they cost more
+    limit: float | None = (
+        None  # largest scaled cost, per unit likewise; None for the cost of each group on its own
+    )
+    needed: Mapping[str, int] | None = (
+        None  # consumer -> its groups that may be needed even if they cost more
+    )
     only: frozenset[str] | None = None  # consumers whose paths are followed anew; None for all
-    scales: Mapping[Unit, float] = field(default_factory=dict)  # those of `ConsumerCosts`; 1 if not given
+    scales: Mapping[Unit, float] = field(
+        default_factory=dict
+    )  # those of `ConsumerCosts`; 1 if not given
 
 
 def renewed(before: Scores[ConsumerCosts], after: Scores[ConsumerCosts]) -> Scores[ConsumerCosts]:
     """Return scores in which those of some consumers were taken anew."""
     costs = {c.consumer: c for c in (*before.costs, *after.costs)}
-    raised = {(event.linear, event.factor): event for event in (*before.raised_damping, *after.raised_damping)}
+    raised = {
+        (event.linear, event.factor): event
+        for event in (*before.raised_damping, *after.raised_damping)
+    }
     return replace(after, costs=tuple(costs.values()), raised_damping=tuple(raised.values()))

@@ -1,6 +1,9 @@
-"""Further Kronecker terms of extended KFAC, found by power iterations over shards and replicas after the curvature pass.
+"""Further Kronecker terms of extended KFAC, by power iterations.
 
-Source: docs/method.md, section 1. Each iteration is a forward and backward pass: one for A with G held, the next for G with A held.
+They run over shards and replicas after the curvature pass.
+
+Source: docs/method.md, section 1. Each iteration is a forward and backward pass: one for A with G
+held, the next for G with A held.
 """
 
 from __future__ import annotations
@@ -50,8 +53,12 @@ class PowerIteration:
         other = self.unit_A if side == "g" else self.unit_G
         for name, module in self._shard.gathered.items():
             shape = self._shard.layout.shapes[name]
-            self.moments[name] = PackedSymmetric.zeros(shape.num_columns if side == "a" else shape.num_rows, self._shard.device)
-            self._hooks.append(watch_pairs(module, _add_moment(self.moments[name], other[name], side)))
+            self.moments[name] = PackedSymmetric.zeros(
+                shape.num_columns if side == "a" else shape.num_rows, self._shard.device
+            )
+            self._hooks.append(
+                watch_pairs(module, _add_moment(self.moments[name], other[name], side))
+            )
 
     def stop(self) -> None:
         """Remove the hooks."""
@@ -60,7 +67,9 @@ class PowerIteration:
         self._hooks.clear()
 
 
-def _add_moment(total: PackedSymmetric, other: Tensor, side: Side) -> Callable[[Tensor, Tensor], None]:
+def _add_moment(
+    total: PackedSymmetric, other: Tensor, side: Side
+) -> Callable[[Tensor, Tensor], None]:
     def see(a: Tensor, g: Tensor) -> None:
         wanted, weighing = (g, a) if side == "g" else (a, g)
         total.add(wanted, quadratic_forms(weighing, other))
@@ -84,7 +93,7 @@ def start_iteration(worker: Worker, side: Side) -> None:
 
 @collective
 def finish_iteration(worker: Worker, side: Side) -> None:
-    """Sum the moments to their owners, which take off the known terms, and send the new factor on."""
+    """Sum the moments to owners, which take off known terms and send the factor on."""
     power = worker.kept(PowerIteration)
     power.stop()
     units, others = (power.unit_G, power.unit_A) if side == "g" else (power.unit_A, power.unit_G)
@@ -98,16 +107,22 @@ def finish_iteration(worker: Worker, side: Side) -> None:
             n = max(1, factors.num_tokens)
             divisor = _divisor(worker, name, n)
             known = [(factors.G / divisor, factors.A / n), *factors.terms]
-            same, opposite = ([t[0] for t in known], [t[1] for t in known])
+            same = [t[0] for t in known]
+            opposite = [t[1] for t in known]
             if side == "a":
                 same, opposite = opposite, same
-            unit, power.sigma[name] = power_iteration(moment / divisor, same, opposite, others[name])
+            unit, power.sigma[name] = power_iteration(
+                moment / divisor, same, opposite, others[name]
+            )
         worker.replicas.broadcast(unit, owner)
         units[name] = unit
 
 
 def _divisor(worker: Worker, name: str, num_tokens: int) -> float:
-    """Return by what sums over tokens are divided: of an expert so that its further terms weigh what its own tokens do in the first."""
+    """Return the divisor of a linear's sums over tokens.
+
+    With that of an expert, further terms weigh what its own tokens do in the first.
+    """
     shape = worker.layout.shapes[name]
     if shape.expert is None:
         return num_tokens
@@ -116,19 +131,30 @@ def _divisor(worker: Worker, name: str, num_tokens: int) -> float:
 
 def finish_term(worker: Worker) -> dict[str, float]:
     """Keep the term at the owners; return its size relative to the first one's, by linear."""
-    power, sizes = worker.drop(PowerIteration), {}
+    power = worker.drop(PowerIteration)
+    sizes = {}
     for name in worker.shard.gathered:
         if not worker.owns(name):
             continue
-        scale, factors = power.sigma[name] ** 0.5, worker.shard.factors(name).dense(worker.device)
-        size = float(torch.linalg.norm(factors.A) * torch.linalg.norm(factors.G)) / factors.num_tokens**2
+        scale = power.sigma[name] ** 0.5
+        factors = worker.shard.factors(name).dense(worker.device)
+        size = (
+            float(torch.linalg.norm(factors.A) * torch.linalg.norm(factors.G))
+            / factors.num_tokens**2
+        )
         sizes[name] = power.sigma[name] / size if size else 0.0
-        worker.shard.terms.setdefault(name, []).append((power.unit_G[name] * scale, power.unit_A[name] * scale))
+        worker.shard.terms.setdefault(name, []).append(
+            (power.unit_G[name] * scale, power.unit_A[name] * scale)
+        )
     return sizes
 
 
 def gather_terms(
-    cluster: Cluster, sequences: NDArray[np.int64], num_terms: int, num_iterations: int, label_seed: int | None
+    cluster: Cluster,
+    sequences: NDArray[np.int64],
+    num_terms: int,
+    num_iterations: int,
+    label_seed: int | None,
 ) -> list[dict[str, float]]:
     """Find the Kronecker terms after KFAC's.
 
@@ -150,5 +176,7 @@ def gather_terms(
             cluster.run_all(start_iteration, side)
             forward_and_backward(cluster, sequences, Labels(label_seed))
             cluster.run_all(finish_iteration, side)
-        sizes.append({name: size for found in cluster.run_all(finish_term) for name, size in found.items()})
+        sizes.append(
+            {name: size for found in cluster.run_all(finish_term) for name, size in found.items()}
+        )
     return sizes

@@ -1,4 +1,7 @@
-"""SparseGPT and Wanda, as baselines: block after block to the same sparsity, each from the inputs that the pruned blocks before it give."""
+"""SparseGPT and Wanda, as baselines: block after block to the same sparsity.
+
+Inputs are those that the pruned blocks before give.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,11 @@ from ray_surgeon.surgery.masks import ElementMask
 class _Layerwise(SparsitySection):
     takes_curvature: ClassVar[bool] = False
     structure: Literal["element", "n_m"] = Field(description="Single elements, or N:M groups")
-    n_m: Pattern | None = Field(None, description="[N, M] of structure n_m: N of M consecutive inputs of a row stay; [2, 4] if not given")
+    n_m: Pattern | None = Field(
+        None,
+        description="[N, M] of structure n_m: N of M consecutive inputs of a row stay; [2, 4] if "
+        "not given",
+    )
 
     @property
     def pattern(self) -> tuple[int, int]:
@@ -43,9 +50,14 @@ class _Layerwise(SparsitySection):
             is_that = math.isclose(self.target_sparsity, 1 - n / m, abs_tol=1e-3)
             check_pattern((n, m), 1 - n / m if is_that else self.target_sparsity)
             if self.shots > 1 or not is_that:
-                raise ValueError(f"n_m: takes every linear to {n}:{m} at once; set target_sparsity to {1 - n / m:g} and num_shots to 1")
+                raise ValueError(
+                    f"n_m: takes every linear to {n}:{m} at once; set target_sparsity to "
+                    f"{1 - n / m:g} and num_shots to 1"
+                )
         elif self.n_m is not None:
-            raise ValueError("n_m: structure element has no pattern; remove it, or set structure n_m")
+            raise ValueError(
+                "n_m: structure element has no pattern; remove it, or set structure n_m"
+            )
         return self
 
 
@@ -53,15 +65,23 @@ class SparseGPTSection(_Layerwise):
     """SparseGPT (Frantar & Alistarh 2023)."""
 
     method: Literal["sparsegpt"] = Field(description="SparseGPT")
-    damping: float = Field(0.01, ge=0, le=10, description="Damping of A, relative to the mean of its diagonal")
+    damping: float = Field(
+        0.01, ge=0, le=10, description="Damping of A, relative to the mean of its diagonal"
+    )
     max_damping: float = Field(
-        1.0, gt=0, le=10, description="A factor that is not positive definite gets ten times the damping, up to this; then the run fails"
+        1.0,
+        gt=0,
+        le=10,
+        description="A factor that is not positive definite gets ten times the damping, up to "
+        "this; then the run fails",
     )
 
     @model_validator(mode="after")
     def _cap_above_damping(self) -> SparseGPTSection:
         if self.max_damping < self.damping:
-            raise ValueError(f"max_damping {self.max_damping:g} is below damping {self.damping:g}; raise it")
+            raise ValueError(
+                f"max_damping {self.max_damping:g} is below damping {self.damping:g}; raise it"
+            )
         return self
 
 
@@ -88,15 +108,23 @@ class Layerwise(Method):
         return False
 
     def reach(self, layout: ModelLayout) -> float:
-        """Return the weights' fraction of the narrowest linear, whose bias counts and stays; a pattern is a target of its own."""
+        """Return the weights' fraction of the narrowest linear, whose bias counts and stays.
+
+        A pattern is a target of its own.
+        """
         if self.section.structure == "n_m":
             return 1.0
-        return min((shape.num_columns - shape.has_bias) / shape.num_columns for shape in layout.linears)
+        return min(
+            (shape.num_columns - shape.has_bias) / shape.num_columns for shape in layout.linears
+        )
 
     def needs(self, shape: LinearShape) -> LinearNeeds:
         """A's Cholesky factor and the inverse of that."""
-        R, C = shape.num_rows, shape.num_columns
-        return LinearNeeds(update_bytes=4 * (4 * C**2 + 4 * R * C), update_flops=2 / 3 * C**3 + 2 * R * C**2)
+        R = shape.num_rows
+        C = shape.num_columns
+        return LinearNeeds(
+            update_bytes=4 * (4 * C**2 + 4 * R * C), update_flops=2 / 3 * C**3 + 2 * R * C**2
+        )
 
     # On the coordinator
 
@@ -108,14 +136,26 @@ class Layerwise(Method):
         """Nothing is chosen over the model: every linear goes to the sparsity of the shot."""
         raise AssertionError("there is no threshold")
 
-    def apply(self, cluster: Cluster, sequences: NDArray[np.int64], choice: Choice, shot: int) -> list[LinearSummary]:
+    def apply(
+        self, cluster: Cluster, sequences: NDArray[np.int64], choice: Choice, shot: int
+    ) -> list[LinearSummary]:
         """Prune shard after shard, block after block, while the calibration sequences pass once."""
         _Pruning(self.section, self.section.targets[shot - 1]).pass_all(cluster, sequences)
         return in_order(cluster.run_all(_summaries))
 
-    def record(self, cluster: Cluster, scores: Scores[None] | None, choice: Choice, linears: Sequence[LinearSummary]) -> dict[str, Any]:
+    def record(
+        self,
+        cluster: Cluster,
+        scores: Scores[None] | None,
+        choice: Choice,
+        linears: Sequence[LinearSummary],
+    ) -> dict[str, Any]:
         """Return what was damped more than asked."""
-        return {"damping_used": [asdict(event) for events in cluster.run_all(_take_raised) for event in events]}
+        return {
+            "damping_used": [
+                asdict(event) for events in cluster.run_all(_take_raised) for event in events
+            ]
+        }
 
 
 @dataclass
@@ -142,10 +182,17 @@ class _Pruning(BlockPass):
 
     def change(self, worker: Worker, name: str, A: Tensor) -> None:
         """Prune a linear."""
-        section, W, shape = self.section, worker.shard.weight(name), worker.layout.shapes[name]
-        num_inputs, (n, m) = shape.num_columns - shape.has_bias, section.pattern
+        section = self.section
+        W = worker.shard.weight(name)
+        shape = worker.layout.shapes[name]
+        num_inputs = shape.num_columns - shape.has_bias
+        (n, m) = section.pattern
         fraction = self.sparsity * W.numel() / (len(W) * num_inputs)
-        damping = (section.damping, section.max_damping) if isinstance(section, SparseGPTSection) else (0.0, 0.0)
+        damping = (
+            (section.damping, section.max_damping)
+            if isinstance(section, SparseGPTSection)
+            else (0.0, 0.0)
+        )
         before = worker.mask(name, ElementMask).kept[:, :num_inputs].to(W.device)
         W[:, :num_inputs], kept, raised = prune_linear(
             W[:, :num_inputs],

@@ -1,7 +1,8 @@
 """What every pruning method has: curvature, costs, a choice, an update.
 
-A method is one frozen object. It travels to the workers with every step, so the methods that take a `Worker` run there and find all options
-in `self`; the methods that take a `Cluster` run on the coordinator.
+A method is one frozen object. It travels to the workers with every step, so the methods that take a
+`Worker` run there and find all options in `self`; the methods that take a `Cluster` run on the
+coordinator.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ class Scores(Generic[C]):
     costs: tuple[C, ...]  # whatever the method ranks; nothing where the costs stay on the workers
     num_parameters: int  # entries of the linears
     num_kept: int  # of them, what earlier shots kept
-    raised_damping: tuple[RaisedDamping, ...] = ()  # factorisations that needed more damping than asked for
+    raised_damping: tuple[
+        RaisedDamping, ...
+    ] = ()  # factorisations that needed more damping than asked for
     clipping: tuple[Clipping, ...] = ()  # further Kronecker terms that were clipped
 
     @staticmethod
@@ -60,7 +63,10 @@ class Scores(Generic[C]):
         )
 
     def as_fractions(self, curve: Curve) -> Curve:
-        """Return a curve over the fraction of all parameters that is pruned then, what earlier shots pruned included."""
+        """Return a curve over the fraction of all parameters that is pruned then.
+
+        What earlier shots pruned is included.
+        """
         num_pruned = self.num_parameters - self.num_kept
         return [(min(1.0, (num_pruned + size) / self.num_parameters), cost) for size, cost in curve]
 
@@ -71,9 +77,15 @@ class Choice:
 
     threshold: float | None  # everything up to this cost; None if the method has none
     facts: Mapping[str, float | int | str]  # for the event of the step
-    counts: Mapping[str, int] = field(default_factory=dict)  # consumer -> number of its groups, for coupled groups
-    experts: Mapping[str, float] = field(default_factory=dict)  # consumer of each expert that goes whole -> what that costs
-    trial: Mapping[str, int] = field(default_factory=dict)  # consumers of layers on which learning rates are tried -> groups that go
+    counts: Mapping[str, int] = field(
+        default_factory=dict
+    )  # consumer -> number of its groups, for coupled groups
+    experts: Mapping[str, float] = field(
+        default_factory=dict
+    )  # consumer of each expert that goes whole -> what that costs
+    trial: Mapping[str, int] = field(
+        default_factory=dict
+    )  # consumers of layers on which learning rates are tried -> groups that go
     record: Mapping[str, Any] = field(default_factory=dict)  # more for the report
 
 
@@ -98,7 +110,9 @@ class Method(ABC):
     """One way to prune, with its options."""
 
     section: ScheduleSection  # `pruning` of the job spec
-    curvature: AnyCurvature | None  # the section of that name; None for methods that gather their own
+    curvature: (
+        AnyCurvature | None
+    )  # the section of that name; None for methods that gather their own
 
     @property
     def by_element(self) -> bool:
@@ -107,7 +121,10 @@ class Method(ABC):
 
     @property
     def has_costs(self) -> bool:
-        """Whether a shot has curvature, costs and a threshold; methods that prune block by block only have an update."""
+        """Whether a shot has curvature, costs and a threshold.
+
+        Methods that prune block by block only have an update.
+        """
         return True
 
     @property
@@ -130,7 +147,9 @@ class Method(ABC):
         assert self.curvature is not None
         return self.curvature
 
-    def calibrate(self, cluster: Cluster, text: CalibrationText, shot: int, *, remembers: bool) -> Calibrated:
+    def calibrate(
+        self, cluster: Cluster, text: CalibrationText, shot: int, *, remembers: bool
+    ) -> Calibrated:
         """Gather the curvature of the present weights.
 
         Args:
@@ -139,9 +158,12 @@ class Method(ABC):
             shot: number of the shot.
             remembers: see `gather_curvature`.
         """
-        curvature, sequences = self.used_curvature, text.tokens
+        curvature = self.used_curvature
+        sequences = text.tokens
         seed = curvature.label_seed(shot, len(sequences))
-        gather = partial(gather_curvature, cluster, kind=curvature.kind, label_seed=seed, only=self.gathers)
+        gather = partial(
+            gather_curvature, cluster, kind=curvature.kind, label_seed=seed, only=self.gathers
+        )
         has_held = curvature.chooses_damping and len(text.held) >= cluster.placement.num_replicas
         if has_held:
             gather(text.held, counts=text.held_counts)
@@ -155,40 +177,80 @@ class Method(ABC):
             remembers=remembers,
             counts=text.counts,
         )
-        method, record = self._with_chosen_damping(cluster, shot) if has_held else (self, dict[str, Any]())
+        method, record = (
+            self._with_chosen_damping(cluster, shot) if has_held else (self, dict[str, Any]())
+        )
         if isinstance(curvature, ExtendedKfacSection):
-            further = gather_terms(cluster, sequences, curvature.num_kronecker_terms, curvature.num_power_iterations, seed)
-            record["median_size_of_terms"] = [float(np.median(list(by_linear.values()))) for by_linear in further]
+            further = gather_terms(
+                cluster,
+                sequences,
+                curvature.num_kronecker_terms,
+                curvature.num_power_iterations,
+                seed,
+            )
+            record["median_size_of_terms"] = [
+                float(np.median(list(by_linear.values()))) for by_linear in further
+            ]
         return Calibrated(method, loss, record)
 
     def prepare_pass(self, cluster: Cluster, text: CalibrationText) -> None:
-        """Prepare workers for the pass over the calibration text, in which the weights are those from before the shot."""
+        """Prepare workers for the pass over the calibration text.
+
+        The weights are those from before the shot.
+        """
         return
 
     # The choice of damping
 
     def probed(self, layout: ModelLayout) -> list[str]:
-        """Return the linears on which dampings are tried: of each role that is ranked one a third and one two thirds through the model."""
+        """Return the linears on which dampings are tried.
+
+        Of each role that is ranked, these are one a third and one two thirds through the model.
+        """
         of_role: dict[str, list[str]] = {}
         for shape in layout.linears:
             if shape.expert is None and self.needs(shape) is not None:
                 of_role.setdefault(shape.role, []).append(shape.name)
-        return list(dict.fromkeys(names[len(names) * third // 3] for names in of_role.values() for third in (1, 2)))
+        return list(
+            dict.fromkeys(
+                names[len(names) * third // 3] for names in of_role.values() for third in (1, 2)
+            )
+        )
 
     def keep_held_factors(self, worker: Worker) -> None:
-        """Keep the factors of the owned linears that are probed, which are of the windows held aside now."""
-        names = [name for name in self.probed(worker.layout) if name in worker.shard.linears and worker.owns(name)]
+        """Keep the factors of the owned linears that are probed.
+
+        They are of the windows held aside now.
+        """
+        names = [
+            name
+            for name in self.probed(worker.layout)
+            if name in worker.shard.linears and worker.owns(name)
+        ]
         own = {name: worker.shard.own_factors(name) for name in names}
-        worker.keep(_HeldFactors({name: replace(of, A=of.A.copied(), G=of.G.copied()) for name, of in own.items()}))
+        worker.keep(
+            _HeldFactors(
+                {name: replace(of, A=of.A.copied(), G=of.G.copied()) for name, of in own.items()}
+            )
+        )
 
     def costs_held_aside(self, worker: Worker, damping: Damping, share: float) -> list[float]:
-        """Return what removals in the probed linears that the worker owns cost by the factors held aside; see `cost_held_aside`."""
+        """Return what removals in the owned probed linears cost by the factors held aside.
+
+        See `cost_held_aside`.
+        """
         found = []
         for name, held in worker.kept(_HeldFactors).of_linear.items():
             linear = linear_of(worker, name, self.used_curvature)
             mask = worker.masks[name]
-            kept = mask if isinstance(mask, StructuredMask) else StructuredMask.full(*linear.W.shape)
-            found.append(cost_held_aside(linear, kept, held, damping, share, prunes_rows=self.gathers is None))
+            kept = (
+                mask if isinstance(mask, StructuredMask) else StructuredMask.full(*linear.W.shape)
+            )
+            found.append(
+                cost_held_aside(
+                    linear, kept, held, damping, share, prunes_rows=self.gathers is None
+                )
+            )
         return found
 
     def drop_held_factors(self, worker: Worker) -> None:
@@ -196,26 +258,51 @@ class Method(ABC):
         worker.drop(_HeldFactors)
 
     def _with_chosen_damping(self, cluster: Cluster, shot: int) -> tuple[Self, dict[str, Any]]:
-        """Return the method with the damping that costs least on the windows held aside, and what the report says of it."""
+        """Return the method with the damping that costs least on the windows held aside.
+
+        The second item is what the report says of it.
+        """
         curvature = self.used_curvature
         has_G = curvature.kind != "activations"
         share = self.section.removed_in(shot)
 
         def cost_of(a: float, g: float) -> list[float]:
             damping = Damping(a, g if has_G else 0.0, curvature.as_damping.max)
-            return [cost for of_worker in cluster.run_all(self.costs_held_aside, damping, share) for cost in of_worker]
+            return [
+                cost
+                for of_worker in cluster.run_all(self.costs_held_aside, damping, share)
+                for cost in of_worker
+            ]
 
-        a, g, tried = choose_damping(cost_of, A_CHOICES, G_CHOICES if has_G else (DampingSection().g,))
+        a, g, tried = choose_damping(
+            cost_of, A_CHOICES, G_CHOICES if has_G else (DampingSection().g,)
+        )
         cluster.run_all(self.drop_held_factors)
         chosen = curvature.model_copy(update={"damping": DampingSection(a=a, g=g)})
-        record = {"a": a, "g": g, "tried": [{"a": one[0], "g": one[1], "cost": one[2] if isfinite(one[2]) else None} for one in tried]}
+        record = {
+            "a": a,
+            "g": g,
+            "tried": [
+                {"a": one[0], "g": one[1], "cost": one[2] if isfinite(one[2]) else None}
+                for one in tried
+            ],
+        }
         return replace(self, curvature=chosen), {"damping_chosen": record}
 
     @abstractmethod
     def needs(self, shape: LinearShape) -> LinearNeeds | None:
-        """Return what the costs and the update of a linear need; None if it is neither ranked nor updated by its factors."""
+        """Return what the costs and the update of a linear need.
 
-    def job(self, layout: ModelLayout, dtype: str, calibration: tuple[int, int], evaluation: Sequence[tuple[int, int]]) -> Job:
+        None if it is neither ranked nor updated by its factors.
+        """
+
+    def job(
+        self,
+        layout: ModelLayout,
+        dtype: str,
+        calibration: tuple[int, int],
+        evaluation: Sequence[tuple[int, int]],
+    ) -> Job:
         """Return what a plan depends on.
 
         Args:
@@ -224,14 +311,23 @@ class Method(ABC):
             calibration: number and length of its sequences.
             evaluation: number and length of the windows of each text.
         """
-        needs = {shape.name: found for shape in layout.linears if (found := self.needs(shape)) is not None}
-        dense, passes, factors = dict[str, float](), 1, "none"
+        needs = {
+            shape.name: found
+            for shape in layout.linears
+            if (found := self.needs(shape)) is not None
+        }
+        dense = dict[str, float]()
+        passes = 1
+        factors = "none"
         if self.curvature is not None:
             factors = "A" if self.curvature.kind in ("activations", "identity") else "both"
         if isinstance(self.curvature, ExtendedKfacSection):
             further = self.curvature.num_kronecker_terms - 1
             passes += further * self.curvature.num_power_iterations
-            sizes = {shape.name: 4.0 * (shape.num_rows**2 + shape.num_columns**2) for shape in layout.linears}
+            sizes = {
+                shape.name: 4.0 * (shape.num_rows**2 + shape.num_columns**2)
+                for shape in layout.linears
+            }
             dense = {name: (further + 1.5) * size for name, size in sizes.items()}
         return Job(
             dtype,
@@ -250,26 +346,42 @@ class Method(ABC):
 
     @abstractmethod
     def score(self, cluster: Cluster, shot: int) -> Scores[Any]:
-        """Take the costs of everything that may be pruned. Whatever is kept for `apply` stays on the workers."""
+        """Take the costs of everything that may be pruned.
+
+        Whatever is kept for `apply` stays on the workers.
+        """
 
     @abstractmethod
     def choose(self, cluster: Cluster, scores: Scores[Any], shot: int) -> Choice:
         """Choose what to prune; may ask the workers again."""
 
     @abstractmethod
-    def apply(self, cluster: Cluster, sequences: NDArray[np.int64], choice: Choice, shot: int) -> list[LinearSummary]:
+    def apply(
+        self, cluster: Cluster, sequences: NDArray[np.int64], choice: Choice, shot: int
+    ) -> list[LinearSummary]:
         """Prune, and update what stays."""
 
     def of_loss(self, linears: Sequence[LinearSummary]) -> list[LinearSummary]:
-        """Return what `apply` says, without predictions where the curvature is none of the loss, so that costs are not in nats."""
+        """Return what `apply` says, without predictions if the curvature is not of the loss.
+
+        Costs are not in nats then.
+        """
         is_of_loss = self.curvature is not None and self.curvature.is_of_loss
-        return list(linears) if is_of_loss else [replace(linear, predicted=None) for linear in linears]
+        return (
+            list(linears) if is_of_loss else [replace(linear, predicted=None) for linear in linears]
+        )
 
     def update_facts(self, record: Mapping[str, Any]) -> dict[str, float | int | str]:
-        """Return what the line of the update says beside the sparsity, from the record of the shot."""
+        """Return what the update's line says beside the sparsity, from the shot's record."""
         return {}
 
-    def record(self, cluster: Cluster, scores: Scores[Any] | None, choice: Choice, linears: Sequence[LinearSummary]) -> dict[str, Any]:
+    def record(
+        self,
+        cluster: Cluster,
+        scores: Scores[Any] | None,
+        choice: Choice,
+        linears: Sequence[LinearSummary],
+    ) -> dict[str, Any]:
         """Return what the report says of a shot."""
         assert scores is not None, "methods without costs have a record of their own"
         residuals = sorted(linear.residual for linear in linears)
@@ -283,14 +395,18 @@ class Method(ABC):
 
 
 def _predicted_increase(linears: Sequence[LinearSummary]) -> float | None:
-    """Return the loss increase that the quadratic model predicts for a shot, in nats per token, if it does."""
+    """Return the loss increase that the quadratic model predicts, in nats per token.
+
+    None if it predicts none.
+    """
     predicted = [linear.predicted for linear in linears if linear.predicted is not None]
     return sum(predicted) if predicted else None
 
 
 def linear_of(worker: Worker, name: str, curvature: AnyCurvature) -> Linear:
     """Return a linear of a worker as the mathematics takes it."""
-    W, factors = worker.shard.weight(name), worker.shard.factors(name)
+    W = worker.shard.weight(name)
+    factors = worker.shard.factors(name)
     return Linear(name, W, factors, worker.layout.shapes[name].has_bias, curvature.as_damping)
 
 

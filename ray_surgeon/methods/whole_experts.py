@@ -1,4 +1,4 @@
-"""Whole experts on a worker: what they cost, by ours or by a baseline, and routers that go around those that earlier shots removed."""
+"""Whole experts on a worker: their costs, and routers that go around removed ones."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from ray_surgeon.surgery.threshold import check_costs
 ExpertCosts = Literal["rerouting", "reap", "frequency", "random"]
 
 
-def whole_expert_costs(worker: Worker, kind: ExpertCosts, shot: int, *, first_order: bool) -> dict[str, float]:
-    """Return consumer of an expert -> what it costs to remove the expert, of the owned ones that are there.
+def whole_expert_costs(
+    worker: Worker, kind: ExpertCosts, shot: int, *, first_order: bool
+) -> dict[str, float]:
+    """Return consumer of an expert -> cost of the expert's removal, of the owned ones.
 
     Args:
         worker: after a pass that gathered sums of experts.
@@ -37,13 +39,20 @@ def whole_expert_costs(worker: Worker, kind: ExpertCosts, shot: int, *, first_or
         if not worker.shard.mixtures[experts.block - worker.shard.blocks.first].can_spare_one:
             costs.fill_(math.inf)
         gone = worker.removed_experts(experts).tolist()
-        found |= {name: float(cost) for name, cost, is_gone in zip(consumers, costs, gone, strict=True) if not is_gone}
+        found |= {
+            name: float(cost)
+            for name, cost, is_gone in zip(consumers, costs, gone, strict=True)
+            if not is_gone
+        }
     return found
 
 
-def _costs_of(worker: Worker, experts: ExpertSet, kind: ExpertCosts, shot: int, *, first_order: bool) -> Tensor:
+def _costs_of(
+    worker: Worker, experts: ExpertSet, kind: ExpertCosts, shot: int, *, first_order: bool
+) -> Tensor:
     place = experts.block - worker.shard.blocks.first
-    sums, num_chosen = worker.shard.expert_sums[place], worker.shard.mixtures[place].num_chosen
+    sums = worker.shard.expert_sums[place]
+    num_chosen = worker.shard.mixtures[place].num_chosen
     if kind == "rerouting":
         return rerouting_costs(sums, num_chosen, first_order=first_order)
     if kind == "reap":
@@ -54,7 +63,10 @@ def _costs_of(worker: Worker, experts: ExpertSet, kind: ExpertCosts, shot: int, 
 
 
 def go_around_removed(worker: Worker) -> None:
-    """Let routers go around the experts that earlier shots removed, after weights and masks are loaded."""
+    """Let routers go around the experts that earlier shots removed.
+
+    Weights and masks are loaded before.
+    """
     for experts in worker.expert_sets:
         removed = worker.removed_experts(experts)
         if removed.any():

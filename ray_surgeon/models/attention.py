@@ -1,8 +1,12 @@
-"""Causal attention on CPUs as matrix products of blocks of queries, registered with transformers under the name `IN_PRODUCTS`.
+"""Causal attention on CPUs as matrix products of blocks of queries.
 
-torch's own kernel for CPUs makes 40 of the 450 GFLOP/s that one core of an EPYC with AVX-512 BF16 makes in products of 512 x 576 numbers:
-in a small model it takes more time than all linears. `python -m benchmarks.attention` compares the two. Memory is linear in the number of
-tokens, as the kernel's is: the weights of a block of queries exist only while they are needed, and are computed again for gradients.
+It is registered with transformers under the name `IN_PRODUCTS`.
+
+torch's own kernel for CPUs makes 40 of the 450 GFLOP/s that one core of an EPYC with AVX-512 BF16
+makes in products of 512 x 576 numbers: in a small model it takes more time than all linears.
+`python -m benchmarks.attention` compares the two. Memory is linear in the number of tokens, as the
+kernel's is: the weights of a block of queries exist only while they are needed, and are computed
+again for gradients.
 """
 
 from __future__ import annotations
@@ -19,7 +23,10 @@ from transformers.masking_utils import sdpa_mask
 IN_PRODUCTS = "sdpa_in_products"
 """The name by which models ask for it."""
 QUERIES_AT_A_TIME = 128
-"""Of every head that shares keys. The keys after the last of them are left out, so that fewer queries are less work in larger pieces."""
+"""Of every head that shares keys.
+
+The keys after the last of them are left out, so that fewer queries are less work in larger pieces.
+"""
 
 
 def attention(
@@ -35,7 +42,8 @@ def attention(
 ) -> tuple[Tensor, None]:
     """Return the outputs of attention.
 
-    What is not plain attention on a CPU, in bfloat16 or of one query, goes to transformers' own function for SDPA.
+    What is not plain attention on a CPU, in bfloat16 or of one query, goes to transformers' own
+    function for SDPA.
 
     Args:
         module: the attention layer, whose `is_causal` counts if none is given.
@@ -51,20 +59,33 @@ def attention(
     Returns:
         [n, T, heads, e], and None in place of the weights.
     """
-    T, S = query.shape[2], key.shape[2]
+    T = query.shape[2]
+    S = key.shape[2]
     causal = T > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    special = dropout or kwargs.get("position_bias") is not None or kwargs.get("softcap") is not None
+    special = (
+        dropout or kwargs.get("position_bias") is not None or kwargs.get("softcap") is not None
+    )
     plain = attention_mask is None and not special and (not causal or T == S)
-    on_cpu, shared = query.device.type == "cpu", query.shape[1] // key.shape[1]
+    on_cpu = query.device.type == "cpu"
+    shared = query.shape[1] // key.shape[1]
     if plain and not on_cpu and shared > 1 and query.dtype == torch.float32:
-        # of torch's kernels for GPUs only the one that keeps all scores for gradients takes float32 with heads that share keys
+        # of torch's kernels for GPUs only the one that keeps all scores for gradients takes float32
+        # with heads that share keys
         keys, values = (part.repeat_interleave(shared, dim=1) for part in (key, value))
         outputs = scaled_dot_product_attention(query, keys, values, is_causal=causal, scale=scaling)
         return outputs.transpose(1, 2).contiguous(), None
     gains = on_cpu and (query.dtype == torch.bfloat16 or T == 1)
     if not plain or not gains:
         outputs, _ = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=scaling,
+            is_causal=is_causal,
+            **kwargs,
         )
         return outputs, None
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -81,21 +102,28 @@ def in_products(query: Tensor, key: Tensor, value: Tensor, *, causal: bool) -> T
         causal: whether query t reads the keys up to t only; T is S then.
     """
     n, heads, T, d = query.shape
-    Q, K, V = query.reshape(n * key.shape[1], -1, T, d), key.flatten(0, 1), value.flatten(0, 1)
+    Q = query.reshape(n * key.shape[1], -1, T, d)
+    K = key.flatten(0, 1)
+    V = value.flatten(0, 1)
     outputs: Tensor = _InProducts.apply(Q, K, V, causal)  # type: ignore[no-untyped-call]
     return outputs.reshape(n, heads, T, -1)
 
 
 class _InProducts(torch.autograd.Function):
-    """The same for queries [N, r, T, d], of which r share the keys [N, S, d] and values [N, S, e]."""
+    """The same for queries [N, r, T, d]; r share keys [N, S, d] and values [N, S, e]."""
 
     @staticmethod
     def forward(ctx: Any, Q: Tensor, K: Tensor, V: Tensor, causal: bool) -> Tensor:
         """Return [N, r, T, e]."""
-        outputs, centred = Q.new_empty(*Q.shape[:3], V.shape[-1]), _centred(K, causal)
+        outputs = Q.new_empty(*Q.shape[:3], V.shape[-1])
+        centred = _centred(K, causal)
         for places, keys in _blocks(Q.shape[2], K.shape[1], causal):
-            weights = _weights(Q[:, :, places].flatten(1, 2), centred[:, :keys], places if causal else None)
-            outputs[:, :, places] = torch.bmm(weights, V[:, :keys]).view(outputs[:, :, places].shape)
+            weights = _weights(
+                Q[:, :, places].flatten(1, 2), centred[:, :keys], places if causal else None
+            )
+            outputs[:, :, places] = torch.bmm(weights, V[:, :keys]).view(
+                outputs[:, :, places].shape
+            )
         ctx.causal = causal
         ctx.save_for_backward(Q, K, V, outputs)
         return outputs
@@ -104,37 +132,59 @@ class _InProducts(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         """Return the gradients of queries, keys and values."""
         Q, K, V, outputs = ctx.saved_tensors
-        centred, to_Q = _centred(K, ctx.causal), torch.empty_like(Q, memory_format=torch.contiguous_format)
-        to_K, to_V = (torch.zeros(part.shape, dtype=torch.promote_types(part.dtype, torch.float32)) for part in (K, V))
-        read = (gradient.to(to_K.dtype) * outputs).sum(dim=-1).to(Q.dtype)  # [N, r, T], mean of the weights' gradients, weighted by them
+        centred = _centred(K, ctx.causal)
+        to_Q = torch.empty_like(Q, memory_format=torch.contiguous_format)
+        to_K, to_V = (
+            torch.zeros(part.shape, dtype=torch.promote_types(part.dtype, torch.float32))
+            for part in (K, V)
+        )
+        read = (
+            (gradient.to(to_K.dtype) * outputs).sum(dim=-1).to(Q.dtype)
+        )  # [N, r, T], mean of the weights' gradients, weighted by them
         for places, keys in _blocks(Q.shape[2], K.shape[1], ctx.causal):
             q, to_outputs = (part[:, :, places].flatten(1, 2) for part in (Q, gradient))
             weights = _weights(q, centred[:, :keys], places if ctx.causal else None)
             to_V[:, :keys] += torch.bmm(to_outputs.mT, weights).mT  # the smaller one is transposed
-            to_scores = torch.bmm(to_outputs, V[:, :keys].mT).sub_(read[:, :, places].flatten(1, 2)[:, :, None]).mul_(weights)
-            to_Q[:, :, places] = torch.bmm(to_scores, centred[:, :keys]).view(to_Q[:, :, places].shape)
+            to_scores = (
+                torch.bmm(to_outputs, V[:, :keys].mT)
+                .sub_(read[:, :, places].flatten(1, 2)[:, :, None])
+                .mul_(weights)
+            )
+            to_Q[:, :, places] = torch.bmm(to_scores, centred[:, :keys]).view(
+                to_Q[:, :, places].shape
+            )
             to_K[:, :keys] += torch.bmm(q.mT, to_scores).mT
         return to_Q, to_K.to(K.dtype), to_V.to(V.dtype), None
 
 
 def _centred(K: Tensor, causal: bool) -> Tensor:
-    """Return the keys less their mean, which takes the same from all scores of a query: smaller scores are rounded less."""
+    """Return the keys less their mean.
+
+    That takes the same from all scores of a query, and smaller scores are rounded less.
+    """
     return K - K.mean(dim=1, keepdim=True) if causal else K
 
 
 def _weights(q: Tensor, K: Tensor, places: slice | None) -> Tensor:
-    """Return softmax(q K^T) [N, r m, k] of m queries in r heads, which read keys up to their own places if these are given."""
+    """Return softmax(q K^T) [N, r m, k] of m queries in r heads.
+
+    Queries read keys up to their own places if these are given.
+    """
     scores = torch.bmm(q, K.mT)
     if places is not None:
         m = places.stop - places.start
         later = torch.ones(m, m, dtype=torch.bool).triu_(1)
-        scores.view(len(scores), -1, m, scores.shape[-1])[..., places].masked_fill_(later, -torch.inf)
+        scores.view(len(scores), -1, m, scores.shape[-1])[..., places].masked_fill_(
+            later, -torch.inf
+        )
     return torch.softmax(scores, dim=-1)
 
 
 def _blocks(T: int, S: int, causal: bool) -> list[tuple[slice, int]]:
     """Return the places of each block of T queries, and how many of S keys it reads."""
-    places = [slice(start, min(start + QUERIES_AT_A_TIME, T)) for start in range(0, T, QUERIES_AT_A_TIME)]
+    places = [
+        slice(start, min(start + QUERIES_AT_A_TIME, T)) for start in range(0, T, QUERIES_AT_A_TIME)
+    ]
     return [(part, part.stop if causal else S) for part in places]
 
 

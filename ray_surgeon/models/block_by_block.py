@@ -1,4 +1,7 @@
-"""Sequences that pass a shard block by block while the blocks are pruned, so that every block sees the inputs the pruned ones give it."""
+"""Sequences that pass a shard block by block while the blocks are pruned.
+
+Every block sees the inputs that the pruned blocks give it.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,12 @@ from ray_surgeon.models.shard import ModelShard, SharedInput
 
 
 class BlockByBlock:
-    """Hidden states of all micro-batches, which must have one shape, on their way through a shard."""
+    """Hidden states of all micro-batches, of one shape, on their way through a shard."""
 
     def __init__(self, shard: ModelShard, runner: BlockRunner) -> None:
         """Start with no micro-batches."""
-        self._shard, self._runner = shard, runner
+        self._shard = shard
+        self._runner = runner
         self._calls: list[Call] = []
         self._hidden: dict[int, Tensor] = {}
 
@@ -24,7 +28,10 @@ class BlockByBlock:
 
     @torch.no_grad()
     def gather(self, place: int) -> list[SharedInput]:
-        """Sum A of every shared input of a block over all micro-batches; see `ModelShard.start_curvature`, kind ``activations``."""
+        """Sum A of every shared input of a block over all micro-batches.
+
+        See `ModelShard.start_curvature`, kind ``activations``.
+        """
         self._shard.start_curvature("activations")
         with self._shard.weights.block(place), self._shard.gathering_in(place, wide=True):
             for hidden in self._hidden.values():

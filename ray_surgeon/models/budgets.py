@@ -20,19 +20,27 @@ class Budget:
 
     unit: str  # e.g. ``parameters``
     fixed: float  # need of what no group belongs to
-    by_left: Mapping[str, tuple[float, ...]]  # kind of groups -> need of one consumer with 0, 1, ... of them left; it never falls
-    num_consumers: Mapping[str, int]  # kind of groups -> linears that read them in the whole model, one a block or one an expert
+    by_left: Mapping[
+        str, tuple[float, ...]
+    ]  # kind of groups -> need of one consumer with 0, 1, ... of them left; it never falls
+    num_consumers: Mapping[
+        str, int
+    ]  # kind of groups -> linears that read them in the whole model, one a block or one an expert
     num_experts: int = 0  # of a block
 
     def of(self, left: Iterable[tuple[str, int]]) -> float:
         """Return the need of a model.
 
         Args:
-            left: (kind, number of groups that are left), once a consumer; where one is missing, all of its groups are left.
+            left: (kind, number of groups that are left), once a consumer; where one is missing, all
+                of its groups are left.
         """
         left = list(left)
         seen = Counter(kind for kind, _ in left)
-        whole = sum((self.num_consumers[kind] - seen[kind]) * table[-1] for kind, table in self.by_left.items())
+        whole = sum(
+            (self.num_consumers[kind] - seen[kind]) * table[-1]
+            for kind, table in self.by_left.items()
+        )
         return self.fixed + whole + sum(self.by_left[kind][number] for kind, number in left)
 
     @property
@@ -41,12 +49,26 @@ class Budget:
         return self.of(())
 
     def least(self, fewest: Mapping[str, int]) -> float:
-        """Return the need if of the named kinds only so many groups stay in every block and expert, and so many experts."""
-        left = [(kind, number) for kind, number in fewest.items() if kind != "experts" for _ in range(self.num_consumers[kind])]
+        """Return the need if only so many groups of the named kinds stay.
+
+        They stay in every block and expert, and so many experts do.
+        """
+        left = [
+            (kind, number)
+            for kind, number in fewest.items()
+            if kind != "experts"
+            for _ in range(self.num_consumers[kind])
+        ]
         if "experts" in fewest:
-            gone = self.num_consumers["expert_channels"] // self.num_experts * (self.num_experts - fewest["experts"])
+            gone = (
+                self.num_consumers["expert_channels"]
+                // self.num_experts
+                * (self.num_experts - fewest["experts"])
+            )
             number = fewest.get("expert_channels", len(self.by_left["expert_channels"]) - 1)
-            left = [entry for entry in left if entry[0] != "expert_channels"] + [("expert_channels", 0)] * gone
+            left = [entry for entry in left if entry[0] != "expert_channels"] + [
+                ("expert_channels", 0)
+            ] * gone
             left += [("expert_channels", number)] * (self.num_consumers["expert_channels"] - gone)
         return self.of(left)
 
@@ -56,7 +78,12 @@ class Budget:
 
 
 def fewest_left(
-    layout: ModelLayout, kinds: Sequence[str], least: Mapping[str, int], tensor_parallel: int = 1, *, uniform: bool
+    layout: ModelLayout,
+    kinds: Sequence[str],
+    least: Mapping[str, int],
+    tensor_parallel: int = 1,
+    *,
+    uniform: bool,
 ) -> dict[str, int]:
     """Return how few groups may be left in every block.
 
@@ -69,11 +96,24 @@ def fewest_left(
     """
     in_all = _group_numbers(layout)
     sparse = layout.family.sparse
-    has_groups = sparse is not None and sparse.num_groups is not None and getattr(layout.config, sparse.num_groups, None)
+    has_groups = (
+        sparse is not None
+        and sparse.num_groups is not None
+        and getattr(layout.config, sparse.num_groups, None)
+    )
     grouped = 2 if has_groups else 1  # a router with groups takes the best two of a group
-    found = {kind: max(layout.num_active_experts, grouped) if kind == "experts" else min(least[kind], in_all[kind]) for kind in kinds}
+    found = {
+        kind: max(layout.num_active_experts, grouped)
+        if kind == "experts"
+        else min(least[kind], in_all[kind])
+        for kind in kinds
+    }
     if "attention" in found:
-        found["attention"] = min(k for k in kv_heads_left(layout, tensor_parallel, uniform=uniform) if k >= found["attention"])
+        found["attention"] = min(
+            k
+            for k in kv_heads_left(layout, tensor_parallel, uniform=uniform)
+            if k >= found["attention"]
+        )
     return found
 
 
@@ -89,28 +129,47 @@ def parameters_budget(layout: ModelLayout) -> Budget:
 
 def bytes_budget(layout: ModelLayout, bytes_each: int) -> Budget:
     """Return the bytes of the whole model's weights."""
-    return _additive(layout, "bytes", float(layout.num_parameters) * bytes_each, {}, per_parameter=bytes_each)
+    return _additive(
+        layout, "bytes", float(layout.num_parameters) * bytes_each, {}, per_parameter=bytes_each
+    )
 
 
 def flops_budget(layout: ModelLayout, prompt_length: int) -> Budget:
-    """Return the floating-point operations for one token: two a weight of linears and head, and the attention to what lies before.
+    """Return the floating-point operations for one token of a prompt.
 
-    Of the experts only those count that a token goes to: so much of every expert as if all had as many tokens. Whole experts save nothing,
-    because a token goes to as many of those that are left.
+    These are two a weight of linears and head, and the attention to what lies before.
+
+    Of the experts only those count that a token goes to: so much of every expert as if all had as
+    many tokens. Whole experts save nothing, because a token goes to as many of those that are left.
 
     Args:
         layout: of the model.
-        prompt_length: tokens of a prompt, over whose tokens this is the mean; a sliding window is not taken into account.
+        prompt_length: tokens of a prompt, over whose tokens this is the mean; a sliding window is
+            not taken into account.
     """
-    heads, config = layout.heads, layout.config
+    heads = layout.heads
+    config = layout.config
     each = 2 * (heads.query_dim + heads.value_dim)  # q.k and the sum of values: a multiply-add each
     scores = each * heads.num_query * (prompt_length + 1) / 2
     active = layout.num_active_experts / max(1, layout.num_experts)
-    weights = sum(shape.size * (1.0 if shape.expert is None else active) for shape in layout.linears)
-    narrow = getattr(config, "word_embed_proj_dim", config.hidden_size)  # OPT's embeddings may be, with a linear before and after
-    ends = config.vocab_size * narrow + (2 * narrow * config.hidden_size if narrow != config.hidden_size else 0)
+    weights = sum(
+        shape.size * (1.0 if shape.expert is None else active) for shape in layout.linears
+    )
+    narrow = getattr(
+        config, "word_embed_proj_dim", config.hidden_size
+    )  # OPT's embeddings may be, with a linear before and after
+    ends = config.vocab_size * narrow + (
+        2 * narrow * config.hidden_size if narrow != config.hidden_size else 0
+    )
     dense = 2.0 * (weights + ends) + layout.num_blocks * scores
-    return _additive(layout, "flops", dense, {"attention": scores / heads.num_kv}, {"expert_channels": 2 * active}, per_parameter=2)
+    return _additive(
+        layout,
+        "flops",
+        dense,
+        {"attention": scores / heads.num_kv},
+        {"expert_channels": 2 * active},
+        per_parameter=2,
+    )
 
 
 def _group_numbers(layout: ModelLayout) -> dict[str, int]:
@@ -126,11 +185,18 @@ def _additive(
     *,
     per_parameter: float = 1,
 ) -> Budget:
-    """Every group needs `per_parameter`, or what `each` says of its kind, for each parameter, and something `besides` by its kind."""
-    by_left, num_consumers = dict[str, tuple[float, ...]](), Counter(groups.kind for groups in layout.group_sets)
+    """What every group needs of a budget, and what is needed beside groups.
+
+    A group needs `per_parameter`, or what `each` says of its kind, for each parameter. `besides` is
+    by kind.
+    """
+    by_left = dict[str, tuple[float, ...]]()
+    num_consumers = Counter(groups.kind for groups in layout.group_sets)
     for groups in layout.group_sets:
         if groups.kind not in by_left:
-            size = (each or {}).get(groups.kind, per_parameter) * groups.num_parameters + besides.get(groups.kind, 0.0)
+            size = (each or {}).get(
+                groups.kind, per_parameter
+            ) * groups.num_parameters + besides.get(groups.kind, 0.0)
             by_left[groups.kind] = tuple(size * number for number in range(len(groups.columns) + 1))
     fixed = dense - sum(num_consumers[kind] * table[-1] for kind, table in by_left.items())
     return Budget(unit, fixed, by_left, num_consumers, layout.num_experts)

@@ -1,4 +1,7 @@
-"""Build the blocks of a model, without weights, and the names of what is in them: here, in the whole model, in checkpoints."""
+"""Build the blocks of a model without weights, and name what is in them.
+
+Names differ here, in the whole model and in checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -47,27 +50,47 @@ class NoPositions(nn.Module):
 
 
 def cache_argument(module: nn.Module) -> str:
-    """Return how the installed transformers calls the keys and values of earlier tokens: ``past_key_values``, and ``cache`` later."""
+    """Return how the installed transformers calls the cache of keys and values.
+
+    ``past_key_values``, and ``cache`` later.
+    """
     return "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
 
 
 def shared_inputs_of(family: Family, block: nn.Module) -> list[tuple[str, ...]]:
-    """Return the names of the linears of a block, those together that read the same input; experts after the others."""
+    """Return the names of the linears of a block, grouped by shared input.
+
+    Experts come after the others.
+    """
     here = {name for name, _ in block.named_modules()}
     groups = [tuple(linear for linear in group if linear in here) for group in family.shared_inputs]
     if (sparse := family.sparse) is not None:
         layers = [sparse.shared] if sparse.shared is not None else []
         if sparse.experts in here:
-            layers += [f"{sparse.experts}.{number}" for number, _ in block.get_submodule(sparse.experts).named_children()]
+            layers += [
+                f"{sparse.experts}.{number}"
+                for number, _ in block.get_submodule(sparse.experts).named_children()
+            ]
         for layer in (layer for layer in layers if layer in here):
-            groups += [tuple(f"{layer}.{name}" for name in sparse.producers), (f"{layer}.{sparse.consumer}",)]
+            groups += [
+                tuple(f"{layer}.{name}" for name in sparse.producers),
+                (f"{layer}.{sparse.consumer}",),
+            ]
     return [part for group in groups for part in _by_bias(block, group)]
 
 
 def _by_bias(block: nn.Module, group: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """Return a group in parts: a bias is one more input, so linears with one and linears without have no A in common."""
-    has_bias = {name: getattr(block.get_submodule(name), "bias", None) is not None for name in group}
-    return [tuple(name for name in group if has_bias[name] == has) for has in dict.fromkeys(has_bias.values())]
+    """Return a group in parts: linears with a bias and linears without.
+
+    A bias is one more input, so they have no A in common.
+    """
+    has_bias = {
+        name: getattr(block.get_submodule(name), "bias", None) is not None for name in group
+    }
+    return [
+        tuple(name for name in group if has_bias[name] == has)
+        for has in dict.fromkeys(has_bias.values())
+    ]
 
 
 def stored_name(family: Family, name: str) -> str:
@@ -80,12 +103,16 @@ def stored_name(family: Family, name: str) -> str:
 
 @contextlib.contextmanager
 def weights_on_meta() -> Iterator[None]:
-    """Let parameters that this thread makes have no memory, and buffers have theirs, as they are not in checkpoints.
+    """Let parameters that this thread makes have no memory.
 
-    accelerate's `init_empty_weights` does that to all threads of the process, for good if two of them overlap.
+    Buffers have theirs, because they are not in checkpoints.
+
+    accelerate's `init_empty_weights` does that to all threads of the process, for good if two of
+    them overlap.
     """
     with _MAKES_EMPTY:
-        register, thread = nn.Module.register_parameter, threading.get_ident()
+        register = nn.Module.register_parameter
+        thread = threading.get_ident()
         is_open = True
 
         def register_empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
@@ -106,12 +133,17 @@ def weights_on_meta() -> Iterator[None]:
 def build_blocks(config: PretrainedConfig, blocks: BlockRange, dtype: torch.dtype) -> nn.Module:
     """Build the causal LM on the meta device and keep only what the given blocks need.
 
-    The family's own forward stays in charge of masks and positions: it sees a shorter block list, and at a cut the modules
-    of the missing end are replaced by ones that do nothing.
+    The family's own forward stays in charge of masks and positions: it sees a shorter block list,
+    and at a cut the modules of the missing end are replaced by ones that do nothing.
     """
-    family, config = family_of(config), copy.deepcopy(config)  # transformers writes the dtype into it, and other shards have theirs
+    family = family_of(config)
+    config = copy.deepcopy(
+        config
+    )  # transformers writes the dtype into it, and other shards have theirs
     with weights_on_meta():
-        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=family.runs_attention)
+        model: nn.Module = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=family.runs_attention
+        )
     model.eval().requires_grad_(False)
     base = model.get_submodule(family.base)
     all_blocks = base.get_submodule(family.blocks)
@@ -120,7 +152,9 @@ def build_blocks(config: PretrainedConfig, blocks: BlockRange, dtype: torch.dtyp
     if family.sparse is not None:
         for block in list(all_blocks)[blocks.first : blocks.last]:
             split_experts(block, family.sparse)
-    if getattr(config, "layer_types", None):  # forward looks kinds of attention up by the place in the list it has
+    if getattr(
+        config, "layer_types", None
+    ):  # forward looks kinds of attention up by the place in the list it has
         base.config = copy.copy(base.config)
         base.config.layer_types = config.layer_types[blocks.first : blocks.last]  # type: ignore[union-attr]
     if not blocks.is_first:

@@ -1,4 +1,7 @@
-"""Where a checkpoint has each tensor of a model: under the family's own name, or inside of one that holds all experts of a layer."""
+"""Where a checkpoint has each tensor of a model.
+
+That is under the family's own name, or inside of a tensor with all experts of a layer.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,12 @@ from ray_surgeon.models.layout import ModelLayout
 ReadStored = Callable[[str, int | None], Tensor]
 """(key, entry) -> a checkpoint's tensor, or only an entry of its first dimension."""
 
-_BLOCKS, _SCALES = "_blocks", "_scales"
-"""How the names of the two parts of an MXFP4 tensor end: numbers of four bits, two a byte, and the exponents of 32 at a time."""
+_BLOCKS = "_blocks"
+_SCALES = "_scales"
+"""Endings of the names of the two parts of an MXFP4 tensor.
+
+These are numbers of four bits, two a byte, and the exponents of 32 at a time.
+"""
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 """What four bits stand for (OCP Microscaling Formats 1.0, E2M1)."""
 
@@ -35,11 +42,15 @@ def check_finite(name: str, value: Tensor) -> None:
         BadWeightsError: names the tensor.
     """
     flat = value.flatten()
-    firsts = range(0, len(flat), _ENTRIES_AT_A_TIME)  # the test takes more than twice the bytes of what is tested
+    firsts = range(
+        0, len(flat), _ENTRIES_AT_A_TIME
+    )  # the test takes more than twice the bytes of what is tested
     parts = [flat[first : first + _ENTRIES_AT_A_TIME] for first in firsts]
     if not all(bool(torch.isfinite(part).all()) for part in parts):
         count = sum(int((~torch.isfinite(part)).sum()) for part in parts)
-        raise BadWeightsError(f"model.source: {name} has {count} NaN or infinite weights; fetch it again")
+        raise BadWeightsError(
+            f"model.source: {name} has {count} NaN or infinite weights; fetch it again"
+        )
 
 
 @dataclass(frozen=True)
@@ -52,7 +63,7 @@ class PartOfStack:
 
 
 def part_of_stack(family: Family, name: str) -> PartOfStack | None:
-    """Return where a tensor of an expert lies, if the family's checkpoints keep all experts of a layer together; None for all others.
+    """Return where a tensor of an expert lies if checkpoints stack experts, else None.
 
     Args:
         family: of the model.
@@ -65,7 +76,11 @@ def part_of_stack(family: Family, name: str) -> PartOfStack | None:
     suffix = "" if found.kind == "weight" else f"_{found.kind}"
     if found.linear == sparse.consumer:
         return PartOfStack(f"{found.experts}.down_proj{suffix}", found.number, slice(None))
-    return PartOfStack(f"{found.experts}.gate_up_proj{suffix}", found.number, slice(sparse.producers.index(found.linear), None, 2))
+    return PartOfStack(
+        f"{found.experts}.gate_up_proj{suffix}",
+        found.number,
+        slice(sparse.producers.index(found.linear), None, 2),
+    )
 
 
 @dataclass(frozen=True)
@@ -86,14 +101,19 @@ class StoredTensor:
         return (len(range(outputs)[self.part.every]), *inputs)
 
     def tensor(self, read: ReadStored) -> Tensor:
-        """Return the tensor, which lies by rows: what is computed with it is bit for bit the same however it was stored."""
+        """Return the tensor by rows.
+
+        So products with it have the same bits however it was stored.
+        """
         if self.part is None:
             return read(self.keys[0], None)
         entries = [read(key, self.part.expert) for key in self.keys]
         if len(entries) == 2:
             blocks, scales = (entry[self.part.every] for entry in entries)
             return from_mxfp4(blocks, scales)
-        return entries[0][..., self.part.every].t().contiguous()  # of [inputs, outputs], or [outputs] of a bias
+        return (
+            entries[0][..., self.part.every].t().contiguous()
+        )  # of [inputs, outputs], or [outputs] of a bias
 
 
 def from_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
@@ -114,7 +134,8 @@ def from_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
 def find_stored(layout: ModelLayout, name: str, keys: Container[str]) -> StoredTensor | None:
     """Return where a checkpoint has a parameter, or None.
 
-    Some checkpoints leave out the leading ``model.`` or ``transformer.``, and tied heads are usually stored once.
+    Some checkpoints leave out the leading ``model.`` or ``transformer.``, and tied heads are
+    usually stored once.
 
     Args:
         layout: of the model.
@@ -123,7 +144,11 @@ def find_stored(layout: ModelLayout, name: str, keys: Container[str]) -> StoredT
     """
     part = part_of_stack(layout.family, name)
     plain = (name, layout.tied.get(name, name))  # as a model in memory has them
-    candidates = [part.whole] if part is not None else [*(stored_name(layout.family, n) for n in plain), *plain]
+    candidates = (
+        [part.whole]
+        if part is not None
+        else [*(stored_name(layout.family, n) for n in plain), *plain]
+    )
     candidates += [c.removeprefix("model.").removeprefix("transformer.") for c in candidates]
     for candidate in candidates:
         if candidate in keys:
@@ -133,7 +158,9 @@ def find_stored(layout: ModelLayout, name: str, keys: Container[str]) -> StoredT
     return None
 
 
-def tensor_reader(layout: ModelLayout, keys: Container[str], read: ReadStored, where: str) -> Callable[[str], Tensor]:
+def tensor_reader(
+    layout: ModelLayout, keys: Container[str], read: ReadStored, where: str
+) -> Callable[[str], Tensor]:
     """Return what reads a parameter by its name in the whole model.
 
     Args:
@@ -157,7 +184,9 @@ def read_state(state: Mapping[str, Tensor]) -> ReadStored:
     return lambda key, entry: state[key] if entry is None else state[key][entry]
 
 
-def check_checkpoint(layout: ModelLayout, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
+def check_checkpoint(
+    layout: ModelLayout, shapes: Mapping[str, tuple[int, ...]], where: str
+) -> None:
     """Compare a checkpoint's tensors with what the configuration needs, before anything is loaded.
 
     Args:
@@ -168,7 +197,8 @@ def check_checkpoint(layout: ModelLayout, shapes: Mapping[str, tuple[int, ...]],
     Raises:
         ValueError: a tensor is missing or has another shape.
     """
-    missing, wrong = [], []
+    missing = []
+    wrong = []
     for name, shape in layout.parameters.items():
         if name in layout.tied and name not in shapes:
             continue
@@ -180,15 +210,29 @@ def check_checkpoint(layout: ModelLayout, shapes: Mapping[str, tuple[int, ...]],
         if stored.shape(shapes) != shape or num_experts != layout.num_experts:
             of_all = f"{num_experts} times " if stored.part is not None else ""
             expected = f"{layout.num_experts} times " if stored.part is not None else ""
-            wrong.append(f"{stored.keys[0]} is {of_all}{stored.shape(shapes)}, expected {expected}{shape}")
+            wrong.append(
+                f"{stored.keys[0]} is {of_all}{stored.shape(shapes)}, expected {expected}{shape}"
+            )
     if missing or wrong:
-        details = [f"{len(missing)} missing ({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''})"] if missing else []
+        details = (
+            [
+                f"{len(missing)} missing "
+                f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''})"
+            ]
+            if missing
+            else []
+        )
         details += [f"{len(wrong)} of another shape ({'; '.join(wrong[:3])})"] if wrong else []
-        raise ValueError(f"model.source: {where} does not fit its config.json: {'; '.join(details)}. Give a complete checkpoint")
+        raise ValueError(
+            f"model.source: {where} does not fit its config.json: {'; '.join(details)}. Give a "
+            "complete checkpoint"
+        )
 
 
 def check_tied(layout: ModelLayout, keys: Container[str], read: ReadStored, where: str) -> None:
-    """Refuse a model whose configuration ties the head to the embedding and whose head differs: programs take one or the other.
+    """Refuse a model with a tied head whose head differs from the embedding.
+
+    Programs take one or the other.
 
     Args:
         layout: of the model.
@@ -200,18 +244,31 @@ def check_tied(layout: ModelLayout, keys: Container[str], read: ReadStored, wher
         ValueError: says what to change.
     """
     for head, embedding in layout.tied.items():
-        (key, *_), (tied_to, *_) = (stored.keys for name in (head, embedding) if (stored := find_stored(layout, name, keys)) is not None)
+        (key, *_), (tied_to, *_) = (
+            stored.keys
+            for name in (head, embedding)
+            if (stored := find_stored(layout, name, keys)) is not None
+        )
         num_rows = layout.parameters[embedding][0]
-        pairs = ((read(key, row).float(), read(tied_to, row).float()) for row in (0, num_rows // 2, num_rows - 1))
-        if key != tied_to and not all(torch.equal(one.nan_to_num(), other.nan_to_num()) for one, other in pairs):
+        pairs = (
+            (read(key, row).float(), read(tied_to, row).float())
+            for row in (0, num_rows // 2, num_rows - 1)
+        )
+        if key != tied_to and not all(
+            torch.equal(one.nan_to_num(), other.nan_to_num()) for one, other in pairs
+        ):
             raise ValueError(
-                f"model.source: the configuration of {where} ties the head to the embedding, but {key} is another one than {tied_to}; set "
-                f"tie_word_embeddings to false, or remove {key}"
+                f"model.source: the configuration of {where} ties the head to the embedding, but "
+                f"{key} is another one than {tied_to}; set tie_word_embeddings to false, or remove "
+                f"{key}"
             )
 
 
 class Stack:
-    """Puts tensors of experts together as a checkpoint has them: [num_experts, inputs, outputs], a bias [num_experts, outputs]."""
+    """Puts tensors of experts together as a checkpoint has them.
+
+    Shapes are [num_experts, inputs, outputs], of a bias [num_experts, outputs].
+    """
 
     def __init__(self, sparse: SparseLayer, num_experts: int) -> None:
         """Start empty.
@@ -220,7 +277,8 @@ class Stack:
             sparse: of the family.
             num_experts: that are put together.
         """
-        self._num_producers, self._num_experts = len(sparse.producers), num_experts
+        self._num_producers = len(sparse.producers)
+        self._num_experts = num_experts
         self._whole: Tensor | None = None
 
     def put(self, part: PartOfStack, place: int, tensor: Tensor) -> None:

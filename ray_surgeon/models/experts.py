@@ -1,7 +1,8 @@
-"""Mixtures of experts: the experts as linears, and routers that go around experts which are removed.
+"""Mixtures of experts: experts as linears, and routers that go around removed ones.
 
-transformers keeps all experts of a layer in two tensors, where hooks on linears see nothing. Here every expert has linears of its own, by
-the names they have in checkpoints. The family's own layer and router stay: they are called with fewer experts once some are removed.
+transformers keeps all experts of a layer in two tensors, where hooks on linears see nothing. Here
+every expert has linears of its own, by the names they have in checkpoints. The family's own layer
+and router stay: they are called with fewer experts once some are removed.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ from ray_surgeon.models.linears import as_linear
 
 
 class _Linear(nn.Linear):
-    """Waits for its weights: there are ten thousands of these in a large model, and starting values would take most of the time."""
+    """A linear without starting values, which waits for its weights.
+
+    A large model has ten thousands of these, and starting values would take most of the time.
+    """
 
     def reset_parameters(self) -> None:
         """Leave the weights as they are."""
@@ -33,12 +37,26 @@ Combine = Callable[[Tensor, Tensor], Tensor]
 class Expert(nn.Module):
     """One expert: ``consumer(combine(gate(x), up(x)))``."""
 
-    def __init__(self, family: SparseLayer, width: int, hidden: int, combine: Combine, like: Tensor, *, bias: bool) -> None:
+    def __init__(
+        self,
+        family: SparseLayer,
+        width: int,
+        hidden: int,
+        combine: Combine,
+        like: Tensor,
+        *,
+        bias: bool,
+    ) -> None:
         super().__init__()
-        self._combine, self._names = combine, (*family.producers, family.consumer)
+        self._combine = combine
+        self._names = (*family.producers, family.consumer)
         for name in family.producers:
-            self.add_module(name, _Linear(hidden, width, bias=bias, device=like.device, dtype=like.dtype))
-        self.add_module(family.consumer, _Linear(width, hidden, bias=bias, device=like.device, dtype=like.dtype))
+            self.add_module(
+                name, _Linear(hidden, width, bias=bias, device=like.device, dtype=like.dtype)
+            )
+        self.add_module(
+            family.consumer, _Linear(width, hidden, bias=bias, device=like.device, dtype=like.dtype)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """[num_tokens, d] -> [num_tokens, d]."""
@@ -77,7 +95,10 @@ class ExpertLinears(nn.ModuleList):
 
 
 def routed(top_k_index: Tensor, num_experts: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Yield each expert that has tokens, with their numbers, ascending, and the expert's place among those of each token."""
+    """Yield each expert that has tokens, with their numbers, ascending.
+
+    The third item is the expert's place among those of each token.
+    """
     numbers, order = top_k_index.flatten().sort(stable=True)
     counts = torch.bincount(numbers, minlength=num_experts).tolist()
     k = top_k_index.shape[1]
@@ -91,25 +112,33 @@ class Router:
 
     def __init__(self, module: nn.Module) -> None:
         """Take the router, whose calls come here from now on."""
-        self.module, self.num_experts = module, int(module.num_experts)  # type: ignore[arg-type]
+        self.module = module
+        self.num_experts = int(module.num_experts)  # type: ignore[arg-type]
         self.kept = torch.ones(self.num_experts, dtype=torch.bool)
         module.forward = self
 
     def __call__(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return logits [num_tokens, kept], weights [num_tokens, k] and numbers of experts [num_tokens, k]."""
+        """Return logits [num_tokens, kept], weights and experts [num_tokens, k]."""
         return self.among(hidden, self.kept)
 
     def among(self, hidden: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Route among some experts only, [num_experts] bool: as the layer does in which there are no others."""
+        """Route among some experts only, [num_experts] bool.
+
+        The layer computes as if there were no others.
+        """
         whole: Any = type(self.module).forward
         if bool(kept.all()):
             logits, weights, numbers = whole(self.module, hidden)
             return logits, weights, numbers
         rows = kept.to(hidden.device).nonzero()[:, 0]
         narrow: Any = copy.copy(self.module)
-        narrow._parameters = {name: nn.Parameter(p[rows], requires_grad=False) for name, p in self.module.named_parameters(recurse=False)}
+        narrow._parameters = {
+            name: nn.Parameter(p[rows], requires_grad=False)
+            for name, p in self.module.named_parameters(recurse=False)
+        }
         narrow._buffers = {name: b[rows] for name, b in self.module.named_buffers(recurse=False)}
-        narrow.num_experts, narrow.top_k = len(rows), min(narrow.top_k, len(rows))
+        narrow.num_experts = len(rows)
+        narrow.top_k = min(narrow.top_k, len(rows))
         logits, weights, numbers = whole(narrow, hidden)
         return logits, weights, rows[numbers]
 
@@ -147,8 +176,12 @@ def split_experts(block: nn.Module, family: SparseLayer) -> bool:
     whole: Any = getattr(layer, name, None)
     if whole is None:
         return False
-    like, combine, bias = whole.down_proj, _combine(whole, family), hasattr(whole, "down_proj_bias")
-    num_experts, width, hidden = like.shape if family.stacked else (like.shape[0], like.shape[2], like.shape[1])
+    like = whole.down_proj
+    combine = _combine(whole, family)
+    bias = hasattr(whole, "down_proj_bias")
+    num_experts, width, hidden = (
+        like.shape if family.stacked else (like.shape[0], like.shape[2], like.shape[1])
+    )
     experts = [Expert(family, width, hidden, combine, like, bias=bias) for _ in range(num_experts)]
     setattr(layer, name, ExpertLinears(experts))
     return True
@@ -165,7 +198,9 @@ def _combine(whole: nn.Module, family: SparseLayer) -> Combine:
 
 
 def in_memory(family: Family, state: Mapping[str, Tensor], name: str) -> Tensor | None:
-    """Return the weight of an expert's linear from a model in memory that has it otherwise than checkpoints have; None if it has not.
+    """Return the weight of an expert's linear from a model in memory.
+
+    None if the model has it as checkpoints do.
 
     Args:
         family: of the model.
@@ -178,13 +213,23 @@ def in_memory(family: Family, state: Mapping[str, Tensor], name: str) -> Tensor 
         return None
     if found.linear == sparse.consumer:
         return state[f"{found.experts}.down_proj"][found.number]
-    return state[f"{found.experts}.gate_up_proj"][found.number].chunk(2)[sparse.producers.index(found.linear)]
+    return state[f"{found.experts}.gate_up_proj"][found.number].chunk(2)[
+        sparse.producers.index(found.linear)
+    ]
 
 
 def mixture_of(block: nn.Module, family: SparseLayer) -> Mixture | None:
-    """Return the mixture of a block whose experts are linears; None if it has none. Once a block."""
+    """Return the mixture of a block whose experts are linears; None if it has none.
+
+    Once a block.
+    """
     experts = dict(block.named_modules()).get(family.experts)
     if experts is None:
         return None
     assert isinstance(experts, ExpertLinears)
-    return Mixture(block.get_submodule(family.layer), experts, Router(block.get_submodule(family.router)), family.has_softmax)
+    return Mixture(
+        block.get_submodule(family.layer),
+        experts,
+        Router(block.get_submodule(family.router)),
+        family.has_softmax,
+    )

@@ -1,6 +1,7 @@
-"""The layout of a model: its blocks, linears, shared inputs, coupled groups, shapes and tied weights, without its weights.
+"""The layout of a model: blocks, linears, coupled groups and shapes, without weights.
 
-`ModelLayout.of` builds the model once on the meta device; everything else follows from what it reads there.
+`ModelLayout.of` builds the model once on the meta device; everything else follows from what it
+reads there.
 """
 
 from __future__ import annotations
@@ -20,14 +21,18 @@ from ray_surgeon.models.families import Family, family_of
 from ray_surgeon.models.linears import as_linear, num_inputs, num_outputs
 
 GROUP_KINDS = ("attention", "ffn", "shared_experts", "expert_channels", "experts")
-"""What may be pruned whole: KV groups, channels of feed-forward layers, of shared experts and of experts, and experts."""
+"""Kinds of what may be pruned whole.
+
+These are KV groups, channels of feed-forward layers, of shared experts and of experts, and experts.
+"""
 
 
 @dataclass(frozen=True)
 class LinearShape:
-    """Shape of one linear as the method sees it: [num_rows, num_columns], the bias being the last column.
+    """Shape of one linear as the method sees it, the bias being the last column.
 
-    `shared_input` numbers the shared-input groups of the model: linears of one group read the same input.
+    `shared_input` numbers the shared-input groups of the model: linears of one group read the same
+    input.
     """
 
     name: str
@@ -36,7 +41,8 @@ class LinearShape:
     has_bias: bool
     block: int
     shared_input: int
-    role: str  # its name in the block, with * for the number of an expert, e.g. ``mlp.experts.*.down_proj``
+    # its name in the block, with * for the number of an expert, e.g. ``mlp.experts.*.down_proj``
+    role: str
     expert: int | None = None  # its number, if it belongs to one
 
     @property
@@ -52,7 +58,9 @@ class Heads:
     num_query: int
     num_kv: int
     head_dim: int
-    query_dim: int  # of a query and a key, if they have another dimension than what `head_dim` says (multi-head latent attention)
+    # of a query and a key, if they have another dimension than what `head_dim` says (multi-head
+    # latent attention)
+    query_dim: int
     value_dim: int  # of a value
 
     @property
@@ -69,7 +77,9 @@ class GroupSet:
     block: int  # its number
     consumer: str  # global name of the linear whose columns decide
     columns: Tensor  # [num_groups, width] columns of the consumer
-    producers: tuple[tuple[str, Tensor], ...]  # (global name of a linear, [num_groups, rows] its rows that are pruned with each group)
+    producers: tuple[
+        tuple[str, Tensor], ...
+    ]  # (global name of a linear, [num_groups, rows] its rows that are pruned with each group)
     num_parameters: int  # of one group, biases included
 
 
@@ -79,7 +89,9 @@ class ExpertSet:
 
     block: int  # its number
     name: str  # global name of the experts, e.g. ``model.layers.3.mlp.experts``
-    linears: tuple[tuple[str, ...], ...]  # for every expert, the global names of its linears, the consumer last
+    linears: tuple[
+        tuple[str, ...], ...
+    ]  # for every expert, the global names of its linears, the consumer last
     num_parameters: int  # of one expert; its row of the router is not counted
 
     kind = "experts"
@@ -91,7 +103,9 @@ class ModelLayout:
 
     config: PretrainedConfig  # of the model
     family: Family  # of the model
-    parameters: Mapping[str, tuple[int, ...]]  # global name -> shape of every parameter and saved buffer, a tied head included
+    parameters: Mapping[
+        str, tuple[int, ...]
+    ]  # global name -> shape of every parameter and saved buffer, a tied head included
     linears: tuple[LinearShape, ...]  # every prunable linear, in order
 
     @staticmethod
@@ -103,19 +117,32 @@ class ModelLayout:
             where: the model, for errors.
 
         Raises:
-            ValueError: the family is unknown, or transformers cannot build a model of this configuration.
+            ValueError: the family is unknown, or transformers cannot build a model of this
+                configuration.
         """
         family = family_of(config)
         try:
-            model = build_blocks(config, BlockRange(0, int(config.num_hidden_layers), int(config.num_hidden_layers)), torch.float32)
+            model = build_blocks(
+                config,
+                BlockRange(0, int(config.num_hidden_layers), int(config.num_hidden_layers)),
+                torch.float32,
+            )
         except Exception as error:  # the code of any family may raise anything
             reason = " ".join(str(error).split())[:300]
             raise ValueError(
-                f"model.source: config.json of {where} describes no model that can be built: {reason}; fetch it again"
+                f"model.source: config.json of {where} describes no model that can be built: "
+                f"{reason}; fetch it again"
             ) from error
         saved = set(model.state_dict())
-        tensors = dict(model.named_parameters(remove_duplicate=False)) | {n: b for n, b in model.named_buffers() if n in saved}
-        return ModelLayout(config, family, {name: tuple(t.shape) for name, t in tensors.items()}, tuple(_linears(config, family, model)))
+        tensors = dict(model.named_parameters(remove_duplicate=False)) | {
+            n: b for n, b in model.named_buffers() if n in saved
+        }
+        return ModelLayout(
+            config,
+            family,
+            {name: tuple(t.shape) for name, t in tensors.items()},
+            tuple(_linears(config, family, model)),
+        )
 
     @property
     def num_blocks(self) -> int:
@@ -129,7 +156,10 @@ class ModelLayout:
 
     @functools.cached_property
     def linear_numbers(self) -> dict[str, int]:
-        """Name -> number of every prunable linear, from 0, for seeds that do not depend on the shards."""
+        """Name -> number of every prunable linear, from 0.
+
+        Seeds made of it do not depend on the shards.
+        """
         return {linear.name: number for number, linear in enumerate(self.linears)}
 
     @property
@@ -142,7 +172,9 @@ class ModelLayout:
     @functools.cached_property
     def num_parameters(self) -> int:
         """Parameters of the whole model, tied ones once."""
-        return sum(math.prod(shape) for name, shape in self.parameters.items() if name not in self.tied)
+        return sum(
+            math.prod(shape) for name, shape in self.parameters.items() if name not in self.tied
+        )
 
     @functools.cached_property
     def linear_size(self) -> int:
@@ -150,12 +182,15 @@ class ModelLayout:
         return sum(linear.size for linear in self.linears)
 
     def block_of(self, name: str) -> int | None:
-        """Return the number of the block that a parameter belongs to; None if it lies outside of the blocks."""
+        """Return the number of the block that a parameter belongs to; None outside of blocks."""
         inside = f"{self.family.base}.{self.family.blocks}."
         return int(name.removeprefix(inside).partition(".")[0]) if name.startswith(inside) else None
 
     def parameters_of(self, blocks: BlockRange) -> dict[str, tuple[int, ...]]:
-        """Return name -> shape of what a shard with these blocks holds, a tied head only where the embedding is not."""
+        """Return name -> shape of what a shard with these blocks holds.
+
+        A tied head is there only where the embedding is not.
+        """
         family = self.family
         first = tuple(f"{family.base}.{name}." for name in family.embeddings)
         found = {}
@@ -173,10 +208,13 @@ class ModelLayout:
     @functools.cached_property
     def heads(self) -> Heads:
         """Attention heads of every block."""
-        config, heads = self.config, int(self.config.num_attention_heads)
+        config = self.config
+        heads = int(self.config.num_attention_heads)
         kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
         head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-        query_dim, value_dim = (int(getattr(config, name, None) or head_dim) for name in ("qk_head_dim", "v_head_dim"))
+        query_dim, value_dim = (
+            int(getattr(config, name, None) or head_dim) for name in ("qk_head_dim", "v_head_dim")
+        )
         return Heads(heads, kv_heads, head_dim, query_dim, value_dim)
 
     @functools.cached_property
@@ -188,12 +226,24 @@ class ModelLayout:
     def activation(self) -> str:
         """The activation of feed-forward layers, as transformers calls it."""
         names = ("hidden_act", "hidden_activation", "activation_function")
-        return str(next(value for value in (getattr(self.config, name, None) for name in names) if value is not None))
+        return str(
+            next(
+                value
+                for value in (getattr(self.config, name, None) for name in names)
+                if value is not None
+            )
+        )
 
     @functools.cached_property
     def group_sets(self) -> tuple[GroupSet, ...]:
-        """Coupled groups of every block: those of attention, of the feed-forward layer or the shared experts, and of every expert."""
-        return tuple(groups for block in range(self.num_blocks) for groups in self._groups_of(block))
+        """Coupled groups of every block.
+
+        These are of attention, of the feed-forward layer or the shared experts, and of every
+        expert.
+        """
+        return tuple(
+            groups for block in range(self.num_blocks) for groups in self._groups_of(block)
+        )
 
     @functools.cached_property
     def expert_sets(self) -> tuple[ExpertSet, ...]:
@@ -202,7 +252,9 @@ class ModelLayout:
         for shape in self.linears:
             if shape.expert is not None:
                 by_block.setdefault(shape.block, {}).setdefault(shape.expert, []).append(shape)
-        return tuple(self._expert_set(block, list(experts.values())) for block, experts in by_block.items())
+        return tuple(
+            self._expert_set(block, list(experts.values())) for block, experts in by_block.items()
+        )
 
     @functools.cached_property
     def _experts_by_block(self) -> dict[int, ExpertSet]:
@@ -210,14 +262,22 @@ class ModelLayout:
 
     def _expert_set(self, block: int, experts: list[list[LinearShape]]) -> ExpertSet:
         assert self.family.sparse is not None
-        name, sizes = self.family.block_prefix(block) + self.family.sparse.experts, {sum(s.size for s in expert) for expert in experts}
+        name = self.family.block_prefix(block) + self.family.sparse.experts
+        sizes = {sum(s.size for s in expert) for expert in experts}
         assert len(sizes) == 1, "experts of one block have one size"
-        return ExpertSet(block, name, tuple(tuple(shape.name for shape in expert) for expert in experts), sizes.pop())
+        return ExpertSet(
+            block,
+            name,
+            tuple(tuple(shape.name for shape in expert) for expert in experts),
+            sizes.pop(),
+        )
 
     @functools.cached_property
     def num_active_experts(self) -> int:
         """Experts that every token goes to, in a block that has some."""
-        return int(getattr(self.config, "num_experts_per_tok", None) or 0) if self.family.sparse else 0
+        return (
+            int(getattr(self.config, "num_experts_per_tok", None) or 0) if self.family.sparse else 0
+        )
 
     @functools.cached_property
     def num_experts(self) -> int:
@@ -227,42 +287,81 @@ class ModelLayout:
     @functools.cached_property
     def kinds(self) -> tuple[str, ...]:
         """The kinds of groups that this model has."""
-        found = {groups.kind for groups in self.group_sets} | {experts.kind for experts in self.expert_sets}
+        found = {groups.kind for groups in self.group_sets} | {
+            experts.kind for experts in self.expert_sets
+        }
         return tuple(kind for kind in GROUP_KINDS if kind in found)
 
     def _groups_of(self, block: int) -> Iterator[GroupSet]:
-        prefix, ffn, sparse = self.family.block_prefix(block), self.family.ffn, self.family.sparse
+        prefix = self.family.block_prefix(block)
+        ffn = self.family.ffn
+        sparse = self.family.sparse
         if self.family.attention is not None:
             yield self._attention_groups(block, prefix)
         if prefix + ffn.consumer in self.shapes:
-            yield self._channels("ffn", block, prefix + ffn.consumer, [(prefix + name, part) for name, part, _ in ffn.producers])
-        if sparse is not None and sparse.shared is not None and f"{prefix}{sparse.shared}.{sparse.consumer}" in self.shapes:
+            yield self._channels(
+                "ffn",
+                block,
+                prefix + ffn.consumer,
+                [(prefix + name, part) for name, part, _ in ffn.producers],
+            )
+        if (
+            sparse is not None
+            and sparse.shared is not None
+            and f"{prefix}{sparse.shared}.{sparse.consumer}" in self.shapes
+        ):
             inside = f"{prefix}{sparse.shared}."
-            yield self._channels("shared_experts", block, inside + sparse.consumer, [(inside + name, 0) for name in sparse.producers])
+            yield self._channels(
+                "shared_experts",
+                block,
+                inside + sparse.consumer,
+                [(inside + name, 0) for name in sparse.producers],
+            )
         experts = self._experts_by_block.get(block)
         if experts is not None:
             for *producers, consumer in experts.linears:
-                yield self._channels("expert_channels", block, consumer, [(name, 0) for name in producers])
+                yield self._channels(
+                    "expert_channels", block, consumer, [(name, 0) for name in producers]
+                )
 
     def _attention_groups(self, block: int, prefix: str) -> GroupSet:
-        attention, heads = self.family.attention, self.heads
+        attention = self.family.attention
+        heads = self.heads
         assert attention is not None
-        queries = torch.arange(heads.num_query * heads.head_dim).view(heads.num_kv, heads.n_rep * heads.head_dim)
+        queries = torch.arange(heads.num_query * heads.head_dim).view(
+            heads.num_kv, heads.n_rep * heads.head_dim
+        )
         keys = torch.arange(heads.num_kv * heads.head_dim).view(heads.num_kv, heads.head_dim)
         fused = attention.query == attention.key
         first_key = heads.num_query * heads.head_dim if fused else 0
         first_value = (heads.num_query + heads.num_kv) * heads.head_dim if fused else 0
-        places = ((attention.query, queries), (attention.key, keys + first_key), (attention.value, keys + first_value))
+        places = (
+            (attention.query, queries),
+            (attention.key, keys + first_key),
+            (attention.value, keys + first_value),
+        )
         producers = tuple((prefix + name, rows) for name, rows in places)
         return self._group_set("attention", block, prefix + attention.consumer, queries, producers)
 
-    def _channels(self, kind: str, block: int, consumer: str, producers: list[tuple[str, int]]) -> GroupSet:
-        """Return channels as groups; the producers come with the part of a fused linear that they are."""
+    def _channels(
+        self, kind: str, block: int, consumer: str, producers: list[tuple[str, int]]
+    ) -> GroupSet:
+        """Return channels as groups.
+
+        The producers come with the part of a fused linear that they are.
+        """
         num_channels = self.shapes[consumer].num_columns - self.shapes[consumer].has_bias
         rows = tuple((name, _places(part * num_channels, num_channels)) for name, part in producers)
         return self._group_set(kind, block, consumer, _places(0, num_channels), rows)
 
-    def _group_set(self, kind: str, block: int, consumer: str, columns: Tensor, producers: tuple[tuple[str, Tensor], ...]) -> GroupSet:
+    def _group_set(
+        self,
+        kind: str,
+        block: int,
+        consumer: str,
+        columns: Tensor,
+        producers: tuple[tuple[str, Tensor], ...],
+    ) -> GroupSet:
         size = columns.shape[1] * self.shapes[consumer].num_rows
         size += sum(rows.shape[1] * self.shapes[name].num_columns for name, rows in producers)
         return GroupSet(kind, block, consumer, columns, producers, size)
@@ -270,7 +369,10 @@ class ModelLayout:
 
 @functools.cache
 def _places(first: int, count: int) -> Tensor:
-    """Return the numbers of channels, [count, 1]; the same tensor for all experts, which are many, also where a layout travels."""
+    """Return the numbers of channels, [count, 1].
+
+    All experts, which are many, share one tensor, also where a layout travels.
+    """
     return torch.arange(first, first + count, device="cpu")[:, None]
 
 
@@ -281,10 +383,22 @@ def _linears(config: PretrainedConfig, family: Family, model: nn.Module) -> list
         for group in shared_inputs_of(family, module):
             number = shapes[-1].shared_input + 1 if shapes else 0
             for linear in group:
-                found, expert = as_linear(module.get_submodule(linear)), _expert_of(family, linear)
-                bias, role = found.bias is not None, linear if expert is None else re.sub(r"\.\d+\.", ".*.", linear)
+                found = as_linear(module.get_submodule(linear))
+                expert = _expert_of(family, linear)
+                bias = found.bias is not None
+                role = linear if expert is None else re.sub(r"\.\d+\.", ".*.", linear)
                 sizes = num_outputs(found), num_inputs(found) + bias
-                shapes.append(LinearShape(family.block_prefix(block) + linear, *sizes, bias, block, number, role, expert))
+                shapes.append(
+                    LinearShape(
+                        family.block_prefix(block) + linear,
+                        *sizes,
+                        bias,
+                        block,
+                        number,
+                        role,
+                        expert,
+                    )
+                )
     return shapes
 
 

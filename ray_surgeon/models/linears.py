@@ -1,4 +1,7 @@
-"""Linears as the method sees them, whichever way a family stores the weight: `nn.Linear` [R, C] or GPT-2's `Conv1D` [C, R]."""
+"""Linears as the method sees them, however a family stores the weight.
+
+That is `nn.Linear` [R, C] or GPT-2's `Conv1D` [C, R].
+"""
 
 from __future__ import annotations
 
@@ -19,14 +22,18 @@ def as_linear(module: nn.Module) -> LinearModule:
 
 
 def matrix(module: LinearModule) -> Tensor:
-    """Return the weight as a [R, inputs] view, rows = outputs; writing to it writes to the module."""
+    """Return the weight as a view [R, inputs]; writing to it writes to the module."""
     weight: Tensor = module.weight.detach()
     return weight.T if isinstance(module, Conv1D) else weight
 
 
 def cut(module: LinearModule, part: str, stored: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Return the ``weight`` or ``bias`` of a linear, as it is stored, with only the kept rows [R] and input columns [C] (bool)."""
-    rows, columns = rows.to(stored.device), columns.to(stored.device)
+    """Return the ``weight`` or ``bias`` of a linear with its kept rows and columns.
+
+    It is as it is stored; the rows [R] and input columns [C] are bool.
+    """
+    rows = rows.to(stored.device)
+    columns = columns.to(stored.device)
     if part == "bias":
         return stored[rows]
     return stored[columns][:, rows] if isinstance(module, Conv1D) else stored[rows][:, columns]

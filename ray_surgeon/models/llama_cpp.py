@@ -16,11 +16,14 @@ _WHERE = "output.exports: gguf"
 _OTHERWISE = "export uniform or per_block instead"
 
 _PRE_TOKENIZERS = {
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+": "llama-bpe",
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "llama-bpe",
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "qwen2",
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+": "llama-bpe",  # noqa: E501
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "llama-bpe",  # noqa: E501
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "qwen2",  # noqa: E501
 }
-"""How byte-level tokenizers cut text before they merge: the expression in tokenizer.json -> llama.cpp's name."""
+"""Expression by which byte-level tokenizers cut text -> llama.cpp's name.
+
+The expression is that of tokenizer.json.
+"""
 
 
 def architecture_of(layout: ModelLayout, widths: Sequence[BlockWidths]) -> LlamaCpp:
@@ -29,68 +32,114 @@ def architecture_of(layout: ModelLayout, widths: Sequence[BlockWidths]) -> Llama
     Raises:
         ValueError: there is none; says what to do.
     """
-    known, config = layout.family.llama_cpp, layout.config
+    known = layout.family.llama_cpp
+    config = layout.config
     if known is None:
-        raise ValueError(f"{_WHERE}: llama.cpp does not know the family {config.model_type}; {_OTHERWISE}")
+        raise ValueError(
+            f"{_WHERE}: llama.cpp does not know the family {config.model_type}; {_OTHERWISE}"
+        )
     if layout.activation != known.activation:
         raise ValueError(
-            f"{_WHERE}: llama.cpp's {known.name} has the activation {known.activation}, the model {layout.activation}; {_OTHERWISE}"
+            f"{_WHERE}: llama.cpp's {known.name} has the activation {known.activation}, the model "
+            f"{layout.activation}; {_OTHERWISE}"
         )
     for name in ("attention_bias", "mlp_bias", "scale_attn_by_inverse_layer_idx"):
         if getattr(config, name, False):
-            raise ValueError(f"{_WHERE}: llama.cpp's {known.name} has no {name}, the model's config.json has it; {_OTHERWISE}")
+            raise ValueError(
+                f"{_WHERE}: llama.cpp's {known.name} has no {name}, the model's config.json has "
+                f"it; {_OTHERWISE}"
+            )
     if not getattr(config, "scale_attn_weights", True):
         raise ValueError(
-            f"{_WHERE}: llama.cpp's {known.name} scales attention, the model's config.json has scale_attn_weights false; {_OTHERWISE}"
+            f"{_WHERE}: llama.cpp's {known.name} scales attention, the model's config.json has "
+            f"scale_attn_weights false; {_OTHERWISE}"
         )
     window = getattr(config, "sliding_window", None)
-    if known.name != "gemma3" and window is not None and getattr(config, "use_sliding_window", True):
+    if (
+        known.name != "gemma3"
+        and window is not None
+        and getattr(config, "use_sliding_window", True)
+    ):
         raise ValueError(
-            f"{_WHERE}: llama.cpp would ignore sliding_window {window}; {_OTHERWISE}, or set it to null in config.json if no text is longer"
+            f"{_WHERE}: llama.cpp would ignore sliding_window {window}; {_OTHERWISE}, or set it to "
+            "null in config.json if no text is longer"
         )
     if known.name == "gemma3":
         _check_gemma(config)
     _check_rope(config, known)
     heads = layout.heads
-    if not known.has_free_heads and any(width.num_kv_heads * heads.n_rep * heads.head_dim != config.hidden_size for width in widths):
-        raise ValueError(f"{_WHERE}: llama.cpp's {known.name} wants heads that fill the hidden size; set pruning.groups: [ffn]")
+    if not known.has_free_heads and any(
+        width.num_kv_heads * heads.n_rep * heads.head_dim != config.hidden_size for width in widths
+    ):
+        raise ValueError(
+            f"{_WHERE}: llama.cpp's {known.name} wants heads that fill the hidden size; set "
+            "pruning.groups: [ffn]"
+        )
     if len(set(widths)) == 1:
         return known
     if known.name != "llama":
         raise ValueError(
-            f"{_WHERE}: blocks of {config.model_type} that differ in width have no place there; set pruning.allocation: uniform"
+            f"{_WHERE}: blocks of {config.model_type} that differ in width have no place there; "
+            "set pruning.allocation: uniform"
         )
     if any(not width.num_kv_heads or not width.num_channels for width in widths):
-        raise ValueError(f"{_WHERE}: llama.cpp misreads some blocks without heads or channels; set pruning.remove_blocks: false")
+        raise ValueError(
+            f"{_WHERE}: llama.cpp misreads some blocks without heads or channels; set "
+            "pruning.remove_blocks: false"
+        )
     return LlamaCpp("deci", activation="silu", pairs_rotary=True)
 
 
 def _check_gemma(config: PretrainedConfig) -> None:
-    pattern = ["full_attention" if (i + 1) % 6 == 0 else "sliding_attention" for i in range(config.num_hidden_layers)]
+    pattern = [
+        "full_attention" if (i + 1) % 6 == 0 else "sliding_attention"
+        for i in range(config.num_hidden_layers)
+    ]
     if list(config.layer_types) != pattern or config.query_pre_attn_scalar != config.head_dim:
         raise ValueError(
-            f"{_WHERE}: llama.cpp reads a Gemma 3 whose every sixth block attends to everything and whose queries are scaled by head_dim, "
-            f"here layer_types {config.layer_types} and query_pre_attn_scalar {config.query_pre_attn_scalar}; {_OTHERWISE}"
+            f"{_WHERE}: llama.cpp reads a Gemma 3 whose every sixth block attends to everything "
+            f"and whose queries are scaled by head_dim, here layer_types {config.layer_types} and "
+            f"query_pre_attn_scalar {config.query_pre_attn_scalar}; {_OTHERWISE}"
         )
     sliding = config.rope_parameters["sliding_attention"]
     if sliding.get("rope_type", "default") != "default":
-        raise ValueError(f"{_WHERE}: rotary embeddings {json.dumps(sliding)} of sliding blocks have no place in llama.cpp; {_OTHERWISE}")
+        raise ValueError(
+            f"{_WHERE}: rotary embeddings {json.dumps(sliding)} of sliding blocks have no place in "
+            f"llama.cpp; {_OTHERWISE}"
+        )
 
 
 def _check_rope(config: PretrainedConfig, known: LlamaCpp) -> None:
     parameters = rope_of(config)
     kind = rope_kind(config)
-    plain = {"rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "partial_rotary_factor"}
+    plain = {
+        "rope_type",
+        "type",
+        "rope_theta",
+        "factor",
+        "original_max_position_embeddings",
+        "partial_rotary_factor",
+    }
     possible = (
-        kind in ("default", "linear") or (kind == "llama3" and known.name == "llama") or (kind == "yarn" and not set(parameters) - plain)
+        kind in ("default", "linear")
+        or (kind == "llama3" and known.name == "llama")
+        or (kind == "yarn" and not set(parameters) - plain)
     )
-    possible &= parameters.get("partial_rotary_factor", 1.0) == 1.0 or known.name == "phi3"  # others fail to load
+    possible &= (
+        parameters.get("partial_rotary_factor", 1.0) == 1.0 or known.name == "phi3"
+    )  # others fail to load
     if not possible:
-        raise ValueError(f"{_WHERE}: rotary embeddings {json.dumps(dict(parameters))} are not written for {known.name}; {_OTHERWISE}")
+        raise ValueError(
+            f"{_WHERE}: rotary embeddings {json.dumps(dict(parameters))} are not written for "
+            f"{known.name}; {_OTHERWISE}"
+        )
 
 
 def rope_of(config: PretrainedConfig) -> Mapping[str, Any]:
-    """Return what a configuration says of the rotary embeddings of blocks that attend to everything; nothing if it has none."""
+    """Return what a configuration says of rotary embeddings of full attention.
+
+    Nothing if it has none.
+    """
     parameters = getattr(config, "rope_parameters", None) or {}
     of_all: Mapping[str, Any] = parameters.get("full_attention", parameters)
     return of_all
@@ -110,32 +159,42 @@ def tokenizer_names(document: Mapping[str, Any]) -> tuple[str, str]:
     Raises:
         ValueError: llama.cpp has no such tokenizer, or its name there is not known.
     """
-    model, normaliser = document["model"], document.get("normalizer")
+    model = document["model"]
+    normaliser = document.get("normalizer")
     if model["type"] == "BPE" and (document.get("decoder") or {}).get("type") == "ByteLevel":
         steps = (normaliser or {"normalizers": []}).get("normalizers", [normaliser])
         if unknown := [step["type"] for step in steps if step["type"] != "NFC"]:
-            raise ValueError(f"{_WHERE}: llama.cpp would not apply the tokenizer's normalizer {', '.join(unknown)}; {_OTHERWISE}")
+            raise ValueError(
+                f"{_WHERE}: llama.cpp would not apply the tokenizer's normalizer "
+                f"{', '.join(unknown)}; {_OTHERWISE}"
+            )
         return "gpt2", _pre_tokenizer(document.get("pre_tokenizer"))
     if model["type"] == "BPE" and model.get("byte_fallback"):
         return "llama", "default"
     raise ValueError(
-        f"{_WHERE}: the tokenizer is of type {model['type']}; known are BPE of bytes, and SentencePiece's BPE with bytes for "
-        f"what has no piece; {_OTHERWISE}"
+        f"{_WHERE}: the tokenizer is of type {model['type']}; known are BPE of bytes, and "
+        f"SentencePiece's BPE with bytes for what has no piece; {_OTHERWISE}"
     )
 
 
 def _pre_tokenizer(document: Mapping[str, Any] | None) -> str:
     steps = list((document or {}).get("pretokenizers", [document]))
-    kinds, last = [step and step["type"] for step in steps], steps[-1]
+    kinds = [step and step["type"] for step in steps]
+    last = steps[-1]
     if last is not None and kinds[-1] == "ByteLevel" and not last["add_prefix_space"]:
         if kinds == ["ByteLevel"] and last["use_regex"]:
             return "gpt-2"
         if kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"] and last["use_regex"]:
             return "smollm"
-        name = _PRE_TOKENIZERS.get(steps[0]["pattern"].get("Regex")) if kinds == ["Split", "ByteLevel"] else None
+        name = (
+            _PRE_TOKENIZERS.get(steps[0]["pattern"].get("Regex"))
+            if kinds == ["Split", "ByteLevel"]
+            else None
+        )
         if name is not None:
             return name
     raise ValueError(
-        f"{_WHERE}: how the tokenizer cuts text has no known name in llama.cpp: {json.dumps(document)[:300]}; known are those of GPT-2, "
-        f"Llama 3, Qwen 2 and SmolLM; {_OTHERWISE}"
+        f"{_WHERE}: how the tokenizer cuts text has no known name in llama.cpp: "
+        f"{json.dumps(document)[:300]}; known are those of GPT-2, Llama 3, Qwen 2 and SmolLM; "
+        f"{_OTHERWISE}"
     )

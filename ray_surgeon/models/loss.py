@@ -14,18 +14,26 @@ from ray_surgeon.surgery.products import product
 TOKENS_PER_SLICE = 128
 """128 tokens x 50k vocabulary x 4 bytes = 25 MiB."""
 TOKENS_IN_CACHE = 16
-"""Of a slice on a CPU, whose probabilities then stay in a core's cache from step to step. A GPU takes a slice at once."""
+"""Of a slice on a CPU, whose probabilities then stay in a core's cache from step to step.
+
+A GPU takes a slice at once.
+"""
 
 
 def bytes_at_the_head(vocab_size: int, width: int, *, on_cpu: bool) -> int:
-    """Return the most bytes that a loss takes beside the hidden states: logits of both models, and what is worked on in float32.
+    """Return the most bytes that a loss takes beside the hidden states.
+
+    These are the logits of both models, and what is worked on in float32.
 
     Args:
         vocab_size: of the model.
         width: bytes of a logit.
-        on_cpu: whether parts that stay in the cache are worked on together; the C library's heap then holds as much again, as measured.
+        on_cpu: whether parts that stay in the cache are worked on together; the C library's heap
+            then holds as much again, as measured.
     """
-    return vocab_size * (2 * TOKENS_PER_SLICE * width + (2 * TOKENS_IN_CACHE if on_cpu else TOKENS_PER_SLICE) * 20)
+    return vocab_size * (
+        2 * TOKENS_PER_SLICE * width + (2 * TOKENS_IN_CACHE if on_cpu else TOKENS_PER_SLICE) * 20
+    )
 
 
 def perplexity_of(mean: float) -> float:
@@ -35,7 +43,9 @@ def perplexity_of(mean: float) -> float:
         FloatingPointError: the loss is not a number.
     """
     if math.isnan(mean):
-        raise FloatingPointError("the loss on the evaluation text is not a number; the weights are damaged")
+        raise FloatingPointError(
+            "the loss on the evaluation text is not a number; the weights are damaged"
+        )
     return math.exp(mean) if mean < 700 else math.inf
 
 
@@ -48,21 +58,24 @@ def next_token_loss(
     generator: torch.Generator | None = None,
     counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Negative log-likelihood of the next tokens, and its gradient with respect to the hidden states.
+    """Negative log-likelihood of the next tokens, and its gradient at the hidden states.
 
     Args:
         hidden: [num_sequences, T, d] output of the final norm.
         head_weight: [vocabulary, d].
-        tokens: [num_sequences, T] int64; position t predicts token t + 1, so T - 1 tokens are predicted.
+        tokens: [num_sequences, T] int64; position t predicts token t + 1, so T - 1 tokens are
+            predicted.
         with_gradient: whether to return the gradient of the summed loss.
-        generator: of the CPU; if given, the labels of the gradient are drawn from the model (sampled Fisher) instead of the data, the
-            same ones on every device, and the same ones whichever tokens count.
-        counts: [num_sequences, T] bool, whether a token counts as something that is predicted: the loss of position t counts if token
-            t + 1 does. None if all count. The others have no logits, no loss and a gradient of 0.
+        generator: of the CPU; if given, the labels of the gradient are drawn from the model
+            (sampled Fisher) instead of the data, the same ones on every device, and the same ones
+            whichever tokens count.
+        counts: [num_sequences, T] bool, whether a token counts as something that is predicted: the
+            loss of position t counts if token t + 1 does. None if all count. The others have no
+            logits, no loss and a gradient of 0.
 
     Returns:
-        [num_sequences] float64 NLL of the data in nats, summed over the tokens that count, and the gradient [num_sequences, T, d] or
-        None.
+        [num_sequences] float64 NLL of the data in nats, summed over the tokens that count, and the
+        gradient [num_sequences, T, d] or None.
     """
     places = _places(counts)
     flat = _chosen(hidden[:, :-1], places)
@@ -77,11 +90,18 @@ def next_token_loss(
         logits = product(flat[part], head_weight.T)
         for here, rows in _in_cache(part, logits.device):
             wide = logits[rows].float()
-            nll[here] = torch.logsumexp(wide, dim=-1).double() - wide.gather(1, labels[here, None])[:, 0].double()
+            nll[here] = (
+                torch.logsumexp(wide, dim=-1).double()
+                - wide.gather(1, labels[here, None])[:, 0].double()
+            )
             if flat_gradient is not None:
                 probabilities = torch.softmax(wide, dim=-1)
-                targets = labels[here, None] if chances is None else _drawn(probabilities, chances[here])
-                logits[rows] = probabilities.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=probabilities.dtype))
+                targets = (
+                    labels[here, None] if chances is None else _drawn(probabilities, chances[here])
+                )
+                logits[rows] = probabilities.scatter_add_(
+                    1, targets, torch.full_like(targets, -1, dtype=probabilities.dtype)
+                )
         if flat_gradient is not None:
             flat_gradient[part] = product(logits, head_weight)
         del logits  # before the next slice's are made
@@ -91,13 +111,18 @@ def next_token_loss(
 
 @dataclass(frozen=True)
 class Comparison:
-    """A model beside the dense one, summed over the predicted tokens of each sequence that count."""
+    """A model beside the dense one, summed over each sequence's tokens that count."""
 
-    divergence: Tensor  # [num_sequences] float64, ``sum_v p_v (log p_v - log q_v)`` with p of the dense model, in nats
+    # [num_sequences] float64, ``sum_v p_v (log p_v - log q_v)`` with p of the dense model, in nats
+    divergence: Tensor
     nll: Tensor  # [num_sequences] float64, of the text, in nats
-    gradient: Tensor | None  # [num_sequences, T, d] of the summed divergence with respect to the hidden states
+    gradient: (
+        Tensor | None
+    )  # [num_sequences, T, d] of the summed divergence with respect to the hidden states
     acceptance: Tensor | None = None  # [num_sequences] float64, ``sum_v min(p_v, q_v)``
-    agreement: Tensor | None = None  # [num_sequences] float64, 1 where both models have the same most likely token
+    agreement: Tensor | None = (
+        None  # [num_sequences] float64, 1 where both models have the same most likely token
+    )
 
 
 def compare_with_dense(
@@ -110,7 +135,9 @@ def compare_with_dense(
     counts: Tensor | None = None,
     with_acceptance: bool = False,
 ) -> Comparison:
-    """Compare a model's next-token distributions with the dense model's, and with the text; see `next_token_loss`.
+    """Compare a model's next-token distributions with the dense model's and the text.
+
+    See `next_token_loss`.
 
     Args:
         hidden: [num_sequences, T, d] output of the final norm.
@@ -119,26 +146,37 @@ def compare_with_dense(
         head_weight: [vocabulary, d] of both.
         with_gradient: whether the gradient is wanted.
         counts: [num_sequences, T] bool, see `next_token_loss`; None if all tokens count.
-        with_acceptance: whether acceptance and agreement are wanted. Source: docs/method.md, section 12.
+        with_acceptance: whether acceptance and agreement are wanted. Source: docs/method.md,
+            section 12.
     """
     places = _places(counts)
     flat = _chosen(hidden[:, :-1], places)
     target = _chosen(dense[:, :-1], places)
     labels = _chosen(tokens[:, 1:, None], places)[:, 0]
-    divergence, nll = (torch.empty(len(flat), dtype=torch.float64, device=hidden.device) for _ in range(2))
+    divergence, nll = (
+        torch.empty(len(flat), dtype=torch.float64, device=hidden.device) for _ in range(2)
+    )
     acceptance = torch.empty_like(nll) if with_acceptance else None
     agreement = torch.empty_like(nll) if with_acceptance else None
     flat_gradient = torch.empty_like(flat) if with_gradient else None
     for part in _slices(0, len(flat), TOKENS_PER_SLICE):
-        logits, wanted = (product(states[part].to(hidden.dtype), head_weight.T) for states in (flat, target))
+        logits, wanted = (
+            product(states[part].to(hidden.dtype), head_weight.T) for states in (flat, target)
+        )
         for here, rows in _in_cache(part, logits.device):
-            log_q, log_p = (torch.log_softmax(of[rows], dim=-1, dtype=torch.float32) for of in (logits, wanted))
+            log_q, log_p = (
+                torch.log_softmax(of[rows], dim=-1, dtype=torch.float32) for of in (logits, wanted)
+            )
             p = log_p.exp()
             nll[here] = -log_q.gather(1, labels[here, None])[:, 0].double()
             if acceptance is not None and agreement is not None:
-                distance = log_q.exp().sub_(p).abs_().sum(dim=-1).double()  # twice the total variation
+                distance = (
+                    log_q.exp().sub_(p).abs_().sum(dim=-1).double()
+                )  # twice the total variation
                 acceptance[here] = 1 - distance / 2
-                agreement[here] = (logits[rows].argmax(dim=-1) == wanted[rows].argmax(dim=-1)).double()
+                agreement[here] = (
+                    logits[rows].argmax(dim=-1) == wanted[rows].argmax(dim=-1)
+                ).double()
             divergence[here] = log_p.sub_(log_q).mul_(p).sum(dim=-1).double()
             if flat_gradient is not None:
                 logits[rows] = log_q.exp_().sub_(p)
@@ -160,7 +198,8 @@ def next_tokens(hidden: Tensor, head_weight: Tensor, chances: Tensor, temperatur
     Args:
         hidden: [m, d] output of the final norm at the last token.
         head_weight: [vocabulary, d].
-        chances: [m] uniform in [0, 1); a token is drawn where the cumulated probabilities pass its sequence's.
+        chances: [m] uniform in [0, 1); a token is drawn where the cumulated probabilities pass its
+            sequence's.
         temperature: logits are divided by it; 0 takes the most likely token.
 
     Returns:
@@ -173,7 +212,10 @@ def next_tokens(hidden: Tensor, head_weight: Tensor, chances: Tensor, temperatur
 
 
 def _places(counts: Tensor | None) -> Tensor | None:
-    """Return the positions that count among the ``num_sequences * (T - 1)`` that predict a token, [n]; None for all."""
+    """Return the positions that count, [n], of all that predict a token; None for all.
+
+    There are ``num_sequences * (T - 1)``.
+    """
     return None if counts is None else counts[:, 1:].reshape(-1).nonzero()[:, 0]
 
 
@@ -184,14 +226,20 @@ def _chosen(rows: Tensor, places: Tensor | None) -> Tensor:
 
 
 def _sums(values: Tensor, places: Tensor | None, tokens: Tensor) -> Tensor:
-    """Return the sums [num_sequences] of values [n] at the positions that count; tokens are [num_sequences, T]."""
+    """Return the sums [num_sequences] of values [n] at the positions that count.
+
+    Tokens are [num_sequences, T].
+    """
     if places is not None:
         values = values.new_zeros(tokens[:, 1:].numel()).index_copy_(0, places, values)
     return values.view(len(tokens), tokens.shape[1] - 1).sum(dim=1)
 
 
 def _gradient(flat: Tensor, places: Tensor | None, hidden: Tensor) -> Tensor:
-    """Return the gradient of hidden states [num_sequences, T, d] from its rows [n, d] at the positions that count."""
+    """Return the gradient of hidden states [num_sequences, T, d] from rows [n, d].
+
+    The rows are those at the positions that count.
+    """
     gradient = torch.zeros_like(hidden)
     num_sequences, T, d = hidden.shape
     if places is not None:
@@ -205,13 +253,21 @@ def _slices(start: int, stop: int, size: int) -> Iterator[slice]:
 
 
 def _in_cache(part: slice, device: torch.device) -> Iterator[tuple[slice, slice]]:
-    """Yield parts of a slice that are worked on together: as places of the text, and as places of the slice."""
-    for here in _slices(part.start, part.stop, TOKENS_IN_CACHE if device.type == "cpu" else TOKENS_PER_SLICE):
+    """Yield parts of a slice that are worked on together.
+
+    Each is given as places of the text, and as places of the slice.
+    """
+    for here in _slices(
+        part.start, part.stop, TOKENS_IN_CACHE if device.type == "cpu" else TOKENS_PER_SLICE
+    ):
         yield here, slice(here.start - part.start, here.stop - part.start)
 
 
 def _drawn(probabilities: Tensor, chances: Tensor) -> Tensor:
-    """Return for each token the label [n, 1] at which the cumulated probabilities [n, vocabulary] pass its chance [n] in [0, 1)."""
+    """Return for each token the label [n, 1] at its chance.
+
+    There the cumulated probabilities [n, vocabulary] pass the chance [n] in [0, 1).
+    """
     cumulated = probabilities.cumsum(dim=1)
     drawn = torch.searchsorted(cumulated, chances[:, None] * cumulated[:, -1:], right=True)
     return drawn.clamp_(max=probabilities.shape[1] - 1)

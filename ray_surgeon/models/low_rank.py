@@ -1,7 +1,9 @@
-"""Low-rank first-order corrections beside the linears of a shard: y = W x + B A x, trained and then absorbed, W <- W + B A.
+"""Low-rank corrections beside the linears of a shard: y = W x + B A x.
 
-Source: docs/method.md, section 7; The LLM Surgeon, section 3.5. Pruned weights stay exactly zero: the pruned rows of B and columns of A
-are left out, and for elements B A itself is masked.
+They are trained and then absorbed, W <- W + B A.
+
+Source: docs/method.md, section 7; The LLM Surgeon, section 3.5. Pruned weights stay exactly zero:
+the pruned rows of B and columns of A are left out, and for elements B A itself is masked.
 """
 
 from __future__ import annotations
@@ -27,9 +29,15 @@ CLIP = 2.0
 class LowRank:
     """B A of one linear; B starts at zero, so that the model starts as it is."""
 
-    def __init__(self, module: LinearModule, mask: Mask, rank: int, seed: int, device: torch.device) -> None:
-        """Draw A with a seed of the linear's own, the same on every replica and for any number of shards."""
-        C, R = num_inputs(module), num_outputs(module)
+    def __init__(
+        self, module: LinearModule, mask: Mask, rank: int, seed: int, device: torch.device
+    ) -> None:
+        """Draw A with a seed of the linear's own.
+
+        It is the same on every replica and for any number of shards.
+        """
+        C = num_inputs(module)
+        R = num_outputs(module)
         generator = torch.Generator().manual_seed(seed)
         start = (2 * torch.rand(rank, C, generator=generator) - 1) / C**0.5
         self.A = start.to(device).requires_grad_()
@@ -38,7 +46,8 @@ class LowRank:
         if isinstance(mask, ElementMask):
             self.kept = mask.kept[:, :C].to(device)
         else:
-            self.rows, self.columns = mask.rows.to(device)[:, None], mask.columns[:C].to(device)
+            self.rows = mask.rows.to(device)[:, None]
+            self.columns = mask.columns[:C].to(device)
 
     def added(self, x: Tensor) -> Tensor:
         """Return what is added to the outputs for inputs x [..., C]."""
@@ -56,7 +65,11 @@ class LowRank:
 
 
 class _ByElement(torch.autograd.Function):
-    """x (B A * kept)^T. The product is as large as the weight; it is made again in the backward pass, so that none waits for it."""
+    """x (B A * kept)^T.
+
+    The product is as large as the weight; it is made again in the backward pass, so that none waits
+    for it.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, kept: Tensor) -> Tensor:
@@ -83,7 +96,10 @@ class CorrectionState:
 
 def _copied(moments: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
     return {
-        number: {name: value.clone() if isinstance(value, Tensor) else value for name, value in of_parameter.items()}
+        number: {
+            name: value.clone() if isinstance(value, Tensor) else value
+            for name, value in of_parameter.items()
+        }
         for number, of_parameter in moments.items()
     }
 
@@ -91,12 +107,21 @@ def _copied(moments: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[str, Any
 class LowRankCorrections:
     """Corrections of all linears of a shard while they are trained.
 
-    A step of Adam changes B by its rate, whatever the weight's size is, so rates are given relative to that: by a step of rate 1 the
-    correction changes by the root mean square of the weight, and A by `RATE_OF_A` times its own. Each gradient is clipped to `CLIP` times
-    the mean norm of those before.
+    A step of Adam changes B by its rate, whatever the weight's size is, so rates are given relative
+    to that: by a step of rate 1 the correction changes by the root mean square of the weight, and A
+    by `RATE_OF_A` times its own. Each gradient is clipped to `CLIP` times the mean norm of those
+    before.
     """
 
-    def __init__(self, shard: ModelShard, masks: Mapping[str, Mask], owned: set[str], *, rank: int, seed_of: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        shard: ModelShard,
+        masks: Mapping[str, Mask],
+        owned: set[str],
+        *,
+        rank: int,
+        seed_of: Mapping[str, int],
+    ) -> None:
         """Add zero corrections to the outputs.
 
         Args:
@@ -106,10 +131,16 @@ class LowRankCorrections:
             rank: of B A.
             seed_of: name -> seed of A.
         """
-        self._shard, self._rounds = shard, False
+        self._shard = shard
+        self._rounds = False
         linears = shard.linears
-        self.parts = {name: LowRank(linears[name], masks[name], rank, seed_of[name], shard.device) for name in linears}
-        self._sizes = dict[str, tuple[float, float]]()  # owned linear -> by how much A and B change in a step of rate 1
+        self.parts = {
+            name: LowRank(linears[name], masks[name], rank, seed_of[name], shard.device)
+            for name in linears
+        }
+        self._sizes = dict[
+            str, tuple[float, float]
+        ]()  # owned linear -> by how much A and B change in a step of rate 1
         groups = list[dict[str, Any]]()
         for name in (name for name in self.parts if name in owned):
             part = self.parts[name]
@@ -118,14 +149,25 @@ class LowRankCorrections:
             self._sizes[name] = RATE_OF_A * of_A, of_W / (of_A * rank**0.5)
             groups += [{"params": [part.A], "lr": 0.0}, {"params": [part.B], "lr": 0.0}]
         self._optimizer = torch.optim.Adam(groups) if groups else None
-        self._mean_norms = dict[tuple[str, int], tuple[float, int]]()  # linear and 0 for A or 1 for B -> mean norm, number of steps
-        self._hooks: list[RemovableHandle] = [m.register_forward_hook(self._adding(name)) for name, m in linears.items()]
+        self._mean_norms = dict[
+            tuple[str, int], tuple[float, int]
+        ]()  # linear and 0 for A or 1 for B -> mean norm, number of steps
+        self._hooks: list[RemovableHandle] = [
+            m.register_forward_hook(self._adding(name)) for name, m in linears.items()
+        ]
 
     def gradients(self, name: str, num_tokens: int) -> tuple[Tensor, Tensor]:
-        """Return the gradients of the mean loss with respect to A and B of a linear, zero if nothing has passed, and keep them there."""
+        """Return the gradients of the mean loss at A and B of a linear, and keep them there.
+
+        They are zero if nothing has passed.
+        """
         part = self.parts[name]
         for parameter in (part.A, part.B):
-            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad / num_tokens
+            parameter.grad = (
+                torch.zeros_like(parameter)
+                if parameter.grad is None
+                else parameter.grad / num_tokens
+            )
         assert part.A.grad is not None
         assert part.B.grad is not None
         return part.A.grad, part.B.grad
@@ -164,7 +206,10 @@ class LowRankCorrections:
 
     def state(self) -> CorrectionState:
         """Return a copy of everything that steps change."""
-        parts = {name: (part.A.detach().clone(), part.B.detach().clone()) for name, part in self.parts.items()}
+        parts = {
+            name: (part.A.detach().clone(), part.B.detach().clone())
+            for name, part in self.parts.items()
+        }
         moments = {} if self._optimizer is None else _copied(self._optimizer.state_dict()["state"])
         return CorrectionState(parts, moments, dict(self._mean_norms))
 
@@ -176,12 +221,17 @@ class LowRankCorrections:
             self.parts[name].B.copy_(B)
         if self._optimizer is not None:
             groups = self._optimizer.state_dict()["param_groups"]
-            self._optimizer.load_state_dict({"state": _copied(state.moments), "param_groups": groups})
+            self._optimizer.load_state_dict(
+                {"state": _copied(state.moments), "param_groups": groups}
+            )
         self._mean_norms = dict(state.mean_norms)
         self.forget_gradients()
 
     def round_as_absorbed(self, rounds: bool) -> None:
-        """Let outputs be those that the weights will give once they have absorbed the corrections, in their own dtype, or not."""
+        """Let outputs be those of the weights once they have absorbed the corrections, or not.
+
+        Weights are rounded to their own dtype.
+        """
         self._rounds = rounds
 
     def _adding(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
@@ -208,17 +258,22 @@ class LowRankCorrections:
         """Add every B A to its weight and remove the corrections.
 
         Returns:
-            Name -> <change of W, B A> and |B A|^2. In a narrow dtype an entry of B A below half of a step of its weight changes nothing.
+            Name -> <change of W, B A> and |B A|^2. In a narrow dtype an entry of B A below half of
+            a step of its weight changes nothing.
         """
         self.remove()
         arrived: dict[str, tuple[float, float]] = {}
         for name, part in self.parts.items():
-            W, added = self._shard.weight(name), part.product()
+            W = self._shard.weight(name)
+            added = part.product()
             inputs = W[:, : part.A.shape[1]]
             before = inputs.to(self._shard.dtype, copy=True)  # which is what they are
             inputs += added
             self._shard.set_weight(name, W)
             del W, inputs
             change = self._shard.weight(name)[:, : part.A.shape[1]].sub_(before)
-            arrived[name] = float(torch.linalg.vecdot(change, added).sum()), float(torch.linalg.vecdot(added, added).sum())
+            arrived[name] = (
+                float(torch.linalg.vecdot(change, added).sum()),
+                float(torch.linalg.vecdot(added, added).sum()),
+            )
         return arrived

@@ -1,4 +1,6 @@
-"""What the removal of single experts would change in the output of their layer, summed while tokens and gradients pass.
+"""What removals of single experts would change in the output of their layer.
+
+Sums are taken while tokens and gradients pass.
 
 Source: docs/method.md, section 10.
 """
@@ -17,22 +19,31 @@ from ray_surgeon.surgery.experts import ExpertSums, add_changes, add_rises
 
 @dataclass(frozen=True)
 class Removals:
-    """What the removal of each expert would change in the output of a layer, for n = k times the tokens pairs of a token and an expert."""
+    """What the removal of each expert would change in the output of a layer.
+
+    There are n pairs of a token and one of its k experts.
+    """
 
     experts: Tensor  # [n] which is removed
     tokens: Tensor  # [n] that is routed to it
     changes: Tensor  # [n, d] float32
     norms: Tensor  # [n] float32 the expert's weight times the norm of its output
     output: Tensor  # [num_tokens, d] float32 of all experts together, as it is
-    rises: Tensor | None  # [num_tokens, num_experts] by how much the output rises, relative, for tokens that are not routed to the expert
+    rises: (
+        Tensor | None
+        # [num_tokens, num_experts] by how much the output rises, relative, for tokens that are not
+        # routed to the expert
+    )
 
 
 @torch.no_grad()
 def removals(mixture: Mixture, hidden: Tensor, numbers: Tensor, weights: Tensor) -> Removals:
-    """Return what the removal of each expert would change: the tokens that are routed to it go to the next experts.
+    """Return what the removal of each expert would change.
 
-    The router is asked anew without the expert, so weights are those it gives to the others. Where it has no expert to spare,
-    nothing changes.
+    The tokens that are routed to it go to the next experts.
+
+    The router is asked anew without the expert, so weights are those it gives to the others. Where
+    it has no expert to spare, nothing changes.
 
     Args:
         mixture: of a block.
@@ -40,11 +51,14 @@ def removals(mixture: Mixture, hidden: Tensor, numbers: Tensor, weights: Tensor)
         numbers: [num_tokens, k] of the experts they go to.
         weights: [num_tokens, k].
     """
-    num_experts, num_tokens = len(mixture.experts), len(hidden)
-    whole, every = list(routed(numbers, num_experts)), torch.arange(num_tokens, device=hidden.device)
+    num_experts = len(mixture.experts)
+    num_tokens = len(hidden)
+    whole = list(routed(numbers, num_experts))
+    every = torch.arange(num_tokens, device=hidden.device)
     needed = torch.zeros(num_experts, num_tokens, dtype=torch.bool, device=hidden.device)
     needed[numbers.T, every] = True
-    is_routed, others = needed.T.clone(), []
+    is_routed = needed.T.clone()
+    others = []
     for number, token, _ in whole:
         if not mixture.can_spare_one:
             others.append((numbers[token], weights[token]))
@@ -56,33 +70,50 @@ def removals(mixture: Mixture, hidden: Tensor, numbers: Tensor, weights: Tensor)
         others.append((new_numbers, new_weights))
     row = needed.flatten().cumsum(0).view(num_experts, num_tokens) - 1
     wanted = [(number, tokens) for number, tokens in enumerate(needed) if tokens.any()]
-    of_experts = torch.cat([mixture.expert(number).unseen(hidden[tokens]).float() for number, tokens in wanted])
+    of_experts = torch.cat(
+        [mixture.expert(number).unseen(hidden[tokens]).float() for number, tokens in wanted]
+    )
 
     def mixed(token: Tensor, numbers: Tensor, weights: Tensor) -> Tensor:
         return torch.einsum("nk,nkd->nd", weights.float(), of_experts[row[numbers, token[:, None]]])
 
     before = mixed(every, numbers, weights)
-    changes, norms = [], []
+    changes = []
+    norms = []
     for (number, token, place), (new_numbers, new_weights) in zip(whole, others, strict=True):
         changes.append(mixed(token, new_numbers, new_weights) - before[token])
         norms.append(of_experts[row[number, token]].norm(dim=1) * weights[token, place].float())
     experts = torch.cat([torch.full_like(token, number) for number, token, _ in whole])
     tokens = torch.cat([token for _, token, _ in whole])
-    return Removals(experts, tokens, torch.cat(changes), torch.cat(norms), before, _rises(mixture, hidden, is_routed))
+    return Removals(
+        experts,
+        tokens,
+        torch.cat(changes),
+        torch.cat(norms),
+        before,
+        _rises(mixture, hidden, is_routed),
+    )
 
 
 def _rises(mixture: Mixture, hidden: Tensor, is_routed: Tensor) -> Tensor | None:
-    """Return p / (1 - p) of the experts a token is not routed to: by so much a softmax that is not normalised later rises without them."""
+    """Return p / (1 - p) of the experts that a token is not routed to.
+
+    By so much a softmax that is not normalised later rises without them.
+    """
     if not mixture.has_softmax or getattr(mixture.router.module, "norm_topk_prob", True):
         return None
     logits, _, _ = mixture.router(hidden)
-    kept, p = mixture.router.kept.to(hidden.device), logits.new_zeros(is_routed.shape, dtype=torch.float32)
+    kept = mixture.router.kept.to(hidden.device)
+    p = logits.new_zeros(is_routed.shape, dtype=torch.float32)
     p[:, kept] = logits.float().softmax(dim=1)
     return (p / (1 - p)).masked_fill(is_routed, 0.0)
 
 
 def sum_removals(sums: ExpertSums, mixture: Mixture) -> list[RemovableHandle]:
-    """Add what the removal of each expert would change to sums, while tokens and gradients pass. Returns the hooks."""
+    """Add what the removal of each expert would change to sums, while tokens and gradients pass.
+
+    Returns the hooks.
+    """
     waiting: list[Removals] = []
 
     def enter(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -91,8 +122,11 @@ def sum_removals(sums: ExpertSums, mixture: Mixture) -> list[RemovableHandle]:
         sums.add("weighted_norms", found.experts, found.norms)
         waiting.append(found)
 
-    def leave(module: nn.Module, inputs: tuple[Tensor, ...], outputs: Tensor | tuple[Tensor, ...]) -> None:
-        found, output = waiting.pop(), outputs[0] if isinstance(outputs, tuple) else outputs
+    def leave(
+        module: nn.Module, inputs: tuple[Tensor, ...], outputs: Tensor | tuple[Tensor, ...]
+    ) -> None:
+        found = waiting.pop()
+        output = outputs[0] if isinstance(outputs, tuple) else outputs
 
         def add(gradient: Tensor) -> None:
             g = gradient.detach().flatten(0, -2)
@@ -103,4 +137,7 @@ def sum_removals(sums: ExpertSums, mixture: Mixture) -> list[RemovableHandle]:
         if output.requires_grad:
             output.register_hook(add)  # type: ignore[no-untyped-call]
 
-    return [mixture.experts.register_forward_pre_hook(enter), mixture.layer.register_forward_hook(leave)]
+    return [
+        mixture.experts.register_forward_pre_hook(enter),
+        mixture.layer.register_forward_hook(leave),
+    ]

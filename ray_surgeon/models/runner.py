@@ -1,7 +1,10 @@
-"""Runs sequences through the blocks of a shard, one block at a time, so that weights and factors of one block are enough on the device.
+"""Runs sequences through the blocks of a shard, one block at a time.
 
-A *wave* of sequences passes a shard together: block b runs on every one of them before block b + 1. What a block is called with beside
-the hidden states (masks, positions) is taken from the family's own forward, which sees blocks that only note what they are given.
+So weights and factors of one block are enough on the device.
+
+A *wave* of sequences passes a shard together: block b runs on every one of them before block b + 1.
+What a block is called with beside the hidden states (masks, positions) is taken from the family's
+own forward, which sees blocks that only note what they are given.
 """
 
 from __future__ import annotations
@@ -28,7 +31,10 @@ class _ReachedTheEndError(Exception):
 
 
 class _Passing:
-    """Stands for the output of a block that only notes what it is given, whether the family takes it whole or its first item."""
+    """Stands for the output of a block that only notes what it is given.
+
+    The family takes it whole, or its first item.
+    """
 
     def __getitem__(self, index: int) -> _Passing:
         return self
@@ -47,8 +53,12 @@ class _Wave:
     """Sequences between their forward and their backward pass."""
 
     calls: list[Call]  # one a block
-    inputs: list[list[Tensor]] = field(default_factory=list)  # for each block, what every sequence came with
-    outputs: list[list[Tensor]] = field(default_factory=list)  # for each block, if its activations are kept
+    inputs: list[list[Tensor]] = field(
+        default_factory=list
+    )  # for each block, what every sequence came with
+    outputs: list[list[Tensor]] = field(
+        default_factory=list
+    )  # for each block, if its activations are kept
 
 
 class BlockRunner:
@@ -110,7 +120,7 @@ class BlockRunner:
         return first
 
     def leave(self, hidden: Tensor) -> Tensor:
-        """Run what comes after the last block, which in a shard that is not the last one is nothing."""
+        """Run what comes after the last block; nothing in a shard that is not the last."""
         for name in self._shard.layout.family.final:
             module = getattr(self._shard.base, name, None)
             hidden = hidden if module is None else module(hidden)
@@ -118,7 +128,9 @@ class BlockRunner:
 
     @torch.no_grad()
     def go_on(self, inputs: Tensor, cache: DynamicCache) -> Tensor:
-        """Run sequences together, without gradients, after what their cache holds; it grows by what they bring.
+        """Run sequences together, without gradients, after what their cache holds.
+
+        The cache grows by what they bring.
 
         Args:
             inputs: tokens [m, n] or hidden states [m, n, d].
@@ -139,10 +151,16 @@ class BlockRunner:
 
     @torch.no_grad()
     def infer(self, inputs: Tensor) -> list[Tensor]:
-        """Run a wave without gradients: tokens [m, T] or hidden states [m, T, d] -> hidden states [1, T, d] of every sequence."""
+        """Run a wave without gradients, and return hidden states [1, T, d] of every sequence.
+
+        Inputs are tokens [m, T] or hidden states [m, T, d].
+        """
         hidden, calls = self._enter_all(inputs)
         for place in range(len(self._blocks)):
-            with self._shard.weights.block(place, self._after(place)), self._shard.gathering_in(place):
+            with (
+                self._shard.weights.block(place, self._after(place)),
+                self._shard.gathering_in(place),
+            ):
                 for i, h in enumerate(hidden):
                     hidden[i] = self.through(place, h, calls)
         return [self.leave(h) for h in hidden]
@@ -162,7 +180,11 @@ class BlockRunner:
         keeps = self._shard.stores.activations == "keep"
         for place in range(len(self._blocks)):
             gathering = self._shard.gathering_in(place) if keeps else contextlib.nullcontext()
-            with self._shard.weights.block(place, self._after(place)), gathering, torch.set_grad_enabled(keeps):
+            with (
+                self._shard.weights.block(place, self._after(place)),
+                gathering,
+                torch.set_grad_enabled(keeps),
+            ):
                 leaves = [h.detach().requires_grad_(keeps) for h in hidden]
                 outputs = [self.through(place, leaf, calls) for leaf in leaves]
             passing.inputs.append(leaves)
@@ -172,7 +194,10 @@ class BlockRunner:
         return hidden
 
     def backward(self, wave: int, gradients: list[Tensor]) -> list[Tensor]:
-        """Run a wave backward: gradients at the outputs -> gradients at the inputs, [1, T, d] of every sequence."""
+        """Run a wave backward: gradients at the outputs -> gradients at the inputs.
+
+        They are [1, T, d] of every sequence.
+        """
         passing = self._waves.pop(wave)
         for place in reversed(range(len(self._blocks))):
             leaves = passing.inputs.pop()
@@ -204,20 +229,27 @@ class BlockRunner:
             hidden: [1, T, d] detached.
             tokens: [1, T].
             generator: see `next_token_loss`.
-            dense: [1, T, d] last hidden states of the dense model; the loss is the divergence from it, if they are given.
-            counts: [1, T] bool, whether a token counts as something that is predicted; None if all do.
+            dense: [1, T, d] last hidden states of the dense model; the loss is the divergence from
+                it, if they are given.
+            counts: [1, T] bool, whether a token counts as something that is predicted; None if all
+                do.
 
         Returns:
-            [1] float64 NLL of the data, or divergence, in nats, summed over the tokens that count; the gradient [1, T, d]; what the head
-            reads [1, T, d].
+            [1] float64 NLL of the data, or divergence, in nats, summed over the tokens that count;
+            the gradient [1, T, d]; what the head reads [1, T, d].
         """
         leaf = hidden.requires_grad_()
         output = self.leave(leaf)
         if dense is None:
-            loss, gradient = self._shard.loss(output.detach(), tokens, with_gradient=True, generator=generator, counts=counts)
+            loss, gradient = self._shard.loss(
+                output.detach(), tokens, with_gradient=True, generator=generator, counts=counts
+            )
         else:
-            found = self._shard.compare(output.detach(), dense, tokens, with_gradient=True, counts=counts)
-            loss, gradient = found.divergence, found.gradient
+            found = self._shard.compare(
+                output.detach(), dense, tokens, with_gradient=True, counts=counts
+            )
+            loss = found.divergence
+            gradient = found.gradient
         torch.autograd.backward(output, gradient)
         return loss, _gradient(leaf), output.detach()
 
@@ -232,16 +264,24 @@ class BlockRunner:
 class _ShardCache(DynamicCache):  # type: ignore[misc]
     """Keys and values of a shard's blocks, which count from the first block of the model.
 
-    Where a layer keeps all tokens, there is room for more than it has: a copy of everything for every token would take a third of the time.
+    Where a layer keeps all tokens, there is room for more than it has: a copy of everything for
+    every token would take a third of the time.
     """
 
     def __init__(self, config: Any, first: int) -> None:
         super().__init__(config=config)
         self._first = first
-        self._rooms: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys and values, [m, heads, at least as many tokens, head_dim]
+        self._rooms: dict[
+            int, tuple[Tensor, Tensor]
+        ] = {}  # layer -> keys and values, [m, heads, at least as many tokens, head_dim]
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Add keys and values [m, heads, n, head_dim] of a block, and return all of them; see `DynamicCache`."""
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Add keys and values [m, heads, n, head_dim] of a block; see `DynamicCache`.
+
+        Returns all of them.
+        """
         number = layer_idx - self._first
         if type(self.layers[number]) is not DynamicLayer:
             keys, values = super().update(key_states, value_states, number, *args, **kwargs)
@@ -251,15 +291,22 @@ class _ShardCache(DynamicCache):  # type: ignore[misc]
             layer.lazy_initialization(key_states, value_states)
         before = layer.get_seq_length()
         rooms = self._rooms.get(number, (layer.keys, layer.values))
-        keys, values = (_with_room(room, before, states) for room, states in zip(rooms, (key_states, value_states), strict=True))
+        keys, values = (
+            _with_room(room, before, states)
+            for room, states in zip(rooms, (key_states, value_states), strict=True)
+        )
         self._rooms[number] = keys, values
         after = before + key_states.shape[-2]
-        layer.keys, layer.values = keys[:, :, :after], values[:, :, :after]
+        layer.keys = keys[:, :, :after]
+        layer.values = values[:, :, :after]
         return layer.keys, layer.values
 
 
 def _with_room(room: Tensor, before: int, states: Tensor) -> Tensor:
-    """Return room [m, heads, more, head_dim] for the tokens before and the new states [m, heads, n, head_dim], which are written there."""
+    """Return room [m, heads, more, head_dim] with the new states written into it.
+
+    The new states are [m, heads, n, head_dim].
+    """
     after = before + states.shape[-2]
     if before == 0 or room.shape[-2] < after:
         larger = states.new_empty(*states.shape[:2], after + TOKENS_OF_ROOM, states.shape[-1])

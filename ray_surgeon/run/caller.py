@@ -15,16 +15,23 @@ _PRODUCTS = (_backends.mkldnn.matmul, _backends.cuda.matmul)
 
 
 class _Settings:
-    """What all threads of the process share. While there is a run, float32 is multiplied as float32; afterwards all is as it was."""
+    """What all threads of the process share.
+
+    While there is a run, float32 is multiplied as float32; afterwards all is as it was.
+    """
 
     def __init__(self) -> None:
-        self._lock, self._num_runs, self._num_threads = threading.Lock(), 0, 0
-        self._for_all, self._precisions = "", list[str]()
+        self._lock = threading.Lock()
+        self._num_runs = 0
+        self._num_threads = 0
+        self._for_all = ""
+        self._precisions = list[str]()
 
     def __enter__(self) -> None:
         with self._lock:
             if not self._num_runs:
-                self._num_threads, self._precisions = torch.get_num_threads(), [of.fp32_precision for of in _PRODUCTS]
+                self._num_threads = torch.get_num_threads()
+                self._precisions = [of.fp32_precision for of in _PRODUCTS]
                 try:
                     self._for_all = torch.get_float32_matmul_precision()
                 except RuntimeError:  # the two ways to set it disagree
@@ -35,7 +42,9 @@ class _Settings:
     def __exit__(self, *_: object) -> None:
         with self._lock:
             self._num_runs -= 1
-            torch.set_num_threads(self._num_threads)  # this thread's, and of threads that use torch from now on
+            torch.set_num_threads(
+                self._num_threads
+            )  # this thread's, and of threads that use torch from now on
             if not self._num_runs:
                 if self._for_all:
                     torch.set_float32_matmul_precision(self._for_all)
@@ -52,8 +61,9 @@ _settings = _Settings()
 def own_modes() -> Iterator[None]:
     """Leave outside what the caller's process and thread are in, and give it back.
 
-    These are torch's number of threads, the precision of products (``torch.set_float32_matmul_precision``), a default device, `no_grad`,
-    `inference_mode` and `autocast`.
+    These are torch's number of threads, the precision of products
+    (``torch.set_float32_matmul_precision``), a default device, `no_grad`, `inference_mode` and
+    `autocast`.
     """
     with ExitStack() as held:
         held.enter_context(_settings)

@@ -28,12 +28,21 @@ _MOST_CHANGES = 8
 _EVENTS_EVERY_S = 20.0
 """How often a store that cannot append gets all events again, besides the end of every shot."""
 _BEFORE_A_RUN = (".writable", "attempt", "spec.yaml", "source")
-"""All there is of a run that was killed before its first record; `source` is a model that was in memory."""
+"""All there is of a run that was killed before its first record.
+
+`source` is a model that was in memory.
+"""
 
 
 def _fields(section: Any, prefix: str = "") -> dict[str, Any]:
     """Return the leaves of a spec by their dotted names."""
-    items = section.items() if isinstance(section, dict) else enumerate(section) if isinstance(section, list) else ()
+    items = (
+        section.items()
+        if isinstance(section, dict)
+        else enumerate(section)
+        if isinstance(section, list)
+        else ()
+    )
     leaves = {k: v for key, value in items for k, v in _fields(value, f"{prefix}{key}.").items()}
     return leaves if leaves or not prefix else {prefix[:-1]: section}
 
@@ -63,7 +72,10 @@ class RunDirectory:
     """A folder on any fsspec URI that belongs to one run."""
 
     def __init__(self, uri: str, attempt: Attempt | None = None) -> None:
-        """Name the folder, and the try of the run that will write there; nothing is read or written yet."""
+        """Name the folder, and the try of the run that will write there.
+
+        Nothing is read or written yet.
+        """
         self.uri = uri
         self._events: list[str] = []
         self._events_written_s = -math.inf
@@ -88,34 +100,44 @@ class RunDirectory:
             resume: whether the folder may hold committed shots of it.
 
         Raises:
-            ValueError: the folder holds another run, or holds this one and `resume` is not asked for, or lacks what this one resumes from.
+            ValueError: the folder holds another run, or holds this one and `resume` is not asked
+                for, or lacks what this one resumes from.
         """
         if self.is_new():
             return
         held = store.read_json(self.path("run.json"))["fingerprints"]
         free = {key for key, value in fingerprints.items() if value is None}
-        different = [key for key in sorted({*held, *fingerprints} - free) if held.get(key) != fingerprints.get(key)]
+        different = [
+            key
+            for key in sorted({*held, *fingerprints} - free)
+            if held.get(key) != fingerprints.get(key)
+        ]
         if different:
             raise ValueError(
                 f"output.uri: {self.uri} holds another run: different {', '.join(different)}"
-                f"{self._changes(held, fingerprints, spec_yaml)}; choose another folder, for instance "
-                f"--set output.uri={shlex.quote(self.uri.rstrip('/') + '-2')}"
+                f"{self._changes(held, fingerprints, spec_yaml)}; choose another folder, for "
+                f"instance --set output.uri={shlex.quote(self.uri.rstrip('/') + '-2')}"
             )
         if not resume:
             raise ValueError(
-                f"output.uri: {self.uri} already holds this run, of which {len(self.committed_indices())} shots are committed; "
-                "continue it with --resume (resume=True in Python), or choose another folder, for instance "
-                f"--set output.uri={shlex.quote(self.uri.rstrip('/') + '-2')} (output in Python)"
+                f"output.uri: {self.uri} already holds this run, of which "
+                f"{len(self.committed_indices())} shots are committed; continue it with --resume "
+                "(resume=True in Python), or choose another folder, for instance --set "
+                f"output.uri={shlex.quote(self.uri.rstrip('/') + '-2')} (output in Python)"
             )
         if done := self.committed_indices():
             self.check_tensors(self.read_shot(done[-1]))
             try:
                 tensor_files.Reader().names(self.dense_states)
             except FileNotFoundError as error:
-                raise ValueError(f"{self.dense_states} is gone, and the dense model with it; put it back, or start a new run") from error
+                raise ValueError(
+                    f"{self.dense_states} is gone, and the dense model with it; put it back, or "
+                    "start a new run"
+                ) from error
             except ValueError as error:
                 raise ValueError(
-                    f"{error.args[0].partition('; ')[0]}, and the dense model is gone; put it back, or start a new run"
+                    f"{error.args[0].partition('; ')[0]}, and the dense model is gone; put it "
+                    "back, or start a new run"
                 ) from error
 
     def is_new(self) -> bool:
@@ -127,18 +149,36 @@ class RunDirectory:
         if all(name in _BEFORE_A_RUN for name in store.list_names(self.uri)):
             return True
         if not store.exists(self.path("run.json")):
-            raise ValueError(f"output.uri: {self.uri} is not empty and holds no run of this program; choose another folder")
+            raise ValueError(
+                f"output.uri: {self.uri} is not empty and holds no run of this program; choose "
+                "another folder"
+            )
         return False
 
-    def _changes(self, held: Mapping[str, Any], fingerprints: Mapping[str, Any], spec_yaml: str) -> str:
+    def _changes(
+        self, held: Mapping[str, Any], fingerprints: Mapping[str, Any], spec_yaml: str
+    ) -> str:
         """Return the fields of the two specs that differ, and the versions, for an error."""
-        there = store.read_text(self.path("spec.yaml")) if store.exists(self.path("spec.yaml")) else ""
-        old, new = _fields(yaml.safe_load(there)), _fields(yaml.safe_load(spec_yaml))
-        names = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name) and not name.startswith(_FREE_SECTIONS)]
-        changes = [f"{name} {old.get(name)!r} there, {new.get(name)!r} here" for name in names] if old else []
+        there = (
+            store.read_text(self.path("spec.yaml")) if store.exists(self.path("spec.yaml")) else ""
+        )
+        old = _fields(yaml.safe_load(there))
+        new = _fields(yaml.safe_load(spec_yaml))
+        names = [
+            name
+            for name in sorted({*old, *new})
+            if old.get(name) != new.get(name) and not name.startswith(_FREE_SECTIONS)
+        ]
+        changes = (
+            [f"{name} {old.get(name)!r} there, {new.get(name)!r} here" for name in names]
+            if old
+            else []
+        )
         if held.get("code") != fingerprints["code"]:
             changes.append(f"version {held.get('code')} there, {fingerprints['code']} here")
-        shown = "; ".join(changes[:_MOST_CHANGES]) + ("; ..." if len(changes) > _MOST_CHANGES else "")
+        shown = "; ".join(changes[:_MOST_CHANGES]) + (
+            "; ..." if len(changes) > _MOST_CHANGES else ""
+        )
         return f" ({shown})" if changes else ""
 
     def report(self) -> dict[str, Any]:
@@ -152,11 +192,19 @@ class RunDirectory:
         return report
 
     def report_if_finished(self, spec: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Return the report if a run of this very spec has ended here, and its shots and exports are still where they were written."""
+        """Return the report if a run of this very spec has ended here and lies here whole."""
         try:
             report = self.report()
-            is_finished = report["spec"] == dict(spec) and is_complete(report) and all(map(has_its_files, report["exports"]))
-            return report if is_finished and len(self.committed_indices()) == len(report["shots"]) else None
+            is_finished = (
+                report["spec"] == dict(spec)
+                and is_complete(report)
+                and all(map(has_its_files, report["exports"]))
+            )
+            return (
+                report
+                if is_finished and len(self.committed_indices()) == len(report["shots"])
+                else None
+            )
         except (FileNotFoundError, ValueError, KeyError, TypeError):  # not there, or damaged
             return None
 
@@ -171,7 +219,9 @@ class RunDirectory:
         store.remove(probe)
 
     def start(self, spec_yaml: str, fingerprints: Mapping[str, Any]) -> None:
-        """Take the folder for this try, of a new run or of one that goes on, and remove what a killed process left half written.
+        """Take the folder for this try, and remove what a killed process left half written.
+
+        The run may be new, or go on.
 
         The last try that starts owns the folder.
 
@@ -201,22 +251,30 @@ class RunDirectory:
             return None
 
     def check_attempt(self) -> None:
-        """End this try if another one has started since, for instance a second job with the same spec.
+        """End this try if another one has started since, as by a second job with this spec.
 
         Raises:
             TakenOverError: it has.
         """
         if self._attempt.has_begun and self.last_attempt() not in (None, self._attempt.name):
-            raise TakenOverError(f"another try of this run has begun in {self.uri}, so this one ends; committed shots are kept")
+            raise TakenOverError(
+                f"another try of this run has begun in {self.uri}, so this one ends; committed "
+                "shots are kept"
+            )
 
     def retries(self) -> list[dict[str, Any]]:
         """Return the facts of every loss after which the run went on."""
-        return [event["facts"] for event in map(json.loads, self._events) if event["step"] == "retry"]
+        return [
+            event["facts"] for event in map(json.loads, self._events) if event["step"] == "retry"
+        ]
 
     def add_event(self, event: Mapping[str, Any]) -> None:
-        """Append to events.jsonl; object stores cannot append, so there the whole file is written again, now and then.
+        """Append to events.jsonl.
 
-        A store that fails meanwhile does not end the run for that: the lines are there the next time, at the latest with the report.
+        Object stores cannot append, so there the whole file is written again, now and then.
+
+        A store that fails meanwhile does not end the run for that: the lines are there the next
+        time, at the latest with the report.
         """
         self._events.append(json.dumps(event))
         if store.is_local(self.uri):
@@ -231,21 +289,33 @@ class RunDirectory:
     def write_events(self) -> None:
         """Write events.jsonl on an object store."""
         if not store.is_local(self.uri):
-            store.write_text(self.path("events.jsonl"), "".join(f"{line}\n" for line in self._events))
+            store.write_text(
+                self.path("events.jsonl"), "".join(f"{line}\n" for line in self._events)
+            )
             self._events_written_s = time.monotonic()
 
     def shot_folder(self, index: int) -> str:
         """Return the URI of a shot's folder, e.g. ``shots/0003``."""
         return self.path("shots", f"{index:04d}")
 
-    def commit_shot(self, index: int, files: Sequence[SavedFile], record: Mapping[str, Any]) -> None:
+    def commit_shot(
+        self, index: int, files: Sequence[SavedFile], record: Mapping[str, Any]
+    ) -> None:
         """Make a shot exist: write its manifest. Raises as `check_attempt` does."""
         self.check_attempt()
-        entries = [{"name": f.uri.rpartition("/")[2], "size_bytes": f.size_bytes, "keys": list(f.keys)} for f in files]
-        store.write_json(store.join(self.shot_folder(index), "manifest.json"), {"index": index, "files": entries, "record": dict(record)})
+        entries = [
+            {"name": f.uri.rpartition("/")[2], "size_bytes": f.size_bytes, "keys": list(f.keys)}
+            for f in files
+        ]
+        store.write_json(
+            store.join(self.shot_folder(index), "manifest.json"),
+            {"index": index, "files": entries, "record": dict(record)},
+        )
 
     def drop_tensors(self, last: int) -> None:
-        """Remove the weights and masks of all shots up to one, from which no run will resume; their manifests stay.
+        """Remove the weights and masks of all shots up to one; their manifests stay.
+
+        No run will resume from these.
 
         Raises as `check_attempt` does, because another try may resume from them.
         """
@@ -262,11 +332,17 @@ class RunDirectory:
         return list(range(1, index + 1))
 
     def read_shot(self, index: int) -> CommittedShot:
-        """Return a committed shot. Its files may have been removed if it is not the last one; see `check_tensors`."""
+        """Return a committed shot.
+
+        Its files may have been removed if it is not the last one; see `check_tensors`.
+        """
         folder = self.shot_folder(index)
         manifest = store.read_json(store.join(folder, "manifest.json"))
         entries = manifest["files"]
-        files = tuple(SavedFile(store.join(folder, e["name"]), e["size_bytes"], tuple(e["keys"])) for e in entries)
+        files = tuple(
+            SavedFile(store.join(folder, e["name"]), e["size_bytes"], tuple(e["keys"]))
+            for e in entries
+        )
         return CommittedShot(index, files, manifest["record"])
 
     def check_tensors(self, shot: CommittedShot) -> None:
@@ -280,8 +356,8 @@ class RunDirectory:
             if size != file.size_bytes:
                 found = "is missing" if size is None else f"has {size} bytes, not {file.size_bytes}"
                 raise ValueError(
-                    f"{file.uri} {found}; remove {self.shot_folder(shot.index)} to repeat this shot from the one before, if "
-                    "that still has its tensors"
+                    f"{file.uri} {found}; remove {self.shot_folder(shot.index)} to repeat this "
+                    "shot from the one before, if that still has its tensors"
                 )
 
     def write_report(self, report: Mapping[str, Any]) -> None:

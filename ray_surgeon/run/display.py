@@ -24,12 +24,18 @@ def new_console() -> Console:
 
 
 class Display:
-    """``with Display(console, name) as display:`` shows events and moments; without a console it shows nothing."""
+    """``with Display(console, name) as display:`` shows events and moments.
+
+    Without a console it shows nothing.
+    """
 
     def __init__(self, console: Console | None, name: str) -> None:
         """Prepare the bars."""
-        self._console, self._name = console, name
-        live = console is not None and (console.is_terminal or (console.is_jupyter and _has_widgets()))
+        self._console = console
+        self._name = name
+        live = console is not None and (
+            console.is_terminal or (console.is_jupyter and _has_widgets())
+        )
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -40,14 +46,20 @@ class Display:
         self._bars = Progress(*columns, console=console, disable=not live, transient=True)
         self._run_bar = self._bars.add_task(name, total=None, rest="shots")
         self._step_bar = self._bars.add_task("", total=None, rest="")
-        self._last_line_s, self._live = time.monotonic(), live
+        self._last_line_s = time.monotonic()
+        self._live = live
 
     def __enter__(self) -> Display:
         """Show the bars."""
         self._bars.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         """Remove the bars."""
         self._bars.stop()
 
@@ -61,14 +73,26 @@ class Display:
         """Show the end of a step, or how far it has come."""
         if isinstance(news, Event):
             self.note(news.line)
-            done = int(news.facts.get("resumed_after_shot", 0)) if news.step == "load" else news.shot if news.step == "commit" else None
+            done = (
+                int(news.facts.get("resumed_after_shot", 0))
+                if news.step == "load"
+                else news.shot
+                if news.step == "commit"
+                else None
+            )
             if done is not None:
                 self._bars.update(self._run_bar, completed=done, total=news.num_shots)
             return
         rate = "" if news.tokens_per_s is None else f"{news.tokens_per_s:.0f} tokens/s "
         left = "" if news.left_s is None else f"{news.left_s:.0f} s left"
         rest = f"{news.unit} {rate}{left}"
-        self._bars.update(self._step_bar, description=news.step, completed=news.done, total=news.total or None, rest=rest)
+        self._bars.update(
+            self._step_bar,
+            description=news.step,
+            completed=news.done,
+            total=news.total or None,
+            rest=rest,
+        )
         if not self._live and time.monotonic() - self._last_line_s > _LINE_EVERY_S:
             self.note(news.line)
 

@@ -32,7 +32,11 @@ _PAGE_EVERY_S = 60.0
 
 @dataclass(frozen=True)
 class Step:
-    """One step over all shots: seconds on the wall, of all CPUs, and busy ones of each worker, and the fraction they were busy."""
+    """One step over all shots.
+
+    It has seconds on the wall, of all CPUs, and busy ones of each worker, and the fraction they
+    were busy.
+    """
 
     name: str
     wall_s: float
@@ -59,22 +63,34 @@ class _Run:
 
     @property
     def dense_bytes(self) -> int:
-        return int(self.record["parameters"]["before"]) * int(getattr(torch, self.record["spec"]["model"]["dtype"]).itemsize)
+        return int(self.record["parameters"]["before"]) * int(
+            getattr(torch, self.record["spec"]["model"]["dtype"]).itemsize
+        )
 
     @functools.cached_property
     def figures(self) -> Mapping[str, str]:
-        return self.drawn or {name: inline_svg(figure, f"{self.anchor}-{name}") for name, figure in run_figures(self.record).items()}
+        return self.drawn or {
+            name: inline_svg(figure, f"{self.anchor}-{name}")
+            for name, figure in run_figures(self.record).items()
+        }
 
     @property
     def workers(self) -> list[str]:
         cluster = self.record["spec"]["cluster"]
-        return [f"shard {s}, replica {r}" for r in range(cluster["num_replicas"]) for s in range(cluster["num_shards"])]
+        return [
+            f"shard {s}, replica {r}"
+            for r in range(cluster["num_replicas"])
+            for s in range(cluster["num_shards"])
+        ]
 
     @functools.cached_property
     def steps(self) -> list[Step]:
         shots = self.record["shots"]
         names = dict.fromkeys(name for shot in shots for name in shot["seconds"])
-        return [_step(name, [shot for shot in shots if name in shot["seconds"]], len(self.workers)) for name in names]
+        return [
+            _step(name, [shot for shot in shots if name in shot["seconds"]], len(self.workers))
+            for name in names
+        ]
 
     @property
     def wall_s(self) -> float:
@@ -82,7 +98,11 @@ class _Run:
 
     @property
     def damping(self) -> list[dict[str, Any]]:
-        return [event | {"shot": shot["index"]} for shot in self.record["shots"] for event in shot["damping_used"]]
+        return [
+            event | {"shot": shot["index"]}
+            for shot in self.record["shots"]
+            for event in shot["damping_used"]
+        ]
 
     @property
     def has_generation(self) -> bool:
@@ -94,16 +114,30 @@ class _Run:
 
     @property
     def identity_yaml(self) -> str:
-        return yaml.safe_dump({key: self.record[key] for key in ("fingerprints", "environment")}, sort_keys=False)
+        return yaml.safe_dump(
+            {key: self.record[key] for key in ("fingerprints", "environment")}, sort_keys=False
+        )
 
 
 def _step(name: str, shots: Sequence[Mapping[str, Any]], num_workers: int) -> Step:
-    by_shot = [shot.get("worker_seconds", {}).get(name, []) for shot in shots]  # shots of earlier versions do not tell
-    same = [busy for busy in by_shot if len(busy) == num_workers]  # a run may be resumed on another number of shards
+    by_shot = [
+        shot.get("worker_seconds", {}).get(name, []) for shot in shots
+    ]  # shots of earlier versions do not tell
+    same = [
+        busy for busy in by_shot if len(busy) == num_workers
+    ]  # a run may be resumed on another number of shards
     totals = [sum(busy) for busy in zip(*same, strict=True)] or [0.0]
-    offered = sum(len(busy) * shot["seconds"][name] for busy, shot in zip(by_shot, shots, strict=True))
+    offered = sum(
+        len(busy) * shot["seconds"][name] for busy, shot in zip(by_shot, shots, strict=True)
+    )
     efficiency = sum(map(sum, by_shot)) / offered if offered else 0.0
-    return Step(name, sum(s["seconds"][name] for s in shots), sum(s["cpu_seconds"][name] for s in shots), totals, efficiency)
+    return Step(
+        name,
+        sum(s["seconds"][name] for s in shots),
+        sum(s["cpu_seconds"][name] for s in shots),
+        totals,
+        efficiency,
+    )
 
 
 def has_generation(records: Sequence[Mapping[str, Any]]) -> bool:
@@ -112,51 +146,77 @@ def has_generation(records: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def excerpt(text: str, length: int | None = None) -> str:
-    """Return a text of a model or a user as it may be shown: on one line, without control characters, and cut.
+    """Return a text of a model or a user as it may be shown.
+
+    It is on one line, without control characters, and cut.
 
     Args:
         text: anything.
         length: characters that are shown, at most; None for all.
     """
-    visible = "".join(" " if c.isspace() else c for c in text if c.isspace() or unicodedata.category(c)[0] != "C")
+    visible = "".join(
+        " " if c.isspace() else c for c in text if c.isspace() or unicodedata.category(c)[0] != "C"
+    )
     line = " ".join(visible.split())
     return line if length is None or len(line) <= length else line[: length - 3].rstrip() + "..."
 
 
-def page(records: Sequence[Mapping[str, Any]], drawn: Mapping[int, Mapping[str, str]] | None = None) -> str:
+def page(
+    records: Sequence[Mapping[str, Any]], drawn: Mapping[int, Mapping[str, str]] | None = None
+) -> str:
     """Return an HTML page about one run, or about several, compared and then each.
 
     Args:
         records: contents of report.json; of runs that have not ended, too.
         drawn: number of a record -> its `run_figures` as `inline_svg`, where they are at hand.
     """
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    texts = list(dict.fromkeys(text for record in records for text in record["dense"]["perplexity"]))
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
+    texts = list(
+        dict.fromkeys(text for record in records for text in record["dense"]["perplexity"])
+    )
     comparison = {}
     if len(records) > 1:
         figures = {"acceptance": acceptance_figure(records)} if has_generation(records) else {}
-        figures |= {f"perplexity-{text}": perplexity_figure(records, text) for text in texts} | {"size": size_figure(records)}
+        figures |= {f"perplexity-{text}": perplexity_figure(records, text) for text in texts} | {
+            "size": size_figure(records)
+        }
         comparison = {name: inline_svg(figure, f"all-{name}") for name, figure in figures.items()}
     records = [{"retries": [], **record} for record in records]
-    runs = [_Run(record, f"run-{number + 1}", (drawn or {}).get(number)) for number, record in enumerate(records)]
-    title = str(records[0]["spec"]["name"]) if len(records) == 1 else f"{len(records)} runs of ray_surgeon"
+    runs = [
+        _Run(record, f"run-{number + 1}", (drawn or {}).get(number))
+        for number, record in enumerate(records)
+    ]
+    title = (
+        str(records[0]["spec"]["name"])
+        if len(records) == 1
+        else f"{len(records)} runs of ray_surgeon"
+    )
     environment.filters["excerpt"] = excerpt
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     has_answers = has_generation(records)
-    return template.render(runs=runs, texts=texts, comparison=comparison, title=title, has_answers=has_answers)
+    return template.render(
+        runs=runs, texts=texts, comparison=comparison, title=title, has_answers=has_answers
+    )
 
 
 class LivePage:
-    """report.html of a run: written when a shot is committed, at most once a minute, and at the end with the plots."""
+    """Writes report.html of a run, at most once a minute, and at the end with the plots.
+
+    It is written when a shot is committed.
+    """
 
     def __init__(self, run: RunDirectory) -> None:
         """Wait a minute before the first page."""
-        self._run, self._last_s = run, time.monotonic()
+        self._run = run
+        self._last_s = time.monotonic()
 
     def draw(self, record: Mapping[str, Any], *, final: bool) -> None:
         """Write the page, and at the end the plots.
 
-        A failure is recorded and ignored: a drawing must not end a run of hours, and ``ray-surgeon report`` can make it later.
+        A failure is recorded and ignored: a drawing must not end a run of hours, and ``ray-surgeon
+        report`` can make it later.
         """
         if not final and time.monotonic() - self._last_s < _PAGE_EVERY_S:
             return
@@ -169,4 +229,6 @@ class LivePage:
                 files.write_text(self._run.path("plots", f"{name}.svg"), drawn[name])
                 save(figure, self._run.path("plots", f"{name}.png"))
         except Exception as error:  # whatever a plotting library raises
-            self._run.add_event({"step": "drawing failed", "reason": repr(error), "time": time.time()})
+            self._run.add_event(
+                {"step": "drawing failed", "reason": repr(error), "time": time.time()}
+            )

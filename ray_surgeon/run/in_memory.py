@@ -19,8 +19,12 @@ from ray_surgeon.run.directory import RunDirectory
 from ray_surgeon.storage import files
 from ray_surgeon.storage.sources import goes_along
 
-_MARKER, _WHOLE = ".from_memory", "whole"
-"""A file beside a model that was in memory: the folder is the run's. It says so once all others are there."""
+_MARKER = ".from_memory"
+_WHOLE = "whole"
+"""A file beside a model that was in memory: the folder is the run's.
+
+It says so once all others are there.
+"""
 _OF_USE = {"transformers_version", "is_local", "local_files_only", "truncation", "padding"}
 """What a configuration or a tokenizer's file says of who wrote it, or of the last text."""
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -30,15 +34,23 @@ def causal_lm(model: Any) -> PreTrainedModel:
     """Return what was given as a model in memory, without the wrapper of ``torch.compile``.
 
     Raises:
-        ValueError: it is no causal LM of transformers, or of a family that is not supported, or has no weights.
+        ValueError: it is no causal LM of transformers, or of a family that is not supported, or has
+            no weights.
     """
     model = getattr(model, "_orig_mod", model)
     if isinstance(model, PreTrainedModel):
         family_of(model.config)
-    if not isinstance(model, PreTrainedModel) or not isinstance(model, MODEL_FOR_CAUSAL_LM_MAPPING[type(model.config)]):
-        raise ValueError(f"model: got a {type(model).__name__}; give a causal LM of transformers, such as a LlamaForCausalLM")
+    if not isinstance(model, PreTrainedModel) or not isinstance(
+        model, MODEL_FOR_CAUSAL_LM_MAPPING[type(model.config)]
+    ):
+        raise ValueError(
+            f"model: got a {type(model).__name__}; give a causal LM of transformers, such as a "
+            "LlamaForCausalLM"
+        )
     if absent := next((name for name, weight in model.named_parameters() if weight.is_meta), None):
-        raise ValueError(f"model: {absent} has no values, it is on the device meta; load the weights first")
+        raise ValueError(
+            f"model: {absent} has no values, it is on the device meta; load the weights first"
+        )
     return model
 
 
@@ -49,7 +61,10 @@ def a_tokenizer(tokenizer: Any) -> PreTrainedTokenizerBase:
         ValueError: it is none of transformers'.
     """
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise ValueError(f"tokenizer: got a {type(tokenizer).__name__}; give a tokenizer of transformers, as AutoTokenizer returns")
+        raise ValueError(
+            f"tokenizer: got a {type(tokenizer).__name__}; give a tokenizer of transformers, as "
+            "AutoTokenizer returns"
+        )
     return tokenizer
 
 
@@ -61,28 +76,47 @@ def dtype_of(model: PreTrainedModel) -> str:
     """
     name = str(model.dtype).removeprefix("torch.")
     if model.dtype not in _DTYPES:
-        raise ValueError(f"model: its weights are {name}; give it in float32 or bfloat16, as by model.float()")
+        raise ValueError(
+            f"model: its weights are {name}; give it in float32 or bfloat16, as by model.float()"
+        )
     return name
 
 
 @contextmanager
-def saved(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str, run: str) -> Iterator[None]:
-    """Write a model into a folder of its run, unless the run has begun and has it; take it away again if no try of the run begins.
+def saved(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str, run: str
+) -> Iterator[None]:
+    """Write a model into a folder of its run, unless the run has begun and has it.
+
+    It is taken away again if no try of the run begins.
 
     Raises:
-        ValueError: the run has another one, the folder holds something else, or it cannot be written.
+        ValueError: the run has another one, the folder holds something else, or it cannot be
+            written.
     """
     directory = RunDirectory(run)
     with tempfile.TemporaryDirectory() as scratch:
         _write(model, tokenizer, scratch)
-        written = {path.relative_to(scratch).as_posix(): path for path in sorted(Path(scratch).rglob("*")) if path.is_file()}
-        chosen = {name: path for name, path in written.items() if goes_along(name) or name.endswith((".safetensors", ".index.json"))}
+        written = {
+            path.relative_to(scratch).as_posix(): path
+            for path in sorted(Path(scratch).rglob("*"))
+            if path.is_file()
+        }
+        chosen = {
+            name: path
+            for name, path in written.items()
+            if goes_along(name) or name.endswith((".safetensors", ".index.json"))
+        }
         try:
-            is_there, before = _is_there(chosen, source, has_begun=not directory.is_new()), directory.last_attempt()
+            is_there = _is_there(chosen, source, has_begun=not directory.is_new())
+            before = directory.last_attempt()
             if not is_there:
                 _put(chosen, source)
         except OSError as error:
-            raise ValueError(f"output.uri: cannot use {run}: {error}; check the address, the permissions and the free space") from error
+            raise ValueError(
+                f"output.uri: cannot use {run}: {error}; check the address, the permissions and "
+                "the free space"
+            ) from error
     try:
         yield
     except BaseException:
@@ -93,16 +127,23 @@ def saved(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: st
 
 
 def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str) -> None:
-    """Write both as transformers does; the model's configuration stays as it is, which `save_pretrained` changes."""
+    """Write model and tokenizer as transformers does.
+
+    The model's configuration stays as it is, which `save_pretrained` changes.
+    """
     before = {name: getattr(model.config, name, None) for name in ("architectures", "dtype")}
     try:
         with without_bars():
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
     except ValueError as error:
-        raise ValueError(f"model: transformers cannot save it: {error}; fix that first, or prune a folder") from error
+        raise ValueError(
+            f"model: transformers cannot save it: {error}; fix that first, or prune a folder"
+        ) from error
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"model: cannot be written to {folder}: {error}; free space there, or set TMPDIR") from error
+        raise ValueError(
+            f"model: cannot be written to {folder}: {error}; free space there, or set TMPDIR"
+        ) from error
     finally:
         for name, value in before.items():
             setattr(model.config, name, value)
@@ -114,21 +155,34 @@ def _is_there(chosen: Mapping[str, Path], source: str, *, has_begun: bool) -> bo
     Raises:
         ValueError: it has another one, or the folder holds something else.
     """
-    marker, there = files.join(source, _MARKER), set(files.list_files(source))
+    marker = files.join(source, _MARKER)
+    there = set(files.list_files(source))
     if there and _MARKER not in there:
-        raise ValueError(f"output.uri: {source} holds something else, and the model would go there; give output another folder")
+        raise ValueError(
+            f"output.uri: {source} holds something else, and the model would go there; give output "
+            "another folder"
+        )
     if not has_begun or not there:
         return False
-    is_whole, names = files.read_text(marker) == _WHOLE, there - {_MARKER}
-    differs = any(name not in chosen or not _same(files.join(source, name), chosen[name]) for name in names)
+    is_whole = files.read_text(marker) == _WHOLE
+    names = there - {_MARKER}
+    differs = any(
+        name not in chosen or not _same(files.join(source, name), chosen[name]) for name in names
+    )
     has_all = names == set(chosen)
     if differs or (is_whole and not has_all):
-        raise ValueError(f"output.uri: {source} holds another model or tokenizer, with which the run began; give output another folder")
+        raise ValueError(
+            f"output.uri: {source} holds another model or tokenizer, with which the run began; "
+            "give output another folder"
+        )
     return has_all
 
 
 def _put(chosen: Mapping[str, Path], source: str) -> None:
-    """Write files into a folder of the run's own; all of them or, unless the process is killed, none."""
+    """Write files into a folder of the run's own, all of them or none.
+
+    A killed process may leave some.
+    """
     try:
         files.remove_folder(source)  # of a try before the run began
         files.write_text(files.join(source, _MARKER), "")
@@ -141,16 +195,22 @@ def _put(chosen: Mapping[str, Path], source: str) -> None:
 
 
 def _same(uri: str, path: Path) -> bool:
-    """Whether a file of the run is one on this machine: weights byte for byte, JSON but for what changes with the use of a tokenizer."""
+    """Whether a file of the run is one on this machine.
+
+    Weights are compared byte for byte, JSON but for what changes with the use of a tokenizer.
+    """
     with tempfile.TemporaryDirectory() as scratch:
-        there = Path(files.open_filesystem(uri)[1]) if files.is_local(uri) else Path(scratch) / "file"
+        there = (
+            Path(files.open_filesystem(uri)[1]) if files.is_local(uri) else Path(scratch) / "file"
+        )
         if not path.name.endswith(".json"):
             if files.size_bytes(uri) != path.stat().st_size:
                 return False
             if not files.is_local(uri):
                 files.download(uri, there)
             return filecmp.cmp(there, path, shallow=False)
-    one, other = files.read_json(uri), files.read_json(str(path))
+    one = files.read_json(uri)
+    other = files.read_json(str(path))
     return all(one.get(name) == other.get(name) for name in {*one, *other} - _OF_USE)
 
 

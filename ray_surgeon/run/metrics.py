@@ -1,4 +1,7 @@
-"""Which metrics the events of a running job set, ``ray_surgeon_*`` in Prometheus; `RayMetrics` passes them to Ray."""
+"""Which metrics the events of a running job set, ``ray_surgeon_*`` in Prometheus.
+
+`RayMetrics` passes them to Ray.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,20 @@ GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "num_shots": ("Shots of the job", ()),
     "sparsity": ("Removed fraction of the parameters of the blocks' linears", ()),
     "perplexity": ("Perplexity of the last evaluation", ("text",)),
-    "divergence": ("Divergence from the dense model in the last evaluation, in nats per token", ("text",)),
+    "divergence": (
+        "Divergence from the dense model in the last evaluation, in nats per token",
+        ("text",),
+    ),
     "tokens_per_s": ("Calibration tokens per second of the last curvature pass", ()),
     "step_seconds": ("Seconds of the last such step", ("step",)),
-    "worker_busy_seconds": ("Seconds of the last such step that a worker was busy", ("step", "worker")),
-    "efficiency": ("Fraction of the last such step in which the workers were busy, on average", ("step",)),
+    "worker_busy_seconds": (
+        "Seconds of the last such step that a worker was busy",
+        ("step", "worker"),
+    ),
+    "efficiency": (
+        "Fraction of the last such step in which the workers were busy, on average",
+        ("step",),
+    ),
     "parameters": ("Parameters of the model after the last shot, zeros not counted", ()),
     "peak_rss_bytes": ("Peak resident memory of all workers together", ()),
     "export_bytes": ("Bytes of the weights of an export", ("kind",)),
@@ -46,7 +58,11 @@ def readings(event: Event) -> Iterator[Reading]:
     for worker, seconds in enumerate(event.worker_seconds):
         yield "worker_busy_seconds", seconds, {**step, "worker": str(worker)}
     if event.worker_seconds and event.seconds:
-        yield "efficiency", sum(event.worker_seconds) / (len(event.worker_seconds) * event.seconds), step
+        yield (
+            "efficiency",
+            sum(event.worker_seconds) / (len(event.worker_seconds) * event.seconds),
+            step,
+        )
     for name, value in event.facts.items():
         metric, _, text = name.partition(" ")
         if metric in ("perplexity", "divergence"):

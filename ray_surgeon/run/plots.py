@@ -31,7 +31,9 @@ _COLORS = ("#4c8bd6", "#e4743a", "#3fa66b", "#b565c9", "#c9a227", "#d6516e", "#3
 """Told apart on white and on black."""
 _SOFT: dict[str, Any] = {"color": "#808080", "alpha": 0.3, "linewidth": 0.5}
 _STYLE = {
-    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _INK),
+    **dict.fromkeys(
+        ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _INK
+    ),
     "axes.facecolor": "none",
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -42,7 +44,10 @@ _STYLE = {
 }
 
 _HIGHEST = 8.0
-"""Times the dense perplexity: what lies above it has collapsed, and would press all the rest into one line."""
+"""Times the dense perplexity above which a value is not drawn.
+
+Such a model has collapsed, and would press all the rest into one line.
+"""
 
 
 def _styled(plot: Callable[P, Figure]) -> Callable[P, Figure]:
@@ -77,9 +82,15 @@ def inline_svg(figure: Figure, name: str) -> str:
         figure: to draw.
         name: distinguishes the identifiers inside from those of other figures of a page.
     """
-    buffer, name = io.StringIO(), re.sub("[^A-Za-z0-9-]", "-", name)
+    buffer = io.StringIO()
+    name = re.sub("[^A-Za-z0-9-]", "-", name)
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+        figure.savefig(
+            buffer,
+            format="svg",
+            transparent=True,
+            metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")),
+        )
     figure.set_layout_engine("none")  # it is laid out; another format need not do it again
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
@@ -100,7 +111,9 @@ def _dense_line(axes: Axes, value: float) -> None:
 
 @_styled
 def perplexity_figure(records: Sequence[Mapping[str, Any]], text: str) -> Figure:
-    """Plot perplexity against sparsity, one line a run, with the dense model at zero; lines that leave the plot say how far.
+    """Plot perplexity against sparsity, one line a run, with the dense model at zero.
+
+    Lines that leave the plot say how far.
 
     Args:
         records: contents of report.json.
@@ -109,8 +122,11 @@ def perplexity_figure(records: Sequence[Mapping[str, Any]], text: str) -> Figure
     figure, axes = _axes()
     dense = [record["dense"]["perplexity"].get(text, math.inf) for record in records]
     highest = _HIGHEST * max(filter(math.isfinite, dense), default=1.0)
-    top, bottom = 1.0, math.inf
-    for number, record in enumerate(records):  # whose number makes a run look the same in every figure
+    top = 1.0
+    bottom = math.inf
+    for number, record in enumerate(
+        records
+    ):  # whose number makes a run look the same in every figure
         if not math.isfinite(dense[number]):
             continue
         points = [(0.0, dense[number])]
@@ -120,7 +136,14 @@ def perplexity_figure(records: Sequence[Mapping[str, Any]], text: str) -> Figure
         most = max(y for _, y in points)
         label = str(record["spec"]["name"]) + (f" (up to {most:.3g})" if most > highest else "")
         color = _COLORS[number % len(_COLORS)]
-        axes.plot(*zip(*points, strict=True), marker=marker, markersize=4, linewidth=1.4, label=label, color=color)
+        axes.plot(
+            *zip(*points, strict=True),
+            marker=marker,
+            markersize=4,
+            linewidth=1.4,
+            label=label,
+            color=color,
+        )
         top = max(top, 1.5 * points[0][1], *(y for _, y in points if y <= highest))
         bottom = min(bottom, points[0][1], *(y for _, y in points))
         _dense_line(axes, dense[number])
@@ -138,18 +161,30 @@ def perplexity_figure(records: Sequence[Mapping[str, Any]], text: str) -> Figure
 
 @_styled
 def acceptance_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
-    """Plot the acceptance rate on the dense model's answers against sparsity, one line a run; runs without it are left out."""
+    """Plot the acceptance rate against sparsity, one line a run; runs without it are left out."""
     figure, axes = _axes()
     lowest = 1.0
     for number, record in enumerate(records):
-        found = [(100 * s["sparsity"], s["generation"]["acceptance"]) for s in record["shots"] if s.get("generation")]
+        found = [
+            (100 * s["sparsity"], s["generation"]["acceptance"])
+            for s in record["shots"]
+            if s.get("generation")
+        ]
         if not found:
             continue
         points = [(0.0, 1.0), *found]
         lowest = min(lowest, *(y for _, y in points))
-        marker, color = _MARKERS[number % len(_MARKERS)], _COLORS[number % len(_COLORS)]
+        marker = _MARKERS[number % len(_MARKERS)]
+        color = _COLORS[number % len(_COLORS)]
         label = str(record["spec"]["name"])
-        axes.plot(*zip(*points, strict=True), markersize=4, linewidth=1.4, label=label, marker=marker, color=color)
+        axes.plot(
+            *zip(*points, strict=True),
+            markersize=4,
+            linewidth=1.4,
+            label=label,
+            marker=marker,
+            color=color,
+        )
     axes.set_ylim(max(0.0, lowest - 0.05), 1.01)
     axes.set_xlabel("sparsity of the blocks' linears, %")
     axes.set_ylabel("acceptance rate")
@@ -160,12 +195,21 @@ def acceptance_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
 
 @_styled
 def size_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
-    """Plot the parameters of the whole model that are left, zeros not counted, against sparsity, one line a run."""
+    """Plot the nonzero parameters of the whole model against sparsity, one line a run."""
     figure, axes = _axes()
     for number, record in enumerate(records):
         dense = record["parameters"]["before"]
-        points = [(0.0, dense / 1e6)] + [(100 * s["sparsity"], s["num_nonzero"] / 1e6) for s in record["shots"] if "num_nonzero" in s]
-        axes.plot(*zip(*points, strict=True), marker=_MARKERS[number % len(_MARKERS)], markersize=4, label=record["spec"]["name"])
+        points = [(0.0, dense / 1e6)] + [
+            (100 * s["sparsity"], s["num_nonzero"] / 1e6)
+            for s in record["shots"]
+            if "num_nonzero" in s
+        ]
+        axes.plot(
+            *zip(*points, strict=True),
+            marker=_MARKERS[number % len(_MARKERS)],
+            markersize=4,
+            label=record["spec"]["name"],
+        )
         _dense_line(axes, dense / 1e6)
     axes.set_xlabel("sparsity of the blocks' linears, %")
     axes.set_ylabel("parameters left, millions")
@@ -176,25 +220,36 @@ def size_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def by_block(linears: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[float]]]:
-    """Return the kinds of linears, and per kind the mean sparsity in every block (not a number where a block has none)."""
+    """Return the kinds of linears, and per kind the mean sparsity in every block.
+
+    It is not a number where a block has none.
+    """
     places: dict[str, dict[int, list[float]]] = {}
     for linear in linears:
         block, name = _place(linear)
         kind = re.sub(r"\.\d+\.", ".*.", name)  # the experts of a block together
         places.setdefault(kind, {}).setdefault(block, []).append(linear["sparsity"])
     num_blocks = 1 + max(block for kind in places.values() for block in kind)
-    return list(places), [[_mean(kind.get(block, [])) for block in range(num_blocks)] for kind in places.values()]
+    return list(places), [
+        [_mean(kind.get(block, [])) for block in range(num_blocks)] for kind in places.values()
+    ]
 
 
 def by_expert(linears: Sequence[Mapping[str, Any]]) -> list[list[float]]:
-    """Return, for every expert, the mean sparsity of its linears in every block; nothing if there are no experts."""
+    """Return, for every expert, the mean sparsity of its linears in every block.
+
+    Nothing if there are no experts.
+    """
     places: dict[int, dict[int, list[float]]] = {}
     for linear in linears:
         block, name = _place(linear)
         if (match := re.search(r"\.(\d+)\.", name)) is not None:
             places.setdefault(int(match[1]), {}).setdefault(block, []).append(linear["sparsity"])
     num_blocks = 1 + max((block for expert in places.values() for block in expert), default=-1)
-    return [[_mean(places[expert].get(block, [])) for block in range(num_blocks)] for expert in sorted(places)]
+    return [
+        [_mean(places[expert].get(block, [])) for block in range(num_blocks)]
+        for expert in sorted(places)
+    ]
 
 
 def _place(linear: Mapping[str, Any]) -> tuple[int, str]:
@@ -213,7 +268,12 @@ def depth_figure(linears: Sequence[Mapping[str, Any]]) -> Figure:
     """Plot sparsity by block and kind of linear as a heat map (The LLM Surgeon, figure 4)."""
     kinds, sparsities = by_block(linears)
     figure, axes = _axes(height=1.2 + 0.28 * len(kinds))
-    filled = axes.pcolormesh(sparsities, cmap="viridis", vmin=0, vmax=max(0.05, *(v for row in sparsities for v in row if v == v)))
+    filled = axes.pcolormesh(
+        sparsities,
+        cmap="viridis",
+        vmin=0,
+        vmax=max(0.05, *(v for row in sparsities for v in row if v == v)),
+    )
     axes.set_yticks([i + 0.5 for i in range(len(kinds))], _short(kinds))
     axes.invert_yaxis()
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -225,7 +285,9 @@ def depth_figure(linears: Sequence[Mapping[str, Any]]) -> Figure:
 def _short(kinds: Sequence[str]) -> list[str]:
     """Return the last parts of the kinds' names, and of those with equal ones the whole names."""
     last = Counter(kind.rpartition(".")[2] for kind in kinds)
-    return [kind if last[kind.rpartition(".")[2]] > 1 else kind.rpartition(".")[2] for kind in kinds]
+    return [
+        kind if last[kind.rpartition(".")[2]] > 1 else kind.rpartition(".")[2] for kind in kinds
+    ]
 
 
 @_styled
@@ -248,7 +310,9 @@ def expert_figure(sparsities: Sequence[Sequence[float]]) -> Figure:
 
 @_styled
 def cost_figure(shots: Sequence[Mapping[str, Any]], unit: str) -> Figure:
-    """Plot how much could be pruned up to which cost in the first, some middle and the last shots, with each threshold.
+    """Plot how much could be pruned up to which cost, with each shot's threshold.
+
+    Shots are the first, some middle and the last ones.
 
     Args:
         shots: of a report.
@@ -256,10 +320,18 @@ def cost_figure(shots: Sequence[Mapping[str, Any]], unit: str) -> Figure:
     """
     figure, axes = _axes()
     with_curve = [shot for shot in shots if shot.get("cost_curve")]
-    chosen = with_curve if len(with_curve) <= 6 else [with_curve[round(i * (len(with_curve) - 1) / 5)] for i in range(6)]
+    chosen = (
+        with_curve
+        if len(with_curve) <= 6
+        else [with_curve[round(i * (len(with_curve) - 1) / 5)] for i in range(6)]
+    )
     for shot in chosen:
         points = [(100 * sparsity, cost) for sparsity, cost in shot["cost_curve"] if cost > 0]
-        (line,) = axes.plot(*(zip(*points, strict=True) if points else ((), ())), linewidth=1.4, label=f"shot {shot['index']}")
+        (line,) = axes.plot(
+            *(zip(*points, strict=True) if points else ((), ())),
+            linewidth=1.4,
+            label=f"shot {shot['index']}",
+        )
         color = line.get_color()
         if (shot["threshold"] or 0) > 0:  # experts may lower the loss by going
             axes.plot([100 * shot["sparsity"]], [shot["threshold"]], "o", color=color, markersize=5)
@@ -268,25 +340,43 @@ def cost_figure(shots: Sequence[Mapping[str, Any]], unit: str) -> Figure:
     axes.set_xlabel("pruned with all cheaper ones, % of the linears' parameters")
     axes.set_ylabel(unit)
     axes.grid(**_SOFT)
-    axes.legend(title="dots and dotted lines: thresholds" if any((s["threshold"] or 0) > 0 for s in chosen) else None, title_fontsize=7)
+    axes.legend(
+        title="dots and dotted lines: thresholds"
+        if any((s["threshold"] or 0) > 0 for s in chosen)
+        else None,
+        title_fontsize=7,
+    )
     return figure
 
 
 @_styled
 def time_figure(shots: Sequence[Mapping[str, Any]]) -> Figure:
-    """Plot the time of every step of every shot, stacked, and the peak memory of all workers together."""
+    """Plot the time of every step of every shot, stacked, and all workers' peak memory."""
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     times, memory = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    places, below = [shot["index"] for shot in shots], [0.0] * len(shots)
+    places = [shot["index"] for shot in shots]
+    below = [0.0] * len(shots)
     for step in dict.fromkeys(step for shot in shots for step in shot["seconds"]):
         heights = [shot["seconds"].get(step, 0.0) for shot in shots]
         times.bar(places, heights, 0.7, bottom=below, label=step)
         below = [a + b for a, b in zip(below, heights, strict=True)]
     times.set_ylabel("seconds")
     times.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.5, 1.22))
-    memory.plot(places, [shot["peak_rss_bytes"] / 2**30 for shot in shots], "o-", markersize=4, label="memory")
+    memory.plot(
+        places,
+        [shot["peak_rss_bytes"] / 2**30 for shot in shots],
+        "o-",
+        markersize=4,
+        label="memory",
+    )
     if any(shot["peak_gpu_bytes"] for shot in shots):
-        memory.plot(places, [shot["peak_gpu_bytes"] / 2**30 for shot in shots], "s-", markersize=4, label="GPU memory")
+        memory.plot(
+            places,
+            [shot["peak_gpu_bytes"] / 2**30 for shot in shots],
+            "s-",
+            markersize=4,
+            label="GPU memory",
+        )
         memory.legend()
     memory.set_ylabel("peak, GiB")
     memory.set_ylim(bottom=0)
@@ -302,12 +392,19 @@ def run_figures(record: Mapping[str, Any]) -> dict[str, Figure]:
     """Return the figures of one run, by name; those for which it has no data are left out."""
     has_answers = any(shot.get("generation") for shot in record["shots"])
     figures = {"acceptance": acceptance_figure([record])} if has_answers else {}
-    figures |= {f"perplexity-{text}": perplexity_figure([record], text) for text in record["dense"]["perplexity"]}
+    figures |= {
+        f"perplexity-{text}": perplexity_figure([record], text)
+        for text in record["dense"]["perplexity"]
+    }
     if not record["shots"]:
         return figures
     pruning = record["spec"]["pruning"]
     per = "parameter" if pruning.get("target") is None else "unit of the target"
-    unit = f"cost per {per}" if pruning.get("rank_by", "cost_per_parameter") == "cost_per_parameter" else "cost"
+    unit = (
+        f"cost per {per}"
+        if pruning.get("rank_by", "cost_per_parameter") == "cost_per_parameter"
+        else "cost"
+    )
     unit = "cost of a group" if pruning["structure"] == "n_m" else unit
     figures |= {"size": size_figure([record]), "depth": depth_figure(record["linears"])}
     if experts := by_expert(record["linears"]):

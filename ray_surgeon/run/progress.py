@@ -22,15 +22,21 @@ def num_exports(record: Mapping[str, Any]) -> int:
 
 def is_complete(record: Mapping[str, Any]) -> bool:
     """Whether it has all its shots and exports."""
-    return len(record["shots"]) == num_shots(record) and len(record["exports"]) == num_exports(record)
+    return len(record["shots"]) == num_shots(record) and len(record["exports"]) == num_exports(
+        record
+    )
 
 
 def has_its_files(export: Mapping[str, Any]) -> bool:
-    """Whether an export in a report.json lies where it was written, with weights of the size that they had."""
+    """Whether an export in a report.json lies where it was written, with its whole size."""
     if "files" in export:
-        return all(files.size_bytes(files.join(export["uri"], file["file"])) == file["size_bytes"] for file in export["files"])
+        return all(
+            files.size_bytes(files.join(export["uri"], file["file"])) == file["size_bytes"]
+            for file in export["files"]
+        )
     there = files.list_names(export["uri"])
     names = [name for name in there if name.startswith("model") and name.endswith(".safetensors")]
     return "config.json" in there and bool(
-        sum(files.size_bytes(files.join(export["uri"], name)) or 0 for name in names) == export["size_bytes"]
+        sum(files.size_bytes(files.join(export["uri"], name)) or 0 for name in names)
+        == export["size_bytes"]
     )

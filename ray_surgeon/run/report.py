@@ -1,6 +1,7 @@
 """What a run found: report.json, and its tables on the terminal.
 
-``ray-surgeon report RUN RUN ...`` compares run directories in one table, one plot and one HTML page.
+``ray-surgeon report RUN RUN ...`` compares run directories in one table, one plot and one HTML
+page.
 """
 
 from __future__ import annotations
@@ -40,8 +41,12 @@ class RunReport:
     dense: dict[str, Any] = field(default_factory=dict)  # what was measured before the first shot
     shots: list[dict[str, Any]] = field(default_factory=list)  # one record a shot
     exports: list[dict[str, Any]] = field(default_factory=list)  # one record an export
-    plan: dict[str, Any] = field(default_factory=dict)  # where workers keep what, and the peaks and times that were expected
-    retries: list[dict[str, Any]] = field(default_factory=list)  # what was lost on the way, a record with cause and message each
+    plan: dict[str, Any] = field(
+        default_factory=dict
+    )  # where workers keep what, and the peaks and times that were expected
+    retries: list[dict[str, Any]] = field(
+        default_factory=list
+    )  # what was lost on the way, a record with cause and message each
 
     def add_shot(
         self,
@@ -93,7 +98,7 @@ class RunReport:
 
     @staticmethod
     def linear_records(linears: Iterable[LinearSummary]) -> list[dict[str, Any]]:
-        """Return one record a linear; sparsity is that of its mask, the bias being one more column."""
+        """Return one record a linear; its mask's sparsity counts the bias as a column."""
         return [
             {
                 "name": linear.name,
@@ -120,7 +125,10 @@ class RunReport:
             "fingerprints": self.fingerprints,
             "environment": self.environment,
             "dense": self.dense,
-            "shots": [{key: value for key, value in shot.items() if key not in ("linears", "dense")} for shot in self.shots],
+            "shots": [
+                {key: value for key, value in shot.items() if key not in ("linears", "dense")}
+                for shot in self.shots
+            ],
             "linears": linears,
             "parameters": {
                 "before": self.num_parameters,
@@ -135,9 +143,13 @@ class RunReport:
         }
 
     def model_card_facts(self) -> dict[str, Any]:
-        """Return what a model card tells: name, dtype, sparsity, and perplexity (before, after) by text."""
+        """Return what a model card tells.
+
+        That is name, dtype, sparsity, and perplexity (before, after) by text.
+        """
         last = self.shots[-1]
-        before, after = self.dense["perplexity"], last["perplexity"]
+        before = self.dense["perplexity"]
+        after = last["perplexity"]
         return {
             "name": self.spec["name"],
             "dtype": self.spec["model"]["dtype"],
@@ -158,17 +170,37 @@ def shots_table(record: Mapping[str, Any]) -> Table:
     answers = has_generation([record])
     accepted = ("accepted",) if answers else ()
     perplexities = (f"perplexity {text} (KL)" for text in texts)
-    for column in ("shot", *accepted, "sparsity", "threshold", *perplexities, "wall s", "CPU s", "peak memory GiB"):
+    for column in (
+        "shot",
+        *accepted,
+        "sparsity",
+        "threshold",
+        *perplexities,
+        "wall s",
+        "CPU s",
+        "peak memory GiB",
+    ):
         table.add_column(column, justify="right")
     dense = [_perplexity_text(record["dense"]["perplexity"][text]) for text in texts]
     table.add_row("dense", *(("100.0%",) if answers else ()), "0.00 %", "", *dense, "", "", "")
     for shot in record["shots"]:
-        values = [f"{_perplexity_text(shot['perplexity'][text])} ({shot['divergence'][text]:.3f})" for text in texts]
+        values = [
+            f"{_perplexity_text(shot['perplexity'][text])} ({shot['divergence'][text]:.3f})"
+            for text in texts
+        ]
         times = f"{sum(shot['seconds'].values()):.0f}", f"{sum(shot['cpu_seconds'].values()):.0f}"
         threshold = "" if shot["threshold"] is None else f"{shot['threshold']:.3g}"
         memory = f"{shot['peak_rss_bytes'] / 2**30:.2f}"
         accepted = (_acceptance_text(shot),) if answers else ()
-        table.add_row(str(shot["index"]), *accepted, f"{shot['sparsity']:.2%}", threshold, *values, *times, memory)
+        table.add_row(
+            str(shot["index"]),
+            *accepted,
+            f"{shot['sparsity']:.2%}",
+            threshold,
+            *values,
+            *times,
+            memory,
+        )
     return table
 
 
@@ -177,51 +209,75 @@ def _acceptance_text(shot: Mapping[str, Any]) -> str:
 
 
 def generation_lines(record: Mapping[str, Any]) -> list[str]:
-    """Return what a run ends by saying of the model's answers, and one of them; nothing if they are not compared.
+    """Return what a run ends by saying of the model's answers, and one of them.
+
+    Nothing if they are not compared.
 
     The example is text of users and models: print these lines without markup.
     """
     found = record["shots"][-1].get("generation") if record["shots"] else None
     if not found:
         return []
-    dense, parts = record["dense"].get("generation") or {}, found["tokens_until_departure"]
+    dense = record["dense"].get("generation") or {}
+    parts = found["tokens_until_departure"]
     of = f" of {dense['num_prompts']} prompts, {dense['num_tokens']} tokens" if dense else ""
     lines = [
         f"answers of the dense model{of}",
         f"  {'accepted':<28} {found['acceptance']:10.1%}",
         f"  {'same most likely token':<28} {found['agreement']:10.1%}",
         f"  {'divergence, nats per token':<28} {found['divergence']:10.3f}",
-        f"  {'own answers part after':<28} {parts['mean']:10.1f} tokens (median {parts['median']:g})",
+        f"  {'own answers part after':<28} {parts['mean']:10.1f} tokens (median "
+        f"{parts['median']:g})",
     ]
     if found["not_ended"] is not None:
         lines.append(f"  {'not ended, of those ended':<28} {found['not_ended']:10.0%}")
     lines.append(f"  {'caught in a loop':<28} {found['repeating']:10.0%}")
-    return lines + [f"  {part:<8}{excerpt(found['example'][part], _EXAMPLE_CHARACTERS)}" for part in ("prompt", "dense", "pruned")]
+    return lines + [
+        f"  {part:<8}{excerpt(found['example'][part], _EXAMPLE_CHARACTERS)}"
+        for part in ("prompt", "dense", "pruned")
+    ]
 
 
 def export_lines(record: Mapping[str, Any]) -> list[str]:
-    """Return what a run ends by saying of every export: its size, perplexity and speed before and after, and how to load it."""
-    before = record["parameters"]["before"] * getattr(torch, record["spec"]["model"]["dtype"]).itemsize
+    """Return what a run ends by saying of every export.
+
+    That is size, perplexity and speed before and after, and how to load it.
+    """
+    before = (
+        record["parameters"]["before"] * getattr(torch, record["spec"]["model"]["dtype"]).itemsize
+    )
     lines = []
     for export in record["exports"]:
         lines.append(f"{export['kind']} export: {export['uri']}")
         lines.append(_change("weights, MB", before / 1e6, export["size_bytes"] / 1e6))
         if "files" in export:
-            lines += [f"  {file['file']}: {file['size_bytes'] / 1e6:.1f} MB" for file in export["files"]] + [f"  load it: {export['load']}"]
+            lines += [
+                f"  {file['file']}: {file['size_bytes'] / 1e6:.1f} MB" for file in export["files"]
+            ] + [f"  load it: {export['load']}"]
             continue
-        after = export.get("perplexity", record["shots"][-1]["perplexity"])  # a quantised one has its own
+        after = export.get(
+            "perplexity", record["shots"][-1]["perplexity"]
+        )  # a quantised one has its own
         for text, value in record["dense"]["perplexity"].items():
             lines.append(_change(f"perplexity {text}", value, after[text]))
         for step in ("prefill", "decode") if "speed" in export else ():
-            speeds = [export["speed"][model][f"{step}_tokens_per_s"]["median"] for model in ("dense", "pruned")]
+            speeds = [
+                export["speed"][model][f"{step}_tokens_per_s"]["median"]
+                for model in ("dense", "pruned")
+            ]
             lines.append(_change(f"{step}, tokens per second", *speeds))
         if "speed" in export:
-            memory = [export["speed"][model]["peak_gpu_bytes"] or export["speed"][model]["peak_rss_bytes"] for model in ("dense", "pruned")]
+            memory = [
+                export["speed"][model]["peak_gpu_bytes"] or export["speed"][model]["peak_rss_bytes"]
+                for model in ("dense", "pruned")
+            ]
             lines.append(_change("memory of a process, MB", memory[0] / 1e6, memory[1] / 1e6))
         for task, metrics in export.get("tasks", {}).items():
             for metric, value in metrics.items():
                 if not metric.endswith("_stderr"):
-                    lines.append(_change(f"{task} {metric}", record["dense"]["tasks"][task][metric], value))
+                    lines.append(
+                        _change(f"{task} {metric}", record["dense"]["tasks"][task][metric], value)
+                    )
         lines.append(f"  load it: {export['load']}")
     return lines
 
@@ -236,20 +292,42 @@ def _perplexity_text(value: float) -> str:
 
 
 def comparison_table(records: Sequence[Mapping[str, Any]]) -> Table:
-    """Return one line for every shot of every run: name, structure, sparsity, perplexity by text."""
-    texts = list(dict.fromkeys(text for record in records for text in record["dense"]["perplexity"]))
+    """Return a line a shot of every run: name, structure, sparsity, perplexities."""
+    texts = list(
+        dict.fromkeys(text for record in records for text in record["dense"]["perplexity"])
+    )
     table = Table()
     answers = has_generation(records)
     accepted = ("accepted",) if answers else ()
-    for column in ("run", "structure", "shot", *accepted, "sparsity", *(f"perplexity {text}" for text in texts)):
+    for column in (
+        "run",
+        "structure",
+        "shot",
+        *accepted,
+        "sparsity",
+        *(f"perplexity {text}" for text in texts),
+    ):
         table.add_column(column, justify="right" if column != "run" else "left")
     for record in records:
-        name, structure = str(record["spec"]["name"]), str(record["spec"]["pruning"]["structure"])
-        lines = [("dense", "100.0%" if has_generation([record]) else "", 0.0, record["dense"]["perplexity"])]
-        lines += [(str(shot["index"]), _acceptance_text(shot), shot["sparsity"], shot["perplexity"]) for shot in record["shots"]]
+        name = str(record["spec"]["name"])
+        structure = str(record["spec"]["pruning"]["structure"])
+        lines = [
+            (
+                "dense",
+                "100.0%" if has_generation([record]) else "",
+                0.0,
+                record["dense"]["perplexity"],
+            )
+        ]
+        lines += [
+            (str(shot["index"]), _acceptance_text(shot), shot["sparsity"], shot["perplexity"])
+            for shot in record["shots"]
+        ]
         for shot, acceptance, sparsity, perplexity in lines:
             accepted = (acceptance,) if answers else ()
-            values = [_perplexity_text(perplexity[text]) if text in perplexity else "" for text in texts]
+            values = [
+                _perplexity_text(perplexity[text]) if text in perplexity else "" for text in texts
+            ]
             table.add_row(name, structure, shot, *accepted, f"{sparsity:.2%}", *values)
     return table
 
@@ -257,29 +335,59 @@ def comparison_table(records: Sequence[Mapping[str, Any]]) -> Table:
 def _read_report(run: str) -> dict[str, Any]:
     uri = files.join(run, "report.json")
     record = files.read_json(uri)
-    needed = {"spec", "dense", "shots", "linears", "parameters", "exports", "fingerprints", "environment"}
+    needed = {
+        "spec",
+        "dense",
+        "shots",
+        "linears",
+        "parameters",
+        "exports",
+        "fingerprints",
+        "environment",
+    }
     if not isinstance(record, dict) or not needed <= record.keys():
         raise ValueError(f"{uri} is no report of this program")
     return record
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print and plot the comparison of run directories, and write it as a page; exit code 2 if one has no report."""
-    parser = argparse.ArgumentParser(prog="ray-surgeon report", description="Compare runs in one table, one plot and one page.")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directory, local or on any fsspec URI")
-    parser.add_argument(
-        "--plot", default="perplexity.png", metavar="FILE", help=f"plot to write, a .{', .'.join(FORMATS)} file on any URI; %(default)s"
+    """Print and plot the comparison of run directories, and write it as a page.
+
+    The exit code is 2 if one has no report.
+    """
+    parser = argparse.ArgumentParser(
+        prog="ray-surgeon report", description="Compare runs in one table, one plot and one page."
     )
     parser.add_argument(
-        "--html", default="comparison.html", metavar="FILE", help="page to write, with every run whole, on any URI; %(default)s"
+        "runs", nargs="+", metavar="RUN", help="run directory, local or on any fsspec URI"
     )
-    parser.add_argument("--text", help="evaluation text of the plot; the first one of the first run if not given")
+    parser.add_argument(
+        "--plot",
+        default="perplexity.png",
+        metavar="FILE",
+        help=f"plot to write, a .{', .'.join(FORMATS)} file on any URI; %(default)s",
+    )
+    parser.add_argument(
+        "--html",
+        default="comparison.html",
+        metavar="FILE",
+        help="page to write, with every run whole, on any URI; %(default)s",
+    )
+    parser.add_argument(
+        "--text", help="evaluation text of the plot; the first one of the first run if not given"
+    )
     arguments = parser.parse_args(argv)
-    console, errors = new_console(), Console(stderr=True)
+    console = new_console()
+    errors = Console(stderr=True)
     try:
         records = [_read_report(run) for run in arguments.runs]
     except (OSError, ValueError) as error:
-        errors.print(f"error: no report: {error}; give run directories with a report.json", style="red", markup=False, soft_wrap=True)
+        errors.print(
+            f"error: no report: {error}; give run directories with a report.json",
+            style="red",
+            markup=False,
+            soft_wrap=True,
+        )
         return 2
     names = Counter(record["spec"]["name"] for record in records)
     for run, record in zip(arguments.runs, records, strict=True):
@@ -288,12 +396,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print(comparison_table(records))
     for record in records:
         if not is_complete(record):
-            state = f"{len(record['shots'])} of {num_shots(record)} shots, {len(record['exports'])} of {num_exports(record)} exports"
-            console.print(f"not complete: {record['spec']['name']}, {state}", markup=False, soft_wrap=True)
-    texts = list(dict.fromkeys(text for record in records for text in record["dense"]["perplexity"]))
+            state = (
+                f"{len(record['shots'])} of {num_shots(record)} shots, {len(record['exports'])} of "
+                f"{num_exports(record)} exports"
+            )
+            console.print(
+                f"not complete: {record['spec']['name']}, {state}", markup=False, soft_wrap=True
+            )
+    texts = list(
+        dict.fromkeys(text for record in records for text in record["dense"]["perplexity"])
+    )
     try:
         if (arguments.text or texts[0]) not in texts:
-            raise ValueError(f"--text: no run has a text {arguments.text!r}; they have {', '.join(texts)}")
+            raise ValueError(
+                f"--text: no run has a text {arguments.text!r}; they have {', '.join(texts)}"
+            )
         save(perplexity_figure(records, arguments.text or texts[0]), arguments.plot)
         files.write_text(arguments.html, page(records))
     except (OSError, ValueError) as error:

@@ -12,13 +12,17 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Dis
 Positive = Annotated[int, Field(gt=0)]
 
 _SECRETS = re.compile(
-    r"https?://[^/]*@|://[^/@]*:[^/@]*@|[?&][^=&]*(?:signature|token|secret|password|credential|api_?key|auth|sig)=", re.IGNORECASE
+    r"https?://[^/]*@|://[^/@]*:[^/@]*@|[?&][^=&]*(?:signature|token|secret|password|credential|api_?key|auth|sig)=",
+    re.IGNORECASE,
 )
 
 
 def _without_secrets(uri: str) -> str:
     if _SECRETS.search(uri):
-        raise ValueError("holds credentials, which every record of the run would show; give them to the file system, see docs/clusters.md")
+        raise ValueError(
+            "holds credentials, which every record of the run would show; give them to the file "
+            "system, see docs/clusters.md"
+        )
     return uri
 
 
@@ -41,7 +45,9 @@ Address = Annotated[str, BeforeValidator(local_path), AfterValidator(_without_se
 class Section(BaseModel):
     """Settings shared by all sections: frozen, and a field that does not exist is refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True
+    )
 
 
 def tag(name: str) -> str:
@@ -49,11 +55,14 @@ def tag(name: str) -> str:
     return f"<{name}>"
 
 
-def by_tag(tag_of: Callable[[Callable[[str, Any], Any]], str | None], expected: str) -> Discriminator:
+def by_tag(
+    tag_of: Callable[[Callable[[str, Any], Any]], str | None], expected: str
+) -> Discriminator:
     """Return a discriminator for a union of sections, given as mappings or as sections.
 
     Args:
-        tag_of: takes a function (field, default) -> value, and returns the tag's name, or None if there is no such section.
+        tag_of: takes a function (field, default) -> value, and returns the tag's name, or None if
+            there is no such section.
         expected: what the fields may be, for the error.
     """
 
@@ -66,9 +75,14 @@ def by_tag(tag_of: Callable[[Callable[[str, Any], Any]], str | None], expected: 
             name = None
         return None if name is None else tag(name)
 
-    return Discriminator(find, custom_error_type="no_such_section", custom_error_message=f"expected {expected}")
+    return Discriminator(
+        find, custom_error_type="no_such_section", custom_error_message=f"expected {expected}"
+    )
 
 
 def word_or_section(word: str) -> Discriminator:
-    """Return a discriminator for a union of a word, tagged by itself, and a section, tagged ``section``; errors are of the one meant."""
+    """Return a discriminator for a union of a word and a section.
+
+    The word is tagged by itself, the section ``section``, and errors are of the one that was meant.
+    """
     return Discriminator(lambda given: tag(word) if isinstance(given, str) else tag("section"))

@@ -1,6 +1,7 @@
 """Presets: settings of text and method that fit together, under what a spec says itself.
 
-A preset has no number that belongs to one model. Learning rates and damping are chosen in the run, by windows held aside.
+A preset has no number that belongs to one model. Learning rates and damping are chosen in the run,
+by windows held aside.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "correction": {"lora_rank": 64, "steps_per_shot": 240, "sequences_per_step": 2},
     },
 }
-"""Name -> what it sets: whole sections, but for `reconstruction`, which is a part of `pruning` of coupled groups."""
+"""Preset -> the sections that it sets.
+
+`reconstruction` is a part of `pruning` of coupled groups.
+"""
 
 _RECONSTRUCTED = {"ffn", "shared_experts"}
 _EXPERTS = {"experts", "expert_channels", "shared_experts"}
@@ -42,7 +46,9 @@ _EVALUATION = ("python-docs", "python-docstrings")
 
 
 def with_preset(document: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a job spec's document with the settings of its preset under its own, and with default texts to measure on.
+    """Return a job spec's document with its preset's settings under its own.
+
+    Default texts to measure on are added.
 
     Args:
         document: a mapping of sections; a section may be anything yet.
@@ -65,7 +71,11 @@ def _fill(document: dict[str, Any], preset: Mapping[str, Any]) -> None:
     _under(document, "calibration", {"source": "auto"} | preset["calibration"])
     if plain.get("method", "llm_surgeon") == "llm_surgeon":
         settings = _curvature_of(document.get("curvature"), plain, preset["curvature"])
-        count = document["calibration"].get("num_sequences") if isinstance(document["calibration"], Mapping) else None
+        count = (
+            document["calibration"].get("num_sequences")
+            if isinstance(document["calibration"], Mapping)
+            else None
+        )
         if isinstance(count, int) and "num_backward" in settings:
             settings["num_backward"] = min(settings["num_backward"], max(1, count))
         _under(document, "curvature", settings)
@@ -80,11 +90,15 @@ def _fill(document: dict[str, Any], preset: Mapping[str, Any]) -> None:
     document["pruning"] = filled
 
 
-def _curvature_of(section: Any, pruning: Mapping[str, Any], preset: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the preset's curvature without what the spec's kind of curvature, or its kinds of groups, do not have."""
+def _curvature_of(
+    section: Any, pruning: Mapping[str, Any], preset: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the preset's curvature without fields that the spec's kinds do not have."""
     kind = section.get("kind", "kfac") if isinstance(section, Mapping) else "kfac"
     groups = pruning.get("groups", _DEFAULT_GROUPS)
-    of_experts = isinstance(groups, list | tuple) and bool(_EXPERTS & {str(kind) for kind in groups})
+    of_experts = isinstance(groups, list | tuple) and bool(
+        _EXPERTS & {str(kind) for kind in groups}
+    )
     needless = set[str]()
     if kind != "kfac" or of_experts:
         needless.add("num_backward")
@@ -104,4 +118,7 @@ def _under(document: dict[str, Any], name: str, settings: Mapping[str, Any]) -> 
 
 def _texts(calibration: Any) -> list[dict[str, Any]]:
     length = calibration.get("sequence_length", 512) if isinstance(calibration, Mapping) else 512
-    return [{"name": name, "source": name, "num_sequences": 12, "sequence_length": length} for name in _EVALUATION]
+    return [
+        {"name": name, "source": name, "num_sequences": 12, "sequence_length": length}
+        for name in _EVALUATION
+    ]

@@ -20,11 +20,13 @@ class ScheduleSection(Section):
     num_shots: int = Field(5, ge=1, le=1000, description="Shots, each with a curvature of its own")
     schedule: Literal["linear", "geometric"] = Field(
         "linear",
-        description="linear: every shot removes (or saves) the same amount; geometric: every shot keeps the same fraction of what is left, "
-        "so later ones remove less",
+        description="linear: every shot removes (or saves) the same amount; geometric: every shot "
+        "keeps the same fraction of what is left, so later ones remove less",
     )
     sparsities: tuple[float, ...] | None = Field(
-        None, description="Sparsity at the end of every shot, in place of num_shots and schedule; the last one is target_sparsity"
+        None,
+        description="Sparsity at the end of every shot, in place of num_shots and schedule; the "
+        "last one is target_sparsity",
     )
 
     @property
@@ -47,12 +49,18 @@ class ScheduleSection(Section):
         return () if self.last_sparsity is None else self.fractions(self.last_sparsity)
 
     def removed_in(self, shot: int) -> float:
-        """Return about which share of what is left goes in a shot; of a target that is no sparsity, a fifth over all shots."""
-        fractions = (0.0, *self.fractions(0.2 if self.last_sparsity is None else self.last_sparsity))
+        """Return about which share of what is left goes in a shot.
+
+        Of a target that is no sparsity it is a fifth over all shots.
+        """
+        fractions = (
+            0.0,
+            *self.fractions(0.2 if self.last_sparsity is None else self.last_sparsity),
+        )
         return (fractions[shot] - fractions[shot - 1]) / (1 - fractions[shot - 1])
 
     def fractions(self, last: float) -> tuple[float, ...]:
-        """Return the fraction that is removed at the end of every shot, if `last` is that of the last one."""
+        """Return the fraction removed at the end of every shot; `last` is the last one."""
         if self.sparsities is not None:
             return self.sparsities
         parts = [shot / self.num_shots for shot in range(1, self.num_shots + 1)]
@@ -63,20 +71,34 @@ class ScheduleSection(Section):
     @model_validator(mode="after")
     def _rising_sparsities(self) -> ScheduleSection:
         if self.sparsities is not None and self.last_sparsity is None:
-            raise ValueError("sparsities: are fractions of the linears' parameters; give target_sparsity, or use num_shots and schedule")
+            raise ValueError(
+                "sparsities: are fractions of the linears' parameters; give target_sparsity, or "
+                "use num_shots and schedule"
+            )
         if self.sparsities is not None:
-            rising = all(a < b for a, b in zip((0.0, *self.sparsities), self.sparsities, strict=False))
+            rising = all(
+                a < b for a, b in zip((0.0, *self.sparsities), self.sparsities, strict=False)
+            )
             if not rising or self.sparsities[-1:] != (self.last_sparsity,):
-                raise ValueError(f"sparsities: {self.sparsities} must rise from above 0 to target_sparsity {self.last_sparsity}")
+                raise ValueError(
+                    f"sparsities: {self.sparsities} must rise from above 0 to target_sparsity "
+                    f"{self.last_sparsity}"
+                )
             if (self.num_shots, self.schedule) != (5, "linear"):
-                raise ValueError("sparsities: takes the place of num_shots and schedule; remove those")
+                raise ValueError(
+                    "sparsities: takes the place of num_shots and schedule; remove those"
+                )
         return self
 
 
 class SparsitySection(ScheduleSection):
     """Shots of a method that removes a fraction of the linears' parameters."""
 
-    target_sparsity: float = Field(gt=0, lt=1, description="Fraction of the parameters of the blocks' linears to remove, biases included")
+    target_sparsity: float = Field(
+        gt=0,
+        lt=1,
+        description="Fraction of the parameters of the blocks' linears to remove, biases included",
+    )
 
     @property
     def last_sparsity(self) -> float:
@@ -85,12 +107,14 @@ class SparsitySection(ScheduleSection):
 
 
 class SpeedSection(Section):
-    """A request that is timed: a batch of prompts read at once (prefill), then new tokens one by one (decode)."""
+    """A request that is timed: a batch of prompts (prefill), then new tokens (decode)."""
 
     batch_size: Positive = Field(1, description="Prompts at once")
     prompt_length: int = Field(512, gt=1, description="Tokens of each prompt")
     num_new_tokens: int = Field(32, gt=1, description="Tokens to generate after it")
-    num_repeats: Positive = Field(5, description="Measurements of each model, or each width, taken in turns")
+    num_repeats: Positive = Field(
+        5, description="Measurements of each model, or each width, taken in turns"
+    )
     num_threads: Positive = Field(1, description="torch threads, on the CPU")
 
 
@@ -107,21 +131,27 @@ class ParametersTarget(_Target):
     """Parameters of the whole model."""
 
     unit: ClassVar[str] = "parameters"
-    parameters: Positive = Field(description="Parameters of the whole model, embeddings included, tied ones once")
+    parameters: Positive = Field(
+        description="Parameters of the whole model, embeddings included, tied ones once"
+    )
 
 
 class BytesTarget(_Target):
     """Bytes of the weights."""
 
     unit: ClassVar[str] = "bytes"
-    bytes: Positive = Field(description="Bytes of the weights of the whole model, in the dtype of the job")
+    bytes: Positive = Field(
+        description="Bytes of the weights of the whole model, in the dtype of the job"
+    )
 
 
 class FlopsTarget(_Target):
     """Floating-point operations of a token."""
 
     unit: ClassVar[str] = "flops"
-    flops: Positive = Field(description="Floating-point operations per token of a prompt, on average over the prompt")
+    flops: Positive = Field(
+        description="Floating-point operations per token of a prompt, on average over the prompt"
+    )
     prompt_length: int = Field(512, gt=1, description="Tokens of that prompt")
 
 
@@ -131,10 +161,13 @@ class LatencyTarget(_Target):
     unit: ClassVar[str] = "latency_s"
     latency_s: float = Field(
         gt=0,
-        description="Seconds to answer a request: the sum of the times of all blocks and of what is outside them. Every width is measured "
-        "request.num_repeats times at the start, and the median counts",
+        description="Seconds to answer a request: the sum of the times of all blocks and of what "
+        "is outside them. Every width is measured request.num_repeats times at the start, and the "
+        "median counts",
     )
-    device: Literal["cpu", "cuda"] = Field("cpu", description="cpu: measured on the first worker's machine; cuda: on its GPU")
+    device: Literal["cpu", "cuda"] = Field(
+        "cpu", description="cpu: measured on the first worker's machine; cuda: on its GPU"
+    )
     request: SpeedSection = Field(SpeedSection(), description="The request")
 
 
@@ -146,6 +179,7 @@ TargetSection = Annotated[
     | Annotated[FlopsTarget, Tag(tag("flops"))]
     | Annotated[LatencyTarget, Tag(tag("latency_s"))],
     by_tag(
-        lambda get: next((unit for unit in _UNITS if get(unit, None) is not None), None), "one of parameters, bytes, flops and latency_s"
+        lambda get: next((unit for unit in _UNITS if get(unit, None) is not None), None),
+        "one of parameters, bytes, flops and latency_s",
     ),
 ]

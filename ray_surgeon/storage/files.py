@@ -1,7 +1,9 @@
-"""Files on any fsspec URI: a local path, s3://bucket/key, memory://... Records are JSON; tensors are in `storage.tensor_files`.
+"""Files on any fsspec URI: a local path, s3://bucket/key, memory://...
 
-A file appears whole or not at all: local files are written beside their place and renamed, object stores publish an
-object when its upload ends.
+Records are JSON; tensors are in `storage.tensor_files`.
+
+A file appears whole or not at all: local files are written beside their place and renamed, object
+stores publish an object when its upload ends.
 """
 
 from __future__ import annotations
@@ -31,7 +33,10 @@ MAX_JSON_BYTES = 64 * 2**20
 
 
 def cache_folder() -> Path:
-    """Return where downloads and conversions are kept: ``$RAY_SURGEON_CACHE``, or below ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    """Return where downloads and conversions are kept.
+
+    ``$RAY_SURGEON_CACHE``, or below ``$XDG_CACHE_HOME`` or ``~/.cache``.
+    """
     if named := os.environ.get("RAY_SURGEON_CACHE"):
         return Path(named)  # where a user has no home
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ray_surgeon"
@@ -48,15 +53,26 @@ def open_filesystem(uri: str) -> tuple[Any, str]:
     Raises:
         ValueError: the protocol is unknown or its package is not installed.
     """
-    if uri.startswith(("s3://", "s3a://")):  # workers ask the machine's role for credentials, all at once, and not all are answered
+    if uri.startswith(
+        ("s3://", "s3a://")
+    ):  # workers ask the machine's role for credentials, all at once, and not all are answered
         os.environ.setdefault("AWS_METADATA_SERVICE_NUM_ATTEMPTS", "5")
     try:
         filesystem, path = fsspec.core.url_to_fs(uri)
     except ImportError as error:
-        extra = "pip install 's3fs' (or ray-surgeon[s3])" if uri.startswith("s3") else f"install its fsspec package ({error})"
-        raise ValueError(f"{uri}: the storage protocol needs a package that is not installed; {extra}") from error
+        extra = (
+            "pip install 's3fs' (or ray-surgeon[s3])"
+            if uri.startswith("s3")
+            else f"install its fsspec package ({error})"
+        )
+        raise ValueError(
+            f"{uri}: the storage protocol needs a package that is not installed; {extra}"
+        ) from error
     except ValueError as error:
-        raise ValueError(f"{uri}: {error}; give a local path or a URI that fsspec knows, such as s3://bucket/folder") from error
+        raise ValueError(
+            f"{uri}: {error}; give a local path or a URI that fsspec knows, such as "
+            "s3://bucket/folder"
+        ) from error
     if "hf" not in filesystem.protocol:  # whose content is pinned to a commit
         filesystem.invalidate_cache()  # another worker may have written meanwhile
     return filesystem, path
@@ -97,7 +113,10 @@ def remove_folder(uri: str) -> None:
 
 @tries_again
 def remove_files(uri: str, patterns: Sequence[str]) -> None:
-    """Remove the files of a folder whose names match a pattern with * or ?, and what a killed process left half written there."""
+    """Remove the files of a folder whose names match a pattern with * or ?.
+
+    What a killed process left half written there goes, too.
+    """
     filesystem, path = open_filesystem(uri)
     for entry in filesystem.ls(path, detail=False) if filesystem.exists(path) else ():
         name = entry.rstrip("/").rpartition("/")[2]
@@ -125,29 +144,41 @@ def put_file(uri: str, source: Path) -> None:
 def list_names(uri: str) -> list[str]:
     """Return the sorted names in a folder; an absent folder is empty.
 
-    What a killed process left half written has no name there, nor has the folder itself, which object stores may list.
+    What a killed process left half written has no name there, nor has the folder itself, which
+    object stores may list.
     """
     filesystem, path = open_filesystem(uri)
     if not filesystem.exists(path):
         return []
-    entries, itself = {entry.rstrip("/") for entry in filesystem.ls(path, detail=False)}, path.rstrip("/")
+    entries = {entry.rstrip("/") for entry in filesystem.ls(path, detail=False)}
+    itself = path.rstrip("/")
     if itself in entries and filesystem.isdir(path):
         entries.remove(itself)
-    return sorted(name for name in (entry.rpartition("/")[2] for entry in entries) if not name.startswith(WRITING))
+    return sorted(
+        name
+        for name in (entry.rpartition("/")[2] for entry in entries)
+        if not name.startswith(WRITING)
+    )
 
 
 @tries_again
 def list_files(uri: str) -> list[str]:
-    """Return the sorted paths, from a folder on, of the files in it and in the folders inside of it; see `list_names`."""
+    """Return the sorted paths, from a folder on, of all files below it; see `list_names`."""
     filesystem, path = open_filesystem(uri)
     root = path.rstrip("/") + "/"
-    found = (entry.removeprefix(root) for entry in filesystem.find(path) if entry.startswith(root) and not entry.endswith("/"))
-    return sorted(name for name in found if not any(part.startswith(WRITING) for part in name.split("/")))
+    found = (
+        entry.removeprefix(root)
+        for entry in filesystem.find(path)
+        if entry.startswith(root) and not entry.endswith("/")
+    )
+    return sorted(
+        name for name in found if not any(part.startswith(WRITING) for part in name.split("/"))
+    )
 
 
 @tries_again
 def glob(uri: str) -> list[str]:
-    """Return the sorted URIs of the files that a pattern with * matches, or of the one file it names."""
+    """Return the sorted URIs that a pattern with * matches, or the one file it names."""
     filesystem, path = open_filesystem(uri)
     paths = filesystem.glob(path) if "*" in path else [path] * bool(filesystem.exists(path))
     return sorted(str(filesystem.unstrip_protocol(found)) for found in paths)
@@ -185,7 +216,10 @@ def read_text(uri: str) -> str:
     try:
         return read_bytes(uri).decode()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{uri}: not UTF-8 text ({error.reason} at byte {error.start}); convert the file to UTF-8") from error
+        raise ValueError(
+            f"{uri}: not UTF-8 text ({error.reason} at byte {error.start}); convert the file to "
+            "UTF-8"
+        ) from error
 
 
 def read_lines(uri: str) -> Iterator[str]:
@@ -200,11 +234,17 @@ def read_lines(uri: str) -> Iterator[str]:
             if not line:
                 return
             if len(line) > MAX_JSON_BYTES:
-                raise ValueError(f"{uri}: line {number} is longer than {MAX_JSON_BYTES} bytes; give one record a line")
+                raise ValueError(
+                    f"{uri}: line {number} is longer than {MAX_JSON_BYTES} bytes; give one record "
+                    "a line"
+                )
             try:
                 yield line.decode().rstrip("\r\n")
             except UnicodeDecodeError as error:
-                raise ValueError(f"{uri}: line {number} is not UTF-8 text ({error.reason}); convert the file to UTF-8") from error
+                raise ValueError(
+                    f"{uri}: line {number} is not UTF-8 text ({error.reason}); convert the file to "
+                    "UTF-8"
+                ) from error
 
 
 @tries_again
@@ -263,7 +303,9 @@ def read_json(uri: str) -> Any:
     try:
         return json.loads(read_text(uri))
     except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{uri}: not valid JSON ({error}); the file is damaged or is another kind of file") from error
+        raise ValueError(
+            f"{uri}: not valid JSON ({error}); the file is damaged or is another kind of file"
+        ) from error
 
 
 def write_json(uri: str, record: object) -> None:
@@ -273,13 +315,24 @@ def write_json(uri: str, record: object) -> None:
 
 @tries_again
 def local_copy(uri: str) -> Path:
-    """Return a local path of a file: itself, or a copy kept in the cache, keyed by its URI, size and version."""
+    """Return a local path of a file: itself, or a copy in the cache.
+
+    The key is its URI, size and version.
+    """
     filesystem, path = open_filesystem(uri)
     if isinstance(filesystem, LocalFileSystem):
         return Path(path)
     info = filesystem.info(path)
-    version = f"{uri} {info['size']} {info.get('ETag') or info.get('LastModified') or info.get('created') or ''}"
-    target = cache_folder() / "files" / hashlib.sha256(version.encode()).hexdigest()[:32] / path.rpartition("/")[2]
+    version = (
+        f"{uri} {info['size']} "
+        f"{info.get('ETag') or info.get('LastModified') or info.get('created') or ''}"
+    )
+    target = (
+        cache_folder()
+        / "files"
+        / hashlib.sha256(version.encode()).hexdigest()[:32]
+        / path.rpartition("/")[2]
+    )
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(str(target) + ".lock"):
         if not target.exists():
@@ -287,7 +340,9 @@ def local_copy(uri: str) -> Path:
             with naming(str(partial)):
                 filesystem.get_file(path, str(partial))
             if info["size"] not in (None, partial.stat().st_size):
-                raise OSError(errno.EIO, f"{uri}: {partial.stat().st_size} of {info['size']} bytes came")
+                raise OSError(
+                    errno.EIO, f"{uri}: {partial.stat().st_size} of {info['size']} bytes came"
+                )
             os.replace(partial, target)
     return target
 

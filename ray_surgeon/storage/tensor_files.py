@@ -1,4 +1,7 @@
-"""Tensors in safetensors files on any fsspec URI. They are read one by one, from a map of a local file or by ranges of a remote one."""
+"""Tensors in safetensors files on any fsspec URI.
+
+They are read one by one, from a map of a local file or by ranges of a remote one.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,10 @@ from ray_surgeon.storage import files
 from ray_surgeon.storage.retrying import tries_again
 
 _MAX_HEADER_BYTES = 25_000_000
-"""Of a safetensors file; the format allows four times that, a file of a large model has some 100 kB."""
+"""Most bytes of a safetensors file's header.
+
+The format allows four times that; a file of a large model has some 100 kB.
+"""
 _ITEM_BYTES = {
     "F64": 8,
     "I64": 8,
@@ -65,11 +71,21 @@ def write(uri: str, tensors: Mapping[str, Tensor]) -> int:
     with tempfile.TemporaryDirectory(dir=files.scratch_folder(uri), prefix=files.WRITING) as folder:
         scratch = Path(folder) / "file"
         try:
-            save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, scratch, metadata={"format": "pt"})
+            save_file(
+                {name: t.contiguous().cpu() for name, t in tensors.items()},
+                scratch,
+                metadata={"format": "pt"},
+            )
         except SafetensorError as error:
-            remedy = "; free space on the disk, then go on with --resume" if re.search("No space|quota", str(error)) else ""
+            remedy = (
+                "; free space on the disk, then go on with --resume"
+                if re.search("No space|quota", str(error))
+                else ""
+            )
             raise OSError(f"{uri}: cannot write: {error}{remedy}") from error
-        scratch.chmod(0o644)  # safetensors writes 0600, which another user that serves the model could not read
+        scratch.chmod(
+            0o644
+        )  # safetensors writes 0600, which another user that serves the model could not read
         size = scratch.stat().st_size
         files.upload(uri, scratch)
     return size
@@ -78,11 +94,16 @@ def write(uri: str, tensors: Mapping[str, Tensor]) -> int:
 def read(uri: str, names: Container[str] | None = None) -> dict[str, Tensor]:
     """Read a safetensors file, or only the tensors of the given names."""
     reader = Reader()
-    return {name: reader.read(uri, name) for name in reader.names(uri) if names is None or name in names}
+    return {
+        name: reader.read(uri, name) for name in reader.names(uri) if names is None or name in names
+    }
 
 
 class Reader:
-    """Reads single tensors of safetensors files: a local file is mapped into memory, of another only the tensor's bytes are fetched."""
+    """Reads single tensors of safetensors files.
+
+    A local file is mapped into memory; of another only the tensor's bytes are fetched.
+    """
 
     def __init__(self) -> None:
         """Start without open files."""
@@ -99,7 +120,10 @@ class Reader:
         return self._header(uri).shapes
 
     def read(self, uri: str, name: str, entry: int | None = None) -> Tensor:
-        """Return a tensor, or only an entry of its first dimension; a local one must not be written to."""
+        """Return a tensor, or an entry of its first dimension.
+
+        A local one must not be written to.
+        """
         if files.is_local(uri):
             with self._lock:
                 if uri not in self._open:
@@ -108,15 +132,26 @@ class Reader:
             assert isinstance(tensor, Tensor)
             return tensor if entry is None else tensor[entry]
         header = self._header(uri)
-        (start, end), shape = header.bytes_of[name], header.shapes[name]
+        (start, end) = header.bytes_of[name]
+        shape = header.shapes[name]
         if entry is not None:
-            size, shape = (end - start) // shape[0], shape[1:]
-            start, end = start + entry * size, start + (entry + 1) * size
-        content, dtype = bytearray(_read_part(uri, start, end)), _DTYPES[header.dtypes[name]]
-        return torch.frombuffer(content, dtype=dtype).view(shape) if content else torch.empty(shape, dtype=dtype)
+            size = (end - start) // shape[0]
+            shape = shape[1:]
+            end = start + (entry + 1) * size
+            start = start + entry * size
+        content = bytearray(_read_part(uri, start, end))
+        dtype = _DTYPES[header.dtypes[name]]
+        return (
+            torch.frombuffer(content, dtype=dtype).view(shape)
+            if content
+            else torch.empty(shape, dtype=dtype)
+        )
 
     def close(self) -> None:
-        """Let go of the files, so that the space of removed ones is free; a further read opens its file again."""
+        """Close the files, so that the space of removed ones is free.
+
+        A further read opens its file again.
+        """
         with self._lock:
             self._open.clear()
 
@@ -149,7 +184,10 @@ def read_header(uri: str) -> Header:
     prefix = files.read_range(uri, 0, min(8, size))
     length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
     if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
-        raise ValueError(f"{uri}: not a safetensors file, or cut short ({size} bytes, header of {length}); fetch it again")
+        raise ValueError(
+            f"{uri}: not a safetensors file, or cut short ({size} bytes, header of {length}); "
+            "fetch it again"
+        )
     raw = files.read_range(uri, 8, 8 + length)
     try:
         header = json.loads(raw)
@@ -157,17 +195,29 @@ def read_header(uri: str) -> Header:
         shapes = {name: tuple(int(n) for n in entry["shape"]) for name, entry in entries.items()}
         end = _end_of_data(entries, shapes)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{uri}: the safetensors header is damaged ({error}); fetch the file again") from error
+        raise ValueError(
+            f"{uri}: the safetensors header is damaged ({error}); fetch the file again"
+        ) from error
     if 8 + length + end != size:
-        raise ValueError(f"{uri}: cut short or padded: {size} bytes, {8 + length + end} by its header; fetch it again")
+        raise ValueError(
+            f"{uri}: cut short or padded: {size} bytes, {8 + length + end} by its header; fetch it "
+            "again"
+        )
     tail = files.read_range(uri, max(8 + length, size - _FINGERPRINT_BYTES), size)
-    places = {name: (8 + length + int(e["data_offsets"][0]), 8 + length + int(e["data_offsets"][1])) for name, e in entries.items()}
+    places = {
+        name: (8 + length + int(e["data_offsets"][0]), 8 + length + int(e["data_offsets"][1]))
+        for name, e in entries.items()
+    }
     fingerprint = hashlib.sha256(raw + str(size).encode() + tail).hexdigest()
-    return Header(shapes, {name: str(entry["dtype"]) for name, entry in entries.items()}, places, fingerprint)
+    return Header(
+        shapes, {name: str(entry["dtype"]) for name, entry in entries.items()}, places, fingerprint
+    )
 
 
 def _end_of_data(entries: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Return where the last tensor ends, after checking that they follow each other and have the bytes of their shapes.
+    """Return where the last tensor ends, after a check of the header.
+
+    Tensors must follow each other and have the bytes of their shapes.
 
     Raises:
         ValueError: names the tensor that does not.
@@ -179,6 +229,9 @@ def _end_of_data(entries: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
             raise ValueError(f"{name} has the unknown dtype {entry['dtype']}")
         size = math.prod(shapes[name]) * _ITEM_BYTES[entry["dtype"]]
         if min(shapes[name], default=0) < 0 or (first, last - first) != (end, size):
-            raise ValueError(f"{name} of shape {shapes[name]} and dtype {entry['dtype']} cannot lie at bytes {first} to {last}")
+            raise ValueError(
+                f"{name} of shape {shapes[name]} and dtype {entry['dtype']} cannot lie at bytes "
+                f"{first} to {last}"
+            )
         end = last
     return end

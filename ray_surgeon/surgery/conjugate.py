@@ -1,7 +1,8 @@
-"""All correlations at once: the update for any set of removed elements, by preconditioned conjugate gradients.
+"""The update for any set of removed elements, by preconditioned conjugate gradients.
 
-Source: docs/method.md, section 4. With D the change of the weights, D = -W on removed elements, the kept entries of D minimise
-``1/2 tr(D^T G D A)``, so (G D A) is zero on them. A product with the system's matrix is two GEMMs and a mask.
+Source: docs/method.md, section 4. With D the change of the weights, D = -W on removed elements, the
+kept entries of D minimise ``1/2 tr(D^T G D A)``, so (G D A) is zero on them. A product with the
+system's matrix is two GEMMs and a mask.
 """
 
 from __future__ import annotations
@@ -26,9 +27,12 @@ _REFRESH = 11
 
 
 def dominant_part(A: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Approximate A by ``diag(s) + U U^T``: its dominant eigenvectors, and the diagonal of what they leave.
+    """Approximate A by ``diag(s) + U U^T``.
 
-    Subspace iteration from the columns with the largest diagonal, which are the outlier inputs of a language model.
+    U has its dominant eigenvectors, s the diagonal of what they leave.
+
+    Subspace iteration from the columns with the largest diagonal, which are the outlier inputs of a
+    language model.
 
     Args:
         A: [C, C] positive definite.
@@ -51,10 +55,12 @@ def dominant_part(A: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 class SplitMatrix:
-    """A symmetric matrix as diag(s) + U U^T in its own dtype and a small rest in a narrower one, for fast products.
+    """A symmetric matrix as diag(s) + U U^T and a small rest, for fast products.
 
-    Rounding a factor as it is to bfloat16 makes it indefinite, since its condition number is far above 256. What is rounded here is
-    what the dominant eigenvectors and the diagonal leave.
+    The rest is in a narrower dtype.
+
+    Rounding a factor as it is to bfloat16 makes it indefinite, since its condition number is far
+    above 256. What is rounded here is what the dominant eigenvectors and the diagonal leave.
     """
 
     def __init__(self, matrix: Tensor, rank: int, narrow: torch.dtype) -> None:
@@ -76,11 +82,14 @@ class SplitMatrix:
 
 
 class MaskedPreconditioner:
-    """Approximate inverse of the problem on kept entries: for every row, of G_rr (A restricted to the row's kept columns).
+    """Approximate inverse of the problem on kept entries, row by row.
 
-    With A near ``diag(s) + U U^T`` the restriction is inverted by Woodbury's formula with a small system a row. The inverse of the
-    unconstrained problem, G^-1 X A^-1, is the nearer one where little is removed, but not at half: there this one needs a third of
-    the iterations for the same cost.
+    Of each row it is that of G_rr (A restricted to the row's kept columns).
+
+    With A near ``diag(s) + U U^T`` the restriction is inverted by Woodbury's formula with a small
+    system a row. The inverse of the unconstrained problem, G^-1 X A^-1, is the nearer one where
+    little is removed, but not at half: there this one needs a third of the iterations for the same
+    cost.
     """
 
     def __init__(self, A: SplitMatrix, G_diagonal: Tensor, mask: Tensor) -> None:
@@ -91,9 +100,11 @@ class MaskedPreconditioner:
             G_diagonal: [R] of damped G.
             mask: [R, C] 1 on kept entries, 0 elsewhere.
         """
-        self._U, by_s = A.U, 1 / A.s
+        self._U = A.U
+        by_s = 1 / A.s
         C, k = self._U.shape
-        self._U_by_s, self._scale = self._U * by_s[:, None], mask * by_s / G_diagonal[:, None]
+        self._U_by_s = self._U * by_s[:, None]
+        self._scale = mask * by_s / G_diagonal[:, None]
         pairs = (self._U_by_s[:, :, None] * self._U[:, None, :]).reshape(C, k * k)
         systems = (mask @ pairs).view(len(mask), k, k)
         systems.diagonal(dim1=1, dim2=2).add_(1)
@@ -120,13 +131,15 @@ def update_elements(
 ) -> Removal:
     """Remove elements and update the kept ones of a linear, all correlations together.
 
-    Products with A and G may be taken in a narrower dtype, which is several times faster (see `SplitMatrix`); the direction update
-    (Polak-Ribiere) tolerates their rounding. Weights, preconditioner and residual have the dtype of W. The reported residual is computed
-    anew in that dtype.
+    Products with A and G may be taken in a narrower dtype, which is several times faster (see
+    `SplitMatrix`); the direction update (Polak-Ribiere) tolerates their rounding. Weights,
+    preconditioner and residual have the dtype of W. The reported residual is computed anew in that
+    dtype.
 
     Args:
         W: [R, C]; entries that earlier shots removed are zero.
-        terms: (G [R, R], A [C, C]) of every Kronecker product, the first damped, their sum positive definite.
+        terms: (G [R, R], A [C, C]) of every Kronecker product, the first damped, their sum positive
+            definite.
         kept: [R, C] bool, False for everything that is pruned or to be pruned.
         num_iterations: at most so many.
         tolerance: stop at this relative residual.
@@ -142,11 +155,16 @@ def update_elements(
     if start == 0.0:
         return Removal(W * mask, _quadratic(change, apply_terms(change, terms)), 0.0)
     narrow = product_dtype or W.dtype
-    split = [(SplitMatrix(G, _rank(G, _RANK_G), narrow), SplitMatrix(A, _rank(A, _RANK_A), narrow)) for G, A in terms]
+    split = [
+        (SplitMatrix(G, _rank(G, _RANK_G), narrow), SplitMatrix(A, _rank(A, _RANK_A), narrow))
+        for G, A in terms
+    ]
     precondition = MaskedPreconditioner(split[0][1], terms[0][0].diagonal(), mask)
     z = precondition(residual)
-    direction, rz = z.clone(), _dot(residual, z)
-    left, iteration = 1.0, 0
+    direction = z.clone()
+    rz = _dot(residual, z)
+    left = 1.0
+    iteration = 0
     while iteration < num_iterations and left > tolerance:
         product = _product(split, direction).mul_(mask)
         curved = _dot(direction, product)
@@ -157,7 +175,9 @@ def update_elements(
         residual.addcmul_(product, step, value=-1)
         iteration += 1
         if narrow != W.dtype and iteration % _REFRESH == 0 and iteration < num_iterations:
-            residual = _residual(change, terms, mask)  # narrow products let the recurrence drift from it
+            residual = _residual(
+                change, terms, mask
+            )  # narrow products let the recurrence drift from it
         z = precondition(residual)
         direction.mul_(-step * _dot(product, z) / rz).add_(z)
         rz = _dot(residual, z)

@@ -1,7 +1,7 @@
 """Costs: the loss increase that the quadratic model predicts for the removal of a structure.
 
-Source: docs/method.md, section 3; The LLM Surgeon, section 3.2 and appendix A. F = kron(G, A) throughout, so with factors that
-are means over tokens a cost is in nats per token.
+Source: docs/method.md, section 3; The LLM Surgeon, section 3.2 and appendix A. F = kron(G, A)
+throughout, so with factors that are means over tokens a cost is in nats per token.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ def diagonal_column_costs(W: Tensor, G: Tensor, A_diagonal: Tensor) -> Tensor:
 
 
 def column_removal_cost(change: Tensor, A: Tensor, G: Tensor, removed: Tensor) -> float:
-    """Predicted loss increase of the removal of columns with the optimal update of the others, as which D A is zero elsewhere.
+    """Predicted loss increase of the removal of columns with the optimal update.
+
+    With it, D A is zero in the other columns.
 
     Args:
         change: [R, C] new weights minus old weights, D.
@@ -58,11 +60,15 @@ def column_removal_cost(change: Tensor, A: Tensor, G: Tensor, removed: Tensor) -
         G: [R, R].
         removed: [C] bool.
     """
-    return 0.5 * float((product(G, change[:, removed]) * product(change, A[:, removed])).sum(dtype=change.dtype))
+    return 0.5 * float(
+        (product(G, change[:, removed]) * product(change, A[:, removed])).sum(dtype=change.dtype)
+    )
 
 
 def quadratic_cost(change: Tensor, A: Tensor, G: Tensor) -> float:
-    """Predicted loss increase of any change of the weights: 1/2 vec(D)^T kron(G, A) vec(D) = 1/2 tr(D^T G D A).
+    """Predicted loss increase of any change D of the weights: 1/2 tr(D^T G D A).
+
+    That is 1/2 vec(D)^T kron(G, A) vec(D).
 
     Args:
         change: [R, C] new weights minus old weights.

@@ -1,7 +1,8 @@
 """How much damping the factors of a linear need, asked of tokens that they were not gathered from.
 
-Factors of few tokens are noisy. An update that trusts them fits the noise, and one that is damped too much does without what they know.
-Which is worse shows on factors of other tokens: what a removal with its update costs there.
+Factors of few tokens are noisy. An update that trusts them fits the noise, and one that is damped
+too much does without what they know. Which is worse shows on factors of other tokens: what a
+removal with its update costs there.
 
 Source: docs/method.md, section 2.
 """
@@ -24,9 +25,17 @@ G_CHOICES = (0.01, 0.03, 0.1, 0.3)
 
 
 def cost_held_aside(
-    linear: Linear, mask: StructuredMask, held: PackedFactors, damping: Damping, share: float, *, prunes_rows: bool
+    linear: Linear,
+    mask: StructuredMask,
+    held: PackedFactors,
+    damping: Damping,
+    share: float,
+    *,
+    prunes_rows: bool,
 ) -> float:
-    """Remove the cheapest columns of a linear with their update, and return what that costs by factors of other tokens.
+    """Remove the cheapest columns of a linear, and return the cost on other tokens.
+
+    The update is by the linear's own factors, the cost by factors of other tokens.
 
     Args:
         linear: with its factors.
@@ -42,11 +51,13 @@ def cost_held_aside(
     Raises:
         FloatingPointError: a factor is not usable.
     """
-    W, live = linear.W, linear.live
+    W = linear.W
+    live = linear.live
     rows = live.rows & mask.rows.to(W.device) & (W != 0).any(dim=1)
     columns = live.columns & mask.columns.to(W.device) & (W != 0).any(dim=0)
     part = Part(rows, columns)
-    alive, curvature = part.of(W), linear.curvature(part, damping)
+    alive = part.of(W)
+    curvature = linear.curvature(part, damping)
     column_costs = curvature.column_costs(alive, "obs")
     if linear.has_bias and bool(columns[-1]):
         column_costs[-1] = torch.inf
@@ -56,7 +67,8 @@ def cost_held_aside(
         gone_rows = _cheapest(curvature.row_costs(alive, "obs"), share)
     after, _ = curvature.prune(alive, gone_rows, gone_columns, "full")
     of_held = held.restricted(part.rows, part.columns)
-    A, G = of_held.A / of_held.num_tokens, of_held.G / of_held.num_tokens
+    A = of_held.A / of_held.num_tokens
+    G = of_held.G / of_held.num_tokens
     return quadratic_cost(after - alive, A.to(W.dtype), G.to(W.dtype))
 
 
@@ -68,7 +80,9 @@ def _cheapest(costs: torch.Tensor, share: float) -> torch.Tensor:
 
 
 def choose_damping(
-    cost_of: Callable[[float, float], Sequence[float]], a_choices: Sequence[float], g_choices: Sequence[float]
+    cost_of: Callable[[float, float], Sequence[float]],
+    a_choices: Sequence[float],
+    g_choices: Sequence[float],
 ) -> tuple[float, float, list[tuple[float, float, float]]]:
     """Choose the damping of A, then that of G with it.
 
@@ -78,13 +92,16 @@ def choose_damping(
         g_choices: for G; the one after the middle goes with all for A.
 
     Returns:
-        The damping of A, that of G, and for everything that was tried both with the mean of the costs, relative to the smallest of each
-        linear. Costs that are no number count as infinite.
+        The damping of A, that of G, and for everything that was tried both with the mean of the
+        costs, relative to the smallest of each linear. Costs that are no number count as infinite.
     """
-    middle, costs = g_choices[len(g_choices) // 2], dict[tuple[float, float], list[float]]()
+    middle = g_choices[len(g_choices) // 2]
+    costs = dict[tuple[float, float], list[float]]()
 
     def relative() -> dict[tuple[float, float], float]:
-        of_pairs = torch.tensor(list(costs.values()), dtype=torch.float64).nan_to_num(nan=torch.inf, posinf=torch.inf)
+        of_pairs = torch.tensor(list(costs.values()), dtype=torch.float64).nan_to_num(
+            nan=torch.inf, posinf=torch.inf
+        )
         if not of_pairs.numel():
             return dict.fromkeys(costs, 1.0)
         ratios = of_pairs / of_pairs.min(dim=0).values.clamp(min=1e-300)

@@ -14,8 +14,8 @@ from torch import Tensor
 def element_costs(W: Tensor, row_scale: Tensor, column_scale: Tensor) -> Tensor:
     """Cost of each element: 1/2 W_rc^2 times the product of the scales at (r, c).
 
-    After the optimal update of all others (OBS) the product is 1 / [F^-1]_(r,c),(r,c) = 1 / ([G^-1]_rr [A^-1]_cc). Without any update
-    (OBD) it is the diagonal of F, G_rr A_cc.
+    After the optimal update of all others (OBS) the product is 1 / [F^-1]_(r,c),(r,c) = 1 /
+    ([G^-1]_rr [A^-1]_cc). Without any update (OBD) it is the diagonal of F, G_rr A_cc.
 
     Args:
         W: [R, C].
@@ -33,11 +33,14 @@ def group_patterns(n: int, m: int) -> Tensor:
     return torch.tensor(list(combinations(range(m), m - n)))
 
 
-def group_costs(W: Tensor, inverse_blocks: Tensor, row_factor: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
+def group_costs(
+    W: Tensor, inverse_blocks: Tensor, row_factor: Tensor, n: int, m: int
+) -> tuple[Tensor, Tensor]:
     """Exact joint cost of the best pattern of every N:M group: 1/2 w_P ([F^-1]_PP)^-1 w_P^T.
 
     Args:
-        W: [R, C], C a multiple of `m`; groups are `m` consecutive inputs of one row, starting at column 0.
+        W: [R, C], C a multiple of `m`; groups are `m` consecutive inputs of one row, starting at
+            column 0.
         inverse_blocks: [R or 1, C / m, m, m] and
         row_factor: [R]: their product is the block of F^-1 of each group.
         n: elements that stay in each group.
@@ -51,16 +54,21 @@ def group_costs(W: Tensor, inverse_blocks: Tensor, row_factor: Tensor, n: int, m
     best = torch.full((R, C // m), torch.inf, dtype=W.dtype, device=W.device)
     choice = torch.zeros(R, C // m, dtype=torch.int64, device=W.device)
     for number, pattern in enumerate(group_patterns(n, m).to(W.device)):
-        inner = torch.linalg.inv(inverse_blocks[:, :, pattern][:, :, :, pattern]).expand(R, -1, -1, -1)
+        inner = torch.linalg.inv(inverse_blocks[:, :, pattern][:, :, :, pattern]).expand(
+            R, -1, -1, -1
+        )
         w = groups[:, :, pattern]
         cost = 0.5 * torch.einsum("rgi,rgij,rgj->rg", w, inner, w) / row_factor[:, None]
         better = cost < best
-        best, choice = torch.where(better, cost, best), torch.where(better, number, choice)
+        best = torch.where(better, cost, best)
+        choice = torch.where(better, number, choice)
     return best, choice
 
 
 def summed_group_costs(costs: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
-    """Cost of every N:M group as the sum of its ``m - n`` smallest single costs, the paper's choice.
+    """Cost of every N:M group: the sum of its ``m - n`` smallest single costs.
+
+    This is the paper's choice.
 
     Args:
         costs: [R, C] single costs.
@@ -71,15 +79,21 @@ def summed_group_costs(costs: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
         [R, C / m] costs and [R, C / m] the index into `group_patterns` of the pattern.
     """
     R, C = costs.shape
-    groups, patterns = costs.view(R, C // m, m), group_patterns(n, m).to(costs.device)
-    number_of = torch.zeros(1 << m, dtype=torch.int64, device=costs.device)  # by the places, each a bit
+    groups = costs.view(R, C // m, m)
+    patterns = group_patterns(n, m).to(costs.device)
+    number_of = torch.zeros(
+        1 << m, dtype=torch.int64, device=costs.device
+    )  # by the places, each a bit
     number_of[(1 << patterns).sum(dim=-1)] = torch.arange(len(patterns), device=costs.device)
     places = groups.sort(dim=-1, stable=True).indices[:, :, : m - n].sort(dim=-1).values
     return groups.gather(-1, places).sum(dim=-1), number_of[(1 << places).sum(dim=-1)]
 
 
 def pattern_removals(chosen: Tensor, choice: Tensor, n: int, m: int) -> Tensor:
-    """Return which elements to prune [R, C] bool: those of the pattern `choice` [R, C / m] in every group `chosen` [R, C / m] bool."""
+    """Return which elements to prune [R, C] bool.
+
+    They are those of the pattern `choice` [R, C / m] in every group `chosen` [R, C / m] bool.
+    """
     patterns = group_patterns(n, m).to(choice.device)
     places = torch.zeros(len(patterns), m, dtype=torch.bool, device=choice.device)
     places.scatter_(1, patterns, True)

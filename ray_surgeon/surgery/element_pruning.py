@@ -1,4 +1,4 @@
-"""Single elements or N:M groups of one linear: what each costs, and what the rest becomes when some are pruned.
+"""Single elements or N:M groups of one linear: costs, and the update.
 
 Source: docs/method.md, sections 3 to 6.
 """
@@ -12,7 +12,12 @@ from torch import Tensor
 
 from ray_surgeon.surgery.conjugate import update_elements
 from ray_surgeon.surgery.curvature import Clipping, LinearCurvature, RaisedDamping
-from ray_surgeon.surgery.element_costs import element_costs, group_costs, pattern_removals, summed_group_costs
+from ray_surgeon.surgery.element_costs import (
+    element_costs,
+    group_costs,
+    pattern_removals,
+    summed_group_costs,
+)
 from ray_surgeon.surgery.extended.chunks import update_in_chunks
 from ray_surgeon.surgery.kronecker import Damping
 from ray_surgeon.surgery.linear import Linear, Part, Removal
@@ -22,11 +27,13 @@ from ray_surgeon.surgery.threshold import check_costs
 
 @dataclass(frozen=True)
 class ElementUnits:
-    """What is pruned as one: single elements, or all but `n` of each group of `m` consecutive inputs of a row."""
+    """What is pruned as one: single elements, or all but `n` of `m` inputs of a row."""
 
     n: int = 0  # elements of a group that stay; 0 for single elements
     m: int = 1  # elements of a group; 1 for single elements
-    joint: bool = True  # whether the cost of a group is the exact joint cost of its best pattern, or the sum of single costs
+    # whether the cost of a group is the exact joint cost of its best pattern, or the sum of single
+    # costs
+    joint: bool = True
 
     @property
     def num_removed(self) -> int:
@@ -39,8 +46,9 @@ class ElementUpdate:
     """How kept elements make up for pruned ones.
 
     Attributes:
-        solver: ``conjugate_gradients`` (all correlations at once), ``chunks`` (the paper's), ``single`` (the correction of every pruned
-            element as if it were pruned alone) or ``none``.
+        solver: ``conjugate_gradients`` (all correlations at once), ``chunks`` (the paper's),
+            ``single`` (the correction of every pruned element as if it were pruned alone) or
+            ``none``.
         num_iterations: of conjugate gradients, at most.
         tolerance: relative residual at which they stop.
         precision: dtype of their products, e.g. ``bfloat16``.
@@ -56,10 +64,14 @@ class ElementUpdate:
 
 @dataclass(frozen=True)
 class ElementCandidates:
-    """What the costs of a linear's units follow from. With one Kronecker term, nothing as large as the weights is kept."""
+    """What the costs of a linear's units follow from.
+
+    With one Kronecker term, nothing as large as the weights is kept.
+    """
 
     row_scale: Tensor  # [R, 1] or [R, C] and
-    column_scale: Tensor  # [1, C] or [1, 1]: see `element_costs`; zero where an input or a gradient is always zero
+    # [1, C] or [1, 1]: see `element_costs`; zero where an input or a gradient is always zero
+    column_scale: Tensor
     group_costs: Tensor  # [R, C / m] float32 costs of groups; empty for single elements
     choice: Tensor  # [R, C / m] best pattern of every group; empty for single elements
     live: Part  # rows and columns on which the curvature is not degenerate
@@ -82,7 +94,8 @@ def find_elements(linear: Linear, units: ElementUnits, costs: str) -> ElementCan
     live = linear.live
     curvature = linear.curvature(live)
     row_scale, column_scale = _scales(linear, live, *curvature.element_scales(costs))
-    by_group, choice = linear.W.new_zeros(0), linear.W.new_zeros(0, dtype=torch.int64)
+    by_group = linear.W.new_zeros(0)
+    choice = linear.W.new_zeros(0, dtype=torch.int64)
     if units.m > 1 and units.joint and costs == "obs":
         by_group, choice = _joint_group_costs(linear, live, curvature, units)
     elif units.m > 1:
@@ -92,36 +105,52 @@ def find_elements(linear: Linear, units: ElementUnits, costs: str) -> ElementCan
     return ElementCandidates(row_scale, column_scale, by_group, choice, live, *about)
 
 
-def _scales(linear: Linear, live: Part, row_scale: Tensor, column_scale: Tensor) -> tuple[Tensor, Tensor]:
+def _scales(
+    linear: Linear, live: Part, row_scale: Tensor, column_scale: Tensor
+) -> tuple[Tensor, Tensor]:
     """Put scales of the live part into those of the whole linear, with zeros for the rest."""
     if row_scale.shape[1] != 1:
         return live.put(row_scale * column_scale, linear.zeros()), column_scale.new_ones(1, 1)
-    rows, columns = linear.W.new_zeros(len(live.rows), 1), linear.W.new_zeros(1, len(live.columns))
-    rows[live.rows], columns[:, live.columns] = row_scale, column_scale
+    rows = linear.W.new_zeros(len(live.rows), 1)
+    columns = linear.W.new_zeros(1, len(live.columns))
+    rows[live.rows] = row_scale
+    columns[:, live.columns] = column_scale
     return rows, columns
 
 
-def _joint_group_costs(linear: Linear, live: Part, curvature: LinearCurvature, units: ElementUnits) -> tuple[Tensor, Tensor]:
-    n, m, alive = units.n, units.m, live.columns[: linear.num_inputs]
+def _joint_group_costs(
+    linear: Linear, live: Part, curvature: LinearCurvature, units: ElementUnits
+) -> tuple[Tensor, Tensor]:
+    n = units.n
+    m = units.m
+    alive = live.columns[: linear.num_inputs]
     places = torch.where(alive, live.columns.cumsum(0)[: linear.num_inputs] - 1, -1)
     W = linear.W[live.rows][:, : linear.num_inputs] * alive
     by_group = linear.W.new_zeros(len(linear.W), linear.num_inputs // m)
     choice = torch.zeros_like(by_group, dtype=torch.int64)
     if not alive.any():
         return by_group, choice
-    by_group[live.rows], choice[live.rows] = group_costs(W, *curvature.inverse_blocks(places.view(-1, m)), n, m)
+    by_group[live.rows], choice[live.rows] = group_costs(
+        W, *curvature.inverse_blocks(places.view(-1, m)), n, m
+    )
     return by_group, choice
 
 
-def unit_costs(linear: Linear, mask: ElementMask, units: ElementUnits, found: ElementCandidates) -> Tensor:
-    """Return the costs [R, units a row] float32 of all units, infinite for those that may not be pruned.
+def unit_costs(
+    linear: Linear, mask: ElementMask, units: ElementUnits, found: ElementCandidates
+) -> Tensor:
+    """Return the costs [R, units a row] float32 of all units.
+
+    Those that may not be pruned have infinity.
 
     Raises:
         FloatingPointError: a cost is not usable.
     """
     kept = mask.kept.to(linear.W.device)[:, : linear.num_inputs]
     if units.m == 1:
-        costs = element_costs(linear.W, found.row_scale, found.column_scale)[:, : linear.num_inputs].float()
+        costs = element_costs(linear.W, found.row_scale, found.column_scale)[
+            :, : linear.num_inputs
+        ].float()
         excluded = ~kept
     else:
         costs = found.group_costs.float().clone()
@@ -131,7 +160,12 @@ def unit_costs(linear: Linear, mask: ElementMask, units: ElementUnits, found: El
 
 
 def prune_elements(
-    linear: Linear, mask: ElementMask, units: ElementUnits, found: ElementCandidates, threshold: float, update: ElementUpdate
+    linear: Linear,
+    mask: ElementMask,
+    units: ElementUnits,
+    found: ElementCandidates,
+    threshold: float,
+    update: ElementUpdate,
 ) -> tuple[Removal, ElementMask]:
     """Prune every unit whose cost is at most the threshold and update what stays.
 
@@ -145,9 +179,12 @@ def prune_elements(
     """
     chosen = unit_costs(linear, mask, units, found) <= threshold
     to_prune = linear.zeros(torch.bool)
-    to_prune[:, : linear.num_inputs] = chosen if units.m == 1 else pattern_removals(chosen, found.choice, units.n, units.m)
+    to_prune[:, : linear.num_inputs] = (
+        chosen if units.m == 1 else pattern_removals(chosen, found.choice, units.n, units.m)
+    )
     kept = mask.kept.to(to_prune.device) & ~to_prune
-    curvature, live = linear.curvature(found.live, found.damping), found.live
+    curvature = linear.curvature(found.live, found.damping)
+    live = found.live
     if live.rows.all() and live.columns.all():
         removal = _updated(linear.W, curvature, kept, update)
     else:
@@ -170,13 +207,16 @@ def _updated(W: Tensor, curvature: LinearCurvature, kept: Tensor, update: Elemen
     return Removal(after, curvature.quadratic_cost(after - W), 0.0)
 
 
-def _updated_directly(W: Tensor, curvature: LinearCurvature, kept: Tensor, update: ElementUpdate) -> Tensor:
+def _updated_directly(
+    W: Tensor, curvature: LinearCurvature, kept: Tensor, update: ElementUpdate
+) -> Tensor:
     if update.solver == "none":
         return W * kept
     if update.solver == "single" and curvature.is_extended:
         inverse = curvature.inverse
         return (W - inverse.solve(W * ~kept / inverse.diagonal())) * kept
-    A_inverse, G_inverse = curvature.A.inverse(), curvature.G.inverse()
+    A_inverse = curvature.A.inverse()
+    G_inverse = curvature.G.inverse()
     if update.solver == "single":
         alone = W * ~kept / torch.outer(G_inverse.diagonal(), A_inverse.diagonal())
         return (W - G_inverse @ alone @ A_inverse) * kept

@@ -1,6 +1,7 @@
 """Experts: factors of experts that saw few tokens, and what the removal of a whole expert costs.
 
-Source: docs/method.md, section 10. Losses and costs are means over all tokens, of which an expert sees a share.
+Source: docs/method.md, section 10. Losses and costs are means over all tokens, of which an expert
+sees a share.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ from torch import Tensor
 from ray_surgeon.surgery.kronecker import PackedFactors, PackedSymmetric
 
 PRIOR_TOKENS = 256.0
-"""How many tokens of its own an expert must have seen to count as much as the mean of its layer; measured, see docs/results.md."""
+"""Tokens with which an expert's own mean counts as much as its layer's.
+
+Measured; see docs/results.md.
+"""
 
 
 @dataclass(frozen=True)
@@ -26,18 +30,23 @@ class LayerMean:
     num_tokens: float  # that passed the layer, each through several experts
 
 
-def mean_factor(totals: Iterable[tuple[PackedSymmetric, int]], *, has_basis: bool, has_bias: bool = False) -> PackedSymmetric:
+def mean_factor(
+    totals: Iterable[tuple[PackedSymmetric, int]], *, has_basis: bool, has_bias: bool = False
+) -> PackedSymmetric:
     """Return the mean of a factor over all tokens of all experts of a layer.
 
     Args:
         totals: sum of every expert, and its number of tokens.
-        has_basis: whether the same entry means the same in all experts, as in the hidden states. The channels of one expert have nothing to
-            do with those of another, and what does not depend on their order is a multiple of the identity only (and of ones, left out).
-            Channels that are always zero, as pruned ones are, say nothing of the others and do not count.
+        has_basis: whether the same entry means the same in all experts, as in the hidden states.
+            The channels of one expert have nothing to do with those of another, and what does not
+            depend on their order is a multiple of the identity only (and of ones, left out).
+            Channels that are always zero, as pruned ones are, say nothing of the others and do not
+            count.
         has_bias: whether the last entry is the bias's, which means the same in all experts.
     """
     mean: PackedSymmetric | None = None
-    num_tokens, num_nonzero = 0, 0  # the second over all channels of all experts
+    num_tokens = 0
+    num_nonzero = 0  # the second over all channels of all experts
     for total, own_tokens in totals:
         if mean is None:
             mean = PackedSymmetric.zeros(total.n, total.flat.device, total.flat.dtype)
@@ -49,9 +58,12 @@ def mean_factor(totals: Iterable[tuple[PackedSymmetric, int]], *, has_basis: boo
     mean.flat.div_(max(1, num_tokens))
     if has_basis:
         return mean
-    diagonal, num_channels = mean.diagonal(), mean.n - has_bias
+    diagonal = mean.diagonal()
+    num_channels = mean.n - has_bias
     of_bias = float(diagonal[-1])
-    level = float(diagonal[:num_channels].mean()) * (num_tokens * num_channels / max(1, num_nonzero))
+    level = float(diagonal[:num_channels].mean()) * (
+        num_tokens * num_channels / max(1, num_nonzero)
+    )
     mean.flat.zero_()
     mean.fill_diagonal(level)
     if has_bias:
@@ -60,16 +72,25 @@ def mean_factor(totals: Iterable[tuple[PackedSymmetric, int]], *, has_basis: boo
 
 
 def share_of_tokens(num_tokens: int, mean: LayerMean) -> float:
-    """Return the share of a layer's tokens that an expert sees, by Laplace's rule of succession: one not called may be called yet."""
+    """Return the share of a layer's tokens that an expert sees, by Laplace's rule.
+
+    An expert that was not called may be called yet.
+    """
     return (num_tokens + 1) / (mean.num_tokens + 2)
 
 
-def shrunk_factors(own: PackedFactors, mean: LayerMean, prior_tokens: float = PRIOR_TOKENS) -> PackedFactors:
-    """Return the factors of one expert, shrunk towards the mean of its layer the more, the fewer tokens it saw.
+def shrunk_factors(
+    own: PackedFactors, mean: LayerMean, prior_tokens: float = PRIOR_TOKENS
+) -> PackedFactors:
+    """Return the factors of one expert, shrunk towards the mean of its layer.
 
-    The estimate is (sum + k mean) / (n + k): the posterior mean of a second moment under a conjugate (inverse Wishart) prior that is worth
-    k tokens, the linear shrinkage of Ledoit and Wolf (2004) with a weight by the number of tokens. The share of all tokens that the expert
-    sees, by which G is multiplied, is (n + 1) / (N + 2), Laplace's rule of succession: an expert that was not called may be called yet.
+    The fewer tokens it saw, the more they are shrunk.
+
+    The estimate is (sum + k mean) / (n + k): the posterior mean of a second moment under a
+    conjugate (inverse Wishart) prior that is worth k tokens, the linear shrinkage of Ledoit and
+    Wolf (2004) with a weight by the number of tokens. The share of all tokens that the expert sees,
+    by which G is multiplied, is (n + 1) / (N + 2), Laplace's rule of succession: an expert that was
+    not called may be called yet.
 
     Args:
         own: sums over the expert's tokens.
@@ -82,12 +103,17 @@ def shrunk_factors(own: PackedFactors, mean: LayerMean, prior_tokens: float = PR
     n = own.num_tokens
     share = share_of_tokens(n, mean)
     A = own.A.flat.add(mean.A.flat.to(own.A.flat.device), alpha=prior_tokens).div_(n + prior_tokens)
-    G = own.G.flat.add(mean.G.flat.to(own.G.flat.device), alpha=prior_tokens).mul_(share / (n + prior_tokens))
+    G = own.G.flat.add(mean.G.flat.to(own.G.flat.device), alpha=prior_tokens).mul_(
+        share / (n + prior_tokens)
+    )
     return PackedFactors(PackedSymmetric(own.A.n, A), PackedSymmetric(own.G.n, G), 1, own.terms)
 
 
 def own_divisor(num_tokens: int, mean: LayerMean) -> float:
-    """Return by what the sum of g g^T (x) a a^T over an expert's own tokens is divided in the Fisher which `shrunk_factors` estimates."""
+    """Return the divisor of an expert's own sum of g g^T (x) a a^T.
+
+    It makes of the sum the Fisher that `shrunk_factors` estimates.
+    """
     return (num_tokens + PRIOR_TOKENS) / share_of_tokens(num_tokens, mean)
 
 
@@ -96,7 +122,10 @@ SUMS = ("tokens", "weighted_norms", "gains", "squares")
 
 
 class ExpertSums:
-    """Sums over the tokens that are routed to each expert of a layer; they merge over micro-batches and replicas."""
+    """Sums over the tokens that are routed to each expert of a layer.
+
+    They merge over micro-batches and replicas.
+    """
 
     def __init__(self, num_experts: int, device: torch.device | None = None) -> None:
         """Start with nothing."""
@@ -117,7 +146,8 @@ def add_changes(sums: ExpertSums, experts: Tensor, changes: Tensor, gradients: T
     Args:
         sums: to add to.
         experts: [n] which expert is removed.
-        changes: [n, d] what its removal changes in the output of the layer for a token that is routed to it.
+        changes: [n, d] what its removal changes in the output of the layer for a token that is
+            routed to it.
         gradients: [n, d] of the loss, summed over tokens, by that output.
     """
     gains = (changes.float() * gradients.float()).sum(dim=1)
@@ -140,10 +170,13 @@ def add_rises(sums: ExpertSums, rises: Tensor, outputs: Tensor, gradients: Tenso
 
 
 def rerouting_costs(sums: ExpertSums, num_chosen: int, *, first_order: bool = True) -> Tensor:
-    """Return the predicted loss increase in nats per token if one expert is removed and its tokens go to the next, [num_experts] float64.
+    """Return the predicted loss increase of each expert's removal, [num_experts] float64.
 
-    E[g^T dy] + 1/2 E[(g^T dy)^2], the Fisher being that of the tokens themselves. The first order is not 0 where the model is not at a
-    minimum for the text: after earlier shots, for example. A removal that lowers the loss has a negative cost.
+    It is in nats per token; the expert's tokens go to the next ones.
+
+    E[g^T dy] + 1/2 E[(g^T dy)^2], the Fisher being that of the tokens themselves. The first order
+    is not 0 where the model is not at a minimum for the text: after earlier shots, for example. A
+    removal that lowers the loss has a negative cost.
 
     Args:
         sums: over the tokens of a layer.
@@ -155,7 +188,10 @@ def rerouting_costs(sums: ExpertSums, num_chosen: int, *, first_order: bool = Tr
 
 
 def reap_costs(sums: ExpertSums) -> Tensor:
-    """Return REAP's saliency: the mean over an expert's tokens of its weight times the norm of its output (Lasby et al. 2025)."""
+    """Return REAP's saliency: the mean of weight times norm of output (Lasby et al. 2025).
+
+    The mean is over an expert's tokens.
+    """
     return sums.of("weighted_norms") / sums.of("tokens").clamp(min=1)
 
 

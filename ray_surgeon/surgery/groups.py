@@ -1,6 +1,7 @@
 """Coupled groups: marginal costs on the consumer of a group's inputs, and its exact update.
 
-Source: docs/method.md, section 8. The rows of the producers feed only the pruned columns, so their removal costs nothing.
+Source: docs/method.md, section 8. The rows of the producers feed only the pruned columns, so their
+removal costs nothing.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ def group_costs(
         curvature: of that part.
         columns: [num_groups, width] columns of each group.
         least: groups that stay.
-        limit: no group is pruned whose marginal cost is above it; None for the cost of each group on its own.
+        limit: no group is pruned whose marginal cost is above it; None for the cost of each group
+            on its own.
         needed: groups that are pruned even if they cost more,
         most: up to this.
 
@@ -55,16 +57,25 @@ def group_costs(
         FloatingPointError: a factor or a cost is not usable.
     """
     columns = columns.to(linear.W.device)
-    left, place = alive.columns[columns].all(dim=1), alive.columns.cumsum(0) - 1
+    left = alive.columns[columns].all(dim=1)
+    place = alive.columns.cumsum(0) - 1
     costs = torch.full((len(columns),), torch.inf, dtype=linear.W.dtype)
-    always_zero = (left & (linear.factors.A.diagonal().to(left.device)[columns] == 0).all(dim=1)).nonzero()[:, 0]
+    always_zero = (
+        left & (linear.factors.A.diagonal().to(left.device)[columns] == 0).all(dim=1)
+    ).nonzero()[:, 0]
     always_zero = always_zero[: max(0, int(left.sum()) - least)]
     costs[always_zero.cpu()] = 0.0
     left[always_zero] = False
     numbers = left.nonzero()[:, 0]
     if not len(numbers):
         return costs
-    path = GreedyPath(alive.of(linear.W), curvature.A, curvature.G, prunes_rows=False, sets=place[columns[numbers]])
+    path = GreedyPath(
+        alive.of(linear.W),
+        curvature.A,
+        curvature.G,
+        prunes_rows=False,
+        sets=place[columns[numbers]],
+    )
     name = f"{linear.name} groups"
     if limit is None:
         single, order = path.column_set_costs().cpu().sort(stable=True)
@@ -72,15 +83,21 @@ def group_costs(
         num_pruned = max(0, len(numbers) - least)
         costs[numbers.cpu()[order[:num_pruned]]] = single[:num_pruned]
     else:
-        costs[numbers.cpu()] = greedy_set_costs(path, least, name=name, limit=limit, needed=needed, most=most)
+        costs[numbers.cpu()] = greedy_set_costs(
+            path, least, name=name, limit=limit, needed=needed, most=most
+        )
     return costs
 
 
 def prune_groups(
     linear: Linear, mask: StructuredMask, alive: Part, curvature: LinearCurvature, to_prune: Tensor
 ) -> tuple[Removal, StructuredMask]:
-    """Remove columns [C] bool of a consumer and update the others exactly; arguments as those of `group_costs`."""
-    before, (G, A) = alive.of(linear.W), curvature.first
+    """Remove columns [C] bool of a consumer and update the others exactly.
+
+    Arguments are those of `group_costs`.
+    """
+    before = alive.of(linear.W)
+    (G, A) = curvature.first
     removed = to_prune.to(before.device)[alive.columns]
     after = prune_columns(before, A, removed, name=f"{linear.name} A")
     new_mask = mask.without(torch.zeros_like(mask.rows), to_prune.cpu())

@@ -1,7 +1,9 @@
-"""Baselines that prune linear after linear to the same sparsity, from the inputs of the model pruned so far: SparseGPT and Wanda.
+"""SparseGPT and Wanda: linear after linear to the same sparsity.
 
-Source: Frantar & Alistarh 2023 (arXiv 2301.00774), algorithm 1; Sun et al. 2023 (arXiv 2306.11695). Written from their definitions.
-The curvature is A alone; the bias is left as it is.
+Inputs are those of the model pruned so far.
+
+Source: Frantar & Alistarh 2023 (arXiv 2301.00774), algorithm 1; Sun et al. 2023 (arXiv 2306.11695).
+Written from their definitions. The curvature is A alone; the bias is left as it is.
 """
 
 from __future__ import annotations
@@ -19,15 +21,22 @@ BLOCK_SIZE = 128
 
 
 def smallest_in_groups(scores: Tensor, n: int, m: int) -> Tensor:
-    """Return the ``m - n`` smallest of every `m` consecutive scores of a row as a bool mask of the shape of `scores` [R, C]."""
+    """Return the ``m - n`` smallest of every `m` consecutive scores of a row.
+
+    A bool mask of the shape of `scores` [R, C].
+    """
     groups = scores.reshape(len(scores), -1, m)
     chosen = torch.zeros_like(groups, dtype=torch.bool)
     chosen.scatter_(2, groups.topk(m - n, dim=2, largest=False).indices, True)
     return chosen.view_as(scores)
 
 
-def wanda(W: Tensor, A_diagonal: Tensor, sparsity: float, n: int, m: int, *, before: Tensor) -> Tensor:
-    """Return what Wanda keeps, [R, C] bool: the largest |W_rc| |X_c| of each row, or of each N:M group.
+def wanda(
+    W: Tensor, A_diagonal: Tensor, sparsity: float, n: int, m: int, *, before: Tensor
+) -> Tensor:
+    """Return what Wanda keeps, [R, C] bool.
+
+    It is the largest |W_rc| |X_c| of each row, or of each N:M group.
 
     Args:
         W: [R, C] without bias.
@@ -35,13 +44,16 @@ def wanda(W: Tensor, A_diagonal: Tensor, sparsity: float, n: int, m: int, *, bef
         sparsity: fraction of each row to prune, if `m` is 1.
         n: elements that stay in each group.
         m: elements of a group; 1 for single elements.
-        before: [R, C] bool, what earlier shots kept; what they pruned goes first, also beside weights whose inputs are always zero.
+        before: [R, C] bool, what earlier shots kept; what they pruned goes first, also beside
+            weights whose inputs are always zero.
     """
     scores = (W.abs() * A_diagonal.sqrt()).masked_fill(~before, -1.0)
     if m > 1:
         return ~smallest_in_groups(scores, n, m)
     kept = torch.ones_like(W, dtype=torch.bool)
-    return kept.scatter_(1, scores.topk(_at_least(sparsity, W.shape[1]), dim=1, largest=False).indices, False)
+    return kept.scatter_(
+        1, scores.topk(_at_least(sparsity, W.shape[1]), dim=1, largest=False).indices, False
+    )
 
 
 def sparsegpt(
@@ -59,17 +71,20 @@ def sparsegpt(
 ) -> tuple[Tensor, Tensor, RaisedDamping | None]:
     """Prune a linear column by column, each removal made up for by the columns to its right.
 
-    With U the upper Cholesky factor of A^-1, the error of column c is (W_c - pruned W_c) / U_cc, and the columns after it get minus
-    the error times U_c:. The mask of a block of columns is chosen by W_rc^2 / U_cc^2 when the block is reached, one threshold a block;
-    N:M groups choose when their first column is reached.
+    With U the upper Cholesky factor of A^-1, the error of column c is (W_c - pruned W_c) / U_cc,
+    and the columns after it get minus the error times U_c:. The mask of a block of columns is
+    chosen by W_rc^2 / U_cc^2 when the block is reached, one threshold a block; N:M groups choose
+    when their first column is reached.
 
     Args:
         W: [R, C] without bias.
-        A: [C, C] mean of the inputs' second moment; inputs that are always zero have their column removed.
+        A: [C, C] mean of the inputs' second moment; inputs that are always zero have their column
+            removed.
         sparsity: fraction to prune, if `m` is 1.
         n: elements that stay in each group.
         m: elements of a group; 1 for single elements.
-        before: [R, C] bool, what earlier shots kept; what they pruned goes first, whatever it became in this one.
+        before: [R, C] bool, what earlier shots kept; what they pruned goes first, whatever it
+            became in this one.
         damping: relative to the mean of the diagonal.
         max_damping: see `factorise`.
         name: the linear, for errors.
@@ -86,10 +101,14 @@ def sparsegpt(
     def prune(start: int, c: int, part: Tensor) -> Tensor:
         scale = U.diagonal()[start : start + part.shape[1]].square()
         if m == 1 and c == 0:
-            scores = (part.square() / scale).masked_fill(~before[:, start : start + part.shape[1]], -1.0)
+            scores = (part.square() / scale).masked_fill(
+                ~before[:, start : start + part.shape[1]], -1.0
+            )
             kept[:, start : start + part.shape[1]] = _largest(scores, sparsity)
         if m > 1 and c % m == 0:
-            kept[:, start + c : start + c + m] = ~smallest_in_groups(part[:, c : c + m].square() / scale[c : c + m], n, m)
+            kept[:, start + c : start + c + m] = ~smallest_in_groups(
+                part[:, c : c + m].square() / scale[c : c + m], n, m
+            )
         return part[:, c] * kept[:, start + c]
 
     replace_columns(W, U, -(-block_size // m) * m, prune)
@@ -97,11 +116,26 @@ def sparsegpt(
 
 
 def prune_linear(
-    W: Tensor, A: Tensor, sparsity: float, n: int, m: int, *, method: str, before: Tensor, damping: float, max_damping: float, name: str
+    W: Tensor,
+    A: Tensor,
+    sparsity: float,
+    n: int,
+    m: int,
+    *,
+    method: str,
+    before: Tensor,
+    damping: float,
+    max_damping: float,
+    name: str,
 ) -> tuple[Tensor, Tensor, RaisedDamping | None]:
-    """Return the new weights, what is kept and the damping that was needed by ``sparsegpt`` or ``wanda``; arguments as theirs."""
+    """Return the new weights, what is kept and the damping that was needed.
+
+    Arguments are those of `sparsegpt` and `wanda`.
+    """
     if method == "sparsegpt":
-        return sparsegpt(W, A, sparsity, n, m, before=before, damping=damping, max_damping=max_damping, name=name)
+        return sparsegpt(
+            W, A, sparsity, n, m, before=before, damping=damping, max_damping=max_damping, name=name
+        )
     kept = wanda(W, A.diagonal(), sparsity, n, m, before=before)
     return W * kept, kept, None
 

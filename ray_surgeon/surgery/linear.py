@@ -13,7 +13,10 @@ from ray_surgeon.surgery.kronecker import Damping, PackedFactors
 
 @dataclass(frozen=True)
 class Part:
-    """Rows and columns of one linear; factors are inverted on them alone, because a pruned row makes G singular."""
+    """Rows and columns of one linear on which factors are inverted.
+
+    A pruned row makes G singular.
+    """
 
     rows: Tensor  # [R] bool
     columns: Tensor  # [C] bool
@@ -48,7 +51,9 @@ class Linear:
     def live(self) -> Part:
         """Rows with a gradient and columns with an input that is not always zero."""
         device = self.W.device
-        return Part(self.factors.G.diagonal().to(device) > 0, self.factors.A.diagonal().to(device) > 0)
+        return Part(
+            self.factors.G.diagonal().to(device) > 0, self.factors.A.diagonal().to(device) > 0
+        )
 
     def curvature(self, part: Part, damping: Damping | None = None) -> LinearCurvature:
         """Return the damped curvature of a part; `damping` replaces that of the linear."""

@@ -13,12 +13,15 @@ class StructuredMask:
     """Kept rows and columns of one linear."""
 
     rows: Tensor  # [R] bool. A pruned row takes its bias with it
-    columns: Tensor  # [C] bool. The bias, where there is one, is the last column, and is never pruned as a column
+    # [C] bool. The bias, where there is one, is the last column, and is never pruned as a column
+    columns: Tensor
 
     @staticmethod
     def full(num_rows: int, num_columns: int) -> StructuredMask:
         """Return the mask that keeps everything."""
-        return StructuredMask(torch.ones(num_rows, dtype=torch.bool), torch.ones(num_columns, dtype=torch.bool))
+        return StructuredMask(
+            torch.ones(num_rows, dtype=torch.bool), torch.ones(num_columns, dtype=torch.bool)
+        )
 
     def without(self, rows: Tensor, columns: Tensor) -> StructuredMask:
         """Return the mask with `rows` [R] and `columns` [C] (True = to prune) removed too."""
@@ -31,7 +34,10 @@ class StructuredMask:
 
     @property
     def num_kept(self) -> int:
-        """Entries that are kept: kept rows times kept columns, so the overlap of removals counts once."""
+        """Entries that are kept: kept rows times kept columns.
+
+        So the overlap of removals counts once.
+        """
         return int(self.rows.sum()) * int(self.columns.sum())
 
     def tensors(self) -> dict[str, Tensor]:

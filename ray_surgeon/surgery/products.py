@@ -8,9 +8,13 @@ from torch import Tensor
 _WORTH_IT = 2**21
 """Multiplications from which on the call costs less than it saves."""
 
-_linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None  # type: ignore[no-untyped-call]
-"""oneDNN's x W^T + b, which torch's compiler uses. torch itself takes MKL for float32, which on AMD's CPUs leaves half of the vector
-units idle: 113 against 255 GFLOP/s a core on an EPYC with AVX-512, both with float32's full precision."""
+_has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+_linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if _has_onednn else None
+"""oneDNN's x W^T + b, which torch's compiler uses.
+
+torch itself takes MKL for float32, which leaves half of the vector units of AMD's CPUs idle: 113
+against 255 GFLOP/s a core on an EPYC with AVX-512, both with float32's full precision.
+"""
 
 
 def _fast(x: Tensor, y: Tensor) -> bool:
@@ -40,7 +44,10 @@ def product(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _dense(matrix: Tensor) -> Tensor:
-    """Return a matrix that lies by rows or by columns without gaps; oneDNN multiplies others a thousand times as slowly."""
+    """Return a matrix that lies by rows or by columns without gaps.
+
+    oneDNN multiplies others a thousand times as slowly.
+    """
     return matrix if matrix.is_contiguous() or matrix.T.is_contiguous() else matrix.contiguous()
 
 
@@ -61,8 +68,8 @@ class _TimesConstant(torch.autograd.Function):
 def times_constant(x: Tensor, y: Tensor) -> Tensor:
     """Return x y [..., n], with a gradient for x alone.
 
-    A single row goes twice: MKL's product of a vector depends, on AMD's CPUs, on where in memory the matrix starts, and a matrix that is
-    mapped from a file starts anywhere.
+    A single row goes twice: MKL's product of a vector depends, on AMD's CPUs, on where in memory
+    the matrix starts, and a matrix that is mapped from a file starts anywhere.
 
     Args:
         x: [..., k].

@@ -1,11 +1,15 @@
-"""Reconstruction of a feed-forward layer that lost channels: all that is left of it is trained until it gives what the whole layer gave.
+"""Reconstruction of a feed-forward layer that lost channels.
 
-The exact update of a consumer changes its own weights only, and takes channels as they are. Here what the kept channels compute changes,
-too, for the inputs that the model from before gives them. All directions of the outputs count alike: errors are larger than what
-gradients say of small ones. Nothing passes through other layers, so every token says as much of these weights as the layer has outputs.
-Whether the layer got better is measured on tokens that it was not trained on.
+All that is left of it is trained until it gives what the whole layer gave.
 
-Source: docs/method.md, section 8; block reconstruction as of BRECQ (Li et al. 2021, arXiv 2102.05426), without the Fisher's diagonal.
+The exact update of a consumer changes its own weights only, and takes channels as they are. Here
+what the kept channels compute changes, too, for the inputs that the model from before gives them.
+All directions of the outputs count alike: errors are larger than what gradients say of small ones.
+Nothing passes through other layers, so every token says as much of these weights as the layer has
+outputs. Whether the layer got better is measured on tokens that it was not trained on.
+
+Source: docs/method.md, section 8; block reconstruction as of BRECQ (Li et al. 2021, arXiv
+2102.05426), without the Fisher's diagonal.
 """
 
 from __future__ import annotations
@@ -18,17 +22,24 @@ import torch
 from torch import Tensor
 
 TOKENS_AT_A_TIME = 4096
-"""Of which outputs and errors are computed together."""
+"""Tokens per batch when outputs and errors are computed."""
 BEND = 4.0
-"""Errors above so many times the mean error before count by their root: some tokens, the first one of a text above all, have outputs
-hundreds of times as large as others, which the norm after them makes as small."""
+"""Errors above so many times the mean error before count by their root.
+
+Some tokens, the first one of a text above all, have outputs hundreds of times as large as others,
+which the norm after them makes as small.
+"""
 WARM_UP = 0.05
-"""Share of the steps in which the rate rises to its first value, before it falls linearly to zero."""
+"""Share of the steps in which the rate rises to its first value, before it falls linearly to zero.
+"""
 
 
 @dataclass(frozen=True)
 class FeedForward:
-    """A feed-forward layer, y = W f(V x), or with a gate, y = W (f(V_1 x) * V_2 x). A further column of a weight is its bias."""
+    """A feed-forward layer, y = W f(V x), or with a gate, y = W (f(V_1 x) * V_2 x).
+
+    A further column of a weight is its bias.
+    """
 
     producers: tuple[Tensor, ...]  # V [k, d], the gate first; one of them, or two
     consumer: Tensor  # W [R, k]
@@ -58,7 +69,10 @@ class FeedForward:
 
 @dataclass(frozen=True)
 class Reconstructed:
-    """A layer, and its mean loss over tokens held aside before and after: `error_of` with the limit of the training."""
+    """A layer, and its mean loss over tokens held aside before and after.
+
+    `error_of` with the limit of the training.
+    """
 
     layer: FeedForward  # float32
     before: float
@@ -81,25 +95,36 @@ def reconstruct(
     num_epochs: float,
     generator: torch.Generator,
 ) -> Reconstructed:
-    """Train a layer on the squared error of its outputs, by Adam with a rate that rises shortly and then falls linearly to zero.
+    """Train a layer on the squared error of its outputs, by Adam.
 
-    The loss is Huber's (1964): half of a token's squared error, from `BEND` on tangent to it and linear in the root.
+    The rate rises shortly and then falls linearly to zero.
+
+    The loss is Huber's (1964): half of a token's squared error, from `BEND` on tangent to it and
+    linear in the root.
 
     Args:
         layer: what is left, float32.
         inputs: [N, d] of the layer, in the dtype of the products.
         outputs: [N, R] what they are to give, likewise.
-        held: inputs [M, d] and outputs [M, R] of tokens held aside, on which the layer is measured; some of its own if not given.
+        held: inputs [M, d] and outputs [M, R] of tokens held aside, on which the layer is measured;
+            some of its own if not given.
         learning_rate: the largest one, in units of the root mean square of each weight.
         tokens_per_step: of the gradient of a step; all, if there are fewer.
-        num_epochs: passes over the tokens; less than one pass trains on some of them, at least one step.
+        num_epochs: passes over the tokens; less than one pass trains on some of them, at least one
+            step.
         generator: of their order, on the CPU.
 
     Returns:
-        The trained layer, or the one that was given if the loss on the measured tokens did not fall.
+        The trained layer, or the one that was given if the loss on the measured tokens did not
+        fall.
     """
-    dtype, size = inputs.dtype, min(tokens_per_step, len(inputs))
-    some = torch.randperm(len(inputs), generator=generator)[:TOKENS_AT_A_TIME].sort().values.to(inputs.device)
+    dtype = inputs.dtype
+    size = min(tokens_per_step, len(inputs))
+    some = (
+        torch.randperm(len(inputs), generator=generator)[:TOKENS_AT_A_TIME]
+        .sort()
+        .values.to(inputs.device)
+    )
     own = inputs[some], outputs[some]
     mean = error_of(layer.to(dtype), *own)
     if not mean > 0:
@@ -108,7 +133,9 @@ def reconstruct(
     masters = tuple(weight.detach().clone().requires_grad_() for weight in layer.weights)
     rates = [learning_rate * float(weight.detach().pow(2).mean().sqrt()) for weight in masters]
     optimizer = torch.optim.Adam(
-        [{"params": [weight], "lr": rate} for weight, rate in zip(masters, rates, strict=True)], betas=(0.8, 0.9), fused=True
+        [{"params": [weight], "lr": rate} for weight, rate in zip(masters, rates, strict=True)],
+        betas=(0.8, 0.9),
+        fused=True,
     )
     num_steps = max(1, int(num_epochs * (len(inputs) // size)))
     for number, tokens in enumerate(_steps(len(inputs), size, num_steps, generator)):
@@ -120,7 +147,8 @@ def reconstruct(
             found = layer.with_weights(working)(inputs[here])
         error = (found.detach() - outputs[here]).float()
         in_means = error.pow(2).sum(dim=1, keepdim=True) / (2 * mean)
-        # Adam's steps are the same in every unit of the loss; in this one gradients are far from its eps and from float16's least
+        # Adam's steps are the same in every unit of the loss; in this one gradients are far from
+        # its eps and from float16's least
         slope = error * ((BEND / in_means.clamp_(min=BEND)).sqrt_() / (2 * size * mean) ** 0.5)
         gradients = torch.autograd.grad(found, working, slope.to(dtype))
         for weight, gradient in zip(masters, gradients, strict=True):
@@ -132,7 +160,9 @@ def reconstruct(
     return Reconstructed(trained if after < before else layer, before, after)
 
 
-def _steps(num_tokens: int, size: int, num_steps: int, generator: torch.Generator) -> Iterator[Tensor]:
+def _steps(
+    num_tokens: int, size: int, num_steps: int, generator: torch.Generator
+) -> Iterator[Tensor]:
     """Yield the tokens [size] of each step; every pass over all of them has an order of its own."""
     while num_steps > 0:
         order = torch.randperm(num_tokens, generator=generator)
@@ -142,7 +172,7 @@ def _steps(num_tokens: int, size: int, num_steps: int, generator: torch.Generato
 
 
 def rate_factor(number: int, num_steps: int) -> float:
-    """Return by what the largest learning rate is multiplied in a step: a short rise, then a linear fall to zero.
+    """Return the factor of the learning rate in a step: a short rise, then a linear fall.
 
     Args:
         number: of the step, from 0.
@@ -154,7 +184,7 @@ def rate_factor(number: int, num_steps: int) -> float:
 
 @torch.no_grad()
 def error_of(layer: FeedForward, inputs: Tensor, outputs: Tensor, limit: float = math.inf) -> float:
-    """Return the mean of 1/2 |e|^2 over the layer's errors e, of Huber's loss in its place above a limit.
+    """Return the mean of 1/2 |e|^2 over the layer's errors e, Huber's above a limit.
 
     Args:
         layer: in the dtype of the products.
@@ -163,9 +193,13 @@ def error_of(layer: FeedForward, inputs: Tensor, outputs: Tensor, limit: float =
         limit: from which on the loss goes on along its tangent, linear in |e|.
     """
     total = 0.0
-    for x, y in zip(torch.split(inputs, TOKENS_AT_A_TIME), torch.split(outputs, TOKENS_AT_A_TIME), strict=True):
+    for x, y in zip(
+        torch.split(inputs, TOKENS_AT_A_TIME), torch.split(outputs, TOKENS_AT_A_TIME), strict=True
+    ):
         errors = (layer(x) - y).double().pow(2).sum(dim=1) / 2
-        total += float(torch.where(errors > limit, 2 * (errors * limit).sqrt() - limit, errors).sum())
+        total += float(
+            torch.where(errors > limit, 2 * (errors * limit).sqrt() - limit, errors).sum()
+        )
     return total / len(inputs)
 
 

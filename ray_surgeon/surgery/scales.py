@@ -1,4 +1,7 @@
-"""Scales of the costs of blocks, from what their removals really change. Source: docs/method.md, section 8."""
+"""Scales of the costs of blocks, from what their removals really change.
+
+Source: docs/method.md, section 8.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,10 @@ import torch
 from torch import Tensor
 
 _STEP = 0.7
-"""How far, in logarithms, scales go to what was measured: the allocation that they give has other ratios."""
+"""How far scales go to what was measured, in logarithms.
+
+The allocation that they give has other ratios.
+"""
 
 _SPREAD = 0.5
 """How far ratios of the blocks lie from their mean, over that, as was found on SmolLM2."""
@@ -16,23 +22,28 @@ _FARTHEST = 20.0
 
 
 def shrunk_ratios(changes: Tensor, costs: Tensor, kinds: Tensor) -> Tensor:
-    """Return the ratios of measured to expected changes, each drawn towards the mean of its kind, over that of all together.
+    """Return the ratios of measured to expected changes, over that of all together.
 
-    Where little is removed, little changes, and most of what is measured is chance. The sequences tell the standard error e of a ratio r.
-    It is drawn towards the ratio m of its kind as far as e says, r <- m + s^2 / (s^2 + e^2) (r - m), with s half of m: the posterior mean
-    for ratios that lie around m with the standard deviation s.
+    Each is drawn towards the mean of its kind.
+
+    Where little is removed, little changes, and most of what is measured is chance. The sequences
+    tell the standard error e of a ratio r. It is drawn towards the ratio m of its kind as far as e
+    says, r <- m + s^2 / (s^2 + e^2) (r - m), with s half of m: the posterior mean for ratios that
+    lie around m with the standard deviation s.
 
     Args:
-        changes: [num_units, num_sequences] how far the divergence of each sequence falls when the removals of one kind of groups in one
-            block are undone; at least two sequences.
+        changes: [num_units, num_sequences] how far the divergence of each sequence falls when the
+            removals of one kind of groups in one block are undone; at least two sequences.
         costs: [num_units] what these removals were to cost, positive.
         kinds: [num_units] number of the kind.
 
     Returns:
         [num_units] float64, at least 0.05; 1 for all if the divergence does not fall.
     """
-    changes, costs = changes.double(), costs.double()
-    change, error = changes.mean(dim=1), changes.std(dim=1) / changes.shape[1] ** 0.5 / costs
+    changes = changes.double()
+    costs = costs.double()
+    change = changes.mean(dim=1)
+    error = changes.std(dim=1) / changes.shape[1] ** 0.5 / costs
     common = change.sum() / costs.sum()
     if not common > 0:
         return torch.ones_like(costs)
@@ -47,5 +58,8 @@ def shrunk_ratios(changes: Tensor, costs: Tensor, kinds: Tensor) -> Tensor:
 
 
 def next_scales(before: Tensor, ratios: Tensor) -> Tensor:
-    """Return the scales after a round: those before [num_units], moved most of the way to the ratios [num_units]."""
+    """Return the scales after a round, moved most of the way to the ratios.
+
+    Both are [num_units].
+    """
     return before.double().pow(1 - _STEP) * ratios.double().pow(_STEP)

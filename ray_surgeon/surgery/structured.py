@@ -32,15 +32,25 @@ class Candidates:
     clipping: tuple[Clipping, ...]  # see `LinearCurvature`
 
     def to_prune(self, mask: StructuredMask, threshold: float) -> tuple[Tensor, Tensor]:
-        """Return which rows [R] and columns [C] cost at most the threshold, as bools on the mask's device."""
-        rows, columns = torch.zeros_like(mask.rows), torch.zeros_like(mask.columns)
+        """Return which rows [R] and columns [C] cost at most the threshold.
+
+        They are bools on the mask's device.
+        """
+        rows = torch.zeros_like(mask.rows)
+        columns = torch.zeros_like(mask.columns)
         rows[self.rows[self.row_costs.double() <= threshold].to(rows.device)] = True
         columns[self.columns[self.column_costs.double() <= threshold].to(columns.device)] = True
         return rows, columns
 
 
 def find_candidates(
-    linear: Linear, mask: StructuredMask, structure: str, costs: str, *, per_parameter: bool, limit: float | None = None
+    linear: Linear,
+    mask: StructuredMask,
+    structure: str,
+    costs: str,
+    *,
+    per_parameter: bool,
+    limit: float | None = None,
 ) -> Candidates:
     """Return which rows and columns may be pruned, and their costs.
 
@@ -50,32 +60,47 @@ def find_candidates(
         structure: ``rows``, ``columns`` or ``rows_columns``.
         costs: ``obs`` (with the optimal update of the others) or ``obd`` (without one).
         per_parameter: whether costs are divided by the entries that the structure still has.
-        limit: if given, costs are the marginal ones of the greedy path, and only what is pruned up to this cost is a candidate.
+        limit: if given, costs are the marginal ones of the greedy path, and only what is pruned up
+            to this cost is a candidate.
 
     Raises:
         FloatingPointError: a factor or a cost is not usable.
     """
-    W, with_curvature = linear.W, linear.live
+    W = linear.W
+    with_curvature = linear.live
     mask = StructuredMask(mask.rows.to(W.device), mask.columns.to(W.device))
     live_rows = mask.rows & with_curvature.rows & (W != 0).any(dim=1)
     live_columns = mask.columns & with_curvature.columns & (W != 0).any(dim=0)
-    rows, columns = mask.rows & (structure != "columns"), mask.columns & (structure != "rows")
+    rows = mask.rows & (structure != "columns")
+    columns = mask.columns & (structure != "rows")
     if linear.has_bias:
         live_columns[-1] = mask.columns[-1]
         columns[-1] = False
     live = Part(live_rows, live_columns)
-    curvature, alive = linear.curvature(live), live.of(W)
-    by_row, by_column = W.new_zeros(len(W)), W.new_zeros(W.shape[1])
+    curvature = linear.curvature(live)
+    alive = live.of(W)
+    by_row = W.new_zeros(len(W))
+    by_column = W.new_zeros(W.shape[1])
     if limit is not None:
-        path = GreedyPath(alive, curvature.A, curvature.G, prunes_rows=structure != "columns", prunes_columns=structure != "rows")
+        path = GreedyPath(
+            alive,
+            curvature.A,
+            curvature.G,
+            prunes_rows=structure != "columns",
+            prunes_columns=structure != "rows",
+        )
         may = rows[live_rows], columns[live_columns]
-        by_row[live_rows], by_column[live_columns] = greedy_costs(path, *may, name=linear.name, per_parameter=per_parameter, limit=limit)
+        by_row[live_rows], by_column[live_columns] = greedy_costs(
+            path, *may, name=linear.name, per_parameter=per_parameter, limit=limit
+        )
         rows &= torch.isfinite(by_row)
         columns &= torch.isfinite(by_column)
     else:
-        by_row[live_rows], by_column[live_columns] = curvature.row_costs(alive, costs), curvature.column_costs(alive, costs)
+        by_row[live_rows] = curvature.row_costs(alive, costs)
+        by_column[live_columns] = curvature.column_costs(alive, costs)
         if per_parameter:
-            by_row, by_column = by_row / mask.columns.sum().clamp(min=1), by_column / mask.rows.sum().clamp(min=1)
+            by_row = by_row / mask.columns.sum().clamp(min=1)
+            by_column = by_column / mask.rows.sum().clamp(min=1)
     check_costs(f"{linear.name} rows", by_row[rows])
     check_costs(f"{linear.name} columns", by_column[columns])
     return Candidates(
@@ -103,9 +128,11 @@ def prune_structures(
         update: ``full``, ``single`` (see `prune_singly`) or ``none``.
     """
     to_prune = found.to_prune(mask, threshold)
-    new_mask, curvature = mask.without(*to_prune), linear.curvature(found.live, found.damping)
+    new_mask = mask.without(*to_prune)
+    curvature = linear.curvature(found.live, found.damping)
     before = found.live.of(linear.W)
-    rows, columns = to_prune[0].to(before.device)[found.live.rows], to_prune[1].to(before.device)[found.live.columns]
+    rows = to_prune[0].to(before.device)[found.live.rows]
+    columns = to_prune[1].to(before.device)[found.live.columns]
     after, residual = curvature.prune(before, rows, columns, update)
     W = found.live.put(after, linear.W)
     new_mask.apply_(W)

@@ -1,7 +1,7 @@
 """One global threshold over all linears.
 
-Source: docs/method.md, section 5; The LLM Surgeon, section 3.2 (all costs are in the same unit, so one threshold allocates the
-sparsity of every linear).
+Source: docs/method.md, section 5; The LLM Surgeon, section 3.2 (all costs are in the same unit, so
+one threshold allocates the sparsity of every linear).
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ class StructureCosts:
     num_rows: int  # alive rows
     num_columns: int  # alive columns, bias included
     rows: Tensor  # [num candidates <= num_rows] costs of rows that may be pruned
-    columns: Tensor  # [num candidates <= num_columns] costs of columns that may be pruned (never the bias's)
+    # [num candidates <= num_columns] costs of columns that may be pruned (never the bias's)
+    columns: Tensor
 
 
 @dataclass(frozen=True)
 class Threshold:
-    """The threshold of a shot and what it removes: every structure whose cost is at most `value`."""
+    """The threshold of a shot, which removes every structure that costs at most `value`."""
 
     value: float
     num_removed: int
@@ -66,7 +67,9 @@ def check_costs(name: str, costs: Tensor, *, may_be_negative: bool = False) -> N
 
 
 def cost_curve(costs: Tensor, sizes: Tensor, num_points: int = 128) -> list[tuple[float, float]]:
-    """Return how much can be pruned up to which cost, for plots: (cumulative size, cost) of evenly chosen candidates, in ascending order.
+    """Return points (cumulative size, cost) of evenly chosen candidates, for plots.
+
+    They say how much can be pruned up to which cost.
 
     Args:
         costs: [n] of candidates; infinite ones may not be pruned and are left out.
@@ -76,7 +79,11 @@ def cost_curve(costs: Tensor, sizes: Tensor, num_points: int = 128) -> list[tupl
     finite = torch.isfinite(costs)
     ordered, order = costs[finite].double().sort()
     total = sizes[finite].double()[order].cumsum(0)
-    chosen = torch.linspace(0, max(len(order) - 1, 0), min(num_points, len(order)), dtype=torch.float64).round().long()
+    chosen = (
+        torch.linspace(0, max(len(order) - 1, 0), min(num_points, len(order)), dtype=torch.float64)
+        .round()
+        .long()
+    )
     return list(zip(total[chosen].tolist(), ordered[chosen].tolist(), strict=True))
 
 
@@ -90,9 +97,10 @@ def can_reach(costs: Sequence[StructureCosts], target_sparsity: float) -> bool:
 def structured_threshold(costs: Sequence[StructureCosts], target_sparsity: float) -> Threshold:
     """Find the smallest threshold that removes at least the target fraction of all parameters.
 
-    A linear with alive rows R and columns C of which p and q are pruned loses p C + q R - p q entries: the overlap counts once.
-    Bisection over the sorted costs; each probe counts by binary search, so the work is O((n + linears log n) log n) for n
-    structures and nothing of size linears x structures is formed.
+    A linear with alive rows R and columns C of which p and q are pruned loses p C + q R - p q
+    entries: the overlap counts once. Bisection over the sorted costs; each probe counts by binary
+    search, so the work is O((n + linears log n) log n) for n structures and nothing of size linears
+    x structures is formed.
 
     Args:
         costs: one entry a linear.
@@ -109,7 +117,8 @@ def structured_threshold(costs: Sequence[StructureCosts], target_sparsity: float
     num_parameters = sum(c.num_parameters for c in costs)
 
     def num_removed(value: float) -> int:
-        probe, removed = torch.tensor(value, dtype=torch.float64), 0
+        probe = torch.tensor(value, dtype=torch.float64)
+        removed = 0
         for linear, rows, columns in ordered:
             p = int(torch.searchsorted(rows, probe, right=True))
             q = int(torch.searchsorted(columns, probe, right=True))
@@ -117,26 +126,34 @@ def structured_threshold(costs: Sequence[StructureCosts], target_sparsity: float
         return removed
 
     zero = torch.zeros(1, dtype=torch.float64)
-    candidates = torch.cat([zero, *(side for _, rows, columns in ordered for side in (rows, columns))]).sort().values
+    candidates = (
+        torch.cat([zero, *(side for _, rows, columns in ordered for side in (rows, columns))])
+        .sort()
+        .values
+    )
     wanted = math.ceil(target_sparsity * num_parameters - 1e-6)
     most = num_removed(float(candidates[-1]))
     if most < wanted:
         raise OutOfReachError(
-            f"pruning.target_sparsity: {target_sparsity:g} cannot be reached; all candidates together are {most / num_parameters:.4f}"
+            f"pruning.target_sparsity: {target_sparsity:g} cannot be reached; all candidates "
+            f"together are {most / num_parameters:.4f}"
         )
     value = smallest_enough(candidates, num_removed, wanted)
     return Threshold(value, num_removed(value), num_parameters)
 
 
 def smallest_enough(values: Tensor, num_removed: Callable[[float], int], wanted: int) -> float:
-    """Return the smallest of ascending values at which enough is removed; the last one is taken to be enough.
+    """Return the smallest of ascending values at which enough is removed.
+
+    The last one is taken to be enough.
 
     Args:
         values: [n] ascending.
         num_removed: threshold -> what is removed at it, which never falls.
         wanted: how much is enough.
     """
-    low, high = 0, len(values) - 1
+    low = 0
+    high = len(values) - 1
     while low < high:
         middle = (low + high) // 2
         if num_removed(float(values[middle])) >= wanted:
@@ -156,7 +173,8 @@ def bit_histogram(costs: Tensor, high: int | None) -> Tensor:
 
     Args:
         costs: float32, non-negative; infinite ones are not counted.
-        high: None counts by the upper 16 bits; a number counts, by the lower 16 bits, those whose upper 16 bits it is.
+        high: None counts by the upper 16 bits; a number counts, by the lower 16 bits, those whose
+            upper 16 bits it is.
 
     Returns:
         [65536] int64 counts.
@@ -182,10 +200,18 @@ def bucket_of(counts: Tensor, k: int) -> tuple[int, int]:
 
 def cost_of_bits(high: int, low: int) -> float:
     """Return the float32 number with the given upper and lower 16 bits."""
-    return float(torch.tensor([(high << _LOW_BITS) | low], dtype=torch.int32).view(torch.float32)[0])
+    return float(
+        torch.tensor([(high << _LOW_BITS) | low], dtype=torch.int32).view(torch.float32)[0]
+    )
 
 
-def units_to_remove(target_sparsity: float, num_parameters: int, num_pruned: int, num_per_unit: int, num_candidates: int) -> int:
+def units_to_remove(
+    target_sparsity: float,
+    num_parameters: int,
+    num_pruned: int,
+    num_per_unit: int,
+    num_candidates: int,
+) -> int:
     """Return how many units of `num_per_unit` entries must be pruned to reach the target.
 
     All of them if they come short of it by no more than `SHORT`: biases count and stay.
@@ -197,5 +223,8 @@ def units_to_remove(target_sparsity: float, num_parameters: int, num_pruned: int
     num_units = max(0, math.ceil(missing / num_per_unit))
     most = (num_pruned + num_candidates * num_per_unit) / num_parameters
     if num_units > num_candidates and target_sparsity - most > SHORT:
-        raise OutOfReachError(f"pruning.target_sparsity: {target_sparsity:g} cannot be reached; all candidates together are {most:.4f}")
+        raise OutOfReachError(
+            f"pruning.target_sparsity: {target_sparsity:g} cannot be reached; all candidates "
+            f"together are {most:.4f}"
+        )
     return min(num_units, num_candidates)

@@ -1,8 +1,9 @@
 """Correlated weight updates: how the kept weights change when rows and columns are pruned.
 
-Source: docs/method.md, section 4; The LLM Surgeon, sections 3.3 and 3.4. `prune_rows` and `prune_columns` solve the equality-constrained
-quadratic ``min 1/2 vec(D)^T kron(G, A) vec(D)`` subject to the pruned entries of W + D being zero. `prune_rows_and_columns` and
-`prune_singly` add corrections that are each exact on their own.
+Source: docs/method.md, section 4; The LLM Surgeon, sections 3.3 and 3.4. `prune_rows` and
+`prune_columns` solve the equality-constrained quadratic ``min 1/2 vec(D)^T kron(G, A) vec(D)``
+subject to the pruned entries of W + D being zero. `prune_rows_and_columns` and `prune_singly` add
+corrections that are each exact on their own.
 """
 
 from __future__ import annotations
@@ -15,9 +16,15 @@ from ray_surgeon.surgery.products import product
 
 
 def _correlation(matrix: Tensor, to_prune: Tensor, name: str) -> Tensor:
-    """Return M = matrix_KK^-1 matrix_KP, [kept, pruned]; a part of a damped matrix is positive definite as it is."""
-    kept, pruned = (~to_prune).nonzero(), to_prune.nonzero()[:, 0]
-    L = factorise(matrix[kept, kept[:, 0]], 0.0, 0.0, f"{name} (kept part, damped already)").cholesky
+    """Return M = matrix_KK^-1 matrix_KP, [kept, pruned].
+
+    A part of a damped matrix is positive definite as it is.
+    """
+    kept = (~to_prune).nonzero()
+    pruned = to_prune.nonzero()[:, 0]
+    L = factorise(
+        matrix[kept, kept[:, 0]], 0.0, 0.0, f"{name} (kept part, damped already)"
+    ).cholesky
     return solve_lower(L, solve_lower(L, matrix[kept, pruned]), transposed=True)
 
 
@@ -67,8 +74,8 @@ def prune_rows_and_columns(
 ) -> Tensor:
     """Remove rows and columns together, as the published implementation does.
 
-    Both corrections are taken from the original weights and added. The exact minimiser also has the term M W_PQ N; with the default
-    damping the two tie in perplexity (docs/negative-results.md).
+    Both corrections are taken from the original weights and added. The exact minimiser also has the
+    term M W_PQ N; with the default damping the two tie in perplexity (docs/negative-results.md).
 
     Args:
         W: [R, C].
@@ -89,10 +96,15 @@ def prune_rows_and_columns(
     return new
 
 
-def prune_singly(W: Tensor, A_inverse: Tensor, G_inverse: Tensor, rows_to_prune: Tensor, columns_to_prune: Tensor) -> Tensor:
-    """Remove rows and columns and add the correction of each as if it were pruned alone (OBS without correlations).
+def prune_singly(
+    W: Tensor, A_inverse: Tensor, G_inverse: Tensor, rows_to_prune: Tensor, columns_to_prune: Tensor
+) -> Tensor:
+    """Remove rows and columns, and correct each as if it were pruned alone.
 
-    Row p adds -[G^-1]_:p / [G^-1]_pp W_p, column q adds -W_q [A^-1]_q: / [A^-1]_qq, all from the original weights.
+    OBS without correlations.
+
+    Row p adds -[G^-1]_:p / [G^-1]_pp W_p, column q adds -W_q [A^-1]_q: / [A^-1]_qq, all from the
+    original weights.
 
     Args:
         W: [R, C].
@@ -105,7 +117,11 @@ def prune_singly(W: Tensor, A_inverse: Tensor, G_inverse: Tensor, rows_to_prune:
         [R, C] new weights, zero in every pruned row and column.
     """
     by_rows = G_inverse[:, rows_to_prune] / G_inverse.diagonal()[rows_to_prune] @ W[rows_to_prune]
-    by_columns = W[:, columns_to_prune] / A_inverse.diagonal()[columns_to_prune] @ A_inverse[columns_to_prune]
+    by_columns = (
+        W[:, columns_to_prune]
+        / A_inverse.diagonal()[columns_to_prune]
+        @ A_inverse[columns_to_prune]
+    )
     new = W - by_rows - by_columns
     new[rows_to_prune] = 0
     new[:, columns_to_prune] = 0

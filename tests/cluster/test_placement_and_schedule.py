@@ -22,8 +22,12 @@ def test_shards_cover_all_blocks_once(num_shards: int, head: float) -> None:
     assert all(r.last > r.first for r in ranges)
 
 
-@pytest.mark.parametrize(("num_blocks", "num_shards", "head"), [(8, 2, 3.0), (9, 3, 1.5), (12, 4, 6.0), (7, 3, 0.0)])
-def test_the_slowest_shard_is_as_fast_as_can_be(num_blocks: int, num_shards: int, head: float) -> None:
+@pytest.mark.parametrize(
+    ("num_blocks", "num_shards", "head"), [(8, 2, 3.0), (9, 3, 1.5), (12, 4, 6.0), (7, 3, 0.0)]
+)
+def test_the_slowest_shard_is_as_fast_as_can_be(
+    num_blocks: int, num_shards: int, head: float
+) -> None:
     from itertools import combinations
 
     def slowest(sizes: list[int]) -> float:
@@ -31,7 +35,9 @@ def test_the_slowest_shard_is_as_fast_as_can_be(num_blocks: int, num_shards: int
 
     choices = [[0, *cut, num_blocks] for cut in combinations(range(1, num_blocks), num_shards - 1)]
     best = min(slowest([b - a for a, b in itertools.pairwise(c)]) for c in choices)
-    assert slowest([r.last - r.first for r in partition_blocks(num_blocks, num_shards, head)]) == best
+    assert (
+        slowest([r.last - r.first for r in partition_blocks(num_blocks, num_shards, head)]) == best
+    )
 
 
 def test_more_shards_than_blocks_is_an_error() -> None:
@@ -40,10 +46,19 @@ def test_more_shards_than_blocks_is_an_error() -> None:
 
 
 def test_owners_share_the_work_of_their_shard() -> None:
-    config = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=6, num_attention_heads=4, vocab_size=100)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        vocab_size=100,
+    )
     shapes = ModelLayout.of(config).linears
     owners = assign_owners(shapes, 3, partition_blocks(6, 2, 1.0))
-    load = [sum(s.num_rows**3 + s.num_columns**3 for s in shapes if owners[s.shared_input] == r) for r in range(3)]
+    load = [
+        sum(s.num_rows**3 + s.num_columns**3 for s in shapes if owners[s.shared_input] == r)
+        for r in range(3)
+    ]
     assert min(load) > 0
     assert max(load) < 1.5 * min(load)
 
@@ -66,7 +81,10 @@ def test_order_is_complete_and_causal_and_bounded(num_shards: int, n: int) -> No
             assert in_flight == 0
     for micro_batch in range(n):
         for shard in range(1, num_shards):
-            assert place_of[(shard - 1, "forward", micro_batch)] < place_of[(shard, "forward", micro_batch)]
+            assert (
+                place_of[(shard - 1, "forward", micro_batch)]
+                < place_of[(shard, "forward", micro_batch)]
+            )
         for shard in range(last):
             after = (shard + 1, "forward" if shard + 1 == last else "backward", micro_batch)
             assert place_of[after] < place_of[(shard, "backward", micro_batch)]

@@ -20,13 +20,17 @@ from ray_surgeon.run.events import largest_of_processes
 
 
 @pytest.mark.parametrize(
-    ("device", "gpu", "seen"), [("cpu", None, ""), ("cpu", "3", ""), ("cuda", "3", "3"), ("cuda", None, None)], ids=str
+    ("device", "gpu", "seen"),
+    [("cpu", None, ""), ("cpu", "3", ""), ("cuda", "3", "3"), ("cuda", None, None)],
+    ids=str,
 )
 def test_a_process_beside_a_worker_on_a_cpu_sees_no_gpu(
     device: str, gpu: str | None, seen: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: list[Any] = []
-    monkeypatch.setattr(fresh_process, "run_module", lambda *arguments: given.append(arguments) or {})
+    monkeypatch.setattr(
+        fresh_process, "run_module", lambda *arguments: given.append(arguments) or {}
+    )
     worker: Any = SimpleNamespace(device=torch.device(device), gpu=gpu)
     fresh_process.run_on_worker(worker, "module", {})
     assert given == [("module", {}, True, seen)]
@@ -36,15 +40,22 @@ def test_a_process_beside_a_worker_on_a_cpu_sees_no_gpu(
 def test_a_process_ends_with_the_one_that_started_it(tmp_path: Path) -> None:
     where = tmp_path / "pid"
     request = {"path": str(where), "seconds": 200}
-    code = f"from ray_surgeon.cluster.fresh_process import run_module; run_module('tests.cluster.sleeper', {request})"
-    with subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent.parent.parent) as parent:
+    code = (
+        "from ray_surgeon.cluster.fresh_process import run_module; "
+        f"run_module('tests.cluster.sleeper', {request})"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=Path(__file__).parent.parent.parent
+    ) as parent:
         while not where.exists():
             assert parent.poll() is None, "it could not start the other one"
             time.sleep(0.05)
         parent.kill()
     sleeper = Path("/proc", where.read_text(), "stat")
     for _ in range(200):
-        if not sleeper.exists() or sleeper.read_text().rpartition(")")[2].split()[0] == "Z":  # it has ended, seen or not
+        if (
+            not sleeper.exists() or sleeper.read_text().rpartition(")")[2].split()[0] == "Z"
+        ):  # it has ended, seen or not
             return
         time.sleep(0.05)
     os.kill(int(where.read_text()), 9)
@@ -53,9 +64,22 @@ def test_a_process_ends_with_the_one_that_started_it(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a request of the kernel of Linux")
 def test_a_process_whose_parent_is_gone_before_it_asks_does_nothing(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "ray_surgeon.cluster.with_parent", str(os.getppid()), "tests.cluster.sleeper"]
+    command = [
+        sys.executable,
+        "-m",
+        "ray_surgeon.cluster.with_parent",
+        str(os.getppid()),
+        "tests.cluster.sleeper",
+    ]
     request = json.dumps({"path": str(tmp_path / "pid"), "seconds": 0})
-    done = subprocess.run(command, input=request, text=True, capture_output=True, cwd=Path(__file__).parent.parent.parent, check=False)
+    done = subprocess.run(
+        command,
+        input=request,
+        text=True,
+        capture_output=True,
+        cwd=Path(__file__).parent.parent.parent,
+        check=False,
+    )
     assert done.returncode == 1
     assert "has ended" in done.stderr
     assert not (tmp_path / "pid").exists()
@@ -63,6 +87,11 @@ def test_a_process_whose_parent_is_gone_before_it_asks_does_nothing(tmp_path: Pa
 
 def test_a_peak_is_that_of_the_process_whoever_asked_first() -> None:
     """Asking begins anew, so the second of one process hears of what is there now."""
-    usages = [Usage("a", 1.0, 10, 0, 900), Usage("a", 1.0, 10, 0, 100), Usage("b", 1.0, 10, 70, 200), Usage("b", 1.0, 10, 5, 200)]
+    usages = [
+        Usage("a", 1.0, 10, 0, 900),
+        Usage("a", 1.0, 10, 0, 100),
+        Usage("b", 1.0, 10, 70, 200),
+        Usage("b", 1.0, 10, 5, 200),
+    ]
     assert largest_of_processes(usages, "peak_anonymous_bytes") == {"a": 900, "b": 200}
     assert largest_of_processes(usages, "peak_gpu_bytes") == {"a": 0, "b": 70}

@@ -10,15 +10,21 @@ from ray_surgeon.run.html_report import LivePage
 
 @pytest.fixture(autouse=True)
 def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out pages and plots of runs in this process: tests/test_html_report.py has them, and they take longer than a tiny run."""
+    """Leave out pages and plots of runs in this process: tests/test_html_report.py has them, and
+    they take longer than a tiny run.
+    """
     if not request.module.__name__.endswith("test_s3_faults"):
         monkeypatch.setattr(LivePage, "draw", lambda self, record, *, final: None)
 
 
 @pytest.fixture(autouse=True)
 def fork_what_reloads(request: pytest.FixtureRequest) -> None:
-    """Fork the processes that reload exports, but where their freshness is the subject, and for tasks, which import other packages."""
-    if not request.node.get_closest_marker("fresh") and not request.module.__name__.endswith(("test_tasks", "test_smollm2")):
+    """Fork the processes that reload exports, but where their freshness is the subject, and for
+    tasks, which import other packages.
+    """
+    if not request.node.get_closest_marker("fresh") and not request.module.__name__.endswith(
+        ("test_tasks", "test_smollm2")
+    ):
         request.getfixturevalue("forked")
 
 

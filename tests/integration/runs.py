@@ -35,10 +35,29 @@ def tiny_spec(folder: Path, model: Path, **changes: Any) -> Path:
         "version": 2,
         "name": "tiny",
         "model": {"source": str(model)},
-        "calibration": {"source": str(text), "num_sequences": 6, "sequence_length": 40, "stride": 64, "max_tokens": 4000},
+        "calibration": {
+            "source": str(text),
+            "num_sequences": 6,
+            "sequence_length": 40,
+            "stride": 64,
+            "max_tokens": 4000,
+        },
         "evaluation": [
-            {"name": "docs", "source": str(text), "num_sequences": 4, "sequence_length": 40, "max_tokens": 4000},
-            {"name": "again", "source": str(text), "split": "train", "num_sequences": 3, "sequence_length": 32, "max_tokens": 4000},
+            {
+                "name": "docs",
+                "source": str(text),
+                "num_sequences": 4,
+                "sequence_length": 40,
+                "max_tokens": 4000,
+            },
+            {
+                "name": "again",
+                "source": str(text),
+                "split": "train",
+                "num_sequences": 3,
+                "sequence_length": 32,
+                "max_tokens": 4000,
+            },
         ],
         "pruning": {"target_sparsity": 0.3, "num_shots": 2},
         "cluster": {"backend": "local"},
@@ -59,7 +78,9 @@ def run(folder: Path, model: Path, *arguments: str, **changes: Any) -> int:
     return main([str(tiny_spec(folder, model, **changes)), *arguments])
 
 
-def loaded(model: Path, num_shards: int = 1, num_replicas: int = 1, stores: Stores | None = None) -> LocalCluster:
+def loaded(
+    model: Path, num_shards: int = 1, num_replicas: int = 1, stores: Stores | None = None
+) -> LocalCluster:
     """Return workers in this process that have loaded a model."""
     layout = ModelLayout.of(AutoConfig.from_pretrained(model))
     cluster = LocalCluster(layout, place(layout, num_shards, num_replicas), 1)
@@ -69,7 +90,7 @@ def loaded(model: Path, num_shards: int = 1, num_replicas: int = 1, stores: Stor
 
 
 def overflowing_model(model: Path, folder: Path) -> Path:
-    """Write a copy of a Llama whose weights are finite, and whose second block's products are not."""
+    """Write a copy of a Llama with finite weights, whose second block's products are not."""
     loaded = AutoModelForCausalLM.from_pretrained(model)
     with torch.no_grad():
         loaded.model.layers[1].mlp.up_proj.weight.fill_(1e30)
@@ -84,7 +105,9 @@ def beginning(tokenizer: PreTrainedTokenizerFast, template: str) -> PreTrainedTo
     """Return a copy that puts special tokens around a text."""
     changed = copy.deepcopy(tokenizer)
     special = [("<end>", changed.bos_token_id)]
-    changed.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=special)
+    changed.backend_tokenizer.post_processor = TemplateProcessing(
+        single=template, special_tokens=special
+    )
     return changed
 
 
@@ -97,7 +120,11 @@ def wait_for(what: Callable[[], object], seconds: float = 90) -> None:
 
 def tensors_of_shot(uri: Path, shot: int) -> dict[str, Tensor]:
     folder = uri / "shots" / f"{shot:04d}"
-    return {k: v for path in sorted(folder.glob("*.safetensors")) for k, v in tensor_files.read(str(path)).items()}
+    return {
+        k: v
+        for path in sorted(folder.glob("*.safetensors"))
+        for k, v in tensor_files.read(str(path)).items()
+    }
 
 
 def report_of(uri: Path) -> dict[str, Any]:
@@ -107,20 +134,30 @@ def report_of(uri: Path) -> dict[str, Any]:
 
 
 def assert_same_shot(one: Path, other: Path, shot: int) -> None:
-    a, b = tensors_of_shot(one, shot), tensors_of_shot(other, shot)
+    a = tensors_of_shot(one, shot)
+    b = tensors_of_shot(other, shot)
     assert a.keys() == b.keys()
     different = [name for name in a if not torch.equal(a[name], b[name])]
     assert not different, f"{len(different)} of {len(a)} differ: {different[:3]}"
 
 
 def difference(one: Path, other: Path, shot: int) -> float:
-    """Return how different two shots are: the mean share of mask entries that differ, or the median relative difference of weights."""
-    a, b = tensors_of_shot(one, shot), tensors_of_shot(other, shot)
+    """Return how different two shots are: the mean share of mask entries that differ, or the median
+    relative difference of weights.
+    """
+    a = tensors_of_shot(one, shot)
+    b = tensors_of_shot(other, shot)
     assert a.keys() == b.keys()
-    masks = [float((a[name] != b[name]).double().mean()) for name in a if a[name].dtype == torch.bool]
-    weights = sorted(float((a[name] - b[name]).norm() / a[name].norm()) for name in a if name.endswith("weight"))
+    masks = [
+        float((a[name] != b[name]).double().mean()) for name in a if a[name].dtype == torch.bool
+    ]
+    weights = sorted(
+        float((a[name] - b[name]).norm() / a[name].norm()) for name in a if name.endswith("weight")
+    )
     return max(sum(masks) / len(masks), weights[len(weights) // 2])
 
 
 MOST_BY_ORDER_OF_SUMS = 5e-3
-"""What another order of sums may change in a tiny random model: 3.4e-3 was found. A sum without one replica changes 1.5e-2 or more."""
+"""What another order of sums may change in a tiny random model: 3.4e-3 was found. A sum without one
+replica changes 1.5e-2 or more.
+"""

@@ -39,7 +39,13 @@ from tests.integration.runs import assert_same_shot, beginning, loaded, run, tin
 
 ROOT = Path(__file__).parent.parent.parent
 TEXT = {"source": "python-docs", "num_sequences": 4, "sequence_length": 32, "max_tokens": 4000}
-GROUPS = {"structure": "groups", "groups": ["ffn"], "width_multiple": 8, "target_sparsity": 0.2, "num_shots": 1}
+GROUPS = {
+    "structure": "groups",
+    "groups": ["ffn"],
+    "width_multiple": 8,
+    "target_sparsity": 0.2,
+    "num_shots": 1,
+}
 
 
 def in_memory(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -47,9 +53,16 @@ def in_memory(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def test_every_section_is_an_argument(model_folders: dict[str, Path], tmp_path: Path) -> None:
-    assert set(JobSpec.model_fields) - {"version"} <= set(inspect.signature(ray_surgeon.prune).parameters)
+    assert set(JobSpec.model_fields) - {"version"} <= set(
+        inspect.signature(ray_surgeon.prune).parameters
+    )
     result = ray_surgeon.prune(
-        str(model_folders["llama"]), calibration=TEXT, pruning=GROUPS, memory={"weights": "host"}, output=str(tmp_path), progress=False
+        str(model_folders["llama"]),
+        calibration=TEXT,
+        pruning=GROUPS,
+        memory={"weights": "host"},
+        output=str(tmp_path),
+        progress=False,
     )
     assert result.report["plan"]["stores"]["weights"] == "host"
 
@@ -57,32 +70,48 @@ def test_every_section_is_an_argument(model_folders: dict[str, Path], tmp_path: 
 def test_the_dtype_of_a_checkpoint_is_kept_if_asked_for(
     model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Everything is computed and exported in float32 otherwise, which a line says; and a section `cluster` stays in this process."""
+    """Everything is computed and exported in float32 otherwise, which a line says; and a section
+    `cluster` stays in this process.
+    """
     model, tokenizer = in_memory(model_folders["llama"])
     for saved in (model.to(torch.bfloat16), tokenizer):
         saved.save_pretrained(tmp_path / "narrow")
     sizes = {}
     for dtype in (None, "bfloat16"):
-        source = tmp_path / "narrow" if dtype is None else {"source": tmp_path / "narrow", "dtype": dtype}
+        source = (
+            tmp_path / "narrow"
+            if dtype is None
+            else {"source": tmp_path / "narrow", "dtype": dtype}
+        )
         output = str(tmp_path / f"run-{dtype}")
-        result = ray_surgeon.prune(source, calibration=TEXT, pruning=GROUPS, output=output, cluster={"num_shards": 2})
+        result = ray_surgeon.prune(
+            source, calibration=TEXT, pruning=GROUPS, output=output, cluster={"num_shards": 2}
+        )
         assert result.report["spec"]["cluster"]["backend"] == "local"
         assert result.report["spec"]["name"] == "narrow"
         said = " ".join(capsys.readouterr().out.split())
-        assert ("config.json says bfloat16, but this job and its exports are in float32" in said) == (dtype is None)
+        assert (
+            "config.json says bfloat16, but this job and its exports are in float32" in said
+        ) == (dtype is None)
         sizes[dtype] = result.report["exports"][0]["size_bytes"]
     assert 1.9 < sizes[None] / sizes["bfloat16"] < 2.1
     spec = tiny_spec(tmp_path / "cli", tmp_path / "narrow")
     for options, is_said in (([], True), (["--set", "model.dtype=bfloat16"], False)):
         assert pipeline.main([str(spec), "--dry-run", *options]) == 0
-        assert ("model.dtype: bfloat16 halves it" in " ".join(capsys.readouterr().out.split())) == is_said
+        assert (
+            "model.dtype: bfloat16 halves it" in " ".join(capsys.readouterr().out.split())
+        ) == is_said
 
 
 def test_a_model_in_memory_becomes_really_smaller(
     model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, tokenizer = in_memory(model_folders["llama"])
-    sections: dict[str, Any] = {"calibration": TEXT, "pruning": {**GROUPS, "allocation": "uniform"}, "output": str(tmp_path / "run")}
+    sections: dict[str, Any] = {
+        "calibration": TEXT,
+        "pruning": {**GROUPS, "allocation": "uniform"},
+        "output": str(tmp_path / "run"),
+    }
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     result = ray_surgeon.prune(model, tokenizer, **sections)
     pruned = result.load()
@@ -92,16 +121,24 @@ def test_a_model_in_memory_becomes_really_smaller(
     assert 0.2 - 1e-9 <= result.sparsity < 0.3
     assert set(result.perplexity) == {"test"}
     assert result.report["spec"]["name"] == "model"
-    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items()), "the model in memory stays"
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items()), (
+        "the model in memory stays"
+    )
     assert "shot 1/1   commit" in capsys.readouterr().out
     again = ray_surgeon.prune(model, tokenizer, **sections, resume=True, progress=False)
     assert again.perplexity == result.perplexity
     assert capsys.readouterr().out == ""
 
 
-def test_the_model_of_another_run_is_not_overwritten(model_folders: dict[str, Path], tmp_path: Path) -> None:
+def test_the_model_of_another_run_is_not_overwritten(
+    model_folders: dict[str, Path], tmp_path: Path
+) -> None:
     model, tokenizer = in_memory(model_folders["llama"])
-    sections: dict[str, Any] = {"calibration": TEXT, "pruning": GROUPS, "output": {"uri": str(tmp_path / "run"), "exports": []}}
+    sections: dict[str, Any] = {
+        "calibration": TEXT,
+        "pruning": GROUPS,
+        "output": {"uri": str(tmp_path / "run"), "exports": []},
+    }
     ray_surgeon.prune(model, tokenizer, **sections, progress=False)
     source = tmp_path / "run/source/model.safetensors"
     before = source.read_bytes()
@@ -118,12 +155,16 @@ def test_the_model_of_another_run_is_not_overwritten(model_folders: dict[str, Pa
     (tmp_path / "checkpoints/source").mkdir(parents=True)
     (tmp_path / "checkpoints/source/adapter_model.safetensors").write_text("my own")
     with pytest.raises(ValueError, match="holds something else"):
-        ray_surgeon.prune(model, tokenizer, **sections | {"output": str(tmp_path / "checkpoints")}, progress=False)
+        ray_surgeon.prune(
+            model, tokenizer, **sections | {"output": str(tmp_path / "checkpoints")}, progress=False
+        )
     assert (tmp_path / "checkpoints/source/adapter_model.safetensors").read_text() == "my own"
     (tmp_path / "project").mkdir()
     (tmp_path / "project/thesis.txt").touch()
     with pytest.raises(ValueError, match="holds no run of this program"):
-        ray_surgeon.prune(model, tokenizer, **sections | {"output": str(tmp_path / "project")}, progress=False)
+        ray_surgeon.prune(
+            model, tokenizer, **sections | {"output": str(tmp_path / "project")}, progress=False
+        )
     assert not (tmp_path / "project/source").exists()
     assert source.read_bytes() == before
 
@@ -131,7 +172,14 @@ def test_the_model_of_another_run_is_not_overwritten(model_folders: dict[str, Pa
 def test_all_chat_templates_go_along(model_folders: dict[str, Path], tmp_path: Path) -> None:
     model, tokenizer = in_memory(model_folders["llama"])
     tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
-    result = ray_surgeon.prune(model, tokenizer, calibration=TEXT, pruning=GROUPS, output="memory://templates", progress=False)
+    result = ray_surgeon.prune(
+        model,
+        tokenizer,
+        calibration=TEXT,
+        pruning=GROUPS,
+        output="memory://templates",
+        progress=False,
+    )
     files.download(files.join(result.path, "config.json"), tmp_path / "config.json")
     for name in files.list_files(result.path):
         if "token" in name or "template" in name:
@@ -141,21 +189,29 @@ def test_all_chat_templates_go_along(model_folders: dict[str, Path], tmp_path: P
 
 
 @pytest.mark.ray
-def test_on_ray_with_the_same_bits(cluster: Cluster, model_folders: dict[str, Path], tmp_path: Path) -> None:
+def test_on_ray_with_the_same_bits(
+    cluster: Cluster, model_folders: dict[str, Path], tmp_path: Path
+) -> None:
     model, tokenizer = in_memory(model_folders["llama"])
     ray_section = {"backend": "ray", "num_shards": 2, "address": cluster.address}
     for name, section in (("local", {"backend": "local"}), ("ray", ray_section)):
         output = {"uri": str(tmp_path / name), "exports": []}
-        ray_surgeon.prune(model, tokenizer, calibration=TEXT, pruning=GROUPS, cluster=section, output=output)
+        ray_surgeon.prune(
+            model, tokenizer, calibration=TEXT, pruning=GROUPS, cluster=section, output=output
+        )
     assert_same_shot(tmp_path / "local", tmp_path / "ray", 1)
 
 
-def test_a_path_and_a_whole_spec(model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_and_a_whole_spec(
+    model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        result = ray_surgeon.prune(str(model_folders["llama"]), calibration=TEXT, pruning=GROUPS, progress=False)
+        result = ray_surgeon.prune(
+            str(model_folders["llama"]), calibration=TEXT, pruning=GROUPS, progress=False
+        )
         assert torch.get_num_threads() == 2, "the threads of the caller's process are its own"
     finally:
         torch.set_num_threads(before)
@@ -182,54 +238,98 @@ def test_a_path_and_a_whole_spec(model_folders: dict[str, Path], tmp_path: Path,
         ({"output": ""}, "uri"),
         ({"calibration": None}, "calibration: is missing; give the fields"),
         ({"calibration": ["one text", "another"]}, "calibration: got .*; give the fields"),
-        ({"calibration": TEXT | {"split": "test"}}, "the calibration reads the test part of its text"),
+        (
+            {"calibration": TEXT | {"split": "test"}},
+            "the calibration reads the test part of its text",
+        ),
         ({"pruning": "groups"}, "pruning: got 'groups'; give the fields"),
     ],
 )
-def test_sections_of_wrong_types_are_named(sections: dict[str, Any], message: str, model_folders: dict[str, Path]) -> None:
+def test_sections_of_wrong_types_are_named(
+    sections: dict[str, Any], message: str, model_folders: dict[str, Path]
+) -> None:
     with pytest.raises(ValueError, match=message):
-        ray_surgeon.prune(str(model_folders["llama"]), **{"calibration": TEXT, "pruning": GROUPS, **sections})
+        ray_surgeon.prune(
+            str(model_folders["llama"]), **{"calibration": TEXT, "pruning": GROUPS, **sections}
+        )
 
 
 def test_what_is_wrong_is_said_once_in_words(model_folders: dict[str, Path]) -> None:
     """As on the command line: no inner names, and nothing of sections that nobody gave."""
     with pytest.raises(ValueError, match="is not a valid job spec") as caught:
-        ray_surgeon.prune(str(model_folders["llama"]), calibration=TEXT | {"strid": 3}, pruning=GROUPS | {"target_sparsity": 30})
+        ray_surgeon.prune(
+            str(model_folders["llama"]),
+            calibration=TEXT | {"strid": 3},
+            pruning=GROUPS | {"target_sparsity": 30},
+        )
     first, *lines = str(caught.value).split("\n")
     assert first == "what prune() was given is not a valid job spec:"
-    assert [line.split(":")[0].strip() for line in lines] == ["calibration.strid", "pruning.target_sparsity"]
+    assert [line.split(":")[0].strip() for line in lines] == [
+        "calibration.strid",
+        "pruning.target_sparsity",
+    ]
     with pytest.raises(ValueError, match=r"spec: got a str; give ray_surgeon.parse_spec"):
         ray_surgeon.prune(spec="quickstart.yaml")  # type: ignore[arg-type]
     assert {"prune", "curvature", "JobSpec"} <= set(dir(ray_surgeon))
 
 
-def test_an_output_may_be_a_path_and_remedies_are_of_python_too(model_folders: dict[str, Path], tmp_path: Path) -> None:
-    sections: dict[str, Any] = {"calibration": TEXT, "pruning": GROUPS, "output": tmp_path / "a run", "progress": False}
+def test_an_output_may_be_a_path_and_remedies_are_of_python_too(
+    model_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    sections: dict[str, Any] = {
+        "calibration": TEXT,
+        "pruning": GROUPS,
+        "output": tmp_path / "a run",
+        "progress": False,
+    }
     assert ray_surgeon.prune(str(model_folders["llama"]), **sections).uri == str(tmp_path / "a run")
     with pytest.raises(ValueError, match=r"resume=True in Python.*--set output.uri='.*/a run-2'"):
         ray_surgeon.prune(str(model_folders["llama"]), **sections)
 
 
-def test_a_perplexity_that_is_no_number_ends_the_run(model_folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_perplexity_that_is_no_number_ends_the_run(
+    model_folders: dict[str, Path], tmp_path: Path
+) -> None:
     """Of random logits that are huge, the loss is, too."""
     model, tokenizer = in_memory(model_folders["llama"])
     model.lm_head.weight.data *= 1e5
-    with pytest.raises(FloatingPointError, match="the perplexity on test, or its divergence, is not finite"):
-        ray_surgeon.prune(model, tokenizer, calibration=TEXT, pruning=GROUPS, output=str(tmp_path / "run"), progress=False)
+    with pytest.raises(
+        FloatingPointError, match="the perplexity on test, or its divergence, is not finite"
+    ):
+        ray_surgeon.prune(
+            model,
+            tokenizer,
+            calibration=TEXT,
+            pruning=GROUPS,
+            output=str(tmp_path / "run"),
+            progress=False,
+        )
 
 
 def test_an_export_on_another_file_system_is_loaded(model_folders: dict[str, Path]) -> None:
-    result = ray_surgeon.prune(str(model_folders["llama"]), calibration=TEXT, pruning=GROUPS, output="memory://api/run", progress=False)
+    result = ray_surgeon.prune(
+        str(model_folders["llama"]),
+        calibration=TEXT,
+        pruning=GROUPS,
+        output="memory://api/run",
+        progress=False,
+    )
     assert result.path == "memory://api/run/export/per_block"
     assert sum(p.numel() for p in result.load().parameters()) < sum(
         p.numel() for p in AutoModelForCausalLM.from_pretrained(model_folders["llama"]).parameters()
     )
 
 
-def test_bad_arguments_are_said_before_anything_starts(model_folders: dict[str, Path], tmp_path: Path) -> None:
+def test_bad_arguments_are_said_before_anything_starts(
+    model_folders: dict[str, Path], tmp_path: Path
+) -> None:
     model, tokenizer = in_memory(model_folders["llama"])
     spec = ray_surgeon.parse_spec(tiny_spec(tmp_path, model_folders["llama"]).read_text())
-    sections: dict[str, Any] = {"calibration": TEXT, "pruning": GROUPS, "output": str(tmp_path / "out")}
+    sections: dict[str, Any] = {
+        "calibration": TEXT,
+        "pruning": GROUPS,
+        "output": str(tmp_path / "out"),
+    }
     for arguments, options, message in [
         ((), sections, "model: give a Hub id"),
         ((model,), sections, "needs its tokenizer"),
@@ -250,7 +350,9 @@ def test_bad_arguments_are_said_before_anything_starts(model_folders: dict[str, 
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
-def test_curvature_is_that_of_a_run(family: str, model_folders: dict[str, Path], tmp_path: Path) -> None:
+def test_curvature_is_that_of_a_run(
+    family: str, model_folders: dict[str, Path], tmp_path: Path
+) -> None:
     model, tokenizer = in_memory(model_folders[family])
     inputs = check(ray_surgeon.parse_spec(tiny_spec(tmp_path, model_folders[family]).read_text()))
     found = ray_surgeon.curvature(model, inputs.calibration)
@@ -276,14 +378,22 @@ def test_curvature_is_that_of_a_run(family: str, model_folders: dict[str, Path],
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ModelShard, "stop_curvature", watch)
         alone = ray_surgeon.curvature(model, inputs.calibration, linears=[list(found)[-1]])
-    assert {name.rpartition(".")[2] for name in gathered} == {list(found)[-1].rpartition(".")[2]}, "others would take memory"
+    assert {name.rpartition(".")[2] for name in gathered} == {list(found)[-1].rpartition(".")[2]}, (
+        "others would take memory"
+    )
     assert torch.equal(alone[list(found)[-1]].G, found[list(found)[-1]].G)
     sampled = ray_surgeon.curvature(model, inputs.calibration, linears=[name], label_seed=1)[name]
     assert not torch.equal(sampled.G, found[name].G)
     assert torch.equal(sampled.A, found[name].A)
-    texts = ["The quick brown fox jumps over the lazy dog.", "Another text of another length, a little longer than the first one."]
+    texts = [
+        "The quick brown fox jumps over the lazy dog.",
+        "Another text of another length, a little longer than the first one.",
+    ]
     tokens = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    assert torch.equal(ray_surgeon.curvature(model, texts, tokenizer)[name].A, ray_surgeon.curvature(model, tokens)[name].A)
+    assert torch.equal(
+        ray_surgeon.curvature(model, texts, tokenizer)[name].A,
+        ray_surgeon.curvature(model, tokens)[name].A,
+    )
     with_bos = [[tokenizer.bos_token_id, *sequence] for sequence in tokens]
     of_texts = ray_surgeon.curvature(model, texts, beginning(tokenizer, "<end> $A"), linears=[name])
     assert torch.equal(of_texts[name].A, ray_surgeon.curvature(model, with_bos)[name].A)
@@ -307,17 +417,23 @@ def test_curvature_is_that_of_a_run(family: str, model_folders: dict[str, Path],
 
 def test_linears_with_and_without_a_bias_share_no_inputs() -> None:
     """DeepSeek-V3's query projection without low rank never has one; what is beside it may."""
-    config = DeepseekV3Config(**{**SPARSE_CONFIGS["deepseek_v3"].to_dict(), "q_lora_rank": None, "attention_bias": True})
+    config = DeepseekV3Config(
+        **{**SPARSE_CONFIGS["deepseek_v3"].to_dict(), "q_lora_rank": None, "attention_bias": True}
+    )
     model = AutoModelForCausalLM.from_config(config)
     found = ray_surgeon.curvature(model, [[1, 2, 3, 4]])
     attention = "model.layers.0.self_attn"
     assert found[f"{attention}.q_proj"].A.shape == (32, 32)
     assert found[f"{attention}.kv_a_proj_with_mqa"].A.shape == (33, 33)
-    torch.testing.assert_close(found[f"{attention}.kv_a_proj_with_mqa"].A[:32, :32], found[f"{attention}.q_proj"].A)
+    torch.testing.assert_close(
+        found[f"{attention}.kv_a_proj_with_mqa"].A[:32, :32], found[f"{attention}.q_proj"].A
+    )
 
 
 def test_models_that_see_later_tokens_are_refused() -> None:
-    config = Gemma3TextConfig(**{**CONFIGS["gemma3"].to_dict(), "use_bidirectional_attention": True})
+    config = Gemma3TextConfig(
+        **{**CONFIGS["gemma3"].to_dict(), "use_bidirectional_attention": True}
+    )
     with pytest.raises(ValueError, match="use_bidirectional_attention"):
         ModelLayout.of(config)
 
@@ -343,18 +459,25 @@ def test_names_of_runs_are_made_of_sources() -> None:
 
 
 def test_long_steps_show_that_they_move(model_folders: dict[str, Path], tmp_path: Path) -> None:
-    """Sequences in the passes, linears in costs and updates, steps in corrections: all of them, in order, to the end."""
+    """Sequences in the passes, linears in costs and updates, steps in corrections: all of them, in
+    order, to the end.
+    """
     changes: dict[str, Any] = {
         "correction__lora_rank": 2,
         "pruning__num_shots": 1,
         "cluster__num_shards": 2,
         "calibration__held_aside": 0,
     }
-    inputs = check(ray_surgeon.parse_spec(tiny_spec(tmp_path, model_folders["llama"], **changes).read_text()))
+    inputs = check(
+        ray_surgeon.parse_spec(tiny_spec(tmp_path, model_folders["llama"], **changes).read_text())
+    )
     moments: list[Moment] = []
     cluster = loaded(model_folders["llama"], 2)
     run_shots(
-        inputs, cluster, RunDirectory(inputs.spec.output.uri), lambda news: moments.append(news) if isinstance(news, Moment) else None
+        inputs,
+        cluster,
+        RunDirectory(inputs.spec.output.uri),
+        lambda news: moments.append(news) if isinstance(news, Moment) else None,
     )
     for step, unit, total in (
         ("curvature", "sequences", 6),
@@ -372,7 +495,9 @@ def test_long_steps_show_that_they_move(model_folders: dict[str, Path], tmp_path
     assert curvature[0].left_s
 
 
-def test_the_command_line(model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line(
+    model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     spec = str(tiny_spec(tmp_path, model_folders["llama"]))
     assert pipeline.cli(["schema"]) == 0
     assert '"JobSpec"' in capsys.readouterr().out
@@ -389,20 +514,32 @@ def test_the_command_line(model_folders: dict[str, Path], tmp_path: Path, capsys
     assert not (tmp_path / "run").exists()
     assert pipeline.cli(["prune", spec, "--set", "pruning.num_shots=1"]) == 0
     capsys.readouterr()
-    plot, page = str(tmp_path / "p.svg"), str(tmp_path / "c.html")
+    plot = str(tmp_path / "p.svg")
+    page = str(tmp_path / "c.html")
     assert pipeline.cli(["report", str(tmp_path / "run"), "--plot", plot, "--html", page]) == 0
     assert Path(page).exists()
     for arguments in ([], ["prun"]):
         with pytest.raises(SystemExit):
             pipeline.cli(arguments)
-    done = subprocess.run([str(Path(sys.executable).parent / "ray-surgeon"), "--help"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [str(Path(sys.executable).parent / "ray-surgeon"), "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert all(command in done.stdout for command in ("prune", "plan", "report", "schema"))
 
 
 @pytest.mark.parametrize("name", ["prune_in_memory", "look_at_curvature", "compare_methods"])
-def test_examples_run(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_examples_run(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(sys, "argv", [name])
     monkeypatch.syspath_prepend(str(ROOT))
     runpy.run_module(f"examples.{name}", run_name="__main__")
-    expected = {"prune_in_memory": "feed-forward width 64 -> 48", "look_at_curvature": "sampled G (32, 32)", "compare_methods": "Wanda"}
+    expected = {
+        "prune_in_memory": "feed-forward width 64 -> 48",
+        "look_at_curvature": "sampled G (32, 32)",
+        "compare_methods": "Wanda",
+    }
     assert expected[name] in capsys.readouterr().out

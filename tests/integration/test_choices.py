@@ -1,4 +1,6 @@
-"""What the coordinator chooses, from costs that are given; no model is loaded but in the last tests."""
+"""What the coordinator chooses, from costs that are given; no model is loaded but in the last
+tests.
+"""
 
 from __future__ import annotations
 
@@ -48,8 +50,11 @@ class Propagating:
 
 @pytest.mark.parametrize("extra", [0, 3, 40])
 @pytest.mark.parametrize("target", [0.05, 0.3, 0.31, 25.5 / 52])
-def test_rows_and_columns_go_up_to_the_lowest_threshold_that_removes_enough(extra: int, target: float) -> None:
-    method, cluster = RowsColumns(RowsColumnsSection(target_sparsity=target, num_shots=1), KfacSection()), Propagating(extra)
+def test_rows_and_columns_go_up_to_the_lowest_threshold_that_removes_enough(
+    extra: int, target: float
+) -> None:
+    method = RowsColumns(RowsColumnsSection(target_sparsity=target, num_shots=1), KfacSection())
+    cluster = Propagating(extra)
 
     def removed(value: float) -> int:
         return 52 - sum(cluster.run_all(None, value))
@@ -59,7 +64,12 @@ def test_rows_and_columns_go_up_to_the_lowest_threshold_that_removes_enough(extr
     choice = method.choose(cluster, Scores(COSTS, 52, 52), 1)
     assert choice.threshold == expected == choice.facts["threshold"]
     assert choice.facts["sparsity"] == pytest.approx(removed(expected) / 52)
-    by_cost = sorted((float(x), n) for c in COSTS for side, n in ((c.rows, c.num_columns), (c.columns, c.num_rows)) for x in side)
+    by_cost = sorted(
+        (float(x), n)
+        for c in COSTS
+        for side, n in ((c.rows, c.num_columns), (c.columns, c.num_rows))
+        for x in side
+    )
     assert [cost for _, cost in choice.record["cost_curve"]] == [cost for cost, _ in by_cost]
     assert choice.record["cost_curve"][0][0] == pytest.approx(by_cost[0][1] / 52)
 
@@ -72,31 +82,48 @@ def small_budget(num_groups: int, num_consumers: int = 1) -> Budget:
 
 
 def small_groups(budget: Budget | None = None, **options: Any) -> Groups:
-    section = GroupsSection(structure="groups", **{"target_sparsity": 0.5, "width_multiple": 1} | options)
+    section = GroupsSection(
+        structure="groups", **{"target_sparsity": 0.5, "width_multiple": 1} | options
+    )
     return Groups(section, None, budget or small_budget(24), {"ffn": 0}, frozenset())
 
 
 def test_targets_at_the_ends_of_what_is_possible() -> None:
-    budget, fewest = parameters_budget(LAYOUTS["llama"]), {"ffn": 8, "attention": 1}
+    budget = parameters_budget(LAYOUTS["llama"])
+    fewest = {"ffn": 8, "attention": 1}
 
     def asked(parameters: int) -> Groups:
-        section = GroupsSection(structure="groups", width_multiple=8, target={"parameters": parameters})
+        section = GroupsSection(
+            structure="groups", width_multiple=8, target={"parameters": parameters}
+        )
         return Groups(section, None, budget, fewest, frozenset())
 
-    least, dense = int(budget.least(fewest)), int(budget.dense)
+    least = int(budget.least(fewest))
+    dense = int(budget.dense)
     for possible in (least, dense - 1):
         asked(possible).check()
     with pytest.raises(ValueError, match="at least"):
         asked(least - 1).check()
     with pytest.raises(ValueError, match="no more than"):
         asked(dense).check()
-    replace(small_groups(small_budget(2, 4), num_shots=1), fewest={"ffn": 1}).check()  # half is all that may go
+    replace(
+        small_groups(small_budget(2, 4), num_shots=1), fewest={"ffn": 1}
+    ).check()  # half is all that may go
 
 
 def test_the_curve_is_of_scaled_costs_a_unit_as_the_threshold_is() -> None:
     method = small_groups(small_budget(2, 2), target_sparsity=0.25, num_shots=1)
     costs = tuple(
-        ConsumerCosts(f"{block}", "ffn", torch.tensor([1.0, 2.0]), 2, 10, frozenset(range(3)), block=block, scale=scale)
+        ConsumerCosts(
+            f"{block}",
+            "ffn",
+            torch.tensor([1.0, 2.0]),
+            2,
+            10,
+            frozenset(range(3)),
+            block=block,
+            scale=scale,
+        )
         for block, scale in enumerate((1.0, 7.0))
     )
     choice = method.choose(NO_CLUSTER, Scores(costs, 40, 40), 1)
@@ -108,7 +135,11 @@ def test_the_curve_is_of_scaled_costs_a_unit_as_the_threshold_is() -> None:
 def test_what_earlier_shots_removed_counts() -> None:
     costs = (ConsumerCosts("x", "ffn", torch.tensor([1.0, 2.0, 3.0, math.inf]), 3, 10, ANY),)
     choice = small_groups(small_budget(4), num_shots=2).choose(NO_CLUSTER, Scores(costs, 40, 30), 2)
-    assert (choice.facts["groups"], choice.facts["sparsity"], choice.facts["need"]) == (1, 0.5, 20.0)
+    assert (choice.facts["groups"], choice.facts["sparsity"], choice.facts["need"]) == (
+        1,
+        0.5,
+        20.0,
+    )
 
 
 def test_scores_of_paths_that_were_followed_farther_take_the_place_of_those_before() -> None:
@@ -118,14 +149,25 @@ def test_scores_of_paths_that_were_followed_farther_take_the_place_of_those_befo
     def event(name: str, factor: str, used: float) -> RaisedDamping:
         return RaisedDamping(name, factor, 0.0, used, False)
 
-    before = Scores((cost("a", 1.0), cost("b", 2.0)), 20, 20, (event("a", "A", 1.0), event("a", "G", 2.0), event("b", "A", 3.0)))
+    before = Scores(
+        (cost("a", 1.0), cost("b", 2.0)),
+        20,
+        20,
+        (event("a", "A", 1.0), event("a", "G", 2.0), event("b", "A", 3.0)),
+    )
     found = renewed(before, Scores((cost("b", 5.0),), 20, 20, (event("b", "A", 4.0),)))
     assert {c.consumer: float(c.costs) for c in found.costs} == {"a": 1.0, "b": 5.0}
-    assert {(e.linear, e.factor): e.used for e in found.raised_damping} == {("a", "A"): 1.0, ("a", "G"): 2.0, ("b", "A"): 4.0}
+    assert {(e.linear, e.factor): e.used for e in found.raised_damping} == {
+        ("a", "A"): 1.0,
+        ("a", "G"): 2.0,
+        ("b", "A"): 4.0,
+    }
 
 
 def test_a_path_is_followed_where_costs_a_unit_reach_the_threshold() -> None:
-    costs = ConsumerCosts("x", "ffn", torch.tensor([1.0, math.inf, math.inf]), 3, 10, ANY, limit=0.05)
+    costs = ConsumerCosts(
+        "x", "ffn", torch.tensor([1.0, math.inf, math.inf]), 3, 10, ANY, limit=0.05
+    )
     for threshold, followed in ((0.05, True), (0.1, True), (0.11, False)):
         assert small_groups()._is_followed(costs, threshold) == followed
     assert not small_groups(rank_by="cost")._is_followed(costs, 1.1)
@@ -153,12 +195,21 @@ def test_widths_that_may_be_left_are_multiples_in_the_last_shot_and_the_whole_on
 
 def test_factors_of_experts_are_shrunk_which_takes_memory() -> None:
     method = replace(small_groups(), consumers=frozenset({"down"}))
-    linears: list[Any] = [SimpleNamespace(role="down", num_rows=3, num_columns=5, expert=expert) for expert in (None, 0)]
+    linears: list[Any] = [
+        SimpleNamespace(role="down", num_rows=3, num_columns=5, expert=expert)
+        for expert in (None, 0)
+    ]
     dense, expert = map(method.needs, linears)
-    assert expert.costs_bytes - dense.costs_bytes == expert.update_bytes - dense.update_bytes == 4 * (9 + 25)
+    assert (
+        expert.costs_bytes - dense.costs_bytes
+        == expert.update_bytes - dense.update_bytes
+        == 4 * (9 + 25)
+    )
 
 
-def test_a_path_is_followed_to_the_next_width_that_may_be_left_whatever_it_costs(model_folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_path_is_followed_to_the_next_width_that_may_be_left_whatever_it_costs(
+    model_folders: dict[str, Path], tmp_path: Path
+) -> None:
     search, cluster, _, _ = scored(model_folders["llama"], tmp_path, pruning__width_multiple=8)
     for worker in cluster.workers.values():
         for groups in search.method.sets(worker):
@@ -168,4 +219,6 @@ def test_a_path_is_followed_to_the_next_width_that_may_be_left_whatever_it_costs
                 gone[:3] = True
                 worker.masks[groups.consumer] = mask.without(torch.zeros_like(mask.rows), gone)
     found = Scores.merged(cluster.run_all(search.method.costs, Reach(1e-12), 1))
-    assert {c.num_reached for c in found.costs if c.kind == "ffn"} == {5}  # 45 are left, 40 may stay
+    assert {c.num_reached for c in found.costs if c.kind == "ffn"} == {
+        5
+    }  # 45 are left, 40 may stay

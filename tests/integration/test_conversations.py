@@ -86,7 +86,10 @@ def test_loops_are_found() -> None:
 
 
 def test_conversations_are_packed_whole_but_for_the_last_of_a_window() -> None:
-    made = [Conversation(tuple(range(10 * i, 10 * i + size)), slice(2, size - 1)) for i, size in enumerate((4, 5, 3, 8, 4))]
+    made = [
+        Conversation(tuple(range(10 * i, 10 * i + size)), slice(2, size - 1))
+        for i, size in enumerate((4, 5, 3, 8, 4))
+    ]
     found = pack(made, 3, 7)
     assert found.tokens.tolist() == [[0, 1, 2, 3, 10, 11, 12], [20, 21, 22, 30, 31, 32, 33]]
     assert found.answers.tolist() == [
@@ -97,7 +100,9 @@ def test_conversations_are_packed_whole_but_for_the_last_of_a_window() -> None:
     assert pack([], 2, 7).tokens.shape == (0, 7)
 
 
-def test_marks_of_a_template_are_found(chatty: PreTrainedTokenizerFast, asked: Callable[..., Any]) -> None:
+def test_marks_of_a_template_are_found(
+    chatty: PreTrainedTokenizerFast, asked: Callable[..., Any]
+) -> None:
     marks = asked(chatty, chat=True).marks
     assert marks.opening == tuple(ids(chatty, "<s>Be kind.\n<u>"))
     assert marks.closing == tuple(ids(chatty, "<end>\n<a>"))
@@ -196,7 +201,10 @@ def test_prompts_of_a_file_are_answered(
     writer = conversations._Writer(loaded(model_folders["llama"]), request)
     found = writer.windows()
     assert found.tokens.shape == (3, 96)
-    heads = [tuple(ids(chatty, "the name of")), tuple(ids(chatty, "<s>Be kind.\n<u>Why?<end>\n<a>"))]
+    heads = [
+        tuple(ids(chatty, "the name of")),
+        tuple(ids(chatty, "<s>Be kind.\n<u>Why?<end>\n<a>")),
+    ]
     given = tuple(ids(chatty, "<s>Be brief.<end>\n<u>Why?<end>\n<a>Because it is so.<end>\n"))
     made = writer._conversations
     assert [c.tokens for c in made].count(given) == 1, "what is given is not taken twice"
@@ -216,7 +224,9 @@ def test_prompts_of_a_file_are_answered(
     assert found.answers[0].any()
 
 
-def test_a_text_goes_on_from_the_beginning_of_a_given_one(model_folders: dict[str, Path], asked: Callable[..., Any]) -> None:
+def test_a_text_goes_on_from_the_beginning_of_a_given_one(
+    model_folders: dict[str, Path], asked: Callable[..., Any]
+) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model_folders["llama"])
     given = {"source": "python-docs", "max_tokens": 4000}
     options = {"starts": given, "start_tokens": 6, "texts_per_sequence": 2}
@@ -225,7 +235,9 @@ def test_a_text_goes_on_from_the_beginning_of_a_given_one(model_folders: dict[st
     assert found.tokens.shape == (5, 96)
     assert not found.answers.any()
     texts = found.tokens.reshape(10, 48)
-    stream = token_stream(CalibrationSection(num_sequences=1, sequence_length=2, **given), tokenizer, "").tolist()
+    stream = token_stream(
+        CalibrationSection(num_sequences=1, sequence_length=2, **given), tokenizer, ""
+    ).tolist()
     places = {tuple(stream[i : i + 6]) for i in range(0, len(stream) - 5, 6)}
     assert len({*map(tuple, texts[:, :6].tolist())} & places) == 10
     prompts = tuple(map(tuple, texts[:, :6].tolist()))
@@ -237,7 +249,9 @@ def test_a_text_goes_on_from_the_beginning_of_a_given_one(model_folders: dict[st
     assert {start[0] for start in begun.starts} == {tokenizer.bos_token_id}
 
 
-def test_several_texts_fill_a_sequence_and_begin_with_the_last_token_of_the_prompt(model_folders: dict[str, Path], tmp_path: Path) -> None:
+def test_several_texts_fill_a_sequence_and_begin_with_the_last_token_of_the_prompt(
+    model_folders: dict[str, Path], tmp_path: Path
+) -> None:
     several = {"source": "self", "weight": 0.5, "prompt": "<end>", "texts_per_sequence": 4}
     assert run(tmp_path, model_folders["llama"], calibration__mix=[several]) == 0
     written = tensor_files.read(str(tmp_path / "run/written.safetensors"))["1"]
@@ -251,13 +265,28 @@ def test_several_texts_fill_a_sequence_and_begin_with_the_last_token_of_the_prom
 
 
 def test_a_run_calibrates_on_it_and_goes_on_with_it(
-    model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    model_folders: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    options = {"calibration__mix": [{"source": "self", "weight": 0.5, "prompt": "<end>"}], "cluster__num_shards": 2}
+    options = {
+        "calibration__mix": [{"source": "self", "weight": 0.5, "prompt": "<end>"}],
+        "cluster__num_shards": 2,
+    }
     assert run(tmp_path / "whole", model_folders["llama"], **options) == 0
     written = tensor_files.read(str(tmp_path / "whole/run/written.safetensors"))["1"]
     assert written.shape == (2, 40)
-    assert run(tmp_path / "streamed", model_folders["llama"], memory__weights="disk", memory__factors="disk", **options) == 0
+    assert (
+        run(
+            tmp_path / "streamed",
+            model_folders["llama"],
+            memory__weights="disk",
+            memory__factors="disk",
+            **options,
+        )
+        == 0
+    )
     assert run(tmp_path / "plain", model_folders["llama"], cluster__num_shards=2) == 0
     assert (
         report_of(tmp_path / "plain/run")["shots"][0]["calibration_loss"]
@@ -276,12 +305,16 @@ def test_a_run_calibrates_on_it_and_goes_on_with_it(
         assert run(tmp_path / "cut", model_folders["llama"], **options) != 0
     text = tmp_path / "cut/run/written.safetensors"
     text.rename(tmp_path / "kept")
-    assert run(tmp_path / "cut", model_folders["llama"], "--resume", **options) == 1, "pruned weights must not write it"
+    assert run(tmp_path / "cut", model_folders["llama"], "--resume", **options) == 1, (
+        "pruned weights must not write it"
+    )
     assert "is gone" in capsys.readouterr().err
     (tmp_path / "kept").rename(text)
     states = tmp_path / "cut/run/dense.safetensors"
     states.rename(tmp_path / "kept")
-    assert run(tmp_path / "cut", model_folders["llama"], "--resume", **options) == 2, "found before anything is loaded"
+    assert run(tmp_path / "cut", model_folders["llama"], "--resume", **options) == 2, (
+        "found before anything is loaded"
+    )
     assert "dense.safetensors is gone" in capsys.readouterr().err
     states.write_bytes((tmp_path / "kept").read_bytes()[:100])
     assert run(tmp_path / "cut", model_folders["llama"], "--resume", **options) == 2
@@ -300,9 +333,18 @@ def test_a_run_calibrates_on_it_and_goes_on_with_it(
         ({"calibration__source": "self", "calibration__stride": 64}, "the model writes this one"),
         ({"calibration__mix": [{"source": "self", "temperature": 0}]}, "the same text every time"),
         ({"calibration__mix": [{"source": "self", "split": "test"}]}, "split"),
-        ({"calibration__mix": [{"source": "self", "texts_per_sequence": 3}]}, "a divisor of sequence_length"),
-        ({"calibration__mix": [{"source": "self", "prompt": "with a long prompt " * 400}]}, "change the prompt or the lengths"),
-        ({"calibration__mix": [{"source": "self", "texts_per_sequence": 40}]}, "two tokens or more"),
+        (
+            {"calibration__mix": [{"source": "self", "texts_per_sequence": 3}]},
+            "a divisor of sequence_length",
+        ),
+        (
+            {"calibration__mix": [{"source": "self", "prompt": "with a long prompt " * 400}]},
+            "change the prompt or the lengths",
+        ),
+        (
+            {"calibration__mix": [{"source": "self", "texts_per_sequence": 40}]},
+            "two tokens or more",
+        ),
         ({"calibration__mix": [{"source": "self", "chat": True}]}, "give starts"),
         ({"calibration__mix": [{"source": "self", "prompts": "absent.jsonl"}]}, "cannot read"),
         ({"calibration__mix": [{"source": "self", "chat": True, "prompt": "a"}]}, "keep one"),
@@ -312,13 +354,19 @@ def test_a_run_calibrates_on_it_and_goes_on_with_it(
     ],
 )
 def test_what_cannot_be_written_is_refused(
-    changes: dict[str, object], said: str, model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    changes: dict[str, object],
+    said: str,
+    model_folders: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert run(tmp_path, model_folders["llama"], **changes) == 2
     assert said in capsys.readouterr().err.replace("\n", " ")
 
 
-def test_what_a_template_cannot_do_is_refused(chatty: PreTrainedTokenizerFast, asked: Callable[..., Any], tmp_path: Path) -> None:
+def test_what_a_template_cannot_do_is_refused(
+    chatty: PreTrainedTokenizerFast, asked: Callable[..., Any], tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match=r"sequence_length: 40, but the chat template alone takes"):
         asked(chatty, chat=True, sequence_length=40)
     with pytest.raises(ValueError, match=r"the model takes at most 128"):

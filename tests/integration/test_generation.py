@@ -1,4 +1,6 @@
-"""Answers of the dense model and of pruned ones: against transformers, whatever the workers are, and in every report."""
+"""Answers of the dense model and of pruned ones: against transformers, whatever the workers are,
+and in every report.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,8 @@ from tests.integration.runs import loaded, report_of, run
 WORKERS = ((1, 1), (3, 1), (2, 2))
 MAX_TOKENS = 12
 PROMPTS = tuple(
-    tuple(np.random.default_rng(number).integers(1, VOCABULARY, length).tolist()) for number, length in enumerate((3, 9, 1, 6, 4))
+    tuple(np.random.default_rng(number).integers(1, VOCABULARY, length).tolist())
+    for number, length in enumerate((3, 9, 1, 6, 4))
 )
 ENDS = frozenset(range(0, VOCABULARY, 9))
 """So many that some answers end."""
@@ -64,8 +67,12 @@ def damage(cluster: LocalCluster, factor: float) -> None:
 
 
 @torch.no_grad()
-def by_transformers(folder: Path, factor: float) -> tuple[Answers, dict[str, float], list[list[int]]]:
-    """Return the dense answers, the means over their tokens, and the answers of the damaged model, without our own code."""
+def by_transformers(
+    folder: Path, factor: float
+) -> tuple[Answers, dict[str, float], list[list[int]]]:
+    """Return the dense answers, the means over their tokens, and the answers of the damaged model,
+    without our own code.
+    """
     dense, pruned = (AutoModelForCausalLM.from_pretrained(folder) for _ in range(2))
     for name in ModelLayout.of(dense.config).shapes if factor != 1 else ():
         for parameter in pruned.get_submodule(name).parameters():
@@ -73,7 +80,9 @@ def by_transformers(folder: Path, factor: float) -> tuple[Answers, dict[str, flo
 
     def answer(model: torch.nn.Module, prompt: tuple[int, ...]) -> list[int]:
         tokens = list(prompt)
-        while len(tokens) < len(prompt) + MAX_TOKENS and (len(tokens) == len(prompt) or tokens[-1] not in ENDS):
+        while len(tokens) < len(prompt) + MAX_TOKENS and (
+            len(tokens) == len(prompt) or tokens[-1] not in ENDS
+        ):
             tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
         return tokens[len(prompt) :]
 
@@ -81,7 +90,10 @@ def by_transformers(folder: Path, factor: float) -> tuple[Answers, dict[str, flo
     sums = dict.fromkeys(("acceptance", "agreement", "divergence"), 0.0)
     for prompt, said in zip(PROMPTS, answers, strict=True):
         tokens = torch.tensor([[*prompt, *said]])
-        p, q = (m(tokens).logits[0, len(prompt) - 1 : -1].double().softmax(dim=-1) for m in (dense, pruned))
+        p, q = (
+            m(tokens).logits[0, len(prompt) - 1 : -1].double().softmax(dim=-1)
+            for m in (dense, pruned)
+        )
         sums["acceptance"] += float(torch.minimum(p, q).sum())
         sums["agreement"] += float((p.argmax(dim=-1) == q.argmax(dim=-1)).sum())
         sums["divergence"] += float((p * (p / q).log()).sum())
@@ -92,7 +104,9 @@ def by_transformers(folder: Path, factor: float) -> tuple[Answers, dict[str, flo
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "mixtral"])
-def test_answers_and_rates_are_those_of_transformers_whatever_the_workers_are(family: str, model_folders: dict[str, Path]) -> None:
+def test_answers_and_rates_are_those_of_transformers_whatever_the_workers_are(
+    family: str, model_folders: dict[str, Path]
+) -> None:
     factor = 1.0 if family == "mixtral" else 0.95  # transformers has its experts in one tensor
     expected, means, own = by_transformers(model_folders[family], factor)
     assert 0 < sum(expected.ended) < len(PROMPTS), "some end"
@@ -113,7 +127,9 @@ def test_answers_and_rates_are_those_of_transformers_whatever_the_workers_are(fa
 
 
 @pytest.mark.parametrize("workers", WORKERS)
-def test_the_dense_model_accepts_its_own_answers_and_damage_lowers_all(workers: tuple[int, int], model_folders: dict[str, Path]) -> None:
+def test_the_dense_model_accepts_its_own_answers_and_damage_lowers_all(
+    workers: tuple[int, int], model_folders: dict[str, Path]
+) -> None:
     cluster = loaded(model_folders["llama"], *workers)
     answers = answers_of(cluster, PROMPTS, MAX_TOKENS, ENDS)
     same = measure_answers(cluster, answers, MAX_TOKENS)
@@ -133,7 +149,9 @@ def test_the_dense_model_accepts_its_own_answers_and_damage_lowers_all(workers: 
     assert sum(before.departures) < sum(same.departures)
 
 
-def test_a_run_that_goes_on_measures_the_same(model_folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_run_that_goes_on_measures_the_same(
+    model_folders: dict[str, Path], tmp_path: Path
+) -> None:
     cluster = loaded(model_folders["llama"])
     answers = answers_of(cluster, PROMPTS, MAX_TOKENS, ENDS)
     remember(cluster, "docs", windows_of_answers(answers)[0])
@@ -145,7 +163,9 @@ def test_a_run_that_goes_on_measures_the_same(model_folders: dict[str, Path], tm
     again.run_all(read_states, str(tmp_path / "states.safetensors"))
     damage(again, 0.9)
     assert read_answers(str(tmp_path / "answers.json")) == answers
-    assert measure_answers(again, read_answers(str(tmp_path / "answers.json")), MAX_TOKENS) == expected
+    assert (
+        measure_answers(again, read_answers(str(tmp_path / "answers.json")), MAX_TOKENS) == expected
+    )
 
 
 def test_weights_that_are_not_finite_are_refused(model_folders: dict[str, Path]) -> None:
@@ -169,9 +189,17 @@ def test_windows_have_answers_after_prompts_and_padding_that_does_not_count() ->
 
 @pytest.mark.parametrize(
     ("answer", "other", "length"),
-    [([1, 2, 3], [1, 2, 3], 3), ([1, 2, 3], [1, 2], 2), ([1, 2], [1, 2, 3], 2), ([1, 2], [0, 2], 0), ([1, 2, 3], [1, 4, 3], 1)],
+    [
+        ([1, 2, 3], [1, 2, 3], 3),
+        ([1, 2, 3], [1, 2], 2),
+        ([1, 2], [1, 2, 3], 2),
+        ([1, 2], [0, 2], 0),
+        ([1, 2, 3], [1, 4, 3], 1),
+    ],
 )
-def test_answers_part_at_the_first_token_that_differs(answer: list[int], other: list[int], length: int) -> None:
+def test_answers_part_at_the_first_token_that_differs(
+    answer: list[int], other: list[int], length: int
+) -> None:
     assert departure(answer, other) == length
 
 
@@ -189,7 +217,12 @@ def test_prompts_that_cannot_be_answered_are_refused() -> None:
 
 def test_the_section_has_few_fields_and_says_what_they_are() -> None:
     section = GenerationSection()
-    assert section.model_dump() == {"prompts": None, "num_prompts": 16, "max_new_tokens": 96, "seed": 0}
+    assert section.model_dump() == {
+        "prompts": None,
+        "num_prompts": 16,
+        "max_new_tokens": 96,
+        "seed": 0,
+    }
     assert all(field.description for field in GenerationSection.model_fields.values())
 
 
@@ -232,11 +265,15 @@ def test_records_are_what_a_report_may_hold() -> None:
         "example": dense["example"] | {"pruned": "text of (1,)"},
     }
     assert json.loads(json.dumps(shot)) == shot
-    assert len(dense_record(ANSWERS_OF_TWO, lambda tokens: "x" * 10_000)["example"]["dense"]) == 2000
+    assert (
+        len(dense_record(ANSWERS_OF_TWO, lambda tokens: "x" * 10_000)["example"]["dense"]) == 2000
+    )
 
 
 @pytest.fixture(scope="module")
-def without(tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, Path]) -> dict[str, Any]:
+def without(
+    tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, Path]
+) -> dict[str, Any]:
     """Return the report of a run that compares no answers."""
     folder = tmp_path_factory.mktemp("generation")
     assert run(folder, model_folders["llama"], name="old") == 0
@@ -262,8 +299,14 @@ def shown(*things: Any) -> str:
     return console.file.getvalue()
 
 
-def test_the_terminal_shows_what_is_accepted_first(without: dict[str, Any], compared: dict[str, Any]) -> None:
-    assert [column.header for column in shots_table(compared).columns][:3] == ["shot", "accepted", "sparsity"]
+def test_the_terminal_shows_what_is_accepted_first(
+    without: dict[str, Any], compared: dict[str, Any]
+) -> None:
+    assert [column.header for column in shots_table(compared).columns][:3] == [
+        "shot",
+        "accepted",
+        "sparsity",
+    ]
     assert shown(shots_table(compared)).count("87.5%") == 2
     assert "accepted" not in shown(shots_table(without))
     both = comparison_table([without, compared])
@@ -308,7 +351,10 @@ def test_the_page_shows_answers_as_text(without: dict[str, Any], compared: dict[
 
 
 def test_the_report_command_compares_runs_with_and_without(
-    without: dict[str, Any], compared: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    without: dict[str, Any],
+    compared: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     for name, record in (("old", without), ("new", compared)):
         (tmp_path / name).mkdir()
@@ -319,7 +365,9 @@ def test_the_report_command_compares_runs_with_and_without(
     assert "run-2-answers" in (tmp_path / "page.html").read_text()
 
 
-def test_a_result_has_the_answers_of_its_last_shot(without: dict[str, Any], compared: dict[str, Any]) -> None:
+def test_a_result_has_the_answers_of_its_last_shot(
+    without: dict[str, Any], compared: dict[str, Any]
+) -> None:
     assert PruneResult("somewhere", without).generation is None
     generation = PruneResult("somewhere", compared).generation
     assert generation is not None
@@ -334,14 +382,27 @@ NO_STEPS: Any = SimpleNamespace(
 
 
 @pytest.mark.parametrize("generation", [None, shot_record(ANSWERS_OF_TWO, FOUND, decode)])
-def test_shots_and_cards_tell_of_answers_if_there_are_some(generation: dict[str, Any] | None, without: dict[str, Any]) -> None:
+def test_shots_and_cards_tell_of_answers_if_there_are_some(
+    generation: dict[str, Any] | None, without: dict[str, Any]
+) -> None:
     report = RunReport(without["spec"], {}, {}, 1000, dense=without["dense"])
-    report.add_shot(1, [0.3], 0.3, None, {}, [], {} if generation is None else {"generation": generation}, NO_STEPS)
+    report.add_shot(
+        1,
+        [0.3],
+        0.3,
+        None,
+        {},
+        [],
+        {} if generation is None else {"generation": generation},
+        NO_STEPS,
+    )
     assert report.shots[0].get("generation") == generation
     facts = report.model_card_facts()
     entry = {"size_bytes": 1e6, "load": "from_pretrained(x)", "uri": "x", "loaders": {}}
     card = model_card("Of a kind.", entry, "some/model", facts)
-    assert model_card("Of a kind.", entry, "some/model", {k: v for k, v in facts.items() if k != "generation"})
+    assert model_card(
+        "Of a kind.", entry, "some/model", {k: v for k, v in facts.items() if k != "generation"}
+    )
     if generation is None:
         assert "acceptance" not in card
         assert "Of a kind.\n\n| text |" in card

@@ -14,20 +14,33 @@ from ray_surgeon.cluster.worker import Worker
 from ray_surgeon.methods.consumer_costs import Reach
 from ray_surgeon.methods.groups import Groups
 from tests.conftest import CONFIGS, LAYOUTS
-from tests.integration.runs import MOST_BY_ORDER_OF_SUMS, assert_same_shot, difference, report_of, run, tensors_of_shot
+from tests.integration.runs import (
+    MOST_BY_ORDER_OF_SUMS,
+    assert_same_shot,
+    difference,
+    report_of,
+    run,
+    tensors_of_shot,
+)
 
 GROUPS: dict[str, Any] = {"pruning__structure": "groups", "pruning__width_multiple": 8}
 
 
 @pytest.mark.parametrize("allocation", ["global", "uniform"])
 @pytest.mark.parametrize("family", sorted(CONFIGS))
-def test_groups_of_every_family(family: str, allocation: str, model_folders: dict[str, Path], tmp_path: Path) -> None:
-    """Consumers lose exactly the columns whose producers lose their rows, and the masked model says so."""
+def test_groups_of_every_family(
+    family: str, allocation: str, model_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """Consumers lose exactly the columns whose producers lose their rows, and the masked model says
+    so.
+    """
     options = {**GROUPS, "pruning__allocation": allocation, "output__exports": ["masked"]}
     assert run(tmp_path, model_folders[family], **options, cluster__num_shards=2) == 0
-    report, tensors = report_of(tmp_path / "run"), tensors_of_shot(tmp_path / "run", 2)
+    report = report_of(tmp_path / "run")
+    tensors = tensors_of_shot(tmp_path / "run", 2)
     total = sum(s["rows"] * s["columns"] for s in report["linears"])
-    gone, widths = 0, set()
+    gone = 0
+    widths = set()
     for groups in LAYOUTS[family].group_sets:
         columns = tensors[f"{groups.consumer}.columns"]
         left = columns[groups.columns]
@@ -51,9 +64,15 @@ def test_groups_of_every_family(family: str, allocation: str, model_folders: dic
 
 
 @pytest.mark.parametrize("allocation", ["global", "uniform"])
-def test_shards_and_replicas_and_resume(allocation: str, model_folders: dict[str, Path], tmp_path: Path) -> None:
+def test_shards_and_replicas_and_resume(
+    allocation: str, model_folders: dict[str, Path], tmp_path: Path
+) -> None:
     options = {**GROUPS, "pruning__allocation": allocation}
-    for name, cluster in (("one", {}), ("shards", {"cluster__num_shards": 3}), ("replicas", {"cluster__num_replicas": 2})):
+    for name, cluster in (
+        ("one", {}),
+        ("shards", {"cluster__num_shards": 3}),
+        ("replicas", {"cluster__num_replicas": 2}),
+    ):
         assert run(tmp_path / name, model_folders["llama"], **options, **cluster) == 0
     assert_same_shot(tmp_path / "one/run", tmp_path / "shards/run", 2)
     assert difference(tmp_path / "one/run", tmp_path / "replicas/run", 2) < MOST_BY_ORDER_OF_SUMS
@@ -62,8 +81,9 @@ def test_shards_and_replicas_and_resume(allocation: str, model_folders: dict[str
 def test_paths_that_went_far_enough_are_not_followed_again(
     model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A round for the paths that were cut too early gives the same shot as a round for all of them."""
-    followed, costs = dict[str, list[int]](), Groups.costs
+    """A round for paths that were cut too early gives the same shot as one for all."""
+    followed = dict[str, list[int]]()
+    costs = Groups.costs
 
     def listening(self: Groups, worker: Worker, reach: Reach, shot: int) -> Any:
         reach = replace(reach, only=None) if name == "all" else reach
@@ -81,15 +101,21 @@ def test_paths_that_went_far_enough_are_not_followed_again(
     assert_same_shot(tmp_path / "some/run", tmp_path / "all/run", 1)
 
 
-def test_only_ffn_channels_go_if_the_spec_says_so(model_folders: dict[str, Path], tmp_path: Path) -> None:
+def test_only_ffn_channels_go_if_the_spec_says_so(
+    model_folders: dict[str, Path], tmp_path: Path
+) -> None:
     assert run(tmp_path, model_folders["llama"], **GROUPS, pruning__groups=["ffn"]) == 0
     tensors = tensors_of_shot(tmp_path / "run", 2)
     for groups in LAYOUTS["llama"].group_sets:
         assert tensors[f"{groups.consumer}.columns"].all() == (groups.kind == "attention")
 
 
-def test_a_removed_group_may_be_anything_upstream(model_folders: dict[str, Path], tmp_path: Path) -> None:
-    """What the masks call pruned does not reach the logits: noise in the rows that were removed, with the consumer's columns zero."""
+def test_a_removed_group_may_be_anything_upstream(
+    model_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """What the masks call pruned does not reach the logits: noise in the rows that were removed,
+    with the consumer's columns zero.
+    """
     assert run(tmp_path, model_folders["llama"], **GROUPS, output__exports=["masked"]) == 0
     masked = AutoModelForCausalLM.from_pretrained(tmp_path / "run/export/masked")
     tensors = tensors_of_shot(tmp_path / "run", 2)
@@ -110,18 +136,31 @@ def test_a_removed_group_may_be_anything_upstream(model_folders: dict[str, Path]
     "target",
     [
         {"pruning__target_sparsity": 0.2},
-        {"pruning__target_sparsity": None, "pruning__target": {"parameters": int(0.85 * LAYOUTS["llama"].num_parameters)}},
+        {
+            "pruning__target_sparsity": None,
+            "pruning__target": {"parameters": int(0.85 * LAYOUTS["llama"].num_parameters)},
+        },
     ],
 )
 def test_the_curve_of_costs_says_what_the_threshold_takes(
     allocation: str, target: dict[str, Any], model_folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Both are of a unit of the target: what lies below the threshold is what goes, but for widths that must be multiples."""
-    options = {"pruning__structure": "groups", "pruning__width_multiple": 1, "pruning__num_shots": 1, "pruning__allocation": allocation}
+    """Both are of a unit of the target: what lies below the threshold is what goes, but for widths
+    that must be multiples.
+    """
+    options = {
+        "pruning__structure": "groups",
+        "pruning__width_multiple": 1,
+        "pruning__num_shots": 1,
+        "pruning__allocation": allocation,
+    }
     assert run(tmp_path, model_folders["llama"], **options, **target) == 0
     (shot,) = report_of(tmp_path / "run")["shots"]
     costs = [cost for _, cost in shot["cost_curve"]]
     assert costs == sorted(costs)
     if allocation == "global":
-        below = max((fraction for fraction, cost in shot["cost_curve"] if cost <= shot["threshold"]), default=0.0)
+        below = max(
+            (fraction for fraction, cost in shot["cost_curve"] if cost <= shot["threshold"]),
+            default=0.0,
+        )
         assert below == pytest.approx(shot["sparsity"], abs=0.03)

@@ -1,4 +1,6 @@
-"""Jobs on a running cluster, as users submit them: their logs, their exit codes, stop and resume, metrics, two at once."""
+"""Jobs on a running cluster, as users submit them: their logs, their exit codes, stop and resume,
+metrics, two at once.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,14 @@ import pytest
 from ray.job_submission import JobSubmissionClient
 from ray.util import get_node_ip_address
 
-from tests.integration.runs import assert_same_shot, overflowing_model, report_of, run, tiny_spec, wait_for
+from tests.integration.runs import (
+    assert_same_shot,
+    overflowing_model,
+    report_of,
+    run,
+    tiny_spec,
+    wait_for,
+)
 
 pytestmark = pytest.mark.ray
 
@@ -40,7 +49,9 @@ def free_ports(number: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Head:
-    """A cluster of one machine with a dashboard, a Ray client server and metrics, on ports of its own."""
+    """A cluster of one machine with a dashboard, a Ray client server and metrics, on ports of its
+    own.
+    """
 
     gcs: str
     dashboard: str
@@ -54,7 +65,10 @@ class Head:
         with pytest.MonkeyPatch.context() as patch:
             for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
                 patch.setenv(name, self.environment[name])
-            return JobSubmissionClient(self.dashboard, headers={"Authorization": f"Bearer {self.environment['RAY_AUTH_TOKEN']}"})
+            return JobSubmissionClient(
+                self.dashboard,
+                headers={"Authorization": f"Bearer {self.environment['RAY_AUTH_TOKEN']}"},
+            )
 
     def ended(self, name: str) -> str:
         """Wait for the end of a job and return its status and message."""
@@ -62,16 +76,47 @@ class Head:
         return f"{self.jobs.get_job_status(name)} {self.jobs.get_job_info(name).message}"
 
     def ray(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [str(Path(sys.executable).parent / "ray"), *arguments[:2], "--address", self.dashboard, *arguments[2:]]
-        return subprocess.run(command, cwd=ROOT, env=dict(self.environment), capture_output=True, text=True, timeout=300, check=False)
+        command = [
+            str(Path(sys.executable).parent / "ray"),
+            *arguments[:2],
+            "--address",
+            self.dashboard,
+            *arguments[2:],
+        ]
+        return subprocess.run(
+            command,
+            cwd=ROOT,
+            env=dict(self.environment),
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
 
-    def submit(self, name: str, spec: Path, *arguments: str, wait: bool = True) -> subprocess.CompletedProcess[str]:
+    def submit(
+        self, name: str, spec: Path, *arguments: str, wait: bool = True
+    ) -> subprocess.CompletedProcess[str]:
         """Submit as README says, and follow the logs."""
         options = ["--submission-id", name, *([] if wait else ["--no-wait"])]
         entrypoint = ["--", "python", "-m", "ray_surgeon.pipeline", str(spec), *arguments]
-        command = [str(Path(sys.executable).parent / "ray"), "job", "submit", "--address", self.dashboard, *options, "--working-dir", "."]
+        command = [
+            str(Path(sys.executable).parent / "ray"),
+            "job",
+            "submit",
+            "--address",
+            self.dashboard,
+            *options,
+            "--working-dir",
+            ".",
+        ]
         return subprocess.run(
-            [*command, *entrypoint], cwd=ROOT, env=dict(self.environment), capture_output=True, text=True, timeout=300, check=False
+            [*command, *entrypoint],
+            cwd=ROOT,
+            env=dict(self.environment),
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
         )
 
 
@@ -80,7 +125,10 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     gcs, dashboard, client, metrics, agent = free_ports(5)
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
-    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}  # as Ray itself does on a user's machine
+    environment |= {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(16),
+    }  # as Ray itself does on a user's machine
     environment["RAY_metrics_report_interval_ms"] = "500"
     environment["GRPC_ENABLE_FORK_SUPPORT"] = "0"  # as docs/clusters.md says for Ray clients
     options = {
@@ -91,18 +139,34 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         "dashboard-agent-listen-port": agent,
         "num-cpus": 4,
     }
-    command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--include-dashboard=true"]
+    command = [
+        str(Path(sys.executable).parent / "ray"),
+        "start",
+        "--head",
+        "--block",
+        "--include-dashboard=true",
+    ]
     command += [f"--{name}={value}" for name, value in options.items()]
-    # Jobs find the cluster in its temporary folder: in a shared one they would go to whichever cluster of a test started last.
+    # Jobs find the cluster in its temporary folder: in a shared one they would go to whichever
+    # cluster of a test started last.
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short, because sockets lie in it
     command.append(f"--temp-dir={folder}")
     log = tmp_path_factory.mktemp("head") / "log"
     with open(log, "w") as file:
         process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
     host = get_node_ip_address()
-    addresses = (f"{host}:{gcs}", f"http://127.0.0.1:{dashboard}", f"ray://{host}:{client}", f"http://{host}:{metrics}/metrics")
+    addresses = (
+        f"{host}:{gcs}",
+        f"http://127.0.0.1:{dashboard}",
+        f"ray://{host}:{client}",
+        f"http://{host}:{metrics}/metrics",
+    )
     try:
-        wait_for(lambda: answers(f"http://127.0.0.1:{dashboard}/api/version") or process.poll() is not None)
+        wait_for(
+            lambda: (
+                answers(f"http://127.0.0.1:{dashboard}/api/version") or process.poll() is not None
+            )
+        )
         assert process.poll() is None, log.read_text()
         yield Head(*addresses, environment)
     finally:
@@ -121,11 +185,21 @@ def answers(url: str) -> bool:
     return True
 
 
-def test_two_jobs_at_once_do_not_disturb_each_other(head: Head, model_folders: dict[str, Path], tmp_path: Path) -> None:
+def test_two_jobs_at_once_do_not_disturb_each_other(
+    head: Head, model_folders: dict[str, Path], tmp_path: Path
+) -> None:
     """One fails, the other one succeeds, and its shots are those of a run in this process."""
     broken = overflowing_model(model_folders["llama"], tmp_path / "model")
-    assert head.submit("fails", tiny_spec(tmp_path / "fails", broken, **ON_RAY), wait=False).returncode == 0
-    done = head.submit("succeeds", tiny_spec(tmp_path / "succeeds", model_folders["llama"], **ON_RAY, output__exports=["masked"]))
+    assert (
+        head.submit("fails", tiny_spec(tmp_path / "fails", broken, **ON_RAY), wait=False).returncode
+        == 0
+    )
+    done = head.submit(
+        "succeeds",
+        tiny_spec(
+            tmp_path / "succeeds", model_folders["llama"], **ON_RAY, output__exports=["masked"]
+        ),
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"shot 2/2 +commit", done.stdout)
     assert "report.html and report.json" in done.stdout
@@ -141,7 +215,10 @@ def test_two_jobs_at_once_do_not_disturb_each_other(head: Head, model_folders: d
 
 
 def test_a_job_with_a_bad_spec(head: Head, model_folders: dict[str, Path], tmp_path: Path) -> None:
-    done = head.submit("bad-spec", tiny_spec(tmp_path, model_folders["llama"], **ON_RAY, pruning__target_sparsity=3))
+    done = head.submit(
+        "bad-spec",
+        tiny_spec(tmp_path, model_folders["llama"], **ON_RAY, pruning__target_sparsity=3),
+    )
     assert done.returncode == 1
     assert "pruning.target_sparsity: Input should be less than 1 (got 3)" in done.stdout
     assert "exit code 2" in head.ended("bad-spec")
@@ -159,20 +236,32 @@ def metrics_of(head: Head, run: str) -> dict[str, float]:
     return values
 
 
-def test_a_job_that_is_watched_and_stopped_and_goes_on(head: Head, model_folders: dict[str, Path], tmp_path: Path) -> None:
-    spec = tiny_spec(tmp_path, model_folders["llama"], **ON_RAY, name="watched", pruning__num_shots=8)
+def test_a_job_that_is_watched_and_stopped_and_goes_on(
+    head: Head, model_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    spec = tiny_spec(
+        tmp_path, model_folders["llama"], **ON_RAY, name="watched", pruning__num_shots=8
+    )
     assert head.submit("stops", spec, wait=False).returncode == 0
     wait_for(lambda: metrics_of(head, "watched").get("shot", 0) >= 2)
     values = metrics_of(head, "watched")
     head.ray("job", "stop", "stops")
     assert "STOPPED" in head.ended("stops")
-    assert "interrupted; continue with: python -m ray_surgeon.pipeline" in head.jobs.get_job_logs("stops")
+    assert "interrupted; continue with: python -m ray_surgeon.pipeline" in head.jobs.get_job_logs(
+        "stops"
+    )
 
     assert values["num_shots"] == 8
     events = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
     told = [event["facts"]["perplexity docs"] for event in events if event["step"] == "evaluation"]
     assert any(values["perplexity docs"] == pytest.approx(perplexity) for perplexity in told)
-    assert {"sparsity", "tokens_per_s", "parameters", "peak_rss_bytes", "steps_total curvature"} <= values.keys()
+    assert {
+        "sparsity",
+        "tokens_per_s",
+        "parameters",
+        "peak_rss_bytes",
+        "steps_total curvature",
+    } <= values.keys()
     assert {"step_seconds update", "efficiency curvature"} <= values.keys()
     assert {"worker_busy_seconds curvature 0", "worker_busy_seconds curvature 1"} <= values.keys()
 
@@ -182,11 +271,29 @@ def test_a_job_that_is_watched_and_stopped_and_goes_on(head: Head, model_folders
     assert len(report_of(tmp_path / "run")["shots"]) == 8
 
 
-def test_a_driver_outside_of_the_cluster(head: Head, model_folders: dict[str, Path], tmp_path: Path) -> None:
-    """By a Ray client. Jobs find the cluster by RAY_ADDRESS, and the tests of losses by the address of the GCS."""
-    spec = tiny_spec(tmp_path, model_folders["llama"], **ON_RAY, cluster__address=head.client, pruning__num_shots=1)
+def test_a_driver_outside_of_the_cluster(
+    head: Head, model_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """By a Ray client. Jobs find the cluster by RAY_ADDRESS, and the tests of losses by the address
+    of the GCS.
+    """
+    spec = tiny_spec(
+        tmp_path,
+        model_folders["llama"],
+        **ON_RAY,
+        cluster__address=head.client,
+        pruning__num_shots=1,
+    )
     command = [sys.executable, "-m", "ray_surgeon.pipeline", str(spec)]
-    done = subprocess.run(command, cwd=ROOT, env=dict(head.environment), capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=dict(head.environment),
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"running on {head.client}" in done.stdout
     assert json.loads((tmp_path / "run/report.json").read_text())["retries"] == []

@@ -33,7 +33,14 @@ from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.run.directory import TakenOverError
 from ray_surgeon.sections.cluster import RaySection
 from ray_surgeon.shots import CollapseError
-from tests.integration.runs import assert_same_shot, overflowing_model, report_of, run, tiny_spec, wait_for
+from tests.integration.runs import (
+    assert_same_shot,
+    overflowing_model,
+    report_of,
+    run,
+    tiny_spec,
+    wait_for,
+)
 
 pytestmark = pytest.mark.ray
 
@@ -42,10 +49,20 @@ OPTIONS: dict[str, Any] = {
     "cluster__num_shards": 2,
     "pruning__num_shots": NUM_SHOTS,
     "evaluation": [
-        {"name": "docs", "source": "python-docs", "num_sequences": 2, "sequence_length": 32, "max_tokens": 3000},
+        {
+            "name": "docs",
+            "source": "python-docs",
+            "num_sequences": 2,
+            "sequence_length": 32,
+            "max_tokens": 3000,
+        },
     ],
 }
-ON_RAY = {"cluster__backend": "ray", "cluster__ping_timeout_s": 6.0, "cluster__start_timeout_s": 40.0}
+ON_RAY = {
+    "cluster__backend": "ray",
+    "cluster__ping_timeout_s": 6.0,
+    "cluster__start_timeout_s": 40.0,
+}
 
 
 def processes_of_the_run() -> dict[str, list[psutil.Process]]:
@@ -65,13 +82,27 @@ class Disturber(threading.Thread):
 
     def __init__(self, kind: str, sent: signal.Signals, uri: Path, num_events: int) -> None:
         super().__init__(daemon=True)
-        self.kind, self.sent, self.events, self.num_events = kind, sent, uri / "events.jsonl", num_events
-        self.before = {process.pid for process in processes_of_the_run()[kind]}  # of a run that has ended, on their way out
+        self.kind = kind
+        self.sent = sent
+        self.events = uri / "events.jsonl"
+        self.num_events = num_events
+        self.before = {
+            process.pid for process in processes_of_the_run()[kind]
+        }  # of a run that has ended, on their way out
         self.hit: psutil.Process | None = None
 
     def run(self) -> None:
-        wait_for(lambda: self.events.exists() and len(self.events.read_text().splitlines()) >= self.num_events)
-        self.hit = next(process for process in reversed(processes_of_the_run()[self.kind]) if process.pid not in self.before)
+        wait_for(
+            lambda: (
+                self.events.exists()
+                and len(self.events.read_text().splitlines()) >= self.num_events
+            )
+        )
+        self.hit = next(
+            process
+            for process in reversed(processes_of_the_run()[self.kind])
+            if process.pid not in self.before
+        )
         self.hit.send_signal(self.sent)
 
 
@@ -110,7 +141,9 @@ def disturb(
 
 def retries(uri: Path) -> list[str]:
     """Return the causes of the retries of a run."""
-    lines = (uri / "events.jsonl").read_text().splitlines() if (uri / "events.jsonl").exists() else []
+    lines = (
+        (uri / "events.jsonl").read_text().splitlines() if (uri / "events.jsonl").exists() else []
+    )
     return [event["facts"]["cause"] for event in map(json.loads, lines) if event["step"] == "retry"]
 
 
@@ -124,27 +157,55 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, model_folders: dict[st
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
 @pytest.mark.parametrize("kind", ["Worker", "Coordinator"])
 def test_a_lost_process(
-    kind: str, sent: signal.Signals, cluster: Cluster, undisturbed: Path, model_folders: dict[str, Path], tmp_path: Path
+    kind: str,
+    sent: signal.Signals,
+    cluster: Cluster,
+    undisturbed: Path,
+    model_folders: dict[str, Path],
+    tmp_path: Path,
 ) -> None:
     disturb(kind, sent, 4, tmp_path, cluster, model_folders["llama"], undisturbed)
 
 
-def test_a_lost_worker_of_a_mixture(cluster: Cluster, model_folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_lost_worker_of_a_mixture(
+    cluster: Cluster, model_folders: dict[str, Path], tmp_path: Path
+) -> None:
     """Heads, channels and experts go; routers go around the same experts after the loss."""
     assert run(tmp_path / "undisturbed", model_folders["qwen2_moe"], **MIXTURE) == 0
     assert any(shot["experts_removed"] for shot in report_of(tmp_path / "undisturbed/run")["shots"])
-    disturb("Worker", signal.SIGKILL, 9, tmp_path, cluster, model_folders["qwen2_moe"], tmp_path / "undisturbed/run", MIXTURE)
+    disturb(
+        "Worker",
+        signal.SIGKILL,
+        9,
+        tmp_path,
+        cluster,
+        model_folders["qwen2_moe"],
+        tmp_path / "undisturbed/run",
+        MIXTURE,
+    )
 
 
 def test_a_lost_machine(undisturbed: Path, model_folders: dict[str, Path], tmp_path: Path) -> None:
-    """Of two machines with a worker each one goes away, and later another one comes in its place."""
+    """Of two machines with a worker each one goes, and later another one comes."""
     two = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     try:
-        lost = two.add_node(num_cpus=1, node_ip_address="127.0.0.2")  # another address, or the driver might attach to it and be lost too
+        lost = two.add_node(
+            num_cpus=1, node_ip_address="127.0.0.2"
+        )  # another address, or the driver might attach to it and be lost too
         two.wait_for_nodes()
-        options = {**OPTIONS, **ON_RAY, "cluster__address": two.address, "cluster__start_timeout_s": 120.0, "cluster__ping_timeout_s": 40.0}
+        options = {
+            **OPTIONS,
+            **ON_RAY,
+            "cluster__address": two.address,
+            "cluster__start_timeout_s": 120.0,
+            "cluster__ping_timeout_s": 40.0,
+        }
         spec = tiny_spec(tmp_path, model_folders["llama"], **options)
-        process = subprocess.Popen([sys.executable, "-m", "ray_surgeon.pipeline", str(spec)], stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "ray_surgeon.pipeline", str(spec)],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         wait_for(lambda: len(processes_of_the_run()["Worker"]) == 2)
         time.sleep(1.0)
         two.remove_node(lost, allow_graceful=False)
@@ -168,7 +229,9 @@ def _lost_before_all_meet(worker: Worker, address: str, timeout_s: float) -> Non
     """Take the place where workers meet, and go away."""
     if worker.placement.rank(worker.index) == 0:
         host, port = address.removeprefix("tcp://").rsplit(":", 1)
-        store = torch.distributed.TCPStore(host, int(port), 2, is_master=True, wait_for_workers=False)
+        store = torch.distributed.TCPStore(
+            host, int(port), 2, is_master=True, wait_for_workers=False
+        )
         time.sleep(2)
         del store
         os._exit(1)
@@ -178,7 +241,9 @@ def _lost_before_all_meet(worker: Worker, address: str, timeout_s: float) -> Non
 def test_what_does_not_answer_is_a_worker_or_its_machine(
     model_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    """Stopped, not killed: no connection breaks. And a worker that is lost while replicas meet is a loss like others."""
+    """Stopped, not killed: no connection breaks. And a worker that is lost while replicas meet is a
+    loss like others.
+    """
     monkeypatch.setattr(ray_cluster, "_ANSWER_S", 12.0)
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     request.addfinalizer(lambda: cloudpickle.unregister_pickle_by_value(sys.modules[__name__]))
@@ -198,8 +263,13 @@ def test_what_does_not_answer_is_a_worker_or_its_machine(
         (raylet,) = workers.run_all(_hold, 0)
         assert raylet == node.all_processes["raylet"][0].process.pid
         machine = psutil.Process(raylet)
-        (worker,) = [p for p in machine.children(recursive=True) if p.cmdline()[0].startswith("ray::Worker")]
-        for lost, cause in (([worker], "worker"), ([machine, *machine.children(recursive=True)], "node")):
+        (worker,) = [
+            p for p in machine.children(recursive=True) if p.cmdline()[0].startswith("ray::Worker")
+        ]
+        for lost, cause in (
+            ([worker], "worker"),
+            ([machine, *machine.children(recursive=True)], "node"),
+        ):
             for process in lost:
                 process.suspend()
                 stopped.append(process)
@@ -216,18 +286,38 @@ def test_what_does_not_answer_is_a_worker_or_its_machine(
 
 @pytest.mark.chaos
 @pytest.mark.parametrize("number", range(50))
-def test_chaos(number: int, cluster: Cluster, undisturbed: Path, model_folders: dict[str, Path], tmp_path: Path) -> None:
+def test_chaos(
+    number: int, cluster: Cluster, undisturbed: Path, model_folders: dict[str, Path], tmp_path: Path
+) -> None:
     chance = random.Random(number)
-    kind, sent = chance.choice(["Worker", "Worker", "Coordinator"]), chance.choice([signal.SIGKILL, signal.SIGSTOP])
-    disturb(kind, sent, chance.randint(1, 6 * NUM_SHOTS - 8), tmp_path, cluster, model_folders["llama"], undisturbed)
+    kind = chance.choice(["Worker", "Worker", "Coordinator"])
+    sent = chance.choice([signal.SIGKILL, signal.SIGSTOP])
+    disturb(
+        kind,
+        sent,
+        chance.randint(1, 6 * NUM_SHOTS - 8),
+        tmp_path,
+        cluster,
+        model_folders["llama"],
+        undisturbed,
+    )
 
 
 def test_a_run_gives_up_and_says_what_to_do(
-    cluster: Cluster, model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    cluster: Cluster,
+    model_folders: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     disturber = Disturber("Worker", signal.SIGKILL, tmp_path / "run", 4)
     disturber.start()
-    options = {**OPTIONS, **ON_RAY, "cluster__address": cluster.address, "cluster__retries": {"worker": 0}, "pruning__num_shots": 100}
+    options = {
+        **OPTIONS,
+        **ON_RAY,
+        "cluster__address": cluster.address,
+        "cluster__retries": {"worker": 0},
+        "pruning__num_shots": 100,
+    }
     assert run(tmp_path, model_folders["llama"], **options) == 1
     error = capsys.readouterr().err
     assert "cluster.retries.worker allows 0" in error
@@ -236,7 +326,10 @@ def test_a_run_gives_up_and_says_what_to_do(
 
 
 def test_errors_of_the_work_are_not_retried(
-    cluster: Cluster, model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    cluster: Cluster,
+    model_folders: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     broken = overflowing_model(model_folders["llama"], tmp_path / "model")
     assert run(tmp_path, broken, **OPTIONS, **ON_RAY, cluster__address=cluster.address) == 1
@@ -245,7 +338,13 @@ def test_errors_of_the_work_are_not_retried(
     assert "failed: the loss on the evaluation text is not a number" in captured.err
 
 
-@pytest.mark.parametrize("error", [TakenOverError("another try has begun"), NoRoomError("no room"), CollapseError("worse")])
+@pytest.mark.parametrize(
+    "error",
+    [TakenOverError("another try has begun"), NoRoomError("no room"), CollapseError("worse")],
+)
 def test_what_needs_no_traceback_is_told_in_one_line(error: Exception) -> None:
     assert unwrapped(RayTaskError("run", "Traceback ...", error)) is error
-    assert type(unwrapped(RayTaskError("run", "Traceback ...", AttributeError("a defect")))) is RuntimeError
+    assert (
+        type(unwrapped(RayTaskError("run", "Traceback ...", AttributeError("a defect"))))
+        is RuntimeError
+    )

@@ -1,4 +1,6 @@
-"""Stores and waves give the same bits; scratch is used, taken over and removed; what does not fit is refused."""
+"""Stores and waves give the same bits; scratch is used, taken over and removed; what does not fit
+is refused.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "element": {"pruning__structure": "element", "correction__lora_rank": 2},
     "n_m": {"pruning__structure": "n_m"},
     "sparsegpt": {"pruning__method": "sparsegpt", "pruning__structure": "element"},
-    "groups": {**GROUPS, "correction__lora_rank": 2, "correction__sequences_per_step": 2, "output__exports": ["per_block"]},
+    "groups": {
+        **GROUPS,
+        "correction__lora_rank": 2,
+        "correction__sequences_per_step": 2,
+        "output__exports": ["per_block"],
+    },
 }
 WAYS = [
     {"memory__activations": "recompute"},
@@ -53,34 +60,59 @@ WAYS = [
 
 
 @pytest.fixture(scope="module")
-def resident(model_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def resident(
+    model_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
     """Runs with everything on the device, on two shards."""
     found: dict[str, Path] = {}
     for method, options in METHODS.items():
         found[method] = tmp_path_factory.mktemp("resident") / method
-        assert run(found[method], model_folders["llama-biases"], cluster__num_shards=2, **options) == 0
+        assert (
+            run(found[method], model_folders["llama-biases"], cluster__num_shards=2, **options) == 0
+        )
     return found
 
 
-@pytest.mark.parametrize(("method", "way"), [(method, way) for method in METHODS for way in range(len(WAYS))])
+@pytest.mark.parametrize(
+    ("method", "way"), [(method, way) for method in METHODS for way in range(len(WAYS))]
+)
 def test_every_store_and_wave_gives_the_same_bits(
     method: str, way: int, model_folders: dict[str, Path], resident: dict[str, Path], tmp_path: Path
 ) -> None:
-    options = METHODS[method] | WAYS[way] | {"memory__scratch": str(tmp_path / "scratch"), "cluster__num_shards": 1 + way % 3}
+    options = (
+        METHODS[method]
+        | WAYS[way]
+        | {"memory__scratch": str(tmp_path / "scratch"), "cluster__num_shards": 1 + way % 3}
+    )
     assert run(tmp_path / "other", model_folders["llama-biases"], **options) == 0
     stores = report_of(tmp_path / "other/run")["plan"]["stores"]
     assert all(stores[name.removeprefix("memory__")] == value for name, value in WAYS[way].items())
     for shot in (1, 2):
         assert_same_shot(resident[method] / "run", tmp_path / "other/run", shot)
-    assert report_of(resident[method] / "run")["shots"][1]["perplexity"] == report_of(tmp_path / "other/run")["shots"][1]["perplexity"]
+    assert (
+        report_of(resident[method] / "run")["shots"][1]["perplexity"]
+        == report_of(tmp_path / "other/run")["shots"][1]["perplexity"]
+    )
     assert not list((tmp_path / "scratch").rglob("*")), "scratch is removed"
 
 
 @pytest.mark.parametrize("family", ["opt", "gpt2", "gemma3", "phi3"])
-def test_other_families_from_disk_with_replicas(family: str, model_folders: dict[str, Path], tmp_path: Path) -> None:
+def test_other_families_from_disk_with_replicas(
+    family: str, model_folders: dict[str, Path], tmp_path: Path
+) -> None:
     replicas = {"cluster__num_replicas": 2, "memory__scratch": str(tmp_path / "scratch")}
     assert run(tmp_path / "one", model_folders[family], **replicas) == 0
-    assert run(tmp_path / "other", model_folders[family], memory__weights="disk", memory__factors="disk", memory__wave=3, **replicas) == 0
+    assert (
+        run(
+            tmp_path / "other",
+            model_folders[family],
+            memory__weights="disk",
+            memory__factors="disk",
+            memory__wave=3,
+            **replicas,
+        )
+        == 0
+    )
     for shot in (1, 2):
         assert_same_shot(tmp_path / "one/run", tmp_path / "other/run", shot)
 
@@ -88,7 +120,12 @@ def test_other_families_from_disk_with_replicas(family: str, model_folders: dict
 def test_a_run_from_disk_is_resumed_with_the_same_bits_and_takes_over_what_a_killed_one_left(
     model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {"memory__weights": "disk", "memory__factors": "disk", "memory__wave": 6, "memory__scratch": str(tmp_path / "scratch")}
+    options = {
+        "memory__weights": "disk",
+        "memory__factors": "disk",
+        "memory__wave": 6,
+        "memory__scratch": str(tmp_path / "scratch"),
+    }
     assert run(tmp_path / "whole", model_folders["llama"], **options) == 0
 
     def killed(*arguments: object) -> None:
@@ -107,9 +144,21 @@ def test_a_run_from_disk_is_resumed_with_the_same_bits_and_takes_over_what_a_kil
 
 
 def test_a_run_that_fails_leaves_no_scratch(model_folders: dict[str, Path], tmp_path: Path) -> None:
-    options = {"memory__weights": "disk", "memory__factors": "disk", "memory__scratch": str(tmp_path / "scratch")}
+    options = {
+        "memory__weights": "disk",
+        "memory__factors": "disk",
+        "memory__scratch": str(tmp_path / "scratch"),
+    }
     evaluation = {
-        "texts": [{"name": "docs", "source": str(tmp_path / "text.txt"), "num_sequences": 2, "sequence_length": 40, "max_tokens": 4000}]
+        "texts": [
+            {
+                "name": "docs",
+                "source": str(tmp_path / "text.txt"),
+                "num_sequences": 2,
+                "sequence_length": 40,
+                "max_tokens": 4000,
+            }
+        ]
     }
     stops = {"evaluation": evaluation | {"stop_above": 1.0001}, "pruning__target_sparsity": 0.8}
     assert run(tmp_path, model_folders["llama"], **options, **stops) == 1
@@ -117,7 +166,12 @@ def test_a_run_that_fails_leaves_no_scratch(model_folders: dict[str, Path], tmp_
 
 
 @pytest.mark.parametrize(
-    ("error", "cleans"), [(RuntimeError("an export failed"), True), (LostError("a machine was lost"), False), (KeyboardInterrupt(), False)]
+    ("error", "cleans"),
+    [
+        (RuntimeError("an export failed"), True),
+        (LostError("a machine was lost"), False),
+        (KeyboardInterrupt(), False),
+    ],
 )
 def test_scratch_goes_where_there_are_workers_that_can_remove_it(
     error: BaseException, cleans: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -136,16 +190,30 @@ def test_scratch_goes_where_there_are_workers_that_can_remove_it(
 
 
 def test_a_full_scratch_disk_is_named_and_what_is_on_it_removed(
-    model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    model_folders: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def full(tensors: object, path: Path) -> None:
         path.write_text("half")
         raise SafetensorError("No space left on device")
 
     monkeypatch.setattr(weights, "save_file", full)
-    assert run(tmp_path, model_folders["llama"], memory__weights="disk", memory__scratch=str(tmp_path / "scratch")) == 1
+    assert (
+        run(
+            tmp_path,
+            model_folders["llama"],
+            memory__weights="disk",
+            memory__scratch=str(tmp_path / "scratch"),
+        )
+        == 1
+    )
     said = " ".join(capsys.readouterr().err.split())
-    assert "No space left on device; free space on that disk, or name another one in memory.scratch" in said
+    assert (
+        "No space left on device; free space on that disk, or name another one in memory.scratch"
+        in said
+    )
     assert "--resume" in said
     assert not list((tmp_path / "scratch").rglob("*"))
 
@@ -155,7 +223,9 @@ def test_factors_that_have_no_room_on_the_scratch_disk_are_named(tmp_path: Path)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
-        with pytest.raises(OSError, match=r"a\.A\.factor: cannot write: .* free space on that disk"):
+        with pytest.raises(
+            OSError, match=r"a\.A\.factor: cannot write: .* free space on that disk"
+        ):
             store.put("a.A", PackedSymmetric.zeros(300))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -172,14 +242,28 @@ def test_an_interrupted_run_leaves_nothing_on_the_scratch_disk(
 
     monkeypatch.setattr(RowsColumns, "choose", interrupt)
     with contextlib.suppress(KeyboardInterrupt):
-        run(tmp_path, model_folders["llama"], memory__factors="disk", memory__scratch=str(tmp_path / "scratch"))
+        run(
+            tmp_path,
+            model_folders["llama"],
+            memory__factors="disk",
+            memory__scratch=str(tmp_path / "scratch"),
+        )
     assert there[0] > 0
     assert not list((tmp_path / "scratch").rglob("*"))
 
 
 def test_a_run_goes_on_with_less_memory(model_folders: dict[str, Path], tmp_path: Path) -> None:
     assert run(tmp_path, model_folders["llama"]) == 0
-    assert run(tmp_path, model_folders["llama"], "--resume", memory__weights="disk", memory__scratch=str(tmp_path)) == 0
+    assert (
+        run(
+            tmp_path,
+            model_folders["llama"],
+            "--resume",
+            memory__weights="disk",
+            memory__scratch=str(tmp_path),
+        )
+        == 0
+    )
 
 
 def test_weights_come_from_the_last_shot_where_that_is_local(
@@ -211,8 +295,19 @@ def test_a_job_that_cannot_fit_is_refused_before_anything_starts(
     assert not (tmp_path / "run").exists()
 
 
-def test_what_the_spec_fixes_is_kept_and_a_contradiction_is_refused(model_folders: dict[str, Path], tmp_path: Path) -> None:
-    assert run(tmp_path, model_folders["llama"], "--dry-run", memory__activations="keep", memory__weights="disk") == 2
+def test_what_the_spec_fixes_is_kept_and_a_contradiction_is_refused(
+    model_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    assert (
+        run(
+            tmp_path,
+            model_folders["llama"],
+            "--dry-run",
+            memory__activations="keep",
+            memory__weights="disk",
+        )
+        == 2
+    )
 
 
 @pytest.mark.parametrize("place", ["device", "host", "disk"])
@@ -242,7 +337,9 @@ def test_scratch_of_other_runs_is_left_alone(tmp_path: Path) -> None:
     assert {path.parent.parent.name for path in tmp_path.glob("*/*/0")} == {"ray_surgeon-two"}
 
 
-def test_memory_that_ended_workers_still_hold_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_ended_workers_still_hold_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     answers: list[Any] = [DoesNotFitError("it is full"), DoesNotFitError("it is full"), "a plan"]
 
     def plan(*args: object) -> Any:
@@ -252,11 +349,14 @@ def test_memory_that_ended_workers_still_hold_is_waited_for(monkeypatch: pytest.
         return answer
 
     clock = SimpleNamespace(now=100.0)
-    clock.monotonic, clock.sleep = lambda: clock.now, lambda s: setattr(clock, "now", clock.now + s)
+    clock.monotonic = lambda: clock.now
+    clock.sleep = lambda s: setattr(clock, "now", clock.now + s)
     monkeypatch.setattr(shots, "time", clock)
     found = [Found("a", "cpu", "", Room(1e9, 1e9, 1e9, device_is_host=True))]
     workers: Any = SimpleNamespace(run_all=lambda *args: found)
-    inputs: Any = SimpleNamespace(plan=plan, spec=SimpleNamespace(cluster=SimpleNamespace(cpus_per_worker=1)))
+    inputs: Any = SimpleNamespace(
+        plan=plan, spec=SimpleNamespace(cluster=SimpleNamespace(cpus_per_worker=1))
+    )
     with pytest.raises(DoesNotFitError):
         shots._plan(inputs, workers, (None, "run", "try"), 100.0)
     assert shots._plan(inputs, workers, (None, "run", "try"), 106.0) == "a plan"
@@ -265,7 +365,8 @@ def test_memory_that_ended_workers_still_hold_is_waited_for(monkeypatch: pytest.
 
 def test_tensors_are_read_ahead_up_to_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weights, "ENTRIES_AHEAD", 10)
-    names, begun = ["a", "b", "c", "d", "mask"], list[str]()
+    names = ["a", "b", "c", "d", "mask"]
+    begun = list[str]()
     shapes = {"a": (2, 3), "b": (2, 3), "c": (30,), "d": (1,)}
 
     def read(name: str) -> torch.Tensor:
@@ -283,7 +384,8 @@ def test_tensors_are_read_ahead_up_to_a_size(monkeypatch: pytest.MonkeyPatch) ->
 def test_scratch_of_an_earlier_try_counts_as_free_and_goes(
     model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    uri, root = str(tmp_path / "run"), tmp_path / "scratch"
+    uri = str(tmp_path / "run")
+    root = tmp_path / "scratch"
     left = Scratch(str(root), shots._key(uri), "earlier", "0-0").path("x.factor")
     left.write_bytes(bytes(5 * 2**20))
     usage = shutil.disk_usage
@@ -299,25 +401,43 @@ def test_scratch_of_an_earlier_try_counts_as_free_and_goes(
 def test_files_of_shots_are_closed_when_none_reads_them(
     model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file that is removed and still mapped takes its space. Attention is never changed, and is in the shot that a run goes on from."""
-    seen, interrupted = dict[int, set[str]](), list[int]()
+    """A file that is removed and still mapped takes its space. Attention is never changed, and is
+    in the shot that a run goes on from.
+    """
+    seen = dict[int, set[str]]()
+    interrupted = list[int]()
 
     def look(measured: object, before: object, limit: object, shot: int) -> None:
-        mapped = {line.split()[5] for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line}
-        seen[shot] = {name.rpartition("shots/")[2].partition("/")[0] for name in mapped if "/shots/" in name}
+        mapped = {
+            line.split()[5]
+            for line in Path("/proc/self/maps").read_text().splitlines()
+            if str(tmp_path) in line
+        }
+        seen[shot] = {
+            name.rpartition("shots/")[2].partition("/")[0] for name in mapped if "/shots/" in name
+        }
         if shot == 3 and not interrupted:
             interrupted.append(shot)
             raise FloatingPointError("ends here")
 
     monkeypatch.setattr(shots, "_check_for_collapse", look)
-    options: dict[str, Any] = {**GROUPS, "pruning__groups": ["ffn"], "pruning__num_shots": 5, "memory__weights": "disk"}
+    options: dict[str, Any] = {
+        **GROUPS,
+        "pruning__groups": ["ffn"],
+        "pruning__num_shots": 5,
+        "memory__weights": "disk",
+    }
     options |= {"output__keep_shots": 1, "pruning__target_sparsity": 0.2}
     assert run(tmp_path, model_folders["llama"], **options) == 1
     assert run(tmp_path, model_folders["llama"], "--resume", **options) == 0
-    assert seen == {1: set(), 2: {"0001"}, 3: {"0002"}, 4: {"0003"}, 5: {"0004"}}, "of the shot before alone"
+    assert seen == {1: set(), 2: {"0001"}, 3: {"0002"}, 4: {"0003"}, 5: {"0004"}}, (
+        "of the shot before alone"
+    )
 
 
-def test_a_limit_makes_weights_stream(model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_limit_makes_weights_stream(
+    model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The process itself needs 358 MiB; the largest of the rest is the step over linears."""
     assert run(tmp_path, model_folders["llama"], memory__limit_gib=1.0) == 0
     assert report_of(tmp_path / "run")["plan"]["stores"]["weights"] == "device"
@@ -340,6 +460,12 @@ def test_an_export_that_does_not_fit_in_memory_is_reloaded_from_disk(
 
     monkeypatch.setattr(folder, "run_module", noted)
     monkeypatch.setattr(folder, "available_bytes", lambda: 100_000)
-    assert run(tmp_path, model_folders["llama"], output__exports=["masked", "per_block"], **GROUPS) == 0
+    assert (
+        run(tmp_path, model_folders["llama"], output__exports=["masked", "per_block"], **GROUPS)
+        == 0
+    )
     assert [request["max_memory"] for request in asked] == [50_000, 50_000]
-    assert all(export["reload_max_logit_difference"] < 1e-3 for export in report_of(tmp_path / "run")["exports"])
+    assert all(
+        export["reload_max_logit_difference"] < 1e-3
+        for export in report_of(tmp_path / "run")["exports"]
+    )

@@ -1,4 +1,4 @@
-"""Parts of methods by themselves: labels, curves, choices, and the order and losses of corrections."""
+"""Parts of methods by themselves: labels, curves, choices, and corrections' losses."""
 
 from __future__ import annotations
 
@@ -26,9 +26,16 @@ from tests.conftest import LAYOUTS
 from tests.integration.runs import loaded, tiny_spec
 
 
-def test_labels_are_drawn_anew_in_every_shot(model_folders: dict[str, Path], tmp_path: Path) -> None:
-    inputs = check(parse_spec(tiny_spec(tmp_path, model_folders["llama"], curvature__fisher="sampled").read_text()))
-    cluster, found = loaded(model_folders["llama"]), []
+def test_labels_are_drawn_anew_in_every_shot(
+    model_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    inputs = check(
+        parse_spec(
+            tiny_spec(tmp_path, model_folders["llama"], curvature__fisher="sampled").read_text()
+        )
+    )
+    cluster = loaded(model_folders["llama"])
+    found = []
     (worker,) = cluster.workers.values()
     for shot in (1, 2, 1):
         inputs.method.calibrate(cluster, inputs.text, shot, remembers=False)
@@ -42,40 +49,80 @@ def test_a_curve_of_costs_begins_at_what_earlier_shots_pruned() -> None:
 
 
 @pytest.mark.parametrize(("structure", "most"), [("element", 1.0), ("n_m", 0.5)])
-def test_a_choice_of_elements_says_how_many_go_in_all(structure: str, most: float, model_folders: dict[str, Path], tmp_path: Path) -> None:
-    method = (found := check(parse_spec(tiny_spec(tmp_path, model_folders["llama"], pruning__structure=structure).read_text()))).method
+def test_a_choice_of_elements_says_how_many_go_in_all(
+    structure: str, most: float, model_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    method = (
+        found := check(
+            parse_spec(
+                tiny_spec(
+                    tmp_path, model_folders["llama"], pruning__structure=structure
+                ).read_text()
+            )
+        )
+    ).method
     cluster = loaded(model_folders["llama"])
     (worker,) = cluster.workers.values()
     for name, shape in worker.layout.shapes.items():
-        worker.masks[name] = ElementMask(torch.ones(shape.num_rows, shape.num_columns, dtype=torch.bool))
+        worker.masks[name] = ElementMask(
+            torch.ones(shape.num_rows, shape.num_columns, dtype=torch.bool)
+        )
     for shot in (1, 2):
         method.calibrate(cluster, found.text, shot, remembers=False)
         choice = method.choose(cluster, method.score(cluster, shot), shot)
         method.apply(cluster, found.calibration, choice, shot)
         masks = worker.masks.values()
-        assert choice.facts["sparsity"] == pytest.approx(1 - sum(m.num_kept for m in masks) / LAYOUTS["llama"].linear_size)
+        assert choice.facts["sparsity"] == pytest.approx(
+            1 - sum(m.num_kept for m in masks) / LAYOUTS["llama"].linear_size
+        )
         assert choice.record["cost_curve"][-1][0] == pytest.approx(most)
 
 
 @pytest.mark.parametrize(("size", "steps", "epochs"), [(1, 13, 0), (4, 5, 2), (9, 3, 2)])
-def test_corrections_pass_over_all_sequences_in_an_order_of_every_pass(size: int, steps: int, epochs: int) -> None:
-    """Six sequences, the last step of a pass over what is left of them; the final passes are over all of them."""
-    corrections = Corrections(CorrectionSection(sequences_per_step=size, steps_per_shot=steps, final_epochs=epochs))
+def test_corrections_pass_over_all_sequences_in_an_order_of_every_pass(
+    size: int, steps: int, epochs: int
+) -> None:
+    """Six sequences, the last step of a pass over what is left of them; the final passes are over
+    all of them.
+    """
+    corrections = Corrections(
+        CorrectionSection(sequences_per_step=size, steps_per_shot=steps, final_epochs=epochs)
+    )
     first, last = (corrections.batches(shot, 2, 6) for shot in (1, 2))
     per_pass = math.ceil(6 / size)
     assert (len(first), len(last)) == (steps, steps + epochs * per_pass)
-    passes = [part[i : i + per_pass] for part in (first, last[:steps], last[steps:]) for i in range(0, len(part), per_pass)]
+    passes = [
+        part[i : i + per_pass]
+        for part in (first, last[:steps], last[steps:])
+        for i in range(0, len(part), per_pass)
+    ]
     orders = [[number for batch in one for number in batch] for one in passes]
     assert all(len(batch) == size for one in passes for batch in one[: per_pass - 1])
-    assert all(sorted(order) == list(range(6)) for order, one in zip(orders, passes, strict=True) if len(one) == per_pass)
+    assert all(
+        sorted(order) == list(range(6))
+        for order, one in zip(orders, passes, strict=True)
+        if len(one) == per_pass
+    )
     assert len({tuple(order) for order in orders}) == len(orders)
 
 
-def test_losses_of_corrections_are_those_of_the_tokens_of_each_step(model_folders: dict[str, Path], tmp_path: Path) -> None:
+def test_losses_of_corrections_are_those_of_the_tokens_of_each_step(
+    model_folders: dict[str, Path], tmp_path: Path
+) -> None:
     """Of a dense model that hardly changes; the second step has two sequences."""
-    sequences = check(parse_spec(tiny_spec(tmp_path, model_folders["llama"]).read_text())).calibration
-    section = CorrectionSection(loss="cross_entropy", sequences_per_step=4, steps_per_shot=2, learning_rate=1e-12, lora_rank=1)
-    found = Corrections(section).train(loaded(model_folders["llama"]), CalibrationText(sequences), 1, 1)
+    sequences = check(
+        parse_spec(tiny_spec(tmp_path, model_folders["llama"]).read_text())
+    ).calibration
+    section = CorrectionSection(
+        loss="cross_entropy",
+        sequences_per_step=4,
+        steps_per_shot=2,
+        learning_rate=1e-12,
+        lora_rank=1,
+    )
+    found = Corrections(section).train(
+        loaded(model_folders["llama"]), CalibrationText(sequences), 1, 1
+    )
     model = AutoModelForCausalLM.from_pretrained(model_folders["llama"])
     for loss, batch in zip(found.losses, Corrections(section).batches(1, 1, 6), strict=True):
         tokens = torch.from_numpy(sequences[batch])
@@ -83,7 +130,9 @@ def test_losses_of_corrections_are_those_of_the_tokens_of_each_step(model_folder
     assert found.absorbed < 0.5, "steps are too short for float32"
 
 
-def test_corrections_of_linears_and_shots_start_from_their_own(model_folders: dict[str, Path]) -> None:
+def test_corrections_of_linears_and_shots_start_from_their_own(
+    model_folders: dict[str, Path],
+) -> None:
     (worker,) = loaded(model_folders["llama"]).workers.values()
     starts = []
     for shot in (1, 2):
@@ -94,9 +143,12 @@ def test_corrections_of_linears_and_shots_start_from_their_own(model_folders: di
     assert len(set(starts)) == len(starts)
 
 
-def test_the_seed_of_corrections_is_that_of_their_start_and_of_the_order(model_folders: dict[str, Path]) -> None:
+def test_the_seed_of_corrections_is_that_of_their_start_and_of_the_order(
+    model_folders: dict[str, Path],
+) -> None:
     (worker,) = loaded(model_folders["llama"]).workers.values()
-    starts, orders = [], []
+    starts = []
+    orders = []
     for seed in (0, 1):
         corrections = Corrections(CorrectionSection(lora_rank=1, seed=seed))
         corrections.start(worker, 1)
@@ -112,15 +164,20 @@ def test_gradients_of_corrections_are_of_the_mean_over_the_tokens_of_a_step(
     model_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last step of an epoch may have fewer sequences."""
-    plain, seen = LowRankCorrections.gradients, set[int]()
+    plain = LowRankCorrections.gradients
+    seen = set[int]()
 
     def noting(self: LowRankCorrections, name: str, num_tokens: int) -> Any:
         seen.add(num_tokens)
         return plain(self, name, num_tokens)
 
     monkeypatch.setattr(LowRankCorrections, "gradients", noting)
-    section = CorrectionSection(loss="cross_entropy", sequences_per_step=4, steps_per_shot=2, lora_rank=1)
-    Corrections(section).train(loaded(model_folders["llama"]), CalibrationText(np.arange(6 * 20).reshape(6, 20)), 1, 1)
+    section = CorrectionSection(
+        loss="cross_entropy", sequences_per_step=4, steps_per_shot=2, lora_rank=1
+    )
+    Corrections(section).train(
+        loaded(model_folders["llama"]), CalibrationText(np.arange(6 * 20).reshape(6, 20)), 1, 1
+    )
     assert seen == {4 * 19, 2 * 19}
 
 
@@ -133,12 +190,22 @@ class Noting(BlockPass):
 
 
 @pytest.mark.parametrize("family", ["olmoe", "opt"])
-def test_moments_in_a_pass_by_blocks_are_means_over_the_tokens_of_all_replicas(family: str, model_folders: dict[str, Path]) -> None:
-    sequences, found = np.arange(8).reshape(2, 4), list[dict[str, Tensor]]()
+def test_moments_in_a_pass_by_blocks_are_means_over_the_tokens_of_all_replicas(
+    family: str, model_folders: dict[str, Path]
+) -> None:
+    sequences = np.arange(8).reshape(2, 4)
+    found = list[dict[str, Tensor]]()
     for num_replicas in (1, 2):
         cluster = loaded(model_folders[family], 1, num_replicas)
         Noting().pass_all(cluster, sequences)
-        found.append({name: A for worker in cluster.workers.values() if worker.has(dict) for name, A in worker.kept(dict).items()})
+        found.append(
+            {
+                name: A
+                for worker in cluster.workers.values()
+                if worker.has(dict)
+                for name, A in worker.kept(dict).items()
+            }
+        )
     one, two = found
     assert one.keys() == two.keys() == set(LAYOUTS[family].shapes)
     for name in one:

@@ -1,4 +1,5 @@
-"""Every method on a device that is not the CPU: the same results as there, and an error where the two are mixed.
+"""Every method on a device that is not the CPU: the same results as there, and an error where the
+two are mixed.
 
 The runs on the device are in processes of their own; see tests/pretend_accelerator.py.
 """
@@ -35,20 +36,36 @@ from tests.conftest import CONFIGS, SPARSE_CONFIGS, Zygote, tiny_model
 from tests.integration.runs import report_of, tensors_of_shot, tiny_spec
 
 EQUAL = (0.0, 0.0)
-"""Relative difference of a tensor and of a perplexity: none without updates, where weights are the dense model's or zero."""
+"""Relative difference of a tensor and of a perplexity: none without updates, where weights are the
+dense model's or zero.
+"""
 BY_ORDER_OF_SUMS = (5e-6, 5e-7)
 """What other kernels may make: 1e-6 and 8e-8 were found."""
 BY_CANCELLATION = (5e-5, 5e-6)
-"""With further Kronecker terms, which are differences: 8e-6 and 6e-7. And where a bias is near zero: 1e-5."""
+"""With further Kronecker terms, which are differences: 8e-6 and 6e-7. And where a bias is near
+zero: 1e-5.
+"""
 BY_ITERATIONS = (1e-2, 5e-4)
-"""After conjugate gradients, which stop at a residual of 1e-3 and multiply in bfloat16: 3e-3 and 8e-5."""
+"""After conjugate gradients, which stop at a residual of 1e-3 and multiply in bfloat16: 3e-3 and
+8e-5.
+"""
 BY_BFLOAT16 = (1e-2, 5e-3)
 """Of a bfloat16 model, by the rounding of its weights: 3e-3 and 5e-4."""
 
 ELEMENT = {"pruning__structure": "element"}
 EXTENDED = {"curvature__kind": "extended_kfac"}
-SOLVED = {"solver": "conjugate_gradients", "precision": "float32", "num_iterations": 200, "tolerance": 1e-6}
-GROUPS = {"pruning__structure": "groups", "pruning__width_multiple": 8, "correction__lora_rank": 2, "correction__learning_rate": 1e-2}
+SOLVED = {
+    "solver": "conjugate_gradients",
+    "precision": "float32",
+    "num_iterations": 200,
+    "tolerance": 1e-6,
+}
+GROUPS = {
+    "pruning__structure": "groups",
+    "pruning__width_multiple": 8,
+    "correction__lora_rank": 2,
+    "correction__learning_rate": 1e-2,
+}
 N_M = {"pruning__structure": "n_m"}
 METHODS: dict[str, tuple[dict[str, Any], tuple[float, float]]] = {
     "greedy": ({}, BY_ORDER_OF_SUMS),
@@ -62,28 +79,51 @@ METHODS: dict[str, tuple[dict[str, Any], tuple[float, float]]] = {
     "two-terms": (EXTENDED, BY_CANCELLATION),
     "three-terms": ({**EXTENDED, "curvature__num_kronecker_terms": 3}, BY_CANCELLATION),
     "bfloat16": ({"pruning__costs": "obs", "model__dtype": "bfloat16"}, BY_BFLOAT16),
-    "shards-and-replicas": ({"pruning__costs": "obs", "cluster__num_shards": 2, "cluster__num_replicas": 2}, BY_ORDER_OF_SUMS),
+    "shards-and-replicas": (
+        {"pruning__costs": "obs", "cluster__num_shards": 2, "cluster__num_replicas": 2},
+        BY_ORDER_OF_SUMS,
+    ),
     "shots": ({"pruning__num_shots": 2}, BY_ORDER_OF_SUMS),
     "element": (ELEMENT, BY_ITERATIONS),
     "element-solved": ({**ELEMENT, "pruning__update": SOLVED}, BY_ORDER_OF_SUMS),
     "element-obd": ({**ELEMENT, "pruning__costs": "obd"}, BY_ITERATIONS),
-    "element-chunks": ({**ELEMENT, "pruning__update": {"solver": "chunks", "max_correlate": 100}}, BY_ORDER_OF_SUMS),
+    "element-chunks": (
+        {**ELEMENT, "pruning__update": {"solver": "chunks", "max_correlate": 100}},
+        BY_ORDER_OF_SUMS,
+    ),
     "element-single": ({**ELEMENT, "pruning__update": {"solver": "single"}}, BY_ORDER_OF_SUMS),
     "element-none": ({**ELEMENT, "pruning__update": {"solver": "none"}}, EQUAL),
     "element-two-terms": ({**ELEMENT, **EXTENDED}, BY_ITERATIONS),
     "n_m": (N_M, BY_ITERATIONS),
     "n_m-obs_sum": ({**N_M, "pruning__costs": "obs_sum"}, BY_ITERATIONS),
     "sparsegpt": ({"pruning__method": "sparsegpt", **ELEMENT}, BY_ORDER_OF_SUMS),
-    "sparsegpt-n_m": ({"pruning__method": "sparsegpt", **N_M, "pruning__target_sparsity": 0.5}, BY_ORDER_OF_SUMS),
+    "sparsegpt-n_m": (
+        {"pruning__method": "sparsegpt", **N_M, "pruning__target_sparsity": 0.5},
+        BY_ORDER_OF_SUMS,
+    ),
     "wanda": ({"pruning__method": "wanda", **ELEMENT}, EQUAL),
     "wanda-n_m": ({"pruning__method": "wanda", **N_M, "pruning__target_sparsity": 0.5}, EQUAL),
     "groups": ({**GROUPS, "output__exports": ["masked", "per_block"]}, BY_ORDER_OF_SUMS),
-    "groups-uniform": ({**GROUPS, "pruning__allocation": "uniform", "output__exports": ["masked", "uniform"]}, BY_ORDER_OF_SUMS),
+    "groups-uniform": (
+        {**GROUPS, "pruning__allocation": "uniform", "output__exports": ["masked", "uniform"]},
+        BY_ORDER_OF_SUMS,
+    ),
 }
-for _weights, _factors in (("host", "host"), ("disk", "disk"), ("host", "disk"), ("device", "host")):
+for _weights, _factors in (
+    ("host", "host"),
+    ("disk", "disk"),
+    ("host", "disk"),
+    ("device", "host"),
+):
     _stores = {"memory__weights": _weights, "memory__factors": _factors, "memory__wave": 2}
-    METHODS[f"greedy-{_weights}-{_factors}"] = ({**_stores, "pruning__num_shots": 2}, BY_ORDER_OF_SUMS)
-METHODS["groups-disk"] = ({**GROUPS, "memory__weights": "disk", "memory__factors": "disk", "memory__wave": 3}, BY_ORDER_OF_SUMS)
+    METHODS[f"greedy-{_weights}-{_factors}"] = (
+        {**_stores, "pruning__num_shots": 2},
+        BY_ORDER_OF_SUMS,
+    )
+METHODS["groups-disk"] = (
+    {**GROUPS, "memory__weights": "disk", "memory__factors": "disk", "memory__wave": 3},
+    BY_ORDER_OF_SUMS,
+)
 METHODS["wanda-host"] = ({"pruning__method": "wanda", **ELEMENT, "memory__weights": "host"}, EQUAL)
 MODULE = "tests.integration.test_pretend_accelerator"
 
@@ -107,8 +147,13 @@ def run_on_sim(spec: str) -> None:
 
 def reload_here(module: str, request: Mapping[str, Any], offline: bool = True) -> dict[str, Any]:
     """Run a module, for which this is fresh enough: it computes on the CPU."""
-    with contextlib.redirect_stdout(io.StringIO()) as printed, tempfile.TemporaryDirectory() as modules:
-        forks.run_module({"module": module, "request": request, "environment": {"HF_MODULES_CACHE": modules}})
+    with (
+        contextlib.redirect_stdout(io.StringIO()) as printed,
+        tempfile.TemporaryDirectory() as modules,
+    ):
+        forks.run_module(
+            {"module": module, "request": request, "environment": {"HF_MODULES_CACHE": modules}}
+        )
     found: dict[str, Any] = json.loads(printed.getvalue().splitlines()[-1])
     return found
 
@@ -132,7 +177,9 @@ def curvature_on(device: str, model: str, path: str) -> None:
 
 def mixtures() -> dict[str, str]:
     """Return what comes of mixing a tensor on the CPU, x, with one on the device, y."""
-    x, y, index = torch.eye(4), torch.eye(4, device="sim"), torch.tensor([2, 0])
+    x = torch.eye(4)
+    y = torch.eye(4, device="sim")
+    index = torch.tensor([2, 0])
     attempts: dict[str, Callable[[], object]] = {
         "sum": lambda: y + x,
         "product": lambda: y @ x,
@@ -160,7 +207,9 @@ def mixtures() -> dict[str, str]:
         except (RuntimeError, TypeError):
             continue
         found[name] = "was let through"
-    y[index], y[x > 0], y[0] = 3.0, 2.0, torch.tensor(1.0)  # as on a GPU, indices and single numbers may be on the CPU
+    y[index] = 3.0
+    y[x > 0] = 2.0
+    y[0] = torch.tensor(1.0)  # as on a GPU, indices and single numbers may be on the CPU
     y[1:] = x[1:]  # and this is a copy
     expected = torch.eye(4)
     expected[0] = 1
@@ -173,7 +222,9 @@ def mixtures() -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def small_models(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> dict[str, Path]:
+def small_models(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast
+) -> dict[str, Path]:
     """The tiny models with two blocks."""
     folders = {}
     for family in ("llama", "opt", "gpt2", "qwen2", "gemma3", "phi3", "qwen2_moe", "glm4_moe"):
@@ -192,16 +243,32 @@ def small_models(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrained
 
 def elsewhere(zygote: Zygote, function: Callable[..., object], **arguments: object) -> Any:
     """Call a function in a process that has the device."""
-    return zygote.run_module("tests.pretend_accelerator", {"function": f"{MODULE}:{function.__name__}", "arguments": arguments})["returned"]
+    return zygote.run_module(
+        "tests.pretend_accelerator",
+        {"function": f"{MODULE}:{function.__name__}", "arguments": arguments},
+    )["returned"]
 
 
 def spec_in(place: Path, model: Path, **options: Any) -> str:
-    text = {"name": "docs", "source": str(place / "text.txt"), "num_sequences": 2, "sequence_length": 40, "max_tokens": 4000}
-    defaults = {"pruning__num_shots": 1, "calibration__num_sequences": 3, "evaluation": [text], "output__exports": ["masked"]}
+    text = {
+        "name": "docs",
+        "source": str(place / "text.txt"),
+        "num_sequences": 2,
+        "sequence_length": 40,
+        "max_tokens": 4000,
+    }
+    defaults = {
+        "pruning__num_shots": 1,
+        "calibration__num_sequences": 3,
+        "evaluation": [text],
+        "output__exports": ["masked"],
+    }
     return str(tiny_spec(place, model, **defaults | options))
 
 
-def assert_same(on_cpu: Mapping[str, Tensor], on_sim: Mapping[str, Tensor], tolerance: float) -> None:
+def assert_same(
+    on_cpu: Mapping[str, Tensor], on_sim: Mapping[str, Tensor], tolerance: float
+) -> None:
     assert on_cpu.keys() == on_sim.keys()
     for name, expected in on_cpu.items():
         found = on_sim[name]
@@ -213,51 +280,92 @@ def assert_same(on_cpu: Mapping[str, Tensor], on_sim: Mapping[str, Tensor], tole
             assert torch.equal(found, expected), name
 
 
-def assert_same_run(zygote: Zygote, model: Path, place: Path, options: Mapping[str, Any], tolerances: tuple[float, float]) -> None:
-    """Run a job on both devices: the same masks, and weights, perplexities and exports within tolerances."""
+def assert_same_run(
+    zygote: Zygote,
+    model: Path,
+    place: Path,
+    options: Mapping[str, Any],
+    tolerances: tuple[float, float],
+) -> None:
+    """Run a job on both devices: the same masks, and weights, perplexities and exports within
+    tolerances.
+    """
     run_on("cpu", spec_in(place / "cpu", model, **options))
     elsewhere(zygote, run_on_sim, spec=spec_in(place / "sim", model, **options))
     on_cpu, on_sim = (report_of(place / device / "run") for device in ("cpu", "sim"))
-    for one, other in zip([on_cpu["dense"], *on_cpu["shots"]], [on_sim["dense"], *on_sim["shots"]], strict=True):
-        assert other["perplexity"]["docs"] == pytest.approx(one["perplexity"]["docs"], rel=max(tolerances[1], 1e-7))
+    for one, other in zip(
+        [on_cpu["dense"], *on_cpu["shots"]], [on_sim["dense"], *on_sim["shots"]], strict=True
+    ):
+        assert other["perplexity"]["docs"] == pytest.approx(
+            one["perplexity"]["docs"], rel=max(tolerances[1], 1e-7)
+        )
     last = len(on_cpu["shots"])
-    assert_same(*(tensors_of_shot(place / device / "run", last) for device in ("cpu", "sim")), tolerances[0])
-    assert [export["kind"] for export in on_sim["exports"]] == options.get("output__exports", ["masked"])
+    assert_same(
+        *(tensors_of_shot(place / device / "run", last) for device in ("cpu", "sim")), tolerances[0]
+    )
+    assert [export["kind"] for export in on_sim["exports"]] == options.get(
+        "output__exports", ["masked"]
+    )
     for export in on_sim["exports"]:
         for path in Path(export["uri"]).glob("model*.safetensors"):
             expected = place / "cpu/run/export" / export["kind"] / path.name
-            assert_same(tensor_files.read(str(expected)), tensor_files.read(str(path)), tolerances[0])
+            assert_same(
+                tensor_files.read(str(expected)), tensor_files.read(str(path)), tolerances[0]
+            )
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method(method: str, zygote: Zygote, small_models: dict[str, Path], tmp_path: Path) -> None:
+def test_every_method(
+    method: str, zygote: Zygote, small_models: dict[str, Path], tmp_path: Path
+) -> None:
     assert_same_run(zygote, small_models["llama"], tmp_path, *METHODS[method])
 
 
 @pytest.mark.parametrize("family", ["opt", "gpt2", "qwen2", "gemma3", "phi3"])
-def test_other_families(family: str, zygote: Zygote, small_models: dict[str, Path], tmp_path: Path) -> None:
+def test_other_families(
+    family: str, zygote: Zygote, small_models: dict[str, Path], tmp_path: Path
+) -> None:
     assert_same_run(zygote, small_models[family], tmp_path, METHODS["groups"][0], BY_CANCELLATION)
 
 
 @pytest.mark.parametrize("stores", ["device", "host", "disk"])
 @pytest.mark.parametrize("family", ["qwen2_moe", "glm4_moe"])
-def test_experts(family: str, stores: str, zygote: Zygote, small_models: dict[str, Path], tmp_path: Path) -> None:
+def test_experts(
+    family: str, stores: str, zygote: Zygote, small_models: dict[str, Path], tmp_path: Path
+) -> None:
     kinds = ["ffn", "shared_experts", "expert_channels", "experts"]
-    options = {**GROUPS, "pruning__groups": kinds, "memory__weights": stores, "memory__factors": stores, "output__exports": ["per_block"]}
+    options = {
+        **GROUPS,
+        "pruning__groups": kinds,
+        "memory__weights": stores,
+        "memory__factors": stores,
+        "output__exports": ["per_block"],
+    }
     assert_same_run(zygote, small_models[family], tmp_path, options, BY_CANCELLATION)
 
 
-def test_curvature_of_a_model_in_memory(zygote: Zygote, small_models: dict[str, Path], tmp_path: Path) -> None:
+def test_curvature_of_a_model_in_memory(
+    zygote: Zygote, small_models: dict[str, Path], tmp_path: Path
+) -> None:
     model = str(small_models["llama"])
     curvature_on("cpu", model, str(tmp_path / "cpu"))
     elsewhere(zygote, curvature_on, device="sim", model=model, path=str(tmp_path / "sim"))
     on_cpu, on_sim = (torch.load(tmp_path / device) for device in ("cpu", "sim"))
     for part in (0, 1):
-        assert_same(*({name: pair[part] for name, pair in found.items()} for found in (on_cpu, on_sim)), BY_ORDER_OF_SUMS[0])
+        assert_same(
+            *({name: pair[part] for name, pair in found.items()} for found in (on_cpu, on_sim)),
+            BY_ORDER_OF_SUMS[0],
+        )
 
 
-def test_a_tensor_that_was_left_on_the_cpu_is_an_error(zygote: Zygote, small_models: dict[str, Path], tmp_path: Path) -> None:
+def test_a_tensor_that_was_left_on_the_cpu_is_an_error(
+    zygote: Zygote, small_models: dict[str, Path], tmp_path: Path
+) -> None:
     assert elsewhere(zygote, mixtures) == {}
-    with pytest.raises(RuntimeError, match=r"weight.* is on sim.*|is on cpu, and others are on sim"):
-        elsewhere(zygote, run_on_sim_and_forget_to_move, spec=spec_in(tmp_path, small_models["llama"]))
+    with pytest.raises(
+        RuntimeError, match=r"weight.* is on sim.*|is on cpu, and others are on sim"
+    ):
+        elsewhere(
+            zygote, run_on_sim_and_forget_to_move, spec=spec_in(tmp_path, small_models["llama"])
+        )
     assert not hasattr(torch, "sim"), "this process does not have the device"

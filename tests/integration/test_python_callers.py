@@ -1,4 +1,6 @@
-"""What a program that calls `prune()` and `curvature()` may be doing itself: threads, modes of torch, models of other kinds."""
+"""What a program that calls `prune()` and `curvature()` may be doing itself: threads, modes of
+torch, models of other kinds.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,13 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, BloomForCausalLM, LlamaForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BloomConfig,
+    BloomForCausalLM,
+    LlamaForSequenceClassification,
+)
 
 import ray_surgeon
 from ray_surgeon import api
@@ -35,20 +43,33 @@ def in_memory(folder: Path) -> tuple[Any, Any]:
 
 
 def prune(given: tuple[Any, Any], output: Path, **changes: Any) -> ray_surgeon.PruneResult:
-    sections: dict[str, Any] = {"calibration": TEXT, "pruning": ELEMENTS, "output": {"uri": str(output), "exports": []}, "progress": False}
+    sections: dict[str, Any] = {
+        "calibration": TEXT,
+        "pruning": ELEMENTS,
+        "output": {"uri": str(output), "exports": []},
+        "progress": False,
+    }
     return ray_surgeon.prune(*given, **sections | changes)
 
 
 @pytest.fixture(scope="module")
-def expected(model_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[float, float]]:
+def expected(
+    model_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[float, float]]:
     """Return the perplexities of a run by itself."""
-    return prune(in_memory(model_folders["llama"]), tmp_path_factory.mktemp("alone") / "run").perplexity
+    return prune(
+        in_memory(model_folders["llama"]), tmp_path_factory.mktemp("alone") / "run"
+    ).perplexity
 
 
-def test_runs_in_threads_do_not_meet(expected: dict[str, tuple[float, float]], model_folders: dict[str, Path], tmp_path: Path) -> None:
+def test_runs_in_threads_do_not_meet(
+    expected: dict[str, tuple[float, float]], model_folders: dict[str, Path], tmp_path: Path
+) -> None:
     """Models are built without weights meanwhile, which no other thread may see."""
     num_threads = torch.get_num_threads()
-    register, is_over, on_meta = nn.Module.register_parameter, threading.Event(), 0
+    register = nn.Module.register_parameter
+    is_over = threading.Event()
+    on_meta = 0
 
     def build() -> int:
         count = 0
@@ -57,14 +78,21 @@ def test_runs_in_threads_do_not_meet(expected: dict[str, tuple[float, float]], m
         return count
 
     def beside(given: tuple[Any, Any], output: Path) -> tuple[dict[str, tuple[float, float]], int]:
-        result = prune(given, output, cluster={"backend": "local", "cpus_per_worker": num_threads + 1})
+        result = prune(
+            given, output, cluster={"backend": "local", "cpus_per_worker": num_threads + 1}
+        )
         return result.perplexity, torch.get_num_threads()
 
-    models = [in_memory(model_folders["llama"]) for _ in range(2)]  # by transformers, which is not for several threads
+    models = [
+        in_memory(model_folders["llama"]) for _ in range(2)
+    ]  # by transformers, which is not for several threads
     with ThreadPoolExecutor(3) as threads:
         watching = threads.submit(build)
         try:
-            runs = [threads.submit(beside, given, tmp_path / str(number)) for number, given in enumerate(models)]
+            runs = [
+                threads.submit(beside, given, tmp_path / str(number))
+                for number, given in enumerate(models)
+            ]
             found, threads_left = zip(*(one.result() for one in runs), strict=True)
         finally:
             is_over.set()
@@ -88,7 +116,9 @@ MODES = {
 
 @contextmanager
 def precision(name: str) -> Iterator[None]:
-    """Let torch multiply float32 as it may; see `torch.set_float32_matmul_precision`. Inside of runs it does not."""
+    """Let torch multiply float32 as it may; see `torch.set_float32_matmul_precision`. Inside of
+    runs it does not.
+    """
     torch.set_float32_matmul_precision(name)
     before = precisions()
     try:
@@ -106,7 +136,11 @@ def precisions() -> list[str]:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_modes_of_the_caller_stay_outside(
-    mode: str, expected: dict[str, tuple[float, float]], model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mode: str,
+    expected: dict[str, tuple[float, float]],
+    model_folders: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, tokenizer = in_memory(model_folders["llama"])
     texts = ["one text of some words", "and another one"]
@@ -122,30 +156,45 @@ def test_modes_of_the_caller_stay_outside(
     with MODES[mode]():
         found = ray_surgeon.curvature(model, texts, tokenizer)
         result = prune((model, tokenizer), tmp_path / "run")
-    assert all(torch.equal(found[name].A, factors.A) and torch.equal(found[name].G, factors.G) for name, factors in plain.items())
+    assert all(
+        torch.equal(found[name].A, factors.A) and torch.equal(found[name].G, factors.G)
+        for name, factors in plain.items()
+    )
     assert result.perplexity == expected
 
 
-def test_a_run_goes_on_with_the_very_same_model_only(model_folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_run_goes_on_with_the_very_same_model_only(
+    model_folders: dict[str, Path], tmp_path: Path
+) -> None:
     """Weights in the middle of a file count as well."""
     model, tokenizer = in_memory(model_folders["llama"])
     sections: dict[str, Any] = {"calibration": TEXT, "pruning": ELEMENTS, "progress": False}
     weight = model.model.layers[0].mlp.up_proj.weight
     before = weight.detach().clone()
     for output in (str(tmp_path / "run"), f"memory://{uuid.uuid4().hex}"):
-        first = ray_surgeon.prune(model, tokenizer, **sections, output={"uri": output, "exports": []})
+        first = ray_surgeon.prune(
+            model, tokenizer, **sections, output={"uri": output, "exports": []}
+        )
         with torch.no_grad():
             weight[0, 0] += 1
         with pytest.raises(ValueError, match="another model or tokenizer"):
-            ray_surgeon.prune(model, tokenizer, **sections, output={"uri": output, "exports": []}, resume=True)
+            ray_surgeon.prune(
+                model, tokenizer, **sections, output={"uri": output, "exports": []}, resume=True
+            )
         with torch.no_grad():
             weight.copy_(before)
-        tokenizer("some words", truncation=True, max_length=2)  # which it writes into its file from then on
-        again = ray_surgeon.prune(model, tokenizer, **sections, output={"uri": output, "exports": []}, resume=True)
+        tokenizer(
+            "some words", truncation=True, max_length=2
+        )  # which it writes into its file from then on
+        again = ray_surgeon.prune(
+            model, tokenizer, **sections, output={"uri": output, "exports": []}, resume=True
+        )
         assert again.perplexity == first.perplexity
 
 
-def test_a_model_is_written_whole_or_not_at_all(model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_is_written_whole_or_not_at_all(
+    model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     put = files.put_file
 
     def is_full(uri: str, path: Path) -> None:
@@ -153,7 +202,8 @@ def test_a_model_is_written_whole_or_not_at_all(model_folders: dict[str, Path], 
             raise OSError(errno.ENOSPC, "no space left")
         put(uri, path)
 
-    given, run = in_memory(model_folders["llama"]), tmp_path / "run"
+    given = in_memory(model_folders["llama"])
+    run = tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setattr(files, "put_file", is_full)
         with pytest.raises(ValueError, match=r"output.uri: cannot use .*no space left"):
@@ -185,24 +235,40 @@ def test_a_model_is_written_whole_or_not_at_all(model_folders: dict[str, Path], 
         given[0].model.norm.weight += 1
     with pytest.raises(ValueError, match="another model or tokenizer"):
         prune(given, run, resume=True)
-    assert (run / "source/model.safetensors").exists(), "what is there is not overwritten by another model"
+    assert (run / "source/model.safetensors").exists(), (
+        "what is there is not overwritten by another model"
+    )
 
 
 @pytest.mark.parametrize("count", [np.int64(8), "8"])
-def test_any_number_of_sequences_is_a_number(count: Any, expected: dict[str, Any], model_folders: dict[str, Path], tmp_path: Path) -> None:
-    found = prune(in_memory(model_folders["llama"]), tmp_path / "run", calibration=TEXT | {"num_sequences": count})
+def test_any_number_of_sequences_is_a_number(
+    count: Any, expected: dict[str, Any], model_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    found = prune(
+        in_memory(model_folders["llama"]),
+        tmp_path / "run",
+        calibration=TEXT | {"num_sequences": count},
+    )
     assert found.report["spec"]["evaluation"]["texts"][0]["num_sequences"] == 2
     assert found.perplexity == expected
 
 
-def test_what_is_refused_leaves_no_copy_of_the_model(model_folders: dict[str, Path], tmp_path: Path) -> None:
+def test_what_is_refused_leaves_no_copy_of_the_model(
+    model_folders: dict[str, Path], tmp_path: Path
+) -> None:
     _, tokenizer = in_memory(model_folders["llama"])
     bloom = BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=16, n_layer=1, n_head=2))
     with pytest.raises(ValueError, match="'bloom', which is not supported"):
-        ray_surgeon.prune(bloom, tokenizer, calibration=TEXT, pruning=ELEMENTS, output=str(tmp_path / "bloom"))
+        ray_surgeon.prune(
+            bloom, tokenizer, calibration=TEXT, pruning=ELEMENTS, output=str(tmp_path / "bloom")
+        )
     assert not (tmp_path / "bloom").exists()
     with pytest.raises(ValueError, match="need"):
-        prune(in_memory(model_folders["llama"]), tmp_path / "short", calibration=TEXT | {"num_sequences": 10_000})
+        prune(
+            in_memory(model_folders["llama"]),
+            tmp_path / "short",
+            calibration=TEXT | {"num_sequences": 10_000},
+        )
     assert files.list_files(str(tmp_path / "short")) == []
     with pytest.raises(DoesNotFitError):
         prune(in_memory(model_folders["llama"]), tmp_path / "large", memory={"limit_gib": 1e-6})
@@ -219,48 +285,79 @@ def test_models_of_all_families_are_taken(family: str) -> None:
 
 def test_arguments_of_other_kinds_are_named(model_folders: dict[str, Path], tmp_path: Path) -> None:
     model, tokenizer = in_memory(model_folders["llama"])
-    sections: dict[str, Any] = {"calibration": TEXT, "pruning": ELEMENTS, "output": str(tmp_path / "run")}
+    sections: dict[str, Any] = {
+        "calibration": TEXT,
+        "pruning": ELEMENTS,
+        "output": str(tmp_path / "run"),
+    }
     for given, message in [
         ((tokenizer, model), "model: got a "),
         ((nn.Linear(2, 2), tokenizer), "model: got a Linear; give a causal LM"),
         ((model.config, tokenizer), "model: got a LlamaConfig"),
         ((model.model, tokenizer), "model: got a LlamaModel; give a causal LM"),
-        ((LlamaForSequenceClassification(model.config), tokenizer), "model: got a LlamaForSequenceClassification"),
+        (
+            (LlamaForSequenceClassification(model.config), tokenizer),
+            "model: got a LlamaForSequenceClassification",
+        ),
         ((Path("s3://bucket/model"), None), "give URIs as text"),
         ((model, tokenizer, Path("s3://bucket/run")), "give URIs as text"),
         ((model, "gpt2"), "tokenizer: got a str"),
         (
-            (AutoModelForCausalLM.from_pretrained(model_folders["llama"], dtype=torch.float64), tokenizer),
+            (
+                AutoModelForCausalLM.from_pretrained(model_folders["llama"], dtype=torch.float64),
+                tokenizer,
+            ),
             r"model: its weights are float64; .*float\(\)",
         ),
         ((model.__class__(model.config).to("meta"), tokenizer), "has no values"),
     ]:
         with pytest.raises(ValueError, match=message):
-            ray_surgeon.prune(*given[:2], **sections | ({"output": given[2]} if len(given) > 2 else {}))
+            ray_surgeon.prune(
+                *given[:2], **sections | ({"output": given[2]} if len(given) > 2 else {})
+            )
     for given, message in [
         (("x", ["a text"], tokenizer), "model: got a str"),
         ((model, ["a text"], "x"), "tokenizer: got a str"),
-        ((model, tokenizer(["a text", "another"]), tokenizer), "got a BatchEncoding of input_ids, .* such as input_ids"),
+        (
+            (model, tokenizer(["a text", "another"]), tokenizer),
+            "got a BatchEncoding of input_ids, .* such as input_ids",
+        ),
         ((model, [{"text": "a"}]), r"sequences\[0\]: got {'text': 'a'}"),
-        ((model, [[1, 2], [1.7, 2.9]]), r"sequences\[1\]: got \[1.7, 2.9\]; give a list of integers"),
+        (
+            (model, [[1, 2], [1.7, 2.9]]),
+            r"sequences\[1\]: got \[1.7, 2.9\]; give a list of integers",
+        ),
         ((model, np.random.default_rng(0).random((2, 8))), r"sequences\[0\]"),
     ]:
         with pytest.raises(ValueError, match=message):
             ray_surgeon.curvature(*given)
 
 
-def test_paths_wrappers_and_iterators_are_taken(model_folders: dict[str, Path], tmp_path: Path) -> None:
+def test_paths_wrappers_and_iterators_are_taken(
+    model_folders: dict[str, Path], tmp_path: Path
+) -> None:
     model, tokenizer = in_memory(model_folders["llama"])
-    (tmp_path / "text.txt").write_text("some words of a text that goes on and on, line after line\n" * 200)
+    (tmp_path / "text.txt").write_text(
+        "some words of a text that goes on and on, line after line\n" * 200
+    )
     text = {"source": tmp_path / "text.txt", "num_sequences": 4, "sequence_length": 32}
     output = {"uri": tmp_path / "run", "exports": []}
-    result = ray_surgeon.prune(model_folders["llama"], calibration=text, pruning=ELEMENTS, output=output, progress=False)
+    result = ray_surgeon.prune(
+        model_folders["llama"], calibration=text, pruning=ELEMENTS, output=output, progress=False
+    )
     assert result.uri == str(tmp_path / "run")
     before = model.config.to_dict()
     again = ray_surgeon.prune(
-        torch.compile(model), tokenizer, calibration=text, pruning=ELEMENTS, output=str(tmp_path / "compiled"), progress=False
+        torch.compile(model),
+        tokenizer,
+        calibration=text,
+        pruning=ELEMENTS,
+        output=str(tmp_path / "compiled"),
+        progress=False,
     )
     assert again.perplexity == result.perplexity
     assert model.config.to_dict() == before
     name = "model.layers.0.mlp.down_proj"
-    assert set(ray_surgeon.curvature(torch.compile(model), [[1, 2, 3]], linears=(one for one in [name]))) == {name}
+    assert set(
+        ray_surgeon.curvature(torch.compile(model), [[1, 2, 3]], linears=(one for one in [name]))
+    ) == {name}

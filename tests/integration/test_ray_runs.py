@@ -47,24 +47,52 @@ def test_ray_equals_local(cluster: Cluster, model_folders: dict[str, Path], tmp_
     """Three shards, on Ray from disk and in waves; two replicas are in the test after this one."""
     options: dict[str, Any] = {"cluster__num_shards": 3}
     assert run(tmp_path / "local", model_folders["llama"], **options) == 0
-    others = {"output__exports": ["masked"], "memory__weights": "disk", "memory__factors": "disk", "memory__wave": 2}
-    assert run(tmp_path / "ray", model_folders["llama"], **options, **others, **on_ray(cluster)) == 0
+    others = {
+        "output__exports": ["masked"],
+        "memory__weights": "disk",
+        "memory__factors": "disk",
+        "memory__wave": 2,
+    }
+    assert (
+        run(tmp_path / "ray", model_folders["llama"], **options, **others, **on_ray(cluster)) == 0
+    )
     for shot in (1, 2):
         assert_same_shot(tmp_path / "local/run", tmp_path / "ray/run", shot)
-    local, there = report_of(tmp_path / "local/run"), report_of(tmp_path / "ray/run")
+    local = report_of(tmp_path / "local/run")
+    there = report_of(tmp_path / "ray/run")
     assert [s["perplexity"] for s in there["shots"]] == [s["perplexity"] for s in local["shots"]]
     assert there["exports"][0]["reload_max_logit_difference"] < 1e-4
     assert "model.safetensors.index.json" in list_names(str(tmp_path / "ray/run/export/masked"))
     assert not ray.is_initialized()
 
 
-def test_corrections_further_terms_and_blocks_on_ray_equal_local(cluster: Cluster, model_folders: dict[str, Path], tmp_path: Path) -> None:
-    """Everything that moves between replicas beside the curvature pass, in one run; blocks; experts; a search; a reconstruction."""
-    surgeon = {"curvature__kind": "extended_kfac", "correction__lora_rank": 2, "calibration__mix": [{"source": "self"}]}
+def test_corrections_further_terms_and_blocks_on_ray_equal_local(
+    cluster: Cluster, model_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """Everything that moves between replicas beside the curvature pass, in one run; blocks;
+    experts; a search; a reconstruction.
+    """
+    surgeon = {
+        "curvature__kind": "extended_kfac",
+        "correction__lora_rank": 2,
+        "calibration__mix": [{"source": "self"}],
+    }
     blocks = {"pruning__method": "sparsegpt", "pruning__structure": "element"}
-    experts = {"pruning__structure": "groups", "pruning__width_multiple": 8, "pruning__groups": ["expert_channels", "experts"]}
-    search = {"pruning__structure": "groups", "pruning__width_multiple": 8, "pruning__search": {"num_sequences": 3}}
-    trained = {"pruning__structure": "groups", "pruning__width_multiple": 8, "pruning__reconstruction": {"tokens_per_step": 16}}
+    experts = {
+        "pruning__structure": "groups",
+        "pruning__width_multiple": 8,
+        "pruning__groups": ["expert_channels", "experts"],
+    }
+    search = {
+        "pruning__structure": "groups",
+        "pruning__width_multiple": 8,
+        "pruning__search": {"num_sequences": 3},
+    }
+    trained = {
+        "pruning__structure": "groups",
+        "pruning__width_multiple": 8,
+        "pruning__reconstruction": {"tokens_per_step": 16},
+    }
     for name, family, options in (
         ("surgeon", "llama", surgeon),
         ("blocks", "llama", blocks),
@@ -74,7 +102,16 @@ def test_corrections_further_terms_and_blocks_on_ray_equal_local(cluster: Cluste
     ):
         workers = {"cluster__num_shards": 2, "cluster__num_replicas": 2, "pruning__num_shots": 1}
         assert run(tmp_path / name / "local", model_folders[family], **options, **workers) == 0
-        assert run(tmp_path / name / "ray", model_folders[family], **options, **workers, **on_ray(cluster)) == 0
+        assert (
+            run(
+                tmp_path / name / "ray",
+                model_folders[family],
+                **options,
+                **workers,
+                **on_ray(cluster),
+            )
+            == 0
+        )
         assert_same_shot(tmp_path / name / "local/run", tmp_path / name / "ray/run", 1)
 
 
@@ -88,16 +125,26 @@ def connected(cluster: Cluster) -> Iterator[None]:
 def test_a_connection_that_was_there_before_stays(
     connected: None, cluster: Cluster, model_folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    spec = parse_spec(tiny_spec(tmp_path, model_folders["llama"], **on_ray(cluster), pruning__num_shots=1).read_text())
+    spec = parse_spec(
+        tiny_spec(
+            tmp_path, model_folders["llama"], **on_ray(cluster), pruning__num_shots=1
+        ).read_text()
+    )
     assert ray_surgeon.prune(spec=spec, progress=False).report["shots"]
     assert ray.is_initialized()
     assert ray.get(ray.remote(num_cpus=0)(lambda: 3).remote()) == 3
 
 
 @pytest.mark.parametrize(
-    ("message", "times"), [("Initialization failure from server:\nZombieProcess", 4), ("ray client connection timeout", 1)]
+    ("message", "times"),
+    [
+        ("Initialization failure from server:\nZombieProcess", 4),
+        ("ray client connection timeout", 1),
+    ],
 )
-def test_a_cluster_that_cannot_start_what_serves_a_client_is_asked_again(message: str, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cluster_that_cannot_start_what_serves_a_client_is_asked_again(
+    message: str, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = list[str]()
 
     def fail(address: str, **options: Any) -> None:
@@ -119,7 +166,9 @@ def test_failures_are_seen_and_named(connected: None, model_folders: dict[str, P
     workers = RayCluster(layout, placement, RaySection())
     with pytest.raises(ValueError, match="absent"):
         workers.run_all(load, ModelRecipe(ModelSection(source="/absent/folder")), False, Stores())
-    workers.run_all(load, ModelRecipe(ModelSection(source=str(model_folders["llama"]))), False, Stores())
+    workers.run_all(
+        load, ModelRecipe(ModelSection(source=str(model_folders["llama"]))), False, Stores()
+    )
     usage = workers.usages()
     assert len({u.process for u in usage}) == 2
     assert all(u.peak_rss_bytes > 50 * 2**20 for u in usage)
@@ -139,11 +188,15 @@ def sleep(worker: Worker, seconds: float) -> None:
     time.sleep(seconds)
 
 
-def test_cleaning_does_not_wait_for_a_worker_inside_of_a_step(connected: None, model_folders: dict[str, Path], tmp_path: Path) -> None:
-    """As one is that waits for a replica which has failed. It has a file left, the other one none."""
+def test_cleaning_does_not_wait_for_a_worker_inside_of_a_step(
+    connected: None, model_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """As one that waits for a failed replica. It has a file left, the other none."""
     layout = LAYOUTS["llama"]
     workers = RayCluster(layout, place(layout, 2, 1), RaySection(ping_timeout_s=3))
-    recipe = ModelRecipe(ModelSection(source=str(model_folders["llama"])), scratch=(str(tmp_path), "run", "try"))
+    recipe = ModelRecipe(
+        ModelSection(source=str(model_folders["llama"])), scratch=(str(tmp_path), "run", "try")
+    )
     workers.run_all(load, recipe, False, Stores())
     workers.run_all(leave_something)
     workers.submit(WorkerIndex(0, 0), sleep, 200)
@@ -182,7 +235,9 @@ def test_a_loss_is_seen_through_tasks_that_needed_it(connected: None) -> None:
 
 def test_a_gpu_that_fails_is_a_lost_worker_and_a_full_disk_is_none() -> None:
     nobody: Any = SimpleNamespace()
-    broken = RayTaskError("step", "", torch.AcceleratorError("CUDA error: unspecified launch failure"))
+    broken = RayTaskError(
+        "step", "", torch.AcceleratorError("CUDA error: unspecified launch failure")
+    )
     found = RayCluster._as_failure(nobody, broken)
     assert isinstance(found, WorkerFailureError)
     assert found.failure.cause == "worker"
@@ -197,14 +252,28 @@ def test_a_gpu_that_fails_is_a_lost_worker_and_a_full_disk_is_none() -> None:
 
 
 def test_workers_get_their_threads_and_no_more(connected: None) -> None:
-    workers = RayCluster(LAYOUTS["llama"], place(LAYOUTS["llama"], 1, 1), RaySection(cpus_per_worker=2))
-    threads = ray.get(workers._actors[WorkerIndex(0, 0)].__ray_call__.remote(lambda worker: torch.get_num_threads()))
+    workers = RayCluster(
+        LAYOUTS["llama"], place(LAYOUTS["llama"], 1, 1), RaySection(cpus_per_worker=2)
+    )
+    threads = ray.get(
+        workers._actors[WorkerIndex(0, 0)].__ray_call__.remote(
+            lambda worker: torch.get_num_threads()
+        )
+    )
     assert threads == 2
     workers.close()
 
 
-def test_sigterm_ends_the_run_and_says_how_to_go_on(model_folders: dict[str, Path], tmp_path: Path) -> None:
-    spec = tiny_spec(tmp_path, model_folders["llama"], cluster__backend="ray", pruning__num_shots=500, pruning__target_sparsity=0.5)
+def test_sigterm_ends_the_run_and_says_how_to_go_on(
+    model_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    spec = tiny_spec(
+        tmp_path,
+        model_folders["llama"],
+        cluster__backend="ray",
+        pruning__num_shots=500,
+        pruning__target_sparsity=0.5,
+    )
     command = [sys.executable, "-m", "ray_surgeon.pipeline", str(spec)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None

@@ -1,4 +1,6 @@
-"""A run that goes on, or has ended, or has been begun once more: what another try finds, and leaves alone."""
+"""A run that goes on, or has ended, or has been begun once more: what another try finds, and leaves
+alone.
+"""
 
 from __future__ import annotations
 
@@ -37,10 +39,13 @@ def test_a_try_that_slept_takes_nothing_from_the_one_that_went_on(
     assert len(directory.committed_indices()) == 2
 
 
-def test_a_run_that_has_ended_is_not_done_again(model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_has_ended_is_not_done_again(
+    model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     options: dict[str, Any] = {"output__exports": ["masked"]}
     assert run(tmp_path, model_folders["llama"], **options) == 0
-    weights, report = tmp_path / "run/export/masked/model.safetensors", (tmp_path / "run/report.json").read_text()
+    weights = tmp_path / "run/export/masked/model.safetensors"
+    report = (tmp_path / "run/report.json").read_text()
     before = weights.stat().st_mtime_ns
     capsys.readouterr()
     assert run(tmp_path, model_folders["llama"], "--resume", **options) == 0
@@ -61,7 +66,9 @@ def test_a_run_whose_end_is_damaged_ends_again(
         (tmp_path / "run/export/masked/config.json").unlink()
     else:
         spec_alone = json.dumps({"spec": report_of(tmp_path / "run")["spec"]})
-        (tmp_path / "run/report.json").write_text({"report": "{", "another report": "[]", "no shots": spec_alone}[damage])
+        (tmp_path / "run/report.json").write_text(
+            {"report": "{", "another report": "[]", "no shots": spec_alone}[damage]
+        )
     capsys.readouterr()
     assert run(tmp_path, model_folders["llama"], "--resume", output__exports=["masked"]) == 0
     assert "nothing is done again" not in capsys.readouterr().out
@@ -76,13 +83,23 @@ def test_while_exports_are_written_again_the_report_has_none(
     with monkeypatch.context() as patch:
         patch.setattr(shots, "export", lambda *_, **__: sys.exit("killed"))
         with pytest.raises(SystemExit):
-            run(tmp_path, model_folders["llama"], "--resume", output__exports=["masked"], cluster__num_shards=2)
+            run(
+                tmp_path,
+                model_folders["llama"],
+                "--resume",
+                output__exports=["masked"],
+                cluster__num_shards=2,
+            )
     assert report_of(tmp_path / "run")["exports"] == []
 
 
 @pytest.mark.parametrize("what", ["goes on", "fails"])
 def test_another_try_in_the_same_folder_ends_this_one(
-    what: str, model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    what: str,
+    model_folders: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The last one that begins has the folder, and the events are its own from then on."""
     choose = RowsColumns.choose

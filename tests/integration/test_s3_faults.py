@@ -1,4 +1,6 @@
-"""A store that fails: every fault is survived or said clearly, no shot is lost, and none is taken for whole that is not."""
+"""A store that fails: every fault is survived or said clearly, no shot is lost, and none is taken
+for whole that is not.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ NUM_FAULTS = 200
 
 
 class FaultyProxy(BaseHTTPRequestHandler):
-    """Hands requests on to the real server, and with a chance fails in one of the ways in which stores and networks fail."""
+    """Hands requests on to the real server, and with a chance fails in one of the ways in which
+    stores and networks fail.
+    """
 
     protocol_version = "HTTP/1.1"
     upstream: tuple[str, int]
@@ -53,7 +57,11 @@ class FaultyProxy(BaseHTTPRequestHandler):
     def answer(self) -> None:
         body = self.read_body()
         with self.lock:
-            fault = self.chance.choices(self.kinds, self.weights[: len(self.kinds)])[0] if self.chance.random() < self.probability else None
+            fault = (
+                self.chance.choices(self.kinds, self.weights[: len(self.kinds)])[0]
+                if self.chance.random() < self.probability
+                else None
+            )
             if fault:
                 self.injected[fault] += 1
         if fault in ("500", "503"):
@@ -96,14 +104,24 @@ class FaultyProxy(BaseHTTPRequestHandler):
     def hand_on(self, body: bytes, *, short: bool) -> None:
         connection = http.client.HTTPConnection(*self.upstream, timeout=30)
         headers = {
-            k: v for k, v in self.headers.items() if k.lower() not in ("connection", "transfer-encoding", "content-length", "expect")
+            k: v
+            for k, v in self.headers.items()
+            if k.lower() not in ("connection", "transfer-encoding", "content-length", "expect")
         }
-        connection.request(self.command, self.path, body, headers | {"Content-Length": str(len(body))})
+        connection.request(
+            self.command, self.path, body, headers | {"Content-Length": str(len(body))}
+        )
         reply = connection.getresponse()
         content = reply.read()
         self.send_response(reply.status)
         for name, value in reply.getheaders():
-            if name.lower() not in ("connection", "transfer-encoding", "content-length", "date", "server"):
+            if name.lower() not in (
+                "connection",
+                "transfer-encoding",
+                "content-length",
+                "date",
+                "server",
+            ):
                 self.send_header(name, value)
         length = reply.getheader("Content-Length") if self.command == "HEAD" else str(len(content))
         self.send_header("Content-Length", length or "0")
@@ -123,14 +141,20 @@ def faulty(s3: None, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[t
     import os
 
     host, _, port = os.environ["AWS_ENDPOINT_URL"].removeprefix("http://").partition(":")
-    FaultyProxy.upstream, FaultyProxy.probability, FaultyProxy.chance = (host, int(port)), 0.0, random.Random(0)
+    FaultyProxy.upstream = (host, int(port))
+    FaultyProxy.probability = 0.0
+    FaultyProxy.chance = random.Random(0)
     FaultyProxy.injected.clear()
     FaultyProxy.kinds = FAULTS
     server = ThreadingHTTPServer(("127.0.0.1", 0), FaultyProxy)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-    monkeypatch.setitem(files.fsspec.config.conf, "s3", {"config_kwargs": {"read_timeout": 0.25, "retries": {"max_attempts": 0}}})
+    monkeypatch.setitem(
+        files.fsspec.config.conf,
+        "s3",
+        {"config_kwargs": {"read_timeout": 0.25, "retries": {"max_attempts": 0}}},
+    )
     monkeypatch.setattr(retrying, "FIRST_PAUSE_S", 0.005)
     monkeypatch.setattr(retrying, "_LONGEST_PAUSE_S", 0.1)
     monkeypatch.setattr(S3FileSystem, "retries", 2)  # the pauses of the clients cannot be set
@@ -152,7 +176,10 @@ def download_run(uri: str, target: Path) -> None:
 
 
 def test_two_hundred_faults_and_no_shot_lost(
-    faulty: type[FaultyProxy], model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    faulty: type[FaultyProxy],
+    model_folders: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     options = {"pruning__num_shots": 3, "output__exports": ["masked"]}
     assert run(tmp_path / "sound", model_folders["llama"], **options) == 0
@@ -163,10 +190,16 @@ def test_two_hundred_faults_and_no_shot_lost(
         uri = f"s3://bucket/runs/{number}"
         text = tmp_path / "sound/text.txt"
         files.put_file("s3://bucket/text.txt", text)
-        changes: dict[str, Any] = {"model__source": "s3://bucket/model", "output__uri": uri, "calibration__source": "s3://bucket/text.txt"}
+        changes: dict[str, Any] = {
+            "model__source": "s3://bucket/model",
+            "output__uri": uri,
+            "calibration__source": "s3://bucket/text.txt",
+        }
         if number > 1:  # one export is enough, the fresh process that reloads it takes long
             changes["output__exports"] = []
-        spec = tiny_spec(tmp_path / f"run-{number}", model_folders["llama"], **{**options, **changes})
+        spec = tiny_spec(
+            tmp_path / f"run-{number}", model_folders["llama"], **{**options, **changes}
+        )
         faulty.probability = 0.6
         assert main([str(spec)]) == 0
         faulty.probability = 0.0
@@ -174,17 +207,29 @@ def test_two_hundred_faults_and_no_shot_lost(
         for shot in (1, 2, 3):
             assert_same_shot(tmp_path / "sound/run", tmp_path / f"came-{number}", shot)
         assert len(report_of(tmp_path / f"came-{number}")["shots"]) == 3
-        events = [json.loads(line) for line in (tmp_path / f"came-{number}/events.jsonl").read_text().splitlines()]
+        events = [
+            json.loads(line)
+            for line in (tmp_path / f"came-{number}/events.jsonl").read_text().splitlines()
+        ]
         assert [event["shot"] for event in events if event["step"] == "commit"] == [1, 2, 3]
-        names = [path.name for path in (tmp_path / "sound/run/export/masked").glob("*.safetensors")] if number == 1 else []
+        names = (
+            [path.name for path in (tmp_path / "sound/run/export/masked").glob("*.safetensors")]
+            if number == 1
+            else []
+        )
         assert names or number > 1
         for name in names:
-            mine, sound = (load_file(folder / "export/masked" / name) for folder in (tmp_path / f"came-{number}", tmp_path / "sound/run"))
+            mine, sound = (
+                load_file(folder / "export/masked" / name)
+                for folder in (tmp_path / f"came-{number}", tmp_path / "sound/run")
+            )
             assert mine.keys() == sound.keys()
             assert all(torch.equal(mine[key], sound[key]) for key in sound)
     assert set(faulty.injected) == set(FAULTS)
     out = capsys.readouterr()
-    written = "".join(path.read_text(errors="ignore") for path in tmp_path.glob("came-*/**/*") if path.is_file())
+    written = "".join(
+        path.read_text(errors="ignore") for path in tmp_path.glob("came-*/**/*") if path.is_file()
+    )
     assert SECRET not in written + out.out + out.err
 
 
@@ -202,7 +247,8 @@ def test_a_store_that_stays_away_ends_the_run_and_keeps_its_shots(
 
     def put_and_fail(uri: str, tensors: Any) -> int:
         if "shots/0002/masks" in uri:
-            faulty.probability, faulty.kinds = 1.0, ("503", "reset")
+            faulty.probability = 1.0
+            faulty.kinds = ("503", "reset")
         return put(uri, tensors)
 
     monkeypatch.setattr(tensor_files, "write", put_and_fail)
@@ -212,7 +258,9 @@ def test_a_store_that_stays_away_ends_the_run_and_keeps_its_shots(
     assert "--resume" in error
     faulty.probability = 0.0
     monkeypatch.setattr(tensor_files, "write", put)
-    assert files.exists("s3://bucket/run/shots/0002/shard-0001.safetensors"), "the second shot is half written"
+    assert files.exists("s3://bucket/run/shots/0002/shard-0001.safetensors"), (
+        "the second shot is half written"
+    )
     assert not files.exists("s3://bucket/run/shots/0002/manifest.json")
     assert main([str(spec), "--resume"]) == 0
     assert "resumed_after_shot=1" in capsys.readouterr().out
@@ -221,23 +269,34 @@ def test_a_store_that_stays_away_ends_the_run_and_keeps_its_shots(
     assert_same_shot(tmp_path / "sound/run", tmp_path / "came", 3)
 
 
-def test_records_of_steps_wait_for_a_store_that_is_away(faulty: type[FaultyProxy], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hours of work are not lost for them. A try that has begun meanwhile is noticed once the store is back."""
+def test_records_of_steps_wait_for_a_store_that_is_away(
+    faulty: type[FaultyProxy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hours of work are not lost for them. A try that has begun meanwhile is noticed once the store
+    is back.
+    """
     monkeypatch.setattr(retrying, "PATIENCE_S", 0.3)
-    run, other = RunDirectory("s3://bucket/away"), RunDirectory("s3://bucket/away")
+    run = RunDirectory("s3://bucket/away")
+    other = RunDirectory("s3://bucket/away")
     run.start("a: spec", {})
-    faulty.probability, faulty.kinds = 1.0, ("503",)
+    faulty.probability = 1.0
+    faulty.kinds = ("503",)
     run.add_event({"step": "costs", "number": 1})
     faulty.probability = 0.0
     assert not files.exists("s3://bucket/away/events.jsonl")
     run.add_event({"step": "costs", "number": 2})
-    assert [json.loads(line)["number"] for line in files.read_text("s3://bucket/away/events.jsonl").splitlines()] == [1, 2]
+    assert [
+        json.loads(line)["number"]
+        for line in files.read_text("s3://bucket/away/events.jsonl").splitlines()
+    ] == [1, 2]
     other.start("a: spec", {})
     with pytest.raises(TakenOverError):
         run.add_event({"step": "costs", "number": 3})
 
 
-def test_refusals_are_not_tried_again(faulty: type[FaultyProxy], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refusals_are_not_tried_again(
+    faulty: type[FaultyProxy], monkeypatch: pytest.MonkeyPatch
+) -> None:
     pauses: list[float] = []
     monkeypatch.setattr(retrying, "sleep", pauses.append)
     with pytest.raises(FileNotFoundError):
@@ -248,7 +307,9 @@ def test_refusals_are_not_tried_again(faulty: type[FaultyProxy], monkeypatch: py
 
 
 @pytest.mark.parametrize("code", ["IncompleteBody", "BadDigest"])
-def test_uploads_that_were_damaged_on_the_way_are_tried_again(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uploads_that_were_damaged_on_the_way_are_tried_again(
+    code: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """s3fs tells them as it tells requests that make no sense."""
     monkeypatch.setattr(retrying, "sleep", lambda seconds: None)
     calls: list[str] = []
@@ -256,14 +317,18 @@ def test_uploads_that_were_damaged_on_the_way_are_tried_again(code: str, monkeyp
     def upload(uri: str) -> str:
         calls.append(uri)
         if len(calls) == 1:
-            raise OSError(errno.EINVAL, code) from ClientError({"Error": {"Code": code}}, "PutObject")
+            raise OSError(errno.EINVAL, code) from ClientError(
+                {"Error": {"Code": code}}, "PutObject"
+            )
         return "done"
 
     assert retrying.tries_again(upload)("s3://bucket/key") == "done"
 
 
 def test_patience_counts_from_the_first_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A transfer of an hour that breaks is tried again, too, and a store that stays away is given up."""
+    """A transfer of an hour that breaks is tried again, too, and a store that stays away is given
+    up.
+    """
     clock = [0.0]
     calls: list[float] = []
     monkeypatch.setattr(retrying, "monotonic", lambda: clock[0])
@@ -294,13 +359,21 @@ def test_large_files_go_in_parts_and_come_back_whole(s3: None, cache: Path) -> N
     assert size > 100 * 2**20
     assert files.size_bytes("s3://bucket/large.safetensors") == size
     filesystem, path = files.open_filesystem("s3://bucket/large.safetensors")
-    assert filesystem.info(path)["ETag"].strip('"').endswith("-3"), "an object of three parts says so in its tag"
-    assert torch.equal(tensor_files.read("s3://bucket/large.safetensors")["large"], tensors["large"])
+    assert filesystem.info(path)["ETag"].strip('"').endswith("-3"), (
+        "an object of three parts says so in its tag"
+    )
+    assert torch.equal(
+        tensor_files.read("s3://bucket/large.safetensors")["large"], tensors["large"]
+    )
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
 def test_a_full_or_forbidden_disk_is_said_and_the_shot_before_stays(
-    number: int, model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    number: int,
+    model_folders: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     replace = files.os.replace
 
@@ -316,7 +389,9 @@ def test_a_full_or_forbidden_disk_is_said_and_the_shot_before_stays(
     assert "masks-0001.safetensors" in error
     assert "--resume" in error
     monkeypatch.undo()
-    assert [p.name for p in sorted((tmp_path / "run/shots").glob("*/manifest.json"))] == ["manifest.json"]
+    assert [p.name for p in sorted((tmp_path / "run/shots").glob("*/manifest.json"))] == [
+        "manifest.json"
+    ]
     assert not list((tmp_path / "run").rglob(".writing-*")), "scratch files stay behind"
     assert run(tmp_path, model_folders["llama"], "--resume", pruning__num_shots=3) == 0
     assert "resumed_after_shot=1" in capsys.readouterr().out

@@ -34,7 +34,8 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 def by_whole_passes(model: torch.nn.Module, wanted: Wanted, number: int) -> list[int]:
     """Return a text drawn without a cache, each token from the whole text before it."""
     generator = torch.Generator().manual_seed(wanted.seed + 1_000_003 * number)
-    prompt, found = list(wanted.prompts[number]), list[int]()
+    prompt = list(wanted.prompts[number])
+    found = list[int]()
     for chance in torch.rand(wanted.num_tokens, generator=generator)[: wanted.room(number)]:
         with torch.no_grad():
             logits = model(torch.tensor([prompt + found])).logits[0, -1]
@@ -53,7 +54,9 @@ def lists(texts: list[NDArray[np.int64]]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-def test_tokens_are_drawn_from_the_model_whatever_the_workers_are(family: str, model_folders: dict[str, Path]) -> None:
+def test_tokens_are_drawn_from_the_model_whatever_the_workers_are(
+    family: str, model_folders: dict[str, Path]
+) -> None:
     model = AutoModelForCausalLM.from_pretrained(model_folders[family])
     expected = [by_whole_passes(model, WANTED, number) for number in (0, 8, 9, 17)]  # 2 batches
     for workers in CLUSTERS:
@@ -63,7 +66,9 @@ def test_tokens_are_drawn_from_the_model_whatever_the_workers_are(family: str, m
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "gemma3", "deepseek_v3"])
-def test_prompts_may_differ_in_length_and_texts_end(family: str, model_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_may_differ_in_length_and_texts_end(
+    family: str, model_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sampling, "TEXTS_TOGETHER", 5)
     monkeypatch.setattr(sampling, "PREFILL_TOKENS", 8)
     assert family in CONFIGS | SPARSE_CONFIGS
@@ -85,11 +90,15 @@ def test_prompts_may_differ_in_length_and_texts_end(family: str, model_folders: 
     assert lists(write_texts(clusters[0], replace(OF_MANY_LENGTHS, max_length=30)))[7] == []
 
 
-def test_a_batch_stops_when_its_texts_have_ended(model_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_stops_when_its_texts_have_ended(
+    model_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls: list[int] = []
     write_on = sampling.write_on
 
-    def counted(worker: object, batch: int, inputs: sampling.TensorPayload, *rest: object) -> object:
+    def counted(
+        worker: object, batch: int, inputs: sampling.TensorPayload, *rest: object
+    ) -> object:
         calls.append(len(inputs.array))
         return write_on(worker, batch, inputs, *rest)  # type: ignore[arg-type]
 
@@ -110,7 +119,9 @@ def test_a_batch_stops_when_its_texts_have_ended(model_folders: dict[str, Path],
     assert not cluster.workers[cluster.placement.workers[0]].kept(sampling._Writing).batches
 
 
-def test_no_more_tokens_are_fed_than_the_model_has_positions(model_folders: dict[str, Path]) -> None:
+def test_no_more_tokens_are_fed_than_the_model_has_positions(
+    model_folders: dict[str, Path],
+) -> None:
     wanted = replace(OF_MANY_LENGTHS, num_tokens=127, max_length=128)
     for family in ("opt", "gpt2"):
         found = write_texts(loaded(model_folders[family]), wanted)

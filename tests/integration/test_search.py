@@ -1,4 +1,6 @@
-"""The search for how many coupled groups every block loses: what it measures, what it leaves behind, and what it changes."""
+"""The search for how many coupled groups every block loses: what it measures, what it leaves
+behind, and what it changes.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,16 @@ from ray_surgeon.methods.search import SEARCHED, Search
 from ray_surgeon.spec import parse_spec
 from ray_surgeon.surgery.masks import StructuredMask
 from ray_surgeon.surgery.scales import shrunk_ratios
-from tests.integration.runs import MOST_BY_ORDER_OF_SUMS, assert_same_shot, difference, loaded, report_of, run, tensors_of_shot, tiny_spec
+from tests.integration.runs import (
+    MOST_BY_ORDER_OF_SUMS,
+    assert_same_shot,
+    difference,
+    loaded,
+    report_of,
+    run,
+    tensors_of_shot,
+    tiny_spec,
+)
 
 GROUPS: dict[str, Any] = {
     "pruning__structure": "groups",
@@ -39,10 +50,15 @@ NOTHING_HELD = CalibrationText(np.zeros((0, 40), dtype=np.int64))
 def scored(
     model: Path, folder: Path, num_replicas: int = 1, **options: Any
 ) -> tuple[Search, LocalCluster, Scores[ConsumerCosts], NDArray[np.int64]]:
-    """Return a search and what it takes: a cluster after the costs of the first shot, these, and windows with dense states."""
-    spec = parse_spec(tiny_spec(folder, model, **(GROUPS | options), pruning__num_shots=1).read_text())
+    """Return a search and what it takes: a cluster after the costs of the first shot, these, and
+    windows with dense states.
+    """
+    spec = parse_spec(
+        tiny_spec(folder, model, **(GROUPS | options), pruning__num_shots=1).read_text()
+    )
     inputs = check(spec)
-    search, cluster = Search.of(inputs.method), loaded(model, 2, num_replicas)
+    search = Search.of(inputs.method)
+    cluster = loaded(model, 2, num_replicas)
     assert search is not None
     remember(cluster, SEARCHED, inputs.searched)
     inputs.method.calibrate(cluster, inputs.text, 1, remembers=False)
@@ -50,23 +66,38 @@ def scored(
 
 
 def linears_of(cluster: LocalCluster) -> dict[str, torch.Tensor]:
-    return {name: worker.shard.weight(name) for worker in cluster.workers.values() for name in worker.shard.linears}
+    return {
+        name: worker.shard.weight(name)
+        for worker in cluster.workers.values()
+        for name in worker.shard.linears
+    }
 
 
 @pytest.mark.parametrize(("family", "num_replicas"), [("llama", 1), ("gpt2", 2), ("qwen3_moe", 1)])
 def test_scales_are_what_removals_change_over_what_they_were_to_cost(
-    family: str, num_replicas: int, model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str,
+    num_replicas: int,
+    model_folders: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Each block by brute force: the model with everything removed but in that block, put together from pruned and dense weights."""
+    """Each block by brute force: the model with everything removed but in that block, put together
+    from pruned and dense weights.
+    """
     options = {"pruning__groups": ["attention", "expert_channels"]} if family == "qwen3_moe" else {}
-    search, cluster, scores, windows = scored(model_folders[family], tmp_path, num_replicas, **options)
-    method, dense = search.method, linears_of(cluster)
+    search, cluster, scores, windows = scored(
+        model_folders[family], tmp_path, num_replicas, **options
+    )
+    method = search.method
+    dense = linears_of(cluster)
     counts = method.allocate(scores, 1).counts
     pruned = dict(dense)
     for worker in cluster.workers.values():
         for groups in method.sets(worker):
             if worker.owns(groups.consumer):
-                pruned[groups.consumer] = method.removal(worker, worker.kept(Scored), groups, counts[groups.consumer])[0].W
+                pruned[groups.consumer] = method.removal(
+                    worker, worker.kept(Scored), groups, counts[groups.consumer]
+                )[0].W
 
     def divergence(undone: Unit | None) -> torch.Tensor:
         kept = {c.consumer for c in scores.costs if c.unit == undone}
@@ -77,7 +108,14 @@ def test_scales_are_what_removals_change_over_what_they_were_to_cost(
 
     units = sorted({c.unit for c in scores.costs if counts[c.consumer]})
     changes = torch.stack([divergence(None) - divergence(unit) for unit in units])
-    costs = [sum(float(c.costs.sort().values[: counts[c.consumer]].double().sum()) for c in scores.costs if c.unit == u) for u in units]
+    costs = [
+        sum(
+            float(c.costs.sort().values[: counts[c.consumer]].double().sum())
+            for c in scores.costs
+            if c.unit == u
+        )
+        for u in units
+    ]
     divergence_before = float(divergence(None).mean())
     for worker in cluster.workers.values():
         for name, W in dense.items():
@@ -95,21 +133,33 @@ def test_scales_are_what_removals_change_over_what_they_were_to_cost(
     assert record["divergences"][0] == pytest.approx(divergence_before, rel=1e-5)
     torch.testing.assert_close(found_changes, changes.double(), rtol=1e-3, atol=1e-6)
     assert found_costs.tolist() == pytest.approx(costs)
-    assert [[one == other for other in found_kinds] for one in found_kinds] == [[a == b for _, b in units] for _, a in units]
+    assert [[one == other for other in found_kinds] for one in found_kinds] == [
+        [a == b for _, b in units] for _, a in units
+    ]
     assert len(units) > 2
 
 
-def test_scales_of_another_round_go_on_from_those_before(model_folders: dict[str, Path], tmp_path: Path) -> None:
+def test_scales_of_another_round_go_on_from_those_before(
+    model_folders: dict[str, Path], tmp_path: Path
+) -> None:
     """What is measured is compared with costs before scaling; where nothing goes, scales stay."""
     search, cluster, scores, windows = scored(model_folders["llama"], tmp_path)
     allocation = search.method.allocate(scores, 1)
     cluster.run_all(search.prune, allocation.counts)
     divergences = divergences_of(cluster, SEARCHED, windows)
     first = search._scales(cluster, scores, allocation, windows, divergences, {})
-    before = {unit: 0.5 + i for i, unit in enumerate(sorted({c.unit for c in scores.costs}))} | {(4, "ffn"): 3.0}
+    before = {unit: 0.5 + i for i, unit in enumerate(sorted({c.unit for c in scores.costs}))} | {
+        (4, "ffn"): 3.0
+    }
     scaled = replace(scores, costs=tuple(replace(c, scale=before[c.unit]) for c in scores.costs))
     found = search._scales(cluster, scaled, allocation, windows, divergences, before)
-    assert found == pytest.approx({unit: scale**0.3 * first[unit] if unit in first else scale for unit, scale in before.items()}, rel=1e-4)
+    assert found == pytest.approx(
+        {
+            unit: scale**0.3 * first[unit] if unit in first else scale
+            for unit, scale in before.items()
+        },
+        rel=1e-4,
+    )
     assert 2 < len(first) < len(before)
 
 
@@ -118,8 +168,10 @@ def test_the_best_allocation_is_taken_and_everything_else_is_left_as_it_was(
 ) -> None:
     search, cluster, scores, windows = scored(model_folders["llama"], tmp_path, 2)
     search = Search(SearchSection(rounds=3, num_sequences=3), search.method)
-    dense, given = linears_of(cluster), iter([5.0, 3.0, 4.0, 6.0])
-    counts, scales = search.method.allocate(scores, 1).counts, list[dict[Unit, float]]()
+    dense = linears_of(cluster)
+    given = iter([5.0, 3.0, 4.0, 6.0])
+    counts = search.method.allocate(scores, 1).counts
+    scales = list[dict[Unit, float]]()
     losing = [c.unit for c in scores.costs if counts[c.consumer]]
 
     def of_scores(*args: Any) -> dict[Unit, float]:
@@ -128,7 +180,8 @@ def test_the_best_allocation_is_taken_and_everything_else_is_left_as_it_was(
 
     monkeypatch.setattr("ray_surgeon.methods.search.divergences_of", lambda *_: [next(given)])
     monkeypatch.setattr(Search, "_scales", of_scores)
-    rescaled, followed = Groups.rescaled, list[bool]()
+    rescaled = Groups.rescaled
+    followed = list[bool]()
 
     def following(self: Groups, cluster: LocalCluster, *others: Any) -> Scores[ConsumerCosts]:
         followed.append(all(torch.equal(W, dense[name]) for name, W in linears_of(cluster).items()))
@@ -139,28 +192,54 @@ def test_the_best_allocation_is_taken_and_everything_else_is_left_as_it_was(
     assert followed == [True] * 3, "paths begin with the weights from before"
     assert record["divergences"] == [5.0, 3.0, 4.0, 6.0]
     assert {c.unit: c.scale for c in found.costs} == scales[0], "those of the second allocation"
-    assert {(entry["block"], entry["kind"]): entry["scale"] for entry in record["scales"]} == scales[0]
+    assert {
+        (entry["block"], entry["kind"]): entry["scale"] for entry in record["scales"]
+    } == scales[0]
     for worker in cluster.workers.values():
-        assert all(torch.equal(worker.shard.weight(name), dense[name]) for name in worker.shard.linears)
-        assert all(worker.mask(name, StructuredMask).num_kept == worker.mask(name, StructuredMask).num_parameters for name in worker.masks)
+        assert all(
+            torch.equal(worker.shard.weight(name), dense[name]) for name in worker.shard.linears
+        )
+        assert all(
+            worker.mask(name, StructuredMask).num_kept
+            == worker.mask(name, StructuredMask).num_parameters
+            for name in worker.masks
+        )
 
 
 @pytest.mark.parametrize("rank_by", ["cost", "cost_per_parameter"])
 @pytest.mark.parametrize("multiple", [1, 4, 8, 16])
-@pytest.mark.parametrize(("family", "kinds"), [("llama", ["attention", "ffn"]), ("qwen3_moe", ["attention", "expert_channels"])])
+@pytest.mark.parametrize(
+    ("family", "kinds"),
+    [("llama", ["attention", "ffn"]), ("qwen3_moe", ["attention", "expert_channels"])],
+)
 def test_paths_are_followed_as_far_as_scales_call_for(
-    family: str, kinds: list[str], multiple: int, rank_by: str, model_folders: dict[str, Path], tmp_path: Path
+    family: str,
+    kinds: list[str],
+    multiple: int,
+    rank_by: str,
+    model_folders: dict[str, Path],
+    tmp_path: Path,
 ) -> None:
     """With any scales the allocation is that of paths which were followed to their ends."""
-    options = {"pruning__width_multiple": multiple, "pruning__rank_by": rank_by, "pruning__groups": kinds}
+    options = {
+        "pruning__width_multiple": multiple,
+        "pruning__rank_by": rank_by,
+        "pruning__groups": kinds,
+    }
     search, cluster, scores, _ = scored(model_folders[family], tmp_path, **options)
-    method, differ = search.method, False
+    method = search.method
+    differ = False
     for seed in range(12):
         generator = np.random.default_rng(seed)
-        scales = {unit: float(np.exp(generator.normal() * 2)) for unit in sorted({c.unit for c in scores.costs})}
+        scales = {
+            unit: float(np.exp(generator.normal() * 2))
+            for unit in sorted({c.unit for c in scores.costs})
+        }
         found = method.rescaled(cluster, scores, scales, 1)
         whole = Scores.merged(cluster.run_all(method.costs, Reach(math.inf, scales=scales), 1))
-        assert {c.consumer: c.scale for c in found.costs} == {c.consumer: scales[c.unit] for c in whole.costs}
+        assert {c.consumer: c.scale for c in found.costs} == {
+            c.consumer: scales[c.unit] for c in whole.costs
+        }
         assert method.allocate(found, 1).counts == method.allocate(whole, 1).counts
         differ |= method.allocate(found, 1).counts != method.allocate(scores, 1).counts
     assert differ
@@ -168,24 +247,46 @@ def test_paths_are_followed_as_far_as_scales_call_for(
 
 @pytest.mark.parametrize("shots", [1, 2])
 def test_a_search_in_a_run(shots: int, model_folders: dict[str, Path], tmp_path: Path) -> None:
-    """Shards and stores change nothing and replicas little; a run that goes on ends the same; without a search it ends otherwise."""
+    """Shards and stores change nothing and replicas little; a run that goes on ends the same;
+    without a search it ends otherwise.
+    """
     options = {**GROUPS, "pruning__num_shots": shots, "pruning__width_multiple": 8}
     on_disk = {"memory__weights": "disk", "memory__factors": "disk", "memory__wave": 2}
-    ways: dict[str, dict[str, Any]] = {"shards": {"cluster__num_shards": 3}, "replicas": {"cluster__num_replicas": 2}, "disk": on_disk}
+    ways: dict[str, dict[str, Any]] = {
+        "shards": {"cluster__num_shards": 3},
+        "replicas": {"cluster__num_replicas": 2},
+        "disk": on_disk,
+    }
     for name, others in ({"one": {}} | ways).items():
         assert run(tmp_path / name, model_folders["llama"], **options, **others) == 0
     assert_same_shot(tmp_path / "one/run", tmp_path / "shards/run", shots)
     assert_same_shot(tmp_path / "one/run", tmp_path / "disk/run", shots)
-    assert difference(tmp_path / "one/run", tmp_path / "replicas/run", shots) < MOST_BY_ORDER_OF_SUMS
+    assert (
+        difference(tmp_path / "one/run", tmp_path / "replicas/run", shots) < MOST_BY_ORDER_OF_SUMS
+    )
     report = report_of(tmp_path / "one/run")
     for shot in report["shots"]:
-        assert len(shot["search"]["divergences"]) in (1, 2), "a second one is tried if scales say so"
+        assert len(shot["search"]["divergences"]) in (1, 2), (
+            "a second one is tried if scales say so"
+        )
         assert shot["seconds"]["search"] > 0
-    assert run(tmp_path / "without", model_folders["llama"], **{**options, "pruning__search": None}) == 0
+    assert (
+        run(tmp_path / "without", model_folders["llama"], **{**options, "pruning__search": None})
+        == 0
+    )
     assert difference(tmp_path / "one/run", tmp_path / "without/run", shots) > 0
     if shots == 2:
         shutil.rmtree(tmp_path / "shards/run/shots/0002")
-        assert run(tmp_path / "shards", model_folders["llama"], "--resume", **options, cluster__num_shards=3) == 0
+        assert (
+            run(
+                tmp_path / "shards",
+                model_folders["llama"],
+                "--resume",
+                **options,
+                cluster__num_shards=3,
+            )
+            == 0
+        )
         assert_same_shot(tmp_path / "one/run", tmp_path / "shards/run", 2)
 
 
@@ -194,7 +295,9 @@ def test_a_search_that_finds_something_changes_the_masks(
 ) -> None:
     """Scales that make one layer dear keep its channels."""
 
-    def dear(self: Search, cluster: Any, scores: Scores[ConsumerCosts], *_: Any) -> dict[Unit, float]:
+    def dear(
+        self: Search, cluster: Any, scores: Scores[ConsumerCosts], *_: Any
+    ) -> dict[Unit, float]:
         return {c.unit: 1e6 if c.unit == (1, "ffn") else 1.0 for c in scores.costs}
 
     monkeypatch.setattr(Search, "_scales", dear)
@@ -206,13 +309,25 @@ def test_a_search_that_finds_something_changes_the_masks(
     assert not tensors["model.layers.0.mlp.down_proj.columns"].all()
 
 
-def test_windows_of_a_search_lie_beside_those_of_the_calibration(model_folders: dict[str, Path], tmp_path: Path) -> None:
+def test_windows_of_a_search_lie_beside_those_of_the_calibration(
+    model_folders: dict[str, Path], tmp_path: Path
+) -> None:
     """In every text but the model's own, and the calibration is the same as without a search."""
     mix = [{"source": "self"}, {"source": "python-docstrings", "max_tokens": 4000}]
     inputs = []
     for search in ({"num_sequences": 5}, None):
-        options = {**GROUPS, "pruning__search": search, "calibration__mix": mix, "calibration__stride": None}
-        inputs.append(check(parse_spec(tiny_spec(tmp_path, model_folders["llama"], **options).read_text()), dry_run=True))
+        options = {
+            **GROUPS,
+            "pruning__search": search,
+            "calibration__mix": mix,
+            "calibration__stride": None,
+        }
+        inputs.append(
+            check(
+                parse_spec(tiny_spec(tmp_path, model_folders["llama"], **options).read_text()),
+                dry_run=True,
+            )
+        )
     with_search, without = inputs
     assert np.array_equal(with_search.calibration, without.calibration)
     assert (with_search.searched.shape, len(without.searched)) == ((5, 40), 0)
@@ -227,8 +342,16 @@ def test_placed_windows_of_a_search_begin_where_the_last_one_of_the_calibration_
     """Six windows of 40 tokens are the calibration's."""
 
     def windows(stride: int, num_sequences: int, search: dict[str, int] | None) -> Inputs:
-        options = {**GROUPS, "pruning__search": search, "calibration__stride": stride, "calibration__num_sequences": num_sequences}
-        return check(parse_spec(tiny_spec(tmp_path, model_folders["llama"], **options).read_text()), dry_run=True)
+        options = {
+            **GROUPS,
+            "pruning__search": search,
+            "calibration__stride": stride,
+            "calibration__num_sequences": num_sequences,
+        }
+        return check(
+            parse_spec(tiny_spec(tmp_path, model_folders["llama"], **options).read_text()),
+            dry_run=True,
+        )
 
     text = windows(1, first + 1, None).calibration[:, 0]
     found = windows(stride, 6, {"num_sequences": 3})
@@ -237,7 +360,9 @@ def test_placed_windows_of_a_search_begin_where_the_last_one_of_the_calibration_
     assert first >= 5 * stride + 40
 
 
-def test_a_divergence_that_is_no_number_ends_a_search(model_folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_divergence_that_is_no_number_ends_a_search(
+    model_folders: dict[str, Path], tmp_path: Path
+) -> None:
     search, cluster, scores, windows = scored(model_folders["llama"], tmp_path)
     worker = list(cluster.workers.values())[-1]
     name = next(iter(worker.shard.linears))
@@ -262,10 +387,14 @@ def test_every_round_goes_on_from_the_scales_before(
 ) -> None:
     search, cluster, scores, windows = scored(model_folders["llama"], tmp_path)
     search = Search(SearchSection(rounds=2, num_sequences=3), search.method)
-    counts, seen, made = search.method.allocate(scores, 1).counts, list[dict[Unit, float]](), list[dict[Unit, float]]()
+    counts = search.method.allocate(scores, 1).counts
+    seen = list[dict[Unit, float]]()
+    made = list[dict[Unit, float]]()
     losing = [c.unit for c in scores.costs if counts[c.consumer]]
 
-    def scales(self: Search, cluster: Any, scores: Scores[ConsumerCosts], *given: Any) -> dict[Unit, float]:
+    def scales(
+        self: Search, cluster: Any, scores: Scores[ConsumerCosts], *given: Any
+    ) -> dict[Unit, float]:
         seen.append(dict(given[-1]))
         made.append({c.unit: 1e3 if c.unit == losing[len(made)] else 1.0 for c in scores.costs})
         return made[-1]
@@ -275,10 +404,14 @@ def test_every_round_goes_on_from_the_scales_before(
     assert seen == [{}, made[0]]
 
 
-def test_an_allocation_is_measured_once(model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_allocation_is_measured_once(
+    model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     search, cluster, scores, windows = scored(model_folders["llama"], tmp_path)
     search = Search(SearchSection(rounds=3, num_sequences=3), search.method)
-    monkeypatch.setattr(Search, "_scales", lambda self, cluster, scores, *_: {c.unit: 2.0 for c in scores.costs})
+    monkeypatch.setattr(
+        Search, "_scales", lambda self, cluster, scores, *_: {c.unit: 2.0 for c in scores.costs}
+    )
     found, record = search.run(cluster, scores, windows, NOTHING_HELD, 1)
     assert len(record["divergences"]) == 1
     assert {c.scale for c in found.costs} == {1.0}
@@ -286,20 +419,27 @@ def test_an_allocation_is_measured_once(model_folders: dict[str, Path], tmp_path
 
 @pytest.mark.parametrize(("held", "taken"), [([3.0, 4.0], 0), ([4.0, 3.0], 1)])
 def test_windows_held_aside_decide_which_allocation_is_taken(
-    held: list[float], taken: int, model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    held: list[float],
+    taken: int,
+    model_folders: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Whatever the windows say on which the scales were taken."""
     search, cluster, scores, windows = scored(model_folders["llama"], tmp_path)
     counts = search.method.allocate(scores, 1).counts
     losing = next(c.unit for c in scores.costs if counts[c.consumer])
-    given, measures = iter([9.0, 1.0] if not taken else [1.0, 9.0]), iter(held)
+    given = iter([9.0, 1.0] if not taken else [1.0, 9.0])
+    measures = iter(held)
     monkeypatch.setattr("ray_surgeon.methods.search.divergences_of", lambda *_: [next(given)])
     monkeypatch.setattr("ray_surgeon.methods.search.held_measure", lambda *_: next(measures))
     scales = {c.unit: 1e3 if c.unit == losing else 1.0 for c in scores.costs}
     monkeypatch.setattr(Search, "_scales", lambda *_: scales)
     found, record = search.run(cluster, scores, windows, CalibrationText(windows, held=windows), 1)
     assert (record["held_aside"], record["taken"]) == (held, taken)
-    assert {c.unit: c.scale for c in found.costs} == (scales if taken else dict.fromkeys(scales, 1.0))
+    assert {c.unit: c.scale for c in found.costs} == (
+        scales if taken else dict.fromkeys(scales, 1.0)
+    )
     facts = Search.facts(record)
     assert (facts["divergence before"], facts["divergence"]) == (held[0], min(held))
     assert "allocation" in str(facts["taken"])

@@ -1,4 +1,4 @@
-"""What the report and the files of a shot say, against the weights and masks that were committed."""
+"""What report and files of a shot say, against the committed weights and masks."""
 
 from __future__ import annotations
 
@@ -20,9 +20,12 @@ ONE = {"pruning__num_shots": 1}
 
 
 @pytest.mark.parametrize("num_replicas", [1, 2])
-def test_what_rows_and_columns_would_shrink(num_replicas: int, model_folders: dict[str, Path], tmp_path: Path) -> None:
+def test_what_rows_and_columns_would_shrink(
+    num_replicas: int, model_folders: dict[str, Path], tmp_path: Path
+) -> None:
     assert run(tmp_path, model_folders["llama"], **ONE, cluster__num_replicas=num_replicas) == 0
-    tensors, layout = tensors_of_shot(tmp_path / "run", 1), LAYOUTS["llama"]
+    tensors = tensors_of_shot(tmp_path / "run", 1)
+    layout = LAYOUTS["llama"]
     (shot,) = report_of(tmp_path / "run")["shots"]
     cut = 0
     for groups in layout.group_sets:
@@ -35,11 +38,25 @@ def test_what_rows_and_columns_would_shrink(num_replicas: int, model_folders: di
 
 
 @pytest.mark.parametrize("options", [{}, CHANNELS], ids=["rows", "groups"])
-def test_raised_damping(options: dict[str, Any], model_folders: dict[str, Path], tmp_path: Path) -> None:
-    assert run(tmp_path, model_folders["llama"], **FEW, **options, **ONE, curvature__damping={"a": 0, "g": 0}) == 0
+def test_raised_damping(
+    options: dict[str, Any], model_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    assert (
+        run(
+            tmp_path,
+            model_folders["llama"],
+            **FEW,
+            **options,
+            **ONE,
+            curvature__damping={"a": 0, "g": 0},
+        )
+        == 0
+    )
     (shot,) = report_of(tmp_path / "run")["shots"]
     events = [(event["linear"], event["factor"]) for event in shot["damping_used"]]
-    assert {linear for linear, _ in events} >= {f"model.layers.{block}.mlp.down_proj" for block in range(4)}
+    assert {linear for linear, _ in events} >= {
+        f"model.layers.{block}.mlp.down_proj" for block in range(4)
+    }
     assert len(events) == len(set(events))
     assert all(event["asked"] == 0 < event["used"] for event in shot["damping_used"])
 
@@ -50,25 +67,40 @@ def test_clipped_terms(model_folders: dict[str, Path], tmp_path: Path) -> None:
     assert report_of(tmp_path / "run")["shots"][0]["terms_clipped"]
 
 
-def test_predictions_are_of_the_consumers_that_lost_channels(model_folders: dict[str, Path], tmp_path: Path) -> None:
-    assert run(tmp_path, model_folders["llama"], **CHANNELS, **ONE, pruning__target_sparsity=0.2) == 0
+def test_predictions_are_of_the_consumers_that_lost_channels(
+    model_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    assert (
+        run(tmp_path, model_folders["llama"], **CHANNELS, **ONE, pruning__target_sparsity=0.2) == 0
+    )
     report = report_of(tmp_path / "run")
     predicted = {linear["name"]: linear["predicted_loss_increase"] for linear in report["linears"]}
-    assert {name for name, cost in predicted.items() if cost} == {name for name, n in report["shots"][0]["groups_removed"].items() if n}
+    assert {name for name, cost in predicted.items() if cost} == {
+        name for name, n in report["shots"][0]["groups_removed"].items() if n
+    }
     assert report["shots"][0]["predicted_loss_increase"] == pytest.approx(sum(predicted.values()))
 
 
-def test_predictions_for_whole_experts_are_their_costs(model_folders: dict[str, Path], tmp_path: Path) -> None:
-    experts = {"pruning__structure": "groups", "pruning__groups": ["experts"], "pruning__target_sparsity": 0.15}
+def test_predictions_for_whole_experts_are_their_costs(
+    model_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    experts = {
+        "pruning__structure": "groups",
+        "pruning__groups": ["experts"],
+        "pruning__target_sparsity": 0.15,
+    }
     assert run(tmp_path, model_folders["mixtral"], **experts, **ONE, cluster__num_shards=2) == 0
     (shot,) = report_of(tmp_path / "run")["shots"]
     assert shot["experts_removed"]
     assert shot["predicted_loss_increase"] == pytest.approx(sum(shot["experts_removed"].values()))
 
 
-def test_rows_of_producers_of_what_is_gone_are_zero(model_folders: dict[str, Path], tmp_path: Path) -> None:
+def test_rows_of_producers_of_what_is_gone_are_zero(
+    model_folders: dict[str, Path], tmp_path: Path
+) -> None:
     assert run(tmp_path, model_folders["llama"], **GROUPS) == 0
-    tensors, num_rows = tensors_of_shot(tmp_path / "run", 2), 0
+    tensors = tensors_of_shot(tmp_path / "run", 2)
+    num_rows = 0
     for name in {name for groups in LAYOUTS["llama"].group_sets for name, _ in groups.producers}:
         gone = ~tensors[f"{name}.rows"]
         assert not tensors[f"{name}.weight"][gone].any()
@@ -76,21 +108,29 @@ def test_rows_of_producers_of_what_is_gone_are_zero(model_folders: dict[str, Pat
     assert num_rows > 0
 
 
-def test_widths_are_multiples_after_the_last_shot_only(model_folders: dict[str, Path], tmp_path: Path) -> None:
+def test_widths_are_multiples_after_the_last_shot_only(
+    model_folders: dict[str, Path], tmp_path: Path
+) -> None:
     assert run(tmp_path, model_folders["llama"], **CHANNELS) == 0
     for shot, rounded in ((1, False), (2, True)):
         masks = tensors_of_shot(tmp_path / "run", shot)
-        widths = [int(mask.sum()) for name, mask in masks.items() if name.endswith("down_proj.columns")]
+        widths = [
+            int(mask.sum()) for name, mask in masks.items() if name.endswith("down_proj.columns")
+        ]
         assert all(width % 8 == 0 for width in widths) == rounded, widths
 
 
-def test_heads_of_a_model_without_kv_groups_go_one_by_one(model_folders: dict[str, Path], tmp_path: Path) -> None:
+def test_heads_of_a_model_without_kv_groups_go_one_by_one(
+    model_folders: dict[str, Path], tmp_path: Path
+) -> None:
     options = GROUPS | {"pruning__groups": ["attention"], "pruning__target_sparsity": 0.1}
     assert run(tmp_path, model_folders["gpt2"], **options, **ONE) == 0
     assert sum(report_of(tmp_path / "run")["shots"][0]["groups_removed"].values()) > 0
 
 
-def test_damping_of_sparsegpt_is_that_of_the_shot(model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damping_of_sparsegpt_is_that_of_the_shot(
+    model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def raising(*given: Any, name: str, **options: Any) -> Any:
         W, kept, _ = prune_linear(*given, name=name, **options)
         return W, kept, RaisedDamping(name, "A", 0.0, 1.0, float64_retry=False)
@@ -98,14 +138,21 @@ def test_damping_of_sparsegpt_is_that_of_the_shot(model_folders: dict[str, Path]
     monkeypatch.setattr("ray_surgeon.methods.layerwise.prune_linear", raising)
     assert run(tmp_path, model_folders["llama"], **SPARSEGPT) == 0
     for shot in report_of(tmp_path / "run")["shots"]:
-        assert [event["linear"] for event in shot["damping_used"]] == [shape.name for shape in LAYOUTS["llama"].linears]
+        assert [event["linear"] for event in shot["damping_used"]] == [
+            shape.name for shape in LAYOUTS["llama"].linears
+        ]
 
 
-def test_sparsegpt_on_few_tokens(model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sparsegpt_on_few_tokens(
+    model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Two shots without damping, which goes only as far up as it may."""
     few = SPARSEGPT | FEW | {"pruning__damping": 0}
     assert run(tmp_path / "free", model_folders["llama"], **few) == 0
-    assert run(tmp_path / "bounded", model_folders["llama"], **few, **ONE, pruning__max_damping=1e-30) == 1
+    assert (
+        run(tmp_path / "bounded", model_folders["llama"], **few, **ONE, pruning__max_damping=1e-30)
+        == 1
+    )
     assert "cap 1e-30" in " ".join(capsys.readouterr().err.split())
 
 

@@ -11,7 +11,15 @@ from torch import Tensor
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from ray_surgeon.models import checkpoint
-from ray_surgeon.models.checkpoint import Stack, check_checkpoint, find_stored, from_mxfp4, part_of_stack, read_state, tensor_reader
+from ray_surgeon.models.checkpoint import (
+    Stack,
+    check_checkpoint,
+    find_stored,
+    from_mxfp4,
+    part_of_stack,
+    read_state,
+    tensor_reader,
+)
 from ray_surgeon.models.families import FAMILIES, check_not_quantised
 from tests.conftest import LAYOUTS
 
@@ -20,13 +28,19 @@ FAMILY = LAYOUT.family
 
 
 def as_mxfp4(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return a checkpoint with random numbers of four bits in place of the experts' weights; hidden size and width are multiples of 32."""
+    """Return a checkpoint with random numbers of four bits in place of the experts' weights; hidden
+    size and width are multiples of 32.
+    """
     packed = {}
     for name, tensor in state.items():
         if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
             num_experts, num_inputs, num_outputs = tensor.shape
-            packed[f"{name}_blocks"] = torch.randint(0, 256, (num_experts, num_outputs, num_inputs // 32, 16), dtype=torch.uint8)
-            packed[f"{name}_scales"] = torch.randint(120, 126, (num_experts, num_outputs, num_inputs // 32), dtype=torch.uint8)
+            packed[f"{name}_blocks"] = torch.randint(
+                0, 256, (num_experts, num_outputs, num_inputs // 32, 16), dtype=torch.uint8
+            )
+            packed[f"{name}_scales"] = torch.randint(
+                120, 126, (num_experts, num_outputs, num_inputs // 32), dtype=torch.uint8
+            )
         else:
             packed[name] = tensor
     return packed
@@ -37,19 +51,26 @@ def state(model_folders: dict[str, Path]) -> dict[str, Tensor]:
     return load_file(model_folders["gpt_oss"] / "model.safetensors")
 
 
-def test_weights_that_are_no_numbers_are_counted_in_all_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_are_no_numbers_are_counted_in_all_parts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(checkpoint, "_ENTRIES_AT_A_TIME", 4)
     value = torch.ones(3, 5, dtype=torch.bfloat16)
     checkpoint.check_finite("x", value)
     checkpoint.check_finite("x", torch.ones(()))
-    value[0, 1], value[1, 2], value[2, 4] = torch.nan, torch.inf, -torch.inf
+    value[0, 1] = torch.nan
+    value[1, 2] = torch.inf
+    value[2, 4] = -torch.inf
     with pytest.raises(checkpoint.BadWeightsError, match="x has 3 NaN or infinite weights"):
         checkpoint.check_finite("x", value)
 
 
 def test_numbers_of_four_bits_are_those_of_transformers() -> None:
     blocks = torch.arange(256, dtype=torch.uint8).view(1, 4, 4, 16)
-    scales = torch.tensor([[0, 1, 100, 127], [126, 128, 130, 200], [253, 254, 120, 119], [5, 60, 127, 127]], dtype=torch.uint8)[None]
+    scales = torch.tensor(
+        [[0, 1, 100, 127], [126, 128, 130, 200], [253, 254, 120, 119], [5, 60, 127, 127]],
+        dtype=torch.uint8,
+    )[None]
     wanted = convert_moe_packed_tensors(blocks, scales)  # [1, inputs, outputs]
     assert torch.equal(from_mxfp4(blocks, scales), wanted.transpose(1, 2))
 
@@ -61,7 +82,9 @@ def test_parts_are_put_together_as_they_were(state: dict[str, Tensor]) -> None:
         part = part_of_stack(FAMILY, name)
         if part is not None:
             assert FAMILY.sparse is not None
-            stacks.setdefault(part.whole, Stack(FAMILY.sparse, 6)).put(part, part.expert, read(name))
+            stacks.setdefault(part.whole, Stack(FAMILY.sparse, 6)).put(
+                part, part.expert, read(name)
+            )
             assert read(name).shape == LAYOUT.parameters[name]
     assert len(stacks) == 4 * 4
     assert all(torch.equal(stack.tensor, state[name]) for name, stack in stacks.items())
@@ -69,18 +92,30 @@ def test_parts_are_put_together_as_they_were(state: dict[str, Tensor]) -> None:
 
 def test_a_packed_checkpoint_reads_as_transformers_unpacks_it(state: dict[str, Tensor]) -> None:
     """Of tensors whose numbers of inputs are multiples of 32."""
-    wide = {name: t[:, :32].repeat(1, 2, 1) if name.endswith("experts.down_proj") else t for name, t in state.items()}
+    wide = {
+        name: t[:, :32].repeat(1, 2, 1) if name.endswith("experts.down_proj") else t
+        for name, t in state.items()
+    }
     packed = as_mxfp4(wide)
-    name, expert = "model.layers.2.mlp.experts", 3
+    name = "model.layers.2.mlp.experts"
+    expert = 3
     unpacked = {
-        key: convert_moe_packed_tensors(packed[f"{name}.{key}_blocks"], packed[f"{name}.{key}_scales"])
+        key: convert_moe_packed_tensors(
+            packed[f"{name}.{key}_blocks"], packed[f"{name}.{key}_scales"]
+        )
         for key in ("gate_up_proj", "down_proj")
     }
     read = tensor_reader(LAYOUT, packed, read_state(packed), "here")
-    assert torch.equal(read(f"{name}.{expert}.gate_proj.weight"), unpacked["gate_up_proj"][expert, :, 0::2].T)
-    assert torch.equal(read(f"{name}.{expert}.up_proj.weight"), unpacked["gate_up_proj"][expert, :, 1::2].T)
+    assert torch.equal(
+        read(f"{name}.{expert}.gate_proj.weight"), unpacked["gate_up_proj"][expert, :, 0::2].T
+    )
+    assert torch.equal(
+        read(f"{name}.{expert}.up_proj.weight"), unpacked["gate_up_proj"][expert, :, 1::2].T
+    )
     assert torch.equal(read(f"{name}.{expert}.down_proj.weight"), unpacked["down_proj"][expert].T)
-    assert torch.equal(read(f"{name}.{expert}.up_proj.bias"), state[f"{name}.gate_up_proj_bias"][expert, 1::2])
+    assert torch.equal(
+        read(f"{name}.{expert}.up_proj.bias"), state[f"{name}.gate_up_proj_bias"][expert, 1::2]
+    )
     shapes = {key: tuple(tensor.shape) for key, tensor in packed.items()}
     found = find_stored(LAYOUT, f"{name}.{expert}.down_proj.weight", packed)
     assert found is not None
@@ -91,11 +126,19 @@ def test_what_does_not_fit_is_named(state: dict[str, Tensor]) -> None:
     shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
     check_checkpoint(LAYOUT, shapes, "here")
     name = "model.layers.1.mlp.experts.down_proj"
-    with pytest.raises(ValueError, match=rf"6 missing \({name.removesuffix('.down_proj')}.0.down_proj.weight"):
-        check_checkpoint(LAYOUT, {key: shape for key, shape in shapes.items() if key != name}, "here")
-    with pytest.raises(ValueError, match=rf"{name} is 7 times \(32, 48\), expected 6 times \(32, 48\)"):
+    with pytest.raises(
+        ValueError, match=rf"6 missing \({name.removesuffix('.down_proj')}.0.down_proj.weight"
+    ):
+        check_checkpoint(
+            LAYOUT, {key: shape for key, shape in shapes.items() if key != name}, "here"
+        )
+    with pytest.raises(
+        ValueError, match=rf"{name} is 7 times \(32, 48\), expected 6 times \(32, 48\)"
+    ):
         check_checkpoint(LAYOUT, shapes | {name: (7, 48, 32)}, "here")
-    with pytest.raises(ValueError, match=rf"{name} is 6 times \(32, 40\), expected 6 times \(32, 48\)"):
+    with pytest.raises(
+        ValueError, match=rf"{name} is 6 times \(32, 40\), expected 6 times \(32, 48\)"
+    ):
         check_checkpoint(LAYOUT, shapes | {name: (6, 40, 32)}, "here")
 
 
@@ -104,6 +147,10 @@ def test_weights_that_are_quantised_otherwise_are_refused() -> None:
     check_not_quantised({"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}})
     for family in FAMILIES:
         with pytest.raises(ValueError, match=r"quantised \(fp8\).*in bfloat16"):
-            check_not_quantised({"model_type": family, "quantization_config": {"quant_method": "fp8"}})
+            check_not_quantised(
+                {"model_type": family, "quantization_config": {"quant_method": "fp8"}}
+            )
     with pytest.raises(ValueError, match=r"quantised \(mxfp4\)"):
-        check_not_quantised({"model_type": "llama", "quantization_config": {"quant_method": "mxfp4"}})
+        check_not_quantised(
+            {"model_type": "llama", "quantization_config": {"quant_method": "mxfp4"}}
+        )

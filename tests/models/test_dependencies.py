@@ -20,7 +20,9 @@ TOKENS = torch.arange(24)[None] * 7 % 300 + 3
 
 
 def write(model: torch.nn.Module, masks: dict[str, StructuredMask], value: float) -> None:
-    """Put a value into everything that a mask removes and that was not removed before: rows with their biases, and columns."""
+    """Put a value into everything that a mask removes and that was not removed before: rows with
+    their biases, and columns.
+    """
     for name, mask in masks.items():
         module = as_linear(model.get_submodule(name))
         with torch.no_grad():
@@ -34,7 +36,8 @@ def write(model: torch.nn.Module, masks: dict[str, StructuredMask], value: float
 def random_masks(family: str, share: float) -> dict[str, StructuredMask]:
     masks = {}
     for shape in LAYOUTS[family].linears:
-        rows, columns = torch.rand(shape.num_rows) > share, torch.rand(shape.num_columns) > share
+        rows = torch.rand(shape.num_rows) > share
+        columns = torch.rand(shape.num_columns) > share
         if shape.has_bias:
             columns[-1] = True
         masks[shape.name] = StructuredMask(rows, columns)
@@ -43,7 +46,9 @@ def random_masks(family: str, share: float) -> dict[str, StructuredMask]:
 
 @pytest.mark.parametrize("family", sorted(CONFIGS))
 def test_propagation_does_not_change_the_logits(family: str) -> None:
-    layout, model, masks = LAYOUTS[family], tiny_model(family), random_masks(family, 0.3)
+    layout = LAYOUTS[family]
+    model = tiny_model(family)
+    masks = random_masks(family, 0.3)
     sets = layout.group_sets
     write(model, masks, 0.0)
     before = model(TOKENS).logits
@@ -56,14 +61,22 @@ def test_propagation_does_not_change_the_logits(family: str) -> None:
         assert not (mask.columns & ~masks[name].columns).any()
     write(model, after, 0.0)
     torch.testing.assert_close(model(TOKENS).logits, before, atol=1e-5, rtol=1e-5)
-    assert propagate(layout, after, sets).keys() <= {n for n in after if "mlp" not in n and "fc" not in n}
+    assert propagate(layout, after, sets).keys() <= {
+        n for n in after if "mlp" not in n and "fc" not in n
+    }
     assert 0 < shrinkable(after, sets) < sum(m.num_parameters for m in masks.values())
 
 
-@pytest.mark.parametrize("family", sorted(set(SPARSE_CONFIGS) - {"deepseek_v3"}))  # whose attention is no pair of plain halves
-def test_propagation_in_experts_does_not_change_the_logits(family: str, model_folders: dict[str, Path]) -> None:
+@pytest.mark.parametrize(
+    "family", sorted(set(SPARSE_CONFIGS) - {"deepseek_v3"})
+)  # whose attention is no pair of plain halves
+def test_propagation_in_experts_does_not_change_the_logits(
+    family: str, model_folders: dict[str, Path]
+) -> None:
     """In gpt-oss a channel whose gate is zero is zero, and one whose up is zero is not."""
-    layout, masks, state = LAYOUTS[family], random_masks(family, 0.3), load_file(model_folders[family] / "model.safetensors")
+    layout = LAYOUTS[family]
+    masks = random_masks(family, 0.3)
+    state = load_file(model_folders[family] / "model.safetensors")
     part = ModelShard(layout, BlockRange(0, 4, 4), torch.float32, torch.device("cpu"))
     part.load(tensor_reader(layout, state, read_state(state), "here"))
     with torch.no_grad():
@@ -77,7 +90,9 @@ def test_propagation_in_experts_does_not_change_the_logits(family: str, model_fo
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
 def test_one_row_less_that_is_alive_changes_the_logits(family: str) -> None:
-    layout, model, masks = LAYOUTS[family], tiny_model(family), random_masks(family, 0.3)
+    layout = LAYOUTS[family]
+    model = tiny_model(family)
+    masks = random_masks(family, 0.3)
     sets = layout.group_sets
     for _ in range(3):
         masks |= propagate(layout, masks, sets)

@@ -1,4 +1,6 @@
-"""Experts as linears: what the family's own layers compute, and what the removal of an expert changes."""
+"""Experts as linears: what the family's own layers compute, and what the removal of an expert
+changes.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,10 @@ FAMILIES_WITH_EXPERTS = sorted(SPARSE_CONFIGS)
 @pytest.fixture(scope="module")
 def states(model_folders: dict[str, object]) -> dict[str, dict[str, Tensor]]:
     """Checkpoints as transformers writes them."""
-    return {family: load_file(f"{model_folders[family]}/model.safetensors") for family in FAMILIES_WITH_EXPERTS}
+    return {
+        family: load_file(f"{model_folders[family]}/model.safetensors")
+        for family in FAMILIES_WITH_EXPERTS
+    }
 
 
 def shard(family: str, state: dict[str, Tensor], first: int = 0, last: int = 4) -> ModelShard:
@@ -49,27 +54,40 @@ def gather(part: ModelShard, **options: bool) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES_WITH_EXPERTS)
-def test_a_checkpoint_has_the_names_of_the_experts_linears(family: str, states: dict[str, dict[str, Tensor]]) -> None:
-    layout, state = LAYOUTS[family], states[family]
+def test_a_checkpoint_has_the_names_of_the_experts_linears(
+    family: str, states: dict[str, dict[str, Tensor]]
+) -> None:
+    layout = LAYOUTS[family]
+    state = states[family]
     check_checkpoint(layout, {key: tuple(tensor.shape) for key, tensor in state.items()}, "here")
-    assert {key for name in layout.parameters if name not in layout.tied for key in find_stored(layout, name, state).keys} == set(state)
+    assert {
+        key
+        for name in layout.parameters
+        if name not in layout.tied
+        for key in find_stored(layout, name, state).keys
+    } == set(state)
 
 
 @pytest.mark.parametrize("cuts", [[0, 4], [0, 1, 2, 4]])
 @pytest.mark.parametrize("family", FAMILIES_WITH_EXPERTS)
-def test_logits_are_the_familys_own(family: str, cuts: list[int], states: dict[str, dict[str, Tensor]]) -> None:
+def test_logits_are_the_familys_own(
+    family: str, cuts: list[int], states: dict[str, dict[str, Tensor]]
+) -> None:
     hidden = TOKENS
     for first, last in itertools.pairwise(cuts):
         part = shard(family, states[family], first, last)
         hidden = torch.cat(BlockRunner(part).infer(hidden))
     with torch.no_grad():
-        torch.testing.assert_close(part.logits(hidden), tiny_model(family)(TOKENS).logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            part.logits(hidden), tiny_model(family)(TOKENS).logits, rtol=1e-5, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("family", FAMILIES_WITH_EXPERTS)
 def test_gradients_are_the_familys_own(family: str, states: dict[str, dict[str, Tensor]]) -> None:
     """The gradients of all weights of all experts, and of the routers."""
-    part, model = shard(family, states[family]), tiny_model(family)
+    part = shard(family, states[family])
+    model = tiny_model(family)
     for parameter in part.model.parameters():
         parameter.requires_grad_()
     for of in (part.model, model):
@@ -82,28 +100,43 @@ def test_gradients_are_the_familys_own(family: str, states: dict[str, dict[str, 
             continue
         router = sparse.router.rpartition(".")[2]
         for name, parameter in layer.get_submodule(router).named_parameters():
-            torch.testing.assert_close(parameter.grad, own.get_parameter(f"{router}.{name}").grad, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(
+                parameter.grad, own.get_parameter(f"{router}.{name}").grad, rtol=1e-4, atol=1e-6
+            )
         whole = {name: parameter.grad for name, parameter in own.experts.named_parameters()}
         for number in range(len(layer.experts)):
-            expert, num_compared = layer.experts[number], num_compared + 1
+            expert = layer.experts[number]
+            num_compared = num_compared + 1
             for name, parameter in expert.named_parameters():
                 linear, _, kind = name.partition(".")
-                suffix, rows = "" if kind == "weight" else "_bias", slice(None)
-                other = whole[("down_proj" if linear == sparse.consumer else "gate_up_proj") + suffix][number]
+                suffix = "" if kind == "weight" else "_bias"
+                rows = slice(None)
+                other = whole[
+                    ("down_proj" if linear == sparse.consumer else "gate_up_proj") + suffix
+                ][number]
                 if sparse.stacked:  # [inputs, outputs], the producers' in turns
                     other = other.T if other.dim() == 2 else other
-                    rows = slice(None) if linear == sparse.consumer else slice(sparse.producers.index(linear), None, 2)
+                    rows = (
+                        slice(None)
+                        if linear == sparse.consumer
+                        else slice(sparse.producers.index(linear), None, 2)
+                    )
                 elif linear != sparse.consumer:
                     half = len(other) // 2
                     rows = slice(0, half) if linear == sparse.producers[0] else slice(half, None)
-                one = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad  # no token came here
+                one = (
+                    torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                )  # no token came here
                 torch.testing.assert_close(one, other[rows], rtol=0, atol=1e-5)
     assert num_compared >= 8
 
 
 def test_routed_tokens_of_every_expert() -> None:
     numbers = torch.tensor([[2, 0], [0, 3], [3, 2]])
-    found = {number: list(zip(token.tolist(), place.tolist(), strict=True)) for number, token, place in routed(numbers, 5)}
+    found = {
+        number: list(zip(token.tolist(), place.tolist(), strict=True))
+        for number, token, place in routed(numbers, 5)
+    }
     assert found == {0: [(0, 1), (1, 0)], 2: [(0, 0), (2, 1)], 3: [(1, 1), (2, 0)]}
 
 
@@ -124,46 +157,77 @@ WITHOUT_GROUPS = [family for family in FAMILIES_WITH_EXPERTS if family != "deeps
 
 
 @pytest.mark.parametrize("family", WITHOUT_GROUPS)
-def test_what_a_removal_changes_is_the_difference_of_two_layers(family: str, states: dict[str, dict[str, Tensor]]) -> None:
+def test_what_a_removal_changes_is_the_difference_of_two_layers(
+    family: str, states: dict[str, dict[str, Tensor]]
+) -> None:
     part = shard(family, states[family])
     place, mixture = max(part.mixtures.items())
     mixture.router.kept[0] = False  # as after an earlier shot
     x = torch.randn(30, 32, generator=torch.Generator().manual_seed(2))
     _, weights, numbers = mixture.router(x)
     found = removals(mixture, x, numbers, weights)
-    experts, tokens, changes, norms = found.experts, found.tokens, found.changes, found.norms
+    experts = found.experts
+    tokens = found.tokens
+    changes = found.changes
+    norms = found.norms
     assert not (experts == 0).any()
     assert len(experts) == numbers.numel()
     dense = layer_without(mixture, mixture.layer, x, None)
     for expert in experts.unique().tolist():
         mine = experts == expert
-        assert sorted(tokens[mine].tolist()) == sorted((numbers == expert).any(dim=1).nonzero()[:, 0].tolist())
+        assert sorted(tokens[mine].tolist()) == sorted(
+            (numbers == expert).any(dim=1).nonzero()[:, 0].tolist()
+        )
         change = layer_without(mixture, mixture.layer, x, expert) - dense
         torch.testing.assert_close(changes[mine], change[tokens[mine]], rtol=1e-4, atol=1e-5)
         others = torch.ones(len(x), dtype=torch.bool)
         others[tokens[mine]] = False
-        rises = 0.0 if found.rises is None else found.rises[others, expert, None] * found.output[others]
-        torch.testing.assert_close(change[others] - rises, torch.zeros_like(change[others]), rtol=0, atol=1e-5)
+        rises = (
+            0.0 if found.rises is None else found.rises[others, expert, None] * found.output[others]
+        )
+        torch.testing.assert_close(
+            change[others] - rises, torch.zeros_like(change[others]), rtol=0, atol=1e-5
+        )
         with torch.no_grad():
             norm = mixture.expert(expert)(x[tokens[mine]]).norm(dim=1)
-        torch.testing.assert_close(norms[mine], norm * (weights * (numbers == expert)).sum(dim=1)[tokens[mine]], rtol=1e-4, atol=1e-5)
-    assert (found.rises is None) == (family not in ("olmoe", "qwen2_moe")), "their weights are not normalised"
+        torch.testing.assert_close(
+            norms[mine],
+            norm * (weights * (numbers == expert)).sum(dim=1)[tokens[mine]],
+            rtol=1e-4,
+            atol=1e-5,
+        )
+    assert (found.rises is None) == (family not in ("olmoe", "qwen2_moe")), (
+        "their weights are not normalised"
+    )
     assert place == 3
 
 
 @pytest.mark.parametrize("family", WITHOUT_GROUPS)
-def test_sums_of_a_pass_give_the_predicted_increase_of_each_removal(family: str, states: dict[str, dict[str, Tensor]]) -> None:
-    """Mean over all tokens of g^T dy + 1/2 (g^T dy)^2, with g by autograd on the family's own model."""
+def test_sums_of_a_pass_give_the_predicted_increase_of_each_removal(
+    family: str, states: dict[str, dict[str, Tensor]]
+) -> None:
+    """Mean over all tokens of g^T dy + 1/2 (g^T dy)^2, with g by autograd on the family's own
+    model.
+    """
     part = shard(family, states[family])
     gather(part, experts=True)
     for place, mixture in part.mixtures.items():
-        model, inputs, gradients = tiny_model(family), [], []
+        model = tiny_model(family)
+        inputs = []
+        gradients = []
         layer = model.model.layers[place].mlp
-        layer.register_forward_pre_hook(lambda m, i, to=inputs: to.append(i[0].detach().flatten(0, 1)))
-        layer.register_full_backward_hook(lambda m, gi, go, to=gradients: to.append(go[0].flatten(0, 1)))
+        layer.register_forward_pre_hook(
+            lambda m, i, to=inputs: to.append(i[0].detach().flatten(0, 1))
+        )
+        layer.register_full_backward_hook(
+            lambda m, gi, go, to=gradients: to.append(go[0].flatten(0, 1))
+        )
         logits = model(TOKENS).logits
-        nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten(), reduction="sum").backward()
-        x, g = inputs[0], gradients[0]
+        nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten(), reduction="sum"
+        ).backward()
+        x = inputs[0]
+        g = gradients[0]
         dense = layer_without(mixture, mixture.layer, x, None)
         wanted = []
         for expert in range(len(mixture.experts)):
@@ -175,27 +239,46 @@ def test_sums_of_a_pass_give_the_predicted_increase_of_each_removal(family: str,
         torch.testing.assert_close(found, second, rtol=2e-3, atol=1e-9)
         found = rerouting_costs(part.expert_sums[place], mixture.num_chosen)
         torch.testing.assert_close(found, first + second, rtol=2e-3, atol=1e-7)
-        assert float(part.expert_sums[place].of("tokens").sum()) == TOKENS.numel() * mixture.num_chosen
+        assert (
+            float(part.expert_sums[place].of("tokens").sum()) == TOKENS.numel() * mixture.num_chosen
+        )
 
 
 @pytest.mark.parametrize("family", FAMILIES_WITH_EXPERTS)
-def test_factors_of_an_expert_are_of_its_tokens_and_shrunk_towards_the_layer(family: str, states: dict[str, dict[str, Tensor]]) -> None:
+def test_factors_of_an_expert_are_of_its_tokens_and_shrunk_towards_the_layer(
+    family: str, states: dict[str, dict[str, Tensor]]
+) -> None:
     part = shard(family, states[family])
     reached: dict[str, list[Tensor]] = {}
     for name, module in part.linears.items():
-        module.register_forward_pre_hook(lambda m, i, name=name: reached.setdefault(name, []).append(i[0].detach()))
+        module.register_forward_pre_hook(
+            lambda m, i, name=name: reached.setdefault(name, []).append(i[0].detach())
+        )
     gather(part)
     experts = LAYOUTS[family].expert_sets[-1]
     consumers = [linears[-1] for linears in experts.linears]
-    inputs = {name: torch.cat(reached[name]) if name in reached else torch.zeros(0, part.linears[name].in_features) for name in consumers}
+    inputs = {
+        name: torch.cat(reached[name])
+        if name in reached
+        else torch.zeros(0, part.linears[name].in_features)
+        for name in consumers
+    }
     num_tokens = sum(map(len, inputs.values()))
     assert num_tokens == TOKENS.numel() * LAYOUTS[family].num_active_experts
     width = next(iter(inputs.values())).shape[1]
-    mean = torch.eye(width) * sum(float(a.square().sum()) for a in inputs.values()) / num_tokens / width
+    mean = (
+        torch.eye(width)
+        * sum(float(a.square().sum()) for a in inputs.values())
+        / num_tokens
+        / width
+    )
     for name, own in inputs.items():
-        has_bias, a, prior = LAYOUTS[family].shapes[name].has_bias, own, mean
+        has_bias = LAYOUTS[family].shapes[name].has_bias
+        a = own
+        prior = mean
         if has_bias:
-            a, prior = torch.cat([own, torch.ones(len(own), 1)], dim=1), torch.block_diag(mean, torch.ones(1, 1))
+            a = torch.cat([own, torch.ones(len(own), 1)], dim=1)
+            prior = torch.block_diag(mean, torch.ones(1, 1))
         factors = part.factors(name).dense()
         wanted = (a.T @ a + 256 * prior) / (len(a) + 256)
         torch.testing.assert_close(factors.A, wanted, rtol=1e-4, atol=1e-6)
@@ -205,8 +288,11 @@ def test_factors_of_an_expert_are_of_its_tokens_and_shrunk_towards_the_layer(fam
 
 @pytest.mark.parametrize("family", FAMILIES_WITH_EXPERTS)
 def test_curvature_of_a_model_in_memory(family: str, states: dict[str, dict[str, Tensor]]) -> None:
-    """Sums over the tokens of each expert, equal to those of the checkpoint; all tokens together are those of the layer."""
-    found, part = curvature(tiny_model(family), TOKENS), shard(family, states[family])
+    """Sums over the tokens of each expert, equal to those of the checkpoint; all tokens together
+    are those of the layer.
+    """
+    found = curvature(tiny_model(family), TOKENS)
+    part = shard(family, states[family])
     gather(part)
     for name, factors in found.items():
         own = part.own_factors(name).dense()
@@ -226,4 +312,6 @@ def test_copies_of_a_router_do_not_change_it(states: dict[str, dict[str, Tensor]
     _, weights, numbers = router.among(torch.randn(5, 32), kept)
     assert set(numbers.flatten().tolist()) <= {0, 2, 3}
     torch.testing.assert_close(weights.sum(dim=1), torch.full((5,), 1.5), rtol=1e-5, atol=1e-5)
-    assert all(torch.equal(before[name], value) for name, value in router.module.state_dict().items())
+    assert all(
+        torch.equal(before[name], value) for name, value in router.module.state_dict().items()
+    )

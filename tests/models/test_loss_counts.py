@@ -1,4 +1,6 @@
-"""Losses of the tokens that count: against the dense formulas in float64, and factors against autograd on the whole model."""
+"""Losses of the tokens that count: against the dense formulas in float64, and factors against
+autograd on the whole model.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ WORKERS = ((1, 1), (3, 1), (2, 2))
 
 
 def a_text(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return hidden states of a model and of the dense one [5, T, 8], a head [11, 8], tokens and which count [5, T]."""
+    """Return hidden states of a model and of the dense one [5, T, 8], a head [11, 8], tokens and
+    which count [5, T].
+    """
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(5, T, 8, generator=generator)
     dense = hidden + 0.5 * torch.randn(5, T, 8, generator=generator)
@@ -67,8 +71,12 @@ def test_divergence_acceptance_and_agreement_are_those_of_the_tokens_that_count(
     weights = counts[:, 1:]
     divergence = ((p * (p / q).log()).sum(dim=-1) * weights).sum(dim=1)
     (gradient,) = torch.autograd.grad(divergence.sum(), leaf, retain_graph=True)
-    found = compare_with_dense(hidden, dense, tokens, head, with_gradient=True, counts=counts, with_acceptance=True)
-    torch.testing.assert_close(found.divergence, divergence.detach(), rtol=SUMMED_IN_FLOAT32, atol=1e-9)
+    found = compare_with_dense(
+        hidden, dense, tokens, head, with_gradient=True, counts=counts, with_acceptance=True
+    )
+    torch.testing.assert_close(
+        found.divergence, divergence.detach(), rtol=SUMMED_IN_FLOAT32, atol=1e-9
+    )
     assert found.gradient is not None
     assert found.acceptance is not None
     assert found.agreement is not None
@@ -97,7 +105,9 @@ def test_a_model_accepts_all_that_it_says_itself(dtype: torch.dtype) -> None:
 def outcomes(counts: Tensor | None) -> list[Tensor | None]:
     hidden, dense, head, tokens, _ = a_text()
     seeded = torch.Generator().manual_seed(3)
-    compared: Comparison = compare_with_dense(hidden, dense, tokens, head, with_gradient=True, counts=counts)
+    compared: Comparison = compare_with_dense(
+        hidden, dense, tokens, head, with_gradient=True, counts=counts
+    )
     return [
         *next_token_loss(hidden, head, tokens, with_gradient=True, counts=counts),
         *next_token_loss(hidden, head, tokens, with_gradient=True, generator=seeded, counts=counts),
@@ -120,11 +130,15 @@ def test_labels_that_a_token_draws_do_not_depend_on_which_tokens_count() -> None
 
     def gradient(which: Tensor | None) -> Tensor:
         seeded = torch.Generator().manual_seed(5)
-        found = next_token_loss(hidden, head, tokens, with_gradient=True, generator=seeded, counts=which)[1]
+        found = next_token_loss(
+            hidden, head, tokens, with_gradient=True, generator=seeded, counts=which
+        )[1]
         assert found is not None
         return found[:, :-1]
 
-    torch.testing.assert_close(gradient(counts), gradient(None) * counts[:, 1:, None], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        gradient(counts), gradient(None) * counts[:, 1:, None], rtol=1e-5, atol=1e-6
+    )
 
 
 def test_of_no_token_the_loss_is_nothing() -> None:
@@ -164,15 +178,21 @@ def factors_of(cluster: LocalCluster) -> dict[str, tuple[Tensor, Tensor, int]]:
     return found
 
 
-def moments(model: torch.nn.Module, names: list[str], counts: np.ndarray) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return linear -> A of all tokens and G of the loss of those that count, by autograd in float64."""
+def moments(
+    model: torch.nn.Module, names: list[str], counts: np.ndarray
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return linear -> A of all tokens and G of the loss of those that count, by autograd in
+    float64.
+    """
     inputs: dict[str, Tensor] = {}
     gradients: dict[str, Tensor] = {}
 
     def watch(name: str) -> None:
         module = model.get_submodule(name)
         module.register_forward_hook(lambda m, i, o: inputs.__setitem__(name, i[0].detach()))
-        module.register_full_backward_hook(lambda m, gi, go: gradients.__setitem__(name, go[0].detach()))
+        module.register_full_backward_hook(
+            lambda m, gi, go: gradients.__setitem__(name, go[0].detach())
+        )
 
     for name in names:
         watch(name)
@@ -185,7 +205,9 @@ def moments(model: torch.nn.Module, names: list[str], counts: np.ndarray) -> dic
 
 
 @pytest.mark.parametrize("workers", WORKERS)
-def test_factors_are_of_the_tokens_that_count(workers: tuple[int, int], model_folders: dict[str, Path]) -> None:
+def test_factors_are_of_the_tokens_that_count(
+    workers: tuple[int, int], model_folders: dict[str, Path]
+) -> None:
     cluster = loaded(model_folders["llama"], *workers)
     loss = gather_curvature(cluster, SEQUENCES, "kfac", counts=COUNTS)
     found = factors_of(cluster)
@@ -196,8 +218,12 @@ def test_factors_are_of_the_tokens_that_count(workers: tuple[int, int], model_fo
         assert of_all == SEQUENCES.size
         torch.testing.assert_close(A.double(), expected[name][0], rtol=1e-4, atol=1e-4)
         G_of_a_token = expected[name][1] * (5 * 23 / num_tokens)
-        torch.testing.assert_close(G.double(), G_of_a_token, rtol=1e-3, atol=1e-4 * float(G_of_a_token.abs().max()))
-    assert loss == pytest.approx(sum(sequence_losses(cluster, SEQUENCES, COUNTS)) / num_tokens, rel=1e-6)
+        torch.testing.assert_close(
+            G.double(), G_of_a_token, rtol=1e-3, atol=1e-4 * float(G_of_a_token.abs().max())
+        )
+    assert loss == pytest.approx(
+        sum(sequence_losses(cluster, SEQUENCES, COUNTS)) / num_tokens, rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("workers", WORKERS)
@@ -206,7 +232,8 @@ def test_factors_are_the_same_bits_if_all_tokens_count(
     workers: tuple[int, int], options: dict[str, int], model_folders: dict[str, Path]
 ) -> None:
     cluster = loaded(model_folders["llama"], *workers)
-    losses, factors = [], []
+    losses = []
+    factors = []
     for counts in (None, np.ones_like(COUNTS)):
         losses.append(gather_curvature(cluster, SEQUENCES, "kfac", counts=counts, **options))
         factors.append(factors_of(cluster))
@@ -217,7 +244,9 @@ def test_factors_are_the_same_bits_if_all_tokens_count(
         assert num_tokens == factors[1][name][2]
 
 
-def test_gradients_of_a_part_of_the_sequences_are_brought_to_all_tokens(model_folders: dict[str, Path]) -> None:
+def test_gradients_of_a_part_of_the_sequences_are_brought_to_all_tokens(
+    model_folders: dict[str, Path],
+) -> None:
     cluster = loaded(model_folders["llama"])
     gather_curvature(cluster, SEQUENCES, "kfac", counts=COUNTS, num_backward=3)
     part = factors_of(cluster)
@@ -231,12 +260,20 @@ def test_gradients_of_a_part_of_the_sequences_are_brought_to_all_tokens(model_fo
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
 @pytest.mark.parametrize("num_backward", [None, 5])
-def test_costs_of_experts_are_per_token_that_counts(num_backward: int | None, family: str, model_folders: dict[str, Path]) -> None:
-    """Twice the same sequences, of which once nothing counts, cost the same as once; likewise if half of them pass backward."""
+def test_costs_of_experts_are_per_token_that_counts(
+    num_backward: int | None, family: str, model_folders: dict[str, Path]
+) -> None:
+    """Twice the same sequences, of which once nothing counts, cost the same as once; likewise if
+    half of them pass backward.
+    """
     cluster = loaded(model_folders[family])
 
-    def sums(sequences: np.ndarray, counts: np.ndarray | None, num_backward: int | None) -> list[Tensor]:
-        gather_curvature(cluster, sequences, "kfac", counts=counts, experts=True, num_backward=num_backward)
+    def sums(
+        sequences: np.ndarray, counts: np.ndarray | None, num_backward: int | None
+    ) -> list[Tensor]:
+        gather_curvature(
+            cluster, sequences, "kfac", counts=counts, experts=True, num_backward=num_backward
+        )
         (worker,) = cluster.workers.values()
         return [one.total.clone() for one in worker.shard.expert_sums.values()]
 
@@ -259,7 +296,9 @@ def test_a_pass_in_which_no_token_counts_is_refused(model_folders: dict[str, Pat
 
 
 @pytest.mark.parametrize("workers", WORKERS)
-def test_means_of_an_evaluation_are_over_the_tokens_that_count(workers: tuple[int, int], model_folders: dict[str, Path]) -> None:
+def test_means_of_an_evaluation_are_over_the_tokens_that_count(
+    workers: tuple[int, int], model_folders: dict[str, Path]
+) -> None:
     cluster = loaded(model_folders["llama"], *workers)
     num_tokens = num_counted(SEQUENCES, COUNTS)
     perplexity = remember(cluster, "text", SEQUENCES, COUNTS)
@@ -275,10 +314,14 @@ def test_means_of_an_evaluation_are_over_the_tokens_that_count(workers: tuple[in
     found = compared(cluster, "text", SEQUENCES, COUNTS)
     assert measured.divergence == sum(one.divergence for one in found) / num_tokens > 1e-3
     per_window = divergences_of(cluster, "text", SEQUENCES, COUNTS)
-    assert per_window == [one.divergence / int(own) for one, own in zip(found, COUNTS[:, 1:].sum(axis=1), strict=True)]
+    assert per_window == [
+        one.divergence / int(own) for one, own in zip(found, COUNTS[:, 1:].sum(axis=1), strict=True)
+    ]
     whole = np.ones_like(COUNTS)
     assert measure(cluster, "text", SEQUENCES, whole) == measure(cluster, "text", SEQUENCES)
-    assert divergences_of(cluster, "text", SEQUENCES, whole) == divergences_of(cluster, "text", SEQUENCES)
+    assert divergences_of(cluster, "text", SEQUENCES, whole) == divergences_of(
+        cluster, "text", SEQUENCES
+    )
 
 
 def change(cluster: LocalCluster) -> None:
@@ -289,7 +332,9 @@ def change(cluster: LocalCluster) -> None:
 
 
 @pytest.mark.parametrize("labels", [Labels(), Labels(seed=3), Labels(of_dense_model=True)])
-def test_rows_of_the_counts_are_taken_by_number(labels: Labels, model_folders: dict[str, Path]) -> None:
+def test_rows_of_the_counts_are_taken_by_number(
+    labels: Labels, model_folders: dict[str, Path]
+) -> None:
     cluster = loaded(model_folders["llama"], 2, 2)
     remember(cluster, "(calibration)", SEQUENCES)
     change(cluster)

@@ -11,13 +11,21 @@ from tests.models.test_shard import shards
 def test_steps_are_as_long_as_the_rate_and_removed_rows_and_columns_stay() -> None:
     (shard,) = shards("llama", [0, 4])
     shapes = shard.layout.shapes
-    masks = {name: StructuredMask.full(shape.num_rows, shape.num_columns) for name, shape in shapes.items()}
+    masks = {
+        name: StructuredMask.full(shape.num_rows, shape.num_columns)
+        for name, shape in shapes.items()
+    }
     name = next(iter(shard.linears))
     masks[name].rows[0] = masks[name].columns[1] = False
-    before, num_steps, rate = shard.weight(name), 4, 0.01
-    corrections = LowRankCorrections(shard, masks, set(shard.linears), rank=2, seed_of=dict.fromkeys(shard.linears, 0))
+    before = shard.weight(name)
+    num_steps = 4
+    rate = 0.01
+    corrections = LowRankCorrections(
+        shard, masks, set(shard.linears), rank=2, seed_of=dict.fromkeys(shard.linears, 0)
+    )
     part = corrections.parts[name]
-    start, moved = part.A.detach().clone(), []
+    start = part.A.detach().clone()
+    moved = []
     of_A = float(start.square().mean().sqrt())
     of_W = float(before[:, : start.shape[1]].square().mean().sqrt())
     for _ in range(num_steps):
@@ -26,10 +34,13 @@ def test_steps_are_as_long_as_the_rate_and_removed_rows_and_columns_stay() -> No
         last = part.B.detach().clone()
         corrections.step(rate)
         moved.append(float((last - part.B.detach()).mean()))
-    # under a gradient that does not change, every step of Adam is as long as its rate, here relative to the weights
+    # under a gradient that does not change, every step of Adam is as long as its rate, here
+    # relative to the weights
     assert moved == pytest.approx([rate * of_W / (of_A * 2**0.5)] * num_steps, rel=1e-4)
     step_of_A = rate * RATE_OF_A * of_A
-    torch.testing.assert_close(start - part.A.detach(), torch.full_like(start, num_steps * step_of_A), rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(
+        start - part.A.detach(), torch.full_like(start, num_steps * step_of_A), rtol=1e-4, atol=1e-7
+    )
     product = part.B.detach() @ part.A.detach()
     found = corrections.absorb()
     product[0] = 0
@@ -42,10 +53,14 @@ def test_steps_are_as_long_as_the_rate_and_removed_rows_and_columns_stay() -> No
 def test_what_is_absorbed_in_bfloat16_is_said(size: float, least: float, most: float) -> None:
     (shard,) = shards("llama", [0, 4], dtype=torch.bfloat16)
     shapes = shard.layout.shapes
-    masks = {name: StructuredMask.full(shape.num_rows, shape.num_columns) for name, shape in shapes.items()}
+    masks = {
+        name: StructuredMask.full(shape.num_rows, shape.num_columns)
+        for name, shape in shapes.items()
+    }
     seeds = dict.fromkeys(shard.linears, 0)
     corrections = LowRankCorrections(shard, masks, set(shard.linears), rank=2, seed_of=seeds)
-    before, added = {name: shard.weight(name) for name in shard.linears}, {}
+    before = {name: shard.weight(name) for name in shard.linears}
+    added = {}
     for name, part in corrections.parts.items():
         part.B.data += size * torch.randn(part.B.shape, generator=torch.Generator().manual_seed(1))
         added[name] = part.product().detach()
@@ -56,31 +71,52 @@ def test_what_is_absorbed_in_bfloat16_is_said(size: float, least: float, most: f
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_elements_have_the_gradients_of_the_whole_product_and_keep_none_of_its_size(dtype: torch.dtype) -> None:
-    R, C, T = 24, 16, 3
-    part = LowRank(torch.nn.Linear(C, R, bias=False), ElementMask(torch.rand(R, C) < 0.6), 2, 0, torch.device("cpu"))
+def test_elements_have_the_gradients_of_the_whole_product_and_keep_none_of_its_size(
+    dtype: torch.dtype,
+) -> None:
+    R = 24
+    C = 16
+    T = 3
+    part = LowRank(
+        torch.nn.Linear(C, R, bias=False),
+        ElementMask(torch.rand(R, C) < 0.6),
+        2,
+        0,
+        torch.device("cpu"),
+    )
     if dtype == torch.float64:
         part.A = part.A.detach().double().requires_grad_()
     part.B = torch.randn(R, 2, dtype=part.A.dtype).requires_grad_()
-    x, direction = torch.randn(2, T, C, dtype=dtype, requires_grad=True), torch.randn(2, T, R, dtype=dtype)
+    x = torch.randn(2, T, C, dtype=dtype, requires_grad=True)
+    direction = torch.randn(2, T, R, dtype=dtype)
     kept: list[torch.Size] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.shape) if t.is_floating_point() else None, t)[1], lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: (kept.append(t.shape) if t.is_floating_point() else None, t)[1], lambda t: t
+    ):
         added = part.added(x)
     leaves = x, part.A, part.B
     found = torch.autograd.grad(added, leaves, direction)
     plain = x @ torch.mul(part.B @ part.A, part.kept).T.to(dtype)
     assert torch.equal(added, plain)
     for one, other in zip(found, torch.autograd.grad(plain, leaves, direction), strict=True):
-        torch.testing.assert_close(one, other, rtol=2e-2 if dtype == torch.bfloat16 else 1e-12, atol=1e-12)
-    assert max(map(torch.Size.numel, kept)) <= max(x.numel(), part.A.numel(), part.B.numel()) < R * C
+        torch.testing.assert_close(
+            one, other, rtol=2e-2 if dtype == torch.bfloat16 else 1e-12, atol=1e-12
+        )
+    assert (
+        max(map(torch.Size.numel, kept)) <= max(x.numel(), part.A.numel(), part.B.numel()) < R * C
+    )
 
 
 @pytest.mark.parametrize("by_element", [False, True])
 def test_what_is_added_to_outputs_is_what_is_absorbed(by_element: bool) -> None:
-    module, x = torch.nn.Linear(5, 4), torch.randn(2, 3, 5)
+    module = torch.nn.Linear(5, 4)
+    x = torch.randn(2, 3, 5)
     kept = torch.rand(4, 6) < 0.6
-    mask = ElementMask(kept) if by_element else StructuredMask(kept[:, 0], kept[0])  # the last column is the bias's
-    part, before = LowRank(module, mask, 2, 0, torch.device("cpu")), module(x)
+    mask = (
+        ElementMask(kept) if by_element else StructuredMask(kept[:, 0], kept[0])
+    )  # the last column is the bias's
+    part = LowRank(module, mask, 2, 0, torch.device("cpu"))
+    before = module(x)
     part.B.data = torch.randn(4, 2)
     added = part.B @ part.A * (kept[:, :5] if by_element else torch.outer(kept[:, 0], kept[0, :5]))
     torch.testing.assert_close(part.product(), added)
@@ -97,23 +133,38 @@ def test_corrections_start_uniform_and_add_nothing() -> None:
 
 def test_gradients_are_of_the_mean_loss_and_forgotten_after_a_step() -> None:
     (shard,) = shards("llama", [0, 4])
-    masks = {name: StructuredMask.full(shape.num_rows, shape.num_columns) for name, shape in shard.layout.shapes.items()}
+    masks = {
+        name: StructuredMask.full(shape.num_rows, shape.num_columns)
+        for name, shape in shard.layout.shapes.items()
+    }
     name, other = list(shard.linears)[:2]
-    corrections = LowRankCorrections(shard, masks, {name}, rank=2, seed_of=dict.fromkeys(shard.linears, 0))
+    corrections = LowRankCorrections(
+        shard, masks, {name}, rank=2, seed_of=dict.fromkeys(shard.linears, 0)
+    )
     for each in (name, other):
         part = corrections.parts[each]
         part.A.grad = torch.full_like(part.A, 6.0)
-        assert [float(gradient.abs().max()) for gradient in corrections.gradients(each, 3)] == [2.0, 0.0]
+        assert [float(gradient.abs().max()) for gradient in corrections.gradients(each, 3)] == [
+            2.0,
+            0.0,
+        ]
     corrections.step(0.1)
     assert not corrections.gradients(name, 3)[0].any()
     assert not corrections.gradients(other, 3)[0].any()
 
 
 def test_a_state_is_gone_back_to_whole() -> None:
-    """Steps after a state was restored are those that were made after it was kept, moments and mean norms included."""
+    """Steps after a state was restored are those that were made after it was kept, moments and mean
+    norms included.
+    """
     (shard,) = shards("llama", [0, 4])
-    masks = {name: StructuredMask.full(shape.num_rows, shape.num_columns) for name, shape in shard.layout.shapes.items()}
-    corrections = LowRankCorrections(shard, masks, set(shard.linears), rank=2, seed_of=dict.fromkeys(shard.linears, 0))
+    masks = {
+        name: StructuredMask.full(shape.num_rows, shape.num_columns)
+        for name, shape in shard.layout.shapes.items()
+    }
+    corrections = LowRankCorrections(
+        shard, masks, set(shard.linears), rank=2, seed_of=dict.fromkeys(shard.linears, 0)
+    )
     part = corrections.parts[next(iter(shard.linears))]
 
     def steps(count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -140,8 +191,13 @@ def test_a_state_is_gone_back_to_whole() -> None:
 
 def test_a_gradient_far_above_the_mean_of_those_before_is_clipped() -> None:
     (shard,) = shards("llama", [0, 4])
-    masks = {name: StructuredMask.full(shape.num_rows, shape.num_columns) for name, shape in shard.layout.shapes.items()}
-    corrections = LowRankCorrections(shard, masks, set(shard.linears), rank=2, seed_of=dict.fromkeys(shard.linears, 0))
+    masks = {
+        name: StructuredMask.full(shape.num_rows, shape.num_columns)
+        for name, shape in shard.layout.shapes.items()
+    }
+    corrections = LowRankCorrections(
+        shard, masks, set(shard.linears), rank=2, seed_of=dict.fromkeys(shard.linears, 0)
+    )
     part = corrections.parts[next(iter(shard.linears))]
     norms = []
     for size in (1.0, 1.0, 100.0, 1.5):
@@ -158,8 +214,13 @@ def test_a_gradient_far_above_the_mean_of_those_before_is_clipped() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_outputs_can_be_those_of_absorbed_weights(dtype: torch.dtype) -> None:
     (shard,) = shards("llama", [0, 4], dtype=dtype)
-    masks = {name: StructuredMask.full(shape.num_rows, shape.num_columns) for name, shape in shard.layout.shapes.items()}
-    corrections = LowRankCorrections(shard, masks, set(shard.linears), rank=2, seed_of=dict.fromkeys(shard.linears, 0))
+    masks = {
+        name: StructuredMask.full(shape.num_rows, shape.num_columns)
+        for name, shape in shard.layout.shapes.items()
+    }
+    corrections = LowRankCorrections(
+        shard, masks, set(shard.linears), rank=2, seed_of=dict.fromkeys(shard.linears, 0)
+    )
     name, module = next(iter(shard.linears.items()))
     part = corrections.parts[name]
     part.B.data += 0.003 * torch.randn(part.B.shape, generator=torch.Generator().manual_seed(1))
@@ -169,10 +230,14 @@ def test_outputs_can_be_those_of_absorbed_weights(dtype: torch.dtype) -> None:
     rounded = module(x).detach()
     corrections.absorb()
     absorbed = module(x).detach()
-    torch.testing.assert_close(rounded, absorbed, rtol=2e-2, atol=2e-2 if dtype == torch.bfloat16 else 1e-6)
+    torch.testing.assert_close(
+        rounded, absorbed, rtol=2e-2, atol=2e-2 if dtype == torch.bfloat16 else 1e-6
+    )
     if dtype == torch.bfloat16:
         assert float((rounded - absorbed).abs().mean()) < float((plain - absorbed).abs().mean())
-    corrections = LowRankCorrections(shard, masks, set(shard.linears), rank=2, seed_of=dict.fromkeys(shard.linears, 0))
+    corrections = LowRankCorrections(
+        shard, masks, set(shard.linears), rank=2, seed_of=dict.fromkeys(shard.linears, 0)
+    )
     corrections.parts[name].B.data += 1
     corrections.remove()
     assert torch.equal(module(x), absorbed), "what is removed leaves no trace"

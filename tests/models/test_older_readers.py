@@ -9,7 +9,12 @@ import pytest
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 
 from ray_surgeon.models.layout import ModelLayout
-from ray_surgeon.models.pruned_config import BlockWidths, check_rope, for_older_readers, uniform_document
+from ray_surgeon.models.pruned_config import (
+    BlockWidths,
+    check_rope,
+    for_older_readers,
+    uniform_document,
+)
 from tests.conftest import CONFIGS
 
 LLAMA_3 = {
@@ -21,16 +26,33 @@ LLAMA_3 = {
     "original_max_position_embeddings": 64,
 }
 THETA = {"rope_theta": 10000.0}
-YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 32}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e6,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 
 
 def document_of(config: PretrainedConfig) -> dict[str, Any]:
-    return {name: value for name, value in config.to_dict().items() if name not in ("transformers_version", "_name_or_path")}
+    return {
+        name: value
+        for name, value in config.to_dict().items()
+        if name not in ("transformers_version", "_name_or_path")
+    }
 
 
 @pytest.mark.parametrize(
     ("family", "rope"),
-    [("llama", None), ("llama", LLAMA_3), ("qwen3", None), ("qwen3", YARN), ("gemma3", None), ("phi3", None), ("gpt2", None)],
+    [
+        ("llama", None),
+        ("llama", LLAMA_3),
+        ("qwen3", None),
+        ("qwen3", YARN),
+        ("gemma3", None),
+        ("phi3", None),
+        ("gpt2", None),
+    ],
 )
 def test_transformers_reads_the_same(family: str, rope: dict[str, Any] | None) -> None:
     document = document_of(CONFIGS[family])
@@ -39,7 +61,9 @@ def test_transformers_reads_the_same(family: str, rope: dict[str, Any] | None) -
     both = for_older_readers(document)
     check_rope(both)
     expected = AutoConfig.for_model(**copy.deepcopy(document)).to_dict()
-    assert {name: AutoConfig.for_model(**copy.deepcopy(both)).to_dict()[name] for name in expected} == expected
+    assert {
+        name: AutoConfig.for_model(**copy.deepcopy(both)).to_dict()[name] for name in expected
+    } == expected
     if family == "gpt2":
         assert both == document
         return
@@ -53,11 +77,20 @@ def test_transformers_reads_the_same(family: str, rope: dict[str, Any] | None) -
     ("change", "expected"),
     [
         ({"rope_theta": 5.0}, r"config\.json has rope_theta 5\.0, and 10000\.0 in rope_parameters"),
-        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, r"config\.json has rope_type linear, and default in rope_parameters"),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+            r"config\.json has rope_type linear, and default in rope_parameters",
+        ),
         ({"rope_parameters": {"rope_type": "default"}}, "expected an object with rope_theta"),
         ({"rope_parameters": [1]}, "expected an object with rope_theta"),
-        ({"rope_parameters": {"full_attention": THETA, "sliding_attention": 5}}, "expected an object with rope_theta"),
-        ({"rope_parameters": {"full_attention": THETA, "sliding_attention": {}}}, "expected an object with rope_theta"),
+        (
+            {"rope_parameters": {"full_attention": THETA, "sliding_attention": 5}},
+            "expected an object with rope_theta",
+        ),
+        (
+            {"rope_parameters": {"full_attention": THETA, "sliding_attention": {}}},
+            "expected an object with rope_theta",
+        ),
         ({"rope_scaling": 5}, r"rope_scaling in config\.json is 5, expected an object"),
         ({"rope_scaling": "linear"}, r"rope_scaling in config\.json is linear, expected an object"),
     ],
@@ -70,11 +103,17 @@ def test_two_different_values_are_refused(change: dict[str, Any], expected: str)
 
 @pytest.mark.parametrize("named", [True, False])
 def test_a_llama_that_becomes_a_mistral_keeps_its_context(named: bool) -> None:
-    """A config.json may leave out what is the default of its class, and a Mistral's is another one."""
+    """A config.json may leave out defaults of its class; a Mistral's are others."""
     config = LlamaConfig(
-        hidden_size=40, num_attention_heads=10, num_key_value_heads=5, head_dim=8, intermediate_size=64, num_hidden_layers=1
+        hidden_size=40,
+        num_attention_heads=10,
+        num_key_value_heads=5,
+        head_dim=8,
+        intermediate_size=64,
+        num_hidden_layers=1,
     )
-    layout, document = ModelLayout.of(config), config.to_dict()
+    layout = ModelLayout.of(config)
+    document = config.to_dict()
     if not named:
         del document["max_position_embeddings"]
     found = uniform_document(layout, document, [BlockWidths(64, 3)])

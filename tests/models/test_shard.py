@@ -58,7 +58,9 @@ def test_shards_together_are_the_whole_model(family: str, cuts: list[int]) -> No
         hidden = torch.cat(BlockRunner(part).infer(hidden))
     model = tiny_model(family)
     with torch.no_grad():
-        torch.testing.assert_close(parts[-1].logits(hidden), model(TOKENS).logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            parts[-1].logits(hidden), model(TOKENS).logits, rtol=1e-5, atol=1e-5
+        )
         loss = model(TOKENS, labels=TOKENS).loss
     nll, _ = parts[-1].loss(hidden, TOKENS)
     assert float(nll.sum()) / (2 * 23) == pytest.approx(float(loss.detach()), rel=1e-5)
@@ -69,15 +71,23 @@ def test_factors_are_those_of_autograd_on_the_whole_model(family: str) -> None:
     parts = shards(family, [0, 2, 4])
     gather(parts, TOKENS)
     model = tiny_model(family)
-    inputs, gradients = {}, {}
+    inputs = {}
+    gradients = {}
     for shape in LAYOUTS[family].linears:
         module = model.get_submodule(shape.name)
-        module.register_forward_hook(lambda m, i, o, name=shape.name: inputs.__setitem__(name, i[0].detach()))
-        module.register_full_backward_hook(lambda m, gi, go, name=shape.name: gradients.__setitem__(name, go[0].detach()))
+        module.register_forward_hook(
+            lambda m, i, o, name=shape.name: inputs.__setitem__(name, i[0].detach())
+        )
+        module.register_full_backward_hook(
+            lambda m, gi, go, name=shape.name: gradients.__setitem__(name, go[0].detach())
+        )
     logits = model(TOKENS).logits
-    torch.nn.functional.cross_entropy(logits[:, :-1].reshape(-1, VOCABULARY), TOKENS[:, 1:].reshape(-1), reduction="sum").backward()
+    torch.nn.functional.cross_entropy(
+        logits[:, :-1].reshape(-1, VOCABULARY), TOKENS[:, 1:].reshape(-1), reduction="sum"
+    ).backward()
     for shape in LAYOUTS[family].linears:
-        a, g = inputs[shape.name].flatten(0, -2), gradients[shape.name].flatten(0, -2)
+        a = inputs[shape.name].flatten(0, -2)
+        g = gradients[shape.name].flatten(0, -2)
         if shape.has_bias:
             a = torch.cat([a, torch.ones(len(a), 1)], dim=1)
         part = parts[0] if shape.block < 2 else parts[1]
@@ -90,12 +100,14 @@ def test_factors_are_those_of_autograd_on_the_whole_model(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_factors_do_not_depend_on_the_cuts(family: str) -> None:
-    whole, cut = shards(family, [0, 4]), shards(family, [0, 1, 3, 4])
+    whole = shards(family, [0, 4])
+    cut = shards(family, [0, 1, 3, 4])
     gather(whole, TOKENS)
     gather(cut, TOKENS)
     for part in cut:
         for name in part.linears:
-            one, other = whole[0].factors(name), part.factors(name)
+            one = whole[0].factors(name)
+            other = part.factors(name)
             assert torch.equal(one.A.flat, other.A.flat)
             assert torch.equal(one.G.flat, other.G.flat)
 
@@ -136,20 +148,31 @@ def test_number_of_parameters_counts_tied_ones_once(family: str) -> None:
 
 def test_loss_gradient_is_autograd_and_sampled_labels_are_drawn_from_the_model() -> None:
     hidden = torch.randn(2, 150, 8, dtype=torch.float32)
-    weight, tokens = torch.randn(11, 8), torch.randint(0, 11, (2, 150))
+    weight = torch.randn(11, 8)
+    tokens = torch.randint(0, 11, (2, 150))
     leaf = hidden.clone().requires_grad_()
-    loss = torch.nn.functional.cross_entropy((leaf @ weight.T)[:, :-1].reshape(-1, 11), tokens[:, 1:].reshape(-1), reduction="sum")
+    loss = torch.nn.functional.cross_entropy(
+        (leaf @ weight.T)[:, :-1].reshape(-1, 11), tokens[:, 1:].reshape(-1), reduction="sum"
+    )
     (expected,) = torch.autograd.grad(loss, leaf)
     nll, gradient = next_token_loss(hidden, weight, tokens, with_gradient=True)
     assert float(nll.sum()) == pytest.approx(float(loss.detach()), rel=1e-5)
     for one, sequence, labels in zip(nll, hidden, tokens, strict=True):
-        own = torch.nn.functional.cross_entropy((sequence @ weight.T)[:-1], labels[1:], reduction="sum")
+        own = torch.nn.functional.cross_entropy(
+            (sequence @ weight.T)[:-1], labels[1:], reduction="sum"
+        )
         assert float(one) == pytest.approx(float(own), rel=1e-5)
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
 
     sums = torch.zeros_like(hidden)
     for seed in range(400):
-        _, sampled = next_token_loss(hidden, weight, tokens, with_gradient=True, generator=torch.Generator().manual_seed(seed))
+        _, sampled = next_token_loss(
+            hidden,
+            weight,
+            tokens,
+            with_gradient=True,
+            generator=torch.Generator().manual_seed(seed),
+        )
         sums += sampled
     assert float((sums / 400).norm() / expected.norm()) < 0.1, "the sampled gradient has mean zero"
 
@@ -171,16 +194,26 @@ def test_a_perplexity_is_a_number_infinite_or_an_error() -> None:
 
 
 def test_divergence_from_the_dense_model_and_its_gradient_are_those_of_autograd() -> None:
-    hidden, dense = torch.randn(2, 150, 8), torch.randn(2, 150, 8)
-    weight, tokens = torch.randn(11, 8), torch.randint(0, 11, (2, 150))
-    leaf, exact = hidden.double().requires_grad_(), weight.double()
+    hidden = torch.randn(2, 150, 8)
+    dense = torch.randn(2, 150, 8)
+    weight = torch.randn(11, 8)
+    tokens = torch.randint(0, 11, (2, 150))
+    leaf = hidden.double().requires_grad_()
+    exact = weight.double()
     log_p, log_q = (torch.log_softmax(h @ exact.T, dim=-1)[:, :-1] for h in (dense.double(), leaf))
-    expected = torch.nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim=(1, 2))
+    expected = torch.nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(
+        dim=(1, 2)
+    )
     (gradient,) = torch.autograd.grad(expected.sum(), leaf)
     found = compare_with_dense(hidden, dense, tokens, weight, with_gradient=True)
     torch.testing.assert_close(found.divergence, expected.detach(), rtol=1e-5, atol=0)
     torch.testing.assert_close(found.gradient, gradient.float(), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(found.nll, next_token_loss(hidden, weight, tokens, with_gradient=False)[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        found.nll,
+        next_token_loss(hidden, weight, tokens, with_gradient=False)[0],
+        rtol=1e-6,
+        atol=0,
+    )
     same = compare_with_dense(hidden, hidden, tokens, weight)
     assert same.divergence.abs().max() < 1e-4
     assert same.gradient is None

@@ -31,34 +31,65 @@ def compare(
         found: what the engine printed.
         folder: of an export that transformers loads, with the same weights.
         engine: its name, for the line that is printed.
-        scored: positions of the prompts' tokens whose log-probabilities there are; all but the first if not given.
+        scored: positions of the prompts' tokens whose log-probabilities there are; all but the
+            first if not given.
         without_end: whether the engine never chooses the end of the text.
         tolerance: largest difference of a log-probability.
     """
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=True, dtype=torch.float32
+    ).eval()
     model.generation_config.eos_token_id = None
-    settings = {"max_new_tokens": NUM_NEW_TOKENS, "do_sample": False} | ({"suppress_tokens": [END]} if without_end else {})
+    settings = {"max_new_tokens": NUM_NEW_TOKENS, "do_sample": False} | (
+        {"suppress_tokens": [END]} if without_end else {}
+    )
     for prompt, result in zip(PROMPTS, found["results"], strict=True):
         with torch.no_grad():
             tokens = model.generate(torch.tensor([prompt]), **settings)
-            logprobs = model(tokens).logits[0, :-1].log_softmax(dim=-1).gather(1, tokens[0, 1:, None])[:, 0]
-        places = list(range(1, len(prompt))) if scored is None else [place for place in scored if place < len(prompt)]
+            logprobs = (
+                model(tokens)
+                .logits[0, :-1]
+                .log_softmax(dim=-1)
+                .gather(1, tokens[0, 1:, None])[:, 0]
+            )
+        places = (
+            list(range(1, len(prompt)))
+            if scored is None
+            else [place for place in scored if place < len(prompt)]
+        )
         here = logprobs[torch.tensor([*places, *range(len(prompt), tokens.shape[1])]) - 1]
-        difference = float((here - torch.tensor(result["prompt_logprobs"] + result["logprobs"])).abs().max())
+        difference = float(
+            (here - torch.tensor(result["prompt_logprobs"] + result["logprobs"])).abs().max()
+        )
         said = f"{len(prompt)} + {NUM_NEW_TOKENS} tokens, log-probabilities within {difference:.1e}"
-        sys.stdout.write(f"{engine} {found['version']} {model.config.model_type} {folder.name}: {said}\n")
+        sys.stdout.write(
+            f"{engine} {found['version']} {model.config.model_type} {folder.name}: {said}\n"
+        )
         assert result["tokens"] == tokens[0, len(prompt) :].tolist()
         assert difference < tolerance
 
 
 def mean_difference(found: dict[str, Any], folder: Path, engine: str) -> float:
-    """Return the mean difference of the log-probabilities of all tokens that the engine read and wrote."""
-    model, differences = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), []
+    """Return the mean difference of the log-probabilities of all tokens that the engine read and
+    wrote.
+    """
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    differences = []
     for prompt, result in zip(PROMPTS, found["results"], strict=True):
         tokens = torch.tensor([prompt + result["tokens"]])
         with torch.no_grad():
-            here = model(tokens).logits[0, :-1].log_softmax(dim=-1).gather(1, tokens[0, 1:, None])[:, 0]
-        differences.append((here - torch.tensor(result["prompt_logprobs"] + result["logprobs"])).abs())
+            here = (
+                model(tokens)
+                .logits[0, :-1]
+                .log_softmax(dim=-1)
+                .gather(1, tokens[0, 1:, None])[:, 0]
+            )
+        differences.append(
+            (here - torch.tensor(result["prompt_logprobs"] + result["logprobs"])).abs()
+        )
     mean = float(torch.cat(differences).mean())
-    sys.stdout.write(f"{engine} {found['version']} {folder.name}: log-probabilities differ by {mean:.1e} in the mean\n")
+    sys.stdout.write(
+        f"{engine} {found['version']} {folder.name}: log-probabilities differ by {mean:.1e} in the "
+        "mean\n"
+    )
     return mean

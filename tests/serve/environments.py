@@ -1,6 +1,8 @@
-"""Virtual environments of the serving engines, each of its own: ``python -m tests.serve.environments`` makes them.
+"""Virtual environments of the serving engines, each of its own: ``python -m
+tests.serve.environments`` makes them.
 
-They are kept in the cache of ray_surgeon and made anew when a version below changes. vLLM takes 3.5 GB.
+They are kept in the cache of ray_surgeon and made anew when a version below changes. vLLM takes 3.5
+GB.
 """
 
 from __future__ import annotations
@@ -61,7 +63,13 @@ def run(engine: str, request: Mapping[str, Any], timeout_s: float = 280) -> dict
     }
     command = [str(python_of(engine)), str(Path(__file__).parent / f"{engine}_engine.py")]
     done = subprocess.run(
-        command, input=json.dumps(request), capture_output=True, text=True, check=False, env=os.environ | settings, timeout=timeout_s
+        command,
+        input=json.dumps(request),
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | settings,
+        timeout=timeout_s,
     )
     if done.returncode:
         raise RuntimeError("\n".join((done.stdout + done.stderr).strip().splitlines()[-30:]))

@@ -1,4 +1,6 @@
-"""Runs in xllamacpp's environment: reads a request, generates greedily from token prompts in llama.cpp, prints what came."""
+"""Runs in xllamacpp's environment: reads a request, generates greedily from token prompts in
+llama.cpp, prints what came.
+"""
 
 import importlib.metadata
 import json
@@ -18,13 +20,23 @@ def main() -> None:
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
     params.warmup = False
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED  # which computes in float16
+    params.flash_attn_type = (
+        xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    )  # which computes in float16
     server = xllamacpp.Server(params)
 
     def ask(prompt: list[int], num_tokens: int) -> list[dict]:
-        settings = {"prompt": prompt, "n_predict": num_tokens, "temperature": 0.0, "ignore_eos": True, "cache_prompt": True}
+        settings = {
+            "prompt": prompt,
+            "n_predict": num_tokens,
+            "temperature": 0.0,
+            "ignore_eos": True,
+            "cache_prompt": True,
+        }
         settings |= {"n_probs": request["vocabulary"]}
-        call = urllib.request.Request(server.listening_address + "/completion", json.dumps(settings).encode())
+        call = urllib.request.Request(
+            server.listening_address + "/completion", json.dumps(settings).encode()
+        )
         with urllib.request.urlopen(call) as answer:
             found = json.load(answer)
             if "completion_probabilities" not in found:
@@ -32,7 +44,9 @@ def main() -> None:
             return found["completion_probabilities"]
 
     def tokens_of(text: str) -> list[int]:
-        call = urllib.request.Request(server.listening_address + "/tokenize", json.dumps({"content": text}).encode())
+        call = urllib.request.Request(
+            server.listening_address + "/tokenize", json.dumps({"content": text}).encode()
+        )
         with urllib.request.urlopen(call) as answer:
             return json.load(answer)["tokens"]
 
@@ -47,7 +61,13 @@ def main() -> None:
                 of_prompt.append(logprob(ask(prompt[:end], 1)[0], prompt[end]))
         found = ask(prompt, request["num_new_tokens"])
         tokens = [entry["id"] for entry in found]
-        results.append({"tokens": tokens, "prompt_logprobs": of_prompt, "logprobs": [entry["logprob"] for entry in found]})
+        results.append(
+            {
+                "tokens": tokens,
+                "prompt_logprobs": of_prompt,
+                "logprobs": [entry["logprob"] for entry in found],
+            }
+        )
     found = {"results": results, "tokenized": [tokens_of(text) for text in request["texts"]]}
     print(json.dumps({"version": importlib.metadata.version("xllamacpp")} | found))
 

@@ -1,4 +1,6 @@
-"""Runs in vLLM's environment: reads a request, generates greedily from token prompts, and prints what came, with log-probabilities."""
+"""Runs in vLLM's environment: reads a request, generates greedily from token prompts, and prints
+what came, with log-probabilities.
+"""
 
 import json
 import sys
@@ -20,16 +22,31 @@ def main() -> None:
         max_num_seqs=4,
     )
     settings = vllm.SamplingParams(
-        temperature=0, max_tokens=request["num_new_tokens"], ignore_eos=True, prompt_logprobs=0, logprobs=0, detokenize=False
+        temperature=0,
+        max_tokens=request["num_new_tokens"],
+        ignore_eos=True,
+        prompt_logprobs=0,
+        logprobs=0,
+        detokenize=False,
     )
-    found = engine.generate([{"prompt_token_ids": prompt} for prompt in request["prompts"]], settings, use_tqdm=False)
+    found = engine.generate(
+        [{"prompt_token_ids": prompt} for prompt in request["prompts"]], settings, use_tqdm=False
+    )
     results = []
     for prompt, output in zip(request["prompts"], found, strict=True):
-        of_prompt = [entry[token].logprob for token, entry in zip(prompt[1:], output.prompt_logprobs[1:], strict=True)]
+        of_prompt = [
+            entry[token].logprob
+            for token, entry in zip(prompt[1:], output.prompt_logprobs[1:], strict=True)
+        ]
         new = list(output.outputs[0].token_ids)
-        of_new = [entry[token].logprob for token, entry in zip(new, output.outputs[0].logprobs, strict=True)]
+        of_new = [
+            entry[token].logprob
+            for token, entry in zip(new, output.outputs[0].logprobs, strict=True)
+        ]
         results.append({"tokens": new, "prompt_logprobs": of_prompt, "logprobs": of_new})
-    architecture = type(engine.llm_engine.model_executor.driver_worker.worker.model_runner.model).__name__
+    architecture = type(
+        engine.llm_engine.model_executor.driver_worker.worker.model_runner.model
+    ).__name__
     print(json.dumps({"version": vllm.__version__, "class": architecture, "results": results}))
 
 

@@ -1,4 +1,6 @@
-"""The dense oracle: F = kron(G, A) for row-major vec(W), an equality-constrained quadratic, `torch.linalg.solve`."""
+"""The dense oracle: F = kron(G, A) for row-major vec(W), an equality-constrained quadratic,
+`torch.linalg.solve`.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +22,24 @@ def spd(n: int, seed: int) -> Tensor:
 
 def problem(R: int = 6, C: int = 7, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(R, C, generator=generator, dtype=torch.float64), spd(C, seed + 1), spd(R, seed + 2)
+    return (
+        torch.randn(R, C, generator=generator, dtype=torch.float64),
+        spd(C, seed + 1),
+        spd(R, seed + 2),
+    )
 
 
-def linear(W: Tensor, A: Tensor, G: Tensor, *, has_bias: bool = False, num_tokens: int = 11) -> Linear:
+def linear(
+    W: Tensor, A: Tensor, G: Tensor, *, has_bias: bool = False, num_tokens: int = 11
+) -> Linear:
     """Return a linear whose factors are means A and G over some tokens."""
-    return Linear("x", W, KroneckerFactors(A * num_tokens, G * num_tokens, num_tokens).packed(), has_bias, DAMPING)
+    return Linear(
+        "x",
+        W,
+        KroneckerFactors(A * num_tokens, G * num_tokens, num_tokens).packed(),
+        has_bias,
+        DAMPING,
+    )
 
 
 def dense_removal(W: Tensor, A: Tensor, G: Tensor, removed: Tensor) -> tuple[Tensor, float]:
@@ -34,12 +48,17 @@ def dense_removal(W: Tensor, A: Tensor, G: Tensor, removed: Tensor) -> tuple[Ten
 
 
 def dense_minimum(W: Tensor, F: Tensor, removed: Tensor) -> tuple[Tensor, float]:
-    """Minimise 1/2 d^T F d subject to (W + D) = 0 on `removed`; return the new weights and the cost."""
+    """Minimise 1/2 d^T F d subject to (W + D) = 0 on `removed`; return the new weights and the
+    cost.
+    """
     constrained = removed.reshape(-1).nonzero()[:, 0]
-    n, m = F.shape[0], len(constrained)
+    n = F.shape[0]
+    m = len(constrained)
     E = torch.zeros(m, n, dtype=W.dtype)
     E[torch.arange(m), constrained] = 1
-    system = torch.cat([torch.cat([F, E.T], dim=1), torch.cat([E, torch.zeros(m, m, dtype=W.dtype)], dim=1)])
+    system = torch.cat(
+        [torch.cat([F, E.T], dim=1), torch.cat([E, torch.zeros(m, m, dtype=W.dtype)], dim=1)]
+    )
     right = torch.cat([torch.zeros(n, dtype=W.dtype), -W.reshape(-1)[constrained]])
     d = torch.linalg.solve(system, right)[:n]
     return W + d.view_as(W), float(0.5 * d @ F @ d)

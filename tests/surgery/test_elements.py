@@ -7,7 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from ray_surgeon.surgery.conjugate import MaskedPreconditioner, SplitMatrix, dominant_part, update_elements
+from ray_surgeon.surgery.conjugate import (
+    MaskedPreconditioner,
+    SplitMatrix,
+    dominant_part,
+    update_elements,
+)
 from ray_surgeon.surgery.costs import quadratic_cost
 from ray_surgeon.surgery.element_costs import (
     element_costs,
@@ -16,7 +21,13 @@ from ray_surgeon.surgery.element_costs import (
     pattern_removals,
     summed_group_costs,
 )
-from ray_surgeon.surgery.element_pruning import ElementUnits, ElementUpdate, find_elements, prune_elements, unit_costs
+from ray_surgeon.surgery.element_pruning import (
+    ElementUnits,
+    ElementUpdate,
+    find_elements,
+    prune_elements,
+    unit_costs,
+)
 from ray_surgeon.surgery.extended.chunks import update_in_chunks
 from ray_surgeon.surgery.masks import ElementMask
 from ray_surgeon.surgery.threshold import bit_histogram, bucket_of, cost_of_bits
@@ -50,13 +61,17 @@ def test_element_cost_is_the_dense_cost() -> None:
 def test_diagonal_cost_is_that_of_the_diagonal_fisher() -> None:
     W, A, G = problem()
     expected = 0.5 * W.square() * torch.kron(G, A).diagonal().view_as(W)
-    torch.testing.assert_close(element_costs(W, G.diagonal()[:, None], A.diagonal()[None]), expected, **EXACT)
+    torch.testing.assert_close(
+        element_costs(W, G.diagonal()[:, None], A.diagonal()[None]), expected, **EXACT
+    )
 
 
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (3, 4), (1, 2), (4, 8)])
 def test_group_cost_is_that_of_the_best_of_all_patterns(n: int, m: int) -> None:
     W, A, G = problem(R=3, C=8)
-    costs, choice = group_costs(W, blocks_of(torch.linalg.inv(A), m), torch.linalg.inv(G).diagonal(), n, m)
+    costs, choice = group_costs(
+        W, blocks_of(torch.linalg.inv(A), m), torch.linalg.inv(G).diagonal(), n, m
+    )
     patterns = list(combinations(range(m), m - n))
     assert group_patterns(n, m).tolist() == [list(p) for p in patterns]
     for r in range(3):
@@ -94,11 +109,14 @@ def test_conjugate_gradients_reach_the_dense_solution(fraction: float) -> None:
 def test_conjugate_gradients_lower_the_cost_with_every_iteration_and_tell_the_residual() -> None:
     W, A, G = problem()
     removed = random_removal(6, 7, 0.5)
-    costs, residuals = [], []
+    costs = []
+    residuals = []
     for n in range(6):
         found = update_elements(W, [(G, A)], ~removed, num_iterations=n, tolerance=0.0)
         costs.append(quadratic_cost(found.W - W, A, G))
-        residual = torch.linalg.norm((G @ (found.W - W) @ A)[~removed]) / torch.linalg.norm((G @ (-W * removed) @ A)[~removed])
+        residual = torch.linalg.norm((G @ (found.W - W) @ A)[~removed]) / torch.linalg.norm(
+            (G @ (-W * removed) @ A)[~removed]
+        )
         assert found.residual == pytest.approx(float(residual), rel=1e-6)
         residuals.append(found.residual)
     assert costs == sorted(costs, reverse=True)
@@ -115,9 +133,14 @@ def test_dominant_part_is_that_of_the_eigendecomposition() -> None:
 
 
 def test_split_matrix_multiplies_like_the_matrix() -> None:
-    A, X = problem(R=4, C=40)[1], torch.randn(5, 40, dtype=torch.float64)
-    torch.testing.assert_close(SplitMatrix(A, 4, torch.float64).after(X), X @ A, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(SplitMatrix(A, 4, torch.float64).before(X.T.contiguous()), A @ X.T, rtol=1e-10, atol=1e-10)
+    A = problem(R=4, C=40)[1]
+    X = torch.randn(5, 40, dtype=torch.float64)
+    torch.testing.assert_close(
+        SplitMatrix(A, 4, torch.float64).after(X), X @ A, rtol=1e-10, atol=1e-10
+    )
+    torch.testing.assert_close(
+        SplitMatrix(A, 4, torch.float64).before(X.T.contiguous()), A @ X.T, rtol=1e-10, atol=1e-10
+    )
     narrow = (SplitMatrix(A, 4, torch.bfloat16).after(X) - X @ A).norm()
     assert narrow < 0.2 * (X.bfloat16() @ A.bfloat16() - X @ A).norm()
 
@@ -127,23 +150,32 @@ def test_preconditioner_inverts_diagonal_plus_low_rank_on_the_kept_columns_of_ea
     U, D = dominant_part(A, 6)
     kept = ~random_removal(5, 24, 0.5)
     X = torch.randn(5, 24, dtype=torch.float64) * kept
-    found = MaskedPreconditioner(SplitMatrix(A, 6, torch.float64), G.diagonal(), kept.to(A.dtype))(X)
+    found = MaskedPreconditioner(SplitMatrix(A, 6, torch.float64), G.diagonal(), kept.to(A.dtype))(
+        X
+    )
     for r in range(5):
         inside = kept[r]
         restricted = (torch.diag(D) + U @ U.T)[inside][:, inside] * G[r, r]
-        torch.testing.assert_close(found[r, inside], torch.linalg.solve(restricted, X[r, inside]), rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(
+            found[r, inside], torch.linalg.solve(restricted, X[r, inside]), rtol=1e-8, atol=1e-10
+        )
         assert not found[r, ~inside].any()
 
 
 def test_narrow_products_come_close_and_tell_the_true_residual() -> None:
     W, A, G = problem(R=40, C=50)
-    A, G = damped(A, 0.01), damped(G, 0.1)
+    A = damped(A, 0.01)
+    G = damped(G, 0.1)
     removed = random_removal(40, 50, 0.5)
     exact = update_elements(W, [(G, A)], ~removed, num_iterations=300, tolerance=1e-10)
     best = quadratic_cost(exact.W - W, A, G)
-    found = update_elements(W, [(G, A)], ~removed, num_iterations=60, tolerance=0.0, product_dtype=torch.bfloat16)
+    found = update_elements(
+        W, [(G, A)], ~removed, num_iterations=60, tolerance=0.0, product_dtype=torch.bfloat16
+    )
     assert best <= quadratic_cost(found.W - W, A, G) < 1.1 * best
-    residual = torch.linalg.norm((G @ (found.W - W) @ A)[~removed]) / torch.linalg.norm((G @ (-W * removed) @ A)[~removed])
+    residual = torch.linalg.norm((G @ (found.W - W) @ A)[~removed]) / torch.linalg.norm(
+        (G @ (-W * removed) @ A)[~removed]
+    )
     assert found.residual == pytest.approx(float(residual), rel=1e-6)
 
 
@@ -162,7 +194,9 @@ def test_one_chunk_is_the_dense_solution() -> None:
 
 
 def test_chunks_hold_what_earlier_shots_pruned() -> None:
-    """Everything that is pruned is in the chunks; else it would get a part of the update, and lose it again."""
+    """Everything that is pruned is in the chunks; else it would get a part of the update, and lose
+    it again.
+    """
     W, A, G = problem()
     of = linear(W, A, G)
     before = ElementMask(~random_removal(6, 7, 0.3))
@@ -181,7 +215,14 @@ def test_chunks_hold_what_earlier_shots_pruned() -> None:
 @pytest.mark.parametrize("precision", [None, torch.float32])
 def test_more_iterations_than_the_dtype_has_digits_for(precision: torch.dtype | None) -> None:
     W, A, G = (x.float() for x in problem(6, 8))
-    found = update_elements(W, [(G, A)], ~random_removal(6, 8, 0.4), num_iterations=1000, tolerance=0.0, product_dtype=precision)
+    found = update_elements(
+        W,
+        [(G, A)],
+        ~random_removal(6, 8, 0.4),
+        num_iterations=1000,
+        tolerance=0.0,
+        product_dtype=precision,
+    )
     assert torch.isfinite(found.W).all()
     assert found.residual < 1e-4
 
@@ -194,7 +235,9 @@ def test_a_linear_of_one_column() -> None:
 
 
 def test_chunks_are_taken_one_after_the_other_on_the_weights_so_far() -> None:
-    """Each chunk is the dense solution for that chunk alone; what earlier chunks removed is set to zero at the end."""
+    """Each chunk is the dense solution for that chunk alone; what earlier chunks removed is set to
+    zero at the end.
+    """
     W, A, G = problem()
     removed = random_removal(6, 7, 0.4)
     expected = W.clone()
@@ -226,12 +269,15 @@ SINGLE = ElementUnits()
 
 @pytest.mark.parametrize("solver", ["conjugate_gradients", "chunks"])
 def test_linear_of_elements_is_dense_with_what_earlier_shots_removed(solver: str) -> None:
-    """Bias in the last column; an earlier shot removed some elements: they stay zero and are constraints still."""
+    """Bias in the last column; an earlier shot removed some elements: they stay zero and are
+    constraints still.
+    """
     W, A, G = problem()
     kept = ~random_removal(6, 7, 0.2)
     kept[:, -1] = True
     W = W * kept
-    of, before = linear(W, A, G, has_bias=True), ElementMask(kept)
+    of = linear(W, A, G, has_bias=True)
+    before = ElementMask(kept)
     found = find_elements(of, SINGLE, "obs")
     costs = unit_costs(of, before, SINGLE, found)
     assert costs.shape == (6, 6)
@@ -253,25 +299,39 @@ def test_linear_of_elements_is_dense_with_what_earlier_shots_removed(solver: str
 
 def test_n_m_linear_keeps_the_pattern_and_the_bias() -> None:
     W, A, G = problem(R=5, C=9)
-    of, full, units = linear(W, A, G, has_bias=True), ElementMask.full(5, 9), ElementUnits(2, 4)
+    of = linear(W, A, G, has_bias=True)
+    full = ElementMask.full(5, 9)
+    units = ElementUnits(2, 4)
     found = find_elements(of, units, "obs")
     damped_inverse = torch.linalg.inv(damped(A, 0.01))[:8, :8]
     G_inverse_diagonal = torch.linalg.inv(damped(G, 0.1)).diagonal()
-    expected, _ = group_costs(W[:, :8].contiguous(), blocks_of(damped_inverse, 4), G_inverse_diagonal, 2, 4)
+    expected, _ = group_costs(
+        W[:, :8].contiguous(), blocks_of(damped_inverse, 4), G_inverse_diagonal, 2, 4
+    )
     torch.testing.assert_close(unit_costs(of, full, units, found), expected.float())
     removal, mask = prune_elements(of, full, units, found, float("inf"), UPDATE)
     assert torch.equal(mask.kept[:, :8].view(5, 2, 4).sum(dim=2), torch.full((5, 2), 2))
     assert mask.kept[:, -1].all()
-    torch.testing.assert_close(removal.W, dense_removal(W, damped(A, 0.01), damped(G, 0.1), ~mask.kept)[0], rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(
+        removal.W,
+        dense_removal(W, damped(A, 0.01), damped(G, 0.1), ~mask.kept)[0],
+        rtol=1e-7,
+        atol=1e-9,
+    )
     again = linear(removal.W, A, G, has_bias=True)
-    assert torch.isinf(unit_costs(again, mask, units, find_elements(again, units, "obs"))).all(), "a pruned group is no candidate again"
+    assert torch.isinf(unit_costs(again, mask, units, find_elements(again, units, "obs"))).all(), (
+        "a pruned group is no candidate again"
+    )
 
 
 def test_always_zero_rows_and_columns_cost_nothing() -> None:
     W, A, G = problem()
-    G[1], G[:, 1] = 0, 0
-    A[3], A[:, 3] = 0, 0
-    of, full = linear(W, A, G), ElementMask.full(6, 7)
+    G[1] = 0
+    G[:, 1] = 0
+    A[3] = 0
+    A[:, 3] = 0
+    of = linear(W, A, G)
+    full = ElementMask.full(6, 7)
     found = find_elements(of, SINGLE, "obs")
     costs = unit_costs(of, full, SINGLE, found)
     assert not costs[1].any()
@@ -285,7 +345,8 @@ def test_always_zero_rows_and_columns_cost_nothing() -> None:
 def test_the_update_has_the_damping_that_the_costs_needed() -> None:
     W, A, G = problem()
     A = too_indefinite(A)
-    of, full = linear(W, A, G), ElementMask.full(6, 7)
+    of = linear(W, A, G)
+    full = ElementMask.full(6, 7)
     found = find_elements(of, SINGLE, "obs")
     assert found.damping.a == pytest.approx(0.1)
     threshold = float(unit_costs(of, full, SINGLE, found).flatten().sort().values[9])
@@ -297,10 +358,15 @@ def test_the_update_has_the_damping_that_the_costs_needed() -> None:
 @pytest.mark.parametrize("solver", ["single", "none"])
 def test_simpler_updates(solver: str) -> None:
     W, A, G = problem()
-    of, full = linear(W, A, G), ElementMask.full(6, 7)
+    of = linear(W, A, G)
+    full = ElementMask.full(6, 7)
     found = find_elements(of, SINGLE, "obs")
     threshold = float(unit_costs(of, full, SINGLE, found).min())
     removal, mask = prune_elements(of, full, SINGLE, found, threshold, ElementUpdate(solver))
     assert int((~mask.kept).sum()) == 1
-    expected = dense_removal(W, damped(A, 0.01), damped(G, 0.1), ~mask.kept)[0] if solver == "single" else W * mask.kept
+    expected = (
+        dense_removal(W, damped(A, 0.01), damped(G, 0.1), ~mask.kept)[0]
+        if solver == "single"
+        else W * mask.kept
+    )
     torch.testing.assert_close(removal.W, expected, **EXACT)

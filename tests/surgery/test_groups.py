@@ -10,19 +10,25 @@ import pytest
 import torch
 from torch import Tensor
 
-from ray_surgeon.surgery.allocate import Allocation, GroupCosts, allocate_globally, allocate_uniformly
+from ray_surgeon.surgery.allocate import (
+    Allocation,
+    GroupCosts,
+    allocate_globally,
+    allocate_uniformly,
+)
 from ray_surgeon.surgery.groups import alive_part, group_costs, lowest, prune_groups
 from ray_surgeon.surgery.masks import StructuredMask
 from ray_surgeon.surgery.threshold import OutOfReachError
 from tests.surgery.dense import crossing, damped, dense_removal, flags, linear, problem
 
-R, C = 5, 9
+R = 5
+C = 9
 
 
 @pytest.mark.parametrize("width", [1, 2])
 @pytest.mark.parametrize("least", [0, 1])
 def test_marginal_costs_by_brute_force_and_the_update_is_dense(width: int, least: int) -> None:
-    """An earlier shot removed a group; the last column is a bias, which is updated and never goes."""
+    """An earlier shot removed a group; the last column is a bias, which never goes."""
     W, A, G = problem(R, C)
     columns = torch.arange(8).view(-1, width)
     gone_before = columns[1].tolist()
@@ -37,7 +43,9 @@ def test_marginal_costs_by_brute_force_and_the_update_is_dense(width: int, least
 
     marginal = costs_of(math.inf)
     left = [c for c in range(C) if c not in gone_before]
-    alive_W, alive_A, damped_G = W[:, left], damped(A[left][:, left], 0.01), damped(G, 0.1)
+    alive_W = W[:, left]
+    alive_A = damped(A[left][:, left], 0.01)
+    damped_G = damped(G, 0.1)
 
     def cost(groups: list[int]) -> float:
         places = [left.index(c) for g in groups for c in columns[g].tolist()]
@@ -59,14 +67,19 @@ def test_marginal_costs_by_brute_force_and_the_update_is_dense(width: int, least
     torch.testing.assert_close(costs_of(middle), below)
     cheapest_two = [marginal[g] if g in gone[:2] else torch.inf for g in range(len(columns))]
     torch.testing.assert_close(costs_of(-1.0, 2), torch.tensor(cheapest_two, dtype=marginal.dtype))
-    alone = torch.tensor([cost([g]) if g != 1 else torch.inf for g in range(len(columns))], dtype=marginal.dtype)
+    alone = torch.tensor(
+        [cost([g]) if g != 1 else torch.inf for g in range(len(columns))], dtype=marginal.dtype
+    )
     alone[alone.masked_fill(~torch.isfinite(alone), -1).topk(least).indices] = torch.inf
     torch.testing.assert_close(costs_of(None), alone)
     chosen = lowest(marginal, 3 if width == 1 else 2).tolist()
     removed = flags(C, [c for g in chosen for c in columns[g].tolist()])
     removal, new_mask = prune_groups(of, mask, alive, curvature, removed)
     expected, dense_cost = dense_removal(
-        alive_W, alive_A, damped_G, crossing(R, len(left), [], [left.index(c) for c in removed.nonzero()[:, 0].tolist()])
+        alive_W,
+        alive_A,
+        damped_G,
+        crossing(R, len(left), [], [left.index(c) for c in removed.nonzero()[:, 0].tolist()]),
     )
     torch.testing.assert_close(removal.W[:, left], expected, rtol=1e-8, atol=1e-10)
     assert removal.predicted == pytest.approx(dense_cost, rel=1e-8)
@@ -76,7 +89,8 @@ def test_marginal_costs_by_brute_force_and_the_update_is_dense(width: int, least
 
 def test_groups_whose_inputs_are_always_zero_cost_nothing() -> None:
     W, A, G = problem(R, C)
-    A[3], A[:, 3] = 0, 0
+    A[3] = 0
+    A[:, 3] = 0
     of = linear(W, A, G)
     alive = alive_part(of, StructuredMask.full(R, C))
     marginal = group_costs(of, alive, of.curvature(alive), torch.arange(8)[:, None], 1, math.inf)
@@ -87,7 +101,8 @@ def test_groups_whose_inputs_are_always_zero_cost_nothing() -> None:
 @pytest.mark.parametrize("limit", [None, math.inf])
 def test_some_groups_stay_also_where_most_inputs_are_zero(limit: float | None) -> None:
     W, A, G = problem(R, C)
-    A[:7], A[:, :7] = 0, 0
+    A[:7] = 0
+    A[:, :7] = 0
     of = linear(W, A, G)
     alive = alive_part(of, StructuredMask.full(R, C))
     marginal = group_costs(of, alive, of.curvature(alive), torch.arange(8)[:, None], 3, limit)
@@ -96,8 +111,11 @@ def test_some_groups_stay_also_where_most_inputs_are_zero(limit: float | None) -
 
 
 def test_a_group_that_is_cheap_after_another_goes_with_it() -> None:
-    """Column 0 is nearly what column 1 takes away; once 1 is gone and 0 makes up for it, little of 0 is left."""
-    W, G = torch.tensor([[1.0, -0.9, 10.0]], dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
+    """Column 0 is nearly what column 1 takes away; once 1 is gone and 0 makes up for it, little of
+    0 is left.
+    """
+    W = torch.tensor([[1.0, -0.9, 10.0]], dtype=torch.float64)
+    G = torch.ones(1, 1, dtype=torch.float64)
     A = torch.tensor([[1.0, 0.9, 0.0], [0.9, 1.0, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
     of = linear(W, A, G)
     alive = alive_part(of, StructuredMask.full(1, 3))
@@ -139,14 +157,18 @@ def test_one_threshold_cuts_all_paths(seed: int, per_unit: bool) -> None:
     size = {c.consumer: SIZES[c.kind] if per_unit else 1.0 for c in costs}
     below = 0.0
     for c in costs:
-        assert found.counts[c.consumer] == int((c.costs / size[c.consumer] <= found.threshold + 1e-9).sum())
+        assert found.counts[c.consumer] == int(
+            (c.costs / size[c.consumer] <= found.threshold + 1e-9).sum()
+        )
         below += SIZES[c.kind] * int((c.costs / size[c.consumer] < found.threshold - 1e-9).sum())
     assert below < 160, "a lower threshold would do"
 
 
 @pytest.mark.parametrize("left", [8, 7])
 @pytest.mark.parametrize("seed", range(3))
-def test_widths_are_rounded_and_what_goes_together_is_ranked_by_its_mean(seed: int, left: int) -> None:
+def test_widths_are_rounded_and_what_goes_together_is_ranked_by_its_mean(
+    seed: int, left: int
+) -> None:
     """An earlier shot may have left an odd width; then one channel must go."""
     costs = [replace(c, num_left=left if c.kind == "ffn" else 3) for c in costs_of(seed, EVEN)]
     found = allocate_globally(costs, 180, per_unit=True)
@@ -157,7 +179,10 @@ def test_widths_are_rounded_and_what_goes_together_is_ranked_by_its_mean(seed: i
         marginal = c.costs[c.costs.isfinite()].double().sort().values / SIZES[c.kind]
         step = 2 if c.kind == "ffn" else 1
         start = (c.num_left % 2) if c.kind == "ffn" else 0
-        means = [float(marginal[i : i + step].mean()) for i in range(start, len(marginal) - step + 1, step)]
+        means = [
+            float(marginal[i : i + step].mean())
+            for i in range(start, len(marginal) - step + 1, step)
+        ]
         taken = (found.counts[c.consumer] - start) // step
         steps += [(mean, i < taken) for i, mean in enumerate(means)]
     assert found.threshold is not None
@@ -165,10 +190,12 @@ def test_widths_are_rounded_and_what_goes_together_is_ranked_by_its_mean(seed: i
 
 
 def test_what_odd_widths_lose_in_any_case_counts() -> None:
-    """One channel of each layer must go; what is missing beside them is one pair, the cheapest one."""
+    """One channel of each layer must go; beside them the cheapest pair is missing."""
     costs = [replace(c, num_left=7) for c in costs_of(0, EVEN) if c.kind == "ffn"]
     for missing in (0.0, 6.0, 18.0):
-        assert allocate_globally(costs, missing, per_unit=True).counts == {c.consumer: 1 for c in costs}
+        assert allocate_globally(costs, missing, per_unit=True).counts == {
+            c.consumer: 1 for c in costs
+        }
     found = allocate_globally(costs, 18.5, per_unit=True)
     pairs = {c.consumer: float(c.curve[3] - c.curve[1]) for c in costs}
     cheapest = min(pairs, key=lambda name: pairs[name])
@@ -177,18 +204,25 @@ def test_what_odd_widths_lose_in_any_case_counts() -> None:
 
 
 def test_groups_of_earlier_shots_save_nothing_more() -> None:
-    costs = GroupCosts("x", "ffn", torch.tensor([1.0, 2.0, math.inf]), 2, ANY, [0.0, 10.0, 11.0, 30.0])
+    costs = GroupCosts(
+        "x", "ffn", torch.tensor([1.0, 2.0, math.inf]), 2, ANY, [0.0, 10.0, 11.0, 30.0]
+    )
     assert [costs.saved(count) for count in range(3)] == [0, 1, 11]
 
 
 def test_uniform_widths_are_those_that_every_block_can_have() -> None:
     needs = [0.0, 10.0, 20.0, 30.0]
-    pairs = [(f"{block}", torch.tensor(c)) for block, c in enumerate(([1.0, 2.0, 3.0], [1.0, math.inf, math.inf]))]
+    pairs = [
+        (f"{block}", torch.tensor(c))
+        for block, c in enumerate(([1.0, 2.0, 3.0], [1.0, math.inf, math.inf]))
+    ]
     costs = [GroupCosts(name, "ffn", c, 3, ANY, needs) for name, c in pairs]
     assert allocate_uniformly(costs, 20).counts == {"0": 1, "1": 1}
     with pytest.raises(OutOfReachError, match="save 20") as caught:
         allocate_uniformly(costs, 30)
-    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value), "from a coordinator on another machine"
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value), (
+        "from a coordinator on another machine"
+    )
 
 
 def test_groups_of_one_cost_go_one_at_a_time() -> None:
@@ -199,23 +233,36 @@ def test_groups_of_one_cost_go_one_at_a_time() -> None:
 
 
 @pytest.mark.parametrize(
-    "allocate", [lambda *given: allocate_globally(*given, per_unit=True), allocate_uniformly], ids=["global", "uniform"]
+    "allocate",
+    [lambda *given: allocate_globally(*given, per_unit=True), allocate_uniformly],
+    ids=["global", "uniform"],
 )
-def test_a_target_that_groups_save_exactly_takes_no_more(allocate: Callable[..., Allocation]) -> None:
+def test_a_target_that_groups_save_exactly_takes_no_more(
+    allocate: Callable[..., Allocation],
+) -> None:
     """Sums of needs are rounded."""
     needs = [0.1 * n for n in range(5)]
-    costs = [GroupCosts(f"{block}", "ffn", torch.tensor([1.0, 2, 3, 4]) + block, 4, ANY, needs) for block in range(3)]
+    costs = [
+        GroupCosts(f"{block}", "ffn", torch.tensor([1.0, 2, 3, 4]) + block, 4, ANY, needs)
+        for block in range(3)
+    ]
     missing = sum(0.4 - 0.2 for _ in costs) + 1e-10
     assert sum(allocate(costs, missing).counts.values()) == 6
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_where_groups_save_unequally_nothing_else_is_better_at_its_price(seed: int) -> None:
-    """Steps and plateaus, as of measured latencies; the oracle is the least of cost - threshold * saved over all numbers of groups."""
+    """Steps and plateaus, as of measured latencies; the oracle is the least of cost - threshold *
+    saved over all numbers of groups.
+    """
     generator = torch.Generator().manual_seed(seed)
     costs = []
     for c in costs_of(seed):
-        steps = torch.rand(c.num_left, generator=generator) * (torch.rand(c.num_left, generator=generator) < 0.6) * SIZES[c.kind]
+        steps = (
+            torch.rand(c.num_left, generator=generator)
+            * (torch.rand(c.num_left, generator=generator) < 0.6)
+            * SIZES[c.kind]
+        )
         costs.append(replace(c, needs=[0.0, *steps.double().cumsum(0).tolist()]))
     most = sum(c.saved(max(c.possible_counts)) for c in costs)
     found = allocate_globally(costs, most / 2, per_unit=True)
@@ -232,7 +279,10 @@ def test_uniform_widths_are_the_cheapest_by_brute_force(seed: int) -> None:
     found = allocate_uniformly(costs, 150)
     best = min(
         (
-            sum(float(c.costs.sort().values[: (i if c.kind == "attention" else j)].sum()) for c in costs)
+            sum(
+                float(c.costs.sort().values[: (i if c.kind == "attention" else j)].sum())
+                for c in costs
+            )
             for i, j in itertools.product(range(3), (0, 2, 4, 6))
             if 3 * (40 * i + 6 * j) >= 150
         )
@@ -244,14 +294,19 @@ def test_uniform_widths_are_the_cheapest_by_brute_force(seed: int) -> None:
 
 
 def test_targets_out_of_reach() -> None:
-    for allocate in (lambda: allocate_globally(costs_of(0), 550, per_unit=True), lambda: allocate_uniformly(costs_of(0), 550)):
+    for allocate in (
+        lambda: allocate_globally(costs_of(0), 550, per_unit=True),
+        lambda: allocate_uniformly(costs_of(0), 550),
+    ):
         with pytest.raises(OutOfReachError, match=f"save {3 * (2 * 40 + 7 * 6)}"):
             allocate()
 
 
 @pytest.mark.parametrize("limit", [None, math.inf])
 @pytest.mark.parametrize("bad", [math.nan, 1e200])
-def test_costs_that_are_no_numbers_are_an_error_and_not_groups_that_stay(bad: float, limit: float | None) -> None:
+def test_costs_that_are_no_numbers_are_an_error_and_not_groups_that_stay(
+    bad: float, limit: float | None
+) -> None:
     W, A, G = problem(R, C)
     W[0, 3] = bad
     of = linear(W, A, G)

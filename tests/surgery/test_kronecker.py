@@ -23,8 +23,9 @@ def test_packed_second_moment_equals_the_full_product(n: int) -> None:
 
 
 def test_kronecker_product_is_exact_where_kfac_is() -> None:
-    """With every pair of an input and a gradient equally often, E[gg^T x aa^T] = E[gg^T] x E[aa^T]."""
-    a, g = torch.randn(4, 3, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
+    """With every pair of input and gradient equally often, E[gg^T x aa^T] factorises."""
+    a = torch.randn(4, 3, dtype=torch.float64)
+    g = torch.randn(5, 2, dtype=torch.float64)
     pairs = [(x, y) for x in a for y in g]
     F = sum(torch.outer(torch.kron(y, x), torch.kron(y, x)) for x, y in pairs) / len(pairs)
     A = sum(torch.outer(x, x) for x, _ in pairs) / len(pairs)
@@ -40,15 +41,22 @@ def test_bias_is_one_more_input() -> None:
 
 
 def test_balancing_keeps_the_product() -> None:
-    A, G = spd(5, 0) * 1e6, spd(4, 1) * 1e-7
-    balanced_A, balanced_G = A.clone(), G.clone()
+    A = spd(5, 0) * 1e6
+    G = spd(4, 1) * 1e-7
+    balanced_A = A.clone()
+    balanced_G = G.clone()
     balance_(balanced_A, balanced_G)
-    torch.testing.assert_close(torch.kron(balanced_G, balanced_A), torch.kron(G, A), rtol=1e-12, atol=0)
-    torch.testing.assert_close(torch.linalg.norm(balanced_A), torch.linalg.norm(balanced_G), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        torch.kron(balanced_G, balanced_A), torch.kron(G, A), rtol=1e-12, atol=0
+    )
+    torch.testing.assert_close(
+        torch.linalg.norm(balanced_A), torch.linalg.norm(balanced_G), rtol=1e-12, atol=0
+    )
 
 
 def test_balancing_leaves_a_zero_factor() -> None:
-    A, G = torch.zeros(3, 3), torch.eye(2)
+    A = torch.zeros(3, 3)
+    G = torch.eye(2)
     balance_(A, G)
     assert torch.equal(A, torch.zeros(3, 3))
     assert torch.equal(G, torch.eye(2))
@@ -68,7 +76,9 @@ def test_inverse_and_its_parts(n: int) -> None:
     torch.testing.assert_close(found.inverse(), expected, rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(found.inverse_diagonal(), expected.diagonal(), rtol=1e-9, atol=0)
     some = torch.randperm(n)[: n // 2 + 1]
-    torch.testing.assert_close(found.inverse_columns(some), expected[:, some], rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(
+        found.inverse_columns(some), expected[:, some], rtol=1e-9, atol=1e-10
+    )
     if n > 8:
         sets = torch.randperm(n)[: n // 3 * 3].view(-1, 3)
         blocks = expected[sets[:, :, None], sets[:, None, :]]
@@ -76,7 +86,9 @@ def test_inverse_and_its_parts(n: int) -> None:
 
 
 def test_failed_cholesky_is_retried_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether a float32 factorisation of a hard matrix fails depends on the LAPACK, so here every one does."""
+    """Whether a float32 factorisation of a hard matrix fails depends on the LAPACK, so here every
+    one does.
+    """
     original = torch.linalg.cholesky_ex
 
     def fails_in_float32(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

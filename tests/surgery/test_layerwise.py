@@ -10,8 +10,12 @@ from tests.surgery.dense import damped, problem
 OPTIONS = {"damping": 0.01, "max_damping": 1.0, "name": "x"}
 
 
-def by_definition(W: Tensor, A: Tensor, sparsity: float, n: int, m: int, block: int) -> tuple[Tensor, Tensor]:
-    """SparseGPT one weight at a time: OBS with the inverse Hessian of the columns from c on (equations 3 and 4 of its paper)."""
+def by_definition(
+    W: Tensor, A: Tensor, sparsity: float, n: int, m: int, block: int
+) -> tuple[Tensor, Tensor]:
+    """SparseGPT one weight at a time: OBS with the inverse Hessian of the columns from c on
+    (equations 3 and 4 of its paper).
+    """
     W, R, C = W.clone(), *W.shape
     H = damped(A, 0.01)
     kept = torch.ones(R, C, dtype=torch.bool)
@@ -19,12 +23,16 @@ def by_definition(W: Tensor, A: Tensor, sparsity: float, n: int, m: int, block: 
         inverse_at = [torch.linalg.inv(H[j:, j:]) for j in range(C)]
         if m == 1 and c % block == 0:
             last = min(c + block, C)
-            scores = torch.stack([W[:, j] ** 2 / inverse_at[j][0, 0] for j in range(c, last)], dim=1)
+            scores = torch.stack(
+                [W[:, j] ** 2 / inverse_at[j][0, 0] for j in range(c, last)], dim=1
+            )
             order = scores.flatten().argsort()[: round(sparsity * scores.numel())]
             for place in order.tolist():
                 kept[place // (last - c), c + place % (last - c)] = False
         if m > 1 and c % m == 0:
-            scores = torch.stack([W[:, j] ** 2 / inverse_at[j][0, 0] for j in range(c, c + m)], dim=1)
+            scores = torch.stack(
+                [W[:, j] ** 2 / inverse_at[j][0, 0] for j in range(c, c + m)], dim=1
+            )
             for r in range(R):
                 kept[r, c + scores[r].argsort()[: m - n]] = False
         inverse = inverse_at[c]
@@ -58,7 +66,8 @@ def test_what_sparsegpt_pruned_stays_pruned_in_the_next_shot() -> None:
 
 def test_sparsegpt_removes_inputs_that_are_always_zero() -> None:
     W, A, _ = problem(5, 12)
-    A[3], A[:, 3] = 0, 0
+    A[3] = 0
+    A[:, 3] = 0
     found, kept, raised = sparsegpt(W, A, 0.5, 0, 1, before=W != 0, **OPTIONS)  # type: ignore[arg-type]
     assert not found[:, 3].any()
     assert torch.isfinite(found).all()
@@ -68,7 +77,8 @@ def test_sparsegpt_removes_inputs_that_are_always_zero() -> None:
 
 def test_sparsegpt_says_what_it_damped_more_than_asked() -> None:
     W, A, _ = problem(5, 12)
-    A[:, 1], A[1] = A[:, 0], A[0]
+    A[:, 1] = A[:, 0]
+    A[1] = A[0]
     A[1, 1] = A[0, 0] = A[0, 1]
     A -= 1e-9 * A[0, 0] * torch.eye(12, dtype=A.dtype)
     *_, raised = sparsegpt(W, A, 0.5, 0, 1, before=W != 0, damping=0.0, max_damping=1.0, name="x")
@@ -80,7 +90,8 @@ def test_sparsegpt_says_what_it_damped_more_than_asked() -> None:
 def test_what_wanda_pruned_stays_pruned_where_inputs_are_zero_now() -> None:
     W, A, _ = problem(5, 12)
     before = wanda(W, A.diagonal(), 0.25, 0, 1, before=W != 0)
-    A[:, 2:9], A[2:9] = 0, 0
+    A[:, 2:9] = 0
+    A[2:9] = 0
     kept = wanda(W * before, A.diagonal(), 0.5, 0, 1, before=before)
     assert not (kept & ~before).any()
     assert (kept.sum(dim=1) == 6).all()
@@ -92,10 +103,14 @@ def test_wanda_keeps_the_largest_of_each_row_or_group() -> None:
     kept = wanda(W, A.diagonal(), 0.25, 0, 1, before=W != 0)
     for r in range(5):
         assert set((~kept[r]).nonzero()[:, 0].tolist()) == set(scores[r].argsort()[:3].tolist())
-    assert int((~wanda(W, A.diagonal(), 0.2, 0, 1, before=W != 0)).sum(dim=1).min()) == 3, "at least a fifth of 12, as other methods do"
+    assert int((~wanda(W, A.diagonal(), 0.2, 0, 1, before=W != 0)).sum(dim=1).min()) == 3, (
+        "at least a fifth of 12, as other methods do"
+    )
     kept = wanda(W, A.diagonal(), 0.0, 2, 4, before=W != 0)
     for r in range(5):
         for start in (0, 4, 8):
             expected = scores[r, start : start + 4].argsort()[:2] + start
-            assert set((~kept[r, start : start + 4]).nonzero()[:, 0].tolist()) == {int(e) - start for e in expected}
+            assert set((~kept[r, start : start + 4]).nonzero()[:, 0].tolist()) == {
+                int(e) - start for e in expected
+            }
     assert (wanda(W, A.diagonal(), 0.0, 1, 4, before=W != 0).view(5, 3, 4).sum(dim=2) == 1).all()

@@ -4,10 +4,24 @@ import torch
 from ray_surgeon.surgery.linear import Linear, Part
 from ray_surgeon.surgery.masks import StructuredMask
 from ray_surgeon.surgery.structured import Candidates, find_candidates, prune_structures
-from tests.surgery.dense import crossing, damped, dense_removal, flags, linear, problem, too_indefinite
+from tests.surgery.dense import (
+    crossing,
+    damped,
+    dense_removal,
+    flags,
+    linear,
+    problem,
+    too_indefinite,
+)
 
 
-def candidates(of: Linear, mask: StructuredMask, structure: str = "rows_columns", *, per_parameter: bool = False) -> Candidates:
+def candidates(
+    of: Linear,
+    mask: StructuredMask,
+    structure: str = "rows_columns",
+    *,
+    per_parameter: bool = False,
+) -> Candidates:
     return find_candidates(of, mask, structure, "obs", per_parameter=per_parameter)
 
 
@@ -22,18 +36,28 @@ def test_a_part_is_put_back_where_it_came_from() -> None:
 
 @pytest.mark.parametrize("structure", ["rows", "columns"])
 def test_costs_and_update_are_the_dense_ones_on_the_alive_part(structure: str) -> None:
-    """An earlier shot removed row 2 and columns 0 and 5; now rows, or columns, below a threshold are pruned."""
+    """An earlier shot removed row 2 and columns 0 and 5; now rows, or columns, below a threshold
+    are pruned.
+    """
     W, A, G = problem()
-    rows, columns = [0, 1, 3, 4, 5], [1, 2, 3, 4, 6]
-    mask = StructuredMask(torch.tensor([i in rows for i in range(6)]), torch.tensor([i in columns for i in range(7)]))
+    rows = [0, 1, 3, 4, 5]
+    columns = [1, 2, 3, 4, 6]
+    mask = StructuredMask(
+        torch.tensor([i in rows for i in range(6)]), torch.tensor([i in columns for i in range(7)])
+    )
     mask.apply_(W)
     of = linear(W, A, G)
     found = candidates(of, mask)
     alive_W = W[rows][:, columns]
-    alive_A, alive_G = damped(A[columns][:, columns], 0.01), damped(G[rows][:, rows], 0.1)
+    alive_A = damped(A[columns][:, columns], 0.01)
+    alive_G = damped(G[rows][:, rows], 0.1)
     for i in range(5):
-        assert float(found.row_costs[i]) == pytest.approx(dense_removal(alive_W, alive_A, alive_G, crossing(5, 5, [i], []))[1], rel=1e-9)
-        assert float(found.column_costs[i]) == pytest.approx(dense_removal(alive_W, alive_A, alive_G, crossing(5, 5, [], [i]))[1], rel=1e-9)
+        assert float(found.row_costs[i]) == pytest.approx(
+            dense_removal(alive_W, alive_A, alive_G, crossing(5, 5, [i], []))[1], rel=1e-9
+        )
+        assert float(found.column_costs[i]) == pytest.approx(
+            dense_removal(alive_W, alive_A, alive_G, crossing(5, 5, [], [i]))[1], rel=1e-9
+        )
     found = candidates(of, mask, structure)
     costs = found.row_costs if structure == "rows" else found.column_costs
     threshold = float(costs.sort().values[2])
@@ -52,10 +76,13 @@ def test_costs_and_update_are_the_dense_ones_on_the_alive_part(structure: str) -
 
 def test_always_zero_rows_and_columns_cost_nothing_and_do_not_break_the_inverse() -> None:
     W, A, G = problem()
-    G[1], G[:, 1] = 0, 0
-    A[3], A[:, 3] = 0, 0
+    G[1] = 0
+    G[:, 1] = 0
+    A[3] = 0
+    A[:, 3] = 0
     W[:, 6] = 0
-    of, full = linear(W, A, G), StructuredMask.full(6, 7)
+    of = linear(W, A, G)
+    full = StructuredMask.full(6, 7)
     found = candidates(of, full)
     assert found.row_costs[1] == 0
     assert found.column_costs[3] == 0
@@ -68,7 +95,8 @@ def test_always_zero_rows_and_columns_cost_nothing_and_do_not_break_the_inverse(
 
 def test_the_bias_is_never_a_candidate_and_goes_with_its_row() -> None:
     W, A, G = problem()
-    of, full = linear(W, A, G, has_bias=True), StructuredMask.full(6, 7)
+    of = linear(W, A, G, has_bias=True)
+    full = StructuredMask.full(6, 7)
     found = candidates(of, full)
     assert found.columns.tolist() == [0, 1, 2, 3, 4, 5]
     assert len(found.rows) == 6
@@ -78,7 +106,10 @@ def test_the_bias_is_never_a_candidate_and_goes_with_its_row() -> None:
     assert removal.W[~mask.rows, -1].tolist() == [0.0]
 
 
-@pytest.mark.parametrize(("structure", "num_rows", "num_columns"), [("rows", 6, 0), ("columns", 0, 7), ("rows_columns", 6, 7)])
+@pytest.mark.parametrize(
+    ("structure", "num_rows", "num_columns"),
+    [("rows", 6, 0), ("columns", 0, 7), ("rows_columns", 6, 7)],
+)
 def test_structure_limits_the_candidates(structure: str, num_rows: int, num_columns: int) -> None:
     W, A, G = problem()
     found = candidates(linear(W, A, G), StructuredMask.full(6, 7), structure)
@@ -98,11 +129,17 @@ def test_cost_per_parameter_divides_by_what_the_structure_still_has() -> None:
 def test_a_bias_that_is_zero_makes_up_for_columns() -> None:
     W, A, G = problem()
     W[:, -1] = 0
-    of, full = linear(W, A, G, has_bias=True), StructuredMask.full(6, 7)
+    of = linear(W, A, G, has_bias=True)
+    full = StructuredMask.full(6, 7)
     found = candidates(of, full, "columns")
     threshold = float(found.column_costs.sort().values[1])
     removal, mask = prune_structures(of, full, found, threshold, "full")
-    expected, _ = dense_removal(W, damped(A, 0.01), damped(G, 0.1), crossing(6, 7, [], (~mask.columns).nonzero()[:, 0].tolist()))
+    expected, _ = dense_removal(
+        W,
+        damped(A, 0.01),
+        damped(G, 0.1),
+        crossing(6, 7, [], (~mask.columns).nonzero()[:, 0].tolist()),
+    )
     torch.testing.assert_close(removal.W, expected, rtol=1e-9, atol=1e-11)
     assert removal.W[:, -1].all()
 
@@ -110,13 +147,19 @@ def test_a_bias_that_is_zero_makes_up_for_columns() -> None:
 def test_the_update_has_the_damping_that_the_costs_needed() -> None:
     W, A, G = problem()
     A = too_indefinite(A)
-    of, full = linear(W, A, G), StructuredMask.full(6, 7)
+    of = linear(W, A, G)
+    full = StructuredMask.full(6, 7)
     found = candidates(of, full, "columns")
     assert found.damping.a == pytest.approx(0.1)
     assert [(raised.factor, raised.asked) for raised in found.raised_damping] == [("A", 0.01)]
     threshold = float(found.column_costs.sort().values[1])
     removal, mask = prune_structures(of, full, found, threshold, "full")
-    expected, cost = dense_removal(W, damped(A, 0.1), damped(G, 0.1), crossing(6, 7, [], (~mask.columns).nonzero()[:, 0].tolist()))
+    expected, cost = dense_removal(
+        W,
+        damped(A, 0.1),
+        damped(G, 0.1),
+        crossing(6, 7, [], (~mask.columns).nonzero()[:, 0].tolist()),
+    )
     torch.testing.assert_close(removal.W, expected, rtol=1e-9, atol=1e-11)
     assert removal.predicted == pytest.approx(cost, rel=1e-9)
 
@@ -132,6 +175,8 @@ def test_a_linear_of_which_all_rows_are_pruned_has_no_candidates() -> None:
     W, A, G = problem()
     mask = StructuredMask(flags(6, []), flags(7, list(range(7))))
     mask.apply_(W)
-    found = find_candidates(linear(W, A, G), mask, "rows_columns", "obs", per_parameter=True, limit=1.0)
+    found = find_candidates(
+        linear(W, A, G), mask, "rows_columns", "obs", per_parameter=True, limit=1.0
+    )
     assert not len(found.rows)
     assert prune_structures(linear(W, A, G), mask, found, 1.0, "full")[1].num_kept == 0

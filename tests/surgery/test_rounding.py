@@ -9,7 +9,10 @@ from torch import Tensor
 from ray_surgeon.surgery.columns import upper_inverse
 from ray_surgeon.surgery.rounding import FRACTIONS, nearest, round_columns, scales_of
 
-R, C, SIZE, BITS = 5, 24, 8, 4
+R = 5
+C = 24
+SIZE = 8
+BITS = 4
 EXACT = {"damping": 0.0, "max_damping": 1.0, "name": "w"}
 
 
@@ -26,15 +29,20 @@ def loss(change: Tensor, A: Tensor) -> float:
 
 
 def one_by_one(W: Tensor, A: Tensor) -> Tensor:
-    """Round a column, then solve for all columns to its right at once, from the original weights."""
-    found, current = W.clone(), W.clone()
-    importance = torch.stack([1 / torch.linalg.inv(A[c:, c:])[0, 0] for c in range(len(A))])  # least cost of a unit error of column c
+    """Round a column, then solve for all to its right at once, from the original weights."""
+    found = W.clone()
+    current = W.clone()
+    importance = torch.stack(
+        [1 / torch.linalg.inv(A[c:, c:])[0, 0] for c in range(len(A))]
+    )  # least cost of a unit error of column c
     for c in range(W.shape[1]):
         if c % SIZE == 0:
             scale = scales_of(current[:, c : c + SIZE], importance[c : c + SIZE], BITS)
         found[:, c] = nearest(current[:, c], scale, BITS)
-        done, rest = slice(0, c + 1), slice(c + 1, None)
-        # least tr(D A D^T) over D_rest, with D_done = found - W: D_rest = -D_done A_done,rest A_rest,rest^-1
+        done = slice(0, c + 1)
+        rest = slice(c + 1, None)
+        # least tr(D A D^T) over D_rest, with D_done = found - W: D_rest = -D_done A_done,rest
+        # A_rest,rest^-1
         change = -(found[:, done] - W[:, done]) @ A[done, rest] @ torch.linalg.inv(A[rest, rest])
         current[:, rest] = W[:, rest] + change
     return found
@@ -62,7 +70,9 @@ def test_blocks_of_columns_change_nothing(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_group_of_zeros_stays_zero() -> None:
     W, A = problem()
     W[2, SIZE : 2 * SIZE] = 0
-    A = torch.block_diag(*(A[i : i + SIZE, i : i + SIZE] for i in range(0, C, SIZE)))  # other groups' errors do not reach it
+    A = torch.block_diag(
+        *(A[i : i + SIZE, i : i + SIZE] for i in range(0, C, SIZE))
+    )  # other groups' errors do not reach it
     found, scales = round_columns(W, A, SIZE, BITS, **EXACT)
     assert not found[2, SIZE : 2 * SIZE].any()
     assert torch.isfinite(found).all()
@@ -72,20 +82,30 @@ def test_a_group_of_zeros_stays_zero() -> None:
 def test_outputs_change_less_than_by_rounding_to_the_nearest() -> None:
     W, A = problem()
     found, _ = round_columns(W, A, SIZE, BITS, **EXACT)
-    plain = torch.cat([nearest(g, g.abs().amax(dim=1, keepdim=True) / 7.5, BITS) for g in W.split(SIZE, dim=1)], dim=1)
+    plain = torch.cat(
+        [nearest(g, g.abs().amax(dim=1, keepdim=True) / 7.5, BITS) for g in W.split(SIZE, dim=1)],
+        dim=1,
+    )
     assert loss(found - W, A) < 0.5 * loss(plain - W, A)
 
 
 def test_inputs_that_are_independent_leave_nothing_to_make_up_for() -> None:
     W, _ = problem()
     found, _ = round_columns(W, torch.eye(C, dtype=torch.float64), SIZE, BITS, **EXACT)
-    plain = torch.cat([nearest(g, scales_of(g, torch.ones(SIZE), BITS)[:, None], BITS) for g in W.split(SIZE, dim=1)], dim=1)
+    plain = torch.cat(
+        [
+            nearest(g, scales_of(g, torch.ones(SIZE), BITS)[:, None], BITS)
+            for g in W.split(SIZE, dim=1)
+        ],
+        dim=1,
+    )
     torch.testing.assert_close(found, plain, rtol=0, atol=1e-12)
 
 
 def test_inputs_that_are_always_zero() -> None:
     W, A = problem()
-    A[3], A[:, 3] = 0, 0
+    A[3] = 0
+    A[:, 3] = 0
     found, _ = round_columns(W, A, SIZE, BITS, **EXACT)
     assert torch.isfinite(found).all()
 
@@ -94,11 +114,15 @@ def test_the_upper_factor_is_that_of_the_dense_inverse() -> None:
     _, A = problem()
     U, raised = upper_inverse(A, 0.01, 1.0, "w")
     damped = A + 0.01 * A.diagonal().mean() * torch.eye(C, dtype=A.dtype)
-    torch.testing.assert_close(U, torch.linalg.cholesky(damped.inverse(), upper=True), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        U, torch.linalg.cholesky(damped.inverse(), upper=True), rtol=1e-9, atol=1e-12
+    )
     assert raised is None
 
 
-@pytest.mark.parametrize(("num_columns", "num_tokens", "damping"), [(32, 20, 0.0), (32, 20, 1e-8), (128, 64, 1e-7)])
+@pytest.mark.parametrize(
+    ("num_columns", "num_tokens", "damping"), [(32, 20, 0.0), (32, 20, 1e-8), (128, 64, 1e-7)]
+)
 def test_few_tokens_and_little_damping(num_columns: int, num_tokens: int, damping: float) -> None:
     """In float32 the inverse of what has a Cholesky factor may have none."""
     generator = torch.Generator().manual_seed(0)
@@ -113,24 +137,36 @@ def test_few_tokens_and_little_damping(num_columns: int, num_tokens: int, dampin
 @pytest.mark.parametrize("strength", [1.0, 1e-3])
 def test_inputs_that_are_always_zero_change_no_damping_of_the_others(strength: float) -> None:
     W, A = problem()
-    A, live = strength**2 * A, torch.ones(C, dtype=torch.bool)
+    A = strength**2 * A
+    live = torch.ones(C, dtype=torch.bool)
     live[[0, 3, 7, 20]] = False
-    A[~live], A[:, ~live] = 0, 0
+    A[~live] = 0
+    A[:, ~live] = 0
     U, _ = upper_inverse(A, 0.01, 1.0, "w")
     alone, _ = upper_inverse(A[live][:, live], 0.01, 1.0, "w")
     torch.testing.assert_close(U[live][:, live], alone, rtol=1e-9, atol=0)
     assert not U[~live][:, live].any()
     found, _ = round_columns(W, A, SIZE, BITS, damping=0.01, max_damping=1.0, name="w")
-    expected, _ = round_columns(W, A / strength**2, SIZE, BITS, damping=0.01, max_damping=1.0, name="w")
+    expected, _ = round_columns(
+        W, A / strength**2, SIZE, BITS, damping=0.01, max_damping=1.0, name="w"
+    )
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_the_scale_is_the_best_that_is_tried() -> None:
     W, _ = problem()
-    group, weight = W[:, :SIZE], torch.arange(1.0, SIZE + 1, dtype=torch.float64)
+    group = W[:, :SIZE]
+    weight = torch.arange(1.0, SIZE + 1, dtype=torch.float64)
     found = scales_of(group, weight, BITS)
     for row, scale in zip(group, found, strict=True):
         largest = row.abs().max() / 7.5
-        tried = {float(largest * f): float(((row - nearest(row, largest * f, BITS)).square() * weight).sum()) for f in FRACTIONS}
+        tried = {
+            float(largest * f): float(
+                ((row - nearest(row, largest * f, BITS)).square() * weight).sum()
+            )
+            for f in FRACTIONS
+        }
         assert float(scale) == pytest.approx(min(tried, key=lambda one: tried[one]))
-        assert min(tried.values()) < tried[float(largest)] or float(scale) == pytest.approx(float(largest))
+        assert min(tried.values()) < tried[float(largest)] or float(scale) == pytest.approx(
+            float(largest)
+        )

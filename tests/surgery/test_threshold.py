@@ -1,16 +1,23 @@
 import pytest
 import torch
 
-from ray_surgeon.surgery.threshold import StructureCosts, can_reach, structured_threshold, units_to_remove
+from ray_surgeon.surgery.threshold import (
+    StructureCosts,
+    can_reach,
+    structured_threshold,
+    units_to_remove,
+)
 
 
 def linears(seed: int, ties: bool) -> list[StructureCosts]:
     generator = torch.Generator().manual_seed(seed)
     found = []
     for i, (R, C) in enumerate([(5, 8), (8, 3), (4, 4)]):
-        rows, columns = torch.rand(R, generator=generator), torch.rand(C, generator=generator)
+        rows = torch.rand(R, generator=generator)
+        columns = torch.rand(C, generator=generator)
         if ties:
-            rows, columns = (rows * 4).floor() / 4, (columns * 4).floor() / 4
+            rows = (rows * 4).floor() / 4
+            columns = (columns * 4).floor() / 4
         found.append(StructureCosts(f"l{i}", R * C, R, C, rows, columns))
     return found
 
@@ -29,7 +36,9 @@ def removed(costs: list[StructureCosts], value: float) -> int:
 def test_threshold_is_the_smallest_by_brute_force(seed: int, target: float, ties: bool) -> None:
     costs = linears(seed, ties)
     total = sum(c.num_parameters for c in costs)
-    candidates = sorted({0.0, *(float(x) for c in costs for side in (c.rows, c.columns) for x in side)})
+    candidates = sorted(
+        {0.0, *(float(x) for c in costs for side in (c.rows, c.columns) for x in side)}
+    )
     expected = next(v for v in candidates if removed(costs, v) >= target * total - 1e-6)
     found = structured_threshold(costs, target)
     assert found.value == expected
@@ -49,13 +58,17 @@ def test_threshold_is_the_smallest_by_brute_force(seed: int, target: float, ties
         (0.3, 0, 1, 30, 30),
     ],
 )
-def test_units_that_are_missing(target: float, num_pruned: int, num_per_unit: int, num_candidates: int, expected: int) -> None:
+def test_units_that_are_missing(
+    target: float, num_pruned: int, num_per_unit: int, num_candidates: int, expected: int
+) -> None:
     assert units_to_remove(target, 100, num_pruned, num_per_unit, num_candidates) == expected
 
 
 def test_units_that_there_are_not() -> None:
     assert units_to_remove(0.5, 10_000, 0, 1, 4_995) == 4_995, "biases count and stay"
-    with pytest.raises(ValueError, match=r"0\.5 cannot be reached; all candidates together are 0\.4900"):
+    with pytest.raises(
+        ValueError, match=r"0\.5 cannot be reached; all candidates together are 0\.4900"
+    ):
         units_to_remove(0.5, 10_000, 0, 1, 4_900)
 
 
@@ -74,7 +87,9 @@ def test_what_earlier_shots_removed_counts() -> None:
 
 
 def test_dead_structures_go_first_and_are_counted() -> None:
-    costs = [StructureCosts("x", 20, 4, 5, torch.tensor([0.0, 0.0, 1.0, 2.0]), torch.full((5,), 9.0))]
+    costs = [
+        StructureCosts("x", 20, 4, 5, torch.tensor([0.0, 0.0, 1.0, 2.0]), torch.full((5,), 9.0))
+    ]
     found = structured_threshold(costs, 0.01)
     assert (found.value, found.num_removed) == (0.0, 10)
 

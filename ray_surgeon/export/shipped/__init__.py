@@ -1,1 +1,1 @@
-"""Modules that are copied beside the weights of an export; they import torch and transformers only."""
+"""Modules that go with an export's weights; they import torch and transformers only."""

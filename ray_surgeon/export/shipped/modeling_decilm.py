@@ -1,7 +1,10 @@
-"""Loads this DeciLM checkpoint in transformers: ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)``.
+"""Loads this DeciLM checkpoint in transformers.
 
-Programs with an implementation of DeciLM of their own need the configuration class only: ``block_configs[i].attention`` and ``.ffn`` are
-objects with attributes there, and plain JSON in config.json.
+``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)``.
+
+Programs with an implementation of DeciLM of their own need the configuration class only:
+``block_configs[i].attention`` and ``.ffn`` are objects with attributes there, and plain JSON in
+config.json.
 """
 
 from __future__ import annotations
@@ -30,15 +33,23 @@ class DeciLMConfig(LlamaConfig):  # type: ignore[misc]
 
     model_type = "nemotron-nas"
 
-    def __init__(self, block_configs: list[dict[str, dict[str, Any]]] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, block_configs: list[dict[str, dict[str, Any]]] | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         blocks = block_configs or []
-        self.block_configs = [SimpleNamespace(**{part: SimpleNamespace(**values) for part, values in block.items()}) for block in blocks]
+        self.block_configs = [
+            SimpleNamespace(**{part: SimpleNamespace(**values) for part, values in block.items()})
+            for block in blocks
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON."""
         document: dict[str, Any] = super().to_dict()
-        document["block_configs"] = [{part: vars(values) for part, values in vars(block).items()} for block in self.block_configs]
+        document["block_configs"] = [
+            {part: vars(values) for part, values in vars(block).items()}
+            for block in self.block_configs
+        ]
         return document
 
 
@@ -49,11 +60,22 @@ class DeciLMForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
 
     def __init__(self, config: DeciLMConfig) -> None:
         super().__init__(config)
-        (blocks,) = (m for m in self.modules() if isinstance(m, nn.ModuleList) and len(m) == config.num_hidden_layers)
+        (blocks,) = (
+            m
+            for m in self.modules()
+            if isinstance(m, nn.ModuleList) and len(m) == config.num_hidden_layers
+        )
         for layer_idx, (block, sizes) in enumerate(zip(blocks, config.block_configs, strict=True)):
             num_heads = 0 if sizes.attention.no_op else config.num_attention_heads
             num_kv_heads = num_heads // (sizes.attention.n_heads_in_group or 1)
-            narrow_block(block, config, layer_idx, width_of(sizes.ffn, config.hidden_size), num_heads, num_kv_heads)
+            narrow_block(
+                block,
+                config,
+                layer_idx,
+                width_of(sizes.ffn, config.hidden_size),
+                num_heads,
+                num_kv_heads,
+            )
             if sizes.attention.no_op:
                 block.input_layernorm = nn.Identity()
             if sizes.ffn.no_op:

@@ -1,1 +1,4 @@
-"""The paper's extensions that lose to the defaults: sums of Kronecker products, and updates chunk by chunk (docs/negative-results.md)."""
+"""The paper's extensions that lose to the defaults (docs/negative-results.md).
+
+These are sums of Kronecker products, and updates chunk by chunk.
+"""

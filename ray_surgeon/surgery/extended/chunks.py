@@ -1,4 +1,4 @@
-"""The paper's update of elements: chunks of correlated elements, each on the weights updated so far.
+"""The paper's update of elements: chunk by chunk, on the weights updated so far.
 
 Source: docs/method.md, section 4; The LLM Surgeon, section 3.4.
 """
@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 
 
-def update_in_chunks(W: Tensor, A_inverse: Tensor, G_inverse: Tensor, to_prune: Tensor, max_correlate: int) -> Tensor:
+def update_in_chunks(
+    W: Tensor, A_inverse: Tensor, G_inverse: Tensor, to_prune: Tensor, max_correlate: int
+) -> Tensor:
     """Remove elements chunk by chunk and update everything else; removed elements end at zero.
 
-    A chunk S is at most `max_correlate` removed elements in row-major order. Its multipliers solve C x = w_S with
-    C_ij = [G^-1]_{r_i r_j} [A^-1]_{c_i c_j}, and the weights change by -G^-1 X A^-1, where X has x in the places of S. X is zero
-    outside the rows that the chunk touches, so only those rows are multiplied.
+    A chunk S is at most `max_correlate` removed elements in row-major order. Its multipliers solve
+    C x = w_S with C_ij = [G^-1]_{r_i r_j} [A^-1]_{c_i c_j}, and the weights change by -G^-1 X A^-1,
+    where X has x in the places of S. X is zero outside the rows that the chunk touches, so only
+    those rows are multiplied.
 
     Args:
         W: [R, C].

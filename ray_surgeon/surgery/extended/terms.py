@@ -1,10 +1,12 @@
 """Extended KFAC: the Fisher of one linear as a sum of Kronecker products, F = sum_r kron(G_r, A_r).
 
-Source: docs/method.md, sections 1 and 4; The LLM Surgeon, section 3.1 (RK > 1). The first term is plain KFAC; every further one is the best
-Kronecker product for what the ones before leave, found by the power method on the rearranged Fisher
-R(F) = 1/N sum vec(g g^T) vec(a a^T)^T, which is never formed.
+Source: docs/method.md, sections 1 and 4; The LLM Surgeon, section 3.1 (RK > 1). The first term is
+plain KFAC; every further one is the best Kronecker product for what the ones before leave, found by
+the power method on the rearranged Fisher R(F) = 1/N sum vec(g g^T) vec(a a^T)^T, which is never
+formed.
 
-N: tokens; a [C], g [R]: input and output gradient of one token; all factors here are means over tokens.
+N: tokens; a [C], g [R]: input and output gradient of one token; all factors here are means over
+tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +20,10 @@ from torch import Tensor
 from ray_surgeon.surgery.kronecker import Term
 
 _LEAST = 0.1
-"""Of the first term, what the further terms leave in every direction, so that their sum is positive definite."""
+"""Part of the first term that further terms leave in every direction.
+
+So their sum is positive definite.
+"""
 
 
 def quadratic_forms(x: Tensor, matrix: Tensor) -> Tensor:
@@ -26,8 +31,12 @@ def quadratic_forms(x: Tensor, matrix: Tensor) -> Tensor:
     return (x @ matrix * x).sum(dim=1)
 
 
-def power_iteration(moment: Tensor, known: Sequence[Tensor], known_other: Sequence[Tensor], other: Tensor) -> tuple[Tensor, float]:
-    """Finish one iteration of the power method: take off what the known terms explain, and normalise.
+def power_iteration(
+    moment: Tensor, known: Sequence[Tensor], known_other: Sequence[Tensor], other: Tensor
+) -> tuple[Tensor, float]:
+    """Finish one iteration of the power method.
+
+    What the known terms explain is taken off, and the rest normalised.
 
     Args:
         moment: 1/N sum (x^T other x) y y^T, of the side that is wanted.
@@ -50,7 +59,9 @@ class ClippedTerm:
     """A further term that keeps the sum positive definite."""
 
     term: Term  # G_r and A_r after clipping
-    change: float  # norm of what was clipped, relative to the norm of the term, both measured in units of the first term
+    # norm of what was clipped, relative to the norm of the term, both measured in units of the
+    # first term
+    change: float
 
 
 def _whitened(factor: Tensor, cholesky: Tensor) -> Tensor:
@@ -62,11 +73,12 @@ def _whitened(factor: Tensor, cholesky: Tensor) -> Tensor:
 
 
 def clip_term(term: Term, G_cholesky: Tensor, A_cholesky: Tensor, share: float) -> ClippedTerm:
-    """Clip the negative eigenvalues of a further term, where they would make the sum with the first term indefinite.
+    """Clip the negative eigenvalues that would make the sum of terms indefinite.
 
-    In units of the first term, whose Cholesky factors are given, the two factors have eigenvalues s and t, and the term is at least
-    the smallest s_i t_j times the first. That is kept above ``-share (1 - 0.1)`` by raising negative s and t; of the two signs of the
-    factors, kron(G, A) = kron(-G, -A), the one is taken that changes less.
+    In units of the first term, whose Cholesky factors are given, the two factors have eigenvalues s
+    and t, and the term is at least the smallest s_i t_j times the first. That is kept above
+    ``-share (1 - 0.1)`` by raising negative s and t; of the two signs of the factors, kron(G, A) =
+    kron(-G, -A), the one is taken that changes less.
 
     Args:
         term: G_r and A_r, symmetric.
@@ -76,29 +88,36 @@ def clip_term(term: Term, G_cholesky: Tensor, A_cholesky: Tensor, share: float) 
     """
     if not len(G_cholesky) or not len(A_cholesky):
         return ClippedTerm(term, 0.0)
-    (s, E), (t, D) = torch.linalg.eigh(_whitened(term[0], G_cholesky)), torch.linalg.eigh(_whitened(term[1], A_cholesky))
-    room, size = share * (1 - _LEAST), s.norm() * t.norm()
+    (s, E) = torch.linalg.eigh(_whitened(term[0], G_cholesky))
+    (t, D) = torch.linalg.eigh(_whitened(term[1], A_cholesky))
+    room = share * (1 - _LEAST)
+    size = s.norm() * t.norm()
     best: tuple[float, float, Tensor, Tensor] | None = None
     for sign in (1.0, -1.0):
         low_s = torch.clamp(sign * s, min=-room / max(float((sign * t).max()), 1e-30))
         low_t = torch.clamp(sign * t, min=-room / max(float((sign * s).max()), 1e-30))
         kept = low_s.norm() ** 2 * low_t.norm() ** 2
-        change = float((size**2 + kept - 2 * (sign * s @ low_s) * (sign * t @ low_t)).clamp(min=0).sqrt() / size.clamp(min=1e-30))
+        change = float(
+            (size**2 + kept - 2 * (sign * s @ low_s) * (sign * t @ low_t)).clamp(min=0).sqrt()
+            / size.clamp(min=1e-30)
+        )
         if best is None or change < best[0]:
             best = (change, sign, low_s, low_t)
     assert best is not None
     change, sign, low_s, low_t = best
     if torch.equal(low_s, sign * s) and torch.equal(low_t, sign * t):
         return ClippedTerm(term, 0.0)
-    G, A = G_cholesky @ E, A_cholesky @ D
+    G = G_cholesky @ E
+    A = A_cholesky @ D
     return ClippedTerm(((G * low_s) @ G.T, (A * low_t) @ A.T), change)
 
 
 class TwoTermInverse:
     """Inverse of kron(G_0, A_0) + kron(G_1, A_1), G_0 and A_0 positive definite.
 
-    With G_0 = L L^T and L^-1 G_1 L^-T = E diag(s) E^T, K1 = L^-T E, and K2, t from A likewise,
-    F^-1 = kron(K1, K2) diag(1 / (1 + s t^T)) kron(K1, K2)^T. (The published code has K1 = L^-1 E, which is another matrix.)
+    With G_0 = L L^T and L^-1 G_1 L^-T = E diag(s) E^T, K1 = L^-T E, and K2, t from A likewise, F^-1
+    = kron(K1, K2) diag(1 / (1 + s t^T)) kron(K1, K2)^T. (The published code has K1 = L^-1 E, which
+    is another matrix.)
     """
 
     def __init__(self, G_cholesky: Tensor, A_cholesky: Tensor, term: Term) -> None:
@@ -107,7 +126,8 @@ class TwoTermInverse:
         t, D = torch.linalg.eigh(_whitened(term[1], A_cholesky))
         self.K1 = torch.linalg.solve_triangular(G_cholesky.T, E, upper=True)
         self.K2 = torch.linalg.solve_triangular(A_cholesky.T, D, upper=True)
-        self._back1, self._back2 = G_cholesky @ E, A_cholesky @ D
+        self._back1 = G_cholesky @ E
+        self._back2 = A_cholesky @ D
         self.S = 1 + torch.outer(s, t)
         assert bool((self.S > 0).all()), "the sum of the two terms is indefinite"
 
@@ -125,7 +145,10 @@ class TwoTermInverse:
         return self._back1.T @ W, (1 / self.S) @ self.K2.square().T
 
     def row_costs(self, W: Tensor) -> Tensor:
-        """Return the cost of each row after the optimal update of the others: 1/2 sum_j Y_rj^2 / Z_rj, [R]."""
+        """Return the cost of each row after the optimal update of the others, [R].
+
+        It is 1/2 sum_j Y_rj^2 / Z_rj.
+        """
         Y, Z = self.row_parts(W)
         return 0.5 * (Y.square() / Z).sum(dim=1)
 
@@ -140,12 +163,18 @@ class TwoTermInverse:
         return diagonal
 
     def row_blocks(self, left: Tensor, right: Tensor) -> Tensor:
-        """Return [F^-1]_{(r, left_i), (r, right_i)} for every row and every pair of columns (left_i, right_i): [R, num_pairs]."""
+        """Return [F^-1]_{(r, left_i), (r, right_i)}, [R, num_pairs].
+
+        That is for every row and every pair of columns (left_i, right_i).
+        """
         blocks: Tensor = self.K1.square() @ (1 / self.S) @ (self.K2[left] * self.K2[right]).T
         return blocks
 
     def single_corrections(self, W: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        """Return the sum of each removed row's and column's own correction, [R, C], as if it were pruned alone."""
+        """Return the sum of each removed row's and column's own correction, [R, C].
+
+        Each is as if it were pruned alone.
+        """
         total = torch.zeros_like(W)
         if rows.any():
             Y, Z = self.row_parts(W)
@@ -178,8 +207,8 @@ def minimise_kept(
 ) -> tuple[Tensor, float]:
     """Remove rows and columns and minimise the quadratic over the weights that stay.
 
-    Two terms are solved exactly by the generalised eigenvectors of their kept blocks; more by conjugate gradients with that as the
-    preconditioner.
+    Two terms are solved exactly by the generalised eigenvectors of their kept blocks; more by
+    conjugate gradients with that as the preconditioner.
 
     Args:
         W: [R, C].
@@ -192,7 +221,8 @@ def minimise_kept(
     Returns:
         [R, C] new weights, zero in every removed row and column, and the relative residual.
     """
-    K, L = ~rows, ~columns
+    K = ~rows
+    L = ~columns
     new = torch.zeros_like(W)
     if not K.any() or not L.any():
         return new, 0.0
@@ -206,10 +236,13 @@ def minimise_kept(
     return new, residual
 
 
-def solve_terms(right: Tensor, terms: Sequence[Term], *, tolerance: float, num_iterations: int) -> tuple[Tensor, float]:
+def solve_terms(
+    right: Tensor, terms: Sequence[Term], *, tolerance: float, num_iterations: int
+) -> tuple[Tensor, float]:
     """Solve sum_r G_r X A_r = right; return X and the relative residual."""
     (G0, A0), *further = terms
-    G_cholesky, A_cholesky = torch.linalg.cholesky(G0), torch.linalg.cholesky(A0)
+    G_cholesky = torch.linalg.cholesky(G0)
+    A_cholesky = torch.linalg.cholesky(A0)
     if not further:
         return torch.cholesky_solve(torch.cholesky_solve(right.T, A_cholesky).T, G_cholesky), 0.0
     inverse = TwoTermInverse(G_cholesky, A_cholesky, further[0])
@@ -219,14 +252,17 @@ def solve_terms(right: Tensor, terms: Sequence[Term], *, tolerance: float, num_i
         return X, 0.0
     residual = right - apply_terms(X, terms)
     z = inverse.solve(residual)
-    direction, rz, iteration = z, torch.sum(residual * z), 0
+    direction = z
+    rz = torch.sum(residual * z)
+    iteration = 0
     while iteration < num_iterations and float(torch.linalg.norm(residual)) > tolerance * start:
         product = apply_terms(direction, terms)
         step = rz / torch.sum(direction * product)
         X = X + step * direction
         residual = residual - step * product
         z = inverse.solve(residual)
-        previous, rz = rz, torch.sum(residual * z)
+        previous = rz
+        rz = torch.sum(residual * z)
         direction = z + rz / previous * direction
         iteration += 1
     return X, float(torch.linalg.norm(right - apply_terms(X, terms))) / start
