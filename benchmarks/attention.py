@@ -17,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.consumer_costs import seconds
 from ray_surgeon.models.attention import in_products
-from ray_surgeon.run.display import new_console
+from ray_surgeon.report.display import new_console
 
 
 def by_torch(query: Tensor, key: Tensor, value: Tensor, *, causal: bool) -> Tensor:

@@ -24,15 +24,15 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from benchmarks.experts import inputs_of
+from ray_surgeon.maths.experts import rerouting_costs, share_of_tokens, shrunk_factors
 from ray_surgeon.models.build import BlockRange
 from ray_surgeon.models.checkpoint import tensor_reader
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.loss import Comparison
 from ray_surgeon.models.runner import BlockRunner, Call
 from ray_surgeon.models.shard import ModelShard
-from ray_surgeon.sections.texts import ModelSection
+from ray_surgeon.spec.model import ModelSection
 from ray_surgeon.storage.sources import open_model
-from ray_surgeon.surgery.experts import rerouting_costs, share_of_tokens, shrunk_factors
 
 NUM_THREADS = 2
 

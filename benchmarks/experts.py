@@ -26,15 +26,15 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from ray_surgeon.cluster.local import LocalCluster
-from ray_surgeon.cluster.worker import LinearSummary, Worker, collective
-from ray_surgeon.inputs import Inputs, check
-from ray_surgeon.methods import Groups
+from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.models.layout import ModelLayout
-from ray_surgeon.run.directory import RunDirectory
-from ray_surgeon.shots import run_shots
-from ray_surgeon.spec import parse_spec
-from ray_surgeon.surgery.masks import StructuredMask
+from ray_surgeon.report.directory import RunDirectory
+from ray_surgeon.run.inputs import Inputs, check
+from ray_surgeon.run.loop import run_shots
+from ray_surgeon.runtime.local import LocalCluster
+from ray_surgeon.runtime.worker import LinearSummary, Worker, collective
+from ray_surgeon.spec.job import parse_spec
+from ray_surgeon.stages.prune import Groups
 
 FRACTIONS = (0.25, 0.5)
 NUM_AT_ONCE = 2

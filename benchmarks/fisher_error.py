@@ -22,17 +22,17 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from ray_surgeon.cluster.local import LocalCluster
-from ray_surgeon.cluster.placement import place
-from ray_surgeon.cluster.worker import ModelRecipe, load
-from ray_surgeon.inputs import Inputs, check
+from ray_surgeon.maths.extended.terms import power_iteration, quadratic_forms
+from ray_surgeon.maths.kronecker import Term
 from ray_surgeon.models.shard import watch_pairs
-from ray_surgeon.run.display import new_console
-from ray_surgeon.run.plots import save
-from ray_surgeon.spec import parse_spec
+from ray_surgeon.report.display import new_console
+from ray_surgeon.report.plots import save
+from ray_surgeon.run.inputs import Inputs, check
+from ray_surgeon.runtime.local import LocalCluster
+from ray_surgeon.runtime.placement import place
+from ray_surgeon.runtime.worker import ModelRecipe, load
+from ray_surgeon.spec.job import parse_spec
 from ray_surgeon.storage import files
-from ray_surgeon.surgery.extended.terms import power_iteration, quadratic_forms
-from ray_surgeon.surgery.kronecker import Term
 
 
 def token_pairs(inputs: Inputs, linears: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:

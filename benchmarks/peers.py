@@ -47,16 +47,17 @@ from transformers import (
 import ray_surgeon
 from benchmarks.real_models import MODELS, fetch
 from ray_surgeon.export.folder import copy_small_files
-from ray_surgeon.inputs import Inputs, check
-from ray_surgeon.methods import Groups
+from ray_surgeon.maths.allocate import GroupCosts, allocate_globally, allocate_uniformly
 from ray_surgeon.models.layout import GroupSet, ModelLayout
 from ray_surgeon.models.loss import compare_with_dense, perplexity_of
-from ray_surgeon.sections.texts import ModelSection, SelfSection
-from ray_surgeon.spec import JobSpec, parse_spec
+from ray_surgeon.run.inputs import Inputs, check
+from ray_surgeon.spec.job import JobSpec, parse_spec
+from ray_surgeon.spec.model import ModelSection
+from ray_surgeon.spec.written import SelfSection
+from ray_surgeon.stages.prune import Groups
 from ray_surgeon.storage import tensor_files
 from ray_surgeon.storage.sources import open_model
 from ray_surgeon.storage.texts import order
-from ray_surgeon.surgery.allocate import GroupCosts, allocate_globally, allocate_uniformly
 
 POINTS: dict[str, dict[str, Any]] = {
     "uniform FFN width, a quarter of the channels": {"groups": ["ffn"], "allocation": "uniform"},

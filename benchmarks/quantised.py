@@ -20,16 +20,16 @@ from transformers import AutoConfig
 
 import ray_surgeon
 from benchmarks.peers import without_own_text
-from ray_surgeon.cluster.local import LocalCluster
-from ray_surgeon.cluster.placement import place
-from ray_surgeon.cluster.worker import ModelRecipe, load
 from ray_surgeon.export.folder import quantised_copy
 from ray_surgeon.export.rounding import round_weights
-from ray_surgeon.inputs import Inputs, check
 from ray_surgeon.models.layout import ModelLayout
-from ray_surgeon.sections.output import QuantizeSection
-from ray_surgeon.sections.texts import ModelSection
-from ray_surgeon.spec import JobSpec, parse_spec
+from ray_surgeon.run.inputs import Inputs, check
+from ray_surgeon.runtime.local import LocalCluster
+from ray_surgeon.runtime.placement import place
+from ray_surgeon.runtime.worker import ModelRecipe, load
+from ray_surgeon.spec.job import JobSpec, parse_spec
+from ray_surgeon.spec.model import ModelSection
+from ray_surgeon.spec.output import QuantizeSection
 from ray_surgeon.storage.sources import open_model
 
 SCHEMES = (("int8", None), ("fp8", None), ("w4a16", 64), ("w4a16", 32))

@@ -42,16 +42,16 @@ from transformers import (
 )
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
+from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.models.build import stored_name
 from ray_surgeon.models.experts import split_experts
 from ray_surgeon.models.families import FAMILIES
 from ray_surgeon.models.loss import next_token_loss
 from ray_surgeon.models.low_rank import LowRank
-from ray_surgeon.sections.texts import SourceSection
-from ray_surgeon.spec import parse_spec
+from ray_surgeon.spec.job import parse_spec
+from ray_surgeon.spec.texts import SourceSection
 from ray_surgeon.storage.sources import open_model
 from ray_surgeon.storage.texts import cut_windows, token_stream
-from ray_surgeon.surgery.masks import StructuredMask
 
 TEXTS = ("python-docs", "python-docstrings", "package-descriptions")
 DROPPED = 0.25

@@ -28,21 +28,21 @@ from transformers import AutoConfig
 
 from benchmarks.humaneval import named_folders
 from benchmarks.peers import inputs_of_spec
-from ray_surgeon.cluster.dense_model import DenseStates
-from ray_surgeon.cluster.generation import (
+from ray_surgeon.models.layout import ModelLayout
+from ray_surgeon.models.loss import perplexity_of
+from ray_surgeon.runtime.dense_model import DenseStates
+from ray_surgeon.runtime.local import LocalCluster
+from ray_surgeon.runtime.passes import num_counted, sequence_losses
+from ray_surgeon.runtime.placement import place
+from ray_surgeon.runtime.worker import ModelRecipe, Worker, load
+from ray_surgeon.spec.model import ModelSection
+from ray_surgeon.stages.answers.answers import (
     ANSWERS,
     Answers,
     measure_answers,
     read_answers,
     remember_answers,
 )
-from ray_surgeon.cluster.local import LocalCluster
-from ray_surgeon.cluster.passes import num_counted, sequence_losses
-from ray_surgeon.cluster.placement import place
-from ray_surgeon.cluster.worker import ModelRecipe, Worker, load
-from ray_surgeon.models.layout import ModelLayout
-from ray_surgeon.models.loss import perplexity_of
-from ray_surgeon.sections.texts import ModelSection
 
 Measures = dict[str, float]  # name -> value, of one model
 

@@ -12,21 +12,21 @@ __all__ = ["JobSpec", "KroneckerFactors", "PruneResult", "curvature", "parse_spe
 
 if TYPE_CHECKING:
     from ray_surgeon.api import PruneResult, curvature, prune
-    from ray_surgeon.spec import JobSpec, parse_spec
-    from ray_surgeon.surgery.kronecker import KroneckerFactors
+    from ray_surgeon.maths.kronecker import KroneckerFactors
+    from ray_surgeon.spec.job import JobSpec, parse_spec
 
 _HOMES = {
-    "JobSpec": "ray_surgeon.spec",
-    "KroneckerFactors": "ray_surgeon.surgery.kronecker",
+    "JobSpec": "ray_surgeon.spec.job",
+    "KroneckerFactors": "ray_surgeon.maths.kronecker",
     "PruneResult": "ray_surgeon.api",
     "curvature": "ray_surgeon.api",
-    "parse_spec": "ray_surgeon.spec",
+    "parse_spec": "ray_surgeon.spec.job",
     "prune": "ray_surgeon.api",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is used, so that ``ray_surgeon.surgery`` needs torch only."""
+    """Import a public name when it is used, so that ``ray_surgeon.maths`` needs torch only."""
     import importlib
 
     if name not in _HOMES:

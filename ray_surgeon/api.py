@@ -17,9 +17,8 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from ray_surgeon.cluster.local import LocalCluster
 from ray_surgeon.export.folder import local_folder
-from ray_surgeon.inputs import Inputs, check
+from ray_surgeon.maths.kronecker import KroneckerFactors
 from ray_surgeon.memory.stores import Stores
 from ray_surgeon.models.build import BlockRange
 from ray_surgeon.models.checkpoint import check_tied, read_state, tensor_reader
@@ -27,18 +26,20 @@ from ray_surgeon.models.experts import in_memory
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.runner import BlockRunner
 from ray_surgeon.models.shard import ModelShard
+from ray_surgeon.report.directory import RunDirectory
+from ray_surgeon.report.display import Display, new_console
 from ray_surgeon.run.caller import own_modes
-from ray_surgeon.run.directory import RunDirectory
-from ray_surgeon.run.display import Display, new_console
 from ray_surgeon.run.in_memory import a_tokenizer, causal_lm, dtype_of, saved, without_bars
-from ray_surgeon.sections.base import Positive, local_path
-from ray_surgeon.sections.cluster import RaySection
-from ray_surgeon.sections.texts import OF_CALIBRATION, WritingSection
-from ray_surgeon.shots import run_shots
-from ray_surgeon.spec import JobSpec, absolute, validation_message
+from ray_surgeon.run.inputs import Inputs, check
+from ray_surgeon.run.loop import run_shots
+from ray_surgeon.runtime.local import LocalCluster
+from ray_surgeon.spec.base import Positive, local_path
+from ray_surgeon.spec.calibration import OF_CALIBRATION
+from ray_surgeon.spec.cluster import RaySection
+from ray_surgeon.spec.job import JobSpec, absolute, validation_message
+from ray_surgeon.spec.written import WritingSection
 from ray_surgeon.storage import files
 from ray_surgeon.storage.texts import first_token
-from ray_surgeon.surgery.kronecker import KroneckerFactors
 
 
 @dataclass(frozen=True)
@@ -273,7 +274,7 @@ def run(inputs: Inputs, display: Display, *, disconnects: bool = False) -> Prune
     section = inputs.spec.cluster
     directory = RunDirectory(inputs.spec.output.uri)
     if isinstance(section, RaySection):
-        from ray_surgeon import driver  # Ray is imported only if it is used
+        from ray_surgeon.run import driver  # Ray is imported only if it is used
 
         if not driver.is_connected():
             display.note(f"running on {driver.connect_to_ray(inputs)}")

@@ -22,19 +22,19 @@ from rich.console import Console
 
 import ray_surgeon
 from ray_surgeon.api import PruneResult, ended_before, run
-from ray_surgeon.cluster.devices import DEVICES, Device, Room
-from ray_surgeon.cluster.plan import DoesNotFitError, plan_table
-from ray_surgeon.cluster.room import found_here
-from ray_surgeon.inputs import Inputs, check
+from ray_surgeon.maths.threshold import OutOfReachError
 from ray_surgeon.models.checkpoint import BadWeightsError
-from ray_surgeon.run import report
-from ray_surgeon.run.directory import RunDirectory, TakenOverError
-from ray_surgeon.run.display import Display, new_console
-from ray_surgeon.run.report import export_lines, generation_lines, shots_table
-from ray_surgeon.sections.cluster import RaySection
-from ray_surgeon.spec import JobSpec, parse_spec, validation_message
+from ray_surgeon.plan.devices import DEVICES, Device, Room
+from ray_surgeon.plan.plan import DoesNotFitError, plan_table
+from ray_surgeon.plan.room import found_here
+from ray_surgeon.report import record
+from ray_surgeon.report.directory import RunDirectory, TakenOverError
+from ray_surgeon.report.display import Display, new_console
+from ray_surgeon.report.record import export_lines, generation_lines, shots_table
+from ray_surgeon.run.inputs import Inputs, check
+from ray_surgeon.spec.cluster import RaySection
+from ray_surgeon.spec.job import JobSpec, parse_spec, validation_message
 from ray_surgeon.storage import files
-from ray_surgeon.surgery.threshold import OutOfReachError
 
 _MAX_SPEC_BYTES = 2**20
 
@@ -224,7 +224,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m ray_surgeon.p
             return DONE
         result = ended_before(inputs, console.print)
         if result is None and isinstance(inputs.spec.cluster, RaySection):
-            from ray_surgeon.driver import connect_to_ray  # Ray is imported only if it is used
+            from ray_surgeon.run.driver import connect_to_ray  # Ray is imported only if it is used
 
             console.print(f"running on {connect_to_ray(inputs)}")
             _interrupt_on_sigterm()
@@ -278,7 +278,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
         "check a job spec and print what it will need",
         lambda argv: main([*argv, "--dry-run"], "ray-surgeon plan"),
     ),
-    "report": ("compare finished runs", report.main),
+    "report": ("compare finished runs", record.main),
     "schema": (
         "print the JSON Schema of the job spec",
         lambda argv: main([*argv, "--schema"], "ray-surgeon schema"),

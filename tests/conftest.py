@@ -37,9 +37,9 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from ray_surgeon.cluster import fresh_process
 from ray_surgeon.export import folder
 from ray_surgeon.models.layout import ModelLayout
+from ray_surgeon.runtime import fresh_process
 from ray_surgeon.storage import files
 
 torch.set_num_threads(1)

@@ -7,10 +7,10 @@ import io
 import pytest
 from rich.console import Console
 
-from ray_surgeon.cluster.cluster import Progress
-from ray_surgeon.run import display as display_module
-from ray_surgeon.run.display import Display
-from ray_surgeon.run.events import Event, Moment
+from ray_surgeon.report import display as display_module
+from ray_surgeon.report.display import Display
+from ray_surgeon.report.events import Event, Moment
+from ray_surgeon.runtime.cluster import Progress
 
 EVENT = Event("curvature", 1, 3, 61.25, {"loss": 2.5, "tokens": 12, "unit": "nats"}, [1.0])
 MOMENT = Moment("curvature", 1, 3, 12, 64, "sequences", 512, 48.0)

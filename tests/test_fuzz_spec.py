@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from ray_surgeon import pipeline
-from ray_surgeon.spec import JobSpec, parse_spec, validation_message
+from ray_surgeon.spec.job import JobSpec, parse_spec, validation_message
 
 PIPELINES = sorted((Path(__file__).parent.parent / "pipelines").rglob("*.yaml"))
 DOCUMENTS = [

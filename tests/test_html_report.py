@@ -14,12 +14,12 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from ray_surgeon.cluster import fresh_process
 from ray_surgeon.export import folder as export_folder
-from ray_surgeon.run.html_report import page
-from ray_surgeon.run.plots import _short, by_block, by_expert, inline_svg, run_figures
-from ray_surgeon.run.report import main
-from ray_surgeon.surgery.threshold import cost_curve
+from ray_surgeon.maths.threshold import cost_curve
+from ray_surgeon.report.html_report import page
+from ray_surgeon.report.plots import _short, by_block, by_expert, inline_svg, run_figures
+from ray_surgeon.report.record import main
+from ray_surgeon.runtime import fresh_process
 from tests.conftest import Zygote
 from tests.integration.runs import report_of, run
 

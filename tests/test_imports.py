@@ -13,7 +13,7 @@ SURGERY = Path(__file__).parent.parent / "ray_surgeon/surgery"
 
 def test_surgery_needs_torch_only() -> None:
     modules = [
-        ".".join(("ray_surgeon.surgery", *path.relative_to(SURGERY).with_suffix("").parts))
+        ".".join(("ray_surgeon.maths", *path.relative_to(SURGERY).with_suffix("").parts))
         for path in SURGERY.rglob("*.py")
     ]
     blocked = (

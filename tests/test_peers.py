@@ -28,8 +28,8 @@ from benchmarks.peers import (
     with_biases,
     without_own_text,
 )
-from ray_surgeon.inputs import Inputs, check
-from ray_surgeon.spec import JobSpec, parse_spec
+from ray_surgeon.run.inputs import Inputs, check
+from ray_surgeon.spec.job import JobSpec, parse_spec
 from ray_surgeon.storage import tensor_files
 from tests.integration.runs import tiny_spec
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from ray_surgeon.sections.presets import PRESETS
-from ray_surgeon.spec import MOST_HELD, JobSpec, parse_spec
+from ray_surgeon.spec.job import MOST_HELD, JobSpec, parse_spec
+from ray_surgeon.spec.presets import PRESETS
 
 GROUPS = """
 version: 2

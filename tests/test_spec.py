@@ -9,10 +9,10 @@ import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from ray_surgeon.methods import METHODS
 from ray_surgeon.pipeline import main
-from ray_surgeon.sections.base import Section
-from ray_surgeon.spec import JobSpec, parse_spec, validation_message
+from ray_surgeon.spec.base import Section
+from ray_surgeon.spec.job import JobSpec, parse_spec, validation_message
+from ray_surgeon.stages.prune import METHODS
 
 ROOT = Path(__file__).parent.parent
 PIPELINES = sorted((ROOT / "pipelines").rglob("*.yaml"))

@@ -20,9 +20,11 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
-from ray_surgeon.inputs import check
-from ray_surgeon.sections.texts import CalibrationSection, SelfSection, SourceSection
-from ray_surgeon.spec import parse_spec
+from ray_surgeon.run.inputs import check
+from ray_surgeon.spec.calibration import CalibrationSection
+from ray_surgeon.spec.job import parse_spec
+from ray_surgeon.spec.texts import SourceSection
+from ray_surgeon.spec.written import SelfSection
 from ray_surgeon.storage import texts
 from ray_surgeon.storage.texts import (
     Windows,

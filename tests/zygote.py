@@ -23,7 +23,7 @@ import transformers.dynamic_module_utils
 from transformers import LlamaForCausalLM  # noqa: F401 - so that forks need not import it
 
 import ray_surgeon.pipeline
-from ray_surgeon.cluster.usage import process_usage
+from ray_surgeon.runtime.usage import process_usage
 
 MODULES = ("ray_surgeon.export.reload", "ray_surgeon.export.speed", "ray_surgeon.export.latency")
 

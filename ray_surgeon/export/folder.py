@@ -15,16 +15,16 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoTokenizer
 
-from ray_surgeon.cluster.cluster import Cluster
-from ray_surgeon.cluster.fresh_process import run_module
-from ray_surgeon.cluster.passes import logits
-from ray_surgeon.cluster.room import available_bytes
-from ray_surgeon.cluster.saving import num_files, save_weights
-from ray_surgeon.cluster.transport import decode
 from ray_surgeon.export.reload import agree
 from ray_surgeon.models.pruned_config import BlockWidths
-from ray_surgeon.sections.output import QuantizeSection
-from ray_surgeon.sections.texts import ModelSection
+from ray_surgeon.plan.room import available_bytes
+from ray_surgeon.runtime.cluster import Cluster
+from ray_surgeon.runtime.fresh_process import run_module
+from ray_surgeon.runtime.passes import logits
+from ray_surgeon.runtime.saving import num_files, save_weights
+from ray_surgeon.runtime.transport import decode
+from ray_surgeon.spec.model import ModelSection
+from ray_surgeon.spec.output import QuantizeSection
 from ray_surgeon.storage import files, tensor_files
 from ray_surgeon.storage.sources import goes_along, open_model
 

@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ray_surgeon.cluster.cluster import Cluster
 from ray_surgeon.export.card import model_card
 from ray_surgeon.export.folder import dense_document, quantised_copy, write_gguf_files
 from ray_surgeon.export.rounding import round_weights
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.llama_cpp import architecture_of
 from ray_surgeon.models.pruned_config import BlockWidths, kv_heads_left
-from ray_surgeon.sections.output import GgufKind, QuantizeSection
-from ray_surgeon.sections.texts import ModelSection
+from ray_surgeon.runtime.cluster import Cluster
+from ray_surgeon.spec.model import ModelSection
+from ray_surgeon.spec.output import GgufKind, QuantizeSection
 from ray_surgeon.storage import files
 
 

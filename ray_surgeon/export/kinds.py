@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig
 
-from ray_surgeon.cluster.cluster import Cluster
 from ray_surgeon.export.card import model_card
 from ray_surgeon.export.folder import (
     copy_small_files,
@@ -34,8 +33,10 @@ from ray_surgeon.models.pruned_config import (
     per_block_document,
     uniform_document,
 )
-from ray_surgeon.sections.output import OutputSection
-from ray_surgeon.sections.texts import ModelSection, TasksSection
+from ray_surgeon.runtime.cluster import Cluster
+from ray_surgeon.spec.evaluation import TasksSection
+from ray_surgeon.spec.model import ModelSection
+from ray_surgeon.spec.output import OutputSection
 from ray_surgeon.storage import files
 
 SHIPPED = Path(__file__).parent / "shipped"

@@ -21,8 +21,6 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ray_surgeon.cluster.cluster import Cluster
-from ray_surgeon.cluster.fresh_process import run_on_worker
 from ray_surgeon.export.folder import dense_document
 from ray_surgeon.export.kinds import shipped_source
 from ray_surgeon.models.budgets import Budget
@@ -30,8 +28,10 @@ from ray_surgeon.models.build import cache_argument
 from ray_surgeon.models.families import family_of
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.pruned_config import BlockWidths, kv_heads_left, per_block_document
-from ray_surgeon.sections.targets import LatencyTarget, SpeedSection
-from ray_surgeon.sections.texts import ModelSection
+from ray_surgeon.runtime.cluster import Cluster
+from ray_surgeon.runtime.fresh_process import run_on_worker
+from ray_surgeon.spec.model import ModelSection
+from ray_surgeon.spec.targets import LatencyTarget, SpeedSection
 from ray_surgeon.storage import files
 
 _BLOCKS_AT_ONCE = 8

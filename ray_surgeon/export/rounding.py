@@ -8,14 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ray_surgeon.cluster.block_pass import BlockPass
-from ray_surgeon.cluster.cluster import Cluster
-from ray_surgeon.cluster.worker import Worker
 from ray_surgeon.export.folder import write_weights
+from ray_surgeon.maths.masks import StructuredMask
+from ray_surgeon.maths.rounding import round_columns
 from ray_surgeon.models.linears import num_inputs
+from ray_surgeon.runtime.block_pass import BlockPass
+from ray_surgeon.runtime.cluster import Cluster
+from ray_surgeon.runtime.worker import Worker
 from ray_surgeon.storage import files, tensor_files
-from ray_surgeon.surgery.masks import StructuredMask
-from ray_surgeon.surgery.rounding import round_columns
 
 NUM_BITS = 4
 _DAMPING = 0.01

@@ -20,13 +20,13 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from ray_surgeon.cluster.cluster import Cluster
-from ray_surgeon.cluster.fresh_process import run_on_worker
-from ray_surgeon.cluster.placement import WorkerIndex
-from ray_surgeon.cluster.usage import process_usage
 from ray_surgeon.export.folder import download_folder, local_folder
 from ray_surgeon.models.build import cache_argument
-from ray_surgeon.sections.targets import SpeedSection
+from ray_surgeon.runtime.cluster import Cluster
+from ray_surgeon.runtime.fresh_process import run_on_worker
+from ray_surgeon.runtime.placement import WorkerIndex
+from ray_surgeon.runtime.usage import process_usage
+from ray_surgeon.spec.targets import SpeedSection
 
 
 def measure(

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
-from ray_surgeon.cluster.cluster import Cluster
-from ray_surgeon.cluster.fresh_process import run_module, run_on_worker
 from ray_surgeon.export.folder import download_folder, local_folder
-from ray_surgeon.sections.texts import ModelSection, TasksSection
+from ray_surgeon.runtime.cluster import Cluster
+from ray_surgeon.runtime.fresh_process import run_module, run_on_worker
+from ray_surgeon.spec.evaluation import TasksSection
+from ray_surgeon.spec.model import ModelSection
 from ray_surgeon.storage.sources import SMALL_FILES, open_model
 
 Scores = dict[str, dict[str, float]]

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.models.layout import GroupSet, ModelLayout
-from ray_surgeon.surgery.masks import StructuredMask
 
 _KEEP_ZERO = (
     "silu",

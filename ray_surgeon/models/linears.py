@@ -10,7 +10,7 @@ from typing import TypeAlias
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ray_surgeon.surgery.products import times_constant
+from ray_surgeon.maths.products import times_constant
 
 LinearModule: TypeAlias = nn.Linear | Conv1D
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ray_surgeon.surgery.products import product
+from ray_surgeon.maths.products import product
 
 TOKENS_PER_SLICE = 128
 """128 tokens x 50k vocabulary x 4 bytes = 25 MiB."""

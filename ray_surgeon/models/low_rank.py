@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ray_surgeon.maths.masks import ElementMask, Mask
 from ray_surgeon.models.linears import LinearModule, num_inputs, num_outputs
 from ray_surgeon.models.shard import ModelShard
-from ray_surgeon.surgery.masks import ElementMask, Mask
 
 RATE_OF_A = 24.0
 """How much faster A changes than B A, both relative to their sizes; found on SmolLM2."""

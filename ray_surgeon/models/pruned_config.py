@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 
 from ray_surgeon.models.families import SparseLayer
 from ray_surgeon.models.layout import ModelLayout
-from ray_surgeon.sections.output import DECI_MULTIPLE
+from ray_surgeon.spec.output import DECI_MULTIPLE
 
 Document = dict[str, Any]
 """Content of a config.json."""

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ray_surgeon.maths.experts import ExpertSums, add_changes, add_rises
 from ray_surgeon.models.experts import Mixture, routed
-from ray_surgeon.surgery.experts import ExpertSums, add_changes, add_rises
 
 
 @dataclass(frozen=True)

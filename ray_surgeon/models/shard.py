@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
+from ray_surgeon.maths.experts import ExpertSums, LayerMean, mean_factor, shrunk_factors
+from ray_surgeon.maths.kronecker import PackedFactors, PackedSymmetric, Term, with_ones
 from ray_surgeon.memory.factors import FactorStore
 from ray_surgeon.memory.stores import Scratch, Stores
 from ray_surgeon.memory.weights import Read, Slot, weight_store
@@ -23,8 +25,6 @@ from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.linears import LinearModule, as_linear, num_inputs, use_fast_products
 from ray_surgeon.models.loss import Comparison, compare_with_dense, next_token_loss, next_tokens
 from ray_surgeon.models.removals import sum_removals
-from ray_surgeon.surgery.experts import ExpertSums, LayerMean, mean_factor, shrunk_factors
-from ray_surgeon.surgery.kronecker import PackedFactors, PackedSymmetric, Term, with_ones
 
 
 @dataclass

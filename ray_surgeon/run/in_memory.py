@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel, PreTrainedTokenizerBase
 
 from ray_surgeon.models.families import family_of
-from ray_surgeon.run.directory import RunDirectory
+from ray_surgeon.report.directory import RunDirectory
 from ray_surgeon.storage import files
 from ray_surgeon.storage.sources import goes_along
 

@@ -19,7 +19,7 @@ from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import Tensor
 
-from ray_surgeon.sections.texts import ModelSection
+from ray_surgeon.spec.model import ModelSection
 from ray_surgeon.storage import files, tensor_files
 
 HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]

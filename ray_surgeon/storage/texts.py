@@ -25,12 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import AutoTokenizer
 
-from ray_surgeon.sections.texts import (
-    START_TOKENS,
-    TEXT_SUFFIXES,
-    CalibrationSection,
-    SourceSection,
-)
+from ray_surgeon.spec.calibration import CalibrationSection
+from ray_surgeon.spec.texts import TEXT_SUFFIXES, SourceSection
+from ray_surgeon.spec.written import START_TOKENS
 from ray_surgeon.storage import files
 from ray_surgeon.storage.sources import HTTP_ERROR
 

@@ -14,8 +14,8 @@ import jsonschema
 import pytest
 import yaml
 
-from ray_surgeon.run.metrics import GAUGES
-from ray_surgeon.spec import JobSpec, parse_spec
+from ray_surgeon.report.metrics import GAUGES
+from ray_surgeon.spec.job import JobSpec, parse_spec
 
 ROOT = Path(__file__).parent.parent.parent
 SCHEMAS = Path(__file__).parent / "kuberay-crds"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.shaped_model import write
-from ray_surgeon.surgery.kronecker import PackedSymmetric
+from ray_surgeon.maths.kronecker import PackedSymmetric
 from tests.integration.runs import report_of, run, tensors_of_shot
 from tests.integration.test_pretend_accelerator import (
     BY_ITERATIONS,

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 from ray.cluster_utils import Cluster
 
-from ray_surgeon.run.html_report import LivePage
+from ray_surgeon.report.html_report import LivePage
 
 
 @pytest.fixture(autouse=True)

@@ -24,15 +24,16 @@ from transformers import (
 )
 
 import ray_surgeon
-from ray_surgeon import JobSpec, driver, pipeline
+from ray_surgeon import JobSpec, pipeline
 from ray_surgeon.api import _as_name
-from ray_surgeon.cluster.curvature_pass import gather_curvature
-from ray_surgeon.inputs import check
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.shard import ModelShard
-from ray_surgeon.run.directory import RunDirectory
-from ray_surgeon.run.events import Moment
-from ray_surgeon.shots import run_shots
+from ray_surgeon.report.directory import RunDirectory
+from ray_surgeon.report.events import Moment
+from ray_surgeon.run import driver
+from ray_surgeon.run.inputs import check
+from ray_surgeon.run.loop import run_shots
+from ray_surgeon.stages.curvature.gather import gather_curvature
 from ray_surgeon.storage import files
 from tests.conftest import CONFIGS, SPARSE_CONFIGS
 from tests.integration.runs import assert_same_shot, beginning, loaded, run, tiny_spec

@@ -19,9 +19,10 @@ from s3fs import S3FileSystem
 from safetensors.torch import load_file, save_file
 
 import ray_surgeon
-from ray_surgeon import driver, pipeline
+from ray_surgeon import pipeline
 from ray_surgeon.pipeline import main
-from ray_surgeon.run import html_report
+from ray_surgeon.report import html_report
+from ray_surgeon.run import driver
 from ray_surgeon.storage import files, retrying
 from ray_surgeon.storage.sources import WeightReader
 from tests.integration.runs import run, tiny_spec

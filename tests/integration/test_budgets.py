@@ -11,12 +11,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from ray_surgeon.cluster.worker import Worker
 from ray_surgeon.export import latency
 from ray_surgeon.models.budgets import bytes_budget, flops_budget, parameters_budget
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.pruned_config import kv_heads_left
-from ray_surgeon.sections.targets import SpeedSection
+from ray_surgeon.runtime.worker import Worker
+from ray_surgeon.spec.targets import SpeedSection
 from tests.conftest import CONFIGS, LAYOUTS, Zygote
 from tests.integration.runs import assert_same_shot, report_of, run
 

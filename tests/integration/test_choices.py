@@ -13,16 +13,16 @@ from typing import Any
 import pytest
 import torch
 
-from ray_surgeon.methods.consumer_costs import ConsumerCosts, Reach, renewed
-from ray_surgeon.methods.groups import Groups
-from ray_surgeon.methods.groups_section import GroupsSection
-from ray_surgeon.methods.method import Scores
-from ray_surgeon.methods.rows_columns import RowsColumns, RowsColumnsSection
+from ray_surgeon.maths.curvature import RaisedDamping
+from ray_surgeon.maths.masks import StructuredMask
+from ray_surgeon.maths.threshold import StructureCosts
 from ray_surgeon.models.budgets import Budget, parameters_budget
-from ray_surgeon.sections.curvature import KfacSection
-from ray_surgeon.surgery.curvature import RaisedDamping
-from ray_surgeon.surgery.masks import StructuredMask
-from ray_surgeon.surgery.threshold import StructureCosts
+from ray_surgeon.stages.curvature.section import KfacSection
+from ray_surgeon.stages.prune.consumer_costs import ConsumerCosts, Reach, renewed
+from ray_surgeon.stages.prune.groups import Groups
+from ray_surgeon.stages.prune.groups_section import GroupsSection
+from ray_surgeon.stages.prune.method import Scores
+from ray_surgeon.stages.prune.rows_columns import RowsColumns, RowsColumnsSection
 from tests.conftest import LAYOUTS
 from tests.integration.test_search import scored
 

@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
-from ray_surgeon.cluster import conversations
-from ray_surgeon.cluster.conversations import (
+from ray_surgeon.report.directory import RunDirectory
+from ray_surgeon.runtime.sampling import Wanted, write_texts
+from ray_surgeon.spec.calibration import CalibrationSection
+from ray_surgeon.stages.self_text import conversations
+from ray_surgeon.stages.self_text.conversations import (
     Conversation,
     Conversations,
     WrittenText,
@@ -24,9 +27,6 @@ from ray_surgeon.cluster.conversations import (
     to_be_written,
     write,
 )
-from ray_surgeon.cluster.sampling import Wanted, write_texts
-from ray_surgeon.run.directory import RunDirectory
-from ray_surgeon.sections.texts import CalibrationSection
 from ray_surgeon.storage import tensor_files
 from ray_surgeon.storage.texts import token_stream
 from tests.integration.runs import assert_same_shot, beginning, loaded, report_of, run

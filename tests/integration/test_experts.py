@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from ray_surgeon.cluster.curvature_pass import gather_curvature
-from ray_surgeon.methods.whole_experts import whole_expert_costs
-from ray_surgeon.run.directory import RunDirectory
+from ray_surgeon.report.directory import RunDirectory
+from ray_surgeon.stages.curvature.gather import gather_curvature
+from ray_surgeon.stages.prune.experts import whole_expert_costs
 from tests.conftest import LAYOUTS, SPARSE_CONFIGS
 from tests.integration.runs import (
     MOST_BY_ORDER_OF_SUMS,

@@ -21,7 +21,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Phi3Config
 
-from ray_surgeon.cluster.fresh_process import run_module
 from ray_surgeon.export import folder as export_folder
 from ray_surgeon.export.folder import dense_document, reload_difference, write_weights
 from ray_surgeon.export.kinds import shipped_source
@@ -31,8 +30,9 @@ from ray_surgeon.models.build import cache_argument
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.pruned_config import BlockWidths, per_block_document, plain_kv_heads
 from ray_surgeon.pipeline import main
-from ray_surgeon.sections.output import DECI_MULTIPLE
-from ray_surgeon.sections.texts import ModelSection
+from ray_surgeon.runtime.fresh_process import run_module
+from ray_surgeon.spec.model import ModelSection
+from ray_surgeon.spec.output import DECI_MULTIPLE
 from tests.conftest import CONFIGS, LAYOUTS, SPARSE_CONFIGS
 from tests.integration.runs import loaded, report_of, run, tiny_spec
 from tests.serve.models import of_pieces

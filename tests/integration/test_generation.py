@@ -18,8 +18,21 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from ray_surgeon.api import PruneResult
-from ray_surgeon.cluster.dense_model import read_states, write_states
-from ray_surgeon.cluster.generation import (
+from ray_surgeon.export.card import model_card
+from ray_surgeon.models.layout import ModelLayout
+from ray_surgeon.report.html_report import excerpt, page
+from ray_surgeon.report.record import (
+    RunReport,
+    comparison_table,
+    export_lines,
+    generation_lines,
+    main,
+    shots_table,
+)
+from ray_surgeon.runtime.dense_model import read_states, write_states
+from ray_surgeon.runtime.local import LocalCluster
+from ray_surgeon.runtime.passes import remember
+from ray_surgeon.stages.answers.answers import (
     Answers,
     Generation,
     answers_of,
@@ -32,20 +45,7 @@ from ray_surgeon.cluster.generation import (
     windows_of_answers,
     write_answers,
 )
-from ray_surgeon.cluster.local import LocalCluster
-from ray_surgeon.cluster.passes import remember
-from ray_surgeon.export.card import model_card
-from ray_surgeon.models.layout import ModelLayout
-from ray_surgeon.run.html_report import excerpt, page
-from ray_surgeon.run.report import (
-    RunReport,
-    comparison_table,
-    export_lines,
-    generation_lines,
-    main,
-    shots_table,
-)
-from ray_surgeon.sections.generation import GenerationSection
+from ray_surgeon.stages.answers.section import GenerationSection
 from tests.conftest import VOCABULARY
 from tests.integration.runs import loaded, report_of, run
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ray_surgeon.cluster.worker import Worker
-from ray_surgeon.methods.consumer_costs import Reach
-from ray_surgeon.methods.groups import Groups
+from ray_surgeon.runtime.worker import Worker
+from ray_surgeon.stages.prune.consumer_costs import Reach
+from ray_surgeon.stages.prune.groups import Groups
 from tests.conftest import CONFIGS, LAYOUTS
 from tests.integration.runs import (
     MOST_BY_ORDER_OF_SUMS,

@@ -20,12 +20,14 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from ray_surgeon.cluster.dense_model import CALIBRATION
-from ray_surgeon.cluster.local import LocalCluster
-from ray_surgeon.cluster.passes import forward_and_backward, remember
-from ray_surgeon.inputs import check
-from ray_surgeon.methods.calibration import HELD, CalibrationText, held_places
-from ray_surgeon.methods.corrections import (
+from ray_surgeon.maths.damping import A_CHOICES, G_CHOICES
+from ray_surgeon.run.inputs import check
+from ray_surgeon.runtime.dense_model import CALIBRATION
+from ray_surgeon.runtime.local import LocalCluster
+from ray_surgeon.runtime.passes import forward_and_backward, remember
+from ray_surgeon.spec.job import parse_spec
+from ray_surgeon.stages.calibration import HELD, CalibrationText, held_places
+from ray_surgeon.stages.correction import (
     HARMLESS,
     RATES,
     Corrections,
@@ -33,11 +35,9 @@ from ray_surgeon.methods.corrections import (
     Trained,
     held_measure,
 )
-from ray_surgeon.methods.elements import ElementsSection
-from ray_surgeon.methods.method import Method
-from ray_surgeon.sections.curvature import KfacSection
-from ray_surgeon.spec import parse_spec
-from ray_surgeon.surgery.damping import A_CHOICES, G_CHOICES
+from ray_surgeon.stages.curvature.section import KfacSection
+from ray_surgeon.stages.prune.elements import ElementsSection
+from ray_surgeon.stages.prune.method import Method
 from tests.conftest import COMMON, ROTARY, SPARSE
 from tests.integration.runs import (
     assert_same_shot,
@@ -185,8 +185,8 @@ def test_the_highest_rate_that_does_no_harm_goes_on(
         losses.append(of_sequences[0])
         return of_sequences
 
-    monkeypatch.setattr("ray_surgeon.methods.corrections.held_measure", lambda *_: next(come))
-    monkeypatch.setattr("ray_surgeon.methods.corrections.forward_and_backward", forward)
+    monkeypatch.setattr("ray_surgeon.stages.correction.held_measure", lambda *_: next(come))
+    monkeypatch.setattr("ray_surgeon.stages.correction.forward_and_backward", forward)
     found = trained(cluster, text)
     assert found.tried == dict(zip(RATES, measures, strict=False))
     assert found.rate == RATES[taken]
@@ -221,7 +221,7 @@ def test_a_loss_that_is_no_number_ends_a_training_and_not_the_run(
     cluster, text = pruned(model_folders["llama"])
     before = weights(cluster)
     monkeypatch.setattr(
-        "ray_surgeon.methods.corrections.forward_and_backward",
+        "ray_surgeon.stages.correction.forward_and_backward",
         lambda *_, **__: [math.nan, math.nan],
     )
     found = trained(cluster, text)
@@ -238,7 +238,7 @@ def test_a_rate_is_halved_where_the_measure_rises(
     """From the best state on, which is the one that is absorbed."""
     cluster, text = pruned(model_folders["llama"])
     measures = iter([1.0, 1.1, 0.8, 0.7, 0.9, 0.85, 0.72])
-    monkeypatch.setattr("ray_surgeon.methods.corrections.held_measure", lambda *_: next(measures))
+    monkeypatch.setattr("ray_surgeon.stages.correction.held_measure", lambda *_: next(measures))
     found = trained(cluster, text)
     # before, two trials, then three checks, of which 0.7 is the best and the others are above it by
     # more than is tolerated; then the best state as it is rounded

@@ -11,14 +11,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ray_surgeon import inputs, shots
-from ray_surgeon.cluster.curvature_pass import finish_curvature, gather_curvature
-from ray_surgeon.cluster.passes import Measured, remember
-from ray_surgeon.inputs import check
-from ray_surgeon.methods.rows_columns import RowsColumns
-from ray_surgeon.run.directory import RunDirectory
-from ray_surgeon.run.report import main as compare
-from ray_surgeon.spec import parse_spec
+from ray_surgeon.report.directory import RunDirectory
+from ray_surgeon.report.record import main as compare
+from ray_surgeon.run import inputs, loop
+from ray_surgeon.run.inputs import check
+from ray_surgeon.runtime.passes import Measured, remember
+from ray_surgeon.spec.job import parse_spec
+from ray_surgeon.stages.curvature.gather import finish_curvature, gather_curvature
+from ray_surgeon.stages.prune.rows_columns import RowsColumns
 from ray_surgeon.storage import files, tensor_files
 from tests.conftest import CONFIGS
 from tests.integration.runs import (
@@ -370,11 +370,9 @@ def test_a_collapse_stops_the_run_and_keeps_the_shots_before(
 ) -> None:
     """A tiny model of random weights does not become worse, so its perplexity is made up."""
     values = iter([19.0, 21.0])
+    monkeypatch.setattr(loop, "measure", lambda cluster, text, windows: Measured(next(values), 0.1))
     monkeypatch.setattr(
-        shots, "measure", lambda cluster, text, windows: Measured(next(values), 0.1)
-    )
-    monkeypatch.setattr(
-        shots, "remember", lambda cluster, text, windows: remember(cluster, text, windows) and 10.0
+        loop, "remember", lambda cluster, text, windows: remember(cluster, text, windows) and 10.0
     )
     texts = [
         {

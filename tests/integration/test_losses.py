@@ -23,16 +23,16 @@ from ray.cluster_utils import Cluster
 from ray.exceptions import RayTaskError
 from transformers import AutoConfig
 
-from ray_surgeon.cluster import ray_cluster
-from ray_surgeon.cluster.collectives import ProcessReplica
-from ray_surgeon.cluster.placement import place
-from ray_surgeon.cluster.ray_cluster import NoRoomError, RayCluster, WorkerFailureError, connect
-from ray_surgeon.cluster.worker import Worker
-from ray_surgeon.driver import unwrapped
 from ray_surgeon.models.layout import ModelLayout
-from ray_surgeon.run.directory import TakenOverError
-from ray_surgeon.sections.cluster import RaySection
-from ray_surgeon.shots import CollapseError
+from ray_surgeon.report.directory import TakenOverError
+from ray_surgeon.run.driver import unwrapped
+from ray_surgeon.run.loop import CollapseError
+from ray_surgeon.runtime import ray_cluster
+from ray_surgeon.runtime.collectives import ProcessReplica
+from ray_surgeon.runtime.placement import place
+from ray_surgeon.runtime.ray_cluster import NoRoomError, RayCluster, WorkerFailureError, connect
+from ray_surgeon.runtime.worker import Worker
+from ray_surgeon.spec.cluster import RaySection
 from tests.integration.runs import (
     assert_same_shot,
     overflowing_model,

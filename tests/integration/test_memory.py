@@ -17,20 +17,20 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from ray_surgeon import shots
-from ray_surgeon.cluster import room
-from ray_surgeon.cluster.cluster import LostError
-from ray_surgeon.cluster.devices import Room
-from ray_surgeon.cluster.plan import DoesNotFitError
-from ray_surgeon.cluster.room import Found
+from ray_surgeon.maths.kronecker import PackedSymmetric
 from ray_surgeon.memory import weights
 from ray_surgeon.memory.factors import FactorStore
 from ray_surgeon.memory.stores import Scratch
 from ray_surgeon.memory.weights import DiskWeights, ReadAhead
-from ray_surgeon.methods.rows_columns import RowsColumns
 from ray_surgeon.pipeline import main
-from ray_surgeon.run.directory import RunDirectory
-from ray_surgeon.surgery.kronecker import PackedSymmetric
+from ray_surgeon.plan import room
+from ray_surgeon.plan.devices import Room
+from ray_surgeon.plan.plan import DoesNotFitError
+from ray_surgeon.plan.room import Found
+from ray_surgeon.report.directory import RunDirectory
+from ray_surgeon.run import loop
+from ray_surgeon.runtime.cluster import LostError
+from ray_surgeon.stages.prune.rows_columns import RowsColumns
 from tests.integration.runs import assert_same_shot, report_of, run, tiny_spec
 
 GROUPS = {"pruning__structure": "groups", "pruning__width_multiple": 8}
@@ -132,7 +132,7 @@ def test_a_run_from_disk_is_resumed_with_the_same_bits_and_takes_over_what_a_kil
         raise LostError("after which nobody cleans up")
 
     with monkeypatch.context() as patch:
-        patch.setattr(shots, "_check_for_collapse", killed)
+        patch.setattr(loop, "_check_for_collapse", killed)
         patch.setattr("ray_surgeon.api.LocalCluster.close", lambda cluster: None)
         assert run(tmp_path / "cut", model_folders["llama"], **options) == 1
     left = list((tmp_path / "scratch").glob("ray_surgeon-*/*/*"))
@@ -183,9 +183,9 @@ def test_scratch_goes_where_there_are_workers_that_can_remove_it(
     def fail(*args: object) -> None:
         raise error
 
-    monkeypatch.setattr(shots, "_run_shots", fail)
+    monkeypatch.setattr(loop, "_run_shots", fail)
     with pytest.raises(type(error)):
-        shots.run_shots(nothing, workers, RunDirectory(str(tmp_path)), print)
+        loop.run_shots(nothing, workers, RunDirectory(str(tmp_path)), print)
     assert cleaned == [True] * cleans
 
 
@@ -351,15 +351,15 @@ def test_memory_that_ended_workers_still_hold_is_waited_for(
     clock = SimpleNamespace(now=100.0)
     clock.monotonic = lambda: clock.now
     clock.sleep = lambda s: setattr(clock, "now", clock.now + s)
-    monkeypatch.setattr(shots, "time", clock)
+    monkeypatch.setattr(loop, "time", clock)
     found = [Found("a", "cpu", "", Room(1e9, 1e9, 1e9, device_is_host=True))]
     workers: Any = SimpleNamespace(run_all=lambda *args: found)
     inputs: Any = SimpleNamespace(
         plan=plan, spec=SimpleNamespace(cluster=SimpleNamespace(cpus_per_worker=1))
     )
     with pytest.raises(DoesNotFitError):
-        shots._plan(inputs, workers, (None, "run", "try"), 100.0)
-    assert shots._plan(inputs, workers, (None, "run", "try"), 106.0) == "a plan"
+        loop._plan(inputs, workers, (None, "run", "try"), 100.0)
+    assert loop._plan(inputs, workers, (None, "run", "try"), 106.0) == "a plan"
     assert clock.now == 105.0
 
 
@@ -386,7 +386,7 @@ def test_scratch_of_an_earlier_try_counts_as_free_and_goes(
 ) -> None:
     uri = str(tmp_path / "run")
     root = tmp_path / "scratch"
-    left = Scratch(str(root), shots._key(uri), "earlier", "0-0").path("x.factor")
+    left = Scratch(str(root), loop._key(uri), "earlier", "0-0").path("x.factor")
     left.write_bytes(bytes(5 * 2**20))
     usage = shutil.disk_usage
     monkeypatch.setattr(room.shutil, "disk_usage", lambda path: usage(path)._replace(free=0))
@@ -420,7 +420,7 @@ def test_files_of_shots_are_closed_when_none_reads_them(
             interrupted.append(shot)
             raise FloatingPointError("ends here")
 
-    monkeypatch.setattr(shots, "_check_for_collapse", look)
+    monkeypatch.setattr(loop, "_check_for_collapse", look)
     options: dict[str, Any] = {
         **GROUPS,
         "pruning__groups": ["ffn"],

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from ray_surgeon.cluster.block_pass import BlockPass
-from ray_surgeon.cluster.worker import Worker
-from ray_surgeon.inputs import check
-from ray_surgeon.methods.calibration import CalibrationText
-from ray_surgeon.methods.corrections import Corrections, CorrectionSection
-from ray_surgeon.methods.method import Scores
+from ray_surgeon.maths.masks import ElementMask
 from ray_surgeon.models.low_rank import LowRankCorrections
-from ray_surgeon.spec import parse_spec
-from ray_surgeon.surgery.masks import ElementMask
+from ray_surgeon.run.inputs import check
+from ray_surgeon.runtime.block_pass import BlockPass
+from ray_surgeon.runtime.worker import Worker
+from ray_surgeon.spec.job import parse_spec
+from ray_surgeon.stages.calibration import CalibrationText
+from ray_surgeon.stages.correction import Corrections, CorrectionSection
+from ray_surgeon.stages.prune.method import Scores
 from tests.conftest import LAYOUTS
 from tests.integration.runs import loaded, tiny_spec
 

@@ -12,15 +12,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ray_surgeon.cluster.collectives import ThreadReplica
-from ray_surgeon.cluster.curvature_pass import drawn, gather_curvature
-from ray_surgeon.inputs import check
+from ray_surgeon.maths.experts import PRIOR_TOKENS
+from ray_surgeon.maths.layerwise import prune_linear
 from ray_surgeon.memory.stores import Stores
-from ray_surgeon.methods.extended_kfac import gather_terms
 from ray_surgeon.models.layout import LinearShape
-from ray_surgeon.spec import parse_spec
-from ray_surgeon.surgery.experts import PRIOR_TOKENS
-from ray_surgeon.surgery.layerwise import prune_linear
+from ray_surgeon.run.inputs import check
+from ray_surgeon.runtime.collectives import ThreadReplica
+from ray_surgeon.spec.job import parse_spec
+from ray_surgeon.stages.curvature.extended import gather_terms
+from ray_surgeon.stages.curvature.gather import drawn, gather_curvature
 from tests.conftest import CONFIGS, LAYOUTS
 from tests.integration.runs import (
     MOST_BY_ORDER_OF_SUMS,

@@ -21,15 +21,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from ray_surgeon.api import curvature
-from ray_surgeon.cluster.local import LocalCluster
-from ray_surgeon.cluster.transport import TensorPayload, decode
-from ray_surgeon.cluster.worker import Worker
 from ray_surgeon.export import folder
-from ray_surgeon.inputs import check
-from ray_surgeon.run.directory import RunDirectory
-from ray_surgeon.run.html_report import LivePage
-from ray_surgeon.shots import run_shots
-from ray_surgeon.spec import parse_spec
+from ray_surgeon.report.directory import RunDirectory
+from ray_surgeon.report.html_report import LivePage
+from ray_surgeon.run.inputs import check
+from ray_surgeon.run.loop import run_shots
+from ray_surgeon.runtime.local import LocalCluster
+from ray_surgeon.runtime.transport import TensorPayload, decode
+from ray_surgeon.runtime.worker import Worker
+from ray_surgeon.spec.job import parse_spec
 from ray_surgeon.storage import tensor_files
 from tests import zygote as forks
 from tests.conftest import CONFIGS, SPARSE_CONFIGS, Zygote, tiny_model

@@ -28,8 +28,8 @@ from transformers import (
 
 import ray_surgeon
 from ray_surgeon import api
-from ray_surgeon.cluster.plan import DoesNotFitError
-from ray_surgeon.run.directory import RunDirectory
+from ray_surgeon.plan.plan import DoesNotFitError
+from ray_surgeon.report.directory import RunDirectory
 from ray_surgeon.run.in_memory import causal_lm
 from ray_surgeon.storage import files
 from tests.conftest import CONFIGS, SPARSE_CONFIGS, tiny_model

@@ -19,14 +19,14 @@ from ray.cluster_utils import Cluster
 from ray.exceptions import OutOfDiskError, RayError, RayTaskError
 
 import ray_surgeon
-from ray_surgeon.cluster import ray_cluster
-from ray_surgeon.cluster.placement import WorkerIndex, place
-from ray_surgeon.cluster.ray_cluster import NoRoomError, RayCluster, WorkerFailureError, connect
-from ray_surgeon.cluster.worker import ModelRecipe, Worker, load
 from ray_surgeon.memory.stores import Stores
-from ray_surgeon.sections.cluster import RaySection
-from ray_surgeon.sections.texts import ModelSection
-from ray_surgeon.spec import parse_spec
+from ray_surgeon.runtime import ray_cluster
+from ray_surgeon.runtime.placement import WorkerIndex, place
+from ray_surgeon.runtime.ray_cluster import NoRoomError, RayCluster, WorkerFailureError, connect
+from ray_surgeon.runtime.worker import ModelRecipe, Worker, load
+from ray_surgeon.spec.cluster import RaySection
+from ray_surgeon.spec.job import parse_spec
+from ray_surgeon.spec.model import ModelSection
 from ray_surgeon.storage.files import list_names
 from tests.conftest import LAYOUTS
 from tests.integration.runs import assert_same_shot, report_of, run, tiny_spec

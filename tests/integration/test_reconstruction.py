@@ -12,15 +12,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ray_surgeon.cluster.curvature_pass import drawn
-from ray_surgeon.inputs import Inputs, check
+from ray_surgeon.maths.masks import StructuredMask
+from ray_surgeon.maths.reconstruction import outputs_of, reconstruct
 from ray_surgeon.memory.stores import Stores
-from ray_surgeon.methods.groups import Groups
-from ray_surgeon.methods.groups_section import RECONSTRUCTED
-from ray_surgeon.methods.reconstruction import RATES, KeptInputs, Reconstruction, _layer
-from ray_surgeon.spec import parse_spec
-from ray_surgeon.surgery.masks import StructuredMask
-from ray_surgeon.surgery.reconstruction import outputs_of, reconstruct
+from ray_surgeon.run.inputs import Inputs, check
+from ray_surgeon.spec.job import parse_spec
+from ray_surgeon.stages.curvature.gather import drawn
+from ray_surgeon.stages.prune.groups import Groups
+from ray_surgeon.stages.prune.groups_section import RECONSTRUCTED
+from ray_surgeon.stages.reconstruction import RATES, KeptInputs, Reconstruction, _layer
 from tests.conftest import CONFIGS, LAYOUTS, SPARSE_CONFIGS, tiny_model
 from tests.integration.runs import (
     MOST_BY_ORDER_OF_SUMS,
@@ -255,7 +255,7 @@ def test_layers_are_trained_as_the_section_says(
         seen.append(options | {"seed": generator.initial_seed()})
         return reconstruct(layer, *given, generator=generator, **options)
 
-    monkeypatch.setattr("ray_surgeon.methods.reconstruction.reconstruct", noting)
+    monkeypatch.setattr("ray_surgeon.stages.reconstruction.reconstruct", noting)
     section = {"tokens_per_step": 16, "num_epochs": 1, "learning_rate": 0.03}
     options = FIT | {"pruning__reconstruction": section | {"seed": 1000}, "pruning__num_shots": 1}
     assert run(tmp_path, model_folders["llama"], **options) == 0

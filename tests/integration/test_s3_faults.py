@@ -25,7 +25,7 @@ from s3fs import S3FileSystem
 from safetensors.torch import load_file
 
 from ray_surgeon.pipeline import main
-from ray_surgeon.run.directory import RunDirectory, TakenOverError
+from ray_surgeon.report.directory import RunDirectory, TakenOverError
 from ray_surgeon.storage import files, retrying, tensor_files
 from tests.integration.runs import assert_same_shot, report_of, run, tiny_spec
 

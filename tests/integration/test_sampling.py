@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
-from ray_surgeon.cluster import sampling
-from ray_surgeon.cluster.sampling import Wanted, texts_together, write_texts
+from ray_surgeon.runtime import sampling
+from ray_surgeon.runtime.sampling import Wanted, texts_together, write_texts
 from tests.conftest import CONFIGS, SPARSE_CONFIGS
 from tests.integration.runs import loaded
 

@@ -15,18 +15,22 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from ray_surgeon.cluster.local import LocalCluster
-from ray_surgeon.cluster.passes import divergences_of, remember
-from ray_surgeon.inputs import Inputs, check
-from ray_surgeon.methods.calibration import CalibrationText
-from ray_surgeon.methods.consumer_costs import ConsumerCosts, Reach, Unit
-from ray_surgeon.methods.groups import Groups, Scored
-from ray_surgeon.methods.groups_section import GroupsSection, SearchSection, UniformGroupsSection
-from ray_surgeon.methods.method import Scores
-from ray_surgeon.methods.search import SEARCHED, Search
-from ray_surgeon.spec import parse_spec
-from ray_surgeon.surgery.masks import StructuredMask
-from ray_surgeon.surgery.scales import shrunk_ratios
+from ray_surgeon.maths.masks import StructuredMask
+from ray_surgeon.maths.scales import shrunk_ratios
+from ray_surgeon.run.inputs import Inputs, check
+from ray_surgeon.runtime.local import LocalCluster
+from ray_surgeon.runtime.passes import divergences_of, remember
+from ray_surgeon.spec.job import parse_spec
+from ray_surgeon.stages.calibration import CalibrationText
+from ray_surgeon.stages.prune.consumer_costs import ConsumerCosts, Reach, Unit
+from ray_surgeon.stages.prune.groups import Groups, Scored
+from ray_surgeon.stages.prune.groups_section import (
+    GroupsSection,
+    SearchSection,
+    UniformGroupsSection,
+)
+from ray_surgeon.stages.prune.method import Scores
+from ray_surgeon.stages.search import SEARCHED, Search
 from tests.integration.runs import (
     MOST_BY_ORDER_OF_SUMS,
     assert_same_shot,
@@ -127,7 +131,7 @@ def test_scales_are_what_removals_change_over_what_they_were_to_cost(
         seen.append(given)
         return shrunk_ratios(*given)
 
-    monkeypatch.setattr("ray_surgeon.methods.search.shrunk_ratios", noting)
+    monkeypatch.setattr("ray_surgeon.stages.search.shrunk_ratios", noting)
     _, record = search.run(cluster, scores, windows, NOTHING_HELD, 1)
     ((found_changes, found_costs, found_kinds),) = seen
     assert record["divergences"][0] == pytest.approx(divergence_before, rel=1e-5)
@@ -178,7 +182,7 @@ def test_the_best_allocation_is_taken_and_everything_else_is_left_as_it_was(
         scales.append({c.unit: 1e3 if c.unit == losing[len(scales)] else 1.0 for c in scores.costs})
         return scales[-1]
 
-    monkeypatch.setattr("ray_surgeon.methods.search.divergences_of", lambda *_: [next(given)])
+    monkeypatch.setattr("ray_surgeon.stages.search.divergences_of", lambda *_: [next(given)])
     monkeypatch.setattr(Search, "_scales", of_scores)
     rescaled = Groups.rescaled
     followed = list[bool]()
@@ -302,7 +306,7 @@ def test_a_search_that_finds_something_changes_the_masks(
 
     monkeypatch.setattr(Search, "_scales", dear)
     given = iter([2.0, 1.0])
-    monkeypatch.setattr("ray_surgeon.methods.search.divergences_of", lambda *_: [next(given)])
+    monkeypatch.setattr("ray_surgeon.stages.search.divergences_of", lambda *_: [next(given)])
     assert run(tmp_path, model_folders["llama"], **GROUPS, pruning__num_shots=1) == 0
     tensors = tensors_of_shot(tmp_path / "run", 1)
     assert tensors["model.layers.1.mlp.down_proj.columns"].all()
@@ -431,8 +435,8 @@ def test_windows_held_aside_decide_which_allocation_is_taken(
     losing = next(c.unit for c in scores.costs if counts[c.consumer])
     given = iter([9.0, 1.0] if not taken else [1.0, 9.0])
     measures = iter(held)
-    monkeypatch.setattr("ray_surgeon.methods.search.divergences_of", lambda *_: [next(given)])
-    monkeypatch.setattr("ray_surgeon.methods.search.held_measure", lambda *_: next(measures))
+    monkeypatch.setattr("ray_surgeon.stages.search.divergences_of", lambda *_: [next(given)])
+    monkeypatch.setattr("ray_surgeon.stages.search.held_measure", lambda *_: next(measures))
     scales = {c.unit: 1e3 if c.unit == losing else 1.0 for c in scores.costs}
     monkeypatch.setattr(Search, "_scales", lambda *_: scales)
     found, record = search.run(cluster, scores, windows, CalibrationText(windows, held=windows), 1)

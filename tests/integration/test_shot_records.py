@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from ray_surgeon.surgery.curvature import RaisedDamping
-from ray_surgeon.surgery.layerwise import prune_linear, sparsegpt
+from ray_surgeon.maths.curvature import RaisedDamping
+from ray_surgeon.maths.layerwise import prune_linear, sparsegpt
 from tests.conftest import LAYOUTS
 from tests.integration.runs import report_of, run, tensors_of_shot
 
@@ -135,7 +135,7 @@ def test_damping_of_sparsegpt_is_that_of_the_shot(
         W, kept, _ = prune_linear(*given, name=name, **options)
         return W, kept, RaisedDamping(name, "A", 0.0, 1.0, float64_retry=False)
 
-    monkeypatch.setattr("ray_surgeon.methods.layerwise.prune_linear", raising)
+    monkeypatch.setattr("ray_surgeon.stages.prune.layerwise.prune_linear", raising)
     assert run(tmp_path, model_folders["llama"], **SPARSEGPT) == 0
     for shot in report_of(tmp_path / "run")["shots"]:
         assert [event["linear"] for event in shot["damping_used"]] == [

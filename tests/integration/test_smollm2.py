@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ray_surgeon.inputs import check
 from ray_surgeon.pipeline import main
-from ray_surgeon.spec import parse_spec
+from ray_surgeon.run.inputs import check
+from ray_surgeon.spec.job import parse_spec
 from ray_surgeon.storage.sources import open_model
 from tests.integration.runs import report_of
 

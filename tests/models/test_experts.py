@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ray_surgeon.api import curvature
+from ray_surgeon.maths.experts import rerouting_costs
 from ray_surgeon.models.build import BlockRange
 from ray_surgeon.models.checkpoint import check_checkpoint, find_stored, read_state, tensor_reader
 from ray_surgeon.models.experts import Mixture, routed
@@ -20,7 +21,6 @@ from ray_surgeon.models.families import FAMILIES
 from ray_surgeon.models.removals import removals
 from ray_surgeon.models.runner import BlockRunner
 from ray_surgeon.models.shard import ModelShard
-from ray_surgeon.surgery.experts import rerouting_costs
 from tests.conftest import LAYOUTS, SPARSE_CONFIGS, VOCABULARY, tiny_model
 
 TOKENS = torch.randint(0, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(1))

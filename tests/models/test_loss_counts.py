@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from ray_surgeon.cluster.curvature_pass import gather_curvature
-from ray_surgeon.cluster.local import LocalCluster
-from ray_surgeon.cluster.passes import (
+from ray_surgeon.models.loss import Comparison, compare_with_dense, next_token_loss
+from ray_surgeon.runtime.local import LocalCluster
+from ray_surgeon.runtime.passes import (
     Labels,
     compared,
     divergences_of,
@@ -24,7 +24,7 @@ from ray_surgeon.cluster.passes import (
     remember,
     sequence_losses,
 )
-from ray_surgeon.models.loss import Comparison, compare_with_dense, next_token_loss
+from ray_surgeon.stages.curvature.gather import gather_curvature
 from tests.conftest import VOCABULARY
 from tests.integration.runs import loaded
 

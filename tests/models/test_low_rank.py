@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ray_surgeon.maths.masks import ElementMask, StructuredMask
 from ray_surgeon.models.low_rank import CLIP, RATE_OF_A, LowRank, LowRankCorrections
-from ray_surgeon.surgery.masks import ElementMask, StructuredMask
 from tests.models.test_shard import shards
 
 

@@ -1,0 +1,265 @@
+"""The damped curvature of one linear, or of a part of it, and what costs and updates take from it.
+
+Source: docs/method.md, sections 1 to 4. One Kronecker product (KFAC) or a sum of several (extended
+KFAC). Everything is a mean over tokens, so costs are in nats per token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+import torch
+from torch import Tensor
+
+from ray_surgeon.maths import costs
+from ray_surgeon.maths.extended.terms import TwoTermInverse, clip_term, minimise_kept
+from ray_surgeon.maths.kronecker import (
+    DampedFactor,
+    Damping,
+    KroneckerFactors,
+    Term,
+    balance_,
+    damp_,
+    factorise,
+)
+from ray_surgeon.maths.updates import prune_rows_and_columns, prune_singly
+
+_SOLVER_TOLERANCE = 1e-4
+_SOLVER_ITERATIONS = 50
+"""Most iterations for rows and columns with more than two terms.
+
+The preconditioner is the exact solution with two.
+"""
+
+
+@dataclass(frozen=True)
+class RaisedDamping:
+    """A factorisation that needed more damping than was asked for.
+
+    For example ("...q_proj", "A", asked 0.01, used 0.1, True).
+    """
+
+    linear: str
+    factor: str
+    asked: float
+    used: float
+    float64_retry: bool
+
+
+def raised_damping(
+    linear: str, name: str, asked: float, factor: DampedFactor
+) -> RaisedDamping | None:
+    """Return what a factor of a linear, A or G, needed beside what was asked; None if nothing."""
+    if factor.damping == asked and not factor.float64_retry:
+        return None
+    return RaisedDamping(linear, name, asked, factor.damping, factor.float64_retry)
+
+
+@dataclass(frozen=True)
+class Clipping:
+    """A further Kronecker term that would have made the Fisher indefinite.
+
+    For example ("...q_proj", 1, 0.12): clipping changed it by 12 %.
+    """
+
+    linear: str
+    term: int
+    change: float
+
+
+class LinearCurvature:
+    """Damped curvature of one linear. Factorisations are made when something needs them."""
+
+    def __init__(
+        self, name: str, factors: KroneckerFactors, damping: Damping, dtype: torch.dtype
+    ) -> None:
+        """Balance the factors.
+
+        Args:
+            name: of the linear, for errors.
+            factors: of the rows and columns that matter. They are taken over: their memory is
+                reused.
+            damping: of A and G.
+            dtype: to compute in.
+        """
+        self.name = name
+        self.damping = damping
+        A = factors.A.div_(factors.num_tokens)
+        G = factors.G.div_(factors.num_tokens)
+        balance_(A, G)
+        self._A = A.to(dtype)
+        self._G = G.to(dtype)
+        self._diagonals = self._A.diagonal().clone(), self._G.diagonal().clone()
+        self._further = [(g.to(dtype), a.to(dtype)) for g, a in factors.terms]
+
+    @cached_property
+    def A(self) -> DampedFactor:
+        """Damped and factorised A of the first term."""
+        self._A.diagonal().copy_(self._diagonals[0])  # `first` may have damped it
+        return factorise(self._A, self.damping.a, self.damping.max, f"{self.name} A")
+
+    @cached_property
+    def G(self) -> DampedFactor:
+        """Damped and factorised G of the first term."""
+        self._G.diagonal().copy_(self._diagonals[1])
+        return factorise(self._G, self.damping.g, self.damping.max, f"{self.name} G")
+
+    @cached_property
+    def first(self) -> Term:
+        """Damped G and A of the first term, without a factorisation if there has been none."""
+        A = self.A.matrix if "A" in self.__dict__ else damp_(self._A, self.damping.a)
+        G = self.G.matrix if "G" in self.__dict__ else damp_(self._G, self.damping.g)
+        return G, A
+
+    @cached_property
+    def _clipped(self) -> tuple[tuple[Term, ...], tuple[float, ...]]:
+        share = 1 / max(1, len(self._further))
+        found = [clip_term(term, self.G.cholesky, self.A.cholesky, share) for term in self._further]
+        return tuple(c.term for c in found), tuple(c.change for c in found)
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """All terms, the first damped, the others clipped."""
+        return (self.first, *self._clipped[0])
+
+    @property
+    def clipping(self) -> tuple[Clipping, ...]:
+        """Further terms that were clipped."""
+        return tuple(
+            Clipping(self.name, term, change)
+            for term, change in enumerate(self._clipped[1], 1)
+            if change
+        )
+
+    @property
+    def used_damping(self) -> Damping:
+        """The damping with which both factors are positive definite."""
+        return Damping(self.A.damping, self.G.damping, self.damping.max)
+
+    @property
+    def raised_damping(self) -> tuple[RaisedDamping, ...]:
+        """Factorisations that needed more than was asked for."""
+        factors = (("A", self.damping.a, self.A), ("G", self.damping.g, self.G))
+        return tuple(
+            event for factor in factors if (event := raised_damping(self.name, *factor)) is not None
+        )
+
+    @property
+    def is_extended(self) -> bool:
+        """Whether there is more than one term."""
+        return bool(self._further)
+
+    @cached_property
+    def inverse(self) -> TwoTermInverse:
+        """Inverse of the first two terms, from which costs with more terms are taken, too."""
+        return TwoTermInverse(self.G.cholesky, self.A.cholesky, self._clipped[0][0])
+
+    # Costs
+
+    def row_costs(self, W: Tensor, kind: str) -> Tensor:
+        """Return the cost of each row of W [R, C].
+
+        ``obs`` is with the optimal update of the others, ``obd`` without one.
+        """
+        if kind == "obd":
+            return torch.stack(
+                [costs.diagonal_row_costs(W, A, G.diagonal()) for G, A in self.terms]
+            ).sum(dim=0)
+        if self.is_extended:
+            return self.inverse.row_costs(W)
+        return costs.row_costs(W, self.A.matrix, self.G.inverse_diagonal())
+
+    def column_costs(self, W: Tensor, kind: str) -> Tensor:
+        """Return the cost of each column of W [R, C]; see `row_costs`."""
+        if kind == "obd":
+            return torch.stack(
+                [costs.diagonal_column_costs(W, G, A.diagonal()) for G, A in self.terms]
+            ).sum(dim=0)
+        if self.is_extended:
+            return self.inverse.column_costs(W)
+        return costs.column_costs(W, self.G.matrix, self.A.inverse_diagonal())
+
+    def element_scales(self, kind: str) -> tuple[Tensor, Tensor]:
+        """Return factors whose product [R, C] times 1/2 W^2 is the cost of each element.
+
+        They are [R, 1] and [1, C], or [R, C] and [1, 1].
+        """
+        if self.is_extended:
+            if kind == "obs":
+                scale = 1 / self.inverse.diagonal()
+            else:
+                scale = torch.stack(
+                    [torch.outer(G.diagonal(), A.diagonal()) for G, A in self.terms]
+                ).sum(dim=0)
+            return scale, scale.new_ones(1, 1)
+        if kind == "obs":
+            return 1 / self.G.inverse_diagonal()[:, None], 1 / self.A.inverse_diagonal()[None]
+        return self.G.matrix.diagonal()[:, None], self.A.matrix.diagonal()[None]
+
+    def inverse_blocks(self, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the blocks of F^-1 of groups of columns of one row, as two factors.
+
+        Args:
+            places: [num_groups, m] columns of each group, -1 for one that is not alive and gets a
+                row of the identity.
+
+        Returns:
+            [R or 1, num_groups, m, m] and [R]: the block of row r and group i is the first at (r,
+            i) times the second at r.
+        """
+        num_groups, m = places.shape
+        absent = places < 0
+        inside = places.clamp(min=0)
+        left = inside[:, :, None].expand(-1, -1, m)
+        right = inside[:, None, :].expand(-1, m, -1)
+        if self.is_extended:
+            blocks = self.inverse.row_blocks(left.reshape(-1), right.reshape(-1)).view(
+                -1, num_groups, m, m
+            )
+            row_factor = blocks.new_ones(len(blocks))
+        else:
+            blocks = self.A.inverse_blocks(inside)[None]
+            row_factor = self.G.inverse_diagonal()
+        blocks = blocks.masked_fill(absent[:, :, None] | absent[:, None, :], 0.0)
+        return blocks + torch.diag_embed(absent.to(blocks.dtype)), row_factor
+
+    # Updates
+
+    def prune(self, W: Tensor, rows: Tensor, columns: Tensor, update: str) -> tuple[Tensor, float]:
+        """Remove rows and columns of W [R, C] and update the rest.
+
+        Args:
+            W: alive weights.
+            rows: [R] bool, True = to prune.
+            columns: [C] bool, likewise.
+            update: ``full``, ``single`` (see `prune_singly`) or ``none``.
+
+        Returns:
+            [R, C] new weights, zero in everything removed, and the relative residual of the
+            equations.
+        """
+        if update == "none":
+            return W * torch.outer(~rows, ~columns), 0.0
+        if update == "single":
+            return self._prune_singly(W, rows, columns), 0.0
+        if not self.is_extended:
+            G, A = self.first
+            return prune_rows_and_columns(W, A, G, rows, columns, name=self.name), 0.0
+        minimised = partial(
+            minimise_kept, tolerance=_SOLVER_TOLERANCE, num_iterations=_SOLVER_ITERATIONS
+        )
+        by_rows, one = minimised(W, self.terms, rows, torch.zeros_like(columns))
+        by_columns, other = minimised(W, self.terms, torch.zeros_like(rows), columns)
+        return (by_rows + by_columns - W) * torch.outer(~rows, ~columns), max(one, other)
+
+    def _prune_singly(self, W: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        if self.is_extended:
+            return (W + self.inverse.single_corrections(W, rows, columns)) * torch.outer(
+                ~rows, ~columns
+            )
+        return prune_singly(W, self.A.inverse(), self.G.inverse(), rows, columns)
+
+    def quadratic_cost(self, change: Tensor) -> float:
+        """Return the predicted loss increase of a change [R, C] of the weights."""
+        return sum(costs.quadratic_cost(change, A, G) for G, A in self.terms)

@@ -1,0 +1,119 @@
+"""How much damping the factors of a linear need, asked of tokens that they were not gathered from.
+
+Factors of few tokens are noisy. An update that trusts them fits the noise, and one that is damped
+too much does without what they know. Which is worse shows on factors of other tokens: what a
+removal with its update costs there.
+
+Source: docs/method.md, section 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ray_surgeon.maths.costs import quadratic_cost
+from ray_surgeon.maths.kronecker import Damping, PackedFactors
+from ray_surgeon.maths.linear import Linear, Part
+from ray_surgeon.maths.masks import StructuredMask
+
+A_CHOICES = (1e-3, 1e-2, 1e-1, 1.0)
+"""Damping of A, relative to its mean diagonal."""
+G_CHOICES = (0.01, 0.03, 0.1, 0.3)
+"""Damping of G, likewise."""
+
+
+def cost_held_aside(
+    linear: Linear,
+    mask: StructuredMask,
+    held: PackedFactors,
+    damping: Damping,
+    share: float,
+    *,
+    prunes_rows: bool,
+) -> float:
+    """Remove the cheapest columns of a linear, and return the cost on other tokens.
+
+    The update is by the linear's own factors, the cost by factors of other tokens.
+
+    Args:
+        linear: with its factors.
+        mask: what earlier shots kept.
+        held: factors of tokens held aside, sums likewise.
+        damping: of the linear's own factors; those held aside have none.
+        share: of the columns, and of the rows, that are removed.
+        prunes_rows: whether the cheapest rows go, too.
+
+    Returns:
+        Predicted loss increase, in nats per token.
+
+    Raises:
+        FloatingPointError: a factor is not usable.
+    """
+    W = linear.W
+    live = linear.live
+    rows = live.rows & mask.rows.to(W.device) & (W != 0).any(dim=1)
+    columns = live.columns & mask.columns.to(W.device) & (W != 0).any(dim=0)
+    part = Part(rows, columns)
+    alive = part.of(W)
+    curvature = linear.curvature(part, damping)
+    column_costs = curvature.column_costs(alive, "obs")
+    if linear.has_bias and bool(columns[-1]):
+        column_costs[-1] = torch.inf
+    gone_columns = _cheapest(column_costs, share)
+    gone_rows = torch.zeros(len(alive), dtype=torch.bool, device=W.device)
+    if prunes_rows:
+        gone_rows = _cheapest(curvature.row_costs(alive, "obs"), share)
+    after, _ = curvature.prune(alive, gone_rows, gone_columns, "full")
+    of_held = held.restricted(part.rows, part.columns)
+    A = of_held.A / of_held.num_tokens
+    G = of_held.G / of_held.num_tokens
+    return quadratic_cost(after - alive, A.to(W.dtype), G.to(W.dtype))
+
+
+def _cheapest(costs: torch.Tensor, share: float) -> torch.Tensor:
+    """Return which entries [n] bool are the cheapest share, fewer than all."""
+    gone = torch.zeros(len(costs), dtype=torch.bool, device=costs.device)
+    gone[costs.argsort(stable=True)[: min(int(share * len(costs)), len(costs) - 1)]] = True
+    return gone
+
+
+def choose_damping(
+    cost_of: Callable[[float, float], Sequence[float]],
+    a_choices: Sequence[float],
+    g_choices: Sequence[float],
+) -> tuple[float, float, list[tuple[float, float, float]]]:
+    """Choose the damping of A, then that of G with it.
+
+    Args:
+        cost_of: damping of A and of G -> costs held aside of several linears.
+        a_choices: for A.
+        g_choices: for G; the one after the middle goes with all for A.
+
+    Returns:
+        The damping of A, that of G, and for everything that was tried both with the mean of the
+        costs, relative to the smallest of each linear. Costs that are no number count as infinite.
+    """
+    middle = g_choices[len(g_choices) // 2]
+    costs = dict[tuple[float, float], list[float]]()
+
+    def relative() -> dict[tuple[float, float], float]:
+        of_pairs = torch.tensor(list(costs.values()), dtype=torch.float64).nan_to_num(
+            nan=torch.inf, posinf=torch.inf
+        )
+        if not of_pairs.numel():
+            return dict.fromkeys(costs, 1.0)
+        ratios = of_pairs / of_pairs.min(dim=0).values.clamp(min=1e-300)
+        return dict(zip(costs, ratios.nan_to_num(nan=torch.inf).mean(dim=1).tolist(), strict=True))
+
+    def best_of(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
+        for pair in pairs:
+            if pair not in costs:
+                costs[pair] = list(cost_of(*pair))
+        means = relative()
+        return min(pairs, key=lambda pair: means[pair])
+
+    best_a, _ = best_of([(a, middle) for a in a_choices])
+    _, best_g = best_of([(best_a, g) for g in g_choices])
+    return best_a, best_g, [(a, g, mean) for (a, g), mean in relative().items()]

@@ -1,0 +1,210 @@
+"""Experts: factors of experts that saw few tokens, and what the removal of a whole expert costs.
+
+Source: docs/method.md, section 10. Losses and costs are means over all tokens, of which an expert
+sees a share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ray_surgeon.maths.kronecker import PackedFactors, PackedSymmetric
+
+PRIOR_TOKENS = 256.0
+"""Tokens with which an expert's own mean counts as much as its layer's.
+
+Measured; see docs/results.md.
+"""
+
+
+@dataclass(frozen=True)
+class LayerMean:
+    """What the experts of a layer have in common: means over all of their tokens."""
+
+    A: PackedSymmetric  # [C, C]
+    G: PackedSymmetric  # [R, R]
+    num_tokens: float  # that passed the layer, each through several experts
+
+
+def mean_factor(
+    totals: Iterable[tuple[PackedSymmetric, int]], *, has_basis: bool, has_bias: bool = False
+) -> PackedSymmetric:
+    """Return the mean of a factor over all tokens of all experts of a layer.
+
+    Args:
+        totals: sum of every expert, and its number of tokens.
+        has_basis: whether the same entry means the same in all experts, as in the hidden states.
+            The channels of one expert have nothing to do with those of another, and what does not
+            depend on their order is a multiple of the identity only (and of ones, left out).
+            Channels that are always zero, as pruned ones are, say nothing of the others and do not
+            count.
+        has_bias: whether the last entry is the bias's, which means the same in all experts.
+    """
+    mean: PackedSymmetric | None = None
+    num_tokens = 0
+    num_nonzero = 0  # the second over all channels of all experts
+    for total, own_tokens in totals:
+        if mean is None:
+            mean = PackedSymmetric.zeros(total.n, total.flat.device, total.flat.dtype)
+        mean.flat.add_(total.flat)
+        num_tokens += own_tokens
+        if not has_basis:
+            num_nonzero += own_tokens * int(total.diagonal()[: total.n - has_bias].count_nonzero())
+    assert mean is not None, "a layer has experts"
+    mean.flat.div_(max(1, num_tokens))
+    if has_basis:
+        return mean
+    diagonal = mean.diagonal()
+    num_channels = mean.n - has_bias
+    of_bias = float(diagonal[-1])
+    level = float(diagonal[:num_channels].mean()) * (
+        num_tokens * num_channels / max(1, num_nonzero)
+    )
+    mean.flat.zero_()
+    mean.fill_diagonal(level)
+    if has_bias:
+        mean.flat[-1] = of_bias
+    return mean
+
+
+def share_of_tokens(num_tokens: int, mean: LayerMean) -> float:
+    """Return the share of a layer's tokens that an expert sees, by Laplace's rule.
+
+    An expert that was not called may be called yet.
+    """
+    return (num_tokens + 1) / (mean.num_tokens + 2)
+
+
+def shrunk_factors(
+    own: PackedFactors, mean: LayerMean, prior_tokens: float = PRIOR_TOKENS
+) -> PackedFactors:
+    """Return the factors of one expert, shrunk towards the mean of its layer.
+
+    The fewer tokens it saw, the more they are shrunk.
+
+    The estimate is (sum + k mean) / (n + k): the posterior mean of a second moment under a
+    conjugate (inverse Wishart) prior that is worth k tokens, the linear shrinkage of Ledoit and
+    Wolf (2004) with a weight by the number of tokens. The share of all tokens that the expert sees,
+    by which G is multiplied, is (n + 1) / (N + 2), Laplace's rule of succession: an expert that was
+    not called may be called yet.
+
+    Args:
+        own: sums over the expert's tokens.
+        mean: of the layer.
+        prior_tokens: k.
+
+    Returns:
+        Means, with `num_tokens` 1.
+    """
+    n = own.num_tokens
+    share = share_of_tokens(n, mean)
+    A = own.A.flat.add(mean.A.flat.to(own.A.flat.device), alpha=prior_tokens).div_(n + prior_tokens)
+    G = own.G.flat.add(mean.G.flat.to(own.G.flat.device), alpha=prior_tokens).mul_(
+        share / (n + prior_tokens)
+    )
+    return PackedFactors(PackedSymmetric(own.A.n, A), PackedSymmetric(own.G.n, G), 1, own.terms)
+
+
+def own_divisor(num_tokens: int, mean: LayerMean) -> float:
+    """Return the divisor of an expert's own sum of g g^T (x) a a^T.
+
+    It makes of the sum the Fisher that `shrunk_factors` estimates.
+    """
+    return (num_tokens + PRIOR_TOKENS) / share_of_tokens(num_tokens, mean)
+
+
+SUMS = ("tokens", "weighted_norms", "gains", "squares")
+"""Rows of the sums over tokens of the experts of a layer, see `ExpertSums`."""
+
+
+class ExpertSums:
+    """Sums over the tokens that are routed to each expert of a layer.
+
+    They merge over micro-batches and replicas.
+    """
+
+    def __init__(self, num_experts: int, device: torch.device | None = None) -> None:
+        """Start with nothing."""
+        self.total = torch.zeros(len(SUMS), num_experts, dtype=torch.float64, device=device)
+
+    def add(self, name: str, experts: Tensor, values: Tensor) -> None:
+        """Add values [n] of tokens to one of `SUMS`, for the experts [n] they are routed to."""
+        self.total[SUMS.index(name)].index_add_(0, experts, values.double())
+
+    def of(self, name: str) -> Tensor:
+        """Return one of the sums, [num_experts] float64."""
+        return self.total[SUMS.index(name)]
+
+
+def add_changes(sums: ExpertSums, experts: Tensor, changes: Tensor, gradients: Tensor) -> None:
+    """Add what removals change.
+
+    Args:
+        sums: to add to.
+        experts: [n] which expert is removed.
+        changes: [n, d] what its removal changes in the output of the layer for a token that is
+            routed to it.
+        gradients: [n, d] of the loss, summed over tokens, by that output.
+    """
+    gains = (changes.float() * gradients.float()).sum(dim=1)
+    sums.add("gains", experts, gains)
+    sums.add("squares", experts, gains.double().square())
+
+
+def add_rises(sums: ExpertSums, rises: Tensor, outputs: Tensor, gradients: Tensor) -> None:
+    """Add what removals change for tokens that are not routed to the expert.
+
+    Args:
+        sums: to add to.
+        rises: [n, num_experts] by how much the output of the layer rises, relative.
+        outputs: [n, d].
+        gradients: [n, d] of the loss, summed over tokens, by the output.
+    """
+    gains = (outputs.float() * gradients.float()).sum(dim=1, keepdim=True) * rises
+    sums.of("gains").add_(gains.double().sum(dim=0))
+    sums.of("squares").add_(gains.double().square().sum(dim=0))
+
+
+def rerouting_costs(sums: ExpertSums, num_chosen: int, *, first_order: bool = True) -> Tensor:
+    """Return the predicted loss increase of each expert's removal, [num_experts] float64.
+
+    It is in nats per token; the expert's tokens go to the next ones.
+
+    E[g^T dy] + 1/2 E[(g^T dy)^2], the Fisher being that of the tokens themselves. The first order
+    is not 0 where the model is not at a minimum for the text: after earlier shots, for example. A
+    removal that lowers the loss has a negative cost.
+
+    Args:
+        sums: over the tokens of a layer.
+        num_chosen: experts a token goes to.
+        first_order: whether to add it. With labels drawn from the model it is noise: its mean is 0.
+    """
+    second = 0.5 * sums.of("squares")
+    return (sums.of("gains") + second if first_order else second) / _num_tokens(sums, num_chosen)
+
+
+def reap_costs(sums: ExpertSums) -> Tensor:
+    """Return REAP's saliency: the mean of weight times norm of output (Lasby et al. 2025).
+
+    The mean is over an expert's tokens.
+    """
+    return sums.of("weighted_norms") / sums.of("tokens").clamp(min=1)
+
+
+def frequency_costs(sums: ExpertSums, num_chosen: int) -> Tensor:
+    """Return the share of tokens that are routed to each expert."""
+    return sums.of("tokens") / _num_tokens(sums, num_chosen)
+
+
+def _num_tokens(sums: ExpertSums, num_chosen: int) -> float:
+    return max(1.0, float(sums.of("tokens").sum()) / num_chosen)
+
+
+def random_costs(num_experts: int, seed: int) -> Tensor:
+    """Return costs in (0, 1] that depend on a seed only."""
+    generator = torch.Generator().manual_seed(seed)
+    return 1 - torch.rand(num_experts, generator=generator, dtype=torch.float64)

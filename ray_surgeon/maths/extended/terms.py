@@ -1,0 +1,268 @@
+"""Extended KFAC: the Fisher of one linear as a sum of Kronecker products, F = sum_r kron(G_r, A_r).
+
+Source: docs/method.md, sections 1 and 4; The LLM Surgeon, section 3.1 (RK > 1). The first term is
+plain KFAC; every further one is the best Kronecker product for what the ones before leave, found by
+the power method on the rearranged Fisher R(F) = 1/N sum vec(g g^T) vec(a a^T)^T, which is never
+formed.
+
+N: tokens; a [C], g [R]: input and output gradient of one token; all factors here are means over
+tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ray_surgeon.maths.kronecker import Term
+
+_LEAST = 0.1
+"""Part of the first term that further terms leave in every direction.
+
+So their sum is positive definite.
+"""
+
+
+def quadratic_forms(x: Tensor, matrix: Tensor) -> Tensor:
+    """Return x_n^T matrix x_n for every row of x [N, n]: [N]."""
+    return (x @ matrix * x).sum(dim=1)
+
+
+def power_iteration(
+    moment: Tensor, known: Sequence[Tensor], known_other: Sequence[Tensor], other: Tensor
+) -> tuple[Tensor, float]:
+    """Finish one iteration of the power method.
+
+    What the known terms explain is taken off, and the rest normalised.
+
+    Args:
+        moment: 1/N sum (x^T other x) y y^T, of the side that is wanted.
+        known: factors of the terms found so far, on this side.
+        known_other: the same terms' factors on the other side.
+        other: the present unit factor of the new term on the other side.
+
+    Returns:
+        The unit factor on this side, and the norm it had: the singular value, at convergence.
+    """
+    rest = moment.clone()
+    for same, opposite in zip(known, known_other, strict=True):
+        rest -= torch.sum(opposite * other) * same
+    norm = float(torch.linalg.norm(rest))
+    return rest / max(norm, torch.finfo(rest.dtype).tiny), norm
+
+
+@dataclass(frozen=True)
+class ClippedTerm:
+    """A further term that keeps the sum positive definite."""
+
+    term: Term  # G_r and A_r after clipping
+    # norm of what was clipped, relative to the norm of the term, both measured in units of the
+    # first term
+    change: float
+
+
+def _whitened(factor: Tensor, cholesky: Tensor) -> Tensor:
+    """Return L^-1 factor L^-T."""
+    half = torch.linalg.solve_triangular(cholesky, factor, upper=False)
+    whitened = torch.linalg.solve_triangular(cholesky, half.T, upper=False)
+    symmetric: Tensor = (whitened + whitened.T) / 2
+    return symmetric
+
+
+def clip_term(term: Term, G_cholesky: Tensor, A_cholesky: Tensor, share: float) -> ClippedTerm:
+    """Clip the negative eigenvalues that would make the sum of terms indefinite.
+
+    In units of the first term, whose Cholesky factors are given, the two factors have eigenvalues s
+    and t, and the term is at least the smallest s_i t_j times the first. That is kept above
+    ``-share (1 - 0.1)`` by raising negative s and t; of the two signs of the factors, kron(G, A) =
+    kron(-G, -A), the one is taken that changes less.
+
+    Args:
+        term: G_r and A_r, symmetric.
+        G_cholesky: [R, R] L with L L^T = G_0.
+        A_cholesky: [C, C] likewise.
+        share: of the room, 1 / number of further terms.
+    """
+    if not len(G_cholesky) or not len(A_cholesky):
+        return ClippedTerm(term, 0.0)
+    (s, E) = torch.linalg.eigh(_whitened(term[0], G_cholesky))
+    (t, D) = torch.linalg.eigh(_whitened(term[1], A_cholesky))
+    room = share * (1 - _LEAST)
+    size = s.norm() * t.norm()
+    best: tuple[float, float, Tensor, Tensor] | None = None
+    for sign in (1.0, -1.0):
+        low_s = torch.clamp(sign * s, min=-room / max(float((sign * t).max()), 1e-30))
+        low_t = torch.clamp(sign * t, min=-room / max(float((sign * s).max()), 1e-30))
+        kept = low_s.norm() ** 2 * low_t.norm() ** 2
+        change = float(
+            (size**2 + kept - 2 * (sign * s @ low_s) * (sign * t @ low_t)).clamp(min=0).sqrt()
+            / size.clamp(min=1e-30)
+        )
+        if best is None or change < best[0]:
+            best = (change, sign, low_s, low_t)
+    assert best is not None
+    change, sign, low_s, low_t = best
+    if torch.equal(low_s, sign * s) and torch.equal(low_t, sign * t):
+        return ClippedTerm(term, 0.0)
+    G = G_cholesky @ E
+    A = A_cholesky @ D
+    return ClippedTerm(((G * low_s) @ G.T, (A * low_t) @ A.T), change)
+
+
+class TwoTermInverse:
+    """Inverse of kron(G_0, A_0) + kron(G_1, A_1), G_0 and A_0 positive definite.
+
+    With G_0 = L L^T and L^-1 G_1 L^-T = E diag(s) E^T, K1 = L^-T E, and K2, t from A likewise, F^-1
+    = kron(K1, K2) diag(1 / (1 + s t^T)) kron(K1, K2)^T. (The published code has K1 = L^-1 E, which
+    is another matrix.)
+    """
+
+    def __init__(self, G_cholesky: Tensor, A_cholesky: Tensor, term: Term) -> None:
+        """Decompose; `term` must leave the sum positive definite, see `clip_term`."""
+        s, E = torch.linalg.eigh(_whitened(term[0], G_cholesky))
+        t, D = torch.linalg.eigh(_whitened(term[1], A_cholesky))
+        self.K1 = torch.linalg.solve_triangular(G_cholesky.T, E, upper=True)
+        self.K2 = torch.linalg.solve_triangular(A_cholesky.T, D, upper=True)
+        self._back1 = G_cholesky @ E
+        self._back2 = A_cholesky @ D
+        self.S = 1 + torch.outer(s, t)
+        assert bool((self.S > 0).all()), "the sum of the two terms is indefinite"
+
+    def solve(self, B: Tensor) -> Tensor:
+        """Return X [R, C] with G_0 X A_0 + G_1 X A_1 = B."""
+        X: Tensor = self.K1 @ ((self.K1.T @ B @ self.K2) / self.S) @ self.K2.T
+        return X
+
+    def row_parts(self, W: Tensor) -> tuple[Tensor, Tensor]:
+        """Return Y = W K2^-T and Z with [F^-1]_rr = K2 diag(Z_r) K2^T, both [R, C]."""
+        return W @ self._back2, self.K1.square() @ (1 / self.S)
+
+    def column_parts(self, W: Tensor) -> tuple[Tensor, Tensor]:
+        """Return Y = K1^-1 W and Z with [F^-1]_cc = K1 diag(Z_:c) K1^T, both [R, C]."""
+        return self._back1.T @ W, (1 / self.S) @ self.K2.square().T
+
+    def row_costs(self, W: Tensor) -> Tensor:
+        """Return the cost of each row after the optimal update of the others, [R].
+
+        It is 1/2 sum_j Y_rj^2 / Z_rj.
+        """
+        Y, Z = self.row_parts(W)
+        return 0.5 * (Y.square() / Z).sum(dim=1)
+
+    def column_costs(self, W: Tensor) -> Tensor:
+        """Return the cost of each column after the optimal update of the others, [C]."""
+        Y, Z = self.column_parts(W)
+        return 0.5 * (Y.square() / Z).sum(dim=0)
+
+    def diagonal(self) -> Tensor:
+        """Return the diagonal of F^-1 as [R, C]: an element's cost is 1/2 W_rc^2 over its entry."""
+        diagonal: Tensor = self.K1.square() @ (1 / self.S) @ self.K2.square().T
+        return diagonal
+
+    def row_blocks(self, left: Tensor, right: Tensor) -> Tensor:
+        """Return [F^-1]_{(r, left_i), (r, right_i)}, [R, num_pairs].
+
+        That is for every row and every pair of columns (left_i, right_i).
+        """
+        blocks: Tensor = self.K1.square() @ (1 / self.S) @ (self.K2[left] * self.K2[right]).T
+        return blocks
+
+    def single_corrections(self, W: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """Return the sum of each removed row's and column's own correction, [R, C].
+
+        Each is as if it were pruned alone.
+        """
+        total = torch.zeros_like(W)
+        if rows.any():
+            Y, Z = self.row_parts(W)
+            multipliers = self.K1[rows].T @ (Y / Z)[rows]
+            total -= self.K1 @ (multipliers / self.S) @ self.K2.T
+        if columns.any():
+            Y, Z = self.column_parts(W)
+            multipliers = (Y / Z)[:, columns] @ self.K2[columns]
+            total -= self.K1 @ (multipliers / self.S) @ self.K2.T
+        return total
+
+
+def apply_terms(X: Tensor, terms: Sequence[Term]) -> Tensor:
+    """Return F X: sum_r G_r X A_r, [R, C]."""
+    (G, A), *further = terms
+    total: Tensor = G @ X @ A
+    for G, A in further:
+        total += G @ X @ A
+    return total
+
+
+def minimise_kept(
+    W: Tensor,
+    terms: Sequence[Term],
+    rows: Tensor,
+    columns: Tensor,
+    *,
+    tolerance: float,
+    num_iterations: int,
+) -> tuple[Tensor, float]:
+    """Remove rows and columns and minimise the quadratic over the weights that stay.
+
+    Two terms are solved exactly by the generalised eigenvectors of their kept blocks; more by
+    conjugate gradients with that as the preconditioner.
+
+    Args:
+        W: [R, C].
+        terms: the first positive definite, their sum too.
+        rows: [R] bool, True = to prune.
+        columns: [C] bool, True = to prune.
+        tolerance: relative residual at which conjugate gradients stop.
+        num_iterations: of them, at most.
+
+    Returns:
+        [R, C] new weights, zero in every removed row and column, and the relative residual.
+    """
+    K = ~rows
+    L = ~columns
+    new = torch.zeros_like(W)
+    if not K.any() or not L.any():
+        return new, 0.0
+    removed = W.clone()
+    removed[torch.outer(K, L)] = 0
+    right = apply_terms(removed, terms)
+    right = right[K][:, L]
+    inside = [(G[K][:, K], A[L][:, L]) for G, A in terms]
+    X, residual = solve_terms(right, inside, tolerance=tolerance, num_iterations=num_iterations)
+    new[K.nonzero(), L.nonzero()[:, 0]] = W[K][:, L] + X
+    return new, residual
+
+
+def solve_terms(
+    right: Tensor, terms: Sequence[Term], *, tolerance: float, num_iterations: int
+) -> tuple[Tensor, float]:
+    """Solve sum_r G_r X A_r = right; return X and the relative residual."""
+    (G0, A0), *further = terms
+    G_cholesky = torch.linalg.cholesky(G0)
+    A_cholesky = torch.linalg.cholesky(A0)
+    if not further:
+        return torch.cholesky_solve(torch.cholesky_solve(right.T, A_cholesky).T, G_cholesky), 0.0
+    inverse = TwoTermInverse(G_cholesky, A_cholesky, further[0])
+    X = inverse.solve(right)
+    start = float(torch.linalg.norm(right))
+    if len(further) == 1 or start == 0.0:
+        return X, 0.0
+    residual = right - apply_terms(X, terms)
+    z = inverse.solve(residual)
+    direction = z
+    rz = torch.sum(residual * z)
+    iteration = 0
+    while iteration < num_iterations and float(torch.linalg.norm(residual)) > tolerance * start:
+        product = apply_terms(direction, terms)
+        step = rz / torch.sum(direction * product)
+        X = X + step * direction
+        residual = residual - step * product
+        z = inverse.solve(residual)
+        previous = rz
+        rz = torch.sum(residual * z)
+        direction = z + rz / previous * direction
+        iteration += 1
+    return X, float(torch.linalg.norm(right - apply_terms(X, terms))) / start

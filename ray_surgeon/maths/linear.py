@@ -1,0 +1,74 @@
+"""One linear in one shot, and the restriction of everything about it to some rows and columns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ray_surgeon.maths.curvature import LinearCurvature
+from ray_surgeon.maths.kronecker import Damping, PackedFactors
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows and columns of one linear on which factors are inverted.
+
+    A pruned row makes G singular.
+    """
+
+    rows: Tensor  # [R] bool
+    columns: Tensor  # [C] bool
+
+    def of(self, whole: Tensor) -> Tensor:
+        """Return this part of a matrix [R, C]."""
+        return whole[self.rows][:, self.columns]
+
+    def put(self, part: Tensor, into: Tensor) -> Tensor:
+        """Return a copy of a matrix [R, C] in which this part is replaced."""
+        result = into.clone()
+        result[self.rows.nonzero(), self.columns.nonzero()[:, 0]] = part
+        return result
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One linear in one shot."""
+
+    name: str  # for errors
+    W: Tensor  # [R, C] float32 or float64, the bias as the last column
+    factors: PackedFactors  # sums over the calibration tokens
+    has_bias: bool  # whether the last column is a bias
+    damping: Damping  # of the factors
+
+    @property
+    def num_inputs(self) -> int:
+        """C without the bias."""
+        return self.W.shape[1] - self.has_bias
+
+    @property
+    def live(self) -> Part:
+        """Rows with a gradient and columns with an input that is not always zero."""
+        device = self.W.device
+        return Part(
+            self.factors.G.diagonal().to(device) > 0, self.factors.A.diagonal().to(device) > 0
+        )
+
+    def curvature(self, part: Part, damping: Damping | None = None) -> LinearCurvature:
+        """Return the damped curvature of a part; `damping` replaces that of the linear."""
+        alive = self.factors.restricted(part.rows, part.columns)
+        return LinearCurvature(self.name, alive, damping or self.damping, self.W.dtype)
+
+    def zeros(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Return zeros [R, C] on the device of W."""
+        return torch.zeros_like(self.W, dtype=dtype)
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What became of one linear."""
+
+    W: Tensor  # [R, C] new weights, zero in everything removed
+    predicted: float  # loss increase by the quadratic model, in nats per token
+    residual: float  # of the update's equations, relative; 0 where they are solved directly

@@ -1,0 +1,139 @@
+"""Rows and columns of one linear: what each costs, and what the rest becomes when some are pruned.
+
+Source: docs/method.md, sections 3 to 6.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ray_surgeon.maths.curvature import Clipping, RaisedDamping
+from ray_surgeon.maths.greedy import GreedyPath, greedy_costs
+from ray_surgeon.maths.kronecker import Damping
+from ray_surgeon.maths.linear import Linear, Part, Removal
+from ray_surgeon.maths.masks import StructuredMask
+from ray_surgeon.maths.threshold import check_costs
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Rows and columns of one linear that may be pruned."""
+
+    rows: Tensor  # [p] indices of the rows
+    columns: Tensor  # [q] indices of the columns, never the bias's
+    row_costs: Tensor  # [p] costs, by which the threshold ranks; 0 for rows that are zero
+    column_costs: Tensor  # [q]
+    live: Part  # rows and columns on which the curvature is not degenerate
+    damping: Damping  # what the factors on `live` needed
+    raised_damping: tuple[RaisedDamping, ...]  # see `LinearCurvature`
+    clipping: tuple[Clipping, ...]  # see `LinearCurvature`
+
+    def to_prune(self, mask: StructuredMask, threshold: float) -> tuple[Tensor, Tensor]:
+        """Return which rows [R] and columns [C] cost at most the threshold.
+
+        They are bools on the mask's device.
+        """
+        rows = torch.zeros_like(mask.rows)
+        columns = torch.zeros_like(mask.columns)
+        rows[self.rows[self.row_costs.double() <= threshold].to(rows.device)] = True
+        columns[self.columns[self.column_costs.double() <= threshold].to(columns.device)] = True
+        return rows, columns
+
+
+def find_candidates(
+    linear: Linear,
+    mask: StructuredMask,
+    structure: str,
+    costs: str,
+    *,
+    per_parameter: bool,
+    limit: float | None = None,
+) -> Candidates:
+    """Return which rows and columns may be pruned, and their costs.
+
+    Args:
+        linear: with the weights that earlier shots left.
+        mask: what earlier shots kept.
+        structure: ``rows``, ``columns`` or ``rows_columns``.
+        costs: ``obs`` (with the optimal update of the others) or ``obd`` (without one).
+        per_parameter: whether costs are divided by the entries that the structure still has.
+        limit: if given, costs are the marginal ones of the greedy path, and only what is pruned up
+            to this cost is a candidate.
+
+    Raises:
+        FloatingPointError: a factor or a cost is not usable.
+    """
+    W = linear.W
+    with_curvature = linear.live
+    mask = StructuredMask(mask.rows.to(W.device), mask.columns.to(W.device))
+    live_rows = mask.rows & with_curvature.rows & (W != 0).any(dim=1)
+    live_columns = mask.columns & with_curvature.columns & (W != 0).any(dim=0)
+    rows = mask.rows & (structure != "columns")
+    columns = mask.columns & (structure != "rows")
+    if linear.has_bias:
+        live_columns[-1] = mask.columns[-1]
+        columns[-1] = False
+    live = Part(live_rows, live_columns)
+    curvature = linear.curvature(live)
+    alive = live.of(W)
+    by_row = W.new_zeros(len(W))
+    by_column = W.new_zeros(W.shape[1])
+    if limit is not None:
+        path = GreedyPath(
+            alive,
+            curvature.A,
+            curvature.G,
+            prunes_rows=structure != "columns",
+            prunes_columns=structure != "rows",
+        )
+        may = rows[live_rows], columns[live_columns]
+        by_row[live_rows], by_column[live_columns] = greedy_costs(
+            path, *may, name=linear.name, per_parameter=per_parameter, limit=limit
+        )
+        rows &= torch.isfinite(by_row)
+        columns &= torch.isfinite(by_column)
+    else:
+        by_row[live_rows] = curvature.row_costs(alive, costs)
+        by_column[live_columns] = curvature.column_costs(alive, costs)
+        if per_parameter:
+            by_row = by_row / mask.columns.sum().clamp(min=1)
+            by_column = by_column / mask.rows.sum().clamp(min=1)
+    check_costs(f"{linear.name} rows", by_row[rows])
+    check_costs(f"{linear.name} columns", by_column[columns])
+    return Candidates(
+        rows.nonzero()[:, 0],
+        columns.nonzero()[:, 0],
+        by_row[rows],
+        by_column[columns],
+        live,
+        curvature.used_damping,
+        curvature.raised_damping,
+        curvature.clipping,
+    )
+
+
+def prune_structures(
+    linear: Linear, mask: StructuredMask, found: Candidates, threshold: float, update: str
+) -> tuple[Removal, StructuredMask]:
+    """Prune every candidate whose cost is at most the threshold and update what stays.
+
+    Args:
+        linear: as for `find_candidates`.
+        mask: likewise.
+        found: of this shot.
+        threshold: the global one.
+        update: ``full``, ``single`` (see `prune_singly`) or ``none``.
+    """
+    to_prune = found.to_prune(mask, threshold)
+    new_mask = mask.without(*to_prune)
+    curvature = linear.curvature(found.live, found.damping)
+    before = found.live.of(linear.W)
+    rows = to_prune[0].to(before.device)[found.live.rows]
+    columns = to_prune[1].to(before.device)[found.live.columns]
+    after, residual = curvature.prune(before, rows, columns, update)
+    W = found.live.put(after, linear.W)
+    new_mask.apply_(W)
+    return Removal(W, curvature.quadratic_cost(after - before), residual), new_mask

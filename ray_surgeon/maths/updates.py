@@ -1,0 +1,128 @@
+"""Correlated weight updates: how the kept weights change when rows and columns are pruned.
+
+Source: docs/method.md, section 4; The LLM Surgeon, sections 3.3 and 3.4. `prune_rows` and
+`prune_columns` solve the equality-constrained quadratic ``min 1/2 vec(D)^T kron(G, A) vec(D)``
+subject to the pruned entries of W + D being zero. `prune_rows_and_columns` and `prune_singly` add
+corrections that are each exact on their own.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ray_surgeon.maths.kronecker import factorise, solve_lower
+from ray_surgeon.maths.products import product
+
+
+def _correlation(matrix: Tensor, to_prune: Tensor, name: str) -> Tensor:
+    """Return M = matrix_KK^-1 matrix_KP, [kept, pruned].
+
+    A part of a damped matrix is positive definite as it is.
+    """
+    kept = (~to_prune).nonzero()
+    pruned = to_prune.nonzero()[:, 0]
+    L = factorise(
+        matrix[kept, kept[:, 0]], 0.0, 0.0, f"{name} (kept part, damped already)"
+    ).cholesky
+    return solve_lower(L, solve_lower(L, matrix[kept, pruned]), transposed=True)
+
+
+def prune_rows(W: Tensor, G: Tensor, to_prune: Tensor, *, name: str = "G") -> Tensor:
+    """Set the pruned rows to zero and add G_KK^-1 G_KP W_P to the kept ones (A cancels).
+
+    Args:
+        W: [R, C].
+        G: [R, R] damped.
+        to_prune: [R] bool.
+        name: what G belongs to, for errors.
+
+    Returns:
+        [R, C] the new weights.
+    """
+    new = torch.zeros_like(W)
+    if not to_prune.any():
+        return W.clone()
+    if not to_prune.all():
+        new[~to_prune] = W[~to_prune] + product(_correlation(G, to_prune, name), W[to_prune])
+    return new
+
+
+def prune_columns(W: Tensor, A: Tensor, to_prune: Tensor, *, name: str = "A") -> Tensor:
+    """Set the pruned columns to zero and add W_Q A_QL A_LL^-1 to the kept ones (G cancels).
+
+    Args:
+        W: [R, C].
+        A: [C, C] damped.
+        to_prune: [C] bool.
+        name: what A belongs to, for errors.
+
+    Returns:
+        [R, C] the new weights.
+    """
+    return prune_rows(W.T, A, to_prune, name=name).T.contiguous()
+
+
+def prune_rows_and_columns(
+    W: Tensor,
+    A: Tensor,
+    G: Tensor,
+    rows_to_prune: Tensor,
+    columns_to_prune: Tensor,
+    *,
+    name: str = "",
+) -> Tensor:
+    """Remove rows and columns together, as the published implementation does.
+
+    Both corrections are taken from the original weights and added. The exact minimiser also has the
+    term M W_PQ N; with the default damping the two tie in perplexity (docs/negative-results.md).
+
+    Args:
+        W: [R, C].
+        A: [C, C] damped.
+        G: [R, R] damped.
+        rows_to_prune: [R] bool.
+        columns_to_prune: [C] bool.
+        name: the linear, for errors.
+
+    Returns:
+        [R, C] new weights, zero in every pruned row and column.
+    """
+    by_rows = prune_rows(W, G, rows_to_prune, name=f"{name} G")
+    by_columns = prune_columns(W, A, columns_to_prune, name=f"{name} A")
+    new = by_rows + by_columns - W
+    new[rows_to_prune] = 0
+    new[:, columns_to_prune] = 0
+    return new
+
+
+def prune_singly(
+    W: Tensor, A_inverse: Tensor, G_inverse: Tensor, rows_to_prune: Tensor, columns_to_prune: Tensor
+) -> Tensor:
+    """Remove rows and columns, and correct each as if it were pruned alone.
+
+    OBS without correlations.
+
+    Row p adds -[G^-1]_:p / [G^-1]_pp W_p, column q adds -W_q [A^-1]_q: / [A^-1]_qq, all from the
+    original weights.
+
+    Args:
+        W: [R, C].
+        A_inverse: [C, C].
+        G_inverse: [R, R].
+        rows_to_prune: [R] bool.
+        columns_to_prune: [C] bool.
+
+    Returns:
+        [R, C] new weights, zero in every pruned row and column.
+    """
+    by_rows = G_inverse[:, rows_to_prune] / G_inverse.diagonal()[rows_to_prune] @ W[rows_to_prune]
+    by_columns = (
+        W[:, columns_to_prune]
+        / A_inverse.diagonal()[columns_to_prune]
+        @ A_inverse[columns_to_prune]
+    )
+    new = W - by_rows - by_columns
+    new[rows_to_prune] = 0
+    new[:, columns_to_prune] = 0
+    return new

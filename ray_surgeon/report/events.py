@@ -1,0 +1,183 @@
+"""Steps of a run: each is named once, measured, and emits its event when it ends."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+import torch
+
+from ray_surgeon.report.directory import RunDirectory
+from ray_surgeon.runtime.cluster import Cluster
+from ray_surgeon.runtime.usage import Usage, process_usage
+
+Fact = str | int | float
+
+
+@dataclass(frozen=True)
+class Event:
+    """The end of one step."""
+
+    step: str  # e.g. "curvature"
+    shot: int  # 0 for what is done before the first shot
+    num_shots: int  # in all
+    seconds: float  # wall clock of the step
+    facts: dict[str, Fact]  # what there is to say about it
+    worker_seconds: Sequence[
+        float
+    ] = ()  # how long each worker was busy in it, in the order of `placement.workers`
+
+    @property
+    def line(self) -> str:
+        """One line of the log, e.g. ``shot 1/3  curvature  61.2 s  tokens_per_s=134``."""
+        facts = "  ".join(
+            f"{key}={value:.6g}" if isinstance(value, float) else f"{key}={value}"
+            for key, value in self.facts.items()
+        )
+        place = f"shot {self.shot}/{self.num_shots}" if self.shot else "start"
+        return f"{place:<10} {self.step:<10} {self.seconds:7.1f} s  {facts}"
+
+
+@dataclass(frozen=True)
+class Moment:
+    """How far the present step has come."""
+
+    step: str  # its name
+    shot: int  # of the step
+    num_shots: int  # in all
+    done: int  # units that are done
+    total: int  # units in all; 0 while that is not known
+    unit: str  # e.g. "sequences"
+    tokens_each: int  # tokens of one unit; 0 if it has none
+    elapsed_s: float  # since these units began
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Tokens per second so far."""
+        return (
+            self.done * self.tokens_each / self.elapsed_s
+            if self.done * self.tokens_each and self.elapsed_s
+            else None
+        )
+
+    @property
+    def left_s(self) -> float | None:
+        """Seconds until all units are done, at the pace so far."""
+        return (
+            self.elapsed_s / self.done * (self.total - self.done)
+            if self.done and self.total
+            else None
+        )
+
+    @property
+    def line(self) -> str:
+        """One line of the log, e.g.
+
+        ``shot 1/3  curvature  12 of 64 sequences, 134 tokens per second, 40 s left``.
+        """
+        place = f"shot {self.shot}/{self.num_shots}" if self.shot else "start"
+        parts = [f"{self.done} of {self.total} {self.unit}"] if self.total else ["..."]
+        parts += [f"{self.tokens_per_s:.0f} tokens per second"] if self.tokens_per_s else []
+        parts += [f"{self.left_s:.0f} s left"] if self.left_s is not None else []
+        return f"{place:<10} {self.step:<10} {', '.join(parts)}"
+
+
+class Steps:
+    """``with step("curvature", shot) as facts:`` measures a step and emits its event when it ends.
+
+    Attributes:
+        seconds: step of the present shot -> wall clock.
+        cpu_seconds: step -> CPU time of all processes.
+        worker_seconds: step -> how long each worker was busy, in the order of `placement.workers`.
+        peak_rss_bytes: of the workers' processes together since they started.
+        peak_gpu_bytes: of their GPUs' memory together in this shot.
+        packing_seconds: step -> how long each worker took to pack and unpack what goes between
+            workers, in the same order.
+        peaks: step -> peak bytes of each worker in it, in the same order: on a GPU of its memory,
+            else anonymous ones of its process.
+    """
+
+    def __init__(
+        self, cluster: Cluster, run: RunDirectory, num_shots: int, listen: Callable[[Event], None]
+    ) -> None:
+        """Start with no steps; `listen` is called with every event."""
+        self._cluster = cluster
+        self._run = run
+        self._num_shots = num_shots
+        self._listen = listen
+        self.new_shot()
+        self._present = ("", 0)
+
+    def new_shot(self) -> None:
+        """Forget the steps of the shot before."""
+        self.seconds: dict[str, float] = {}
+        self.cpu_seconds: dict[str, float] = {}
+        self.worker_seconds: dict[str, list[float]] = {}
+        self.packing_seconds: dict[str, list[float]] = {}
+        self.peaks: dict[str, list[int]] = {}
+        self.peak_rss_bytes = self.peak_gpu_bytes = 0
+
+    @contextmanager
+    def __call__(self, name: str, shot: int = 0) -> Iterator[dict[str, Fact]]:
+        """Measure one step; whatever the caller puts into the facts goes into its event."""
+        self._present = (name, shot)
+        self._cluster.progress.begin()
+        facts: dict[str, Fact] = {}
+        wall = time.perf_counter()
+        before = self._usages()
+        yield facts
+        after = self._usages()
+        self.seconds[name] = time.perf_counter() - wall
+        self.cpu_seconds[name] = _cpu_s(after) - _cpu_s(before)
+        self.worker_seconds[name] = [
+            round(b.busy_s - a.busy_s, 3) for a, b in zip(before[1:], after[1:], strict=True)
+        ]
+        self.packing_seconds[name] = [
+            round(b.packing_s - a.packing_s, 3) for a, b in zip(before[1:], after[1:], strict=True)
+        ]
+        self.peak_rss_bytes = sum(
+            {usage.process: usage.peak_rss_bytes for usage in after[1:]}.values()
+        )
+        gpu, anonymous = (
+            largest_of_processes(after, of) for of in ("peak_gpu_bytes", "peak_anonymous_bytes")
+        )
+        self.peak_gpu_bytes = max(self.peak_gpu_bytes, sum(gpu.values()))
+        self.peaks[name] = [gpu[usage.process] or anonymous[usage.process] for usage in after[1:]]
+        if "num_tokens" in facts:
+            facts["tokens_per_s"] = float(facts.pop("num_tokens")) / self.seconds[name]
+        event = Event(
+            name,
+            shot,
+            self._num_shots,
+            round(self.seconds[name], 3),
+            facts,
+            self.worker_seconds[name],
+        )
+        self._run.add_event(asdict(event) | {"time": time.time()})
+        self._listen(event)
+
+    def moment(self) -> Moment:
+        """Return how far the present step has come."""
+        (name, shot) = self._present
+        now = self._cluster.progress
+        elapsed_s = time.monotonic() - now.started_s
+        return Moment(
+            name, shot, self._num_shots, now.done, now.total, now.unit, now.tokens_each, elapsed_s
+        )
+
+    def _usages(self) -> list[Usage]:
+        return [process_usage(torch.device("cpu")), *self._cluster.usages()]
+
+
+def largest_of_processes(usages: list[Usage], field: str) -> dict[str, int]:
+    """Return the largest value of a field by process; the first asked begins anew."""
+    found: dict[str, int] = {}
+    for usage in usages:
+        found[usage.process] = max(found.get(usage.process, 0), getattr(usage, field))
+    return found
+
+
+def _cpu_s(usages: list[Usage]) -> float:
+    return sum({usage.process: usage.cpu_s for usage in usages}.values())

@@ -1,0 +1,118 @@
+"""What the coordinator asks of a cluster, of Ray actors or of objects in this process."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
+
+from ray_surgeon.memory.stores import Stores
+from ray_surgeon.runtime.placement import Placement, WorkerIndex
+from ray_surgeon.runtime.usage import Usage
+from ray_surgeon.runtime.worker import Worker
+
+P = ParamSpec("P")
+T = TypeVar("T")
+U = TypeVar("U")
+
+
+class LostError(RuntimeError):
+    """Part of the cluster is lost, not the work at fault."""
+
+
+@dataclass
+class Progress:
+    """How far the present step has come."""
+
+    done: int = 0  # units that are done
+    total: int = 0  # units in all; 0 while that is not known
+    unit: str = ""  # e.g. "sequences" or "linears"
+    tokens_each: int = 0  # tokens of one unit; 0 if it has none
+    started_s: float = 0.0  # clock at the beginning
+    listener: Callable[[], None] | None = field(
+        default=None, repr=False
+    )  # is called after every change
+
+    def begin(self, total: int = 0, unit: str = "", tokens_each: int = 0) -> None:
+        """Start to count."""
+        self.done = 0
+        self.total = total
+        self.unit = unit
+        self.tokens_each = tokens_each
+        self.started_s = time.monotonic()
+        self._tell()
+
+    def reach(self, done: int, total: int | None = None) -> None:
+        """Say how many units are done, and how many there are in all if that was not known."""
+        if done != self.done:
+            self.done = done
+            self.total = self.total if total is None else total
+            self._tell()
+
+    def _tell(self) -> None:
+        if self.listener is not None:
+            self.listener()
+
+
+class Cluster(Protocol):
+    """Workers that run steps.
+
+    A step is a function, or a method of a pruning method, whose first argument is the worker:
+    ``forward(worker, 3, inputs)`` there is ``cluster.submit(index, forward, 3, inputs)`` here.
+    """
+
+    placement: Placement
+    progress: Progress
+    stores: Stores  # of the loaded workers
+
+    def submit(
+        self,
+        index: WorkerIndex,
+        step: Callable[Concatenate[Worker, P], T],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> T:
+        """Start a step on one worker; its steps run in the order of submission.
+
+        Args:
+            index: which worker.
+            step: what it does.
+            args: results of `submit` are allowed; their values go from worker to worker.
+            kwargs: plain values.
+
+        Returns:
+            What stands for the value: a future, which `get` waits for.
+        """
+
+    def submit_pair(
+        self,
+        index: WorkerIndex,
+        step: Callable[Concatenate[Worker, P], tuple[T, U]],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> tuple[T, U]:
+        """Start a step that returns a pair of which each half gets a future of its own."""
+
+    def get(self, futures: Sequence[T]) -> list[T]:
+        """Wait for futures and return their values; what a worker raised is raised here."""
+
+    def run_all(
+        self, step: Callable[Concatenate[Worker, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> list[T]:
+        """Run a step on every worker at the same time.
+
+        Results come in the order of `placement.workers`.
+        """
+
+    def usages(self) -> list[Usage]:
+        """Return what each worker has used so far."""
+
+    def clean_up(self) -> None:
+        """Let workers remove what they have on their disks, after an error.
+
+        A worker that is still inside of a step may be left out.
+        """
+
+    def close(self) -> None:
+        """End the workers."""

@@ -1,0 +1,78 @@
+"""Runs one of our modules in a process of its own.
+
+The process sees the devices that the calling process sees, or one of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:  # the processes that read requests need no workers
+    from ray_surgeon.runtime.worker import Worker
+
+
+def run_module(
+    module: str, request: Mapping[str, Any], offline: bool = True, gpu: str | None = None
+) -> dict[str, Any]:
+    """Return the answer of a module to a request.
+
+    Args:
+        module: dotted name; its function `answer` takes the request and returns a dictionary. Both
+            travel as JSON. On Linux its process is killed when this one ends.
+        request: for it.
+        offline: whether it may not ask the Hub.
+        gpu: the one GPU that it sees, as in ``CUDA_VISIBLE_DEVICES``, or "" for none; those of this
+            process if not given.
+
+    Raises:
+        RuntimeError: it fails; its last lines are shown.
+    """
+    with tempfile.TemporaryDirectory() as modules:
+        settings = {"HF_MODULES_CACHE": modules, "OMP_WAIT_POLICY": "PASSIVE"} | (
+            {"HF_HUB_OFFLINE": "1"} if offline else {}
+        )
+        settings |= {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
+        command = [
+            sys.executable,
+            "-m",
+            "ray_surgeon.runtime.with_parent",
+            str(os.getpid()),
+            module,
+        ]
+        done = subprocess.run(
+            command,
+            input=json.dumps(request),
+            capture_output=True,
+            text=True,
+            check=False,
+            env=os.environ | settings,
+        )
+    if done.returncode:
+        raise RuntimeError(
+            "\n".join(done.stderr.strip().splitlines()[-5:])
+            or f"{module} ended with exit code {done.returncode}"
+        )
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    assert isinstance(found, dict)
+    return found
+
+
+def run_on_worker(
+    worker: Worker, module: str, request: Mapping[str, Any], offline: bool = True
+) -> dict[str, Any]:
+    """Run a module in a process beside a worker; see `run_module`.
+
+    The process sees that worker's device alone, and no GPU if that is a CPU.
+    """
+    if worker.device.type == "cuda":
+        # what torch keeps of freed memory is not there for the other process
+        torch.cuda.empty_cache()
+    return run_module(module, request, offline, "" if worker.device.type == "cpu" else worker.gpu)

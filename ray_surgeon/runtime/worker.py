@@ -1,0 +1,376 @@
+"""One worker: a shard of blocks and its masks.
+
+A plain class; Ray or a local cluster calls it, and it runs the steps it is given.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from ray_surgeon.maths.masks import ElementMask, Mask, StructuredMask
+from ray_surgeon.memory.stores import Scratch, Stores
+from ray_surgeon.memory.weights import ReadAhead
+from ray_surgeon.models.checkpoint import tensor_reader
+from ray_surgeon.models.layout import ExpertSet, GroupSet, ModelLayout
+from ray_surgeon.models.runner import BlockRunner
+from ray_surgeon.models.shard import ModelShard
+from ray_surgeon.runtime.collectives import ReplicaGroup, SingleReplica
+from ray_surgeon.runtime.placement import Placement, WorkerIndex
+from ray_surgeon.runtime.transport import TensorPayload, decode, encode
+from ray_surgeon.runtime.usage import Usage, give_back, process_usage
+from ray_surgeon.spec.model import ModelSection
+from ray_surgeon.storage import files, tensor_files
+from ray_surgeon.storage.sources import open_model
+
+P = ParamSpec("P")
+T = TypeVar("T")
+AnyMask = TypeVar("AnyMask", StructuredMask, ElementMask)
+
+
+def collective(step: Callable[P, T]) -> Callable[P, T]:
+    """Declare that replicas of a shard wait for each other inside a step."""
+    step.is_collective = True  # type: ignore[attr-defined]
+    return step
+
+
+@dataclass(frozen=True)
+class ModelRecipe:
+    """How a worker gets its weights."""
+
+    model: ModelSection  # the dense model, and the dtype of weights and activations
+    shot_files: tuple[
+        tuple[str, str], ...
+    ] = ()  # (key, URI of its file) of the committed shot to continue from
+    scratch: tuple[str | None, str, str] = (
+        None,
+        "none",
+        "none",
+    )  # folder, None for the machine's own; names of the run and of this try
+
+
+@dataclass(frozen=True)
+class LinearSummary:
+    """What is left of one linear after a shot."""
+
+    name: str  # the linear
+    num_rows: int  # rows in all
+    num_columns: int  # columns in all, the bias included
+    rows_kept: int  # rows of which something stays
+    columns_kept: int  # columns of which something stays, the bias included
+    num_kept: int  # entries that the mask keeps
+    num_nonzero: int  # entries that are not exactly zero
+    predicted: (
+        float | None
+        # loss increase of this shot's change by the quadratic model, in nats per token; None
+        # without such a model
+    )
+    residual: float  # of the equations of the update, relative; 0 where they are solved directly
+
+    @property
+    def size(self) -> int:
+        """Entries in all."""
+        return self.num_rows * self.num_columns
+
+
+class Worker:
+    """Holds one shard of one replica.
+
+    Each linear has one owner among the replicas, which computes its costs and updates it.
+    """
+
+    def __init__(
+        self,
+        layout: ModelLayout,
+        placement: Placement,
+        index: WorkerIndex,
+        num_threads: int,
+        device: str,
+    ) -> None:
+        """Prepare an empty worker.
+
+        Args:
+            layout: of the whole model.
+            placement: where every block is.
+            index: which worker this is.
+            num_threads: torch threads on the CPU.
+            device: "cpu", or a GPU such as "cuda:0"; "cuda" if the worker is to take one by
+                `take_gpu`.
+        """
+        torch.set_num_threads(num_threads)
+        self.layout = layout
+        self.placement = placement
+        self.index = index
+        self.device = torch.device(device)
+        self.gpu: str | None = None  # its name, as in CUDA_VISIBLE_DEVICES, for other processes
+        self.replicas: ReplicaGroup = SingleReplica()
+        self.scratch: Scratch | None = None  # once something is loaded
+        self.masks: dict[str, Mask] = {}
+        self.shot_reader = tensor_files.Reader()  # of the committed shot that the weights come from
+        self.position = (0, 0)
+        self.report_position: Callable[[int, int], None] | None = None
+        self._kept: dict[type, Any] = {}
+        self._busy_s = self._packing_s = 0.0
+
+    def call(
+        self, step: Callable[Concatenate[Worker, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """Run a step and count the time."""
+        start = time.perf_counter()
+        try:
+            return step(self, *args, **kwargs)
+        finally:
+            self._busy_s += time.perf_counter() - start
+
+    def ping(self) -> tuple[int, int]:
+        """Return how many of how many linears the present step has done; shows that it lives."""
+        return self.position
+
+    def usage(self) -> Usage:
+        """Return what this process has used so far; asked between steps."""
+        usage = process_usage(self.device, self._busy_s, self._packing_s)
+        give_back()
+        return usage
+
+    def take_gpu(self, name: str, number: int) -> None:
+        """Compute on one of the GPUs that this process sees, before anything is loaded.
+
+        Args:
+            name: of the GPU, as in ``CUDA_VISIBLE_DEVICES``.
+            number: among those that the process sees.
+        """
+        self.gpu = name
+        self.device = torch.device("cuda", number)
+        torch.cuda.set_device(self.device)
+
+    # Tensors to and from other workers; packing them is what the object store costs a worker
+
+    def pack(self, tensor: Tensor) -> TensorPayload:
+        """Return a tensor as it travels."""
+        start = time.perf_counter()
+        payload = encode(tensor)
+        self._packing_s += time.perf_counter() - start
+        return payload
+
+    def unpack(self, payload: TensorPayload) -> Tensor:
+        """Return a tensor that came, on the device."""
+        start = time.perf_counter()
+        tensor = decode(payload, self.device)
+        self._packing_s += time.perf_counter() - start
+        return tensor
+
+    # What a method keeps here between its steps, one object a class
+
+    def keep(self, thing: object) -> None:
+        """Keep an object, in place of one of the same class."""
+        self._kept[type(thing)] = thing
+
+    def has(self, kind: type) -> bool:
+        """Whether an object of a class is kept."""
+        return kind in self._kept
+
+    def kept(self, kind: type[T]) -> T:
+        """Return the object of a class that is kept."""
+        thing = self._kept[kind]
+        assert isinstance(thing, kind)
+        return thing
+
+    def keeping(self, kind: type[T]) -> T:
+        """Return the object of a class that is kept, a new one if there is none."""
+        if not self.has(kind):
+            self.keep(kind())
+        return self.kept(kind)
+
+    def drop(self, kind: type[T]) -> T:
+        """Return the object of a class and keep it no longer."""
+        thing = self.kept(kind)
+        del self._kept[kind]
+        return thing
+
+    # Weights and masks
+
+    def load(self, recipe: ModelRecipe, by_element: bool, stores: Stores) -> None:
+        """Load this shard's weights and, when a run is resumed, its masks.
+
+        Args:
+            recipe: where everything is.
+            by_element: whether masks are of elements, or of rows and columns.
+            stores: where the weights and factors are kept.
+
+        Raises:
+            ValueError: the checkpoint cannot be read.
+        """
+        source = open_model(recipe.model)
+        scratch = Scratch(*recipe.scratch, f"{self.index.shard}-{self.index.replica}")
+        scratch.remove_earlier()
+        blocks = self.placement.blocks[self.index.shard]
+        dtype = getattr(torch, recipe.model.dtype)
+        self.shard = ModelShard(self.layout, blocks, dtype, self.device, stores, scratch)
+        self.scratch = scratch
+        self.runner = BlockRunner(self.shard)
+        reader = source.reader()
+        shot = self.shot_reader
+        pruned_in = dict(recipe.shot_files)
+        read_dense = tensor_reader(self.layout, reader.file_of, reader.read, source.origin)
+
+        def read(name: str) -> Tensor:
+            return shot.read(pruned_in[name], name) if name in pruned_in else read_dense(name)
+
+        # stacks of experts are taken apart once, not whenever a block is read
+        is_read_again = reader.is_local and not self.layout.family.stacks_experts
+        stays = is_read_again and all(files.is_local(uri) for uri in set(pruned_in.values()))
+        kind: type[StructuredMask] | type[ElementMask] = (
+            ElementMask if by_element else StructuredMask
+        )
+        parts = [part.name for part in fields(kind)] if recipe.shot_files else []
+        of_masks = [f"{name}.{part}" for name in self.shard.linears for part in parts]
+        kept = {
+            f"{name}.kept": (shape.num_rows, shape.num_columns)
+            for name, shape in self.layout.shapes.items()
+            if by_element
+        }
+        get = (
+            read
+            if stays
+            else ReadAhead(
+                read, [*self.shard.wanted, *of_masks], {**self.layout.parameters, **kept}
+            )
+        )
+        self.shard.load(get, stays=stays)
+        for name in self.shard.linears:
+            shape = self.layout.shapes[name]
+            found = {part: get(f"{name}.{part}").to(torch.bool, copy=True) for part in parts}
+            self.masks[name] = (
+                kind(**found) if parts else kind.full(shape.num_rows, shape.num_columns)
+            )
+
+    def owner(self, name: str) -> int:
+        """Return the replica that computes the costs of a linear and updates it."""
+        return self.placement.owners[self.layout.shapes[name].shared_input]
+
+    def owns(self, name: str) -> bool:
+        """Whether this replica is the owner of a linear."""
+        return self.owner(name) == self.replicas.rank
+
+    def owned(self) -> Iterator[str]:
+        """Yield the names of the linears that this replica owns, and report progress."""
+        return self.each([name for name in self.shard.linears if self.owns(name)])
+
+    def each(self, names: list[str]) -> Iterator[str]:
+        """Yield names, and let the coordinator see how many are done."""
+        for number, name in enumerate(names):
+            self._reach(number, len(names))
+            yield name
+        self._reach(len(names), len(names))
+
+    def _reach(self, done: int, total: int) -> None:
+        self.position = done, total
+        if self.report_position is not None:
+            self.report_position(done, total)
+
+    def mask(self, name: str, kind: type[AnyMask]) -> AnyMask:
+        """Return the mask of a linear, which is of the given class."""
+        mask = self.masks[name]
+        assert isinstance(mask, kind)
+        return mask
+
+    @functools.cached_property
+    def group_sets(self) -> list[GroupSet]:
+        """Coupled groups of this shard's blocks."""
+        blocks = self.shard.blocks
+        return [
+            groups
+            for groups in self.layout.group_sets
+            if blocks.first <= groups.block < blocks.last
+        ]
+
+    @functools.cached_property
+    def expert_sets(self) -> list[ExpertSet]:
+        """The experts of this shard's blocks."""
+        blocks = self.shard.blocks
+        return [
+            experts
+            for experts in self.layout.expert_sets
+            if blocks.first <= experts.block < blocks.last
+        ]
+
+    def removed_experts(self, experts: ExpertSet) -> Tensor:
+        """Return which experts of a block are removed, [num_experts] bool.
+
+        Nothing of their last linears is kept, not even rows.
+        """
+        return torch.tensor(
+            [not self.mask(linears[-1], StructuredMask).rows.any() for linears in experts.linears]
+        )
+
+    def remove_experts(self, experts: ExpertSet, removed: Tensor) -> None:
+        """Remove whole experts, [num_experts] bool.
+
+        The router goes around all that are removed.
+        """
+        for number in removed.nonzero()[:, 0].tolist():
+            for name in experts.linears[number]:
+                mask = self.mask(name, StructuredMask)
+                self.masks[name] = StructuredMask(
+                    torch.zeros_like(mask.rows), torch.zeros_like(mask.columns)
+                )
+                self.shard.set_weight(
+                    name, torch.zeros(len(mask.rows), len(mask.columns), device=self.device)
+                )
+        self.shard.route_around(experts.block, ~self.removed_experts(experts))
+
+    def share_linears(self, names: Iterable[str]) -> None:
+        """Send linears and their masks from their owners to the other replicas.
+
+        All owners have done their own before.
+        """
+        for name in names if not isinstance(self.replicas, SingleReplica) else ():
+            W = self.shard.weight(name)
+            self.replicas.broadcast(W, self.owner(name))
+            if not self.owns(name):
+                self.shard.set_weight(name, W)
+            self.masks[name] = self.share_mask(name, self.masks[name])
+
+    def share_mask(self, name: str, mask: Mask) -> Mask:
+        """Return the owner's mask of a linear; every replica calls this."""
+        parts = {part: tensor.to(self.device) for part, tensor in mask.tensors().items()}
+        for tensor in parts.values():
+            self.replicas.broadcast(tensor, self.owner(name))
+        return type(mask)(**{part: tensor.cpu() for part, tensor in parts.items()})
+
+    def summary(self, name: str, predicted: float | None, residual: float) -> LinearSummary:
+        """Return what is left of a linear."""
+        mask = self.masks[name]
+        W = self.shard.weight(name)
+        rows, columns = (
+            (mask.rows, mask.columns)
+            if isinstance(mask, StructuredMask)
+            else (mask.kept.any(1), mask.kept.any(0))
+        )
+        kept = int(rows.sum()), int(columns.sum()), mask.num_kept
+        return LinearSummary(
+            name, len(rows), len(columns), *kept, int(W.count_nonzero()), predicted, residual
+        )
+
+
+def load(worker: Worker, recipe: ModelRecipe, by_element: bool, stores: Stores) -> None:
+    """Load a worker's shard; see `Worker.load`."""
+    worker.load(recipe, by_element, stores)
+
+
+def clean_up(worker: Worker) -> None:
+    """Remove what a worker has on its disk."""
+    if worker.scratch is not None:
+        worker.scratch.close()
+
+
+def sizes(worker: Worker) -> tuple[int, int]:
+    """Return the entries of the owned linears, and how many of them earlier shots kept."""
+    masks = [mask for name, mask in worker.masks.items() if worker.owns(name)]
+    return sum(m.num_parameters for m in masks), sum(m.num_kept for m in masks)

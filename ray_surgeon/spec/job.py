@@ -1,0 +1,436 @@
+"""The job spec: what a user asks for, checked before anything starts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import reprlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from ray_surgeon.spec.base import Section
+from ray_surgeon.spec.calibration import CalibrationSection
+from ray_surgeon.spec.cluster import ClusterSection, RaySection
+from ray_surgeon.spec.evaluation import EvaluationSection
+from ray_surgeon.spec.memory import MemorySection
+from ray_surgeon.spec.model import ModelSection
+from ray_surgeon.spec.output import DECI_MULTIPLE, KERNEL_COLUMNS, OutputSection
+from ray_surgeon.spec.presets import PresetName, with_preset
+from ray_surgeon.spec.targets import LatencyTarget
+from ray_surgeon.stages.curvature.section import CurvatureSection, KfacSection
+from ray_surgeon.stages.prune import CorrectionSection, CoupledSection, PruningSection
+
+HELD_SHARE = 0.1
+MOST_HELD = 6
+"""Share of the calibration's windows that are held aside for stages, and how many at most.
+
+A difference between two states of one model shows on few windows; the others are better used.
+"""
+_YAML_ERRORS = (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError)
+"""PyYAML lets through what its constructors raise on values that do not fit their tags."""
+
+
+def _default_curvature(fields: dict[str, Any]) -> KfacSection | None:
+    return KfacSection() if getattr(fields.get("pruning"), "takes_curvature", True) else None
+
+
+class JobSpec(Section):
+    """A job: one model, one method, one result."""
+
+    version: Literal[2] = Field(description="Version of this format")
+    preset: PresetName | None = Field(
+        None,
+        description="Settings of text and method that fit together; what the spec itself says goes "
+        "before them. fast: few windows and no corrections; balanced: more windows, and "
+        "corrections; quality: many windows, and longer corrections. None of them has a number of "
+        "one model: learning rates and damping are chosen in the run by windows held aside",
+    )
+    name: str = Field(
+        pattern="^[a-z0-9][a-z0-9.-]*$",
+        max_length=63,
+        description="Name of the run: lower case, digits, dots, dashes",
+    )
+    model: ModelSection = Field(description="The model to prune")
+    calibration: CalibrationSection = Field(
+        description="The text whose loss the method keeps low. If not given: source auto, a mix "
+        "that suits the model"
+    )
+    evaluation: EvaluationSection = Field(
+        description="What the model is measured on: a list of texts, or texts, generation and "
+        "tasks. If not given: the test parts of Python's help and docstrings"
+    )
+    pruning: PruningSection = Field(description="What is removed and how much")
+    curvature: CurvatureSection | None = Field(
+        default_factory=_default_curvature,
+        description="Curvature of the loss; kfac if not given. sparsegpt and wanda have none",
+    )
+    correction: CorrectionSection | None = Field(
+        None, description="Low-rank first-order corrections after every shot; null: none"
+    )
+    memory: MemorySection = Field(
+        MemorySection(),
+        description="Where workers keep what they do not use at the moment; may differ on --resume",
+    )
+    cluster: ClusterSection = Field(RaySection(), description="Workers and where they run")
+    output: OutputSection = Field(description="Where results go")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_preset(cls, document: Any) -> Any:
+        """Put the preset's settings under the spec's own."""
+        return with_preset(document) if isinstance(document, dict) else document
+
+    @model_validator(mode="before")
+    @classmethod
+    def _widths_for_engines(cls, document: Any) -> Any:
+        """Let widths be those that the engines of the exports take whole.
+
+        Widths that the spec gives stay.
+        """
+        pruning = document.get("pruning") if isinstance(document, dict) else None
+        output = document.get("output") if isinstance(document, dict) else None
+        if (
+            not (isinstance(pruning, dict) and isinstance(output, dict))
+            or pruning.get("structure") != "groups"
+        ):
+            return document
+        exports = output.get("exports")
+        devices = pruning.get("tensor_parallel", 1)
+        if not isinstance(exports, list | tuple) or not isinstance(devices, int):
+            return document
+        multiple = (
+            DECI_MULTIPLE
+            if "deci" in exports
+            else KERNEL_COLUMNS
+            if output.get("quantize")
+            else None
+        )
+        if multiple is None:
+            return document
+        return document | {
+            "pruning": pruning
+            | {"width_multiple": pruning.get("width_multiple") or multiple * devices}
+        }
+
+    @model_validator(mode="after")
+    def _fits_the_curvature(self) -> JobSpec:
+        if self.pruning.takes_curvature != (self.curvature is not None):
+            remedy = (
+                "needs one; remove the null"
+                if self.pruning.takes_curvature
+                else "gathers its own; remove the section"
+            )
+            raise ValueError(f"curvature: pruning.method {self.pruning.method} {remedy}")
+        problem = None if self.curvature is None else self.pruning.problem_with(self.curvature)
+        if problem is not None:
+            raise ValueError(problem)
+        return self
+
+    @model_validator(mode="after")
+    def _weighs_something(self) -> JobSpec:
+        if self.calibration.weigh == "all":
+            return self
+        kind = None if self.curvature is None else self.curvature.kind
+        if kind == "extended_kfac":
+            raise ValueError(
+                "calibration.weigh: answers does not go with curvature.kind extended_kfac, which "
+                "weighs all tokens; use kfac"
+            )
+        if kind != "kfac" and self.correction is None:
+            raise ValueError(
+                "calibration.weigh: answers has no effect, because nothing takes gradients in this "
+                "job; remove it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _fits_the_texts(self) -> JobSpec:
+        num_sequences = self.calibration.num_sequences
+        names = [text.name for text in self.evaluation.texts]
+        if len(set(names)) < len(names):
+            raise ValueError(f"evaluation: names must differ, got {names}; rename one")
+        if self.cluster.num_replicas > num_sequences:
+            raise ValueError(
+                f"cluster.num_replicas: {self.cluster.num_replicas} replicas cannot be filled by "
+                f"{num_sequences} calibration sequences; give fewer replicas or more sequences"
+            )
+        num_backward = None if self.curvature is None else self.curvature.sequences_backward
+        if (
+            num_backward is not None
+            and not self.cluster.num_replicas <= num_backward <= num_sequences
+        ):
+            raise ValueError(
+                f"curvature.num_backward: {num_backward}, but there are {num_sequences} "
+                "calibration sequences and every replica needs one; give "
+                f"{self.cluster.num_replicas} to {num_sequences}"
+            )
+        self.check_borders()
+        if self.correction is not None and self.correction.sequences_per_step > num_sequences:
+            raise ValueError(
+                f"correction.sequences_per_step: {self.correction.sequences_per_step} is more than "
+                f"the {num_sequences} calibration sequences; lower it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _possible_exports(self) -> JobSpec:
+        pruning = self.pruning
+        exports = set(self.output.exports) - {"masked"}
+        if exports and not isinstance(pruning, CoupledSection):
+            raise ValueError(
+                f"output.exports: {', '.join(sorted(exports))} needs pruning.structure groups; "
+                "others leave zeros only"
+            )
+        if isinstance(pruning, CoupledSection) and not pruning.uniform and "uniform" in exports:
+            raise ValueError(
+                "output.exports: uniform needs pruning.allocation uniform; set it, or export "
+                "per_block"
+            )
+        if isinstance(pruning, CoupledSection):
+            if "deci" in exports and (
+                pruning.groups != ("ffn",) or pruning.multiple % DECI_MULTIPLE
+            ):
+                raise ValueError(
+                    f"output.exports: deci holds widths that are multiples of {DECI_MULTIPLE} and "
+                    "all heads; set pruning.groups to [ffn] and pruning.width_multiple to "
+                    f"{DECI_MULTIPLE}"
+                )
+            target = pruning.target
+            if (
+                isinstance(target, LatencyTarget)
+                and target.device == "cuda"
+                and not self.cluster.gpus_per_worker
+            ):
+                raise ValueError(
+                    "pruning.target: device cuda is the first worker's GPU; set "
+                    "cluster.gpus_per_worker to 1"
+                )
+        if self.evaluation.tasks is not None and not set(self.output.exports) - {"gguf"}:
+            raise ValueError(
+                "evaluation.tasks: run on exports for transformers, and output.exports has none; "
+                "add one, or remove tasks"
+            )
+        return self
+
+    def check_borders(self) -> None:
+        """Refuse evaluation texts that the calibration cuts at another place.
+
+        See `CalibrationSection.check_border`.
+        """
+        for i, text in enumerate(self.evaluation.texts):
+            if text.has_own_split:
+                self.calibration.check_border(text, f"evaluation.{i}")
+
+    @property
+    def num_held(self) -> int:
+        """Windows of the calibration that are held aside.
+
+        A tenth, at most six, where stages measure themselves on them.
+        """
+        share = self.calibration.held_aside
+        pruning = self.pruning
+        num_sequences = self.calibration.num_sequences
+        most = num_sequences
+        if share is None:
+            chooses = self.curvature is not None and self.curvature.chooses_damping
+            stages = (
+                getattr(pruning, "reconstruction", None),
+                getattr(pruning, "search", None),
+                self.correction,
+            )
+            share = HELD_SHARE if chooses or any(stage is not None for stage in stages) else 0.0
+            most = MOST_HELD
+        num_replicas = self.cluster.num_replicas  # each of which takes part in a pass over them
+        wanted = max(num_replicas, min(most, round(share * num_sequences))) if share else 0
+        return min(wanted, num_sequences - num_replicas)
+
+    def method_fingerprint(self) -> str:
+        """Return a SHA-256 over everything that determines the result.
+
+        Left out are the name, the texts evaluated, the output, and what runs where.
+
+        Where the model lies does not count either; its content has a fingerprint of its own.
+        """
+        free = dict.fromkeys(("name", "preset", "cluster", "memory", "evaluation", "output"), True)
+        method = self.model_dump(mode="json", exclude=free | {"model": {"source"}})
+        return hashlib.sha256(json.dumps(method, sort_keys=True).encode()).hexdigest()
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, which refuses a key that is given twice: the last one would win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return a mapping."""
+        seen: set[str] = set()
+        for key in (
+            key for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"
+        ):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key.value} is given twice; remove one", key.start_mark
+                )
+            seen.add(key.value)
+        found: dict[Any, Any] = super().construct_mapping(node, deep)
+        return found
+
+
+def parse_spec(text: str, overrides: Sequence[str] = ()) -> JobSpec:
+    """Parse a job spec.
+
+    Args:
+        text: YAML or JSON.
+        overrides: ``section.field=value`` each, the value being YAML; list items by number, e.g.
+            ``evaluation.0.num_sequences=8``.
+
+    Raises:
+        ValueError: it is not YAML, or an override is malformed.
+        pydantic.ValidationError: a field is wrong.
+    """
+    try:
+        document = yaml.load(text, _Loader)
+    except _YAML_ERRORS as error:
+        raise ValueError(
+            f"the job spec is not valid YAML: {error}; see the files in pipelines/"
+        ) from error
+    if not isinstance(document, dict):
+        raise ValueError(
+            f"the job spec must be a mapping of sections, got {type(document).__name__}; see the "
+            "files in pipelines/"
+        )
+    for override in overrides:
+        _apply_override(document, override)
+    return JobSpec.model_validate(document)
+
+
+def _apply_override(document: dict[str, Any], override: str) -> None:
+    path, equals, value = override.partition("=")
+    keys = path.split(".")
+    if not equals or not all(keys):
+        raise ValueError(
+            f"--set {override}: expected section.field=value, e.g. --set "
+            "pruning.target_sparsity=0.3"
+        )
+    try:
+        content = yaml.safe_load(value)
+    except _YAML_ERRORS as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"--set {override}: the value is no YAML ({reason}); put it into quotes, as in "
+            f"'{path}=\"{value}\"'"
+        ) from error
+    names_a_field = (
+        len(keys) > 1 and keys[0] == "evaluation" and keys[1] in EvaluationSection.model_fields
+    )
+    if names_a_field and isinstance(document.get("evaluation"), list):
+        document["evaluation"] = {"texts": document["evaluation"]}  # for which a list is short
+    place: Any = document
+    for number, key in enumerate(keys):
+        above = ".".join(keys[:number])
+        is_last = number == len(keys) - 1
+        if isinstance(place, list):
+            if not key.isdecimal() or not int(key) < len(place):
+                raise ValueError(
+                    f"--set {override}: {above} is a list with items 0 to {len(place) - 1}, and "
+                    f"{key!r} is none of them"
+                )
+        elif not isinstance(place, dict):
+            raise ValueError(
+                f"--set {override}: {above} is {place!r}, which has no fields; give {above} itself "
+                "another value"
+            )
+        elif not is_last and place.get(key) is None:  # absent, or switched off by null
+            place[key] = {}
+        at: Any = int(key) if isinstance(place, list) else key
+        if is_last:
+            place[at] = content
+        else:
+            place = place[at]
+
+
+_SENTENCES = {
+    "missing": "is missing; add it, `ray-surgeon schema` describes it",
+    "tuple_type": "expected a list, such as [a, b]",
+    "list_type": "expected a list, such as [a, b]",
+    "model_type": "expected fields, such as {name: value}",
+    "model_attributes_type": "expected fields, such as {name: value}",
+    "dict_type": "expected fields, such as {name: value}",
+    "int_parsing": "expected a whole number, written out",
+    "float_parsing": "expected a number; an exponent needs a point and a sign, as in 1.0e+8",
+}
+"""Type of an error of pydantic's -> what it means to people who write YAML."""
+
+
+def validation_message(error: ValidationError, origin: str, derived: Sequence[str] = ()) -> str:
+    """Return what is wrong with a job spec: a line a field, with the remedy.
+
+    Args:
+        error: of `JobSpec`.
+        origin: of the spec.
+        derived: sections that were made of others; what is wrong with them follows.
+    """
+    lines = list[str]()
+    problems = error.errors(include_url=False)
+
+    def follows(problem: Any) -> bool:
+        """Whether other problems say it.
+
+        Such are a default that was not made, and a list that is short of an item that is wrong
+        itself.
+        """
+        place = problem["loc"]
+        others = [other["loc"] for other in problems if other is not problem]
+        is_short = problem["type"] == "too_short" and any(
+            other[: len(place)] == place for other in others
+        )
+        is_derived = (
+            place[:1]
+            and place[0] in derived
+            and any(other[:1] and other[0] not in derived for other in others)
+        )
+        return problem["type"] == "default_factory_not_called" or is_short or bool(is_derived)
+
+    for problem in (problem for problem in problems if not follows(problem)):
+        place = [str(part) for part in problem["loc"]]
+        tags = [part[1:-1] for part in place if part.startswith("<")]
+        path = ".".join(part for part in place if not part.startswith("<")) or "spec"
+        message = _SENTENCES.get(problem["type"], problem["msg"].removeprefix("Value error, "))
+        given = (
+            ""
+            if problem["type"] in ("missing", "value_error")
+            else f" (got {reprlib.repr(problem['input'])[:80]})"
+        )
+        if problem["type"] == "extra_forbidden":
+            message = f"is not an option of {tags[-1]}" if tags else "is not an option"
+            given += "; remove it or correct its name, `ray-surgeon schema` lists the fields"
+        lines.append(f"  {path}: {message}{given}")
+    return "\n".join([f"{origin} is not a valid job spec:", *lines])
+
+
+def absolute(uri: str) -> str:
+    """Return a local path whole, and any other URI as it is."""
+    return uri if "://" in uri else str(Path(uri).expanduser().resolve())
+
+
+def with_absolute_paths(spec: JobSpec) -> JobSpec:
+    """Return the spec with absolute local paths; workers run in other folders."""
+    model = spec.model
+    output = spec.output
+    evaluation = spec.evaluation
+    memory = spec.memory
+    here = Path(model.source).expanduser()
+    if os.path.exists(here):  # Path.exists raises where it may not look
+        model = model.model_copy(update={"source": str(here.resolve())})
+    if memory.scratch is not None:
+        memory = memory.model_copy(update={"scratch": absolute(memory.scratch)})
+    output = output.model_copy(update={"uri": absolute(output.uri)})
+    if evaluation.tasks is not None and evaluation.tasks.include is not None:
+        tasks = evaluation.tasks.model_copy(update={"include": absolute(evaluation.tasks.include)})
+        evaluation = evaluation.model_copy(update={"tasks": tasks})
+    return spec.model_copy(
+        update={"model": model, "output": output, "evaluation": evaluation, "memory": memory}
+    )

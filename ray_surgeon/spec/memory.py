@@ -1,0 +1,71 @@
+"""Where a worker keeps what it does not use at the moment."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from ray_surgeon.spec.base import Positive, Section
+
+
+class MemorySection(Section):
+    """Where a worker keeps weights and factors, and how sequences pass through it.
+
+    The plan chooses what is auto or not given.
+
+    Every choice gives the same weights, bit for bit on a CPU; they differ in memory and time.
+    """
+
+    weights: Literal["auto", "device", "host", "disk"] = Field(
+        "auto",
+        description="Where the blocks' weights are. device: all stay there; host: in the host's "
+        "memory, copied block by block; disk: read block by block from the files of the model or "
+        "the last shot if they are local; otherwise, and once changed, from scratch",
+    )
+    factors: Literal["auto", "device", "host", "disk"] = Field(
+        "auto", description="A and G of all linears: device, host, or disk (files in scratch)"
+    )
+    activations: Literal["auto", "keep", "recompute"] = Field(
+        "auto",
+        description="Activations of a block between its forward and backward pass. keep: they "
+        "stay, which needs weights and factors on the device; recompute: they are computed again "
+        "from the block's inputs",
+    )
+    wave: Positive | None = Field(
+        None,
+        description="Sequences that pass a block before the next block runs; a larger wave means "
+        "fewer copies and more memory",
+    )
+    limit_gib: float | None = Field(
+        None,
+        gt=0,
+        description="GiB of memory that a worker may use at most: its device's, or on a CPU the "
+        "host's. null: nine tenths of its share of the free memory; this option can only lower "
+        "that",
+    )
+    scratch: str | None = Field(
+        None,
+        description="Local folder for what is on disk; the folder for temporary files if not given",
+    )
+
+    @field_validator("scratch")
+    @classmethod
+    def _is_local(cls, scratch: str | None) -> str | None:
+        if scratch is not None and "://" in scratch:
+            raise ValueError(
+                f"{scratch} is not on a local disk; give a folder of the workers' machines"
+            )
+        return scratch
+
+    @model_validator(mode="after")
+    def _keeps_what_is_there(self) -> MemorySection:
+        streamed = [
+            name for name in ("weights", "factors") if getattr(self, name) in ("host", "disk")
+        ]
+        if self.activations == "keep" and streamed:
+            raise ValueError(
+                f"activations: keep needs {streamed[0]} on the device; set activations: recompute, "
+                f"or {streamed[0]}: device"
+            )
+        return self

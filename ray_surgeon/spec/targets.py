@@ -1,0 +1,187 @@
+"""How much a run removes, and in how many shots."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import Field, Tag, model_validator
+
+from ray_surgeon.spec.base import Positive, Section, by_tag, tag
+
+if TYPE_CHECKING:
+    from ray_surgeon.stages.curvature.section import AnyCurvature
+
+
+class ScheduleSection(Section):
+    """Shots and how the removal is spread over them."""
+
+    takes_curvature: ClassVar[bool] = True
+    """Whether a job with this section has a section `curvature`."""
+
+    num_shots: int = Field(5, ge=1, le=1000, description="Shots, each with a curvature of its own")
+    schedule: Literal["linear", "geometric"] = Field(
+        "linear",
+        description="linear: every shot removes (or saves) the same amount; geometric: every shot "
+        "keeps the same fraction of what is left, so later ones remove less",
+    )
+    sparsities: tuple[float, ...] | None = Field(
+        None,
+        description="Sparsity at the end of every shot, in place of num_shots and schedule; the "
+        "last one is target_sparsity",
+    )
+
+    @property
+    def shots(self) -> int:
+        """Number of shots."""
+        return self.num_shots if self.sparsities is None else len(self.sparsities)
+
+    @property
+    @abstractmethod
+    def last_sparsity(self) -> float | None:
+        """The target, if it is a sparsity."""
+
+    def problem_with(self, curvature: AnyCurvature) -> str | None:
+        """Return why this section and a curvature do not go together, if so."""
+        return None
+
+    @property
+    def targets(self) -> tuple[float, ...]:
+        """Sparsity at the end of every shot; none if the target is no sparsity."""
+        return () if self.last_sparsity is None else self.fractions(self.last_sparsity)
+
+    def removed_in(self, shot: int) -> float:
+        """Return about which share of what is left goes in a shot.
+
+        Of a target that is no sparsity it is a fifth over all shots.
+        """
+        fractions = (
+            0.0,
+            *self.fractions(0.2 if self.last_sparsity is None else self.last_sparsity),
+        )
+        return (fractions[shot] - fractions[shot - 1]) / (1 - fractions[shot - 1])
+
+    def fractions(self, last: float) -> tuple[float, ...]:
+        """Return the fraction removed at the end of every shot; `last` is the last one."""
+        if self.sparsities is not None:
+            return self.sparsities
+        parts = [shot / self.num_shots for shot in range(1, self.num_shots + 1)]
+        if self.schedule == "geometric":
+            return tuple(1 - (1 - last) ** part for part in parts)
+        return tuple(last * part for part in parts)
+
+    @model_validator(mode="after")
+    def _rising_sparsities(self) -> ScheduleSection:
+        if self.sparsities is not None and self.last_sparsity is None:
+            raise ValueError(
+                "sparsities: are fractions of the linears' parameters; give target_sparsity, or "
+                "use num_shots and schedule"
+            )
+        if self.sparsities is not None:
+            rising = all(
+                a < b for a, b in zip((0.0, *self.sparsities), self.sparsities, strict=False)
+            )
+            if not rising or self.sparsities[-1:] != (self.last_sparsity,):
+                raise ValueError(
+                    f"sparsities: {self.sparsities} must rise from above 0 to target_sparsity "
+                    f"{self.last_sparsity}"
+                )
+            if (self.num_shots, self.schedule) != (5, "linear"):
+                raise ValueError(
+                    "sparsities: takes the place of num_shots and schedule; remove those"
+                )
+        return self
+
+
+class SparsitySection(ScheduleSection):
+    """Shots of a method that removes a fraction of the linears' parameters."""
+
+    target_sparsity: float = Field(
+        gt=0,
+        lt=1,
+        description="Fraction of the parameters of the blocks' linears to remove, biases included",
+    )
+
+    @property
+    def last_sparsity(self) -> float:
+        """The target."""
+        return self.target_sparsity
+
+
+class SpeedSection(Section):
+    """A request that is timed: a batch of prompts (prefill), then new tokens (decode)."""
+
+    batch_size: Positive = Field(1, description="Prompts at once")
+    prompt_length: int = Field(512, gt=1, description="Tokens of each prompt")
+    num_new_tokens: int = Field(32, gt=1, description="Tokens to generate after it")
+    num_repeats: Positive = Field(
+        5, description="Measurements of each model, or each width, taken in turns"
+    )
+    num_threads: Positive = Field(1, description="torch threads, on the CPU")
+
+
+class _Target(Section):
+    unit: ClassVar[str]
+
+    @property
+    def allowed(self) -> float:
+        """What the whole model may need in the end."""
+        return float(getattr(self, self.unit))
+
+
+class ParametersTarget(_Target):
+    """Parameters of the whole model."""
+
+    unit: ClassVar[str] = "parameters"
+    parameters: Positive = Field(
+        description="Parameters of the whole model, embeddings included, tied ones once"
+    )
+
+
+class BytesTarget(_Target):
+    """Bytes of the weights."""
+
+    unit: ClassVar[str] = "bytes"
+    bytes: Positive = Field(
+        description="Bytes of the weights of the whole model, in the dtype of the job"
+    )
+
+
+class FlopsTarget(_Target):
+    """Floating-point operations of a token."""
+
+    unit: ClassVar[str] = "flops"
+    flops: Positive = Field(
+        description="Floating-point operations per token of a prompt, on average over the prompt"
+    )
+    prompt_length: int = Field(512, gt=1, description="Tokens of that prompt")
+
+
+class LatencyTarget(_Target):
+    """Seconds of a request."""
+
+    unit: ClassVar[str] = "latency_s"
+    latency_s: float = Field(
+        gt=0,
+        description="Seconds to answer a request: the sum of the times of all blocks and of what "
+        "is outside them. Every width is measured request.num_repeats times at the start, and the "
+        "median counts",
+    )
+    device: Literal["cpu", "cuda"] = Field(
+        "cpu", description="cpu: measured on the first worker's machine; cuda: on its GPU"
+    )
+    request: SpeedSection = Field(SpeedSection(), description="The request")
+
+
+_UNITS = ("parameters", "bytes", "flops", "latency_s")
+
+TargetSection = Annotated[
+    Annotated[ParametersTarget, Tag(tag("parameters"))]
+    | Annotated[BytesTarget, Tag(tag("bytes"))]
+    | Annotated[FlopsTarget, Tag(tag("flops"))]
+    | Annotated[LatencyTarget, Tag(tag("latency_s"))],
+    by_tag(
+        lambda get: next((unit for unit in _UNITS if get(unit, None) is not None), None),
+        "one of parameters, bytes, flops and latency_s",
+    ),
+]

@@ -1,0 +1,158 @@
+"""Texts that the dense model writes itself, as a job spec describes them."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from ray_surgeon.spec.base import Address, Positive, Section
+from ray_surgeon.spec.texts import SourceSection
+
+START_TOKENS = 16
+"""Tokens that a text of the model begins with, if it goes on with a given one."""
+
+
+TURN_TOKENS = 96
+"""Tokens of a user's turn that the model writes, at most."""
+
+
+ANSWER_TOKENS = 224
+"""Tokens of an answer that the model writes, at most."""
+
+
+_MARK_TOKENS = 48
+"""Tokens of a chat template around them; a guess for the plan, which knows no tokenizer."""
+
+
+_CONVERSATION_TOKENS = 200
+"""Tokens of a conversation that the model writes; a low guess for the plan."""
+
+
+class WritingSection(Section):
+    """How the dense model writes text."""
+
+    temperature: float = Field(
+        1.0,
+        ge=0,
+        le=10,
+        description="Logits are divided by it; 1 is the model's own distribution, 0 takes the most "
+        "likely token. Answers in conversations, which should make more sense than users' turns, "
+        "are drawn at 0.7 of it",
+    )
+    prompt: str | None = Field(
+        None,
+        min_length=1,
+        description="Prompt before every text, which is not part of the text and may have special "
+        "tokens; null: the tokenizer's BOS token, or its EOS token if it has no BOS token",
+    )
+    chat: bool = Field(
+        False,
+        description="Whether the model writes conversations, users' turns and its own answers, "
+        "from nothing but the opening of its chat template (Magpie, arXiv 2406.08464). Needs a "
+        "model with a chat template, and no data",
+    )
+    prompts: Address | None = Field(
+        None,
+        min_length=1,
+        description="File of prompts that the model answers, on any fsspec URI; each line a JSON "
+        "object with `prompt` (a text that is continued) or `messages` (a list of {role, content} "
+        "for the chat template; a last one of the assistant is the answer)",
+    )
+    starts: SourceSection | None = Field(
+        None,
+        description="A text of which windows give the first tokens of every text that the model "
+        "writes; for models without a chat template",
+    )
+    start_tokens: int = Field(
+        START_TOKENS, ge=2, description="With starts: tokens that each text begins with"
+    )
+    texts_per_sequence: Positive = Field(
+        1,
+        description="How many texts fill a sequence together, each written from its own beginning. "
+        "More texts cover more subjects and take fewer steps, because more of them are written at "
+        "once. Must divide sequence_length. Between two texts stands the tokenizer's BOS token if "
+        "the tokenizer begins texts with it, otherwise the prompt's last token. Conversations and "
+        "answers are packed as they fit, so it is for other texts only",
+    )
+
+    @property
+    def has_answers(self) -> bool:
+        """Whether it is known which tokens are the model's answers."""
+        return self.chat or self.prompts is not None
+
+    @property
+    def of_writing(self) -> dict[str, Any]:
+        """The fields of this section alone."""
+        return {name: getattr(self, name) for name in WritingSection.model_fields}
+
+    @model_validator(mode="after")
+    def _one_way(self) -> WritingSection:
+        kinds = {
+            "prompt": self.prompt is not None,
+            "chat": self.chat,
+            "prompts": self.prompts is not None,
+            "starts": self.starts is not None,
+        }
+        given = [name for name, is_given in kinds.items() if is_given]
+        if len(given) > 1:
+            raise ValueError(
+                f"{' and '.join(given)} say different things about what is written; keep one"
+            )
+        if self.has_answers and self.texts_per_sequence != 1:
+            raise ValueError(
+                f"texts_per_sequence is {self.texts_per_sequence}, but {given[0]} gives "
+                "conversations, which are packed as they fit; remove it"
+            )
+        if self.temperature == 0 and self.prompts is None and self.starts is None:
+            raise ValueError(
+                "temperature is 0, which writes the same text every time; raise it, or give "
+                "prompts or starts"
+            )
+        if self.starts is None and self.start_tokens != START_TOKENS:
+            raise ValueError("start_tokens belongs to starts; remove it, or give starts")
+        return self
+
+    def sizes(self, num_sequences: int, sequence_length: int) -> tuple[int, int]:
+        """Return how many texts fill so many sequences, and of how many tokens each is.
+
+        Of conversations both are a guess.
+        """
+        if self.has_answers:
+            num_texts = -(-num_sequences * sequence_length // _CONVERSATION_TOKENS)
+            return num_texts, min(sequence_length, _MARK_TOKENS + TURN_TOKENS + ANSWER_TOKENS)
+        return num_sequences * self.texts_per_sequence, sequence_length // self.texts_per_sequence
+
+    def check_lengths(self, sequence_length: int, where: str) -> None:
+        """Refuse texts that cannot fill sequences.
+
+        Raises:
+            ValueError: names the field; `where` is this section's place in the calibration.
+        """
+        texts = self.texts_per_sequence
+        if sequence_length % texts or sequence_length < 2 * texts:
+            raise ValueError(
+                f"{where}{texts} texts of equal length, two tokens or more, cannot fill sequences "
+                f"of {sequence_length} tokens; set texts_per_sequence to a divisor of "
+                "sequence_length"
+            )
+        if self.starts is not None and self.start_tokens >= sequence_length // texts:
+            raise ValueError(
+                f"{where}start_tokens is {self.start_tokens}, but each text has "
+                f"{sequence_length // texts} tokens, so the model would write nothing; lower it"
+            )
+
+
+class SelfSection(WritingSection):
+    """Text that the dense model itself writes, token by token, before the first shot.
+
+    It needs no data, and covers what the model knows.
+    """
+
+    source: Literal["self"] = Field(description="The dense model")
+    weight: float = Field(
+        1.0,
+        gt=0,
+        description="Its share of num_sequences is its weight over the sum of all weights",
+    )
+    seed: int = Field(0, ge=0, description="Seed of the draws; every text has draws of its own")

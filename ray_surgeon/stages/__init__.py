@@ -1,0 +1,1 @@
+"""Stages of a run: everything that a feature has lies at one address here."""

@@ -1,0 +1,1 @@
+"""Curvature of the loss: A and G of every linear, from the calibration text."""

@@ -1,0 +1,179 @@
+"""The curvature pass: A and G of every linear, summed over replicas to their owners.
+
+Hooks in the shards gather them.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ray_surgeon.runtime.cluster import Cluster
+from ray_surgeon.runtime.collectives import SingleReplica
+from ray_surgeon.runtime.dense_model import CALIBRATION
+from ray_surgeon.runtime.passes import (
+    Labels,
+    forward_and_backward,
+    num_counted,
+    pass_up_to_the_head,
+    remembered_losses,
+    sequence_losses,
+)
+from ray_surgeon.runtime.worker import Worker, collective
+
+
+def start_curvature(worker: Worker, kind: str, only: frozenset[str] | None, experts: bool) -> None:
+    """Start gathering; see `ModelShard.start_curvature`."""
+    worker.shard.start_curvature(kind, only=only, experts=experts)
+
+
+def first_not_finite(worker: Worker) -> str | None:
+    """Return the first linear of this shard whose inputs were not finite.
+
+    See `ModelShard.first_not_finite`.
+    """
+    return worker.shard.first_not_finite()
+
+
+def weigh_gradients(worker: Worker, factor: float) -> None:
+    """Multiply all sums of gradients by a factor.
+
+    These are G, and the changes of the loss that removals of experts would make.
+    """
+    shard = worker.shard
+    store = worker.shard.factor_store
+    for key in (group.key_of_G(name) for group in shard.gathering for name in group.names):
+        total = store.on_device(key, store.get(key).n)
+        total.flat.mul_(factor)
+        store.put(key, total)
+    for sums in shard.expert_sums.values():
+        for name in ("gains", "squares"):
+            sums.of(name).mul_(factor)
+
+
+@collective
+def finish_curvature(worker: Worker) -> None:
+    """Stop gathering and sum the packed factors over the replicas to their owners.
+
+    The other replicas free theirs.
+    """
+    shard = worker.shard
+    store = worker.shard.factor_store
+    shard.stop_curvature()
+    if isinstance(worker.replicas, SingleReplica):
+        return
+    for experts in worker.expert_sets if shard.expert_sums else ():
+        sums = shard.expert_sums[experts.block - shard.blocks.first]
+        worker.replicas.reduce(sums.total, worker.owner(experts.linears[0][0]))
+    for group in shard.gathering:
+        owner = worker.owner(group.names[0])
+        num_tokens = torch.tensor(group.num_tokens, device=worker.device)
+        worker.replicas.reduce(num_tokens, owner)
+        group.num_tokens = int(num_tokens)
+        for key in group.keys:
+            total = store.on_device(key, store.get(key).n)
+            worker.replicas.reduce(total.flat, owner)
+            if owner == worker.replicas.rank:
+                store.put(key, total)
+            else:
+                store.drop(key)
+
+
+def gather_curvature(
+    cluster: Cluster,
+    sequences: NDArray[np.int64],
+    kind: str,
+    label_seed: int | None = None,
+    *,
+    num_backward: int | None = None,
+    only: frozenset[str] | None = None,
+    experts: bool = False,
+    remembers: bool = False,
+    counts: NDArray[np.bool_] | None = None,
+) -> float:
+    """Run every calibration sequence through the model and gather A and G where they belong.
+
+    A is of all N tokens that pass, G of the loss of the M tokens that count. The mean loss of those
+    M has the curvature ``1/M sum_t g_t g_t^T (x) a_t a_t^T``, with g_t the gradient of the summed
+    loss at every position t that passes, counted or not. As if gradients and activations were
+    independent, that is ``(1/M sum g g^T) (x) (1/N sum a a^T)``. Factors are sums that are divided
+    by N, so G is multiplied by the number of tokens that are predicted over the number of those
+    that count, and costs are in nats per token that counts. What the removal of experts would
+    change in the loss is brought to the same scale.
+
+    Args:
+        cluster: with loaded workers.
+        sequences: [num_sequences, sequence_length] tokens.
+        kind: see `ModelShard.start_curvature`; a forward pass is enough for ``activations`` and
+            ``identity``.
+        label_seed: see `Labels`.
+        num_backward: sequences that pass backward, too; all if not given. G is theirs, brought to
+            the number of all sequences.
+        only: see `ModelShard.start_curvature`.
+        experts: likewise.
+        remembers: whether last shards keep the hidden states of these sequences, because the
+            weights are the dense model's.
+        counts: [num_sequences, sequence_length], whether a token counts as something that is
+            predicted; None if all do.
+
+    Returns:
+        Mean NLL in nats per predicted token that counts, of the sequences that pass backward, or of
+        all if none does.
+
+    Raises:
+        ValueError: no token counts in the sequences that pass backward, or in all if none does.
+        FloatingPointError: a loss or a hidden state is not finite; names the first linear whose
+            inputs are not.
+    """
+    count = 0 if kind in ("activations", "identity") else num_backward or len(sequences)
+    both = drawn(len(sequences), count)
+    measured = both or range(len(sequences))
+    num_tokens = num_counted(sequences, counts, measured)
+    if not num_tokens:
+        raise ValueError(
+            f"calibration: in none of the {len(measured)} sequences whose loss is taken does a "
+            "token count, so there is nothing to keep; use longer sequences or more of them, or "
+            "raise curvature.num_backward"
+        )
+    cluster.run_all(start_curvature, kind, only, experts)
+    try:
+        losses = list[float]()
+        if both:
+            labels = Labels(label_seed, remembers=remembers)
+            losses += forward_and_backward(cluster, sequences, labels, only=both, counts=counts)
+        is_finite = True
+        rest = sorted(set(range(len(sequences))) - set(both))
+        text = CALIBRATION if remembers else None
+        if rest and both:
+            is_finite = pass_up_to_the_head(cluster, sequences, rest, text)
+        elif text is not None and not both:
+            losses += remembered_losses(cluster, text, sequences, counts)
+        elif not both:
+            losses += sequence_losses(cluster, sequences, counts)
+        if both and num_counted(sequences) != num_tokens:
+            cluster.run_all(weigh_gradients, num_counted(sequences) / num_tokens)
+        if not is_finite or not all(map(math.isfinite, losses)):
+            raise FloatingPointError(
+                "the loss of the calibration sequences is not finite; check the weights and the "
+                "dtype"
+            )
+    except FloatingPointError as error:
+        names = [name for name in cluster.run_all(first_not_finite) if name is not None]
+        reason = getattr(error, "cause", error)  # unwrapped from Ray's task error
+        raise FloatingPointError(
+            f"{reason}; inputs are not finite from {names[0] if names else 'the head'} on"
+        ) from error
+    cluster.run_all(finish_curvature)
+    return sum(losses) / num_tokens
+
+
+def drawn(num_sequences: int, count: int) -> list[int]:
+    """Return the numbers of `count` sequences, drawn without regard to their texts.
+
+    Every text of a mix has its share by chance. All sequences are returned if `count` is their
+    number.
+    """
+    return sorted(np.random.default_rng(0).permutation(num_sequences)[:count].tolist())

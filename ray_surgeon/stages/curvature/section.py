@@ -1,0 +1,210 @@
+"""Which curvature of the loss a method uses: a union by `kind`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, Tag, model_validator
+
+from ray_surgeon.maths.kronecker import Damping
+from ray_surgeon.spec.base import Positive, Section, by_tag, tag, word_or_section
+
+
+class DampingSection(Section):
+    """Damping of the two factors, relative to the mean of their diagonals."""
+
+    a: float = Field(0.01, ge=0, le=10, description="Damping of A, the inputs' second moment")
+    g: float = Field(
+        0.1,
+        ge=0,
+        le=10,
+        description="Damping of G, the output gradients' second moment, estimated badly from few "
+        "tokens",
+    )
+
+
+_DampingField = Annotated[
+    Annotated[DampingSection, Tag(tag("section"))] | Annotated[Literal["auto"], Tag(tag("auto"))],
+    word_or_section("auto"),
+]
+
+
+class _Curvature(Section):
+    @property
+    def as_damping(self) -> Damping:
+        """The damping as the mathematics takes it."""
+        return Damping(0.0, 0.0, 1.0)
+
+    @property
+    def is_of_loss(self) -> bool:
+        """Whether costs are in nats, because G is of the loss's gradients."""
+        return False
+
+    @property
+    def chooses_damping(self) -> bool:
+        """Whether the damping is chosen by windows held aside."""
+        return False
+
+    @property
+    def sequences_backward(self) -> int | None:
+        """How many sequences pass backward, too; None if that is not limited."""
+        return None
+
+    def label_seed(self, shot: int, num_sequences: int) -> int | None:
+        """Return the seed of labels drawn from the model in a shot.
+
+        None if the labels are the data's, or not needed.
+        """
+        return None
+
+
+class _Damped(_Curvature):
+    damping: _DampingField = Field(
+        DampingSection(),
+        description="Damping of A and G. auto: in every shot, that with which the removal of a "
+        "part of some linears costs least by factors of the windows held aside",
+    )
+    max_damping: float = Field(
+        1.0,
+        gt=0,
+        le=10,
+        description="A factor that is not positive definite gets ten times the damping, up to "
+        "this; then the run fails",
+    )
+
+    @property
+    def as_damping(self) -> Damping:
+        """The damping as the mathematics takes it; the default where it is chosen later."""
+        return Damping(self.given_damping.a, self.given_damping.g, self.max_damping)
+
+    @property
+    def given_damping(self) -> DampingSection:
+        """The damping in numbers, those of the defaults where it is chosen later."""
+        return DampingSection() if self.damping == "auto" else self.damping
+
+    @property
+    def chooses_damping(self) -> bool:
+        """Whether the damping is chosen by windows held aside."""
+        return self.damping == "auto"
+
+    @model_validator(mode="after")
+    def _cap_above_damping(self) -> _Damped:
+        if self.damping == "auto":
+            return self
+        if self.max_damping < max(self.damping.a, self.damping.g):
+            raise ValueError(
+                f"max_damping {self.max_damping:g} is below damping "
+                f"{self.damping.a:g}/{self.damping.g:g}; raise it"
+            )
+        return self
+
+
+class _Fisher(_Damped):
+    fisher: Literal["empirical", "sampled"] = Field(
+        "empirical",
+        description="Labels of the gradients: the data's (empirical) or drawn from the model "
+        "(sampled)",
+    )
+    seed: int = Field(0, ge=0, description="Seed of the labels of the sampled Fisher")
+
+    @property
+    def is_of_loss(self) -> bool:
+        """Whether costs are in nats, because G is of the loss's gradients."""
+        return True
+
+    def label_seed(self, shot: int, num_sequences: int) -> int | None:
+        """Return the seed of labels drawn from the model in a shot.
+
+        None if the labels are the data's.
+        """
+        return self.seed + shot * num_sequences if self.fisher == "sampled" else None
+
+    @model_validator(mode="after")
+    def _seed_of_something(self) -> _Fisher:
+        if self.seed and self.fisher == "empirical":
+            raise ValueError(
+                "seed draws the labels of the sampled Fisher, and this is the empirical one; "
+                "remove it"
+            )
+        return self
+
+
+class KfacSection(_Fisher):
+    """KFAC: A and G, as if activations and gradients were independent."""
+
+    kind: Literal["kfac"] = Field(
+        "kfac", description="A and G of every linear, gathered anew in every shot"
+    )
+    num_backward: Positive | None = Field(
+        None,
+        description="How many calibration sequences also pass backward and give G; they are drawn "
+        "once. null: all. All sequences give A. A pass without gradients takes less than half the "
+        "time. Groups need few sequences with gradients, because their columns are updated by A "
+        "alone",
+    )
+
+    @property
+    def sequences_backward(self) -> int | None:
+        """How many sequences pass backward, too; None if that is not limited."""
+        return self.num_backward
+
+
+class ExtendedKfacSection(_Fisher):
+    """Extended KFAC: a sum of Kronecker products, the first one KFAC's.
+
+    Source: The LLM Surgeon, section 3.1.
+    """
+
+    kind: Literal["extended_kfac"] = Field(description="A sum of Kronecker products")
+    num_kronecker_terms: int = Field(
+        2,
+        ge=2,
+        le=8,
+        description="Kronecker products in the sum. Costs obd and updates full and "
+        "conjugate_gradients use all of them, costs obs and update single use the first two",
+    )
+    num_power_iterations: int = Field(
+        4,
+        ge=1,
+        le=100,
+        description="Power iterations for each further term, updating A and G alternately; each "
+        "one is a pass over the calibration text",
+    )
+
+
+class ActivationsSection(_Damped):
+    """A alone, with G = I, from forward passes only."""
+
+    kind: Literal["activations"] = Field(description="A of every linear, and G = I")
+
+    @property
+    def as_damping(self) -> Damping:
+        """The damping as the mathematics takes it."""
+        return Damping(self.given_damping.a, 0.0, self.max_damping)
+
+    @model_validator(mode="after")
+    def _damps_a_alone(self) -> ActivationsSection:
+        if self.given_damping.g != DampingSection().g:
+            raise ValueError("damping.g has no effect, because G is the identity; remove it")
+        return self
+
+
+class IdentitySection(_Curvature):
+    """A = G = I, which makes costs magnitudes, and needs no damping."""
+
+    kind: Literal["identity"] = Field(description="A = G = I")
+
+
+AnyCurvature = KfacSection | ExtendedKfacSection | ActivationsSection | IdentitySection
+_KINDS = ("kfac", "extended_kfac", "activations", "identity")
+
+CurvatureSection = Annotated[
+    Annotated[KfacSection, Tag(tag("kfac"))]
+    | Annotated[ExtendedKfacSection, Tag(tag("extended_kfac"))]
+    | Annotated[ActivationsSection, Tag(tag("activations"))]
+    | Annotated[IdentitySection, Tag(tag("identity"))],
+    by_tag(
+        lambda get: get("kind", "kfac") if get("kind", "kfac") in _KINDS else None,
+        f"kind {', '.join(_KINDS)}",
+    ),
+]

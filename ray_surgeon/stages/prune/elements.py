@@ -1,0 +1,327 @@
+"""The LLM Surgeon on single elements and N:M groups.
+
+Removals are zeros in the dense shapes, by one global threshold, with correlated updates.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field, Tag, model_validator
+
+from ray_surgeon.maths.element_pruning import (
+    ElementCandidates,
+    ElementUnits,
+    ElementUpdate,
+    find_elements,
+    prune_elements,
+    unit_costs,
+)
+from ray_surgeon.maths.masks import ElementMask
+from ray_surgeon.maths.threshold import (
+    SHORT,
+    Threshold,
+    bit_histogram,
+    bucket_of,
+    cost_curve,
+    cost_of_bits,
+    units_to_remove,
+)
+from ray_surgeon.models.layout import LinearShape, ModelLayout
+from ray_surgeon.plan.needs import LinearNeeds
+from ray_surgeon.runtime.cluster import Cluster
+from ray_surgeon.runtime.worker import LinearSummary, Worker, collective, sizes
+from ray_surgeon.spec.base import Positive, Section, by_tag, tag
+from ray_surgeon.spec.targets import SparsitySection
+from ray_surgeon.stages.curvature.section import AnyCurvature, ExtendedKfacSection
+from ray_surgeon.stages.prune.method import Choice, Method, Scores, in_order, linear_of
+
+Pattern = tuple[Positive, Positive]
+
+
+class ConjugateGradientsUpdate(Section):
+    """All correlations at once, by preconditioned conjugate gradients."""
+
+    solver: Literal["conjugate_gradients"] = Field(
+        "conjugate_gradients", description="All correlations at once"
+    )
+    precision: Literal["bfloat16", "float32"] = Field(
+        "bfloat16",
+        description="dtype of the products; bfloat16 is faster where the hardware has it",
+    )
+    num_iterations: Positive = Field(16, description="Iterations, at most")
+    tolerance: float = Field(1e-3, ge=0, lt=1, description="Relative residual at which they stop")
+
+    @property
+    def as_update(self) -> ElementUpdate:
+        """The update as the mathematics takes it."""
+        return ElementUpdate(self.solver, self.num_iterations, self.tolerance, self.precision)
+
+
+class ChunksUpdate(Section):
+    """The paper's update: chunk by chunk, each on the weights updated so far."""
+
+    solver: Literal["chunks"] = Field(description="Chunk by chunk, as the paper does")
+    max_correlate: Positive = Field(2000, description="Elements in a chunk")
+
+    @property
+    def as_update(self) -> ElementUpdate:
+        """The update as the mathematics takes it."""
+        return ElementUpdate(self.solver, max_correlate=self.max_correlate)
+
+
+class PlainUpdate(Section):
+    """Each removal on its own, or no update."""
+
+    solver: Literal["single", "none"] = Field(
+        description="single: each removal as if it were alone; none: no update (OBD)"
+    )
+
+    @property
+    def as_update(self) -> ElementUpdate:
+        """The update as the mathematics takes it."""
+        return ElementUpdate(self.solver)
+
+
+_SOLVERS = {
+    "conjugate_gradients": "conjugate_gradients",
+    "chunks": "chunks",
+    "single": "plain",
+    "none": "plain",
+}
+
+UpdateSection = Annotated[
+    Annotated[ConjugateGradientsUpdate, Tag(tag("conjugate_gradients"))]
+    | Annotated[ChunksUpdate, Tag(tag("chunks"))]
+    | Annotated[PlainUpdate, Tag(tag("plain"))],
+    by_tag(
+        lambda get: _SOLVERS.get(str(get("solver", "conjugate_gradients"))),
+        f"solver {', '.join(_SOLVERS)}",
+    ),
+]
+
+
+class _Elements(SparsitySection):
+    method: Literal["llm_surgeon"] = Field(
+        "llm_surgeon", description="One global threshold on costs, and updates"
+    )
+    update: UpdateSection = Field(
+        ConjugateGradientsUpdate(), description="How the kept weights make up for the pruned ones"
+    )
+
+    def problem_with(self, curvature: AnyCurvature) -> str | None:
+        """Return why this section and a curvature do not go together; see `ScheduleSection`."""
+        if isinstance(self.update, ChunksUpdate) and isinstance(curvature, ExtendedKfacSection):
+            return (
+                "pruning.update: chunks need one Kronecker term; use solver conjugate_gradients, "
+                "or curvature.kind kfac"
+            )
+        return None
+
+
+class ElementsSection(_Elements):
+    """Single elements."""
+
+    structure: Literal["element"] = Field(description="Single elements")
+    costs: Literal["obs", "obd"] = Field(
+        "obs",
+        description="Predicted loss increase of a removal with the optimal update of the others "
+        "(obs) or without an update (obd)",
+    )
+
+    @property
+    def units(self) -> ElementUnits:
+        """What is pruned as one."""
+        return ElementUnits()
+
+
+class NMSection(_Elements):
+    """N:M groups: of every M consecutive inputs of a row, N stay."""
+
+    structure: Literal["n_m"] = Field(description="N:M groups")
+    n_m: Pattern = Field((2, 4), description="[N, M]: N of M consecutive inputs of a row stay")
+    costs: Literal["obs", "obs_sum", "obd"] = Field(
+        "obs",
+        description="Cost of a group. obs: the exact joint cost of its best pattern; obs_sum: the "
+        "sum of its smallest single costs, as in the paper; obd: that sum without updates",
+    )
+
+    @property
+    def units(self) -> ElementUnits:
+        """What is pruned as one."""
+        return ElementUnits(*self.n_m, joint=self.costs == "obs")
+
+    @model_validator(mode="after")
+    def _possible_pattern(self) -> NMSection:
+        check_pattern(self.n_m, self.target_sparsity)
+        return self
+
+
+def check_pattern(n_m: Pattern, target_sparsity: float) -> None:
+    """Refuse an impossible pattern, or a target that it cannot reach.
+
+    Raises:
+        ValueError: names the field.
+    """
+    n, m = n_m
+    if not n < m <= 16:
+        raise ValueError(f"n_m: [{n}, {m}] needs N < M <= 16; give for example [2, 4] or [4, 8]")
+    if target_sparsity > 1 - n / m:
+        raise ValueError(
+            f"target_sparsity: {target_sparsity:g} is more than {n}:{m} can remove, {1 - n / m:g}; "
+            "lower it"
+        )
+
+
+@dataclass
+class _Scored:
+    """What `score` leaves on a worker for `apply`."""
+
+    candidates: dict[str, ElementCandidates]
+
+
+@dataclass(frozen=True)
+class Elements(Method):
+    """Single elements or N:M groups; the costs of all of them never leave the workers."""
+
+    section: ElementsSection | NMSection
+
+    @property
+    def by_element(self) -> bool:
+        """Masks are of elements."""
+        return True
+
+    def reach(self, layout: ModelLayout) -> float:
+        """Return the fraction of all candidates, less the tolerated shortfall.
+
+        Biases count and stay.
+        """
+        weights = sum(
+            shape.num_rows * (shape.num_columns - shape.has_bias) for shape in layout.linears
+        )
+        return (
+            weights * self.section.units.num_removed / self.section.units.m / layout.linear_size
+            + SHORT
+        )
+
+    def needs(self, shape: LinearShape) -> LinearNeeds:
+        """Both factors are factorised for the costs.
+
+        The update multiplies by both as often as its solver iterates.
+        """
+        R = shape.num_rows
+        C = shape.num_columns
+        units = self.section.units
+        patterns = (
+            math.comb(units.m, units.n) if self.section.costs == "obs" and units.m > 1 else 0
+        )  # each of which every group tries
+        update = self.section.update
+        iterations = update.num_iterations if isinstance(update, ConjugateGradientsUpdate) else 2
+        return LinearNeeds(
+            costs_bytes=4 * (2 * (C**2 + R**2) + max(R, C) ** 2 + 5 * R * C),
+            costs_flops=1.5 * (C**3 + R**3)
+            + patterns * 2.0 * R * (C // units.m) * units.num_removed**2,
+            update_bytes=4 * (2.5 * (C**2 + R**2) + 10 * R * C),
+            update_flops=iterations * 2.0 * R * C * (R + C),
+            kept_bytes=0.0 if self.section.structure == "element" else 12.0 * R * C / units.m,
+        )
+
+    # On a worker
+
+    def costs(self, worker: Worker) -> Scores[None]:
+        """Take what the costs of the owned linears follow from, and keep it.
+
+        `histogram` and `prune` use it.
+
+        Raises:
+            FloatingPointError: a factor is not usable; names the linear.
+        """
+        found = _Scored({})
+        kind = "obd" if self.section.costs == "obd" else "obs"
+        for name in worker.owned():
+            found.candidates[name] = find_elements(
+                linear_of(worker, name, self.used_curvature), self.section.units, kind
+            )
+        worker.keep(found)
+        raised = tuple(event for c in found.candidates.values() for event in c.raised_damping)
+        clipped = tuple(event for c in found.candidates.values() for event in c.clipping)
+        return Scores((), *sizes(worker), raised, clipped)
+
+    def histogram(self, worker: Worker, high: int | None) -> NDArray[np.int64]:
+        """Count the costs of the owned linears' units by their bits; see `bit_histogram`."""
+        counts = torch.zeros(1 << 16, dtype=torch.int64)
+        for name, candidates in worker.kept(_Scored).candidates.items():
+            linear = linear_of(worker, name, self.used_curvature)
+            mask = worker.mask(name, ElementMask)
+            counts += bit_histogram(
+                unit_costs(linear, mask, self.section.units, candidates), high
+            ).cpu()
+        return counts.numpy()
+
+    @collective
+    def prune(self, worker: Worker, threshold: float) -> tuple[LinearSummary, ...]:
+        """Remove what costs at most the threshold, update the rest, and send it to replicas."""
+        found = worker.drop(_Scored)
+        done = dict[str, tuple[float, float]]()
+        update = self.section.update.as_update
+        for name in worker.each(list(found.candidates)):
+            linear = linear_of(worker, name, self.used_curvature)
+            mask = worker.mask(name, ElementMask)
+            removal, worker.masks[name] = prune_elements(
+                linear, mask, self.section.units, found.candidates.pop(name), threshold, update
+            )
+            worker.shard.set_weight(name, removal.W)
+            done[name] = removal.predicted, removal.residual
+        worker.shard.drop_curvature()
+        worker.share_linears(worker.shard.linears)
+        return tuple(worker.summary(name, *about) for name, about in done.items())
+
+    # On the coordinator
+
+    def score(self, cluster: Cluster, shot: int) -> Scores[None]:
+        """Take all costs."""
+        cluster.progress.begin(unit="linears")
+        return Scores.merged(cluster.run_all(self.costs))
+
+    def choose(self, cluster: Cluster, scores: Scores[None], shot: int) -> Choice:
+        """Find the exact k-th smallest cost by two rounds of counting.
+
+        The costs stay where they are.
+        """
+        num_parameters = scores.num_parameters
+        size = self.section.units.num_removed
+        num_pruned = num_parameters - scores.num_kept
+
+        def counts(high: int | None) -> torch.Tensor:
+            return torch.from_numpy(np.sum(cluster.run_all(self.histogram, high), axis=0))
+
+        upper = counts(None)
+        found = upper.nonzero()[:, 0]
+        curve = cost_curve(
+            torch.tensor([cost_of_bits(int(high), 0) for high in found]), upper[found] * size
+        )
+        num_units = units_to_remove(
+            self.section.targets[shot - 1], num_parameters, num_pruned, size, int(upper.sum())
+        )
+        threshold = Threshold(-1.0, num_pruned, num_parameters)
+        if num_units:
+            high, rest = bucket_of(upper, num_units)
+            lower = counts(high)
+            low, _ = bucket_of(lower, rest)
+            removed = int(upper[:high].sum() + lower[: low + 1].sum()) * size
+            threshold = Threshold(cost_of_bits(high, low), num_pruned + removed, num_parameters)
+        facts = {"threshold": threshold.value, "sparsity": threshold.sparsity}
+        return Choice(threshold.value, facts, record={"cost_curve": scores.as_fractions(curve)})
+
+    def apply(
+        self, cluster: Cluster, sequences: NDArray[np.int64], choice: Choice, shot: int
+    ) -> list[LinearSummary]:
+        """Prune and update."""
+        assert choice.threshold is not None
+        cluster.progress.begin(unit="linears")
+        return in_order(cluster.run_all(self.prune, choice.threshold))

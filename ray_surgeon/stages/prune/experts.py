@@ -1,0 +1,73 @@
+"""Whole experts on a worker: their costs, and routers that go around removed ones."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from torch import Tensor
+
+from ray_surgeon.maths.experts import frequency_costs, random_costs, reap_costs, rerouting_costs
+from ray_surgeon.maths.threshold import check_costs
+from ray_surgeon.models.layout import ExpertSet
+from ray_surgeon.runtime.worker import Worker
+
+ExpertCosts = Literal["rerouting", "reap", "frequency", "random"]
+
+
+def whole_expert_costs(
+    worker: Worker, kind: ExpertCosts, shot: int, *, first_order: bool
+) -> dict[str, float]:
+    """Return consumer of an expert -> cost of the expert's removal, of the owned ones.
+
+    Args:
+        worker: after a pass that gathered sums of experts.
+        kind: of the costs.
+        shot: its number.
+        first_order: see `rerouting_costs`.
+
+    Raises:
+        FloatingPointError: a cost is not usable; names the experts.
+    """
+    found = dict[str, float]()
+    for experts in worker.expert_sets:
+        consumers = [linears[-1] for linears in experts.linears]
+        if not worker.owns(consumers[0]):
+            continue
+        costs = _costs_of(worker, experts, kind, shot, first_order=first_order)
+        check_costs(experts.name, costs, may_be_negative=kind == "rerouting" and first_order)
+        if not worker.shard.mixtures[experts.block - worker.shard.blocks.first].can_spare_one:
+            costs.fill_(math.inf)
+        gone = worker.removed_experts(experts).tolist()
+        found |= {
+            name: float(cost)
+            for name, cost, is_gone in zip(consumers, costs, gone, strict=True)
+            if not is_gone
+        }
+    return found
+
+
+def _costs_of(
+    worker: Worker, experts: ExpertSet, kind: ExpertCosts, shot: int, *, first_order: bool
+) -> Tensor:
+    place = experts.block - worker.shard.blocks.first
+    sums = worker.shard.expert_sums[place]
+    num_chosen = worker.shard.mixtures[place].num_chosen
+    if kind == "rerouting":
+        return rerouting_costs(sums, num_chosen, first_order=first_order)
+    if kind == "reap":
+        return reap_costs(sums)
+    if kind == "frequency":
+        return frequency_costs(sums, num_chosen)
+    return random_costs(len(experts.linears), 1_000 * experts.block + shot)
+
+
+def go_around_removed(worker: Worker) -> None:
+    """Let routers go around the experts that earlier shots removed.
+
+    Weights and masks are loaded before.
+    """
+    for experts in worker.expert_sets:
+        removed = worker.removed_experts(experts)
+        if removed.any():
+            worker.shard.route_around(experts.block, ~removed)

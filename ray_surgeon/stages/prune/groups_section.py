@@ -1,0 +1,272 @@
+"""The section `pruning` of coupled groups."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from ray_surgeon.spec.base import Positive, Section
+from ray_surgeon.spec.targets import ScheduleSection, TargetSection
+from ray_surgeon.stages.curvature.section import (
+    ActivationsSection,
+    AnyCurvature,
+    ExtendedKfacSection,
+    KfacSection,
+)
+from ray_surgeon.stages.prune.experts import ExpertCosts
+
+GroupKind = Literal["ffn", "attention", "shared_experts", "expert_channels", "experts"]
+
+RECONSTRUCTED = frozenset({"ffn", "shared_experts"})
+"""Kinds of groups of which the layers that lose some can be reconstructed: every token passes them.
+"""
+
+_CHANNELS = ("ffn", "shared_experts", "expert_channels")
+
+
+class ReconstructionSection(Section):
+    """Reconstruction of feed-forward layers, see `ray_surgeon.stages.reconstruction`."""
+
+    learning_rate: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Adam's largest rate, in units of the root mean square of each weight; it "
+        "rises shortly, then falls linearly to zero. null: three rates are tried on two layers, "
+        "and the best one on the windows held aside is taken",
+    )
+    tokens_per_step: Positive = Field(
+        512, description="Calibration tokens of one step, at most all"
+    )
+    num_epochs: Positive = Field(2, description="Passes over the calibration tokens")
+    seed: int = Field(0, ge=0, description="Seed of the order of the tokens")
+
+
+class CoupledSection(ScheduleSection):
+    """What both ways to allocate coupled groups have."""
+
+    uniform: ClassVar[bool] = False  # whether every block gets the same widths
+
+    structure: Literal["groups"] = Field(description="Coupled groups")
+    method: Literal["llm_surgeon"] = Field(
+        "llm_surgeon", description="The LLM Surgeon: costs from the curvature, and updates"
+    )
+    groups: tuple[GroupKind, ...] = Field(
+        ("ffn", "attention"),
+        min_length=1,
+        description="Kinds of groups: ffn, channels of feed-forward layers; attention, KV groups "
+        "with their query heads; in mixtures of experts also shared_experts, their channels; "
+        "expert_channels, those of every expert; experts, whole ones. A kind that the model does "
+        "not have is refused: attention of OLMoE and DeepSeek-V3, ffn where every block has "
+        "experts. With allocation uniform, attention takes nothing from OPT, GPT-2, Qwen2-MoE and "
+        "a Phi-3 with longrope, whose classes hold no fewer heads, and from models of one KV head",
+    )
+    expert_costs: ExpertCosts = Field(
+        "rerouting",
+        description="What a whole expert costs: rerouting, the loss increase that gradients "
+        "predict if its tokens go to the next ones; or a score of a baseline, which has no such "
+        "unit: reap, weight times norm of its output; frequency, its share of tokens; random",
+    )
+    tensor_parallel: Positive = Field(
+        1,
+        description="Number of devices over which an engine will split every layer; remaining "
+        "heads and channels can be split so",
+    )
+    width_multiple: Positive | None = Field(
+        None,
+        description="At the end, the number of channels of every feed-forward layer and expert is "
+        "a multiple of this, or the original number. Without effect where groups names no "
+        "channels. null: for every device of tensor_parallel 64; 128 if output.quantize is set; "
+        "256 if deci is exported",
+    )
+    target_sparsity: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Fraction of the parameters of the blocks' linears to remove, biases included",
+    )
+    target: TargetSection | None = Field(
+        None, description="In place of target_sparsity: what the whole model may need in the end"
+    )
+
+    reconstruction: ReconstructionSection | None = Field(
+        None,
+        description="In every shot, after the update: train every feed-forward layer that lost "
+        "channels to reproduce its earlier outputs. Workers keep its inputs until then. null: no "
+        "reconstruction",
+    )
+
+    @property
+    def last_sparsity(self) -> float | None:
+        """The target, if it is a sparsity."""
+        return self.target_sparsity
+
+    @property
+    def fewest_groups(self) -> dict[str, int]:
+        """Groups of each kind that stay in every block."""
+        return dict.fromkeys(_CHANNELS, self.multiple) | {"attention": 1}
+
+    @property
+    def has_widths(self) -> bool:
+        """Whether channels are removed, so that a width is left."""
+        return any(kind in self.groups for kind in _CHANNELS)
+
+    @property
+    def multiple(self) -> int:
+        """The number that widths are multiples of in the end."""
+        return self.width_multiple or 64 * self.tensor_parallel
+
+    def problem_with(self, curvature: AnyCurvature) -> str | None:
+        """Return why this section and a curvature do not go together; see `ScheduleSection`."""
+        if isinstance(curvature, ExtendedKfacSection):
+            return "curvature.kind: extended_kfac does not go with structure groups; use kfac"
+        if "experts" in self.groups and curvature.kind == "identity":
+            return (
+                "curvature.kind: identity looks at no text, which says what whole experts cost; "
+                "use kfac"
+            )
+        if (
+            "experts" in self.groups
+            and curvature.kind == "activations"
+            and self.expert_costs == "rerouting"
+        ):
+            return (
+                "curvature.kind: activations has no gradients, which the costs of whole experts "
+                "need; use kfac"
+            )
+        if set(self.groups) == {"experts"} and isinstance(
+            curvature, KfacSection | ActivationsSection
+        ):
+            for field in ("damping", "max_damping"):
+                if getattr(curvature, field) != type(curvature).model_fields[field].default:
+                    return (
+                        f"curvature.{field}: costs of whole experts invert no factor; leave it out"
+                    )
+        if self.reconstruction is not None and curvature.kind == "identity":
+            return (
+                "curvature.kind: identity keeps no inputs, which pruning.reconstruction needs; use "
+                "kfac or activations"
+            )
+        return None
+
+    @model_validator(mode="after")
+    def _different_kinds(self) -> CoupledSection:
+        if len(set(self.groups)) < len(self.groups):
+            raise ValueError(f"groups: {', '.join(self.groups)} name a kind twice; remove one")
+        return self
+
+    @model_validator(mode="after")
+    def _reconstructs_something(self) -> CoupledSection:
+        if self.reconstruction is not None and not RECONSTRUCTED & set(self.groups):
+            raise ValueError(
+                "reconstruction: is of ffn and shared_experts, got groups "
+                f"{', '.join(self.groups)}; add one of them, or leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _scores_of_experts(self) -> CoupledSection:
+        if self.expert_costs != "rerouting" and "experts" not in self.groups:
+            raise ValueError(
+                f"expert_costs: {self.expert_costs} is of whole experts; add experts to groups, or "
+                "leave it out"
+            )
+        if self.expert_costs != "rerouting" and set(self.groups) != {"experts"}:
+            raise ValueError(
+                f"expert_costs: {self.expert_costs} has another unit than the costs of the other "
+                "groups; set groups to [experts]"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _splits(self) -> CoupledSection:
+        if self.multiple % self.tensor_parallel:
+            raise ValueError(
+                f"width_multiple: {self.multiple} channels cannot be split over tensor_parallel "
+                f"{self.tensor_parallel} devices; give a multiple of it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_target(self) -> CoupledSection:
+        if (self.target_sparsity is None) == (self.target is None):
+            got = "none" if self.target is None else "both"
+            raise ValueError(f"target_sparsity: give this or target, got {got}")
+        return self
+
+
+class SearchSection(Section):
+    """The search for how many groups every block loses; see `ray_surgeon.stages.search`."""
+
+    rounds: Positive = Field(
+        1,
+        description="Allocations that are tried after the first one, each with scales from the one "
+        "before",
+    )
+    num_sequences: int = Field(
+        16,
+        ge=2,
+        description="Sequences on which the divergence from the dense model is measured. Every "
+        "round measures it once for every kind of groups in every block that loses any, and once "
+        "more. They are cut from the calibration's texts, apart from its own sequences",
+    )
+
+
+class GroupsSection(CoupledSection):
+    """Coupled groups, as many from each block as one threshold over the model says."""
+
+    allocation: Literal["global"] = Field(
+        "global", description="One threshold over the model; widths differ from block to block"
+    )
+    rank_by: Literal["cost", "cost_per_parameter"] = Field(
+        "cost_per_parameter",
+        description="What the threshold compares: the cost of a group, or its cost per unit of the "
+        "target",
+    )
+    remove_blocks: bool = Field(
+        False,
+        description="Whether the last KV group or the last channels of a block may be pruned too",
+    )
+    search: SearchSection | None = Field(
+        None,
+        description="In every shot, after the costs: for one block after the other, undo the "
+        "removals of one kind of groups and scale their costs by how far the divergence from the "
+        "dense model falls; then compute the threshold again. null: no search",
+    )
+
+    @model_validator(mode="after")
+    def _has_blocks_to_remove(self) -> GroupsSection:
+        if self.remove_blocks and set(self.groups) == {"experts"}:
+            raise ValueError(
+                "remove_blocks: is of KV groups and channels, and only whole experts go; remove "
+                "it, or name other groups"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _searches_what_it_can_undo(self) -> GroupsSection:
+        if self.search is not None and "experts" in self.groups:
+            raise ValueError(
+                "search: does not go with whole experts, whose tokens go elsewhere; use "
+                "expert_channels, or leave it out"
+            )
+        return self
+
+    @property
+    def fewest_groups(self) -> dict[str, int]:
+        """Groups of each kind that stay in every block."""
+        return (
+            dict.fromkeys(super().fewest_groups, 0) if self.remove_blocks else super().fewest_groups
+        )
+
+
+class UniformGroupsSection(CoupledSection):
+    """Coupled groups, the same number from each block.
+
+    Plain model classes can hold the result.
+    """
+
+    uniform: ClassVar[bool] = True
+
+    allocation: Literal["uniform"] = Field(description="The same widths in every block")

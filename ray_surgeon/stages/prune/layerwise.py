@@ -1,0 +1,213 @@
+"""SparseGPT and Wanda, as baselines: block after block to the same sparsity.
+
+Inputs are those that the pruned blocks before give.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from ray_surgeon.maths.curvature import RaisedDamping
+from ray_surgeon.maths.layerwise import prune_linear
+from ray_surgeon.maths.masks import ElementMask
+from ray_surgeon.models.layout import LinearShape, ModelLayout
+from ray_surgeon.plan.needs import LinearNeeds
+from ray_surgeon.runtime.block_pass import BlockPass
+from ray_surgeon.runtime.cluster import Cluster
+from ray_surgeon.runtime.worker import LinearSummary, Worker
+from ray_surgeon.spec.targets import SparsitySection
+from ray_surgeon.stages.prune.elements import Pattern, check_pattern
+from ray_surgeon.stages.prune.method import Choice, Method, Scores, in_order
+
+
+class _Layerwise(SparsitySection):
+    takes_curvature: ClassVar[bool] = False
+    structure: Literal["element", "n_m"] = Field(description="Single elements, or N:M groups")
+    n_m: Pattern | None = Field(
+        None,
+        description="[N, M] of structure n_m: N of M consecutive inputs of a row stay; [2, 4] if "
+        "not given",
+    )
+
+    @property
+    def pattern(self) -> tuple[int, int]:
+        """N and M; 0 and 1 for single elements."""
+        return (self.n_m or (2, 4)) if self.structure == "n_m" else (0, 1)
+
+    @model_validator(mode="after")
+    def _possible_pattern(self) -> _Layerwise:
+        if self.structure == "n_m":
+            n, m = self.pattern
+            is_that = math.isclose(self.target_sparsity, 1 - n / m, abs_tol=1e-3)
+            check_pattern((n, m), 1 - n / m if is_that else self.target_sparsity)
+            if self.shots > 1 or not is_that:
+                raise ValueError(
+                    f"n_m: takes every linear to {n}:{m} at once; set target_sparsity to "
+                    f"{1 - n / m:g} and num_shots to 1"
+                )
+        elif self.n_m is not None:
+            raise ValueError(
+                "n_m: structure element has no pattern; remove it, or set structure n_m"
+            )
+        return self
+
+
+class SparseGPTSection(_Layerwise):
+    """SparseGPT (Frantar & Alistarh 2023)."""
+
+    method: Literal["sparsegpt"] = Field(description="SparseGPT")
+    damping: float = Field(
+        0.01, ge=0, le=10, description="Damping of A, relative to the mean of its diagonal"
+    )
+    max_damping: float = Field(
+        1.0,
+        gt=0,
+        le=10,
+        description="A factor that is not positive definite gets ten times the damping, up to "
+        "this; then the run fails",
+    )
+
+    @model_validator(mode="after")
+    def _cap_above_damping(self) -> SparseGPTSection:
+        if self.max_damping < self.damping:
+            raise ValueError(
+                f"max_damping {self.max_damping:g} is below damping {self.damping:g}; raise it"
+            )
+        return self
+
+
+class WandaSection(_Layerwise):
+    """Wanda (Sun et al. 2023)."""
+
+    method: Literal["wanda"] = Field(description="Wanda")
+
+
+@dataclass(frozen=True)
+class Layerwise(Method):
+    """SparseGPT or Wanda."""
+
+    section: SparseGPTSection | WandaSection
+
+    @property
+    def by_element(self) -> bool:
+        """Masks are of elements."""
+        return True
+
+    @property
+    def has_costs(self) -> bool:
+        """There is no global threshold."""
+        return False
+
+    def reach(self, layout: ModelLayout) -> float:
+        """Return the weights' fraction of the narrowest linear, whose bias counts and stays.
+
+        A pattern is a target of its own.
+        """
+        if self.section.structure == "n_m":
+            return 1.0
+        return min(
+            (shape.num_columns - shape.has_bias) / shape.num_columns for shape in layout.linears
+        )
+
+    def needs(self, shape: LinearShape) -> LinearNeeds:
+        """A's Cholesky factor and the inverse of that."""
+        R = shape.num_rows
+        C = shape.num_columns
+        return LinearNeeds(
+            update_bytes=4 * (4 * C**2 + 4 * R * C), update_flops=2 / 3 * C**3 + 2 * R * C**2
+        )
+
+    # On the coordinator
+
+    def score(self, cluster: Cluster, shot: int) -> Scores[None]:
+        """Nothing is ranked."""
+        raise AssertionError("there are no costs")
+
+    def choose(self, cluster: Cluster, scores: Scores[None] | None, shot: int) -> Choice:
+        """Nothing is chosen over the model: every linear goes to the sparsity of the shot."""
+        raise AssertionError("there is no threshold")
+
+    def apply(
+        self, cluster: Cluster, sequences: NDArray[np.int64], choice: Choice, shot: int
+    ) -> list[LinearSummary]:
+        """Prune shard after shard, block after block, while the calibration sequences pass once."""
+        _Pruning(self.section, self.section.targets[shot - 1]).pass_all(cluster, sequences)
+        return in_order(cluster.run_all(_summaries))
+
+    def record(
+        self,
+        cluster: Cluster,
+        scores: Scores[None] | None,
+        choice: Choice,
+        linears: Sequence[LinearSummary],
+    ) -> dict[str, Any]:
+        """Return what was damped more than asked."""
+        return {
+            "damping_used": [
+                asdict(event) for events in cluster.run_all(_take_raised) for event in events
+            ]
+        }
+
+
+@dataclass
+class _Raised:
+    """What owned linears needed of damping, beside what was asked, in a shot."""
+
+    of_shot: list[RaisedDamping] = field(default_factory=list)
+
+
+def _take_raised(worker: Worker) -> list[RaisedDamping]:
+    return worker.drop(_Raised).of_shot if worker.has(_Raised) else []
+
+
+def _summaries(worker: Worker) -> tuple[LinearSummary, ...]:
+    return tuple(worker.summary(name, None, 0.0) for name in worker.owned())
+
+
+@dataclass(frozen=True)
+class _Pruning(BlockPass):
+    """The pass of one shot."""
+
+    section: SparseGPTSection | WandaSection
+    sparsity: float  # of every linear
+
+    def change(self, worker: Worker, name: str, A: Tensor) -> None:
+        """Prune a linear."""
+        section = self.section
+        W = worker.shard.weight(name)
+        shape = worker.layout.shapes[name]
+        num_inputs = shape.num_columns - shape.has_bias
+        (n, m) = section.pattern
+        fraction = self.sparsity * W.numel() / (len(W) * num_inputs)
+        damping = (
+            (section.damping, section.max_damping)
+            if isinstance(section, SparseGPTSection)
+            else (0.0, 0.0)
+        )
+        before = worker.mask(name, ElementMask).kept[:, :num_inputs].to(W.device)
+        W[:, :num_inputs], kept, raised = prune_linear(
+            W[:, :num_inputs],
+            A[:num_inputs, :num_inputs],
+            fraction,
+            n,
+            m,
+            method=section.method,
+            before=before,
+            damping=damping[0],
+            max_damping=damping[1],
+            name=name,
+        )
+        whole = torch.ones_like(W, dtype=torch.bool)
+        whole[:, :num_inputs] = kept
+        worker.masks[name] = ElementMask(whole.cpu())
+        worker.shard.set_weight(name, W)
+        worker.keeping(_Raised).of_shot += [] if raised is None else [raised]

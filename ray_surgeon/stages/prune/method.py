@@ -1,0 +1,415 @@
+"""What every pruning method has: curvature, costs, a choice, an update.
+
+A method is one frozen object. It travels to the workers with every step, so the methods that take a
+`Worker` run there and find all options in `self`; the methods that take a `Cluster` run on the
+coordinator.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from math import isfinite
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from typing_extensions import Self
+
+from ray_surgeon.maths.curvature import Clipping, RaisedDamping
+from ray_surgeon.maths.damping import A_CHOICES, G_CHOICES, choose_damping, cost_held_aside
+from ray_surgeon.maths.kronecker import Damping, PackedFactors
+from ray_surgeon.maths.linear import Linear
+from ray_surgeon.maths.masks import StructuredMask
+from ray_surgeon.models.layout import LinearShape, ModelLayout
+from ray_surgeon.plan.needs import Job, LinearNeeds
+from ray_surgeon.runtime.cluster import Cluster
+from ray_surgeon.runtime.worker import LinearSummary, Worker
+from ray_surgeon.spec.targets import ScheduleSection
+from ray_surgeon.stages.calibration import CalibrationText
+from ray_surgeon.stages.curvature.extended import gather_terms
+from ray_surgeon.stages.curvature.gather import gather_curvature
+from ray_surgeon.stages.curvature.section import AnyCurvature, DampingSection, ExtendedKfacSection
+
+C = TypeVar("C")
+
+Curve = list[tuple[float, float]]
+"""see `cost_curve`"""
+
+
+@dataclass(frozen=True)
+class Scores(Generic[C]):
+    """Costs of the linears that a worker owns, or of all linears."""
+
+    costs: tuple[C, ...]  # whatever the method ranks; nothing where the costs stay on the workers
+    num_parameters: int  # entries of the linears
+    num_kept: int  # of them, what earlier shots kept
+    raised_damping: tuple[
+        RaisedDamping, ...
+    ] = ()  # factorisations that needed more damping than asked for
+    clipping: tuple[Clipping, ...] = ()  # further Kronecker terms that were clipped
+
+    @staticmethod
+    def merged(parts: Sequence[Scores[C]]) -> Scores[C]:
+        """Return the scores of all workers."""
+        return Scores(
+            tuple(cost for part in parts for cost in part.costs),
+            sum(part.num_parameters for part in parts),
+            sum(part.num_kept for part in parts),
+            tuple(event for part in parts for event in part.raised_damping),
+            tuple(event for part in parts for event in part.clipping),
+        )
+
+    def as_fractions(self, curve: Curve) -> Curve:
+        """Return a curve over the fraction of all parameters that is pruned then.
+
+        What earlier shots pruned is included.
+        """
+        num_pruned = self.num_parameters - self.num_kept
+        return [(min(1.0, (num_pruned + size) / self.num_parameters), cost) for size, cost in curve]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What to prune in a shot."""
+
+    threshold: float | None  # everything up to this cost; None if the method has none
+    facts: Mapping[str, float | int | str]  # for the event of the step
+    counts: Mapping[str, int] = field(
+        default_factory=dict
+    )  # consumer -> number of its groups, for coupled groups
+    experts: Mapping[str, float] = field(
+        default_factory=dict
+    )  # consumer of each expert that goes whole -> what that costs
+    trial: Mapping[str, int] = field(
+        default_factory=dict
+    )  # consumers of layers on which learning rates are tried -> groups that go
+    record: Mapping[str, Any] = field(default_factory=dict)  # more for the report
+
+
+@dataclass
+class _HeldFactors:
+    """Factors of the windows held aside, on a worker."""
+
+    of_linear: dict[str, PackedFactors]
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What a pass over the calibration text leaves on the coordinator."""
+
+    method: Method  # with the damping that was chosen, if it was
+    loss: float  # mean NLL in nats per predicted token
+    record: dict[str, Any]  # more for the report
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """One way to prune, with its options."""
+
+    section: ScheduleSection  # `pruning` of the job spec
+    curvature: (
+        AnyCurvature | None
+    )  # the section of that name; None for methods that gather their own
+
+    @property
+    def by_element(self) -> bool:
+        """Whether masks are of elements, or of rows and columns."""
+        return False
+
+    @property
+    def has_costs(self) -> bool:
+        """Whether a shot has curvature, costs and a threshold.
+
+        Methods that prune block by block only have an update.
+        """
+        return True
+
+    @property
+    def gathers(self) -> frozenset[str] | None:
+        """Roles of the linears whose curvature is needed, see `LinearShape`; None for all."""
+        return None
+
+    @property
+    def ranks_experts(self) -> bool:
+        """Whether whole experts may be removed."""
+        return False
+
+    def reach(self, layout: ModelLayout) -> float:
+        """Return the largest target that a model's shapes allow."""
+        return 1.0
+
+    @property
+    def used_curvature(self) -> AnyCurvature:
+        """The curvature of a method that has one."""
+        assert self.curvature is not None
+        return self.curvature
+
+    def calibrate(
+        self, cluster: Cluster, text: CalibrationText, shot: int, *, remembers: bool
+    ) -> Calibrated:
+        """Gather the curvature of the present weights.
+
+        Args:
+            cluster: with loaded workers.
+            text: the calibration text.
+            shot: number of the shot.
+            remembers: see `gather_curvature`.
+        """
+        curvature = self.used_curvature
+        sequences = text.tokens
+        seed = curvature.label_seed(shot, len(sequences))
+        gather = partial(
+            gather_curvature, cluster, kind=curvature.kind, label_seed=seed, only=self.gathers
+        )
+        has_held = curvature.chooses_damping and len(text.held) >= cluster.placement.num_replicas
+        if has_held:
+            gather(text.held, counts=text.held_counts)
+            cluster.run_all(self.keep_held_factors)
+        self.prepare_pass(cluster, text)
+        num_backward = curvature.sequences_backward
+        loss = gather(
+            sequences,
+            num_backward=None if num_backward is None else min(num_backward, len(sequences)),
+            experts=self.ranks_experts,
+            remembers=remembers,
+            counts=text.counts,
+        )
+        method, record = (
+            self._with_chosen_damping(cluster, shot) if has_held else (self, dict[str, Any]())
+        )
+        if isinstance(curvature, ExtendedKfacSection):
+            further = gather_terms(
+                cluster,
+                sequences,
+                curvature.num_kronecker_terms,
+                curvature.num_power_iterations,
+                seed,
+            )
+            record["median_size_of_terms"] = [
+                float(np.median(list(by_linear.values()))) for by_linear in further
+            ]
+        return Calibrated(method, loss, record)
+
+    def prepare_pass(self, cluster: Cluster, text: CalibrationText) -> None:
+        """Prepare workers for the pass over the calibration text.
+
+        The weights are those from before the shot.
+        """
+        return
+
+    # The choice of damping
+
+    def probed(self, layout: ModelLayout) -> list[str]:
+        """Return the linears on which dampings are tried.
+
+        Of each role that is ranked, these are one a third and one two thirds through the model.
+        """
+        of_role: dict[str, list[str]] = {}
+        for shape in layout.linears:
+            if shape.expert is None and self.needs(shape) is not None:
+                of_role.setdefault(shape.role, []).append(shape.name)
+        return list(
+            dict.fromkeys(
+                names[len(names) * third // 3] for names in of_role.values() for third in (1, 2)
+            )
+        )
+
+    def keep_held_factors(self, worker: Worker) -> None:
+        """Keep the factors of the owned linears that are probed.
+
+        They are of the windows held aside now.
+        """
+        names = [
+            name
+            for name in self.probed(worker.layout)
+            if name in worker.shard.linears and worker.owns(name)
+        ]
+        own = {name: worker.shard.own_factors(name) for name in names}
+        worker.keep(
+            _HeldFactors(
+                {name: replace(of, A=of.A.copied(), G=of.G.copied()) for name, of in own.items()}
+            )
+        )
+
+    def costs_held_aside(self, worker: Worker, damping: Damping, share: float) -> list[float]:
+        """Return what removals in the owned probed linears cost by the factors held aside.
+
+        See `cost_held_aside`.
+        """
+        found = []
+        for name, held in worker.kept(_HeldFactors).of_linear.items():
+            linear = linear_of(worker, name, self.used_curvature)
+            mask = worker.masks[name]
+            kept = (
+                mask if isinstance(mask, StructuredMask) else StructuredMask.full(*linear.W.shape)
+            )
+            found.append(
+                cost_held_aside(
+                    linear, kept, held, damping, share, prunes_rows=self.gathers is None
+                )
+            )
+        return found
+
+    def drop_held_factors(self, worker: Worker) -> None:
+        """Keep the factors of the windows held aside no longer."""
+        worker.drop(_HeldFactors)
+
+    def _with_chosen_damping(self, cluster: Cluster, shot: int) -> tuple[Self, dict[str, Any]]:
+        """Return the method with the damping that costs least on the windows held aside.
+
+        The second item is what the report says of it.
+        """
+        curvature = self.used_curvature
+        has_G = curvature.kind != "activations"
+        share = self.section.removed_in(shot)
+
+        def cost_of(a: float, g: float) -> list[float]:
+            damping = Damping(a, g if has_G else 0.0, curvature.as_damping.max)
+            return [
+                cost
+                for of_worker in cluster.run_all(self.costs_held_aside, damping, share)
+                for cost in of_worker
+            ]
+
+        a, g, tried = choose_damping(
+            cost_of, A_CHOICES, G_CHOICES if has_G else (DampingSection().g,)
+        )
+        cluster.run_all(self.drop_held_factors)
+        chosen = curvature.model_copy(update={"damping": DampingSection(a=a, g=g)})
+        record = {
+            "a": a,
+            "g": g,
+            "tried": [
+                {"a": one[0], "g": one[1], "cost": one[2] if isfinite(one[2]) else None}
+                for one in tried
+            ],
+        }
+        return replace(self, curvature=chosen), {"damping_chosen": record}
+
+    @abstractmethod
+    def needs(self, shape: LinearShape) -> LinearNeeds | None:
+        """Return what the costs and the update of a linear need.
+
+        None if it is neither ranked nor updated by its factors.
+        """
+
+    def job(
+        self,
+        layout: ModelLayout,
+        dtype: str,
+        calibration: tuple[int, int],
+        evaluation: Sequence[tuple[int, int]],
+    ) -> Job:
+        """Return what a plan depends on.
+
+        Args:
+            layout: of the model.
+            dtype: of weights and activations.
+            calibration: number and length of its sequences.
+            evaluation: number and length of the windows of each text.
+        """
+        needs = {
+            shape.name: found
+            for shape in layout.linears
+            if (found := self.needs(shape)) is not None
+        }
+        dense = dict[str, float]()
+        passes = 1
+        factors = "none"
+        if self.curvature is not None:
+            factors = "A" if self.curvature.kind in ("activations", "identity") else "both"
+        if isinstance(self.curvature, ExtendedKfacSection):
+            further = self.curvature.num_kronecker_terms - 1
+            passes += further * self.curvature.num_power_iterations
+            sizes = {
+                shape.name: 4.0 * (shape.num_rows**2 + shape.num_columns**2)
+                for shape in layout.linears
+            }
+            dense = {name: (further + 1.5) * size for name, size in sizes.items()}
+        return Job(
+            dtype,
+            *calibration,
+            tuple(evaluation),
+            needs,
+            factors,
+            frozenset(needs),
+            self.ranks_experts,
+            passes,
+            None if self.curvature is None else self.curvature.sequences_backward,
+            dense,
+            mask_bytes=1.0 if self.by_element else 0.0,
+            block_by_block=not self.has_costs,
+        )
+
+    @abstractmethod
+    def score(self, cluster: Cluster, shot: int) -> Scores[Any]:
+        """Take the costs of everything that may be pruned.
+
+        Whatever is kept for `apply` stays on the workers.
+        """
+
+    @abstractmethod
+    def choose(self, cluster: Cluster, scores: Scores[Any], shot: int) -> Choice:
+        """Choose what to prune; may ask the workers again."""
+
+    @abstractmethod
+    def apply(
+        self, cluster: Cluster, sequences: NDArray[np.int64], choice: Choice, shot: int
+    ) -> list[LinearSummary]:
+        """Prune, and update what stays."""
+
+    def of_loss(self, linears: Sequence[LinearSummary]) -> list[LinearSummary]:
+        """Return what `apply` says, without predictions if the curvature is not of the loss.
+
+        Costs are not in nats then.
+        """
+        is_of_loss = self.curvature is not None and self.curvature.is_of_loss
+        return (
+            list(linears) if is_of_loss else [replace(linear, predicted=None) for linear in linears]
+        )
+
+    def update_facts(self, record: Mapping[str, Any]) -> dict[str, float | int | str]:
+        """Return what the update's line says beside the sparsity, from the shot's record."""
+        return {}
+
+    def record(
+        self,
+        cluster: Cluster,
+        scores: Scores[Any] | None,
+        choice: Choice,
+        linears: Sequence[LinearSummary],
+    ) -> dict[str, Any]:
+        """Return what the report says of a shot."""
+        assert scores is not None, "methods without costs have a record of their own"
+        residuals = sorted(linear.residual for linear in linears)
+        return {
+            "predicted_loss_increase": _predicted_increase(linears),
+            "update_residual": {"median": residuals[len(residuals) // 2], "max": residuals[-1]},
+            "damping_used": [asdict(event) for event in scores.raised_damping],
+            "terms_clipped": [asdict(event) for event in scores.clipping],
+            **choice.record,
+        }
+
+
+def _predicted_increase(linears: Sequence[LinearSummary]) -> float | None:
+    """Return the loss increase that the quadratic model predicts, in nats per token.
+
+    None if it predicts none.
+    """
+    predicted = [linear.predicted for linear in linears if linear.predicted is not None]
+    return sum(predicted) if predicted else None
+
+
+def linear_of(worker: Worker, name: str, curvature: AnyCurvature) -> Linear:
+    """Return a linear of a worker as the mathematics takes it."""
+    W = worker.shard.weight(name)
+    factors = worker.shard.factors(name)
+    return Linear(name, W, factors, worker.layout.shapes[name].has_bias, curvature.as_damping)
+
+
+def in_order(workers: Sequence[Sequence[LinearSummary]]) -> list[LinearSummary]:
+    """Return the summaries of all workers in one list."""
+    return [summary for worker in workers for summary in worker]

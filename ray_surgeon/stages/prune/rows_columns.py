@@ -1,0 +1,300 @@
+"""The LLM Surgeon on rows and columns.
+
+Removals are zeros in the dense shapes, by one global threshold, with correlated updates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+
+from ray_surgeon.maths.masks import StructuredMask
+from ray_surgeon.maths.structured import Candidates, find_candidates, prune_structures
+from ray_surgeon.maths.threshold import (
+    StructureCosts,
+    can_reach,
+    cost_curve,
+    smallest_enough,
+    structured_threshold,
+)
+from ray_surgeon.models.dependencies import propagate, shrinkable
+from ray_surgeon.models.layout import LinearShape
+from ray_surgeon.plan.needs import LinearNeeds
+from ray_surgeon.runtime.cluster import Cluster
+from ray_surgeon.runtime.worker import LinearSummary, Worker, collective, sizes
+from ray_surgeon.spec.targets import SparsitySection
+from ray_surgeon.stages.curvature.section import AnyCurvature, ExtendedKfacSection
+from ray_surgeon.stages.prune.method import Choice, Method, Scores, in_order, linear_of
+
+_SAMPLED_BLOCKS = 4
+"""One of so many blocks tells how far greedy paths must go."""
+_MOST_LIMITS = 10
+"""How often that is tried, four times as far each time, before paths are followed to their ends."""
+
+RankBy = Literal["cost", "cost_per_parameter"]
+
+
+class RowsColumnsSection(SparsitySection):
+    """Rows and columns of every linear.
+
+    What they leave are zeros: the tensors keep their shapes.
+    """
+
+    structure: Literal["rows_columns", "rows", "columns"] = Field(
+        "rows_columns", description="What may be pruned"
+    )
+    method: Literal["llm_surgeon"] = Field(
+        "llm_surgeon", description="One global threshold on costs, and updates"
+    )
+    costs: Literal["greedy", "obs", "obd"] | None = Field(
+        None,
+        description="Predicted loss increase of a removal. greedy: after all cheaper removals of "
+        "its linear, with the optimal update of the others; obs: on its own, with that update; "
+        "obd: without an update. If not given: greedy, or obs with extended_kfac",
+    )
+    rank_by: RankBy = Field(
+        "cost_per_parameter",
+        description="What the global threshold compares: a cost, or a cost per parameter removed",
+    )
+    update: Literal["full", "single", "none"] = Field(
+        "full",
+        description="Updates of the kept weights. full: one for all removals together; single: one "
+        "for each as if it were alone; none",
+    )
+
+    def problem_with(self, curvature: AnyCurvature) -> str | None:
+        """Return why this section and a curvature do not go together; see `ScheduleSection`."""
+        if self.costs == "greedy" and isinstance(curvature, ExtendedKfacSection):
+            return (
+                "pruning.costs: greedy needs one Kronecker term; choose obs, or curvature.kind kfac"
+            )
+        return None
+
+
+@dataclass
+class _Scored:
+    """What `score` leaves on a worker for `apply`."""
+
+    candidates: dict[str, Candidates]
+
+
+@dataclass(frozen=True)
+class RowsColumns(Method):
+    """Rows and columns."""
+
+    section: RowsColumnsSection
+
+    def needs(self, shape: LinearShape) -> LinearNeeds:
+        """Both factors of every linear are factorised, then the parts that stay."""
+        R = shape.num_rows
+        C = shape.num_columns
+        reach = min(1.0, 2 * self.section.target_sparsity)
+        return LinearNeeds(
+            costs_bytes=4 * ((2 + reach) * (C**2 + R**2) + max(R, C) ** 2 + 6 * R * C),
+            costs_flops=5.0 * (C**3 + R**3) + 6 * R * C * (R + C),
+            update_bytes=4 * (C**2 + R**2 + 1.7 * max(R, C) ** 2 + 7 * R * C),
+            update_flops=2.0 * (C**3 + R**3),
+        )
+
+    # On a worker
+
+    def costs(self, worker: Worker, limit: float | None, every: int = 1) -> Scores[StructureCosts]:
+        """Take the costs of the owned linears' rows and columns and keep them for `prune`.
+
+        Args:
+            worker: with curvature.
+            limit: of the greedy path; None for the cost of each structure on its own.
+            every: of so many blocks only the first is looked at.
+
+        Raises:
+            FloatingPointError: a factor or a cost is not usable; names the linear.
+        """
+        section = self.section
+        found = _Scored({})
+        kind = "obd" if section.costs == "obd" else "obs"
+        per_parameter = section.rank_by == "cost_per_parameter"
+        replies = []
+        names = [
+            name
+            for name in worker.shard.linears
+            if worker.owns(name) and worker.layout.shapes[name].block % every == 0
+        ]
+        for name in worker.each(names):
+            linear = linear_of(worker, name, self.used_curvature)
+            mask = worker.mask(name, StructuredMask)
+            candidates = find_candidates(
+                linear, mask, section.structure, kind, per_parameter=per_parameter, limit=limit
+            )
+            found.candidates[name] = candidates
+            rows = candidates.row_costs.float().cpu()
+            columns = candidates.column_costs.float().cpu()
+            kept = int(mask.rows.sum()), int(mask.columns.sum())
+            replies.append(StructureCosts(name, mask.num_parameters, *kept, rows, columns))
+        worker.keep(found)
+        raised = tuple(event for c in found.candidates.values() for event in c.raised_damping)
+        clipped = tuple(event for c in found.candidates.values() for event in c.clipping)
+        return Scores(tuple(replies), *sizes(worker), raised, clipped)
+
+    @collective
+    def num_kept_at(self, worker: Worker, threshold: float) -> int:
+        """Return the parameters that a shard keeps at a threshold, after propagation.
+
+        Replica 0 answers for all.
+        """
+        masks = {name: worker.mask(name, StructuredMask) for name in worker.shard.linears}
+        for name, candidates in worker.kept(_Scored).candidates.items():
+            masks[name] = masks[name].without(*candidates.to_prune(masks[name], threshold))
+        for name, mask in masks.items():
+            shared = worker.share_mask(name, mask)
+            assert isinstance(shared, StructuredMask)
+            masks[name] = shared
+        masks |= propagate(worker.layout, masks, worker.group_sets)
+        return sum(mask.num_kept for mask in masks.values()) if worker.index.replica == 0 else 0
+
+    @collective
+    def prune(self, worker: Worker, threshold: float) -> tuple[LinearSummary, ...]:
+        """Remove what costs at most the threshold, update the rest, and send it to replicas."""
+        found = worker.drop(_Scored)
+        done = dict[str, tuple[float, float]]()
+        for name in worker.each(list(found.candidates)):
+            linear = linear_of(worker, name, self.used_curvature)
+            mask = worker.mask(name, StructuredMask)
+            removal, worker.masks[name] = prune_structures(
+                linear, mask, found.candidates[name], threshold, self.section.update
+            )
+            worker.shard.set_weight(name, removal.W)
+            done[name] = removal.predicted, removal.residual
+        worker.shard.drop_curvature()
+        worker.share_linears(worker.shard.linears)
+        masks = {name: worker.mask(name, StructuredMask) for name in worker.shard.linears}
+        for name, mask in propagate(worker.layout, masks, worker.group_sets).items():
+            W = worker.shard.weight(name)
+            mask.apply_(W)
+            worker.shard.set_weight(name, W)
+            worker.masks[name] = mask
+        return tuple(worker.summary(name, *about) for name, about in done.items())
+
+    def num_shrinkable(self, worker: Worker) -> int:
+        """Return the parameters of a shard in groups that are pruned whole.
+
+        Replica 0 answers for all.
+        """
+        masks = {name: worker.mask(name, StructuredMask) for name in worker.shard.linears}
+        return shrinkable(masks, worker.group_sets) if worker.index.replica == 0 else 0
+
+    # On the coordinator
+
+    def score(self, cluster: Cluster, shot: int) -> Scores[StructureCosts]:
+        """Take all costs; greedy paths are followed as far as the target needs.
+
+        Their limit is at first twice the threshold of single costs on a sample of the blocks. It
+        decides how much is computed, not what is chosen, which lies below it.
+        """
+        target = self.section.targets[shot - 1]
+        one_term = not isinstance(self.curvature, ExtendedKfacSection)
+        is_greedy = (self.section.costs or ("greedy" if one_term else "obs")) == "greedy"
+        cluster.progress.begin(unit="linears")
+        scores = Scores.merged(
+            cluster.run_all(self.costs, None, _SAMPLED_BLOCKS if is_greedy else 1)
+        )
+        if not is_greedy:
+            return scores
+        missing = target - (1 - scores.num_kept / scores.num_parameters)
+        for limit in _limits(_by_name(scores), missing):
+            cluster.progress.begin(unit="linears")
+            scores = Scores.merged(cluster.run_all(self.costs, limit))
+            if can_reach(scores.costs, target):
+                break
+        return scores
+
+    def choose(self, cluster: Cluster, scores: Scores[StructureCosts], shot: int) -> Choice:
+        """Find the smallest threshold that removes the target.
+
+        What has no influence then is removed, too.
+        """
+        target = self.section.targets[shot - 1]
+        costs = _by_name(scores)
+        enough = structured_threshold(costs, target)
+        sides = [
+            (side, n)
+            for c in costs
+            for side, n in ((c.rows, c.num_columns), (c.columns, c.num_rows))
+        ]
+        values = torch.cat([side.double() for side, _ in sides])
+        values = (
+            torch.cat([torch.zeros(1, dtype=torch.float64), values[values <= enough.value]])
+            .sort()
+            .values
+        )
+
+        def num_pruned(value: float) -> int:
+            return enough.num_parameters - sum(cluster.run_all(self.num_kept_at, value))
+
+        value = smallest_enough(
+            values, num_pruned, math.ceil(target * enough.num_parameters - 1e-6)
+        )
+        found = replace(enough, value=value, num_removed=num_pruned(value))
+        curve = cost_curve(
+            torch.cat([side for side, _ in sides]),
+            torch.cat([torch.full((len(side),), n) for side, n in sides]),
+        )
+        facts = {"threshold": value, "sparsity": found.sparsity}
+        return Choice(value, facts, record={"cost_curve": scores.as_fractions(curve)})
+
+    def apply(
+        self, cluster: Cluster, sequences: NDArray[np.int64], choice: Choice, shot: int
+    ) -> list[LinearSummary]:
+        """Prune and update."""
+        assert choice.threshold is not None
+        cluster.progress.begin(unit="linears")
+        return in_order(cluster.run_all(self.prune, choice.threshold))
+
+    def record(
+        self,
+        cluster: Cluster,
+        scores: Scores[Any] | None,
+        choice: Choice,
+        linears: Sequence[LinearSummary],
+    ) -> dict[str, Any]:
+        """Return what the report says of a shot.
+
+        It includes the fraction that could be cut out of the dense shapes.
+        """
+        fraction = sum(cluster.run_all(self.num_shrinkable)) / sum(
+            linear.size for linear in linears
+        )
+        return super().record(cluster, scores, choice, linears) | {"shrinkable": fraction}
+
+
+def _by_name(scores: Scores[StructureCosts]) -> list[StructureCosts]:
+    return sorted(scores.costs, key=lambda linear: linear.name)
+
+
+def _limits(sample: Sequence[StructureCosts], missing: float) -> Iterator[float]:
+    """Yield how far greedy paths may be followed.
+
+    First twice as far as single costs say, then farther and farther, at last to their ends.
+
+    Args:
+        sample: of the linears, with single costs.
+        missing: fraction of all parameters that is still to go. Earlier shots may have taken more
+            of the sample than of the others.
+    """
+    num_kept = sum(c.num_rows * c.num_columns for c in sample)
+    num_parameters = sum(c.num_parameters for c in sample)
+    wanted = 1 - num_kept / num_parameters + max(0.0, missing)
+    if can_reach(sample, wanted):
+        positive = torch.cat([side[side > 0] for c in sample for side in (c.rows, c.columns)])
+        first = max(
+            2 * structured_threshold(sample, wanted).value,
+            float(positive.min()) if len(positive) else 0.0,
+        )
+        yield from (first * 4**i for i in range(_MOST_LIMITS if first else 0))
+    yield math.inf

@@ -1,0 +1,244 @@
+"""The search for how many coupled groups every block loses.
+
+Costs are scaled by what removals really change.
+
+Inside of a linear the quadratic model's costs rank groups well. Between blocks they are off by
+factors of three and more, because they know nothing of the blocks behind, nor of what is removed
+there. So all removals are tried together, and those of one kind of groups in one block are undone
+in turn: how far the divergence from the dense model falls, over what the costs say, is the scale of
+these costs. The threshold over scaled costs is a new allocation, and the better one is taken.
+
+Source: docs/method.md, section 8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ray_surgeon.maths.allocate import Allocation
+from ray_surgeon.maths.scales import next_scales, shrunk_ratios
+from ray_surgeon.runtime.cluster import Cluster
+from ray_surgeon.runtime.passes import divergences_of
+from ray_surgeon.runtime.worker import Worker, collective
+from ray_surgeon.stages.calibration import CalibrationText
+from ray_surgeon.stages.correction import held_measure
+from ray_surgeon.stages.prune.consumer_costs import ConsumerCosts, Unit
+from ray_surgeon.stages.prune.groups import Groups, Scored
+from ray_surgeon.stages.prune.groups_section import GroupsSection, SearchSection
+from ray_surgeon.stages.prune.method import Method, Scores
+
+SEARCHED = "(search)"
+"""Name of the text of a search among those that have dense states; no evaluation text can have it.
+"""
+
+
+@dataclass
+class Trial:
+    """Consumers that are pruned on trial."""
+
+    others: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # consumer -> [R, C] on the host: its weight from before, or the pruned one
+
+
+@dataclass(frozen=True)
+class Tried:
+    """An allocation that was tried."""
+
+    scores: Scores[ConsumerCosts]  # whose threshold gave it
+    counts: dict[str, int]  # consumer -> how many of its groups went
+    divergence: float  # mean of the sequences of the search, nats a token
+    held: float | None  # the divergence of the windows held aside, likewise; None if there are none
+
+    @property
+    def measure(self) -> float:
+        """What decides which allocation is taken."""
+        return self.divergence if self.held is None else self.held
+
+
+@dataclass(frozen=True)
+class Search:
+    """The search of one run."""
+
+    section: SearchSection
+    method: Groups
+
+    @staticmethod
+    def of(method: Method) -> Search | None:
+        """Return the search of a method, if it has one."""
+        if (
+            not isinstance(method, Groups)
+            or not isinstance(method.section, GroupsSection)
+            or method.section.search is None
+        ):
+            return None
+        return Search(method.section.search, method)
+
+    # On a worker
+
+    @collective
+    def prune(self, worker: Worker, counts: Mapping[str, int]) -> None:
+        """Take the cheapest groups of every consumer out of it, on trial.
+
+        Masks and producers stay, because zero columns take nothing from what producers give.
+        """
+        trial = Trial()
+        scored = worker.kept(Scored)
+        shard = worker.shard
+        changed = [groups for groups in self.method.sets(worker) if counts.get(groups.consumer)]
+        for groups in changed:
+            name = groups.consumer
+            trial.others[name] = shard.weight(name).to("cpu", shard.dtype)
+            if worker.owns(name):
+                shard.set_weight(
+                    name, self.method.removal(worker, scored, groups, counts[name])[0].W
+                )
+        worker.keep(trial)
+        worker.share_linears(groups.consumer for groups in changed)
+
+    def turn(self, worker: Worker, unit: Unit) -> None:
+        """Undo the removals of one kind of groups in one block, or do them again."""
+        others = worker.kept(Trial).others
+        shard = worker.shard
+        for name in [
+            g.consumer
+            for g in self.method.sets(worker)
+            if (g.block, g.kind) == unit and g.consumer in others
+        ]:
+            other = others[name]
+            others[name] = shard.weight(name).to("cpu", shard.dtype)
+            _put(worker, name, other)
+
+    def end(self, worker: Worker) -> None:
+        """Put all weights from before back."""
+        for name, before in worker.drop(Trial).others.items():
+            _put(worker, name, before)
+
+    # On the coordinator
+
+    def run(
+        self,
+        cluster: Cluster,
+        scores: Scores[ConsumerCosts],
+        windows: NDArray[np.int64],
+        text: CalibrationText,
+        shot: int,
+    ) -> tuple[Scores[ConsumerCosts], dict[str, Any]]:
+        """Try allocations, and take the one of the lowest divergence held aside.
+
+        Each has scales from the one before.
+
+        Args:
+            cluster: after the costs.
+            scores: all of them.
+            windows: [num_sequences, sequence_length] tokens that the curvature has not seen; the
+                dense model's states were remembered.
+            text: the calibration text, whose windows held aside decide which allocation is taken;
+                `windows` do if there are none.
+            shot: its number.
+
+        Returns:
+            The scores with its scales, and for the report the divergences of all that were tried,
+            which one was taken, and the scales.
+
+        Raises:
+            FloatingPointError: the loss is not a number.
+        """
+        scales = dict[Unit, float]()
+        tried = list[Tried]()
+        for number in range(self.section.rounds + 1):
+            if number:
+                scores = self.method.rescaled(cluster, scores, scales, shot)
+            allocation = self.method.allocate(scores, shot)
+            if any(allocation.counts == one.counts for one in tried):  # nothing more can be learnt
+                break
+            cluster.run_all(self.prune, allocation.counts)
+            divergences = divergences_of(cluster, SEARCHED, windows)
+            held = held_measure(cluster, text) if len(text.held) else None
+            tried.append(
+                Tried(scores, allocation.counts, sum(divergences) / len(divergences), held)
+            )
+            if number < self.section.rounds:
+                scales = self._scales(cluster, scores, allocation, windows, divergences, scales)
+            cluster.run_all(self.end)
+        taken = min(range(len(tried)), key=lambda number: tried[number].measure)
+        best = tried[
+            taken
+        ].scores  # workers keep the longest paths, which begin like the ones before
+        scale_of = {c.unit: c.scale for c in best.costs}
+        return best, {
+            "divergences": [trial.divergence for trial in tried],
+            "held_aside": [trial.held for trial in tried],
+            "taken": taken,
+            "scales": [
+                {"block": block, "kind": kind, "scale": scale}
+                for (block, kind), scale in sorted(scale_of.items())
+            ],
+        }
+
+    @staticmethod
+    def facts(record: Mapping[str, Any]) -> dict[str, float | int | str]:
+        """Return the first allocation's measure, that of the one taken, and which it is."""
+        measures = (
+            record["divergences"] if record["held_aside"][0] is None else record["held_aside"]
+        )
+        taken = record["taken"]
+        kept = (
+            "the first allocation stays"
+            if taken == 0
+            else f"allocation {taken + 1} of {len(measures)}"
+        )
+        return {"divergence before": measures[0], "divergence": measures[taken], "taken": kept}
+
+    def _scales(
+        self,
+        cluster: Cluster,
+        scores: Scores[ConsumerCosts],
+        allocation: Allocation,
+        windows: NDArray[np.int64],
+        divergences: Sequence[float],
+        before: Mapping[Unit, float],
+    ) -> dict[Unit, float]:
+        """Return the scales for another allocation.
+
+        Removals of this one are undone in turn, one kind in one block at a time.
+        """
+        costs = dict[Unit, float]()
+        for c in scores.costs:
+            costs[c.unit] = costs.get(c.unit, 0.0) + c.of_cheapest(
+                allocation.counts.get(c.consumer, 0)
+            )
+        units = sorted(unit for unit, cost in costs.items() if cost > 0)
+        if not units:
+            return dict(before)
+        changes = list[Tensor]()
+        all_gone = torch.tensor(divergences, dtype=torch.float64)
+        for unit in units:
+            cluster.run_all(self.turn, unit)
+            changes.append(
+                all_gone
+                - torch.tensor(divergences_of(cluster, SEARCHED, windows), dtype=torch.float64)
+            )
+            cluster.run_all(self.turn, unit)
+        kinds = sorted({kind for _, kind in units})
+        ratios = shrunk_ratios(
+            torch.stack(changes),
+            torch.tensor([costs[unit] for unit in units], dtype=torch.float64),
+            torch.tensor([kinds.index(kind) for _, kind in units]),
+        )
+        scales = next_scales(
+            torch.tensor([before.get(unit, 1.0) for unit in units], dtype=torch.float64), ratios
+        )
+        return {**before, **dict(zip(units, scales.tolist(), strict=True))}
+
+
+def _put(worker: Worker, name: str, weight: Tensor) -> None:
+    """Set a consumer to a weight from the host."""
+    worker.shard.set_weight(name, weight.to(worker.device, torch.float32))

@@ -1,0 +1,1 @@
+"""Calibration text that the dense model writes itself."""

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ray_surgeon.maths import products
+from ray_surgeon.maths.products import product, times_constant
+
+M = 160
+K = 200
+N = 144
+"""Above the size from which on oneDNN is taken."""
+
+
+def test_sizes_are_those_of_the_fast_way() -> None:
+    assert M * K * N >= products._WORTH_IT
+
+
+@pytest.mark.parametrize("way", ["rows", "columns", "gaps", "part"])
+@pytest.mark.parametrize("other", ["rows", "columns", "gaps"])
+def test_product_is_the_one_of_float64_for_all_strides(way: str, other: str) -> None:
+    def matrix(m: int, n: int, way: str) -> torch.Tensor:
+        whole = torch.randn(2 * m, 2 * n)
+        return {
+            "rows": torch.randn(m, n),
+            "columns": torch.randn(n, m).T,
+            "gaps": whole[:m, :n],
+            "part": whole[m:, n:].T.contiguous().T,
+        }[way]
+
+    x = matrix(M, K, way)
+    y = matrix(K, N, other)
+    expected = x.double() @ y.double()
+    assert float((product(x, y).double() - expected).abs().max() / expected.abs().max()) < 3e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes_are_torchs(dtype: torch.dtype) -> None:
+    x = torch.randn(M, K).to(dtype)
+    y = torch.randn(K, N).to(dtype)
+    assert torch.equal(product(x, y), x @ y)
+
+
+@pytest.mark.parametrize("num_tokens", [3, M])
+def test_gradient_is_that_of_autograd(num_tokens: int) -> None:
+    x = torch.randn(2, num_tokens, K)
+    y = torch.randn(K, N)
+    one = x.clone().requires_grad_()
+    other = x.clone().requires_grad_()
+    weights = torch.randn(2, num_tokens, N)
+    (times_constant(one, y) * weights).sum().backward()
+    ((other @ y) * weights).sum().backward()
+    assert one.grad is not None
+    assert other.grad is not None
+    torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(times_constant(x, y), x @ y, rtol=1e-4, atol=1e-4)
+    assert not product(one, y).requires_grad
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 5])
+def test_products_do_not_depend_on_where_a_matrix_starts(num_rows: int) -> None:
+    """A matrix that is mapped from a file starts anywhere; the allocator's start at multiples of 64
+    bytes.
+    """
+    x = torch.randn(num_rows, 32)
+    y = torch.randn(32, 48)
+    wanted = times_constant(x, y)
+    for offset in range(1, 16):
+        elsewhere = torch.empty(y.numel() + 16)[offset : offset + y.numel()].view(48, 32).T.copy_(y)
+        torch.testing.assert_close(
+            times_constant(x, elsewhere), times_constant(x, y.T.contiguous().T), rtol=0, atol=0
+        )
+    torch.testing.assert_close(wanted, x @ y)

@@ -1,0 +1,172 @@
+"""Rounding column by column against the dense solution, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from ray_surgeon.maths.columns import upper_inverse
+from ray_surgeon.maths.rounding import FRACTIONS, nearest, round_columns, scales_of
+
+R = 5
+C = 24
+SIZE = 8
+BITS = 4
+EXACT = {"damping": 0.0, "max_damping": 1.0, "name": "w"}
+
+
+def problem(num_columns: int = C) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, num_columns, generator=generator, dtype=torch.float64) @ torch.randn(
+        num_columns, num_columns, generator=generator, dtype=torch.float64
+    )
+    return torch.randn(R, num_columns, generator=generator, dtype=torch.float64), x.T @ x / 200
+
+
+def loss(change: Tensor, A: Tensor) -> float:
+    return float((change @ A * change).sum())
+
+
+def one_by_one(W: Tensor, A: Tensor) -> Tensor:
+    """Round a column, then solve for all to its right at once, from the original weights."""
+    found = W.clone()
+    current = W.clone()
+    importance = torch.stack(
+        [1 / torch.linalg.inv(A[c:, c:])[0, 0] for c in range(len(A))]
+    )  # least cost of a unit error of column c
+    for c in range(W.shape[1]):
+        if c % SIZE == 0:
+            scale = scales_of(current[:, c : c + SIZE], importance[c : c + SIZE], BITS)
+        found[:, c] = nearest(current[:, c], scale, BITS)
+        done = slice(0, c + 1)
+        rest = slice(c + 1, None)
+        # least tr(D A D^T) over D_rest, with D_done = found - W: D_rest = -D_done A_done,rest
+        # A_rest,rest^-1
+        change = -(found[:, done] - W[:, done]) @ A[done, rest] @ torch.linalg.inv(A[rest, rest])
+        current[:, rest] = W[:, rest] + change
+    return found
+
+
+def test_every_column_is_rounded_after_the_best_answer_to_those_before() -> None:
+    W, A = problem()
+    found, scales = round_columns(W, A, SIZE, BITS, **EXACT)
+    torch.testing.assert_close(found, one_by_one(W, A), rtol=0, atol=1e-9)
+    integers = found.view(R, -1, SIZE) / scales[..., None]
+    torch.testing.assert_close(integers, integers.round().clamp(-8, 7), rtol=0, atol=1e-9)
+
+
+def test_blocks_of_columns_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    W, A = problem(64)
+    whole, scales = round_columns(W, A, SIZE, BITS, **EXACT)
+    monkeypatch.setattr("ray_surgeon.maths.rounding.BLOCK_SIZE", 12)  # two groups
+    parts, same_scales = round_columns(W, A, SIZE, BITS, **EXACT)
+    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-9)
+    torch.testing.assert_close(same_scales, scales, rtol=0, atol=1e-9)
+    integers = whole / scales.repeat_interleave(SIZE, dim=1)
+    torch.testing.assert_close(integers, integers.round().clamp(-8, 7), rtol=0, atol=1e-9)
+
+
+def test_a_group_of_zeros_stays_zero() -> None:
+    W, A = problem()
+    W[2, SIZE : 2 * SIZE] = 0
+    A = torch.block_diag(
+        *(A[i : i + SIZE, i : i + SIZE] for i in range(0, C, SIZE))
+    )  # other groups' errors do not reach it
+    found, scales = round_columns(W, A, SIZE, BITS, **EXACT)
+    assert not found[2, SIZE : 2 * SIZE].any()
+    assert torch.isfinite(found).all()
+    assert torch.isfinite(scales).all()
+
+
+def test_outputs_change_less_than_by_rounding_to_the_nearest() -> None:
+    W, A = problem()
+    found, _ = round_columns(W, A, SIZE, BITS, **EXACT)
+    plain = torch.cat(
+        [nearest(g, g.abs().amax(dim=1, keepdim=True) / 7.5, BITS) for g in W.split(SIZE, dim=1)],
+        dim=1,
+    )
+    assert loss(found - W, A) < 0.5 * loss(plain - W, A)
+
+
+def test_inputs_that_are_independent_leave_nothing_to_make_up_for() -> None:
+    W, _ = problem()
+    found, _ = round_columns(W, torch.eye(C, dtype=torch.float64), SIZE, BITS, **EXACT)
+    plain = torch.cat(
+        [
+            nearest(g, scales_of(g, torch.ones(SIZE), BITS)[:, None], BITS)
+            for g in W.split(SIZE, dim=1)
+        ],
+        dim=1,
+    )
+    torch.testing.assert_close(found, plain, rtol=0, atol=1e-12)
+
+
+def test_inputs_that_are_always_zero() -> None:
+    W, A = problem()
+    A[3] = 0
+    A[:, 3] = 0
+    found, _ = round_columns(W, A, SIZE, BITS, **EXACT)
+    assert torch.isfinite(found).all()
+
+
+def test_the_upper_factor_is_that_of_the_dense_inverse() -> None:
+    _, A = problem()
+    U, raised = upper_inverse(A, 0.01, 1.0, "w")
+    damped = A + 0.01 * A.diagonal().mean() * torch.eye(C, dtype=A.dtype)
+    torch.testing.assert_close(
+        U, torch.linalg.cholesky(damped.inverse(), upper=True), rtol=1e-9, atol=1e-12
+    )
+    assert raised is None
+
+
+@pytest.mark.parametrize(
+    ("num_columns", "num_tokens", "damping"), [(32, 20, 0.0), (32, 20, 1e-8), (128, 64, 1e-7)]
+)
+def test_few_tokens_and_little_damping(num_columns: int, num_tokens: int, damping: float) -> None:
+    """In float32 the inverse of what has a Cholesky factor may have none."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(10):
+        scale = torch.logspace(0, -2, num_columns)[torch.randperm(num_columns, generator=generator)]
+        x = torch.randn(num_tokens, num_columns, generator=generator) * scale
+        U, _ = upper_inverse(x.T @ x / num_tokens, damping, 1.0, "w")
+        assert torch.isfinite(U).all()
+        assert (U.diagonal() > 0).all()
+
+
+@pytest.mark.parametrize("strength", [1.0, 1e-3])
+def test_inputs_that_are_always_zero_change_no_damping_of_the_others(strength: float) -> None:
+    W, A = problem()
+    A = strength**2 * A
+    live = torch.ones(C, dtype=torch.bool)
+    live[[0, 3, 7, 20]] = False
+    A[~live] = 0
+    A[:, ~live] = 0
+    U, _ = upper_inverse(A, 0.01, 1.0, "w")
+    alone, _ = upper_inverse(A[live][:, live], 0.01, 1.0, "w")
+    torch.testing.assert_close(U[live][:, live], alone, rtol=1e-9, atol=0)
+    assert not U[~live][:, live].any()
+    found, _ = round_columns(W, A, SIZE, BITS, damping=0.01, max_damping=1.0, name="w")
+    expected, _ = round_columns(
+        W, A / strength**2, SIZE, BITS, damping=0.01, max_damping=1.0, name="w"
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_the_scale_is_the_best_that_is_tried() -> None:
+    W, _ = problem()
+    group = W[:, :SIZE]
+    weight = torch.arange(1.0, SIZE + 1, dtype=torch.float64)
+    found = scales_of(group, weight, BITS)
+    for row, scale in zip(group, found, strict=True):
+        largest = row.abs().max() / 7.5
+        tried = {
+            float(largest * f): float(
+                ((row - nearest(row, largest * f, BITS)).square() * weight).sum()
+            )
+            for f in FRACTIONS
+        }
+        assert float(scale) == pytest.approx(min(tried, key=lambda one: tried[one]))
+        assert min(tried.values()) < tried[float(largest)] or float(scale) == pytest.approx(
+            float(largest)
+        )

@@ -1,0 +1,107 @@
+import pytest
+import torch
+
+from ray_surgeon.maths.threshold import (
+    StructureCosts,
+    can_reach,
+    structured_threshold,
+    units_to_remove,
+)
+
+
+def linears(seed: int, ties: bool) -> list[StructureCosts]:
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for i, (R, C) in enumerate([(5, 8), (8, 3), (4, 4)]):
+        rows = torch.rand(R, generator=generator)
+        columns = torch.rand(C, generator=generator)
+        if ties:
+            rows = (rows * 4).floor() / 4
+            columns = (columns * 4).floor() / 4
+        found.append(StructureCosts(f"l{i}", R * C, R, C, rows, columns))
+    return found
+
+
+def removed(costs: list[StructureCosts], value: float) -> int:
+    total = 0
+    for c in costs:
+        entries = (c.rows <= value)[:, None] | (c.columns <= value)[None, :]
+        total += int(entries.sum())
+    return total
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("target", [0.05, 0.3, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("seed", range(4))
+def test_threshold_is_the_smallest_by_brute_force(seed: int, target: float, ties: bool) -> None:
+    costs = linears(seed, ties)
+    total = sum(c.num_parameters for c in costs)
+    candidates = sorted(
+        {0.0, *(float(x) for c in costs for side in (c.rows, c.columns) for x in side)}
+    )
+    expected = next(v for v in candidates if removed(costs, v) >= target * total - 1e-6)
+    found = structured_threshold(costs, target)
+    assert found.value == expected
+    assert found.num_removed == removed(costs, expected)
+    assert found.sparsity == found.num_removed / total
+
+
+@pytest.mark.parametrize(
+    ("target", "num_pruned", "num_per_unit", "num_candidates", "expected"),
+    [
+        (0.3, 0, 1, 100, 30),
+        (0.301, 0, 1, 100, 31),  # at least the target
+        (0.3, 20, 1, 80, 10),
+        (0.3, 20, 2, 40, 5),
+        (0.3, 21, 2, 40, 5),  # of whole units
+        (0.3, 40, 1, 60, 0),
+        (0.3, 0, 1, 30, 30),
+    ],
+)
+def test_units_that_are_missing(
+    target: float, num_pruned: int, num_per_unit: int, num_candidates: int, expected: int
+) -> None:
+    assert units_to_remove(target, 100, num_pruned, num_per_unit, num_candidates) == expected
+
+
+def test_units_that_there_are_not() -> None:
+    assert units_to_remove(0.5, 10_000, 0, 1, 4_995) == 4_995, "biases count and stay"
+    with pytest.raises(
+        ValueError, match=r"0\.5 cannot be reached; all candidates together are 0\.4900"
+    ):
+        units_to_remove(0.5, 10_000, 0, 1, 4_900)
+
+
+def test_all_candidates_together_count_what_crosses_once() -> None:
+    """Of 4 x 5 entries, 3 rows and 3 columns that may go leave 1 x 2."""
+    costs = [StructureCosts("x", 20, 4, 5, torch.ones(3), torch.ones(3))]
+    assert can_reach(costs, 18 / 20)
+    assert not can_reach(costs, 18.5 / 20)
+
+
+def test_what_earlier_shots_removed_counts() -> None:
+    """8 x 4 of 10 x 5 are alive: 18 of 50 entries are gone before anything else goes."""
+    costs = [StructureCosts("x", 50, 8, 4, torch.arange(1.0, 9.0), torch.full((4,), 100.0))]
+    assert structured_threshold(costs, 18 / 50).num_removed == 18
+    assert structured_threshold(costs, 19 / 50).num_removed == 22
+
+
+def test_dead_structures_go_first_and_are_counted() -> None:
+    costs = [
+        StructureCosts("x", 20, 4, 5, torch.tensor([0.0, 0.0, 1.0, 2.0]), torch.full((5,), 9.0))
+    ]
+    found = structured_threshold(costs, 0.01)
+    assert (found.value, found.num_removed) == (0.0, 10)
+
+
+def test_a_bias_column_cannot_go() -> None:
+    costs = [StructureCosts("x", 12, 4, 3, torch.zeros(0), torch.tensor([1.0, 2.0]))]
+    with pytest.raises(ValueError, match=r"cannot be reached.*0\.6667"):
+        structured_threshold(costs, 0.9)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1.0])
+def test_a_bad_cost_is_an_error_that_names_the_linear(bad: float) -> None:
+    costs = [StructureCosts("blocks.7.up", 4, 2, 2, torch.tensor([1.0, bad]), torch.ones(2))]
+    with pytest.raises(FloatingPointError, match=r"blocks\.7\.up rows: 1 of 2"):
+        structured_threshold(costs, 0.5)

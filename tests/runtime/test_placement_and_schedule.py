@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from ray_surgeon.models.layout import ModelLayout
+from ray_surgeon.runtime.placement import WorkerIndex, assign_owners, partition_blocks, place
+from ray_surgeon.runtime.schedule import one_forward_one_backward, submission_order
+from ray_surgeon.runtime.transport import decode, encode
+from tests.conftest import LAYOUTS
+
+
+@pytest.mark.parametrize("num_shards", [1, 2, 3, 7, 30])
+@pytest.mark.parametrize("head", [0.0, 4.7, 100.0])
+def test_shards_cover_all_blocks_once(num_shards: int, head: float) -> None:
+    ranges = partition_blocks(30, num_shards, head)
+    assert [r.first for r in ranges] == [0, *(r.last for r in ranges[:-1])]
+    assert ranges[-1].last == 30
+    assert all(r.last > r.first for r in ranges)
+
+
+@pytest.mark.parametrize(
+    ("num_blocks", "num_shards", "head"), [(8, 2, 3.0), (9, 3, 1.5), (12, 4, 6.0), (7, 3, 0.0)]
+)
+def test_the_slowest_shard_is_as_fast_as_can_be(
+    num_blocks: int, num_shards: int, head: float
+) -> None:
+    from itertools import combinations
+
+    def slowest(sizes: list[int]) -> float:
+        return max(size + head * (i == num_shards - 1) for i, size in enumerate(sizes))
+
+    choices = [[0, *cut, num_blocks] for cut in combinations(range(1, num_blocks), num_shards - 1)]
+    best = min(slowest([b - a for a, b in itertools.pairwise(c)]) for c in choices)
+    assert (
+        slowest([r.last - r.first for r in partition_blocks(num_blocks, num_shards, head)]) == best
+    )
+
+
+def test_more_shards_than_blocks_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"cluster\.num_shards: 5 .* 4 blocks"):
+        place(LAYOUTS["llama"], 5, 1)
+
+
+def test_owners_share_the_work_of_their_shard() -> None:
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        vocab_size=100,
+    )
+    shapes = ModelLayout.of(config).linears
+    owners = assign_owners(shapes, 3, partition_blocks(6, 2, 1.0))
+    load = [
+        sum(s.num_rows**3 + s.num_columns**3 for s in shapes if owners[s.shared_input] == r)
+        for r in range(3)
+    ]
+    assert min(load) > 0
+    assert max(load) < 1.5 * min(load)
+
+
+@pytest.mark.parametrize("num_shards", [1, 2, 3, 5])
+@pytest.mark.parametrize("n", [1, 2, 8])
+def test_order_is_complete_and_causal_and_bounded(num_shards: int, n: int) -> None:
+    order = submission_order(num_shards, n)
+    place_of = {operation: i for i, operation in enumerate(order)}
+    last = num_shards - 1
+    for shard in range(num_shards):
+        own = [o for o in order if o[0] == shard]
+        assert own == list(one_forward_one_backward(shard, num_shards, n))
+        in_flight = peak = 0
+        for _, direction, _ in own:
+            in_flight += 1 if direction == "forward" else -1
+            peak = max(peak, in_flight)
+        if shard < last:
+            assert peak <= num_shards - shard
+            assert in_flight == 0
+    for micro_batch in range(n):
+        for shard in range(1, num_shards):
+            assert (
+                place_of[(shard - 1, "forward", micro_batch)]
+                < place_of[(shard, "forward", micro_batch)]
+            )
+        for shard in range(last):
+            after = (shard + 1, "forward" if shard + 1 == last else "backward", micro_batch)
+            assert place_of[after] < place_of[(shard, "backward", micro_batch)]
+
+
+def test_workers_are_numbered_replica_by_replica() -> None:
+    placement = place(LAYOUTS["llama"], 2, 3)
+    assert placement.workers[:3] == [WorkerIndex(0, 0), WorkerIndex(1, 0), WorkerIndex(0, 1)]
+    assert [placement.rank(index) for index in placement.workers] == list(range(6))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int64])
+def test_transport_is_exact_and_gives_a_tensor_of_its_own(dtype: torch.dtype) -> None:
+    tensor = (torch.randn(3, 4) * 100).to(dtype)
+    payload = encode(tensor)
+    payload.array.setflags(write=False)
+    back = decode(payload, torch.device("cpu"))
+    assert back.dtype == dtype
+    assert torch.equal(back, tensor)
+    back.add_(1)
+    assert torch.equal(decode(payload, torch.device("cpu")), tensor)
+
+
+def test_a_slice_does_not_ship_its_storage() -> None:
+    payload = encode(torch.randn(1000, 10)[:2])
+    assert payload.array.base is None or payload.array.base.nbytes <= 80  # type: ignore[union-attr]

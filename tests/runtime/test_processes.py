@@ -1,0 +1,97 @@
+"""Processes beside a worker, and what those of a run have used."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from ray_surgeon.report.events import largest_of_processes
+from ray_surgeon.runtime import fresh_process
+from ray_surgeon.runtime.usage import Usage
+
+
+@pytest.mark.parametrize(
+    ("device", "gpu", "seen"),
+    [("cpu", None, ""), ("cpu", "3", ""), ("cuda", "3", "3"), ("cuda", None, None)],
+    ids=str,
+)
+def test_a_process_beside_a_worker_on_a_cpu_sees_no_gpu(
+    device: str, gpu: str | None, seen: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(
+        fresh_process, "run_module", lambda *arguments: given.append(arguments) or {}
+    )
+    worker: Any = SimpleNamespace(device=torch.device(device), gpu=gpu)
+    fresh_process.run_on_worker(worker, "module", {})
+    assert given == [("module", {}, True, seen)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a request of the kernel of Linux")
+def test_a_process_ends_with_the_one_that_started_it(tmp_path: Path) -> None:
+    where = tmp_path / "pid"
+    request = {"path": str(where), "seconds": 200}
+    code = (
+        "from ray_surgeon.runtime.fresh_process import run_module; "
+        f"run_module('tests.runtime.sleeper', {request})"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=Path(__file__).parent.parent.parent
+    ) as parent:
+        while not where.exists():
+            assert parent.poll() is None, "it could not start the other one"
+            time.sleep(0.05)
+        parent.kill()
+    sleeper = Path("/proc", where.read_text(), "stat")
+    for _ in range(200):
+        if (
+            not sleeper.exists() or sleeper.read_text().rpartition(")")[2].split()[0] == "Z"
+        ):  # it has ended, seen or not
+            return
+        time.sleep(0.05)
+    os.kill(int(where.read_text()), 9)
+    raise AssertionError("it goes on")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a request of the kernel of Linux")
+def test_a_process_whose_parent_is_gone_before_it_asks_does_nothing(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "ray_surgeon.runtime.with_parent",
+        str(os.getppid()),
+        "tests.runtime.sleeper",
+    ]
+    request = json.dumps({"path": str(tmp_path / "pid"), "seconds": 0})
+    done = subprocess.run(
+        command,
+        input=request,
+        text=True,
+        capture_output=True,
+        cwd=Path(__file__).parent.parent.parent,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "has ended" in done.stderr
+    assert not (tmp_path / "pid").exists()
+
+
+def test_a_peak_is_that_of_the_process_whoever_asked_first() -> None:
+    """Asking begins anew, so the second of one process hears of what is there now."""
+    usages = [
+        Usage("a", 1.0, 10, 0, 900),
+        Usage("a", 1.0, 10, 0, 100),
+        Usage("b", 1.0, 10, 70, 200),
+        Usage("b", 1.0, 10, 5, 200),
+    ]
+    assert largest_of_processes(usages, "peak_anonymous_bytes") == {"a": 900, "b": 200}
+    assert largest_of_processes(usages, "peak_gpu_bytes") == {"a": 0, "b": 70}
