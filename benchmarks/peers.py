@@ -55,6 +55,7 @@ from ray_surgeon.spec.job import JobSpec, parse_spec
 from ray_surgeon.spec.model import ModelSection
 from ray_surgeon.spec.written import SelfSection
 from ray_surgeon.stages.prune import Groups
+from ray_surgeon.stages.self_text.stage import SelfText
 from ray_surgeon.storage import tensor_files
 from ray_surgeon.storage.sources import open_model
 from ray_surgeon.storage.texts import order
@@ -470,9 +471,15 @@ def inputs_of_spec(path: Path, settings: Sequence[str], folder: Path) -> Inputs:
             "--spec: the peers prune groups to a sparsity or a number of parameters or operations, "
             f"and {path} says something else; give a spec of that kind"
         )
-    if not inputs.written:
+    if not written_in(inputs):
         return inputs
     return with_texts(inputs, written_texts(path.parent / "written.safetensors"))
+
+
+def written_in(inputs: Inputs) -> list[int]:
+    """Return the numbers of the calibration texts that the model writes."""
+    self_text = inputs.stage(SelfText)
+    return [] if self_text is None else list(self_text.requests)
 
 
 def written_texts(path: Path) -> dict[int, NDArray[np.int64]]:
@@ -499,7 +506,8 @@ def with_texts(inputs: Inputs, texts: Mapping[int, NDArray[np.int64]]) -> Inputs
     """
     calibration = inputs.calibration.copy()
     counts = [count for _, count in inputs.spec.calibration.shares]
-    for number in inputs.written:
+    written = written_in(inputs)
+    for number in written:
         expected = (counts[number], calibration.shape[1])
         got = texts[number].shape if number in texts else None
         if got != expected:
@@ -508,7 +516,7 @@ def with_texts(inputs: Inputs, texts: Mapping[int, NDArray[np.int64]]) -> Inputs
                 f"expected {expected}; give the run directory of this very spec"
             )
     for row, (number, i) in enumerate(order(counts)):
-        if number in inputs.written:
+        if number in written:
             calibration[row] = texts[number][i]
     return replace(inputs, calibration=calibration)
 

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from safetensors import SafetensorError
 
@@ -27,6 +27,18 @@ class Stores:
     factors: Place = "device"  # A and G of all linears
     activations: Activations = "keep"
     wave: int = 1  # sequences that pass a block before the next block runs
+
+
+class ScratchNames(NamedTuple):
+    """What names the folders of scratch of a run."""
+
+    root: str | None  # folder for all runs; None for the machine's own
+    run: str  # the same for every try
+    attempt: str  # another one for every try
+
+
+NO_SCRATCH = ScratchNames(None, "none", "none")
+"""Of workers outside of runs."""
 
 
 def scratch_root(root: str | None) -> Path:

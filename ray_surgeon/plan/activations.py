@@ -29,7 +29,6 @@ class ActivationBytes:
         hidden: int,
         *,
         share_active: float,
-        of_experts: int,
         eager_heads: int,
     ) -> ActivationBytes:
         """Count outputs of linears, products of the feed-forward layer, and copies.
@@ -41,8 +40,6 @@ class ActivationBytes:
             width: bytes of a number.
             hidden: size of a hidden state.
             share_active: of an expert's tokens, of all.
-            of_experts: numbers of a token in the changes that removals of its experts make; 0 if
-                these are not wanted.
             eager_heads: whose scores are made whole; 0 if none are.
         """
         outputs = sum(
@@ -50,7 +47,7 @@ class ActivationBytes:
         )
         widest = max(linear.num_columns for linear in linears)
         norms = 8 * hidden if width < 4 else 0
-        kept = width * (outputs + widest + 4 * hidden) + norms + 4 * of_experts
-        moment = width * 4 * widest + 12 * hidden + 12 * of_experts
+        kept = width * (outputs + widest + 4 * hidden) + norms
+        moment = width * 4 * widest + 12 * hidden
         forward_only = width * 3 * widest + 4 * hidden
         return ActivationBytes(kept, moment, forward_only, width * eager_heads)

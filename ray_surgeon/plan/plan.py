@@ -19,7 +19,7 @@ from rich.table import Table
 from ray_surgeon.memory.stores import Activations, Place, Stores
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.plan.devices import Device, Room
-from ray_surgeon.plan.needs import PROCESS_BYTES, Job, Shapes, StepPlan, WorkerNeeds
+from ray_surgeon.plan.needs import PROCESS_BYTES, Shapes, StepPlan, Work, WorkerView
 from ray_surgeon.runtime.placement import Placement, place
 from ray_surgeon.spec.memory import MemorySection
 
@@ -137,7 +137,7 @@ class DoesNotFitError(ValueError):
 def plan_job(
     layout: ModelLayout,
     placement: Placement,
-    job: Job,
+    work: Work,
     wanted: MemorySection,
     room: Room,
     device: Device,
@@ -147,7 +147,7 @@ def plan_job(
     Args:
         layout: of the model.
         placement: of its blocks.
-        job: what is done.
+        work: what is done.
         wanted: what the spec fixes.
         room: of every worker.
         device: how fast it is.
@@ -160,10 +160,10 @@ def plan_job(
         room, device=_SAFE * room.device, host=_SAFE * room.host, disk=_SAFE * room.disk
     )
     usable = replace(unlimited, device=min(limit, unlimited.device))
-    shapes = Shapes(layout, job)
+    shapes = Shapes(layout, work)
     plans = [
-        _plan(shapes, placement, job, stores, usable, device)
-        for stores in _ways(job, placement, wanted, room)
+        _plan(shapes, placement, work, stores, usable, device)
+        for stores in _ways(work, placement, wanted, room)
     ]
     fitting = [plan for plan in plans if plan.excess()[0] <= 1]
     if fitting:
@@ -174,13 +174,13 @@ def plan_job(
     raise DoesNotFitError(
         f"memory: the job does not fit: {best.excess()[1]} (with weights: {best.stores.weights}, "
         f"factors: {best.stores.factors}, wave: {best.stores.wave}); "
-        f"{_remedy(shapes, placement, job, wanted, usable, unlimited, device, best)}"
+        f"{_remedy(shapes, placement, work, wanted, usable, unlimited, device, best)}"
     )
 
 
-def _ways(job: Job, placement: Placement, wanted: MemorySection, room: Room) -> Iterator[Stores]:
+def _ways(work: Work, placement: Placement, wanted: MemorySection, room: Room) -> Iterator[Stores]:
     """Yield what the spec allows, the simplest first."""
-    per_replica = -(-job.num_sequences // placement.num_replicas)
+    per_replica = -(-work.num_sequences // placement.num_replicas)
     waves = (
         [wanted.wave]
         if wanted.wave
@@ -205,7 +205,7 @@ def _ways(job: Job, placement: Placement, wanted: MemorySection, room: Room) -> 
 def _remedy(
     shapes: Shapes,
     placement: Placement,
-    job: Job,
+    work: Work,
     wanted: MemorySection,
     room: Room,
     unlimited: Room,
@@ -217,8 +217,8 @@ def _remedy(
     def fits(num_shards: int) -> bool:
         other = place(shapes.layout, num_shards, placement.num_replicas)
         ways = (
-            _plan(shapes, other, job, stores, room, device)
-            for stores in _ways(job, other, wanted, room)
+            _plan(shapes, other, work, stores, room, device)
+            for stores in _ways(work, other, wanted, room)
         )
         return any(plan.excess()[0] <= 1 for plan in ways)
 
@@ -237,15 +237,15 @@ def _remedy(
     )
     if free != wanted:
         ways = (
-            _plan(shapes, placement, job, stores, room, device)
-            for stores in _ways(job, placement, free, room)
+            _plan(shapes, placement, work, stores, room, device)
+            for stores in _ways(work, placement, free, room)
         )
         if any(plan.excess()[0] <= 1 for plan in ways):
             remedies.append("leave memory to the plan, which finds a way")
     times = best.excess()[0]
     if (
         wanted.limit_gib is not None
-        and _plan(shapes, placement, job, best.stores, unlimited, device).excess()[0] <= 1
+        and _plan(shapes, placement, work, best.stores, unlimited, device).excess()[0] <= 1
     ):
         remedies.append(
             f"or raise memory.limit_gib to {math.ceil(100 * wanted.limit_gib * times) / 100:g}"
@@ -260,17 +260,17 @@ def _remedy(
 
 
 def _plan(
-    shapes: Shapes, placement: Placement, job: Job, stores: Stores, room: Room, device: Device
+    shapes: Shapes, placement: Placement, work: Work, stores: Stores, room: Room, device: Device
 ) -> Plan:
     workers = []
     for shard, blocks in enumerate(placement.blocks):
-        worker = WorkerNeeds(shapes, placement, job, stores, room.device_is_host, shard, blocks)
+        worker = WorkerView(shapes, placement, work, stores, room.device_is_host, shard, blocks)
         workers.append(
             WorkerPlan(
                 shard, blocks.first, blocks.last - 1, tuple(worker.steps()), worker.disk_bytes
             )
         )
-    return Plan(stores, tuple(workers), placement.num_replicas, room, device, job.dtype)
+    return Plan(stores, tuple(workers), placement.num_replicas, room, device, work.dtype)
 
 
 def plan_table(plan: Plan) -> Table:

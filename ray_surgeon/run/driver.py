@@ -24,7 +24,7 @@ from ray_surgeon.report.display import Display
 from ray_surgeon.report.events import Event, Moment
 from ray_surgeon.report.metrics import COUNTERS, GAUGES, readings
 from ray_surgeon.run.inputs import Inputs
-from ray_surgeon.run.loop import CollapseError, run_shots
+from ray_surgeon.run.loop import run_shots
 from ray_surgeon.runtime.ray_cluster import (
     NoRoomError,
     RayCluster,
@@ -35,6 +35,7 @@ from ray_surgeon.runtime.ray_cluster import (
     on_this_node,
 )
 from ray_surgeon.spec.cluster import RaySection
+from ray_surgeon.stages.evaluation import CollapseError
 
 _POLL_S = 0.5
 _PATIENCE_S = 60.0

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ray_surgeon.maths.masks import ElementMask, Mask, StructuredMask
-from ray_surgeon.memory.stores import Scratch, Stores
+from ray_surgeon.memory.stores import NO_SCRATCH, Scratch, ScratchNames, Stores
 from ray_surgeon.memory.weights import ReadAhead
 from ray_surgeon.models.checkpoint import tensor_reader
 from ray_surgeon.models.layout import ExpertSet, GroupSet, ModelLayout
@@ -48,11 +48,7 @@ class ModelRecipe:
     shot_files: tuple[
         tuple[str, str], ...
     ] = ()  # (key, URI of its file) of the committed shot to continue from
-    scratch: tuple[str | None, str, str] = (
-        None,
-        "none",
-        "none",
-    )  # folder, None for the machine's own; names of the run and of this try
+    scratch: ScratchNames = NO_SCRATCH
 
 
 @dataclass(frozen=True)

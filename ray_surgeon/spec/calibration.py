@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence, Set
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, Tag, model_validator
 
@@ -25,6 +25,8 @@ OF_CALIBRATION = ("weight", "weigh", "held_aside")
 
 class CalibrationSection(TextSection, WritingSection):
     """The text whose loss the method keeps low, or a mix of texts."""
+
+    may_be_written: ClassVar[bool] = True
 
     source: Address = Field(
         min_length=1,

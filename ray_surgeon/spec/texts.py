@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import Field, model_validator
 
 from ray_surgeon.spec.base import Address, Positive, Section
-from ray_surgeon.spec.calibration import CalibrationSection
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 """Of files with text."""
@@ -23,6 +24,8 @@ OWN_TEXTS = (
 
 class SourceSection(Section):
     """A text, and where its windows start."""
+
+    may_be_written: ClassVar[bool] = False  # whether the model may write it, source self or auto
 
     source: Address = Field(
         min_length=1,
@@ -70,7 +73,7 @@ class SourceSection(Section):
 
     @model_validator(mode="after")
     def _known_split(self) -> SourceSection:
-        if self.source in ("self", "auto") and not isinstance(self, CalibrationSection):
+        if self.source in ("self", "auto") and not self.may_be_written:
             raise ValueError(
                 f"source {self.source} has a place in the calibration only; name a text, such as "
                 "python-docs"

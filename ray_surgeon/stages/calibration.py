@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ray_surgeon.runtime.cluster import Cluster
+from ray_surgeon.runtime.passes import (
+    compared,
+    num_counted,
+    sequence_losses,
+)
 
 HELD = "(held aside)"
 """Name of the windows held aside among the texts that have dense states.
@@ -53,3 +61,20 @@ class CalibrationText:
 def held_places(num_sequences: int, num_held: int) -> NDArray[np.int64]:
     """Return the places of evenly spread windows: the middles of `num_held` equal parts."""
     return ((np.arange(num_held) + 0.5) * num_sequences / max(1, num_held)).astype(np.int64)
+
+
+def held_measure(cluster: Cluster, text: CalibrationText, loss: str = "kl") -> float:
+    """Return the divergence (kl) or the loss on the windows held aside.
+
+    It is in nats per token that counts.
+
+    It is infinite if it is no number, as where a training diverged.
+    """
+    windows = text.held
+    counts = text.held_counts
+    if loss == "kl":
+        sums = [one.divergence for one in compared(cluster, HELD, windows, counts)]
+    else:
+        sums = sequence_losses(cluster, windows, counts)
+    mean = sum(sums) / max(1, num_counted(windows, counts))
+    return mean if math.isfinite(mean) else math.inf

@@ -26,18 +26,14 @@ from ray_surgeon.runtime.dense_model import CALIBRATION
 from ray_surgeon.runtime.local import LocalCluster
 from ray_surgeon.runtime.passes import forward_and_backward, remember
 from ray_surgeon.spec.job import parse_spec
-from ray_surgeon.stages.calibration import HELD, CalibrationText, held_places
-from ray_surgeon.stages.correction import (
-    HARMLESS,
-    RATES,
-    Corrections,
-    CorrectionSection,
-    Trained,
-    held_measure,
-)
+from ray_surgeon.stages.answers.stage import DenseAnswers
+from ray_surgeon.stages.calibration import HELD, CalibrationText, held_measure, held_places
+from ray_surgeon.stages.correction.section import CorrectionSection
+from ray_surgeon.stages.correction.training import HARMLESS, RATES, Corrections, Trained
 from ray_surgeon.stages.curvature.section import KfacSection
 from ray_surgeon.stages.prune.elements import ElementsSection
 from ray_surgeon.stages.prune.method import Method
+from ray_surgeon.stages.self_text.stage import SelfText
 from tests.conftest import COMMON, ROTARY, SPARSE
 from tests.integration.runs import (
     assert_same_shot,
@@ -185,8 +181,8 @@ def test_the_highest_rate_that_does_no_harm_goes_on(
         losses.append(of_sequences[0])
         return of_sequences
 
-    monkeypatch.setattr("ray_surgeon.stages.correction.held_measure", lambda *_: next(come))
-    monkeypatch.setattr("ray_surgeon.stages.correction.forward_and_backward", forward)
+    monkeypatch.setattr("ray_surgeon.stages.correction.training.held_measure", lambda *_: next(come))
+    monkeypatch.setattr("ray_surgeon.stages.correction.training.forward_and_backward", forward)
     found = trained(cluster, text)
     assert found.tried == dict(zip(RATES, measures, strict=False))
     assert found.rate == RATES[taken]
@@ -221,7 +217,7 @@ def test_a_loss_that_is_no_number_ends_a_training_and_not_the_run(
     cluster, text = pruned(model_folders["llama"])
     before = weights(cluster)
     monkeypatch.setattr(
-        "ray_surgeon.stages.correction.forward_and_backward",
+        "ray_surgeon.stages.correction.training.forward_and_backward",
         lambda *_, **__: [math.nan, math.nan],
     )
     found = trained(cluster, text)
@@ -238,7 +234,7 @@ def test_a_rate_is_halved_where_the_measure_rises(
     """From the best state on, which is the one that is absorbed."""
     cluster, text = pruned(model_folders["llama"])
     measures = iter([1.0, 1.1, 0.8, 0.7, 0.9, 0.85, 0.72])
-    monkeypatch.setattr("ray_surgeon.stages.correction.held_measure", lambda *_: next(measures))
+    monkeypatch.setattr("ray_surgeon.stages.correction.training.held_measure", lambda *_: next(measures))
     found = trained(cluster, text)
     # before, two trials, then three checks, of which 0.7 is the best and the others are above it by
     # more than is tolerated; then the best state as it is rounded
@@ -493,7 +489,7 @@ def test_answers_alone_count_where_they_are_weighed(
         assert 0 < shot["generation"]["acceptance"] < 1
         assert set(shot["generation"]["example"]) == {"prompt", "dense", "pruned"}
     inputs = check(parse_spec((tmp_path / "spec.yaml").read_text()), resume=True, dry_run=True)
-    assert inputs.yardstick is not None
+    assert inputs.stage(DenseAnswers) is not None
     shutil.copytree(tmp_path / "run", tmp_path / "whole")
     shutil.rmtree(tmp_path / "run/shots/0002")
     (tmp_path / "run/report.json").unlink()
@@ -524,12 +520,15 @@ def test_a_calibration_with_prompts_holds_some_aside_for_the_comparison(
     inputs = check(
         parse_spec(tiny_spec(tmp_path, model_folders["llama"], **options).read_text()), dry_run=True
     )
-    (request,) = inputs.written.values()
-    assert inputs.yardstick is not None
+    self_text = inputs.stage(SelfText)
+    assert self_text is not None
+    (request,) = self_text.requests.values()
+    answers = inputs.stage(DenseAnswers)
+    assert answers is not None
     left = {prompt.tokens for prompt in getattr(request, "prompts", None) or ()}
-    assert len(inputs.yardstick.prompts) == 2
+    assert len(answers.yardstick.prompts) == 2
     assert len(left) == 18
-    assert not left & set(inputs.yardstick.prompts)
+    assert not left & set(answers.yardstick.prompts)
     by_hand = check(
         parse_spec(tiny_spec(tmp_path, model_folders["llama"], **(options | changed)).read_text()),
         dry_run=True,

@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from ray_surgeon.report.directory import RunDirectory
 from ray_surgeon.report.record import main as compare
-from ray_surgeon.run import inputs, loop
 from ray_surgeon.run.inputs import check
 from ray_surgeon.runtime.passes import Measured, remember
 from ray_surgeon.spec.job import parse_spec
+from ray_surgeon.stages import evaluation
 from ray_surgeon.stages.curvature.gather import finish_curvature, gather_curvature
 from ray_surgeon.stages.prune.rows_columns import RowsColumns
 from ray_surgeon.storage import files, tensor_files
@@ -370,9 +370,13 @@ def test_a_collapse_stops_the_run_and_keeps_the_shots_before(
 ) -> None:
     """A tiny model of random weights does not become worse, so its perplexity is made up."""
     values = iter([19.0, 21.0])
-    monkeypatch.setattr(loop, "measure", lambda cluster, text, windows: Measured(next(values), 0.1))
     monkeypatch.setattr(
-        loop, "remember", lambda cluster, text, windows: remember(cluster, text, windows) and 10.0
+        evaluation, "measure", lambda cluster, text, windows: Measured(next(values), 0.1)
+    )
+    monkeypatch.setattr(
+        evaluation,
+        "remember",
+        lambda cluster, text, windows: remember(cluster, text, windows) and 10.0,
     )
     texts = [
         {
@@ -483,7 +487,7 @@ def test_tasks_of_a_run_that_goes_on_are_those_it_began_with(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The dense model's scores are from the beginning."""
-    monkeypatch.setattr(inputs, "check_tasks", lambda options: None)
+    monkeypatch.setattr("ray_surgeon.stages.tasks.check_tasks", lambda options: None)
     model = model_folders["llama"]
     exports = {
         "pruning__structure": "groups",

@@ -26,13 +26,13 @@ from transformers import AutoConfig
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.report.directory import TakenOverError
 from ray_surgeon.run.driver import unwrapped
-from ray_surgeon.run.loop import CollapseError
 from ray_surgeon.runtime import ray_cluster
 from ray_surgeon.runtime.collectives import ProcessReplica
 from ray_surgeon.runtime.placement import place
 from ray_surgeon.runtime.ray_cluster import NoRoomError, RayCluster, WorkerFailureError, connect
 from ray_surgeon.runtime.worker import Worker
 from ray_surgeon.spec.cluster import RaySection
+from ray_surgeon.stages.evaluation import CollapseError
 from tests.integration.runs import (
     assert_same_shot,
     overflowing_model,

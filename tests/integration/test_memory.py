@@ -30,6 +30,7 @@ from ray_surgeon.plan.room import Found
 from ray_surgeon.report.directory import RunDirectory
 from ray_surgeon.run import loop
 from ray_surgeon.runtime.cluster import LostError
+from ray_surgeon.stages import evaluation
 from ray_surgeon.stages.prune.rows_columns import RowsColumns
 from tests.integration.runs import assert_same_shot, report_of, run, tiny_spec
 
@@ -132,7 +133,7 @@ def test_a_run_from_disk_is_resumed_with_the_same_bits_and_takes_over_what_a_kil
         raise LostError("after which nobody cleans up")
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_check_for_collapse", killed)
+        patch.setattr(evaluation, "check_for_collapse", killed)
         patch.setattr("ray_surgeon.api.LocalCluster.close", lambda cluster: None)
         assert run(tmp_path / "cut", model_folders["llama"], **options) == 1
     left = list((tmp_path / "scratch").glob("ray_surgeon-*/*/*"))
@@ -183,7 +184,7 @@ def test_scratch_goes_where_there_are_workers_that_can_remove_it(
     def fail(*args: object) -> None:
         raise error
 
-    monkeypatch.setattr(loop, "_run_shots", fail)
+    monkeypatch.setattr(loop, "_run_stages", fail)
     with pytest.raises(type(error)):
         loop.run_shots(nothing, workers, RunDirectory(str(tmp_path)), print)
     assert cleaned == [True] * cleans
@@ -420,7 +421,7 @@ def test_files_of_shots_are_closed_when_none_reads_them(
             interrupted.append(shot)
             raise FloatingPointError("ends here")
 
-    monkeypatch.setattr(loop, "_check_for_collapse", look)
+    monkeypatch.setattr(evaluation, "check_for_collapse", look)
     options: dict[str, Any] = {
         **GROUPS,
         "pruning__groups": ["ffn"],

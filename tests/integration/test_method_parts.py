@@ -20,7 +20,8 @@ from ray_surgeon.runtime.block_pass import BlockPass
 from ray_surgeon.runtime.worker import Worker
 from ray_surgeon.spec.job import parse_spec
 from ray_surgeon.stages.calibration import CalibrationText
-from ray_surgeon.stages.correction import Corrections, CorrectionSection
+from ray_surgeon.stages.correction.section import CorrectionSection
+from ray_surgeon.stages.correction.training import Corrections
 from ray_surgeon.stages.prune.method import Scores
 from tests.conftest import LAYOUTS
 from tests.integration.runs import loaded, tiny_spec

@@ -19,8 +19,8 @@ from ray_surgeon.run.inputs import Inputs, check
 from ray_surgeon.spec.job import parse_spec
 from ray_surgeon.stages.curvature.gather import drawn
 from ray_surgeon.stages.prune.groups import Groups
-from ray_surgeon.stages.prune.groups_section import RECONSTRUCTED
-from ray_surgeon.stages.reconstruction import RATES, KeptInputs, Reconstruction, _layer
+from ray_surgeon.stages.reconstruction.layers import RATES, KeptInputs, Reconstruction, _layer
+from ray_surgeon.stages.reconstruction.section import RECONSTRUCTED
 from tests.conftest import CONFIGS, LAYOUTS, SPARSE_CONFIGS, tiny_model
 from tests.integration.runs import (
     MOST_BY_ORDER_OF_SUMS,
@@ -255,7 +255,7 @@ def test_layers_are_trained_as_the_section_says(
         seen.append(options | {"seed": generator.initial_seed()})
         return reconstruct(layer, *given, generator=generator, **options)
 
-    monkeypatch.setattr("ray_surgeon.stages.reconstruction.reconstruct", noting)
+    monkeypatch.setattr("ray_surgeon.stages.reconstruction.layers.reconstruct", noting)
     section = {"tokens_per_step": 16, "num_epochs": 1, "learning_rate": 0.03}
     options = FIT | {"pruning__reconstruction": section | {"seed": 1000}, "pruning__num_shots": 1}
     assert run(tmp_path, model_folders["llama"], **options) == 0

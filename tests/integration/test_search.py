@@ -24,13 +24,12 @@ from ray_surgeon.spec.job import parse_spec
 from ray_surgeon.stages.calibration import CalibrationText
 from ray_surgeon.stages.prune.consumer_costs import ConsumerCosts, Reach, Unit
 from ray_surgeon.stages.prune.groups import Groups, Scored
-from ray_surgeon.stages.prune.groups_section import (
-    GroupsSection,
-    SearchSection,
-    UniformGroupsSection,
-)
+from ray_surgeon.stages.prune.groups_section import GroupsSection, UniformGroupsSection
 from ray_surgeon.stages.prune.method import Scores
-from ray_surgeon.stages.search import SEARCHED, Search
+from ray_surgeon.stages.search.search import SEARCHED, Search
+from ray_surgeon.stages.search.section import SearchSection
+from ray_surgeon.stages.search.stage import SearchStage
+from ray_surgeon.storage.texts import windows_of
 from tests.integration.runs import (
     MOST_BY_ORDER_OF_SUMS,
     assert_same_shot,
@@ -61,12 +60,14 @@ def scored(
         tiny_spec(folder, model, **(GROUPS | options), pruning__num_shots=1).read_text()
     )
     inputs = check(spec)
-    search = Search.of(inputs.method)
+    stage = inputs.stage(SearchStage)
+    assert stage is not None
+    search = Search(stage.section, stage.method)
     cluster = loaded(model, 2, num_replicas)
     assert search is not None
-    remember(cluster, SEARCHED, inputs.searched)
+    remember(cluster, SEARCHED, stage.windows)
     inputs.method.calibrate(cluster, inputs.text, 1, remembers=False)
-    return search, cluster, inputs.method.score(cluster, 1), inputs.searched
+    return search, cluster, inputs.method.score(cluster, 1), stage.windows
 
 
 def linears_of(cluster: LocalCluster) -> dict[str, torch.Tensor]:
@@ -131,7 +132,7 @@ def test_scales_are_what_removals_change_over_what_they_were_to_cost(
         seen.append(given)
         return shrunk_ratios(*given)
 
-    monkeypatch.setattr("ray_surgeon.stages.search.shrunk_ratios", noting)
+    monkeypatch.setattr("ray_surgeon.stages.search.search.shrunk_ratios", noting)
     _, record = search.run(cluster, scores, windows, NOTHING_HELD, 1)
     ((found_changes, found_costs, found_kinds),) = seen
     assert record["divergences"][0] == pytest.approx(divergence_before, rel=1e-5)
@@ -182,7 +183,7 @@ def test_the_best_allocation_is_taken_and_everything_else_is_left_as_it_was(
         scales.append({c.unit: 1e3 if c.unit == losing[len(scales)] else 1.0 for c in scores.costs})
         return scales[-1]
 
-    monkeypatch.setattr("ray_surgeon.stages.search.divergences_of", lambda *_: [next(given)])
+    monkeypatch.setattr("ray_surgeon.stages.search.search.divergences_of", lambda *_: [next(given)])
     monkeypatch.setattr(Search, "_scales", of_scores)
     rescaled = Groups.rescaled
     followed = list[bool]()
@@ -306,7 +307,7 @@ def test_a_search_that_finds_something_changes_the_masks(
 
     monkeypatch.setattr(Search, "_scales", dear)
     given = iter([2.0, 1.0])
-    monkeypatch.setattr("ray_surgeon.stages.search.divergences_of", lambda *_: [next(given)])
+    monkeypatch.setattr("ray_surgeon.stages.search.search.divergences_of", lambda *_: [next(given)])
     assert run(tmp_path, model_folders["llama"], **GROUPS, pruning__num_shots=1) == 0
     tensors = tensors_of_shot(tmp_path / "run", 1)
     assert tensors["model.layers.1.mlp.down_proj.columns"].all()
@@ -334,8 +335,11 @@ def test_windows_of_a_search_lie_beside_those_of_the_calibration(
         )
     with_search, without = inputs
     assert np.array_equal(with_search.calibration, without.calibration)
-    assert (with_search.searched.shape, len(without.searched)) == ((5, 40), 0)
-    rows = {tuple(row) for row in (*with_search.calibration, *with_search.searched)}
+    stage = with_search.stage(SearchStage)
+    assert stage is not None
+    assert without.stage(SearchStage) is None
+    assert stage.windows.shape == (5, 40)
+    rows = {tuple(row) for row in (*with_search.calibration, *stage.windows)}
     assert len(rows) == 4 + 5 + 1, "all different, and two that are still to be written"
 
 
@@ -359,8 +363,10 @@ def test_placed_windows_of_a_search_begin_where_the_last_one_of_the_calibration_
 
     text = windows(1, first + 1, None).calibration[:, 0]
     found = windows(stride, 6, {"num_sequences": 3})
-    assert found.searched[0, 0] == text[first]
-    assert np.array_equal(found.searched[0], windows(1, first + 1, None).calibration[first])
+    stage = found.stage(SearchStage)
+    assert stage is not None
+    assert stage.windows[0, 0] == text[first]
+    assert np.array_equal(stage.windows[0], windows(1, first + 1, None).calibration[first])
     assert first >= 5 * stride + 40
 
 
@@ -382,7 +388,8 @@ def test_a_method_has_a_search_if_its_section_says_so() -> None:
         (GroupsSection(**plain), False),
         (UniformGroupsSection(**plain, allocation="uniform"), False),
     ):
-        found = Search.of(Groups(section, None, None, {}, frozenset()))
+        method = Groups(section, None, None, {}, frozenset())
+        found = SearchStage.of(method, windows_of(np.zeros((0, 1), dtype=np.int64)))
         assert (found is not None) == searches
 
 
@@ -435,8 +442,8 @@ def test_windows_held_aside_decide_which_allocation_is_taken(
     losing = next(c.unit for c in scores.costs if counts[c.consumer])
     given = iter([9.0, 1.0] if not taken else [1.0, 9.0])
     measures = iter(held)
-    monkeypatch.setattr("ray_surgeon.stages.search.divergences_of", lambda *_: [next(given)])
-    monkeypatch.setattr("ray_surgeon.stages.search.held_measure", lambda *_: next(measures))
+    monkeypatch.setattr("ray_surgeon.stages.search.search.divergences_of", lambda *_: [next(given)])
+    monkeypatch.setattr("ray_surgeon.stages.search.search.held_measure", lambda *_: next(measures))
     scales = {c.unit: 1e3 if c.unit == losing else 1.0 for c in scores.costs}
     monkeypatch.setattr(Search, "_scales", lambda *_: scales)
     found, record = search.run(cluster, scores, windows, CalibrationText(windows, held=windows), 1)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -17,14 +18,18 @@ from ray_surgeon.models.build import BlockRange
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.pipeline import _bytes
 from ray_surgeon.plan.devices import DEVICES, Room
-from ray_surgeon.plan.needs import Job, Shapes, WorkerNeeds
+from ray_surgeon.plan.needs import Shapes, StepPlan, Work, WorkerView
 from ray_surgeon.plan.plan import DoesNotFitError, Plan, plan_job
-from ray_surgeon.run.inputs import job_of, method_for
+from ray_surgeon.run.inputs import work_of
+from ray_surgeon.run.reading import nothing
+from ray_surgeon.run.stages import stages_of
 from ray_surgeon.runtime.placement import place
 from ray_surgeon.spec.job import JobSpec
-from ray_surgeon.stages.prune import GroupsSection
-from ray_surgeon.stages.prune.groups_section import ReconstructionSection, SearchSection
-from ray_surgeon.stages.reconstruction import Arrivals
+from ray_surgeon.stages.correction.stage import Correction
+from ray_surgeon.stages.load import Load
+from ray_surgeon.stages.prune.methods import method_for
+from ray_surgeon.stages.reconstruction.layers import Arrivals
+from ray_surgeon.storage.texts import windows_of
 from tests.conftest import LAYOUTS
 
 GB = 1e9
@@ -39,10 +44,23 @@ def layout_of(name: str) -> ModelLayout:
 WITH_EXPERTS = ["attention", "expert_channels", "experts"]
 
 
+def work_for(spec: JobSpec, name: str) -> Work:
+    """Return what a plan of a job depends on, from the model's configuration alone."""
+    layout = layout_of(name)
+    method = method_for(spec.pruning, spec.curvature, layout, spec.model.dtype)
+    stages = stages_of(spec, layout, method, None, windows_of(nothing(0, 1)), nothing(0, 1))
+    return work_of(spec, layout, method, stages)
+
+
 def job_for(
-    name: str, structure: str = "groups", num_shards: int = 1, **memory: Any
-) -> tuple[JobSpec, Job]:
-    document = {
+    name: str,
+    structure: str = "groups",
+    num_shards: int = 1,
+    sections: Mapping[str, Any] | None = None,
+    **memory: Any,
+) -> tuple[JobSpec, Work]:
+    """Return a job; ``sections`` is merged into its spec, field by field."""
+    document: dict[str, Any] = {
         "version": 2,
         "name": "plan",
         "model": {"source": "x", "dtype": "bfloat16"},
@@ -55,11 +73,36 @@ def job_for(
         | ({"groups": WITH_EXPERTS} if layout_of(name).num_experts else {}),
         "memory": memory,
         "cluster": {"num_shards": num_shards, "gpus_per_worker": 1},
-        "output": {"uri": "x"},
+        "output": {"uri": "x"}
+        | ({"exports": ["per_block"]} if layout_of(name).num_experts else {}),
     }
+    for section, fields in (sections or {}).items():
+        given = document.get(section)
+        both = isinstance(given, dict) and isinstance(fields, dict)
+        document[section] = given | fields if both else fields
     spec = JobSpec.model_validate(document)
+    return spec, work_for(spec, name)
+
+
+def steps_of(
+    name: str,
+    work: Work,
+    stores: Stores,
+    blocks: BlockRange,
+    *,
+    on_cpu: bool = False,
+    num_shards: int = 1,
+    num_replicas: int = 1,
+    shard: int = 0,
+) -> dict[str, StepPlan]:
+    """Return the steps of one worker by name."""
     layout = layout_of(name)
-    return spec, job_of(spec, layout, method_for(spec, layout))
+    placement = place(layout, num_shards, num_replicas)
+    view = WorkerView(Shapes(layout, work), placement, work, stores, on_cpu, shard, blocks)
+    return {step.name: step for step in view.steps()}
+
+
+RESIDENT = Stores("device", "device")
 
 
 def plan(
@@ -119,13 +162,13 @@ def test_what_is_streamed_where_it_would_not_fit(
 
 
 def test_fewer_sequences_with_gradients_take_less_of_the_curvature_pass() -> None:
-    spec, job = job_for("llama-3-70b", num_shards=8)
     layout = layout_of("llama-3-70b")
     room = Room(80 * GB, TB / 8, 4 * TB, device_is_host=False)
 
     def flops(num_backward: int | None) -> float:
-        changed = dataclasses.replace(job, num_backward=num_backward)
-        found = plan_job(layout, place(layout, 8, 1), changed, spec.memory, room, DEVICES["h100"])
+        curvature = {"kind": "kfac", "num_backward": num_backward}
+        spec, work = job_for("llama-3-70b", num_shards=8, sections={"curvature": curvature})
+        found = plan_job(layout, place(layout, 8, 1), work, spec.memory, room, DEVICES["h100"])
         return float(found.as_record()["flops"]["curvature"])
 
     assert flops(128) == flops(None)
@@ -136,181 +179,143 @@ def test_fewer_sequences_with_gradients_take_less_of_the_curvature_pass() -> Non
 
 def test_pinned_memory_is_counted_as_it_is_reserved() -> None:
     """In pieces, which torch keeps when what was in them is gone."""
-    _, job = job_for("llama-3-70b", num_shards=8)
-    layout = layout_of("llama-3-70b")
+    _, work = job_for("llama-3-70b", num_shards=8)
     blocks = BlockRange(0, 10, 80)
     weights = [2 * 8192 * n for n in (8192, 1024, 1024, 8192, 28672, 28672, 28672, 1, 1)] * 10
-    factors = [
-        4 * PackedSymmetric.size(n) for n in (8192, 8192, 28672, 8192)
-    ] * 10  # A and G of two consumers
+    # A and G of two consumers
+    factors = [4 * PackedSymmetric.size(n) for n in (8192, 8192, 28672, 8192)] * 10
 
     def hosts(stores: Stores, *, on_cpu: bool) -> dict[str, float]:
-        needs = WorkerNeeds(
-            Shapes(layout, job), place(layout, 8, 2), job, stores, on_cpu, 0, blocks
+        steps = steps_of(
+            "llama-3-70b", work, stores, blocks, on_cpu=on_cpu, num_shards=8, num_replicas=2
         )
-        return {step.name: step.host for step in needs.steps()}
+        return {name: step.host for name, step in steps.items()}
 
     for on_cpu in (False, True):
-        nothing, of_weights, of_factors = (
-            hosts(stores, on_cpu=on_cpu)
-            for stores in (
-                Stores("device", "device"),
-                Stores("host", "device"),
-                Stores("device", "host"),
-            )
-        )
-        kept = {step: of_factors[step] - nothing[step] for step in nothing}
+        nothing_kept = hosts(RESIDENT, on_cpu=on_cpu)
+        of_weights = hosts(Stores("host", "device"), on_cpu=on_cpu)
+        of_factors = hosts(Stores("device", "host"), on_cpu=on_cpu)
+        kept = {step: of_factors[step] - nothing_kept[step] for step in nothing_kept}
+        more = of_weights["evaluation"] - nothing_kept["evaluation"]
         if on_cpu:
-            assert of_weights["evaluation"] - nothing["evaluation"] == sum(weights)
+            assert more == sum(weights)
             assert kept["evaluation"] == 0
             assert kept["curvature"] == 2 * kept["costs"] == sum(factors)
         else:
-            assert (
-                sum(weights) < of_weights["evaluation"] - nothing["evaluation"] < 1.2 * sum(weights)
-            )
-            assert (
-                sum(factors)
-                < kept["evaluation"]
-                == kept["curvature"]
-                == kept["costs"]
-                < 1.1 * sum(factors)
-            )
+            assert sum(weights) < more < 1.2 * sum(weights)
+            assert sum(factors) < kept["evaluation"] < 1.1 * sum(factors)
+            assert kept["evaluation"] == kept["curvature"] == kept["costs"]
 
 
 def test_hidden_states_that_travel_are_in_the_host_of_a_gpu() -> None:
     """A copy each way, and those that wait between shards, as many as the first shard is ahead."""
-    layout = layout_of("llama-3-70b")
     blocks = BlockRange(0, 20, 80)
     wave = 2 * 2048 * 8192 * 4  # bfloat16, four sequences of 2048 tokens
     hosts = []
     for num_shards, on_cpu in ((4, False), (1, False), (4, True)):
-        _, job = job_for("llama-3-70b", num_shards=num_shards)
-        needs = WorkerNeeds(
-            Shapes(layout, job),
-            place(layout, num_shards, 1),
-            job,
-            Stores("device", "device", wave=4),
-            on_cpu,
-            0,
-            blocks,
-        )
-        hosts.append({step.name: step.host for step in needs.steps()})
+        _, work = job_for("llama-3-70b", num_shards=num_shards)
+        stores = Stores("device", "device", wave=4)
+        steps = steps_of("llama-3-70b", work, stores, blocks, on_cpu=on_cpu, num_shards=num_shards)
+        hosts.append({name: step.host for name, step in steps.items()})
     for step in ("evaluation", "curvature"):
         assert hosts[0][step] - hosts[0]["costs"] == (2 + 4) * wave
         assert hosts[1][step] == hosts[1]["costs"]
     assert hosts[2]["evaluation"] == hosts[2]["costs"], "on a CPU they are counted with all else"
 
 
-def test_corrections_of_elements_have_masks_on_the_device_and_products_as_large_as_a_weight() -> (
-    None
-):
+def test_corrections_of_elements_have_masks_on_the_device_and_large_products() -> None:
+    """A product is as large as a weight, in float32 and with copies."""
     layout = layout_of("llama-3-70b")
     blocks = BlockRange(0, 10, 80)
-    _, job = job_for("llama-3-70b", "element", num_shards=8)
-    job = dataclasses.replace(job, lora_rank=8, num_correction_sequences=16)
+    correction = {"lora_rank": 8, "steps_per_shot": 16, "learning_rate": 1e-3}
+    sections = {"correction": correction, "calibration": {"held_aside": 0.0}}
+    _, work = job_for("llama-3-70b", "element", num_shards=8, sections=sections)
+    by_element = {True: work}
+    by_element[False] = dataclasses.replace(
+        work,
+        stages=tuple(
+            dataclasses.replace(stage, by_element=False) if isinstance(stage, Correction) else stage
+            for stage in work.stages
+            if not isinstance(stage, Load)
+        ),
+    )
     sizes = [linear.size for linear in layout.linears if linear.block < 10]
     for on_cpu in (False, True):
-        devices = []
-        hosts = []
-        for each in (dataclasses.replace(job, mask_bytes=0.0), job):
-            needs = WorkerNeeds(
-                Shapes(layout, each),
-                place(layout, 8, 1),
-                each,
-                Stores("device", "device"),
-                on_cpu,
-                0,
-                blocks,
+        with_masks, without = (
+            steps_of(
+                "llama-3-70b", by_element[masks], RESIDENT, blocks, on_cpu=on_cpu, num_shards=8
             )
-            devices.append({step.name: step.device for step in needs.steps()})
-            hosts.append({step.name: step.host for step in needs.steps()})
-        assert devices[1]["correction"] - devices[0]["correction"] == 16 * max(sizes) + sum(
-            sizes
-        ) * (not on_cpu)
-        assert hosts[1]["correction"] - hosts[0]["correction"] == sum(sizes)
-        assert devices[1]["evaluation"] == devices[0]["evaluation"]
+            for masks in (True, False)
+        )
+        more = with_masks["correction"].device - without["correction"].device
+        assert more == 16 * max(sizes) + sum(sizes) * (not on_cpu)
+        assert with_masks["correction"].host - without["correction"].host == sum(sizes)
+        assert with_masks["evaluation"].device == without["evaluation"].device
 
 
 def test_eager_attention_has_all_scores() -> None:
-    layout = layout_of("gpt_oss")
-    _, job = job_for("gpt_oss")
     kept = {}
     for length in (1024, 2048):
-        of_length = dataclasses.replace(job, sequence_length=512, evaluation=((2, length),))
-        needs = WorkerNeeds(
-            Shapes(layout, of_length),
-            place(layout, 1, 1),
-            of_length,
-            Stores("device", "device"),
-            False,
-            0,
-            BlockRange(0, 4, 4),
-        )
-        kept[length] = {step.name: step.device - needs._weights for step in needs.steps()}
+        text = {"name": "docs", "source": "python-docs", "num_sequences": 2}
+        sections = {
+            "evaluation": [text | {"sequence_length": length}],
+            "calibration": {"sequence_length": 512},
+        }
+        _, work = job_for("gpt_oss", sections=sections)
+        steps = steps_of("gpt_oss", work, RESIDENT, BlockRange(0, 4, 4))
+        at_rest = steps["load"].device
+        kept[length] = {name: step.device - at_rest for name, step in steps.items()}
     assert kept[2048]["evaluation"] > 3.5 * kept[1024]["evaluation"]
     assert kept[2048]["curvature"] == kept[1024]["curvature"]
 
 
 def test_a_search_passes_once_for_every_kind_of_groups_and_keeps_consumers_twice() -> None:
-    spec, job = job_for("llama-3-70b", num_shards=8)
-    assert isinstance(spec.pruning, GroupsSection)
     layout = layout_of("llama-3-70b")
     room = Room(80 * GB, TB / 8, 4 * TB, device_is_host=False)
-    searched = spec.pruning.model_copy(update={"search": SearchSection(num_sequences=24, rounds=2)})
-    nothing_held = spec.calibration.model_copy(update={"held_aside": 0.0})
-    with_search = spec.model_copy(update={"pruning": searched, "calibration": nothing_held})
-    job = job_of(with_search, layout, method_for(with_search, layout))
+    nothing_held = {"calibration": {"held_aside": 0.0}}
+    search = {"search": {"num_sequences": 24, "rounds": 2}}
+    spec, work = job_for("llama-3-70b", num_shards=8, sections=nothing_held | {"pruning": search})
     found = plan_job(
-        layout, place(layout, 8, 1), job, spec.memory, room, DEVICES["h100"]
+        layout, place(layout, 8, 1), work, spec.memory, room, DEVICES["h100"]
     ).as_record()
     passes = 2 * (2 * 80 + 1) + 1
     expected = passes * found["flops"]["evaluation"] + 3 * found["flops"]["update"]
     assert found["flops"]["search"] == pytest.approx(expected), (
         "as many windows as an evaluation, and three updates"
     )
-    without, search = (
-        WorkerNeeds(
-            Shapes(layout, each),
-            place(layout, 8, 1),
-            each,
-            Stores("device", "device"),
-            False,
-            0,
-            BlockRange(0, 10, 80),
-        )
-        for each in (dataclasses.replace(job, num_searched=0), job)
+    _, plain = job_for("llama-3-70b", num_shards=8, sections=nothing_held)
+    blocks = BlockRange(0, 10, 80)
+    without, searching = (
+        {
+            name: step.host
+            for name, step in steps_of("llama-3-70b", each, RESIDENT, blocks, num_shards=8).items()
+        }
+        for each in (plain, work)
     )
-    hosts = [{step.name: step.host for step in needs.steps()} for needs in (without, search)]
-    assert "search" not in hosts[0]
-    before = (
-        hosts[0]["update"] + hosts[0]["evaluation"] - hosts[0]["costs"]
-    )  # and the hidden states that travel
-    assert hosts[1]["search"] - before == 2 * 10 * (28672 * 8192 + 8192 * 8192), "bfloat16"
+    assert "search" not in without
+    # and the hidden states that travel
+    before = without["update"] + without["evaluation"] - without["costs"]
+    twice = 2 * 10 * (28672 * 8192 + 8192 * 8192)
+    assert searching["search"] - before == twice, "bfloat16"
 
 
 def test_a_reconstruction_keeps_the_inputs_of_layers_and_trains_one_at_a_time() -> None:
-    spec, job = job_for("llama-3-70b", num_shards=8)
     layout = layout_of("llama-3-70b")
     room = Room(80 * GB, TB / 8, 4 * TB, device_is_host=False)
-    section = ReconstructionSection(tokens_per_step=1024, num_epochs=3)
-    changed = spec.model_copy(
-        update={"pruning": spec.pruning.model_copy(update={"reconstruction": section})}
-    )
-    job = job_of(changed, layout, method_for(changed, layout))
-    assert len(job.reconstructed) == 80
-    tokens = 128 * 2048
-    layer = 3 * 8192 * 28672
     blocks = BlockRange(0, 10, 80)
     placement = place(layout, 8, 2)
-    without, trained = (
-        {
-            s.name: s
-            for s in WorkerNeeds(
-                Shapes(layout, j), placement, j, Stores("device", "device"), False, 0, blocks
-            ).steps()
-        }
-        for j in (dataclasses.replace(job, reconstructed=frozenset()), job)
-    )
+    training = {"reconstruction": {"tokens_per_step": 1024, "num_epochs": 3}}
+
+    def steps(pruning: Mapping[str, Any], **sections: Any) -> dict[str, StepPlan]:
+        calibration = {"held_aside": 0.0} | sections.pop("calibration", {})
+        sections |= {"pruning": pruning, "calibration": calibration}
+        _, work = job_for("llama-3-70b", num_shards=8, sections=sections)
+        return steps_of("llama-3-70b", work, RESIDENT, blocks, num_shards=8, num_replicas=2)
+
+    without = steps({})
+    trained = steps(training)
+    tokens = 128 * 2048
+    layer = 3 * 8192 * 28672
     owners = [
         placement.owners[layout.shapes[f"model.layers.{block}.mlp.down_proj"].shared_input]
         for block in range(10)
@@ -332,47 +337,29 @@ def test_a_reconstruction_keeps_the_inputs_of_layers_and_trains_one_at_a_time() 
     weights = 32 * layer + 4 * layer / 3
     inputs_and_outputs = (2 + 2 + 2) * tokens * 8192
     assert trained["update"].device > weights + inputs_and_outputs
-    assert (
-        plan_job(layout, place(layout, 8, 1), job, spec.memory, room, DEVICES["h100"]).excess()[0]
-        <= 1
-    )
+    spec, work = job_for("llama-3-70b", num_shards=8, sections={"pruning": training})
+    found = plan_job(layout, place(layout, 8, 1), work, spec.memory, room, DEVICES["h100"])
+    assert found.excess()[0] <= 1
     # of five sequences, of which one passes backward, the first replica gets three
-    few = dataclasses.replace(job, num_sequences=5, num_backward=1)
-    hosts = [
-        {
-            s.name: s.host
-            for s in WorkerNeeds(
-                Shapes(layout, j), placement, j, Stores("device", "device"), False, 0, blocks
-            ).steps()
-        }
-        for j in (dataclasses.replace(few, reconstructed=frozenset()), few)
-    ]
+    few: dict[str, Any] = {
+        "calibration": {"num_sequences": 5},
+        "curvature": {"kind": "kfac", "num_backward": 1},
+    }
     assert len(Arrivals(1, 5, 2048, 2).of(0)) == 3
     kept = max(
         5 * owners[: i + 1].count(replica) + 3 * (11 - i) for i in range(10) for replica in (0, 1)
     )
-    assert hosts[1]["curvature"] - hosts[0]["curvature"] == pytest.approx(2 * 2048 * 8192 * kept)
+    more = steps(training, **few)["curvature"].host - steps({}, **few)["curvature"].host
+    assert more == pytest.approx(2 * 2048 * 8192 * kept)
 
 
 def test_shards_without_a_layer_to_train_have_nothing_of_it() -> None:
     """Only the first block of this mixture has a feed-forward layer of its own."""
     layout = layout_of("glm4_moe")
-    options = {
-        "groups": ("ffn",),
-        "target_sparsity": 0.02,
-        "reconstruction": ReconstructionSection(),
-    }
-    spec, _ = job_for("glm4_moe", num_shards=2)
-    changed = spec.model_copy(update={"pruning": spec.pruning.model_copy(update=options)})
-    job = job_of(changed, layout, method_for(changed, layout))
-    assert job.reconstructed == {"model.layers.0.mlp.down_proj"}
+    pruning = {"groups": ["ffn"], "target_sparsity": 0.02, "reconstruction": {}}
+    _, work = job_for("glm4_moe", num_shards=2, sections={"pruning": pruning})
     first, second = (
-        {
-            s.name: s
-            for s in WorkerNeeds(
-                Shapes(layout, job), place(layout, 2, 1), job, Stores(), True, shard, blocks
-            ).steps()
-        }
+        steps_of("glm4_moe", work, Stores(), blocks, on_cpu=True, num_shards=2, shard=shard)
         for shard, blocks in enumerate(place(layout, 2, 1).blocks)
     )
     assert list(first) == list(second)
@@ -407,8 +394,8 @@ def test_what_a_checkpoint_keeps_together_is_written_together() -> None:
     """gate_up_proj [6, 32, 96] of gpt-oss is in memory as a whole while it is written, embeddings
     of 320 x 32 and files of 1 GiB aside.
     """
-    _, job = job_for("gpt_oss")
-    shapes = Shapes(LAYOUTS["gpt_oss"], dataclasses.replace(job, dtype="float32"))
+    _, work = job_for("gpt_oss")
+    shapes = Shapes(LAYOUTS["gpt_oss"], dataclasses.replace(work, dtype="float32"))
     assert shapes.largest_tensor == 4 * 320 * 32
     assert shapes.largest_stored == 4 * 6 * 32 * 96
 
@@ -457,51 +444,54 @@ def test_sizes_on_the_command_line(text: str, size: float) -> None:
     assert _bytes(text) == size
 
 
+def written(num_sequences: int, length: int, texts_per_sequence: int = 1) -> dict[str, Any]:
+    """Return the section of a calibration that the model writes."""
+    return {
+        "source": "self",
+        "num_sequences": num_sequences,
+        "sequence_length": length,
+        "texts_per_sequence": texts_per_sequence,
+    }
+
+
 def test_text_that_the_model_writes_has_a_step_with_its_keys_and_values() -> None:
-    spec, job = job_for("llama-3-70b", "groups", 8)
-    written = dataclasses.replace(job, written=((64, 2048),))
     layout = layout_of("llama-3-70b")
     room = Room(80 * GB, TB, TB, device_is_host=False)
-    plans = [
-        plan_job(layout, place(layout, 8, 1), each, spec.memory, room, DEVICES["h100"])
-        for each in (job, written)
-    ]
+    in_parts = written(64, 2048) | {
+        "num_sequences": 128,
+        "mix": [{"source": "self", "texts_per_sequence": 64, "seed": 1}],
+    }
+    plans = []
+    for calibration in ({}, written(64, 2048), in_parts):
+        spec, work = job_for("llama-3-70b", "groups", 8, sections={"calibration": calibration})
+        placement = place(layout, 8, 1)
+        plans.append(plan_job(layout, placement, work, spec.memory, room, DEVICES["h100"]))
     assert "sampling" not in plans[0].seconds
     assert plans[1].seconds["sampling"] > 0
     caches = (
         64 * 2048 * (layout.num_blocks // 8) * 2 * layout.heads.num_kv * layout.heads.head_dim * 2
     )
-    at_rest = next(step.device for step in plans[1].workers[0].steps if step.name == "load")
-    sampling = next(step.device for step in plans[1].workers[0].steps if step.name == "sampling")
-    assert caches < sampling - at_rest < 1.2 * caches
-    in_parts = dataclasses.replace(job, written=((64, 2048), (4096, 32)))
-    plan = plan_job(layout, place(layout, 8, 1), in_parts, spec.memory, room, DEVICES["h100"])
-    assert (
-        next(step.device for step in plan.workers[0].steps if step.name == "sampling") > sampling
-    ), "a copy while keys grow weighs more"
-    assert plan.seconds["sampling"] > plans[1].seconds["sampling"]
+    steps = {step.name: step for step in plans[1].workers[0].steps}
+    sampling = steps["sampling"].device
+    assert caches < sampling - steps["load"].device < 1.2 * caches
+    both = {step.name: step for step in plans[2].workers[0].steps}
+    assert both["sampling"].device > sampling, "a copy while keys grow weighs more"
+    assert plans[2].seconds["sampling"] > plans[1].seconds["sampling"]
 
 
 def test_a_batch_of_texts_is_written_by_one_replica() -> None:
     """64 short texts are one batch, 128 are two: as much work for a replica, and keys and values of
     64 texts.
     """
-    _, job = job_for("llama")
-    layout = layout_of("llama")
     one, two = (
-        next(
-            step
-            for step in WorkerNeeds(
-                Shapes(layout, each),
-                place(layout, 1, 2),
-                each,
-                Stores(),
-                True,
-                0,
-                BlockRange(0, 4, 4),
-            ).steps()
-            if step.name == "sampling"
-        )
-        for each in (dataclasses.replace(job, written=((count, 128),)) for count in (64, 128))
+        steps_of(
+            "llama",
+            job_for("llama", sections={"calibration": written(count, 128)})[1],
+            Stores(),
+            BlockRange(0, 4, 4),
+            on_cpu=True,
+            num_replicas=2,
+        )["sampling"]
+        for count in (64, 128)
     )
     assert (one.flops, one.device) == (two.flops, two.device)

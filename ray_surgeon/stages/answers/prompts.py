@@ -5,6 +5,7 @@ See `ray_surgeon.stages.answers.answers`.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -47,6 +48,14 @@ class Yardstick:
     request: Conversations | None  # for prompts that the dense model writes
     ends: frozenset[int]  # tokens that end an answer
     tokenizer: Any = field(repr=False)
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What must be the same when a run goes on; prompts that the model writes may differ."""
+        given = None
+        if self.request is None:
+            given = hashlib.sha256(repr(self.prompts).encode()).hexdigest()
+        return self.section.model_dump(mode="json", exclude={"prompts"}) | {"prompts": given}
 
     def asked(self, cluster: Cluster) -> tuple[tuple[int, ...], ...]:
         """Return the prompts, written by the dense model on the cluster if they are not given."""

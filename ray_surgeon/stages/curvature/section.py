@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, Tag, model_validator
 
@@ -30,6 +30,8 @@ _DampingField = Annotated[
 
 
 class _Curvature(Section):
+    gathers: ClassVar[Literal["both", "A"]] = "both"  # factors of a pass over the text
+
     @property
     def as_damping(self) -> Damping:
         """The damping as the mathematics takes it."""
@@ -175,6 +177,8 @@ class ExtendedKfacSection(_Fisher):
 class ActivationsSection(_Damped):
     """A alone, with G = I, from forward passes only."""
 
+    gathers: ClassVar[Literal["both", "A"]] = "A"
+
     kind: Literal["activations"] = Field(description="A of every linear, and G = I")
 
     @property
@@ -191,6 +195,8 @@ class ActivationsSection(_Damped):
 
 class IdentitySection(_Curvature):
     """A = G = I, which makes costs magnitudes, and needs no damping."""
+
+    gathers: ClassVar[Literal["both", "A"]] = "A"
 
     kind: Literal["identity"] = Field(description="A = G = I")
 

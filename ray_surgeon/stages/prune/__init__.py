@@ -15,7 +15,8 @@ from typing import Annotated, Any
 from pydantic import Tag
 
 from ray_surgeon.spec.base import by_tag, tag
-from ray_surgeon.stages.correction import Corrections, CorrectionSection
+from ray_surgeon.stages.correction.section import CorrectionSection
+from ray_surgeon.stages.correction.training import Corrections
 from ray_surgeon.stages.prune.elements import Elements, ElementsSection, NMSection
 from ray_surgeon.stages.prune.groups import Groups
 from ray_surgeon.stages.prune.groups_section import (

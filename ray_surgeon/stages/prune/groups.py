@@ -33,18 +33,18 @@ from ray_surgeon.maths.linear import Part, Removal
 from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.maths.threshold import OutOfReachError, cost_curve
 from ray_surgeon.models.budgets import Budget
-from ray_surgeon.models.layout import GroupSet, LinearShape, ModelLayout
+from ray_surgeon.models.layout import GroupSet, LinearShape
 from ray_surgeon.models.pruned_config import kv_heads_left
-from ray_surgeon.plan.needs import Job, LinearNeeds
+from ray_surgeon.plan.linear_needs import LinearNeeds
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.worker import LinearSummary, Worker, collective, sizes
 from ray_surgeon.stages.calibration import CalibrationText
 from ray_surgeon.stages.curvature.section import KfacSection
 from ray_surgeon.stages.prune.consumer_costs import ConsumerCosts, Reach, Unit, renewed
-from ray_surgeon.stages.prune.experts import whole_expert_costs
-from ray_surgeon.stages.prune.groups_section import RECONSTRUCTED, CoupledSection, GroupsSection
+from ray_surgeon.stages.prune.experts import go_around_removed, whole_expert_costs
+from ray_surgeon.stages.prune.groups_section import CoupledSection, GroupsSection
 from ray_surgeon.stages.prune.method import Calibrated, Choice, Method, Scores, in_order, linear_of
-from ray_surgeon.stages.reconstruction import (
+from ray_surgeon.stages.reconstruction.layers import (
     RATES,
     Arrivals,
     Reconstruction,
@@ -52,6 +52,7 @@ from ray_surgeon.stages.reconstruction import (
     rate_of,
     summary_of,
 )
+from ray_surgeon.stages.reconstruction.section import RECONSTRUCTED
 
 _FAR = 4.0
 """Times its limit that a path is followed where its groups are needed.
@@ -209,27 +210,6 @@ class Groups(Method):
                 max(3.75 * C**2 + 2 * R * C, 2.2 * C**2 + 5 * R * C) + R**2
             ),  # measured, the first where nearly all stays
             update_flops=2.0 * C**3,
-        )
-
-    def job(
-        self,
-        layout: ModelLayout,
-        dtype: str,
-        calibration: tuple[int, int],
-        evaluation: Sequence[tuple[int, int]],
-    ) -> Job:
-        """Return what a plan depends on; see `Method`."""
-        job = super().job(layout, dtype, calibration, evaluation)
-        if (found := self.reconstruction) is None:
-            return job
-        layers = frozenset(
-            groups.consumer for groups in layout.group_sets if groups.kind in found.kinds
-        )
-        return replace(
-            job,
-            reconstructed=layers,
-            tokens_per_step=found.section.tokens_per_step,
-            num_epochs=found.section.num_epochs,
         )
 
     # On a worker
@@ -449,6 +429,10 @@ class Groups(Method):
         return prune_groups(linear, mask, alive, linear.curvature(alive, damping), to_prune)
 
     # On the coordinator
+
+    def after_resuming(self, cluster: Cluster) -> None:
+        """Let routers go around the experts that earlier shots removed."""
+        cluster.run_all(go_around_removed)
 
     def calibrate(
         self, cluster: Cluster, text: CalibrationText, shot: int, *, remembers: bool

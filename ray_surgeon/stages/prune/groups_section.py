@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from ray_surgeon.spec.base import Positive, Section
+from ray_surgeon.spec.base import Positive
 from ray_surgeon.spec.targets import ScheduleSection, TargetSection
 from ray_surgeon.stages.curvature.section import (
     ActivationsSection,
@@ -15,32 +15,13 @@ from ray_surgeon.stages.curvature.section import (
     KfacSection,
 )
 from ray_surgeon.stages.prune.experts import ExpertCosts
+from ray_surgeon.stages.reconstruction.section import RECONSTRUCTED, ReconstructionSection
+from ray_surgeon.stages.search.section import SearchSection
 
 GroupKind = Literal["ffn", "attention", "shared_experts", "expert_channels", "experts"]
 
-RECONSTRUCTED = frozenset({"ffn", "shared_experts"})
-"""Kinds of groups of which the layers that lose some can be reconstructed: every token passes them.
-"""
 
 _CHANNELS = ("ffn", "shared_experts", "expert_channels")
-
-
-class ReconstructionSection(Section):
-    """Reconstruction of feed-forward layers, see `ray_surgeon.stages.reconstruction`."""
-
-    learning_rate: float | None = Field(
-        None,
-        gt=0,
-        le=1,
-        description="Adam's largest rate, in units of the root mean square of each weight; it "
-        "rises shortly, then falls linearly to zero. null: three rates are tried on two layers, "
-        "and the best one on the windows held aside is taken",
-    )
-    tokens_per_step: Positive = Field(
-        512, description="Calibration tokens of one step, at most all"
-    )
-    num_epochs: Positive = Field(2, description="Passes over the calibration tokens")
-    seed: int = Field(0, ge=0, description="Seed of the order of the tokens")
 
 
 class CoupledSection(ScheduleSection):
@@ -194,23 +175,6 @@ class CoupledSection(ScheduleSection):
             got = "none" if self.target is None else "both"
             raise ValueError(f"target_sparsity: give this or target, got {got}")
         return self
-
-
-class SearchSection(Section):
-    """The search for how many groups every block loses; see `ray_surgeon.stages.search`."""
-
-    rounds: Positive = Field(
-        1,
-        description="Allocations that are tried after the first one, each with scales from the one "
-        "before",
-    )
-    num_sequences: int = Field(
-        16,
-        ge=2,
-        description="Sequences on which the divergence from the dense model is measured. Every "
-        "round measures it once for every kind of groups in every block that loses any, and once "
-        "more. They are cut from the calibration's texts, apart from its own sequences",
-    )
 
 
 class GroupsSection(CoupledSection):

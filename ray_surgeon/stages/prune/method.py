@@ -24,7 +24,7 @@ from ray_surgeon.maths.kronecker import Damping, PackedFactors
 from ray_surgeon.maths.linear import Linear
 from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.models.layout import LinearShape, ModelLayout
-from ray_surgeon.plan.needs import Job, LinearNeeds
+from ray_surgeon.plan.linear_needs import LinearNeeds
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.worker import LinearSummary, Worker
 from ray_surgeon.spec.targets import ScheduleSection
@@ -289,60 +289,16 @@ class Method(ABC):
         }
         return replace(self, curvature=chosen), {"damping_chosen": record}
 
+    def after_resuming(self, cluster: Cluster) -> None:
+        """Prepare workers whose weights and masks are those of a committed shot."""
+        return
+
     @abstractmethod
     def needs(self, shape: LinearShape) -> LinearNeeds | None:
         """Return what the costs and the update of a linear need.
 
         None if it is neither ranked nor updated by its factors.
         """
-
-    def job(
-        self,
-        layout: ModelLayout,
-        dtype: str,
-        calibration: tuple[int, int],
-        evaluation: Sequence[tuple[int, int]],
-    ) -> Job:
-        """Return what a plan depends on.
-
-        Args:
-            layout: of the model.
-            dtype: of weights and activations.
-            calibration: number and length of its sequences.
-            evaluation: number and length of the windows of each text.
-        """
-        needs = {
-            shape.name: found
-            for shape in layout.linears
-            if (found := self.needs(shape)) is not None
-        }
-        dense = dict[str, float]()
-        passes = 1
-        factors = "none"
-        if self.curvature is not None:
-            factors = "A" if self.curvature.kind in ("activations", "identity") else "both"
-        if isinstance(self.curvature, ExtendedKfacSection):
-            further = self.curvature.num_kronecker_terms - 1
-            passes += further * self.curvature.num_power_iterations
-            sizes = {
-                shape.name: 4.0 * (shape.num_rows**2 + shape.num_columns**2)
-                for shape in layout.linears
-            }
-            dense = {name: (further + 1.5) * size for name, size in sizes.items()}
-        return Job(
-            dtype,
-            *calibration,
-            tuple(evaluation),
-            needs,
-            factors,
-            frozenset(needs),
-            self.ranks_experts,
-            passes,
-            None if self.curvature is None else self.curvature.sequences_backward,
-            dense,
-            mask_bytes=1.0 if self.by_element else 0.0,
-            block_by_block=not self.has_costs,
-        )
 
     @abstractmethod
     def score(self, cluster: Cluster, shot: int) -> Scores[Any]:

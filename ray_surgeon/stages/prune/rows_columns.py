@@ -26,7 +26,7 @@ from ray_surgeon.maths.threshold import (
 )
 from ray_surgeon.models.dependencies import propagate, shrinkable
 from ray_surgeon.models.layout import LinearShape
-from ray_surgeon.plan.needs import LinearNeeds
+from ray_surgeon.plan.linear_needs import LinearNeeds
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.worker import LinearSummary, Worker, collective, sizes
 from ray_surgeon.spec.targets import SparsitySection

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from pydantic import Field, model_validator
 
 from ray_surgeon.maths.reconstruction import rate_factor
 from ray_surgeon.models.low_rank import CorrectionState, LowRankCorrections
@@ -18,14 +17,12 @@ from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.collectives import broadcast_together, reduce_together
 from ray_surgeon.runtime.passes import (
     Labels,
-    compared,
     forward_and_backward,
     num_counted,
-    sequence_losses,
 )
 from ray_surgeon.runtime.worker import Worker, collective
-from ray_surgeon.spec.base import Positive, Section
-from ray_surgeon.stages.calibration import HELD, CalibrationText
+from ray_surgeon.stages.calibration import CalibrationText, held_measure
+from ray_surgeon.stages.correction.section import CorrectionSection
 
 RATES = (1e-3, 5e-4, 2.5e-4)
 """Learning rates that are tried in turn, relative to the root mean square of each weight.
@@ -43,48 +40,6 @@ TOLERATED = 1.02
 """Times the best measure so far, up to which a training goes on as it is."""
 GIVEN_UP = 1.5
 """Times the measure at the start, from which a training with a rate given by hand is given up."""
-
-
-class CorrectionSection(Section):
-    """Low-rank corrections: B A is trained beside every linear and absorbed into it.
-
-    This comes after every shot.
-    """
-
-    loss: Literal["kl", "cross_entropy"] = Field(
-        "kl",
-        description="What corrections lower on the calibration text: the divergence from the dense "
-        "model (kl), which recovers what pruning took, or the loss (cross_entropy), which also "
-        "teaches the text",
-    )
-    lora_rank: int = Field(8, ge=1, le=1024, description="Rank of B A")
-    learning_rate: float | None = Field(
-        None,
-        gt=0,
-        le=1,
-        description="Largest learning rate of Adam, relative to the root mean square of each "
-        "weight; it rises shortly, then falls linearly to zero. null: the highest of three whose "
-        "first steps do no harm on the windows held aside; it is halved where they get worse later",
-    )
-    steps_per_shot: int = Field(3, ge=0, description="Steps of Adam after every shot")
-    sequences_per_step: Positive = Field(
-        1, description="Calibration sequences of one step, at most all"
-    )
-    final_epochs: int = Field(
-        0, ge=0, description="Passes over the calibration sequences after the last shot"
-    )
-    seed: int = Field(
-        0, ge=0, description="Seed of A at the start, and of the order of the sequences"
-    )
-
-    @model_validator(mode="after")
-    def _trains(self) -> CorrectionSection:
-        if not self.steps_per_shot and not self.final_epochs:
-            raise ValueError(
-                "steps_per_shot and final_epochs are 0, so nothing is trained; set one of them, or "
-                "correction: null"
-            )
-        return self
 
 
 @dataclass(frozen=True)
@@ -495,20 +450,3 @@ class _Training:
                 f"and {before:.4g} before"
             )
         return None
-
-
-def held_measure(cluster: Cluster, text: CalibrationText, loss: str = "kl") -> float:
-    """Return the divergence (kl) or the loss on the windows held aside.
-
-    It is in nats per token that counts.
-
-    It is infinite if it is no number, as where a training diverged.
-    """
-    windows = text.held
-    counts = text.held_counts
-    if loss == "kl":
-        sums = [one.divergence for one in compared(cluster, HELD, windows, counts)]
-    else:
-        sums = sequence_losses(cluster, windows, counts)
-    mean = sum(sums) / max(1, num_counted(windows, counts))
-    return mean if math.isfinite(mean) else math.inf

@@ -27,12 +27,11 @@ from ray_surgeon.maths.scales import next_scales, shrunk_ratios
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.passes import divergences_of
 from ray_surgeon.runtime.worker import Worker, collective
-from ray_surgeon.stages.calibration import CalibrationText
-from ray_surgeon.stages.correction import held_measure
+from ray_surgeon.stages.calibration import CalibrationText, held_measure
 from ray_surgeon.stages.prune.consumer_costs import ConsumerCosts, Unit
 from ray_surgeon.stages.prune.groups import Groups, Scored
-from ray_surgeon.stages.prune.groups_section import GroupsSection, SearchSection
-from ray_surgeon.stages.prune.method import Method, Scores
+from ray_surgeon.stages.prune.method import Scores
+from ray_surgeon.stages.search.section import SearchSection
 
 SEARCHED = "(search)"
 """Name of the text of a search among those that have dense states; no evaluation text can have it.
@@ -69,17 +68,6 @@ class Search:
 
     section: SearchSection
     method: Groups
-
-    @staticmethod
-    def of(method: Method) -> Search | None:
-        """Return the search of a method, if it has one."""
-        if (
-            not isinstance(method, Groups)
-            or not isinstance(method.section, GroupsSection)
-            or method.section.search is None
-        ):
-            return None
-        return Search(method.section.search, method)
 
     # On a worker
 

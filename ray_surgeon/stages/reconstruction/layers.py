@@ -27,7 +27,7 @@ from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.passes import pass_up_to_the_head
 from ray_surgeon.runtime.worker import Worker, collective
 from ray_surgeon.stages.curvature.section import AnyCurvature
-from ray_surgeon.stages.prune.groups_section import ReconstructionSection
+from ray_surgeon.stages.reconstruction.section import ReconstructionSection
 
 RATES = (0.003, 0.006, 0.012)
 """Learning rates that are tried, relative to the root mean square of each weight.

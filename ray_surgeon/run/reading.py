@@ -1,0 +1,166 @@
+"""Reads what a job names: the configuration, the tokenizer and the texts."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import AutoConfig, PretrainedConfig
+
+import ray_surgeon
+from ray_surgeon.models.families import check_family, check_not_quantised, check_sizes
+from ray_surgeon.models.pruned_config import check_rope
+from ray_surgeon.spec.job import JobSpec
+from ray_surgeon.spec.texts import SourceSection
+from ray_surgeon.spec.written import SelfSection
+from ray_surgeon.storage import files
+from ray_surgeon.storage.texts import (
+    Windows,
+    cut_windows,
+    first_token,
+    interleaved,
+    is_saved_whole,
+    token_stream,
+    windows_of,
+)
+
+
+def nothing(num_sequences: int, sequence_length: int) -> NDArray[np.int64]:
+    """Return tokens of a text that is not read; all places share their memory."""
+    return np.broadcast_to(np.int64(0), (num_sequences, sequence_length))
+
+
+def read_texts(
+    spec: JobSpec, num_searched: int, tokenizer: Any, config: PretrainedConfig
+) -> tuple[Windows, Windows, dict[str, Windows]]:
+    """Return the calibration, the windows of a search, and the evaluation texts.
+
+    The windows of a search lie beside the calibration's in the same texts.
+    """
+    section = spec.calibration
+    for i, measured in enumerate(spec.evaluation.texts):
+        if is_saved_whole(measured):
+            section.check_border(measured, f"evaluation.{i}")
+    length = section.sequence_length
+    further = section.further(num_searched)
+    parts = list[Windows]()
+    beside = list[NDArray[np.int64]]()
+    for number, ((text, count), more) in enumerate(zip(section.shares, further, strict=True)):
+        if isinstance(text, SelfSection):
+            parts.append(windows_of(np.zeros((count, length), dtype=np.int64)))
+            continue
+        overlapping = (
+            (length - 1) // text.stride if text.stride and more else 0
+        )  # windows that begin in the calibration's last one
+        where = f"calibration.mix.{number - 1}" if number else "calibration"
+        windows = _windows(text, count + overlapping + more, length, tokenizer, config, where)
+        parts.append(windows_of(windows.tokens[:count]))
+        beside.append(windows.tokens[count + overlapping :])
+    calibration = interleaved(parts)
+    texts = {
+        t.name: _windows(
+            t, t.num_sequences, t.sequence_length, tokenizer, config, f"evaluation.{i} ({t.name})"
+        )
+        for i, t in enumerate(spec.evaluation.texts)
+    }
+    return calibration, windows_of(np.concatenate(beside) if beside else nothing(0, length)), texts
+
+
+@contextlib.contextmanager
+def as_input_error(what: str) -> Iterator[None]:
+    """Turn a failing file system into a clear error of the user's input."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"{what}: {error}; check the address, the permissions, the credentials and the network"
+        ) from error
+
+
+def load_config(folder: Path, origin: str) -> PretrainedConfig:
+    """Return the configuration of a checkpoint.
+
+    Args:
+        folder: with config.json.
+        origin: of the checkpoint, for errors.
+
+    Raises:
+        ValueError: it cannot be read, or is of a family or a kind that is not supported.
+    """
+    document = files.read_json(str(folder / "config.json"))
+    if not isinstance(document, dict):
+        raise ValueError(
+            f"model.source: config.json of {origin} is a {type(document).__name__}, expected an "
+            "object; fetch it again"
+        )
+    check_family(str(document.get("model_type", "")), document.get("text_config"))
+    check_sizes(document, origin)
+    check_not_quantised(document)
+    check_rope(document)
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the code of any family may raise anything
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"model.source: transformers cannot read config.json of {origin}: {reason}; give a "
+            "checkpoint it knows"
+        ) from error
+
+
+def _windows(
+    section: SourceSection,
+    num_sequences: int,
+    sequence_length: int,
+    tokenizer: Any,
+    config: PretrainedConfig,
+    where: str,
+) -> Windows:
+    longest = getattr(config, "max_position_embeddings", sequence_length)
+    if sequence_length > longest:
+        raise ValueError(
+            f"{where}.sequence_length: {sequence_length}, but the model takes at most {longest}; "
+            "shorten it"
+        )
+    first = (
+        first_token(tokenizer)
+        if section.bos is None
+        else tokenizer.bos_token_id
+        if section.bos
+        else None
+    )
+    if section.bos and first is None:
+        raise ValueError(f"{where}.bos: true, but the tokenizer has no BOS token; remove it")
+    stream = token_stream(section, tokenizer, where)
+    windows = cut_windows(
+        stream,
+        num_sequences,
+        sequence_length,
+        section.stride,
+        section.seed,
+        f"{where} ({section.source})",
+        first,
+    )
+    if int(windows.tokens.max()) >= config.vocab_size:
+        raise ValueError(
+            f"model.source: the tokenizer gives token {int(windows.tokens.max())}, the model's "
+            f"vocabulary is {config.vocab_size}; the tokenizer belongs to another model"
+        )
+    return windows
+
+
+def environment() -> dict[str, str]:
+    """Return versions and machine, for the report."""
+    packages = {
+        name: version(name) for name in ("torch", "transformers", "ray", "numpy", "safetensors")
+    }
+    return {
+        "ray_surgeon": ray_surgeon.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+    } | packages

@@ -1,0 +1,1 @@
+"""Low-rank corrections after every shot."""

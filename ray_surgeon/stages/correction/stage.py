@@ -1,0 +1,92 @@
+"""The stage of low-rank corrections, after the update of every shot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ray_surgeon.plan.needs import StepPlan, WorkerView
+from ray_surgeon.runtime.dense_model import CALIBRATION
+from ray_surgeon.stages.correction.section import CorrectionSection
+from ray_surgeon.stages.correction.training import Corrections, further_sequences
+from ray_surgeon.stages.stage import Facts, RunState, Stage, Text
+
+
+@dataclass(frozen=True)
+class Correction(Stage):
+    """Trains corrections of all linears, and absorbs them if they help."""
+
+    name: ClassVar[str] = "correction"
+    section: CorrectionSection
+    num_held: int  # windows held aside, on which it is measured
+    by_element: bool  # whether masks are of elements
+    # whether the curvature pass keeps the dense model's states of the calibration text
+    has_pass: bool
+
+    @property
+    def needs_dense_states(self) -> bool:
+        """Whether the dense model's states of the calibration text are needed."""
+        return self.section.loss == "kl"
+
+    def run(self, run: RunState, facts: Facts) -> None:
+        """Train."""
+        corrections = Corrections(self.section)
+        before = run.record.get("divergence_held_aside")
+        trained = corrections.train(run.cluster, run.text, run.shot, run.num_shots, before)
+        facts |= trained.facts
+        run.record |= trained.as_record()
+
+    def texts_to_remember(self, run: RunState) -> Mapping[str, Text]:
+        """Return the calibration text, unless a curvature pass sees it anyway."""
+        if self.has_pass or not self.needs_dense_states:
+            return {}
+        return {CALIBRATION: Text(run.text.tokens, run.text.counts)}
+
+    # For the plan
+
+    def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
+        """Return the training of B A.
+
+        It needs inputs, A, B and gradients (between replicas one copy more), Adam's moments at a
+        linear's owner, and the best state so far.
+        """
+        N = worker.num_replicas
+        num_states = int(self.num_held > 0)
+        of_entry = 8 + (8 if N == 1 else 12 / N) + num_states * (4 + 8 / N)
+        entries = sum(linear.num_rows + linear.num_columns for linear in worker.linears)
+        adapters = of_entry * self.section.lora_rank * entries
+        columns = sum(linear.num_columns for linear in worker.linears)
+        inputs = worker.shapes.width * columns / worker.num_blocks
+        num_passing = self._num_passing(worker)
+        # B A and copies: of elements in every pass, of others when absorbed
+        product = 16.0 * max(linear.size for linear in worker.linears)
+        passing = worker.passing(more_kept=inputs) + product * self.by_element
+        # on a CPU masks of elements are those of the host
+        masks = sum(linear.size for linear in worker.linears) * self.by_element
+        on_device = masks * (not worker.device_is_host)
+        loads = 2 * worker.all_blocks * -(-num_passing // worker.wave)
+        yield StepPlan(
+            self.name,
+            worker.weights + adapters + on_device + max(passing, product),
+            worker.host + worker.travelling(worker.sequence_length),
+            6 * worker.active * num_passing * worker.sequence_length,
+            0.0,
+            *worker.moved(worker.stores.weights, loads),
+        )
+
+    def _num_passing(self, worker: WorkerView) -> int:
+        """Return how many sequences pass in a shot; one forward alone counts as a third."""
+        section = self.section
+        num_fitted = worker.num_sequences - self.num_held
+        of_epoch = -(-num_fitted // section.sequences_per_step)
+        num_steps = section.steps_per_shot + section.final_epochs * of_epoch
+        tried, measured = further_sequences(section, num_steps, self.num_held)
+        trained = section.steps_per_shot * section.sequences_per_step
+        trained += section.final_epochs * num_fitted
+        return trained + tried + -(-measured // 3)
+
+    def on_host(self, worker: WorkerView) -> float:
+        """Return the dense model's states of the calibration text."""
+        tokens = worker.num_sequences * worker.sequence_length
+        return worker.remembered(tokens * self.needs_dense_states)

@@ -1,0 +1,99 @@
+"""The curvature pass of a shot: A and G of every linear, from the calibration text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ray_surgeon.plan.needs import Beside, StepPlan, WorkerView
+from ray_surgeon.stages.curvature.section import ExtendedKfacSection
+from ray_surgeon.stages.prune.method import Method
+from ray_surgeon.stages.prune.stages import OfShot, Present
+from ray_surgeon.stages.stage import Facts, RunState, Stage
+
+
+@dataclass(frozen=True)
+class Curvature(Stage):
+    """Workers gather the curvature of the present weights."""
+
+    name: ClassVar[str] = "curvature"
+    method: Method
+    # whether the first pass keeps the dense model's states of the calibration text
+    remembers: bool
+
+    def run(self, run: RunState, facts: Facts) -> None:
+        """Gather, and choose the damping if the job leaves it open."""
+        remembers = self.remembers and run.shot == 1
+        given = run.kept(Present).method
+        found = given.calibrate(run.cluster, run.text, run.shot, remembers=remembers)
+        run.keep(OfShot(found.method), of_shot=True)
+        run.record |= found.record
+        run.record["calibration_loss"] = found.loss
+        facts |= {"calibration_loss": found.loss, "num_tokens": run.text.tokens.size}
+        chosen = found.record.get("damping_chosen")
+        if chosen is not None:
+            facts["damping"] = f"{chosen['a']:g}/{chosen['g']:g}"
+
+    # For the plan
+
+    def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
+        """Return the passes over the calibration text."""
+        curvature = self.method.used_curvature
+        stores = worker.stores
+        ranks_experts = self.method.ranks_experts
+        backward = self._num_backward(worker)
+        waves_backward = -(-backward // worker.wave)
+        forward = (1 + ranks_experts) * 2 * worker.active + worker.all_factors / 2
+        head = worker.head_flops * (backward or worker.sequences)
+        runs_again = stores.activations == "recompute"
+        further = (1 + runs_again) * 2 * worker.active + 2 * worker.head_flops
+        of_pass = worker.sequences * forward + head + backward * further
+        num_passes = 1
+        if isinstance(curvature, ExtendedKfacSection):
+            num_passes += (curvature.num_kronecker_terms - 1) * curvature.num_power_iterations
+        waves = worker.num_waves
+        weights = worker.moved(stores.weights, (waves + waves_backward) * worker.all_blocks)
+        factors = worker.moved(stores.factors, 2 * waves * worker.all_factors)
+        yield StepPlan(
+            self.name,
+            worker.weights + self._factors_on_device(worker) + self._passing(worker),
+            worker.host
+            + worker.all_factors * (stores.factors == "host" and worker.device_is_host)
+            + worker.travelling(worker.sequence_length),
+            num_passes * worker.sequence_length * of_pass,
+            0.0,
+            num_passes * (weights[0] + factors[0]),
+            num_passes * (weights[1] + factors[1]),
+            (waves + worker.num_shards - 1) / waves,
+        )
+
+    def _num_backward(self, worker: WorkerView) -> int:
+        """Return how many sequences of a replica pass backward, of the one that has most."""
+        curvature = self.method.used_curvature
+        if curvature.gathers == "A":
+            return 0
+        of_all = curvature.sequences_backward or worker.num_sequences
+        return -(-of_all // worker.num_replicas)
+
+    def _factors_on_device(self, worker: WorkerView) -> float:
+        if worker.stores.factors == "device":
+            return worker.all_factors
+        return worker.largest_factors
+
+    def _passing(self, worker: WorkerView) -> float:
+        """Return what passes, with the changes that removals of a token's experts would make."""
+        of_experts = 0
+        if self.method.ranks_experts:
+            of_experts = worker.shapes.layout.num_active_experts * worker.hidden_size
+        return worker.passing(more_kept=4 * of_experts, more_in_a_moment=12 * of_experts)
+
+    def beside(self, worker: WorkerView) -> Mapping[str, Beside]:
+        """Return further Kronecker terms, which are not packed."""
+        curvature = self.method.used_curvature
+        if not isinstance(curvature, ExtendedKfacSection):
+            return {}
+        further = curvature.num_kronecker_terms - 1
+        squares = sum(linear.num_rows**2 + linear.num_columns**2 for linear in worker.linears)
+        terms = Beside(device=(further + 1.5) * 4.0 * squares)
+        return dict.fromkeys((self.name, "costs", "update"), terms)

@@ -1,0 +1,110 @@
+"""The checkpoints in which a run ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ray_surgeon.export.for_engines import Shrinking, check_quantised, export_quantised
+from ray_surgeon.export.kinds import check_export, export
+from ray_surgeon.models.layout import ModelLayout
+from ray_surgeon.plan.needs import StepPlan, WorkerView
+from ray_surgeon.spec.evaluation import TasksSection
+from ray_surgeon.spec.output import OutputSection, QuantizeSection
+from ray_surgeon.stages.stage import Facts, RunState, Stage
+
+
+@dataclass(frozen=True)
+class Export(Stage):
+    """One checkpoint, reloaded and measured."""
+
+    name: ClassVar[str] = "export"
+    kind: str
+    output: OutputSection
+    tasks: TasksSection | None
+
+    @staticmethod
+    def of(
+        output: OutputSection,
+        tasks: TasksSection | None,
+        layout: ModelLayout,
+        shrinking: Shrinking | None,
+    ) -> list[Export]:
+        """Return a stage for every export.
+
+        Args:
+            output: of the job spec.
+            tasks: to measure; None for none.
+            layout: of the dense model.
+            shrinking: what pruning may leave; None if it leaves the shapes as they are.
+
+        Raises:
+            ValueError: the model cannot have one of them; says why, and what to export instead.
+        """
+        for kind in output.exports if shrinking is not None else ():
+            assert shrinking is not None
+            check_export(kind, layout, shrinking)
+        return [Export(kind, output, tasks) for kind in output.exports]
+
+    def run(self, run: RunState, facts: Facts) -> None:
+        """Write it, reload it in a process of its own, and measure what is wanted."""
+        run.directory.check_attempt()
+        found = export(
+            self.kind,
+            run.cluster,
+            run.layout,
+            run.model,
+            run.directory.path("export", self.kind),
+            run.calibration[0],
+            run.report.model_card_facts(),
+            run.report.shots[-1]["linears"],
+            output=self.output,
+            tasks=self.tasks,
+        )
+        run.report.exports.append(found)
+        names = ("kind", "uri", "size_bytes", "reload_max_logit_difference")
+        facts |= {name: found[name] for name in names if name in found}
+
+
+@dataclass(frozen=True)
+class Quantise(Stage):
+    """The quantised copy of the export uniform; it may round the workers' weights, for good."""
+
+    name: ClassVar[str] = "quantise"
+    section: QuantizeSection
+
+    @staticmethod
+    def of(
+        section: QuantizeSection | None, layout: ModelLayout, shrinking: Shrinking | None
+    ) -> Quantise | None:
+        """Return the stage if a copy is wanted; see `Export.of`."""
+        if section is None:
+            return None
+        assert shrinking is not None, "uniform exports are of coupled groups"
+        check_quantised(layout, shrinking, section)
+        return Quantise(section)
+
+    def run(self, run: RunState, facts: Facts) -> None:
+        """Write and evaluate the copy."""
+        (uniform,) = (entry for entry in run.report.exports if entry["kind"] == "uniform")
+        copy = export_quantised(
+            run.cluster,
+            run.layout,
+            run.model,
+            uniform,
+            run.calibration,
+            run.texts,
+            run.report.model_card_facts(),
+            self.section,
+        )
+        run.report.exports.append(copy)
+        facts |= {name: copy[name] for name in ("kind", "uri", "size_bytes")}
+
+    def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
+        """Return the rounding by the calibration text; other schemes need none."""
+        if self.section.scheme != "w4a16":
+            return
+        shapes = [(linear.num_rows, linear.num_columns) for linear in worker.linears]
+        of_linears = [(16.0 * (C**2 + R * C), 2 / 3 * C**3 + 2.0 * R * C**2) for R, C in shapes]
+        yield worker.block_by_block(self.name, of_linears)

@@ -1,0 +1,38 @@
+"""Measures how long blocks of every width take, for a target that is a latency."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ray_surgeon.export.latency import Widths, latency_budget
+from ray_surgeon.spec.targets import LatencyTarget
+from ray_surgeon.stages.prune.groups import Groups
+from ray_surgeon.stages.prune.method import Method
+from ray_surgeon.stages.prune.stages import Present
+from ray_surgeon.stages.stage import Facts, RunState, Stage
+
+
+@dataclass(frozen=True)
+class Latency(Stage):
+    """Gives the method of a run its budget."""
+
+    name: ClassVar[str] = "latency"
+    method: Groups
+
+    @staticmethod
+    def of(method: Method) -> Latency | None:
+        """Return the stage if the method's budget must be measured."""
+        return Latency(method) if isinstance(method, Groups) and method.budget is None else None
+
+    def run(self, run: RunState, facts: Facts) -> None:
+        """Measure, unless an earlier try of the run did."""
+        section = self.method.section
+        assert isinstance(section.target, LatencyTarget)
+        widths = Widths(
+            self.method.fewest, section.multiple, section.tensor_parallel, section.uniform
+        )
+        uri = run.directory.path("latency.json")
+        budget = latency_budget(run.cluster, run.layout, run.model, section.target, widths, uri)
+        run.keep(Present(self.method.with_budget(budget)))
+        facts["dense_s"] = budget.dense

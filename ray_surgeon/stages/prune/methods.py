@@ -1,0 +1,132 @@
+"""The method of a job for a model, or why it cannot do what is asked."""
+
+from __future__ import annotations
+
+import torch
+
+from ray_surgeon.models.budgets import (
+    Budget,
+    bytes_budget,
+    fewest_left,
+    flops_budget,
+    linears_budget,
+    parameters_budget,
+)
+from ray_surgeon.models.layout import ModelLayout
+from ray_surgeon.models.pruned_config import kv_heads_left
+from ray_surgeon.spec.targets import FlopsTarget, LatencyTarget, ParametersTarget
+from ray_surgeon.stages.curvature.section import AnyCurvature
+from ray_surgeon.stages.prune import METHODS, CoupledSection, Groups, Method, PruningSection
+
+
+def method_for(
+    pruning: PruningSection, curvature: AnyCurvature | None, layout: ModelLayout, dtype: str
+) -> Method:
+    """Return the method of a job for a model.
+
+    Args:
+        pruning: section of the job spec.
+        curvature: likewise; None for methods that gather their own.
+        layout: of the model.
+        dtype: of its weights.
+
+    Raises:
+        ValueError: the method cannot do what is asked to this model.
+    """
+    leaves_out = curvature is not None and curvature.sequences_backward is not None
+    if layout.num_experts and leaves_out:
+        raise ValueError(
+            "curvature.num_backward: the experts of a mixture see too few tokens to leave some out "
+            "of G; remove it"
+        )
+    if isinstance(pruning, CoupledSection):
+        heads = layout.heads
+        devices = pruning.tensor_parallel
+        if heads.num_kv not in kv_heads_left(layout, devices, uniform=pruning.uniform):
+            raise ValueError(
+                f"pruning.tensor_parallel: {devices}, but no engine splits the dense model's "
+                f"{heads.num_query} query heads and {heads.num_kv} KV heads so; give a number that "
+                "divides them"
+            )
+        for of in (
+            of for of in layout.group_sets if of.kind != "attention" and len(of.columns) % devices
+        ):
+            raise ValueError(
+                f"pruning.tensor_parallel: {devices}, but {of.consumer} has {len(of.columns)} "
+                "channels; give a divisor"
+            )
+        _check_kinds(layout, pruning)
+        fewest = fewest_left(
+            layout, pruning.groups, pruning.fewest_groups, devices, uniform=pruning.uniform
+        )
+        consumers = {
+            groups.kind: layout.shapes[groups.consumer].role for groups in layout.group_sets
+        }
+        roles = frozenset(consumers[kind] for kind in pruning.groups if kind != "experts")
+        method = Groups(pruning, curvature, _budget(layout, pruning, dtype), fewest, roles)
+        method.check()
+        return method
+    pattern = getattr(pruning, "pattern", None) or getattr(pruning, "n_m", None)
+    if pattern is not None and pruning.structure == "n_m":
+        _check_pattern(layout, pattern[1])
+    other: Method = METHODS[type(pruning)](pruning, curvature)
+    if pruning.target_sparsity > (most := other.reach(layout)):
+        raise ValueError(
+            f"pruning.target_sparsity: {pruning.target_sparsity:g}, but {most:.4g} is all that "
+            f"{pruning.method} can take from this model, because biases count and stay; lower it"
+        )
+    return other
+
+
+def _check_kinds(layout: ModelLayout, pruning: CoupledSection) -> None:
+    missing = [kind for kind in pruning.groups if kind not in layout.kinds]
+    if missing:
+        raise ValueError(
+            f"pruning.groups: {', '.join(missing)}, but {layout.config.model_type} has "
+            f"{', '.join(layout.kinds)} that can be pruned here; name some of these"
+        )
+    sparse = layout.family.sparse
+    if layout.num_experts and isinstance(pruning.target, LatencyTarget):
+        raise ValueError(
+            "pruning.target: a latency is not measured for mixtures of experts; give parameters, "
+            "bytes or flops"
+        )
+    if "experts" not in pruning.groups:
+        return
+    assert sparse is not None
+    num_groups = (
+        1 if sparse.num_groups is None else int(getattr(layout.config, sparse.num_groups) or 1)
+    )
+    if num_groups > 1:
+        raise ValueError(
+            f"pruning.groups: the router chooses among {num_groups} groups of experts of one size "
+            f"({sparse.num_groups} in config.json), so no single expert can go; use expert_channels"
+        )
+    if isinstance(pruning.target, FlopsTarget):
+        raise ValueError(
+            "pruning.target: whole experts save no flops, because a token goes to as many of the "
+            "others; give parameters or bytes"
+        )
+
+
+def _budget(layout: ModelLayout, pruning: CoupledSection, dtype: str) -> Budget | None:
+    """Return what groups save from; None if it must be measured first."""
+    target = pruning.target
+    if target is None:
+        return linears_budget(layout)
+    if isinstance(target, LatencyTarget):
+        return None
+    if isinstance(target, FlopsTarget):
+        return flops_budget(layout, target.prompt_length)
+    if isinstance(target, ParametersTarget):
+        return parameters_budget(layout)
+    return bytes_budget(layout, getattr(torch, dtype).itemsize)
+
+
+def _check_pattern(layout: ModelLayout, m: int) -> None:
+    for shape in layout.linears:
+        if (shape.num_columns - shape.has_bias) % m:
+            raise ValueError(
+                f"pruning.n_m: {shape.name} has {shape.num_columns - shape.has_bias} inputs, not a "
+                f"multiple of {m}; choose another M"
+            )

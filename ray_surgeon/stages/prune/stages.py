@@ -1,0 +1,113 @@
+"""The stages of a pruning method: costs, the global threshold, and the update."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ray_surgeon.plan.linear_needs import LinearNeeds
+from ray_surgeon.plan.needs import StepPlan, WorkerView
+from ray_surgeon.stages.calibration import held_measure
+from ray_surgeon.stages.prune.method import Choice, Method, Scores
+from ray_surgeon.stages.stage import Facts, RunState, Stage
+
+
+@dataclass(frozen=True)
+class Present:
+    """The method of a run, or of a shot if some of its options are chosen there."""
+
+    method: Method
+
+
+@dataclass(frozen=True)
+class OfShot:
+    """The method with what was chosen in the present shot."""
+
+    method: Method
+
+
+def method_of(run: RunState) -> Method:
+    """Return the method as it is in the present shot."""
+    of_shot = run.find(OfShot)
+    return run.kept(Present).method if of_shot is None else of_shot.method
+
+
+def needs_of(method: Method, worker: WorkerView) -> list[LinearNeeds]:
+    """Return what a method needs for each linear of a worker that it ranks or updates."""
+    found = (method.needs(linear) for linear in worker.linears)
+    return [needs for needs in found if needs is not None]
+
+
+@dataclass(frozen=True)
+class Costs(Stage):
+    """Workers take the costs of everything that may be pruned."""
+
+    name: ClassVar[str] = "costs"
+    method: Method
+
+    def run(self, run: RunState, facts: Facts) -> None:
+        """Take the costs."""
+        scores = method_of(run).score(run.cluster, run.shot)
+        run.keep(scores, of_shot=True)
+        facts["damping_raised"] = len(scores.raised_damping)
+
+    def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
+        """Return the costs, linear by linear."""
+        needs = needs_of(self.method, worker)
+        yield worker.linear_by_linear(
+            self.name,
+            [of_linear.costs_bytes for of_linear in needs],
+            [of_linear.costs_flops for of_linear in needs],
+            sum(of_linear.kept_bytes for of_linear in needs),
+        )
+
+
+@dataclass(frozen=True)
+class Threshold(Stage):
+    """The coordinator chooses what to prune."""
+
+    name: ClassVar[str] = "threshold"
+
+    def run(self, run: RunState, facts: Facts) -> None:
+        """Choose, and may ask the workers again."""
+        choice = method_of(run).choose(run.cluster, run.kept(Scores), run.shot)
+        run.keep(choice, of_shot=True)
+        facts |= choice.facts
+
+
+@dataclass(frozen=True)
+class Update(Stage):
+    """Workers prune, and update what stays."""
+
+    name: ClassVar[str] = "update"
+    method: Method
+
+    def run(self, run: RunState, facts: Facts) -> None:
+        """Prune, and measure what that does to the windows held aside."""
+        method = method_of(run)
+        cluster = run.cluster
+        choice = run.find(Choice) or Choice(None, {})
+        applied = method.apply(cluster, run.text.tokens, choice, run.shot)
+        run.linears = method.of_loss(applied)
+        run.record |= method.record(cluster, run.find(Scores), choice, run.linears)
+        facts["sparsity"] = run.sparsity
+        predicted = run.record.get("predicted_loss_increase")
+        if predicted is not None:
+            facts["predicted_loss_increase"] = predicted
+        facts |= method.update_facts(run.record)
+        if len(run.text.held) and method.has_costs:
+            divergence = held_measure(cluster, run.text)
+            run.record["divergence_held_aside"] = divergence
+            facts["divergence held aside"] = divergence
+
+    def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
+        """Return the update, linear by linear or block by block."""
+        needs = needs_of(self.method, worker)
+        sizes = [of_linear.update_bytes for of_linear in needs]
+        flops = [of_linear.update_flops for of_linear in needs]
+        if self.method.has_costs:
+            kept = sum(of_linear.kept_bytes for of_linear in needs)
+            yield worker.linear_by_linear(self.name, sizes, flops, kept)
+        else:
+            yield worker.block_by_block(self.name, list(zip(sizes, flops, strict=True)))

@@ -1,0 +1,1 @@
+"""Reconstruction of feed-forward layers that lost channels."""

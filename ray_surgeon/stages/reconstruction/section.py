@@ -1,0 +1,29 @@
+"""The section of a job spec on the reconstruction of layers."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from ray_surgeon.spec.base import Positive, Section
+
+RECONSTRUCTED = frozenset({"ffn", "shared_experts"})
+"""Kinds of groups of which the layers that lose some can be reconstructed: every token passes them.
+"""
+
+
+class ReconstructionSection(Section):
+    """Reconstruction of feed-forward layers, see `ray_surgeon.stages.reconstruction.layers`."""
+
+    learning_rate: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Adam's largest rate, in units of the root mean square of each weight; it "
+        "rises shortly, then falls linearly to zero. null: three rates are tried on two layers, "
+        "and the best one on the windows held aside is taken",
+    )
+    tokens_per_step: Positive = Field(
+        512, description="Calibration tokens of one step, at most all"
+    )
+    num_epochs: Positive = Field(2, description="Passes over the calibration tokens")
+    seed: int = Field(0, ge=0, description="Seed of the order of the tokens")

@@ -1,0 +1,1 @@
+"""The search for how many coupled groups every block loses."""
