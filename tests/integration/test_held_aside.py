@@ -181,7 +181,9 @@ def test_the_highest_rate_that_does_no_harm_goes_on(
         losses.append(of_sequences[0])
         return of_sequences
 
-    monkeypatch.setattr("ray_surgeon.stages.correction.training.held_measure", lambda *_: next(come))
+    monkeypatch.setattr(
+        "ray_surgeon.stages.correction.training.held_measure", lambda *_: next(come)
+    )
     monkeypatch.setattr("ray_surgeon.stages.correction.training.forward_and_backward", forward)
     found = trained(cluster, text)
     assert found.tried == dict(zip(RATES, measures, strict=False))
@@ -234,7 +236,9 @@ def test_a_rate_is_halved_where_the_measure_rises(
     """From the best state on, which is the one that is absorbed."""
     cluster, text = pruned(model_folders["llama"])
     measures = iter([1.0, 1.1, 0.8, 0.7, 0.9, 0.85, 0.72])
-    monkeypatch.setattr("ray_surgeon.stages.correction.training.held_measure", lambda *_: next(measures))
+    monkeypatch.setattr(
+        "ray_surgeon.stages.correction.training.held_measure", lambda *_: next(measures)
+    )
     found = trained(cluster, text)
     # before, two trials, then three checks, of which 0.7 is the best and the others are above it by
     # more than is tolerated; then the best state as it is rounded
@@ -533,8 +537,9 @@ def test_a_calibration_with_prompts_holds_some_aside_for_the_comparison(
         parse_spec(tiny_spec(tmp_path, model_folders["llama"], **(options | changed)).read_text()),
         dry_run=True,
     )
-    assert by_hand.yardstick is not None
-    assert len(by_hand.yardstick.prompts) == 3, "the beginnings of the evaluation text's windows"
+    of_text = by_hand.stage(DenseAnswers)
+    assert of_text is not None
+    assert len(of_text.yardstick.prompts) == 3, "the beginnings of the evaluation text's windows"
     off = changed["evaluation"] | {"generation": None}
     assert (
         check(
@@ -544,7 +549,7 @@ def test_a_calibration_with_prompts_holds_some_aside_for_the_comparison(
                 ).read_text()
             ),
             dry_run=True,
-        ).yardstick
+        ).stage(DenseAnswers)
         is None
     )
 
