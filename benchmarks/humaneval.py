@@ -276,9 +276,7 @@ def outcomes_of(
         )
     return {
         (name := task["task_id"]): outcome_of(
-            program_of(task, completions[name]),
-            limits,
-            allow_network=allow_network,
+            program_of(task, completions[name]), limits, allow_network=allow_network
         )
         for task in tasks
     }
@@ -338,11 +336,7 @@ def ends_of(folder: str, tokenizer: Any) -> list[int]:
 
 
 def completions_of_vllm(
-    folder: str,
-    prompts: Sequence[str],
-    dtype: str,
-    *,
-    trust_remote_code: bool,
+    folder: str, prompts: Sequence[str], dtype: str, *, trust_remote_code: bool
 ) -> list[str]:
     """Return a greedy completion of each prompt, all in one batch.
 
@@ -391,12 +385,7 @@ def completions_of_vllm(
 
 
 def completions_of_transformers(
-    folder: str,
-    prompts: Sequence[str],
-    dtype: str,
-    *,
-    trust_remote_code: bool,
-    batch_size: int,
+    folder: str, prompts: Sequence[str], dtype: str, *, trust_remote_code: bool, batch_size: int
 ) -> list[str]:
     """Return a greedy completion of each prompt, in batches of prompts of similar length."""
     trust = {"trust_remote_code": trust_remote_code}
@@ -415,10 +404,7 @@ def completions_of_transformers(
 
 
 def batch_of_transformers(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[str],
-    ends: Sequence[int],
+    model: Any, tokenizer: Any, prompts: Sequence[str], ends: Sequence[int]
 ) -> list[str]:
     """Return the completions of prompts that are padded on the left."""
     batch = tokenizer(list(prompts), padding=True, return_tensors="pt")
@@ -506,10 +492,7 @@ def completed(folder: str, tasks: Sequence[Task], arguments: argparse.Namespace)
     start = time.monotonic()
     if arguments.engine == "vllm":
         texts = completions_of_vllm(
-            folder,
-            prompts,
-            arguments.dtype,
-            trust_remote_code=arguments.trust_remote_code,
+            folder, prompts, arguments.dtype, trust_remote_code=arguments.trust_remote_code
         )
     else:
         texts = completions_of_transformers(
@@ -573,10 +556,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     for record in records:
         record["outcomes"] = outcomes_of(
-            record["completions"],
-            tasks,
-            limits,
-            allow_network=arguments.allow_network,
+            record["completions"], tasks, limits, allow_network=arguments.allow_network
         )
         write(arguments.out, records)
     sys.stdout.write(table(records))

@@ -608,8 +608,7 @@ def table(rows: Sequence[Row]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write FOLDER/peers.json and the table."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.peers",
-        description="Compare ways to choose coupled groups.",
+        prog="python -m benchmarks.peers", description="Compare ways to choose coupled groups."
     )
     add = parser.add_argument
     points = list(range(len(POINTS)))

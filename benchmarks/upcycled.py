@@ -241,9 +241,8 @@ def train(model: PreTrainedModel, tokens: NDArray[np.int64], say: float = 30.0) 
         )
         return float(nll.sum()) / num_predicted
 
-    pool = ThreadPoolExecutor(
-        NUM_THREADS, initializer=torch.set_num_threads, initargs=(1,)
-    )  # what is small runs on one
+    # what is small runs on one
+    pool = ThreadPoolExecutor(NUM_THREADS, initializer=torch.set_num_threads, initargs=(1,))
     optimizer = torch.optim.Adam(trained, lr=RATE, betas=(0.9, 0.95), fused=True)
     num_steps = len(tokens) // BATCH
     said = time.monotonic()

@@ -80,10 +80,7 @@ def states_of(worker: Worker) -> DenseStates:
 
 
 def measures_of(
-    cluster: LocalCluster,
-    answers: Answers,
-    max_tokens: int,
-    texts: Mapping[str, NDArray[np.int64]],
+    cluster: LocalCluster, answers: Answers, max_tokens: int, texts: Mapping[str, NDArray[np.int64]]
 ) -> Measures:
     """Return what a run would measure of a model.
 

@@ -115,9 +115,8 @@ def tokens_per_second(client: OpenAI, batch_size: int) -> tuple[float, float]:
 
     with ThreadPoolExecutor(batch_size) as pool:
         for turn in range(TURNS + 1):  # the first one warms up
-            starts = [
-                f"{batch_size} {turn} {i} " for i in range(batch_size)
-            ]  # each its own, so that no cache of prefixes helps
+            # each its own, so that no cache of prefixes helps
+            starts = [f"{batch_size} {turn} {i} " for i in range(batch_size)]
             long = [
                 start + " ".join(words[(i + n) % 8] for n in range(PROMPT_WORDS))
                 for i, start in enumerate(starts)

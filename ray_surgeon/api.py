@@ -110,9 +110,8 @@ class PruneResult:
                 f"the export {export['kind']} is not for transformers; load another, or: "
                 f"{export['load']}"
             )
-        trusted = (
-            "trust_remote_code=True" in export["load"]
-        )  # the code beside the weights is ours, written by the run
+        # the code beside the weights is ours, written by the run
+        trusted = "trust_remote_code=True" in export["load"]
         with local_folder(str(export["uri"])) as (folder, _), without_bars():
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
                 folder, **({"dtype": "auto", "trust_remote_code": trusted} | options)
@@ -479,9 +478,8 @@ def curvature(
     state = model.state_dict()
     check_tied(layout, state, read_state(state), "the model")
     read_stored = tensor_reader(layout, state, read_state(state), "the model")
-    where = Stores(
-        weights="disk"
-    )  # they are never written, so they are read where they are: in the model
+    # they are never written, so they are read where they are: in the model
+    where = Stores(weights="disk")
     shard = ModelShard(
         layout,
         BlockRange(0, layout.num_blocks, layout.num_blocks),

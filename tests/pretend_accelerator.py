@@ -60,9 +60,8 @@ class _Signature:
     """What is asked of an operator's schema, once for each operator."""
 
     names: tuple[str, ...]  # of all arguments
-    out: frozenset[
-        str
-    ]  # tensors that are only written to; they may be of another size, or one of the inputs
+    # tensors that are only written to; they may be of another size, or one of the inputs
+    out: frozenset[str]
     changed: frozenset[str]  # tensors that are written to
     plain: frozenset[str]  # single tensors, for which torch may hand over a number
     anywhere: frozenset[str]  # may be on the CPU as well

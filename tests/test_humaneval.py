@@ -250,9 +250,7 @@ def test_nothing_is_run_without_the_flag(
 
 @needs_namespaces
 def test_completions_of_an_earlier_file_are_run(
-    completions: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    completions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out.json"
     assert main(["--completions", str(completions), "--out", str(out), "--run-code"]) == 0
@@ -268,8 +266,7 @@ def test_completions_of_other_tasks_are_refused() -> None:
 
 
 def test_a_model_is_completed_by_transformers(
-    model_folders: dict[str, Path],
-    monkeypatch: pytest.MonkeyPatch,
+    model_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Padding changes nothing, and texts are the tokens that are the most likely one by one."""
     monkeypatch.setattr(humaneval, "NUM_NEW_TOKENS", 12)
@@ -278,11 +275,7 @@ def test_a_model_is_completed_by_transformers(
     prompts = ["def add(a, b):\n", "f"]
     one, two = (
         humaneval.completions_of_transformers(
-            folder,
-            prompts,
-            "float32",
-            trust_remote_code=False,
-            batch_size=size,
+            folder, prompts, "float32", trust_remote_code=False, batch_size=size
         )
         for size in (1, 2)
     )

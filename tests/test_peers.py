@@ -159,9 +159,8 @@ def test_a_peer_removes_what_the_budget_says(peer: str, inputs: Inputs) -> None:
     assert 0.2 <= zeros / inputs.layout.linear_size < 0.35, (
         "a KV group of the tiny model is a large step"
     )
-    first = next(
-        g.consumer for g in inputs.layout.group_sets if g.block == 0
-    )  # its inputs are those of the dense model
+    # its inputs are those of the dense model
+    first = next(g.consumer for g in inputs.layout.group_sets if g.block == 0)
     mean = [outputs_of(each, first, inputs)[1].mean(dim=0) for each in (model, pruned)]
     if peer == "FLAP":
         torch.testing.assert_close(mean[0], mean[1], rtol=1e-4, atol=1e-6)
@@ -196,10 +195,7 @@ def test_text_of_the_models_own_is_left_out_and_no_other() -> None:
 @pytest.mark.parametrize("peer", ["FLAP", "Taylor"])
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_a_saved_model_computes_the_same(
-    family: str,
-    peer: str,
-    model_folders: dict[str, Path],
-    tmp_path: Path,
+    family: str, peer: str, model_folders: dict[str, Path], tmp_path: Path
 ) -> None:
     """Biases of FLAP, for which a Qwen2 has no place, are there, and so is the tokenizer."""
     pruning = {"structure": "groups", "target_sparsity": 0.2, "num_shots": 1, "width_multiple": 4}
@@ -250,9 +246,7 @@ def test_a_run_gives_what_the_model_wrote(model_folders: dict[str, Path], tmp_pa
 
 
 def test_peers_at_the_point_of_a_spec(
-    model_folders: dict[str, Path],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pruning = {"structure": "groups", "target_sparsity": 0.2, "num_shots": 2, "width_multiple": 4}
     spec = tiny_spec(tmp_path, model_folders["llama"], pruning=pruning)

@@ -60,9 +60,8 @@ def write_weights(
         left_out: see `save_weights`.
         stored: likewise.
     """
-    files.remove_files(
-        uri, WRITTEN
-    )  # of a try that was interrupted, perhaps with another number of files
+    # of a try that was interrupted, perhaps with another number of files
+    files.remove_files(uri, WRITTEN)
     numbers = cluster.run_all(num_files, masks)
     of_weights = _names("model", [n for n, _ in numbers])
     of_masks = _names("masks", [n for _, n in numbers])

@@ -155,9 +155,8 @@ def _local_tokenizer(folder: str, scratch: Path) -> Path:
     for name in files.list_names(folder):
         if not name.endswith((".safetensors", ".gguf")):
             files.download(files.join(folder, name), scratch / name)
-    AutoTokenizer.from_pretrained(scratch).save_pretrained(
-        scratch
-    )  # for some families it is not what the file says
+    # for some families it is not what the file says
+    AutoTokenizer.from_pretrained(scratch).save_pretrained(scratch)
     return scratch
 
 
@@ -176,9 +175,8 @@ def _add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> None:
     writer.add_token_types([kind for _, kind in tokens])
     if model == "llama":
         writer.add_add_space_prefix(_has_space_prefix(document))
-        writer.add_token_scores(
-            [-float(number) for number in range(len(tokens))]
-        )  # they are numbered in the order of their merges
+        # they are numbered in the order of their merges
+        writer.add_token_scores([-float(number) for number in range(len(tokens))])
     special = gguf.SpecialVocab(folder, load_merges=model == "gpt2", n_vocab=vocab_size)
     special.add_special_token |= _added_tokens(folder)
     special.add_to_gguf(writer, quiet=True)

@@ -42,9 +42,8 @@ _BLOCKS_AT_ONCE = 8
 class Widths:
     """Which widths are measured."""
 
-    fewest: Mapping[
-        str, int
-    ]  # kind of groups -> groups that must be left in every block; other kinds stay whole
+    # kind of groups -> groups that must be left in every block; other kinds stay whole
+    fewest: Mapping[str, int]
     multiple: int  # feed-forward widths are multiples of this
     tensor_parallel: int  # see `kv_heads_left`
     uniform: bool  # whether plain classes must hold the numbers of heads
@@ -85,9 +84,8 @@ def latency_budget(
     if kept.get("options") != about or kept.get("widths") != [list(width) for width in widths]:
         document = dense_document(model)
         first = cluster.placement.workers[0]
-        kinds = Counter(
-            getattr(layout.config, "layer_types", None) or [None]
-        )  # a block with a sliding window takes another time
+        # a block with a sliding window takes another time
+        kinds = Counter(getattr(layout.config, "layer_types", None) or [None])
         requests = [
             about | {"document": document, "widths": widths, "layer_type": kind} for kind in kinds
         ]
@@ -175,9 +173,8 @@ def _model(
         )
     )
     (folder / "modeling_pruned.py").write_text(shipped_source("modeling_pruned.py", config))
-    pruned = AutoConfig.from_pretrained(
-        folder, trust_remote_code=True
-    )  # the code is ours, written just now
+    # the code is ours, written just now
+    pruned = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     return AutoModelForCausalLM.from_config(
         pruned, dtype=getattr(torch, str(document["dtype"])), trust_remote_code=True
     )
@@ -269,9 +266,10 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
                 statistics.median(times)
                 for times in zip(*_time_blocks(model, options, device), strict=True)
             ]
+            # beside the same whole block
             seconds |= {
                 width: value - medians[0] for width, value in zip(batch, medians[:-1], strict=True)
-            }  # beside the same whole block
+            }
             of_whole.append(medians[0])
             rests.append(medians[-1])
     dense = statistics.median(of_whole)

@@ -72,9 +72,8 @@ def measure(
         )
 
     record: dict[str, Any] = cluster.get([run(first, None)])[0]
-    alone = cluster.get(
-        [run(first, "dense"), run(last, "pruned")]
-    )  # at the same time: what they need does not depend on how long it takes
+    # at the same time: what they need does not depend on how long it takes
+    alone = cluster.get([run(first, "dense"), run(last, "pruned")])
     for name, usage in zip(("dense", "pruned"), alone, strict=True):
         record[name] |= usage
     return record
@@ -151,9 +150,8 @@ def _random_model(
     """
     (folder / "config.json").write_text(json.dumps(document))
     config = AutoConfig.from_pretrained(folder, trust_remote_code=shipped_code)
-    with init_empty_weights(
-        include_buffers=False
-    ):  # classes whose blocks differ build the dense model, and make it narrow
+    # classes whose blocks differ build the dense model, and make it narrow
+    with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=dtype, trust_remote_code=shipped_code
         )
@@ -192,9 +190,8 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
             models["dense"] = _random_model(
                 request["dense"], dense_folder, dtype, shipped_code=False
             )
-        if (
-            request["only"] == "pruned"
-        ):  # random as well, because what loading takes is not what is asked
+        # random as well, because what loading takes is not what is asked
+        if request["only"] == "pruned":
             models["pruned"] = _random_model(document, folder, dtype, shipped_code=shipped_code)
         if request["only"] is None:
             models["pruned"] = AutoModelForCausalLM.from_pretrained(

@@ -34,12 +34,10 @@ class GroupCosts:
     costs: Tensor
     num_left: int  # groups that are left now
     allowed: Container[int]  # numbers of groups that may be left afterwards
-    needs: Sequence[
-        float
-    ]  # what the block needs of the budget with 0, 1, ... groups left; it never falls
-    whole: float = (
-        math.inf
-    )  # what it costs to remove an expert with all of its groups, its tokens going to others
+    # what the block needs of the budget with 0, 1, ... groups left; it never falls
+    needs: Sequence[float]
+    # what it costs to remove an expert with all of its groups, its tokens going to others
+    whole: float = math.inf
     layer: int = 0  # number of the layer the expert belongs to
 
     @property
@@ -64,9 +62,8 @@ class Allocation:
     """How many groups each consumer loses in this shot."""
 
     counts: dict[str, int]  # consumer -> number
-    threshold: (
-        float | None
-    )  # the largest cost of what is pruned, in the unit of the ranking; None for uniform widths
+    # the largest cost of what is pruned, in the unit of the ranking; None for uniform widths
+    threshold: float | None
     experts: frozenset[str] = field(default=frozenset())  # consumers of the experts that go whole
 
 
@@ -241,9 +238,8 @@ class _Options:
         Another one beats an option if it costs less and saves as much, or saves all that is wanted.
         """
         enough = self.saved.clamp(max=max(0.0, wanted))
-        order = self.saved.argsort(
-            stable=True
-        )  # of options that save enough at the same cost, the one that removes least
+        # of options that save enough at the same cost, the one that removes least
+        order = self.saved.argsort(stable=True)
         order = order[enough[order].argsort(descending=True, stable=True)]
         order = order[self.cost[order].argsort(stable=True)]
         saved = enough[order]

@@ -175,9 +175,8 @@ def update_elements(
         residual.addcmul_(product, step, value=-1)
         iteration += 1
         if narrow != W.dtype and iteration % _REFRESH == 0 and iteration < num_iterations:
-            residual = _residual(
-                change, terms, mask
-            )  # narrow products let the recurrence drift from it
+            # narrow products let the recurrence drift from it
+            residual = _residual(change, terms, mask)
         z = precondition(residual)
         direction.mul_(-step * _dot(product, z) / rz).add_(z)
         rz = _dot(residual, z)

@@ -81,9 +81,8 @@ def summed_group_costs(costs: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
     R, C = costs.shape
     groups = costs.view(R, C // m, m)
     patterns = group_patterns(n, m).to(costs.device)
-    number_of = torch.zeros(
-        1 << m, dtype=torch.int64, device=costs.device
-    )  # by the places, each a bit
+    # by the places, each a bit
+    number_of = torch.zeros(1 << m, dtype=torch.int64, device=costs.device)
     number_of[(1 << patterns).sum(dim=-1)] = torch.arange(len(patterns), device=costs.device)
     places = groups.sort(dim=-1, stable=True).indices[:, :, : m - n].sort(dim=-1).values
     return groups.gather(-1, places).sum(dim=-1), number_of[(1 << places).sum(dim=-1)]

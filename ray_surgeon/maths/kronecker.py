@@ -94,9 +94,8 @@ class PackedSymmetric:
                     )
                 )
             return
-        rows = x.T.to(
-            self.flat.dtype, memory_format=torch.contiguous_format
-        )  # parts of it have no gaps
+        # parts of it have no gaps
+        rows = x.T.to(self.flat.dtype, memory_format=torch.contiguous_format)
         weighted = rows if weights is None else rows * weights
         with _narrow_products if narrow else contextlib.nullcontext():
             for start, panel in self._panels():
@@ -337,9 +336,8 @@ class DampedFactor:
         """Return the inverse [n, n]."""
         n = len(self.cholesky)
         X = self.inverse_cholesky()
-        for start in range(
-            0, n, _INVERSE_PANEL
-        ):  # rows of L^-1 that no later product reads become rows of the lower half of the inverse
+        # rows of L^-1 that no later product reads become rows of the lower half of the inverse
+        for start in range(0, n, _INVERSE_PANEL):
             stop = min(start + _INVERSE_PANEL, n)
             X[start:stop, :stop] = product(X[start:, start:stop].T, X[start:, :stop])
             X[:start, start:stop] = X[start:stop, :start].T
@@ -361,9 +359,8 @@ def factorise(matrix: Tensor, damping: float, max_damping: float, name: str) -> 
         FloatingPointError: the matrix is not finite, or no damping up to `max_damping` makes it
             positive definite.
     """
-    if matrix.numel() and not all(
-        map(torch.isfinite, torch.aminmax(matrix))
-    ):  # NaN if anything is; needs no second matrix as large
+    # NaN if anything is; needs no second matrix as large
+    if matrix.numel() and not all(map(torch.isfinite, torch.aminmax(matrix))):
         raise FloatingPointError(
             f"{name}: the curvature factor of shape {tuple(matrix.shape)} has NaN or infinite "
             "entries"

@@ -85,9 +85,8 @@ def round_columns(
     """
     W = W.clone()
     (U, _) = upper_inverse(A, damping, max_damping, name)
-    importance = (
-        U.diagonal().square().reciprocal()
-    )  # what an error of each column costs once those to its right answer it
+    # what an error of each column costs once those to its right answer it
+    importance = U.diagonal().square().reciprocal()
     scales = W.new_empty(len(W), W.shape[1] // group_size)
 
     def round_(start: int, c: int, part: Tensor) -> Tensor:

@@ -185,9 +185,10 @@ class StreamedWeights(WeightStore):
     def __init__(self, slots: Sequence[Mapping[str, Slot]], device: torch.device) -> None:
         """Start without weights; see `WeightStore`."""
         super().__init__(slots, device)
+        # on the meta device
         self._absent = [
             {name: slot.tensor() for name, slot in of_block.items()} for of_block in slots
-        ]  # on the meta device
+        ]
         self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
         self._fetching = (
             ThreadPoolExecutor(1, initializer=_begin_on, initargs=(device,))

@@ -138,9 +138,8 @@ class _InProducts(torch.autograd.Function):
             torch.zeros(part.shape, dtype=torch.promote_types(part.dtype, torch.float32))
             for part in (K, V)
         )
-        read = (
-            (gradient.to(to_K.dtype) * outputs).sum(dim=-1).to(Q.dtype)
-        )  # [N, r, T], mean of the weights' gradients, weighted by them
+        # [N, r, T], mean of the weights' gradients, weighted by them
+        read = (gradient.to(to_K.dtype) * outputs).sum(dim=-1).to(Q.dtype)
         for places, keys in _blocks(Q.shape[2], K.shape[1], ctx.causal):
             q, to_outputs = (part[:, :, places].flatten(1, 2) for part in (Q, gradient))
             weights = _weights(q, centred[:, :keys], places if ctx.causal else None)

@@ -20,12 +20,10 @@ class Budget:
 
     unit: str  # e.g. ``parameters``
     fixed: float  # need of what no group belongs to
-    by_left: Mapping[
-        str, tuple[float, ...]
-    ]  # kind of groups -> need of one consumer with 0, 1, ... of them left; it never falls
-    num_consumers: Mapping[
-        str, int
-    ]  # kind of groups -> linears that read them in the whole model, one a block or one an expert
+    # kind of groups -> need of one consumer with 0, 1, ... of them left; it never falls
+    by_left: Mapping[str, tuple[float, ...]]
+    # kind of groups -> linears that read them in the whole model, one a block or one an expert
+    num_consumers: Mapping[str, int]
     num_experts: int = 0  # of a block
 
     def of(self, left: Iterable[tuple[str, int]]) -> float:
@@ -155,9 +153,8 @@ def flops_budget(layout: ModelLayout, prompt_length: int) -> Budget:
     weights = sum(
         shape.size * (1.0 if shape.expert is None else active) for shape in layout.linears
     )
-    narrow = getattr(
-        config, "word_embed_proj_dim", config.hidden_size
-    )  # OPT's embeddings may be, with a linear before and after
+    # OPT's embeddings may be, with a linear before and after
+    narrow = getattr(config, "word_embed_proj_dim", config.hidden_size)
     ends = config.vocab_size * narrow + (
         2 * narrow * config.hidden_size if narrow != config.hidden_size else 0
     )

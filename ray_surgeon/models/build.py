@@ -137,9 +137,8 @@ def build_blocks(config: PretrainedConfig, blocks: BlockRange, dtype: torch.dtyp
     and at a cut the modules of the missing end are replaced by ones that do nothing.
     """
     family = family_of(config)
-    config = copy.deepcopy(
-        config
-    )  # transformers writes the dtype into it, and other shards have theirs
+    # transformers writes the dtype into it, and other shards have theirs
+    config = copy.deepcopy(config)
     with weights_on_meta():
         model: nn.Module = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=family.runs_attention
@@ -152,9 +151,8 @@ def build_blocks(config: PretrainedConfig, blocks: BlockRange, dtype: torch.dtyp
     if family.sparse is not None:
         for block in list(all_blocks)[blocks.first : blocks.last]:
             split_experts(block, family.sparse)
-    if getattr(
-        config, "layer_types", None
-    ):  # forward looks kinds of attention up by the place in the list it has
+    # forward looks kinds of attention up by the place in the list it has
+    if getattr(config, "layer_types", None):
         base.config = copy.copy(base.config)
         base.config.layer_types = config.layer_types[blocks.first : blocks.last]  # type: ignore[union-attr]
     if not blocks.is_first:

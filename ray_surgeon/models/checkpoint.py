@@ -42,9 +42,8 @@ def check_finite(name: str, value: Tensor) -> None:
         BadWeightsError: names the tensor.
     """
     flat = value.flatten()
-    firsts = range(
-        0, len(flat), _ENTRIES_AT_A_TIME
-    )  # the test takes more than twice the bytes of what is tested
+    # the test takes more than twice the bytes of what is tested
+    firsts = range(0, len(flat), _ENTRIES_AT_A_TIME)
     parts = [flat[first : first + _ENTRIES_AT_A_TIME] for first in firsts]
     if not all(bool(torch.isfinite(part).all()) for part in parts):
         count = sum(int((~torch.isfinite(part)).sum()) for part in parts)
@@ -111,9 +110,8 @@ class StoredTensor:
         if len(entries) == 2:
             blocks, scales = (entry[self.part.every] for entry in entries)
             return from_mxfp4(blocks, scales)
-        return (
-            entries[0][..., self.part.every].t().contiguous()
-        )  # of [inputs, outputs], or [outputs] of a bias
+        # of [inputs, outputs], or [outputs] of a bias
+        return entries[0][..., self.part.every].t().contiguous()
 
 
 def from_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:

@@ -20,9 +20,8 @@ class FfnCoupling:
     """Which linears of a feed-forward layer lose rows when columns of its last one are pruned."""
 
     consumer: str  # the linear whose columns decide, e.g. ``mlp.down_proj``
-    producers: tuple[
-        tuple[str, int, int], ...
-    ]  # (linear, part, number of parts of a fused one), e.g. ("mlp.gate_up_proj", 1, 2)
+    # (linear, part, number of parts of a fused one), e.g. ("mlp.gate_up_proj", 1, 2)
+    producers: tuple[tuple[str, int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -57,9 +56,8 @@ class SparseLayer:
     The experts are linears here, ``{experts}.{number}.{linear}``, as they are in checkpoints.
     """
 
-    num_experts: tuple[
-        str, ...
-    ]  # fields with the number of experts; programs read one or the other
+    # fields with the number of experts; programs read one or the other
+    num_experts: tuple[str, ...]
     width: str  # field with the width of an expert
     layer: str = "mlp"  # the whole layer
     router: str = (
@@ -82,10 +80,8 @@ class SparseLayer:
     # whether weights are a softmax over all experts, so that they rise if one is removed, if not
     # normalised later
     has_softmax: bool = True
-    zeroing: tuple[str, ...] = (
-        "gate_proj",
-        "up_proj",
-    )  # the producers of which a channel is zero if one is
+    # the producers of which a channel is zero if one is
+    zeroing: tuple[str, ...] = ("gate_proj", "up_proj")
     # whether checkpoints keep all experts of a layer together, [num_experts, inputs, outputs],
     # producers in turns
     stacked: bool = False
@@ -128,18 +124,15 @@ class Family:
     final: tuple[str, ...]  # below `base`, only for the last shard, e.g. ``norm``
     head: str  # path of the output linear
     token_embedding: str  # path of the embedding whose weight a tied head shares
-    shared_inputs: tuple[
-        tuple[str, ...], ...
-    ]  # of a block: linears that read the same input and share one A; a block may lack some
+    # of a block: linears that read the same input and share one A; a block may lack some
+    shared_inputs: tuple[tuple[str, ...], ...]
     ffn: FfnCoupling  # what a channel of the feed-forward layer is
-    attention: (
-        AttentionCoupling | None
-    )  # what a KV group with its query heads is; None if heads cannot be pruned
+    # what a KV group with its query heads is; None if heads cannot be pruned
+    attention: AttentionCoupling | None
     sparse: SparseLayer | None = None  # what a mixture of experts is
     stored: tuple[tuple[str, str], ...] = ()  # (part of a name here, the same in checkpoints)
-    float32: tuple[
-        str, ...
-    ] = ()  # how the names of tensors end that are float32 whatever the model's dtype is
+    # how the names of tensors end that are float32 whatever the model's dtype is
+    float32: tuple[str, ...] = ()
     width_field: str = "intermediate_size"  # the feed-forward width in the configuration
     has_free_heads: bool = True  # whether heads may fill less than the hidden size
     has_any_heads: bool = (

@@ -77,9 +77,8 @@ class GroupSet:
     block: int  # its number
     consumer: str  # global name of the linear whose columns decide
     columns: Tensor  # [num_groups, width] columns of the consumer
-    producers: tuple[
-        tuple[str, Tensor], ...
-    ]  # (global name of a linear, [num_groups, rows] its rows that are pruned with each group)
+    # (global name of a linear, [num_groups, rows] its rows that are pruned with each group)
+    producers: tuple[tuple[str, Tensor], ...]
     num_parameters: int  # of one group, biases included
 
 
@@ -89,9 +88,8 @@ class ExpertSet:
 
     block: int  # its number
     name: str  # global name of the experts, e.g. ``model.layers.3.mlp.experts``
-    linears: tuple[
-        tuple[str, ...], ...
-    ]  # for every expert, the global names of its linears, the consumer last
+    # for every expert, the global names of its linears, the consumer last
+    linears: tuple[tuple[str, ...], ...]
     num_parameters: int  # of one expert; its row of the router is not counted
 
     kind = "experts"
@@ -103,9 +101,8 @@ class ModelLayout:
 
     config: PretrainedConfig  # of the model
     family: Family  # of the model
-    parameters: Mapping[
-        str, tuple[int, ...]
-    ]  # global name -> shape of every parameter and saved buffer, a tied head included
+    # global name -> shape of every parameter and saved buffer, a tied head included
+    parameters: Mapping[str, tuple[int, ...]]
     linears: tuple[LinearShape, ...]  # every prunable linear, in order
 
     @staticmethod

@@ -125,9 +125,8 @@ def _check_rope(config: PretrainedConfig, known: LlamaCpp) -> None:
         or (kind == "llama3" and known.name == "llama")
         or (kind == "yarn" and not set(parameters) - plain)
     )
-    possible &= (
-        parameters.get("partial_rotary_factor", 1.0) == 1.0 or known.name == "phi3"
-    )  # others fail to load
+    # others fail to load
+    possible &= parameters.get("partial_rotary_factor", 1.0) == 1.0 or known.name == "phi3"
     if not possible:
         raise ValueError(
             f"{_WHERE}: rotary embeddings {json.dumps(dict(parameters))} are not written for "

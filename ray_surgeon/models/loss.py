@@ -116,9 +116,8 @@ class Comparison:
     # [num_sequences] float64, ``sum_v p_v (log p_v - log q_v)`` with p of the dense model, in nats
     divergence: Tensor
     nll: Tensor  # [num_sequences] float64, of the text, in nats
-    gradient: (
-        Tensor | None
-    )  # [num_sequences, T, d] of the summed divergence with respect to the hidden states
+    # [num_sequences, T, d] of the summed divergence with respect to the hidden states
+    gradient: Tensor | None
     acceptance: Tensor | None = None  # [num_sequences] float64, ``sum_v min(p_v, q_v)``
     agreement: Tensor | None = (
         None  # [num_sequences] float64, 1 where both models have the same most likely token
@@ -170,9 +169,8 @@ def compare_with_dense(
             p = log_p.exp()
             nll[here] = -log_q.gather(1, labels[here, None])[:, 0].double()
             if acceptance is not None and agreement is not None:
-                distance = (
-                    log_q.exp().sub_(p).abs_().sum(dim=-1).double()
-                )  # twice the total variation
+                # twice the total variation
+                distance = log_q.exp().sub_(p).abs_().sum(dim=-1).double()
                 acceptance[here] = 1 - distance / 2
                 agreement[here] = (
                     logits[rows].argmax(dim=-1) == wanted[rows].argmax(dim=-1)

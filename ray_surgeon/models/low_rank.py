@@ -138,9 +138,8 @@ class LowRankCorrections:
             name: LowRank(linears[name], masks[name], rank, seed_of[name], shard.device)
             for name in linears
         }
-        self._sizes = dict[
-            str, tuple[float, float]
-        ]()  # owned linear -> by how much A and B change in a step of rate 1
+        # owned linear -> by how much A and B change in a step of rate 1
+        self._sizes = dict[str, tuple[float, float]]()
         groups = list[dict[str, Any]]()
         for name in (name for name in self.parts if name in owned):
             part = self.parts[name]
@@ -149,9 +148,8 @@ class LowRankCorrections:
             self._sizes[name] = RATE_OF_A * of_A, of_W / (of_A * rank**0.5)
             groups += [{"params": [part.A], "lr": 0.0}, {"params": [part.B], "lr": 0.0}]
         self._optimizer = torch.optim.Adam(groups) if groups else None
-        self._mean_norms = dict[
-            tuple[str, int], tuple[float, int]
-        ]()  # linear and 0 for A or 1 for B -> mean norm, number of steps
+        # linear and 0 for A or 1 for B -> mean norm, number of steps
+        self._mean_norms = dict[tuple[str, int], tuple[float, int]]()
         self._hooks: list[RemovableHandle] = [
             m.register_forward_hook(self._adding(name)) for name, m in linears.items()
         ]

@@ -189,14 +189,12 @@ def uniform_document(
             "architectures": ["MistralForCausalLM"],
             "sliding_window": None,
         }
-        narrow["transformers_version"] = (
-            transformers.__version__
-        )  # of a Mistral from before 5 it doubts the tokenizer
+        # of a Mistral from before 5 it doubts the tokenizer
+        narrow["transformers_version"] = transformers.__version__
         for name in ("attention_bias", "mlp_bias", "pretraining_tp"):
             narrow.pop(name, None)
-        narrow.setdefault(
-            "max_position_embeddings", config.max_position_embeddings
-        )  # a Mistral's default is another one
+        # a Mistral's default is another one
+        narrow.setdefault("max_position_embeddings", config.max_position_embeddings)
     return narrow
 
 

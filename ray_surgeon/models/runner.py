@@ -53,12 +53,10 @@ class _Wave:
     """Sequences between their forward and their backward pass."""
 
     calls: list[Call]  # one a block
-    inputs: list[list[Tensor]] = field(
-        default_factory=list
-    )  # for each block, what every sequence came with
-    outputs: list[list[Tensor]] = field(
-        default_factory=list
-    )  # for each block, if its activations are kept
+    # for each block, what every sequence came with
+    inputs: list[list[Tensor]] = field(default_factory=list)
+    # for each block, if its activations are kept
+    outputs: list[list[Tensor]] = field(default_factory=list)
 
 
 class BlockRunner:
@@ -271,9 +269,8 @@ class _ShardCache(DynamicCache):  # type: ignore[misc]
     def __init__(self, config: Any, first: int) -> None:
         super().__init__(config=config)
         self._first = first
-        self._rooms: dict[
-            int, tuple[Tensor, Tensor]
-        ] = {}  # layer -> keys and values, [m, heads, at least as many tokens, head_dim]
+        # layer -> keys and values, [m, heads, at least as many tokens, head_dim]
+        self._rooms: dict[int, tuple[Tensor, Tensor]] = {}
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any

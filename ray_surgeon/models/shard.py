@@ -169,9 +169,8 @@ class ModelShard:
         for local, name in self._outside_of_blocks.items():
             value = read_tensor(name)
             check_finite(name, value)
-            own = torch.empty_like(value, dtype=self.dtype, device=self.device).copy_(
-                value
-            )  # the file's memory would stay mapped
+            # the file's memory would stay mapped
+            own = torch.empty_like(value, dtype=self.dtype, device=self.device).copy_(value)
             set_module_tensor_to_device(self.model, local, self.device, value=own)
         for local, source in (
             self.layout.tied.items() if self.blocks.is_first and self.blocks.is_last else ()
@@ -407,9 +406,10 @@ class ModelShard:
         """Return the mean factors of the linears of a role over all experts of a block."""
         if (block, role) not in self._layer_means:
             assert self.layout.family.sparse is not None
+            # blocks have their turns
             self._layer_means = {
                 key: mean for key, mean in self._layer_means.items() if key[0] == block
-            }  # blocks have their turns
+            }
             shapes = [
                 shape
                 for shape in self.layout.linears

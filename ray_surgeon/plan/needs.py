@@ -377,12 +377,7 @@ class WorkerView:
         moved = self.moved(self.stores.weights, num_passes * self.all_blocks)
         return StepPlan(name, self.weights + most, self.host, flops, 0.0, *moved)
 
-    def passing(
-        self,
-        *,
-        more_kept: float = 0.0,
-        more_in_a_moment: float = 0.0,
-    ) -> float:
+    def passing(self, *, more_kept: float = 0.0, more_in_a_moment: float = 0.0) -> float:
         """Return the device's bytes of a pass forward and backward.
 
         These are what waits for its backward pass, and the moment that needs most.

@@ -167,9 +167,8 @@ def plan_job(
     ]
     fitting = [plan for plan in plans if plan.excess()[0] <= 1]
     if fitting:
-        return min(
-            fitting, key=lambda plan: sum(plan.seconds.values())
-        )  # the first of equals, which is the simplest
+        # the first of equals, which is the simplest
+        return min(fitting, key=lambda plan: sum(plan.seconds.values()))
     best = min(plans, key=lambda plan: plan.excess()[0])
     raise DoesNotFitError(
         f"memory: the job does not fit: {best.excess()[1]} (with weights: {best.stores.weights}, "

@@ -120,8 +120,7 @@ def available_bytes() -> int:
                 else []
             )
             stat = dict(line.split() for line in lines)
-            files = sum(
-                int(stat.get(f"{prefix}{kind}_file", 0)) for kind in ("inactive", "active")
-            )  # go when memory is wanted
+            # go when memory is wanted
+            files = sum(int(stat.get(f"{prefix}{kind}_file", 0)) for kind in ("inactive", "active"))
             available = min(available, int(text) - int(Path(folder, used).read_text()) + files)
     return max(1, available)  # a plan divides by it

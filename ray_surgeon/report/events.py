@@ -25,9 +25,8 @@ class Event:
     num_shots: int  # in all
     seconds: float  # wall clock of the step
     facts: dict[str, Fact]  # what there is to say about it
-    worker_seconds: Sequence[
-        float
-    ] = ()  # how long each worker was busy in it, in the order of `placement.workers`
+    # how long each worker was busy in it, in the order of `placement.workers`
+    worker_seconds: Sequence[float] = ()
 
     @property
     def line(self) -> str:

@@ -120,12 +120,10 @@ class _Run:
 
 
 def _step(name: str, shots: Sequence[Mapping[str, Any]], num_workers: int) -> Step:
-    by_shot = [
-        shot.get("worker_seconds", {}).get(name, []) for shot in shots
-    ]  # shots of earlier versions do not tell
-    same = [
-        busy for busy in by_shot if len(busy) == num_workers
-    ]  # a run may be resumed on another number of shards
+    # shots of earlier versions do not tell
+    by_shot = [shot.get("worker_seconds", {}).get(name, []) for shot in shots]
+    # a run may be resumed on another number of shards
+    same = [busy for busy in by_shot if len(busy) == num_workers]
     totals = [sum(busy) for busy in zip(*same, strict=True)] or [0.0]
     offered = sum(
         len(busy) * shot["seconds"][name] for busy, shot in zip(by_shot, shots, strict=True)

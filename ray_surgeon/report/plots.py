@@ -124,9 +124,8 @@ def perplexity_figure(records: Sequence[Mapping[str, Any]], text: str) -> Figure
     highest = _HIGHEST * max(filter(math.isfinite, dense), default=1.0)
     top = 1.0
     bottom = math.inf
-    for number, record in enumerate(
-        records
-    ):  # whose number makes a run look the same in every figure
+    # whose number makes a run look the same in every figure
+    for number, record in enumerate(records):
         if not math.isfinite(dense[number]):
             continue
         points = [(0.0, dense[number])]

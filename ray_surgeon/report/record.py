@@ -41,12 +41,10 @@ class RunReport:
     dense: dict[str, Any] = field(default_factory=dict)  # what was measured before the first shot
     shots: list[dict[str, Any]] = field(default_factory=list)  # one record a shot
     exports: list[dict[str, Any]] = field(default_factory=list)  # one record an export
-    plan: dict[str, Any] = field(
-        default_factory=dict
-    )  # where workers keep what, and the peaks and times that were expected
-    retries: list[dict[str, Any]] = field(
-        default_factory=list
-    )  # what was lost on the way, a record with cause and message each
+    # where workers keep what, and the peaks and times that were expected
+    plan: dict[str, Any] = field(default_factory=dict)
+    # what was lost on the way, a record with cause and message each
+    retries: list[dict[str, Any]] = field(default_factory=list)
 
     def add_shot(
         self,
@@ -255,9 +253,8 @@ def export_lines(record: Mapping[str, Any]) -> list[str]:
                 f"  {file['file']}: {file['size_bytes'] / 1e6:.1f} MB" for file in export["files"]
             ] + [f"  load it: {export['load']}"]
             continue
-        after = export.get(
-            "perplexity", record["shots"][-1]["perplexity"]
-        )  # a quantised one has its own
+        # a quantised one has its own
+        after = export.get("perplexity", record["shots"][-1]["perplexity"])
         for text, value in record["dense"]["perplexity"].items():
             lines.append(_change(f"perplexity {text}", value, after[text]))
         for step in ("prefill", "decode") if "speed" in export else ():

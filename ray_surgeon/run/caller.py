@@ -42,9 +42,8 @@ class _Settings:
     def __exit__(self, *_: object) -> None:
         with self._lock:
             self._num_runs -= 1
-            torch.set_num_threads(
-                self._num_threads
-            )  # this thread's, and of threads that use torch from now on
+            # this thread's, and of threads that use torch from now on
+            torch.set_num_threads(self._num_threads)
             if not self._num_runs:
                 if self._for_all:
                     torch.set_float32_matmul_precision(self._for_all)

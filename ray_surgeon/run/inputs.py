@@ -25,13 +25,7 @@ from ray_surgeon.plan.devices import Device, Room
 from ray_surgeon.plan.needs import Work
 from ray_surgeon.plan.plan import Plan, plan_job
 from ray_surgeon.report.directory import RunDirectory
-from ray_surgeon.run.reading import (
-    as_input_error,
-    environment,
-    load_config,
-    nothing,
-    read_texts,
-)
+from ray_surgeon.run.reading import as_input_error, environment, load_config, nothing, read_texts
 from ray_surgeon.run.stages import Stages, stages_of
 from ray_surgeon.runtime.placement import Placement, place
 from ray_surgeon.spec.cluster import LocalSection

@@ -55,9 +55,8 @@ def read_texts(
         if isinstance(text, SelfSection):
             parts.append(windows_of(np.zeros((count, length), dtype=np.int64)))
             continue
-        overlapping = (
-            (length - 1) // text.stride if text.stride and more else 0
-        )  # windows that begin in the calibration's last one
+        # windows that begin in the calibration's last one
+        overlapping = (length - 1) // text.stride if text.stride and more else 0
         where = f"calibration.mix.{number - 1}" if number else "calibration"
         windows = _windows(text, count + overlapping + more, length, tokenizer, config, where)
         parts.append(windows_of(windows.tokens[:count]))

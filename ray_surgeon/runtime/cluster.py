@@ -30,9 +30,8 @@ class Progress:
     unit: str = ""  # e.g. "sequences" or "linears"
     tokens_each: int = 0  # tokens of one unit; 0 if it has none
     started_s: float = 0.0  # clock at the beginning
-    listener: Callable[[], None] | None = field(
-        default=None, repr=False
-    )  # is called after every change
+    # is called after every change
+    listener: Callable[[], None] | None = field(default=None, repr=False)
 
     def begin(self, total: int = 0, unit: str = "", tokens_each: int = 0) -> None:
         """Start to count."""

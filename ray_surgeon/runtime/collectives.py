@@ -156,9 +156,8 @@ class ProcessReplica:
                 dist.new_group(list(range(shard, world_size, num_shards)), timeout=timeout)
                 for shard in range(num_shards)
             ]
-        except (
-            RuntimeError
-        ) as error:  # another is lost before all have met, or its port was taken meanwhile
+        # another is lost before all have met, or its port was taken meanwhile
+        except RuntimeError as error:
             raise CollectiveError(
                 f"the workers could not connect to each other: {error}"
             ) from error

@@ -26,9 +26,8 @@ CALIBRATION = "(calibration)"
 class DenseStates:
     """Last hidden states of the dense model, in the memory of the last shard's host."""
 
-    of_text: dict[str, dict[int, Tensor]] = field(
-        default_factory=dict
-    )  # text -> number of a sequence -> [1, T, d] bfloat16
+    # text -> number of a sequence -> [1, T, d] bfloat16
+    of_text: dict[str, dict[int, Tensor]] = field(default_factory=dict)
 
     def on_device(self, worker: Worker, text: str, number: int) -> Tensor:
         """Return the states [1, T, d] of one sequence."""
@@ -77,9 +76,8 @@ def read_states(worker: Worker, uri: str) -> None:
     found = DenseStates()
     reader = tensor_files.Reader()
     is_mapped = files.is_local(uri)
-    for name in reader.names(
-        uri
-    ):  # one after the other: all of them twice would need memory that no plan has
+    # one after the other: all of them twice would need memory that no plan has
+    for name in reader.names(uri):
         number, _, text = name.partition(" ")
         states = reader.read(uri, name)
         found.of_text.setdefault(text, {})[int(number)] = states.clone() if is_mapped else states

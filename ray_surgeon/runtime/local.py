@@ -101,9 +101,8 @@ class LocalCluster:
 
         A step in which replicas wait for each other runs in threads.
         """
-        self._positions = dict.fromkeys(
-            self.placement.workers, (0, 0)
-        )  # whose keys no thread of a replica changes
+        # whose keys no thread of a replica changes
+        self._positions = dict.fromkeys(self.placement.workers, (0, 0))
         workers = [self.workers[index] for index in self.placement.workers]
         if self.placement.num_replicas == 1 or not getattr(step, "is_collective", False):
             return [worker.call(step, *args, **kwargs) for worker in workers]

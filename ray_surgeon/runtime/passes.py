@@ -146,10 +146,7 @@ def infer_loss(
 
 
 def _text_losses(
-    worker: Worker,
-    hidden: Sequence[Tensor],
-    tokens: TensorPayload,
-    counts: TensorPayload | None,
+    worker: Worker, hidden: Sequence[Tensor], tokens: TensorPayload, counts: TensorPayload | None
 ) -> list[float]:
     labels = worker.unpack(tokens)
     counting = _unpacked(worker, counts, len(labels))
@@ -480,9 +477,7 @@ def each_wave(
 
 
 def sequence_losses(
-    cluster: Cluster,
-    sequences: NDArray[np.int64],
-    counts: NDArray[np.bool_] | None = None,
+    cluster: Cluster, sequences: NDArray[np.int64], counts: NDArray[np.bool_] | None = None
 ) -> list[float]:
     """Return the NLL in nats of sequences, summed over the tokens that count.
 
@@ -529,10 +524,7 @@ class Measured:
 
 
 def remember(
-    cluster: Cluster,
-    text: str,
-    windows: NDArray[np.int64],
-    counts: NDArray[np.bool_] | None = None,
+    cluster: Cluster, text: str, windows: NDArray[np.int64], counts: NDArray[np.bool_] | None = None
 ) -> float:
     """Return the dense model's perplexity, and keep its hidden states.
 
@@ -546,10 +538,7 @@ def remember(
 
 
 def remembered_losses(
-    cluster: Cluster,
-    text: str,
-    windows: NDArray[np.int64],
-    counts: NDArray[np.bool_] | None = None,
+    cluster: Cluster, text: str, windows: NDArray[np.int64], counts: NDArray[np.bool_] | None = None
 ) -> list[float]:
     """Return the NLL in nats of sequences, and let all last shards keep the hidden states.
 
@@ -573,10 +562,7 @@ def remembered_losses(
 
 
 def measure(
-    cluster: Cluster,
-    text: str,
-    windows: NDArray[np.int64],
-    counts: NDArray[np.bool_] | None = None,
+    cluster: Cluster, text: str, windows: NDArray[np.int64], counts: NDArray[np.bool_] | None = None
 ) -> Measured:
     """Measure the present weights on a text that was remembered.
 
@@ -599,10 +585,7 @@ def measure(
 
 
 def divergences_of(
-    cluster: Cluster,
-    text: str,
-    windows: NDArray[np.int64],
-    counts: NDArray[np.bool_] | None = None,
+    cluster: Cluster, text: str, windows: NDArray[np.int64], counts: NDArray[np.bool_] | None = None
 ) -> list[float]:
     """Return the divergence from the dense model of every window of a remembered text.
 

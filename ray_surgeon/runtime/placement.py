@@ -23,9 +23,8 @@ class Placement:
 
     num_replicas: int  # copies of every shard
     blocks: tuple[BlockRange, ...]  # one range a shard, e.g. (0, 17), (17, 30)
-    owners: tuple[
-        int, ...
-    ]  # shared-input group -> replica that reduces, inverts, costs and updates its linears
+    # shared-input group -> replica that reduces, inverts, costs and updates its linears
+    owners: tuple[int, ...]
 
     @property
     def num_shards(self) -> int:
@@ -105,9 +104,8 @@ def assign_owners(
     The experts of a block have one owner, because each is estimated with the help of the others.
     The work of a linear is R^3 + C^3, for the two factorisations.
     """
-    first_of_experts: dict[
-        int, int
-    ] = {}  # block -> its first group of experts, which stands for all
+    # block -> its first group of experts, which stands for all
+    first_of_experts: dict[int, int] = {}
     stands_for = {
         s.shared_input: s.shared_input
         if s.expert is None

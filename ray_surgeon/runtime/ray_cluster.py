@@ -117,9 +117,10 @@ def connect(address: str | None, num_cpus_needed: int) -> str:
         return target
     try:
         num_cpus = max(os.cpu_count() or 1, num_cpus_needed)
+        # its warning
         logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(
             logging.ERROR
-        )  # its warning
+        )
         ray.init(
             address="local",
             num_cpus=num_cpus,
@@ -268,9 +269,8 @@ class RayCluster:
         pending: list[Any] = list(dict.fromkeys(futures))
         heard = time.monotonic()
         try:
-            while (
-                pending
-            ):  # in the order of completion, so that a failure is seen while the others still run
+            # in the order of completion, so that a failure is seen while the others still run
+            while pending:
                 done, pending = ray.wait(
                     pending, num_returns=1, timeout=min(patience_s, _LOOK_S), fetch_local=False
                 )
@@ -351,9 +351,8 @@ class RayCluster:
     def _as_failure(self, error: RayError) -> Exception:
         """Return the failure behind an error, or the error itself if the work raised it."""
         while isinstance(error, RayTaskError) and isinstance(error.cause, RayError):
-            error = (
-                error.cause
-            )  # a task failed because what it was to take was lost with another worker
+            # a task failed because what it was to take was lost with another worker
+            error = error.cause
         if isinstance(error, RayTaskError):
             # a GPU that fell off the bus, which its process can use no more; other errors would
             # come again

@@ -18,12 +18,10 @@ _PR_SET_PDEATHSIG = 1
 
 if __name__ == "__main__":
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(
-            _PR_SET_PDEATHSIG, signal.SIGKILL
-        )  # else it would keep a GPU, and write beside the next try
+        # else it would keep a GPU, and write beside the next try
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != int(sys.argv[1]):
             sys.exit("the process that asked for this has ended")
     found = importlib.import_module(sys.argv[2]).answer(json.load(sys.stdin))
-    sys.stdout.write(
-        f"\n{json.dumps(found)}\n"
-    )  # on a line of its own, whatever was printed before
+    # on a line of its own, whatever was printed before
+    sys.stdout.write(f"\n{json.dumps(found)}\n")

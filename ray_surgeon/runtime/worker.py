@@ -45,9 +45,8 @@ class ModelRecipe:
     """How a worker gets its weights."""
 
     model: ModelSection  # the dense model, and the dtype of weights and activations
-    shot_files: tuple[
-        tuple[str, str], ...
-    ] = ()  # (key, URI of its file) of the committed shot to continue from
+    # (key, URI of its file) of the committed shot to continue from
+    shot_files: tuple[tuple[str, str], ...] = ()
     scratch: ScratchNames = NO_SCRATCH
 
 

@@ -9,11 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ray_surgeon.runtime.cluster import Cluster
-from ray_surgeon.runtime.passes import (
-    compared,
-    num_counted,
-    sequence_losses,
-)
+from ray_surgeon.runtime.passes import compared, num_counted, sequence_losses
 
 HELD = "(held aside)"
 """Name of the windows held aside among the texts that have dense states.
@@ -30,15 +26,12 @@ def _none() -> NDArray[np.int64]:
 class CalibrationText:
     """Windows of the calibration, and which of their tokens count as predicted ones."""
 
-    tokens: NDArray[np.int64] = field(
-        repr=False
-    )  # [num_sequences, sequence_length] what stages are fitted on
-    counts: NDArray[np.bool_] | None = field(
-        default=None, repr=False
-    )  # likewise, whether a token counts; None if all do
-    held: NDArray[np.int64] = field(
-        default_factory=_none, repr=False
-    )  # [num_windows, sequence_length] what no stage is fitted on
+    # [num_sequences, sequence_length] what stages are fitted on
+    tokens: NDArray[np.int64] = field(repr=False)
+    # likewise, whether a token counts; None if all do
+    counts: NDArray[np.bool_] | None = field(default=None, repr=False)
+    # [num_windows, sequence_length] what no stage is fitted on
+    held: NDArray[np.int64] = field(default_factory=_none, repr=False)
     held_counts: NDArray[np.bool_] | None = field(default=None, repr=False)  # likewise
 
     @staticmethod

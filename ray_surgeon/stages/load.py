@@ -32,10 +32,7 @@ class Load(Stage):
         if run.resumes:
             self.method.after_resuming(run.cluster)
             run.cluster.run_all(read_states, run.directory.dense_states)
-        facts |= {
-            "workers": len(run.cluster.placement.workers),
-            "resumed_after_shot": run.num_done,
-        }
+        facts |= {"workers": len(run.cluster.placement.workers), "resumed_after_shot": run.num_done}
 
     def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
         """Return what a worker needs until its weights are where they stay."""

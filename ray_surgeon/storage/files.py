@@ -53,9 +53,8 @@ def open_filesystem(uri: str) -> tuple[Any, str]:
     Raises:
         ValueError: the protocol is unknown or its package is not installed.
     """
-    if uri.startswith(
-        ("s3://", "s3a://")
-    ):  # workers ask the machine's role for credentials, all at once, and not all are answered
+    # workers ask the machine's role for credentials, all at once, and not all are answered
+    if uri.startswith(("s3://", "s3a://")):
         os.environ.setdefault("AWS_METADATA_SERVICE_NUM_ATTEMPTS", "5")
     try:
         filesystem, path = fsspec.core.url_to_fs(uri)

@@ -125,9 +125,8 @@ def tries_again(function: Callable[P, T]) -> Callable[P, T]:
             return isinstance(error, (OSError, *_client_errors())) and _may_pass(error, uri)
 
         def is_patience_over(state: tenacity.RetryCallState) -> bool:
-            if (
-                not first_failure_s
-            ):  # not the start: a large file alone may take longer than the patience
+            # not the start: a large file alone may take longer than the patience
+            if not first_failure_s:
                 first_failure_s.append(monotonic())
             return monotonic() - first_failure_s[0] + state.upcoming_sleep >= PATIENCE_S
 

@@ -59,9 +59,8 @@ class ModelFiles:
     # the source with the commit that was found, so that every worker reads the same
     pinned: ModelSection
     names: tuple[str, ...]  # files that are there
-    open_uri: Callable[
-        [str], str
-    ]  # file name -> URI for ranged reads; a local path if a copy is on this machine
+    # file name -> URI for ranged reads; a local path if a copy is on this machine
+    open_uri: Callable[[str], str]
     fetch: Callable[[str], Path]  # file name -> local path, downloading it if need be
 
     def small_files_folder(self) -> Path:
@@ -223,9 +222,8 @@ def _folder(source: ModelSection, folder: Path) -> ModelFiles:
     names = tuple(sorted(path.relative_to(folder).as_posix() for path in found if path.is_file()))
     for name in filter(goes_along, names):  # into exports; weights may lie elsewhere
         target = (folder / name).resolve()
-        if (
-            folder.resolve() not in target.parents and target.parent.name != "blobs"
-        ):  # where the Hub's cache keeps content
+        # where the Hub's cache keeps content
+        if folder.resolve() not in target.parents and target.parent.name != "blobs":
             raise ValueError(
                 f"model.source: {folder / name} is a link to {target}, outside of the model; put "
                 "the file itself there"

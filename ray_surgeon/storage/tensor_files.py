@@ -83,9 +83,8 @@ def write(uri: str, tensors: Mapping[str, Tensor]) -> int:
                 else ""
             )
             raise OSError(f"{uri}: cannot write: {error}{remedy}") from error
-        scratch.chmod(
-            0o644
-        )  # safetensors writes 0600, which another user that serves the model could not read
+        # safetensors writes 0600, which another user that serves the model could not read
+        scratch.chmod(0o644)
         size = scratch.stat().st_size
         files.upload(uri, scratch)
     return size

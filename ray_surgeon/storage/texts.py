@@ -133,9 +133,8 @@ def load_tokenizer(folder: Path, origin: str) -> Any:
         raise ValueError(
             f"model.source: {origin} has no tokenizer that loads ({reason}); {remedy}"
         ) from error
-    if "ab" in tokenizer.decode(
-        tokenizer("a b", add_special_tokens=False)["input_ids"]
-    ):  # some versions take the class for the file's
+    # some versions take the class for the file's
+    if "ab" in tokenizer.decode(tokenizer("a b", add_special_tokens=False)["input_ids"]):
         raise ValueError(
             f"model.source: the tokenizer of {origin} loses spaces as transformers loads it; take "
             "another version of transformers"
@@ -308,9 +307,8 @@ def _package_docstrings() -> Iterator[str]:
     seen = set(_docstrings())
     for turn in zip_longest(*(paths for _, paths in sorted(files_of.items()))):
         for path in turn:
-            with contextlib.suppress(
-                OSError, SyntaxError, UnicodeError
-            ):  # a package may bring templates, or files that were removed
+            # a package may bring templates, or files that were removed
+            with contextlib.suppress(OSError, SyntaxError, UnicodeError):
                 for docstring in () if path is None else _docstrings_in(path, of_modules=False):
                     if docstring not in seen:
                         seen.add(docstring)

@@ -110,10 +110,8 @@ SPEC_ERRORS: list[tuple[dict[str, Any], list[str]]] = [
         ["output.uri", "Ray's copy of the working directory", "give a whole path"],
     ),
     ({"output__uri": "nosuch://somewhere"}, ["nosuch://somewhere", "Protocol not known"]),
-    (
-        {"model__source": "/" + "long" * 80},
-        ["model.source: cannot read"],
-    ),  # no file system takes a name of 320 characters
+    # no file system takes a name of 320 characters
+    ({"model__source": "/" + "long" * 80}, ["model.source: cannot read"]),
     (
         {
             "evaluation": [

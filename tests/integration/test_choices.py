@@ -106,9 +106,8 @@ def test_targets_at_the_ends_of_what_is_possible() -> None:
         asked(least - 1).check()
     with pytest.raises(ValueError, match="no more than"):
         asked(dense).check()
-    replace(
-        small_groups(small_budget(2, 4), num_shots=1), fewest={"ffn": 1}
-    ).check()  # half is all that may go
+    # half is all that may go
+    replace(small_groups(small_budget(2, 4), num_shots=1), fewest={"ffn": 1}).check()
 
 
 def test_the_curve_is_of_scaled_costs_a_unit_as_the_threshold_is() -> None:
@@ -219,6 +218,5 @@ def test_a_path_is_followed_to_the_next_width_that_may_be_left_whatever_it_costs
                 gone[:3] = True
                 worker.masks[groups.consumer] = mask.without(torch.zeros_like(mask.rows), gone)
     found = Scores.merged(cluster.run_all(search.method.costs, Reach(1e-12), 1))
-    assert {c.num_reached for c in found.costs if c.kind == "ffn"} == {
-        5
-    }  # 45 are left, 40 may stay
+    # 45 are left, 40 may stay
+    assert {c.num_reached for c in found.costs if c.kind == "ffn"} == {5}

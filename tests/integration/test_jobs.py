@@ -125,10 +125,8 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     gcs, dashboard, client, metrics, agent = free_ports(5)
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
-    environment |= {
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(16),
-    }  # as Ray itself does on a user's machine
+    # as Ray itself does on a user's machine
+    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
     environment["RAY_metrics_report_interval_ms"] = "500"
     environment["GRPC_ENABLE_FORK_SUPPORT"] = "0"  # as docs/clusters.md says for Ray clients
     options = {

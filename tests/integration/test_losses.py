@@ -55,7 +55,7 @@ OPTIONS: dict[str, Any] = {
             "num_sequences": 2,
             "sequence_length": 32,
             "max_tokens": 3000,
-        },
+        }
     ],
 }
 ON_RAY = {
@@ -86,9 +86,8 @@ class Disturber(threading.Thread):
         self.sent = sent
         self.events = uri / "events.jsonl"
         self.num_events = num_events
-        self.before = {
-            process.pid for process in processes_of_the_run()[kind]
-        }  # of a run that has ended, on their way out
+        # of a run that has ended, on their way out
+        self.before = {process.pid for process in processes_of_the_run()[kind]}
         self.hit: psutil.Process | None = None
 
     def run(self) -> None:
@@ -189,9 +188,8 @@ def test_a_lost_machine(undisturbed: Path, model_folders: dict[str, Path], tmp_p
     """Of two machines with a worker each one goes, and later another one comes."""
     two = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     try:
-        lost = two.add_node(
-            num_cpus=1, node_ip_address="127.0.0.2"
-        )  # another address, or the driver might attach to it and be lost too
+        # another address, or the driver might attach to it and be lost too
+        lost = two.add_node(num_cpus=1, node_ip_address="127.0.0.2")
         two.wait_for_nodes()
         options = {
             **OPTIONS,

@@ -498,9 +498,8 @@ def test_sequences_without_gradients_are_remembered_for_corrections(
         )
     for shot in (1, 2):
         assert_same_shot(tmp_path / "1/run", tmp_path / "2/run", shot)
-    assert (
-        len(report_of(tmp_path / "1/run")["shots"][0]["correction_losses"]) == 6
-    )  # each sequence was compared with the dense model
+    # each sequence was compared with the dense model
+    assert len(report_of(tmp_path / "1/run")["shots"][0]["correction_losses"]) == 6
     assert (
         run(tmp_path / "replicas", model_folders["llama"], cluster__num_replicas=2, **options) == 0
     )

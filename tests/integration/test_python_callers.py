@@ -83,9 +83,8 @@ def test_runs_in_threads_do_not_meet(
         )
         return result.perplexity, torch.get_num_threads()
 
-    models = [
-        in_memory(model_folders["llama"]) for _ in range(2)
-    ]  # by transformers, which is not for several threads
+    # by transformers, which is not for several threads
+    models = [in_memory(model_folders["llama"]) for _ in range(2)]
     with ThreadPoolExecutor(3) as threads:
         watching = threads.submit(build)
         try:
@@ -183,9 +182,8 @@ def test_a_run_goes_on_with_the_very_same_model_only(
             )
         with torch.no_grad():
             weight.copy_(before)
-        tokenizer(
-            "some words", truncation=True, max_length=2
-        )  # which it writes into its file from then on
+        # which it writes into its file from then on
+        tokenizer("some words", truncation=True, max_length=2)
         again = ray_surgeon.prune(
             model, tokenizer, **sections, output={"uri": output, "exports": []}, resume=True
         )

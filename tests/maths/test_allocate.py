@@ -9,12 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ray_surgeon.maths.allocate import (
-    Allocation,
-    GroupCosts,
-    allocate_globally,
-    allocate_uniformly,
-)
+from ray_surgeon.maths.allocate import Allocation, GroupCosts, allocate_globally, allocate_uniformly
 from ray_surgeon.maths.threshold import OutOfReachError
 from tests.maths.test_experts import experts_of
 

@@ -65,10 +65,8 @@ def test_the_cost_held_aside_is_the_quadratic_form_of_the_other_tokens(
     by_columns[:, columns] = True
     by_rows[rows] = True
     after = W.flatten().clone()
-    for gone in (
-        by_columns.flatten(),
-        by_rows.flatten(),
-    ):  # independent of each other, as published
+    # independent of each other, as published
+    for gone in (by_columns.flatten(), by_rows.flatten()):
         removal = -W.flatten() * gone
         removal[~gone] = -torch.linalg.solve(fisher[~gone][:, ~gone], fisher[~gone] @ removal)
         after += removal

@@ -16,12 +16,7 @@ from ray_surgeon.maths.element_pruning import (
     prune_elements,
     unit_costs,
 )
-from ray_surgeon.maths.extended.terms import (
-    Term,
-    TwoTermInverse,
-    clip_term,
-    minimise_kept,
-)
+from ray_surgeon.maths.extended.terms import Term, TwoTermInverse, clip_term, minimise_kept
 from ray_surgeon.maths.kronecker import Damping, KroneckerFactors, PackedSymmetric
 from ray_surgeon.maths.linear import Linear
 from ray_surgeon.maths.masks import ElementMask, StructuredMask

@@ -85,9 +85,8 @@ def test_the_error_and_the_direction_of_the_first_step(
     assert error_of(layer, x, y, float(bend)) == pytest.approx(float(huber), rel=1e-12)
     assert found.before == pytest.approx(float(huber), rel=1e-5)
     for after, start, gradient in zip(found.layer.weights, layer.weights, gradients, strict=True):
-        step = (
-            -1e-3 * start.pow(2).mean().sqrt() * gradient.sign()
-        )  # Adam's first step has one size for every entry
+        # Adam's first step has one size for every entry
+        step = -1e-3 * start.pow(2).mean().sqrt() * gradient.sign()
         torch.testing.assert_close(after.double() - start, step, rtol=0, atol=2e-6)
 
 
@@ -235,9 +234,8 @@ def test_tokens_with_huge_outputs_do_not_decide(monkeypatch: pytest.MonkeyPatch)
     whole, left, x = pairs_of_channels()
     y = outputs_of(whole, x)
     ordinary = torch.arange(len(x)) % 100 != 0
-    y[~ordinary] += 300 * torch.randn(
-        20, D, generator=torch.Generator().manual_seed(1)
-    )  # no channels can give that
+    # no channels can give that
+    y[~ordinary] += 300 * torch.randn(20, D, generator=torch.Generator().manual_seed(1))
 
     def error() -> float:
         layer = trained(left, x, y, tokens_per_step=50, num_epochs=10).layer

@@ -32,9 +32,8 @@ def one_by_one(W: Tensor, A: Tensor) -> Tensor:
     """Round a column, then solve for all to its right at once, from the original weights."""
     found = W.clone()
     current = W.clone()
-    importance = torch.stack(
-        [1 / torch.linalg.inv(A[c:, c:])[0, 0] for c in range(len(A))]
-    )  # least cost of a unit error of column c
+    # least cost of a unit error of column c
+    importance = torch.stack([1 / torch.linalg.inv(A[c:, c:])[0, 0] for c in range(len(A))])
     for c in range(W.shape[1]):
         if c % SIZE == 0:
             scale = scales_of(current[:, c : c + SIZE], importance[c : c + SIZE], BITS)
@@ -70,9 +69,8 @@ def test_blocks_of_columns_change_nothing(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_group_of_zeros_stays_zero() -> None:
     W, A = problem()
     W[2, SIZE : 2 * SIZE] = 0
-    A = torch.block_diag(
-        *(A[i : i + SIZE, i : i + SIZE] for i in range(0, C, SIZE))
-    )  # other groups' errors do not reach it
+    # other groups' errors do not reach it
+    A = torch.block_diag(*(A[i : i + SIZE, i : i + SIZE] for i in range(0, C, SIZE)))
     found, scales = round_columns(W, A, SIZE, BITS, **EXACT)
     assert not found[2, SIZE : 2 * SIZE].any()
     assert torch.isfinite(found).all()

@@ -117,9 +117,8 @@ def test_keys_in_common_do_not_make_scores_coarse() -> None:
 def test_everything_else_goes_to_torch(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "in_products", None)
     query, key, value = drawn(9, 9, torch.bfloat16 if masked else torch.float32)
-    mask = (
-        torch.ones(9, 9, dtype=torch.bool).tril_().triu_(-3) if masked else None
-    )  # a window of four keys
+    # a window of four keys
+    mask = torch.ones(9, 9, dtype=torch.bool).tril_().triu_(-3) if masked else None
     found, _ = attention.attention(Layer(), query, key, value, mask)
     expected = scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=not masked, enable_gqa=True

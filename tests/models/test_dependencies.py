@@ -67,9 +67,8 @@ def test_propagation_does_not_change_the_logits(family: str) -> None:
     assert 0 < shrinkable(after, sets) < sum(m.num_parameters for m in masks.values())
 
 
-@pytest.mark.parametrize(
-    "family", sorted(set(SPARSE_CONFIGS) - {"deepseek_v3"})
-)  # whose attention is no pair of plain halves
+# whose attention is no pair of plain halves
+@pytest.mark.parametrize("family", sorted(set(SPARSE_CONFIGS) - {"deepseek_v3"}))
 def test_propagation_in_experts_does_not_change_the_logits(
     family: str, model_folders: dict[str, Path]
 ) -> None:

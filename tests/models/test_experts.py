@@ -124,9 +124,8 @@ def test_gradients_are_the_familys_own(family: str, states: dict[str, dict[str, 
                 elif linear != sparse.consumer:
                     half = len(other) // 2
                     rows = slice(0, half) if linear == sparse.producers[0] else slice(half, None)
-                one = (
-                    torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                )  # no token came here
+                # no token came here
+                one = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 torch.testing.assert_close(one, other[rows], rtol=0, atol=1e-5)
     assert num_compared >= 8
 

@@ -112,9 +112,8 @@ def test_what_is_added_to_outputs_is_what_is_absorbed(by_element: bool) -> None:
     module = torch.nn.Linear(5, 4)
     x = torch.randn(2, 3, 5)
     kept = torch.rand(4, 6) < 0.6
-    mask = (
-        ElementMask(kept) if by_element else StructuredMask(kept[:, 0], kept[0])
-    )  # the last column is the bias's
+    # the last column is the bias's
+    mask = ElementMask(kept) if by_element else StructuredMask(kept[:, 0], kept[0])
     part = LowRank(module, mask, 2, 0, torch.device("cpu"))
     before = module(x)
     part.B.data = torch.randn(4, 2)

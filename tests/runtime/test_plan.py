@@ -380,9 +380,8 @@ def test_mixtures_of_experts_from_their_configurations() -> None:
         on_host < found.workers[0].peak(found.room, found.workers[0].steps[2])[1] < 1.2 * on_host
     ), "with what pieces leave empty"
     assert plan("qwen3-235b-a22b", 80 * GB, 2 * TB, 8).excess()[0] <= 1
-    active = (
-        128 * 2048 * 2 * 3.3e9
-    )  # tokens; two operations for each of 3.3e9 weights that a token is multiplied with
+    # tokens; two operations for each of 3.3e9 weights that a token is multiplied with
+    active = 128 * 2048 * 2 * 3.3e9
     flops = found.as_record()["flops"]
     assert active < flops["curvature"] < 12 * active, (
         "forward, backward, once more, without experts, and the factors"

@@ -53,9 +53,8 @@ def test_a_process_ends_with_the_one_that_started_it(tmp_path: Path) -> None:
         parent.kill()
     sleeper = Path("/proc", where.read_text(), "stat")
     for _ in range(200):
-        if (
-            not sleeper.exists() or sleeper.read_text().rpartition(")")[2].split()[0] == "Z"
-        ):  # it has ended, seen or not
+        # it has ended, seen or not
+        if not sleeper.exists() or sleeper.read_text().rpartition(")")[2].split()[0] == "Z":
             return
         time.sleep(0.05)
     os.kill(int(where.read_text()), 9)

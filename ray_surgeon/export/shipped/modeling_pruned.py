@@ -181,9 +181,8 @@ def narrow_block(
     attention_name = "self_attn" if "self_attn" in names else "attn"
     attention = names[attention_name]
     head_dim: Any = getattr(attention, "head_dim", None)
-    is_whole = (
-        num_heads == config.num_attention_heads
-    )  # an attention that is not pruned may be of any kind
+    # an attention that is not pruned may be of any kind
+    is_whole = num_heads == config.num_attention_heads
     sizes = {"q_proj": num_heads, "k_proj": num_kv_heads, "v_proj": num_kv_heads}
     for fused in ("qkv_proj", "c_attn"):
         sizes[fused] = num_heads + 2 * num_kv_heads

@@ -65,9 +65,8 @@ class Generation:
     acceptance: float  # mean of ``sum_v min(p_v, q_v)`` over the answers' tokens
     agreement: float  # fraction of them for which both models have the same most likely token
     divergence: float  # mean over them of the divergence from the dense model, in nats
-    departures: tuple[
-        int, ...
-    ]  # for each prompt, tokens in which both own answers agree from the start
+    # for each prompt, tokens in which both own answers agree from the start
+    departures: tuple[int, ...]
     not_ended: (
         float | None
         # of the answers that the dense model ended, the fraction that is not ended; None if it
@@ -78,10 +77,7 @@ class Generation:
 
 
 def check_prompts(
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    longest: int | None,
-    where: str,
+    prompts: Sequence[Sequence[int]], max_new_tokens: int, longest: int | None, where: str
 ) -> None:
     """Refuse prompts that the model cannot answer.
 
@@ -135,10 +131,7 @@ def receive_exactly(
 
 
 def answers_of(
-    cluster: Cluster,
-    prompts: Sequence[Sequence[int]],
-    max_tokens: int,
-    ends: frozenset[int],
+    cluster: Cluster, prompts: Sequence[Sequence[int]], max_tokens: int, ends: frozenset[int]
 ) -> Answers:
     """Let the dense model answer prompts, and keep what pruned models are compared with.
 

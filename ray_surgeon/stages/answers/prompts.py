@@ -42,9 +42,8 @@ class Yardstick:
     """Prompts, and what their answers need."""
 
     section: GenerationSection
-    prompts: tuple[
-        tuple[int, ...], ...
-    ]  # tokens of each; if the dense model writes some, in case that none of them is of use
+    # tokens of each; if the dense model writes some, in case that none of them is of use
+    prompts: tuple[tuple[int, ...], ...]
     request: Conversations | None  # for prompts that the dense model writes
     ends: frozenset[int]  # tokens that end an answer
     tokenizer: Any = field(repr=False)
@@ -82,10 +81,7 @@ def can_write_prompts(section: GenerationSection, tokenizer: Any, config: Pretra
 
 
 def yardstick_of(
-    section: GenerationSection,
-    tokenizer: Any,
-    config: PretrainedConfig,
-    windows: NDArray[np.int64],
+    section: GenerationSection, tokenizer: Any, config: PretrainedConfig, windows: NDArray[np.int64]
 ) -> Yardstick:
     """Return the prompts of a section, or how they are to be written.
 
@@ -105,9 +101,8 @@ def yardstick_of(
     starts = windows[: section.num_prompts, : min(START_TOKENS, windows.shape[1])]
     prompts = [tuple(start) for start in starts.tolist()]
     if section.prompts is None and has_chat_template(tokenizer) and marks.opening:
-        length = (
-            len(marks.opening) + len(marks.closing) + len(marks.end) + 3 * TURN_TOKENS
-        )  # a third is a turn's
+        # a third is a turn's
+        length = len(marks.opening) + len(marks.closing) + len(marks.end) + 3 * TURN_TOKENS
         request = Conversations(marks, None, 0, length, 1.0, section.seed + _SEED, WHERE)
         check_prompts(
             [(*marks.opening, *marks.closing, *[0] * request.turn_tokens)],

@@ -15,11 +15,7 @@ from ray_surgeon.maths.reconstruction import rate_factor
 from ray_surgeon.models.low_rank import CorrectionState, LowRankCorrections
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.collectives import broadcast_together, reduce_together
-from ray_surgeon.runtime.passes import (
-    Labels,
-    forward_and_backward,
-    num_counted,
-)
+from ray_surgeon.runtime.passes import Labels, forward_and_backward, num_counted
 from ray_surgeon.runtime.worker import Worker, collective
 from ray_surgeon.stages.calibration import CalibrationText, held_measure
 from ray_surgeon.stages.correction.section import CorrectionSection
@@ -57,12 +53,10 @@ class Trained:
     # share of the corrections that arrived in the weights, as `LowRankCorrections.absorb` has it
     absorbed: float
     rate: float  # the learning rate at the end
-    tried: dict[float, float] = field(
-        default_factory=dict
-    )  # learning rate -> measure after its first steps; the last one was taken
-    held: list[tuple[int, float]] = field(
-        default_factory=list
-    )  # number of steps done -> measure; of the one kept at the end, too
+    # learning rate -> measure after its first steps; the last one was taken
+    tried: dict[float, float] = field(default_factory=dict)
+    # number of steps done -> measure; of the one kept at the end, too
+    held: list[tuple[int, float]] = field(default_factory=list)
     undone: str | None = None  # why the model stays as it was; None if the corrections are kept
 
     @property
@@ -289,9 +283,8 @@ class _Training:
         self._checks = len(text.held) > 0
         self._losses = list[float]()
         self._held = list[tuple[int, float]]()
-        self._best = (
-            math.inf
-        )  # the smallest measure so far, of the state that workers keep as "best"
+        # the smallest measure so far, of the state that workers keep as "best"
+        self._best = math.inf
         self._best_after = 0  # number of steps of that state
         self._every = max(1, round(len(batches) / NUM_CHECKS))
 

@@ -59,9 +59,8 @@ class Reach:
         None  # consumer -> its groups that may be needed even if they cost more
     )
     only: frozenset[str] | None = None  # consumers whose paths are followed anew; None for all
-    scales: Mapping[Unit, float] = field(
-        default_factory=dict
-    )  # those of `ConsumerCosts`; 1 if not given
+    # those of `ConsumerCosts`; 1 if not given
+    scales: Mapping[Unit, float] = field(default_factory=dict)
 
 
 def renewed(before: Scores[ConsumerCosts], after: Scores[ConsumerCosts]) -> Scores[ConsumerCosts]:

@@ -217,9 +217,8 @@ class Elements(Method):
         R = shape.num_rows
         C = shape.num_columns
         units = self.section.units
-        patterns = (
-            math.comb(units.m, units.n) if self.section.costs == "obs" and units.m > 1 else 0
-        )  # each of which every group tries
+        # each of which every group tries
+        patterns = math.comb(units.m, units.n) if self.section.costs == "obs" and units.m > 1 else 0
         update = self.section.update
         iterations = update.num_iterations if isinstance(update, ConjugateGradientsUpdate) else 2
         return LinearNeeds(

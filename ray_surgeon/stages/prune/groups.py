@@ -20,12 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ray_surgeon.maths.allocate import (
-    Allocation,
-    GroupCosts,
-    allocate_globally,
-    allocate_uniformly,
-)
+from ray_surgeon.maths.allocate import Allocation, GroupCosts, allocate_globally, allocate_uniformly
 from ray_surgeon.maths.curvature import RaisedDamping
 from ray_surgeon.maths.groups import alive_part, group_costs, lowest, prune_groups
 from ray_surgeon.maths.kronecker import Damping
@@ -198,17 +193,15 @@ class Groups(Method):
         R = shape.num_rows
         C = shape.num_columns
         reach = min(1.0, 2 * (self.section.target_sparsity or 0.5))
-        shrinking = (
-            0 if shape.expert is None else 4 * (R**2 + C**2)
-        )  # the mean of the layer and the shrunk factors, packed
+        # the mean of the layer and the shrunk factors, packed
+        shrinking = 0 if shape.expert is None else 4 * (R**2 + C**2)
         return LinearNeeds(
             costs_bytes=shrinking + 4 * ((2.6 + reach) * C**2 + 2 * R**2 + 4.2 * R * C),
             costs_flops=5.0 * C**3 + R**3 + 4 * R**2 * C,
             update_bytes=shrinking
             + 4
-            * (
-                max(3.75 * C**2 + 2 * R * C, 2.2 * C**2 + 5 * R * C) + R**2
-            ),  # measured, the first where nearly all stays
+            # measured, the first where nearly all stays
+            * (max(3.75 * C**2 + 2 * R * C, 2.2 * C**2 + 5 * R * C) + R**2),
             update_flops=2.0 * C**3,
         )
 
@@ -236,9 +229,8 @@ class Groups(Method):
             mask = worker.mask(name, StructuredMask)
             left = int(mask.columns[groups.columns].all(dim=1).sum())
             size = groups.num_parameters
-            is_fixed = (
-                worker.layout.shapes[name].role not in self.consumers
-            )  # experts go whole, or stay
+            # experts go whole, or stay
+            is_fixed = worker.layout.shapes[name].role not in self.consumers
             if left == 0 or is_fixed:
                 nothing = torch.full((len(groups.columns),), torch.inf)
                 expert = whole.get(name, math.inf) if left else math.inf
@@ -314,9 +306,8 @@ class Groups(Method):
                 )
             )
         whole = len(groups.columns)
-        multiple = self.multiple(
-            groups.kind, shot
-        )  # a range takes no memory, of which experts are many
+        # a range takes no memory, of which experts are many
+        multiple = self.multiple(groups.kind, shot)
         return (
             range(0, whole + 1, multiple)
             if whole % multiple == 0

@@ -46,9 +46,8 @@ class Scores(Generic[C]):
     costs: tuple[C, ...]  # whatever the method ranks; nothing where the costs stay on the workers
     num_parameters: int  # entries of the linears
     num_kept: int  # of them, what earlier shots kept
-    raised_damping: tuple[
-        RaisedDamping, ...
-    ] = ()  # factorisations that needed more damping than asked for
+    # factorisations that needed more damping than asked for
+    raised_damping: tuple[RaisedDamping, ...] = ()
     clipping: tuple[Clipping, ...] = ()  # further Kronecker terms that were clipped
 
     @staticmethod
@@ -77,15 +76,12 @@ class Choice:
 
     threshold: float | None  # everything up to this cost; None if the method has none
     facts: Mapping[str, float | int | str]  # for the event of the step
-    counts: Mapping[str, int] = field(
-        default_factory=dict
-    )  # consumer -> number of its groups, for coupled groups
-    experts: Mapping[str, float] = field(
-        default_factory=dict
-    )  # consumer of each expert that goes whole -> what that costs
-    trial: Mapping[str, int] = field(
-        default_factory=dict
-    )  # consumers of layers on which learning rates are tried -> groups that go
+    # consumer -> number of its groups, for coupled groups
+    counts: Mapping[str, int] = field(default_factory=dict)
+    # consumer of each expert that goes whole -> what that costs
+    experts: Mapping[str, float] = field(default_factory=dict)
+    # consumers of layers on which learning rates are tried -> groups that go
+    trial: Mapping[str, int] = field(default_factory=dict)
     record: Mapping[str, Any] = field(default_factory=dict)  # more for the report
 
 
@@ -110,9 +106,8 @@ class Method(ABC):
     """One way to prune, with its options."""
 
     section: ScheduleSection  # `pruning` of the job spec
-    curvature: (
-        AnyCurvature | None
-    )  # the section of that name; None for methods that gather their own
+    # the section of that name; None for methods that gather their own
+    curvature: AnyCurvature | None
 
     @property
     def by_element(self) -> bool:

@@ -42,9 +42,8 @@ TRIAL_PART = 0.25
 class Errors:
     """What reconstructions of a shot left on a worker for the report."""
 
-    of_layer: dict[str, tuple[float, float]] = field(
-        default_factory=dict
-    )  # consumer -> its mean loss held aside before and after
+    # consumer -> its mean loss held aside before and after
+    of_layer: dict[str, tuple[float, float]] = field(default_factory=dict)
     rate: float = 0.0  # the learning rate; 0 if the worker trained nothing
 
 

@@ -42,9 +42,8 @@ SEARCHED = "(search)"
 class Trial:
     """Consumers that are pruned on trial."""
 
-    others: dict[str, Tensor] = field(
-        default_factory=dict
-    )  # consumer -> [R, C] on the host: its weight from before, or the pruned one
+    # consumer -> [R, C] on the host: its weight from before, or the pruned one
+    others: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -157,9 +156,8 @@ class Search:
                 scales = self._scales(cluster, scores, allocation, windows, divergences, scales)
             cluster.run_all(self.end)
         taken = min(range(len(tried)), key=lambda number: tried[number].measure)
-        best = tried[
-            taken
-        ].scores  # workers keep the longest paths, which begin like the ones before
+        # workers keep the longest paths, which begin like the ones before
+        best = tried[taken].scores
         scale_of = {c.unit: c.scale for c in best.costs}
         return best, {
             "divergences": [trial.divergence for trial in tried],

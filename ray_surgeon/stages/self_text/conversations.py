@@ -165,12 +165,7 @@ def to_be_written(
 
 
 def _texts(
-    text: SelfSection,
-    count: int,
-    length: int,
-    tokenizer: Any,
-    config: PretrainedConfig,
-    where: str,
+    text: SelfSection, count: int, length: int, tokenizer: Any, config: PretrainedConfig, where: str
 ) -> Texts:
     num_texts, of_text = text.sizes(count, length)
     if text.starts is not None:
@@ -230,12 +225,7 @@ def _prompt(text: SelfSection, tokenizer: Any, where: str) -> tuple[int, ...]:
 
 
 def _conversations(
-    text: SelfSection,
-    count: int,
-    length: int,
-    tokenizer: Any,
-    config: PretrainedConfig,
-    where: str,
+    text: SelfSection, count: int, length: int, tokenizer: Any, config: PretrainedConfig, where: str
 ) -> Conversations:
     longest = getattr(config, "max_position_embeddings", None) or length
     if length > longest:
@@ -535,9 +525,8 @@ class _Writer:
         wanted = Wanted(prompts, request.turn_tokens + 1, request.temperature, seed, ends)
         self._num_turns += count
         for text in write_texts(self._cluster, wanted):
-            turn = tuple(
-                text[:-1].tolist()
-            )  # one that has not ended is cut: models of code paste long pieces of it
+            # one that has not ended is cut: models of code paste long pieces of it
+            turn = tuple(text[:-1].tolist())
             if self._is_turn(turn) and turn not in self._seen:
                 self._seen.add(turn)
                 self._num_used_turns += 1
