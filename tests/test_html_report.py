@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 from ray_surgeon.export import folder as export_folder
-from ray_surgeon.maths.threshold import cost_curve
 from ray_surgeon.report.html_report import page
 from ray_surgeon.report.plots import _short, by_block, by_expert, inline_svg, run_figures
 from ray_surgeon.report.record import main
@@ -130,7 +129,7 @@ def test_page_of_a_run_says_everything(runs: dict[str, Path]) -> None:
         assert all(known in text for known in export["loaders"].values())
     assert record["fingerprints"]["model"] in text
     assert "width_multiple: 8" in text
-    assert html.count("<svg") == len(run_figures(record)) == 6
+    assert html.count("<svg") == len(run_figures(record)) == 4
     assert {p.name for p in (runs["groups"] / "plots").iterdir()} == {
         f"{n}.{s}" for n in run_figures(record) for s in ("svg", "png")
     }
@@ -182,7 +181,7 @@ def test_several_runs_on_one_page(
     assert "not complete" not in said
     text = " ".join(check_self_contained(out.read_text()).words)
     assert "2 runs of ray_surgeon" in text
-    assert out.read_text().count("<svg") == 3 + 6 + 6
+    assert out.read_text().count("<svg") == 2 + 4 + 4
 
 
 def test_a_run_that_has_not_ended_is_named_beside_one_that_has(
@@ -228,28 +227,11 @@ def test_a_browser_draws_the_page(dark: bool, runs: dict[str, Path], tmp_path: P
     assert drawn[:, 1000:].any(), "nothing at the right"
 
 
-def test_cost_curve_against_sorting_by_hand() -> None:
-    import torch
-
-    costs = torch.tensor([3.0, 1.0, float("inf"), 2.0])
-    sizes = torch.tensor([10, 20, 40, 30])
-    assert cost_curve(costs, sizes) == [(20.0, 1.0), (50.0, 2.0), (60.0, 3.0)]
-    assert cost_curve(costs, sizes, num_points=2) == [(20.0, 1.0), (60.0, 3.0)]
-    assert cost_curve(costs[2:3], sizes[2:3]) == []
-
-
-def test_cost_curve_of_more_candidates_than_float32_counts() -> None:
-    import torch
-
-    costs = torch.arange(2**24 + 5, dtype=torch.float32)
-    assert len(cost_curve(costs, torch.ones_like(costs))) == 128
-
-
 def test_page_of_a_model_that_is_gone_and_of_a_method_without_costs(runs: dict[str, Path]) -> None:
     record = report_of(runs["rows"])
     infinite = dict.fromkeys(record["dense"]["perplexity"], float("inf"))
     shots = [shot | {"perplexity": infinite} for shot in record["shots"]]
-    bare = ("predicted_loss_increase", "cost_curve", "shrinkable", "terms", "update_residual")
+    bare = ("predicted_loss_increase", "shrinkable", "terms", "update_residual")
     layerwise = [
         {k: v for k, v in shot.items() if k not in bare}
         | {"threshold": None, "calibration_loss": None}
@@ -263,13 +245,8 @@ def test_page_of_a_model_that_is_gone_and_of_a_method_without_costs(runs: dict[s
         assert "inf" in check_self_contained(page([record | change])).words
 
 
-def test_curves_reach_the_target_and_fit_the_threshold(runs: dict[str, Path]) -> None:
+def test_workers_are_busy_no_longer_than_their_steps(runs: dict[str, Path]) -> None:
     for shot in report_of(runs["rows"])["shots"]:
-        fractions, costs = zip(*shot["cost_curve"], strict=True)
-        assert list(fractions) == sorted(fractions)
-        assert list(costs) == sorted(costs)
-        assert costs[0] <= shot["threshold"] <= costs[-1]
-        assert fractions[-1] > shot["sparsity"]
         assert all(len(busy) == 2 for busy in shot["worker_seconds"].values())
         assert 0 < sum(shot["worker_seconds"]["curvature"]) <= shot["seconds"]["curvature"] + 0.01
 
@@ -313,7 +290,7 @@ def test_experts_have_a_map_of_their_own(model_folders: dict[str, Path], tmp_pat
 
 
 def test_two_figures_of_a_page_share_no_identifier(runs: dict[str, Path]) -> None:
-    figure = run_figures(json.loads((runs["rows"] / "report.json").read_text()))["costs"]
+    figure = run_figures(json.loads((runs["rows"] / "report.json").read_text()))["depth"]
     ids = [set(re.findall(r'id="([^"]+)"', inline_svg(figure, name))) for name in ("a", "b")]
     assert not ids[0] & ids[1]
 

@@ -271,14 +271,6 @@ BAD: list[tuple[dict[str, Any], str]] = [
         {"curvature.kind": "extended_kfac", "pruning.structure": "groups"},
         "extended_kfac does not go with structure groups",
     ),
-    (
-        {
-            "curvature.kind": "extended_kfac",
-            "pruning.structure": "element",
-            "pruning.update.solver": "chunks",
-        },
-        "need one Kronecker term",
-    ),
     ({"correction.steps_per_shot": 0}, "set one of them"),
     ({"correction.sequences_per_step": 3}, "more than the 2"),
     ({"output.exports": "[onnx]"}, "exports"),

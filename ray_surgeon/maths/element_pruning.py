@@ -18,7 +18,6 @@ from ray_surgeon.maths.element_costs import (
     pattern_removals,
     summed_group_costs,
 )
-from ray_surgeon.maths.extended.chunks import update_in_chunks
 from ray_surgeon.maths.kronecker import Damping
 from ray_surgeon.maths.linear import Linear, Part, Removal
 from ray_surgeon.maths.masks import ElementMask
@@ -46,20 +45,17 @@ class ElementUpdate:
     """How kept elements make up for pruned ones.
 
     Attributes:
-        solver: ``conjugate_gradients`` (all correlations at once), ``chunks`` (the paper's),
-            ``single`` (the correction of every pruned element as if it were pruned alone) or
-            ``none``.
+        solver: ``conjugate_gradients`` (all correlations at once), ``single`` (the correction of
+            every pruned element as if it were pruned alone) or ``none``.
         num_iterations: of conjugate gradients, at most.
         tolerance: relative residual at which they stop.
         precision: dtype of their products, e.g. ``bfloat16``.
-        max_correlate: elements of a chunk.
     """
 
     solver: str
     num_iterations: int = 0
     tolerance: float = 0.0
     precision: str = "float32"
-    max_correlate: int = 0
 
 
 @dataclass(frozen=True)
@@ -212,12 +208,10 @@ def _updated_directly(
 ) -> Tensor:
     if update.solver == "none":
         return W * kept
-    if update.solver == "single" and curvature.is_extended:
+    if curvature.is_extended:
         inverse = curvature.inverse
         return (W - inverse.solve(W * ~kept / inverse.diagonal())) * kept
     A_inverse = curvature.A.inverse()
     G_inverse = curvature.G.inverse()
-    if update.solver == "single":
-        alone = W * ~kept / torch.outer(G_inverse.diagonal(), A_inverse.diagonal())
-        return (W - G_inverse @ alone @ A_inverse) * kept
-    return update_in_chunks(W, A_inverse, G_inverse, ~kept, update.max_correlate)
+    alone = W * ~kept / torch.outer(G_inverse.diagonal(), A_inverse.diagonal())
+    return (W - G_inverse @ alone @ A_inverse) * kept

@@ -66,27 +66,6 @@ def check_costs(name: str, costs: Tensor, *, may_be_negative: bool = False) -> N
         raise FloatingPointError(f"{name}: {bad} of {costs.numel()} costs are {what}")
 
 
-def cost_curve(costs: Tensor, sizes: Tensor, num_points: int = 128) -> list[tuple[float, float]]:
-    """Return points (cumulative size, cost) of evenly chosen candidates, for plots.
-
-    They say how much can be pruned up to which cost.
-
-    Args:
-        costs: [n] of candidates; infinite ones may not be pruned and are left out.
-        sizes: [n] parameters of each.
-        num_points: at most so many points.
-    """
-    finite = torch.isfinite(costs)
-    ordered, order = costs[finite].double().sort()
-    total = sizes[finite].double()[order].cumsum(0)
-    chosen = (
-        torch.linspace(0, max(len(order) - 1, 0), min(num_points, len(order)), dtype=torch.float64)
-        .round()
-        .long()
-    )
-    return list(zip(total[chosen].tolist(), ordered[chosen].tolist(), strict=True))
-
-
 def can_reach(costs: Sequence[StructureCosts], target_sparsity: float) -> bool:
     """Return whether all candidates together remove the target fraction of all parameters."""
     kept = sum((c.num_rows - len(c.rows)) * (c.num_columns - len(c.columns)) for c in costs)

@@ -21,7 +21,6 @@ from ray_surgeon.report.plots import (
     perplexity_figure,
     run_figures,
     save,
-    size_figure,
 )
 from ray_surgeon.report.progress import is_complete, num_shots
 from ray_surgeon.storage import files
@@ -177,9 +176,7 @@ def page(
     comparison = {}
     if len(records) > 1:
         figures = {"acceptance": acceptance_figure(records)} if has_generation(records) else {}
-        figures |= {f"perplexity-{text}": perplexity_figure(records, text) for text in texts} | {
-            "size": size_figure(records)
-        }
+        figures |= {f"perplexity-{text}": perplexity_figure(records, text) for text in texts}
         comparison = {name: inline_svg(figure, f"all-{name}") for name, figure in figures.items()}
     records = [{"retries": [], **record} for record in records]
     runs = [

@@ -103,12 +103,6 @@ def _axes(width: float = 6.4, height: float = 4.0) -> tuple[Figure, Axes]:
     return figure, figure.subplots()
 
 
-def _dense_line(axes: Axes, value: float) -> None:
-    """Draw a dense model's line, the first one with an entry in the legend."""
-    label = None if "dense" in axes.get_legend_handles_labels()[1] else "dense"
-    axes.axhline(value, color="#909090", linewidth=0.8, linestyle="--", zorder=0, label=label)
-
-
 @_styled
 def perplexity_figure(records: Sequence[Mapping[str, Any]], text: str) -> Figure:
     """Plot perplexity against sparsity, one line a run, with the dense model at zero.
@@ -145,7 +139,15 @@ def perplexity_figure(records: Sequence[Mapping[str, Any]], text: str) -> Figure
         )
         top = max(top, 1.5 * points[0][1], *(y for _, y in points if y <= highest))
         bottom = min(bottom, points[0][1], *(y for _, y in points))
-        _dense_line(axes, dense[number])
+        is_named = "dense" in axes.get_legend_handles_labels()[1]
+        axes.axhline(
+            dense[number],
+            color="#909090",
+            linewidth=0.8,
+            linestyle="--",
+            zorder=0,
+            label=None if is_named else "dense",
+        )
     axes.set_yscale("log")
     if math.isfinite(bottom):
         axes.set_ylim(0.95 * bottom, 1.1 * top)
@@ -189,32 +191,6 @@ def acceptance_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
     axes.set_ylabel("acceptance rate")
     axes.grid(**_SOFT)
     axes.legend(loc="lower left")
-    return figure
-
-
-@_styled
-def size_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
-    """Plot the nonzero parameters of the whole model against sparsity, one line a run."""
-    figure, axes = _axes()
-    for number, record in enumerate(records):
-        dense = record["parameters"]["before"]
-        points = [(0.0, dense / 1e6)] + [
-            (100 * s["sparsity"], s["num_nonzero"] / 1e6)
-            for s in record["shots"]
-            if "num_nonzero" in s
-        ]
-        axes.plot(
-            *zip(*points, strict=True),
-            marker=_MARKERS[number % len(_MARKERS)],
-            markersize=4,
-            label=record["spec"]["name"],
-        )
-        _dense_line(axes, dense / 1e6)
-    axes.set_xlabel("sparsity of the blocks' linears, %")
-    axes.set_ylabel("parameters left, millions")
-    axes.set_ylim(bottom=0)
-    axes.grid(**_SOFT)
-    axes.legend()
     return figure
 
 
@@ -308,47 +284,6 @@ def expert_figure(sparsities: Sequence[Sequence[float]]) -> Figure:
 
 
 @_styled
-def cost_figure(shots: Sequence[Mapping[str, Any]], unit: str) -> Figure:
-    """Plot how much could be pruned up to which cost, with each shot's threshold.
-
-    Shots are the first, some middle and the last ones.
-
-    Args:
-        shots: of a report.
-        unit: of the costs, for the axis.
-    """
-    figure, axes = _axes()
-    with_curve = [shot for shot in shots if shot.get("cost_curve")]
-    chosen = (
-        with_curve
-        if len(with_curve) <= 6
-        else [with_curve[round(i * (len(with_curve) - 1) / 5)] for i in range(6)]
-    )
-    for shot in chosen:
-        points = [(100 * sparsity, cost) for sparsity, cost in shot["cost_curve"] if cost > 0]
-        (line,) = axes.plot(
-            *(zip(*points, strict=True) if points else ((), ())),
-            linewidth=1.4,
-            label=f"shot {shot['index']}",
-        )
-        color = line.get_color()
-        if (shot["threshold"] or 0) > 0:  # experts may lower the loss by going
-            axes.plot([100 * shot["sparsity"]], [shot["threshold"]], "o", color=color, markersize=5)
-            axes.axhline(shot["threshold"], color=color, linewidth=0.6, linestyle=":")
-    axes.set_yscale("log")
-    axes.set_xlabel("pruned with all cheaper ones, % of the linears' parameters")
-    axes.set_ylabel(unit)
-    axes.grid(**_SOFT)
-    axes.legend(
-        title="dots and dotted lines: thresholds"
-        if any((s["threshold"] or 0) > 0 for s in chosen)
-        else None,
-        title_fontsize=7,
-    )
-    return figure
-
-
-@_styled
 def time_figure(shots: Sequence[Mapping[str, Any]]) -> Figure:
     """Plot the time of every step of every shot, stacked, and all workers' peak memory."""
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
@@ -397,17 +332,7 @@ def run_figures(record: Mapping[str, Any]) -> dict[str, Figure]:
     }
     if not record["shots"]:
         return figures
-    pruning = record["spec"]["pruning"]
-    per = "parameter" if pruning.get("target") is None else "unit of the target"
-    unit = (
-        f"cost per {per}"
-        if pruning.get("rank_by", "cost_per_parameter") == "cost_per_parameter"
-        else "cost"
-    )
-    unit = "cost of a group" if pruning["structure"] == "n_m" else unit
-    figures |= {"size": size_figure([record]), "depth": depth_figure(record["linears"])}
+    figures["depth"] = depth_figure(record["linears"])
     if experts := by_expert(record["linears"]):
         figures["experts"] = expert_figure(experts)
-    if any(shot.get("cost_curve") for shot in record["shots"]):
-        figures["costs"] = cost_figure(record["shots"], unit)
     return figures | {"time": time_figure(record["shots"])}

@@ -129,38 +129,3 @@ def test_a_removed_group_may_be_anything_upstream(
                     masked.get_parameter(f"{name}.weight")[rows[gone].flatten()] = 1.0
     torch.testing.assert_close(masked(tokens).logits, before)
     assert LAYOUTS["llama"].heads.num_kv == 2
-
-
-@pytest.mark.parametrize("allocation", ["global", "uniform"])
-@pytest.mark.parametrize(
-    "target",
-    [
-        {"pruning__target_sparsity": 0.2},
-        {
-            "pruning__target_sparsity": None,
-            "pruning__target": {"parameters": int(0.85 * LAYOUTS["llama"].num_parameters)},
-        },
-    ],
-)
-def test_the_curve_of_costs_says_what_the_threshold_takes(
-    allocation: str, target: dict[str, Any], model_folders: dict[str, Path], tmp_path: Path
-) -> None:
-    """Both are of a unit of the target: what lies below the threshold is what goes, but for widths
-    that must be multiples.
-    """
-    options = {
-        "pruning__structure": "groups",
-        "pruning__width_multiple": 1,
-        "pruning__num_shots": 1,
-        "pruning__allocation": allocation,
-    }
-    assert run(tmp_path, model_folders["llama"], **options, **target) == 0
-    (shot,) = report_of(tmp_path / "run")["shots"]
-    costs = [cost for _, cost in shot["cost_curve"]]
-    assert costs == sorted(costs)
-    if allocation == "global":
-        below = max(
-            (fraction for fraction, cost in shot["cost_curve"] if cost <= shot["threshold"]),
-            default=0.0,
-        )
-        assert below == pytest.approx(shot["sparsity"], abs=0.03)

@@ -222,8 +222,6 @@ def test_options_do_something(model_folders: dict[str, Path], tmp_path: Path) ->
         "element-obd": {**element, "pruning__costs": "obd"},
         "element-single": {**element, "pruning__update": {"solver": "single"}},
         "element-none": {**element, "pruning__update": {"solver": "none"}},
-        "element-chunks": {**element, "pruning__update": {"solver": "chunks"}},
-        "max_correlate": {**element, "pruning__update": {"solver": "chunks", "max_correlate": 50}},
         "num_iterations": {**element, "pruning__update": {**cg, "num_iterations": 3}},
         "terms": extended,
         "three-terms": {**extended, "curvature__num_kronecker_terms": 3},

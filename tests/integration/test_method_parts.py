@@ -45,13 +45,9 @@ def test_labels_are_drawn_anew_in_every_shot(
     assert float((found[1] - found[0]).norm() / found[0].norm()) > 0.05
 
 
-def test_a_curve_of_costs_begins_at_what_earlier_shots_pruned() -> None:
-    assert Scores((), 100, 80).as_fractions([(10, 0.5), (90, 2.0)]) == [(0.3, 0.5), (1.0, 2.0)]
-
-
-@pytest.mark.parametrize(("structure", "most"), [("element", 1.0), ("n_m", 0.5)])
+@pytest.mark.parametrize("structure", ["element", "n_m"])
 def test_a_choice_of_elements_says_how_many_go_in_all(
-    structure: str, most: float, model_folders: dict[str, Path], tmp_path: Path
+    structure: str, model_folders: dict[str, Path], tmp_path: Path
 ) -> None:
     method = (
         found := check(
@@ -76,7 +72,6 @@ def test_a_choice_of_elements_says_how_many_go_in_all(
         assert choice.facts["sparsity"] == pytest.approx(
             1 - sum(m.num_kept for m in masks) / LAYOUTS["llama"].linear_size
         )
-        assert choice.record["cost_curve"][-1][0] == pytest.approx(most)
 
 
 @pytest.mark.parametrize(("size", "steps", "epochs"), [(1, 13, 0), (4, 5, 2), (9, 3, 2)])

@@ -106,7 +106,6 @@ def test_what_sparsegpt_damped_more_than_asked_is_in_the_report(
         {"pruning__structure": "n_m", "pruning__costs": "obs_sum"},
         {"pruning__structure": "n_m", "curvature__kind": "extended_kfac"},
         {"pruning__structure": "element", "curvature__kind": "extended_kfac"},
-        {"pruning__structure": "element", "pruning__update": {"solver": "chunks"}},
         {"pruning__structure": "element", "pruning__update": {"solver": "single"}},
     ],
     ids=str,

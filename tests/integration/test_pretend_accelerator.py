@@ -87,10 +87,6 @@ METHODS: dict[str, tuple[dict[str, Any], tuple[float, float]]] = {
     "element": (ELEMENT, BY_ITERATIONS),
     "element-solved": ({**ELEMENT, "pruning__update": SOLVED}, BY_ORDER_OF_SUMS),
     "element-obd": ({**ELEMENT, "pruning__costs": "obd"}, BY_ITERATIONS),
-    "element-chunks": (
-        {**ELEMENT, "pruning__update": {"solver": "chunks", "max_correlate": 100}},
-        BY_ORDER_OF_SUMS,
-    ),
     "element-single": ({**ELEMENT, "pruning__update": {"solver": "single"}}, BY_ORDER_OF_SUMS),
     "element-none": ({**ELEMENT, "pruning__update": {"solver": "none"}}, EQUAL),
     "element-two-terms": ({**ELEMENT, **EXTENDED}, BY_ITERATIONS),

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import combinations
 
 import pytest
@@ -28,7 +27,6 @@ from ray_surgeon.maths.element_pruning import (
     prune_elements,
     unit_costs,
 )
-from ray_surgeon.maths.extended.chunks import update_in_chunks
 from ray_surgeon.maths.masks import ElementMask
 from ray_surgeon.maths.threshold import bit_histogram, bucket_of, cost_of_bits
 from tests.maths.dense import damped, dense_removal, linear, problem, too_indefinite
@@ -186,32 +184,6 @@ def test_nothing_to_remove() -> None:
     assert torch.equal(found.W, W)
 
 
-def test_one_chunk_is_the_dense_solution() -> None:
-    W, A, G = problem()
-    removed = random_removal(6, 7, 0.4)
-    found = update_in_chunks(W, torch.linalg.inv(A), torch.linalg.inv(G), removed, 1000)
-    torch.testing.assert_close(found, dense_removal(W, A, G, removed)[0], rtol=1e-8, atol=1e-10)
-
-
-def test_chunks_hold_what_earlier_shots_pruned() -> None:
-    """Everything that is pruned is in the chunks; else it would get a part of the update, and lose
-    it again.
-    """
-    W, A, G = problem()
-    of = linear(W, A, G)
-    before = ElementMask(~random_removal(6, 7, 0.3))
-    W = of.W * before.kept
-    of = replace(of, W=W)
-    update = ElementUpdate("chunks", max_correlate=1000)
-    units = ElementUnits()
-    found = find_elements(of, units, "obs")
-    threshold = float(unit_costs(of, before, units, found).flatten().sort().values[5])
-    removal, after = prune_elements(of, before, units, found, threshold, update)
-    expected, predicted = dense_removal(W, damped(A, 0.01), damped(G, 0.1), ~after.kept)
-    torch.testing.assert_close(removal.W, expected, rtol=1e-6, atol=1e-8)
-    assert removal.predicted == pytest.approx(predicted, rel=1e-6)
-
-
 @pytest.mark.parametrize("precision", [None, torch.float32])
 def test_more_iterations_than_the_dtype_has_digits_for(precision: torch.dtype | None) -> None:
     W, A, G = (x.float() for x in problem(6, 8))
@@ -234,22 +206,6 @@ def test_a_linear_of_one_column() -> None:
     torch.testing.assert_close(found.W, dense_removal(W, A, G, removed)[0], rtol=1e-6, atol=1e-8)
 
 
-def test_chunks_are_taken_one_after_the_other_on_the_weights_so_far() -> None:
-    """Each chunk is the dense solution for that chunk alone; what earlier chunks removed is set to
-    zero at the end.
-    """
-    W, A, G = problem()
-    removed = random_removal(6, 7, 0.4)
-    expected = W.clone()
-    for chunk in removed.nonzero().split(5):
-        part = torch.zeros_like(removed)
-        part[chunk[:, 0], chunk[:, 1]] = True
-        expected = dense_removal(expected, A, G, part)[0]
-    expected[removed] = 0
-    found = update_in_chunks(W, torch.linalg.inv(A), torch.linalg.inv(G), removed, 5)
-    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
-
-
 @pytest.mark.parametrize("ties", [False, True])
 def test_kth_value_by_counting_bits_is_that_of_sorting(ties: bool) -> None:
     parts = [torch.rand(1000, generator=torch.Generator().manual_seed(s)) ** 8 for s in range(3)]
@@ -267,8 +223,7 @@ UPDATE = ElementUpdate("conjugate_gradients", 300, 1e-12, "float64")
 SINGLE = ElementUnits()
 
 
-@pytest.mark.parametrize("solver", ["conjugate_gradients", "chunks"])
-def test_linear_of_elements_is_dense_with_what_earlier_shots_removed(solver: str) -> None:
+def test_linear_of_elements_is_dense_with_what_earlier_shots_removed() -> None:
     """Bias in the last column; an earlier shot removed some elements: they stay zero and are
     constraints still.
     """
@@ -285,13 +240,11 @@ def test_linear_of_elements_is_dense_with_what_earlier_shots_removed(solver: str
     expected_costs = element_costs(W, *obs_scales(damped(A, 0.01), damped(G, 0.1)))
     torch.testing.assert_close(costs[kept[:, :6]], expected_costs[:, :6][kept[:, :6]].float())
     threshold = float(costs.flatten().sort().values[9])
-    update = ElementUpdate(solver, 300, 1e-12, "float64", 1000)
-    removal, mask = prune_elements(of, before, SINGLE, found, threshold, update)
+    removal, mask = prune_elements(of, before, SINGLE, found, threshold, UPDATE)
     assert int((~mask.kept).sum()) == int((~kept).sum()) + 10
-    if solver == "conjugate_gradients":
-        expected, cost = dense_removal(W, damped(A, 0.01), damped(G, 0.1), ~mask.kept)
-        torch.testing.assert_close(removal.W, expected, rtol=1e-7, atol=1e-9)
-        assert removal.predicted == pytest.approx(cost, rel=1e-8)
+    expected, cost = dense_removal(W, damped(A, 0.01), damped(G, 0.1), ~mask.kept)
+    torch.testing.assert_close(removal.W, expected, rtol=1e-7, atol=1e-9)
+    assert removal.predicted == pytest.approx(cost, rel=1e-8)
     assert removal.residual < 1e-11
     assert not removal.W[~mask.kept].any()
     assert mask.kept[:, -1].all()

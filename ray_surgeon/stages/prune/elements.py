@@ -28,7 +28,6 @@ from ray_surgeon.maths.threshold import (
     Threshold,
     bit_histogram,
     bucket_of,
-    cost_curve,
     cost_of_bits,
     units_to_remove,
 )
@@ -38,7 +37,6 @@ from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.worker import LinearSummary, Worker, collective, sizes
 from ray_surgeon.spec.base import Positive, Section, by_tag, tag
 from ray_surgeon.spec.targets import SparsitySection
-from ray_surgeon.stages.curvature.section import AnyCurvature, ExtendedKfacSection
 from ray_surgeon.stages.prune.method import Choice, Method, Scores, in_order, linear_of
 
 Pattern = tuple[Positive, Positive]
@@ -63,18 +61,6 @@ class ConjugateGradientsUpdate(Section):
         return ElementUpdate(self.solver, self.num_iterations, self.tolerance, self.precision)
 
 
-class ChunksUpdate(Section):
-    """The paper's update: chunk by chunk, each on the weights updated so far."""
-
-    solver: Literal["chunks"] = Field(description="Chunk by chunk, as the paper does")
-    max_correlate: Positive = Field(2000, description="Elements in a chunk")
-
-    @property
-    def as_update(self) -> ElementUpdate:
-        """The update as the mathematics takes it."""
-        return ElementUpdate(self.solver, max_correlate=self.max_correlate)
-
-
 class PlainUpdate(Section):
     """Each removal on its own, or no update."""
 
@@ -88,20 +74,12 @@ class PlainUpdate(Section):
         return ElementUpdate(self.solver)
 
 
-_SOLVERS = {
-    "conjugate_gradients": "conjugate_gradients",
-    "chunks": "chunks",
-    "single": "plain",
-    "none": "plain",
-}
-
 UpdateSection = Annotated[
     Annotated[ConjugateGradientsUpdate, Tag(tag("conjugate_gradients"))]
-    | Annotated[ChunksUpdate, Tag(tag("chunks"))]
     | Annotated[PlainUpdate, Tag(tag("plain"))],
     by_tag(
-        lambda get: _SOLVERS.get(str(get("solver", "conjugate_gradients"))),
-        f"solver {', '.join(_SOLVERS)}",
+        lambda get: "plain" if get("solver", None) in ("single", "none") else "conjugate_gradients",
+        "solver conjugate_gradients, single or none",
     ),
 ]
 
@@ -113,15 +91,6 @@ class _Elements(SparsitySection):
     update: UpdateSection = Field(
         ConjugateGradientsUpdate(), description="How the kept weights make up for the pruned ones"
     )
-
-    def problem_with(self, curvature: AnyCurvature) -> str | None:
-        """Return why this section and a curvature do not go together; see `ScheduleSection`."""
-        if isinstance(self.update, ChunksUpdate) and isinstance(curvature, ExtendedKfacSection):
-            return (
-                "pruning.update: chunks need one Kronecker term; use solver conjugate_gradients, "
-                "or curvature.kind kfac"
-            )
-        return None
 
 
 class ElementsSection(_Elements):
@@ -300,10 +269,6 @@ class Elements(Method):
             return torch.from_numpy(np.sum(cluster.run_all(self.histogram, high), axis=0))
 
         upper = counts(None)
-        found = upper.nonzero()[:, 0]
-        curve = cost_curve(
-            torch.tensor([cost_of_bits(int(high), 0) for high in found]), upper[found] * size
-        )
         num_units = units_to_remove(
             self.section.targets[shot - 1], num_parameters, num_pruned, size, int(upper.sum())
         )
@@ -315,7 +280,7 @@ class Elements(Method):
             removed = int(upper[:high].sum() + lower[: low + 1].sum()) * size
             threshold = Threshold(cost_of_bits(high, low), num_pruned + removed, num_parameters)
         facts = {"threshold": threshold.value, "sparsity": threshold.sparsity}
-        return Choice(threshold.value, facts, record={"cost_curve": scores.as_fractions(curve)})
+        return Choice(threshold.value, facts)
 
     def apply(
         self, cluster: Cluster, sequences: NDArray[np.int64], choice: Choice, shot: int

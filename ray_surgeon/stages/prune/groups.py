@@ -26,7 +26,7 @@ from ray_surgeon.maths.groups import alive_part, group_costs, lowest, prune_grou
 from ray_surgeon.maths.kronecker import Damping
 from ray_surgeon.maths.linear import Part, Removal
 from ray_surgeon.maths.masks import StructuredMask
-from ray_surgeon.maths.threshold import OutOfReachError, cost_curve
+from ray_surgeon.maths.threshold import OutOfReachError
 from ray_surgeon.models.budgets import Budget
 from ray_surgeon.models.layout import GroupSet, LinearShape
 from ray_surgeon.models.pruned_config import kv_heads_left
@@ -589,7 +589,6 @@ class Groups(Method):
             allocation.counts.get(c.consumer, 0) * c.num_parameters for c in costs
         )
         need = budget.of((c.kind, c.num_left - allocation.counts.get(c.consumer, 0)) for c in costs)
-        sizes_of = torch.cat([torch.full((len(c.costs),), c.num_parameters) for c in costs])
         facts: dict[str, Any] = {
             "groups": sum(allocation.counts.values()),
             "sparsity": 1 - num_kept / scores.num_parameters,
@@ -598,11 +597,6 @@ class Groups(Method):
         }
         record = {
             "groups_removed": allocation.counts,
-            "cost_curve": scores.as_fractions(
-                cost_curve(
-                    torch.cat([c.costs * c.scale / self._unit_of(c.kind) for c in costs]), sizes_of
-                )
-            ),
             "budget": {
                 "unit": budget.unit,
                 "dense": budget.dense,

@@ -35,9 +35,6 @@ from ray_surgeon.stages.curvature.section import AnyCurvature, DampingSection, E
 
 C = TypeVar("C")
 
-Curve = list[tuple[float, float]]
-"""see `cost_curve`"""
-
 
 @dataclass(frozen=True)
 class Scores(Generic[C]):
@@ -60,14 +57,6 @@ class Scores(Generic[C]):
             tuple(event for part in parts for event in part.raised_damping),
             tuple(event for part in parts for event in part.clipping),
         )
-
-    def as_fractions(self, curve: Curve) -> Curve:
-        """Return a curve over the fraction of all parameters that is pruned then.
-
-        What earlier shots pruned is included.
-        """
-        num_pruned = self.num_parameters - self.num_kept
-        return [(min(1.0, (num_pruned + size) / self.num_parameters), cost) for size, cost in curve]
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ from ray_surgeon.maths.structured import Candidates, find_candidates, prune_stru
 from ray_surgeon.maths.threshold import (
     StructureCosts,
     can_reach,
-    cost_curve,
     smallest_enough,
     structured_threshold,
 )
@@ -222,17 +221,9 @@ class RowsColumns(Method):
         target = self.section.targets[shot - 1]
         costs = _by_name(scores)
         enough = structured_threshold(costs, target)
-        sides = [
-            (side, n)
-            for c in costs
-            for side, n in ((c.rows, c.num_columns), (c.columns, c.num_rows))
-        ]
-        values = torch.cat([side.double() for side, _ in sides])
-        values = (
-            torch.cat([torch.zeros(1, dtype=torch.float64), values[values <= enough.value]])
-            .sort()
-            .values
-        )
+        all_costs = torch.cat([side.double() for c in costs for side in (c.rows, c.columns)])
+        zero = torch.zeros(1, dtype=torch.float64)
+        values = torch.cat([zero, all_costs[all_costs <= enough.value]]).sort().values
 
         def num_pruned(value: float) -> int:
             return enough.num_parameters - sum(cluster.run_all(self.num_kept_at, value))
@@ -241,12 +232,8 @@ class RowsColumns(Method):
             values, num_pruned, math.ceil(target * enough.num_parameters - 1e-6)
         )
         found = replace(enough, value=value, num_removed=num_pruned(value))
-        curve = cost_curve(
-            torch.cat([side for side, _ in sides]),
-            torch.cat([torch.full((len(side),), n) for side, n in sides]),
-        )
         facts = {"threshold": value, "sparsity": found.sparsity}
-        return Choice(value, facts, record={"cost_curve": scores.as_fractions(curve)})
+        return Choice(value, facts)
 
     def apply(
         self, cluster: Cluster, sequences: NDArray[np.int64], choice: Choice, shot: int
