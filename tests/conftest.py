@@ -184,6 +184,26 @@ def pytest_configure(config: pytest.Config) -> None:
         coverage.options.cov_fail_under = 0
 
 
+FAST = frozenset(
+    {
+        "maths",
+        "test_house.py",
+        "test_imports.py",
+        "test_presets.py",
+        "test_spec.py",
+        "test_yardstick.py",
+    }
+)
+"""Folders and files whose tests run nothing whole, a minute in all."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what is fast."""
+    for item in items:
+        if FAST.intersection(item.path.relative_to(Path(__file__).parent).parts):
+            item.add_marker(pytest.mark.fast)
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)

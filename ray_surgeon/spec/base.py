@@ -12,7 +12,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Dis
 Positive = Annotated[int, Field(gt=0)]
 
 _SECRETS = re.compile(
-    r"https?://[^/]*@|://[^/@]*:[^/@]*@|[?&][^=&]*(?:signature|token|secret|password|credential|api_?key|auth|sig)=",
+    r"https?://[^/]*@|://[^/@]*:[^/@]*@"
+    r"|[?&][^=&]*(?:signature|token|secret|password|credential|api_?key|auth|sig)=",
     re.IGNORECASE,
 )
 

@@ -22,7 +22,6 @@ from ray_surgeon.spec.job import parse_spec
 from ray_surgeon.stages.calibration import CalibrationText
 from ray_surgeon.stages.correction.section import CorrectionSection
 from ray_surgeon.stages.correction.training import Corrections
-from ray_surgeon.stages.prune.method import Scores
 from tests.conftest import LAYOUTS
 from tests.integration.runs import loaded, tiny_spec
 

@@ -1,0 +1,47 @@
+"""What keeps the house as it is: ceilings of its weight, and pages that name no feature."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.house import ROOT, files_with, weight
+
+CEILING = 20_100
+"""Lines of the package. What comes in pushes something out; it is lowered when something leaves."""
+MOST_FILES_WITH_EXPERTS = 45
+FEATURES = (
+    "answers",
+    "correction",
+    "curvature",
+    "elements",
+    "experts",
+    "groups",
+    "latency",
+    "layerwise",
+    "quantise",
+    "reconstruction",
+    "search",
+    "self_text",
+    "tasks",
+)
+
+
+def test_the_package_is_no_heavier_than_it_was() -> None:
+    found = weight(ROOT / "ray_surgeon")
+    assert found.num_lines <= CEILING
+    assert found.num_long == 0
+    assert found.num_packed <= 0.03 * found.num_assignments
+    assert len(files_with("expert")) <= MOST_FILES_WITH_EXPERTS
+
+
+@pytest.mark.parametrize("page", ["run/loop.py", "plan/plan.py", "plan/needs.py"])
+def test_pages_that_run_and_plan_name_no_feature(page: str) -> None:
+    text = Path(ROOT, "ray_surgeon", page).read_text(encoding="utf-8")
+    modules = re.findall(r"^from (ray_surgeon\.stages\.\S+)", text, flags=re.MULTILINE)
+    features = [name for name in modules if name.split(".")[2] in FEATURES]
+    assert not features
+    names = re.findall(r"[A-Za-z_]+", text)
+    assert not {name for name in names if name.lower() in FEATURES}
