@@ -1,4 +1,4 @@
-"""The paper's extensions that lose to the defaults (docs/negative-results.md).
+"""The paper's extension that loses to the defaults (docs/negative-results.md).
 
-These are sums of Kronecker products, and updates chunk by chunk.
+It is sums of Kronecker products.
 """
