@@ -33,7 +33,7 @@ from ray_surgeon.run.inputs import Inputs, check
 from ray_surgeon.run.loop import run_shots
 from ray_surgeon.runtime.local import LocalCluster
 from ray_surgeon.runtime.worker import LinearSummary, Worker, collective
-from ray_surgeon.spec.job import parse_spec
+from ray_surgeon.spec.parsing import parse_spec
 from ray_surgeon.stages.prune import Groups
 
 FRACTIONS = (0.25, 0.5)

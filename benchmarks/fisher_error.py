@@ -31,7 +31,7 @@ from ray_surgeon.run.inputs import Inputs, check
 from ray_surgeon.runtime.local import LocalCluster
 from ray_surgeon.runtime.placement import place
 from ray_surgeon.runtime.worker import ModelRecipe, load
-from ray_surgeon.spec.job import parse_spec
+from ray_surgeon.spec.parsing import parse_spec
 from ray_surgeon.storage import files
 
 

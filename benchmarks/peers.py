@@ -51,8 +51,9 @@ from ray_surgeon.maths.allocate import GroupCosts, allocate_globally, allocate_u
 from ray_surgeon.models.layout import GroupSet, ModelLayout
 from ray_surgeon.models.loss import compare_with_dense, perplexity_of
 from ray_surgeon.run.inputs import Inputs, check
-from ray_surgeon.spec.job import JobSpec, parse_spec
+from ray_surgeon.spec.job import JobSpec
 from ray_surgeon.spec.model import ModelSection
+from ray_surgeon.spec.parsing import parse_spec
 from ray_surgeon.spec.written import SelfSection
 from ray_surgeon.stages.prune import Groups
 from ray_surgeon.stages.self_text.stage import SelfText

@@ -48,7 +48,7 @@ from ray_surgeon.models.experts import split_experts
 from ray_surgeon.models.families import FAMILIES
 from ray_surgeon.models.loss import next_token_loss
 from ray_surgeon.models.low_rank import LowRank
-from ray_surgeon.spec.job import parse_spec
+from ray_surgeon.spec.parsing import parse_spec
 from ray_surgeon.spec.texts import SourceSection
 from ray_surgeon.storage.sources import open_model
 from ray_surgeon.storage.texts import cut_windows, token_stream

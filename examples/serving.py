@@ -22,7 +22,8 @@ from pathlib import Path
 from openai import OpenAI
 
 import ray_surgeon
-from ray_surgeon.spec.job import JobSpec, parse_spec
+from ray_surgeon.spec.job import JobSpec
+from ray_surgeon.spec.parsing import parse_spec
 from ray_surgeon.storage.sources import open_model
 
 PROMPT_WORDS = 256

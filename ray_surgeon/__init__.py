@@ -13,7 +13,8 @@ __all__ = ["JobSpec", "KroneckerFactors", "PruneResult", "curvature", "parse_spe
 if TYPE_CHECKING:
     from ray_surgeon.api import PruneResult, curvature, prune
     from ray_surgeon.maths.kronecker import KroneckerFactors
-    from ray_surgeon.spec.job import JobSpec, parse_spec
+    from ray_surgeon.spec.job import JobSpec
+    from ray_surgeon.spec.parsing import parse_spec
 
 _HOMES = {
     "JobSpec": "ray_surgeon.spec.job",

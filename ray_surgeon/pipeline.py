@@ -27,13 +27,14 @@ from ray_surgeon.models.checkpoint import BadWeightsError
 from ray_surgeon.plan.devices import DEVICES, Device, Room
 from ray_surgeon.plan.plan import DoesNotFitError, plan_table
 from ray_surgeon.plan.room import found_here
-from ray_surgeon.report import record
+from ray_surgeon.report import tables
 from ray_surgeon.report.directory import RunDirectory, TakenOverError
 from ray_surgeon.report.display import Display, new_console
-from ray_surgeon.report.record import export_lines, generation_lines, shots_table
+from ray_surgeon.report.tables import export_lines, generation_lines, shots_table
 from ray_surgeon.run.inputs import Inputs, check
 from ray_surgeon.spec.cluster import RaySection
-from ray_surgeon.spec.job import JobSpec, parse_spec, validation_message
+from ray_surgeon.spec.job import JobSpec
+from ray_surgeon.spec.parsing import parse_spec, validation_message
 from ray_surgeon.storage import files
 
 _MAX_SPEC_BYTES = 2**20
@@ -278,7 +279,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
         "check a job spec and print what it will need",
         lambda argv: main([*argv, "--dry-run"], "ray-surgeon plan"),
     ),
-    "report": ("compare finished runs", record.main),
+    "report": ("compare finished runs", tables.main),
     "schema": (
         "print the JSON Schema of the job spec",
         lambda argv: main([*argv, "--schema"], "ray-surgeon schema"),

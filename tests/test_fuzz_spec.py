@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from ray_surgeon import pipeline
-from ray_surgeon.spec.job import JobSpec, parse_spec, validation_message
+from ray_surgeon.spec.job import JobSpec
+from ray_surgeon.spec.parsing import parse_spec, validation_message
 
 PIPELINES = sorted((Path(__file__).parent.parent / "pipelines").rglob("*.yaml"))
 DOCUMENTS = [

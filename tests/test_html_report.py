@@ -17,7 +17,7 @@ import pytest
 from ray_surgeon.export import folder as export_folder
 from ray_surgeon.report.html_report import page
 from ray_surgeon.report.plots import _short, by_block, by_expert, inline_svg, run_figures
-from ray_surgeon.report.record import main
+from ray_surgeon.report.tables import main
 from ray_surgeon.runtime import fresh_process
 from tests.conftest import Zygote
 from tests.integration.runs import report_of, run

@@ -29,7 +29,8 @@ from benchmarks.peers import (
     without_own_text,
 )
 from ray_surgeon.run.inputs import Inputs, check
-from ray_surgeon.spec.job import JobSpec, parse_spec
+from ray_surgeon.spec.job import JobSpec
+from ray_surgeon.spec.parsing import parse_spec
 from ray_surgeon.storage import tensor_files
 from tests.integration.runs import tiny_spec
 

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from ray_surgeon.spec.job import MOST_HELD, JobSpec, parse_spec
+from ray_surgeon.spec.job import MOST_HELD, JobSpec
+from ray_surgeon.spec.parsing import parse_spec
 from ray_surgeon.spec.presets import PRESETS
 
 GROUPS = """

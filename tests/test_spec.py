@@ -11,7 +11,8 @@ from pydantic import BaseModel, ValidationError
 
 from ray_surgeon.pipeline import main
 from ray_surgeon.spec.base import Section
-from ray_surgeon.spec.job import JobSpec, parse_spec, validation_message
+from ray_surgeon.spec.job import JobSpec
+from ray_surgeon.spec.parsing import parse_spec, validation_message
 from ray_surgeon.stages.prune import METHODS
 
 ROOT = Path(__file__).parent.parent

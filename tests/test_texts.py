@@ -22,18 +22,12 @@ from transformers import PreTrainedTokenizerFast
 
 from ray_surgeon.run.inputs import check
 from ray_surgeon.spec.calibration import CalibrationSection
-from ray_surgeon.spec.job import parse_spec
+from ray_surgeon.spec.parsing import parse_spec
 from ray_surgeon.spec.texts import SourceSection
 from ray_surgeon.spec.written import SelfSection
-from ray_surgeon.storage import texts
-from ray_surgeon.storage.texts import (
-    Windows,
-    cut_windows,
-    default_mix,
-    first_token,
-    interleaved,
-    token_stream,
-)
+from ray_surgeon.storage import documents, texts
+from ray_surgeon.storage.default_text import default_mix
+from ray_surgeon.storage.texts import Windows, cut_windows, first_token, interleaved, token_stream
 from tests.integration.runs import beginning, tiny_spec
 
 DOCUMENTS = [f"Document {i}: " + "the quick brown fox. " * 5 for i in range(40)]
@@ -105,8 +99,8 @@ def test_docstrings_of_packages_take_turns_and_are_of_no_text_that_is_measured(
             (tmp_path / path).write_text(text)
         installed.append(Distribution.at(about))
     for order in (installed, installed[::-1]):
-        monkeypatch.setattr(texts, "distributions", lambda order=order: iter(order))
-        found = [document.partition(".")[0] for document in texts._package_docstrings()]
+        monkeypatch.setattr(documents, "distributions", lambda order=order: iter(order))
+        found = [document.partition(".")[0] for document in documents._package_docstrings()]
         assert sorted(found) == ["Of alpha", "Of alpha, too", "Of beta"]
         assert found.index("Of beta") < 2
 
@@ -290,7 +284,7 @@ def test_windows_of_a_job_begin_as_the_tokenizer_begins_a_text(
 def test_no_more_of_a_long_text_is_read_than_is_wanted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(texts, "_PIECE_BYTES", 1000)
+    monkeypatch.setattr(documents, "PIECE_BYTES", 1000)
     (tmp_path / "long.txt").write_text("one two three four five six seven\n" * 3000)
     seen: list[int] = []
 
@@ -309,7 +303,7 @@ def test_no_more_of_a_long_text_is_read_than_is_wanted(
 def test_code_is_of_packages_and_its_split_does_not_move(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
-    parts = {split: list(texts._code(split)) for split in ("train", "test")}
+    parts = {split: list(documents._code(split)) for split in ("train", "test")}
     assert not {*parts["train"]} & {*parts["test"]}
     assert 3 < len(parts["train"]) / len(parts["test"]) < 5
     root = Path(json.__file__).parent.parent

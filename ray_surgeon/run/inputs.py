@@ -29,16 +29,18 @@ from ray_surgeon.run.reading import as_input_error, environment, load_config, no
 from ray_surgeon.run.stages import Stages, stages_of
 from ray_surgeon.runtime.placement import Placement, place
 from ray_surgeon.spec.cluster import LocalSection
-from ray_surgeon.spec.job import JobSpec, with_absolute_paths
+from ray_surgeon.spec.job import JobSpec
 from ray_surgeon.spec.model import ModelSection
 from ray_surgeon.spec.output import KERNEL_COLUMNS
+from ray_surgeon.spec.parsing import with_absolute_paths
 from ray_surgeon.spec.targets import LatencyTarget
 from ray_surgeon.stages.calibration import CalibrationText
 from ray_surgeon.stages.prune import CoupledSection, Groups, GroupsSection, Method
 from ray_surgeon.stages.prune.methods import method_for
 from ray_surgeon.stages.stage import Stage
+from ray_surgeon.storage.default_text import default_mix
 from ray_surgeon.storage.sources import ModelFiles, open_model
-from ray_surgeon.storage.texts import Windows, default_mix, load_tokenizer, windows_of
+from ray_surgeon.storage.texts import Windows, load_tokenizer, windows_of
 
 S = TypeVar("S", bound=Stage)
 

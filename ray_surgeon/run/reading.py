@@ -20,12 +20,12 @@ from ray_surgeon.spec.job import JobSpec
 from ray_surgeon.spec.texts import SourceSection
 from ray_surgeon.spec.written import SelfSection
 from ray_surgeon.storage import files
+from ray_surgeon.storage.documents import is_saved_whole
 from ray_surgeon.storage.texts import (
     Windows,
     cut_windows,
     first_token,
     interleaved,
-    is_saved_whole,
     token_stream,
     windows_of,
 )

@@ -15,7 +15,8 @@ import pytest
 import yaml
 
 from ray_surgeon.report.metrics import GAUGES
-from ray_surgeon.spec.job import JobSpec, parse_spec
+from ray_surgeon.spec.job import JobSpec
+from ray_surgeon.spec.parsing import parse_spec
 
 ROOT = Path(__file__).parent.parent.parent
 SCHEMAS = Path(__file__).parent / "kuberay-crds"

@@ -25,12 +25,12 @@ from transformers import (
 
 import ray_surgeon
 from ray_surgeon import JobSpec, pipeline
-from ray_surgeon.api import _as_name
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.shard import ModelShard
 from ray_surgeon.report.directory import RunDirectory
 from ray_surgeon.report.events import Moment
 from ray_surgeon.run import driver
+from ray_surgeon.run.arguments import _as_name
 from ray_surgeon.run.inputs import check
 from ray_surgeon.run.loop import run_shots
 from ray_surgeon.stages.curvature.gather import gather_curvature

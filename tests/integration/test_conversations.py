@@ -18,15 +18,14 @@ from ray_surgeon.spec.calibration import CalibrationSection
 from ray_surgeon.stages.self_text import conversations
 from ray_surgeon.stages.self_text.conversations import (
     Conversation,
-    Conversations,
     WrittenText,
     as_tensors,
     from_tensors,
     pack,
-    repeats,
-    to_be_written,
     write,
 )
+from ray_surgeon.stages.self_text.loops import repeats
+from ray_surgeon.stages.self_text.requests import Conversations, to_be_written
 from ray_surgeon.storage import tensor_files
 from ray_surgeon.storage.texts import token_stream
 from tests.integration.runs import assert_same_shot, beginning, loaded, report_of, run

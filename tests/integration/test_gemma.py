@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks.real_models import fetch
 from ray_surgeon.pipeline import main
 from ray_surgeon.run.inputs import check
-from ray_surgeon.spec.job import parse_spec
+from ray_surgeon.spec.parsing import parse_spec
 from tests.integration.runs import report_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.network]

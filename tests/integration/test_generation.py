@@ -21,8 +21,8 @@ from ray_surgeon.api import PruneResult
 from ray_surgeon.export.card import model_card
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.report.html_report import excerpt, page
-from ray_surgeon.report.record import (
-    RunReport,
+from ray_surgeon.report.record import RunReport
+from ray_surgeon.report.tables import (
     comparison_table,
     export_lines,
     generation_lines,

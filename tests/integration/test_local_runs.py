@@ -12,10 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ray_surgeon.report.directory import RunDirectory
-from ray_surgeon.report.record import main as compare
+from ray_surgeon.report.tables import main as compare
 from ray_surgeon.run.inputs import check
 from ray_surgeon.runtime.passes import Measured, remember
-from ray_surgeon.spec.job import parse_spec
+from ray_surgeon.spec.parsing import parse_spec
 from ray_surgeon.stages import evaluation
 from ray_surgeon.stages.curvature.gather import finish_curvature, gather_curvature
 from ray_surgeon.stages.prune.rows_columns import RowsColumns

@@ -18,7 +18,7 @@ from ray_surgeon.models.low_rank import LowRankCorrections
 from ray_surgeon.run.inputs import check
 from ray_surgeon.runtime.block_pass import BlockPass
 from ray_surgeon.runtime.worker import Worker
-from ray_surgeon.spec.job import parse_spec
+from ray_surgeon.spec.parsing import parse_spec
 from ray_surgeon.stages.calibration import CalibrationText
 from ray_surgeon.stages.correction.section import CorrectionSection
 from ray_surgeon.stages.correction.training import Corrections

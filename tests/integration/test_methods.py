@@ -18,7 +18,7 @@ from ray_surgeon.memory.stores import Stores
 from ray_surgeon.models.layout import LinearShape
 from ray_surgeon.run.inputs import check
 from ray_surgeon.runtime.collectives import ThreadReplica
-from ray_surgeon.spec.job import parse_spec
+from ray_surgeon.spec.parsing import parse_spec
 from ray_surgeon.stages.curvature.extended import gather_terms
 from ray_surgeon.stages.curvature.gather import drawn, gather_curvature
 from tests.conftest import CONFIGS, LAYOUTS

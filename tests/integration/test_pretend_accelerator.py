@@ -29,7 +29,7 @@ from ray_surgeon.run.loop import run_shots
 from ray_surgeon.runtime.local import LocalCluster
 from ray_surgeon.runtime.transport import TensorPayload, decode
 from ray_surgeon.runtime.worker import Worker
-from ray_surgeon.spec.job import parse_spec
+from ray_surgeon.spec.parsing import parse_spec
 from ray_surgeon.storage import tensor_files
 from tests import zygote as forks
 from tests.conftest import CONFIGS, SPARSE_CONFIGS, Zygote, tiny_model

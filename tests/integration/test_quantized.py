@@ -16,7 +16,7 @@ from ray_surgeon.export.quantized import PRESETS, quantised, restored, scheme_of
 from ray_surgeon.maths.rounding import round_columns
 from ray_surgeon.report.html_report import page
 from ray_surgeon.run.inputs import check
-from ray_surgeon.spec.job import parse_spec
+from ray_surgeon.spec.parsing import parse_spec
 from ray_surgeon.storage import tensor_files
 from tests.conftest import LAYOUTS
 from tests.integration.runs import report_of, run

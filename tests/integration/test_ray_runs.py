@@ -25,8 +25,8 @@ from ray_surgeon.runtime.placement import WorkerIndex, place
 from ray_surgeon.runtime.ray_cluster import NoRoomError, RayCluster, WorkerFailureError, connect
 from ray_surgeon.runtime.worker import ModelRecipe, Worker, load
 from ray_surgeon.spec.cluster import RaySection
-from ray_surgeon.spec.job import parse_spec
 from ray_surgeon.spec.model import ModelSection
+from ray_surgeon.spec.parsing import parse_spec
 from ray_surgeon.storage.files import list_names
 from tests.conftest import LAYOUTS
 from tests.integration.runs import assert_same_shot, report_of, run, tiny_spec

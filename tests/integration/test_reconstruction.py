@@ -16,7 +16,7 @@ from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.maths.reconstruction import outputs_of, reconstruct
 from ray_surgeon.memory.stores import Stores
 from ray_surgeon.run.inputs import Inputs, check
-from ray_surgeon.spec.job import parse_spec
+from ray_surgeon.spec.parsing import parse_spec
 from ray_surgeon.stages.curvature.gather import drawn
 from ray_surgeon.stages.prune.groups import Groups
 from ray_surgeon.stages.reconstruction.layers import RATES, KeptInputs, Reconstruction, _layer

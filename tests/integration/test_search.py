@@ -20,7 +20,7 @@ from ray_surgeon.maths.scales import shrunk_ratios
 from ray_surgeon.run.inputs import Inputs, check
 from ray_surgeon.runtime.local import LocalCluster
 from ray_surgeon.runtime.passes import divergences_of, remember
-from ray_surgeon.spec.job import parse_spec
+from ray_surgeon.spec.parsing import parse_spec
 from ray_surgeon.stages.calibration import CalibrationText
 from ray_surgeon.stages.prune.consumer_costs import ConsumerCosts, Reach, Unit
 from ray_surgeon.stages.prune.groups import Groups, Scored

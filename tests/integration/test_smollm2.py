@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from ray_surgeon.pipeline import main
 from ray_surgeon.run.inputs import check
-from ray_surgeon.spec.job import parse_spec
+from ray_surgeon.spec.parsing import parse_spec
 from ray_surgeon.storage.sources import open_model
 from tests.integration.runs import report_of
 

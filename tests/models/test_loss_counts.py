@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 from ray_surgeon.models.loss import Comparison, compare_with_dense, next_token_loss
 from ray_surgeon.runtime.local import LocalCluster
 from ray_surgeon.runtime.passes import (
-    Labels,
     compared,
     divergences_of,
     forward_and_backward,
@@ -24,6 +23,7 @@ from ray_surgeon.runtime.passes import (
     remember,
     sequence_losses,
 )
+from ray_surgeon.runtime.wave import Labels
 from ray_surgeon.stages.curvature.gather import gather_curvature
 from tests.conftest import VOCABULARY
 from tests.integration.runs import loaded

@@ -30,7 +30,7 @@ from ray_surgeon.runtime.placement import WorkerIndex
 from ray_surgeon.runtime.sampling import Wanted, write_texts
 from ray_surgeon.runtime.transport import TensorPayload, decode
 from ray_surgeon.runtime.worker import Worker
-from ray_surgeon.stages.self_text.conversations import repeats
+from ray_surgeon.stages.self_text.loops import repeats
 from ray_surgeon.storage import files
 
 ANSWERS = "(answers)"

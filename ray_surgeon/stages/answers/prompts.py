@@ -18,14 +18,9 @@ from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.spec.written import START_TOKENS, TURN_TOKENS
 from ray_surgeon.stages.answers.answers import check_prompts
 from ray_surgeon.stages.answers.section import GenerationSection
-from ray_surgeon.stages.self_text.conversations import (
-    Conversations,
-    Request,
-    chat_marks,
-    shows_turns,
-    write_prompts,
-)
-from ray_surgeon.storage.texts import has_chat_template, read_prompts
+from ray_surgeon.stages.self_text.conversations import write_prompts
+from ray_surgeon.stages.self_text.requests import Conversations, Request, chat_marks, shows_turns
+from ray_surgeon.storage.prompts import has_chat_template, read_prompts
 
 WHERE = "evaluation.generation"
 _SEED = 7_919

@@ -15,7 +15,8 @@ from ray_surgeon.maths.reconstruction import rate_factor
 from ray_surgeon.models.low_rank import CorrectionState, LowRankCorrections
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.collectives import broadcast_together, reduce_together
-from ray_surgeon.runtime.passes import Labels, forward_and_backward, num_counted
+from ray_surgeon.runtime.passes import forward_and_backward, num_counted
+from ray_surgeon.runtime.wave import Labels
 from ray_surgeon.runtime.worker import Worker, collective
 from ray_surgeon.stages.calibration import CalibrationText, held_measure
 from ray_surgeon.stages.correction.section import CorrectionSection

@@ -15,13 +15,13 @@ from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.collectives import SingleReplica
 from ray_surgeon.runtime.dense_model import CALIBRATION
 from ray_surgeon.runtime.passes import (
-    Labels,
     forward_and_backward,
     num_counted,
     pass_up_to_the_head,
     remembered_losses,
     sequence_losses,
 )
+from ray_surgeon.runtime.wave import Labels
 from ray_surgeon.runtime.worker import Worker, collective
 
 

@@ -14,14 +14,8 @@ from ray_surgeon.plan.needs import StepPlan, WorkerView
 from ray_surgeon.spec.calibration import CalibrationSection
 from ray_surgeon.spec.written import SelfSection
 from ray_surgeon.stages.calibration import CalibrationText
-from ray_surgeon.stages.self_text.conversations import (
-    Request,
-    WrittenText,
-    as_tensors,
-    from_tensors,
-    to_be_written,
-    write,
-)
+from ray_surgeon.stages.self_text.conversations import WrittenText, as_tensors, from_tensors, write
+from ray_surgeon.stages.self_text.requests import Request, to_be_written
 from ray_surgeon.stages.stage import Facts, RunState, Stage
 from ray_surgeon.storage import files, tensor_files
 from ray_surgeon.storage.texts import order

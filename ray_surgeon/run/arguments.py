@@ -1,0 +1,123 @@
+"""The job spec that the arguments of prune() stand for."""
+
+from __future__ import annotations
+
+import os
+import reprlib
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ray_surgeon.run.in_memory import dtype_of
+from ray_surgeon.spec.base import Positive, local_path
+from ray_surgeon.spec.calibration import OF_CALIBRATION
+from ray_surgeon.spec.job import JobSpec
+from ray_surgeon.spec.parsing import absolute
+from ray_surgeon.spec.written import WritingSection
+from ray_surgeon.storage import files
+
+_EXAMPLES = {
+    "calibration": "such as {'source': 'python-docs', 'num_sequences': 64, 'sequence_length': 512}",
+    "pruning": "such as {'structure': 'groups', 'groups': ['ffn'], 'target_sparsity': 0.2}",
+}
+
+
+def spec_of(
+    model: str | Mapping[str, Any] | PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    given: Mapping[str, Any],
+) -> JobSpec:
+    """Return the job spec that the arguments of `prune` stand for."""
+    document: dict[str, Any] = {"version": 2, "name": "model", "cluster": {}} | dict(given)
+    if model is None:
+        raise ValueError(
+            "model: give a Hub id, a folder, a URI, or a model in memory; or a whole spec"
+        )
+    if isinstance(model, str):
+        model = {"source": model}
+    if isinstance(model, Mapping) and "name" not in given:
+        document["name"] = _as_name(str(model.get("source", "model")))
+    if isinstance(document["cluster"], Mapping):
+        document["cluster"] = {"backend": "local", **document["cluster"]}
+    for section in ("calibration", "pruning") if "preset" not in given else ("pruning",):
+        if not isinstance(document.get(section), Mapping):
+            got = (
+                "is missing"
+                if section not in document
+                else f"got {reprlib.repr(document[section])}"
+            )
+            raise ValueError(
+                f"{section}: {got}; give the fields of that section of a job spec, "
+                f"{_EXAMPLES[section]}"
+            )
+    output = document.get("output", {})
+    if not isinstance(output, str | os.PathLike | Mapping):
+        raise ValueError(
+            f"output: got {output!r}; give a folder, a URI, or the section of that name"
+        )
+    output = dict(output) if isinstance(output, Mapping) else {"uri": local_path(output)}
+    document["output"] = {"uri": f"./runs/{document['name']}"} | output
+    pruning = document["pruning"]
+    calibration = document.get("calibration", {})
+    if "exports" not in output and pruning.get("structure") == "groups":
+        document["output"]["exports"] = [
+            "uniform" if pruning.get("allocation") == "uniform" else "per_block"
+        ]
+    if "evaluation" not in document and calibration.get("source", "auto") not in ("auto", "self"):
+        if calibration.get("split", "train") == "test":
+            raise ValueError(
+                "evaluation: the calibration reads the test part of its text, so name another text "
+                "to measure on"
+            )
+        document["evaluation"] = [_test_part(calibration)]
+    if isinstance(model, Mapping):
+        if tokenizer is not None:
+            raise ValueError(
+                "tokenizer: belongs to a model in memory; that of a folder, URI or Hub id is read "
+                "from there"
+            )
+        document["model"] = dict(model)
+        return JobSpec.model_validate(document)
+    if tokenizer is None:
+        raise ValueError(
+            "tokenizer: a model in memory needs its tokenizer; give it as the second argument"
+        )
+    document["model"] = {
+        "source": files.join(absolute(str(document["output"]["uri"])), "source"),
+        "dtype": dtype_of(model),
+    }
+    return JobSpec.model_validate(document)
+
+
+def _test_part(calibration: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the evaluation text of a run that names none.
+
+    It is a quarter as many windows of the test part of the calibration text.
+    """
+    not_shared = {
+        "num_sequences",
+        "mix",
+        "stride",
+        "seed",
+        "split",
+        *WritingSection.model_fields,
+        *OF_CALIBRATION,
+    }
+    text = {name: value for name, value in calibration.items() if name not in not_shared}
+    try:
+        count = TypeAdapter(Positive).validate_python(calibration.get("num_sequences"))
+    except ValidationError:
+        count = 1  # it is refused in its own place
+    return text | {"name": "test", "split": "test", "num_sequences": max(1, count // 4)}
+
+
+def _as_name(source: str) -> str:
+    last = source.rstrip("/").rpartition("/")[2].lower()
+    return (
+        "".join(c if c.isascii() and (c.isalnum() or c in ".-") else "-" for c in last).strip("-.")[
+            :63
+        ]
+        or "model"
+    )

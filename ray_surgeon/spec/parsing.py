@@ -1,0 +1,193 @@
+"""Job specs as text: YAML, overrides, and what is wrong with them in words."""
+
+from __future__ import annotations
+
+import os
+import reprlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from ray_surgeon.spec.evaluation import EvaluationSection
+from ray_surgeon.spec.job import JobSpec
+
+_YAML_ERRORS = (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError)
+"""PyYAML lets through what its constructors raise on values that do not fit their tags."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, which refuses a key that is given twice: the last one would win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return a mapping."""
+        seen: set[str] = set()
+        for key in (
+            key for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"
+        ):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key.value} is given twice; remove one", key.start_mark
+                )
+            seen.add(key.value)
+        found: dict[Any, Any] = super().construct_mapping(node, deep)
+        return found
+
+
+def parse_spec(text: str, overrides: Sequence[str] = ()) -> JobSpec:
+    """Parse a job spec.
+
+    Args:
+        text: YAML or JSON.
+        overrides: ``section.field=value`` each, the value being YAML; list items by number, e.g.
+            ``evaluation.0.num_sequences=8``.
+
+    Raises:
+        ValueError: it is not YAML, or an override is malformed.
+        pydantic.ValidationError: a field is wrong.
+    """
+    try:
+        document = yaml.load(text, _Loader)
+    except _YAML_ERRORS as error:
+        raise ValueError(
+            f"the job spec is not valid YAML: {error}; see the files in pipelines/"
+        ) from error
+    if not isinstance(document, dict):
+        raise ValueError(
+            f"the job spec must be a mapping of sections, got {type(document).__name__}; see the "
+            "files in pipelines/"
+        )
+    for override in overrides:
+        _apply_override(document, override)
+    return JobSpec.model_validate(document)
+
+
+def _apply_override(document: dict[str, Any], override: str) -> None:
+    path, equals, value = override.partition("=")
+    keys = path.split(".")
+    if not equals or not all(keys):
+        raise ValueError(
+            f"--set {override}: expected section.field=value, e.g. --set "
+            "pruning.target_sparsity=0.3"
+        )
+    try:
+        content = yaml.safe_load(value)
+    except _YAML_ERRORS as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"--set {override}: the value is no YAML ({reason}); put it into quotes, as in "
+            f"'{path}=\"{value}\"'"
+        ) from error
+    names_a_field = (
+        len(keys) > 1 and keys[0] == "evaluation" and keys[1] in EvaluationSection.model_fields
+    )
+    if names_a_field and isinstance(document.get("evaluation"), list):
+        document["evaluation"] = {"texts": document["evaluation"]}  # for which a list is short
+    place: Any = document
+    for number, key in enumerate(keys):
+        above = ".".join(keys[:number])
+        is_last = number == len(keys) - 1
+        if isinstance(place, list):
+            if not key.isdecimal() or not int(key) < len(place):
+                raise ValueError(
+                    f"--set {override}: {above} is a list with items 0 to {len(place) - 1}, and "
+                    f"{key!r} is none of them"
+                )
+        elif not isinstance(place, dict):
+            raise ValueError(
+                f"--set {override}: {above} is {place!r}, which has no fields; give {above} itself "
+                "another value"
+            )
+        elif not is_last and place.get(key) is None:  # absent, or switched off by null
+            place[key] = {}
+        at: Any = int(key) if isinstance(place, list) else key
+        if is_last:
+            place[at] = content
+        else:
+            place = place[at]
+
+
+_SENTENCES = {
+    "missing": "is missing; add it, `ray-surgeon schema` describes it",
+    "tuple_type": "expected a list, such as [a, b]",
+    "list_type": "expected a list, such as [a, b]",
+    "model_type": "expected fields, such as {name: value}",
+    "model_attributes_type": "expected fields, such as {name: value}",
+    "dict_type": "expected fields, such as {name: value}",
+    "int_parsing": "expected a whole number, written out",
+    "float_parsing": "expected a number; an exponent needs a point and a sign, as in 1.0e+8",
+}
+"""Type of an error of pydantic's -> what it means to people who write YAML."""
+
+
+def validation_message(error: ValidationError, origin: str, derived: Sequence[str] = ()) -> str:
+    """Return what is wrong with a job spec: a line a field, with the remedy.
+
+    Args:
+        error: of `JobSpec`.
+        origin: of the spec.
+        derived: sections that were made of others; what is wrong with them follows.
+    """
+    lines = list[str]()
+    problems = error.errors(include_url=False)
+
+    def follows(problem: Any) -> bool:
+        """Whether other problems say it.
+
+        Such are a default that was not made, and a list that is short of an item that is wrong
+        itself.
+        """
+        place = problem["loc"]
+        others = [other["loc"] for other in problems if other is not problem]
+        is_short = problem["type"] == "too_short" and any(
+            other[: len(place)] == place for other in others
+        )
+        is_derived = (
+            place[:1]
+            and place[0] in derived
+            and any(other[:1] and other[0] not in derived for other in others)
+        )
+        return problem["type"] == "default_factory_not_called" or is_short or bool(is_derived)
+
+    for problem in (problem for problem in problems if not follows(problem)):
+        place = [str(part) for part in problem["loc"]]
+        tags = [part[1:-1] for part in place if part.startswith("<")]
+        path = ".".join(part for part in place if not part.startswith("<")) or "spec"
+        message = _SENTENCES.get(problem["type"], problem["msg"].removeprefix("Value error, "))
+        given = (
+            ""
+            if problem["type"] in ("missing", "value_error")
+            else f" (got {reprlib.repr(problem['input'])[:80]})"
+        )
+        if problem["type"] == "extra_forbidden":
+            message = f"is not an option of {tags[-1]}" if tags else "is not an option"
+            given += "; remove it or correct its name, `ray-surgeon schema` lists the fields"
+        lines.append(f"  {path}: {message}{given}")
+    return "\n".join([f"{origin} is not a valid job spec:", *lines])
+
+
+def absolute(uri: str) -> str:
+    """Return a local path whole, and any other URI as it is."""
+    return uri if "://" in uri else str(Path(uri).expanduser().resolve())
+
+
+def with_absolute_paths(spec: JobSpec) -> JobSpec:
+    """Return the spec with absolute local paths; workers run in other folders."""
+    model = spec.model
+    output = spec.output
+    evaluation = spec.evaluation
+    memory = spec.memory
+    here = Path(model.source).expanduser()
+    if os.path.exists(here):  # Path.exists raises where it may not look
+        model = model.model_copy(update={"source": str(here.resolve())})
+    if memory.scratch is not None:
+        memory = memory.model_copy(update={"scratch": absolute(memory.scratch)})
+    output = output.model_copy(update={"uri": absolute(output.uri)})
+    if evaluation.tasks is not None and evaluation.tasks.include is not None:
+        tasks = evaluation.tasks.model_copy(update={"include": absolute(evaluation.tasks.include)})
+        evaluation = evaluation.model_copy(update={"tasks": tasks})
+    return spec.model_copy(
+        update={"model": model, "output": output, "evaluation": evaluation, "memory": memory}
+    )

@@ -1,0 +1,274 @@
+"""What the dense model is to write, from the sections of a calibration."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from ray_surgeon.runtime.sampling import Wanted, texts_together
+from ray_surgeon.spec.calibration import CalibrationSection
+from ray_surgeon.spec.written import TURN_TOKENS, SelfSection
+from ray_surgeon.storage.prompts import Prompt, has_chat_template, read_prompts
+from ray_surgeon.storage.texts import cut_windows, first_token, token_stream
+
+_LEAST_ROOM = 24
+"""Tokens of a window that are left for a turn and its answer, beside the chat template, at least.
+"""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Plain texts, some of which fill a window together."""
+
+    wanted: Wanted
+    starts: tuple[tuple[int, ...], ...]  # tokens of each text that stand before what is written
+    sequence_length: int
+
+
+@dataclass(frozen=True)
+class ChatMarks:
+    """Tokens that a chat template puts around what a user and the model say."""
+
+    opening: tuple[int, ...] = ()  # before the user's turn
+    closing: tuple[int, ...] = ()  # between the turn and the answer
+    end: tuple[int, ...] = ()  # after the answer
+    last: frozenset[int] = frozenset()  # tokens that end any text
+    special: frozenset[int] = frozenset()  # tokens that are no text
+
+    @property
+    def ends_of_turn(self) -> frozenset[int]:
+        """Tokens with which the user's turn is over."""
+        return self.last | set(self.closing[:1])
+
+    @property
+    def ends_of_answer(self) -> frozenset[int]:
+        """Tokens with which the answer is over."""
+        return self.last | set(self.end[:1])
+
+
+@dataclass(frozen=True)
+class Conversations:
+    """Conversations of a user's turn and an answer, packed into windows."""
+
+    marks: ChatMarks
+    prompts: tuple[Prompt, ...] | None  # of a file; None: the model writes the turns, too
+    num_sequences: int
+    sequence_length: int
+    temperature: float
+    seed: int
+    where: str  # field of the job spec, for errors
+
+    @property
+    def room(self) -> int:
+        """Tokens of a window beside those of the chat template."""
+        marks = self.marks
+        return self.sequence_length - len(marks.opening) - len(marks.closing) - len(marks.end)
+
+    @property
+    def turn_tokens(self) -> int:
+        """Tokens of a turn, at most."""
+        return min(TURN_TOKENS, self.room // 3)
+
+
+Request = Texts | Conversations
+
+
+def to_be_written(
+    section: CalibrationSection, tokenizer: Any, config: PretrainedConfig
+) -> dict[int, Request]:
+    """Return number of a calibration text -> what the dense model is to write for it.
+
+    Raises:
+        ValueError: the model cannot write it, or a file for it cannot be read; names the field.
+    """
+    found: dict[int, Request] = {}
+    for number, (text, count) in enumerate(section.shares):
+        if isinstance(text, SelfSection):
+            where = f"calibration.mix.{number - 1}" if number else "calibration"
+            make = _conversations if text.has_answers else _texts
+            found[number] = make(text, count, section.sequence_length, tokenizer, config, where)
+            _check_vocabulary(found[number], config)
+    return found
+
+
+def _texts(
+    text: SelfSection, count: int, length: int, tokenizer: Any, config: PretrainedConfig, where: str
+) -> Texts:
+    num_texts, of_text = text.sizes(count, length)
+    if text.starts is not None:
+        starts = _starts(text, num_texts, tokenizer, where)
+        prompts = starts
+        of_prompt = 0
+    else:
+        prompt = _prompt(text, tokenizer, where)
+        first = first_token(tokenizer)
+        begin = prompt[-1] if first is None and text.texts_per_sequence > 1 else first
+        starts = (() if begin is None else (begin,),) * num_texts
+        prompts = (prompt,) * num_texts
+        of_prompt = len(prompt)
+    longest = getattr(config, "max_position_embeddings", None) or math.inf
+    if not prompts[0] or of_prompt + of_text > longest:
+        raise ValueError(
+            f"{where}: the prompt has {of_prompt} tokens and each text {of_text}, but the model "
+            f"takes at most {longest} together, and the prompt needs at least one; change the "
+            "prompt or the lengths"
+        )
+    own = of_text - len(starts[0])
+    together = texts_together(of_text)
+    wanted = Wanted(prompts, own, text.temperature, text.seed, num_together=together)
+    return Texts(wanted, starts, length)
+
+
+def _starts(
+    text: SelfSection, num_texts: int, tokenizer: Any, where: str
+) -> tuple[tuple[int, ...], ...]:
+    """Return the first tokens of every text, from windows of a given text."""
+    given = text.starts
+    assert given is not None
+    first = first_token(tokenizer)
+    if given.bos is not None:
+        first = tokenizer.bos_token_id if given.bos else None
+        if given.bos and first is None:
+            raise ValueError(
+                f"{where}.starts.bos: true, but the tokenizer has no BOS token; remove it"
+            )
+    stream = token_stream(given, tokenizer, f"{where}.starts")
+    named = f"{where}.starts ({given.source})"
+    size = text.start_tokens
+    windows = cut_windows(stream, num_texts, size, given.stride, given.seed, named, first)
+    return tuple(map(tuple, windows.tokens.tolist()))
+
+
+def _prompt(text: SelfSection, tokenizer: Any, where: str) -> tuple[int, ...]:
+    """Return the tokens before every text, which are no part of it."""
+    if text.prompt is not None:
+        return tuple(tokenizer(text.prompt, add_special_tokens=False)["input_ids"])
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return (int(token),)
+    raise ValueError(
+        f"{where}.prompt: the tokenizer has no token that begins a text; give a prompt"
+    )
+
+
+def _conversations(
+    text: SelfSection, count: int, length: int, tokenizer: Any, config: PretrainedConfig, where: str
+) -> Conversations:
+    longest = getattr(config, "max_position_embeddings", None) or length
+    if length > longest:
+        raise ValueError(
+            f"calibration.sequence_length: {length}, but the model takes at most {longest}; "
+            "shorten it"
+        )
+    marks = chat_marks(tokenizer, config, where)
+    if text.prompts is not None:
+        prompts = tuple(read_prompts(text.prompts, tokenizer, f"{where}.prompts", length - 1))
+    elif not has_chat_template(tokenizer):
+        raise ValueError(
+            f"{where}.chat: true, but the model's tokenizer has no chat template, so the model "
+            "cannot write conversations; remove it, and give starts, a text that the model goes on "
+            "with, such as {source: python-docstrings}"
+        )
+    elif not marks.opening:
+        raise ValueError(
+            f"{where}.chat: true, but the chat template puts nothing before a user's turn that the "
+            "model could go on with; give prompts or starts instead"
+        )
+    else:
+        prompts = None
+    found = Conversations(marks, prompts, count, length, text.temperature, text.seed, where)
+    if prompts is None and found.room < _LEAST_ROOM:
+        raise ValueError(
+            f"calibration.sequence_length: {length}, but the chat template alone takes "
+            f"{length - found.room} tokens of a conversation, and {_LEAST_ROOM} more are needed; "
+            f"make it longer, or remove chat from {where}"
+        )
+    return found
+
+
+_SAID = "What the user said 7351"
+
+
+_ANSWERED = "What was answered 9462"
+
+
+def _rendered(tokenizer: Any) -> tuple[str, str, str | None]:
+    """Return what a chat template makes of an open turn and of a turn with its answer.
+
+    The third item says what is wrong with the template; None if nothing is.
+    """
+    user = {"role": "user", "content": _SAID}
+    assistant = {"role": "assistant", "content": _ANSWERED}
+    try:
+        asked = tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template([user, assistant], tokenize=False)
+    except Exception as error:  # templates are code of the model's, which may raise anything
+        return (
+            "",
+            "",
+            f"the model's chat template fails ({error}); give a tokenizer with another one",
+        )
+    if _SAID not in asked or _ANSWERED not in whole:
+        problem = (
+            "the model's chat template changes what is said, so a turn's beginning and end are not "
+            "known; give a tokenizer with another one, or a text without chat"
+        )
+        return asked, whole, problem
+    return asked, whole, None
+
+
+def shows_turns(tokenizer: Any) -> bool:
+    """Whether a tokenizer has a chat template that shows what a user and the model say."""
+    return has_chat_template(tokenizer) and _rendered(tokenizer)[2] is None
+
+
+def chat_marks(tokenizer: Any, config: PretrainedConfig, where: str) -> ChatMarks:
+    """Return what a tokenizer's chat template puts around turns, from what it makes of two marks.
+
+    Args:
+        tokenizer: a transformers tokenizer; without a template, there are only tokens that end
+            texts.
+        config: of the model.
+        where: the field of the job spec, for errors.
+
+    Raises:
+        ValueError: the template does not show what it is given.
+    """
+    eos = config.eos_token_id
+    ending = {tokenizer.eos_token_id, *(eos if isinstance(eos, list | tuple) else (eos,))}
+    last = frozenset(int(token) for token in ending if token is not None)
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    special = {token for token, of in added.items() if getattr(of, "special", False)}
+    unused = range(len(tokenizer), config.vocab_size)  # the rest of a table that was rounded up
+    not_text = frozenset({*special, *tokenizer.all_special_ids, *unused})
+    if not has_chat_template(tokenizer):
+        return ChatMarks(last=last, special=not_text)
+    asked, whole, problem = _rendered(tokenizer)
+    if problem is not None:
+        raise ValueError(f"{where}: {problem}")
+    said = _SAID
+    answered = _ANSWERED
+    opening, _, closing = asked.partition(said)
+    end = whole.rpartition(answered)[2]
+    pieces = [tokenizer(p, add_special_tokens=False)["input_ids"] for p in (opening, closing, end)]
+    before, between, after = map(tuple, pieces)
+    return ChatMarks(before, between, after, last, not_text)
+
+
+def _check_vocabulary(request: Request, config: PretrainedConfig) -> None:
+    if isinstance(request, Texts):
+        prompts: list[Sequence[int]] = list(request.wanted.prompts)
+    else:
+        given = request.prompts or ()
+        marks = (request.marks.opening, request.marks.closing, request.marks.end)
+        prompts = [*marks, *(p.tokens for p in given), *(p.answer or () for p in given)]
+    largest = max((max(prompt) for prompt in prompts if prompt), default=0)
+    if largest >= config.vocab_size:
+        raise ValueError(
+            f"model.source: the tokenizer gives token {largest}, the model's vocabulary is "
+            f"{config.vocab_size}; the tokenizer belongs to another model"
+        )

@@ -1,0 +1,137 @@
+"""Files of prompts: texts that are continued, or messages for a chat template."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ray_surgeon.storage import files
+from ray_surgeon.storage.texts import first_token
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt of a file, and its answer if the file gives one."""
+
+    tokens: tuple[int, ...]  # of the prompt, with those of the chat template
+    text: str  # that they stand for
+    answer: tuple[int, ...] | None  # with the token that ends it; None: the model is to write it
+
+
+def has_chat_template(tokenizer: Any) -> bool:
+    """Whether a tokenizer knows how conversations of its model look."""
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def read_prompts(uri: str, tokenizer: Any, where: str, longest: int | None = None) -> list[Prompt]:
+    """Read a file of prompts.
+
+    Args:
+        uri: on any file system. Each line is a JSON object with `prompt` or `messages`.
+        tokenizer: a transformers tokenizer.
+        where: the field of the job spec, for errors.
+        longest: tokens that a prompt may have.
+
+    Raises:
+        ValueError: the file cannot be read or is empty, or a line is no prompt; names the line.
+    """
+    try:
+        lines = list(files.read_lines(uri))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{where}: cannot read {uri}: {error}; check the address, the permissions and the "
+            "network"
+        ) from error
+    prompts = []
+    first = first_token(tokenizer)
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        at = f"{where}: line {number} of {uri}"
+        prompts.append(_prompt(_record(line, at), tokenizer, first, at))
+        size = len(prompts[-1].tokens)
+        if longest is not None and size > longest:
+            raise ValueError(
+                f"{at} is a prompt of {size} tokens, but only {longest} leave room for an answer; "
+                "shorten it, or remove the line"
+            )
+    if not prompts:
+        raise ValueError(f"{where}: {uri} has no lines; {_LINES}")
+    return prompts
+
+
+_LINES = 'write one JSON object a line, {"prompt": "..."} or {"messages": [{"role": "user", ...}]}'
+
+
+def _record(line: str, at: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{at} is not JSON ({error}); {_LINES}") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{at} is a {type(record).__name__}, not an object; {_LINES}")
+    if ("prompt" in record) == ("messages" in record):
+        given = sorted(map(str, record))
+        raise ValueError(f"{at} has {given}, but one of prompt and messages is needed; {_LINES}")
+    return record
+
+
+def _prompt(record: Mapping[str, Any], tokenizer: Any, first: int | None, at: str) -> Prompt:
+    """Return the prompt of a line; `first` is the token that the tokenizer puts before a text."""
+    if "messages" in record:
+        return _of_messages(_messages(record["messages"], at), tokenizer, at)
+    text = record["prompt"]
+    if not isinstance(text, str) or not text:
+        raise ValueError(f"{at} has a prompt {text!r}, expected a text that is not empty; {_LINES}")
+    tokens = _tokens(tokenizer, text)
+    return Prompt(tokens if first is None else (first, *tokens), text, None)
+
+
+def _messages(given: Any, at: str) -> list[dict[str, str]]:
+    if not isinstance(given, list) or not given:
+        raise ValueError(f"{at} has messages that are no list of messages; {_LINES}")
+    for message in given:
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+            raise ValueError(f"{at} has a message without a text as its content; {_LINES}")
+        if message.get("role") not in ("system", "user", "assistant"):
+            raise ValueError(
+                f"{at} has a message of role {message.get('role')!r}; known are system, user and "
+                "assistant"
+            )
+    roles = [message["role"] for message in given]
+    if "user" not in roles or roles[-1] == "system":
+        raise ValueError(
+            f"{at} has messages of {', '.join(roles)}; one of a user must be there, and the last "
+            "one is of a user, or of the assistant if the answer is given"
+        )
+    if roles[-1] == "assistant" and not given[-1]["content"].strip():
+        raise ValueError(f"{at} has an empty answer; remove that message to let the model answer")
+    return [{"role": message["role"], "content": message["content"]} for message in given]
+
+
+def _of_messages(messages: list[dict[str, str]], tokenizer: Any, at: str) -> Prompt:
+    if not has_chat_template(tokenizer):
+        raise ValueError(
+            f"{at} has messages, but the model's tokenizer has no chat template; give prompt, a "
+            "text that the model continues"
+        )
+    answer = None
+    asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+    try:
+        text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception as error:  # templates are code of the model's, which may raise anything
+        raise ValueError(
+            f"{at}: the model's chat template refuses these messages ({error}); change their roles"
+        ) from error
+    if asked is not messages:
+        said = messages[-1]["content"].strip()
+        after = _tokens(tokenizer, whole.rpartition(said)[2])
+        answer = (*_tokens(tokenizer, said), *after[:1])
+    return Prompt(_tokens(tokenizer, text), text, answer)
+
+
+def _tokens(tokenizer: Any, text: str) -> tuple[int, ...]:
+    return tuple(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
