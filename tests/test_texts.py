@@ -25,7 +25,7 @@ from ray_surgeon.spec.calibration import CalibrationSection
 from ray_surgeon.spec.parsing import parse_spec
 from ray_surgeon.spec.texts import SourceSection
 from ray_surgeon.spec.written import SelfSection
-from ray_surgeon.storage import documents, texts
+from ray_surgeon.storage import documents, prompts, texts
 from ray_surgeon.storage.default_text import default_mix
 from ray_surgeon.storage.texts import Windows, cut_windows, first_token, interleaved, token_stream
 from tests.integration.runs import beginning, tiny_spec
@@ -284,7 +284,8 @@ def test_windows_of_a_job_begin_as_the_tokenizer_begins_a_text(
 def test_no_more_of_a_long_text_is_read_than_is_wanted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(documents, "PIECE_BYTES", 1000)
+    for module in (documents, texts):
+        monkeypatch.setattr(module, "PIECE_BYTES", 1000)
     (tmp_path / "long.txt").write_text("one two three four five six seven\n" * 3000)
     seen: list[int] = []
 
@@ -332,7 +333,7 @@ def test_prompts_are_read(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) ->
     asked = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
     records = [{"prompt": "def f("}, {"messages": asked[:1], "id": 7}, {"messages": asked}]
     path.write_text("\n\n".join(map(json.dumps, records)))
-    found = texts.read_prompts(str(path), chatty, "calibration.prompts")
+    found = prompts.read_prompts(str(path), chatty, "calibration.prompts")
 
     def ids(text: str) -> tuple[int, ...]:
         return tuple(chatty(text, add_special_tokens=False)["input_ids"])
@@ -377,21 +378,21 @@ def test_what_is_no_prompt_is_refused(
     path = tmp_path / "prompts.jsonl"
     path.write_text(text)
     with pytest.raises(ValueError, match=r"^here: .*" + said):
-        texts.read_prompts(str(path), chatty, "here", 5)
+        prompts.read_prompts(str(path), chatty, "here", 5)
 
 
 def test_prompts_that_cannot_be_read_are_refused(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     with pytest.raises(ValueError, match=r"here: cannot read .*absent\.jsonl"):
-        texts.read_prompts(str(tmp_path / "absent.jsonl"), tokenizer, "here")
+        prompts.read_prompts(str(tmp_path / "absent.jsonl"), tokenizer, "here")
     path = tmp_path / "chat.jsonl"
     path.write_text('{"messages": [{"role": "user", "content": "a"}]}')
     with pytest.raises(ValueError, match=r"line 1 .*has no chat template; give prompt"):
-        texts.read_prompts(str(path), tokenizer, "here")
+        prompts.read_prompts(str(path), tokenizer, "here")
     (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "caf\xe9"}')
     with pytest.raises(ValueError, match=r"cannot read .*not UTF-8"):
-        texts.read_prompts(str(tmp_path / "latin.jsonl"), tokenizer, "here")
+        prompts.read_prompts(str(tmp_path / "latin.jsonl"), tokenizer, "here")
 
 
 @pytest.mark.parametrize("is_chat", [False, True])
