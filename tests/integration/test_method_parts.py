@@ -22,6 +22,7 @@ from ray_surgeon.spec.parsing import parse_spec
 from ray_surgeon.stages.calibration import CalibrationText
 from ray_surgeon.stages.correction.section import CorrectionSection
 from ray_surgeon.stages.correction.training import Corrections
+from ray_surgeon.stages.curvature.stage import calibrate
 from tests.conftest import LAYOUTS
 from tests.integration.runs import loaded, tiny_spec
 
@@ -38,7 +39,7 @@ def test_labels_are_drawn_anew_in_every_shot(
     found = []
     (worker,) = cluster.workers.values()
     for shot in (1, 2, 1):
-        inputs.method.calibrate(cluster, inputs.text, shot, remembers=False)
+        calibrate(inputs.method, cluster, inputs.text, shot, remembers=False)
         found.append(worker.shard.factors("model.layers.3.mlp.down_proj").G.dense())
     assert torch.equal(found[0], found[2])
     assert float((found[1] - found[0]).norm() / found[0].norm()) > 0.05
@@ -64,7 +65,7 @@ def test_a_choice_of_elements_says_how_many_go_in_all(
             torch.ones(shape.num_rows, shape.num_columns, dtype=torch.bool)
         )
     for shot in (1, 2):
-        method.calibrate(cluster, found.text, shot, remembers=False)
+        calibrate(method, cluster, found.text, shot, remembers=False)
         choice = method.choose(cluster, method.score(cluster, shot), shot)
         method.apply(cluster, found.calibration, choice, shot)
         masks = worker.masks.values()

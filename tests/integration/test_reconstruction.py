@@ -18,6 +18,7 @@ from ray_surgeon.memory.stores import Stores
 from ray_surgeon.run.inputs import Inputs, check
 from ray_surgeon.spec.parsing import parse_spec
 from ray_surgeon.stages.curvature.gather import drawn
+from ray_surgeon.stages.curvature.stage import calibrate
 from ray_surgeon.stages.prune.groups import Groups
 from ray_surgeon.stages.reconstruction.layers import RATES, KeptInputs, Reconstruction, _layer
 from ray_surgeon.stages.reconstruction.section import RECONSTRUCTED
@@ -97,7 +98,7 @@ def test_owners_get_the_inputs_of_every_token_once(
         model_folders["llama"], tmp_path, curvature__num_backward=3, calibration__held_aside=0.3
     )
     cluster = loaded(model_folders["llama"], 2, 2, stores)
-    inputs.method.calibrate(cluster, inputs.text, 1, remembers=False)
+    calibrate(inputs.method, cluster, inputs.text, 1, remembers=False)
     seen: dict[str, list[Tensor]] = {}
     model = tiny_model("llama")
     for number, block in enumerate(model.model.layers):
@@ -189,7 +190,7 @@ def test_replicas_have_the_same_weights_and_no_inputs_after_it(
     method = inputs.method
     assert isinstance(method, Groups)
     cluster = loaded(model_folders["phi3"], 1, 2)
-    method.calibrate(cluster, inputs.text, 1, remembers=False)
+    calibrate(method, cluster, inputs.text, 1, remembers=False)
     choice = method.choose(cluster, method.score(cluster, 1), 1)
     method.apply(cluster, inputs.calibration, choice, 1)
     one, other = cluster.workers.values()
@@ -229,7 +230,7 @@ def test_a_mixture_keeps_inputs_of_the_kinds_that_lose_groups(
     }
     inputs = inputs_for(model_folders["glm4_moe"], tmp_path, **options)
     cluster = loaded(model_folders["glm4_moe"], 2)
-    inputs.method.calibrate(cluster, inputs.text, 1, remembers=False)
+    calibrate(inputs.method, cluster, inputs.text, 1, remembers=False)
     kept = [worker.kept(KeptInputs).fitted for worker in cluster.workers.values()]
     assert [inputs is not None and inputs.names for inputs in kept] == [
         ("model.layers.0.mlp.down_proj",),
@@ -274,7 +275,7 @@ def test_only_layers_that_lost_channels_in_a_shot_are_trained_and_in_its_report(
     method = inputs.method
     layers = [groups.consumer for groups in LAYOUTS["llama"].group_sets if groups.kind == "ffn"]
     for shot in (1, 2):
-        method.calibrate(cluster, inputs.text, shot, remembers=False)
+        calibrate(method, cluster, inputs.text, shot, remembers=False)
         scores = method.score(cluster, shot)
         choice = replace(
             method.choose(cluster, scores, shot),
@@ -311,7 +312,7 @@ def test_all_replicas_have_what_the_owner_of_the_consumer_trained(
     choice = None
     for num_replicas in (1, 3):
         cluster = loaded(model_folders["llama"], 1, num_replicas)
-        method.calibrate(cluster, inputs.text, 1, remembers=False)
+        calibrate(method, cluster, inputs.text, 1, remembers=False)
         found = method.choose(cluster, method.score(cluster, 1), 1)
         choice = choice or found
         method.apply(cluster, inputs.calibration, choice, 1)

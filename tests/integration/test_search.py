@@ -22,6 +22,7 @@ from ray_surgeon.runtime.local import LocalCluster
 from ray_surgeon.runtime.passes import divergences_of, remember
 from ray_surgeon.spec.parsing import parse_spec
 from ray_surgeon.stages.calibration import CalibrationText
+from ray_surgeon.stages.curvature.stage import calibrate
 from ray_surgeon.stages.prune.consumer_costs import ConsumerCosts, Reach, Unit
 from ray_surgeon.stages.prune.groups import Groups, Scored
 from ray_surgeon.stages.prune.groups_section import GroupsSection, UniformGroupsSection
@@ -66,7 +67,7 @@ def scored(
     cluster = loaded(model, 2, num_replicas)
     assert search is not None
     remember(cluster, SEARCHED, stage.windows)
-    inputs.method.calibrate(cluster, inputs.text, 1, remembers=False)
+    calibrate(inputs.method, cluster, inputs.text, 1, remembers=False)
     return search, cluster, inputs.method.score(cluster, 1), stage.windows
 
 

@@ -4,13 +4,74 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import partial
+from typing import Any, ClassVar
+
+import numpy as np
 
 from ray_surgeon.plan.needs import Beside, StepPlan, WorkerView
+from ray_surgeon.runtime.cluster import Cluster
+from ray_surgeon.stages.calibration import CalibrationText
+from ray_surgeon.stages.curvature.damping import DampingChoice
+from ray_surgeon.stages.curvature.extended import gather_terms
+from ray_surgeon.stages.curvature.gather import gather_curvature
 from ray_surgeon.stages.curvature.section import ExtendedKfacSection
 from ray_surgeon.stages.prune.method import Method
 from ray_surgeon.stages.prune.stages import OfShot, Present
 from ray_surgeon.stages.stage import Facts, RunState, Stage
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What a pass over the calibration text leaves on the coordinator."""
+
+    method: Method  # with the damping that was chosen, if it was
+    loss: float  # mean NLL in nats per predicted token
+    record: dict[str, Any]  # more for the report
+
+
+def calibrate(
+    method: Method, cluster: Cluster, text: CalibrationText, shot: int, *, remembers: bool
+) -> Calibrated:
+    """Gather the curvature of the present weights.
+
+    Args:
+        method: of pruning.
+        cluster: with loaded workers.
+        text: the calibration text.
+        shot: number of the shot.
+        remembers: see `gather_curvature`.
+    """
+    curvature = method.used_curvature
+    sequences = text.tokens
+    seed = curvature.label_seed(shot, len(sequences))
+    gather = partial(
+        gather_curvature, cluster, kind=curvature.kind, label_seed=seed, only=method.gathers
+    )
+    has_held = curvature.chooses_damping and len(text.held) >= cluster.placement.num_replicas
+    damping = DampingChoice(method)
+    if has_held:
+        gather(text.held, counts=text.held_counts)
+        cluster.run_all(damping.keep_held_factors)
+    method.before_pass(cluster, text)
+    num_backward = curvature.sequences_backward
+    loss = gather(
+        sequences,
+        num_backward=None if num_backward is None else min(num_backward, len(sequences)),
+        experts=method.ranks_experts,
+        remembers=remembers,
+        counts=text.counts,
+    )
+    record: dict[str, Any] = {}
+    if has_held:
+        method, record["damping_chosen"] = damping.chosen(cluster, shot)
+    if isinstance(curvature, ExtendedKfacSection):
+        num_terms = curvature.num_kronecker_terms
+        sizes = gather_terms(cluster, sequences, num_terms, curvature.num_power_iterations, seed)
+        medians = [float(np.median(list(of_linear.values()))) for of_linear in sizes]
+        record["median_size_of_terms"] = medians
+    method.after_pass(cluster, text)
+    return Calibrated(method, loss, record)
 
 
 @dataclass(frozen=True)
@@ -26,7 +87,7 @@ class Curvature(Stage):
         """Gather, and choose the damping if the job leaves it open."""
         remembers = self.remembers and run.shot == 1
         given = run.kept(Present).method
-        found = given.calibrate(run.cluster, run.text, run.shot, remembers=remembers)
+        found = calibrate(given, run.cluster, run.text, run.shot, remembers=remembers)
         run.keep(OfShot(found.method), of_shot=True)
         run.record |= found.record
         run.record["calibration_loss"] = found.loss

@@ -38,7 +38,7 @@ from ray_surgeon.stages.curvature.section import KfacSection
 from ray_surgeon.stages.prune.consumer_costs import ConsumerCosts, Reach, Unit, renewed
 from ray_surgeon.stages.prune.experts import go_around_removed, whole_expert_costs
 from ray_surgeon.stages.prune.groups_section import CoupledSection, GroupsSection
-from ray_surgeon.stages.prune.method import Calibrated, Choice, Method, Scores, in_order, linear_of
+from ray_surgeon.stages.prune.method import Choice, Method, Scores, in_order, linear_of
 from ray_surgeon.stages.reconstruction.layers import (
     RATES,
     Arrivals,
@@ -425,22 +425,17 @@ class Groups(Method):
         """Let routers go around the experts that earlier shots removed."""
         cluster.run_all(go_around_removed)
 
-    def calibrate(
-        self, cluster: Cluster, text: CalibrationText, shot: int, *, remembers: bool
-    ) -> Calibrated:
-        """Gather the curvature, and what a reconstruction needs; see `Method`."""
-        found = super().calibrate(cluster, text, shot, remembers=remembers)
-        if self.reconstruction is not None:
-            cluster.run_all(
-                self.reconstruction.share, self._arrivals(cluster, text), are_held=False
-            )
-            self.reconstruction.keep_held(cluster, text.held)
-        return found
-
-    def prepare_pass(self, cluster: Cluster, text: CalibrationText) -> None:
+    def before_pass(self, cluster: Cluster, text: CalibrationText) -> None:
         """Let workers keep the inputs of the layers that are reconstructed; see `Method`."""
         if self.reconstruction is not None:
             cluster.run_all(self.reconstruction.start, self._arrivals(cluster, text))
+
+    def after_pass(self, cluster: Cluster, text: CalibrationText) -> None:
+        """Send the inputs to the layers' owners; see `Method`."""
+        if self.reconstruction is not None:
+            arrivals = self._arrivals(cluster, text)
+            cluster.run_all(self.reconstruction.share, arrivals, are_held=False)
+            self.reconstruction.keep_held(cluster, text.held)
 
     def _arrivals(self, cluster: Cluster, text: CalibrationText) -> Arrivals:
         return Arrivals.in_pass(self.used_curvature, text.tokens, cluster.placement.num_replicas)

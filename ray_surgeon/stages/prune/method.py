@@ -10,28 +10,20 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
-from math import isfinite
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from typing_extensions import Self
 
 from ray_surgeon.maths.curvature import Clipping, RaisedDamping
-from ray_surgeon.maths.damping import A_CHOICES, G_CHOICES, choose_damping, cost_held_aside
-from ray_surgeon.maths.kronecker import Damping, PackedFactors
 from ray_surgeon.maths.linear import Linear
-from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.models.layout import LinearShape, ModelLayout
 from ray_surgeon.plan.linear_needs import LinearNeeds
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.worker import LinearSummary, Worker
 from ray_surgeon.spec.targets import ScheduleSection
 from ray_surgeon.stages.calibration import CalibrationText
-from ray_surgeon.stages.curvature.extended import gather_terms
-from ray_surgeon.stages.curvature.gather import gather_curvature
-from ray_surgeon.stages.curvature.section import AnyCurvature, DampingSection, ExtendedKfacSection
+from ray_surgeon.stages.curvature.section import AnyCurvature
 
 C = TypeVar("C")
 
@@ -72,22 +64,6 @@ class Choice:
     # consumers of layers on which learning rates are tried -> groups that go
     trial: Mapping[str, int] = field(default_factory=dict)
     record: Mapping[str, Any] = field(default_factory=dict)  # more for the report
-
-
-@dataclass
-class _HeldFactors:
-    """Factors of the windows held aside, on a worker."""
-
-    of_linear: dict[str, PackedFactors]
-
-
-@dataclass(frozen=True)
-class Calibrated:
-    """What a pass over the calibration text leaves on the coordinator."""
-
-    method: Method  # with the damping that was chosen, if it was
-    loss: float  # mean NLL in nats per predicted token
-    record: dict[str, Any]  # more for the report
 
 
 @dataclass(frozen=True)
@@ -131,147 +107,16 @@ class Method(ABC):
         assert self.curvature is not None
         return self.curvature
 
-    def calibrate(
-        self, cluster: Cluster, text: CalibrationText, shot: int, *, remembers: bool
-    ) -> Calibrated:
-        """Gather the curvature of the present weights.
-
-        Args:
-            cluster: with loaded workers.
-            text: the calibration text.
-            shot: number of the shot.
-            remembers: see `gather_curvature`.
-        """
-        curvature = self.used_curvature
-        sequences = text.tokens
-        seed = curvature.label_seed(shot, len(sequences))
-        gather = partial(
-            gather_curvature, cluster, kind=curvature.kind, label_seed=seed, only=self.gathers
-        )
-        has_held = curvature.chooses_damping and len(text.held) >= cluster.placement.num_replicas
-        if has_held:
-            gather(text.held, counts=text.held_counts)
-            cluster.run_all(self.keep_held_factors)
-        self.prepare_pass(cluster, text)
-        num_backward = curvature.sequences_backward
-        loss = gather(
-            sequences,
-            num_backward=None if num_backward is None else min(num_backward, len(sequences)),
-            experts=self.ranks_experts,
-            remembers=remembers,
-            counts=text.counts,
-        )
-        method, record = (
-            self._with_chosen_damping(cluster, shot) if has_held else (self, dict[str, Any]())
-        )
-        if isinstance(curvature, ExtendedKfacSection):
-            further = gather_terms(
-                cluster,
-                sequences,
-                curvature.num_kronecker_terms,
-                curvature.num_power_iterations,
-                seed,
-            )
-            record["median_size_of_terms"] = [
-                float(np.median(list(by_linear.values()))) for by_linear in further
-            ]
-        return Calibrated(method, loss, record)
-
-    def prepare_pass(self, cluster: Cluster, text: CalibrationText) -> None:
+    def before_pass(self, cluster: Cluster, text: CalibrationText) -> None:
         """Prepare workers for the pass over the calibration text.
 
         The weights are those from before the shot.
         """
         return
 
-    # The choice of damping
-
-    def probed(self, layout: ModelLayout) -> list[str]:
-        """Return the linears on which dampings are tried.
-
-        Of each role that is ranked, these are one a third and one two thirds through the model.
-        """
-        of_role: dict[str, list[str]] = {}
-        for shape in layout.linears:
-            if shape.expert is None and self.needs(shape) is not None:
-                of_role.setdefault(shape.role, []).append(shape.name)
-        return list(
-            dict.fromkeys(
-                names[len(names) * third // 3] for names in of_role.values() for third in (1, 2)
-            )
-        )
-
-    def keep_held_factors(self, worker: Worker) -> None:
-        """Keep the factors of the owned linears that are probed.
-
-        They are of the windows held aside now.
-        """
-        names = [
-            name
-            for name in self.probed(worker.layout)
-            if name in worker.shard.linears and worker.owns(name)
-        ]
-        own = {name: worker.shard.own_factors(name) for name in names}
-        worker.keep(
-            _HeldFactors(
-                {name: replace(of, A=of.A.copied(), G=of.G.copied()) for name, of in own.items()}
-            )
-        )
-
-    def costs_held_aside(self, worker: Worker, damping: Damping, share: float) -> list[float]:
-        """Return what removals in the owned probed linears cost by the factors held aside.
-
-        See `cost_held_aside`.
-        """
-        found = []
-        for name, held in worker.kept(_HeldFactors).of_linear.items():
-            linear = linear_of(worker, name, self.used_curvature)
-            mask = worker.masks[name]
-            kept = (
-                mask if isinstance(mask, StructuredMask) else StructuredMask.full(*linear.W.shape)
-            )
-            found.append(
-                cost_held_aside(
-                    linear, kept, held, damping, share, prunes_rows=self.gathers is None
-                )
-            )
-        return found
-
-    def drop_held_factors(self, worker: Worker) -> None:
-        """Keep the factors of the windows held aside no longer."""
-        worker.drop(_HeldFactors)
-
-    def _with_chosen_damping(self, cluster: Cluster, shot: int) -> tuple[Self, dict[str, Any]]:
-        """Return the method with the damping that costs least on the windows held aside.
-
-        The second item is what the report says of it.
-        """
-        curvature = self.used_curvature
-        has_G = curvature.kind != "activations"
-        share = self.section.removed_in(shot)
-
-        def cost_of(a: float, g: float) -> list[float]:
-            damping = Damping(a, g if has_G else 0.0, curvature.as_damping.max)
-            return [
-                cost
-                for of_worker in cluster.run_all(self.costs_held_aside, damping, share)
-                for cost in of_worker
-            ]
-
-        a, g, tried = choose_damping(
-            cost_of, A_CHOICES, G_CHOICES if has_G else (DampingSection().g,)
-        )
-        cluster.run_all(self.drop_held_factors)
-        chosen = curvature.model_copy(update={"damping": DampingSection(a=a, g=g)})
-        record = {
-            "a": a,
-            "g": g,
-            "tried": [
-                {"a": one[0], "g": one[1], "cost": one[2] if isfinite(one[2]) else None}
-                for one in tried
-            ],
-        }
-        return replace(self, curvature=chosen), {"damping_chosen": record}
+    def after_pass(self, cluster: Cluster, text: CalibrationText) -> None:
+        """Do what comes after the pass, with the same weights."""
+        return
 
     def after_resuming(self, cluster: Cluster) -> None:
         """Prepare workers whose weights and masks are those of a committed shot."""
