@@ -345,7 +345,7 @@ class HubHandler(BaseHTTPRequestHandler):
 
 HUB_CLIENT = """
 import sys
-from ray_surgeon.spec.texts import ModelSection
+from ray_surgeon.spec.model import ModelSection
 from ray_surgeon.storage.sources import open_model
 source = open_model(ModelSection(source="me/model"))
 fingerprint = source.shapes_and_fingerprint()[1]

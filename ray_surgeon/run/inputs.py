@@ -26,7 +26,7 @@ from ray_surgeon.plan.needs import Work
 from ray_surgeon.plan.plan import Plan, plan_job
 from ray_surgeon.report.directory import RunDirectory
 from ray_surgeon.run.reading import as_input_error, environment, load_config, nothing, read_texts
-from ray_surgeon.run.stages import Stages, stages_of
+from ray_surgeon.run.stages import Stages, stages_after_shots, stages_of
 from ray_surgeon.runtime.placement import Placement, place
 from ray_surgeon.spec.cluster import LocalSection
 from ray_surgeon.spec.job import JobSpec
@@ -165,11 +165,12 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
         folder = source.small_files_folder()
     layout = ModelLayout.of(load_config(folder, source.origin), source.origin)
     placement = place(layout, spec.cluster.num_shards, spec.cluster.num_replicas)
+    last = stages_after_shots(spec, layout)
     method = method_for(spec.pruning, spec.curvature, layout, spec.model.dtype)
     _check_lengths(spec, layout)
     if dry_run and not source.has_weights:
         windows = nothing(spec.calibration.num_sequences, spec.calibration.sequence_length)
-        stages = stages_of(spec, layout, method, None, windows_of(nothing(0, 1)), windows)
+        stages = stages_of(spec, layout, method, None, windows_of(nothing(0, 1)), windows, last)
         return Inputs(
             spec, layout, placement, method, stages, source.pinned, windows, {}, {}, environment()
         )
@@ -184,7 +185,7 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
         spec.check_borders()
     calibration, searched, texts = _texts(spec, tokenizer, layout)
     first_text = next(iter(texts.values())).tokens
-    stages = stages_of(spec, layout, method, tokenizer, searched, first_text)
+    stages = stages_of(spec, layout, method, tokenizer, searched, first_text, last)
     vocabulary = repr(sorted(tokenizer.get_vocab().items()))
     fingerprints: dict[str, Any] = {
         "code": ray_surgeon.__version__,

@@ -51,6 +51,7 @@ def stages_of(
     tokenizer: Any,
     searched: Windows,
     first_text: NDArray[np.int64],
+    after_shots: tuple[Stage, ...],
 ) -> Stages:
     """Return the stages of a job.
 
@@ -61,17 +62,16 @@ def stages_of(
         tokenizer: of the model; None for a plan from config.json alone.
         searched: windows that a search measures on.
         first_text: [num_windows, sequence_length] of the first evaluation text.
+        after_shots: of `stages_after_shots`, which is checked before there is a method.
 
     Raises:
         ValueError: a stage cannot work; names the field, what was found, and the remedy.
     """
-    output = spec.output
     tasks = spec.evaluation.tasks
     config = layout.config
     held = spec.num_held
     texts = [(text.num_sequences, text.sequence_length) for text in spec.evaluation.texts]
     texts += [(held, spec.calibration.sequence_length)] * (held > 0)
-    shrinking = _shrinking(spec)
     self_text = SelfText.of(spec.calibration, tokenizer, config)
     yardstick, self_text = yardstick_for(
         spec.evaluation.generation, self_text, tokenizer, config, first_text
@@ -101,12 +101,23 @@ def stages_of(
             correction,
             Evaluation(texts, spec.evaluation.stop_above),
             PrunedAnswers(yardstick) if yardstick else None,
-            Commit(spec.pruning.targets, output.keep_shots),
+            Commit(spec.pruning.targets, spec.output.keep_shots),
         ),
-        _present(
-            *Export.of(output, tasks, layout, shrinking),
-            Quantise.of(output.quantize, layout, shrinking),
-        ),
+        after_shots,
+    )
+
+
+def stages_after_shots(spec: JobSpec, layout: ModelLayout) -> tuple[Stage, ...]:
+    """Return the stages that write what a run leaves; they do not depend on the method.
+
+    Raises:
+        ValueError: the model cannot be written so; names the field, and the remedy.
+    """
+    output = spec.output
+    shrinking = _shrinking(spec)
+    return _present(
+        *Export.of(output, spec.evaluation.tasks, layout, shrinking),
+        Quantise.of(output.quantize, layout, shrinking),
     )
 
 

@@ -22,7 +22,7 @@ from ray_surgeon.plan.needs import Shapes, StepPlan, Work, WorkerView
 from ray_surgeon.plan.plan import DoesNotFitError, Plan, plan_job
 from ray_surgeon.run.inputs import work_of
 from ray_surgeon.run.reading import nothing
-from ray_surgeon.run.stages import stages_of
+from ray_surgeon.run.stages import stages_after_shots, stages_of
 from ray_surgeon.runtime.placement import place
 from ray_surgeon.spec.job import JobSpec
 from ray_surgeon.stages.correction.stage import Correction
@@ -48,7 +48,8 @@ def work_for(spec: JobSpec, name: str) -> Work:
     """Return what a plan of a job depends on, from the model's configuration alone."""
     layout = layout_of(name)
     method = method_for(spec.pruning, spec.curvature, layout, spec.model.dtype)
-    stages = stages_of(spec, layout, method, None, windows_of(nothing(0, 1)), nothing(0, 1))
+    last = stages_after_shots(spec, layout)
+    stages = stages_of(spec, layout, method, None, windows_of(nothing(0, 1)), nothing(0, 1), last)
     return work_of(spec, layout, method, stages)
 
 
