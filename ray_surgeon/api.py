@@ -84,8 +84,8 @@ class PruneResult:
         not; None if it ended none), ``repeating`` (fraction that is caught in a loop), and
         ``example`` (``prompt``, ``dense``, ``pruned``).
         """
-        found: Mapping[str, Any] | None = self.report["shots"][-1].get("generation")
-        return found
+        generation: Mapping[str, Any] | None = self.report["shots"][-1].get("generation")
+        return generation
 
     @property
     def sparsity(self) -> float:
@@ -119,13 +119,13 @@ class PruneResult:
 
     def _export(self, kind: str | None, *, for_transformers: bool = False) -> Mapping[str, Any]:
         possible = self.report["spec"]["output"]["exports"] if kind is None else [kind]
-        found = [
+        exports = [
             export
             for export in self.report["exports"]
             if export["kind"] in possible
             and ("from_pretrained" in export["load"] or not for_transformers)
         ]
-        if not found:
+        if not exports:
             kinds = [export["kind"] for export in self.report["exports"]]
             wanted = (
                 f"export {kind}"
@@ -137,7 +137,7 @@ class PruneResult:
             raise ValueError(
                 f"the run {self.uri} has no {wanted}; it has {kinds}; name one in output.exports"
             )
-        last: Mapping[str, Any] = found[-1]
+        last: Mapping[str, Any] = exports[-1]
         return last
 
 

@@ -26,7 +26,7 @@ from ray_surgeon.maths.threshold import OutOfReachError
 from ray_surgeon.models.checkpoint import BadWeightsError
 from ray_surgeon.plan.devices import DEVICES, Device, Room
 from ray_surgeon.plan.plan import DoesNotFitError, plan_table
-from ray_surgeon.plan.room import found_here
+from ray_surgeon.plan.room import resources_here
 from ray_surgeon.report import tables
 from ray_surgeon.report.directory import RunDirectory, TakenOverError
 from ray_surgeon.report.display import Display, new_console
@@ -155,7 +155,7 @@ def _bytes(text: str) -> float:
 def _planned_for(arguments: argparse.Namespace, inputs: Inputs) -> tuple[Room, Device]:
     """Return what a worker has, as the command line says it, or else as it is here."""
     section = inputs.spec.cluster
-    here = found_here(torch.device("cpu"), inputs.spec.memory.scratch).room
+    here = resources_here(torch.device("cpu"), inputs.spec.memory.scratch).room
     name = arguments.device or (
         "h100" if section.gpus_per_worker or arguments.device_memory else "cpu"
     )

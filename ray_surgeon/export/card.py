@@ -97,11 +97,11 @@ def model_card(
     )
 
 
-def _generation(found: Mapping[str, Any] | None) -> str:
-    if not found:
+def _generation(generation: Mapping[str, Any] | None) -> str:
+    if not generation:
         return ""
-    numbers = {name: found[name] for name in ("acceptance", "agreement", "divergence")}
-    return _GENERATION.format(**numbers, until=found["tokens_until_departure"]["mean"])
+    numbers = {name: generation[name] for name in ("acceptance", "agreement", "divergence")}
+    return _GENERATION.format(**numbers, until=generation["tokens_until_departure"]["mean"])
 
 
 def _load(entry: Mapping[str, Any]) -> str:

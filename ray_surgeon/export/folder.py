@@ -184,12 +184,12 @@ def write_gguf_files(
         write_weights(cluster, weights, cut_out=True, masks=False, left_out=left_out)
         copy_small_files(model, weights)
         files.write_json(files.join(weights, "config.json"), dict(document))
-        found = run_module("ray_surgeon.export.gguf_file", request | {"name": name, "target": uri})
+        reply = run_module("ray_surgeon.export.gguf_file", request | {"name": name, "target": uri})
     except RuntimeError as error:
         raise RuntimeError(f"the export {uri} cannot be written:\n{error}") from error
     finally:
         files.remove_folder(weights)
-    written: list[dict[str, Any]] = found["files"]
+    written: list[dict[str, Any]] = reply["files"]
     return written
 
 
@@ -272,7 +272,7 @@ def quantised_copy(
     }
     request |= {"scheme": section.scheme, "group_size": section.columns_together}
     try:
-        found = run_module("ray_surgeon.export.quantized", request)
+        copy = run_module("ray_surgeon.export.quantized", request)
         with local_folder(target) as (folder, scratch_folder):
             windows = {name: torch.from_numpy(tokens) for name, tokens in texts.items()}
             tensor_files.write(str(scratch_folder / "windows"), windows)
@@ -281,12 +281,12 @@ def quantised_copy(
                 "num_threads": torch.get_num_threads(),
                 "shipped_code": False,
             }
-            found["perplexity"] = run_module(
+            copy["perplexity"] = run_module(
                 "ray_surgeon.export.perplexity", about | _to_load(folder, scratch_folder)
             )
     except RuntimeError as error:
         raise RuntimeError(f"the quantised export {target} cannot be made:\n{error}") from error
-    return found
+    return copy
 
 
 def reload_difference(

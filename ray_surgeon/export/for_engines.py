@@ -203,7 +203,7 @@ def export_quantised(
     try:
         if section.scheme == "w4a16":
             rounded = folder, round_weights(cluster, calibration, section.columns_together, folder)
-        found = quantised_copy(uniform["uri"], target, list(layout.shapes), section, texts, rounded)
+        copy = quantised_copy(uniform["uri"], target, list(layout.shapes), section, texts, rounded)
     finally:
         files.remove_folder(folder)
     entry = {
@@ -215,13 +215,13 @@ def export_quantised(
         },
         "load": f'AutoModelForCausalLM.from_pretrained("{target}")',
         "widths": uniform["widths"],
-    } | found
+    } | copy
     summary = (
         f"Every block has the same, smaller widths; linears are quantised to {section.scheme}, in "
         "the format compressed-tensors."
     )
     pairs = {
-        name: (before, found["perplexity"][name])
+        name: (before, copy["perplexity"][name])
         for name, (before, _) in facts["perplexity"].items()
     }
     files.write_text(

@@ -349,16 +349,16 @@ def _largest_error(file: Path, tensors: Tensors, kind: str) -> float:
     Raises:
         ValueError: a tensor is missing, or further from what it was made of than its type explains.
     """
-    found = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
+    stored = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
     largest = 0.0
-    if sorted(found) != tensors.names:
+    if sorted(stored) != tensors.names:
         raise ValueError(
             f"{file.name}: holds other tensors than were written: "
-            f"{sorted(set(found) ^ set(tensors.names))}"
+            f"{sorted(set(stored) ^ set(tensors.names))}"
         )
     for name in tensors.names:
         expected = tensors.read(name)
-        there = gguf.dequantize(found[name].data, found[name].tensor_type)
+        there = gguf.dequantize(stored[name].data, stored[name].tensor_type)
         error = float(
             np.abs(there.reshape(expected.shape) - expected).max()
             / max(float(np.abs(expected).max()), 1e-30)

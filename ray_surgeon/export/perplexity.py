@@ -19,12 +19,12 @@ def answer(request: Mapping[str, Any]) -> dict[str, float]:
     """
     torch.set_num_threads(request["num_threads"])
     model = load(request)
-    found = {}
+    perplexities = {}
     with torch.no_grad():
         for name, windows in load_file(request["windows"]).items():
             losses = []
             for window in windows:
                 logits = model(window[None], use_cache=False).logits[0, :-1].float()
                 losses.append(float(torch.nn.functional.cross_entropy(logits, window[1:])))
-            found[name] = perplexity_of(sum(losses) / len(losses))
-    return found
+            perplexities[name] = perplexity_of(sum(losses) / len(losses))
+    return perplexities

@@ -17,28 +17,28 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 0.15, "float16": 0.03}
 """dtype -> tolerated error of the logits of half of the tokens; see `errors_of_tokens`."""
 
 
-def errors_of_tokens(found: Tensor, expected: Tensor) -> Tensor:
+def errors_of_tokens(logits: Tensor, expected: Tensor) -> Tensor:
     """Return the relative error of each token's logits [..., vocabulary].
 
     It is the norm of the difference over that of their deviations from their mean.
     """
-    errors: Tensor = (found - expected).norm(dim=-1) / (
+    errors: Tensor = (logits - expected).norm(dim=-1) / (
         expected - expected.mean(dim=-1, keepdim=True)
     ).norm(dim=-1)
     return errors
 
 
-def agree(found: Tensor, expected: Tensor, dtype: str, *, half: bool) -> bool:
+def agree(logits: Tensor, expected: Tensor, dtype: str, *, half: bool) -> bool:
     """Whether logits [..., vocabulary] are the same but for rounding.
 
     Args:
-        found: of one program.
+        logits: of one program.
         expected: of another.
         dtype: of the model.
         half: whether half of the tokens may be off by anything: a token whose best experts are
             nearly equal goes to others if attention rounds otherwise.
     """
-    errors = errors_of_tokens(found, expected)
+    errors = errors_of_tokens(logits, expected)
     allowed = TOLERANCE[dtype]
     return float(errors.median()) <= allowed and (half or float(errors.max()) <= 4 * allowed)
 
@@ -90,9 +90,13 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
             "min_new_tokens": _NUM_NEW_TOKENS,
             "do_sample": False,
         }
-        found = model.generate(prompt, return_dict_in_generate=True, output_logits=True, **settings)
-        again = model(found.sequences, use_cache=False).logits[:, prompt.shape[1] - 1 : -1].float()
-    cached = torch.stack(found.logits, dim=1).float()
+        generated = model.generate(
+            prompt, return_dict_in_generate=True, output_logits=True, **settings
+        )
+        again = (
+            model(generated.sequences, use_cache=False).logits[:, prompt.shape[1] - 1 : -1].float()
+        )
+    cached = torch.stack(generated.logits, dim=1).float()
     if not agree(cached, again, request["dtype"], half=request["half"]):
         raise RuntimeError(
             f"with a cache the logits differ by {float((cached - again).abs().max()):g} from those "

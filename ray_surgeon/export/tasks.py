@@ -31,7 +31,7 @@ def check_tasks(options: TasksSection) -> None:
         ValueError: the harness is not installed, or names the tasks.
     """
     try:
-        found = run_module(
+        reply = run_module(
             "ray_surgeon.export.tasks", {"options": options.model_dump(), "only_check": True}
         )
     except RuntimeError as error:
@@ -40,9 +40,9 @@ def check_tasks(options: TasksSection) -> None:
         raise ValueError(
             f"evaluation.tasks: the harness cannot be used: {error}; {remedy}"
         ) from error
-    if found["unknown"]:
+    if reply["unknown"]:
         raise ValueError(
-            f"evaluation.tasks.names: the harness does not know {', '.join(found['unknown'])}; "
+            f"evaluation.tasks.names: the harness does not know {', '.join(reply['unknown'])}; "
             "`lm_eval ls tasks` lists what it knows, and evaluation.tasks.include is a folder with "
             "more"
         )
@@ -113,7 +113,7 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
             download_folder(options.include, definitions)
         manager = TaskManager(include_path=None if options.include is None else str(definitions))
         if request["only_check"]:
-            found: dict[str, Any] = {
+            reply: dict[str, Any] = {
                 "unknown": [name for name in options.names if name not in manager.all_tasks]
             }
         else:
@@ -142,5 +142,5 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
                 **settings,
             )
             assert results is not None
-            found = dict(_numbers(results["results"]))
-    return found
+            reply = dict(_numbers(results["results"]))
+    return reply

@@ -268,16 +268,16 @@ def allocate_uniformly(
     of_kinds = [[c for c in costs if c.kind == kind] for kind in kinds]
     wanted = missing - 1e-9 * abs(missing) - 1e-6
     nothing = torch.zeros(1, dtype=torch.float64)
-    found = _Options(nothing, nothing, torch.zeros(1, 0, 2, dtype=torch.int64))
+    combined = _Options(nothing, nothing, torch.zeros(1, 0, 2, dtype=torch.int64))
     options = [_options(of_kind, fewest_experts) for of_kind in of_kinds]
     for option in options:
-        found = found.beside(option.best(wanted)).best(wanted)
-    enough = (found.saved >= wanted).nonzero()[:, 0]
+        combined = combined.beside(option.best(wanted)).best(wanted)
+    enough = (combined.saved >= wanted).nonzero()[:, 0]
     if not len(enough):
-        raise _out_of_reach(float(found.saved.max()) if len(found.saved) else 0.0, missing)
+        raise _out_of_reach(float(combined.saved.max()) if len(combined.saved) else 0.0, missing)
     counts = dict[str, int]()
     experts = set[str]()
-    chosen = _without_surplus(options, found.chosen[enough[0]], wanted)
+    chosen = _without_surplus(options, combined.chosen[enough[0]], wanted)
     for of_kind, (number, num_whole) in zip(of_kinds, chosen.tolist(), strict=True):
         above = torch.tensor(
             [c.whole - float(c.curve[number]) for c in of_kind], dtype=torch.float64

@@ -115,8 +115,10 @@ class LinearCurvature:
     @cached_property
     def _clipped(self) -> tuple[tuple[Term, ...], tuple[float, ...]]:
         share = 1 / max(1, len(self._further))
-        found = [clip_term(term, self.G.cholesky, self.A.cholesky, share) for term in self._further]
-        return tuple(c.term for c in found), tuple(c.change for c in found)
+        clipped = [
+            clip_term(term, self.G.cholesky, self.A.cholesky, share) for term in self._further
+        ]
+        return tuple(c.term for c in clipped), tuple(c.change for c in clipped)
 
     @property
     def terms(self) -> tuple[Term, ...]:

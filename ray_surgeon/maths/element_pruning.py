@@ -133,7 +133,7 @@ def _joint_group_costs(
 
 
 def unit_costs(
-    linear: Linear, mask: ElementMask, units: ElementUnits, found: ElementCandidates
+    linear: Linear, mask: ElementMask, units: ElementUnits, candidates: ElementCandidates
 ) -> Tensor:
     """Return the costs [R, units a row] float32 of all units.
 
@@ -144,12 +144,12 @@ def unit_costs(
     """
     kept = mask.kept.to(linear.W.device)[:, : linear.num_inputs]
     if units.m == 1:
-        costs = element_costs(linear.W, found.row_scale, found.column_scale)[
+        costs = element_costs(linear.W, candidates.row_scale, candidates.column_scale)[
             :, : linear.num_inputs
         ].float()
         excluded = ~kept
     else:
-        costs = found.group_costs.float().clone()
+        costs = candidates.group_costs.float().clone()
         excluded = kept.reshape(len(kept), -1, units.m).sum(dim=2) <= units.n
     check_costs(linear.name, costs.masked_fill(excluded, 0.0))
     return costs.masked_fill_(excluded, torch.inf)
@@ -159,7 +159,7 @@ def prune_elements(
     linear: Linear,
     mask: ElementMask,
     units: ElementUnits,
-    found: ElementCandidates,
+    candidates: ElementCandidates,
     threshold: float,
     update: ElementUpdate,
 ) -> tuple[Removal, ElementMask]:
@@ -169,18 +169,18 @@ def prune_elements(
         linear: as for `find_elements`.
         mask: what earlier shots kept.
         units: likewise.
-        found: of this shot.
+        candidates: of this shot.
         threshold: the global one, a float32 number like the costs.
         update: how.
     """
-    chosen = unit_costs(linear, mask, units, found) <= threshold
+    chosen = unit_costs(linear, mask, units, candidates) <= threshold
     to_prune = linear.zeros(torch.bool)
     to_prune[:, : linear.num_inputs] = (
-        chosen if units.m == 1 else pattern_removals(chosen, found.choice, units.n, units.m)
+        chosen if units.m == 1 else pattern_removals(chosen, candidates.choice, units.n, units.m)
     )
     kept = mask.kept.to(to_prune.device) & ~to_prune
-    curvature = linear.curvature(found.live, found.damping)
-    live = found.live
+    curvature = linear.curvature(candidates.live, candidates.damping)
+    live = candidates.live
     if live.rows.all() and live.columns.all():
         removal = _updated(linear.W, curvature, kept, update)
     else:

@@ -39,8 +39,8 @@ def product(x: Tensor, y: Tensor) -> Tensor:
     if not _fast(x, y):
         return x.detach() @ y.detach()
     assert _linear is not None
-    found: Tensor = _linear(_dense(x.detach()), _dense(y.detach().T), None, "none", [], "")
-    return found
+    result: Tensor = _linear(_dense(x.detach()), _dense(y.detach().T), None, "none", [], "")
+    return result
 
 
 def _dense(matrix: Tensor) -> Tensor:
@@ -78,5 +78,5 @@ def times_constant(x: Tensor, y: Tensor) -> Tensor:
     flat = x.reshape(-1, x.shape[-1])
     if len(flat) == 1:
         return (torch.cat([flat, flat]) @ y)[:1].view(*x.shape[:-1], y.shape[1])
-    found: Tensor = _TimesConstant.apply(flat, y) if _fast(flat, y) else flat @ y  # type: ignore[no-untyped-call]
-    return found.view(*x.shape[:-1], y.shape[1])
+    result: Tensor = _TimesConstant.apply(flat, y) if _fast(flat, y) else flat @ y  # type: ignore[no-untyped-call]
+    return result.view(*x.shape[:-1], y.shape[1])

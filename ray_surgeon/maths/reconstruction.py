@@ -144,13 +144,13 @@ def reconstruct(
             group["lr"] = rate * rate_factor(number, num_steps)
         working = tuple(weight.detach().to(dtype).requires_grad_() for weight in masters)
         with torch.enable_grad():
-            found = layer.with_weights(working)(inputs[here])
-        error = (found.detach() - outputs[here]).float()
+            computed = layer.with_weights(working)(inputs[here])
+        error = (computed.detach() - outputs[here]).float()
         in_means = error.pow(2).sum(dim=1, keepdim=True) / (2 * mean)
         # Adam's steps are the same in every unit of the loss; in this one gradients are far from
         # its eps and from float16's least
         slope = error * ((BEND / in_means.clamp_(min=BEND)).sqrt_() / (2 * size * mean) ** 0.5)
-        gradients = torch.autograd.grad(found, working, slope.to(dtype))
+        gradients = torch.autograd.grad(computed, working, slope.to(dtype))
         for weight, gradient in zip(masters, gradients, strict=True):
             weight.grad = gradient.to(weight.dtype)
         optimizer.step()

@@ -116,24 +116,24 @@ def find_candidates(
 
 
 def prune_structures(
-    linear: Linear, mask: StructuredMask, found: Candidates, threshold: float, update: str
+    linear: Linear, mask: StructuredMask, candidates: Candidates, threshold: float, update: str
 ) -> tuple[Removal, StructuredMask]:
     """Prune every candidate whose cost is at most the threshold and update what stays.
 
     Args:
         linear: as for `find_candidates`.
         mask: likewise.
-        found: of this shot.
+        candidates: of this shot.
         threshold: the global one.
         update: ``full``, ``single`` (see `prune_singly`) or ``none``.
     """
-    to_prune = found.to_prune(mask, threshold)
+    to_prune = candidates.to_prune(mask, threshold)
     new_mask = mask.without(*to_prune)
-    curvature = linear.curvature(found.live, found.damping)
-    before = found.live.of(linear.W)
-    rows = to_prune[0].to(before.device)[found.live.rows]
-    columns = to_prune[1].to(before.device)[found.live.columns]
+    curvature = linear.curvature(candidates.live, candidates.damping)
+    before = candidates.live.of(linear.W)
+    rows = to_prune[0].to(before.device)[candidates.live.rows]
+    columns = to_prune[1].to(before.device)[candidates.live.columns]
     after, residual = curvature.prune(before, rows, columns, update)
-    W = found.live.put(after, linear.W)
+    W = candidates.live.put(after, linear.W)
     new_mask.apply_(W)
     return Removal(W, curvature.quadratic_cost(after - before), residual), new_mask

@@ -94,9 +94,9 @@ class Slot:
 
     def tensor(self) -> Tensor:
         """Return what is there."""
-        found = getattr(self.module, self.leaf)
-        assert isinstance(found, Tensor)
-        return found.detach()
+        parameter = getattr(self.module, self.leaf)
+        assert isinstance(parameter, Tensor)
+        return parameter.detach()
 
 
 class WeightStore(ABC):

@@ -100,19 +100,19 @@ def fewest_left(
         and getattr(layout.config, sparse.num_groups, None)
     )
     grouped = 2 if has_groups else 1  # a router with groups takes the best two of a group
-    found = {
+    fewest = {
         kind: max(layout.num_active_experts, grouped)
         if kind == "experts"
         else min(least[kind], in_all[kind])
         for kind in kinds
     }
-    if "attention" in found:
-        found["attention"] = min(
+    if "attention" in fewest:
+        fewest["attention"] = min(
             k
             for k in kv_heads_left(layout, tensor_parallel, uniform=uniform)
-            if k >= found["attention"]
+            if k >= fewest["attention"]
         )
-    return found
+    return fewest
 
 
 def linears_budget(layout: ModelLayout) -> Budget:

@@ -69,16 +69,18 @@ def part_of_stack(family: Family, name: str) -> PartOfStack | None:
         name: e.g. ``model.layers.3.mlp.experts.5.gate_proj.weight``.
     """
     sparse = family.sparse
-    found = sparse.tensor_of(name) if sparse is not None and sparse.stacked else None
-    if sparse is None or found is None:
+    expert_tensor = sparse.tensor_of(name) if sparse is not None and sparse.stacked else None
+    if sparse is None or expert_tensor is None:
         return None
-    suffix = "" if found.kind == "weight" else f"_{found.kind}"
-    if found.linear == sparse.consumer:
-        return PartOfStack(f"{found.experts}.down_proj{suffix}", found.number, slice(None))
+    suffix = "" if expert_tensor.kind == "weight" else f"_{expert_tensor.kind}"
+    if expert_tensor.linear == sparse.consumer:
+        return PartOfStack(
+            f"{expert_tensor.experts}.down_proj{suffix}", expert_tensor.number, slice(None)
+        )
     return PartOfStack(
-        f"{found.experts}.gate_up_proj{suffix}",
-        found.number,
-        slice(sparse.producers.index(found.linear), None, 2),
+        f"{expert_tensor.experts}.gate_up_proj{suffix}",
+        expert_tensor.number,
+        slice(sparse.producers.index(expert_tensor.linear), None, 2),
     )
 
 

@@ -51,8 +51,8 @@ def propagate(
             sparse = layout.family.sparse
             zeroing = None if sparse is None or groups.kind == "ffn" else sparse.zeroing
             _propagate_in_ffn(groups, rows, columns, zeroing)
-    found = {name: StructuredMask(rows[name], columns[name]) for name in masks}
-    return {name: mask for name, mask in found.items() if _differs(mask, masks[name])}
+    propagated = {name: StructuredMask(rows[name], columns[name]) for name in masks}
+    return {name: mask for name, mask in propagated.items() if _differs(mask, masks[name])}
 
 
 def shrinkable(masks: Mapping[str, StructuredMask], sets: Sequence[GroupSet]) -> int:

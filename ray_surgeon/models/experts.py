@@ -154,9 +154,9 @@ class Mixture:
 
     def expert(self, number: int) -> Expert:
         """Return one of them."""
-        found = self.experts[number]
-        assert isinstance(found, Expert)
-        return found
+        expert = self.experts[number]
+        assert isinstance(expert, Expert)
+        return expert
 
     @property
     def num_chosen(self) -> int:
@@ -208,13 +208,13 @@ def in_memory(family: Family, state: Mapping[str, Tensor], name: str) -> Tensor 
         name: e.g. ``model.layers.3.mlp.experts.5.gate_proj.weight``.
     """
     sparse = family.sparse
-    found = sparse.tensor_of(name) if sparse is not None and not sparse.stacked else None
-    if sparse is None or found is None:
+    expert_tensor = sparse.tensor_of(name) if sparse is not None and not sparse.stacked else None
+    if sparse is None or expert_tensor is None:
         return None
-    if found.linear == sparse.consumer:
-        return state[f"{found.experts}.down_proj"][found.number]
-    return state[f"{found.experts}.gate_up_proj"][found.number].chunk(2)[
-        sparse.producers.index(found.linear)
+    if expert_tensor.linear == sparse.consumer:
+        return state[f"{expert_tensor.experts}.down_proj"][expert_tensor.number]
+    return state[f"{expert_tensor.experts}.gate_up_proj"][expert_tensor.number].chunk(2)[
+        sparse.producers.index(expert_tensor.linear)
     ]
 
 

@@ -363,9 +363,9 @@ def check_not_quantised(document: Mapping[str, Any]) -> None:
     Raises:
         ValueError: names the way they are quantised.
     """
-    found = document.get("quantization_config")
+    quantization = document.get("quantization_config")
     family = FAMILIES.get(str(document.get("model_type")))
-    way = found.get("quant_method") if isinstance(found, Mapping) else found
+    way = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
     if way is not None and not (way == "mxfp4" and family is not None and family.stacks_experts):
         raise ValueError(
             f"model.source: the weights are quantised ({str(way)[:40]}), and updates need them as "

@@ -190,7 +190,7 @@ class ModelLayout:
         """
         family = self.family
         first = tuple(f"{family.base}.{name}." for name in family.embeddings)
-        found = {}
+        parameters = {}
         for name, shape in self.parameters.items():
             if (block := self.block_of(name)) is not None:
                 here = blocks.first <= block < blocks.last
@@ -199,8 +199,8 @@ class ModelLayout:
             else:
                 here = blocks.is_last and not (blocks.is_first and name in self.tied)
             if here:
-                found[name] = shape
-        return found
+                parameters[name] = shape
+        return parameters
 
     @functools.cached_property
     def heads(self) -> Heads:
@@ -284,10 +284,10 @@ class ModelLayout:
     @functools.cached_property
     def kinds(self) -> tuple[str, ...]:
         """The kinds of groups that this model has."""
-        found = {groups.kind for groups in self.group_sets} | {
+        present = {groups.kind for groups in self.group_sets} | {
             experts.kind for experts in self.expert_sets
         }
-        return tuple(kind for kind in GROUP_KINDS if kind in found)
+        return tuple(kind for kind in GROUP_KINDS if kind in present)
 
     def _groups_of(self, block: int) -> Iterator[GroupSet]:
         prefix = self.family.block_prefix(block)
@@ -380,11 +380,11 @@ def _linears(config: PretrainedConfig, family: Family, model: nn.Module) -> list
         for group in shared_inputs_of(family, module):
             number = shapes[-1].shared_input + 1 if shapes else 0
             for linear in group:
-                found = as_linear(module.get_submodule(linear))
+                submodule = as_linear(module.get_submodule(linear))
                 expert = _expert_of(family, linear)
-                bias = found.bias is not None
+                bias = submodule.bias is not None
                 role = linear if expert is None else re.sub(r"\.\d+\.", ".*.", linear)
-                sizes = num_outputs(found), num_inputs(found) + bias
+                sizes = num_outputs(submodule), num_inputs(submodule) + bias
                 shapes.append(
                     LinearShape(
                         family.block_prefix(block) + linear,

@@ -42,7 +42,7 @@ def block_widths(layout: ModelLayout, rows_kept: Mapping[str, int]) -> list[Bloc
     attention = layout.family.attention
     producer, _, num_parts = family.ffn.producers[0]
     heads_in_rows = 1 if attention is None or attention.query != attention.key else heads.n_rep + 2
-    experts = {found.block: found.linears for found in layout.expert_sets}
+    experts = {expert_set.block: expert_set.linears for expert_set in layout.expert_sets}
     widths = []
     for block in range(layout.num_blocks):
         prefix = family.block_prefix(block)

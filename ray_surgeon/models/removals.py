@@ -117,22 +117,22 @@ def sum_removals(sums: ExpertSums, mixture: Mixture) -> list[RemovableHandle]:
     waiting: list[Removals] = []
 
     def enter(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        found = removals(mixture, *(x.detach() for x in inputs))
-        sums.add("tokens", found.experts, torch.ones_like(found.norms))
-        sums.add("weighted_norms", found.experts, found.norms)
-        waiting.append(found)
+        effects = removals(mixture, *(x.detach() for x in inputs))
+        sums.add("tokens", effects.experts, torch.ones_like(effects.norms))
+        sums.add("weighted_norms", effects.experts, effects.norms)
+        waiting.append(effects)
 
     def leave(
         module: nn.Module, inputs: tuple[Tensor, ...], outputs: Tensor | tuple[Tensor, ...]
     ) -> None:
-        found = waiting.pop()
+        effects = waiting.pop()
         output = outputs[0] if isinstance(outputs, tuple) else outputs
 
         def add(gradient: Tensor) -> None:
             g = gradient.detach().flatten(0, -2)
-            add_changes(sums, found.experts, found.changes, g[found.tokens])
-            if found.rises is not None:
-                add_rises(sums, found.rises, found.output, g)
+            add_changes(sums, effects.experts, effects.changes, g[effects.tokens])
+            if effects.rises is not None:
+                add_rises(sums, effects.rises, effects.output, g)
 
         if output.requires_grad:
             output.register_hook(add)  # type: ignore[no-untyped-call]

@@ -243,11 +243,11 @@ class BlockRunner:
                 output.detach(), tokens, with_gradient=True, generator=generator, counts=counts
             )
         else:
-            found = self._shard.compare(
+            comparison = self._shard.compare(
                 output.detach(), dense, tokens, with_gradient=True, counts=counts
             )
-            loss = found.divergence
-            gradient = found.gradient
+            loss = comparison.divergence
+            gradient = comparison.gradient
         torch.autograd.backward(output, gradient)
         return loss, _gradient(leaf), output.detach()
 

@@ -112,7 +112,7 @@ class ModelShard:
     def _slots(self) -> list[dict[str, Slot]]:
         """Return, for each block, global name -> where a tensor belongs."""
         saved = set(self.model.state_dict())
-        found = []
+        slots = []
         for block in range(self.blocks.first, self.blocks.last):
             prefix = self.layout.family.block_prefix(block - self.blocks.first)
             module = self.model.get_submodule(prefix.rstrip("."))
@@ -122,13 +122,13 @@ class ModelShard:
             places = (
                 (self.layout.family.block_prefix(block) + n, n.rpartition(".")) for n in inside
             )
-            found.append(
+            slots.append(
                 {
                     n: Slot(module.get_submodule(owner), leaf, self._dtype_of(n))
                     for n, (owner, _, leaf) in places
                 }
             )
-        return found
+        return slots
 
     def _dtype_of(self, name: str) -> torch.dtype:
         return torch.float32 if name.endswith(self.layout.family.float32) else self.dtype
@@ -154,7 +154,9 @@ class ModelShard:
             for name in local
             if name not in shared
         }
-        return {name: found for name, found in names.items() if found not in self._in_blocks}
+        return {
+            name: full_name for name, full_name in names.items() if full_name not in self._in_blocks
+        }
 
     def load(self, read_tensor: Read, *, stays: bool = True) -> None:
         """Load this shard's tensors, and only these.
@@ -255,9 +257,9 @@ class ModelShard:
         """Return a saved tensor by its global name, where it lies."""
         if name in self._in_blocks:
             return self.weights.get(name)
-        found = self.model.state_dict()[name]
-        assert isinstance(found, Tensor)
-        return found.detach()
+        value = self.model.state_dict()[name]
+        assert isinstance(value, Tensor)
+        return value.detach()
 
     # Curvature
 

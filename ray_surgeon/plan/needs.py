@@ -306,18 +306,18 @@ class WorkerView:
 
     def steps(self) -> list[StepPlan]:
         """Return all steps, each of them once, in their order."""
-        found: dict[str, StepPlan] = {}
+        by_name: dict[str, StepPlan] = {}
         for stage in self._work.stages:
             for step in stage.needs(self):
                 name = step.name
-                found[name] = found[name].then(step) if name in found else step
+                by_name[name] = by_name[name].then(step) if name in by_name else step
         for stage in self._work.stages:
             for name, more in stage.beside(self).items():
-                if name in found:
-                    step = found[name]
+                if name in by_name:
+                    step = by_name[name]
                     device = step.device + more.device
-                    found[name] = replace(step, device=device, host=step.host + more.host)
-        return list(found.values())
+                    by_name[name] = replace(step, device=device, host=step.host + more.host)
+        return list(by_name.values())
 
     # What stages are made of
 

@@ -25,7 +25,7 @@ _CGROUPS = (
 
 
 @dataclass(frozen=True)
-class Found:
+class Resources:
     """What there is on the machine of a worker, which others may share."""
 
     machine: str
@@ -34,21 +34,22 @@ class Found:
     room: Room
 
 
-def look_around(worker: Worker, root: str | None, run: str, attempt: str) -> Found:
+def look_around(worker: Worker, root: str | None, run: str, attempt: str) -> Resources:
     """Return what there is, if what earlier tries of the run left on the disk goes; see `Scratch`.
 
     Runs on the worker.
     """
-    found = found_here(worker.device, root)
+    resources = resources_here(worker.device, root)
     return replace(
-        found,
+        resources,
         room=replace(
-            found.room, disk=found.room.disk + Scratch(root, run, attempt, "").earlier_bytes()
+            resources.room,
+            disk=resources.room.disk + Scratch(root, run, attempt, "").earlier_bytes(),
         ),
     )
 
 
-def found_here(device: torch.device, root: str | None) -> Found:
+def resources_here(device: torch.device, root: str | None) -> Resources:
     """Return what there is on this machine.
 
     The disk is that of the root of scratch folders, which may not exist yet.
@@ -59,12 +60,14 @@ def found_here(device: torch.device, root: str | None) -> Found:
     host = float(available_bytes())
     disk = float(shutil.disk_usage(there).free)
     if device.type != "cuda":
-        return Found(socket.gethostname(), "cpu", "", Room(host, host, disk, device_is_host=True))
+        return Resources(
+            socket.gethostname(), "cpu", "", Room(host, host, disk, device_is_host=True)
+        )
     gc.collect()  # of earlier runs in this process
     torch.cuda.empty_cache()
     properties = torch.cuda.get_device_properties(device)
     (free, _) = torch.cuda.mem_get_info(device)
-    return Found(
+    return Resources(
         socket.gethostname(),
         str(properties.uuid),
         properties.name,
@@ -72,12 +75,12 @@ def found_here(device: torch.device, root: str | None) -> Found:
     )
 
 
-def shared(found: Sequence[Found]) -> Room:
+def shared(resources: Sequence[Resources]) -> Room:
     """Return what every worker may use, where workers share machines and devices."""
-    on_machine = Counter(f.machine for f in found)
-    on_device = Counter((f.machine, f.device) for f in found)
+    on_machine = Counter(f.machine for f in resources)
+    on_device = Counter((f.machine, f.device) for f in resources)
     rooms = []
-    for f in found:
+    for f in resources:
         machine = on_machine[f.machine]
         device = machine if f.room.device_is_host else on_device[f.machine, f.device]
         rooms.append(
@@ -91,9 +94,9 @@ def shared(found: Sequence[Found]) -> Room:
     return Room.smallest(rooms)
 
 
-def device_of(found: Sequence[Found], num_threads: int) -> Device:
+def device_of(resources: Sequence[Resources], num_threads: int) -> Device:
     """Return how fast the workers' devices are; of a GPU that is not known, an A100's figures."""
-    name = found[0].device_name.lower()
+    name = resources[0].device_name.lower()
     if not name:
         return DEVICES["cpu"].times(num_threads)
     return next(

@@ -354,9 +354,11 @@ class RunDirectory:
         for file in shot.files:
             size = store.size_bytes(file.uri)
             if size != file.size_bytes:
-                found = "is missing" if size is None else f"has {size} bytes, not {file.size_bytes}"
+                problem = (
+                    "is missing" if size is None else f"has {size} bytes, not {file.size_bytes}"
+                )
                 raise ValueError(
-                    f"{file.uri} {found}; remove {self.shot_folder(shot.index)} to repeat this "
+                    f"{file.uri} {problem}; remove {self.shot_folder(shot.index)} to repeat this "
                     "shot from the one before, if that still has its tensors"
                 )
 

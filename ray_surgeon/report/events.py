@@ -172,10 +172,10 @@ class Steps:
 
 def largest_of_processes(usages: list[Usage], field: str) -> dict[str, int]:
     """Return the largest value of a field by process; the first asked begins anew."""
-    found: dict[str, int] = {}
+    largest: dict[str, int] = {}
     for usage in usages:
-        found[usage.process] = max(found.get(usage.process, 0), getattr(usage, field))
-    return found
+        largest[usage.process] = max(largest.get(usage.process, 0), getattr(usage, field))
+    return largest
 
 
 def _cpu_s(usages: list[Usage]) -> float:

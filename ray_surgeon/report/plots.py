@@ -166,14 +166,14 @@ def acceptance_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
     figure, axes = _axes()
     lowest = 1.0
     for number, record in enumerate(records):
-        found = [
+        measured = [
             (100 * s["sparsity"], s["generation"]["acceptance"])
             for s in record["shots"]
             if s.get("generation")
         ]
-        if not found:
+        if not measured:
             continue
-        points = [(0.0, 1.0), *found]
+        points = [(0.0, 1.0), *measured]
         lowest = min(lowest, *(y for _, y in points))
         marker = _MARKERS[number % len(_MARKERS)]
         color = _COLORS[number % len(_COLORS)]

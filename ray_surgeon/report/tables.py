@@ -74,25 +74,25 @@ def generation_lines(record: Mapping[str, Any]) -> list[str]:
 
     The example is text of users and models: print these lines without markup.
     """
-    found = record["shots"][-1].get("generation") if record["shots"] else None
-    if not found:
+    generation = record["shots"][-1].get("generation") if record["shots"] else None
+    if not generation:
         return []
     dense = record["dense"].get("generation") or {}
-    parts = found["tokens_until_departure"]
+    parts = generation["tokens_until_departure"]
     of = f" of {dense['num_prompts']} prompts, {dense['num_tokens']} tokens" if dense else ""
     lines = [
         f"answers of the dense model{of}",
-        f"  {'accepted':<28} {found['acceptance']:10.1%}",
-        f"  {'same most likely token':<28} {found['agreement']:10.1%}",
-        f"  {'divergence, nats per token':<28} {found['divergence']:10.3f}",
+        f"  {'accepted':<28} {generation['acceptance']:10.1%}",
+        f"  {'same most likely token':<28} {generation['agreement']:10.1%}",
+        f"  {'divergence, nats per token':<28} {generation['divergence']:10.3f}",
         f"  {'own answers part after':<28} {parts['mean']:10.1f} tokens (median "
         f"{parts['median']:g})",
     ]
-    if found["not_ended"] is not None:
-        lines.append(f"  {'not ended, of those ended':<28} {found['not_ended']:10.0%}")
-    lines.append(f"  {'caught in a loop':<28} {found['repeating']:10.0%}")
+    if generation["not_ended"] is not None:
+        lines.append(f"  {'not ended, of those ended':<28} {generation['not_ended']:10.0%}")
+    lines.append(f"  {'caught in a loop':<28} {generation['repeating']:10.0%}")
     return lines + [
-        f"  {part:<8}{excerpt(found['example'][part], _EXAMPLE_CHARACTERS)}"
+        f"  {part:<8}{excerpt(generation['example'][part], _EXAMPLE_CHARACTERS)}"
         for part in ("prompt", "dense", "pruned")
     ]
 

@@ -63,8 +63,8 @@ def write_states(worker: Worker, uri: str) -> None:
             uri,
             {
                 f"{number} {text}": states
-                for text, found in of_text.items()
-                for number, states in found.items()
+                for text, by_number in of_text.items()
+                for number, states in by_number.items()
             },
         )
 
@@ -73,12 +73,14 @@ def read_states(worker: Worker, uri: str) -> None:
     """Read what `write_states` wrote."""
     if not worker.shard.blocks.is_last:
         return
-    found = DenseStates()
+    dense_states = DenseStates()
     reader = tensor_files.Reader()
     is_mapped = files.is_local(uri)
     # one after the other: all of them twice would need memory that no plan has
     for name in reader.names(uri):
         number, _, text = name.partition(" ")
         states = reader.read(uri, name)
-        found.of_text.setdefault(text, {})[int(number)] = states.clone() if is_mapped else states
-    worker.keep(found)
+        dense_states.of_text.setdefault(text, {})[int(number)] = (
+            states.clone() if is_mapped else states
+        )
+    worker.keep(dense_states)

@@ -60,9 +60,9 @@ def run_module(
             "\n".join(done.stderr.strip().splitlines()[-5:])
             or f"{module} ended with exit code {done.returncode}"
         )
-    found = json.loads(done.stdout.strip().splitlines()[-1])
-    assert isinstance(found, dict)
-    return found
+    reply = json.loads(done.stdout.strip().splitlines()[-1])
+    assert isinstance(reply, dict)
+    return reply
 
 
 def run_on_worker(

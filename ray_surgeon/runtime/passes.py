@@ -263,8 +263,8 @@ def each_wave(
             cluster.get([futures[i - in_flight]])
             cluster.progress.reach(sum(len(done) for _, done in waves[: i - in_flight + 1]))
         futures.append(at_the_end(*_to_last_shard(cluster, replica, sequences[numbers]), numbers))
-    for (_, numbers), found in zip(waves, cluster.get(futures), strict=True):
-        by_number |= dict(zip(numbers, found, strict=True))
+    for (_, numbers), results in zip(waves, cluster.get(futures), strict=True):
+        by_number |= dict(zip(numbers, results, strict=True))
     cluster.progress.reach(len(wanted))
     return [by_number[number] for number in wanted]
 
@@ -302,10 +302,10 @@ def pass_up_to_the_head(
     def at_the_end(last: WorkerIndex, moving: Any, numbers: list[int]) -> list[bool]:
         return cluster.submit(last, infer_states, moving, text, numbers)
 
-    found = each_wave(cluster, sequences, at_the_end, only)
+    finite = each_wave(cluster, sequences, at_the_end, only)
     if text is not None:
         share_states(cluster, text, waves_of_replicas(cluster, only))
-    return all(found)
+    return all(finite)
 
 
 @dataclass(frozen=True)
@@ -370,10 +370,10 @@ def measure(
     Raises:
         FloatingPointError: the loss is not a number.
     """
-    found = compared(cluster, text, windows, counts)
+    comparisons = compared(cluster, text, windows, counts)
     num_tokens = num_counted(windows, counts)
-    loss = sum(one.nll for one in found) / num_tokens
-    divergence = sum(one.divergence for one in found) / num_tokens
+    loss = sum(one.nll for one in comparisons) / num_tokens
+    divergence = sum(one.divergence for one in comparisons) / num_tokens
     return Measured(_finite(text, perplexity_of(loss)), _finite(text, divergence))
 
 
@@ -389,16 +389,16 @@ def divergences_of(
     Raises:
         FloatingPointError: one is not a number.
     """
-    found = [
+    divergences = [
         one.divergence / max(1, num_counted(windows, counts, [number]))
         for number, one in enumerate(compared(cluster, text, windows, counts))
     ]
-    if not all(map(math.isfinite, found)):
+    if not all(map(math.isfinite, divergences)):
         raise FloatingPointError(
             f"the divergence from the dense model on {text} is not finite; check the weights and "
             "the dtype"
         )
-    return found
+    return divergences
 
 
 def compared(

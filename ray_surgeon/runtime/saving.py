@@ -178,11 +178,11 @@ class _Exported:
     def called(self, name: str) -> str:
         """Return its name, experts being numbered without those that are gone."""
         sparse = self._worker.layout.family.sparse
-        found = sparse.tensor_of(name) if sparse is not None else None
-        if found is None or found.experts not in self._numbers:
+        expert_tensor = sparse.tensor_of(name) if sparse is not None else None
+        if expert_tensor is None or expert_tensor.experts not in self._numbers:
             return name
-        number = self._numbers[found.experts][found.number]
-        return f"{found.experts}.{number}.{found.linear}.{found.kind}"
+        number = self._numbers[expert_tensor.experts][expert_tensor.number]
+        return f"{expert_tensor.experts}.{number}.{expert_tensor.linear}.{expert_tensor.kind}"
 
     def of_stack(self, name: str) -> Tensor:
         """Return the tensor that holds all experts, with this expert's part filled in.

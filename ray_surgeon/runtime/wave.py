@@ -175,7 +175,7 @@ def infer_comparison(
     """
     labels = worker.unpack(tokens)
     counting = _unpacked(worker, counts, len(labels))
-    found = []
+    comparisons = []
     for i, (number, h) in enumerate(
         zip(numbers, worker.runner.infer(worker.unpack(inputs)), strict=True)
     ):
@@ -188,8 +188,8 @@ def infer_comparison(
             if sums.acceptance is None or sums.agreement is None
             else (sums.acceptance, sums.agreement)
         )
-        found.append(Compared(*map(float, (sums.nll, sums.divergence, *further))))
-    return found
+        comparisons.append(Compared(*map(float, (sums.nll, sums.divergence, *further))))
+    return comparisons
 
 
 def infer_loss_and_keep(

@@ -240,9 +240,11 @@ class Worker:
         self.shard.load(get, stays=stays)
         for name in self.shard.linears:
             shape = self.layout.shapes[name]
-            found = {part: get(f"{name}.{part}").to(torch.bool, copy=True) for part in parts}
+            parts_of_mask = {
+                part: get(f"{name}.{part}").to(torch.bool, copy=True) for part in parts
+            }
             self.masks[name] = (
-                kind(**found) if parts else kind.full(shape.num_rows, shape.num_columns)
+                kind(**parts_of_mask) if parts else kind.full(shape.num_rows, shape.num_columns)
             )
 
     def owner(self, name: str) -> int:

@@ -32,8 +32,8 @@ class _Loader(yaml.SafeLoader):
                     None, None, f"{key.value} is given twice; remove one", key.start_mark
                 )
             seen.add(key.value)
-        found: dict[Any, Any] = super().construct_mapping(node, deep)
-        return found
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
 
 
 def parse_spec(text: str, overrides: Sequence[str] = ()) -> JobSpec:

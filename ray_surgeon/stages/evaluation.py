@@ -64,10 +64,12 @@ class Evaluation(Stage):
     def run(self, run: RunState, facts: Facts) -> None:
         """Measure every text."""
         facts["sparsity"] = run.sparsity
-        found = {name: measure(run.cluster, name, windows) for name, windows in run.texts.items()}
-        facts |= {f"perplexity {name}": value.perplexity for name, value in found.items()}
-        facts |= {f"divergence {name}": value.divergence for name, value in found.items()}
-        run.keep(Measures(found), of_shot=True)
+        measures = {
+            name: measure(run.cluster, name, windows) for name, windows in run.texts.items()
+        }
+        facts |= {f"perplexity {name}": value.perplexity for name, value in measures.items()}
+        facts |= {f"divergence {name}": value.divergence for name, value in measures.items()}
+        run.keep(Measures(measures), of_shot=True)
 
     def ended(self, run: RunState) -> None:
         """End the run if the model is too much worse.

@@ -50,7 +50,7 @@ class Export(Stage):
     def run(self, run: RunState, facts: Facts) -> None:
         """Write it, reload it in a process of its own, and measure what is wanted."""
         run.directory.check_attempt()
-        found = export(
+        exported = export(
             self.kind,
             run.cluster,
             run.layout,
@@ -62,9 +62,9 @@ class Export(Stage):
             output=self.output,
             tasks=self.tasks,
         )
-        run.report.exports.append(found)
+        run.report.exports.append(exported)
         names = ("kind", "uri", "size_bytes", "reload_max_logit_difference")
-        facts |= {name: found[name] for name in names if name in found}
+        facts |= {name: exported[name] for name in names if name in exported}
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ def default_mix(section: CalibrationSection, tokenizer: Any) -> tuple[Calibratio
     ]
     texts += [(number, {"source": name}) for name, number in small.items()]
     (weight, main), *others = [(number, text) for number, text in texts if number]
-    found = CalibrationSection.model_validate(
+    mixed = CalibrationSection.model_validate(
         {
             **main,
             "seed": seed,
@@ -116,7 +116,7 @@ def default_mix(section: CalibrationSection, tokenizer: Any) -> tuple[Calibratio
         for number, text in texts
         if text["source"] != "self" and number
     ]
-    return found, (
+    return mixed, (
         f"calibration.source auto: {count} windows of {length} tokens, {', '.join(parts)}; to "
         "change this, name a source, and more in calibration.mix"
     )

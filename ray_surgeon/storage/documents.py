@@ -139,11 +139,11 @@ def _package_docstrings() -> Iterator[str]:
 
 def _descriptions() -> Iterator[str]:
     """Yield the prose in the installed packages' descriptions, in order of their names."""
-    found = {
+    descriptions = {
         str(package.metadata["Name"]).lower(): package.metadata.json.get("description")
         for package in distributions()
     }
-    for _, description in sorted(found.items()):
+    for _, description in sorted(descriptions.items()):
         paragraphs = (
             paragraph.strip()
             for paragraph in str(description or "").replace("\r\n", "\n").split("\n\n")

@@ -165,13 +165,13 @@ def list_files(uri: str) -> list[str]:
     """Return the sorted paths, from a folder on, of all files below it; see `list_names`."""
     filesystem, path = open_filesystem(uri)
     root = path.rstrip("/") + "/"
-    found = (
+    names = (
         entry.removeprefix(root)
         for entry in filesystem.find(path)
         if entry.startswith(root) and not entry.endswith("/")
     )
     return sorted(
-        name for name in found if not any(part.startswith(WRITING) for part in name.split("/"))
+        name for name in names if not any(part.startswith(WRITING) for part in name.split("/"))
     )
 
 
@@ -180,7 +180,7 @@ def glob(uri: str) -> list[str]:
     """Return the sorted URIs that a pattern with * matches, or the one file it names."""
     filesystem, path = open_filesystem(uri)
     paths = filesystem.glob(path) if "*" in path else [path] * bool(filesystem.exists(path))
-    return sorted(str(filesystem.unstrip_protocol(found)) for found in paths)
+    return sorted(str(filesystem.unstrip_protocol(match)) for match in paths)
 
 
 @tries_again

@@ -61,11 +61,11 @@ def _client_errors() -> tuple[type[Exception], ...]:
 
     A client that is not loaded has none.
     """
-    found: list[type[Exception]] = []
+    errors: list[type[Exception]] = []
     for module, names in _CLIENTS.items():
         if module in sys.modules:
-            found += [getattr(sys.modules[module], name) for name in names]
-    return tuple(found)
+            errors += [getattr(sys.modules[module], name) for name in names]
+    return tuple(errors)
 
 
 def _may_pass(error: BaseException, uri: str) -> bool:

@@ -218,8 +218,8 @@ def _folder(source: ModelSection, folder: Path) -> ModelFiles:
         raise ValueError(
             f"model.revision: {source.source} is a local folder, which has no revisions; remove it"
         )
-    found = [*folder.iterdir(), *(folder / TEMPLATES).glob("*.jinja")]
-    names = tuple(sorted(path.relative_to(folder).as_posix() for path in found if path.is_file()))
+    paths = [*folder.iterdir(), *(folder / TEMPLATES).glob("*.jinja")]
+    names = tuple(sorted(path.relative_to(folder).as_posix() for path in paths if path.is_file()))
     for name in filter(goes_along, names):  # into exports; weights may lie elsewhere
         target = (folder / name).resolve()
         # where the Hub's cache keeps content

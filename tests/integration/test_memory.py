@@ -26,7 +26,7 @@ from ray_surgeon.pipeline import main
 from ray_surgeon.plan import room
 from ray_surgeon.plan.devices import Room
 from ray_surgeon.plan.plan import DoesNotFitError
-from ray_surgeon.plan.room import Found
+from ray_surgeon.plan.room import Resources
 from ray_surgeon.report.directory import RunDirectory
 from ray_surgeon.run import loop
 from ray_surgeon.runtime.cluster import LostError
@@ -353,7 +353,7 @@ def test_memory_that_ended_workers_still_hold_is_waited_for(
     clock.monotonic = lambda: clock.now
     clock.sleep = lambda s: setattr(clock, "now", clock.now + s)
     monkeypatch.setattr(loop, "time", clock)
-    found = [Found("a", "cpu", "", Room(1e9, 1e9, 1e9, device_is_host=True))]
+    found = [Resources("a", "cpu", "", Room(1e9, 1e9, 1e9, device_is_host=True))]
     workers: Any = SimpleNamespace(run_all=lambda *args: found)
     inputs: Any = SimpleNamespace(
         plan=plan, spec=SimpleNamespace(cluster=SimpleNamespace(cpus_per_worker=1))

@@ -212,16 +212,16 @@ def measure_rates(cluster: Cluster, answers: Answers) -> Rates:
         FloatingPointError: the divergence is not a number.
     """
     tokens, counts = windows_of_answers(answers)
-    found = compared(cluster, ANSWERS, tokens, counts, with_acceptance=True)
+    comparisons = compared(cluster, ANSWERS, tokens, counts, with_acceptance=True)
     num_tokens = num_counted(tokens, counts)
-    divergence = sum(one.divergence for one in found) / num_tokens
+    divergence = sum(one.divergence for one in comparisons) / num_tokens
     if not math.isfinite(divergence):
         raise FloatingPointError(
             "the divergence from the dense model on its answers is not finite; check the weights "
             "and the dtype"
         )
     acceptance, agreement = (
-        sum(getattr(one, name) for one in found) / num_tokens
+        sum(getattr(one, name) for one in comparisons) / num_tokens
         for name in ("acceptance", "agreement")
     )
     return Rates(acceptance, agreement, divergence)
@@ -265,8 +265,8 @@ def departure(answer: Sequence[int], other: Sequence[int]) -> int:
 
 def _share(flags: Iterable[bool]) -> float:
     """Return the fraction that is true."""
-    found = list(flags)
-    return sum(found) / len(found)
+    values = list(flags)
+    return sum(values) / len(values)
 
 
 # Records
@@ -292,20 +292,20 @@ def dense_record(answers: Answers, decode_tokens: Callable[[Sequence[int]], str]
 
 
 def shot_record(
-    answers: Answers, found: Generation, decode_tokens: Callable[[Sequence[int]], str]
+    answers: Answers, generation: Generation, decode_tokens: Callable[[Sequence[int]], str]
 ) -> dict[str, Any]:
     """Return what a report tells of the answers after a shot; see `dense_record`."""
-    pruned = decode_tokens(found.answers[0])[:_EXAMPLE_CHARACTERS]
+    pruned = decode_tokens(generation.answers[0])[:_EXAMPLE_CHARACTERS]
     return {
-        "acceptance": found.acceptance,
-        "agreement": found.agreement,
-        "divergence": found.divergence,
+        "acceptance": generation.acceptance,
+        "agreement": generation.agreement,
+        "divergence": generation.divergence,
         "tokens_until_departure": {
-            "mean": sum(found.departures) / len(found.departures),
-            "median": median(found.departures),
+            "mean": sum(generation.departures) / len(generation.departures),
+            "median": median(generation.departures),
         },
-        "not_ended": found.not_ended,
-        "repeating": found.repeating,
+        "not_ended": generation.not_ended,
+        "repeating": generation.repeating,
         "example": dense_record(answers, decode_tokens)["example"] | {"pruned": pruned},
     }
 

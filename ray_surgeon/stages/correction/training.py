@@ -192,12 +192,12 @@ class Corrections:
         See `LowRankCorrections.absorb`.
         """
         worker.drop(_Best)
-        found = [
+        pairs = [
             about
             for name, about in worker.drop(LowRankCorrections).absorb().items()
             if worker.owns(name)
         ]
-        return sum(arrived for arrived, _ in found), sum(wanted for _, wanted in found)
+        return sum(arrived for arrived, _ in pairs), sum(wanted for _, wanted in pairs)
 
     def undo(self, worker: Worker) -> None:
         """Remove the corrections without a trace."""
@@ -382,7 +382,7 @@ class _Training:
         if not num_tokens:
             return True
         labels = Labels(of_dense_model=section.loss == "kl", may_diverge=True)
-        found = forward_and_backward(
+        sums = forward_and_backward(
             self._cluster,
             self._text.tokens,
             labels,
@@ -390,7 +390,7 @@ class _Training:
             counted=False,
             counts=self._text.counts,
         )
-        losses.append(sum(found) / num_tokens)
+        losses.append(sum(sums) / num_tokens)
         if not math.isfinite(losses[-1]):
             return False
         self._cluster.run_all(self._corrections.step, num_tokens, rate * rate_factor(number, total))

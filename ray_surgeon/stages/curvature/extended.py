@@ -178,6 +178,10 @@ def gather_terms(
             forward_and_backward(cluster, sequences, Labels(label_seed))
             cluster.run_all(finish_iteration, side)
         sizes.append(
-            {name: size for found in cluster.run_all(finish_term) for name, size in found.items()}
+            {
+                name: size
+                for of_worker in cluster.run_all(finish_term)
+                for name, size in of_worker.items()
+            }
         )
     return sizes

@@ -87,12 +87,12 @@ class Curvature(Stage):
         """Gather, and choose the damping if the job leaves it open."""
         remembers = self.remembers and run.shot == 1
         given = run.kept(Present).method
-        found = calibrate(given, run.cluster, run.text, run.shot, remembers=remembers)
-        run.keep(OfShot(found.method), of_shot=True)
-        run.record |= found.record
-        run.record["calibration_loss"] = found.loss
-        facts |= {"calibration_loss": found.loss, "num_tokens": run.text.tokens.size}
-        chosen = found.record.get("damping_chosen")
+        calibrated = calibrate(given, run.cluster, run.text, run.shot, remembers=remembers)
+        run.keep(OfShot(calibrated.method), of_shot=True)
+        run.record |= calibrated.record
+        run.record["calibration_loss"] = calibrated.loss
+        facts |= {"calibration_loss": calibrated.loss, "num_tokens": run.text.tokens.size}
+        chosen = calibrated.record.get("damping_chosen")
         if chosen is not None:
             facts["damping"] = f"{chosen['a']:g}/{chosen['g']:g}"
 

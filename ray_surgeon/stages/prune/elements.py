@@ -209,15 +209,15 @@ class Elements(Method):
         Raises:
             FloatingPointError: a factor is not usable; names the linear.
         """
-        found = _Scored({})
+        scored = _Scored({})
         kind = "obd" if self.section.costs == "obd" else "obs"
         for name in worker.owned():
-            found.candidates[name] = find_elements(
+            scored.candidates[name] = find_elements(
                 linear_of(worker, name, self.used_curvature), self.section.units, kind
             )
-        worker.keep(found)
-        raised = tuple(event for c in found.candidates.values() for event in c.raised_damping)
-        clipped = tuple(event for c in found.candidates.values() for event in c.clipping)
+        worker.keep(scored)
+        raised = tuple(event for c in scored.candidates.values() for event in c.raised_damping)
+        clipped = tuple(event for c in scored.candidates.values() for event in c.clipping)
         return Scores((), *sizes(worker), raised, clipped)
 
     def histogram(self, worker: Worker, high: int | None) -> NDArray[np.int64]:
@@ -234,14 +234,14 @@ class Elements(Method):
     @collective
     def prune(self, worker: Worker, threshold: float) -> tuple[LinearSummary, ...]:
         """Remove what costs at most the threshold, update the rest, and send it to replicas."""
-        found = worker.drop(_Scored)
+        scored = worker.drop(_Scored)
         done = dict[str, tuple[float, float]]()
         update = self.section.update.as_update
-        for name in worker.each(list(found.candidates)):
+        for name in worker.each(list(scored.candidates)):
             linear = linear_of(worker, name, self.used_curvature)
             mask = worker.mask(name, ElementMask)
             removal, worker.masks[name] = prune_elements(
-                linear, mask, self.section.units, found.candidates.pop(name), threshold, update
+                linear, mask, self.section.units, scored.candidates.pop(name), threshold, update
             )
             worker.shard.set_weight(name, removal.W)
             done[name] = removal.predicted, removal.residual

@@ -29,7 +29,7 @@ def whole_expert_costs(
     Raises:
         FloatingPointError: a cost is not usable; names the experts.
     """
-    found = dict[str, float]()
+    by_expert = dict[str, float]()
     for experts in worker.expert_sets:
         consumers = [linears[-1] for linears in experts.linears]
         if not worker.owns(consumers[0]):
@@ -39,12 +39,12 @@ def whole_expert_costs(
         if not worker.shard.mixtures[experts.block - worker.shard.blocks.first].can_spare_one:
             costs.fill_(math.inf)
         gone = worker.removed_experts(experts).tolist()
-        found |= {
+        by_expert |= {
             name: float(cost)
             for name, cost, is_gone in zip(consumers, costs, gone, strict=True)
             if not is_gone
         }
-    return found
+    return by_expert
 
 
 def _costs_of(

@@ -213,7 +213,7 @@ class Groups(Method):
         Raises:
             FloatingPointError: a factor or a cost is not usable; names the linear.
         """
-        found = Scored({}) if reach.only is None else worker.kept(Scored)
+        scored = Scored({}) if reach.only is None else worker.kept(Scored)
         replies = []
         raised = list[RaisedDamping]()
         sets = {groups.consumer: groups for groups in self.sets(worker)}
@@ -267,7 +267,7 @@ class Groups(Method):
                 needed,
                 most,
             ).float()
-            found.consumers[name] = alive, curvature.used_damping, costs
+            scored.consumers[name] = alive, curvature.used_damping, costs
             raised += curvature.raised_damping
             allowed = self._allowed(worker, groups, shot)
             whole_cost = whole.get(name, math.inf)
@@ -285,7 +285,7 @@ class Groups(Method):
                     scale,
                 )
             )
-        worker.keep(found)
+        worker.keep(scored)
         return Scores(tuple(replies), *sizes(worker), tuple(raised))
 
     def _expert_costs(self, worker: Worker, shot: int) -> dict[str, float]:
@@ -326,15 +326,15 @@ class Groups(Method):
             the worker owns.
         """
         reconstruction = self.reconstruction
-        found = worker.kept(Scored)
+        scored = worker.kept(Scored)
         assert reconstruction is not None
         tried = []
         for groups in (
             groups
             for groups in self.sets(worker)
-            if groups.consumer in found.consumers and groups.consumer in counts
+            if groups.consumer in scored.consumers and groups.consumer in counts
         ):
-            removal, mask = self.removal(worker, found, groups, counts[groups.consumer])
+            removal, mask = self.removal(worker, scored, groups, counts[groups.consumer])
             kept = mask.columns[groups.columns].all(dim=1)
             tried += [
                 (rate, reconstruction.tried(worker, groups, removal.W, kept, rate))
@@ -359,7 +359,7 @@ class Groups(Method):
             experts: consumer of each expert that goes whole -> what that costs.
             rate: learning rate of reconstructions; None if there are none.
         """
-        found = worker.drop(Scored)
+        scored = worker.drop(Scored)
         predicted = {name: cost for name, cost in experts.items() if name in worker.masks}
         shapes = worker.layout.shapes
         reconstruction = self.reconstruction
@@ -368,10 +368,10 @@ class Groups(Method):
             for g in self.sets(worker)
             if g.consumer not in experts and shapes[g.consumer].role in self.consumers
         ]
-        owned = {groups.consumer: groups for groups in sets if groups.consumer in found.consumers}
+        owned = {groups.consumer: groups for groups in sets if groups.consumer in scored.consumers}
         for name in worker.each(list(owned)):
             groups = owned[name]
-            removal, worker.masks[name] = self.removal(worker, found, groups, counts[name])
+            removal, worker.masks[name] = self.removal(worker, scored, groups, counts[name])
             W = removal.W
             predicted[name] = removal.predicted
             if (
@@ -402,17 +402,17 @@ class Groups(Method):
         return tuple(worker.summary(name, predicted.get(name, 0.0), 0.0) for name in worker.owned())
 
     def removal(
-        self, worker: Worker, found: Scored, groups: GroupSet, count: int
+        self, worker: Worker, scored: Scored, groups: GroupSet, count: int
     ) -> tuple[Removal, StructuredMask]:
         """Return an owned consumer without its cheapest groups; see `prune_groups`.
 
         Args:
             worker: after `costs`.
-            found: what these left there.
+            scored: what these left there.
             groups: those of the consumer.
             count: how many of them go.
         """
-        alive, damping, costs = found.consumers[groups.consumer]
+        alive, damping, costs = scored.consumers[groups.consumer]
         mask = worker.mask(groups.consumer, StructuredMask)
         linear = linear_of(worker, groups.consumer, self.used_curvature)
         to_prune = torch.zeros(len(mask.columns), dtype=torch.bool)
@@ -462,7 +462,7 @@ class Groups(Method):
                 cluster, scores, Reach(limit, self._and_one_step(scores, wanted, shot), only), shot
             )
             try:
-                found = self.allocate(scores, shot)
+                allocation = self.allocate(scores, shot)
             except OutOfReachError:
                 if math.isinf(limit):  # all paths were followed to their ends
                     raise
@@ -470,7 +470,7 @@ class Groups(Method):
                 only = None
                 limit = 4 * limit if factor < _FAR_ENOUGH else math.inf
                 continue
-            threshold = max(0.0, found.threshold or 0.0)  # below 0 only experts go
+            threshold = max(0.0, allocation.threshold or 0.0)  # below 0 only experts go
             only = self._short(scores, threshold)
             if self.section.uniform or not only:
                 return scores
@@ -492,9 +492,9 @@ class Groups(Method):
         )
         asked = {c.consumer: c.num_reached for c in scores.costs}
         while True:
-            found = self.allocate(scores, shot)
-            threshold = max(0.0, found.threshold or 0.0)
-            needed = self._and_one_step(scores, found.counts, shot)
+            allocation = self.allocate(scores, shot)
+            threshold = max(0.0, allocation.threshold or 0.0)
+            needed = self._and_one_step(scores, allocation.counts, shot)
             cut = {
                 c.consumer
                 for c in scores.costs
@@ -669,15 +669,15 @@ class Groups(Method):
         linears: Sequence[LinearSummary],
     ) -> dict[str, Any]:
         """Return what the report says of a shot; see `Method`."""
-        found = super().record(cluster, scores, choice, linears)
+        entry = super().record(cluster, scores, choice, linears)
         if self.reconstruction is not None:
-            found["reconstruction"] = {
+            entry["reconstruction"] = {
                 name: errors
                 for of_worker in cluster.run_all(errors_of)
                 for name, errors in of_worker.items()
             }
-            found["reconstruction_rate"] = max(cluster.run_all(rate_of))
-        return found
+            entry["reconstruction_rate"] = max(cluster.run_all(rate_of))
+        return entry
 
 
 def _remove_producers(worker: Worker, groups: GroupSet) -> None:

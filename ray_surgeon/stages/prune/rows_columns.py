@@ -116,7 +116,7 @@ class RowsColumns(Method):
             FloatingPointError: a factor or a cost is not usable; names the linear.
         """
         section = self.section
-        found = _Scored({})
+        scored = _Scored({})
         kind = "obd" if section.costs == "obd" else "obs"
         per_parameter = section.rank_by == "cost_per_parameter"
         replies = []
@@ -131,14 +131,14 @@ class RowsColumns(Method):
             candidates = find_candidates(
                 linear, mask, section.structure, kind, per_parameter=per_parameter, limit=limit
             )
-            found.candidates[name] = candidates
+            scored.candidates[name] = candidates
             rows = candidates.row_costs.float().cpu()
             columns = candidates.column_costs.float().cpu()
             kept = int(mask.rows.sum()), int(mask.columns.sum())
             replies.append(StructureCosts(name, mask.num_parameters, *kept, rows, columns))
-        worker.keep(found)
-        raised = tuple(event for c in found.candidates.values() for event in c.raised_damping)
-        clipped = tuple(event for c in found.candidates.values() for event in c.clipping)
+        worker.keep(scored)
+        raised = tuple(event for c in scored.candidates.values() for event in c.raised_damping)
+        clipped = tuple(event for c in scored.candidates.values() for event in c.clipping)
         return Scores(tuple(replies), *sizes(worker), raised, clipped)
 
     @collective
@@ -160,13 +160,13 @@ class RowsColumns(Method):
     @collective
     def prune(self, worker: Worker, threshold: float) -> tuple[LinearSummary, ...]:
         """Remove what costs at most the threshold, update the rest, and send it to replicas."""
-        found = worker.drop(_Scored)
+        scored = worker.drop(_Scored)
         done = dict[str, tuple[float, float]]()
-        for name in worker.each(list(found.candidates)):
+        for name in worker.each(list(scored.candidates)):
             linear = linear_of(worker, name, self.used_curvature)
             mask = worker.mask(name, StructuredMask)
             removal, worker.masks[name] = prune_structures(
-                linear, mask, found.candidates[name], threshold, self.section.update
+                linear, mask, scored.candidates[name], threshold, self.section.update
             )
             worker.shard.set_weight(name, removal.W)
             done[name] = removal.predicted, removal.residual
@@ -231,8 +231,8 @@ class RowsColumns(Method):
         value = smallest_enough(
             values, num_pruned, math.ceil(target * enough.num_parameters - 1e-6)
         )
-        found = replace(enough, value=value, num_removed=num_pruned(value))
-        facts = {"threshold": value, "sparsity": found.sparsity}
+        reached = replace(enough, value=value, num_removed=num_pruned(value))
+        facts = {"threshold": value, "sparsity": reached.sparsity}
         return Choice(value, facts)
 
     def apply(

@@ -35,8 +35,8 @@ def method_of(run: RunState) -> Method:
 
 def needs_of(method: Method, worker: WorkerView) -> list[LinearNeeds]:
     """Return what a method needs for each linear of a worker that it ranks or updates."""
-    found = (method.needs(linear) for linear in worker.linears)
-    return [needs for needs in found if needs is not None]
+    all_needs = (method.needs(linear) for linear in worker.linears)
+    return [needs for needs in all_needs if needs is not None]
 
 
 @dataclass(frozen=True)

@@ -170,10 +170,10 @@ class Reconstruction:
             kept: [num_groups] bool, the groups that stay.
             rate: the learning rate.
         """
-        found = self._trained(
+        trained = self._trained(
             worker, groups, W, kept, rate, num_epochs=TRIAL_PART, keeps_inputs=True
         )
-        return found.after / found.before if found.before else 1.0
+        return trained.after / trained.before if trained.before else 1.0
 
     def fitted(self, worker: Worker, groups: GroupSet, W: Tensor, rate: float) -> Tensor:
         """Train an owned layer after groups were removed.
@@ -192,17 +192,17 @@ class Reconstruction:
         kept = worker.mask(name, StructuredMask).columns[groups.columns].all(dim=1)
         if not kept.any():
             return W
-        found = self._trained(
+        trained = self._trained(
             worker, groups, W, kept, rate, num_epochs=self.section.num_epochs, keeps_inputs=False
         )
         errors = worker.kept(Errors)
-        errors.of_layer[name] = found.before, found.after
+        errors.of_layer[name] = trained.before, trained.after
         errors.rate = rate
-        for (producer, rows), V in zip(groups.producers, found.layer.producers, strict=True):
+        for (producer, rows), V in zip(groups.producers, trained.layer.producers, strict=True):
             changed = shard.weight(producer)
             changed[rows[kept].flatten().to(changed.device)] = V
             shard.set_weight(producer, changed)
-        return W.index_copy(1, _columns(groups, kept, W), found.layer.consumer)
+        return W.index_copy(1, _columns(groups, kept, W), trained.layer.consumer)
 
     def _trained(
         self,

@@ -32,8 +32,8 @@ class ReconstructionStage(Stage):
             return None
         curvature = method.used_curvature
         num_backward = 0 if curvature.gathers == "A" else curvature.sequences_backward
-        found = method.reconstruction
-        return ReconstructionStage(found.section, found.kinds, num_backward)
+        reconstruction = method.reconstruction
+        return ReconstructionStage(reconstruction.section, reconstruction.kinds, num_backward)
 
     def is_due(self, run: RunState) -> bool:
         """Whether there is a step of its own, which there is not."""

@@ -334,10 +334,10 @@ def as_tensors(written: Mapping[int, WrittenText]) -> dict[str, Tensor]:
 
 def from_tensors(tensors: Mapping[str, Tensor]) -> dict[int, WrittenText]:
     """Return what `as_tensors` was given; a text without answers has none."""
-    found = {}
+    texts = {}
     for name, tokens in tensors.items():
         if name.isdigit():
             none = torch.zeros(tokens.shape, dtype=torch.bool)
             answers = tensors.get(f"{name}.answers", none)
-            found[int(name)] = WrittenText(tokens.numpy(), answers.numpy())
-    return found
+            texts[int(name)] = WrittenText(tokens.numpy(), answers.numpy())
+    return texts

@@ -85,14 +85,14 @@ def to_be_written(
     Raises:
         ValueError: the model cannot write it, or a file for it cannot be read; names the field.
     """
-    found: dict[int, Request] = {}
+    requests: dict[int, Request] = {}
     for number, (text, count) in enumerate(section.shares):
         if isinstance(text, SelfSection):
             where = f"calibration.mix.{number - 1}" if number else "calibration"
             make = _conversations if text.has_answers else _texts
-            found[number] = make(text, count, section.sequence_length, tokenizer, config, where)
-            _check_vocabulary(found[number], config)
-    return found
+            requests[number] = make(text, count, section.sequence_length, tokenizer, config, where)
+            _check_vocabulary(requests[number], config)
+    return requests
 
 
 def _texts(
@@ -180,14 +180,14 @@ def _conversations(
         )
     else:
         prompts = None
-    found = Conversations(marks, prompts, count, length, text.temperature, text.seed, where)
-    if prompts is None and found.room < _LEAST_ROOM:
+    conversations = Conversations(marks, prompts, count, length, text.temperature, text.seed, where)
+    if prompts is None and conversations.room < _LEAST_ROOM:
         raise ValueError(
             f"calibration.sequence_length: {length}, but the chat template alone takes "
-            f"{length - found.room} tokens of a conversation, and {_LEAST_ROOM} more are needed; "
-            f"make it longer, or remove chat from {where}"
+            f"{length - conversations.room} tokens of a conversation, and {_LEAST_ROOM} more are "
+            f"needed; make it longer, or remove chat from {where}"
         )
-    return found
+    return conversations
 
 
 _SAID = "What the user said 7351"
