@@ -207,7 +207,7 @@ def prune(
         "name": name,
         "preset": preset,
     }
-    given = {key: value for key, value in sections.items() if value is not None}
+    given_sections = {key: value for key, value in sections.items() if value is not None}
     source = local_path(model)
     if isinstance(source, Mapping) and "source" not in source:
         raise ValueError(
@@ -218,7 +218,7 @@ def prune(
         source = causal_lm(source)
     if spec is None:
         try:
-            spec = spec_of(source, tokenizer, given)
+            spec = spec_of(source, tokenizer, given_sections)
         except ValidationError as error:
             derived = () if evaluation is not None else ("evaluation",)
             raise ValueError(
@@ -229,7 +229,7 @@ def prune(
             f"spec: got a {type(spec).__name__}; give "
             "ray_surgeon.parse_spec(Path('spec.yaml').read_text())"
         )
-    elif model is not None or tokenizer is not None or given:
+    elif model is not None or tokenizer is not None or given_sections:
         raise ValueError(
             "spec: it says everything already; leave model, tokenizer and the sections out"
         )

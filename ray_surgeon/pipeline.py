@@ -80,28 +80,28 @@ def _arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     parser.add_argument(
         "--schema", action="store_true", help="print the JSON Schema of the job spec and stop"
     )
-    told = parser.add_argument_group(
+    plan_options = parser.add_argument_group(
         "a plan for other machines than this one", "ray-surgeon plan, or --dry-run"
     )
-    told.add_argument(
+    plan_options.add_argument(
         "--device",
         choices=sorted(DEVICES),
         help="what workers compute on; expected times are this device's; if not given, the CPU, or "
         "an h100 where the spec has gpus_per_worker, or with --device-memory",
     )
-    told.add_argument(
+    plan_options.add_argument(
         "--device-memory",
         type=_bytes,
         metavar="80GB",
         help="of each worker's device; the device's own if not given",
     )
-    told.add_argument(
+    plan_options.add_argument(
         "--host-memory", type=_bytes, metavar="1TB", help="of each machine; this one's if not given"
     )
-    told.add_argument(
+    plan_options.add_argument(
         "--disk", type=_bytes, metavar="4TB", help="free on each machine; this one's if not given"
     )
-    told.add_argument(
+    plan_options.add_argument(
         "--workers-per-machine",
         type=_positive,
         metavar="N",
@@ -110,13 +110,13 @@ def _arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if not arguments.schema and arguments.spec is None:
         parser.error("a job spec is needed, for instance pipelines/quickstart.yaml")
-    given = [
+    options_of_plan = [
         f"--{name.replace('_', '-')}" for name in _OF_A_PLAN if getattr(arguments, name) is not None
     ]
-    if given and not arguments.dry_run:
+    if options_of_plan and not arguments.dry_run:
         parser.error(
-            f"{', '.join(given)}: only for a plan (ray-surgeon plan, or --dry-run); a run asks its "
-            "workers what they have"
+            f"{', '.join(options_of_plan)}: only for a plan (ray-surgeon plan, or --dry-run); a run "
+            "asks its workers what they have"
         )
     if arguments.device == "cpu" and arguments.device_memory is not None:
         parser.error("--device-memory: a CPU has the machine's; give --host-memory")
@@ -155,15 +155,18 @@ def _bytes(text: str) -> float:
 def _planned_for(arguments: argparse.Namespace, inputs: Inputs) -> tuple[Room, Device]:
     """Return what a worker has, as the command line says it, or else as it is here."""
     section = inputs.spec.cluster
-    here = resources_here(torch.device("cpu"), inputs.spec.memory.scratch).room
+    this_machine = resources_here(torch.device("cpu"), inputs.spec.memory.scratch).room
     name = arguments.device or (
         "h100" if section.gpus_per_worker or arguments.device_memory else "cpu"
     )
     device = DEVICES[name] if name != "cpu" else DEVICES[name].times(section.cpus_per_worker)
     together = max(1, min(section.num_workers, arguments.workers_per_machine or 8))
     host, disk = (
-        (given or there) / together
-        for given, there in ((arguments.host_memory, here.host), (arguments.disk, here.disk))
+        (option or measured) / together
+        for option, measured in (
+            (arguments.host_memory, this_machine.host),
+            (arguments.disk, this_machine.disk),
+        )
     )
     if not device.memory_bytes:
         return Room(host, host, disk, device_is_host=True), device

@@ -315,7 +315,7 @@ def reload_difference(
     """
     half = has_experts and dtype != "float32"
     some = [int(t) for t in tokens[:NUM_COMPARED_TOKENS]]
-    here = decode(logits(cluster, some), torch.device("cpu"))
+    workers_logits = decode(logits(cluster, some), torch.device("cpu"))
     with local_folder(uri) as (folder, scratch):
         logits_file = str(scratch / "logits")
         about = {"shipped_code": shipped_code, "dtype": dtype, "half": half} | _to_load(
@@ -328,9 +328,9 @@ def reload_difference(
             raise RuntimeError(
                 f"the export {uri} cannot be loaded by transformers:\n{error}"
             ) from error
-        there = tensor_files.read(logits_file)["logits"]
-    largest = float((here - there).abs().max())
-    if not agree(there, here, dtype, half=half):
+        reloaded_logits = tensor_files.read(logits_file)["logits"]
+    largest = float((workers_logits - reloaded_logits).abs().max())
+    if not agree(reloaded_logits, workers_logits, dtype, half=half):
         raise RuntimeError(
             f"the export {uri} loads, but its logits differ from the workers' by {largest:g}; do "
             "not use it"

@@ -259,7 +259,7 @@ class Tensors:
         number = next(
             number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name
         )
-        there = gguf.get_tensor_name_map(number, layout.num_blocks)
+        name_map = gguf.get_tensor_name_map(number, layout.num_blocks)
         self._source: dict[str, tuple[str, str]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         for file in files.list_names(folder):
@@ -267,7 +267,7 @@ class Tensors:
                 continue
             uri = files.join(folder, file)
             for key, shape in self._reader.shapes(uri).items():
-                name = there.get_name(key, try_suffixes=(".weight", ".bias"))
+                name = name_map.get_name(key, try_suffixes=(".weight", ".bias"))
                 if name is None:
                     raise ValueError(
                         f"output.exports: gguf: llama.cpp's {architecture.name} has no place for "
@@ -358,9 +358,9 @@ def _largest_error(file: Path, tensors: Tensors, kind: str) -> float:
         )
     for name in tensors.names:
         expected = tensors.read(name)
-        there = gguf.dequantize(stored[name].data, stored[name].tensor_type)
+        values = gguf.dequantize(stored[name].data, stored[name].tensor_type)
         error = float(
-            np.abs(there.reshape(expected.shape) - expected).max()
+            np.abs(values.reshape(expected.shape) - expected).max()
             / max(float(np.abs(expected).max()), 1e-30)
         )
         if not error <= KINDS[kind][2]:

@@ -91,9 +91,9 @@ def latency_budget(
         ]
         measured = [
             cluster.get(
-                [cluster.submit(first, run_on_worker, "ray_surgeon.export.latency", asked)]
+                [cluster.submit(first, run_on_worker, "ray_surgeon.export.latency", request)]
             )[0]
-            for asked in requests
+            for request in requests
         ]
         shares = [count / kinds.total() for count in kinds.values()]
         kept = {

@@ -310,9 +310,9 @@ def _without_surplus(options: Sequence[_Options], chosen: Tensor, wanted: float)
     ]
     for kind, of_kind in enumerate(options):
         others = sum(
-            float(options[other].saved[place])
-            for other, place in enumerate(places)
-            if other != kind
+            float(options[other_kind].saved[place])
+            for other_kind, place in enumerate(places)
+            if other_kind != kind
         )
         possible = (of_kind.saved + others >= wanted) & (of_kind.cost <= of_kind.cost[places[kind]])
         places[kind] = int(of_kind.saved.where(possible, torch.inf).argmin())

@@ -48,12 +48,12 @@ class RaisedDamping:
 
 
 def raised_damping(
-    linear: str, name: str, asked: float, factor: DampedFactor
+    linear: str, name: str, damping: float, factor: DampedFactor
 ) -> RaisedDamping | None:
     """Return what a factor of a linear, A or G, needed beside what was asked; None if nothing."""
-    if factor.damping == asked and not factor.float64_retry:
+    if factor.damping == damping and not factor.float64_retry:
         return None
-    return RaisedDamping(linear, name, asked, factor.damping, factor.float64_retry)
+    return RaisedDamping(linear, name, damping, factor.damping, factor.float64_retry)
 
 
 @dataclass(frozen=True)
@@ -251,9 +251,11 @@ class LinearCurvature:
         minimised = partial(
             minimise_kept, tolerance=_SOLVER_TOLERANCE, num_iterations=_SOLVER_ITERATIONS
         )
-        by_rows, one = minimised(W, self.terms, rows, torch.zeros_like(columns))
-        by_columns, other = minimised(W, self.terms, torch.zeros_like(rows), columns)
-        return (by_rows + by_columns - W) * torch.outer(~rows, ~columns), max(one, other)
+        by_rows, residual_of_rows = minimised(W, self.terms, rows, torch.zeros_like(columns))
+        by_columns, residual_of_columns = minimised(W, self.terms, torch.zeros_like(rows), columns)
+        return (by_rows + by_columns - W) * torch.outer(~rows, ~columns), max(
+            residual_of_rows, residual_of_columns
+        )
 
     def _prune_singly(self, W: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         if self.is_extended:

@@ -139,13 +139,13 @@ def reconstruct(
     )
     num_steps = max(1, int(num_epochs * (len(inputs) // size)))
     for number, tokens in enumerate(_steps(len(inputs), size, num_steps, generator)):
-        here = tokens.to(inputs.device)
+        batch = tokens.to(inputs.device)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * rate_factor(number, num_steps)
         working = tuple(weight.detach().to(dtype).requires_grad_() for weight in masters)
         with torch.enable_grad():
-            computed = layer.with_weights(working)(inputs[here])
-        error = (computed.detach() - outputs[here]).float()
+            computed = layer.with_weights(working)(inputs[batch])
+        error = (computed.detach() - outputs[batch]).float()
         in_means = error.pow(2).sum(dim=1, keepdim=True) / (2 * mean)
         # Adam's steps are the same in every unit of the loss; in this one gradients are far from
         # its eps and from float16's least

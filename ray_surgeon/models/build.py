@@ -62,16 +62,18 @@ def shared_inputs_of(family: Family, block: nn.Module) -> list[tuple[str, ...]]:
 
     Experts come after the others.
     """
-    here = {name for name, _ in block.named_modules()}
-    groups = [tuple(linear for linear in group if linear in here) for group in family.shared_inputs]
+    present = {name for name, _ in block.named_modules()}
+    groups = [
+        tuple(linear for linear in group if linear in present) for group in family.shared_inputs
+    ]
     if (sparse := family.sparse) is not None:
         layers = [sparse.shared] if sparse.shared is not None else []
-        if sparse.experts in here:
+        if sparse.experts in present:
             layers += [
                 f"{sparse.experts}.{number}"
                 for number, _ in block.get_submodule(sparse.experts).named_children()
             ]
-        for layer in (layer for layer in layers if layer in here):
+        for layer in (layer for layer in layers if layer in present):
             groups += [
                 tuple(f"{layer}.{name}" for name in sparse.producers),
                 (f"{layer}.{sparse.consumer}",),
@@ -96,8 +98,8 @@ def _by_bias(block: nn.Module, group: tuple[str, ...]) -> list[tuple[str, ...]]:
 def stored_name(family: Family, name: str) -> str:
     """Return what checkpoints call a tensor."""
     if family.stored and family.sparse is not None and f".{family.sparse.layer}." in name:
-        for here, there in family.stored:
-            name = name.replace(here, there)
+        for name_in_model, name_in_files in family.stored:
+            name = name.replace(name_in_model, name_in_files)
     return name
 
 

@@ -255,7 +255,8 @@ def check_tied(layout: ModelLayout, keys: Container[str], read: ReadStored, wher
             for row in (0, num_rows // 2, num_rows - 1)
         )
         if key != tied_to and not all(
-            torch.equal(one.nan_to_num(), other.nan_to_num()) for one, other in pairs
+            torch.equal(head_row.nan_to_num(), embedding_row.nan_to_num())
+            for head_row, embedding_row in pairs
         ):
             raise ValueError(
                 f"model.source: the configuration of {where} ties the head to the embedding, but "

@@ -66,8 +66,8 @@ def shrinkable(masks: Mapping[str, StructuredMask], sets: Sequence[GroupSet]) ->
     )
 
 
-def _differs(one: StructuredMask, other: StructuredMask) -> bool:
-    return not (torch.equal(one.rows, other.rows) and torch.equal(one.columns, other.columns))
+def _differs(before: StructuredMask, after: StructuredMask) -> bool:
+    return not (torch.equal(before.rows, after.rows) and torch.equal(before.columns, after.columns))
 
 
 def _propagate_in_ffn(

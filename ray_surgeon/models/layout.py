@@ -193,12 +193,12 @@ class ModelLayout:
         parameters = {}
         for name, shape in self.parameters.items():
             if (block := self.block_of(name)) is not None:
-                here = blocks.first <= block < blocks.last
+                belongs = blocks.first <= block < blocks.last
             elif name.startswith(first):
-                here = blocks.is_first
+                belongs = blocks.is_first
             else:
-                here = blocks.is_last and not (blocks.is_first and name in self.tied)
-            if here:
+                belongs = blocks.is_last and not (blocks.is_first and name in self.tied)
+            if belongs:
                 parameters[name] = shape
         return parameters
 

@@ -88,16 +88,16 @@ def next_token_loss(
         chances = of_all if places is None else of_all[places]
     for part in _slices(0, len(labels), TOKENS_PER_SLICE):
         logits = product(flat[part], head_weight.T)
-        for here, rows in _in_cache(part, logits.device):
+        for span, rows in _in_cache(part, logits.device):
             wide = logits[rows].float()
-            nll[here] = (
+            nll[span] = (
                 torch.logsumexp(wide, dim=-1).double()
-                - wide.gather(1, labels[here, None])[:, 0].double()
+                - wide.gather(1, labels[span, None])[:, 0].double()
             )
             if flat_gradient is not None:
                 probabilities = torch.softmax(wide, dim=-1)
                 targets = (
-                    labels[here, None] if chances is None else _drawn(probabilities, chances[here])
+                    labels[span, None] if chances is None else _drawn(probabilities, chances[span])
                 )
                 logits[rows] = probabilities.scatter_add_(
                     1, targets, torch.full_like(targets, -1, dtype=probabilities.dtype)
@@ -162,20 +162,20 @@ def compare_with_dense(
         logits, wanted = (
             product(states[part].to(hidden.dtype), head_weight.T) for states in (flat, target)
         )
-        for here, rows in _in_cache(part, logits.device):
+        for span, rows in _in_cache(part, logits.device):
             log_q, log_p = (
                 torch.log_softmax(of[rows], dim=-1, dtype=torch.float32) for of in (logits, wanted)
             )
             p = log_p.exp()
-            nll[here] = -log_q.gather(1, labels[here, None])[:, 0].double()
+            nll[span] = -log_q.gather(1, labels[span, None])[:, 0].double()
             if acceptance is not None and agreement is not None:
                 # twice the total variation
                 distance = log_q.exp().sub_(p).abs_().sum(dim=-1).double()
-                acceptance[here] = 1 - distance / 2
-                agreement[here] = (
+                acceptance[span] = 1 - distance / 2
+                agreement[span] = (
                     logits[rows].argmax(dim=-1) == wanted[rows].argmax(dim=-1)
                 ).double()
-            divergence[here] = log_p.sub_(log_q).mul_(p).sum(dim=-1).double()
+            divergence[span] = log_p.sub_(log_q).mul_(p).sum(dim=-1).double()
             if flat_gradient is not None:
                 logits[rows] = log_q.exp_().sub_(p)
         if flat_gradient is not None:
@@ -255,10 +255,10 @@ def _in_cache(part: slice, device: torch.device) -> Iterator[tuple[slice, slice]
 
     Each is given as places of the text, and as places of the slice.
     """
-    for here in _slices(
+    for span in _slices(
         part.start, part.stop, TOKENS_IN_CACHE if device.type == "cpu" else TOKENS_PER_SLICE
     ):
-        yield here, slice(here.start - part.start, here.stop - part.start)
+        yield (span, slice(span.start - part.start, span.stop - part.start))
 
 
 def _drawn(probabilities: Tensor, chances: Tensor) -> Tensor:

@@ -296,10 +296,10 @@ def check_rope(document: Mapping[str, Any]) -> None:
     parameters = document.get("rope_parameters")
     if parameters is None:
         return
-    given: Document = parameters if isinstance(parameters, dict) else {}
-    of_all = given.get("full_attention", given)
-    for one in (of_all, given.get("sliding_attention", of_all)):
-        if not isinstance(one, dict) or not isinstance(one.get("rope_theta"), int | float):
+    tables: Document = parameters if isinstance(parameters, dict) else {}
+    of_all = tables.get("full_attention", tables)
+    for table in (of_all, tables.get("sliding_attention", of_all)):
+        if not isinstance(table, dict) or not isinstance(table.get("rope_theta"), int | float):
             raise ValueError(
                 f"model.source: rope_parameters in config.json is {str(parameters)[:200]}, "
                 "expected an object with rope_theta; fetch it again"

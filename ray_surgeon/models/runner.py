@@ -85,9 +85,9 @@ class BlockRunner:
         hidden: list[Tensor] = []
 
         def note(*args: Any, **kwargs: Any) -> _Passing:
-            given, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
+            states, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
             if not calls:
-                hidden.append(given)
+                hidden.append(states)
             calls.append(Call(rest, kwargs))
             if len(calls) == len(self._blocks):
                 raise _ReachedTheEndError
@@ -252,7 +252,7 @@ class BlockRunner:
         return loss, _gradient(leaf), output.detach()
 
     def _enter_all(self, inputs: Tensor) -> tuple[list[Tensor], list[Call]]:
-        entered = [self.enter(one[None]) for one in inputs]
+        entered = [self.enter(sequence[None]) for sequence in inputs]
         return [hidden for hidden, _ in entered], entered[-1][1]
 
     def _after(self, place: int) -> int | None:

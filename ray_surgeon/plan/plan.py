@@ -111,15 +111,15 @@ class Plan:
         for worker in self.workers:
             for step in worker.steps:
                 device, host = worker.peak(self.room, step)
-                for what, need, there in (
+                for what, need, available in (
                     (on_device, device, self.room.device),
                     ("host memory", host, self.room.host),
                 ):
-                    if need / there > worst[0]:
+                    if need / available > worst[0]:
                         worst = (
-                            need / there,
+                            need / available,
                             f"{step.name} on shard {worker.shard} needs {_gib(need)} of {what}, "
-                            f"there are {_gib(there)}",
+                            f"there are {_gib(available)}",
                         )
             if worker.disk / max(1.0, self.room.disk) > worst[0]:
                 worst = (
@@ -214,10 +214,10 @@ def _remedy(
     """Return the smallest change that would do; `unlimited` is without `memory.limit_gib`."""
 
     def fits(num_shards: int) -> bool:
-        other = place(shapes.layout, num_shards, placement.num_replicas)
+        more_shards = place(shapes.layout, num_shards, placement.num_replicas)
         ways = (
-            _plan(shapes, other, work, stores, room, device)
-            for stores in _ways(work, other, wanted, room)
+            _plan(shapes, more_shards, work, stores, room, device)
+            for stores in _ways(work, more_shards, wanted, room)
         )
         return any(plan.excess()[0] <= 1 for plan in ways)
 

@@ -54,11 +54,11 @@ def resources_here(device: torch.device, root: str | None) -> Resources:
 
     The disk is that of the root of scratch folders, which may not exist yet.
     """
-    there = scratch_root(root)
-    while not os.path.exists(there):
-        there = there.parent
+    folder = scratch_root(root)
+    while not os.path.exists(folder):
+        folder = folder.parent
     host = float(available_bytes())
-    disk = float(shutil.disk_usage(there).free)
+    disk = float(shutil.disk_usage(folder).free)
     if device.type != "cuda":
         return Resources(
             socket.gethostname(), "cpu", "", Room(host, host, disk, device_is_host=True)

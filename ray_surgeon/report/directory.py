@@ -159,10 +159,10 @@ class RunDirectory:
         self, held: Mapping[str, Any], fingerprints: Mapping[str, Any], spec_yaml: str
     ) -> str:
         """Return the fields of the two specs that differ, and the versions, for an error."""
-        there = (
+        document = (
             store.read_text(self.path("spec.yaml")) if store.exists(self.path("spec.yaml")) else ""
         )
-        old = _fields(yaml.safe_load(there))
+        old = _fields(yaml.safe_load(document))
         new = _fields(yaml.safe_load(spec_yaml))
         names = [
             name

@@ -34,9 +34,11 @@ def has_its_files(export: Mapping[str, Any]) -> bool:
             files.size_bytes(files.join(export["uri"], file["file"])) == file["size_bytes"]
             for file in export["files"]
         )
-    there = files.list_names(export["uri"])
-    names = [name for name in there if name.startswith("model") and name.endswith(".safetensors")]
-    return "config.json" in there and bool(
+    names_there = files.list_names(export["uri"])
+    names = [
+        name for name in names_there if name.startswith("model") and name.endswith(".safetensors")
+    ]
+    return "config.json" in names_there and bool(
         sum(files.size_bytes(files.join(export["uri"], name)) or 0 for name in names)
         == export["size_bytes"]
     )

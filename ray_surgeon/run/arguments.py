@@ -27,21 +27,21 @@ _EXAMPLES = {
 def spec_of(
     model: str | Mapping[str, Any] | PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase | None,
-    given: Mapping[str, Any],
+    sections: Mapping[str, Any],
 ) -> JobSpec:
     """Return the job spec that the arguments of `prune` stand for."""
-    document: dict[str, Any] = {"version": 2, "name": "model", "cluster": {}} | dict(given)
+    document: dict[str, Any] = {"version": 2, "name": "model", "cluster": {}} | dict(sections)
     if model is None:
         raise ValueError(
             "model: give a Hub id, a folder, a URI, or a model in memory; or a whole spec"
         )
     if isinstance(model, str):
         model = {"source": model}
-    if isinstance(model, Mapping) and "name" not in given:
+    if isinstance(model, Mapping) and "name" not in sections:
         document["name"] = _as_name(str(model.get("source", "model")))
     if isinstance(document["cluster"], Mapping):
         document["cluster"] = {"backend": "local", **document["cluster"]}
-    for section in ("calibration", "pruning") if "preset" not in given else ("pruning",):
+    for section in ("calibration", "pruning") if "preset" not in sections else ("pruning",):
         if not isinstance(document.get(section), Mapping):
             got = (
                 "is missing"

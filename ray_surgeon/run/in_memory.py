@@ -156,16 +156,16 @@ def _is_there(chosen: Mapping[str, Path], source: str, *, has_begun: bool) -> bo
         ValueError: it has another one, or the folder holds something else.
     """
     marker = files.join(source, _MARKER)
-    there = set(files.list_files(source))
-    if there and _MARKER not in there:
+    stored_names = set(files.list_files(source))
+    if stored_names and _MARKER not in stored_names:
         raise ValueError(
             f"output.uri: {source} holds something else, and the model would go there; give output "
             "another folder"
         )
-    if not has_begun or not there:
+    if not has_begun or not stored_names:
         return False
     is_whole = files.read_text(marker) == _WHOLE
-    names = there - {_MARKER}
+    names = stored_names - {_MARKER}
     differs = any(
         name not in chosen or not _same(files.join(source, name), chosen[name]) for name in names
     )
@@ -200,18 +200,21 @@ def _same(uri: str, path: Path) -> bool:
     Weights are compared byte for byte, JSON but for what changes with the use of a tokenizer.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        there = (
+        copy = (
             Path(files.open_filesystem(uri)[1]) if files.is_local(uri) else Path(scratch) / "file"
         )
         if not path.name.endswith(".json"):
             if files.size_bytes(uri) != path.stat().st_size:
                 return False
             if not files.is_local(uri):
-                files.download(uri, there)
-            return filecmp.cmp(there, path, shallow=False)
-    one = files.read_json(uri)
-    other = files.read_json(str(path))
-    return all(one.get(name) == other.get(name) for name in {*one, *other} - _OF_USE)
+                files.download(uri, copy)
+            return filecmp.cmp(copy, path, shallow=False)
+    of_run = files.read_json(uri)
+    on_this_machine = files.read_json(str(path))
+    return all(
+        of_run.get(name) == on_this_machine.get(name)
+        for name in {*of_run, *on_this_machine} - _OF_USE
+    )
 
 
 @contextmanager

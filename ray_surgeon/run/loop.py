@@ -60,13 +60,13 @@ def run_shots(
     try:
         _run_stages(inputs, workers, directory, listen, patience_s)
     except BaseException as error:
-        told = _last_words(directory, error)
-        if isinstance(told, Exception) and not isinstance(told, LostError):
+        reported = _last_words(directory, error)
+        if isinstance(reported, Exception) and not isinstance(reported, LostError):
             with contextlib.suppress(Exception):
                 workers.clean_up()
-        if told is error:
+        if reported is error:
             raise
-        raise told from error
+        raise reported from error
     workers.run_all(clean_up)
 
 

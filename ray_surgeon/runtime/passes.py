@@ -171,16 +171,16 @@ def share_states(
     """
     last = cluster.placement.num_shards - 1
     num_replicas = len(waves_of)
-    given = list[Any]()
+    futures = list[Any]()
     for replica, waves in enumerate(waves_of if num_replicas > 1 else ()):
         for numbers in waves:
             states = cluster.submit(WorkerIndex(last, replica), kept_states, text, numbers)
-            for other in range(num_replicas):
-                if other != replica:
-                    given.append(
-                        cluster.submit(WorkerIndex(last, other), receive, text, numbers, states)
+            for receiver in range(num_replicas):
+                if receiver != replica:
+                    futures.append(
+                        cluster.submit(WorkerIndex(last, receiver), receive, text, numbers, states)
                     )
-    cluster.get(given)
+    cluster.get(futures)
 
 
 def _submit(
@@ -372,8 +372,8 @@ def measure(
     """
     comparisons = compared(cluster, text, windows, counts)
     num_tokens = num_counted(windows, counts)
-    loss = sum(one.nll for one in comparisons) / num_tokens
-    divergence = sum(one.divergence for one in comparisons) / num_tokens
+    loss = sum(comparison.nll for comparison in comparisons) / num_tokens
+    divergence = sum(comparison.divergence for comparison in comparisons) / num_tokens
     return Measured(_finite(text, perplexity_of(loss)), _finite(text, divergence))
 
 
@@ -390,8 +390,8 @@ def divergences_of(
         FloatingPointError: one is not a number.
     """
     divergences = [
-        one.divergence / max(1, num_counted(windows, counts, [number]))
-        for number, one in enumerate(compared(cluster, text, windows, counts))
+        comparison.divergence / max(1, num_counted(windows, counts, [number]))
+        for number, comparison in enumerate(compared(cluster, text, windows, counts))
     ]
     if not all(map(math.isfinite, divergences)):
         raise FloatingPointError(

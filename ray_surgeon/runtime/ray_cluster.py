@@ -339,8 +339,8 @@ class RayCluster:
         node = self._nodes.get(index)
         if node is None:
             return True
-        there = NodeAffinitySchedulingStrategy(node, soft=False)
-        answer = _answer.options(scheduling_strategy=there).remote()
+        on_node = NodeAffinitySchedulingStrategy(node, soft=False)
+        answer = _answer.options(scheduling_strategy=on_node).remote()
         try:
             done, _ = ray.wait([answer], timeout=_ANSWER_S)
             ray.get(done)
@@ -418,8 +418,8 @@ class RayCluster:
 
         Workers that wait for one that has failed are not waited for.
         """
-        asked: list[Any] = [self.submit(index, clean_up) for index in self.placement.workers]
-        ray.wait(asked, num_returns=len(asked), timeout=self._ping_timeout_s, fetch_local=False)
+        futures: list[Any] = [self.submit(index, clean_up) for index in self.placement.workers]
+        ray.wait(futures, num_returns=len(futures), timeout=self._ping_timeout_s, fetch_local=False)
 
     def close(self) -> None:
         """Kill the workers and give the resources back."""

@@ -163,13 +163,13 @@ def write_on(
         Hidden states [m, n, d], from the last shard the tokens [m, 1] that follow.
     """
     text = worker.kept(_Writing).batches[batch]
-    given = worker.unpack(inputs)
+    received = worker.unpack(inputs)
     if rows is not None:
-        chosen = torch.tensor(rows, device=given.device)
+        chosen = torch.tensor(rows, device=received.device)
         text.keep_rows(worker, chosen)
-        given = given[chosen] if worker.shard.blocks.is_first else given
-    hidden = worker.runner.go_on(given, text.cache)
-    text.num_tokens += given.shape[1]
+        received = received[chosen] if worker.shard.blocks.is_first else received
+    hidden = worker.runner.go_on(received, text.cache)
+    text.num_tokens += received.shape[1]
     if text.draws is None:
         return worker.pack(hidden)
     return worker.pack(text.draws.choose(worker, hidden[:, -1], text.num_tokens)[:, None])

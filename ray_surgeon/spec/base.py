@@ -27,14 +27,14 @@ def _without_secrets(uri: str) -> str:
     return uri
 
 
-def local_path(given: Any) -> Any:
+def local_path(value: Any) -> Any:
     """Return a path as text, and what is none as it is.
 
     Raises:
         ValueError: it was a URI, whose two slashes a Path makes one.
     """
-    path = os.fspath(given) if isinstance(given, os.PathLike) else given
-    if path is not given and re.match("[a-z][a-z0-9+.-]+:/", path):
+    path = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if path is not value and re.match("[a-z][a-z0-9+.-]+:/", path):
         raise ValueError(f"{path} was a URI before it became a path; give URIs as text")
     return path
 
@@ -67,11 +67,11 @@ def by_tag(
         expected: what the fields may be, for the error.
     """
 
-    def find(given: Any) -> str | None:
-        if isinstance(given, dict):
-            name = tag_of(given.get)
-        elif isinstance(given, Section):
-            name = tag_of(lambda field, default: getattr(given, field, default))
+    def find(value: Any) -> str | None:
+        if isinstance(value, dict):
+            name = tag_of(value.get)
+        elif isinstance(value, Section):
+            name = tag_of(lambda field, default: getattr(value, field, default))
         else:
             name = None
         return None if name is None else tag(name)
@@ -86,4 +86,4 @@ def word_or_section(word: str) -> Discriminator:
 
     The word is tagged by itself, the section ``section``, and errors are of the one that was meant.
     """
-    return Discriminator(lambda given: tag(word) if isinstance(given, str) else tag("section"))
+    return Discriminator(lambda value: tag(word) if isinstance(value, str) else tag("section"))

@@ -76,5 +76,5 @@ class EvaluationSection(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _list_of_texts(cls, given: object) -> object:
-        return {"texts": given} if isinstance(given, (list, tuple)) else given
+    def _list_of_texts(cls, value: object) -> object:
+        return {"texts": value} if isinstance(value, (list, tuple)) else value

@@ -156,15 +156,15 @@ def validation_message(error: ValidationError, origin: str, derived: Sequence[st
         tags = [part[1:-1] for part in place if part.startswith("<")]
         path = ".".join(part for part in place if not part.startswith("<")) or "spec"
         message = _SENTENCES.get(problem["type"], problem["msg"].removeprefix("Value error, "))
-        given = (
+        value_got = (
             ""
             if problem["type"] in ("missing", "value_error")
             else f" (got {reprlib.repr(problem['input'])[:80]})"
         )
         if problem["type"] == "extra_forbidden":
             message = f"is not an option of {tags[-1]}" if tags else "is not an option"
-            given += "; remove it or correct its name, `ray-surgeon schema` lists the fields"
-        lines.append(f"  {path}: {message}{given}")
+            value_got += "; remove it or correct its name, `ray-surgeon schema` lists the fields"
+        lines.append(f"  {path}: {message}{value_got}")
     return "\n".join([f"{origin} is not a valid job spec:", *lines])
 
 
@@ -179,9 +179,9 @@ def with_absolute_paths(spec: JobSpec) -> JobSpec:
     output = spec.output
     evaluation = spec.evaluation
     memory = spec.memory
-    here = Path(model.source).expanduser()
-    if os.path.exists(here):  # Path.exists raises where it may not look
-        model = model.model_copy(update={"source": str(here.resolve())})
+    path = Path(model.source).expanduser()
+    if os.path.exists(path):  # Path.exists raises where it may not look
+        model = model.model_copy(update={"source": str(path.resolve())})
     if memory.scratch is not None:
         memory = memory.model_copy(update={"scratch": absolute(memory.scratch)})
     output = output.model_copy(update={"uri": absolute(output.uri)})

@@ -94,14 +94,14 @@ class WritingSection(Section):
             "prompts": self.prompts is not None,
             "starts": self.starts is not None,
         }
-        given = [name for name, is_given in kinds.items() if is_given]
-        if len(given) > 1:
+        ways = [name for name, is_given in kinds.items() if is_given]
+        if len(ways) > 1:
             raise ValueError(
-                f"{' and '.join(given)} say different things about what is written; keep one"
+                f"{' and '.join(ways)} say different things about what is written; keep one"
             )
         if self.has_answers and self.texts_per_sequence != 1:
             raise ValueError(
-                f"texts_per_sequence is {self.texts_per_sequence}, but {given[0]} gives "
+                f"texts_per_sequence is {self.texts_per_sequence}, but {ways[0]} gives "
                 "conversations, which are packed as they fit; remove it"
             )
         if self.temperature == 0 and self.prompts is None and self.starts is None:

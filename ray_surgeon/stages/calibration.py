@@ -66,7 +66,7 @@ def held_measure(cluster: Cluster, text: CalibrationText, loss: str = "kl") -> f
     windows = text.held
     counts = text.held_counts
     if loss == "kl":
-        sums = [one.divergence for one in compared(cluster, HELD, windows, counts)]
+        sums = [comparison.divergence for comparison in compared(cluster, HELD, windows, counts)]
     else:
         sums = sequence_losses(cluster, windows, counts)
     mean = sum(sums) / max(1, num_counted(windows, counts))

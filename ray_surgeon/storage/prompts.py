@@ -73,8 +73,8 @@ def _record(line: str, at: str) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise ValueError(f"{at} is a {type(record).__name__}, not an object; {_LINES}")
     if ("prompt" in record) == ("messages" in record):
-        given = sorted(map(str, record))
-        raise ValueError(f"{at} has {given}, but one of prompt and messages is needed; {_LINES}")
+        fields = sorted(map(str, record))
+        raise ValueError(f"{at} has {fields}, but one of prompt and messages is needed; {_LINES}")
     return record
 
 
@@ -89,10 +89,10 @@ def _prompt(record: Mapping[str, Any], tokenizer: Any, first: int | None, at: st
     return Prompt(tokens if first is None else (first, *tokens), text, None)
 
 
-def _messages(given: Any, at: str) -> list[dict[str, str]]:
-    if not isinstance(given, list) or not given:
+def _messages(messages: Any, at: str) -> list[dict[str, str]]:
+    if not isinstance(messages, list) or not messages:
         raise ValueError(f"{at} has messages that are no list of messages; {_LINES}")
-    for message in given:
+    for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
             raise ValueError(f"{at} has a message without a text as its content; {_LINES}")
         if message.get("role") not in ("system", "user", "assistant"):
@@ -100,15 +100,15 @@ def _messages(given: Any, at: str) -> list[dict[str, str]]:
                 f"{at} has a message of role {message.get('role')!r}; known are system, user and "
                 "assistant"
             )
-    roles = [message["role"] for message in given]
+    roles = [message["role"] for message in messages]
     if "user" not in roles or roles[-1] == "system":
         raise ValueError(
             f"{at} has messages of {', '.join(roles)}; one of a user must be there, and the last "
             "one is of a user, or of the assistant if the answer is given"
         )
-    if roles[-1] == "assistant" and not given[-1]["content"].strip():
+    if roles[-1] == "assistant" and not messages[-1]["content"].strip():
         raise ValueError(f"{at} has an empty answer; remove that message to let the model answer")
-    return [{"role": message["role"], "content": message["content"]} for message in given]
+    return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 
 def _of_messages(messages: list[dict[str, str]], tokenizer: Any, at: str) -> Prompt:
@@ -118,15 +118,15 @@ def _of_messages(messages: list[dict[str, str]], tokenizer: Any, at: str) -> Pro
             "text that the model continues"
         )
     answer = None
-    asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+    question = messages[:-1] if messages[-1]["role"] == "assistant" else messages
     try:
-        text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
         whole = tokenizer.apply_chat_template(messages, tokenize=False)
     except Exception as error:  # templates are code of the model's, which may raise anything
         raise ValueError(
             f"{at}: the model's chat template refuses these messages ({error}); change their roles"
         ) from error
-    if asked is not messages:
+    if question is not messages:
         said = messages[-1]["content"].strip()
         after = _tokens(tokenizer, whole.rpartition(said)[2])
         answer = (*_tokens(tokenizer, said), *after[:1])

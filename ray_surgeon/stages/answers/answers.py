@@ -214,14 +214,14 @@ def measure_rates(cluster: Cluster, answers: Answers) -> Rates:
     tokens, counts = windows_of_answers(answers)
     comparisons = compared(cluster, ANSWERS, tokens, counts, with_acceptance=True)
     num_tokens = num_counted(tokens, counts)
-    divergence = sum(one.divergence for one in comparisons) / num_tokens
+    divergence = sum(comparison.divergence for comparison in comparisons) / num_tokens
     if not math.isfinite(divergence):
         raise FloatingPointError(
             "the divergence from the dense model on its answers is not finite; check the weights "
             "and the dtype"
         )
     acceptance, agreement = (
-        sum(getattr(one, name) for one in comparisons) / num_tokens
+        sum(getattr(comparison, name) for comparison in comparisons) / num_tokens
         for name in ("acceptance", "agreement")
     )
     return Rates(acceptance, agreement, divergence)
@@ -255,12 +255,12 @@ def measure_answers(cluster: Cluster, answers: Answers, max_tokens: int) -> Gene
     )
 
 
-def departure(answer: Sequence[int], other: Sequence[int]) -> int:
+def departure(answer: Sequence[int], second_answer: Sequence[int]) -> int:
     """Return with how many equal tokens two answers begin."""
-    for place, (one, another) in enumerate(zip(answer, other, strict=False)):
-        if one != another:
+    for place, (token, another) in enumerate(zip(answer, second_answer, strict=False)):
+        if token != another:
             return place
-    return min(len(answer), len(other))
+    return min(len(answer), len(second_answer))
 
 
 def _share(flags: Iterable[bool]) -> float:

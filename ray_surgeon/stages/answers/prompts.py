@@ -46,10 +46,10 @@ class Yardstick:
     @property
     def fingerprint(self) -> dict[str, Any]:
         """What must be the same when a run goes on; prompts that the model writes may differ."""
-        given = None
+        digest = None
         if self.request is None:
-            given = hashlib.sha256(repr(self.prompts).encode()).hexdigest()
-        return self.section.model_dump(mode="json", exclude={"prompts"}) | {"prompts": given}
+            digest = hashlib.sha256(repr(self.prompts).encode()).hexdigest()
+        return self.section.model_dump(mode="json", exclude={"prompts"}) | {"prompts": digest}
 
     def asked(self, cluster: Cluster) -> tuple[tuple[int, ...], ...]:
         """Return the prompts, written by the dense model on the cluster if they are not given."""

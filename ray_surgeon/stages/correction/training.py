@@ -291,7 +291,7 @@ class _Training:
 
     def run(self, known: float | None) -> Trained:
         """Train, and absorb what is best; `known` is the measure of the start, if known."""
-        given = self._corrections.section.learning_rate
+        rate_of_spec = self._corrections.section.learning_rate
         tried = dict[float, float]()
         if known is None:
             before = self._measure()
@@ -305,12 +305,12 @@ class _Training:
             )
         if self._checks:
             self._note_if_best(0, before)
-        if given is not None or not self._checks:
-            rate = RATES[1] if given is None else given
+        if rate_of_spec is not None or not self._checks:
+            rate = RATES[1] if rate_of_spec is None else rate_of_spec
             first = 0
         else:
             rate, first, tried = self._try_rates()
-        rate, stopped = self._train_from(first, rate, halves=given is None)
+        rate, stopped = self._train_from(first, rate, halves=rate_of_spec is None)
         undone = self._back_to_the_best(before) if self._checks else None
         if undone is not None:
             self._cluster.run_all(self._corrections.undo)

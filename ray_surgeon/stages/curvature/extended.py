@@ -51,14 +51,14 @@ class PowerIteration:
     def start(self, side: Side) -> None:
         """Install the hooks of a pass: ``g`` sums (a^T A a) g g^T, ``a`` sums (g^T G g) a a^T."""
         assert not self._hooks
-        other = self.unit_A if side == "g" else self.unit_G
+        units = self.unit_A if side == "g" else self.unit_G
         for name, module in self._shard.gathered.items():
             shape = self._shard.layout.shapes[name]
             self.moments[name] = PackedSymmetric.zeros(
                 shape.num_columns if side == "a" else shape.num_rows, self._shard.device
             )
             self._hooks.append(
-                watch_pairs(module, _add_moment(self.moments[name], other[name], side))
+                watch_pairs(module, _add_moment(self.moments[name], units[name], side))
             )
 
     def stop(self) -> None:

@@ -86,8 +86,8 @@ class Curvature(Stage):
     def run(self, run: RunState, facts: Facts) -> None:
         """Gather, and choose the damping if the job leaves it open."""
         remembers = self.remembers and run.shot == 1
-        given = run.kept(Present).method
-        calibrated = calibrate(given, run.cluster, run.text, run.shot, remembers=remembers)
+        method = run.kept(Present).method
+        calibrated = calibrate(method, run.cluster, run.text, run.shot, remembers=remembers)
         run.keep(OfShot(calibrated.method), of_shot=True)
         run.record |= calibrated.record
         run.record["calibration_loss"] = calibrated.loss

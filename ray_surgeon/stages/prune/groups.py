@@ -490,7 +490,7 @@ class Groups(Method):
         scores = replace(
             scores, costs=tuple(replace(c, scale=scales.get(c.unit, 1.0)) for c in scores.costs)
         )
-        asked = {c.consumer: c.num_reached for c in scores.costs}
+        reached = {c.consumer: c.num_reached for c in scores.costs}
         while True:
             allocation = self.allocate(scores, shot)
             threshold = max(0.0, allocation.threshold or 0.0)
@@ -498,13 +498,13 @@ class Groups(Method):
             cut = {
                 c.consumer
                 for c in scores.costs
-                if asked[c.consumer] < needed[c.consumer] and not self._has_ended(c)
+                if reached[c.consumer] < needed[c.consumer] and not self._has_ended(c)
             }
             only = self._short(scores, threshold) | cut
             if not only:
                 return scores
             scores = self._followed(cluster, scores, Reach(threshold, needed, only, scales), shot)
-            asked |= {name: max(asked[name], needed[name]) for name in only}
+            reached |= {name: max(reached[name], needed[name]) for name in only}
 
     def _followed(
         self, cluster: Cluster, scores: Scores[ConsumerCosts], reach: Reach, shot: int

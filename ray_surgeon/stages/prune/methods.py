@@ -69,13 +69,13 @@ def method_for(
     pattern = getattr(pruning, "pattern", None) or getattr(pruning, "n_m", None)
     if pattern is not None and pruning.structure == "n_m":
         _check_pattern(layout, pattern[1])
-    other: Method = METHODS[type(pruning)](pruning, curvature)
-    if pruning.target_sparsity > (most := other.reach(layout)):
+    method_of_linears: Method = METHODS[type(pruning)](pruning, curvature)
+    if pruning.target_sparsity > (most := method_of_linears.reach(layout)):
         raise ValueError(
             f"pruning.target_sparsity: {pruning.target_sparsity:g}, but {most:.4g} is all that "
             f"{pruning.method} can take from this model, because biases count and stay; lower it"
         )
-    return other
+    return method_of_linears
 
 
 def _check_kinds(layout: ModelLayout, pruning: CoupledSection) -> None:

@@ -222,8 +222,8 @@ class Reconstruction:
         whole = _layer(worker, groups, shard.weight(name), torch.ones_like(kept)).to(shard.dtype)
 
         def pairs(kept_inputs: LayerInputs) -> tuple[Tensor, Tensor]:
-            there = kept_inputs.look_at(name) if keeps_inputs else kept_inputs.take(name)
-            inputs = there.to(worker.device, shard.dtype)
+            stored_inputs = kept_inputs.look_at(name) if keeps_inputs else kept_inputs.take(name)
+            inputs = stored_inputs.to(worker.device, shard.dtype)
             return inputs, outputs_of(whole, inputs)
 
         return reconstruct(

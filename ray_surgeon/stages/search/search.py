@@ -99,9 +99,9 @@ class Search:
             for g in self.method.sets(worker)
             if (g.block, g.kind) == unit and g.consumer in others
         ]:
-            other = others[name]
+            weight_to_put = others[name]
             others[name] = shard.weight(name).to("cpu", shard.dtype)
-            _put(worker, name, other)
+            _put(worker, name, weight_to_put)
 
     def end(self, worker: Worker) -> None:
         """Put all weights from before back."""
@@ -144,7 +144,8 @@ class Search:
             if number:
                 scores = self.method.rescaled(cluster, scores, scales, shot)
             allocation = self.method.allocate(scores, shot)
-            if any(allocation.counts == one.counts for one in tried):  # nothing more can be learnt
+            # nothing more can be learnt
+            if any(allocation.counts == earlier.counts for earlier in tried):
                 break
             cluster.run_all(self.prune, allocation.counts)
             divergences = divergences_of(cluster, SEARCHED, windows)

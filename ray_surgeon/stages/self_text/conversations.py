@@ -196,7 +196,7 @@ class _Writer:
             if len(self._asked) >= count:
                 break
             self._write_turns(count - len(self._asked), number)
-        return tuple(asked.tokens for asked in self._asked[:count])
+        return tuple(prompt.tokens for prompt in self._asked[:count])
 
     def _packed(self) -> WrittenText:
         request = self._request
@@ -220,7 +220,7 @@ class _Writer:
             return float(np.mean([len(c.tokens) for c in self._conversations]))
         request = self._request
         if self._asked:
-            before = float(np.mean([len(one.tokens) for one in self._asked]))
+            before = float(np.mean([len(asked.tokens) for asked in self._asked]))
         elif request.prompts is not None:
             before = float(np.mean([len(prompt.tokens) for prompt in request.prompts]))
         else:
@@ -280,10 +280,10 @@ class _Writer:
         while again and self._request.temperature:
             yield from again
 
-    def _write_answers(self, asked: Sequence[_Asked], number: int) -> None:
+    def _write_answers(self, prompts: Sequence[_Asked], number: int) -> None:
         """Let the model answer what has no answer, and keep the conversations that make sense."""
         request = self._request
-        open_ones = [one.tokens for one in asked if one.answer is None]
+        open_ones = [prompt.tokens for prompt in prompts if prompt.answer is None]
         ends = self._marks.ends_of_answer
         wanted = Wanted(
             tuple(open_ones),
@@ -294,17 +294,19 @@ class _Writer:
             max_length=request.sequence_length,
         )
         written = iter(write_texts(self._cluster, wanted))
-        for one in asked:
-            answer = one.answer if one.answer is not None else tuple(next(written).tolist())
+        for prompt in prompts:
+            answer = prompt.answer if prompt.answer is not None else tuple(next(written).tolist())
             self._num_answers += 1
             has_ended = answer[-1:] and answer[-1] in ends
             said = answer[:-1] if has_ended else answer
-            if one.answer is None and (not said or repeats(said) or not self._is_text(said)):
+            if prompt.answer is None and (not said or repeats(said) or not self._is_text(said)):
                 continue
             tail = self._marks.end[1:] if answer[-1:] == self._marks.end[:1] else ()
-            start = len(one.tokens)
+            start = len(prompt.tokens)
             answer_places = slice(start, start + len(answer))
-            self._conversations.append(Conversation((*one.tokens, *answer, *tail), answer_places))
+            self._conversations.append(
+                Conversation((*prompt.tokens, *answer, *tail), answer_places)
+            )
 
     def _is_text(self, tokens: Sequence[int]) -> bool:
         return self._marks.special.isdisjoint(tokens)

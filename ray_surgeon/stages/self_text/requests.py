@@ -127,19 +127,19 @@ def _starts(
     text: SelfSection, num_texts: int, tokenizer: Any, where: str
 ) -> tuple[tuple[int, ...], ...]:
     """Return the first tokens of every text, from windows of a given text."""
-    given = text.starts
-    assert given is not None
+    source = text.starts
+    assert source is not None
     first = first_token(tokenizer)
-    if given.bos is not None:
-        first = tokenizer.bos_token_id if given.bos else None
-        if given.bos and first is None:
+    if source.bos is not None:
+        first = tokenizer.bos_token_id if source.bos else None
+        if source.bos and first is None:
             raise ValueError(
                 f"{where}.starts.bos: true, but the tokenizer has no BOS token; remove it"
             )
-    stream = token_stream(given, tokenizer, f"{where}.starts")
-    named = f"{where}.starts ({given.source})"
+    stream = token_stream(source, tokenizer, f"{where}.starts")
+    named = f"{where}.starts ({source.source})"
     size = text.start_tokens
-    windows = cut_windows(stream, num_texts, size, given.stride, given.seed, named, first)
+    windows = cut_windows(stream, num_texts, size, source.stride, source.seed, named, first)
     return tuple(map(tuple, windows.tokens.tolist()))
 
 
@@ -204,7 +204,7 @@ def _rendered(tokenizer: Any) -> tuple[str, str, str | None]:
     user = {"role": "user", "content": _SAID}
     assistant = {"role": "assistant", "content": _ANSWERED}
     try:
-        asked = tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
+        question = tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
         whole = tokenizer.apply_chat_template([user, assistant], tokenize=False)
     except Exception as error:  # templates are code of the model's, which may raise anything
         return (
@@ -212,13 +212,13 @@ def _rendered(tokenizer: Any) -> tuple[str, str, str | None]:
             "",
             f"the model's chat template fails ({error}); give a tokenizer with another one",
         )
-    if _SAID not in asked or _ANSWERED not in whole:
+    if _SAID not in question or _ANSWERED not in whole:
         problem = (
             "the model's chat template changes what is said, so a turn's beginning and end are not "
             "known; give a tokenizer with another one, or a text without chat"
         )
-        return asked, whole, problem
-    return asked, whole, None
+        return question, whole, problem
+    return question, whole, None
 
 
 def shows_turns(tokenizer: Any) -> bool:
@@ -247,12 +247,12 @@ def chat_marks(tokenizer: Any, config: PretrainedConfig, where: str) -> ChatMark
     not_text = frozenset({*special, *tokenizer.all_special_ids, *unused})
     if not has_chat_template(tokenizer):
         return ChatMarks(last=last, special=not_text)
-    asked, whole, problem = _rendered(tokenizer)
+    question, whole, problem = _rendered(tokenizer)
     if problem is not None:
         raise ValueError(f"{where}: {problem}")
     said = _SAID
     answered = _ANSWERED
-    opening, _, closing = asked.partition(said)
+    opening, _, closing = question.partition(said)
     end = whole.rpartition(answered)[2]
     pieces = [tokenizer(p, add_special_tokens=False)["input_ids"] for p in (opening, closing, end)]
     before, between, after = map(tuple, pieces)
@@ -263,9 +263,13 @@ def _check_vocabulary(request: Request, config: PretrainedConfig) -> None:
     if isinstance(request, Texts):
         prompts: list[Sequence[int]] = list(request.wanted.prompts)
     else:
-        given = request.prompts or ()
+        prompts_of_text = request.prompts or ()
         marks = (request.marks.opening, request.marks.closing, request.marks.end)
-        prompts = [*marks, *(p.tokens for p in given), *(p.answer or () for p in given)]
+        prompts = [
+            *marks,
+            *(p.tokens for p in prompts_of_text),
+            *(p.answer or () for p in prompts_of_text),
+        ]
     largest = max((max(prompt) for prompt in prompts if prompt), default=0)
     if largest >= config.vocab_size:
         raise ValueError(
