@@ -115,8 +115,8 @@ def _arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     ]
     if options_of_plan and not arguments.dry_run:
         parser.error(
-            f"{', '.join(options_of_plan)}: only for a plan (ray-surgeon plan, or --dry-run); a run "
-            "asks its workers what they have"
+            f"{', '.join(options_of_plan)}: only for a plan (ray-surgeon plan, or --dry-run); "
+            "a run asks its workers what they have"
         )
     if arguments.device == "cpu" and arguments.device_memory is not None:
         parser.error("--device-memory: a CPU has the machine's; give --host-memory")

@@ -69,18 +69,16 @@ def part_of_stack(family: Family, name: str) -> PartOfStack | None:
         name: e.g. ``model.layers.3.mlp.experts.5.gate_proj.weight``.
     """
     sparse = family.sparse
-    expert_tensor = sparse.tensor_of(name) if sparse is not None and sparse.stacked else None
-    if sparse is None or expert_tensor is None:
+    part = sparse.tensor_of(name) if sparse is not None and sparse.stacked else None
+    if sparse is None or part is None:
         return None
-    suffix = "" if expert_tensor.kind == "weight" else f"_{expert_tensor.kind}"
-    if expert_tensor.linear == sparse.consumer:
-        return PartOfStack(
-            f"{expert_tensor.experts}.down_proj{suffix}", expert_tensor.number, slice(None)
-        )
+    suffix = "" if part.kind == "weight" else f"_{part.kind}"
+    if part.linear == sparse.consumer:
+        return PartOfStack(f"{part.experts}.down_proj{suffix}", part.number, slice(None))
     return PartOfStack(
-        f"{expert_tensor.experts}.gate_up_proj{suffix}",
-        expert_tensor.number,
-        slice(sparse.producers.index(expert_tensor.linear), None, 2),
+        f"{part.experts}.gate_up_proj{suffix}",
+        part.number,
+        slice(sparse.producers.index(part.linear), None, 2),
     )
 
 

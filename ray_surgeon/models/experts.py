@@ -208,13 +208,13 @@ def in_memory(family: Family, state: Mapping[str, Tensor], name: str) -> Tensor 
         name: e.g. ``model.layers.3.mlp.experts.5.gate_proj.weight``.
     """
     sparse = family.sparse
-    expert_tensor = sparse.tensor_of(name) if sparse is not None and not sparse.stacked else None
-    if sparse is None or expert_tensor is None:
+    part = sparse.tensor_of(name) if sparse is not None and not sparse.stacked else None
+    if sparse is None or part is None:
         return None
-    if expert_tensor.linear == sparse.consumer:
-        return state[f"{expert_tensor.experts}.down_proj"][expert_tensor.number]
-    return state[f"{expert_tensor.experts}.gate_up_proj"][expert_tensor.number].chunk(2)[
-        sparse.producers.index(expert_tensor.linear)
+    if part.linear == sparse.consumer:
+        return state[f"{part.experts}.down_proj"][part.number]
+    return state[f"{part.experts}.gate_up_proj"][part.number].chunk(2)[
+        sparse.producers.index(part.linear)
     ]
 
 

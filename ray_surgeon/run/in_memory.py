@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import filecmp
+import hashlib
+import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -20,11 +21,8 @@ from ray_surgeon.storage import files
 from ray_surgeon.storage.sources import goes_along
 
 _MARKER = ".from_memory"
-_WHOLE = "whole"
-"""A file beside a model that was in memory: the folder is the run's.
-
-It says so once all others are there.
-"""
+"""A file beside a model that was in memory, with the digest of all others: the folder is ours."""
+_PIECE_BYTES = 1 << 24
 _OF_USE = {"transformers_version", "is_local", "local_files_only", "truncation", "padding"}
 """What a configuration or a tokenizer's file says of who wrote it, or of the last text."""
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -108,10 +106,11 @@ def saved(
             if goes_along(name) or name.endswith((".safetensors", ".index.json"))
         }
         try:
-            is_there = _is_there(chosen, source, has_begun=not directory.is_new())
+            digest = _digest_of(chosen)
+            is_there = _is_there(chosen, digest, source, has_begun=not directory.is_new())
             before = directory.last_attempt()
             if not is_there:
-                _put(chosen, source)
+                _put(chosen, digest, source)
         except OSError as error:
             raise ValueError(
                 f"output.uri: cannot use {run}: {error}; check the address, the permissions and "
@@ -149,72 +148,53 @@ def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: s
             setattr(model.config, name, value)
 
 
-def _is_there(chosen: Mapping[str, Path], source: str, *, has_begun: bool) -> bool:
-    """Whether the run has begun, with this model.
+def _is_there(chosen: Mapping[str, Path], digest: str, source: str, *, has_begun: bool) -> bool:
+    """Whether the run has begun, with these files, and has them all.
 
     Raises:
-        ValueError: it has another one, or the folder holds something else.
+        ValueError: it has another model, or the folder holds something else.
     """
-    marker = files.join(source, _MARKER)
-    stored_names = set(files.list_files(source))
-    if stored_names and _MARKER not in stored_names:
+    names = set(files.list_files(source))
+    if names and _MARKER not in names:
         raise ValueError(
             f"output.uri: {source} holds something else, and the model would go there; give output "
             "another folder"
         )
-    if not has_begun or not stored_names:
+    if not has_begun or not names:
         return False
-    is_whole = files.read_text(marker) == _WHOLE
-    names = stored_names - {_MARKER}
-    differs = any(
-        name not in chosen or not _same(files.join(source, name), chosen[name]) for name in names
-    )
-    has_all = names == set(chosen)
-    if differs or (is_whole and not has_all):
+    if files.read_text(files.join(source, _MARKER)) != digest:
         raise ValueError(
             f"output.uri: {source} holds another model or tokenizer, with which the run began; "
             "give output another folder"
         )
-    return has_all
+    return names == {_MARKER, *chosen}
 
 
-def _put(chosen: Mapping[str, Path], source: str) -> None:
-    """Write files into a folder of the run's own, all of them or none.
-
-    A killed process may leave some.
-    """
+def _put(chosen: Mapping[str, Path], digest: str, source: str) -> None:
+    """Write files into a folder of the run's own; a killed process may leave some."""
     try:
         files.remove_folder(source)  # of a try before the run began
-        files.write_text(files.join(source, _MARKER), "")
+        files.write_text(files.join(source, _MARKER), digest)
         for name, path in chosen.items():
             files.put_file(files.join(source, name), path)
-        files.write_text(files.join(source, _MARKER), _WHOLE)
     except BaseException:
         files.remove_folder(source)
         raise
 
 
-def _same(uri: str, path: Path) -> bool:
-    """Whether a file of the run is one on this machine.
-
-    Weights are compared byte for byte, JSON but for what changes with the use of a tokenizer.
-    """
-    with tempfile.TemporaryDirectory() as scratch:
-        copy = (
-            Path(files.open_filesystem(uri)[1]) if files.is_local(uri) else Path(scratch) / "file"
-        )
-        if not path.name.endswith(".json"):
-            if files.size_bytes(uri) != path.stat().st_size:
-                return False
-            if not files.is_local(uri):
-                files.download(uri, copy)
-            return filecmp.cmp(copy, path, shallow=False)
-    of_run = files.read_json(uri)
-    on_this_machine = files.read_json(str(path))
-    return all(
-        of_run.get(name) == on_this_machine.get(name)
-        for name in {*of_run, *on_this_machine} - _OF_USE
-    )
+def _digest_of(chosen: Mapping[str, Path]) -> str:
+    """Return a digest of files: JSON but for what changes with the use of a tokenizer."""
+    digest = hashlib.blake2b()
+    for name, path in chosen.items():
+        digest.update(name.encode())
+        if name.endswith(".json"):
+            document = {k: v for k, v in json.loads(path.read_text()).items() if k not in _OF_USE}
+            digest.update(json.dumps(document, sort_keys=True).encode())
+            continue
+        with path.open("rb") as file:
+            while piece := file.read(_PIECE_BYTES):
+                digest.update(piece)
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -178,11 +178,11 @@ class _Exported:
     def called(self, name: str) -> str:
         """Return its name, experts being numbered without those that are gone."""
         sparse = self._worker.layout.family.sparse
-        expert_tensor = sparse.tensor_of(name) if sparse is not None else None
-        if expert_tensor is None or expert_tensor.experts not in self._numbers:
+        part = sparse.tensor_of(name) if sparse is not None else None
+        if part is None or part.experts not in self._numbers:
             return name
-        number = self._numbers[expert_tensor.experts][expert_tensor.number]
-        return f"{expert_tensor.experts}.{number}.{expert_tensor.linear}.{expert_tensor.kind}"
+        number = self._numbers[part.experts][part.number]
+        return f"{part.experts}.{number}.{part.linear}.{part.kind}"
 
     def of_stack(self, name: str) -> Tensor:
         """Return the tensor that holds all experts, with this expert's part filled in.

@@ -178,10 +178,6 @@ def gather_terms(
             forward_and_backward(cluster, sequences, Labels(label_seed))
             cluster.run_all(finish_iteration, side)
         sizes.append(
-            {
-                name: size
-                for of_worker in cluster.run_all(finish_term)
-                for name, size in of_worker.items()
-            }
+            {name: size for sums in cluster.run_all(finish_term) for name, size in sums.items()}
         )
     return sizes
