@@ -11,7 +11,7 @@ next experts, see `ray_surgeon.maths.experts`.
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,14 +39,7 @@ from ray_surgeon.stages.prune.consumer_costs import ConsumerCosts, Reach, Unit, 
 from ray_surgeon.stages.prune.experts import go_around_removed, whole_expert_costs
 from ray_surgeon.stages.prune.groups_section import CoupledSection, GroupsSection
 from ray_surgeon.stages.prune.method import Choice, Method, Scores, in_order, linear_of
-from ray_surgeon.stages.reconstruction.layers import (
-    RATES,
-    Arrivals,
-    Reconstruction,
-    errors_of,
-    rate_of,
-    summary_of,
-)
+from ray_surgeon.stages.reconstruction.layers import RATES, Arrivals, Reconstruction
 from ray_surgeon.stages.reconstruction.section import RECONSTRUCTED
 
 _FAR = 4.0
@@ -651,33 +644,6 @@ class Groups(Method):
             for rate, error in of_worker:
                 errors[rate].append(error)
         return Reconstruction.best_rate(errors)
-
-    def update_facts(self, record: Mapping[str, Any]) -> dict[str, float | int | str]:
-        """Return how many layers were reconstructed and undone, and their errors held aside.
-
-        See `Method`.
-        """
-        if self.reconstruction is None:
-            return {}
-        return {"rate": record["reconstruction_rate"], **summary_of(record["reconstruction"])}
-
-    def record(
-        self,
-        cluster: Cluster,
-        scores: Scores[ConsumerCosts] | None,
-        choice: Choice,
-        linears: Sequence[LinearSummary],
-    ) -> dict[str, Any]:
-        """Return what the report says of a shot; see `Method`."""
-        entry = super().record(cluster, scores, choice, linears)
-        if self.reconstruction is not None:
-            entry["reconstruction"] = {
-                name: errors
-                for of_worker in cluster.run_all(errors_of)
-                for name, errors in of_worker.items()
-            }
-            entry["reconstruction_rate"] = max(cluster.run_all(rate_of))
-        return entry
 
 
 def _remove_producers(worker: Worker, groups: GroupSet) -> None:

@@ -156,10 +156,6 @@ class Method(ABC):
             list(linears) if is_of_loss else [replace(linear, predicted=None) for linear in linears]
         )
 
-    def update_facts(self, record: Mapping[str, Any]) -> dict[str, float | int | str]:
-        """Return what the update's line says beside the sparsity, from the shot's record."""
-        return {}
-
     def record(
         self,
         cluster: Cluster,

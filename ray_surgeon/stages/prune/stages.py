@@ -95,7 +95,6 @@ class Update(Stage):
         predicted = run.record.get("predicted_loss_increase")
         if predicted is not None:
             facts["predicted_loss_increase"] = predicted
-        facts |= method.update_facts(run.record)
         if len(run.text.held) and method.has_costs:
             divergence = held_measure(cluster, run.text)
             run.record["divergence_held_aside"] = divergence

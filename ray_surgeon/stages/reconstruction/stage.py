@@ -1,4 +1,4 @@
-"""What the reconstruction of layers needs; its work is in the curvature pass and the update."""
+"""What the reconstruction of layers needs and did; its work is in curvature pass and update."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from ray_surgeon.models.layout import LinearShape
 from ray_surgeon.plan.needs import Beside, StepPlan, WorkerView
 from ray_surgeon.stages.prune.groups import Groups
 from ray_surgeon.stages.prune.method import Method
+from ray_surgeon.stages.reconstruction.layers import errors_of, rate_of, summary_of
 from ray_surgeon.stages.reconstruction.section import ReconstructionSection
-from ray_surgeon.stages.stage import RunState, Stage
+from ray_surgeon.stages.stage import Facts, RunState, Stage
 
 
 @dataclass(frozen=True)
 class ReconstructionStage(Stage):
     """Layers are trained in the update, where the weights from before are still there."""
 
-    name: ClassVar[str] = "update"
+    name: ClassVar[str] = "reconstruction"
     section: ReconstructionSection
     kinds: frozenset[str]  # of the groups whose layers are trained
     # sequences that pass backward in the curvature pass, 0 if none do, None if all do
@@ -35,9 +36,14 @@ class ReconstructionStage(Stage):
         reconstruction = method.reconstruction
         return ReconstructionStage(reconstruction.section, reconstruction.kinds, num_backward)
 
-    def is_due(self, run: RunState) -> bool:
-        """Whether there is a step of its own, which there is not."""
-        return False
+    def run(self, run: RunState, facts: Facts) -> None:
+        """Report which layers the update trained, and their errors held aside."""
+        errors = dict[str, tuple[float, float]]()
+        for of_worker in run.cluster.run_all(errors_of):
+            errors |= of_worker
+        rate = max(run.cluster.run_all(rate_of))
+        run.record |= {"reconstruction": errors, "reconstruction_rate": rate}
+        facts |= {"rate": rate, **summary_of(errors)}
 
     # For the plan
 
@@ -71,7 +77,7 @@ class ReconstructionStage(Stage):
         for size, linear in zip(sizes, layers, strict=True):
             of_token = 2 * size + epochs * (4 * size + 2 * linear.size)
             of_owners[worker.owners[linear.name]] += of_token
-        yield StepPlan(self.name, device, worker.host, tokens * max(of_owners.values()))
+        yield StepPlan("update", device, worker.host, tokens * max(of_owners.values()))
 
     def _sizes(self, worker: WorkerView, layers: list[LinearShape]) -> list[int]:
         """Return the parameters of each layer, a fused producer's once."""
