@@ -21,7 +21,7 @@ _HOMES = {
     "KroneckerFactors": "ray_surgeon.maths.kronecker",
     "PruneResult": "ray_surgeon.api",
     "curvature": "ray_surgeon.api",
-    "parse_spec": "ray_surgeon.spec.job",
+    "parse_spec": "ray_surgeon.spec.parsing",
     "prune": "ray_surgeon.api",
 }
 
