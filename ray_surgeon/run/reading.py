@@ -21,14 +21,7 @@ from ray_surgeon.spec.texts import SourceSection
 from ray_surgeon.spec.written import SelfSection
 from ray_surgeon.storage import files
 from ray_surgeon.storage.documents import is_saved_whole
-from ray_surgeon.storage.texts import (
-    Windows,
-    cut_windows,
-    first_token,
-    interleaved,
-    token_stream,
-    windows_of,
-)
+from ray_surgeon.storage.texts import Windows, interleaved, read_windows, windows_of
 
 
 def nothing(num_sequences: int, sequence_length: int) -> NDArray[np.int64]:
@@ -126,25 +119,7 @@ def _windows(
             f"{where}.sequence_length: {sequence_length}, but the model takes at most {longest}; "
             "shorten it"
         )
-    first = (
-        first_token(tokenizer)
-        if section.bos is None
-        else tokenizer.bos_token_id
-        if section.bos
-        else None
-    )
-    if section.bos and first is None:
-        raise ValueError(f"{where}.bos: true, but the tokenizer has no BOS token; remove it")
-    stream = token_stream(section, tokenizer, where)
-    windows = cut_windows(
-        stream,
-        num_sequences,
-        sequence_length,
-        section.stride,
-        section.seed,
-        f"{where} ({section.source})",
-        first,
-    )
+    windows = read_windows(section, num_sequences, sequence_length, tokenizer, where)
     if int(windows.tokens.max()) >= config.vocab_size:
         raise ValueError(
             f"model.source: the tokenizer gives token {int(windows.tokens.max())}, the model's "

@@ -76,6 +76,38 @@ def cut_windows(
     return windows_of(tokens if first is None else np.insert(tokens, 0, first, axis=1))
 
 
+def read_windows(
+    section: SourceSection, num_sequences: int, sequence_length: int, tokenizer: Any, where: str
+) -> Windows:
+    """Read a text and cut windows from it, each with the first token that its `bos` says.
+
+    Args:
+        section: which text.
+        num_sequences: how many windows.
+        sequence_length: tokens in each.
+        tokenizer: a transformers tokenizer.
+        where: the field of the job spec, for errors.
+
+    Raises:
+        ValueError: the text is too short, or the tokenizer has no BOS token.
+    """
+    if section.bos is None:
+        first = first_token(tokenizer)
+    else:
+        first = tokenizer.bos_token_id if section.bos else None
+    if section.bos and first is None:
+        raise ValueError(f"{where}.bos: true, but the tokenizer has no BOS token; remove it")
+    return cut_windows(
+        token_stream(section, tokenizer, where),
+        num_sequences,
+        sequence_length,
+        section.stride,
+        section.seed,
+        f"{where} ({section.source})",
+        first,
+    )
+
+
 def load_tokenizer(folder: Path, origin: str) -> Any:
     """Return the tokenizer that lies beside a config.json.
 

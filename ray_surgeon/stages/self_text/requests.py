@@ -13,7 +13,7 @@ from ray_surgeon.runtime.sampling import Wanted, texts_together
 from ray_surgeon.spec.calibration import CalibrationSection
 from ray_surgeon.spec.written import TURN_TOKENS, SelfSection
 from ray_surgeon.storage.prompts import Prompt, has_chat_template, read_prompts
-from ray_surgeon.storage.texts import cut_windows, first_token, token_stream
+from ray_surgeon.storage.texts import first_token, read_windows
 
 _LEAST_ROOM = 24
 """Tokens of a window that are left for a turn and its answer, beside the chat template, at least.
@@ -127,19 +127,8 @@ def _starts(
     text: SelfSection, num_texts: int, tokenizer: Any, where: str
 ) -> tuple[tuple[int, ...], ...]:
     """Return the first tokens of every text, from windows of a given text."""
-    source = text.starts
-    assert source is not None
-    first = first_token(tokenizer)
-    if source.bos is not None:
-        first = tokenizer.bos_token_id if source.bos else None
-        if source.bos and first is None:
-            raise ValueError(
-                f"{where}.starts.bos: true, but the tokenizer has no BOS token; remove it"
-            )
-    stream = token_stream(source, tokenizer, f"{where}.starts")
-    named = f"{where}.starts ({source.source})"
-    size = text.start_tokens
-    windows = cut_windows(stream, num_texts, size, source.stride, source.seed, named, first)
+    assert text.starts is not None
+    windows = read_windows(text.starts, num_texts, text.start_tokens, tokenizer, f"{where}.starts")
     return tuple(map(tuple, windows.tokens.tolist()))
 
 
