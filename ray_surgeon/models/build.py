@@ -30,6 +30,9 @@ class BlockRange:
     last: int
     num_blocks: int
 
+    def __contains__(self, block: int) -> bool:
+        return self.first <= block < self.last
+
     @property
     def is_first(self) -> bool:
         """Whether this range starts with the embedding."""

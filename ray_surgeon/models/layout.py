@@ -193,7 +193,7 @@ class ModelLayout:
         parameters = {}
         for name, shape in self.parameters.items():
             if (block := self.block_of(name)) is not None:
-                belongs = blocks.first <= block < blocks.last
+                belongs = block in blocks
             elif name.startswith(first):
                 belongs = blocks.is_first
             else:

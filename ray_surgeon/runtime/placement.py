@@ -120,10 +120,7 @@ def assign_owners(
     owners = [0] * len(stands_for)
     for shard in blocks:
         load = [0] * num_replicas
-        for group in sorted(
-            (g for g in work if shard.first <= block_of[g] < shard.last),
-            key=lambda g: (-work[g], g),
-        ):
+        for group in sorted((g for g in work if block_of[g] in shard), key=lambda g: (-work[g], g)):
             owners[group] = load.index(min(load))
             load[owners[group]] += work[group]
     return tuple(owners[stands_for[group]] for group in range(len(owners)))

@@ -280,21 +280,13 @@ class Worker:
     @functools.cached_property
     def group_sets(self) -> list[GroupSet]:
         """Coupled groups of this shard's blocks."""
-        blocks = self.shard.blocks
-        return [
-            groups
-            for groups in self.layout.group_sets
-            if blocks.first <= groups.block < blocks.last
-        ]
+        return [groups for groups in self.layout.group_sets if groups.block in self.shard.blocks]
 
     @functools.cached_property
     def expert_sets(self) -> list[ExpertSet]:
         """The experts of this shard's blocks."""
-        blocks = self.shard.blocks
         return [
-            experts
-            for experts in self.layout.expert_sets
-            if blocks.first <= experts.block < blocks.last
+            experts for experts in self.layout.expert_sets if experts.block in self.shard.blocks
         ]
 
     def removed_experts(self, experts: ExpertSet) -> Tensor:
