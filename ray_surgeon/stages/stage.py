@@ -6,6 +6,7 @@ and on workers, what it needs of memory and time, and what it reports. A run is 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, TypeVar
@@ -105,7 +106,7 @@ class RunState:
         return thing
 
 
-class Stage:
+class Stage(ABC):
     """One stage. All methods but `run` may stay as they are here."""
 
     name: ClassVar[str]
@@ -117,9 +118,9 @@ class Stage:
         """Whether there is anything to do now."""
         return True
 
+    @abstractmethod
     def run(self, run: RunState, facts: Facts) -> None:
         """Do the work, and say in `facts` what the line of the step says."""
-        raise NotImplementedError
 
     def ended(self, run: RunState) -> None:
         """Do what comes after the step's event."""

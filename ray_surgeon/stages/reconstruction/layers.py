@@ -278,14 +278,9 @@ class Reconstruction:
         return min(means, key=lambda rate: means[rate])
 
 
-def errors_of(worker: Worker) -> dict[str, tuple[float, float]]:
-    """Return the errors of the layers that a worker owns, before and after."""
-    return worker.kept(Errors).of_layer
-
-
-def rate_of(worker: Worker) -> float:
-    """Return the learning rate of a worker's reconstructions, 0 if it trained nothing."""
-    return worker.kept(Errors).rate
+def errors_of(worker: Worker) -> Errors:
+    """Return what reconstructions of a shot left on a worker."""
+    return worker.kept(Errors)
 
 
 def summary_of(errors: Mapping[str, tuple[float, float]]) -> dict[str, float | int]:

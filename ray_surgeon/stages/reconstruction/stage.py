@@ -11,7 +11,7 @@ from ray_surgeon.models.layout import LinearShape
 from ray_surgeon.plan.needs import Beside, StepPlan, WorkerView
 from ray_surgeon.stages.prune.groups import Groups
 from ray_surgeon.stages.prune.method import Method
-from ray_surgeon.stages.reconstruction.layers import errors_of, rate_of, summary_of
+from ray_surgeon.stages.reconstruction.layers import errors_of, summary_of
 from ray_surgeon.stages.reconstruction.section import ReconstructionSection
 from ray_surgeon.stages.stage import Facts, RunState, Stage
 
@@ -38,10 +38,9 @@ class ReconstructionStage(Stage):
 
     def run(self, run: RunState, facts: Facts) -> None:
         """Report which layers the update trained, and their errors held aside."""
-        errors = dict[str, tuple[float, float]]()
-        for of_worker in run.cluster.run_all(errors_of):
-            errors |= of_worker
-        rate = max(run.cluster.run_all(rate_of))
+        of_workers = run.cluster.run_all(errors_of)
+        errors = {name: pair for own in of_workers for name, pair in own.of_layer.items()}
+        rate = max(own.rate for own in of_workers)
         run.record |= {"reconstruction": errors, "reconstruction_rate": rate}
         facts |= {"rate": rate, **summary_of(errors)}
 
