@@ -296,21 +296,12 @@ def time_figure(shots: Sequence[Mapping[str, Any]]) -> Figure:
         below = [a + b for a, b in zip(below, heights, strict=True)]
     times.set_ylabel("seconds")
     times.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.5, 1.22))
-    memory.plot(
-        places,
-        [shot["peak_rss_bytes"] / 2**30 for shot in shots],
-        "o-",
-        markersize=4,
-        label="memory",
-    )
-    if any(shot["peak_gpu_bytes"] for shot in shots):
-        memory.plot(
-            places,
-            [shot["peak_gpu_bytes"] / 2**30 for shot in shots],
-            "s-",
-            markersize=4,
-            label="GPU memory",
-        )
+    has_gpus = any(shot["peak_gpu_bytes"] for shot in shots)
+    curves = [("peak_rss_bytes", "o-", "memory"), ("peak_gpu_bytes", "s-", "GPU memory")]
+    for name, style, label in curves if has_gpus else curves[:1]:
+        sizes = [shot[name] / 2**30 for shot in shots]
+        memory.plot(places, sizes, style, markersize=4, label=label)
+    if has_gpus:
         memory.legend()
     memory.set_ylabel("peak, GiB")
     memory.set_ylim(bottom=0)

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,6 +75,20 @@ class Head:
         wait_for(lambda: self.jobs.get_job_status(name).is_terminal())
         return f"{self.jobs.get_job_status(name)} {self.jobs.get_job_info(name).message}"
 
+    def call(
+        self, command: Sequence[str], timeout: float = 300
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a program with what it needs to reach this cluster."""
+        return subprocess.run(
+            command,
+            cwd=ROOT,
+            env=dict(self.environment),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
     def ray(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         command = [
             str(Path(sys.executable).parent / "ray"),
@@ -83,15 +97,7 @@ class Head:
             self.dashboard,
             *arguments[2:],
         ]
-        return subprocess.run(
-            command,
-            cwd=ROOT,
-            env=dict(self.environment),
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
+        return self.call(command)
 
     def submit(
         self, name: str, spec: Path, *arguments: str, wait: bool = True
@@ -99,25 +105,7 @@ class Head:
         """Submit as README says, and follow the logs."""
         options = ["--submission-id", name, *([] if wait else ["--no-wait"])]
         entrypoint = ["--", "python", "-m", "ray_surgeon.pipeline", str(spec), *arguments]
-        command = [
-            str(Path(sys.executable).parent / "ray"),
-            "job",
-            "submit",
-            "--address",
-            self.dashboard,
-            *options,
-            "--working-dir",
-            ".",
-        ]
-        return subprocess.run(
-            [*command, *entrypoint],
-            cwd=ROOT,
-            env=dict(self.environment),
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
+        return self.ray("job", "submit", *options, "--working-dir", ".", *entrypoint)
 
 
 @pytest.fixture(scope="module")
@@ -283,15 +271,7 @@ def test_a_driver_outside_of_the_cluster(
         pruning__num_shots=1,
     )
     command = [sys.executable, "-m", "ray_surgeon.pipeline", str(spec)]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=dict(head.environment),
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    done = head.call(command, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"running on {head.client}" in done.stdout
     assert json.loads((tmp_path / "run/report.json").read_text())["retries"] == []
