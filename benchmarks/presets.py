@@ -127,21 +127,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="of the linears' parameters that is to go; %(default)s",
     )
     parser.add_argument(
-        "--cluster",
+        "--settings",
         type=json.loads,
-        default={"cpus_per_worker": 2},
-        help="section of that name, as JSON; %(default)s",
-    )
-    parser.add_argument(
-        "--calibration", type=json.loads, help="section of that name, as JSON, before the preset's"
+        default={"cluster": {"cpus_per_worker": 2}},
+        help="sections of the spec that go before the preset's, as JSON; %(default)s",
     )
     arguments = parser.parse_args(argv)
-    settings = {"cluster": arguments.cluster} | (
-        {"calibration": arguments.calibration} if arguments.calibration else {}
-    )
     rows = []
-    for given in arguments.models or MODELS:
-        name, _, path = given.partition("=")
+    for model_argument in arguments.models or MODELS:
+        name, _, path = model_argument.partition("=")
         model = Path(path) if path else fetch(name, arguments.folder / "models" / name)
         report = run_of(
             name,
@@ -149,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments.folder / arguments.preset,
             arguments.preset,
             arguments.share,
-            settings,
+            arguments.settings,
         )
         rows.append(row_of(name, report))
         sys.stdout.write(table(rows) + "\n\n")
