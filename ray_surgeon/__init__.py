@@ -11,15 +11,16 @@ __version__ = "0.2.0"
 __all__ = ["JobSpec", "KroneckerFactors", "PruneResult", "curvature", "parse_spec", "prune"]
 
 if TYPE_CHECKING:
-    from ray_surgeon.api import PruneResult, curvature, prune
+    from ray_surgeon.api import curvature, prune
     from ray_surgeon.maths.kronecker import KroneckerFactors
+    from ray_surgeon.run.result import PruneResult
     from ray_surgeon.spec.job import JobSpec
     from ray_surgeon.spec.parsing import parse_spec
 
 _HOMES = {
     "JobSpec": "ray_surgeon.spec.job",
     "KroneckerFactors": "ray_surgeon.maths.kronecker",
-    "PruneResult": "ray_surgeon.api",
+    "PruneResult": "ray_surgeon.run.result",
     "curvature": "ray_surgeon.api",
     "parse_spec": "ray_surgeon.spec.parsing",
     "prune": "ray_surgeon.api",

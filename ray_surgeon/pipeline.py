@@ -21,7 +21,6 @@ from pydantic import ValidationError
 from rich.console import Console
 
 import ray_surgeon
-from ray_surgeon.api import PruneResult, ended_before, run
 from ray_surgeon.maths.threshold import OutOfReachError
 from ray_surgeon.models.checkpoint import BadWeightsError
 from ray_surgeon.plan.devices import DEVICES, Device, Room
@@ -31,7 +30,9 @@ from ray_surgeon.report import tables
 from ray_surgeon.report.directory import RunDirectory, TakenOverError
 from ray_surgeon.report.display import Display, new_console
 from ray_surgeon.report.tables import export_lines, generation_lines, shots_table
+from ray_surgeon.run.execution import ended_before, run
 from ray_surgeon.run.inputs import Inputs, check
+from ray_surgeon.run.result import PruneResult
 from ray_surgeon.spec.cluster import RaySection
 from ray_surgeon.spec.job import JobSpec
 from ray_surgeon.spec.parsing import parse_spec, validation_message

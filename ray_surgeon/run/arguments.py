@@ -14,7 +14,7 @@ from ray_surgeon.run.in_memory import dtype_of
 from ray_surgeon.spec.base import Positive, local_path
 from ray_surgeon.spec.calibration import OF_CALIBRATION
 from ray_surgeon.spec.job import JobSpec
-from ray_surgeon.spec.parsing import absolute
+from ray_surgeon.spec.parsing import absolute, validation_message
 from ray_surgeon.spec.written import WritingSection
 from ray_surgeon.storage import files
 
@@ -29,7 +29,23 @@ def spec_of(
     tokenizer: PreTrainedTokenizerBase | None,
     sections: Mapping[str, Any],
 ) -> JobSpec:
-    """Return the job spec that the arguments of `prune` stand for."""
+    """Return the job spec that the arguments of `prune` stand for.
+
+    Raises:
+        ValueError: it is none that can work; names the argument, and the remedy.
+    """
+    try:
+        return JobSpec.model_validate(_document(model, tokenizer, sections))
+    except ValidationError as error:
+        derived = () if "evaluation" in sections else ("evaluation",)
+        raise ValueError(validation_message(error, "what prune() was given", derived)) from error
+
+
+def _document(
+    model: str | Mapping[str, Any] | PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    sections: Mapping[str, Any],
+) -> dict[str, Any]:
     document: dict[str, Any] = {"version": 2, "name": "model", "cluster": {}} | dict(sections)
     if model is None:
         raise ValueError(
@@ -37,8 +53,13 @@ def spec_of(
         )
     if isinstance(model, str):
         model = {"source": model}
+    if isinstance(model, Mapping) and "source" not in model:
+        raise ValueError(
+            f"model: got a {type(model).__name__} of {', '.join(map(str, list(model)[:3]))}; "
+            "give its source, or a causal LM"
+        )
     if isinstance(model, Mapping) and "name" not in sections:
-        document["name"] = _as_name(str(model.get("source", "model")))
+        document["name"] = _as_name(str(model["source"]))
     if isinstance(document["cluster"], Mapping):
         document["cluster"] = {"backend": "local", **document["cluster"]}
     for section in ("calibration", "pruning") if "preset" not in sections else ("pruning",):
@@ -78,17 +99,13 @@ def spec_of(
                 "tokenizer: belongs to a model in memory; that of a folder, URI or Hub id is read "
                 "from there"
             )
-        document["model"] = dict(model)
-        return JobSpec.model_validate(document)
+        return document | {"model": dict(model)}
     if tokenizer is None:
         raise ValueError(
             "tokenizer: a model in memory needs its tokenizer; give it as the second argument"
         )
-    document["model"] = {
-        "source": files.join(absolute(str(document["output"]["uri"])), "source"),
-        "dtype": dtype_of(model),
-    }
-    return JobSpec.model_validate(document)
+    source = files.join(absolute(str(document["output"]["uri"])), "source")
+    return document | {"model": {"source": source, "dtype": dtype_of(model)}}
 
 
 def _test_part(calibration: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -14,46 +13,27 @@ _PRODUCTS = (_backends.mkldnn.matmul, _backends.cuda.matmul)
 """Where torch keeps with what precision float32 is multiplied."""
 
 
-class _Settings:
-    """What all threads of the process share.
-
-    While there is a run, float32 is multiplied as float32; afterwards all is as it was.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._num_runs = 0
-        self._num_threads = 0
-        self._for_all = ""
-        self._precisions = list[str]()
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if not self._num_runs:
-                self._num_threads = torch.get_num_threads()
-                self._precisions = [of.fp32_precision for of in _PRODUCTS]
-                try:
-                    self._for_all = torch.get_float32_matmul_precision()
-                except RuntimeError:  # the two ways to set it disagree
-                    self._for_all = ""
-                torch.set_float32_matmul_precision("highest")
-            self._num_runs += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._num_runs -= 1
-            # this thread's, and of threads that use torch from now on
-            torch.set_num_threads(self._num_threads)
-            if not self._num_runs:
-                if self._for_all:
-                    torch.set_float32_matmul_precision(self._for_all)
-                for of, precision in zip(_PRODUCTS, self._precisions, strict=True):
-                    of.fp32_precision = "none"  # which takes what is set for all of torch
-                    if of.fp32_precision != precision:
-                        of.fp32_precision = precision
+@contextmanager
+def _whole_products() -> Iterator[None]:
+    """Multiply float32 as float32 meanwhile, in all threads of the process."""
+    precisions = [products.fp32_precision for products in _PRODUCTS]
+    for products in _PRODUCTS:
+        products.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for products, precision in zip(_PRODUCTS, precisions, strict=True):
+            products.fp32_precision = precision
 
 
-_settings = _Settings()
+@contextmanager
+def _num_threads() -> Iterator[None]:
+    """Give back the number of threads of products."""
+    num_threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 @contextmanager
@@ -64,13 +44,14 @@ def own_modes() -> Iterator[None]:
     (``torch.set_float32_matmul_precision``), a default device, `no_grad`, `inference_mode` and
     `autocast`.
     """
-    with ExitStack() as held:
-        held.enter_context(_settings)
+    with ExitStack() as stack:
+        stack.enter_context(_num_threads())
+        stack.enter_context(_whole_products())
         if torch.get_default_device().type != "cpu":
-            held.enter_context(torch.device("cpu"))
-        held.enter_context(torch.inference_mode(False))
-        held.enter_context(torch.enable_grad())
+            stack.enter_context(torch.device("cpu"))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
         for kind in ("cpu", "cuda"):
             if torch.is_autocast_enabled(kind):
-                held.enter_context(torch.autocast(kind, enabled=False))
+                stack.enter_context(torch.autocast(kind, enabled=False))
         yield

@@ -224,7 +224,7 @@ def test_a_path_and_a_whole_spec(
     found = ray_surgeon.prune(spec=spec, progress=False)
     assert run(tmp_path / "cli", model_folders["llama"]) == 0
     assert_same_shot(tmp_path / "cli/run", Path(found.uri), 2)
-    with pytest.raises(ValueError, match="has no export at all"):
+    with pytest.raises(ValueError, match="has no export for this"):
         _ = found.path
 
 
@@ -400,16 +400,15 @@ def test_curvature_is_that_of_a_run(
     assert torch.equal(of_texts[name].A, ray_surgeon.curvature(model, with_bos)[name].A)
     for sequences, options, message in [
         (texts, {}, "texts need one"),
-        ([[3]], {}, "two tokens or more"),
-        ([], {}, "two tokens or more"),
-        (None, {}, "give lists"),
-        ("one text", {"tokenizer": tokenizer}, "give lists"),
-        (tokens, {"linears": name}, "give lists"),
-        ([[1, 2, 999]], {}, "not one of the model's 320"),
-        ([[1, -2, 3]], {}, "not one of the model's 320"),
-        *([([[1] * 129], {}, "the model takes at most 128")] if family == "opt" else []),
-        (torch.rand(2, 5), {}, r"\[2, 5\] torch.float32"),
-        (torch.tensor([1, 2, 3]), {}, r"\[3\] torch.int64"),
+        ([[3]], {}, r"sequences\[0\]: 1 tokens.*takes 2"),
+        ([], {}, "give at least one"),
+        (None, {}, "give a list"),
+        ("one text", {"tokenizer": tokenizer}, "give a list"),
+        ([[1, 2, 999]], {}, "from 1 to 999; the model takes .* 0 to 319"),
+        ([[1, -2, 3]], {}, "from -2 to 3; the model takes .* 0 to 319"),
+        *([([[1] * 129], {}, "129 tokens .* takes 2 to 128 tokens")] if family == "opt" else []),
+        (torch.rand(2, 5), {}, "give a list of integers"),
+        (torch.tensor([1, 2, 3]), {}, "give a list of integers"),
         (tokens, {"linears": ["absent"]}, "has no absent; it has for example"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -17,7 +17,6 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from ray_surgeon.api import PruneResult
 from ray_surgeon.export.card import model_card
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.report.html_report import excerpt, page
@@ -29,6 +28,7 @@ from ray_surgeon.report.tables import (
     main,
     shots_table,
 )
+from ray_surgeon.run.result import PruneResult
 from ray_surgeon.runtime.dense_model import read_states, write_states
 from ray_surgeon.runtime.local import LocalCluster
 from ray_surgeon.runtime.passes import remember

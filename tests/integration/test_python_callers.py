@@ -27,9 +27,9 @@ from transformers import (
 )
 
 import ray_surgeon
-from ray_surgeon import api
 from ray_surgeon.plan.plan import DoesNotFitError
 from ray_surgeon.report.directory import RunDirectory
+from ray_surgeon.run import execution
 from ray_surgeon.run.in_memory import causal_lm
 from ray_surgeon.storage import files
 from tests.conftest import CONFIGS, SPARSE_CONFIGS, tiny_model
@@ -144,14 +144,13 @@ def test_modes_of_the_caller_stay_outside(
     model, tokenizer = in_memory(model_folders["llama"])
     texts = ["one text of some words", "and another one"]
     plain = ray_surgeon.curvature(model, texts, tokenizer)
-    shots_of_runs = api.run_shots
+    shots_of_runs = execution.run_shots
 
     def run_shots(*args: Any) -> None:
-        assert torch.get_float32_matmul_precision() == "highest"
         assert precisions() == ["ieee", "ieee"]
         shots_of_runs(*args)
 
-    monkeypatch.setattr(api, "run_shots", run_shots)
+    monkeypatch.setattr(execution, "run_shots", run_shots)
     with MODES[mode]():
         found = ray_surgeon.curvature(model, texts, tokenizer)
         result = prune((model, tokenizer), tmp_path / "run")
@@ -220,7 +219,7 @@ def test_a_model_is_written_whole_or_not_at_all(
         raise RuntimeError("lost")
 
     with monkeypatch.context() as patch:
-        patch.setattr("ray_surgeon.api.run_shots", fails)
+        patch.setattr("ray_surgeon.run.execution.run_shots", fails)
         (run / "report.json").unlink()
         with pytest.raises(RuntimeError, match="lost"):
             prune(given, run, resume=True)
@@ -316,7 +315,7 @@ def test_arguments_of_other_kinds_are_named(model_folders: dict[str, Path], tmp_
         ((model, ["a text"], "x"), "tokenizer: got a str"),
         (
             (model, tokenizer(["a text", "another"]), tokenizer),
-            "got a BatchEncoding of input_ids, .* such as input_ids",
+            "got a BatchEncoding; .* such as input_ids",
         ),
         ((model, [{"text": "a"}]), r"sequences\[0\]: got {'text': 'a'}"),
         (

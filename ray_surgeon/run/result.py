@@ -1,0 +1,106 @@
+"""A finished run, and what it left."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ray_surgeon.export.folder import local_folder
+from ray_surgeon.run.in_memory import without_bars
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """A finished run.
+
+    Attributes:
+        uri: the run directory.
+        report: the content of report.json.
+    """
+
+    uri: str
+    report: Mapping[str, Any] = field(repr=False)
+
+    @property
+    def path(self) -> str:
+        """Folder or URI of the pruned model.
+
+        That is the last export listed in `output.exports`, not a quantised copy.
+
+        Raises:
+            ValueError: the run has no export.
+        """
+        return str(self._export(None)["uri"])
+
+    @property
+    def perplexity(self) -> dict[str, tuple[float, float]]:
+        """Text -> perplexity before and after."""
+        before = self.report["dense"]["perplexity"]
+        after = self.report["shots"][-1]["perplexity"]
+        return {text: (before[text], after[text]) for text in after}
+
+    @property
+    def generation(self) -> Mapping[str, Any] | None:
+        """The pruned model's answers to prompts beside the dense model's; None without them.
+
+        Keys: ``acceptance`` (mean over the tokens of the dense model's answers of 1 minus the total
+        variation between both models' distributions of the next token: how often speculative
+        decoding would accept), ``agreement`` (fraction of these tokens for which both have the same
+        most likely token), ``divergence`` (nats per token), ``tokens_until_departure`` (``mean``
+        and ``median`` of the tokens in which both models' own answers agree from the start),
+        ``not_ended`` (fraction of the answers that the dense model ended and the pruned one does
+        not; None if it ended none), ``repeating`` (fraction that is caught in a loop), and
+        ``example`` (``prompt``, ``dense``, ``pruned``).
+        """
+        generation: Mapping[str, Any] | None = self.report["shots"][-1].get("generation")
+        return generation
+
+    @property
+    def sparsity(self) -> float:
+        """Removed fraction of the parameters of the blocks' linears."""
+        return float(self.report["shots"][-1]["sparsity"])
+
+    def load(self, kind: str | None = None, **options: Any) -> PreTrainedModel:
+        """Load the pruned model by transformers.
+
+        Args:
+            kind: which export; if not given, the last one that transformers loads, quantised copies
+                left out.
+            options: of `from_pretrained`, such as ``device_map``.
+
+        Raises:
+            ValueError: the run has no such export.
+        """
+        export = self._export(kind, for_transformers=kind is None)
+        if "from_pretrained" not in export["load"]:
+            raise ValueError(
+                f"the export {export['kind']} is not for transformers; load another, or: "
+                f"{export['load']}"
+            )
+        # the code beside the weights is ours, written by the run
+        trusted = "trust_remote_code=True" in export["load"]
+        with local_folder(str(export["uri"])) as (folder, _), without_bars():
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                folder, **({"dtype": "auto", "trust_remote_code": trusted} | options)
+            )
+        return model
+
+    def _export(self, kind: str | None, *, for_transformers: bool = False) -> Mapping[str, Any]:
+        """Return an export of a kind, or the last of those that the spec names."""
+        written: list[Mapping[str, Any]] = self.report["exports"]
+        kinds = self.report["spec"]["output"]["exports"] if kind is None else [kind]
+        exports = [
+            export
+            for export in written
+            if export["kind"] in kinds
+            and ("from_pretrained" in export["load"] or not for_transformers)
+        ]
+        if not exports:
+            raise ValueError(
+                f"the run {self.uri} has no export {kind or 'for this'}; it has "
+                f"{[export['kind'] for export in written]}; name one in output.exports"
+            )
+        return exports[-1]
