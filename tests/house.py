@@ -92,6 +92,16 @@ def files_with(word: str) -> list[str]:
     ]
 
 
+def words(path: Path) -> int:
+    """Return the number of words of a document: bars and dashes of tables are none."""
+    return sum(any(map(str.isalnum, word)) for word in path.read_text(encoding="utf-8").split())
+
+
+def words_of_docs() -> int:
+    """Return the number of words of docs/ without the generated reference of the spec."""
+    return sum(words(path) for path in (ROOT / "docs").glob("*.md") if path.name != "spec.md")
+
+
 def main() -> None:
     """Print the figures."""
     for name in ("ray_surgeon", "tests", "benchmarks", "examples"):
@@ -101,6 +111,8 @@ def main() -> None:
             f"{name}: {found.num_lines} lines in {found.num_files} files, {found.num_long} longer "
             f"than {WIDTH}, {share:.1%} of assignments packed\n"
         )
+    readme = words(ROOT / "README.md")
+    sys.stdout.write(f"README: {readme} words; docs: {words_of_docs()} words\n")
     experts = files_with("expert")
     sys.stdout.write(f"expert: {len(experts)} files: {', '.join(experts)}\n")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import reprlib
 from collections.abc import Mapping
 from typing import Any
@@ -47,72 +48,83 @@ def _document(
     sections: Mapping[str, Any],
 ) -> dict[str, Any]:
     document: dict[str, Any] = {"version": 2, "name": "model", "cluster": {}} | dict(sections)
+    if isinstance(model, str):
+        model = {"source": model}
+    _check_kinds(model, tokenizer, document)
+    if isinstance(model, Mapping) and "name" not in sections:
+        document["name"] = _as_name(str(model["source"]))
+    if isinstance(document["cluster"], Mapping):
+        document["cluster"] = {"backend": "local", **document["cluster"]}
+    output = document.get("output", {})
+    output = dict(output) if isinstance(output, Mapping) else {"uri": local_path(output)}
+    document["output"] = {"uri": f"./runs/{document['name']}"} | output
+    pruning = document["pruning"]
+    if "exports" not in output and pruning.get("structure") == "groups":
+        uniform = pruning.get("allocation") == "uniform"
+        document["output"]["exports"] = ["uniform" if uniform else "per_block"]
+    calibration = document.get("calibration", {})
+    if "evaluation" not in document and calibration.get("source", "auto") not in ("auto", "self"):
+        document["evaluation"] = [_test_part(calibration)]
+    if isinstance(model, PreTrainedModel):
+        source = files.join(absolute(str(document["output"]["uri"])), "source")
+        model = {"source": source, "dtype": dtype_of(model)}
+    return document | {"model": model}
+
+
+def _check_kinds(
+    model: Mapping[str, Any] | PreTrainedModel | None, tokenizer: Any, document: Mapping[str, Any]
+) -> None:
+    """Refuse arguments that are no sections of a job spec.
+
+    Raises:
+        ValueError: names the argument, and what to give.
+    """
     if model is None:
         raise ValueError(
             "model: give a Hub id, a folder, a URI, or a model in memory; or a whole spec"
         )
-    if isinstance(model, str):
-        model = {"source": model}
     if isinstance(model, Mapping) and "source" not in model:
         raise ValueError(
             f"model: got a {type(model).__name__} of {', '.join(map(str, list(model)[:3]))}; "
             "give its source, or a causal LM"
         )
-    if isinstance(model, Mapping) and "name" not in sections:
-        document["name"] = _as_name(str(model["source"]))
-    if isinstance(document["cluster"], Mapping):
-        document["cluster"] = {"backend": "local", **document["cluster"]}
-    for section in ("calibration", "pruning") if "preset" not in sections else ("pruning",):
-        if not isinstance(document.get(section), Mapping):
-            got = (
-                "is missing"
-                if section not in document
-                else f"got {reprlib.repr(document[section])}"
-            )
-            raise ValueError(
-                f"{section}: {got}; give the fields of that section of a job spec, "
-                f"{_EXAMPLES[section]}"
-            )
-    output = document.get("output", {})
-    if not isinstance(output, str | os.PathLike | Mapping):
+    if isinstance(model, Mapping) and tokenizer is not None:
         raise ValueError(
-            f"output: got {output!r}; give a folder, a URI, or the section of that name"
+            "tokenizer: belongs to a model in memory; that of a folder, URI or Hub id is read "
+            "from there"
         )
-    output = dict(output) if isinstance(output, Mapping) else {"uri": local_path(output)}
-    document["output"] = {"uri": f"./runs/{document['name']}"} | output
-    pruning = document["pruning"]
-    calibration = document.get("calibration", {})
-    if "exports" not in output and pruning.get("structure") == "groups":
-        document["output"]["exports"] = [
-            "uniform" if pruning.get("allocation") == "uniform" else "per_block"
-        ]
-    if "evaluation" not in document and calibration.get("source", "auto") not in ("auto", "self"):
-        if calibration.get("split", "train") == "test":
-            raise ValueError(
-                "evaluation: the calibration reads the test part of its text, so name another text "
-                "to measure on"
-            )
-        document["evaluation"] = [_test_part(calibration)]
-    if isinstance(model, Mapping):
-        if tokenizer is not None:
-            raise ValueError(
-                "tokenizer: belongs to a model in memory; that of a folder, URI or Hub id is read "
-                "from there"
-            )
-        return document | {"model": dict(model)}
-    if tokenizer is None:
+    if isinstance(model, PreTrainedModel) and tokenizer is None:
         raise ValueError(
             "tokenizer: a model in memory needs its tokenizer; give it as the second argument"
         )
-    source = files.join(absolute(str(document["output"]["uri"])), "source")
-    return document | {"model": {"source": source, "dtype": dtype_of(model)}}
+    for section in ("calibration", "pruning") if "preset" not in document else ("pruning",):
+        if not isinstance(document.get(section), Mapping):
+            value = (
+                f"got {reprlib.repr(document[section])}" if section in document else "is missing"
+            )
+            raise ValueError(
+                f"{section}: {value}; give the fields of that section of a job spec, "
+                f"{_EXAMPLES[section]}"
+            )
+    if not isinstance(document.get("output", {}), str | os.PathLike | Mapping):
+        raise ValueError(
+            f"output: got {document['output']!r}; give a folder, a URI, or the section of that name"
+        )
 
 
 def _test_part(calibration: Mapping[str, Any]) -> dict[str, Any]:
     """Return the evaluation text of a run that names none.
 
     It is a quarter as many windows of the test part of the calibration text.
+
+    Raises:
+        ValueError: the calibration reads that part.
     """
+    if calibration.get("split", "train") == "test":
+        raise ValueError(
+            "evaluation: the calibration reads the test part of its text, so name another text "
+            "to measure on"
+        )
     not_shared = {
         "num_sequences",
         "mix",
@@ -132,9 +144,4 @@ def _test_part(calibration: Mapping[str, Any]) -> dict[str, Any]:
 
 def _as_name(source: str) -> str:
     last = source.rstrip("/").rpartition("/")[2].lower()
-    return (
-        "".join(c if c.isascii() and (c.isalnum() or c in ".-") else "-" for c in last).strip("-.")[
-            :63
-        ]
-        or "model"
-    )
+    return re.sub(r"[^a-z0-9.-]", "-", last).strip("-.")[:63] or "model"

@@ -164,33 +164,64 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
         source = open_model(spec.model)
         folder = source.small_files_folder()
     layout = ModelLayout.of(load_config(folder, source.origin), source.origin)
-    placement = place(layout, spec.cluster.num_shards, spec.cluster.num_replicas)
     last = stages_after_shots(spec, layout)
     method = method_for(spec.pruning, spec.curvature, layout, spec.model.dtype)
     _check_lengths(spec, layout)
-    if dry_run and not source.has_weights:
-        windows = nothing(spec.calibration.num_sequences, spec.calibration.sequence_length)
-        stages = stages_of(spec, layout, method, None, windows_of(nothing(0, 1)), windows, last)
-        return Inputs(
-            spec, layout, placement, method, stages, source.pinned, windows, {}, {}, environment()
-        )
-    model_fingerprint = _check_weights(source, layout)
-    tokenizer = load_tokenizer(folder, source.origin)
-    if "gguf" in spec.output.exports:
-        tokenizer_names(json.loads(tokenizer.backend_tokenizer.to_str()))
-    chosen_text = None
-    if spec.calibration.source == "auto":
-        calibration_section, chosen_text = default_mix(spec.calibration, tokenizer)
-        spec = spec.model_copy(update={"calibration": calibration_section})
-        spec.check_borders()
-    calibration, searched, texts = _texts(spec, tokenizer, layout)
-    first_text = next(iter(texts.values())).tokens
+    tokenizer = chosen_text = model_fingerprint = None
+    calibration = windows_of(
+        nothing(spec.calibration.num_sequences, spec.calibration.sequence_length)
+    )
+    searched = windows_of(nothing(0, 1))
+    texts: dict[str, Windows] = {}
+    is_read = source.has_weights or not dry_run
+    if is_read:
+        model_fingerprint = _check_weights(source, layout)
+        tokenizer = _tokenizer(spec, folder, source.origin)
+        if spec.calibration.source == "auto":
+            section, chosen_text = default_mix(spec.calibration, tokenizer)
+            spec = spec.model_copy(update={"calibration": section})
+            spec.check_borders()
+        calibration, searched, texts = _texts(spec, tokenizer, layout)
+    first_text = next(iter(texts.values()), calibration).tokens
     stages = stages_of(spec, layout, method, tokenizer, searched, first_text, last)
+    inputs = Inputs(
+        spec,
+        layout,
+        place(layout, spec.cluster.num_shards, spec.cluster.num_replicas),
+        method,
+        stages,
+        source.pinned,
+        calibration.tokens,
+        {name: windows.tokens for name, windows in texts.items()},
+        _fingerprints(spec, stages, model_fingerprint, tokenizer, calibration, texts)
+        if is_read
+        else {},
+        environment(),
+        chosen_text,
+    )
+    if is_read:
+        with as_input_error(f"output.uri: cannot use {spec.output.uri}"):
+            directory = RunDirectory(spec.output.uri)
+            directory.check(inputs.fingerprints, inputs.spec_yaml, resume=resume)
+            if not dry_run:
+                directory.check_writable()
+    return inputs
+
+
+def _fingerprints(
+    spec: JobSpec,
+    stages: Stages,
+    model: Any,
+    tokenizer: Any,
+    calibration: Windows,
+    texts: Mapping[str, Windows],
+) -> dict[str, Any]:
+    """Return what must be the same when a run goes on."""
     vocabulary = repr(sorted(tokenizer.get_vocab().items()))
     fingerprints: dict[str, Any] = {
         "code": ray_surgeon.__version__,
         "method": spec.method_fingerprint(),
-        "model": model_fingerprint,
+        "model": model,
         "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(),
         "calibration": calibration.fingerprint,
         "evaluation": {name: windows.fingerprint for name, windows in texts.items()},
@@ -198,25 +229,15 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
     }
     for stage in stages.all:
         fingerprints |= stage.fingerprints()
-    inputs = Inputs(
-        spec,
-        layout,
-        placement,
-        method,
-        stages,
-        source.pinned,
-        calibration.tokens,
-        {name: windows.tokens for name, windows in texts.items()},
-        fingerprints,
-        environment(),
-        chosen_text,
-    )
-    with as_input_error(f"output.uri: cannot use {spec.output.uri}"):
-        directory = RunDirectory(spec.output.uri)
-        directory.check(fingerprints, inputs.spec_yaml, resume=resume)
-        if not dry_run:
-            directory.check_writable()
-    return inputs
+    return fingerprints
+
+
+def _tokenizer(spec: JobSpec, folder: Path, origin: str) -> Any:
+    """Return the tokenizer of a checkpoint, which all exports can take along."""
+    tokenizer = load_tokenizer(folder, origin)
+    if "gguf" in spec.output.exports:
+        tokenizer_names(json.loads(tokenizer.backend_tokenizer.to_str()))
+    return tokenizer
 
 
 def _check_machine(spec: JobSpec, *, dry_run: bool) -> None:

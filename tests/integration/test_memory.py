@@ -134,7 +134,7 @@ def test_a_run_from_disk_is_resumed_with_the_same_bits_and_takes_over_what_a_kil
 
     with monkeypatch.context() as patch:
         patch.setattr(evaluation, "check_for_collapse", killed)
-        patch.setattr("ray_surgeon.api.LocalCluster.close", lambda cluster: None)
+        patch.setattr("ray_surgeon.run.execution.LocalCluster.close", lambda cluster: None)
         assert run(tmp_path / "cut", model_folders["llama"], **options) == 1
     left = list((tmp_path / "scratch").glob("ray_surgeon-*/*/*"))
     assert len(left) == 1

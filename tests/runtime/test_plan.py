@@ -16,11 +16,11 @@ from ray_surgeon.maths.kronecker import PackedSymmetric
 from ray_surgeon.memory.stores import Stores
 from ray_surgeon.models.build import BlockRange
 from ray_surgeon.models.layout import ModelLayout
-from ray_surgeon.pipeline import _bytes
 from ray_surgeon.plan.devices import DEVICES, Room
 from ray_surgeon.plan.needs import Shapes, StepPlan, Work, WorkerView
 from ray_surgeon.plan.plan import DoesNotFitError, Plan, plan_job
 from ray_surgeon.run.inputs import work_of
+from ray_surgeon.run.machines import _bytes
 from ray_surgeon.run.reading import nothing
 from ray_surgeon.run.stages import stages_after_shots, stages_of
 from ray_surgeon.runtime.placement import place
