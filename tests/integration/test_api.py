@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from ray.cluster_utils import Cluster
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -190,19 +189,6 @@ def test_all_chat_templates_go_along(model_folders: dict[str, Path], tmp_path: P
 
 
 @pytest.mark.ray
-def test_on_ray_with_the_same_bits(
-    cluster: Cluster, model_folders: dict[str, Path], tmp_path: Path
-) -> None:
-    model, tokenizer = in_memory(model_folders["llama"])
-    ray_section = {"backend": "ray", "num_shards": 2, "address": cluster.address}
-    for name, section in (("local", {"backend": "local"}), ("ray", ray_section)):
-        output = {"uri": str(tmp_path / name), "exports": []}
-        ray_surgeon.prune(
-            model, tokenizer, calibration=TEXT, pruning=GROUPS, cluster=section, output=output
-        )
-    assert_same_shot(tmp_path / "local", tmp_path / "ray", 1)
-
-
 def test_a_path_and_a_whole_spec(
     model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

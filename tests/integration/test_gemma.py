@@ -16,7 +16,7 @@ from ray_surgeon.run.inputs import check
 from ray_surgeon.spec.parsing import parse_spec
 from tests.integration.runs import report_of
 
-pytestmark = [pytest.mark.slow, pytest.mark.network]
+pytestmark = pytest.mark.network
 
 SPEC = """
 version: 2

@@ -171,6 +171,7 @@ def answers(url: str) -> bool:
     return True
 
 
+@pytest.mark.slow
 def test_two_jobs_at_once_do_not_disturb_each_other(
     head: Head, model_folders: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -257,6 +258,7 @@ def test_a_job_that_is_watched_and_stopped_and_goes_on(
     assert len(report_of(tmp_path / "run")["shots"]) == 8
 
 
+@pytest.mark.slow
 def test_a_driver_outside_of_the_cluster(
     head: Head, model_folders: dict[str, Path], tmp_path: Path
 ) -> None:

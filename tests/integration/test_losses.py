@@ -153,8 +153,15 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, model_folders: dict[st
     return folder / "run"
 
 
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
-@pytest.mark.parametrize("kind", ["Worker", "Coordinator"])
+@pytest.mark.parametrize(
+    ("kind", "sent"),
+    [
+        ("Worker", signal.SIGKILL),
+        ("Coordinator", signal.SIGSTOP),
+        pytest.param("Worker", signal.SIGSTOP, marks=pytest.mark.slow),
+        pytest.param("Coordinator", signal.SIGKILL, marks=pytest.mark.slow),
+    ],
+)
 def test_a_lost_process(
     kind: str,
     sent: signal.Signals,
@@ -166,6 +173,7 @@ def test_a_lost_process(
     disturb(kind, sent, 4, tmp_path, cluster, model_folders["llama"], undisturbed)
 
 
+@pytest.mark.slow
 def test_a_lost_worker_of_a_mixture(
     cluster: Cluster, model_folders: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -66,53 +66,41 @@ def test_ray_equals_local(cluster: Cluster, model_folders: dict[str, Path], tmp_
     assert not ray.is_initialized()
 
 
-def test_corrections_further_terms_and_blocks_on_ray_equal_local(
-    cluster: Cluster, model_folders: dict[str, Path], tmp_path: Path
+GROUPS = {"pruning__structure": "groups", "pruning__width_multiple": 8}
+FEATURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "corrections": (
+        "llama",
+        {
+            "curvature__kind": "extended_kfac",
+            "correction__lora_rank": 2,
+            "calibration__mix": [{"source": "self"}],
+        },
+    ),
+    "blocks": ("llama", {"pruning__method": "sparsegpt", "pruning__structure": "element"}),
+    "experts": ("qwen3_moe", GROUPS | {"pruning__groups": ["expert_channels", "experts"]}),
+    "search": ("llama", GROUPS | {"pruning__search": {"num_sequences": 3}}),
+    "reconstruction": ("phi3", GROUPS | {"pruning__reconstruction": {"tokens_per_step": 16}}),
+}
+"""Everything that moves between replicas beside the curvature pass: family and options."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "corrections",
+        "experts",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("blocks", "search", "reconstruction")),
+    ],
+)
+def test_features_on_ray_equal_local(
+    name: str, cluster: Cluster, model_folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Everything that moves between replicas beside the curvature pass, in one run; blocks;
-    experts; a search; a reconstruction.
-    """
-    surgeon = {
-        "curvature__kind": "extended_kfac",
-        "correction__lora_rank": 2,
-        "calibration__mix": [{"source": "self"}],
-    }
-    blocks = {"pruning__method": "sparsegpt", "pruning__structure": "element"}
-    experts = {
-        "pruning__structure": "groups",
-        "pruning__width_multiple": 8,
-        "pruning__groups": ["expert_channels", "experts"],
-    }
-    search = {
-        "pruning__structure": "groups",
-        "pruning__width_multiple": 8,
-        "pruning__search": {"num_sequences": 3},
-    }
-    trained = {
-        "pruning__structure": "groups",
-        "pruning__width_multiple": 8,
-        "pruning__reconstruction": {"tokens_per_step": 16},
-    }
-    for name, family, options in (
-        ("surgeon", "llama", surgeon),
-        ("blocks", "llama", blocks),
-        ("experts", "qwen3_moe", experts),
-        ("search", "llama", search),
-        ("trained", "phi3", trained),
-    ):
-        workers = {"cluster__num_shards": 2, "cluster__num_replicas": 2, "pruning__num_shots": 1}
-        assert run(tmp_path / name / "local", model_folders[family], **options, **workers) == 0
-        assert (
-            run(
-                tmp_path / name / "ray",
-                model_folders[family],
-                **options,
-                **workers,
-                **on_ray(cluster),
-            )
-            == 0
-        )
-        assert_same_shot(tmp_path / name / "local/run", tmp_path / name / "ray/run", 1)
+    family, options = FEATURES[name]
+    workers = {"cluster__num_shards": 2, "cluster__num_replicas": 2, "pruning__num_shots": 1}
+    assert run(tmp_path / "local", model_folders[family], **options, **workers) == 0
+    workers |= on_ray(cluster)
+    assert run(tmp_path / "ray", model_folders[family], **options, **workers) == 0
+    assert_same_shot(tmp_path / "local/run", tmp_path / "ray/run", 1)
 
 
 @pytest.fixture

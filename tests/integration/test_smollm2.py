@@ -25,7 +25,7 @@ and 1.4e-4 were seen.
 MOST_BY_BFLOAT16 = 2.0
 """Likewise in bfloat16, whose steps are 0.125 at logits of 30; 0.69 to 0.82 were seen."""
 
-pytestmark = [pytest.mark.slow, pytest.mark.ray]
+pytestmark = pytest.mark.ray
 
 
 def run_pipeline(name: str, overrides: dict[str, Any]) -> int:
@@ -33,6 +33,7 @@ def run_pipeline(name: str, overrides: dict[str, Any]) -> int:
     return main([str(ROOT / f"pipelines/{name}.yaml"), *arguments])
 
 
+@pytest.mark.slow
 def test_rows_and_columns_of_smollm2(tmp_path: Path) -> None:
     """Two calibration sequences of 256 tokens, one shot to 5 %, two windows; perplexities as plain
     transformers has them.
