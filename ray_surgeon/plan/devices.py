@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 
@@ -46,11 +46,3 @@ class Room:
     host: float
     disk: float
     device_is_host: bool
-
-    @staticmethod
-    def smallest(rooms: Sequence[Room]) -> Room:
-        """Return what every worker has."""
-        device, host, disk = (
-            min(getattr(room, name) for room in rooms) for name in ("device", "host", "disk")
-        )
-        return Room(device, host, disk, any(room.device_is_host for room in rooms))

@@ -6,35 +6,17 @@ That is memory, operations, and bytes that move. Stages say what they need in te
 
 from __future__ import annotations
 
-import functools
-import itertools
-import math
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
 
-import torch
-
-from ray_surgeon.maths.kronecker import PackedSymmetric
-from ray_surgeon.memory.pinned import reserved_bytes
 from ray_surgeon.memory.stores import Place, Stores
 from ray_surgeon.models.build import BlockRange
-from ray_surgeon.models.checkpoint import part_of_stack
-from ray_surgeon.models.layout import LinearShape, ModelLayout
 from ray_surgeon.models.loss import bytes_at_the_head
 from ray_surgeon.models.runner import TOKENS_OF_ROOM
-from ray_surgeon.plan.activations import ActivationBytes
 from ray_surgeon.plan.devices import Device
+from ray_surgeon.plan.work import ActivationBytes, Shapes, Work
 from ray_surgeon.runtime.placement import Placement
 from ray_surgeon.runtime.sampling import num_batches
-
-PROCESS_BYTES = (328 + 60) * 2**20
-"""Anonymous memory of a worker beside its tensors.
-
-The first part is there once it has imported everything; the second is what the C library's heap and
-oneDNN hold more once it has computed. Measured with torch 2.13 and Ray 2.60 on Linux.
-"""
 
 
 @dataclass(frozen=True)
@@ -61,18 +43,13 @@ class StepPlan:
         )
         return self.bubble * (computing + moving)
 
-    def then(self, other: StepPlan) -> StepPlan:
+    def then(self, later: StepPlan) -> StepPlan:
         """Return both as one step, in which one comes after the other."""
-        return StepPlan(
-            self.name,
-            max(self.device, other.device),
-            max(self.host, other.host),
-            self.flops + other.flops,
-            self.float32_flops + other.float32_flops,
-            self.host_bytes + other.host_bytes,
-            self.disk_bytes + other.disk_bytes,
-            max(self.bubble, other.bubble),
-        )
+        peaks = ("device", "host", "bubble")
+        pairs = {name: (value, vars(later)[name]) for name, value in vars(self).items()}
+        del pairs["name"]
+        both = {name: max(pair) if name in peaks else sum(pair) for name, pair in pairs.items()}
+        return StepPlan(self.name, **both)
 
 
 @dataclass(frozen=True)
@@ -81,104 +58,6 @@ class Beside:
 
     device: float = 0.0
     host: float = 0.0
-
-
-class Planned(Protocol):
-    """A stage, as the plan sees it."""
-
-    def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
-        """Yield the steps of a shot, or before and after all shots, with what they need."""
-
-    def beside(self, worker: WorkerView) -> Mapping[str, Beside]:
-        """Return step -> what this stage needs in the steps of others of that name."""
-
-    def on_host(self, worker: WorkerView) -> float:
-        """Return the bytes of the host's memory that this stage needs in all steps."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a plan depends on beside model, placement and memory."""
-
-    dtype: str  # of weights and activations
-    num_sequences: int  # of the calibration
-    sequence_length: int
-    factors: Literal["both", "A", "none"]  # which a pass over the calibration text gathers
-    gathered: frozenset[str]  # linears whose factors are gathered
-    stages: tuple[Planned, ...]  # of the job, in their order
-
-
-class Shapes:
-    """Sizes of a model's parts, each computed once."""
-
-    def __init__(self, layout: ModelLayout, work: Work) -> None:
-        self.layout = layout
-        self.width = getattr(torch, work.dtype).itemsize
-        self.block_bytes = [0] * layout.num_blocks
-        self._sizes: list[list[int]] = [[] for _ in range(layout.num_blocks)]
-        stored: dict[str, int] = defaultdict(int)
-        self.largest_tensor = 0
-        for name, shape in layout.parameters.items():
-            size = self.width * math.prod(shape)
-            self.largest_tensor = max(self.largest_tensor, size)
-            part = part_of_stack(layout.family, name)
-            stored[name if part is None else part.whole] += size
-            if (block := layout.block_of(name)) is not None:
-                self.block_bytes[block] += size
-                self._sizes[block].append(size)
-        self.largest_stored = max(stored.values())  # tensor of a checkpoint
-        self.linears: list[list[LinearShape]] = [[] for _ in range(layout.num_blocks)]
-        for linear in layout.linears:
-            self.linears[linear.block].append(linear)
-        # of an expert's tokens, of all
-        self.share_active = layout.num_active_experts / max(1, layout.num_experts)
-        self.active_parameters = [  # of every block's linears, what a token is multiplied with
-            sum(
-                linear.size * (1.0 if linear.expert is None else self.share_active)
-                for linear in linears
-            )
-            for linears in self.linears
-        ]
-        self._factor_sizes = [self._factors(block, work) for block in range(layout.num_blocks)]
-        self.factor_bytes = [sum(sizes) for sizes in self._factor_sizes]
-        self.pinned_bytes = functools.cache(self._pinned_bytes)
-        self._outside: dict[tuple[bool, bool], int] = {}
-
-    def _factors(self, block: int, work: Work) -> list[int]:
-        if work.factors == "none":
-            return []
-        gathered = [linear for linear in self.linears[block] if linear.name in work.gathered]
-        num_columns = {linear.shared_input: linear.num_columns for linear in gathered}
-        return [
-            4 * PackedSymmetric.size(n)
-            for n in (*num_columns.values(), *(linear.num_rows for linear in gathered))
-        ]
-
-    def _pinned_bytes(self, blocks: BlockRange) -> tuple[int, int]:
-        """Return what the host reserves for weights of blocks and for their factors.
-
-        This is so where they go to a GPU.
-        """
-        own = slice(blocks.first, blocks.last)
-        weights, factors = (
-            reserved_bytes(itertools.chain(*sizes[own]))
-            for sizes in (self._sizes, self._factor_sizes)
-        )
-        return weights, factors
-
-    def outside_bytes(self, blocks: BlockRange) -> int:
-        """Return the bytes of what a shard holds outside of its blocks.
-
-        They depend on whether it has the first block and the last.
-        """
-        ends = blocks.is_first, blocks.is_last
-        if ends not in self._outside:
-            whole = (
-                sum(math.prod(shape) for shape in self.layout.parameters_of(blocks).values())
-                * self.width
-            )
-            self._outside[ends] = int(whole) - sum(self.block_bytes[blocks.first : blocks.last])
-        return self._outside[ends]
 
 
 class WorkerView:
@@ -223,7 +102,7 @@ class WorkerView:
         """Take one worker of a shard, the one with most to do."""
         self.shapes = shapes
         self.stores = stores
-        self._work = work
+        self._stages = work.stages
         self._blocks = blocks
         self._own = range(blocks.first, blocks.last)
         self.num_blocks = len(self._own)
@@ -235,66 +114,46 @@ class WorkerView:
         self.owners = {
             linear.name: placement.owners[linear.shared_input] for linear in self.linears
         }
+        self.num_sequences = work.num_sequences
+        self.sequence_length = work.sequence_length
+        self.sequences = -(-self.num_sequences // self.num_replicas)
+        self.wave = min(stores.wave, self.sequences)
+        self.num_waves = -(-self.sequences // self.wave)
+        self._in_flight = min(self.num_waves, self.num_shards - shard)
         config = shapes.layout.config
         self.hidden_size = int(config.hidden_size)
         self._hidden = self.hidden_size * shapes.width
-        self._set_weights()
-        self._set_sequences(shard)
-        self._set_activations()
         self.head_flops = 0
         self._head = 0
         if blocks.is_last:
             self.head_flops = 2 * config.vocab_size * config.hidden_size
             self._head = bytes_at_the_head(config.vocab_size, shapes.width, on_cpu=device_is_host)
-        self.host = 0.0
-        self.host = self._host_of_stores() + sum(stage.on_host(self) for stage in work.stages)
+        self._sum_up_blocks()
+        self.host = self._host_of_stores()
+        self.host += sum(stage.on_host(self) for stage in work.stages)
 
-    def _set_weights(self) -> None:
-        sizes = [self.shapes.block_bytes[block] for block in self._own]
+    def _sum_up_blocks(self) -> None:
+        shapes = self.shapes
+        sizes = [shapes.block_bytes[block] for block in self._own]
+        factors = [shapes.factor_bytes[block] for block in self._own]
+        activations = [shapes.activations[block] for block in self._own]
+        self._activations = ActivationBytes(*map(max, zip(*activations, strict=True)))
         self.all_blocks = sum(sizes)
-        self.outside = self.shapes.outside_bytes(self._blocks)
-        self.active = sum(self.shapes.active_parameters[block] for block in self._own)
-        factors = [self.shapes.factor_bytes[block] for block in self._own]
         self.all_factors = sum(factors)
         self.largest_factors = max(factors)
+        self.active = sum(shapes.active_parameters[block] for block in self._own)
+        self.outside = shapes.outside_bytes(self._blocks)
         is_resident = self.stores.weights == "device"
-        resident = self.all_blocks if is_resident else 0
+        self.idle = self.outside + self.all_blocks * is_resident
         # on the CPU a block runs where it lies, elsewhere the next one is ahead
-        copies = 0 if self.device_is_host or is_resident else 2 * max(sizes)
-        self.idle = self.outside + resident
-        self.weights = self.outside + resident + copies
-
-    def _set_sequences(self, shard: int) -> None:
-        self.num_sequences = self._work.num_sequences
-        self.sequence_length = self._work.sequence_length
-        self.sequences = -(-self.num_sequences // self.num_replicas)
-        self.wave = min(self.stores.wave, self.sequences)
-        self.num_waves = -(-self.sequences // self.wave)
-        self._in_flight = min(self.num_waves, self.num_shards - shard)
-
-    def _set_activations(self) -> None:
-        layout = self.shapes.layout
-        is_eager = layout.family.runs_attention == "eager"
-        sides = [
-            ActivationBytes.of(
-                self.shapes.linears[block],
-                self.shapes.width,
-                self.hidden_size,
-                share_active=self.shapes.share_active,
-                eager_heads=layout.heads.num_query * is_eager,
-            )
-            for block in self._own
-        ]
-        self._scores = sides[0].scores
-        self._kept = max(side.kept for side in sides)
-        self._moment = max(side.moment for side in sides)
-        self._forward_only = max(side.forward_only for side in sides)
+        runs_in_place = self.device_is_host or is_resident
+        self.weights = self.idle + (0 if runs_in_place else 2 * max(sizes))
 
     def _host_of_stores(self) -> float:
         """Return the host's bytes of weights, and of pinned pieces, which torch keeps."""
         stores = self.stores
         if self.device_is_host:
-            return self.all_blocks if stores.weights == "host" else 0.0
+            return self.all_blocks * (stores.weights == "host")
         weights, factors = self.shapes.pinned_bytes(self._blocks)
         return weights * (stores.weights == "host") + factors * (stores.factors == "host")
 
@@ -306,18 +165,14 @@ class WorkerView:
 
     def steps(self) -> list[StepPlan]:
         """Return all steps, each of them once, in their order."""
-        by_name: dict[str, StepPlan] = {}
-        for stage in self._work.stages:
-            for step in stage.needs(self):
-                name = step.name
-                by_name[name] = by_name[name].then(step) if name in by_name else step
-        for stage in self._work.stages:
-            for name, more in stage.beside(self).items():
-                if name in by_name:
-                    step = by_name[name]
-                    device = step.device + more.device
-                    by_name[name] = replace(step, device=device, host=step.host + more.host)
-        return list(by_name.values())
+        steps: dict[str, StepPlan] = {}
+        for step in (step for stage in self._stages for step in stage.needs(self)):
+            steps[step.name] = steps[step.name].then(step) if step.name in steps else step
+        for name, more in (needs for s in self._stages for needs in s.beside(self).items()):
+            if name in steps:
+                device = steps[name].device + more.device
+                steps[name] = replace(steps[name], device=device, host=steps[name].host + more.host)
+        return list(steps.values())
 
     # What stages are made of
 
@@ -339,7 +194,7 @@ class WorkerView:
             own = -(-count // self.num_replicas)
             wave = min(self.stores.wave, own)
             between = 3 + 3 * (self.num_shards > 1)
-            moment = max(length * (self._forward_only + 4 * length * self._scores), self._head)
+            moment = max(self._forward(length), self._head)
             peak = max(peak, between * wave * length * self._hidden + moment)
             tokens += own * length
             loads += -(-own // wave)
@@ -347,6 +202,11 @@ class WorkerView:
         host = self.host + max((self.travelling(length) for _, length in texts), default=0.0)
         moved = self.moved(self.stores.weights, loads * self.all_blocks)
         return StepPlan(name, self.weights + peak, host, flops, 0.0, *moved)
+
+    def _forward(self, length: int) -> float:
+        """Return the bytes of a block that runs forward on a sequence."""
+        own = self._activations
+        return length * (own.forward_only + 4 * length * own.scores)
 
     def writing(self, name: str, texts: Sequence[tuple[int, int]]) -> StepPlan:
         """Return the writing of texts, token by token, with their keys and values.
@@ -371,7 +231,7 @@ class WorkerView:
             in_blocks = min(own, batch * self.num_shards) * len(self._own)
             caches = cached * (in_blocks + batch)
             logits = 20 * self.shapes.layout.config.vocab_size if self.head_flops else 0
-            most = max(most, caches + batch * (self._moment + logits))
+            most = max(most, caches + batch * (self._activations.moment + logits))
             flops += own * length * (2 * self.active + self.head_flops)
             num_passes += length * rounds
         moved = self.moved(self.stores.weights, num_passes * self.all_blocks)
@@ -387,20 +247,20 @@ class WorkerView:
             more_in_a_moment: likewise, while a block runs backward.
         """
         T = self.sequence_length
-        num_blocks = len(self._own)
         of_wave = self.wave * T * self._hidden
-        scores = T * self._scores
-        kept = self._kept + more_kept + 2 * scores
-        moment = self._moment + more_in_a_moment + 4 * scores
+        own = self._activations
+        kept = own.kept + more_kept + 2 * T * own.scores
+        moment = own.moment + more_in_a_moment + 4 * T * own.scores
         widest = max((linear.num_columns for linear in self.gathered), default=0)
         conversion = 4 * (T + 256) * widest
         # what is packed and unpacked on the way
         waiting: float = 2 * of_wave + 3 * of_wave * (self.num_shards > 1)
         if self.stores.activations == "keep":
-            waiting += self._in_flight * self.wave * T * kept * num_blocks
-            return waiting + max(T * moment + conversion, self._head)
-        waiting += self._in_flight * num_blocks * of_wave
-        return waiting + max(T * (kept + moment) + conversion, self._head)
+            waiting += self._in_flight * self.wave * T * kept * self.num_blocks
+        else:
+            waiting += self._in_flight * self.num_blocks * of_wave
+            moment += kept
+        return waiting + max(T * moment + conversion, self._head)
 
     def travelling(self, length: int) -> float:
         """Return the host's bytes of a GPU's hidden states that travel.
@@ -443,9 +303,8 @@ class WorkerView:
             sum(4 * linear.num_columns**2 for linear in self.shapes.linears[block])
             for block in self._own
         )
-        forward = T * (self._forward_only + 4 * T * self._scores)
         widest = max(linear.num_columns for linear in self.linears)
-        passing = self.sequences * T * self._hidden + forward + 4 * T * widest
+        passing = self.sequences * T * self._hidden + self._forward(T) + 4 * T * widest
         device = self.weights + passing + moments + max(size for size, _ in of_linears)
         flops = self.sequences * T * 4 * self.active
         in_float32 = sum(flops for _, flops in of_linears) / self.num_replicas

@@ -40,13 +40,8 @@ def look_around(worker: Worker, root: str | None, run: str, attempt: str) -> Res
     Runs on the worker.
     """
     resources = resources_here(worker.device, root)
-    return replace(
-        resources,
-        room=replace(
-            resources.room,
-            disk=resources.room.disk + Scratch(root, run, attempt, "").earlier_bytes(),
-        ),
-    )
+    disk = resources.room.disk + Scratch(root, run, attempt, "").earlier_bytes()
+    return replace(resources, room=replace(resources.room, disk=disk))
 
 
 def resources_here(device: torch.device, root: str | None) -> Resources:
@@ -57,41 +52,28 @@ def resources_here(device: torch.device, root: str | None) -> Resources:
     folder = scratch_root(root)
     while not os.path.exists(folder):
         folder = folder.parent
+    machine = socket.gethostname()
     host = float(available_bytes())
     disk = float(shutil.disk_usage(folder).free)
     if device.type != "cuda":
-        return Resources(
-            socket.gethostname(), "cpu", "", Room(host, host, disk, device_is_host=True)
-        )
+        return Resources(machine, "cpu", "", Room(host, host, disk, device_is_host=True))
     gc.collect()  # of earlier runs in this process
     torch.cuda.empty_cache()
     properties = torch.cuda.get_device_properties(device)
-    (free, _) = torch.cuda.mem_get_info(device)
-    return Resources(
-        socket.gethostname(),
-        str(properties.uuid),
-        properties.name,
-        Room(float(free), host, disk, device_is_host=False),
-    )
+    room = Room(float(torch.cuda.mem_get_info(device)[0]), host, disk, device_is_host=False)
+    return Resources(machine, str(properties.uuid), properties.name, room)
 
 
 def shared(resources: Sequence[Resources]) -> Room:
     """Return what every worker may use, where workers share machines and devices."""
-    on_machine = Counter(f.machine for f in resources)
-    on_device = Counter((f.machine, f.device) for f in resources)
-    rooms = []
-    for f in resources:
-        machine = on_machine[f.machine]
-        device = machine if f.room.device_is_host else on_device[f.machine, f.device]
-        rooms.append(
-            replace(
-                f.room,
-                device=f.room.device / device,
-                host=f.room.host / machine,
-                disk=f.room.disk / machine,
-            )
-        )
-    return Room.smallest(rooms)
+    on_machine = Counter(worker.machine for worker in resources)
+    on_device = Counter((worker.machine, worker.device) for worker in resources)
+    return Room(
+        min(worker.room.device / on_device[worker.machine, worker.device] for worker in resources),
+        min(worker.room.host / on_machine[worker.machine] for worker in resources),
+        min(worker.room.disk / on_machine[worker.machine] for worker in resources),
+        any(worker.room.device_is_host for worker in resources),
+    )
 
 
 def device_of(resources: Sequence[Resources], num_threads: int) -> Device:
@@ -106,24 +88,20 @@ def device_of(resources: Sequence[Resources], num_threads: int) -> Device:
 
 def available_bytes() -> int:
     """Return the memory that this machine, or this container, can still give."""
-    meminfo = (
-        dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        if Path("/proc/meminfo").exists()
-        else {}
-    )
+    meminfo = dict(line.split(":") for line in _read("/proc/meminfo").splitlines())
     available = int(meminfo.get("MemAvailable", "8000000 kB").split()[0]) * 1024
     for folder, limit, used, prefix in _CGROUPS:
-        if (
-            Path(folder, limit).exists()
-            and (text := Path(folder, limit).read_text().strip()) != "max"
-        ):
-            lines = (
-                Path(folder, "memory.stat").read_text().splitlines()
-                if Path(folder, "memory.stat").exists()
-                else []
-            )
-            stat = dict(line.split() for line in lines)
-            # go when memory is wanted
-            files = sum(int(stat.get(f"{prefix}{kind}_file", 0)) for kind in ("inactive", "active"))
-            available = min(available, int(text) - int(Path(folder, used).read_text()) + files)
+        allowed = _read(folder, limit).strip()
+        if allowed in ("", "max"):
+            continue
+        stat = dict(line.split() for line in _read(folder, "memory.stat").splitlines())
+        # go when memory is wanted
+        files = sum(int(stat.get(f"{prefix}{kind}_file", 0)) for kind in ("inactive", "active"))
+        available = min(available, int(allowed) - int(_read(folder, used)) + files)
     return max(1, available)  # a plan divides by it
+
+
+def _read(*parts: str) -> str:
+    """Return the text of a file; "" if there is none."""
+    path = Path(*parts)
+    return path.read_text() if path.exists() else ""

@@ -22,8 +22,8 @@ from ray_surgeon.models.checkpoint import check_checkpoint, check_tied
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.llama_cpp import tokenizer_names
 from ray_surgeon.plan.devices import Device, Room
-from ray_surgeon.plan.needs import Work
 from ray_surgeon.plan.plan import Plan, plan_job
+from ray_surgeon.plan.work import Work
 from ray_surgeon.report.directory import RunDirectory
 from ray_surgeon.run.reading import as_input_error, environment, load_config, nothing, read_texts
 from ray_surgeon.run.stages import Stages, stages_after_shots, stages_of

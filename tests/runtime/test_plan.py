@@ -17,8 +17,9 @@ from ray_surgeon.memory.stores import Stores
 from ray_surgeon.models.build import BlockRange
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.plan.devices import DEVICES, Room
-from ray_surgeon.plan.needs import Shapes, StepPlan, Work, WorkerView
+from ray_surgeon.plan.needs import StepPlan, WorkerView
 from ray_surgeon.plan.plan import DoesNotFitError, Plan, plan_job
+from ray_surgeon.plan.work import Shapes, Work
 from ray_surgeon.run.inputs import work_of
 from ray_surgeon.run.machines import _bytes
 from ray_surgeon.run.reading import nothing
@@ -377,9 +378,9 @@ def test_mixtures_of_experts_from_their_configurations() -> None:
     on_host = 48 * 128 * 4 * (768**2 / 2 + 2048**2 / 2) + 2 * (
         layout.num_parameters - 2 * 151936 * 2048
     )
-    assert (
-        on_host < found.workers[0].peak(found.room, found.workers[0].steps[2])[1] < 1.2 * on_host
-    ), "with what pieces leave empty"
+    assert on_host < found.peak(found.workers[0].steps[2])[1] < 1.2 * on_host, (
+        "with what pieces leave empty"
+    )
     assert plan("qwen3-235b-a22b", 80 * GB, 2 * TB, 8).excess()[0] <= 1
     # tokens; two operations for each of 3.3e9 weights that a token is multiplied with
     active = 128 * 2048 * 2 * 3.3e9

@@ -1,0 +1,143 @@
+"""What a plan depends on: the work, and the sizes of the model's parts."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import torch
+
+from ray_surgeon.maths.kronecker import PackedSymmetric
+from ray_surgeon.memory.pinned import reserved_bytes
+from ray_surgeon.models.build import BlockRange
+from ray_surgeon.models.checkpoint import part_of_stack
+from ray_surgeon.models.layout import LinearShape, ModelLayout
+
+if TYPE_CHECKING:
+    from ray_surgeon.stages.stage import Stage
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a plan depends on beside model, placement and memory."""
+
+    dtype: str  # of weights and activations
+    num_sequences: int  # of the calibration
+    sequence_length: int
+    factors: Literal["both", "A", "none"]  # which a pass over the calibration text gathers
+    gathered: frozenset[str]  # linears whose factors are gathered
+    stages: tuple[Stage, ...]  # of the job, in their order
+
+
+class ActivationBytes(NamedTuple):
+    """Bytes that a block needs for a token.
+
+    Fitted to measurements of Llama-2-7B's blocks in bfloat16 and SmolLM2's in float32.
+    """
+
+    kept: float  # from its forward to its backward pass
+    moment: float  # more while it runs backward
+    forward_only: float  # without gradients
+    # of eager attention, by reading transformers' code: for each token that it sees, two kept and
+    # four in a moment
+    scores: float
+
+
+class Shapes:
+    """Sizes of a model's parts, each computed once.
+
+    Attributes:
+        layout: of the model.
+        width: bytes of a number.
+        largest_tensor: bytes of the largest parameter.
+        largest_stored: bytes of the largest tensor of a checkpoint, which may hold several.
+        linears: of every block.
+        block_bytes: of the weights of every block.
+        factor_bytes: of the packed factors of every block that are gathered.
+        active_parameters: of every block's linears, what a token is multiplied with.
+        activations: of every block.
+        pinned_bytes: range of blocks -> what a host reserves for its weights, and for its factors.
+    """
+
+    def __init__(self, layout: ModelLayout, work: Work) -> None:
+        self.layout = layout
+        self.width = getattr(torch, work.dtype).itemsize
+        self._sizes = {name: self.width * math.prod(s) for name, s in layout.parameters.items()}
+        self.largest_tensor = max(self._sizes.values())
+        stored: dict[str, int] = defaultdict(int)
+        self._in_blocks: list[list[int]] = [[] for _ in range(layout.num_blocks)]
+        for name, size in self._sizes.items():
+            part = part_of_stack(layout.family, name)
+            stored[name if part is None else part.whole] += size
+            if (block := layout.block_of(name)) is not None:
+                self._in_blocks[block].append(size)
+        self.largest_stored = max(stored.values())
+        self.linears: list[list[LinearShape]] = [[] for _ in range(layout.num_blocks)]
+        for linear in layout.linears:
+            self.linears[linear.block].append(linear)
+        self.block_bytes = [sum(sizes) for sizes in self._in_blocks]
+        self._factors = [_factor_sizes(linears, work) for linears in self.linears]
+        self.factor_bytes = [sum(sizes) for sizes in self._factors]
+        self._share_active = layout.num_active_experts / max(1, layout.num_experts)
+        self.active_parameters = [
+            sum(linear.size * self._part_of_tokens(linear) for linear in linears)
+            for linears in self.linears
+        ]
+        self.activations = [self._activation_bytes(linears) for linears in self.linears]
+        self.pinned_bytes = functools.cache(self._pinned_bytes)
+        self._outside: dict[tuple[bool, bool], int] = {}
+
+    def _part_of_tokens(self, linear: LinearShape) -> float:
+        """Return which part of all tokens a linear sees."""
+        return 1.0 if linear.expert is None else self._share_active
+
+    def _activation_bytes(self, linears: list[LinearShape]) -> ActivationBytes:
+        """Count outputs of a block's linears, products of the feed-forward layer, and copies.
+
+        Attention copies its inputs, and norms keep theirs in float32.
+        """
+        layout = self.layout
+        hidden = int(layout.config.hidden_size)
+        outputs = sum(linear.num_rows * self._part_of_tokens(linear) for linear in linears)
+        widest = max(linear.num_columns for linear in linears)
+        norms = 8 * hidden if self.width < 4 else 0
+        is_eager = layout.family.runs_attention == "eager"
+        return ActivationBytes(
+            self.width * (outputs + widest + 4 * hidden) + norms,
+            self.width * 4 * widest + 12 * hidden,
+            self.width * 3 * widest + 4 * hidden,
+            self.width * layout.heads.num_query * is_eager,
+        )
+
+    def _pinned_bytes(self, blocks: BlockRange) -> tuple[int, int]:
+        weights, factors = (
+            reserved_bytes(itertools.chain(*sizes[blocks.first : blocks.last]))
+            for sizes in (self._in_blocks, self._factors)
+        )
+        return weights, factors
+
+    def outside_bytes(self, blocks: BlockRange) -> int:
+        """Return the bytes of what a shard holds outside of its blocks.
+
+        They depend on whether it has the first block and the last.
+        """
+        ends = blocks.is_first, blocks.is_last
+        if ends not in self._outside:
+            names = self.layout.parameters_of(blocks)
+            outside = (name for name in names if self.layout.block_of(name) is None)
+            self._outside[ends] = sum(self._sizes[name] for name in outside)
+        return self._outside[ends]
+
+
+def _factor_sizes(linears: list[LinearShape], work: Work) -> list[int]:
+    """Return the bytes of A and G of a block's linears, packed float32."""
+    if work.factors == "none":
+        return []
+    gathered = [linear for linear in linears if linear.name in work.gathered]
+    columns = {linear.shared_input: linear.num_columns for linear in gathered}
+    rows = [linear.num_rows for linear in gathered]
+    return [4 * PackedSymmetric.size(n) for n in (*columns.values(), *rows)]
