@@ -9,13 +9,14 @@ import json
 import os
 import sysconfig
 from collections.abc import Iterable, Iterator
-from importlib.metadata import distributions
+from importlib.metadata import Distribution, distributions
 from itertools import zip_longest
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from ray_surgeon.spec.texts import TEXT_SUFFIXES, SourceSection
 from ray_surgeon.storage import files
+from ray_surgeon.storage.errors import REASON, refusing
 from ray_surgeon.storage.sources import HTTP_ERROR
 
 TRAIN_SHARE = 0.8
@@ -78,12 +79,11 @@ def _docstrings_in(path: Path, *, of_modules: bool) -> Iterator[str]:
 
     That of the file itself comes if it is wanted.
     """
+    documented = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) or (
-            of_modules and isinstance(node, ast.Module)
-        ):
-            docstring = ast.get_docstring(node)
-            if docstring and len(docstring) >= _LONGER:
+        if isinstance(node, documented) or (of_modules and isinstance(node, ast.Module)):
+            docstring = ast.get_docstring(node) or ""
+            if len(docstring) >= _LONGER:
                 yield docstring
 
 
@@ -98,9 +98,8 @@ def _code(split: str) -> Iterator[str]:
     drawn = []
     for path in root.glob("*/**/*.py"):
         inside = path.relative_to(root)
-        is_test = any("test" in part.lower() for part in inside.parts)
-        if not is_test and not _NOT_CODE.intersection(inside.parts):
-            drawn.append((hashlib.sha256(inside.as_posix().encode()).digest(), path))
+        if not _is_test(inside) and not _NOT_CODE.intersection(inside.parts):
+            drawn.append((_drawn(inside), path))
     for digest, path in sorted(drawn):
         if (digest[-1] >= TRAIN_SHARE * 256) == (split == "test"):
             with contextlib.suppress(OSError, UnicodeDecodeError):
@@ -117,90 +116,85 @@ def _package_docstrings() -> Iterator[str]:
     """
     files_of = {}
     for package in distributions():
-        sources = [
-            file
-            for file in package.files or ()
-            if file.suffix == ".py" and not any("test" in part for part in file.parts)
-        ]
-        drawn = sorted(sources, key=lambda file: hashlib.sha256(file.as_posix().encode()).digest())
-        files_of[str(package.metadata["Name"]).lower()] = [
-            Path(str(file.locate())) for file in drawn
-        ]
+        sources = [file for file in package.files or () if file.suffix == ".py"]
+        drawn = sorted((file for file in sources if not _is_test(file)), key=_drawn)
+        files_of[_name(package)] = [Path(str(file.locate())) for file in drawn]
     seen = set(_docstrings())
     for turn in zip_longest(*(paths for _, paths in sorted(files_of.items()))):
-        for path in turn:
+        for path in filter(None, turn):
             # a package may bring templates, or files that were removed
             with contextlib.suppress(OSError, SyntaxError, UnicodeError):
-                for docstring in () if path is None else _docstrings_in(path, of_modules=False):
+                for docstring in _docstrings_in(path, of_modules=False):
                     if docstring not in seen:
                         seen.add(docstring)
                         yield docstring
 
 
+def _is_test(path: PurePath) -> bool:
+    return any("test" in part for part in path.parts)
+
+
+def _drawn(path: PurePath) -> bytes:
+    """Return bytes that put files into an order that mixes them."""
+    return hashlib.sha256(path.as_posix().encode()).digest()
+
+
+def _name(package: Distribution) -> str:
+    return str(package.metadata["Name"]).lower()
+
+
 def _descriptions() -> Iterator[str]:
     """Yield the prose in the installed packages' descriptions, in order of their names."""
-    descriptions = {
-        str(package.metadata["Name"]).lower(): package.metadata.json.get("description")
-        for package in distributions()
+    texts = {
+        _name(package): package.metadata.json.get("description") for package in distributions()
     }
-    for _, description in sorted(descriptions.items()):
-        paragraphs = (
-            paragraph.strip()
-            for paragraph in str(description or "").replace("\r\n", "\n").split("\n\n")
-        )
-        if prose := [paragraph for paragraph in paragraphs if _is_prose(paragraph)]:
+    for _, text in sorted(texts.items()):
+        paragraphs = str(text or "").replace("\r\n", "\n").split("\n\n")
+        if prose := list(filter(_is_prose, map(str.strip, paragraphs))):
             yield "\n\n".join(prose)
 
 
 def _is_prose(paragraph: str) -> bool:
     """Whether a paragraph is sentences, not code, a table, a list of links or badges."""
     plain = sum(character.isalpha() or character in " \n.,;'" for character in paragraph)
-    return (
-        len(paragraph) >= _PARAGRAPH and plain >= _PLAIN * len(paragraph) and "```" not in paragraph
-    )
+    is_plain = plain >= _PLAIN * len(paragraph) and "```" not in paragraph
+    return is_plain and len(paragraph) >= _PARAGRAPH
 
 
 def _file_documents(text: SourceSection, where: str) -> Iterator[str]:
-    try:
+    remedy = "check the address, the credentials and the network"
+    with refusing(f"{where}: cannot read {text.source}", remedy):
         uris = files.glob(text.source)
-    except OSError as error:
-        raise ValueError(
-            f"{where}: cannot read {text.source}: {error}; check the address, the credentials and "
-            "the network"
-        ) from error
     if not uris:
         raise ValueError(
             f"{where}: there is no file {text.source}; give a .txt, .jsonl or .parquet file, * for "
             "several"
         )
     for uri in uris:
-        try:
+        with refusing(f"{where}: cannot read {uri}", "check the permissions and the network"):
             yield from _documents_in(uri, text.column, where)
-        except OSError as error:
-            raise ValueError(
-                f"{where}: cannot read {uri}: {error}; check the permissions and the network"
-            ) from error
 
 
 def _documents_in(uri: str, column: str, where: str) -> Iterator[str]:
-    if uri.endswith(".txt"):
-        try:
+    try:
+        if uri.endswith(".txt"):
             yield from _pieces(uri)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
-        return
-    records = (
-        _json_lines(uri, where) if uri.endswith(".jsonl") else _parquet_rows(uri, column, where)
-    )
+        else:
+            records = _json_lines(uri) if uri.endswith(".jsonl") else _parquet_rows(uri, column)
+            yield from _texts_of(records, column, f"of {uri} has no text in {column!r}")
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _texts_of(records: Iterable[Any], column: str, lacks: str) -> Iterator[str]:
+    """Yield a column of records; `lacks` says what is wrong with one that does not have it."""
     for number, record in enumerate(records, start=1):
-        value = record.get(column) if isinstance(record, dict) else None
-        if not isinstance(value, str):
-            known = sorted(record) if isinstance(record, dict) else type(record).__name__
-            raise ValueError(
-                f"{where}: record {number} of {uri} has no text in {column!r}; it has {known}; set "
-                "the column"
-            )
-        yield value
+        is_object = isinstance(record, dict)
+        text = record.get(column) if is_object else None
+        if not isinstance(text, str):
+            known = sorted(record) if is_object else type(record).__name__
+            raise ValueError(f"record {number} {lacks}; it has {known}; set the column")
+        yield text
 
 
 def _pieces(uri: str) -> Iterator[str]:
@@ -212,48 +206,49 @@ def _pieces(uri: str) -> Iterator[str]:
     if size is not None and size <= PIECE_BYTES:
         yield files.read_text(uri)
         return
-    lines: list[str] = []
+    for lines in batches((line + "\n" for line in files.read_lines(uri)), PIECE_BYTES + 1):
+        yield "".join(lines).removesuffix("\n")
+
+
+def batches(
+    texts: Iterable[str], max_length: int, max_number: int | None = None
+) -> Iterator[list[str]]:
+    """Yield texts in lists, which end with `max_length` characters or `max_number` texts."""
+    batch: list[str] = []
     length = 0
-    for line in files.read_lines(uri):
-        lines.append(line)
-        length += len(line) + 1
-        if length > PIECE_BYTES:
-            yield "\n".join(lines)
-            lines = []
+    for text in texts:
+        batch.append(text)
+        length += len(text)
+        if length >= max_length or len(batch) == max_number:
+            yield batch
+            batch = []
             length = 0
-    if lines:
-        yield "\n".join(lines)
+    if batch:
+        yield batch
 
 
-def _json_lines(uri: str, where: str) -> Iterator[Any]:
+def _json_lines(uri: str) -> Iterator[Any]:
     for number, line in enumerate(files.read_lines(uri), start=1):
-        if line.strip():
-            try:
+        said = f"line {number} of {uri} is not JSON ({REASON})"
+        with refusing(said, "one JSON object a line is expected", files.JSON_ERRORS):
+            if line.strip():
                 yield json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise ValueError(
-                    f"{where}: line {number} of {uri} is not JSON ({error}); one JSON object a "
-                    "line is expected"
-                ) from error
 
 
-def _parquet_rows(uri: str, column: str, where: str) -> Iterator[Any]:
+def _parquet_rows(uri: str, column: str) -> Iterator[Any]:
     import pyarrow.parquet
 
-    with open(files.local_copy(uri), "rb") as file:
-        try:
-            table = pyarrow.parquet.ParquetFile(file)
-            if column not in table.schema_arrow.names:
-                raise ValueError(
-                    f"{where}: {uri} has no column {column!r}; it has {table.schema_arrow.names}; "
-                    "set the column"
-                )
-            for batch in table.iter_batches(columns=[column]):
-                yield from batch.to_pylist()
-        except pyarrow.ArrowInvalid as error:
-            raise ValueError(
-                f"{where}: {uri} is not a parquet file ({error}); check the file"
-            ) from error
+    damaged = f"{uri} is not a parquet file ({REASON})"
+    with (
+        open(files.local_copy(uri), "rb") as file,
+        refusing(damaged, "check the file", pyarrow.ArrowInvalid),
+    ):
+        table = pyarrow.parquet.ParquetFile(file)
+        names = table.schema_arrow.names
+        if column not in names:
+            raise ValueError(f"{uri} has no column {column!r}; it has {names}; set the column")
+        for batch in table.iter_batches(columns=[column]):
+            yield from batch.to_pylist()
 
 
 def is_saved_whole(text: SourceSection) -> bool:
@@ -267,41 +262,35 @@ def is_saved_whole(text: SourceSection) -> bool:
 def _dataset_documents(text: SourceSection, where: str) -> tuple[Iterator[str], bool]:
     import datasets
 
-    try:
+    has_splits = True
+    with _saying_which(text, where):
         if is_saved_whole(text) or os.path.exists(Path(text.source) / "dataset_dict.json"):
-            loaded = datasets.load_from_disk(text.source)
-            has_splits = isinstance(loaded, datasets.DatasetDict)
-            if not has_splits and text.split not in ("train", "test"):
+            dataset = datasets.load_from_disk(text.source)
+            has_splits = isinstance(dataset, datasets.DatasetDict)
+            if has_splits:
+                dataset = dataset[text.split]
+            elif text.split not in ("train", "test"):
                 raise ValueError("it has no splits, so only train and test can be cut from it")
-            dataset = loaded[text.split] if has_splits else loaded
         else:
-            has_splits = True
             dataset = datasets.load_dataset(
                 text.source, text.config, split=text.split, revision=text.revision, streaming=True
             )
-    except _DATA_SET_ERRORS as error:
-        raise _data_set_error(text, where, error) from error
-    return _records_text(dataset, text, where), has_splits
+    return _texts_of_dataset(dataset, text, where), has_splits
 
 
-def _records_text(dataset: Iterable[Any], text: SourceSection, where: str) -> Iterator[str]:
+def _texts_of_dataset(dataset: Iterable[Any], text: SourceSection, where: str) -> Iterator[str]:
+    with _saying_which(text, where):
+        yield from _texts_of(dataset, text.column, f"has no text in column {text.column!r}")
+
+
+@contextlib.contextmanager
+def _saying_which(text: SourceSection, where: str) -> Iterator[None]:
     try:
-        for number, record in enumerate(dataset, start=1):
-            if not isinstance(record.get(text.column), str):
-                known = sorted(record)
-                raise ValueError(
-                    f"record {number} has no text in column {text.column!r}; it has {known}; set "
-                    "the column"
-                )
-            yield record[text.column]
+        yield
     except _DATA_SET_ERRORS as error:
-        raise _data_set_error(text, where, error) from error
-
-
-def _data_set_error(text: SourceSection, where: str, error: Exception) -> ValueError:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return ValueError(
-        f"{where}: cannot read the data set {text.source!r} (config {text.config}, split "
-        f"{text.split}): {reason}; check name, config, split and network, or give files ending in "
-        f"{', '.join(TEXT_SUFFIXES)}"
-    )
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{where}: cannot read the data set {text.source!r} (config {text.config}, split "
+            f"{text.split}): {reason}; check name, config, split and network, or give files ending "
+            f"in {', '.join(TEXT_SUFFIXES)}"
+        ) from error

@@ -8,6 +8,7 @@ stores publish an object when its upload ends.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fnmatch
 import hashlib
@@ -16,7 +17,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,13 @@ import fsspec
 from filelock import FileLock
 from fsspec.implementations.local import LocalFileSystem
 
-from ray_surgeon.storage.retrying import naming, tries_again
+from ray_surgeon.storage.errors import REASON, naming, refusing
+from ray_surgeon.storage.retrying import tries_again
 
 WRITING = ".writing-"
 """How the names of folders begin in which files are written until they are whole."""
+JSON_ERRORS = (json.JSONDecodeError, RecursionError)
+"""What reading JSON raises."""
 MAX_JSON_BYTES = 64 * 2**20
 """Tokenizers have tens of megabytes; more is no description of anything."""
 
@@ -56,21 +60,16 @@ def open_filesystem(uri: str) -> tuple[Any, str]:
     # workers ask the machine's role for credentials, all at once, and not all are answered
     if uri.startswith(("s3://", "s3a://")):
         os.environ.setdefault("AWS_METADATA_SERVICE_NUM_ATTEMPTS", "5")
+    known = "give a local path or a URI that fsspec knows, such as s3://bucket/folder"
     try:
-        filesystem, path = fsspec.core.url_to_fs(uri)
+        with refusing(uri, known, ValueError):
+            filesystem, path = fsspec.core.url_to_fs(uri)
     except ImportError as error:
-        extra = (
-            "pip install 's3fs' (or ray-surgeon[s3])"
-            if uri.startswith("s3")
-            else f"install its fsspec package ({error})"
-        )
+        remedy = f"install its fsspec package ({error})"
+        if uri.startswith("s3"):
+            remedy = "pip install 's3fs' (or ray-surgeon[s3])"
         raise ValueError(
-            f"{uri}: the storage protocol needs a package that is not installed; {extra}"
-        ) from error
-    except ValueError as error:
-        raise ValueError(
-            f"{uri}: {error}; give a local path or a URI that fsspec knows, such as "
-            "s3://bucket/folder"
+            f"{uri}: the storage protocol needs a package that is not installed; {remedy}"
         ) from error
     if "hf" not in filesystem.protocol:  # whose content is pinned to a commit
         filesystem.invalidate_cache()  # another worker may have written meanwhile
@@ -133,12 +132,6 @@ def download(uri: str, target: Path) -> None:
         filesystem.get_file(path, str(target))
 
 
-def put_file(uri: str, source: Path) -> None:
-    """Copy a local file, whole or not at all."""
-    with tempfile.TemporaryDirectory(dir=scratch_folder(uri), prefix=WRITING) as folder:
-        upload(uri, Path(shutil.copyfile(source, Path(folder) / "file")))
-
-
 @tries_again
 def list_names(uri: str) -> list[str]:
     """Return the sorted names in a folder; an absent folder is empty.
@@ -153,11 +146,8 @@ def list_names(uri: str) -> list[str]:
     itself = path.rstrip("/")
     if itself in entries and filesystem.isdir(path):
         entries.remove(itself)
-    return sorted(
-        name
-        for name in (entry.rpartition("/")[2] for entry in entries)
-        if not name.startswith(WRITING)
-    )
+    names = (entry.rpartition("/")[2] for entry in entries)
+    return sorted(name for name in names if not name.startswith(WRITING))
 
 
 @tries_again
@@ -165,14 +155,9 @@ def list_files(uri: str) -> list[str]:
     """Return the sorted paths, from a folder on, of all files below it; see `list_names`."""
     filesystem, path = open_filesystem(uri)
     root = path.rstrip("/") + "/"
-    names = (
-        entry.removeprefix(root)
-        for entry in filesystem.find(path)
-        if entry.startswith(root) and not entry.endswith("/")
-    )
-    return sorted(
-        name for name in names if not any(part.startswith(WRITING) for part in name.split("/"))
-    )
+    entries = (entry for entry in filesystem.find(path) if not entry.endswith("/"))
+    names = (entry.removeprefix(root) for entry in entries if entry.startswith(root))
+    return sorted(n for n in names if not any(p.startswith(WRITING) for p in n.split("/")))
 
 
 @tries_again
@@ -189,10 +174,13 @@ def read_bytes(uri: str) -> bytes:
     filesystem, path = open_filesystem(uri)
     content = filesystem.cat_file(path)
     assert isinstance(content, bytes)
-    size = filesystem.size(path)
-    if size not in (None, len(content)):  # web servers need not say the size
-        raise OSError(errno.EIO, f"{uri}: {len(content)} of {size} bytes came")
+    _check_whole(uri, len(content), filesystem.size(path))
     return content
+
+
+def _check_whole(uri: str, num_bytes: int, size: int | None) -> None:
+    if size not in (None, num_bytes):  # web servers need not say the size
+        raise OSError(errno.EIO, f"{uri}: {num_bytes} of {size} bytes came")
 
 
 def check_size(uri: str, max_bytes: int, what: str) -> None:
@@ -246,14 +234,24 @@ def read_lines(uri: str) -> Iterator[str]:
                 ) from error
 
 
+@contextlib.contextmanager
+def replacing(uri: str) -> Iterator[Path]:
+    """Yield a local path to write to; its file then takes its place at the URI."""
+    filesystem, path = open_filesystem(uri)
+    beside = None
+    if isinstance(filesystem, LocalFileSystem):
+        beside = Path(path).parent
+        beside.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=beside, prefix=WRITING) as folder:
+        yield Path(folder) / "file"
+        _upload(uri, Path(folder) / "file")
+
+
 @tries_again
-def upload(uri: str, source: Path) -> None:
-    """Move a local file that lies in `scratch_folder` to its place."""
+def _upload(uri: str, source: Path) -> None:
     filesystem, path = open_filesystem(uri)
     if isinstance(filesystem, LocalFileSystem):
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(source, target)
+        os.replace(source, path)
     else:
         filesystem.put_file(str(source), path)
         written = filesystem.info(path)["size"]
@@ -261,22 +259,16 @@ def upload(uri: str, source: Path) -> None:
             raise OSError(errno.EIO, f"{uri}: {written} of {source.stat().st_size} bytes arrived")
 
 
-def scratch_folder(uri: str) -> str | None:
-    """Return a folder from which `upload` is a rename, for local targets."""
-    filesystem, path = open_filesystem(uri)
-    if not isinstance(filesystem, LocalFileSystem):
-        return None
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    return str(Path(path).parent)
+def put_file(uri: str, source: Path) -> None:
+    """Copy a local file, whole or not at all."""
+    with replacing(uri) as path:
+        shutil.copyfile(source, path)
 
 
 def write_text(uri: str, text: str) -> None:
     """Write a UTF-8 file, whole or not at all."""
-    with tempfile.TemporaryDirectory(dir=scratch_folder(uri), prefix=WRITING) as folder:
-        scratch = Path(folder) / "file"
-        with naming(uri):
-            scratch.write_text(text, encoding="utf-8")
-        upload(uri, scratch)
+    with replacing(uri) as path, naming(uri):
+        path.write_text(text, encoding="utf-8")
 
 
 def is_local(uri: str) -> bool:
@@ -299,12 +291,9 @@ def read_json(uri: str) -> Any:
         ValueError: it is not JSON, or far too large.
     """
     check_size(uri, MAX_JSON_BYTES, "this is no description of a model; fetch it again")
-    try:
+    remedy = "the file is damaged or is another kind of file"
+    with refusing(f"{uri}: not valid JSON ({REASON})", remedy, JSON_ERRORS):
         return json.loads(read_text(uri))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(
-            f"{uri}: not valid JSON ({error}); the file is damaged or is another kind of file"
-        ) from error
 
 
 def write_json(uri: str, record: object) -> None:
@@ -322,26 +311,24 @@ def local_copy(uri: str) -> Path:
     if isinstance(filesystem, LocalFileSystem):
         return Path(path)
     info = filesystem.info(path)
-    version = (
-        f"{uri} {info['size']} "
-        f"{info.get('ETag') or info.get('LastModified') or info.get('created') or ''}"
-    )
-    target = (
-        cache_folder()
-        / "files"
-        / hashlib.sha256(version.encode()).hexdigest()[:32]
-        / path.rpartition("/")[2]
-    )
+    tag = info.get("ETag") or info.get("LastModified") or info.get("created") or ""
+    key = hashlib.sha256(f"{uri} {info['size']} {tag}".encode()).hexdigest()[:32]
+
+    def fetch(partial: Path) -> None:
+        with naming(str(partial)):
+            filesystem.get_file(path, str(partial))
+        _check_whole(uri, partial.stat().st_size, info["size"])
+
+    return made_once(cache_folder() / "files" / key / path.rpartition("/")[2], fetch)
+
+
+def made_once(target: Path, make: Callable[[Path], None]) -> Path:
+    """Return a file or folder of the cache; `make` writes it to another path if it is absent."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(str(target) + ".lock"):
+    with FileLock(f"{target}.lock"):
         if not target.exists():
-            partial = target.with_name(target.name + ".partial")
-            with naming(str(partial)):
-                filesystem.get_file(path, str(partial))
-            if info["size"] not in (None, partial.stat().st_size):
-                raise OSError(
-                    errno.EIO, f"{uri}: {partial.stat().st_size} of {info['size']} bytes came"
-                )
+            partial = target.with_name(f"{target.name}.partial")
+            make(partial)
             os.replace(partial, target)
     return target
 
@@ -350,6 +337,5 @@ def read_range(uri: str, start: int, end: int) -> bytes:
     """Read bytes from `start` up to `end`, once: callers try again."""
     filesystem, path = open_filesystem(uri)
     content: bytes = filesystem.cat_file(path, start=start, end=end)
-    if len(content) != end - start:
-        raise OSError(errno.EIO, f"{uri}: {len(content)} of {end - start} bytes came")
+    _check_whole(uri, len(content), end - start)
     return content

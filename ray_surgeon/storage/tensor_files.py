@@ -10,11 +10,9 @@ import json
 import math
 import re
 import struct
-import tempfile
 import threading
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ray_surgeon.storage import files
+from ray_surgeon.storage.errors import REASON, refusing
 from ray_surgeon.storage.retrying import tries_again
 
 _MAX_HEADER_BYTES = 25_000_000
@@ -30,37 +29,21 @@ _MAX_HEADER_BYTES = 25_000_000
 
 The format allows four times that; a file of a large model has some 100 kB.
 """
-_ITEM_BYTES = {
-    "F64": 8,
-    "I64": 8,
-    "U64": 8,
-    "F32": 4,
-    "I32": 4,
-    "U32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "I16": 2,
-    "U16": 2,
-    "I8": 1,
-    "U8": 1,
-    "BOOL": 1,
-}
-_ITEM_BYTES |= {"F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
 _DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
     "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
 }
-"""Those of which a tensor is ever read."""
+for _bits in (16, 32, 64):
+    _DTYPES[f"F{_bits}"] = getattr(torch, f"float{_bits}")
+    _DTYPES[f"I{_bits}"] = getattr(torch, f"int{_bits}")
+    _DTYPES[f"U{_bits}"] = getattr(torch, f"uint{_bits}")
+_BAD_HEADER = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+"""What reading a damaged header raises."""
 _FINGERPRINT_BYTES = 65536
 
 _read_part = tries_again(files.read_range)
@@ -68,26 +51,17 @@ _read_part = tries_again(files.read_range)
 
 def write(uri: str, tensors: Mapping[str, Tensor]) -> int:
     """Write tensors as one safetensors file and return its size in bytes."""
-    with tempfile.TemporaryDirectory(dir=files.scratch_folder(uri), prefix=files.WRITING) as folder:
-        scratch = Path(folder) / "file"
+    with files.replacing(uri) as scratch:
+        on_cpu = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
         try:
-            save_file(
-                {name: t.contiguous().cpu() for name, t in tensors.items()},
-                scratch,
-                metadata={"format": "pt"},
-            )
+            save_file(on_cpu, scratch, metadata={"format": "pt"})
         except SafetensorError as error:
-            remedy = (
-                "; free space on the disk, then go on with --resume"
-                if re.search("No space|quota", str(error))
-                else ""
-            )
+            is_full = re.search("No space|quota", str(error))
+            remedy = "; free space on the disk, then go on with --resume" if is_full else ""
             raise OSError(f"{uri}: cannot write: {error}{remedy}") from error
         # safetensors writes 0600, which another user that serves the model could not read
         scratch.chmod(0o644)
-        size = scratch.stat().st_size
-        files.upload(uri, scratch)
-    return size
+        return scratch.stat().st_size
 
 
 def read(uri: str, names: Container[str] | None = None) -> dict[str, Tensor]:
@@ -140,11 +114,9 @@ class Reader:
             start = start + entry * size
         content = bytearray(_read_part(uri, start, end))
         dtype = _DTYPES[header.dtypes[name]]
-        return (
-            torch.frombuffer(content, dtype=dtype).view(shape)
-            if content
-            else torch.empty(shape, dtype=dtype)
-        )
+        if not content:
+            return torch.empty(shape, dtype=dtype)
+        return torch.frombuffer(content, dtype=dtype).view(shape)
 
     def close(self) -> None:
         """Close the files, so that the space of removed ones is free.
@@ -187,29 +159,25 @@ def read_header(uri: str) -> Header:
             f"{uri}: not a safetensors file, or cut short ({size} bytes, header of {length}); "
             "fetch it again"
         )
-    raw = files.read_range(uri, 8, 8 + length)
-    try:
-        header = json.loads(raw)
-        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    start = 8 + length
+    raw = files.read_range(uri, 8, start)
+    damaged = f"{uri}: the safetensors header is damaged ({REASON})"
+    with refusing(damaged, "fetch the file again", _BAD_HEADER):
+        entries = json.loads(raw)
+        entries.pop("__metadata__", None)
         shapes = {name: tuple(int(n) for n in entry["shape"]) for name, entry in entries.items()}
-        end = _end_of_data(entries, shapes)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        end = start + _end_of_data(entries, shapes)
+    if end != size:
         raise ValueError(
-            f"{uri}: the safetensors header is damaged ({error}); fetch the file again"
-        ) from error
-    if 8 + length + end != size:
-        raise ValueError(
-            f"{uri}: cut short or padded: {size} bytes, {8 + length + end} by its header; fetch it "
-            "again"
+            f"{uri}: cut short or padded: {size} bytes, {end} by its header; fetch it again"
         )
-    tail = files.read_range(uri, max(8 + length, size - _FINGERPRINT_BYTES), size)
-    places = {
-        name: (8 + length + int(e["data_offsets"][0]), 8 + length + int(e["data_offsets"][1]))
-        for name, e in entries.items()
-    }
-    fingerprint = hashlib.sha256(raw + str(size).encode() + tail).hexdigest()
+    tail = files.read_range(uri, max(start, size - _FINGERPRINT_BYTES), size)
+    offsets = {name: entry["data_offsets"] for name, entry in entries.items()}
     return Header(
-        shapes, {name: str(entry["dtype"]) for name, entry in entries.items()}, places, fingerprint
+        shapes,
+        {name: str(entry["dtype"]) for name, entry in entries.items()},
+        {name: (start + int(first), start + int(last)) for name, (first, last) in offsets.items()},
+        hashlib.sha256(raw + str(size).encode() + tail).hexdigest(),
     )
 
 
@@ -224,9 +192,9 @@ def _end_of_data(entries: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
     end = 0
     for name, entry in sorted(entries.items(), key=lambda item: int(item[1]["data_offsets"][0])):
         first, last = (int(offset) for offset in entry["data_offsets"])
-        if entry["dtype"] not in _ITEM_BYTES:
+        if entry["dtype"] not in _DTYPES:
             raise ValueError(f"{name} has the unknown dtype {entry['dtype']}")
-        size = math.prod(shapes[name]) * _ITEM_BYTES[entry["dtype"]]
+        size = math.prod(shapes[name]) * _DTYPES[entry["dtype"]].itemsize
         if min(shapes[name], default=0) < 0 or (first, last - first) != (end, size):
             raise ValueError(
                 f"{name} of shape {shapes[name]} and dtype {entry['dtype']} cannot lie at bytes "

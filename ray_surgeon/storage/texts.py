@@ -8,7 +8,7 @@ begins with it: such models are lost without it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from transformers import AutoTokenizer
 
 from ray_surgeon.spec.texts import SourceSection
-from ray_surgeon.storage.documents import PIECE_BYTES, TRAIN_SHARE, documents_of
+from ray_surgeon.storage.documents import PIECE_BYTES, TRAIN_SHARE, batches, documents_of
 
 _FEWEST_TOKENS = 4
 _DOCUMENTS_PER_CALL = 1000
@@ -196,7 +196,9 @@ def token_stream(text: SourceSection, tokenizer: Any, where: str) -> NDArray[np.
     pieces = []
     count = 0
     per_call = _CODE_FILES_PER_CALL if text.source == "python-code" else _DOCUMENTS_PER_CALL
-    for chunk in _joined(documents, per_call):
+    for batch in batches(documents, PIECE_BYTES, per_call):
+        goes_on = len(batch) == per_call or sum(map(len, batch)) >= PIECE_BYTES
+        chunk = "\n\n".join(batch) + "\n\n" * goes_on
         ids = tokenizer(
             chunk, add_special_tokens=False, return_attention_mask=False, verbose=False
         )["input_ids"]
@@ -209,17 +211,3 @@ def token_stream(text: SourceSection, tokenizer: Any, where: str) -> NDArray[np.
         return stream
     border = int(len(stream) * TRAIN_SHARE)
     return stream[:border] if text.split == "train" else stream[border:]
-
-
-def _joined(documents: Iterable[str], per_call: int) -> Iterator[str]:
-    batch: list[str] = []
-    length = 0
-    for document in documents:
-        batch.append(document)
-        length += len(document)
-        if len(batch) == per_call or length >= PIECE_BYTES:
-            yield "\n\n".join(batch) + "\n\n"
-            batch = []
-            length = 0
-    if batch:
-        yield "\n\n".join(batch)
