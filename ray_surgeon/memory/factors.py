@@ -42,28 +42,26 @@ class FactorStore:
         kept = self._kept[key]
         if self._place == "device":
             return kept
-        return PackedSymmetric(n, torch.empty_like(kept.flat, device=self._device).copy_(kept.flat))
+        return PackedSymmetric(n, kept.flat.to(self._device, copy=True))
 
     def put(self, key: str, total: PackedSymmetric) -> None:
         """Keep a sum in place of the one there was."""
-        if self._place == "disk":
-            with self._scratch.replacing(f"{key}.factor") as path:
-                total.flat.cpu().numpy().tofile(path)
-            flat = torch.from_file(
-                str(self._scratch.path(f"{key}.factor")),
-                shared=False,
-                size=len(total.flat),
-                dtype=total.flat.dtype,
-            )
-            total = PackedSymmetric(total.n, flat)
-        elif self._place == "host":
-            if key not in self._kept:
-                self._kept[key] = PackedSymmetric(
-                    total.n, self._memory.empty(total.flat.shape, total.flat.dtype)
-                )
-            self._kept[key].flat.copy_(total.flat)
+        if self._place == "device":
+            self._kept[key] = total
             return
-        self._kept[key] = total
+        flat = total.flat
+        if self._place == "disk":
+            name = f"{key}.factor"
+            with self._scratch.replacing(name) as path:
+                flat.cpu().numpy().tofile(path)
+            file = str(self._scratch.path(name))
+            flat = torch.from_file(file, shared=False, size=len(flat), dtype=flat.dtype)
+            self._kept[key] = PackedSymmetric(total.n, flat)
+        elif key in self._kept:
+            self._kept[key].flat.copy_(flat)
+        else:
+            own = self._memory.empty(flat.shape, flat.dtype).copy_(flat)
+            self._kept[key] = PackedSymmetric(total.n, own)
 
     def drop(self, key: str) -> None:
         """Forget a sum."""
@@ -77,4 +75,3 @@ class FactorStore:
         """Forget everything."""
         for key in list(self._kept):
             self.drop(key)
-        self._memory.clear()

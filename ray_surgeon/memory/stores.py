@@ -93,11 +93,8 @@ class Scratch:
 
     def _earlier(self) -> list[Path]:
         """Return the folders of earlier tries of this run."""
-        return [
-            left
-            for left in (self._run.iterdir() if self._run.exists() else ())
-            if left.name != self._attempt
-        ]
+        tries = self._run.iterdir() if self._run.exists() else ()
+        return [folder for folder in tries if folder.name != self._attempt]
 
     def earlier_bytes(self) -> int:
         """Return the bytes of what earlier tries of this run left."""
@@ -115,8 +112,6 @@ class Scratch:
     def close(self) -> None:
         """Remove the folder, and those above it that are empty then."""
         shutil.rmtree(self.folder, ignore_errors=True)
-        for parent in (self.folder.parent, self._run):
-            try:
-                parent.rmdir()
-            except OSError:  # other workers' folders are there, or it is gone
-                return
+        with contextlib.suppress(OSError):  # other workers' folders are there, or it is gone
+            self.folder.parent.rmdir()
+            self._run.rmdir()

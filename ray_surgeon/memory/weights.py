@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,6 +17,8 @@ from torch import Tensor, nn
 from ray_surgeon.memory.pinned import HostMemory
 from ray_surgeon.memory.stores import Place, Scratch
 
+TENSORS_AHEAD = 8
+"""Tensors that are on their way or wait to be taken, at most."""
 ENTRIES_AHEAD = 2**27
 """Of tensors that are read ahead: with as many, no further one is begun."""
 Read = Callable[[str], Tensor]
@@ -28,11 +29,7 @@ class ReadAhead:
     """Reads tensors from afar, several at a time, in the order in which they will be asked for."""
 
     def __init__(
-        self,
-        read: Read,
-        names: Sequence[str],
-        shapes: Mapping[str, Sequence[int]],
-        num_at_once: int = 8,
+        self, read: Read, names: Sequence[str], shapes: Mapping[str, Sequence[int]]
     ) -> None:
         """Start to read.
 
@@ -40,37 +37,26 @@ class ReadAhead:
             read: may be called from several threads.
             names: every tensor that will be asked for, in order.
             shapes: of those that are large.
-            num_at_once: tensors that are on their way or wait to be taken, or fewer that have
-                `ENTRIES_AHEAD` entries together.
         """
         self._read = read
         self._left = deque(names)
-        self._shapes = shapes
-        self._num_at_once = num_at_once
-        self._pool = ThreadPoolExecutor(num_at_once)
+        self._num_entries = {name: math.prod(shapes.get(name, ())) for name in names}
+        self._pool = ThreadPoolExecutor(TENSORS_AHEAD)
         self._coming: dict[str, Future[Tensor]] = {}
-        self._num_entries = 0  # of those that are coming
         self._start_more()
 
     def _start_more(self) -> None:
-        while (
-            self._left
-            and len(self._coming) < self._num_at_once
-            and self._num_entries < ENTRIES_AHEAD
-        ):
+        while self._left and len(self._coming) < TENSORS_AHEAD:
+            if sum(map(self._num_entries.__getitem__, self._coming)) >= ENTRIES_AHEAD:
+                return
             name = self._left.popleft()
-            self._num_entries += self._size(name)
             self._coming[name] = self._pool.submit(self._read, name)
-
-    def _size(self, name: str) -> int:
-        return math.prod(self._shapes.get(name, ()))
 
     def __call__(self, name: str) -> Tensor:
         """Return a tensor."""
         coming = self._coming.pop(name, None)
         if coming is None:
             return self._read(name)
-        self._num_entries -= self._size(name)
         self._start_more()
         if not self._coming:
             self._pool.shutdown(wait=False)
@@ -99,10 +85,11 @@ class Slot:
         return parameter.detach()
 
 
-class WeightStore(ABC):
-    """The weights of a shard's blocks by global name.
+class WeightStore:
+    """The weights of a shard's blocks by global name; all of them are on the device.
 
-    A block has its weights on the device inside of ``with store.block(...)``.
+    A block has its weights on the device inside of ``with store.block(...)``, whichever store it
+    is: those below keep them elsewhere.
     """
 
     def __init__(self, slots: Sequence[Mapping[str, Slot]], device: torch.device) -> None:
@@ -117,7 +104,6 @@ class WeightStore(ABC):
         self._all = {name: slot for of_block in slots for name, slot in of_block.items()}
         self.names = tuple(self._all)
 
-    @abstractmethod
     def fill(self, read: Read, checked: Callable[[str, Tensor], None], *, stays: bool) -> None:
         """Take the weights.
 
@@ -127,14 +113,21 @@ class WeightStore(ABC):
             stays: whether `read` goes on to give the same tensors at little cost, from a local
                 disk.
         """
+        for name, slot in self._all.items():
+            value = read(name)
+            checked(name, value)
+            self._take(name, value, slot)
 
-    @abstractmethod
+    def _take(self, name: str, value: Tensor, slot: Slot) -> None:
+        slot.fill(torch.empty_like(value, dtype=slot.dtype, device=self._device).copy_(value))
+
     def get(self, name: str) -> Tensor:
         """Return a tensor where it lies; it is not to be written to."""
+        return self._all[name].tensor()
 
-    @abstractmethod
     def set(self, name: str, tensor: Tensor) -> None:
         """Replace the content of a tensor; not inside of its block."""
+        self.get(name).copy_(tensor)
 
     @contextlib.contextmanager
     def block(self, place: int, then: int | None = None) -> Iterator[None]:
@@ -146,25 +139,6 @@ class WeightStore(ABC):
                 meanwhile.
         """
         yield
-
-
-class ResidentWeights(WeightStore):
-    """All weights are on the device."""
-
-    def fill(self, read: Read, checked: Callable[[str, Tensor], None], *, stays: bool) -> None:
-        """Take the weights; see `WeightStore.fill`."""
-        for name, slot in self._all.items():
-            value = read(name)
-            checked(name, value)
-            slot.fill(torch.empty_like(value, dtype=slot.dtype, device=self._device).copy_(value))
-
-    def get(self, name: str) -> Tensor:
-        """Return a tensor."""
-        return self._all[name].tensor()
-
-    def set(self, name: str, tensor: Tensor) -> None:
-        """Replace the content of a tensor."""
-        self._all[name].tensor().copy_(tensor)
 
 
 def _begin_on(device: torch.device) -> None:
@@ -185,16 +159,11 @@ class StreamedWeights(WeightStore):
     def __init__(self, slots: Sequence[Mapping[str, Slot]], device: torch.device) -> None:
         """Start without weights; see `WeightStore`."""
         super().__init__(slots, device)
-        # on the meta device
-        self._absent = [
-            {name: slot.tensor() for name, slot in of_block.items()} for of_block in slots
-        ]
+        self._absent = {name: slot.tensor() for name, slot in self._all.items()}  # on meta
         self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
-        self._fetching = (
-            ThreadPoolExecutor(1, initializer=_begin_on, initargs=(device,))
-            if device.type != "cpu"
-            else None
-        )
+        self._fetching: ThreadPoolExecutor | None = None
+        if device.type != "cpu":
+            self._fetching = ThreadPoolExecutor(1, initializer=_begin_on, initargs=(device,))
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     @contextlib.contextmanager
@@ -202,9 +171,7 @@ class StreamedWeights(WeightStore):
         """Have the weights of a block on the device; see `WeightStore.block`."""
         ahead = self._ahead
         self._ahead = None
-        tensors = (
-            ahead[1].result() if ahead is not None and ahead[0] == place else self._fetch(place)
-        )
+        tensors = ahead[1].result() if ahead and ahead[0] == place else self._fetch(place)
         if self._stream is not None:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
             for tensor in tensors.values():
@@ -218,14 +185,10 @@ class StreamedWeights(WeightStore):
             yield
         finally:
             for name, slot in self._slots[place].items():
-                slot.fill(self._absent[place][name])
+                slot.fill(self._absent[name])
 
     def _fetch(self, place: int) -> dict[str, Tensor]:
-        with (
-            torch.cuda.stream(self._stream)
-            if self._stream is not None
-            else contextlib.nullcontext()
-        ):
+        with torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext():
             return {
                 name: self.get(name).to(self._device, non_blocking=True)
                 for name in self._slots[place]
@@ -240,14 +203,14 @@ class StreamedWeights(WeightStore):
 class HostWeights(StreamedWeights):
     """The weights are in the memory of the host, which is pinned for a GPU."""
 
-    def fill(self, read: Read, checked: Callable[[str, Tensor], None], *, stays: bool) -> None:
-        """Take the weights; see `WeightStore.fill`."""
-        self._host = dict[str, Tensor]()
-        memory = HostMemory(self._device)
-        for name, slot in self._all.items():
-            value = read(name)
-            checked(name, value)
-            self._host[name] = memory.empty(value.shape, slot.dtype).copy_(value)
+    def __init__(self, slots: Sequence[Mapping[str, Slot]], device: torch.device) -> None:
+        """Start without weights; see `WeightStore`."""
+        super().__init__(slots, device)
+        self._host: dict[str, Tensor] = {}
+        self._memory = HostMemory(device)
+
+    def _take(self, name: str, value: Tensor, slot: Slot) -> None:
+        self._host[name] = self._memory.empty(value.shape, slot.dtype).copy_(value)
 
     def get(self, name: str) -> Tensor:
         """Return a tensor."""
@@ -256,7 +219,7 @@ class HostWeights(StreamedWeights):
     def set(self, name: str, tensor: Tensor) -> None:
         """Replace the content of a tensor."""
         self._forget_ahead()
-        self._host[name].copy_(tensor)
+        super().set(name, tensor)
 
 
 class DiskWeights(StreamedWeights):
@@ -276,11 +239,12 @@ class DiskWeights(StreamedWeights):
     def fill(self, read: Read, checked: Callable[[str, Tensor], None], *, stays: bool) -> None:
         """Look at every tensor once, and copy it if it would not stay; see `WeightStore.fill`."""
         self._reads = dict.fromkeys(self._all, read)
-        for name in self._all:
-            value = read(name)
-            checked(name, value)
-            if not stays:
-                self.set(name, value)
+        self._stays = stays
+        super().fill(read, checked, stays=stays)
+
+    def _take(self, name: str, value: Tensor, slot: Slot) -> None:
+        if not self._stays:
+            self.set(name, value)
 
     def continue_from(self, read: Read, names: Container[str]) -> None:
         """Read the given names by another function, and free their scratch.
@@ -315,6 +279,6 @@ def weight_store(
     place: Place, slots: Sequence[Mapping[str, Slot]], device: torch.device, scratch: Scratch
 ) -> WeightStore:
     """Return an empty store; see `WeightStore`."""
-    if place == "device":
-        return ResidentWeights(slots, device)
-    return HostWeights(slots, device) if place == "host" else DiskWeights(slots, device, scratch)
+    if place == "disk":
+        return DiskWeights(slots, device, scratch)
+    return HostWeights(slots, device) if place == "host" else WeightStore(slots, device)

@@ -57,68 +57,42 @@ def default_mix(section: CalibrationSection, tokenizer: Any) -> tuple[Calibratio
     Raises:
         ValueError: answers are to be weighed, and the model has no chat template.
     """
-    count = section.num_sequences
-    length = section.sequence_length
-    seed = section.seed
     is_chat = has_chat_template(tokenizer)
     if section.weigh == "answers" and not is_chat:
         raise ValueError(
             "calibration.weigh: answers, but the model has no chat template, so that nothing it "
             "writes is an answer; remove it, or give a source self with prompts"
         )
+    count = section.num_sequences
+    length = section.sequence_length
     num_chat = max(1, int(count * _CHAT_SHARE)) if is_chat else 0
     num_continued = int(count * _CONTINUED_SHARE[is_chat])
-    small = {
-        name: min(int(count * share), _SMALL_TEXT_TOKENS // length)
-        for name, share in _SHARES.items()
-    }
-    num_code = count - num_chat - num_continued - sum(small.values())
-    code_tokens = max(_CODE_TOKENS, 2 * num_code * length)
     num_functions = math.ceil(num_continued * _FUNCTIONS_SHARE)
-    begun = {
-        "starts": {"source": "python-docstrings"},
-        "start_tokens": min(START_TOKENS, length // 2),
-    }
+    most = _SMALL_TEXT_TOKENS // length
+    small = [(min(int(count * share), most), name) for name, share in _SHARES.items()]
+    num_code = count - num_chat - num_continued - sum(number for number, _ in small)
+    code = {"source": "python-code", "max_tokens": max(_CODE_TOKENS, 2 * num_code * length)}
+    functions = {"texts_per_sequence": _texts_in(length, 2), "prompt": "def "}
+    begun = {"texts_per_sequence": _texts_in(length, 4), "starts": {"source": "python-docstrings"}}
+    begun["start_tokens"] = min(START_TOKENS, length // 2)
     texts: list[tuple[int, dict[str, Any]]] = [
         (num_chat, {"source": "self", "chat": True}),
-        (
-            num_functions,
-            {"source": "self", "texts_per_sequence": _texts_in(length, 2), "prompt": "def "},
-        ),
-        (
-            num_continued - num_functions,
-            {"source": "self", "texts_per_sequence": _texts_in(length, 4), **begun},
-        ),
-        (num_code, {"source": "python-code", "max_tokens": code_tokens}),
+        (num_functions, {"source": "self"} | functions),
+        (num_continued - num_functions, {"source": "self"} | begun),
+        (num_code, code),
+        *((number, {"source": name}) for number, name in small),
     ]
-    texts += [(number, {"source": name}) for name, number in small.items()]
     (weight, main), *others = [(number, text) for number, text in texts if number]
-    mixed = CalibrationSection.model_validate(
-        {
-            **main,
-            "seed": seed,
-            "weight": weight if others else 1.0,
-            "num_sequences": count,
-            "sequence_length": length,
-            "weigh": section.weigh,
-            "held_aside": section.held_aside,
-            "mix": [{**text, "seed": seed, "weight": number} for number, text in others],
-        }
-    )
-    parts = [f"{num_chat} of conversations that the model writes"] if num_chat else []
-    parts += (
-        [f"{num_continued} that it writes after `def ` and beginnings of docstrings"]
-        if num_continued
-        else []
-    )
-    parts += [
-        f"{number} of {text['source']}"
-        for number, text in texts
-        if text["source"] != "self" and number
-    ]
-    return mixed, (
-        f"calibration.source auto: {count} windows of {length} tokens, {', '.join(parts)}; to "
-        "change this, name a source, and more in calibration.mix"
+    mix = [{**text, "seed": section.seed, "weight": number} for number, text in others]
+    kept = {"seed", "num_sequences", "sequence_length", "weigh", "held_aside"}
+    fields = {"weight": weight if mix else 1.0, "mix": mix} | section.model_dump(include=kept)
+    parts = [(num_chat, "of conversations that the model writes")]
+    parts.append((num_continued, "that it writes after `def ` and beginnings of docstrings"))
+    parts += [(n, f"of {text['source']}") for n, text in texts if text["source"] != "self"]
+    return CalibrationSection.model_validate(main | fields), (
+        f"calibration.source auto: {count} windows of {length} tokens, "
+        f"{', '.join(f'{number} {what}' for number, what in parts if number)}; to change this, "
+        "name a source, and more in calibration.mix"
     )
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ray_surgeon.storage import files
+from ray_surgeon.storage.errors import REASON, refusing
 from ray_surgeon.storage.texts import first_token
 
 
@@ -37,20 +38,20 @@ def read_prompts(uri: str, tokenizer: Any, where: str, longest: int | None = Non
     Raises:
         ValueError: the file cannot be read or is empty, or a line is no prompt; names the line.
     """
-    try:
+    remedy = "check the address, the permissions and the network"
+    with refusing(f"{where}: cannot read {uri}", remedy, (OSError, ValueError)):
         lines = list(files.read_lines(uri))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{where}: cannot read {uri}: {error}; check the address, the permissions and the "
-            "network"
-        ) from error
     prompts = []
     first = first_token(tokenizer)
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         at = f"{where}: line {number} of {uri}"
-        prompts.append(_prompt(_record(line, at), tokenizer, first, at))
+        with refusing(f"{at} is not JSON ({REASON})", _LINES, files.JSON_ERRORS):
+            record = json.loads(line)
+        for wrong in _faults(record):
+            raise ValueError(f"{at} {wrong}")
+        prompts.append(_prompt(record, tokenizer, first, at))
         size = len(prompts[-1].tokens)
         if longest is not None and size > longest:
             raise ValueError(
@@ -65,67 +66,59 @@ def read_prompts(uri: str, tokenizer: Any, where: str, longest: int | None = Non
 _LINES = 'write one JSON object a line, {"prompt": "..."} or {"messages": [{"role": "user", ...}]}'
 
 
-def _record(line: str, at: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{at} is not JSON ({error}); {_LINES}") from error
+def _faults(record: Any) -> Iterator[str]:
+    """Yield what is wrong with a line; only the first is to be asked for."""
     if not isinstance(record, dict):
-        raise ValueError(f"{at} is a {type(record).__name__}, not an object; {_LINES}")
+        yield f"is a {type(record).__name__}, not an object; {_LINES}"
     if ("prompt" in record) == ("messages" in record):
         fields = sorted(map(str, record))
-        raise ValueError(f"{at} has {fields}, but one of prompt and messages is needed; {_LINES}")
-    return record
+        yield f"has {fields}, but one of prompt and messages is needed; {_LINES}"
+    if "prompt" in record:
+        text = record["prompt"]
+        if not isinstance(text, str) or not text:
+            yield f"has a prompt {text!r}, expected a text that is not empty; {_LINES}"
+        return
+    messages = record["messages"]
+    if not isinstance(messages, list) or not messages:
+        yield f"has messages that are no list of messages; {_LINES}"
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+            yield f"has a message without a text as its content; {_LINES}"
+        role = message.get("role")
+        if role not in ("system", "user", "assistant"):
+            yield f"has a message of role {role!r}; known are system, user and assistant"
+    roles = [message["role"] for message in messages]
+    if "user" not in roles or roles[-1] == "system":
+        yield (
+            f"has messages of {', '.join(roles)}; one of a user must be there, and the last one is "
+            "of a user, or of the assistant if the answer is given"
+        )
+    if roles[-1] == "assistant" and not messages[-1]["content"].strip():
+        yield "has an empty answer; remove that message to let the model answer"
 
 
 def _prompt(record: Mapping[str, Any], tokenizer: Any, first: int | None, at: str) -> Prompt:
     """Return the prompt of a line; `first` is the token that the tokenizer puts before a text."""
     if "messages" in record:
-        return _of_messages(_messages(record["messages"], at), tokenizer, at)
-    text = record["prompt"]
-    if not isinstance(text, str) or not text:
-        raise ValueError(f"{at} has a prompt {text!r}, expected a text that is not empty; {_LINES}")
-    tokens = _tokens(tokenizer, text)
-    return Prompt(tokens if first is None else (first, *tokens), text, None)
+        return _of_messages(record["messages"], tokenizer, at)
+    tokens = _tokens(tokenizer, record["prompt"])
+    return Prompt(tokens if first is None else (first, *tokens), record["prompt"], None)
 
 
-def _messages(messages: Any, at: str) -> list[dict[str, str]]:
-    if not isinstance(messages, list) or not messages:
-        raise ValueError(f"{at} has messages that are no list of messages; {_LINES}")
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            raise ValueError(f"{at} has a message without a text as its content; {_LINES}")
-        if message.get("role") not in ("system", "user", "assistant"):
-            raise ValueError(
-                f"{at} has a message of role {message.get('role')!r}; known are system, user and "
-                "assistant"
-            )
-    roles = [message["role"] for message in messages]
-    if "user" not in roles or roles[-1] == "system":
-        raise ValueError(
-            f"{at} has messages of {', '.join(roles)}; one of a user must be there, and the last "
-            "one is of a user, or of the assistant if the answer is given"
-        )
-    if roles[-1] == "assistant" and not messages[-1]["content"].strip():
-        raise ValueError(f"{at} has an empty answer; remove that message to let the model answer")
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
-
-
-def _of_messages(messages: list[dict[str, str]], tokenizer: Any, at: str) -> Prompt:
+def _of_messages(messages: list[dict[str, Any]], tokenizer: Any, at: str) -> Prompt:
     if not has_chat_template(tokenizer):
         raise ValueError(
             f"{at} has messages, but the model's tokenizer has no chat template; give prompt, a "
             "text that the model continues"
         )
-    answer = None
+    messages = [{"role": message["role"], "content": message["content"]} for message in messages]
     question = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-    try:
+    refused = f"{at}: the model's chat template refuses these messages ({REASON})"
+    # templates are code of the model's, which may raise anything
+    with refusing(refused, "change their roles", Exception):
         text = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
         whole = tokenizer.apply_chat_template(messages, tokenize=False)
-    except Exception as error:  # templates are code of the model's, which may raise anything
-        raise ValueError(
-            f"{at}: the model's chat template refuses these messages ({error}); change their roles"
-        ) from error
+    answer = None
     if question is not messages:
         said = messages[-1]["content"].strip()
         after = _tokens(tokenizer, whole.rpartition(said)[2])

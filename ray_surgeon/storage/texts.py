@@ -62,12 +62,17 @@ def cut_windows(
     own = sequence_length - (first is not None)
     needed = (num_sequences - 1) * stride + own if stride else num_sequences * own
     if len(stream) < needed:
+        at_stride = f" at stride {stride}" if stride else ""
         raise ValueError(
             f"{where}: the text has {len(stream)} tokens, but {num_sequences} sequences of "
-            f"{sequence_length}{f' at stride {stride}' if stride else ''} need {needed}; give more "
-            "text, or fewer or shorter sequences"
+            f"{sequence_length}{at_stride} need {needed}; give more text, or fewer or shorter "
+            "sequences"
         )
-    _check_variety(stream, where)
+    different = len(np.unique(stream))
+    if different < min(_FEWEST_TOKENS, len(stream)):
+        raise ValueError(
+            f"{where}: the whole text has only {different} different tokens; give real text"
+        )
     if stride:
         starts = np.arange(num_sequences) * stride
     else:
@@ -91,10 +96,9 @@ def read_windows(
     Raises:
         ValueError: the text is too short, or the tokenizer has no BOS token.
     """
+    first = tokenizer.bos_token_id if section.bos else None
     if section.bos is None:
         first = first_token(tokenizer)
-    else:
-        first = tokenizer.bos_token_id if section.bos else None
     if section.bos and first is None:
         raise ValueError(f"{where}.bos: true, but the tokenizer has no BOS token; remove it")
     return cut_windows(
@@ -161,24 +165,13 @@ def interleaved(parts: Sequence[Windows]) -> Windows:
     """Return the windows of several texts in one; see `order`."""
     if len(parts) == 1:
         return parts[0]
-    return windows_of(
-        np.stack(
-            [parts[number].tokens[i] for number, i in order([len(part.tokens) for part in parts])]
-        )
-    )
+    places = order([len(part.tokens) for part in parts])
+    return windows_of(np.stack([parts[number].tokens[i] for number, i in places]))
 
 
 def windows_of(tokens: NDArray[np.int64]) -> Windows:
     """Return tokens [num_sequences, sequence_length] with their fingerprint."""
     return Windows(tokens, hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest())
-
-
-def _check_variety(stream: NDArray[np.int64], where: str) -> None:
-    different = len(np.unique(stream))
-    if different < min(_FEWEST_TOKENS, len(stream)):
-        raise ValueError(
-            f"{where}: the whole text has only {different} different tokens; give real text"
-        )
 
 
 def token_stream(text: SourceSection, tokenizer: Any, where: str) -> NDArray[np.int64]:
