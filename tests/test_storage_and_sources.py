@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from ray_surgeon.models.checkpoint import check_checkpoint
 from ray_surgeon.spec.model import ModelSection
-from ray_surgeon.storage import files, gguf, tensor_files
+from ray_surgeon.storage import copies, files, gguf, tensor_files
 from ray_surgeon.storage.sources import open_model
 from tests.conftest import CONFIGS, LAYOUTS
 
@@ -394,4 +394,4 @@ def test_a_named_cache_needs_no_home(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(Path, "home", no_home)
     monkeypatch.setenv("RAY_SURGEON_CACHE", str(tmp_path))
-    assert files.cache_folder() == tmp_path
+    assert copies.cache_folder() == tmp_path

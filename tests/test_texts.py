@@ -284,8 +284,7 @@ def test_windows_of_a_job_begin_as_the_tokenizer_begins_a_text(
 def test_no_more_of_a_long_text_is_read_than_is_wanted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (documents, texts):
-        monkeypatch.setattr(module, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(documents, "PIECE_BYTES", 1000)
     (tmp_path / "long.txt").write_text("one two three four five six seven\n" * 3000)
     seen: list[int] = []
 

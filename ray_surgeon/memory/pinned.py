@@ -38,10 +38,8 @@ class Pieces:
         The piece may be a new one.
         """
         room = -(-size // _ALIGNMENT) * _ALIGNMENT
-        number = next(
-            (i for i, used in enumerate(self._used) if used + room <= self.sizes[i]),
-            len(self.sizes),
-        )
+        fitting = (i for i, used in enumerate(self._used) if used + room <= self.sizes[i])
+        number = next(fitting, len(self.sizes))
         if number == len(self.sizes):
             least = min(_LARGEST_PIECE, sum(self.sizes) // 8)
             self.sizes.append(1 << max(6, (room - 1).bit_length(), least.bit_length() - 1))

@@ -67,13 +67,8 @@ class WorkerView:
         shapes: sizes of the model.
         stores: where idle weights and factors are kept.
         linears: of the worker's blocks.
-        num_blocks: of the worker.
         gathered: those of the linears whose factors are gathered.
         owners: linear -> replica that owns it.
-        num_shards: of the model.
-        num_replicas: of each shard.
-        num_sequences: of the calibration.
-        sequence_length: of the calibration.
         sequences: of the calibration that the replica with most of them has.
         wave: sequences that pass together.
         device_is_host: whether device and host have one memory.
@@ -84,7 +79,6 @@ class WorkerView:
         largest_factors: bytes of those of a block, at most.
         outside: bytes of what lies outside of the blocks.
         active: parameters of the linears that a token is multiplied with.
-        hidden_size: numbers in a hidden state.
         head_flops: operations of the head for a token, forward.
         host: bytes of the host's memory in every step.
     """
@@ -111,9 +105,8 @@ class WorkerView:
         self.device_is_host = device_is_host
         self.linears = [linear for block in self._own for linear in shapes.linears[block]]
         self.gathered = [linear for linear in self.linears if linear.name in work.gathered]
-        self.owners = {
-            linear.name: placement.owners[linear.shared_input] for linear in self.linears
-        }
+        owners = placement.owners
+        self.owners = {linear.name: owners[linear.shared_input] for linear in self.linears}
         self.num_sequences = work.num_sequences
         self.sequence_length = work.sequence_length
         self.sequences = -(-self.num_sequences // self.num_replicas)
@@ -181,12 +174,7 @@ class WorkerView:
         return 2.0 * self.hidden_size * num_tokens * self._blocks.is_last
 
     def measuring(self, name: str, texts: Sequence[tuple[int, int]]) -> StepPlan:
-        """Return passes forward.
-
-        Args:
-            name: of the step.
-            texts: number and length of the windows of each text.
-        """
+        """Return passes forward over texts, of which each has a number of windows and a length."""
         peak = 0.0
         tokens = 0
         loads = 0
@@ -211,9 +199,7 @@ class WorkerView:
     def writing(self, name: str, texts: Sequence[tuple[int, int]]) -> StepPlan:
         """Return the writing of texts, token by token, with their keys and values.
 
-        Args:
-            name: of the step.
-            texts: number of texts that are written together, and tokens of each.
+        `texts` has the number of those that are written together, and the tokens of each.
         """
         heads = self.shapes.layout.heads
         # keys and values of a token in a block
@@ -292,11 +278,8 @@ class WorkerView:
     def block_by_block(self, name: str, of_linears: Sequence[tuple[float, float]]) -> StepPlan:
         """Return a step in which linears change while all sequences pass.
 
-        It needs a block's second moments and one linear at a time.
-
-        Args:
-            name: of the step.
-            of_linears: bytes and operations of each linear.
+        It needs a block's second moments and one linear at a time, of which `of_linears` has bytes
+        and operations.
         """
         T = self.sequence_length
         moments = max(

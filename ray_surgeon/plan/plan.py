@@ -57,16 +57,17 @@ class Plan:
     dtype: str
 
     @property
-    def steps(self) -> list[tuple[StepPlan, ...]]:
-        """Every step, on each shard."""
-        return list(zip(*(worker.steps for worker in self.workers), strict=True))
+    def steps(self) -> dict[str, tuple[StepPlan, ...]]:
+        """Every step on each shard, by name."""
+        steps = zip(*(worker.steps for worker in self.workers), strict=True)
+        return {shards[0].name: shards for shards in steps}
 
     @property
     def seconds(self) -> dict[str, float]:
         """Expected time of every step: that of the slowest worker."""
         return {
-            shards[0].name: max(step.seconds(self.device, self.dtype) for step in shards)
-            for shards in self.steps
+            name: max(step.seconds(self.device, self.dtype) for step in shards)
+            for name, shards in self.steps.items()
         }
 
     def peak(self, step: StepPlan) -> tuple[float, float]:
@@ -83,25 +84,24 @@ class Plan:
 
         If the device is the host, the process's own memory is included.
         """
-        return {shards[0].name: [self.peak(step)[0] for step in shards] for shards in self.steps}
+        return {n: [self.peak(step)[0] for step in shards] for n, shards in self.steps.items()}
 
     def as_record(self) -> dict[str, Any]:
         """Return what the report says of the plan.
 
         Operations and bytes are those of all shards of one replica.
         """
-        steps = {shards[0].name: shards for shards in self.steps}
-        flops = {n: sum(s.flops + s.float32_flops for s in steps[n]) for n in steps}
-        moved = {n: sum(s.host_bytes + s.disk_bytes for s in steps[n]) for n in steps}
+        steps = self.steps.items()
+        flops = {n: sum(s.flops + s.float32_flops for s in shards) for n, shards in steps}
+        moved = {n: sum(s.host_bytes + s.disk_bytes for s in shards) for n, shards in steps}
+        peaks = {name: list(map(int, peaks)) for name, peaks in self.peaks().items()}
         return {
             "stores": asdict(self.stores),
             "device": self.device.name,
             "seconds": {name: round(seconds, 3) for name, seconds in self.seconds.items()},
             "flops": flops,
             "moved_bytes": moved,
-            "peak_bytes": {
-                name: [int(peak) for peak in peaks] for name, peaks in self.peaks().items()
-            },
+            "peak_bytes": peaks,
             "disk_bytes": [int(worker.disk) for worker in self.workers],
         }
 

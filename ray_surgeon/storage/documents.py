@@ -15,7 +15,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from ray_surgeon.spec.texts import TEXT_SUFFIXES, SourceSection
-from ray_surgeon.storage import files
+from ray_surgeon.storage import copies, files
 from ray_surgeon.storage.errors import REASON, refusing
 from ray_surgeon.storage.sources import HTTP_ERROR
 
@@ -49,23 +49,28 @@ _PLAIN = 0.94
 """if so many of them are letters, spaces and punctuation."""
 
 
-def documents_of(text: SourceSection, where: str) -> tuple[Iterator[str], bool]:
-    """Return the documents of a source and whether the source itself made the split."""
+def documents_of(text: SourceSection, where: str) -> Iterator[str]:
+    """Yield the documents of a source."""
     if text.source == "python-docs":
         from pydoc_data.topics import topics
 
-        return iter(topics.values()), False
+        return iter(topics.values())
     if text.source == "python-docstrings":
-        return _docstrings(), False
+        return _docstrings()
     if text.source == "python-code":
-        return _code(text.split), True
+        return _code(text.split)
     if text.source == "package-docstrings":
-        return _package_docstrings(), False
+        return _package_docstrings()
     if text.source == "package-descriptions":
-        return _descriptions(), False
+        return _descriptions()
     if text.source.endswith(TEXT_SUFFIXES):
-        return _file_documents(text, where), False
+        return _file_documents(text, where)
     return _dataset_documents(text, where)
+
+
+def is_split_here(text: SourceSection) -> bool:
+    """Whether train and test are cut from a text's tokens, because its source has no splits."""
+    return is_saved_whole(text) or (text.has_own_split and text.source != "python-code")
 
 
 def _docstrings() -> Iterator[str]:
@@ -206,7 +211,7 @@ def _pieces(uri: str) -> Iterator[str]:
     if size is not None and size <= PIECE_BYTES:
         yield files.read_text(uri)
         return
-    for lines in batches((line + "\n" for line in files.read_lines(uri)), PIECE_BYTES + 1):
+    for lines in batches((line + "\n" for line in copies.read_lines(uri)), PIECE_BYTES + 1):
         yield "".join(lines).removesuffix("\n")
 
 
@@ -228,7 +233,7 @@ def batches(
 
 
 def _json_lines(uri: str) -> Iterator[Any]:
-    for number, line in enumerate(files.read_lines(uri), start=1):
+    for number, line in enumerate(copies.read_lines(uri), start=1):
         said = f"line {number} of {uri} is not JSON ({REASON})"
         with refusing(said, "one JSON object a line is expected", files.JSON_ERRORS):
             if line.strip():
@@ -240,7 +245,7 @@ def _parquet_rows(uri: str, column: str) -> Iterator[Any]:
 
     damaged = f"{uri} is not a parquet file ({REASON})"
     with (
-        open(files.local_copy(uri), "rb") as file,
+        open(copies.local_copy(uri), "rb") as file,
         refusing(damaged, "check the file", pyarrow.ArrowInvalid),
     ):
         table = pyarrow.parquet.ParquetFile(file)
@@ -259,15 +264,13 @@ def is_saved_whole(text: SourceSection) -> bool:
     return os.path.exists(Path(text.source) / "dataset_info.json")
 
 
-def _dataset_documents(text: SourceSection, where: str) -> tuple[Iterator[str], bool]:
+def _dataset_documents(text: SourceSection, where: str) -> Iterator[str]:
     import datasets
 
-    has_splits = True
-    with _saying_which(text, where):
+    try:
         if is_saved_whole(text) or os.path.exists(Path(text.source) / "dataset_dict.json"):
             dataset = datasets.load_from_disk(text.source)
-            has_splits = isinstance(dataset, datasets.DatasetDict)
-            if has_splits:
+            if isinstance(dataset, datasets.DatasetDict):
                 dataset = dataset[text.split]
             elif text.split not in ("train", "test"):
                 raise ValueError("it has no splits, so only train and test can be cut from it")
@@ -275,18 +278,7 @@ def _dataset_documents(text: SourceSection, where: str) -> tuple[Iterator[str], 
             dataset = datasets.load_dataset(
                 text.source, text.config, split=text.split, revision=text.revision, streaming=True
             )
-    return _texts_of_dataset(dataset, text, where), has_splits
-
-
-def _texts_of_dataset(dataset: Iterable[Any], text: SourceSection, where: str) -> Iterator[str]:
-    with _saying_which(text, where):
         yield from _texts_of(dataset, text.column, f"has no text in column {text.column!r}")
-
-
-@contextlib.contextmanager
-def _saying_which(text: SourceSection, where: str) -> Iterator[None]:
-    try:
-        yield
     except _DATA_SET_ERRORS as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(

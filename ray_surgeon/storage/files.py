@@ -11,18 +11,15 @@ from __future__ import annotations
 import contextlib
 import errno
 import fnmatch
-import hashlib
-import itertools
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import fsspec
-from filelock import FileLock
 from fsspec.implementations.local import LocalFileSystem
 
 from ray_surgeon.storage.errors import REASON, naming, refusing
@@ -34,16 +31,6 @@ JSON_ERRORS = (json.JSONDecodeError, RecursionError)
 """What reading JSON raises."""
 MAX_JSON_BYTES = 64 * 2**20
 """Tokenizers have tens of megabytes; more is no description of anything."""
-
-
-def cache_folder() -> Path:
-    """Return where downloads and conversions are kept.
-
-    ``$RAY_SURGEON_CACHE``, or below ``$XDG_CACHE_HOME`` or ``~/.cache``.
-    """
-    if named := os.environ.get("RAY_SURGEON_CACHE"):
-        return Path(named)  # where a user has no home
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ray_surgeon"
 
 
 def join(uri: str, *parts: str) -> str:
@@ -174,11 +161,16 @@ def read_bytes(uri: str) -> bytes:
     filesystem, path = open_filesystem(uri)
     content = filesystem.cat_file(path)
     assert isinstance(content, bytes)
-    _check_whole(uri, len(content), filesystem.size(path))
+    check_whole(uri, len(content), filesystem.size(path))
     return content
 
 
-def _check_whole(uri: str, num_bytes: int, size: int | None) -> None:
+def check_whole(uri: str, num_bytes: int, size: int | None) -> None:
+    """Refuse what came of a file if that is less, or more, than its size; None if nobody knows it.
+
+    Raises:
+        OSError: it is not whole.
+    """
     if size not in (None, num_bytes):  # web servers need not say the size
         raise OSError(errno.EIO, f"{uri}: {num_bytes} of {size} bytes came")
 
@@ -207,31 +199,6 @@ def read_text(uri: str) -> str:
             f"{uri}: not UTF-8 text ({error.reason} at byte {error.start}); convert the file to "
             "UTF-8"
         ) from error
-
-
-def read_lines(uri: str) -> Iterator[str]:
-    """Yield the lines of a UTF-8 file without reading all of it at once.
-
-    Raises:
-        ValueError: a line is too long, or not UTF-8.
-    """
-    with open(local_copy(uri), "rb") as file:
-        for number in itertools.count(1):
-            line = file.readline(MAX_JSON_BYTES + 1)
-            if not line:
-                return
-            if len(line) > MAX_JSON_BYTES:
-                raise ValueError(
-                    f"{uri}: line {number} is longer than {MAX_JSON_BYTES} bytes; give one record "
-                    "a line"
-                )
-            try:
-                yield line.decode().rstrip("\r\n")
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{uri}: line {number} is not UTF-8 text ({error.reason}); convert the file to "
-                    "UTF-8"
-                ) from error
 
 
 @contextlib.contextmanager
@@ -301,41 +268,9 @@ def write_json(uri: str, record: object) -> None:
     write_text(uri, json.dumps(record, indent=2) + "\n")
 
 
-@tries_again
-def local_copy(uri: str) -> Path:
-    """Return a local path of a file: itself, or a copy in the cache.
-
-    The key is its URI, size and version.
-    """
-    filesystem, path = open_filesystem(uri)
-    if isinstance(filesystem, LocalFileSystem):
-        return Path(path)
-    info = filesystem.info(path)
-    tag = info.get("ETag") or info.get("LastModified") or info.get("created") or ""
-    key = hashlib.sha256(f"{uri} {info['size']} {tag}".encode()).hexdigest()[:32]
-
-    def fetch(partial: Path) -> None:
-        with naming(str(partial)):
-            filesystem.get_file(path, str(partial))
-        _check_whole(uri, partial.stat().st_size, info["size"])
-
-    return made_once(cache_folder() / "files" / key / path.rpartition("/")[2], fetch)
-
-
-def made_once(target: Path, make: Callable[[Path], None]) -> Path:
-    """Return a file or folder of the cache; `make` writes it to another path if it is absent."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{target}.lock"):
-        if not target.exists():
-            partial = target.with_name(f"{target.name}.partial")
-            make(partial)
-            os.replace(partial, target)
-    return target
-
-
 def read_range(uri: str, start: int, end: int) -> bytes:
     """Read bytes from `start` up to `end`, once: callers try again."""
     filesystem, path = open_filesystem(uri)
     content: bytes = filesystem.cat_file(path, start=start, end=end)
-    _check_whole(uri, len(content), end - start)
+    check_whole(uri, len(content), end - start)
     return content

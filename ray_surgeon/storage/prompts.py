@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ray_surgeon.storage import files
+from ray_surgeon.storage.copies import read_lines
 from ray_surgeon.storage.errors import REASON, refusing
+from ray_surgeon.storage.files import JSON_ERRORS
 from ray_surgeon.storage.texts import first_token
 
 
@@ -40,14 +41,14 @@ def read_prompts(uri: str, tokenizer: Any, where: str, longest: int | None = Non
     """
     remedy = "check the address, the permissions and the network"
     with refusing(f"{where}: cannot read {uri}", remedy, (OSError, ValueError)):
-        lines = list(files.read_lines(uri))
+        lines = list(read_lines(uri))
     prompts = []
     first = first_token(tokenizer)
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         at = f"{where}: line {number} of {uri}"
-        with refusing(f"{at} is not JSON ({REASON})", _LINES, files.JSON_ERRORS):
+        with refusing(f"{at} is not JSON ({REASON})", _LINES, JSON_ERRORS):
             record = json.loads(line)
         for wrong in _faults(record):
             raise ValueError(f"{at} {wrong}")

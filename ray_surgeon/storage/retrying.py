@@ -25,13 +25,8 @@ Such errors are 500, 503, timeouts, resets and short replies.
 """
 FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 5.0
-_LASTING_ERRORS = (
-    FileNotFoundError,
-    PermissionError,
-    FileExistsError,
-    IsADirectoryError,
-    NotADirectoryError,
-)
+_WRONG_KIND = (IsADirectoryError, NotADirectoryError)
+_LASTING_ERRORS = (FileNotFoundError, PermissionError, FileExistsError, *_WRONG_KIND)
 _LASTING_NAMES = {"NoCredentialsError", "PartialCredentialsError", "ParamValidationError"}
 _LASTING_NAMES |= {"ProfileNotFound", "NoRegionError"}
 """Errors of botocore."""

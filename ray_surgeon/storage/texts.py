@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from transformers import AutoTokenizer
 
 from ray_surgeon.spec.texts import SourceSection
-from ray_surgeon.storage.documents import PIECE_BYTES, TRAIN_SHARE, batches, documents_of
+from ray_surgeon.storage import documents
 
 _FEWEST_TOKENS = 4
 _DOCUMENTS_PER_CALL = 1000
@@ -101,14 +101,10 @@ def read_windows(
         first = first_token(tokenizer)
     if section.bos and first is None:
         raise ValueError(f"{where}.bos: true, but the tokenizer has no BOS token; remove it")
+    stream = token_stream(section, tokenizer, where)
+    of_text = f"{where} ({section.source})"
     return cut_windows(
-        token_stream(section, tokenizer, where),
-        num_sequences,
-        sequence_length,
-        section.stride,
-        section.seed,
-        f"{where} ({section.source})",
-        first,
+        stream, num_sequences, sequence_length, section.stride, section.seed, of_text, first
     )
 
 
@@ -147,9 +143,8 @@ def load_tokenizer(folder: Path, origin: str) -> Any:
 
 def first_token(tokenizer: Any) -> int | None:
     """Return the token that a transformers tokenizer itself puts before a text, if there is one."""
-    plain, whole = (
-        tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True)
-    )
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a", add_special_tokens=True)["input_ids"]
     return int(whole[0]) if len(whole) > len(plain) and whole[0] == tokenizer.bos_token_id else None
 
 
@@ -185,12 +180,12 @@ def token_stream(text: SourceSection, tokenizer: Any, where: str) -> NDArray[np.
     Raises:
         ValueError: the text cannot be found or read, or has no such split or column.
     """
-    documents, has_splits = documents_of(text, where)
+    of_text = documents.documents_of(text, where)
     pieces = []
     count = 0
     per_call = _CODE_FILES_PER_CALL if text.source == "python-code" else _DOCUMENTS_PER_CALL
-    for batch in batches(documents, PIECE_BYTES, per_call):
-        goes_on = len(batch) == per_call or sum(map(len, batch)) >= PIECE_BYTES
+    for batch in documents.batches(of_text, documents.PIECE_BYTES, per_call):
+        goes_on = len(batch) == per_call or sum(map(len, batch)) >= documents.PIECE_BYTES
         chunk = "\n\n".join(batch) + "\n\n" * goes_on
         ids = tokenizer(
             chunk, add_special_tokens=False, return_attention_mask=False, verbose=False
@@ -200,7 +195,7 @@ def token_stream(text: SourceSection, tokenizer: Any, where: str) -> NDArray[np.
         if count >= text.max_tokens:
             break
     stream = np.concatenate(pieces)[: text.max_tokens] if pieces else np.zeros(0, dtype=np.int64)
-    if has_splits:
+    if not documents.is_split_here(text):
         return stream
-    border = int(len(stream) * TRAIN_SHARE)
+    border = int(len(stream) * documents.TRAIN_SHARE)
     return stream[:border] if text.split == "train" else stream[border:]

@@ -23,7 +23,7 @@ from ray_surgeon import pipeline
 from ray_surgeon.pipeline import main
 from ray_surgeon.report import html_report
 from ray_surgeon.run import driver
-from ray_surgeon.storage import files, retrying
+from ray_surgeon.storage import copies, retrying
 from ray_surgeon.storage.sources import WeightReader
 from tests.integration.runs import run, tiny_spec
 
@@ -437,7 +437,7 @@ def test_files_that_may_not_be_read(
 
     with fsspec.open("memory://denied/config.json", "w") as file:
         file.write("{}")
-    monkeypatch.setattr(files, "local_copy", denied)
+    monkeypatch.setattr(copies, "local_copy", denied)
     assert "cannot read memory://denied" in refused(
         capsys, run(tmp_path, model, model__source="memory://denied")
     )
