@@ -14,7 +14,7 @@ from ray_surgeon.models.build import BlockRange
 from ray_surgeon.models.loss import bytes_at_the_head
 from ray_surgeon.models.runner import TOKENS_OF_ROOM
 from ray_surgeon.plan.devices import Device
-from ray_surgeon.plan.work import ActivationBytes, Shapes, Work
+from ray_surgeon.plan.work import ActivationBytes, Shapes
 from ray_surgeon.runtime.placement import Placement
 from ray_surgeon.runtime.sampling import num_batches
 
@@ -87,13 +87,13 @@ class WorkerView:
         self,
         shapes: Shapes,
         placement: Placement,
-        work: Work,
         stores: Stores,
         device_is_host: bool,
         shard: int,
         blocks: BlockRange,
     ) -> None:
         """Take one worker of a shard, the one with most to do."""
+        work = shapes.work
         self.shapes = shapes
         self.stores = stores
         self._stages = work.stages

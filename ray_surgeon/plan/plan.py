@@ -157,7 +157,7 @@ def plan_job(
     """
     safe = replace(room, device=_SAFE * room.device, host=_SAFE * room.host, disk=_SAFE * room.disk)
     limit = math.inf if wanted.limit_gib is None else wanted.limit_gib * 2**30
-    planner = _Planner(Shapes(layout, work), work, wanted, device)
+    planner = _Planner(Shapes(layout, work), wanted, device)
     plans = list(planner.plans(placement, replace(safe, device=min(limit, safe.device))))
     if fitting := [plan for plan in plans if plan.fits]:
         # the first of equals, which is the simplest
@@ -176,7 +176,6 @@ class _Planner:
     """Makes plans of one job, for any placement and room."""
 
     shapes: Shapes
-    work: Work
     wanted: MemorySection
     device: Device
 
@@ -184,17 +183,17 @@ class _Planner:
         """Return how the job runs if things are kept in these stores."""
         workers = []
         for shard, blocks in enumerate(placement.blocks):
-            worker = WorkerView(
-                self.shapes, placement, self.work, stores, room.device_is_host, shard, blocks
-            )
+            on_host = room.device_is_host
+            worker = WorkerView(self.shapes, placement, stores, on_host, shard, blocks)
             workers.append(WorkerPlan(shard, blocks, tuple(worker.steps()), worker.disk_bytes))
         copies = placement.num_replicas
-        return Plan(stores, tuple(workers), copies, room, self.device, self.work.dtype)
+        dtype = self.shapes.work.dtype
+        return Plan(stores, tuple(workers), copies, room, self.device, dtype)
 
     def plans(self, placement: Placement, room: Room) -> Iterator[Plan]:
         """Yield what the spec allows, the simplest first."""
         wanted = self.wanted
-        per_replica = -(-self.work.num_sequences // placement.num_replicas)
+        per_replica = -(-self.shapes.work.num_sequences // placement.num_replicas)
         num_waves = max(1, math.ceil(math.log2(per_replica)) + 1)
         waves = [wanted.wave] if wanted.wave else [2**i for i in range(num_waves)]
         places = ("device", "disk") if room.device_is_host else get_args(Place)

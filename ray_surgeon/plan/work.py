@@ -52,6 +52,7 @@ class Shapes:
 
     Attributes:
         layout: of the model.
+        work: what is done.
         width: bytes of a number.
         largest_tensor: bytes of the largest parameter.
         largest_stored: bytes of the largest tensor of a checkpoint, which may hold several.
@@ -65,6 +66,7 @@ class Shapes:
 
     def __init__(self, layout: ModelLayout, work: Work) -> None:
         self.layout = layout
+        self.work = work
         self.width = getattr(torch, work.dtype).itemsize
         self._sizes = {name: self.width * math.prod(s) for name, s in layout.parameters.items()}
         self.largest_tensor = max(self._sizes.values())

@@ -75,10 +75,4 @@ def read_lines(uri: str) -> Iterator[str]:
                     f"{uri}: line {number} is longer than {files.MAX_JSON_BYTES} bytes; give one "
                     "record a line"
                 )
-            try:
-                yield line.decode().rstrip("\r\n")
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{uri}: line {number} is not UTF-8 text ({error.reason}); convert the file to "
-                    "UTF-8"
-                ) from error
+            yield files.decoded(line, f"{uri}: line {number} is").rstrip("\r\n")

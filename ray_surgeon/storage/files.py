@@ -192,13 +192,20 @@ def read_text(uri: str) -> str:
     Raises:
         ValueError: it is not UTF-8.
     """
+    return decoded(read_bytes(uri), f"{uri}:")
+
+
+def decoded(content: bytes, what: str) -> str:
+    """Return bytes as text; `what` is the beginning of what an error says.
+
+    Raises:
+        ValueError: they are not UTF-8.
+    """
     try:
-        return read_bytes(uri).decode()
+        return content.decode()
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{uri}: not UTF-8 text ({error.reason} at byte {error.start}); convert the file to "
-            "UTF-8"
-        ) from error
+        reason = f"{error.reason} at byte {error.start}"
+        raise ValueError(f"{what} not UTF-8 text ({reason}); convert the file to UTF-8") from error
 
 
 @contextlib.contextmanager

@@ -100,7 +100,7 @@ def steps_of(
     """Return the steps of one worker by name."""
     layout = layout_of(name)
     placement = place(layout, num_shards, num_replicas)
-    view = WorkerView(Shapes(layout, work), placement, work, stores, on_cpu, shard, blocks)
+    view = WorkerView(Shapes(layout, work), placement, stores, on_cpu, shard, blocks)
     return {step.name: step for step in view.steps()}
 
 
