@@ -38,16 +38,14 @@ class StepPlan:
         Factors do not move while something computes; that weights do is not counted on.
         """
         computing = self.flops / device.flops[dtype] + self.float32_flops / device.float32_flops
-        moving = (
-            self.host_bytes / device.host_bytes_per_s + self.disk_bytes / device.disk_bytes_per_s
-        )
+        moving = self.host_bytes / device.host_bytes_per_s
+        moving += self.disk_bytes / device.disk_bytes_per_s
         return self.bubble * (computing + moving)
 
     def then(self, later: StepPlan) -> StepPlan:
         """Return both as one step, in which one comes after the other."""
         peaks = ("device", "host", "bubble")
-        pairs = {name: (value, vars(later)[name]) for name, value in vars(self).items()}
-        del pairs["name"]
+        pairs = {n: (own, vars(later)[n]) for n, own in vars(self).items() if n != "name"}
         both = {name: max(pair) if name in peaks else sum(pair) for name, pair in pairs.items()}
         return StepPlan(self.name, **both)
 
@@ -282,10 +280,8 @@ class WorkerView:
         and operations.
         """
         T = self.sequence_length
-        moments = max(
-            sum(4 * linear.num_columns**2 for linear in self.shapes.linears[block])
-            for block in self._own
-        )
+        blocks = [self.shapes.linears[block] for block in self._own]
+        moments = max(sum(4 * linear.num_columns**2 for linear in block) for block in blocks)
         widest = max(linear.num_columns for linear in self.linears)
         passing = self.sequences * T * self._hidden + self._forward(T) + 4 * T * widest
         device = self.weights + passing + moments + max(size for size, _ in of_linears)

@@ -116,11 +116,9 @@ class Shapes:
         )
 
     def _pinned_bytes(self, blocks: BlockRange) -> tuple[int, int]:
-        weights, factors = (
-            reserved_bytes(itertools.chain(*sizes[blocks.first : blocks.last]))
-            for sizes in (self._in_blocks, self._factors)
-        )
-        return weights, factors
+        own = slice(blocks.first, blocks.last)
+        weights = reserved_bytes(itertools.chain(*self._in_blocks[own]))
+        return weights, reserved_bytes(itertools.chain(*self._factors[own]))
 
     def outside_bytes(self, blocks: BlockRange) -> int:
         """Return the bytes of what a shard holds outside of its blocks.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -66,10 +65,8 @@ def read_lines(uri: str) -> Iterator[str]:
         ValueError: a line is too long, or not UTF-8.
     """
     with open(local_copy(uri), "rb") as file:
-        for number in itertools.count(1):
-            line = file.readline(files.MAX_JSON_BYTES + 1)
-            if not line:
-                return
+        lines = iter(lambda: file.readline(files.MAX_JSON_BYTES + 1), b"")
+        for number, line in enumerate(lines, start=1):
             if len(line) > files.MAX_JSON_BYTES:
                 raise ValueError(
                     f"{uri}: line {number} is longer than {files.MAX_JSON_BYTES} bytes; give one "

@@ -243,11 +243,9 @@ def _json_lines(uri: str) -> Iterator[Any]:
 def _parquet_rows(uri: str, column: str) -> Iterator[Any]:
     import pyarrow.parquet
 
+    path = copies.local_copy(uri)
     damaged = f"{uri} is not a parquet file ({REASON})"
-    with (
-        open(copies.local_copy(uri), "rb") as file,
-        refusing(damaged, "check the file", pyarrow.ArrowInvalid),
-    ):
+    with refusing(damaged, "check the file", pyarrow.ArrowInvalid), open(path, "rb") as file:
         table = pyarrow.parquet.ParquetFile(file)
         names = table.schema_arrow.names
         if column not in names:

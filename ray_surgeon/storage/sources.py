@@ -161,9 +161,8 @@ class WeightReader:
         """Read the headers of the weight files."""
         self._tensors = tensor_files.Reader()
         self._uri_of = {name: model.open_uri(name) for name in model.weight_files()}
-        self.file_of = {
-            key: name for name, uri in self._uri_of.items() for key in self._tensors.names(uri)
-        }
+        uris = self._uri_of.items()
+        self.file_of = {key: name for name, uri in uris for key in self._tensors.names(uri)}
 
     @property
     def is_local(self) -> bool:
