@@ -88,10 +88,10 @@ class SingleRemovals:
 
 def loaded(model: Path, layout: ModelLayout) -> ModelShard:
     """Return a whole model in float32."""
-    reader = open_model(ModelSection(source=str(model))).reader()
+    source = open_model(ModelSection(source=str(model)))
     blocks = BlockRange(0, layout.num_blocks, layout.num_blocks)
     shard = ModelShard(layout, blocks, torch.float32, torch.device("cpu"))
-    shard.load(tensor_reader(layout, reader.file_of, reader.read, str(model)))
+    shard.load(tensor_reader(layout, source.uri_of, source.read, str(model)))
     return shard
 
 

@@ -159,13 +159,13 @@ def test_sharded_checkpoint_on_s3_reads_tensor_by_tensor(
     filesystem.put(str(tmp_path / "sharded") + "/", "bucket/model/", recursive=True)
     source = open_model(ModelSection(source="s3://bucket/model"))
     assert len(source.weight_files()) > 1
-    reader = source.reader()
+    assert source.uri_of
     assert not list(cache.rglob("*.safetensors")), (
         "headers are read by range, nothing is downloaded"
     )
     name = "model.layers.1.mlp.up_proj.weight"
-    assert torch.equal(reader.read(name), model.state_dict()[name])
-    assert torch.equal(reader.read(name, 7), model.state_dict()[name][7])
+    assert torch.equal(source.read(name), model.state_dict()[name])
+    assert torch.equal(source.read(name, 7), model.state_dict()[name][7])
     assert not list(cache.rglob("*.safetensors")), (
         "so are tensors and their entries, a byte of another one is never fetched"
     )
@@ -349,7 +349,7 @@ from ray_surgeon.spec.model import ModelSection
 from ray_surgeon.storage.sources import open_model
 source = open_model(ModelSection(source="me/model"))
 fingerprint = source.shapes_and_fingerprint()[1]
-norm = source.reader().read("model.norm.weight")
+norm = source.read("model.norm.weight")
 print(source.weight_files(), fingerprint, float(norm.sum()))
 """
 

@@ -270,7 +270,7 @@ def _check_weights(source: ModelFiles, layout: ModelLayout) -> Any:
         shapes, fingerprint = source.shapes_and_fingerprint()
         check_checkpoint(layout, shapes, source.origin)
         if layout.tied.keys() & shapes.keys():
-            check_tied(layout, shapes, source.reader().read, source.origin)
+            check_tied(layout, shapes, source.read, source.origin)
     return fingerprint
 
 

@@ -209,16 +209,15 @@ class Worker:
         self.shard = ModelShard(self.layout, blocks, dtype, self.device, stores, scratch)
         self.scratch = scratch
         self.runner = BlockRunner(self.shard)
-        reader = source.reader()
         shot = self.shot_reader
         pruned_in = dict(recipe.shot_files)
-        read_dense = tensor_reader(self.layout, reader.file_of, reader.read, source.origin)
+        read_dense = tensor_reader(self.layout, source.uri_of, source.read, source.origin)
 
         def read(name: str) -> Tensor:
             return shot.read(pruned_in[name], name) if name in pruned_in else read_dense(name)
 
         # stacks of experts are taken apart once, not whenever a block is read
-        is_read_again = reader.is_local and not self.layout.family.stacks_experts
+        is_read_again = source.is_local and not self.layout.family.stacks_experts
         stays = is_read_again and all(files.is_local(uri) for uri in set(pruned_in.values()))
         kind: type[StructuredMask] | type[ElementMask] = (
             ElementMask if by_element else StructuredMask

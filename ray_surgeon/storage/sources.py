@@ -7,7 +7,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from huggingface_hub import HfApi, ModelInfo, hf_hub_download, try_to_load_from_cache
@@ -51,6 +51,7 @@ class ModelFiles:
     # file name -> URI for ranged reads; a local path if a copy is on this machine
     open_uri: Callable[[str], str]
     fetch: Callable[[str], Path]  # file name -> local path, downloading it if need be
+    _reader: tensor_files.Reader = field(default_factory=tensor_files.Reader)
 
     def small_files_folder(self) -> Path:
         """Return a local folder with the configuration and the tokenizer.
@@ -146,32 +147,23 @@ class ModelFiles:
             digest.update(header.fingerprint.encode())
         return shapes, digest.hexdigest()
 
-    def reader(self) -> WeightReader:
-        """Return a reader of single tensors."""
-        return WeightReader(self)
-
-
-class WeightReader:
-    """Reads single tensors of a checkpoint.
-
-    Of files that are not on this machine only the bytes of these tensors are read.
-    """
-
-    def __init__(self, model: ModelFiles) -> None:
-        """Read the headers of the weight files."""
-        self._tensors = tensor_files.Reader()
-        self._uri_of = {name: model.open_uri(name) for name in model.weight_files()}
-        uris = self._uri_of.items()
-        self.file_of = {key: name for name, uri in uris for key in self._tensors.names(uri)}
+    @functools.cached_property
+    def uri_of(self) -> dict[str, str]:
+        """Key of every tensor -> URI of its file; reads the headers of the weight files."""
+        uris = [self.open_uri(name) for name in self.weight_files()]
+        return {key: uri for uri in uris for key in self._reader.names(uri)}
 
     @property
     def is_local(self) -> bool:
-        """Whether all files are on this machine."""
-        return all(files.is_local(uri) for uri in self._uri_of.values())
+        """Whether all weights are on this machine."""
+        return all(map(files.is_local, set(self.uri_of.values())))
 
     def read(self, key: str, entry: int | None = None) -> Tensor:
-        """Return one tensor, or only an entry of its first dimension; it must not be written to."""
-        return self._tensors.read(self._uri_of[self.file_of[key]], key, entry)
+        """Return one tensor, or only an entry of its first dimension; it must not be written to.
+
+        Of files that are not on this machine only its bytes are read.
+        """
+        return self._reader.read(self.uri_of[key], key, entry)
 
 
 def open_model(source: ModelSection) -> ModelFiles:

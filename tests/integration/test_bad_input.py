@@ -24,7 +24,7 @@ from ray_surgeon.pipeline import main
 from ray_surgeon.report import html_report
 from ray_surgeon.run import driver
 from ray_surgeon.storage import copies, retrying
-from ray_surgeon.storage.sources import WeightReader
+from ray_surgeon.storage.sources import ModelFiles
 from tests.integration.runs import run, tiny_spec
 
 
@@ -242,10 +242,10 @@ def test_a_head_of_its_own_in_a_model_that_is_tied(
         capsys, run(tmp_path, model)
     )
 
-    def reset(reader: WeightReader, key: str, entry: int | None = None) -> None:
+    def reset(source: ModelFiles, key: str, entry: int | None = None) -> None:
         raise ConnectionResetError("Connection reset by peer")
 
-    monkeypatch.setattr(WeightReader, "read", reset)
+    monkeypatch.setattr(ModelFiles, "read", reset)
     assert "model.source: cannot read" in refused(capsys, run(tmp_path, model))
 
 
