@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from ray_surgeon.export.for_engines import Shrinking
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.spec.job import JobSpec
-from ray_surgeon.stages.answers.stage import DenseAnswers, PrunedAnswers, Rates, yardstick_for
+from ray_surgeon.stages.answers.prompts import yardstick_for
+from ray_surgeon.stages.answers.stage import DenseAnswers, PrunedAnswers, Rates
 from ray_surgeon.stages.commit import Commit
 from ray_surgeon.stages.correction.stage import Correction
 from ray_surgeon.stages.curvature.stage import Curvature

@@ -16,16 +16,10 @@ from ray_surgeon.report.directory import RunDirectory
 from ray_surgeon.runtime.sampling import Wanted, write_texts
 from ray_surgeon.spec.calibration import CalibrationSection
 from ray_surgeon.stages.self_text import conversations
-from ray_surgeon.stages.self_text.conversations import (
-    Conversation,
-    WrittenText,
-    as_tensors,
-    from_tensors,
-    pack,
-    write,
-)
+from ray_surgeon.stages.self_text.conversations import Conversation, WrittenText, pack, write
 from ray_surgeon.stages.self_text.loops import repeats
 from ray_surgeon.stages.self_text.requests import Conversations, to_be_written
+from ray_surgeon.stages.self_text.stage import as_tensors, from_tensors
 from ray_surgeon.storage import tensor_files
 from ray_surgeon.storage.texts import token_stream
 from tests.integration.runs import assert_same_shot, beginning, loaded, report_of, run
@@ -134,7 +128,7 @@ def test_answers_are_marked_and_the_template_stands_around_them(
     chatty: PreTrainedTokenizerFast, asked: Callable[..., Any], model_folders: dict[str, Path]
 ) -> None:
     request = soon_ended(asked(chatty, chat=True))
-    writer = conversations._Writer(loaded(model_folders["llama"]), request)
+    writer = conversations.Writer(loaded(model_folders["llama"]), request)
     found = writer.windows()
     marks = request.marks
     turns = []
@@ -168,7 +162,7 @@ def test_an_answer_may_be_cut_and_a_model_that_never_ends_a_turn_is_refused(
     monkeypatch.setattr(conversations, "MAX_ROUNDS", 3)
     request = asked(chatty, chat=True)
     cluster = loaded(model_folders["llama"])
-    writer = conversations._Writer(cluster, soon_ended(request))
+    writer = conversations.Writer(cluster, soon_ended(request))
     writer.windows()
     sizes = {c.answer.stop - c.answer.start for c in writer._conversations}
     assert max(sizes) == 9
@@ -197,7 +191,7 @@ def test_prompts_of_a_file_are_answered(
         {"messages": [{"role": "system", "content": "Be brief."}, said, answer]},
     )
     request = soon_ended(asked(chatty, prompts=uri, num_sequences=3))
-    writer = conversations._Writer(loaded(model_folders["llama"]), request)
+    writer = conversations.Writer(loaded(model_folders["llama"]), request)
     found = writer.windows()
     assert found.tokens.shape == (3, 96)
     heads = [

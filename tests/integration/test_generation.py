@@ -36,7 +36,6 @@ from ray_surgeon.stages.answers.answers import (
     Answers,
     Generation,
     answers_of,
-    check_prompts,
     dense_record,
     departure,
     measure_answers,
@@ -45,6 +44,7 @@ from ray_surgeon.stages.answers.answers import (
     windows_of_answers,
     write_answers,
 )
+from ray_surgeon.stages.answers.prompts import check_prompts
 from ray_surgeon.stages.answers.section import GenerationSection
 from tests.conftest import VOCABULARY
 from tests.integration.runs import loaded, report_of, run
@@ -180,8 +180,8 @@ def test_weights_that_are_not_finite_are_refused(model_folders: dict[str, Path])
 
 def test_windows_have_answers_after_prompts_and_padding_that_does_not_count() -> None:
     answers = Answers(((5, 6, 7), (8,)), ((1,), (2, 3)), frozenset({1}))
-    tokens, counts = windows_of_answers(answers, pad=9)
-    assert tokens.tolist() == [[5, 6, 7, 1], [8, 2, 3, 9]]
+    tokens, counts = windows_of_answers(answers)
+    assert tokens.tolist() == [[5, 6, 7, 1], [8, 2, 3, 0]]
     assert counts.tolist() == [[False, False, False, True], [False, True, True, False]]
     assert answers.num_tokens == counts.sum()
     assert answers.ended == [True, False]

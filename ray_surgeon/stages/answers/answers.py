@@ -7,26 +7,21 @@ likely token each time as the dense model did, until they part. Source: docs/met
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from ray_surgeon.runtime import passes
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.dense_model import DenseStates
-from ray_surgeon.runtime.passes import (
-    compared,
-    each_wave,
-    num_counted,
-    share_states,
-    waves_of_replicas,
-)
-from ray_surgeon.runtime.placement import WorkerIndex
 from ray_surgeon.runtime.sampling import Wanted, write_texts
 from ray_surgeon.runtime.transport import TensorPayload, decode
 from ray_surgeon.runtime.worker import Worker
@@ -59,48 +54,25 @@ class Answers:
 
 
 @dataclass(frozen=True)
-class Generation:
-    """A pruned model beside the dense model's answers."""
+class Rates:
+    """A pruned model at the tokens of the dense model's answers."""
 
     acceptance: float  # mean of ``sum_v min(p_v, q_v)`` over the answers' tokens
     agreement: float  # fraction of them for which both models have the same most likely token
     divergence: float  # mean over them of the divergence from the dense model, in nats
+
+
+@dataclass(frozen=True)
+class Generation(Rates):
+    """A pruned model beside the dense model's answers."""
+
     # for each prompt, tokens in which both own answers agree from the start
     departures: tuple[int, ...]
-    not_ended: (
-        float | None
-        # of the answers that the dense model ended, the fraction that is not ended; None if it
-        # ended none
-    )
+    # of the answers that the dense model ended, the fraction that is not ended; None if it ended
+    # none
+    not_ended: float | None
     repeating: float  # fraction of the answers that get stuck in a loop
     answers: tuple[tuple[int, ...], ...]  # the pruned model's own
-
-
-def check_prompts(
-    prompts: Sequence[Sequence[int]], max_new_tokens: int, longest: int | None, where: str
-) -> None:
-    """Refuse prompts that the model cannot answer.
-
-    Args:
-        prompts: tokens of each.
-        max_new_tokens: of an answer.
-        longest: tokens that the model takes at most; None if that is not limited.
-        where: field of the prompts in the job spec.
-
-    Raises:
-        ValueError: there is no prompt, or one is empty or leaves no room; names the field.
-    """
-    if not prompts:
-        raise ValueError(f"{where}: there is no prompt; give one at least")
-    for number, prompt in enumerate(prompts):
-        if not prompt:
-            raise ValueError(f"{where}: prompt {number} has no tokens; give a text")
-        if longest is not None and len(prompt) + max_new_tokens > longest:
-            raise ValueError(
-                f"{where}: prompt {number} has {len(prompt)} tokens and its answer up to "
-                f"{max_new_tokens}, but the model takes at most {longest} together; shorten it, or "
-                "lower max_new_tokens"
-            )
 
 
 # On a worker
@@ -113,25 +85,26 @@ def keep_exactly(worker: Worker, inputs: TensorPayload, numbers: Sequence[int]) 
     thousandths of the acceptance.
     """
     hidden = worker.runner.infer(worker.unpack(inputs))
-    states = worker.keeping(DenseStates).of_text.setdefault(ANSWERS, {})
-    states.update(zip(numbers, (h.cpu() for h in hidden), strict=True))
+    _keep(worker, numbers, [h.cpu() for h in hidden])
     return [bool(torch.isfinite(h).all()) for h in hidden]
 
 
-def receive_exactly(
-    worker: Worker, text: str, numbers: Sequence[int], states: TensorPayload
-) -> None:
-    """Keep states [m, T, d] that another worker sent, as they are."""
-    rows = torch.split(decode(states, torch.device("cpu")), 1)
-    own = worker.keeping(DenseStates).of_text.setdefault(text, {})
-    own.update(zip(numbers, (row.clone() for row in rows), strict=True))
+def receive_exactly(worker: Worker, text: str, numbers: Sequence[int], sent: TensorPayload) -> None:
+    """Keep states [m, T, d] that another worker sent, as they are; `text` is `ANSWERS`."""
+    rows = torch.split(decode(sent, torch.device("cpu")), 1)
+    _keep(worker, numbers, [row.clone() for row in rows])
+
+
+def _keep(worker: Worker, numbers: Sequence[int], rows: Sequence[Tensor]) -> None:
+    states = worker.keeping(DenseStates).of_text.setdefault(ANSWERS, {})
+    states.update(zip(numbers, rows, strict=True))
 
 
 # On the coordinator
 
 
 def answers_of(
-    cluster: Cluster, prompts: Sequence[Sequence[int]], max_tokens: int, ends: frozenset[int]
+    cluster: Cluster, prompts: tuple[tuple[int, ...], ...], max_tokens: int, ends: frozenset[int]
 ) -> Answers:
     """Let the dense model answer prompts, and keep what pruned models are compared with.
 
@@ -144,27 +117,29 @@ def answers_of(
     Raises:
         FloatingPointError: a hidden state is not finite.
     """
-    wanted = Wanted(tuple(map(tuple, prompts)), max_tokens, temperature=0.0, ends=ends)
-    written = tuple(tuple(text.tolist()) for text in write_texts(cluster, wanted))
-    answers = Answers(wanted.prompts, written, ends)
+    answers = Answers(prompts, _written(cluster, prompts, max_tokens, ends), ends)
     remember_answers(cluster, answers)
     return answers
 
 
-def windows_of_answers(
-    answers: Answers, pad: int = 0
-) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+def _written(
+    cluster: Cluster, prompts: tuple[tuple[int, ...], ...], max_tokens: int, ends: frozenset[int]
+) -> tuple[tuple[int, ...], ...]:
+    wanted = Wanted(prompts, max_tokens, temperature=0.0, ends=ends)
+    return tuple(tuple(text.tolist()) for text in write_texts(cluster, wanted))
+
+
+def windows_of_answers(answers: Answers) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """Return each prompt with its answer, filled up on the right, where causal models look last.
 
     Args:
         answers: n of them.
-        pad: token that fills up.
 
     Returns:
         [n, T] tokens, and [n, T] whether a token belongs to the answer.
     """
     lengths = [len(p) + len(a) for p, a in zip(answers.prompts, answers.answers, strict=True)]
-    tokens = np.full((len(lengths), max(lengths)), pad, dtype=np.int64)
+    tokens = np.zeros((len(lengths), max(lengths)), dtype=np.int64)
     counts = np.zeros(tokens.shape, dtype=np.bool_)
     for row, (prompt, answer) in enumerate(zip(answers.prompts, answers.answers, strict=True)):
         tokens[row, : lengths[row]] = prompt + answer
@@ -179,26 +154,18 @@ def remember_answers(cluster: Cluster, answers: Answers) -> None:
         FloatingPointError: a state is not finite.
     """
     tokens, _ = windows_of_answers(answers)
-
-    def at_the_end(last: WorkerIndex, moving: Any, numbers: list[int]) -> list[bool]:
-        return cluster.submit(last, keep_exactly, moving, numbers)
-
-    is_finite: list[bool] = each_wave(cluster, tokens, at_the_end)
+    is_finite = passes.each_wave(
+        cluster,
+        tokens,
+        lambda last, moving, numbers: cluster.submit(last, keep_exactly, moving, numbers),
+    )
     if not all(is_finite):
         raise FloatingPointError(
             "the dense model's states of its answers are not finite; check the weights and the "
             "dtype"
         )
-    share_states(cluster, ANSWERS, waves_of_replicas(cluster, range(len(tokens))), receive_exactly)
-
-
-@dataclass(frozen=True)
-class Rates:
-    """The present weights at the tokens of the dense model's answers; see `Generation`."""
-
-    acceptance: float
-    agreement: float
-    divergence: float  # in nats
+    waves = passes.waves_of_replicas(cluster, range(len(tokens)))
+    passes.share_states(cluster, ANSWERS, waves, receive_exactly)
 
 
 def measure_rates(cluster: Cluster, answers: Answers) -> Rates:
@@ -212,19 +179,18 @@ def measure_rates(cluster: Cluster, answers: Answers) -> Rates:
         FloatingPointError: the divergence is not a number.
     """
     tokens, counts = windows_of_answers(answers)
-    comparisons = compared(cluster, ANSWERS, tokens, counts, with_acceptance=True)
-    num_tokens = num_counted(tokens, counts)
-    divergence = sum(comparison.divergence for comparison in comparisons) / num_tokens
-    if not math.isfinite(divergence):
+    comparisons = passes.compared(cluster, ANSWERS, tokens, counts, with_acceptance=True)
+    num_tokens = passes.num_counted(tokens, counts)
+    means = {
+        name: sum(getattr(comparison, name) for comparison in comparisons) / num_tokens
+        for name in ("acceptance", "agreement", "divergence")
+    }
+    if not math.isfinite(means["divergence"]):
         raise FloatingPointError(
             "the divergence from the dense model on its answers is not finite; check the weights "
             "and the dtype"
         )
-    acceptance, agreement = (
-        sum(getattr(comparison, name) for comparison in comparisons) / num_tokens
-        for name in ("acceptance", "agreement")
-    )
-    return Rates(acceptance, agreement, divergence)
+    return Rates(**means)
 
 
 def measure_answers(cluster: Cluster, answers: Answers, max_tokens: int) -> Generation:
@@ -239,34 +205,25 @@ def measure_answers(cluster: Cluster, answers: Answers, max_tokens: int) -> Gene
         FloatingPointError: the divergence is not a number.
     """
     rates = measure_rates(cluster, answers)
-    wanted = Wanted(answers.prompts, max_tokens, temperature=0.0, ends=answers.ends)
-    own = tuple(tuple(text.tolist()) for text in write_texts(cluster, wanted))
-    of_ended = [answer for answer, ended in zip(own, answers.ended, strict=True) if ended]
+    own = _written(cluster, answers.prompts, max_tokens, answers.ends)
+    is_open = [
+        answer[-1] not in answers.ends
+        for answer, ended in zip(own, answers.ended, strict=True)
+        if ended
+    ]
     return Generation(
-        acceptance=rates.acceptance,
-        agreement=rates.agreement,
-        divergence=rates.divergence,
+        **asdict(rates),
         departures=tuple(map(departure, answers.answers, own)),
-        not_ended=_share(answer[-1] not in answers.ends for answer in of_ended)
-        if of_ended
-        else None,
-        repeating=_share(map(repeats, own)),
+        not_ended=fmean(is_open) if is_open else None,
+        repeating=fmean(map(repeats, own)),
         answers=own,
     )
 
 
 def departure(answer: Sequence[int], second_answer: Sequence[int]) -> int:
     """Return with how many equal tokens two answers begin."""
-    for place, (token, another) in enumerate(zip(answer, second_answer, strict=False)):
-        if token != another:
-            return place
-    return min(len(answer), len(second_answer))
-
-
-def _share(flags: Iterable[bool]) -> float:
-    """Return the fraction that is true."""
-    values = list(flags)
-    return sum(values) / len(values)
+    pairs = zip(answer, second_answer, strict=False)
+    return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
 
 
 # Records
@@ -282,8 +239,8 @@ def dense_record(answers: Answers, decode_tokens: Callable[[Sequence[int]], str]
     return {
         "num_prompts": len(answers.prompts),
         "num_tokens": answers.num_tokens,
-        "share_ended": _share(answers.ended),
-        "share_repeating": _share(map(repeats, answers.answers)),
+        "share_ended": fmean(answers.ended),
+        "share_repeating": fmean(map(repeats, answers.answers)),
         "example": {
             "prompt": decode_tokens(answers.prompts[0])[:_EXAMPLE_CHARACTERS],
             "dense": decode_tokens(answers.answers[0])[:_EXAMPLE_CHARACTERS],
@@ -301,7 +258,7 @@ def shot_record(
         "agreement": generation.agreement,
         "divergence": generation.divergence,
         "tokens_until_departure": {
-            "mean": sum(generation.departures) / len(generation.departures),
+            "mean": fmean(generation.departures),
             "median": median(generation.departures),
         },
         "not_ended": generation.not_ended,
@@ -317,6 +274,6 @@ def write_answers(uri: str, answers: Answers) -> None:
 
 def read_answers(uri: str) -> Answers:
     """Read what `write_answers` wrote."""
-    record: Mapping[str, Any] = files.read_json(uri)
+    record = files.read_json(uri)
     prompts, answers = (tuple(map(tuple, record[part])) for part in ("prompts", "answers"))
     return Answers(prompts, answers, frozenset(record["ends"]))

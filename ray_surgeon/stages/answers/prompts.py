@@ -6,7 +6,7 @@ See `ray_surgeon.stages.answers.answers`.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,11 +16,11 @@ from transformers import PretrainedConfig
 
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.spec.written import START_TOKENS, TURN_TOKENS
-from ray_surgeon.stages.answers.answers import check_prompts
 from ray_surgeon.stages.answers.section import GenerationSection
-from ray_surgeon.stages.self_text.conversations import write_prompts
-from ray_surgeon.stages.self_text.requests import Conversations, Request, chat_marks, shows_turns
-from ray_surgeon.storage.prompts import has_chat_template, read_prompts
+from ray_surgeon.stages.self_text.conversations import Writer
+from ray_surgeon.stages.self_text.requests import Conversations, Texts, chat_marks
+from ray_surgeon.stages.self_text.stage import SelfText
+from ray_surgeon.storage.prompts import read_prompts
 
 WHERE = "evaluation.generation"
 _SEED = 7_919
@@ -51,31 +51,77 @@ class Yardstick:
             digest = hashlib.sha256(repr(self.prompts).encode()).hexdigest()
         return self.section.model_dump(mode="json", exclude={"prompts"}) | {"prompts": digest}
 
-    def asked(self, cluster: Cluster) -> tuple[tuple[int, ...], ...]:
+    def prompts_on(self, cluster: Cluster) -> tuple[tuple[int, ...], ...]:
         """Return the prompts, written by the dense model on the cluster if they are not given."""
         if self.request is None:
             return self.prompts
-        return write_prompts(cluster, self.request, self.section.num_prompts) or self.prompts
+        return Writer(cluster, self.request).prompts(self.section.num_prompts) or self.prompts
 
     def text_of(self, tokens: Sequence[int]) -> str:
         """Return the text of tokens, without those of the chat template."""
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
 
 
-def can_write_prompts(section: GenerationSection, tokenizer: Any, config: PretrainedConfig) -> bool:
-    """Whether a model can write prompts from its chat template's opening.
+def yardstick_for(
+    section: GenerationSection | str | None,
+    self_text: SelfText | None,
+    tokenizer: Any,
+    config: PretrainedConfig,
+    windows: NDArray[np.int64],
+) -> tuple[Yardstick | None, SelfText | None]:
+    """Return the prompts whose answers are compared, and what is left for the model to write.
 
-    It must have room for their answers.
+    By default they are some of the calibration's file of prompts, or else written by the dense
+    model, if it has a chat template.
+
+    Args:
+        section: `evaluation.generation`.
+        self_text: the stage in which the model writes, if there is one.
+        tokenizer: of the model; None for a plan alone, which has no prompts.
+        config: of the model.
+        windows: [num_windows, sequence_length] of the first evaluation text.
     """
-    if not shows_turns(tokenizer):
-        return False
-    marks = chat_marks(tokenizer, config, WHERE)
-    longest = getattr(config, "max_position_embeddings", None)
-    needed = len(marks.opening) + TURN_TOKENS + len(marks.closing) + section.max_new_tokens
-    return bool(marks.opening) and (longest is None or needed <= longest)
+    if section is None or tokenizer is None:
+        return None, self_text
+    if isinstance(section, GenerationSection):
+        return _yardstick_of(section, tokenizer, config, windows), self_text
+    if self_text is not None and (held := _held_prompts(self_text, tokenizer, config)):
+        return held
+    try:
+        yardstick = _yardstick_of(GenerationSection(), tokenizer, config, windows)
+    except ValueError:  # a chat template that shows no turns, or a model with no room for answers
+        return None, self_text
+    return yardstick if yardstick.request else None, self_text
 
 
-def yardstick_of(
+def check_prompts(
+    prompts: Sequence[Sequence[int]], max_new_tokens: int, longest: int | None, where: str
+) -> None:
+    """Refuse prompts that the model cannot answer.
+
+    Args:
+        prompts: tokens of each.
+        max_new_tokens: of an answer.
+        longest: tokens that the model takes at most; None if that is not limited.
+        where: field of the prompts in the job spec.
+
+    Raises:
+        ValueError: there is no prompt, or one is empty or leaves no room; names the field.
+    """
+    if not prompts:
+        raise ValueError(f"{where}: there is no prompt; give one at least")
+    for number, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"{where}: prompt {number} has no tokens; give a text")
+        if longest is not None and len(prompt) + max_new_tokens > longest:
+            raise ValueError(
+                f"{where}: prompt {number} has {len(prompt)} tokens and its answer up to "
+                f"{max_new_tokens}, but the model takes at most {longest} together; shorten it, or "
+                "lower max_new_tokens"
+            )
+
+
+def _yardstick_of(
     section: GenerationSection, tokenizer: Any, config: PretrainedConfig, windows: NDArray[np.int64]
 ) -> Yardstick:
     """Return the prompts of a section, or how they are to be written.
@@ -90,62 +136,59 @@ def yardstick_of(
     Raises:
         ValueError: a prompt cannot be read or answered; names the field.
     """
-    longest = getattr(config, "max_position_embeddings", None)
+    longest = _longest(config)
     new = section.max_new_tokens
     marks = chat_marks(tokenizer, config, WHERE)
-    starts = windows[: section.num_prompts, : min(START_TOKENS, windows.shape[1])]
-    prompts = [tuple(start) for start in starts.tolist()]
-    if section.prompts is None and has_chat_template(tokenizer) and marks.opening:
-        # a third is a turn's
-        length = len(marks.opening) + len(marks.closing) + len(marks.end) + 3 * TURN_TOKENS
-        request = Conversations(marks, None, 0, length, 1.0, section.seed + _SEED, WHERE)
-        check_prompts(
-            [(*marks.opening, *marks.closing, *[0] * request.turn_tokens)],
-            new,
-            longest,
-            f"{WHERE}.max_new_tokens",
-        )
-        return Yardstick(section, tuple(prompts), request, marks.ends_of_answer, tokenizer)
+    request = None
     if section.prompts is not None:
         most = None if longest is None else longest - new
         read = read_prompts(section.prompts, tokenizer, f"{WHERE}.prompts", most)
-        drawn = np.sort(
-            np.random.default_rng(section.seed).permutation(len(read))[: section.num_prompts]
-        )
-        prompts = [read[number].tokens for number in drawn]
-    check_prompts(prompts, new, longest, f"{WHERE}.prompts")
-    return Yardstick(section, tuple(prompts), None, marks.ends_of_answer, tokenizer)
+        order = np.random.default_rng(section.seed).permutation(len(read))
+        prompts = [read[number].tokens for number in sorted(order[: section.num_prompts])]
+    else:
+        starts = windows[: section.num_prompts, :START_TOKENS]
+        prompts = [tuple(start) for start in starts.tolist()]
+    if section.prompts is None and marks.opening:
+        # a third is a turn's
+        length = len(marks.opening) + len(marks.closing) + len(marks.end) + 3 * TURN_TOKENS
+        request = Conversations(marks, None, 0, length, 1.0, section.seed + _SEED, WHERE)
+        prompt = (*marks.opening, *marks.closing, *[0] * request.turn_tokens)
+        check_prompts([prompt], new, longest, f"{WHERE}.max_new_tokens")
+    else:
+        check_prompts(prompts, new, longest, f"{WHERE}.prompts")
+    return Yardstick(section, tuple(prompts), request, marks.ends_of_answer, tokenizer)
 
 
-def held_prompts(
-    section: GenerationSection,
-    written: Mapping[int, Request],
-    tokenizer: Any,
-    config: PretrainedConfig,
-) -> tuple[Yardstick | None, dict[int, Request]]:
+def _held_prompts(
+    self_text: SelfText, tokenizer: Any, config: PretrainedConfig
+) -> tuple[Yardstick, SelfText] | None:
     """Take some prompts of the calibration's file out of it, for the comparison alone.
 
     Args:
-        section: `evaluation.generation`, without prompts of its own.
-        written: number of a calibration text -> what the model is to write for it.
+        self_text: what the model is to write for the calibration.
         tokenizer: of the model.
         config: of the model.
 
     Returns:
-        The yardstick, None if the calibration has no file of two prompts or more; and what is left
-        to be written.
+        The yardstick, and what is left to be written; None if the calibration has no file of two
+        prompts or more.
     """
-    for number, request in written.items():
-        prompts = request.prompts if isinstance(request, Conversations) else None
-        if prompts is None or len(prompts) < 2:
+    section = GenerationSection()
+    for number, request in self_text.requests.items():
+        if isinstance(request, Texts) or request.prompts is None or len(request.prompts) < 2:
             continue
+        prompts = request.prompts
         count = min(section.num_prompts, max(1, round(_HELD_SHARE * len(prompts))))
         held = set(np.random.default_rng(section.seed).permutation(len(prompts))[:count].tolist())
         taken = tuple(prompts[i].tokens for i in sorted(held))
         rest = tuple(prompt for i, prompt in enumerate(prompts) if i not in held)
-        assert isinstance(request, Conversations)
-        longest = getattr(config, "max_position_embeddings", None)
-        check_prompts(taken, section.max_new_tokens, longest, f"{request.where}.prompts")
+        check_prompts(taken, section.max_new_tokens, _longest(config), f"{request.where}.prompts")
         yardstick = Yardstick(section, taken, None, request.marks.ends_of_answer, tokenizer)
-        return yardstick, {**written, number: replace(request, prompts=rest)}
-    return None, dict(written)
+        requests = {**self_text.requests, number: replace(request, prompts=rest)}
+        return yardstick, replace(self_text, requests=requests)
+    return None
+
+
+def _longest(config: PretrainedConfig) -> int | None:
+    """Return how many tokens a model takes, None if that is not limited."""
+    return getattr(config, "max_position_embeddings", None)

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any, ClassVar
-
-import numpy as np
-from numpy.typing import NDArray
-from transformers import PretrainedConfig
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from ray_surgeon.plan.needs import StepPlan, WorkerView
 from ray_surgeon.stages.answers.answers import (
@@ -22,14 +18,7 @@ from ray_surgeon.stages.answers.answers import (
     shot_record,
     write_answers,
 )
-from ray_surgeon.stages.answers.prompts import (
-    Yardstick,
-    can_write_prompts,
-    held_prompts,
-    yardstick_of,
-)
-from ray_surgeon.stages.answers.section import GenerationSection
-from ray_surgeon.stages.self_text.stage import SelfText
+from ray_surgeon.stages.answers.prompts import Yardstick
 from ray_surgeon.stages.stage import Facts, RunState, Stage
 from ray_surgeon.storage import files
 
@@ -41,7 +30,7 @@ _PROMPT_TOKENS = 256
 class DenseAnswers(Stage):
     """The dense model answers the prompts, before the first shot."""
 
-    name: ClassVar[str] = "answers"
+    name = "answers"
     yardstick: Yardstick
 
     def run(self, run: RunState, facts: Facts) -> None:
@@ -69,7 +58,7 @@ class DenseAnswers(Stage):
                 "or start a new run"
             )
         section = self.yardstick.section
-        prompts = self.yardstick.asked(run.cluster)
+        prompts = self.yardstick.prompts_on(run.cluster)
         answers = answers_of(run.cluster, prompts, section.max_new_tokens, self.yardstick.ends)
         write_answers(uri, answers)
         return answers
@@ -80,23 +69,20 @@ class DenseAnswers(Stage):
 
     def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
         """Return the writing of the answers."""
-        yield worker.writing(self.name, [self._size])
+        section = self.yardstick.section
+        yield worker.writing(self.name, [(section.num_prompts, section.max_new_tokens)])
 
     def on_host(self, worker: WorkerView) -> float:
         """Return the dense model's states of prompts and answers."""
         section = self.yardstick.section
         return worker.remembered(section.num_prompts * (_PROMPT_TOKENS + section.max_new_tokens))
 
-    @property
-    def _size(self) -> tuple[int, int]:
-        return self.yardstick.section.num_prompts, self.yardstick.section.max_new_tokens
-
 
 @dataclass(frozen=True)
 class Rates(Stage):
     """How many of the dense model's tokens the pruned model would accept, before corrections."""
 
-    name: ClassVar[str] = "answers"
+    name = "answers"
 
     def run(self, run: RunState, facts: Facts) -> None:
         """Measure what corrections begin from."""
@@ -109,7 +95,7 @@ class Rates(Stage):
 class PrunedAnswers(Stage):
     """The pruned model's answers beside the dense model's, after every shot."""
 
-    name: ClassVar[str] = "answers"
+    name = "answers"
     yardstick: Yardstick
 
     def run(self, run: RunState, facts: Facts) -> None:
@@ -125,33 +111,3 @@ class PrunedAnswers(Stage):
         section = self.yardstick.section
         length = _PROMPT_TOKENS + section.max_new_tokens
         yield worker.measuring(self.name, [(section.num_prompts, length)])
-
-
-def yardstick_for(
-    section: GenerationSection | str | None,
-    self_text: SelfText | None,
-    tokenizer: Any,
-    config: PretrainedConfig,
-    windows: NDArray[np.int64],
-) -> tuple[Yardstick | None, SelfText | None]:
-    """Return the prompts whose answers are compared, and what is left for the model to write.
-
-    Args:
-        section: `evaluation.generation`.
-        self_text: the stage in which the model writes, if there is one.
-        tokenizer: of the model; None for a plan alone, which has no prompts.
-        config: of the model.
-        windows: [num_windows, sequence_length] of the first evaluation text.
-    """
-    if section is None or tokenizer is None:
-        return None, self_text
-    if isinstance(section, GenerationSection):
-        return yardstick_of(section, tokenizer, config, windows), self_text
-    default = GenerationSection.model_validate({})
-    if self_text is not None:
-        yardstick, rest = held_prompts(default, self_text.requests, tokenizer, config)
-        if yardstick is not None:
-            return yardstick, replace(self_text, requests=rest)
-    if not can_write_prompts(default, tokenizer, config):
-        return None, self_text
-    return yardstick_of(default, tokenizer, config, windows), self_text

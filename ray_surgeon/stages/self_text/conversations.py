@@ -6,14 +6,14 @@ text: Williams et al. 2024 (arXiv 2410.17170), self-calibration.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.sampling import Wanted, write_texts
@@ -44,18 +44,12 @@ _MARGIN = 1.1
 """By how much more is written than seems needed."""
 
 
-# What is to be written
-
-
 @dataclass(frozen=True)
 class WrittenText:
     """Windows that the model wrote."""
 
     tokens: NDArray[np.int64]  # [n, T]
     answers: NDArray[np.bool_]  # [n, T], whether a token belongs to an answer of the model
-
-
-# Writing it
 
 
 def write(cluster: Cluster, request: Request) -> WrittenText:
@@ -70,28 +64,11 @@ def write(cluster: Cluster, request: Request) -> WrittenText:
         ValueError: a file of prompts does not suffice.
     """
     if isinstance(request, Conversations):
-        return _Writer(cluster, request).windows()
+        return Writer(cluster, request).windows()
     texts = write_texts(cluster, request.wanted)
     whole = [[*start, *text.tolist()] for start, text in zip(request.starts, texts, strict=True)]
     tokens = np.array(whole, dtype=np.int64).reshape(-1, request.sequence_length)
     return WrittenText(tokens, np.zeros(tokens.shape, dtype=np.bool_))
-
-
-def write_prompts(
-    cluster: Cluster, request: Conversations, count: int
-) -> tuple[tuple[int, ...], ...]:
-    """Let the model write prompts: users' turns with the chat template around them.
-
-    Args:
-        cluster: with loaded workers.
-        request: of conversations whose turns the model writes.
-        count: how many prompts.
-
-    Returns:
-        Tokens of so many prompts, or of fewer where others came twice, were in a loop, or had
-        special tokens.
-    """
-    return _Writer(cluster, request).prompts(count)
 
 
 @dataclass(frozen=True)
@@ -116,44 +93,35 @@ def pack(conversations: Sequence[Conversation], num_sequences: int, length: int)
     Returns:
         The windows that are full.
     """
-    tokens = np.zeros((num_sequences, length), dtype=np.int64)
-    answers = np.zeros((num_sequences, length), dtype=np.bool_)
-    window = place = 0
+    tokens = np.zeros(num_sequences * length, dtype=np.int64)
+    answers = np.zeros(len(tokens), dtype=np.bool_)
+    place = 0
     for conversation in conversations:
-        if window == num_sequences:
+        if place == len(tokens):
             break
-        part = conversation.tokens[: length - place]
-        tokens[window, place : place + len(part)] = part
         answer = conversation.answer
-        answers[window, place + answer.start : place + answer.stop] = True  # numpy cuts it
-        place += len(part)
-        if place == length:
-            window += 1
-            place = 0
-    return WrittenText(tokens[:window], answers[:window])
+        end_of_window = place - place % length + length
+        end = min(place + len(conversation.tokens), end_of_window)
+        tokens[place:end] = conversation.tokens[: end - place]
+        answers[place + answer.start : min(place + answer.stop, end_of_window)] = True
+        place = end
+    windows = slice(place // length)  # that are full
+    return WrittenText(tokens.reshape(-1, length)[windows], answers.reshape(-1, length)[windows])
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """What an answer is written for."""
-
-    tokens: tuple[int, ...]  # before the answer
-    answer: tuple[int, ...] | None = None  # if it is given
-
-
-class _Writer:
+class Writer:
     """Conversations in the making."""
 
     def __init__(self, cluster: Cluster, request: Conversations) -> None:
+        """Take a cluster with loaded workers, and what they are to write."""
         self._cluster = cluster
         self._request = request
         self._marks = request.marks
         self._conversations: list[Conversation] = []
-        self._asked: list[_Asked] = []  # not answered yet
+        self._unanswered: list[Prompt] = []
         self._of_file = self._prompts()
-        self._seen: set[tuple[int, ...]] = set()
+        self._turns: set[tuple[int, ...]] = set()  # of users, that are of use
         self._num_turns = 0  # of users, written
-        self._num_used_turns = 0
         self._num_answers = 0
 
     def windows(self) -> WrittenText:
@@ -164,47 +132,51 @@ class _Writer:
             ValueError: the file of prompts does not suffice.
         """
         request = self._request
-        for number in range(MAX_ROUNDS):
-            if not (missing := self._num_missing()):
-                break
-            needed = self._num_needed(missing)
-            more = needed - len(self._asked)
-            if more > 0 and request.prompts is None:
-                self._write_turns(more, number)
-            elif more > 0:
-                self._take_prompts(more)
-            needed = self._num_needed(missing)  # the lengths of turns are known now
-            is_short = request.prompts is None and 2 * len(self._asked) < needed
-            if is_short and number < MAX_ROUNDS - 1:
-                continue  # few answers take as many steps as many
-            now = self._asked[:needed]
-            self._asked = self._asked[needed:]
-            self._write_answers(now, number)
-        if not (missing := self._num_missing()):
-            return self._packed()
-        raise RuntimeError(
-            f"{request.where}: after {MAX_ROUNDS} rounds, {self._num_used_turns} of "
-            f"{self._num_turns} users' turns and {len(self._conversations)} of {self._num_answers} "
-            "answers were of use (others came twice, were in a loop or had special tokens), and "
-            f"{missing} of {request.num_sequences} windows are not full; change temperature, give "
-            "prompts, or give another text in place of this one"
-        )
+        number = 0
+        while True:
+            written = pack(self._conversations, request.num_sequences, request.sequence_length)
+            missing = request.num_sequences - len(written.tokens)
+            if not missing:
+                return written
+            if number == MAX_ROUNDS:
+                raise RuntimeError(
+                    f"{request.where}: after {MAX_ROUNDS} rounds, {len(self._turns)} of "
+                    f"{self._num_turns} users' turns and {len(self._conversations)} of "
+                    f"{self._num_answers} answers were of use (others came twice, were in a loop "
+                    f"or had special tokens), and {missing} of {request.num_sequences} windows are "
+                    "not full; change temperature, give prompts, or give another text in place of "
+                    "this one"
+                )
+            self._write_round(missing, number)
+            number += 1
 
     def prompts(self, count: int) -> tuple[tuple[int, ...], ...]:
-        """Write users' turns until there are enough, or no more come; return them as prompts."""
+        """Write users' turns, and return them as prompts, with the chat template around them.
+
+        Returns:
+            Tokens of so many prompts, or of fewer where others came twice, were in a loop, or had
+            special tokens.
+        """
         for number in range(MAX_ROUNDS):
-            if len(self._asked) >= count:
+            if len(self._unanswered) >= count:
                 break
-            self._write_turns(count - len(self._asked), number)
-        return tuple(prompt.tokens for prompt in self._asked[:count])
+            self._write_turns(count - len(self._unanswered), number)
+        return tuple(prompt.tokens for prompt in self._unanswered[:count])
 
-    def _packed(self) -> WrittenText:
-        request = self._request
-        return pack(self._conversations, request.num_sequences, request.sequence_length)
-
-    def _num_missing(self) -> int:
-        """Return how many windows are not full."""
-        return self._request.num_sequences - len(self._packed().tokens)
+    def _write_round(self, missing: int, number: int) -> None:
+        """Write what seems needed to fill so many windows."""
+        has_file = self._request.prompts is not None
+        more = self._num_needed(missing) - len(self._unanswered)
+        if more > 0 and has_file:
+            self._take_prompts(more)
+        elif more > 0:
+            self._write_turns(more, number)
+        needed = self._num_needed(missing)  # the lengths of turns are known now
+        is_short = not has_file and 2 * len(self._unanswered) < needed
+        if is_short and number < MAX_ROUNDS - 1:
+            return  # few answers take as many steps as many
+        self._write_answers(self._unanswered[:needed], number)
+        del self._unanswered[:needed]
 
     def _num_needed(self, missing: int) -> int:
         """Return how many answers are to be written to fill so many windows."""
@@ -216,13 +188,11 @@ class _Writer:
 
     def _mean_tokens(self) -> float:
         """Return how many tokens a conversation has, as far as is known."""
-        if self._conversations:
-            return float(np.mean([len(c.tokens) for c in self._conversations]))
         request = self._request
-        if self._asked:
-            before = float(np.mean([len(asked.tokens) for asked in self._asked]))
-        elif request.prompts is not None:
-            before = float(np.mean([len(prompt.tokens) for prompt in request.prompts]))
+        if self._conversations:
+            return fmean(len(conversation.tokens) for conversation in self._conversations)
+        if prompts := self._unanswered or request.prompts:
+            before = fmean(len(prompt.tokens) for prompt in prompts)
         else:
             marks = request.sequence_length - request.room
             before = marks + _USUAL_TURN * request.turn_tokens
@@ -231,24 +201,28 @@ class _Writer:
     def _write_turns(self, count: int, number: int) -> None:
         """Let the model write users' turns, and keep those that make sense."""
         request = self._request
-        useful = _usual(self._num_used_turns, self._num_turns, _YIELD_OF_TURNS)
+        marks = self._marks
+        useful = _usual(len(self._turns), self._num_turns, _YIELD_OF_TURNS)
         count = max(_FEWEST_TURNS, math.ceil(count / useful))
-        ends = self._marks.ends_of_turn
-        prompts = (self._marks.opening,) * count
-        seed = _seed(request.seed, number, 0)
-        wanted = Wanted(prompts, request.turn_tokens + 1, request.temperature, seed, ends)
+        wanted = Wanted(
+            (marks.opening,) * count,
+            request.turn_tokens + 1,
+            request.temperature,
+            _seed(request.seed, number, 0),
+            marks.ends_of_turn,
+        )
         self._num_turns += count
         for text in write_texts(self._cluster, wanted):
             # one that has not ended is cut: models of code paste long pieces of it
             turn = tuple(text[:-1].tolist())
-            if self._is_turn(turn) and turn not in self._seen:
-                self._seen.add(turn)
-                self._num_used_turns += 1
-                self._asked.append(_Asked((*self._marks.opening, *turn, *self._marks.closing)))
+            if turn not in self._turns and self._makes_sense(turn, _FEWEST_TURN_TOKENS):
+                self._turns.add(turn)
+                tokens = (*marks.opening, *turn, *marks.closing)
+                self._unanswered.append(Prompt(tokens, text="", answer=None))
 
-    def _is_turn(self, turn: Sequence[int]) -> bool:
-        enough = len(turn) >= _FEWEST_TURN_TOKENS
-        return enough and self._marks.special.isdisjoint(turn) and not repeats(turn)
+    def _makes_sense(self, tokens: Sequence[int], fewest: int) -> bool:
+        is_text = len(tokens) >= fewest and self._marks.special.isdisjoint(tokens)
+        return is_text and not repeats(tokens)
 
     def _take_prompts(self, count: int) -> None:
         """Take prompts of the file, some of them again with other draws if there are too few.
@@ -256,12 +230,9 @@ class _Writer:
         Raises:
             ValueError: the file does not suffice.
         """
-        for _ in range(count):
-            if (prompt := next(self._of_file, None)) is None:
-                break
-            self._asked.append(_Asked(prompt.tokens, prompt.answer))
-        if not self._asked:
-            tokens = sum(len(c.tokens) for c in self._conversations)
+        self._unanswered += itertools.islice(self._of_file, count)
+        if not self._unanswered:
+            tokens = sum(len(conversation.tokens) for conversation in self._conversations)
             needed = self._request.num_sequences * self._request.sequence_length
             raise ValueError(
                 f"{self._request.where}.prompts: {len(self._request.prompts or ())} prompts gave "
@@ -276,17 +247,16 @@ class _Writer:
         order = np.random.default_rng(self._request.seed).permutation(len(prompts))
         drawn = [prompts[i] for i in order]
         yield from drawn
-        again = [prompt for prompt in drawn if prompt.answer is None]
-        while again and self._request.temperature:
-            yield from again
+        if self._request.temperature:
+            yield from itertools.cycle(prompt for prompt in drawn if prompt.answer is None)
 
-    def _write_answers(self, prompts: Sequence[_Asked], number: int) -> None:
+    def _write_answers(self, prompts: Sequence[Prompt], number: int) -> None:
         """Let the model answer what has no answer, and keep the conversations that make sense."""
         request = self._request
-        open_ones = [prompt.tokens for prompt in prompts if prompt.answer is None]
+        end = self._marks.end
         ends = self._marks.ends_of_answer
         wanted = Wanted(
-            tuple(open_ones),
+            tuple(prompt.tokens for prompt in prompts if prompt.answer is None),
             ANSWER_TOKENS,
             COOLER * request.temperature,
             _seed(request.seed, number, 1),
@@ -294,22 +264,19 @@ class _Writer:
             max_length=request.sequence_length,
         )
         written = iter(write_texts(self._cluster, wanted))
+        self._num_answers += len(prompts)
         for prompt in prompts:
-            answer = prompt.answer if prompt.answer is not None else tuple(next(written).tolist())
-            self._num_answers += 1
-            has_ended = answer[-1:] and answer[-1] in ends
-            said = answer[:-1] if has_ended else answer
-            if prompt.answer is None and (not said or repeats(said) or not self._is_text(said)):
-                continue
-            tail = self._marks.end[1:] if answer[-1:] == self._marks.end[:1] else ()
+            answer = prompt.answer
+            if answer is None:
+                answer = tuple(next(written).tolist())
+                said = answer[:-1] if ends.issuperset(answer[-1:]) else answer
+                if not self._makes_sense(said, 1):
+                    continue
+            tail = end[1:] if answer[-1:] == end[:1] else ()
             start = len(prompt.tokens)
-            answer_places = slice(start, start + len(answer))
             self._conversations.append(
-                Conversation((*prompt.tokens, *answer, *tail), answer_places)
+                Conversation((*prompt.tokens, *answer, *tail), slice(start, start + len(answer)))
             )
-
-    def _is_text(self, tokens: Sequence[int]) -> bool:
-        return self._marks.special.isdisjoint(tokens)
 
 
 def _usual(num_used: int, num_written: int, guess: float) -> float:
@@ -320,26 +287,3 @@ def _usual(num_used: int, num_written: int, guess: float) -> float:
 def _seed(seed: int, number: int, part: int) -> int:
     """Return a seed for a part of a round, 0 for turns and 1 for answers."""
     return int(np.random.SeedSequence([seed, number, part]).generate_state(1)[0])
-
-
-# What is kept of it
-
-
-def as_tensors(written: Mapping[int, WrittenText]) -> dict[str, Tensor]:
-    """Return texts by their numbers as tensors for one file."""
-    tensors = {}
-    for number, text in written.items():
-        tensors[str(number)] = torch.from_numpy(text.tokens)
-        tensors[f"{number}.answers"] = torch.from_numpy(text.answers)
-    return tensors
-
-
-def from_tensors(tensors: Mapping[str, Tensor]) -> dict[int, WrittenText]:
-    """Return what `as_tensors` was given; a text without answers has none."""
-    texts = {}
-    for name, tokens in tensors.items():
-        if name.isdigit():
-            none = torch.zeros(tokens.shape, dtype=torch.bool)
-            answers = tensors.get(f"{name}.answers", none)
-            texts[int(name)] = WrittenText(tokens.numpy(), answers.numpy())
-    return texts

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,17 +99,20 @@ def _texts(
     text: SelfSection, count: int, length: int, tokenizer: Any, config: PretrainedConfig, where: str
 ) -> Texts:
     num_texts, of_text = text.sizes(count, length)
+    of_prompt = 0
     if text.starts is not None:
-        starts = _starts(text, num_texts, tokenizer, where)
-        prompts = starts
-        of_prompt = 0
+        windows = read_windows(
+            text.starts, num_texts, text.start_tokens, tokenizer, f"{where}.starts"
+        )
+        starts = prompts = tuple(map(tuple, windows.tokens.tolist()))
     else:
         prompt = _prompt(text, tokenizer, where)
-        first = first_token(tokenizer)
-        begin = prompt[-1] if first is None and text.texts_per_sequence > 1 else first
+        of_prompt = len(prompt)
+        begin = first_token(tokenizer)
+        if begin is None and text.texts_per_sequence > 1:
+            begin = prompt[-1]
         starts = (() if begin is None else (begin,),) * num_texts
         prompts = (prompt,) * num_texts
-        of_prompt = len(prompt)
     longest = getattr(config, "max_position_embeddings", None) or math.inf
     if not prompts[0] or of_prompt + of_text > longest:
         raise ValueError(
@@ -121,15 +124,6 @@ def _texts(
     together = texts_together(of_text)
     wanted = Wanted(prompts, own, text.temperature, text.seed, num_together=together)
     return Texts(wanted, starts, length)
-
-
-def _starts(
-    text: SelfSection, num_texts: int, tokenizer: Any, where: str
-) -> tuple[tuple[int, ...], ...]:
-    """Return the first tokens of every text, from windows of a given text."""
-    assert text.starts is not None
-    windows = read_windows(text.starts, num_texts, text.start_tokens, tokenizer, f"{where}.starts")
-    return tuple(map(tuple, windows.tokens.tolist()))
 
 
 def _prompt(text: SelfSection, tokenizer: Any, where: str) -> tuple[int, ...]:
@@ -154,6 +148,7 @@ def _conversations(
             "shorten it"
         )
     marks = chat_marks(tokenizer, config, where)
+    prompts = None
     if text.prompts is not None:
         prompts = tuple(read_prompts(text.prompts, tokenizer, f"{where}.prompts", length - 1))
     elif not has_chat_template(tokenizer):
@@ -167,8 +162,6 @@ def _conversations(
             f"{where}.chat: true, but the chat template puts nothing before a user's turn that the "
             "model could go on with; give prompts or starts instead"
         )
-    else:
-        prompts = None
     conversations = Conversations(marks, prompts, count, length, text.temperature, text.seed, where)
     if prompts is None and conversations.room < _LEAST_ROOM:
         raise ValueError(
@@ -180,15 +173,14 @@ def _conversations(
 
 
 _SAID = "What the user said 7351"
-
-
 _ANSWERED = "What was answered 9462"
 
 
-def _rendered(tokenizer: Any) -> tuple[str, str, str | None]:
+def _rendered(tokenizer: Any, where: str) -> tuple[str, str]:
     """Return what a chat template makes of an open turn and of a turn with its answer.
 
-    The third item says what is wrong with the template; None if nothing is.
+    Raises:
+        ValueError: the template fails, or does not show what is said.
     """
     user = {"role": "user", "content": _SAID}
     assistant = {"role": "assistant", "content": _ANSWERED}
@@ -196,23 +188,15 @@ def _rendered(tokenizer: Any) -> tuple[str, str, str | None]:
         question = tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
         whole = tokenizer.apply_chat_template([user, assistant], tokenize=False)
     except Exception as error:  # templates are code of the model's, which may raise anything
-        return (
-            "",
-            "",
-            f"the model's chat template fails ({error}); give a tokenizer with another one",
-        )
+        raise ValueError(
+            f"{where}: the model's chat template fails ({error}); give a tokenizer with another one"
+        ) from error
     if _SAID not in question or _ANSWERED not in whole:
-        problem = (
-            "the model's chat template changes what is said, so a turn's beginning and end are not "
-            "known; give a tokenizer with another one, or a text without chat"
+        raise ValueError(
+            f"{where}: the model's chat template changes what is said, so a turn's beginning and "
+            "end are not known; give a tokenizer with another one, or a text without chat"
         )
-        return question, whole, problem
-    return question, whole, None
-
-
-def shows_turns(tokenizer: Any) -> bool:
-    """Whether a tokenizer has a chat template that shows what a user and the model say."""
-    return has_chat_template(tokenizer) and _rendered(tokenizer)[2] is None
+    return question, whole
 
 
 def chat_marks(tokenizer: Any, config: PretrainedConfig, where: str) -> ChatMarks:
@@ -231,35 +215,30 @@ def chat_marks(tokenizer: Any, config: PretrainedConfig, where: str) -> ChatMark
     ending = {tokenizer.eos_token_id, *(eos if isinstance(eos, list | tuple) else (eos,))}
     last = frozenset(int(token) for token in ending if token is not None)
     added = getattr(tokenizer, "added_tokens_decoder", {})
-    special = {token for token, of in added.items() if getattr(of, "special", False)}
+    special = {token for token, about in added.items() if getattr(about, "special", False)}
     unused = range(len(tokenizer), config.vocab_size)  # the rest of a table that was rounded up
     not_text = frozenset({*special, *tokenizer.all_special_ids, *unused})
     if not has_chat_template(tokenizer):
         return ChatMarks(last=last, special=not_text)
-    question, whole, problem = _rendered(tokenizer)
-    if problem is not None:
-        raise ValueError(f"{where}: {problem}")
-    said = _SAID
-    answered = _ANSWERED
-    opening, _, closing = question.partition(said)
-    end = whole.rpartition(answered)[2]
-    pieces = [tokenizer(p, add_special_tokens=False)["input_ids"] for p in (opening, closing, end)]
-    before, between, after = map(tuple, pieces)
-    return ChatMarks(before, between, after, last, not_text)
+    question, whole = _rendered(tokenizer, where)
+    before, _, between = question.partition(_SAID)
+    after = whole.rpartition(_ANSWERED)[2]
+    opening, closing, end = (
+        tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+        for text in (before, between, after)
+    )
+    return ChatMarks(opening, closing, end, last, not_text)
 
 
 def _check_vocabulary(request: Request, config: PretrainedConfig) -> None:
     if isinstance(request, Texts):
-        prompts: list[Sequence[int]] = list(request.wanted.prompts)
+        texts = request.wanted.prompts
     else:
-        prompts_of_text = request.prompts or ()
-        marks = (request.marks.opening, request.marks.closing, request.marks.end)
-        prompts = [
-            *marks,
-            *(p.tokens for p in prompts_of_text),
-            *(p.answer or () for p in prompts_of_text),
-        ]
-    largest = max((max(prompt) for prompt in prompts if prompt), default=0)
+        marks = request.marks
+        texts = (marks.opening, marks.closing, marks.end)
+        for prompt in request.prompts or ():
+            texts += (prompt.tokens, prompt.answer or ())
+    largest = max(itertools.chain.from_iterable(texts), default=0)
     if largest >= config.vocab_size:
         raise ValueError(
             f"model.source: the tokenizer gives token {largest}, the model's vocabulary is "

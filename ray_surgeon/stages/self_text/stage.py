@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from transformers import PretrainedConfig
 
 from ray_surgeon.plan.needs import StepPlan, WorkerView
 from ray_surgeon.spec.calibration import CalibrationSection
 from ray_surgeon.spec.written import SelfSection
 from ray_surgeon.stages.calibration import CalibrationText
-from ray_surgeon.stages.self_text.conversations import WrittenText, as_tensors, from_tensors, write
+from ray_surgeon.stages.self_text.conversations import WrittenText, write
 from ray_surgeon.stages.self_text.requests import Request, to_be_written
 from ray_surgeon.stages.stage import Facts, RunState, Stage
 from ray_surgeon.storage import files, tensor_files
@@ -25,7 +27,7 @@ from ray_surgeon.storage.texts import order
 class SelfText(Stage):
     """Fills in the windows of a calibration that the model writes."""
 
-    name: ClassVar[str] = "sampling"
+    name = "sampling"
     section: CalibrationSection
     # number of a calibration text -> what is to be written for it; nothing without a tokenizer
     requests: Mapping[int, Request] = field(repr=False)
@@ -64,16 +66,14 @@ class SelfText(Stage):
                 "start a new run"
             )
         else:
-            texts = {
-                number: write(run.cluster, request) for number, request in self.requests.items()
-            }
+            texts = {n: write(run.cluster, request) for n, request in self.requests.items()}
             tensor_files.write(uri, as_tensors(texts))
         tokens, counts = self.filled(run.calibration, texts)
         run.calibration = tokens
         run.text = CalibrationText.split(tokens, counts, len(run.text.held))
         facts["num_sequences"] = sum(len(text.tokens) for text in texts.values())
-        if any(text.answers.any() for text in texts.values()):
-            answers = np.concatenate([text.answers for text in texts.values()])
+        answers = np.concatenate([text.answers for text in texts.values()])
+        if answers.any():
             facts["share of answers"] = float(answers.mean())
 
     def filled(
@@ -92,20 +92,38 @@ class SelfText(Stage):
         counts = np.ones(tokens.shape, dtype=bool)
         shares = [count for _, count in self.section.shares]
         for row, (number, i) in enumerate(order(shares)):
-            if number not in texts:
-                continue
-            tokens[row] = texts[number].tokens[i]
-            if texts[number].answers.any():
-                counts[row] = texts[number].answers[i]
-        weighs = self.section.weigh == "answers"
-        return tokens, counts if weighs else None
+            if text := texts.get(number):
+                tokens[row] = text.tokens[i]
+                counts[row] = text.answers[i] if text.answers.any() else True
+        return tokens, counts if self.section.weigh == "answers" else None
 
     def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
         """Return the writing, token by token."""
-        length = self.section.sequence_length
-        sizes = [
-            text.sizes(count, length)
-            for text, count in self.section.shares
-            if isinstance(text, SelfSection)
-        ]
-        yield worker.writing(self.name, sizes)
+        yield worker.writing(
+            self.name,
+            [
+                text.sizes(count, self.section.sequence_length)
+                for text, count in self.section.shares
+                if isinstance(text, SelfSection)
+            ],
+        )
+
+
+def as_tensors(written: Mapping[int, WrittenText]) -> dict[str, Tensor]:
+    """Return texts by their numbers as tensors for one file."""
+    tensors = {}
+    for number, text in written.items():
+        tensors[str(number)] = torch.from_numpy(text.tokens)
+        tensors[f"{number}.answers"] = torch.from_numpy(text.answers)
+    return tensors
+
+
+def from_tensors(tensors: Mapping[str, Tensor]) -> dict[int, WrittenText]:
+    """Return what `as_tensors` was given; a text without answers has none."""
+    texts = {}
+    for name, tokens in tensors.items():
+        if name.isdigit():
+            none = torch.zeros(tokens.shape, dtype=torch.bool)
+            answers = tensors.get(f"{name}.answers", none)
+            texts[int(name)] = WrittenText(tokens.numpy(), answers.numpy())
+    return texts
