@@ -29,7 +29,8 @@ from ray_surgeon.spec.parsing import parse_spec
 from ray_surgeon.stages.answers.stage import DenseAnswers
 from ray_surgeon.stages.calibration import HELD, CalibrationText, held_measure, held_places
 from ray_surgeon.stages.correction.section import CorrectionSection
-from ray_surgeon.stages.correction.training import HARMLESS, RATES, Corrections, Trained
+from ray_surgeon.stages.correction.trained import Trained
+from ray_surgeon.stages.correction.training import HARMLESS, RATES, Corrections
 from ray_surgeon.stages.curvature.section import KfacSection
 from ray_surgeon.stages.prune.elements import ElementsSection
 from ray_surgeon.stages.prune.method import Method

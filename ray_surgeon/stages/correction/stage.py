@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 from ray_surgeon.plan.needs import StepPlan, WorkerView
 from ray_surgeon.runtime.dense_model import CALIBRATION
 from ray_surgeon.stages.correction.section import CorrectionSection
-from ray_surgeon.stages.correction.training import Corrections, further_sequences
+from ray_surgeon.stages.correction.training import NUM_CHECKS, RATES, Corrections, trial_steps
 from ray_surgeon.stages.stage import Facts, RunState, Stage, Text
 
 
@@ -17,7 +16,7 @@ from ray_surgeon.stages.stage import Facts, RunState, Stage, Text
 class Correction(Stage):
     """Trains corrections of all linears, and absorbs them if they help."""
 
-    name: ClassVar[str] = "correction"
+    name = "correction"
     section: CorrectionSection
     num_held: int  # windows held aside, on which it is measured
     by_element: bool  # whether masks are of elements
@@ -31,8 +30,8 @@ class Correction(Stage):
 
     def run(self, run: RunState, facts: Facts) -> None:
         """Train."""
-        corrections = Corrections(self.section)
         before = run.record.get("divergence_held_aside")
+        corrections = Corrections(self.section)
         trained = corrections.train(run.cluster, run.text, run.shot, run.num_shots, before)
         facts |= trained.facts
         run.record |= trained.as_record()
@@ -78,13 +77,15 @@ class Correction(Stage):
     def _num_passing(self, worker: WorkerView) -> int:
         """Return how many sequences pass in a shot; one forward alone counts as a third."""
         section = self.section
+        size = section.sequences_per_step
         num_fitted = worker.num_sequences - self.num_held
-        of_epoch = -(-num_fitted // section.sequences_per_step)
-        num_steps = section.steps_per_shot + section.final_epochs * of_epoch
-        tried, measured = further_sequences(section, num_steps, self.num_held)
-        trained = section.steps_per_shot * section.sequences_per_step
-        trained += section.final_epochs * num_fitted
-        return trained + tried + -(-measured // 3)
+        num_steps = section.steps_per_shot + section.final_epochs * -(-num_fitted // size)
+        num_passing = section.steps_per_shot * size + section.final_epochs * num_fitted
+        if not self.num_held:
+            return num_passing
+        if section.learning_rate is None:
+            num_passing += (len(RATES) - 1) * trial_steps(num_steps) * size
+        return num_passing + -(-self.num_held * (NUM_CHECKS + len(RATES) + 2) // 3)
 
     def on_host(self, worker: WorkerView) -> float:
         """Return the dense model's states of the calibration text."""

@@ -1,0 +1,62 @@
+"""What workers do while low-rank corrections are trained."""
+
+from __future__ import annotations
+
+from ray_surgeon.models.low_rank import CorrectionState, LowRankCorrections
+from ray_surgeon.runtime.collectives import broadcast_together, reduce_together
+from ray_surgeon.runtime.worker import Worker, collective
+
+
+@collective
+def step(worker: Worker, num_tokens: int, rate: float) -> None:
+    """Sum the gradients to the owners, which make a step and send the result back."""
+    corrections = worker.kept(LowRankCorrections)
+    owned = [
+        [name for name in worker.shard.linears if worker.owner(name) == rank]
+        for rank in range(worker.placement.num_replicas)
+    ]
+    for owner, names in enumerate(owned):
+        gradients = [part for name in names for part in corrections.gradients(name, num_tokens)]
+        reduce_together(worker.replicas, gradients, owner)
+    corrections.step(rate)
+    for owner, names in enumerate(owned):
+        parts = [corrections.parts[name] for name in names]
+        tensors = [x.detach() for part in parts for x in (part.A, part.B)]
+        broadcast_together(worker.replicas, tensors, owner)
+
+
+def keep_state(worker: Worker) -> None:
+    """Keep the present state as the best."""
+    worker.keep(worker.kept(LowRankCorrections).state())
+
+
+def take_state(worker: Worker) -> None:
+    """Go back to the best state."""
+    worker.kept(LowRankCorrections).restore(worker.kept(CorrectionState))
+
+
+def round_as_absorbed(worker: Worker) -> None:
+    """Let outputs be those of the weights once they have absorbed the corrections."""
+    worker.kept(LowRankCorrections).round_as_absorbed(True)
+
+
+def absorb(worker: Worker) -> tuple[float, float]:
+    """Add every B A to its weight, and return how much of it arrived in the owned ones.
+
+    See `LowRankCorrections.absorb`.
+    """
+    parts = _ended(worker).absorb().items()
+    owned = [of_linear for name, of_linear in parts if worker.owns(name)]
+    return sum(arrived for arrived, _ in owned), sum(wanted for _, wanted in owned)
+
+
+def undo(worker: Worker) -> None:
+    """Remove the corrections without a trace."""
+    _ended(worker).remove()
+
+
+def _ended(worker: Worker) -> LowRankCorrections:
+    """Return the corrections, and keep neither them nor their best state."""
+    if worker.has(CorrectionState):
+        worker.drop(CorrectionState)
+    return worker.drop(LowRankCorrections)
