@@ -8,8 +8,8 @@ held, the next for G with A held.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
+from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,103 +20,80 @@ from torch.utils.hooks import RemovableHandle
 from ray_surgeon.maths.experts import own_divisor
 from ray_surgeon.maths.extended.terms import power_iteration, quadratic_forms
 from ray_surgeon.maths.kronecker import PackedSymmetric
-from ray_surgeon.models.shard import ModelShard, watch_pairs
+from ray_surgeon.models.shard import watch_pairs
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.passes import forward_and_backward
 from ray_surgeon.runtime.wave import Labels
 from ray_surgeon.runtime.worker import Worker, collective
 
-Side = Literal["g", "a"]
 
-
+@dataclass
 class PowerIteration:
     """The term that is being found, for every linear of a shard.
 
-    Attributes:
-        unit_G: name -> [R, R] of norm 1, and
-        unit_A: name -> [C, C]: the present factors.
-        moments: name -> the sum of the pass, of the side that is wanted.
-        sigma: name -> the norm the last factor had, at its owner.
+    The sides of a term have the numbers 0 for G and 1 for A.
     """
 
-    def __init__(self, shard: ModelShard) -> None:
-        """Take a shard whose weights stay as they are."""
-        self._shard = shard
-        self.unit_G: dict[str, Tensor] = {}
-        self.unit_A: dict[str, Tensor] = {}
-        self.moments: dict[str, PackedSymmetric] = {}
-        self.sigma: dict[str, float] = {}
-        self._hooks: list[RemovableHandle] = []
-
-    def start(self, side: Side) -> None:
-        """Install the hooks of a pass: ``g`` sums (a^T A a) g g^T, ``a`` sums (g^T G g) a a^T."""
-        assert not self._hooks
-        units = self.unit_A if side == "g" else self.unit_G
-        for name, module in self._shard.gathered.items():
-            shape = self._shard.layout.shapes[name]
-            self.moments[name] = PackedSymmetric.zeros(
-                shape.num_columns if side == "a" else shape.num_rows, self._shard.device
-            )
-            self._hooks.append(
-                watch_pairs(module, _add_moment(self.moments[name], units[name], side))
-            )
-
-    def stop(self) -> None:
-        """Remove the hooks."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+    # for G and for A: name -> the present factor, [R, R] or [C, C], of norm 1
+    units: tuple[dict[str, Tensor], dict[str, Tensor]]
+    # name -> the sum of the pass, of the side that is wanted
+    moments: dict[str, PackedSymmetric] = field(default_factory=dict)
+    # name -> the norm that the last factor had, at its owner
+    sigma: dict[str, float] = field(default_factory=dict)
+    hooks: list[RemovableHandle] = field(default_factory=list)
 
 
 def _add_moment(
-    total: PackedSymmetric, other: Tensor, side: Side
-) -> Callable[[Tensor, Tensor], None]:
-    def see(a: Tensor, g: Tensor) -> None:
-        wanted, weighing = (g, a) if side == "g" else (a, g)
-        total.add(wanted, quadratic_forms(weighing, other))
-
-    return see
+    total: PackedSymmetric, opposite: Tensor, side: int, inputs: Tensor, gradients: Tensor
+) -> None:
+    """Add (a^T A a) g g^T for side G, with A the opposite factor; (g^T G g) a a^T for side A."""
+    pair = (gradients, inputs)
+    total.add(pair[side], quadratic_forms(pair[1 - side], opposite))
 
 
 def start_term(worker: Worker) -> None:
     """Begin a term with the identity as G: a known direction would find nothing new."""
-    power = PowerIteration(worker.shard)
+    identities = {}
     for name in worker.shard.gathered:
         R = worker.layout.shapes[name].num_rows
-        power.unit_G[name] = torch.eye(R, device=worker.device) / R**0.5
-    worker.keep(power)
+        identities[name] = torch.eye(R, device=worker.device) / R**0.5
+    worker.keep(PowerIteration((identities, {})))
 
 
-def start_iteration(worker: Worker, side: Side) -> None:
-    """Start a power iteration; see `PowerIteration.start`."""
-    worker.kept(PowerIteration).start(side)
+def start_iteration(worker: Worker, side: int) -> None:
+    """Install the hooks of a pass that sums the moments of a side."""
+    power = worker.kept(PowerIteration)
+    for name, module in worker.shard.gathered.items():
+        shape = worker.layout.shapes[name]
+        size = (shape.num_rows, shape.num_columns)[side]
+        moment = PackedSymmetric.zeros(size, worker.device)
+        power.moments[name] = moment
+        see = partial(_add_moment, moment, power.units[1 - side][name], side)
+        power.hooks.append(watch_pairs(module, see))
 
 
 @collective
-def finish_iteration(worker: Worker, side: Side) -> None:
+def finish_iteration(worker: Worker, side: int) -> None:
     """Sum the moments to owners, which take off known terms and send the factor on."""
     power = worker.kept(PowerIteration)
-    power.stop()
-    units, others = (power.unit_G, power.unit_A) if side == "g" else (power.unit_A, power.unit_G)
+    for hook in power.hooks:
+        hook.remove()
+    power.hooks.clear()
+    units = power.units[1 - side]
     for name, packed in power.moments.items():
         owner = worker.owner(name)
         worker.replicas.reduce(packed.flat, owner)
-        moment = packed.dense()
-        unit = torch.empty_like(moment)
+        unit = packed.dense()
         if worker.owns(name):
             factors = worker.shard.own_factors(name).dense(worker.device)
             n = max(1, factors.num_tokens)
             divisor = _divisor(worker, name, n)
             known = [(factors.G / divisor, factors.A / n), *factors.terms]
-            same = [t[0] for t in known]
-            opposite = [t[1] for t in known]
-            if side == "a":
-                same, opposite = opposite, same
-            unit, power.sigma[name] = power_iteration(
-                moment / divisor, same, opposite, others[name]
-            )
+            same = [term[side] for term in known]
+            opposite = [term[1 - side] for term in known]
+            unit, power.sigma[name] = power_iteration(unit / divisor, same, opposite, units[name])
         worker.replicas.broadcast(unit, owner)
-        units[name] = unit
+        power.units[side][name] = unit
 
 
 def _divisor(worker: Worker, name: str, num_tokens: int) -> float:
@@ -134,19 +111,14 @@ def finish_term(worker: Worker) -> dict[str, float]:
     """Keep the term at the owners; return its size relative to the first one's, by linear."""
     power = worker.drop(PowerIteration)
     sizes = {}
-    for name in worker.shard.gathered:
-        if not worker.owns(name):
-            continue
-        scale = power.sigma[name] ** 0.5
+    for name in filter(worker.owns, worker.shard.gathered):
+        sigma = power.sigma[name]
         factors = worker.shard.factors(name).dense(worker.device)
-        size = (
-            float(torch.linalg.norm(factors.A) * torch.linalg.norm(factors.G))
-            / factors.num_tokens**2
-        )
-        sizes[name] = power.sigma[name] / size if size else 0.0
-        worker.shard.terms.setdefault(name, []).append(
-            (power.unit_G[name] * scale, power.unit_A[name] * scale)
-        )
+        norms = float(torch.linalg.norm(factors.A) * torch.linalg.norm(factors.G))
+        size = norms / factors.num_tokens**2
+        sizes[name] = sigma / size if size else 0.0
+        G, A = (units[name] * sigma**0.5 for units in power.units)
+        worker.shard.terms.setdefault(name, []).append((G, A))
     return sizes
 
 
@@ -172,12 +144,11 @@ def gather_terms(
     sizes = []
     for _ in range(1, num_terms):
         cluster.run_all(start_term)
-        sides: list[Side] = ["g" if number % 2 else "a" for number in range(num_iterations)]
-        for side in sides:
+        for number in range(num_iterations):
+            side = (number + 1) % 2  # A first
             cluster.run_all(start_iteration, side)
             forward_and_backward(cluster, sequences, Labels(label_seed))
             cluster.run_all(finish_iteration, side)
-        sizes.append(
-            {name: size for sums in cluster.run_all(finish_term) for name, size in sums.items()}
-        )
+        of_workers = cluster.run_all(finish_term)
+        sizes.append({name: size for part in of_workers for name, size in part.items()})
     return sizes

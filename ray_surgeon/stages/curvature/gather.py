@@ -11,16 +11,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ray_surgeon.runtime import passes
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.collectives import SingleReplica
 from ray_surgeon.runtime.dense_model import CALIBRATION
-from ray_surgeon.runtime.passes import (
-    forward_and_backward,
-    num_counted,
-    pass_up_to_the_head,
-    remembered_losses,
-    sequence_losses,
-)
 from ray_surgeon.runtime.wave import Labels
 from ray_surgeon.runtime.worker import Worker, collective
 
@@ -44,7 +38,7 @@ def weigh_gradients(worker: Worker, factor: float) -> None:
     These are G, and the changes of the loss that removals of experts would make.
     """
     shard = worker.shard
-    store = worker.shard.factor_store
+    store = shard.factor_store
     for key in (group.key_of_G(name) for group in shard.gathering for name in group.names):
         total = store.on_device(key, store.get(key).n)
         total.flat.mul_(factor)
@@ -61,7 +55,7 @@ def finish_curvature(worker: Worker) -> None:
     The other replicas free theirs.
     """
     shard = worker.shard
-    store = worker.shard.factor_store
+    store = shard.factor_store
     shard.stop_curvature()
     if isinstance(worker.replicas, SingleReplica):
         return
@@ -76,7 +70,7 @@ def finish_curvature(worker: Worker) -> None:
         for key in group.keys:
             total = store.on_device(key, store.get(key).n)
             worker.replicas.reduce(total.flat, owner)
-            if owner == worker.replicas.rank:
+            if worker.replicas.rank == owner:
                 store.put(key, total)
             else:
                 store.drop(key)
@@ -131,7 +125,7 @@ def gather_curvature(
     count = 0 if kind in ("activations", "identity") else num_backward or len(sequences)
     both = drawn(len(sequences), count)
     measured = both or range(len(sequences))
-    num_tokens = num_counted(sequences, counts, measured)
+    num_tokens = passes.num_counted(sequences, counts, measured)
     if not num_tokens:
         raise ValueError(
             f"calibration: in none of the {len(measured)} sequences whose loss is taken does a "
@@ -140,21 +134,21 @@ def gather_curvature(
         )
     cluster.run_all(start_curvature, kind, only, experts)
     try:
-        losses = list[float]()
+        is_finite = True
         if both:
             labels = Labels(label_seed, remembers=remembers)
-            losses += forward_and_backward(cluster, sequences, labels, only=both, counts=counts)
-        is_finite = True
-        rest = sorted(set(range(len(sequences))) - set(both))
-        text = CALIBRATION if remembers else None
-        if rest and both:
-            is_finite = pass_up_to_the_head(cluster, sequences, rest, text)
-        elif text is not None and not both:
-            losses += remembered_losses(cluster, text, sequences, counts)
-        elif not both:
-            losses += sequence_losses(cluster, sequences, counts)
-        if both and num_counted(sequences) != num_tokens:
-            cluster.run_all(weigh_gradients, num_counted(sequences) / num_tokens)
+            losses = passes.forward_and_backward(
+                cluster, sequences, labels, only=both, counts=counts
+            )
+            if rest := sorted(set(range(len(sequences))) - set(both)):
+                text = CALIBRATION if remembers else None
+                is_finite = passes.pass_up_to_the_head(cluster, sequences, rest, text)
+        elif remembers:
+            losses = passes.remembered_losses(cluster, CALIBRATION, sequences, counts)
+        else:
+            losses = passes.sequence_losses(cluster, sequences, counts)
+        if both and passes.num_counted(sequences) != num_tokens:
+            cluster.run_all(weigh_gradients, passes.num_counted(sequences) / num_tokens)
         if not is_finite or not all(map(math.isfinite, losses)):
             raise FloatingPointError(
                 "the loss of the calibration sequences is not finite; check the weights and the "
@@ -174,6 +168,6 @@ def drawn(num_sequences: int, count: int) -> list[int]:
     """Return the numbers of `count` sequences, drawn without regard to their texts.
 
     Every text of a mix has its share by chance. All sequences are returned if `count` is their
-    number.
+    number or more.
     """
     return sorted(np.random.default_rng(0).permutation(num_sequences)[:count].tolist())

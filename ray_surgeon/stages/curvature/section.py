@@ -31,6 +31,7 @@ _DampingField = Annotated[
 
 class _Curvature(Section):
     gathers: ClassVar[Literal["both", "A"]] = "both"  # factors of a pass over the text
+    is_of_loss: ClassVar[bool] = False  # costs are in nats, because G is of the loss's gradients
 
     @property
     def as_damping(self) -> Damping:
@@ -38,14 +39,9 @@ class _Curvature(Section):
         return Damping(0.0, 0.0, 1.0)
 
     @property
-    def is_of_loss(self) -> bool:
-        """Whether costs are in nats, because G is of the loss's gradients."""
-        return False
-
-    @property
     def chooses_damping(self) -> bool:
         """Whether the damping is chosen by windows held aside."""
-        return False
+        return getattr(self, "damping", None) == "auto"
 
     @property
     def sequences_backward(self) -> int | None:
@@ -77,23 +73,17 @@ class _Damped(_Curvature):
     @property
     def as_damping(self) -> Damping:
         """The damping as the mathematics takes it; the default where it is chosen later."""
-        return Damping(self.given_damping.a, self.given_damping.g, self.max_damping)
+        damping = self.given_damping
+        return Damping(damping.a, 0.0 if self.gathers == "A" else damping.g, self.max_damping)
 
     @property
     def given_damping(self) -> DampingSection:
         """The damping in numbers, those of the defaults where it is chosen later."""
         return DampingSection() if self.damping == "auto" else self.damping
 
-    @property
-    def chooses_damping(self) -> bool:
-        """Whether the damping is chosen by windows held aside."""
-        return self.damping == "auto"
-
     @model_validator(mode="after")
     def _cap_above_damping(self) -> _Damped:
-        if self.damping == "auto":
-            return self
-        if self.max_damping < max(self.damping.a, self.damping.g):
+        if self.damping != "auto" and self.max_damping < max(self.damping.a, self.damping.g):
             raise ValueError(
                 f"max_damping {self.max_damping:g} is below damping "
                 f"{self.damping.a:g}/{self.damping.g:g}; raise it"
@@ -102,17 +92,14 @@ class _Damped(_Curvature):
 
 
 class _Fisher(_Damped):
+    is_of_loss: ClassVar[bool] = True
+
     fisher: Literal["empirical", "sampled"] = Field(
         "empirical",
         description="Labels of the gradients: the data's (empirical) or drawn from the model "
         "(sampled)",
     )
     seed: int = Field(0, ge=0, description="Seed of the labels of the sampled Fisher")
-
-    @property
-    def is_of_loss(self) -> bool:
-        """Whether costs are in nats, because G is of the loss's gradients."""
-        return True
 
     def label_seed(self, shot: int, num_sequences: int) -> int | None:
         """Return the seed of labels drawn from the model in a shot.
@@ -181,11 +168,6 @@ class ActivationsSection(_Damped):
 
     kind: Literal["activations"] = Field(description="A of every linear, and G = I")
 
-    @property
-    def as_damping(self) -> Damping:
-        """The damping as the mathematics takes it."""
-        return Damping(self.given_damping.a, 0.0, self.max_damping)
-
     @model_validator(mode="after")
     def _damps_a_alone(self) -> ActivationsSection:
         if self.given_damping.g != DampingSection().g:
@@ -202,15 +184,10 @@ class IdentitySection(_Curvature):
 
 
 AnyCurvature = KfacSection | ExtendedKfacSection | ActivationsSection | IdentitySection
-_KINDS = ("kfac", "extended_kfac", "activations", "identity")
-
 CurvatureSection = Annotated[
     Annotated[KfacSection, Tag(tag("kfac"))]
     | Annotated[ExtendedKfacSection, Tag(tag("extended_kfac"))]
     | Annotated[ActivationsSection, Tag(tag("activations"))]
     | Annotated[IdentitySection, Tag(tag("identity"))],
-    by_tag(
-        lambda get: get("kind", "kfac") if get("kind", "kfac") in _KINDS else None,
-        f"kind {', '.join(_KINDS)}",
-    ),
+    by_tag(lambda get: get("kind", "kfac"), "kind kfac, extended_kfac, activations, identity"),
 ]
