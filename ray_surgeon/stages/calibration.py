@@ -18,21 +18,15 @@ No evaluation text can have it.
 """
 
 
-def _none() -> NDArray[np.int64]:
-    return np.zeros((0, 0), dtype=np.int64)
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CalibrationText:
     """Windows of the calibration, and which of their tokens count as predicted ones."""
 
-    # [num_sequences, sequence_length] what stages are fitted on
-    tokens: NDArray[np.int64] = field(repr=False)
-    # likewise, whether a token counts; None if all do
-    counts: NDArray[np.bool_] | None = field(default=None, repr=False)
+    tokens: NDArray[np.int64]  # [num_sequences, sequence_length] what stages are fitted on
+    counts: NDArray[np.bool_] | None = None  # likewise, whether a token counts; None if all do
     # [num_windows, sequence_length] what no stage is fitted on
-    held: NDArray[np.int64] = field(default_factory=_none, repr=False)
-    held_counts: NDArray[np.bool_] | None = field(default=None, repr=False)  # likewise
+    held: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 0), dtype=np.int64))
+    held_counts: NDArray[np.bool_] | None = None  # likewise
 
     @staticmethod
     def split(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 from ray_surgeon.plan.needs import StepPlan, WorkerView
 from ray_surgeon.report.html_report import LivePage
@@ -20,7 +19,7 @@ from ray_surgeon.storage import files
 class Commit(Stage):
     """The last stage of a shot."""
 
-    name: ClassVar[str] = "commit"
+    name = "commit"
     targets: Sequence[float]  # sparsity at the end of every shot; none if the target is no sparsity
     keep_shots: int  # shots whose tensors are kept; 0 for all
 
@@ -41,7 +40,7 @@ class Commit(Stage):
             self.targets,
             run.sparsity,
             None if choice is None else choice.threshold,
-            run.kept(Measures).of_text,
+            run.kept(Measures),
             run.linears,
             run.record,
             run.steps,
@@ -53,11 +52,8 @@ class Commit(Stage):
         run.kept(LivePage).draw(run.report.as_record(), final=False)
         if self.keep_shots:
             directory.drop_tensors(shot - self.keep_shots)
-        facts |= {
-            "uri": folder,
-            "parameters": last["num_nonzero"],
-            "peak_rss_bytes": last["peak_rss_bytes"],
-        }
+        facts |= {"uri": folder, "parameters": last["num_nonzero"]}
+        facts["peak_rss_bytes"] = last["peak_rss_bytes"]
 
     def ended(self, run: RunState) -> None:
         """Write the events, with the commit's own."""

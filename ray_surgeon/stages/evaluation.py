@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass
 
 from ray_surgeon.plan.needs import StepPlan, WorkerView
 from ray_surgeon.runtime.passes import Measured, measure, remember
@@ -16,18 +15,15 @@ class CollapseError(RuntimeError):
     """The model is worse than the spec allows."""
 
 
-@dataclass
-class Measures:
-    """What the evaluation of a shot found, by text."""
-
-    of_text: dict[str, Measured] = field(default_factory=dict)
+class Measures(dict[str, Measured]):
+    """Evaluation text -> what was measured on it after a shot."""
 
 
 @dataclass(frozen=True)
 class DenseEvaluation(Stage):
     """Measures the dense model, and keeps its states of all that is compared with it later."""
 
-    name: ClassVar[str] = "evaluation"
+    name = "evaluation"
     sizes: Sequence[tuple[int, int]]  # number and length of the windows of each text
 
     def is_due(self, run: RunState) -> bool:
@@ -36,9 +32,7 @@ class DenseEvaluation(Stage):
 
     def run(self, run: RunState, facts: Facts) -> None:
         """Measure, and let the last shards keep the dense model's states."""
-        perplexity = {
-            name: remember(run.cluster, name, windows) for name, windows in run.texts.items()
-        }
+        perplexity = {name: remember(run.cluster, name, text) for name, text in run.texts.items()}
         facts |= {f"perplexity {name}": value for name, value in perplexity.items()}
         run.report.dense["perplexity"] = perplexity
         for stage in run.stages:
@@ -57,19 +51,19 @@ class DenseEvaluation(Stage):
 class Evaluation(Stage):
     """Measures the pruned model."""
 
-    name: ClassVar[str] = "evaluation"
+    name = "evaluation"
     sizes: Sequence[tuple[int, int]]  # number and length of the windows of each text
     stop_above: float | None  # times the dense model's perplexity; None for no limit
 
     def run(self, run: RunState, facts: Facts) -> None:
         """Measure every text."""
         facts["sparsity"] = run.sparsity
-        measures = {
-            name: measure(run.cluster, name, windows) for name, windows in run.texts.items()
-        }
+        measures = Measures()
+        for name, windows in run.texts.items():
+            measures[name] = measure(run.cluster, name, windows)
         facts |= {f"perplexity {name}": value.perplexity for name, value in measures.items()}
         facts |= {f"divergence {name}": value.divergence for name, value in measures.items()}
-        run.keep(Measures(measures), of_shot=True)
+        run.keep(measures, of_shot=True)
 
     def ended(self, run: RunState) -> None:
         """End the run if the model is too much worse.
@@ -78,7 +72,7 @@ class Evaluation(Stage):
             CollapseError: a perplexity is above the limit.
         """
         perplexity: Mapping[str, float] = run.report.dense["perplexity"]
-        check_for_collapse(run.kept(Measures).of_text, perplexity, self.stop_above, run.shot)
+        check_for_collapse(run.kept(Measures), perplexity, self.stop_above, run.shot)
 
     def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
         """Return the passes over the texts."""

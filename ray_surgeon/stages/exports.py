@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
 
 from ray_surgeon.export.for_engines import Shrinking, check_quantised, export_quantised
 from ray_surgeon.export.kinds import check_export, export
@@ -19,7 +18,7 @@ from ray_surgeon.stages.stage import Facts, RunState, Stage
 class Export(Stage):
     """One checkpoint, reloaded and measured."""
 
-    name: ClassVar[str] = "export"
+    name = "export"
     kind: str
     output: OutputSection
     tasks: TasksSection | None
@@ -42,9 +41,9 @@ class Export(Stage):
         Raises:
             ValueError: the model cannot have one of them; says why, and what to export instead.
         """
-        for kind in output.exports if shrinking is not None else ():
-            assert shrinking is not None
-            check_export(kind, layout, shrinking)
+        if shrinking is not None:
+            for kind in output.exports:
+                check_export(kind, layout, shrinking)
         return [Export(kind, output, tasks) for kind in output.exports]
 
     def run(self, run: RunState, facts: Facts) -> None:
@@ -71,7 +70,7 @@ class Export(Stage):
 class Quantise(Stage):
     """The quantised copy of the export uniform; it may round the workers' weights, for good."""
 
-    name: ClassVar[str] = "quantise"
+    name = "quantise"
     section: QuantizeSection
 
     @staticmethod

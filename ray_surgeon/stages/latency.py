@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from ray_surgeon.export.latency import Widths, latency_budget
 from ray_surgeon.spec.targets import LatencyTarget
@@ -17,7 +16,7 @@ from ray_surgeon.stages.stage import Facts, RunState, Stage
 class Latency(Stage):
     """Gives the method of a run its budget."""
 
-    name: ClassVar[str] = "latency"
+    name = "latency"
     method: Groups
 
     @staticmethod
@@ -27,12 +26,11 @@ class Latency(Stage):
 
     def run(self, run: RunState, facts: Facts) -> None:
         """Measure, unless an earlier try of the run did."""
-        section = self.method.section
+        method = self.method
+        section = method.section
         assert isinstance(section.target, LatencyTarget)
-        widths = Widths(
-            self.method.fewest, section.multiple, section.tensor_parallel, section.uniform
-        )
+        widths = Widths(method.fewest, section.multiple, section.tensor_parallel, section.uniform)
         uri = run.directory.path("latency.json")
         budget = latency_budget(run.cluster, run.layout, run.model, section.target, widths, uri)
-        run.keep(Present(self.method.with_budget(budget)))
+        run.keep(Present(method.with_budget(budget)))
         facts["dense_s"] = budget.dense

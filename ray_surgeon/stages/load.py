@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
 
 from ray_surgeon.memory.stores import ScratchNames
 from ray_surgeon.plan.needs import StepPlan, WorkerView
@@ -18,7 +17,7 @@ from ray_surgeon.stages.stage import Facts, RunState, Stage
 class Load(Stage):
     """The first stage of every run."""
 
-    name: ClassVar[str] = "load"
+    name = "load"
     method: Method  # which says what masks are of
 
     def run(self, run: RunState, facts: Facts) -> None:

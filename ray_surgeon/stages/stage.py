@@ -60,7 +60,7 @@ class RunState:
     record: dict[str, Any] = field(default_factory=dict)  # of the present shot, for the report
     linears: list[LinearSummary] = field(default_factory=list)  # what the update of the shot left
     _kept: dict[type, Any] = field(default_factory=dict)
-    _of_shot: set[type] = field(default_factory=set)
+    _of_shot: dict[type, Any] = field(default_factory=dict)
 
     @property
     def resumes(self) -> bool:
@@ -78,8 +78,6 @@ class RunState:
         self.shot = shot
         self.record = {}
         self.linears = []
-        for kind in self._of_shot:
-            self._kept.pop(kind, None)
         self._of_shot.clear()
         self.steps.new_shot()
 
@@ -90,13 +88,11 @@ class RunState:
             thing: to keep.
             of_shot: whether it is forgotten when the next shot begins.
         """
-        self._kept[type(thing)] = thing
-        if of_shot:
-            self._of_shot.add(type(thing))
+        (self._of_shot if of_shot else self._kept)[type(thing)] = thing
 
     def find(self, kind: type[T]) -> T | None:
         """Return the object of a class that is kept, if there is one."""
-        thing: T | None = self._kept.get(kind)
+        thing: T | None = self._of_shot.get(kind, self._kept.get(kind))
         return thing
 
     def kept(self, kind: type[T]) -> T:

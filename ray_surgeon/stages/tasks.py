@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from ray_surgeon.export.tasks import check_tasks, evaluate_tasks
 from ray_surgeon.spec.evaluation import TasksSection
@@ -15,7 +15,7 @@ from ray_surgeon.stages.stage import Facts, RunState, Stage
 class Tasks(Stage):
     """Runs the tasks once, before the first shot."""
 
-    name: ClassVar[str] = "tasks"
+    name = "tasks"
     section: TasksSection
 
     @staticmethod
