@@ -87,15 +87,10 @@ class Quantise(Stage):
     def run(self, run: RunState, facts: Facts) -> None:
         """Write and evaluate the copy."""
         (uniform,) = (entry for entry in run.report.exports if entry["kind"] == "uniform")
+        cluster = run.cluster
+        card = run.report.model_card_facts()
         copy = export_quantised(
-            run.cluster,
-            run.layout,
-            run.model,
-            uniform,
-            run.calibration,
-            run.texts,
-            run.report.model_card_facts(),
-            self.section,
+            cluster, run.layout, run.model, uniform, run.calibration, run.texts, card, self.section
         )
         run.report.exports.append(copy)
         facts |= {name: copy[name] for name in ("kind", "uri", "size_bytes")}

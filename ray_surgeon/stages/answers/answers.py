@@ -155,9 +155,7 @@ def remember_answers(cluster: Cluster, answers: Answers) -> None:
     """
     tokens, _ = windows_of_answers(answers)
     is_finite = passes.each_wave(
-        cluster,
-        tokens,
-        lambda last, moving, numbers: cluster.submit(last, keep_exactly, moving, numbers),
+        cluster, tokens, lambda last, moving, own: cluster.submit(last, keep_exactly, moving, own)
     )
     if not all(is_finite):
         raise FloatingPointError(
@@ -206,11 +204,8 @@ def measure_answers(cluster: Cluster, answers: Answers, max_tokens: int) -> Gene
     """
     rates = measure_rates(cluster, answers)
     own = _written(cluster, answers.prompts, max_tokens, answers.ends)
-    is_open = [
-        answer[-1] not in answers.ends
-        for answer, ended in zip(own, answers.ended, strict=True)
-        if ended
-    ]
+    ended = zip(own, answers.ended, strict=True)
+    is_open = [answer[-1] not in answers.ends for answer, was_ended in ended if was_ended]
     return Generation(
         **asdict(rates),
         departures=tuple(map(departure, answers.answers, own)),
@@ -253,14 +248,12 @@ def shot_record(
 ) -> dict[str, Any]:
     """Return what a report tells of the answers after a shot; see `dense_record`."""
     pruned = decode_tokens(generation.answers[0])[:_EXAMPLE_CHARACTERS]
+    departures = generation.departures
     return {
         "acceptance": generation.acceptance,
         "agreement": generation.agreement,
         "divergence": generation.divergence,
-        "tokens_until_departure": {
-            "mean": fmean(generation.departures),
-            "median": median(generation.departures),
-        },
+        "tokens_until_departure": {"mean": fmean(departures), "median": median(departures)},
         "not_ended": generation.not_ended,
         "repeating": generation.repeating,
         "example": dense_record(answers, decode_tokens)["example"] | {"pruned": pruned},

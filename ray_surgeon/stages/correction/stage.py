@@ -65,14 +65,11 @@ class Correction(Stage):
         masks = sum(linear.size for linear in worker.linears) * self.by_element
         on_device = masks * (not worker.device_is_host)
         loads = 2 * worker.all_blocks * -(-num_passing // worker.wave)
-        yield StepPlan(
-            self.name,
-            worker.weights + adapters + on_device + max(passing, product),
-            worker.host + worker.travelling(worker.sequence_length),
-            6 * worker.active * num_passing * worker.sequence_length,
-            0.0,
-            *worker.moved(worker.stores.weights, loads),
-        )
+        device = worker.weights + adapters + on_device + max(passing, product)
+        host = worker.host + worker.travelling(worker.sequence_length)
+        flops = 6 * worker.active * num_passing * worker.sequence_length
+        moved = worker.moved(worker.stores.weights, loads)
+        yield StepPlan(self.name, device, host, flops, 0.0, *moved)
 
     def _num_passing(self, worker: WorkerView) -> int:
         """Return how many sequences pass in a shot; one forward alone counts as a third."""

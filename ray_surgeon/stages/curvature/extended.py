@@ -35,7 +35,7 @@ class PowerIteration:
     """
 
     # for G and for A: name -> the present factor, [R, R] or [C, C], of norm 1
-    units: tuple[dict[str, Tensor], dict[str, Tensor]]
+    units: tuple[dict[str, Tensor], dict[str, Tensor]] = field(default_factory=lambda: ({}, {}))
     # name -> the sum of the pass, of the side that is wanted
     moments: dict[str, PackedSymmetric] = field(default_factory=dict)
     # name -> the norm that the last factor had, at its owner
@@ -51,24 +51,21 @@ def _add_moment(
     total.add(pair[side], quadratic_forms(pair[1 - side], opposite))
 
 
-def start_term(worker: Worker) -> None:
-    """Begin a term with the identity as G: a known direction would find nothing new."""
-    identities = {}
-    for name in worker.shard.gathered:
-        R = worker.layout.shapes[name].num_rows
-        identities[name] = torch.eye(R, device=worker.device) / R**0.5
-    worker.keep(PowerIteration((identities, {})))
-
-
 def start_iteration(worker: Worker, side: int) -> None:
-    """Install the hooks of a pass that sums the moments of a side."""
-    power = worker.kept(PowerIteration)
+    """Install the hooks of a pass that sums the moments of a side.
+
+    A term begins with the identity as G: a known direction would find nothing new.
+    """
+    power = worker.keeping(PowerIteration)
+    opposites = power.units[1 - side]
     for name, module in worker.shard.gathered.items():
         shape = worker.layout.shapes[name]
-        size = (shape.num_rows, shape.num_columns)[side]
-        moment = PackedSymmetric.zeros(size, worker.device)
+        sizes = (shape.num_rows, shape.num_columns)
+        if name not in opposites:
+            opposites[name] = torch.eye(sizes[0], device=worker.device) / sizes[0] ** 0.5
+        moment = PackedSymmetric.zeros(sizes[side], worker.device)
         power.moments[name] = moment
-        see = partial(_add_moment, moment, power.units[1 - side][name], side)
+        see = partial(_add_moment, moment, opposites[name], side)
         power.hooks.append(watch_pairs(module, see))
 
 
@@ -87,24 +84,16 @@ def finish_iteration(worker: Worker, side: int) -> None:
         if worker.owns(name):
             factors = worker.shard.own_factors(name).dense(worker.device)
             n = max(1, factors.num_tokens)
-            divisor = _divisor(worker, name, n)
+            divisor: float = n
+            shape = worker.layout.shapes[name]
+            if shape.expert is not None:  # further terms weigh what its own tokens do in the first
+                divisor = own_divisor(n, worker.shard.layer_mean(shape.block, shape.role))
             known = [(factors.G / divisor, factors.A / n), *factors.terms]
             same = [term[side] for term in known]
             opposite = [term[1 - side] for term in known]
             unit, power.sigma[name] = power_iteration(unit / divisor, same, opposite, units[name])
         worker.replicas.broadcast(unit, owner)
         power.units[side][name] = unit
-
-
-def _divisor(worker: Worker, name: str, num_tokens: int) -> float:
-    """Return the divisor of a linear's sums over tokens.
-
-    With that of an expert, further terms weigh what its own tokens do in the first.
-    """
-    shape = worker.layout.shapes[name]
-    if shape.expert is None:
-        return num_tokens
-    return own_divisor(num_tokens, worker.shard.layer_mean(shape.block, shape.role))
 
 
 def finish_term(worker: Worker) -> dict[str, float]:
@@ -143,7 +132,6 @@ def gather_terms(
     """
     sizes = []
     for _ in range(1, num_terms):
-        cluster.run_all(start_term)
         for number in range(num_iterations):
             side = (number + 1) % 2  # A first
             cluster.run_all(start_iteration, side)

@@ -115,12 +115,11 @@ class Curvature(Stage):
         # the changes that removals of a token's experts would make
         changes = worker.shapes.layout.num_active_experts * worker.hidden_size * ranks_experts
         passing = worker.passing(more_kept=4 * changes, more_in_a_moment=12 * changes)
+        host = worker.all_factors * (stores.factors == "host" and worker.device_is_host)
         yield StepPlan(
             self.name,
             worker.weights + on_device + passing,
-            worker.host
-            + worker.all_factors * (stores.factors == "host" and worker.device_is_host)
-            + worker.travelling(worker.sequence_length),
+            worker.host + host + worker.travelling(worker.sequence_length),
             num_passes * worker.sequence_length * of_pass,
             0.0,
             num_passes * (weights[0] + factors[0]),

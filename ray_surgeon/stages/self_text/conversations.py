@@ -204,13 +204,10 @@ class Writer:
         marks = self._marks
         useful = _usual(len(self._turns), self._num_turns, _YIELD_OF_TURNS)
         count = max(_FEWEST_TURNS, math.ceil(count / useful))
-        wanted = Wanted(
-            (marks.opening,) * count,
-            request.turn_tokens + 1,
-            request.temperature,
-            _seed(request.seed, number, 0),
-            marks.ends_of_turn,
-        )
+        prompts = (marks.opening,) * count
+        ends = marks.ends_of_turn
+        seed = _seed(request.seed, number, 0)
+        wanted = Wanted(prompts, request.turn_tokens + 1, request.temperature, seed, ends)
         self._num_turns += count
         for text in write_texts(self._cluster, wanted):
             # one that has not ended is cut: models of code paste long pieces of it
@@ -255,14 +252,11 @@ class Writer:
         request = self._request
         end = self._marks.end
         ends = self._marks.ends_of_answer
-        wanted = Wanted(
-            tuple(prompt.tokens for prompt in prompts if prompt.answer is None),
-            ANSWER_TOKENS,
-            COOLER * request.temperature,
-            _seed(request.seed, number, 1),
-            ends,
-            max_length=request.sequence_length,
-        )
+        questions = tuple(prompt.tokens for prompt in prompts if prompt.answer is None)
+        temperature = COOLER * request.temperature
+        seed = _seed(request.seed, number, 1)
+        length = request.sequence_length
+        wanted = Wanted(questions, ANSWER_TOKENS, temperature, seed, ends, max_length=length)
         written = iter(write_texts(self._cluster, wanted))
         self._num_answers += len(prompts)
         for prompt in prompts:

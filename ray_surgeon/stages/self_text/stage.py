@@ -99,14 +99,10 @@ class SelfText(Stage):
 
     def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
         """Return the writing, token by token."""
-        yield worker.writing(
-            self.name,
-            [
-                text.sizes(count, self.section.sequence_length)
-                for text, count in self.section.shares
-                if isinstance(text, SelfSection)
-            ],
-        )
+        length = self.section.sequence_length
+        shares = self.section.shares
+        sizes = [text.sizes(n, length) for text, n in shares if isinstance(text, SelfSection)]
+        yield worker.writing(self.name, sizes)
 
 
 def as_tensors(written: Mapping[int, WrittenText]) -> dict[str, Tensor]:
