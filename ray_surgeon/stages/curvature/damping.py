@@ -13,7 +13,7 @@ from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.worker import Worker
 from ray_surgeon.stages.curvature.section import DampingSection
-from ray_surgeon.stages.prune.method import Method, linear_of
+from ray_surgeon.stages.prune.method import Method
 
 
 class _HeldFactors(dict[str, PackedFactors]):
@@ -54,7 +54,7 @@ def costs_held_aside(worker: Worker, method: Method, damping: Damping, share: fl
     prunes_rows = method.gathers is None
     costs = []
     for name, held in worker.kept(_HeldFactors).items():
-        linear = linear_of(worker, name, method.used_curvature)
+        linear = method.linear(worker, name)
         mask = worker.masks[name]
         if not isinstance(mask, StructuredMask):
             mask = StructuredMask.full(*linear.W.shape)

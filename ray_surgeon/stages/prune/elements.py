@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -22,10 +22,10 @@ from ray_surgeon.maths.element_pruning import (
     prune_elements,
     unit_costs,
 )
+from ray_surgeon.maths.linear import Removal
 from ray_surgeon.maths.masks import ElementMask
 from ray_surgeon.maths.threshold import (
     SHORT,
-    Threshold,
     bit_histogram,
     bucket_of,
     cost_of_bits,
@@ -34,10 +34,11 @@ from ray_surgeon.maths.threshold import (
 from ray_surgeon.models.layout import LinearShape, ModelLayout
 from ray_surgeon.plan.linear_needs import LinearNeeds
 from ray_surgeon.runtime.cluster import Cluster
-from ray_surgeon.runtime.worker import LinearSummary, Worker, collective, sizes
+from ray_surgeon.runtime.worker import Worker
 from ray_surgeon.spec.base import Positive, Section, by_tag, tag
 from ray_surgeon.spec.targets import SparsitySection
-from ray_surgeon.stages.prune.method import Choice, Method, Scores, in_order, linear_of
+from ray_surgeon.stages.prune.by_threshold import ByThreshold, Scored
+from ray_surgeon.stages.prune.method import Choice, Scores, taken
 
 Pattern = tuple[Positive, Positive]
 
@@ -55,11 +56,6 @@ class ConjugateGradientsUpdate(Section):
     num_iterations: Positive = Field(16, description="Iterations, at most")
     tolerance: float = Field(1e-3, ge=0, lt=1, description="Relative residual at which they stop")
 
-    @property
-    def as_update(self) -> ElementUpdate:
-        """The update as the mathematics takes it."""
-        return ElementUpdate(self.solver, self.num_iterations, self.tolerance, self.precision)
-
 
 class PlainUpdate(Section):
     """Each removal on its own, or no update."""
@@ -67,11 +63,6 @@ class PlainUpdate(Section):
     solver: Literal["single", "none"] = Field(
         description="single: each removal as if it were alone; none: no update (OBD)"
     )
-
-    @property
-    def as_update(self) -> ElementUpdate:
-        """The update as the mathematics takes it."""
-        return ElementUpdate(self.solver)
 
 
 UpdateSection = Annotated[
@@ -147,23 +138,12 @@ def check_pattern(n_m: Pattern, target_sparsity: float) -> None:
         )
 
 
-@dataclass
-class _Scored:
-    """What `score` leaves on a worker for `apply`."""
-
-    candidates: dict[str, ElementCandidates]
-
-
 @dataclass(frozen=True)
-class Elements(Method):
+class Elements(ByThreshold):
     """Single elements or N:M groups; the costs of all of them never leave the workers."""
 
+    by_element: ClassVar[bool] = True
     section: ElementsSection | NMSection
-
-    @property
-    def by_element(self) -> bool:
-        """Masks are of elements."""
-        return True
 
     def reach(self, layout: ModelLayout) -> float:
         """Return the fraction of all candidates, less the tolerated shortfall.
@@ -173,10 +153,8 @@ class Elements(Method):
         weights = sum(
             shape.num_rows * (shape.num_columns - shape.has_bias) for shape in layout.linears
         )
-        return (
-            weights * self.section.units.num_removed / self.section.units.m / layout.linear_size
-            + SHORT
-        )
+        units = self.section.units
+        return weights * units.num_removed / units.m / layout.linear_size + SHORT
 
     def needs(self, shape: LinearShape) -> LinearNeeds:
         """Both factors are factorised for the costs.
@@ -209,52 +187,36 @@ class Elements(Method):
         Raises:
             FloatingPointError: a factor is not usable; names the linear.
         """
-        scored = _Scored({})
         kind = "obd" if self.section.costs == "obd" else "obs"
-        for name in worker.owned():
-            scored.candidates[name] = find_elements(
-                linear_of(worker, name, self.used_curvature), self.section.units, kind
-            )
-        worker.keep(scored)
-        raised = tuple(event for c in scored.candidates.values() for event in c.raised_damping)
-        clipped = tuple(event for c in scored.candidates.values() for event in c.clipping)
-        return Scores((), *sizes(worker), raised, clipped)
+        candidates = {
+            name: find_elements(self.linear(worker, name), self.section.units, kind)
+            for name in worker.owned()
+        }
+        return self.scores(worker, candidates)
 
     def histogram(self, worker: Worker, high: int | None) -> NDArray[np.int64]:
         """Count the costs of the owned linears' units by their bits; see `bit_histogram`."""
         counts = torch.zeros(1 << 16, dtype=torch.int64)
-        for name, candidates in worker.kept(_Scored).candidates.items():
-            linear = linear_of(worker, name, self.used_curvature)
+        for name, candidates in worker.kept(Scored).candidates.items():
             mask = worker.mask(name, ElementMask)
-            counts += bit_histogram(
-                unit_costs(linear, mask, self.section.units, candidates), high
-            ).cpu()
+            costs = unit_costs(self.linear(worker, name), mask, self.section.units, candidates)
+            counts += bit_histogram(costs, high).cpu()
         return counts.numpy()
 
-    @collective
-    def prune(self, worker: Worker, threshold: float) -> tuple[LinearSummary, ...]:
-        """Remove what costs at most the threshold, update the rest, and send it to replicas."""
-        scored = worker.drop(_Scored)
-        done = dict[str, tuple[float, float]]()
-        update = self.section.update.as_update
-        for name in worker.each(list(scored.candidates)):
-            linear = linear_of(worker, name, self.used_curvature)
-            mask = worker.mask(name, ElementMask)
-            removal, worker.masks[name] = prune_elements(
-                linear, mask, self.section.units, scored.candidates.pop(name), threshold, update
-            )
-            worker.shard.set_weight(name, removal.W)
-            done[name] = removal.predicted, removal.residual
-        worker.shard.drop_curvature()
-        worker.share_linears(worker.shard.linears)
-        return tuple(worker.summary(name, *about) for name, about in done.items())
+    def pruned(
+        self, worker: Worker, name: str, candidates: ElementCandidates, threshold: float
+    ) -> tuple[Removal, ElementMask]:
+        """Return an owned linear without what costs at most the threshold, and its new mask."""
+        linear = self.linear(worker, name)
+        mask = worker.mask(name, ElementMask)
+        update = ElementUpdate(**self.section.update.model_dump())
+        return prune_elements(linear, mask, self.section.units, candidates, threshold, update)
 
     # On the coordinator
 
     def score(self, cluster: Cluster, shot: int) -> Scores[None]:
         """Take all costs."""
-        cluster.progress.begin(unit="linears")
-        return Scores.merged(cluster.run_all(self.costs))
+        return taken(cluster, self.costs)
 
     def choose(self, cluster: Cluster, scores: Scores[None], shot: int) -> Choice:
         """Find the exact k-th smallest cost by two rounds of counting.
@@ -272,20 +234,11 @@ class Elements(Method):
         num_units = units_to_remove(
             self.section.targets[shot - 1], num_parameters, num_pruned, size, int(upper.sum())
         )
-        threshold = Threshold(-1.0, num_pruned, num_parameters)
+        value = -1.0
         if num_units:
             high, rest = bucket_of(upper, num_units)
             lower = counts(high)
             low, _ = bucket_of(lower, rest)
-            removed = int(upper[:high].sum() + lower[: low + 1].sum()) * size
-            threshold = Threshold(cost_of_bits(high, low), num_pruned + removed, num_parameters)
-        facts = {"threshold": threshold.value, "sparsity": threshold.sparsity}
-        return Choice(threshold.value, facts)
-
-    def apply(
-        self, cluster: Cluster, sequences: NDArray[np.int64], choice: Choice, shot: int
-    ) -> list[LinearSummary]:
-        """Prune and update."""
-        assert choice.threshold is not None
-        cluster.progress.begin(unit="linears")
-        return in_order(cluster.run_all(self.prune, choice.threshold))
+            value = cost_of_bits(high, low)
+            num_pruned += int(upper[:high].sum() + lower[: low + 1].sum()) * size
+        return Choice(value, {"threshold": value, "sparsity": num_pruned / num_parameters})

@@ -13,11 +13,10 @@ from __future__ import annotations
 import math
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ray_surgeon.maths.allocate import Allocation, GroupCosts, allocate_globally, allocate_uniformly
@@ -38,7 +37,7 @@ from ray_surgeon.stages.curvature.section import KfacSection
 from ray_surgeon.stages.prune.consumer_costs import ConsumerCosts, Reach, Unit, renewed
 from ray_surgeon.stages.prune.experts import go_around_removed, whole_expert_costs
 from ray_surgeon.stages.prune.groups_section import CoupledSection, GroupsSection
-from ray_surgeon.stages.prune.method import Choice, Method, Scores, in_order, linear_of
+from ray_surgeon.stages.prune.method import Applied, Choice, Method, Scores, Tokens, taken
 from ray_surgeon.stages.reconstruction.layers import RATES, Arrivals, Reconstruction
 from ray_surgeon.stages.reconstruction.section import RECONSTRUCTED
 
@@ -240,7 +239,7 @@ class Groups(Method):
                     )
                 )
                 continue
-            linear = linear_of(worker, name, self.used_curvature)
+            linear = self.linear(worker, name)
             alive = alive_part(linear, mask)
             kind = groups.kind
             curvature = linear.curvature(alive)
@@ -407,7 +406,7 @@ class Groups(Method):
         """
         alive, damping, costs = scored.consumers[groups.consumer]
         mask = worker.mask(groups.consumer, StructuredMask)
-        linear = linear_of(worker, groups.consumer, self.used_curvature)
+        linear = self.linear(worker, groups.consumer)
         to_prune = torch.zeros(len(mask.columns), dtype=torch.bool)
         to_prune[groups.columns[lowest(costs, count)].flatten()] = True
         return prune_groups(linear, mask, alive, linear.curvature(alive, damping), to_prune)
@@ -438,8 +437,7 @@ class Groups(Method):
 
         If that was not far enough, it goes on.
         """
-        cluster.progress.begin(unit="linears")
-        once = Scores.merged(cluster.run_all(self.costs, Reach(), shot))
+        once = taken(cluster, self.costs, Reach(), shot)
         first = self.allocate(once, shot)
         factor = 1.25
         limit = NOTHING if self.section.uniform else factor * max(0.0, first.threshold or 0.0)
@@ -502,8 +500,7 @@ class Groups(Method):
     def _followed(
         self, cluster: Cluster, scores: Scores[ConsumerCosts], reach: Reach, shot: int
     ) -> Scores[ConsumerCosts]:
-        cluster.progress.begin(unit="linears")
-        return renewed(scores, Scores.merged(cluster.run_all(self.costs, reach, shot)))
+        return renewed(scores, taken(cluster, self.costs, reach, shot))
 
     def _and_one_step(
         self, scores: Scores[ConsumerCosts], counts: Mapping[str, int], shot: int
@@ -623,13 +620,12 @@ class Groups(Method):
         )
         return {name: going[name] for name in sorted(names)}
 
-    def apply(
-        self, cluster: Cluster, sequences: NDArray[np.int64], choice: Choice, shot: int
-    ) -> list[LinearSummary]:
+    def apply(self, cluster: Cluster, tokens: Tokens, choice: Choice, shot: int) -> Applied:
         """Prune, update, and train layers with the learning rate that did best on some of them."""
         rate = self._learning_rate(cluster, choice)
         cluster.progress.begin(unit="linears")
-        return in_order(cluster.run_all(self.prune, choice.counts, choice.experts, rate))
+        workers = cluster.run_all(self.prune, choice.counts, choice.experts, rate)
+        return list(chain.from_iterable(workers)), {}
 
     def _learning_rate(self, cluster: Cluster, choice: Choice) -> float | None:
         """Return the learning rate of reconstructions: the given one, or the best on two layers."""

@@ -6,13 +6,10 @@ Inputs are those that the pruned blocks before give.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -26,7 +23,7 @@ from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.worker import LinearSummary, Worker
 from ray_surgeon.spec.targets import SparsitySection
 from ray_surgeon.stages.prune.elements import Pattern, check_pattern
-from ray_surgeon.stages.prune.method import Choice, Method, Scores, in_order
+from ray_surgeon.stages.prune.method import Applied, Choice, Method, Tokens
 
 
 class _Layerwise(SparsitySection):
@@ -95,17 +92,9 @@ class WandaSection(_Layerwise):
 class Layerwise(Method):
     """SparseGPT or Wanda."""
 
+    by_element: ClassVar[bool] = True
+    has_costs: ClassVar[bool] = False  # nothing is ranked over the model
     section: SparseGPTSection | WandaSection
-
-    @property
-    def by_element(self) -> bool:
-        """Masks are of elements."""
-        return True
-
-    @property
-    def has_costs(self) -> bool:
-        """There is no global threshold."""
-        return False
 
     def reach(self, layout: ModelLayout) -> float:
         """Return the weights' fraction of the narrowest linear, whose bias counts and stays.
@@ -128,34 +117,15 @@ class Layerwise(Method):
 
     # On the coordinator
 
-    def score(self, cluster: Cluster, shot: int) -> Scores[None]:
-        """Nothing is ranked."""
-        raise AssertionError("there are no costs")
+    def apply(self, cluster: Cluster, tokens: Tokens, choice: Choice, shot: int) -> Applied:
+        """Prune shard after shard, block after block, while the calibration sequences pass once.
 
-    def choose(self, cluster: Cluster, scores: Scores[None] | None, shot: int) -> Choice:
-        """Nothing is chosen over the model: every linear goes to the sparsity of the shot."""
-        raise AssertionError("there is no threshold")
-
-    def apply(
-        self, cluster: Cluster, sequences: NDArray[np.int64], choice: Choice, shot: int
-    ) -> list[LinearSummary]:
-        """Prune shard after shard, block after block, while the calibration sequences pass once."""
-        _Pruning(self.section, self.section.targets[shot - 1]).pass_all(cluster, sequences)
-        return in_order(cluster.run_all(_summaries))
-
-    def record(
-        self,
-        cluster: Cluster,
-        scores: Scores[None] | None,
-        choice: Choice,
-        linears: Sequence[LinearSummary],
-    ) -> dict[str, Any]:
-        """Return what was damped more than asked."""
-        return {
-            "damping_used": [
-                asdict(event) for events in cluster.run_all(_take_raised) for event in events
-            ]
-        }
+        The report gets what was damped more than asked.
+        """
+        _Pruning(self.section, self.section.targets[shot - 1]).pass_all(cluster, tokens)
+        done = cluster.run_all(_done)
+        raised = [asdict(event) for _, of_worker in done for event in of_worker]
+        return [linear for linears, _ in done for linear in linears], {"damping_used": raised}
 
 
 @dataclass
@@ -165,12 +135,10 @@ class _Raised:
     of_shot: list[RaisedDamping] = field(default_factory=list)
 
 
-def _take_raised(worker: Worker) -> list[RaisedDamping]:
-    return worker.drop(_Raised).of_shot if worker.has(_Raised) else []
-
-
-def _summaries(worker: Worker) -> tuple[LinearSummary, ...]:
-    return tuple(worker.summary(name, None, 0.0) for name in worker.owned())
+def _done(worker: Worker) -> tuple[list[LinearSummary], list[RaisedDamping]]:
+    """Return what is left of the owned linears, and which damping they needed."""
+    linears = [worker.summary(name, None, 0.0) for name in worker.owned()]
+    return linears, worker.drop(_Raised).of_shot if worker.has(_Raised) else []
 
 
 @dataclass(frozen=True)
@@ -186,24 +154,17 @@ class _Pruning(BlockPass):
         W = worker.shard.weight(name)
         shape = worker.layout.shapes[name]
         num_inputs = shape.num_columns - shape.has_bias
-        (n, m) = section.pattern
         fraction = self.sparsity * W.numel() / (len(W) * num_inputs)
-        damping = (
-            (section.damping, section.max_damping)
-            if isinstance(section, SparseGPTSection)
-            else (0.0, 0.0)
-        )
         before = worker.mask(name, ElementMask).kept[:, :num_inputs].to(W.device)
         W[:, :num_inputs], kept, raised = prune_linear(
             W[:, :num_inputs],
             A[:num_inputs, :num_inputs],
             fraction,
-            n,
-            m,
+            *section.pattern,
             method=section.method,
             before=before,
-            damping=damping[0],
-            max_damping=damping[1],
+            damping=getattr(section, "damping", 0.0),
+            max_damping=getattr(section, "max_damping", 0.0),
             name=name,
         )
         whole = torch.ones_like(W, dtype=torch.bool)

@@ -8,9 +8,9 @@ coordinator.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Concatenate, Generic, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,12 @@ from ray_surgeon.stages.calibration import CalibrationText
 from ray_surgeon.stages.curvature.section import AnyCurvature
 
 C = TypeVar("C")
+P = ParamSpec("P")
+
+Tokens = NDArray[np.int64]
+"""[num_sequences, sequence_length] of a text."""
+Applied = tuple[list[LinearSummary], dict[str, Any]]
+"""What an update left of every linear, and what the report says beside."""
 
 
 @dataclass(frozen=True)
@@ -70,22 +76,17 @@ class Choice:
 class Method(ABC):
     """One way to prune, with its options."""
 
+    by_element: ClassVar[bool] = False
+    """Whether masks are of elements, or of rows and columns."""
+    has_costs: ClassVar[bool] = True
+    """Whether a shot has curvature, costs and a threshold.
+
+    Methods that prune block by block have an update alone.
+    """
+
     section: ScheduleSection  # `pruning` of the job spec
     # the section of that name; None for methods that gather their own
     curvature: AnyCurvature | None
-
-    @property
-    def by_element(self) -> bool:
-        """Whether masks are of elements, or of rows and columns."""
-        return False
-
-    @property
-    def has_costs(self) -> bool:
-        """Whether a shot has curvature, costs and a threshold.
-
-        Methods that prune block by block only have an update.
-        """
-        return True
 
     @property
     def gathers(self) -> frozenset[str] | None:
@@ -129,22 +130,30 @@ class Method(ABC):
         None if it is neither ranked nor updated by its factors.
         """
 
-    @abstractmethod
     def score(self, cluster: Cluster, shot: int) -> Scores[Any]:
-        """Take the costs of everything that may be pruned.
+        """Take the costs of everything that may be pruned, where a method has costs.
 
         Whatever is kept for `apply` stays on the workers.
         """
+        raise NotImplementedError
 
-    @abstractmethod
     def choose(self, cluster: Cluster, scores: Scores[Any], shot: int) -> Choice:
-        """Choose what to prune; may ask the workers again."""
+        """Choose what to prune, where a method has costs; may ask the workers again."""
+        raise NotImplementedError
 
     @abstractmethod
-    def apply(
-        self, cluster: Cluster, sequences: NDArray[np.int64], choice: Choice, shot: int
-    ) -> list[LinearSummary]:
-        """Prune, and update what stays."""
+    def apply(self, cluster: Cluster, tokens: Tokens, choice: Choice, shot: int) -> Applied:
+        """Prune, and update what stays.
+
+        Args:
+            cluster: after the costs, if the method has any.
+            tokens: [num_sequences, sequence_length] of the calibration.
+            choice: of the shot.
+            shot: its number.
+
+        Returns:
+            What is left of every linear, and what the report says beside.
+        """
 
     def of_loss(self, linears: Sequence[LinearSummary]) -> list[LinearSummary]:
         """Return what `apply` says, without predictions if the curvature is not of the loss.
@@ -156,41 +165,20 @@ class Method(ABC):
             list(linears) if is_of_loss else [replace(linear, predicted=None) for linear in linears]
         )
 
-    def record(
-        self,
-        cluster: Cluster,
-        scores: Scores[Any] | None,
-        choice: Choice,
-        linears: Sequence[LinearSummary],
-    ) -> dict[str, Any]:
-        """Return what the report says of a shot."""
-        assert scores is not None, "methods without costs have a record of their own"
-        residuals = sorted(linear.residual for linear in linears)
-        return {
-            "predicted_loss_increase": _predicted_increase(linears),
-            "update_residual": {"median": residuals[len(residuals) // 2], "max": residuals[-1]},
-            "damping_used": [asdict(event) for event in scores.raised_damping],
-            "terms_clipped": [asdict(event) for event in scores.clipping],
-            **choice.record,
-        }
+    def linear(self, worker: Worker, name: str) -> Linear:
+        """Return a linear of a worker as the mathematics takes it."""
+        W = worker.shard.weight(name)
+        factors = worker.shard.factors(name)
+        has_bias = worker.layout.shapes[name].has_bias
+        return Linear(name, W, factors, has_bias, self.used_curvature.as_damping)
 
 
-def _predicted_increase(linears: Sequence[LinearSummary]) -> float | None:
-    """Return the loss increase that the quadratic model predicts, in nats per token.
-
-    None if it predicts none.
-    """
-    predicted = [linear.predicted for linear in linears if linear.predicted is not None]
-    return sum(predicted) if predicted else None
-
-
-def linear_of(worker: Worker, name: str, curvature: AnyCurvature) -> Linear:
-    """Return a linear of a worker as the mathematics takes it."""
-    W = worker.shard.weight(name)
-    factors = worker.shard.factors(name)
-    return Linear(name, W, factors, worker.layout.shapes[name].has_bias, curvature.as_damping)
-
-
-def in_order(workers: Sequence[Sequence[LinearSummary]]) -> list[LinearSummary]:
-    """Return the summaries of all workers in one list."""
-    return [summary for worker in workers for summary in worker]
+def taken(
+    cluster: Cluster,
+    costs: Callable[Concatenate[Worker, P], Scores[C]],
+    *args: P.args,
+    **kwargs: P.kwargs,
+) -> Scores[C]:
+    """Let all workers take the costs of their linears, and return all of them."""
+    cluster.progress.begin(unit="linears")
+    return Scores.merged(cluster.run_all(costs, *args, **kwargs))

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from pydantic import Field
 
+from ray_surgeon.maths.linear import Removal
 from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.maths.structured import Candidates, find_candidates, prune_structures
 from ray_surgeon.maths.threshold import (
@@ -27,17 +26,16 @@ from ray_surgeon.models.dependencies import propagate, shrinkable
 from ray_surgeon.models.layout import LinearShape
 from ray_surgeon.plan.linear_needs import LinearNeeds
 from ray_surgeon.runtime.cluster import Cluster
-from ray_surgeon.runtime.worker import LinearSummary, Worker, collective, sizes
+from ray_surgeon.runtime.worker import Worker, collective
 from ray_surgeon.spec.targets import SparsitySection
 from ray_surgeon.stages.curvature.section import AnyCurvature, ExtendedKfacSection
-from ray_surgeon.stages.prune.method import Choice, Method, Scores, in_order, linear_of
+from ray_surgeon.stages.prune.by_threshold import ByThreshold, Scored
+from ray_surgeon.stages.prune.method import Applied, Choice, Scores, Tokens, taken
 
 _SAMPLED_BLOCKS = 4
 """One of so many blocks tells how far greedy paths must go."""
 _MOST_LIMITS = 10
 """How often that is tried, four times as far each time, before paths are followed to their ends."""
-
-RankBy = Literal["cost", "cost_per_parameter"]
 
 
 class RowsColumnsSection(SparsitySection):
@@ -58,7 +56,7 @@ class RowsColumnsSection(SparsitySection):
         "its linear, with the optimal update of the others; obs: on its own, with that update; "
         "obd: without an update. If not given: greedy, or obs with extended_kfac",
     )
-    rank_by: RankBy = Field(
+    rank_by: Literal["cost", "cost_per_parameter"] = Field(
         "cost_per_parameter",
         description="What the global threshold compares: a cost, or a cost per parameter removed",
     )
@@ -77,15 +75,8 @@ class RowsColumnsSection(SparsitySection):
         return None
 
 
-@dataclass
-class _Scored:
-    """What `score` leaves on a worker for `apply`."""
-
-    candidates: dict[str, Candidates]
-
-
 @dataclass(frozen=True)
-class RowsColumns(Method):
+class RowsColumns(ByThreshold):
     """Rows and columns."""
 
     section: RowsColumnsSection
@@ -116,30 +107,21 @@ class RowsColumns(Method):
             FloatingPointError: a factor or a cost is not usable; names the linear.
         """
         section = self.section
-        scored = _Scored({})
-        kind = "obd" if section.costs == "obd" else "obs"
+        options = section.structure, "obd" if section.costs == "obd" else "obs"
         per_parameter = section.rank_by == "cost_per_parameter"
+        candidates = {}
         replies = []
-        names = [
-            name
-            for name in worker.shard.linears
-            if worker.owns(name) and worker.layout.shapes[name].block % every == 0
-        ]
-        for name in worker.each(names):
-            linear = linear_of(worker, name, self.used_curvature)
+        shapes = worker.layout.shapes
+        linears = [name for name in worker.shard.linears if worker.owns(name)]
+        for name in worker.each([name for name in linears if shapes[name].block % every == 0]):
             mask = worker.mask(name, StructuredMask)
-            candidates = find_candidates(
-                linear, mask, section.structure, kind, per_parameter=per_parameter, limit=limit
+            candidates[name] = c = find_candidates(
+                self.linear(worker, name), mask, *options, per_parameter=per_parameter, limit=limit
             )
-            scored.candidates[name] = candidates
-            rows = candidates.row_costs.float().cpu()
-            columns = candidates.column_costs.float().cpu()
             kept = int(mask.rows.sum()), int(mask.columns.sum())
-            replies.append(StructureCosts(name, mask.num_parameters, *kept, rows, columns))
-        worker.keep(scored)
-        raised = tuple(event for c in scored.candidates.values() for event in c.raised_damping)
-        clipped = tuple(event for c in scored.candidates.values() for event in c.clipping)
-        return Scores(tuple(replies), *sizes(worker), raised, clipped)
+            costs = c.row_costs.float().cpu(), c.column_costs.float().cpu()
+            replies.append(StructureCosts(name, mask.num_parameters, *kept, *costs))
+        return self.scores(worker, candidates, tuple(replies))
 
     @collective
     def num_kept_at(self, worker: Worker, threshold: float) -> int:
@@ -147,8 +129,8 @@ class RowsColumns(Method):
 
         Replica 0 answers for all.
         """
-        masks = {name: worker.mask(name, StructuredMask) for name in worker.shard.linears}
-        for name, candidates in worker.kept(_Scored).candidates.items():
+        masks = _masks(worker)
+        for name, candidates in worker.kept(Scored).candidates.items():
             masks[name] = masks[name].without(*candidates.to_prune(masks[name], threshold))
         for name, mask in masks.items():
             shared = worker.share_mask(name, mask)
@@ -157,36 +139,29 @@ class RowsColumns(Method):
         masks |= propagate(worker.layout, masks, worker.group_sets)
         return sum(mask.num_kept for mask in masks.values()) if worker.index.replica == 0 else 0
 
-    @collective
-    def prune(self, worker: Worker, threshold: float) -> tuple[LinearSummary, ...]:
-        """Remove what costs at most the threshold, update the rest, and send it to replicas."""
-        scored = worker.drop(_Scored)
-        done = dict[str, tuple[float, float]]()
-        for name in worker.each(list(scored.candidates)):
-            linear = linear_of(worker, name, self.used_curvature)
-            mask = worker.mask(name, StructuredMask)
-            removal, worker.masks[name] = prune_structures(
-                linear, mask, scored.candidates[name], threshold, self.section.update
-            )
-            worker.shard.set_weight(name, removal.W)
-            done[name] = removal.predicted, removal.residual
-        worker.shard.drop_curvature()
-        worker.share_linears(worker.shard.linears)
-        masks = {name: worker.mask(name, StructuredMask) for name in worker.shard.linears}
-        for name, mask in propagate(worker.layout, masks, worker.group_sets).items():
+    def pruned(
+        self, worker: Worker, name: str, candidates: Candidates, threshold: float
+    ) -> tuple[Removal, StructuredMask]:
+        """Return an owned linear without what costs at most the threshold, and its new mask."""
+        mask = worker.mask(name, StructuredMask)
+        linear = self.linear(worker, name)
+        return prune_structures(linear, mask, candidates, threshold, self.section.update)
+
+    def share(self, worker: Worker) -> None:
+        """Send all linears to the other replicas, and remove what has no influence any more."""
+        super().share(worker)
+        for name, mask in propagate(worker.layout, _masks(worker), worker.group_sets).items():
             W = worker.shard.weight(name)
             mask.apply_(W)
             worker.shard.set_weight(name, W)
             worker.masks[name] = mask
-        return tuple(worker.summary(name, *about) for name, about in done.items())
 
     def num_shrinkable(self, worker: Worker) -> int:
         """Return the parameters of a shard in groups that are pruned whole.
 
         Replica 0 answers for all.
         """
-        masks = {name: worker.mask(name, StructuredMask) for name in worker.shard.linears}
-        return shrinkable(masks, worker.group_sets) if worker.index.replica == 0 else 0
+        return shrinkable(_masks(worker), worker.group_sets) if worker.index.replica == 0 else 0
 
     # On the coordinator
 
@@ -196,19 +171,13 @@ class RowsColumns(Method):
         Their limit is at first twice the threshold of single costs on a sample of the blocks. It
         decides how much is computed, not what is chosen, which lies below it.
         """
+        if self.section.costs in ("obs", "obd") or isinstance(self.curvature, ExtendedKfacSection):
+            return taken(cluster, self.costs, None)
         target = self.section.targets[shot - 1]
-        one_term = not isinstance(self.curvature, ExtendedKfacSection)
-        is_greedy = (self.section.costs or ("greedy" if one_term else "obs")) == "greedy"
-        cluster.progress.begin(unit="linears")
-        scores = Scores.merged(
-            cluster.run_all(self.costs, None, _SAMPLED_BLOCKS if is_greedy else 1)
-        )
-        if not is_greedy:
-            return scores
+        scores = taken(cluster, self.costs, None, _SAMPLED_BLOCKS)
         missing = target - (1 - scores.num_kept / scores.num_parameters)
         for limit in _limits(_by_name(scores), missing):
-            cluster.progress.begin(unit="linears")
-            scores = Scores.merged(cluster.run_all(self.costs, limit))
+            scores = taken(cluster, self.costs, limit)
             if can_reach(scores.costs, target):
                 break
         return scores
@@ -228,36 +197,20 @@ class RowsColumns(Method):
         def num_pruned(value: float) -> int:
             return enough.num_parameters - sum(cluster.run_all(self.num_kept_at, value))
 
-        value = smallest_enough(
-            values, num_pruned, math.ceil(target * enough.num_parameters - 1e-6)
-        )
-        reached = replace(enough, value=value, num_removed=num_pruned(value))
-        facts = {"threshold": value, "sparsity": reached.sparsity}
-        return Choice(value, facts)
+        wanted = math.ceil(target * enough.num_parameters - 1e-6)
+        value = smallest_enough(values, num_pruned, wanted)
+        sparsity = num_pruned(value) / enough.num_parameters
+        return Choice(value, {"threshold": value, "sparsity": sparsity})
 
-    def apply(
-        self, cluster: Cluster, sequences: NDArray[np.int64], choice: Choice, shot: int
-    ) -> list[LinearSummary]:
-        """Prune and update."""
-        assert choice.threshold is not None
-        cluster.progress.begin(unit="linears")
-        return in_order(cluster.run_all(self.prune, choice.threshold))
+    def apply(self, cluster: Cluster, tokens: Tokens, choice: Choice, shot: int) -> Applied:
+        """Prune and update, and report the fraction that could be cut out of the dense shapes."""
+        linears, _ = super().apply(cluster, tokens, choice, shot)
+        num_shrinkable = sum(cluster.run_all(self.num_shrinkable))
+        return linears, {"shrinkable": num_shrinkable / sum(linear.size for linear in linears)}
 
-    def record(
-        self,
-        cluster: Cluster,
-        scores: Scores[Any] | None,
-        choice: Choice,
-        linears: Sequence[LinearSummary],
-    ) -> dict[str, Any]:
-        """Return what the report says of a shot.
 
-        It includes the fraction that could be cut out of the dense shapes.
-        """
-        fraction = sum(cluster.run_all(self.num_shrinkable)) / sum(
-            linear.size for linear in linears
-        )
-        return super().record(cluster, scores, choice, linears) | {"shrinkable": fraction}
+def _masks(worker: Worker) -> dict[str, StructuredMask]:
+    return {name: worker.mask(name, StructuredMask) for name in worker.shard.linears}
 
 
 def _by_name(scores: Scores[StructureCosts]) -> list[StructureCosts]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
 
 from ray_surgeon.plan.linear_needs import LinearNeeds
 from ray_surgeon.plan.needs import StepPlan, WorkerView
+from ray_surgeon.runtime.worker import LinearSummary
 from ray_surgeon.stages.calibration import held_measure
 from ray_surgeon.stages.prune.method import Choice, Method, Scores
 from ray_surgeon.stages.stage import Facts, RunState, Stage
@@ -88,9 +89,12 @@ class Update(Stage):
         method = method_of(run)
         cluster = run.cluster
         choice = run.find(Choice) or Choice(None, {})
-        applied = method.apply(cluster, run.text.tokens, choice, run.shot)
-        run.linears = method.of_loss(applied)
-        run.record |= method.record(cluster, run.find(Scores), choice, run.linears)
+        linears, record = method.apply(cluster, run.text.tokens, choice, run.shot)
+        run.linears = method.of_loss(linears)
+        scores = run.find(Scores)
+        if scores is not None:
+            run.record |= {**_record(run.linears, scores), **choice.record}
+        run.record |= record
         facts["sparsity"] = run.sparsity
         predicted = run.record.get("predicted_loss_increase")
         if predicted is not None:
@@ -110,3 +114,19 @@ class Update(Stage):
             yield worker.linear_by_linear(self.name, sizes, flops, kept)
         else:
             yield worker.block_by_block(self.name, list(zip(sizes, flops, strict=True)))
+
+
+def _record(linears: Sequence[LinearSummary], scores: Scores[Any]) -> dict[str, Any]:
+    """Return what the report says of a shot with costs.
+
+    The loss increase that the quadratic model predicts is in nats per token; None if it predicts
+    none.
+    """
+    predicted = [linear.predicted for linear in linears if linear.predicted is not None]
+    residuals = sorted(linear.residual for linear in linears)
+    return {
+        "predicted_loss_increase": sum(predicted) if predicted else None,
+        "update_residual": {"median": residuals[len(residuals) // 2], "max": residuals[-1]},
+        "damping_used": [asdict(event) for event in scores.raised_damping],
+        "terms_clipped": [asdict(event) for event in scores.clipping],
+    }
