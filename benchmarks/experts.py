@@ -34,7 +34,7 @@ from ray_surgeon.run.loop import run_shots
 from ray_surgeon.runtime.local import LocalCluster
 from ray_surgeon.runtime.worker import LinearSummary, Worker, collective
 from ray_surgeon.spec.parsing import parse_spec
-from ray_surgeon.stages.prune import Groups
+from ray_surgeon.stages.prune.groups import Groups
 
 FRACTIONS = (0.25, 0.5)
 NUM_AT_ONCE = 2

@@ -55,7 +55,7 @@ from ray_surgeon.spec.job import JobSpec
 from ray_surgeon.spec.model import ModelSection
 from ray_surgeon.spec.parsing import parse_spec
 from ray_surgeon.spec.written import SelfSection
-from ray_surgeon.stages.prune import Groups
+from ray_surgeon.stages.prune.groups import Groups
 from ray_surgeon.stages.self_text.stage import SelfText
 from ray_surgeon.storage import tensor_files
 from ray_surgeon.storage.sources import open_model

@@ -35,7 +35,9 @@ from ray_surgeon.spec.output import KERNEL_COLUMNS
 from ray_surgeon.spec.parsing import with_absolute_paths
 from ray_surgeon.spec.targets import LatencyTarget
 from ray_surgeon.stages.calibration import CalibrationText
-from ray_surgeon.stages.prune import CoupledSection, Groups, GroupsSection, Method
+from ray_surgeon.stages.prune.groups import Groups
+from ray_surgeon.stages.prune.groups_section import CoupledSection, GroupsSection
+from ray_surgeon.stages.prune.method import Method
 from ray_surgeon.stages.prune.methods import method_for
 from ray_surgeon.stages.stage import Stage
 from ray_surgeon.storage.default_text import default_mix

@@ -17,8 +17,10 @@ from ray_surgeon.spec.model import ModelSection
 from ray_surgeon.spec.output import DECI_MULTIPLE, KERNEL_COLUMNS, OutputSection
 from ray_surgeon.spec.presets import PresetName, with_preset
 from ray_surgeon.spec.targets import LatencyTarget
+from ray_surgeon.stages.correction.section import CorrectionSection
 from ray_surgeon.stages.curvature.section import CurvatureSection, KfacSection
-from ray_surgeon.stages.prune import CorrectionSection, CoupledSection, PruningSection
+from ray_surgeon.stages.prune.groups_section import CoupledSection
+from ray_surgeon.stages.prune.section import PruningSection
 
 HELD_SHARE = 0.1
 MOST_HELD = 6

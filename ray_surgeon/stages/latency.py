@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ray_surgeon.export.latency import Widths, latency_budget
 from ray_surgeon.spec.targets import LatencyTarget
@@ -32,5 +32,5 @@ class Latency(Stage):
         widths = Widths(method.fewest, section.multiple, section.tensor_parallel, section.uniform)
         uri = run.directory.path("latency.json")
         budget = latency_budget(run.cluster, run.layout, run.model, section.target, widths, uri)
-        run.keep(Present(method.with_budget(budget)))
+        run.keep(Present(replace(method, budget=budget)))
         facts["dense_s"] = budget.dense

@@ -18,7 +18,7 @@ from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.maths.threshold import StructureCosts
 from ray_surgeon.models.budgets import Budget, parameters_budget
 from ray_surgeon.stages.curvature.section import KfacSection
-from ray_surgeon.stages.prune.consumer_costs import ConsumerCosts, Reach, renewed
+from ray_surgeon.stages.prune.consumer_costs import ConsumerCosts, Paths, Reach, renewed
 from ray_surgeon.stages.prune.groups import Groups
 from ray_surgeon.stages.prune.groups_section import GroupsSection
 from ray_surgeon.stages.prune.method import Scores
@@ -93,13 +93,13 @@ def test_targets_at_the_ends_of_what_is_possible() -> None:
     least = int(budget.least(fewest))
     dense = int(budget.dense)
     for possible in (least, dense - 1):
-        asked(possible).check()
+        asked(possible)
     with pytest.raises(ValueError, match="at least"):
-        asked(least - 1).check()
+        asked(least - 1)
     with pytest.raises(ValueError, match="no more than"):
-        asked(dense).check()
+        asked(dense)
     # half is all that may go
-    replace(small_groups(small_budget(2, 4), num_shots=1), fewest={"ffn": 1}).check()
+    replace(small_groups(small_budget(2, 4), num_shots=1), fewest={"ffn": 1})
 
 
 def test_the_curve_is_of_scaled_costs_a_unit_as_the_threshold_is() -> None:
@@ -159,20 +159,22 @@ def test_a_path_is_followed_where_costs_a_unit_reach_the_threshold() -> None:
         "x", "ffn", torch.tensor([1.0, math.inf, math.inf]), 3, 10, ANY, limit=0.05
     )
     for threshold, followed in ((0.05, True), (0.1, True), (0.11, False)):
-        assert small_groups()._is_followed(costs, threshold) == followed
-    assert not small_groups(rank_by="cost")._is_followed(costs, 1.1)
+        assert Paths(small_groups(), NO_CLUSTER, 1).is_followed(costs, threshold) == followed
+    assert not Paths(small_groups(rank_by="cost"), NO_CLUSTER, 1).is_followed(costs, 1.1)
 
 
 def test_paths_end_at_the_fewest_groups_that_stay() -> None:
     costs = ConsumerCosts("x", "ffn", torch.tensor([1.0, 2.0, math.inf]), 3, 10, ANY)
-    assert replace(small_groups(), fewest={"ffn": 1})._has_ended(costs)
-    assert not small_groups()._has_ended(costs)
+    method = replace(small_groups(), fewest={"ffn": 1})
+    assert Paths(method, NO_CLUSTER, 1).has_ended(costs)
+    assert not Paths(small_groups(), NO_CLUSTER, 1).has_ended(costs)
 
 
 def test_one_step_more_is_the_multiple_of_the_shot() -> None:
     scores = Scores((ConsumerCosts("x", "ffn", torch.tensor([1.0]), 1, 10, ANY),), 1, 1)
     method = small_groups(width_multiple=8, num_shots=2)
-    assert [method._and_one_step(scores, {"x": 3}, shot)["x"] for shot in (1, 2)] == [4, 11]
+    steps = [Paths(method, NO_CLUSTER, shot).and_one_step(scores, {"x": 3}) for shot in (1, 2)]
+    assert steps == [{"x": 4}, {"x": 11}]
 
 
 def test_widths_that_may_be_left_are_multiples_in_the_last_shot_and_the_whole_one() -> None:

@@ -23,8 +23,8 @@ from ray_surgeon.runtime.passes import divergences_of, remember
 from ray_surgeon.spec.parsing import parse_spec
 from ray_surgeon.stages.calibration import CalibrationText
 from ray_surgeon.stages.curvature.stage import calibrate
-from ray_surgeon.stages.prune.consumer_costs import ConsumerCosts, Reach, Unit
-from ray_surgeon.stages.prune.groups import Groups, Scored
+from ray_surgeon.stages.prune.consumer_costs import ConsumerCosts, Paths, Reach, Unit
+from ray_surgeon.stages.prune.groups import Groups
 from ray_surgeon.stages.prune.groups_section import GroupsSection, UniformGroupsSection
 from ray_surgeon.stages.prune.method import Scores
 from ray_surgeon.stages.search.search import SEARCHED, Search
@@ -101,9 +101,9 @@ def test_scales_are_what_removals_change_over_what_they_were_to_cost(
     for worker in cluster.workers.values():
         for groups in method.sets(worker):
             if worker.owns(groups.consumer):
-                pruned[groups.consumer] = method.removal(
-                    worker, worker.kept(Scored), groups, counts[groups.consumer]
-                )[0].W
+                pruned[groups.consumer] = method.removal(worker, groups, counts[groups.consumer])[
+                    0
+                ].W
 
     def divergence(undone: Unit | None) -> torch.Tensor:
         kept = {c.consumer for c in scores.costs if c.unit == undone}
@@ -186,14 +186,14 @@ def test_the_best_allocation_is_taken_and_everything_else_is_left_as_it_was(
 
     monkeypatch.setattr("ray_surgeon.stages.search.search.divergences_of", lambda *_: [next(given)])
     monkeypatch.setattr(Search, "_scales", of_scores)
-    rescaled = Groups.rescaled
+    rescaled = Paths.rescaled
     followed = list[bool]()
 
-    def following(self: Groups, cluster: LocalCluster, *others: Any) -> Scores[ConsumerCosts]:
+    def following(self: Paths, *others: Any) -> Scores[ConsumerCosts]:
         followed.append(all(torch.equal(W, dense[name]) for name, W in linears_of(cluster).items()))
-        return rescaled(self, cluster, *others)
+        return rescaled(self, *others)
 
-    monkeypatch.setattr(Groups, "rescaled", following)
+    monkeypatch.setattr(Paths, "rescaled", following)
     found, record = search.run(cluster, scores, windows, NOTHING_HELD, 1)
     assert followed == [True] * 3, "paths begin with the weights from before"
     assert record["divergences"] == [5.0, 3.0, 4.0, 6.0]
@@ -241,7 +241,7 @@ def test_paths_are_followed_as_far_as_scales_call_for(
             unit: float(np.exp(generator.normal() * 2))
             for unit in sorted({c.unit for c in scores.costs})
         }
-        found = method.rescaled(cluster, scores, scales, 1)
+        found = Paths(method, cluster, 1).rescaled(scores, scales)
         whole = Scores.merged(cluster.run_all(method.costs, Reach(math.inf, scales=scales), 1))
         assert {c.consumer: c.scale for c in found.costs} == {
             c.consumer: scales[c.unit] for c in whole.costs

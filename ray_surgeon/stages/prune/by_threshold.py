@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-from ray_surgeon.maths.element_pruning import ElementCandidates
 from ray_surgeon.maths.linear import Removal
 from ray_surgeon.maths.masks import Mask
-from ray_surgeon.maths.structured import Candidates
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.worker import LinearSummary, Worker, collective, sizes
 from ray_surgeon.stages.prune.method import Applied, Choice, Method, Scores, Tokens
@@ -30,13 +28,10 @@ class ByThreshold(Method):
     # On a worker
 
     def scores(
-        self,
-        worker: Worker,
-        candidates: dict[str, Candidates] | dict[str, ElementCandidates],
-        costs: tuple[Any, ...] = (),
+        self, worker: Worker, candidates: dict[str, Any], costs: tuple[Any, ...] = ()
     ) -> Scores[Any]:
         """Keep candidates, by linear, for the update, and return what the coordinator gets."""
-        worker.keep(Scored(dict(candidates)))
+        worker.keep(Scored(candidates))
         raised = tuple(event for c in candidates.values() for event in c.raised_damping)
         clipped = tuple(event for c in candidates.values() for event in c.clipping)
         return Scores(costs, *sizes(worker), raised, clipped)

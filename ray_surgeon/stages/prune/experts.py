@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Literal
 
-from torch import Tensor
+import torch
 
 from ray_surgeon.maths.experts import frequency_costs, random_costs, reap_costs, rerouting_costs
 from ray_surgeon.maths.threshold import check_costs
-from ray_surgeon.models.layout import ExpertSet
 from ray_surgeon.runtime.worker import Worker
 
 ExpertCosts = Literal["rerouting", "reap", "frequency", "random"]
@@ -34,9 +34,19 @@ def whole_expert_costs(
         consumers = [linears[-1] for linears in experts.linears]
         if not worker.owns(consumers[0]):
             continue
-        costs = _costs_of(worker, experts, kind, shot, first_order=first_order)
+        place = experts.block - worker.shard.blocks.first
+        mixture = worker.shard.mixtures[place]
+        sums = worker.shard.expert_sums[place]
+        if kind == "rerouting":
+            costs = rerouting_costs(sums, mixture.num_chosen, first_order=first_order)
+        elif kind == "reap":
+            costs = reap_costs(sums)
+        elif kind == "frequency":
+            costs = frequency_costs(sums, mixture.num_chosen)
+        else:
+            costs = random_costs(len(consumers), 1_000 * experts.block + shot)
         check_costs(experts.name, costs, may_be_negative=kind == "rerouting" and first_order)
-        if not worker.shard.mixtures[experts.block - worker.shard.blocks.first].can_spare_one:
+        if not mixture.can_spare_one:
             costs.fill_(math.inf)
         gone = worker.removed_experts(experts).tolist()
         by_expert |= {
@@ -45,21 +55,6 @@ def whole_expert_costs(
             if not is_gone
         }
     return by_expert
-
-
-def _costs_of(
-    worker: Worker, experts: ExpertSet, kind: ExpertCosts, shot: int, *, first_order: bool
-) -> Tensor:
-    place = experts.block - worker.shard.blocks.first
-    sums = worker.shard.expert_sums[place]
-    num_chosen = worker.shard.mixtures[place].num_chosen
-    if kind == "rerouting":
-        return rerouting_costs(sums, num_chosen, first_order=first_order)
-    if kind == "reap":
-        return reap_costs(sums)
-    if kind == "frequency":
-        return frequency_costs(sums, num_chosen)
-    return random_costs(len(experts.linears), 1_000 * experts.block + shot)
 
 
 def go_around_removed(worker: Worker) -> None:
@@ -71,3 +66,10 @@ def go_around_removed(worker: Worker) -> None:
         removed = worker.removed_experts(experts)
         if removed.any():
             worker.shard.route_around(experts.block, ~removed)
+
+
+def remove_experts(worker: Worker, consumers: Collection[str]) -> None:
+    """Remove the experts with these consumers whole; routers go around them."""
+    for experts in worker.expert_sets if consumers else ():
+        is_removed = [linears[-1] in consumers for linears in experts.linears]
+        worker.remove_experts(experts, torch.tensor(is_removed))

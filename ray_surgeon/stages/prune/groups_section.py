@@ -6,14 +6,10 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from ray_surgeon.maths.threshold import OutOfReachError
 from ray_surgeon.spec.base import Positive
 from ray_surgeon.spec.targets import ScheduleSection, TargetSection
-from ray_surgeon.stages.curvature.section import (
-    ActivationsSection,
-    AnyCurvature,
-    ExtendedKfacSection,
-    KfacSection,
-)
+from ray_surgeon.stages.curvature.section import AnyCurvature
 from ray_surgeon.stages.prune.experts import ExpertCosts
 from ray_surgeon.stages.reconstruction.section import RECONSTRUCTED, ReconstructionSection
 from ray_surgeon.stages.search.section import SearchSection
@@ -98,79 +94,96 @@ class CoupledSection(ScheduleSection):
         """The number that widths are multiples of in the end."""
         return self.width_multiple or 64 * self.tensor_parallel
 
+    def goal(self, dense: float, shot: int) -> float:
+        """Return what the model may need of a budget after a shot, of which it needs `dense`."""
+        last = self.last_sparsity
+        if last is None:
+            assert self.target is not None
+            last = 1 - self.target.allowed / dense
+        return dense * (1 - self.fractions(last)[shot - 1])
+
+    def check_target(self, least: float, dense: float, unit: str) -> None:
+        """Refuse a target that cannot be reached, or that the dense model meets already.
+
+        Args:
+            least: what a model needs of which everything is removed that may be.
+            dense: what the dense model needs.
+            unit: of both.
+
+        Raises:
+            OutOfReachError: says what is possible.
+        """
+        if self.target is not None:
+            allowed = self.target.allowed
+            what = f"pruning.target: {unit} {allowed:.6g}, but"
+            if allowed < least:
+                raise OutOfReachError(
+                    f"{what} with these groups, allocation and widths the model needs at least "
+                    f"{least:.6g}; raise it, or change those"
+                )
+            if allowed >= dense:
+                raise OutOfReachError(
+                    f"{what} the dense model needs no more than {dense:.6g}; lower it"
+                )
+        elif dense * (1 - (self.target_sparsity or 0.0)) < least:
+            change = "lower it, or change those"
+            if least >= dense:
+                widths = f"lower pruning.width_multiple, which is {self.multiple}"
+                change = widths if self.has_widths else "name other groups"
+            raise OutOfReachError(
+                f"pruning.target_sparsity: {self.target_sparsity:g}, but with these groups, "
+                f"allocation and widths at most {1 - least / dense:.4f} of the parameters of "
+                f"this model's linears can be removed; {change}"
+            )
+
     def problem_with(self, curvature: AnyCurvature) -> str | None:
         """Return why this section and a curvature do not go together; see `ScheduleSection`."""
-        if isinstance(curvature, ExtendedKfacSection):
-            return "curvature.kind: extended_kfac does not go with structure groups; use kfac"
-        if "experts" in self.groups and curvature.kind == "identity":
-            return (
-                "curvature.kind: identity looks at no text, which says what whole experts cost; "
-                "use kfac"
+        reasons = {"extended_kfac": "does not go with structure groups; use kfac"}
+        if "experts" in self.groups:
+            reasons["identity"] = "looks at no text, which says what whole experts cost; use kfac"
+            if self.expert_costs == "rerouting":
+                reasons["activations"] = (
+                    "has no gradients, which the costs of whole experts need; use kfac"
+                )
+        elif self.reconstruction is not None:
+            reasons["identity"] = (
+                "keeps no inputs, which pruning.reconstruction needs; use kfac or activations"
             )
-        if (
-            "experts" in self.groups
-            and curvature.kind == "activations"
-            and self.expert_costs == "rerouting"
-        ):
-            return (
-                "curvature.kind: activations has no gradients, which the costs of whole experts "
-                "need; use kfac"
-            )
-        if set(self.groups) == {"experts"} and isinstance(
-            curvature, KfacSection | ActivationsSection
-        ):
-            for field in ("damping", "max_damping"):
-                if getattr(curvature, field) != type(curvature).model_fields[field].default:
-                    return (
-                        f"curvature.{field}: costs of whole experts invert no factor; leave it out"
-                    )
-        if self.reconstruction is not None and curvature.kind == "identity":
-            return (
-                "curvature.kind: identity keeps no inputs, which pruning.reconstruction needs; use "
-                "kfac or activations"
-            )
+        if curvature.kind in reasons:
+            return f"curvature.kind: {curvature.kind} {reasons[curvature.kind]}"
+        if set(self.groups) == {"experts"}:
+            changed = curvature.model_dump(exclude_defaults=True).keys()
+            for field in sorted(changed & {"damping", "max_damping"}):
+                return f"curvature.{field}: costs of whole experts invert no factor; leave it out"
         return None
 
     @model_validator(mode="after")
-    def _different_kinds(self) -> CoupledSection:
-        if len(set(self.groups)) < len(self.groups):
-            raise ValueError(f"groups: {', '.join(self.groups)} name a kind twice; remove one")
+    def _options_fit_kinds(self) -> CoupledSection:
+        kinds = set(self.groups)
+        named = ", ".join(self.groups)
+        if len(kinds) < len(self.groups):
+            raise ValueError(f"groups: {named} name a kind twice; remove one")
+        if self.reconstruction is not None and not RECONSTRUCTED & kinds:
+            raise ValueError(
+                f"reconstruction: is of ffn and shared_experts, got groups {named}; add one of "
+                "them, or leave it out"
+            )
+        if self.expert_costs != "rerouting" and kinds != {"experts"}:
+            problem = "is of whole experts; add experts to groups, or leave it out"
+            if "experts" in kinds:
+                problem = (
+                    "has another unit than the costs of the other groups; set groups to [experts]"
+                )
+            raise ValueError(f"expert_costs: {self.expert_costs} {problem}")
         return self
 
     @model_validator(mode="after")
-    def _reconstructs_something(self) -> CoupledSection:
-        if self.reconstruction is not None and not RECONSTRUCTED & set(self.groups):
-            raise ValueError(
-                "reconstruction: is of ffn and shared_experts, got groups "
-                f"{', '.join(self.groups)}; add one of them, or leave it out"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _scores_of_experts(self) -> CoupledSection:
-        if self.expert_costs != "rerouting" and "experts" not in self.groups:
-            raise ValueError(
-                f"expert_costs: {self.expert_costs} is of whole experts; add experts to groups, or "
-                "leave it out"
-            )
-        if self.expert_costs != "rerouting" and set(self.groups) != {"experts"}:
-            raise ValueError(
-                f"expert_costs: {self.expert_costs} has another unit than the costs of the other "
-                "groups; set groups to [experts]"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _splits(self) -> CoupledSection:
+    def _possible_widths_and_target(self) -> CoupledSection:
         if self.multiple % self.tensor_parallel:
             raise ValueError(
                 f"width_multiple: {self.multiple} channels cannot be split over tensor_parallel "
                 f"{self.tensor_parallel} devices; give a multiple of it"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _one_target(self) -> CoupledSection:
         if (self.target_sparsity is None) == (self.target is None):
             got = "none" if self.target is None else "both"
             raise ValueError(f"target_sparsity: give this or target, got {got}")
@@ -200,16 +213,12 @@ class GroupsSection(CoupledSection):
     )
 
     @model_validator(mode="after")
-    def _has_blocks_to_remove(self) -> GroupsSection:
+    def _options_fit_whole_experts(self) -> GroupsSection:
         if self.remove_blocks and set(self.groups) == {"experts"}:
             raise ValueError(
                 "remove_blocks: is of KV groups and channels, and only whole experts go; remove "
                 "it, or name other groups"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _searches_what_it_can_undo(self) -> GroupsSection:
         if self.search is not None and "experts" in self.groups:
             raise ValueError(
                 "search: does not go with whole experts, whose tokens go elsewhere; use "
@@ -220,9 +229,8 @@ class GroupsSection(CoupledSection):
     @property
     def fewest_groups(self) -> dict[str, int]:
         """Groups of each kind that stay in every block."""
-        return (
-            dict.fromkeys(super().fewest_groups, 0) if self.remove_blocks else super().fewest_groups
-        )
+        fewest = super().fewest_groups
+        return dict.fromkeys(fewest, 0) if self.remove_blocks else fewest
 
 
 class UniformGroupsSection(CoupledSection):

@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from ray_surgeon.maths.curvature import RaisedDamping
+from ray_surgeon.maths.element_pruning import ElementUnits
 from ray_surgeon.maths.layerwise import prune_linear
 from ray_surgeon.maths.masks import ElementMask
 from ray_surgeon.models.layout import LinearShape, ModelLayout
@@ -36,14 +37,15 @@ class _Layerwise(SparsitySection):
     )
 
     @property
-    def pattern(self) -> tuple[int, int]:
-        """N and M; 0 and 1 for single elements."""
-        return (self.n_m or (2, 4)) if self.structure == "n_m" else (0, 1)
+    def units(self) -> ElementUnits:
+        """What is pruned as one."""
+        return ElementUnits(*(self.n_m or (2, 4))) if self.structure == "n_m" else ElementUnits()
 
     @model_validator(mode="after")
     def _possible_pattern(self) -> _Layerwise:
         if self.structure == "n_m":
-            n, m = self.pattern
+            n = self.units.n
+            m = self.units.m
             is_that = math.isclose(self.target_sparsity, 1 - n / m, abs_tol=1e-3)
             check_pattern((n, m), 1 - n / m if is_that else self.target_sparsity)
             if self.shots > 1 or not is_that:
@@ -160,7 +162,8 @@ class _Pruning(BlockPass):
             W[:, :num_inputs],
             A[:num_inputs, :num_inputs],
             fraction,
-            *section.pattern,
+            section.units.n,
+            section.units.m,
             method=section.method,
             before=before,
             damping=getattr(section, "damping", 0.0),

@@ -67,8 +67,6 @@ class Choice:
     counts: Mapping[str, int] = field(default_factory=dict)
     # consumer of each expert that goes whole -> what that costs
     experts: Mapping[str, float] = field(default_factory=dict)
-    # consumers of layers on which learning rates are tried -> groups that go
-    trial: Mapping[str, int] = field(default_factory=dict)
     record: Mapping[str, Any] = field(default_factory=dict)  # more for the report
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ray_surgeon.maths.element_pruning import ElementUnits
 from ray_surgeon.models.budgets import (
     Budget,
     bytes_budget,
@@ -16,7 +17,28 @@ from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.pruned_config import kv_heads_left
 from ray_surgeon.spec.targets import FlopsTarget, LatencyTarget, ParametersTarget
 from ray_surgeon.stages.curvature.section import AnyCurvature
-from ray_surgeon.stages.prune import METHODS, CoupledSection, Groups, Method, PruningSection
+from ray_surgeon.stages.prune.elements import Elements, ElementsSection, NMSection
+from ray_surgeon.stages.prune.groups import Groups
+from ray_surgeon.stages.prune.groups_section import (
+    CoupledSection,
+    GroupsSection,
+    UniformGroupsSection,
+)
+from ray_surgeon.stages.prune.layerwise import Layerwise, SparseGPTSection, WandaSection
+from ray_surgeon.stages.prune.method import Method
+from ray_surgeon.stages.prune.rows_columns import RowsColumns, RowsColumnsSection
+from ray_surgeon.stages.prune.section import PruningSection
+
+METHODS: dict[type, type[Method]] = {
+    RowsColumnsSection: RowsColumns,
+    ElementsSection: Elements,
+    NMSection: Elements,
+    GroupsSection: Groups,
+    UniformGroupsSection: Groups,
+    SparseGPTSection: Layerwise,
+    WandaSection: Layerwise,
+}
+"""Section -> the method that takes it."""
 
 
 def method_for(
@@ -33,49 +55,55 @@ def method_for(
     Raises:
         ValueError: the method cannot do what is asked to this model.
     """
-    leaves_out = curvature is not None and curvature.sequences_backward is not None
-    if layout.num_experts and leaves_out:
+    if layout.num_experts and curvature is not None and curvature.sequences_backward is not None:
         raise ValueError(
             "curvature.num_backward: the experts of a mixture see too few tokens to leave some out "
             "of G; remove it"
         )
     if isinstance(pruning, CoupledSection):
-        heads = layout.heads
-        devices = pruning.tensor_parallel
-        if heads.num_kv not in kv_heads_left(layout, devices, uniform=pruning.uniform):
+        return _groups(pruning, curvature, layout, dtype)
+    m = getattr(pruning, "units", ElementUnits()).m
+    for shape in layout.linears:
+        num_inputs = shape.num_columns - shape.has_bias
+        if num_inputs % m:
             raise ValueError(
-                f"pruning.tensor_parallel: {devices}, but no engine splits the dense model's "
-                f"{heads.num_query} query heads and {heads.num_kv} KV heads so; give a number that "
-                "divides them"
+                f"pruning.n_m: {shape.name} has {num_inputs} inputs, not a multiple of {m}; choose "
+                "another M"
             )
-        for of in (
-            of for of in layout.group_sets if of.kind != "attention" and len(of.columns) % devices
-        ):
-            raise ValueError(
-                f"pruning.tensor_parallel: {devices}, but {of.consumer} has {len(of.columns)} "
-                "channels; give a divisor"
-            )
-        _check_kinds(layout, pruning)
-        fewest = fewest_left(
-            layout, pruning.groups, pruning.fewest_groups, devices, uniform=pruning.uniform
-        )
-        consumers = {
-            groups.kind: layout.shapes[groups.consumer].role for groups in layout.group_sets
-        }
-        roles = frozenset(consumers[kind] for kind in pruning.groups if kind != "experts")
-        method = Groups(pruning, curvature, _budget(layout, pruning, dtype), fewest, roles)
-        method.check()
-        return method
-    pattern = getattr(pruning, "pattern", None) or getattr(pruning, "n_m", None)
-    if pattern is not None and pruning.structure == "n_m":
-        _check_pattern(layout, pattern[1])
-    method_of_linears: Method = METHODS[type(pruning)](pruning, curvature)
-    if pruning.target_sparsity > (most := method_of_linears.reach(layout)):
+    method: Method = METHODS[type(pruning)](pruning, curvature)
+    if pruning.target_sparsity > (most := method.reach(layout)):
         raise ValueError(
             f"pruning.target_sparsity: {pruning.target_sparsity:g}, but {most:.4g} is all that "
             f"{pruning.method} can take from this model, because biases count and stay; lower it"
         )
-    return method_of_linears
+    return method
+
+
+def _groups(
+    pruning: CoupledSection, curvature: AnyCurvature | None, layout: ModelLayout, dtype: str
+) -> Groups:
+    """Return the method of coupled groups; see `method_for`."""
+    heads = layout.heads
+    devices = pruning.tensor_parallel
+    if heads.num_kv not in kv_heads_left(layout, devices, uniform=pruning.uniform):
+        raise ValueError(
+            f"pruning.tensor_parallel: {devices}, but no engine splits the dense model's "
+            f"{heads.num_query} query heads and {heads.num_kv} KV heads so; give a number that "
+            "divides them"
+        )
+    for groups in layout.group_sets:
+        if groups.kind != "attention" and len(groups.columns) % devices:
+            raise ValueError(
+                f"pruning.tensor_parallel: {devices}, but {groups.consumer} has "
+                f"{len(groups.columns)} channels; give a divisor"
+            )
+    _check_kinds(layout, pruning)
+    fewest = fewest_left(
+        layout, pruning.groups, pruning.fewest_groups, devices, uniform=pruning.uniform
+    )
+    roles = {groups.kind: layout.shapes[groups.consumer].role for groups in layout.group_sets}
+    consumers = frozenset(roles[kind] for kind in pruning.groups if kind != "experts")
+    return Groups(pruning, curvature, _budget(layout, pruning, dtype), fewest, consumers)
 
 
 def _check_kinds(layout: ModelLayout, pruning: CoupledSection) -> None:
@@ -94,10 +122,8 @@ def _check_kinds(layout: ModelLayout, pruning: CoupledSection) -> None:
     if "experts" not in pruning.groups:
         return
     assert sparse is not None
-    num_groups = (
-        1 if sparse.num_groups is None else int(getattr(layout.config, sparse.num_groups) or 1)
-    )
-    if num_groups > 1:
+    num_groups = getattr(layout.config, sparse.num_groups) if sparse.num_groups else None
+    if num_groups is not None and num_groups > 1:
         raise ValueError(
             f"pruning.groups: the router chooses among {num_groups} groups of experts of one size "
             f"({sparse.num_groups} in config.json), so no single expert can go; use expert_channels"
@@ -121,12 +147,3 @@ def _budget(layout: ModelLayout, pruning: CoupledSection, dtype: str) -> Budget 
     if isinstance(target, ParametersTarget):
         return parameters_budget(layout)
     return bytes_budget(layout, getattr(torch, dtype).itemsize)
-
-
-def _check_pattern(layout: ModelLayout, m: int) -> None:
-    for shape in layout.linears:
-        if (shape.num_columns - shape.has_bias) % m:
-            raise ValueError(
-                f"pruning.n_m: {shape.name} has {shape.num_columns - shape.has_bias} inputs, not a "
-                f"multiple of {m}; choose another M"
-            )

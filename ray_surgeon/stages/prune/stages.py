@@ -56,12 +56,10 @@ class Costs(Stage):
     def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
         """Return the costs, linear by linear."""
         needs = needs_of(self.method, worker)
-        yield worker.linear_by_linear(
-            self.name,
-            [of_linear.costs_bytes for of_linear in needs],
-            [of_linear.costs_flops for of_linear in needs],
-            sum(of_linear.kept_bytes for of_linear in needs),
-        )
+        sizes = [of_linear.costs_bytes for of_linear in needs]
+        flops = [of_linear.costs_flops for of_linear in needs]
+        kept = sum(of_linear.kept_bytes for of_linear in needs)
+        yield worker.linear_by_linear(self.name, sizes, flops, kept)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ train theirs. A layer that is no better on the windows held aside stays as the u
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from ray_surgeon.models.layout import GroupSet
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.passes import pass_up_to_the_head
 from ray_surgeon.runtime.worker import Worker, collective
-from ray_surgeon.stages.curvature.section import AnyCurvature
+from ray_surgeon.stages.calibration import CalibrationText
 from ray_surgeon.stages.reconstruction.section import ReconstructionSection
 
 RATES = (0.003, 0.006, 0.012)
@@ -67,18 +67,6 @@ class Arrivals:
     sequence_length: int
     num_replicas: int
 
-    @staticmethod
-    def in_pass(
-        curvature: AnyCurvature, sequences: NDArray[np.int64], num_replicas: int
-    ) -> Arrivals:
-        """Return that of a curvature pass over sequences [num_sequences, sequence_length]."""
-        num_backward = (
-            0
-            if curvature.kind == "activations"
-            else min(curvature.sequences_backward or len(sequences), len(sequences))
-        )
-        return Arrivals(num_backward, len(sequences), int(sequences.shape[1]), num_replicas)
-
     def of(self, replica: int) -> list[int]:
         """Return when the sequences of a replica would come to a single replica.
 
@@ -95,6 +83,8 @@ class Reconstruction:
 
     section: ReconstructionSection
     kinds: frozenset[str]  # of the groups whose layers are trained
+    # sequences that pass backward in the curvature pass, 0 if none do, None if all do
+    num_backward: int | None
 
     # On a worker
 
@@ -102,16 +92,12 @@ class Reconstruction:
         """Let the next pass keep the inputs of the layers."""
         shard = worker.shard
         layers = {
-            groups.consumer: (
-                groups.block - shard.blocks.first,
-                shard.linears[groups.producers[0][0]],
-            )
-            for groups in worker.group_sets
-            if groups.kind in self.kinds
+            g.consumer: (g.block - shard.blocks.first, shard.linears[g.producers[0][0]])
+            for g in worker.group_sets
+            if g.kind in self.kinds
         }
-        shard.layer_inputs = LayerInputs(
-            layers, len(arrivals.of(worker.replicas.rank)) * arrivals.sequence_length
-        )
+        num_sequences = len(arrivals.of(worker.replicas.rank))
+        shard.layer_inputs = LayerInputs(layers, num_sequences * arrivals.sequence_length)
 
     @collective
     def share(self, worker: Worker, arrivals: Arrivals, are_held: bool) -> None:
@@ -125,29 +111,24 @@ class Reconstruction:
             are_held: whether the pass was over the windows held aside.
         """
         inputs = worker.shard.layer_inputs
+        assert inputs is not None
         N = worker.placement.num_replicas
         rank = worker.replicas.rank
-        assert inputs is not None
         for name in inputs.names if N > 1 else ():
             own = inputs.take(name)
             owner = worker.owner(name)
             own = own.view(-1, arrivals.sequence_length, own.shape[1])
-            everything = (
-                own.new_empty(arrivals.num_sequences, *own.shape[1:]) if owner == rank else None
-            )
+            everything = own.new_empty(arrivals.num_sequences * (owner == rank), *own.shape[1:])
             for replica in range(N):
-                part = (
-                    own
-                    if replica == rank
-                    else own.new_empty(len(arrivals.of(replica)), *own.shape[1:])
-                )
-                if replica != owner and len(part):
+                places = arrivals.of(replica)
+                part = own if replica == rank else own.new_empty(len(places), *own.shape[1:])
+                if replica != owner and places:
                     moving = part.to(worker.device)
                     worker.replicas.broadcast(moving.view(torch.uint8), replica)
                     part = moving.cpu()
-                if everything is not None:
-                    everything[arrivals.of(replica)] = part
-            if everything is not None:
+                if owner == rank:
+                    everything[places] = part
+            if owner == rank:
                 inputs.put(name, everything.flatten(0, 1))
         worker.shard.layer_inputs = None
         if are_held:
@@ -170,9 +151,7 @@ class Reconstruction:
             kept: [num_groups] bool, the groups that stay.
             rate: the learning rate.
         """
-        trained = self._trained(
-            worker, groups, W, kept, rate, num_epochs=TRIAL_PART, keeps_inputs=True
-        )
+        trained = self._trained(worker, groups, W, kept, rate, is_trial=True)
         return trained.after / trained.before if trained.before else 1.0
 
     def fitted(self, worker: Worker, groups: GroupSet, W: Tensor, rate: float) -> Tensor:
@@ -192,9 +171,7 @@ class Reconstruction:
         kept = worker.mask(name, StructuredMask).columns[groups.columns].all(dim=1)
         if not kept.any():
             return W
-        trained = self._trained(
-            worker, groups, W, kept, rate, num_epochs=self.section.num_epochs, keeps_inputs=False
-        )
+        trained = self._trained(worker, groups, W, kept, rate, is_trial=False)
         errors = worker.kept(Errors)
         errors.of_layer[name] = trained.before, trained.after
         errors.rate = rate
@@ -205,37 +182,29 @@ class Reconstruction:
         return W.index_copy(1, _columns(groups, kept, W), trained.layer.consumer)
 
     def _trained(
-        self,
-        worker: Worker,
-        groups: GroupSet,
-        W: Tensor,
-        kept: Tensor,
-        rate: float,
-        *,
-        num_epochs: float,
-        keeps_inputs: bool,
+        self, worker: Worker, groups: GroupSet, W: Tensor, kept: Tensor, rate: float, is_trial: bool
     ) -> Reconstructed:
+        """Return an owned layer that was trained, in a trial only shortly; see `tried`."""
         shard = worker.shard
         name = groups.consumer
         inputs_of = worker.kept(KeptInputs)
         assert inputs_of.fitted is not None
         whole = _layer(worker, groups, shard.weight(name), torch.ones_like(kept)).to(shard.dtype)
 
-        def pairs(kept_inputs: LayerInputs) -> tuple[Tensor, Tensor]:
-            stored_inputs = kept_inputs.look_at(name) if keeps_inputs else kept_inputs.take(name)
-            inputs = stored_inputs.to(worker.device, shard.dtype)
+        def pairs(stored: LayerInputs) -> tuple[Tensor, Tensor]:
+            inputs = stored.look_at(name) if is_trial else stored.take(name)
+            inputs = inputs.to(worker.device, shard.dtype)
             return inputs, outputs_of(whole, inputs)
 
+        seed = self.section.seed + worker.layout.linear_numbers[name]
         return reconstruct(
             _layer(worker, groups, W, kept),
             *pairs(inputs_of.fitted),
             None if inputs_of.held is None else pairs(inputs_of.held),
             learning_rate=rate,
             tokens_per_step=self.section.tokens_per_step,
-            num_epochs=num_epochs,
-            generator=torch.Generator().manual_seed(
-                self.section.seed + worker.layout.linear_numbers[name]
-            ),
+            num_epochs=TRIAL_PART if is_trial else self.section.num_epochs,
+            generator=torch.Generator().manual_seed(seed),
         )
 
     def end(self, worker: Worker, sets: Sequence[GroupSet]) -> None:
@@ -252,11 +221,23 @@ class Reconstruction:
 
     # On the coordinator
 
-    def keep_held(self, cluster: Cluster, held: NDArray[np.int64]) -> None:
-        """Let owners keep the inputs of their layers for the windows held aside."""
+    def _arrivals(self, cluster: Cluster, tokens: NDArray[np.int64]) -> Arrivals:
+        """Return those of a curvature pass over tokens [num_sequences, sequence_length]."""
+        count, length = tokens.shape
+        num_backward = count if self.num_backward is None else min(self.num_backward, count)
+        return Arrivals(num_backward, count, length, cluster.placement.num_replicas)
+
+    def before_pass(self, cluster: Cluster, text: CalibrationText) -> None:
+        """Let workers keep the inputs of the layers in the curvature pass over a text."""
+        cluster.run_all(self.start, self._arrivals(cluster, text.tokens))
+
+    def after_pass(self, cluster: Cluster, text: CalibrationText) -> None:
+        """Send the inputs to the layers' owners, and those for the windows held aside."""
+        cluster.run_all(self.share, self._arrivals(cluster, text.tokens), are_held=False)
+        held = text.held
         if not len(held):
             return
-        arrivals = Arrivals(0, len(held), int(held.shape[1]), cluster.placement.num_replicas)
+        arrivals = replace(self, num_backward=0)._arrivals(cluster, held)
         cluster.run_all(self.start, arrivals)
         if not pass_up_to_the_head(cluster, held, range(len(held)), None):
             raise FloatingPointError(
@@ -271,11 +252,11 @@ class Reconstruction:
 
         Errors that are no number count as no gain.
         """
-        means = {
-            rate: float(np.mean([e if np.isfinite(e) else np.inf for e in of_rate]))
-            for rate, of_rate in errors.items()
-        }
-        return min(means, key=lambda rate: means[rate])
+
+        def mean(rate: float) -> float:
+            return float(np.mean([e if np.isfinite(e) else np.inf for e in errors[rate]] or np.inf))
+
+        return min(errors, key=mean)
 
 
 def errors_of(worker: Worker) -> Errors:
@@ -283,30 +264,15 @@ def errors_of(worker: Worker) -> Errors:
     return worker.kept(Errors)
 
 
-def summary_of(errors: Mapping[str, tuple[float, float]]) -> dict[str, float | int]:
-    """Return what one line says of a shot's layers.
-
-    That is how many were trained and undone, and the mean of their relative errors.
-    """
-    trained = {name: pair for name, pair in errors.items() if pair[0] > 0}
-    better = [after / before for before, after in trained.values() if after < before]
-    undone = len(trained) - len(better)
-    ratio = (sum(better) + undone) / len(trained) if trained else 1.0
-    return {"layers": len(trained), "layers undone": undone, "error held aside": ratio}
-
-
 def _layer(worker: Worker, groups: GroupSet, W: Tensor, kept: Tensor) -> FeedForward:
     """Return what is left of a layer if some of its groups are.
 
     The producers are those that the worker has.
     """
-    producers = []
-    for name, rows in groups.producers:
-        V = worker.shard.weight(name)
-        producers.append(V[rows[kept].flatten().to(V.device)])
-    return FeedForward(
-        tuple(producers), W[:, _columns(groups, kept, W)], ACT2FN[worker.layout.activation]
-    )
+    weights = [(worker.shard.weight(name), rows[kept].flatten()) for name, rows in groups.producers]
+    producers = tuple(V[rows.to(V.device)] for V, rows in weights)
+    consumer = W[:, _columns(groups, kept, W)]
+    return FeedForward(producers, consumer, ACT2FN[worker.layout.activation])
 
 
 def _columns(groups: GroupSet, kept: Tensor, W: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -11,8 +12,7 @@ from ray_surgeon.models.layout import LinearShape
 from ray_surgeon.plan.needs import Beside, StepPlan, WorkerView
 from ray_surgeon.stages.prune.groups import Groups
 from ray_surgeon.stages.prune.method import Method
-from ray_surgeon.stages.reconstruction.layers import errors_of, summary_of
-from ray_surgeon.stages.reconstruction.section import ReconstructionSection
+from ray_surgeon.stages.reconstruction.layers import Reconstruction, errors_of
 from ray_surgeon.stages.stage import Facts, RunState, Stage
 
 
@@ -21,76 +21,75 @@ class ReconstructionStage(Stage):
     """Layers are trained in the update, where the weights from before are still there."""
 
     name: ClassVar[str] = "reconstruction"
-    section: ReconstructionSection
-    kinds: frozenset[str]  # of the groups whose layers are trained
-    # sequences that pass backward in the curvature pass, 0 if none do, None if all do
-    num_backward: int | None
+    reconstruction: Reconstruction
 
     @staticmethod
     def of(method: Method) -> ReconstructionStage | None:
         """Return the stage if a method reconstructs layers."""
-        if not isinstance(method, Groups) or method.reconstruction is None:
-            return None
-        curvature = method.used_curvature
-        num_backward = 0 if curvature.gathers == "A" else curvature.sequences_backward
-        reconstruction = method.reconstruction
-        return ReconstructionStage(reconstruction.section, reconstruction.kinds, num_backward)
+        found = method.reconstruction if isinstance(method, Groups) else None
+        return None if found is None else ReconstructionStage(found)
 
     def run(self, run: RunState, facts: Facts) -> None:
         """Report which layers the update trained, and their errors held aside."""
-        of_workers = run.cluster.run_all(errors_of)
-        errors = {name: pair for own in of_workers for name, pair in own.of_layer.items()}
-        rate = max(own.rate for own in of_workers)
+        workers = run.cluster.run_all(errors_of)
+        errors = {name: pair for own in workers for name, pair in own.of_layer.items()}
+        rate = max(own.rate for own in workers)
         run.record |= {"reconstruction": errors, "reconstruction_rate": rate}
-        facts |= {"rate": rate, **summary_of(errors)}
+        trained = [(before, after) for before, after in errors.values() if before > 0]
+        better = [after / before for before, after in trained if after < before]
+        undone = len(trained) - len(better)
+        ratio = (sum(better) + undone) / len(trained) if trained else 1.0
+        facts |= {"rate": rate, "layers": len(trained), "layers undone": undone}
+        facts["error held aside"] = ratio
 
     # For the plan
 
-    def layers(self, worker: WorkerView) -> list[LinearShape]:
-        """Return the last linears of the layers of a worker that are trained."""
-        sets = worker.shapes.layout.group_sets
-        consumers = {groups.consumer for groups in sets if groups.kind in self.kinds}
-        return [linear for linear in worker.linears if linear.name in consumers]
+    def _layers(self, worker: WorkerView) -> dict[LinearShape, int]:
+        """Return the last linears of the layers of a worker that are trained.
+
+        Each has the parameters of its layer, a fused producer's once.
+        """
+        layout = worker.shapes.layout
+        kinds = self.reconstruction.kinds
+        layers = {
+            groups.consumer: {groups.consumer, *(name for name, _ in groups.producers)}
+            for groups in layout.group_sets
+            if groups.kind in kinds
+        }
+        return {
+            linear: sum(layout.shapes[name].size for name in layers[linear.name])
+            for linear in worker.linears
+            if linear.name in layers
+        }
 
     def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
         """Return the training of one layer at a time, with inputs and outputs of all tokens."""
-        layers = self.layers(worker)
-        if not layers:
+        sizes = self._layers(worker)
+        if not sizes:
             return
+        section = self.reconstruction.section
         width = worker.shapes.width
         hidden = worker.hidden_size
         tokens = worker.num_sequences * worker.sequence_length
-        sizes = self._sizes(worker, layers)
         # hidden entries: forward alone, or backward, too
-        together = max(4 * TOKENS_AT_A_TIME, 7 * min(tokens, self.section.tokens_per_step))
-        widest = max(linear.num_columns for linear in layers)
+        together = max(4 * TOKENS_AT_A_TIME, 7 * min(tokens, section.tokens_per_step))
+        widest = max(linear.num_columns for linear in sizes)
         at_a_time = together * (width * widest + 4 * hidden)
         # and the consumer that is returned
-        states = max(sizes) * (28 + 2 * width) + 4 * max(linear.size for linear in layers)
+        states = max(sizes.values()) * (28 + 2 * width) + 4 * max(linear.size for linear in sizes)
         device = worker.idle + states + tokens * hidden * (2 + 2 * width) + at_a_time
         factors = worker.all_factors / worker.num_replicas
         device += factors * (worker.stores.factors == "device")
         # whole, and in every epoch left, its weights' gradients and those of the hidden entries
-        epochs = self.section.num_epochs
-        of_owners = dict.fromkeys(range(worker.num_replicas), 0)
-        for size, linear in zip(sizes, layers, strict=True):
-            of_token = 2 * size + epochs * (4 * size + 2 * linear.size)
+        of_owners = Counter[int]()
+        for linear, size in sizes.items():
+            of_token = 2 * size + section.num_epochs * (4 * size + 2 * linear.size)
             of_owners[worker.owners[linear.name]] += of_token
         yield StepPlan("update", device, worker.host, tokens * max(of_owners.values()))
 
-    def _sizes(self, worker: WorkerView, layers: list[LinearShape]) -> list[int]:
-        """Return the parameters of each layer, a fused producer's once."""
-        layout = worker.shapes.layout
-        of_layer: dict[str, int] = {}
-        for groups in layout.group_sets:
-            if groups.kind in self.kinds:
-                names = {groups.consumer, *(name for name, _ in groups.producers)}
-                of_layer[groups.consumer] = sum(layout.shapes[name].size for name in names)
-        return [of_layer[linear.name] for linear in layers]
-
     def beside(self, worker: WorkerView) -> Mapping[str, Beside]:
         """Return the inputs of layers, bfloat16, from the curvature pass to the update."""
-        owners = [worker.owners[linear.name] for linear in self.layers(worker)]
+        owners = [worker.owners[linear.name] for linear in self._layers(worker)]
         tokens = worker.num_sequences * worker.sequence_length
         of_layer = 2.0 * tokens * worker.hidden_size
         moving = Beside(host=of_layer * self._layers_at_once(worker, owners))
@@ -106,12 +105,15 @@ class ReconstructionStage(Stage):
         if N == 1:
             return len(owners)
         total = worker.num_sequences
-        backward = total if self.num_backward is None else self.num_backward
+        num_backward = self.reconstruction.num_backward
+        backward = total if num_backward is None else num_backward
         part = (-(-backward // N) + -(-(total - backward) // N)) / total
-        most = 0.0
-        for replica in range(N):
-            for number in range(len(owners)):
-                own = owners[: number + 1].count(replica)
-                # one part more is on its way
-                most = max(most, own + (len(owners) - number + 1) * part)
-        return most
+        # one part more is on its way
+        return max(
+            (
+                owners[: number + 1].count(replica) + (len(owners) - number + 1) * part
+                for replica in range(N)
+                for number in range(len(owners))
+            ),
+            default=0.0,
+        )

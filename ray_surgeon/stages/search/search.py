@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,8 +29,8 @@ from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.passes import divergences_of
 from ray_surgeon.runtime.worker import Worker, collective
 from ray_surgeon.stages.calibration import CalibrationText, held_measure
-from ray_surgeon.stages.prune.consumer_costs import ConsumerCosts, Unit
-from ray_surgeon.stages.prune.groups import Groups, Scored
+from ray_surgeon.stages.prune.consumer_costs import ConsumerCosts, Paths, Unit
+from ray_surgeon.stages.prune.groups import Groups
 from ray_surgeon.stages.prune.method import Scores
 from ray_surgeon.stages.search.section import SearchSection
 
@@ -44,21 +45,6 @@ class Trial:
 
     # consumer -> [R, C] on the host: its weight from before, or the pruned one
     others: dict[str, Tensor] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Tried:
-    """An allocation that was tried."""
-
-    scores: Scores[ConsumerCosts]  # whose threshold gave it
-    counts: dict[str, int]  # consumer -> how many of its groups went
-    divergence: float  # mean of the sequences of the search, nats a token
-    held: float | None  # the divergence of the windows held aside, likewise; None if there are none
-
-    @property
-    def measure(self) -> float:
-        """What decides which allocation is taken."""
-        return self.divergence if self.held is None else self.held
 
 
 @dataclass(frozen=True)
@@ -77,16 +63,14 @@ class Search:
         Masks and producers stay, because zero columns take nothing from what producers give.
         """
         trial = Trial()
-        scored = worker.kept(Scored)
         shard = worker.shard
         changed = [groups for groups in self.method.sets(worker) if counts.get(groups.consumer)]
         for groups in changed:
             name = groups.consumer
             trial.others[name] = shard.weight(name).to("cpu", shard.dtype)
             if worker.owns(name):
-                shard.set_weight(
-                    name, self.method.removal(worker, scored, groups, counts[name])[0].W
-                )
+                removal, _ = self.method.removal(worker, groups, counts[name])
+                shard.set_weight(name, removal.W)
         worker.keep(trial)
         worker.share_linears(groups.consumer for groups in changed)
 
@@ -94,14 +78,12 @@ class Search:
         """Undo the removals of one kind of groups in one block, or do them again."""
         others = worker.kept(Trial).others
         shard = worker.shard
-        for name in [
-            g.consumer
-            for g in self.method.sets(worker)
-            if (g.block, g.kind) == unit and g.consumer in others
-        ]:
-            weight_to_put = others[name]
-            others[name] = shard.weight(name).to("cpu", shard.dtype)
-            _put(worker, name, weight_to_put)
+        for groups in self.method.sets(worker):
+            name = groups.consumer
+            if (groups.block, groups.kind) == unit and name in others:
+                weight_to_put = others[name]
+                others[name] = shard.weight(name).to("cpu", shard.dtype)
+                _put(worker, name, weight_to_put)
 
     def end(self, worker: Worker) -> None:
         """Put all weights from before back."""
@@ -139,49 +121,40 @@ class Search:
             FloatingPointError: the loss is not a number.
         """
         scales = dict[Unit, float]()
-        tried = list[Tried]()
+        tried = list[tuple[Scores[ConsumerCosts], dict[str, int]]]()
+        record: dict[str, Any] = {"divergences": [], "held_aside": []}
         for number in range(self.section.rounds + 1):
             if number:
-                scores = self.method.rescaled(cluster, scores, scales, shot)
+                scores = Paths(self.method, cluster, shot).rescaled(scores, scales)
             allocation = self.method.allocate(scores, shot)
-            # nothing more can be learnt
-            if any(allocation.counts == earlier.counts for earlier in tried):
-                break
+            if any(allocation.counts == counts for _, counts in tried):
+                break  # nothing more can be learnt
+            tried.append((scores, allocation.counts))
             cluster.run_all(self.prune, allocation.counts)
             divergences = divergences_of(cluster, SEARCHED, windows)
-            held = held_measure(cluster, text) if len(text.held) else None
-            tried.append(
-                Tried(scores, allocation.counts, sum(divergences) / len(divergences), held)
-            )
+            record["divergences"].append(sum(divergences) / len(divergences))
+            record["held_aside"].append(held_measure(cluster, text) if len(text.held) else None)
             if number < self.section.rounds:
                 scales = self._scales(cluster, scores, allocation, windows, divergences, scales)
             cluster.run_all(self.end)
-        taken = min(range(len(tried)), key=lambda number: tried[number].measure)
+        measures = _measures(record)
+        record["taken"] = measures.index(min(measures))
         # workers keep the longest paths, which begin like the ones before
-        best = tried[taken].scores
-        scale_of = {c.unit: c.scale for c in best.costs}
-        return best, {
-            "divergences": [trial.divergence for trial in tried],
-            "held_aside": [trial.held for trial in tried],
-            "taken": taken,
-            "scales": [
-                {"block": block, "kind": kind, "scale": scale}
-                for (block, kind), scale in sorted(scale_of.items())
-            ],
-        }
+        best, _ = tried[record["taken"]]
+        record["scales"] = [
+            {"block": block, "kind": kind, "scale": scale}
+            for block, kind, scale in sorted({(*c.unit, c.scale) for c in best.costs})
+        ]
+        return best, record
 
     @staticmethod
     def facts(record: Mapping[str, Any]) -> dict[str, float | int | str]:
         """Return the first allocation's measure, that of the one taken, and which it is."""
-        measures = (
-            record["divergences"] if record["held_aside"][0] is None else record["held_aside"]
-        )
+        measures = _measures(record)
         taken = record["taken"]
-        kept = (
-            "the first allocation stays"
-            if taken == 0
-            else f"allocation {taken + 1} of {len(measures)}"
-        )
+        kept = f"allocation {taken + 1} of {len(measures)}"
+        if taken == 0:
+            kept = "the first allocation stays"
         return {"divergence before": measures[0], "divergence": measures[taken], "taken": kept}
 
     def _scales(
@@ -199,31 +172,32 @@ class Search:
         """
         costs = dict[Unit, float]()
         for c in scores.costs:
-            costs[c.unit] = costs.get(c.unit, 0.0) + c.of_cheapest(
-                allocation.counts.get(c.consumer, 0)
-            )
+            cost = c.of_cheapest(allocation.counts.get(c.consumer, 0))
+            costs[c.unit] = costs.get(c.unit, 0.0) + cost
         units = sorted(unit for unit, cost in costs.items() if cost > 0)
         if not units:
             return dict(before)
+        float64 = partial(torch.tensor, dtype=torch.float64)
         changes = list[Tensor]()
-        all_gone = torch.tensor(divergences, dtype=torch.float64)
         for unit in units:
             cluster.run_all(self.turn, unit)
-            changes.append(
-                all_gone
-                - torch.tensor(divergences_of(cluster, SEARCHED, windows), dtype=torch.float64)
-            )
+            undone = divergences_of(cluster, SEARCHED, windows)
+            changes.append(float64(divergences) - float64(undone))
             cluster.run_all(self.turn, unit)
-        kinds = sorted({kind for _, kind in units})
+        kinds = [kind for _, kind in units]
+        numbers = torch.tensor([kinds.index(kind) for kind in kinds])
         ratios = shrunk_ratios(
-            torch.stack(changes),
-            torch.tensor([costs[unit] for unit in units], dtype=torch.float64),
-            torch.tensor([kinds.index(kind) for _, kind in units]),
+            torch.stack(changes), float64([costs[unit] for unit in units]), numbers
         )
-        scales = next_scales(
-            torch.tensor([before.get(unit, 1.0) for unit in units], dtype=torch.float64), ratios
-        )
+        scales = next_scales(float64([before.get(unit, 1.0) for unit in units]), ratios)
         return {**before, **dict(zip(units, scales.tolist(), strict=True))}
+
+
+def _measures(record: Mapping[str, Any]) -> list[float]:
+    """Return what decides which allocation is taken: on windows held aside, if there are any."""
+    key = "divergences" if record["held_aside"][0] is None else "held_aside"
+    measures: list[float] = record[key]
+    return measures
 
 
 def _put(worker: Worker, name: str, weight: Tensor) -> None:

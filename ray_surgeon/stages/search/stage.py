@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from ray_surgeon.plan.needs import StepPlan, WorkerView
 from ray_surgeon.stages.prune.groups import Groups
-from ray_surgeon.stages.prune.groups_section import GroupsSection
 from ray_surgeon.stages.prune.method import Method, Scores
 from ray_surgeon.stages.prune.stages import Update, method_of
 from ray_surgeon.stages.search.search import SEARCHED, Search
@@ -38,10 +37,8 @@ class SearchStage(Stage):
             method: of pruning.
             windows: what the search measures on.
         """
-        if not isinstance(method, Groups) or not isinstance(method.section, GroupsSection):
-            return None
-        section = method.section.search
-        if section is None:
+        section = getattr(method.section, "search", None)
+        if not isinstance(method, Groups) or section is None:
             return None
         return SearchStage(section, method, windows.tokens, windows.fingerprint)
 
@@ -72,8 +69,14 @@ class SearchStage(Stage):
         of_passes = passes.device + factors * (worker.stores.factors == "device")
         consumers = [linear for linear in worker.linears if self.method.needs(linear) is not None]
         twice = worker.shapes.width * sum(linear.size for linear in consumers)
+        layout = worker.shapes.layout
+        undone = {
+            (groups.block, groups.kind)
+            for groups in layout.group_sets
+            if self.method.needs(layout.shapes[groups.consumer]) is not None
+        }
         trials = self.section.rounds + 1
-        num_passes = trials + self.section.rounds * self._num_units(worker)
+        num_passes = trials + self.section.rounds * len(undone)
         yield StepPlan(
             self.name,
             max(of_passes, update.device),
@@ -83,12 +86,6 @@ class SearchStage(Stage):
             num_passes * passes.host_bytes + trials * update.host_bytes,
             num_passes * passes.disk_bytes + trials * update.disk_bytes,
         )
-
-    def _num_units(self, worker: WorkerView) -> int:
-        """Return in how many ways removals of one kind in one block are undone."""
-        layout = worker.shapes.layout
-        needed = (g for g in layout.group_sets if self.method.needs(layout.shapes[g.consumer]))
-        return len({(groups.block, groups.kind) for groups in needed})
 
     def on_host(self, worker: WorkerView) -> float:
         """Return the dense model's states of the windows."""
