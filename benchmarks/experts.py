@@ -89,11 +89,7 @@ class Peer(Groups):
 
     @collective
     def prune(
-        self,
-        worker: Worker,
-        counts: Mapping[str, int],
-        experts: Mapping[str, float],
-        rate: float | None,
+        self, worker: Worker, counts: Mapping[str, int], experts: Mapping[str, float], rate: float
     ) -> tuple[LinearSummary, ...]:
         """Remove the channels with the lowest scores, or whole experts as ours does."""
         if self.ranks_experts:

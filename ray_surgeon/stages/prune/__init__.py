@@ -3,7 +3,8 @@
 A file holds one: its section of the job spec, what it does on a worker and what it does on the
 coordinator.
 
-Coupled groups, the longest, have further files: their section, costs as workers send them, how far
-paths are followed, whole experts, the search, and the reconstruction of layers. Corrections and
-further Kronecker terms, which go with several ways, have files of their own.
+Coupled groups, the longest, have further files: their section, costs as workers send them with how
+far these are followed, what the coordinator chooses, what goes whole, the search, and the
+reconstruction of layers. Corrections and further Kronecker terms, which go with several ways, have
+files of their own.
 """

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-from ray_surgeon.maths.linear import Removal
+from ray_surgeon.maths.linear import Linear, Removal
 from ray_surgeon.maths.masks import Mask
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.worker import LinearSummary, Worker, collective, sizes
@@ -38,9 +38,9 @@ class ByThreshold(Method):
 
     @abstractmethod
     def pruned(
-        self, worker: Worker, name: str, candidates: Any, threshold: float
+        self, linear: Linear, mask: Any, candidates: Any, threshold: float
     ) -> tuple[Removal, Mask]:
-        """Return an owned linear without what costs at most the threshold, and its new mask."""
+        """Return a linear without what costs at most the threshold, and its new mask."""
 
     def share(self, worker: Worker) -> None:
         """Send all linears from their owners to the other replicas."""
@@ -52,7 +52,9 @@ class ByThreshold(Method):
         candidates = worker.drop(Scored).candidates
         removals = dict[str, tuple[float, float]]()
         for name in worker.each(list(candidates)):
-            removal, worker.masks[name] = self.pruned(worker, name, candidates.pop(name), threshold)
+            removal, worker.masks[name] = self.pruned(
+                self.linear(worker, name), worker.masks[name], candidates.pop(name), threshold
+            )
             worker.shard.set_weight(name, removal.W)
             removals[name] = removal.predicted, removal.residual
         worker.shard.drop_curvature()

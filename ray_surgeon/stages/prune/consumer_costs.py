@@ -66,6 +66,10 @@ class ConsumerCosts:
         return GroupCosts(self.consumer, self.kind, costs, *left, needs, self.whole, self.block)
 
 
+GroupScores = Scores[ConsumerCosts]
+"""Costs of the consumers that a worker owns, or of all."""
+
+
 @dataclass(frozen=True)
 class Reach:
     """How far the greedy paths are followed."""
@@ -83,7 +87,7 @@ class Reach:
         return self.only is None or consumer in self.only
 
 
-def renewed(before: Scores[ConsumerCosts], after: Scores[ConsumerCosts]) -> Scores[ConsumerCosts]:
+def renewed(before: GroupScores, after: GroupScores) -> GroupScores:
     """Return scores in which those of some consumers were taken anew."""
     costs = {c.consumer: c for c in (*before.costs, *after.costs)}
     raised = {
@@ -101,7 +105,7 @@ class Paths:
     cluster: Cluster
     shot: int
 
-    def far_enough(self) -> Scores[ConsumerCosts]:
+    def far_enough(self) -> GroupScores:
         """Let every block follow its path somewhat farther than single costs say.
 
         If that was not far enough, it goes on.
@@ -133,9 +137,7 @@ class Paths:
                 return scores
             limit = threshold  # with all paths up to there the threshold is this one or lower
 
-    def rescaled(
-        self, scores: Scores[ConsumerCosts], scales: Mapping[Unit, float]
-    ) -> Scores[ConsumerCosts]:
+    def rescaled(self, scores: GroupScores, scales: Mapping[Unit, float]) -> GroupScores:
         """Return scores with other scales.
 
         Paths that go farther now are followed anew, with the weights that workers have.
@@ -158,16 +160,14 @@ class Paths:
             scores = self._followed(scores, Reach(threshold, needed, only, scales))
             reached |= {name: max(reached[name], needed[name]) for name in only}
 
-    def _followed(self, scores: Scores[ConsumerCosts], reach: Reach) -> Scores[ConsumerCosts]:
+    def _followed(self, scores: GroupScores, reach: Reach) -> GroupScores:
         return renewed(scores, taken(self.cluster, self.method.costs, reach, self.shot))
 
-    def _threshold(self, scores: Scores[ConsumerCosts]) -> float:
+    def _threshold(self, scores: GroupScores) -> float:
         """Return the threshold; below 0 only experts go."""
         return max(0.0, self.method.allocate(scores, self.shot).threshold or 0.0)
 
-    def and_one_step(
-        self, scores: Scores[ConsumerCosts], counts: Mapping[str, int]
-    ) -> dict[str, int]:
+    def and_one_step(self, scores: GroupScores, counts: Mapping[str, int]) -> dict[str, int]:
         """Return numbers of groups and one step more.
 
         The step may be worth its mean cost though its last group alone is not.
@@ -177,7 +177,7 @@ class Paths:
             for c in scores.costs
         }
 
-    def _short(self, scores: Scores[ConsumerCosts], threshold: float) -> frozenset[str]:
+    def _short(self, scores: GroupScores, threshold: float) -> frozenset[str]:
         """Return the consumers whose paths end before a threshold of scaled costs."""
         return frozenset(
             c.consumer for c in scores.costs if not self.is_followed(c, threshold / c.scale)

@@ -22,7 +22,7 @@ from ray_surgeon.maths.element_pruning import (
     prune_elements,
     unit_costs,
 )
-from ray_surgeon.maths.linear import Removal
+from ray_surgeon.maths.linear import Linear, Removal
 from ray_surgeon.maths.masks import ElementMask
 from ray_surgeon.maths.threshold import (
     SHORT,
@@ -204,11 +204,9 @@ class Elements(ByThreshold):
         return counts.numpy()
 
     def pruned(
-        self, worker: Worker, name: str, candidates: ElementCandidates, threshold: float
+        self, linear: Linear, mask: ElementMask, candidates: ElementCandidates, threshold: float
     ) -> tuple[Removal, ElementMask]:
-        """Return an owned linear without what costs at most the threshold, and its new mask."""
-        linear = self.linear(worker, name)
-        mask = worker.mask(name, ElementMask)
+        """Return a linear without what costs at most the threshold, and its new mask."""
         update = ElementUpdate(**self.section.update.model_dump())
         return prune_elements(linear, mask, self.section.units, candidates, threshold, update)
 

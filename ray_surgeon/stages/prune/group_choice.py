@@ -12,9 +12,9 @@ from ray_surgeon.models.budgets import Budget
 from ray_surgeon.models.layout import LinearShape
 from ray_surgeon.plan.linear_needs import LinearNeeds
 from ray_surgeon.runtime.cluster import Cluster
-from ray_surgeon.stages.prune.consumer_costs import ConsumerCosts
+from ray_surgeon.stages.prune.consumer_costs import GroupScores
 from ray_surgeon.stages.prune.groups_section import CoupledSection
-from ray_surgeon.stages.prune.method import Choice, Method, Scores
+from ray_surgeon.stages.prune.method import Choice, Method
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class GroupChoice(Method):
             update_flops=2.0 * C**3,
         )
 
-    def allocate(self, scores: Scores[ConsumerCosts], shot: int) -> Allocation:
+    def allocate(self, scores: GroupScores, shot: int) -> Allocation:
         """Return how many groups every block loses."""
         budget = self.known_budget
         costs = sorted(scores.costs, key=lambda c: c.consumer)
@@ -107,7 +107,7 @@ class GroupChoice(Method):
             return allocate_uniformly(groups, missing, fewest_experts=fewest)
         return allocate_globally(groups, missing, per_unit=self._per_unit, fewest_experts=fewest)
 
-    def choose(self, cluster: Cluster, scores: Scores[ConsumerCosts], shot: int) -> Choice:
+    def choose(self, cluster: Cluster, scores: GroupScores, shot: int) -> Choice:
         """Choose how many groups every block loses."""
         budget = self.known_budget
         allocation = self.allocate(scores, shot)

@@ -28,7 +28,7 @@ from ray_surgeon.models.pruned_config import kv_heads_left
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.worker import LinearSummary, Worker, collective, sizes
 from ray_surgeon.stages.calibration import CalibrationText
-from ray_surgeon.stages.prune.consumer_costs import ConsumerCosts, Paths, Reach
+from ray_surgeon.stages.prune.consumer_costs import ConsumerCosts, GroupScores, Paths, Reach
 from ray_surgeon.stages.prune.experts import go_around_removed, remove_experts, whole_expert_costs
 from ray_surgeon.stages.prune.group_choice import GroupChoice
 from ray_surgeon.stages.prune.method import Applied, Choice, Scores, Tokens
@@ -76,7 +76,7 @@ class Groups(GroupChoice):
         kinds = {"expert_channels" if kind == "experts" else kind for kind in self.section.groups}
         return [groups for groups in worker.group_sets if groups.kind in kinds]
 
-    def costs(self, worker: Worker, reach: Reach, shot: int) -> Scores[ConsumerCosts]:
+    def costs(self, worker: Worker, reach: Reach, shot: int) -> GroupScores:
         """Take the marginal costs of the owned consumers' groups and keep them for `prune`.
 
         Raises:
@@ -182,11 +182,7 @@ class Groups(GroupChoice):
 
     @collective
     def prune(
-        self,
-        worker: Worker,
-        counts: Mapping[str, int],
-        experts: Mapping[str, float],
-        rate: float | None,
+        self, worker: Worker, counts: Mapping[str, int], experts: Mapping[str, float], rate: float
     ) -> tuple[LinearSummary, ...]:
         """Remove the cheapest groups of every consumer and the rows of its producers.
 
@@ -194,7 +190,7 @@ class Groups(GroupChoice):
             worker: after `costs`.
             counts: consumer -> number of its groups.
             experts: consumer of each expert that goes whole -> what that costs.
-            rate: learning rate of reconstructions; None if there are none.
+            rate: learning rate of reconstructions; 0 if there are none.
         """
         predicted = {name: cost for name, cost in experts.items() if name in worker.masks}
         shapes = worker.layout.shapes
@@ -214,7 +210,7 @@ class Groups(GroupChoice):
             removal, worker.masks[name] = self.removal(worker, groups, counts[name])
             predicted[name] = removal.predicted
             W = removal.W
-            if reconstruction is not None and rate is not None and name in trained:
+            if reconstruction is not None and name in trained:
                 W = reconstruction.fitted(worker, groups, W, rate)
             worker.shard.set_weight(name, W)
         worker.drop(Scored)
@@ -260,7 +256,7 @@ class Groups(GroupChoice):
         if self.reconstruction is not None:
             self.reconstruction.after_pass(cluster, text)
 
-    def score(self, cluster: Cluster, shot: int) -> Scores[ConsumerCosts]:
+    def score(self, cluster: Cluster, shot: int) -> GroupScores:
         """Let every block follow its greedy path as far as the threshold needs."""
         return Paths(self, cluster, shot).far_enough()
 
@@ -271,13 +267,13 @@ class Groups(GroupChoice):
         workers = cluster.run_all(self.prune, choice.counts, choice.experts, rate)
         return list(chain.from_iterable(workers)), {}
 
-    def _learning_rate(self, cluster: Cluster, choice: Choice) -> float | None:
+    def _learning_rate(self, cluster: Cluster, choice: Choice) -> float:
         """Return the learning rate of reconstructions: the given one, or the best on two layers."""
         if self.reconstruction is None:
-            return None
-        section = self.reconstruction.section
-        if section.learning_rate is not None:
-            return section.learning_rate
+            return 0.0
+        rate = self.reconstruction.section.learning_rate
+        if rate is not None:
+            return rate
         tried = list(chain.from_iterable(cluster.run_all(self.try_rates, choice.counts)))
         errors = {rate: [error for r, error in tried if r == rate] for rate in RATES}
         return Reconstruction.best_rate(errors)

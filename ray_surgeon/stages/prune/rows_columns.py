@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from ray_surgeon.maths.linear import Removal
+from ray_surgeon.maths.linear import Linear, Removal
 from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.maths.structured import Candidates, find_candidates, prune_structures
 from ray_surgeon.maths.threshold import (
@@ -140,11 +140,9 @@ class RowsColumns(ByThreshold):
         return sum(mask.num_kept for mask in masks.values()) if worker.index.replica == 0 else 0
 
     def pruned(
-        self, worker: Worker, name: str, candidates: Candidates, threshold: float
+        self, linear: Linear, mask: StructuredMask, candidates: Candidates, threshold: float
     ) -> tuple[Removal, StructuredMask]:
-        """Return an owned linear without what costs at most the threshold, and its new mask."""
-        mask = worker.mask(name, StructuredMask)
-        linear = self.linear(worker, name)
+        """Return a linear without what costs at most the threshold, and its new mask."""
         return prune_structures(linear, mask, candidates, threshold, self.section.update)
 
     def share(self, worker: Worker) -> None:

@@ -51,7 +51,7 @@ class Errors:
 class KeptInputs:
     """Inputs of layers on a worker, from the curvature pass until the layers are trained."""
 
-    fitted: LayerInputs | None = None  # of the windows that layers are trained on
+    fitted: LayerInputs  # of the windows that layers are trained on
     held: LayerInputs | None = None  # of the windows held aside
 
 
@@ -132,7 +132,7 @@ class Reconstruction:
                 inputs.put(name, everything.flatten(0, 1))
         worker.shard.layer_inputs = None
         if are_held:
-            worker.keeping(KeptInputs).held = inputs
+            worker.kept(KeptInputs).held = inputs
         else:
             worker.keep(KeptInputs(inputs))
             worker.keep(Errors())
@@ -188,7 +188,6 @@ class Reconstruction:
         shard = worker.shard
         name = groups.consumer
         inputs_of = worker.kept(KeptInputs)
-        assert inputs_of.fitted is not None
         whole = _layer(worker, groups, shard.weight(name), torch.ones_like(kept)).to(shard.dtype)
 
         def pairs(stored: LayerInputs) -> tuple[Tensor, Tensor]:

@@ -26,8 +26,8 @@ class ReconstructionStage(Stage):
     @staticmethod
     def of(method: Method) -> ReconstructionStage | None:
         """Return the stage if a method reconstructs layers."""
-        found = method.reconstruction if isinstance(method, Groups) else None
-        return None if found is None else ReconstructionStage(found)
+        reconstruction = method.reconstruction if isinstance(method, Groups) else None
+        return None if reconstruction is None else ReconstructionStage(reconstruction)
 
     def run(self, run: RunState, facts: Facts) -> None:
         """Report which layers the update trained, and their errors held aside."""

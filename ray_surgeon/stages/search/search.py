@@ -18,9 +18,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ray_surgeon.maths.allocate import Allocation
@@ -29,9 +27,9 @@ from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.passes import divergences_of
 from ray_surgeon.runtime.worker import Worker, collective
 from ray_surgeon.stages.calibration import CalibrationText, held_measure
-from ray_surgeon.stages.prune.consumer_costs import ConsumerCosts, Paths, Unit
+from ray_surgeon.stages.prune.consumer_costs import GroupScores, Paths, Unit
 from ray_surgeon.stages.prune.groups import Groups
-from ray_surgeon.stages.prune.method import Scores
+from ray_surgeon.stages.prune.method import Tokens
 from ray_surgeon.stages.search.section import SearchSection
 
 SEARCHED = "(search)"
@@ -95,11 +93,11 @@ class Search:
     def run(
         self,
         cluster: Cluster,
-        scores: Scores[ConsumerCosts],
-        windows: NDArray[np.int64],
+        scores: GroupScores,
+        windows: Tokens,
         text: CalibrationText,
         shot: int,
-    ) -> tuple[Scores[ConsumerCosts], dict[str, Any]]:
+    ) -> tuple[GroupScores, dict[str, Any]]:
         """Try allocations, and take the one of the lowest divergence held aside.
 
         Each has scales from the one before.
@@ -121,7 +119,7 @@ class Search:
             FloatingPointError: the loss is not a number.
         """
         scales = dict[Unit, float]()
-        tried = list[tuple[Scores[ConsumerCosts], dict[str, int]]]()
+        tried = list[tuple[GroupScores, dict[str, int]]]()
         record: dict[str, Any] = {"divergences": [], "held_aside": []}
         for number in range(self.section.rounds + 1):
             if number:
@@ -160,9 +158,9 @@ class Search:
     def _scales(
         self,
         cluster: Cluster,
-        scores: Scores[ConsumerCosts],
+        scores: GroupScores,
         allocation: Allocation,
-        windows: NDArray[np.int64],
+        windows: Tokens,
         divergences: Sequence[float],
         before: Mapping[Unit, float],
     ) -> dict[Unit, float]:

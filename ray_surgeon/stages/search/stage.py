@@ -6,12 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import numpy as np
-from numpy.typing import NDArray
-
 from ray_surgeon.plan.needs import StepPlan, WorkerView
 from ray_surgeon.stages.prune.groups import Groups
-from ray_surgeon.stages.prune.method import Method, Scores
+from ray_surgeon.stages.prune.method import Method, Scores, Tokens
 from ray_surgeon.stages.prune.stages import Update, method_of
 from ray_surgeon.stages.search.search import SEARCHED, Search
 from ray_surgeon.stages.search.section import SearchSection
@@ -26,7 +23,7 @@ class SearchStage(Stage):
     name: ClassVar[str] = "search"
     section: SearchSection
     method: Groups
-    windows: NDArray[np.int64] = field(repr=False)  # [num_sequences, sequence_length] tokens
+    windows: Tokens = field(repr=False)  # [num_sequences, sequence_length] tokens
     fingerprint: str  # of the windows
 
     @staticmethod
