@@ -90,10 +90,8 @@ class Reach:
 def renewed(before: GroupScores, after: GroupScores) -> GroupScores:
     """Return scores in which those of some consumers were taken anew."""
     costs = {c.consumer: c for c in (*before.costs, *after.costs)}
-    raised = {
-        (event.linear, event.factor): event
-        for event in (*before.raised_damping, *after.raised_damping)
-    }
+    events = (*before.raised_damping, *after.raised_damping)
+    raised = {(event.linear, event.factor): event for event in events}
     return replace(after, costs=tuple(costs.values()), raised_damping=tuple(raised.values()))
 
 
@@ -113,15 +111,12 @@ class Paths:
         scores = taken(self.cluster, self.method.costs, Reach(), self.shot)
         first = self.method.allocate(scores, self.shot)
         is_uniform = self.method.section.uniform
+        singly = {name: n for name, n in first.counts.items() if name not in first.experts}
         factor = 1.25
         limit = NOTHING if is_uniform else factor * max(0.0, first.threshold or 0.0)
         only = None
         while True:
-            wanted = {
-                name: math.ceil(factor * count)
-                for name, count in first.counts.items()
-                if name not in first.experts
-            }
+            wanted = {name: math.ceil(factor * count) for name, count in singly.items()}
             scores = self._followed(scores, Reach(limit, self.and_one_step(scores, wanted), only))
             try:
                 threshold = self._threshold(scores)
@@ -149,11 +144,8 @@ class Paths:
             allocation = self.method.allocate(scores, self.shot)
             threshold = max(0.0, allocation.threshold or 0.0)
             needed = self.and_one_step(scores, allocation.counts)
-            cut = {
-                c.consumer
-                for c in scores.costs
-                if reached[c.consumer] < needed[c.consumer] and not self.has_ended(c)
-            }
+            open_paths = {c.consumer for c in scores.costs if not self.has_ended(c)}
+            cut = {name for name in open_paths if reached[name] < needed[name]}
             only = self._short(scores, threshold) | cut
             if not only:
                 return scores
@@ -179,21 +171,20 @@ class Paths:
 
     def _short(self, scores: GroupScores, threshold: float) -> frozenset[str]:
         """Return the consumers whose paths end before a threshold of scaled costs."""
-        return frozenset(
-            c.consumer for c in scores.costs if not self.is_followed(c, threshold / c.scale)
-        )
+        return frozenset(c.consumer for c in scores.costs if not self.is_followed(c, threshold))
 
     def is_followed(self, costs: ConsumerCosts, threshold: float) -> bool:
-        """Whether a path goes on to the threshold.
+        """Whether a path goes on to the threshold of scaled costs.
 
         It does if its limit is above, if it came that far because its groups were needed, or if it
         ended.
         """
+        unscaled = threshold / costs.scale
         reached = costs.costs[torch.isfinite(costs.costs)]
         return (
-            threshold <= costs.limit
+            unscaled <= costs.limit
             or self.has_ended(costs)
-            or bool((reached >= threshold * self.method.unit_of(costs.kind)).any())
+            or bool((reached >= unscaled * self.method.unit_of(costs.kind)).any())
         )
 
     def has_ended(self, costs: ConsumerCosts) -> bool:

@@ -150,9 +150,7 @@ class Elements(ByThreshold):
 
         Biases count and stay.
         """
-        weights = sum(
-            shape.num_rows * (shape.num_columns - shape.has_bias) for shape in layout.linears
-        )
+        weights = sum(s.num_rows * (s.num_columns - s.has_bias) for s in layout.linears)
         units = self.section.units
         return weights * units.num_removed / units.m / layout.linear_size + SHORT
 
@@ -229,9 +227,8 @@ class Elements(ByThreshold):
             return torch.from_numpy(np.sum(cluster.run_all(self.histogram, high), axis=0))
 
         upper = counts(None)
-        num_units = units_to_remove(
-            self.section.targets[shot - 1], num_parameters, num_pruned, size, int(upper.sum())
-        )
+        target = self.section.targets[shot - 1]
+        num_units = units_to_remove(target, num_parameters, num_pruned, size, int(upper.sum()))
         value = -1.0
         if num_units:
             high, rest = bucket_of(upper, num_units)

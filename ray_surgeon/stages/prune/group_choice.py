@@ -96,11 +96,8 @@ class GroupChoice(Method):
         """Return how many groups every block loses."""
         budget = self.known_budget
         costs = sorted(scores.costs, key=lambda c: c.consumer)
-        groups = [
-            c.scaled(budget.by_left[c.kind])
-            for c in costs
-            if c.num_left or c.kind != "expert_channels"
-        ]
+        present = [c for c in costs if c.num_left or c.kind != "expert_channels"]
+        groups = [c.scaled(budget.by_left[c.kind]) for c in present]
         missing = budget.of((c.kind, c.num_left) for c in costs) - self.goal(shot)
         fewest = self.fewest.get("experts", 0)
         if self.section.uniform:

@@ -131,10 +131,8 @@ class Groups(GroupChoice):
     def _expert_costs(self, worker: Worker, shot: int) -> dict[str, float]:
         if not self.ranks_experts:
             return {}
-        has_own_labels = getattr(self.curvature, "fisher", None) == "empirical"
-        return whole_expert_costs(
-            worker, self.section.expert_costs, shot, first_order=has_own_labels
-        )
+        own_labels = getattr(self.curvature, "fisher", None) == "empirical"
+        return whole_expert_costs(worker, self.section.expert_costs, shot, first_order=own_labels)
 
     def _allowed(self, worker: Worker, groups: GroupSet, shot: int) -> Container[int]:
         section = self.section
@@ -162,22 +160,17 @@ class Groups(GroupChoice):
         """
         reconstruction = self.reconstruction
         assert reconstruction is not None
-        losing = [
-            groups
-            for groups in worker.layout.group_sets
-            if groups.kind in reconstruction.kinds and counts.get(groups.consumer)
-        ]
+        sets = [g for g in worker.layout.group_sets if g.kind in reconstruction.kinds]
+        losing = [groups for groups in sets if counts.get(groups.consumer)]
         layers = {g.consumer: g for g in (losing[len(losing) * i // 3] for i in (1, 2) if losing)}
         tried = []
         for name, groups in layers.items():
             if name in worker.kept(Scored).consumers:
                 removal, mask = self.removal(worker, groups, counts[name])
                 kept = mask.columns[groups.columns].all(dim=1)
-                tried += [
-                    (rate, reconstruction.tried(worker, groups, removal.W, kept, rate))
-                    for rate in RATES
-                    if kept.any()
-                ]
+                for rate in RATES if kept.any() else ():
+                    error = reconstruction.tried(worker, groups, removal.W, kept, rate)
+                    tried.append((rate, error))
         return tried
 
     @collective
@@ -194,11 +187,8 @@ class Groups(GroupChoice):
         """
         predicted = {name: cost for name, cost in experts.items() if name in worker.masks}
         shapes = worker.layout.shapes
-        sets = [
-            groups
-            for groups in self.sets(worker)
-            if groups.consumer not in experts and shapes[groups.consumer].role in self.consumers
-        ]
+        sets = [g for g in self.sets(worker) if shapes[g.consumer].role in self.consumers]
+        sets = [groups for groups in sets if groups.consumer not in experts]
         reconstruction = self.reconstruction
         kinds = reconstruction.kinds if reconstruction is not None else ()
         changed = [g for g in sets if g.kind in kinds and counts.get(g.consumer)]

@@ -105,9 +105,7 @@ class Layerwise(Method):
         """
         if self.section.structure == "n_m":
             return 1.0
-        return min(
-            (shape.num_columns - shape.has_bias) / shape.num_columns for shape in layout.linears
-        )
+        return min((s.num_columns - s.has_bias) / s.num_columns for s in layout.linears)
 
     def needs(self, shape: LinearShape) -> LinearNeeds:
         """A's Cholesky factor and the inverse of that."""

@@ -158,10 +158,9 @@ class Method(ABC):
 
         Costs are not in nats then.
         """
-        is_of_loss = self.curvature is not None and self.curvature.is_of_loss
-        return (
-            list(linears) if is_of_loss else [replace(linear, predicted=None) for linear in linears]
-        )
+        if self.curvature is not None and self.curvature.is_of_loss:
+            return list(linears)
+        return [replace(linear, predicted=None) for linear in linears]
 
     def linear(self, worker: Worker, name: str) -> Linear:
         """Return a linear of a worker as the mathematics takes it."""

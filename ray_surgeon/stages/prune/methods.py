@@ -17,28 +17,10 @@ from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.pruned_config import kv_heads_left
 from ray_surgeon.spec.targets import FlopsTarget, LatencyTarget, ParametersTarget
 from ray_surgeon.stages.curvature.section import AnyCurvature
-from ray_surgeon.stages.prune.elements import Elements, ElementsSection, NMSection
 from ray_surgeon.stages.prune.groups import Groups
-from ray_surgeon.stages.prune.groups_section import (
-    CoupledSection,
-    GroupsSection,
-    UniformGroupsSection,
-)
-from ray_surgeon.stages.prune.layerwise import Layerwise, SparseGPTSection, WandaSection
+from ray_surgeon.stages.prune.groups_section import CoupledSection
 from ray_surgeon.stages.prune.method import Method
-from ray_surgeon.stages.prune.rows_columns import RowsColumns, RowsColumnsSection
-from ray_surgeon.stages.prune.section import PruningSection
-
-METHODS: dict[type, type[Method]] = {
-    RowsColumnsSection: RowsColumns,
-    ElementsSection: Elements,
-    NMSection: Elements,
-    GroupsSection: Groups,
-    UniformGroupsSection: Groups,
-    SparseGPTSection: Layerwise,
-    WandaSection: Layerwise,
-}
-"""Section -> the method that takes it."""
+from ray_surgeon.stages.prune.section import METHODS, PruningSection
 
 
 def method_for(
@@ -85,7 +67,8 @@ def _groups(
     """Return the method of coupled groups; see `method_for`."""
     heads = layout.heads
     devices = pruning.tensor_parallel
-    if heads.num_kv not in kv_heads_left(layout, devices, uniform=pruning.uniform):
+    uniform = pruning.uniform
+    if heads.num_kv not in kv_heads_left(layout, devices, uniform=uniform):
         raise ValueError(
             f"pruning.tensor_parallel: {devices}, but no engine splits the dense model's "
             f"{heads.num_query} query heads and {heads.num_kv} KV heads so; give a number that "
@@ -98,9 +81,7 @@ def _groups(
                 f"{len(groups.columns)} channels; give a divisor"
             )
     _check_kinds(layout, pruning)
-    fewest = fewest_left(
-        layout, pruning.groups, pruning.fewest_groups, devices, uniform=pruning.uniform
-    )
+    fewest = fewest_left(layout, pruning.groups, pruning.fewest_groups, devices, uniform=uniform)
     roles = {groups.kind: layout.shapes[groups.consumer].role for groups in layout.group_sets}
     consumers = frozenset(roles[kind] for kind in pruning.groups if kind != "experts")
     return Groups(pruning, curvature, _budget(layout, pruning, dtype), fewest, consumers)

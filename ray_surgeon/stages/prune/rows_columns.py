@@ -230,9 +230,7 @@ def _limits(sample: Sequence[StructureCosts], missing: float) -> Iterator[float]
     wanted = 1 - num_kept / num_parameters + max(0.0, missing)
     if can_reach(sample, wanted):
         positive = torch.cat([side[side > 0] for c in sample for side in (c.rows, c.columns)])
-        first = max(
-            2 * structured_threshold(sample, wanted).value,
-            float(positive.min()) if len(positive) else 0.0,
-        )
+        least = float(positive.min()) if len(positive) else 0.0
+        first = max(2 * structured_threshold(sample, wanted).value, least)
         yield from (first * 4**i for i in range(_MOST_LIMITS if first else 0))
     yield math.inf

@@ -1,4 +1,4 @@
-"""The section `pruning` of a job spec: a union of those of all methods."""
+"""The section `pruning` of a job spec: a union of those of all methods, and the method of each."""
 
 from __future__ import annotations
 
@@ -7,10 +7,23 @@ from typing import Annotated, Any
 from pydantic import Tag
 
 from ray_surgeon.spec.base import by_tag, tag
-from ray_surgeon.stages.prune.elements import ElementsSection, NMSection
+from ray_surgeon.stages.prune.elements import Elements, ElementsSection, NMSection
+from ray_surgeon.stages.prune.groups import Groups
 from ray_surgeon.stages.prune.groups_section import GroupsSection, UniformGroupsSection
-from ray_surgeon.stages.prune.layerwise import SparseGPTSection, WandaSection
-from ray_surgeon.stages.prune.rows_columns import RowsColumnsSection
+from ray_surgeon.stages.prune.layerwise import Layerwise, SparseGPTSection, WandaSection
+from ray_surgeon.stages.prune.method import Method
+from ray_surgeon.stages.prune.rows_columns import RowsColumns, RowsColumnsSection
+
+METHODS: dict[type, type[Method]] = {
+    RowsColumnsSection: RowsColumns,
+    ElementsSection: Elements,
+    NMSection: Elements,
+    GroupsSection: Groups,
+    UniformGroupsSection: Groups,
+    SparseGPTSection: Layerwise,
+    WandaSection: Layerwise,
+}
+"""Section -> the method that takes it."""
 
 
 def _tag_of(get: Any) -> str | None:

@@ -30,8 +30,7 @@ class OfShot:
 
 def method_of(run: RunState) -> Method:
     """Return the method as it is in the present shot."""
-    of_shot = run.find(OfShot)
-    return run.kept(Present).method if of_shot is None else of_shot.method
+    return (run.find(OfShot) or run.kept(Present)).method
 
 
 def needs_of(method: Method, worker: WorkerView) -> list[LinearNeeds]:

@@ -51,11 +51,8 @@ class ReconstructionStage(Stage):
         """
         layout = worker.shapes.layout
         kinds = self.reconstruction.kinds
-        layers = {
-            groups.consumer: {groups.consumer, *(name for name, _ in groups.producers)}
-            for groups in layout.group_sets
-            if groups.kind in kinds
-        }
+        sets = [groups for groups in layout.group_sets if groups.kind in kinds]
+        layers = {g.consumer: {g.consumer, *(name for name, _ in g.producers)} for g in sets}
         return {
             linear: sum(layout.shapes[name].size for name in layers[linear.name])
             for linear in worker.linears
@@ -108,12 +105,9 @@ class ReconstructionStage(Stage):
         num_backward = self.reconstruction.num_backward
         backward = total if num_backward is None else num_backward
         part = (-(-backward // N) + -(-(total - backward) // N)) / total
-        # one part more is on its way
-        return max(
-            (
-                owners[: number + 1].count(replica) + (len(owners) - number + 1) * part
-                for replica in range(N)
-                for number in range(len(owners))
-            ),
-            default=0.0,
-        )
+        most = 0.0
+        for number in range(len(owners)):
+            own = max(Counter(owners[: number + 1]).values())
+            # one part more is on its way
+            most = max(most, own + (len(owners) - number + 1) * part)
+        return most

@@ -64,14 +64,12 @@ class SearchStage(Stage):
         passes = worker.measuring(self.name, sizes)
         factors = worker.all_factors / worker.num_replicas
         of_passes = passes.device + factors * (worker.stores.factors == "device")
-        consumers = [linear for linear in worker.linears if self.method.needs(linear) is not None]
+        roles = self.method.consumers
+        consumers = [linear for linear in worker.linears if linear.role in roles]
         twice = worker.shapes.width * sum(linear.size for linear in consumers)
         layout = worker.shapes.layout
-        undone = {
-            (groups.block, groups.kind)
-            for groups in layout.group_sets
-            if self.method.needs(layout.shapes[groups.consumer]) is not None
-        }
+        ranked = [g for g in layout.group_sets if layout.shapes[g.consumer].role in roles]
+        undone = {(groups.block, groups.kind) for groups in ranked}
         trials = self.section.rounds + 1
         num_passes = trials + self.section.rounds * len(undone)
         yield StepPlan(
