@@ -6,7 +6,6 @@ import contextlib
 import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +176,7 @@ def write_gguf_files(
     request = {
         "folder": weights,
         "document": document,
-        "widths": [asdict(width) for width in widths],
+        "widths": [(width.num_channels, width.num_kv_heads) for width in widths],
         "kinds": kinds,
     }
     try:

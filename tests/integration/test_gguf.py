@@ -15,7 +15,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from ray_surgeon.export.gguf_file import KINDS, Tensors, _local_tokenizer, _tokens, write_gguf
+from ray_surgeon.export.gguf_file import KINDS, Tensors, write_gguf
+from ray_surgeon.export.gguf_tokenizer import local_tokenizer, tokens_of
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.llama_cpp import _pre_tokenizer, architecture_of, tokenizer_names
 from ray_surgeon.models.pruned_config import BlockWidths, block_widths
@@ -118,7 +119,7 @@ def test_frequencies_of_llama_3_are_those_of_transformers(tmp_path: Path) -> Non
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     layout = ModelLayout.of(AutoConfig.from_pretrained(tmp_path))
     widths = [BlockWidths(48, 2)] * 4
-    factors = Tensors(str(tmp_path), layout, architecture_of(layout, widths), widths).read(
+    factors = Tensors(str(tmp_path), layout, architecture_of(layout, widths)).read(
         "rope_freqs.weight"
     )
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](layout.config, torch.device("cpu"))
@@ -263,7 +264,7 @@ def test_added_runs_of_spaces_are_spaces() -> None:
     ]
     document = {"model": {"vocab": {"\u2581a": 0}}, "added_tokens": added}
     names = [
-        [token for token, _ in _tokens(document, 3, has_pieces=has_pieces)]
+        [token for token, _ in tokens_of(document, 3, has_pieces=has_pieces)]
         for has_pieces in (True, False)
     ]
     assert names == [["\u2581a", "  ", "<\u2581>"], ["\u2581a", "\u2581\u2581", "<\u2581>"]]
@@ -317,9 +318,7 @@ def test_gpt2_linears_are_transposed(model_folders: dict[str, Path], tmp_path: P
 
 
 def test_only_small_files_are_fetched(model_folders: dict[str, Path], tmp_path: Path) -> None:
-    names = {
-        path.name for path in _local_tokenizer(str(model_folders["llama"]), tmp_path).iterdir()
-    }
+    names = {path.name for path in local_tokenizer(str(model_folders["llama"]), tmp_path).iterdir()}
     assert "tokenizer.json" in names
     assert not any(name.endswith(".safetensors") for name in names)
     assert block_widths(
