@@ -37,10 +37,9 @@ class DeciLMConfig(LlamaConfig):  # type: ignore[misc]
         self, block_configs: list[dict[str, dict[str, Any]]] | None = None, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
-        blocks = block_configs or []
         self.block_configs = [
             SimpleNamespace(**{part: SimpleNamespace(**values) for part, values in block.items()})
-            for block in blocks
+            for block in block_configs or []
         ]
 
     def to_dict(self) -> dict[str, Any]:
@@ -60,22 +59,12 @@ class DeciLMForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
 
     def __init__(self, config: DeciLMConfig) -> None:
         super().__init__(config)
-        (blocks,) = (
-            m
-            for m in self.modules()
-            if isinstance(m, nn.ModuleList) and len(m) == config.num_hidden_layers
-        )
-        for layer_idx, (block, sizes) in enumerate(zip(blocks, config.block_configs, strict=True)):
+        blocks = zip(self.model.layers, config.block_configs, strict=True)
+        for layer_idx, (block, sizes) in enumerate(blocks):
             num_heads = 0 if sizes.attention.no_op else config.num_attention_heads
             num_kv_heads = num_heads // (sizes.attention.n_heads_in_group or 1)
-            narrow_block(
-                block,
-                config,
-                layer_idx,
-                width_of(sizes.ffn, config.hidden_size),
-                num_heads,
-                num_kv_heads,
-            )
+            width = width_of(sizes.ffn, config.hidden_size)
+            narrow_block(block, config, layer_idx, width, num_heads, num_kv_heads)
             if sizes.attention.no_op:
                 block.input_layernorm = nn.Identity()
             if sizes.ffn.no_op:

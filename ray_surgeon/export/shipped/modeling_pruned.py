@@ -38,9 +38,8 @@ class PrunedConfig(DenseConfig):  # type: ignore[misc]
             for _, sizes in sorted((per_layer_config or {}).items(), key=lambda item: int(item[0]))
         ]
         if hasattr(DenseConfig, "per_layer_config"):
-            self.allow_global_per_layer_attribute_access = (
-                True  # the dense model is built first, with the dense widths
-            )
+            # the dense model is built first, with the dense widths
+            self.allow_global_per_layer_attribute_access = True
             self.per_layer_config = dict(enumerate(self.block_sizes))
 
     def to_dict(self) -> dict[str, Any]:
@@ -93,13 +92,13 @@ class NoAttention(nn.Module):
         return bias, None
 
 
-def narrow_linear(module: nn.Linear | Conv1D, num_inputs: int, num_outputs: int) -> nn.Module:
-    """Return a linear of the same kind with another shape."""
+def new_linear(num_inputs: int, num_outputs: int, bias: bool, is_conv: bool = False) -> nn.Module:
+    """Return a linear, or its bias if it has no inputs or outputs; with `is_conv` GPT-2's kind."""
     if num_inputs == 0 or num_outputs == 0:
-        return NoInputs(num_outputs, module.bias is not None)
-    if isinstance(module, Conv1D):
+        return NoInputs(num_outputs, bias)
+    if is_conv:
         return Conv1D(num_outputs, num_inputs)  # type: ignore[no-any-return]
-    return nn.Linear(num_inputs, num_outputs, bias=module.bias is not None)
+    return nn.Linear(num_inputs, num_outputs, bias=bias)
 
 
 class Experts(nn.Module):
@@ -110,25 +109,17 @@ class Experts(nn.Module):
 
     def __init__(self, whole: Any, widths: list[int]) -> None:
         super().__init__()
-        self.numbers = range(len(widths))
         bias = hasattr(whole, "down_proj_bias")
         hidden = whole.down_proj.shape[2 if bias else 1]
         whole._parameters.clear()
         self.whole = [whole]  # in a list, so that it is no part of this module
         for number, width in enumerate(widths):
-            expert = nn.Module()
-            for name, inputs, outputs in (
-                ("gate_proj", hidden, width),
-                ("up_proj", hidden, width),
-                ("down_proj", width, hidden),
-            ):
-                expert.add_module(
-                    name,
-                    nn.Linear(inputs, outputs, bias=bias)
-                    if width
-                    else NoInputs(outputs, bias=bias),
-                )
-            self.add_module(str(number), expert)
+            linears = {
+                "gate_proj": new_linear(hidden, width, bias),
+                "up_proj": new_linear(hidden, width, bias),
+                "down_proj": new_linear(width, hidden, bias),
+            }
+            self.add_module(str(number), nn.ModuleDict(linears))
 
     def combine(self, gate: Tensor, up: Tensor) -> Tensor:
         """Return channels [num_tokens, width] as the family has them.
@@ -143,14 +134,12 @@ class Experts(nn.Module):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Return the weighted sum [num_tokens, d] of every token's experts [num_tokens, k]."""
         total = torch.zeros_like(hidden_states)
-        for number in self.numbers:
-            expert: Any = self.get_submodule(str(number))
+        expert: Any
+        for number, expert in enumerate(self.children()):
             token, place = torch.where(top_k_index == number)
             x = hidden_states[token]
-            output = (
-                expert.down_proj(self.combine(expert.gate_proj(x), expert.up_proj(x)))
-                * top_k_weights[token, place, None]
-            )
+            output = expert.down_proj(self.combine(expert.gate_proj(x), expert.up_proj(x)))
+            output = output * top_k_weights[token, place, None]
             total = total.index_add(0, token, output.to(total.dtype))
         return total
 
@@ -179,51 +168,52 @@ def narrow_block(
     """
     names = dict(block.named_modules())
     attention_name = "self_attn" if "self_attn" in names else "attn"
-    attention = names[attention_name]
-    head_dim: Any = getattr(attention, "head_dim", None)
+    head_dim = getattr(names[attention_name], "head_dim", 0)
     # an attention that is not pruned may be of any kind
     is_whole = num_heads == config.num_attention_heads
-    sizes = {"q_proj": num_heads, "k_proj": num_kv_heads, "v_proj": num_kv_heads}
-    for fused in ("qkv_proj", "c_attn"):
-        sizes[fused] = num_heads + 2 * num_kv_heads
+    num_outputs = dict.fromkeys(("gate_proj", "up_proj", "fc1", "c_fc"), width)
+    num_outputs |= {"gate_up_proj": 2 * width, "q_proj": num_heads * head_dim}
+    num_outputs |= dict.fromkeys(("k_proj", "v_proj"), num_kv_heads * head_dim)
+    fused = (num_heads + 2 * num_kv_heads) * head_dim
+    num_outputs |= dict.fromkeys(("qkv_proj", "c_attn"), fused)
     for name, module in names.items():
         owner, _, last = name.rpartition(".")
+        is_attention = owner == attention_name
         if (
             not isinstance(module, (nn.Linear, Conv1D))
             or last == "shared_expert_gate"
-            or (owner == attention_name and is_whole)
+            or (is_attention and is_whole)
         ):
             continue
-        inputs, outputs = (
-            module.weight.shape if isinstance(module, Conv1D) else module.weight.shape[::-1]
-        )
-        if owner == attention_name:
-            inputs, outputs = (
-                (inputs, sizes[last] * head_dim)
-                if last in sizes
-                else (num_heads * head_dim, outputs)
-            )
-        elif last in ("gate_proj", "up_proj", "fc1", "c_fc"):
-            outputs = width
-        elif last == "gate_up_proj":
-            outputs = 2 * width
+        is_conv = isinstance(module, Conv1D)
+        inputs, outputs = module.weight.shape if is_conv else module.weight.shape[::-1]
+        if last in num_outputs:
+            outputs = num_outputs[last]
         else:
-            inputs = width
-        setattr(names[owner], last, narrow_linear(module, inputs, outputs))
-    if is_whole:
-        return
+            inputs = num_heads * head_dim if is_attention else width
+        linear = new_linear(inputs, outputs, module.bias is not None, is_conv)
+        setattr(names[owner], last, linear)
+    if not is_whole:
+        narrow_attention(block, attention_name, config, layer_idx, num_heads, num_kv_heads)
+
+
+def narrow_attention(
+    block: nn.Module, name: str, config: Any, layer_idx: int, num_heads: int, num_kv_heads: int
+) -> None:
+    """Tell an attention, whose linears are narrow, how many heads it has; without any it goes."""
+    attention: Any = block.get_submodule(name)
     attention.config = copy.copy(config)
     if hasattr(attention, "sinks"):
         attention.sinks = nn.Parameter(attention.sinks[:num_heads])
     counts = dict.fromkeys(("num_attention_heads", "num_heads"), num_heads)
-    counts |= {"num_key_value_heads": num_kv_heads, "split_size": num_heads * head_dim}
-    for name, value in counts.items():
+    counts |= {"num_key_value_heads": num_kv_heads, "split_size": num_heads * attention.head_dim}
+    for field, value in counts.items():
         for place in (attention, attention.config):
-            if name in vars(place):
-                setattr(place, name, value)
+            if field in vars(place):
+                setattr(place, field, value)
     if num_heads == 0:
         output = next(name for name in ("o_proj", "out_proj", "c_proj") if hasattr(attention, name))
-        setattr(block, attention_name, NoAttention(output, getattr(attention, output), layer_idx))
+        setattr(block, name, NoAttention(output, getattr(attention, output), layer_idx))
 
 
 def narrow(model: nn.Module, config: PrunedConfig) -> None:
@@ -237,14 +227,8 @@ def narrow(model: nn.Module, config: PrunedConfig) -> None:
         width = next(
             sizes[name] for name in ("intermediate_size", "ffn_dim", "n_inner") if name in sizes
         )
-        narrow_block(
-            block,
-            config,
-            layer_idx,
-            width,
-            sizes["num_attention_heads"],
-            sizes["num_key_value_heads"],
-        )
+        num_heads = sizes["num_attention_heads"]
+        narrow_block(block, config, layer_idx, width, num_heads, sizes["num_key_value_heads"])
         if sizes.get("expert_widths"):
             narrow_experts(block.mlp, sizes["expert_widths"])
 
