@@ -20,8 +20,7 @@ from transformers import AutoConfig
 
 import ray_surgeon
 from benchmarks.peers import without_own_text
-from ray_surgeon.export.folder import quantised_copy
-from ray_surgeon.export.rounding import round_weights
+from ray_surgeon.export.for_engines import quantised_copy
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.run.inputs import Inputs, check
 from ray_surgeon.runtime.local import LocalCluster
@@ -41,18 +40,13 @@ def row(
 ) -> dict[str, Any]:
     """Quantise a folder and return its line; four bits are rounded by the calibration text."""
     section = QuantizeSection.model_validate({"scheme": scheme, "group_size": size})
-    rounded = None
+    layout = ModelLayout.of(AutoConfig.from_pretrained(folder))
+    cluster = LocalCluster(layout, place(layout, 1, 1), 2)
     if size is not None:
-        layout = ModelLayout.of(AutoConfig.from_pretrained(folder))
-        cluster = LocalCluster(layout, place(layout, 1, 1), 2)
         cluster.run_all(load, ModelRecipe(ModelSection(source=folder)), False, cluster.stores)
-        weights = f"{target}-rounded"
-        rounded = (
-            weights,
-            round_weights(cluster, inputs.calibration, section.columns_together, weights),
-        )
+    linears = list(inputs.layout.shapes)
     found = quantised_copy(
-        folder, str(target), list(inputs.layout.shapes), section, inputs.texts, rounded
+        cluster, folder, str(target), linears, section, inputs.calibration, inputs.texts
     )
     return {"model": name, "scheme": scheme + (f", groups of {size}" if size else ""), **found}
 

@@ -37,7 +37,6 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from ray_surgeon.export import folder
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.runtime import fresh_process
 from ray_surgeon.storage import files
@@ -297,8 +296,7 @@ def forked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     everything takes longer than a tiny run.
     """
     zygote = request.getfixturevalue("zygote")
-    for module in (folder, fresh_process):
-        monkeypatch.setattr(module, "run_module", zygote.run_module)
+    monkeypatch.setattr(fresh_process, "run_module", zygote.run_module)
 
 
 @pytest.fixture

@@ -11,13 +11,10 @@ import jinja2
 _TEMPLATE = Path(__file__).with_name("card.md.jinja")
 
 
-def model_card(
-    summary: str, entry: Mapping[str, Any], source: str, facts: Mapping[str, Any]
-) -> str:
+def model_card(entry: Mapping[str, Any], source: str, facts: Mapping[str, Any]) -> str:
     """Return the text of README.md.
 
     Args:
-        summary: of the kind of export.
         entry: the export's entry in the report.
         source: the dense model.
         facts: see `RunReport.model_card_facts`.
@@ -26,4 +23,4 @@ def model_card(
         undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True
     )
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(summary=summary, entry=entry, source=source, facts=facts)
+    return template.render(entry=entry, source=source, facts=facts)

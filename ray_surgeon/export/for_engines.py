@@ -5,33 +5,54 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from ray_surgeon.export.card import model_card
-from ray_surgeon.export.folder import dense_document, quantised_copy, write_gguf_files
+from ray_surgeon.export.folder import (
+    Pruned,
+    copy_small_files,
+    dense_document,
+    explaining,
+    local_folder,
+    run_reload,
+    write_weights,
+)
 from ray_surgeon.export.rounding import round_weights
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.llama_cpp import architecture_of
 from ray_surgeon.models.pruned_config import BlockWidths, kv_heads_left
+from ray_surgeon.runtime import fresh_process
 from ray_surgeon.runtime.cluster import Cluster
-from ray_surgeon.spec.model import ModelSection
 from ray_surgeon.spec.output import GgufKind, QuantizeSection
-from ray_surgeon.storage import files
+from ray_surgeon.storage import files, tensor_files
 
 
 @dataclass(frozen=True)
 class Shrinking:
     """What pruning may leave of the blocks."""
 
-    kinds: Sequence[str]  # of groups that are pruned
-    fewest: Mapping[str, int]  # kind -> groups that stay in every block
+    # kind of groups that are pruned -> how many stay in every block; other kinds stay whole
+    fewest: Mapping[str, int]
     multiple: int  # feed-forward widths are multiples of this in the end
-    uniform: bool  # whether all blocks have the same widths
     tensor_parallel: int  # devices over which engines will split heads and channels
+    uniform: bool  # whether all blocks have the same widths, which a plain class must hold
+
+    def channels(self, layout: ModelLayout) -> list[int]:
+        """Return the widths that a feed-forward layer may have, in ascending order."""
+        whole = layout.num_channels
+        least = self.fewest.get("ffn", whole)
+        return sorted({*(n for n in range(0, whole, self.multiple) if n >= least), whole})
+
+    def kv_heads(self, layout: ModelLayout) -> list[int]:
+        """Return the numbers of KV heads that a block may have, in ascending order."""
+        whole = layout.heads.num_kv
+        least = self.fewest.get("attention", whole)
+        possible = kv_heads_left(layout, self.tensor_parallel, uniform=self.uniform)
+        return sorted({*(k for k in possible if k >= least), whole})
 
 
 def check_gguf(layout: ModelLayout, shrinking: Shrinking) -> None:
@@ -44,18 +65,10 @@ def check_gguf(layout: ModelLayout, shrinking: Shrinking) -> None:
         raise ValueError(
             "output.exports: gguf needs the package gguf; run `pip install 'ray-surgeon[gguf]'`"
         )
-    heads = layout.heads.num_kv
-    if "attention" in shrinking.kinds:
-        heads = min(
-            k
-            for k in kv_heads_left(layout, 1, uniform=shrinking.uniform)
-            if k >= shrinking.fewest["attention"]
-        )
-    channels = shrinking.fewest["ffn"] if "ffn" in shrinking.kinds else layout.num_channels
-    least = BlockWidths(channels, heads)
-    architecture_of(
-        layout, [least] if shrinking.uniform else [least, BlockWidths(channels + 1, heads)]
-    )
+    heads = replace(shrinking, tensor_parallel=1).kv_heads(layout)[0]
+    channels = shrinking.fewest.get("ffn", layout.num_channels)
+    widths = [BlockWidths(channels, heads), BlockWidths(channels + 1, heads)]
+    architecture_of(layout, widths[:1] if shrinking.uniform else widths)
 
 
 def check_quantised(layout: ModelLayout, shrinking: Shrinking, section: QuantizeSection) -> None:
@@ -64,50 +77,42 @@ def check_quantised(layout: ModelLayout, shrinking: Shrinking, section: Quantize
     Raises:
         ValueError: says why, and what to do.
     """
-    if importlib.util.find_spec("compressed_tensors") is None:
-        raise ValueError(
-            "output.quantize: needs the package compressed-tensors; run `pip install "
-            "'ray-surgeon[quantize]'`"
-        )
-    if layout.family.transposed:
-        raise ValueError(
-            f"output.quantize: quantises nn.Linear, the linears of {layout.config.model_type} are "
-            "Conv1D; remove quantize"
-        )
-    if layout.num_experts:
-        raise ValueError(
-            "output.quantize: mixtures of experts are not quantised here; remove quantize, and "
-            "quantise the export with other tools"
-        )
-    if section.scheme != "w4a16":
-        return
+    problems = {
+        "needs the package compressed-tensors; run `pip install 'ray-surgeon[quantize]'`": (
+            importlib.util.find_spec("compressed_tensors") is None
+        ),
+        f"quantises nn.Linear, the linears of {layout.config.model_type} are Conv1D; remove "
+        "quantize": layout.family.transposed,
+        "mixtures of experts are not quantised here; remove quantize, and quantise the export with "
+        "other tools": layout.num_experts > 0,
+    }
+    for problem, applies in problems.items():
+        if applies:
+            raise ValueError(f"output.quantize: {problem}")
+    if section.scheme == "w4a16":
+        _check_groups(layout, shrinking, section.columns_together)
+
+
+def _check_groups(layout: ModelLayout, shrinking: Shrinking, size: int) -> None:
+    """Refuse groups of columns that share a scale if they will not fill the rows of a linear."""
     heads = layout.heads
-    size = section.columns_together
     devices = shrinking.tensor_parallel
     ffn = layout.family.ffn.consumer
-    attention = "" if layout.family.attention is None else layout.family.attention.consumer
-    left = (
-        kv_heads_left(layout, devices, uniform=shrinking.uniform)
-        if "attention" in shrinking.kinds
-        else (heads.num_kv,)
-    )
-    columns_of_attention = math.gcd(*(k * heads.n_rep * heads.head_dim // devices for k in left))
+    attention = layout.family.attention and layout.family.attention.consumer
     for name, shape in layout.shapes.items():
         columns = shape.num_columns - shape.has_bias
         remedy = ""
-        if shape.role == ffn:
-            if "ffn" in shrinking.kinds:
-                columns = math.gcd(columns, shrinking.multiple)
-                remedy = "raise pruning.width_multiple, or "
+        if shape.role == ffn and "ffn" in shrinking.fewest:
+            columns = math.gcd(columns, shrinking.multiple)
+            remedy = "raise pruning.width_multiple, or "
+        if shape.role == attention and "attention" in shrinking.fewest:
+            left = kv_heads_left(layout, devices, uniform=shrinking.uniform)
+            columns = math.gcd(*(k * heads.n_rep * heads.head_dim for k in left))
+        each = ""
+        if devices > 1 and shape.role in (ffn, attention):
             columns //= devices
-        elif shape.role == attention:
-            columns = columns_of_attention
+            each = f" on each of {devices} devices"
         if columns % size:
-            each = (
-                f" on each of {devices} devices"
-                if devices > 1 and shape.role in (ffn, attention)
-                else ""
-            )
             raise ValueError(
                 f"output.quantize: groups of group_size {size} do not fill the rows of {name}, "
                 f"whose columns will be a multiple of {columns}{each}; {remedy}set group_size to a "
@@ -116,25 +121,21 @@ def check_quantised(layout: ModelLayout, shrinking: Shrinking, section: Quantize
 
 
 def export_gguf(
-    cluster: Cluster,
-    layout: ModelLayout,
-    model: ModelSection,
+    pruned: Pruned,
     uri: str,
     widths: Sequence[BlockWidths],
     left_out: tuple[str, ...],
-    facts: Mapping[str, Any],
-    kinds: Sequence[GgufKind] | None,
+    kinds: Sequence[GgufKind],
 ) -> dict[str, Any]:
     """Write GGUF files and a model card.
 
+    The files are made from weights that the workers write beside them, and that are removed then.
+
     Args:
-        cluster: with the pruned weights.
-        layout: of the dense model.
-        model: the dense model.
+        pruned: the model.
         uri: folder to write.
         widths: of every block.
         left_out: names of tensors that the blocks do not have any more.
-        facts: for the model card; see `RunReport.model_card_facts`.
         kinds: types of the matrices, a file each.
 
     Returns:
@@ -143,38 +144,49 @@ def export_gguf(
     Raises:
         RuntimeError: a file cannot be written, or holds something else when it is read again.
     """
-    written = write_gguf_files(
-        cluster, model, uri, dense_document(model), widths, kinds or ("bf16",), left_out
-    )
+    model = pruned.model
+    weights = files.join(uri, "weights")
+    document = dense_document(model)
+    pairs = [[width.num_channels, width.num_kv_heads] for width in widths]
+    request = {
+        "folder": weights,
+        "document": document,
+        "widths": pairs,
+        "kinds": kinds,
+        "name": model.source.rstrip("/").rpartition("/")[2].removesuffix(".gguf") + "-pruned",
+        "target": uri,
+    }
+    files.remove_folder(uri)  # of a try that was interrupted
+    try:
+        with explaining(f"the export {uri} cannot be written"):
+            write_weights(pruned.cluster, weights, left_out=left_out)
+            copy_small_files(model, weights)
+            files.write_json(files.join(weights, "config.json"), document)
+            written = fresh_process.run_module("ray_surgeon.export.gguf_file", request)["files"]
+    finally:
+        files.remove_folder(weights)
     first = written[0]["file"]
     entry = {
         "kind": "gguf",
         "uri": uri,
         "size_bytes": written[0]["size_bytes"],
         "loaders": {
-            "llama.cpp": f"as {architecture_of(layout, widths).name}",
+            "llama.cpp": f"as {architecture_of(pruned.layout, widths).name}",
             "vLLM, transformers": "no",
         },
         "load": f"llama-server --model {f'{uri}/{first}' if files.is_local(uri) else first}",
         "files": written,
-        "widths": [[width.num_channels, width.num_kv_heads] for width in widths],
+        "widths": pairs,
     }
-    summary = (
-        "GGUF for llama.cpp, tokenizer and chat template included. Perplexities are those before "
-        "the weights were quantised."
-    )
-    files.write_text(files.join(uri, "README.md"), model_card(summary, entry, model.source, facts))
+    pruned.write_card(entry)
     return entry
 
 
 def export_quantised(
-    cluster: Cluster,
-    layout: ModelLayout,
-    model: ModelSection,
+    pruned: Pruned,
     uniform: Mapping[str, Any],
     calibration: NDArray[np.int64],
     texts: Mapping[str, NDArray[np.int64]],
-    facts: Mapping[str, Any],
     section: QuantizeSection,
 ) -> dict[str, Any]:
     """Write the quantised copy of the export uniform, and evaluate it.
@@ -182,13 +194,10 @@ def export_quantised(
     Weights of four bits are rounded on the workers, for good.
 
     Args:
-        cluster: with the pruned weights.
-        layout: of the dense model.
-        model: the dense model.
+        pruned: the model.
         uniform: entry of the export.
         calibration: [num_sequences, sequence_length] tokens by which four bits are rounded.
         texts: name -> [num_windows, T] tokens to evaluate on.
-        facts: for the model card.
         section: how.
 
     Returns:
@@ -198,14 +207,9 @@ def export_quantised(
         RuntimeError: it cannot be quantised or loaded.
     """
     target = f"{uniform['uri']}-{section.scheme}"
-    rounded = None
-    folder = f"{target}-rounded"
-    try:
-        if section.scheme == "w4a16":
-            rounded = folder, round_weights(cluster, calibration, section.columns_together, folder)
-        copy = quantised_copy(uniform["uri"], target, list(layout.shapes), section, texts, rounded)
-    finally:
-        files.remove_folder(folder)
+    uri = uniform["uri"]
+    linears = list(pruned.layout.shapes)
+    copy = quantised_copy(pruned.cluster, uri, target, linears, section, calibration, texts)
     entry = {
         "kind": f"uniform-{section.scheme}",
         "uri": target,
@@ -216,16 +220,60 @@ def export_quantised(
         "load": f'AutoModelForCausalLM.from_pretrained("{target}")',
         "widths": uniform["widths"],
     } | copy
-    summary = (
-        f"Every block has the same, smaller widths; linears are quantised to {section.scheme}, in "
-        "the format compressed-tensors."
-    )
-    pairs = {
+    before_and_after = {
         name: (before, copy["perplexity"][name])
-        for name, (before, _) in facts["perplexity"].items()
+        for name, (before, _) in pruned.facts["perplexity"].items()
     }
-    files.write_text(
-        files.join(target, "README.md"),
-        model_card(summary, entry, model.source, dict(facts) | {"perplexity": pairs}),
-    )
+    pruned.write_card(entry, perplexity=before_and_after)
     return entry
+
+
+def quantised_copy(
+    cluster: Cluster,
+    uri: str,
+    target: str,
+    linears: Sequence[str],
+    section: QuantizeSection,
+    calibration: NDArray[np.int64],
+    texts: Mapping[str, NDArray[np.int64]],
+) -> dict[str, Any]:
+    """Write the quantised copy of an export, and load it in a process of its own.
+
+    Returns its size, its error and its perplexities.
+
+    Args:
+        cluster: with the same weights; those of four bits are rounded there, for good.
+        uri: the export.
+        target: folder of the copy.
+        linears: names of what is quantised.
+        section: how.
+        calibration: [num_sequences, sequence_length] tokens by which four bits are rounded.
+        texts: name -> [num_windows, T] tokens to evaluate on.
+
+    Raises:
+        RuntimeError: it cannot be quantised or loaded.
+    """
+    files.remove_folder(target)  # of a try that was interrupted
+    with local_folder(uri, weights=False) as (small, _):
+        for name in files.list_files(str(small)):
+            if not name.endswith((".index.json", ".md")):
+                files.put_file(files.join(target, name), small / name)
+    request: dict[str, Any] = {"export": uri, "source": uri, "scales": [], "target": target}
+    size = section.columns_together
+    request |= {"linears": linears, "scheme": section.scheme, "group_size": size}
+    rounded = f"{target}-rounded"
+    try:
+        if section.scheme == "w4a16":
+            request["scales"] = round_weights(cluster, calibration, size, rounded)
+            request["source"] = rounded
+        with explaining(f"the quantised export {target} cannot be made"):
+            copy = fresh_process.run_module("ray_surgeon.export.quantized", request)
+            with local_folder(target) as (folder, scratch):
+                windows = {name: torch.from_numpy(tokens) for name, tokens in texts.items()}
+                tensor_files.write(str(scratch / "windows"), windows)
+                num_threads = torch.get_num_threads()
+                request = {"windows": str(scratch / "windows"), "num_threads": num_threads}
+                copy["perplexity"] = run_reload(folder, scratch, request)
+    finally:
+        files.remove_folder(rounded)
+    return copy

@@ -123,13 +123,10 @@ def _describe(writer: GGUFWriter, layout: ModelLayout, widths: Sequence[BlockWid
     parameters = rope_of(config)
     if not parameters:
         return
-    if "sliding_attention" in config.rope_parameters:
-        writer.add_rope_freq_base_swa(
-            float(config.rope_parameters["sliding_attention"]["rope_theta"])
-        )
-    writer.add_rope_dimension_count(
-        int(heads.head_dim * parameters.get("partial_rotary_factor", 1.0))
-    )
+    if sliding := config.rope_parameters.get("sliding_attention"):
+        writer.add_rope_freq_base_swa(float(sliding["rope_theta"]))
+    num_rotated = heads.head_dim * parameters.get("partial_rotary_factor", 1.0)
+    writer.add_rope_dimension_count(int(num_rotated))
     writer.add_rope_freq_base(float(parameters["rope_theta"]))
     kind = rope_kind(config)
     if kind in ("linear", "yarn"):
@@ -144,10 +141,10 @@ class Tensors:
 
     def __init__(self, folder: str, layout: ModelLayout, architecture: LlamaCpp) -> None:
         """Read the headers of a folder's files."""
-        self._layout = layout
+        self._head_dim = layout.heads.head_dim
         self._architecture = architecture
         self._reader = tensor_files.Reader()
-        self._source: dict[str, tuple[str, str]] = {}
+        self._source: dict[str, tuple[str, str, bool]] = {}
         self._computed = _rope_factors(layout)
         shapes = {name: tensor.shape for name, tensor in self._computed.items()}
         numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
@@ -163,27 +160,22 @@ class Tensors:
                         f"output.exports: gguf: llama.cpp's {architecture.name} has no place for "
                         f"{key}; export uniform or per_block instead"
                     )
-                self._source[name] = uri, key
-                shapes[name] = shape[::-1] if self._is_transposed(key, shape) else shape
+                is_in_block = layout.block_of(key) is not None
+                is_transposed = layout.family.transposed and is_in_block and len(shape) == 2
+                self._source[name] = uri, key, is_transposed
+                shapes[name] = shape[::-1] if is_transposed else shape
         self.shapes = dict(sorted(shapes.items()))
-
-    def _is_transposed(self, key: str, shape: Sequence[int]) -> bool:
-        return (
-            self._layout.family.transposed
-            and len(shape) == 2
-            and self._layout.block_of(key) is not None
-        )
 
     def read(self, name: str) -> NDArray[np.float32]:
         """Return a tensor in float32."""
         if name in self._computed:
             return self._computed[name]
-        uri, key = self._source[name]
+        uri, key, is_transposed = self._source[name]
         tensor = self._reader.read(uri, key).float()
-        if self._is_transposed(key, tensor.shape):
+        if is_transposed:
             tensor = tensor.T
         if self._architecture.pairs_rotary and re.search(r"\.attn_[qk]\.", name):
-            tensor = _paired(tensor, self._layout.heads.head_dim)
+            tensor = _paired(tensor, self._head_dim)
         if self._architecture.adds_one_to_norms and "norm" in name:
             tensor = tensor + 1
         return np.ascontiguousarray(tensor.numpy())
@@ -241,10 +233,8 @@ def _largest_error(file: Path, tensors: Tensors, kind: str) -> float:
     for name in tensors.shapes:
         expected = tensors.read(name)
         values = gguf.dequantize(stored[name].data, stored[name].tensor_type)
-        error = float(
-            np.abs(values.reshape(expected.shape) - expected).max()
-            / max(float(np.abs(expected).max()), 1e-30)
-        )
+        difference = np.abs(values.reshape(expected.shape) - expected).max()
+        error = float(difference / max(float(np.abs(expected).max()), 1e-30))
         if not error <= KINDS[kind][2]:
             raise ValueError(
                 f"{file.name}: {name} read again differs by {error:g} of its largest entry; do not "

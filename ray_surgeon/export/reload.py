@@ -1,4 +1,7 @@
-"""Loads an export with transformers alone, in a process of its own; see `fresh_process`."""
+"""Loads an export with transformers alone, in a process of its own; see `fresh_process`.
+
+It writes logits and generates, or computes perplexities.
+"""
 
 from __future__ import annotations
 
@@ -6,26 +9,21 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ray_surgeon.models.loss import perplexity_of
 
 _NUM_PROMPT_TOKENS = 8
 _NUM_NEW_TOKENS = 6
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.15, "float16": 0.03}
-"""dtype -> tolerated error of the logits of half of the tokens; see `errors_of_tokens`."""
+"""dtype -> tolerated error of the logits of half of the tokens.
 
-
-def errors_of_tokens(logits: Tensor, expected: Tensor) -> Tensor:
-    """Return the relative error of each token's logits [..., vocabulary].
-
-    It is the norm of the difference over that of their deviations from their mean.
-    """
-    errors: Tensor = (logits - expected).norm(dim=-1) / (
-        expected - expected.mean(dim=-1, keepdim=True)
-    ).norm(dim=-1)
-    return errors
+The error of a token is the norm of the difference over that of the logits' deviations from their
+mean.
+"""
 
 
 def agree(logits: Tensor, expected: Tensor, dtype: str, *, half: bool) -> bool:
@@ -35,27 +33,27 @@ def agree(logits: Tensor, expected: Tensor, dtype: str, *, half: bool) -> bool:
         logits: of one program.
         expected: of another.
         dtype: of the model.
-        half: whether half of the tokens may be off by anything: a token whose best experts are
-            nearly equal goes to others if attention rounds otherwise.
+        half: whether half of the tokens may be off by anything: in a mixture a token may be routed
+            otherwise if attention rounds otherwise.
     """
-    errors = errors_of_tokens(logits, expected)
+    differences = (logits - expected).norm(dim=-1)
+    errors = differences / (expected - expected.mean(dim=-1, keepdim=True)).norm(dim=-1)
     allowed = TOLERANCE[dtype]
     return float(errors.median()) <= allowed and (half or float(errors.max()) <= 4 * allowed)
 
 
-def load(request: Mapping[str, Any]) -> PreTrainedModel:
+def _load(request: Mapping[str, Any]) -> PreTrainedModel:
     """Load a checkpoint as it is.
 
     Args:
-        request: ``folder``; ``shipped_code``, whether modeling code lies beside the weights;
-            ``max_memory`` and ``offload`` if there is more than fits in memory.
+        request: ``folder``; ``max_memory`` and ``offload`` if there is more than fits in memory.
 
     Raises:
         RuntimeError: a tensor is missing or left over.
     """
     options = {
         "dtype": "auto",
-        "trust_remote_code": request["shipped_code"],
+        "trust_remote_code": True,  # exports have no code but ours
         "output_loading_info": True,
     }
     if "max_memory" in request:  # what does not fit stays in its files and comes block by block
@@ -72,30 +70,32 @@ def load(request: Mapping[str, Any]) -> PreTrainedModel:
     return loaded
 
 
+@torch.no_grad()
 def answer(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Write the logits [1, T, vocabulary] float32 of tokens, and generate.
+    """Write the logits [1, T, vocabulary] float32 of tokens, and generate; see `reload_difference`.
 
-    See `reload_difference`.
+    If there are ``windows``, return the perplexity on every text instead.
 
     Raises:
-        RuntimeError: see `load`; or the logits with a cache are not those without.
+        RuntimeError: a tensor is missing or left over; or the logits with a cache are not those
+            without.
     """
-    model = load(request)
+    if "windows" in request:
+        return _perplexities(request)
+    model = _load(request)
     tokens = torch.tensor([request["tokens"]])
-    with torch.no_grad():
-        logits = model(tokens, use_cache=False).logits.float()
-        prompt = tokens[:, :_NUM_PROMPT_TOKENS]
-        settings = {
-            "max_new_tokens": _NUM_NEW_TOKENS,
-            "min_new_tokens": _NUM_NEW_TOKENS,
-            "do_sample": False,
-        }
-        generated = model.generate(
-            prompt, return_dict_in_generate=True, output_logits=True, **settings
-        )
-        again = (
-            model(generated.sequences, use_cache=False).logits[:, prompt.shape[1] - 1 : -1].float()
-        )
+    logits = model(tokens, use_cache=False).logits.float()
+    prompt = tokens[:, :_NUM_PROMPT_TOKENS]
+    generated = model.generate(
+        prompt,
+        return_dict_in_generate=True,
+        output_logits=True,
+        max_new_tokens=_NUM_NEW_TOKENS,
+        min_new_tokens=_NUM_NEW_TOKENS,
+        do_sample=False,
+    )
+    again = model(generated.sequences, use_cache=False).logits
+    again = again[:, prompt.shape[1] - 1 : -1].float()
     cached = torch.stack(generated.logits, dim=1).float()
     if not agree(cached, again, request["dtype"], half=request["half"]):
         raise RuntimeError(
@@ -104,3 +104,17 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
         )
     save_file({"logits": logits.contiguous()}, request["logits"])
     return {}
+
+
+def _perplexities(request: Mapping[str, Any]) -> dict[str, float]:
+    """Return exp of the mean over windows of the mean loss of a token, for every text."""
+    torch.set_num_threads(request["num_threads"])
+    model = _load(request)
+    perplexities = {}
+    for name, windows in load_file(request["windows"]).items():
+        losses = []
+        for window in windows:
+            logits = model(window[None], use_cache=False).logits[0, :-1].float()
+            losses.append(float(torch.nn.functional.cross_entropy(logits, window[1:])))
+        perplexities[name] = perplexity_of(sum(losses) / len(losses))
+    return perplexities

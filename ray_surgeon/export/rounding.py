@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,15 +19,12 @@ from ray_surgeon.storage import files, tensor_files
 
 NUM_BITS = 4
 _DAMPING = 0.01
-_MAX_DAMPING = 1.0
 """Of A, relative to the mean of its diagonal; the published value."""
+_MAX_DAMPING = 1.0
 
 
-@dataclass
-class _Scales:
+class _Scales(dict[str, Tensor]):
     """What an owner keeps of its linears: name -> [R, groups] of what is left of the linear."""
-
-    of: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -40,24 +37,20 @@ class Rounding(BlockPass):
         """Round what is left of a linear; its bias stays."""
         mask = worker.mask(name, StructuredMask)
         W = worker.shard.weight(name)
+        num_columns = num_inputs(worker.shard.linears[name])
         rows = mask.rows.to(W.device).nonzero()[:, 0]
-        columns = (
-            mask.columns[: num_inputs(worker.shard.linears[name])].to(W.device).nonzero()[:, 0]
-        )
-        left = W[rows][:, columns]
-        moment = A[columns][:, columns]
-        rounded, scales = round_columns(
-            left,
-            moment,
+        columns = mask.columns[:num_columns].to(W.device).nonzero()[:, 0]
+        W[rows[:, None], columns], scales = round_columns(
+            W[rows][:, columns],
+            A[columns][:, columns],
             self.group_size,
             NUM_BITS,
             damping=_DAMPING,
             max_damping=_MAX_DAMPING,
             name=name,
         )
-        W[rows[:, None], columns] = rounded
         worker.shard.set_weight(name, W)
-        worker.keeping(_Scales).of[name] = scales.cpu()
+        worker.keeping(_Scales)[name] = scales.cpu()
 
 
 def write_scales(worker: Worker, folder: str) -> str | None:
@@ -68,7 +61,7 @@ def write_scales(worker: Worker, folder: str) -> str | None:
     if not worker.has(_Scales):
         return None
     uri = files.join(folder, f"scales-{worker.index.shard}-{worker.index.replica}.safetensors")
-    tensor_files.write(uri, worker.drop(_Scales).of)
+    tensor_files.write(uri, worker.drop(_Scales))
     return uri
 
 
@@ -87,9 +80,6 @@ def round_weights(
         URIs of the files of scales.
     """
     Rounding(group_size).pass_all(cluster, sequences)
-    write_weights(cluster, folder, cut_out=True, masks=False)
-    return [
-        uri
-        for uri in cluster.run_all(write_scales, files.join(folder, "scales"))
-        if uri is not None
-    ]
+    write_weights(cluster, folder)
+    uris = cluster.run_all(write_scales, files.join(folder, "scales"))
+    return [uri for uri in uris if uri is not None]

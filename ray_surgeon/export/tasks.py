@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
-from ray_surgeon.export.folder import download_folder, local_folder
+from ray_surgeon.export.folder import local_folder
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.fresh_process import run_module, run_on_worker
 from ray_surgeon.spec.evaluation import TasksSection
 from ray_surgeon.spec.model import ModelSection
+from ray_surgeon.storage import files
 from ray_surgeon.storage.sources import SMALL_FILES, open_model
 
 Scores = dict[str, dict[str, float]]
@@ -31,9 +32,7 @@ def check_tasks(options: TasksSection) -> None:
         ValueError: the harness is not installed, or names the tasks.
     """
     try:
-        reply = run_module(
-            "ray_surgeon.export.tasks", {"options": options.model_dump(), "only_check": True}
-        )
+        reply = run_module(__name__, {"options": options.model_dump(), "model": None})
     except RuntimeError as error:
         missing = "No module named 'lm_eval'" in str(error)
         remedy = "pip install 'ray_surgeon[eval]'" if missing else "correct the task definitions"
@@ -48,39 +47,27 @@ def check_tasks(options: TasksSection) -> None:
         )
 
 
-def evaluate_tasks(
-    cluster: Cluster,
-    model: ModelSection | str,
-    options: TasksSection,
-    *,
-    shipped_code: bool = False,
-) -> Scores:
+def evaluate_tasks(cluster: Cluster, model: ModelSection | str, options: TasksSection) -> Scores:
     """Evaluate a model in a fresh process of the first worker, on its GPU if it has one.
 
     Args:
         cluster: its first worker evaluates.
-        model: the dense model, or the URI of an export.
+        model: the dense model, or the URI of an export, whose modeling code, if any, is ours.
         options: what to evaluate.
-        shipped_code: whether modeling code of ours lies beside the weights.
 
     Raises:
         RuntimeError: the process fails.
     """
-    where = {"uri": model} if isinstance(model, str) else {"source": model.model_dump()}
-    request = where | {
+    request = {
         "options": options.model_dump(),
-        "only_check": False,
-        "shipped_code": shipped_code,
+        "model": model if isinstance(model, str) else model.model_dump(),
     }
     first = cluster.placement.workers[0]
-    return cluster.get(
-        [cluster.submit(first, run_on_worker, "ray_surgeon.export.tasks", request, False)]
-    )[0]
+    return cluster.get([cluster.submit(first, run_on_worker, __name__, request, False)])[0]
 
 
 def _fetch_dense(source: ModelSection, folder: Path) -> None:
     dense = open_model(source)
-    folder.mkdir()
     weights = dense.weight_files()
     for name in dense.names:
         if name in SMALL_FILES or name in weights or name.endswith(".safetensors.index.json"):
@@ -89,15 +76,14 @@ def _fetch_dense(source: ModelSection, folder: Path) -> None:
 
 def _numbers(results: Mapping[str, Mapping[str, Any]]) -> Scores:
     """Return the harness's numbers; ``acc,none`` is ``acc``, and another filter's name stays."""
-    scores: Scores = {}
-    for task, metrics in results.items():
-        numbers = {
-            name: value
+    return {
+        task: {
+            name.removesuffix(",none"): float(value)
             for name, value in metrics.items()
             if "," in name and isinstance(value, (int, float))
         }
-        scores[task] = {name.removesuffix(",none"): float(value) for name, value in numbers.items()}
-    return scores
+        for task, metrics in results.items()
+    }
 
 
 def answer(request: Mapping[str, Any]) -> dict[str, Any]:
@@ -107,40 +93,35 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
     from lm_eval.tasks import TaskManager
 
     options = TasksSection(**request["options"])
-    with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as held:
-        definitions = Path(scratch) / "tasks"
+    model = request["model"]
+    with contextlib.ExitStack() as held:
+        definitions = None
         if options.include is not None:
-            download_folder(options.include, definitions)
-        manager = TaskManager(include_path=None if options.include is None else str(definitions))
-        if request["only_check"]:
-            reply: dict[str, Any] = {
-                "unknown": [name for name in options.names if name not in manager.all_tasks]
-            }
+            folder, _ = held.enter_context(local_folder(options.include, weights=False))
+            definitions = str(folder)
+        manager = TaskManager(include_path=definitions)
+        if model is None:
+            return {"unknown": [name for name in options.names if name not in manager.all_tasks]}
+        is_export = isinstance(model, str)
+        if is_export:
+            folder, _ = held.enter_context(local_folder(model))
         else:
-            if "uri" in request:
-                folder, _ = held.enter_context(local_folder(request["uri"]))
-            else:
-                folder = Path(scratch) / "model"
-                _fetch_dense(ModelSection(**request["source"]), folder)
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            model = HFLM(
-                str(folder),
-                device=device,
-                batch_size=options.batch_size,
-                trust_remote_code=request["shipped_code"],
-            )
-            settings: dict[str, Any] = {
-                "num_fewshot": options.num_fewshot,
-                "limit": options.limit,
-                "log_samples": False,
-            }
-            results = simple_evaluate(
-                model,
-                tasks=list(options.names),
-                task_manager=manager,
-                bootstrap_iters=0,
-                **settings,
-            )
-            assert results is not None
-            reply = dict(_numbers(results["results"]))
-    return reply
+            folder = Path(held.enter_context(tempfile.TemporaryDirectory()))
+            _fetch_dense(ModelSection(**model), folder)
+        config = files.read_json(str(folder / "config.json"))
+        loaded = HFLM(
+            str(folder),
+            device="cuda" if torch.cuda.is_available() else "cpu",
+            batch_size=options.batch_size,
+            trust_remote_code=is_export and "auto_map" in config,
+        )
+        results = simple_evaluate(
+            loaded,
+            tasks=list(options.names),
+            task_manager=manager,
+            bootstrap_iters=0,
+            num_fewshot=options.num_fewshot,
+            limit=options.limit,
+            log_samples=False,
+        )
+    return dict(_numbers(results["results"]))

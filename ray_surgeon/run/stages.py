@@ -131,10 +131,10 @@ def _shrinking(spec: JobSpec) -> Shrinking | None:
     pruning = spec.pruning
     if not isinstance(pruning, CoupledSection):
         return None
+    fewest = pruning.fewest_groups
     return Shrinking(
-        pruning.groups,
-        pruning.fewest_groups,
+        {kind: fewest.get(kind, 0) for kind in pruning.groups},
         pruning.multiple,
-        pruning.uniform,
         pruning.tensor_parallel,
+        pruning.uniform,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from ray_surgeon.export.folder import Pruned
 from ray_surgeon.export.for_engines import Shrinking, check_quantised, export_quantised
 from ray_surgeon.export.kinds import check_export, export
 from ray_surgeon.models.layout import ModelLayout
@@ -12,6 +13,10 @@ from ray_surgeon.plan.needs import StepPlan, WorkerView
 from ray_surgeon.spec.evaluation import TasksSection
 from ray_surgeon.spec.output import OutputSection, QuantizeSection
 from ray_surgeon.stages.stage import Facts, RunState, Stage
+
+
+def _pruned(run: RunState) -> Pruned:
+    return Pruned(run.cluster, run.layout, run.model, run.report.model_card_facts())
 
 
 @dataclass(frozen=True)
@@ -51,12 +56,9 @@ class Export(Stage):
         run.directory.check_attempt()
         exported = export(
             self.kind,
-            run.cluster,
-            run.layout,
-            run.model,
+            _pruned(run),
             run.directory.path("export", self.kind),
             run.calibration[0],
-            run.report.model_card_facts(),
             run.report.shots[-1]["linears"],
             output=self.output,
             tasks=self.tasks,
@@ -87,11 +89,7 @@ class Quantise(Stage):
     def run(self, run: RunState, facts: Facts) -> None:
         """Write and evaluate the copy."""
         (uniform,) = (entry for entry in run.report.exports if entry["kind"] == "uniform")
-        cluster = run.cluster
-        card = run.report.model_card_facts()
-        copy = export_quantised(
-            cluster, run.layout, run.model, uniform, run.calibration, run.texts, card, self.section
-        )
+        copy = export_quantised(_pruned(run), uniform, run.calibration, run.texts, self.section)
         run.report.exports.append(copy)
         facts |= {name: copy[name] for name in ("kind", "uri", "size_bytes")}
 

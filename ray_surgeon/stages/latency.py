@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ray_surgeon.export.latency import Widths, latency_budget
+from ray_surgeon.export.for_engines import Shrinking
+from ray_surgeon.export.latency import latency_budget
 from ray_surgeon.spec.targets import LatencyTarget
 from ray_surgeon.stages.prune.groups import Groups
 from ray_surgeon.stages.prune.method import Method
@@ -29,8 +30,10 @@ class Latency(Stage):
         method = self.method
         section = method.section
         assert isinstance(section.target, LatencyTarget)
-        widths = Widths(method.fewest, section.multiple, section.tensor_parallel, section.uniform)
+        shrinking = Shrinking(
+            method.fewest, section.multiple, section.tensor_parallel, section.uniform
+        )
         uri = run.directory.path("latency.json")
-        budget = latency_budget(run.cluster, run.layout, run.model, section.target, widths, uri)
+        budget = latency_budget(run.cluster, run.layout, run.model, section.target, shrinking, uri)
         run.keep(Present(replace(method, budget=budget)))
         facts["dense_s"] = budget.dense

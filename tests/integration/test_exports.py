@@ -12,6 +12,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Phi3Config
 
 from ray_surgeon.export import folder as export_folder
-from ray_surgeon.export.folder import dense_document, reload_difference, write_weights
+from ray_surgeon.export.folder import Pruned, dense_document, reload_difference, write_weights
 from ray_surgeon.export.kinds import shipped_source
 from ray_surgeon.export.reload import agree
 from ray_surgeon.export.shipped import modeling_decilm
@@ -30,6 +31,7 @@ from ray_surgeon.models.build import cache_argument
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.pruned_config import BlockWidths, per_block_document, plain_kv_heads
 from ray_surgeon.pipeline import main
+from ray_surgeon.runtime import fresh_process
 from ray_surgeon.runtime.fresh_process import run_module
 from ray_surgeon.spec.model import ModelSection
 from ray_surgeon.spec.output import DECI_MULTIPLE
@@ -268,7 +270,7 @@ def test_memory_of_a_narrow_model_is_not_that_of_the_dense_one(tmp_path: Path) -
     (tmp_path / "config.json").write_text(json.dumps(document))
     (tmp_path / "modeling_pruned.py").write_text(shipped_source("modeling_pruned.py", config))
     options = {"prompt_length": 8, "num_new_tokens": 2, "num_repeats": 1, "num_threads": 1}
-    request = {"uri": str(tmp_path), "dense": dense, "options": options, "shipped_code": True}
+    request = {"uri": str(tmp_path), "dense": dense, "options": options}
     of_dense, of_pruned = (
         run_module("ray_surgeon.export.speed", request | {"only": only})
         for only in ("dense", "pruned")
@@ -521,12 +523,7 @@ def test_an_export_has_no_files_of_a_try_with_other_shards(
     (tmp_path / "export/.writing-abc").mkdir(parents=True)
     (tmp_path / "export/my.gguf").touch()
     for num_shards in (2, 1):
-        write_weights(
-            loaded(model_folders["llama"], num_shards),
-            str(tmp_path / "export"),
-            cut_out=False,
-            masks=False,
-        )
+        write_weights(loaded(model_folders["llama"], num_shards), str(tmp_path / "export"))
     assert sorted(path.name for path in (tmp_path / "export").iterdir()) == [
         "model.safetensors",
         "my.gguf",
@@ -580,19 +577,13 @@ def test_a_token_of_a_mixture_may_go_to_other_experts_where_numbers_are_narrow(
     monkeypatch.setattr(export_folder, "logits", lambda cluster, tokens: None)
     monkeypatch.setattr(export_folder, "decode", lambda payload, device: here)
     monkeypatch.setattr(
-        export_folder,
+        fresh_process,
         "run_module",
         lambda module, request: save_file({"logits": there}, request["logits"]),
     )
-    compare = partial(
-        reload_difference,
-        Any,
-        str(tmp_path),
-        TOKENS[0].numpy(),
-        dtype,
-        shipped_code=False,
-        has_experts=has_experts,
-    )
+    layout: Any = SimpleNamespace(num_experts=int(has_experts))
+    pruned = Pruned(Any, layout, ModelSection(source="x", dtype=dtype), {})
+    compare = partial(reload_difference, pruned, str(tmp_path), TOKENS[0].numpy())
     if passes:
         assert compare() == pytest.approx(10.0)
         there[0, 4] += 10.0

@@ -398,14 +398,13 @@ def test_shots_and_cards_tell_of_answers_if_there_are_some(
     )
     assert report.shots[0].get("generation") == generation
     facts = report.model_card_facts()
-    entry = {"size_bytes": 1e6, "load": "from_pretrained(x)", "uri": "x", "loaders": {}}
-    card = model_card("Of a kind.", entry, "some/model", facts)
-    assert model_card(
-        "Of a kind.", entry, "some/model", {k: v for k, v in facts.items() if k != "generation"}
-    )
+    entry = {"kind": "uniform", "uri": "x", "size_bytes": 1e6, "loaders": {}}
+    entry["load"] = "from_pretrained(x)"
+    card = model_card(entry, "some/model", facts)
+    assert model_card(entry, "some/model", {k: v for k, v in facts.items() if k != "generation"})
     if generation is None:
         assert "acceptance" not in card
-        assert "Of a kind.\n\n| text |" in card
+        assert "class of transformers.\n\n| text |" in card
     else:
         assert "| acceptance rate | 87.5% |" in card
         assert "speculative decoding" in card

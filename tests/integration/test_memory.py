@@ -451,15 +451,16 @@ def test_an_export_that_does_not_fit_in_memory_is_reloaded_from_disk(
     model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from ray_surgeon.export import folder
+    from ray_surgeon.runtime import fresh_process
 
     asked: list[Any] = []
-    run_module = folder.run_module
+    run_module = fresh_process.run_module
 
     def noted(module: str, request: Any) -> Any:
         asked.append(request)
         return run_module(module, request)
 
-    monkeypatch.setattr(folder, "run_module", noted)
+    monkeypatch.setattr(fresh_process, "run_module", noted)
     monkeypatch.setattr(folder, "available_bytes", lambda: 100_000)
     assert (
         run(tmp_path, model_folders["llama"], output__exports=["masked", "per_block"], **GROUPS)

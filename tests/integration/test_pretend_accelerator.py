@@ -21,11 +21,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from ray_surgeon.api import curvature
-from ray_surgeon.export import folder
 from ray_surgeon.report.directory import RunDirectory
 from ray_surgeon.report.html_report import LivePage
 from ray_surgeon.run.inputs import check
 from ray_surgeon.run.loop import run_shots
+from ray_surgeon.runtime import fresh_process
 from ray_surgeon.runtime.local import LocalCluster
 from ray_surgeon.runtime.transport import TensorPayload, decode
 from ray_surgeon.runtime.worker import Worker
@@ -136,7 +136,7 @@ def run_on(device: str, spec: str) -> None:
 
 
 def run_on_sim(spec: str) -> None:
-    folder.run_module = reload_here  # type: ignore[attr-defined]
+    fresh_process.run_module = reload_here  # type: ignore[assignment]
     LivePage.draw = lambda *args, **kwargs: None  # type: ignore[method-assign]
     run_on("sim", spec)
 
