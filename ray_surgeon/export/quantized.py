@@ -10,7 +10,7 @@ its own, see `fresh_process`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -56,18 +56,17 @@ def quantised(
         ValueError: groups do not fill the rows.
     """
     weight = weight.float()
-    size = scheme.weights.group_size
-    if size is not None and weight.shape[1] % size:
+    size = scheme.weights.group_size or weight.shape[1]
+    if weight.shape[1] % size:
         raise ValueError(
             f"{weight.shape[1]} columns are no multiple of group_size {size}; lower it, or raise "
             "pruning.width_multiple"
         )
     if scale is None:
-        groups = weight.view(len(weight), -1, size) if size is not None else weight[:, None]
+        groups = weight.view(len(weight), -1, size)
         scale, _ = calculate_qparams(groups.amin(dim=2), groups.amax(dim=2), scheme.weights)
-    scale = (
-        scale.clamp(min=torch.finfo(torch.float32).tiny) if scale.dtype == torch.float32 else scale
-    )
+    if scale.dtype == torch.float32:
+        scale = scale.clamp(min=torch.finfo(torch.float32).tiny)
     compressor = BaseCompressor.get_value_from_registry(scheme.format)
     stored: dict[str, Tensor] = compressor.compress(
         {"weight": weight, "weight_scale": scale}, scheme
@@ -83,6 +82,22 @@ def restored(stored: Mapping[str, Tensor], scheme: QuantizationScheme) -> Tensor
     return weight
 
 
+def _weight_files(folder: str) -> list[str]:
+    names = files.list_names(folder)
+    return [files.join(folder, name) for name in names if name.endswith(".safetensors")]
+
+
+def _config(scheme: QuantizationScheme, plain: Collection[str]) -> dict[str, Any]:
+    """Return what config.json says of a scheme; `plain` names what is not quantised."""
+    config: dict[str, Any] = QuantizationConfig(
+        config_groups={"group_0": scheme},
+        format=scheme.format,
+        ignore=sorted(plain),
+        quantization_status="compressed",
+    ).to_dict()
+    return config
+
+
 def answer(request: Mapping[str, Any]) -> dict[str, Any]:
     """Write the quantised copy of an export; see `fresh_process.run_module`.
 
@@ -91,38 +106,28 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: see `quantised`.
     """
-    source = request["source"]
-    target = request["target"]
-    linears = set(request["linears"])
     export = request["export"]  # with the weights as they were, and the configuration
-    scales = {
-        name: scale for uri in request["scales"] for name, scale in tensor_files.read(uri).items()
-    }
+    target = request["target"]
     scheme = scheme_of(request["scheme"], request["group_size"])
     reader = tensor_files.Reader()
-    holders = [
-        files.join(export, file)
-        for file in files.list_names(export)
-        if file.endswith(".safetensors")
-    ]
-    holder_of = {key: holder for holder in holders for key in reader.names(holder)}
+    uri_of = {key: uri for uri in _weight_files(export) for key in reader.names(uri)}
+    scales = dict[str, Tensor]()
+    for uri in request["scales"]:
+        scales |= tensor_files.read(uri)
+    plain = {"lm_head"}
     weight_map = dict[str, str]()
-    plain = ["lm_head"]
     total = 0
-    difference = 0.0
-    norm = 0.0
-    for file in files.list_names(source):
-        if not file.endswith(".safetensors"):
-            continue
+    difference = norm = 0.0
+    for uri in _weight_files(request["source"]):
         tensors = {}
-        for key in reader.names(files.join(source, file)):
-            tensor = reader.read(files.join(source, file), key)
+        for key in reader.names(uri):
+            tensor = reader.read(uri, key)
             name = key.removesuffix(".weight")
-            if name not in linears or name == key:
+            if name not in request["linears"] or name == key:
                 tensors[key] = tensor
-                plain += [name] * (tensor.ndim == 2)
+                plain |= {name} if tensor.ndim == 2 else set()
                 continue
-            before = reader.read(holder_of[key], key).float()
+            before = reader.read(uri_of[key], key).float()
             try:
                 stored = quantised(tensor, scheme, scales.get(name))
             except ValueError as error:
@@ -130,19 +135,13 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
             difference += float((restored(stored, scheme).float() - before).square().sum())
             norm += float(before.square().sum())
             tensors |= {f"{name}.{part}": value for part, value in stored.items()}
+        file = uri.rpartition("/")[2]
         total += tensor_files.write(files.join(target, file), tensors)
         weight_map |= dict.fromkeys(tensors, file)
     if len(set(weight_map.values())) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         files.write_json(files.join(target, "model.safetensors.index.json"), index)
     document = files.read_json(files.join(export, "config.json"))
-    config = QuantizationConfig(
-        config_groups={"group_0": scheme},
-        format=scheme.format,
-        ignore=sorted(set(plain)),
-        quantization_status="compressed",
-    )
-    files.write_json(
-        files.join(target, "config.json"), document | {"quantization_config": config.to_dict()}
-    )
+    document["quantization_config"] = _config(scheme, plain)
+    files.write_json(files.join(target, "config.json"), document)
     return {"size_bytes": total, "relative_error": (difference / max(norm, 1e-30)) ** 0.5}
