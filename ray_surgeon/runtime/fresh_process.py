@@ -36,19 +36,14 @@ def run_module(
         RuntimeError: it fails; its last lines are shown.
     """
     with tempfile.TemporaryDirectory() as modules:
-        settings = {"HF_MODULES_CACHE": modules, "OMP_WAIT_POLICY": "PASSIVE"} | (
-            {"HF_HUB_OFFLINE": "1"} if offline else {}
-        )
-        settings |= {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
-        command = [
-            sys.executable,
-            "-m",
-            "ray_surgeon.runtime.with_parent",
-            str(os.getpid()),
-            module,
-        ]
+        settings = {"HF_MODULES_CACHE": modules, "OMP_WAIT_POLICY": "PASSIVE"}
+        if offline:
+            settings["HF_HUB_OFFLINE"] = "1"
+        if gpu is not None:
+            settings["CUDA_VISIBLE_DEVICES"] = gpu
+        runner = ["-m", f"{__package__}.with_parent", str(os.getpid())]
         done = subprocess.run(
-            command,
+            [sys.executable, *runner, module],
             input=json.dumps(request),
             capture_output=True,
             text=True,
@@ -56,12 +51,9 @@ def run_module(
             env=os.environ | settings,
         )
     if done.returncode:
-        raise RuntimeError(
-            "\n".join(done.stderr.strip().splitlines()[-5:])
-            or f"{module} ended with exit code {done.returncode}"
-        )
-    reply = json.loads(done.stdout.strip().splitlines()[-1])
-    assert isinstance(reply, dict)
+        last_lines = "\n".join(done.stderr.strip().splitlines()[-5:])
+        raise RuntimeError(last_lines or f"{module} ended with exit code {done.returncode}")
+    reply: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return reply
 
 

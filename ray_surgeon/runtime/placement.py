@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -88,7 +89,7 @@ def partition_blocks(num_blocks: int, num_shards: int, head_cost: float) -> tupl
     last = min(range(1, num_blocks - others + 1), key=slowest)
     rest = num_blocks - last
     sizes = [rest // others + (i < rest % others) for i in range(others)] + [last]
-    ends = [sum(sizes[: i + 1]) for i in range(num_shards)]
+    ends = itertools.accumulate(sizes)
     return tuple(
         BlockRange(end - size, end, num_blocks) for end, size in zip(ends, sizes, strict=True)
     )
@@ -106,24 +107,22 @@ def assign_owners(
     """
     # block -> its first group of experts, which stands for all
     first_of_experts: dict[int, int] = {}
-    stands_for = {
-        s.shared_input: s.shared_input
-        if s.expert is None
-        else first_of_experts.setdefault(s.block, s.shared_input)
-        for s in shapes
-    }
-    work: dict[int, int] = {}
-    block_of = {s.shared_input: s.block for s in shapes}
+    stands_for: dict[int, int] = {}
+    work: dict[tuple[int, int], int] = {}  # (block, group) -> of the linears that it stands for
     for s in shapes:
-        group = stands_for[s.shared_input]
-        work[group] = work.get(group, 0) + s.num_rows**3 + s.num_columns**3
-    owners = [0] * len(stands_for)
+        group = s.shared_input
+        if s.expert is not None:
+            group = first_of_experts.setdefault(s.block, group)
+        stands_for[s.shared_input] = group
+        work[s.block, group] = work.get((s.block, group), 0) + s.num_rows**3 + s.num_columns**3
+    owner_of: dict[int, int] = {}
     for shard in blocks:
         load = [0] * num_replicas
-        for group in sorted((g for g in work if block_of[g] in shard), key=lambda g: (-work[g], g)):
-            owners[group] = load.index(min(load))
-            load[owners[group]] += work[group]
-    return tuple(owners[stands_for[group]] for group in range(len(owners)))
+        own = (key for key in work if key[0] in shard)
+        for block, group in sorted(own, key=lambda key: (-work[key], key[1])):
+            owner_of[group] = load.index(min(load))
+            load[owner_of[group]] += work[block, group]
+    return tuple(owner_of[stands_for[group]] for group in range(len(stands_for)))
 
 
 def place(layout: ModelLayout, num_shards: int, num_replicas: int) -> Placement:

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+_STATUS = Path("/proc/self/status")
+
 
 @dataclass(frozen=True)
 class Usage:
@@ -31,15 +33,14 @@ class Usage:
     # peak, since it was asked last, of the memory that is no file's: what could not be given back
     peak_anonymous_bytes: int = 0
     busy_s: float = 0.0  # wall clock that this worker itself spent inside its steps
-    packing_s: float = (
-        0.0  # of it, what it took to pack and unpack tensors from and for other workers
-    )
+    # of it, what it took to pack and unpack tensors from and for other workers
+    packing_s: float = 0.0
 
 
 class AnonymousPeak:
     """The peak of a process's anonymous memory, sampled every few milliseconds.
 
-    The kernel does not keep it.
+    The kernel does not keep it. It is 0 where there is no Linux.
     """
 
     _EVERY_S = 0.02
@@ -47,30 +48,20 @@ class AnonymousPeak:
     def __init__(self) -> None:
         """Start to look."""
         self._peak = 0
-        self._file = Path("/proc/self/status")
         self._lock = threading.Lock()
-        if self._file.exists():
+        if _STATUS.exists():
             threading.Thread(target=self._look_on, daemon=True, name="anonymous-memory").start()
 
     def _look_on(self) -> None:
         while True:
             with self._lock:  # a peak that was taken meanwhile would come back
-                self._peak = max(self._peak, self._now())
+                self._peak = max(self._peak, _status_bytes("RssAnon"))
             time.sleep(self._EVERY_S)
-
-    def _now(self) -> int:
-        line = next(
-            (line for line in self._file.read_text().splitlines() if line.startswith("RssAnon:")),
-            "RssAnon: 0 kB",
-        )
-        return int(line.split()[1]) * 1024
 
     def take(self) -> int:
         """Return the peak so far, and begin anew."""
-        if not self._file.exists():
-            return 0
         with self._lock:
-            now = self._now()
+            now = _status_bytes("RssAnon")
             peak = max(self._peak, now)
             self._peak = now
         return peak
@@ -103,14 +94,18 @@ def give_back() -> None:
             ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
+def _status_bytes(field: str) -> int:
+    """Return what Linux says of this process's memory; 0 where it says nothing."""
+    lines = _STATUS.read_text().splitlines() if _STATUS.exists() else []
+    sizes = (line.split()[1] for line in lines if line.startswith(f"{field}:"))
+    return int(next(sizes, 0)) * 1024
+
+
 def _peak_rss_bytes() -> int:
     """Return the peak resident memory of this process.
 
     ru_maxrss also counts the process that it was forked from.
     """
-    status = Path("/proc/self/status")
-    if status.exists():
-        lines = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(next(lines, "VmHWM: 0 kB").split()[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return _status_bytes("VmHWM") or most

@@ -22,6 +22,6 @@ if __name__ == "__main__":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != int(sys.argv[1]):
             sys.exit("the process that asked for this has ended")
-    found = importlib.import_module(sys.argv[2]).answer(json.load(sys.stdin))
+    reply = importlib.import_module(sys.argv[2]).answer(json.load(sys.stdin))
     # on a line of its own, whatever was printed before
-    sys.stdout.write(f"\n{json.dumps(found)}\n")
+    sys.stdout.write(f"\n{json.dumps(reply)}\n")
