@@ -5,17 +5,18 @@ A shard of any size is written a part at a time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TypeVar
 
-import torch
 from torch import Tensor
 
 from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.memory.weights import DiskWeights
 from ray_surgeon.models.build import stored_name
-from ray_surgeon.models.checkpoint import Stack, part_of_stack
+from ray_surgeon.models.checkpoint import PartOfStack, Stack, part_of_stack
 from ray_surgeon.models.linears import cut, num_inputs
 from ray_surgeon.runtime.worker import Worker
 from ray_surgeon.storage import files, tensor_files
@@ -46,17 +47,15 @@ def save_shot(worker: Worker, folder: str) -> tuple[SavedFile, ...]:
     if worker.index.replica != 0:
         return ()
     saved = []
-    number = worker.index.shard + 1
-    weights = _parts(worker, worker.shard.saved(linears_only=True))
+    masks = _mask_tensors(worker)
     for kind, parts, get in (
-        ("shard", weights, worker.shard.tensor),
-        ("masks", _mask_parts(worker), _mask_getter(worker)),
+        ("shard", _weight_parts(worker, linears_only=True), worker.shard.tensor),
+        ("masks", _mask_parts(masks), masks.__getitem__),
     ):
         for i, names in enumerate(parts, 1):
             suffix = f"-{i:04d}" if len(parts) > 1 else ""
-            saved.append(
-                _write(files.join(folder, f"{kind}-{number:04d}{suffix}.safetensors"), names, get)
-            )
+            name = f"{kind}-{worker.index.shard + 1:04d}{suffix}.safetensors"
+            saved.append(_write(files.join(folder, name), names, get))
     return tuple(saved)
 
 
@@ -77,9 +76,8 @@ def num_files(worker: Worker, masks: bool) -> tuple[int, int]:
     """Return how many files `save_weights` writes, of weights and of masks."""
     if worker.index.replica != 0:
         return 0, 0
-    return len(_parts(worker, worker.shard.saved(linears_only=False), stacked=True)), len(
-        _mask_parts(worker)
-    ) if masks else 0
+    num_of_masks = len(_mask_parts(_mask_tensors(worker))) if masks else 0
+    return len(_weight_parts(worker, linears_only=False)), num_of_masks
 
 
 def save_weights(
@@ -98,7 +96,7 @@ def save_weights(
         worker: of the shard.
         folder: URI.
         names: of the files of weights.
-        mask_names: of the files of masks.
+        mask_names: of the files of masks; none if these are not wanted.
         cut_out: whether pruned rows and columns are left out, and with them tensors of which
             nothing is left.
         left_out: names of other tensors to leave out.
@@ -106,137 +104,123 @@ def save_weights(
     """
     if worker.index.replica != 0:
         return ()
-
-    family = worker.layout.family
-    exported = _Exported(worker, cut_out=cut_out)
-    is_stacked = stored and family.stacks_experts
-
-    def called(name: str) -> str:
-        part = part_of_stack(family, name) if is_stacked else None
-        if part is not None:
-            return part.whole
-        return stored_name(family, exported.called(name)) if stored else exported.called(name)
-
-    parts = _parts(worker, worker.shard.saved(linears_only=False), stacked=True)
-    wanted = [[name for name in part if name not in left_out] for part in parts]
-    get = exported.of_stack if is_stacked else exported.get
-    saved = [
-        _write(files.join(folder, name), part, get, called)
-        for name, part in zip(names, wanted, strict=True)
-    ]
-    masks = zip(mask_names, _mask_parts(worker), strict=True) if mask_names else ()
-    return tuple(
-        saved
-        + [_write(files.join(folder, name), part, _mask_getter(worker)) for name, part in masks]
-    )
+    saved = []
+    exported = _Exported(worker, cut_out=cut_out, stored=stored)
+    for name, part in zip(names, _weight_parts(worker, linears_only=False), strict=True):
+        wanted = [tensor for tensor in part if tensor not in left_out]
+        saved.append(_write(files.join(folder, name), wanted, exported.get, exported.name))
+    masks = _mask_tensors(worker)
+    for name, part in zip(mask_names, _mask_parts(masks) if mask_names else (), strict=True):
+        saved.append(_write(files.join(folder, name), part, masks.__getitem__))
+    return tuple(saved)
 
 
 class _Exported:
     """The tensors of a shard as an export has them."""
 
-    def __init__(self, worker: Worker, *, cut_out: bool) -> None:
+    def __init__(self, worker: Worker, *, cut_out: bool, stored: bool) -> None:
         """Look up what is left of experts and heads, if pruned parts are cut out."""
         self._worker = worker
         self._cut_out = cut_out
-        family = worker.layout.family
-        sets = worker.expert_sets if cut_out else []
-        sparse = family.sparse
-        kept = {experts: ~worker.removed_experts(experts) for experts in sets}
-        self._numbers = {
-            experts.name: (left.cumsum(0) - 1).tolist() for experts, left in kept.items()
-        }
-        self._num_left = {experts.name: int(left.sum()) for experts, left in kept.items()}
-        self._entries = (
-            {family.block_prefix(e.block) + sparse.router: left for e, left in kept.items()}
-            if sparse is not None
-            else {}
-        )
-        for groups in worker.group_sets if cut_out and family.per_head else ():
+        self._stored = stored
+        self._family = worker.layout.family
+        self._left: dict[str, Tensor] = {}  # global name of a block's experts -> which are left
+        # name of a tensor, or of a module, with an entry for each expert or head -> which are left
+        self._entries: dict[str, Tensor] = {}
+        self._stack: tuple[str, Stack] | None = None  # the one that is being put together
+        if not cut_out:
+            return
+        for experts in worker.expert_sets:
+            assert self._family.sparse is not None
+            left = ~worker.removed_experts(experts)
+            self._left[experts.name] = left
+            router = self._family.block_prefix(experts.block) + self._family.sparse.router
+            self._entries[router] = left
+        for groups in worker.group_sets if self._family.per_head else ():
             if groups.kind == "attention":
-                columns = worker.mask(groups.consumer, StructuredMask).columns[
-                    groups.columns.flatten()
-                ]
-                heads = columns.view(-1, worker.layout.heads.head_dim).any(dim=1)
-                self._entries |= {
-                    family.block_prefix(groups.block) + name: heads for name in family.per_head
-                }
-        self._stacks: dict[str, Stack] = {}
+                columns = worker.mask(groups.consumer, StructuredMask).columns
+                of_heads = columns[groups.columns.flatten()].view(-1, worker.layout.heads.head_dim)
+                for name in self._family.per_head:
+                    full_name = self._family.block_prefix(groups.block) + name
+                    self._entries[full_name] = of_heads.any(dim=1)
+
+    def _part_of_stack(self, name: str) -> PartOfStack | None:
+        return part_of_stack(self._family, name) if self._stored else None
+
+    def _place(self, experts: str, number: int) -> int:
+        """Return the number of an expert among those that are left."""
+        return int(self._left[experts][:number].sum()) if experts in self._left else number
+
+    def name(self, name: str) -> str:
+        """Return what a tensor is called, experts being numbered without those that are gone."""
+        stack = self._part_of_stack(name)
+        if stack is not None:
+            return stack.whole
+        part = self._family.sparse.tensor_of(name) if self._family.sparse is not None else None
+        if part is not None:
+            number = self._place(part.experts, part.number)
+            name = f"{part.experts}.{number}.{part.linear}.{part.kind}"
+        return stored_name(self._family, name) if self._stored else name
 
     def get(self, name: str) -> Tensor:
-        """Return a tensor, without what is cut out."""
+        """Return a tensor, without what is cut out.
+
+        In place of an expert's, if these are stored together, it is the one with all experts, in
+        which the parts that were wanted before are filled in.
+        """
+        tensor = self._cut(name)
+        part = self._part_of_stack(name)
+        if part is None or not tensor.numel():
+            return tensor
+        experts = part.whole.rpartition(".")[0]
+        if self._stack is None or self._stack[0] != part.whole:
+            assert self._family.sparse is not None
+            num_left = self._place(experts, self._worker.layout.num_experts)
+            self._stack = part.whole, Stack(self._family.sparse, num_left)
+        stack = self._stack[1]
+        stack.put(part, self._place(experts, part.expert), tensor)
+        return stack.tensor
+
+    def _cut(self, name: str) -> Tensor:
         tensor = self._worker.shard.tensor(name)
-        (linear, _, part) = name.rpartition(".")
-        for of in (name, linear):
-            if of in self._entries:
-                return tensor[self._entries[of].to(tensor.device)]
+        linear, _, part = name.rpartition(".")
+        entries = self._entries.get(name, self._entries.get(linear))
+        if entries is not None:
+            return tensor[entries.to(tensor.device)]
         if not self._cut_out or linear not in self._worker.shard.linears:
             return tensor
         mask = self._worker.mask(linear, StructuredMask)
         module = self._worker.shard.linears[linear]
         return cut(module, part, tensor, mask.rows, mask.columns[: num_inputs(module)])
 
-    def called(self, name: str) -> str:
-        """Return its name, experts being numbered without those that are gone."""
-        sparse = self._worker.layout.family.sparse
-        part = sparse.tensor_of(name) if sparse is not None else None
-        if part is None or part.experts not in self._numbers:
-            return name
-        number = self._numbers[part.experts][part.number]
-        return f"{part.experts}.{number}.{part.linear}.{part.kind}"
 
-    def of_stack(self, name: str) -> Tensor:
-        """Return the tensor that holds all experts, with this expert's part filled in.
+def _weight_parts(worker: Worker, *, linears_only: bool) -> list[list[str]]:
+    """Cut names of tensors into those of one file each, by sizes before anything is cut out.
 
-        It also has the parts that were asked for before. Other tensors are returned as they are.
-        """
-        part = part_of_stack(self._worker.layout.family, name)
-        tensor = self.get(name)
-        if part is None or not tensor.numel():
-            return tensor
-        experts = part.whole.rpartition(".")[0]
-        place = self._numbers[experts][part.expert] if experts in self._numbers else part.expert
-        if part.whole not in self._stacks:
-            assert self._worker.layout.family.sparse is not None
-            num_left = self._num_left.get(experts, self._worker.layout.num_experts)
-            self._stacks = {part.whole: Stack(self._worker.layout.family.sparse, num_left)}
-        self._stacks[part.whole].put(part, place, tensor)
-        return self._stacks[part.whole].tensor
-
-
-def _parts(worker: Worker, names: Sequence[str], *, stacked: bool = False) -> list[list[str]]:
-    """Cut names of tensors into those of one file each, by sizes before anything is cut.
-
-    With `stacked`, those that checkpoints of the family keep in one tensor follow each other and
+    In whole models, those that checkpoints of the family keep in one tensor follow each other and
     stay together.
     """
     units: dict[str, list[str]] = {}
-    for name in names:
-        part = part_of_stack(worker.layout.family, name) if stacked else None
+    for name in worker.shard.saved(linears_only=linears_only):
+        part = None if linears_only else part_of_stack(worker.layout.family, name)
         units.setdefault(name if part is None else part.whole, []).append(name)
+    num_entries = {name: math.prod(shape) for name, shape in worker.layout.parameters.items()}
     width = worker.shard.dtype.itemsize
-    sizes = [
-        (unit, sum(width * torch.Size(worker.layout.parameters[name]).numel() for name in unit))
-        for unit in units.values()
-    ]
-    return [[name for unit in part for name in unit] for part in _by_size(sizes)]
+    sizes = [(unit, width * sum(num_entries[name] for name in unit)) for unit in units.values()]
+    return [list(chain.from_iterable(part)) for part in _by_size(sizes)]
 
 
-def _mask_parts(worker: Worker) -> list[list[str]]:
-    return _by_size(
-        [
-            (f"{name}.{part}", tensor.numel())
-            for name, mask in worker.masks.items()
-            for part, tensor in mask.tensors().items()
-        ]
-    )
+def _mask_tensors(worker: Worker) -> dict[str, Tensor]:
+    """Return the tensors of all masks by their names in files."""
+    return {
+        f"{name}.{part}": tensor
+        for name, mask in worker.masks.items()
+        for part, tensor in mask.tensors().items()
+    }
 
 
-def _mask_getter(worker: Worker) -> Callable[[str], Tensor]:
-    def get(key: str) -> Tensor:
-        name, _, part = key.rpartition(".")
-        return worker.masks[name].tensors()[part]
-
-    return get
+def _mask_parts(masks: dict[str, Tensor]) -> list[list[str]]:
+    return _by_size([(name, tensor.numel()) for name, tensor in masks.items()])
 
 
 def _by_size(sizes: Sequence[tuple[T, int]]) -> list[list[T]]:
@@ -252,7 +236,10 @@ def _by_size(sizes: Sequence[tuple[T, int]]) -> list[list[T]]:
 
 
 def _write(
-    uri: str, names: Sequence[str], get: Callable[[str], Tensor], called: Callable[[str], str] = str
+    uri: str,
+    names: Sequence[str],
+    get: Callable[[str], Tensor],
+    name_in_file: Callable[[str], str] = str,
 ) -> SavedFile:
-    tensors = {called(name): tensor for name in names if (tensor := get(name)).numel()}
+    tensors = {name_in_file(name): tensor for name in names if (tensor := get(name)).numel()}
     return SavedFile(uri, tensor_files.write(uri, tensors), tuple(tensors))
