@@ -23,9 +23,9 @@ from benchmarks.peers import without_own_text
 from ray_surgeon.export.for_engines import quantised_copy
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.run.inputs import Inputs, check
+from ray_surgeon.runtime.loading import ModelRecipe, load
 from ray_surgeon.runtime.local import LocalCluster
 from ray_surgeon.runtime.placement import place
-from ray_surgeon.runtime.worker import ModelRecipe, load
 from ray_surgeon.spec.job import JobSpec
 from ray_surgeon.spec.model import ModelSection
 from ray_surgeon.spec.output import QuantizeSection

@@ -25,15 +25,9 @@ from ray_surgeon.report.events import Event, Moment
 from ray_surgeon.report.metrics import COUNTERS, GAUGES, readings
 from ray_surgeon.run.inputs import Inputs
 from ray_surgeon.run.loop import run_shots
-from ray_surgeon.runtime.ray_cluster import (
-    NoRoomError,
-    RayCluster,
-    WorkerFailure,
-    WorkerFailureError,
-    connect,
-    num_nodes,
-    on_this_node,
-)
+from ray_surgeon.runtime.cluster import WorkerFailureError
+from ray_surgeon.runtime.ray_cluster import RayCluster
+from ray_surgeon.runtime.ray_machines import NoRoomError, connect, nodes_alive, on_this_node
 from ray_surgeon.spec.cluster import RaySection
 from ray_surgeon.stages.evaluation import CollapseError
 
@@ -90,8 +84,8 @@ class Coordinator:
         self._moment: Moment | None = None
 
     def run(
-        self, inputs: Inputs, before: WorkerFailure | None, attempt: Attempt
-    ) -> WorkerFailure | None:
+        self, inputs: Inputs, before: WorkerFailureError | None, attempt: Attempt
+    ) -> WorkerFailureError | None:
         """Run all shots that are not committed yet.
 
         Args:
@@ -132,7 +126,7 @@ class Coordinator:
                 inputs, cluster, run, listen, patience_s=0.0 if before is None else _PATIENCE_S
             )
         except WorkerFailureError as error:
-            return error.failure
+            return error
         finally:
             if cluster is not None:
                 cluster.close()
@@ -157,7 +151,7 @@ def run_on_ray(inputs: Inputs, display: Display) -> None:
     section = inputs.spec.cluster
     assert isinstance(section, RaySection)
     try:
-        if num_nodes() > 1 and "://" not in inputs.spec.output.uri:
+        if len(nodes_alive()) > 1 and "://" not in inputs.spec.output.uri:
             display.note(
                 f"note: the cluster has several machines; {inputs.spec.output.uri} must be a "
                 "folder that they share"
@@ -222,10 +216,10 @@ def unwrapped(error: BaseException) -> BaseException:
 def _try(
     inputs: Inputs,
     section: RaySection,
-    before: WorkerFailure | None,
+    before: WorkerFailureError | None,
     attempt: Attempt,
     show: Callable[[Event | Moment], None],
-) -> WorkerFailure | None:
+) -> WorkerFailureError | None:
     """Run a coordinator to its end and return what failed, if anything."""
     actor_class = ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0)(Coordinator)
     coordinator: Any = actor_class.options(
@@ -252,13 +246,13 @@ def _try(
                 show(event)
             if moment is not None and running:
                 show(moment)
-        failure: WorkerFailure | None = ray.get(run)
+        failure: WorkerFailureError | None = ray.get(run)
     except GetTimeoutError:
-        return WorkerFailure("coordinator", f"the coordinator has {silence}")
+        return WorkerFailureError("coordinator", f"the coordinator has {silence}")
     except (RayActorError, ObjectLostError, OutOfMemoryError, WorkerCrashedError) as error:
         if isinstance(error, RayTaskError):  # the coordinator lives and reports another error
             raise
-        return WorkerFailure.by(
+        return WorkerFailureError(
             "memory" if isinstance(error, OutOfMemoryError) else "coordinator", error
         )
     finally:

@@ -17,7 +17,7 @@ from ray_surgeon.report.events import Event, Moment, Steps
 from ray_surgeon.report.html_report import LivePage
 from ray_surgeon.report.record import RunReport
 from ray_surgeon.run.inputs import Inputs
-from ray_surgeon.runtime.cluster import Cluster, LostError
+from ray_surgeon.runtime.cluster import Cluster, WorkerFailureError
 from ray_surgeon.runtime.worker import clean_up
 from ray_surgeon.stages.prune.stages import Present
 from ray_surgeon.stages.stage import RunState, Stage
@@ -61,7 +61,7 @@ def run_shots(
         _run_stages(inputs, workers, directory, listen, patience_s)
     except BaseException as error:
         reported = _last_words(directory, error)
-        if isinstance(reported, Exception) and not isinstance(reported, LostError):
+        if isinstance(reported, Exception) and not isinstance(reported, WorkerFailureError):
             with contextlib.suppress(Exception):
                 workers.clean_up()
         if reported is error:

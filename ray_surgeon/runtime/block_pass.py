@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ray_surgeon.models.block_by_block import BlockByBlock
 from ray_surgeon.runtime.cluster import Cluster
-from ray_surgeon.runtime.passes import token_payload
 from ray_surgeon.runtime.placement import WorkerIndex
 from ray_surgeon.runtime.transport import TensorPayload
+from ray_surgeon.runtime.wave import token_payload
 from ray_surgeon.runtime.worker import Worker, collective
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from ray_surgeon.memory.stores import Stores
 from ray_surgeon.runtime.placement import Placement, WorkerIndex
@@ -17,8 +18,23 @@ T = TypeVar("T")
 U = TypeVar("U")
 
 
-class LostError(RuntimeError):
-    """Part of the cluster is lost, not the work at fault."""
+class WorkerFailureError(RuntimeError):
+    """Part of the cluster is lost.
+
+    A new group of workers can continue from the last committed shot.
+    """
+
+    def __init__(self, cause: str, message: str | BaseException) -> None:
+        """Say what is lost.
+
+        Args:
+            cause: "worker", "node", "coordinator", "communication" or "memory"; see
+                `RetriesSection`.
+            message: a line, or an error, of which the beginning is taken.
+        """
+        self.cause = cause
+        self.message = " ".join(str(message).split())[:300]
+        super().__init__(cause, self.message)
 
 
 @dataclass
@@ -49,21 +65,29 @@ class Progress:
             self.total = self.total if total is None else total
             self._tell()
 
+    def reach_together(self, positions: Iterable[tuple[int, int]]) -> None:
+        """Say how many linears each worker has done, of how many; nothing in other steps."""
+        if self.unit == "linears":
+            counts = list(positions)
+            self.reach(sum(done for done, _ in counts), sum(total for _, total in counts))
+
     def _tell(self) -> None:
         if self.listener is not None:
             self.listener()
 
 
-class Cluster(Protocol):
+class Cluster(ABC):
     """Workers that run steps.
 
     A step is a function, or a method of a pruning method, whose first argument is the worker:
     ``forward(worker, 3, inputs)`` there is ``cluster.submit(index, forward, 3, inputs)`` here.
     """
 
-    placement: Placement
-    progress: Progress
-    stores: Stores  # of the loaded workers
+    def __init__(self, placement: Placement) -> None:
+        """Start without workers; `placement` says what each of them holds."""
+        self.placement = placement
+        self.progress = Progress()
+        self.stores = Stores()  # of the loaded workers
 
     def submit(
         self,
@@ -83,6 +107,8 @@ class Cluster(Protocol):
         Returns:
             What stands for the value: a future, which `get` waits for.
         """
+        future: T = self._start(index, 1, "call", step, *args, **kwargs)
+        return future
 
     def submit_pair(
         self,
@@ -92,7 +118,16 @@ class Cluster(Protocol):
         **kwargs: P.kwargs,
     ) -> tuple[T, U]:
         """Start a step that returns a pair of which each half gets a future of its own."""
+        first, second = self._start(index, 2, "call", step, *args, **kwargs)
+        return first, second
 
+    @abstractmethod
+    def _start(
+        self, index: WorkerIndex, num_futures: int, method: str, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Start a method of a worker, named so that what it returns needs no step around it."""
+
+    @abstractmethod
     def get(self, futures: Sequence[T]) -> list[T]:
         """Wait for futures and return their values; what a worker raised is raised here."""
 
@@ -103,15 +138,21 @@ class Cluster(Protocol):
 
         Results come in the order of `placement.workers`.
         """
+        return self.get(
+            [self.submit(index, step, *args, **kwargs) for index in self.placement.workers]
+        )
 
     def usages(self) -> list[Usage]:
         """Return what each worker has used so far."""
+        return self.get([self._start(index, 1, "usage") for index in self.placement.workers])
 
+    @abstractmethod
     def clean_up(self) -> None:
         """Let workers remove what they have on their disks, after an error.
 
         A worker that is still inside of a step may be left out.
         """
 
+    @abstractmethod
     def close(self) -> None:
         """End the workers."""

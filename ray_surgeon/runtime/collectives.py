@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from ray_surgeon.runtime.placement import Placement, WorkerIndex
 
 
 class CollectiveError(RuntimeError):
     """A sum or a copy between replicas failed, or another replica did not join it in time."""
 
 
-class ReplicaGroup(Protocol):
-    """The replicas of one shard, as one of them sees them."""
+class ReplicaGroup:
+    """The replicas of one shard, as one of them sees them; here it is the only one."""
 
-    rank: int
+    rank = 0
 
     def reduce(self, tensor: Tensor, owner: int) -> None:
         """Make `tensor` the sum over the replicas, in place, at the owner.
@@ -31,28 +33,24 @@ class ReplicaGroup(Protocol):
         """Make `tensor` a copy of the owner's, in place."""
 
 
-class SingleReplica:
-    """The group of a shard that has no other replica."""
-
-    rank = 0
-
-    def reduce(self, tensor: Tensor, owner: int) -> None:
-        """Leave the tensor as it is."""
-
-    def broadcast(self, tensor: Tensor, owner: int) -> None:
-        """Leave the tensor as it is."""
-
-
 class ThreadMeeting:
     """Where the threads of one process that act as replicas of one shard meet."""
 
     def __init__(self, num_replicas: int) -> None:
         """Prepare places for threads, which wait until all are there or one leaves."""
         self.barrier = threading.Barrier(num_replicas)
-        self.tensors: list[Tensor | None] = [None] * num_replicas
+        self.tensors = [torch.empty(0)] * num_replicas  # what each has brought
+
+    @contextlib.contextmanager
+    def brought(self, rank: int, tensor: Tensor) -> Iterator[list[Tensor]]:
+        """Bring a tensor, and have all of them until every replica has done its part."""
+        self.tensors[rank] = tensor
+        self.barrier.wait()
+        yield self.tensors
+        self.barrier.wait()
 
 
-class ThreadReplica:
+class ThreadReplica(ReplicaGroup):
     """A replica that is a thread of this process."""
 
     def __init__(self, meeting: ThreadMeeting, rank: int) -> None:
@@ -65,56 +63,39 @@ class ThreadReplica:
         self._meeting.barrier.abort()
 
     def reduce(self, tensor: Tensor, owner: int) -> None:
-        """Sum to the owner."""
-        meeting = self._meeting
-        meeting.tensors[self.rank] = tensor
-        meeting.barrier.wait()
-        if self.rank == owner:
-            others = [t for i, t in enumerate(meeting.tensors) if i != owner and t is not None]
-            for other in others:
-                tensor.add_(other)
-        meeting.barrier.wait()
+        """Sum to the owner, in the order of replicas."""
+        with self._meeting.brought(self.rank, tensor) as tensors:
+            for rank, part in enumerate(tensors) if self.rank == owner else ():
+                if rank != owner:
+                    tensor.add_(part)
 
     def broadcast(self, tensor: Tensor, owner: int) -> None:
         """Copy from the owner."""
-        meeting = self._meeting
-        if self.rank == owner:
-            meeting.tensors[owner] = tensor
-        meeting.barrier.wait()
-        source = meeting.tensors[owner]
-        assert source is not None
-        if self.rank != owner:
-            tensor.copy_(source)
-        meeting.barrier.wait()
+        with self._meeting.brought(self.rank, tensor) as tensors:
+            if self.rank != owner:
+                tensor.copy_(tensors[owner])
 
 
-def reduce_together(group: ReplicaGroup, tensors: Sequence[Tensor], owner: int) -> None:
-    """Sum tensors of one dtype to their owner in place, in one message; see `reduce`."""
-    _as_one(group, tensors, lambda flat: group.reduce(flat, owner))
-
-
-def broadcast_together(group: ReplicaGroup, tensors: Sequence[Tensor], owner: int) -> None:
-    """Copy tensors of one dtype from their owner in place, in one message.
-
-    See `ReplicaGroup.broadcast`.
-    """
-    _as_one(group, tensors, lambda flat: group.broadcast(flat, owner))
-
-
-def _as_one(
-    group: ReplicaGroup, tensors: Sequence[Tensor], collective: Callable[[Tensor], None]
+def together(
+    collective: Callable[[Tensor, int], None], tensors: Sequence[Tensor], owner: int
 ) -> None:
-    if not tensors or isinstance(group, SingleReplica):
+    """Sum or copy tensors of one dtype in place, in one message.
+
+    Args:
+        collective: `reduce` or `broadcast` of a `ReplicaGroup`.
+        tensors: on every replica the same number, of the same shapes.
+        owner: to which they are summed, or from which they are copied.
+    """
+    if not tensors:
         return
     flat = torch.cat([tensor.flatten() for tensor in tensors])
-    collective(flat)
-    for tensor, part in zip(
-        tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True
-    ):
+    collective(flat, owner)
+    parts = torch.split(flat, [tensor.numel() for tensor in tensors])
+    for tensor, part in zip(tensors, parts, strict=True):
         tensor.copy_(part.view_as(tensor))
 
 
-class ProcessReplica:
+class ProcessReplica(ReplicaGroup):
     """A replica in a process of its own, in a torch.distributed group.
 
     The backend is gloo on CPUs and NCCL on GPUs.
@@ -123,9 +104,8 @@ class ProcessReplica:
     def __init__(
         self,
         address: str,
-        world_rank: int,
-        world_size: int,
-        num_shards: int,
+        placement: Placement,
+        index: WorkerIndex,
         device: torch.device,
         timeout_s: float,
     ) -> None:
@@ -133,38 +113,36 @@ class ProcessReplica:
 
         Args:
             address: ``tcp://host:port`` of worker 0.
-            world_rank: this worker's rank, replica * num_shards + shard.
-            world_size: number of workers.
-            num_shards: shards of the model.
+            placement: of all workers.
+            index: which of them this is.
             device: where the tensors are.
             timeout_s: a collective that takes longer raises.
 
         Raises:
             CollectiveError: not all have come.
         """
-        backend = "nccl" if device.type == "cuda" else "gloo"
         timeout = timedelta(seconds=timeout_s)
+        size = len(placement.workers)
+        ranks = [
+            list(range(shard, size, placement.num_shards)) for shard in range(placement.num_shards)
+        ]
         try:
             dist.init_process_group(
-                backend,
+                "nccl" if device.type == "cuda" else "gloo",
                 init_method=address,
-                rank=world_rank,
-                world_size=world_size,
+                rank=placement.rank(index),
+                world_size=size,
                 timeout=timeout,
             )
-            groups = [
-                dist.new_group(list(range(shard, world_size, num_shards)), timeout=timeout)
-                for shard in range(num_shards)
-            ]
+            groups = [dist.new_group(of_shard, timeout=timeout) for of_shard in ranks]
         # another is lost before all have met, or its port was taken meanwhile
         except RuntimeError as error:
             raise CollectiveError(
                 f"the workers could not connect to each other: {error}"
             ) from error
-        shard = world_rank % num_shards
-        self.rank = world_rank // num_shards
-        self._group = groups[shard]
-        self._world_ranks = list(range(shard, world_size, num_shards))
+        self.rank = index.replica
+        self._group = groups[index.shard]
+        self._world_ranks = ranks[index.shard]
 
     def reduce(self, tensor: Tensor, owner: int) -> None:
         """Sum to the owner."""

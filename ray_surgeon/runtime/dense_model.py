@@ -16,17 +16,21 @@ from torch import Tensor
 
 from ray_surgeon.runtime.transport import TensorPayload, decode
 from ray_surgeon.runtime.worker import Worker
-from ray_surgeon.storage import files, tensor_files
+from ray_surgeon.storage import tensor_files
 
 CALIBRATION = "(calibration)"
-"""Name of the calibration text among those that have states; no evaluation text can have it."""
+ANSWERS = "(answers)"
+"""Names of the calibration text and of the dense model's answers among the texts that have states.
+
+No evaluation text can have them.
+"""
 
 
 @dataclass
 class DenseStates:
     """Last hidden states of the dense model, in the memory of the last shard's host."""
 
-    # text -> number of a sequence -> [1, T, d] bfloat16
+    # text -> number of a sequence -> [1, T, d]
     of_text: dict[str, dict[int, Tensor]] = field(default_factory=dict)
 
     def on_device(self, worker: Worker, text: str, number: int) -> Tensor:
@@ -34,19 +38,25 @@ class DenseStates:
         return self.of_text[text][number].to(worker.device)
 
 
-def keep_states(worker: Worker, text: str, numbers: Sequence[int], states: Tensor) -> None:
-    """Keep the states [m, T, d] of some sequences of a text."""
-    rows = torch.split(states.to("cpu", torch.bfloat16), 1)
-    worker.keeping(DenseStates).of_text.setdefault(text, {}).update(
-        zip(numbers, (row.clone() for row in rows), strict=True)
-    )
+def keep_states(
+    worker: Worker, text: str, numbers: Sequence[int], states: Sequence[Tensor]
+) -> None:
+    """Keep the states [1, T, d] of some sequences of a text.
+
+    They are rounded to bfloat16, but those of answers, of which that alone would cost a float32
+    model some thousandths of the acceptance.
+    """
+    dtype = None if text == ANSWERS else torch.bfloat16
+    rows = (row.to("cpu", dtype, copy=True) for row in states)
+    of_text = worker.keeping(DenseStates).of_text.setdefault(text, {})
+    of_text.update(zip(numbers, rows, strict=True))
 
 
 def receive_states(
     worker: Worker, text: str, numbers: Sequence[int], states: TensorPayload
 ) -> None:
-    """Keep states that another worker sent; see `keep_states`."""
-    keep_states(worker, text, numbers, decode(states, torch.device("cpu")))
+    """Keep the states [m, T, d] that another worker sent."""
+    keep_states(worker, text, numbers, torch.split(decode(states, torch.device("cpu")), 1))
 
 
 def kept_states(worker: Worker, text: str, numbers: Sequence[int]) -> TensorPayload:
@@ -75,12 +85,9 @@ def read_states(worker: Worker, uri: str) -> None:
         return
     dense_states = DenseStates()
     reader = tensor_files.Reader()
-    is_mapped = files.is_local(uri)
     # one after the other: all of them twice would need memory that no plan has
     for name in reader.names(uri):
         number, _, text = name.partition(" ")
         states = reader.read(uri, name)
-        dense_states.of_text.setdefault(text, {})[int(number)] = (
-            states.clone() if is_mapped else states
-        )
+        dense_states.of_text.setdefault(text, {})[int(number)] = states.clone()
     worker.keep(dense_states)

@@ -2,53 +2,32 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import ray
 import torch
-from ray.exceptions import (
-    ActorUnavailableError,
-    NodeDiedError,
-    ObjectLostError,
-    OutOfDiskError,
-    OutOfMemoryError,
-    RayError,
-    RayTaskError,
-)
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import (
-    NodeAffinitySchedulingStrategy,
-    PlacementGroupSchedulingStrategy,
-)
+from ray.exceptions import RayError, RayTaskError
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from ray_surgeon.memory.stores import Stores
 from ray_surgeon.models.layout import ModelLayout
-from ray_surgeon.runtime.cluster import LostError, Progress
+from ray_surgeon.runtime.cluster import Cluster, WorkerFailureError
 from ray_surgeon.runtime.collectives import CollectiveError, ProcessReplica
 from ray_surgeon.runtime.placement import Placement, WorkerIndex
-from ray_surgeon.runtime.usage import Usage
+from ray_surgeon.runtime.ray_machines import nodes_alive, on_node, reserve
 from ray_surgeon.runtime.worker import Worker, clean_up
 from ray_surgeon.spec.cluster import RaySection
 
-P = ParamSpec("P")
 T = TypeVar("T")
-U = TypeVar("U")
 
 _COMES_AGAIN = ("out of memory", "device-side assert")
 """What errors of CUDA say that a new process would have, too."""
 _LOOK_S = 2.0
 """How often a step over linears is asked how many are done."""
-_TRIES = 4
-"""Tries to connect by a Ray client.
-
-Of the processes that serve clients, about one in twenty dies at its fork (Ray issue 63202).
-"""
 _ANSWER_S = 30.0
 """In which a machine must start a process that answers, if a worker on it does not."""
 
@@ -58,116 +37,7 @@ def _answer() -> None:
     """Do nothing; that it ends says that its machine lives."""
 
 
-@dataclass(frozen=True)
-class WorkerFailure:
-    """A loss after which a run may continue from its last committed shot."""
-
-    cause: str  # "worker", "node", "coordinator", "communication" or "memory"; see `RetriesSection`
-    message: str  # one line
-
-    @staticmethod
-    def by(cause: str, error: BaseException) -> WorkerFailure:
-        """Return a failure whose message is the beginning of an error.
-
-        Errors may have many lines.
-        """
-        return WorkerFailure(cause, " ".join(str(error).split())[:300])
-
-
-class NoRoomError(RuntimeError):
-    """The cluster cannot hold the workers."""
-
-
-class WorkerFailureError(LostError):
-    """Part of the cluster is lost.
-
-    A new group of workers can continue from the last committed shot.
-    """
-
-    def __init__(self, failure: WorkerFailure) -> None:
-        """Say what is lost."""
-        super().__init__(failure.message)
-        self.failure = failure
-
-
-def connect(address: str | None, num_cpus_needed: int) -> str:
-    """Connect this process to Ray, starting one on this machine if none is named.
-
-    Args:
-        address: from the job spec. If it is None, ``RAY_ADDRESS`` is used.
-        num_cpus_needed: logical CPUs of the local Ray, at least; more workers than cores take
-            turns.
-
-    Returns:
-        What it is connected to, for the log.
-
-    Raises:
-        ValueError: there is no cluster at the address.
-        RuntimeError: a local Ray cannot be started.
-    """
-    target = address or os.environ.get("RAY_ADDRESS")
-    if target:
-        try:
-            _connect_to(target)
-        except (ConnectionError, TimeoutError) as error:
-            raise ValueError(
-                f"cluster.address: cannot reach Ray at {target!r}: {error}; start it, check "
-                "RAY_AUTH_MODE and RAY_AUTH_TOKEN, or leave the address out"
-            ) from error
-        return target
-    try:
-        num_cpus = max(os.cpu_count() or 1, num_cpus_needed)
-        # its warning
-        logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(
-            logging.ERROR
-        )
-        ray.init(
-            address="local",
-            num_cpus=num_cpus,
-            include_dashboard=False,
-            log_to_driver=False,
-            configure_logging=False,
-        )
-    except OSError as error:
-        home = os.path.expanduser("~")
-        raise RuntimeError(
-            f"cannot start a local Ray: {error}; it needs a writable home ({home}) and temporary "
-            "folder"
-        ) from error
-    return f"a local Ray with {num_cpus} CPUs"
-
-
-def _connect_to(address: str) -> None:
-    """Connect, and again if the cluster answers that it could not start what serves a client."""
-    for tries_left in reversed(range(_TRIES)):
-        try:
-            ray.init(address=address, log_to_driver=False)
-            return
-        except ConnectionError as error:
-            if not tries_left or "Initialization failure from server" not in str(error):
-                raise
-
-
-def num_nodes() -> int:
-    """Return the number of machines that are alive in the cluster."""
-    return len(_nodes_alive())
-
-
-def _nodes_alive() -> set[str]:
-    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}  # type: ignore[no-untyped-call]
-
-
-def on_this_node() -> NodeAffinitySchedulingStrategy:
-    """Return a strategy that places an actor beside this process.
-
-    So it is not lost with a machine of workers.
-
-    Not soft: Ray 2.60 takes a soft affinity of an actor without CPUs for none at times.
-    """
-    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-
-
-class RayCluster:
+class RayCluster(Cluster):
     """One actor per shard and replica.
 
     A lost actor is not restarted alone: its state is in the committed shot.
@@ -185,75 +55,28 @@ class RayCluster:
             RuntimeError: the cluster has no room within the time; names what was asked for and what
                 there is.
         """
-        self.placement = placement
-        self.progress = Progress()
-        self.stores = Stores()
-        self._group = _reserve(len(placement.workers), section)
-        threads = str(section.cpus_per_worker)
-        environment = {
-            "OMP_NUM_THREADS": threads,
-            "MKL_NUM_THREADS": threads,
-            "OMP_WAIT_POLICY": "PASSIVE",
-            "TOKENIZERS_PARALLELISM": "false",
-            # with a list of one device a worker, NCCL hung (Ray issue 61073)
-            "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
-        }
-        actor_class = ray.remote(concurrency_groups={"ping": 1})(Worker)  # type: ignore[call-overload]
+        super().__init__(placement)
         self._ping_timeout_s = section.ping_timeout_s
-        layout_reference = ray.put(layout)
-        self._actors: dict[WorkerIndex, Any] = {}
-        for bundle, index in enumerate(placement.workers):
-            options = actor_class.options(
-                num_cpus=section.cpus_per_worker,
-                num_gpus=section.gpus_per_worker,
-                max_restarts=0,
-                max_task_retries=0,
-                runtime_env={"env_vars": environment},
-                scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, bundle),
-            )
-            self._actors[index] = options.remote(
-                layout_reference, placement, index, section.cpus_per_worker, section.device
-            )
-        self._nodes: dict[WorkerIndex, str] = {}
-        self._nodes_at_start = _nodes_alive()
+        self._group = reserve(len(placement.workers), section)
+        self._actors = _start_actors(layout, placement, section, self._group)
+        self._nodes: dict[WorkerIndex, str] = {}  # once all have started
+        self._nodes_at_start = nodes_alive()
         try:
-            started = [actor.__ray_call__.remote(_node_id) for actor in self._actors.values()]
-            self._nodes = dict(
-                zip(self._actors, self._wait(started, section.start_timeout_s), strict=True)
-            )
-            self.run_all(_take_gpu)
+            started = [self.submit(index, _settle) for index in placement.workers]
+            nodes = self._wait(started, section.start_timeout_s)
+            self._nodes = dict(zip(placement.workers, nodes, strict=True))
             if placement.num_replicas > 1:
-                first = placement.workers[0]
-                (host,) = self.get([self._actors[first].__ray_call__.remote(_node_address)])
-                (address,) = self.get([self.submit(first, _meeting_address, host)])
+                (address,) = self.get([self.submit(placement.workers[0], _meeting_address)])
                 self.run_all(_join_replicas, address, section.step_timeout_s)
         except BaseException:
             self.close()
             raise
 
-    def submit(
-        self,
-        index: WorkerIndex,
-        step: Callable[Concatenate[Worker, P], T],
-        *args: P.args,
-        **kwargs: P.kwargs,
-    ) -> T:
-        """Start a step on one worker; see `Cluster.submit`."""
-        future: T = self._actors[index].call.remote(step, *args, **kwargs)
-        return future
-
-    def submit_pair(
-        self,
-        index: WorkerIndex,
-        step: Callable[Concatenate[Worker, P], tuple[T, U]],
-        *args: P.args,
-        **kwargs: P.kwargs,
-    ) -> tuple[T, U]:
-        """Start a step that returns a pair; see `Cluster.submit_pair`."""
-        first, second = (
-            self._actors[index].call.options(num_returns=2).remote(step, *args, **kwargs)
-        )
-        return first, second
+    def _start(
+        self, index: WorkerIndex, num_futures: int, method: str, *args: Any, **kwargs: Any
+    ) -> Any:
+        remote = getattr(self._actors[index], method).options(num_returns=num_futures)
+        return remote.remote(*args, **kwargs)
 
     def get(self, futures: Sequence[T]) -> list[T]:
         """Wait for futures and return their values.
@@ -277,8 +100,8 @@ class RayCluster:
                 values.update(zip(done, ray.get(done), strict=True))
                 if done:
                     heard = time.monotonic()
-                elif self.progress.unit == "linears":
-                    self._look()
+                elif self.progress.unit == "linears":  # those that do not answer at once left out
+                    self.progress.reach_together(self._ping(1.0)[0])
                 if time.monotonic() - heard >= patience_s:
                     self._check_that_all_answer(self._ping_timeout_s / 2)
                     heard = time.monotonic()
@@ -286,40 +109,13 @@ class RayCluster:
             raise self._as_failure(error) from error
         return [values[future] for future in futures]
 
-    def _look(self) -> None:
-        """Ask the workers how many linears they have done.
+    def _ping(self, timeout_s: float) -> tuple[list[tuple[int, int]], list[WorkerIndex]]:
+        """Ask every worker how many of how many linears it has done.
 
-        Workers that do not answer at once are left out.
-        """
-        pings = [
-            actor.ping.options(concurrency_group="ping").remote() for actor in self._actors.values()
-        ]
-        done, _ = ray.wait(pings, num_returns=len(pings), timeout=1.0)
-        positions = ray.get(done)
-        self.progress.reach(
-            sum(done for done, _ in positions), sum(total for _, total in positions)
-        )
-
-    def _check_that_all_answer(self, timeout_s: float) -> None:
-        """Ping every worker.
+        Returns the answers, and which workers have not answered in time.
 
         Raises:
             RayError: a worker's process ended.
-            WorkerFailureError: one does not answer, stopped or cut off.
-        """
-        index = self._silent(timeout_s)
-        if index is not None:
-            cause = "worker" if self._machine_answers(index) else "node"
-            message = (
-                f"shard {index.shard} of replica {index.replica} did not answer for {timeout_s:g} "
-                "s when asked whether it lives"
-            )
-            raise WorkerFailureError(WorkerFailure(cause, message))
-
-    def _silent(self, timeout_s: float) -> WorkerIndex | None:
-        """Ping every worker, and return one that does not answer.
-
-        Raises RayError if a worker's process ended.
         """
         pings = {
             actor.ping.options(concurrency_group="ping").remote(): index
@@ -328,19 +124,33 @@ class RayCluster:
         done, silent = ray.wait(
             list(pings), num_returns=len(pings), timeout=timeout_s, fetch_local=False
         )
-        ray.get(done)
-        return pings[silent[0]] if silent else None
+        return ray.get(done), [pings[ping] for ping in silent]
+
+    def _check_that_all_answer(self, timeout_s: float) -> None:
+        """Ping every worker.
+
+        Raises:
+            RayError: a worker's process ended.
+            WorkerFailureError: one does not answer, stopped or cut off.
+        """
+        _, silent = self._ping(timeout_s)
+        if silent:
+            index = silent[0]
+            cause = "worker" if self._machine_answers(index) else "node"
+            message = (
+                f"shard {index.shard} of replica {index.replica} did not answer for {timeout_s:g} "
+                "s when asked whether it lives"
+            )
+            raise WorkerFailureError(cause, message)
 
     def _machine_answers(self, index: WorkerIndex) -> bool:
         """Whether the machine of a worker still runs anything.
 
         Of one that is cut off, Ray itself says so after a minute only.
         """
-        node = self._nodes.get(index)
-        if node is None:
+        if index not in self._nodes:
             return True
-        on_node = NodeAffinitySchedulingStrategy(node, soft=False)
-        answer = _answer.options(scheduling_strategy=on_node).remote()
+        answer = _answer.options(scheduling_strategy=on_node(self._nodes[index])).remote()
         try:
             done, _ = ray.wait([answer], timeout=_ANSWER_S)
             ray.get(done)
@@ -354,36 +164,37 @@ class RayCluster:
             # a task failed because what it was to take was lost with another worker
             error = error.cause
         if isinstance(error, RayTaskError):
-            # a GPU that fell off the bus, which its process can use no more; other errors would
-            # come again
+            # a GPU that fell off the bus, which its process can use no more
             if isinstance(error.cause, torch.AcceleratorError) and not any(
-                said in str(error.cause) for said in _COMES_AGAIN
+                text in str(error.cause) for text in _COMES_AGAIN
             ):
-                return WorkerFailureError(WorkerFailure.by("worker", error.cause))
+                return WorkerFailureError("worker", error.cause)
             if not isinstance(error.cause, CollectiveError):
-                return error
+                return error  # it would come again
             try:
                 self._check_that_all_answer(min(5.0, self._ping_timeout_s))
             except RayError as dead:  # the other end of the collective
                 return self._as_failure(dead)
             except WorkerFailureError as failure:
                 return failure
-            return WorkerFailureError(WorkerFailure.by("communication", error.cause))
-        if isinstance(error, ActorUnavailableError):
+            return WorkerFailureError("communication", error.cause)
+        if isinstance(error, ray.exceptions.ActorUnavailableError):
             error = self._what_became_of_it(error)
-        if isinstance(error, OutOfDiskError):
+        if isinstance(error, ray.exceptions.OutOfDiskError):
             return error  # it would be as full again
-        if isinstance(error, OutOfMemoryError):
-            return WorkerFailureError(WorkerFailure.by("memory", error))
-        alive = _nodes_alive()
-        gone = [index for index, node in self._nodes.items() if node not in alive]
-        if gone or (not self._nodes and not self._nodes_at_start <= alive):
-            return WorkerFailureError(
-                WorkerFailure("node", f"{len(gone) or 'some'} workers were on lost machines")
-            )
-        if isinstance(error, (NodeDiedError, ObjectLostError)):
-            return WorkerFailureError(WorkerFailure.by("node", error))
-        return WorkerFailureError(WorkerFailure.by("worker", error))
+        return self._loss(error)
+
+    def _loss(self, error: RayError) -> WorkerFailureError:
+        """Return what is lost, where Ray raised an error in place of a step's result."""
+        if isinstance(error, ray.exceptions.OutOfMemoryError):
+            return WorkerFailureError("memory", error)
+        alive = nodes_alive()
+        num_gone = sum(node not in alive for node in self._nodes.values())
+        if num_gone or (not self._nodes and not self._nodes_at_start <= alive):
+            return WorkerFailureError("node", f"{num_gone or 'some'} workers were on lost machines")
+        if isinstance(error, ray.exceptions.NodeDiedError | ray.exceptions.ObjectLostError):
+            return WorkerFailureError("node", error)
+        return WorkerFailureError("worker", error)
 
     def _what_became_of_it(self, error: RayError) -> RayError:
         """Ask until Ray knows whether a worker is dead, or its machine is.
@@ -393,25 +204,13 @@ class RayCluster:
         deadline = time.monotonic() + self._ping_timeout_s
         while time.monotonic() < deadline:
             try:
-                if self._silent(1.0) is None:
+                if not self._ping(1.0)[1]:
                     break
             except RayError as newer:
-                if not isinstance(newer, ActorUnavailableError):
+                if not isinstance(newer, ray.exceptions.ActorUnavailableError):
                     return newer
             time.sleep(0.5)
         return error
-
-    def run_all(
-        self, step: Callable[Concatenate[Worker, P], T], *args: P.args, **kwargs: P.kwargs
-    ) -> list[T]:
-        """Run a step on every worker at the same time."""
-        return self.get(
-            [self.submit(index, step, *args, **kwargs) for index in self.placement.workers]
-        )
-
-    def usages(self) -> list[Usage]:
-        """Return what each worker has used so far."""
-        return self.get([self._actors[index].usage.remote() for index in self.placement.workers])
 
     def clean_up(self) -> None:
         """Let workers remove what they have on their disks.
@@ -428,58 +227,60 @@ class RayCluster:
         remove_placement_group(self._group)
 
 
-def _node_id(worker: Worker) -> str:
-    """Return the identity of the machine of a worker; runs there."""
-    return str(ray.get_runtime_context().get_node_id())
+# On a worker
 
 
-def _take_gpu(worker: Worker) -> None:
-    """Let a worker take the GPU that Ray gave it, of all that its machine shows.
-
-    Runs on the worker.
-    """
+def _settle(worker: Worker) -> str:
+    """Take the GPU that Ray gave, of all that the machine shows; return the machine's identity."""
+    context = ray.get_runtime_context()
     if worker.device.type == "cuda":
-        (name,) = ray.get_runtime_context().get_accelerator_ids()["GPU"]
+        (name,) = context.get_accelerator_ids()["GPU"]
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         worker.take_gpu(name, visible.split(",").index(name) if visible else int(name))
+    return str(context.get_node_id())
 
 
-def _node_address(worker: Worker) -> str:
-    """Return the address by which Ray itself reaches the machine of a worker; runs there."""
-    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
-
-
-def _meeting_address(worker: Worker, host: str) -> str:
-    """Return an address with a free port on a worker's machine, called `host`."""
+def _meeting_address(worker: Worker) -> str:
+    """Return an address with a free port, by which Ray itself reaches the machine of a worker."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.bind(("", 0))
+        host = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         return f"tcp://{host}:{probe.getsockname()[1]}"
 
 
 def _join_replicas(worker: Worker, address: str, timeout_s: float) -> None:
     """Let a worker join the process group of all workers; see `ProcessReplica`."""
-    placement = worker.placement
-    rank = placement.rank(worker.index)
-    size = len(placement.workers)
     worker.replicas = ProcessReplica(
-        address, rank, size, placement.num_shards, worker.device, timeout_s
+        address, worker.placement, worker.index, worker.device, timeout_s
     )
 
 
-def _reserve(num_workers: int, section: RaySection) -> PlacementGroup:
-    bundle: dict[str, float] = {"CPU": section.cpus_per_worker}
-    if section.gpus_per_worker:
-        bundle["GPU"] = section.gpus_per_worker
-    group: PlacementGroup = placement_group([bundle] * num_workers, strategy="PACK")
-    if not group.wait(section.start_timeout_s):
-        total = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        free = ray.available_resources()  # type: ignore[no-untyped-call]
-        remove_placement_group(group)
-        shown = ", ".join(
-            f"{key} {free.get(key, 0):g} free of {total.get(key, 0):g}" for key in bundle
-        )
-        raise NoRoomError(
-            f"no room for {num_workers} workers of {bundle} within {section.start_timeout_s:g} s; "
-            f"the cluster has {shown}. Ask for fewer shards or replicas, or add nodes"
-        )
-    return group
+# On the coordinator
+
+
+def _start_actors(
+    layout: ModelLayout, placement: Placement, section: RaySection, group: PlacementGroup
+) -> dict[WorkerIndex, Any]:
+    """Start an actor for every worker, each in a bundle of the placement group."""
+    threads = str(section.cpus_per_worker)
+    environment = {
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "false",
+        # with a list of one device a worker, NCCL hung (Ray issue 61073)
+        "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
+    }
+    actor_class = ray.remote(concurrency_groups={"ping": 1})(Worker)  # type: ignore[call-overload]
+    layout_reference = ray.put(layout)
+    return {
+        index: actor_class.options(
+            num_cpus=section.cpus_per_worker,
+            num_gpus=section.gpus_per_worker,
+            max_restarts=0,
+            max_task_retries=0,
+            runtime_env={"env_vars": environment},
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, bundle),
+        ).remote(layout_reference, placement, index, section.cpus_per_worker, section.device)
+        for bundle, index in enumerate(placement.workers)
+    }

@@ -21,9 +21,9 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ray_surgeon.runtime.cluster import Cluster
-from ray_surgeon.runtime.passes import token_payload
 from ray_surgeon.runtime.placement import WorkerIndex
 from ray_surgeon.runtime.transport import TensorPayload
+from ray_surgeon.runtime.wave import token_payload
 from ray_surgeon.runtime.worker import Worker
 
 TEXTS_TOGETHER = 16

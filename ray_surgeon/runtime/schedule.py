@@ -1,4 +1,4 @@
-"""The order in which micro-batches pass the shards forward and backward: pure functions."""
+"""The order in which micro-batches pass the shards: pure functions."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Literal
 
-Operation = tuple[int, Literal["forward", "backward"], int]
+Operation = tuple[int, Literal["forward", "backward", "infer"], int]
 """(shard, direction, micro-batch).
 
 On the last shard the backward pass belongs to the forward operation.
@@ -34,23 +34,27 @@ def submission_order(num_shards: int, num_micro_batches: int) -> list[Operation]
         deque(one_forward_one_backward(shard, num_shards, num_micro_batches))
         for shard in range(num_shards)
     ]
-    done: set[Operation] = set()
-    order: list[Operation] = []
+    done: dict[Operation, None] = {}
     while any(queues):
         for queue in queues:
-            while queue and _needs(queue[0], num_shards) <= done:
-                order.append(queue[0])
-                done.add(queue.popleft())
-    return order
+            while queue and _before(queue[0], num_shards) <= done.keys():
+                done[queue.popleft()] = None
+    return list(done)
 
 
-def _needs(operation: Operation, num_shards: int) -> set[Operation]:
+def one_by_one(num_shards: int, num_micro_batches: int) -> list[Operation]:
+    """Return the order in which micro-batches pass forward only."""
+    return [
+        (shard, "infer", micro_batch)
+        for micro_batch in range(num_micro_batches)
+        for shard in range(num_shards)
+    ]
+
+
+def _before(operation: Operation, num_shards: int) -> set[Operation]:
+    """Return the operation of another shard that must come before this one, if any."""
     shard, direction, micro_batch = operation
     if direction == "forward":
         return {(shard - 1, "forward", micro_batch)} if shard else set()
-    after: Operation = (
-        shard + 1,
-        "forward" if shard + 1 == num_shards - 1 else "backward",
-        micro_batch,
-    )
-    return {after}
+    above_is_last = shard + 1 == num_shards - 1
+    return {(shard + 1, "forward" if above_is_last else "backward", micro_batch)}

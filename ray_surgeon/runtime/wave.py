@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ray_surgeon.runtime.dense_model import CALIBRATION, DenseStates, keep_states
-from ray_surgeon.runtime.transport import TensorPayload
+from ray_surgeon.runtime.transport import TensorPayload, encode
 from ray_surgeon.runtime.worker import Worker
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -28,116 +33,159 @@ class Labels:
     may_diverge: bool = False
 
 
-def forward(worker: Worker, wave: int, inputs: TensorPayload | None) -> TensorPayload:
+Tokens: TypeAlias = NDArray[np.int64]
+"""[num_sequences, sequence_length]."""
+Counts: TypeAlias = NDArray[np.bool_] | None
+"""[num_sequences, sequence_length], whether a token counts as something that is predicted; None if
+all do.
+"""
+
+
+def token_payload(tokens: Tokens) -> TensorPayload:
+    """Return tokens [T] or [n, T] as they travel."""
+    return encode(torch.from_numpy(np.atleast_2d(tokens)))
+
+
+class SequenceOfWave(NamedTuple):
+    """A sequence of a wave, on the device."""
+
+    number: int
+    tokens: Tensor  # [1, T]
+    counts: Tensor | None  # [1, T] bool, which tokens count; None for all
+
+
+@dataclass(frozen=True)
+class Wave:
+    """Sequences that pass the shards together, as they travel to the last one."""
+
+    numbers: list[int]  # of the sequences
+    tokens: TensorPayload  # [m, T]
+    # [m, T] bool, which tokens count, see `next_token_loss`; None for all
+    counts: TensorPayload | None
+
+    @staticmethod
+    def of(sequences: Tokens, numbers: list[int], counts: Counts) -> Wave:
+        """Return the sequences with these numbers."""
+        counting = None if counts is None else encode(torch.from_numpy(counts[numbers]))
+        return Wave(numbers, token_payload(sequences[numbers]), counting)
+
+    def sequences(self, worker: Worker) -> Iterator[SequenceOfWave]:
+        """Yield the sequences."""
+        tokens = torch.split(worker.unpack(self.tokens), 1)
+        counts: Iterable[Tensor | None] = [None] * len(tokens)
+        if self.counts is not None:
+            counts = torch.split(worker.unpack(self.counts), 1)
+        yield from map(SequenceOfWave, self.numbers, tokens, counts)
+
+
+def forward(worker: Worker, number: int, inputs: TensorPayload) -> TensorPayload:
     """Run a wave forward: tokens [m, T] or hidden states [m, T, d] in, hidden states out."""
-    assert inputs is not None
-    return worker.pack(torch.cat(worker.runner.forward(wave, worker.unpack(inputs))))
+    return worker.pack(torch.cat(worker.runner.forward(number, worker.unpack(inputs))))
 
 
 def forward_backward(
-    worker: Worker,
-    wave: int,
-    inputs: TensorPayload | None,
-    tokens: TensorPayload,
-    numbers: Sequence[int],
-    labels: Labels,
-    counts: TensorPayload | None = None,
-) -> tuple[TensorPayload | None, list[float]]:
+    worker: Worker, number: int, inputs: TensorPayload, wave: Wave, labels: Labels
+) -> tuple[TensorPayload, list[float]]:
     """Run a wave through the last shard and back.
 
     Args:
         worker: with the last shard.
-        wave: its number.
+        number: of the wave.
         inputs: tokens, if this is the only shard, or hidden states.
-        tokens: [m, T] of the text.
-        numbers: of the sequences.
+        wave: what was to be predicted.
         labels: what the model is to say.
-        counts: [m, T] bool, which tokens count, see `next_token_loss`; None for all.
 
     Returns:
-        The gradient at the inputs, None if this is the only shard, and the loss of each sequence,
+        The gradient at the inputs, empty if this is the only shard, and the loss of each sequence,
         summed over its tokens that count, in nats.
 
     Raises:
         FloatingPointError: a loss is not finite, and no training may have made it so.
     """
-    assert inputs is not None
-    text = worker.unpack(tokens)
-    counting = _unpacked(worker, counts, len(text))
-    gradients = worker.runner.forward(wave, worker.unpack(inputs))
+    gradients = worker.runner.forward(number, worker.unpack(inputs))
     losses = []
-    for i, number in enumerate(numbers):
-        generator = (
-            None if labels.seed is None else torch.Generator().manual_seed(labels.seed + number)
-        )
-        dense = (
-            worker.kept(DenseStates).on_device(worker, CALIBRATION, number)
-            if labels.of_dense_model
-            else None
-        )
+    for i, sequence in enumerate(wave.sequences(worker)):
+        generator = dense = None
+        if labels.seed is not None:
+            generator = torch.Generator().manual_seed(labels.seed + sequence.number)
+        if labels.of_dense_model:
+            dense = worker.kept(DenseStates).on_device(worker, CALIBRATION, sequence.number)
         loss, gradients[i], states = worker.runner.loss(
-            gradients[i], text[i : i + 1], generator, dense, counting[i]
+            gradients[i], sequence.tokens, generator, dense, sequence.counts
         )
         if labels.remembers:
-            keep_states(worker, CALIBRATION, [number], states)
+            keep_states(worker, CALIBRATION, [sequence.number], [states])
         losses.append(float(loss))
         if not labels.may_diverge and not math.isfinite(losses[-1]):
             raise FloatingPointError(
-                f"the loss of calibration sequence {number} is {losses[-1]}; check the weights and "
-                "the dtype"
+                f"the loss of calibration sequence {sequence.number} is {losses[-1]}; check the "
+                "weights and the dtype"
             )
-    return _gradient_below(worker, worker.runner.backward(wave, gradients)), losses
+    return _gradient_below(worker, worker.runner.backward(number, gradients)), losses
 
 
-def backward(worker: Worker, wave: int, gradient: TensorPayload | None) -> TensorPayload | None:
+def backward(worker: Worker, number: int, gradient: TensorPayload) -> TensorPayload:
     """Run a wave backward: gradient at the outputs in, gradient at the inputs out.
 
     The first shard keeps its own.
     """
-    assert gradient is not None
-    return _gradient_below(
-        worker, worker.runner.backward(wave, list(torch.split(worker.unpack(gradient), 1)))
-    )
+    gradients = list(torch.split(worker.unpack(gradient), 1))
+    return _gradient_below(worker, worker.runner.backward(number, gradients))
 
 
-def _gradient_below(worker: Worker, gradients: list[Tensor]) -> TensorPayload | None:
-    return None if worker.index.shard == 0 else worker.pack(torch.cat(gradients))
+def _gradient_below(worker: Worker, gradients: list[Tensor]) -> TensorPayload:
+    return worker.pack(torch.cat(gradients) if worker.index.shard else torch.empty(0))
 
 
-def infer(worker: Worker, inputs: TensorPayload) -> TensorPayload:
-    """Run a wave without gradients: tokens or hidden states in, hidden states out."""
+# Without gradients; all but the first run at the last shard
+
+
+def infer(worker: Worker, number: int, inputs: TensorPayload) -> TensorPayload:
+    """Run a wave: tokens or hidden states in, hidden states out."""
     return worker.pack(torch.cat(worker.runner.infer(worker.unpack(inputs))))
 
 
-def infer_loss(
+def infer_logits(worker: Worker, inputs: TensorPayload) -> TensorPayload:
+    """Return the logits [n, T, vocabulary]."""
+    return worker.pack(worker.shard.logits(torch.cat(worker.runner.infer(worker.unpack(inputs)))))
+
+
+def infer_each(
     worker: Worker,
+    number: int,
     inputs: TensorPayload,
-    tokens: TensorPayload,
-    counts: TensorPayload | None = None,
-) -> list[float]:
-    """Return each sequence's NLL in nats, summed over its tokens that count.
+    wave: Wave,
+    of_each: Callable[[Worker, Tensor, SequenceOfWave], T],
+    text: str | None,
+) -> tuple[TensorPayload, list[T]]:
+    """Run a wave up to the head.
 
-    Runs at the last shard.
+    Returns nothing that would go back, as `forward_backward` does, and what comes of each sequence.
+
+    Args:
+        worker: with the last shard.
+        number: of the wave.
+        inputs: tokens [m, T] or hidden states [m, T, d].
+        wave: the sequences.
+        of_each: what is made of the hidden states [1, T, d] of one; see below.
+        text: as whose states those before the head are kept; None if they are not.
     """
-    return _text_losses(worker, worker.runner.infer(worker.unpack(inputs)), tokens, counts)
+    hidden = worker.runner.infer(worker.unpack(inputs))
+    if text is not None:
+        keep_states(worker, text, wave.numbers, hidden)
+    sequences = wave.sequences(worker)
+    results = [of_each(worker, h, sequence) for h, sequence in zip(hidden, sequences, strict=True)]
+    return worker.pack(torch.empty(0)), results
 
 
-def _text_losses(
-    worker: Worker, hidden: Sequence[Tensor], tokens: TensorPayload, counts: TensorPayload | None
-) -> list[float]:
-    labels = worker.unpack(tokens)
-    counting = _unpacked(worker, counts, len(labels))
-    return [
-        float(worker.shard.loss(h, labels[i : i + 1], counts=counting[i])[0])
-        for i, h in enumerate(hidden)
-    ]
+def nll(worker: Worker, hidden: Tensor, sequence: SequenceOfWave) -> float:
+    """Return a sequence's NLL in nats, summed over its tokens that count."""
+    return float(worker.shard.loss(hidden, sequence.tokens, counts=sequence.counts)[0])
 
 
-def _unpacked(
-    worker: Worker, counts: TensorPayload | None, num_sequences: int
-) -> list[Tensor | None]:
-    """Return which tokens count, [1, T] bool of each sequence, on the device; None where all do."""
-    return [None] * num_sequences if counts is None else list(torch.split(worker.unpack(counts), 1))
+def is_finite(worker: Worker, hidden: Tensor, sequence: SequenceOfWave) -> bool:
+    """Return whether a sequence's hidden states are finite."""
+    return bool(torch.isfinite(hidden).all())
 
 
 @dataclass(frozen=True)
@@ -149,79 +197,21 @@ class Compared:
 
     nll: float  # in nats
     divergence: float  # in nats
-    acceptance: float = math.nan  # where it is asked for
+    acceptance: float = math.nan  # where it is wanted
     agreement: float = math.nan  # likewise
 
 
-def infer_comparison(
-    worker: Worker,
-    inputs: TensorPayload,
-    tokens: TensorPayload,
-    text: str,
-    numbers: Sequence[int],
-    counts: TensorPayload | None = None,
-    with_acceptance: bool = False,
-) -> list[Compared]:
-    """Compare the present model with the dense one on each sequence of a wave, at the last shard.
+def comparison(
+    worker: Worker, hidden: Tensor, sequence: SequenceOfWave, text: str, with_acceptance: bool
+) -> Compared:
+    """Compare the present model with the dense one on a sequence.
 
-    Args:
-        worker: with the last shard, which has the dense model's states of the text.
-        inputs: tokens [m, T] or hidden states [m, T, d].
-        tokens: [m, T].
-        text: name of the text.
-        numbers: of the sequences.
-        counts: [m, T] bool, which tokens count; None for all.
-        with_acceptance: whether to compute acceptance and agreement.
+    The worker has the dense model's states of the text. Acceptance and agreement are computed if
+    they are wanted.
     """
-    labels = worker.unpack(tokens)
-    counting = _unpacked(worker, counts, len(labels))
-    comparisons = []
-    for i, (number, h) in enumerate(
-        zip(numbers, worker.runner.infer(worker.unpack(inputs)), strict=True)
-    ):
-        dense = worker.kept(DenseStates).on_device(worker, text, number)
-        sums = worker.shard.compare(
-            h, dense, labels[i : i + 1], counts=counting[i], with_acceptance=with_acceptance
-        )
-        further = (
-            ()
-            if sums.acceptance is None or sums.agreement is None
-            else (sums.acceptance, sums.agreement)
-        )
-        comparisons.append(Compared(*map(float, (sums.nll, sums.divergence, *further))))
-    return comparisons
-
-
-def infer_loss_and_keep(
-    worker: Worker,
-    inputs: TensorPayload,
-    tokens: TensorPayload,
-    text: str,
-    numbers: Sequence[int],
-    counts: TensorPayload | None = None,
-) -> list[float]:
-    """Return the summed NLL as `infer_loss` does, and keep the states before the head.
-
-    Runs at the last shard.
-    """
-    hidden = worker.runner.infer(worker.unpack(inputs))
-    keep_states(worker, text, numbers, torch.cat(hidden))
-    return _text_losses(worker, hidden, tokens, counts)
-
-
-def infer_states(
-    worker: Worker, inputs: TensorPayload, text: str | None, numbers: Sequence[int]
-) -> list[bool]:
-    """Run a wave up to the head, and return which sequences are finite.
-
-    The hidden states before the head are kept if a text is named.
-    """
-    hidden = worker.runner.infer(worker.unpack(inputs))
-    if text is not None:
-        keep_states(worker, text, numbers, torch.cat(hidden))
-    return [bool(torch.isfinite(h).all()) for h in hidden]
-
-
-def infer_logits(worker: Worker, inputs: TensorPayload) -> TensorPayload:
-    """Return the logits [n, T, vocabulary], at the last shard."""
-    return worker.pack(worker.shard.logits(torch.cat(worker.runner.infer(worker.unpack(inputs)))))
+    dense = worker.kept(DenseStates).on_device(worker, text, sequence.number)
+    sums = worker.shard.compare(
+        hidden, dense, sequence.tokens, counts=sequence.counts, with_acceptance=with_acceptance
+    )
+    values = (sums.nll, sums.divergence, sums.acceptance, sums.agreement)
+    return Compared(*(float(value) for value in values if value is not None))

@@ -8,26 +8,22 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from ray_surgeon.maths.masks import ElementMask, Mask, StructuredMask
-from ray_surgeon.memory.stores import NO_SCRATCH, Scratch, ScratchNames, Stores
-from ray_surgeon.memory.weights import ReadAhead
-from ray_surgeon.models.checkpoint import tensor_reader
+from ray_surgeon.memory.stores import Scratch
 from ray_surgeon.models.layout import ExpertSet, GroupSet, ModelLayout
 from ray_surgeon.models.runner import BlockRunner
 from ray_surgeon.models.shard import ModelShard
-from ray_surgeon.runtime.collectives import ReplicaGroup, SingleReplica
+from ray_surgeon.runtime.collectives import ReplicaGroup
 from ray_surgeon.runtime.placement import Placement, WorkerIndex
 from ray_surgeon.runtime.transport import TensorPayload, decode, encode
 from ray_surgeon.runtime.usage import Usage, give_back, process_usage
-from ray_surgeon.spec.model import ModelSection
-from ray_surgeon.storage import files, tensor_files
-from ray_surgeon.storage.sources import open_model
+from ray_surgeon.storage import tensor_files
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -41,16 +37,6 @@ def collective(step: Callable[P, T]) -> Callable[P, T]:
 
 
 @dataclass(frozen=True)
-class ModelRecipe:
-    """How a worker gets its weights."""
-
-    model: ModelSection  # the dense model, and the dtype of weights and activations
-    # (key, URI of its file) of the committed shot to continue from
-    shot_files: tuple[tuple[str, str], ...] = ()
-    scratch: ScratchNames = NO_SCRATCH
-
-
-@dataclass(frozen=True)
 class LinearSummary:
     """What is left of one linear after a shot."""
 
@@ -61,11 +47,9 @@ class LinearSummary:
     columns_kept: int  # columns of which something stays, the bias included
     num_kept: int  # entries that the mask keeps
     num_nonzero: int  # entries that are not exactly zero
-    predicted: (
-        float | None
-        # loss increase of this shot's change by the quadratic model, in nats per token; None
-        # without such a model
-    )
+    # loss increase of this shot's change by the quadratic model, in nats per token; None without
+    # such a model
+    predicted: float | None
     residual: float  # of the equations of the update, relative; 0 where they are solved directly
 
     @property
@@ -79,6 +63,9 @@ class Worker:
 
     Each linear has one owner among the replicas, which computes its costs and updates it.
     """
+
+    shard: ModelShard  # once it is loaded
+    runner: BlockRunner  # likewise
 
     def __init__(
         self,
@@ -104,12 +91,12 @@ class Worker:
         self.index = index
         self.device = torch.device(device)
         self.gpu: str | None = None  # its name, as in CUDA_VISIBLE_DEVICES, for other processes
-        self.replicas: ReplicaGroup = SingleReplica()
+        self.replicas = ReplicaGroup()
         self.scratch: Scratch | None = None  # once something is loaded
         self.masks: dict[str, Mask] = {}
         self.shot_reader = tensor_files.Reader()  # of the committed shot that the weights come from
         self.position = (0, 0)
-        self.report_position: Callable[[int, int], None] | None = None
+        self.on_progress: Callable[[], None] | None = None
         self._kept: dict[type, Any] = {}
         self._busy_s = self._packing_s = 0.0
 
@@ -172,8 +159,7 @@ class Worker:
 
     def kept(self, kind: type[T]) -> T:
         """Return the object of a class that is kept."""
-        thing = self._kept[kind]
-        assert isinstance(thing, kind)
+        thing: T = self._kept[kind]
         return thing
 
     def keeping(self, kind: type[T]) -> T:
@@ -184,67 +170,10 @@ class Worker:
 
     def drop(self, kind: type[T]) -> T:
         """Return the object of a class and keep it no longer."""
-        thing = self.kept(kind)
-        del self._kept[kind]
+        thing: T = self._kept.pop(kind)
         return thing
 
     # Weights and masks
-
-    def load(self, recipe: ModelRecipe, by_element: bool, stores: Stores) -> None:
-        """Load this shard's weights and, when a run is resumed, its masks.
-
-        Args:
-            recipe: where everything is.
-            by_element: whether masks are of elements, or of rows and columns.
-            stores: where the weights and factors are kept.
-
-        Raises:
-            ValueError: the checkpoint cannot be read.
-        """
-        source = open_model(recipe.model)
-        scratch = Scratch(*recipe.scratch, f"{self.index.shard}-{self.index.replica}")
-        scratch.remove_earlier()
-        blocks = self.placement.blocks[self.index.shard]
-        dtype = getattr(torch, recipe.model.dtype)
-        self.shard = ModelShard(self.layout, blocks, dtype, self.device, stores, scratch)
-        self.scratch = scratch
-        self.runner = BlockRunner(self.shard)
-        shot = self.shot_reader
-        pruned_in = dict(recipe.shot_files)
-        read_dense = tensor_reader(self.layout, source.uri_of, source.read, source.origin)
-
-        def read(name: str) -> Tensor:
-            return shot.read(pruned_in[name], name) if name in pruned_in else read_dense(name)
-
-        # stacks of experts are taken apart once, not whenever a block is read
-        is_read_again = source.is_local and not self.layout.family.stacks_experts
-        stays = is_read_again and all(files.is_local(uri) for uri in set(pruned_in.values()))
-        kind: type[StructuredMask] | type[ElementMask] = (
-            ElementMask if by_element else StructuredMask
-        )
-        parts = [part.name for part in fields(kind)] if recipe.shot_files else []
-        of_masks = [f"{name}.{part}" for name in self.shard.linears for part in parts]
-        kept = {
-            f"{name}.kept": (shape.num_rows, shape.num_columns)
-            for name, shape in self.layout.shapes.items()
-            if by_element
-        }
-        get = (
-            read
-            if stays
-            else ReadAhead(
-                read, [*self.shard.wanted, *of_masks], {**self.layout.parameters, **kept}
-            )
-        )
-        self.shard.load(get, stays=stays)
-        for name in self.shard.linears:
-            shape = self.layout.shapes[name]
-            parts_of_mask = {
-                part: get(f"{name}.{part}").to(torch.bool, copy=True) for part in parts
-            }
-            self.masks[name] = (
-                kind(**parts_of_mask) if parts else kind.full(shape.num_rows, shape.num_columns)
-            )
 
     def owner(self, name: str) -> int:
         """Return the replica that computes the costs of a linear and updates it."""
@@ -267,8 +196,8 @@ class Worker:
 
     def _reach(self, done: int, total: int) -> None:
         self.position = done, total
-        if self.report_position is not None:
-            self.report_position(done, total)
+        if self.on_progress is not None:
+            self.on_progress()
 
     def mask(self, name: str, kind: type[AnyMask]) -> AnyMask:
         """Return the mask of a linear, which is of the given class."""
@@ -305,12 +234,9 @@ class Worker:
         for number in removed.nonzero()[:, 0].tolist():
             for name in experts.linears[number]:
                 mask = self.mask(name, StructuredMask)
-                self.masks[name] = StructuredMask(
-                    torch.zeros_like(mask.rows), torch.zeros_like(mask.columns)
-                )
-                self.shard.set_weight(
-                    name, torch.zeros(len(mask.rows), len(mask.columns), device=self.device)
-                )
+                W = torch.zeros(len(mask.rows), len(mask.columns), device=self.device)
+                self.masks[name] = mask.without(mask.rows, mask.columns)
+                self.shard.set_weight(name, W)
         self.shard.route_around(experts.block, ~self.removed_experts(experts))
 
     def share_linears(self, names: Iterable[str]) -> None:
@@ -318,7 +244,7 @@ class Worker:
 
         All owners have done their own before.
         """
-        for name in names if not isinstance(self.replicas, SingleReplica) else ():
+        for name in names if self.placement.num_replicas > 1 else ():
             W = self.shard.weight(name)
             self.replicas.broadcast(W, self.owner(name))
             if not self.owns(name):
@@ -345,11 +271,6 @@ class Worker:
         return LinearSummary(
             name, len(rows), len(columns), *kept, int(W.count_nonzero()), predicted, residual
         )
-
-
-def load(worker: Worker, recipe: ModelRecipe, by_element: bool, stores: Stores) -> None:
-    """Load a worker's shard; see `Worker.load`."""
-    worker.load(recipe, by_element, stores)
 
 
 def clean_up(worker: Worker) -> None:

@@ -19,9 +19,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from ray_surgeon.memory.stores import Stores
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.pipeline import main
+from ray_surgeon.runtime.loading import ModelRecipe, load
 from ray_surgeon.runtime.local import LocalCluster
 from ray_surgeon.runtime.placement import place
-from ray_surgeon.runtime.worker import ModelRecipe, load
 from ray_surgeon.spec.model import ModelSection
 from ray_surgeon.storage import tensor_files
 

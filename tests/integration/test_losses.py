@@ -27,9 +27,11 @@ from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.report.directory import TakenOverError
 from ray_surgeon.run.driver import unwrapped
 from ray_surgeon.runtime import ray_cluster
+from ray_surgeon.runtime.cluster import WorkerFailureError
 from ray_surgeon.runtime.collectives import ProcessReplica
 from ray_surgeon.runtime.placement import place
-from ray_surgeon.runtime.ray_cluster import NoRoomError, RayCluster, WorkerFailureError, connect
+from ray_surgeon.runtime.ray_cluster import RayCluster
+from ray_surgeon.runtime.ray_machines import NoRoomError, connect
 from ray_surgeon.runtime.worker import Worker
 from ray_surgeon.spec.cluster import RaySection
 from ray_surgeon.stages.evaluation import CollapseError
@@ -241,7 +243,7 @@ def _lost_before_all_meet(worker: Worker, address: str, timeout_s: float) -> Non
         time.sleep(2)
         del store
         os._exit(1)
-    ProcessReplica(address, 1, 2, 1, worker.device, timeout_s)
+    ProcessReplica(address, worker.placement, worker.index, worker.device, timeout_s)
 
 
 def test_what_does_not_answer_is_a_worker_or_its_machine(
@@ -281,7 +283,7 @@ def test_what_does_not_answer_is_a_worker_or_its_machine(
                 stopped.append(process)
             with pytest.raises(WorkerFailureError) as caught:
                 workers.run_all(_hold, 1)
-            assert caught.value.failure.cause == cause
+            assert caught.value.cause == cause
     finally:
         for process in stopped:
             with contextlib.suppress(psutil.NoSuchProcess):

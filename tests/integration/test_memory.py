@@ -29,7 +29,7 @@ from ray_surgeon.plan.plan import DoesNotFitError
 from ray_surgeon.plan.room import Resources
 from ray_surgeon.report.directory import RunDirectory
 from ray_surgeon.run import loop
-from ray_surgeon.runtime.cluster import LostError
+from ray_surgeon.runtime.cluster import WorkerFailureError
 from ray_surgeon.stages import evaluation
 from ray_surgeon.stages.prune.rows_columns import RowsColumns
 from tests.integration.runs import assert_same_shot, report_of, run, tiny_spec
@@ -130,7 +130,7 @@ def test_a_run_from_disk_is_resumed_with_the_same_bits_and_takes_over_what_a_kil
     assert run(tmp_path / "whole", model_folders["llama"], **options) == 0
 
     def killed(*arguments: object) -> None:
-        raise LostError("after which nobody cleans up")
+        raise WorkerFailureError("node", "after which nobody cleans up")
 
     with monkeypatch.context() as patch:
         patch.setattr(evaluation, "check_for_collapse", killed)
@@ -170,7 +170,7 @@ def test_a_run_that_fails_leaves_no_scratch(model_folders: dict[str, Path], tmp_
     ("error", "cleans"),
     [
         (RuntimeError("an export failed"), True),
-        (LostError("a machine was lost"), False),
+        (WorkerFailureError("node", "a machine was lost"), False),
         (KeyboardInterrupt(), False),
     ],
 )

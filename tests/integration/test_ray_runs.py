@@ -21,9 +21,12 @@ from ray.exceptions import OutOfDiskError, RayError, RayTaskError
 import ray_surgeon
 from ray_surgeon.memory.stores import Stores
 from ray_surgeon.runtime import ray_cluster
+from ray_surgeon.runtime.cluster import WorkerFailureError
+from ray_surgeon.runtime.loading import ModelRecipe, load
 from ray_surgeon.runtime.placement import WorkerIndex, place
-from ray_surgeon.runtime.ray_cluster import NoRoomError, RayCluster, WorkerFailureError, connect
-from ray_surgeon.runtime.worker import ModelRecipe, Worker, load
+from ray_surgeon.runtime.ray_cluster import RayCluster
+from ray_surgeon.runtime.ray_machines import NoRoomError, connect
+from ray_surgeon.runtime.worker import Worker
 from ray_surgeon.spec.cluster import RaySection
 from ray_surgeon.spec.model import ModelSection
 from ray_surgeon.spec.parsing import parse_spec
@@ -163,7 +166,7 @@ def test_failures_are_seen_and_named(connected: None, model_folders: dict[str, P
     os.kill(int(usage[1].process.rpartition(":")[2]), signal.SIGKILL)
     with pytest.raises(WorkerFailureError) as caught:
         workers.get([workers.submit(WorkerIndex(1, 0), Worker.usage)])
-    assert caught.value.failure.cause == "worker"
+    assert caught.value.cause == "worker"
     workers.close()
 
 
@@ -218,7 +221,7 @@ def test_a_loss_is_seen_through_tasks_that_needed_it(connected: None) -> None:
     found = workers._as_failure(caught.value)
     workers.close()
     assert isinstance(found, WorkerFailureError)
-    assert found.failure.cause == "worker"
+    assert found.cause == "worker"
 
 
 def test_a_gpu_that_fails_is_a_lost_worker_and_a_full_disk_is_none() -> None:
@@ -228,8 +231,8 @@ def test_a_gpu_that_fails_is_a_lost_worker_and_a_full_disk_is_none() -> None:
     )
     found = RayCluster._as_failure(nobody, broken)
     assert isinstance(found, WorkerFailureError)
-    assert found.failure.cause == "worker"
-    assert "unspecified launch failure" in found.failure.message
+    assert found.cause == "worker"
+    assert "unspecified launch failure" in found.message
     for said in ("CUDA error: out of memory", "CUDA error: device-side assert triggered"):
         again = RayTaskError("step", "", torch.AcceleratorError(said))
         assert RayCluster._as_failure(nobody, again) is again

@@ -17,12 +17,12 @@ from ray_surgeon.runtime.local import LocalCluster
 from ray_surgeon.runtime.passes import (
     compared,
     divergences_of,
-    forward_and_backward,
     measure,
     num_counted,
     remember,
     sequence_losses,
 )
+from ray_surgeon.runtime.pipelines import forward_and_backward
 from ray_surgeon.runtime.wave import Labels
 from ray_surgeon.stages.curvature.gather import gather_curvature
 from tests.conftest import VOCABULARY

@@ -15,21 +15,15 @@ from statistics import fmean, median
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from ray_surgeon.runtime import passes
 from ray_surgeon.runtime.cluster import Cluster
-from ray_surgeon.runtime.dense_model import DenseStates
+from ray_surgeon.runtime.dense_model import ANSWERS
 from ray_surgeon.runtime.sampling import Wanted, write_texts
-from ray_surgeon.runtime.transport import TensorPayload, decode
-from ray_surgeon.runtime.worker import Worker
 from ray_surgeon.stages.self_text.loops import repeats
 from ray_surgeon.storage import files
 
-ANSWERS = "(answers)"
-"""Name of the answers among the texts that have states; no evaluation text can have it."""
 _EXAMPLE_CHARACTERS = 2000
 """Of a text that a record shows as an example."""
 
@@ -73,31 +67,6 @@ class Generation(Rates):
     not_ended: float | None
     repeating: float  # fraction of the answers that get stuck in a loop
     answers: tuple[tuple[int, ...], ...]  # the pruned model's own
-
-
-# On a worker
-
-
-def keep_exactly(worker: Worker, inputs: TensorPayload, numbers: Sequence[int]) -> list[bool]:
-    """Run a wave up to the head, keep the states there as they are, and return which are finite.
-
-    Those of evaluation texts are rounded to bfloat16, which alone costs a float32 model some
-    thousandths of the acceptance.
-    """
-    hidden = worker.runner.infer(worker.unpack(inputs))
-    _keep(worker, numbers, [h.cpu() for h in hidden])
-    return [bool(torch.isfinite(h).all()) for h in hidden]
-
-
-def receive_exactly(worker: Worker, text: str, numbers: Sequence[int], sent: TensorPayload) -> None:
-    """Keep states [m, T, d] that another worker sent, as they are; `text` is `ANSWERS`."""
-    rows = torch.split(decode(sent, torch.device("cpu")), 1)
-    _keep(worker, numbers, [row.clone() for row in rows])
-
-
-def _keep(worker: Worker, numbers: Sequence[int], rows: Sequence[Tensor]) -> None:
-    states = worker.keeping(DenseStates).of_text.setdefault(ANSWERS, {})
-    states.update(zip(numbers, rows, strict=True))
 
 
 # On the coordinator
@@ -154,16 +123,11 @@ def remember_answers(cluster: Cluster, answers: Answers) -> None:
         FloatingPointError: a state is not finite.
     """
     tokens, _ = windows_of_answers(answers)
-    is_finite = passes.each_wave(
-        cluster, tokens, lambda last, moving, own: cluster.submit(last, keep_exactly, moving, own)
-    )
-    if not all(is_finite):
+    if not passes.pass_up_to_the_head(cluster, tokens, range(len(tokens)), ANSWERS):
         raise FloatingPointError(
             "the dense model's states of its answers are not finite; check the weights and the "
             "dtype"
         )
-    waves = passes.waves_of_replicas(cluster, range(len(tokens)))
-    passes.share_states(cluster, ANSWERS, waves, receive_exactly)
 
 
 def measure_rates(cluster: Cluster, answers: Answers) -> Rates:

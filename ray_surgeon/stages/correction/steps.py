@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ray_surgeon.models.low_rank import CorrectionState, LowRankCorrections
-from ray_surgeon.runtime.collectives import broadcast_together, reduce_together
+from ray_surgeon.runtime.collectives import together
 from ray_surgeon.runtime.worker import Worker, collective
 
 
@@ -17,12 +17,12 @@ def step(worker: Worker, num_tokens: int, rate: float) -> None:
     ]
     for owner, names in enumerate(owned):
         gradients = [part for name in names for part in corrections.gradients(name, num_tokens)]
-        reduce_together(worker.replicas, gradients, owner)
+        together(worker.replicas.reduce, gradients, owner)
     corrections.step(rate)
     for owner, names in enumerate(owned):
         parts = [corrections.parts[name] for name in names]
         tensors = [x.detach() for part in parts for x in (part.A, part.B)]
-        broadcast_together(worker.replicas, tensors, owner)
+        together(worker.replicas.broadcast, tensors, owner)
 
 
 def keep_state(worker: Worker) -> None:

@@ -13,7 +13,8 @@ import numpy as np
 from ray_surgeon.maths.reconstruction import rate_factor
 from ray_surgeon.models.low_rank import LowRankCorrections
 from ray_surgeon.runtime.cluster import Cluster
-from ray_surgeon.runtime.passes import forward_and_backward, num_counted
+from ray_surgeon.runtime.passes import num_counted
+from ray_surgeon.runtime.pipelines import forward_and_backward
 from ray_surgeon.runtime.wave import Labels
 from ray_surgeon.runtime.worker import Worker
 from ray_surgeon.stages.calibration import CalibrationText, held_measure

@@ -22,7 +22,7 @@ from ray_surgeon.maths.extended.terms import power_iteration, quadratic_forms
 from ray_surgeon.maths.kronecker import PackedSymmetric
 from ray_surgeon.models.shard import watch_pairs
 from ray_surgeon.runtime.cluster import Cluster
-from ray_surgeon.runtime.passes import forward_and_backward
+from ray_surgeon.runtime.pipelines import forward_and_backward
 from ray_surgeon.runtime.wave import Labels
 from ray_surgeon.runtime.worker import Worker, collective
 

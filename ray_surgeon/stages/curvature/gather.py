@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from ray_surgeon.runtime import passes
 from ray_surgeon.runtime.cluster import Cluster
-from ray_surgeon.runtime.collectives import SingleReplica
 from ray_surgeon.runtime.dense_model import CALIBRATION
+from ray_surgeon.runtime.pipelines import forward_and_backward
 from ray_surgeon.runtime.wave import Labels
 from ray_surgeon.runtime.worker import Worker, collective
 
@@ -57,7 +57,7 @@ def finish_curvature(worker: Worker) -> None:
     shard = worker.shard
     store = shard.factor_store
     shard.stop_curvature()
-    if isinstance(worker.replicas, SingleReplica):
+    if worker.placement.num_replicas == 1:
         return
     for experts in worker.expert_sets if shard.expert_sums else ():
         sums = shard.expert_sums[experts.block - shard.blocks.first]
@@ -137,16 +137,13 @@ def gather_curvature(
         is_finite = True
         if both:
             labels = Labels(label_seed, remembers=remembers)
-            losses = passes.forward_and_backward(
-                cluster, sequences, labels, only=both, counts=counts
-            )
+            losses = forward_and_backward(cluster, sequences, labels, only=both, counts=counts)
             if rest := sorted(set(range(len(sequences))) - set(both)):
                 text = CALIBRATION if remembers else None
                 is_finite = passes.pass_up_to_the_head(cluster, sequences, rest, text)
-        elif remembers:
-            losses = passes.remembered_losses(cluster, CALIBRATION, sequences, counts)
         else:
-            losses = passes.sequence_losses(cluster, sequences, counts)
+            text = CALIBRATION if remembers else None
+            losses = passes.sequence_losses(cluster, sequences, counts, text)
         if both and passes.num_counted(sequences) != num_tokens:
             cluster.run_all(weigh_gradients, passes.num_counted(sequences) / num_tokens)
         if not is_finite or not all(map(math.isfinite, losses)):

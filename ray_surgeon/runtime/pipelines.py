@@ -1,0 +1,187 @@
+"""Waves of sequences on their way from worker to worker, as the coordinator sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain, zip_longest
+from typing import Generic, TypeVar
+
+from torch import Tensor
+
+from ray_surgeon.runtime import wave as on_worker
+from ray_surgeon.runtime.cluster import Cluster
+from ray_surgeon.runtime.dense_model import CALIBRATION, kept_states, receive_states
+from ray_surgeon.runtime.placement import WorkerIndex
+from ray_surgeon.runtime.schedule import Operation, one_by_one, submission_order
+from ray_surgeon.runtime.transport import TensorPayload
+from ray_surgeon.runtime.wave import Counts, Labels, Tokens, Wave, backward, forward, infer
+from ray_surgeon.runtime.worker import Worker
+
+T = TypeVar("T")
+
+_STEPS = {"forward": forward, "backward": backward, "infer": infer}
+"""What a shard that is not the last does in an operation."""
+
+
+def forward_and_backward(
+    cluster: Cluster,
+    sequences: Tokens,
+    labels: Labels | None = None,
+    *,
+    only: Sequence[int] | None = None,
+    counted: bool = True,
+    counts: Counts = None,
+) -> list[float]:
+    """Run sequences forward and backward, and return the loss of each in nats.
+
+    A loss is summed over the sequence's tokens that count.
+
+    Waves of sequences go through the shards in one-forward-one-backward order. Submission runs a
+    bounded number of them ahead.
+
+    Args:
+        cluster: with loaded workers, whose hooks gather what is wanted.
+        sequences: [num_sequences, sequence_length] tokens.
+        labels: what the model is to say; the text if not given.
+        only: numbers of the sequences to run; all if not given.
+        counted: whether the progress of the step counts these sequences.
+        counts: [num_sequences, sequence_length], whether a token counts as something that is
+            predicted; None if all do. The gradients are those of the summed loss of the tokens that
+            count.
+    """
+    labels = labels or Labels()
+    step = partial(on_worker.forward_backward, labels=labels)
+    text = CALIBRATION if labels.remembers else None
+    return _pass(cluster, sequences, step, submission_order, only, counts, text, counted)
+
+
+def each_wave(
+    cluster: Cluster,
+    sequences: Tokens,
+    of_each: Callable[[Worker, Tensor, on_worker.SequenceOfWave], T],
+    *,
+    only: Sequence[int] | None = None,
+    counts: Counts = None,
+    text: str | None = None,
+) -> list[T]:
+    """Run sequences forward, and return what comes of each.
+
+    Args:
+        cluster: with loaded workers.
+        sequences: [num_sequences, sequence_length] tokens.
+        of_each: what a worker with the last shard makes of each; see `infer_each`.
+        only: numbers of the sequences to run; all if not given.
+        counts: [num_sequences, sequence_length], whether a token counts; None if all do.
+        text: as whose states those before the head are kept by the last shards of all replicas;
+            None if they are not.
+    """
+    step = partial(on_worker.infer_each, of_each=of_each, text=text)
+    return _pass(cluster, sequences, step, one_by_one, only, counts, text)
+
+
+@dataclass
+class _Pipeline(Generic[T]):
+    """The waves of one replica, on their way through its shards, and back if they are to."""
+
+    waves: list[list[int]]  # numbers of the sequences
+    # number of a wave -> what comes of its last operation
+    moving: dict[int, TensorPayload] = field(default_factory=dict)
+    results: list[list[T]] = field(default_factory=list)  # of each sequence of each wave
+    num_done: int = 0  # sequences
+
+
+def _pass(
+    cluster: Cluster,
+    sequences: Tokens,
+    at_the_end: Callable[[Worker, int, TensorPayload, Wave], tuple[TensorPayload, list[T]]],
+    order: Callable[[int, int], list[Operation]],
+    only: Sequence[int] | None,
+    counts: Counts,
+    text: str | None,
+    counted: bool = True,
+) -> list[T]:
+    """Let sequences pass, and return what comes of each; see `forward_and_backward`.
+
+    Args:
+        cluster: with loaded workers.
+        sequences: [num_sequences, sequence_length] tokens.
+        at_the_end: (worker with the last shard, number of a wave, its inputs, itself) -> what goes
+            back from there, and what comes of each sequence.
+        order: (number of shards, number of waves) -> the operations of a replica.
+        only: numbers of the sequences that are meant; all if not given.
+        counts: which tokens count.
+        text: as whose states the last shards keep those before the head, if they do.
+        counted: whether the progress of the step counts these sequences.
+    """
+    num_shards = cluster.placement.num_shards
+    wanted = list(range(len(sequences)) if only is None else only)
+    if counted:
+        cluster.progress.begin(len(wanted), "sequences", sequences.shape[1])
+    pipelines = [_Pipeline[T](waves) for waves in _waves_of_replicas(cluster, wanted)]
+
+    def submit(replica: int, pipeline: _Pipeline[T], operation: Operation) -> None:
+        (shard, direction, number) = operation
+        index = WorkerIndex(shard, replica)
+        wave_of = partial(Wave.of, sequences, pipeline.waves[number], counts)
+        if shard == 0 and direction != "backward":
+            earlier = number - num_shards - 1
+            if earlier >= 0:  # so many are on their way at once
+                cluster.get([pipeline.moving.pop(earlier)])
+                pipeline.num_done += len(pipeline.waves[earlier])
+            pipeline.moving[number] = wave_of().tokens
+        inputs = pipeline.moving[number]
+        if shard == num_shards - 1:
+            pipeline.moving[number], results = cluster.submit_pair(
+                index, at_the_end, number, inputs, wave_of()
+            )
+            pipeline.results.append(results)
+        else:
+            pipeline.moving[number] = cluster.submit(index, _STEPS[direction], number, inputs)
+
+    orders = [order(num_shards, len(pipeline.waves)) for pipeline in pipelines]
+    for operations in zip_longest(*orders):
+        for replica, operation in enumerate(operations):
+            if operation is not None:
+                submit(replica, pipelines[replica], operation)
+                if counted:
+                    cluster.progress.reach(sum(p.num_done for p in pipelines))
+    results = cluster.get([of_wave for p in pipelines for of_wave in p.results])
+    if counted:
+        cluster.progress.reach(len(wanted))
+    if text is not None:
+        _share_states(cluster, text, wanted)
+    numbers = chain.from_iterable(wave for p in pipelines for wave in p.waves)
+    result_of = dict(zip(numbers, chain.from_iterable(results), strict=True))
+    return [result_of[number] for number in wanted]
+
+
+def _waves_of_replicas(cluster: Cluster, numbers: Sequence[int]) -> list[list[list[int]]]:
+    """Return, for every replica, the numbers of the sequences of each of its waves.
+
+    Replicas take sequences in turns.
+    """
+    num_replicas = cluster.placement.num_replicas
+    size = cluster.stores.wave
+    own = [list(numbers[replica::num_replicas]) for replica in range(num_replicas)]
+    return [[mine[i : i + size] for i in range(0, len(mine), size)] for mine in own]
+
+
+def _share_states(cluster: Cluster, text: str, numbers: Sequence[int]) -> None:
+    """Give the states that each replica keeps of its sequences of a text to the other replicas.
+
+    This comes after the pass, in which replicas would wait for each other.
+    """
+    last = cluster.placement.num_shards - 1
+    owners = [WorkerIndex(last, replica) for replica in range(cluster.placement.num_replicas)]
+    futures = list[None]()
+    for owner, waves in zip(owners, _waves_of_replicas(cluster, numbers), strict=True):
+        for wave in waves if len(owners) > 1 else ():
+            states = cluster.submit(owner, kept_states, text, wave)
+            futures += [
+                cluster.submit(receiver, receive_states, text, wave, states)
+                for receiver in owners
+                if receiver != owner
+            ]
+    cluster.get(futures)
