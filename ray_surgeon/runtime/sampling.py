@@ -12,12 +12,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from ray_surgeon.runtime.cluster import Cluster
@@ -56,6 +59,15 @@ class Wanted:
             return self.num_tokens
         return max(0, min(self.num_tokens, self.max_length - len(self.prompts[number])))
 
+    def has_ended(self, number: int, text: Sequence[int]) -> bool:
+        """Whether what was written so far of a text is all of it."""
+        return len(text) == self.room(number) or (bool(text) and text[-1] in self.ends)
+
+    def num_steps(self, numbers: Sequence[int]) -> int:
+        """Return in how many steps a batch is written if no text ends before it must."""
+        lengths = {i: len(self.prompts[i]) for i in numbers}
+        return max(lengths[i] + self.room(i) for i in numbers) - min(lengths.values())
+
     def batches(self) -> list[list[int]]:
         """Return the numbers of the texts of each batch: nearly equally many, of similar length."""
         lengths = [len(prompt) for prompt in self.prompts]
@@ -92,15 +104,20 @@ class _Draws:
     @staticmethod
     def of(wanted: Wanted, numbers: Sequence[int], device: torch.device) -> _Draws:
         """Return those of the texts with these numbers."""
-        lengths = [len(prompt) for prompt in wanted.prompts]
-        prompts = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
-        chances = torch.empty(len(lengths), wanted.num_tokens)
-        for row, (number, prompt) in enumerate(zip(numbers, wanted.prompts, strict=True)):
-            prompts[row, : len(prompt)] = torch.tensor(prompt)
-            generator = torch.Generator().manual_seed(wanted.seed + 1_000_003 * number)
-            chances[row] = torch.rand(wanted.num_tokens, generator=generator)
-        of_prompts = torch.tensor(lengths, device=device)
-        return _Draws(prompts.to(device), of_prompts, chances.to(device), wanted.temperature)
+        prompts = [torch.tensor(prompt) for prompt in wanted.prompts]
+        chances = [
+            torch.rand(
+                wanted.num_tokens,
+                generator=torch.Generator().manual_seed(wanted.seed + 1_000_003 * number),
+            )
+            for number in numbers
+        ]
+        return _Draws(
+            pad_sequence(prompts, batch_first=True).to(device),
+            torch.tensor([len(prompt) for prompt in prompts], device=device),
+            torch.stack(chances).to(device),
+            wanted.temperature,
+        )
 
     def of_rows(self, rows: Tensor) -> _Draws:
         """Return those of some rows."""
@@ -134,18 +151,15 @@ class _Batch:
             self.draws = self.draws.of_rows(rows)
 
 
-@dataclass
-class _Writing:
-    """Everything that a worker is writing."""
-
-    batches: dict[int, _Batch] = field(default_factory=dict)
+class _Writing(dict[int, _Batch]):
+    """The batches that a worker is writing, by their numbers."""
 
 
 def begin(worker: Worker, batch: int, numbers: Sequence[int], wanted: Wanted) -> None:
     """Prepare a batch of texts with these numbers, whose prompts are all that `wanted` has."""
     is_last = worker.shard.blocks.is_last
     draws = _Draws.of(wanted, numbers, worker.device) if is_last else None
-    worker.keeping(_Writing).batches[batch] = _Batch(worker.runner.new_cache(), draws)
+    worker.keeping(_Writing)[batch] = _Batch(worker.runner.new_cache(), draws)
 
 
 def write_on(
@@ -162,7 +176,7 @@ def write_on(
     Returns:
         Hidden states [m, n, d], from the last shard the tokens [m, 1] that follow.
     """
-    text = worker.kept(_Writing).batches[batch]
+    text = worker.kept(_Writing)[batch]
     received = worker.unpack(inputs)
     if rows is not None:
         chosen = torch.tensor(rows, device=received.device)
@@ -177,10 +191,13 @@ def write_on(
 
 def end(worker: Worker, batch: int) -> None:
     """Forget a batch."""
-    del worker.kept(_Writing).batches[batch]
+    del worker.kept(_Writing)[batch]
 
 
 # On the coordinator
+
+_Step: TypeAlias = tuple[list[int], int, TensorPayload]
+"""Numbers of the texts of a batch, position of the tokens that come of a step, and these [m, 1]."""
 
 
 def write_texts(cluster: Cluster, wanted: Wanted) -> list[NDArray[np.int64]]:
@@ -194,127 +211,90 @@ def write_texts(cluster: Cluster, wanted: Wanted) -> list[NDArray[np.int64]]:
         For each prompt what follows it, int64 tokens up to and including the first of `ends`; no
         tokens if its prompt leaves no room.
     """
-    batches = wanted.batches()
     texts: list[list[int]] = [[] for _ in wanted.prompts]
-    steps = [_num_steps(wanted, numbers) for numbers in batches]
-    num_replicas = cluster.placement.num_replicas
-    num_slots = min(len(batches), cluster.placement.num_shards * num_replicas)
-    slots: list[_BatchOfTexts | None] = [None] * num_slots
+    batches = wanted.batches()
     waiting = iter(enumerate(batches))
+
+    def write_waiting(replica: int) -> Iterator[int]:
+        for batch in waiting:
+            yield from _write_batch(cluster, wanted, *batch, replica, texts)
+
+    num_replicas = cluster.placement.num_replicas
+    # so many batches at once keep all workers busy
+    num_slots = min(len(batches), cluster.placement.num_shards * num_replicas)
+    slots = [write_waiting(slot % num_replicas) for slot in range(num_slots)]
     done = 0
-    running = len(batches)
-    cluster.progress.begin(sum(steps), "tokens")
-    while running:  # so many batches at once keep all workers busy
-        for slot, batch in enumerate(slots):
-            if batch is None:
-                if (following := next(waiting, None)) is not None:
-                    replica = slot % num_replicas
-                    slots[slot] = _BatchOfTexts(cluster, wanted, *following, replica, texts)
-            elif batch.go_on():
-                cluster.progress.reach(done + sum(b.num_steps for b in slots if b is not None))
-            else:
-                batch.close()
-                slots[slot] = None
-                done += steps[batch.number]
-                running -= 1
-                cluster.progress.reach(done + sum(b.num_steps for b in slots if b is not None))
+    cluster.progress.begin(sum(map(wanted.num_steps, batches)), "tokens")
+    for steps in zip_longest(*slots, fillvalue=0):
+        done += sum(steps)
+        cluster.progress.reach(done)
     return [np.array(text, dtype=np.int64) for text in texts]
 
 
-def _num_steps(wanted: Wanted, numbers: Sequence[int]) -> int:
-    """Return in how many steps a batch is written if no text ends before it must."""
-    lengths = [len(wanted.prompts[i]) for i in numbers]
-    last = max(length + wanted.room(i) for length, i in zip(lengths, numbers, strict=True))
-    return last - min(lengths)
+def _write_batch(
+    cluster: Cluster,
+    wanted: Wanted,
+    batch: int,
+    numbers: list[int],
+    replica: int,
+    texts: list[list[int]],
+) -> Iterator[int]:
+    """Write a batch step by step, and yield how many of its steps are done with each.
 
+    Args:
+        cluster: with loaded workers.
+        wanted: all texts.
+        batch: its number.
+        numbers: of its texts.
+        replica: that writes it.
+        texts: of all numbers; tokens are added as they come.
+    """
+    workers = [WorkerIndex(shard, replica) for shard in range(cluster.placement.num_shards)]
 
-class _BatchOfTexts:
-    """A batch that is being written, as the coordinator sees it."""
-
-    def __init__(
-        self,
-        cluster: Cluster,
-        wanted: Wanted,
-        number: int,
-        numbers: list[int],
-        replica: int,
-        texts: list[list[int]],
-    ) -> None:
-        """Begin to write.
-
-        Args:
-            cluster: with loaded workers.
-            wanted: all texts.
-            number: of the batch.
-            numbers: of its texts.
-            replica: that writes it.
-            texts: of all numbers; tokens are added as they come.
-        """
-        shards = range(cluster.placement.num_shards)
-        self._cluster = cluster
-        self._wanted = wanted
-        self._texts = texts
-        self._workers = [WorkerIndex(shard, replica) for shard in shards]
-        self._steps_left = _num_steps(wanted, numbers)
-        self.number = number
-        self.num_steps = 0  # that were submitted
-        self._rows = numbers  # numbers of the texts that it still has
-        self._ended: set[int] = set()
-        self._in_flight: deque[tuple[list[int], int, TensorPayload]] = deque()
-        prompts = tuple(wanted.prompts[i] for i in numbers)
-        own = Wanted(prompts, wanted.num_tokens, wanted.temperature, wanted.seed)
-        cluster.get(
-            [cluster.submit(worker, begin, number, numbers, own) for worker in self._workers]
-        )
-        self._position = min(map(len, prompts))  # of the tokens that come back next
-        *pieces, self._inputs = self._pieces(prompts)
-        for piece in pieces:
-            self._pass(piece, None)
-
-    def go_on(self) -> bool:
-        """Submit a step, take the tokens of an older one; return whether there is more to do."""
-        if self._steps_left:
-            self._inputs = self._pass(self._inputs, self._rows_to_keep())
-            self._in_flight.append((self._rows, self._position, self._inputs))
-            self._position += 1
-            self._steps_left -= 1
-            self.num_steps += 1
-        if len(self._in_flight) > _STEPS_IN_FLIGHT or not self._steps_left:
-            self._take(*self._in_flight.popleft())
-        is_done = self._ended.issuperset(self._rows)
-        return bool((self._steps_left or self._in_flight) and not is_done)
-
-    def close(self) -> None:
-        """Let the workers forget it."""
-        self._cluster.get([self._cluster.submit(w, end, self.number) for w in self._workers])
-
-    def _pieces(self, prompts: Sequence[Sequence[int]]) -> Iterator[TensorPayload]:
-        """Yield the tokens that all texts have from their prompts, in pieces [m, n]."""
-        tokens = np.array([prompt[: self._position] for prompt in prompts], dtype=np.int64)
-        size = max(1, PREFILL_TOKENS // len(prompts))
-        for start in range(0, self._position, size):
-            yield token_payload(tokens[:, start : start + size])
-
-    def _pass(self, inputs: TensorPayload, rows: list[int] | None) -> TensorPayload:
-        for worker in self._workers:
-            inputs = self._cluster.submit(worker, write_on, self.number, inputs, rows)
+    def pass_on(inputs: TensorPayload, rows: list[int] | None = None) -> TensorPayload:
+        for worker in workers:
+            inputs = cluster.submit(worker, write_on, batch, inputs, rows)
         return inputs
 
-    def _rows_to_keep(self) -> list[int] | None:
-        """Return the rows that go on, if enough have ended that leaving them out is worth it."""
-        rows = [row for row, text in enumerate(self._rows) if text not in self._ended]
-        if len(rows) > _FEWER_ROWS * len(self._rows):
-            return None
-        self._rows = [self._rows[row] for row in rows]
-        return rows
+    def writing() -> list[int]:
+        """Return the rows that have not ended."""
+        return [row for row, n in enumerate(numbers) if not wanted.has_ended(n, texts[n])]
 
-    def _take(self, rows: Sequence[int], position: int, payload: TensorPayload) -> None:
-        """Add the tokens at a position to the texts that have not ended."""
-        (come,) = self._cluster.get([payload])
-        for number, token in zip(rows, come.array[:, 0].tolist(), strict=True):
-            text = self._texts[number]
-            if number in self._ended or position < len(self._wanted.prompts[number]):
-                continue
-            text.append(token)
-            if token in self._wanted.ends or len(text) == self._wanted.room(number):
-                self._ended.add(number)
+    own = replace(wanted, prompts=tuple(wanted.prompts[i] for i in numbers))
+    cluster.get([cluster.submit(worker, begin, batch, numbers, own) for worker in workers])
+    shortest = min(map(len, own.prompts))
+    tokens = np.array([prompt[:shortest] for prompt in own.prompts], dtype=np.int64)
+    size = max(1, PREFILL_TOKENS // len(numbers))
+    *pieces, inputs = (token_payload(tokens[:, i : i + size]) for i in range(0, shortest, size))
+    for piece in pieces:
+        pass_on(piece)
+    in_flight = deque[_Step]()
+    steps_left = wanted.num_steps(numbers)
+    for position in range(shortest, shortest + steps_left):
+        if not (rows := writing()):
+            break
+        leaves_out = len(rows) <= _FEWER_ROWS * len(numbers)
+        if leaves_out:
+            numbers = [numbers[row] for row in rows]
+        inputs = pass_on(inputs, rows if leaves_out else None)
+        in_flight.append((numbers, position, inputs))
+        if len(in_flight) > _STEPS_IN_FLIGHT:
+            _take(cluster, wanted, texts, in_flight)
+        steps_left -= 1
+        yield 1
+    while in_flight and writing():
+        _take(cluster, wanted, texts, in_flight)
+        yield 0
+    cluster.get([cluster.submit(worker, end, batch) for worker in workers])
+    yield steps_left
+
+
+def _take(
+    cluster: Cluster, wanted: Wanted, texts: list[list[int]], in_flight: deque[_Step]
+) -> None:
+    """Add the tokens of the oldest step to the texts that have not ended."""
+    numbers, position, payload = in_flight.popleft()
+    (tokens,) = cluster.get([payload])
+    for number, token in zip(numbers, tokens.array[:, 0].tolist(), strict=True):
+        if position >= len(wanted.prompts[number]) and not wanted.has_ended(number, texts[number]):
+            texts[number].append(token)

@@ -116,7 +116,7 @@ def test_a_batch_stops_when_its_texts_have_ended(
     steps = max(map(len, ended))
     assert len(calls) <= steps + sampling._STEPS_IN_FLIGHT
     assert len(set(calls)) > 1, "rows of ended texts are left out"
-    assert not cluster.workers[cluster.placement.workers[0]].kept(sampling._Writing).batches
+    assert not cluster.workers[cluster.placement.workers[0]].kept(sampling._Writing)
 
 
 def test_no_more_tokens_are_fed_than_the_model_has_positions(
