@@ -57,7 +57,7 @@ class BlockPass(ABC):
                 store.drop(key)
                 if worker.owns(group.names[0]):
                     A = total.dense().div_(max(1, int(num_tokens)))
-                    # an expert that was not called: zeros would say that no weight of it matters
+                    # which no token reached: zeros would say that no weight of it matters
                     if not num_tokens:
                         A.fill_diagonal_(1.0)
                     for name in group.names:

@@ -5,13 +5,10 @@ Results equal those of the Ray cluster.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import BrokenBarrierError
 from typing import Any, Concatenate, ParamSpec, TypeVar
-
-import torch
 
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.runtime.cluster import Cluster
@@ -46,7 +43,7 @@ class LocalCluster(Cluster):
         for index, worker in self.workers.items():
             worker.on_progress = self._look
             if device == "cuda":
-                _take_present_gpu(worker)
+                worker.take_gpu()
             if placement.num_replicas > 1:
                 worker.replicas = ThreadReplica(meetings[index.shard], index.replica)
 
@@ -98,10 +95,3 @@ class LocalCluster(Cluster):
 
     def _look(self) -> None:
         self.progress.reach_together(worker.position for worker in self.workers.values())
-
-
-def _take_present_gpu(worker: Worker) -> None:
-    """Let a worker compute on the GPU that is this process's present one."""
-    number = torch.cuda.current_device()
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    worker.take_gpu(visible.split(",")[number].strip() if visible else str(number), number)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from ray_surgeon.models.build import BlockRange
 from ray_surgeon.models.layout import LinearShape, ModelLayout
@@ -88,11 +89,8 @@ def partition_blocks(num_blocks: int, num_shards: int, head_cost: float) -> tupl
 
     last = min(range(1, num_blocks - others + 1), key=slowest)
     rest = num_blocks - last
-    sizes = [rest // others + (i < rest % others) for i in range(others)] + [last]
-    ends = itertools.accumulate(sizes)
-    return tuple(
-        BlockRange(end - size, end, num_blocks) for end, size in zip(ends, sizes, strict=True)
-    )
+    parts = [*np.array_split(np.arange(rest), others), np.arange(rest, num_blocks)]
+    return tuple(BlockRange(int(part[0]), int(part[-1]) + 1, num_blocks) for part in parts)
 
 
 def assign_owners(

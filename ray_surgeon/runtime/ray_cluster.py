@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import time
 from collections.abc import Sequence
@@ -235,8 +234,7 @@ def _settle(worker: Worker) -> str:
     context = ray.get_runtime_context()
     if worker.device.type == "cuda":
         (name,) = context.get_accelerator_ids()["GPU"]
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        worker.take_gpu(name, visible.split(",").index(name) if visible else int(name))
+        worker.take_gpu(name)
     return str(context.get_node_id())
 
 

@@ -15,13 +15,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TensorPayload:
-    """A tensor on its way: a numpy array and the torch dtype it stands for.
-
-    For example int16 for "bfloat16".
-    """
+    """A tensor on its way: a numpy array, int16 where it stands for bfloat16."""
 
     array: NDArray[np.generic]
-    dtype: str
+    is_bfloat16: bool
 
 
 def encode(tensor: Tensor) -> TensorPayload:
@@ -32,9 +29,8 @@ def encode(tensor: Tensor) -> TensorPayload:
     dense = tensor.detach().cpu().contiguous()
     if dense.untyped_storage().nbytes() != dense.nbytes:
         dense = dense.clone()
-    if dense.dtype == torch.bfloat16:
-        return TensorPayload(dense.view(torch.int16).numpy(), "bfloat16")
-    return TensorPayload(dense.numpy(), str(dense.dtype).removeprefix("torch."))
+    is_bfloat16 = dense.dtype == torch.bfloat16
+    return TensorPayload((dense.view(torch.int16) if is_bfloat16 else dense).numpy(), is_bfloat16)
 
 
 def decode(payload: TensorPayload, device: torch.device) -> Tensor:
@@ -43,6 +39,6 @@ def decode(payload: TensorPayload, device: torch.device) -> Tensor:
     What lies in the object store is shared with other readers.
     """
     tensor = torch.tensor(payload.array)
-    if payload.dtype == "bfloat16":
+    if payload.is_bfloat16:
         tensor = tensor.view(torch.bfloat16)
     return tensor.to(device)

@@ -6,6 +6,7 @@ A plain class; Ray or a local cluster calls it, and it runs the steps it is give
 from __future__ import annotations
 
 import functools
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -120,14 +121,16 @@ class Worker:
         give_back()
         return usage
 
-    def take_gpu(self, name: str, number: int) -> None:
+    def take_gpu(self, name: str | None = None) -> None:
         """Compute on one of the GPUs that this process sees, before anything is loaded.
 
         Args:
-            name: of the GPU, as in ``CUDA_VISIBLE_DEVICES``.
-            number: among those that the process sees.
+            name: as in ``CUDA_VISIBLE_DEVICES``; the process's present GPU if not given.
         """
-        self.gpu = name
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = visible.split(",") if visible else list(map(str, range(torch.cuda.device_count())))
+        number = torch.cuda.current_device() if name is None else names.index(name)
+        self.gpu = names[number].strip()
         self.device = torch.device("cuda", number)
         torch.cuda.set_device(self.device)
 
