@@ -9,12 +9,13 @@ import heapq
 import math
 from collections import Counter
 from collections.abc import Container, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ray_surgeon.maths.threshold import OutOfReachError
+from ray_surgeon.maths.tradeoffs import Point, lower_hull, slope, worthwhile
 
 
 def _out_of_reach(most: float, wanted: float) -> OutOfReachError:
@@ -64,7 +65,7 @@ class Allocation:
     counts: dict[str, int]  # consumer -> number
     # the largest cost of what is pruned, in the unit of the ranking; None for uniform widths
     threshold: float | None
-    experts: frozenset[str] = field(default=frozenset())  # consumers of the experts that go whole
+    experts: frozenset[str] = frozenset()  # consumers of the experts that go whole
 
 
 def allocate_globally(
@@ -88,8 +89,6 @@ def allocate_globally(
     Raises:
         OutOfReachError: everything that may be pruned saves less.
     """
-    if not costs:
-        raise _out_of_reach(0.0, missing)
     paths = [_Path(c, per_unit) for c in costs]
     steps = [(path.slope, place) for place, path in enumerate(paths) if path.goes_on]
     heapq.heapify(steps)
@@ -108,15 +107,14 @@ def allocate_globally(
         else:
             left[layer] -= path.goes_whole
             before = path.saved
-            path.advance(saved_at_least=missing - tolerance - saved + before)
+            path.advance(missing - tolerance - saved + before)
             saved += path.saved - before
             threshold = slope
         if path.goes_on:
             heapq.heappush(steps, (path.slope, place))
     counts = {path.costs.consumer: path.number for path in paths}
-    return Allocation(
-        counts, threshold, frozenset(path.costs.consumer for path in paths if path.is_whole)
-    )
+    whole = frozenset(path.costs.consumer for path in paths if path.is_whole)
+    return Allocation(counts, threshold, whole)
 
 
 class _Path:
@@ -131,18 +129,15 @@ class _Path:
         self.number = self._counts[0]
         self._points = self._corners(can_go_whole=math.isfinite(costs.whole))
 
-    def _corners(self, *, can_go_whole: bool) -> list[tuple[float, float, int]]:
+    def _corners(self, *, can_go_whole: bool) -> list[Point]:
         """Return the corners from the present number of groups on; they are taken from the end."""
         c = self.costs
-        curve = self.costs.curve.tolist()
-        points = [
-            (c.saved(n) if self._per_unit else n, curve[n], n)
-            for n in self._counts
-            if n >= self.number
-        ]
+        curve = c.curve.tolist()
+        prices = [(n, curve[n], n) for n in self._counts if n >= self.number]
         if can_go_whole:
-            points.append((c.saved(c.num_left) if self._per_unit else c.num_left, c.whole, _WHOLE))
-        return _hull(sorted(points))[::-1]
+            prices.append((c.num_left, c.whole, c.num_left + 1))
+        points = [(c.saved(n) if self._per_unit else n, cost, place) for n, cost, place in prices]
+        return lower_hull(sorted(points))[::-1]
 
     @property
     def goes_on(self) -> bool:
@@ -152,100 +147,33 @@ class _Path:
     @property
     def slope(self) -> float:
         """Price of the step to the next point."""
-        return _slope(self._points[-1], self._points[-2])
+        return slope(self._points[-1], self._points[-2])
 
     @property
     def goes_whole(self) -> bool:
         """Whether the whole expert goes at the next point."""
-        return self._points[-2][2] == _WHOLE
+        return self._points[-2][2] > self.costs.num_left
 
     @property
     def saved(self) -> float:
         """What is saved so far."""
         return self.costs.saved(self.number)
 
-    def advance(self, saved_at_least: float) -> None:
+    def advance(self, wanted: float) -> None:
         """Go to the next point, or to the first number of groups on the way that saves enough.
 
         Args:
-            saved_at_least: what this path has to save for the goal to be met.
+            wanted: what this path has to save for the goal to be met.
         """
+        self.is_whole = self.goes_whole
         self._points.pop()
-        number = self._points[-1][2]
-        self.is_whole = number == _WHOLE
-        if self.is_whole:
-            self.number = self.costs.num_left
-            return
-        on_the_way = (n for n in self._counts if self.number < n <= number)
-        self.number = next((n for n in on_the_way if self.costs.saved(n) >= saved_at_least), number)
+        last = min(self._points[-1][2], self.costs.num_left)
+        on_the_way = (n for n in self._counts if self.number < n <= last and not self.is_whole)
+        self.number = next((n for n in on_the_way if self.costs.saved(n) >= wanted), last)
 
     def stay(self) -> None:
         """Let the whole expert stay, and go on with what lies above the way to it."""
         self._points = self._corners(can_go_whole=False)
-
-
-_WHOLE = 2**62
-"""In place of a number of groups: the whole expert."""
-
-
-def _hull(points: Sequence[tuple[float, float, int]]) -> list[tuple[float, float, int]]:
-    """Return the corners of the lower convex hull of points (x, y, ...).
-
-    x and y ascend; points on an edge stay.
-    """
-    corners: list[tuple[float, float, int]] = []
-    for point in points:
-        if corners and point[0] <= corners[-1][0]:  # costs more and saves nothing more
-            continue
-        while len(corners) > 1 and _slope(corners[-2], corners[-1]) > _slope(corners[-1], point) * (
-            1 + 1e-9
-        ):
-            corners.pop()
-        corners.append(point)
-    return corners
-
-
-def _slope(a: tuple[float, float, int], b: tuple[float, float, int]) -> float:
-    return (b[1] - a[1]) / (b[0] - a[0])
-
-
-@dataclass(frozen=True)
-class _Options:
-    """Widths of one kind or more, each in every block."""
-
-    saved: Tensor  # [num_options] float64
-    cost: Tensor  # [num_options] float64
-    # [num_options, num_kinds, 2] int64: groups that each consumer loses, and whole experts that
-    # each layer loses
-    chosen: Tensor
-
-    def beside(self, other: _Options) -> _Options:
-        """Return every one of these with every one of other kinds."""
-        saved, cost = (
-            (a[:, None] + b).flatten()
-            for a, b in ((self.saved, other.saved), (self.cost, other.cost))
-        )
-        n = len(self.saved)
-        m = len(other.saved)
-        chosen = torch.cat(
-            [self.chosen.repeat_interleave(m, dim=0), other.chosen.repeat(n, 1, 1)], dim=1
-        )
-        return _Options(saved, cost, chosen)
-
-    def best(self, wanted: float) -> _Options:
-        """Return the options that no other one beats, cheapest first.
-
-        Another one beats an option if it costs less and saves as much, or saves all that is wanted.
-        """
-        enough = self.saved.clamp(max=max(0.0, wanted))
-        # of options that save enough at the same cost, the one that removes least
-        order = self.saved.argsort(stable=True)
-        order = order[enough[order].argsort(descending=True, stable=True)]
-        order = order[self.cost[order].argsort(stable=True)]
-        saved = enough[order]
-        before = torch.cat([saved.new_full((1,), -math.inf), saved.cummax(dim=0).values[:-1]])
-        order = order[saved > before]
-        return _Options(self.saved[order], self.cost[order], self.chosen[order])
 
 
 def allocate_uniformly(
@@ -264,106 +192,101 @@ def allocate_uniformly(
     Raises:
         OutOfReachError: everything that may be pruned saves less.
     """
-    kinds = list(dict.fromkeys(c.kind for c in costs))
-    of_kinds = [[c for c in costs if c.kind == kind] for kind in kinds]
+    by_kind: dict[str, list[GroupCosts]] = {}
+    for c in costs:
+        by_kind.setdefault(c.kind, []).append(c)
+    kinds = [_Widths(own, fewest_experts) for own in by_kind.values()]
     wanted = missing - 1e-9 * abs(missing) - 1e-6
-    nothing = torch.zeros(1, dtype=torch.float64)
-    combined = _Options(nothing, nothing, torch.zeros(1, 0, 2, dtype=torch.int64))
-    options = [_options(of_kind, fewest_experts) for of_kind in of_kinds]
-    for option in options:
-        combined = combined.beside(option.best(wanted)).best(wanted)
-    enough = (combined.saved >= wanted).nonzero()[:, 0]
+    saved = torch.zeros(1, dtype=torch.float64)
+    cost = torch.zeros(1, dtype=torch.float64)
+    chosen = torch.zeros(1, 0, dtype=torch.int64)  # [num_combinations, kinds so far] options
+    for kind in kinds:
+        own = worthwhile(kind.saved, kind.cost, wanted)
+        before, after = torch.cartesian_prod(torch.arange(len(saved)), own).view(-1, 2).T
+        saved = saved[before] + kind.saved[after]
+        cost = cost[before] + kind.cost[after]
+        best = worthwhile(saved, cost, wanted)
+        chosen = torch.cat([chosen[before], after[:, None]], dim=1)[best]
+        saved = saved[best]
+        cost = cost[best]
+    enough = (saved >= wanted).nonzero()[:, 0]
     if not len(enough):
-        raise _out_of_reach(float(combined.saved.max()) if len(combined.saved) else 0.0, missing)
+        raise _out_of_reach(float(saved.max()) if len(saved) else 0.0, missing)
+    options = chosen[enough[0]].tolist()
+    for place, kind in enumerate(kinds):
+        others = sum(
+            float(other.saved[option])
+            for other, option in zip(kinds, options, strict=True)
+            if other is not kind
+        )
+        options[place] = kind.without_surplus(options[place], wanted, others)
     counts = dict[str, int]()
     experts = set[str]()
-    chosen = _without_surplus(options, combined.chosen[enough[0]], wanted)
-    for of_kind, (number, num_whole) in zip(of_kinds, chosen.tolist(), strict=True):
-        above = torch.tensor(
-            [c.whole - float(c.curve[number]) for c in of_kind], dtype=torch.float64
-        )
-        gone = {
-            int(place)
-            for places in _cheapest(_layers(of_kind), above, num_whole)
-            for place in places
-        }
-        counts |= {
-            c.consumer: c.num_left if place in gone else number for place, c in enumerate(of_kind)
-        }
-        experts |= {of_kind[place].consumer for place in gone}
+    for kind, option in zip(kinds, options, strict=True):
+        number, whole = kind.removed(option)
+        counts |= {c.consumer: c.num_left if c.consumer in whole else number for c in kind.costs}
+        experts |= whole
     return Allocation(counts, None, frozenset(experts))
 
 
-def _without_surplus(options: Sequence[_Options], chosen: Tensor, wanted: float) -> Tensor:
-    """Return the widths and numbers of experts with which no kind saves more than it must.
-
-    The cost does not rise.
-
-    Args:
-        options: of each kind.
-        chosen: [num_kinds, 2] the widths and numbers of experts that save enough together.
-        wanted: to be saved.
-    """
-    places = [
-        int((of_kind.chosen[:, 0] == own).all(dim=1).nonzero()[0])
-        for of_kind, own in zip(options, chosen, strict=True)
-    ]
-    for kind, of_kind in enumerate(options):
-        others = sum(
-            float(options[other_kind].saved[place])
-            for other_kind, place in enumerate(places)
-            if other_kind != kind
-        )
-        possible = (of_kind.saved + others >= wanted) & (of_kind.cost <= of_kind.cost[places[kind]])
-        places[kind] = int(of_kind.saved.where(possible, torch.inf).argmin())
-    return torch.stack(
-        [of_kind.chosen[place, 0] for of_kind, place in zip(options, places, strict=True)]
-    )
-
-
-def _layers(costs: Sequence[GroupCosts]) -> list[Tensor]:
-    """Return the places of the experts of each layer."""
-    layers: dict[int, list[int]] = {}
-    for place, c in enumerate(costs):
-        layers.setdefault(c.layer, []).append(place)
-    return [torch.tensor(places) for places in layers.values()]
-
-
-def _cheapest(layers: Sequence[Tensor], above: Tensor, most: int) -> list[Tensor]:
-    """Return the first places of each layer, ordered by what experts cost above groups."""
-    return [places[above[places].argsort(stable=True)[:most]] for places in layers]
-
-
-def _options(costs: Sequence[GroupCosts], fewest_experts: int) -> _Options:
-    """Return every width of one kind, each with every number of whole experts.
+class _Widths:
+    """Every width of one kind in every block, each with every number of whole experts a layer.
 
     Those experts go for which that costs least beside the width.
     """
-    assert len({c.num_left for c in costs}) == 1, "blocks have different widths"
-    widths = sorted(set.intersection(*(set(c.possible_counts) for c in costs)))
-    curves = (
-        torch.stack([c.curve[: widths[-1] + 1] for c in costs])
-        if widths
-        else torch.zeros(len(costs), 0)
-    )
-    whole = torch.tensor([c.whole for c in costs], dtype=torch.float64)
-    saved_whole = torch.tensor([c.saved(c.num_left) for c in costs], dtype=torch.float64)
-    layers = _layers(costs)
-    most = (
-        max(0, min(map(len, layers)) - fewest_experts) if bool(torch.isfinite(whole).all()) else 0
-    )
-    saved, cost = ([torch.zeros(0, dtype=torch.float64)] for _ in range(2))
-    for n in widths:
-        saved_narrow = torch.tensor([c.saved(n) for c in costs], dtype=torch.float64)
-        savings = saved_narrow.sum().repeat(most + 1)
-        prices = curves[:, n].sum().repeat(most + 1)
-        above = whole - curves[:, n]
-        for places in _cheapest(layers, above, most):
-            prices[1:] += above[places].cumsum(0)
-            savings[1:] += (saved_whole - saved_narrow)[places].cumsum(0)
-        saved.append(savings)
-        cost.append(prices)
-    chosen = torch.cartesian_prod(torch.tensor(widths, dtype=torch.int64), torch.arange(most + 1))
-    rising = torch.cat(cost).view(-1, most + 1)
-    rising = rising.cummax(dim=0).values.cummax(dim=1).values if len(rising) else rising
-    return _Options(torch.cat(saved), rising.flatten(), chosen[:, None, :])
+
+    def __init__(self, costs: Sequence[GroupCosts], fewest_experts: int) -> None:
+        """Take what each option saves and costs, [num_widths * (spare + 1)] float64."""
+        assert len({c.num_left for c in costs}) == 1, "blocks have different widths"
+        self.costs = costs
+        self._numbers = sorted(set.intersection(*(set(c.possible_counts) for c in costs)))
+        layers: dict[int, list[int]] = {}
+        for place, c in enumerate(costs):
+            layers.setdefault(c.layer, []).append(place)
+        self._layers = [torch.tensor(places) for places in layers.values()]
+        whole = torch.tensor([c.whole for c in costs], dtype=torch.float64)
+        spare = min(map(len, self._layers)) - fewest_experts
+        self._spare = max(0, spare) if bool(torch.isfinite(whole).all()) else 0
+        saved_whole = self._saved(costs[0].num_left)
+        num_points = max(self._numbers, default=-1) + 1
+        curves = torch.stack([c.curve[:num_points] for c in costs])
+        shape = (len(self._numbers), self._spare + 1)
+        saved, cost = (torch.zeros(shape, dtype=torch.float64) for _ in range(2))
+        for i, n in enumerate(self._numbers):
+            saved_narrow = self._saved(n)
+            saved[i] = saved_narrow.sum()
+            cost[i] = curves[:, n].sum()
+            above = whole - curves[:, n]
+            for places in self._cheapest(above, self._spare):
+                saved[i, 1:] += (saved_whole - saved_narrow)[places].cumsum(0)
+                cost[i, 1:] += above[places].cumsum(0)
+        if len(cost):
+            cost = cost.cummax(dim=0).values.cummax(dim=1).values
+        self.saved = saved.flatten()
+        self.cost = cost.flatten()
+
+    def _saved(self, number: int) -> Tensor:
+        return torch.tensor([c.saved(number) for c in self.costs], dtype=torch.float64)
+
+    def _cheapest(self, above: Tensor, number: int) -> list[Tensor]:
+        """Return so many places of each layer, ordered by what experts cost above groups."""
+        return [places[above[places].argsort(stable=True)[:number]] for places in self._layers]
+
+    def without_surplus(self, option: int, wanted: float, others: float) -> int:
+        """Return the option that saves least of those that save enough and cost no more.
+
+        Args:
+            option: the one that was chosen.
+            wanted: to be saved.
+            others: what the other kinds save.
+        """
+        possible = (self.saved + others >= wanted) & (self.cost <= self.cost[option])
+        return int(self.saved.where(possible, torch.inf).argmin())
+
+    def removed(self, option: int) -> tuple[int, set[str]]:
+        """Return how many groups every consumer loses, and the consumers of the whole experts."""
+        width, num_whole = divmod(option, self._spare + 1)
+        number = self._numbers[width]
+        above = [c.whole - float(c.curve[number]) for c in self.costs]
+        gone = self._cheapest(torch.tensor(above, dtype=torch.float64), num_whole)
+        return number, {self.costs[place].consumer for place in torch.cat(gone).tolist()}
