@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ray_surgeon.maths.curvature import RaisedDamping, raised_damping
-from ray_surgeon.maths.kronecker import factorise
+from ray_surgeon.maths.factorised import factorise
 
 
 def upper_inverse(

@@ -6,31 +6,18 @@ KFAC). Everything is a mean over tokens, so costs are in nats per token.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from ray_surgeon.maths import costs
-from ray_surgeon.maths.extended.terms import TwoTermInverse, clip_term, minimise_kept
-from ray_surgeon.maths.kronecker import (
-    DampedFactor,
-    Damping,
-    KroneckerFactors,
-    Term,
-    balance_,
-    damp_,
-    factorise,
-)
+from ray_surgeon.maths.extended.terms import ClippedTerm, TwoTermInverse, clip_term, minimise_kept
+from ray_surgeon.maths.factorised import DampedFactor, damp_, factorise
+from ray_surgeon.maths.kronecker import Damping, KroneckerFactors, Term, balance_
 from ray_surgeon.maths.updates import prune_rows_and_columns, prune_singly
-
-_SOLVER_TOLERANCE = 1e-4
-_SOLVER_ITERATIONS = 50
-"""Most iterations for rows and columns with more than two terms.
-
-The preconditioner is the exact solution with two.
-"""
 
 
 @dataclass(frozen=True)
@@ -113,26 +100,20 @@ class LinearCurvature:
         return G, A
 
     @cached_property
-    def _clipped(self) -> tuple[tuple[Term, ...], tuple[float, ...]]:
+    def _clipped(self) -> list[ClippedTerm]:
         share = 1 / max(1, len(self._further))
-        clipped = [
-            clip_term(term, self.G.cholesky, self.A.cholesky, share) for term in self._further
-        ]
-        return tuple(c.term for c in clipped), tuple(c.change for c in clipped)
+        return [clip_term(term, self.G.cholesky, self.A.cholesky, share) for term in self._further]
 
     @property
     def terms(self) -> tuple[Term, ...]:
         """All terms, the first damped, the others clipped."""
-        return (self.first, *self._clipped[0])
+        return (self.first, *(clipped.term for clipped in self._clipped))
 
     @property
     def clipping(self) -> tuple[Clipping, ...]:
         """Further terms that were clipped."""
-        return tuple(
-            Clipping(self.name, term, change)
-            for term, change in enumerate(self._clipped[1], 1)
-            if change
-        )
+        numbered = enumerate(self._clipped, 1)
+        return tuple(Clipping(self.name, term, c.change) for term, c in numbered if c.change)
 
     @property
     def used_damping(self) -> Damping:
@@ -155,9 +136,13 @@ class LinearCurvature:
     @cached_property
     def inverse(self) -> TwoTermInverse:
         """Inverse of the first two terms, from which costs with more terms are taken, too."""
-        return TwoTermInverse(self.G.cholesky, self.A.cholesky, self._clipped[0][0])
+        return TwoTermInverse(self.G.cholesky, self.A.cholesky, self._clipped[0].term)
 
     # Costs
+
+    def _over_terms(self, cost: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Return the sum over all terms of a cost of G and A."""
+        return torch.stack([cost(G, A) for G, A in self.terms]).sum(dim=0)
 
     def row_costs(self, W: Tensor, kind: str) -> Tensor:
         """Return the cost of each row of W [R, C].
@@ -165,9 +150,7 @@ class LinearCurvature:
         ``obs`` is with the optimal update of the others, ``obd`` without one.
         """
         if kind == "obd":
-            return torch.stack(
-                [costs.diagonal_row_costs(W, A, G.diagonal()) for G, A in self.terms]
-            ).sum(dim=0)
+            return self._over_terms(lambda G, A: costs.diagonal_row_costs(W, A, G.diagonal()))
         if self.is_extended:
             return self.inverse.row_costs(W)
         return costs.row_costs(W, self.A.matrix, self.G.inverse_diagonal())
@@ -175,9 +158,7 @@ class LinearCurvature:
     def column_costs(self, W: Tensor, kind: str) -> Tensor:
         """Return the cost of each column of W [R, C]; see `row_costs`."""
         if kind == "obd":
-            return torch.stack(
-                [costs.diagonal_column_costs(W, G, A.diagonal()) for G, A in self.terms]
-            ).sum(dim=0)
+            return self._over_terms(lambda G, A: costs.diagonal_column_costs(W, G, A.diagonal()))
         if self.is_extended:
             return self.inverse.column_costs(W)
         return costs.column_costs(W, self.G.matrix, self.A.inverse_diagonal())
@@ -188,12 +169,11 @@ class LinearCurvature:
         They are [R, 1] and [1, C], or [R, C] and [1, 1].
         """
         if self.is_extended:
-            if kind == "obs":
-                scale = 1 / self.inverse.diagonal()
-            else:
-                scale = torch.stack(
-                    [torch.outer(G.diagonal(), A.diagonal()) for G, A in self.terms]
-                ).sum(dim=0)
+            scale = (
+                1 / self.inverse.diagonal()
+                if kind == "obs"
+                else self._over_terms(lambda G, A: torch.outer(G.diagonal(), A.diagonal()))
+            )
             return scale, scale.new_ones(1, 1)
         if kind == "obs":
             return 1 / self.G.inverse_diagonal()[:, None], 1 / self.A.inverse_diagonal()[None]
@@ -210,15 +190,12 @@ class LinearCurvature:
             [R or 1, num_groups, m, m] and [R]: the block of row r and group i is the first at (r,
             i) times the second at r.
         """
-        num_groups, m = places.shape
         absent = places < 0
         inside = places.clamp(min=0)
-        left = inside[:, :, None].expand(-1, -1, m)
-        right = inside[:, None, :].expand(-1, m, -1)
         if self.is_extended:
-            blocks = self.inverse.row_blocks(left.reshape(-1), right.reshape(-1)).view(
-                -1, num_groups, m, m
-            )
+            m = places.shape[1]
+            pairs = inside.repeat_interleave(m), inside.repeat(1, m).flatten()
+            blocks = self.inverse.row_blocks(*pairs).view(-1, *inside.shape, m)
             row_factor = blocks.new_ones(len(blocks))
         else:
             blocks = self.A.inverse_blocks(inside)[None]
@@ -241,28 +218,19 @@ class LinearCurvature:
             [R, C] new weights, zero in everything removed, and the relative residual of the
             equations.
         """
+        kept = torch.outer(~rows, ~columns)
         if update == "none":
-            return W * torch.outer(~rows, ~columns), 0.0
+            return W * kept, 0.0
+        if update == "single" and self.is_extended:
+            return (W + self.inverse.single_corrections(W, rows, columns)) * kept, 0.0
         if update == "single":
-            return self._prune_singly(W, rows, columns), 0.0
+            return prune_singly(W, self.A.inverse(), self.G.inverse(), rows, columns), 0.0
         if not self.is_extended:
             G, A = self.first
             return prune_rows_and_columns(W, A, G, rows, columns, name=self.name), 0.0
-        minimised = partial(
-            minimise_kept, tolerance=_SOLVER_TOLERANCE, num_iterations=_SOLVER_ITERATIONS
-        )
-        by_rows, residual_of_rows = minimised(W, self.terms, rows, torch.zeros_like(columns))
-        by_columns, residual_of_columns = minimised(W, self.terms, torch.zeros_like(rows), columns)
-        return (by_rows + by_columns - W) * torch.outer(~rows, ~columns), max(
-            residual_of_rows, residual_of_columns
-        )
-
-    def _prune_singly(self, W: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        if self.is_extended:
-            return (W + self.inverse.single_corrections(W, rows, columns)) * torch.outer(
-                ~rows, ~columns
-            )
-        return prune_singly(W, self.A.inverse(), self.G.inverse(), rows, columns)
+        by_rows, residual = minimise_kept(W, self.terms, rows, torch.zeros_like(columns))
+        by_columns, other_residual = minimise_kept(W, self.terms, torch.zeros_like(rows), columns)
+        return (by_rows + by_columns - W) * kept, max(residual, other_residual)
 
     def quadratic_cost(self, change: Tensor) -> float:
         """Return the predicted loss increase of a change [R, C] of the weights."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ray_surgeon.maths.costs import column_removal_cost
 from ray_surgeon.maths.curvature import LinearCurvature
-from ray_surgeon.maths.greedy import GreedyPath, greedy_set_costs
+from ray_surgeon.maths.greedy import GreedyPath, greedy_costs
 from ray_surgeon.maths.linear import Linear, Part, Removal
 from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.maths.threshold import check_costs
@@ -35,7 +35,7 @@ def group_costs(
     needed: int = 0,
     most: float = math.inf,
 ) -> Tensor:
-    """Return the marginal cost at which each group is pruned, see `greedy_set_costs`.
+    """Return the marginal cost at which each group is pruned, see `greedy_costs`.
 
     Groups whose inputs are always zero cost 0, if others' are not.
 
@@ -69,23 +69,27 @@ def group_costs(
     numbers = left.nonzero()[:, 0]
     if not len(numbers):
         return costs
-    path = GreedyPath(
-        alive.of(linear.W),
-        curvature.A,
-        curvature.G,
-        prunes_rows=False,
-        sets=place[columns[numbers]],
-    )
-    name = f"{linear.name} groups"
+    W = alive.of(linear.W)
+    sets = place[columns[numbers]]
+    path = GreedyPath(W, curvature.A, curvature.G, prunes_rows=False, sets=sets)
     if limit is None:
         single, order = path.column_set_costs().cpu().sort(stable=True)
-        check_costs(name, single)
+        check_costs(f"{linear.name} groups", single)
         num_pruned = max(0, len(numbers) - least)
         costs[numbers.cpu()[order[:num_pruned]]] = single[:num_pruned]
-    else:
-        costs[numbers.cpu()] = greedy_set_costs(
-            path, least, name=name, limit=limit, needed=needed, most=most
-        )
+        return costs
+    may_prune = (W.new_zeros(len(W), dtype=torch.bool), left[numbers])
+    _, marginal = greedy_costs(
+        path,
+        *may_prune,
+        name=linear.name,
+        sets="groups",
+        limit=limit,
+        least=least,
+        needed=needed,
+        most=most,
+    )
+    costs[numbers.cpu()] = marginal.cpu()
     return costs
 
 

@@ -1,7 +1,6 @@
-"""Kronecker factors of one linear's Fisher: sums over tokens, merged, balanced, damped, factorised.
+"""Kronecker factors of one linear's Fisher: sums over tokens, merged and balanced.
 
-Source: docs/method.md, sections 1 and 2 (KFAC, Martens & Grosse 2015; The LLM Surgeon, section
-3.1).
+Source: docs/method.md, section 1 (KFAC, Martens & Grosse 2015; The LLM Surgeon, section 3.1).
 """
 
 from __future__ import annotations
@@ -20,10 +19,6 @@ _PANEL = 256
 """Rows of one panel of a symmetric sum.
 
 High enough for a fast GEMM, low enough to skip near half of it.
-"""
-
-_INVERSE_PANEL = 512
-"""Columns of L^-1 that exist at once; above its diagonal L^-1 is zero, so later panels are smaller.
 """
 
 
@@ -88,16 +83,13 @@ class PackedSymmetric:
         narrow = x.dtype == torch.bfloat16 and self.flat.dtype == torch.float32 and weights is None
         if narrow and x.is_cuda:
             for start, panel in self._panels():
-                panel.add_(
-                    torch.mm(
-                        x[:, start : start + len(panel)].T, x[:, start:], out_dtype=torch.float32
-                    )
-                )
+                left = x[:, start : start + len(panel)].T
+                panel.add_(torch.mm(left, x[:, start:], out_dtype=torch.float32))
             return
         # parts of it have no gaps
         rows = x.T.to(self.flat.dtype, memory_format=torch.contiguous_format)
         weighted = rows if weights is None else rows * weights
-        with _narrow_products if narrow else contextlib.nullcontext():
+        with _narrow_products() if narrow else contextlib.nullcontext():
             for start, panel in self._panels():
                 panel.add_(product(weighted[start : start + len(panel)], rows[start:].T))
 
@@ -112,11 +104,7 @@ class PackedSymmetric:
 
     def diagonal(self) -> Tensor:
         """Return a copy of the diagonal [n]."""
-        return (
-            torch.cat([panel.diagonal() for _, panel in self._panels()])
-            if self.n
-            else self.flat.clone()
-        )
+        return torch.cat([self.flat[:0], *(panel.diagonal() for _, panel in self._panels())])
 
     def is_finite(self) -> bool:
         """Whether every entry is a number."""
@@ -124,9 +112,7 @@ class PackedSymmetric:
 
     def dense(self, device: torch.device | None = None) -> Tensor:
         """Return the whole matrix [n, n], a copy."""
-        total = torch.empty(
-            self.n, self.n, dtype=self.flat.dtype, device=device or self.flat.device
-        )
+        total = self.flat.new_empty(self.n, self.n, device=device)
         for start, panel in self._panels():
             stop = start + len(panel)
             total[start:stop, start:].copy_(panel)
@@ -136,33 +122,26 @@ class PackedSymmetric:
         return total
 
 
-class _NarrowProducts:
-    """Lets float32 products on the CPU round their inputs to bfloat16.
+_narrow_lock = threading.Lock()
+_precisions: list[str] = []
+"""Of float32 products, before each of the threads in `_narrow_products` entered."""
+
+
+@contextlib.contextmanager
+def _narrow_products() -> Iterator[None]:
+    """Let float32 products on the CPU round their inputs to bfloat16.
 
     That is for all threads of the process, until the last one leaves.
     """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._num_inside = 0
-        self._before = ""
-
-    def __enter__(self) -> None:
-        settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-        with self._lock:
-            if not self._num_inside:
-                self._before = settings.fp32_precision
-                settings.fp32_precision = "bf16"
-            self._num_inside += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._num_inside -= 1
-            if not self._num_inside:
-                torch.backends.mkldnn.matmul.fp32_precision = self._before  # type: ignore[attr-defined]
-
-
-_narrow_products = _NarrowProducts()
+    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    with _narrow_lock:
+        _precisions.append(settings.fp32_precision)
+        settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        with _narrow_lock:
+            settings.fp32_precision = _precisions.pop()
 
 
 def with_ones(x: Tensor) -> Tensor:
@@ -257,137 +236,3 @@ class Damping:
     a: float  # of A
     g: float  # of G
     max: float  # the largest damping that may be tried when a factor is not positive definite
-
-
-def damp_(matrix: Tensor, damping: float) -> Tensor:
-    """Add ``damping * mean(diag(matrix)) * I`` to a matrix in place, and return it.
-
-    Source: docs/method.md, section 2.
-    """
-    if len(matrix):
-        matrix.diagonal().add_(damping * matrix.diagonal().mean())
-    return matrix
-
-
-def solve_lower(L: Tensor, right: Tensor, *, transposed: bool = False) -> Tensor:
-    """Return L^-1 right, or L^-T right, for a lower triangular L [n, n]."""
-    matrix = L.T if transposed else L
-    solved: Tensor = torch.linalg.solve_triangular(matrix, right, upper=transposed)
-    return solved
-
-
-@dataclass(frozen=True)
-class DampedFactor:
-    """One damped factor and its Cholesky decomposition, and what follows from its inverse.
-
-    The inverse is made by triangular solves and products, of panels that leave out what is zero:
-    LAPACK's own takes five times as long.
-    """
-
-    matrix: Tensor  # [n, n] the damped factor
-    cholesky: Tensor  # [n, n] lower L with L L^T = matrix
-    damping: float  # the damping that was needed, at least the one asked for
-    float64_retry: (
-        bool  # whether the factorisation at the dtype of the input failed and float64 was used
-    )
-
-    def part(self, left: Tensor) -> DampedFactor:
-        """Return the factor of the indices that are left, [n] bool, with the damping it has."""
-        return factorise(self.matrix[left][:, left], 0.0, 1.0, "part of a damped factor")
-
-    def _solved(self, indices: Tensor, start: int) -> Tensor:
-        """Return rows `start` and below of some columns of L^-1.
-
-        None of their indices is smaller than `start`.
-        """
-        unit = self.cholesky.new_zeros(len(self.cholesky) - start, len(indices))
-        unit[indices - start, torch.arange(len(indices), device=unit.device)] = 1
-        return solve_lower(self.cholesky[start:, start:], unit)
-
-    def inverse_columns(self, indices: Tensor) -> Tensor:
-        """Return columns [n, k] of the inverse, given by their indices [k]."""
-        return solve_lower(self.cholesky, self._solved(indices, 0), transposed=True)
-
-    def inverse_blocks(self, sets: Tensor) -> Tensor:
-        """Return the blocks [num_sets, w, w] of the inverse of sets of indices [num_sets, w]."""
-        width = sets.shape[1]
-        blocks = []
-        for part in torch.split(sets, max(1, _INVERSE_PANEL // width)) if len(sets) else ():
-            X = self._solved(part.flatten(), int(part.min())).view(-1, *part.shape).permute(1, 2, 0)
-            blocks.append(X.square().sum(dim=2)[:, :, None] if width == 1 else X @ X.mT)
-        return torch.cat(blocks) if blocks else self.cholesky.new_zeros(0, width, width)
-
-    def inverse_diagonal(self) -> Tensor:
-        """Return the diagonal [n] of the inverse."""
-        return self.inverse_blocks(
-            torch.arange(len(self.cholesky), device=self.cholesky.device)[:, None]
-        )[:, 0, 0]
-
-    def inverse_cholesky(self) -> Tensor:
-        """Return L^-1 [n, n]."""
-        n = len(self.cholesky)
-        X = torch.zeros_like(self.cholesky, memory_format=torch.contiguous_format)
-        for start in range(0, n, _INVERSE_PANEL):
-            stop = min(start + _INVERSE_PANEL, n)
-            X[start:, start:stop] = self._solved(torch.arange(start, stop, device=X.device), start)
-        return X
-
-    def inverse(self) -> Tensor:
-        """Return the inverse [n, n]."""
-        n = len(self.cholesky)
-        X = self.inverse_cholesky()
-        # rows of L^-1 that no later product reads become rows of the lower half of the inverse
-        for start in range(0, n, _INVERSE_PANEL):
-            stop = min(start + _INVERSE_PANEL, n)
-            X[start:stop, :stop] = product(X[start:, start:stop].T, X[start:, :stop])
-            X[:start, start:stop] = X[start:stop, :start].T
-        return X
-
-
-def factorise(matrix: Tensor, damping: float, max_damping: float, name: str) -> DampedFactor:
-    """Damp and factorise one factor by the policy of docs/method.md, section 2.
-
-    A failed Cholesky is retried in float64; then the damping is raised tenfold up to `max_damping`.
-
-    Args:
-        matrix: [n, n] symmetric positive semi-definite. It is damped in place, for it may be large.
-        damping: relative to the mean of the diagonal.
-        max_damping: the largest damping that may be tried.
-        name: what the matrix is, for the error.
-
-    Raises:
-        FloatingPointError: the matrix is not finite, or no damping up to `max_damping` makes it
-            positive definite.
-    """
-    # NaN if anything is; needs no second matrix as large
-    if matrix.numel() and not all(map(torch.isfinite, torch.aminmax(matrix))):
-        raise FloatingPointError(
-            f"{name}: the curvature factor of shape {tuple(matrix.shape)} has NaN or infinite "
-            "entries"
-        )
-    diagonal = matrix.diagonal().clone()
-    if len(diagonal) and not diagonal.any():
-        raise FloatingPointError(
-            f"{name}: the curvature factor is zero, so the linear reads or changes nothing; check "
-            "the model's weights"
-        )
-    current = damping
-    while True:
-        factor, failed = torch.linalg.cholesky_ex(damp_(matrix, current))
-        if not failed:
-            return DampedFactor(matrix, factor, current, float64_retry=False)
-        matrix.diagonal().copy_(diagonal)
-        del factor  # of a large matrix a float64 one has no room beside it
-        factor, failed = torch.linalg.cholesky_ex(damp_(matrix.double(), current))
-        if not failed:
-            return DampedFactor(
-                damp_(matrix, current), factor.to(matrix.dtype), current, float64_retry=True
-            )
-        raised = max(current * 10.0, 1e-8)
-        if raised > max_damping:
-            raise FloatingPointError(
-                f"{name}: the curvature factor of shape {tuple(matrix.shape)} is not positive "
-                f"definite with damping {current:g} (asked for {damping:g}, cap {max_damping:g}); "
-                "raise damping or max_damping of the job spec, or give more calibration tokens"
-            )
-        current = raised

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ray_surgeon.maths.kronecker import factorise, solve_lower
+from ray_surgeon.maths.factorised import factorise, solve_lower
 from ray_surgeon.maths.products import product
 
 

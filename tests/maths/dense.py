@@ -7,7 +7,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ray_surgeon.maths.kronecker import Damping, KroneckerFactors, damp_
+from ray_surgeon.maths.factorised import damp_
+from ray_surgeon.maths.kronecker import Damping, KroneckerFactors
 from ray_surgeon.maths.linear import Linear
 
 DAMPING = Damping(0.01, 0.1, 1.0)

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from ray_surgeon.maths.kronecker import PackedSymmetric, balance_, damp_, factorise, with_ones
+from ray_surgeon.maths.factorised import damp_, factorise
+from ray_surgeon.maths.kronecker import PackedSymmetric, balance_, with_ones
 from tests.maths.dense import spd
 
 

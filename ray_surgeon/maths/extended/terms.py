@@ -17,12 +17,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ray_surgeon.maths.factorised import solve_lower
 from ray_surgeon.maths.kronecker import Term
 
 _LEAST = 0.1
 """Part of the first term that further terms leave in every direction.
 
 So their sum is positive definite.
+"""
+_TOLERANCE = 1e-4
+_ITERATIONS = 50
+"""Of conjugate gradients with more than two terms, at most.
+
+The preconditioner is the exact solution with two.
 """
 
 
@@ -66,10 +73,8 @@ class ClippedTerm:
 
 def _whitened(factor: Tensor, cholesky: Tensor) -> Tensor:
     """Return L^-1 factor L^-T."""
-    half = torch.linalg.solve_triangular(cholesky, factor, upper=False)
-    whitened = torch.linalg.solve_triangular(cholesky, half.T, upper=False)
-    symmetric: Tensor = (whitened + whitened.T) / 2
-    return symmetric
+    whitened = solve_lower(cholesky, solve_lower(cholesky, factor).T)
+    return (whitened + whitened.T) / 2
 
 
 def clip_term(term: Term, G_cholesky: Tensor, A_cholesky: Tensor, share: float) -> ClippedTerm:
@@ -92,20 +97,17 @@ def clip_term(term: Term, G_cholesky: Tensor, A_cholesky: Tensor, share: float) 
     (t, D) = torch.linalg.eigh(_whitened(term[1], A_cholesky))
     room = share * (1 - _LEAST)
     size = s.norm() * t.norm()
-    best: tuple[float, float, Tensor, Tensor] | None = None
-    for sign in (1.0, -1.0):
-        low_s = torch.clamp(sign * s, min=-room / max(float((sign * t).max()), 1e-30))
-        low_t = torch.clamp(sign * t, min=-room / max(float((sign * s).max()), 1e-30))
-        kept = low_s.norm() ** 2 * low_t.norm() ** 2
-        change = float(
-            (size**2 + kept - 2 * (sign * s @ low_s) * (sign * t @ low_t)).clamp(min=0).sqrt()
-            / size.clamp(min=1e-30)
-        )
-        if best is None or change < best[0]:
-            best = (change, sign, low_s, low_t)
-    assert best is not None
-    change, sign, low_s, low_t = best
-    if torch.equal(low_s, sign * s) and torch.equal(low_t, sign * t):
+    clipped = []
+    for x, y in ((s, t), (-s, -t)):
+        low_x = x.clamp(min=-room / max(float(y.max()), 1e-30))
+        low_y = y.clamp(min=-room / max(float(x.max()), 1e-30))
+        kept = low_x.norm() ** 2 * low_y.norm() ** 2
+        square = size**2 + kept - 2 * (x @ low_x) * (y @ low_y)
+        change = float(square.clamp(min=0).sqrt() / size.clamp(min=1e-30))
+        is_same = torch.equal(low_x, x) and torch.equal(low_y, y)
+        clipped.append((change, is_same, low_x, low_y))
+    change, is_same, low_s, low_t = min(clipped, key=lambda signed: signed[0])
+    if is_same:
         return ClippedTerm(term, 0.0)
     G = G_cholesky @ E
     A = A_cholesky @ D
@@ -124,8 +126,8 @@ class TwoTermInverse:
         """Decompose; `term` must leave the sum positive definite, see `clip_term`."""
         s, E = torch.linalg.eigh(_whitened(term[0], G_cholesky))
         t, D = torch.linalg.eigh(_whitened(term[1], A_cholesky))
-        self.K1 = torch.linalg.solve_triangular(G_cholesky.T, E, upper=True)
-        self.K2 = torch.linalg.solve_triangular(A_cholesky.T, D, upper=True)
+        self.K1 = solve_lower(G_cholesky, E, transposed=True)
+        self.K2 = solve_lower(A_cholesky, D, transposed=True)
         self._back1 = G_cholesky @ E
         self._back2 = A_cholesky @ D
         self.S = 1 + torch.outer(s, t)
@@ -202,8 +204,8 @@ def minimise_kept(
     rows: Tensor,
     columns: Tensor,
     *,
-    tolerance: float,
-    num_iterations: int,
+    tolerance: float = _TOLERANCE,
+    num_iterations: int = _ITERATIONS,
 ) -> tuple[Tensor, float]:
     """Remove rows and columns and minimise the quadratic over the weights that stay.
 

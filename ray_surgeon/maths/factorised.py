@@ -1,0 +1,148 @@
+"""Factors that are damped and factorised, and what follows from their inverses.
+
+Source: docs/method.md, section 2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ray_surgeon.maths.products import product
+
+_INVERSE_PANEL = 512
+"""Columns of L^-1 that exist at once; above its diagonal L^-1 is zero, so later panels are smaller.
+"""
+
+
+def damp_(matrix: Tensor, damping: float) -> Tensor:
+    """Add ``damping * mean(diag(matrix)) * I`` to a matrix in place, and return it.
+
+    Source: docs/method.md, section 2.
+    """
+    matrix.diagonal().add_(damping * matrix.diagonal().mean())
+    return matrix
+
+
+def solve_lower(L: Tensor, right: Tensor, *, transposed: bool = False) -> Tensor:
+    """Return L^-1 right, or L^-T right, for a lower triangular L [n, n]."""
+    matrix = L.T if transposed else L
+    solved: Tensor = torch.linalg.solve_triangular(matrix, right, upper=transposed)
+    return solved
+
+
+@dataclass(frozen=True)
+class DampedFactor:
+    """One damped factor and its Cholesky decomposition, and what follows from its inverse.
+
+    The inverse is made by triangular solves and products, of panels that leave out what is zero:
+    LAPACK's own takes five times as long.
+    """
+
+    matrix: Tensor  # [n, n] the damped factor
+    cholesky: Tensor  # [n, n] lower L with L L^T = matrix
+    damping: float  # the damping that was needed, at least the one asked for
+    # whether the factorisation at the dtype of the input failed and float64 was used
+    float64_retry: bool
+
+    def part(self, left: Tensor) -> DampedFactor:
+        """Return the factor of the indices that are left, [n] bool, with the damping it has."""
+        return factorise(self.matrix[left][:, left], 0.0, 1.0, "part of a damped factor")
+
+    def _solved(self, indices: Tensor, start: int) -> Tensor:
+        """Return rows `start` and below of some columns of L^-1.
+
+        None of their indices is smaller than `start`.
+        """
+        unit = self.cholesky.new_zeros(len(self.cholesky) - start, len(indices))
+        unit[indices - start, torch.arange(len(indices), device=unit.device)] = 1
+        return solve_lower(self.cholesky[start:, start:], unit)
+
+    def inverse_columns(self, indices: Tensor) -> Tensor:
+        """Return columns [n, k] of the inverse, given by their indices [k]."""
+        return solve_lower(self.cholesky, self._solved(indices, 0), transposed=True)
+
+    def inverse_blocks(self, sets: Tensor) -> Tensor:
+        """Return the blocks [num_sets, w, w] of the inverse of sets of indices [num_sets, w]."""
+        width = sets.shape[1]
+        blocks = []
+        for part in torch.split(sets, max(1, _INVERSE_PANEL // width)) if len(sets) else ():
+            X = self._solved(part.flatten(), int(part.min())).view(-1, *part.shape).permute(1, 2, 0)
+            blocks.append(X.square().sum(dim=2)[:, :, None] if width == 1 else X @ X.mT)
+        return torch.cat(blocks) if blocks else self.cholesky.new_zeros(0, width, width)
+
+    def inverse_diagonal(self) -> Tensor:
+        """Return the diagonal [n] of the inverse."""
+        every = torch.arange(len(self.cholesky), device=self.cholesky.device)
+        return self.inverse_blocks(every[:, None])[:, 0, 0]
+
+    def inverse_cholesky(self) -> Tensor:
+        """Return L^-1 [n, n]."""
+        n = len(self.cholesky)
+        X = torch.zeros_like(self.cholesky, memory_format=torch.contiguous_format)
+        for start in range(0, n, _INVERSE_PANEL):
+            stop = min(start + _INVERSE_PANEL, n)
+            X[start:, start:stop] = self._solved(torch.arange(start, stop, device=X.device), start)
+        return X
+
+    def inverse(self) -> Tensor:
+        """Return the inverse [n, n]."""
+        n = len(self.cholesky)
+        X = self.inverse_cholesky()
+        # rows of L^-1 that no later product reads become rows of the lower half of the inverse
+        for start in range(0, n, _INVERSE_PANEL):
+            stop = min(start + _INVERSE_PANEL, n)
+            X[start:stop, :stop] = product(X[start:, start:stop].T, X[start:, :stop])
+            X[:start, start:stop] = X[start:stop, :start].T
+        return X
+
+
+def factorise(matrix: Tensor, damping: float, max_damping: float, name: str) -> DampedFactor:
+    """Damp and factorise one factor by the policy of docs/method.md, section 2.
+
+    A failed Cholesky is retried in float64; then the damping is raised tenfold up to `max_damping`.
+
+    Args:
+        matrix: [n, n] symmetric positive semi-definite. It is damped in place, for it may be large.
+        damping: relative to the mean of the diagonal.
+        max_damping: the largest damping that may be tried.
+        name: what the matrix is, for the error.
+
+    Raises:
+        FloatingPointError: the matrix is not finite, or no damping up to `max_damping` makes it
+            positive definite.
+    """
+    # NaN if anything is; needs no second matrix as large
+    if matrix.numel() and not all(map(torch.isfinite, torch.aminmax(matrix))):
+        raise FloatingPointError(
+            f"{name}: the curvature factor of shape {tuple(matrix.shape)} has NaN or infinite "
+            "entries"
+        )
+    diagonal = matrix.diagonal().clone()
+    if len(diagonal) and not diagonal.any():
+        raise FloatingPointError(
+            f"{name}: the curvature factor is zero, so the linear reads or changes nothing; check "
+            "the model's weights"
+        )
+    current = damping
+    while True:
+        factor, failed = torch.linalg.cholesky_ex(damp_(matrix, current))
+        if not failed:
+            return DampedFactor(matrix, factor, current, float64_retry=False)
+        matrix.diagonal().copy_(diagonal)
+        del factor  # of a large matrix a float64 one has no room beside it
+        factor, failed = torch.linalg.cholesky_ex(damp_(matrix.double(), current))
+        if not failed:
+            return DampedFactor(
+                damp_(matrix, current), factor.to(matrix.dtype), current, float64_retry=True
+            )
+        raised = max(current * 10.0, 1e-8)
+        if raised > max_damping:
+            raise FloatingPointError(
+                f"{name}: the curvature factor of shape {tuple(matrix.shape)} is not positive "
+                f"definite with damping {current:g} (asked for {damping:g}, cap {max_damping:g}); "
+                "raise damping or max_damping of the job spec, or give more calibration tokens"
+            )
+        current = raised
