@@ -44,30 +44,23 @@ def mean_factor(
             count.
         has_bias: whether the last entry is the bias's, which means the same in all experts.
     """
-    mean: PackedSymmetric | None = None
-    num_tokens = 0
-    num_nonzero = 0  # the second over all channels of all experts
-    for total, own_tokens in totals:
-        if mean is None:
-            mean = PackedSymmetric.zeros(total.n, total.flat.device, total.flat.dtype)
+    totals = list(totals)
+    first, _ = totals[0]
+    mean = PackedSymmetric.zeros(first.n, first.flat.device, first.flat.dtype)
+    for total, _ in totals:
         mean.flat.add_(total.flat)
-        num_tokens += own_tokens
-        if not has_basis:
-            num_nonzero += own_tokens * int(total.diagonal()[: total.n - has_bias].count_nonzero())
-    assert mean is not None, "a layer has experts"
+    num_tokens = sum(n for _, n in totals)
     mean.flat.div_(max(1, num_tokens))
     if has_basis:
         return mean
-    diagonal = mean.diagonal()
     num_channels = mean.n - has_bias
-    of_bias = float(diagonal[-1])
-    level = float(diagonal[:num_channels].mean()) * (
-        num_tokens * num_channels / max(1, num_nonzero)
-    )
+    used = (n * int(total.diagonal()[:num_channels].count_nonzero()) for total, n in totals)
+    share = num_tokens * num_channels / max(1, sum(used))
+    diagonal = mean.diagonal()
     mean.flat.zero_()
-    mean.fill_diagonal(level)
+    mean.fill_diagonal(float(diagonal[:num_channels].mean()) * share)
     if has_bias:
-        mean.flat[-1] = of_bias
+        mean.flat[-1] = diagonal[-1]
     return mean
 
 
@@ -100,12 +93,10 @@ def shrunk_factors(
     Returns:
         Means, with `num_tokens` 1.
     """
-    n = own.num_tokens
-    share = share_of_tokens(n, mean)
-    A = own.A.flat.add(mean.A.flat.to(own.A.flat.device), alpha=prior_tokens).div_(n + prior_tokens)
-    G = own.G.flat.add(mean.G.flat.to(own.G.flat.device), alpha=prior_tokens).mul_(
-        share / (n + prior_tokens)
-    )
+    n = own.num_tokens + prior_tokens
+    share = share_of_tokens(own.num_tokens, mean)
+    A = own.A.flat.add(mean.A.flat.to(own.A.flat.device), alpha=prior_tokens).div_(n)
+    G = own.G.flat.add(mean.G.flat.to(own.G.flat.device), alpha=prior_tokens).mul_(share / n)
     return PackedFactors(PackedSymmetric(own.A.n, A), PackedSymmetric(own.G.n, G), 1, own.terms)
 
 

@@ -20,15 +20,10 @@ BLOCK_SIZE = 128
 """Columns whose mask SparseGPT chooses together."""
 
 
-def smallest_in_groups(scores: Tensor, n: int, m: int) -> Tensor:
-    """Return the ``m - n`` smallest of every `m` consecutive scores of a row.
-
-    A bool mask of the shape of `scores` [R, C].
-    """
-    groups = scores.reshape(len(scores), -1, m)
-    chosen = torch.zeros_like(groups, dtype=torch.bool)
-    chosen.scatter_(2, groups.topk(m - n, dim=2, largest=False).indices, True)
-    return chosen.view_as(scores)
+def _all_but_smallest(scores: Tensor, number: int) -> Tensor:
+    """Return True for all scores [..., n] but so many smallest of each row."""
+    smallest = scores.topk(number, dim=-1, largest=False).indices
+    return torch.ones_like(scores, dtype=torch.bool).scatter_(-1, smallest, False)
 
 
 def wanda(
@@ -49,11 +44,8 @@ def wanda(
     """
     scores = (W.abs() * A_diagonal.sqrt()).masked_fill(~before, -1.0)
     if m > 1:
-        return ~smallest_in_groups(scores, n, m)
-    kept = torch.ones_like(W, dtype=torch.bool)
-    return kept.scatter_(
-        1, scores.topk(_at_least(sparsity, W.shape[1]), dim=1, largest=False).indices, False
-    )
+        return _all_but_smallest(scores.reshape(len(W), -1, m), m - n).view(W.shape)
+    return _all_but_smallest(scores, _at_least(sparsity, W.shape[1]))
 
 
 def sparsegpt(
@@ -99,16 +91,15 @@ def sparsegpt(
     U, raised = upper_inverse(A, damping, max_damping, name)
 
     def prune(start: int, c: int, part: Tensor) -> Tensor:
-        scale = U.diagonal()[start : start + part.shape[1]].square()
+        stop = start + part.shape[1]
+        scale = U.diagonal()[start:stop].square()
         if m == 1 and c == 0:
-            scores = (part.square() / scale).masked_fill(
-                ~before[:, start : start + part.shape[1]], -1.0
-            )
-            kept[:, start : start + part.shape[1]] = _largest(scores, sparsity)
+            scores = (part.square() / scale).masked_fill(~before[:, start:stop], -1.0).flatten()
+            chosen = _all_but_smallest(scores, _at_least(sparsity, len(scores)))
+            kept[:, start:stop] = chosen.view_as(part)
         if m > 1 and c % m == 0:
-            kept[:, start + c : start + c + m] = ~smallest_in_groups(
-                part[:, c : c + m].square() / scale[c : c + m], n, m
-            )
+            scores = part[:, c : c + m].square() / scale[c : c + m]
+            kept[:, start + c : start + c + m] = _all_but_smallest(scores, m - n)
         return part[:, c] * kept[:, start + c]
 
     replace_columns(W, U, -(-block_size // m) * m, prune)
@@ -132,19 +123,12 @@ def prune_linear(
 
     Arguments are those of `sparsegpt` and `wanda`.
     """
-    if method == "sparsegpt":
-        return sparsegpt(
-            W, A, sparsity, n, m, before=before, damping=damping, max_damping=max_damping, name=name
-        )
-    kept = wanda(W, A.diagonal(), sparsity, n, m, before=before)
-    return W * kept, kept, None
-
-
-def _largest(scores: Tensor, sparsity: float) -> Tensor:
-    """Keep all but the smallest `sparsity` of the scores, whichever rows they are in."""
-    kept = torch.ones(scores.numel(), dtype=torch.bool, device=scores.device)
-    kept[scores.flatten().topk(_at_least(sparsity, scores.numel()), largest=False).indices] = False
-    return kept.view_as(scores)
+    if method == "wanda":
+        kept = wanda(W, A.diagonal(), sparsity, n, m, before=before)
+        return W * kept, kept, None
+    return sparsegpt(
+        W, A, sparsity, n, m, before=before, damping=damping, max_damping=max_damping, name=name
+    )
 
 
 def _at_least(fraction: float, number: int) -> int:

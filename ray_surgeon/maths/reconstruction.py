@@ -120,11 +120,7 @@ def reconstruct(
     """
     dtype = inputs.dtype
     size = min(tokens_per_step, len(inputs))
-    some = (
-        torch.randperm(len(inputs), generator=generator)[:TOKENS_AT_A_TIME]
-        .sort()
-        .values.to(inputs.device)
-    )
+    some = torch.randperm(len(inputs), generator=generator)[:TOKENS_AT_A_TIME].sort().values
     own = inputs[some], outputs[some]
     mean = error_of(layer.to(dtype), *own)
     if not mean > 0:
@@ -132,11 +128,8 @@ def reconstruct(
     limit = BEND * mean
     masters = tuple(weight.detach().clone().requires_grad_() for weight in layer.weights)
     rates = [learning_rate * float(weight.detach().pow(2).mean().sqrt()) for weight in masters]
-    optimizer = torch.optim.Adam(
-        [{"params": [weight], "lr": rate} for weight, rate in zip(masters, rates, strict=True)],
-        betas=(0.8, 0.9),
-        fused=True,
-    )
+    groups = [{"params": [weight]} for weight in masters]
+    optimizer = torch.optim.Adam(groups, betas=(0.8, 0.9), fused=True)
     num_steps = max(1, int(num_epochs * (len(inputs) // size)))
     for number, tokens in enumerate(_steps(len(inputs), size, num_steps, generator)):
         batch = tokens.to(inputs.device)
@@ -193,13 +186,11 @@ def error_of(layer: FeedForward, inputs: Tensor, outputs: Tensor, limit: float =
         limit: from which on the loss goes on along its tangent, linear in |e|.
     """
     total = 0.0
-    for x, y in zip(
-        torch.split(inputs, TOKENS_AT_A_TIME), torch.split(outputs, TOKENS_AT_A_TIME), strict=True
-    ):
+    parts = (torch.split(whole, TOKENS_AT_A_TIME) for whole in (inputs, outputs))
+    for x, y in zip(*parts, strict=True):
         errors = (layer(x) - y).double().pow(2).sum(dim=1) / 2
-        total += float(
-            torch.where(errors > limit, 2 * (errors * limit).sqrt() - limit, errors).sum()
-        )
+        bent = 2 * (errors * limit).sqrt() - limit
+        total += float(torch.where(errors > limit, bent, errors).sum())
     return total / len(inputs)
 
 

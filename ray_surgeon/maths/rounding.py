@@ -37,13 +37,9 @@ def scales_of(groups: Tensor, weight: Tensor, num_bits: int) -> Tensor:
     limit = 2.0 ** (num_bits - 1)
     largest = (groups.abs().amax(dim=1) / (limit - 0.5)).clamp(min=torch.finfo(torch.float32).tiny)
     candidates = torch.stack([fraction * largest for fraction in FRACTIONS])  # [n, R]
-    errors = torch.stack(
-        [
-            ((groups - nearest(groups, scale[:, None], num_bits)).square() * weight).sum(dim=1)
-            for scale in candidates
-        ]
-    )
-    return candidates.gather(0, errors.argmin(dim=0, keepdim=True))[0]
+    rounded = (nearest(groups, scale[:, None], num_bits) for scale in candidates)
+    errors = [((groups - stored).square() * weight).sum(dim=1) for stored in rounded]
+    return candidates.gather(0, torch.stack(errors).argmin(dim=0, keepdim=True))[0]
 
 
 def nearest(x: Tensor, scale: Tensor, num_bits: int) -> Tensor:
@@ -84,7 +80,7 @@ def round_columns(
         [R, C] numbers that can be stored, and [R, C / group_size] scales.
     """
     W = W.clone()
-    (U, _) = upper_inverse(A, damping, max_damping, name)
+    U, _ = upper_inverse(A, damping, max_damping, name)
     # what an error of each column costs once those to its right answer it
     importance = U.diagonal().square().reciprocal()
     scales = W.new_empty(len(W), W.shape[1] // group_size)
@@ -92,11 +88,8 @@ def round_columns(
     def round_(start: int, c: int, part: Tensor) -> Tensor:
         group = (start + c) // group_size
         if c % group_size == 0:
-            scales[:, group] = scales_of(
-                part[:, c : c + group_size],
-                importance[start + c : start + c + group_size],
-                num_bits,
-            )
+            weight = importance[start:][c : c + group_size]
+            scales[:, group] = scales_of(part[:, c : c + group_size], weight, num_bits)
         return nearest(part[:, c], scales[:, group], num_bits)
 
     replace_columns(W, U, -(-BLOCK_SIZE // group_size) * group_size, round_)

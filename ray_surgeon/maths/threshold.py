@@ -6,6 +6,7 @@ one threshold allocates the sparsity of every linear).
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,13 @@ from torch import Tensor
 
 class OutOfReachError(ValueError):
     """A target asks for more than all that may be pruned; the message says how much that is."""
+
+
+def _out_of_reach(target_sparsity: float, most: float) -> OutOfReachError:
+    return OutOfReachError(
+        f"pruning.target_sparsity: {target_sparsity:g} cannot be reached; all candidates together "
+        f"are {most:.4f}"
+    )
 
 
 @dataclass(frozen=True)
@@ -105,18 +113,12 @@ def structured_threshold(costs: Sequence[StructureCosts], target_sparsity: float
         return removed
 
     zero = torch.zeros(1, dtype=torch.float64)
-    candidates = (
-        torch.cat([zero, *(side for _, rows, columns in ordered for side in (rows, columns))])
-        .sort()
-        .values
-    )
+    all_costs = torch.cat([zero, *(side for _, *sides in ordered for side in sides)])
+    candidates = all_costs.sort().values
     wanted = math.ceil(target_sparsity * num_parameters - 1e-6)
     most = num_removed(float(candidates[-1]))
     if most < wanted:
-        raise OutOfReachError(
-            f"pruning.target_sparsity: {target_sparsity:g} cannot be reached; all candidates "
-            f"together are {most / num_parameters:.4f}"
-        )
+        raise _out_of_reach(target_sparsity, most / num_parameters)
     value = smallest_enough(candidates, num_removed, wanted)
     return Threshold(value, num_removed(value), num_parameters)
 
@@ -131,15 +133,9 @@ def smallest_enough(values: Tensor, num_removed: Callable[[float], int], wanted:
         num_removed: threshold -> what is removed at it, which never falls.
         wanted: how much is enough.
     """
-    low = 0
-    high = len(values) - 1
-    while low < high:
-        middle = (low + high) // 2
-        if num_removed(float(values[middle])) >= wanted:
-            high = middle
-        else:
-            low = middle + 1
-    return float(values[low])
+    places = range(len(values) - 1)
+    first = bisect.bisect_left(places, wanted, key=lambda place: num_removed(float(values[place])))
+    return float(values[first])
 
 
 SHORT = 1e-3
@@ -159,10 +155,9 @@ def bit_histogram(costs: Tensor, high: int | None) -> Tensor:
         [65536] int64 counts.
     """
     bits = costs[torch.isfinite(costs)].float().view(torch.int32)
-    if high is None:
-        return torch.bincount(bits >> _LOW_BITS, minlength=1 << _LOW_BITS)
-    chosen = bits[(bits >> _LOW_BITS) == high]
-    return torch.bincount(chosen & ((1 << _LOW_BITS) - 1), minlength=1 << _LOW_BITS)
+    upper = bits >> _LOW_BITS
+    counted = upper if high is None else bits[upper == high] & ((1 << _LOW_BITS) - 1)
+    return torch.bincount(counted, minlength=1 << _LOW_BITS)
 
 
 def bucket_of(counts: Tensor, k: int) -> tuple[int, int]:
@@ -179,9 +174,8 @@ def bucket_of(counts: Tensor, k: int) -> tuple[int, int]:
 
 def cost_of_bits(high: int, low: int) -> float:
     """Return the float32 number with the given upper and lower 16 bits."""
-    return float(
-        torch.tensor([(high << _LOW_BITS) | low], dtype=torch.int32).view(torch.float32)[0]
-    )
+    bits = torch.tensor((high << _LOW_BITS) | low, dtype=torch.int32)
+    return float(bits.view(torch.float32))
 
 
 def units_to_remove(
@@ -202,8 +196,5 @@ def units_to_remove(
     num_units = max(0, math.ceil(missing / num_per_unit))
     most = (num_pruned + num_candidates * num_per_unit) / num_parameters
     if num_units > num_candidates and target_sparsity - most > SHORT:
-        raise OutOfReachError(
-            f"pruning.target_sparsity: {target_sparsity:g} cannot be reached; all candidates "
-            f"together are {most:.4f}"
-        )
+        raise _out_of_reach(target_sparsity, most)
     return min(num_units, num_candidates)
