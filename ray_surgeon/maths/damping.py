@@ -15,7 +15,7 @@ import torch
 
 from ray_surgeon.maths.costs import quadratic_cost
 from ray_surgeon.maths.kronecker import Damping, PackedFactors
-from ray_surgeon.maths.linear import Linear, Part
+from ray_surgeon.maths.linear import Linear
 from ray_surgeon.maths.masks import StructuredMask
 
 A_CHOICES = (1e-3, 1e-2, 1e-1, 1.0)
@@ -51,25 +51,19 @@ def cost_held_aside(
     Raises:
         FloatingPointError: a factor is not usable.
     """
-    W = linear.W
-    live = linear.live
-    rows = live.rows & mask.rows.to(W.device) & (W != 0).any(dim=1)
-    columns = live.columns & mask.columns.to(W.device) & (W != 0).any(dim=0)
-    part = Part(rows, columns)
-    alive = part.of(W)
+    part = linear.nonzero(mask)
+    W = part.of(linear.W)
     curvature = linear.curvature(part, damping)
-    column_costs = curvature.column_costs(alive, "obs")
-    if linear.has_bias and bool(columns[-1]):
+    column_costs = curvature.column_costs(W, "obs")
+    if linear.has_bias and bool(part.columns[-1]):
         column_costs[-1] = torch.inf
     gone_columns = _cheapest(column_costs, share)
-    gone_rows = torch.zeros(len(alive), dtype=torch.bool, device=W.device)
-    if prunes_rows:
-        gone_rows = _cheapest(curvature.row_costs(alive, "obs"), share)
-    after, _ = curvature.prune(alive, gone_rows, gone_columns, "full")
-    of_held = held.restricted(part.rows, part.columns)
-    A = of_held.A / of_held.num_tokens
-    G = of_held.G / of_held.num_tokens
-    return quadratic_cost(after - alive, A.to(W.dtype), G.to(W.dtype))
+    row_costs = curvature.row_costs(W, "obs") if prunes_rows else W.new_zeros(len(W))
+    gone_rows = _cheapest(row_costs, share if prunes_rows else 0.0)
+    after, _ = curvature.prune(W, gone_rows, gone_columns, "full")
+    factors = held.restricted(part.rows, part.columns)
+    A, G = ((x / held.num_tokens).to(W.dtype) for x in (factors.A, factors.G))
+    return quadratic_cost(after - W, A, G)
 
 
 def _cheapest(costs: torch.Tensor, share: float) -> torch.Tensor:
@@ -96,24 +90,23 @@ def choose_damping(
         costs, relative to the smallest of each linear. Costs that are no number count as infinite.
     """
     middle = g_choices[len(g_choices) // 2]
-    costs = dict[tuple[float, float], list[float]]()
-
-    def relative() -> dict[tuple[float, float], float]:
-        of_pairs = torch.tensor(list(costs.values()), dtype=torch.float64).nan_to_num(
-            nan=torch.inf, posinf=torch.inf
-        )
-        if not of_pairs.numel():
-            return dict.fromkeys(costs, 1.0)
-        ratios = of_pairs / of_pairs.min(dim=0).values.clamp(min=1e-300)
-        return dict(zip(costs, ratios.nan_to_num(nan=torch.inf).mean(dim=1).tolist(), strict=True))
+    costs = dict[tuple[float, float], Sequence[float]]()
+    means = dict[tuple[float, float], float]()
 
     def best_of(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
-        for pair in pairs:
-            if pair not in costs:
-                costs[pair] = list(cost_of(*pair))
-        means = relative()
+        costs.update({pair: cost_of(*pair) for pair in pairs if pair not in costs})
+        means.update(zip(costs, _relative_means(list(costs.values())), strict=True))
         return min(pairs, key=lambda pair: means[pair])
 
     best_a, _ = best_of([(a, middle) for a in a_choices])
     _, best_g = best_of([(best_a, g) for g in g_choices])
-    return best_a, best_g, [(a, g, mean) for (a, g), mean in relative().items()]
+    return best_a, best_g, [(a, g, mean) for (a, g), mean in means.items()]
+
+
+def _relative_means(costs: Sequence[Sequence[float]]) -> list[float]:
+    """Return the means of the costs of every choice, relative to the smallest of each linear."""
+    by_choice = torch.tensor(costs, dtype=torch.float64).nan_to_num(nan=torch.inf, posinf=torch.inf)
+    if not by_choice.numel():
+        return [1.0] * len(costs)
+    ratios = by_choice / by_choice.min(dim=0).values.clamp(min=1e-300)
+    return ratios.nan_to_num(nan=torch.inf).mean(dim=1).tolist()

@@ -58,9 +58,8 @@ class GreedyPath:
         W: Tensor,
         A: DampedFactor,
         G: DampedFactor,
-        *,
-        prunes_rows: bool = True,
-        prunes_columns: bool = True,
+        may_prune_rows: Tensor,
+        may_prune_sets: Tensor,
         sets: Tensor | None = None,
     ) -> None:
         """Start with everything alive.
@@ -69,9 +68,9 @@ class GreedyPath:
             W: [R, C] alive weights.
             A: [C, C].
             G: [R, R].
-            prunes_rows: whether rows are pruned and have costs; what only they need is left out
-                otherwise.
-            prunes_columns: likewise.
+            may_prune_rows: [R] bool. If no row may be, rows have no costs, and what only these need
+                is left out.
+            may_prune_sets: [num_sets] bool, likewise.
             sets: [num_sets, width] columns that are pruned together; single ones if None.
         """
         self.W = W.clone()
@@ -80,13 +79,17 @@ class GreedyPath:
         )
         every_row, every_column = (torch.arange(n, device=W.device)[:, None] for n in W.shape)
         self.sets = every_column if sets is None else sets
-        self._row_numbers = every_row[: len(W) if prunes_rows else 0, 0]
-        num_sets = len(self.sets) if prunes_columns else 0
-        self._set_numbers = len(W) + torch.arange(num_sets, device=W.device)
-        if prunes_rows:
+        self.may_prune = torch.cat([may_prune_rows, may_prune_sets]).cpu()
+        num_rows, num_sets = (
+            len(may_prune) if may_prune.any() else 0
+            for may_prune in (may_prune_rows, may_prune_sets)
+        )
+        self._row_numbers = torch.arange(num_rows, device=W.device)
+        self._set_numbers = torch.arange(len(W), len(W) + num_sets, device=W.device)
+        if num_rows:
             self._H = product(W, A.matrix)
             self._by_row = DowndatedInverse(G, every_row)
-        if prunes_columns:
+        if num_sets:
             self._U = product(G.matrix, W)
             self._by_column = DowndatedInverse(A, self.sets)
 
@@ -186,8 +189,6 @@ class GreedyPath:
 
 def greedy_costs(
     path: GreedyPath,
-    may_prune_rows: Tensor,
-    may_prune_sets: Tensor,
     *,
     name: str,
     sets: str = "columns",
@@ -203,8 +204,6 @@ def greedy_costs(
 
     Args:
         path: with everything alive.
-        may_prune_rows: [R] bool.
-        may_prune_sets: [num_sets] bool.
         name: of the linear, for the error.
         sets: what the sets are, for the error.
         per_parameter: whether costs are divided by the entries that a structure still has when it
@@ -221,8 +220,8 @@ def greedy_costs(
     Raises:
         FloatingPointError: a cost of the first step is not usable; the path would end there.
     """
-    sizes = [len(may_prune_rows), len(may_prune_sets)]
-    may_prune = torch.cat([may_prune_rows, may_prune_sets]).cpu()
+    num_rows = len(path.W)
+    may_prune = path.may_prune.clone()
     marginal = torch.full((len(may_prune),), torch.inf, dtype=path.W.dtype)
     highest = 0.0
     num_pruned = 0
@@ -231,7 +230,7 @@ def greedy_costs(
         costs = path.costs(per_parameter=per_parameter).cpu()
         candidates = may_prune[numbers]
         if num_pruned == 0:
-            is_row = numbers < sizes[0]
+            is_row = numbers < num_rows
             check_costs(f"{name} rows", costs[candidates & is_row])
             check_costs(f"{name} {sets}", costs[candidates & ~is_row])
         costs.masked_fill_(~candidates, torch.inf)
@@ -249,5 +248,5 @@ def greedy_costs(
         may_prune[numbers[pruned]] = False
         num_pruned += len(pruned)
         path.remove(pruned.to(path.W.device))
-    by_row, by_set = torch.split(marginal.to(path.W.device), sizes)
-    return by_row, by_set
+    marginal = marginal.to(path.W.device)
+    return marginal[:num_rows], marginal[num_rows:]

@@ -60,34 +60,24 @@ def group_costs(
     left = alive.columns[columns].all(dim=1)
     place = alive.columns.cumsum(0) - 1
     costs = torch.full((len(columns),), torch.inf, dtype=linear.W.dtype)
-    always_zero = (
-        left & (linear.factors.A.diagonal().to(left.device)[columns] == 0).all(dim=1)
-    ).nonzero()[:, 0]
-    always_zero = always_zero[: max(0, int(left.sum()) - least)]
+    is_zero = (linear.factors.A.diagonal().to(left.device)[columns] == 0).all(dim=1)
+    always_zero = (left & is_zero).nonzero()[:, 0][: max(0, int(left.sum()) - least)]
     costs[always_zero.cpu()] = 0.0
     left[always_zero] = False
     numbers = left.nonzero()[:, 0]
     if not len(numbers):
         return costs
     W = alive.of(linear.W)
-    sets = place[columns[numbers]]
-    path = GreedyPath(W, curvature.A, curvature.G, prunes_rows=False, sets=sets)
+    may_prune = W.new_zeros(len(W), dtype=torch.bool), left[numbers]
+    path = GreedyPath(W, curvature.A, curvature.G, *may_prune, place[columns[numbers]])
     if limit is None:
         single, order = path.column_set_costs().cpu().sort(stable=True)
         check_costs(f"{linear.name} groups", single)
         num_pruned = max(0, len(numbers) - least)
         costs[numbers.cpu()[order[:num_pruned]]] = single[:num_pruned]
         return costs
-    may_prune = (W.new_zeros(len(W), dtype=torch.bool), left[numbers])
     _, marginal = greedy_costs(
-        path,
-        *may_prune,
-        name=linear.name,
-        sets="groups",
-        limit=limit,
-        least=least,
-        needed=needed,
-        most=most,
+        path, name=linear.name, sets="groups", limit=limit, least=least, needed=needed, most=most
     )
     costs[numbers.cpu()] = marginal.cpu()
     return costs

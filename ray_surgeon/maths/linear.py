@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ray_surgeon.maths.curvature import LinearCurvature
 from ray_surgeon.maths.kronecker import Damping, PackedFactors
+from ray_surgeon.maths.masks import StructuredMask
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,9 @@ class Part:
     columns: Tensor  # [C] bool
 
     def of(self, whole: Tensor) -> Tensor:
-        """Return this part of a matrix [R, C]."""
-        return whole[self.rows][:, self.columns]
+        """Return this part of a matrix [R, C], itself if this is all of it."""
+        is_all = self.rows.all() and self.columns.all()
+        return whole if is_all else whole[self.rows][:, self.columns]
 
     def put(self, part: Tensor, into: Tensor) -> Tensor:
         """Return a copy of a matrix [R, C] in which this part is replaced."""
@@ -53,6 +55,15 @@ class Linear:
         device = self.W.device
         return Part(
             self.factors.G.diagonal().to(device) > 0, self.factors.A.diagonal().to(device) > 0
+        )
+
+    def nonzero(self, kept: StructuredMask) -> Part:
+        """Return the kept ones of the live rows and columns in which a weight is not zero."""
+        live = self.live
+        W = self.W
+        return Part(
+            live.rows & kept.rows.to(W.device) & (W != 0).any(dim=1),
+            live.columns & kept.columns.to(W.device) & (W != 0).any(dim=0),
         )
 
     def curvature(self, part: Part, damping: Damping | None = None) -> LinearCurvature:

@@ -67,51 +67,36 @@ def find_candidates(
         FloatingPointError: a factor or a cost is not usable.
     """
     W = linear.W
-    with_curvature = linear.live
     mask = StructuredMask(mask.rows.to(W.device), mask.columns.to(W.device))
-    live_rows = mask.rows & with_curvature.rows & (W != 0).any(dim=1)
-    live_columns = mask.columns & with_curvature.columns & (W != 0).any(dim=0)
+    live = linear.nonzero(mask)
     rows = mask.rows & (structure != "columns")
     columns = mask.columns & (structure != "rows")
     if linear.has_bias:
-        live_columns[-1] = mask.columns[-1]
+        live.columns[-1] = mask.columns[-1]
         columns[-1] = False
-    live = Part(live_rows, live_columns)
     curvature = linear.curvature(live)
     alive = live.of(W)
     by_row = W.new_zeros(len(W))
     by_column = W.new_zeros(W.shape[1])
     if limit is not None:
-        path = GreedyPath(
-            alive,
-            curvature.A,
-            curvature.G,
-            prunes_rows=structure != "columns",
-            prunes_columns=structure != "rows",
-        )
-        may = rows[live_rows], columns[live_columns]
-        by_row[live_rows], by_column[live_columns] = greedy_costs(
-            path, *may, name=linear.name, per_parameter=per_parameter, limit=limit
+        may_prune = rows[live.rows], columns[live.columns]
+        path = GreedyPath(alive, curvature.A, curvature.G, *may_prune)
+        by_row[live.rows], by_column[live.columns] = greedy_costs(
+            path, name=linear.name, per_parameter=per_parameter, limit=limit
         )
         rows &= torch.isfinite(by_row)
         columns &= torch.isfinite(by_column)
     else:
-        by_row[live_rows] = curvature.row_costs(alive, costs)
-        by_column[live_columns] = curvature.column_costs(alive, costs)
+        by_row[live.rows] = curvature.row_costs(alive, costs)
+        by_column[live.columns] = curvature.column_costs(alive, costs)
         if per_parameter:
             by_row = by_row / mask.columns.sum().clamp(min=1)
             by_column = by_column / mask.rows.sum().clamp(min=1)
     check_costs(f"{linear.name} rows", by_row[rows])
     check_costs(f"{linear.name} columns", by_column[columns])
+    about = live, curvature.used_damping, curvature.raised_damping, curvature.clipping
     return Candidates(
-        rows.nonzero()[:, 0],
-        columns.nonzero()[:, 0],
-        by_row[rows],
-        by_column[columns],
-        live,
-        curvature.used_damping,
-        curvature.raised_damping,
-        curvature.clipping,
+        rows.nonzero()[:, 0], columns.nonzero()[:, 0], by_row[rows], by_column[columns], *about
     )
 
 
@@ -127,13 +112,13 @@ def prune_structures(
         threshold: the global one.
         update: ``full``, ``single`` (see `prune_singly`) or ``none``.
     """
-    to_prune = candidates.to_prune(mask, threshold)
-    new_mask = mask.without(*to_prune)
-    curvature = linear.curvature(candidates.live, candidates.damping)
-    before = candidates.live.of(linear.W)
-    rows = to_prune[0].to(before.device)[candidates.live.rows]
-    columns = to_prune[1].to(before.device)[candidates.live.columns]
-    after, residual = curvature.prune(before, rows, columns, update)
-    W = candidates.live.put(after, linear.W)
+    live = candidates.live
+    rows, columns = candidates.to_prune(mask, threshold)
+    new_mask = mask.without(rows, columns)
+    curvature = linear.curvature(live, candidates.damping)
+    before = live.of(linear.W)
+    to_prune = rows.to(before.device)[live.rows], columns.to(before.device)[live.columns]
+    after, residual = curvature.prune(before, *to_prune, update)
+    W = live.put(after, linear.W)
     new_mask.apply_(W)
     return Removal(W, curvature.quadratic_cost(after - before), residual), new_mask

@@ -14,14 +14,15 @@ R = 6
 C = 7
 
 
-def path() -> tuple[GreedyPath, torch.Tensor, torch.Tensor, torch.Tensor]:
+ALL = flags(R, list(range(R))), flags(C, list(range(C)))
+
+
+def path(
+    may_prune: tuple[torch.Tensor, torch.Tensor] = ALL,
+) -> tuple[GreedyPath, torch.Tensor, torch.Tensor, torch.Tensor]:
     W, A, G = problem(R, C)
-    return (
-        GreedyPath(W, factorise(A.clone(), 0.0, 0.0, "A"), factorise(G.clone(), 0.0, 0.0, "G")),
-        W,
-        A,
-        G,
-    )
+    factors = factorise(A.clone(), 0.0, 0.0, "A"), factorise(G.clone(), 0.0, 0.0, "G")
+    return GreedyPath(W, *factors, *may_prune), W, A, G
 
 
 @pytest.mark.parametrize("width", [1, 2, 3])
@@ -68,7 +69,8 @@ def test_costs_of_wide_sets_are_the_dense_ones_on_any_number_of_threads(num_thre
     torch.set_num_threads(num_threads)
     try:
         single = [factorise(matrix.float(), 0.1, 0.1, "x") for matrix in (A, G)]
-        found = GreedyPath(W, *single, prunes_rows=False, sets=sets).column_set_costs()
+        may_prune = flags(rows, []), flags(3, [0, 1, 2])
+        found = GreedyPath(W, *single, *may_prune, sets).column_set_costs()
     finally:
         torch.set_num_threads(before)
     inverse = torch.linalg.inv(single[0].matrix.double())
@@ -106,15 +108,8 @@ def test_weights_and_costs_after_downdating_are_the_dense_ones() -> None:
 @pytest.mark.parametrize("per_parameter", [False, True])
 def test_greedy_path_by_brute_force(per_parameter: bool) -> None:
     """One at a time, the cheapest by the dense marginal cost; the result is the running maximum."""
-    found, W, A, G = path()
-    by_row, by_column = greedy_costs(
-        found,
-        flags(R, [0, 1, 2, 3, 4]),
-        flags(C, list(range(C - 1))),
-        name="linear",
-        per_parameter=per_parameter,
-        limit=torch.inf,
-    )
+    found, W, A, G = path((flags(R, [0, 1, 2, 3, 4]), flags(C, list(range(C - 1)))))
+    by_row, by_column = greedy_costs(found, name="linear", per_parameter=per_parameter)
     rows: list[int] = []
     columns: list[int] = []
     highest = 0.0
@@ -139,14 +134,9 @@ def test_greedy_path_by_brute_force(per_parameter: bool) -> None:
 
 
 def test_a_limit_cuts_the_same_path() -> None:
-    everything = flags(R, list(range(R))), flags(C, list(range(C)))
-    whole = torch.cat(
-        greedy_costs(path()[0], *everything, name="linear", per_parameter=True, limit=torch.inf)
-    )
+    whole = torch.cat(greedy_costs(path()[0], name="linear", per_parameter=True))
     limit = float(whole.sort().values[5])
-    cut = torch.cat(
-        greedy_costs(path()[0], *everything, name="linear", per_parameter=True, limit=limit)
-    )
+    cut = torch.cat(greedy_costs(path()[0], name="linear", per_parameter=True, limit=limit))
     assert torch.equal(cut, torch.where(whole <= limit, whole, torch.inf))
 
 
