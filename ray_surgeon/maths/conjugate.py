@@ -64,8 +64,9 @@ class SplitMatrix:
     """
 
     def __init__(self, matrix: Tensor, rank: int, narrow: torch.dtype) -> None:
-        """Split a matrix [n, n]; `narrow` is the dtype of the rest."""
-        self.U, self.s = dominant_part(matrix, rank)
+        """Split a matrix [n, n], with at most so many columns of U; `narrow` is of the rest."""
+        n = len(matrix)
+        self.U, self.s = dominant_part(matrix, min(rank, max(1, n // 4), n - 1))
         self._rest = torch.addmm(matrix, self.U, self.U.T, alpha=-1)
         self._rest.diagonal().sub_(self.s)
         self._rest = self._rest.to(narrow)
@@ -153,19 +154,14 @@ def update_elements(
     residual = _residual(change, terms, mask)
     start = float(torch.linalg.norm(residual))
     if start == 0.0:
-        return Removal(W * mask, _quadratic(change, apply_terms(change, terms)), 0.0)
+        return Removal(W * mask, 0.5 * float(_dot(change, apply_terms(change, terms))), 0.0)
     narrow = product_dtype or W.dtype
-    split = [
-        (SplitMatrix(G, _rank(G, _RANK_G), narrow), SplitMatrix(A, _rank(A, _RANK_A), narrow))
-        for G, A in terms
-    ]
+    split = [(SplitMatrix(G, _RANK_G, narrow), SplitMatrix(A, _RANK_A, narrow)) for G, A in terms]
     precondition = MaskedPreconditioner(split[0][1], terms[0][0].diagonal(), mask)
     z = precondition(residual)
     direction = z.clone()
     rz = _dot(residual, z)
-    left = 1.0
-    iteration = 0
-    while iteration < num_iterations and left > tolerance:
+    for iteration in range(1, num_iterations + 1):
         product = _product(split, direction).mul_(mask)
         curved = _dot(direction, product)
         if not (rz > 0 and curved > 0):  # the dtype has nothing more to give
@@ -173,22 +169,18 @@ def update_elements(
         step = _dot(residual, direction) / curved
         change.addcmul_(direction, step)
         residual.addcmul_(product, step, value=-1)
-        iteration += 1
         if narrow != W.dtype and iteration % _REFRESH == 0 and iteration < num_iterations:
             # narrow products let the recurrence drift from it
             residual = _residual(change, terms, mask)
         z = precondition(residual)
         direction.mul_(-step * _dot(product, z) / rz).add_(z)
         rz = _dot(residual, z)
-        left = float(torch.linalg.norm(residual)) / start
+        if not float(torch.linalg.norm(residual)) / start > tolerance:
+            break
     product = apply_terms(change, terms)
-    predicted = _quadratic(change, product)
+    predicted = 0.5 * float(_dot(change, product))
     left = float(torch.linalg.norm(product.mul_(mask))) / start
     return Removal((W + change) * mask, predicted, left)
-
-
-def _quadratic(change: Tensor, curved: Tensor) -> float:
-    return 0.5 * float(_dot(change, curved))
 
 
 def _product(split: Sequence[tuple[SplitMatrix, SplitMatrix]], X: Tensor) -> Tensor:
@@ -202,7 +194,3 @@ def _product(split: Sequence[tuple[SplitMatrix, SplitMatrix]], X: Tensor) -> Ten
 def _residual(change: Tensor, terms: Sequence[Term], mask: Tensor) -> Tensor:
     """Return minus (F D) on kept elements, [R, C]."""
     return apply_terms(change, terms).mul_(mask).neg_()
-
-
-def _rank(matrix: Tensor, most: int) -> int:
-    return min(most, max(1, len(matrix) // 4), len(matrix) - 1)

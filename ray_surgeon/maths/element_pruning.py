@@ -1,23 +1,18 @@
 """Single elements or N:M groups of one linear: costs, and the update.
 
-Source: docs/method.md, sections 3 to 6.
+Source: docs/method.md, sections 3 to 6; The LLM Surgeon, section 3.2 and appendix A.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import combinations
 
 import torch
 from torch import Tensor
 
 from ray_surgeon.maths.conjugate import update_elements
 from ray_surgeon.maths.curvature import Clipping, LinearCurvature, RaisedDamping
-from ray_surgeon.maths.element_costs import (
-    element_costs,
-    group_costs,
-    pattern_removals,
-    summed_group_costs,
-)
 from ray_surgeon.maths.kronecker import Damping
 from ray_surgeon.maths.linear import Linear, Part, Removal
 from ray_surgeon.maths.masks import ElementMask
@@ -97,8 +92,8 @@ def find_elements(linear: Linear, units: ElementUnits, costs: str) -> ElementCan
     elif units.m > 1:
         single = element_costs(linear.W, row_scale, column_scale)[:, : linear.num_inputs]
         by_group, choice = summed_group_costs(single, units.n, units.m)
-    about = curvature.used_damping, curvature.raised_damping, curvature.clipping
-    return ElementCandidates(row_scale, column_scale, by_group, choice, live, *about)
+    about = live, curvature.used_damping, curvature.raised_damping, curvature.clipping
+    return ElementCandidates(row_scale, column_scale, by_group, choice, *about)
 
 
 def _scales(
@@ -117,18 +112,14 @@ def _scales(
 def _joint_group_costs(
     linear: Linear, live: Part, curvature: LinearCurvature, units: ElementUnits
 ) -> tuple[Tensor, Tensor]:
-    n = units.n
-    m = units.m
     alive = live.columns[: linear.num_inputs]
-    places = torch.where(alive, live.columns.cumsum(0)[: linear.num_inputs] - 1, -1)
-    W = linear.W[live.rows][:, : linear.num_inputs] * alive
-    by_group = linear.W.new_zeros(len(linear.W), linear.num_inputs // m)
+    places = torch.where(alive, alive.cumsum(0) - 1, -1).view(-1, units.m)
+    by_group = linear.W.new_zeros(len(linear.W), len(places))
     choice = torch.zeros_like(by_group, dtype=torch.int64)
-    if not alive.any():
-        return by_group, choice
-    by_group[live.rows], choice[live.rows] = group_costs(
-        W, *curvature.inverse_blocks(places.view(-1, m)), n, m
-    )
+    if alive.any():
+        W = linear.W[live.rows][:, : linear.num_inputs] * alive
+        blocks = curvature.inverse_blocks(places)
+        by_group[live.rows], choice[live.rows] = group_costs(W, *blocks, units.n, units.m)
     return by_group, choice
 
 
@@ -144,9 +135,8 @@ def unit_costs(
     """
     kept = mask.kept.to(linear.W.device)[:, : linear.num_inputs]
     if units.m == 1:
-        costs = element_costs(linear.W, candidates.row_scale, candidates.column_scale)[
-            :, : linear.num_inputs
-        ].float()
+        costs = element_costs(linear.W, candidates.row_scale, candidates.column_scale)
+        costs = costs[:, : linear.num_inputs].float()
         excluded = ~kept
     else:
         costs = candidates.group_costs.float().clone()
@@ -174,19 +164,14 @@ def prune_elements(
         update: how.
     """
     chosen = unit_costs(linear, mask, units, candidates) <= threshold
-    to_prune = linear.zeros(torch.bool)
-    to_prune[:, : linear.num_inputs] = (
-        chosen if units.m == 1 else pattern_removals(chosen, candidates.choice, units.n, units.m)
-    )
-    kept = mask.kept.to(to_prune.device) & ~to_prune
-    curvature = linear.curvature(candidates.live, candidates.damping)
+    if units.m > 1:
+        chosen = pattern_removals(chosen, candidates.choice, units.n, units.m)
+    kept = mask.kept.to(chosen.device, copy=True)
+    kept[:, : linear.num_inputs] &= ~chosen
     live = candidates.live
-    if live.rows.all() and live.columns.all():
-        removal = _updated(linear.W, curvature, kept, update)
-    else:
-        removal = _updated(live.of(linear.W), curvature, live.of(kept), update)
-        removal = replace(removal, W=live.put(removal.W, linear.W * kept))
-    return removal, ElementMask(kept.cpu())
+    curvature = linear.curvature(live, candidates.damping)
+    removal = _updated(live.of(linear.W), curvature, live.of(kept), update)
+    return replace(removal, W=live.put(removal.W, linear.W * kept)), ElementMask(kept.cpu())
 
 
 def _updated(W: Tensor, curvature: LinearCurvature, kept: Tensor, update: ElementUpdate) -> Removal:
@@ -199,19 +184,102 @@ def _updated(W: Tensor, curvature: LinearCurvature, kept: Tensor, update: Elemen
             tolerance=update.tolerance,
             product_dtype=getattr(torch, update.precision),
         )
-    after = _updated_directly(W, curvature, kept, update)
+    if update.solver == "none":
+        after = W * kept
+    elif curvature.is_extended:
+        inverse = curvature.inverse
+        after = (W - inverse.solve(W * ~kept / inverse.diagonal())) * kept
+    else:
+        A_inverse = curvature.A.inverse()
+        G_inverse = curvature.G.inverse()
+        alone = W * ~kept / torch.outer(G_inverse.diagonal(), A_inverse.diagonal())
+        after = (W - G_inverse @ alone @ A_inverse) * kept
     return Removal(after, curvature.quadratic_cost(after - W), 0.0)
 
 
-def _updated_directly(
-    W: Tensor, curvature: LinearCurvature, kept: Tensor, update: ElementUpdate
-) -> Tensor:
-    if update.solver == "none":
-        return W * kept
-    if curvature.is_extended:
-        inverse = curvature.inverse
-        return (W - inverse.solve(W * ~kept / inverse.diagonal())) * kept
-    A_inverse = curvature.A.inverse()
-    G_inverse = curvature.G.inverse()
-    alone = W * ~kept / torch.outer(G_inverse.diagonal(), A_inverse.diagonal())
-    return (W - G_inverse @ alone @ A_inverse) * kept
+def element_costs(W: Tensor, row_scale: Tensor, column_scale: Tensor) -> Tensor:
+    """Cost of each element: 1/2 W_rc^2 times the product of the scales at (r, c).
+
+    After the optimal update of all others (OBS) the product is 1 / [F^-1]_(r,c),(r,c) = 1 /
+    ([G^-1]_rr [A^-1]_cc). Without any update (OBD) it is the diagonal of F, G_rr A_cc.
+
+    Args:
+        W: [R, C].
+        row_scale: [R, 1], or [R, C] if the product is in it already.
+        column_scale: [1, C] or [1, 1].
+
+    Returns:
+        [R, C] costs, in the loss's units.
+    """
+    return 0.5 * W.square() * (row_scale * column_scale)
+
+
+def group_patterns(n: int, m: int) -> Tensor:
+    """Return every choice of the ``m - n`` of `m` places to prune, [num_patterns, m - n]."""
+    return torch.tensor(list(combinations(range(m), m - n)))
+
+
+def group_costs(
+    W: Tensor, inverse_blocks: Tensor, row_factor: Tensor, n: int, m: int
+) -> tuple[Tensor, Tensor]:
+    """Exact joint cost of the best pattern of every N:M group: 1/2 w_P ([F^-1]_PP)^-1 w_P^T.
+
+    Args:
+        W: [R, C], C a multiple of `m`; groups are `m` consecutive inputs of one row, starting at
+            column 0.
+        inverse_blocks: [R or 1, C / m, m, m] and
+        row_factor: [R]: their product is the block of F^-1 of each group.
+        n: elements that stay in each group.
+        m: elements of a group.
+
+    Returns:
+        [R, C / m] costs and [R, C / m] the index into `group_patterns` of the best pattern.
+    """
+    R, C = W.shape
+    groups = W.view(R, C // m, m)
+    best = torch.full((R, C // m), torch.inf, dtype=W.dtype, device=W.device)
+    choice = torch.zeros(R, C // m, dtype=torch.int64, device=W.device)
+    for number, pattern in enumerate(group_patterns(n, m).to(W.device)):
+        inner = torch.linalg.inv(inverse_blocks[:, :, pattern][:, :, :, pattern]).expand(
+            R, -1, -1, -1
+        )
+        w = groups[:, :, pattern]
+        cost = 0.5 * torch.einsum("rgi,rgij,rgj->rg", w, inner, w) / row_factor[:, None]
+        better = cost < best
+        best = torch.where(better, cost, best)
+        choice = torch.where(better, number, choice)
+    return best, choice
+
+
+def summed_group_costs(costs: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
+    """Cost of every N:M group: the sum of its ``m - n`` smallest single costs.
+
+    This is the paper's choice.
+
+    Args:
+        costs: [R, C] single costs.
+        n: elements that stay in each group.
+        m: elements of a group.
+
+    Returns:
+        [R, C / m] costs and [R, C / m] the index into `group_patterns` of the pattern.
+    """
+    R, C = costs.shape
+    groups = costs.view(R, C // m, m)
+    patterns = group_patterns(n, m).to(costs.device)
+    # by the places, each a bit
+    number_of = torch.zeros(1 << m, dtype=torch.int64, device=costs.device)
+    number_of[(1 << patterns).sum(dim=-1)] = torch.arange(len(patterns), device=costs.device)
+    places = groups.sort(dim=-1, stable=True).indices[:, :, : m - n].sort(dim=-1).values
+    return groups.gather(-1, places).sum(dim=-1), number_of[(1 << places).sum(dim=-1)]
+
+
+def pattern_removals(chosen: Tensor, choice: Tensor, n: int, m: int) -> Tensor:
+    """Return which elements to prune [R, C] bool.
+
+    They are those of the pattern `choice` [R, C / m] in every group `chosen` [R, C / m] bool.
+    """
+    patterns = group_patterns(n, m).to(choice.device)
+    places = torch.zeros(len(patterns), m, dtype=torch.bool, device=choice.device)
+    places.scatter_(1, patterns, True)
+    return (places[choice] & chosen[:, :, None]).reshape(choice.shape[0], -1)

@@ -13,18 +13,16 @@ from ray_surgeon.maths.conjugate import (
     update_elements,
 )
 from ray_surgeon.maths.costs import quadratic_cost
-from ray_surgeon.maths.element_costs import (
-    element_costs,
-    group_costs,
-    group_patterns,
-    pattern_removals,
-    summed_group_costs,
-)
 from ray_surgeon.maths.element_pruning import (
     ElementUnits,
     ElementUpdate,
+    element_costs,
     find_elements,
+    group_costs,
+    group_patterns,
+    pattern_removals,
     prune_elements,
+    summed_group_costs,
     unit_costs,
 )
 from ray_surgeon.maths.masks import ElementMask

@@ -253,18 +253,17 @@ def solve_terms(
     if len(further) == 1 or start == 0.0:
         return X, 0.0
     residual = right - apply_terms(X, terms)
-    z = inverse.solve(residual)
-    direction = z
-    rz = torch.sum(residual * z)
-    iteration = 0
-    while iteration < num_iterations and float(torch.linalg.norm(residual)) > tolerance * start:
-        product = apply_terms(direction, terms)
-        step = rz / torch.sum(direction * product)
-        X = X + step * direction
-        residual = residual - step * product
+    direction = torch.zeros_like(X)
+    rz = X.new_tensor(torch.inf)
+    for _ in range(num_iterations):
+        if not float(torch.linalg.norm(residual)) > tolerance * start:
+            break
         z = inverse.solve(residual)
         previous = rz
         rz = torch.sum(residual * z)
         direction = z + rz / previous * direction
-        iteration += 1
+        product = apply_terms(direction, terms)
+        step = rz / torch.sum(direction * product)
+        X = X + step * direction
+        residual = residual - step * product
     return X, float(torch.linalg.norm(right - apply_terms(X, terms))) / start
