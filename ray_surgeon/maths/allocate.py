@@ -99,7 +99,7 @@ def allocate_globally(
     while saved < missing - tolerance:
         if not steps:
             raise _out_of_reach(saved, missing)
-        slope, place = heapq.heappop(steps)
+        price, place = heapq.heappop(steps)
         path = paths[place]
         layer = costs[place].layer
         if path.goes_whole and left[layer] <= fewest_experts:
@@ -109,7 +109,7 @@ def allocate_globally(
             before = path.saved
             path.advance(missing - tolerance - saved + before)
             saved += path.saved - before
-            threshold = slope
+            threshold = price
         if path.goes_on:
             heapq.heappush(steps, (path.slope, place))
     counts = {path.costs.consumer: path.number for path in paths}
@@ -214,11 +214,8 @@ def allocate_uniformly(
         raise _out_of_reach(float(saved.max()) if len(saved) else 0.0, missing)
     options = chosen[enough[0]].tolist()
     for place, kind in enumerate(kinds):
-        others = sum(
-            float(other.saved[option])
-            for other, option in zip(kinds, options, strict=True)
-            if other is not kind
-        )
+        of_all = [float(k.saved[option]) for k, option in zip(kinds, options, strict=True)]
+        others = sum(of_all[:place] + of_all[place + 1 :])
         options[place] = kind.without_surplus(options[place], wanted, others)
     counts = dict[str, int]()
     experts = set[str]()

@@ -7,7 +7,8 @@ system's matrix is two GEMMs and a mask.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,6 +25,24 @@ _OVERSAMPLING = 8
 _SUBSPACE_ITERATIONS = 2
 _REFRESH = 11
 """Iterations with narrow products after which the residual is computed anew in full precision."""
+
+
+@dataclass(frozen=True)
+class ElementUpdate:
+    """How kept elements make up for pruned ones.
+
+    Attributes:
+        solver: ``conjugate_gradients`` (all correlations at once), ``single`` (the correction of
+            every pruned element as if it were pruned alone) or ``none``.
+        num_iterations: of conjugate gradients, at most.
+        tolerance: relative residual at which they stop.
+        precision: dtype of their products, e.g. ``bfloat16``.
+    """
+
+    solver: str
+    num_iterations: int = 0
+    tolerance: float = 0.0
+    precision: str = "float32"
 
 
 def dominant_part(A: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -82,39 +101,39 @@ class SplitMatrix:
         return product.addmm_(self.U, self.U.T @ X).addcmul_(X, self.s[:, None])
 
 
-class MaskedPreconditioner:
-    """Approximate inverse of the problem on kept entries, row by row.
+def masked_preconditioner(
+    A: SplitMatrix, G_diagonal: Tensor, mask: Tensor
+) -> Callable[[Tensor], Tensor]:
+    """Return an approximate inverse of the problem on kept entries, row by row.
 
-    Of each row it is that of G_rr (A restricted to the row's kept columns).
+    It takes X [R, C], zero outside the mask. Of each row it is the inverse of G_rr (A restricted to
+    the row's kept columns).
 
     With A near ``diag(s) + U U^T`` the restriction is inverted by Woodbury's formula with a small
     system a row. The inverse of the unconstrained problem, G^-1 X A^-1, is the nearer one where
     little is removed, but not at half: there this one needs a third of the iterations for the same
     cost.
+
+    Args:
+        A: damped, of which the rest is left out.
+        G_diagonal: [R] of damped G.
+        mask: [R, C] 1 on kept entries, 0 elsewhere.
     """
+    U = A.U
+    by_s = 1 / A.s
+    C, k = U.shape
+    U_by_s = U * by_s[:, None]
+    scale = mask * by_s / G_diagonal[:, None]
+    pairs = (U_by_s[:, :, None] * U[:, None, :]).reshape(C, k * k)
+    systems = (mask @ pairs).view(len(mask), k, k)
+    systems.diagonal(dim1=1, dim2=2).add_(1)
+    inverses = torch.cholesky_inverse(torch.linalg.cholesky(systems))
 
-    def __init__(self, A: SplitMatrix, G_diagonal: Tensor, mask: Tensor) -> None:
-        """Prepare one small inverse a row.
+    def apply(X: Tensor) -> Tensor:
+        inner = torch.bmm(inverses, (X @ U_by_s)[:, :, None])[:, :, 0]
+        return torch.addmm(X, inner, U.T, alpha=-1).mul_(scale)
 
-        Args:
-            A: damped, of which the rest is left out.
-            G_diagonal: [R] of damped G.
-            mask: [R, C] 1 on kept entries, 0 elsewhere.
-        """
-        self._U = A.U
-        by_s = 1 / A.s
-        C, k = self._U.shape
-        self._U_by_s = self._U * by_s[:, None]
-        self._scale = mask * by_s / G_diagonal[:, None]
-        pairs = (self._U_by_s[:, :, None] * self._U[:, None, :]).reshape(C, k * k)
-        systems = (mask @ pairs).view(len(mask), k, k)
-        systems.diagonal(dim1=1, dim2=2).add_(1)
-        self._inverses = torch.cholesky_inverse(torch.linalg.cholesky(systems))
-
-    def __call__(self, X: Tensor) -> Tensor:
-        """Apply to X [R, C], zero outside the mask."""
-        inner = torch.bmm(self._inverses, (X @ self._U_by_s)[:, :, None])[:, :, 0]
-        return torch.addmm(X, inner, self._U.T, alpha=-1).mul_(self._scale)
+    return apply
 
 
 def _dot(X: Tensor, Y: Tensor) -> Tensor:
@@ -122,13 +141,7 @@ def _dot(X: Tensor, Y: Tensor) -> Tensor:
 
 
 def update_elements(
-    W: Tensor,
-    terms: Sequence[Term],
-    kept: Tensor,
-    *,
-    num_iterations: int,
-    tolerance: float,
-    product_dtype: torch.dtype | None = None,
+    W: Tensor, terms: Sequence[Term], kept: Tensor, update: ElementUpdate
 ) -> Removal:
     """Remove elements and update the kept ones of a linear, all correlations together.
 
@@ -142,9 +155,7 @@ def update_elements(
         terms: (G [R, R], A [C, C]) of every Kronecker product, the first damped, their sum positive
             definite.
         kept: [R, C] bool, False for everything that is pruned or to be pruned.
-        num_iterations: at most so many.
-        tolerance: stop at this relative residual.
-        product_dtype: of the products with A and G; that of W if None.
+        update: how many iterations, to which residual, and the dtype of products with A and G.
 
     Returns:
         The new weights and the residual that is left.
@@ -155,13 +166,13 @@ def update_elements(
     start = float(torch.linalg.norm(residual))
     if start == 0.0:
         return Removal(W * mask, 0.5 * float(_dot(change, apply_terms(change, terms))), 0.0)
-    narrow = product_dtype or W.dtype
+    narrow = getattr(torch, update.precision)
     split = [(SplitMatrix(G, _RANK_G, narrow), SplitMatrix(A, _RANK_A, narrow)) for G, A in terms]
-    precondition = MaskedPreconditioner(split[0][1], terms[0][0].diagonal(), mask)
+    precondition = masked_preconditioner(split[0][1], terms[0][0].diagonal(), mask)
     z = precondition(residual)
     direction = z.clone()
     rz = _dot(residual, z)
-    for iteration in range(1, num_iterations + 1):
+    for iteration in range(1, update.num_iterations + 1):
         product = _product(split, direction).mul_(mask)
         curved = _dot(direction, product)
         if not (rz > 0 and curved > 0):  # the dtype has nothing more to give
@@ -169,13 +180,14 @@ def update_elements(
         step = _dot(residual, direction) / curved
         change.addcmul_(direction, step)
         residual.addcmul_(product, step, value=-1)
-        if narrow != W.dtype and iteration % _REFRESH == 0 and iteration < num_iterations:
+        is_last = iteration == update.num_iterations
+        if narrow != W.dtype and iteration % _REFRESH == 0 and not is_last:
             # narrow products let the recurrence drift from it
             residual = _residual(change, terms, mask)
         z = precondition(residual)
         direction.mul_(-step * _dot(product, z) / rz).add_(z)
         rz = _dot(residual, z)
-        if not float(torch.linalg.norm(residual)) / start > tolerance:
+        if not float(torch.linalg.norm(residual)) / start > update.tolerance:
             break
     product = apply_terms(change, terms)
     predicted = 0.5 * float(_dot(change, product))
@@ -185,9 +197,9 @@ def update_elements(
 
 def _product(split: Sequence[tuple[SplitMatrix, SplitMatrix]], X: Tensor) -> Tensor:
     """Return F X, [R, C]."""
-    total, *others = (G.before(A.after(X)) for G, A in split)
-    for other in others:
-        total += other
+    total, *further = (G.before(A.after(X)) for G, A in split)
+    for term in further:
+        total += term
     return total
 
 

@@ -168,13 +168,11 @@ class LinearCurvature:
 
         They are [R, 1] and [1, C], or [R, C] and [1, 1].
         """
+        unit = self._A.new_ones(1, 1)
+        if self.is_extended and kind == "obs":
+            return 1 / self.inverse.diagonal(), unit
         if self.is_extended:
-            scale = (
-                1 / self.inverse.diagonal()
-                if kind == "obs"
-                else self._over_terms(lambda G, A: torch.outer(G.diagonal(), A.diagonal()))
-            )
-            return scale, scale.new_ones(1, 1)
+            return self._over_terms(lambda G, A: torch.outer(G.diagonal(), A.diagonal())), unit
         if kind == "obs":
             return 1 / self.G.inverse_diagonal()[:, None], 1 / self.A.inverse_diagonal()[None]
         return self.G.matrix.diagonal()[:, None], self.A.matrix.diagonal()[None]

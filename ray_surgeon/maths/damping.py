@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ray_surgeon.maths.costs import quadratic_cost
-from ray_surgeon.maths.kronecker import Damping, PackedFactors
+from ray_surgeon.maths.kronecker import PackedFactors
 from ray_surgeon.maths.linear import Linear
 from ray_surgeon.maths.masks import StructuredMask
 
@@ -25,23 +25,16 @@ G_CHOICES = (0.01, 0.03, 0.1, 0.3)
 
 
 def cost_held_aside(
-    linear: Linear,
-    mask: StructuredMask,
-    held: PackedFactors,
-    damping: Damping,
-    share: float,
-    *,
-    prunes_rows: bool,
+    linear: Linear, mask: StructuredMask, held: PackedFactors, share: float, *, prunes_rows: bool
 ) -> float:
     """Remove the cheapest columns of a linear, and return the cost on other tokens.
 
     The update is by the linear's own factors, the cost by factors of other tokens.
 
     Args:
-        linear: with its factors.
+        linear: with its factors and their damping.
         mask: what earlier shots kept.
-        held: factors of tokens held aside, sums likewise.
-        damping: of the linear's own factors; those held aside have none.
+        held: factors of tokens held aside, sums likewise; they are not damped.
         share: of the columns, and of the rows, that are removed.
         prunes_rows: whether the cheapest rows go, too.
 
@@ -53,7 +46,7 @@ def cost_held_aside(
     """
     part = linear.nonzero(mask)
     W = part.of(linear.W)
-    curvature = linear.curvature(part, damping)
+    curvature = linear.curvature(part)
     column_costs = curvature.column_costs(W, "obs")
     if linear.has_bias and bool(part.columns[-1]):
         column_costs[-1] = torch.inf

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ray_surgeon.maths.factorised import DampedFactor, solve_lower
+from ray_surgeon.maths.factorised import DampedFactor, solve_lower, squares
 
 
 class DowndatedInverse:
@@ -55,12 +55,7 @@ class DowndatedInverse:
         K = root(columns[Q])
         X = solve_lower(K, columns.T)
         self._remember(X)
-        of_sets = X.T[self._sets]
-        self.blocks -= (
-            of_sets.square().sum(dim=2)[:, :, None]
-            if self._sets.shape[1] == 1
-            else of_sets @ of_sets.mT
-        )
+        self.blocks -= squares(X.T[self._sets])
         gone = self._is_gone.index_fill_(0, Q, True)[self._sets].all(dim=1)
         self.blocks[gone] = torch.eye(self._sets.shape[1], dtype=X.dtype, device=X.device)
         return solve_lower(K, X, transposed=True)

@@ -11,7 +11,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from ray_surgeon.maths.conjugate import update_elements
+from ray_surgeon.maths.conjugate import ElementUpdate, update_elements
 from ray_surgeon.maths.curvature import Clipping, LinearCurvature, RaisedDamping
 from ray_surgeon.maths.kronecker import Damping
 from ray_surgeon.maths.linear import Linear, Part, Removal
@@ -33,24 +33,6 @@ class ElementUnits:
     def num_removed(self) -> int:
         """Elements that are pruned with one unit."""
         return self.m - self.n
-
-
-@dataclass(frozen=True)
-class ElementUpdate:
-    """How kept elements make up for pruned ones.
-
-    Attributes:
-        solver: ``conjugate_gradients`` (all correlations at once), ``single`` (the correction of
-            every pruned element as if it were pruned alone) or ``none``.
-        num_iterations: of conjugate gradients, at most.
-        tolerance: relative residual at which they stop.
-        precision: dtype of their products, e.g. ``bfloat16``.
-    """
-
-    solver: str
-    num_iterations: int = 0
-    tolerance: float = 0.0
-    precision: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -101,7 +83,9 @@ def _scales(
 ) -> tuple[Tensor, Tensor]:
     """Put scales of the live part into those of the whole linear, with zeros for the rest."""
     if row_scale.shape[1] != 1:
-        return live.put(row_scale * column_scale, linear.zeros()), column_scale.new_ones(1, 1)
+        return live.put(
+            row_scale * column_scale, torch.zeros_like(linear.W)
+        ), column_scale.new_ones(1, 1)
     rows = linear.W.new_zeros(len(live.rows), 1)
     columns = linear.W.new_zeros(1, len(live.columns))
     rows[live.rows] = row_scale
@@ -176,14 +160,7 @@ def prune_elements(
 
 def _updated(W: Tensor, curvature: LinearCurvature, kept: Tensor, update: ElementUpdate) -> Removal:
     if update.solver == "conjugate_gradients":
-        return update_elements(
-            W,
-            curvature.terms,
-            kept,
-            num_iterations=update.num_iterations,
-            tolerance=update.tolerance,
-            product_dtype=getattr(torch, update.precision),
-        )
+        return update_elements(W, curvature.terms, kept, update)
     if update.solver == "none":
         after = W * kept
     elif curvature.is_extended:
@@ -240,9 +217,8 @@ def group_costs(
     best = torch.full((R, C // m), torch.inf, dtype=W.dtype, device=W.device)
     choice = torch.zeros(R, C // m, dtype=torch.int64, device=W.device)
     for number, pattern in enumerate(group_patterns(n, m).to(W.device)):
-        inner = torch.linalg.inv(inverse_blocks[:, :, pattern][:, :, :, pattern]).expand(
-            R, -1, -1, -1
-        )
+        blocks = inverse_blocks[:, :, pattern][:, :, :, pattern]
+        inner = torch.linalg.inv(blocks).expand(R, -1, -1, -1)
         w = groups[:, :, pattern]
         cost = 0.5 * torch.einsum("rgi,rgij,rgj->rg", w, inner, w) / row_factor[:, None]
         better = cost < best

@@ -33,6 +33,11 @@ def solve_lower(L: Tensor, right: Tensor, *, transposed: bool = False) -> Tensor
     return solved
 
 
+def squares(X: Tensor) -> Tensor:
+    """Return X X^T [num_sets, w, w] of each of several matrices X [num_sets, w, n]."""
+    return X.square().sum(dim=2, keepdim=True) if X.shape[1] == 1 else X @ X.mT
+
+
 @dataclass(frozen=True)
 class DampedFactor:
     """One damped factor and its Cholesky decomposition, and what follows from its inverse.
@@ -70,7 +75,7 @@ class DampedFactor:
         blocks = []
         for part in torch.split(sets, max(1, _INVERSE_PANEL // width)) if len(sets) else ():
             X = self._solved(part.flatten(), int(part.min())).view(-1, *part.shape).permute(1, 2, 0)
-            blocks.append(X.square().sum(dim=2)[:, :, None] if width == 1 else X @ X.mT)
+            blocks.append(squares(X))
         return torch.cat(blocks) if blocks else self.cholesky.new_zeros(0, width, width)
 
     def inverse_diagonal(self) -> Tensor:

@@ -39,10 +39,8 @@ def _dots(x: Tensor, y: Tensor, *, dim: int) -> Tensor:
 
     Memory that is new in every step costs more than the products.
     """
-    parts = [
-        (a * b).sum(dim=dim)
-        for a, b in zip(torch.split(x, _ROWS), torch.split(y, _ROWS), strict=True)
-    ]
+    pairs = zip(torch.split(x, _ROWS), torch.split(y, _ROWS), strict=True)
+    parts = [(a * b).sum(dim=dim) for a, b in pairs]
     return torch.cat(parts) if dim else torch.stack(parts).sum(dim=0)
 
 
@@ -74,16 +72,12 @@ class GreedyPath:
             sets: [num_sets, width] columns that are pruned together; single ones if None.
         """
         self.W = W.clone()
-        self.rows, self.columns = (
-            torch.ones(n, dtype=torch.bool, device=W.device) for n in W.shape
-        )
+        self.rows, self.columns = (W.new_ones(n, dtype=torch.bool) for n in W.shape)
         every_row, every_column = (torch.arange(n, device=W.device)[:, None] for n in W.shape)
         self.sets = every_column if sets is None else sets
         self.may_prune = torch.cat([may_prune_rows, may_prune_sets]).cpu()
-        num_rows, num_sets = (
-            len(may_prune) if may_prune.any() else 0
-            for may_prune in (may_prune_rows, may_prune_sets)
-        )
+        num_rows = len(W) if may_prune_rows.any() else 0
+        num_sets = len(self.sets) if may_prune_sets.any() else 0
         self._row_numbers = torch.arange(num_rows, device=W.device)
         self._set_numbers = torch.arange(len(W), len(W) + num_sets, device=W.device)
         if num_rows:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ray_surgeon.maths.curvature import LinearCurvature
@@ -52,10 +51,9 @@ class Linear:
     @property
     def live(self) -> Part:
         """Rows with a gradient and columns with an input that is not always zero."""
-        device = self.W.device
-        return Part(
-            self.factors.G.diagonal().to(device) > 0, self.factors.A.diagonal().to(device) > 0
-        )
+        factors = self.factors
+        G, A = (factor.diagonal().to(self.W.device) for factor in (factors.G, factors.A))
+        return Part(G > 0, A > 0)
 
     def nonzero(self, kept: StructuredMask) -> Part:
         """Return the kept ones of the live rows and columns in which a weight is not zero."""
@@ -70,10 +68,6 @@ class Linear:
         """Return the damped curvature of a part; `damping` replaces that of the linear."""
         alive = self.factors.restricted(part.rows, part.columns)
         return LinearCurvature(self.name, alive, damping or self.damping, self.W.dtype)
-
-    def zeros(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Return zeros [R, C] on the device of W."""
-        return torch.zeros_like(self.W, dtype=dtype)
 
 
 @dataclass(frozen=True)

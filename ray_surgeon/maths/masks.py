@@ -19,9 +19,7 @@ class StructuredMask:
     @staticmethod
     def full(num_rows: int, num_columns: int) -> StructuredMask:
         """Return the mask that keeps everything."""
-        return StructuredMask(
-            torch.ones(num_rows, dtype=torch.bool), torch.ones(num_columns, dtype=torch.bool)
-        )
+        return StructuredMask(*(torch.ones(n, dtype=torch.bool) for n in (num_rows, num_columns)))
 
     def without(self, rows: Tensor, columns: Tensor) -> StructuredMask:
         """Return the mask with `rows` [R] and `columns` [C] (True = to prune) removed too."""

@@ -47,10 +47,10 @@ class FeedForward:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the outputs [N, R] for inputs [N, d]."""
-        first, *others = (_affine(x, V) for V in self.producers)
-        hidden = self.activation(first)
-        for other in others:
-            hidden = hidden * other
+        gate, *factors = (_affine(x, V) for V in self.producers)
+        hidden = self.activation(gate)
+        for factor in factors:
+            hidden = hidden * factor
         return _affine(hidden, self.consumer)
 
     @property

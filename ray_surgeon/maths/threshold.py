@@ -179,11 +179,7 @@ def cost_of_bits(high: int, low: int) -> float:
 
 
 def units_to_remove(
-    target_sparsity: float,
-    num_parameters: int,
-    num_pruned: int,
-    num_per_unit: int,
-    num_candidates: int,
+    target: float, num_parameters: int, num_pruned: int, num_per_unit: int, num_candidates: int
 ) -> int:
     """Return how many units of `num_per_unit` entries must be pruned to reach the target.
 
@@ -192,9 +188,9 @@ def units_to_remove(
     Raises:
         OutOfReachError: there are not that many candidates.
     """
-    missing = math.ceil(target_sparsity * num_parameters - 1e-6) - num_pruned
+    missing = math.ceil(target * num_parameters - 1e-6) - num_pruned
     num_units = max(0, math.ceil(missing / num_per_unit))
     most = (num_pruned + num_candidates * num_per_unit) / num_parameters
-    if num_units > num_candidates and target_sparsity - most > SHORT:
-        raise _out_of_reach(target_sparsity, most)
+    if num_units > num_candidates and target - most > SHORT:
+        raise _out_of_reach(target, most)
     return min(num_units, num_candidates)

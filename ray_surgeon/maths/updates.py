@@ -64,13 +64,7 @@ def prune_columns(W: Tensor, A: Tensor, to_prune: Tensor, *, name: str = "A") ->
 
 
 def prune_rows_and_columns(
-    W: Tensor,
-    A: Tensor,
-    G: Tensor,
-    rows_to_prune: Tensor,
-    columns_to_prune: Tensor,
-    *,
-    name: str = "",
+    W: Tensor, A: Tensor, G: Tensor, rows: Tensor, columns: Tensor, *, name: str = ""
 ) -> Tensor:
     """Remove rows and columns together, as the published implementation does.
 
@@ -81,23 +75,23 @@ def prune_rows_and_columns(
         W: [R, C].
         A: [C, C] damped.
         G: [R, R] damped.
-        rows_to_prune: [R] bool.
-        columns_to_prune: [C] bool.
+        rows: [R] bool, True = to prune.
+        columns: [C] bool, likewise.
         name: the linear, for errors.
 
     Returns:
         [R, C] new weights, zero in every pruned row and column.
     """
-    by_rows = prune_rows(W, G, rows_to_prune, name=f"{name} G")
-    by_columns = prune_columns(W, A, columns_to_prune, name=f"{name} A")
+    by_rows = prune_rows(W, G, rows, name=f"{name} G")
+    by_columns = prune_columns(W, A, columns, name=f"{name} A")
     new = by_rows + by_columns - W
-    new[rows_to_prune] = 0
-    new[:, columns_to_prune] = 0
+    new[rows] = 0
+    new[:, columns] = 0
     return new
 
 
 def prune_singly(
-    W: Tensor, A_inverse: Tensor, G_inverse: Tensor, rows_to_prune: Tensor, columns_to_prune: Tensor
+    W: Tensor, A_inverse: Tensor, G_inverse: Tensor, rows: Tensor, columns: Tensor
 ) -> Tensor:
     """Remove rows and columns, and correct each as if it were pruned alone.
 
@@ -110,19 +104,15 @@ def prune_singly(
         W: [R, C].
         A_inverse: [C, C].
         G_inverse: [R, R].
-        rows_to_prune: [R] bool.
-        columns_to_prune: [C] bool.
+        rows: [R] bool, True = to prune.
+        columns: [C] bool, likewise.
 
     Returns:
         [R, C] new weights, zero in every pruned row and column.
     """
-    by_rows = G_inverse[:, rows_to_prune] / G_inverse.diagonal()[rows_to_prune] @ W[rows_to_prune]
-    by_columns = (
-        W[:, columns_to_prune]
-        / A_inverse.diagonal()[columns_to_prune]
-        @ A_inverse[columns_to_prune]
-    )
+    by_rows = G_inverse[:, rows] / G_inverse.diagonal()[rows] @ W[rows]
+    by_columns = W[:, columns] / A_inverse.diagonal()[columns] @ A_inverse[columns]
     new = W - by_rows - by_columns
-    new[rows_to_prune] = 0
-    new[:, columns_to_prune] = 0
+    new[rows] = 0
+    new[:, columns] = 0
     return new

@@ -7,9 +7,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ray_surgeon.maths.conjugate import ElementUpdate, update_elements
 from ray_surgeon.maths.factorised import damp_
-from ray_surgeon.maths.kronecker import Damping, KroneckerFactors
-from ray_surgeon.maths.linear import Linear
+from ray_surgeon.maths.kronecker import Damping, KroneckerFactors, Term
+from ray_surgeon.maths.linear import Linear, Removal
 
 DAMPING = Damping(0.01, 0.1, 1.0)
 
@@ -41,6 +42,21 @@ def linear(
         has_bias,
         DAMPING,
     )
+
+
+def by_conjugate_gradients(
+    W: Tensor,
+    terms: list[Term],
+    kept: Tensor,
+    *,
+    num_iterations: int,
+    tolerance: float,
+    product_dtype: torch.dtype | None = None,
+) -> Removal:
+    """Update elements, with products in the dtype of W if no other is given."""
+    precision = str(product_dtype or W.dtype).removeprefix("torch.")
+    update = ElementUpdate("conjugate_gradients", num_iterations, tolerance, precision)
+    return update_elements(W, terms, kept, update)
 
 
 def dense_removal(W: Tensor, A: Tensor, G: Tensor, removed: Tensor) -> tuple[Tensor, float]:

@@ -43,12 +43,7 @@ def test_the_cost_held_aside_is_the_quadratic_form_of_the_other_tokens(
     damping = Damping(0.05, 0.2, 1.0)
     linear = Linear("x", W, factors(a, g), has_bias, damping)
     found = cost_held_aside(
-        linear,
-        StructuredMask.full(R, C),
-        factors(a_held, g_held),
-        damping,
-        0.34,
-        prunes_rows=prunes_rows,
+        linear, StructuredMask.full(R, C), factors(a_held, g_held), 0.34, prunes_rows=prunes_rows
     )
 
     A = damped(a.T @ a / N, 0.05)
@@ -90,7 +85,7 @@ def test_dead_rows_and_what_earlier_shots_pruned_take_no_part() -> None:
         "x", W[rows][:, columns], factors(a[:, columns], g[:, rows]), False, whole.damping
     )
     found = [
-        cost_held_aside(linear, kept, linear.factors, whole.damping, 0.5, prunes_rows=True)
+        cost_held_aside(linear, kept, linear.factors, 0.5, prunes_rows=True)
         for linear, kept in ((whole, mask), (small, StructuredMask.full(3, 4)))
     ]
     assert found[0] == pytest.approx(found[1], rel=1e-9)
@@ -104,15 +99,11 @@ def test_little_damping_loses_where_tokens_are_few_and_wins_where_they_are_many(
         a = draw(num_tokens, 12, seed=1) @ mix
         g = draw(num_tokens, R, seed=2)
         held = factors(draw(40_000, 12, seed=3) @ mix, draw(40_000, R, seed=4))
-        linear = Linear("x", W, factors(a, g), False, Damping(0.1, 0.1, 1.0))
         mask = StructuredMask.full(R, 12)
 
         def cost_of(of_A: float, of_G: float) -> list[float]:
-            return [
-                cost_held_aside(
-                    linear, mask, held, Damping(of_A, of_G, 1.0), 0.09, prunes_rows=False
-                )
-            ]
+            linear = Linear("x", W, factors(a, g), False, Damping(of_A, of_G, 1.0))
+            return [cost_held_aside(linear, mask, held, 0.09, prunes_rows=False)]
 
         return choose_damping(cost_of, (1e-4, 1e-2, 1.0), (0.1,))[0]
 

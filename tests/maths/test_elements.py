@@ -7,15 +7,14 @@ import torch
 from torch import Tensor
 
 from ray_surgeon.maths.conjugate import (
-    MaskedPreconditioner,
+    ElementUpdate,
     SplitMatrix,
     dominant_part,
-    update_elements,
+    masked_preconditioner,
 )
 from ray_surgeon.maths.costs import quadratic_cost
 from ray_surgeon.maths.element_pruning import (
     ElementUnits,
-    ElementUpdate,
     element_costs,
     find_elements,
     group_costs,
@@ -27,7 +26,14 @@ from ray_surgeon.maths.element_pruning import (
 )
 from ray_surgeon.maths.masks import ElementMask
 from ray_surgeon.maths.threshold import bit_histogram, bucket_of, cost_of_bits
-from tests.maths.dense import damped, dense_removal, linear, problem, too_indefinite
+from tests.maths.dense import (
+    by_conjugate_gradients,
+    damped,
+    dense_removal,
+    linear,
+    problem,
+    too_indefinite,
+)
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
 
@@ -95,7 +101,7 @@ def test_conjugate_gradients_reach_the_dense_solution(fraction: float) -> None:
     W, A, G = problem()
     removed = random_removal(6, 7, fraction)
     expected, cost = dense_removal(W, A, G, removed)
-    found = update_elements(W, [(G, A)], ~removed, num_iterations=200, tolerance=1e-12)
+    found = by_conjugate_gradients(W, [(G, A)], ~removed, num_iterations=200, tolerance=1e-12)
     torch.testing.assert_close(found.W, expected, rtol=1e-8, atol=1e-9)
     assert found.residual < 1e-11
     assert found.predicted == pytest.approx(cost, rel=1e-9)
@@ -108,7 +114,7 @@ def test_conjugate_gradients_lower_the_cost_with_every_iteration_and_tell_the_re
     costs = []
     residuals = []
     for n in range(6):
-        found = update_elements(W, [(G, A)], ~removed, num_iterations=n, tolerance=0.0)
+        found = by_conjugate_gradients(W, [(G, A)], ~removed, num_iterations=n, tolerance=0.0)
         costs.append(quadratic_cost(found.W - W, A, G))
         residual = torch.linalg.norm((G @ (found.W - W) @ A)[~removed]) / torch.linalg.norm(
             (G @ (-W * removed) @ A)[~removed]
@@ -146,7 +152,7 @@ def test_preconditioner_inverts_diagonal_plus_low_rank_on_the_kept_columns_of_ea
     U, D = dominant_part(A, 6)
     kept = ~random_removal(5, 24, 0.5)
     X = torch.randn(5, 24, dtype=torch.float64) * kept
-    found = MaskedPreconditioner(SplitMatrix(A, 6, torch.float64), G.diagonal(), kept.to(A.dtype))(
+    found = masked_preconditioner(SplitMatrix(A, 6, torch.float64), G.diagonal(), kept.to(A.dtype))(
         X
     )
     for r in range(5):
@@ -163,9 +169,9 @@ def test_narrow_products_come_close_and_tell_the_true_residual() -> None:
     A = damped(A, 0.01)
     G = damped(G, 0.1)
     removed = random_removal(40, 50, 0.5)
-    exact = update_elements(W, [(G, A)], ~removed, num_iterations=300, tolerance=1e-10)
+    exact = by_conjugate_gradients(W, [(G, A)], ~removed, num_iterations=300, tolerance=1e-10)
     best = quadratic_cost(exact.W - W, A, G)
-    found = update_elements(
+    found = by_conjugate_gradients(
         W, [(G, A)], ~removed, num_iterations=60, tolerance=0.0, product_dtype=torch.bfloat16
     )
     assert best <= quadratic_cost(found.W - W, A, G) < 1.1 * best
@@ -178,14 +184,14 @@ def test_narrow_products_come_close_and_tell_the_true_residual() -> None:
 def test_nothing_to_remove() -> None:
     W, A, G = problem()
     kept = torch.ones(6, 7, dtype=torch.bool)
-    found = update_elements(W, [(G, A)], kept, num_iterations=5, tolerance=0.0)
+    found = by_conjugate_gradients(W, [(G, A)], kept, num_iterations=5, tolerance=0.0)
     assert torch.equal(found.W, W)
 
 
 @pytest.mark.parametrize("precision", [None, torch.float32])
 def test_more_iterations_than_the_dtype_has_digits_for(precision: torch.dtype | None) -> None:
     W, A, G = (x.float() for x in problem(6, 8))
-    found = update_elements(
+    found = by_conjugate_gradients(
         W,
         [(G, A)],
         ~random_removal(6, 8, 0.4),
@@ -200,7 +206,7 @@ def test_more_iterations_than_the_dtype_has_digits_for(precision: torch.dtype | 
 def test_a_linear_of_one_column() -> None:
     W, A, G = problem(8, 1)
     removed = random_removal(8, 1, 0.4)
-    found = update_elements(W, [(G, A)], ~removed, num_iterations=50, tolerance=1e-9)
+    found = by_conjugate_gradients(W, [(G, A)], ~removed, num_iterations=50, tolerance=1e-9)
     torch.testing.assert_close(found.W, dense_removal(W, A, G, removed)[0], rtol=1e-6, atol=1e-8)
 
 

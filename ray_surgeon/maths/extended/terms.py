@@ -25,12 +25,10 @@ _LEAST = 0.1
 
 So their sum is positive definite.
 """
-_TOLERANCE = 1e-4
-_ITERATIONS = 50
-"""Of conjugate gradients with more than two terms, at most.
-
-The preconditioner is the exact solution with two.
-"""
+TOLERANCE = 1e-4
+"""Relative residual at which conjugate gradients with more than two terms stop."""
+ITERATIONS = 50
+"""Of them, at most. The preconditioner is the exact solution with two terms."""
 
 
 def quadratic_forms(x: Tensor, matrix: Tensor) -> Tensor:
@@ -39,24 +37,24 @@ def quadratic_forms(x: Tensor, matrix: Tensor) -> Tensor:
 
 
 def power_iteration(
-    moment: Tensor, known: Sequence[Tensor], known_other: Sequence[Tensor], other: Tensor
+    moment: Tensor, known: Sequence[Tensor], known_opposite: Sequence[Tensor], unit: Tensor
 ) -> tuple[Tensor, float]:
     """Finish one iteration of the power method.
 
     What the known terms explain is taken off, and the rest normalised.
 
     Args:
-        moment: 1/N sum (x^T other x) y y^T, of the side that is wanted.
+        moment: 1/N sum (x^T unit x) y y^T, of the side that is wanted.
         known: factors of the terms found so far, on this side.
-        known_other: the same terms' factors on the other side.
-        other: the present unit factor of the new term on the other side.
+        known_opposite: the same terms' factors on the other side.
+        unit: the present unit factor of the new term on the other side.
 
     Returns:
         The unit factor on this side, and the norm it had: the singular value, at convergence.
     """
     rest = moment.clone()
-    for same, opposite in zip(known, known_other, strict=True):
-        rest -= torch.sum(opposite * other) * same
+    for factor, opposite in zip(known, known_opposite, strict=True):
+        rest -= torch.sum(opposite * unit) * factor
     norm = float(torch.linalg.norm(rest))
     return rest / max(norm, torch.finfo(rest.dtype).tiny), norm
 
@@ -199,13 +197,7 @@ def apply_terms(X: Tensor, terms: Sequence[Term]) -> Tensor:
 
 
 def minimise_kept(
-    W: Tensor,
-    terms: Sequence[Term],
-    rows: Tensor,
-    columns: Tensor,
-    *,
-    tolerance: float = _TOLERANCE,
-    num_iterations: int = _ITERATIONS,
+    W: Tensor, terms: Sequence[Term], rows: Tensor, columns: Tensor
 ) -> tuple[Tensor, float]:
     """Remove rows and columns and minimise the quadratic over the weights that stay.
 
@@ -214,11 +206,9 @@ def minimise_kept(
 
     Args:
         W: [R, C].
-        terms: the first positive definite, their sum too.
+        terms: two or more; the first positive definite, their sum too.
         rows: [R] bool, True = to prune.
         columns: [C] bool, True = to prune.
-        tolerance: relative residual at which conjugate gradients stop.
-        num_iterations: of them, at most.
 
     Returns:
         [R, C] new weights, zero in every removed row and column, and the relative residual.
@@ -230,33 +220,26 @@ def minimise_kept(
         return new, 0.0
     removed = W.clone()
     removed[torch.outer(K, L)] = 0
-    right = apply_terms(removed, terms)
-    right = right[K][:, L]
+    right = apply_terms(removed, terms)[K][:, L]
     inside = [(G[K][:, K], A[L][:, L]) for G, A in terms]
-    X, residual = solve_terms(right, inside, tolerance=tolerance, num_iterations=num_iterations)
+    X, residual = solve_terms(right, inside)
     new[K.nonzero(), L.nonzero()[:, 0]] = W[K][:, L] + X
     return new, residual
 
 
-def solve_terms(
-    right: Tensor, terms: Sequence[Term], *, tolerance: float, num_iterations: int
-) -> tuple[Tensor, float]:
-    """Solve sum_r G_r X A_r = right; return X and the relative residual."""
-    (G0, A0), *further = terms
-    G_cholesky = torch.linalg.cholesky(G0)
-    A_cholesky = torch.linalg.cholesky(A0)
-    if not further:
-        return torch.cholesky_solve(torch.cholesky_solve(right.T, A_cholesky).T, G_cholesky), 0.0
-    inverse = TwoTermInverse(G_cholesky, A_cholesky, further[0])
+def solve_terms(right: Tensor, terms: Sequence[Term]) -> tuple[Tensor, float]:
+    """Solve sum_r G_r X A_r = right for two terms or more; return X and the relative residual."""
+    (G, A), second, *further = terms
+    inverse = TwoTermInverse(torch.linalg.cholesky(G), torch.linalg.cholesky(A), second)
     X = inverse.solve(right)
     start = float(torch.linalg.norm(right))
-    if len(further) == 1 or start == 0.0:
+    if not further or start == 0.0:
         return X, 0.0
     residual = right - apply_terms(X, terms)
     direction = torch.zeros_like(X)
     rz = X.new_tensor(torch.inf)
-    for _ in range(num_iterations):
-        if not float(torch.linalg.norm(residual)) > tolerance * start:
+    for _ in range(ITERATIONS):
+        if not float(torch.linalg.norm(residual)) > TOLERANCE * start:
             break
         z = inverse.solve(residual)
         previous = rz

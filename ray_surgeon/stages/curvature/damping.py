@@ -54,11 +54,11 @@ def costs_held_aside(worker: Worker, method: Method, damping: Damping, share: fl
     prunes_rows = method.gathers is None
     costs = []
     for name, held in worker.kept(_HeldFactors).items():
-        linear = method.linear(worker, name)
+        linear = replace(method.linear(worker, name), damping=damping)
         mask = worker.masks[name]
         if not isinstance(mask, StructuredMask):
             mask = StructuredMask.full(*linear.W.shape)
-        costs.append(cost_held_aside(linear, mask, held, damping, share, prunes_rows=prunes_rows))
+        costs.append(cost_held_aside(linear, mask, held, share, prunes_rows=prunes_rows))
     return costs
 
 

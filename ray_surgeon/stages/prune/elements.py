@@ -14,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field, Tag, model_validator
 
+from ray_surgeon.maths.conjugate import ElementUpdate
 from ray_surgeon.maths.element_pruning import (
     ElementCandidates,
     ElementUnits,
-    ElementUpdate,
     find_elements,
     prune_elements,
     unit_costs,
