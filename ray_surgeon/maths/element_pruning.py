@@ -83,9 +83,8 @@ def _scales(
 ) -> tuple[Tensor, Tensor]:
     """Put scales of the live part into those of the whole linear, with zeros for the rest."""
     if row_scale.shape[1] != 1:
-        return live.put(
-            row_scale * column_scale, torch.zeros_like(linear.W)
-        ), column_scale.new_ones(1, 1)
+        scale = live.put(row_scale * column_scale, torch.zeros_like(linear.W))
+        return scale, column_scale.new_ones(1, 1)
     rows = linear.W.new_zeros(len(live.rows), 1)
     columns = linear.W.new_zeros(1, len(live.columns))
     rows[live.rows] = row_scale

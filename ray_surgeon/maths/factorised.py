@@ -140,9 +140,8 @@ def factorise(matrix: Tensor, damping: float, max_damping: float, name: str) -> 
         del factor  # of a large matrix a float64 one has no room beside it
         factor, failed = torch.linalg.cholesky_ex(damp_(matrix.double(), current))
         if not failed:
-            return DampedFactor(
-                damp_(matrix, current), factor.to(matrix.dtype), current, float64_retry=True
-            )
+            factor = factor.to(matrix.dtype)
+            return DampedFactor(damp_(matrix, current), factor, current, float64_retry=True)
         raised = max(current * 10.0, 1e-8)
         if raised > max_damping:
             raise FloatingPointError(

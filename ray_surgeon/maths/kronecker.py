@@ -174,9 +174,8 @@ class KroneckerFactors:
 
     def packed(self) -> PackedFactors:
         """Return the same, packed."""
-        return PackedFactors(
-            PackedSymmetric.of(self.A), PackedSymmetric.of(self.G), self.num_tokens, self.terms
-        )
+        A, G = (PackedSymmetric.of(factor) for factor in (self.A, self.G))
+        return PackedFactors(A, G, self.num_tokens, self.terms)
 
 
 @dataclass(frozen=True)
@@ -193,9 +192,8 @@ class PackedFactors:
 
     def dense(self, device: torch.device | None = None) -> KroneckerFactors:
         """Return whole matrices, copies."""
-        return KroneckerFactors(
-            self.A.dense(device), self.G.dense(device), self.num_tokens, self.terms
-        )
+        A, G = (factor.dense(device) for factor in (self.A, self.G))
+        return KroneckerFactors(A, G, self.num_tokens, self.terms)
 
     def restricted(self, rows: Tensor, columns: Tensor) -> KroneckerFactors:
         """Return the factors of the alive rows [R] and columns [C] (bool masks).
@@ -203,12 +201,9 @@ class PackedFactors:
         They are copies on the device of the masks.
         """
         terms = tuple((_part(G, rows), _part(A, columns)) for G, A in self.terms)
-        return KroneckerFactors(
-            _part(self.A.dense(columns.device), columns),
-            _part(self.G.dense(rows.device), rows),
-            self.num_tokens,
-            terms,
-        )
+        A = _part(self.A.dense(columns.device), columns)
+        G = _part(self.G.dense(rows.device), rows)
+        return KroneckerFactors(A, G, self.num_tokens, terms)
 
 
 def _part(matrix: Tensor, alive: Tensor) -> Tensor:
