@@ -6,12 +6,10 @@ import functools
 import time
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import torch
 import yaml
 
 from ray_surgeon.report.directory import RunDirectory
@@ -22,124 +20,62 @@ from ray_surgeon.report.plots import (
     run_figures,
     save,
 )
-from ray_surgeon.report.progress import is_complete, num_shots
+from ray_surgeon.report.progress import (
+    dense_bytes,
+    has_generation,
+    is_complete,
+    num_shots,
+    texts_of,
+)
 from ray_surgeon.storage import files
 
 _TEMPLATE = Path(__file__).with_name("html_report.html.jinja")
 _PAGE_EVERY_S = 60.0
 
 
-@dataclass(frozen=True)
-class Step:
-    """One step over all shots.
-
-    It has seconds on the wall, of all CPUs, and busy ones of each worker, and the fraction they
-    were busy.
-    """
-
-    name: str
-    wall_s: float
-    cpu_s: float
-    busy_s: list[float]
-    efficiency: float
-
-
-@dataclass(frozen=True)
-class _Run:
-    """A report.json as the template wants it."""
-
-    record: Mapping[str, Any]
-    anchor: str
-    drawn: Mapping[str, str] | None = None
-
-    @property
-    def num_shots(self) -> int:
-        return num_shots(self.record)
-
-    @property
-    def is_complete(self) -> bool:
-        return is_complete(self.record)
-
-    @property
-    def dense_bytes(self) -> int:
-        return int(self.record["parameters"]["before"]) * int(
-            getattr(torch, self.record["spec"]["model"]["dtype"]).itemsize
-        )
-
-    @functools.cached_property
-    def figures(self) -> Mapping[str, str]:
-        return self.drawn or {
-            name: inline_svg(figure, f"{self.anchor}-{name}")
-            for name, figure in run_figures(self.record).items()
-        }
-
-    @property
-    def workers(self) -> list[str]:
-        cluster = self.record["spec"]["cluster"]
-        return [
-            f"shard {s}, replica {r}"
-            for r in range(cluster["num_replicas"])
-            for s in range(cluster["num_shards"])
-        ]
-
-    @functools.cached_property
-    def steps(self) -> list[Step]:
-        shots = self.record["shots"]
-        names = dict.fromkeys(name for shot in shots for name in shot["seconds"])
-        return [
-            _step(name, [shot for shot in shots if name in shot["seconds"]], len(self.workers))
-            for name in names
-        ]
-
-    @property
-    def wall_s(self) -> float:
-        return sum(step.wall_s for step in self.steps)
-
-    @property
-    def damping(self) -> list[dict[str, Any]]:
-        return [
+def _shown(record: Mapping[str, Any], anchor: str) -> dict[str, Any]:
+    """Return a report.json as the template wants it; `anchor` is the name of its section."""
+    return {
+        "record": {"retries": [], **record},
+        "anchor": anchor,
+        "num_shots": num_shots(record),
+        "is_complete": is_complete(record),
+        "dense_bytes": dense_bytes(record),
+        "figures": {
+            name: inline_svg(figure, f"{anchor}-{name}")
+            for name, figure in run_figures(record).items()
+        },
+        "steps": _steps(record["shots"]),
+        "damping": [
             event | {"shot": shot["index"]}
-            for shot in self.record["shots"]
+            for shot in record["shots"]
             for event in shot["damping_used"]
-        ]
+        ],
+        "has_generation": has_generation([record]),
+    }
 
-    @property
-    def has_generation(self) -> bool:
-        return has_generation([self.record])
 
-    @property
-    def spec_yaml(self) -> str:
-        return yaml.safe_dump(dict(self.record["spec"]), sort_keys=False)
+def _steps(shots: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the steps of a run: seconds on the wall and of all CPUs, summed over shots.
 
-    @property
-    def identity_yaml(self) -> str:
-        return yaml.safe_dump(
-            {key: self.record[key] for key in ("fingerprints", "environment")}, sort_keys=False
+    The efficiency is the fraction of a step in which the workers were busy, on average.
+    """
+    steps = []
+    for name in dict.fromkeys(name for shot in shots for name in shot["seconds"]):
+        with_step = [shot for shot in shots if name in shot["seconds"]]
+        # shots of earlier versions do not tell
+        busy = [shot.get("worker_seconds", {}).get(name, []) for shot in with_step]
+        walls = [shot["seconds"][name] for shot in with_step]
+        offered = sum(len(of_workers) * wall for of_workers, wall in zip(busy, walls, strict=True))
+        steps.append(
+            {
+                "name": name,
+                "wall_s": sum(walls),
+                "cpu_s": sum(shot["cpu_seconds"][name] for shot in with_step),
+                "efficiency": sum(map(sum, busy)) / offered if offered else 0.0,
+            }
         )
-
-
-def _step(name: str, shots: Sequence[Mapping[str, Any]], num_workers: int) -> Step:
-    # shots of earlier versions do not tell
-    by_shot = [shot.get("worker_seconds", {}).get(name, []) for shot in shots]
-    # a run may be resumed on another number of shards
-    same = [busy for busy in by_shot if len(busy) == num_workers]
-    totals = [sum(busy) for busy in zip(*same, strict=True)] or [0.0]
-    offered = sum(
-        len(busy) * shot["seconds"][name] for busy, shot in zip(by_shot, shots, strict=True)
-    )
-    efficiency = sum(map(sum, by_shot)) / offered if offered else 0.0
-    return Step(
-        name,
-        sum(s["seconds"][name] for s in shots),
-        sum(s["cpu_seconds"][name] for s in shots),
-        totals,
-        efficiency,
-    )
-
-
-def has_generation(records: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a run has compared the model's answers with the dense model's."""
-    return any(shot.get("generation") for record in records for shot in record["shots"])
+    return steps
 
 
 def excerpt(text: str, length: int | None = None) -> str:
@@ -158,41 +94,28 @@ def excerpt(text: str, length: int | None = None) -> str:
     return line if length is None or len(line) <= length else line[: length - 3].rstrip() + "..."
 
 
-def page(
-    records: Sequence[Mapping[str, Any]], drawn: Mapping[int, Mapping[str, str]] | None = None
-) -> str:
+def page(records: Sequence[Mapping[str, Any]]) -> str:
     """Return an HTML page about one run, or about several, compared and then each.
 
     Args:
         records: contents of report.json; of runs that have not ended, too.
-        drawn: number of a record -> its `run_figures` as `inline_svg`, where they are at hand.
     """
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
-    texts = list(
-        dict.fromkeys(text for record in records for text in record["dense"]["perplexity"])
-    )
-    comparison = {}
+    environment.filters["excerpt"] = excerpt
+    environment.filters["yaml"] = functools.partial(yaml.safe_dump, sort_keys=False)
+    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
+    texts = texts_of(records)
+    figures = {}
     if len(records) > 1:
         figures = {"acceptance": acceptance_figure(records)} if has_generation(records) else {}
         figures |= {f"perplexity-{text}": perplexity_figure(records, text) for text in texts}
-        comparison = {name: inline_svg(figure, f"all-{name}") for name, figure in figures.items()}
-    records = [{"retries": [], **record} for record in records]
-    runs = [
-        _Run(record, f"run-{number + 1}", (drawn or {}).get(number))
-        for number, record in enumerate(records)
-    ]
-    title = (
-        str(records[0]["spec"]["name"])
-        if len(records) == 1
-        else f"{len(records)} runs of ray_surgeon"
-    )
-    environment.filters["excerpt"] = excerpt
-    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
-    has_answers = has_generation(records)
     return template.render(
-        runs=runs, texts=texts, comparison=comparison, title=title, has_answers=has_answers
+        runs=[_shown(record, f"run-{number}") for number, record in enumerate(records, 1)],
+        texts=texts,
+        comparison={name: inline_svg(figure, f"all-{name}") for name, figure in figures.items()},
+        has_answers=has_generation(records),
     )
 
 
@@ -217,11 +140,9 @@ class LivePage:
             return
         self._last_s = time.monotonic()
         try:
-            figures = run_figures(record)
-            drawn = {name: inline_svg(figure, name) for name, figure in figures.items()}
-            files.write_text(self._run.path("report.html"), page([record], {0: drawn}))
-            for name, figure in figures.items() if final else ():
-                files.write_text(self._run.path("plots", f"{name}.svg"), drawn[name])
+            files.write_text(self._run.path("report.html"), page([record]))
+            for name, figure in run_figures(record).items() if final else ():
+                files.write_text(self._run.path("plots", f"{name}.svg"), inline_svg(figure, name))
                 save(figure, self._run.path("plots", f"{name}.png"))
         except Exception as error:  # whatever a plotting library raises
             self._run.add_event(

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import io
 import math
 import re
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import Any, TypeVar
 
 from cycler import cycler
 from matplotlib import rc_context
@@ -18,9 +16,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, MaxNLocator
 
+from ray_surgeon.report.progress import has_generation
 from ray_surgeon.storage import files
 
-P = ParamSpec("P")
+T = TypeVar("T")
 
 FORMATS = ("png", "svg", "pdf")
 
@@ -50,13 +49,7 @@ Such a model has collapsed, and would press all the rest into one line.
 """
 
 
-def _styled(plot: Callable[P, Figure]) -> Callable[P, Figure]:
-    @functools.wraps(plot)
-    def styled(*args: P.args, **kwargs: P.kwargs) -> Figure:
-        with rc_context(_STYLE):  # type: ignore[arg-type]
-            return plot(*args, **kwargs)
-
-    return styled
+_styled = rc_context(_STYLE)  # type: ignore[arg-type]
 
 
 def save(figure: Figure, uri: str) -> None:
@@ -98,9 +91,21 @@ def inline_svg(figure: Figure, name: str) -> str:
     return re.sub(r'width="[^"]*" height="[^"]*"', "", svg, count=1)
 
 
-def _axes(width: float = 6.4, height: float = 4.0) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), layout="constrained")
+def _axes(height: float = 4.0) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(6.4, height), layout="constrained")
     return figure, figure.subplots()
+
+
+def _draw_curve(axes: Axes, number: int, points: Sequence[tuple[float, float]], label: str) -> None:
+    """Draw the line of a run; its number makes it look the same in every figure."""
+    axes.plot(
+        *zip(*points, strict=True),
+        marker=_MARKERS[number % len(_MARKERS)],
+        markersize=4,
+        linewidth=1.4,
+        label=label,
+        color=_COLORS[number % len(_COLORS)],
+    )
 
 
 @_styled
@@ -116,43 +121,27 @@ def perplexity_figure(records: Sequence[Mapping[str, Any]], text: str) -> Figure
     figure, axes = _axes()
     dense = [record["dense"]["perplexity"].get(text, math.inf) for record in records]
     highest = _HIGHEST * max(filter(math.isfinite, dense), default=1.0)
+    lowest = math.inf
     top = 1.0
-    bottom = math.inf
-    # whose number makes a run look the same in every figure
     for number, record in enumerate(records):
-        if not math.isfinite(dense[number]):
+        start = dense[number]
+        if not math.isfinite(start):
             continue
-        points = [(0.0, dense[number])]
-        points += [(100 * shot["sparsity"], shot["perplexity"][text]) for shot in record["shots"]]
-        points = [(x, y) for x, y in points if math.isfinite(y)]
-        marker = _MARKERS[number % len(_MARKERS)]
-        most = max(y for _, y in points)
-        label = str(record["spec"]["name"]) + (f" (up to {most:.3g})" if most > highest else "")
-        color = _COLORS[number % len(_COLORS)]
-        axes.plot(
-            *zip(*points, strict=True),
-            marker=marker,
-            markersize=4,
-            linewidth=1.4,
-            label=label,
-            color=color,
-        )
-        top = max(top, 1.5 * points[0][1], *(y for _, y in points if y <= highest))
-        bottom = min(bottom, points[0][1], *(y for _, y in points))
+        points = [(100 * shot["sparsity"], shot["perplexity"][text]) for shot in record["shots"]]
+        points = [(0.0, start), *((x, y) for x, y in points if math.isfinite(y))]
+        values = [y for _, y in points]
+        left_out = f" (up to {max(values):.3g})" if max(values) > highest else ""
+        _draw_curve(axes, number, points, f"{record['spec']['name']}{left_out}")
+        top = max(top, 1.5 * start, *(y for y in values if y <= highest))
+        lowest = min(lowest, *values)
         is_named = "dense" in axes.get_legend_handles_labels()[1]
-        axes.axhline(
-            dense[number],
-            color="#909090",
-            linewidth=0.8,
-            linestyle="--",
-            zorder=0,
-            label=None if is_named else "dense",
-        )
+        label = None if is_named else "dense"
+        axes.axhline(start, color="#909090", linewidth=0.8, linestyle="--", zorder=0, label=label)
     axes.set_yscale("log")
-    if math.isfinite(bottom):
-        axes.set_ylim(0.95 * bottom, 1.1 * top)
-    for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        axis(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
+    if math.isfinite(lowest):
+        axes.set_ylim(0.95 * lowest, 1.1 * top)
+    for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        set_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
     axes.set_xlabel("sparsity of the blocks' linears, %")
     axes.set_ylabel(f"perplexity on {text}")
     axes.grid(which="both", **_SOFT)
@@ -171,21 +160,9 @@ def acceptance_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
             for s in record["shots"]
             if s.get("generation")
         ]
-        if not measured:
-            continue
-        points = [(0.0, 1.0), *measured]
-        lowest = min(lowest, *(y for _, y in points))
-        marker = _MARKERS[number % len(_MARKERS)]
-        color = _COLORS[number % len(_COLORS)]
-        label = str(record["spec"]["name"])
-        axes.plot(
-            *zip(*points, strict=True),
-            markersize=4,
-            linewidth=1.4,
-            label=label,
-            marker=marker,
-            color=color,
-        )
+        if measured:
+            _draw_curve(axes, number, [(0.0, 1.0), *measured], str(record["spec"]["name"]))
+            lowest = min(lowest, *(y for _, y in measured))
     axes.set_ylim(max(0.0, lowest - 0.05), 1.01)
     axes.set_xlabel("sparsity of the blocks' linears, %")
     axes.set_ylabel("acceptance rate")
@@ -199,15 +176,9 @@ def by_block(linears: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list
 
     It is not a number where a block has none.
     """
-    places: dict[str, dict[int, list[float]]] = {}
-    for linear in linears:
-        block, name = _place(linear)
-        kind = re.sub(r"\.\d+\.", ".*.", name)  # the experts of a block together
-        places.setdefault(kind, {}).setdefault(block, []).append(linear["sparsity"])
-    num_blocks = 1 + max(block for kind in places.values() for block in kind)
-    return list(places), [
-        [_mean(kind.get(block, [])) for block in range(num_blocks)] for kind in places.values()
-    ]
+    # the experts of a block together
+    kinds = _by_place(linears, lambda name: re.sub(r"\.\d+\.", ".*.", name))
+    return list(kinds), list(kinds.values())
 
 
 def by_expert(linears: Sequence[Mapping[str, Any]]) -> list[list[float]]:
@@ -215,54 +186,71 @@ def by_expert(linears: Sequence[Mapping[str, Any]]) -> list[list[float]]:
 
     Nothing if there are no experts.
     """
-    places: dict[int, dict[int, list[float]]] = {}
+
+    def number_of(name: str) -> int | None:
+        match = re.search(r"\.(\d+)\.", name)
+        return None if match is None else int(match[1])
+
+    experts = _by_place(linears, number_of)
+    return [experts[number] for number in sorted(experts)]
+
+
+def _by_place(
+    linears: Sequence[Mapping[str, Any]], place_of: Callable[[str], T | None]
+) -> dict[T, list[float]]:
+    """Return the mean sparsity in every block of the linears that share a place in their block.
+
+    Args:
+        linears: entries of report.json.
+        place_of: takes a linear's name in its block; None leaves the linear out.
+    """
+    places: dict[T, dict[int, list[float]]] = {}
     for linear in linears:
-        block, name = _place(linear)
-        if (match := re.search(r"\.(\d+)\.", name)) is not None:
-            places.setdefault(int(match[1]), {}).setdefault(block, []).append(linear["sparsity"])
-    num_blocks = 1 + max((block for expert in places.values() for block in expert), default=-1)
-    return [
-        [_mean(places[expert].get(block, [])) for block in range(num_blocks)]
-        for expert in sorted(places)
-    ]
-
-
-def _place(linear: Mapping[str, Any]) -> tuple[int, str]:
-    """Return the number of the block of a linear, and the linear's name in it."""
-    match = re.fullmatch(r".*?\.(\d+)\.(.+)", linear["name"])
-    assert match is not None, f"{linear['name']} is in no block"
-    return int(match[1]), match[2]
+        match = re.fullmatch(r".*?\.(\d+)\.(.+)", linear["name"])
+        assert match is not None, f"{linear['name']} is in no block"
+        place = place_of(match[2])
+        if place is not None:
+            blocks = places.setdefault(place, {})
+            blocks.setdefault(int(match[1]), []).append(linear["sparsity"])
+    num_blocks = 1 + max((block for blocks in places.values() for block in blocks), default=-1)
+    return {
+        place: [_mean(blocks.get(block, [])) for block in range(num_blocks)]
+        for place, blocks in places.items()
+    }
 
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
+def _heat_map(
+    sparsities: Sequence[Sequence[float]], height: float, highest: float = 1.0
+) -> tuple[Figure, Axes]:
+    """Plot sparsities, a line each; blocks are from left to right."""
+    figure, axes = _axes(height)
+    filled = axes.pcolormesh(sparsities, cmap="viridis", vmin=0, vmax=highest)
+    axes.invert_yaxis()
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("block")
+    figure.colorbar(filled, ax=axes, label="sparsity", aspect=12)
+    return figure, axes
+
+
 @_styled
 def depth_figure(linears: Sequence[Mapping[str, Any]]) -> Figure:
     """Plot sparsity by block and kind of linear as a heat map (The LLM Surgeon, figure 4)."""
     kinds, sparsities = by_block(linears)
-    figure, axes = _axes(height=1.2 + 0.28 * len(kinds))
-    filled = axes.pcolormesh(
-        sparsities,
-        cmap="viridis",
-        vmin=0,
-        vmax=max(0.05, *(v for row in sparsities for v in row if v == v)),
-    )
+    highest = max(0.05, *(v for row in sparsities for v in row if v == v))
+    figure, axes = _heat_map(sparsities, 1.2 + 0.28 * len(kinds), highest)
     axes.set_yticks([i + 0.5 for i in range(len(kinds))], _short(kinds))
-    axes.invert_yaxis()
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel("block")
-    figure.colorbar(filled, ax=axes, label="sparsity", aspect=12)
     return figure
 
 
 def _short(kinds: Sequence[str]) -> list[str]:
     """Return the last parts of the kinds' names, and of those with equal ones the whole names."""
-    last = Counter(kind.rpartition(".")[2] for kind in kinds)
-    return [
-        kind if last[kind.rpartition(".")[2]] > 1 else kind.rpartition(".")[2] for kind in kinds
-    ]
+    last = [kind.rpartition(".")[2] for kind in kinds]
+    return [kind if last.count(part) > 1 else part for kind, part in zip(kinds, last, strict=True)]
 
 
 @_styled
@@ -272,14 +260,8 @@ def expert_figure(sparsities: Sequence[Sequence[float]]) -> Figure:
     Args:
         sparsities: see `by_expert`.
     """
-    figure, axes = _axes(height=min(8.0, 1.4 + 0.12 * len(sparsities)))
-    filled = axes.pcolormesh(sparsities, cmap="viridis", vmin=0, vmax=1)
-    axes.invert_yaxis()
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel("block")
+    figure, axes = _heat_map(sparsities, min(8.0, 1.4 + 0.12 * len(sparsities)))
     axes.set_ylabel("expert")
-    figure.colorbar(filled, ax=axes, label="sparsity", aspect=12)
     return figure
 
 
@@ -315,8 +297,7 @@ def time_figure(shots: Sequence[Mapping[str, Any]]) -> Figure:
 
 def run_figures(record: Mapping[str, Any]) -> dict[str, Figure]:
     """Return the figures of one run, by name; those for which it has no data are left out."""
-    has_answers = any(shot.get("generation") for shot in record["shots"])
-    figures = {"acceptance": acceptance_figure([record])} if has_answers else {}
+    figures = {"acceptance": acceptance_figure([record])} if has_generation([record]) else {}
     figures |= {
         f"perplexity-{text}": perplexity_figure([record], text)
         for text in record["dense"]["perplexity"]

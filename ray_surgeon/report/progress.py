@@ -1,9 +1,11 @@
-"""How far a run has come, by its report.json."""
+"""What a report.json says at a glance: how far its run has come, and what was measured."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import torch
 
 from ray_surgeon.storage import files
 
@@ -34,11 +36,26 @@ def has_its_files(export: Mapping[str, Any]) -> bool:
             files.size_bytes(files.join(export["uri"], file["file"])) == file["size_bytes"]
             for file in export["files"]
         )
-    names_there = files.list_names(export["uri"])
-    names = [
-        name for name in names_there if name.startswith("model") and name.endswith(".safetensors")
+    names = files.list_names(export["uri"])
+    sizes = [
+        files.size_bytes(files.join(export["uri"], name)) or 0
+        for name in names
+        if name.startswith("model") and name.endswith(".safetensors")
     ]
-    return "config.json" in names_there and bool(
-        sum(files.size_bytes(files.join(export["uri"], name)) or 0 for name in names)
-        == export["size_bytes"]
-    )
+    return "config.json" in names and sum(sizes) == export["size_bytes"]
+
+
+def has_generation(records: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a run has compared the model's answers with the dense model's."""
+    return any(shot.get("generation") for record in records for shot in record["shots"])
+
+
+def texts_of(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the names of the texts that the runs were measured on."""
+    return list(dict.fromkeys(text for record in records for text in record["dense"]["perplexity"]))
+
+
+def dense_bytes(record: Mapping[str, Any]) -> int:
+    """Return the bytes of the dense model's weights in the dtype of the run."""
+    dtype = getattr(torch, record["spec"]["model"]["dtype"])
+    return int(record["parameters"]["before"] * dtype.itemsize)
