@@ -8,23 +8,16 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import shlex
 import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import yaml
-
 from ray_surgeon.report.progress import has_its_files, is_complete
 from ray_surgeon.runtime.saving import SavedFile
 from ray_surgeon.storage import files as store
-from ray_surgeon.storage import tensor_files
 
-_FREE_SECTIONS = ("name", "cluster.", "memory.", "output.")
-"""What may differ between a run and its resumption."""
-_MOST_CHANGES = 8
 _EVENTS_EVERY_S = 20.0
 """How often a store that cannot append gets all events again, besides the end of every shot."""
 _BEFORE_A_RUN = (".writable", "attempt", "spec.yaml", "source")
@@ -32,19 +25,6 @@ _BEFORE_A_RUN = (".writable", "attempt", "spec.yaml", "source")
 
 `source` is a model that was in memory.
 """
-
-
-def _fields(section: Any, prefix: str = "") -> dict[str, Any]:
-    """Return the leaves of a spec by their dotted names."""
-    items = (
-        section.items()
-        if isinstance(section, dict)
-        else enumerate(section)
-        if isinstance(section, list)
-        else ()
-    )
-    leaves = {k: v for key, value in items for k, v in _fields(value, f"{prefix}{key}.").items()}
-    return leaves if leaves or not prefix else {prefix[:-1]: section}
 
 
 class TakenOverError(RuntimeError):
@@ -91,55 +71,6 @@ class RunDirectory:
         """The URI of what later shots are compared with, which is there once a shot is."""
         return self.path("dense.safetensors")
 
-    def check(self, fingerprints: Mapping[str, Any], spec_yaml: str, *, resume: bool) -> None:
-        """Refuse a folder that holds something else, before anything expensive starts.
-
-        Args:
-            fingerprints: of this run; None for what may be whatever the folder's run had.
-            spec_yaml: its resolved spec.
-            resume: whether the folder may hold committed shots of it.
-
-        Raises:
-            ValueError: the folder holds another run, or holds this one and `resume` is not asked
-                for, or lacks what this one resumes from.
-        """
-        if self.is_new():
-            return
-        held = store.read_json(self.path("run.json"))["fingerprints"]
-        free = {key for key, value in fingerprints.items() if value is None}
-        different = [
-            key
-            for key in sorted({*held, *fingerprints} - free)
-            if held.get(key) != fingerprints.get(key)
-        ]
-        if different:
-            raise ValueError(
-                f"output.uri: {self.uri} holds another run: different {', '.join(different)}"
-                f"{self._changes(held, fingerprints, spec_yaml)}; choose another folder, for "
-                f"instance --set output.uri={shlex.quote(self.uri.rstrip('/') + '-2')}"
-            )
-        if not resume:
-            raise ValueError(
-                f"output.uri: {self.uri} already holds this run, of which "
-                f"{len(self.committed_indices())} shots are committed; continue it with --resume "
-                "(resume=True in Python), or choose another folder, for instance --set "
-                f"output.uri={shlex.quote(self.uri.rstrip('/') + '-2')} (output in Python)"
-            )
-        if done := self.committed_indices():
-            self.check_tensors(self.read_shot(done[-1]))
-            try:
-                tensor_files.Reader().names(self.dense_states)
-            except FileNotFoundError as error:
-                raise ValueError(
-                    f"{self.dense_states} is gone, and the dense model with it; put it back, or "
-                    "start a new run"
-                ) from error
-            except ValueError as error:
-                raise ValueError(
-                    f"{error.args[0].partition('; ')[0]}, and the dense model is gone; put it "
-                    "back, or start a new run"
-                ) from error
-
     def is_new(self) -> bool:
         """Whether no run has begun here.
 
@@ -154,32 +85,6 @@ class RunDirectory:
                 "another folder"
             )
         return False
-
-    def _changes(
-        self, held: Mapping[str, Any], fingerprints: Mapping[str, Any], spec_yaml: str
-    ) -> str:
-        """Return the fields of the two specs that differ, and the versions, for an error."""
-        document = (
-            store.read_text(self.path("spec.yaml")) if store.exists(self.path("spec.yaml")) else ""
-        )
-        old = _fields(yaml.safe_load(document))
-        new = _fields(yaml.safe_load(spec_yaml))
-        names = [
-            name
-            for name in sorted({*old, *new})
-            if old.get(name) != new.get(name) and not name.startswith(_FREE_SECTIONS)
-        ]
-        changes = (
-            [f"{name} {old.get(name)!r} there, {new.get(name)!r} here" for name in names]
-            if old
-            else []
-        )
-        if held.get("code") != fingerprints["code"]:
-            changes.append(f"version {held.get('code')} there, {fingerprints['code']} here")
-        shown = "; ".join(changes[:_MOST_CHANGES]) + (
-            "; ..." if len(changes) > _MOST_CHANGES else ""
-        )
-        return f" ({shown})" if changes else ""
 
     def report(self) -> dict[str, Any]:
         """Return what the run has written at its end.
@@ -199,14 +104,11 @@ class RunDirectory:
                 report["spec"] == dict(spec)
                 and is_complete(report)
                 and all(map(has_its_files, report["exports"]))
-            )
-            return (
-                report
-                if is_finished and len(self.committed_indices()) == len(report["shots"])
-                else None
+                and len(self.committed_indices()) == len(report["shots"])
             )
         except (FileNotFoundError, ValueError, KeyError, TypeError):  # not there, or damaged
             return None
+        return report if is_finished else None
 
     def check_writable(self) -> None:
         """Write and remove a small file.
@@ -289,9 +191,8 @@ class RunDirectory:
     def write_events(self) -> None:
         """Write events.jsonl on an object store."""
         if not store.is_local(self.uri):
-            store.write_text(
-                self.path("events.jsonl"), "".join(f"{line}\n" for line in self._events)
-            )
+            lines = "".join(f"{line}\n" for line in self._events)
+            store.write_text(self.path("events.jsonl"), lines)
             self._events_written_s = time.monotonic()
 
     def shot_folder(self, index: int) -> str:
@@ -338,10 +239,9 @@ class RunDirectory:
         """
         folder = self.shot_folder(index)
         manifest = store.read_json(store.join(folder, "manifest.json"))
-        entries = manifest["files"]
         files = tuple(
-            SavedFile(store.join(folder, e["name"]), e["size_bytes"], tuple(e["keys"]))
-            for e in entries
+            SavedFile(store.join(folder, file["name"]), file["size_bytes"], tuple(file["keys"]))
+            for file in manifest["files"]
         )
         return CommittedShot(index, files, manifest["record"])
 
@@ -353,14 +253,13 @@ class RunDirectory:
         """
         for file in shot.files:
             size = store.size_bytes(file.uri)
-            if size != file.size_bytes:
-                problem = (
-                    "is missing" if size is None else f"has {size} bytes, not {file.size_bytes}"
-                )
-                raise ValueError(
-                    f"{file.uri} {problem}; remove {self.shot_folder(shot.index)} to repeat this "
-                    "shot from the one before, if that still has its tensors"
-                )
+            if size == file.size_bytes:
+                continue
+            problem = "is missing" if size is None else f"has {size} bytes, not {file.size_bytes}"
+            raise ValueError(
+                f"{file.uri} {problem}; remove {self.shot_folder(shot.index)} to repeat this "
+                "shot from the one before, if that still has its tensors"
+            )
 
     def write_report(self, report: Mapping[str, Any]) -> None:
         """Write report.json, and the events so far."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import sys
 import time
-from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -54,12 +53,7 @@ class Display:
         self._bars.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Remove the bars."""
         self._bars.stop()
 
@@ -73,25 +67,19 @@ class Display:
         """Show the end of a step, or how far it has come."""
         if isinstance(news, Event):
             self.note(news.line)
-            done = (
-                int(news.facts.get("resumed_after_shot", 0))
-                if news.step == "load"
-                else news.shot
-                if news.step == "commit"
-                else None
-            )
+            resumed_after = int(news.facts.get("resumed_after_shot", 0))
+            done = {"load": resumed_after, "commit": news.shot}.get(news.step)
             if done is not None:
                 self._bars.update(self._run_bar, completed=done, total=news.num_shots)
             return
         rate = "" if news.tokens_per_s is None else f"{news.tokens_per_s:.0f} tokens/s "
         left = "" if news.left_s is None else f"{news.left_s:.0f} s left"
-        rest = f"{news.unit} {rate}{left}"
         self._bars.update(
             self._step_bar,
             description=news.step,
             completed=news.done,
             total=news.total or None,
-            rest=rest,
+            rest=f"{news.unit} {rate}{left}",
         )
         if not self._live and time.monotonic() - self._last_line_s > _LINE_EVERY_S:
             self.note(news.line)

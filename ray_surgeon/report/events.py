@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -35,8 +36,7 @@ class Event:
             f"{key}={value:.6g}" if isinstance(value, float) else f"{key}={value}"
             for key, value in self.facts.items()
         )
-        place = f"shot {self.shot}/{self.num_shots}" if self.shot else "start"
-        return f"{place:<10} {self.step:<10} {self.seconds:7.1f} s  {facts}"
+        return f"{_place(self)} {self.seconds:7.1f} s  {facts}"
 
 
 @dataclass(frozen=True)
@@ -55,20 +55,15 @@ class Moment:
     @property
     def tokens_per_s(self) -> float | None:
         """Tokens per second so far."""
-        return (
-            self.done * self.tokens_each / self.elapsed_s
-            if self.done * self.tokens_each and self.elapsed_s
-            else None
-        )
+        num_tokens = self.done * self.tokens_each
+        return num_tokens / self.elapsed_s if num_tokens and self.elapsed_s else None
 
     @property
     def left_s(self) -> float | None:
         """Seconds until all units are done, at the pace so far."""
-        return (
-            self.elapsed_s / self.done * (self.total - self.done)
-            if self.done and self.total
-            else None
-        )
+        if not self.done or not self.total:
+            return None
+        return self.elapsed_s / self.done * (self.total - self.done)
 
     @property
     def line(self) -> str:
@@ -76,11 +71,16 @@ class Moment:
 
         ``shot 1/3  curvature  12 of 64 sequences, 134 tokens per second, 40 s left``.
         """
-        place = f"shot {self.shot}/{self.num_shots}" if self.shot else "start"
         parts = [f"{self.done} of {self.total} {self.unit}"] if self.total else ["..."]
         parts += [f"{self.tokens_per_s:.0f} tokens per second"] if self.tokens_per_s else []
         parts += [f"{self.left_s:.0f} s left"] if self.left_s is not None else []
-        return f"{place:<10} {self.step:<10} {', '.join(parts)}"
+        return f"{_place(self)} {', '.join(parts)}"
+
+
+def _place(news: Event | Moment) -> str:
+    """Return how the line of an event or a moment begins."""
+    shot = f"shot {news.shot}/{news.num_shots}" if news.shot else "start"
+    return f"{shot:<10} {news.step:<10}"
 
 
 class Steps:
@@ -129,37 +129,25 @@ class Steps:
         yield facts
         after = self._usages()
         self.seconds[name] = time.perf_counter() - wall
-        self.cpu_seconds[name] = _cpu_s(after) - _cpu_s(before)
-        self.worker_seconds[name] = [
-            round(b.busy_s - a.busy_s, 3) for a, b in zip(before[1:], after[1:], strict=True)
-        ]
-        self.packing_seconds[name] = [
-            round(b.packing_s - a.packing_s, 3) for a, b in zip(before[1:], after[1:], strict=True)
-        ]
-        self.peak_rss_bytes = sum(
-            {usage.process: usage.peak_rss_bytes for usage in after[1:]}.values()
-        )
-        gpu, anonymous = (
-            largest_of_processes(after, of) for of in ("peak_gpu_bytes", "peak_anonymous_bytes")
-        )
+        self.cpu_seconds[name] = _total(after, "cpu_s") - _total(before, "cpu_s")
+        pairs = list(zip(before[1:], after[1:], strict=True))
+        self.worker_seconds[name] = [round(b.busy_s - a.busy_s, 3) for a, b in pairs]
+        self.packing_seconds[name] = [round(b.packing_s - a.packing_s, 3) for a, b in pairs]
+        self.peak_rss_bytes = _total(after[1:], "peak_rss_bytes")
+        gpu = largest_of_processes(after, "peak_gpu_bytes")
+        anonymous = largest_of_processes(after, "peak_anonymous_bytes")
         self.peak_gpu_bytes = max(self.peak_gpu_bytes, sum(gpu.values()))
         self.peaks[name] = [gpu[usage.process] or anonymous[usage.process] for usage in after[1:]]
         if "num_tokens" in facts:
             facts["tokens_per_s"] = float(facts.pop("num_tokens")) / self.seconds[name]
-        event = Event(
-            name,
-            shot,
-            self._num_shots,
-            round(self.seconds[name], 3),
-            facts,
-            self.worker_seconds[name],
-        )
+        seconds = round(self.seconds[name], 3)
+        event = Event(name, shot, self._num_shots, seconds, facts, self.worker_seconds[name])
         self._run.add_event(asdict(event) | {"time": time.time()})
         self._listen(event)
 
     def moment(self) -> Moment:
         """Return how far the present step has come."""
-        (name, shot) = self._present
+        name, shot = self._present
         now = self._cluster.progress
         elapsed_s = time.monotonic() - now.started_s
         return Moment(
@@ -170,13 +158,13 @@ class Steps:
         return [process_usage(torch.device("cpu")), *self._cluster.usages()]
 
 
-def largest_of_processes(usages: list[Usage], field: str) -> dict[str, int]:
+def largest_of_processes(usages: list[Usage], field: str) -> dict[str, Any]:
     """Return the largest value of a field by process; the first asked begins anew."""
-    largest: dict[str, int] = {}
+    largest: dict[str, Any] = {}
     for usage in usages:
         largest[usage.process] = max(largest.get(usage.process, 0), getattr(usage, field))
     return largest
 
 
-def _cpu_s(usages: list[Usage]) -> float:
-    return sum({usage.process: usage.cpu_s for usage in usages}.values())
+def _total(usages: list[Usage], field: str) -> Any:
+    return sum(largest_of_processes(usages, field).values())

@@ -25,6 +25,7 @@ from ray_surgeon.plan.devices import Device, Room
 from ray_surgeon.plan.plan import Plan, plan_job
 from ray_surgeon.plan.work import Work
 from ray_surgeon.report.directory import RunDirectory
+from ray_surgeon.report.resuming import check_folder
 from ray_surgeon.run.reading import as_input_error, environment, load_config, nothing, read_texts
 from ray_surgeon.run.stages import Stages, stages_after_shots, stages_of
 from ray_surgeon.runtime.placement import Placement, place
@@ -204,7 +205,7 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
     if is_read:
         with as_input_error(f"output.uri: cannot use {spec.output.uri}"):
             directory = RunDirectory(spec.output.uri)
-            directory.check(inputs.fingerprints, inputs.spec_yaml, resume=resume)
+            check_folder(directory, inputs.fingerprints, inputs.spec_yaml, resume=resume)
             if not dry_run:
                 directory.check_writable()
     return inputs
