@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    model_validator,
+)
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -50,6 +58,19 @@ class Section(BaseModel):
         frozen=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True
     )
 
+    def problems(self) -> Iterable[str]:
+        """Yield what fields that are right by themselves have against each other.
+
+        Each is a sentence with the remedy. The first becomes the section's error.
+        """
+        return ()
+
+    @model_validator(mode="after")
+    def _has_no_problems(self) -> Section:
+        for problem in self.problems():
+            raise ValueError(problem)
+        return self
+
 
 def tag(name: str) -> str:
     """Return a tag of a union; the angle brackets keep it apart from names of fields in errors."""
@@ -73,7 +94,7 @@ def by_tag(
         elif isinstance(value, Section):
             name = tag_of(lambda field, default: getattr(value, field, default))
         else:
-            name = None
+            return None
         return None if name is None else tag(name)
 
     return Discriminator(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, Tag, model_validator
+from pydantic import Field, Tag
 
 from ray_surgeon.spec.base import Address, by_tag, tag
 from ray_surgeon.spec.texts import MixedSection, SourceSection, TextSection
@@ -94,105 +94,79 @@ class CalibrationSection(TextSection, WritingSection):
             ValueError: the calibration reads more or less of the same text; `where` is the measured
                 one's place in the spec.
         """
-        texts = [text for text, _ in self.shares]
-        starts = [
-            text.starts
-            for text in texts
-            if isinstance(text, SelfSection) and text.starts is not None
-        ]
         if measured.source == "python-code":
             return  # its train and test are different files, however much is read
-        for text in (*texts, *starts):
+        for text, _ in self.shares:
+            cut_here = text.starts if isinstance(text, SelfSection) else text
             if (
-                isinstance(text, SourceSection)
-                and text.source == measured.source
-                and text.max_tokens != measured.max_tokens
+                cut_here is not None
+                and cut_here.source == measured.source
+                and cut_here.max_tokens != measured.max_tokens
             ):
                 raise ValueError(
-                    f"{where}.max_tokens: must equal that of {text.source} in calibration, because "
-                    "both are cut from it and the border between train and test would move; set "
-                    "both"
+                    f"{where}.max_tokens: must equal that of {measured.source} in calibration, "
+                    "because both are cut from it and the border between train and test would "
+                    "move; set both"
                 )
 
-    @model_validator(mode="after")
-    def _fields_fit_the_source(self) -> CalibrationSection:
-        if self.source == "auto":
-            chosen = {"source", "num_sequences", "sequence_length", "seed", "weigh", "held_aside"}
-            if not_chosen := self._given_except(chosen):
-                raise ValueError(
-                    f"source auto chooses the texts, so {', '.join(not_chosen)} cannot be given; "
-                    "remove it, or name a source"
-                )
-            return self
-        if self.source == "self":
-            allowed = {
-                "source",
-                "num_sequences",
-                "sequence_length",
-                "seed",
-                "weigh",
-                "held_aside",
-                "weight",
-                "mix",
-            }
-            if misplaced := self._given_except(allowed | WritingSection.model_fields.keys()):
-                raise ValueError(
-                    f"{', '.join(misplaced)} belongs to a text that is read, and the model writes "
-                    "this one; remove it"
-                )
-        else:
-            if misplaced := self._given_except(
-                type(self).model_fields.keys() - WritingSection.model_fields.keys()
-            ):
-                raise ValueError(
-                    f"{', '.join(misplaced)} belongs to text that the model writes; set source to "
-                    "self, or put it into a text of mix with source self"
-                )
-        if self.weigh == "answers" and not any(
-            isinstance(text, SelfSection) and text.has_answers for text, _ in self.shares
-        ):
-            raise ValueError(
-                "weigh is answers, but no text of the calibration has any; set it to all, or add "
-                "{source: self, chat: true} or {source: self, prompts: FILE} to mix"
-            )
-        return self
-
-    def _given_except(self, names: Set[str]) -> list[str]:
-        """Return the fields that are not as they are by default, without some."""
-        fields = {
-            name: field for name, field in type(self).model_fields.items() if name not in names
-        }
-        return [name for name, field in fields.items() if getattr(self, name) != field.default]
-
-    @model_validator(mode="after")
-    def _every_text_counts(self) -> CalibrationSection:
+    def problems(self) -> Iterator[str]:
+        """Yield fields that do not fit the source, and texts that do not fit each other."""
+        yield from super().problems()
+        yield from self._problems_of_source()
         for number, (text, count) in enumerate(self.shares):
             if not count:
-                raise ValueError(
+                yield (
                     f"mix: the share of {text.source} in {self.num_sequences} sequences is none; "
                     "raise its weight or num_sequences"
                 )
             if isinstance(text, SelfSection):
-                text.check_lengths(self.sequence_length, f"mix.{number - 1}: " if number else "")
+                where = f"mix.{number - 1}: " if number else ""
+                yield from text.problems_of_lengths(self.sequence_length, where)
         if not self.mix and self.weight != 1.0:
-            raise ValueError("weight has no effect without mix; remove it")
-        return self
-
-    @model_validator(mode="after")
-    def _no_text_twice(self) -> CalibrationSection:
-        texts = [
-            text.model_dump(exclude={"weight"})
-            if isinstance(text, SelfSection)
-            else text.model_dump(include=set(SourceSection.model_fields))
-            for text, _ in self.shares
-        ]
-        for number, text in enumerate(texts):
-            if text in texts[:number]:
-                raise ValueError(
-                    f"mix.{number - 1}: these windows of {text['source']} are in the calibration "
+            yield "weight has no effect without mix; remove it"
+        windows = list[dict[str, Any]]()
+        for number, (text, _) in enumerate(self.shares):
+            kind = SelfSection if isinstance(text, SelfSection) else SourceSection
+            fields = text.model_dump(include=kind.model_fields.keys() - {"weight"})
+            if fields in windows:
+                yield (
+                    f"mix.{number - 1}: these windows of {text.source} are in the calibration "
                     "already; raise the weight of that text instead"
                 )
-        return self
+            windows.append(fields)
+
+    def _problems_of_source(self) -> Iterator[str]:
+        of_any = {"source", "num_sequences", "sequence_length", "seed", "weigh", "held_aside"}
+        of_writing = WritingSection.model_fields.keys()
+        fields = type(self).model_fields
+        if self.source == "auto":
+            allowed = of_any
+            problem = (
+                "source auto chooses the texts, so {} cannot be given; remove it, or name a source"
+            )
+        elif self.source == "self":
+            allowed = of_any | of_writing | {"weight", "mix"}
+            problem = "{} belongs to a text that is read, and the model writes this one; remove it"
+        else:
+            allowed = fields.keys() - of_writing
+            problem = (
+                "{} belongs to text that the model writes; set source to self, or put it into a "
+                "text of mix with source self"
+            )
+        if misplaced := [
+            name
+            for name, field in fields.items()
+            if name not in allowed and getattr(self, name) != field.default
+        ]:
+            yield problem.format(", ".join(misplaced))
+        has_answers = any(
+            isinstance(text, SelfSection) and text.has_answers for text, _ in self.shares
+        )
+        if self.weigh == "answers" and self.source != "auto" and not has_answers:
+            yield (
+                "weigh is answers, but no text of the calibration has any; set it to all, or add "
+                "{source: self, chat: true} or {source: self, prompts: FILE} to mix"
+            )
 
 
 def _split(total: int, weights: Sequence[float]) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -87,130 +88,112 @@ class JobSpec(Section):
 
         Widths that the spec gives stay.
         """
-        pruning = document.get("pruning") if isinstance(document, dict) else None
-        output = document.get("output") if isinstance(document, dict) else None
-        if (
-            not (isinstance(pruning, dict) and isinstance(output, dict))
-            or pruning.get("structure") != "groups"
-        ):
+        if not isinstance(document, dict):
             return document
-        exports = output.get("exports")
-        devices = pruning.get("tensor_parallel", 1)
-        if not isinstance(exports, list | tuple) or not isinstance(devices, int):
-            return document
-        multiple = (
-            DECI_MULTIPLE
-            if "deci" in exports
-            else KERNEL_COLUMNS
-            if output.get("quantize")
-            else None
-        )
-        if multiple is None:
-            return document
-        return document | {
-            "pruning": pruning
-            | {"width_multiple": pruning.get("width_multiple") or multiple * devices}
-        }
+        match document.get("pruning"), document.get("output"):
+            case {"structure": "groups", **pruning}, {"exports": [*exports], **output}:
+                devices = pruning.get("tensor_parallel", 1)
+                kernel_columns = KERNEL_COLUMNS if output.get("quantize") else None
+                multiple = DECI_MULTIPLE if "deci" in exports else kernel_columns
+                if multiple and isinstance(devices, int) and not pruning.get("width_multiple"):
+                    width = {"width_multiple": multiple * devices}
+                    return document | {"pruning": document["pruning"] | width}
+        return document
 
-    @model_validator(mode="after")
-    def _fits_the_curvature(self) -> JobSpec:
+    def problems(self) -> Iterator[str]:
+        """Yield what sections have against each other."""
+        yield from self._problems_of_curvature()
+        yield from self._problems_of_weights()
+        yield from self._problems_of_texts()
+        yield from self._problems_of_exports()
+
+    def _problems_of_curvature(self) -> Iterator[str]:
         if self.pruning.takes_curvature != (self.curvature is not None):
             remedy = (
                 "needs one; remove the null"
                 if self.pruning.takes_curvature
                 else "gathers its own; remove the section"
             )
-            raise ValueError(f"curvature: pruning.method {self.pruning.method} {remedy}")
-        problem = None if self.curvature is None else self.pruning.problem_with(self.curvature)
-        if problem is not None:
-            raise ValueError(problem)
-        return self
+            yield f"curvature: pruning.method {self.pruning.method} {remedy}"
+        elif self.curvature is not None and (problem := self.pruning.problem_with(self.curvature)):
+            yield problem
 
-    @model_validator(mode="after")
-    def _weighs_something(self) -> JobSpec:
-        if self.calibration.weigh == "all":
-            return self
+    def _problems_of_weights(self) -> Iterator[str]:
         kind = None if self.curvature is None else self.curvature.kind
+        if self.calibration.weigh == "all":
+            return
         if kind == "extended_kfac":
-            raise ValueError(
+            yield (
                 "calibration.weigh: answers does not go with curvature.kind extended_kfac, which "
                 "weighs all tokens; use kfac"
             )
         if kind != "kfac" and self.correction is None:
-            raise ValueError(
+            yield (
                 "calibration.weigh: answers has no effect, because nothing takes gradients in this "
                 "job; remove it"
             )
-        return self
 
-    @model_validator(mode="after")
-    def _fits_the_texts(self) -> JobSpec:
+    def _problems_of_texts(self) -> Iterator[str]:
         num_sequences = self.calibration.num_sequences
+        num_replicas = self.cluster.num_replicas
         names = [text.name for text in self.evaluation.texts]
         if len(set(names)) < len(names):
-            raise ValueError(f"evaluation: names must differ, got {names}; rename one")
-        if self.cluster.num_replicas > num_sequences:
-            raise ValueError(
-                f"cluster.num_replicas: {self.cluster.num_replicas} replicas cannot be filled by "
+            yield f"evaluation: names must differ, got {names}; rename one"
+        if num_replicas > num_sequences:
+            yield (
+                f"cluster.num_replicas: {num_replicas} replicas cannot be filled by "
                 f"{num_sequences} calibration sequences; give fewer replicas or more sequences"
             )
         num_backward = None if self.curvature is None else self.curvature.sequences_backward
-        if (
-            num_backward is not None
-            and not self.cluster.num_replicas <= num_backward <= num_sequences
-        ):
-            raise ValueError(
+        if num_backward is not None and not num_replicas <= num_backward <= num_sequences:
+            yield (
                 f"curvature.num_backward: {num_backward}, but there are {num_sequences} "
-                "calibration sequences and every replica needs one; give "
-                f"{self.cluster.num_replicas} to {num_sequences}"
+                f"calibration sequences and every replica needs one; give {num_replicas} to "
+                f"{num_sequences}"
             )
         self.check_borders()
         if self.correction is not None and self.correction.sequences_per_step > num_sequences:
-            raise ValueError(
+            yield (
                 f"correction.sequences_per_step: {self.correction.sequences_per_step} is more than "
                 f"the {num_sequences} calibration sequences; lower it"
             )
-        return self
 
-    @model_validator(mode="after")
-    def _possible_exports(self) -> JobSpec:
+    def _problems_of_exports(self) -> Iterator[str]:
         pruning = self.pruning
         exports = set(self.output.exports) - {"masked"}
-        if exports and not isinstance(pruning, CoupledSection):
-            raise ValueError(
+        if isinstance(pruning, CoupledSection):
+            yield from self._problems_of_groups(pruning)
+        elif exports:
+            yield (
                 f"output.exports: {', '.join(sorted(exports))} needs pruning.structure groups; "
                 "others leave zeros only"
             )
-        if isinstance(pruning, CoupledSection) and not pruning.uniform and "uniform" in exports:
-            raise ValueError(
-                "output.exports: uniform needs pruning.allocation uniform; set it, or export "
-                "per_block"
-            )
-        if isinstance(pruning, CoupledSection):
-            if "deci" in exports and (
-                pruning.groups != ("ffn",) or pruning.multiple % DECI_MULTIPLE
-            ):
-                raise ValueError(
-                    f"output.exports: deci holds widths that are multiples of {DECI_MULTIPLE} and "
-                    "all heads; set pruning.groups to [ffn] and pruning.width_multiple to "
-                    f"{DECI_MULTIPLE}"
-                )
-            target = pruning.target
-            if (
-                isinstance(target, LatencyTarget)
-                and target.device == "cuda"
-                and not self.cluster.gpus_per_worker
-            ):
-                raise ValueError(
-                    "pruning.target: device cuda is the first worker's GPU; set "
-                    "cluster.gpus_per_worker to 1"
-                )
         if self.evaluation.tasks is not None and not set(self.output.exports) - {"gguf"}:
-            raise ValueError(
+            yield (
                 "evaluation.tasks: run on exports for transformers, and output.exports has none; "
                 "add one, or remove tasks"
             )
-        return self
+
+    def _problems_of_groups(self, pruning: CoupledSection) -> Iterator[str]:
+        exports = self.output.exports
+        target = pruning.target
+        if "uniform" in exports and not pruning.uniform:
+            yield (
+                "output.exports: uniform needs pruning.allocation uniform; set it, or export "
+                "per_block"
+            )
+        if "deci" in exports and (pruning.groups != ("ffn",) or pruning.multiple % DECI_MULTIPLE):
+            yield (
+                f"output.exports: deci holds widths that are multiples of {DECI_MULTIPLE} and "
+                "all heads; set pruning.groups to [ffn] and pruning.width_multiple to "
+                f"{DECI_MULTIPLE}"
+            )
+        is_on_gpu = isinstance(target, LatencyTarget) and target.device == "cuda"
+        if is_on_gpu and not self.cluster.gpus_per_worker:
+            yield (
+                "pruning.target: device cuda is the first worker's GPU; set "
+                "cluster.gpus_per_worker to 1"
+            )
 
     def check_borders(self) -> None:
         """Refuse evaluation texts that the calibration cuts at another place.
@@ -228,19 +211,18 @@ class JobSpec(Section):
         A tenth, at most six, where stages measure themselves on them.
         """
         share = self.calibration.held_aside
-        pruning = self.pruning
         num_sequences = self.calibration.num_sequences
+        num_replicas = self.cluster.num_replicas  # each of which takes part in a pass over them
         most = num_sequences
         if share is None:
-            chooses = self.curvature is not None and self.curvature.chooses_damping
             stages = (
-                getattr(pruning, "reconstruction", None),
-                getattr(pruning, "search", None),
+                self.curvature is not None and self.curvature.chooses_damping,
+                getattr(self.pruning, "reconstruction", None),
+                getattr(self.pruning, "search", None),
                 self.correction,
             )
-            share = HELD_SHARE if chooses or any(stage is not None for stage in stages) else 0.0
+            share = HELD_SHARE if any(stages) else 0.0
             most = MOST_HELD
-        num_replicas = self.cluster.num_replicas  # each of which takes part in a pass over them
         wanted = max(num_replicas, min(most, round(share * num_sequences))) if share else 0
         return min(wanted, num_sequences - num_replicas)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from ray_surgeon.spec.base import Positive, Section
 
@@ -58,14 +59,11 @@ class MemorySection(Section):
             )
         return scratch
 
-    @model_validator(mode="after")
-    def _keeps_what_is_there(self) -> MemorySection:
-        streamed = [
-            name for name in ("weights", "factors") if getattr(self, name) in ("host", "disk")
-        ]
-        if self.activations == "keep" and streamed:
-            raise ValueError(
-                f"activations: keep needs {streamed[0]} on the device; set activations: recompute, "
-                f"or {streamed[0]}: device"
-            )
-        return self
+    def problems(self) -> Iterator[str]:
+        """Yield what cannot be kept where it is to be."""
+        for name in ("weights", "factors") if self.activations == "keep" else ():
+            if getattr(self, name) in ("host", "disk"):
+                yield (
+                    f"activations: keep needs {name} on the device; set activations: recompute, "
+                    f"or {name}: device"
+                )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from ray_surgeon.spec.base import Address, Section
 
@@ -33,20 +34,18 @@ class ModelSection(Section):
         "curvature is float32 always",
     )
 
-    @model_validator(mode="after")
-    def _fields_fit_the_source(self) -> ModelSection:
+    def problems(self) -> Iterator[str]:
+        """Yield what does not fit the kind of source."""
         page, _, identity = self.source.partition("://huggingface.co/")
         if identity and page in ("http", "https"):
-            raise ValueError(
-                f"source is a page of the Hub; give the Hub id, {'/'.join(identity.split('/')[:2])}"
-            )
+            hub_id = "/".join(identity.split("/")[:2])
+            yield f"source is a page of the Hub; give the Hub id, {hub_id}"
         if self.revision is not None and "://" in self.source:
-            raise ValueError("revision belongs to a Hub id; remove it, or give a Hub id as source")
+            yield "revision belongs to a Hub id; remove it, or give a Hub id as source"
         if (self.wheel is None) != (self.wheel_sha256 is None):
-            raise ValueError("wheel and wheel_sha256 belong together; give both or none")
+            yield "wheel and wheel_sha256 belong together; give both or none"
         if self.wheel is not None and not self.source.startswith("pkg://"):
-            raise ValueError(
+            yield (
                 "wheel belongs to a pkg:// source; remove it, or give pkg://PACKAGE/FILE.gguf as "
                 "source"
             )
-        return self

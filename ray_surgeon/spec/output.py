@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from ray_surgeon.spec.base import Address, Positive, Section
 from ray_surgeon.spec.targets import SpeedSection
@@ -36,14 +37,13 @@ class QuantizeSection(Section):
         """Columns that share a scale, where a scheme has groups."""
         return self.group_size or 128
 
-    @model_validator(mode="after")
-    def _groups(self) -> QuantizeSection:
+    def problems(self) -> Iterator[str]:
+        """Yield what the scheme does not have."""
         if self.group_size is not None and self.scheme != "w4a16":
-            raise ValueError(
+            yield (
                 f"group_size: is not an option of {self.scheme}, whose rows have one scale; remove "
                 "it"
             )
-        return self
 
 
 class OutputSection(Section):
@@ -84,21 +84,17 @@ class OutputSection(Section):
         "model; null: do not",
     )
 
-    @model_validator(mode="after")
-    def _each_export_once(self) -> OutputSection:
-        if len(set(self.exports)) < len(self.exports):
-            raise ValueError(f"exports: {list(self.exports)} names one twice; remove it")
-        if self.gguf is not None and len(set(self.gguf)) < len(self.gguf):
-            raise ValueError(f"gguf: {list(self.gguf)} names one twice; remove it")
+    def problems(self) -> Iterator[str]:
+        """Yield what exports do not go with."""
+        for name, kinds in (("exports", self.exports), ("gguf", self.gguf or ())):
+            if len(set(kinds)) < len(kinds):
+                yield f"{name}: {list(kinds)} names one twice; remove it"
         if self.gguf is not None and "gguf" not in self.exports:
-            raise ValueError("gguf: exports has no gguf; add it, or remove the field gguf")
+            yield "gguf: exports has no gguf; add it, or remove the field gguf"
         if self.quantize is not None and "uniform" not in self.exports:
-            raise ValueError(
-                "quantize: is a copy of the export uniform; add it to exports, or remove quantize"
-            )
+            yield "quantize: is a copy of the export uniform; add it to exports, or remove quantize"
         if self.speed is not None and not set(self.exports) - {"masked", "gguf"}:
-            raise ValueError(
+            yield (
                 "speed: exports has no smaller model to measure; add uniform, per_block or deci, "
                 "or remove speed"
             )
-        return self

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from ray_surgeon.spec.evaluation import EvaluationSection
 from ray_surgeon.spec.job import JobSpec
@@ -130,42 +131,40 @@ def validation_message(error: ValidationError, origin: str, derived: Sequence[st
         origin: of the spec.
         derived: sections that were made of others; what is wrong with them follows.
     """
-    lines = list[str]()
+    lines = [f"{origin} is not a valid job spec:"]
     problems = error.errors(include_url=False)
-
-    def follows(problem: Any) -> bool:
-        """Whether other problems say it.
-
-        Such are a default that was not made, and a list that is short of an item that is wrong
-        itself.
-        """
-        place = problem["loc"]
+    for problem in problems:
         others = [other["loc"] for other in problems if other is not problem]
-        is_short = problem["type"] == "too_short" and any(
-            other[: len(place)] == place for other in others
-        )
-        is_derived = (
-            place[:1]
-            and place[0] in derived
-            and any(other[:1] and other[0] not in derived for other in others)
-        )
-        return problem["type"] == "default_factory_not_called" or is_short or bool(is_derived)
-
-    for problem in (problem for problem in problems if not follows(problem)):
+        if _follows(problem, others, derived):
+            continue
         place = [str(part) for part in problem["loc"]]
         tags = [part[1:-1] for part in place if part.startswith("<")]
         path = ".".join(part for part in place if not part.startswith("<")) or "spec"
-        message = _SENTENCES.get(problem["type"], problem["msg"].removeprefix("Value error, "))
-        value_got = (
-            ""
-            if problem["type"] in ("missing", "value_error")
-            else f" (got {reprlib.repr(problem['input'])[:80]})"
-        )
-        if problem["type"] == "extra_forbidden":
+        kind = problem["type"]
+        message = _SENTENCES.get(kind, problem["msg"].removeprefix("Value error, "))
+        shows_value = kind not in ("missing", "value_error")
+        got = f" (got {reprlib.repr(problem['input'])[:80]})" if shows_value else ""
+        if kind == "extra_forbidden":
             message = f"is not an option of {tags[-1]}" if tags else "is not an option"
-            value_got += "; remove it or correct its name, `ray-surgeon schema` lists the fields"
-        lines.append(f"  {path}: {message}{value_got}")
-    return "\n".join([f"{origin} is not a valid job spec:", *lines])
+            got += "; remove it or correct its name, `ray-surgeon schema` lists the fields"
+        lines.append(f"  {path}: {message}{got}")
+    return "\n".join(lines)
+
+
+def _follows(
+    problem: ErrorDetails, others: Sequence[tuple[int | str, ...]], derived: Sequence[str]
+) -> bool:
+    """Whether other problems say it.
+
+    Such are a default that was not made, and a list that is short of an item that is wrong itself.
+    """
+    place = problem["loc"]
+    if problem["type"] == "too_short" and any(other[: len(place)] == place for other in others):
+        return True
+    is_derived = place[:1] and place[0] in derived
+    if is_derived and any(other and other[0] not in derived for other in others):
+        return True
+    return problem["type"] == "default_factory_not_called"
 
 
 def absolute(uri: str) -> str:
@@ -175,19 +174,19 @@ def absolute(uri: str) -> str:
 
 def with_absolute_paths(spec: JobSpec) -> JobSpec:
     """Return the spec with absolute local paths; workers run in other folders."""
-    model = spec.model
-    output = spec.output
-    evaluation = spec.evaluation
-    memory = spec.memory
-    path = Path(model.source).expanduser()
-    if os.path.exists(path):  # Path.exists raises where it may not look
-        model = model.model_copy(update={"source": str(path.resolve())})
-    if memory.scratch is not None:
-        memory = memory.model_copy(update={"scratch": absolute(memory.scratch)})
-    output = output.model_copy(update={"uri": absolute(output.uri)})
-    if evaluation.tasks is not None and evaluation.tasks.include is not None:
-        tasks = evaluation.tasks.model_copy(update={"include": absolute(evaluation.tasks.include)})
-        evaluation = evaluation.model_copy(update={"tasks": tasks})
+    path = Path(spec.model.source).expanduser()
+    is_local = os.path.exists(path)  # Path.exists raises where it may not look
+    source = str(path.resolve()) if is_local else spec.model.source
+    scratch = None if spec.memory.scratch is None else absolute(spec.memory.scratch)
+    tasks = spec.evaluation.tasks
+    if tasks is not None and tasks.include is not None:
+        tasks = tasks.model_copy(update={"include": absolute(tasks.include)})
+    changes: dict[str, dict[str, Any]] = {
+        "model": {"source": source},
+        "memory": {"scratch": scratch},
+        "evaluation": {"tasks": tasks},
+        "output": {"uri": absolute(spec.output.uri)},
+    }
     return spec.model_copy(
-        update={"model": model, "output": output, "evaluation": evaluation, "memory": memory}
+        update={name: getattr(spec, name).model_copy(update=new) for name, new in changes.items()}
     )

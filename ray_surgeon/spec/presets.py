@@ -6,7 +6,7 @@ by windows held aside.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any, Literal
 
 PresetName = Literal["fast", "balanced", "quality"]
@@ -40,7 +40,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 _RECONSTRUCTED = {"ffn", "shared_experts"}
 _EXPERTS = {"experts", "expert_channels", "shared_experts"}
-_DEFAULT_GROUPS = ("ffn", "attention")
 _EVALUATION = ("python-docs", "python-docstrings")
 """Texts that a run is measured on if it names none."""
 
@@ -58,24 +57,21 @@ def with_preset(document: Mapping[str, Any]) -> dict[str, Any]:
     if preset is not None:
         _fill(filled, preset)
     filled.setdefault("calibration", {"source": "auto"} | PRESETS["balanced"]["calibration"])
-    if filled.get("evaluation") is None:
-        filled["evaluation"] = {"texts": _texts(filled["calibration"])}
-    elif isinstance(filled["evaluation"], Mapping) and "texts" not in filled["evaluation"]:
-        filled["evaluation"] = {"texts": _texts(filled["calibration"])} | dict(filled["evaluation"])
+    evaluation = {} if filled.get("evaluation") is None else filled["evaluation"]
+    if isinstance(evaluation, Mapping) and "texts" not in evaluation:
+        filled["evaluation"] = {"texts": _texts(filled["calibration"]), **evaluation}
     return filled
 
 
 def _fill(document: dict[str, Any], preset: Mapping[str, Any]) -> None:
-    pruning = document.get("pruning")
-    plain = pruning if isinstance(pruning, Mapping) else {}
+    plain = _mapping(document.get("pruning"))
+    groups = plain.get("groups", ("ffn", "attention"))
+    kinds = {str(kind) for kind in groups} if isinstance(groups, list | tuple) else set[str]()
     _under(document, "calibration", {"source": "auto"} | preset["calibration"])
     if plain.get("method", "llm_surgeon") == "llm_surgeon":
-        settings = _curvature_of(document.get("curvature"), plain, preset["curvature"])
-        count = (
-            document["calibration"].get("num_sequences")
-            if isinstance(document["calibration"], Mapping)
-            else None
-        )
+        kind = _mapping(document.get("curvature")).get("kind", "kfac")
+        settings = _curvature_of(kind, kinds, preset["curvature"])
+        count = _mapping(document["calibration"]).get("num_sequences")
         if isinstance(count, int) and "num_backward" in settings:
             settings["num_backward"] = min(settings["num_backward"], max(1, count))
         _under(document, "curvature", settings)
@@ -83,28 +79,25 @@ def _fill(document: dict[str, Any], preset: Mapping[str, Any]) -> None:
         _under(document, "correction", preset["correction"])
     if plain.get("structure") != "groups":
         return
-    groups = plain.get("groups", _DEFAULT_GROUPS)
-    filled = {"num_shots": 1} | dict(plain) if "sparsities" not in plain else dict(plain)
-    if isinstance(groups, list | tuple) and _RECONSTRUCTED & {str(kind) for kind in groups}:
+    filled = dict(plain) if "sparsities" in plain else {"num_shots": 1, **plain}
+    if _RECONSTRUCTED & kinds:
         _under(filled, "reconstruction", preset["reconstruction"])
     document["pruning"] = filled
 
 
-def _curvature_of(
-    section: Any, pruning: Mapping[str, Any], preset: Mapping[str, Any]
-) -> dict[str, Any]:
+def _mapping(section: Any) -> Mapping[str, Any]:
+    """Return a section if it is one, and an empty one instead of anything else."""
+    return section if isinstance(section, Mapping) else {}
+
+
+def _curvature_of(kind: Any, groups: Set[str], preset: Mapping[str, Any]) -> dict[str, Any]:
     """Return the preset's curvature without fields that the spec's kinds do not have."""
-    kind = section.get("kind", "kfac") if isinstance(section, Mapping) else "kfac"
-    groups = pruning.get("groups", _DEFAULT_GROUPS)
-    of_experts = isinstance(groups, list | tuple) and bool(
-        _EXPERTS & {str(kind) for kind in groups}
-    )
     needless = set[str]()
-    if kind != "kfac" or of_experts:
+    if kind != "kfac" or _EXPERTS & groups:
         needless.add("num_backward")
     if kind in ("activations", "identity"):
         needless.add("fisher")
-    if kind == "identity" or (of_experts and {str(kind) for kind in groups} == {"experts"}):
+    if kind == "identity" or groups == {"experts"}:
         needless.add("damping")
     return {name: value for name, value in preset.items() if name not in needless}
 
@@ -117,7 +110,7 @@ def _under(document: dict[str, Any], name: str, settings: Mapping[str, Any]) -> 
 
 
 def _texts(calibration: Any) -> list[dict[str, Any]]:
-    length = calibration.get("sequence_length", 512) if isinstance(calibration, Mapping) else 512
+    length = _mapping(calibration).get("sequence_length", 512)
     return [
         {"name": name, "source": name, "num_sequences": 12, "sequence_length": length}
         for name in _EVALUATION

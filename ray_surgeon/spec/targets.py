@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import Field, Tag, model_validator
+from pydantic import Field, Tag
 
 from ray_surgeon.spec.base import Positive, Section, by_tag, tag
 
@@ -55,11 +56,9 @@ class ScheduleSection(Section):
 
         Of a target that is no sparsity it is a fifth over all shots.
         """
-        fractions = (
-            0.0,
-            *self.fractions(0.2 if self.last_sparsity is None else self.last_sparsity),
-        )
-        return (fractions[shot] - fractions[shot - 1]) / (1 - fractions[shot - 1])
+        last = 0.2 if self.last_sparsity is None else self.last_sparsity
+        before, after = (0.0, *self.fractions(last))[shot - 1 : shot + 1]
+        return (after - before) / (1 - before)
 
     def fractions(self, last: float) -> tuple[float, ...]:
         """Return the fraction removed at the end of every shot; `last` is the last one."""
@@ -70,27 +69,24 @@ class ScheduleSection(Section):
             return tuple(1 - (1 - last) ** part for part in parts)
         return tuple(last * part for part in parts)
 
-    @model_validator(mode="after")
-    def _rising_sparsities(self) -> ScheduleSection:
-        if self.sparsities is not None and self.last_sparsity is None:
-            raise ValueError(
+    def problems(self) -> Iterator[str]:
+        """Yield what `sparsities` does not go with."""
+        if self.sparsities is None:
+            return
+        if self.last_sparsity is None:
+            yield (
                 "sparsities: are fractions of the linears' parameters; give target_sparsity, or "
                 "use num_shots and schedule"
             )
-        if self.sparsities is not None:
-            rising = all(
-                a < b for a, b in zip((0.0, *self.sparsities), self.sparsities, strict=False)
+        steps = zip((0.0, *self.sparsities), self.sparsities, strict=False)
+        rising = all(before < after for before, after in steps)
+        if not rising or self.sparsities[-1:] != (self.last_sparsity,):
+            yield (
+                f"sparsities: {self.sparsities} must rise from above 0 to target_sparsity "
+                f"{self.last_sparsity}"
             )
-            if not rising or self.sparsities[-1:] != (self.last_sparsity,):
-                raise ValueError(
-                    f"sparsities: {self.sparsities} must rise from above 0 to target_sparsity "
-                    f"{self.last_sparsity}"
-                )
-            if (self.num_shots, self.schedule) != (5, "linear"):
-                raise ValueError(
-                    "sparsities: takes the place of num_shots and schedule; remove those"
-                )
-        return self
+        if (self.num_shots, self.schedule) != (5, "linear"):
+            yield "sparsities: takes the place of num_shots and schedule; remove those"
 
 
 class SparsitySection(ScheduleSection):

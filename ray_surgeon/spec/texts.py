@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from ray_surgeon.spec.base import Address, Positive, Section
 
@@ -71,25 +72,25 @@ class SourceSection(Section):
         """Whether train and test are cut here, because the source has no splits."""
         return self.source in OWN_TEXTS or self.source.endswith(TEXT_SUFFIXES)
 
-    @model_validator(mode="after")
-    def _known_split(self) -> SourceSection:
+    def problems(self) -> Iterator[str]:
+        """Yield what does not fit the kind of source."""
+        yield from super().problems()
         if self.source in ("self", "auto") and not self.may_be_written:
-            raise ValueError(
+            yield (
                 f"source {self.source} has a place in the calibration only; name a text, such as "
                 "python-docs"
             )
         if self.has_own_split and self.split not in ("train", "test"):
-            raise ValueError(f"split is {self.split!r}, but {self.source} has train and test only")
+            yield f"split is {self.split!r}, but {self.source} has train and test only"
         if self.has_own_split and (self.config or self.revision):
-            raise ValueError(
+            yield (
                 f"config and revision belong to a Hub data set, which {self.source} is not; remove "
                 "them"
             )
         if self.column != "text" and (self.source in OWN_TEXTS or self.source.endswith(".txt")):
-            raise ValueError(f"column is {self.column!r}, but {self.source} has none; remove it")
+            yield f"column is {self.column!r}, but {self.source} has none; remove it"
         if self.stride is not None and self.seed:
-            raise ValueError("seed draws windows, and stride places them; remove one of the two")
-        return self
+            yield "seed draws windows, and stride places them; remove one of the two"
 
 
 class TextSection(SourceSection):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from ray_surgeon.spec.base import Address, Positive, Section
 from ray_surgeon.spec.texts import SourceSection
@@ -86,8 +87,9 @@ class WritingSection(Section):
         """The fields of this section alone."""
         return {name: getattr(self, name) for name in WritingSection.model_fields}
 
-    @model_validator(mode="after")
-    def _one_way(self) -> WritingSection:
+    def problems(self) -> Iterator[str]:
+        """Yield what says different things about the writing."""
+        yield from super().problems()
         kinds = {
             "prompt": self.prompt is not None,
             "chat": self.chat,
@@ -96,22 +98,19 @@ class WritingSection(Section):
         }
         ways = [name for name, is_given in kinds.items() if is_given]
         if len(ways) > 1:
-            raise ValueError(
-                f"{' and '.join(ways)} say different things about what is written; keep one"
-            )
+            yield f"{' and '.join(ways)} say different things about what is written; keep one"
         if self.has_answers and self.texts_per_sequence != 1:
-            raise ValueError(
+            yield (
                 f"texts_per_sequence is {self.texts_per_sequence}, but {ways[0]} gives "
                 "conversations, which are packed as they fit; remove it"
             )
         if self.temperature == 0 and self.prompts is None and self.starts is None:
-            raise ValueError(
+            yield (
                 "temperature is 0, which writes the same text every time; raise it, or give "
                 "prompts or starts"
             )
         if self.starts is None and self.start_tokens != START_TOKENS:
-            raise ValueError("start_tokens belongs to starts; remove it, or give starts")
-        return self
+            yield "start_tokens belongs to starts; remove it, or give starts"
 
     def sizes(self, num_sequences: int, sequence_length: int) -> tuple[int, int]:
         """Return how many texts fill so many sequences, and of how many tokens each is.
@@ -123,21 +122,22 @@ class WritingSection(Section):
             return num_texts, min(sequence_length, _MARK_TOKENS + TURN_TOKENS + ANSWER_TOKENS)
         return num_sequences * self.texts_per_sequence, sequence_length // self.texts_per_sequence
 
-    def check_lengths(self, sequence_length: int, where: str) -> None:
-        """Refuse texts that cannot fill sequences.
+    def problems_of_lengths(self, sequence_length: int, where: str) -> Iterator[str]:
+        """Yield why texts cannot fill sequences.
 
-        Raises:
-            ValueError: names the field; `where` is this section's place in the calibration.
+        Args:
+            sequence_length: tokens of a sequence.
+            where: this section's place in the calibration, which the sentences begin with.
         """
         texts = self.texts_per_sequence
         if sequence_length % texts or sequence_length < 2 * texts:
-            raise ValueError(
+            yield (
                 f"{where}{texts} texts of equal length, two tokens or more, cannot fill sequences "
                 f"of {sequence_length} tokens; set texts_per_sequence to a divisor of "
                 "sequence_length"
             )
         if self.starts is not None and self.start_tokens >= sequence_length // texts:
-            raise ValueError(
+            yield (
                 f"{where}start_tokens is {self.start_tokens}, but each text has "
                 f"{sequence_length // texts} tokens, so the model would write nothing; lower it"
             )
