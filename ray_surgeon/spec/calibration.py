@@ -28,33 +28,26 @@ class CalibrationSection(TextSection, WritingSection):
 
     may_be_written: ClassVar[bool] = True
 
-    source: Address = Field(
-        min_length=1,
-        description="As for other texts; or `self`, text that the dense model writes, see the "
-        "fields from temperature on; or `auto`, a mix that suits the model: its own conversations "
-        "if it has a chat template, what it writes after `def ` and beginnings of docstrings, and "
-        "Python's code, docstrings and help",
-    )
-    weight: float = Field(1.0, gt=0, description="Weight of this text in the mix")
-    mix: tuple[MixSection, ...] = Field(
-        (),
-        description="More texts; num_sequences counts the windows of all, which are taken in turns",
-    )
-    weigh: Literal["all", "answers"] = Field(
-        "all",
-        description="Tokens that give the gradients of G and of the divergence: all, or answers "
-        "(those of the model's answers, in texts that have them; other texts count whole). A takes "
-        "all tokens in any case",
-    )
-    held_aside: float | None = Field(
-        None,
-        ge=0,
-        le=0.5,
-        description="Fraction of the calibration's windows that no stage is fitted on; stages are "
-        "measured on them before and after, and what does not help is undone. null: a tenth, at "
-        "most six windows, if a stage checks itself so (reconstruction, search, corrections, "
-        "damping auto), otherwise none",
-    )
+    source: Address = Field(min_length=1)
+    """As for other texts; or `self`, text that the dense model writes, see the fields from
+    temperature on; or `auto`, a mix that suits the model: its own conversations if it has a chat
+    template, what it writes after `def ` and beginnings of docstrings, and Python's code,
+    docstrings and help
+    """
+    weight: float = Field(1.0, gt=0)
+    """Weight of this text in the mix"""
+    mix: tuple[MixSection, ...] = ()
+    """More texts; num_sequences counts the windows of all, which are taken in turns"""
+    weigh: Literal["all", "answers"] = "all"
+    """Tokens that give the gradients of G and of the divergence: all, or answers (those of the
+    model's answers, in texts that have them; other texts count whole). A takes all tokens in any
+    case
+    """
+    held_aside: float | None = Field(None, ge=0, le=0.5)
+    """Fraction of the calibration's windows that no stage is fitted on; stages are measured on them
+    before and after, and what does not help is undone. null: a tenth, at most six windows, if a
+    stage checks itself so (reconstruction, search, corrections, damping auto), otherwise none
+    """
 
     @property
     def own(self) -> SourceSection | SelfSection:

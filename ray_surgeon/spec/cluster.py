@@ -15,33 +15,29 @@ class RetriesSection(Section):
     Errors of the input are not retried.
     """
 
-    worker: int = Field(3, ge=0, description="A worker's process ended or stopped answering")
-    node: int = Field(10, ge=0, description="A machine was lost, as spot machines are")
-    coordinator: int = Field(
-        3, ge=0, description="The coordinator's process ended or stopped answering"
-    )
-    communication: int = Field(
-        3,
-        ge=0,
-        description="A collective between replicas failed or took longer than step_timeout_s; on "
-        "GPUs that counts as a lost worker",
-    )
-    memory: int = Field(
-        1, ge=0, description="Ray ended a worker because its machine ran out of memory"
-    )
+    worker: int = Field(3, ge=0)
+    """A worker's process ended or stopped answering"""
+    node: int = Field(10, ge=0)
+    """A machine was lost, as spot machines are"""
+    coordinator: int = Field(3, ge=0)
+    """The coordinator's process ended or stopped answering"""
+    communication: int = Field(3, ge=0)
+    """A collective between replicas failed or took longer than step_timeout_s; on GPUs that counts
+    as a lost worker
+    """
+    memory: int = Field(1, ge=0)
+    """Ray ended a worker because its machine ran out of memory"""
 
 
 class _Workers(Section):
-    num_shards: Positive = Field(1, description="Pieces the blocks are cut into, one worker each")
-    num_replicas: Positive = Field(
-        1, description="Copies of all shards; each sees its share of the sequences"
-    )
-    cpus_per_worker: Positive = Field(
-        1, description="CPUs of a worker, which is also its number of torch threads"
-    )
-    gpus_per_worker: Literal[0, 1] = Field(
-        0, description="1 puts every worker on a GPU of its own (backend local: all on one)"
-    )
+    num_shards: Positive = 1
+    """Pieces the blocks are cut into, one worker each"""
+    num_replicas: Positive = 1
+    """Copies of all shards; each sees its share of the sequences"""
+    cpus_per_worker: Positive = 1
+    """CPUs of a worker, which is also its number of torch threads"""
+    gpus_per_worker: Literal[0, 1] = 0
+    """1 puts every worker on a GPU of its own (backend local: all on one)"""
 
     @property
     def num_workers(self) -> int:
@@ -57,30 +53,27 @@ class _Workers(Section):
 class LocalSection(_Workers):
     """All workers in this process, for debugging and notebooks; the results equal those on Ray."""
 
-    backend: Literal["local"] = Field(description="Workers in this process")
+    backend: Literal["local"]
+    """Workers in this process"""
 
 
 class RaySection(_Workers):
     """Workers as Ray actors."""
 
-    backend: Literal["ray"] = Field("ray", description="Workers as Ray actors")
-    address: str | None = Field(
-        None,
-        description="Ray address, e.g. auto, host:6379 or ray://host:10001; if not given, "
-        "RAY_ADDRESS; if that is not set either, the job starts its own Ray",
-    )
-    start_timeout_s: float = Field(
-        300.0, gt=0, description="How long to wait for the cluster to have room for all workers"
-    )
-    step_timeout_s: float = Field(
-        1800.0, gt=0, description="A collective between replicas that takes longer fails"
-    )
-    ping_timeout_s: float = Field(
-        60.0, gt=0, description="A process that does not answer for this long counts as lost"
-    )
-    retries: RetriesSection = Field(
-        RetriesSection(), description="How often a run continues after a loss, by cause"
-    )
+    backend: Literal["ray"] = "ray"
+    """Workers as Ray actors"""
+    address: str | None = None
+    """Ray address, e.g. auto, host:6379 or ray://host:10001; if not given, RAY_ADDRESS; if that is
+    not set either, the job starts its own Ray
+    """
+    start_timeout_s: float = Field(300.0, gt=0)
+    """How long to wait for the cluster to have room for all workers"""
+    step_timeout_s: float = Field(1800.0, gt=0)
+    """A collective between replicas that takes longer fails"""
+    ping_timeout_s: float = Field(60.0, gt=0)
+    """A process that does not answer for this long counts as lost"""
+    retries: RetriesSection = RetriesSection()
+    """How often a run continues after a loss, by cause"""
 
 
 ClusterSection = Annotated[

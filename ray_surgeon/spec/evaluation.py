@@ -14,12 +14,10 @@ from ray_surgeon.stages.answers.section import GenerationSection
 class EvaluationText(TextSection):
     """A named text on which perplexity is measured before the first and after every shot."""
 
-    name: str = Field(
-        pattern="^[A-Za-z0-9][A-Za-z0-9._-]*$",
-        max_length=63,
-        description="Name of the text in the report: letters, digits, dots, dashes",
-    )
-    split: str = Field("test", description="As in calibration, the test part by default")
+    name: str = Field(pattern="^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=63)
+    """Name of the text in the report: letters, digits, dots, dashes"""
+    split: str = "test"
+    """As in calibration, the test part by default"""
 
 
 class TasksSection(Section):
@@ -28,20 +26,16 @@ class TasksSection(Section):
     They run on the dense model and its exports for transformers, except quantised ones.
     """
 
-    names: tuple[str, ...] = Field(
-        min_length=1,
-        description="Tasks or groups of tasks that the harness knows, e.g. [piqa, arc_easy]",
-    )
-    include: Address | None = Field(
-        None, description="Folder or fsspec URI of more task definitions; code in them is run"
-    )
-    num_fewshot: int | None = Field(
-        None, ge=0, description="Examples before each question; without it, as each task defines"
-    )
-    limit: Positive | None = Field(
-        None, description="Only this many questions of each task, the first ones, to try it out"
-    )
-    batch_size: Positive = Field(1, description="Questions at once")
+    names: tuple[str, ...] = Field(min_length=1)
+    """Tasks or groups of tasks that the harness knows, e.g. [piqa, arc_easy]"""
+    include: Address | None = None
+    """Folder or fsspec URI of more task definitions; code in them is run"""
+    num_fewshot: int | None = Field(None, ge=0)
+    """Examples before each question; without it, as each task defines"""
+    limit: Positive | None = None
+    """Only this many questions of each task, the first ones, to try it out"""
+    batch_size: Positive = 1
+    """Questions at once"""
 
 
 _GenerationField = Annotated[
@@ -54,25 +48,19 @@ _GenerationField = Annotated[
 class EvaluationSection(Section):
     """What the model is measured on. A list is short for `texts`."""
 
-    texts: tuple[EvaluationText, ...] = Field(
-        min_length=1, description="Texts for perplexity, each reported after every shot"
-    )
-    generation: _GenerationField | None = Field(
-        "auto",
-        description="Compare the pruned model's answers to prompts with the dense model's: the "
-        "share of tokens that speculative decoding would accept, and free answers. auto: if the "
-        "model has a chat template, or the calibration has prompts, of which a tenth is held aside "
-        "then; null: do not",
-    )
-    tasks: TasksSection | None = Field(
-        None, description="Downstream tasks, before the first shot and on every export"
-    )
-    stop_above: float | None = Field(
-        None,
-        gt=1,
-        description="Stop the run, before the shot is committed, if perplexity on a text is more "
-        "than this many times the dense model's",
-    )
+    texts: tuple[EvaluationText, ...] = Field(min_length=1)
+    """Texts for perplexity, each reported after every shot"""
+    generation: _GenerationField | None = "auto"
+    """Compare the pruned model's answers to prompts with the dense model's: the share of tokens
+    that speculative decoding would accept, and free answers. auto: if the model has a chat
+    template, or the calibration has prompts, of which a tenth is held aside then; null: do not
+    """
+    tasks: TasksSection | None = None
+    """Downstream tasks, before the first shot and on every export"""
+    stop_above: float | None = Field(None, gt=1)
+    """Stop the run, before the shot is committed, if perplexity on a text is more than this many
+    times the dense model's
+    """
 
     @model_validator(mode="before")
     @classmethod

@@ -38,42 +38,38 @@ def _default_curvature(fields: dict[str, Any]) -> KfacSection | None:
 class JobSpec(Section):
     """A job: one model, one method, one result."""
 
-    version: Literal[2] = Field(description="Version of this format")
-    preset: PresetName | None = Field(
-        None,
-        description="Settings of text and method that fit together; what the spec itself says goes "
-        "before them. fast: few windows and no corrections; balanced: more windows, and "
-        "corrections; quality: many windows, and longer corrections. None of them has a number of "
-        "one model: learning rates and damping are chosen in the run by windows held aside",
-    )
-    name: str = Field(
-        pattern="^[a-z0-9][a-z0-9.-]*$",
-        max_length=63,
-        description="Name of the run: lower case, digits, dots, dashes",
-    )
-    model: ModelSection = Field(description="The model to prune")
-    calibration: CalibrationSection = Field(
-        description="The text whose loss the method keeps low. If not given: source auto, a mix "
-        "that suits the model"
-    )
-    evaluation: EvaluationSection = Field(
-        description="What the model is measured on: a list of texts, or texts, generation and "
-        "tasks. If not given: the test parts of Python's help and docstrings"
-    )
-    pruning: PruningSection = Field(description="What is removed and how much")
-    curvature: CurvatureSection | None = Field(
-        default_factory=_default_curvature,
-        description="Curvature of the loss; kfac if not given. sparsegpt and wanda have none",
-    )
-    correction: CorrectionSection | None = Field(
-        None, description="Low-rank first-order corrections after every shot; null: none"
-    )
-    memory: MemorySection = Field(
-        MemorySection(),
-        description="Where workers keep what they do not use at the moment; may differ on --resume",
-    )
-    cluster: ClusterSection = Field(RaySection(), description="Workers and where they run")
-    output: OutputSection = Field(description="Where results go")
+    version: Literal[2]
+    """Version of this format"""
+    preset: PresetName | None = None
+    """Settings of text and method that fit together; what the spec itself says goes before them.
+    fast: few windows and no corrections; balanced: more windows, and corrections; quality: many
+    windows, and longer corrections. None of them has a number of one model: learning rates and
+    damping are chosen in the run by windows held aside
+    """
+    name: str = Field(pattern="^[a-z0-9][a-z0-9.-]*$", max_length=63)
+    """Name of the run: lower case, digits, dots, dashes"""
+    model: ModelSection
+    """The model to prune"""
+    calibration: CalibrationSection
+    """The text whose loss the method keeps low. If not given: source auto, a mix that suits the
+    model
+    """
+    evaluation: EvaluationSection
+    """What the model is measured on: a list of texts, or texts, generation and tasks. If not given:
+    the test parts of Python's help and docstrings
+    """
+    pruning: PruningSection
+    """What is removed and how much"""
+    curvature: CurvatureSection | None = Field(default_factory=_default_curvature)
+    """Curvature of the loss; kfac if not given. sparsegpt and wanda have none"""
+    correction: CorrectionSection | None = None
+    """Low-rank first-order corrections after every shot; null: none"""
+    memory: MemorySection = MemorySection()
+    """Where workers keep what they do not use at the moment; may differ on --resume"""
+    cluster: ClusterSection = RaySection()
+    """Workers and where they run"""
+    output: OutputSection
+    """Where results go"""
 
     @model_validator(mode="before")
     @classmethod

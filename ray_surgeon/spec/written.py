@@ -33,49 +33,37 @@ _CONVERSATION_TOKENS = 200
 class WritingSection(Section):
     """How the dense model writes text."""
 
-    temperature: float = Field(
-        1.0,
-        ge=0,
-        le=10,
-        description="Logits are divided by it; 1 is the model's own distribution, 0 takes the most "
-        "likely token. Answers in conversations, which should make more sense than users' turns, "
-        "are drawn at 0.7 of it",
-    )
-    prompt: str | None = Field(
-        None,
-        min_length=1,
-        description="Prompt before every text, which is not part of the text and may have special "
-        "tokens; null: the tokenizer's BOS token, or its EOS token if it has no BOS token",
-    )
-    chat: bool = Field(
-        False,
-        description="Whether the model writes conversations, users' turns and its own answers, "
-        "from nothing but the opening of its chat template (Magpie, arXiv 2406.08464). Needs a "
-        "model with a chat template, and no data",
-    )
-    prompts: Address | None = Field(
-        None,
-        min_length=1,
-        description="File of prompts that the model answers, on any fsspec URI; each line a JSON "
-        "object with `prompt` (a text that is continued) or `messages` (a list of {role, content} "
-        "for the chat template; a last one of the assistant is the answer)",
-    )
-    starts: SourceSection | None = Field(
-        None,
-        description="A text of which windows give the first tokens of every text that the model "
-        "writes; for models without a chat template",
-    )
-    start_tokens: int = Field(
-        START_TOKENS, ge=2, description="With starts: tokens that each text begins with"
-    )
-    texts_per_sequence: Positive = Field(
-        1,
-        description="How many texts fill a sequence together, each written from its own beginning. "
-        "More texts cover more subjects and take fewer steps, because more of them are written at "
-        "once. Must divide sequence_length. Between two texts stands the tokenizer's BOS token if "
-        "the tokenizer begins texts with it, otherwise the prompt's last token. Conversations and "
-        "answers are packed as they fit, so it is for other texts only",
-    )
+    temperature: float = Field(1.0, ge=0, le=10)
+    """Logits are divided by it; 1 is the model's own distribution, 0 takes the most likely token.
+    Answers in conversations, which should make more sense than users' turns, are drawn at 0.7 of it
+    """
+    prompt: str | None = Field(None, min_length=1)
+    """Prompt before every text, which is not part of the text and may have special tokens; null:
+    the tokenizer's BOS token, or its EOS token if it has no BOS token
+    """
+    chat: bool = False
+    """Whether the model writes conversations, users' turns and its own answers, from nothing but
+    the opening of its chat template (Magpie, arXiv 2406.08464). Needs a model with a chat template,
+    and no data
+    """
+    prompts: Address | None = Field(None, min_length=1)
+    """File of prompts that the model answers, on any fsspec URI; each line a JSON object with
+    `prompt` (a text that is continued) or `messages` (a list of {role, content} for the chat
+    template; a last one of the assistant is the answer)
+    """
+    starts: SourceSection | None = None
+    """A text of which windows give the first tokens of every text that the model writes; for models
+    without a chat template
+    """
+    start_tokens: int = Field(START_TOKENS, ge=2)
+    """With starts: tokens that each text begins with"""
+    texts_per_sequence: Positive = 1
+    """How many texts fill a sequence together, each written from its own beginning. More texts
+    cover more subjects and take fewer steps, because more of them are written at once. Must divide
+    sequence_length. Between two texts stands the tokenizer's BOS token if the tokenizer begins
+    texts with it, otherwise the prompt's last token. Conversations and answers are packed as they
+    fit, so it is for other texts only
+    """
 
     @property
     def has_answers(self) -> bool:
@@ -149,10 +137,9 @@ class SelfSection(WritingSection):
     It needs no data, and covers what the model knows.
     """
 
-    source: Literal["self"] = Field(description="The dense model")
-    weight: float = Field(
-        1.0,
-        gt=0,
-        description="Its share of num_sequences is its weight over the sum of all weights",
-    )
-    seed: int = Field(0, ge=0, description="Seed of the draws; every text has draws of its own")
+    source: Literal["self"]
+    """The dense model"""
+    weight: float = Field(1.0, gt=0)
+    """Its share of num_sequences is its weight over the sum of all weights"""
+    seed: int = Field(0, ge=0)
+    """Seed of the draws; every text has draws of its own"""
