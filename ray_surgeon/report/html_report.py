@@ -11,22 +11,10 @@ from typing import Any
 
 import jinja2
 import yaml
+from matplotlib.figure import Figure
 
+from ray_surgeon.report import plots, progress
 from ray_surgeon.report.directory import RunDirectory
-from ray_surgeon.report.plots import (
-    acceptance_figure,
-    inline_svg,
-    perplexity_figure,
-    run_figures,
-    save,
-)
-from ray_surgeon.report.progress import (
-    dense_bytes,
-    has_generation,
-    is_complete,
-    num_shots,
-    texts_of,
-)
 from ray_surgeon.storage import files
 
 _TEMPLATE = Path(__file__).with_name("html_report.html.jinja")
@@ -38,21 +26,22 @@ def _shown(record: Mapping[str, Any], anchor: str) -> dict[str, Any]:
     return {
         "record": {"retries": [], **record},
         "anchor": anchor,
-        "num_shots": num_shots(record),
-        "is_complete": is_complete(record),
-        "dense_bytes": dense_bytes(record),
-        "figures": {
-            name: inline_svg(figure, f"{anchor}-{name}")
-            for name, figure in run_figures(record).items()
-        },
+        "num_shots": progress.num_shots(record),
+        "is_complete": progress.is_complete(record),
+        "dense_bytes": progress.dense_bytes(record),
+        "figures": _drawn(plots.run_figures(record), anchor),
         "steps": _steps(record["shots"]),
         "damping": [
             event | {"shot": shot["index"]}
             for shot in record["shots"]
             for event in shot["damping_used"]
         ],
-        "has_generation": has_generation([record]),
+        "has_generation": progress.has_generation([record]),
     }
+
+
+def _drawn(figures: Mapping[str, Figure], anchor: str) -> dict[str, str]:
+    return {name: plots.inline_svg(figure, f"{anchor}-{name}") for name, figure in figures.items()}
 
 
 def _steps(shots: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -106,16 +95,11 @@ def page(records: Sequence[Mapping[str, Any]]) -> str:
     environment.filters["excerpt"] = excerpt
     environment.filters["yaml"] = functools.partial(yaml.safe_dump, sort_keys=False)
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
-    texts = texts_of(records)
-    figures = {}
-    if len(records) > 1:
-        figures = {"acceptance": acceptance_figure(records)} if has_generation(records) else {}
-        figures |= {f"perplexity-{text}": perplexity_figure(records, text) for text in texts}
     return template.render(
         runs=[_shown(record, f"run-{number}") for number, record in enumerate(records, 1)],
-        texts=texts,
-        comparison={name: inline_svg(figure, f"all-{name}") for name, figure in figures.items()},
-        has_answers=has_generation(records),
+        texts=progress.texts_of(records),
+        comparison=_drawn(plots.quality_figures(records), "all") if len(records) > 1 else {},
+        has_answers=progress.has_generation(records),
     )
 
 
@@ -141,9 +125,10 @@ class LivePage:
         self._last_s = time.monotonic()
         try:
             files.write_text(self._run.path("report.html"), page([record]))
-            for name, figure in run_figures(record).items() if final else ():
-                files.write_text(self._run.path("plots", f"{name}.svg"), inline_svg(figure, name))
-                save(figure, self._run.path("plots", f"{name}.png"))
+            for name, figure in plots.run_figures(record).items() if final else ():
+                uri = self._run.path("plots", name)
+                files.write_text(f"{uri}.svg", plots.inline_svg(figure, name))
+                plots.save(figure, f"{uri}.png")
         except Exception as error:  # whatever a plotting library raises
             self._run.add_event(
                 {"step": "drawing failed", "reason": repr(error), "time": time.time()}

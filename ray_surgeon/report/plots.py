@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, MaxNLocator
 
-from ray_surgeon.report.progress import has_generation
+from ray_surgeon.report.progress import has_generation, texts_of
 from ray_surgeon.storage import files
 
 T = TypeVar("T")
@@ -42,6 +42,7 @@ _STYLE = {
     "font.size": 9,
 }
 
+_OF_LINEARS = "sparsity of the blocks' linears, %"
 _HIGHEST = 8.0
 """Times the dense perplexity above which a value is not drawn.
 
@@ -91,9 +92,11 @@ def inline_svg(figure: Figure, name: str) -> str:
     return re.sub(r'width="[^"]*" height="[^"]*"', "", svg, count=1)
 
 
-def _axes(height: float = 4.0) -> tuple[Figure, Axes]:
+def _axes(x_label: str, y_label: str, height: float = 4.0) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(6.4, height), layout="constrained")
-    return figure, figure.subplots()
+    axes = figure.subplots()
+    axes.set(xlabel=x_label, ylabel=y_label)
+    return figure, axes
 
 
 def _draw_curve(axes: Axes, number: int, points: Sequence[tuple[float, float]], label: str) -> None:
@@ -118,7 +121,7 @@ def perplexity_figure(records: Sequence[Mapping[str, Any]], text: str) -> Figure
         records: contents of report.json.
         text: name of the evaluation text; runs without it are left out.
     """
-    figure, axes = _axes()
+    figure, axes = _axes(_OF_LINEARS, f"perplexity on {text}")
     dense = [record["dense"]["perplexity"].get(text, math.inf) for record in records]
     highest = _HIGHEST * max(filter(math.isfinite, dense), default=1.0)
     lowest = math.inf
@@ -142,8 +145,6 @@ def perplexity_figure(records: Sequence[Mapping[str, Any]], text: str) -> Figure
         axes.set_ylim(0.95 * lowest, 1.1 * top)
     for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
         set_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
-    axes.set_xlabel("sparsity of the blocks' linears, %")
-    axes.set_ylabel(f"perplexity on {text}")
     axes.grid(which="both", **_SOFT)
     axes.legend()
     return figure
@@ -152,7 +153,7 @@ def perplexity_figure(records: Sequence[Mapping[str, Any]], text: str) -> Figure
 @_styled
 def acceptance_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
     """Plot the acceptance rate against sparsity, one line a run; runs without it are left out."""
-    figure, axes = _axes()
+    figure, axes = _axes(_OF_LINEARS, "acceptance rate")
     lowest = 1.0
     for number, record in enumerate(records):
         measured = [
@@ -164,8 +165,6 @@ def acceptance_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
             _draw_curve(axes, number, [(0.0, 1.0), *measured], str(record["spec"]["name"]))
             lowest = min(lowest, *(y for _, y in measured))
     axes.set_ylim(max(0.0, lowest - 0.05), 1.01)
-    axes.set_xlabel("sparsity of the blocks' linears, %")
-    axes.set_ylabel("acceptance rate")
     axes.grid(**_SOFT)
     axes.legend(loc="lower left")
     return figure
@@ -213,26 +212,22 @@ def _by_place(
             blocks = places.setdefault(place, {})
             blocks.setdefault(int(match[1]), []).append(linear["sparsity"])
     num_blocks = 1 + max((block for blocks in places.values() for block in blocks), default=-1)
-    return {
-        place: [_mean(blocks.get(block, [])) for block in range(num_blocks)]
-        for place, blocks in places.items()
-    }
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else math.nan
+    means = dict[T, list[float]]()
+    for place, blocks in places.items():
+        values = [blocks.get(block, []) for block in range(num_blocks)]
+        means[place] = [sum(part) / len(part) if part else math.nan for part in values]
+    return means
 
 
 def _heat_map(
-    sparsities: Sequence[Sequence[float]], height: float, highest: float = 1.0
+    sparsities: Sequence[Sequence[float]], y_label: str, height: float, highest: float = 1.0
 ) -> tuple[Figure, Axes]:
     """Plot sparsities, a line each; blocks are from left to right."""
-    figure, axes = _axes(height)
+    figure, axes = _axes("block", y_label, height)
     filled = axes.pcolormesh(sparsities, cmap="viridis", vmin=0, vmax=highest)
     axes.invert_yaxis()
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel("block")
     figure.colorbar(filled, ax=axes, label="sparsity", aspect=12)
     return figure, axes
 
@@ -242,7 +237,7 @@ def depth_figure(linears: Sequence[Mapping[str, Any]]) -> Figure:
     """Plot sparsity by block and kind of linear as a heat map (The LLM Surgeon, figure 4)."""
     kinds, sparsities = by_block(linears)
     highest = max(0.05, *(v for row in sparsities for v in row if v == v))
-    figure, axes = _heat_map(sparsities, 1.2 + 0.28 * len(kinds), highest)
+    figure, axes = _heat_map(sparsities, "", 1.2 + 0.28 * len(kinds), highest)
     axes.set_yticks([i + 0.5 for i in range(len(kinds))], _short(kinds))
     return figure
 
@@ -255,14 +250,9 @@ def _short(kinds: Sequence[str]) -> list[str]:
 
 @_styled
 def expert_figure(sparsities: Sequence[Sequence[float]]) -> Figure:
-    """Plot the sparsity of every expert in every block as a heat map: 1 is an expert that is gone.
-
-    Args:
-        sparsities: see `by_expert`.
-    """
-    figure, axes = _heat_map(sparsities, min(8.0, 1.4 + 0.12 * len(sparsities)))
-    axes.set_ylabel("expert")
-    return figure
+    """Plot what `by_expert` returns as a heat map: 1 is an expert that is gone."""
+    height = min(8.0, 1.4 + 0.12 * len(sparsities))
+    return _heat_map(sparsities, "expert", height)[0]
 
 
 @_styled
@@ -285,26 +275,28 @@ def time_figure(shots: Sequence[Mapping[str, Any]]) -> Figure:
         memory.plot(places, sizes, style, markersize=4, label=label)
     if has_gpus:
         memory.legend()
-    memory.set_ylabel("peak, GiB")
+    memory.set(xlabel="shot", ylabel="peak, GiB", xlim=(0.4, max(places[-1], 3) + 0.6))
     memory.set_ylim(bottom=0)
-    memory.set_xlabel("shot")
-    memory.set_xlim(0.4, max(places[-1], 3) + 0.6)
     memory.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     for axes in (times, memory):
         axes.grid(axis="y", **_SOFT)
     return figure
 
 
+def quality_figures(records: Sequence[Mapping[str, Any]]) -> dict[str, Figure]:
+    """Return acceptance, if it is known, and perplexity on every text against sparsity, by name."""
+    figures = {"acceptance": acceptance_figure(records)} if has_generation(records) else {}
+    return figures | {
+        f"perplexity-{text}": perplexity_figure(records, text) for text in texts_of(records)
+    }
+
+
 def run_figures(record: Mapping[str, Any]) -> dict[str, Figure]:
     """Return the figures of one run, by name; those for which it has no data are left out."""
-    figures = {"acceptance": acceptance_figure([record])} if has_generation([record]) else {}
-    figures |= {
-        f"perplexity-{text}": perplexity_figure([record], text)
-        for text in record["dense"]["perplexity"]
-    }
-    if not record["shots"]:
-        return figures
-    figures["depth"] = depth_figure(record["linears"])
-    if experts := by_expert(record["linears"]):
-        figures["experts"] = expert_figure(experts)
-    return figures | {"time": time_figure(record["shots"])}
+    figures = quality_figures([record])
+    if record["shots"]:
+        figures["depth"] = depth_figure(record["linears"])
+        if experts := by_expert(record["linears"]):
+            figures["experts"] = expert_figure(experts)
+        figures["time"] = time_figure(record["shots"])
+    return figures

@@ -6,7 +6,7 @@ page.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,29 +73,11 @@ class RunReport:
                 "peak_rss_bytes": steps.peak_rss_bytes,
                 "peak_gpu_bytes": steps.peak_gpu_bytes,
                 "peak_bytes": {step: list(of_workers) for step, of_workers in steps.peaks.items()},
-                "linears": self.linear_records(linears),
+                "linears": list(map(_linear_record, linears)),
                 "num_nonzero": self.num_parameters - sum(s.size - s.num_nonzero for s in linears),
                 "dense": self.dense,
             }
         )
-
-    @staticmethod
-    def linear_records(linears: Iterable[LinearSummary]) -> list[dict[str, Any]]:
-        """Return one record a linear; its mask's sparsity counts the bias as a column."""
-        return [
-            {
-                "name": linear.name,
-                "rows": linear.num_rows,
-                "columns": linear.num_columns,
-                "rows_kept": linear.rows_kept,
-                "columns_kept": linear.columns_kept,
-                "sparsity": 1 - linear.num_kept / linear.size,
-                "num_nonzero": linear.num_nonzero,
-                "predicted_loss_increase": linear.predicted,
-                "residual": linear.residual,
-            }
-            for linear in linears
-        ]
 
     def as_record(self) -> dict[str, Any]:
         """Return the content of report.json."""
@@ -144,3 +126,18 @@ class RunReport:
             "tasks": self.dense.get("tasks", {}),
             "generation": last.get("generation"),
         }
+
+
+def _linear_record(linear: LinearSummary) -> dict[str, Any]:
+    """Return what is said of a linear; its mask's sparsity counts the bias as a column."""
+    return {
+        "name": linear.name,
+        "rows": linear.num_rows,
+        "columns": linear.num_columns,
+        "rows_kept": linear.rows_kept,
+        "columns_kept": linear.columns_kept,
+        "sparsity": 1 - linear.num_kept / linear.size,
+        "num_nonzero": linear.num_nonzero,
+        "predicted_loss_increase": linear.predicted,
+        "residual": linear.residual,
+    }

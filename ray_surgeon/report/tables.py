@@ -11,17 +11,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ray_surgeon.report import progress
 from ray_surgeon.report.display import new_console
 from ray_surgeon.report.html_report import excerpt, page
 from ray_surgeon.report.plots import FORMATS, perplexity_figure, save
-from ray_surgeon.report.progress import (
-    dense_bytes,
-    has_generation,
-    is_complete,
-    num_exports,
-    num_shots,
-    texts_of,
-)
 from ray_surgeon.storage import files
 
 _EXAMPLE_CHARACTERS = 200
@@ -32,10 +25,10 @@ def shots_table(record: Mapping[str, Any]) -> Table:
     """Return the terminal's table of a report: one line for the dense model and one a shot."""
     columns = [
         "shot",
-        *(["accepted"] if has_generation([record]) else []),
+        *(["accepted"] if progress.has_generation([record]) else []),
         "sparsity",
         "threshold",
-        *(f"perplexity {text} (KL)" for text in texts_of([record])),
+        *(f"perplexity {text} (KL)" for text in progress.texts_of([record])),
         "wall s",
         "CPU s",
         "peak memory GiB",
@@ -49,9 +42,9 @@ def comparison_table(records: Sequence[Mapping[str, Any]]) -> Table:
         "run",
         "structure",
         "shot",
-        *(["accepted"] if has_generation(records) else []),
+        *(["accepted"] if progress.has_generation(records) else []),
         "sparsity",
-        *(f"perplexity {text}" for text in texts_of(records)),
+        *(f"perplexity {text}" for text in progress.texts_of(records)),
     ]
     rows = []
     for record in records:
@@ -74,7 +67,7 @@ def _table(
 
 def _rows(record: Mapping[str, Any]) -> list[dict[str, str]]:
     """Return a row for the dense model and one a shot, each the contents of columns by name."""
-    accepted = "100.0%" if has_generation([record]) else ""
+    accepted = "100.0%" if progress.has_generation([record]) else ""
     dense = {"shot": "dense", "accepted": accepted, "sparsity": "0.00%"}
     rows = [dense | _perplexities(record["dense"])]
     for shot in record["shots"]:
@@ -116,7 +109,7 @@ def generation_lines(record: Mapping[str, Any]) -> list[str]:
         return []
     dense = record["dense"].get("generation") or {}
     parts = generation["tokens_until_departure"]
-    of = f" of {dense['num_prompts']} prompts, {dense['num_tokens']} tokens" if dense else ""
+    size = f" of {dense['num_prompts']} prompts, {dense['num_tokens']} tokens" if dense else ""
     facts = {
         "accepted": f"{generation['acceptance']:10.1%}",
         "same most likely token": f"{generation['agreement']:10.1%}",
@@ -127,7 +120,7 @@ def generation_lines(record: Mapping[str, Any]) -> list[str]:
         facts["not ended, of those ended"] = f"{generation['not_ended']:10.0%}"
     facts["caught in a loop"] = f"{generation['repeating']:10.0%}"
     return [
-        f"answers of the dense model{of}",
+        f"answers of the dense model{size}",
         *(f"  {what:<28} {value}" for what, value in facts.items()),
         *(
             f"  {part:<8}{excerpt(generation['example'][part], _EXAMPLE_CHARACTERS)}"
@@ -159,7 +152,7 @@ def _changes(
     record: Mapping[str, Any], export: Mapping[str, Any]
 ) -> Iterator[tuple[str, float, float]]:
     """Yield what of an export is compared with the dense model: (what, before, after)."""
-    yield "weights, MB", dense_bytes(record) / 1e6, export["size_bytes"] / 1e6
+    yield "weights, MB", progress.dense_bytes(record) / 1e6, export["size_bytes"] / 1e6
     if "files" in export:
         return
     # a quantised one has its own
@@ -221,15 +214,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             record["spec"]["name"] = run
     console.print(comparison_table(records))
     for record in records:
-        if not is_complete(record):
-            state = (
-                f"{len(record['shots'])} of {num_shots(record)} shots, {len(record['exports'])} of "
-                f"{num_exports(record)} exports"
-            )
+        if not progress.is_complete(record):
             console.print(
-                f"not complete: {record['spec']['name']}, {state}", markup=False, soft_wrap=True
+                f"not complete: {record['spec']['name']}, {len(record['shots'])} of "
+                f"{progress.num_shots(record)} shots, {len(record['exports'])} of "
+                f"{progress.num_exports(record)} exports",
+                markup=False,
+                soft_wrap=True,
             )
-    texts = texts_of(records)
+    texts = progress.texts_of(records)
     text = arguments.text or texts[0]
     try:
         if text not in texts:

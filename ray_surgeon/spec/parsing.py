@@ -89,34 +89,33 @@ def _apply_override(document: dict[str, Any], override: str) -> None:
     place: Any = document
     for number, key in enumerate(keys):
         above = ".".join(keys[:number])
-        is_last = number == len(keys) - 1
+        at: Any = key
         if isinstance(place, list):
             if not key.isdecimal() or not int(key) < len(place):
                 raise ValueError(
                     f"--set {override}: {above} is a list with items 0 to {len(place) - 1}, and "
                     f"{key!r} is none of them"
                 )
+            at = int(key)
         elif not isinstance(place, dict):
             raise ValueError(
                 f"--set {override}: {above} is {place!r}, which has no fields; give {above} itself "
                 "another value"
             )
-        elif not is_last and place.get(key) is None:  # absent, or switched off by null
-            place[key] = {}
-        at: Any = int(key) if isinstance(place, list) else key
-        if is_last:
+        if number == len(keys) - 1:
             place[at] = content
-        else:
-            place = place[at]
+        elif isinstance(place, dict) and place.get(at) is None:  # absent, or switched off by null
+            place[at] = {}
+        place = place[at]
 
 
 _SENTENCES = {
     "missing": "is missing; add it, `ray-surgeon schema` describes it",
-    "tuple_type": "expected a list, such as [a, b]",
-    "list_type": "expected a list, such as [a, b]",
-    "model_type": "expected fields, such as {name: value}",
-    "model_attributes_type": "expected fields, such as {name: value}",
-    "dict_type": "expected fields, such as {name: value}",
+    **dict.fromkeys(("tuple_type", "list_type"), "expected a list, such as [a, b]"),
+    **dict.fromkeys(
+        ("model_type", "model_attributes_type", "dict_type"),
+        "expected fields, such as {name: value}",
+    ),
     "int_parsing": "expected a whole number, written out",
     "float_parsing": "expected a number; an exponent needs a point and a sign, as in 1.0e+8",
 }
@@ -134,7 +133,7 @@ def validation_message(error: ValidationError, origin: str, derived: Sequence[st
     lines = [f"{origin} is not a valid job spec:"]
     problems = error.errors(include_url=False)
     for problem in problems:
-        others = [other["loc"] for other in problems if other is not problem]
+        others = [another["loc"] for another in problems if another is not problem]
         if _follows(problem, others, derived):
             continue
         place = [str(part) for part in problem["loc"]]
@@ -159,10 +158,10 @@ def _follows(
     Such are a default that was not made, and a list that is short of an item that is wrong itself.
     """
     place = problem["loc"]
-    if problem["type"] == "too_short" and any(other[: len(place)] == place for other in others):
+    if problem["type"] == "too_short" and any(loc[: len(place)] == place for loc in others):
         return True
     is_derived = place[:1] and place[0] in derived
-    if is_derived and any(other and other[0] not in derived for other in others):
+    if is_derived and any(loc and loc[0] not in derived for loc in others):
         return True
     return problem["type"] == "default_factory_not_called"
 
