@@ -166,9 +166,8 @@ class RunDirectory:
 
     def retries(self) -> list[dict[str, Any]]:
         """Return the facts of every loss after which the run went on."""
-        return [
-            event["facts"] for event in map(json.loads, self._events) if event["step"] == "retry"
-        ]
+        events = map(json.loads, self._events)
+        return [event["facts"] for event in events if event["step"] == "retry"]
 
     def add_event(self, event: Mapping[str, Any]) -> None:
         """Append to events.jsonl.
@@ -208,10 +207,8 @@ class RunDirectory:
             {"name": f.uri.rpartition("/")[2], "size_bytes": f.size_bytes, "keys": list(f.keys)}
             for f in files
         ]
-        store.write_json(
-            store.join(self.shot_folder(index), "manifest.json"),
-            {"index": index, "files": entries, "record": dict(record)},
-        )
+        manifest = {"index": index, "files": entries, "record": dict(record)}
+        store.write_json(store.join(self.shot_folder(index), "manifest.json"), manifest)
 
     def drop_tensors(self, last: int) -> None:
         """Remove the weights and masks of all shots up to one; their manifests stay.

@@ -29,7 +29,7 @@ _INK = "#010101"
 _COLORS = ("#4c8bd6", "#e4743a", "#3fa66b", "#b565c9", "#c9a227", "#d6516e", "#3aa6a6", "#8a8a8a")
 """Told apart on white and on black."""
 _SOFT: dict[str, Any] = {"color": "#808080", "alpha": 0.3, "linewidth": 0.5}
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     **dict.fromkeys(
         ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _INK
     ),
@@ -50,7 +50,7 @@ Such a model has collapsed, and would press all the rest into one line.
 """
 
 
-_styled = rc_context(_STYLE)  # type: ignore[arg-type]
+_styled = rc_context(_STYLE)
 
 
 def save(figure: Figure, uri: str) -> None:
@@ -77,14 +77,10 @@ def inline_svg(figure: Figure, name: str) -> str:
         name: distinguishes the identifiers inside from those of other figures of a page.
     """
     buffer = io.StringIO()
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     name = re.sub("[^A-Za-z0-9-]", "-", name)
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.savefig(
-            buffer,
-            format="svg",
-            transparent=True,
-            metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")),
-        )
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     figure.set_layout_engine("none")  # it is laid out; another format need not do it again
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")

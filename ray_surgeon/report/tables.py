@@ -23,41 +23,30 @@ _EXAMPLE_CHARACTERS = 200
 
 def shots_table(record: Mapping[str, Any]) -> Table:
     """Return the terminal's table of a report: one line for the dense model and one a shot."""
-    columns = [
-        "shot",
-        *(["accepted"] if progress.has_generation([record]) else []),
-        "sparsity",
-        "threshold",
-        *(f"perplexity {text} (KL)" for text in progress.texts_of([record])),
-        "wall s",
-        "CPU s",
-        "peak memory GiB",
-    ]
-    return _table(columns, _rows(record), str(record["spec"]["name"]))
+    before = ("shot", "accepted", "sparsity", "threshold")
+    perplexities = (f"perplexity {text} (KL)" for text in progress.texts_of([record]))
+    after = ("wall s", "CPU s", "peak memory GiB")
+    return _table((*before, *perplexities, *after), _rows(record), str(record["spec"]["name"]))
 
 
 def comparison_table(records: Sequence[Mapping[str, Any]]) -> Table:
     """Return a line a shot of every run: name, structure, sparsity, perplexities."""
-    columns = [
-        "run",
-        "structure",
-        "shot",
-        *(["accepted"] if progress.has_generation(records) else []),
-        "sparsity",
-        *(f"perplexity {text}" for text in progress.texts_of(records)),
-    ]
+    before = ("run", "structure", "shot", "accepted", "sparsity")
+    perplexities = (f"perplexity {text}" for text in progress.texts_of(records))
     rows = []
     for record in records:
         name = str(record["spec"]["name"])
         structure = str(record["spec"]["pruning"]["structure"])
         rows += [{"run": name, "structure": structure} | row for row in _rows(record)]
-    return _table(columns, rows)
+    return _table((*before, *perplexities), rows)
 
 
 def _table(
     columns: Sequence[str], rows: Sequence[Mapping[str, str]], title: str | None = None
 ) -> Table:
+    """Return a table of the columns that some row has."""
     table = Table(title=title)
+    columns = [column for column in columns if any(column in row for row in rows)]
     for column in columns:
         table.add_column(column, justify="left" if column == "run" else "right")
     for row in rows:
@@ -67,21 +56,22 @@ def _table(
 
 def _rows(record: Mapping[str, Any]) -> list[dict[str, str]]:
     """Return a row for the dense model and one a shot, each the contents of columns by name."""
-    accepted = "100.0%" if progress.has_generation([record]) else ""
-    dense = {"shot": "dense", "accepted": accepted, "sparsity": "0.00%"}
-    rows = [dense | _perplexities(record["dense"])]
+    dense = {"shot": "dense", "sparsity": "0.00%"} | _perplexities(record["dense"])
+    if progress.has_generation([record]):
+        dense["accepted"] = "100.0%"
+    rows = [dense]
     for shot in record["shots"]:
-        answers = shot.get("generation")
         threshold = shot["threshold"]
         row = {
             "shot": str(shot["index"]),
-            "accepted": f"{answers['acceptance']:.1%}" if answers else "",
             "sparsity": f"{shot['sparsity']:.2%}",
             "threshold": "" if threshold is None else f"{threshold:.3g}",
             "wall s": f"{sum(shot['seconds'].values()):.0f}",
             "CPU s": f"{sum(shot['cpu_seconds'].values()):.0f}",
             "peak memory GiB": f"{shot['peak_rss_bytes'] / 2**30:.2f}",
         }
+        if shot.get("generation"):
+            row["accepted"] = f"{shot['generation']['acceptance']:.1%}"
         rows.append(row | _perplexities(shot))
     return rows
 
@@ -91,8 +81,8 @@ def _perplexities(measured: Mapping[str, Any]) -> dict[str, str]:
     for text, perplexity in measured["perplexity"].items():
         is_usual = math.isfinite(perplexity) and perplexity < 1e4
         shown = f"{perplexity:.3f}" if is_usual else f"{perplexity:.3g}"
-        has_divergence = "divergence" in measured  # the dense model has none from itself
-        divergence = f" ({measured['divergence'][text]:.3f})" if has_divergence else ""
+        # the dense model has none from itself
+        divergence = f" ({measured['divergence'][text]:.3f})" if "divergence" in measured else ""
         row |= {f"perplexity {text}": shown, f"perplexity {text} (KL)": shown + divergence}
     return row
 

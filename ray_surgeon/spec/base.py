@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -104,12 +105,10 @@ def by_tag(
     """
 
     def find(value: Any) -> str | None:
-        if isinstance(value, dict):
-            name = tag_of(value.get)
-        elif isinstance(value, Section):
-            name = tag_of(lambda field, default: getattr(value, field, default))
-        else:
+        if not isinstance(value, dict | Section):
             return None
+        get = value.get if isinstance(value, dict) else functools.partial(getattr, value)
+        name = tag_of(get)
         return None if name is None else tag(name)
 
     return Discriminator(
