@@ -21,26 +21,8 @@ _TEMPLATE = Path(__file__).with_name("html_report.html.jinja")
 _PAGE_EVERY_S = 60.0
 
 
-def _shown(record: Mapping[str, Any], anchor: str) -> dict[str, Any]:
-    """Return a report.json as the template wants it; `anchor` is the name of its section."""
-    return {
-        "record": {"retries": [], **record},
-        "anchor": anchor,
-        "num_shots": progress.num_shots(record),
-        "is_complete": progress.is_complete(record),
-        "dense_bytes": progress.dense_bytes(record),
-        "figures": _drawn(plots.run_figures(record), anchor),
-        "steps": _steps(record["shots"]),
-        "damping": [
-            event | {"shot": shot["index"]}
-            for shot in record["shots"]
-            for event in shot["damping_used"]
-        ],
-        "has_generation": progress.has_generation([record]),
-    }
-
-
 def _drawn(figures: Mapping[str, Figure], anchor: str) -> dict[str, str]:
+    """Return figures for a page, on which `anchor` names the section that they are in."""
     return {name: plots.inline_svg(figure, f"{anchor}-{name}") for name, figure in figures.items()}
 
 
@@ -65,6 +47,11 @@ def _steps(shots: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             }
         )
     return steps
+
+
+def _damping(shots: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return what factors were damped with, where more was needed than was asked for."""
+    return [event | {"shot": shot["index"]} for shot in shots for event in shot["damping_used"]]
 
 
 def excerpt(text: str, length: int | None = None) -> str:
@@ -92,14 +79,18 @@ def page(records: Sequence[Mapping[str, Any]]) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
-    environment.filters["excerpt"] = excerpt
-    environment.filters["yaml"] = functools.partial(yaml.safe_dump, sort_keys=False)
+    environment.filters |= {
+        "excerpt": excerpt,
+        "yaml": functools.partial(yaml.safe_dump, sort_keys=False),
+    }
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     return template.render(
-        runs=[_shown(record, f"run-{number}") for number, record in enumerate(records, 1)],
-        texts=progress.texts_of(records),
-        comparison=_drawn(plots.quality_figures(records), "all") if len(records) > 1 else {},
-        has_answers=progress.has_generation(records),
+        records=records,
+        progress=progress,
+        plots=plots,
+        drawn=_drawn,
+        steps_of=_steps,
+        damping_of=_damping,
     )
 
 

@@ -58,11 +58,8 @@ def readings(event: Event) -> Iterator[Reading]:
     for worker, seconds in enumerate(event.worker_seconds):
         yield "worker_busy_seconds", seconds, {**step, "worker": str(worker)}
     if event.worker_seconds and event.seconds:
-        yield (
-            "efficiency",
-            sum(event.worker_seconds) / (len(event.worker_seconds) * event.seconds),
-            step,
-        )
+        offered_s = len(event.worker_seconds) * event.seconds
+        yield "efficiency", sum(event.worker_seconds) / offered_s, step
     for name, value in event.facts.items():
         metric, _, text = name.partition(" ")
         if metric in ("perplexity", "divergence"):
