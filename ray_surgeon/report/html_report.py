@@ -121,6 +121,5 @@ class LivePage:
                 files.write_text(f"{uri}.svg", plots.inline_svg(figure, name))
                 plots.save(figure, f"{uri}.png")
         except Exception as error:  # whatever a plotting library raises
-            self._run.add_event(
-                {"step": "drawing failed", "reason": repr(error), "time": time.time()}
-            )
+            event = {"step": "drawing failed", "reason": repr(error), "time": time.time()}
+            self._run.add_event(event)

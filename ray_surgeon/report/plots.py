@@ -131,11 +131,10 @@ def perplexity_figure(records: Sequence[Mapping[str, Any]], text: str) -> Figure
         values = [y for _, y in points]
         left_out = f" (up to {max(values):.3g})" if max(values) > highest else ""
         _draw_curve(axes, number, points, f"{record['spec']['name']}{left_out}")
+        label = None if math.isfinite(lowest) else "dense"
+        axes.axhline(start, color="#909090", linewidth=0.8, linestyle="--", zorder=0, label=label)
         top = max(top, 1.5 * start, *(y for y in values if y <= highest))
         lowest = min(lowest, *values)
-        is_named = "dense" in axes.get_legend_handles_labels()[1]
-        label = None if is_named else "dense"
-        axes.axhline(start, color="#909090", linewidth=0.8, linestyle="--", zorder=0, label=label)
     axes.set_yscale("log")
     if math.isfinite(lowest):
         axes.set_ylim(0.95 * lowest, 1.1 * top)

@@ -15,6 +15,7 @@ from ray_surgeon.report import progress
 from ray_surgeon.report.display import new_console
 from ray_surgeon.report.html_report import excerpt, page
 from ray_surgeon.report.plots import FORMATS, perplexity_figure, save
+from ray_surgeon.report.record import RunReport
 from ray_surgeon.storage import files
 
 _EXAMPLE_CHARACTERS = 200
@@ -130,10 +131,8 @@ def export_lines(record: Mapping[str, Any]) -> list[str]:
         for what, before, after in _changes(record, export):
             ratio = f"   x {after / before:.3f}" if before else ""
             lines.append(f"  {what:<28} {before:10.3f} -> {after:10.3f}{ratio}")
-        lines += [
-            f"  {file['file']}: {file['size_bytes'] / 1e6:.1f} MB"
-            for file in export.get("files", [])
-        ]
+        for file in export.get("files", []):
+            lines.append(f"  {file['file']}: {file['size_bytes'] / 1e6:.1f} MB")
         lines.append(f"  load it: {export['load']}")
     return lines
 
@@ -166,17 +165,8 @@ def _changes(
 def _read_report(run: str) -> dict[str, Any]:
     uri = files.join(run, "report.json")
     record = files.read_json(uri)
-    needed = {
-        "spec",
-        "dense",
-        "shots",
-        "linears",
-        "parameters",
-        "exports",
-        "fingerprints",
-        "environment",
-    }
-    if not isinstance(record, dict) or not needed <= record.keys():
+    parts = RunReport({}, {}, {}, 1).as_record().keys() - {"plan", "retries"}  # those are newer
+    if not isinstance(record, dict) or not parts <= record.keys():
         raise ValueError(f"{uri} is no report of this program")
     return record
 

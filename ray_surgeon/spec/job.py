@@ -104,14 +104,13 @@ class JobSpec(Section):
         yield from self._problems_of_exports()
 
     def _problems_of_curvature(self) -> Iterator[str]:
-        if self.pruning.takes_curvature != (self.curvature is not None):
-            remedy = (
-                "needs one; remove the null"
-                if self.pruning.takes_curvature
-                else "gathers its own; remove the section"
-            )
-            yield f"curvature: pruning.method {self.pruning.method} {remedy}"
-        elif self.curvature is not None and (problem := self.pruning.problem_with(self.curvature)):
+        method = f"curvature: pruning.method {self.pruning.method}"
+        if self.curvature is None:
+            if self.pruning.takes_curvature:
+                yield f"{method} needs one; remove the null"
+        elif not self.pruning.takes_curvature:
+            yield f"{method} gathers its own; remove the section"
+        elif problem := self.pruning.problem_with(self.curvature):
             yield problem
 
     def _problems_of_weights(self) -> Iterator[str]:
