@@ -24,11 +24,9 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Return a mapping."""
-        seen: set[str] = set()
-        for key in (
-            key for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"
-        ):
-            if key.value in seen:
+        seen = set[str]()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen and key.value != "<<":
                 raise yaml.constructor.ConstructorError(
                     None, None, f"{key.value} is given twice; remove one", key.start_mark
                 )

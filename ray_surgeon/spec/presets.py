@@ -59,7 +59,10 @@ def with_preset(document: Mapping[str, Any]) -> dict[str, Any]:
     filled.setdefault("calibration", {"source": "auto"} | PRESETS["balanced"]["calibration"])
     evaluation = {} if filled.get("evaluation") is None else filled["evaluation"]
     if isinstance(evaluation, Mapping) and "texts" not in evaluation:
-        filled["evaluation"] = {"texts": _texts(filled["calibration"]), **evaluation}
+        length = _mapping(filled["calibration"]).get("sequence_length", 512)
+        windows = {"num_sequences": 12, "sequence_length": length}
+        texts = [{"name": name, "source": name, **windows} for name in _EVALUATION]
+        filled["evaluation"] = {"texts": texts, **evaluation}
     return filled
 
 
@@ -107,11 +110,3 @@ def _under(document: dict[str, Any], name: str, settings: Mapping[str, Any]) -> 
     section = document.get(name, {})
     if isinstance(section, Mapping):
         document[name] = {**settings, **section}
-
-
-def _texts(calibration: Any) -> list[dict[str, Any]]:
-    length = _mapping(calibration).get("sequence_length", 512)
-    return [
-        {"name": name, "source": name, "num_sequences": 12, "sequence_length": length}
-        for name in _EVALUATION
-    ]
