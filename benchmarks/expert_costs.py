@@ -182,8 +182,8 @@ def priors(
     runner = BlockRunner(shard)
     assert layout.family.sparse is not None
     experts = layout.family.sparse.experts
-    of_expert = (layout.family.sparse.producers[0], layout.family.sparse.consumer)
-    roles = {f"{experts}.*.{linear}" for linear in of_expert}
+    linears = layout.family.sparse.linears
+    roles = {f"{experts}.*.{linear}" for linear in (linears.producers[0], linears.consumer)}
     wanted = [s for s in layout.linears if s.role in roles and s.block % every == every // 2]
 
     def gather_factors(part: Tensor) -> None:

@@ -98,7 +98,7 @@ def _check_groups(layout: ModelLayout, shrinking: Shrinking, size: int) -> None:
     heads = layout.heads
     devices = shrinking.tensor_parallel
     ffn = layout.family.ffn.consumer
-    attention = layout.family.attention and layout.family.attention.consumer
+    attention = layout.family.attention.consumer if layout.family.prunes_heads else ""
     for name, shape in layout.shapes.items():
         columns = shape.num_columns - shape.has_bias
         remedy = ""

@@ -63,39 +63,23 @@ def cache_argument(module: nn.Module) -> str:
 def shared_inputs_of(family: Family, block: nn.Module) -> list[tuple[str, ...]]:
     """Return the names of the linears of a block, grouped by shared input.
 
-    Experts come after the others.
+    Those of layers that a mixture runs come after the others.
     """
-    present = {name for name, _ in block.named_modules()}
-    groups = [
-        tuple(linear for linear in group if linear in present) for group in family.shared_inputs
-    ]
-    if (sparse := family.sparse) is not None:
-        layers = [sparse.shared] if sparse.shared is not None else []
-        if sparse.experts in present:
-            layers += [
-                f"{sparse.experts}.{number}"
-                for number, _ in block.get_submodule(sparse.experts).named_children()
-            ]
-        for layer in (layer for layer in layers if layer in present):
-            groups += [
-                tuple(f"{layer}.{name}" for name in sparse.producers),
-                (f"{layer}.{sparse.consumer}",),
-            ]
-    return [part for group in groups for part in _by_bias(block, group)]
-
-
-def _by_bias(block: nn.Module, group: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """Return a group in parts: linears with a bias and linears without.
-
-    A bias is one more input, so they have no A in common.
-    """
-    has_bias = {
-        name: getattr(block.get_submodule(name), "bias", None) is not None for name in group
-    }
-    return [
-        tuple(name for name in group if has_bias[name] == has)
-        for has in dict.fromkeys(has_bias.values())
-    ]
+    modules = dict(block.named_modules())
+    groups = list(family.shared_inputs)
+    if family.sparse is not None:
+        linears = family.sparse.linears
+        for layer in family.sparse.layers_in(modules):
+            groups.append(tuple(f"{layer}.{name}" for name in linears.producers))
+            groups.append((f"{layer}.{linears.consumer}",))
+    # a bias is one more input, so linears with a bias and linears without have no A in common
+    parts = dict[tuple[int, bool], list[str]]()
+    for number, group in enumerate(groups):
+        for name in group:
+            if name in modules:
+                has_bias = getattr(modules[name], "bias", None) is not None
+                parts.setdefault((number, has_bias), []).append(name)
+    return [tuple(names) for names in parts.values()]
 
 
 def stored_name(family: Family, name: str) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ray_surgeon.models.build import stored_name
-from ray_surgeon.models.families import Family, SparseLayer
+from ray_surgeon.models.experts import ExpertTensor, part_of_stack
 from ray_surgeon.models.layout import ModelLayout
 
 ReadStored = Callable[[str, int | None], Tensor]
@@ -53,41 +53,11 @@ def check_finite(name: str, value: Tensor) -> None:
 
 
 @dataclass(frozen=True)
-class PartOfStack:
-    """A tensor of an expert's linear inside of a stored one [num_experts, ...]."""
-
-    whole: str  # name of the stored one, e.g. ``model.layers.3.mlp.experts.gate_up_proj``
-    expert: int  # its number
-    every: slice  # its outputs, of those of one expert there
-
-
-def part_of_stack(family: Family, name: str) -> PartOfStack | None:
-    """Return where a tensor of an expert lies if checkpoints stack experts, else None.
-
-    Args:
-        family: of the model.
-        name: e.g. ``model.layers.3.mlp.experts.5.gate_proj.weight``.
-    """
-    sparse = family.sparse
-    part = sparse.tensor_of(name) if sparse is not None and sparse.stacked else None
-    if sparse is None or part is None:
-        return None
-    suffix = "" if part.kind == "weight" else f"_{part.kind}"
-    if part.linear == sparse.consumer:
-        return PartOfStack(f"{part.experts}.down_proj{suffix}", part.number, slice(None))
-    return PartOfStack(
-        f"{part.experts}.gate_up_proj{suffix}",
-        part.number,
-        slice(sparse.producers.index(part.linear), None, 2),
-    )
-
-
-@dataclass(frozen=True)
 class StoredTensor:
     """What a checkpoint has of a tensor."""
 
     keys: tuple[str, ...]  # one; or blocks and scales
-    part: PartOfStack | None  # None if the tensor is the stored one
+    part: ExpertTensor | None  # None if the tensor is the stored one
 
     def shape(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
         """Return the tensor's shape, from those of the stored ones by key."""
@@ -269,21 +239,15 @@ class Stack:
     Shapes are [num_experts, inputs, outputs], of a bias [num_experts, outputs].
     """
 
-    def __init__(self, sparse: SparseLayer, num_experts: int) -> None:
-        """Start empty.
-
-        Args:
-            sparse: of the family.
-            num_experts: that are put together.
-        """
-        self._num_producers = len(sparse.producers)
+    def __init__(self, num_experts: int) -> None:
+        """Start empty; so many experts are put together."""
         self._num_experts = num_experts
         self._whole: Tensor | None = None
 
-    def put(self, part: PartOfStack, place: int, tensor: Tensor) -> None:
+    def put(self, part: ExpertTensor, place: int, tensor: Tensor) -> None:
         """Put a linear's weight [R, C] or bias [R] at a place among the experts."""
         if self._whole is None:
-            num_outputs = len(tensor) * (1 if part.every == slice(None) else self._num_producers)
+            num_outputs = len(tensor) * (part.every.step or 1)
             self._whole = tensor.new_empty(self._num_experts, *tensor.shape[1:], num_outputs)
         self._whole[place, ..., part.every] = tensor.t()
 

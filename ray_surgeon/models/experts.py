@@ -8,16 +8,117 @@ and router stay: they are called with fewer experts once some are removed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
-from ray_surgeon.models.families import Family, SparseLayer
-from ray_surgeon.models.linears import as_linear
+from ray_surgeon.models.linears import Coupling
+
+if TYPE_CHECKING:
+    from ray_surgeon.models.families import Family
+
+_LINEARS = Coupling("down_proj", ("gate_proj", "up_proj"))
+"""Of an expert, in every family."""
+
+
+@dataclass(frozen=True)
+class ExpertTensor:
+    """What the name of a tensor of one expert says."""
+
+    experts: str  # all experts of the layer, e.g. ``model.layers.3.mlp.experts``
+    expert: int  # its number
+    linear: str  # e.g. ``gate_proj``
+    kind: str  # ``weight`` or ``bias``
+
+    @property
+    def whole(self) -> str:
+        """Name of the tensor of all experts that has it, where one has those of gate and up."""
+        linear = self.linear if self.linear == _LINEARS.consumer else "gate_up_proj"
+        return f"{self.experts}.{linear}" + ("" if self.kind == "weight" else f"_{self.kind}")
+
+    @property
+    def every(self) -> slice:
+        """Its outputs among those of an expert in a stacked tensor: gate and up take turns."""
+        if self.linear == _LINEARS.consumer:
+            return slice(None)
+        return slice(_LINEARS.producers.index(self.linear), None, 2)
+
+
+@dataclass(frozen=True)
+class SparseLayer:
+    """Where the mixture of experts of a block lies, and how config.json calls its sizes.
+
+    The experts are linears here, ``{experts}.{number}.{linear}``, as they are in checkpoints.
+    """
+
+    # fields with the number of experts; programs read one or the other
+    num_experts: tuple[str, ...]
+    width: str  # field with the width of an expert
+    layer: str = "mlp"  # the whole layer
+    # which experts a token goes to; its output is logits, weights, numbers
+    router: str = "mlp.gate"
+    experts: str = "mlp.experts"
+    linears: Coupling = _LINEARS  # of one expert
+    # a feed-forward layer beside the experts, through which every token goes, e.g.
+    # ``mlp.shared_expert``
+    shared: str | None = None
+    # field with its width; None if the width is a multiple of an expert's
+    shared_width: str | None = None
+    # field with the number of groups of experts of which a router chooses some first
+    num_groups: str | None = None
+    # whether weights are a softmax over all experts, so that they rise if one is removed, if not
+    # normalised later
+    has_softmax: bool = True
+    zeroing: tuple[str, ...] = _LINEARS.producers  # of which a channel is zero if one is
+    # whether checkpoints keep all experts of a layer together, [num_experts, inputs, outputs],
+    # producers in turns
+    stacked: bool = False
+
+    def tensor_of(self, name: str) -> ExpertTensor | None:
+        """Take apart the name of a tensor of an expert, e.g.
+
+        ``model.layers.3.mlp.experts.5.gate_proj.weight``; None for all others.
+        """
+        layer, inside, rest = name.partition(f".{self.experts}.")
+        if not inside:
+            return None
+        number, linear, kind = rest.split(".")
+        return ExpertTensor(layer + inside[:-1], int(number), linear, kind)
+
+    def layers_in(self, names: Collection[str]) -> list[str]:
+        """Return which of the modules of a block are shared experts and experts, these last."""
+        experts = [name for name in names if name.rpartition(".")[0] == self.experts]
+        return [name for name in names if name == self.shared] + experts
+
+
+def part_of_stack(family: Family, name: str) -> ExpertTensor | None:
+    """Return what a tensor of an expert is if checkpoints stack experts, else None."""
+    sparse = family.sparse
+    return sparse.tensor_of(name) if sparse is not None and sparse.stacked else None
+
+
+def in_memory(family: Family, state: Mapping[str, Tensor], name: str) -> Tensor | None:
+    """Return the weight of an expert's linear from a model in memory.
+
+    None if the model has it as checkpoints do.
+
+    Args:
+        family: of the model.
+        state: its ``state_dict``.
+        name: e.g. ``model.layers.3.mlp.experts.5.gate_proj.weight``.
+    """
+    sparse = family.sparse
+    part = sparse.tensor_of(name) if sparse is not None and not sparse.stacked else None
+    if part is None:
+        return None
+    whole = state[part.whole][part.expert]
+    if part.linear == _LINEARS.consumer:
+        return whole
+    return whole.chunk(2)[_LINEARS.producers.index(part.linear)]
 
 
 class _Linear(nn.Linear):
@@ -35,42 +136,29 @@ Combine = Callable[[Tensor, Tensor], Tensor]
 
 
 class Expert(nn.Module):
-    """One expert: ``consumer(combine(gate(x), up(x)))``."""
+    """One expert: ``down_proj(combine(gate_proj(x), up_proj(x)))``."""
 
     def __init__(
-        self,
-        family: SparseLayer,
-        width: int,
-        hidden: int,
-        combine: Combine,
-        like: Tensor,
-        *,
-        bias: bool,
+        self, width: int, hidden: int, combine: Combine, like: Tensor, *, bias: bool
     ) -> None:
         super().__init__()
         self._combine = combine
-        self._names = (*family.producers, family.consumer)
-        for name in family.producers:
-            self.add_module(
-                name, _Linear(hidden, width, bias=bias, device=like.device, dtype=like.dtype)
-            )
-        self.add_module(
-            family.consumer, _Linear(width, hidden, bias=bias, device=like.device, dtype=like.dtype)
-        )
+        make = functools.partial(_Linear, bias=bias, device=like.device, dtype=like.dtype)
+        self.gate_proj = make(hidden, width)
+        self.up_proj = make(hidden, width)
+        self.down_proj = make(width, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         """[num_tokens, d] -> [num_tokens, d]."""
-        gate, up, down = (self.get_submodule(name) for name in self._names)
-        output: Tensor = down(self._combine(gate(x), up(x)))
+        output: Tensor = self.down_proj(self._combine(self.gate_proj(x), self.up_proj(x)))
         return output
 
     def unseen(self, x: Tensor) -> Tensor:
         """Return the same without calling the linears, so that hooks on them notice nothing."""
         if len(x) == 1:  # see `times_constant`
             return self.unseen(torch.cat([x, x]))[:1]
-        gate, up, down = (as_linear(self.get_submodule(name)) for name in self._names)
-        channels = self._combine(linear(x, gate.weight, gate.bias), linear(x, up.weight, up.bias))
-        return linear(channels, down.weight, down.bias)
+        gate, up = (nn.Linear.forward(module, x) for module in (self.gate_proj, self.up_proj))
+        return nn.Linear.forward(self.down_proj, self._combine(gate, up))
 
 
 class ExpertLinears(nn.ModuleList):
@@ -169,27 +257,24 @@ class Mixture:
         return int(self.router.kept.sum()) > self.num_chosen
 
 
-def split_experts(block: nn.Module, family: SparseLayer) -> bool:
-    """Replace the experts of a block by linears. Returns whether it has any."""
-    owner, _, name = family.experts.rpartition(".")
+def split_experts(block: nn.Module, sparse: SparseLayer) -> None:
+    """Replace the experts of a block, if it has any, by linears."""
+    owner, _, name = sparse.experts.rpartition(".")
     layer = block.get_submodule(owner)
     whole: Any = getattr(layer, name, None)
     if whole is None:
-        return False
+        return
     like = whole.down_proj
-    combine = _combine(whole, family)
+    combine = _combine(whole, sparse)
     bias = hasattr(whole, "down_proj_bias")
-    num_experts, width, hidden = (
-        like.shape if family.stacked else (like.shape[0], like.shape[2], like.shape[1])
-    )
-    experts = [Expert(family, width, hidden, combine, like, bias=bias) for _ in range(num_experts)]
+    num_experts, width, hidden = like.shape if sparse.stacked else like.mT.shape
+    experts = [Expert(width, hidden, combine, like, bias=bias) for _ in range(num_experts)]
     setattr(layer, name, ExpertLinears(experts))
-    return True
 
 
-def _combine(whole: nn.Module, family: SparseLayer) -> Combine:
+def _combine(whole: nn.Module, sparse: SparseLayer) -> Combine:
     """Return what a family's own experts do with the outputs of gate and up."""
-    if not family.stacked:
+    if not sparse.stacked:
         activation: Any = whole.act_fn
         return lambda gate, up: activation(gate) * up
     settings: Any = copy.copy(whole)
@@ -197,39 +282,14 @@ def _combine(whole: nn.Module, family: SparseLayer) -> Combine:
     return lambda gate, up: settings._apply_gate(torch.stack([gate, up], dim=-1).flatten(-2))
 
 
-def in_memory(family: Family, state: Mapping[str, Tensor], name: str) -> Tensor | None:
-    """Return the weight of an expert's linear from a model in memory.
-
-    None if the model has it as checkpoints do.
-
-    Args:
-        family: of the model.
-        state: its ``state_dict``.
-        name: e.g. ``model.layers.3.mlp.experts.5.gate_proj.weight``.
-    """
-    sparse = family.sparse
-    part = sparse.tensor_of(name) if sparse is not None and not sparse.stacked else None
-    if sparse is None or part is None:
-        return None
-    if part.linear == sparse.consumer:
-        return state[f"{part.experts}.down_proj"][part.number]
-    return state[f"{part.experts}.gate_up_proj"][part.number].chunk(2)[
-        sparse.producers.index(part.linear)
-    ]
-
-
-def mixture_of(block: nn.Module, family: SparseLayer) -> Mixture | None:
+def mixture_of(block: nn.Module, sparse: SparseLayer) -> Mixture | None:
     """Return the mixture of a block whose experts are linears; None if it has none.
 
     Once a block.
     """
-    experts = dict(block.named_modules()).get(family.experts)
+    experts = dict(block.named_modules()).get(sparse.experts)
     if experts is None:
         return None
     assert isinstance(experts, ExpertLinears)
-    return Mixture(
-        block.get_submodule(family.layer),
-        experts,
-        Router(block.get_submodule(family.router)),
-        family.has_softmax,
-    )
+    router = Router(block.get_submodule(sparse.router))
+    return Mixture(block.get_submodule(sparse.layer), experts, router, sparse.has_softmax)

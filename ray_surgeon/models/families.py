@@ -13,89 +13,13 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from ray_surgeon.models.attention import IN_PRODUCTS
+from ray_surgeon.models.experts import SparseLayer
+from ray_surgeon.models.linears import Coupling
 
-
-@dataclass(frozen=True)
-class FfnCoupling:
-    """Which linears of a feed-forward layer lose rows when columns of its last one are pruned."""
-
-    consumer: str  # the linear whose columns decide, e.g. ``mlp.down_proj``
-    # (linear, part, number of parts of a fused one), e.g. ("mlp.gate_up_proj", 1, 2)
-    producers: tuple[tuple[str, int, int], ...]
-
-
-@dataclass(frozen=True)
-class AttentionCoupling:
-    """Linears of an attention that lose rows with the query heads of a KV group.
-
-    Their columns are pruned from its last linear.
-    """
-
-    consumer: str  # e.g. ``self_attn.o_proj``
-    # linear that produces the query heads; if it is also that of keys and values, the three lie one
-    # after the other
-    query: str
-    key: str  # linear that produces the key heads
-    value: str  # linear that produces the value heads
-
-
-@dataclass(frozen=True)
-class ExpertTensor:
-    """What the name of a tensor of one expert says."""
-
-    experts: str  # all experts of the layer, e.g. ``model.layers.3.mlp.experts``
-    number: int  # of the expert
-    linear: str  # e.g. ``gate_proj``
-    kind: str  # ``weight`` or ``bias``
-
-
-@dataclass(frozen=True)
-class SparseLayer:
-    """Where the mixture of experts of a block lies, and how config.json calls its sizes.
-
-    The experts are linears here, ``{experts}.{number}.{linear}``, as they are in checkpoints.
-    """
-
-    # fields with the number of experts; programs read one or the other
-    num_experts: tuple[str, ...]
-    width: str  # field with the width of an expert
-    layer: str = "mlp"  # the whole layer
-    router: str = (
-        "mlp.gate"  # which experts a token goes to; its output is logits, weights, numbers
-    )
-    experts: str = "mlp.experts"
-    producers: tuple[str, ...] = ("gate_proj", "up_proj")  # of one expert; they share their input
-    consumer: str = "down_proj"  # of one expert
-    shared: str | None = (
-        # a feed-forward layer beside the experts, through which every token goes, e.g.
-        # ``mlp.shared_expert``
-        None
-    )
-    shared_width: str | None = (
-        None  # field with its width; None if the width is a multiple of an expert's
-    )
-    num_groups: str | None = (
-        None  # field with the number of groups of experts of which a router chooses some first
-    )
-    # whether weights are a softmax over all experts, so that they rise if one is removed, if not
-    # normalised later
-    has_softmax: bool = True
-    # the producers of which a channel is zero if one is
-    zeroing: tuple[str, ...] = ("gate_proj", "up_proj")
-    # whether checkpoints keep all experts of a layer together, [num_experts, inputs, outputs],
-    # producers in turns
-    stacked: bool = False
-
-    def tensor_of(self, name: str) -> ExpertTensor | None:
-        """Take apart the name of a tensor of an expert, e.g.
-
-        ``model.layers.3.mlp.experts.5.gate_proj.weight``; None for all others.
-        """
-        layer, inside, rest = name.partition(f".{self.experts}.")
-        if not inside:
-            return None
-        number, linear, kind = rest.split(".")
-        return ExpertTensor(layer + inside[:-1], int(number), linear, kind)
+_ATTENTION = Coupling(
+    "self_attn.o_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+)
+_FFN = Coupling("mlp.down_proj", ("mlp.gate_proj", "mlp.up_proj"))
 
 
 @dataclass(frozen=True)
@@ -104,46 +28,54 @@ class LlamaCpp:
 
     name: str
     activation: str  # of its feed-forward layers, as transformers calls it
-    pairs_rotary: bool = (
-        False  # whether neighbouring entries of a head rotate together, not those of its halves
-    )
+    # whether neighbouring entries of a head rotate together, not those of its halves
+    pairs_rotary: bool = False
     has_free_heads: bool = True  # whether heads may fill less than the hidden size there
-    adds_one_to_norms: bool = (
-        False  # whether norms multiply by 1 + weight here, and by the weight there
-    )
+    # whether norms multiply by 1 + weight here, and by the weight there
+    adds_one_to_norms: bool = False
 
 
 @dataclass(frozen=True)
 class Family:
-    """One family."""
+    """One family; what it does not say is as in Llama."""
 
-    base: str  # path of the module whose forward loops over the blocks, e.g. ``model``
-    blocks: str  # name of the block list below `base`, e.g. ``layers``
-    embeddings: tuple[str, ...]  # below `base`, only for the first shard, e.g. ``embed_tokens``
-    positions: tuple[str, ...]  # of these, the ones whose output is added to hidden states
-    final: tuple[str, ...]  # below `base`, only for the last shard, e.g. ``norm``
-    head: str  # path of the output linear
-    token_embedding: str  # path of the embedding whose weight a tied head shares
-    # of a block: linears that read the same input and share one A; a block may lack some
-    shared_inputs: tuple[tuple[str, ...], ...]
-    ffn: FfnCoupling  # what a channel of the feed-forward layer is
-    # what a KV group with its query heads is; None if heads cannot be pruned
-    attention: AttentionCoupling | None
+    base: str = "model"  # path of the module whose forward loops over the blocks
+    blocks: str = "layers"  # name of the block list below `base`
+    # below `base`, only for the first shard; a tied head shares the weight of the first
+    embeddings: tuple[str, ...] = ("embed_tokens",)
+    positions: tuple[str, ...] = ()  # of these, the ones whose output is added to hidden states
+    final: tuple[str, ...] = ("norm",)  # below `base`, only for the last shard
+    head: str = "lm_head"  # path of the output linear
+    # what a KV group with its query heads is: rows of queries, keys and values
+    attention: Coupling = _ATTENTION
+    in_attention: tuple[str, ...] = ()  # its further linears, each with an input of its own
+    prunes_heads: bool = True  # whether heads can be pruned
+    # what a channel of the feed-forward layer is
+    ffn: Coupling = _FFN
     sparse: SparseLayer | None = None  # what a mixture of experts is
     stored: tuple[tuple[str, str], ...] = ()  # (part of a name here, the same in checkpoints)
     # how the names of tensors end that are float32 whatever the model's dtype is
     float32: tuple[str, ...] = ()
     width_field: str = "intermediate_size"  # the feed-forward width in the configuration
     has_free_heads: bool = True  # whether heads may fill less than the hidden size
-    has_any_heads: bool = (
-        False  # whether their number may be one that does not divide the hidden size
-    )
+    has_any_heads: bool = True  # whether their number need not divide the hidden size
     norms_queries: bool = False  # whether queries and keys are normalised over a head's dimensions
     transposed: bool = False  # whether linears are [inputs, outputs], GPT-2's Conv1D
     per_head: tuple[str, ...] = ()  # tensors of a block with one entry for every query head
     runs_attention: str = IN_PRODUCTS  # how transformers is to run attention
     has_free_heads_in_vllm: bool = True  # likewise, in vLLM's own class of the family
     llama_cpp: LlamaCpp | None = None  # None if llama.cpp does not know the family
+
+    @property
+    def token_embedding(self) -> str:
+        """Path of the embedding whose weight a tied head shares."""
+        return f"{self.base}.{self.embeddings[0]}"
+
+    @property
+    def shared_inputs(self) -> tuple[tuple[str, ...], ...]:
+        """Linears of a block that read the same input and share one A; a block may lack some."""
+        of_attention = (self.attention.producers, *((name,) for name in self.in_attention))
+        return (*of_attention, (self.attention.consumer,), self.ffn.producers, (self.ffn.consumer,))
 
     @property
     def stacks_experts(self) -> bool:
@@ -155,106 +87,43 @@ class Family:
         return f"{self.base}.{self.blocks}.{block}."
 
 
-_LLAMA = Family(
-    base="model",
-    blocks="layers",
-    embeddings=("embed_tokens",),
-    positions=(),
-    final=("norm",),
-    head="lm_head",
-    token_embedding="model.embed_tokens",
-    shared_inputs=(
-        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        ("self_attn.o_proj",),
-        ("mlp.gate_proj", "mlp.up_proj"),
-        ("mlp.down_proj",),
-    ),
-    ffn=FfnCoupling("mlp.down_proj", (("mlp.gate_proj", 0, 1), ("mlp.up_proj", 0, 1))),
-    attention=AttentionCoupling(
-        "self_attn.o_proj", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"
-    ),
-    llama_cpp=LlamaCpp("llama", "silu", pairs_rotary=True),
-)
-
-_MIXTRAL = replace(
-    _LLAMA,
-    has_any_heads=True,
-    sparse=SparseLayer(("num_local_experts",), "intermediate_size"),
-    stored=(
-        (".mlp.", ".block_sparse_moe."),
-        (".gate_proj.", ".w1."),
-        (".up_proj.", ".w3."),
-        (".down_proj.", ".w2."),
-    ),
-    llama_cpp=None,
-)
-_QWEN3_MOE = replace(
-    _LLAMA,
-    has_any_heads=True,
-    norms_queries=True,
-    sparse=SparseLayer(("num_experts", "num_local_experts"), "moe_intermediate_size"),
-    llama_cpp=None,
-)
-_SHARED_OF_DEEPSEEK = SparseLayer(
+_QWEN3_MOE = SparseLayer(("num_experts", "num_local_experts"), "moe_intermediate_size")
+_DEEPSEEK = SparseLayer(
     ("n_routed_experts", "num_local_experts"),
     "moe_intermediate_size",
     shared="mlp.shared_experts",
     num_groups="n_group",
     has_softmax=False,
 )
+_CORRECTION = "e_score_correction_bias"
 
 FAMILIES: dict[str, Family] = {
-    "llama": _LLAMA,
-    "mistral": replace(_LLAMA, has_any_heads=True),
-    "qwen2": replace(
-        _LLAMA,
-        has_any_heads=True,
-        has_free_heads_in_vllm=False,
-        llama_cpp=LlamaCpp("qwen2", "silu", has_free_heads=False),
+    "llama": Family(has_any_heads=False, llama_cpp=LlamaCpp("llama", "silu", pairs_rotary=True)),
+    "mistral": Family(llama_cpp=LlamaCpp("llama", "silu", pairs_rotary=True)),
+    "qwen2": Family(
+        has_free_heads_in_vllm=False, llama_cpp=LlamaCpp("qwen2", "silu", has_free_heads=False)
     ),
-    "qwen3": replace(
-        _LLAMA, has_any_heads=True, norms_queries=True, llama_cpp=LlamaCpp("qwen3", "silu")
-    ),
-    "gemma3_text": replace(
-        _LLAMA,
+    "qwen3": Family(norms_queries=True, llama_cpp=LlamaCpp("qwen3", "silu")),
+    "gemma3_text": Family(
+        has_any_heads=False,
         norms_queries=True,
         llama_cpp=LlamaCpp("gemma3", "gelu_pytorch_tanh", adds_one_to_norms=True),
     ),
-    "phi3": replace(
-        _LLAMA,
-        shared_inputs=(
-            ("self_attn.qkv_proj",),
-            ("self_attn.o_proj",),
-            ("mlp.gate_up_proj",),
-            ("mlp.down_proj",),
-        ),
-        ffn=FfnCoupling("mlp.down_proj", (("mlp.gate_up_proj", 0, 2), ("mlp.gate_up_proj", 1, 2))),
-        attention=AttentionCoupling(
-            "self_attn.o_proj", "self_attn.qkv_proj", "self_attn.qkv_proj", "self_attn.qkv_proj"
-        ),
-        has_any_heads=True,
+    "phi3": Family(
+        attention=Coupling("self_attn.o_proj", ("self_attn.qkv_proj",), num_parts=3),
+        ffn=Coupling("mlp.down_proj", ("mlp.gate_up_proj",), num_parts=2),
         llama_cpp=LlamaCpp("phi3", "silu"),
     ),
     "opt": Family(
         base="model.decoder",
-        blocks="layers",
         embeddings=("embed_tokens", "embed_positions", "project_in"),
         positions=("embed_positions",),
         final=("final_layer_norm", "project_out"),
-        head="lm_head",
-        token_embedding="model.decoder.embed_tokens",
-        shared_inputs=(
-            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-            ("self_attn.out_proj",),
-            ("fc1",),
-            ("fc2",),
-        ),
-        ffn=FfnCoupling("fc2", (("fc1", 0, 1),)),
-        attention=AttentionCoupling(
-            "self_attn.out_proj", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"
-        ),
+        attention=replace(_ATTENTION, consumer="self_attn.out_proj"),
+        ffn=Coupling("fc2", ("fc1",)),
         width_field="ffn_dim",
         has_free_heads=False,
+        has_any_heads=False,
     ),
     "gpt2": Family(
         base="transformer",
@@ -262,22 +131,29 @@ FAMILIES: dict[str, Family] = {
         embeddings=("wte", "wpe"),
         positions=("wpe",),
         final=("ln_f",),
-        head="lm_head",
-        token_embedding="transformer.wte",
-        shared_inputs=(("attn.c_attn",), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj",)),
-        ffn=FfnCoupling("mlp.c_proj", (("mlp.c_fc", 0, 1),)),
-        attention=AttentionCoupling("attn.c_proj", "attn.c_attn", "attn.c_attn", "attn.c_attn"),
+        attention=Coupling("attn.c_proj", ("attn.c_attn",), num_parts=3),
+        ffn=Coupling("mlp.c_proj", ("mlp.c_fc",)),
         width_field="n_inner",
         has_free_heads=False,
+        has_any_heads=False,
         transposed=True,
         llama_cpp=LlamaCpp("gpt2", "gelu_new"),
     ),
-    "mixtral": _MIXTRAL,
-    "olmoe": replace(
-        _QWEN3_MOE, attention=None, sparse=SparseLayer(("num_experts",), "intermediate_size")
+    "mixtral": Family(
+        sparse=SparseLayer(("num_local_experts",), "intermediate_size"),
+        stored=(
+            (".mlp.", ".block_sparse_moe."),
+            (".gate_proj.", ".w1."),
+            (".up_proj.", ".w3."),
+            (".down_proj.", ".w2."),
+        ),
     ),
-    "qwen2_moe": replace(
-        _LLAMA,
+    "olmoe": Family(
+        prunes_heads=False,
+        norms_queries=True,
+        sparse=SparseLayer(("num_experts",), "intermediate_size"),
+    ),
+    "qwen2_moe": Family(
         sparse=SparseLayer(
             ("num_experts",),
             "moe_intermediate_size",
@@ -285,11 +161,10 @@ FAMILIES: dict[str, Family] = {
             shared_width="shared_expert_intermediate_size",
         ),
         has_free_heads=False,
-        llama_cpp=None,
+        has_any_heads=False,
     ),
-    "qwen3_moe": _QWEN3_MOE,
-    "gpt_oss": replace(
-        _LLAMA,
+    "qwen3_moe": Family(norms_queries=True, sparse=_QWEN3_MOE),
+    "gpt_oss": Family(
         sparse=SparseLayer(
             ("num_local_experts",),
             "intermediate_size",
@@ -297,36 +172,22 @@ FAMILIES: dict[str, Family] = {
             zeroing=("gate_proj",),
             stacked=True,
         ),
-        has_any_heads=True,
         per_head=("self_attn.sinks",),
         runs_attention="eager",
-        llama_cpp=None,
     ),
-    "glm4_moe": replace(
-        _LLAMA,
-        has_any_heads=True,
-        norms_queries=True,
-        sparse=_SHARED_OF_DEEPSEEK,
-        float32=("e_score_correction_bias",),
-        llama_cpp=None,
-    ),
-    "deepseek_v3": replace(
-        _LLAMA,
-        shared_inputs=(
+    "glm4_moe": Family(norms_queries=True, sparse=_DEEPSEEK, float32=(_CORRECTION,)),
+    "deepseek_v3": Family(
+        attention=Coupling(
+            "self_attn.o_proj",
             ("self_attn.q_proj", "self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"),
-            ("self_attn.q_b_proj",),
-            ("self_attn.kv_b_proj",),
-            ("self_attn.o_proj",),
-            ("mlp.gate_proj", "mlp.up_proj"),
-            ("mlp.down_proj",),
         ),
-        attention=None,
-        sparse=_SHARED_OF_DEEPSEEK,
-        float32=("e_score_correction_bias",),
-        llama_cpp=None,
+        in_attention=("self_attn.q_b_proj", "self_attn.kv_b_proj"),
+        prunes_heads=False,
+        has_any_heads=False,
+        sparse=_DEEPSEEK,
+        float32=(_CORRECTION,),
     ),
 }
-
 
 _LARGEST = {
     **dict.fromkeys(("num_hidden_layers", "n_layer"), 2_000),

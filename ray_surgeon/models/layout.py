@@ -7,6 +7,7 @@ reads there.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -18,7 +19,7 @@ from transformers import PretrainedConfig
 
 from ray_surgeon.models.build import BlockRange, build_blocks, shared_inputs_of
 from ray_surgeon.models.families import Family, family_of
-from ray_surgeon.models.linears import as_linear, num_inputs, num_outputs
+from ray_surgeon.models.linears import Coupling, as_linear, num_inputs, num_outputs
 
 GROUP_KINDS = ("attention", "ffn", "shared_experts", "expert_channels", "experts")
 """Kinds of what may be pruned whole.
@@ -119,27 +120,16 @@ class ModelLayout:
         """
         family = family_of(config)
         try:
-            model = build_blocks(
-                config,
-                BlockRange(0, int(config.num_hidden_layers), int(config.num_hidden_layers)),
-                torch.float32,
-            )
+            num_blocks = int(config.num_hidden_layers)
+            model = build_blocks(config, BlockRange(0, num_blocks, num_blocks), torch.float32)
         except Exception as error:  # the code of any family may raise anything
             reason = " ".join(str(error).split())[:300]
             raise ValueError(
                 f"model.source: config.json of {where} describes no model that can be built: "
                 f"{reason}; fetch it again"
             ) from error
-        saved = set(model.state_dict())
-        tensors = dict(model.named_parameters(remove_duplicate=False)) | {
-            n: b for n, b in model.named_buffers() if n in saved
-        }
-        return ModelLayout(
-            config,
-            family,
-            {name: tuple(t.shape) for name, t in tensors.items()},
-            tuple(_linears(config, family, model)),
-        )
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        return ModelLayout(config, family, shapes, tuple(_linears(family, model)))
 
     @property
     def num_blocks(self) -> int:
@@ -223,13 +213,8 @@ class ModelLayout:
     def activation(self) -> str:
         """The activation of feed-forward layers, as transformers calls it."""
         names = ("hidden_act", "hidden_activation", "activation_function")
-        return str(
-            next(
-                value
-                for value in (getattr(self.config, name, None) for name in names)
-                if value is not None
-            )
-        )
+        values = (getattr(self.config, name, None) for name in names)
+        return str(next(value for value in values if value is not None))
 
     @functools.cached_property
     def group_sets(self) -> tuple[GroupSet, ...]:
@@ -245,36 +230,24 @@ class ModelLayout:
     @functools.cached_property
     def expert_sets(self) -> tuple[ExpertSet, ...]:
         """The experts of every block that has some."""
-        by_block: dict[int, dict[int, list[LinearShape]]] = {}
-        for shape in self.linears:
-            if shape.expert is not None:
-                by_block.setdefault(shape.block, {}).setdefault(shape.expert, []).append(shape)
-        return tuple(
-            self._expert_set(block, list(experts.values())) for block, experts in by_block.items()
-        )
-
-    @functools.cached_property
-    def _experts_by_block(self) -> dict[int, ExpertSet]:
-        return {experts.block: experts for experts in self.expert_sets}
-
-    def _expert_set(self, block: int, experts: list[list[LinearShape]]) -> ExpertSet:
-        assert self.family.sparse is not None
-        name = self.family.block_prefix(block) + self.family.sparse.experts
-        sizes = {sum(s.size for s in expert) for expert in experts}
-        assert len(sizes) == 1, "experts of one block have one size"
-        return ExpertSet(
-            block,
-            name,
-            tuple(tuple(shape.name for shape in expert) for expert in experts),
-            sizes.pop(),
-        )
+        if self.family.sparse is None:
+            return ()
+        sets = []
+        shapes = (shape for shape in self.linears if shape.expert is not None)
+        for block, of_block in itertools.groupby(shapes, key=lambda shape: shape.block):
+            experts = [list(e) for _, e in itertools.groupby(of_block, key=lambda s: s.expert)]
+            name = self.family.block_prefix(block) + self.family.sparse.experts
+            linears = tuple(tuple(shape.name for shape in expert) for expert in experts)
+            size = sum(shape.size for shape in experts[0])  # as large as the others
+            sets.append(ExpertSet(block, name, linears, size))
+        return tuple(sets)
 
     @functools.cached_property
     def num_active_experts(self) -> int:
         """Experts that every token goes to, in a block that has some."""
-        return (
-            int(getattr(self.config, "num_experts_per_tok", None) or 0) if self.family.sparse else 0
-        )
+        if self.family.sparse is None:
+            return 0
+        return int(getattr(self.config, "num_experts_per_tok", None) or 0)
 
     @functools.cached_property
     def num_experts(self) -> int:
@@ -284,72 +257,41 @@ class ModelLayout:
     @functools.cached_property
     def kinds(self) -> tuple[str, ...]:
         """The kinds of groups that this model has."""
-        present = {groups.kind for groups in self.group_sets} | {
-            experts.kind for experts in self.expert_sets
-        }
+        present = {*(g.kind for g in self.group_sets), *(e.kind for e in self.expert_sets)}
         return tuple(kind for kind in GROUP_KINDS if kind in present)
 
     def _groups_of(self, block: int) -> Iterator[GroupSet]:
         prefix = self.family.block_prefix(block)
-        ffn = self.family.ffn
-        sparse = self.family.sparse
-        if self.family.attention is not None:
+        if self.family.prunes_heads:
             yield self._attention_groups(block, prefix)
-        if prefix + ffn.consumer in self.shapes:
-            yield self._channels(
-                "ffn",
-                block,
-                prefix + ffn.consumer,
-                [(prefix + name, part) for name, part, _ in ffn.producers],
-            )
-        if (
-            sparse is not None
-            and sparse.shared is not None
-            and f"{prefix}{sparse.shared}.{sparse.consumer}" in self.shapes
-        ):
-            inside = f"{prefix}{sparse.shared}."
-            yield self._channels(
-                "shared_experts",
-                block,
-                inside + sparse.consumer,
-                [(inside + name, 0) for name in sparse.producers],
-            )
-        experts = self._experts_by_block.get(block)
-        if experts is not None:
-            for *producers, consumer in experts.linears:
-                yield self._channels(
-                    "expert_channels", block, consumer, [(name, 0) for name in producers]
-                )
+        layers = [("ffn", prefix, self.family.ffn)]
+        if (sparse := self.family.sparse) is not None:
+            experts = (f"{prefix}{sparse.experts}.{number}." for number in range(self.num_experts))
+            layers.append(("shared_experts", f"{prefix}{sparse.shared}.", sparse.linears))
+            layers += [("expert_channels", expert, sparse.linears) for expert in experts]
+        for kind, inside, ffn in layers:
+            if inside + ffn.consumer in self.shapes:
+                yield self._channels(kind, block, inside, ffn)
 
     def _attention_groups(self, block: int, prefix: str) -> GroupSet:
         attention = self.family.attention
         heads = self.heads
-        assert attention is not None
-        queries = torch.arange(heads.num_query * heads.head_dim).view(
-            heads.num_kv, heads.n_rep * heads.head_dim
-        )
-        keys = torch.arange(heads.num_kv * heads.head_dim).view(heads.num_kv, heads.head_dim)
-        fused = attention.query == attention.key
-        first_key = heads.num_query * heads.head_dim if fused else 0
-        first_value = (heads.num_query + heads.num_kv) * heads.head_dim if fused else 0
-        places = (
-            (attention.query, queries),
-            (attention.key, keys + first_key),
-            (attention.value, keys + first_value),
-        )
-        producers = tuple((prefix + name, rows) for name, rows in places)
+        queries = torch.arange(heads.num_query * heads.head_dim).view(heads.num_kv, -1)
+        keys = torch.arange(heads.num_kv * heads.head_dim).view(heads.num_kv, -1)
+        values = keys
+        if attention.num_parts > 1:
+            keys = keys + queries.numel()
+            values = keys + keys.numel()
+        names = [prefix + name for name, _ in attention.parts]
+        producers = tuple(zip(names, (queries, keys, values), strict=True))
         return self._group_set("attention", block, prefix + attention.consumer, queries, producers)
 
-    def _channels(
-        self, kind: str, block: int, consumer: str, producers: list[tuple[str, int]]
-    ) -> GroupSet:
-        """Return channels as groups.
-
-        The producers come with the part of a fused linear that they are.
-        """
-        num_channels = self.shapes[consumer].num_columns - self.shapes[consumer].has_bias
-        rows = tuple((name, _places(part * num_channels, num_channels)) for name, part in producers)
-        return self._group_set(kind, block, consumer, _places(0, num_channels), rows)
+    def _channels(self, kind: str, block: int, inside: str, ffn: Coupling) -> GroupSet:
+        """Return the channels of a feed-forward layer, which lies `inside` of something."""
+        consumer = self.shapes[inside + ffn.consumer]
+        num = consumer.num_columns - consumer.has_bias
+        producers = tuple((inside + name, _places(part * num, num)) for name, part in ffn.parts)
+        return self._group_set(kind, block, consumer.name, _places(0, num), producers)
 
     def _group_set(
         self,
@@ -368,38 +310,28 @@ class ModelLayout:
 def _places(first: int, count: int) -> Tensor:
     """Return the numbers of channels, [count, 1].
 
-    All experts, which are many, share one tensor, also where a layout travels.
+    Layers of one width, which may be many, share one tensor, also where a layout travels.
     """
     return torch.arange(first, first + count, device="cpu")[:, None]
 
 
-def _linears(config: PretrainedConfig, family: Family, model: nn.Module) -> list[LinearShape]:
-    shapes: list[LinearShape] = []
-    for block in range(int(config.num_hidden_layers)):
-        module = model.get_submodule(family.block_prefix(block).rstrip("."))
+def _linears(family: Family, model: nn.Module) -> Iterator[LinearShape]:
+    shared_inputs = itertools.count()
+    blocks = model.get_submodule(f"{family.base}.{family.blocks}")
+    for block, module in enumerate(blocks.children()):
         for group in shared_inputs_of(family, module):
-            number = shapes[-1].shared_input + 1 if shapes else 0
-            for linear in group:
-                submodule = as_linear(module.get_submodule(linear))
-                expert = _expert_of(family, linear)
-                bias = submodule.bias is not None
-                role = linear if expert is None else re.sub(r"\.\d+\.", ".*.", linear)
-                sizes = num_outputs(submodule), num_inputs(submodule) + bias
-                shapes.append(
-                    LinearShape(
-                        family.block_prefix(block) + linear,
-                        *sizes,
-                        bias,
-                        block,
-                        number,
-                        role,
-                        expert,
-                    )
+            shared_input = next(shared_inputs)
+            for name in group:
+                linear = as_linear(module.get_submodule(name))
+                bias = linear.bias is not None
+                number = re.search(r"\.(\d+)\.", name)
+                yield LinearShape(
+                    family.block_prefix(block) + name,
+                    num_outputs(linear),
+                    num_inputs(linear) + bias,
+                    bias,
+                    block,
+                    shared_input,
+                    re.sub(r"\.\d+\.", ".*.", name),
+                    None if number is None else int(number[1]),
                 )
-    return shapes
-
-
-def _expert_of(family: Family, linear: str) -> int | None:
-    if family.sparse is None or not linear.startswith(f"{family.sparse.experts}."):
-        return None
-    return int(linear.removeprefix(f"{family.sparse.experts}.").partition(".")[0])

@@ -5,6 +5,7 @@ That is `nn.Linear` [R, C] or GPT-2's `Conv1D` [C, R].
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TypeAlias
 
 from torch import Tensor, nn
@@ -13,6 +14,21 @@ from transformers.pytorch_utils import Conv1D
 from ray_surgeon.maths.products import times_constant
 
 LinearModule: TypeAlias = nn.Linear | Conv1D
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """Linears that lose rows when columns of the linear that reads their outputs are pruned."""
+
+    consumer: str  # the linear whose columns decide, e.g. ``mlp.down_proj``
+    # those of gate and up, or of queries, keys and values; they share their input
+    producers: tuple[str, ...]
+    num_parts: int = 1  # how many of these lie one after the other in each producer
+
+    @property
+    def parts(self) -> list[tuple[str, int]]:
+        """Of what the consumer reads: the linear, and which part of its rows."""
+        return [(name, part) for name in self.producers for part in range(self.num_parts)]
 
 
 def as_linear(module: nn.Module) -> LinearModule:

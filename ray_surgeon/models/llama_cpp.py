@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 from ray_surgeon.models.families import LlamaCpp
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.pruned_config import BlockWidths
+from ray_surgeon.models.rope import rope_kind, rope_of
 
 _WHERE = "output.exports: gguf"
 _OTHERWISE = "export uniform or per_block instead"
@@ -33,120 +34,101 @@ def architecture_of(layout: ModelLayout, widths: Sequence[BlockWidths]) -> Llama
         ValueError: there is none; says what to do.
     """
     known = layout.family.llama_cpp
-    config = layout.config
     if known is None:
         raise ValueError(
-            f"{_WHERE}: llama.cpp does not know the family {config.model_type}; {_OTHERWISE}"
+            f"{_WHERE}: llama.cpp does not know the family {layout.config.model_type}; {_OTHERWISE}"
         )
+    problem = next(_misread(layout, known, widths), None)
+    if problem is not None:
+        raise ValueError(f"{_WHERE}: {problem}")
+    return known if len(set(widths)) == 1 else LlamaCpp("deci", "silu", pairs_rotary=True)
+
+
+def _misread(layout: ModelLayout, known: LlamaCpp, widths: Sequence[BlockWidths]) -> Iterator[str]:
+    """Yield what llama.cpp would misread, and what to do."""
+    config = layout.config
+    heads = layout.heads
     if layout.activation != known.activation:
-        raise ValueError(
-            f"{_WHERE}: llama.cpp's {known.name} has the activation {known.activation}, the model "
+        yield (
+            f"llama.cpp's {known.name} has the activation {known.activation}, the model "
             f"{layout.activation}; {_OTHERWISE}"
         )
     for name in ("attention_bias", "mlp_bias", "scale_attn_by_inverse_layer_idx"):
         if getattr(config, name, False):
-            raise ValueError(
-                f"{_WHERE}: llama.cpp's {known.name} has no {name}, the model's config.json has "
-                f"it; {_OTHERWISE}"
+            yield (
+                f"llama.cpp's {known.name} has no {name}, the model's config.json has it; "
+                f"{_OTHERWISE}"
             )
     if not getattr(config, "scale_attn_weights", True):
-        raise ValueError(
-            f"{_WHERE}: llama.cpp's {known.name} scales attention, the model's config.json has "
+        yield (
+            f"llama.cpp's {known.name} scales attention, the model's config.json has "
             f"scale_attn_weights false; {_OTHERWISE}"
         )
     window = getattr(config, "sliding_window", None)
-    if (
-        known.name != "gemma3"
-        and window is not None
-        and getattr(config, "use_sliding_window", True)
-    ):
-        raise ValueError(
-            f"{_WHERE}: llama.cpp would ignore sliding_window {window}; {_OTHERWISE}, or set it to "
-            "null in config.json if no text is longer"
-        )
     if known.name == "gemma3":
-        _check_gemma(config)
-    _check_rope(config, known)
-    heads = layout.heads
-    if not known.has_free_heads and any(
-        width.num_kv_heads * heads.n_rep * heads.head_dim != config.hidden_size for width in widths
-    ):
-        raise ValueError(
-            f"{_WHERE}: llama.cpp's {known.name} wants heads that fill the hidden size; set "
-            "pruning.groups: [ffn]"
+        yield from _misread_of_gemma(config)
+    elif window is not None and getattr(config, "use_sliding_window", True):
+        yield (
+            f"llama.cpp would ignore sliding_window {window}; {_OTHERWISE}, or set it to null in "
+            "config.json if no text is longer"
+        )
+    if not _knows_rope(config, known):
+        yield (
+            f"rotary embeddings {json.dumps(dict(rope_of(config)))} are not written for "
+            f"{known.name}; {_OTHERWISE}"
+        )
+    sizes = {width.num_kv_heads * heads.n_rep * heads.head_dim for width in widths}
+    if not known.has_free_heads and sizes != {config.hidden_size}:
+        yield (
+            f"llama.cpp's {known.name} wants heads that fill the hidden size; set pruning.groups: "
+            "[ffn]"
         )
     if len(set(widths)) == 1:
-        return known
+        return
     if known.name != "llama":
-        raise ValueError(
-            f"{_WHERE}: blocks of {config.model_type} that differ in width have no place there; "
-            "set pruning.allocation: uniform"
+        yield (
+            f"blocks of {config.model_type} that differ in width have no place there; set "
+            "pruning.allocation: uniform"
         )
     if any(not width.num_kv_heads or not width.num_channels for width in widths):
-        raise ValueError(
-            f"{_WHERE}: llama.cpp misreads some blocks without heads or channels; set "
-            "pruning.remove_blocks: false"
+        yield (
+            "llama.cpp misreads some blocks without heads or channels; set pruning.remove_blocks: "
+            "false"
         )
-    return LlamaCpp("deci", activation="silu", pairs_rotary=True)
 
 
-def _check_gemma(config: PretrainedConfig) -> None:
+def _misread_of_gemma(config: PretrainedConfig) -> Iterator[str]:
     pattern = [
         "full_attention" if (i + 1) % 6 == 0 else "sliding_attention"
         for i in range(config.num_hidden_layers)
     ]
     if list(config.layer_types) != pattern or config.query_pre_attn_scalar != config.head_dim:
-        raise ValueError(
-            f"{_WHERE}: llama.cpp reads a Gemma 3 whose every sixth block attends to everything "
-            f"and whose queries are scaled by head_dim, here layer_types {config.layer_types} and "
+        yield (
+            "llama.cpp reads a Gemma 3 whose every sixth block attends to everything and whose "
+            f"queries are scaled by head_dim, here layer_types {config.layer_types} and "
             f"query_pre_attn_scalar {config.query_pre_attn_scalar}; {_OTHERWISE}"
         )
     sliding = config.rope_parameters["sliding_attention"]
     if sliding.get("rope_type", "default") != "default":
-        raise ValueError(
-            f"{_WHERE}: rotary embeddings {json.dumps(sliding)} of sliding blocks have no place in "
+        yield (
+            f"rotary embeddings {json.dumps(sliding)} of sliding blocks have no place in "
             f"llama.cpp; {_OTHERWISE}"
         )
 
 
-def _check_rope(config: PretrainedConfig, known: LlamaCpp) -> None:
+_OF_YARN = {"rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings"}
+
+
+def _knows_rope(config: PretrainedConfig, known: LlamaCpp) -> bool:
     parameters = rope_of(config)
     kind = rope_kind(config)
-    plain = {
-        "rope_type",
-        "type",
-        "rope_theta",
-        "factor",
-        "original_max_position_embeddings",
-        "partial_rotary_factor",
-    }
-    possible = (
+    # others fail to load
+    is_whole = parameters.get("partial_rotary_factor", 1.0) == 1.0 or known.name == "phi3"
+    return is_whole and (
         kind in ("default", "linear")
         or (kind == "llama3" and known.name == "llama")
-        or (kind == "yarn" and not set(parameters) - plain)
+        or (kind == "yarn" and set(parameters) <= _OF_YARN | {"partial_rotary_factor"})
     )
-    # others fail to load
-    possible &= parameters.get("partial_rotary_factor", 1.0) == 1.0 or known.name == "phi3"
-    if not possible:
-        raise ValueError(
-            f"{_WHERE}: rotary embeddings {json.dumps(dict(parameters))} are not written for "
-            f"{known.name}; {_OTHERWISE}"
-        )
-
-
-def rope_of(config: PretrainedConfig) -> Mapping[str, Any]:
-    """Return what a configuration says of rotary embeddings of full attention.
-
-    Nothing if it has none.
-    """
-    parameters = getattr(config, "rope_parameters", None) or {}
-    of_all: Mapping[str, Any] = parameters.get("full_attention", parameters)
-    return of_all
-
-
-def rope_kind(config: PretrainedConfig) -> str:
-    """Return the type of a model's rotary embeddings, ``default`` if there are none."""
-    return str(rope_of(config).get("rope_type", "default"))
 
 
 def tokenizer_names(document: Mapping[str, Any]) -> tuple[str, str]:
@@ -181,17 +163,13 @@ def _pre_tokenizer(document: Mapping[str, Any] | None) -> str:
     kinds = [step and step["type"] for step in steps]
     last = steps[-1]
     if last is not None and kinds[-1] == "ByteLevel" and not last["add_prefix_space"]:
+        first = steps[0]
         if kinds == ["ByteLevel"] and last["use_regex"]:
             return "gpt-2"
-        if kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"] and last["use_regex"]:
+        if kinds == ["Digits", "ByteLevel"] and first["individual_digits"] and last["use_regex"]:
             return "smollm"
-        name = (
-            _PRE_TOKENIZERS.get(steps[0]["pattern"].get("Regex"))
-            if kinds == ["Split", "ByteLevel"]
-            else None
-        )
-        if name is not None:
-            return name
+        if kinds == ["Split", "ByteLevel"] and first["pattern"].get("Regex") in _PRE_TOKENIZERS:
+            return _PRE_TOKENIZERS[first["pattern"]["Regex"]]
     raise ValueError(
         f"{_WHERE}: how the tokenizer cuts text has no known name in llama.cpp: "
         f"{json.dumps(document)[:300]}; known are those of GPT-2, Llama 3, Qwen 2 and SmolLM; "

@@ -420,7 +420,7 @@ class ModelShard:
             names = [shape.name for shape in shapes]
             groups = [self._group_of[name] for name in names]
             tokens = [g.num_tokens for g in groups]
-            is_consumer = role.endswith(self.layout.family.sparse.consumer)
+            is_consumer = role.endswith(self.layout.family.sparse.linears.consumer)
             keys_of_G = [group.key_of_G(name) for name, group in zip(names, groups, strict=True)]
             As, Gs = (
                 zip(map(self.factor_store.get, keys), tokens, strict=True)

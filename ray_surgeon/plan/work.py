@@ -14,7 +14,7 @@ import torch
 from ray_surgeon.maths.kronecker import PackedSymmetric
 from ray_surgeon.memory.pinned import reserved_bytes
 from ray_surgeon.models.build import BlockRange
-from ray_surgeon.models.checkpoint import part_of_stack
+from ray_surgeon.models.experts import part_of_stack
 from ray_surgeon.models.layout import LinearShape, ModelLayout
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 import ray_surgeon
 from ray_surgeon.models.families import check_family, check_not_quantised, check_sizes
-from ray_surgeon.models.pruned_config import check_rope
+from ray_surgeon.models.rope import check_rope
 from ray_surgeon.spec.job import JobSpec
 from ray_surgeon.spec.texts import SourceSection
 from ray_surgeon.spec.written import SelfSection

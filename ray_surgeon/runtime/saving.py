@@ -16,7 +16,8 @@ from torch import Tensor
 from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.memory.weights import DiskWeights
 from ray_surgeon.models.build import stored_name
-from ray_surgeon.models.checkpoint import PartOfStack, Stack, part_of_stack
+from ray_surgeon.models.checkpoint import Stack
+from ray_surgeon.models.experts import ExpertTensor, part_of_stack
 from ray_surgeon.models.linears import cut, num_inputs
 from ray_surgeon.runtime.worker import Worker
 from ray_surgeon.storage import files, tensor_files
@@ -144,7 +145,7 @@ class _Exported:
                     full_name = self._family.block_prefix(groups.block) + name
                     self._entries[full_name] = of_heads.any(dim=1)
 
-    def _part_of_stack(self, name: str) -> PartOfStack | None:
+    def _part_of_stack(self, name: str) -> ExpertTensor | None:
         return part_of_stack(self._family, name) if self._stored else None
 
     def _place(self, experts: str, number: int) -> int:
@@ -158,7 +159,7 @@ class _Exported:
             return stack.whole
         part = self._family.sparse.tensor_of(name) if self._family.sparse is not None else None
         if part is not None:
-            number = self._place(part.experts, part.number)
+            number = self._place(part.experts, part.expert)
             name = f"{part.experts}.{number}.{part.linear}.{part.kind}"
         return stored_name(self._family, name) if self._stored else name
 
@@ -176,7 +177,7 @@ class _Exported:
         if self._stack is None or self._stack[0] != part.whole:
             assert self._family.sparse is not None
             num_left = self._place(experts, self._worker.layout.num_experts)
-            self._stack = part.whole, Stack(self._family.sparse, num_left)
+            self._stack = part.whole, Stack(num_left)
         stack = self._stack[1]
         stack.put(part, self._place(experts, part.expert), tensor)
         return stack.tensor

@@ -16,10 +16,10 @@ from ray_surgeon.models.checkpoint import (
     check_checkpoint,
     find_stored,
     from_mxfp4,
-    part_of_stack,
     read_state,
     tensor_reader,
 )
+from ray_surgeon.models.experts import part_of_stack
 from ray_surgeon.models.families import FAMILIES, check_not_quantised
 from tests.conftest import LAYOUTS
 
@@ -81,10 +81,7 @@ def test_parts_are_put_together_as_they_were(state: dict[str, Tensor]) -> None:
     for name in LAYOUT.parameters:
         part = part_of_stack(FAMILY, name)
         if part is not None:
-            assert FAMILY.sparse is not None
-            stacks.setdefault(part.whole, Stack(FAMILY.sparse, 6)).put(
-                part, part.expert, read(name)
-            )
+            stacks.setdefault(part.whole, Stack(6)).put(part, part.expert, read(name))
             assert read(name).shape == LAYOUT.parameters[name]
     assert len(stacks) == 4 * 4
     assert all(torch.equal(stack.tensor, state[name]) for name, stack in stacks.items())

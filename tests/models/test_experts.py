@@ -112,18 +112,22 @@ def test_gradients_are_the_familys_own(family: str, states: dict[str, dict[str, 
                 suffix = "" if kind == "weight" else "_bias"
                 rows = slice(None)
                 other = whole[
-                    ("down_proj" if linear == sparse.consumer else "gate_up_proj") + suffix
+                    ("down_proj" if linear == sparse.linears.consumer else "gate_up_proj") + suffix
                 ][number]
                 if sparse.stacked:  # [inputs, outputs], the producers' in turns
                     other = other.T if other.dim() == 2 else other
                     rows = (
                         slice(None)
-                        if linear == sparse.consumer
-                        else slice(sparse.producers.index(linear), None, 2)
+                        if linear == sparse.linears.consumer
+                        else slice(sparse.linears.producers.index(linear), None, 2)
                     )
-                elif linear != sparse.consumer:
+                elif linear != sparse.linears.consumer:
                     half = len(other) // 2
-                    rows = slice(0, half) if linear == sparse.producers[0] else slice(half, None)
+                    rows = (
+                        slice(0, half)
+                        if linear == sparse.linears.producers[0]
+                        else slice(half, None)
+                    )
                 # no token came here
                 one = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 torch.testing.assert_close(one, other[rows], rtol=0, atol=1e-5)
