@@ -28,7 +28,7 @@ from ray_surgeon.maths.experts import rerouting_costs, share_of_tokens, shrunk_f
 from ray_surgeon.models.build import BlockRange
 from ray_surgeon.models.checkpoint import tensor_reader
 from ray_surgeon.models.layout import ModelLayout
-from ray_surgeon.models.loss import Comparison
+from ray_surgeon.models.loss import Comparison, compare_with_dense
 from ray_surgeon.models.runner import BlockRunner, Call
 from ray_surgeon.models.shard import ModelShard
 from ray_surgeon.spec.model import ModelSection
@@ -83,7 +83,8 @@ class SingleRemovals:
     def _compare(self, first: int, hidden: Tensor, dense: Tensor, tokens: Tensor) -> Comparison:
         for place in range(first, len(self.calls)):
             hidden = self.runner.through(place, hidden, self.calls)
-        return self.shard.compare(self.runner.leave(hidden), dense, tokens[None])
+        states = self.runner.leave(hidden)
+        return compare_with_dense(states, dense, tokens[None], self.shard.head_weight)
 
 
 def loaded(model: Path, layout: ModelLayout) -> ModelShard:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ray_surgeon.maths.extended.terms import power_iteration, quadratic_forms
 from ray_surgeon.maths.kronecker import Term
-from ray_surgeon.models.shard import watch_pairs
+from ray_surgeon.models.hooks import watch_pairs
 from ray_surgeon.report.display import new_console
 from ray_surgeon.report.plots import save
 from ray_surgeon.run.inputs import Inputs, check

@@ -48,7 +48,8 @@ import ray_surgeon
 from benchmarks.real_models import MODELS, fetch
 from ray_surgeon.export.folder import copy_small_files
 from ray_surgeon.maths.allocate import GroupCosts, allocate_globally, allocate_uniformly
-from ray_surgeon.models.layout import GroupSet, ModelLayout
+from ray_surgeon.models.groups import GroupSet
+from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.loss import compare_with_dense, perplexity_of
 from ray_surgeon.run.inputs import Inputs, check
 from ray_surgeon.spec.job import JobSpec

@@ -44,7 +44,6 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.models.build import stored_name
-from ray_surgeon.models.experts import split_experts
 from ray_surgeon.models.families import FAMILIES
 from ray_surgeon.models.loss import next_token_loss
 from ray_surgeon.models.low_rank import LowRank
@@ -102,7 +101,7 @@ def upcycled(dense: PreTrainedModel, num_experts: int) -> PreTrainedModel:
     sparse_layer = FAMILIES["mixtral"].sparse
     assert sparse_layer is not None
     for block in model.model.layers:
-        split_experts(block, sparse_layer)
+        sparse_layer.split(block)
     state = dense.state_dict()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

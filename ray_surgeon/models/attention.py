@@ -118,12 +118,10 @@ class _InProducts(torch.autograd.Function):
         outputs = Q.new_empty(*Q.shape[:3], V.shape[-1])
         centred = _centred(K, causal)
         for places, keys in _blocks(Q.shape[2], K.shape[1], causal):
-            weights = _weights(
-                Q[:, :, places].flatten(1, 2), centred[:, :keys], places if causal else None
-            )
-            outputs[:, :, places] = torch.bmm(weights, V[:, :keys]).view(
-                outputs[:, :, places].shape
-            )
+            q = Q[:, :, places].flatten(1, 2)
+            weights = _weights(q, centred[:, :keys], places if causal else None)
+            part = outputs[:, :, places]
+            part.copy_(torch.bmm(weights, V[:, :keys]).view(part.shape))
         ctx.causal = causal
         ctx.save_for_backward(Q, K, V, outputs)
         return outputs
@@ -149,9 +147,8 @@ class _InProducts(torch.autograd.Function):
                 .sub_(read[:, :, places].flatten(1, 2)[:, :, None])
                 .mul_(weights)
             )
-            to_Q[:, :, places] = torch.bmm(to_scores, centred[:, :keys]).view(
-                to_Q[:, :, places].shape
-            )
+            part = to_Q[:, :, places]
+            part.copy_(torch.bmm(to_scores, centred[:, :keys]).view(part.shape))
             to_K[:, :keys] += torch.bmm(q.mT, to_scores).mT
         return to_Q, to_K.to(K.dtype), to_V.to(V.dtype), None
 
@@ -181,9 +178,8 @@ def _weights(q: Tensor, K: Tensor, places: slice | None) -> Tensor:
 
 def _blocks(T: int, S: int, causal: bool) -> list[tuple[slice, int]]:
     """Return the places of each block of T queries, and how many of S keys it reads."""
-    places = [
-        slice(start, min(start + QUERIES_AT_A_TIME, T)) for start in range(0, T, QUERIES_AT_A_TIME)
-    ]
+    starts = range(0, T, QUERIES_AT_A_TIME)
+    places = [slice(start, min(start + QUERIES_AT_A_TIME, T)) for start in starts]
     return [(part, part.stop if causal else S) for part in places]
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ray_surgeon.models.hooks import SharedInput
 from ray_surgeon.models.runner import BlockRunner, Call
-from ray_surgeon.models.shard import ModelShard, SharedInput
+from ray_surgeon.models.shard import ModelShard
 
 
 class BlockByBlock:

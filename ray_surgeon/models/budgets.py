@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from ray_surgeon.models.groups import GroupSet
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.pruned_config import kv_heads_left
 
@@ -51,23 +52,18 @@ class Budget:
 
         They stay in every block and expert, and so many experts do.
         """
-        left = [
-            (kind, number)
-            for kind, number in fewest.items()
-            if kind != "experts"
-            for _ in range(self.num_consumers[kind])
-        ]
-        if "experts" in fewest:
-            gone = (
-                self.num_consumers["expert_channels"]
-                // self.num_experts
-                * (self.num_experts - fewest["experts"])
-            )
-            number = fewest.get("expert_channels", len(self.by_left["expert_channels"]) - 1)
-            left = [entry for entry in left if entry[0] != "expert_channels"] + [
-                ("expert_channels", 0)
-            ] * gone
-            left += [("expert_channels", number)] * (self.num_consumers["expert_channels"] - gone)
+        sizes = dict(fewest)
+        gone = 0  # experts of the whole model
+        if "experts" in sizes:
+            num_left = sizes.pop("experts")
+            of_block = self.num_consumers["expert_channels"] // self.num_experts
+            gone = of_block * (self.num_experts - num_left)
+            all_channels = len(self.by_left["expert_channels"]) - 1
+            sizes["expert_channels"] = sizes.pop("expert_channels", all_channels)
+        left = [("expert_channels", 0)] * gone
+        for kind, number in sizes.items():
+            num_gone = gone if kind == "expert_channels" else 0
+            left += [(kind, number)] * (self.num_consumers[kind] - num_gone)
         return self.of(left)
 
     def size(self, kind: str) -> float:
@@ -92,44 +88,39 @@ def fewest_left(
         tensor_parallel: see `kv_heads_left`.
         uniform: whether plain classes must be able to hold the result.
     """
-    in_all = _group_numbers(layout)
+    in_all = {groups.kind: len(groups.columns) for groups in reversed(layout.group_sets)}
     sparse = layout.family.sparse
-    has_groups = (
-        sparse is not None
-        and sparse.num_groups is not None
-        and getattr(layout.config, sparse.num_groups, None)
-    )
-    grouped = 2 if has_groups else 1  # a router with groups takes the best two of a group
+    field = "" if sparse is None or sparse.num_groups is None else sparse.num_groups
+    # a router with groups takes the best two of a group
+    num_chosen = max(layout.num_active_experts, 2 if getattr(layout.config, field, None) else 1)
     fewest = {
-        kind: max(layout.num_active_experts, grouped)
-        if kind == "experts"
-        else min(least[kind], in_all[kind])
-        for kind in kinds
+        kind: num_chosen if kind == "experts" else min(least[kind], in_all[kind]) for kind in kinds
     }
     if "attention" in fewest:
-        fewest["attention"] = min(
-            k
-            for k in kv_heads_left(layout, tensor_parallel, uniform=uniform)
-            if k >= fewest["attention"]
-        )
+        possible = kv_heads_left(layout, tensor_parallel, uniform=uniform)
+        fewest["attention"] = min(k for k in possible if k >= fewest["attention"])
     return fewest
 
 
 def linears_budget(layout: ModelLayout) -> Budget:
     """Return the parameters of the blocks' linears, of which sparsity is a fraction."""
-    return _additive(layout, "parameters of the linears", float(layout.linear_size), {})
+    return _additive(layout, "parameters of the linears", layout.linear_size, _parameters)
 
 
 def parameters_budget(layout: ModelLayout) -> Budget:
     """Return the parameters of the whole model, tied ones once."""
-    return _additive(layout, "parameters", float(layout.num_parameters), {})
+    return _additive(layout, "parameters", layout.num_parameters, _parameters)
 
 
 def bytes_budget(layout: ModelLayout, bytes_each: int) -> Budget:
     """Return the bytes of the whole model's weights."""
     return _additive(
-        layout, "bytes", float(layout.num_parameters) * bytes_each, {}, per_parameter=bytes_each
+        layout, "bytes", layout.num_parameters * bytes_each, lambda g: bytes_each * g.num_parameters
     )
+
+
+def _parameters(groups: GroupSet) -> float:
+    return groups.num_parameters
 
 
 def flops_budget(layout: ModelLayout, prompt_length: int) -> Budget:
@@ -159,41 +150,25 @@ def flops_budget(layout: ModelLayout, prompt_length: int) -> Budget:
         2 * narrow * config.hidden_size if narrow != config.hidden_size else 0
     )
     dense = 2.0 * (weights + ends) + layout.num_blocks * scores
-    return _additive(
-        layout,
-        "flops",
-        dense,
-        {"attention": scores / heads.num_kv},
-        {"expert_channels": 2 * active},
-        per_parameter=2,
-    )
 
+    def of_group(groups: GroupSet) -> float:
+        if groups.kind == "expert_channels":
+            return 2 * active * groups.num_parameters
+        own = 2 * groups.num_parameters
+        return own + scores / heads.num_kv if groups.kind == "attention" else own
 
-def _group_numbers(layout: ModelLayout) -> dict[str, int]:
-    return {groups.kind: len(groups.columns) for groups in reversed(layout.group_sets)}
+    return _additive(layout, "flops", dense, of_group)
 
 
 def _additive(
-    layout: ModelLayout,
-    unit: str,
-    dense: float,
-    besides: Mapping[str, float],
-    each: Mapping[str, float] | None = None,
-    *,
-    per_parameter: float = 1,
+    layout: ModelLayout, unit: str, dense: float, of_group: Callable[[GroupSet], float]
 ) -> Budget:
-    """What every group needs of a budget, and what is needed beside groups.
-
-    A group needs `per_parameter`, or what `each` says of its kind, for each parameter. `besides` is
-    by kind.
-    """
+    """Return a budget from the need of the dense model, and of one group of each set."""
     by_left = dict[str, tuple[float, ...]]()
     num_consumers = Counter(groups.kind for groups in layout.group_sets)
     for groups in layout.group_sets:
         if groups.kind not in by_left:
-            size = (each or {}).get(
-                groups.kind, per_parameter
-            ) * groups.num_parameters + besides.get(groups.kind, 0.0)
+            size = float(of_group(groups))
             by_left[groups.kind] = tuple(size * number for number in range(len(groups.columns) + 1))
-    fixed = dense - sum(num_consumers[kind] * table[-1] for kind, table in by_left.items())
+    fixed = float(dense) - sum(num_consumers[kind] * table[-1] for kind, table in by_left.items())
     return Budget(unit, fixed, by_left, num_consumers, layout.num_experts)

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from ray_surgeon.models.experts import split_experts
 from ray_surgeon.models.families import Family, family_of
 
 _MAKES_EMPTY = threading.Lock()
@@ -136,10 +135,11 @@ def build_blocks(config: PretrainedConfig, blocks: BlockRange, dtype: torch.dtyp
     base = model.get_submodule(family.base)
     all_blocks = base.get_submodule(family.blocks)
     assert isinstance(all_blocks, nn.ModuleList)
-    setattr(base, family.blocks, nn.ModuleList(list(all_blocks)[blocks.first : blocks.last]))
+    own_blocks = all_blocks[blocks.first : blocks.last]
+    setattr(base, family.blocks, own_blocks)
     if family.sparse is not None:
-        for block in list(all_blocks)[blocks.first : blocks.last]:
-            split_experts(block, family.sparse)
+        for block in own_blocks:
+            family.sparse.split(block)
     # forward looks kinds of attention up by the place in the list it has
     if getattr(config, "layer_types", None):
         base.config = copy.copy(base.config)

@@ -41,12 +41,10 @@ def check_finite(name: str, value: Tensor) -> None:
     Raises:
         BadWeightsError: names the tensor.
     """
-    flat = value.flatten()
     # the test takes more than twice the bytes of what is tested
-    firsts = range(0, len(flat), _ENTRIES_AT_A_TIME)
-    parts = [flat[first : first + _ENTRIES_AT_A_TIME] for first in firsts]
-    if not all(bool(torch.isfinite(part).all()) for part in parts):
-        count = sum(int((~torch.isfinite(part)).sum()) for part in parts)
+    parts = torch.split(value.flatten(), _ENTRIES_AT_A_TIME)
+    count = value.numel() - sum(int(torch.isfinite(part).count_nonzero()) for part in parts)
+    if count:
         raise BadWeightsError(
             f"model.source: {name} has {count} NaN or infinite weights; fetch it again"
         )
@@ -112,17 +110,16 @@ def find_stored(layout: ModelLayout, name: str, keys: Container[str]) -> StoredT
     """
     part = part_of_stack(layout.family, name)
     plain = (name, layout.tied.get(name, name))  # as a model in memory has them
-    candidates = (
-        [part.whole]
-        if part is not None
-        else [*(stored_name(layout.family, n) for n in plain), *plain]
-    )
+    candidates = [*(stored_name(layout.family, n) for n in plain), *plain]
+    if part is not None:
+        candidates = [part.whole]
     candidates += [c.removeprefix("model.").removeprefix("transformer.") for c in candidates]
     for candidate in candidates:
         if candidate in keys:
             return StoredTensor((candidate,), part)
-        if part is not None and candidate + _BLOCKS in keys and candidate + _SCALES in keys:
-            return StoredTensor((candidate + _BLOCKS, candidate + _SCALES), part)
+        packed = (candidate + _BLOCKS, candidate + _SCALES)
+        if part is not None and all(key in keys for key in packed):
+            return StoredTensor(packed, part)
     return None
 
 
@@ -174,23 +171,20 @@ def check_checkpoint(
         if stored is None:
             missing.append(name)
             continue
-        num_experts = shapes[stored.keys[0]][0] if stored.part is not None else layout.num_experts
-        if stored.shape(shapes) != shape or num_experts != layout.num_experts:
-            of_all = f"{num_experts} times " if stored.part is not None else ""
-            expected = f"{layout.num_experts} times " if stored.part is not None else ""
-            wrong.append(
-                f"{stored.keys[0]} is {of_all}{stored.shape(shapes)}, expected {expected}{shape}"
-            )
-    if missing or wrong:
-        details = (
-            [
-                f"{len(missing)} missing "
-                f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''})"
-            ]
-            if missing
-            else []
-        )
-        details += [f"{len(wrong)} of another shape ({'; '.join(wrong[:3])})"] if wrong else []
+        is_part = stored.part is not None
+        num_stored = shapes[stored.keys[0]][0] if is_part else layout.num_experts
+        present = (num_stored, stored.shape(shapes))
+        expected = (layout.num_experts, shape)
+        if present != expected:
+            texts = [f"{n} times {s}" if is_part else str(s) for n, s in (present, expected)]
+            wrong.append(f"{stored.keys[0]} is {texts[0]}, expected {texts[1]}")
+    details = []
+    if missing:
+        further = ", ..." if len(missing) > 3 else ""
+        details.append(f"{len(missing)} missing ({', '.join(missing[:3])}{further})")
+    if wrong:
+        details.append(f"{len(wrong)} of another shape ({'; '.join(wrong[:3])})")
+    if details:
         raise ValueError(
             f"model.source: {where} does not fit its config.json: {'; '.join(details)}. Give a "
             "complete checkpoint"
@@ -212,25 +206,17 @@ def check_tied(layout: ModelLayout, keys: Container[str], read: ReadStored, wher
         ValueError: says what to change.
     """
     for head, embedding in layout.tied.items():
-        (key, *_), (tied_to, *_) = (
-            stored.keys
-            for name in (head, embedding)
-            if (stored := find_stored(layout, name, keys)) is not None
-        )
+        stored = [find_stored(layout, name, keys) for name in (head, embedding)]
+        key, tied_to = (tensor.keys[0] for tensor in stored if tensor is not None)
         num_rows = layout.parameters[embedding][0]
-        pairs = (
-            (read(key, row).float(), read(tied_to, row).float())
-            for row in (0, num_rows // 2, num_rows - 1)
-        )
-        if key != tied_to and not all(
-            torch.equal(head_row.nan_to_num(), embedding_row.nan_to_num())
-            for head_row, embedding_row in pairs
-        ):
-            raise ValueError(
-                f"model.source: the configuration of {where} ties the head to the embedding, but "
-                f"{key} is another one than {tied_to}; set tie_word_embeddings to false, or remove "
-                f"{key}"
-            )
+        for row in (0, num_rows // 2, num_rows - 1) if key != tied_to else ():
+            of_head, of_embedding = (read(k, row).float().nan_to_num() for k in (key, tied_to))
+            if not torch.equal(of_head, of_embedding):
+                raise ValueError(
+                    f"model.source: the configuration of {where} ties the head to the embedding, "
+                    f"but {key} is another one than {tied_to}; set tie_word_embeddings to false, "
+                    f"or remove {key}"
+                )
 
 
 class Stack:
@@ -242,17 +228,11 @@ class Stack:
     def __init__(self, num_experts: int) -> None:
         """Start empty; so many experts are put together."""
         self._num_experts = num_experts
-        self._whole: Tensor | None = None
+        self.tensor = torch.empty(0)  # what was put together
 
     def put(self, part: ExpertTensor, place: int, tensor: Tensor) -> None:
         """Put a linear's weight [R, C] or bias [R] at a place among the experts."""
-        if self._whole is None:
+        if not self.tensor.numel():
             num_outputs = len(tensor) * (part.every.step or 1)
-            self._whole = tensor.new_empty(self._num_experts, *tensor.shape[1:], num_outputs)
-        self._whole[place, ..., part.every] = tensor.t()
-
-    @property
-    def tensor(self) -> Tensor:
-        """What was put together."""
-        assert self._whole is not None
-        return self._whole
+            self.tensor = tensor.new_empty(self._num_experts, *tensor.shape[1:], num_outputs)
+        self.tensor[place, ..., part.every] = tensor.t()

@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from ray_surgeon.maths.masks import StructuredMask
-from ray_surgeon.models.layout import GroupSet, ModelLayout
+from ray_surgeon.models.groups import GroupSet
+from ray_surgeon.models.layout import ModelLayout
 
 _KEEP_ZERO = (
     "silu",
@@ -51,8 +52,11 @@ def propagate(
             sparse = layout.family.sparse
             zeroing = None if sparse is None or groups.kind == "ffn" else sparse.zeroing
             _propagate_in_ffn(groups, rows, columns, zeroing)
-    propagated = {name: StructuredMask(rows[name], columns[name]) for name in masks}
-    return {name: mask for name, mask in propagated.items() if _differs(mask, masks[name])}
+    return {
+        name: StructuredMask(rows[name], columns[name])
+        for name, mask in masks.items()
+        if not (torch.equal(rows[name], mask.rows) and torch.equal(columns[name], mask.columns))
+    }
 
 
 def shrinkable(masks: Mapping[str, StructuredMask], sets: Sequence[GroupSet]) -> int:
@@ -64,10 +68,6 @@ def shrinkable(masks: Mapping[str, StructuredMask], sets: Sequence[GroupSet]) ->
         int((~masks[g.consumer].columns[g.columns].any(dim=1)).sum()) * g.num_parameters
         for g in sets
     )
-
-
-def _differs(before: StructuredMask, after: StructuredMask) -> bool:
-    return not (torch.equal(before.rows, after.rows) and torch.equal(before.columns, after.columns))
 
 
 def _propagate_in_ffn(
@@ -111,11 +111,7 @@ def _propagate_in_attention(
             keys & _rotated(queries, layout.config).any(dim=1, keepdim=True),
         )
     columns[groups.consumer][groups.columns.flatten()] = read.flatten()
-    for name, places, alive in (
-        (query, query_rows, queries),
-        (key, key_rows, keys),
-        (value, value_rows, values),
-    ):
+    for (name, places), alive in zip(groups.producers, (queries, keys, values), strict=True):
         rows[name][places.flatten()] = alive.flatten()
 
 
@@ -126,13 +122,7 @@ def _rotated(alive: Tensor, config: PretrainedConfig) -> Tensor:
     """
     head_dim = alive.shape[-1]
     parameters = getattr(config, "rope_parameters", None) or {}
-    rotated = int(
-        head_dim
-        * (
-            parameters.get("partial_rotary_factor")
-            or getattr(config, "partial_rotary_factor", None)
-            or 1.0
-        )
-    )
+    of_config = getattr(config, "partial_rotary_factor", None)
+    rotated = int(head_dim * (parameters.get("partial_rotary_factor") or of_config or 1.0))
     halves = alive[..., :rotated].reshape(*alive.shape[:-1], 2, rotated // 2).any(dim=-2)
     return torch.cat([halves, halves, alive[..., rotated:]], dim=-1)

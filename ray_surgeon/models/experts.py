@@ -89,10 +89,28 @@ class SparseLayer:
         number, linear, kind = rest.split(".")
         return ExpertTensor(layer + inside[:-1], int(number), linear, kind)
 
-    def layers_in(self, names: Collection[str]) -> list[str]:
-        """Return which of the modules of a block are shared experts and experts, these last."""
-        experts = [name for name in names if name.rpartition(".")[0] == self.experts]
-        return [name for name in names if name == self.shared] + experts
+    def layers_in(self, names: Collection[str]) -> dict[str, str]:
+        """Return the shared experts and then the experts among the modules of a block.
+
+        Each comes with the kind of groups that its channels are.
+        """
+        shared = {name: "shared_experts" for name in names if name == self.shared}
+        experts = (name for name in names if name.rpartition(".")[0] == self.experts)
+        return shared | dict.fromkeys(experts, "expert_channels")
+
+    def split(self, block: nn.Module) -> None:
+        """Replace the experts of a block, if it has any, by linears."""
+        owner, _, name = self.experts.rpartition(".")
+        layer = block.get_submodule(owner)
+        whole: Any = getattr(layer, name, None)
+        if whole is None:
+            return
+        like = whole.down_proj
+        combine = _combine(whole, self)
+        bias = hasattr(whole, "down_proj_bias")
+        num_experts, width, hidden = like.shape if self.stacked else like.mT.shape
+        experts = [Expert(width, hidden, combine, like, bias=bias) for _ in range(num_experts)]
+        setattr(layer, name, ExpertLinears(experts))
 
 
 def part_of_stack(family: Family, name: str) -> ExpertTensor | None:
@@ -201,8 +219,7 @@ class Router:
     def __init__(self, module: nn.Module) -> None:
         """Take the router, whose calls come here from now on."""
         self.module = module
-        self.num_experts = int(module.num_experts)  # type: ignore[arg-type]
-        self.kept = torch.ones(self.num_experts, dtype=torch.bool)
+        self.kept = torch.ones(int(module.num_experts), dtype=torch.bool)  # type: ignore[arg-type]
         module.forward = self
 
     def __call__(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -257,21 +274,6 @@ class Mixture:
         return int(self.router.kept.sum()) > self.num_chosen
 
 
-def split_experts(block: nn.Module, sparse: SparseLayer) -> None:
-    """Replace the experts of a block, if it has any, by linears."""
-    owner, _, name = sparse.experts.rpartition(".")
-    layer = block.get_submodule(owner)
-    whole: Any = getattr(layer, name, None)
-    if whole is None:
-        return
-    like = whole.down_proj
-    combine = _combine(whole, sparse)
-    bias = hasattr(whole, "down_proj_bias")
-    num_experts, width, hidden = like.shape if sparse.stacked else like.mT.shape
-    experts = [Expert(width, hidden, combine, like, bias=bias) for _ in range(num_experts)]
-    setattr(layer, name, ExpertLinears(experts))
-
-
 def _combine(whole: nn.Module, sparse: SparseLayer) -> Combine:
     """Return what a family's own experts do with the outputs of gate and up."""
     if not sparse.stacked:
@@ -282,13 +284,13 @@ def _combine(whole: nn.Module, sparse: SparseLayer) -> Combine:
     return lambda gate, up: settings._apply_gate(torch.stack([gate, up], dim=-1).flatten(-2))
 
 
-def mixture_of(block: nn.Module, sparse: SparseLayer) -> Mixture | None:
+def mixture_of(block: nn.Module, sparse: SparseLayer | None) -> Mixture | None:
     """Return the mixture of a block whose experts are linears; None if it has none.
 
     Once a block.
     """
-    experts = dict(block.named_modules()).get(sparse.experts)
-    if experts is None:
+    experts = dict(block.named_modules()).get("" if sparse is None else sparse.experts)
+    if sparse is None or experts is None:
         return None
     assert isinstance(experts, ExpertLinears)
     router = Router(block.get_submodule(sparse.router))

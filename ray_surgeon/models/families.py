@@ -55,7 +55,7 @@ class Family:
     sparse: SparseLayer | None = None  # what a mixture of experts is
     stored: tuple[tuple[str, str], ...] = ()  # (part of a name here, the same in checkpoints)
     # how the names of tensors end that are float32 whatever the model's dtype is
-    float32: tuple[str, ...] = ()
+    float32: tuple[str, ...] = ("e_score_correction_bias",)
     width_field: str = "intermediate_size"  # the feed-forward width in the configuration
     has_free_heads: bool = True  # whether heads may fill less than the hidden size
     has_any_heads: bool = True  # whether their number need not divide the hidden size
@@ -95,7 +95,6 @@ _DEEPSEEK = SparseLayer(
     num_groups="n_group",
     has_softmax=False,
 )
-_CORRECTION = "e_score_correction_bias"
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(has_any_heads=False, llama_cpp=LlamaCpp("llama", "silu", pairs_rotary=True)),
@@ -175,7 +174,7 @@ FAMILIES: dict[str, Family] = {
         per_head=("self_attn.sinks",),
         runs_attention="eager",
     ),
-    "glm4_moe": Family(norms_queries=True, sparse=_DEEPSEEK, float32=(_CORRECTION,)),
+    "glm4_moe": Family(norms_queries=True, sparse=_DEEPSEEK),
     "deepseek_v3": Family(
         attention=Coupling(
             "self_attn.o_proj",
@@ -185,7 +184,6 @@ FAMILIES: dict[str, Family] = {
         prunes_heads=False,
         has_any_heads=False,
         sparse=_DEEPSEEK,
-        float32=(_CORRECTION,),
     ),
 }
 

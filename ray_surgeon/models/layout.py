@@ -14,12 +14,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PretrainedConfig
 
 from ray_surgeon.models.build import BlockRange, build_blocks, shared_inputs_of
 from ray_surgeon.models.families import Family, family_of
-from ray_surgeon.models.linears import Coupling, as_linear, num_inputs, num_outputs
+from ray_surgeon.models.groups import GroupSet, groups_of
+from ray_surgeon.models.linears import as_linear, num_inputs, num_outputs
 
 GROUP_KINDS = ("attention", "ffn", "shared_experts", "expert_channels", "experts")
 """Kinds of what may be pruned whole.
@@ -68,19 +69,6 @@ class Heads:
     def n_rep(self) -> int:
         """Query heads of one KV head."""
         return self.num_query // self.num_kv
-
-
-@dataclass(frozen=True)
-class GroupSet:
-    """All coupled groups of one kind in one block (docs/method.md, section 8)."""
-
-    kind: str  # one of `GROUP_KINDS` but experts
-    block: int  # its number
-    consumer: str  # global name of the linear whose columns decide
-    columns: Tensor  # [num_groups, width] columns of the consumer
-    # (global name of a linear, [num_groups, rows] its rows that are pruned with each group)
-    producers: tuple[tuple[str, Tensor], ...]
-    num_parameters: int  # of one group, biases included
 
 
 @dataclass(frozen=True)
@@ -218,25 +206,17 @@ class ModelLayout:
 
     @functools.cached_property
     def group_sets(self) -> tuple[GroupSet, ...]:
-        """Coupled groups of every block.
-
-        These are of attention, of the feed-forward layer or the shared experts, and of every
-        expert.
-        """
-        return tuple(
-            groups for block in range(self.num_blocks) for groups in self._groups_of(block)
-        )
+        """Coupled groups of every block: those of attention, then of feed-forward layers."""
+        return tuple(g for block in range(self.num_blocks) for g in groups_of(self, block))
 
     @functools.cached_property
     def expert_sets(self) -> tuple[ExpertSet, ...]:
         """The experts of every block that has some."""
-        if self.family.sparse is None:
-            return ()
         sets = []
         shapes = (shape for shape in self.linears if shape.expert is not None)
         for block, of_block in itertools.groupby(shapes, key=lambda shape: shape.block):
             experts = [list(e) for _, e in itertools.groupby(of_block, key=lambda s: s.expert)]
-            name = self.family.block_prefix(block) + self.family.sparse.experts
+            name = experts[0][0].name.rsplit(".", 2)[0]
             linears = tuple(tuple(shape.name for shape in expert) for expert in experts)
             size = sum(shape.size for shape in experts[0])  # as large as the others
             sets.append(ExpertSet(block, name, linears, size))
@@ -259,60 +239,6 @@ class ModelLayout:
         """The kinds of groups that this model has."""
         present = {*(g.kind for g in self.group_sets), *(e.kind for e in self.expert_sets)}
         return tuple(kind for kind in GROUP_KINDS if kind in present)
-
-    def _groups_of(self, block: int) -> Iterator[GroupSet]:
-        prefix = self.family.block_prefix(block)
-        if self.family.prunes_heads:
-            yield self._attention_groups(block, prefix)
-        layers = [("ffn", prefix, self.family.ffn)]
-        if (sparse := self.family.sparse) is not None:
-            experts = (f"{prefix}{sparse.experts}.{number}." for number in range(self.num_experts))
-            layers.append(("shared_experts", f"{prefix}{sparse.shared}.", sparse.linears))
-            layers += [("expert_channels", expert, sparse.linears) for expert in experts]
-        for kind, inside, ffn in layers:
-            if inside + ffn.consumer in self.shapes:
-                yield self._channels(kind, block, inside, ffn)
-
-    def _attention_groups(self, block: int, prefix: str) -> GroupSet:
-        attention = self.family.attention
-        heads = self.heads
-        queries = torch.arange(heads.num_query * heads.head_dim).view(heads.num_kv, -1)
-        keys = torch.arange(heads.num_kv * heads.head_dim).view(heads.num_kv, -1)
-        values = keys
-        if attention.num_parts > 1:
-            keys = keys + queries.numel()
-            values = keys + keys.numel()
-        names = [prefix + name for name, _ in attention.parts]
-        producers = tuple(zip(names, (queries, keys, values), strict=True))
-        return self._group_set("attention", block, prefix + attention.consumer, queries, producers)
-
-    def _channels(self, kind: str, block: int, inside: str, ffn: Coupling) -> GroupSet:
-        """Return the channels of a feed-forward layer, which lies `inside` of something."""
-        consumer = self.shapes[inside + ffn.consumer]
-        num = consumer.num_columns - consumer.has_bias
-        producers = tuple((inside + name, _places(part * num, num)) for name, part in ffn.parts)
-        return self._group_set(kind, block, consumer.name, _places(0, num), producers)
-
-    def _group_set(
-        self,
-        kind: str,
-        block: int,
-        consumer: str,
-        columns: Tensor,
-        producers: tuple[tuple[str, Tensor], ...],
-    ) -> GroupSet:
-        size = columns.shape[1] * self.shapes[consumer].num_rows
-        size += sum(rows.shape[1] * self.shapes[name].num_columns for name, rows in producers)
-        return GroupSet(kind, block, consumer, columns, producers, size)
-
-
-@functools.cache
-def _places(first: int, count: int) -> Tensor:
-    """Return the numbers of channels, [count, 1].
-
-    Layers of one width, which may be many, share one tensor, also where a layout travels.
-    """
-    return torch.arange(first, first + count, device="cpu")[:, None]
 
 
 def _linears(family: Family, model: nn.Module) -> Iterator[LinearShape]:

@@ -47,7 +47,6 @@ def architecture_of(layout: ModelLayout, widths: Sequence[BlockWidths]) -> Llama
 def _misread(layout: ModelLayout, known: LlamaCpp, widths: Sequence[BlockWidths]) -> Iterator[str]:
     """Yield what llama.cpp would misread, and what to do."""
     config = layout.config
-    heads = layout.heads
     if layout.activation != known.activation:
         yield (
             f"llama.cpp's {known.name} has the activation {known.activation}, the model "
@@ -77,8 +76,16 @@ def _misread(layout: ModelLayout, known: LlamaCpp, widths: Sequence[BlockWidths]
             f"rotary embeddings {json.dumps(dict(rope_of(config)))} are not written for "
             f"{known.name}; {_OTHERWISE}"
         )
+    yield from _misread_widths(layout, known, widths)
+
+
+def _misread_widths(
+    layout: ModelLayout, known: LlamaCpp, widths: Sequence[BlockWidths]
+) -> Iterator[str]:
+    heads = layout.heads
+    hidden = layout.config.hidden_size
     sizes = {width.num_kv_heads * heads.n_rep * heads.head_dim for width in widths}
-    if not known.has_free_heads and sizes != {config.hidden_size}:
+    if not known.has_free_heads and sizes != {hidden}:
         yield (
             f"llama.cpp's {known.name} wants heads that fill the hidden size; set pruning.groups: "
             "[ffn]"
@@ -87,7 +94,7 @@ def _misread(layout: ModelLayout, known: LlamaCpp, widths: Sequence[BlockWidths]
         return
     if known.name != "llama":
         yield (
-            f"blocks of {config.model_type} that differ in width have no place there; set "
+            f"blocks of {layout.config.model_type} that differ in width have no place there; set "
             "pruning.allocation: uniform"
         )
     if any(not width.num_kv_heads or not width.num_channels for width in widths):

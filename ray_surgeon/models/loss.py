@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,12 +49,13 @@ def perplexity_of(mean: float) -> float:
     return math.exp(mean) if mean < 700 else math.inf
 
 
+@torch.no_grad()
 def next_token_loss(
     hidden: Tensor,
     head_weight: Tensor,
     tokens: Tensor,
     *,
-    with_gradient: bool,
+    with_gradient: bool = False,
     generator: torch.Generator | None = None,
     counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
@@ -86,25 +87,20 @@ def next_token_loss(
     if generator is not None:
         of_all = torch.rand(tokens[:, 1:].numel(), generator=generator).to(hidden.device)
         chances = of_all if places is None else of_all[places]
-    for part in _slices(0, len(labels), TOKENS_PER_SLICE):
-        logits = product(flat[part], head_weight.T)
-        for span, rows in _in_cache(part, logits.device):
-            wide = logits[rows].float()
-            nll[span] = (
-                torch.logsumexp(wide, dim=-1).double()
-                - wide.gather(1, labels[span, None])[:, 0].double()
-            )
-            if flat_gradient is not None:
-                probabilities = torch.softmax(wide, dim=-1)
-                targets = (
-                    labels[span, None] if chances is None else _drawn(probabilities, chances[span])
-                )
-                logits[rows] = probabilities.scatter_add_(
-                    1, targets, torch.full_like(targets, -1, dtype=probabilities.dtype)
-                )
-        if flat_gradient is not None:
-            flat_gradient[part] = product(logits, head_weight)
-        del logits  # before the next slice's are made
+
+    def work(span: slice, logits: Tensor) -> None:
+        wide = logits.float()
+        own = wide.gather(1, labels[span, None])[:, 0]
+        nll[span] = torch.logsumexp(wide, dim=-1).double() - own.double()
+        if with_gradient:
+            probabilities = torch.softmax(wide, dim=-1)
+            targets = labels[span, None]
+            if chances is not None:
+                targets = _drawn(probabilities, chances[span])
+            minus = torch.full_like(targets, -1, dtype=probabilities.dtype)
+            logits.copy_(probabilities.scatter_add_(1, targets, minus))
+
+    _in_parts([flat], head_weight, work, flat_gradient)
     gradient = None if flat_gradient is None else _gradient(flat_gradient, places, hidden)
     return _sums(nll, places, tokens), gradient
 
@@ -119,11 +115,11 @@ class Comparison:
     # [num_sequences, T, d] of the summed divergence with respect to the hidden states
     gradient: Tensor | None
     acceptance: Tensor | None = None  # [num_sequences] float64, ``sum_v min(p_v, q_v)``
-    agreement: Tensor | None = (
-        None  # [num_sequences] float64, 1 where both models have the same most likely token
-    )
+    # [num_sequences] float64, 1 where both models have the same most likely token
+    agreement: Tensor | None = None
 
 
+@torch.no_grad()
 def compare_with_dense(
     hidden: Tensor,
     dense: Tensor,
@@ -152,44 +148,33 @@ def compare_with_dense(
     flat = _chosen(hidden[:, :-1], places)
     target = _chosen(dense[:, :-1], places)
     labels = _chosen(tokens[:, 1:, None], places)[:, 0]
-    divergence, nll = (
-        torch.empty(len(flat), dtype=torch.float64, device=hidden.device) for _ in range(2)
-    )
-    acceptance = torch.empty_like(nll) if with_acceptance else None
-    agreement = torch.empty_like(nll) if with_acceptance else None
+    names = ("divergence", "nll", *(("acceptance", "agreement") if with_acceptance else ()))
+    sums = {n: torch.empty(len(flat), dtype=torch.float64, device=hidden.device) for n in names}
     flat_gradient = torch.empty_like(flat) if with_gradient else None
-    for part in _slices(0, len(flat), TOKENS_PER_SLICE):
-        logits, wanted = (
-            product(states[part].to(hidden.dtype), head_weight.T) for states in (flat, target)
+
+    def work(span: slice, logits: Tensor, wanted: Tensor) -> None:
+        log_q, log_p = (
+            torch.log_softmax(part, dim=-1, dtype=torch.float32) for part in (logits, wanted)
         )
-        for span, rows in _in_cache(part, logits.device):
-            log_q, log_p = (
-                torch.log_softmax(of[rows], dim=-1, dtype=torch.float32) for of in (logits, wanted)
-            )
-            p = log_p.exp()
-            nll[span] = -log_q.gather(1, labels[span, None])[:, 0].double()
-            if acceptance is not None and agreement is not None:
-                # twice the total variation
-                distance = log_q.exp().sub_(p).abs_().sum(dim=-1).double()
-                acceptance[span] = 1 - distance / 2
-                agreement[span] = (
-                    logits[rows].argmax(dim=-1) == wanted[rows].argmax(dim=-1)
-                ).double()
-            divergence[span] = log_p.sub_(log_q).mul_(p).sum(dim=-1).double()
-            if flat_gradient is not None:
-                logits[rows] = log_q.exp_().sub_(p)
-        if flat_gradient is not None:
-            flat_gradient[part] = product(logits, head_weight)
-        del logits, wanted  # before the next slice's are made
+        p = log_p.exp()
+        sums["nll"][span] = -log_q.gather(1, labels[span, None])[:, 0].double()
+        if with_acceptance:
+            # twice the total variation
+            distance = log_q.exp().sub_(p).abs_().sum(dim=-1).double()
+            sums["acceptance"][span] = 1 - distance / 2
+            sums["agreement"][span] = (logits.argmax(dim=-1) == wanted.argmax(dim=-1)).double()
+        sums["divergence"][span] = log_p.sub_(log_q).mul_(p).sum(dim=-1).double()
+        if with_gradient:
+            logits.copy_(log_q.exp_().sub_(p))
+
+    _in_parts([flat, target], head_weight, work, flat_gradient)
     return Comparison(
-        divergence=_sums(divergence, places, tokens),
-        nll=_sums(nll, places, tokens),
         gradient=None if flat_gradient is None else _gradient(flat_gradient, places, hidden),
-        acceptance=None if acceptance is None else _sums(acceptance, places, tokens),
-        agreement=None if agreement is None else _sums(agreement, places, tokens),
+        **{name: _sums(values, places, tokens) for name, values in sums.items()},
     )
 
 
+@torch.no_grad()
 def next_tokens(hidden: Tensor, head_weight: Tensor, chances: Tensor, temperature: float) -> Tensor:
     """Draw a next token for every sequence.
 
@@ -246,19 +231,31 @@ def _gradient(flat: Tensor, places: Tensor | None, hidden: Tensor) -> Tensor:
     return gradient
 
 
-def _slices(start: int, stop: int, size: int) -> Iterator[slice]:
-    return (slice(first, min(first + size, stop)) for first in range(start, stop, size))
+def _in_parts(
+    states: Sequence[Tensor],
+    head_weight: Tensor,
+    work: Callable[..., None],
+    gradient: Tensor | None,
+) -> None:
+    """Call ``work(places, logits, ...)`` on parts of the tokens that are worked on together.
 
-
-def _in_cache(part: slice, device: torch.device) -> Iterator[tuple[slice, slice]]:
-    """Yield parts of a slice that are worked on together.
-
-    Each is given as places of the text, and as places of the slice.
+    Args:
+        states: what the head reads [n, d], once for every logits [len(places), vocabulary].
+        head_weight: [vocabulary, d].
+        work: if a gradient is wanted, it leaves that at the first logits in their place.
+        gradient: [n, d], at the first states; it is filled in.
     """
-    for span in _slices(
-        part.start, part.stop, TOKENS_IN_CACHE if device.type == "cpu" else TOKENS_PER_SLICE
-    ):
-        yield (span, slice(span.start - part.start, span.stop - part.start))
+    first, *_ = states
+    for start in range(0, len(first), TOKENS_PER_SLICE):
+        part = slice(start, min(start + TOKENS_PER_SLICE, len(first)))
+        logits = [product(of_model[part].to(first.dtype), head_weight.T) for of_model in states]
+        size = TOKENS_IN_CACHE if first.device.type == "cpu" else TOKENS_PER_SLICE
+        for place in range(start, part.stop, size):
+            span = slice(place, min(place + size, part.stop))
+            work(span, *(whole[place - start : span.stop - start] for whole in logits))
+        if gradient is not None:
+            gradient[part] = product(logits[0], head_weight)
+        del logits  # before the next slice's are made
 
 
 def _drawn(probabilities: Tensor, chances: Tensor) -> Tensor:

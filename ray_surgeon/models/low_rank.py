@@ -8,6 +8,7 @@ the pruned rows of B and columns of A are left out, and for elements B A itself 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -94,16 +95,6 @@ class CorrectionState:
     mean_norms: dict[tuple[str, int], tuple[float, int]]
 
 
-def _copied(moments: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
-    return {
-        number: {
-            name: value.clone() if isinstance(value, Tensor) else value
-            for name, value in of_parameter.items()
-        }
-        for number, of_parameter in moments.items()
-    }
-
-
 class LowRankCorrections:
     """Corrections of all linears of a shard while they are trained.
 
@@ -138,15 +129,13 @@ class LowRankCorrections:
             name: LowRank(linears[name], masks[name], rank, seed_of[name], shard.device)
             for name in linears
         }
-        # owned linear -> by how much A and B change in a step of rate 1
-        self._sizes = dict[str, tuple[float, float]]()
-        groups = list[dict[str, Any]]()
-        for name in (name for name in self.parts if name in owned):
-            part = self.parts[name]
+        self._owned = {name: part for name, part in self.parts.items() if name in owned}
+        groups = list[dict[str, Any]]()  # `size`: by how much A or B changes in a step of rate 1
+        for name, part in self._owned.items():
             of_A = float(part.A.detach().square().mean().sqrt())
             of_W = float(shard.weight(name)[:, : part.A.shape[1]].square().mean().sqrt())
-            self._sizes[name] = RATE_OF_A * of_A, of_W / (of_A * rank**0.5)
-            groups += [{"params": [part.A], "lr": 0.0}, {"params": [part.B], "lr": 0.0}]
+            groups.append({"params": [part.A], "size": RATE_OF_A * of_A})
+            groups.append({"params": [part.B], "size": of_W / (of_A * rank**0.5)})
         self._optimizer = torch.optim.Adam(groups) if groups else None
         # linear and 0 for A or 1 for B -> mean norm, number of steps
         self._mean_norms = dict[tuple[str, int], tuple[float, int]]()
@@ -160,15 +149,13 @@ class LowRankCorrections:
         They are zero if nothing has passed.
         """
         part = self.parts[name]
-        for parameter in (part.A, part.B):
-            parameter.grad = (
-                torch.zeros_like(parameter)
-                if parameter.grad is None
-                else parameter.grad / num_tokens
-            )
-        assert part.A.grad is not None
-        assert part.B.grad is not None
-        return part.A.grad, part.B.grad
+        of_A, of_B = (
+            torch.zeros_like(parameter) if parameter.grad is None else parameter.grad / num_tokens
+            for parameter in (part.A, part.B)
+        )
+        part.A.grad = of_A
+        part.B.grad = of_B
+        return of_A, of_B
 
     def step(self, rate: float) -> None:
         """Make one step with the gradients of the owned linears, and forget all gradients.
@@ -177,16 +164,15 @@ class LowRankCorrections:
             rate: relative to the sizes of the weights, see above.
         """
         if self._optimizer is not None:
-            sizes = [size for name in self._sizes for size in self._sizes[name]]
-            for group, size in zip(self._optimizer.param_groups, sizes, strict=True):
-                group["lr"] = rate * size
+            for group in self._optimizer.param_groups:
+                group["lr"] = rate * group["size"]
             self._clip()
             self._optimizer.step()
         self.forget_gradients()
 
     def _clip(self) -> None:
-        for name in self._sizes:
-            for number, parameter in enumerate((self.parts[name].A, self.parts[name].B)):
+        for name, part in self._owned.items():
+            for number, parameter in enumerate((part.A, part.B)):
                 gradient = parameter.grad
                 if gradient is None:  # nothing has passed
                     continue
@@ -208,8 +194,8 @@ class LowRankCorrections:
             name: (part.A.detach().clone(), part.B.detach().clone())
             for name, part in self.parts.items()
         }
-        moments = {} if self._optimizer is None else _copied(self._optimizer.state_dict()["state"])
-        return CorrectionState(parts, moments, dict(self._mean_norms))
+        moments = {} if self._optimizer is None else self._optimizer.state_dict()["state"]
+        return CorrectionState(parts, copy.deepcopy(moments), dict(self._mean_norms))
 
     @torch.no_grad()
     def restore(self, state: CorrectionState) -> None:
@@ -220,7 +206,7 @@ class LowRankCorrections:
         if self._optimizer is not None:
             groups = self._optimizer.state_dict()["param_groups"]
             self._optimizer.load_state_dict(
-                {"state": _copied(state.moments), "param_groups": groups}
+                {"state": copy.deepcopy(state.moments), "param_groups": groups}
             )
         self._mean_norms = dict(state.mean_norms)
         self.forget_gradients()

@@ -14,7 +14,8 @@ import transformers
 from transformers import PretrainedConfig
 
 from ray_surgeon.models.experts import SparseLayer
-from ray_surgeon.models.layout import GroupSet, ModelLayout
+from ray_surgeon.models.groups import GroupSet
+from ray_surgeon.models.layout import ModelLayout
 
 Document = dict[str, Any]
 """Content of a config.json."""

@@ -7,6 +7,7 @@ Source: docs/method.md, section 10.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ray_surgeon.maths.experts import ExpertSums, add_changes, add_rises
 from ray_surgeon.models.experts import Mixture, routed
+from ray_surgeon.models.hooks import see_gradient
 
 
 @dataclass(frozen=True)
@@ -29,11 +31,9 @@ class Removals:
     changes: Tensor  # [n, d] float32
     norms: Tensor  # [n] float32 the expert's weight times the norm of its output
     output: Tensor  # [num_tokens, d] float32 of all experts together, as it is
-    rises: (
-        Tensor | None
-        # [num_tokens, num_experts] by how much the output rises, relative, for tokens that are not
-        # routed to the expert
-    )
+    # [num_tokens, num_experts] by how much the output rises, relative, for tokens that are not
+    # routed to the expert
+    rises: Tensor | None
 
 
 @torch.no_grad()
@@ -54,20 +54,13 @@ def removals(mixture: Mixture, hidden: Tensor, numbers: Tensor, weights: Tensor)
     num_experts = len(mixture.experts)
     num_tokens = len(hidden)
     whole = list(routed(numbers, num_experts))
+    without = list(_without_each(mixture, hidden, numbers, weights))
     every = torch.arange(num_tokens, device=hidden.device)
     needed = torch.zeros(num_experts, num_tokens, dtype=torch.bool, device=hidden.device)
     needed[numbers.T, every] = True
     is_routed = needed.T.clone()
-    others = []
-    for number, token, _ in whole:
-        if not mixture.can_spare_one:
-            others.append((numbers[token], weights[token]))
-            continue
-        kept = mixture.router.kept.clone()
-        kept[number] = False
-        _, new_weights, new_numbers = mixture.router.among(hidden[token], kept)
+    for (_, token, _), (new_numbers, _) in zip(whole, without, strict=True):
         needed[new_numbers.T, token] = True
-        others.append((new_numbers, new_weights))
     row = needed.flatten().cumsum(0).view(num_experts, num_tokens) - 1
     wanted = [(number, tokens) for number, tokens in enumerate(needed) if tokens.any()]
     of_experts = torch.cat(
@@ -80,19 +73,31 @@ def removals(mixture: Mixture, hidden: Tensor, numbers: Tensor, weights: Tensor)
     before = mixed(every, numbers, weights)
     changes = []
     norms = []
-    for (number, token, place), (new_numbers, new_weights) in zip(whole, others, strict=True):
-        changes.append(mixed(token, new_numbers, new_weights) - before[token])
+    for (number, token, place), chosen in zip(whole, without, strict=True):
+        changes.append(mixed(token, *chosen) - before[token])
         norms.append(of_experts[row[number, token]].norm(dim=1) * weights[token, place].float())
-    experts = torch.cat([torch.full_like(token, number) for number, token, _ in whole])
-    tokens = torch.cat([token for _, token, _ in whole])
     return Removals(
-        experts,
-        tokens,
+        torch.cat([torch.full_like(token, number) for number, token, _ in whole]),
+        torch.cat([token for _, token, _ in whole]),
         torch.cat(changes),
         torch.cat(norms),
         before,
         _rises(mixture, hidden, is_routed),
     )
+
+
+def _without_each(
+    mixture: Mixture, hidden: Tensor, numbers: Tensor, weights: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield, for each expert that has tokens, where these go without it, and with what weights."""
+    for number, token, _ in routed(numbers, len(mixture.experts)):
+        if not mixture.can_spare_one:
+            yield numbers[token], weights[token]
+            continue
+        kept = mixture.router.kept.clone()
+        kept[number] = False
+        _, new_weights, new_numbers = mixture.router.among(hidden[token], kept)
+        yield new_numbers, new_weights
 
 
 def _rises(mixture: Mixture, hidden: Tensor, is_routed: Tensor) -> Tensor | None:
@@ -126,16 +131,13 @@ def sum_removals(sums: ExpertSums, mixture: Mixture) -> list[RemovableHandle]:
         module: nn.Module, inputs: tuple[Tensor, ...], outputs: Tensor | tuple[Tensor, ...]
     ) -> None:
         effects = waiting.pop()
-        output = outputs[0] if isinstance(outputs, tuple) else outputs
 
-        def add(gradient: Tensor) -> None:
-            g = gradient.detach().flatten(0, -2)
+        def add(g: Tensor) -> None:
             add_changes(sums, effects.experts, effects.changes, g[effects.tokens])
             if effects.rises is not None:
                 add_rises(sums, effects.rises, effects.output, g)
 
-        if output.requires_grad:
-            output.register_hook(add)  # type: ignore[no-untyped-call]
+        see_gradient(outputs[0] if isinstance(outputs, tuple) else outputs, add)
 
     return [
         mixture.experts.register_forward_pre_hook(enter),

@@ -15,15 +15,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from ray_surgeon.models.build import cache_argument
+from ray_surgeon.models.cache import ShardCache
+from ray_surgeon.models.loss import compare_with_dense, next_token_loss
 from ray_surgeon.models.shard import ModelShard
-
-TOKENS_OF_ROOM = 128
-"""By which the memory for keys and values grows."""
 
 
 class _ReachedTheEndError(Exception):
@@ -65,9 +63,7 @@ class BlockRunner:
     def __init__(self, shard: ModelShard) -> None:
         """Take a shard, with or without its weights."""
         self._shard = shard
-        blocks = shard.base.get_submodule(shard.layout.family.blocks)
-        assert isinstance(blocks, nn.ModuleList)
-        self._blocks = list(blocks)
+        self._blocks = shard.block_modules
         self._waves: dict[int, _Wave] = {}
 
     @torch.no_grad()
@@ -145,7 +141,7 @@ class BlockRunner:
 
     def new_cache(self) -> DynamicCache:
         """Return an empty cache of keys and values for this shard's blocks."""
-        return _ShardCache(self._shard.base.config, self._shard.blocks.first)
+        return ShardCache(self._shard.base.config, self._shard.blocks.first)
 
     @torch.no_grad()
     def infer(self, inputs: Tensor) -> list[Tensor]:
@@ -238,18 +234,20 @@ class BlockRunner:
         """
         leaf = hidden.requires_grad_()
         output = self.leave(leaf)
+        states = output.detach()
+        head = self._shard.head_weight
         if dense is None:
-            loss, gradient = self._shard.loss(
-                output.detach(), tokens, with_gradient=True, generator=generator, counts=counts
+            loss, gradient = next_token_loss(
+                states, head, tokens, with_gradient=True, generator=generator, counts=counts
             )
         else:
-            comparison = self._shard.compare(
-                output.detach(), dense, tokens, with_gradient=True, counts=counts
+            compared = compare_with_dense(
+                states, dense, tokens, head, with_gradient=True, counts=counts
             )
-            loss = comparison.divergence
-            gradient = comparison.gradient
+            loss = compared.divergence
+            gradient = compared.gradient
         torch.autograd.backward(output, gradient)
-        return loss, _gradient(leaf), output.detach()
+        return loss, _gradient(leaf), states
 
     def _enter_all(self, inputs: Tensor) -> tuple[list[Tensor], list[Call]]:
         entered = [self.enter(sequence[None]) for sequence in inputs]
@@ -257,61 +255,6 @@ class BlockRunner:
 
     def _after(self, place: int) -> int | None:
         return place + 1 if place + 1 < len(self._blocks) else None
-
-
-class _ShardCache(DynamicCache):  # type: ignore[misc]
-    """Keys and values of a shard's blocks, which count from the first block of the model.
-
-    Where a layer keeps all tokens, there is room for more than it has: a copy of everything for
-    every token would take a third of the time.
-    """
-
-    def __init__(self, config: Any, first: int) -> None:
-        super().__init__(config=config)
-        self._first = first
-        # layer -> keys and values, [m, heads, at least as many tokens, head_dim]
-        self._rooms: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Add keys and values [m, heads, n, head_dim] of a block; see `DynamicCache`.
-
-        Returns all of them.
-        """
-        number = layer_idx - self._first
-        if type(self.layers[number]) is not DynamicLayer:
-            keys, values = super().update(key_states, value_states, number, *args, **kwargs)
-            return keys, values
-        layer = self.layers[number]
-        if not layer.is_initialized:
-            layer.lazy_initialization(key_states, value_states)
-        before = layer.get_seq_length()
-        rooms = self._rooms.get(number, (layer.keys, layer.values))
-        keys, values = (
-            _with_room(room, before, states)
-            for room, states in zip(rooms, (key_states, value_states), strict=True)
-        )
-        self._rooms[number] = keys, values
-        after = before + key_states.shape[-2]
-        layer.keys = keys[:, :, :after]
-        layer.values = values[:, :, :after]
-        return layer.keys, layer.values
-
-
-def _with_room(room: Tensor, before: int, states: Tensor) -> Tensor:
-    """Return room [m, heads, more, head_dim] with the new states written into it.
-
-    The new states are [m, heads, n, head_dim].
-    """
-    after = before + states.shape[-2]
-    if before == 0 or room.shape[-2] < after:
-        larger = states.new_empty(*states.shape[:2], after + TOKENS_OF_ROOM, states.shape[-1])
-        if before:
-            larger[:, :, :before] = room[:, :, :before]
-        room = larger
-    room[:, :, before:after] = states
-    return room
 
 
 def _gradient(leaf: Tensor) -> Tensor:

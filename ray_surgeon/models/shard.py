@@ -3,53 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import torch
-from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from ray_surgeon.maths.experts import ExpertSums, LayerMean, mean_factor, shrunk_factors
-from ray_surgeon.maths.kronecker import PackedFactors, PackedSymmetric, Term, with_ones
+from ray_surgeon.maths.kronecker import PackedFactors, PackedSymmetric, Term
 from ray_surgeon.memory.factors import FactorStore
 from ray_surgeon.memory.stores import Scratch, Stores
-from ray_surgeon.memory.weights import Read, Slot, weight_store
-from ray_surgeon.models.build import BlockRange, build_blocks, global_name, shared_inputs_of
+from ray_surgeon.memory.weights import Read, weight_store
+from ray_surgeon.models.build import BlockRange, build_blocks, global_name
 from ray_surgeon.models.checkpoint import check_finite
 from ray_surgeon.models.experts import Mixture, mixture_of
+from ray_surgeon.models.hooks import SharedInput, linears_of, shared_inputs_in
 from ray_surgeon.models.layer_inputs import LayerInputs
 from ray_surgeon.models.layout import ModelLayout
-from ray_surgeon.models.linears import LinearModule, as_linear, num_inputs, use_fast_products
-from ray_surgeon.models.loss import Comparison, compare_with_dense, next_token_loss, next_tokens
+from ray_surgeon.models.linears import LinearModule, num_inputs, use_fast_products
 from ray_surgeon.models.removals import sum_removals
-
-
-@dataclass
-class SharedInput:
-    """Linears that read the same input, and so share one A."""
-
-    names: tuple[str, ...]  # global names of the linears
-    modules: tuple[LinearModule, ...]  # the linears
-    place: int  # of their block in the shard
-    num_tokens: int = 0  # tokens in the sums
-
-    @property
-    def key_of_A(self) -> str:
-        """Under which their A is stored."""
-        return f"{self.names[0]}.A"
-
-    @staticmethod
-    def key_of_G(name: str) -> str:
-        """Under which the G of one of them is stored."""
-        return f"{name}.G"
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Under which their A and all G are stored."""
-        return (self.key_of_A, *map(self.key_of_G, self.names))
+from ray_surgeon.models.tensors import load_ends, names_of_ends, slots_of
 
 
 class ModelShard:
@@ -85,78 +58,33 @@ class ModelShard:
         self.stores = stores or Stores()
         self.model = build_blocks(layout.config, blocks, dtype)
         self.base = self.model.get_submodule(layout.family.base)
+        self.block_modules = list(self.base.get_submodule(layout.family.blocks).children())
         scratch = scratch or Scratch(None, "none", "none", "none")
-        self.weights = weight_store(self.stores.weights, self._slots(), device, scratch)
-        self._in_blocks = frozenset(self.weights.names)
+        self.weights = weight_store(self.stores.weights, slots_of(self), device, scratch)
         self.factor_store = FactorStore(self.stores.factors, device, scratch)
-        self.shared_inputs = list(self._find_shared_inputs())
-        self.linears: dict[str, LinearModule] = {
-            n: m for g in self.shared_inputs for n, m in zip(g.names, g.modules, strict=True)
-        }
+        self.shared_inputs = list(shared_inputs_in(self))
+        self.linears = linears_of(self.shared_inputs)
         self._group_of = {name: group for group in self.shared_inputs for name in group.names}
-        self.mixtures = dict(self._find_mixtures())
+        self.mixtures: dict[int, Mixture] = {}
+        for place, block in enumerate(self.block_modules):
+            if (mixture := mixture_of(block, layout.family.sparse)) is not None:
+                self.mixtures[place] = mixture
         self.expert_sums: dict[int, ExpertSums] = {}
-        self.layer_inputs: LayerInputs | None = (
-            None  # what the present pass keeps of its layers' inputs, if anything
-        )
-        for module in (
-            self.linears.values() if device.type == "cpu" and dtype == torch.float32 else ()
-        ):
-            use_fast_products(module)
+        # what the present pass keeps of its layers' inputs, if anything
+        self.layer_inputs: LayerInputs | None = None
+        if device.type == "cpu" and dtype == torch.float32:
+            for module in self.linears.values():
+                use_fast_products(module)
         self.gathering: list[SharedInput] = []
         self.terms: dict[str, list[Term]] = {}
         self._kind: str | None = None
         self._has_tokens = True  # factors are sums over tokens, of which an expert may have few
         self._layer_means: dict[tuple[int, str], LayerMean] = {}
 
-    def _slots(self) -> list[dict[str, Slot]]:
-        """Return, for each block, global name -> where a tensor belongs."""
-        saved = set(self.model.state_dict())
-        slots = []
-        for block in range(self.blocks.first, self.blocks.last):
-            prefix = self.layout.family.block_prefix(block - self.blocks.first)
-            module = self.model.get_submodule(prefix.rstrip("."))
-            inside = [n for n, _ in module.named_parameters()] + [
-                n for n, _ in module.named_buffers() if prefix + n in saved
-            ]
-            places = (
-                (self.layout.family.block_prefix(block) + n, n.rpartition(".")) for n in inside
-            )
-            slots.append(
-                {
-                    n: Slot(module.get_submodule(owner), leaf, self._dtype_of(n))
-                    for n, (owner, _, leaf) in places
-                }
-            )
-        return slots
-
-    def _dtype_of(self, name: str) -> torch.dtype:
-        return torch.float32 if name.endswith(self.layout.family.float32) else self.dtype
-
     @property
     def wanted(self) -> list[str]:
         """Global names of the tensors that `load` reads, in its order."""
-        return [*self._outside_of_blocks.values(), *self.weights.names]
-
-    @property
-    def _outside_of_blocks(self) -> dict[str, str]:
-        """Name in this shard -> global name of tensors outside of the blocks.
-
-        A head tied to an embedding that is here is left out.
-        """
-        saved_names = set(self.model.state_dict())
-        shared = self.layout.tied if self.blocks.is_first and self.blocks.is_last else {}
-        local = [n for n, _ in self.model.named_parameters()] + [
-            n for n, _ in self.model.named_buffers() if n in saved_names
-        ]
-        names = {
-            name: global_name(self.layout.family, name, self.blocks.first)
-            for name in local
-            if name not in shared
-        }
-        return {
-            name: full_name for name, full_name in names.items() if full_name not in self._in_blocks
-        }
+        return [*names_of_ends(self), *self.weights.names]
 
     def load(self, read_tensor: Read, *, stays: bool = True) -> None:
         """Load this shard's tensors, and only these.
@@ -168,50 +96,9 @@ class ModelShard:
         Raises:
             BadWeightsError: a weight is not finite.
         """
-        for local, name in self._outside_of_blocks.items():
-            value = read_tensor(name)
-            check_finite(name, value)
-            # the file's memory would stay mapped
-            own = torch.empty_like(value, dtype=self.dtype, device=self.device).copy_(value)
-            set_module_tensor_to_device(self.model, local, self.device, value=own)
-        for local, source in (
-            self.layout.tied.items() if self.blocks.is_first and self.blocks.is_last else ()
-        ):
-            owner = self.model.get_submodule(local.rpartition(".")[0])
-            # a typed attribute would not be a Parameter
-            setattr(owner, "weight", self.model.get_parameter(source))  # noqa: B010
-        for module in self.model.modules():
-            for leaf, buffer in module._buffers.items():
-                if buffer is not None and not buffer.is_meta:
-                    module._buffers[leaf] = buffer.to(self.device)
+        load_ends(self, read_tensor)
         self.model.requires_grad_(False)
         self.weights.fill(read_tensor, check_finite, stays=stays)
-
-    def _find_shared_inputs(self) -> Iterator[SharedInput]:
-        family = self.layout.family
-        for place, block in enumerate(range(self.blocks.first, self.blocks.last)):
-            local_prefix = family.block_prefix(place)
-            for group in shared_inputs_of(
-                family, self.model.get_submodule(local_prefix.rstrip("."))
-            ):
-                modules = tuple(
-                    as_linear(self.model.get_submodule(local_prefix + linear)) for linear in group
-                )
-                yield SharedInput(
-                    tuple(family.block_prefix(block) + linear for linear in group), modules, place
-                )
-
-    def _find_mixtures(self) -> Iterator[tuple[int, Mixture]]:
-        family = self.layout.family
-        for place in (
-            range(self.blocks.last - self.blocks.first) if family.sparse is not None else ()
-        ):
-            assert family.sparse is not None
-            mixture = mixture_of(
-                self.model.get_submodule(family.block_prefix(place).rstrip(".")), family.sparse
-            )
-            if mixture is not None:
-                yield place, mixture
 
     def route_around(self, block: int, kept: Tensor) -> None:
         """Let the router of a block go around the experts that are not kept, [num_experts] bool."""
@@ -241,27 +128,19 @@ class ModelShard:
         A tied head is left out: the embedding is saved once, by the first shard.
         """
         if linears_only:
-            return [
-                f"{n}.{p}"
-                for n, m in self.linears.items()
-                for p in (("weight",) if m.bias is None else ("weight", "bias"))
-            ]
-        tied = self.layout.tied
+            return [f"{n}.{p}" for n, m in self.linears.items() for p, _ in m.named_parameters()]
         names = (
             global_name(self.layout.family, name, self.blocks.first)
             for name in self.model.state_dict()
         )
-        return [name for name in names if name not in tied]
+        return [name for name in names if name not in self.layout.tied]
 
     def tensor(self, name: str) -> Tensor:
         """Return a saved tensor by its global name, where it lies."""
-        if name in self._in_blocks:
+        if self.layout.block_of(name) is not None:
             return self.weights.get(name)
-        value = self.model.state_dict()[name]
-        assert isinstance(value, Tensor)
-        return value.detach()
-
-    # Curvature
+        tensor: Tensor = self.model.state_dict()[name]
+        return tensor
 
     def start_curvature(
         self, kind: str = "kfac", *, only: frozenset[str] | None = None, experts: bool = False
@@ -309,21 +188,17 @@ class ModelShard:
         hooks = [] if self.layer_inputs is None else self.layer_inputs.watch(place)
         gathers = self._kind not in (None, "identity")
         sums = dict[str, PackedSymmetric]()
-        sums_G = self._kind != "activations" and torch.is_grad_enabled()
         if gathers and place in self.expert_sums:
             hooks += sum_removals(self.expert_sums[place], self.mixtures[place])
         for group in (group for group in self.gathering if gathers and group.place == place):
-            A = sums[group.key_of_A] = self.factor_store.on_device(
-                group.key_of_A, self.layout.shapes[group.names[0]].num_columns
-            )
-            hooks.append(
-                group.modules[0].register_forward_pre_hook(_add_inputs_to(group, A, wide=wide))
-            )
-            for name, module in zip(group.names, group.modules, strict=True) if sums_G else ():
-                G = sums[group.key_of_G(name)] = self.factor_store.on_device(
-                    group.key_of_G(name), self.layout.shapes[name].num_rows
-                )
-                hooks.append(module.register_forward_hook(_add_output_gradients_to(G)))
+            sums_G = self._kind != "activations" and torch.is_grad_enabled()
+            factors = {
+                key: self.factor_store.on_device(key, n)
+                for key, n in group.sizes.items()
+                if sums_G or key == group.key_of_A
+            }
+            hooks += group.add_to(factors, wide=wide)
+            sums |= factors
         try:
             yield
         finally:
@@ -340,39 +215,18 @@ class ModelShard:
         """Stop to gather, and set the factors that the kind does not sum."""
         assert self._kind is not None, "no curvature pass has been made"
         for group in self.gathering:
-            shapes = [self.layout.shapes[name] for name in group.names]
-            sizes = {group.key_of_A: shapes[0].num_columns} if self._kind == "identity" else {}
-            sizes |= (
-                {group.key_of_G(shape.name): shape.num_rows for shape in shapes}
-                if self._kind in ("identity", "activations")
-                else {}
-            )
-            for key, n in sizes.items():
-                total = PackedSymmetric.zeros(n, self.device)
-                total.fill_diagonal(group.num_tokens)
-                self.factor_store.put(key, total)
+            for key, n in group.sizes.items():
+                is_A = key == group.key_of_A
+                if self._kind == "identity" or (self._kind == "activations" and not is_A):
+                    total = PackedSymmetric.zeros(n, self.device)
+                    total.fill_diagonal(group.num_tokens)
+                    self.factor_store.put(key, total)
         self.stop_gathering()
 
     @property
     def gathered(self) -> dict[str, LinearModule]:
         """The linears for which the curvature pass gathers factors."""
-        return {
-            name: module
-            for group in self.gathering
-            for name, module in zip(group.names, group.modules, strict=True)
-        }
-
-    def first_not_finite(self) -> str | None:
-        """Return the first linear whose inputs in the curvature pass were not finite."""
-        keys = ((group.names[0], group.key_of_A) for group in self.gathering)
-        return next(
-            (
-                name
-                for name, key in keys
-                if key in self.factor_store and not self.factor_store.get(key).is_finite()
-            ),
-            None,
-        )
+        return linears_of(self.gathering)
 
     def drop_curvature(self) -> None:
         """Free the sums."""
@@ -388,11 +242,9 @@ class ModelShard:
         """
         own = self.own_factors(name)
         shape = self.layout.shapes[name]
-        return (
-            own
-            if shape.expert is None or not self._has_tokens
-            else shrunk_factors(own, self.layer_mean(shape.block, shape.role))
-        )
+        if shape.expert is None or not self._has_tokens:
+            return own
+        return shrunk_factors(own, self.layer_mean(shape.block, shape.role))
 
     def own_factors(self, name: str) -> PackedFactors:
         """Return the sums of a linear where they lie.
@@ -407,85 +259,30 @@ class ModelShard:
     def layer_mean(self, block: int, role: str) -> LayerMean:
         """Return the mean factors of the linears of a role over all experts of a block."""
         if (block, role) not in self._layer_means:
-            assert self.layout.family.sparse is not None
             # blocks have their turns
-            self._layer_means = {
-                key: mean for key, mean in self._layer_means.items() if key[0] == block
-            }
-            shapes = [
-                shape
-                for shape in self.layout.linears
-                if shape.block == block and shape.role == role
-            ]
-            names = [shape.name for shape in shapes]
-            groups = [self._group_of[name] for name in names]
-            tokens = [g.num_tokens for g in groups]
-            is_consumer = role.endswith(self.layout.family.sparse.linears.consumer)
-            keys_of_G = [group.key_of_G(name) for name, group in zip(names, groups, strict=True)]
-            As, Gs = (
-                zip(map(self.factor_store.get, keys), tokens, strict=True)
-                for keys in ([g.key_of_A for g in groups], keys_of_G)
-            )
-            A = mean_factor(As, has_basis=not is_consumer, has_bias=shapes[0].has_bias)
-            G = mean_factor(Gs, has_basis=is_consumer)
-            num_chosen = self.mixtures[block - self.blocks.first].num_chosen
-            self._layer_means[block, role] = LayerMean(A, G, sum(tokens) / num_chosen)
+            means = {key: mean for key, mean in self._layer_means.items() if key[0] == block}
+            self._layer_means = means
+            means[block, role] = self._mean_of_layer(block, role)
         return self._layer_means[block, role]
 
-    # The head
-
-    @torch.no_grad()
-    def loss(
-        self,
-        hidden: Tensor,
-        tokens: Tensor,
-        *,
-        with_gradient: bool = False,
-        generator: torch.Generator | None = None,
-        counts: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Loss of the last shard's hidden states; see `next_token_loss`."""
-        return next_token_loss(
-            hidden,
-            self._head_weight,
-            tokens,
-            with_gradient=with_gradient,
-            generator=generator,
-            counts=counts,
+    def _mean_of_layer(self, block: int, role: str) -> LayerMean:
+        sparse = self.layout.family.sparse
+        assert sparse is not None
+        shapes = [s for s in self.layout.linears if s.block == block and s.role == role]
+        groups = [(shape.name, self._group_of[shape.name]) for shape in shapes]
+        As = ((self.factor_store.get(g.key_of_A), g.num_tokens) for _, g in groups)
+        Gs = ((self.factor_store.get(g.key_of_G(name)), g.num_tokens) for name, g in groups)
+        is_consumer = role.endswith(sparse.linears.consumer)
+        num_tokens = sum(group.num_tokens for _, group in groups)
+        return LayerMean(
+            mean_factor(As, has_basis=not is_consumer, has_bias=shapes[0].has_bias),
+            mean_factor(Gs, has_basis=is_consumer),
+            num_tokens / self.mixtures[block - self.blocks.first].num_chosen,
         )
-
-    @torch.no_grad()
-    def compare(
-        self,
-        hidden: Tensor,
-        dense: Tensor,
-        tokens: Tensor,
-        *,
-        with_gradient: bool = False,
-        counts: Tensor | None = None,
-        with_acceptance: bool = False,
-    ) -> Comparison:
-        """Compare the last shard's hidden states with the dense model's.
-
-        See `compare_with_dense`.
-        """
-        return compare_with_dense(
-            hidden,
-            dense,
-            tokens,
-            self._head_weight,
-            with_gradient=with_gradient,
-            counts=counts,
-            with_acceptance=with_acceptance,
-        )
-
-    @torch.no_grad()
-    def next_tokens(self, hidden: Tensor, chances: Tensor, temperature: float) -> Tensor:
-        """Draw next tokens after the last shard's hidden states; see `next_tokens`."""
-        return next_tokens(hidden, self._head_weight, chances, temperature)
 
     @property
-    def _head_weight(self) -> Tensor:
+    def head_weight(self) -> Tensor:
+        """The weight [vocabulary, d] of the last shard's head."""
         head = self.model.get_submodule(self.layout.family.head)
         assert isinstance(head, nn.Linear)
         return head.weight
@@ -496,52 +293,3 @@ class ModelShard:
         logits = self.model.get_submodule(self.layout.family.head)(hidden)
         assert isinstance(logits, Tensor)
         return logits.float()
-
-
-def inputs_of(module: LinearModule, inputs: Tensor) -> Tensor:
-    """Return the inputs a [num_tokens, C] of a linear, with the bias's ones."""
-    a = inputs.detach().flatten(0, -2)
-    return a if module.bias is None else with_ones(a)
-
-
-def watch_pairs(module: LinearModule, see: Callable[[Tensor, Tensor], None]) -> RemovableHandle:
-    """Call ``see(a, g)`` in the backward pass of a linear, float32.
-
-    a [N, C] are its inputs, g [N, R] the gradients at its outputs.
-
-    The inputs of micro-batches in flight are kept until then.
-    """
-
-    def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if output.requires_grad:
-            output.register_hook(
-                lambda g: see(
-                    inputs_of(module, inputs[0]).float(), g.detach().flatten(0, -2).float()
-                )
-            )  # type: ignore[no-untyped-call]
-
-    return module.register_forward_hook(hook)
-
-
-def _add_inputs_to(
-    group: SharedInput, A: PackedSymmetric, *, wide: bool
-) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        a = inputs_of(group.modules[0], inputs[0])
-        A.add(a.float() if wide else a)
-        group.num_tokens += len(a)
-
-    return hook
-
-
-def _add_output_gradients_to(
-    G: PackedSymmetric,
-) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-    def add(gradient: Tensor) -> None:
-        G.add(gradient.detach().flatten(0, -2))
-
-    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if output.requires_grad:
-            output.register_hook(add)  # type: ignore[no-untyped-call]
-
-    return hook

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
+from ray_surgeon.models.loss import next_tokens
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.placement import WorkerIndex
 from ray_surgeon.runtime.transport import TensorPayload
@@ -127,7 +128,7 @@ class _Draws:
         """Return the tokens [m] at a position, after the last hidden states [m, d] before it."""
         own = (position - self.lengths).clamp(0, self.chances.shape[1] - 1)
         chances = self.chances.gather(1, own[:, None])[:, 0]
-        drawn = worker.shard.next_tokens(hidden, chances, self.temperature)
+        drawn = next_tokens(hidden, worker.shard.head_weight, chances, self.temperature)
         if position >= self.prompts.shape[1]:
             return drawn
         return torch.where(position < self.lengths, self.prompts[:, position], drawn)

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ray_surgeon.models.loss import compare_with_dense, next_token_loss
 from ray_surgeon.runtime.dense_model import CALIBRATION, DenseStates, keep_states
 from ray_surgeon.runtime.transport import TensorPayload, encode
 from ray_surgeon.runtime.worker import Worker
@@ -180,7 +181,8 @@ def infer_each(
 
 def nll(worker: Worker, hidden: Tensor, sequence: SequenceOfWave) -> float:
     """Return a sequence's NLL in nats, summed over its tokens that count."""
-    return float(worker.shard.loss(hidden, sequence.tokens, counts=sequence.counts)[0])
+    head = worker.shard.head_weight
+    return float(next_token_loss(hidden, head, sequence.tokens, counts=sequence.counts)[0])
 
 
 def is_finite(worker: Worker, hidden: Tensor, sequence: SequenceOfWave) -> bool:
@@ -210,8 +212,13 @@ def comparison(
     they are wanted.
     """
     dense = worker.kept(DenseStates).on_device(worker, text, sequence.number)
-    sums = worker.shard.compare(
-        hidden, dense, sequence.tokens, counts=sequence.counts, with_acceptance=with_acceptance
+    sums = compare_with_dense(
+        hidden,
+        dense,
+        sequence.tokens,
+        worker.shard.head_weight,
+        counts=sequence.counts,
+        with_acceptance=with_acceptance,
     )
     values = (sums.nll, sums.divergence, sums.acceptance, sums.agreement)
     return Compared(*(float(value) for value in values if value is not None))

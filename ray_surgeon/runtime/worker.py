@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ray_surgeon.maths.masks import ElementMask, Mask, StructuredMask
 from ray_surgeon.memory.stores import Scratch
-from ray_surgeon.models.layout import ExpertSet, GroupSet, ModelLayout
+from ray_surgeon.models.groups import GroupSet
+from ray_surgeon.models.layout import ExpertSet, ModelLayout
 from ray_surgeon.models.runner import BlockRunner
 from ray_surgeon.models.shard import ModelShard
 from ray_surgeon.runtime.collectives import ReplicaGroup

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from ray_surgeon.maths.experts import own_divisor
 from ray_surgeon.maths.extended.terms import power_iteration, quadratic_forms
 from ray_surgeon.maths.kronecker import PackedSymmetric
-from ray_surgeon.models.shard import watch_pairs
+from ray_surgeon.models.hooks import watch_pairs
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.pipelines import forward_and_backward
 from ray_surgeon.runtime.wave import Labels

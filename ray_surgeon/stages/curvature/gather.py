@@ -25,11 +25,12 @@ def start_curvature(worker: Worker, kind: str, only: frozenset[str] | None, expe
 
 
 def first_not_finite(worker: Worker) -> str | None:
-    """Return the first linear of this shard whose inputs were not finite.
-
-    See `ModelShard.first_not_finite`.
-    """
-    return worker.shard.first_not_finite()
+    """Return the first linear of this shard whose inputs in the pass were not finite."""
+    store = worker.shard.factor_store
+    for group in worker.shard.gathering:
+        if group.key_of_A in store and not store.get(group.key_of_A).is_finite():
+            return group.names[0]
+    return None
 
 
 def weigh_gradients(worker: Worker, factor: float) -> None:
@@ -67,7 +68,7 @@ def finish_curvature(worker: Worker) -> None:
         num_tokens = torch.tensor(group.num_tokens, device=worker.device)
         worker.replicas.reduce(num_tokens, owner)
         group.num_tokens = int(num_tokens)
-        for key in group.keys:
+        for key in group.sizes:
             total = store.on_device(key, store.get(key).n)
             worker.replicas.reduce(total.flat, owner)
             if worker.replicas.rank == owner:

@@ -23,7 +23,7 @@ from ray_surgeon.maths.groups import alive_part, group_costs, lowest, prune_grou
 from ray_surgeon.maths.kronecker import Damping
 from ray_surgeon.maths.linear import Part, Removal
 from ray_surgeon.maths.masks import StructuredMask
-from ray_surgeon.models.layout import GroupSet
+from ray_surgeon.models.groups import GroupSet
 from ray_surgeon.models.pruned_config import kv_heads_left
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.worker import LinearSummary, Worker, collective, sizes

@@ -1,0 +1,117 @@
+"""Hooks that see what passes linears, and linears whose inputs and gradients are summed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ray_surgeon.maths.kronecker import PackedSymmetric, with_ones
+from ray_surgeon.models.build import shared_inputs_of
+from ray_surgeon.models.linears import LinearModule, as_linear
+
+if TYPE_CHECKING:
+    from ray_surgeon.models.shard import ModelShard
+
+
+def inputs_of(module: LinearModule, inputs: Tensor) -> Tensor:
+    """Return the inputs a [num_tokens, C] of a linear, with the bias's ones."""
+    a = inputs.detach().flatten(0, -2)
+    return a if module.bias is None else with_ones(a)
+
+
+def see_gradient(output: Tensor, see: Callable[[Tensor], None]) -> None:
+    """Call ``see(g)`` with the gradient g [N, d] at an output, if it has one."""
+
+    def hook(gradient: Tensor) -> None:
+        see(gradient.detach().flatten(0, -2))
+
+    if output.requires_grad:
+        output.register_hook(hook)  # type: ignore[no-untyped-call]
+
+
+def watch_gradients(module: nn.Module, see: Callable[[Tensor], None]) -> RemovableHandle:
+    """Call ``see(g)`` with the gradients g [N, d] at the outputs of a module."""
+
+    def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        see_gradient(output, see)
+
+    return module.register_forward_hook(hook)
+
+
+def watch_pairs(module: LinearModule, see: Callable[[Tensor, Tensor], None]) -> RemovableHandle:
+    """Call ``see(a, g)`` in the backward pass of a linear, float32.
+
+    a [N, C] are its inputs, g [N, R] the gradients at its outputs.
+
+    The inputs of micro-batches in flight are kept until then.
+    """
+
+    def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        see_gradient(output, lambda g: see(inputs_of(module, inputs[0]).float(), g.float()))
+
+    return module.register_forward_hook(hook)
+
+
+@dataclass
+class SharedInput:
+    """Linears that read the same input, and so share one A."""
+
+    names: tuple[str, ...]  # global names of the linears
+    modules: tuple[LinearModule, ...]  # the linears
+    place: int  # of their block in the shard
+    # under which their A, then every G, is stored -> the number of its rows
+    sizes: Mapping[str, int]
+    num_tokens: int = 0  # tokens in the sums
+
+    @property
+    def key_of_A(self) -> str:
+        """Under which their A is stored."""
+        return f"{self.names[0]}.A"
+
+    @staticmethod
+    def key_of_G(name: str) -> str:
+        """Under which the G of one of them is stored."""
+        return f"{name}.G"
+
+    def add_to(
+        self, factors: Mapping[str, PackedSymmetric], *, wide: bool
+    ) -> list[RemovableHandle]:
+        """Add inputs to A, and gradients to the G that are wanted, until the hooks are removed.
+
+        Args:
+            factors: A and some G by their keys.
+            wide: see `ModelShard.gathering_in`.
+        """
+
+        def add_inputs(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            a = inputs_of(self.modules[0], inputs[0])
+            factors[self.key_of_A].add(a.float() if wide else a)
+            self.num_tokens += len(a)
+
+        return [self.modules[0].register_forward_pre_hook(add_inputs)] + [
+            watch_gradients(module, factors[self.key_of_G(name)].add)
+            for name, module in zip(self.names, self.modules, strict=True)
+            if self.key_of_G(name) in factors
+        ]
+
+
+def linears_of(groups: Iterable[SharedInput]) -> dict[str, LinearModule]:
+    """Return the linears of groups by their global names."""
+    return {n: m for group in groups for n, m in zip(group.names, group.modules, strict=True)}
+
+
+def shared_inputs_in(shard: ModelShard) -> Iterator[SharedInput]:
+    """Yield the linears of a shard by shared input."""
+    family = shard.layout.family
+    shapes = shard.layout.shapes
+    for place, block in enumerate(shard.block_modules):
+        for group in shared_inputs_of(family, block):
+            names = tuple(family.block_prefix(shard.blocks.first + place) + n for n in group)
+            modules = tuple(as_linear(block.get_submodule(name)) for name in group)
+            sizes = {f"{names[0]}.A": shapes[names[0]].num_columns}
+            sizes |= {SharedInput.key_of_G(name): shapes[name].num_rows for name in names}
+            yield SharedInput(names, modules, place, sizes)
