@@ -76,17 +76,8 @@ def attention(
         return outputs.transpose(1, 2).contiguous(), None
     gains = on_cpu and (query.dtype == torch.bfloat16 or T == 1)
     if not plain or not gains:
-        outputs, _ = sdpa_attention_forward(
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=dropout,
-            scaling=scaling,
-            is_causal=is_causal,
-            **kwargs,
-        )
+        kwargs |= {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
+        outputs, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         return outputs, None
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling
     return in_products(query * factor, key, value, causal=causal).transpose(1, 2).contiguous(), None

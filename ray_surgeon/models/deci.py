@@ -20,11 +20,7 @@ def check_deci(layout: ModelLayout) -> None:
     heads = layout.heads
     window = getattr(config, "sliding_window", None)
     if config.model_type not in ("llama", "mistral") or window is not None:
-        what = (
-            f"{config.model_type} with a sliding window"
-            if window is not None
-            else config.model_type
-        )
+        what = config.model_type + ("" if window is None else " with a sliding window")
         raise ValueError(
             "output.exports: deci holds Llama models and Mistral models without a sliding window, "
             f"not {what}; use per_block"

@@ -10,10 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ray_surgeon.models.linears import Coupling
-
 if TYPE_CHECKING:
-    from ray_surgeon.models.layout import ModelLayout
+    from ray_surgeon.models.layout import Heads, ModelLayout
 
 
 @dataclass(frozen=True)
@@ -32,53 +30,43 @@ class GroupSet:
 def groups_of(layout: ModelLayout, block: int) -> Iterator[GroupSet]:
     """Yield the coupled groups of a block."""
     prefix = layout.family.block_prefix(block)
-    if layout.family.prunes_heads:
-        yield _attention_groups(layout, block)
     layers = [("ffn", prefix, layout.family.ffn)]
     if (sparse := layout.family.sparse) is not None:
         names = (shape.name for shape in layout.linears if shape.block == block)
         modules = dict.fromkeys(name.removeprefix(prefix).rpartition(".")[0] for name in names)
         for name, kind in sparse.layers_in(modules).items():
             layers.append((kind, f"{prefix}{name}.", sparse.linears))
-    for kind, inside, ffn in layers:
-        if inside + ffn.consumer in layout.shapes:
-            yield _channels(layout, kind, block, inside, ffn)
+    if layout.family.prunes_heads:
+        layers.insert(0, ("attention", prefix, layout.family.attention))
+    for kind, inside, coupling in layers:
+        consumer = layout.shapes.get(inside + coupling.consumer)
+        if consumer is None:
+            continue
+        if kind == "attention":
+            columns, *rows = _rows_of_heads(layout.heads, is_fused=coupling.num_parts > 1)
+        else:
+            num_channels = consumer.num_columns - consumer.has_bias
+            columns = _places(0, num_channels)
+            rows = [_places(part * num_channels, num_channels) for _, part in coupling.parts]
+        names = (inside + name for name, _ in coupling.parts)
+        producers = tuple(zip(names, rows, strict=True))
+        size = columns.shape[1] * consumer.num_rows
+        size += sum(own.shape[1] * layout.shapes[name].num_columns for name, own in producers)
+        yield GroupSet(kind, block, consumer.name, columns, producers, size)
 
 
-def _attention_groups(layout: ModelLayout, block: int) -> GroupSet:
-    prefix = layout.family.block_prefix(block)
-    attention = layout.family.attention
-    heads = layout.heads
+def _rows_of_heads(heads: Heads, *, is_fused: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return what belongs to each KV group, [num_kv, rows].
+
+    That are columns of the consumer, and rows of queries, keys and values, which a fused linear has
+    one after the other.
+    """
     queries = torch.arange(heads.num_query * heads.head_dim).view(heads.num_kv, -1)
     keys = torch.arange(heads.num_kv * heads.head_dim).view(heads.num_kv, -1)
-    values = keys
-    if attention.num_parts > 1:
-        keys = keys + queries.numel()
-        values = keys + keys.numel()
-    names = [prefix + name for name, _ in attention.parts]
-    producers = tuple(zip(names, (queries, keys, values), strict=True))
-    return _group_set(layout, "attention", block, prefix + attention.consumer, queries, producers)
-
-
-def _channels(layout: ModelLayout, kind: str, block: int, inside: str, ffn: Coupling) -> GroupSet:
-    """Return the channels of a feed-forward layer, which lies `inside` of something."""
-    consumer = layout.shapes[inside + ffn.consumer]
-    num = consumer.num_columns - consumer.has_bias
-    producers = tuple((inside + name, _places(part * num, num)) for name, part in ffn.parts)
-    return _group_set(layout, kind, block, consumer.name, _places(0, num), producers)
-
-
-def _group_set(
-    layout: ModelLayout,
-    kind: str,
-    block: int,
-    consumer: str,
-    columns: Tensor,
-    producers: tuple[tuple[str, Tensor], ...],
-) -> GroupSet:
-    size = columns.shape[1] * layout.shapes[consumer].num_rows
-    size += sum(rows.shape[1] * layout.shapes[name].num_columns for name, rows in producers)
-    return GroupSet(kind, block, consumer, columns, producers, size)
+    if not is_fused:
+        return queries, queries, keys, keys
+    first = queries.numel()
+    return queries, queries, keys + first, keys + first + keys.numel()
 
 
 @functools.cache

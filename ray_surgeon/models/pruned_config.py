@@ -200,12 +200,8 @@ def check_uniform(layout: ModelLayout, kinds: Sequence[str]) -> None:
         ValueError: says why.
     """
     sparse = layout.family.sparse
-    if (
-        sparse is not None
-        and sparse.shared is not None
-        and sparse.shared_width is None
-        and {"expert_channels", "shared_experts"} & set(kinds)
-    ):
+    changes_width = not {"expert_channels", "shared_experts"}.isdisjoint(kinds)
+    if sparse is not None and sparse.shared and sparse.shared_width is None and changes_width:
         raise ValueError(
             f"output.exports: in {layout.config.model_type} the shared experts are as wide as "
             "n_shared_experts others, so neither can get narrower alone in a plain class; export "
