@@ -8,13 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-SURGERY = Path(__file__).parent.parent / "ray_surgeon/surgery"
+MATHS = Path(__file__).parent.parent / "ray_surgeon/maths"
 
 
-def test_surgery_needs_torch_only() -> None:
+def test_the_mathematics_needs_torch_only() -> None:
     modules = [
-        ".".join(("ray_surgeon.maths", *path.relative_to(SURGERY).with_suffix("").parts))
-        for path in SURGERY.rglob("*.py")
+        ".".join(("ray_surgeon.maths", *path.relative_to(MATHS).with_suffix("").parts))
+        for path in MATHS.rglob("*.py")
     ]
     blocked = (
         "import sys; sys.modules.update(dict.fromkeys(('ray', 'transformers', 'pydantic', "

@@ -138,7 +138,9 @@ def factorise(matrix: Tensor, damping: float, max_damping: float, name: str) -> 
             return DampedFactor(matrix, factor, current, float64_retry=False)
         matrix.diagonal().copy_(diagonal)
         del factor  # of a large matrix a float64 one has no room beside it
-        factor, failed = torch.linalg.cholesky_ex(damp_(matrix.double(), current))
+        factor, failed = torch.linalg.cholesky_ex(
+            damp_(matrix.to(torch.float64, copy=True), current)
+        )
         if not failed:
             factor = factor.to(matrix.dtype)
             return DampedFactor(damp_(matrix, current), factor, current, float64_retry=True)

@@ -106,10 +106,13 @@ def test_failed_cholesky_is_retried_in_float64(monkeypatch: pytest.MonkeyPatch) 
     torch.testing.assert_close(found.matrix, matrix)
 
 
-def test_damping_is_raised_tenfold_and_reported() -> None:
-    matrix = torch.diag(torch.tensor([1.0, 1.0, 1.0, -0.05]))
-    found = factorise(matrix, 0.01, 1.0, "x")
-    assert found.damping == pytest.approx(0.1)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_damping_is_raised_tenfold_and_reported(dtype: torch.dtype) -> None:
+    diagonal = torch.tensor([1.0, 1.0, 1.0, -0.05], dtype=dtype)
+    factor = factorise(torch.diag(diagonal), 0.01, 1.0, "x")
+    assert factor.damping == pytest.approx(0.1)
+    torch.testing.assert_close(factor.matrix.diagonal(), diagonal + 0.1 * diagonal.mean())
+    torch.testing.assert_close(factor.cholesky @ factor.cholesky.T, factor.matrix)
 
 
 def test_hopeless_matrix_is_an_error_that_names_it() -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from ray_surgeon.spec.base import Positive, Section
 
@@ -15,37 +16,31 @@ class CorrectionSection(Section):
     This comes after every shot.
     """
 
-    loss: Literal["kl", "cross_entropy"] = Field(
-        "kl",
-        description="What corrections lower on the calibration text: the divergence from the dense "
-        "model (kl), which recovers what pruning took, or the loss (cross_entropy), which also "
-        "teaches the text",
-    )
-    lora_rank: int = Field(8, ge=1, le=1024, description="Rank of B A")
-    learning_rate: float | None = Field(
-        None,
-        gt=0,
-        le=1,
-        description="Largest learning rate of Adam, relative to the root mean square of each "
-        "weight; it rises shortly, then falls linearly to zero. null: the highest of three whose "
-        "first steps do no harm on the windows held aside; it is halved where they get worse later",
-    )
-    steps_per_shot: int = Field(3, ge=0, description="Steps of Adam after every shot")
-    sequences_per_step: Positive = Field(
-        1, description="Calibration sequences of one step, at most all"
-    )
-    final_epochs: int = Field(
-        0, ge=0, description="Passes over the calibration sequences after the last shot"
-    )
-    seed: int = Field(
-        0, ge=0, description="Seed of A at the start, and of the order of the sequences"
-    )
+    loss: Literal["kl", "cross_entropy"] = "kl"
+    """What corrections lower on the calibration text: the divergence from the dense model (kl),
+    which recovers what pruning took, or the loss (cross_entropy), which also teaches the text
+    """
+    lora_rank: int = Field(8, ge=1, le=1024)
+    """Rank of B A"""
+    learning_rate: float | None = Field(None, gt=0, le=1)
+    """Largest learning rate of Adam, relative to the root mean square of each weight; it rises
+    shortly, then falls linearly to zero. null: the highest of three whose first steps do no harm on
+    the windows held aside; it is halved where they get worse later
+    """
+    steps_per_shot: int = Field(3, ge=0)
+    """Steps of Adam after every shot"""
+    sequences_per_step: Positive = 1
+    """Calibration sequences of one step, at most all"""
+    final_epochs: int = Field(0, ge=0)
+    """Passes over the calibration sequences after the last shot"""
+    seed: int = Field(0, ge=0)
+    """Seed of A at the start, and of the order of the sequences"""
 
-    @model_validator(mode="after")
-    def _trains(self) -> CorrectionSection:
+    def problems(self) -> Iterator[str]:
+        """Yield what fields have against each other."""
+        yield from super().problems()
         if not self.steps_per_shot and not self.final_epochs:
-            raise ValueError(
+            yield (
                 "steps_per_shot and final_epochs are 0, so nothing is trained; set one of them, or "
                 "correction: null"
             )
-        return self

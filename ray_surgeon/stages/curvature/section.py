@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, Tag, model_validator
+from pydantic import Field, Tag
 
 from ray_surgeon.maths.kronecker import Damping
 from ray_surgeon.spec.base import Positive, Section, by_tag, tag, word_or_section
@@ -13,14 +14,10 @@ from ray_surgeon.spec.base import Positive, Section, by_tag, tag, word_or_sectio
 class DampingSection(Section):
     """Damping of the two factors, relative to the mean of their diagonals."""
 
-    a: float = Field(0.01, ge=0, le=10, description="Damping of A, the inputs' second moment")
-    g: float = Field(
-        0.1,
-        ge=0,
-        le=10,
-        description="Damping of G, the output gradients' second moment, estimated badly from few "
-        "tokens",
-    )
+    a: float = Field(0.01, ge=0, le=10)
+    """Damping of A, the inputs' second moment"""
+    g: float = Field(0.1, ge=0, le=10)
+    """Damping of G, the output gradients' second moment, estimated badly from few tokens"""
 
 
 _DampingField = Annotated[
@@ -57,18 +54,14 @@ class _Curvature(Section):
 
 
 class _Damped(_Curvature):
-    damping: _DampingField = Field(
-        DampingSection(),
-        description="Damping of A and G. auto: in every shot, that with which the removal of a "
-        "part of some linears costs least by factors of the windows held aside",
-    )
-    max_damping: float = Field(
-        1.0,
-        gt=0,
-        le=10,
-        description="A factor that is not positive definite gets ten times the damping, up to "
-        "this; then the run fails",
-    )
+    damping: _DampingField = DampingSection()
+    """Damping of A and G. auto: in every shot, that with which the removal of a part of some
+    linears costs least by factors of the windows held aside
+    """
+    max_damping: float = Field(1.0, gt=0, le=10)
+    """A factor that is not positive definite gets ten times the damping, up to this; then the run
+    fails
+    """
 
     @property
     def as_damping(self) -> Damping:
@@ -81,25 +74,23 @@ class _Damped(_Curvature):
         """The damping in numbers, those of the defaults where it is chosen later."""
         return DampingSection() if self.damping == "auto" else self.damping
 
-    @model_validator(mode="after")
-    def _cap_above_damping(self) -> _Damped:
+    def problems(self) -> Iterator[str]:
+        """Yield what fields have against each other."""
+        yield from super().problems()
         if self.damping != "auto" and self.max_damping < max(self.damping.a, self.damping.g):
-            raise ValueError(
+            yield (
                 f"max_damping {self.max_damping:g} is below damping "
                 f"{self.damping.a:g}/{self.damping.g:g}; raise it"
             )
-        return self
 
 
 class _Fisher(_Damped):
     is_of_loss: ClassVar[bool] = True
 
-    fisher: Literal["empirical", "sampled"] = Field(
-        "empirical",
-        description="Labels of the gradients: the data's (empirical) or drawn from the model "
-        "(sampled)",
-    )
-    seed: int = Field(0, ge=0, description="Seed of the labels of the sampled Fisher")
+    fisher: Literal["empirical", "sampled"] = "empirical"
+    """Labels of the gradients: the data's (empirical) or drawn from the model (sampled)"""
+    seed: int = Field(0, ge=0)
+    """Seed of the labels of the sampled Fisher"""
 
     def label_seed(self, shot: int, num_sequences: int) -> int | None:
         """Return the seed of labels drawn from the model in a shot.
@@ -108,29 +99,26 @@ class _Fisher(_Damped):
         """
         return self.seed + shot * num_sequences if self.fisher == "sampled" else None
 
-    @model_validator(mode="after")
-    def _seed_of_something(self) -> _Fisher:
+    def problems(self) -> Iterator[str]:
+        """Yield what fields have against each other."""
+        yield from super().problems()
         if self.seed and self.fisher == "empirical":
-            raise ValueError(
+            yield (
                 "seed draws the labels of the sampled Fisher, and this is the empirical one; "
                 "remove it"
             )
-        return self
 
 
 class KfacSection(_Fisher):
     """KFAC: A and G, as if activations and gradients were independent."""
 
-    kind: Literal["kfac"] = Field(
-        "kfac", description="A and G of every linear, gathered anew in every shot"
-    )
-    num_backward: Positive | None = Field(
-        None,
-        description="How many calibration sequences also pass backward and give G; they are drawn "
-        "once. null: all. All sequences give A. A pass without gradients takes less than half the "
-        "time. Groups need few sequences with gradients, because their columns are updated by A "
-        "alone",
-    )
+    kind: Literal["kfac"] = "kfac"
+    """A and G of every linear, gathered anew in every shot"""
+    num_backward: Positive | None = None
+    """How many calibration sequences also pass backward and give G; they are drawn once. null: all.
+    All sequences give A. A pass without gradients takes less than half the time. Groups need few
+    sequences with gradients, because their columns are updated by A alone
+    """
 
     @property
     def sequences_backward(self) -> int | None:
@@ -144,21 +132,16 @@ class ExtendedKfacSection(_Fisher):
     Source: The LLM Surgeon, section 3.1.
     """
 
-    kind: Literal["extended_kfac"] = Field(description="A sum of Kronecker products")
-    num_kronecker_terms: int = Field(
-        2,
-        ge=2,
-        le=8,
-        description="Kronecker products in the sum. Costs obd and updates full and "
-        "conjugate_gradients use all of them, costs obs and update single use the first two",
-    )
-    num_power_iterations: int = Field(
-        4,
-        ge=1,
-        le=100,
-        description="Power iterations for each further term, updating A and G alternately; each "
-        "one is a pass over the calibration text",
-    )
+    kind: Literal["extended_kfac"]
+    """A sum of Kronecker products"""
+    num_kronecker_terms: int = Field(2, ge=2, le=8)
+    """Kronecker products in the sum. Costs obd and updates full and conjugate_gradients use all of
+    them, costs obs and update single use the first two
+    """
+    num_power_iterations: int = Field(4, ge=1, le=100)
+    """Power iterations for each further term, updating A and G alternately; each one is a pass over
+    the calibration text
+    """
 
 
 class ActivationsSection(_Damped):
@@ -166,13 +149,14 @@ class ActivationsSection(_Damped):
 
     gathers: ClassVar[Literal["both", "A"]] = "A"
 
-    kind: Literal["activations"] = Field(description="A of every linear, and G = I")
+    kind: Literal["activations"]
+    """A of every linear, and G = I"""
 
-    @model_validator(mode="after")
-    def _damps_a_alone(self) -> ActivationsSection:
+    def problems(self) -> Iterator[str]:
+        """Yield what fields have against each other."""
+        yield from super().problems()
         if self.given_damping.g != DampingSection().g:
-            raise ValueError("damping.g has no effect, because G is the identity; remove it")
-        return self
+            yield "damping.g has no effect, because G is the identity; remove it"
 
 
 class IdentitySection(_Curvature):
@@ -180,7 +164,8 @@ class IdentitySection(_Curvature):
 
     gathers: ClassVar[Literal["both", "A"]] = "A"
 
-    kind: Literal["identity"] = Field(description="A = G = I")
+    kind: Literal["identity"]
+    """A = G = I"""
 
 
 AnyCurvature = KfacSection | ExtendedKfacSection | ActivationsSection | IdentitySection

@@ -6,13 +6,14 @@ Removals are zeros in the dense shapes, by one global threshold, with correlated
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, Tag, model_validator
+from pydantic import Field, Tag
 
 from ray_surgeon.maths.conjugate import ElementUpdate
 from ray_surgeon.maths.element_pruning import (
@@ -46,23 +47,21 @@ Pattern = tuple[Positive, Positive]
 class ConjugateGradientsUpdate(Section):
     """All correlations at once, by preconditioned conjugate gradients."""
 
-    solver: Literal["conjugate_gradients"] = Field(
-        "conjugate_gradients", description="All correlations at once"
-    )
-    precision: Literal["bfloat16", "float32"] = Field(
-        "bfloat16",
-        description="dtype of the products; bfloat16 is faster where the hardware has it",
-    )
-    num_iterations: Positive = Field(16, description="Iterations, at most")
-    tolerance: float = Field(1e-3, ge=0, lt=1, description="Relative residual at which they stop")
+    solver: Literal["conjugate_gradients"] = "conjugate_gradients"
+    """All correlations at once"""
+    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    """dtype of the products; bfloat16 is faster where the hardware has it"""
+    num_iterations: Positive = 16
+    """Iterations, at most"""
+    tolerance: float = Field(1e-3, ge=0, lt=1)
+    """Relative residual at which they stop"""
 
 
 class PlainUpdate(Section):
     """Each removal on its own, or no update."""
 
-    solver: Literal["single", "none"] = Field(
-        description="single: each removal as if it were alone; none: no update (OBD)"
-    )
+    solver: Literal["single", "none"]
+    """single: each removal as if it were alone; none: no update (OBD)"""
 
 
 UpdateSection = Annotated[
@@ -76,23 +75,21 @@ UpdateSection = Annotated[
 
 
 class _Elements(SparsitySection):
-    method: Literal["llm_surgeon"] = Field(
-        "llm_surgeon", description="One global threshold on costs, and updates"
-    )
-    update: UpdateSection = Field(
-        ConjugateGradientsUpdate(), description="How the kept weights make up for the pruned ones"
-    )
+    method: Literal["llm_surgeon"] = "llm_surgeon"
+    """One global threshold on costs, and updates"""
+    update: UpdateSection = ConjugateGradientsUpdate()
+    """How the kept weights make up for the pruned ones"""
 
 
 class ElementsSection(_Elements):
     """Single elements."""
 
-    structure: Literal["element"] = Field(description="Single elements")
-    costs: Literal["obs", "obd"] = Field(
-        "obs",
-        description="Predicted loss increase of a removal with the optimal update of the others "
-        "(obs) or without an update (obd)",
-    )
+    structure: Literal["element"]
+    """Single elements"""
+    costs: Literal["obs", "obd"] = "obs"
+    """Predicted loss increase of a removal with the optimal update of the others (obs) or without
+    an update (obd)
+    """
 
     @property
     def units(self) -> ElementUnits:
@@ -103,36 +100,33 @@ class ElementsSection(_Elements):
 class NMSection(_Elements):
     """N:M groups: of every M consecutive inputs of a row, N stay."""
 
-    structure: Literal["n_m"] = Field(description="N:M groups")
-    n_m: Pattern = Field((2, 4), description="[N, M]: N of M consecutive inputs of a row stay")
-    costs: Literal["obs", "obs_sum", "obd"] = Field(
-        "obs",
-        description="Cost of a group. obs: the exact joint cost of its best pattern; obs_sum: the "
-        "sum of its smallest single costs, as in the paper; obd: that sum without updates",
-    )
+    structure: Literal["n_m"]
+    """N:M groups"""
+    n_m: Pattern = (2, 4)
+    """[N, M]: N of M consecutive inputs of a row stay"""
+    costs: Literal["obs", "obs_sum", "obd"] = "obs"
+    """Cost of a group. obs: the exact joint cost of its best pattern; obs_sum: the sum of its
+    smallest single costs, as in the paper; obd: that sum without updates
+    """
 
     @property
     def units(self) -> ElementUnits:
         """What is pruned as one."""
         return ElementUnits(*self.n_m, joint=self.costs == "obs")
 
-    @model_validator(mode="after")
-    def _possible_pattern(self) -> NMSection:
-        check_pattern(self.n_m, self.target_sparsity)
-        return self
+    def problems(self) -> Iterator[str]:
+        """Yield what fields have against each other."""
+        yield from super().problems()
+        yield from problems_of_pattern(self.n_m, self.target_sparsity)
 
 
-def check_pattern(n_m: Pattern, target_sparsity: float) -> None:
-    """Refuse an impossible pattern, or a target that it cannot reach.
-
-    Raises:
-        ValueError: names the field.
-    """
+def problems_of_pattern(n_m: Pattern, target_sparsity: float) -> Iterator[str]:
+    """Yield why a pattern is impossible, or cannot reach a target."""
     n, m = n_m
     if not n < m <= 16:
-        raise ValueError(f"n_m: [{n}, {m}] needs N < M <= 16; give for example [2, 4] or [4, 8]")
+        yield f"n_m: [{n}, {m}] needs N < M <= 16; give for example [2, 4] or [4, 8]"
     if target_sparsity > 1 - n / m:
-        raise ValueError(
+        yield (
             f"target_sparsity: {target_sparsity:g} is more than {n}:{m} can remove, {1 - n / m:g}; "
             "lower it"
         )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from ray_surgeon.maths.threshold import OutOfReachError
 from ray_surgeon.spec.base import Positive
@@ -25,54 +26,41 @@ class CoupledSection(ScheduleSection):
 
     uniform: ClassVar[bool] = False  # whether every block gets the same widths
 
-    structure: Literal["groups"] = Field(description="Coupled groups")
-    method: Literal["llm_surgeon"] = Field(
-        "llm_surgeon", description="The LLM Surgeon: costs from the curvature, and updates"
-    )
-    groups: tuple[GroupKind, ...] = Field(
-        ("ffn", "attention"),
-        min_length=1,
-        description="Kinds of groups: ffn, channels of feed-forward layers; attention, KV groups "
-        "with their query heads; in mixtures of experts also shared_experts, their channels; "
-        "expert_channels, those of every expert; experts, whole ones. A kind that the model does "
-        "not have is refused: attention of OLMoE and DeepSeek-V3, ffn where every block has "
-        "experts. With allocation uniform, attention takes nothing from OPT, GPT-2, Qwen2-MoE and "
-        "a Phi-3 with longrope, whose classes hold no fewer heads, and from models of one KV head",
-    )
-    expert_costs: ExpertCosts = Field(
-        "rerouting",
-        description="What a whole expert costs: rerouting, the loss increase that gradients "
-        "predict if its tokens go to the next ones; or a score of a baseline, which has no such "
-        "unit: reap, weight times norm of its output; frequency, its share of tokens; random",
-    )
-    tensor_parallel: Positive = Field(
-        1,
-        description="Number of devices over which an engine will split every layer; remaining "
-        "heads and channels can be split so",
-    )
-    width_multiple: Positive | None = Field(
-        None,
-        description="At the end, the number of channels of every feed-forward layer and expert is "
-        "a multiple of this, or the original number. Without effect where groups names no "
-        "channels. null: for every device of tensor_parallel 64; 128 if output.quantize is set; "
-        "256 if deci is exported",
-    )
-    target_sparsity: float | None = Field(
-        None,
-        gt=0,
-        lt=1,
-        description="Fraction of the parameters of the blocks' linears to remove, biases included",
-    )
-    target: TargetSection | None = Field(
-        None, description="In place of target_sparsity: what the whole model may need in the end"
-    )
+    structure: Literal["groups"]
+    """Coupled groups"""
+    method: Literal["llm_surgeon"] = "llm_surgeon"
+    """The LLM Surgeon: costs from the curvature, and updates"""
+    groups: tuple[GroupKind, ...] = Field(("ffn", "attention"), min_length=1)
+    """Kinds of groups: ffn, channels of feed-forward layers; attention, KV groups with their query
+    heads; in mixtures of experts also shared_experts, their channels; expert_channels, those of
+    every expert; experts, whole ones. A kind that the model does not have is refused: attention of
+    OLMoE and DeepSeek-V3, ffn where every block has experts. With allocation uniform, attention
+    takes nothing from OPT, GPT-2, Qwen2-MoE and a Phi-3 with longrope, whose classes hold no fewer
+    heads, and from models of one KV head
+    """
+    expert_costs: ExpertCosts = "rerouting"
+    """What a whole expert costs: rerouting, the loss increase that gradients predict if its tokens
+    go to the next ones; or a score of a baseline, which has no such unit: reap, weight times norm
+    of its output; frequency, its share of tokens; random
+    """
+    tensor_parallel: Positive = 1
+    """Number of devices over which an engine will split every layer; remaining heads and channels
+    can be split so
+    """
+    width_multiple: Positive | None = None
+    """At the end, the number of channels of every feed-forward layer and expert is a multiple of
+    this, or the original number. Without effect where groups names no channels. null: for every
+    device of tensor_parallel 64; 128 if output.quantize is set; 256 if deci is exported
+    """
+    target_sparsity: float | None = Field(None, gt=0, lt=1)
+    """Fraction of the parameters of the blocks' linears to remove, biases included"""
+    target: TargetSection | None = None
+    """In place of target_sparsity: what the whole model may need in the end"""
 
-    reconstruction: ReconstructionSection | None = Field(
-        None,
-        description="In every shot, after the update: train every feed-forward layer that lost "
-        "channels to reproduce its earlier outputs. Workers keep its inputs until then. null: no "
-        "reconstruction",
-    )
+    reconstruction: ReconstructionSection | None = None
+    """In every shot, after the update: train every feed-forward layer that lost channels to
+    reproduce its earlier outputs. Workers keep its inputs until then. null: no reconstruction
+    """
 
     @property
     def last_sparsity(self) -> float | None:
@@ -157,14 +145,15 @@ class CoupledSection(ScheduleSection):
                 return f"curvature.{field}: costs of whole experts invert no factor; leave it out"
         return None
 
-    @model_validator(mode="after")
-    def _options_fit_kinds(self) -> CoupledSection:
+    def problems(self) -> Iterator[str]:
+        """Yield what fields have against each other."""
+        yield from super().problems()
         kinds = set(self.groups)
         named = ", ".join(self.groups)
         if len(kinds) < len(self.groups):
-            raise ValueError(f"groups: {named} name a kind twice; remove one")
+            yield f"groups: {named} name a kind twice; remove one"
         if self.reconstruction is not None and not RECONSTRUCTED & kinds:
-            raise ValueError(
+            yield (
                 f"reconstruction: is of ffn and shared_experts, got groups {named}; add one of "
                 "them, or leave it out"
             )
@@ -174,57 +163,45 @@ class CoupledSection(ScheduleSection):
                 problem = (
                     "has another unit than the costs of the other groups; set groups to [experts]"
                 )
-            raise ValueError(f"expert_costs: {self.expert_costs} {problem}")
-        return self
-
-    @model_validator(mode="after")
-    def _possible_widths_and_target(self) -> CoupledSection:
+            yield f"expert_costs: {self.expert_costs} {problem}"
         if self.multiple % self.tensor_parallel:
-            raise ValueError(
+            yield (
                 f"width_multiple: {self.multiple} channels cannot be split over tensor_parallel "
                 f"{self.tensor_parallel} devices; give a multiple of it"
             )
         if (self.target_sparsity is None) == (self.target is None):
             got = "none" if self.target is None else "both"
-            raise ValueError(f"target_sparsity: give this or target, got {got}")
-        return self
+            yield f"target_sparsity: give this or target, got {got}"
 
 
 class GroupsSection(CoupledSection):
     """Coupled groups, as many from each block as one threshold over the model says."""
 
-    allocation: Literal["global"] = Field(
-        "global", description="One threshold over the model; widths differ from block to block"
-    )
-    rank_by: Literal["cost", "cost_per_parameter"] = Field(
-        "cost_per_parameter",
-        description="What the threshold compares: the cost of a group, or its cost per unit of the "
-        "target",
-    )
-    remove_blocks: bool = Field(
-        False,
-        description="Whether the last KV group or the last channels of a block may be pruned too",
-    )
-    search: SearchSection | None = Field(
-        None,
-        description="In every shot, after the costs: for one block after the other, undo the "
-        "removals of one kind of groups and scale their costs by how far the divergence from the "
-        "dense model falls; then compute the threshold again. null: no search",
-    )
+    allocation: Literal["global"] = "global"
+    """One threshold over the model; widths differ from block to block"""
+    rank_by: Literal["cost", "cost_per_parameter"] = "cost_per_parameter"
+    """What the threshold compares: the cost of a group, or its cost per unit of the target"""
+    remove_blocks: bool = False
+    """Whether the last KV group or the last channels of a block may be pruned too"""
+    search: SearchSection | None = None
+    """In every shot, after the costs: for one block after the other, undo the removals of one kind
+    of groups and scale their costs by how far the divergence from the dense model falls; then
+    compute the threshold again. null: no search
+    """
 
-    @model_validator(mode="after")
-    def _options_fit_whole_experts(self) -> GroupsSection:
+    def problems(self) -> Iterator[str]:
+        """Yield what fields have against each other."""
+        yield from super().problems()
         if self.remove_blocks and set(self.groups) == {"experts"}:
-            raise ValueError(
+            yield (
                 "remove_blocks: is of KV groups and channels, and only whole experts go; remove "
                 "it, or name other groups"
             )
         if self.search is not None and "experts" in self.groups:
-            raise ValueError(
+            yield (
                 "search: does not go with whole experts, whose tokens go elsewhere; use "
                 "expert_channels, or leave it out"
             )
-        return self
 
     @property
     def fewest_groups(self) -> dict[str, int]:
@@ -241,4 +218,5 @@ class UniformGroupsSection(CoupledSection):
 
     uniform: ClassVar[bool] = True
 
-    allocation: Literal["uniform"] = Field(description="The same widths in every block")
+    allocation: Literal["uniform"]
+    """The same widths in every block"""

@@ -6,11 +6,12 @@ Inputs are those that the pruned blocks before give.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from ray_surgeon.maths.curvature import RaisedDamping
@@ -23,71 +24,63 @@ from ray_surgeon.runtime.block_pass import BlockPass
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.worker import LinearSummary, Worker
 from ray_surgeon.spec.targets import SparsitySection
-from ray_surgeon.stages.prune.elements import Pattern, check_pattern
+from ray_surgeon.stages.prune.elements import Pattern, problems_of_pattern
 from ray_surgeon.stages.prune.method import Applied, Choice, Method, Tokens
 
 
 class _Layerwise(SparsitySection):
     takes_curvature: ClassVar[bool] = False
-    structure: Literal["element", "n_m"] = Field(description="Single elements, or N:M groups")
-    n_m: Pattern | None = Field(
-        None,
-        description="[N, M] of structure n_m: N of M consecutive inputs of a row stay; [2, 4] if "
-        "not given",
-    )
+    structure: Literal["element", "n_m"]
+    """Single elements, or N:M groups"""
+    n_m: Pattern | None = None
+    """[N, M] of structure n_m: N of M consecutive inputs of a row stay; [2, 4] if not given"""
 
     @property
     def units(self) -> ElementUnits:
         """What is pruned as one."""
         return ElementUnits(*(self.n_m or (2, 4))) if self.structure == "n_m" else ElementUnits()
 
-    @model_validator(mode="after")
-    def _possible_pattern(self) -> _Layerwise:
+    def problems(self) -> Iterator[str]:
+        """Yield what fields have against each other."""
+        yield from super().problems()
         if self.structure == "n_m":
             n = self.units.n
             m = self.units.m
             is_that = math.isclose(self.target_sparsity, 1 - n / m, abs_tol=1e-3)
-            check_pattern((n, m), 1 - n / m if is_that else self.target_sparsity)
+            yield from problems_of_pattern((n, m), 1 - n / m if is_that else self.target_sparsity)
             if self.shots > 1 or not is_that:
-                raise ValueError(
+                yield (
                     f"n_m: takes every linear to {n}:{m} at once; set target_sparsity to "
                     f"{1 - n / m:g} and num_shots to 1"
                 )
         elif self.n_m is not None:
-            raise ValueError(
-                "n_m: structure element has no pattern; remove it, or set structure n_m"
-            )
-        return self
+            yield "n_m: structure element has no pattern; remove it, or set structure n_m"
 
 
 class SparseGPTSection(_Layerwise):
     """SparseGPT (Frantar & Alistarh 2023)."""
 
-    method: Literal["sparsegpt"] = Field(description="SparseGPT")
-    damping: float = Field(
-        0.01, ge=0, le=10, description="Damping of A, relative to the mean of its diagonal"
-    )
-    max_damping: float = Field(
-        1.0,
-        gt=0,
-        le=10,
-        description="A factor that is not positive definite gets ten times the damping, up to "
-        "this; then the run fails",
-    )
+    method: Literal["sparsegpt"]
+    """SparseGPT"""
+    damping: float = Field(0.01, ge=0, le=10)
+    """Damping of A, relative to the mean of its diagonal"""
+    max_damping: float = Field(1.0, gt=0, le=10)
+    """A factor that is not positive definite gets ten times the damping, up to this; then the run
+    fails
+    """
 
-    @model_validator(mode="after")
-    def _cap_above_damping(self) -> SparseGPTSection:
+    def problems(self) -> Iterator[str]:
+        """Yield what fields have against each other."""
+        yield from super().problems()
         if self.max_damping < self.damping:
-            raise ValueError(
-                f"max_damping {self.max_damping:g} is below damping {self.damping:g}; raise it"
-            )
-        return self
+            yield f"max_damping {self.max_damping:g} is below damping {self.damping:g}; raise it"
 
 
 class WandaSection(_Layerwise):
     """Wanda (Sun et al. 2023)."""
 
-    method: Literal["wanda"] = Field(description="Wanda")
+    method: Literal["wanda"]
+    """Wanda"""
 
 
 @dataclass(frozen=True)

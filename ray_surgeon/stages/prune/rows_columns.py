@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from pydantic import Field
 
 from ray_surgeon.maths.linear import Linear, Removal
 from ray_surgeon.maths.masks import StructuredMask
@@ -44,27 +43,21 @@ class RowsColumnsSection(SparsitySection):
     What they leave are zeros: the tensors keep their shapes.
     """
 
-    structure: Literal["rows_columns", "rows", "columns"] = Field(
-        "rows_columns", description="What may be pruned"
-    )
-    method: Literal["llm_surgeon"] = Field(
-        "llm_surgeon", description="One global threshold on costs, and updates"
-    )
-    costs: Literal["greedy", "obs", "obd"] | None = Field(
-        None,
-        description="Predicted loss increase of a removal. greedy: after all cheaper removals of "
-        "its linear, with the optimal update of the others; obs: on its own, with that update; "
-        "obd: without an update. If not given: greedy, or obs with extended_kfac",
-    )
-    rank_by: Literal["cost", "cost_per_parameter"] = Field(
-        "cost_per_parameter",
-        description="What the global threshold compares: a cost, or a cost per parameter removed",
-    )
-    update: Literal["full", "single", "none"] = Field(
-        "full",
-        description="Updates of the kept weights. full: one for all removals together; single: one "
-        "for each as if it were alone; none",
-    )
+    structure: Literal["rows_columns", "rows", "columns"] = "rows_columns"
+    """What may be pruned"""
+    method: Literal["llm_surgeon"] = "llm_surgeon"
+    """One global threshold on costs, and updates"""
+    costs: Literal["greedy", "obs", "obd"] | None = None
+    """Predicted loss increase of a removal. greedy: after all cheaper removals of its linear, with
+    the optimal update of the others; obs: on its own, with that update; obd: without an update. If
+    not given: greedy, or obs with extended_kfac
+    """
+    rank_by: Literal["cost", "cost_per_parameter"] = "cost_per_parameter"
+    """What the global threshold compares: a cost, or a cost per parameter removed"""
+    update: Literal["full", "single", "none"] = "full"
+    """Updates of the kept weights. full: one for all removals together; single: one for each as if
+    it were alone; none
+    """
 
     def problem_with(self, curvature: AnyCurvature) -> str | None:
         """Return why this section and a curvature do not go together; see `ScheduleSection`."""

@@ -14,16 +14,14 @@ RECONSTRUCTED = frozenset({"ffn", "shared_experts"})
 class ReconstructionSection(Section):
     """Reconstruction of feed-forward layers, see `ray_surgeon.stages.reconstruction.layers`."""
 
-    learning_rate: float | None = Field(
-        None,
-        gt=0,
-        le=1,
-        description="Adam's largest rate, in units of the root mean square of each weight; it "
-        "rises shortly, then falls linearly to zero. null: three rates are tried on two layers, "
-        "and the best one on the windows held aside is taken",
-    )
-    tokens_per_step: Positive = Field(
-        512, description="Calibration tokens of one step, at most all"
-    )
-    num_epochs: Positive = Field(2, description="Passes over the calibration tokens")
-    seed: int = Field(0, ge=0, description="Seed of the order of the tokens")
+    learning_rate: float | None = Field(None, gt=0, le=1)
+    """Adam's largest rate, in units of the root mean square of each weight; it rises shortly, then
+    falls linearly to zero. null: three rates are tried on two layers, and the best one on the
+    windows held aside is taken
+    """
+    tokens_per_step: Positive = 512
+    """Calibration tokens of one step, at most all"""
+    num_epochs: Positive = 2
+    """Passes over the calibration tokens"""
+    seed: int = Field(0, ge=0)
+    """Seed of the order of the tokens"""
