@@ -96,8 +96,11 @@ def write_weights(
         )
         for index, names, masks in workers
     ]
-    written = itertools.chain.from_iterable(cluster.get(futures))
-    by_name = {file.uri.rpartition("/")[2]: file for file in written}
+    by_name = {
+        file.uri.rpartition("/")[2]: file
+        for of_worker in cluster.get(futures)
+        for file in of_worker
+    }
     weights = {name: file for name, file in by_name.items() if name.startswith("model")}
     total = sum(file.size_bytes for file in weights.values())
     if len(weights) > 1:

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ray_surgeon.export.folder import local_folder
 from ray_surgeon.models.build import cache_argument
-from ray_surgeon.runtime.cluster import Cluster
+from ray_surgeon.runtime.cluster import Cluster, Future
 from ray_surgeon.runtime.fresh_process import run_on_worker
 from ray_surgeon.runtime.placement import WorkerIndex
 from ray_surgeon.runtime.usage import process_usage
@@ -50,7 +50,7 @@ def measure(
     """
     request = {"uri": uri, "dense": dense, "options": options.model_dump()}
 
-    def run(on: WorkerIndex, only: str | None) -> dict[str, Any]:
+    def run(on: WorkerIndex, only: str | None) -> Future[dict[str, Any]]:
         return cluster.submit(on, run_on_worker, __name__, request | {"only": only})
 
     first = cluster.placement.workers[0]

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ray_surgeon.models.block_by_block import BlockByBlock
-from ray_surgeon.runtime.cluster import Cluster
+from ray_surgeon.runtime.cluster import Cluster, at_hand, value_of
 from ray_surgeon.runtime.placement import WorkerIndex
 from ray_surgeon.runtime.transport import TensorPayload
 from ray_surgeon.runtime.wave import token_payload
@@ -79,12 +79,15 @@ class BlockPass(ABC):
         """Change shard after shard, block after block, while the sequences pass once."""
         num_shards = cluster.placement.num_shards
         num_replicas = cluster.placement.num_replicas
-        moving = [token_payload(tokens) for tokens in sequences]
+        moving = [at_hand(token_payload(tokens)) for tokens in sequences]
         cluster.progress.begin(num_shards, "shards")
         for shard in range(num_shards):
             indices = [WorkerIndex(shard, i % num_replicas) for i in range(len(sequences))]
             cluster.get(
-                [cluster.submit(index, self.enter, i, moving[i]) for i, index in enumerate(indices)]
+                [
+                    cluster.submit(index, self.enter, i, value_of(moving[i]))
+                    for i, index in enumerate(indices)
+                ]
             )
             moving.clear()  # workers have taken them out of the object store
             cluster.run_all(self.pass_shard, shard)

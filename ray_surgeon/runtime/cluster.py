@@ -6,7 +6,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, cast
 
 from ray_surgeon.memory.stores import Stores
 from ray_surgeon.runtime.placement import Placement, WorkerIndex
@@ -76,6 +76,23 @@ class Progress:
             self.listener()
 
 
+class Future(Generic[T]):
+    """Stands for what a step returns until `Cluster.get` waits for it."""
+
+
+def value_of(future: Future[T]) -> T:
+    """Return a future as the argument of a further step, which gets its value.
+
+    The value goes from worker to worker, and not through the coordinator.
+    """
+    return cast(T, future)
+
+
+def at_hand(value: T) -> Future[T]:
+    """Return a value as a future for `value_of`, where some values come from steps."""
+    return cast(Future[T], value)
+
+
 class Cluster(ABC):
     """Workers that run steps.
 
@@ -95,19 +112,16 @@ class Cluster(ABC):
         step: Callable[Concatenate[Worker, P], T],
         *args: P.args,
         **kwargs: P.kwargs,
-    ) -> T:
+    ) -> Future[T]:
         """Start a step on one worker; its steps run in the order of submission.
 
         Args:
             index: which worker.
             step: what it does.
-            args: results of `submit` are allowed; their values go from worker to worker.
+            args: of the step; see `value_of` for those that other steps return.
             kwargs: plain values.
-
-        Returns:
-            What stands for the value: a future, which `get` waits for.
         """
-        future: T = self._start(index, 1, "call", step, *args, **kwargs)
+        future: Future[T] = self._start(index, 1, "call", step, *args, **kwargs)
         return future
 
     def submit_pair(
@@ -116,7 +130,7 @@ class Cluster(ABC):
         step: Callable[Concatenate[Worker, P], tuple[T, U]],
         *args: P.args,
         **kwargs: P.kwargs,
-    ) -> tuple[T, U]:
+    ) -> tuple[Future[T], Future[U]]:
         """Start a step that returns a pair of which each half gets a future of its own."""
         first, second = self._start(index, 2, "call", step, *args, **kwargs)
         return first, second
@@ -128,7 +142,7 @@ class Cluster(ABC):
         """Start a method of a worker, named so that what it returns needs no step around it."""
 
     @abstractmethod
-    def get(self, futures: Sequence[T]) -> list[T]:
+    def get(self, futures: Sequence[Future[T]]) -> list[T]:
         """Wait for futures and return their values; what a worker raised is raised here."""
 
     def run_all(

@@ -11,7 +11,7 @@ from threading import BrokenBarrierError
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from ray_surgeon.models.layout import ModelLayout
-from ray_surgeon.runtime.cluster import Cluster
+from ray_surgeon.runtime.cluster import Cluster, Future, value_of
 from ray_surgeon.runtime.collectives import ThreadMeeting, ThreadReplica
 from ray_surgeon.runtime.placement import Placement, WorkerIndex
 from ray_surgeon.runtime.worker import Worker, clean_up
@@ -52,9 +52,9 @@ class LocalCluster(Cluster):
     ) -> Any:
         return getattr(self.workers[index], method)(*args, **kwargs)
 
-    def get(self, futures: Sequence[T]) -> list[T]:
+    def get(self, futures: Sequence[Future[T]]) -> list[T]:
         """Return the values."""
-        return list(futures)
+        return [value_of(future) for future in futures]
 
     def run_all(
         self, step: Callable[Concatenate[Worker, P], T], *args: P.args, **kwargs: P.kwargs

@@ -15,7 +15,7 @@ import numpy as np
 
 from ray_surgeon.models.loss import perplexity_of
 from ray_surgeon.runtime import wave as on_worker
-from ray_surgeon.runtime.cluster import Cluster
+from ray_surgeon.runtime.cluster import Cluster, at_hand, value_of
 from ray_surgeon.runtime.pipelines import each_wave
 from ray_surgeon.runtime.placement import WorkerIndex
 from ray_surgeon.runtime.transport import TensorPayload
@@ -161,8 +161,8 @@ def _finite(what: str, value: float) -> float:
 
 def logits(cluster: Cluster, tokens: Sequence[int]) -> TensorPayload:
     """Return the logits [1, T, vocabulary] of one sequence."""
-    inputs = token_payload(np.asarray(tokens, dtype=np.int64))
+    inputs = at_hand(token_payload(np.asarray(tokens, dtype=np.int64)))
     *before, last = (WorkerIndex(shard, 0) for shard in range(cluster.placement.num_shards))
     for index in before:
-        inputs = cluster.submit(index, on_worker.infer, 0, inputs)
-    return cluster.get([cluster.submit(last, on_worker.infer_logits, inputs)])[0]
+        inputs = cluster.submit(index, on_worker.infer, 0, value_of(inputs))
+    return cluster.get([cluster.submit(last, on_worker.infer_logits, value_of(inputs))])[0]

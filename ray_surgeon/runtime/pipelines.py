@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 from torch import Tensor
 
 from ray_surgeon.runtime import wave as on_worker
-from ray_surgeon.runtime.cluster import Cluster
+from ray_surgeon.runtime.cluster import Cluster, Future, at_hand, value_of
 from ray_surgeon.runtime.dense_model import CALIBRATION, kept_states, receive_states
 from ray_surgeon.runtime.placement import WorkerIndex
 from ray_surgeon.runtime.schedule import Operation, one_by_one, submission_order
@@ -87,8 +87,9 @@ class _Pipeline(Generic[T]):
 
     waves: list[list[int]]  # numbers of the sequences
     # number of a wave -> what comes of its last operation
-    moving: dict[int, TensorPayload] = field(default_factory=dict)
-    results: list[list[T]] = field(default_factory=list)  # of each sequence of each wave
+    moving: dict[int, Future[TensorPayload]] = field(default_factory=dict)
+    # of each sequence of each wave
+    results: list[Future[list[T]]] = field(default_factory=list)
     num_done: int = 0  # sequences
 
 
@@ -130,8 +131,8 @@ def _pass(
             if earlier >= 0:  # so many are on their way at once
                 cluster.get([pipeline.moving.pop(earlier)])
                 pipeline.num_done += len(pipeline.waves[earlier])
-            pipeline.moving[number] = wave_of().tokens
-        inputs = pipeline.moving[number]
+            pipeline.moving[number] = at_hand(wave_of().tokens)
+        inputs = value_of(pipeline.moving[number])
         if shard == num_shards - 1:
             pipeline.moving[number], results = cluster.submit_pair(
                 index, at_the_end, number, inputs, wave_of()
@@ -175,12 +176,12 @@ def _share_states(cluster: Cluster, text: str, numbers: Sequence[int]) -> None:
     """
     last = cluster.placement.num_shards - 1
     owners = [WorkerIndex(last, replica) for replica in range(cluster.placement.num_replicas)]
-    futures = list[None]()
+    futures = list[Future[None]]()
     for owner, waves in zip(owners, _waves_of_replicas(cluster, numbers), strict=True):
         for wave in waves if len(owners) > 1 else ():
             states = cluster.submit(owner, kept_states, text, wave)
             futures += [
-                cluster.submit(receiver, receive_states, text, wave, states)
+                cluster.submit(receiver, receive_states, text, wave, value_of(states))
                 for receiver in owners
                 if receiver != owner
             ]

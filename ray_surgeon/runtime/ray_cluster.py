@@ -14,7 +14,7 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ray_surgeon.models.layout import ModelLayout
-from ray_surgeon.runtime.cluster import Cluster, WorkerFailureError
+from ray_surgeon.runtime.cluster import Cluster, Future, WorkerFailureError
 from ray_surgeon.runtime.collectives import CollectiveError, ProcessReplica
 from ray_surgeon.runtime.placement import Placement, WorkerIndex
 from ray_surgeon.runtime.ray_machines import nodes_alive, on_node, reserve
@@ -77,7 +77,7 @@ class RayCluster(Cluster):
         remote = getattr(self._actors[index], method).options(num_returns=num_futures)
         return remote.remote(*args, **kwargs)
 
-    def get(self, futures: Sequence[T]) -> list[T]:
+    def get(self, futures: Sequence[Future[T]]) -> list[T]:
         """Wait for futures and return their values.
 
         Raises:
@@ -85,7 +85,7 @@ class RayCluster(Cluster):
         """
         return self._wait(futures, self._ping_timeout_s / 2)
 
-    def _wait(self, futures: Sequence[T], patience_s: float) -> list[T]:
+    def _wait(self, futures: Sequence[Future[T]], patience_s: float) -> list[T]:
         """Wait; where nothing ends for so many seconds, ask whether the workers live."""
         values: dict[Any, Any] = {}
         pending: list[Any] = list(dict.fromkeys(futures))

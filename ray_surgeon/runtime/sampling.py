@@ -24,7 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from ray_surgeon.models.loss import next_tokens
-from ray_surgeon.runtime.cluster import Cluster
+from ray_surgeon.runtime.cluster import Cluster, Future, at_hand, value_of
 from ray_surgeon.runtime.placement import WorkerIndex
 from ray_surgeon.runtime.transport import TensorPayload
 from ray_surgeon.runtime.wave import token_payload
@@ -197,7 +197,7 @@ def end(worker: Worker, batch: int) -> None:
 
 # On the coordinator
 
-_Step: TypeAlias = tuple[list[int], int, TensorPayload]
+_Step: TypeAlias = tuple[list[int], int, Future[TensorPayload]]
 """Numbers of the texts of a batch, position of the tokens that come of a step, and these [m, 1]."""
 
 
@@ -252,9 +252,11 @@ def _write_batch(
     """
     workers = [WorkerIndex(shard, replica) for shard in range(cluster.placement.num_shards)]
 
-    def pass_on(inputs: TensorPayload, rows: list[int] | None = None) -> TensorPayload:
+    def pass_on(
+        inputs: Future[TensorPayload], rows: list[int] | None = None
+    ) -> Future[TensorPayload]:
         for worker in workers:
-            inputs = cluster.submit(worker, write_on, batch, inputs, rows)
+            inputs = cluster.submit(worker, write_on, batch, value_of(inputs), rows)
         return inputs
 
     def writing() -> list[int]:
@@ -266,7 +268,9 @@ def _write_batch(
     shortest = min(map(len, own.prompts))
     tokens = np.array([prompt[:shortest] for prompt in own.prompts], dtype=np.int64)
     size = max(1, PREFILL_TOKENS // len(numbers))
-    *pieces, inputs = (token_payload(tokens[:, i : i + size]) for i in range(0, shortest, size))
+    *pieces, inputs = (
+        at_hand(token_payload(tokens[:, i : i + size])) for i in range(0, shortest, size)
+    )
     for piece in pieces:
         pass_on(piece)
     in_flight = deque[_Step]()
