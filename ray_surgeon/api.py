@@ -16,8 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ray_surgeon.maths.kronecker import KroneckerFactors
 from ray_surgeon.memory.stores import Stores
 from ray_surgeon.models.build import BlockRange
-from ray_surgeon.models.checkpoint import check_tied, read_state, tensor_reader
-from ray_surgeon.models.experts import in_memory
+from ray_surgeon.models.checkpoint import reader_of
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.runner import BlockRunner
 from ray_surgeon.models.shard import ModelShard
@@ -152,7 +151,7 @@ def curvature(
 
     Returns:
         Name -> sums A [C, C] of a a^T and G [R, R] of g g^T over all tokens, with the number of
-        tokens; a bias is the last input, whose value is 1. Those of an expert are over the tokens
+        tokens; a bias is the last input, whose value is 1. A linear of a mixture sees the tokens
         that are routed to it. Source: docs/method.md, section 1.
 
     Raises:
@@ -193,19 +192,11 @@ def _shard_of(
     model: PreTrainedModel, layout: ModelLayout, linears: Sequence[str] | None
 ) -> ModelShard:
     """Return a shard of all blocks, which gathers factors of the roles of some linears."""
-    state = model.state_dict()
-    check_tied(layout, state, read_state(state), "the model")
-    read_stored = tensor_reader(layout, state, read_state(state), "the model")
     # weights are never written, so they are read where they are: in the model
     stores = Stores(weights="disk")
     blocks = BlockRange(0, layout.num_blocks, layout.num_blocks)
     shard = ModelShard(layout, blocks, model.dtype, model.device, stores)
-
-    def read(name: str) -> torch.Tensor:
-        of_expert = in_memory(layout.family, state, name)
-        return read_stored(name) if of_expert is None else of_expert
-
-    shard.load(read)
+    shard.load(reader_of(layout, model))
     shard.start_curvature(
         only=None if linears is None else frozenset(layout.shapes[name].role for name in linears)
     )

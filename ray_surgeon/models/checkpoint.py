@@ -9,10 +9,10 @@ from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ray_surgeon.models.build import stored_name
-from ray_surgeon.models.experts import ExpertTensor, part_of_stack
+from ray_surgeon.models.experts import ExpertTensor, in_memory, part_of_stack
 from ray_surgeon.models.layout import ModelLayout
 
 ReadStored = Callable[[str, int | None], Tensor]
@@ -147,6 +147,23 @@ def tensor_reader(
 def read_state(state: Mapping[str, Tensor]) -> ReadStored:
     """Return what reads the ``state_dict`` of a model in memory as a checkpoint."""
     return lambda key, entry: state[key] if entry is None else state[key][entry]
+
+
+def reader_of(layout: ModelLayout, model: nn.Module) -> Callable[[str], Tensor]:
+    """Return what reads a parameter of a model in memory by its name in checkpoints.
+
+    Raises:
+        ValueError: weights that the family ties differ.
+    """
+    state = model.state_dict()
+    check_tied(layout, state, read_state(state), "the model")
+    read_stored = tensor_reader(layout, state, read_state(state), "the model")
+
+    def read(name: str) -> Tensor:
+        of_expert = in_memory(layout.family, state, name)
+        return read_stored(name) if of_expert is None else of_expert
+
+    return read
 
 
 def check_checkpoint(

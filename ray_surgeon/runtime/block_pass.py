@@ -6,18 +6,28 @@ Every block sees what the changed blocks before it give.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ray_surgeon.models.block_by_block import BlockByBlock
+from ray_surgeon.models.hooks import SharedInput
+from ray_surgeon.models.runner import Call
 from ray_surgeon.runtime.cluster import Cluster, at_hand, value_of
 from ray_surgeon.runtime.placement import WorkerIndex
 from ray_surgeon.runtime.transport import TensorPayload
 from ray_surgeon.runtime.wave import token_payload
 from ray_surgeon.runtime.worker import Worker, collective
+
+
+@dataclass
+class _Passing:
+    """Micro-batches, of one shape, on their way through a worker's shard."""
+
+    hidden: dict[int, Tensor] = field(default_factory=dict)  # number -> states [n, T, d]
+    calls: list[Call] = field(default_factory=list)  # of the blocks
 
 
 class BlockPass(ABC):
@@ -34,44 +44,50 @@ class BlockPass(ABC):
 
     def enter(self, worker: Worker, micro_batch: int, inputs: TensorPayload) -> None:
         """Take a micro-batch that will pass the shard block by block."""
-        if micro_batch < worker.placement.num_replicas:
-            worker.keep(BlockByBlock(worker.shard, worker.runner))
-        worker.kept(BlockByBlock).enter(micro_batch, worker.unpack(inputs))
+        passing = worker.keeping(_Passing)
+        hidden, passing.calls = worker.runner.enter(worker.unpack(inputs))
+        passing.hidden[micro_batch] = hidden
 
     @collective
+    @torch.no_grad()
     def pass_shard(self, worker: Worker, shard: int) -> None:
         """Change the blocks of one shard in turn; workers of other shards do nothing."""
         if shard != worker.index.shard:
             return
-        way = worker.kept(BlockByBlock)
         blocks = worker.shard.blocks
-        store = worker.shard.factor_store
+        passing = worker.kept(_Passing)
         for place in range(blocks.last - blocks.first):
-            groups = way.gather(place)
-            for group in groups:
-                key = group.key_of_A
-                total = store.on_device(key, store.get(key).n)
-                num_tokens = torch.tensor(group.num_tokens, device=worker.device)
-                for tensor in (total.flat, num_tokens):
-                    worker.replicas.reduce(tensor, worker.owner(group.names[0]))
-                store.drop(key)
-                if worker.owns(group.names[0]):
-                    A = total.dense().div_(max(1, int(num_tokens)))
-                    # which no token reached: zeros would say that no weight of it matters
-                    if not num_tokens:
-                        A.fill_diagonal_(1.0)
-                    for name in group.names:
-                        self.change(worker, name, A)
-            worker.share_linears(name for group in groups for name in group.names)
-            way.advance(place)
+            self._change_block(worker, _gathered(worker, place))
+            with worker.shard.weights.block(place):
+                for micro_batch, hidden in passing.hidden.items():
+                    after = worker.runner.through(place, hidden, passing.calls)
+                    passing.hidden[micro_batch] = after
+
+    def _change_block(self, worker: Worker, groups: list[SharedInput]) -> None:
+        store = worker.shard.factor_store
+        for group in groups:
+            key = group.key_of_A
+            total = store.on_device(key, store.get(key).n)
+            num_tokens = torch.tensor(group.num_tokens, device=worker.device)
+            for tensor in (total.flat, num_tokens):
+                worker.replicas.reduce(tensor, worker.owner(group.names[0]))
+            store.drop(key)
+            if worker.owns(group.names[0]):
+                A = total.dense().div_(max(1, int(num_tokens)))
+                # which no token reached: zeros would say that no weight of it matters
+                if not num_tokens:
+                    A.fill_diagonal_(1.0)
+                for name in group.names:
+                    self.change(worker, name, A)
+        worker.share_linears(name for group in groups for name in group.names)
 
     def leave(self, worker: Worker, micro_batch: int) -> TensorPayload:
         """Hand over a micro-batch that has passed all blocks."""
-        return worker.pack(worker.kept(BlockByBlock).leave(micro_batch))
+        return worker.pack(worker.runner.leave(worker.kept(_Passing).hidden.pop(micro_batch)))
 
     def forget(self, worker: Worker) -> None:
         """Free what the pass kept."""
-        worker.drop(BlockByBlock)
+        worker.drop(_Passing)
 
     # On the coordinator
 
@@ -95,3 +111,18 @@ class BlockPass(ABC):
                 moving = [cluster.submit(index, self.leave, i) for i, index in enumerate(indices)]
             cluster.progress.reach(shard + 1)
         cluster.run_all(self.forget)
+
+
+def _gathered(worker: Worker, place: int) -> list[SharedInput]:
+    """Sum A of every shared input of a block over all micro-batches.
+
+    See `ModelShard.start_curvature`, kind ``activations``.
+    """
+    shard = worker.shard
+    passing = worker.kept(_Passing)
+    shard.start_curvature("activations")
+    with shard.weights.block(place), shard.gathering_in(place, wide=True):
+        for hidden in passing.hidden.values():
+            worker.runner.through(place, hidden, passing.calls)
+    shard.stop_gathering()
+    return [group for group in shard.gathering if group.place == place]

@@ -17,7 +17,7 @@ from ray_surgeon.stages.curvature.extended import gather_terms
 from ray_surgeon.stages.curvature.gather import gather_curvature
 from ray_surgeon.stages.curvature.section import ExtendedKfacSection
 from ray_surgeon.stages.prune.method import Method
-from ray_surgeon.stages.prune.stages import OfShot, Present
+from ray_surgeon.stages.prune.stages import Present
 from ray_surgeon.stages.stage import Facts, RunState, Stage
 
 
@@ -82,7 +82,7 @@ class Curvature(Stage):
         remembers = self.remembers and run.shot == 1
         method = run.kept(Present).method
         method, record = calibrate(method, run.cluster, run.text, run.shot, remembers=remembers)
-        run.keep(OfShot(method), of_shot=True)
+        run.keep(Present(method), of_shot=True)
         run.record |= record
         facts["calibration_loss"] = record["calibration_loss"]
         facts["num_tokens"] = run.text.tokens.size

@@ -16,21 +16,9 @@ from ray_surgeon.stages.stage import Facts, RunState, Stage
 
 @dataclass(frozen=True)
 class Present:
-    """The method of a run, or of a shot if some of its options are chosen there."""
+    """The method of a run; kept of a shot, the method with what was chosen in it."""
 
     method: Method
-
-
-@dataclass(frozen=True)
-class OfShot:
-    """The method with what was chosen in the present shot."""
-
-    method: Method
-
-
-def method_of(run: RunState) -> Method:
-    """Return the method as it is in the present shot."""
-    return (run.find(OfShot) or run.kept(Present)).method
 
 
 def needs_of(method: Method, worker: WorkerView) -> list[LinearNeeds]:
@@ -48,7 +36,7 @@ class Costs(Stage):
 
     def run(self, run: RunState, facts: Facts) -> None:
         """Take the costs."""
-        scores = method_of(run).score(run.cluster, run.shot)
+        scores = run.kept(Present).method.score(run.cluster, run.shot)
         run.keep(scores, of_shot=True)
         facts["damping_raised"] = len(scores.raised_damping)
 
@@ -69,7 +57,7 @@ class Threshold(Stage):
 
     def run(self, run: RunState, facts: Facts) -> None:
         """Choose, and may ask the workers again."""
-        choice = method_of(run).choose(run.cluster, run.kept(Scores), run.shot)
+        choice = run.kept(Present).method.choose(run.cluster, run.kept(Scores), run.shot)
         run.keep(choice, of_shot=True)
         facts |= choice.facts
 
@@ -83,7 +71,7 @@ class Update(Stage):
 
     def run(self, run: RunState, facts: Facts) -> None:
         """Prune, and measure what that does to the windows held aside."""
-        method = method_of(run)
+        method = run.kept(Present).method
         cluster = run.cluster
         choice = run.find(Choice) or Choice(None, {})
         linears, record = method.apply(cluster, run.text.tokens, choice, run.shot)

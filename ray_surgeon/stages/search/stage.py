@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from ray_surgeon.plan.needs import StepPlan, WorkerView
 from ray_surgeon.stages.prune.groups import Groups
 from ray_surgeon.stages.prune.method import Method, Scores, Tokens
-from ray_surgeon.stages.prune.stages import Update, method_of
+from ray_surgeon.stages.prune.stages import Present, Update
 from ray_surgeon.stages.search.search import SEARCHED, Search
 from ray_surgeon.stages.search.section import SearchSection
 from ray_surgeon.stages.stage import Facts, RunState, Stage, Text
@@ -41,7 +41,7 @@ class SearchStage(Stage):
 
     def run(self, run: RunState, facts: Facts) -> None:
         """Try allocations, and leave the scores of the best one."""
-        method = method_of(run)
+        method = run.kept(Present).method
         assert isinstance(method, Groups)
         search = Search(self.section, method)
         scores, record = search.run(run.cluster, run.kept(Scores), self.windows, run.text, run.shot)
