@@ -216,7 +216,7 @@ def reload_difference(pruned: Pruned, uri: str, tokens: NDArray[np.int64]) -> fl
         RuntimeError: the fresh process fails; or the logits differ by more than `agree` allows.
     """
     dtype = pruned.model.dtype
-    half = bool(pruned.layout.num_experts) and dtype != "float32"
+    half = pruned.layout.is_mixture and dtype != "float32"
     some = [int(t) for t in tokens[:NUM_COMPARED_TOKENS]]
     workers_logits = decode(logits(pruned.cluster, some), torch.device("cpu"))
     with local_folder(uri) as (folder, scratch):

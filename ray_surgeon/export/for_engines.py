@@ -83,8 +83,8 @@ def check_quantised(layout: ModelLayout, shrinking: Shrinking, section: Quantize
         ),
         f"quantises nn.Linear, the linears of {layout.config.model_type} are Conv1D; remove "
         "quantize": layout.family.transposed,
-        "mixtures of experts are not quantised here; remove quantize, and quantise the export with "
-        "other tools": layout.num_experts > 0,
+        "mixtures are not quantised here; remove quantize, and quantise the export with other "
+        "tools": layout.is_mixture,
     }
     for problem, applies in problems.items():
         if applies:

@@ -140,10 +140,7 @@ def flops_budget(layout: ModelLayout, prompt_length: int) -> Budget:
     config = layout.config
     each = 2 * (heads.query_dim + heads.value_dim)  # q.k and the sum of values: a multiply-add each
     scores = each * heads.num_query * (prompt_length + 1) / 2
-    active = layout.num_active_experts / max(1, layout.num_experts)
-    weights = sum(
-        shape.size * (1.0 if shape.expert is None else active) for shape in layout.linears
-    )
+    weights = sum(shape.size * layout.part_of_tokens(shape) for shape in layout.linears)
     # OPT's embeddings may be, with a linear before and after
     narrow = getattr(config, "word_embed_proj_dim", config.hidden_size)
     ends = config.vocab_size * narrow + (
@@ -152,9 +149,8 @@ def flops_budget(layout: ModelLayout, prompt_length: int) -> Budget:
     dense = 2.0 * (weights + ends) + layout.num_blocks * scores
 
     def of_group(groups: GroupSet) -> float:
-        if groups.kind == "expert_channels":
-            return 2 * active * groups.num_parameters
-        own = 2 * groups.num_parameters
+        seen = layout.part_of_tokens(layout.shapes[groups.consumer])
+        own = 2 * seen * groups.num_parameters
         return own + scores / heads.num_kv if groups.kind == "attention" else own
 
     return _additive(layout, "flops", dense, of_group)

@@ -78,9 +78,14 @@ class Family:
         return (*of_attention, (self.attention.consumer,), self.ffn.producers, (self.ffn.consumer,))
 
     @property
-    def stacks_experts(self) -> bool:
-        """Whether checkpoints keep all experts of a layer together."""
+    def is_stacked(self) -> bool:
+        """Whether checkpoints keep tensors of all experts of a layer in one."""
         return self.sparse is not None and self.sparse.stacked
+
+    def stored_in(self, name: str) -> str:
+        """Return the name of the tensor of a checkpoint in which a tensor is."""
+        part = self.sparse.tensor_of(name) if self.sparse and self.sparse.stacked else None
+        return name if part is None else part.whole
 
     def block_prefix(self, block: int) -> str:
         """Return the name of a block in the whole model, e.g. ``model.layers.3.``."""
@@ -225,7 +230,7 @@ def check_not_quantised(document: Mapping[str, Any]) -> None:
     quantization = document.get("quantization_config")
     family = FAMILIES.get(str(document.get("model_type")))
     way = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
-    if way is not None and not (way == "mxfp4" and family is not None and family.stacks_experts):
+    if way is not None and not (way == "mxfp4" and family is not None and family.is_stacked):
         raise ValueError(
             f"model.source: the weights are quantised ({str(way)[:40]}), and updates need them as "
             "they were; give the checkpoint in bfloat16 or float32, and quantise the pruned model "

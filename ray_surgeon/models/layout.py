@@ -48,6 +48,11 @@ class LinearShape:
     expert: int | None = None  # its number, if it belongs to one
 
     @property
+    def sees_all_tokens(self) -> bool:
+        """Whether every token passes it, which is not so in the experts of a mixture."""
+        return self.expert is None
+
+    @property
     def size(self) -> int:
         """Parameters, bias included."""
         return self.num_rows * self.num_columns
@@ -233,6 +238,15 @@ class ModelLayout:
     def num_experts(self) -> int:
         """Experts of a block that has some."""
         return max((len(experts.linears) for experts in self.expert_sets), default=0)
+
+    @property
+    def is_mixture(self) -> bool:
+        """Whether some tokens pass one feed-forward layer and others another."""
+        return self.num_experts > 0
+
+    def part_of_tokens(self, shape: LinearShape) -> float:
+        """Return which part of all tokens a linear sees, as if all experts had as many."""
+        return 1.0 if shape.sees_all_tokens else self.num_active_experts / self.num_experts
 
     @functools.cached_property
     def kinds(self) -> tuple[str, ...]:

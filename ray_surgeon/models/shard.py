@@ -9,7 +9,13 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ray_surgeon.maths.experts import ExpertSums, LayerMean, mean_factor, shrunk_factors
+from ray_surgeon.maths.experts import (
+    ExpertSums,
+    LayerMean,
+    mean_factor,
+    own_divisor,
+    shrunk_factors,
+)
 from ray_surgeon.maths.kronecker import PackedFactors, PackedSymmetric, Term
 from ray_surgeon.memory.factors import FactorStore
 from ray_surgeon.memory.stores import Scratch, Stores
@@ -242,7 +248,7 @@ class ModelShard:
         """
         own = self.own_factors(name)
         shape = self.layout.shapes[name]
-        if shape.expert is None or not self._has_tokens:
+        if shape.sees_all_tokens or not self._has_tokens:
             return own
         return shrunk_factors(own, self.layer_mean(shape.block, shape.role))
 
@@ -255,6 +261,16 @@ class ModelShard:
         A = self.factor_store.get(group.key_of_A)
         G = self.factor_store.get(group.key_of_G(name))
         return PackedFactors(A, G, group.num_tokens, tuple(self.terms.get(name, ())))
+
+    def own_divisor(self, name: str, num_tokens: int) -> float:
+        """Return the divisor of a linear's own sum of g g^T (x) a a^T over its tokens.
+
+        In a mixture, further Kronecker terms weigh what its own tokens do in the first.
+        """
+        shape = self.layout.shapes[name]
+        if shape.sees_all_tokens:
+            return num_tokens
+        return own_divisor(num_tokens, self.layer_mean(shape.block, shape.role))
 
     def layer_mean(self, block: int, role: str) -> LayerMean:
         """Return the mean factors of the linears of a role over all experts of a block."""

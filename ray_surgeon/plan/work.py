@@ -14,7 +14,6 @@ import torch
 from ray_surgeon.maths.kronecker import PackedSymmetric
 from ray_surgeon.memory.pinned import reserved_bytes
 from ray_surgeon.models.build import BlockRange
-from ray_surgeon.models.experts import part_of_stack
 from ray_surgeon.models.layout import LinearShape, ModelLayout
 
 if TYPE_CHECKING:
@@ -73,8 +72,7 @@ class Shapes:
         stored: dict[str, int] = defaultdict(int)
         self._in_blocks: list[list[int]] = [[] for _ in range(layout.num_blocks)]
         for name, size in self._sizes.items():
-            part = part_of_stack(layout.family, name)
-            stored[name if part is None else part.whole] += size
+            stored[layout.family.stored_in(name)] += size
             if (block := layout.block_of(name)) is not None:
                 self._in_blocks[block].append(size)
         self.largest_stored = max(stored.values())
@@ -84,18 +82,13 @@ class Shapes:
         self.block_bytes = [sum(sizes) for sizes in self._in_blocks]
         self._factors = [_factor_sizes(linears, work) for linears in self.linears]
         self.factor_bytes = [sum(sizes) for sizes in self._factors]
-        self._share_active = layout.num_active_experts / max(1, layout.num_experts)
         self.active_parameters = [
-            sum(linear.size * self._part_of_tokens(linear) for linear in linears)
+            sum(linear.size * layout.part_of_tokens(linear) for linear in linears)
             for linears in self.linears
         ]
         self.activations = [self._activation_bytes(linears) for linears in self.linears]
         self.pinned_bytes = functools.cache(self._pinned_bytes)
         self._outside: dict[tuple[bool, bool], int] = {}
-
-    def _part_of_tokens(self, linear: LinearShape) -> float:
-        """Return which part of all tokens a linear sees."""
-        return 1.0 if linear.expert is None else self._share_active
 
     def _activation_bytes(self, linears: list[LinearShape]) -> ActivationBytes:
         """Count outputs of a block's linears, products of the feed-forward layer, and copies.
@@ -104,7 +97,7 @@ class Shapes:
         """
         layout = self.layout
         hidden = int(layout.config.hidden_size)
-        outputs = sum(linear.num_rows * self._part_of_tokens(linear) for linear in linears)
+        outputs = sum(linear.num_rows * layout.part_of_tokens(linear) for linear in linears)
         widest = max(linear.num_columns for linear in linears)
         norms = 8 * hidden if self.width < 4 else 0
         is_eager = layout.family.runs_attention == "eager"

@@ -98,8 +98,7 @@ class Inputs:
         pruning = self.spec.pruning
         if not isinstance(pruning, CoupledSection) or not pruning.has_widths:
             return None
-        whose = "feed-forward layers" if "ffn" in pruning.groups else "experts"
-        said = f"{whose} keep multiples of {pruning.multiple} channels"
+        said = f"feed-forward widths stay multiples of {pruning.multiple} channels"
         liked = KERNEL_COLUMNS * pruning.tensor_parallel
         if pruning.multiple % liked == 0:
             return said

@@ -100,17 +100,18 @@ def assign_owners(
 
     The largest group goes first, to the replica with the least work.
 
-    The experts of a block have one owner, because each is estimated with the help of the others.
+    Linears that see a part of the tokens have one owner in a block, because each is estimated with
+    the help of the others.
     The work of a linear is R^3 + C^3, for the two factorisations.
     """
-    # block -> its first group of experts, which stands for all
-    first_of_experts: dict[int, int] = {}
+    # block -> its first group that sees a part of the tokens, which stands for all of them
+    first_of_mixture: dict[int, int] = {}
     stands_for: dict[int, int] = {}
     work: dict[tuple[int, int], int] = {}  # (block, group) -> of the linears that it stands for
     for s in shapes:
         group = s.shared_input
-        if s.expert is not None:
-            group = first_of_experts.setdefault(s.block, group)
+        if not s.sees_all_tokens:
+            group = first_of_mixture.setdefault(s.block, group)
         stands_for[s.shared_input] = group
         work[s.block, group] = work.get((s.block, group), 0) + s.num_rows**3 + s.num_columns**3
     owner_of: dict[int, int] = {}

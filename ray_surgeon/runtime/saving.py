@@ -203,8 +203,8 @@ def _weight_parts(worker: Worker, *, linears_only: bool) -> list[list[str]]:
     """
     units: dict[str, list[str]] = {}
     for name in worker.shard.saved(linears_only=linears_only):
-        part = None if linears_only else part_of_stack(worker.layout.family, name)
-        units.setdefault(name if part is None else part.whole, []).append(name)
+        stored = name if linears_only else worker.layout.family.stored_in(name)
+        units.setdefault(stored, []).append(name)
     num_entries = {name: math.prod(shape) for name, shape in worker.layout.parameters.items()}
     width = worker.shard.dtype.itemsize
     sizes = [(unit, width * sum(num_entries[name] for name in unit)) for unit in units.values()]

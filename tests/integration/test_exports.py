@@ -581,7 +581,7 @@ def test_a_token_of_a_mixture_may_go_to_other_experts_where_numbers_are_narrow(
         "run_module",
         lambda module, request: save_file({"logits": there}, request["logits"]),
     )
-    layout: Any = SimpleNamespace(num_experts=int(has_experts))
+    layout: Any = SimpleNamespace(is_mixture=has_experts)
     pruned = Pruned(Any, layout, ModelSection(source="x", dtype=dtype), {})
     compare = partial(reload_difference, pruned, str(tmp_path), TOKENS[0].numpy())
     if passes:

@@ -40,7 +40,7 @@ def _probed(layout: ModelLayout, method: Method) -> list[str]:
     """
     of_role: dict[str, list[str]] = {}
     for shape in layout.linears:
-        if shape.expert is None and method.needs(shape) is not None:
+        if shape.sees_all_tokens and method.needs(shape) is not None:
             of_role.setdefault(shape.role, []).append(shape.name)
     two_each = [names[len(names) * third // 3] for names in of_role.values() for third in (1, 2)]
     return list(dict.fromkeys(two_each))

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from ray_surgeon.maths.experts import own_divisor
 from ray_surgeon.maths.extended.terms import power_iteration, quadratic_forms
 from ray_surgeon.maths.kronecker import PackedSymmetric
 from ray_surgeon.models.hooks import watch_pairs
@@ -84,10 +83,7 @@ def finish_iteration(worker: Worker, side: int) -> None:
         if worker.owns(name):
             factors = worker.shard.own_factors(name).dense(worker.device)
             n = max(1, factors.num_tokens)
-            divisor: float = n
-            shape = worker.layout.shapes[name]
-            if shape.expert is not None:  # further terms weigh what its own tokens do in the first
-                divisor = own_divisor(n, worker.shard.layer_mean(shape.block, shape.role))
+            divisor = worker.shard.own_divisor(name, n)
             known = [(factors.G / divisor, factors.A / n), *factors.terms]
             same = [term[side] for term in known]
             opposite = [term[1 - side] for term in known]

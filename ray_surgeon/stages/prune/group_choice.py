@@ -82,7 +82,7 @@ class GroupChoice(Method):
         C = shape.num_columns
         reach = min(1.0, 2 * (self.section.target_sparsity or 0.5))
         # the mean of the layer and the shrunk factors, packed
-        shrinking = 0 if shape.expert is None else 4 * (R**2 + C**2)
+        shrinking = 0 if shape.sees_all_tokens else 4 * (R**2 + C**2)
         # the first where nearly all stays
         measured = max(3.75 * C**2 + 2 * R * C, 2.2 * C**2 + 5 * R * C)
         return LinearNeeds(

@@ -11,7 +11,6 @@ from ray_surgeon.maths.threshold import OutOfReachError
 from ray_surgeon.spec.base import Positive
 from ray_surgeon.spec.targets import ScheduleSection, TargetSection
 from ray_surgeon.stages.curvature.section import AnyCurvature
-from ray_surgeon.stages.prune.experts import ExpertCosts
 from ray_surgeon.stages.reconstruction.section import RECONSTRUCTED, ReconstructionSection
 from ray_surgeon.stages.search.section import SearchSection
 
@@ -19,6 +18,9 @@ GroupKind = Literal["ffn", "attention", "shared_experts", "expert_channels", "ex
 
 
 _CHANNELS = ("ffn", "shared_experts", "expert_channels")
+
+
+ExpertCosts = Literal["rerouting", "reap", "frequency", "random"]
 
 
 class CoupledSection(ScheduleSection):

@@ -17,6 +17,7 @@ from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.pruned_config import kv_heads_left
 from ray_surgeon.spec.targets import FlopsTarget, LatencyTarget, ParametersTarget
 from ray_surgeon.stages.curvature.section import AnyCurvature
+from ray_surgeon.stages.prune.experts import problems_of_mixture
 from ray_surgeon.stages.prune.groups import Groups
 from ray_surgeon.stages.prune.groups_section import CoupledSection
 from ray_surgeon.stages.prune.method import Method
@@ -37,11 +38,8 @@ def method_for(
     Raises:
         ValueError: the method cannot do what is asked to this model.
     """
-    if layout.num_experts and curvature is not None and curvature.sequences_backward is not None:
-        raise ValueError(
-            "curvature.num_backward: the experts of a mixture see too few tokens to leave some out "
-            "of G; remove it"
-        )
+    for problem in problems_of_mixture(layout, pruning, curvature) if layout.is_mixture else ():
+        raise ValueError(problem)
     if isinstance(pruning, CoupledSection):
         return _groups(pruning, curvature, layout, dtype)
     m = getattr(pruning, "units", ElementUnits()).m
@@ -83,7 +81,7 @@ def _groups(
     _check_kinds(layout, pruning)
     fewest = fewest_left(layout, pruning.groups, pruning.fewest_groups, devices, uniform=uniform)
     roles = {groups.kind: layout.shapes[groups.consumer].role for groups in layout.group_sets}
-    consumers = frozenset(roles[kind] for kind in pruning.groups if kind != "experts")
+    consumers = frozenset(roles[kind] for kind in pruning.groups if kind in roles)
     return Groups(pruning, curvature, _budget(layout, pruning, dtype), fewest, consumers)
 
 
@@ -93,26 +91,6 @@ def _check_kinds(layout: ModelLayout, pruning: CoupledSection) -> None:
         raise ValueError(
             f"pruning.groups: {', '.join(missing)}, but {layout.config.model_type} has "
             f"{', '.join(layout.kinds)} that can be pruned here; name some of these"
-        )
-    sparse = layout.family.sparse
-    if layout.num_experts and isinstance(pruning.target, LatencyTarget):
-        raise ValueError(
-            "pruning.target: a latency is not measured for mixtures of experts; give parameters, "
-            "bytes or flops"
-        )
-    if "experts" not in pruning.groups:
-        return
-    assert sparse is not None
-    num_groups = getattr(layout.config, sparse.num_groups) if sparse.num_groups else None
-    if num_groups is not None and num_groups > 1:
-        raise ValueError(
-            f"pruning.groups: the router chooses among {num_groups} groups of experts of one size "
-            f"({sparse.num_groups} in config.json), so no single expert can go; use expert_channels"
-        )
-    if isinstance(pruning.target, FlopsTarget):
-        raise ValueError(
-            "pruning.target: whole experts save no flops, because a token goes to as many of the "
-            "others; give parameters or bytes"
         )
 
 
