@@ -51,9 +51,9 @@ def sequence_losses(
 
 
 def pass_up_to_the_head(
-    cluster: Cluster, sequences: Tokens, only: Sequence[int], text: str | None
-) -> bool:
-    """Run sequences forward without the head, and return whether all states are finite.
+    cluster: Cluster, sequences: Tokens, only: Sequence[int], text: str | None, whose: str
+) -> None:
+    """Run sequences forward without the head.
 
     The head costs as much as several blocks.
 
@@ -63,8 +63,13 @@ def pass_up_to_the_head(
         only: numbers of the sequences to run.
         text: as whose states those before the head are kept by the last shards of all replicas;
             None if they are not.
+        whose: states they are, for the error.
+
+    Raises:
+        FloatingPointError: a state before the head is not finite.
     """
-    return all(each_wave(cluster, sequences, on_worker.is_finite, only=only, text=text))
+    if not all(each_wave(cluster, sequences, on_worker.is_finite, only=only, text=text)):
+        finite(f"a hidden state of {whose}", math.nan)
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,7 @@ def remember(cluster: Cluster, text: str, windows: Tokens, counts: Counts = None
     """
     losses = sequence_losses(cluster, windows, counts, text)
     perplexity = perplexity_of(sum(losses) / num_counted(windows, counts))
-    return _finite(f"the perplexity on {text}, or its divergence,", perplexity)
+    return finite(f"the perplexity on {text}, or its divergence,", perplexity)
 
 
 def measure(cluster: Cluster, text: str, windows: Tokens, counts: Counts = None) -> Measured:
@@ -107,7 +112,7 @@ def measure(cluster: Cluster, text: str, windows: Tokens, counts: Counts = None)
     loss = sum(comparison.nll for comparison in comparisons) / num_tokens
     divergence = sum(comparison.divergence for comparison in comparisons) / num_tokens
     what = f"the perplexity on {text}, or its divergence,"
-    return Measured(_finite(what, perplexity_of(loss)), _finite(what, divergence))
+    return Measured(finite(what, perplexity_of(loss)), finite(what, divergence))
 
 
 def divergences_of(
@@ -124,7 +129,7 @@ def divergences_of(
     """
     of_windows = enumerate(compared(cluster, text, windows, counts))
     return [
-        _finite(
+        finite(
             f"the divergence from the dense model on {text}",
             comparison.divergence / max(1, num_counted(windows, counts, [number])),
         )
@@ -153,7 +158,12 @@ def compared(
     return each_wave(cluster, windows, comparison, counts=counts)
 
 
-def _finite(what: str, value: float) -> float:
+def finite(what: str, value: float) -> float:
+    """Return a value.
+
+    Raises:
+        FloatingPointError: it is not finite; says what it is.
+    """
     if not math.isfinite(value):
         raise FloatingPointError(f"{what} is not finite; check the weights and the dtype")
     return value

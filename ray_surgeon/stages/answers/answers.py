@@ -8,7 +8,6 @@ likely token each time as the dense model did, until they part. Source: docs/met
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean, median
@@ -123,11 +122,8 @@ def remember_answers(cluster: Cluster, answers: Answers) -> None:
         FloatingPointError: a state is not finite.
     """
     tokens, _ = windows_of_answers(answers)
-    if not passes.pass_up_to_the_head(cluster, tokens, range(len(tokens)), ANSWERS):
-        raise FloatingPointError(
-            "the dense model's states of its answers are not finite; check the weights and the "
-            "dtype"
-        )
+    every = range(len(tokens))
+    passes.pass_up_to_the_head(cluster, tokens, every, ANSWERS, "the dense model's answers")
 
 
 def measure_rates(cluster: Cluster, answers: Answers) -> Rates:
@@ -147,11 +143,7 @@ def measure_rates(cluster: Cluster, answers: Answers) -> Rates:
         name: sum(getattr(comparison, name) for comparison in comparisons) / num_tokens
         for name in ("acceptance", "agreement", "divergence")
     }
-    if not math.isfinite(means["divergence"]):
-        raise FloatingPointError(
-            "the divergence from the dense model on its answers is not finite; check the weights "
-            "and the dtype"
-        )
+    passes.finite("the divergence from the dense model on its answers", means["divergence"])
     return Rates(**means)
 
 

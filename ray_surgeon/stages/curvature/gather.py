@@ -5,8 +5,6 @@ Hooks in the shards gather them.
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -135,23 +133,19 @@ def gather_curvature(
         )
     cluster.run_all(start_curvature, kind, only, experts)
     try:
-        is_finite = True
         if both:
             labels = Labels(label_seed, remembers=remembers)
             losses = forward_and_backward(cluster, sequences, labels, only=both, counts=counts)
             if rest := sorted(set(range(len(sequences))) - set(both)):
                 text = CALIBRATION if remembers else None
-                is_finite = passes.pass_up_to_the_head(cluster, sequences, rest, text)
+                whose = "the calibration sequences"
+                passes.pass_up_to_the_head(cluster, sequences, rest, text, whose)
         else:
             text = CALIBRATION if remembers else None
             losses = passes.sequence_losses(cluster, sequences, counts, text)
         if both and passes.num_counted(sequences) != num_tokens:
             cluster.run_all(weigh_gradients, passes.num_counted(sequences) / num_tokens)
-        if not is_finite or not all(map(math.isfinite, losses)):
-            raise FloatingPointError(
-                "the loss of the calibration sequences is not finite; check the weights and the "
-                "dtype"
-            )
+        total = passes.finite("the loss of the calibration sequences", sum(losses))
     except FloatingPointError as error:
         names = [name for name in cluster.run_all(first_not_finite) if name is not None]
         reason = getattr(error, "cause", error)  # unwrapped from Ray's task error
@@ -159,7 +153,7 @@ def gather_curvature(
             f"{reason}; inputs are not finite from {names[0] if names else 'the head'} on"
         ) from error
     cluster.run_all(finish_curvature)
-    return sum(losses) / num_tokens
+    return total / num_tokens
 
 
 def drawn(num_sequences: int, count: int) -> list[int]:
