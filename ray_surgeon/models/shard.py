@@ -32,10 +32,9 @@ from ray_surgeon.models.tensors import load_ends, names_of_ends, slots_of
 
 
 class ModelShard:
-    """Blocks ``blocks.first`` to ``blocks.last`` of a causal LM, with sums A and G.
+    """Blocks of a causal LM, with sums A of the forward and G of the backward pass.
 
-    Weights need no gradient. A is summed in the forward pass and G in the backward pass, so nothing
-    is kept for both.
+    Weights need no gradient, and nothing is kept for both passes.
     """
 
     def __init__(
@@ -106,10 +105,6 @@ class ModelShard:
         self.model.requires_grad_(False)
         self.weights.fill(read_tensor, check_finite, stays=stays)
 
-    def route_around(self, block: int, kept: Tensor) -> None:
-        """Let the router of a block go around the experts that are not kept, [num_experts] bool."""
-        self.mixtures[block - self.blocks.first].router.kept = kept.clone()
-
     def weight(self, name: str) -> Tensor:
         """Return a copy of W [R, C] of a linear, float32, its bias as the last column."""
         module = self.linears[name]
@@ -163,12 +158,9 @@ class ModelShard:
         """
         assert self._kind is None
         self.drop_curvature()
-        shapes = self.layout.shapes
-        self.gathering = [
-            g
-            for g in self.shared_inputs
-            if only is None or any(shapes[name].role in only for name in g.names)
-        ]
+        roles = {name: shape.role for name, shape in self.layout.shapes.items()}
+        wanted = frozenset(roles.values()) if only is None else only
+        self.gathering = [g for g in self.shared_inputs if any(roles[n] in wanted for n in g.names)]
         if experts:
             self.expert_sums = {
                 place: ExpertSums(len(m.experts), self.device) for place, m in self.mixtures.items()
@@ -182,9 +174,8 @@ class ModelShard:
     def gathering_in(self, place: int, *, wide: bool = False) -> Iterator[None]:
         """Add what passes a block meanwhile to its sums, if curvature is gathered.
 
-        Inputs of layers are kept if these are wanted.
-
-        The sums are of inputs, and of output gradients if the kind needs them.
+        The sums are of inputs, and of output gradients if the kind needs them. Inputs of layers are
+        kept if these are wanted.
 
         Args:
             place: of the block in the shard.
@@ -242,10 +233,7 @@ class ModelShard:
         self._layer_means.clear()
 
     def factors(self, name: str) -> PackedFactors:
-        """Return the factors of a linear; see `own_factors`.
-
-        Those of an expert are shrunk if they are of tokens; see `shrunk_factors`.
-        """
+        """Return the factors of a linear, those of an expert shrunk; see `shrunk_factors`."""
         own = self.own_factors(name)
         shape = self.layout.shapes[name]
         if shape.sees_all_tokens or not self._has_tokens:

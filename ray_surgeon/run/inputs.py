@@ -10,15 +10,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-import torch
 import yaml
 from numpy.typing import NDArray
 
 import ray_surgeon
-from ray_surgeon.models.checkpoint import check_checkpoint, check_tied
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.llama_cpp import tokenizer_names
 from ray_surgeon.plan.devices import Device, Room
@@ -26,15 +24,14 @@ from ray_surgeon.plan.plan import Plan, plan_job
 from ray_surgeon.plan.work import Work
 from ray_surgeon.report.directory import RunDirectory
 from ray_surgeon.report.resuming import check_folder
+from ray_surgeon.run.checks import check_machine, check_requests, check_weights
 from ray_surgeon.run.reading import as_input_error, environment, load_config, nothing, read_texts
 from ray_surgeon.run.stages import Stages, stages_after_shots, stages_of
 from ray_surgeon.runtime.placement import Placement, place
-from ray_surgeon.spec.cluster import LocalSection
 from ray_surgeon.spec.job import JobSpec
 from ray_surgeon.spec.model import ModelSection
 from ray_surgeon.spec.output import KERNEL_COLUMNS
 from ray_surgeon.spec.parsing import with_absolute_paths
-from ray_surgeon.spec.targets import LatencyTarget
 from ray_surgeon.stages.calibration import CalibrationText
 from ray_surgeon.stages.prune.groups import Groups
 from ray_surgeon.stages.prune.groups_section import CoupledSection, GroupsSection
@@ -42,7 +39,7 @@ from ray_surgeon.stages.prune.method import Method
 from ray_surgeon.stages.prune.methods import method_for
 from ray_surgeon.stages.stage import Stage
 from ray_surgeon.storage.default_text import default_mix
-from ray_surgeon.storage.sources import ModelFiles, open_model
+from ray_surgeon.storage.sources import open_model
 from ray_surgeon.storage.texts import Windows, load_tokenizer, windows_of
 
 S = TypeVar("S", bound=Stage)
@@ -159,7 +156,7 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
         ValueError: something cannot work; names the field, what was found, and the remedy.
     """
     spec = with_absolute_paths(spec)
-    _check_machine(spec, dry_run=dry_run)
+    check_machine(spec, dry_run=dry_run)
     with as_input_error(f"output.uri: cannot use {spec.output.uri}"):
         RunDirectory(spec.output.uri).is_new()  # raises if it holds something else
     with as_input_error(f"model.source: cannot read {spec.model.source}"):
@@ -168,24 +165,14 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
     layout = ModelLayout.of(load_config(folder, source.origin), source.origin)
     last = stages_after_shots(spec, layout)
     method = method_for(spec.pruning, spec.curvature, layout, spec.model.dtype)
-    _check_lengths(spec, layout)
-    tokenizer = chosen_text = model_fingerprint = None
-    calibration = windows_of(
-        nothing(spec.calibration.num_sequences, spec.calibration.sequence_length)
-    )
-    searched = windows_of(nothing(0, 1))
-    texts: dict[str, Windows] = {}
+    check_requests(spec, layout)
     is_read = source.has_weights or not dry_run
-    if is_read:
-        model_fingerprint = _check_weights(source, layout)
-        tokenizer = _tokenizer(spec, folder, source.origin)
-        if spec.calibration.source == "auto":
-            section, chosen_text = default_mix(spec.calibration, tokenizer)
-            spec = spec.model_copy(update={"calibration": section})
-            spec.check_borders()
-        calibration, searched, texts = _texts(spec, tokenizer, layout)
-    first_text = next(iter(texts.values()), calibration).tokens
-    stages = stages_of(spec, layout, method, tokenizer, searched, first_text, last)
+    model_fingerprint = check_weights(source, layout) if is_read else None
+    texts = _texts_of(spec, folder, source.origin, layout) if is_read else _unread_texts(spec)
+    spec = texts.spec
+    first_text = next(iter(texts.measured.values()), texts.calibration).tokens
+    stages = stages_of(spec, layout, method, texts.tokenizer, texts.searched, first_text, last)
+    fingerprints = _fingerprints(model_fingerprint, texts, stages) if is_read else {}
     inputs = Inputs(
         spec,
         layout,
@@ -193,13 +180,11 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
         method,
         stages,
         source.pinned,
-        calibration.tokens,
-        {name: windows.tokens for name, windows in texts.items()},
-        _fingerprints(spec, stages, model_fingerprint, tokenizer, calibration, texts)
-        if is_read
-        else {},
+        texts.calibration.tokens,
+        {name: windows.tokens for name, windows in texts.measured.items()},
+        fingerprints,
         environment(),
-        chosen_text,
+        texts.chosen,
     )
     if is_read:
         with as_input_error(f"output.uri: cannot use {spec.output.uri}"):
@@ -210,102 +195,54 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
     return inputs
 
 
-def _fingerprints(
-    spec: JobSpec,
-    stages: Stages,
-    model: Any,
-    tokenizer: Any,
-    calibration: Windows,
-    texts: Mapping[str, Windows],
-) -> dict[str, Any]:
+class _Texts(NamedTuple):
+    """What a job reads beside its model."""
+
+    spec: JobSpec  # with a calibration that was chosen
+    tokenizer: Any
+    calibration: Windows
+    searched: Windows  # that a search measures on
+    measured: Mapping[str, Windows]
+    chosen: str | None = None  # see `Inputs.chosen_text`
+
+
+def _texts_of(spec: JobSpec, folder: Path, origin: str, layout: ModelLayout) -> _Texts:
+    """Read the tokenizer of a checkpoint, and all texts."""
+    tokenizer = load_tokenizer(folder, origin)
+    if "gguf" in spec.output.exports:
+        tokenizer_names(json.loads(tokenizer.backend_tokenizer.to_str()))
+    chosen = None
+    if spec.calibration.source == "auto":
+        section, chosen = default_mix(spec.calibration, tokenizer)
+        spec = spec.model_copy(update={"calibration": section})
+        spec.check_borders()
+    pruning = spec.pruning
+    search = pruning.search if isinstance(pruning, GroupsSection) else None
+    num_searched = 0 if search is None else search.num_sequences
+    return _Texts(
+        spec, tokenizer, *read_texts(spec, num_searched, tokenizer, layout.config), chosen
+    )
+
+
+def _unread_texts(spec: JobSpec) -> _Texts:
+    """Return what stands for the texts in a plan from config.json alone."""
+    section = spec.calibration
+    calibration = windows_of(nothing(section.num_sequences, section.sequence_length))
+    return _Texts(spec, None, calibration, windows_of(nothing(0, 1)), {})
+
+
+def _fingerprints(model: Any, texts: _Texts, stages: Stages) -> dict[str, Any]:
     """Return what must be the same when a run goes on."""
-    vocabulary = repr(sorted(tokenizer.get_vocab().items()))
+    vocabulary = repr(sorted(texts.tokenizer.get_vocab().items()))
     fingerprints: dict[str, Any] = {
         "code": ray_surgeon.__version__,
-        "method": spec.method_fingerprint(),
+        "method": texts.spec.method_fingerprint(),
         "model": model,
         "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(),
-        "calibration": calibration.fingerprint,
-        "evaluation": {name: windows.fingerprint for name, windows in texts.items()},
+        "calibration": texts.calibration.fingerprint,
+        "evaluation": {name: windows.fingerprint for name, windows in texts.measured.items()},
         "tasks": None,  # a run may go on without tasks that fail
     }
     for stage in stages.all:
         fingerprints |= stage.fingerprints()
     return fingerprints
-
-
-def _tokenizer(spec: JobSpec, folder: Path, origin: str) -> Any:
-    """Return the tokenizer of a checkpoint, which all exports can take along."""
-    tokenizer = load_tokenizer(folder, origin)
-    if "gguf" in spec.output.exports:
-        tokenizer_names(json.loads(tokenizer.backend_tokenizer.to_str()))
-    return tokenizer
-
-
-def _check_machine(spec: JobSpec, *, dry_run: bool) -> None:
-    """Refuse a GPU that is not here, and an output folder that goes with the job.
-
-    Raises:
-        ValueError: names the field.
-    """
-    section = spec.cluster
-    wants_gpu = isinstance(section, LocalSection) and section.device == "cuda"
-    if not dry_run and wants_gpu and not torch.cuda.is_available():
-        raise ValueError(
-            "cluster.gpus_per_worker: 1, but torch sees no GPU here; set it to 0, or install torch "
-            "with CUDA and a driver"
-        )
-    if any(part.startswith("_ray_pkg_") for part in Path(spec.output.uri).parts):
-        raise ValueError(
-            f"output.uri: {spec.output.uri} is in Ray's copy of the working directory, which goes "
-            "with the job; give a whole path or a URI"
-        )
-
-
-def _check_weights(source: ModelFiles, layout: ModelLayout) -> Any:
-    """Check the headers of a checkpoint, and return its fingerprint.
-
-    Raises:
-        ValueError: it lacks tensors, or has other shapes.
-    """
-    with as_input_error(f"model.source: cannot read {source.origin}"):
-        shapes, fingerprint = source.shapes_and_fingerprint()
-        check_checkpoint(layout, shapes, source.origin)
-        if layout.tied.keys() & shapes.keys():
-            check_tied(layout, shapes, source.read, source.origin)
-    return fingerprint
-
-
-def _texts(
-    spec: JobSpec, tokenizer: Any, layout: ModelLayout
-) -> tuple[Windows, Windows, dict[str, Windows]]:
-    """Return the calibration, the windows of a search, and the evaluation texts."""
-    pruning = spec.pruning
-    search = pruning.search if isinstance(pruning, GroupsSection) else None
-    num_searched = 0 if search is None else search.num_sequences
-    return read_texts(spec, num_searched, tokenizer, layout.config)
-
-
-def _check_lengths(spec: JobSpec, layout: ModelLayout) -> None:
-    """Refuse timed requests that are longer than the table of positions.
-
-    They would fail after all pruning.
-
-    Raises:
-        ValueError: names the field.
-    """
-    if not layout.family.positions:
-        return
-    target = getattr(spec.pruning, "target", None)
-    requests = {
-        "output.speed": spec.output.speed,
-        "pruning.target.request": target.request if isinstance(target, LatencyTarget) else None,
-    }
-    longest = layout.config.max_position_embeddings
-    for where, request in requests.items():
-        if request is None or request.prompt_length + request.num_new_tokens <= longest:
-            continue
-        raise ValueError(
-            f"{where}: a prompt of {request.prompt_length} tokens and {request.num_new_tokens} new "
-            f"ones, but the model takes at most {longest}; give fewer"
-        )

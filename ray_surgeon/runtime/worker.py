@@ -230,19 +230,6 @@ class Worker:
             [not self.mask(linears[-1], StructuredMask).rows.any() for linears in experts.linears]
         )
 
-    def remove_experts(self, experts: ExpertSet, removed: Tensor) -> None:
-        """Remove whole experts, [num_experts] bool.
-
-        The router goes around all that are removed.
-        """
-        for number in removed.nonzero()[:, 0].tolist():
-            for name in experts.linears[number]:
-                mask = self.mask(name, StructuredMask)
-                W = torch.zeros(len(mask.rows), len(mask.columns), device=self.device)
-                self.masks[name] = mask.without(mask.rows, mask.columns)
-                self.shard.set_weight(name, W)
-        self.shard.route_around(experts.block, ~self.removed_experts(experts))
-
     def share_linears(self, names: Iterable[str]) -> None:
         """Send linears and their masks from their owners to the other replicas.
 

@@ -86,25 +86,28 @@ def _apply_override(document: dict[str, Any], override: str) -> None:
         document["evaluation"] = {"texts": document["evaluation"]}  # for which a list is short
     place: Any = document
     for number, key in enumerate(keys):
-        above = ".".join(keys[:number])
-        at: Any = key
-        if isinstance(place, list):
-            if not key.isdecimal() or not int(key) < len(place):
-                raise ValueError(
-                    f"--set {override}: {above} is a list with items 0 to {len(place) - 1}, and "
-                    f"{key!r} is none of them"
-                )
-            at = int(key)
-        elif not isinstance(place, dict):
-            raise ValueError(
-                f"--set {override}: {above} is {place!r}, which has no fields; give {above} itself "
-                "another value"
-            )
+        at = _item(place, key, f"--set {override}: {'.'.join(keys[:number])}")
         if number == len(keys) - 1:
             place[at] = content
         elif isinstance(place, dict) and place.get(at) is None:  # absent, or switched off by null
             place[at] = {}
         place = place[at]
+
+
+def _item(place: Any, key: str, where: str) -> str | int:
+    """Return the key of a mapping, or the index of a list, that an override names."""
+    if isinstance(place, dict):
+        return key
+    if not isinstance(place, list):
+        raise ValueError(
+            f"{where} is {place!r}, which has no fields; give {where.rpartition(' ')[2]} itself "
+            "another value"
+        )
+    if not key.isdecimal() or not int(key) < len(place):
+        raise ValueError(
+            f"{where} is a list with items 0 to {len(place) - 1}, and {key!r} is none of them"
+        )
+    return int(key)
 
 
 _SENTENCES = {

@@ -11,8 +11,9 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
-from ray_surgeon.runtime import sampling
-from ray_surgeon.runtime.sampling import Wanted, texts_together, write_texts
+from ray_surgeon.runtime import sampling, writing
+from ray_surgeon.runtime.sampling import texts_together, write_texts
+from ray_surgeon.runtime.writing import Wanted
 from tests.conftest import CONFIGS, SPARSE_CONFIGS
 from tests.integration.runs import loaded
 
@@ -116,7 +117,7 @@ def test_a_batch_stops_when_its_texts_have_ended(
     steps = max(map(len, ended))
     assert len(calls) <= steps + sampling._STEPS_IN_FLIGHT
     assert len(set(calls)) > 1, "rows of ended texts are left out"
-    assert not cluster.workers[cluster.placement.workers[0]].kept(sampling._Writing)
+    assert not cluster.workers[cluster.placement.workers[0]].kept(writing._Writing)
 
 
 def test_no_more_tokens_are_fed_than_the_model_has_positions(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator
+from itertools import chain
 
 import torch
 
 from ray_surgeon.maths.experts import frequency_costs, random_costs, reap_costs, rerouting_costs
+from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.maths.threshold import check_costs
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.runtime.worker import Worker
@@ -92,18 +94,20 @@ def whole_expert_costs(
 
 
 def go_around_removed(worker: Worker) -> None:
-    """Let routers go around the experts that earlier shots removed.
-
-    Weights and masks are loaded before.
-    """
+    """Let routers go around the experts that are removed; weights and masks are loaded before."""
     for experts in worker.expert_sets:
         removed = worker.removed_experts(experts)
         if removed.any():
-            worker.shard.route_around(experts.block, ~removed)
+            place = experts.block - worker.shard.blocks.first
+            worker.shard.mixtures[place].router.kept = ~removed
 
 
 def remove_experts(worker: Worker, consumers: Collection[str]) -> None:
     """Remove the experts with these consumers whole; routers go around them."""
-    for experts in worker.expert_sets if consumers else ():
-        is_removed = [linears[-1] in consumers for linears in experts.linears]
-        worker.remove_experts(experts, torch.tensor(is_removed))
+    for linears in chain.from_iterable(experts.linears for experts in worker.expert_sets):
+        for name in linears if linears[-1] in consumers else ():
+            mask = worker.mask(name, StructuredMask)
+            W = torch.zeros(len(mask.rows), len(mask.columns), device=worker.device)
+            worker.masks[name] = mask.without(mask.rows, mask.columns)
+            worker.shard.set_weight(name, W)
+    go_around_removed(worker)
