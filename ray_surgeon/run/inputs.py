@@ -34,7 +34,7 @@ from ray_surgeon.spec.output import KERNEL_COLUMNS
 from ray_surgeon.spec.parsing import with_absolute_paths
 from ray_surgeon.stages.calibration import CalibrationText
 from ray_surgeon.stages.prune.groups import Groups
-from ray_surgeon.stages.prune.groups_section import CoupledSection, GroupsSection
+from ray_surgeon.stages.prune.groups_section import CoupledSection
 from ray_surgeon.stages.prune.method import Method
 from ray_surgeon.stages.prune.methods import method_for
 from ray_surgeon.stages.stage import Stage
@@ -171,7 +171,7 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
     texts = _texts_of(spec, folder, source.origin, layout) if is_read else _unread_texts(spec)
     spec = texts.spec
     first_text = next(iter(texts.measured.values()), texts.calibration).tokens
-    stages = stages_of(spec, layout, method, texts.tokenizer, texts.searched, first_text, last)
+    stages = stages_of(spec, layout, method, texts.tokenizer, texts.further, first_text, last)
     fingerprints = _fingerprints(model_fingerprint, texts, stages) if is_read else {}
     inputs = Inputs(
         spec,
@@ -201,7 +201,7 @@ class _Texts(NamedTuple):
     spec: JobSpec  # with a calibration that was chosen
     tokenizer: Any
     calibration: Windows
-    searched: Windows  # that a search measures on
+    further: Windows  # that a stage reads beside the calibration
     measured: Mapping[str, Windows]
     chosen: str | None = None  # see `Inputs.chosen_text`
 
@@ -216,12 +216,7 @@ def _texts_of(spec: JobSpec, folder: Path, origin: str, layout: ModelLayout) -> 
         section, chosen = default_mix(spec.calibration, tokenizer)
         spec = spec.model_copy(update={"calibration": section})
         spec.check_borders()
-    pruning = spec.pruning
-    search = pruning.search if isinstance(pruning, GroupsSection) else None
-    num_searched = 0 if search is None else search.num_sequences
-    return _Texts(
-        spec, tokenizer, *read_texts(spec, num_searched, tokenizer, layout.config), chosen
-    )
+    return _Texts(spec, tokenizer, *read_texts(spec, tokenizer, layout.config), chosen)
 
 
 def _unread_texts(spec: JobSpec) -> _Texts:

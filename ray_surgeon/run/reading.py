@@ -30,18 +30,15 @@ def nothing(num_sequences: int, sequence_length: int) -> NDArray[np.int64]:
 
 
 def read_texts(
-    spec: JobSpec, num_searched: int, tokenizer: Any, config: PretrainedConfig
+    spec: JobSpec, tokenizer: Any, config: PretrainedConfig
 ) -> tuple[Windows, Windows, dict[str, Windows]]:
-    """Return the calibration, the windows of a search, and the evaluation texts.
-
-    The windows of a search lie beside the calibration's in the same texts.
-    """
+    """Return the calibration, further windows beside it in the same texts, and evaluation texts."""
     section = spec.calibration
     for i, measured in enumerate(spec.evaluation.texts):
         if is_saved_whole(measured):
             section.check_border(measured, f"evaluation.{i}")
     length = section.sequence_length
-    further = section.further(num_searched)
+    further = section.further(spec.pruning.num_further_windows)
     parts = list[Windows]()
     beside = list[NDArray[np.int64]]()
     for number, ((text, count), more) in enumerate(zip(section.shares, further, strict=True)):

@@ -50,7 +50,7 @@ def stages_of(
     layout: ModelLayout,
     method: Method,
     tokenizer: Any,
-    searched: Windows,
+    further: Windows,
     first_text: NDArray[np.int64],
     after_shots: tuple[Stage, ...],
 ) -> Stages:
@@ -61,7 +61,7 @@ def stages_of(
         layout: of its model.
         method: of pruning.
         tokenizer: of the model; None for a plan from config.json alone.
-        searched: windows that a search measures on.
+        further: windows beside the calibration, for a stage that reads some.
         first_text: [num_windows, sequence_length] of the first evaluation text.
         after_shots: of `stages_after_shots`, which is checked before there is a method.
 
@@ -94,7 +94,7 @@ def stages_of(
         _present(
             Curvature(method, keeps_states) if has_costs else None,
             Costs(method) if has_costs else None,
-            SearchStage.of(method, searched),
+            SearchStage.of(method, further),
             Threshold() if has_costs else None,
             Update(method),
             ReconstructionStage.of(method),

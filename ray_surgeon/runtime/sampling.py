@@ -23,12 +23,8 @@ from ray_surgeon.runtime.cluster import Cluster, Future, at_hand, value_of
 from ray_surgeon.runtime.placement import WorkerIndex
 from ray_surgeon.runtime.transport import TensorPayload
 from ray_surgeon.runtime.wave import token_payload
-from ray_surgeon.runtime.writing import Wanted, begin, end, write_on
+from ray_surgeon.runtime.writing import Wanted, begin, end, texts_together, write_on
 
-TEXTS_TOGETHER = 16
-"""Texts in a batch, at most, if they are long; weights are read once for all of them."""
-TOKENS_TOGETHER = 8192
-"""Tokens in a batch, at most, if texts are short and so more than these many are in it."""
 PREFILL_TOKENS = 1024
 """Tokens of prompts that pass the shards in one call."""
 _STEPS_IN_FLIGHT = 4
@@ -40,11 +36,6 @@ _FEWER_ROWS = 0.75
 def num_batches(num_texts: int, length: int) -> int:
     """Return in how many batches texts of so many tokens are written, whatever the cluster is."""
     return -(-num_texts // texts_together(length))
-
-
-def texts_together(length: int) -> int:
-    """Return how many texts of so many tokens are written together, at most."""
-    return max(TEXTS_TOGETHER, TOKENS_TOGETHER // length)
 
 
 # On a worker

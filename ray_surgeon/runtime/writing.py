@@ -12,9 +12,20 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from ray_surgeon.models.loss import next_tokens
-from ray_surgeon.runtime.sampling import texts_together
 from ray_surgeon.runtime.transport import TensorPayload
 from ray_surgeon.runtime.worker import Worker
+
+TEXTS_TOGETHER = 16
+"""Texts in a batch, at most, if they are long; weights are read once for all of them."""
+
+
+TOKENS_TOGETHER = 8192
+"""Tokens in a batch, at most, if texts are short and so more than these many are in it."""
+
+
+def texts_together(length: int) -> int:
+    """Return how many texts of so many tokens are written together, at most."""
+    return max(TEXTS_TOGETHER, TOKENS_TOGETHER // length)
 
 
 @dataclass(frozen=True)

@@ -212,8 +212,7 @@ class JobSpec(Section):
         if share is None:
             stages = (
                 self.curvature is not None and self.curvature.chooses_damping,
-                getattr(self.pruning, "reconstruction", None),
-                getattr(self.pruning, "search", None),
+                self.pruning.checks_itself,
                 self.correction,
             )
             share = HELD_SHARE if any(stages) else 0.0

@@ -41,6 +41,16 @@ class ScheduleSection(Section):
     def last_sparsity(self) -> float | None:
         """The target, if it is a sparsity."""
 
+    @property
+    def num_further_windows(self) -> int:
+        """Windows that a stage reads beside the calibration's, from the same texts."""
+        return 0
+
+    @property
+    def checks_itself(self) -> bool:
+        """Whether a stage measures itself on windows held aside."""
+        return False
+
     def problem_with(self, curvature: AnyCurvature) -> str | None:
         """Return why this section and a curvature do not go together, if so."""
         return None

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
 from ray_surgeon.runtime import sampling, writing
-from ray_surgeon.runtime.sampling import texts_together, write_texts
-from ray_surgeon.runtime.writing import Wanted
+from ray_surgeon.runtime.sampling import write_texts
+from ray_surgeon.runtime.writing import Wanted, texts_together
 from tests.conftest import CONFIGS, SPARSE_CONFIGS
 from tests.integration.runs import loaded
 

@@ -9,10 +9,10 @@ from pydantic import Field
 
 from ray_surgeon.maths.threshold import OutOfReachError
 from ray_surgeon.spec.base import Positive
-from ray_surgeon.spec.targets import ScheduleSection, TargetSection
+from ray_surgeon.spec.targets import TargetSection
 from ray_surgeon.stages.curvature.section import AnyCurvature
-from ray_surgeon.stages.reconstruction.section import RECONSTRUCTED, ReconstructionSection
-from ray_surgeon.stages.search.section import SearchSection
+from ray_surgeon.stages.reconstruction.section import Reconstructed
+from ray_surgeon.stages.search.section import Searched
 
 GroupKind = Literal["ffn", "attention", "shared_experts", "expert_channels", "experts"]
 
@@ -23,7 +23,7 @@ _CHANNELS = ("ffn", "shared_experts", "expert_channels")
 ExpertCosts = Literal["rerouting", "reap", "frequency", "random"]
 
 
-class CoupledSection(ScheduleSection):
+class CoupledSection(Reconstructed):
     """What both ways to allocate coupled groups have."""
 
     uniform: ClassVar[bool] = False  # whether every block gets the same widths
@@ -58,11 +58,6 @@ class CoupledSection(ScheduleSection):
     """Fraction of the parameters of the blocks' linears to remove, biases included"""
     target: TargetSection | None = None
     """In place of target_sparsity: what the whole model may need in the end"""
-
-    reconstruction: ReconstructionSection | None = None
-    """In every shot, after the update: train every feed-forward layer that lost channels to
-    reproduce its earlier outputs. Workers keep its inputs until then. null: no reconstruction
-    """
 
     @property
     def last_sparsity(self) -> float | None:
@@ -135,17 +130,13 @@ class CoupledSection(ScheduleSection):
                 reasons["activations"] = (
                     "has no gradients, which the costs of whole experts need; use kfac"
                 )
-        elif self.reconstruction is not None:
-            reasons["identity"] = (
-                "keeps no inputs, which pruning.reconstruction needs; use kfac or activations"
-            )
         if curvature.kind in reasons:
             return f"curvature.kind: {curvature.kind} {reasons[curvature.kind]}"
         if set(self.groups) == {"experts"}:
             changed = curvature.model_dump(exclude_defaults=True).keys()
             for field in sorted(changed & {"damping", "max_damping"}):
                 return f"curvature.{field}: costs of whole experts invert no factor; leave it out"
-        return None
+        return super().problem_with(curvature)
 
     def problems(self) -> Iterator[str]:
         """Yield what fields have against each other."""
@@ -154,11 +145,6 @@ class CoupledSection(ScheduleSection):
         named = ", ".join(self.groups)
         if len(kinds) < len(self.groups):
             yield f"groups: {named} name a kind twice; remove one"
-        if self.reconstruction is not None and not RECONSTRUCTED & kinds:
-            yield (
-                f"reconstruction: is of ffn and shared_experts, got groups {named}; add one of "
-                "them, or leave it out"
-            )
         if self.expert_costs != "rerouting" and kinds != {"experts"}:
             problem = "is of whole experts; add experts to groups, or leave it out"
             if "experts" in kinds:
@@ -176,7 +162,7 @@ class CoupledSection(ScheduleSection):
             yield f"target_sparsity: give this or target, got {got}"
 
 
-class GroupsSection(CoupledSection):
+class GroupsSection(CoupledSection, Searched):
     """Coupled groups, as many from each block as one threshold over the model says."""
 
     allocation: Literal["global"] = "global"
@@ -185,11 +171,6 @@ class GroupsSection(CoupledSection):
     """What the threshold compares: the cost of a group, or its cost per unit of the target"""
     remove_blocks: bool = False
     """Whether the last KV group or the last channels of a block may be pruned too"""
-    search: SearchSection | None = None
-    """In every shot, after the costs: for one block after the other, undo the removals of one kind
-    of groups and scale their costs by how far the divergence from the dense model falls; then
-    compute the threshold again. null: no search
-    """
 
     def problems(self) -> Iterator[str]:
         """Yield what fields have against each other."""
@@ -198,11 +179,6 @@ class GroupsSection(CoupledSection):
             yield (
                 "remove_blocks: is of KV groups and channels, and only whole experts go; remove "
                 "it, or name other groups"
-            )
-        if self.search is not None and "experts" in self.groups:
-            yield (
-                "search: does not go with whole experts, whose tokens go elsewhere; use "
-                "expert_channels, or leave it out"
             )
 
     @property

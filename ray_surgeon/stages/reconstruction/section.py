@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
 from pydantic import Field
 
 from ray_surgeon.spec.base import Positive, Section
+from ray_surgeon.spec.targets import ScheduleSection
+
+if TYPE_CHECKING:
+    from ray_surgeon.stages.curvature.section import AnyCurvature
 
 RECONSTRUCTED = frozenset({"ffn", "shared_experts"})
 """Kinds of groups of which the layers that lose some can be reconstructed: every token passes them.
@@ -25,3 +32,36 @@ class ReconstructionSection(Section):
     """Passes over the calibration tokens"""
     seed: int = Field(0, ge=0)
     """Seed of the order of the tokens"""
+
+
+class Reconstructed(ScheduleSection):
+    """Pruning after which layers may be reconstructed."""
+
+    groups: tuple[str, ...]
+    reconstruction: ReconstructionSection | None = None
+    """In every shot, after the update: train every feed-forward layer that lost channels to
+    reproduce its earlier outputs. Workers keep its inputs until then. null: no reconstruction
+    """
+
+    @property
+    def checks_itself(self) -> bool:
+        """Whether there is a reconstruction, or another stage that measures itself."""
+        return self.reconstruction is not None or super().checks_itself
+
+    def problem_with(self, curvature: AnyCurvature) -> str | None:
+        """Return why this section and a curvature do not go together; see `ScheduleSection`."""
+        if self.reconstruction is not None and curvature.kind == "identity":
+            return (
+                "curvature.kind: identity keeps no inputs, which pruning.reconstruction needs; use "
+                "kfac or activations"
+            )
+        return super().problem_with(curvature)
+
+    def problems(self) -> Iterator[str]:
+        """Yield what fields have against each other."""
+        yield from super().problems()
+        if self.reconstruction is not None and not RECONSTRUCTED.intersection(self.groups):
+            yield (
+                f"reconstruction: is of ffn and shared_experts, got groups "
+                f"{', '.join(self.groups)}; add one of them, or leave it out"
+            )

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from pydantic import Field
 
 from ray_surgeon.spec.base import Positive, Section
+from ray_surgeon.spec.targets import ScheduleSection
 
 
 class SearchSection(Section):
@@ -17,3 +20,33 @@ class SearchSection(Section):
     once for every kind of groups in every block that loses any, and once more. They are cut from
     the calibration's texts, apart from its own sequences
     """
+
+
+class Searched(ScheduleSection):
+    """Pruning whose costs a search may scale."""
+
+    groups: tuple[str, ...]
+    search: SearchSection | None = None
+    """In every shot, after the costs: for one block after the other, undo the removals of one kind
+    of groups and scale their costs by how far the divergence from the dense model falls; then
+    compute the threshold again. null: no search
+    """
+
+    @property
+    def num_further_windows(self) -> int:
+        """Windows that the search measures on."""
+        return 0 if self.search is None else self.search.num_sequences
+
+    @property
+    def checks_itself(self) -> bool:
+        """Whether there is a search, or another stage that measures itself."""
+        return self.search is not None or super().checks_itself
+
+    def problems(self) -> Iterator[str]:
+        """Yield what fields have against each other."""
+        yield from super().problems()
+        if self.search is not None and "experts" in self.groups:
+            yield (
+                "search: does not go with whole experts, whose tokens go elsewhere; use "
+                "expert_channels, or leave it out"
+            )

@@ -9,8 +9,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from ray_surgeon.runtime.sampling import texts_together
-from ray_surgeon.runtime.writing import Wanted
+from ray_surgeon.runtime.writing import Wanted, texts_together
 from ray_surgeon.spec.calibration import CalibrationSection
 from ray_surgeon.spec.written import TURN_TOKENS, SelfSection
 from ray_surgeon.storage.prompts import Prompt, has_chat_template, read_prompts
