@@ -11,7 +11,7 @@ from tests.house import ROOT, files_with, weight, words, words_of_docs
 
 CEILING = 17_100
 """Lines of the package. What comes in pushes something out; it is lowered when something leaves."""
-MOST_FILES_WITH_EXPERTS = 27
+MOST_FILES_WITH_EXPERTS = 28
 FEATURES = (
     "answers",
     "correction",

@@ -17,14 +17,17 @@ from ray_surgeon.maths.curvature import RaisedDamping
 from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.maths.threshold import StructureCosts
 from ray_surgeon.models.budgets import Budget, parameters_budget
+from ray_surgeon.run.inputs import check
+from ray_surgeon.spec.parsing import parse_spec
 from ray_surgeon.stages.curvature.section import KfacSection
+from ray_surgeon.stages.curvature.stage import calibrate
 from ray_surgeon.stages.prune.consumer_costs import ConsumerCosts, Paths, Reach, renewed
 from ray_surgeon.stages.prune.groups import Groups
 from ray_surgeon.stages.prune.groups_section import GroupsSection
 from ray_surgeon.stages.prune.method import Scores
 from ray_surgeon.stages.prune.rows_columns import RowsColumns, RowsColumnsSection
 from tests.conftest import LAYOUTS
-from tests.integration.test_search import scored
+from tests.integration.runs import loaded, tiny_spec
 
 NO_CLUSTER: Any = None
 ANY = frozenset(range(9))
@@ -188,8 +191,8 @@ def test_widths_that_may_be_left_are_multiples_in_the_last_shot_and_the_whole_on
 def test_factors_of_experts_are_shrunk_which_takes_memory() -> None:
     method = replace(small_groups(), consumers=frozenset({"down"}))
     linears: list[Any] = [
-        SimpleNamespace(role="down", num_rows=3, num_columns=5, expert=expert)
-        for expert in (None, 0)
+        SimpleNamespace(role="down", num_rows=3, num_columns=5, sees_all_tokens=sees_all)
+        for sees_all in (True, False)
     ]
     dense, expert = map(method.needs, linears)
     assert (
@@ -202,14 +205,20 @@ def test_factors_of_experts_are_shrunk_which_takes_memory() -> None:
 def test_a_path_is_followed_to_the_next_width_that_may_be_left_whatever_it_costs(
     model_folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    search, cluster, _, _ = scored(model_folders["llama"], tmp_path, pruning__width_multiple=8)
+    options: dict[str, Any] = {"pruning__structure": "groups", "pruning__width_multiple": 8}
+    options["pruning__num_shots"] = 1
+    inputs = check(parse_spec(tiny_spec(tmp_path, model_folders["llama"], **options).read_text()))
+    method = inputs.method
+    assert isinstance(method, Groups)
+    cluster = loaded(model_folders["llama"], 2)
+    calibrate(method, cluster, inputs.text, 1, remembers=False)
     for worker in cluster.workers.values():
-        for groups in search.method.sets(worker):
+        for groups in method.sets(worker):
             if groups.kind == "ffn":
                 mask = worker.mask(groups.consumer, StructuredMask)
                 gone = torch.zeros_like(mask.columns)
                 gone[:3] = True
                 worker.masks[groups.consumer] = mask.without(torch.zeros_like(mask.rows), gone)
-    found = Scores.merged(cluster.run_all(search.method.costs, Reach(1e-12), 1))
+    found = Scores.merged(cluster.run_all(method.costs, Reach(1e-12), 1))
     # 45 are left, 40 may stay
     assert {c.num_reached for c in found.costs if c.kind == "ffn"} == {5}
