@@ -30,6 +30,7 @@ from transformers import (
     OPTConfig,
     Phi3Config,
     PretrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2MoeConfig,
@@ -208,7 +209,7 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
-def tiny_model(family: str) -> torch.nn.Module:
+def tiny_model(family: str) -> PreTrainedModel:
     torch.manual_seed(0)
     config = (CONFIGS | SPARSE_CONFIGS)[family]
     model = AutoModelForCausalLM.from_config(config)

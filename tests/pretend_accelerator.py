@@ -36,7 +36,7 @@ _DEVICE_TYPE_OFFSET = 8
 """Of DLManagedTensor.dl_tensor.device.device_type: behind the pointer to the data."""
 _CPU_KERNELS = DispatchKeySet(DispatchKey.CPU)
 
-_takes_numbers = torch._C._should_allow_numbers_as_tensors  # type: ignore[attr-defined]
+_takes_numbers = torch._C._should_allow_numbers_as_tensors
 
 _pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
 _pointer_of.restype = ctypes.c_void_p
@@ -47,11 +47,11 @@ def _seen_as(tensor: Tensor, device: str) -> Tensor:
     """Return a tensor over the same memory, with the same strides, that says it is on another
     device.
     """
-    capsule = torch._C._to_dlpack(tensor)  # type: ignore[attr-defined]
+    capsule = torch._C._to_dlpack(tensor)
     address = _pointer_of(capsule, b"dltensor")
     assert address is not None
     ctypes.c_int32.from_address(address + _DEVICE_TYPE_OFFSET).value = _DLPACK[device]
-    seen: Tensor = torch._C._from_dlpack(capsule)  # type: ignore[attr-defined]
+    seen: Tensor = torch._C._from_dlpack(capsule)
     return seen
 
 

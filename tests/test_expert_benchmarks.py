@@ -65,7 +65,7 @@ def test_ours_removes_one_expert_of_each_block_a_shot(folder: Path, tmp_path: Pa
 
 def without(model: torch.nn.Module, block: int, expert: int) -> None:
     """Let the router of a block go around an expert, by the definition of Mixtral's."""
-    gate = model.get_submodule(f"model.layers.{block}.mlp.gate")
+    gate: Any = model.get_submodule(f"model.layers.{block}.mlp.gate")
 
     def forward(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits = hidden.reshape(-1, hidden.shape[-1]) @ gate.weight.T

@@ -239,7 +239,8 @@ def test_nothing_is_run_without_the_flag(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(humaneval.subprocess, "Popen", lambda *_, **__: pytest.fail("code was run"))
+    start = "benchmarks.humaneval.subprocess.Popen"
+    monkeypatch.setattr(start, lambda *_, **__: pytest.fail("code was run"))
     out = tmp_path / "new" / "out.json"
     assert main(["--completions", str(completions), "--out", str(out)]) == 0
     assert "Nothing was run" in capsys.readouterr().out

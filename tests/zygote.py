@@ -36,7 +36,7 @@ def run_command_line(arguments: list[str]) -> int:
     if "--workers-may-start" in arguments:
         arguments.remove("--workers-may-start")
     else:
-        ray_surgeon.pipeline.run = refuse  # type: ignore[assignment]
+        ray_surgeon.pipeline.run = refuse  # type: ignore[assignment, attr-defined]
     return ray_surgeon.pipeline.main(arguments)
 
 

@@ -36,7 +36,7 @@ class StrictLoader(yaml.SafeLoader):
     """Refuses a key that stands twice."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
         assert len(set(keys)) == len(keys), f"{node.start_mark}: a key stands twice in {keys}"
         return super().construct_mapping(node, deep)
 

@@ -54,10 +54,8 @@ def test_every_method_and_store(method: str, small_models: dict[str, Path], tmp_
     )
     if (of_weights, of_perplexity) != BY_ITERATIONS:
         shots = len(on_cpu["shots"])
-        assert_same(
-            *(tensors_of_shot(tmp_path / d / "run", shots) for d in ("cpu", "cuda")),
-            max(OTHER_KERNELS * of_weights, 1e-5),
-        )
+        one, other = (tensors_of_shot(tmp_path / d / "run", shots) for d in ("cpu", "cuda"))
+        assert_same(one, other, max(OTHER_KERNELS * of_weights, 1e-5))
 
 
 def test_streamed_weights_give_the_bits_of_resident_ones(

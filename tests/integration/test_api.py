@@ -330,7 +330,7 @@ def test_bad_arguments_are_said_before_anything_starts(
         ((str(tmp_path / "absent"),), sections, "no folder"),
     ]:
         with pytest.raises(ValueError, match=message):
-            ray_surgeon.prune(*arguments, **options)  # type: ignore[arg-type]
+            ray_surgeon.prune(*arguments, **options)
     assert not (tmp_path / "out").exists()
     with pytest.raises(AttributeError, match="no attribute 'prun'"):
         _ = ray_surgeon.prun

@@ -57,7 +57,7 @@ def test_rows_and_columns_go_up_to_the_lowest_threshold_that_removes_enough(
     extra: int, target: float
 ) -> None:
     method = RowsColumns(RowsColumnsSection(target_sparsity=target, num_shots=1), KfacSection())
-    cluster = Propagating(extra)
+    cluster: Any = Propagating(extra)
 
     def removed(value: float) -> int:
         return 52 - sum(cluster.run_all(None, value))

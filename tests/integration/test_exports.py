@@ -508,10 +508,10 @@ def test_a_wrong_export_is_not_announced(
     model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the widths of two blocks exchanged, the fresh process says that tensors do not fit."""
-    from ray_surgeon.export import kinds
+    from ray_surgeon.models.pruned_config import block_widths as right
 
-    right = kinds.block_widths
-    monkeypatch.setattr(kinds, "block_widths", lambda *arguments: right(*arguments)[::-1])
+    exchanged = "ray_surgeon.export.kinds.block_widths"
+    monkeypatch.setattr(exchanged, lambda *arguments: right(*arguments)[::-1])
     assert run(tmp_path, model_folders["llama"], **GROUPS, output__exports=["per_block"]) == 1
     assert not (tmp_path / "run/export/per_block/README.md").exists()
     assert LAYOUTS["llama"].heads.num_kv == 2
@@ -581,8 +581,9 @@ def test_a_token_of_a_mixture_may_go_to_other_experts_where_numbers_are_narrow(
         "run_module",
         lambda module, request: save_file({"logits": there}, request["logits"]),
     )
+    no_cluster: Any = None
     layout: Any = SimpleNamespace(is_mixture=has_experts)
-    pruned = Pruned(Any, layout, ModelSection(source="x", dtype=dtype), {})
+    pruned = Pruned(no_cluster, layout, ModelSection(source="x", dtype=dtype), {})
     compare = partial(reload_difference, pruned, str(tmp_path), TOKENS[0].numpy())
     if passes:
         assert compare() == pytest.approx(10.0)

@@ -60,7 +60,7 @@ class Case:
             struct.pack("<Q", len(raw)) + raw + content[8 + length :]
         )
 
-    def tensors(self, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    def tensors(self, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
         tensors = load_file(self.model / "model.safetensors")
         change(tensors)
         save_file(tensors, self.model / "model.safetensors", metadata={"format": "pt"})
@@ -173,7 +173,7 @@ def secret_link(case: Case) -> None:
     link(case.model / "generation_config.json", "../secret")
 
 
-CASES: dict[str, tuple[Callable[[Case], None], list[str]]] = {
+CASES: dict[str, tuple[Callable[[Case], object], list[str]]] = {
     "weights-truncated": (
         lambda c: os.truncate(c.model / "model.safetensors", 5000),
         ["model.safetensors", "cut short"],

@@ -17,10 +17,10 @@ from typing import Any
 import psutil
 import pytest
 import ray
-import torch
 from ray import cloudpickle
 from ray.cluster_utils import Cluster
 from ray.exceptions import RayTaskError
+from torch._C._distributed_c10d import TCPStore
 from transformers import AutoConfig
 
 from ray_surgeon.models.layout import ModelLayout
@@ -237,9 +237,7 @@ def _lost_before_all_meet(worker: Worker, address: str, timeout_s: float) -> Non
     """Take the place where workers meet, and go away."""
     if worker.placement.rank(worker.index) == 0:
         host, port = address.removeprefix("tcp://").rsplit(":", 1)
-        store = torch.distributed.TCPStore(
-            host, int(port), 2, is_master=True, wait_for_workers=False
-        )
+        store = TCPStore(host, int(port), 2, is_master=True, wait_for_workers=False)
         time.sleep(2)
         del store
         os._exit(1)

@@ -20,10 +20,9 @@ from safetensors import SafetensorError
 from ray_surgeon.maths.kronecker import PackedSymmetric
 from ray_surgeon.memory import weights
 from ray_surgeon.memory.factors import FactorStore
-from ray_surgeon.memory.stores import Scratch
+from ray_surgeon.memory.stores import NO_SCRATCH, Scratch
 from ray_surgeon.memory.weights import DiskWeights, ReadAhead
 from ray_surgeon.pipeline import main
-from ray_surgeon.plan import room
 from ray_surgeon.plan.devices import Room
 from ray_surgeon.plan.plan import DoesNotFitError
 from ray_surgeon.plan.room import Resources
@@ -50,7 +49,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "output__exports": ["per_block"],
     },
 }
-WAYS = [
+WAYS: list[dict[str, Any]] = [
     {"memory__activations": "recompute"},
     {"memory__activations": "keep", "memory__wave": 4},
     {"memory__weights": "host", "memory__factors": "host", "memory__wave": 1},
@@ -359,8 +358,9 @@ def test_memory_that_ended_workers_still_hold_is_waited_for(
         plan=plan, spec=SimpleNamespace(cluster=SimpleNamespace(cpus_per_worker=1))
     )
     with pytest.raises(DoesNotFitError):
-        loop._plan(inputs, workers, (None, "run", "try"), 100.0)
-    assert loop._plan(inputs, workers, (None, "run", "try"), 106.0) == "a plan"
+        loop._plan(inputs, workers, NO_SCRATCH, 100.0)
+    found_plan: Any = loop._plan(inputs, workers, NO_SCRATCH, 106.0)
+    assert found_plan == "a plan"
     assert clock.now == 105.0
 
 
@@ -390,7 +390,7 @@ def test_scratch_of_an_earlier_try_counts_as_free_and_goes(
     left = Scratch(str(root), loop._key(uri), "earlier", "0-0").path("x.factor")
     left.write_bytes(bytes(5 * 2**20))
     usage = shutil.disk_usage
-    monkeypatch.setattr(room.shutil, "disk_usage", lambda path: usage(path)._replace(free=0))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(path)._replace(free=0))
     options = {"memory__weights": "disk", "memory__factors": "disk", "memory__scratch": str(root)}
     assert run(tmp_path, model_folders["llama"], **options, memory__limit_gib=0.001) == 2
     assert left.exists(), "a job that is refused takes nothing from another"

@@ -395,7 +395,7 @@ def test_further_terms_of_experts_weigh_what_their_own_tokens_do(
     pairs: dict[str, list[Any]] = {name: [[], []] for name in names}
     hooks = []
     for name, (inputs, gradients) in pairs.items():
-        module = worker.shard.model.get_submodule(name)
+        module: Any = worker.shard.model.get_submodule(name)
         hooks.append(
             module.register_forward_hook(
                 lambda m, i, o, store=inputs: store.append(i[0].detach().double())

@@ -155,7 +155,7 @@ def reload_here(module: str, request: Mapping[str, Any], offline: bool = True) -
 
 
 def run_on_sim_and_forget_to_move(spec: str) -> None:
-    def stay(worker: Worker, payload: TensorPayload) -> Tensor:
+    def stay(self: Worker, payload: TensorPayload) -> Tensor:
         return decode(payload, torch.device("cpu"))
 
     Worker.unpack = stay  # type: ignore[method-assign]
@@ -296,9 +296,8 @@ def assert_same_run(
             one["perplexity"]["docs"], rel=max(tolerances[1], 1e-7)
         )
     last = len(on_cpu["shots"])
-    assert_same(
-        *(tensors_of_shot(place / device / "run", last) for device in ("cpu", "sim")), tolerances[0]
-    )
+    one, other = (tensors_of_shot(place / device / "run", last) for device in ("cpu", "sim"))
+    assert_same(one, other, tolerances[0])
     assert [export["kind"] for export in on_sim["exports"]] == options.get(
         "output__exports", ["masked"]
     )
@@ -348,10 +347,10 @@ def test_curvature_of_a_model_in_memory(
     elsewhere(zygote, curvature_on, device="sim", model=model, path=str(tmp_path / "sim"))
     on_cpu, on_sim = (torch.load(tmp_path / device) for device in ("cpu", "sim"))
     for part in (0, 1):
-        assert_same(
-            *({name: pair[part] for name, pair in found.items()} for found in (on_cpu, on_sim)),
-            BY_ORDER_OF_SUMS[0],
+        one, other = (
+            {name: pair[part] for name, pair in found.items()} for found in (on_cpu, on_sim)
         )
+        assert_same(one, other, BY_ORDER_OF_SUMS[0])
 
 
 def test_a_tensor_that_was_left_on_the_cpu_is_an_error(

@@ -8,7 +8,7 @@ import errno
 import shutil
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +31,7 @@ from ray_surgeon.plan.plan import DoesNotFitError
 from ray_surgeon.report.directory import RunDirectory
 from ray_surgeon.run import execution
 from ray_surgeon.run.in_memory import causal_lm
+from ray_surgeon.run.loop import run_shots
 from ray_surgeon.storage import files
 from tests.conftest import CONFIGS, SPARSE_CONFIGS, tiny_model
 
@@ -104,15 +105,6 @@ def test_runs_in_threads_do_not_meet(
     assert nn.Module.register_parameter is register
 
 
-MODES = {
-    "no_grad": torch.no_grad,
-    "inference_mode": torch.inference_mode,
-    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
-    "default device": lambda: torch.device("meta"),
-    "narrow products": lambda: precision("medium"),
-}
-
-
 @contextmanager
 def precision(name: str) -> Iterator[None]:
     """Let torch multiply float32 as it may; see `torch.set_float32_matmul_precision`. Inside of
@@ -126,6 +118,15 @@ def precision(name: str) -> Iterator[None]:
         assert torch.get_float32_matmul_precision() == name
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+MODES: dict[str, Callable[[], Any]] = {
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "default device": lambda: torch.device("meta"),
+    "narrow products": lambda: precision("medium"),
+}
 
 
 def precisions() -> list[str]:
@@ -144,13 +145,12 @@ def test_modes_of_the_caller_stay_outside(
     model, tokenizer = in_memory(model_folders["llama"])
     texts = ["one text of some words", "and another one"]
     plain = ray_surgeon.curvature(model, texts, tokenizer)
-    shots_of_runs = execution.run_shots
 
-    def run_shots(*args: Any) -> None:
+    def watched(*args: Any) -> None:
         assert precisions() == ["ieee", "ieee"]
-        shots_of_runs(*args)
+        run_shots(*args)
 
-    monkeypatch.setattr(execution, "run_shots", run_shots)
+    monkeypatch.setattr(execution, "run_shots", watched)
     with MODES[mode]():
         found = ray_surgeon.curvature(model, texts, tokenizer)
         result = prune((model, tokenizer), tmp_path / "run")
@@ -354,5 +354,5 @@ def test_paths_wrappers_and_iterators_are_taken(
     assert model.config.to_dict() == before
     name = "model.layers.0.mlp.down_proj"
     assert set(
-        ray_surgeon.curvature(torch.compile(model), [[1, 2, 3]], linears=(one for one in [name]))
+        ray_surgeon.curvature(torch.compile(model), [[1, 2, 3]], linears=(one for one in [name]))  # type: ignore[arg-type]
     ) == {name}

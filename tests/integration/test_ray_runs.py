@@ -19,7 +19,7 @@ from ray.cluster_utils import Cluster
 from ray.exceptions import OutOfDiskError, RayError, RayTaskError
 
 import ray_surgeon
-from ray_surgeon.memory.stores import Stores
+from ray_surgeon.memory.stores import ScratchNames, Stores
 from ray_surgeon.runtime import ray_cluster
 from ray_surgeon.runtime.cluster import WorkerFailureError
 from ray_surgeon.runtime.loading import ModelRecipe, load
@@ -186,7 +186,8 @@ def test_cleaning_does_not_wait_for_a_worker_inside_of_a_step(
     layout = LAYOUTS["llama"]
     workers = RayCluster(layout, place(layout, 2, 1), RaySection(ping_timeout_s=3))
     recipe = ModelRecipe(
-        ModelSection(source=str(model_folders["llama"])), scratch=(str(tmp_path), "run", "try")
+        ModelSection(source=str(model_folders["llama"])),
+        scratch=ScratchNames(str(tmp_path), "run", "try"),
     )
     workers.run_all(load, recipe, False, Stores())
     workers.run_all(leave_something)
@@ -210,7 +211,8 @@ class Link:
 
 def test_a_loss_is_seen_through_tasks_that_needed_it(connected: None) -> None:
     """What fails is the task of a worker that lives; what is lost is the other one."""
-    first, second = (ray.remote(Link).options(num_cpus=0).remote() for _ in range(2))
+    actor_class: Any = ray.remote(num_cpus=0)(Link)
+    first, second = (actor_class.remote() for _ in range(2))
     waiting = second.take.remote(first.give.remote())
     time.sleep(1)
     ray.kill(first)

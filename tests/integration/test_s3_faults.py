@@ -7,6 +7,7 @@ from __future__ import annotations
 import errno
 import http.client
 import json
+import os
 import random
 import socket
 import struct
@@ -18,6 +19,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
+import fsspec
 import pytest
 import torch
 from botocore.exceptions import ClientError
@@ -151,7 +153,7 @@ def faulty(s3: None, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[t
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     monkeypatch.setitem(
-        files.fsspec.config.conf,
+        fsspec.config.conf,
         "s3",
         {"config_kwargs": {"read_timeout": 0.25, "retries": {"max_attempts": 0}}},
     )
@@ -375,17 +377,17 @@ def test_a_full_or_forbidden_disk_is_said_and_the_shot_before_stays(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    replace = files.os.replace
+    replace = os.replace
 
     def full(source: Path, target: Path) -> None:
         if "shots/0002/masks" in str(target):
-            raise OSError(number, files.os.strerror(number), str(target))
+            raise OSError(number, os.strerror(number), str(target))
         replace(source, target)
 
-    monkeypatch.setattr(files.os, "replace", full)
+    monkeypatch.setattr(os, "replace", full)
     assert run(tmp_path, model_folders["llama"], pruning__num_shots=3) == 1
     error = capsys.readouterr().err
-    assert files.os.strerror(number) in error
+    assert os.strerror(number) in error
     assert "masks-0001.safetensors" in error
     assert "--resume" in error
     monkeypatch.undo()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from ray_surgeon.runtime import sampling, writing
 from ray_surgeon.runtime.sampling import write_texts
+from ray_surgeon.runtime.transport import TensorPayload
+from ray_surgeon.runtime.worker import Worker
 from ray_surgeon.runtime.writing import Wanted, texts_together
 from tests.conftest import CONFIGS, SPARSE_CONFIGS
 from tests.integration.runs import loaded
@@ -95,13 +98,11 @@ def test_a_batch_stops_when_its_texts_have_ended(
     model_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[int] = []
-    write_on = sampling.write_on
+    write_on = writing.write_on
 
-    def counted(
-        worker: object, batch: int, inputs: sampling.TensorPayload, *rest: object
-    ) -> object:
+    def counted(worker: Worker, batch: int, inputs: TensorPayload, *rest: Any) -> TensorPayload:
         calls.append(len(inputs.array))
-        return write_on(worker, batch, inputs, *rest)  # type: ignore[arg-type]
+        return write_on(worker, batch, inputs, *rest)
 
     monkeypatch.setattr(sampling, "write_on", counted)
     cluster = loaded(model_folders["llama"])

@@ -227,7 +227,7 @@ def test_paths_are_followed_as_far_as_scales_call_for(
     tmp_path: Path,
 ) -> None:
     """With any scales the allocation is that of paths which were followed to their ends."""
-    options = {
+    options: dict[str, Any] = {
         "pruning__width_multiple": multiple,
         "pruning__rank_by": rank_by,
         "pruning__groups": kinds,
@@ -257,13 +257,13 @@ def test_a_search_in_a_run(shots: int, model_folders: dict[str, Path], tmp_path:
     without a search it ends otherwise.
     """
     options = {**GROUPS, "pruning__num_shots": shots, "pruning__width_multiple": 8}
-    on_disk = {"memory__weights": "disk", "memory__factors": "disk", "memory__wave": 2}
     ways: dict[str, dict[str, Any]] = {
+        "one": {},
         "shards": {"cluster__num_shards": 3},
         "replicas": {"cluster__num_replicas": 2},
-        "disk": on_disk,
+        "disk": {"memory__weights": "disk", "memory__factors": "disk", "memory__wave": 2},
     }
-    for name, others in ({"one": {}} | ways).items():
+    for name, others in ways.items():
         assert run(tmp_path / name, model_folders["llama"], **options, **others) == 0
     assert_same_shot(tmp_path / "one/run", tmp_path / "shards/run", shots)
     assert_same_shot(tmp_path / "one/run", tmp_path / "disk/run", shots)

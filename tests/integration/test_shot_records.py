@@ -161,7 +161,8 @@ def test_what_a_shot_pruned_stays_pruned(
     method: str, model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where a linear has several blocks of columns, too."""
-    monkeypatch.setitem(sparsegpt.__kwdefaults__, "block_size", 8)
+    defaults: Any = sparsegpt.__kwdefaults__
+    monkeypatch.setitem(defaults, "block_size", 8)
     assert run(tmp_path, model_folders["llama"], **(SPARSEGPT | {"pruning__method": method})) == 0
     first, second = (tensors_of_shot(tmp_path / "run", shot) for shot in (1, 2))
     masks = [name for name in first if name.endswith(".kept")]

@@ -31,6 +31,10 @@ def problem(R: int = 6, C: int = 7, seed: int = 0) -> tuple[Tensor, Tensor, Tens
     )
 
 
+def assert_exact(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+
+
 def linear(
     W: Tensor, A: Tensor, G: Tensor, *, has_bias: bool = False, num_tokens: int = 11
 ) -> Linear:

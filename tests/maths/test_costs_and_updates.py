@@ -14,9 +14,7 @@ from ray_surgeon.maths.updates import (
     prune_rows_and_columns,
     prune_singly,
 )
-from tests.maths.dense import crossing, dense_removal, flags, problem
-
-EXACT = {"rtol": 1e-9, "atol": 1e-11}
+from tests.maths.dense import assert_exact, crossing, dense_removal, flags, problem
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -49,14 +47,14 @@ def test_quadratic_cost_is_the_dense_form() -> None:
 def test_row_update_is_the_dense_solution(rows: list[int]) -> None:
     W, A, G = problem()
     expected, _ = dense_removal(W, A, G, crossing(6, 7, rows, []))
-    torch.testing.assert_close(prune_rows(W, G, flags(6, rows)), expected, **EXACT)
+    assert_exact(prune_rows(W, G, flags(6, rows)), expected)
 
 
 @pytest.mark.parametrize("columns", [[6], [0, 3], [1, 2, 4, 5]])
 def test_column_update_is_the_dense_solution(columns: list[int]) -> None:
     W, A, G = problem()
     expected, _ = dense_removal(W, A, G, crossing(6, 7, [], columns))
-    torch.testing.assert_close(prune_columns(W, A, flags(7, columns)), expected, **EXACT)
+    assert_exact(prune_columns(W, A, flags(7, columns)), expected)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [([2], []), ([0, 4], []), ([], [3, 5])])
@@ -66,7 +64,7 @@ def test_update_of_rows_or_columns_alone_is_the_dense_solution_and_has_its_cost(
     W, A, G = problem()
     expected, cost = dense_removal(W, A, G, crossing(6, 7, rows, columns))
     found = prune_rows_and_columns(W, A, G, flags(6, rows), flags(7, columns))
-    torch.testing.assert_close(found, expected, **EXACT)
+    assert_exact(found, expected)
     assert quadratic_cost(found - W, A, G) == pytest.approx(cost, rel=1e-9)
 
 
@@ -83,9 +81,9 @@ def test_update_of_rows_and_columns_is_the_dense_solution_without_the_cross_term
     kept = torch.outer(K, L)
     expected[kept] = (W[K][:, L] + M @ W[P][:, L] + W[K][:, Q] @ N).reshape(-1)
     found = prune_rows_and_columns(W, A, G, P, Q)
-    torch.testing.assert_close(found, expected, **EXACT)
+    assert_exact(found, expected)
     exact, _ = dense_removal(W, A, G, crossing(6, 7, [1, 4], [2, 6]))
-    torch.testing.assert_close(exact[K][:, L] - found[K][:, L], M @ W[P][:, Q] @ N, **EXACT)
+    assert_exact(exact[K][:, L] - found[K][:, L], M @ W[P][:, Q] @ N)
 
 
 def test_removing_everything_or_nothing() -> None:
@@ -118,15 +116,13 @@ def test_single_corrections_are_dense_for_one_structure() -> None:
     W, A, G = problem()
     inverses = torch.linalg.inv(A), torch.linalg.inv(G)
     one_row = prune_singly(W, *inverses, flags(6, [2]), flags(7, []))
-    torch.testing.assert_close(one_row, dense_removal(W, A, G, crossing(6, 7, [2], []))[0], **EXACT)
+    assert_exact(one_row, dense_removal(W, A, G, crossing(6, 7, [2], []))[0])
     one_column = prune_singly(W, *inverses, flags(6, []), flags(7, [3]))
-    torch.testing.assert_close(
-        one_column, dense_removal(W, A, G, crossing(6, 7, [], [3]))[0], **EXACT
-    )
+    assert_exact(one_column, dense_removal(W, A, G, crossing(6, 7, [], [3]))[0])
     both = prune_singly(W, *inverses, flags(6, [2, 4]), flags(7, [3]))
     assert not both[[2, 4]].any()
     assert not both[:, 3].any()
     alone = sum(dense_removal(W, A, G, crossing(6, 7, [r], []))[0] - W for r in (2, 4)) + (
         one_column - W
     )
-    torch.testing.assert_close(both[0, :3], (W + alone)[0, :3], **EXACT)
+    assert_exact(both[0, :3], (W + alone)[0, :3])

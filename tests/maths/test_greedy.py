@@ -68,13 +68,13 @@ def test_costs_of_wide_sets_are_the_dense_ones_on_any_number_of_threads(num_thre
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
-        single = [factorise(matrix.float(), 0.1, 0.1, "x") for matrix in (A, G)]
+        of_A, of_G = (factorise(matrix.float(), 0.1, 0.1, "x") for matrix in (A, G))
         may_prune = flags(rows, []), flags(3, [0, 1, 2])
-        found = GreedyPath(W, *single, *may_prune, sets).column_set_costs()
+        found = GreedyPath(W, of_A, of_G, *may_prune, sets).column_set_costs()
     finally:
         torch.set_num_threads(before)
-    inverse = torch.linalg.inv(single[0].matrix.double())
-    damped = single[1].matrix.double()
+    inverse = torch.linalg.inv(of_A.matrix.double())
+    damped = of_G.matrix.double()
     for number, places in enumerate(sets):
         part = W[:, places].double()
         expected = 0.5 * torch.trace(

@@ -29,8 +29,8 @@ def test_kronecker_product_is_exact_where_kfac_is() -> None:
     g = torch.randn(5, 2, dtype=torch.float64)
     pairs = [(x, y) for x in a for y in g]
     F = sum(torch.outer(torch.kron(y, x), torch.kron(y, x)) for x, y in pairs) / len(pairs)
-    A = sum(torch.outer(x, x) for x, _ in pairs) / len(pairs)
-    G = sum(torch.outer(y, y) for _, y in pairs) / len(pairs)
+    A = torch.stack([torch.outer(x, x) for x, _ in pairs]).mean(dim=0)
+    G = torch.stack([torch.outer(y, y) for _, y in pairs]).mean(dim=0)
     torch.testing.assert_close(torch.kron(G, A), F, rtol=1e-12, atol=1e-12)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -58,12 +59,13 @@ def by_hand(weights: tuple[Tensor, ...], layer: FeedForward, x: Tensor, y: Tenso
     return torch.stack(found)
 
 
+def seeded(layer: FeedForward, *data: Any, **options: Any) -> Reconstructed:
+    return reconstruct(layer, *data, generator=torch.Generator().manual_seed(0), **options)
+
+
 def trained(layer: FeedForward, x: Tensor, y: Tensor, **options: float) -> Reconstructed:
     settings = {"learning_rate": 0.01, "tokens_per_step": 8, "num_epochs": 3} | options
-    generator = torch.Generator().manual_seed(0)
-    return reconstruct(
-        layer.to(torch.float32), x.float(), y.float(), generator=generator, **settings
-    )  # type: ignore[arg-type]
+    return seeded(layer.to(torch.float32), x.float(), y.float(), **settings)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -176,9 +178,7 @@ def test_narrow_products_train_float32_weights(dtype: torch.dtype) -> None:
     y = outputs_of(whole, x)
     y[::100] = 110  # whose square is not finite in float16
     options = {"learning_rate": 2e-4, "tokens_per_step": 50, "num_epochs": 1}
-    found = reconstruct(
-        left, x.to(dtype), y.to(dtype), generator=torch.Generator().manual_seed(0), **options
-    )  # type: ignore[arg-type]
+    found = seeded(left, x.to(dtype), y.to(dtype), **options)
     expected = trained(left, x, y, **options)
     for after, start, wide in zip(
         found.layer.weights, left.weights, expected.layer.weights, strict=True
@@ -258,7 +258,7 @@ def test_tokens_with_huge_outputs_do_not_refuse_what_all_others_gain_from(
     x = torch.where(ordinary[:, None], x, 200 * x)
     y = torch.where(ordinary[:, None], outputs_of(whole, x), outputs_of(left, x)).to(dtype)
     options = {"learning_rate": 0.01, "tokens_per_step": 50, "num_epochs": 10}
-    found = reconstruct(left, x.to(dtype), y, generator=torch.Generator().manual_seed(0), **options)  # type: ignore[arg-type]
+    found = seeded(left, x.to(dtype), y, **options)
     before, after = (
         error_of(each, x[ordinary], y[ordinary].float()) for each in (left, found.layer)
     )
@@ -275,9 +275,7 @@ def test_outputs_of_any_size_train_alike_in_float16() -> None:
     y = 500 * outputs_of(whole, x)
     options = {"learning_rate": 0.01, "tokens_per_step": 2000, "num_epochs": 20}
     expected = trained(left, x, y, **options)
-    found = reconstruct(
-        left, x.half(), y.half(), generator=torch.Generator().manual_seed(0), **options
-    )  # type: ignore[arg-type]
+    found = seeded(left, x.half(), y.half(), **options)
     for after, start, wide in zip(
         found.layer.weights, left.weights, expected.layer.weights, strict=True
     ):
@@ -303,21 +301,15 @@ def test_a_layer_is_taken_by_tokens_held_aside_alone() -> None:
     noise = y + 20 * torch.randn(y.shape, generator=torch.Generator().manual_seed(7))
     held = x[1000:], y[1000:]
     options = {"learning_rate": 0.02, "tokens_per_step": 20, "num_epochs": 30}
-    by_heart = reconstruct(
-        left, x[:20], noise[:20], held, generator=torch.Generator().manual_seed(0), **options
-    )  # type: ignore[arg-type]
-    own = reconstruct(
-        left, x[:20], noise[:20], generator=torch.Generator().manual_seed(0), **options
-    )  # type: ignore[arg-type]
+    by_heart = seeded(left, x[:20], noise[:20], held, **options)
+    own = seeded(left, x[:20], noise[:20], **options)
     assert own.is_better
     assert not by_heart.is_better
     assert all(
         torch.equal(after, start)
         for after, start in zip(by_heart.layer.weights, left.weights, strict=True)
     )
-    found = reconstruct(
-        left, x[:1000], y[:1000], held, generator=torch.Generator().manual_seed(0), **options
-    )  # type: ignore[arg-type]
+    found = seeded(left, x[:1000], y[:1000], held, **options)
     limit = BEND * error_of(left, x[:1000], y[:1000])
     assert found.after == pytest.approx(error_of(found.layer, *held, limit), rel=1e-6)
     assert found.before == pytest.approx(error_of(left, *held, limit), rel=1e-6)

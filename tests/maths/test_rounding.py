@@ -13,7 +13,10 @@ R = 5
 C = 24
 SIZE = 8
 BITS = 4
-EXACT = {"damping": 0.0, "max_damping": 1.0, "name": "w"}
+
+
+def rounded(W: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+    return round_columns(W, A, SIZE, BITS, damping=0.0, max_damping=1.0, name="w")
 
 
 def problem(num_columns: int = C) -> tuple[Tensor, Tensor]:
@@ -49,7 +52,7 @@ def one_by_one(W: Tensor, A: Tensor) -> Tensor:
 
 def test_every_column_is_rounded_after_the_best_answer_to_those_before() -> None:
     W, A = problem()
-    found, scales = round_columns(W, A, SIZE, BITS, **EXACT)
+    found, scales = rounded(W, A)
     torch.testing.assert_close(found, one_by_one(W, A), rtol=0, atol=1e-9)
     integers = found.view(R, -1, SIZE) / scales[..., None]
     torch.testing.assert_close(integers, integers.round().clamp(-8, 7), rtol=0, atol=1e-9)
@@ -57,9 +60,9 @@ def test_every_column_is_rounded_after_the_best_answer_to_those_before() -> None
 
 def test_blocks_of_columns_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     W, A = problem(64)
-    whole, scales = round_columns(W, A, SIZE, BITS, **EXACT)
+    whole, scales = rounded(W, A)
     monkeypatch.setattr("ray_surgeon.maths.rounding.BLOCK_SIZE", 12)  # two groups
-    parts, same_scales = round_columns(W, A, SIZE, BITS, **EXACT)
+    parts, same_scales = rounded(W, A)
     torch.testing.assert_close(parts, whole, rtol=0, atol=1e-9)
     torch.testing.assert_close(same_scales, scales, rtol=0, atol=1e-9)
     integers = whole / scales.repeat_interleave(SIZE, dim=1)
@@ -71,7 +74,7 @@ def test_a_group_of_zeros_stays_zero() -> None:
     W[2, SIZE : 2 * SIZE] = 0
     # other groups' errors do not reach it
     A = torch.block_diag(*(A[i : i + SIZE, i : i + SIZE] for i in range(0, C, SIZE)))
-    found, scales = round_columns(W, A, SIZE, BITS, **EXACT)
+    found, scales = rounded(W, A)
     assert not found[2, SIZE : 2 * SIZE].any()
     assert torch.isfinite(found).all()
     assert torch.isfinite(scales).all()
@@ -79,7 +82,7 @@ def test_a_group_of_zeros_stays_zero() -> None:
 
 def test_outputs_change_less_than_by_rounding_to_the_nearest() -> None:
     W, A = problem()
-    found, _ = round_columns(W, A, SIZE, BITS, **EXACT)
+    found, _ = rounded(W, A)
     plain = torch.cat(
         [nearest(g, g.abs().amax(dim=1, keepdim=True) / 7.5, BITS) for g in W.split(SIZE, dim=1)],
         dim=1,
@@ -89,7 +92,7 @@ def test_outputs_change_less_than_by_rounding_to_the_nearest() -> None:
 
 def test_inputs_that_are_independent_leave_nothing_to_make_up_for() -> None:
     W, _ = problem()
-    found, _ = round_columns(W, torch.eye(C, dtype=torch.float64), SIZE, BITS, **EXACT)
+    found, _ = rounded(W, torch.eye(C, dtype=torch.float64))
     plain = torch.cat(
         [
             nearest(g, scales_of(g, torch.ones(SIZE), BITS)[:, None], BITS)
@@ -104,7 +107,7 @@ def test_inputs_that_are_always_zero() -> None:
     W, A = problem()
     A[3] = 0
     A[:, 3] = 0
-    found, _ = round_columns(W, A, SIZE, BITS, **EXACT)
+    found, _ = rounded(W, A)
     assert torch.isfinite(found).all()
 
 

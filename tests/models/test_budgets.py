@@ -51,7 +51,7 @@ def test_flops_are_those_that_torch_counts(family: str) -> None:
     layout = LAYOUTS[family]
     length = 24
     model = tiny_model(family)
-    model.set_attn_implementation("eager")  # type: ignore[operator]
+    model.set_attn_implementation("eager")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, length, dtype=torch.long))
     heads = layout.heads
@@ -70,7 +70,7 @@ def test_flops_of_latent_attention_are_those_that_torch_counts() -> None:
     """
     layout = LAYOUTS["deepseek_v3"]
     model = tiny_model("deepseek_v3")
-    model.set_attn_implementation("eager")  # type: ignore[operator]
+    model.set_attn_implementation("eager")
     counted = []
     for length in (24, 48):
         with FlopCounterMode(display=False) as counter, torch.no_grad():

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -43,9 +44,9 @@ def shard(family: str, state: dict[str, Tensor], first: int = 0, last: int = 4) 
     return found
 
 
-def gather(part: ModelShard, **options: bool) -> None:
+def gather(part: ModelShard, experts: bool = False) -> None:
     runner = BlockRunner(part)
-    part.start_curvature(**options)
+    part.start_curvature(experts=experts)
     for i, sequence in enumerate(TOKENS):
         (hidden,) = runner.forward(i, sequence[None])
         _, gradient, _ = runner.loss(hidden, sequence[None])
@@ -87,15 +88,13 @@ def test_logits_are_the_familys_own(
 def test_gradients_are_the_familys_own(family: str, states: dict[str, dict[str, Tensor]]) -> None:
     """The gradients of all weights of all experts, and of the routers."""
     part = shard(family, states[family])
-    model = tiny_model(family)
-    for parameter in part.model.parameters():
-        parameter.requires_grad_()
-    for of in (part.model, model):
+    models: tuple[Any, Any] = (part.model.requires_grad_(), tiny_model(family))
+    for of in models:
         of(TOKENS, labels=TOKENS).loss.backward()
     sparse = FAMILIES[SPARSE_CONFIGS[family].model_type].sparse
     num_compared = 0
     for block in range(4):
-        layer, own = (of.model.layers[block].mlp for of in (part.model, model))
+        layer, own = (of.model.layers[block].mlp for of in models)
         if not hasattr(own, "experts"):
             continue
         router = sparse.router.rpartition(".")[2]
@@ -216,8 +215,8 @@ def test_sums_of_a_pass_give_the_predicted_increase_of_each_removal(
     gather(part, experts=True)
     for place, mixture in part.mixtures.items():
         model = tiny_model(family)
-        inputs = []
-        gradients = []
+        inputs = list[Tensor]()
+        gradients = list[Tensor]()
         layer = model.model.layers[place].mlp
         layer.register_forward_pre_hook(
             lambda m, i, to=inputs: to.append(i[0].detach().flatten(0, 1))

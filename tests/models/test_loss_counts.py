@@ -5,6 +5,7 @@ autograd on the whole model.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -188,7 +189,7 @@ def moments(
     gradients: dict[str, Tensor] = {}
 
     def watch(name: str) -> None:
-        module = model.get_submodule(name)
+        module: Any = model.get_submodule(name)
         module.register_forward_hook(lambda m, i, o: inputs.__setitem__(name, i[0].detach()))
         module.register_full_backward_hook(
             lambda m, gi, go: gradients.__setitem__(name, go[0].detach())
@@ -229,7 +230,7 @@ def test_factors_are_of_the_tokens_that_count(
 @pytest.mark.parametrize("workers", WORKERS)
 @pytest.mark.parametrize("options", [{}, {"label_seed": 4}, {"num_backward": 3}], ids=str)
 def test_factors_are_the_same_bits_if_all_tokens_count(
-    workers: tuple[int, int], options: dict[str, int], model_folders: dict[str, Path]
+    workers: tuple[int, int], options: dict[str, Any], model_folders: dict[str, Path]
 ) -> None:
     cluster = loaded(model_folders["llama"], *workers)
     losses = []

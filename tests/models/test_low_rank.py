@@ -90,9 +90,13 @@ def test_elements_have_the_gradients_of_the_whole_product_and_keep_none_of_its_s
     x = torch.randn(2, T, C, dtype=dtype, requires_grad=True)
     direction = torch.randn(2, T, R, dtype=dtype)
     kept: list[torch.Size] = []
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda t: (kept.append(t.shape) if t.is_floating_point() else None, t)[1], lambda t: t
-    ):
+
+    def keep(t: torch.Tensor) -> torch.Tensor:
+        if t.is_floating_point():
+            kept.append(t.shape)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         added = part.added(x)
     leaves = x, part.A, part.B
     found = torch.autograd.grad(added, leaves, direction)

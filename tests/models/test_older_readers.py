@@ -13,7 +13,7 @@ from ray_surgeon.models.pruned_config import BlockWidths, uniform_document
 from ray_surgeon.models.rope import check_rope, for_older_readers
 from tests.conftest import CONFIGS
 
-LLAMA_3 = {
+LLAMA_3: dict[str, Any] = {
     "rope_type": "llama3",
     "rope_theta": 5e5,
     "factor": 8.0,

@@ -71,8 +71,8 @@ def test_factors_are_those_of_autograd_on_the_whole_model(family: str) -> None:
     parts = shards(family, [0, 2, 4])
     gather(parts, TOKENS)
     model = tiny_model(family)
-    inputs = {}
-    gradients = {}
+    inputs: dict[str, Tensor] = {}
+    gradients: dict[str, Tensor] = {}
     for shape in LAYOUTS[family].linears:
         module = model.get_submodule(shape.name)
         module.register_forward_hook(
@@ -93,9 +93,9 @@ def test_factors_are_those_of_autograd_on_the_whole_model(family: str) -> None:
         part = parts[0] if shape.block < 2 else parts[1]
         factors = part.factors(shape.name)
         assert factors.num_tokens == TOKENS.numel()
-        factors = factors.dense()
-        torch.testing.assert_close(factors.A, a.T @ a, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(factors.G, g.T @ g, rtol=1e-3, atol=1e-5)
+        dense = factors.dense()
+        torch.testing.assert_close(dense.A, a.T @ a, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(dense.G, g.T @ g, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -173,6 +173,7 @@ def test_loss_gradient_is_autograd_and_sampled_labels_are_drawn_from_the_model()
             with_gradient=True,
             generator=torch.Generator().manual_seed(seed),
         )
+        assert sampled is not None
         sums += sampled
     assert float((sums / 400).norm() / expected.norm()) < 0.1, "the sampled gradient has mean zero"
 

@@ -67,7 +67,7 @@ def test_owners_share_the_work_of_their_shard() -> None:
 @pytest.mark.parametrize("n", [1, 2, 8])
 def test_order_is_complete_and_causal_and_bounded(num_shards: int, n: int) -> None:
     order = submission_order(num_shards, n)
-    place_of = {operation: i for i, operation in enumerate(order)}
+    place_of: dict[object, int] = {operation: i for i, operation in enumerate(order)}
     last = num_shards - 1
     for shard in range(num_shards):
         own = [o for o in order if o[0] == shard]
@@ -110,4 +110,4 @@ def test_transport_is_exact_and_gives_a_tensor_of_its_own(dtype: torch.dtype) ->
 
 def test_a_slice_does_not_ship_its_storage() -> None:
     payload = encode(torch.randn(1000, 10)[:2])
-    assert payload.array.base is None or payload.array.base.nbytes <= 80  # type: ignore[union-attr]
+    assert payload.array.base is None or payload.array.base.nbytes <= 80

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock, call
 
 import pytest
 import torch
@@ -27,13 +28,11 @@ from ray_surgeon.runtime.usage import Usage
 def test_a_process_beside_a_worker_on_a_cpu_sees_no_gpu(
     device: str, gpu: str | None, seen: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given: list[Any] = []
-    monkeypatch.setattr(
-        fresh_process, "run_module", lambda *arguments: given.append(arguments) or {}
-    )
+    run_module = Mock(return_value={})
+    monkeypatch.setattr(fresh_process, "run_module", run_module)
     worker: Any = SimpleNamespace(device=torch.device(device), gpu=gpu)
     fresh_process.run_on_worker(worker, "module", {})
-    assert given == [("module", {}, True, seen)]
+    assert run_module.call_args_list == [call("module", {}, True, seen)]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a request of the kernel of Linux")

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import sys
 import urllib.request
+from typing import Any
 
 import xllamacpp
 
@@ -24,7 +25,7 @@ def main() -> None:
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     server = xllamacpp.Server(params)
 
-    def ask(prompt: list[int], num_tokens: int) -> list[dict]:
+    def ask(prompt: list[int], num_tokens: int) -> list[dict[str, Any]]:
         settings = {
             "prompt": prompt,
             "n_predict": num_tokens,
@@ -49,7 +50,7 @@ def main() -> None:
         with urllib.request.urlopen(call) as answer:
             return json.load(answer)["tokens"]
 
-    def logprob(entry: dict, token: int) -> float:
+    def logprob(entry: dict[str, Any], token: int) -> float:
         return next(top["logprob"] for top in entry["top_logprobs"] if top["id"] == token)
 
     results = []
@@ -67,8 +68,8 @@ def main() -> None:
                 "logprobs": [entry["logprob"] for entry in found],
             }
         )
-    found = {"results": results, "tokenized": [tokens_of(text) for text in request["texts"]]}
-    print(json.dumps({"version": importlib.metadata.version("xllamacpp")} | found))
+    answer = {"results": results, "tokenized": [tokens_of(text) for text in request["texts"]]}
+    print(json.dumps({"version": importlib.metadata.version("xllamacpp")} | answer))
 
 
 if __name__ == "__main__":
