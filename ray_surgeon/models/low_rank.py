@@ -8,7 +8,6 @@ the pruned rows of B and columns of A are left out, and for elements B A itself 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -195,7 +194,7 @@ class LowRankCorrections:
             for name, part in self.parts.items()
         }
         moments = {} if self._optimizer is None else self._optimizer.state_dict()["state"]
-        return CorrectionState(parts, copy.deepcopy(moments), dict(self._mean_norms))
+        return CorrectionState(parts, _copied(moments), dict(self._mean_norms))
 
     @torch.no_grad()
     def restore(self, state: CorrectionState) -> None:
@@ -206,7 +205,7 @@ class LowRankCorrections:
         if self._optimizer is not None:
             groups = self._optimizer.state_dict()["param_groups"]
             self._optimizer.load_state_dict(
-                {"state": copy.deepcopy(state.moments), "param_groups": groups}
+                {"state": _copied(state.moments), "param_groups": groups}
             )
         self._mean_norms = dict(state.mean_norms)
         self.forget_gradients()
@@ -261,3 +260,11 @@ class LowRankCorrections:
                 float(torch.linalg.vecdot(added, added).sum()),
             )
         return arrived
+
+
+def _copied(moments: Mapping[int, Mapping[str, Tensor]]) -> dict[int, dict[str, Tensor]]:
+    """Copy the state of an optimizer: tensors of some devices cannot be deep-copied."""
+    return {
+        number: {name: value.clone() for name, value in of_tensor.items()}
+        for number, of_tensor in moments.items()
+    }
