@@ -16,6 +16,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 WIDTH = 100
+FILE_LINES = 300
+FUNCTION_LINES = 40
 _NO_CODE = (
     tokenize.COMMENT,
     tokenize.NL,
@@ -79,6 +81,24 @@ def code_lines(text: str, tree: ast.Module) -> set[int]:
             assert node.end_lineno is not None
             lines.difference_update(range(node.lineno, node.end_lineno + 1))
     return lines
+
+
+def too_large(folder: Path) -> list[str]:
+    """Return files of more than `FILE_LINES`, and functions of more than `FUNCTION_LINES`.
+
+    Docstrings of functions do not count.
+    """
+    large = []
+    for path in sorted(folder.rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        if text.count("\n") > FILE_LINES:
+            large.append(path.name)
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                body = node.body[ast.get_docstring(node) is not None :]
+                if body and (body[-1].end_lineno or 0) - body[0].lineno >= FUNCTION_LINES:
+                    large.append(f"{path.name}: {node.name}")
+    return large
 
 
 def files_with(word: str) -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.house import ROOT, files_with, weight, words, words_of_docs
+from tests.house import ROOT, files_with, too_large, weight, words, words_of_docs
 
 CEILING = 17_100
 """Lines of the package. What comes in pushes something out; it is lowered when something leaves."""
@@ -35,6 +35,10 @@ def test_the_package_is_no_heavier_than_it_was() -> None:
     assert found.num_long == 0
     assert found.num_packed <= 0.03 * found.num_assignments
     assert len(files_with("expert")) <= MOST_FILES_WITH_EXPERTS
+
+
+def test_files_and_functions_are_seen_at_once() -> None:
+    assert too_large(ROOT / "ray_surgeon") == []
 
 
 def test_documents_are_no_longer_than_somebody_reads() -> None:
