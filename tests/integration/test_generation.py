@@ -174,7 +174,7 @@ def test_weights_that_are_not_finite_are_refused(model_folders: dict[str, Path])
     damage(cluster, float("nan"))
     with pytest.raises(FloatingPointError, match="divergence from the dense model on its answers"):
         measure_answers(cluster, answers, MAX_TOKENS)
-    with pytest.raises(FloatingPointError, match="states of its answers"):
+    with pytest.raises(FloatingPointError, match="hidden state of the dense model's answers"):
         answers_of(cluster, PROMPTS, MAX_TOKENS, ENDS)
 
 

@@ -32,7 +32,7 @@ OF_MANY_LENGTHS = Wanted(
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampling, "TOKENS_TOGETHER", 1)
+    monkeypatch.setattr(writing, "TOKENS_TOGETHER", 1)
 
 
 def by_whole_passes(model: torch.nn.Module, wanted: Wanted, number: int) -> list[int]:
@@ -73,7 +73,7 @@ def test_tokens_are_drawn_from_the_model_whatever_the_workers_are(
 def test_prompts_may_differ_in_length_and_texts_end(
     family: str, model_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sampling, "TEXTS_TOGETHER", 5)
+    monkeypatch.setattr(writing, "TEXTS_TOGETHER", 5)
     monkeypatch.setattr(sampling, "PREFILL_TOKENS", 8)
     assert family in CONFIGS | SPARSE_CONFIGS
     model = AutoModelForCausalLM.from_pretrained(model_folders[family])
@@ -132,7 +132,7 @@ def test_no_more_tokens_are_fed_than_the_model_has_positions(
 
 
 def test_short_texts_are_written_in_larger_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampling, "TOKENS_TOGETHER", 8192)
+    monkeypatch.setattr(writing, "TOKENS_TOGETHER", 8192)
     assert [texts_together(length) for length in (8192, 512, 128, 1)] == [16, 16, 64, 8192]
 
 
