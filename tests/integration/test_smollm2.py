@@ -104,7 +104,7 @@ def test_quickstart_makes_an_ordinary_model_that_is_smaller(
         for step in measured.keys() & planned.keys()
     }
     assert {"curvature", "costs", "update", "correction", "evaluation"} <= ratios.keys()
-    assert all(0.85 < ratio < 1.15 for of_step in ratios.values() for ratio in of_step), ratios
+    assert all(0.8 < ratio < 1.15 for of_step in ratios.values() for ratio in of_step), ratios
     (export,) = report["exports"]
     assert export["widths"] == [[1152, 3]] * 30
     assert export["size_bytes"] < 0.86 * 2 * 134_515_008
