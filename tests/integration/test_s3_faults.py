@@ -177,6 +177,7 @@ def download_run(uri: str, target: Path) -> None:
     filesystem.get(path, str(target), recursive=True)
 
 
+@pytest.mark.slow
 def test_two_hundred_faults_and_no_shot_lost(
     faulty: type[FaultyProxy],
     model_folders: dict[str, Path],
