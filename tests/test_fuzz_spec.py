@@ -107,7 +107,7 @@ def understood_or_refused(text: str) -> None:
 
 
 @settings(
-    max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
+    max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
 )
 @given(changed())
 def test_changed_specs(document: dict[str, Any]) -> None:

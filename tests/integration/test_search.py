@@ -212,11 +212,15 @@ def test_the_best_allocation_is_taken_and_everything_else_is_left_as_it_was(
         )
 
 
-@pytest.mark.parametrize("rank_by", ["cost", "cost_per_parameter"])
-@pytest.mark.parametrize("multiple", [1, 4, 8, 16])
 @pytest.mark.parametrize(
-    ("family", "kinds"),
-    [("llama", ["attention", "ffn"]), ("qwen3_moe", ["attention", "expert_channels"])],
+    ("family", "kinds", "multiple", "rank_by"),
+    [
+        ("llama", ["attention", "ffn"], 1, "cost_per_parameter"),
+        ("llama", ["attention", "ffn"], 4, "cost"),
+        ("llama", ["attention", "ffn"], 16, "cost_per_parameter"),
+        ("qwen3_moe", ["attention", "expert_channels"], 1, "cost"),
+        ("qwen3_moe", ["attention", "expert_channels"], 8, "cost_per_parameter"),
+    ],
 )
 def test_paths_are_followed_as_far_as_scales_call_for(
     family: str,
