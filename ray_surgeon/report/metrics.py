@@ -1,11 +1,12 @@
 """Which metrics the events of a running job set, ``ray_surgeon_*`` in Prometheus.
 
-`RayMetrics` passes them to Ray.
+`Recorder` passes them on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from ray_surgeon.report.events import Event
 
@@ -68,3 +69,37 @@ def readings(event: Event) -> Iterator[Reading]:
             yield "export_bytes", float(value), {"kind": str(event.facts["kind"])}
         elif name in ("sparsity", "tokens_per_s", "parameters", "peak_rss_bytes"):
             yield name, float(value), {}
+
+
+class Recorder:
+    """The gauges and counters of a run; Ray exports its own as ``ray_surgeon_*``.
+
+    The process that holds them must belong to Ray.
+    """
+
+    def __init__(self, run: str, gauge: Callable[..., Any], counter: Callable[..., Any]) -> None:
+        """Register them; the name of the run is a tag of all.
+
+        Args:
+            run: its name.
+            gauge: makes one of a name, a description and names of tags, as `ray.util.metrics` does.
+            counter: likewise.
+        """
+        self._run = run
+        self._gauges = {
+            name: gauge(f"surgeon_{name}", text, ("run", *tags))
+            for name, (text, tags) in GAUGES.items()
+        }
+        self._counters = {
+            name: counter(f"surgeon_{name}", text, ("run", *tags))
+            for name, (text, tags) in COUNTERS.items()
+        }
+
+    def record(self, event: Event) -> None:
+        """Set the gauges and add to the counters that an event says something of."""
+        for name, value, tags in readings(event):
+            with_run = {"run": self._run, **tags}
+            if name in self._gauges:
+                self._gauges[name].set(value, with_run)
+            else:
+                self._counters[name].inc(value, with_run)

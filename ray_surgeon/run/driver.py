@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
 import ray
+import tenacity
 from ray.exceptions import (
     GetTimeoutError,
     ObjectLostError,
@@ -18,58 +21,27 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 from ray.util.metrics import Counter, Gauge
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_surgeon.report.directory import Attempt, RunDirectory, TakenOverError
 from ray_surgeon.report.display import Display
 from ray_surgeon.report.events import Event, Moment
-from ray_surgeon.report.metrics import COUNTERS, GAUGES, readings
+from ray_surgeon.report.metrics import Recorder
 from ray_surgeon.run.inputs import Inputs
 from ray_surgeon.run.loop import run_shots
-from ray_surgeon.runtime.cluster import WorkerFailureError
-from ray_surgeon.runtime.ray_cluster import RayCluster
-from ray_surgeon.runtime.ray_machines import NoRoomError, connect, nodes_alive, on_this_node
+from ray_surgeon.runtime.cluster import NoRoomError, WorkerFailureError
+from ray_surgeon.runtime.ray_cluster import RayCluster, nodes_alive
 from ray_surgeon.spec.cluster import RaySection
 from ray_surgeon.stages.evaluation import CollapseError
 
 _POLL_S = 0.5
 _PATIENCE_S = 60.0
 """How long memory that ended workers still hold is waited for."""
-_LOST = {
-    "worker": "a worker was lost",
-    "node": "a machine was lost",
-    "coordinator": "the coordinator was lost",
-    "communication": "replicas could not communicate",
-    "memory": "a machine ran out of memory",
-}
-"""Cause of a failure -> what the user reads."""
+_TRIES = 4
+"""Tries to connect by a Ray client.
 
-
-class RayMetrics:
-    """The gauges and counters of a run, which Ray exports as ``ray_surgeon_*``.
-
-    The process that holds them must belong to Ray.
-    """
-
-    def __init__(self, run: str) -> None:
-        """Register them; the name of the run is a tag of all."""
-        self._run = run
-        self._gauges = {
-            name: Gauge(f"surgeon_{name}", text, ("run", *tags))
-            for name, (text, tags) in GAUGES.items()
-        }
-        self._counters = {
-            name: Counter(f"surgeon_{name}", text, ("run", *tags))
-            for name, (text, tags) in COUNTERS.items()
-        }
-
-    def record(self, event: Event) -> None:
-        """Set the gauges and add to the counters that an event says something of."""
-        for name, value, tags in readings(event):
-            with_run = {"run": self._run, **tags}
-            if name in self._gauges:
-                self._gauges[name].set(value, with_run)
-            else:
-                self._counters[name].inc(value, with_run)
+Of the processes that serve clients, about one in twenty dies at its fork (Ray issue 63202).
+"""
 
 
 class Coordinator:
@@ -98,7 +70,7 @@ class Coordinator:
         """
         spec = inputs.spec
         run = RunDirectory(inputs.spec.output.uri, attempt)
-        metrics = RayMetrics(spec.name)
+        metrics = Recorder(spec.name, Gauge, Counter)
 
         def listen(news: Event | Moment) -> None:
             if isinstance(news, Moment):
@@ -163,13 +135,13 @@ def run_on_ray(inputs: Inputs, display: Display) -> None:
             cause = failure.cause
             if not left[cause]:
                 raise RuntimeError(
-                    f"{_LOST[cause]}: {failure.message}. cluster.retries.{cause} allows "
+                    f"{failure.line}. cluster.retries.{cause} allows "
                     f"{getattr(section.retries, cause)}; committed shots are kept. Look for the "
                     f"reason in Ray's logs, or raise cluster.retries.{cause}"
                 )
             left[cause] -= 1
             display.note(
-                f"{_LOST[cause]}: {failure.message}; continuing from the last committed shot, "
+                f"{failure.line}; continuing from the last committed shot, "
                 f"{left[cause]} such retries left"
             )
             failure = _try(inputs, section, failure, attempt, display)
@@ -187,6 +159,62 @@ def connect_to_ray(inputs: Inputs) -> str:
     section = inputs.spec.cluster
     assert isinstance(section, RaySection)
     return connect(section.address, section.num_workers * section.cpus_per_worker)
+
+
+def connect(address: str | None, num_cpus_needed: int) -> str:
+    """Connect this process to Ray, starting one on this machine if none is named.
+
+    Args:
+        address: from the job spec. If it is None, ``RAY_ADDRESS`` is used.
+        num_cpus_needed: logical CPUs of the local Ray, at least; more workers than cores take
+            turns.
+
+    Returns:
+        What it is connected to, for the log.
+
+    Raises:
+        ValueError: there is no cluster at the address.
+        RuntimeError: a local Ray cannot be started.
+    """
+    target = address or os.environ.get("RAY_ADDRESS")
+    if target:
+        tries = tenacity.Retrying(
+            retry=tenacity.retry_if_exception(_lost_its_server),
+            stop=tenacity.stop_after_attempt(_TRIES),
+            reraise=True,
+        )
+        try:
+            tries(ray.init, address=target, log_to_driver=False)
+        except (ConnectionError, TimeoutError) as error:
+            raise ValueError(
+                f"cluster.address: cannot reach Ray at {target!r}: {error}; start it, check "
+                "RAY_AUTH_MODE and RAY_AUTH_TOKEN, or leave the address out"
+            ) from error
+        return target
+    num_cpus = max(os.cpu_count() or 1, num_cpus_needed)
+    # its warning
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel("ERROR")
+    try:
+        ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            include_dashboard=False,
+            log_to_driver=False,
+            configure_logging=False,
+        )
+    except OSError as error:
+        home = os.path.expanduser("~")
+        raise RuntimeError(
+            f"cannot start a local Ray: {error}; it needs a writable home ({home}) and temporary "
+            "folder"
+        ) from error
+    return f"a local Ray with {num_cpus} CPUs"
+
+
+def _lost_its_server(error: BaseException) -> bool:
+    """Whether the cluster answers that it could not start what serves a client."""
+    is_of_connection = isinstance(error, ConnectionError)
+    return is_of_connection and "Initialization failure from server" in str(error)
 
 
 def is_connected() -> bool:
@@ -213,6 +241,16 @@ def unwrapped(error: BaseException) -> BaseException:
     return cause if is_told else RuntimeError(str(error))
 
 
+def _on_this_node() -> NodeAffinitySchedulingStrategy:
+    """Return a strategy that places an actor beside this process.
+
+    So it is not lost with a machine of workers.
+
+    Not soft: Ray 2.60 takes a soft affinity of an actor without CPUs for none at times.
+    """
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
 def _try(
     inputs: Inputs,
     section: RaySection,
@@ -225,7 +263,7 @@ def _try(
     coordinator: Any = actor_class.options(
         max_concurrency=2,
         runtime_env={"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}},
-        scheduling_strategy=on_this_node(),
+        scheduling_strategy=_on_this_node(),
     ).remote()
     patience_s = section.start_timeout_s
     seen = 0

@@ -10,15 +10,17 @@ from typing import Any, TypeVar
 import ray
 import torch
 from ray.exceptions import RayError, RayTaskError
-from ray.util.placement_group import PlacementGroup, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import (
+    NodeAffinitySchedulingStrategy,
+    PlacementGroupSchedulingStrategy,
+)
 
 from ray_surgeon.models.layout import ModelLayout
-from ray_surgeon.runtime.cluster import Cluster, Future, WorkerFailureError
+from ray_surgeon.runtime.cluster import Cluster, Future, NoRoomError, WorkerFailureError
 from ray_surgeon.runtime.collectives import CollectiveError, ProcessReplica
 from ray_surgeon.runtime.placement import Placement, WorkerIndex
-from ray_surgeon.runtime.ray_machines import nodes_alive, on_node, reserve
-from ray_surgeon.runtime.worker import Worker, clean_up
+from ray_surgeon.runtime.worker import Worker, clean_up, environment_of
 from ray_surgeon.spec.cluster import RaySection
 
 T = TypeVar("T")
@@ -37,10 +39,7 @@ def _answer() -> None:
 
 
 class RayCluster(Cluster):
-    """One actor per shard and replica.
-
-    A lost actor is not restarted alone: its state is in the committed shot.
-    """
+    """One actor per shard and replica; a lost one is not restarted alone, but all of them."""
 
     def __init__(self, layout: ModelLayout, placement: Placement, section: RaySection) -> None:
         """Reserve room for all workers together and start them.
@@ -56,7 +55,7 @@ class RayCluster(Cluster):
         """
         super().__init__(placement)
         self._ping_timeout_s = section.ping_timeout_s
-        self._group = reserve(len(placement.workers), section)
+        self._group = _reserve(len(placement.workers), section)
         self._actors = _start_actors(layout, placement, section, self._group)
         self._nodes: dict[WorkerIndex, str] = {}  # once all have started
         self._nodes_at_start = nodes_alive()
@@ -149,7 +148,8 @@ class RayCluster(Cluster):
         """
         if index not in self._nodes:
             return True
-        answer = _answer.options(scheduling_strategy=on_node(self._nodes[index])).remote()
+        there = NodeAffinitySchedulingStrategy(self._nodes[index], soft=False)
+        answer = _answer.options(scheduling_strategy=there).remote()
         try:
             done, _ = ray.wait([answer], timeout=_ANSWER_S)
             ray.get(done)
@@ -164,9 +164,8 @@ class RayCluster(Cluster):
             error = error.cause
         if isinstance(error, RayTaskError):
             # a GPU that fell off the bus, which its process can use no more
-            if isinstance(error.cause, torch.AcceleratorError) and not any(
-                text in str(error.cause) for text in _COMES_AGAIN
-            ):
+            comes_again = any(text in str(error.cause) for text in _COMES_AGAIN)
+            if isinstance(error.cause, torch.AcceleratorError) and not comes_again:
                 return WorkerFailureError("worker", error.cause)
             if not isinstance(error.cause, CollectiveError):
                 return error  # it would come again
@@ -256,19 +255,36 @@ def _join_replicas(worker: Worker, address: str, timeout_s: float) -> None:
 # On the coordinator
 
 
+def nodes_alive() -> set[str]:
+    """Return the identities of the machines that are alive in the cluster."""
+    nodes = ray.nodes()  # type: ignore[no-untyped-call]
+    return {node["NodeID"] for node in nodes if node["Alive"]}
+
+
+def _reserve(num_workers: int, section: RaySection) -> PlacementGroup:
+    """Reserve room for all workers together, a bundle each.
+
+    Raises:
+        NoRoomError: there is none within the time; names what was asked for and what there is.
+    """
+    amounts = {"CPU": section.cpus_per_worker, "GPU": section.gpus_per_worker}
+    bundle: dict[str, float] = {key: amount for key, amount in amounts.items() if amount}
+    group: PlacementGroup = placement_group([bundle] * num_workers, strategy="PACK")
+    if not group.wait(section.start_timeout_s):
+        total = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        free = ray.available_resources()  # type: ignore[no-untyped-call]
+        remove_placement_group(group)
+        raise NoRoomError.of(num_workers, bundle, section.start_timeout_s, free, total)
+    return group
+
+
 def _start_actors(
     layout: ModelLayout, placement: Placement, section: RaySection, group: PlacementGroup
 ) -> dict[WorkerIndex, Any]:
     """Start an actor for every worker, each in a bundle of the placement group."""
-    threads = str(section.cpus_per_worker)
-    environment = {
-        "OMP_NUM_THREADS": threads,
-        "MKL_NUM_THREADS": threads,
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "TOKENIZERS_PARALLELISM": "false",
-        # with a list of one device a worker, NCCL hung (Ray issue 61073)
-        "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
-    }
+    environment = environment_of(section.cpus_per_worker)
+    # with a list of one device a worker, NCCL hung (Ray issue 61073)
+    environment["RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"] = "1"
     actor_class = ray.remote(concurrency_groups={"ping": 1})(Worker)  # type: ignore[call-overload]
     layout_reference = ray.put(layout)
     return {

@@ -25,13 +25,12 @@ from transformers import AutoConfig
 
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.report.directory import TakenOverError
-from ray_surgeon.run.driver import unwrapped
+from ray_surgeon.run.driver import connect, unwrapped
 from ray_surgeon.runtime import ray_cluster
-from ray_surgeon.runtime.cluster import WorkerFailureError
+from ray_surgeon.runtime.cluster import NoRoomError, WorkerFailureError
 from ray_surgeon.runtime.collectives import ProcessReplica
 from ray_surgeon.runtime.placement import place
 from ray_surgeon.runtime.ray_cluster import RayCluster
-from ray_surgeon.runtime.ray_machines import NoRoomError, connect
 from ray_surgeon.runtime.worker import Worker
 from ray_surgeon.spec.cluster import RaySection
 from ray_surgeon.stages.evaluation import CollapseError

@@ -20,12 +20,12 @@ from ray.exceptions import OutOfDiskError, RayError, RayTaskError
 
 import ray_surgeon
 from ray_surgeon.memory.stores import ScratchNames, Stores
+from ray_surgeon.run.driver import connect
 from ray_surgeon.runtime import ray_cluster
-from ray_surgeon.runtime.cluster import WorkerFailureError
+from ray_surgeon.runtime.cluster import NoRoomError, WorkerFailureError
 from ray_surgeon.runtime.loading import ModelRecipe, load
 from ray_surgeon.runtime.placement import WorkerIndex, place
 from ray_surgeon.runtime.ray_cluster import RayCluster
-from ray_surgeon.runtime.ray_machines import NoRoomError, connect
 from ray_surgeon.runtime.worker import Worker
 from ray_surgeon.spec.cluster import RaySection
 from ray_surgeon.spec.model import ModelSection
