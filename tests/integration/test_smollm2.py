@@ -75,8 +75,8 @@ def test_rows_and_columns_of_smollm2(tmp_path: Path) -> None:
 def test_quickstart_makes_an_ordinary_model_that_is_smaller(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The quickstart's spec on a sequence of each text, two of them backward, and with one step of
-    corrections.
+    """The quickstart's spec on a sequence of each text, two of them backward, and with three
+    steps of corrections.
     """
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     overrides = {
@@ -90,8 +90,8 @@ def test_quickstart_makes_an_ordinary_model_that_is_smaller(
         "evaluation.generation": "null",
         "output.speed.prompt_length": 32,
         "output.speed.num_new_tokens": 4,
-        "correction.steps_per_shot": 1,
-        "correction.learning_rate": 1e-4,  # Adam's one step has full length, whatever the gradient
+        "correction.steps_per_shot": 3,
+        "correction.learning_rate": 1e-4,  # Adam's first step has full length, however flat
         "output.uri": tmp_path / "run",
         "output.speed.num_repeats": 1,
     }
@@ -104,7 +104,7 @@ def test_quickstart_makes_an_ordinary_model_that_is_smaller(
         for step in measured.keys() & planned.keys()
     }
     assert {"curvature", "costs", "update", "correction", "evaluation"} <= ratios.keys()
-    assert all(0.8 < ratio < 1.15 for of_step in ratios.values() for ratio in of_step), ratios
+    assert all(0.85 < ratio < 1.15 for of_step in ratios.values() for ratio in of_step), ratios
     (export,) = report["exports"]
     assert export["widths"] == [[1152, 3]] * 30
     assert export["size_bytes"] < 0.86 * 2 * 134_515_008
