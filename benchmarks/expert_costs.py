@@ -31,7 +31,7 @@ from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.loss import Comparison, compare_with_dense
 from ray_surgeon.models.runner import BlockRunner, Call
 from ray_surgeon.models.shard import ModelShard
-from ray_surgeon.spec.model import ModelSection
+from ray_surgeon.spec.sections import ModelSection
 from ray_surgeon.storage.sources import open_model
 
 NUM_THREADS = 2

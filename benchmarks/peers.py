@@ -53,8 +53,8 @@ from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.loss import compare_with_dense, perplexity_of
 from ray_surgeon.run.inputs import Inputs, check
 from ray_surgeon.spec.job import JobSpec
-from ray_surgeon.spec.model import ModelSection
 from ray_surgeon.spec.parsing import parse_spec
+from ray_surgeon.spec.sections import ModelSection
 from ray_surgeon.spec.written import SelfSection
 from ray_surgeon.stages.prune.groups import Groups
 from ray_surgeon.stages.self_text.stage import SelfText

@@ -27,9 +27,8 @@ from ray_surgeon.runtime.loading import ModelRecipe, load
 from ray_surgeon.runtime.local import LocalCluster
 from ray_surgeon.runtime.placement import place
 from ray_surgeon.spec.job import JobSpec
-from ray_surgeon.spec.model import ModelSection
-from ray_surgeon.spec.output import QuantizeSection
 from ray_surgeon.spec.parsing import parse_spec
+from ray_surgeon.spec.sections import ModelSection, QuantizeSection
 from ray_surgeon.storage.sources import open_model
 
 SCHEMES = (("int8", None), ("fp8", None), ("w4a16", 64), ("w4a16", 32))

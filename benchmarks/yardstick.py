@@ -36,7 +36,7 @@ from ray_surgeon.runtime.local import LocalCluster
 from ray_surgeon.runtime.passes import num_counted, sequence_losses
 from ray_surgeon.runtime.placement import place
 from ray_surgeon.runtime.worker import Worker
-from ray_surgeon.spec.model import ModelSection
+from ray_surgeon.spec.sections import ModelSection
 from ray_surgeon.stages.answers.answers import (
     Answers,
     measure_answers,

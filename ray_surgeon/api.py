@@ -22,11 +22,9 @@ from ray_surgeon.models.runner import BlockRunner
 from ray_surgeon.models.shard import ModelShard
 from ray_surgeon.report.display import Display, new_console
 from ray_surgeon.run.arguments import spec_of
-from ray_surgeon.run.caller import own_modes
-from ray_surgeon.run.execution import ended_before, run
-from ray_surgeon.run.in_memory import a_tokenizer, causal_lm, saved
+from ray_surgeon.run.in_memory import a_tokenizer, causal_lm, own_modes, saved
 from ray_surgeon.run.inputs import check
-from ray_surgeon.run.result import PruneResult
+from ray_surgeon.run.result import PruneResult, ended_before, run
 from ray_surgeon.run.sequences import token_ids
 from ray_surgeon.spec.base import local_path
 from ray_surgeon.spec.job import JobSpec

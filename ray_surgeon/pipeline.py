@@ -26,13 +26,12 @@ from ray_surgeon.report import tables
 from ray_surgeon.report.directory import RunDirectory, TakenOverError
 from ray_surgeon.report.display import Display, new_console
 from ray_surgeon.report.tables import export_lines, generation_lines, shots_table
-from ray_surgeon.run.execution import ended_before, run
 from ray_surgeon.run.inputs import Inputs, check
 from ray_surgeon.run.machines import PLAN_OPTIONS, planned_for
-from ray_surgeon.run.result import PruneResult
-from ray_surgeon.spec.cluster import RaySection
+from ray_surgeon.run.result import PruneResult, ended_before, run
 from ray_surgeon.spec.job import JobSpec
 from ray_surgeon.spec.parsing import parse_spec, validation_message
+from ray_surgeon.spec.sections import RaySection
 from ray_surgeon.storage import files
 
 _MAX_SPEC_BYTES = 2**20

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ray_surgeon.memory.pinned import HostMemory, Pieces, reserved_bytes
+from ray_surgeon.memory.stores import HostMemory, Pieces, reserved_bytes
 
 
 def test_places_do_not_overlap_and_pieces_are_full() -> None:

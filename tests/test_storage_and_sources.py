@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ray_surgeon.models.checkpoint import check_checkpoint
-from ray_surgeon.spec.model import ModelSection
+from ray_surgeon.spec.sections import ModelSection
 from ray_surgeon.storage import copies, files, gguf, tensor_files
 from ray_surgeon.storage.sources import open_model
 from tests.conftest import CONFIGS, LAYOUTS
@@ -345,7 +345,7 @@ class HubHandler(BaseHTTPRequestHandler):
 
 HUB_CLIENT = """
 import sys
-from ray_surgeon.spec.model import ModelSection
+from ray_surgeon.spec.sections import ModelSection
 from ray_surgeon.storage.sources import open_model
 source = open_model(ModelSection(source="me/model"))
 fingerprint = source.shapes_and_fingerprint()[1]

@@ -11,21 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from transformers import AutoTokenizer
 
-from ray_surgeon.export.card import model_card
 from ray_surgeon.export.reload import agree
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.plan.room import available_bytes
 from ray_surgeon.runtime import fresh_process
 from ray_surgeon.runtime.cluster import Cluster
+from ray_surgeon.runtime.collectives import decode
 from ray_surgeon.runtime.passes import logits
 from ray_surgeon.runtime.saving import num_files, save_weights
-from ray_surgeon.runtime.transport import decode
-from ray_surgeon.spec.model import ModelSection
+from ray_surgeon.spec.sections import ModelSection
 from ray_surgeon.storage import files, tensor_files
 from ray_surgeon.storage.sources import goes_along, open_model
 
@@ -231,3 +231,21 @@ def reload_difference(pruned: Pruned, uri: str, tokens: NDArray[np.int64]) -> fl
             "not use it"
         )
     return largest
+
+
+_TEMPLATE = Path(__file__).with_name("card.md.jinja")
+
+
+def model_card(entry: Mapping[str, Any], source: str, facts: Mapping[str, Any]) -> str:
+    """Return the text of README.md.
+
+    Args:
+        entry: the export's entry in the report.
+        source: the dense model.
+        facts: see `RunReport.model_card_facts`.
+    """
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True
+    )
+    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
+    return template.render(entry=entry, source=source, facts=facts)

@@ -21,13 +21,13 @@ from ray_surgeon.export.folder import (
     run_reload,
     write_weights,
 )
-from ray_surgeon.export.rounding import round_weights
+from ray_surgeon.export.quantized import round_weights
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.llama_cpp import architecture_of
 from ray_surgeon.models.pruned_config import BlockWidths, kv_heads_left
 from ray_surgeon.runtime import fresh_process
 from ray_surgeon.runtime.cluster import Cluster
-from ray_surgeon.spec.output import GgufKind, QuantizeSection
+from ray_surgeon.spec.sections import GgufKind, QuantizeSection
 from ray_surgeon.storage import files, tensor_files
 
 

@@ -27,11 +27,11 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ray_surgeon.export.gguf_tokenizer import add_tokenizer
+from ray_surgeon.models.attention import rope_kind, rope_of
 from ray_surgeon.models.families import LlamaCpp
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.llama_cpp import architecture_of
 from ray_surgeon.models.pruned_config import BlockWidths
-from ray_surgeon.models.rope import rope_kind, rope_of
 from ray_surgeon.storage import files, tensor_files
 
 KINDS = {

@@ -22,6 +22,7 @@ from ray_surgeon.export.folder import (
 from ray_surgeon.export.for_engines import Shrinking, check_gguf, export_gguf
 from ray_surgeon.export.speed import measure
 from ray_surgeon.export.tasks import evaluate_tasks
+from ray_surgeon.models.attention import for_older_readers
 from ray_surgeon.models.deci import check_deci, deci_document
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.pruned_config import (
@@ -32,9 +33,8 @@ from ray_surgeon.models.pruned_config import (
     per_block_document,
     uniform_document,
 )
-from ray_surgeon.models.rope import for_older_readers
 from ray_surgeon.spec.evaluation import TasksSection
-from ray_surgeon.spec.output import OutputSection
+from ray_surgeon.spec.sections import OutputSection
 from ray_surgeon.storage import files
 
 

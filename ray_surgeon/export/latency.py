@@ -32,7 +32,7 @@ from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.pruned_config import BlockWidths, per_block_document
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.fresh_process import run_on_worker
-from ray_surgeon.spec.model import ModelSection
+from ray_surgeon.spec.sections import ModelSection
 from ray_surgeon.spec.targets import LatencyTarget, SpeedSection
 from ray_surgeon.storage import files
 

@@ -17,7 +17,7 @@ from ray_surgeon.export.folder import local_folder
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.fresh_process import run_module, run_on_worker
 from ray_surgeon.spec.evaluation import TasksSection
-from ray_surgeon.spec.model import ModelSection
+from ray_surgeon.spec.sections import ModelSection
 from ray_surgeon.storage import files
 from ray_surgeon.storage.sources import SMALL_FILES, open_model
 

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ray_surgeon.maths.threshold import OutOfReachError
-from ray_surgeon.maths.tradeoffs import Point, lower_hull, slope, worthwhile
+from ray_surgeon.maths.threshold import OutOfReachError, Point, lower_hull, slope, worthwhile
 
 
 def _out_of_reach(most: float, wanted: float) -> OutOfReachError:

@@ -13,11 +13,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ray_surgeon.maths import costs
+from ray_surgeon.maths import rows_columns as costs
 from ray_surgeon.maths.extended.terms import ClippedTerm, TwoTermInverse, clip_term, minimise_kept
 from ray_surgeon.maths.factorised import DampedFactor, damp_, factorise
 from ray_surgeon.maths.kronecker import Damping, KroneckerFactors, Term, balance_
-from ray_surgeon.maths.updates import prune_rows_and_columns, prune_singly
+from ray_surgeon.maths.rows_columns import prune_rows_and_columns, prune_singly
 
 
 @dataclass(frozen=True)

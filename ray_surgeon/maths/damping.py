@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ray_surgeon.maths.costs import quadratic_cost
 from ray_surgeon.maths.kronecker import PackedFactors
 from ray_surgeon.maths.linear import Linear
 from ray_surgeon.maths.masks import StructuredMask
+from ray_surgeon.maths.rows_columns import quadratic_cost
 
 A_CHOICES = (1e-3, 1e-2, 1e-1, 1.0)
 """Damping of A, relative to its mean diagonal."""

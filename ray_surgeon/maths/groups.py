@@ -11,13 +11,12 @@ import math
 import torch
 from torch import Tensor
 
-from ray_surgeon.maths.costs import column_removal_cost
 from ray_surgeon.maths.curvature import LinearCurvature
 from ray_surgeon.maths.greedy import GreedyPath, greedy_costs
 from ray_surgeon.maths.linear import Linear, Part, Removal
 from ray_surgeon.maths.masks import StructuredMask
+from ray_surgeon.maths.rows_columns import column_removal_cost, prune_columns
 from ray_surgeon.maths.threshold import check_costs
-from ray_surgeon.maths.updates import prune_columns
 
 
 def alive_part(linear: Linear, mask: StructuredMask) -> Part:

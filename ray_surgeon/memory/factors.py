@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from ray_surgeon.maths.kronecker import PackedSymmetric
-from ray_surgeon.memory.pinned import HostMemory
-from ray_surgeon.memory.stores import Place, Scratch
+from ray_surgeon.memory.stores import HostMemory, Place, Scratch
 
 
 class FactorStore:

@@ -14,8 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ray_surgeon.memory.pinned import HostMemory
-from ray_surgeon.memory.stores import Place, Scratch
+from ray_surgeon.memory.stores import HostMemory, Place, Scratch
 
 TENSORS_AHEAD = 8
 """Tensors that are on their way or wait to be taken, at most."""

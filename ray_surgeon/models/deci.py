@@ -7,7 +7,7 @@ from typing import Any
 
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.pruned_config import BlockWidths, Document
-from ray_surgeon.spec.output import DECI_MULTIPLE
+from ray_surgeon.spec.sections import DECI_MULTIPLE
 
 
 def check_deci(layout: ModelLayout) -> None:

@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ray_surgeon.maths.kronecker import PackedSymmetric, with_ones
 from ray_surgeon.models.build import shared_inputs_of
-from ray_surgeon.models.linears import LinearModule, as_linear
+from ray_surgeon.models.linears import LinearModule, as_linear, num_inputs
 
 if TYPE_CHECKING:
     from ray_surgeon.models.shard import ModelShard
@@ -115,3 +116,59 @@ def shared_inputs_in(shard: ModelShard) -> Iterator[SharedInput]:
             sizes = {f"{names[0]}.A": shapes[names[0]].num_columns}
             sizes |= {SharedInput.key_of_G(name): shapes[name].num_rows for name in names}
             yield SharedInput(names, modules, place, sizes)
+
+
+class LayerInputs:
+    """Inputs of some layers, bfloat16 in the host's memory.
+
+    The memory is reserved at the start and returned as soon as one is taken.
+    """
+
+    def __init__(self, layers: Mapping[str, tuple[int, LinearModule]], num_tokens: int) -> None:
+        """Start with none.
+
+        Args:
+            layers: name of a layer's last linear -> place of its block in the shard, and a linear
+                that reads the layer's inputs.
+            num_tokens: that will pass.
+        """
+        self._layers = dict(layers)
+        self._kept = {
+            n: torch.empty(num_tokens, num_inputs(module), dtype=torch.bfloat16)
+            for n, (_, module) in layers.items()
+        }
+        self._num_kept = dict.fromkeys(layers, 0)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The layers' last linears."""
+        return tuple(self._layers)
+
+    def watch(self, place: int) -> list[RemovableHandle]:
+        """Keep what the layers of a block read from now on, until the hooks are removed."""
+        return [
+            module.register_forward_pre_hook(self._adding_to(name))
+            for name, (at, module) in self._layers.items()
+            if at == place
+        ]
+
+    def _adding_to(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            x = inputs[0].detach().flatten(0, -2)
+            first = self._num_kept[name]
+            self._kept[name][first : first + len(x)] = x
+            self._num_kept[name] += len(x)
+
+        return hook
+
+    def look_at(self, name: str) -> Tensor:
+        """Return the inputs [N, d] of a layer, which stay here, too."""
+        return self._kept[name]
+
+    def take(self, name: str) -> Tensor:
+        """Return the inputs [N, d] of a layer, and keep them no longer."""
+        return self._kept.pop(name)
+
+    def put(self, name: str, inputs: Tensor) -> None:
+        """Keep inputs [N, d] of a layer."""
+        self._kept[name] = inputs

@@ -8,10 +8,10 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from ray_surgeon.models.attention import rope_kind, rope_of
 from ray_surgeon.models.families import LlamaCpp
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.pruned_config import BlockWidths
-from ray_surgeon.models.rope import rope_kind, rope_of
 
 _WHERE = "output.exports: gguf"
 _OTHERWISE = "export uniform or per_block instead"

@@ -23,8 +23,7 @@ from ray_surgeon.memory.weights import Read, weight_store
 from ray_surgeon.models.build import BlockRange, build_blocks, global_name
 from ray_surgeon.models.checkpoint import check_finite
 from ray_surgeon.models.experts import Mixture, mixture_of
-from ray_surgeon.models.hooks import SharedInput, linears_of, shared_inputs_in
-from ray_surgeon.models.layer_inputs import LayerInputs
+from ray_surgeon.models.hooks import LayerInputs, SharedInput, linears_of, shared_inputs_in
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.linears import LinearModule, num_inputs, use_fast_products
 from ray_surgeon.models.removals import sum_removals

@@ -13,7 +13,7 @@ from ray_surgeon.memory.stores import Place, Stores
 from ray_surgeon.models.build import BlockRange
 from ray_surgeon.models.cache import TOKENS_OF_ROOM
 from ray_surgeon.models.loss import bytes_at_the_head
-from ray_surgeon.plan.devices import Device
+from ray_surgeon.plan.room import Device
 from ray_surgeon.plan.work import ActivationBytes, Shapes
 from ray_surgeon.runtime.placement import Placement
 from ray_surgeon.runtime.sampling import num_batches

@@ -19,11 +19,11 @@ from rich.table import Table
 from ray_surgeon.memory.stores import Activations, Place, Stores
 from ray_surgeon.models.build import BlockRange
 from ray_surgeon.models.layout import ModelLayout
-from ray_surgeon.plan.devices import Device, Room
 from ray_surgeon.plan.needs import StepPlan, WorkerView
+from ray_surgeon.plan.room import Device, Room
 from ray_surgeon.plan.work import Shapes, Work
 from ray_surgeon.runtime.placement import Placement, place
-from ray_surgeon.spec.memory import MemorySection
+from ray_surgeon.spec.sections import MemorySection
 
 PROCESS_BYTES = (328 + 60) * 2**20
 """Anonymous memory of a worker beside its tensors.

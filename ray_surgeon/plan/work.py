@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import torch
 
 from ray_surgeon.maths.kronecker import PackedSymmetric
-from ray_surgeon.memory.pinned import reserved_bytes
+from ray_surgeon.memory.stores import reserved_bytes
 from ray_surgeon.models.build import BlockRange
 from ray_surgeon.models.layout import LinearShape, ModelLayout
 
@@ -134,3 +134,17 @@ def _factor_sizes(linears: list[LinearShape], work: Work) -> list[int]:
     columns = {linear.shared_input: linear.num_columns for linear in gathered}
     rows = [linear.num_rows for linear in gathered]
     return [4 * PackedSymmetric.size(n) for n in (*columns.values(), *rows)]
+
+
+@dataclass(frozen=True)
+class LinearNeeds:
+    """What a method needs for one linear beside its weight and packed factors.
+
+    Bytes are on the device, while it is that linear's turn.
+    """
+
+    costs_bytes: float = 0.0
+    costs_flops: float = 0.0
+    update_bytes: float = 0.0
+    update_flops: float = 0.0
+    kept_bytes: float = 0.0  # from its costs to its update, all linears at a time

@@ -31,7 +31,7 @@ from ray_surgeon.run.inputs import Inputs
 from ray_surgeon.run.loop import run_shots
 from ray_surgeon.runtime.cluster import NoRoomError, WorkerFailureError
 from ray_surgeon.runtime.ray_cluster import RayCluster, nodes_alive
-from ray_surgeon.spec.cluster import RaySection
+from ray_surgeon.spec.sections import RaySection
 from ray_surgeon.stages.evaluation import CollapseError
 
 _POLL_S = 0.5

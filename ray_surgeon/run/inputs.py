@@ -19,19 +19,26 @@ from numpy.typing import NDArray
 import ray_surgeon
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.llama_cpp import tokenizer_names
-from ray_surgeon.plan.devices import Device, Room
 from ray_surgeon.plan.plan import Plan, plan_job
+from ray_surgeon.plan.room import Device, Room
 from ray_surgeon.plan.work import Work
 from ray_surgeon.report.directory import RunDirectory
-from ray_surgeon.report.resuming import check_folder
-from ray_surgeon.run.checks import check_machine, check_requests, check_weights
-from ray_surgeon.run.reading import as_input_error, environment, load_config, nothing, read_texts
+from ray_surgeon.report.record import check_folder
+from ray_surgeon.run.reading import (
+    as_input_error,
+    check_machine,
+    check_requests,
+    check_weights,
+    environment,
+    load_config,
+    nothing,
+    read_texts,
+)
 from ray_surgeon.run.stages import Stages, stages_after_shots, stages_of
 from ray_surgeon.runtime.placement import Placement, place
 from ray_surgeon.spec.job import JobSpec
-from ray_surgeon.spec.model import ModelSection
-from ray_surgeon.spec.output import KERNEL_COLUMNS
 from ray_surgeon.spec.parsing import with_absolute_paths
+from ray_surgeon.spec.sections import KERNEL_COLUMNS, ModelSection
 from ray_surgeon.stages.calibration import CalibrationText
 from ray_surgeon.stages.prune.groups import Groups
 from ray_surgeon.stages.prune.groups_section import CoupledSection

@@ -19,7 +19,7 @@ from ray_surgeon.report.record import RunReport
 from ray_surgeon.run.inputs import Inputs
 from ray_surgeon.runtime.cluster import Cluster, WorkerFailureError
 from ray_surgeon.runtime.worker import clean_up
-from ray_surgeon.stages.prune.stages import Present
+from ray_surgeon.stages.prune.methods import Present
 from ray_surgeon.stages.stage import RunState, Stage
 
 _PAUSE_S = 5.0

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
-from ray_surgeon.plan.devices import DEVICES, Device, Room
-from ray_surgeon.plan.room import resources_here
+from ray_surgeon.plan.room import DEVICES, Device, Room, resources_here
 from ray_surgeon.run.inputs import Inputs
 
 

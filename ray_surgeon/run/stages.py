@@ -22,9 +22,9 @@ from ray_surgeon.stages.latency import Latency
 from ray_surgeon.stages.load import Load
 from ray_surgeon.stages.prune.groups_section import CoupledSection
 from ray_surgeon.stages.prune.method import Method
-from ray_surgeon.stages.prune.stages import Costs, Threshold, Update
+from ray_surgeon.stages.prune.methods import Costs, Threshold, Update
 from ray_surgeon.stages.reconstruction.stage import ReconstructionStage
-from ray_surgeon.stages.search.stage import SearchStage
+from ray_surgeon.stages.search.search import SearchStage
 from ray_surgeon.stages.self_text.stage import SelfText
 from ray_surgeon.stages.stage import Stage
 from ray_surgeon.stages.tasks import Tasks

@@ -16,8 +16,8 @@ from torch import Tensor
 from ray_surgeon.models.hooks import SharedInput
 from ray_surgeon.models.runner import Call
 from ray_surgeon.runtime.cluster import Cluster, at_hand, value_of
+from ray_surgeon.runtime.collectives import TensorPayload
 from ray_surgeon.runtime.placement import WorkerIndex
-from ray_surgeon.runtime.transport import TensorPayload
 from ray_surgeon.runtime.wave import token_payload
 from ray_surgeon.runtime.worker import Worker, collective
 

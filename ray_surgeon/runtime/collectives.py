@@ -1,14 +1,17 @@
-"""Sums and copies between the replicas of one shard."""
+"""How tensors travel: sums and copies between replicas of a shard, and messages."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ray_surgeon.runtime.placement import Placement, WorkerIndex
@@ -157,3 +160,34 @@ class ProcessReplica(ReplicaGroup):
             collective(tensor, self._world_ranks[owner], group=self._group)
         except RuntimeError as error:  # of gloo and NCCL: a connection closed, or the timeout
             raise CollectiveError(f"a replica of this shard is lost: {error}") from error
+
+
+@dataclass(frozen=True)
+class TensorPayload:
+    """A tensor on its way: a numpy array, int16 where it stands for bfloat16."""
+
+    array: NDArray[np.generic]
+    is_bfloat16: bool
+
+
+def encode(tensor: Tensor) -> TensorPayload:
+    """Return a tensor as it travels.
+
+    A view becomes a copy of its own, or its whole storage would travel.
+    """
+    dense = tensor.detach().cpu().contiguous()
+    if dense.untyped_storage().nbytes() != dense.nbytes:
+        dense = dense.clone()
+    is_bfloat16 = dense.dtype == torch.bfloat16
+    return TensorPayload((dense.view(torch.int16) if is_bfloat16 else dense).numpy(), is_bfloat16)
+
+
+def decode(payload: TensorPayload, device: torch.device) -> Tensor:
+    """Return a tensor that may be written to.
+
+    What lies in the object store is shared with other readers.
+    """
+    tensor = torch.tensor(payload.array)
+    if payload.is_bfloat16:
+        tensor = tensor.view(torch.bfloat16)
+    return tensor.to(device)

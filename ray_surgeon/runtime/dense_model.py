@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ray_surgeon.runtime.transport import TensorPayload, decode
+from ray_surgeon.runtime.collectives import TensorPayload, decode
 from ray_surgeon.runtime.worker import Worker
 from ray_surgeon.storage import tensor_files
 

@@ -14,7 +14,7 @@ from ray_surgeon.models.checkpoint import tensor_reader
 from ray_surgeon.models.runner import BlockRunner
 from ray_surgeon.models.shard import ModelShard
 from ray_surgeon.runtime.worker import Worker
-from ray_surgeon.spec.model import ModelSection
+from ray_surgeon.spec.sections import ModelSection
 from ray_surgeon.storage import files
 from ray_surgeon.storage.sources import open_model
 

@@ -16,9 +16,9 @@ import numpy as np
 from ray_surgeon.models.loss import perplexity_of
 from ray_surgeon.runtime import wave as on_worker
 from ray_surgeon.runtime.cluster import Cluster, at_hand, value_of
+from ray_surgeon.runtime.collectives import TensorPayload
 from ray_surgeon.runtime.pipelines import each_wave
 from ray_surgeon.runtime.placement import WorkerIndex
-from ray_surgeon.runtime.transport import TensorPayload
 from ray_surgeon.runtime.wave import Compared, Counts, Tokens, token_payload
 
 

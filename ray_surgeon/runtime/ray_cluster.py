@@ -21,7 +21,7 @@ from ray_surgeon.runtime.cluster import Cluster, Future, NoRoomError, WorkerFail
 from ray_surgeon.runtime.collectives import CollectiveError, ProcessReplica
 from ray_surgeon.runtime.placement import Placement, WorkerIndex
 from ray_surgeon.runtime.worker import Worker, clean_up, environment_of
-from ray_surgeon.spec.cluster import RaySection
+from ray_surgeon.spec.sections import RaySection
 
 T = TypeVar("T")
 

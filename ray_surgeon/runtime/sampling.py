@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ray_surgeon.runtime.cluster import Cluster, Future, at_hand, value_of
+from ray_surgeon.runtime.collectives import TensorPayload
 from ray_surgeon.runtime.placement import WorkerIndex
-from ray_surgeon.runtime.transport import TensorPayload
 from ray_surgeon.runtime.wave import token_payload
 from ray_surgeon.runtime.writing import Wanted, begin, end, texts_together, write_on
 

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ray_surgeon.models.loss import compare_with_dense, next_token_loss
+from ray_surgeon.runtime.collectives import TensorPayload, encode
 from ray_surgeon.runtime.dense_model import CALIBRATION, DenseStates, keep_states
-from ray_surgeon.runtime.transport import TensorPayload, encode
 from ray_surgeon.runtime.worker import Worker
 
 T = TypeVar("T")

@@ -21,9 +21,8 @@ from ray_surgeon.models.groups import GroupSet
 from ray_surgeon.models.layout import ExpertSet, ModelLayout
 from ray_surgeon.models.runner import BlockRunner
 from ray_surgeon.models.shard import ModelShard
-from ray_surgeon.runtime.collectives import ReplicaGroup
+from ray_surgeon.runtime.collectives import ReplicaGroup, TensorPayload, decode, encode
 from ray_surgeon.runtime.placement import Placement, WorkerIndex
-from ray_surgeon.runtime.transport import TensorPayload, decode, encode
 from ray_surgeon.runtime.usage import Usage, give_back, process_usage
 from ray_surgeon.storage import tensor_files
 

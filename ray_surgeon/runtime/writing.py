@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from ray_surgeon.models.loss import next_tokens
-from ray_surgeon.runtime.transport import TensorPayload
+from ray_surgeon.runtime.collectives import TensorPayload
 from ray_surgeon.runtime.worker import Worker
 
 TEXTS_TOGETHER = 16

@@ -11,12 +11,17 @@ from pydantic import Field, model_validator
 
 from ray_surgeon.spec.base import Section
 from ray_surgeon.spec.calibration import CalibrationSection
-from ray_surgeon.spec.cluster import ClusterSection, RaySection
 from ray_surgeon.spec.evaluation import EvaluationSection
-from ray_surgeon.spec.memory import MemorySection
-from ray_surgeon.spec.model import ModelSection
-from ray_surgeon.spec.output import DECI_MULTIPLE, KERNEL_COLUMNS, OutputSection
 from ray_surgeon.spec.presets import PresetName, with_preset
+from ray_surgeon.spec.sections import (
+    DECI_MULTIPLE,
+    KERNEL_COLUMNS,
+    ClusterSection,
+    MemorySection,
+    ModelSection,
+    OutputSection,
+    RaySection,
+)
 from ray_surgeon.spec.targets import LatencyTarget
 from ray_surgeon.stages.correction.section import CorrectionSection
 from ray_surgeon.stages.curvature.section import CurvatureSection, KfacSection

@@ -11,7 +11,7 @@ from ray_surgeon.export.kinds import check_export, export
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.plan.needs import StepPlan, WorkerView
 from ray_surgeon.spec.evaluation import TasksSection
-from ray_surgeon.spec.output import OutputSection, QuantizeSection
+from ray_surgeon.spec.sections import OutputSection, QuantizeSection
 from ray_surgeon.stages.stage import Facts, RunState, Stage
 
 

@@ -9,7 +9,7 @@ from ray_surgeon.export.latency import latency_budget
 from ray_surgeon.spec.targets import LatencyTarget
 from ray_surgeon.stages.prune.groups import Groups
 from ray_surgeon.stages.prune.method import Method
-from ray_surgeon.stages.prune.stages import Present
+from ray_surgeon.stages.prune.methods import Present
 from ray_surgeon.stages.stage import Facts, RunState, Stage
 
 

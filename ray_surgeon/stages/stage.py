@@ -21,7 +21,7 @@ from ray_surgeon.report.events import Fact, Steps
 from ray_surgeon.report.record import RunReport
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.worker import LinearSummary
-from ray_surgeon.spec.model import ModelSection
+from ray_surgeon.spec.sections import ModelSection
 from ray_surgeon.stages.calibration import CalibrationText
 
 T = TypeVar("T")

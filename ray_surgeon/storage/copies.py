@@ -11,8 +11,7 @@ from filelock import FileLock
 from fsspec.implementations.local import LocalFileSystem
 
 from ray_surgeon.storage import files
-from ray_surgeon.storage.errors import naming
-from ray_surgeon.storage.retrying import tries_again
+from ray_surgeon.storage.retrying import naming, tries_again
 
 
 def cache_folder() -> Path:

@@ -16,7 +16,7 @@ from typing import Any
 
 from ray_surgeon.spec.texts import TEXT_SUFFIXES, SourceSection
 from ray_surgeon.storage import copies, files
-from ray_surgeon.storage.errors import REASON, refusing
+from ray_surgeon.storage.retrying import REASON, refusing
 from ray_surgeon.storage.sources import HTTP_ERROR
 
 TRAIN_SHARE = 0.8

@@ -22,8 +22,7 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from ray_surgeon.storage.errors import REASON, naming, refusing
-from ray_surgeon.storage.retrying import tries_again
+from ray_surgeon.storage.retrying import REASON, naming, refusing, tries_again
 
 WRITING = ".writing-"
 """How the names of folders begin in which files are written until they are whole."""

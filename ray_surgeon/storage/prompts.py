@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ray_surgeon.storage.copies import read_lines
-from ray_surgeon.storage.errors import REASON, refusing
 from ray_surgeon.storage.files import JSON_ERRORS
+from ray_surgeon.storage.retrying import REASON, refusing
 from ray_surgeon.storage.texts import first_token
 
 

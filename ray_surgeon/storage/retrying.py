@@ -1,19 +1,18 @@
-"""Retries of operations on object stores.
+"""Retries of operations on object stores, and errors as sentences.
 
 Such stores fail now and then, and runs take hours.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from time import monotonic, sleep
 from typing import ParamSpec, TypeVar
 
 import tenacity
-
-from ray_surgeon.storage.errors import naming
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -102,3 +101,40 @@ def tries_again(function: Callable[P, T]) -> Callable[P, T]:
             raise OSError(f"{uri}: {error}") from error
 
     return wrapped
+
+
+Errors = type[Exception] | tuple[type[Exception], ...]
+
+REASON = "{reason}"
+"""Stands in a message for what an error says, see `refusing`."""
+
+
+@contextlib.contextmanager
+def refusing(what: str, remedy: str, kinds: Errors = OSError) -> Iterator[None]:
+    """Turn an error into a ValueError for the user.
+
+    Args:
+        what: cannot be used, and where that was wanted; has `REASON` where the words of the error
+            belong, if that is not at its end.
+        remedy: what the user can do.
+        kinds: of errors.
+    """
+    try:
+        yield
+    except kinds as error:
+        said = what if REASON in what else f"{what}: {REASON}"
+        raise ValueError(f"{said}; {remedy}".replace(REASON, str(error))) from error
+
+
+@contextlib.contextmanager
+def naming(uri: str) -> Iterator[None]:
+    """Let an OSError that does not say of which file it is say so."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and uri not in str(error):
+            if error.errno is None:
+                error.args = (f"{uri}: {error}",)
+            else:
+                error.filename = uri
+        raise

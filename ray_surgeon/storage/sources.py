@@ -14,10 +14,10 @@ from huggingface_hub import HfApi, ModelInfo, hf_hub_download, try_to_load_from_
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import Tensor
 
-from ray_surgeon.spec.model import ModelSection
+from ray_surgeon.spec.sections import ModelSection
 from ray_surgeon.storage import copies, files, tensor_files
-from ray_surgeon.storage.errors import refusing
 from ray_surgeon.storage.gguf import converted, package_file
+from ray_surgeon.storage.retrying import refusing
 
 HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 """Base class of the errors of the HTTP client that the Hub's library uses.

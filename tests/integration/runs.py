@@ -22,7 +22,7 @@ from ray_surgeon.pipeline import main
 from ray_surgeon.runtime.loading import ModelRecipe, load
 from ray_surgeon.runtime.local import LocalCluster
 from ray_surgeon.runtime.placement import place
-from ray_surgeon.spec.model import ModelSection
+from ray_surgeon.spec.sections import ModelSection
 from ray_surgeon.storage import tensor_files
 
 

@@ -33,8 +33,7 @@ from ray_surgeon.models.pruned_config import BlockWidths, per_block_document, pl
 from ray_surgeon.pipeline import main
 from ray_surgeon.runtime import fresh_process
 from ray_surgeon.runtime.fresh_process import run_module
-from ray_surgeon.spec.model import ModelSection
-from ray_surgeon.spec.output import DECI_MULTIPLE
+from ray_surgeon.spec.sections import DECI_MULTIPLE, ModelSection
 from tests.conftest import CONFIGS, LAYOUTS, SPARSE_CONFIGS
 from tests.integration.runs import loaded, report_of, run, tiny_spec
 from tests.serve.models import of_pieces

@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from ray_surgeon.export.card import model_card
+from ray_surgeon.export.folder import model_card
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.report.html_report import excerpt, page
 from ray_surgeon.report.record import RunReport

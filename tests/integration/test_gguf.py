@@ -21,7 +21,7 @@ from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.llama_cpp import _pre_tokenizer, architecture_of, tokenizer_names
 from ray_surgeon.models.pruned_config import BlockWidths, block_widths
 from ray_surgeon.report.html_report import page
-from ray_surgeon.spec.output import GgufKind
+from ray_surgeon.spec.sections import GgufKind
 from ray_surgeon.storage import tensor_files
 from tests.conftest import CONFIGS, LAYOUTS, VOCABULARY
 from tests.integration.runs import report_of, run

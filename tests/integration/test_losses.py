@@ -32,7 +32,7 @@ from ray_surgeon.runtime.collectives import ProcessReplica
 from ray_surgeon.runtime.placement import place
 from ray_surgeon.runtime.ray_cluster import RayCluster
 from ray_surgeon.runtime.worker import Worker
-from ray_surgeon.spec.cluster import RaySection
+from ray_surgeon.spec.sections import RaySection
 from ray_surgeon.stages.evaluation import CollapseError
 from tests.integration.runs import (
     assert_same_shot,

@@ -24,9 +24,8 @@ from ray_surgeon.memory.factors import FactorStore
 from ray_surgeon.memory.stores import NO_SCRATCH, Scratch
 from ray_surgeon.memory.weights import DiskWeights, ReadAhead
 from ray_surgeon.pipeline import main
-from ray_surgeon.plan.devices import Room
 from ray_surgeon.plan.plan import DoesNotFitError
-from ray_surgeon.plan.room import Resources
+from ray_surgeon.plan.room import Resources, Room
 from ray_surgeon.report.directory import RunDirectory
 from ray_surgeon.run import loop
 from ray_surgeon.runtime.cluster import WorkerFailureError
@@ -134,7 +133,7 @@ def test_a_run_from_disk_is_resumed_with_the_same_bits_and_takes_over_what_a_kil
 
     with monkeypatch.context() as patch:
         patch.setattr(evaluation, "check_for_collapse", killed)
-        patch.setattr("ray_surgeon.run.execution.LocalCluster.close", lambda cluster: None)
+        patch.setattr("ray_surgeon.run.result.LocalCluster.close", lambda cluster: None)
         assert run(tmp_path / "cut", model_folders["llama"], **options) == 1
     left = list((tmp_path / "scratch").glob("ray_surgeon-*/*/*"))
     assert len(left) == 1

@@ -29,7 +29,6 @@ from transformers import (
 import ray_surgeon
 from ray_surgeon.plan.plan import DoesNotFitError
 from ray_surgeon.report.directory import RunDirectory
-from ray_surgeon.run import execution
 from ray_surgeon.run.in_memory import causal_lm
 from ray_surgeon.run.loop import run_shots
 from ray_surgeon.storage import files
@@ -150,7 +149,7 @@ def test_modes_of_the_caller_stay_outside(
         assert precisions() == ["ieee", "ieee"]
         run_shots(*args)
 
-    monkeypatch.setattr(execution, "run_shots", watched)
+    monkeypatch.setattr("ray_surgeon.run.result.run_shots", watched)
     with MODES[mode]():
         found = ray_surgeon.curvature(model, texts, tokenizer)
         result = prune((model, tokenizer), tmp_path / "run")
@@ -219,7 +218,7 @@ def test_a_model_is_written_whole_or_not_at_all(
         raise RuntimeError("lost")
 
     with monkeypatch.context() as patch:
-        patch.setattr("ray_surgeon.run.execution.run_shots", fails)
+        patch.setattr("ray_surgeon.run.result.run_shots", fails)
         (run / "report.json").unlink()
         with pytest.raises(RuntimeError, match="lost"):
             prune(given, run, resume=True)

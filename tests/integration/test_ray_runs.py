@@ -27,9 +27,8 @@ from ray_surgeon.runtime.loading import ModelRecipe, load
 from ray_surgeon.runtime.placement import WorkerIndex, place
 from ray_surgeon.runtime.ray_cluster import RayCluster
 from ray_surgeon.runtime.worker import Worker
-from ray_surgeon.spec.cluster import RaySection
-from ray_surgeon.spec.model import ModelSection
 from ray_surgeon.spec.parsing import parse_spec
+from ray_surgeon.spec.sections import ModelSection, RaySection
 from ray_surgeon.storage.files import list_names
 from tests.conftest import LAYOUTS
 from tests.integration.runs import assert_same_shot, report_of, run, tiny_spec

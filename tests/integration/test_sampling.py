@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
 from ray_surgeon.runtime import sampling, writing
+from ray_surgeon.runtime.collectives import TensorPayload
 from ray_surgeon.runtime.sampling import write_texts
-from ray_surgeon.runtime.transport import TensorPayload
 from ray_surgeon.runtime.worker import Worker
 from ray_surgeon.runtime.writing import Wanted, texts_together
 from tests.conftest import CONFIGS, SPARSE_CONFIGS

@@ -27,9 +27,8 @@ from ray_surgeon.stages.prune.consumer_costs import ConsumerCosts, Paths, Reach,
 from ray_surgeon.stages.prune.groups import Groups
 from ray_surgeon.stages.prune.groups_section import GroupsSection, UniformGroupsSection
 from ray_surgeon.stages.prune.method import Scores
-from ray_surgeon.stages.search.search import SEARCHED, Search
+from ray_surgeon.stages.search.search import SEARCHED, Search, SearchStage
 from ray_surgeon.stages.search.section import SearchSection
-from ray_surgeon.stages.search.stage import SearchStage
 from ray_surgeon.storage.texts import windows_of
 from tests.integration.runs import (
     MOST_BY_ORDER_OF_SUMS,

@@ -1,18 +1,16 @@
 import pytest
 import torch
 
-from ray_surgeon.maths.costs import (
+from ray_surgeon.maths.rows_columns import (
     column_costs,
     diagonal_column_costs,
     diagonal_row_costs,
-    quadratic_cost,
-    row_costs,
-)
-from ray_surgeon.maths.updates import (
     prune_columns,
     prune_rows,
     prune_rows_and_columns,
     prune_singly,
+    quadratic_cost,
+    row_costs,
 )
 from tests.maths.dense import assert_exact, crossing, dense_removal, flags, problem
 

@@ -12,7 +12,6 @@ from ray_surgeon.maths.conjugate import (
     dominant_part,
     masked_preconditioner,
 )
-from ray_surgeon.maths.costs import quadratic_cost
 from ray_surgeon.maths.element_pruning import (
     ElementUnits,
     element_costs,
@@ -25,6 +24,7 @@ from ray_surgeon.maths.element_pruning import (
     unit_costs,
 )
 from ray_surgeon.maths.masks import ElementMask
+from ray_surgeon.maths.rows_columns import quadratic_cost
 from ray_surgeon.maths.threshold import bit_histogram, bucket_of, cost_of_bits
 from tests.maths.dense import (
     assert_exact,

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 
+from ray_surgeon.models.attention import check_rope, for_older_readers
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.pruned_config import BlockWidths, uniform_document
-from ray_surgeon.models.rope import check_rope, for_older_readers
 from tests.conftest import CONFIGS
 
 LLAMA_3: dict[str, Any] = {

@@ -7,9 +7,9 @@ import torch
 from transformers import LlamaConfig
 
 from ray_surgeon.models.layout import ModelLayout
+from ray_surgeon.runtime.collectives import decode, encode
+from ray_surgeon.runtime.pipelines import one_forward_one_backward, submission_order
 from ray_surgeon.runtime.placement import WorkerIndex, assign_owners, partition_blocks, place
-from ray_surgeon.runtime.schedule import one_forward_one_backward, submission_order
-from ray_surgeon.runtime.transport import decode, encode
 from tests.conftest import LAYOUTS
 
 

@@ -16,9 +16,9 @@ from ray_surgeon.maths.kronecker import PackedSymmetric
 from ray_surgeon.memory.stores import Stores
 from ray_surgeon.models.build import BlockRange
 from ray_surgeon.models.layout import ModelLayout
-from ray_surgeon.plan.devices import DEVICES, Room
 from ray_surgeon.plan.needs import StepPlan, WorkerView
 from ray_surgeon.plan.plan import DoesNotFitError, Plan, plan_job
+from ray_surgeon.plan.room import DEVICES, Room
 from ray_surgeon.plan.work import Shapes, Work
 from ray_surgeon.run.inputs import work_of
 from ray_surgeon.run.machines import _bytes

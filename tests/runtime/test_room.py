@@ -6,8 +6,15 @@ import pytest
 import torch
 
 from ray_surgeon.plan import room
-from ray_surgeon.plan.devices import DEVICES, Room
-from ray_surgeon.plan.room import Resources, available_bytes, device_of, resources_here, shared
+from ray_surgeon.plan.room import (
+    DEVICES,
+    Resources,
+    Room,
+    available_bytes,
+    device_of,
+    resources_here,
+    shared,
+)
 
 GPU = Room(80.0, 1000.0, 4000.0, device_is_host=False)
 CPU = Room(1000.0, 1000.0, 4000.0, device_is_host=True)

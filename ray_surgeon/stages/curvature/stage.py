@@ -17,7 +17,7 @@ from ray_surgeon.stages.curvature.extended import gather_terms
 from ray_surgeon.stages.curvature.gather import gather_curvature
 from ray_surgeon.stages.curvature.section import ExtendedKfacSection
 from ray_surgeon.stages.prune.method import Method
-from ray_surgeon.stages.prune.stages import Present
+from ray_surgeon.stages.prune.methods import Present
 from ray_surgeon.stages.stage import Facts, RunState, Stage
 
 

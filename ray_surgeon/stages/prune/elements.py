@@ -33,7 +33,7 @@ from ray_surgeon.maths.threshold import (
     units_to_remove,
 )
 from ray_surgeon.models.layout import LinearShape, ModelLayout
-from ray_surgeon.plan.linear_needs import LinearNeeds
+from ray_surgeon.plan.work import LinearNeeds
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.worker import Worker
 from ray_surgeon.spec.base import Positive, Section, by_tag, tag

@@ -10,7 +10,7 @@ from typing import Any
 from ray_surgeon.maths.allocate import Allocation, allocate_globally, allocate_uniformly
 from ray_surgeon.models.budgets import Budget
 from ray_surgeon.models.layout import LinearShape
-from ray_surgeon.plan.linear_needs import LinearNeeds
+from ray_surgeon.plan.work import LinearNeeds
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.stages.prune.consumer_costs import GroupScores
 from ray_surgeon.stages.prune.groups_section import CoupledSection

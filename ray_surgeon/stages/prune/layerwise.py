@@ -19,7 +19,7 @@ from ray_surgeon.maths.element_pruning import ElementUnits
 from ray_surgeon.maths.layerwise import prune_linear
 from ray_surgeon.maths.masks import ElementMask
 from ray_surgeon.models.layout import LinearShape, ModelLayout
-from ray_surgeon.plan.linear_needs import LinearNeeds
+from ray_surgeon.plan.work import LinearNeeds
 from ray_surgeon.runtime.block_pass import BlockPass
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.worker import LinearSummary, Worker

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ray_surgeon.maths.curvature import Clipping, RaisedDamping
 from ray_surgeon.maths.linear import Linear
 from ray_surgeon.models.layout import LinearShape, ModelLayout
-from ray_surgeon.plan.linear_needs import LinearNeeds
+from ray_surgeon.plan.work import LinearNeeds
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.worker import LinearSummary, Worker
 from ray_surgeon.spec.targets import ScheduleSection

@@ -21,9 +21,9 @@ from ray_surgeon.maths.threshold import (
     smallest_enough,
     structured_threshold,
 )
-from ray_surgeon.models.dependencies import propagate, shrinkable
+from ray_surgeon.models.groups import propagate, shrinkable
 from ray_surgeon.models.layout import LinearShape
-from ray_surgeon.plan.linear_needs import LinearNeeds
+from ray_surgeon.plan.work import LinearNeeds
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.worker import Worker, collective
 from ray_surgeon.spec.targets import SparsitySection

@@ -22,7 +22,7 @@ from transformers.activations import ACT2FN
 from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.maths.reconstruction import FeedForward, Reconstructed, outputs_of, reconstruct
 from ray_surgeon.models.groups import GroupSet
-from ray_surgeon.models.layer_inputs import LayerInputs
+from ray_surgeon.models.hooks import LayerInputs
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.passes import pass_up_to_the_head
 from ray_surgeon.runtime.worker import Worker, collective

@@ -13,24 +13,28 @@ Source: docs/method.md, section 8.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ray_surgeon.maths.allocate import Allocation
 from ray_surgeon.maths.scales import next_scales, shrunk_ratios
+from ray_surgeon.plan.needs import StepPlan, WorkerView
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.passes import divergences_of
 from ray_surgeon.runtime.worker import Worker, collective
 from ray_surgeon.stages.calibration import CalibrationText, held_measure
 from ray_surgeon.stages.prune.consumer_costs import GroupScores, Paths, Unit
 from ray_surgeon.stages.prune.groups import Groups
-from ray_surgeon.stages.prune.method import Tokens
+from ray_surgeon.stages.prune.method import Method, Scores, Tokens
+from ray_surgeon.stages.prune.methods import Present, Update
 from ray_surgeon.stages.search.section import SearchSection
+from ray_surgeon.stages.stage import Facts, RunState, Stage, Text
+from ray_surgeon.storage.texts import Windows
 
 SEARCHED = "(search)"
 """Name of the text of a search among those that have dense states; no evaluation text can have it.
@@ -201,3 +205,74 @@ def _measures(record: Mapping[str, Any]) -> list[float]:
 def _put(worker: Worker, name: str, weight: Tensor) -> None:
     """Set a consumer to a weight from the host."""
     worker.shard.set_weight(name, weight.to(worker.device, torch.float32))
+
+
+@dataclass(frozen=True)
+class SearchStage(Stage):
+    """Scales the costs of blocks by what removals really change."""
+
+    name: ClassVar[str] = "search"
+    section: SearchSection
+    method: Groups
+    windows: Tokens = field(repr=False)  # [num_sequences, sequence_length] tokens
+    fingerprint: str  # of the windows
+
+    @staticmethod
+    def of(method: Method, windows: Windows) -> SearchStage | None:
+        """Return the stage if a method has a search.
+
+        Args:
+            method: of pruning.
+            windows: what the search measures on.
+        """
+        section = getattr(method.section, "search", None)
+        if not isinstance(method, Groups) or section is None:
+            return None
+        return SearchStage(section, method, windows.tokens, windows.fingerprint)
+
+    def run(self, run: RunState, facts: Facts) -> None:
+        """Try allocations, and leave the scores of the best one."""
+        method = run.kept(Present).method
+        assert isinstance(method, Groups)
+        search = Search(self.section, method)
+        scores, record = search.run(run.cluster, run.kept(Scores), self.windows, run.text, run.shot)
+        run.keep(scores, of_shot=True)
+        run.record["search"] = record
+        facts |= search.facts(record)
+
+    def texts_to_remember(self, run: RunState) -> Mapping[str, Text]:
+        """Return the windows of the search."""
+        return {SEARCHED: Text(self.windows)}
+
+    def fingerprints(self) -> Mapping[str, Any]:
+        """Return that of the windows."""
+        return {"search": self.fingerprint}
+
+    def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
+        """Return the passes, while factors stay and the host keeps every consumer twice."""
+        (update,) = Update(self.method).needs(worker)
+        sizes = [(self.section.num_sequences, worker.sequence_length)]
+        passes = worker.measuring(self.name, sizes)
+        factors = worker.all_factors / worker.num_replicas
+        of_passes = passes.device + factors * (worker.stores.factors == "device")
+        roles = self.method.consumers
+        consumers = [linear for linear in worker.linears if linear.role in roles]
+        twice = worker.shapes.width * sum(linear.size for linear in consumers)
+        layout = worker.shapes.layout
+        ranked = [g for g in layout.group_sets if layout.shapes[g.consumer].role in roles]
+        undone = {(groups.block, groups.kind) for groups in ranked}
+        trials = self.section.rounds + 1
+        num_passes = trials + self.section.rounds * len(undone)
+        yield StepPlan(
+            self.name,
+            max(of_passes, update.device),
+            update.host + passes.host - worker.host + twice,
+            num_passes * passes.flops,
+            trials * update.float32_flops,
+            num_passes * passes.host_bytes + trials * update.host_bytes,
+            num_passes * passes.disk_bytes + trials * update.disk_bytes,
+        )
+
+    def on_host(self, worker: WorkerView) -> float:
+        """Return the dense model's states of the windows."""
+        return worker.remembered(self.section.num_sequences * worker.sequence_length)
