@@ -65,7 +65,7 @@ def test_a_process_whose_parent_is_gone_before_it_asks_does_nothing(tmp_path: Pa
     command = [
         sys.executable,
         "-m",
-        "ray_surgeon.runtime.fresh_process",
+        "ray_surgeon.runtime.with_parent",
         str(os.getppid()),
         "tests.runtime.sleeper",
     ]
