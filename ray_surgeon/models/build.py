@@ -154,12 +154,3 @@ def build_blocks(config: PretrainedConfig, blocks: BlockRange, dtype: torch.dtyp
             if getattr(owner, name, None) is not None:
                 setattr(owner, name, nn.Identity())
     return model
-
-
-def global_name(family: Family, local: str, first_block: int) -> str:
-    """Return the name in the whole model of a parameter or module of a shard."""
-    prefix = f"{family.base}.{family.blocks}."
-    if not local.startswith(prefix):
-        return local
-    index, dot, rest = local.removeprefix(prefix).partition(".")
-    return f"{prefix}{int(index) + first_block}{dot}{rest}"

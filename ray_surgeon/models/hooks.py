@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,21 +27,13 @@ def inputs_of(module: LinearModule, inputs: Tensor) -> Tensor:
 
 def see_gradient(output: Tensor, see: Callable[[Tensor], None]) -> None:
     """Call ``see(g)`` with the gradient g [N, d] at an output, if it has one."""
-
-    def hook(gradient: Tensor) -> None:
-        see(gradient.detach().flatten(0, -2))
-
     if output.requires_grad:
-        output.register_hook(hook)  # type: ignore[no-untyped-call]
+        output.register_hook(lambda g: see(g.detach().flatten(0, -2)))  # type: ignore[no-untyped-call]
 
 
 def watch_gradients(module: nn.Module, see: Callable[[Tensor], None]) -> RemovableHandle:
     """Call ``see(g)`` with the gradients g [N, d] at the outputs of a module."""
-
-    def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        see_gradient(output, see)
-
-    return module.register_forward_hook(hook)
+    return module.register_forward_hook(lambda _, inputs, output: see_gradient(output, see))
 
 
 def watch_pairs(module: LinearModule, see: Callable[[Tensor, Tensor], None]) -> RemovableHandle:
@@ -61,12 +54,16 @@ def watch_pairs(module: LinearModule, see: Callable[[Tensor, Tensor], None]) -> 
 class SharedInput:
     """Linears that read the same input, and so share one A."""
 
-    names: tuple[str, ...]  # global names of the linears
-    modules: tuple[LinearModule, ...]  # the linears
+    linears: Mapping[str, LinearModule]  # by their global names
     place: int  # of their block in the shard
     # under which their A, then every G, is stored -> the number of its rows
     sizes: Mapping[str, int]
     num_tokens: int = 0  # tokens in the sums
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Global names of the linears."""
+        return tuple(self.linears)
 
     @property
     def key_of_A(self) -> str:
@@ -78,31 +75,30 @@ class SharedInput:
         """Under which the G of one of them is stored."""
         return f"{name}.G"
 
-    def add_to(
-        self, factors: Mapping[str, PackedSymmetric], *, wide: bool
-    ) -> list[RemovableHandle]:
+    def add_to(self, factors: Mapping[str, PackedSymmetric], wide: bool) -> list[RemovableHandle]:
         """Add inputs to A, and gradients to the G that are wanted, until the hooks are removed.
 
         Args:
             factors: A and some G by their keys.
             wide: see `ModelShard.gathering_in`.
         """
+        first, *_ = self.linears.values()
 
         def add_inputs(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            a = inputs_of(self.modules[0], inputs[0])
+            a = inputs_of(first, inputs[0])
             factors[self.key_of_A].add(a.float() if wide else a)
             self.num_tokens += len(a)
 
-        return [self.modules[0].register_forward_pre_hook(add_inputs)] + [
+        return [first.register_forward_pre_hook(add_inputs)] + [
             watch_gradients(module, factors[self.key_of_G(name)].add)
-            for name, module in zip(self.names, self.modules, strict=True)
+            for name, module in self.linears.items()
             if self.key_of_G(name) in factors
         ]
 
 
 def linears_of(groups: Iterable[SharedInput]) -> dict[str, LinearModule]:
     """Return the linears of groups by their global names."""
-    return {n: m for group in groups for n, m in zip(group.names, group.modules, strict=True)}
+    return {name: module for group in groups for name, module in group.linears.items()}
 
 
 def shared_inputs_in(shard: ModelShard) -> Iterator[SharedInput]:
@@ -110,12 +106,13 @@ def shared_inputs_in(shard: ModelShard) -> Iterator[SharedInput]:
     family = shard.layout.family
     shapes = shard.layout.shapes
     for place, block in enumerate(shard.block_modules):
+        prefix = family.block_prefix(shard.blocks.first + place)
         for group in shared_inputs_of(family, block):
-            names = tuple(family.block_prefix(shard.blocks.first + place) + n for n in group)
-            modules = tuple(as_linear(block.get_submodule(name)) for name in group)
-            sizes = {f"{names[0]}.A": shapes[names[0]].num_columns}
-            sizes |= {SharedInput.key_of_G(name): shapes[name].num_rows for name in names}
-            yield SharedInput(names, modules, place, sizes)
+            linears = {prefix + name: as_linear(block.get_submodule(name)) for name in group}
+            first = prefix + group[0]
+            sizes = {f"{first}.A": shapes[first].num_columns}
+            sizes |= {SharedInput.key_of_G(name): shapes[name].num_rows for name in linears}
+            yield SharedInput(linears, place, sizes)
 
 
 class LayerInputs:
@@ -132,43 +129,24 @@ class LayerInputs:
                 that reads the layer's inputs.
             num_tokens: that will pass.
         """
-        self._layers = dict(layers)
-        self._kept = {
-            n: torch.empty(num_tokens, num_inputs(module), dtype=torch.bfloat16)
-            for n, (_, module) in layers.items()
+        self._layers = layers
+        # name of a layer's last linear -> its inputs [N, d]
+        self.kept = {
+            name: torch.empty(num_tokens, num_inputs(module), dtype=torch.bfloat16)
+            for name, (_, module) in layers.items()
         }
         self._num_kept = dict.fromkeys(layers, 0)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The layers' last linears."""
-        return tuple(self._layers)
 
     def watch(self, place: int) -> list[RemovableHandle]:
         """Keep what the layers of a block read from now on, until the hooks are removed."""
         return [
-            module.register_forward_pre_hook(self._adding_to(name))
+            module.register_forward_pre_hook(partial(self._keep, name))
             for name, (at, module) in self._layers.items()
             if at == place
         ]
 
-    def _adding_to(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0].detach().flatten(0, -2)
-            first = self._num_kept[name]
-            self._kept[name][first : first + len(x)] = x
-            self._num_kept[name] += len(x)
-
-        return hook
-
-    def look_at(self, name: str) -> Tensor:
-        """Return the inputs [N, d] of a layer, which stay here, too."""
-        return self._kept[name]
-
-    def take(self, name: str) -> Tensor:
-        """Return the inputs [N, d] of a layer, and keep them no longer."""
-        return self._kept.pop(name)
-
-    def put(self, name: str, inputs: Tensor) -> None:
-        """Keep inputs [N, d] of a layer."""
-        self._kept[name] = inputs
+    def _keep(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0].detach().flatten(0, -2)
+        first = self._num_kept[name]
+        self.kept[name][first : first + len(x)] = x
+        self._num_kept[name] += len(x)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import defaultdict
 from collections.abc import Iterator
 
 import torch
@@ -19,22 +20,18 @@ from ray_surgeon.maths.experts import (
 from ray_surgeon.maths.kronecker import PackedFactors, PackedSymmetric, Term
 from ray_surgeon.memory.factors import FactorStore
 from ray_surgeon.memory.stores import Scratch, Stores
-from ray_surgeon.memory.weights import Read, weight_store
-from ray_surgeon.models.build import BlockRange, build_blocks, global_name
+from ray_surgeon.memory.weights import Read, Slot, WeightStore, weight_store
+from ray_surgeon.models.build import BlockRange, build_blocks
 from ray_surgeon.models.checkpoint import check_finite
-from ray_surgeon.models.experts import Mixture, mixture_of
+from ray_surgeon.models.experts import mixture_of
 from ray_surgeon.models.hooks import LayerInputs, SharedInput, linears_of, shared_inputs_in
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.linears import LinearModule, num_inputs, use_fast_products
 from ray_surgeon.models.removals import sum_removals
-from ray_surgeon.models.tensors import load_ends, names_of_ends, slots_of
 
 
 class ModelShard:
-    """Blocks of a causal LM, with sums A of the forward and G of the backward pass.
-
-    Weights need no gradient, and nothing is kept for both passes.
-    """
+    """Blocks of a causal LM, with sums A of the forward and G of the backward pass."""
 
     def __init__(
         self,
@@ -49,8 +46,8 @@ class ModelShard:
 
         Args:
             layout: of the whole model.
-            blocks: the blocks this shard holds.
-            dtype: dtype of weights and activations; factors are float32 whatever it is.
+            blocks: that it holds.
+            dtype: of weights and activations; factors are float32 whatever it is.
             device: where it computes.
             stores: where weights and factors are; all on the device if not given.
             scratch: for what is on disk.
@@ -64,15 +61,18 @@ class ModelShard:
         self.base = self.model.get_submodule(layout.family.base)
         self.block_modules = list(self.base.get_submodule(layout.family.blocks).children())
         scratch = scratch or Scratch(None, "none", "none", "none")
-        self.weights = weight_store(self.stores.weights, slots_of(self), device, scratch)
+        slots = defaultdict[int | None, dict[str, Slot]](dict)
+        for name in layout.parameters_of(blocks):
+            slots[layout.block_of(name)][name] = self._slot(name)
+        self._ends = WeightStore([slots.pop(None, {})], device)
+        self.weights = weight_store(self.stores.weights, list(slots.values()), device, scratch)
         self.factor_store = FactorStore(self.stores.factors, device, scratch)
         self.shared_inputs = list(shared_inputs_in(self))
         self.linears = linears_of(self.shared_inputs)
         self._group_of = {name: group for group in self.shared_inputs for name in group.names}
-        self.mixtures: dict[int, Mixture] = {}
-        for place, block in enumerate(self.block_modules):
-            if (mixture := mixture_of(block, layout.family.sparse)) is not None:
-                self.mixtures[place] = mixture
+        sparse = layout.family.sparse
+        mixtures = (mixture_of(block, sparse) for block in self.block_modules)
+        self.mixtures = {place: mixture for place, mixture in enumerate(mixtures) if mixture}
         self.expert_sums: dict[int, ExpertSums] = {}
         # what the present pass keeps of its layers' inputs, if anything
         self.layer_inputs: LayerInputs | None = None
@@ -85,10 +85,20 @@ class ModelShard:
         self._has_tokens = True  # factors are sums over tokens, of which an expert may have few
         self._layer_means: dict[tuple[int, str], LayerMean] = {}
 
+    def _slot(self, name: str) -> Slot:
+        """Return where a tensor belongs, by its name in the whole model."""
+        family = self.layout.family
+        if (block := self.layout.block_of(name)) is not None:
+            inside = name.removeprefix(family.block_prefix(block))
+            name = family.block_prefix(block - self.blocks.first) + inside
+        owner, _, leaf = name.rpartition(".")
+        dtype = torch.float32 if name.endswith(family.float32) else self.dtype
+        return Slot(self.model.get_submodule(owner), leaf, dtype)
+
     @property
     def wanted(self) -> list[str]:
         """Global names of the tensors that `load` reads, in its order."""
-        return [*names_of_ends(self), *self.weights.names]
+        return [*self._ends.names, *self.weights.names]
 
     def load(self, read_tensor: Read, *, stays: bool = True) -> None:
         """Load this shard's tensors, and only these.
@@ -100,7 +110,16 @@ class ModelShard:
         Raises:
             BadWeightsError: a weight is not finite.
         """
-        load_ends(self, read_tensor)
+        self._ends.fill(read_tensor, check_finite, stays=stays)
+        if self.blocks.is_first and self.blocks.is_last:
+            for embedding in self.layout.tied.values():
+                head = self.model.get_submodule(self.layout.family.head)
+                # a typed attribute would not be a Parameter
+                setattr(head, "weight", self.model.get_parameter(embedding))  # noqa: B010
+        for module in self.model.modules():
+            for leaf, buffer in module._buffers.items():
+                if buffer is not None and not buffer.is_meta:
+                    module._buffers[leaf] = buffer.to(self.device)
         self.model.requires_grad_(False)
         self.weights.fill(read_tensor, check_finite, stays=stays)
 
@@ -125,22 +144,16 @@ class ModelShard:
     def saved(self, *, linears_only: bool) -> list[str]:
         """Return the names of the linears' tensors, or of all that this shard exports.
 
-        A tied head is left out: the embedding is saved once, by the first shard.
+        Not of a tied head: its embedding is saved once.
         """
         if linears_only:
             return [f"{n}.{p}" for n, m in self.linears.items() for p, _ in m.named_parameters()]
-        names = (
-            global_name(self.layout.family, name, self.blocks.first)
-            for name in self.model.state_dict()
-        )
+        names = self.layout.parameters_of(self.blocks)
         return [name for name in names if name not in self.layout.tied]
 
     def tensor(self, name: str) -> Tensor:
         """Return a saved tensor by its global name, where it lies."""
-        if self.layout.block_of(name) is not None:
-            return self.weights.get(name)
-        tensor: Tensor = self.model.state_dict()[name]
-        return tensor
+        return (self._ends if self.layout.block_of(name) is None else self.weights).get(name)
 
     def start_curvature(
         self, kind: str = "kfac", *, only: frozenset[str] | None = None, experts: bool = False
@@ -149,8 +162,7 @@ class ModelShard:
 
         Args:
             kind: ``activations`` sums A in a forward pass alone and takes G = I; ``identity`` takes
-                A = G = I and keeps nothing of a pass (both times the number of tokens, as sums over
-                tokens are); all others sum A and G.
+                A = G = I (times the number of tokens, as sums are); all others sum A and G.
             only: roles of the linears that are wanted, see `LinearShape`; those that share an input
                 with one come along. None for all.
             experts: whether to sum, too, what `ExpertSums` has.
@@ -171,10 +183,7 @@ class ModelShard:
 
     @contextlib.contextmanager
     def gathering_in(self, place: int, *, wide: bool = False) -> Iterator[None]:
-        """Add what passes a block meanwhile to its sums, if curvature is gathered.
-
-        The sums are of inputs, and of output gradients if the kind needs them. Inputs of layers are
-        kept if these are wanted.
+        """Add what passes a block meanwhile to its sums, and keep inputs of layers, if wanted.
 
         Args:
             place: of the block in the shard.
@@ -240,20 +249,14 @@ class ModelShard:
         return shrunk_factors(own, self.layer_mean(shape.block, shape.role))
 
     def own_factors(self, name: str) -> PackedFactors:
-        """Return the sums of a linear where they lie.
-
-        A is shared with the other linears that read the same input.
-        """
+        """Return the sums of a linear where they lie; A is that of its shared input."""
         group = self._group_of[name]
         A = self.factor_store.get(group.key_of_A)
         G = self.factor_store.get(group.key_of_G(name))
         return PackedFactors(A, G, group.num_tokens, tuple(self.terms.get(name, ())))
 
     def own_divisor(self, name: str, num_tokens: int) -> float:
-        """Return the divisor of a linear's own sum of g g^T (x) a a^T over its tokens.
-
-        In a mixture, further Kronecker terms weigh what its own tokens do in the first.
-        """
+        """Return by what a linear's own sum of g g^T (x) a a^T is divided; see `own_divisor`."""
         shape = self.layout.shapes[name]
         if shape.sees_all_tokens:
             return num_tokens
@@ -264,8 +267,7 @@ class ModelShard:
         if (block, role) not in self._layer_means:
             # blocks have their turns
             means = {key: mean for key, mean in self._layer_means.items() if key[0] == block}
-            self._layer_means = means
-            means[block, role] = self._mean_of_layer(block, role)
+            self._layer_means = means | {(block, role): self._mean_of_layer(block, role)}
         return self._layer_means[block, role]
 
     def _mean_of_layer(self, block: int, role: str) -> LayerMean:
