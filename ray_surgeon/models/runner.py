@@ -37,12 +37,8 @@ class _Passing:
         return self
 
 
-@dataclass(frozen=True)
-class Call:
-    """What a block is called with beside the hidden states."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""What a block is called with beside the hidden states."""
 
 
 @dataclass
@@ -83,7 +79,7 @@ class BlockRunner:
             states, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
             if not calls:
                 hidden.append(states)
-            calls.append(Call(rest, kwargs))
+            calls.append((rest, kwargs))
             if len(calls) == len(self._blocks):
                 raise _ReachedTheEndError
             return _Passing()
@@ -102,10 +98,9 @@ class BlockRunner:
 
     def through(self, place: int, hidden: Tensor, calls: list[Call]) -> Tensor:
         """Run one block, whose weights must be there, on a sequence [n, T, d]."""
-        call = calls[place]
-        output = self._blocks[place](hidden, *call.args, **call.kwargs)
-        first = output[0] if isinstance(output, tuple) else output
-        assert isinstance(first, Tensor)
+        args, kwargs = calls[place]
+        output = self._blocks[place](hidden, *args, **kwargs)
+        first: Tensor = output[0] if isinstance(output, tuple) else output
         return first
 
     def leave(self, hidden: Tensor) -> Tensor:
@@ -225,14 +220,11 @@ class BlockRunner:
         output = self.leave(leaf)
         states = output.detach()
         head = self._shard.head_weight
+        wanted: dict[str, Any] = {"with_gradient": True, "counts": counts}
         if dense is None:
-            loss, gradient = next_token_loss(
-                states, head, tokens, with_gradient=True, generator=generator, counts=counts
-            )
+            loss, gradient = next_token_loss(states, head, tokens, generator=generator, **wanted)
         else:
-            compared = compare_with_dense(
-                states, dense, tokens, head, with_gradient=True, counts=counts
-            )
+            compared = compare_with_dense(states, dense, tokens, head, **wanted)
             loss = compared.divergence
             gradient = compared.gradient
         torch.autograd.backward(output, gradient)
@@ -277,10 +269,8 @@ class ShardCache(DynamicCache):  # type: ignore[misc]
             layer.lazy_initialization(key_states, value_states)
         before = layer.get_seq_length()
         rooms = self._rooms.get(number, (layer.keys, layer.values))
-        keys, values = (
-            _with_room(room, before, states)
-            for room, states in zip(rooms, (key_states, value_states), strict=True)
-        )
+        keys = _with_room(rooms[0], before, key_states)
+        values = _with_room(rooms[1], before, value_states)
         self._rooms[number] = keys, values
         after = before + key_states.shape[-2]
         layer.keys = keys[:, :, :after]

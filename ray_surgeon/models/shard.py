@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from ray_surgeon.maths.experts import (
@@ -21,13 +21,11 @@ from ray_surgeon.maths.kronecker import PackedFactors, PackedSymmetric, Term
 from ray_surgeon.memory.factors import FactorStore
 from ray_surgeon.memory.stores import Scratch, Stores
 from ray_surgeon.memory.weights import Read, Slot, WeightStore, weight_store
-from ray_surgeon.models.build import BlockRange, build_blocks
+from ray_surgeon.models import build
 from ray_surgeon.models.checkpoint import check_finite
-from ray_surgeon.models.experts import mixture_of
-from ray_surgeon.models.hooks import LayerInputs, SharedInput, linears_of, shared_inputs_in
+from ray_surgeon.models.experts import Mixture
+from ray_surgeon.models.hooks import LayerInputs, SharedInput, shared_inputs_in, sum_removals
 from ray_surgeon.models.layout import ModelLayout
-from ray_surgeon.models.linears import LinearModule, num_inputs, use_fast_products
-from ray_surgeon.models.removals import sum_removals
 
 
 class ModelShard:
@@ -36,7 +34,7 @@ class ModelShard:
     def __init__(
         self,
         layout: ModelLayout,
-        blocks: BlockRange,
+        blocks: build.BlockRange,
         dtype: torch.dtype,
         device: torch.device,
         stores: Stores | None = None,
@@ -57,7 +55,7 @@ class ModelShard:
         self.dtype = dtype
         self.device = device
         self.stores = stores or Stores()
-        self.model = build_blocks(layout.config, blocks, dtype)
+        self.model = build.build_blocks(layout.config, blocks, dtype)
         self.base = self.model.get_submodule(layout.family.base)
         self.block_modules = list(self.base.get_submodule(layout.family.blocks).children())
         scratch = scratch or Scratch(None, "none", "none", "none")
@@ -66,20 +64,24 @@ class ModelShard:
             slots[layout.block_of(name)][name] = self._slot(name)
         self._ends = WeightStore([slots.pop(None, {})], device)
         self.weights = weight_store(self.stores.weights, list(slots.values()), device, scratch)
+        # global names of the tensors that `load` reads, in its order
+        self.wanted = [*self._ends.names, *self.weights.names]
         self.factor_store = FactorStore(self.stores.factors, device, scratch)
         self.shared_inputs = list(shared_inputs_in(self))
-        self.linears = linears_of(self.shared_inputs)
+        self.linears = {n: m for group in self.shared_inputs for n, m in group.linears.items()}
         self._group_of = {name: group for group in self.shared_inputs for name in group.names}
         sparse = layout.family.sparse
-        mixtures = (mixture_of(block, sparse) for block in self.block_modules)
-        self.mixtures = {place: mixture for place, mixture in enumerate(mixtures) if mixture}
+        mixed = {i: block for i, block in enumerate(self.block_modules) if sparse.is_in(block)}
+        self.mixtures = {place: Mixture(block, sparse) for place, block in mixed.items()}
         self.expert_sums: dict[int, ExpertSums] = {}
         # what the present pass keeps of its layers' inputs, if anything
         self.layer_inputs: LayerInputs | None = None
         if device.type == "cpu" and dtype == torch.float32:
             for module in self.linears.values():
-                use_fast_products(module)
+                build.use_fast_products(module)
         self.gathering: list[SharedInput] = []
+        # the linears for which the curvature pass gathers factors, by name
+        self.gathered: dict[str, build.LinearModule] = {}
         self.terms: dict[str, list[Term]] = {}
         self._kind: str | None = None
         self._has_tokens = True  # factors are sums over tokens, of which an expert may have few
@@ -94,11 +96,6 @@ class ModelShard:
         owner, _, leaf = name.rpartition(".")
         dtype = torch.float32 if name.endswith(family.float32) else self.dtype
         return Slot(self.model.get_submodule(owner), leaf, dtype)
-
-    @property
-    def wanted(self) -> list[str]:
-        """Global names of the tensors that `load` reads, in its order."""
-        return [*self._ends.names, *self.weights.names]
 
     def load(self, read_tensor: Read, *, stays: bool = True) -> None:
         """Load this shard's tensors, and only these.
@@ -136,7 +133,7 @@ class ModelShard:
     def set_weight(self, name: str, W: Tensor) -> None:
         """Write W [R, C], bias in the last column, into a linear."""
         module = self.linears[name]
-        matrix = W[:, : num_inputs(module)]
+        matrix = W[:, : build.num_inputs(module)]
         self.weights.set(f"{name}.weight", matrix.T if isinstance(module, Conv1D) else matrix)
         if module.bias is not None:
             self.weights.set(f"{name}.bias", W[:, -1])
@@ -172,10 +169,9 @@ class ModelShard:
         roles = {name: shape.role for name, shape in self.layout.shapes.items()}
         wanted = frozenset(roles.values()) if only is None else only
         self.gathering = [g for g in self.shared_inputs if any(roles[n] in wanted for n in g.names)]
-        if experts:
-            self.expert_sums = {
-                place: ExpertSums(len(m.experts), self.device) for place, m in self.mixtures.items()
-            }
+        self.gathered = {n: m for group in self.gathering for n, m in group.linears.items()}
+        for place, mixture in self.mixtures.items() if experts else ():
+            self.expert_sums[place] = ExpertSums(len(mixture.experts), self.device)
         for group in self.gathering:
             group.num_tokens = int(kind == "identity")
         self._kind = kind
@@ -197,11 +193,8 @@ class ModelShard:
             hooks += sum_removals(self.expert_sums[place], self.mixtures[place])
         for group in (group for group in self.gathering if gathers and group.place == place):
             sums_G = self._kind != "activations" and torch.is_grad_enabled()
-            factors = {
-                key: self.factor_store.on_device(key, n)
-                for key, n in group.sizes.items()
-                if sums_G or key == group.key_of_A
-            }
+            keys = group.sizes if sums_G else [group.key_of_A]
+            factors = {key: self.factor_store.on_device(key, group.sizes[key]) for key in keys}
             hooks += group.add_to(factors, wide=wide)
             sums |= factors
         try:
@@ -221,17 +214,11 @@ class ModelShard:
         assert self._kind is not None, "no curvature pass has been made"
         for group in self.gathering:
             for key, n in group.sizes.items():
-                is_A = key == group.key_of_A
-                if self._kind == "identity" or (self._kind == "activations" and not is_A):
+                if key not in self.factor_store:
                     total = PackedSymmetric.zeros(n, self.device)
                     total.fill_diagonal(group.num_tokens)
                     self.factor_store.put(key, total)
         self.stop_gathering()
-
-    @property
-    def gathered(self) -> dict[str, LinearModule]:
-        """The linears for which the curvature pass gathers factors."""
-        return linears_of(self.gathering)
 
     def drop_curvature(self) -> None:
         """Free the sums."""
@@ -252,7 +239,7 @@ class ModelShard:
         """Return the sums of a linear where they lie; A is that of its shared input."""
         group = self._group_of[name]
         A = self.factor_store.get(group.key_of_A)
-        G = self.factor_store.get(group.key_of_G(name))
+        G = self.factor_store.get(group.keys_of_G[name])
         return PackedFactors(A, G, group.num_tokens, tuple(self.terms.get(name, ())))
 
     def own_divisor(self, name: str, num_tokens: int) -> float:
@@ -267,17 +254,16 @@ class ModelShard:
         if (block, role) not in self._layer_means:
             # blocks have their turns
             means = {key: mean for key, mean in self._layer_means.items() if key[0] == block}
-            self._layer_means = means | {(block, role): self._mean_of_layer(block, role)}
+            self._layer_means = means  # those of other blocks are free before one is made
+            means[block, role] = self._mean_of_layer(block, role)
         return self._layer_means[block, role]
 
     def _mean_of_layer(self, block: int, role: str) -> LayerMean:
-        sparse = self.layout.family.sparse
-        assert sparse is not None
         shapes = [s for s in self.layout.linears if s.block == block and s.role == role]
         groups = [(shape.name, self._group_of[shape.name]) for shape in shapes]
         As = ((self.factor_store.get(g.key_of_A), g.num_tokens) for _, g in groups)
-        Gs = ((self.factor_store.get(g.key_of_G(name)), g.num_tokens) for name, g in groups)
-        is_consumer = role.endswith(sparse.linears.consumer)
+        Gs = ((self.factor_store.get(g.keys_of_G[name]), g.num_tokens) for name, g in groups)
+        is_consumer = role.endswith(self.layout.family.sparse.linears.consumer)
         num_tokens = sum(group.num_tokens for _, group in groups)
         return LayerMean(
             mean_factor(As, has_basis=not is_consumer, has_bias=shapes[0].has_bias),
@@ -288,13 +274,10 @@ class ModelShard:
     @property
     def head_weight(self) -> Tensor:
         """The weight [vocabulary, d] of the last shard's head."""
-        head = self.model.get_submodule(self.layout.family.head)
-        assert isinstance(head, nn.Linear)
-        return head.weight
+        return self.model.get_parameter(f"{self.layout.family.head}.weight")
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the last shard's logits [n, T, vocabulary] float32."""
-        logits = self.model.get_submodule(self.layout.family.head)(hidden)
-        assert isinstance(logits, Tensor)
+        logits: Tensor = self.model.get_submodule(self.layout.family.head)(hidden)
         return logits.float()
