@@ -181,7 +181,6 @@ def priors(
     shard = loaded(model, layout)
     tokens = torch.from_numpy(sequences)
     runner = BlockRunner(shard)
-    assert layout.family.sparse is not None
     experts = layout.family.sparse.experts
     linears = layout.family.sparse.linears
     roles = {f"{experts}.*.{linear}" for linear in (linears.producers[0], linears.consumer)}

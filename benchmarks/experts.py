@@ -169,7 +169,7 @@ class Point:
         one shot.
         """
         of_experts = (
-            sum(e.num_parameters * len(e.linears) for e in layout.expert_sets) / layout.linear_size
+            sum(s.size for s in layout.linears if s.expert is not None) / layout.linear_size
         )
         is_ours = self.method.partition(",")[0] in ("rerouting", "ours")
         num_shots = 1

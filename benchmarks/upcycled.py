@@ -43,7 +43,6 @@ from transformers import (
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from ray_surgeon.maths.masks import StructuredMask
-from ray_surgeon.models.build import stored_name
 from ray_surgeon.models.families import FAMILIES
 from ray_surgeon.models.loss import next_token_loss
 from ray_surgeon.models.low_rank import LowRank
@@ -98,10 +97,8 @@ def upcycled(dense: PreTrainedModel, num_experts: int) -> PreTrainedModel:
     )
     torch.manual_seed(0)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(sparse, dtype=torch.float32)
-    sparse_layer = FAMILIES["mixtral"].sparse
-    assert sparse_layer is not None
     for block in model.model.layers:
-        sparse_layer.split(block)
+        FAMILIES["mixtral"].sparse.split(block)
     state = dense.state_dict()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -120,7 +117,7 @@ def save(model: PreTrainedModel, folder: Path) -> None:
     """Write the checkpoint by the names that Mixtrals have."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
-        stored_name(FAMILIES["mixtral"], name): p.detach() for name, p in model.named_parameters()
+        FAMILIES["mixtral"].stored_name(name): p.detach() for name, p in model.named_parameters()
     }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     model.config.architectures = ["MixtralForCausalLM"]

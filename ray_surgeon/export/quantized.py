@@ -30,7 +30,7 @@ from torch import Tensor
 from ray_surgeon.export.folder import write_weights
 from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.maths.rounding import round_columns
-from ray_surgeon.models.linears import num_inputs
+from ray_surgeon.models.build import num_inputs
 from ray_surgeon.runtime.block_pass import BlockPass
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.worker import Worker

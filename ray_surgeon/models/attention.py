@@ -63,10 +63,8 @@ def attention(
     T = query.shape[2]
     S = key.shape[2]
     causal = T > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    special = (
-        dropout or kwargs.get("position_bias") is not None or kwargs.get("softcap") is not None
-    )
-    plain = attention_mask is None and not special and (not causal or T == S)
+    special = (attention_mask, kwargs.get("position_bias"), kwargs.get("softcap"))
+    plain = not dropout and all(part is None for part in special) and (not causal or T == S)
     on_cpu = query.device.type == "cpu"
     shared = query.shape[1] // key.shape[1]
     if plain and not on_cpu and shared > 1 and query.dtype == torch.float32:
@@ -124,21 +122,17 @@ class _InProducts(torch.autograd.Function):
         Q, K, V, outputs = ctx.saved_tensors
         centred = _centred(K, ctx.causal)
         to_Q = torch.empty_like(Q, memory_format=torch.contiguous_format)
-        to_K, to_V = (
-            torch.zeros(part.shape, dtype=torch.promote_types(part.dtype, torch.float32))
-            for part in (K, V)
-        )
+        wide = torch.promote_types(K.dtype, torch.float32)
+        to_K = torch.zeros(K.shape, dtype=wide)
+        to_V = torch.zeros(V.shape, dtype=wide)
         # [N, r, T], mean of the weights' gradients, weighted by them
         read = (gradient.to(to_K.dtype) * outputs).sum(dim=-1).to(Q.dtype)
         for places, keys in _blocks(Q.shape[2], K.shape[1], ctx.causal):
             q, to_outputs = (part[:, :, places].flatten(1, 2) for part in (Q, gradient))
             weights = _weights(q, centred[:, :keys], places if ctx.causal else None)
             to_V[:, :keys] += torch.bmm(to_outputs.mT, weights).mT  # the smaller one is transposed
-            to_scores = (
-                torch.bmm(to_outputs, V[:, :keys].mT)
-                .sub_(read[:, :, places].flatten(1, 2)[:, :, None])
-                .mul_(weights)
-            )
+            means = read[:, :, places].flatten(1, 2)[:, :, None]
+            to_scores = torch.bmm(to_outputs, V[:, :keys].mT).sub_(means).mul_(weights)
             part = to_Q[:, :, places]
             part.copy_(torch.bmm(to_scores, centred[:, :keys]).view(part.shape))
             to_K[:, :keys] += torch.bmm(q.mT, to_scores).mT
@@ -162,9 +156,8 @@ def _weights(q: Tensor, K: Tensor, places: slice | None) -> Tensor:
     if places is not None:
         m = places.stop - places.start
         later = torch.ones(m, m, dtype=torch.bool).triu_(1)
-        scores.view(len(scores), -1, m, scores.shape[-1])[..., places].masked_fill_(
-            later, -torch.inf
-        )
+        own = scores.view(len(scores), -1, m, scores.shape[-1])[..., places]
+        own.masked_fill_(later, -torch.inf)
     return torch.softmax(scores, dim=-1)
 
 
@@ -179,9 +172,10 @@ AttentionInterface.register(IN_PRODUCTS, attention)
 AttentionMaskInterface.register(IN_PRODUCTS, sdpa_mask)
 
 
-def of_full_attention(parameters: Mapping[str, Any]) -> Any:
+def of_full_attention(parameters: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return what `rope_parameters` says of full attention, which may have a table of its own."""
-    return parameters.get("full_attention", parameters)
+    table: Mapping[str, Any] = parameters.get("full_attention", parameters)
+    return table
 
 
 def rope_of(config: PretrainedConfig) -> Mapping[str, Any]:
@@ -189,10 +183,7 @@ def rope_of(config: PretrainedConfig) -> Mapping[str, Any]:
 
     Nothing if it has none.
     """
-    parameters: Mapping[str, Any] = of_full_attention(
-        getattr(config, "rope_parameters", None) or {}
-    )
-    return parameters
+    return of_full_attention(getattr(config, "rope_parameters", None) or {})
 
 
 def rope_kind(config: PretrainedConfig) -> str:
@@ -245,11 +236,8 @@ def check_rope(document: Mapping[str, Any]) -> None:
             "object; fetch it again"
         )
     said = for_older_readers(document) | dict(of_all)
-    older = {
-        name: document.get(name)
-        for name in ("rope_theta", "rope_local_base_freq", "partial_rotary_factor")
-    }
-    for name, value in (older | scaling).items():
+    names = ("rope_theta", "rope_local_base_freq", "partial_rotary_factor")
+    for name, value in ({name: document.get(name) for name in names} | scaling).items():
         if value is not None and name in said and value != said[name]:
             raise ValueError(
                 f"model.source: config.json has {name} {value}, and {said[name]} in "

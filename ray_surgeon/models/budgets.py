@@ -35,11 +35,9 @@ class Budget:
                 of its groups are left.
         """
         left = list(left)
-        seen = Counter(kind for kind, _ in left)
-        whole = sum(
-            (self.num_consumers[kind] - seen[kind]) * table[-1]
-            for kind, table in self.by_left.items()
-        )
+        rest = Counter(self.num_consumers)  # of which all groups are left
+        rest.subtract(kind for kind, _ in left)
+        whole = sum(rest[kind] * table[-1] for kind, table in self.by_left.items())
         return self.fixed + whole + sum(self.by_left[kind][number] for kind, number in left)
 
     @property
@@ -89,10 +87,9 @@ def fewest_left(
         uniform: whether plain classes must be able to hold the result.
     """
     in_all = {groups.kind: len(groups.columns) for groups in reversed(layout.group_sets)}
-    sparse = layout.family.sparse
-    field = "" if sparse is None or sparse.num_groups is None else sparse.num_groups
+    has_groups = getattr(layout.config, layout.family.sparse.num_groups or "", None)
     # a router with groups takes the best two of a group
-    num_chosen = max(layout.num_active_experts, 2 if getattr(layout.config, field, None) else 1)
+    num_chosen = max(layout.num_active_experts, 2 if has_groups else 1)
     fewest = {
         kind: num_chosen if kind == "experts" else min(least[kind], in_all[kind]) for kind in kinds
     }
@@ -104,23 +101,22 @@ def fewest_left(
 
 def linears_budget(layout: ModelLayout) -> Budget:
     """Return the parameters of the blocks' linears, of which sparsity is a fraction."""
-    return _additive(layout, "parameters of the linears", layout.linear_size, _parameters)
+    return _of_size(layout, "parameters of the linears", layout.linear_size)
 
 
 def parameters_budget(layout: ModelLayout) -> Budget:
     """Return the parameters of the whole model, tied ones once."""
-    return _additive(layout, "parameters", layout.num_parameters, _parameters)
+    return _of_size(layout, "parameters", layout.num_parameters)
 
 
 def bytes_budget(layout: ModelLayout, bytes_each: int) -> Budget:
     """Return the bytes of the whole model's weights."""
-    return _additive(
-        layout, "bytes", layout.num_parameters * bytes_each, lambda g: bytes_each * g.num_parameters
-    )
+    return _of_size(layout, "bytes", layout.num_parameters, bytes_each)
 
 
-def _parameters(groups: GroupSet) -> float:
-    return groups.num_parameters
+def _of_size(layout: ModelLayout, unit: str, size: int, each: int = 1) -> Budget:
+    """Return a budget from the number of parameters, and the need of each."""
+    return _additive(layout, unit, size * each, lambda groups: each * groups.num_parameters)
 
 
 def flops_budget(layout: ModelLayout, prompt_length: int) -> Budget:
@@ -143,9 +139,9 @@ def flops_budget(layout: ModelLayout, prompt_length: int) -> Budget:
     weights = sum(shape.size * layout.part_of_tokens(shape) for shape in layout.linears)
     # OPT's embeddings may be, with a linear before and after
     narrow = getattr(config, "word_embed_proj_dim", config.hidden_size)
-    ends = config.vocab_size * narrow + (
-        2 * narrow * config.hidden_size if narrow != config.hidden_size else 0
-    )
+    ends = config.vocab_size * narrow
+    if narrow != config.hidden_size:
+        ends += 2 * narrow * config.hidden_size
     dense = 2.0 * (weights + ends) + layout.num_blocks * scores
 
     def of_group(groups: GroupSet) -> float:

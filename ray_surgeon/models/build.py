@@ -11,13 +11,18 @@ import inspect
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers.pytorch_utils import Conv1D
 
+from ray_surgeon.maths.products import times_constant
 from ray_surgeon.models.families import Family, family_of
 
+LinearModule: TypeAlias = nn.Linear | Conv1D
+"""A linear as the method sees it: `nn.Linear` [R, C], or GPT-2's `Conv1D` [C, R]."""
 _MAKES_EMPTY = threading.Lock()
 
 
@@ -65,12 +70,12 @@ def shared_inputs_of(family: Family, block: nn.Module) -> list[tuple[str, ...]]:
     Those of layers that a mixture runs come after the others.
     """
     modules = dict(block.named_modules())
-    groups = list(family.shared_inputs)
-    if family.sparse is not None:
-        linears = family.sparse.linears
-        for layer in family.sparse.layers_in(modules):
-            groups.append(tuple(f"{layer}.{name}" for name in linears.producers))
-            groups.append((f"{layer}.{linears.consumer}",))
+    groups = [family.attention.producers, *((name,) for name in family.in_attention)]
+    groups += [(family.attention.consumer,), family.ffn.producers, (family.ffn.consumer,)]
+    linears = family.sparse.linears
+    for layer in family.sparse.layers_in(modules):
+        groups.append(tuple(f"{layer}.{name}" for name in linears.producers))
+        groups.append((f"{layer}.{linears.consumer}",))
     # a bias is one more input, so linears with a bias and linears without have no A in common
     parts = dict[tuple[int, bool], list[str]]()
     for number, group in enumerate(groups):
@@ -79,14 +84,6 @@ def shared_inputs_of(family: Family, block: nn.Module) -> list[tuple[str, ...]]:
                 has_bias = getattr(modules[name], "bias", None) is not None
                 parts.setdefault((number, has_bias), []).append(name)
     return [tuple(names) for names in parts.values()]
-
-
-def stored_name(family: Family, name: str) -> str:
-    """Return what checkpoints call a tensor."""
-    if family.stored and family.sparse is not None and f".{family.sparse.layer}." in name:
-        for name_in_model, name_in_files in family.stored:
-            name = name.replace(name_in_model, name_in_files)
-    return name
 
 
 @contextlib.contextmanager
@@ -137,9 +134,8 @@ def build_blocks(config: PretrainedConfig, blocks: BlockRange, dtype: torch.dtyp
     assert isinstance(all_blocks, nn.ModuleList)
     own_blocks = all_blocks[blocks.first : blocks.last]
     setattr(base, family.blocks, own_blocks)
-    if family.sparse is not None:
-        for block in own_blocks:
-            family.sparse.split(block)
+    for block in own_blocks:
+        family.sparse.split(block)
     # forward looks kinds of attention up by the place in the list it has
     if getattr(config, "layer_types", None):
         base.config = copy.copy(base.config)
@@ -156,10 +152,45 @@ def build_blocks(config: PretrainedConfig, blocks: BlockRange, dtype: torch.dtyp
     return model
 
 
-def global_name(family: Family, local: str, first_block: int) -> str:
-    """Return the name in the whole model of a parameter or module of a shard."""
-    prefix = f"{family.base}.{family.blocks}."
-    if not local.startswith(prefix):
-        return local
-    index, dot, rest = local.removeprefix(prefix).partition(".")
-    return f"{prefix}{int(index) + first_block}{dot}{rest}"
+def as_linear(module: nn.Module) -> LinearModule:
+    """Return a module that is a linear; a family that names another kind is wrong."""
+    assert isinstance(module, nn.Linear | Conv1D), f"{type(module).__name__} is no linear"
+    return module
+
+
+def matrix(module: LinearModule) -> Tensor:
+    """Return the weight as a view [R, inputs]; writing to it writes to the module."""
+    weight: Tensor = module.weight.detach()
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+def cut(module: LinearModule, part: str, stored: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Return the ``weight`` or ``bias`` of a linear with its kept rows and columns.
+
+    It is as it is stored; the rows [R] and input columns [C] are bool.
+    """
+    rows = rows.to(stored.device)
+    columns = columns.to(stored.device)
+    if part == "bias":
+        return stored[rows]
+    return stored[columns][:, rows] if isinstance(module, Conv1D) else stored[rows][:, columns]
+
+
+def use_fast_products(module: LinearModule) -> None:
+    """Let a linear whose weight needs no gradient make its products by `times_constant`."""
+
+    def forward(x: Tensor) -> Tensor:
+        y = times_constant(x, module.weight if isinstance(module, Conv1D) else module.weight.T)
+        return y if module.bias is None else y + module.bias
+
+    module.forward = forward  # type: ignore[method-assign]
+
+
+def num_outputs(module: LinearModule) -> int:
+    """Return R."""
+    return int(matrix(module).shape[0])
+
+
+def num_inputs(module: LinearModule) -> int:
+    """Return C without the bias."""
+    return int(matrix(module).shape[1])

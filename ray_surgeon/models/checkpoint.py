@@ -11,19 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ray_surgeon.models.build import stored_name
-from ray_surgeon.models.experts import ExpertTensor, in_memory, part_of_stack
-from ray_surgeon.models.layout import ModelLayout
+from ray_surgeon.models.experts import ExpertTensor
+from ray_surgeon.models.layout import ModelLayout, Shapes
 
 ReadStored = Callable[[str, int | None], Tensor]
 """(key, entry) -> a checkpoint's tensor, or only an entry of its first dimension."""
 
-_BLOCKS = "_blocks"
-_SCALES = "_scales"
-"""Endings of the names of the two parts of an MXFP4 tensor.
-
-These are numbers of four bits, two a byte, and the exponents of 32 at a time.
-"""
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 """What four bits stand for (OCP Microscaling Formats 1.0, E2M1)."""
 
@@ -57,7 +50,7 @@ class StoredTensor:
     keys: tuple[str, ...]  # one; or blocks and scales
     part: ExpertTensor | None  # None if the tensor is the stored one
 
-    def shape(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    def shape(self, shapes: Shapes) -> tuple[int, ...]:
         """Return the tensor's shape, from those of the stored ones by key."""
         shape = shapes[self.keys[0]]
         if self.part is None:
@@ -76,8 +69,7 @@ class StoredTensor:
             return read(self.keys[0], None)
         entries = [read(key, self.part.expert) for key in self.keys]
         if len(entries) == 2:
-            blocks, scales = (entry[self.part.every] for entry in entries)
-            return from_mxfp4(blocks, scales)
+            return from_mxfp4(*(entry[self.part.every] for entry in entries))
         # of [inputs, outputs], or [outputs] of a bias
         return entries[0][..., self.part.every].t().contiguous()
 
@@ -108,16 +100,17 @@ def find_stored(layout: ModelLayout, name: str, keys: Container[str]) -> StoredT
         name: of the parameter, in the whole model.
         keys: of the checkpoint.
     """
-    part = part_of_stack(layout.family, name)
-    plain = (name, layout.tied.get(name, name))  # as a model in memory has them
-    candidates = [*(stored_name(layout.family, n) for n in plain), *plain]
+    part = layout.family.part_of_stack(name)
+    candidates = [name, layout.tied.get(name, name)]  # as a model in memory has them
+    candidates = [*map(layout.family.stored_name, candidates), *candidates]
     if part is not None:
         candidates = [part.whole]
     candidates += [c.removeprefix("model.").removeprefix("transformer.") for c in candidates]
     for candidate in candidates:
         if candidate in keys:
             return StoredTensor((candidate,), part)
-        packed = (candidate + _BLOCKS, candidate + _SCALES)
+        # of MXFP4: numbers of four bits, two a byte, and the exponents of 32 at a time
+        packed = (f"{candidate}_blocks", f"{candidate}_scales")
         if part is not None and all(key in keys for key in packed):
             return StoredTensor(packed, part)
     return None
@@ -158,17 +151,16 @@ def reader_of(layout: ModelLayout, model: nn.Module) -> Callable[[str], Tensor]:
     state = model.state_dict()
     check_tied(layout, state, read_state(state), "the model")
     read_stored = tensor_reader(layout, state, read_state(state), "the model")
+    sparse = layout.family.sparse
 
     def read(name: str) -> Tensor:
-        of_expert = in_memory(layout.family, state, name)
-        return read_stored(name) if of_expert is None else of_expert
+        part = None if sparse.stacked else sparse.tensor_of(name)
+        return read_stored(name) if part is None else part.in_memory(state)
 
     return read
 
 
-def check_checkpoint(
-    layout: ModelLayout, shapes: Mapping[str, tuple[int, ...]], where: str
-) -> None:
+def check_checkpoint(layout: ModelLayout, shapes: Shapes, where: str) -> None:
     """Compare a checkpoint's tensors with what the configuration needs, before anything is loaded.
 
     Args:

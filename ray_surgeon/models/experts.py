@@ -11,15 +11,26 @@ import copy
 import functools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ray_surgeon.models.linears import Coupling
 
-if TYPE_CHECKING:
-    from ray_surgeon.models.families import Family
+@dataclass(frozen=True)
+class Coupling:
+    """Linears that lose rows when columns of the linear that reads their outputs are pruned."""
+
+    consumer: str  # the linear whose columns decide, e.g. ``mlp.down_proj``
+    # those of gate and up, or of queries, keys and values; they share their input
+    producers: tuple[str, ...]
+    num_parts: int = 1  # how many of these lie one after the other in each producer
+
+    @property
+    def parts(self) -> list[tuple[str, int]]:
+        """Of what the consumer reads: the linear, and which part of its rows."""
+        return [(name, part) for name in self.producers for part in range(self.num_parts)]
+
 
 _LINEARS = Coupling("down_proj", ("gate_proj", "up_proj"))
 """Of an expert, in every family."""
@@ -47,17 +58,25 @@ class ExpertTensor:
             return slice(None)
         return slice(_LINEARS.producers.index(self.linear), None, 2)
 
+    def in_memory(self, state: Mapping[str, Tensor]) -> Tensor:
+        """Return it from the ``state_dict`` of a model, where gate and up follow each other."""
+        whole = state[self.whole][self.expert]
+        if self.linear == _LINEARS.consumer:
+            return whole
+        return whole.chunk(2)[_LINEARS.producers.index(self.linear)]
+
 
 @dataclass(frozen=True)
 class SparseLayer:
     """Where the mixture of experts of a block lies, and how config.json calls its sizes.
 
-    The experts are linears here, ``{experts}.{number}.{linear}``, as they are in checkpoints.
+    The experts are linears here, ``{experts}.{number}.{linear}``, as they are in checkpoints. A
+    family without says nothing, and no block has such a layer.
     """
 
     # fields with the number of experts; programs read one or the other
-    num_experts: tuple[str, ...]
-    width: str  # field with the width of an expert
+    num_experts: tuple[str, ...] = ()
+    width: str = ""  # field with the width of an expert
     layer: str = "mlp"  # the whole layer
     # which experts a token goes to; its output is logits, weights, numbers
     router: str = "mlp.gate"
@@ -98,45 +117,21 @@ class SparseLayer:
         experts = (name for name in names if name.rpartition(".")[0] == self.experts)
         return shared | dict.fromkeys(experts, "expert_channels")
 
+    def is_in(self, block: nn.Module) -> bool:
+        """Whether a block has such a layer."""
+        return self.experts in dict(block.named_modules())
+
     def split(self, block: nn.Module) -> None:
         """Replace the experts of a block, if it has any, by linears."""
-        owner, _, name = self.experts.rpartition(".")
-        layer = block.get_submodule(owner)
-        whole: Any = getattr(layer, name, None)
-        if whole is None:
+        if not self.is_in(block):
             return
+        whole: Any = block.get_submodule(self.experts)
         like = whole.down_proj
         combine = _combine(whole, self)
         bias = hasattr(whole, "down_proj_bias")
         num_experts, width, hidden = like.shape if self.stacked else like.mT.shape
-        experts = [Expert(width, hidden, combine, like, bias=bias) for _ in range(num_experts)]
-        setattr(layer, name, ExpertLinears(experts))
-
-
-def part_of_stack(family: Family, name: str) -> ExpertTensor | None:
-    """Return what a tensor of an expert is if checkpoints stack experts, else None."""
-    sparse = family.sparse
-    return sparse.tensor_of(name) if sparse is not None and sparse.stacked else None
-
-
-def in_memory(family: Family, state: Mapping[str, Tensor], name: str) -> Tensor | None:
-    """Return the weight of an expert's linear from a model in memory.
-
-    None if the model has it as checkpoints do.
-
-    Args:
-        family: of the model.
-        state: its ``state_dict``.
-        name: e.g. ``model.layers.3.mlp.experts.5.gate_proj.weight``.
-    """
-    sparse = family.sparse
-    part = sparse.tensor_of(name) if sparse is not None and not sparse.stacked else None
-    if part is None:
-        return None
-    whole = state[part.whole][part.expert]
-    if part.linear == _LINEARS.consumer:
-        return whole
-    return whole.chunk(2)[_LINEARS.producers.index(part.linear)]
+        experts = [Expert(width, hidden, combine, like, bias) for _ in range(num_experts)]
+        block.set_submodule(self.experts, ExpertLinears(experts))
 
 
 class _Linear(nn.Linear):
@@ -156,9 +151,7 @@ Combine = Callable[[Tensor, Tensor], Tensor]
 class Expert(nn.Module):
     """One expert: ``down_proj(combine(gate_proj(x), up_proj(x)))``."""
 
-    def __init__(
-        self, width: int, hidden: int, combine: Combine, like: Tensor, *, bias: bool
-    ) -> None:
+    def __init__(self, width: int, hidden: int, combine: Combine, like: Tensor, bias: bool) -> None:
         super().__init__()
         self._combine = combine
         make = functools.partial(_Linear, bias=bias, device=like.device, dtype=like.dtype)
@@ -248,25 +241,23 @@ class Router:
         return logits, weights, rows[numbers]
 
 
-@dataclass(frozen=True)
 class Mixture:
-    """The mixture of experts of one block."""
+    """The mixture of experts of a block whose experts are linears; once a block.
 
-    layer: nn.Module  # the whole layer, whose output is added to the hidden states
-    experts: ExpertLinears
-    router: Router
-    has_softmax: bool  # see `SparseLayer`
+    Attributes:
+        layer: the whole layer, whose output is added to the hidden states.
+        experts: all of them.
+        router: that chooses among them.
+        num_chosen: experts a token goes to.
+        has_softmax: see `SparseLayer`.
+    """
 
-    def expert(self, number: int) -> Expert:
-        """Return one of them."""
-        expert = self.experts[number]
-        assert isinstance(expert, Expert)
-        return expert
-
-    @property
-    def num_chosen(self) -> int:
-        """Experts a token goes to."""
-        return int(self.router.module.top_k)  # type: ignore[arg-type]
+    def __init__(self, block: nn.Module, sparse: SparseLayer) -> None:
+        self.layer = block.get_submodule(sparse.layer)
+        self.experts: Any = block.get_submodule(sparse.experts)
+        self.router = Router(block.get_submodule(sparse.router))
+        self.num_chosen = int(self.router.module.top_k)  # type: ignore[arg-type]
+        self.has_softmax = sparse.has_softmax
 
     @property
     def can_spare_one(self) -> bool:
@@ -282,16 +273,3 @@ def _combine(whole: nn.Module, sparse: SparseLayer) -> Combine:
     settings: Any = copy.copy(whole)
     settings._parameters = {}
     return lambda gate, up: settings._apply_gate(torch.stack([gate, up], dim=-1).flatten(-2))
-
-
-def mixture_of(block: nn.Module, sparse: SparseLayer | None) -> Mixture | None:
-    """Return the mixture of a block whose experts are linears; None if it has none.
-
-    Once a block.
-    """
-    experts = dict(block.named_modules()).get("" if sparse is None else sparse.experts)
-    if sparse is None or experts is None:
-        return None
-    assert isinstance(experts, ExpertLinears)
-    router = Router(block.get_submodule(sparse.router))
-    return Mixture(block.get_submodule(sparse.layer), experts, router, sparse.has_softmax)

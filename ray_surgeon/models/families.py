@@ -7,19 +7,18 @@ to name modules.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PretrainedConfig
 
 from ray_surgeon.models.attention import IN_PRODUCTS
-from ray_surgeon.models.experts import SparseLayer
-from ray_surgeon.models.linears import Coupling
+from ray_surgeon.models.experts import Coupling, ExpertTensor, SparseLayer
 
-_ATTENTION = Coupling(
-    "self_attn.o_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-)
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_ATTENTION = Coupling("self_attn.o_proj", _QKV)
 _FFN = Coupling("mlp.down_proj", ("mlp.gate_proj", "mlp.up_proj"))
+_NO_EXPERTS = SparseLayer()
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Family:
     prunes_heads: bool = True  # whether heads can be pruned
     # what a channel of the feed-forward layer is
     ffn: Coupling = _FFN
-    sparse: SparseLayer | None = None  # what a mixture of experts is
+    sparse: SparseLayer = _NO_EXPERTS  # what a mixture of experts is
     stored: tuple[tuple[str, str], ...] = ()  # (part of a name here, the same in checkpoints)
     # how the names of tensors end that are float32 whatever the model's dtype is
     float32: tuple[str, ...] = ("e_score_correction_bias",)
@@ -66,26 +65,21 @@ class Family:
     has_free_heads_in_vllm: bool = True  # likewise, in vLLM's own class of the family
     llama_cpp: LlamaCpp | None = None  # None if llama.cpp does not know the family
 
-    @property
-    def token_embedding(self) -> str:
-        """Path of the embedding whose weight a tied head shares."""
-        return f"{self.base}.{self.embeddings[0]}"
-
-    @property
-    def shared_inputs(self) -> tuple[tuple[str, ...], ...]:
-        """Linears of a block that read the same input and share one A; a block may lack some."""
-        of_attention = (self.attention.producers, *((name,) for name in self.in_attention))
-        return (*of_attention, (self.attention.consumer,), self.ffn.producers, (self.ffn.consumer,))
-
-    @property
-    def is_stacked(self) -> bool:
-        """Whether checkpoints keep tensors of all experts of a layer in one."""
-        return self.sparse is not None and self.sparse.stacked
+    def part_of_stack(self, name: str) -> ExpertTensor | None:
+        """Return what a tensor of an expert is if checkpoints stack experts, else None."""
+        return self.sparse.tensor_of(name) if self.sparse.stacked else None
 
     def stored_in(self, name: str) -> str:
         """Return the name of the tensor of a checkpoint in which a tensor is."""
-        part = self.sparse.tensor_of(name) if self.sparse and self.sparse.stacked else None
+        part = self.part_of_stack(name)
         return name if part is None else part.whole
+
+    def stored_name(self, name: str) -> str:
+        """Return what checkpoints call a tensor."""
+        if f".{self.sparse.layer}." in name:
+            for name_in_model, name_in_files in self.stored:
+                name = name.replace(name_in_model, name_in_files)
+        return name
 
     def block_prefix(self, block: int) -> str:
         """Return the name of a block in the whole model, e.g. ``model.layers.3.``."""
@@ -123,7 +117,7 @@ FAMILIES: dict[str, Family] = {
         embeddings=("embed_tokens", "embed_positions", "project_in"),
         positions=("embed_positions",),
         final=("final_layer_norm", "project_out"),
-        attention=replace(_ATTENTION, consumer="self_attn.out_proj"),
+        attention=Coupling("self_attn.out_proj", _QKV),
         ffn=Coupling("fc2", ("fc1",)),
         width_field="ffn_dim",
         has_free_heads=False,
@@ -230,7 +224,7 @@ def check_not_quantised(document: Mapping[str, Any]) -> None:
     quantization = document.get("quantization_config")
     family = FAMILIES.get(str(document.get("model_type")))
     way = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
-    if way is not None and not (way == "mxfp4" and family is not None and family.is_stacked):
+    if way is not None and not (way == "mxfp4" and family is not None and family.sparse.stacked):
         raise ValueError(
             f"model.source: the weights are quantised ({str(way)[:40]}), and updates need them as "
             "they were; give the checkpoint in bfloat16 or float32, and quantise the pruned model "
@@ -250,11 +244,9 @@ def check_family(family: str, of_text: Any = None) -> None:
     """
     if family not in FAMILIES:
         inside = of_text.get("model_type") if isinstance(of_text, Mapping) else None
-        remedy = (
-            f"Save its text part, a {inside}, as a model of its own"
-            if inside in FAMILIES
-            else "Choose a model of one of these"
-        )
+        remedy = "Choose a model of one of these"
+        if inside in FAMILIES:
+            remedy = f"Save its text part, a {inside}, as a model of its own"
         raise ValueError(
             f"model.source: the model type is {family!r}, which is not supported; known families: "
             f"{', '.join(sorted(FAMILIES))}. {remedy}"

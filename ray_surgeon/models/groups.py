@@ -34,11 +34,11 @@ def groups_of(layout: ModelLayout, block: int) -> Iterator[GroupSet]:
     """Yield the coupled groups of a block."""
     prefix = layout.family.block_prefix(block)
     layers = [("ffn", prefix, layout.family.ffn)]
-    if (sparse := layout.family.sparse) is not None:
-        names = (shape.name for shape in layout.linears if shape.block == block)
-        modules = dict.fromkeys(name.removeprefix(prefix).rpartition(".")[0] for name in names)
-        for name, kind in sparse.layers_in(modules).items():
-            layers.append((kind, f"{prefix}{name}.", sparse.linears))
+    sparse = layout.family.sparse
+    names = (shape.name for shape in layout.linears if shape.block == block)
+    modules = dict.fromkeys(name.removeprefix(prefix).rpartition(".")[0] for name in names)
+    for name, kind in sparse.layers_in(modules).items():
+        layers.append((kind, f"{prefix}{name}.", sparse.linears))
     if layout.family.prunes_heads:
         layers.insert(0, ("attention", prefix, layout.family.attention))
     for kind, inside, coupling in layers:
@@ -81,17 +81,8 @@ def _places(first: int, count: int) -> Tensor:
     return torch.arange(first, first + count, device="cpu")[:, None]
 
 
-_KEEP_ZERO = (
-    "silu",
-    "swish",
-    "relu",
-    "relu2",
-    "gelu",
-    "gelu_new",
-    "gelu_fast",
-    "gelu_pytorch_tanh",
-    "gelu_python",
-)
+_KEEP_ZERO = {"silu", "swish", "relu", "relu2"}
+_KEEP_ZERO |= {"gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python"}
 """Activations with f(0) = 0."""
 
 
@@ -109,11 +100,9 @@ def propagate(
     columns = {name: mask.columns.clone() for name, mask in masks.items()}
     for groups in sets:
         if groups.kind == "attention":
-            _propagate_in_attention(layout, groups, rows, columns)
+            _propagate_in_heads(layout, groups, rows, columns)
         elif layout.activation in _KEEP_ZERO:
-            sparse = layout.family.sparse
-            zeroing = None if sparse is None or groups.kind == "ffn" else sparse.zeroing
-            _propagate_in_ffn(groups, rows, columns, zeroing)
+            _propagate_in_ffn(layout, groups, rows, columns)
     return {
         name: StructuredMask(rows[name], columns[name])
         for name, mask in masks.items()
@@ -126,52 +115,47 @@ def shrinkable(masks: Mapping[str, StructuredMask], sets: Sequence[GroupSet]) ->
 
     These could be cut out of the dense shapes.
     """
-    return sum(
-        int((~masks[g.consumer].columns[g.columns].any(dim=1)).sum()) * g.num_parameters
-        for g in sets
-    )
+    gone = [~masks[groups.consumer].columns[groups.columns].any(dim=1) for groups in sets]
+    return sum(int(part.sum()) * g.num_parameters for part, g in zip(gone, sets, strict=True))
 
 
-def _propagate_in_ffn(
-    groups: GroupSet,
-    rows: dict[str, Tensor],
-    columns: dict[str, Tensor],
-    zeroing: tuple[str, ...] | None,
-) -> None:
-    """What zeroes a channel, which is a product or a function of its producers' outputs.
+Kept = dict[str, Tensor]
+"""Name of a linear -> which of its rows, or columns, are kept."""
 
-    It is zero if one of those in `zeroing`, or any, is zero.
+
+def _propagate_in_ffn(layout: ModelLayout, groups: GroupSet, rows: Kept, columns: Kept) -> None:
+    """A channel is a product or a function of its producers' outputs: zero if one of them is.
+
+    Not each of them does that in every mixture.
     """
+    names = tuple(name for name, _ in groups.producers)
+    zeroing = names if groups.kind == "ffn" else layout.family.sparse.zeroing
     channels = groups.columns[:, 0]
     alive = columns[groups.consumer][channels]
     for name, written in groups.producers:
-        if zeroing is None or name.endswith(zeroing):
+        if name.endswith(zeroing):
             alive = alive & rows[name][written[:, 0]]
     columns[groups.consumer][channels] = alive
     for name, written in groups.producers:
         rows[name][written[:, 0]] &= alive
 
 
-def _propagate_in_attention(
-    layout: ModelLayout, groups: GroupSet, rows: dict[str, Tensor], columns: dict[str, Tensor]
-) -> None:
+def _propagate_in_heads(layout: ModelLayout, groups: GroupSet, rows: Kept, columns: Kept) -> None:
     num_groups = len(groups.columns)
     head_dim = layout.heads.head_dim
     (query, query_rows), (key, key_rows), (value, value_rows) = groups.producers
     read = columns[groups.consumer][groups.columns].view(num_groups, -1, head_dim)
     values = rows[value][value_rows].view(num_groups, 1, head_dim)
     read, values = read & values, values & read.any(dim=1, keepdim=True)
-    queries = rows[query][query_rows].view(num_groups, -1, head_dim) & read.any(dim=2, keepdim=True)
-    keys = rows[key][key_rows].view(num_groups, 1, head_dim) & read.any(dim=2, keepdim=True).any(
-        dim=1, keepdim=True
-    )
+    is_read = read.any(dim=2, keepdim=True)
+    queries = rows[query][query_rows].view(num_groups, -1, head_dim) & is_read
+    keys = rows[key][key_rows].view(num_groups, 1, head_dim) & is_read.any(dim=1, keepdim=True)
     if layout.family.positions:
         queries, keys = queries & keys, keys & queries.any(dim=1, keepdim=True)
     elif not layout.family.norms_queries:
-        queries, keys = (
-            queries & _rotated(keys, layout.config),
-            keys & _rotated(queries, layout.config).any(dim=1, keepdim=True),
-        )
+        is_queried = _rotated(queries, layout.config).any(dim=1, keepdim=True)
+        queries = queries & _rotated(keys, layout.config)
+        keys = keys & is_queried
     columns[groups.consumer][groups.columns.flatten()] = read.flatten()
     for (name, places), alive in zip(groups.producers, (queries, keys, values), strict=True):
         rows[name][places.flatten()] = alive.flatten()

@@ -1,18 +1,20 @@
-"""Hooks that see what passes linears, and linears whose inputs and gradients are summed."""
+"""Hooks that see what passes linears and experts, and sum what the method needs of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ray_surgeon.maths.experts import ExpertSums, add_changes, add_rises
 from ray_surgeon.maths.kronecker import PackedSymmetric, with_ones
-from ray_surgeon.models.build import shared_inputs_of
-from ray_surgeon.models.linears import LinearModule, as_linear, num_inputs
+from ray_surgeon.models.build import LinearModule, as_linear, num_inputs, shared_inputs_of
+from ray_surgeon.models.experts import Mixture, routed
 
 if TYPE_CHECKING:
     from ray_surgeon.models.shard import ModelShard
@@ -26,21 +28,13 @@ def inputs_of(module: LinearModule, inputs: Tensor) -> Tensor:
 
 def see_gradient(output: Tensor, see: Callable[[Tensor], None]) -> None:
     """Call ``see(g)`` with the gradient g [N, d] at an output, if it has one."""
-
-    def hook(gradient: Tensor) -> None:
-        see(gradient.detach().flatten(0, -2))
-
     if output.requires_grad:
-        output.register_hook(hook)  # type: ignore[no-untyped-call]
+        output.register_hook(lambda g: see(g.detach().flatten(0, -2)))  # type: ignore[no-untyped-call]
 
 
 def watch_gradients(module: nn.Module, see: Callable[[Tensor], None]) -> RemovableHandle:
     """Call ``see(g)`` with the gradients g [N, d] at the outputs of a module."""
-
-    def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        see_gradient(output, see)
-
-    return module.register_forward_hook(hook)
+    return module.register_forward_hook(lambda _, inputs, output: see_gradient(output, see))
 
 
 def watch_pairs(module: LinearModule, see: Callable[[Tensor, Tensor], None]) -> RemovableHandle:
@@ -57,65 +51,59 @@ def watch_pairs(module: LinearModule, see: Callable[[Tensor, Tensor], None]) -> 
     return module.register_forward_hook(hook)
 
 
-@dataclass
 class SharedInput:
-    """Linears that read the same input, and so share one A."""
+    """Linears that read the same input, and so share one A.
 
-    names: tuple[str, ...]  # global names of the linears
-    modules: tuple[LinearModule, ...]  # the linears
-    place: int  # of their block in the shard
-    # under which their A, then every G, is stored -> the number of its rows
-    sizes: Mapping[str, int]
-    num_tokens: int = 0  # tokens in the sums
+    Attributes:
+        linears: by their global names.
+        place: of their block in the shard.
+        names: of the linears.
+        key_of_A: under which their A is stored.
+        keys_of_G: name of each -> under which its G is stored.
+        sizes: under which their A, then every G, is stored -> the number of its rows.
+        num_tokens: tokens in the sums.
+    """
 
-    @property
-    def key_of_A(self) -> str:
-        """Under which their A is stored."""
-        return f"{self.names[0]}.A"
+    def __init__(self, shard: ModelShard, place: int, group: tuple[str, ...]) -> None:
+        """Take the linears of a block that have these names in it."""
+        block = shard.block_modules[place]
+        prefix = shard.layout.family.block_prefix(shard.blocks.first + place)
+        shapes = shard.layout.shapes
+        self.linears = {prefix + name: as_linear(block.get_submodule(name)) for name in group}
+        self.place = place
+        self.names = tuple(self.linears)
+        self.key_of_A = f"{self.names[0]}.A"
+        self.sizes = {self.key_of_A: shapes[self.names[0]].num_columns}
+        self.keys_of_G = {name: f"{name}.G" for name in self.names}
+        self.sizes |= {key: shapes[name].num_rows for name, key in self.keys_of_G.items()}
+        self.num_tokens = 0
 
-    @staticmethod
-    def key_of_G(name: str) -> str:
-        """Under which the G of one of them is stored."""
-        return f"{name}.G"
-
-    def add_to(
-        self, factors: Mapping[str, PackedSymmetric], *, wide: bool
-    ) -> list[RemovableHandle]:
+    def add_to(self, factors: Mapping[str, PackedSymmetric], wide: bool) -> list[RemovableHandle]:
         """Add inputs to A, and gradients to the G that are wanted, until the hooks are removed.
 
         Args:
             factors: A and some G by their keys.
             wide: see `ModelShard.gathering_in`.
         """
+        first, *_ = self.linears.values()
 
         def add_inputs(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            a = inputs_of(self.modules[0], inputs[0])
+            a = inputs_of(first, inputs[0])
             factors[self.key_of_A].add(a.float() if wide else a)
             self.num_tokens += len(a)
 
-        return [self.modules[0].register_forward_pre_hook(add_inputs)] + [
-            watch_gradients(module, factors[self.key_of_G(name)].add)
-            for name, module in zip(self.names, self.modules, strict=True)
-            if self.key_of_G(name) in factors
+        return [first.register_forward_pre_hook(add_inputs)] + [
+            watch_gradients(self.linears[name], factors[key].add)
+            for name, key in self.keys_of_G.items()
+            if key in factors
         ]
-
-
-def linears_of(groups: Iterable[SharedInput]) -> dict[str, LinearModule]:
-    """Return the linears of groups by their global names."""
-    return {n: m for group in groups for n, m in zip(group.names, group.modules, strict=True)}
 
 
 def shared_inputs_in(shard: ModelShard) -> Iterator[SharedInput]:
     """Yield the linears of a shard by shared input."""
-    family = shard.layout.family
-    shapes = shard.layout.shapes
     for place, block in enumerate(shard.block_modules):
-        for group in shared_inputs_of(family, block):
-            names = tuple(family.block_prefix(shard.blocks.first + place) + n for n in group)
-            modules = tuple(as_linear(block.get_submodule(name)) for name in group)
-            sizes = {f"{names[0]}.A": shapes[names[0]].num_columns}
-            sizes |= {SharedInput.key_of_G(name): shapes[name].num_rows for name in names}
-            yield SharedInput(names, modules, place, sizes)
+        for group in shared_inputs_of(shard.layout.family, block):
+            yield SharedInput(shard, place, group)
 
 
 class LayerInputs:
@@ -132,43 +120,140 @@ class LayerInputs:
                 that reads the layer's inputs.
             num_tokens: that will pass.
         """
-        self._layers = dict(layers)
-        self._kept = {
-            n: torch.empty(num_tokens, num_inputs(module), dtype=torch.bfloat16)
-            for n, (_, module) in layers.items()
+        self._layers = layers
+        # name of a layer's last linear -> its inputs [N, d]
+        self.kept = {
+            name: torch.empty(num_tokens, num_inputs(module), dtype=torch.bfloat16)
+            for name, (_, module) in layers.items()
         }
         self._num_kept = dict.fromkeys(layers, 0)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The layers' last linears."""
-        return tuple(self._layers)
 
     def watch(self, place: int) -> list[RemovableHandle]:
         """Keep what the layers of a block read from now on, until the hooks are removed."""
         return [
-            module.register_forward_pre_hook(self._adding_to(name))
+            module.register_forward_pre_hook(partial(self._keep, name))
             for name, (at, module) in self._layers.items()
             if at == place
         ]
 
-    def _adding_to(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0].detach().flatten(0, -2)
-            first = self._num_kept[name]
-            self._kept[name][first : first + len(x)] = x
-            self._num_kept[name] += len(x)
+    def _keep(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0].detach().flatten(0, -2)
+        first = self._num_kept[name]
+        self.kept[name][first : first + len(x)] = x
+        self._num_kept[name] += len(x)
 
-        return hook
 
-    def look_at(self, name: str) -> Tensor:
-        """Return the inputs [N, d] of a layer, which stay here, too."""
-        return self._kept[name]
+# What removals of single experts would change in the output of their layer: sums while tokens and
+# gradients pass. Source: docs/method.md, section 10
 
-    def take(self, name: str) -> Tensor:
-        """Return the inputs [N, d] of a layer, and keep them no longer."""
-        return self._kept.pop(name)
 
-    def put(self, name: str, inputs: Tensor) -> None:
-        """Keep inputs [N, d] of a layer."""
-        self._kept[name] = inputs
+@dataclass(frozen=True)
+class Removals:
+    """What the removal of each expert would change in the output of a layer.
+
+    There are n pairs of a token and one of its k experts.
+    """
+
+    experts: Tensor  # [n] which is removed
+    tokens: Tensor  # [n] that is routed to it
+    changes: Tensor  # [n, d] float32
+    norms: Tensor  # [n] float32 the expert's weight times the norm of its output
+    output: Tensor  # [num_tokens, d] float32 of all experts together, as it is
+    # [num_tokens, num_experts] by how much the output rises, relative, for tokens that are not
+    # routed to the expert
+    rises: Tensor | None
+
+
+@torch.no_grad()
+def removals(mixture: Mixture, hidden: Tensor, numbers: Tensor, weights: Tensor) -> Removals:
+    """Return what the removal of each expert would change.
+
+    The tokens that are routed to it go to the next experts.
+
+    The router is asked anew without the expert, so weights are those it gives to the others. Where
+    it has no expert to spare, nothing changes.
+
+    Args:
+        mixture: of a block.
+        hidden: [num_tokens, d] inputs.
+        numbers: [num_tokens, k] of the experts they go to.
+        weights: [num_tokens, k].
+    """
+    num_experts = len(mixture.experts)
+    num_tokens = len(hidden)
+    whole = list(routed(numbers, num_experts))
+    without = []  # for each expert, where its tokens go without it, and with what weights
+    for number, token, _ in whole:
+        chosen = (numbers[token], weights[token])
+        if mixture.can_spare_one:
+            kept = mixture.router.kept.clone()
+            kept[number] = False
+            _, new_weights, new_numbers = mixture.router.among(hidden[token], kept)
+            chosen = (new_numbers, new_weights)
+        without.append(chosen)
+    every = torch.arange(num_tokens, device=hidden.device)
+    needed = torch.zeros(num_experts, num_tokens, dtype=torch.bool, device=hidden.device)
+    needed[numbers.T, every] = True
+    is_routed = needed.T.clone()
+    for (_, token, _), (new_numbers, _) in zip(whole, without, strict=True):
+        needed[new_numbers.T, token] = True
+    row = needed.flatten().cumsum(0).view(num_experts, num_tokens) - 1
+    wanted = [(number, tokens) for number, tokens in enumerate(needed) if tokens.any()]
+    of_experts = torch.cat([mixture.experts[i].unseen(hidden[t]).float() for i, t in wanted])
+
+    def mixed(token: Tensor, numbers: Tensor, weights: Tensor) -> Tensor:
+        return torch.einsum("nk,nkd->nd", weights.float(), of_experts[row[numbers, token[:, None]]])
+
+    before = mixed(every, numbers, weights)
+    changes = []
+    norms = []
+    for (number, token, place), chosen in zip(whole, without, strict=True):
+        changes.append(mixed(token, *chosen) - before[token])
+        norms.append(of_experts[row[number, token]].norm(dim=1) * weights[token, place].float())
+    experts = torch.cat([torch.full_like(token, number) for number, token, _ in whole])
+    tokens = torch.cat([token for _, token, _ in whole])
+    rises = _rises(mixture, hidden, is_routed)
+    return Removals(experts, tokens, torch.cat(changes), torch.cat(norms), before, rises)
+
+
+def _rises(mixture: Mixture, hidden: Tensor, is_routed: Tensor) -> Tensor | None:
+    """Return p / (1 - p) of the experts that a token is not routed to.
+
+    By so much a softmax that is not normalised later rises without them.
+    """
+    if not mixture.has_softmax or getattr(mixture.router.module, "norm_topk_prob", True):
+        return None
+    logits, _, _ = mixture.router(hidden)
+    kept = mixture.router.kept.to(hidden.device)
+    p = logits.new_zeros(is_routed.shape, dtype=torch.float32)
+    p[:, kept] = logits.float().softmax(dim=1)
+    return (p / (1 - p)).masked_fill(is_routed, 0.0)
+
+
+def sum_removals(sums: ExpertSums, mixture: Mixture) -> list[RemovableHandle]:
+    """Add what the removal of each expert would change to sums, while tokens and gradients pass.
+
+    Returns the hooks.
+    """
+    waiting: list[Removals] = []
+
+    def enter(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        effects = removals(mixture, *(x.detach() for x in inputs))
+        sums.add("tokens", effects.experts, torch.ones_like(effects.norms))
+        sums.add("weighted_norms", effects.experts, effects.norms)
+        waiting.append(effects)
+
+    def leave(module: nn.Module, inputs: tuple[Tensor, ...], outputs: Any) -> None:
+        effects = waiting.pop()
+
+        def add(g: Tensor) -> None:
+            add_changes(sums, effects.experts, effects.changes, g[effects.tokens])
+            if effects.rises is not None:
+                add_rises(sums, effects.rises, effects.output, g)
+
+        see_gradient(outputs[0] if isinstance(outputs, tuple) else outputs, add)
+
+    return [
+        mixture.experts.register_forward_pre_hook(enter),
+        mixture.layer.register_forward_hook(leave),
+    ]

@@ -38,31 +38,23 @@ def architecture_of(layout: ModelLayout, widths: Sequence[BlockWidths]) -> Llama
         raise ValueError(
             f"{_WHERE}: llama.cpp does not know the family {layout.config.model_type}; {_OTHERWISE}"
         )
-    problem = next(_misread(layout, known, widths), None)
-    if problem is not None:
-        raise ValueError(f"{_WHERE}: {problem}")
+    for problem in _misread(layout, known, widths):
+        remedy = "" if "; " in problem else f"; {_OTHERWISE}"
+        raise ValueError(f"{_WHERE}: {problem}{remedy}")
     return known if len(set(widths)) == 1 else LlamaCpp("deci", "silu", pairs_rotary=True)
 
 
 def _misread(layout: ModelLayout, known: LlamaCpp, widths: Sequence[BlockWidths]) -> Iterator[str]:
-    """Yield what llama.cpp would misread, and what to do."""
+    """Yield what llama.cpp would misread, and what to do, if not `_OTHERWISE`."""
     config = layout.config
+    its = f"llama.cpp's {known.name}"
     if layout.activation != known.activation:
-        yield (
-            f"llama.cpp's {known.name} has the activation {known.activation}, the model "
-            f"{layout.activation}; {_OTHERWISE}"
-        )
+        yield f"{its} has the activation {known.activation}, the model {layout.activation}"
     for name in ("attention_bias", "mlp_bias", "scale_attn_by_inverse_layer_idx"):
         if getattr(config, name, False):
-            yield (
-                f"llama.cpp's {known.name} has no {name}, the model's config.json has it; "
-                f"{_OTHERWISE}"
-            )
+            yield f"{its} has no {name}, the model's config.json has it"
     if not getattr(config, "scale_attn_weights", True):
-        yield (
-            f"llama.cpp's {known.name} scales attention, the model's config.json has "
-            f"scale_attn_weights false; {_OTHERWISE}"
-        )
+        yield f"{its} scales attention, the model's config.json has scale_attn_weights false"
     window = getattr(config, "sliding_window", None)
     if known.name == "gemma3":
         yield from _misread_of_gemma(config)
@@ -72,32 +64,19 @@ def _misread(layout: ModelLayout, known: LlamaCpp, widths: Sequence[BlockWidths]
             "config.json if no text is longer"
         )
     if not _knows_rope(config, known):
-        yield (
-            f"rotary embeddings {json.dumps(dict(rope_of(config)))} are not written for "
-            f"{known.name}; {_OTHERWISE}"
-        )
-    yield from _misread_widths(layout, known, widths)
-
-
-def _misread_widths(
-    layout: ModelLayout, known: LlamaCpp, widths: Sequence[BlockWidths]
-) -> Iterator[str]:
+        rope = json.dumps(dict(rope_of(config)))
+        yield f"rotary embeddings {rope} are not written for {known.name}"
     heads = layout.heads
-    hidden = layout.config.hidden_size
     sizes = {width.num_kv_heads * heads.n_rep * heads.head_dim for width in widths}
-    if not known.has_free_heads and sizes != {hidden}:
+    if not known.has_free_heads and sizes != {config.hidden_size}:
+        yield f"{its} wants heads that fill the hidden size; set pruning.groups: [ffn]"
+    differ = len(set(widths)) > 1
+    if differ and known.name != "llama":
         yield (
-            f"llama.cpp's {known.name} wants heads that fill the hidden size; set pruning.groups: "
-            "[ffn]"
-        )
-    if len(set(widths)) == 1:
-        return
-    if known.name != "llama":
-        yield (
-            f"blocks of {layout.config.model_type} that differ in width have no place there; set "
+            f"blocks of {config.model_type} that differ in width have no place there; set "
             "pruning.allocation: uniform"
         )
-    if any(not width.num_kv_heads or not width.num_channels for width in widths):
+    if differ and any(not width.num_kv_heads or not width.num_channels for width in widths):
         yield (
             "llama.cpp misreads some blocks without heads or channels; set pruning.remove_blocks: "
             "false"
@@ -105,25 +84,22 @@ def _misread_widths(
 
 
 def _misread_of_gemma(config: PretrainedConfig) -> Iterator[str]:
-    pattern = [
-        "full_attention" if (i + 1) % 6 == 0 else "sliding_attention"
-        for i in range(config.num_hidden_layers)
-    ]
+    sixth = [(i + 1) % 6 == 0 for i in range(config.num_hidden_layers)]
+    pattern = ["full_attention" if is_full else "sliding_attention" for is_full in sixth]
     if list(config.layer_types) != pattern or config.query_pre_attn_scalar != config.head_dim:
         yield (
             "llama.cpp reads a Gemma 3 whose every sixth block attends to everything and whose "
             f"queries are scaled by head_dim, here layer_types {config.layer_types} and "
-            f"query_pre_attn_scalar {config.query_pre_attn_scalar}; {_OTHERWISE}"
+            f"query_pre_attn_scalar {config.query_pre_attn_scalar}"
         )
     sliding = config.rope_parameters["sliding_attention"]
     if sliding.get("rope_type", "default") != "default":
-        yield (
-            f"rotary embeddings {json.dumps(sliding)} of sliding blocks have no place in "
-            f"llama.cpp; {_OTHERWISE}"
-        )
+        rope = json.dumps(sliding)
+        yield f"rotary embeddings {rope} of sliding blocks have no place in llama.cpp"
 
 
 _OF_YARN = {"rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings"}
+_OF_YARN |= {"partial_rotary_factor"}
 
 
 def _knows_rope(config: PretrainedConfig, known: LlamaCpp) -> bool:
@@ -131,11 +107,9 @@ def _knows_rope(config: PretrainedConfig, known: LlamaCpp) -> bool:
     kind = rope_kind(config)
     # others fail to load
     is_whole = parameters.get("partial_rotary_factor", 1.0) == 1.0 or known.name == "phi3"
-    return is_whole and (
-        kind in ("default", "linear")
-        or (kind == "llama3" and known.name == "llama")
-        or (kind == "yarn" and set(parameters) <= _OF_YARN | {"partial_rotary_factor"})
-    )
+    if kind == "yarn":
+        return is_whole and set(parameters) <= _OF_YARN
+    return is_whole and (kind in ("default", "linear") or (kind, known.name) == ("llama3", "llama"))
 
 
 def tokenizer_names(document: Mapping[str, Any]) -> tuple[str, str]:

@@ -31,9 +31,8 @@ def bytes_at_the_head(vocab_size: int, width: int, *, on_cpu: bool) -> int:
         on_cpu: whether parts that stay in the cache are worked on together; the C library's heap
             then holds as much again, as measured.
     """
-    return vocab_size * (
-        2 * TOKENS_PER_SLICE * width + (2 * TOKENS_IN_CACHE if on_cpu else TOKENS_PER_SLICE) * 20
-    )
+    at_once = 2 * TOKENS_IN_CACHE if on_cpu else TOKENS_PER_SLICE
+    return vocab_size * (2 * TOKENS_PER_SLICE * width + at_once * 20)
 
 
 def perplexity_of(mean: float) -> float:
@@ -153,9 +152,8 @@ def compare_with_dense(
     flat_gradient = torch.empty_like(flat) if with_gradient else None
 
     def work(span: slice, logits: Tensor, wanted: Tensor) -> None:
-        log_q, log_p = (
-            torch.log_softmax(part, dim=-1, dtype=torch.float32) for part in (logits, wanted)
-        )
+        log_q = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+        log_p = torch.log_softmax(wanted, dim=-1, dtype=torch.float32)
         p = log_p.exp()
         sums["nll"][span] = -log_q.gather(1, labels[span, None])[:, 0].double()
         if with_acceptance:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ray_surgeon.maths.masks import ElementMask, Mask
-from ray_surgeon.models.linears import LinearModule, num_inputs, num_outputs
+from ray_surgeon.models.build import LinearModule, num_inputs, num_outputs
 from ray_surgeon.models.shard import ModelShard
 
 RATE_OF_A = 24.0
@@ -129,13 +129,14 @@ class LowRankCorrections:
             for name in linears
         }
         self._owned = {name: part for name, part in self.parts.items() if name in owned}
-        groups = list[dict[str, Any]]()  # `size`: by how much A or B changes in a step of rate 1
+        # `size`: by how much A or B changes in a step of rate 1; Adam wants a group at least
+        groups: list[dict[str, Any]] = [{"params": [torch.empty(0)], "size": 0.0}]
         for name, part in self._owned.items():
             of_A = float(part.A.detach().square().mean().sqrt())
             of_W = float(shard.weight(name)[:, : part.A.shape[1]].square().mean().sqrt())
             groups.append({"params": [part.A], "size": RATE_OF_A * of_A})
             groups.append({"params": [part.B], "size": of_W / (of_A * rank**0.5)})
-        self._optimizer = torch.optim.Adam(groups) if groups else None
+        self._optimizer = torch.optim.Adam(groups)
         # linear and 0 for A or 1 for B -> mean norm, number of steps
         self._mean_norms = dict[tuple[str, int], tuple[float, int]]()
         self._hooks: list[RemovableHandle] = [
@@ -162,11 +163,10 @@ class LowRankCorrections:
         Args:
             rate: relative to the sizes of the weights, see above.
         """
-        if self._optimizer is not None:
-            for group in self._optimizer.param_groups:
-                group["lr"] = rate * group["size"]
-            self._clip()
-            self._optimizer.step()
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate * group["size"]
+        self._clip()
+        self._optimizer.step()
         self.forget_gradients()
 
     def _clip(self) -> None:
@@ -193,8 +193,8 @@ class LowRankCorrections:
             name: (part.A.detach().clone(), part.B.detach().clone())
             for name, part in self.parts.items()
         }
-        moments = {} if self._optimizer is None else self._optimizer.state_dict()["state"]
-        return CorrectionState(parts, _copied(moments), dict(self._mean_norms))
+        moments = _copied(self._optimizer.state_dict()["state"])
+        return CorrectionState(parts, moments, dict(self._mean_norms))
 
     @torch.no_grad()
     def restore(self, state: CorrectionState) -> None:
@@ -202,11 +202,9 @@ class LowRankCorrections:
         for name, (A, B) in state.parts.items():
             self.parts[name].A.copy_(A)
             self.parts[name].B.copy_(B)
-        if self._optimizer is not None:
-            groups = self._optimizer.state_dict()["param_groups"]
-            self._optimizer.load_state_dict(
-                {"state": _copied(state.moments), "param_groups": groups}
-            )
+        groups = self._optimizer.state_dict()["param_groups"]
+        moments = _copied(state.moments)
+        self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
         self._mean_norms = dict(state.mean_norms)
         self.forget_gradients()
 
@@ -255,10 +253,8 @@ class LowRankCorrections:
             self._shard.set_weight(name, W)
             del W, inputs
             change = self._shard.weight(name)[:, : part.A.shape[1]].sub_(before)
-            arrived[name] = (
-                float(torch.linalg.vecdot(change, added).sum()),
-                float(torch.linalg.vecdot(added, added).sum()),
-            )
+            wanted = float(torch.linalg.vecdot(added, added).sum())
+            arrived[name] = float(torch.linalg.vecdot(change, added).sum()), wanted
         return arrived
 
 

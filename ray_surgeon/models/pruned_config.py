@@ -13,9 +13,9 @@ from typing import Any
 import transformers
 from transformers import PretrainedConfig
 
-from ray_surgeon.models.experts import SparseLayer
 from ray_surgeon.models.groups import GroupSet
 from ray_surgeon.models.layout import ModelLayout
+from ray_surgeon.spec.sections import DECI_MULTIPLE
 
 Document = dict[str, Any]
 """Content of a config.json."""
@@ -30,6 +30,10 @@ class BlockWidths:
     experts: tuple[int, ...] = ()  # channels of every expert that is left, if the block has some
 
 
+Widths = Sequence[BlockWidths]
+"""Of every block."""
+
+
 def block_widths(layout: ModelLayout, rows_kept: Mapping[str, int]) -> list[BlockWidths]:
     """Return the widths of every block after coupled groups were pruned.
 
@@ -39,37 +43,30 @@ def block_widths(layout: ModelLayout, rows_kept: Mapping[str, int]) -> list[Bloc
     """
     left = {(g.block, g.kind): _num_left(g, rows_kept) for g in layout.group_sets}
     experts = {experts.block: experts.linears for experts in layout.expert_sets}
-    return [
-        BlockWidths(
-            left.get((block, "ffn"), left.get((block, "shared_experts"), 0)),
-            left.get((block, "attention"), layout.heads.num_kv),
-            tuple(rows_kept[up] for up, *_, down in experts.get(block, ()) if rows_kept[down]),
-        )
-        for block in range(layout.num_blocks)
-    ]
+    widths = []
+    for block in range(layout.num_blocks):
+        num_channels = left.get((block, "ffn"), left.get((block, "shared_experts"), 0))
+        num_kv_heads = left.get((block, "attention"), layout.heads.num_kv)
+        present = [up for up, *_, down in experts.get(block, ()) if rows_kept[down]]
+        widths.append(BlockWidths(num_channels, num_kv_heads, tuple(rows_kept[u] for u in present)))
+    return widths
 
 
 def _num_left(groups: GroupSet, rows_kept: Mapping[str, int]) -> int:
     name, _ = groups.producers[-1]
-    return rows_kept[name] // sum(
-        rows.shape[1] for producer, rows in groups.producers if producer == name
-    )
+    each = sum(rows.shape[1] for producer, rows in groups.producers if producer == name)
+    return rows_kept[name] // each
 
 
 def plain_kv_heads(layout: ModelLayout) -> tuple[int, ...]:
-    """Return the numbers of KV heads that a plain class can hold in every block.
-
-    The number that the model has is included.
+    """Return the numbers of KV heads that a plain class can hold, that of the model included.
 
     Some classes tie the number of heads to the hidden size. Llama does, but without biases a
     Mistral computes the same.
     """
     heads = layout.heads
-    return tuple(
-        k
-        for k in range(1, heads.num_kv + 1)
-        if k == heads.num_kv or _holds_heads(layout, k * heads.n_rep)
-    )
+    fewer = (k for k in range(1, heads.num_kv) if _holds_heads(layout, k * heads.n_rep))
+    return (*fewer, heads.num_kv)
 
 
 def kv_heads_left(layout: ModelLayout, tensor_parallel: int, *, uniform: bool) -> tuple[int, ...]:
@@ -79,17 +76,12 @@ def kv_heads_left(layout: ModelLayout, tensor_parallel: int, *, uniform: bool) -
         layout: of the dense model.
         tensor_parallel: devices over which an engine will split them; it splits query heads evenly,
             and KV heads evenly or copies them.
-        uniform: whether a plain class must hold them in every block; without that 0 is allowed,
-            too.
+        uniform: whether a plain class must hold them in every block; else 0 is allowed, too.
     """
     heads = layout.heads
     possible = plain_kv_heads(layout) if uniform else range(heads.num_kv + 1)
-    return tuple(
-        k
-        for k in possible
-        if k * heads.n_rep % tensor_parallel == 0
-        and (k % tensor_parallel == 0 or (k > 0 and tensor_parallel % k == 0))
-    )
+    even = (k for k in possible if k * heads.n_rep % tensor_parallel == 0)
+    return tuple(k for k in even if k % tensor_parallel == 0 or (k and tensor_parallel % k == 0))
 
 
 def _holds_heads(layout: ModelLayout, num_query_heads: int) -> bool:
@@ -103,21 +95,15 @@ def _holds_heads(layout: ModelLayout, num_query_heads: int) -> bool:
 
 
 def _fits_factors(config: PretrainedConfig, num_query_heads: int) -> bool:
-    """Whether a Phi-3 has a factor for every rotated pair.
-
-    It counts pairs by the hidden size over the heads, whatever head_dim is.
-    """
+    """Whether a Phi-3 has a factor for every pair: of hidden size over heads, not of head_dim."""
     parameters = config.rope_parameters if config.model_type == "phi3" else {}
-    rotated = int(
-        config.hidden_size // num_query_heads * parameters.get("partial_rotary_factor", 1.0)
-    )
+    width = config.hidden_size // num_query_heads
+    rotated = int(width * parameters.get("partial_rotary_factor", 1.0))
     lists = [parameters.get(name) for name in ("short_factor", "long_factor")]
     return all(len(factors) == rotated // 2 for factors in lists if factors is not None)
 
 
-def uniform_document(
-    layout: ModelLayout, document: Mapping[str, Any], widths: Sequence[BlockWidths]
-) -> Document:
+def uniform_document(layout: ModelLayout, document: Document, widths: Widths) -> Document:
     """Return the config.json of a model with the same widths in every block.
 
     Args:
@@ -133,11 +119,9 @@ def uniform_document(
     num_kv_heads = widths[0].num_kv_heads
     dense = {width for width in widths if not width.experts}
     sparse = {width for width in widths if width.experts}
-    if (
-        max(len(dense), len(sparse)) > 1
-        or any(width.num_kv_heads != num_kv_heads for width in widths)
-        or len({channels for width in sparse for channels in width.experts}) > 1
-    ):
+    heads_left = {width.num_kv_heads for width in widths}
+    of_experts = {channels for width in sparse for channels in width.experts}
+    if any(len(values) > 1 for values in (dense, sparse, heads_left, of_experts)):
         raise ValueError(
             "the blocks have different widths, which no plain class can hold; set "
             "pruning.allocation to uniform"
@@ -151,8 +135,11 @@ def uniform_document(
     for width in dense:
         narrow[layout.family.width_field] = width.num_channels
     for width in sparse:
-        assert layout.family.sparse is not None
-        narrow |= _sparse_fields(layout.family.sparse, document, width)
+        fields = layout.family.sparse
+        names = [name for name in fields.num_experts if name in document] or fields.num_experts[:1]
+        narrow |= dict.fromkeys(names, len(width.experts)) | {fields.width: width.experts[0]}
+        if fields.shared_width is not None:
+            narrow[fields.shared_width] = width.num_channels
     if num_kv_heads == heads.num_kv:
         return narrow
     num_query_heads = num_kv_heads * heads.n_rep
@@ -182,17 +169,6 @@ def _as_mistral(config: PretrainedConfig, document: Document) -> Document:
     return mistral
 
 
-def _sparse_fields(
-    sparse: SparseLayer, document: Mapping[str, Any], width: BlockWidths
-) -> Document:
-    """Return config.json's fields of experts: their number, by its names, and widths."""
-    names = [name for name in sparse.num_experts if name in document] or sparse.num_experts[:1]
-    fields: Document = dict.fromkeys(names, len(width.experts)) | {sparse.width: width.experts[0]}
-    if sparse.shared_width is not None:
-        fields[sparse.shared_width] = width.num_channels
-    return fields
-
-
 def check_uniform(layout: ModelLayout, kinds: Sequence[str]) -> None:
     """Refuse groups whose removal no plain class can hold, although it is the same in every block.
 
@@ -201,7 +177,7 @@ def check_uniform(layout: ModelLayout, kinds: Sequence[str]) -> None:
     """
     sparse = layout.family.sparse
     changes_width = not {"expert_channels", "shared_experts"}.isdisjoint(kinds)
-    if sparse is not None and sparse.shared and sparse.shared_width is None and changes_width:
+    if sparse.shared and sparse.shared_width is None and changes_width:
         raise ValueError(
             f"output.exports: in {layout.config.model_type} the shared experts are as wide as "
             "n_shared_experts others, so neither can get narrower alone in a plain class; export "
@@ -209,34 +185,97 @@ def check_uniform(layout: ModelLayout, kinds: Sequence[str]) -> None:
         )
 
 
-def per_block_document(
-    layout: ModelLayout, document: Mapping[str, Any], widths: Sequence[BlockWidths], files: str
-) -> Document:
+def per_block_document(layout: ModelLayout, document: Document, widths: Widths) -> Document:
     """Return the config.json of a model whose widths differ, for the shipped classes.
 
     Args:
         layout: of the dense model.
         document: its config.json.
         widths: of every block.
-        files: name of the module with ``PrunedConfig``, ``PrunedModel`` and ``PrunedForCausalLM``.
     """
-    layers = {
-        str(block): {
+    layers = {}
+    for block, width in enumerate(widths):
+        layers[str(block)] = {
             layout.family.width_field: width.num_channels,
             "num_attention_heads": width.num_kv_heads * layout.heads.n_rep,
             "num_key_value_heads": width.num_kv_heads,
-        }
-        | ({"expert_widths": list(width.experts)} if layout.num_experts else {})
-        for block, width in enumerate(widths)
+        } | ({"expert_widths": list(width.experts)} if layout.num_experts else {})
+    classes = {"AutoConfig": "PrunedConfig", "AutoModel": "PrunedModel"}
+    classes["AutoModelForCausalLM"] = "PrunedForCausalLM"
+    model_type = f"pruned_{layout.config.model_type}"
+    own = _of_own_classes(document, model_type, "modeling_pruned", classes)
+    return own | {"head_dim": layout.heads.head_dim, "per_layer_config": layers}
+
+
+def _of_own_classes(document: Document, kind: str, file: str, classes: dict[str, str]) -> Document:
+    """Return a config.json that names classes, by what loads them, in a shipped module."""
+    return document | {
+        "model_type": kind,
+        "architectures": [classes["AutoModelForCausalLM"]],
+        "auto_map": {auto: f"{file}.{name}" for auto, name in classes.items()},
     }
-    return dict(document) | {
-        "model_type": f"pruned_{layout.config.model_type}",
-        "architectures": ["PrunedForCausalLM"],
-        "auto_map": {
-            "AutoConfig": f"{files}.PrunedConfig",
-            "AutoModel": f"{files}.PrunedModel",
-            "AutoModelForCausalLM": f"{files}.PrunedForCausalLM",
-        },
-        "head_dim": layout.heads.head_dim,
-        "per_layer_config": layers,
-    }
+
+
+# DeciLM / Nemotron-NAS: blocks of one Llama with fewer channels, or without attention
+
+
+def check_deci(layout: ModelLayout) -> None:
+    """Refuse a model that DeciLM cannot describe.
+
+    Raises:
+        ValueError: says which property is in the way.
+    """
+    config = layout.config
+    heads = layout.heads
+    window = getattr(config, "sliding_window", None)
+    if config.model_type not in ("llama", "mistral") or window is not None:
+        what = config.model_type + ("" if window is None else " with a sliding window")
+        raise ValueError(
+            "output.exports: deci holds Llama models and Mistral models without a sliding window, "
+            f"not {what}; use per_block"
+        )
+    if heads.head_dim * heads.num_query != config.hidden_size:
+        raise ValueError(
+            "output.exports: deci needs head_dim * num_attention_heads = hidden_size, here "
+            f"{heads.head_dim} * {heads.num_query} and {config.hidden_size}; use per_block"
+        )
+    if layout.num_channels % DECI_MULTIPLE:
+        raise ValueError(
+            f"output.exports: deci has multiples of {DECI_MULTIPLE} channels, and blocks that lose "
+            f"none keep all {layout.num_channels}; use per_block"
+        )
+
+
+def deci_document(layout: ModelLayout, document: Document, widths: Widths) -> Document:
+    """Return the config.json of a DeciLM / Nemotron-NAS with these widths.
+
+    Args:
+        layout: of the dense model, which passed `check_deci`.
+        document: its config.json.
+        widths: of every block; all KV heads or none, channels a multiple of `DECI_MULTIPLE`.
+
+    Raises:
+        ValueError: a block has another number of heads or channels.
+    """
+    heads = layout.heads
+    blocks = []
+    for number, width in enumerate(widths):
+        if width.num_kv_heads not in (0, heads.num_kv) or width.num_channels % DECI_MULTIPLE:
+            raise ValueError(
+                f"block {number} has {width.num_kv_heads} of {heads.num_kv} KV heads and "
+                f"{width.num_channels} channels; deci needs all heads or none, and a multiple of "
+                f"{DECI_MULTIPLE}: set pruning.groups [ffn] and pruning.width_multiple "
+                f"{DECI_MULTIPLE}"
+            )
+        n_rep = heads.n_rep if width.num_kv_heads else None
+        multiple = 1.5 * width.num_channels / layout.config.hidden_size or None
+        attention = _deci_part("n_heads_in_group", n_rep)
+        blocks.append({"attention": attention, "ffn": _deci_part("ffn_mult", multiple)})
+    longest = {"max_position_embeddings": layout.config.max_position_embeddings}
+    classes = {"AutoConfig": "DeciLMConfig", "AutoModelForCausalLM": "DeciLMForCausalLM"}
+    own = _of_own_classes(document | longest, "nemotron-nas", "modeling_decilm", classes)
+    return own | {"block_configs": blocks}
+
+
+def _deci_part(name: str, size: float | None) -> Document:
+    return {name: size, "no_op": size is None, "replace_with_linear": False}

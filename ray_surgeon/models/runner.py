@@ -10,18 +10,20 @@ own forward, which sees blocks that only note what they are given.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from ray_surgeon.models.build import cache_argument
-from ray_surgeon.models.cache import ShardCache
 from ray_surgeon.models.loss import compare_with_dense, next_token_loss
 from ray_surgeon.models.shard import ModelShard
+
+TOKENS_OF_ROOM = 128
+"""By which the memory for keys and values grows."""
 
 
 class _ReachedTheEndError(Exception):
@@ -29,21 +31,14 @@ class _ReachedTheEndError(Exception):
 
 
 class _Passing:
-    """Stands for the output of a block that only notes what it is given.
-
-    The family takes it whole, or its first item.
-    """
+    """Stands for a block's output, which the family takes whole, or its first item."""
 
     def __getitem__(self, index: int) -> _Passing:
         return self
 
 
-@dataclass(frozen=True)
-class Call:
-    """What a block is called with beside the hidden states."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""What a block is called with beside the hidden states."""
 
 
 @dataclass
@@ -84,33 +79,28 @@ class BlockRunner:
             states, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
             if not calls:
                 hidden.append(states)
-            calls.append(Call(rest, kwargs))
+            calls.append((rest, kwargs))
             if len(calls) == len(self._blocks):
                 raise _ReachedTheEndError
             return _Passing()
 
         key = "input_ids" if inputs.dtype == torch.int64 else "inputs_embeds"
         going_on = {} if cache is None else {cache_argument(self._shard.base): cache}
-        with contextlib.suppress(_ReachedTheEndError), self._in_place_of_blocks(note):
-            self._shard.base(**{key: inputs}, **going_on, use_cache=cache is not None)
-        return hidden[0], calls
-
-    @contextlib.contextmanager
-    def _in_place_of_blocks(self, forward: Any) -> Iterator[None]:
         for block in self._blocks:
-            block.forward = forward
+            block.forward = note
         try:
-            yield
+            with contextlib.suppress(_ReachedTheEndError):
+                self._shard.base(**{key: inputs}, **going_on, use_cache=cache is not None)
         finally:
             for block in self._blocks:
                 del block.forward
+        return hidden[0], calls
 
     def through(self, place: int, hidden: Tensor, calls: list[Call]) -> Tensor:
         """Run one block, whose weights must be there, on a sequence [n, T, d]."""
-        call = calls[place]
-        output = self._blocks[place](hidden, *call.args, **call.kwargs)
-        first = output[0] if isinstance(output, tuple) else output
-        assert isinstance(first, Tensor)
+        args, kwargs = calls[place]
+        output = self._blocks[place](hidden, *args, **kwargs)
+        first: Tensor = output[0] if isinstance(output, tuple) else output
         return first
 
     def leave(self, hidden: Tensor) -> Tensor:
@@ -134,10 +124,7 @@ class BlockRunner:
             Hidden states [m, n, d].
         """
         hidden, calls = self.enter(inputs, cache)
-        for place in range(len(self._blocks)):
-            with self._shard.weights.block(place, self._after(place)):
-                hidden = self.through(place, hidden, calls)
-        return self.leave(hidden)
+        return self._all_the_way([hidden], calls)[0]
 
     def new_cache(self) -> DynamicCache:
         """Return an empty cache of keys and values for this shard's blocks."""
@@ -149,12 +136,12 @@ class BlockRunner:
 
         Inputs are tokens [m, T] or hidden states [m, T, d].
         """
-        hidden, calls = self._enter_all(inputs)
+        return self._all_the_way(*self._enter_all(inputs))
+
+    def _all_the_way(self, hidden: list[Tensor], calls: list[Call]) -> list[Tensor]:
+        shard = self._shard
         for place in range(len(self._blocks)):
-            with (
-                self._shard.weights.block(place, self._after(place)),
-                self._shard.gathering_in(place),
-            ):
+            with shard.weights.block(place, self._after(place)), shard.gathering_in(place):
                 for i, h in enumerate(hidden):
                     hidden[i] = self.through(place, h, calls)
         return [self.leave(h) for h in hidden]
@@ -171,14 +158,12 @@ class BlockRunner:
         """
         hidden, calls = self._enter_all(inputs)
         passing = self._waves[wave] = _Wave(calls)
-        keeps = self._shard.stores.activations == "keep"
+        shard = self._shard
+        keeps = shard.stores.activations == "keep"
         for place in range(len(self._blocks)):
-            gathering = self._shard.gathering_in(place) if keeps else contextlib.nullcontext()
-            with (
-                self._shard.weights.block(place, self._after(place)),
-                gathering,
-                torch.set_grad_enabled(keeps),
-            ):
+            weights = shard.weights.block(place, self._after(place))
+            gathering = shard.gathering_in(place) if keeps else contextlib.nullcontext()
+            with weights, gathering, torch.set_grad_enabled(keeps):
                 leaves = [h.detach().requires_grad_(keeps) for h in hidden]
                 outputs = [self.through(place, leaf, calls) for leaf in leaves]
             passing.inputs.append(leaves)
@@ -225,25 +210,21 @@ class BlockRunner:
             generator: see `next_token_loss`.
             dense: [1, T, d] last hidden states of the dense model; the loss is the divergence from
                 it, if they are given.
-            counts: [1, T] bool, whether a token counts as something that is predicted; None if all
-                do.
+            counts: [1, T] bool, see `next_token_loss`.
 
         Returns:
             [1] float64 NLL of the data, or divergence, in nats, summed over the tokens that count;
-            the gradient [1, T, d]; what the head reads [1, T, d].
+            the gradient [1, T, d]; and what the head reads.
         """
         leaf = hidden.requires_grad_()
         output = self.leave(leaf)
         states = output.detach()
         head = self._shard.head_weight
+        wanted: dict[str, Any] = {"with_gradient": True, "counts": counts}
         if dense is None:
-            loss, gradient = next_token_loss(
-                states, head, tokens, with_gradient=True, generator=generator, counts=counts
-            )
+            loss, gradient = next_token_loss(states, head, tokens, generator=generator, **wanted)
         else:
-            compared = compare_with_dense(
-                states, dense, tokens, head, with_gradient=True, counts=counts
-            )
+            compared = compare_with_dense(states, dense, tokens, head, **wanted)
             loss = compared.divergence
             gradient = compared.gradient
         torch.autograd.backward(output, gradient)
@@ -260,3 +241,50 @@ class BlockRunner:
 def _gradient(leaf: Tensor) -> Tensor:
     assert leaf.grad is not None
     return leaf.grad
+
+
+class ShardCache(DynamicCache):  # type: ignore[misc]
+    """Keys and values of a shard's blocks, which count from the first block of the model.
+
+    Where a layer keeps all tokens, there is room for more than it has: a copy of everything for
+    every token would take a third of the time.
+    """
+
+    def __init__(self, config: Any, first: int) -> None:
+        super().__init__(config=config)
+        self._first = first
+        # layer -> keys and values, [m, heads, at least as many tokens, head_dim]
+        self._rooms: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Add keys and values [m, heads, n, d] of a block, and return all; see `DynamicCache`."""
+        number = layer_idx - self._first
+        if type(self.layers[number]) is not DynamicLayer:
+            keys, values = super().update(key_states, value_states, number, *args, **kwargs)
+            return keys, values
+        layer = self.layers[number]
+        if not layer.is_initialized:
+            layer.lazy_initialization(key_states, value_states)
+        before = layer.get_seq_length()
+        rooms = self._rooms.get(number, (layer.keys, layer.values))
+        keys = _with_room(rooms[0], before, key_states)
+        values = _with_room(rooms[1], before, value_states)
+        self._rooms[number] = keys, values
+        after = before + key_states.shape[-2]
+        layer.keys = keys[:, :, :after]
+        layer.values = values[:, :, :after]
+        return layer.keys, layer.values
+
+
+def _with_room(room: Tensor, before: int, states: Tensor) -> Tensor:
+    """Return room [m, heads, more, d] with new states [m, heads, n, d] written into it."""
+    after = before + states.shape[-2]
+    if before == 0 or room.shape[-2] < after:
+        larger = states.new_empty(*states.shape[:2], after + TOKENS_OF_ROOM, states.shape[-1])
+        if before:
+            larger[:, :, :before] = room[:, :, :before]
+        room = larger
+    room[:, :, before:after] = states
+    return room

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+from collections import defaultdict
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from ray_surgeon.maths.experts import (
@@ -19,27 +20,21 @@ from ray_surgeon.maths.experts import (
 from ray_surgeon.maths.kronecker import PackedFactors, PackedSymmetric, Term
 from ray_surgeon.memory.factors import FactorStore
 from ray_surgeon.memory.stores import Scratch, Stores
-from ray_surgeon.memory.weights import Read, weight_store
-from ray_surgeon.models.build import BlockRange, build_blocks, global_name
+from ray_surgeon.memory.weights import Read, Slot, WeightStore, weight_store
+from ray_surgeon.models import build
 from ray_surgeon.models.checkpoint import check_finite
-from ray_surgeon.models.experts import Mixture, mixture_of
-from ray_surgeon.models.hooks import LayerInputs, SharedInput, linears_of, shared_inputs_in
+from ray_surgeon.models.experts import Mixture
+from ray_surgeon.models.hooks import LayerInputs, SharedInput, shared_inputs_in, sum_removals
 from ray_surgeon.models.layout import ModelLayout
-from ray_surgeon.models.linears import LinearModule, num_inputs, use_fast_products
-from ray_surgeon.models.removals import sum_removals
-from ray_surgeon.models.tensors import load_ends, names_of_ends, slots_of
 
 
 class ModelShard:
-    """Blocks of a causal LM, with sums A of the forward and G of the backward pass.
-
-    Weights need no gradient, and nothing is kept for both passes.
-    """
+    """Blocks of a causal LM, with sums A of the forward and G of the backward pass."""
 
     def __init__(
         self,
         layout: ModelLayout,
-        blocks: BlockRange,
+        blocks: build.BlockRange,
         dtype: torch.dtype,
         device: torch.device,
         stores: Stores | None = None,
@@ -49,8 +44,8 @@ class ModelShard:
 
         Args:
             layout: of the whole model.
-            blocks: the blocks this shard holds.
-            dtype: dtype of weights and activations; factors are float32 whatever it is.
+            blocks: that it holds.
+            dtype: of weights and activations; factors are float32 whatever it is.
             device: where it computes.
             stores: where weights and factors are; all on the device if not given.
             scratch: for what is on disk.
@@ -60,35 +55,47 @@ class ModelShard:
         self.dtype = dtype
         self.device = device
         self.stores = stores or Stores()
-        self.model = build_blocks(layout.config, blocks, dtype)
+        self.model = build.build_blocks(layout.config, blocks, dtype)
         self.base = self.model.get_submodule(layout.family.base)
         self.block_modules = list(self.base.get_submodule(layout.family.blocks).children())
         scratch = scratch or Scratch(None, "none", "none", "none")
-        self.weights = weight_store(self.stores.weights, slots_of(self), device, scratch)
+        slots = defaultdict[int | None, dict[str, Slot]](dict)
+        for name in layout.parameters_of(blocks):
+            slots[layout.block_of(name)][name] = self._slot(name)
+        self._ends = WeightStore([slots.pop(None, {})], device)
+        self.weights = weight_store(self.stores.weights, list(slots.values()), device, scratch)
+        # global names of the tensors that `load` reads, in its order
+        self.wanted = [*self._ends.names, *self.weights.names]
         self.factor_store = FactorStore(self.stores.factors, device, scratch)
         self.shared_inputs = list(shared_inputs_in(self))
-        self.linears = linears_of(self.shared_inputs)
+        self.linears = {n: m for group in self.shared_inputs for n, m in group.linears.items()}
         self._group_of = {name: group for group in self.shared_inputs for name in group.names}
-        self.mixtures: dict[int, Mixture] = {}
-        for place, block in enumerate(self.block_modules):
-            if (mixture := mixture_of(block, layout.family.sparse)) is not None:
-                self.mixtures[place] = mixture
+        sparse = layout.family.sparse
+        mixed = {i: block for i, block in enumerate(self.block_modules) if sparse.is_in(block)}
+        self.mixtures = {place: Mixture(block, sparse) for place, block in mixed.items()}
         self.expert_sums: dict[int, ExpertSums] = {}
         # what the present pass keeps of its layers' inputs, if anything
         self.layer_inputs: LayerInputs | None = None
         if device.type == "cpu" and dtype == torch.float32:
             for module in self.linears.values():
-                use_fast_products(module)
+                build.use_fast_products(module)
         self.gathering: list[SharedInput] = []
+        # the linears for which the curvature pass gathers factors, by name
+        self.gathered: dict[str, build.LinearModule] = {}
         self.terms: dict[str, list[Term]] = {}
         self._kind: str | None = None
         self._has_tokens = True  # factors are sums over tokens, of which an expert may have few
         self._layer_means: dict[tuple[int, str], LayerMean] = {}
 
-    @property
-    def wanted(self) -> list[str]:
-        """Global names of the tensors that `load` reads, in its order."""
-        return [*names_of_ends(self), *self.weights.names]
+    def _slot(self, name: str) -> Slot:
+        """Return where a tensor belongs, by its name in the whole model."""
+        family = self.layout.family
+        if (block := self.layout.block_of(name)) is not None:
+            inside = name.removeprefix(family.block_prefix(block))
+            name = family.block_prefix(block - self.blocks.first) + inside
+        owner, _, leaf = name.rpartition(".")
+        dtype = torch.float32 if name.endswith(family.float32) else self.dtype
+        return Slot(self.model.get_submodule(owner), leaf, dtype)
 
     def load(self, read_tensor: Read, *, stays: bool = True) -> None:
         """Load this shard's tensors, and only these.
@@ -100,7 +107,16 @@ class ModelShard:
         Raises:
             BadWeightsError: a weight is not finite.
         """
-        load_ends(self, read_tensor)
+        self._ends.fill(read_tensor, check_finite, stays=stays)
+        if self.blocks.is_first and self.blocks.is_last:
+            for embedding in self.layout.tied.values():
+                head = self.model.get_submodule(self.layout.family.head)
+                # a typed attribute would not be a Parameter
+                setattr(head, "weight", self.model.get_parameter(embedding))  # noqa: B010
+        for module in self.model.modules():
+            for leaf, buffer in module._buffers.items():
+                if buffer is not None and not buffer.is_meta:
+                    module._buffers[leaf] = buffer.to(self.device)
         self.model.requires_grad_(False)
         self.weights.fill(read_tensor, check_finite, stays=stays)
 
@@ -117,7 +133,7 @@ class ModelShard:
     def set_weight(self, name: str, W: Tensor) -> None:
         """Write W [R, C], bias in the last column, into a linear."""
         module = self.linears[name]
-        matrix = W[:, : num_inputs(module)]
+        matrix = W[:, : build.num_inputs(module)]
         self.weights.set(f"{name}.weight", matrix.T if isinstance(module, Conv1D) else matrix)
         if module.bias is not None:
             self.weights.set(f"{name}.bias", W[:, -1])
@@ -125,22 +141,16 @@ class ModelShard:
     def saved(self, *, linears_only: bool) -> list[str]:
         """Return the names of the linears' tensors, or of all that this shard exports.
 
-        A tied head is left out: the embedding is saved once, by the first shard.
+        Not of a tied head: its embedding is saved once.
         """
         if linears_only:
             return [f"{n}.{p}" for n, m in self.linears.items() for p, _ in m.named_parameters()]
-        names = (
-            global_name(self.layout.family, name, self.blocks.first)
-            for name in self.model.state_dict()
-        )
+        names = self.layout.parameters_of(self.blocks)
         return [name for name in names if name not in self.layout.tied]
 
     def tensor(self, name: str) -> Tensor:
         """Return a saved tensor by its global name, where it lies."""
-        if self.layout.block_of(name) is not None:
-            return self.weights.get(name)
-        tensor: Tensor = self.model.state_dict()[name]
-        return tensor
+        return (self._ends if self.layout.block_of(name) is None else self.weights).get(name)
 
     def start_curvature(
         self, kind: str = "kfac", *, only: frozenset[str] | None = None, experts: bool = False
@@ -149,8 +159,7 @@ class ModelShard:
 
         Args:
             kind: ``activations`` sums A in a forward pass alone and takes G = I; ``identity`` takes
-                A = G = I and keeps nothing of a pass (both times the number of tokens, as sums over
-                tokens are); all others sum A and G.
+                A = G = I (times the number of tokens, as sums are); all others sum A and G.
             only: roles of the linears that are wanted, see `LinearShape`; those that share an input
                 with one come along. None for all.
             experts: whether to sum, too, what `ExpertSums` has.
@@ -160,10 +169,9 @@ class ModelShard:
         roles = {name: shape.role for name, shape in self.layout.shapes.items()}
         wanted = frozenset(roles.values()) if only is None else only
         self.gathering = [g for g in self.shared_inputs if any(roles[n] in wanted for n in g.names)]
-        if experts:
-            self.expert_sums = {
-                place: ExpertSums(len(m.experts), self.device) for place, m in self.mixtures.items()
-            }
+        self.gathered = {n: m for group in self.gathering for n, m in group.linears.items()}
+        for place, mixture in self.mixtures.items() if experts else ():
+            self.expert_sums[place] = ExpertSums(len(mixture.experts), self.device)
         for group in self.gathering:
             group.num_tokens = int(kind == "identity")
         self._kind = kind
@@ -171,10 +179,7 @@ class ModelShard:
 
     @contextlib.contextmanager
     def gathering_in(self, place: int, *, wide: bool = False) -> Iterator[None]:
-        """Add what passes a block meanwhile to its sums, if curvature is gathered.
-
-        The sums are of inputs, and of output gradients if the kind needs them. Inputs of layers are
-        kept if these are wanted.
+        """Add what passes a block meanwhile to its sums, and keep inputs of layers, if wanted.
 
         Args:
             place: of the block in the shard.
@@ -188,11 +193,8 @@ class ModelShard:
             hooks += sum_removals(self.expert_sums[place], self.mixtures[place])
         for group in (group for group in self.gathering if gathers and group.place == place):
             sums_G = self._kind != "activations" and torch.is_grad_enabled()
-            factors = {
-                key: self.factor_store.on_device(key, n)
-                for key, n in group.sizes.items()
-                if sums_G or key == group.key_of_A
-            }
+            keys = group.sizes if sums_G else [group.key_of_A]
+            factors = {key: self.factor_store.on_device(key, group.sizes[key]) for key in keys}
             hooks += group.add_to(factors, wide=wide)
             sums |= factors
         try:
@@ -212,17 +214,11 @@ class ModelShard:
         assert self._kind is not None, "no curvature pass has been made"
         for group in self.gathering:
             for key, n in group.sizes.items():
-                is_A = key == group.key_of_A
-                if self._kind == "identity" or (self._kind == "activations" and not is_A):
+                if key not in self.factor_store:
                     total = PackedSymmetric.zeros(n, self.device)
                     total.fill_diagonal(group.num_tokens)
                     self.factor_store.put(key, total)
         self.stop_gathering()
-
-    @property
-    def gathered(self) -> dict[str, LinearModule]:
-        """The linears for which the curvature pass gathers factors."""
-        return linears_of(self.gathering)
 
     def drop_curvature(self) -> None:
         """Free the sums."""
@@ -240,20 +236,14 @@ class ModelShard:
         return shrunk_factors(own, self.layer_mean(shape.block, shape.role))
 
     def own_factors(self, name: str) -> PackedFactors:
-        """Return the sums of a linear where they lie.
-
-        A is shared with the other linears that read the same input.
-        """
+        """Return the sums of a linear where they lie; A is that of its shared input."""
         group = self._group_of[name]
         A = self.factor_store.get(group.key_of_A)
-        G = self.factor_store.get(group.key_of_G(name))
+        G = self.factor_store.get(group.keys_of_G[name])
         return PackedFactors(A, G, group.num_tokens, tuple(self.terms.get(name, ())))
 
     def own_divisor(self, name: str, num_tokens: int) -> float:
-        """Return the divisor of a linear's own sum of g g^T (x) a a^T over its tokens.
-
-        In a mixture, further Kronecker terms weigh what its own tokens do in the first.
-        """
+        """Return by what a linear's own sum of g g^T (x) a a^T is divided; see `own_divisor`."""
         shape = self.layout.shapes[name]
         if shape.sees_all_tokens:
             return num_tokens
@@ -264,18 +254,16 @@ class ModelShard:
         if (block, role) not in self._layer_means:
             # blocks have their turns
             means = {key: mean for key, mean in self._layer_means.items() if key[0] == block}
-            self._layer_means = means
+            self._layer_means = means  # those of other blocks are free before one is made
             means[block, role] = self._mean_of_layer(block, role)
         return self._layer_means[block, role]
 
     def _mean_of_layer(self, block: int, role: str) -> LayerMean:
-        sparse = self.layout.family.sparse
-        assert sparse is not None
         shapes = [s for s in self.layout.linears if s.block == block and s.role == role]
         groups = [(shape.name, self._group_of[shape.name]) for shape in shapes]
         As = ((self.factor_store.get(g.key_of_A), g.num_tokens) for _, g in groups)
-        Gs = ((self.factor_store.get(g.key_of_G(name)), g.num_tokens) for name, g in groups)
-        is_consumer = role.endswith(sparse.linears.consumer)
+        Gs = ((self.factor_store.get(g.keys_of_G[name]), g.num_tokens) for name, g in groups)
+        is_consumer = role.endswith(self.layout.family.sparse.linears.consumer)
         num_tokens = sum(group.num_tokens for _, group in groups)
         return LayerMean(
             mean_factor(As, has_basis=not is_consumer, has_bias=shapes[0].has_bias),
@@ -286,13 +274,10 @@ class ModelShard:
     @property
     def head_weight(self) -> Tensor:
         """The weight [vocabulary, d] of the last shard's head."""
-        head = self.model.get_submodule(self.layout.family.head)
-        assert isinstance(head, nn.Linear)
-        return head.weight
+        return self.model.get_parameter(f"{self.layout.family.head}.weight")
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the last shard's logits [n, T, vocabulary] float32."""
-        logits = self.model.get_submodule(self.layout.family.head)(hidden)
-        assert isinstance(logits, Tensor)
+        logits: Tensor = self.model.get_submodule(self.layout.family.head)(hidden)
         return logits.float()

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 
 from ray_surgeon.memory.stores import Place, Stores
 from ray_surgeon.models.build import BlockRange
-from ray_surgeon.models.cache import TOKENS_OF_ROOM
 from ray_surgeon.models.loss import bytes_at_the_head
+from ray_surgeon.models.runner import TOKENS_OF_ROOM
 from ray_surgeon.plan.room import Device
 from ray_surgeon.plan.work import ActivationBytes, Shapes
 from ray_surgeon.runtime.placement import Placement

@@ -62,7 +62,7 @@ def load(worker: Worker, recipe: ModelRecipe, by_element: bool, stores: Stores) 
     kind: type[StructuredMask] | type[ElementMask] = ElementMask if by_element else StructuredMask
     parts = [part.name for part in fields(kind)] if pruned_in else []
     # stacked tensors are taken apart once, not whenever a block is read
-    stays = source.is_local and not layout.family.is_stacked
+    stays = source.is_local and not layout.family.sparse.stacked
     stays = stays and all(map(files.is_local, set(pruned_in.values())))
     get = read
     if not stays:

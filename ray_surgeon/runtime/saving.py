@@ -15,10 +15,9 @@ from torch import Tensor
 
 from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.memory.weights import DiskWeights
-from ray_surgeon.models.build import stored_name
+from ray_surgeon.models.build import cut, num_inputs
 from ray_surgeon.models.checkpoint import Stack
-from ray_surgeon.models.experts import ExpertTensor, part_of_stack
-from ray_surgeon.models.linears import cut, num_inputs
+from ray_surgeon.models.experts import ExpertTensor
 from ray_surgeon.runtime.worker import Worker
 from ray_surgeon.storage import files, tensor_files
 
@@ -146,7 +145,7 @@ class _Exported:
                     self._entries[full_name] = of_heads.any(dim=1)
 
     def _part_of_stack(self, name: str) -> ExpertTensor | None:
-        return part_of_stack(self._family, name) if self._stored else None
+        return self._family.part_of_stack(name) if self._stored else None
 
     def _place(self, experts: str, number: int) -> int:
         """Return the number of an expert among those that are left."""
@@ -161,7 +160,7 @@ class _Exported:
         if part is not None:
             number = self._place(part.experts, part.expert)
             name = f"{part.experts}.{number}.{part.linear}.{part.kind}"
-        return stored_name(self._family, name) if self._stored else name
+        return self._family.stored_name(name) if self._stored else name
 
     def get(self, name: str) -> Tensor:
         """Return a tensor, without what is cut out.

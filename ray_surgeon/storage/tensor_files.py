@@ -11,7 +11,7 @@ import math
 import re
 import struct
 import threading
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,12 +57,10 @@ def write(uri: str, tensors: Mapping[str, Tensor]) -> int:
         return scratch.stat().st_size
 
 
-def read(uri: str, names: Container[str] | None = None) -> dict[str, Tensor]:
-    """Read a safetensors file, or only the tensors of the given names."""
+def read(uri: str) -> dict[str, Tensor]:
+    """Read a safetensors file."""
     reader = Reader()
-    return {
-        name: reader.read(uri, name) for name in reader.names(uri) if names is None or name in names
-    }
+    return {name: reader.read(uri, name) for name in reader.names(uri)}
 
 
 class Reader:
@@ -94,8 +92,7 @@ class Reader:
             with self._lock:
                 if uri not in self._open:
                     self._open[uri] = safe_open(files.open_filesystem(uri)[1], framework="pt")
-            tensor = self._open[uri].get_tensor(name)
-            assert isinstance(tensor, Tensor)
+            tensor: Tensor = self._open[uri].get_tensor(name)
             return tensor if entry is None else tensor[entry]
         header = self._header(uri)
         (start, end) = header.bytes_of[name]

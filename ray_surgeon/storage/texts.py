@@ -150,10 +150,8 @@ def first_token(tokenizer: Any) -> int | None:
 
 def order(counts: Sequence[int]) -> list[tuple[int, int]]:
     """Return (text, window) of the windows of several texts, evenly spread."""
-    places = [
-        ((i + 0.5) / count, number, i) for number, count in enumerate(counts) for i in range(count)
-    ]
-    return [(number, i) for _, number, i in sorted(places)]
+    places = [((i + 0.5) / n, text, i) for text, n in enumerate(counts) for i in range(n)]
+    return [(text, i) for _, text, i in sorted(places)]
 
 
 def interleaved(parts: Sequence[Windows]) -> Windows:
@@ -187,9 +185,10 @@ def token_stream(text: SourceSection, tokenizer: Any, where: str) -> NDArray[np.
     for batch in documents.batches(of_text, documents.PIECE_BYTES, per_call):
         goes_on = len(batch) == per_call or sum(map(len, batch)) >= documents.PIECE_BYTES
         chunk = "\n\n".join(batch) + "\n\n" * goes_on
-        ids = tokenizer(
+        made = tokenizer(
             chunk, add_special_tokens=False, return_attention_mask=False, verbose=False
-        )["input_ids"]
+        )
+        ids = made["input_ids"]
         pieces.append(np.asarray(ids, dtype=np.int64))
         count += len(ids)
         if count >= text.max_tokens:

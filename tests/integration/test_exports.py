@@ -265,7 +265,7 @@ def test_memory_of_a_narrow_model_is_not_that_of_the_dense_one(tmp_path: Path) -
     dense = config.to_dict() | {"dtype": "float32"}
     layout = ModelLayout.of(config)
     widths = [BlockWidths(512, layout.heads.num_kv)] * layout.num_blocks
-    document = per_block_document(layout, dense, widths, "modeling_pruned")
+    document = per_block_document(layout, dense, widths)
     (tmp_path / "config.json").write_text(json.dumps(document))
     (tmp_path / "modeling_pruned.py").write_text(shipped_source("modeling_pruned.py", config))
     options = {"prompt_length": 8, "num_new_tokens": 2, "num_repeats": 1, "num_threads": 1}
@@ -314,7 +314,7 @@ def test_a_first_block_without_attention_counts_the_tokens_of_the_cache(
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     widths = [BlockWidths(48, 0), *[BlockWidths(48, layout.heads.num_kv)] * 3]
-    document = per_block_document(layout, layout.config.to_dict(), widths, "pruned")
+    document = per_block_document(layout, layout.config.to_dict(), widths)
     model = module.PrunedForCausalLM(module.PrunedConfig(**document)).eval()
     name = cache_argument(model)
     with torch.no_grad():

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 
 import pytest
 import torch
@@ -165,8 +164,9 @@ def test_the_fewest_groups_that_may_be_left() -> None:
         "experts": 3,
         "expert_channels": 8,
     }
-    one = replace(LAYOUTS["deepseek_v3"], config=copy.deepcopy(LAYOUTS["deepseek_v3"].config))
-    one.config.num_experts_per_tok = 1
-    assert fewest_left(one, ["experts"], least, uniform=True) == {"experts": 2}, (
+    config = copy.deepcopy(LAYOUTS["deepseek_v3"].config)
+    config.num_experts_per_tok = 1
+    layout = ModelLayout.of(config)
+    assert fewest_left(layout, ["experts"], least, uniform=True) == {"experts": 2}, (
         "a router with groups takes the best two of a group"
     )

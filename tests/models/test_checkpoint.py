@@ -19,7 +19,6 @@ from ray_surgeon.models.checkpoint import (
     read_state,
     tensor_reader,
 )
-from ray_surgeon.models.experts import part_of_stack
 from ray_surgeon.models.families import FAMILIES, check_not_quantised
 from tests.conftest import LAYOUTS
 
@@ -79,7 +78,7 @@ def test_parts_are_put_together_as_they_were(state: dict[str, Tensor]) -> None:
     read = tensor_reader(LAYOUT, state, read_state(state), "here")
     stacks: dict[str, Stack] = {}
     for name in LAYOUT.parameters:
-        part = part_of_stack(FAMILY, name)
+        part = FAMILY.part_of_stack(name)
         if part is not None:
             stacks.setdefault(part.whole, Stack(6)).put(part, part.expert, read(name))
             assert read(name).shape == LAYOUT.parameters[name]

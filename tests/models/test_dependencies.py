@@ -9,10 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from ray_surgeon.maths.masks import StructuredMask
-from ray_surgeon.models.build import BlockRange
+from ray_surgeon.models.build import BlockRange, as_linear, matrix
 from ray_surgeon.models.checkpoint import read_state, tensor_reader
 from ray_surgeon.models.groups import propagate, shrinkable
-from ray_surgeon.models.linears import as_linear, matrix
 from ray_surgeon.models.shard import ModelShard
 from tests.conftest import CONFIGS, LAYOUTS, SPARSE_CONFIGS, tiny_model
 

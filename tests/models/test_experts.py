@@ -19,7 +19,7 @@ from ray_surgeon.models.build import BlockRange
 from ray_surgeon.models.checkpoint import check_checkpoint, find_stored, read_state, tensor_reader
 from ray_surgeon.models.experts import Mixture, routed
 from ray_surgeon.models.families import FAMILIES
-from ray_surgeon.models.removals import removals
+from ray_surgeon.models.hooks import removals
 from ray_surgeon.models.runner import BlockRunner
 from ray_surgeon.models.shard import ModelShard
 from tests.conftest import LAYOUTS, SPARSE_CONFIGS, VOCABULARY, tiny_model
@@ -191,7 +191,7 @@ def test_what_a_removal_changes_is_the_difference_of_two_layers(
             change[others] - rises, torch.zeros_like(change[others]), rtol=0, atol=1e-5
         )
         with torch.no_grad():
-            norm = mixture.expert(expert)(x[tokens[mine]]).norm(dim=1)
+            norm = mixture.experts[expert](x[tokens[mine]]).norm(dim=1)
         torch.testing.assert_close(
             norms[mine],
             norm * (weights * (numbers == expert)).sum(dim=1)[tokens[mine]],

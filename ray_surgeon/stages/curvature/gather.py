@@ -38,7 +38,7 @@ def weigh_gradients(worker: Worker, factor: float) -> None:
     """
     shard = worker.shard
     store = shard.factor_store
-    for key in (group.key_of_G(name) for group in shard.gathering for name in group.names):
+    for key in (key for group in shard.gathering for key in group.keys_of_G.values()):
         total = store.on_device(key, store.get(key).n)
         total.flat.mul_(factor)
         store.put(key, total)

@@ -114,8 +114,8 @@ class Reconstruction:
         assert inputs is not None
         N = worker.placement.num_replicas
         rank = worker.replicas.rank
-        for name in inputs.names if N > 1 else ():
-            own = inputs.take(name)
+        for name in list(inputs.kept) if N > 1 else ():
+            own = inputs.kept.pop(name)
             owner = worker.owner(name)
             own = own.view(-1, arrivals.sequence_length, own.shape[1])
             everything = own.new_empty(arrivals.num_sequences * (owner == rank), *own.shape[1:])
@@ -129,7 +129,7 @@ class Reconstruction:
                 if owner == rank:
                     everything[places] = part
             if owner == rank:
-                inputs.put(name, everything.flatten(0, 1))
+                inputs.kept[name] = everything.flatten(0, 1)
         worker.shard.layer_inputs = None
         if are_held:
             worker.kept(KeptInputs).held = inputs
@@ -191,7 +191,7 @@ class Reconstruction:
         whole = _layer(worker, groups, shard.weight(name), torch.ones_like(kept)).to(shard.dtype)
 
         def pairs(stored: LayerInputs) -> tuple[Tensor, Tensor]:
-            inputs = stored.look_at(name) if is_trial else stored.take(name)
+            inputs = stored.kept[name] if is_trial else stored.kept.pop(name)
             inputs = inputs.to(worker.device, shard.dtype)
             return inputs, outputs_of(whole, inputs)
 
