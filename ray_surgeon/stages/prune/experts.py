@@ -85,11 +85,8 @@ def whole_expert_costs(
         if not mixture.can_spare_one:
             costs.fill_(math.inf)
         gone = worker.removed_experts(experts).tolist()
-        by_expert |= {
-            name: float(cost)
-            for name, cost, is_gone in zip(consumers, costs, gone, strict=True)
-            if not is_gone
-        }
+        of_expert = zip(consumers, costs.tolist(), gone, strict=True)
+        by_expert |= {name: cost for name, cost, is_gone in of_expert if not is_gone}
     return by_expert
 
 

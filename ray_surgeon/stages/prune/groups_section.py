@@ -60,11 +60,6 @@ class CoupledSection(Reconstructed):
     """In place of target_sparsity: what the whole model may need in the end"""
 
     @property
-    def last_sparsity(self) -> float | None:
-        """The target, if it is a sparsity."""
-        return self.target_sparsity
-
-    @property
     def fewest_groups(self) -> dict[str, int]:
         """Groups of each kind that stay in every block."""
         return dict.fromkeys(_CHANNELS, self.multiple) | {"attention": 1}
@@ -140,7 +135,6 @@ class CoupledSection(Reconstructed):
 
     def problems(self) -> Iterator[str]:
         """Yield what fields have against each other."""
-        yield from super().problems()
         kinds = set(self.groups)
         named = ", ".join(self.groups)
         if len(kinds) < len(self.groups):
@@ -174,7 +168,11 @@ class GroupsSection(CoupledSection, Searched):
 
     def problems(self) -> Iterator[str]:
         """Yield what fields have against each other."""
-        yield from super().problems()
+        if self.search is not None and "experts" in self.groups:
+            yield (
+                "search: does not go with whole experts, whose tokens go elsewhere; use "
+                "expert_channels, or leave it out"
+            )
         if self.remove_blocks and set(self.groups) == {"experts"}:
             yield (
                 "remove_blocks: is of KV groups and channels, and only whole experts go; remove "
