@@ -174,9 +174,8 @@ class GroupChoice(Method):
         fewest = self.fewest.get("experts", 0)
         if self.section.uniform:
             return allocations.allocate_uniformly(groups, missing, fewest_experts=fewest)
-        per_unit = self._per_unit
         return allocations.allocate_globally(
-            groups, missing, per_unit=per_unit, fewest_experts=fewest
+            groups, missing, per_unit=self._per_unit, fewest_experts=fewest
         )
 
     def choose(self, cluster: Cluster, scores: GroupScores, shot: int) -> Choice:

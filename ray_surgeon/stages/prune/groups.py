@@ -31,13 +31,7 @@ from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.wave import Tokens
 from ray_surgeon.runtime.worker import LinearSummary, Worker, collective, sizes
 from ray_surgeon.stages.prune.experts import go_around_removed, remove_experts, whole_expert_costs
-from ray_surgeon.stages.prune.group_choice import (
-    ConsumerCosts,
-    GroupChoice,
-    GroupScores,
-    Paths,
-    Reach,
-)
+from ray_surgeon.stages.prune.group_choice import ConsumerCosts, GroupChoice, Paths, Reach
 from ray_surgeon.stages.prune.method import Applied, Choice, Scores
 from ray_surgeon.stages.reconstruction.layers import RATES, Reconstruction
 from ray_surgeon.stages.stage import CalibrationText
@@ -80,7 +74,7 @@ class Groups(GroupChoice):
         kinds = {"expert_channels" if kind == "experts" else kind for kind in self.section.groups}
         return [groups for groups in worker.group_sets if groups.kind in kinds]
 
-    def costs(self, worker: Worker, reach: Reach, shot: int) -> GroupScores:
+    def costs(self, worker: Worker, reach: Reach, shot: int) -> Scores[ConsumerCosts]:
         """Take the marginal costs of the owned consumers' groups and keep them for `prune`.
 
         Raises:
@@ -250,7 +244,7 @@ class Groups(GroupChoice):
         if self.reconstruction is not None:
             self.reconstruction.after_pass(cluster, text)
 
-    def score(self, cluster: Cluster, shot: int) -> GroupScores:
+    def score(self, cluster: Cluster, shot: int) -> Scores[ConsumerCosts]:
         """Let every block follow its greedy path as far as the threshold needs."""
         return Paths(self, cluster, shot).far_enough()
 
