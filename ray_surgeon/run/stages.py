@@ -84,7 +84,7 @@ def stages_of(
             Latency.of(method),
             self_text,
             DenseAnswers(yardstick) if yardstick else None,
-            DenseEvaluation(texts),
+            DenseEvaluation(),
             Tasks.of(tasks) if tokenizer else None,
         ),
         _present(

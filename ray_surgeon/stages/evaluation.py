@@ -24,13 +24,11 @@ class Measures(dict[str, Measured]):
     """Evaluation text -> what was measured on it after a shot."""
 
 
-@dataclass(frozen=True)
 class DenseEvaluation(Stage):
     """Measures the dense model, and keeps its states of all that is compared with it later."""
 
     name = "evaluation"
     of_dense_model = True
-    sizes: Sequence[tuple[int, int]]  # number and length of the windows of each text
 
     def run(self, run: RunState, facts: Facts) -> None:
         """Measure, and let the last shards keep the dense model's states."""
@@ -43,10 +41,6 @@ class DenseEvaluation(Stage):
         if len(run.text.held):
             remember(run.cluster, HELD, run.text.held, run.text.held_counts)
             facts["windows held aside"] = len(run.text.held)
-
-    def on_host(self, worker: WorkerView) -> float:
-        """Return the dense model's states of the texts."""
-        return worker.remembered(sum(count * length for count, length in self.sizes))
 
 
 @dataclass(frozen=True)
@@ -87,6 +81,10 @@ class Evaluation(Stage):
     def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
         """Return the passes over the texts."""
         yield worker.measuring(self.name, self.sizes)
+
+    def on_host(self, worker: WorkerView) -> float:
+        """Return the dense model's states of the texts."""
+        return worker.remembered(sum(count * length for count, length in self.sizes))
 
 
 @dataclass(frozen=True)

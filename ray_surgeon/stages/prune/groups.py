@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -50,7 +50,6 @@ class Scored(dict[str, tuple[Part, Damping, Tensor]]):
     """
 
 
-@dataclass(frozen=True)
 class Groups(GroupChoice):
     """Coupled groups."""
 

@@ -176,7 +176,6 @@ class Scored(dict[str, Any]):
     """Linear -> what the costs leave of it on a worker for the update."""
 
 
-@dataclass(frozen=True)
 class ByThreshold(Method):
     """A method that ranks what it may remove from every linear on the linear's own."""
 

@@ -21,12 +21,12 @@ from ray_surgeon.spec.base import by_tag, tag
 from ray_surgeon.spec.targets import FlopsTarget, LatencyTarget, ParametersTarget
 from ray_surgeon.stages.curvature.section import AnyCurvature
 from ray_surgeon.stages.prune.elements import Elements, ElementsSection, NMSection
-from ray_surgeon.stages.prune.experts import problems_of_mixture
 from ray_surgeon.stages.prune.groups import Groups
 from ray_surgeon.stages.prune.groups_section import (
     CoupledSection,
     GroupsSection,
     UniformGroupsSection,
+    problems_of_mixture,
 )
 from ray_surgeon.stages.prune.layerwise import Layerwise, SparseGPTSection, WandaSection
 from ray_surgeon.stages.prune.method import Choice, Method, Scores
