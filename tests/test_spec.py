@@ -13,7 +13,7 @@ from ray_surgeon.pipeline import main
 from ray_surgeon.spec.base import Section
 from ray_surgeon.spec.job import JobSpec
 from ray_surgeon.spec.parsing import parse_spec, validation_message
-from ray_surgeon.stages.prune.section import METHODS
+from ray_surgeon.stages.prune.methods import METHODS
 
 ROOT = Path(__file__).parent.parent
 PIPELINES = sorted((ROOT / "pipelines").rglob("*.yaml"))

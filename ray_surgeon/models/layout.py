@@ -26,6 +26,8 @@ GROUP_KINDS = ("attention", "ffn", "shared_experts", "expert_channels", "experts
 
 These are KV groups, channels of feed-forward layers, of shared experts and of experts, and experts.
 """
+FEED_FORWARD_OF_ALL = frozenset({"ffn", "shared_experts"})
+"""Those of feed-forward layers that every token passes."""
 
 
 @dataclass(frozen=True)

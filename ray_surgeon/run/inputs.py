@@ -39,12 +39,11 @@ from ray_surgeon.runtime.placement import Placement, place
 from ray_surgeon.spec.job import JobSpec
 from ray_surgeon.spec.parsing import with_absolute_paths
 from ray_surgeon.spec.sections import KERNEL_COLUMNS, ModelSection
-from ray_surgeon.stages.calibration import CalibrationText
 from ray_surgeon.stages.prune.groups import Groups
 from ray_surgeon.stages.prune.groups_section import CoupledSection
 from ray_surgeon.stages.prune.method import Method
 from ray_surgeon.stages.prune.methods import method_for
-from ray_surgeon.stages.stage import Stage
+from ray_surgeon.stages.stage import CalibrationText, Stage
 from ray_surgeon.storage.default_text import default_mix
 from ray_surgeon.storage.sources import open_model
 from ray_surgeon.storage.texts import Windows, load_tokenizer, windows_of

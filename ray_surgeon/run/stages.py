@@ -11,23 +11,19 @@ from numpy.typing import NDArray
 from ray_surgeon.export.for_engines import Shrinking
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.spec.job import JobSpec
+from ray_surgeon.stages.answers.answers import BeforeCorrection, DenseAnswers, PrunedAnswers
 from ray_surgeon.stages.answers.prompts import yardstick_for
-from ray_surgeon.stages.answers.stage import DenseAnswers, PrunedAnswers, Rates
-from ray_surgeon.stages.commit import Commit
 from ray_surgeon.stages.correction.stage import Correction
 from ray_surgeon.stages.curvature.stage import Curvature
-from ray_surgeon.stages.evaluation import DenseEvaluation, Evaluation
-from ray_surgeon.stages.exports import Export, Quantise
-from ray_surgeon.stages.latency import Latency
-from ray_surgeon.stages.load import Load
+from ray_surgeon.stages.evaluation import DenseEvaluation, Evaluation, Tasks
 from ray_surgeon.stages.prune.groups_section import CoupledSection
 from ray_surgeon.stages.prune.method import Method
-from ray_surgeon.stages.prune.methods import Costs, Threshold, Update
+from ray_surgeon.stages.prune.methods import Costs, Latency, Threshold, Update
 from ray_surgeon.stages.reconstruction.stage import ReconstructionStage
 from ray_surgeon.stages.search.search import SearchStage
 from ray_surgeon.stages.self_text.stage import SelfText
 from ray_surgeon.stages.stage import Stage
-from ray_surgeon.stages.tasks import Tasks
+from ray_surgeon.stages.weights import Commit, Load, exports_of
 from ray_surgeon.storage.texts import Windows
 
 
@@ -88,7 +84,7 @@ def stages_of(
             Latency.of(method),
             self_text,
             DenseAnswers(yardstick) if yardstick else None,
-            DenseEvaluation(texts),
+            DenseEvaluation(),
             Tasks.of(tasks) if tokenizer else None,
         ),
         _present(
@@ -98,7 +94,7 @@ def stages_of(
             Threshold() if has_costs else None,
             Update(method),
             ReconstructionStage.of(method),
-            Rates() if yardstick and correction else None,
+            BeforeCorrection() if yardstick and correction else None,
             correction,
             Evaluation(texts, spec.evaluation.stop_above),
             PrunedAnswers(yardstick) if yardstick else None,
@@ -114,12 +110,7 @@ def stages_after_shots(spec: JobSpec, layout: ModelLayout) -> tuple[Stage, ...]:
     Raises:
         ValueError: the model cannot be written so; names the field, and the remedy.
     """
-    output = spec.output
-    shrinking = _shrinking(spec)
-    return _present(
-        *Export.of(output, spec.evaluation.tasks, layout, shrinking),
-        Quantise.of(output.quantize, layout, shrinking),
-    )
+    return exports_of(spec.output, spec.evaluation.tasks, layout, _shrinking(spec))
 
 
 def _present(*stages: Stage | None) -> tuple[Stage, ...]:

@@ -77,14 +77,17 @@ class Section(BaseModel):
     def problems(self) -> Iterable[str]:
         """Yield what fields that are right by themselves have against each other.
 
-        Each is a sentence with the remedy. The first becomes the section's error.
+        Each is a sentence with the remedy. The first becomes the section's error; those of base
+        classes come before a class's own, which need not yield them.
         """
         return ()
 
     @model_validator(mode="after")
     def _has_no_problems(self) -> Section:
-        for problem in self.problems():
-            raise ValueError(problem)
+        for section in reversed(type(self).__mro__):
+            problems = vars(section).get("problems")
+            for problem in problems(self) if problems is not None else ():
+                raise ValueError(problem)
         return self
 
 

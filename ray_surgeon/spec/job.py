@@ -26,7 +26,7 @@ from ray_surgeon.spec.targets import LatencyTarget
 from ray_surgeon.stages.correction.section import CorrectionSection
 from ray_surgeon.stages.curvature.section import CurvatureSection, KfacSection
 from ray_surgeon.stages.prune.groups_section import CoupledSection
-from ray_surgeon.stages.prune.section import PruningSection
+from ray_surgeon.stages.prune.methods import PruningSection
 
 HELD_SHARE = 0.1
 MOST_HELD = 6

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
@@ -37,9 +36,9 @@ class ScheduleSection(Section):
         return self.num_shots if self.sparsities is None else len(self.sparsities)
 
     @property
-    @abstractmethod
     def last_sparsity(self) -> float | None:
         """The target, if it is a sparsity."""
+        return getattr(self, "target_sparsity", None)
 
     @property
     def num_further_windows(self) -> int:
@@ -103,11 +102,6 @@ class SparsitySection(ScheduleSection):
 
     target_sparsity: float = Field(gt=0, lt=1)
     """Fraction of the parameters of the blocks' linears to remove, biases included"""
-
-    @property
-    def last_sparsity(self) -> float:
-        """The target."""
-        return self.target_sparsity
 
 
 class SpeedSection(Section):

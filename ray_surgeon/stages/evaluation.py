@@ -1,14 +1,19 @@
-"""Perplexity on the evaluation texts, and the divergence from the dense model, after every shot."""
+"""What the models are measured on: texts, after every shot, and tasks.
+
+Tasks of the dense model, that is; those of exports are measured with each export.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from ray_surgeon.export.tasks import check_tasks, evaluate_tasks
 from ray_surgeon.plan.needs import StepPlan, WorkerView
 from ray_surgeon.runtime.passes import Measured, measure, remember
-from ray_surgeon.stages.calibration import HELD
-from ray_surgeon.stages.stage import Facts, RunState, Stage
+from ray_surgeon.spec.evaluation import TasksSection
+from ray_surgeon.stages.stage import HELD, Facts, RunState, Stage
 
 
 class CollapseError(RuntimeError):
@@ -19,16 +24,11 @@ class Measures(dict[str, Measured]):
     """Evaluation text -> what was measured on it after a shot."""
 
 
-@dataclass(frozen=True)
 class DenseEvaluation(Stage):
     """Measures the dense model, and keeps its states of all that is compared with it later."""
 
     name = "evaluation"
-    sizes: Sequence[tuple[int, int]]  # number and length of the windows of each text
-
-    def is_due(self, run: RunState) -> bool:
-        """Whether the workers have the dense model."""
-        return not run.resumes
+    of_dense_model = True
 
     def run(self, run: RunState, facts: Facts) -> None:
         """Measure, and let the last shards keep the dense model's states."""
@@ -42,10 +42,6 @@ class DenseEvaluation(Stage):
             remember(run.cluster, HELD, run.text.held, run.text.held_counts)
             facts["windows held aside"] = len(run.text.held)
 
-    def on_host(self, worker: WorkerView) -> float:
-        """Return the dense model's states of the texts."""
-        return worker.remembered(sum(count * length for count, length in self.sizes))
-
 
 @dataclass(frozen=True)
 class Evaluation(Stage):
@@ -58,9 +54,8 @@ class Evaluation(Stage):
     def run(self, run: RunState, facts: Facts) -> None:
         """Measure every text."""
         facts["sparsity"] = run.sparsity
-        measures = Measures()
-        for name, windows in run.texts.items():
-            measures[name] = measure(run.cluster, name, windows)
+        texts = run.texts.items()
+        measures = Measures({name: measure(run.cluster, name, text) for name, text in texts})
         facts |= {f"perplexity {name}": value.perplexity for name, value in measures.items()}
         facts |= {f"divergence {name}": value.divergence for name, value in measures.items()}
         run.keep(measures, of_shot=True)
@@ -71,36 +66,51 @@ class Evaluation(Stage):
         Raises:
             CollapseError: a perplexity is above the limit.
         """
-        perplexity: Mapping[str, float] = run.report.dense["perplexity"]
-        check_for_collapse(run.kept(Measures), perplexity, self.stop_above, run.shot)
+        limit = self.stop_above
+        for text, measured in run.kept(Measures).items() if limit is not None else ():
+            value = measured.perplexity
+            dense = run.report.dense["perplexity"][text]
+            if not value <= limit * dense:
+                raise CollapseError(
+                    f"after shot {run.shot} the perplexity on {text} is {value:.4g}, "
+                    f"{value / dense:.3g} times the dense model's; evaluation.stop_above allows "
+                    f"{limit:g}. The shots before are committed; prune less, or raise "
+                    "evaluation.stop_above"
+                )
 
     def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
         """Return the passes over the texts."""
         yield worker.measuring(self.name, self.sizes)
 
+    def on_host(self, worker: WorkerView) -> float:
+        """Return the dense model's states of the texts."""
+        return worker.remembered(sum(count * length for count, length in self.sizes))
 
-def check_for_collapse(
-    after: Mapping[str, Measured], before: Mapping[str, float], limit: float | None, shot: int
-) -> None:
-    """End the run if perplexity on a text is above its limit.
 
-    Args:
-        after: text -> what was measured.
-        before: text -> perplexity of the dense model.
-        limit: times that perplexity; None for no limit.
-        shot: its number.
+@dataclass(frozen=True)
+class Tasks(Stage):
+    """Runs the tasks once, before the first shot."""
 
-    Raises:
-        CollapseError: it is.
-    """
-    if limit is None:
-        return
-    for text, measured in after.items():
-        value = measured.perplexity
-        if not value <= limit * before[text]:
-            raise CollapseError(
-                f"after shot {shot} the perplexity on {text} is {value:.4g}, "
-                f"{value / before[text]:.3g} times the dense model's; evaluation.stop_above allows "
-                f"{limit:g}. The shots before are committed; prune less, or raise "
-                "evaluation.stop_above"
-            )
+    name = "tasks"
+    of_dense_model = True
+    section: TasksSection
+
+    @staticmethod
+    def of(section: TasksSection | None) -> Tasks | None:
+        """Return the stage if there are tasks.
+
+        Raises:
+            ValueError: the harness is not installed, or does not know a task.
+        """
+        if section is None:
+            return None
+        check_tasks(section)
+        return Tasks(section)
+
+    def run(self, run: RunState, facts: Facts) -> None:
+        """Measure the dense model."""
+        run.report.dense["tasks"] = evaluate_tasks(run.cluster, run.model, self.section)
+
+    def fingerprints(self) -> Mapping[str, Any]:
+        """Return the tasks: scores before and after are of the same ones."""
+        return {"tasks": self.section.model_dump(mode="json", exclude={"batch_size"})}

@@ -21,7 +21,7 @@ from ray_surgeon.run.inputs import check
 from ray_surgeon.spec.parsing import parse_spec
 from ray_surgeon.stages.curvature.section import KfacSection
 from ray_surgeon.stages.curvature.stage import calibrate
-from ray_surgeon.stages.prune.consumer_costs import ConsumerCosts, Paths, Reach, renewed
+from ray_surgeon.stages.prune.group_choice import ConsumerCosts, Paths, Reach, renewed
 from ray_surgeon.stages.prune.groups import Groups
 from ray_surgeon.stages.prune.groups_section import GroupsSection
 from ray_surgeon.stages.prune.method import Scores
@@ -113,9 +113,9 @@ def test_the_curve_is_of_scaled_costs_a_unit_as_the_threshold_is() -> None:
             "ffn",
             torch.tensor([1.0, 2.0]),
             2,
-            10,
             frozenset(range(3)),
-            block=block,
+            num_parameters=10,
+            layer=block,
             scale=scale,
         )
         for block, scale in enumerate((1.0, 7.0))
@@ -126,7 +126,11 @@ def test_the_curve_is_of_scaled_costs_a_unit_as_the_threshold_is() -> None:
 
 
 def test_what_earlier_shots_removed_counts() -> None:
-    costs = (ConsumerCosts("x", "ffn", torch.tensor([1.0, 2.0, 3.0, math.inf]), 3, 10, ANY),)
+    costs = (
+        ConsumerCosts(
+            "x", "ffn", torch.tensor([1.0, 2.0, 3.0, math.inf]), 3, ANY, num_parameters=10
+        ),
+    )
     choice = small_groups(small_budget(4), num_shots=2).choose(NO_CLUSTER, Scores(costs, 40, 30), 2)
     assert (choice.facts["groups"], choice.facts["sparsity"], choice.facts["need"]) == (
         1,
@@ -137,7 +141,7 @@ def test_what_earlier_shots_removed_counts() -> None:
 
 def test_scores_of_paths_that_were_followed_farther_take_the_place_of_those_before() -> None:
     def cost(name: str, x: float) -> ConsumerCosts:
-        return ConsumerCosts(name, "ffn", torch.tensor([x]), 1, 10, ANY)
+        return ConsumerCosts(name, "ffn", torch.tensor([x]), 1, ANY, num_parameters=10)
 
     def event(name: str, factor: str, used: float) -> RaisedDamping:
         return RaisedDamping(name, factor, 0.0, used, False)
@@ -159,7 +163,7 @@ def test_scores_of_paths_that_were_followed_farther_take_the_place_of_those_befo
 
 def test_a_path_is_followed_where_costs_a_unit_reach_the_threshold() -> None:
     costs = ConsumerCosts(
-        "x", "ffn", torch.tensor([1.0, math.inf, math.inf]), 3, 10, ANY, limit=0.05
+        "x", "ffn", torch.tensor([1.0, math.inf, math.inf]), 3, ANY, num_parameters=10, limit=0.05
     )
     for threshold, followed in ((0.05, True), (0.1, True), (0.11, False)):
         assert Paths(small_groups(), NO_CLUSTER, 1).is_followed(costs, threshold) == followed
@@ -167,14 +171,16 @@ def test_a_path_is_followed_where_costs_a_unit_reach_the_threshold() -> None:
 
 
 def test_paths_end_at_the_fewest_groups_that_stay() -> None:
-    costs = ConsumerCosts("x", "ffn", torch.tensor([1.0, 2.0, math.inf]), 3, 10, ANY)
+    costs = ConsumerCosts("x", "ffn", torch.tensor([1.0, 2.0, math.inf]), 3, ANY, num_parameters=10)
     method = replace(small_groups(), fewest={"ffn": 1})
     assert Paths(method, NO_CLUSTER, 1).has_ended(costs)
     assert not Paths(small_groups(), NO_CLUSTER, 1).has_ended(costs)
 
 
 def test_one_step_more_is_the_multiple_of_the_shot() -> None:
-    scores = Scores((ConsumerCosts("x", "ffn", torch.tensor([1.0]), 1, 10, ANY),), 1, 1)
+    scores = Scores(
+        (ConsumerCosts("x", "ffn", torch.tensor([1.0]), 1, ANY, num_parameters=10),), 1, 1
+    )
     method = small_groups(width_multiple=8, num_shots=2)
     steps = [Paths(method, NO_CLUSTER, shot).and_one_step(scores, {"x": 3}) for shot in (1, 2)]
     assert steps == [{"x": 4}, {"x": 11}]

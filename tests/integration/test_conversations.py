@@ -17,8 +17,13 @@ from ray_surgeon.runtime.sampling import write_texts
 from ray_surgeon.runtime.writing import Wanted
 from ray_surgeon.spec.calibration import CalibrationSection
 from ray_surgeon.stages.self_text import conversations
-from ray_surgeon.stages.self_text.conversations import Conversation, WrittenText, pack, write
-from ray_surgeon.stages.self_text.loops import repeats
+from ray_surgeon.stages.self_text.conversations import (
+    Conversation,
+    WrittenText,
+    pack,
+    repeats,
+    write,
+)
 from ray_surgeon.stages.self_text.requests import Conversations, to_be_written
 from ray_surgeon.stages.self_text.stage import as_tensors, from_tensors
 from ray_surgeon.storage import tensor_files

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ray_surgeon.runtime.worker import Worker
-from ray_surgeon.stages.prune.consumer_costs import Reach
+from ray_surgeon.stages.prune.group_choice import Reach
 from ray_surgeon.stages.prune.groups import Groups
 from tests.conftest import CONFIGS, LAYOUTS
 from tests.integration.runs import (

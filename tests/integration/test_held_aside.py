@@ -27,15 +27,14 @@ from ray_surgeon.runtime.local import LocalCluster
 from ray_surgeon.runtime.passes import remember
 from ray_surgeon.runtime.pipelines import forward_and_backward
 from ray_surgeon.spec.parsing import parse_spec
-from ray_surgeon.stages.answers.stage import DenseAnswers
-from ray_surgeon.stages.calibration import HELD, CalibrationText, held_measure, held_places
+from ray_surgeon.stages.answers.answers import DenseAnswers
 from ray_surgeon.stages.correction.section import CorrectionSection
-from ray_surgeon.stages.correction.trained import Trained
-from ray_surgeon.stages.correction.training import HARMLESS, RATES, Corrections
+from ray_surgeon.stages.correction.training import HARMLESS, RATES, Corrections, Trained
 from ray_surgeon.stages.curvature.section import KfacSection
 from ray_surgeon.stages.prune.elements import ElementsSection
 from ray_surgeon.stages.prune.method import Method
 from ray_surgeon.stages.self_text.stage import SelfText
+from ray_surgeon.stages.stage import HELD, CalibrationText, held_measure, held_places
 from tests.conftest import COMMON, ROTARY, SPARSE
 from tests.integration.runs import (
     assert_same_shot,

@@ -485,7 +485,7 @@ def test_tasks_of_a_run_that_goes_on_are_those_it_began_with(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The dense model's scores are from the beginning."""
-    monkeypatch.setattr("ray_surgeon.stages.tasks.check_tasks", lambda options: None)
+    monkeypatch.setattr("ray_surgeon.stages.evaluation.check_tasks", lambda options: None)
     model = model_folders["llama"]
     exports = {
         "pruning__structure": "groups",

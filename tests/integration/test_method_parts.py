@@ -19,10 +19,11 @@ from ray_surgeon.run.inputs import check
 from ray_surgeon.runtime.block_pass import BlockPass
 from ray_surgeon.runtime.worker import Worker
 from ray_surgeon.spec.parsing import parse_spec
-from ray_surgeon.stages.calibration import CalibrationText
 from ray_surgeon.stages.correction.section import CorrectionSection
+from ray_surgeon.stages.correction.steps import start
 from ray_surgeon.stages.correction.training import Corrections
 from ray_surgeon.stages.curvature.stage import calibrate
+from ray_surgeon.stages.stage import CalibrationText
 from tests.conftest import LAYOUTS
 from tests.integration.runs import loaded, tiny_spec
 
@@ -132,7 +133,7 @@ def test_corrections_of_linears_and_shots_start_from_their_own(
     (worker,) = loaded(model_folders["llama"]).workers.values()
     starts = []
     for shot in (1, 2):
-        Corrections(CorrectionSection(lora_rank=1)).start(worker, shot)
+        start(worker, CorrectionSection(lora_rank=1), shot)
         parts = worker.drop(LowRankCorrections)
         parts.absorb()
         starts += [tuple(part.A.flatten().tolist()) for part in parts.parts.values()]
@@ -146,12 +147,12 @@ def test_the_seed_of_corrections_is_that_of_their_start_and_of_the_order(
     starts = []
     orders = []
     for seed in (0, 1):
-        corrections = Corrections(CorrectionSection(lora_rank=1, seed=seed))
-        corrections.start(worker, 1)
+        section = CorrectionSection(lora_rank=1, seed=seed)
+        start(worker, section, 1)
         parts = worker.drop(LowRankCorrections)
         parts.absorb()
         starts.append(parts.parts["model.layers.0.self_attn.q_proj"].A.flatten().tolist())
-        orders.append(corrections.batches(1, 1, 20))
+        orders.append(Corrections(section).batches(1, 1, 20))
     assert starts[0] != starts[1]
     assert orders[0] != orders[1]
 

@@ -19,8 +19,8 @@ from ray_surgeon.models.layout import LinearShape
 from ray_surgeon.run.inputs import check
 from ray_surgeon.runtime.collectives import ThreadReplica
 from ray_surgeon.spec.parsing import parse_spec
-from ray_surgeon.stages.curvature.extended import gather_terms
-from ray_surgeon.stages.curvature.gather import drawn, gather_curvature
+from ray_surgeon.stages.curvature.gather import drawn, gather_curvature, gather_terms
+from ray_surgeon.stages.curvature.section import ExtendedKfacSection
 from tests.conftest import CONFIGS, LAYOUTS
 from tests.integration.runs import (
     MOST_BY_ORDER_OF_SUMS,
@@ -32,6 +32,8 @@ from tests.integration.runs import (
     tensors_of_shot,
     tiny_spec,
 )
+
+TERMS = ExtendedKfacSection(kind="extended_kfac", num_power_iterations=6)
 
 METHODS: dict[str, dict[str, Any]] = {
     "once": {"pruning__costs": "obs"},
@@ -362,7 +364,7 @@ def test_further_terms_of_shards_and_replicas_are_those_of_samples(
     for shards, replicas in ((1, 1), (2, 1), (1, 2)):
         cluster = loaded(model_folders["llama"], shards, replicas)
         gather_curvature(cluster, checked.calibration, "kfac")
-        (sizes,) = gather_terms(cluster, checked.calibration, 2, 6, None)
+        (sizes,) = gather_terms(cluster, checked.calibration, TERMS, None)
         owned = {
             name: w.shard.factors(name) for w in cluster.workers.values() for name in w.owned()
         }
@@ -409,7 +411,7 @@ def test_further_terms_of_experts_weigh_what_their_own_tokens_do(
     gather_curvature(cluster, checked.calibration, "kfac")
     for hook in hooks:
         hook.remove()
-    (sizes,) = gather_terms(cluster, checked.calibration, 2, 6, None)
+    (sizes,) = gather_terms(cluster, checked.calibration, TERMS, None)
     for name, (inputs, gradients) in pairs.items():
         a = torch.cat(inputs)
         g = torch.cat(gradients)

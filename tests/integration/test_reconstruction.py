@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.maths.reconstruction import outputs_of, reconstruct
 from ray_surgeon.memory.stores import Stores
+from ray_surgeon.models.layout import FEED_FORWARD_OF_ALL
 from ray_surgeon.run.inputs import Inputs, check
 from ray_surgeon.spec.parsing import parse_spec
 from ray_surgeon.stages.curvature.gather import drawn
@@ -27,7 +28,6 @@ from ray_surgeon.stages.reconstruction.layers import (
     _layer,
     errors_of,
 )
-from ray_surgeon.stages.reconstruction.section import RECONSTRUCTED
 from tests.conftest import CONFIGS, LAYOUTS, SPARSE_CONFIGS, tiny_model
 from tests.integration.runs import (
     MOST_BY_ORDER_OF_SUMS,
@@ -66,7 +66,7 @@ def test_a_layer_is_what_the_family_computes(family: str, model_folders: dict[st
     cluster = loaded(model_folders[family])
     model = tiny_model(family)
     (worker,) = cluster.workers.values()
-    layers = [groups for groups in worker.group_sets if groups.kind in RECONSTRUCTED]
+    layers = [groups for groups in worker.group_sets if groups.kind in FEED_FORWARD_OF_ALL]
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def noting(name: str) -> Any:

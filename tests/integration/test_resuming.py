@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from ray_surgeon.report.directory import RunDirectory
-from ray_surgeon.stages import evaluation, exports
+from ray_surgeon.stages import evaluation
 from ray_surgeon.stages.prune.rows_columns import RowsColumns
 from tests.integration.runs import report_of, run
 
@@ -27,10 +27,10 @@ def test_a_try_that_slept_takes_nothing_from_the_one_that_went_on(
         if not slept:
             slept.append(1)
             assert run(tmp_path, model_folders["llama"], "--resume", cluster__num_shards=2) == 0
-        check_for_collapse(*arguments)
+        ended(*arguments)
 
-    check_for_collapse = evaluation.check_for_collapse
-    monkeypatch.setattr(evaluation, "check_for_collapse", sleep)
+    ended = evaluation.Evaluation.ended
+    monkeypatch.setattr(evaluation.Evaluation, "ended", sleep)
     assert run(tmp_path, model_folders["llama"]) == 1
     assert slept
     directory = RunDirectory(str(tmp_path / "run"))
@@ -81,7 +81,7 @@ def test_while_exports_are_written_again_the_report_has_none(
 ) -> None:
     assert run(tmp_path, model_folders["llama"], output__exports=["masked"]) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(exports, "export", lambda *_, **__: sys.exit("killed"))
+        patch.setattr("ray_surgeon.stages.weights.export", lambda *_, **__: sys.exit("killed"))
         with pytest.raises(SystemExit):
             run(
                 tmp_path,

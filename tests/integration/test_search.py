@@ -21,14 +21,14 @@ from ray_surgeon.run.inputs import Inputs, check
 from ray_surgeon.runtime.local import LocalCluster
 from ray_surgeon.runtime.passes import divergences_of, remember
 from ray_surgeon.spec.parsing import parse_spec
-from ray_surgeon.stages.calibration import CalibrationText
 from ray_surgeon.stages.curvature.stage import calibrate
-from ray_surgeon.stages.prune.consumer_costs import ConsumerCosts, Paths, Reach, Unit
+from ray_surgeon.stages.prune.group_choice import ConsumerCosts, Paths, Reach, Unit
 from ray_surgeon.stages.prune.groups import Groups
 from ray_surgeon.stages.prune.groups_section import GroupsSection, UniformGroupsSection
 from ray_surgeon.stages.prune.method import Scores
 from ray_surgeon.stages.search.search import SEARCHED, Search, SearchStage
 from ray_surgeon.stages.search.section import SearchSection
+from ray_surgeon.stages.stage import CalibrationText
 from ray_surgeon.storage.texts import windows_of
 from tests.integration.runs import (
     MOST_BY_ORDER_OF_SUMS,

@@ -27,9 +27,9 @@ from ray_surgeon.run.stages import stages_after_shots, stages_of
 from ray_surgeon.runtime.placement import place
 from ray_surgeon.spec.job import JobSpec
 from ray_surgeon.stages.correction.stage import Correction
-from ray_surgeon.stages.load import Load
 from ray_surgeon.stages.prune.methods import method_for
 from ray_surgeon.stages.reconstruction.layers import Arrivals
+from ray_surgeon.stages.weights import Load
 from ray_surgeon.storage.texts import windows_of
 from tests.conftest import LAYOUTS
 

@@ -8,7 +8,7 @@ likely token each time as the dense model did, until they part. Source: docs/met
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean, median
 from typing import Any
@@ -16,24 +16,32 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ray_surgeon.plan.needs import StepPlan, WorkerView
 from ray_surgeon.runtime import passes
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.dense_model import ANSWERS
 from ray_surgeon.runtime.sampling import write_texts
 from ray_surgeon.runtime.writing import Wanted
-from ray_surgeon.stages.self_text.loops import repeats
+from ray_surgeon.stages.answers.prompts import Yardstick
+from ray_surgeon.stages.self_text.conversations import repeats
+from ray_surgeon.stages.stage import Facts, RunState, Stage
 from ray_surgeon.storage import files
 
 _EXAMPLE_CHARACTERS = 2000
 """Of a text that a record shows as an example."""
+_PROMPT_TOKENS = 256
+"""Tokens of a prompt, chat template included; a guess for the plan."""
+
+Prompts = tuple[tuple[int, ...], ...]
+"""Tokens of each, one or more."""
 
 
 @dataclass(frozen=True)
 class Answers:
     """What the dense model answers, taking the most likely token each time."""
 
-    prompts: tuple[tuple[int, ...], ...]  # one token or more each
-    answers: tuple[tuple[int, ...], ...]  # likewise, with the token that ends it if it has ended
+    prompts: Prompts
+    answers: Prompts  # likewise, with the token that ends it if it has ended
     ends: frozenset[int]  # tokens that end an answer
 
     @property
@@ -66,22 +74,16 @@ class Generation(Rates):
     # none
     not_ended: float | None
     repeating: float  # fraction of the answers that get stuck in a loop
-    answers: tuple[tuple[int, ...], ...]  # the pruned model's own
+    answers: Prompts  # the pruned model's own
 
 
 # On the coordinator
 
 
 def answers_of(
-    cluster: Cluster, prompts: tuple[tuple[int, ...], ...], max_tokens: int, ends: frozenset[int]
+    cluster: Cluster, prompts: Prompts, max_tokens: int, ends: frozenset[int]
 ) -> Answers:
     """Let the dense model answer prompts, and keep what pruned models are compared with.
-
-    Args:
-        cluster: with the dense weights.
-        prompts: tokens of each; see `check_prompts`.
-        max_tokens: of an answer.
-        ends: tokens that end one.
 
     Raises:
         FloatingPointError: a hidden state is not finite.
@@ -91,28 +93,24 @@ def answers_of(
     return answers
 
 
-def _written(
-    cluster: Cluster, prompts: tuple[tuple[int, ...], ...], max_tokens: int, ends: frozenset[int]
-) -> tuple[tuple[int, ...], ...]:
+def _written(cluster: Cluster, prompts: Prompts, max_tokens: int, ends: frozenset[int]) -> Prompts:
     wanted = Wanted(prompts, max_tokens, temperature=0.0, ends=ends)
     return tuple(tuple(text.tolist()) for text in write_texts(cluster, wanted))
 
 
 def windows_of_answers(answers: Answers) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Return each prompt with its answer, filled up on the right, where causal models look last.
-
-    Args:
-        answers: n of them.
+    """Return each of n prompts with its answer, filled up on the right, where no model looks.
 
     Returns:
         [n, T] tokens, and [n, T] whether a token belongs to the answer.
     """
-    lengths = [len(p) + len(a) for p, a in zip(answers.prompts, answers.answers, strict=True)]
-    tokens = np.zeros((len(lengths), max(lengths)), dtype=np.int64)
+    pairs = list(zip(answers.prompts, answers.answers, strict=True))
+    tokens = np.zeros((len(pairs), max(len(p) + len(a) for p, a in pairs)), dtype=np.int64)
     counts = np.zeros(tokens.shape, dtype=np.bool_)
-    for row, (prompt, answer) in enumerate(zip(answers.prompts, answers.answers, strict=True)):
-        tokens[row, : lengths[row]] = prompt + answer
-        counts[row, len(prompt) : lengths[row]] = True
+    for row, (prompt, answer) in enumerate(pairs):
+        length = len(prompt) + len(answer)
+        tokens[row, :length] = prompt + answer
+        counts[row, len(prompt) : length] = True
     return tokens, counts
 
 
@@ -128,11 +126,7 @@ def remember_answers(cluster: Cluster, answers: Answers) -> None:
 
 
 def measure_rates(cluster: Cluster, answers: Answers) -> Rates:
-    """Measure the present weights on the dense model's answers, without writing any.
-
-    Args:
-        cluster: with loaded workers, which remember the answers.
-        answers: of the dense model.
+    """Measure weights on the answers that workers remember, without writing any.
 
     Raises:
         FloatingPointError: the divergence is not a number.
@@ -149,12 +143,7 @@ def measure_rates(cluster: Cluster, answers: Answers) -> Rates:
 
 
 def measure_answers(cluster: Cluster, answers: Answers, max_tokens: int) -> Generation:
-    """Measure the present weights on the dense model's answers, and let them write their own.
-
-    Args:
-        cluster: with loaded workers, which remember the answers.
-        answers: of the dense model.
-        max_tokens: of an answer, as they were written with.
+    """Measure weights on the answers that workers remember, and let them write their own.
 
     Raises:
         FloatingPointError: the divergence is not a number.
@@ -178,16 +167,8 @@ def departure(answer: Sequence[int], second_answer: Sequence[int]) -> int:
     return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
 
 
-# Records
-
-
 def dense_record(answers: Answers, decode_tokens: Callable[[Sequence[int]], str]) -> dict[str, Any]:
-    """Return what a report tells of the dense model's answers.
-
-    Args:
-        answers: of the dense model.
-        decode_tokens: the text of tokens.
-    """
+    """Return what a report tells of the dense model's answers; `decode_tokens` gives their text."""
     return {
         "num_prompts": len(answers.prompts),
         "num_tokens": answers.num_tokens,
@@ -227,3 +208,93 @@ def read_answers(uri: str) -> Answers:
     record = files.read_json(uri)
     prompts, answers = (tuple(map(tuple, record[part])) for part in ("prompts", "answers"))
     return Answers(prompts, answers, frozenset(record["ends"]))
+
+
+# Stages
+
+
+@dataclass(frozen=True)
+class DenseAnswers(Stage):
+    """The dense model answers the prompts, before the first shot."""
+
+    name = "answers"
+    yardstick: Yardstick
+
+    def run(self, run: RunState, facts: Facts) -> None:
+        """Let the dense model answer, unless an earlier try of the run did.
+
+        Raises:
+            ValueError: the answers of an earlier try are gone.
+        """
+        answers = self._answers(run)
+        run.keep(answers)
+        facts |= {"prompts": len(answers.prompts), "num_tokens": answers.num_tokens}
+        if not run.resumes:
+            run.report.dense["generation"] = dense_record(answers, self.yardstick.text_of)
+
+    def _answers(self, run: RunState) -> Answers:
+        uri = run.directory.path("answers.json")
+        if files.exists(uri):
+            answers = read_answers(uri)
+            if not run.resumes:  # otherwise its states are among those of the dense model
+                remember_answers(run.cluster, answers)
+            return answers
+        if run.resumes:
+            raise ValueError(
+                f"{uri} is gone, and the dense model with it, whose answers it had; put it back, "
+                "or start a new run"
+            )
+        section = self.yardstick.section
+        prompts = self.yardstick.prompts_on(run.cluster)
+        answers = answers_of(run.cluster, prompts, section.max_new_tokens, self.yardstick.ends)
+        write_answers(uri, answers)
+        return answers
+
+    def fingerprints(self) -> Mapping[str, Any]:
+        """Return the prompts: answers before and after are to the same ones."""
+        return {"generation": self.yardstick.fingerprint}
+
+    def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
+        """Return the writing of the answers."""
+        section = self.yardstick.section
+        yield worker.writing(self.name, [(section.num_prompts, section.max_new_tokens)])
+
+    def on_host(self, worker: WorkerView) -> float:
+        """Return the dense model's states of prompts and answers."""
+        section = self.yardstick.section
+        return worker.remembered(section.num_prompts * (_PROMPT_TOKENS + section.max_new_tokens))
+
+
+@dataclass(frozen=True)
+class BeforeCorrection(Stage):
+    """How many of the dense model's tokens the pruned model would accept, before corrections."""
+
+    name = "answers"
+
+    def run(self, run: RunState, facts: Facts) -> None:
+        """Measure what corrections begin from."""
+        rates = measure_rates(run.cluster, run.kept(Answers))
+        run.record["generation_before_correction"] = asdict(rates)
+        facts["accepted"] = rates.acceptance
+
+
+@dataclass(frozen=True)
+class PrunedAnswers(Stage):
+    """The pruned model's answers beside the dense model's, after every shot."""
+
+    name = "answers"
+    yardstick: Yardstick
+
+    def run(self, run: RunState, facts: Facts) -> None:
+        """Compare the answers."""
+        answers = run.kept(Answers)
+        most = self.yardstick.section.max_new_tokens
+        generation = measure_answers(run.cluster, answers, most)
+        run.record["generation"] = shot_record(answers, generation, self.yardstick.text_of)
+        facts |= {"accepted": generation.acceptance, "agreement": generation.agreement}
+
+    def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
+        """Return the comparison; the writing is as that of the dense model."""
+        section = self.yardstick.section
+        length = _PROMPT_TOKENS + section.max_new_tokens
+        yield worker.measuring(self.name, [(section.num_prompts, length)])

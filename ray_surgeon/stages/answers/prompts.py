@@ -136,25 +136,24 @@ def _yardstick_of(
     Raises:
         ValueError: a prompt cannot be read or answered; names the field.
     """
-    longest = _longest(config)
+    longest = getattr(config, "max_position_embeddings", None)
     new = section.max_new_tokens
     marks = chat_marks(tokenizer, config, WHERE)
     request = None
+    starts = windows[: section.num_prompts, :START_TOKENS]
+    prompts = [tuple(start) for start in starts.tolist()]
     if section.prompts is not None:
         most = None if longest is None else longest - new
         read = read_prompts(section.prompts, tokenizer, f"{WHERE}.prompts", most)
         order = np.random.default_rng(section.seed).permutation(len(read))
         prompts = [read[number].tokens for number in sorted(order[: section.num_prompts])]
-    else:
-        starts = windows[: section.num_prompts, :START_TOKENS]
-        prompts = [tuple(start) for start in starts.tolist()]
-    if section.prompts is None and marks.opening:
+    elif marks.opening:
         # a third is a turn's
         length = len(marks.opening) + len(marks.closing) + len(marks.end) + 3 * TURN_TOKENS
         request = Conversations(marks, None, 0, length, 1.0, section.seed + _SEED, WHERE)
         prompt = (*marks.opening, *marks.closing, *[0] * request.turn_tokens)
         check_prompts([prompt], new, longest, f"{WHERE}.max_new_tokens")
-    else:
+    if request is None:
         check_prompts(prompts, new, longest, f"{WHERE}.prompts")
     return Yardstick(section, tuple(prompts), request, marks.ends_of_answer, tokenizer)
 
@@ -182,13 +181,9 @@ def _held_prompts(
         held = set(np.random.default_rng(section.seed).permutation(len(prompts))[:count].tolist())
         taken = tuple(prompts[i].tokens for i in sorted(held))
         rest = tuple(prompt for i, prompt in enumerate(prompts) if i not in held)
-        check_prompts(taken, section.max_new_tokens, _longest(config), f"{request.where}.prompts")
+        longest = getattr(config, "max_position_embeddings", None)
+        check_prompts(taken, section.max_new_tokens, longest, f"{request.where}.prompts")
         yardstick = Yardstick(section, taken, None, request.marks.ends_of_answer, tokenizer)
         requests = {**self_text.requests, number: replace(request, prompts=rest)}
         return yardstick, replace(self_text, requests=requests)
     return None
-
-
-def _longest(config: PretrainedConfig) -> int | None:
-    """Return how many tokens a model takes, None if that is not limited."""
-    return getattr(config, "max_position_embeddings", None)

@@ -38,7 +38,6 @@ class CorrectionSection(Section):
 
     def problems(self) -> Iterator[str]:
         """Yield what fields have against each other."""
-        yield from super().problems()
         if not self.steps_per_shot and not self.final_epochs:
             yield (
                 "steps_per_shot and final_epochs are 0, so nothing is trained; set one of them, or "

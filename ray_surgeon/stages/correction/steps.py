@@ -5,21 +5,32 @@ from __future__ import annotations
 from ray_surgeon.models.low_rank import CorrectionState, LowRankCorrections
 from ray_surgeon.runtime.collectives import together
 from ray_surgeon.runtime.worker import Worker, collective
+from ray_surgeon.stages.correction.section import CorrectionSection
+
+
+def start(worker: Worker, section: CorrectionSection, shot: int) -> None:
+    """Put B A beside every linear of a worker; see `LowRankCorrections`."""
+    shard = worker.shard
+    first = section.seed + 1_000_003 * shot
+    seeds = {name: first + worker.layout.linear_numbers[name] for name in shard.linears}
+    owned = {name for name in shard.linears if worker.owns(name)}
+    worker.keep(
+        LowRankCorrections(shard, worker.masks, owned, rank=section.lora_rank, seed_of=seeds)
+    )
 
 
 @collective
 def step(worker: Worker, num_tokens: int, rate: float) -> None:
     """Sum the gradients to the owners, which make a step and send the result back."""
     corrections = worker.kept(LowRankCorrections)
-    owned = [
-        [name for name in worker.shard.linears if worker.owner(name) == rank]
-        for rank in range(worker.placement.num_replicas)
-    ]
-    for owner, names in enumerate(owned):
+    owned: dict[int, list[str]] = {}
+    for name in worker.shard.linears:
+        owned.setdefault(worker.owner(name), []).append(name)
+    for owner, names in sorted(owned.items()):
         gradients = [part for name in names for part in corrections.gradients(name, num_tokens)]
         together(worker.replicas.reduce, gradients, owner)
     corrections.step(rate)
-    for owner, names in enumerate(owned):
+    for owner, names in sorted(owned.items()):
         parts = [corrections.parts[name] for name in names]
         tensors = [x.detach() for part in parts for x in (part.A, part.B)]
         together(worker.replicas.broadcast, tensors, owner)

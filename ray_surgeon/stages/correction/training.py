@@ -7,20 +7,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from ray_surgeon.maths.reconstruction import rate_factor
-from ray_surgeon.models.low_rank import LowRankCorrections
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.passes import num_counted
 from ray_surgeon.runtime.pipelines import forward_and_backward
 from ray_surgeon.runtime.wave import Labels
-from ray_surgeon.runtime.worker import Worker
-from ray_surgeon.stages.calibration import CalibrationText, held_measure
 from ray_surgeon.stages.correction import steps
 from ray_surgeon.stages.correction.section import CorrectionSection
-from ray_surgeon.stages.correction.trained import Trained
+from ray_surgeon.stages.stage import CalibrationText, Facts, held_measure
 
 RATES = (1e-3, 5e-4, 2.5e-4)
 """Learning rates that are tried in turn, relative to the root mean square of each weight.
@@ -49,18 +47,6 @@ class Corrections:
     """The corrections of one run."""
 
     section: CorrectionSection
-
-    def start(self, worker: Worker, shot: int) -> None:
-        """Put B A beside every linear of a worker; see `LowRankCorrections`."""
-        section = self.section
-        shard = worker.shard
-        numbers = worker.layout.linear_numbers
-        first = section.seed + 1_000_003 * shot
-        seeds = {name: first + numbers[name] for name in shard.linears}
-        owned = {name for name in shard.linears if worker.owns(name)}
-        worker.keep(
-            LowRankCorrections(shard, worker.masks, owned, rank=section.lora_rank, seed_of=seeds)
-        )
 
     def batches(self, shot: int, num_shots: int, num_sequences: int) -> list[list[int]]:
         """Return the calibration sequences of every step after a shot.
@@ -113,88 +99,96 @@ class Corrections:
                 `held_measure`.
         """
         batches = self.batches(shot, num_shots, len(text.tokens))
-        if not batches:
-            return Trained([], 1.0, 0.0)
-        cluster.run_all(self.start, shot)
-        training = _Training(self.section, cluster, text, batches)
-        if not len(text.held):
-            return training.unchecked()
-        return training.checked(before if self.section.loss == "kl" else None)
+        trained = Trained(self.section, cluster, text, batches)
+        if batches:
+            cluster.run_all(steps.start, self.section, shot)
+            trained.train(before if self.section.loss == "kl" else None)
+        return trained
 
 
 @dataclass
-class _Training:
-    """One training of corrections, on the coordinator."""
+class Trained:
+    """A training of corrections, on the coordinator, and what it came to.
+
+    Measures are of windows held aside: the divergence, or the loss if that is trained.
+    """
 
     section: CorrectionSection
-    cluster: Cluster
+    cluster: Cluster = field(repr=False)
     text: CalibrationText
     batches: list[list[int]]
+    # mean loss of each step's sequences before the step, in nats per token; of trials, those of the
+    # rate taken
     losses: list[float] = field(default_factory=list)
+    # share of the corrections that arrived in the weights, as `LowRankCorrections.absorb` has it
+    absorbed: float = 1.0
+    rate: float = 0.0  # the present learning rate; of no step if there is none
+    # learning rate -> measure after its first steps; the last one was taken
+    tried: dict[float, float] = field(default_factory=dict)
+    # number of steps done -> measure; of the one kept at the end, too
     held: list[tuple[int, float]] = field(default_factory=list)
+    undone: str | None = None  # why the model stays as it was; None if the corrections are kept
+    before: float = math.nan  # the measure of the start
     best: float = math.inf  # the smallest measure so far, of the state that workers keep
     best_after: int = 0  # number of steps of that state
 
-    def unchecked(self) -> Trained:
-        """Train without windows held aside, and absorb the last state."""
-        rate = self.section.learning_rate or RATES[1]
-        self._begin_steps()
-        for number in range(len(self.batches)):
-            self._step(number, rate)
-        return Trained(self.losses, self._absorb(), rate)
-
-    def checked(self, known: float | None) -> Trained:
+    def train(self, known: float | None) -> None:
         """Train, and absorb what is best; `known` is the measure of the start, if known."""
-        if known is None:
-            before = self._measure()
-        else:
-            before = known
+        self.rate = self.section.learning_rate or RATES[1]
+        if len(self.text.held):
+            self._train_checked(known)
+        else:  # the last state is absorbed
             self._begin_steps()
-        if not math.isfinite(before):
+            for number in range(len(self.batches)):
+                self._step(number)
+        if self.undone is None:
+            of_workers = self.cluster.run_all(steps.absorb)
+            wanted = sum(part for _, part in of_workers)
+            self.absorbed = sum(part for part, _ in of_workers) / wanted if wanted else 1.0
+        else:
+            self.cluster.run_all(steps.undo)
+            self.absorbed = 0.0
+
+    def _train_checked(self, known: float | None) -> None:
+        section = self.section
+        measure = held_measure(self.cluster, self.text, section.loss) if known is None else known
+        self.before = measure
+        self._begin_steps()
+        if not math.isfinite(measure):
             raise FloatingPointError(
                 "the model is not finite on the windows held aside before its corrections; check "
                 "the weights"
             )
-        self._note_if_best(0, before)
-        rate = self.section.learning_rate
+        self._note_if_best(0, measure)
         first = 0
-        tried = dict[float, float]()
-        if rate is None:
+        if section.learning_rate is None:
             first = trial_steps(len(self.batches))
-            tried = self._try_rates(first, before)
-            rate = list(tried)[-1]
-        rate, stopped = self._train_on(first, rate, before)
-        undone = self._back_to_the_best(before)
-        if undone is None:
-            return Trained(self.losses, self._absorb(), rate, tried, self.held)
-        self.cluster.run_all(steps.undo)
-        return Trained(self.losses, 0.0, rate, tried, self.held, f"{undone}{stopped}")
+            self._try_rates(first)
+        stopped = self._train_on(first)
+        undone = self._back_to_the_best()
+        self.undone = None if undone is None else f"{undone}{stopped}"
 
-    def _try_rates(self, count: int, before: float) -> dict[float, float]:
-        """Take the first steps with the highest harmless rate, or else the lowest.
-
-        Returns all rates that were tried with their measures; the last one was taken.
-        """
-        tried = dict[float, float]()
+    def _try_rates(self, count: int) -> None:
+        """Take the first steps with the highest harmless rate, or else the lowest."""
         for rate in RATES:
-            if tried:
+            self.rate = rate
+            if self.tried:
                 self.cluster.run_all(steps.take_state)
             self.losses = []
-            is_finite = all(self._step(number, rate) for number in range(count))
-            tried[rate] = self._measure() if is_finite else math.inf
-            if tried[rate] <= HARMLESS * before:
+            measure = self._measure() if all(map(self._step, range(count))) else math.inf
+            self.tried[rate] = measure
+            if measure <= HARMLESS * self.before:
                 break
-        self._note_if_best(count, tried[rate])
-        return tried
+        self._note_if_best(count, self.tried[rate])
 
-    def _train_on(self, first: int, rate: float, before: float) -> tuple[float, str]:
+    def _train_on(self, first: int) -> str:
         """Make the steps from the one with number `first` on, and check on the way.
 
-        Returns the rate at the end, and why the training ended early, if it did.
+        Returns why the training ended early, if it did.
         """
         every = max(1, round(len(self.batches) / NUM_CHECKS))
         for number in range(first, len(self.batches)):
-            is_finite = self._step(number, rate)
+            is_finite = self._step(number)
             num_steps = number + 1
             is_last = num_steps == len(self.batches)
             if is_finite and not is_last and num_steps % every:
@@ -203,17 +197,16 @@ class _Training:
             if self._note_if_best(num_steps, measure) or measure <= TOLERATED * self.best:
                 continue
             if self.section.learning_rate is None:
-                rate /= 2
+                self.rate /= 2
                 self.cluster.run_all(steps.take_state)
-            elif measure > GIVEN_UP * before:
+            elif measure > GIVEN_UP * self.before:
                 return (
-                    rate,
-                    f"; it was given up after {num_steps} steps, because it diverged: {before:.4g} "
-                    f"became {measure:.4g}",
+                    f"; it was given up after {num_steps} steps, because it diverged: "
+                    f"{self.before:.4g} became {measure:.4g}"
                 )
-        return rate, ""
+        return ""
 
-    def _step(self, number: int, rate: float) -> bool:
+    def _step(self, number: int) -> bool:
         """Make one step; return whether the loss was finite."""
         text = self.text
         batch = self.batches[number]
@@ -227,7 +220,8 @@ class _Training:
         self.losses.append(sum(sums) / num_tokens)
         if not math.isfinite(self.losses[-1]):
             return False
-        self.cluster.run_all(steps.step, num_tokens, rate * rate_factor(number, len(self.batches)))
+        rate = self.rate * rate_factor(number, len(self.batches))
+        self.cluster.run_all(steps.step, num_tokens, rate)
         self.cluster.progress.reach(number + 1)
         return True
 
@@ -257,24 +251,49 @@ class _Training:
         self.cluster.run_all(steps.keep_state)
         return True
 
-    def _back_to_the_best(self, before: float) -> str | None:
+    def _back_to_the_best(self) -> str | None:
         """Go back to the best state; return why nothing is to be absorbed, if so."""
+        before = f"{self.before:.4g} before"
         if not self.best_after:
-            return f"no state was better on the windows held aside than {before:.4g} before"
+            return f"no state was better on the windows held aside than {before}"
         if self.best_after == len(self.batches):  # which was measured rounded
             return None
         self.cluster.run_all(steps.take_state)
         rounded = self._measure(rounded=True)
         self.held.append((self.best_after, rounded))
-        if rounded < before:
+        if rounded < self.before:
             return None
-        return (
-            f"rounded to the weights' dtype it was {rounded:.4g} on the windows held aside, "
-            f"and {before:.4g} before"
-        )
+        rounds = f"rounded to the weights' dtype it was {rounded:.4g}"
+        return f"{rounds} on the windows held aside, and {before}"
 
-    def _absorb(self) -> float:
-        """Absorb the corrections; return which share of them arrived in the weights."""
-        of_workers = self.cluster.run_all(steps.absorb)
-        wanted = sum(part for _, part in of_workers)
-        return sum(part for part, _ in of_workers) / wanted if wanted else 1.0
+    @property
+    def facts(self) -> Facts:
+        """What the line of the step says.
+
+        These are the measures before and after, the rate, and why it was undone, if it was.
+        """
+        facts: Facts = {"num_steps": len(self.losses), "rate": self.rate}
+        if self.held:
+            facts |= {"held aside before": self.held[0][1], "held aside after": self.held[-1][1]}
+        elif self.losses:
+            facts |= {"first_loss": self.losses[0], "last_loss": self.losses[-1]}
+        if self.undone is None:
+            return facts | {"absorbed": self.absorbed}
+        return facts | {"undone": self.undone}
+
+    def as_record(self) -> dict[str, Any]:
+        """Return what the report says."""
+        tried = self.tried.items()
+        return {
+            "correction_losses": [loss for loss in self.losses if math.isfinite(loss)],
+            "correction_absorbed": self.absorbed,
+            "correction_rate": self.rate,
+            "correction_tried": [{"rate": rate, "held_aside": _number(x)} for rate, x in tried],
+            "correction_held_aside": [{"steps": n, "value": _number(x)} for n, x in self.held],
+            "correction_undone": self.undone,
+        }
+
+
+def _number(measure: float) -> float | None:
+    """Return what JSON can hold: None for an infinite measure, of a training that diverged."""
+    return measure if math.isfinite(measure) else None

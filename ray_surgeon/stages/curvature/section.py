@@ -43,7 +43,7 @@ class _Curvature(Section):
     @property
     def sequences_backward(self) -> int | None:
         """How many sequences pass backward, too; None if that is not limited."""
-        return None
+        return getattr(self, "num_backward", None)
 
     def label_seed(self, shot: int, num_sequences: int) -> int | None:
         """Return the seed of labels drawn from the model in a shot.
@@ -76,7 +76,6 @@ class _Damped(_Curvature):
 
     def problems(self) -> Iterator[str]:
         """Yield what fields have against each other."""
-        yield from super().problems()
         if self.damping != "auto" and self.max_damping < max(self.damping.a, self.damping.g):
             yield (
                 f"max_damping {self.max_damping:g} is below damping "
@@ -101,7 +100,6 @@ class _Fisher(_Damped):
 
     def problems(self) -> Iterator[str]:
         """Yield what fields have against each other."""
-        yield from super().problems()
         if self.seed and self.fisher == "empirical":
             yield (
                 "seed draws the labels of the sampled Fisher, and this is the empirical one; "
@@ -119,11 +117,6 @@ class KfacSection(_Fisher):
     All sequences give A. A pass without gradients takes less than half the time. Groups need few
     sequences with gradients, because their columns are updated by A alone
     """
-
-    @property
-    def sequences_backward(self) -> int | None:
-        """How many sequences pass backward, too; None if that is not limited."""
-        return self.num_backward
 
 
 class ExtendedKfacSection(_Fisher):
@@ -154,7 +147,6 @@ class ActivationsSection(_Damped):
 
     def problems(self) -> Iterator[str]:
         """Yield what fields have against each other."""
-        yield from super().problems()
         if self.given_damping.g != DampingSection().g:
             yield "damping.g has no effect, because G is the identity; remove it"
 

@@ -1,24 +1,99 @@
-"""The curvature pass of a shot: A and G of every linear, from the calibration text."""
+"""The curvature pass of a shot: A and G of every linear, from the calibration text.
+
+Of several dampings the one may be chosen with which removals cost least on windows held aside.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from math import isfinite
 from typing import Any
 
 import numpy as np
 
+from ray_surgeon.maths.damping import A_CHOICES, G_CHOICES, choose_damping, cost_held_aside
+from ray_surgeon.maths.kronecker import Damping, PackedFactors
+from ray_surgeon.maths.masks import StructuredMask
+from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.plan.needs import Beside, StepPlan, WorkerView
 from ray_surgeon.runtime.cluster import Cluster
-from ray_surgeon.stages.calibration import CalibrationText
-from ray_surgeon.stages.curvature import damping
-from ray_surgeon.stages.curvature.extended import gather_terms
-from ray_surgeon.stages.curvature.gather import gather_curvature
-from ray_surgeon.stages.curvature.section import ExtendedKfacSection
+from ray_surgeon.runtime.worker import Worker
+from ray_surgeon.stages.curvature.gather import gather_curvature, gather_terms
+from ray_surgeon.stages.curvature.section import DampingSection, ExtendedKfacSection
 from ray_surgeon.stages.prune.method import Method
 from ray_surgeon.stages.prune.methods import Present
-from ray_surgeon.stages.stage import Facts, RunState, Stage
+from ray_surgeon.stages.stage import CalibrationText, Facts, RunState, Stage
+
+
+class _HeldFactors(dict[str, PackedFactors]):
+    """Linear -> its factors of the windows held aside, on a worker."""
+
+
+def _keep_held_factors(worker: Worker, method: Method) -> None:
+    """Keep the factors of the owned linears that are probed, of the windows held aside."""
+    held = _HeldFactors()
+    for name in _probed(worker.layout, method):
+        if name in worker.shard.linears and worker.owns(name):
+            factors = worker.shard.own_factors(name)
+            held[name] = replace(factors, A=factors.A.copied(), G=factors.G.copied())
+    worker.keep(held)
+
+
+def _probed(layout: ModelLayout, method: Method) -> list[str]:
+    """Return the linears on which dampings are tried.
+
+    Of each role that is ranked, these are one a third and one two thirds through the model.
+    """
+    of_role: dict[str, list[str]] = {}
+    for shape in layout.linears:
+        if shape.sees_all_tokens and method.needs(shape) is not None:
+            of_role.setdefault(shape.role, []).append(shape.name)
+    two_each = [names[len(names) * third // 3] for names in of_role.values() for third in (1, 2)]
+    return list(dict.fromkeys(two_each))
+
+
+def _costs_held_aside(
+    worker: Worker, method: Method, damping: Damping, share: float
+) -> list[float]:
+    """Return what removals in the owned probed linears cost by the factors held aside.
+
+    See `cost_held_aside`.
+    """
+    prunes_rows = method.gathers is None
+    costs = []
+    for name, held in worker.kept(_HeldFactors).items():
+        linear = replace(method.linear(worker, name), damping=damping)
+        mask = worker.masks[name]
+        if not isinstance(mask, StructuredMask):
+            mask = StructuredMask.full(*linear.W.shape)
+        costs.append(cost_held_aside(linear, mask, held, share, prunes_rows=prunes_rows))
+    return costs
+
+
+def _drop_held_factors(worker: Worker) -> None:
+    """Keep the factors of the windows held aside no longer."""
+    worker.drop(_HeldFactors)
+
+
+def _choose_damping(cluster: Cluster, method: Method, shot: int) -> tuple[Method, dict[str, Any]]:
+    """Return a method with the damping that costs least, and what the report says of it."""
+    curvature = method.used_curvature
+    has_G = curvature.gathers == "both"
+    share = method.section.removed_in(shot)
+
+    def cost_of(a: float, g: float) -> list[float]:
+        damping = Damping(a, g if has_G else 0.0, curvature.as_damping.max)
+        of_workers = cluster.run_all(_costs_held_aside, method, damping, share)
+        return [cost for of_worker in of_workers for cost in of_worker]
+
+    of_G = G_CHOICES if has_G else (DampingSection().g,)
+    a, g, tried = choose_damping(cost_of, A_CHOICES, of_G)
+    cluster.run_all(_drop_held_factors)
+    changed = curvature.model_copy(update={"damping": DampingSection(a=a, g=g)})
+    costs = [{"a": x, "g": y, "cost": z if isfinite(z) else None} for x, y, z in tried]
+    return replace(method, curvature=changed), {"a": a, "g": g, "tried": costs}
 
 
 def calibrate(
@@ -46,7 +121,7 @@ def calibrate(
     has_held = curvature.chooses_damping and len(text.held) >= cluster.placement.num_replicas
     if has_held:
         gather(text.held, counts=text.held_counts)
-        cluster.run_all(damping.keep_held_factors, method)
+        cluster.run_all(_keep_held_factors, method)
     method.before_pass(cluster, text)
     loss = gather(
         sequences,
@@ -57,11 +132,9 @@ def calibrate(
     )
     record: dict[str, Any] = {}
     if has_held:
-        method, record["damping_chosen"] = damping.choose(cluster, method, shot)
+        method, record["damping_chosen"] = _choose_damping(cluster, method, shot)
     if isinstance(curvature, ExtendedKfacSection):
-        sizes = gather_terms(
-            cluster, sequences, curvature.num_kronecker_terms, curvature.num_power_iterations, seed
-        )
+        sizes = gather_terms(cluster, sequences, curvature, seed)
         record["median_size_of_terms"] = [float(np.median([*term.values()])) for term in sizes]
     method.after_pass(cluster, text)
     record["calibration_loss"] = loss
@@ -115,17 +188,14 @@ class Curvature(Stage):
         # the changes that removals of a token's experts would make
         changes = worker.shapes.layout.num_active_experts * worker.hidden_size * ranks_experts
         passing = worker.passing(more_kept=4 * changes, more_in_a_moment=12 * changes)
-        host = worker.all_factors * (stores.factors == "host" and worker.device_is_host)
-        yield StepPlan(
-            self.name,
-            worker.weights + on_device + passing,
-            worker.host + host + worker.travelling(worker.sequence_length),
-            num_passes * worker.sequence_length * of_pass,
-            0.0,
-            num_passes * (weights[0] + factors[0]),
-            num_passes * (weights[1] + factors[1]),
-            (waves + worker.num_shards - 1) / waves,
-        )
+        device = worker.weights + on_device + passing
+        factors_on_host = worker.all_factors * (stores.factors == "host" and worker.device_is_host)
+        host = worker.host + factors_on_host + worker.travelling(worker.sequence_length)
+        flops = num_passes * worker.sequence_length * of_pass
+        pairs = zip(weights, factors, strict=True)
+        of_host, of_disk = (num_passes * sum(pair) for pair in pairs)
+        bubble = (waves + worker.num_shards - 1) / waves
+        yield StepPlan(self.name, device, host, flops, 0.0, of_host, of_disk, bubble)
 
     def beside(self, worker: WorkerView) -> Mapping[str, Beside]:
         """Return further Kronecker terms, which are not packed."""

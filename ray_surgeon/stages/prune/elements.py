@@ -15,31 +15,19 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field, Tag
 
+from ray_surgeon.maths import element_pruning
+from ray_surgeon.maths import threshold as thresholds
 from ray_surgeon.maths.conjugate import ElementUpdate
-from ray_surgeon.maths.element_pruning import (
-    ElementCandidates,
-    ElementUnits,
-    find_elements,
-    prune_elements,
-    unit_costs,
-)
+from ray_surgeon.maths.element_pruning import ElementCandidates, ElementUnits
 from ray_surgeon.maths.linear import Linear, Removal
 from ray_surgeon.maths.masks import ElementMask
-from ray_surgeon.maths.threshold import (
-    SHORT,
-    bit_histogram,
-    bucket_of,
-    cost_of_bits,
-    units_to_remove,
-)
 from ray_surgeon.models.layout import LinearShape, ModelLayout
 from ray_surgeon.plan.work import LinearNeeds
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.worker import Worker
 from ray_surgeon.spec.base import Positive, Section, by_tag, tag
 from ray_surgeon.spec.targets import SparsitySection
-from ray_surgeon.stages.prune.by_threshold import ByThreshold, Scored
-from ray_surgeon.stages.prune.method import Choice, Scores, taken
+from ray_surgeon.stages.prune.method import ByThreshold, Choice, Scored, Scores
 
 Pattern = tuple[Positive, Positive]
 
@@ -116,7 +104,6 @@ class NMSection(_Elements):
 
     def problems(self) -> Iterator[str]:
         """Yield what fields have against each other."""
-        yield from super().problems()
         yield from problems_of_pattern(self.n_m, self.target_sparsity)
 
 
@@ -146,7 +133,7 @@ class Elements(ByThreshold):
         """
         weights = sum(s.num_rows * (s.num_columns - s.has_bias) for s in layout.linears)
         units = self.section.units
-        return weights * units.num_removed / units.m / layout.linear_size + SHORT
+        return weights * units.num_removed / units.m / layout.linear_size + thresholds.SHORT
 
     def needs(self, shape: LinearShape) -> LinearNeeds:
         """Both factors are factorised for the costs.
@@ -181,7 +168,7 @@ class Elements(ByThreshold):
         """
         kind = "obd" if self.section.costs == "obd" else "obs"
         candidates = {
-            name: find_elements(self.linear(worker, name), self.section.units, kind)
+            name: element_pruning.find_elements(self.linear(worker, name), self.section.units, kind)
             for name in worker.owned()
         }
         return self.scores(worker, candidates)
@@ -189,10 +176,11 @@ class Elements(ByThreshold):
     def histogram(self, worker: Worker, high: int | None) -> NDArray[np.int64]:
         """Count the costs of the owned linears' units by their bits; see `bit_histogram`."""
         counts = torch.zeros(1 << 16, dtype=torch.int64)
-        for name, candidates in worker.kept(Scored).candidates.items():
+        for name, candidates in worker.kept(Scored).items():
             mask = worker.mask(name, ElementMask)
-            costs = unit_costs(self.linear(worker, name), mask, self.section.units, candidates)
-            counts += bit_histogram(costs, high).cpu()
+            linear = self.linear(worker, name)
+            costs = element_pruning.unit_costs(linear, mask, self.section.units, candidates)
+            counts += thresholds.bit_histogram(costs, high).cpu()
         return counts.numpy()
 
     def pruned(
@@ -200,13 +188,14 @@ class Elements(ByThreshold):
     ) -> tuple[Removal, ElementMask]:
         """Return a linear without what costs at most the threshold, and its new mask."""
         update = ElementUpdate(**self.section.update.model_dump())
-        return prune_elements(linear, mask, self.section.units, candidates, threshold, update)
+        units = self.section.units
+        return element_pruning.prune_elements(linear, mask, units, candidates, threshold, update)
 
     # On the coordinator
 
     def score(self, cluster: Cluster, shot: int) -> Scores[None]:
         """Take all costs."""
-        return taken(cluster, self.costs)
+        return self.taken(cluster)
 
     def choose(self, cluster: Cluster, scores: Scores[None], shot: int) -> Choice:
         """Find the exact k-th smallest cost by two rounds of counting.
@@ -222,12 +211,13 @@ class Elements(ByThreshold):
 
         upper = counts(None)
         target = self.section.targets[shot - 1]
-        num_units = units_to_remove(target, num_parameters, num_pruned, size, int(upper.sum()))
+        most = int(upper.sum())
+        num_units = thresholds.units_to_remove(target, num_parameters, num_pruned, size, most)
         value = -1.0
         if num_units:
-            high, rest = bucket_of(upper, num_units)
+            high, rest = thresholds.bucket_of(upper, num_units)
             lower = counts(high)
-            low, _ = bucket_of(lower, rest)
-            value = cost_of_bits(high, low)
+            low, _ = thresholds.bucket_of(lower, rest)
+            value = thresholds.cost_of_bits(high, low)
             num_pruned += int(upper[:high].sum() + lower[: low + 1].sum()) * size
         return Choice(value, {"threshold": value, "sparsity": num_pruned / num_parameters})

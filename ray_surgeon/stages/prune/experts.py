@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from itertools import chain
 
 import torch
@@ -11,44 +11,8 @@ import torch
 from ray_surgeon.maths.experts import frequency_costs, random_costs, reap_costs, rerouting_costs
 from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.maths.threshold import check_costs
-from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.runtime.worker import Worker
-from ray_surgeon.spec.targets import FlopsTarget, LatencyTarget, ScheduleSection
-from ray_surgeon.stages.curvature.section import AnyCurvature
-from ray_surgeon.stages.prune.groups_section import CoupledSection, ExpertCosts
-
-
-def problems_of_mixture(
-    layout: ModelLayout, pruning: ScheduleSection, curvature: AnyCurvature | None
-) -> Iterator[str]:
-    """Yield why a mixture cannot be pruned so, with the remedy."""
-    if curvature is not None and curvature.sequences_backward is not None:
-        yield (
-            "curvature.num_backward: the experts of a mixture see too few tokens to leave some out "
-            "of G; remove it"
-        )
-    if not isinstance(pruning, CoupledSection):
-        return
-    if isinstance(pruning.target, LatencyTarget):
-        yield (
-            "pruning.target: a latency is not measured for mixtures of experts; give parameters, "
-            "bytes or flops"
-        )
-    if "experts" not in pruning.groups:
-        return
-    sparse = layout.family.sparse
-    field = sparse.num_groups if sparse is not None else None
-    num_groups = getattr(layout.config, field) if field else None
-    if num_groups is not None and num_groups > 1:
-        yield (
-            f"pruning.groups: the router chooses among {num_groups} groups of experts of one size "
-            f"({field} in config.json), so no single expert can go; use expert_channels"
-        )
-    if isinstance(pruning.target, FlopsTarget):
-        yield (
-            "pruning.target: whole experts save no flops, because a token goes to as many of the "
-            "others; give parameters or bytes"
-        )
+from ray_surgeon.stages.prune.groups_section import ExpertCosts
 
 
 def whole_expert_costs(
@@ -85,11 +49,8 @@ def whole_expert_costs(
         if not mixture.can_spare_one:
             costs.fill_(math.inf)
         gone = worker.removed_experts(experts).tolist()
-        by_expert |= {
-            name: float(cost)
-            for name, cost, is_gone in zip(consumers, costs, gone, strict=True)
-            if not is_gone
-        }
+        of_expert = zip(consumers, costs.tolist(), gone, strict=True)
+        by_expert |= {name: cost for name, cost, is_gone in of_expert if not is_gone}
     return by_expert
 
 

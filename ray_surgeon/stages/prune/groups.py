@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,16 +25,16 @@ from ray_surgeon.maths.kronecker import Damping
 from ray_surgeon.maths.linear import Part, Removal
 from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.models.groups import GroupSet
+from ray_surgeon.models.layout import FEED_FORWARD_OF_ALL
 from ray_surgeon.models.pruned_config import kv_heads_left
 from ray_surgeon.runtime.cluster import Cluster
+from ray_surgeon.runtime.wave import Tokens
 from ray_surgeon.runtime.worker import LinearSummary, Worker, collective, sizes
-from ray_surgeon.stages.calibration import CalibrationText
-from ray_surgeon.stages.prune.consumer_costs import ConsumerCosts, GroupScores, Paths, Reach
 from ray_surgeon.stages.prune.experts import go_around_removed, remove_experts, whole_expert_costs
-from ray_surgeon.stages.prune.group_choice import GroupChoice
-from ray_surgeon.stages.prune.method import Applied, Choice, Scores, Tokens
+from ray_surgeon.stages.prune.group_choice import ConsumerCosts, GroupChoice, Paths, Reach
+from ray_surgeon.stages.prune.method import Applied, Choice, Scores
 from ray_surgeon.stages.reconstruction.layers import RATES, Reconstruction
-from ray_surgeon.stages.reconstruction.section import RECONSTRUCTED
+from ray_surgeon.stages.stage import CalibrationText
 
 _FAR = 4.0
 """Times its limit that a path is followed where its groups are needed.
@@ -42,17 +43,13 @@ Single costs say how many are needed.
 """
 
 
-@dataclass
-class Scored:
-    """What `score` leaves on a worker for `apply`, by consumer.
+class Scored(dict[str, tuple[Part, Damping, Tensor]]):
+    """Consumer -> what its costs leave on a worker for the update.
 
     That is the alive part, the damping its factors needed, and marginal costs.
     """
 
-    consumers: dict[str, tuple[Part, Damping, Tensor]]
 
-
-@dataclass(frozen=True)
 class Groups(GroupChoice):
     """Coupled groups."""
 
@@ -64,7 +61,7 @@ class Groups(GroupChoice):
             return None
         curvature = self.used_curvature
         num_backward = 0 if curvature.gathers == "A" else curvature.sequences_backward
-        return Reconstruction(section, RECONSTRUCTED & set(self.section.groups), num_backward)
+        return Reconstruction(section, FEED_FORWARD_OF_ALL & set(self.section.groups), num_backward)
 
     # On a worker
 
@@ -76,19 +73,19 @@ class Groups(GroupChoice):
         kinds = {"expert_channels" if kind == "experts" else kind for kind in self.section.groups}
         return [groups for groups in worker.group_sets if groups.kind in kinds]
 
-    def costs(self, worker: Worker, reach: Reach, shot: int) -> GroupScores:
+    def costs(self, worker: Worker, reach: Reach, shot: int) -> Scores[ConsumerCosts]:
         """Take the marginal costs of the owned consumers' groups and keep them for `prune`.
 
         Raises:
             FloatingPointError: a factor or a cost is not usable; names the linear.
         """
-        scored = Scored({}) if reach.only is None else worker.kept(Scored)
+        scored = Scored() if reach.only is None else worker.kept(Scored)
         sets = {groups.consumer: groups for groups in self.sets(worker)}
         whole = self._expert_costs(worker, shot)
         replies = []
         raised = list[RaisedDamping]()
-        names = [name for name in sets if worker.owns(name) and reach.has(name)]
-        for name in worker.each(names):
+        followed = sets if reach.only is None else [name for name in sets if name in reach.only]
+        for name in worker.each(list(filter(worker.owns, followed))):
             costs, events = self._costs_of(worker, sets[name], scored, reach, shot)
             if costs.num_left:
                 costs = replace(costs, whole=whole.get(name, math.inf))
@@ -106,8 +103,8 @@ class Groups(GroupChoice):
         mask = worker.mask(name, StructuredMask)
         left = int(mask.columns[groups.columns].all(dim=1).sum())
         nothing = torch.full((len(groups.columns),), torch.inf)
-        about = groups.num_parameters, frozenset((left,))
-        costs = ConsumerCosts(name, kind, nothing, left, *about, block=groups.block)
+        about: dict[str, Any] = {"layer": groups.block, "num_parameters": groups.num_parameters}
+        costs = ConsumerCosts(name, kind, nothing, left, frozenset((left,)), **about)
         if not left or worker.layout.shapes[name].role not in self.consumers:
             return costs, ()  # nothing goes group by group
         linear = self.linear(worker, name)
@@ -123,7 +120,7 @@ class Groups(GroupChoice):
         marginal = group_costs(
             linear, alive, curvature, groups.columns, least, limit, needed, most
         ).float()
-        scored.consumers[name] = alive, curvature.used_damping, marginal
+        scored[name] = alive, curvature.used_damping, marginal
         allowed = self._allowed(worker, groups, shot)
         costs = replace(costs, costs=marginal, allowed=allowed, limit=unscaled, scale=scale)
         return costs, curvature.raised_damping
@@ -165,7 +162,7 @@ class Groups(GroupChoice):
         layers = {g.consumer: g for g in (losing[len(losing) * i // 3] for i in (1, 2) if losing)}
         tried = []
         for name, groups in layers.items():
-            if name in worker.kept(Scored).consumers:
+            if name in worker.kept(Scored):
                 removal, mask = self.removal(worker, groups, counts[name])
                 kept = mask.columns[groups.columns].all(dim=1)
                 for rate in RATES if kept.any() else ():
@@ -193,7 +190,7 @@ class Groups(GroupChoice):
         kinds = reconstruction.kinds if reconstruction is not None else ()
         changed = [g for g in sets if g.kind in kinds and counts.get(g.consumer)]
         trained = {groups.consumer for groups in changed}
-        scored = worker.kept(Scored).consumers
+        scored = worker.kept(Scored)
         owned = {groups.consumer: groups for groups in sets if groups.consumer in scored}
         for name in worker.each(list(owned)):
             groups = owned[name]
@@ -223,7 +220,7 @@ class Groups(GroupChoice):
             groups: those of the consumer.
             count: how many of them go.
         """
-        alive, damping, costs = worker.kept(Scored).consumers[groups.consumer]
+        alive, damping, costs = worker.kept(Scored)[groups.consumer]
         mask = worker.mask(groups.consumer, StructuredMask)
         linear = self.linear(worker, groups.consumer)
         to_prune = torch.zeros(len(mask.columns), dtype=torch.bool)
@@ -246,7 +243,7 @@ class Groups(GroupChoice):
         if self.reconstruction is not None:
             self.reconstruction.after_pass(cluster, text)
 
-    def score(self, cluster: Cluster, shot: int) -> GroupScores:
+    def score(self, cluster: Cluster, shot: int) -> Scores[ConsumerCosts]:
         """Let every block follow its greedy path as far as the threshold needs."""
         return Paths(self, cluster, shot).far_enough()
 

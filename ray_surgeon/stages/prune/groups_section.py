@@ -8,8 +8,9 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from ray_surgeon.maths.threshold import OutOfReachError
+from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.spec.base import Positive
-from ray_surgeon.spec.targets import TargetSection
+from ray_surgeon.spec.targets import FlopsTarget, LatencyTarget, ScheduleSection, TargetSection
 from ray_surgeon.stages.curvature.section import AnyCurvature
 from ray_surgeon.stages.reconstruction.section import Reconstructed
 from ray_surgeon.stages.search.section import Searched
@@ -58,11 +59,6 @@ class CoupledSection(Reconstructed):
     """Fraction of the parameters of the blocks' linears to remove, biases included"""
     target: TargetSection | None = None
     """In place of target_sparsity: what the whole model may need in the end"""
-
-    @property
-    def last_sparsity(self) -> float | None:
-        """The target, if it is a sparsity."""
-        return self.target_sparsity
 
     @property
     def fewest_groups(self) -> dict[str, int]:
@@ -140,7 +136,6 @@ class CoupledSection(Reconstructed):
 
     def problems(self) -> Iterator[str]:
         """Yield what fields have against each other."""
-        yield from super().problems()
         kinds = set(self.groups)
         named = ", ".join(self.groups)
         if len(kinds) < len(self.groups):
@@ -174,7 +169,11 @@ class GroupsSection(CoupledSection, Searched):
 
     def problems(self) -> Iterator[str]:
         """Yield what fields have against each other."""
-        yield from super().problems()
+        if self.search is not None and "experts" in self.groups:
+            yield (
+                "search: does not go with whole experts, whose tokens go elsewhere; use "
+                "expert_channels, or leave it out"
+            )
         if self.remove_blocks and set(self.groups) == {"experts"}:
             yield (
                 "remove_blocks: is of KV groups and channels, and only whole experts go; remove "
@@ -198,3 +197,36 @@ class UniformGroupsSection(CoupledSection):
 
     allocation: Literal["uniform"]
     """The same widths in every block"""
+
+
+def problems_of_mixture(
+    layout: ModelLayout, pruning: ScheduleSection, curvature: AnyCurvature | None
+) -> Iterator[str]:
+    """Yield why a mixture cannot be pruned so, with the remedy."""
+    if curvature is not None and curvature.sequences_backward is not None:
+        yield (
+            "curvature.num_backward: the experts of a mixture see too few tokens to leave some out "
+            "of G; remove it"
+        )
+    if not isinstance(pruning, CoupledSection):
+        return
+    if isinstance(pruning.target, LatencyTarget):
+        yield (
+            "pruning.target: a latency is not measured for mixtures of experts; give parameters, "
+            "bytes or flops"
+        )
+    if "experts" not in pruning.groups:
+        return
+    sparse = layout.family.sparse
+    field = sparse.num_groups if sparse is not None else None
+    num_groups = getattr(layout.config, field) if field else None
+    if num_groups is not None and num_groups > 1:
+        yield (
+            f"pruning.groups: the router chooses among {num_groups} groups of experts of one size "
+            f"({field} in config.json), so no single expert can go; use expert_channels"
+        )
+    if isinstance(pruning.target, FlopsTarget):
+        yield (
+            "pruning.target: whole experts save no flops, because a token goes to as many of the "
+            "others; give parameters or bytes"
+        )

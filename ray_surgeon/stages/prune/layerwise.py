@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -22,10 +22,11 @@ from ray_surgeon.models.layout import LinearShape, ModelLayout
 from ray_surgeon.plan.work import LinearNeeds
 from ray_surgeon.runtime.block_pass import BlockPass
 from ray_surgeon.runtime.cluster import Cluster
+from ray_surgeon.runtime.wave import Tokens
 from ray_surgeon.runtime.worker import LinearSummary, Worker
 from ray_surgeon.spec.targets import SparsitySection
 from ray_surgeon.stages.prune.elements import Pattern, problems_of_pattern
-from ray_surgeon.stages.prune.method import Applied, Choice, Method, Tokens
+from ray_surgeon.stages.prune.method import Applied, Choice, Method
 
 
 class _Layerwise(SparsitySection):
@@ -42,7 +43,6 @@ class _Layerwise(SparsitySection):
 
     def problems(self) -> Iterator[str]:
         """Yield what fields have against each other."""
-        yield from super().problems()
         if self.structure == "n_m":
             n = self.units.n
             m = self.units.m
@@ -71,7 +71,6 @@ class SparseGPTSection(_Layerwise):
 
     def problems(self) -> Iterator[str]:
         """Yield what fields have against each other."""
-        yield from super().problems()
         if self.max_damping < self.damping:
             yield f"max_damping {self.max_damping:g} is below damping {self.damping:g}; raise it"
 
@@ -121,17 +120,14 @@ class Layerwise(Method):
         return [linear for linears, _ in done for linear in linears], {"damping_used": raised}
 
 
-@dataclass
-class _Raised:
+class _Raised(list[RaisedDamping]):
     """What owned linears needed of damping, beside what was asked, in a shot."""
-
-    of_shot: list[RaisedDamping] = field(default_factory=list)
 
 
 def _done(worker: Worker) -> tuple[list[LinearSummary], list[RaisedDamping]]:
     """Return what is left of the owned linears, and which damping they needed."""
     linears = [worker.summary(name, None, 0.0) for name in worker.owned()]
-    return linears, worker.drop(_Raised).of_shot if worker.has(_Raised) else []
+    return linears, list(worker.drop(_Raised)) if worker.has(_Raised) else []
 
 
 @dataclass(frozen=True)
@@ -165,4 +161,5 @@ class _Pruning(BlockPass):
         whole[:, :num_inputs] = kept
         worker.masks[name] = ElementMask(whole.cpu())
         worker.shard.set_weight(name, W)
-        worker.keeping(_Raised).of_shot += [] if raised is None else [raised]
+        if raised is not None:
+            worker.keeping(_Raised).append(raised)

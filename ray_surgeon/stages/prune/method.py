@@ -7,29 +7,28 @@ coordinator.
 
 from __future__ import annotations
 
+import functools
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Concatenate, Generic, ParamSpec, TypeVar
-
-import numpy as np
-from numpy.typing import NDArray
+from itertools import chain
+from typing import Any, ClassVar, Generic, TypeVar
 
 from ray_surgeon.maths.curvature import Clipping, RaisedDamping
-from ray_surgeon.maths.linear import Linear
+from ray_surgeon.maths.linear import Linear, Removal
+from ray_surgeon.maths.masks import Mask
 from ray_surgeon.models.layout import LinearShape, ModelLayout
 from ray_surgeon.plan.work import LinearNeeds
 from ray_surgeon.runtime.cluster import Cluster
-from ray_surgeon.runtime.worker import LinearSummary, Worker
+from ray_surgeon.runtime.wave import Tokens
+from ray_surgeon.runtime.worker import LinearSummary, Worker, collective, sizes
 from ray_surgeon.spec.targets import ScheduleSection
-from ray_surgeon.stages.calibration import CalibrationText
 from ray_surgeon.stages.curvature.section import AnyCurvature
+from ray_surgeon.stages.stage import CalibrationText
 
 C = TypeVar("C")
-P = ParamSpec("P")
 
-Tokens = NDArray[np.int64]
-"""[num_sequences, sequence_length] of a text."""
 Applied = tuple[list[LinearSummary], dict[str, Any]]
 """What an update left of every linear, and what the report says beside."""
 
@@ -47,14 +46,9 @@ class Scores(Generic[C]):
 
     @staticmethod
     def merged(parts: Sequence[Scores[C]]) -> Scores[C]:
-        """Return the scores of all workers."""
-        return Scores(
-            tuple(cost for part in parts for cost in part.costs),
-            sum(part.num_parameters for part in parts),
-            sum(part.num_kept for part in parts),
-            tuple(event for part in parts for event in part.raised_damping),
-            tuple(event for part in parts for event in part.clipping),
-        )
+        """Return the scores of all workers: numbers and tuples are added up."""
+        of_fields = zip(*(vars(part).values() for part in parts), strict=True)
+        return Scores(*(functools.reduce(operator.add, of_field) for of_field in of_fields))
 
 
 @dataclass(frozen=True)
@@ -121,6 +115,9 @@ class Method(ABC):
         """Prepare workers whose weights and masks are those of a committed shot."""
         return
 
+    costs: ClassVar[Callable[..., Scores[Any]]]
+    """What a worker does for `score`, where a method has costs."""
+
     @abstractmethod
     def needs(self, shape: LinearShape) -> LinearNeeds | None:
         """Return what the costs and the update of a linear need.
@@ -162,6 +159,11 @@ class Method(ABC):
             return list(linears)
         return [replace(linear, predicted=None) for linear in linears]
 
+    def taken(self, cluster: Cluster, *arguments: Any) -> Scores[Any]:
+        """Let all workers take the `costs` of their linears, and return all of them."""
+        cluster.progress.begin(unit="linears")
+        return Scores.merged(cluster.run_all(self.costs, *arguments))
+
     def linear(self, worker: Worker, name: str) -> Linear:
         """Return a linear of a worker as the mathematics takes it."""
         W = worker.shard.weight(name)
@@ -170,12 +172,53 @@ class Method(ABC):
         return Linear(name, W, factors, has_bias, self.used_curvature.as_damping)
 
 
-def taken(
-    cluster: Cluster,
-    costs: Callable[Concatenate[Worker, P], Scores[C]],
-    *args: P.args,
-    **kwargs: P.kwargs,
-) -> Scores[C]:
-    """Let all workers take the costs of their linears, and return all of them."""
-    cluster.progress.begin(unit="linears")
-    return Scores.merged(cluster.run_all(costs, *args, **kwargs))
+class Scored(dict[str, Any]):
+    """Linear -> what the costs leave of it on a worker for the update."""
+
+
+class ByThreshold(Method):
+    """A method that ranks what it may remove from every linear on the linear's own."""
+
+    # On a worker
+
+    def scores(
+        self, worker: Worker, candidates: dict[str, Any], costs: tuple[Any, ...] = ()
+    ) -> Scores[Any]:
+        """Keep candidates, by linear, for the update, and return what the coordinator gets."""
+        worker.keep(Scored(candidates))
+        raised = tuple(event for c in candidates.values() for event in c.raised_damping)
+        clipped = tuple(event for c in candidates.values() for event in c.clipping)
+        return Scores(costs, *sizes(worker), raised, clipped)
+
+    @abstractmethod
+    def pruned(
+        self, linear: Linear, mask: Any, candidates: Any, threshold: float
+    ) -> tuple[Removal, Mask]:
+        """Return a linear without what costs at most the threshold, and its new mask."""
+
+    def share(self, worker: Worker) -> None:
+        """Send all linears from their owners to the other replicas."""
+        worker.share_linears(worker.shard.linears)
+
+    @collective
+    def prune(self, worker: Worker, threshold: float) -> tuple[LinearSummary, ...]:
+        """Remove what costs at most the threshold, update the rest, and send it to replicas."""
+        candidates = worker.drop(Scored)
+        removals = dict[str, tuple[float, float]]()
+        for name in worker.each(list(candidates)):
+            removal, worker.masks[name] = self.pruned(
+                self.linear(worker, name), worker.masks[name], candidates.pop(name), threshold
+            )
+            worker.shard.set_weight(name, removal.W)
+            removals[name] = removal.predicted, removal.residual
+        worker.shard.drop_curvature()
+        self.share(worker)
+        return tuple(worker.summary(name, *removal) for name, removal in removals.items())
+
+    # On the coordinator
+
+    def apply(self, cluster: Cluster, tokens: Tokens, choice: Choice, shot: int) -> Applied:
+        """Prune and update."""
+        assert choice.threshold is not None
+        cluster.progress.begin(unit="linears")
+        return list(chain.from_iterable(cluster.run_all(self.prune, choice.threshold))), {}

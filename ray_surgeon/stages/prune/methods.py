@@ -1,36 +1,78 @@
-"""The stages of pruning: costs, threshold and update; and the method that a job asks for."""
+"""The section `pruning`, a union of those of all methods; the method of a job; its stages."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from dataclasses import asdict, dataclass, replace
+from typing import Annotated, Any
 
 import torch
+from pydantic import Tag
 
+from ray_surgeon.export.for_engines import Shrinking
+from ray_surgeon.export.latency import latency_budget
 from ray_surgeon.maths.element_pruning import ElementUnits
-from ray_surgeon.models.budgets import (
-    Budget,
-    bytes_budget,
-    fewest_left,
-    flops_budget,
-    linears_budget,
-    parameters_budget,
-)
+from ray_surgeon.models import budgets
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.pruned_config import kv_heads_left
 from ray_surgeon.plan.needs import StepPlan, WorkerView
-from ray_surgeon.plan.work import LinearNeeds
 from ray_surgeon.runtime.worker import LinearSummary
+from ray_surgeon.spec.base import by_tag, tag
 from ray_surgeon.spec.targets import FlopsTarget, LatencyTarget, ParametersTarget
-from ray_surgeon.stages.calibration import held_measure
 from ray_surgeon.stages.curvature.section import AnyCurvature
-from ray_surgeon.stages.prune.experts import problems_of_mixture
+from ray_surgeon.stages.prune.elements import Elements, ElementsSection, NMSection
 from ray_surgeon.stages.prune.groups import Groups
-from ray_surgeon.stages.prune.groups_section import CoupledSection
+from ray_surgeon.stages.prune.groups_section import (
+    CoupledSection,
+    GroupsSection,
+    UniformGroupsSection,
+    problems_of_mixture,
+)
+from ray_surgeon.stages.prune.layerwise import Layerwise, SparseGPTSection, WandaSection
 from ray_surgeon.stages.prune.method import Choice, Method, Scores
-from ray_surgeon.stages.prune.section import METHODS, PruningSection
-from ray_surgeon.stages.stage import Facts, RunState, Stage
+from ray_surgeon.stages.prune.rows_columns import RowsColumns, RowsColumnsSection
+from ray_surgeon.stages.stage import Facts, RunState, Stage, held_measure
+
+METHODS: dict[type, type[Method]] = {
+    RowsColumnsSection: RowsColumns,
+    ElementsSection: Elements,
+    NMSection: Elements,
+    GroupsSection: Groups,
+    UniformGroupsSection: Groups,
+    SparseGPTSection: Layerwise,
+    WandaSection: Layerwise,
+}
+"""Section -> the method that takes it."""
+
+
+def _tag_of(get: Any) -> str | None:
+    method = get("method", "llm_surgeon")
+    structure = get("structure", "rows_columns")
+    if method in ("sparsegpt", "wanda"):
+        return str(method)
+    if method != "llm_surgeon":
+        return None
+    if structure in ("rows", "columns"):
+        return "rows_columns"
+    if structure == "groups" and get("allocation", "global") == "uniform":
+        return "groups, allocation uniform"
+    return structure if structure in ("rows_columns", "element", "n_m", "groups") else None
+
+
+PruningSection = Annotated[
+    Annotated[RowsColumnsSection, Tag(tag("rows_columns"))]
+    | Annotated[ElementsSection, Tag(tag("element"))]
+    | Annotated[NMSection, Tag(tag("n_m"))]
+    | Annotated[GroupsSection, Tag(tag("groups"))]
+    | Annotated[UniformGroupsSection, Tag(tag("groups, allocation uniform"))]
+    | Annotated[SparseGPTSection, Tag(tag("sparsegpt"))]
+    | Annotated[WandaSection, Tag(tag("wanda"))],
+    by_tag(
+        _tag_of,
+        "structure rows_columns, rows, columns, element, n_m or groups with method llm_surgeon, or "
+        "element or n_m with sparsegpt or wanda",
+    ),
+]
 
 
 def method_for(
@@ -87,34 +129,30 @@ def _groups(
                 f"pruning.tensor_parallel: {devices}, but {groups.consumer} has "
                 f"{len(groups.columns)} channels; give a divisor"
             )
-    _check_kinds(layout, pruning)
-    fewest = fewest_left(layout, pruning.groups, pruning.fewest_groups, devices, uniform=uniform)
+    if missing := [kind for kind in pruning.groups if kind not in layout.kinds]:
+        raise ValueError(
+            f"pruning.groups: {', '.join(missing)}, but {layout.config.model_type} has "
+            f"{', '.join(layout.kinds)} that can be pruned here; name some of these"
+        )
+    least = pruning.fewest_groups
+    fewest = budgets.fewest_left(layout, pruning.groups, least, devices, uniform=uniform)
     roles = {groups.kind: layout.shapes[groups.consumer].role for groups in layout.group_sets}
     consumers = frozenset(roles[kind] for kind in pruning.groups if kind in roles)
     return Groups(pruning, curvature, _budget(layout, pruning, dtype), fewest, consumers)
 
 
-def _check_kinds(layout: ModelLayout, pruning: CoupledSection) -> None:
-    missing = [kind for kind in pruning.groups if kind not in layout.kinds]
-    if missing:
-        raise ValueError(
-            f"pruning.groups: {', '.join(missing)}, but {layout.config.model_type} has "
-            f"{', '.join(layout.kinds)} that can be pruned here; name some of these"
-        )
-
-
-def _budget(layout: ModelLayout, pruning: CoupledSection, dtype: str) -> Budget | None:
+def _budget(layout: ModelLayout, pruning: CoupledSection, dtype: str) -> budgets.Budget | None:
     """Return what groups save from; None if it must be measured first."""
     target = pruning.target
     if target is None:
-        return linears_budget(layout)
+        return budgets.linears_budget(layout)
     if isinstance(target, LatencyTarget):
         return None
     if isinstance(target, FlopsTarget):
-        return flops_budget(layout, target.prompt_length)
+        return budgets.flops_budget(layout, target.prompt_length)
     if isinstance(target, ParametersTarget):
-        return parameters_budget(layout)
-    return bytes_budget(layout, getattr(torch, dtype).itemsize)
+        return budgets.parameters_budget(layout)
+    return budgets.bytes_budget(layout, getattr(torch, dtype).itemsize)
 
 
 @dataclass(frozen=True)
@@ -124,18 +162,55 @@ class Present:
     method: Method
 
 
-def needs_of(method: Method, worker: WorkerView) -> list[LinearNeeds]:
-    """Return what a method needs for each linear of a worker that it ranks or updates."""
-    all_needs = (method.needs(linear) for linear in worker.linears)
-    return [needs for needs in all_needs if needs is not None]
+@dataclass(frozen=True)
+class Latency(Stage):
+    """Gives the method of a run its budget."""
+
+    name = "latency"
+    method: Groups
+
+    @staticmethod
+    def of(method: Method) -> Latency | None:
+        """Return the stage if the method's budget must be measured."""
+        return Latency(method) if isinstance(method, Groups) and method.budget is None else None
+
+    def run(self, run: RunState, facts: Facts) -> None:
+        """Measure, unless an earlier try of the run did."""
+        method = self.method
+        section = method.section
+        assert isinstance(section.target, LatencyTarget)
+        shrinking = Shrinking(
+            method.fewest, section.multiple, section.tensor_parallel, section.uniform
+        )
+        uri = run.directory.path("latency.json")
+        budget = latency_budget(run.cluster, run.layout, run.model, section.target, shrinking, uri)
+        run.keep(Present(replace(method, budget=budget)))
+        facts["dense_s"] = budget.dense
 
 
 @dataclass(frozen=True)
-class Costs(Stage):
+class _OnLinears(Stage):
+    """A stage in which linears have their turns."""
+
+    method: Method
+
+    def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
+        """Return the work, linear by linear, or block by block where nothing is ranked."""
+        all_needs = (self.method.needs(linear) for linear in worker.linears)
+        needs = [vars(of_linear) for of_linear in all_needs if of_linear is not None]
+        sizes = [of_linear[f"{self.name}_bytes"] for of_linear in needs]
+        flops = [of_linear[f"{self.name}_flops"] for of_linear in needs]
+        if self.method.has_costs:
+            kept = sum(of_linear["kept_bytes"] for of_linear in needs)
+            yield worker.linear_by_linear(self.name, sizes, flops, kept)
+        else:
+            yield worker.block_by_block(self.name, list(zip(sizes, flops, strict=True)))
+
+
+class Costs(_OnLinears):
     """Workers take the costs of everything that may be pruned."""
 
-    name: ClassVar[str] = "costs"
-    method: Method
+    name = "costs"
 
     def run(self, run: RunState, facts: Facts) -> None:
         """Take the costs."""
@@ -143,20 +218,11 @@ class Costs(Stage):
         run.keep(scores, of_shot=True)
         facts["damping_raised"] = len(scores.raised_damping)
 
-    def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
-        """Return the costs, linear by linear."""
-        needs = needs_of(self.method, worker)
-        sizes = [of_linear.costs_bytes for of_linear in needs]
-        flops = [of_linear.costs_flops for of_linear in needs]
-        kept = sum(of_linear.kept_bytes for of_linear in needs)
-        yield worker.linear_by_linear(self.name, sizes, flops, kept)
 
-
-@dataclass(frozen=True)
 class Threshold(Stage):
     """The coordinator chooses what to prune."""
 
-    name: ClassVar[str] = "threshold"
+    name = "threshold"
 
     def run(self, run: RunState, facts: Facts) -> None:
         """Choose, and may ask the workers again."""
@@ -165,12 +231,10 @@ class Threshold(Stage):
         facts |= choice.facts
 
 
-@dataclass(frozen=True)
-class Update(Stage):
+class Update(_OnLinears):
     """Workers prune, and update what stays."""
 
-    name: ClassVar[str] = "update"
-    method: Method
+    name = "update"
 
     def run(self, run: RunState, facts: Facts) -> None:
         """Prune, and measure what that does to the windows held aside."""
@@ -191,17 +255,6 @@ class Update(Stage):
             divergence = held_measure(cluster, run.text)
             run.record["divergence_held_aside"] = divergence
             facts["divergence held aside"] = divergence
-
-    def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
-        """Return the update, linear by linear or block by block."""
-        needs = needs_of(self.method, worker)
-        sizes = [of_linear.update_bytes for of_linear in needs]
-        flops = [of_linear.update_flops for of_linear in needs]
-        if self.method.has_costs:
-            kept = sum(of_linear.kept_bytes for of_linear in needs)
-            yield worker.linear_by_linear(self.name, sizes, flops, kept)
-        else:
-            yield worker.block_by_block(self.name, list(zip(sizes, flops, strict=True)))
 
 
 def _record(linears: Sequence[LinearSummary], scores: Scores[Any]) -> dict[str, Any]:

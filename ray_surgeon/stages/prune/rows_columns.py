@@ -12,24 +12,20 @@ from typing import Literal
 
 import torch
 
+from ray_surgeon.maths import threshold as thresholds
 from ray_surgeon.maths.linear import Linear, Removal
 from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.maths.structured import Candidates, find_candidates, prune_structures
-from ray_surgeon.maths.threshold import (
-    StructureCosts,
-    can_reach,
-    smallest_enough,
-    structured_threshold,
-)
+from ray_surgeon.maths.threshold import StructureCosts
 from ray_surgeon.models.groups import propagate, shrinkable
 from ray_surgeon.models.layout import LinearShape
 from ray_surgeon.plan.work import LinearNeeds
 from ray_surgeon.runtime.cluster import Cluster
+from ray_surgeon.runtime.wave import Tokens
 from ray_surgeon.runtime.worker import Worker, collective
 from ray_surgeon.spec.targets import SparsitySection
 from ray_surgeon.stages.curvature.section import AnyCurvature, ExtendedKfacSection
-from ray_surgeon.stages.prune.by_threshold import ByThreshold, Scored
-from ray_surgeon.stages.prune.method import Applied, Choice, Scores, Tokens, taken
+from ray_surgeon.stages.prune.method import Applied, ByThreshold, Choice, Scored, Scores
 
 _SAMPLED_BLOCKS = 4
 """One of so many blocks tells how far greedy paths must go."""
@@ -123,7 +119,7 @@ class RowsColumns(ByThreshold):
         Replica 0 answers for all.
         """
         masks = _masks(worker)
-        for name, candidates in worker.kept(Scored).candidates.items():
+        for name, candidates in worker.kept(Scored).items():
             masks[name] = masks[name].without(*candidates.to_prune(masks[name], threshold))
         for name, mask in masks.items():
             shared = worker.share_mask(name, mask)
@@ -163,13 +159,13 @@ class RowsColumns(ByThreshold):
         decides how much is computed, not what is chosen, which lies below it.
         """
         if self.section.costs in ("obs", "obd") or isinstance(self.curvature, ExtendedKfacSection):
-            return taken(cluster, self.costs, None)
+            return self.taken(cluster, None)
         target = self.section.targets[shot - 1]
-        scores = taken(cluster, self.costs, None, _SAMPLED_BLOCKS)
+        scores = self.taken(cluster, None, _SAMPLED_BLOCKS)
         missing = target - (1 - scores.num_kept / scores.num_parameters)
         for limit in _limits(_by_name(scores), missing):
-            scores = taken(cluster, self.costs, limit)
-            if can_reach(scores.costs, target):
+            scores = self.taken(cluster, limit)
+            if thresholds.can_reach(scores.costs, target):
                 break
         return scores
 
@@ -180,7 +176,7 @@ class RowsColumns(ByThreshold):
         """
         target = self.section.targets[shot - 1]
         costs = _by_name(scores)
-        enough = structured_threshold(costs, target)
+        enough = thresholds.structured_threshold(costs, target)
         all_costs = torch.cat([side.double() for c in costs for side in (c.rows, c.columns)])
         zero = torch.zeros(1, dtype=torch.float64)
         values = torch.cat([zero, all_costs[all_costs <= enough.value]]).sort().values
@@ -189,7 +185,7 @@ class RowsColumns(ByThreshold):
             return enough.num_parameters - sum(cluster.run_all(self.num_kept_at, value))
 
         wanted = math.ceil(target * enough.num_parameters - 1e-6)
-        value = smallest_enough(values, num_pruned, wanted)
+        value = thresholds.smallest_enough(values, num_pruned, wanted)
         sparsity = num_pruned(value) / enough.num_parameters
         return Choice(value, {"threshold": value, "sparsity": sparsity})
 
@@ -221,9 +217,9 @@ def _limits(sample: Sequence[StructureCosts], missing: float) -> Iterator[float]
     num_kept = sum(c.num_rows * c.num_columns for c in sample)
     num_parameters = sum(c.num_parameters for c in sample)
     wanted = 1 - num_kept / num_parameters + max(0.0, missing)
-    if can_reach(sample, wanted):
+    if thresholds.can_reach(sample, wanted):
         positive = torch.cat([side[side > 0] for c in sample for side in (c.rows, c.columns)])
         least = float(positive.min()) if len(positive) else 0.0
-        first = max(2 * structured_threshold(sample, wanted).value, least)
+        first = max(2 * thresholds.structured_threshold(sample, wanted).value, least)
         yield from (first * 4**i for i in range(_MOST_LIMITS if first else 0))
     yield math.inf

@@ -26,8 +26,8 @@ from ray_surgeon.models.hooks import LayerInputs
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.passes import pass_up_to_the_head
 from ray_surgeon.runtime.worker import Worker, collective
-from ray_surgeon.stages.calibration import CalibrationText
 from ray_surgeon.stages.reconstruction.section import ReconstructionSection
+from ray_surgeon.stages.stage import CalibrationText
 
 RATES = (0.003, 0.006, 0.012)
 """Learning rates that are tried, relative to the root mean square of each weight.

@@ -7,15 +7,12 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from ray_surgeon.models.layout import FEED_FORWARD_OF_ALL
 from ray_surgeon.spec.base import Positive, Section
 from ray_surgeon.spec.targets import ScheduleSection
 
 if TYPE_CHECKING:
     from ray_surgeon.stages.curvature.section import AnyCurvature
-
-RECONSTRUCTED = frozenset({"ffn", "shared_experts"})
-"""Kinds of groups of which the layers that lose some can be reconstructed: every token passes them.
-"""
 
 
 class ReconstructionSection(Section):
@@ -59,9 +56,8 @@ class Reconstructed(ScheduleSection):
 
     def problems(self) -> Iterator[str]:
         """Yield what fields have against each other."""
-        yield from super().problems()
-        if self.reconstruction is not None and not RECONSTRUCTED.intersection(self.groups):
+        if self.reconstruction is not None and not FEED_FORWARD_OF_ALL.intersection(self.groups):
             yield (
-                f"reconstruction: is of ffn and shared_experts, got groups "
+                f"reconstruction: is of {' and '.join(sorted(FEED_FORWARD_OF_ALL))}, got groups "
                 f"{', '.join(self.groups)}; add one of them, or leave it out"
             )

@@ -26,14 +26,14 @@ from ray_surgeon.maths.scales import next_scales, shrunk_ratios
 from ray_surgeon.plan.needs import StepPlan, WorkerView
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.passes import divergences_of
+from ray_surgeon.runtime.wave import Tokens
 from ray_surgeon.runtime.worker import Worker, collective
-from ray_surgeon.stages.calibration import CalibrationText, held_measure
-from ray_surgeon.stages.prune.consumer_costs import GroupScores, Paths, Unit
+from ray_surgeon.stages.prune.group_choice import GroupScores, Paths, Unit
 from ray_surgeon.stages.prune.groups import Groups
-from ray_surgeon.stages.prune.method import Method, Scores, Tokens
+from ray_surgeon.stages.prune.method import Method, Scores
 from ray_surgeon.stages.prune.methods import Present, Update
 from ray_surgeon.stages.search.section import SearchSection
-from ray_surgeon.stages.stage import Facts, RunState, Stage, Text
+from ray_surgeon.stages.stage import CalibrationText, Facts, RunState, Stage, Text, held_measure
 from ray_surgeon.storage.texts import Windows
 
 SEARCHED = "(search)"
@@ -41,12 +41,11 @@ SEARCHED = "(search)"
 """
 
 
-@dataclass
-class Trial:
-    """Consumers that are pruned on trial."""
+class Trial(dict[str, Tensor]):
+    """Consumer that is pruned on trial -> [R, C] on the host.
 
-    # consumer -> [R, C] on the host: its weight from before, or the pruned one
-    others: dict[str, Tensor] = field(default_factory=dict)
+    That is its weight from before, or the pruned one while that from before is back.
+    """
 
 
 @dataclass(frozen=True)
@@ -69,28 +68,28 @@ class Search:
         changed = [groups for groups in self.method.sets(worker) if counts.get(groups.consumer)]
         for groups in changed:
             name = groups.consumer
-            trial.others[name] = shard.weight(name).to("cpu", shard.dtype)
+            trial[name] = shard.weight(name).to("cpu", shard.dtype)
             if worker.owns(name):
                 removal, _ = self.method.removal(worker, groups, counts[name])
                 shard.set_weight(name, removal.W)
         worker.keep(trial)
         worker.share_linears(groups.consumer for groups in changed)
 
-    def turn(self, worker: Worker, unit: Unit) -> None:
-        """Undo the removals of one kind of groups in one block, or do them again."""
-        others = worker.kept(Trial).others
+    def turn(self, worker: Worker, unit: Unit | None) -> None:
+        """Undo the removals of one kind of groups in one block, or of all, or do them again."""
+        trial = worker.kept(Trial)
         shard = worker.shard
         for groups in self.method.sets(worker):
             name = groups.consumer
-            if (groups.block, groups.kind) == unit and name in others:
-                weight_to_put = others[name]
-                others[name] = shard.weight(name).to("cpu", shard.dtype)
-                _put(worker, name, weight_to_put)
+            if unit in (None, (groups.block, groups.kind)) and name in trial:
+                present = shard.weight(name).to("cpu", shard.dtype)
+                shard.set_weight(name, trial[name].to(worker.device, torch.float32))
+                trial[name] = present
 
     def end(self, worker: Worker) -> None:
         """Put all weights from before back."""
-        for name, before in worker.drop(Trial).others.items():
-            _put(worker, name, before)
+        self.turn(worker, None)
+        worker.drop(Trial)
 
     # On the coordinator
 
@@ -150,13 +149,13 @@ class Search:
         return best, record
 
     @staticmethod
-    def facts(record: Mapping[str, Any]) -> dict[str, float | int | str]:
+    def facts(record: Mapping[str, Any]) -> Facts:
         """Return the first allocation's measure, that of the one taken, and which it is."""
         measures = _measures(record)
         taken = record["taken"]
-        kept = f"allocation {taken + 1} of {len(measures)}"
-        if taken == 0:
-            kept = "the first allocation stays"
+        kept = (
+            f"allocation {taken + 1} of {len(measures)}" if taken else "the first allocation stays"
+        )
         return {"divergence before": measures[0], "divergence": measures[taken], "taken": kept}
 
     def _scales(
@@ -188,9 +187,8 @@ class Search:
             cluster.run_all(self.turn, unit)
         kinds = [kind for _, kind in units]
         numbers = torch.tensor([kinds.index(kind) for kind in kinds])
-        ratios = shrunk_ratios(
-            torch.stack(changes), float64([costs[unit] for unit in units]), numbers
-        )
+        expected = float64([costs[unit] for unit in units])
+        ratios = shrunk_ratios(torch.stack(changes), expected, numbers)
         scales = next_scales(float64([before.get(unit, 1.0) for unit in units]), ratios)
         return {**before, **dict(zip(units, scales.tolist(), strict=True))}
 
@@ -200,11 +198,6 @@ def _measures(record: Mapping[str, Any]) -> list[float]:
     key = "divergences" if record["held_aside"][0] is None else "held_aside"
     measures: list[float] = record[key]
     return measures
-
-
-def _put(worker: Worker, name: str, weight: Tensor) -> None:
-    """Set a consumer to a weight from the host."""
-    worker.shard.set_weight(name, weight.to(worker.device, torch.float32))
 
 
 @dataclass(frozen=True)

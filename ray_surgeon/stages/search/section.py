@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from pydantic import Field
 
 from ray_surgeon.spec.base import Positive, Section
@@ -41,12 +39,3 @@ class Searched(ScheduleSection):
     def checks_itself(self) -> bool:
         """Whether there is a search, or another stage that measures itself."""
         return self.search is not None or super().checks_itself
-
-    def problems(self) -> Iterator[str]:
-        """Yield what fields have against each other."""
-        yield from super().problems()
-        if self.search is not None and "experts" in self.groups:
-            yield (
-                "search: does not go with whole experts, whose tokens go elsewhere; use "
-                "expert_channels, or leave it out"
-            )

@@ -19,7 +19,6 @@ from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.sampling import write_texts
 from ray_surgeon.runtime.writing import Wanted
 from ray_surgeon.spec.written import ANSWER_TOKENS
-from ray_surgeon.stages.self_text.loops import repeats
 from ray_surgeon.stages.self_text.requests import Conversations, Request
 from ray_surgeon.storage.prompts import Prompt
 
@@ -43,6 +42,12 @@ _LOWEST_YIELD = 0.125
 """Of what is written, what is counted on to be of use when next to nothing was."""
 _MARGIN = 1.1
 """By how much more is written than seems needed."""
+LONGEST_PERIOD = 64
+"""Tokens of a piece of text that is looked for again after itself."""
+_LOOP_TOKENS = 32
+"""Tokens that a piece of text and its repetitions cover, at least, in a loop."""
+_LOOP_TIMES = 3
+"""Times that the piece is there, at least."""
 
 
 @dataclass(frozen=True)
@@ -81,18 +86,10 @@ class Conversation:
 
 
 def pack(conversations: Sequence[Conversation], num_sequences: int, length: int) -> WrittenText:
-    """Lay conversations one after the other into windows.
+    """Lay conversations one after the other into windows [n, length], as many as are full.
 
     Every window begins with the beginning of a conversation; the last one in it is cut where the
-    window ends.
-
-    Args:
-        conversations: in their order.
-        num_sequences: windows, at most.
-        length: T, tokens of a window.
-
-    Returns:
-        The windows that are full.
+    window ends. There are `num_sequences` windows at most.
     """
     tokens = np.zeros(num_sequences * length, dtype=np.int64)
     answers = np.zeros(len(tokens), dtype=np.bool_)
@@ -282,3 +279,19 @@ def _usual(num_used: int, num_written: int, guess: float) -> float:
 def _seed(seed: int, number: int, part: int) -> int:
     """Return a seed for a part of a round, 0 for turns and 1 for answers."""
     return int(np.random.SeedSequence([seed, number, part]).generate_state(1)[0])
+
+
+def repeats(tokens: Sequence[int] | NDArray[np.int64]) -> bool:
+    """Whether tokens get stuck in a loop: a piece of them comes again and again after itself.
+
+    Somewhere, a piece of 1 to 64 tokens must stand three times or more in a row, and cover 32
+    tokens or more; the last one may be cut short.
+    """
+    text = np.asarray(tokens)
+    for period in range(1, min(LONGEST_PERIOD, len(text) // 2) + 1):
+        different = np.flatnonzero(text[period:] != text[:-period])
+        borders = np.concatenate([[-1], different, [len(text) - period]])
+        longest = int(np.diff(borders).max()) - 1
+        if longest + period >= max(_LOOP_TOKENS, _LOOP_TIMES * period):
+            return True
+    return False

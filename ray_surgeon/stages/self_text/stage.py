@@ -15,10 +15,9 @@ from transformers import PretrainedConfig
 from ray_surgeon.plan.needs import StepPlan, WorkerView
 from ray_surgeon.spec.calibration import CalibrationSection
 from ray_surgeon.spec.written import SelfSection
-from ray_surgeon.stages.calibration import CalibrationText
 from ray_surgeon.stages.self_text.conversations import WrittenText, write
 from ray_surgeon.stages.self_text.requests import Request, to_be_written
-from ray_surgeon.stages.stage import Facts, RunState, Stage
+from ray_surgeon.stages.stage import CalibrationText, Facts, RunState, Stage
 from ray_surgeon.storage import files, tensor_files
 from ray_surgeon.storage.texts import order
 

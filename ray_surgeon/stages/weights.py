@@ -1,0 +1,180 @@
+"""The weights of a run: loaded once, committed after every shot, and exported in the end.
+
+A commit has masks and a record, too, from which a run can go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from ray_surgeon.export.folder import Pruned
+from ray_surgeon.export.for_engines import Shrinking, check_quantised, export_quantised
+from ray_surgeon.export.kinds import check_export, export
+from ray_surgeon.memory.stores import ScratchNames
+from ray_surgeon.models.layout import ModelLayout
+from ray_surgeon.plan.needs import StepPlan, WorkerView
+from ray_surgeon.report.html_report import LivePage
+from ray_surgeon.runtime.dense_model import read_states, write_states
+from ray_surgeon.runtime.loading import ModelRecipe, load
+from ray_surgeon.runtime.saving import FILE_BYTES, continue_from_shot, save_shot
+from ray_surgeon.spec.evaluation import TasksSection
+from ray_surgeon.spec.sections import OutputSection, QuantizeSection
+from ray_surgeon.stages.evaluation import Measures
+from ray_surgeon.stages.prune.method import Choice, Method
+from ray_surgeon.stages.stage import Facts, RunState, Stage
+from ray_surgeon.storage import files
+
+
+@dataclass(frozen=True)
+class Load(Stage):
+    """The first stage of every run."""
+
+    name = "load"
+    method: Method  # which says what masks are of
+
+    def run(self, run: RunState, facts: Facts) -> None:
+        """Load weights, masks, and what the dense model said of texts."""
+        shot_files: tuple[tuple[str, str], ...] = ()
+        if run.resumes:
+            last = run.directory.read_shot(run.num_done)
+            shot_files = tuple((key, file.uri) for file in last.files for key in file.keys)
+        recipe = ModelRecipe(run.model, shot_files, run.kept(ScratchNames))
+        run.cluster.run_all(load, recipe, self.method.by_element, run.cluster.stores)
+        if run.resumes:
+            self.method.after_resuming(run.cluster)
+            run.cluster.run_all(read_states, run.directory.dense_states)
+        facts |= {"workers": len(run.cluster.placement.workers), "resumed_after_shot": run.num_done}
+
+    def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
+        """Return what a worker needs until its weights are where they stay."""
+        yield StepPlan(self.name, worker.weights, worker.host + worker.shapes.largest_tensor)
+
+    def on_host(self, worker: WorkerView) -> float:
+        """Return the bytes of masks of elements; others are small."""
+        return float(self.method.by_element * sum(linear.size for linear in worker.linears))
+
+
+@dataclass(frozen=True)
+class Commit(Stage):
+    """The last stage of a shot."""
+
+    name = "commit"
+    targets: Sequence[float]  # sparsity at the end of every shot; none if the target is no sparsity
+    keep_shots: int  # shots whose tensors are kept; 0 for all
+
+    def run(self, run: RunState, facts: Facts) -> None:
+        """Write everything; the manifest comes last."""
+        directory = run.directory
+        cluster = run.cluster
+        shot = run.shot
+        folder = directory.shot_folder(shot)
+        directory.check_attempt()  # what follows takes files that another try may have written
+        if shot == 1:  # what a run that goes on reads
+            cluster.run_all(write_states, directory.dense_states)
+        files.remove_files(folder, ["*.safetensors"])  # of a try that was interrupted
+        written = [file for worker in cluster.run_all(save_shot, folder) for file in worker]
+        choice = run.find(Choice)
+        threshold = None if choice is None else choice.threshold
+        by_text = run.kept(Measures)
+        run.report.add_shot(
+            shot, self.targets, run.sparsity, threshold, by_text, run.linears, run.record, run.steps
+        )
+        last = run.report.shots[-1]
+        directory.commit_shot(shot, written, last)
+        cluster.run_all(continue_from_shot, written)
+        directory.write_report(run.report.as_record())
+        run.kept(LivePage).draw(run.report.as_record(), final=False)
+        if self.keep_shots:
+            directory.drop_tensors(shot - self.keep_shots)
+        facts |= {"uri": folder, "parameters": last["num_nonzero"]}
+        facts["peak_rss_bytes"] = last["peak_rss_bytes"]
+
+    def ended(self, run: RunState) -> None:
+        """Write the events, with the commit's own."""
+        run.directory.write_events()
+
+    def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
+        """Return the writing, a file at a time."""
+        of_file = min(FILE_BYTES, worker.all_blocks + worker.outside)
+        host = worker.host + max(of_file, worker.shapes.largest_stored)
+        yield StepPlan(self.name, worker.idle, host, disk_bytes=worker.all_blocks)
+
+
+def _pruned(run: RunState) -> Pruned:
+    return Pruned(run.cluster, run.layout, run.model, run.report.model_card_facts())
+
+
+@dataclass(frozen=True)
+class Export(Stage):
+    """One checkpoint, reloaded and measured."""
+
+    name = "export"
+    kind: str
+    output: OutputSection
+    tasks: TasksSection | None
+
+    def run(self, run: RunState, facts: Facts) -> None:
+        """Write it, reload it in a process of its own, and measure what is wanted."""
+        run.directory.check_attempt()
+        pruned = _pruned(run)
+        folder = run.directory.path("export", self.kind)
+        tokens = run.calibration[0]
+        linears = run.report.shots[-1]["linears"]
+        exported = export(
+            self.kind, pruned, folder, tokens, linears, output=self.output, tasks=self.tasks
+        )
+        run.report.exports.append(exported)
+        names = ("kind", "uri", "size_bytes", "reload_max_logit_difference")
+        facts |= {name: exported[name] for name in names if name in exported}
+
+
+@dataclass(frozen=True)
+class Quantise(Stage):
+    """The quantised copy of the export uniform; it may round the workers' weights, for good."""
+
+    name = "quantise"
+    section: QuantizeSection
+
+    def run(self, run: RunState, facts: Facts) -> None:
+        """Write and evaluate the copy."""
+        (uniform,) = (entry for entry in run.report.exports if entry["kind"] == "uniform")
+        copy = export_quantised(_pruned(run), uniform, run.calibration, run.texts, self.section)
+        run.report.exports.append(copy)
+        facts |= {name: copy[name] for name in ("kind", "uri", "size_bytes")}
+
+    def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
+        """Return the rounding by the calibration text; other schemes need none."""
+        if self.section.scheme != "w4a16":
+            return
+        shapes = [(linear.num_rows, linear.num_columns) for linear in worker.linears]
+        of_linears = [(16.0 * (C**2 + R * C), 2 / 3 * C**3 + 2.0 * R * C**2) for R, C in shapes]
+        yield worker.block_by_block(self.name, of_linears)
+
+
+def exports_of(
+    output: OutputSection,
+    tasks: TasksSection | None,
+    layout: ModelLayout,
+    shrinking: Shrinking | None,
+) -> tuple[Stage, ...]:
+    """Return a stage for every export, and for a quantised copy.
+
+    Args:
+        output: of the job spec.
+        tasks: to measure; None for none.
+        layout: of the dense model.
+        shrinking: what pruning may leave; None if it leaves the shapes as they are.
+
+    Raises:
+        ValueError: the model cannot have one of them; says why, and what to export instead.
+    """
+    stages: tuple[Stage, ...] = tuple(Export(kind, output, tasks) for kind in output.exports)
+    if shrinking is None:  # then nothing is quantised, which needs an export uniform
+        return stages
+    for kind in output.exports:
+        check_export(kind, layout, shrinking)
+    if output.quantize is None:
+        return stages
+    check_quantised(layout, shrinking, output.quantize)
+    return (*stages, Quantise(output.quantize))
