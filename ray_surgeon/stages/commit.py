@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from ray_surgeon.plan.needs import StepPlan, WorkerView
 from ray_surgeon.report.html_report import LivePage
-from ray_surgeon.runtime.dense_model import write_states
 from ray_surgeon.runtime.saving import FILE_BYTES, continue_from_shot, save_shot
+from ray_surgeon.runtime.wave import write_states
 from ray_surgeon.stages.evaluation import Measures
 from ray_surgeon.stages.prune.method import Choice
 from ray_surgeon.stages.stage import Facts, RunState, Stage

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from ray_surgeon.memory.stores import ScratchNames
 from ray_surgeon.plan.needs import StepPlan, WorkerView
-from ray_surgeon.runtime.dense_model import read_states
 from ray_surgeon.runtime.loading import ModelRecipe, load
+from ray_surgeon.runtime.wave import read_states
 from ray_surgeon.stages.prune.method import Method
 from ray_surgeon.stages.stage import Facts, RunState, Stage
 

@@ -18,9 +18,8 @@ from numpy.typing import NDArray
 
 from ray_surgeon.runtime import passes
 from ray_surgeon.runtime.cluster import Cluster
-from ray_surgeon.runtime.dense_model import ANSWERS
-from ray_surgeon.runtime.sampling import write_texts
-from ray_surgeon.runtime.writing import Wanted
+from ray_surgeon.runtime.wave import ANSWERS
+from ray_surgeon.runtime.writing import Wanted, write_texts
 from ray_surgeon.stages.self_text.loops import repeats
 from ray_surgeon.storage import files
 

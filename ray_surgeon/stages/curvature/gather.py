@@ -11,9 +11,8 @@ from numpy.typing import NDArray
 
 from ray_surgeon.runtime import passes
 from ray_surgeon.runtime.cluster import Cluster
-from ray_surgeon.runtime.dense_model import CALIBRATION
 from ray_surgeon.runtime.pipelines import forward_and_backward
-from ray_surgeon.runtime.wave import Labels
+from ray_surgeon.runtime.wave import CALIBRATION, Labels
 from ray_surgeon.runtime.worker import Worker, collective
 
 
