@@ -5,12 +5,16 @@ The command line is a thin shell over this.
 
 from __future__ import annotations
 
+import math
+import operator
 import os
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ray_surgeon.maths.kronecker import KroneckerFactors
@@ -25,9 +29,9 @@ from ray_surgeon.run.arguments import spec_of
 from ray_surgeon.run.in_memory import a_tokenizer, causal_lm, own_modes, saved
 from ray_surgeon.run.inputs import check
 from ray_surgeon.run.result import PruneResult, ended_before, run
-from ray_surgeon.run.sequences import token_ids
 from ray_surgeon.spec.base import local_path
 from ray_surgeon.spec.job import JobSpec
+from ray_surgeon.storage.texts import first_token
 
 
 @own_modes()
@@ -128,7 +132,7 @@ def prune(
 @own_modes()
 def curvature(
     model: PreTrainedModel,
-    sequences: Sequence[Sequence[int]] | torch.Tensor | Iterable[str],
+    sequences: Sequence[Sequence[int]] | Tensor | Iterable[str],
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     linears: Sequence[str] | None = None,
@@ -160,8 +164,14 @@ def curvature(
     layout = ModelLayout.of(model.config)
     if linears is not None:
         linears = _names(linears, layout)
-    windows = token_ids(sequences, tokenizer, layout)
-    shard = _shard_of(model, layout, linears)
+    windows = _token_ids(sequences, tokenizer, layout)
+    # weights are never written, so they are read where they are: in the model
+    stores = Stores(weights="disk")
+    blocks = BlockRange(0, layout.num_blocks, layout.num_blocks)
+    shard = ModelShard(layout, blocks, model.dtype, model.device, stores)
+    shard.load(reader_of(layout, model))
+    roles = None if linears is None else frozenset(layout.shapes[name].role for name in linears)
+    shard.start_curvature(only=roles)
     runner = BlockRunner(shard)
     for number, ids in enumerate(windows):
         batch = torch.tensor([ids], device=model.device)
@@ -186,16 +196,55 @@ def _names(linears: Sequence[str], layout: ModelLayout) -> list[str]:
     return names
 
 
-def _shard_of(
-    model: PreTrainedModel, layout: ModelLayout, linears: Sequence[str] | None
-) -> ModelShard:
-    """Return a shard of all blocks, which gathers factors of the roles of some linears."""
-    # weights are never written, so they are read where they are: in the model
-    stores = Stores(weights="disk")
-    blocks = BlockRange(0, layout.num_blocks, layout.num_blocks)
-    shard = ModelShard(layout, blocks, model.dtype, model.device, stores)
-    shard.load(reader_of(layout, model))
-    shard.start_curvature(
-        only=None if linears is None else frozenset(layout.shapes[name].role for name in linears)
-    )
-    return shard
+def _token_ids(
+    sequences: Sequence[Sequence[int]] | Tensor | Iterable[str],
+    tokenizer: PreTrainedTokenizerBase | None,
+    layout: ModelLayout,
+) -> list[list[int]]:
+    """Return the token ids of sequences or texts.
+
+    Args:
+        sequences: token sequences, or texts if there is a tokenizer.
+        tokenizer: for texts.
+        layout: of the model that takes them.
+
+    Raises:
+        ValueError: the model cannot take one, or there is none.
+    """
+    if sequences is None or isinstance(sequences, str | Mapping):
+        raise ValueError(
+            f"sequences: got a {type(sequences).__name__}; give a list of sequences, such as "
+            "input_ids, or of texts"
+        )
+    config = layout.config
+    longest = (
+        config.max_position_embeddings if layout.family.positions else math.inf
+    )  # rotary embeddings go on
+    windows = [_ids_of(number, sequence, tokenizer) for number, sequence in enumerate(sequences)]
+    if not windows:
+        raise ValueError("sequences: there is none; give at least one of two tokens or more")
+    for number, ids in enumerate(windows):
+        # the last token predicts nothing
+        if not (2 <= len(ids) <= longest and min(ids) >= 0 and max(ids) < config.vocab_size):
+            raise ValueError(
+                f"sequences[{number}]: {len(ids)} tokens from {min(ids, default=None)} to "
+                f"{max(ids, default=None)}; the model takes 2 to {longest} tokens, from 0 to "
+                f"{config.vocab_size - 1}; use its own tokenizer, and cut long texts"
+            )
+    return windows
+
+
+def _ids_of(number: int, sequence: Any, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
+    if isinstance(sequence, str):
+        if tokenizer is None:
+            raise ValueError("tokenizer: texts need one; give it, or sequences of tokens")
+        ids: list[int] = a_tokenizer(tokenizer)(sequence, add_special_tokens=False)["input_ids"]
+        first = first_token(tokenizer)
+        return ids if first is None else [first, *ids]
+    try:
+        return [operator.index(token) for token in sequence]
+    except TypeError as error:
+        raise ValueError(
+            f"sequences[{number}]: got {reprlib.repr(sequence)}; give a list of integers, or a "
+            "text and the tokenizer"
+        ) from error

@@ -12,7 +12,7 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import FrameType
 
 from pydantic import ValidationError
@@ -137,7 +137,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m ray_surgeon.p
     try:
         inputs = _checked(arguments, console)
         if arguments.dry_run:
-            _show_plan(inputs, arguments, console)
+            if not inputs.fingerprints:
+                console.print("planned from config.json alone: there are no weights to check")
+            if inputs.widths is not None:
+                console.print(inputs.widths)
+            console.print(plan_table(inputs.plan(*planned_for(arguments, inputs))))
             return DONE
         result = ended_before(inputs, console.print)
         if result is None and isinstance(inputs.spec.cluster, RaySection):
@@ -198,14 +202,6 @@ def _end(error: BaseException, resume_with: str | None) -> int:
     return BAD_INPUT if of_input else FAILED
 
 
-def _show_plan(inputs: Inputs, arguments: argparse.Namespace, console: Console) -> None:
-    if not inputs.fingerprints:
-        console.print("planned from config.json alone: there are no weights to check")
-    if inputs.widths is not None:
-        console.print(inputs.widths)
-    console.print(plan_table(inputs.plan(*planned_for(arguments, inputs))))
-
-
 def _show(result: PruneResult, console: Console) -> None:
     console.print(shots_table(result.report))
     for line in (*export_lines(result.report), *generation_lines(result.report)):
@@ -218,18 +214,13 @@ def _show(result: PruneResult, console: Console) -> None:
     )
 
 
-_COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
-    "prune": ("prune a model as a job spec says", lambda argv: main(argv, "ray-surgeon prune")),
-    "plan": (
-        "check a job spec and print what it will need",
-        lambda argv: main([*argv, "--dry-run"], "ray-surgeon plan"),
-    ),
-    "report": ("compare finished runs", tables.main),
-    "schema": (
-        "print the JSON Schema of the job spec",
-        lambda argv: main([*argv, "--schema"], "ray-surgeon schema"),
-    ),
+_COMMANDS = {
+    "prune": ("prune a model as a job spec says", []),
+    "plan": ("check a job spec and print what it will need", ["--dry-run"]),
+    "report": ("compare finished runs", []),
+    "schema": ("print the JSON Schema of the job spec", ["--schema"]),
 }
+"""Command -> what it does, and the options of `main` that do it."""
 
 
 def cli(argv: Sequence[str] | None = None) -> int:
@@ -245,7 +236,9 @@ def cli(argv: Sequence[str] | None = None) -> int:
     for name, (text, _) in _COMMANDS.items():
         commands.add_parser(name, help=text, add_help=False)
     known, rest = parser.parse_known_args(argv)
-    return _COMMANDS[known.command][1](rest)
+    if known.command == "report":
+        return tables.main(rest)
+    return main([*rest, *_COMMANDS[known.command][1]], f"ray-surgeon {known.command}")
 
 
 if __name__ == "__main__":

@@ -84,16 +84,7 @@ def write_weights(
     of_masks = _names("masks", [n for _, n in numbers])
     workers = zip(cluster.placement.workers, of_weights, of_masks, strict=True)
     futures = [
-        cluster.submit(
-            index,
-            save_weights,
-            uri,
-            names,
-            masks,
-            cut_out=not masked,
-            left_out=left_out,
-            stored=stored,
-        )
+        cluster.submit(index, save_weights, uri, names, masks, left_out=left_out, stored=stored)
         for index, names, masks in workers
     ]
     by_name = {

@@ -31,8 +31,8 @@ from ray_surgeon.export.folder import write_weights
 from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.maths.rounding import round_columns
 from ray_surgeon.models.build import num_inputs
-from ray_surgeon.runtime.block_pass import BlockPass
 from ray_surgeon.runtime.cluster import Cluster
+from ray_surgeon.runtime.passes import BlockPass
 from ray_surgeon.runtime.worker import Worker
 from ray_surgeon.storage import files, tensor_files
 

@@ -1,4 +1,4 @@
-"""What a worker keeps where, and the folder on its disk."""
+"""What a worker keeps where: stores of tensors and factors, and the folder on its disk."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
+
+from ray_surgeon.maths.kronecker import PackedSymmetric
 
 Place = Literal["device", "host", "disk"]
 """Of weights or factors."""
@@ -88,7 +89,7 @@ class Scratch:
         try:
             yield written
             written.replace(path)
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             raise OSError(
                 f"{path}: cannot write: {error}; free space on that disk, or name another one in "
                 "memory.scratch"
@@ -193,3 +194,97 @@ class HostMemory:
     @staticmethod
     def _reserve(size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+
+class TensorStore:
+    """Tensors by name: on the device, in the host's memory, or in files of scratch."""
+
+    def __init__(self, place: Place, device: torch.device, scratch: Scratch, ending: str) -> None:
+        """Start empty; names of files have an ending."""
+        self.place = place
+        self._scratch = scratch
+        self._ending = ending
+        self._memory = HostMemory(device)
+        self._kept: dict[str, Tensor] = {}  # on meta what is in a file
+
+    def __contains__(self, name: str) -> bool:
+        """Whether there is such a tensor."""
+        return name in self._kept
+
+    def get(self, name: str) -> Tensor:
+        """Return a tensor where it lies; what is mapped from a file is not to be written to."""
+        kept = self._kept[name]
+        if self.place != "disk":
+            return kept
+        file = str(self._scratch.path(name + self._ending))
+        flat = torch.from_file(file, shared=False, size=kept.numel(), dtype=kept.dtype)
+        return flat.view(kept.shape)
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        """Keep a tensor in place of the one there was."""
+        if self.place == "device":
+            self._kept[name] = tensor
+        elif self.place == "disk":
+            with self._scratch.replacing(name + self._ending) as path:
+                tensor.cpu().flatten().view(torch.uint8).numpy().tofile(path)
+            self._kept[name] = tensor.to("meta")
+        elif name in self._kept:
+            self._kept[name].copy_(tensor)
+        else:
+            self._kept[name] = self._memory.empty(tensor.shape, tensor.dtype).copy_(tensor)
+
+    def drop(self, name: str) -> None:
+        """Forget a tensor."""
+        del self._kept[name]
+        if not self._kept:
+            self._memory.clear()
+        if self.place == "disk":
+            self._scratch.path(name + self._ending).unlink()
+
+
+class FactorStore:
+    """Packed sums by key.
+
+    A block's sums are on the device while the block runs; between that they are where the plan
+    says.
+    """
+
+    def __init__(self, place: Place, device: torch.device, scratch: Scratch) -> None:
+        """Start empty."""
+        self._device = device
+        self._flat = TensorStore(place, device, scratch, ".factor")
+        self._sizes: dict[str, int] = {}
+
+    def __contains__(self, key: str) -> bool:
+        """Whether there is such a sum."""
+        return key in self._sizes
+
+    def get(self, key: str) -> PackedSymmetric:
+        """Return a sum where it lies. It is not to be written to: on disk it is a private copy."""
+        return PackedSymmetric(self._sizes[key], self._flat.get(key))
+
+    def on_device(self, key: str, n: int) -> PackedSymmetric:
+        """Return a sum [n, n] that may be added to, zeros if there is none.
+
+        `put` keeps what was added.
+        """
+        if key not in self:
+            return PackedSymmetric.zeros(n, self._device)
+        is_there = self._flat.place == "device"
+        flat = self._flat.get(key)
+        return PackedSymmetric(n, flat if is_there else flat.to(self._device, copy=True))
+
+    def put(self, key: str, total: PackedSymmetric) -> None:
+        """Keep a sum in place of the one there was."""
+        self._sizes[key] = total.n
+        self._flat.put(key, total.flat)
+
+    def drop(self, key: str) -> None:
+        """Forget a sum."""
+        del self._sizes[key]
+        self._flat.drop(key)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        for key in list(self._sizes):
+            self.drop(key)

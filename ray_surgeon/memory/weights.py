@@ -8,13 +8,12 @@ from collections import deque
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ray_surgeon.memory.stores import HostMemory, Place, Scratch
+from ray_surgeon.memory.stores import Place, Scratch, TensorStore
 
 TENSORS_AHEAD = 8
 """Tensors that are on their way or wait to be taken, at most."""
@@ -84,6 +83,10 @@ class Slot:
         return parameter.detach()
 
 
+Slots = Sequence[Mapping[str, Slot]]
+"""For each block, global name -> where the tensor belongs."""
+
+
 class WeightStore:
     """The weights of a shard's blocks by global name; all of them are on the device.
 
@@ -91,7 +94,7 @@ class WeightStore:
     is: those below keep them elsewhere.
     """
 
-    def __init__(self, slots: Sequence[Mapping[str, Slot]], device: torch.device) -> None:
+    def __init__(self, slots: Slots, device: torch.device) -> None:
         """Start without weights.
 
         Args:
@@ -140,29 +143,26 @@ class WeightStore:
         yield
 
 
-def _begin_on(device: torch.device) -> None:
-    """Make a GPU, by its number, that of this thread.
-
-    A new thread begins with the first GPU, and would make a context there.
-    """
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-
-
 class StreamedWeights(WeightStore):
     """Only the block that runs has its weights on the device.
 
-    On an accelerator the next block's are on their way.
+    On an accelerator the next block's are on their way. Between that they are in the memory of the
+    host, pinned for a GPU; or on disk, where those that have not changed are read from their source
+    if that is there, too.
     """
 
-    def __init__(self, slots: Sequence[Mapping[str, Slot]], device: torch.device) -> None:
+    def __init__(self, slots: Slots, device: torch.device, kept: TensorStore) -> None:
         """Start without weights; see `WeightStore`."""
         super().__init__(slots, device)
+        self.kept = kept
+        self._reads: dict[str, Read] = {}  # of the names that are read from elsewhere
         self._absent = {name: slot.tensor() for name, slot in self._all.items()}  # on meta
         self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
         self._fetching: ThreadPoolExecutor | None = None
         if device.type != "cpu":
-            self._fetching = ThreadPoolExecutor(1, initializer=_begin_on, initargs=(device,))
+            # a new thread begins with the first GPU, and would make a context there
+            begin = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
+            self._fetching = ThreadPoolExecutor(1, initializer=begin)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     @contextlib.contextmanager
@@ -198,86 +198,42 @@ class StreamedWeights(WeightStore):
             self._ahead[1].result()
             self._ahead = None
 
-
-class HostWeights(StreamedWeights):
-    """The weights are in the memory of the host, which is pinned for a GPU."""
-
-    def __init__(self, slots: Sequence[Mapping[str, Slot]], device: torch.device) -> None:
-        """Start without weights; see `WeightStore`."""
-        super().__init__(slots, device)
-        self._host: dict[str, Tensor] = {}
-        self._memory = HostMemory(device)
-
-    def _take(self, name: str, value: Tensor, slot: Slot) -> None:
-        self._host[name] = self._memory.empty(value.shape, slot.dtype).copy_(value)
-
-    def get(self, name: str) -> Tensor:
-        """Return a tensor."""
-        return self._host[name]
-
-    def set(self, name: str, tensor: Tensor) -> None:
-        """Replace the content of a tensor."""
-        self._forget_ahead()
-        super().set(name, tensor)
-
-
-class DiskWeights(StreamedWeights):
-    """Weights are read from their source on a local disk, or else from a copy of it.
-
-    Changed weights come from scratch.
-    """
-
-    def __init__(
-        self, slots: Sequence[Mapping[str, Slot]], device: torch.device, scratch: Scratch
-    ) -> None:
-        """Start without weights; see `WeightStore`."""
-        super().__init__(slots, device)
-        self._scratch = scratch
-        self._changed: set[str] = set()
-
     def fill(self, read: Read, checked: Callable[[str, Tensor], None], *, stays: bool) -> None:
-        """Look at every tensor once, and copy it if it would not stay; see `WeightStore.fill`."""
-        self._reads = dict.fromkeys(self._all, read)
-        self._stays = stays
+        """Look at every tensor once, and keep it if it would not stay; see `WeightStore.fill`."""
+        is_there = stays and self.kept.place == "disk"
+        self._reads = dict.fromkeys(self._all, read) if is_there else {}
         super().fill(read, checked, stays=stays)
 
     def _take(self, name: str, value: Tensor, slot: Slot) -> None:
-        if not self._stays:
+        if name not in self._reads:
             self.set(name, value)
 
     def continue_from(self, read: Read, names: Container[str]) -> None:
-        """Read the given names by another function, and free their scratch.
+        """Read the given names by another function, and free what is kept of them.
 
         Nothing stays open that no name needs.
         """
         self._forget_ahead()
-        self._reads |= {name: read for name in self._all if name in names}
-        changed = {name for name in self._changed if name in names}
-        self._changed -= changed
-        for name in changed:
-            self._scratch.path(f"{name}.safetensors").unlink()
+        for name in (name for name in self._all if name in names):
+            self._reads[name] = read
+            if name in self.kept:
+                self.kept.drop(name)
 
     def get(self, name: str) -> Tensor:
-        """Return a tensor, mapped from its file unless its dtype must be changed."""
-        if name not in self._changed:
+        """Return a tensor, on disk mapped from its file unless its dtype must be changed."""
+        if name in self._reads:
             return self._reads[name](name).to(self._all[name].dtype)
-        with safe_open(self._scratch.path(f"{name}.safetensors"), framework="pt") as file:
-            tensor = file.get_tensor("x")
-        assert isinstance(tensor, Tensor)
-        return tensor
+        return self.kept.get(name)
 
     def set(self, name: str, tensor: Tensor) -> None:
         """Replace the content of a tensor."""
         self._forget_ahead()
-        with self._scratch.replacing(f"{name}.safetensors") as path:
-            save_file({"x": tensor.to("cpu", self._all[name].dtype).contiguous()}, path)
-        self._changed.add(name)
+        self.kept.put(name, tensor.to(self._all[name].dtype))
+        self._reads.pop(name, None)
 
 
-def weight_store(
-    place: Place, slots: Sequence[Mapping[str, Slot]], device: torch.device, scratch: Scratch
-) -> WeightStore:
+def weight_store(place: Place, slots: Slots, device: torch.device, scratch: Scratch) -> WeightStore:
     """Return an empty store; see `WeightStore`."""
-    if place == "disk":
-        return DiskWeights(slots, device, scratch)
-    return HostWeights(slots, device) if place == "host" else WeightStore(slots, device)
+    if place == "device":
+        return WeightStore(slots, device)
+    return StreamedWeights(slots, device, TensorStore(place, device, scratch, ".safetensors"))

@@ -18,8 +18,7 @@ from ray_surgeon.maths.experts import (
     shrunk_factors,
 )
 from ray_surgeon.maths.kronecker import PackedFactors, PackedSymmetric, Term
-from ray_surgeon.memory.factors import FactorStore
-from ray_surgeon.memory.stores import Scratch, Stores
+from ray_surgeon.memory.stores import FactorStore, Scratch, Stores
 from ray_surgeon.memory.weights import Read, Slot, WeightStore, weight_store
 from ray_surgeon.models import build
 from ray_surgeon.models.checkpoint import check_finite

@@ -16,7 +16,7 @@ from ray_surgeon.models.runner import TOKENS_OF_ROOM
 from ray_surgeon.plan.room import Device
 from ray_surgeon.plan.work import ActivationBytes, Shapes
 from ray_surgeon.runtime.placement import Placement
-from ray_surgeon.runtime.sampling import num_batches
+from ray_surgeon.runtime.writing import texts_together
 
 
 @dataclass(frozen=True)
@@ -114,17 +114,15 @@ class WorkerView:
         config = shapes.layout.config
         self.hidden_size = int(config.hidden_size)
         self._hidden = self.hidden_size * shapes.width
-        self.head_flops = 0
-        self._head = 0
-        if blocks.is_last:
-            self.head_flops = 2 * config.vocab_size * config.hidden_size
-            self._head = bytes_at_the_head(config.vocab_size, shapes.width, on_cpu=device_is_host)
+        vocabulary = config.vocab_size * blocks.is_last
+        self.head_flops = 2 * vocabulary * config.hidden_size
+        self._head = bytes_at_the_head(vocabulary, shapes.width, on_cpu=device_is_host)
         self._sum_up_blocks()
-        self.host = self._host_of_stores()
         self.host += sum(stage.on_host(self) for stage in work.stages)
 
     def _sum_up_blocks(self) -> None:
         shapes = self.shapes
+        stores = self.stores
         sizes = [shapes.block_bytes[block] for block in self._own]
         factors = [shapes.factor_bytes[block] for block in self._own]
         activations = [shapes.activations[block] for block in self._own]
@@ -134,19 +132,18 @@ class WorkerView:
         self.largest_factors = max(factors)
         self.active = sum(shapes.active_parameters[block] for block in self._own)
         self.outside = shapes.outside_bytes(self._blocks)
-        is_resident = self.stores.weights == "device"
+        is_resident = stores.weights == "device"
         self.idle = self.outside + self.all_blocks * is_resident
         # on the CPU a block runs where it lies, elsewhere the next one is ahead
         runs_in_place = self.device_is_host or is_resident
         self.weights = self.idle + (0 if runs_in_place else 2 * max(sizes))
-
-    def _host_of_stores(self) -> float:
-        """Return the host's bytes of weights, and of pinned pieces, which torch keeps."""
-        stores = self.stores
+        # of weights; and for a GPU of pinned pieces, which torch keeps
+        pinned_weights, pinned_factors = shapes.pinned_bytes(self._blocks)
         if self.device_is_host:
-            return self.all_blocks * (stores.weights == "host")
-        weights, factors = self.shapes.pinned_bytes(self._blocks)
-        return weights * (stores.weights == "host") + factors * (stores.factors == "host")
+            pinned_weights = self.all_blocks
+            pinned_factors = 0
+        self.host: float = pinned_weights * (stores.weights == "host")
+        self.host += pinned_factors * (stores.factors == "host")
 
     @property
     def disk_bytes(self) -> float:
@@ -206,7 +203,7 @@ class WorkerView:
         flops = 0.0
         num_passes = 0
         for num_texts, length in texts:
-            batches = num_batches(num_texts, length)
+            batches = -(-num_texts // texts_together(length))  # whatever the cluster is
             batch = -(-num_texts // batches)
             rounds = -(-batches // self.num_replicas)  # a batch is one replica's
             own = min(num_texts, rounds * batch)

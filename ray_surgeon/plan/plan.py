@@ -8,6 +8,7 @@ fastest way that fits, or it says which step binds and what would do.
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
 from collections.abc import Iterator
@@ -92,16 +93,14 @@ class Plan:
         Operations and bytes are those of all shards of one replica.
         """
         steps = self.steps.items()
-        flops = {n: sum(s.flops + s.float32_flops for s in shards) for n, shards in steps}
         moved = {n: sum(s.host_bytes + s.disk_bytes for s in shards) for n, shards in steps}
-        peaks = {name: list(map(int, peaks)) for name, peaks in self.peaks().items()}
         return {
             "stores": asdict(self.stores),
             "device": self.device.name,
             "seconds": {name: round(seconds, 3) for name, seconds in self.seconds.items()},
-            "flops": flops,
+            "flops": {n: sum(s.flops + s.float32_flops for s in shards) for n, shards in steps},
             "moved_bytes": moved,
-            "peak_bytes": peaks,
+            "peak_bytes": {name: list(map(int, peaks)) for name, peaks in self.peaks().items()},
             "disk_bytes": [int(worker.disk) for worker in self.workers],
         }
 
@@ -237,17 +236,10 @@ class _Planner:
             placed = place(self.shapes.layout, num_shards, placement.num_replicas)
             return any(plan.fits for plan in self.plans(placed, room))
 
-        low = placement.num_shards
-        high = self.shapes.layout.num_blocks
-        if low == high or not fits(high):
+        more = range(placement.num_shards + 1, self.shapes.layout.num_blocks + 1)
+        if not more or not fits(more[-1]):
             return None
-        while high - low > 1:
-            middle = (low + high) // 2
-            if fits(middle):
-                high = middle
-            else:
-                low = middle
-        return high
+        return more[bisect.bisect_left(more[:-1], True, key=fits)]
 
 
 def plan_table(plan: Plan) -> Table:

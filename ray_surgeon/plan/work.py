@@ -60,6 +60,7 @@ class Shapes:
         factor_bytes: of the packed factors of every block that are gathered.
         active_parameters: of every block's linears, what a token is multiplied with.
         activations: of every block.
+        outside_bytes: range of blocks -> those of what a shard of them holds beside them.
         pinned_bytes: range of blocks -> what a host reserves for its weights, and for its factors.
     """
 
@@ -88,7 +89,7 @@ class Shapes:
         ]
         self.activations = [self._activation_bytes(linears) for linears in self.linears]
         self.pinned_bytes = functools.cache(self._pinned_bytes)
-        self._outside: dict[tuple[bool, bool], int] = {}
+        self.outside_bytes = functools.cache(self._outside_bytes)
 
     def _activation_bytes(self, linears: list[LinearShape]) -> ActivationBytes:
         """Count outputs of a block's linears, products of the feed-forward layer, and copies.
@@ -113,17 +114,9 @@ class Shapes:
         weights = reserved_bytes(itertools.chain(*self._in_blocks[own]))
         return weights, reserved_bytes(itertools.chain(*self._factors[own]))
 
-    def outside_bytes(self, blocks: BlockRange) -> int:
-        """Return the bytes of what a shard holds outside of its blocks.
-
-        They depend on whether it has the first block and the last.
-        """
-        ends = blocks.is_first, blocks.is_last
-        if ends not in self._outside:
-            names = self.layout.parameters_of(blocks)
-            outside = (name for name in names if self.layout.block_of(name) is None)
-            self._outside[ends] = sum(self._sizes[name] for name in outside)
-        return self._outside[ends]
+    def _outside_bytes(self, blocks: BlockRange) -> int:
+        names = self.layout.parameters_of(blocks)
+        return sum(self._sizes[name] for name in names if self.layout.block_of(name) is None)
 
 
 def _factor_sizes(linears: list[LinearShape], work: Work) -> list[int]:

@@ -23,6 +23,16 @@ _EXAMPLES = {
     "calibration": "such as {'source': 'python-docs', 'num_sequences': 64, 'sequence_length': 512}",
     "pruning": "such as {'structure': 'groups', 'groups': ['ffn'], 'target_sparsity': 0.2}",
 }
+_NOT_SHARED = {
+    "num_sequences",
+    "mix",
+    "stride",
+    "seed",
+    "split",
+    *WritingSection.model_fields,
+    *OF_CALIBRATION,
+}
+"""Fields of a calibration text that an evaluation text does not take over."""
 
 
 def spec_of(
@@ -35,18 +45,6 @@ def spec_of(
     Raises:
         ValueError: it is none that can work; names the argument, and the remedy.
     """
-    try:
-        return JobSpec.model_validate(_document(model, tokenizer, sections))
-    except ValidationError as error:
-        derived = () if "evaluation" in sections else ("evaluation",)
-        raise ValueError(validation_message(error, "what prune() was given", derived)) from error
-
-
-def _document(
-    model: str | Mapping[str, Any] | PreTrainedModel | None,
-    tokenizer: PreTrainedTokenizerBase | None,
-    sections: Mapping[str, Any],
-) -> dict[str, Any]:
     document: dict[str, Any] = {"version": 2, "name": "model", "cluster": {}} | dict(sections)
     if isinstance(model, str):
         model = {"source": model}
@@ -68,7 +66,11 @@ def _document(
     if isinstance(model, PreTrainedModel):
         source = files.join(absolute(str(document["output"]["uri"])), "source")
         model = {"source": source, "dtype": dtype_of(model)}
-    return document | {"model": model}
+    try:
+        return JobSpec.model_validate(document | {"model": model})
+    except ValidationError as error:
+        derived = () if "evaluation" in sections else ("evaluation",)
+        raise ValueError(validation_message(error, "what prune() was given", derived)) from error
 
 
 def _check_kinds(
@@ -125,16 +127,7 @@ def _test_part(calibration: Mapping[str, Any]) -> dict[str, Any]:
             "evaluation: the calibration reads the test part of its text, so name another text "
             "to measure on"
         )
-    not_shared = {
-        "num_sequences",
-        "mix",
-        "stride",
-        "seed",
-        "split",
-        *WritingSection.model_fields,
-        *OF_CALIBRATION,
-    }
-    text = {name: value for name, value in calibration.items() if name not in not_shared}
+    text = {name: value for name, value in calibration.items() if name not in _NOT_SHARED}
     try:
         count = TypeAdapter(Positive).validate_python(calibration.get("num_sequences"))
     except ValidationError:

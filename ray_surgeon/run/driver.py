@@ -5,38 +5,38 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict
 from typing import Any
 
 import ray
 import tenacity
-from ray.exceptions import (
-    GetTimeoutError,
-    ObjectLostError,
-    OutOfMemoryError,
-    RayActorError,
-    RayError,
-    RayTaskError,
-    WorkerCrashedError,
-)
+from ray.exceptions import ObjectLostError, OutOfMemoryError, RayError, RayTaskError
 from ray.util.metrics import Counter, Gauge
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_surgeon.report.directory import Attempt, RunDirectory, TakenOverError
 from ray_surgeon.report.display import Display
-from ray_surgeon.report.events import Event, Moment
+from ray_surgeon.report.events import Event, Fact, Moment
 from ray_surgeon.report.metrics import Recorder
 from ray_surgeon.run.inputs import Inputs
 from ray_surgeon.run.loop import run_shots
 from ray_surgeon.runtime.cluster import NoRoomError, WorkerFailureError
 from ray_surgeon.runtime.ray_cluster import RayCluster, nodes_alive
-from ray_surgeon.spec.sections import RaySection
 from ray_surgeon.stages.evaluation import CollapseError
 
+_LOSSES = (
+    ObjectLostError,
+    OutOfMemoryError,
+    ray.exceptions.RayActorError,
+    ray.exceptions.WorkerCrashedError,
+)
+"""What Ray raises where the coordinator itself is lost."""
 _POLL_S = 0.5
 _PATIENCE_S = 60.0
 """How long memory that ended workers still hold is waited for."""
+_LOST_ITS_SERVER = "(?s).*Initialization failure from server"
+"""What the cluster answers if it could not start what serves a client."""
 _TRIES = 4
 """Tries to connect by a Ray client.
 
@@ -69,7 +69,7 @@ class Coordinator:
             None at the end, or what failed.
         """
         spec = inputs.spec
-        run = RunDirectory(inputs.spec.output.uri, attempt)
+        run = RunDirectory(spec.output.uri, attempt)
         metrics = Recorder(spec.name, Gauge, Counter)
 
         def listen(news: Event | Moment) -> None:
@@ -81,27 +81,16 @@ class Coordinator:
 
         if before is not None:
             run.start(inputs.spec_yaml, inputs.fingerprints)
-            event = Event(
-                "retry",
-                0,
-                spec.pruning.shots,
-                0.0,
-                {"cause": before.cause, "message": before.message},
-            )
+            facts: dict[str, Fact] = {"cause": before.cause, "message": before.message}
+            event = Event("retry", 0, spec.pruning.shots, 0.0, facts)
             run.add_event(asdict(event) | {"time": time.time()})
             metrics.record(event)
-        cluster = None
+        patience_s = 0.0 if before is None else _PATIENCE_S
         try:
-            assert isinstance(spec.cluster, RaySection)
-            cluster = RayCluster(inputs.layout, inputs.placement, spec.cluster)
-            run_shots(
-                inputs, cluster, run, listen, patience_s=0.0 if before is None else _PATIENCE_S
-            )
+            with closing(RayCluster(inputs.layout, inputs.placement, inputs.ray)) as cluster:
+                run_shots(inputs, cluster, run, listen, patience_s=patience_s)
         except WorkerFailureError as error:
             return error
-        finally:
-            if cluster is not None:
-                cluster.close()
         return None
 
     def news(self, seen: int) -> tuple[list[Event], Moment | None]:
@@ -109,44 +98,56 @@ class Coordinator:
         return self._events[seen:], self._moment
 
 
-def run_on_ray(inputs: Inputs, display: Display) -> None:
+def run_on_ray(inputs: Inputs, display: Display, *, disconnects: bool) -> None:
     """Run on Ray; after a loss, continue from the last committed shot.
 
     Args:
         inputs: checked.
         display: shows events.
+        disconnects: whether to leave the cluster afterwards even if this process belonged to it
+            before; a Ray that was started on this machine ends then.
 
     Raises:
+        ValueError: there is no cluster at the address.
         RuntimeError: losses of one cause are more than the job spec allows, or Ray itself fails.
         Exception: what the work raised, unwrapped from Ray's task errors.
     """
-    section = inputs.spec.cluster
-    assert isinstance(section, RaySection)
+    if not ray.is_initialized():
+        display.note(f"running on {connect_to_ray(inputs)}")
+        disconnects = True
     try:
-        if len(nodes_alive()) > 1 and "://" not in inputs.spec.output.uri:
-            display.note(
-                f"note: the cluster has several machines; {inputs.spec.output.uri} must be a "
-                "folder that they share"
-            )
-        left = section.retries.model_dump()
-        attempt = Attempt()
-        failure = _try(inputs, section, None, attempt, display)
-        while failure is not None:
-            cause = failure.cause
-            if not left[cause]:
-                raise RuntimeError(
-                    f"{failure.line}. cluster.retries.{cause} allows "
-                    f"{getattr(section.retries, cause)}; committed shots are kept. Look for the "
-                    f"reason in Ray's logs, or raise cluster.retries.{cause}"
-                )
-            left[cause] -= 1
-            display.note(
-                f"{failure.line}; continuing from the last committed shot, "
-                f"{left[cause]} such retries left"
-            )
-            failure = _try(inputs, section, failure, attempt, display)
+        _run_with_retries(inputs, display)
     except RayError as error:
         raise unwrapped(error) from error
+    finally:
+        if disconnects:
+            ray.shutdown()
+
+
+def _run_with_retries(inputs: Inputs, display: Display) -> None:
+    section = inputs.ray
+    if len(nodes_alive()) > 1 and "://" not in inputs.spec.output.uri:
+        display.note(
+            f"note: the cluster has several machines; {inputs.spec.output.uri} must be a "
+            "folder that they share"
+        )
+    left = section.retries.model_dump()
+    attempt = Attempt()
+    failure = _try(inputs, None, attempt, display)
+    while failure is not None:
+        cause = failure.cause
+        if not left[cause]:
+            raise RuntimeError(
+                f"{failure.line}. cluster.retries.{cause} allows "
+                f"{getattr(section.retries, cause)}; committed shots are kept. Look for the "
+                f"reason in Ray's logs, or raise cluster.retries.{cause}"
+            )
+        left[cause] -= 1
+        display.note(
+            f"{failure.line}; continuing from the last committed shot, "
+            f"{left[cause]} such retries left"
+        )
+        failure = _try(inputs, failure, attempt, display)
 
 
 def connect_to_ray(inputs: Inputs) -> str:
@@ -156,8 +157,7 @@ def connect_to_ray(inputs: Inputs) -> str:
         ValueError: there is no cluster at the address.
         RuntimeError: a local Ray cannot be started.
     """
-    section = inputs.spec.cluster
-    assert isinstance(section, RaySection)
+    section = inputs.ray
     return connect(section.address, section.num_workers * section.cpus_per_worker)
 
 
@@ -178,8 +178,9 @@ def connect(address: str | None, num_cpus_needed: int) -> str:
     """
     target = address or os.environ.get("RAY_ADDRESS")
     if target:
+        lost_its_server = tenacity.retry_if_exception_message(match=_LOST_ITS_SERVER)
         tries = tenacity.Retrying(
-            retry=tenacity.retry_if_exception(_lost_its_server),
+            retry=tenacity.retry_if_exception_type(ConnectionError) & lost_its_server,
             stop=tenacity.stop_after_attempt(_TRIES),
             reraise=True,
         )
@@ -211,22 +212,6 @@ def connect(address: str | None, num_cpus_needed: int) -> str:
     return f"a local Ray with {num_cpus} CPUs"
 
 
-def _lost_its_server(error: BaseException) -> bool:
-    """Whether the cluster answers that it could not start what serves a client."""
-    is_of_connection = isinstance(error, ConnectionError)
-    return is_of_connection and "Initialization failure from server" in str(error)
-
-
-def is_connected() -> bool:
-    """Whether this process belongs to a Ray cluster already."""
-    return bool(ray.is_initialized())
-
-
-def disconnect() -> None:
-    """Leave the cluster; a Ray that was started on this machine ends."""
-    ray.shutdown()
-
-
 def unwrapped(error: BaseException) -> BaseException:
     """Return what the work raised, unwrapped from Ray's task errors.
 
@@ -241,30 +226,24 @@ def unwrapped(error: BaseException) -> BaseException:
     return cause if is_told else RuntimeError(str(error))
 
 
-def _on_this_node() -> NodeAffinitySchedulingStrategy:
-    """Return a strategy that places an actor beside this process.
-
-    So it is not lost with a machine of workers.
-
-    Not soft: Ray 2.60 takes a soft affinity of an actor without CPUs for none at times.
-    """
-    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+def _start_coordinator() -> Any:
+    node = ray.get_runtime_context().get_node_id()
+    actor_class = ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0)(Coordinator)
+    return actor_class.options(
+        max_concurrency=2,
+        runtime_env={"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}},
+        # beside this process, so that it is not lost with a machine of workers. Not soft: Ray 2.60
+        # takes a soft affinity of an actor without CPUs for none at times
+        scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
+    ).remote()
 
 
 def _try(
-    inputs: Inputs,
-    section: RaySection,
-    before: WorkerFailureError | None,
-    attempt: Attempt,
-    show: Callable[[Event | Moment], None],
+    inputs: Inputs, before: WorkerFailureError | None, attempt: Attempt, show: Display
 ) -> WorkerFailureError | None:
     """Run a coordinator to its end and return what failed, if anything."""
-    actor_class = ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0)(Coordinator)
-    coordinator: Any = actor_class.options(
-        max_concurrency=2,
-        runtime_env={"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}},
-        scheduling_strategy=_on_this_node(),
-    ).remote()
+    section = inputs.ray
+    coordinator = _start_coordinator()
     patience_s = section.start_timeout_s
     seen = 0
     running = True
@@ -285,9 +264,9 @@ def _try(
             if moment is not None and running:
                 show(moment)
         failure: WorkerFailureError | None = ray.get(run)
-    except GetTimeoutError:
+    except ray.exceptions.GetTimeoutError:
         return WorkerFailureError("coordinator", f"the coordinator has {silence}")
-    except (RayActorError, ObjectLostError, OutOfMemoryError, WorkerCrashedError) as error:
+    except _LOSSES as error:
         if isinstance(error, RayTaskError):  # the coordinator lives and reports another error
             raise
         return WorkerFailureError(

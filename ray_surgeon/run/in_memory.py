@@ -95,11 +95,8 @@ def saved(
     directory = RunDirectory(run)
     with tempfile.TemporaryDirectory() as scratch:
         _write(model, tokenizer, scratch)
-        written = {
-            path.relative_to(scratch).as_posix(): path
-            for path in sorted(Path(scratch).rglob("*"))
-            if path.is_file()
-        }
+        paths = filter(Path.is_file, sorted(Path(scratch).rglob("*")))
+        written = {path.relative_to(scratch).as_posix(): path for path in paths}
         chosen = {
             name: path
             for name, path in written.items()
@@ -209,34 +206,6 @@ def without_bars() -> Iterator[None]:
             transformers.utils.logging.enable_progress_bar()
 
 
-_backends: Any = torch.backends
-_PRODUCTS = (_backends.mkldnn.matmul, _backends.cuda.matmul)
-"""Where torch keeps with what precision float32 is multiplied."""
-
-
-@contextmanager
-def _whole_products() -> Iterator[None]:
-    """Multiply float32 as float32 meanwhile, in all threads of the process."""
-    precisions = [products.fp32_precision for products in _PRODUCTS]
-    for products in _PRODUCTS:
-        products.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        for products, precision in zip(_PRODUCTS, precisions, strict=True):
-            products.fp32_precision = precision
-
-
-@contextmanager
-def _num_threads() -> Iterator[None]:
-    """Give back the number of threads of products."""
-    num_threads = torch.get_num_threads()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(num_threads)
-
-
 @contextmanager
 def own_modes() -> Iterator[None]:
     """Leave outside what the caller's process and thread are in, and give it back.
@@ -245,9 +214,12 @@ def own_modes() -> Iterator[None]:
     (``torch.set_float32_matmul_precision``), a default device, `no_grad`, `inference_mode` and
     `autocast`.
     """
+    backends: Any = torch.backends
     with ExitStack() as stack:
-        stack.enter_context(_num_threads())
-        stack.enter_context(_whole_products())
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        for products in (backends.mkldnn.matmul, backends.cuda.matmul):
+            stack.callback(setattr, products, "fp32_precision", products.fp32_precision)
+            products.fp32_precision = "ieee"  # in all threads of the process
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
         stack.enter_context(torch.inference_mode(False))

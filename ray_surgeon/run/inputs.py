@@ -9,8 +9,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import yaml
@@ -24,21 +23,13 @@ from ray_surgeon.plan.room import Device, Room
 from ray_surgeon.plan.work import Work
 from ray_surgeon.report.directory import RunDirectory
 from ray_surgeon.report.record import check_folder
-from ray_surgeon.run.reading import (
-    as_input_error,
-    check_machine,
-    check_requests,
-    check_weights,
-    environment,
-    load_config,
-    nothing,
-    read_texts,
-)
+from ray_surgeon.run import reading
+from ray_surgeon.run.reading import Texts
 from ray_surgeon.run.stages import Stages, stages_after_shots, stages_of
 from ray_surgeon.runtime.placement import Placement, place
 from ray_surgeon.spec.job import JobSpec
 from ray_surgeon.spec.parsing import with_absolute_paths
-from ray_surgeon.spec.sections import KERNEL_COLUMNS, ModelSection
+from ray_surgeon.spec.sections import KERNEL_COLUMNS, ModelSection, RaySection
 from ray_surgeon.stages.prune.groups import Groups
 from ray_surgeon.stages.prune.groups_section import CoupledSection
 from ray_surgeon.stages.prune.method import Method
@@ -46,7 +37,7 @@ from ray_surgeon.stages.prune.methods import method_for
 from ray_surgeon.stages.stage import CalibrationText, Stage
 from ray_surgeon.storage.default_text import default_mix
 from ray_surgeon.storage.sources import open_model
-from ray_surgeon.storage.texts import Windows, load_tokenizer, windows_of
+from ray_surgeon.storage.texts import load_tokenizer
 
 S = TypeVar("S", bound=Stage)
 
@@ -72,6 +63,12 @@ class Inputs:
     def stage(self, kind: type[S]) -> S | None:
         """Return the stage of a class, if the job has one."""
         return next((stage for stage in self.stages.all if isinstance(stage, kind)), None)
+
+    @property
+    def ray(self) -> RaySection:
+        """The section on the cluster, of a job that runs on Ray."""
+        assert isinstance(self.spec.cluster, RaySection)
+        return self.spec.cluster
 
     @property
     def text(self) -> CalibrationText:
@@ -110,17 +107,15 @@ class Inputs:
     @property
     def notes(self) -> list[str]:
         """What to know of a job before it starts, for people, a line each."""
-        return [line for line in (self._precision, self.chosen_text) if line is not None]
-
-    @property
-    def _precision(self) -> str | None:
+        lines = [] if self.chosen_text is None else [self.chosen_text]
         stored = str(getattr(self.layout.config, "dtype", None)).removeprefix("torch.")
-        if stored not in ("bfloat16", "float16") or self.spec.model.dtype != "float32":
-            return None
-        return (
-            f"config.json says {stored}, but this job and its exports are in float32, twice as "
-            "large; model.dtype: bfloat16 halves it"
-        )
+        if stored in ("bfloat16", "float16") and self.spec.model.dtype == "float32":
+            precision = (
+                f"config.json says {stored}, but this job and its exports are in float32, twice as "
+                "large; model.dtype: bfloat16 halves it"
+            )
+            lines.insert(0, precision)
+        return lines
 
     def plan(self, room: Room, device: Device) -> Plan:
         """Return how the job runs.
@@ -162,23 +157,25 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
         ValueError: something cannot work; names the field, what was found, and the remedy.
     """
     spec = with_absolute_paths(spec)
-    check_machine(spec, dry_run=dry_run)
-    with as_input_error(f"output.uri: cannot use {spec.output.uri}"):
+    reading.check_machine(spec, dry_run=dry_run)
+    with reading.as_input_error(f"output.uri: cannot use {spec.output.uri}"):
         RunDirectory(spec.output.uri).is_new()  # raises if it holds something else
-    with as_input_error(f"model.source: cannot read {spec.model.source}"):
+    with reading.as_input_error(f"model.source: cannot read {spec.model.source}"):
         source = open_model(spec.model)
         folder = source.small_files_folder()
-    layout = ModelLayout.of(load_config(folder, source.origin), source.origin)
+    layout = ModelLayout.of(reading.load_config(folder, source.origin), source.origin)
     last = stages_after_shots(spec, layout)
     method = method_for(spec.pruning, spec.curvature, layout, spec.model.dtype)
-    check_requests(spec, layout)
+    reading.check_requests(spec, layout)
     is_read = source.has_weights or not dry_run
-    model_fingerprint = check_weights(source, layout) if is_read else None
-    texts = _texts_of(spec, folder, source.origin, layout) if is_read else _unread_texts(spec)
-    spec = texts.spec
-    first_text = next(iter(texts.measured.values()), texts.calibration).tokens
-    stages = stages_of(spec, layout, method, texts.tokenizer, texts.further, first_text, last)
-    fingerprints = _fingerprints(model_fingerprint, texts, stages) if is_read else {}
+    model_fingerprint = reading.check_weights(source, layout) if is_read else None
+    texts = reading.unread_texts(spec)
+    chosen = None  # see `Inputs.chosen_text`
+    if is_read:
+        tokenizer = load_tokenizer(folder, source.origin)
+        spec, chosen = _chosen(spec, tokenizer)
+        texts = reading.read_texts(spec, tokenizer, layout.config)
+    stages = stages_of(spec, layout, method, texts, last)
     inputs = Inputs(
         spec,
         layout,
@@ -188,12 +185,12 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
         source.pinned,
         texts.calibration.tokens,
         {name: windows.tokens for name, windows in texts.measured.items()},
-        fingerprints,
-        environment(),
-        texts.chosen,
+        _fingerprints(spec, model_fingerprint, texts, stages) if is_read else {},
+        reading.environment(),
+        chosen,
     )
     if is_read:
-        with as_input_error(f"output.uri: cannot use {spec.output.uri}"):
+        with reading.as_input_error(f"output.uri: cannot use {spec.output.uri}"):
             directory = RunDirectory(spec.output.uri)
             check_folder(directory, inputs.fingerprints, inputs.spec_yaml, resume=resume)
             if not dry_run:
@@ -201,43 +198,24 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
     return inputs
 
 
-class _Texts(NamedTuple):
-    """What a job reads beside its model."""
-
-    spec: JobSpec  # with a calibration that was chosen
-    tokenizer: Any
-    calibration: Windows
-    further: Windows  # that a stage reads beside the calibration
-    measured: Mapping[str, Windows]
-    chosen: str | None = None  # see `Inputs.chosen_text`
-
-
-def _texts_of(spec: JobSpec, folder: Path, origin: str, layout: ModelLayout) -> _Texts:
-    """Read the tokenizer of a checkpoint, and all texts."""
-    tokenizer = load_tokenizer(folder, origin)
+def _chosen(spec: JobSpec, tokenizer: Any) -> tuple[JobSpec, str | None]:
+    """Return a spec with the calibration chosen that it leaves open; and what was chosen."""
     if "gguf" in spec.output.exports:
         tokenizer_names(json.loads(tokenizer.backend_tokenizer.to_str()))
-    chosen = None
-    if spec.calibration.source == "auto":
-        section, chosen = default_mix(spec.calibration, tokenizer)
-        spec = spec.model_copy(update={"calibration": section})
-        spec.check_borders()
-    return _Texts(spec, tokenizer, *read_texts(spec, tokenizer, layout.config), chosen)
+    if spec.calibration.source != "auto":
+        return spec, None
+    section, chosen = default_mix(spec.calibration, tokenizer)
+    spec = spec.model_copy(update={"calibration": section})
+    spec.check_borders()
+    return spec, chosen
 
 
-def _unread_texts(spec: JobSpec) -> _Texts:
-    """Return what stands for the texts in a plan from config.json alone."""
-    section = spec.calibration
-    calibration = windows_of(nothing(section.num_sequences, section.sequence_length))
-    return _Texts(spec, None, calibration, windows_of(nothing(0, 1)), {})
-
-
-def _fingerprints(model: Any, texts: _Texts, stages: Stages) -> dict[str, Any]:
+def _fingerprints(spec: JobSpec, model: Any, texts: Texts, stages: Stages) -> dict[str, Any]:
     """Return what must be the same when a run goes on."""
     vocabulary = repr(sorted(texts.tokenizer.get_vocab().items()))
     fingerprints: dict[str, Any] = {
         "code": ray_surgeon.__version__,
-        "method": texts.spec.method_fingerprint(),
+        "method": spec.method_fingerprint(),
         "model": model,
         "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(),
         "calibration": texts.calibration.fingerprint,

@@ -106,12 +106,9 @@ def _begun(
     workers.stores = plan.stores
     directory.start(inputs.spec_yaml, inputs.fingerprints)
     done = [directory.read_shot(index) for index in directory.committed_indices()]
-    report = RunReport(
-        spec.model_dump(mode="json"),
-        inputs.fingerprints,
-        inputs.environment,
-        inputs.layout.num_parameters,
-    )
+    layout = inputs.layout
+    settings = spec.model_dump(mode="json")
+    report = RunReport(settings, inputs.fingerprints, inputs.environment, layout.num_parameters)
     report.shots.extend(shot.record for shot in done)
     report.retries.extend(directory.retries())
     report.plan = plan.as_record()
@@ -128,7 +125,7 @@ def _begun(
         directory,
         report,
         steps,
-        inputs.layout,
+        layout,
         inputs.model,
         inputs.calibration,
         inputs.text,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,19 +31,39 @@ from ray_surgeon.storage.sources import ModelFiles
 from ray_surgeon.storage.texts import Windows, interleaved, read_windows, windows_of
 
 
+class Texts(NamedTuple):
+    """What a job reads beside its model."""
+
+    tokenizer: Any  # None if nothing is read, for a plan from config.json alone
+    calibration: Windows
+    further: Windows  # in the same texts, that a stage reads beside the calibration
+    measured: Mapping[str, Windows]  # by name, what is evaluated on
+
+    @property
+    def first(self) -> NDArray[np.int64]:
+        """Tokens of the first text that is evaluated on, or else of the calibration."""
+        return next(iter(self.measured.values()), self.calibration).tokens
+
+
 def nothing(num_sequences: int, sequence_length: int) -> NDArray[np.int64]:
     """Return tokens of a text that is not read; all places share their memory."""
     return np.broadcast_to(np.int64(0), (num_sequences, sequence_length))
 
 
-def read_texts(
-    spec: JobSpec, tokenizer: Any, config: PretrainedConfig
-) -> tuple[Windows, Windows, dict[str, Windows]]:
-    """Return the calibration, further windows beside it in the same texts, and evaluation texts."""
+def unread_texts(spec: JobSpec) -> Texts:
+    """Return what stands for the texts in a plan from config.json alone."""
     section = spec.calibration
-    for i, measured in enumerate(spec.evaluation.texts):
-        if is_saved_whole(measured):
-            section.check_border(measured, f"evaluation.{i}")
+    calibration = windows_of(nothing(section.num_sequences, section.sequence_length))
+    return Texts(None, calibration, windows_of(nothing(0, 1)), {})
+
+
+def read_texts(spec: JobSpec, tokenizer: Any, config: PretrainedConfig) -> Texts:
+    """Read the calibration, further windows beside it in the same texts, and evaluation texts."""
+    section = spec.calibration
+    reader = _Reader(tokenizer, config)
+    for i, later in enumerate(spec.evaluation.texts):
+        if is_saved_whole(later):
+            section.check_border(later, f"evaluation.{i}")
     length = section.sequence_length
     further = section.further(spec.pruning.num_further_windows)
     parts = list[Windows]()
@@ -54,17 +75,15 @@ def read_texts(
         # windows that begin in the calibration's last one
         overlapping = (length - 1) // text.stride if text.stride and more else 0
         where = f"calibration.mix.{number - 1}" if number else "calibration"
-        windows = _windows(text, count + overlapping + more, length, tokenizer, config, where)
+        windows = reader.windows(text, count + overlapping + more, length, where)
         parts.append(windows_of(windows.tokens[:count]))
         beside.append(windows.tokens[count + overlapping :])
-    calibration = interleaved(parts)
-    texts = {
-        t.name: _windows(
-            t, t.num_sequences, t.sequence_length, tokenizer, config, f"evaluation.{i} ({t.name})"
-        )
+    measured = {
+        t.name: reader.windows(t, t.num_sequences, t.sequence_length, f"evaluation.{i} ({t.name})")
         for i, t in enumerate(spec.evaluation.texts)
     }
-    return calibration, windows_of(np.concatenate(beside) if beside else nothing(0, length)), texts
+    all_further = windows_of(np.concatenate(beside) if beside else nothing(0, length))
+    return Texts(tokenizer, interleaved(parts), all_further, measured)
 
 
 @contextlib.contextmanager
@@ -108,39 +127,37 @@ def load_config(folder: Path, origin: str) -> PretrainedConfig:
         ) from error
 
 
-def _windows(
-    section: SourceSection,
-    num_sequences: int,
-    sequence_length: int,
-    tokenizer: Any,
-    config: PretrainedConfig,
-    where: str,
-) -> Windows:
-    longest = getattr(config, "max_position_embeddings", sequence_length)
-    if sequence_length > longest:
-        raise ValueError(
-            f"{where}.sequence_length: {sequence_length}, but the model takes at most {longest}; "
-            "shorten it"
-        )
-    windows = read_windows(section, num_sequences, sequence_length, tokenizer, where)
-    if int(windows.tokens.max()) >= config.vocab_size:
-        raise ValueError(
-            f"model.source: the tokenizer gives token {int(windows.tokens.max())}, the model's "
-            f"vocabulary is {config.vocab_size}; the tokenizer belongs to another model"
-        )
-    return windows
+@dataclass(frozen=True)
+class _Reader:
+    """Reads texts for a model."""
+
+    tokenizer: Any
+    config: PretrainedConfig
+
+    def windows(self, text: SourceSection, count: int, length: int, where: str) -> Windows:
+        """Return so many windows of a text; `where` is its place in the job spec."""
+        longest = getattr(self.config, "max_position_embeddings", length)
+        if length > longest:
+            raise ValueError(
+                f"{where}.sequence_length: {length}, but the model takes at most {longest}; "
+                "shorten it"
+            )
+        windows = read_windows(text, count, length, self.tokenizer, where)
+        largest = int(windows.tokens.max())
+        if largest >= self.config.vocab_size:
+            raise ValueError(
+                f"model.source: the tokenizer gives token {largest}, the model's vocabulary is "
+                f"{self.config.vocab_size}; the tokenizer belongs to another model"
+            )
+        return windows
 
 
 def environment() -> dict[str, str]:
     """Return versions and machine, for the report."""
-    packages = {
-        name: version(name) for name in ("torch", "transformers", "ray", "numpy", "safetensors")
-    }
-    return {
-        "ray_surgeon": ray_surgeon.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-    } | packages
+    names = ("torch", "transformers", "ray", "numpy", "safetensors")
+    machine = {"python": platform.python_version(), "machine": platform.machine()}
+    packages = {name: version(name) for name in names}
+    return {"ray_surgeon": ray_surgeon.__version__} | machine | packages
 
 
 def check_machine(spec: JobSpec, *, dry_run: bool) -> None:
@@ -194,9 +211,8 @@ def check_requests(spec: JobSpec, layout: ModelLayout) -> None:
     }
     longest = layout.config.max_position_embeddings
     for where, request in requests.items():
-        if request is None or request.prompt_length + request.num_new_tokens <= longest:
-            continue
-        raise ValueError(
-            f"{where}: a prompt of {request.prompt_length} tokens and {request.num_new_tokens} new "
-            f"ones, but the model takes at most {longest}; give fewer"
-        )
+        if request is not None and request.prompt_length + request.num_new_tokens > longest:
+            raise ValueError(
+                f"{where}: a prompt of {request.prompt_length} tokens and {request.num_new_tokens} "
+                f"new ones, but the model takes at most {longest}; give fewer"
+            )

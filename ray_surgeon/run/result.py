@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -140,20 +141,9 @@ def run(inputs: Inputs, display: Display, *, disconnects: bool = False) -> Prune
     if isinstance(section, RaySection):
         from ray_surgeon.run import driver  # Ray is imported only if it is used
 
-        if not driver.is_connected():
-            display.note(f"running on {driver.connect_to_ray(inputs)}")
-            disconnects = True
-        try:
-            driver.run_on_ray(inputs, display)
-        finally:
-            if disconnects:
-                driver.disconnect()
+        driver.run_on_ray(inputs, display, disconnects=disconnects)
     else:
-        cluster = LocalCluster(
-            inputs.layout, inputs.placement, section.cpus_per_worker, section.device
-        )
-        try:
+        machine = (section.cpus_per_worker, section.device)
+        with closing(LocalCluster(inputs.layout, inputs.placement, *machine)) as cluster:
             run_shots(inputs, cluster, directory, display)
-        finally:
-            cluster.close()
     return PruneResult(directory.uri, directory.report())

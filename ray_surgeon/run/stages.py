@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from ray_surgeon.export.for_engines import Shrinking
 from ray_surgeon.models.layout import ModelLayout
+from ray_surgeon.run.reading import Texts
 from ray_surgeon.spec.job import JobSpec
 from ray_surgeon.stages.answers.answers import BeforeCorrection, DenseAnswers, PrunedAnswers
 from ray_surgeon.stages.answers.prompts import yardstick_for
@@ -24,7 +21,6 @@ from ray_surgeon.stages.search.search import SearchStage
 from ray_surgeon.stages.self_text.stage import SelfText
 from ray_surgeon.stages.stage import Stage
 from ray_surgeon.stages.weights import Commit, Load, exports_of
-from ray_surgeon.storage.texts import Windows
 
 
 @dataclass(frozen=True)
@@ -42,13 +38,7 @@ class Stages:
 
 
 def stages_of(
-    spec: JobSpec,
-    layout: ModelLayout,
-    method: Method,
-    tokenizer: Any,
-    further: Windows,
-    first_text: NDArray[np.int64],
-    after_shots: tuple[Stage, ...],
+    spec: JobSpec, layout: ModelLayout, method: Method, texts: Texts, after_shots: tuple[Stage, ...]
 ) -> Stages:
     """Return the stages of a job.
 
@@ -56,9 +46,7 @@ def stages_of(
         spec: of the job.
         layout: of its model.
         method: of pruning.
-        tokenizer: of the model; None for a plan from config.json alone.
-        further: windows beside the calibration, for a stage that reads some.
-        first_text: [num_windows, sequence_length] of the first evaluation text.
+        texts: that were read.
         after_shots: of `stages_after_shots`, which is checked before there is a method.
 
     Raises:
@@ -67,11 +55,12 @@ def stages_of(
     tasks = spec.evaluation.tasks
     config = layout.config
     held = spec.num_held
-    texts = [(text.num_sequences, text.sequence_length) for text in spec.evaluation.texts]
-    texts += [(held, spec.calibration.sequence_length)] * (held > 0)
+    sizes = [(text.num_sequences, text.sequence_length) for text in spec.evaluation.texts]
+    sizes += [(held, spec.calibration.sequence_length)] * (held > 0)
+    tokenizer = texts.tokenizer
     self_text = SelfText.of(spec.calibration, tokenizer, config)
     yardstick, self_text = yardstick_for(
-        spec.evaluation.generation, self_text, tokenizer, config, first_text
+        spec.evaluation.generation, self_text, tokenizer, config, texts.first
     )
     has_costs = method.has_costs
     correction = None
@@ -90,13 +79,13 @@ def stages_of(
         _present(
             Curvature(method, keeps_states) if has_costs else None,
             Costs(method) if has_costs else None,
-            SearchStage.of(method, further),
+            SearchStage.of(method, texts.further),
             Threshold() if has_costs else None,
             Update(method),
             ReconstructionStage.of(method),
             BeforeCorrection() if yardstick and correction else None,
             correction,
-            Evaluation(texts, spec.evaluation.stop_above),
+            Evaluation(sizes, spec.evaluation.stop_above),
             PrunedAnswers(yardstick) if yardstick else None,
             Commit(spec.pruning.targets, spec.output.keep_shots),
         ),
@@ -110,22 +99,14 @@ def stages_after_shots(spec: JobSpec, layout: ModelLayout) -> tuple[Stage, ...]:
     Raises:
         ValueError: the model cannot be written so; names the field, and the remedy.
     """
-    return exports_of(spec.output, spec.evaluation.tasks, layout, _shrinking(spec))
+    pruning = spec.pruning
+    shrinking = None  # all shapes stay
+    if isinstance(pruning, CoupledSection):
+        fewest = {str(kind): pruning.fewest_groups.get(kind, 0) for kind in pruning.groups}
+        devices = pruning.tensor_parallel
+        shrinking = Shrinking(fewest, pruning.multiple, devices, pruning.uniform)
+    return exports_of(spec.output, spec.evaluation.tasks, layout, shrinking)
 
 
 def _present(*stages: Stage | None) -> tuple[Stage, ...]:
     return tuple(stage for stage in stages if stage is not None)
-
-
-def _shrinking(spec: JobSpec) -> Shrinking | None:
-    """Return what pruning may leave of widths and heads; None if it leaves all shapes."""
-    pruning = spec.pruning
-    if not isinstance(pruning, CoupledSection):
-        return None
-    fewest = pruning.fewest_groups
-    return Shrinking(
-        {kind: fewest.get(kind, 0) for kind in pruning.groups},
-        pruning.multiple,
-        pruning.tensor_parallel,
-        pruning.uniform,
-    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, cast
 
@@ -20,23 +20,6 @@ U = TypeVar("U")
 
 class NoRoomError(RuntimeError):
     """The cluster cannot hold the workers."""
-
-    @staticmethod
-    def of(
-        num_workers: int,
-        bundle: Mapping[str, float],
-        seconds: float,
-        free: Mapping[str, float],
-        total: Mapping[str, float],
-    ) -> NoRoomError:
-        """Say what was asked for, how long it was waited for, and what there is, by resource."""
-        shown = ", ".join(
-            f"{key} {free.get(key, 0):g} free of {total.get(key, 0):g}" for key in bundle
-        )
-        return NoRoomError(
-            f"no room for {num_workers} workers of {bundle} within {seconds:g} s; the cluster has "
-            f"{shown}. Ask for fewer shards or replicas, or add nodes"
-        )
 
 
 _LOST = {

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,7 +15,8 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ray_surgeon.runtime.placement import Placement, WorkerIndex
+if TYPE_CHECKING:
+    from ray_surgeon.runtime.worker import Worker
 
 
 class CollectiveError(RuntimeError):
@@ -36,45 +38,43 @@ class ReplicaGroup:
         """Make `tensor` a copy of the owner's, in place."""
 
 
-class ThreadMeeting:
-    """Where the threads of one process that act as replicas of one shard meet."""
-
-    def __init__(self, num_replicas: int) -> None:
-        """Prepare places for threads, which wait until all are there or one leaves."""
-        self.barrier = threading.Barrier(num_replicas)
-        self.tensors = [torch.empty(0)] * num_replicas  # what each has brought
-
-    @contextlib.contextmanager
-    def brought(self, rank: int, tensor: Tensor) -> Iterator[list[Tensor]]:
-        """Bring a tensor, and have all of them until every replica has done its part."""
-        self.tensors[rank] = tensor
-        self.barrier.wait()
-        yield self.tensors
-        self.barrier.wait()
-
-
 class ThreadReplica(ReplicaGroup):
     """A replica that is a thread of this process."""
 
-    def __init__(self, meeting: ThreadMeeting, rank: int) -> None:
-        """Join a meeting."""
-        self._meeting = meeting
+    def __init__(self, rank: int, barrier: threading.Barrier, brought: list[Tensor]) -> None:
+        """Join the replicas of a shard.
+
+        Args:
+            rank: of this one.
+            barrier: of all of them, where they wait until all are there or one leaves.
+            brought: what each of them has brought to the present sum or copy.
+        """
         self.rank = rank
+        self._barrier = barrier
+        self._brought = brought
+
+    @contextlib.contextmanager
+    def _all_of(self, tensor: Tensor) -> Iterator[list[Tensor]]:
+        """Bring a tensor, and have all of them until every replica has done its part."""
+        self._brought[self.rank] = tensor
+        self._barrier.wait()
+        yield self._brought
+        self._barrier.wait()
 
     def leave(self) -> None:
         """Let the others go on with an error, because this one will not come."""
-        self._meeting.barrier.abort()
+        self._barrier.abort()
 
     def reduce(self, tensor: Tensor, owner: int) -> None:
         """Sum to the owner, in the order of replicas."""
-        with self._meeting.brought(self.rank, tensor) as tensors:
+        with self._all_of(tensor) as tensors:
             for rank, part in enumerate(tensors) if self.rank == owner else ():
                 if rank != owner:
                     tensor.add_(part)
 
     def broadcast(self, tensor: Tensor, owner: int) -> None:
         """Copy from the owner."""
-        with self._meeting.brought(self.rank, tensor) as tensors:
+        with self._all_of(tensor) as tensors:
             if self.rank != owner:
                 tensor.copy_(tensors[owner])
 
@@ -104,60 +104,50 @@ class ProcessReplica(ReplicaGroup):
     The backend is gloo on CPUs and NCCL on GPUs.
     """
 
-    def __init__(
-        self,
-        address: str,
-        placement: Placement,
-        index: WorkerIndex,
-        device: torch.device,
-        timeout_s: float,
-    ) -> None:
+    def __init__(self, worker: Worker, address: str, timeout_s: float) -> None:
         """Join the world of all workers and make one group a shard.
 
         Args:
+            worker: which of them this is.
             address: ``tcp://host:port`` of worker 0.
-            placement: of all workers.
-            index: which of them this is.
-            device: where the tensors are.
             timeout_s: a collective that takes longer raises.
 
         Raises:
             CollectiveError: not all have come.
         """
-        timeout = timedelta(seconds=timeout_s)
+        self.rank = worker.index.replica
+        placement = worker.placement
         size = len(placement.workers)
-        ranks = [
-            list(range(shard, size, placement.num_shards)) for shard in range(placement.num_shards)
-        ]
+        shards = [[*range(i, size, placement.num_shards)] for i in range(placement.num_shards)]
+        timeout = timedelta(seconds=timeout_s)
         try:
             dist.init_process_group(
-                "nccl" if device.type == "cuda" else "gloo",
+                "nccl" if worker.device.type == "cuda" else "gloo",
                 init_method=address,
-                rank=placement.rank(index),
+                rank=placement.rank(worker.index),
                 world_size=size,
                 timeout=timeout,
             )
-            groups = [dist.new_group(of_shard, timeout=timeout) for of_shard in ranks]
+            groups = [dist.new_group(ranks, timeout=timeout) for ranks in shards]
         # another is lost before all have met, or its port was taken meanwhile
         except RuntimeError as error:
             raise CollectiveError(
                 f"the workers could not connect to each other: {error}"
             ) from error
-        self.rank = index.replica
-        self._group = groups[index.shard]
-        self._world_ranks = ranks[index.shard]
+
+        self._group = groups[worker.index.shard]
 
     def reduce(self, tensor: Tensor, owner: int) -> None:
         """Sum to the owner."""
-        self._together(dist.reduce, tensor, owner)
+        self._join(dist.reduce, tensor, group_dst=owner)
 
     def broadcast(self, tensor: Tensor, owner: int) -> None:
         """Copy from the owner."""
-        self._together(dist.broadcast, tensor, owner)
+        self._join(dist.broadcast, tensor, group_src=owner)
 
-    def _together(self, collective: Callable[..., object], tensor: Tensor, owner: int) -> None:
+    def _join(self, collective: Callable[..., object], tensor: Tensor, **owner: int) -> None:
         try:
-            collective(tensor, self._world_ranks[owner], group=self._group)
+            collective(tensor, group=self._group, **owner)
         except RuntimeError as error:  # of gloo and NCCL: a connection closed, or the timeout
             raise CollectiveError(f"a replica of this shard is lost: {error}") from error
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from threading import BrokenBarrierError
+from threading import Barrier, BrokenBarrierError
 from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import torch
 
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.runtime.cluster import Cluster, Future, value_of
-from ray_surgeon.runtime.collectives import ThreadMeeting, ThreadReplica
+from ray_surgeon.runtime.collectives import ThreadReplica
 from ray_surgeon.runtime.placement import Placement, WorkerIndex
 from ray_surgeon.runtime.worker import Worker, clean_up
 
@@ -39,13 +41,14 @@ class LocalCluster(Cluster):
             index: Worker(layout, placement, index, num_threads, device)
             for index in placement.workers
         }
-        meetings = [ThreadMeeting(placement.num_replicas) for _ in placement.blocks]
+        copies = placement.num_replicas
+        meetings = [(Barrier(copies), [torch.empty(0)] * copies) for _ in placement.blocks]
         for index, worker in self.workers.items():
             worker.on_progress = self._look
             if device == "cuda":
                 worker.take_gpu()
-            if placement.num_replicas > 1:
-                worker.replicas = ThreadReplica(meetings[index.shard], index.replica)
+            if copies > 1:
+                worker.replicas = ThreadReplica(index.replica, *meetings[index.shard])
 
     def _start(
         self, index: WorkerIndex, num_futures: int, method: str, *args: Any, **kwargs: Any

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, zip_longest
@@ -14,14 +13,13 @@ from torch import Tensor
 from ray_surgeon.runtime import wave as on_worker
 from ray_surgeon.runtime.cluster import Cluster, Future, at_hand, value_of
 from ray_surgeon.runtime.collectives import TensorPayload
-from ray_surgeon.runtime.dense_model import CALIBRATION, kept_states, receive_states
 from ray_surgeon.runtime.placement import WorkerIndex
-from ray_surgeon.runtime.wave import Counts, Labels, Tokens, Wave, backward, forward, infer
+from ray_surgeon.runtime.wave import CALIBRATION, Counts, Labels, Tokens, Wave
 from ray_surgeon.runtime.worker import Worker
 
 T = TypeVar("T")
 
-_STEPS = {"forward": forward, "backward": backward, "infer": infer}
+_STEPS = {"forward": on_worker.forward, "backward": on_worker.backward, "infer": on_worker.infer}
 """What a shard that is not the last does in an operation."""
 
 
@@ -54,7 +52,7 @@ def forward_and_backward(
     labels = labels or Labels()
     step = partial(on_worker.forward_backward, labels=labels)
     text = CALIBRATION if labels.remembers else None
-    return _pass(cluster, sequences, step, submission_order, only, counts, text, counted)
+    return _pass(cluster, sequences, step, one_forward_one_backward, only, counts, text, counted)
 
 
 def each_wave(
@@ -179,9 +177,9 @@ def _share_states(cluster: Cluster, text: str, numbers: Sequence[int]) -> None:
     futures = list[Future[None]]()
     for owner, waves in zip(owners, _waves_of_replicas(cluster, numbers), strict=True):
         for wave in waves if len(owners) > 1 else ():
-            states = cluster.submit(owner, kept_states, text, wave)
+            states = cluster.submit(owner, on_worker.kept_states, text, wave)
             futures += [
-                cluster.submit(receiver, receive_states, text, wave, value_of(states))
+                cluster.submit(receiver, on_worker.receive_states, text, wave, value_of(states))
                 for receiver in owners
                 if receiver != owner
             ]
@@ -189,54 +187,33 @@ def _share_states(cluster: Cluster, text: str, numbers: Sequence[int]) -> None:
 
 
 Operation = tuple[int, Literal["forward", "backward", "infer"], int]
-"""(shard, direction, micro-batch).
+"""(shard, direction, number of a wave).
 
 On the last shard the backward pass belongs to the forward operation.
 """
 
 
-def one_forward_one_backward(
-    shard: int, num_shards: int, num_micro_batches: int
-) -> Iterator[Operation]:
-    """Yield the operations of one shard in 1F1B order (Narayanan et al. 2019).
+def one_forward_one_backward(num_shards: int, num_waves: int) -> list[Operation]:
+    """Return the operations of all shards in 1F1B order (Narayanan et al. 2019).
 
-    At most ``num_shards - shard`` waves are in flight.
+    They come in the order in which they would start if each took as long as any other. At most
+    ``num_shards - shard`` waves are in flight.
     """
-    warm_up = min(num_shards - 1 - shard, num_micro_batches)
-    for micro_batch in range(num_micro_batches + warm_up):
-        if micro_batch < num_micro_batches:
-            yield shard, "forward", micro_batch
-        if shard != num_shards - 1 and micro_batch >= warm_up:
-            yield shard, "backward", micro_batch - warm_up
-
-
-def submission_order(num_shards: int, num_micro_batches: int) -> list[Operation]:
-    """Merge the shards' 1F1B orders; an operation comes after those that it needs."""
-    queues = [
-        deque(one_forward_one_backward(shard, num_shards, num_micro_batches))
+    last = num_shards - 1
+    forward: dict[Operation, int] = {
+        (shard, "forward", wave): 2 * wave + shard
+        for wave in range(num_waves)
         for shard in range(num_shards)
-    ]
-    done: dict[Operation, None] = {}
-    while any(queues):
-        for queue in queues:
-            while queue and _before(queue[0], num_shards) <= done.keys():
-                done[queue.popleft()] = None
-    return list(done)
+    }
+    backward: dict[Operation, int] = {
+        (shard, "backward", wave): 2 * (wave + last) - shard
+        for wave in range(num_waves)
+        for shard in range(last)
+    }
+    starts = forward | backward
+    return sorted(starts, key=starts.__getitem__)  # of two at a time, the forward one comes first
 
 
-def one_by_one(num_shards: int, num_micro_batches: int) -> list[Operation]:
-    """Return the order in which micro-batches pass forward only."""
-    return [
-        (shard, "infer", micro_batch)
-        for micro_batch in range(num_micro_batches)
-        for shard in range(num_shards)
-    ]
-
-
-def _before(operation: Operation, num_shards: int) -> set[Operation]:
-    """Return the operation of another shard that must come before this one, if any."""
-    shard, direction, micro_batch = operation
-    if direction == "forward":
-        return {(shard - 1, "forward", micro_batch)} if shard else set()
-    above_is_last = shard + 1 == num_shards - 1
-    return {(shard + 1, "forward" if above_is_last else "backward", micro_batch)}
+def one_by_one(num_shards: int, num_waves: int) -> list[Operation]:
+    """Return the order in which waves pass forward only."""
+    return [(shard, "infer", wave) for wave in range(num_waves) for shard in range(num_shards)]

@@ -47,19 +47,17 @@ class Placement:
         return index.replica * self.num_shards + index.shard
 
 
-def head_cost_in_blocks(
-    shapes: Sequence[LinearShape], num_blocks: int, vocabulary: int, hidden: int
-) -> float:
+def head_cost_in_blocks(layout: ModelLayout) -> float:
     """Return what the head costs in a curvature pass, in blocks.
 
     A linear costs 2 x 2 R C (forward, backward to its input) and R^2 + C^2 (its factors, half of
     them by symmetry) a token.
     """
-    inputs = {s.shared_input: s.num_columns for s in shapes}
-    block = sum(4 * s.num_rows * s.num_columns + s.num_rows**2 for s in shapes) + sum(
-        c**2 for c in inputs.values()
-    )
-    return 4 * vocabulary * hidden * num_blocks / block
+    inputs = {s.shared_input: s.num_columns for s in layout.linears}
+    block = sum(4 * s.num_rows * s.num_columns + s.num_rows**2 for s in layout.linears)
+    block += sum(c**2 for c in inputs.values())
+    head: int = layout.config.vocab_size * layout.config.hidden_size
+    return 4 * head * layout.num_blocks / block
 
 
 def partition_blocks(num_blocks: int, num_shards: int, head_cost: float) -> tuple[BlockRange, ...]:
@@ -130,8 +128,5 @@ def place(layout: ModelLayout, num_shards: int, num_replicas: int) -> Placement:
     Raises:
         ValueError: see `partition_blocks`.
     """
-    head = head_cost_in_blocks(
-        layout.linears, layout.num_blocks, layout.config.vocab_size, layout.config.hidden_size
-    )
-    blocks = partition_blocks(layout.num_blocks, num_shards, head)
+    blocks = partition_blocks(layout.num_blocks, num_shards, head_cost_in_blocks(layout))
     return Placement(num_replicas, blocks, assign_owners(layout.linears, num_replicas, blocks))

@@ -10,23 +10,26 @@ from typing import Any, TypeVar
 import ray
 import torch
 from ray.exceptions import RayError, RayTaskError
+from ray.util import scheduling_strategies as strategies
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import (
-    NodeAffinitySchedulingStrategy,
-    PlacementGroupSchedulingStrategy,
-)
 
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.runtime.cluster import Cluster, Future, NoRoomError, WorkerFailureError
 from ray_surgeon.runtime.collectives import CollectiveError, ProcessReplica
 from ray_surgeon.runtime.placement import Placement, WorkerIndex
-from ray_surgeon.runtime.worker import Worker, clean_up, environment_of
+from ray_surgeon.runtime.worker import Worker, clean_up
 from ray_surgeon.spec.sections import RaySection
 
 T = TypeVar("T")
 
 _COMES_AGAIN = ("out of memory", "device-side assert")
 """What errors of CUDA say that a new process would have, too."""
+_ENVIRONMENT = {
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "TOKENIZERS_PARALLELISM": "false",
+    # with a list of one device a worker, NCCL hung (Ray issue 61073)
+    "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
+}
 _LOOK_S = 2.0
 """How often a step over linears is asked how many are done."""
 _ANSWER_S = 30.0
@@ -148,7 +151,7 @@ class RayCluster(Cluster):
         """
         if index not in self._nodes:
             return True
-        there = NodeAffinitySchedulingStrategy(self._nodes[index], soft=False)
+        there = strategies.NodeAffinitySchedulingStrategy(self._nodes[index], soft=False)
         answer = _answer.options(scheduling_strategy=there).remote()
         try:
             done, _ = ray.wait([answer], timeout=_ANSWER_S)
@@ -180,19 +183,16 @@ class RayCluster(Cluster):
             error = self._what_became_of_it(error)
         if isinstance(error, ray.exceptions.OutOfDiskError):
             return error  # it would be as full again
-        return self._loss(error)
-
-    def _loss(self, error: RayError) -> WorkerFailureError:
-        """Return what is lost, where Ray raised an error in place of a step's result."""
         if isinstance(error, ray.exceptions.OutOfMemoryError):
             return WorkerFailureError("memory", error)
         alive = nodes_alive()
         num_gone = sum(node not in alive for node in self._nodes.values())
         if num_gone or (not self._nodes and not self._nodes_at_start <= alive):
             return WorkerFailureError("node", f"{num_gone or 'some'} workers were on lost machines")
-        if isinstance(error, ray.exceptions.NodeDiedError | ray.exceptions.ObjectLostError):
-            return WorkerFailureError("node", error)
-        return WorkerFailureError("worker", error)
+        is_of_node = isinstance(
+            error, ray.exceptions.NodeDiedError | ray.exceptions.ObjectLostError
+        )
+        return WorkerFailureError("node" if is_of_node else "worker", error)
 
     def _what_became_of_it(self, error: RayError) -> RayError:
         """Ask until Ray knows whether a worker is dead, or its machine is.
@@ -225,9 +225,6 @@ class RayCluster(Cluster):
         remove_placement_group(self._group)
 
 
-# On a worker
-
-
 def _settle(worker: Worker) -> str:
     """Take the GPU that Ray gave, of all that the machine shows; return the machine's identity."""
     context = ray.get_runtime_context()
@@ -247,12 +244,7 @@ def _meeting_address(worker: Worker) -> str:
 
 def _join_replicas(worker: Worker, address: str, timeout_s: float) -> None:
     """Let a worker join the process group of all workers; see `ProcessReplica`."""
-    worker.replicas = ProcessReplica(
-        address, worker.placement, worker.index, worker.device, timeout_s
-    )
-
-
-# On the coordinator
+    worker.replicas = ProcessReplica(worker, address, timeout_s)
 
 
 def nodes_alive() -> set[str]:
@@ -274,7 +266,13 @@ def _reserve(num_workers: int, section: RaySection) -> PlacementGroup:
         total = ray.cluster_resources()  # type: ignore[no-untyped-call]
         free = ray.available_resources()  # type: ignore[no-untyped-call]
         remove_placement_group(group)
-        raise NoRoomError.of(num_workers, bundle, section.start_timeout_s, free, total)
+        shown = ", ".join(
+            f"{key} {free.get(key, 0):g} free of {total.get(key, 0):g}" for key in bundle
+        )
+        raise NoRoomError(
+            f"no room for {num_workers} workers of {bundle} within {section.start_timeout_s:g} s; "
+            f"the cluster has {shown}. Ask for fewer shards or replicas, or add nodes"
+        )
     return group
 
 
@@ -282,9 +280,8 @@ def _start_actors(
     layout: ModelLayout, placement: Placement, section: RaySection, group: PlacementGroup
 ) -> dict[WorkerIndex, Any]:
     """Start an actor for every worker, each in a bundle of the placement group."""
-    environment = environment_of(section.cpus_per_worker)
-    # with a list of one device a worker, NCCL hung (Ray issue 61073)
-    environment["RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"] = "1"
+    threads = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # as many as a worker has CPUs
+    environment = _ENVIRONMENT | dict.fromkeys(threads, str(section.cpus_per_worker))
     actor_class = ray.remote(concurrency_groups={"ping": 1})(Worker)  # type: ignore[call-overload]
     layout_reference = ray.put(layout)
     return {
@@ -294,7 +291,7 @@ def _start_actors(
             max_restarts=0,
             max_task_retries=0,
             runtime_env={"env_vars": environment},
-            scheduling_strategy=PlacementGroupSchedulingStrategy(group, bundle),
+            scheduling_strategy=strategies.PlacementGroupSchedulingStrategy(group, bundle),
         ).remote(layout_reference, placement, index, section.cpus_per_worker, section.device)
         for bundle, index in enumerate(placement.workers)
     }

@@ -6,7 +6,7 @@ A shard of any size is written a part at a time.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import TypeVar
@@ -14,7 +14,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from ray_surgeon.maths.masks import StructuredMask
-from ray_surgeon.memory.weights import DiskWeights
+from ray_surgeon.memory.weights import StreamedWeights
 from ray_surgeon.models.build import cut, num_inputs
 from ray_surgeon.models.checkpoint import Stack
 from ray_surgeon.models.experts import ExpertTensor
@@ -52,10 +52,10 @@ def save_shot(worker: Worker, folder: str) -> tuple[SavedFile, ...]:
         ("shard", _weight_parts(worker, linears_only=True), worker.shard.tensor),
         ("masks", _mask_parts(masks), masks.__getitem__),
     ):
-        for i, names in enumerate(parts, 1):
+        for i, part in enumerate(parts, 1):
             suffix = f"-{i:04d}" if len(parts) > 1 else ""
             name = f"{kind}-{worker.index.shard + 1:04d}{suffix}.safetensors"
-            saved.append(_write(files.join(folder, name), names, get))
+            saved.append(_write(files.join(folder, name), ((n, get(n)) for n in part)))
     return tuple(saved)
 
 
@@ -65,7 +65,8 @@ def continue_from_shot(worker: Worker, saved: Sequence[SavedFile]) -> None:
     The files must be on this machine.
     """
     weights = worker.shard.weights
-    if isinstance(weights, DiskWeights) and all(files.is_local(file.uri) for file in saved):
+    are_here = all(files.is_local(file.uri) for file in saved)
+    if isinstance(weights, StreamedWeights) and weights.kept.place == "disk" and are_here:
         uri_of = {key: file.uri for file in saved for key in file.keys}
         reader = tensor_files.Reader()
         weights.continue_from(lambda name: reader.read(uri_of[name], name), uri_of)
@@ -85,8 +86,6 @@ def save_weights(
     folder: str,
     names: Sequence[str],
     mask_names: Sequence[str],
-    *,
-    cut_out: bool,
     left_out: Collection[str],
     stored: bool,
 ) -> tuple[SavedFile, ...]:
@@ -96,22 +95,21 @@ def save_weights(
         worker: of the shard.
         folder: URI.
         names: of the files of weights.
-        mask_names: of the files of masks; none if these are not wanted.
-        cut_out: whether pruned rows and columns are left out, and with them tensors of which
-            nothing is left.
+        mask_names: of the files of masks; if there are none, pruned rows and columns are left out,
+            and with them tensors of which nothing is left.
         left_out: names of other tensors to leave out.
         stored: whether tensors are called as in the family's own checkpoints, or as they are here.
     """
     if worker.index.replica != 0:
         return ()
     saved = []
-    exported = _Exported(worker, cut_out=cut_out, stored=stored)
+    exported = _Exported(worker, cut_out=not mask_names, stored=stored)
     for name, part in zip(names, _weight_parts(worker, linears_only=False), strict=True):
-        wanted = [tensor for tensor in part if tensor not in left_out]
-        saved.append(_write(files.join(folder, name), wanted, exported.get, exported.name))
+        tensors = ((exported.name(n), exported.get(n)) for n in part if n not in left_out)
+        saved.append(_write(files.join(folder, name), tensors))
     masks = _mask_tensors(worker)
     for name, part in zip(mask_names, _mask_parts(masks) if mask_names else (), strict=True):
-        saved.append(_write(files.join(folder, name), part, masks.__getitem__))
+        saved.append(_write(files.join(folder, name), ((n, masks[n]) for n in part)))
     return tuple(saved)
 
 
@@ -235,11 +233,7 @@ def _by_size(sizes: Sequence[tuple[T, int]]) -> list[list[T]]:
     return parts
 
 
-def _write(
-    uri: str,
-    names: Sequence[str],
-    get: Callable[[str], Tensor],
-    name_in_file: Callable[[str], str] = str,
-) -> SavedFile:
-    tensors = {name_in_file(name): tensor for name in names if (tensor := get(name)).numel()}
-    return SavedFile(uri, tensor_files.write(uri, tensors), tuple(tensors))
+def _write(uri: str, tensors: Iterable[tuple[str, Tensor]]) -> SavedFile:
+    """Write tensors by name, but those of which nothing is left."""
+    kept = {name: tensor for name, tensor in tensors if tensor.numel()}
+    return SavedFile(uri, tensor_files.write(uri, kept), tuple(kept))

@@ -67,10 +67,8 @@ class AnonymousPeak:
         return peak
 
 
-@functools.cache
-def anonymous_peak() -> AnonymousPeak:
-    """Return the one of this process."""
-    return AnonymousPeak()
+_peak_here = functools.cache(AnonymousPeak)
+"""Returns the one of this process."""
 
 
 def process_usage(device: torch.device, busy_s: float = 0.0, packing_s: float = 0.0) -> Usage:
@@ -80,8 +78,11 @@ def process_usage(device: torch.device, busy_s: float = 0.0, packing_s: float = 
         gpu = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
     name = f"{socket.gethostname()}:{os.getpid()}"
-    anonymous = anonymous_peak().take()
-    return Usage(name, time.process_time(), _peak_rss_bytes(), gpu, anonymous, busy_s, packing_s)
+    # it also counts the process that this one was forked from
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    rss = _status_bytes("VmHWM") or most * (1 if sys.platform == "darwin" else 1024)
+    anonymous = _peak_here().take()
+    return Usage(name, time.process_time(), rss, gpu, anonymous, busy_s, packing_s)
 
 
 def give_back() -> None:
@@ -99,13 +100,3 @@ def _status_bytes(field: str) -> int:
     lines = _STATUS.read_text().splitlines() if _STATUS.exists() else []
     sizes = (line.split()[1] for line in lines if line.startswith(f"{field}:"))
     return int(next(sizes, 0)) * 1024
-
-
-def _peak_rss_bytes() -> int:
-    """Return the peak resident memory of this process.
-
-    ru_maxrss also counts the process that it was forked from.
-    """
-    unit = 1 if sys.platform == "darwin" else 1024
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return _status_bytes("VmHWM") or most

@@ -1,10 +1,15 @@
-"""A wave of sequences on a worker: what it does with what comes from the shard before."""
+"""A wave of sequences on a worker: what it does with what comes from the shard before.
+
+Workers with the last shard keep the dense model's last hidden states of texts, with which later
+weights are compared: the head is never pruned, so the distributions of the next tokens follow from
+these states, a slice of tokens at a time.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
@@ -13,11 +18,81 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ray_surgeon.models.loss import compare_with_dense, next_token_loss
-from ray_surgeon.runtime.collectives import TensorPayload, encode
-from ray_surgeon.runtime.dense_model import CALIBRATION, DenseStates, keep_states
+from ray_surgeon.runtime.collectives import TensorPayload, decode, encode
 from ray_surgeon.runtime.worker import Worker
+from ray_surgeon.storage import tensor_files
 
 T = TypeVar("T")
+
+CALIBRATION = "(calibration)"
+ANSWERS = "(answers)"
+"""Names of the calibration text and of the dense model's answers among the texts that have states.
+
+No evaluation text can have them.
+"""
+
+
+@dataclass
+class DenseStates:
+    """Last hidden states of the dense model, in the memory of the last shard's host."""
+
+    # text -> number of a sequence -> [1, T, d]
+    of_text: dict[str, dict[int, Tensor]] = field(default_factory=dict)
+
+    def on_device(self, worker: Worker, text: str, number: int) -> Tensor:
+        """Return the states [1, T, d] of one sequence."""
+        return self.of_text[text][number].to(worker.device)
+
+
+def keep_states(
+    worker: Worker, text: str, numbers: Sequence[int], states: Sequence[Tensor]
+) -> None:
+    """Keep the states [1, T, d] of some sequences of a text.
+
+    They are rounded to bfloat16, but those of answers, of which that alone would cost a float32
+    model some thousandths of the acceptance.
+    """
+    dtype = None if text == ANSWERS else torch.bfloat16
+    rows = (row.to("cpu", dtype, copy=True) for row in states)
+    of_text = worker.keeping(DenseStates).of_text.setdefault(text, {})
+    of_text.update(zip(numbers, rows, strict=True))
+
+
+def receive_states(
+    worker: Worker, text: str, numbers: Sequence[int], states: TensorPayload
+) -> None:
+    """Keep the states [m, T, d] that another worker sent."""
+    keep_states(worker, text, numbers, torch.split(decode(states, torch.device("cpu")), 1))
+
+
+def kept_states(worker: Worker, text: str, numbers: Sequence[int]) -> TensorPayload:
+    """Return the states [m, T, d] of some sequences of a text."""
+    of_text = worker.kept(DenseStates).of_text[text]
+    return worker.pack(torch.cat([of_text[number] for number in numbers]))
+
+
+def write_states(worker: Worker, uri: str) -> None:
+    """Write the states of all texts into one file, for a run that goes on later."""
+    if worker.shard.blocks.is_last and worker.index.replica == 0:
+        of_text = worker.kept(DenseStates).of_text
+        tensors = dict[str, Tensor]()
+        for text, states in of_text.items():
+            tensors |= {f"{number} {text}": tensor for number, tensor in states.items()}
+        tensor_files.write(uri, tensors)
+
+
+def read_states(worker: Worker, uri: str) -> None:
+    """Read what `write_states` wrote."""
+    if not worker.shard.blocks.is_last:
+        return
+    dense_states = DenseStates()
+    reader = tensor_files.Reader()
+    # one after the other: all of them twice would need memory that no plan has
+    for name in reader.names(uri):
+        number, _, text = name.partition(" ")
+        states = reader.read(uri, name)
+        dense_states.of_text.setdefault(text, {})[int(number)] = states.clone()
+    worker.keep(dense_states)
 
 
 @dataclass(frozen=True)
@@ -211,14 +286,11 @@ def comparison(
     The worker has the dense model's states of the text. Acceptance and agreement are computed if
     they are wanted.
     """
+    _, tokens, counts = sequence
     dense = worker.kept(DenseStates).on_device(worker, text, sequence.number)
+    head = worker.shard.head_weight
     sums = compare_with_dense(
-        hidden,
-        dense,
-        sequence.tokens,
-        worker.shard.head_weight,
-        counts=sequence.counts,
-        with_acceptance=with_acceptance,
+        hidden, dense, tokens, head, counts=counts, with_acceptance=with_acceptance
     )
     values = (sums.nll, sums.divergence, sums.acceptance, sums.agreement)
     return Compared(*(float(value) for value in values if value is not None))

@@ -31,16 +31,6 @@ T = TypeVar("T")
 AnyMask = TypeVar("AnyMask", StructuredMask, ElementMask)
 
 
-def environment_of(num_threads: int) -> dict[str, str]:
-    """Return environment variables of a worker's process: as many threads as it has CPUs."""
-    return {
-        "OMP_NUM_THREADS": str(num_threads),
-        "MKL_NUM_THREADS": str(num_threads),
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-
-
 def collective(step: Callable[P, T]) -> Callable[P, T]:
     """Declare that replicas of a shard wait for each other inside a step."""
     step.is_collective = True  # type: ignore[attr-defined]
@@ -177,9 +167,8 @@ class Worker:
 
     def keeping(self, kind: type[T]) -> T:
         """Return the object of a class that is kept, a new one if there is none."""
-        if not self.has(kind):
-            self.keep(kind())
-        return self.kept(kind)
+        thing: T = self._kept.setdefault(kind, kind())
+        return thing
 
     def drop(self, kind: type[T]) -> T:
         """Return the object of a class and keep it no longer."""

@@ -1,26 +1,45 @@
-"""A worker's part in texts that are written token by token."""
+"""Lets the model write token by token, while keys and values stay on workers.
+
+Texts that are written together all start at position 0, without padding. While a text's own prompt
+is not used up, the next token of the prompt is fed in place of the drawn one.
+
+What is written depends on the model and on `Wanted` alone: the draws of a text on the seed and its
+number, the texts of a batch on numbers and lengths, and the rows that are left out of a batch on
+tokens that are a fixed number of steps old. Shards, replicas and backends change nothing.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+from typing import TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from ray_surgeon.models.loss import next_tokens
+from ray_surgeon.runtime.cluster import Cluster, Future, at_hand, value_of
 from ray_surgeon.runtime.collectives import TensorPayload
+from ray_surgeon.runtime.placement import WorkerIndex
+from ray_surgeon.runtime.wave import token_payload
 from ray_surgeon.runtime.worker import Worker
 
 TEXTS_TOGETHER = 16
 """Texts in a batch, at most, if they are long; weights are read once for all of them."""
-
-
 TOKENS_TOGETHER = 8192
 """Tokens in a batch, at most, if texts are short and so more than these many are in it."""
+PREFILL_TOKENS = 1024
+"""Tokens of prompts that pass the shards in one call."""
+_STEPS_IN_FLIGHT = 4
+"""Steps that are submitted ahead of the tokens that have come back."""
+_FEWER_ROWS = 0.75
+"""Ended texts are left out of a batch when no more than this fraction of its rows still writes."""
 
 
 def texts_together(length: int) -> int:
@@ -66,6 +85,9 @@ class Wanted:
         return [part.tolist() for part in np.array_split(np.array(numbers), num_batches)]
 
 
+# On a worker
+
+
 @dataclass
 class _Draws:
     """What the last shard needs to choose the next tokens of the rows of a batch."""
@@ -79,13 +101,9 @@ class _Draws:
     def of(wanted: Wanted, numbers: Sequence[int], device: torch.device) -> _Draws:
         """Return those of the texts with these numbers."""
         prompts = [torch.tensor(prompt) for prompt in wanted.prompts]
-        chances = [
-            torch.rand(
-                wanted.num_tokens,
-                generator=torch.Generator().manual_seed(wanted.seed + 1_000_003 * number),
-            )
-            for number in numbers
-        ]
+        seeds = (wanted.seed + 1_000_003 * number for number in numbers)
+        generators = (torch.Generator().manual_seed(seed) for seed in seeds)
+        chances = [torch.rand(wanted.num_tokens, generator=drawing) for drawing in generators]
         return _Draws(
             pad_sequence(prompts, batch_first=True).to(device),
             torch.tensor([len(prompt) for prompt in prompts], device=device),
@@ -166,3 +184,111 @@ def write_on(
 def end(worker: Worker, batch: int) -> None:
     """Forget a batch."""
     del worker.kept(_Writing)[batch]
+
+
+# On the coordinator
+
+_Step: TypeAlias = tuple[list[int], int, Future[TensorPayload]]
+"""Numbers of the texts of a batch, position of the tokens that come of a step, and these [m, 1]."""
+
+
+def write_texts(cluster: Cluster, wanted: Wanted) -> list[NDArray[np.int64]]:
+    """Let the model write.
+
+    Args:
+        cluster: with loaded workers.
+        wanted: prompts and what is to follow them.
+
+    Returns:
+        For each prompt what follows it, int64 tokens up to and including the first of `ends`; no
+        tokens if its prompt leaves no room.
+    """
+    writer = _Writer(cluster, wanted, [[] for _ in wanted.prompts])
+    batches = wanted.batches()
+    waiting = iter(enumerate(batches))
+
+    def write_waiting(replica: int) -> Iterator[int]:
+        for batch, numbers in waiting:
+            yield from writer.write(batch, numbers, replica)
+
+    # so many batches at once keep all workers busy
+    num_slots = min(len(batches), len(cluster.placement.workers))
+    slots = [write_waiting(slot % cluster.placement.num_replicas) for slot in range(num_slots)]
+    done = 0
+    cluster.progress.begin(sum(map(wanted.num_steps, batches)), "tokens")
+    for steps in zip_longest(*slots, fillvalue=0):
+        done += sum(steps)
+        cluster.progress.reach(done)
+    return [np.array(text, dtype=np.int64) for text in writer.texts]
+
+
+@dataclass(frozen=True)
+class _Writer:
+    """Writes batches of texts."""
+
+    cluster: Cluster
+    wanted: Wanted
+    texts: list[list[int]]  # tokens of every text that have come so far
+
+    def write(self, batch: int, numbers: list[int], replica: int) -> Iterator[int]:
+        """Write a batch of the texts with these numbers, and yield how many of its steps are done.
+
+        It is written step by step, on one replica.
+        """
+        cluster = self.cluster
+        workers = [WorkerIndex(shard, replica) for shard in range(cluster.placement.num_shards)]
+
+        def pass_on(
+            inputs: Future[TensorPayload], rows: list[int] | None = None
+        ) -> Future[TensorPayload]:
+            for worker in workers:
+                inputs = cluster.submit(worker, write_on, batch, value_of(inputs), rows)
+            return inputs
+
+        own = replace(self.wanted, prompts=tuple(self.wanted.prompts[i] for i in numbers))
+        cluster.get([cluster.submit(worker, begin, batch, numbers, own) for worker in workers])
+        shortest = min(map(len, own.prompts))
+        *pieces, inputs = _pieces([prompt[:shortest] for prompt in own.prompts])
+        for piece in pieces:
+            pass_on(piece)
+        in_flight = deque[_Step]()
+        steps_left = self.wanted.num_steps(numbers)
+        for position in range(shortest, shortest + steps_left):
+            if not (rows := self._writing(numbers)):
+                break
+            leaves_out = len(rows) <= _FEWER_ROWS * len(numbers)
+            if leaves_out:
+                numbers = [numbers[row] for row in rows]
+            inputs = pass_on(inputs, rows if leaves_out else None)
+            in_flight.append((numbers, position, inputs))
+            if len(in_flight) > _STEPS_IN_FLIGHT:
+                self._take(*in_flight.popleft())
+            steps_left -= 1
+            yield 1
+        while in_flight and self._writing(numbers):
+            self._take(*in_flight.popleft())
+            yield 0
+        cluster.get([cluster.submit(worker, end, batch) for worker in workers])
+        yield steps_left
+
+    def _writing(self, numbers: list[int]) -> list[int]:
+        """Return the rows of a batch that have not ended."""
+        return [row for row, number in enumerate(numbers) if not self._has_ended(number)]
+
+    def _has_ended(self, number: int) -> bool:
+        return self.wanted.has_ended(number, self.texts[number])
+
+    def _take(self, numbers: list[int], position: int, payload: Future[TensorPayload]) -> None:
+        """Add the tokens of a step to the texts that have not ended."""
+        (tokens,) = self.cluster.get([payload])
+        for number, token in zip(numbers, tokens.array[:, 0].tolist(), strict=True):
+            if position >= len(self.wanted.prompts[number]) and not self._has_ended(number):
+                self.texts[number].append(token)
+
+
+def _pieces(prompts: Sequence[Sequence[int]]) -> list[Future[TensorPayload]]:
+    """Return prompts of one length in pieces that pass the shards in one call each."""
+    tokens = np.array(prompts, dtype=np.int64)
+    size = max(1, PREFILL_TOKENS // len(tokens))
+    starts = range(0, tokens.shape[1], size)
+    return [at_hand(token_payload(tokens[:, start : start + size])) for start in starts]

@@ -13,8 +13,7 @@ import pytest
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from ray_surgeon.report.directory import RunDirectory
-from ray_surgeon.runtime.sampling import write_texts
-from ray_surgeon.runtime.writing import Wanted
+from ray_surgeon.runtime.writing import Wanted, write_texts
 from ray_surgeon.spec.calibration import CalibrationSection
 from ray_surgeon.stages.self_text import conversations
 from ray_surgeon.stages.self_text.conversations import (

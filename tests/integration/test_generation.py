@@ -29,9 +29,9 @@ from ray_surgeon.report.tables import (
     shots_table,
 )
 from ray_surgeon.run.result import PruneResult
-from ray_surgeon.runtime.dense_model import read_states, write_states
 from ray_surgeon.runtime.local import LocalCluster
 from ray_surgeon.runtime.passes import remember
+from ray_surgeon.runtime.wave import read_states, write_states
 from ray_surgeon.stages.answers.answers import (
     Answers,
     Generation,

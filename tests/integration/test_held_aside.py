@@ -22,10 +22,10 @@ from transformers import (
 
 from ray_surgeon.maths.damping import A_CHOICES, G_CHOICES
 from ray_surgeon.run.inputs import check
-from ray_surgeon.runtime.dense_model import CALIBRATION
 from ray_surgeon.runtime.local import LocalCluster
 from ray_surgeon.runtime.passes import remember
 from ray_surgeon.runtime.pipelines import forward_and_backward
+from ray_surgeon.runtime.wave import CALIBRATION
 from ray_surgeon.spec.parsing import parse_spec
 from ray_surgeon.stages.answers.answers import DenseAnswers
 from ray_surgeon.stages.correction.section import CorrectionSection

@@ -240,7 +240,7 @@ def _lost_before_all_meet(worker: Worker, address: str, timeout_s: float) -> Non
         time.sleep(2)
         del store
         os._exit(1)
-    ProcessReplica(address, worker.placement, worker.index, worker.device, timeout_s)
+    ProcessReplica(worker, address, timeout_s)
 
 
 def test_what_does_not_answer_is_a_worker_or_its_machine(

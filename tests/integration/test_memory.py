@@ -16,13 +16,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import SafetensorError
 
 from ray_surgeon.maths.kronecker import PackedSymmetric
 from ray_surgeon.memory import weights
-from ray_surgeon.memory.factors import FactorStore
-from ray_surgeon.memory.stores import NO_SCRATCH, Scratch
-from ray_surgeon.memory.weights import DiskWeights, ReadAhead
+from ray_surgeon.memory.stores import NO_SCRATCH, FactorStore, Scratch
+from ray_surgeon.memory.weights import ReadAhead, StreamedWeights
 from ray_surgeon.pipeline import main
 from ray_surgeon.plan.plan import DoesNotFitError
 from ray_surgeon.plan.room import Resources, Room
@@ -195,11 +193,14 @@ def test_a_full_scratch_disk_is_named_and_what_is_on_it_removed(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def full(tensors: object, path: Path) -> None:
-        path.write_text("half")
-        raise SafetensorError("No space left on device")
+    replace = Path.replace
 
-    monkeypatch.setattr(weights, "save_file", full)
+    def full(path: Path, target: Path) -> Path:
+        if path.suffix == ".writing":
+            raise OSError("No space left on device")
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", full)
     assert (
         run(
             tmp_path,
@@ -270,14 +271,14 @@ def test_weights_come_from_the_last_shot_where_that_is_local(
     model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     moved: list[int] = []
-    before = DiskWeights.continue_from
+    before = StreamedWeights.continue_from
 
-    def seen(store: DiskWeights, read: Any, names: Container[str]) -> None:
-        moved.append(len(list(store._scratch.folder.glob("*.safetensors"))))
+    def seen(store: StreamedWeights, read: Any, names: Container[str]) -> None:
+        moved.append(len(list(store.kept._scratch.folder.glob("*.safetensors"))))
         before(store, read, names)
-        assert not list(store._scratch.folder.glob("*.safetensors"))
+        assert not list(store.kept._scratch.folder.glob("*.safetensors"))
 
-    monkeypatch.setattr(DiskWeights, "continue_from", seen)
+    monkeypatch.setattr(StreamedWeights, "continue_from", seen)
     assert run(tmp_path, model_folders["llama"], memory__weights="disk") == 0
     assert moved == [28, 28]
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from ray_surgeon.maths.masks import ElementMask
 from ray_surgeon.models.low_rank import LowRankCorrections
 from ray_surgeon.run.inputs import check
-from ray_surgeon.runtime.block_pass import BlockPass
+from ray_surgeon.runtime.passes import BlockPass
 from ray_surgeon.runtime.worker import Worker
 from ray_surgeon.spec.parsing import parse_spec
 from ray_surgeon.stages.correction.section import CorrectionSection

@@ -199,7 +199,7 @@ def test_a_wrong_sum_between_replicas_is_seen(
     options = {**METHODS[method], "pruning__num_shots": 1}
 
     def leave_out(self: ThreadReplica, tensor: torch.Tensor, owner: int) -> None:
-        self._meeting.barrier.wait()
+        self._barrier.wait()
 
     assert run(tmp_path / "one", model_folders["llama"], **options) == 0
     monkeypatch.setattr(ThreadReplica, "reduce", leave_out)

@@ -12,11 +12,10 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
-from ray_surgeon.runtime import sampling, writing
+from ray_surgeon.runtime import writing
 from ray_surgeon.runtime.collectives import TensorPayload
-from ray_surgeon.runtime.sampling import write_texts
 from ray_surgeon.runtime.worker import Worker
-from ray_surgeon.runtime.writing import Wanted, texts_together
+from ray_surgeon.runtime.writing import Wanted, texts_together, write_texts
 from tests.conftest import CONFIGS, SPARSE_CONFIGS
 from tests.integration.runs import loaded
 
@@ -74,7 +73,7 @@ def test_prompts_may_differ_in_length_and_texts_end(
     family: str, model_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writing, "TEXTS_TOGETHER", 5)
-    monkeypatch.setattr(sampling, "PREFILL_TOKENS", 8)
+    monkeypatch.setattr(writing, "PREFILL_TOKENS", 8)
     assert family in CONFIGS | SPARSE_CONFIGS
     model = AutoModelForCausalLM.from_pretrained(model_folders[family])
     clusters = [loaded(model_folders[family], *workers) for workers in CLUSTERS]
@@ -104,7 +103,7 @@ def test_a_batch_stops_when_its_texts_have_ended(
         calls.append(len(inputs.array))
         return write_on(worker, batch, inputs, *rest)
 
-    monkeypatch.setattr(sampling, "write_on", counted)
+    monkeypatch.setattr(writing, "write_on", counted)
     cluster = loaded(model_folders["llama"])
     wanted = replace(WANTED, prompts=WANTED.prompts[:8], num_tokens=60)
     whole = lists(write_texts(cluster, wanted))
@@ -116,7 +115,7 @@ def test_a_batch_stops_when_its_texts_have_ended(
         last = next(i for i, token in enumerate(before) if token in ends)
         assert text == before[: last + 1]
     steps = max(map(len, ended))
-    assert len(calls) <= steps + sampling._STEPS_IN_FLIGHT
+    assert len(calls) <= steps + writing._STEPS_IN_FLIGHT
     assert len(set(calls)) > 1, "rows of ended texts are left out"
     assert not cluster.workers[cluster.placement.workers[0]].kept(writing._Writing)
 

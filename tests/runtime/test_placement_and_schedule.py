@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from transformers import LlamaConfig
 
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.runtime.collectives import decode, encode
-from ray_surgeon.runtime.pipelines import one_forward_one_backward, submission_order
+from ray_surgeon.runtime.pipelines import Operation, one_forward_one_backward
 from ray_surgeon.runtime.placement import WorkerIndex, assign_owners, partition_blocks, place
 from tests.conftest import LAYOUTS
 
@@ -63,15 +64,24 @@ def test_owners_share_the_work_of_their_shard() -> None:
     assert max(load) < 1.5 * min(load)
 
 
+def order_of_shard(shard: int, num_shards: int, n: int) -> Iterator[Operation]:
+    warm_up = min(num_shards - 1 - shard, n)
+    for micro_batch in range(n + warm_up):
+        if micro_batch < n:
+            yield shard, "forward", micro_batch
+        if shard != num_shards - 1 and micro_batch >= warm_up:
+            yield shard, "backward", micro_batch - warm_up
+
+
 @pytest.mark.parametrize("num_shards", [1, 2, 3, 5])
 @pytest.mark.parametrize("n", [1, 2, 8])
 def test_order_is_complete_and_causal_and_bounded(num_shards: int, n: int) -> None:
-    order = submission_order(num_shards, n)
+    order = one_forward_one_backward(num_shards, n)
     place_of: dict[object, int] = {operation: i for i, operation in enumerate(order)}
     last = num_shards - 1
     for shard in range(num_shards):
         own = [o for o in order if o[0] == shard]
-        assert own == list(one_forward_one_backward(shard, num_shards, n))
+        assert own == list(order_of_shard(shard, num_shards, n))
         in_flight = peak = 0
         for _, direction, _ in own:
             in_flight += 1 if direction == "forward" else -1

@@ -22,7 +22,7 @@ from ray_surgeon.plan.room import DEVICES, Room
 from ray_surgeon.plan.work import Shapes, Work
 from ray_surgeon.run.inputs import work_of
 from ray_surgeon.run.machines import _bytes
-from ray_surgeon.run.reading import nothing
+from ray_surgeon.run.reading import unread_texts
 from ray_surgeon.run.stages import stages_after_shots, stages_of
 from ray_surgeon.runtime.placement import place
 from ray_surgeon.spec.job import JobSpec
@@ -30,7 +30,6 @@ from ray_surgeon.stages.correction.stage import Correction
 from ray_surgeon.stages.prune.methods import method_for
 from ray_surgeon.stages.reconstruction.layers import Arrivals
 from ray_surgeon.stages.weights import Load
-from ray_surgeon.storage.texts import windows_of
 from tests.conftest import LAYOUTS
 
 GB = 1e9
@@ -50,7 +49,7 @@ def work_for(spec: JobSpec, name: str) -> Work:
     layout = layout_of(name)
     method = method_for(spec.pruning, spec.curvature, layout, spec.model.dtype)
     last = stages_after_shots(spec, layout)
-    stages = stages_of(spec, layout, method, None, windows_of(nothing(0, 1)), nothing(0, 1), last)
+    stages = stages_of(spec, layout, method, unread_texts(spec), last)
     return work_of(spec, layout, method, stages)
 
 

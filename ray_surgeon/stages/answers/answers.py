@@ -19,9 +19,8 @@ from numpy.typing import NDArray
 from ray_surgeon.plan.needs import StepPlan, WorkerView
 from ray_surgeon.runtime import passes
 from ray_surgeon.runtime.cluster import Cluster
-from ray_surgeon.runtime.dense_model import ANSWERS
-from ray_surgeon.runtime.sampling import write_texts
-from ray_surgeon.runtime.writing import Wanted
+from ray_surgeon.runtime.wave import ANSWERS
+from ray_surgeon.runtime.writing import Wanted, write_texts
 from ray_surgeon.stages.answers.prompts import Yardstick
 from ray_surgeon.stages.self_text.conversations import repeats
 from ray_surgeon.stages.stage import Facts, RunState, Stage

@@ -16,8 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ray_surgeon.runtime.cluster import Cluster
-from ray_surgeon.runtime.sampling import write_texts
-from ray_surgeon.runtime.writing import Wanted
+from ray_surgeon.runtime.writing import Wanted, write_texts
 from ray_surgeon.spec.written import ANSWER_TOKENS
 from ray_surgeon.stages.self_text.requests import Conversations, Request
 from ray_surgeon.storage.prompts import Prompt
