@@ -28,8 +28,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ray_surgeon.export.folder import write_weights
+from ray_surgeon.maths.columns import round_columns, upper_inverse
 from ray_surgeon.maths.masks import StructuredMask
-from ray_surgeon.maths.rounding import round_columns
 from ray_surgeon.models.linears import num_inputs
 from ray_surgeon.runtime.block_pass import BlockPass
 from ray_surgeon.runtime.cluster import Cluster
@@ -180,15 +180,9 @@ class Rounding(BlockPass):
         num_columns = num_inputs(worker.shard.linears[name])
         rows = mask.rows.to(W.device).nonzero()[:, 0]
         columns = mask.columns[:num_columns].to(W.device).nonzero()[:, 0]
-        W[rows[:, None], columns], scales = round_columns(
-            W[rows][:, columns],
-            A[columns][:, columns],
-            self.group_size,
-            NUM_BITS,
-            damping=_DAMPING,
-            max_damping=_MAX_DAMPING,
-            name=name,
-        )
+        U, _ = upper_inverse(A[columns][:, columns], _DAMPING, _MAX_DAMPING, name)
+        kept = W[rows][:, columns]
+        W[rows[:, None], columns], scales = round_columns(kept, U, self.group_size, NUM_BITS)
         worker.shard.set_weight(name, W)
         worker.keeping(_Scales)[name] = scales.cpu()
 
