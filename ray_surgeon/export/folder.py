@@ -47,14 +47,9 @@ class Pruned:
     model: ModelSection  # the dense model, whose tokenizer and configuration go along
     facts: Mapping[str, Any]  # for model cards; see `RunReport.model_card_facts`
 
-    def write_card(self, entry: Mapping[str, Any], **facts: Any) -> None:
-        """Write the model card of an export.
-
-        Args:
-            entry: the export's entry in the report.
-            facts: in place of some of the model's.
-        """
-        text = model_card(entry, self.model.source, {**self.facts, **facts})
+    def write_card(self, entry: Mapping[str, Any]) -> None:
+        """Write the model card of an export, given by its entry in the report."""
+        text = model_card(entry, self.model.source, self.facts)
         files.write_text(files.join(entry["uri"], "README.md"), text)
 
 

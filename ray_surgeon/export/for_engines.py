@@ -220,11 +220,7 @@ def export_quantised(
         "load": f'AutoModelForCausalLM.from_pretrained("{target}")',
         "widths": uniform["widths"],
     } | copy
-    before_and_after = {
-        name: (before, copy["perplexity"][name])
-        for name, (before, _) in pruned.facts["perplexity"].items()
-    }
-    pruned.write_card(entry, perplexity=before_and_after)
+    pruned.write_card(entry)
     return entry
 
 

@@ -87,15 +87,13 @@ class Steps:
     """``with step("curvature", shot) as facts:`` measures a step and emits its event when it ends.
 
     Attributes:
-        seconds: step of the present shot -> wall clock.
-        cpu_seconds: step -> CPU time of all processes.
-        worker_seconds: step -> how long each worker was busy, in the order of `placement.workers`.
-        peak_rss_bytes: of the workers' processes together since they started.
-        peak_gpu_bytes: of their GPUs' memory together in this shot.
-        packing_seconds: step -> how long each worker took to pack and unpack what goes between
-            workers, in the same order.
-        peaks: step -> peak bytes of each worker in it, in the same order: on a GPU of its memory,
-            else anonymous ones of its process.
+        record: what the report says of the present shot's steps. ``seconds`` (wall clock),
+            ``cpu_seconds`` (of all processes), ``worker_seconds`` (how long each worker was busy,
+            in the order of `placement.workers`) and ``packing_seconds`` (how long each took to pack
+            and unpack what goes between workers) are by step. So is ``peak_bytes``: the peak of
+            each worker, on a GPU of its memory, else of anonymous memory of its process.
+            ``peak_rss_bytes`` is of the workers' processes together since they started,
+            ``peak_gpu_bytes`` of their GPUs' memory together in this shot.
     """
 
     def __init__(
@@ -111,12 +109,9 @@ class Steps:
 
     def new_shot(self) -> None:
         """Forget the steps of the shot before."""
-        self.seconds: dict[str, float] = {}
-        self.cpu_seconds: dict[str, float] = {}
-        self.worker_seconds: dict[str, list[float]] = {}
-        self.packing_seconds: dict[str, list[float]] = {}
-        self.peaks: dict[str, list[int]] = {}
-        self.peak_rss_bytes = self.peak_gpu_bytes = 0
+        by_step = ("seconds", "cpu_seconds", "worker_seconds", "packing_seconds")
+        self.record: dict[str, Any] = {name: {} for name in by_step}
+        self.record |= {"peak_rss_bytes": 0, "peak_gpu_bytes": 0, "peak_bytes": {}}
 
     @contextmanager
     def __call__(self, name: str, shot: int = 0) -> Iterator[dict[str, Fact]]:
@@ -128,20 +123,22 @@ class Steps:
         before = self._usages()
         yield facts
         after = self._usages()
-        self.seconds[name] = time.perf_counter() - wall
-        self.cpu_seconds[name] = _total(after, "cpu_s") - _total(before, "cpu_s")
+        seconds = time.perf_counter() - wall
         pairs = list(zip(before[1:], after[1:], strict=True))
-        self.worker_seconds[name] = [round(b.busy_s - a.busy_s, 3) for a, b in pairs]
-        self.packing_seconds[name] = [round(b.packing_s - a.packing_s, 3) for a, b in pairs]
-        self.peak_rss_bytes = _total(after[1:], "peak_rss_bytes")
+        busy = [round(b.busy_s - a.busy_s, 3) for a, b in pairs]
         gpu = largest_of_processes(after, "peak_gpu_bytes")
         anonymous = largest_of_processes(after, "peak_anonymous_bytes")
-        self.peak_gpu_bytes = max(self.peak_gpu_bytes, sum(gpu.values()))
-        self.peaks[name] = [gpu[usage.process] or anonymous[usage.process] for usage in after[1:]]
+        record = self.record
+        record["seconds"][name] = seconds
+        record["cpu_seconds"][name] = _total(after, "cpu_s") - _total(before, "cpu_s")
+        record["worker_seconds"][name] = busy
+        record["packing_seconds"][name] = [round(b.packing_s - a.packing_s, 3) for a, b in pairs]
+        record["peak_rss_bytes"] = _total(after[1:], "peak_rss_bytes")
+        record["peak_gpu_bytes"] = max(record["peak_gpu_bytes"], sum(gpu.values()))
+        record["peak_bytes"][name] = [gpu[u.process] or anonymous[u.process] for u in after[1:]]
         if "num_tokens" in facts:
-            facts["tokens_per_s"] = float(facts.pop("num_tokens")) / self.seconds[name]
-        seconds = round(self.seconds[name], 3)
-        event = Event(name, shot, self._num_shots, seconds, facts, self.worker_seconds[name])
+            facts["tokens_per_s"] = float(facts.pop("num_tokens")) / seconds
+        event = Event(name, shot, self._num_shots, round(seconds, 3), facts, busy)
         self._run.add_event(asdict(event) | {"time": time.time()})
         self._listen(event)
 

@@ -17,7 +17,6 @@ from ray_surgeon.report import plots, progress
 from ray_surgeon.report.directory import RunDirectory
 from ray_surgeon.storage import files
 
-_TEMPLATE = Path(__file__).with_name("html_report.html.jinja")
 _PAGE_EVERY_S = 60.0
 
 
@@ -76,15 +75,8 @@ def page(records: Sequence[Mapping[str, Any]]) -> str:
     Args:
         records: contents of report.json; of runs that have not ended, too.
     """
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
-    )
-    environment.filters |= {
-        "excerpt": excerpt,
-        "yaml": functools.partial(yaml.safe_dump, sort_keys=False),
-    }
-    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(
+    return rendered(
+        "html_report.html.jinja",
         records=records,
         progress=progress,
         plots=plots,
@@ -92,6 +84,21 @@ def page(records: Sequence[Mapping[str, Any]]) -> str:
         steps_of=_steps,
         damping_of=_damping,
     )
+
+
+def rendered(template: str, **context: Any) -> str:
+    """Return the text of a template of this folder."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=jinja2.select_autoescape(["html.jinja"]),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+    )
+    environment.filters |= {
+        "excerpt": excerpt,
+        "yaml": functools.partial(yaml.safe_dump, sort_keys=False),
+    }
+    return environment.get_template(template).render(context)
 
 
 class LivePage:

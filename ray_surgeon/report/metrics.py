@@ -10,37 +10,31 @@ from typing import Any
 
 from ray_surgeon.report.events import Event
 
-GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "shot": ("Shot that the last step belonged to", ()),
-    "num_shots": ("Shots of the job", ()),
-    "sparsity": ("Removed fraction of the parameters of the blocks' linears", ()),
-    "perplexity": ("Perplexity of the last evaluation", ("text",)),
-    "divergence": (
-        "Divergence from the dense model in the last evaluation, in nats per token",
-        ("text",),
-    ),
-    "tokens_per_s": ("Calibration tokens per second of the last curvature pass", ()),
-    "step_seconds": ("Seconds of the last such step", ("step",)),
-    "worker_busy_seconds": (
-        "Seconds of the last such step that a worker was busy",
-        ("step", "worker"),
-    ),
-    "efficiency": (
-        "Fraction of the last such step in which the workers were busy, on average",
-        ("step",),
-    ),
-    "parameters": ("Parameters of the model after the last shot, zeros not counted", ()),
-    "peak_rss_bytes": ("Peak resident memory of all workers together", ()),
-    "export_bytes": ("Bytes of the weights of an export", ("kind",)),
+GAUGES = {
+    "shot": "Shot that the last step belonged to",
+    "num_shots": "Shots of the job",
+    "sparsity": "Removed fraction of the parameters of the blocks' linears",
+    "perplexity": "Perplexity of the last evaluation",
+    "divergence": "Divergence from the dense model in the last evaluation, in nats per token",
+    "tokens_per_s": "Calibration tokens per second of the last curvature pass",
+    "step_seconds": "Seconds of the last such step",
+    "worker_busy_seconds": "Seconds of the last such step that a worker was busy",
+    "efficiency": "Fraction of the last such step in which the workers were busy, on average",
+    "parameters": "Parameters of the model after the last shot, zeros not counted",
+    "peak_rss_bytes": "Peak resident memory of all workers together",
+    "export_bytes": "Bytes of the weights of an export",
 }
-"""name -> (description, its own tags)"""
-
-
-COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "steps": ("Steps that have ended", ("step",)),
-    "retries": ("Losses after which the run went on", ("cause",)),
+"""Name -> description."""
+COUNTERS = {"steps": "Steps that have ended", "retries": "Losses after which the run went on"}
+"""Likewise."""
+_TAGS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("perplexity", "divergence"), ("text",)),
+    **dict.fromkeys(("step_seconds", "efficiency", "steps"), ("step",)),
+    "worker_busy_seconds": ("step", "worker"),
+    "export_bytes": ("kind",),
+    "retries": ("cause",),
 }
-"""likewise"""
+"""Name of a metric -> its own tags, if it has some."""
 
 Reading = tuple[str, float, dict[str, str]]
 """(name, value, its own tags)"""
@@ -86,14 +80,10 @@ class Recorder:
             counter: likewise.
         """
         self._run = run
-        self._gauges = {
-            name: gauge(f"surgeon_{name}", text, ("run", *tags))
-            for name, (text, tags) in GAUGES.items()
-        }
-        self._counters = {
-            name: counter(f"surgeon_{name}", text, ("run", *tags))
-            for name, (text, tags) in COUNTERS.items()
-        }
+        self._gauges, self._counters = (
+            {n: new(f"surgeon_{n}", text, ("run", *_TAGS.get(n, ()))) for n, text in texts.items()}
+            for new, texts in ((gauge, GAUGES), (counter, COUNTERS))
+        )
 
     def record(self, event: Event) -> None:
         """Set the gauges and add to the counters that an event says something of."""

@@ -35,11 +35,13 @@ class Commit(Stage):
         files.remove_files(folder, ["*.safetensors"])  # of a try that was interrupted
         written = [file for worker in cluster.run_all(save_shot, folder) for file in worker]
         choice = run.find(Choice)
-        threshold = None if choice is None else choice.threshold
-        by_text = run.kept(Measures)
-        run.report.add_shot(
-            shot, self.targets, run.sparsity, threshold, by_text, run.linears, run.record, run.steps
-        )
+        about = {
+            "index": shot,
+            "target_sparsity": self.targets[shot - 1] if self.targets else None,
+            "sparsity": run.sparsity,
+            "threshold": None if choice is None else choice.threshold,
+        }
+        run.report.add_shot(about, run.kept(Measures), run.linears, run.record, run.steps)
         last = run.report.shots[-1]
         directory.commit_shot(shot, written, last)
         cluster.run_all(continue_from_shot, written)
