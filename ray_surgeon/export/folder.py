@@ -91,20 +91,19 @@ def write_weights(
         )
         for index, names, masks in workers
     ]
-    by_name = {
-        file.uri.rpartition("/")[2]: file
-        for of_worker in cluster.get(futures)
-        for file in of_worker
-    }
+    written = itertools.chain.from_iterable(cluster.get(futures))
+    by_name = {file.uri.rpartition("/")[2]: file for file in written}
     weights = {name: file for name, file in by_name.items() if name.startswith("model")}
     total = sum(file.size_bytes for file in weights.values())
-    if len(weights) > 1:
-        weight_map = {key: name for name, file in weights.items() for key in file.keys}
-        files.write_json(
-            files.join(uri, "model.safetensors.index.json"),
-            {"metadata": {"total_size": total}, "weight_map": weight_map},
-        )
+    write_index(uri, {key: name for name, file in weights.items() for key in file.keys}, total)
     return total
+
+
+def write_index(uri: str, file_of: Mapping[str, str], num_bytes: int) -> None:
+    """Write the index of a folder's tensors, given the file of each, if there are several files."""
+    if len(set(file_of.values())) > 1:
+        index = {"metadata": {"total_size": num_bytes}, "weight_map": file_of}
+        files.write_json(files.join(uri, "model.safetensors.index.json"), index)
 
 
 def _names(stem: str, numbers: Sequence[int]) -> list[list[str]]:
@@ -191,10 +190,10 @@ def run_reload(folder: Path, scratch: Path, request: Mapping[str, Any]) -> dict[
     """Load a local folder in a process of its own; `request` is the rest of what `reload` takes."""
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     most = available_bytes()
-    about: dict[str, Any] = {"folder": str(folder)}
+    request = {"folder": str(folder), **request}
     if 1.5 * size > most:
-        about |= {"max_memory": int(most / 2), "offload": str(scratch / "offload")}
-    return fresh_process.run_module("ray_surgeon.export.reload", {**about, **request})
+        request |= {"max_memory": int(most / 2), "offload": str(scratch / "offload")}
+    return fresh_process.run_module("ray_surgeon.export.reload", request)
 
 
 def reload_difference(pruned: Pruned, uri: str, tokens: NDArray[np.int64]) -> float:
@@ -212,7 +211,7 @@ def reload_difference(pruned: Pruned, uri: str, tokens: NDArray[np.int64]) -> fl
     """
     dtype = pruned.model.dtype
     half = pruned.layout.is_mixture and dtype != "float32"
-    some = [int(t) for t in tokens[:NUM_COMPARED_TOKENS]]
+    some = tokens[:NUM_COMPARED_TOKENS].tolist()
     workers_logits = decode(logits(pruned.cluster, some), torch.device("cpu"))
     with local_folder(uri) as (folder, scratch):
         request = {"tokens": some, "logits": str(scratch / "logits"), "dtype": dtype, "half": half}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,15 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ray_surgeon.export.folder import (
-    Pruned,
-    copy_small_files,
-    dense_document,
-    explaining,
-    local_folder,
-    run_reload,
-    write_weights,
-)
+from ray_surgeon.export import folder
 from ray_surgeon.export.quantized import round_weights
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.llama_cpp import architecture_of
@@ -43,16 +35,16 @@ class Shrinking:
 
     def channels(self, layout: ModelLayout) -> list[int]:
         """Return the widths that a feed-forward layer may have, in ascending order."""
-        whole = layout.num_channels
-        least = self.fewest.get("ffn", whole)
-        return sorted({*(n for n in range(0, whole, self.multiple) if n >= least), whole})
+        return self._left("ffn", layout.num_channels, range(0, layout.num_channels, self.multiple))
 
     def kv_heads(self, layout: ModelLayout) -> list[int]:
         """Return the numbers of KV heads that a block may have, in ascending order."""
-        whole = layout.heads.num_kv
-        least = self.fewest.get("attention", whole)
         possible = kv_heads_left(layout, self.tensor_parallel, uniform=self.uniform)
-        return sorted({*(k for k in possible if k >= least), whole})
+        return self._left("attention", layout.heads.num_kv, possible)
+
+    def _left(self, kind: str, whole: int, possible: Iterable[int]) -> list[int]:
+        least = self.fewest.get(kind, whole)
+        return sorted({*(n for n in possible if n >= least), whole})
 
 
 def check_gguf(layout: ModelLayout, shrinking: Shrinking) -> None:
@@ -121,7 +113,7 @@ def _check_groups(layout: ModelLayout, shrinking: Shrinking, size: int) -> None:
 
 
 def export_gguf(
-    pruned: Pruned,
+    pruned: folder.Pruned,
     uri: str,
     widths: Sequence[BlockWidths],
     left_out: tuple[str, ...],
@@ -146,7 +138,7 @@ def export_gguf(
     """
     model = pruned.model
     weights = files.join(uri, "weights")
-    document = dense_document(model)
+    document = folder.dense_document(model)
     pairs = [[width.num_channels, width.num_kv_heads] for width in widths]
     request = {
         "folder": weights,
@@ -158,9 +150,9 @@ def export_gguf(
     }
     files.remove_folder(uri)  # of a try that was interrupted
     try:
-        with explaining(f"the export {uri} cannot be written"):
-            write_weights(pruned.cluster, weights, left_out=left_out)
-            copy_small_files(model, weights)
+        with folder.explaining(f"the export {uri} cannot be written"):
+            folder.write_weights(pruned.cluster, weights, left_out=left_out)
+            folder.copy_small_files(model, weights)
             files.write_json(files.join(weights, "config.json"), document)
             written = fresh_process.run_module("ray_surgeon.export.gguf_file", request)["files"]
     finally:
@@ -183,7 +175,7 @@ def export_gguf(
 
 
 def export_quantised(
-    pruned: Pruned,
+    pruned: folder.Pruned,
     uniform: Mapping[str, Any],
     calibration: NDArray[np.int64],
     texts: Mapping[str, NDArray[np.int64]],
@@ -250,26 +242,26 @@ def quantised_copy(
         RuntimeError: it cannot be quantised or loaded.
     """
     files.remove_folder(target)  # of a try that was interrupted
-    with local_folder(uri, weights=False) as (small, _):
+    with folder.local_folder(uri, weights=False) as (small, _):
         for name in files.list_files(str(small)):
             if not name.endswith((".index.json", ".md")):
                 files.put_file(files.join(target, name), small / name)
-    request: dict[str, Any] = {"export": uri, "source": uri, "scales": [], "target": target}
     size = section.columns_together
+    request: dict[str, Any] = {"export": uri, "source": uri, "scales": [], "target": target}
     request |= {"linears": linears, "scheme": section.scheme, "group_size": size}
     rounded = f"{target}-rounded"
     try:
         if section.scheme == "w4a16":
             request["scales"] = round_weights(cluster, calibration, size, rounded)
             request["source"] = rounded
-        with explaining(f"the quantised export {target} cannot be made"):
+        with folder.explaining(f"the quantised export {target} cannot be made"):
             copy = fresh_process.run_module("ray_surgeon.export.quantized", request)
-            with local_folder(target) as (folder, scratch):
+            with folder.local_folder(target) as (copied, scratch):
                 windows = {name: torch.from_numpy(tokens) for name, tokens in texts.items()}
                 tensor_files.write(str(scratch / "windows"), windows)
                 num_threads = torch.get_num_threads()
                 request = {"windows": str(scratch / "windows"), "num_threads": num_threads}
-                copy["perplexity"] = run_reload(folder, scratch, request)
+                copy["perplexity"] = folder.run_reload(copied, scratch, request)
     finally:
         files.remove_folder(rounded)
     return copy

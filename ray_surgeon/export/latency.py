@@ -39,6 +39,9 @@ from ray_surgeon.storage import files
 _BLOCKS_AT_ONCE = 8
 """Of one timed model, so that it fits where the whole model might not."""
 
+Width = tuple[int, int]
+"""Channels and KV heads of a block."""
+
 
 def latency_budget(
     cluster: Cluster,
@@ -75,16 +78,10 @@ def latency_budget(
         files.write_json(uri, kept)
     of_channels = kept["seconds"][: len(channels)]
     whole = of_channels[-1]
-    of_heads = [*kept["seconds"][len(channels) :], whole]
-    return Budget(
-        "latency_s",
-        kept["rest_seconds"],
-        {
-            "ffn": _table(channels, of_channels),
-            "attention": _table(heads, [seconds - whole for seconds in of_heads]),
-        },
-        dict.fromkeys(("ffn", "attention"), layout.num_blocks),
-    )
+    of_heads = [seconds - whole for seconds in (*kept["seconds"][len(channels) :], whole)]
+    by_left = {"ffn": _table(channels, of_channels), "attention": _table(heads, of_heads)}
+    num_blocks = dict.fromkeys(by_left, layout.num_blocks)
+    return Budget("latency_s", kept["rest_seconds"], by_left, num_blocks)
 
 
 def _measured(cluster: Cluster, layout: ModelLayout, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -111,16 +108,13 @@ def _table(numbers: Sequence[int], seconds: Sequence[float]) -> tuple[float, ...
     return tuple(float(value) for value in np.interp(range(numbers[-1] + 1), numbers, rising))
 
 
-def _model(
-    document: Mapping[str, Any],
-    widths: Sequence[tuple[int, int]],
-    layer_type: str | None,
-    folder: Path,
-) -> PreTrainedModel:
+def _model(request: Mapping[str, Any], widths: Sequence[Width], folder: Path) -> PreTrainedModel:
     """Return a model with random weights that has one block of each width.
 
-    All blocks are of one kind if the model has several.
+    All blocks are of the request's kind if the model has several.
     """
+    document = request["document"]
+    layer_type = request["layer_type"]
     config = AutoConfig.for_model(**document)
     layers = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
     fewer = {**document, layers: len(widths)}
@@ -159,9 +153,8 @@ def _time_blocks(
 ) -> list[float]:
     """Return the seconds of each block, and of all the rest: medians over the measured turns."""
     num_blocks = len(model.config.block_sizes)
-    (blocks,) = (
-        m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == num_blocks
-    )
+    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
+    (blocks,) = (blocks for blocks in lists if len(blocks) == num_blocks)
     moments: list[list[Any]] = [[] for _ in blocks]
     for noted, block in zip(moments, blocks, strict=True):
         block.register_forward_pre_hook(partial(_note, noted, device))
@@ -196,15 +189,15 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
     widths = [tuple(width) for width in request["widths"]]
     whole = max(widths)
     others = [width for width in widths if width != whole]
-    more = dict[tuple[int, int], float]()  # than the whole block beside it
+    more = dict[Width, float]()  # than the whole block beside it
     of_whole = []
     rests = []
     with tempfile.TemporaryDirectory() as scratch:
         for first in range(0, max(1, len(others)), _BLOCKS_AT_ONCE - 1):
             batch = [whole, *others[first : first + _BLOCKS_AT_ONCE - 1]]
             folder = Path(scratch) / str(first)
-            model = _model(request["document"], batch, request["layer_type"], folder)
-            *seconds, rest = _time_blocks(model.to(device), options, device)
+            model = _model(request, batch, folder).to(device)
+            *seconds, rest = _time_blocks(model, options, device)
             more |= {width: s - seconds[0] for width, s in zip(batch, seconds, strict=True)}
             of_whole.append(seconds[0])
             rests.append(rest)

@@ -27,7 +27,7 @@ from compressed_tensors.quantization.utils import calculate_qparams
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ray_surgeon.export.folder import write_weights
+from ray_surgeon.export.folder import write_index, write_weights
 from ray_surgeon.maths.columns import round_columns, upper_inverse
 from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.models.linears import num_inputs
@@ -78,17 +78,13 @@ def quantised(
     if scale.dtype == torch.float32:
         scale = scale.clamp(min=torch.finfo(torch.float32).tiny)
     compressor = BaseCompressor.get_value_from_registry(scheme.format)
-    stored: dict[str, Tensor] = compressor.compress(
-        {"weight": weight, "weight_scale": scale}, scheme
-    )
-    return stored
+    return dict(compressor.compress({"weight": weight, "weight_scale": scale}, scheme))
 
 
 def restored(stored: Mapping[str, Tensor], scheme: QuantizationScheme) -> Tensor:
     """Return the weight that a program computes with."""
-    weight: Tensor = BaseCompressor.get_value_from_registry(scheme.format).decompress(
-        dict(stored), scheme
-    )["weight"]
+    compressor = BaseCompressor.get_value_from_registry(scheme.format)
+    weight: Tensor = compressor.decompress(dict(stored), scheme)["weight"]
     return weight
 
 
@@ -148,9 +144,7 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
         file = uri.rpartition("/")[2]
         total += tensor_files.write(files.join(target, file), tensors)
         weight_map |= dict.fromkeys(tensors, file)
-    if len(set(weight_map.values())) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        files.write_json(files.join(target, "model.safetensors.index.json"), index)
+    write_index(target, weight_map, total)
     document = files.read_json(files.join(export, "config.json"))
     document["quantization_config"] = _config(scheme, plain)
     files.write_json(files.join(target, "config.json"), document)

@@ -125,10 +125,8 @@ def _compare(
             "weights_bytes": sum(parameter.nbytes for parameter in model.parameters()),
         }
     for step in ("prefill", "decode"):
-        dense, pruned = (
-            record[name][f"{step}_tokens_per_s"]["median"] for name in ("dense", "pruned")
-        )
-        record[f"{step}_ratio"] = pruned / dense
+        medians = {name: record[name][f"{step}_tokens_per_s"]["median"] for name in models}
+        record[f"{step}_ratio"] = medians["pruned"] / medians["dense"]
     return record
 
 
@@ -165,15 +163,13 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with local_folder(request["uri"], weights=only is None) as (folder, scratch):
         document = json.loads((folder / "config.json").read_text())
-        models: dict[str, PreTrainedModel] = {}
-        if only != "pruned":
-            models["dense"] = random_model(request["dense"], scratch)
+        places = {"dense": (request["dense"], scratch), "pruned": (document, folder)}
+        # alone the pruned one is random as well: what loading takes is not what is asked
+        models = {name: random_model(*places[name]) for name in [only or "dense"]}
         if only is None:
             models["pruned"] = AutoModelForCausalLM.from_pretrained(
                 folder, dtype="auto", trust_remote_code=True
             )
-        elif only == "pruned":  # random as well, because what loading takes is not what is asked
-            models["pruned"] = random_model(document, folder)
         models = {name: model.eval().to(device) for name, model in models.items()}
         size = (options.batch_size, options.prompt_length)
         generator = torch.Generator().manual_seed(0)

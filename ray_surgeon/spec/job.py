@@ -9,19 +9,12 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from ray_surgeon.spec import sections
 from ray_surgeon.spec.base import Section
 from ray_surgeon.spec.calibration import CalibrationSection
 from ray_surgeon.spec.evaluation import EvaluationSection
 from ray_surgeon.spec.presets import PresetName, with_preset
-from ray_surgeon.spec.sections import (
-    DECI_MULTIPLE,
-    KERNEL_COLUMNS,
-    ClusterSection,
-    MemorySection,
-    ModelSection,
-    OutputSection,
-    RaySection,
-)
+from ray_surgeon.spec.sections import DECI_MULTIPLE, KERNEL_COLUMNS, RaySection
 from ray_surgeon.spec.targets import LatencyTarget
 from ray_surgeon.stages.correction.section import CorrectionSection
 from ray_surgeon.stages.curvature.section import CurvatureSection, KfacSection
@@ -53,7 +46,7 @@ class JobSpec(Section):
     """
     name: str = Field(pattern="^[a-z0-9][a-z0-9.-]*$", max_length=63)
     """Name of the run: lower case, digits, dots, dashes"""
-    model: ModelSection
+    model: sections.ModelSection
     """The model to prune"""
     calibration: CalibrationSection
     """The text whose loss the method keeps low. If not given: source auto, a mix that suits the
@@ -69,11 +62,11 @@ class JobSpec(Section):
     """Curvature of the loss; kfac if not given. sparsegpt and wanda have none"""
     correction: CorrectionSection | None = None
     """Low-rank first-order corrections after every shot; null: none"""
-    memory: MemorySection = MemorySection()
+    memory: sections.MemorySection = sections.MemorySection()
     """Where workers keep what they do not use at the moment; may differ on --resume"""
-    cluster: ClusterSection = RaySection()
+    cluster: sections.ClusterSection = RaySection()
     """Workers and where they run"""
-    output: OutputSection
+    output: sections.OutputSection
     """Where results go"""
 
     @model_validator(mode="before")

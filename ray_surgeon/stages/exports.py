@@ -59,9 +59,8 @@ class Export(Stage):
             _pruned(run),
             run.directory.path("export", self.kind),
             run.calibration[0],
-            run.report.shots[-1]["linears"],
-            output=self.output,
-            tasks=self.tasks,
+            self.output,
+            self.tasks,
         )
         run.report.exports.append(exported)
         names = ("kind", "uri", "size_bytes", "reload_max_logit_difference")
