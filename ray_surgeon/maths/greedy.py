@@ -21,8 +21,7 @@ import math
 import torch
 from torch import Tensor
 
-from ray_surgeon.maths.downdated import DowndatedInverse, root
-from ray_surgeon.maths.factorised import DampedFactor
+from ray_surgeon.maths.factorised import DampedFactor, DowndatedInverse, root
 from ray_surgeon.maths.linear import Part
 from ray_surgeon.maths.products import product
 from ray_surgeon.maths.threshold import check_costs

@@ -3,8 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ray_surgeon.maths.downdated import DowndatedInverse, root
-from ray_surgeon.maths.factorised import factorise
+from ray_surgeon.maths.factorised import DowndatedInverse, factorise, root
 from ray_surgeon.maths.greedy import GreedyPath, greedy_costs
 from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.maths.structured import find_candidates, prune_structures
