@@ -31,10 +31,10 @@ FRACTIONS = tuple(1 - 0.05 * step for step in range(10))
 
 def upper_inverse(
     A: Tensor, damping: float, max_damping: float, name: str
-) -> tuple[Tensor, RaisedDamping | None]:
+) -> tuple[Tensor, tuple[RaisedDamping, ...]]:
     """Return U, the upper Cholesky factor of the inverse of the damped A [C, C].
 
-    The second item is whether it needed more damping.
+    The second item is what it needed of damping beside what was asked.
 
     Inputs that are always zero count as independent, and as strong as the others are in the mean:
     so damping stays what is asked.
@@ -51,7 +51,7 @@ def upper_inverse(
     factor = factorise(A, damping, max_damping, name)
     # With the indices reversed A is L L^T, and U is the inverse of L reversed. A's own inverse may
     # not be positive definite in float32.
-    return factor.inverse_cholesky().flip(0, 1), raised_damping(name, "A", damping, factor)
+    return factor.inverse_cholesky().flip(0, 1), raised_damping(name, A=factor)
 
 
 def replace_columns(

@@ -48,7 +48,8 @@ class DampedFactor:
 
     matrix: Tensor  # [n, n] the damped factor
     cholesky: Tensor  # [n, n] lower L with L L^T = matrix
-    damping: float  # the damping that was needed, at least the one asked for
+    asked: float  # the damping that was asked for
+    damping: float  # the one that was needed
     # whether the factorisation at the dtype of the input failed and float64 was used
     float64_retry: bool
 
@@ -135,7 +136,7 @@ def factorise(matrix: Tensor, damping: float, max_damping: float, name: str) -> 
     while True:
         factor, failed = torch.linalg.cholesky_ex(damp_(matrix, current))
         if not failed:
-            return DampedFactor(matrix, factor, current, float64_retry=False)
+            return DampedFactor(matrix, factor, damping, current, float64_retry=False)
         matrix.diagonal().copy_(diagonal)
         del factor  # of a large matrix a float64 one has no room beside it
         factor, failed = torch.linalg.cholesky_ex(
@@ -143,7 +144,8 @@ def factorise(matrix: Tensor, damping: float, max_damping: float, name: str) -> 
         )
         if not failed:
             factor = factor.to(matrix.dtype)
-            return DampedFactor(damp_(matrix, current), factor, current, float64_retry=True)
+            damp_(matrix, current)
+            return DampedFactor(matrix, factor, damping, current, float64_retry=True)
         raised = max(current * 10.0, 1e-8)
         if raised > max_damping:
             raise FloatingPointError(

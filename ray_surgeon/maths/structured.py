@@ -86,9 +86,8 @@ def find_candidates(
     if limit is not None:
         may_prune = rows[live.rows], columns[live.columns]
         path = GreedyPath(alive, curvature.A, curvature.G, *may_prune)
-        by_row[live.rows], by_column[live.columns] = greedy_costs(
-            path, name=linear.name, per_parameter=per_parameter, limit=limit
-        )
+        marginal = greedy_costs(path, name=linear.name, per_parameter=per_parameter, limit=limit)
+        by_row[live.rows], by_column[live.columns] = marginal
         rows &= torch.isfinite(by_row)
         columns &= torch.isfinite(by_column)
     else:

@@ -8,7 +8,7 @@ import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from cycler import cycler
 from matplotlib import rc_context
@@ -19,7 +19,8 @@ from matplotlib.ticker import LogFormatter, MaxNLocator
 from ray_surgeon.report.progress import has_generation, texts_of
 from ray_surgeon.storage import files
 
-T = TypeVar("T")
+Records = Sequence[Mapping[str, Any]]
+"""Contents of report.json, or entries of one."""
 
 FORMATS = ("png", "svg", "pdf")
 
@@ -108,7 +109,7 @@ def _draw_curve(axes: Axes, number: int, points: Sequence[tuple[float, float]], 
 
 
 @_styled
-def perplexity_figure(records: Sequence[Mapping[str, Any]], text: str) -> Figure:
+def perplexity_figure(records: Records, text: str) -> Figure:
     """Plot perplexity against sparsity, one line a run, with the dense model at zero.
 
     Lines that leave the plot say how far.
@@ -146,7 +147,7 @@ def perplexity_figure(records: Sequence[Mapping[str, Any]], text: str) -> Figure
 
 
 @_styled
-def acceptance_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
+def acceptance_figure(records: Records) -> Figure:
     """Plot the acceptance rate against sparsity, one line a run; runs without it are left out."""
     figure, axes = _axes(_OF_LINEARS, "acceptance rate")
     lowest = 1.0
@@ -165,7 +166,7 @@ def acceptance_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def by_block(linears: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[float]]]:
+def by_block(linears: Records) -> tuple[list[str], list[list[float]]]:
     """Return the kinds of linears, and per kind the mean sparsity in every block.
 
     It is not a number where a block has none.
@@ -175,30 +176,23 @@ def by_block(linears: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list
     return list(kinds), list(kinds.values())
 
 
-def by_expert(linears: Sequence[Mapping[str, Any]]) -> list[list[float]]:
+def by_expert(linears: Records) -> list[list[float]]:
     """Return, for every expert, the mean sparsity of its linears in every block.
 
     Nothing if there are no experts.
     """
-
-    def number_of(name: str) -> int | None:
-        match = re.search(r"\.(\d+)\.", name)
-        return None if match is None else int(match[1])
-
-    experts = _by_place(linears, number_of)
-    return [experts[number] for number in sorted(experts)]
+    experts = _by_place(linears, lambda name: next(iter(re.findall(r"\.(\d+)\.", name)), None))
+    return [experts[number] for number in sorted(experts, key=int)]
 
 
-def _by_place(
-    linears: Sequence[Mapping[str, Any]], place_of: Callable[[str], T | None]
-) -> dict[T, list[float]]:
+def _by_place(linears: Records, place_of: Callable[[str], str | None]) -> dict[str, list[float]]:
     """Return the mean sparsity in every block of the linears that share a place in their block.
 
     Args:
         linears: entries of report.json.
         place_of: takes a linear's name in its block; None leaves the linear out.
     """
-    places: dict[T, dict[int, list[float]]] = {}
+    places: dict[str, dict[int, list[float]]] = {}
     for linear in linears:
         match = re.fullmatch(r".*?\.(\d+)\.(.+)", linear["name"])
         assert match is not None, f"{linear['name']} is in no block"
@@ -207,7 +201,7 @@ def _by_place(
             blocks = places.setdefault(place, {})
             blocks.setdefault(int(match[1]), []).append(linear["sparsity"])
     num_blocks = 1 + max((block for blocks in places.values() for block in blocks), default=-1)
-    means = dict[T, list[float]]()
+    means = dict[str, list[float]]()
     for place, blocks in places.items():
         values = [blocks.get(block, []) for block in range(num_blocks)]
         means[place] = [sum(part) / len(part) if part else math.nan for part in values]
@@ -228,7 +222,7 @@ def _heat_map(
 
 
 @_styled
-def depth_figure(linears: Sequence[Mapping[str, Any]]) -> Figure:
+def depth_figure(linears: Records) -> Figure:
     """Plot sparsity by block and kind of linear as a heat map (The LLM Surgeon, figure 4)."""
     kinds, sparsities = by_block(linears)
     highest = max(0.05, *(v for row in sparsities for v in row if v == v))
@@ -251,7 +245,7 @@ def expert_figure(sparsities: Sequence[Sequence[float]]) -> Figure:
 
 
 @_styled
-def time_figure(shots: Sequence[Mapping[str, Any]]) -> Figure:
+def time_figure(shots: Records) -> Figure:
     """Plot the time of every step of every shot, stacked, and all workers' peak memory."""
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     times, memory = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
@@ -278,12 +272,11 @@ def time_figure(shots: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def quality_figures(records: Sequence[Mapping[str, Any]]) -> dict[str, Figure]:
+def quality_figures(records: Records) -> dict[str, Figure]:
     """Return acceptance, if it is known, and perplexity on every text against sparsity, by name."""
     figures = {"acceptance": acceptance_figure(records)} if has_generation(records) else {}
-    return figures | {
-        f"perplexity-{text}": perplexity_figure(records, text) for text in texts_of(records)
-    }
+    by_text = {text: perplexity_figure(records, text) for text in texts_of(records)}
+    return figures | {f"perplexity-{text}": figure for text, figure in by_text.items()}
 
 
 def run_figures(record: Mapping[str, Any]) -> dict[str, Figure]:

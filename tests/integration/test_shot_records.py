@@ -133,7 +133,7 @@ def test_damping_of_sparsegpt_is_that_of_the_shot(
 ) -> None:
     def raising(A: Any, damping: float, max_damping: float, name: str) -> Any:
         U, _ = upper_inverse(A, damping, max_damping, name)
-        return U, RaisedDamping(name, "A", 0.0, 1.0, float64_retry=False)
+        return U, (RaisedDamping(name, "A", 0.0, 1.0, float64_retry=False),)
 
     monkeypatch.setattr("ray_surgeon.stages.prune.layerwise.upper_inverse", raising)
     assert run(tmp_path, model_folders["llama"], **SPARSEGPT) == 0

@@ -118,7 +118,7 @@ def test_the_upper_factor_is_that_of_the_dense_inverse() -> None:
     torch.testing.assert_close(
         U, torch.linalg.cholesky(damped.inverse(), upper=True), rtol=1e-9, atol=1e-12
     )
-    assert raised is None
+    assert not raised
 
 
 @pytest.mark.parametrize(

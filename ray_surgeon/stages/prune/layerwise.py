@@ -154,7 +154,7 @@ class _Pruning(BlockPass):
         A = A[:num_inputs, :num_inputs]
         if isinstance(section, SparseGPTSection):
             U, raised = upper_inverse(A, section.damping, section.max_damping, name)
-            worker.keeping(_Raised).of_shot += [] if raised is None else [raised]
+            worker.keeping(_Raised).of_shot += raised
             live = weights.masked_fill(A.diagonal() == 0, 0.0)
             W[:, :num_inputs], kept = sparsegpt(live, U, *options, before=before)
         else:
