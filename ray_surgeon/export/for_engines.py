@@ -18,7 +18,6 @@ from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.llama_cpp import architecture_of
 from ray_surgeon.models.pruned_config import BlockWidths, kv_heads_left
 from ray_surgeon.runtime import fresh_process
-from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.spec.sections import GgufKind, QuantizeSection
 from ray_surgeon.storage import files, tensor_files
 
@@ -177,70 +176,30 @@ def export_gguf(
 def export_quantised(
     pruned: folder.Pruned,
     uniform: Mapping[str, Any],
+    target: str,
     calibration: NDArray[np.int64],
     texts: Mapping[str, NDArray[np.int64]],
     section: QuantizeSection,
 ) -> dict[str, Any]:
-    """Write the quantised copy of the export uniform, and evaluate it.
+    """Write the quantised copy of the export uniform, and evaluate it in a process of its own.
 
     Weights of four bits are rounded on the workers, for good.
 
     Args:
-        pruned: the model.
+        pruned: the model, of which the workers have the export's weights.
         uniform: entry of the export.
+        target: folder of the copy.
         calibration: [num_sequences, sequence_length] tokens by which four bits are rounded.
         texts: name -> [num_windows, T] tokens to evaluate on.
         section: how.
 
     Returns:
-        The copy's entry in the report.
+        The copy's entry in the report: its size, its error, its perplexities.
 
     Raises:
         RuntimeError: it cannot be quantised or loaded.
     """
-    target = f"{uniform['uri']}-{section.scheme}"
     uri = uniform["uri"]
-    linears = list(pruned.layout.shapes)
-    copy = quantised_copy(pruned.cluster, uri, target, linears, section, calibration, texts)
-    entry = {
-        "kind": f"uniform-{section.scheme}",
-        "uri": target,
-        "loaders": {
-            "transformers with compressed-tensors": "loaded and evaluated",
-            "vLLM": "by compressed-tensors",
-        },
-        "load": f'AutoModelForCausalLM.from_pretrained("{target}")',
-        "widths": uniform["widths"],
-    } | copy
-    pruned.write_card(entry)
-    return entry
-
-
-def quantised_copy(
-    cluster: Cluster,
-    uri: str,
-    target: str,
-    linears: Sequence[str],
-    section: QuantizeSection,
-    calibration: NDArray[np.int64],
-    texts: Mapping[str, NDArray[np.int64]],
-) -> dict[str, Any]:
-    """Write the quantised copy of an export, and load it in a process of its own.
-
-    Returns its size, its error and its perplexities.
-
-    Args:
-        cluster: with the same weights; those of four bits are rounded there, for good.
-        uri: the export.
-        target: folder of the copy.
-        linears: names of what is quantised.
-        section: how.
-        calibration: [num_sequences, sequence_length] tokens by which four bits are rounded.
-        texts: name -> [num_windows, T] tokens to evaluate on.
-
-    Raises:
-        RuntimeError: it cannot be quantised or loaded.
-    """
     files.remove_folder(target)  # of a try that was interrupted
     with folder.local_folder(uri, weights=False) as (small, _):
         for name in files.list_files(str(small)):
@@ -248,20 +207,27 @@ def quantised_copy(
                 files.put_file(files.join(target, name), small / name)
     size = section.columns_together
     request: dict[str, Any] = {"export": uri, "source": uri, "scales": [], "target": target}
-    request |= {"linears": linears, "scheme": section.scheme, "group_size": size}
+    request |= {"scheme": section.scheme, "group_size": size}
+    request["linears"] = list(pruned.layout.shapes)
     rounded = f"{target}-rounded"
     try:
         if section.scheme == "w4a16":
-            request["scales"] = round_weights(cluster, calibration, size, rounded)
+            request["scales"] = round_weights(pruned.cluster, calibration, size, rounded)
             request["source"] = rounded
         with folder.explaining(f"the quantised export {target} cannot be made"):
             copy = fresh_process.run_module("ray_surgeon.export.quantized", request)
             with folder.local_folder(target) as (copied, scratch):
                 windows = {name: torch.from_numpy(tokens) for name, tokens in texts.items()}
                 tensor_files.write(str(scratch / "windows"), windows)
-                num_threads = torch.get_num_threads()
-                request = {"windows": str(scratch / "windows"), "num_threads": num_threads}
+                request = {"windows": str(scratch / "windows")}
+                request["num_threads"] = torch.get_num_threads()
                 copy["perplexity"] = folder.run_reload(copied, scratch, request)
     finally:
         files.remove_folder(rounded)
-    return copy
+    loaders = {
+        "transformers with compressed-tensors": "loaded and evaluated",
+        "vLLM": "by compressed-tensors",
+    }
+    load = f'AutoModelForCausalLM.from_pretrained("{target}")'
+    entry = {"kind": f"uniform-{section.scheme}", "uri": target, "loaders": loaders, "load": load}
+    return entry | {"widths": uniform["widths"]} | copy

@@ -47,11 +47,6 @@ class Threshold:
     num_removed: int
     num_parameters: int
 
-    @property
-    def sparsity(self) -> float:
-        """Removed fraction of the parameters."""
-        return self.num_removed / self.num_parameters
-
 
 def check_costs(name: str, costs: Tensor, *, may_be_negative: bool = False) -> None:
     """Refuse costs that would prune at random.

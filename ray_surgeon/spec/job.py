@@ -71,16 +71,10 @@ class JobSpec(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _with_preset(cls, document: Any) -> Any:
-        """Put the preset's settings under the spec's own."""
-        return with_preset(document) if isinstance(document, dict) else document
+    def _filled(cls, document: Any) -> Any:
+        """Put the preset's settings under the spec's own.
 
-    @model_validator(mode="before")
-    @classmethod
-    def _widths_for_engines(cls, document: Any) -> Any:
-        """Let widths be those that the engines of the exports take whole.
-
-        Widths that the spec gives stay.
+        Widths that it does not give are those that the engines of the exports take whole.
         """
         if not isinstance(document, dict):
             return document
@@ -91,8 +85,8 @@ class JobSpec(Section):
                 multiple = DECI_MULTIPLE if "deci" in exports else kernel_columns
                 if multiple and isinstance(devices, int) and not pruning.get("width_multiple"):
                     width = {"width_multiple": multiple * devices}
-                    return document | {"pruning": document["pruning"] | width}
-        return document
+                    document = document | {"pruning": document["pruning"] | width}
+        return with_preset(document)
 
     def problems(self) -> Iterator[str]:
         """Yield what sections have against each other."""

@@ -88,7 +88,11 @@ class Quantise(Stage):
     def run(self, run: RunState, facts: Facts) -> None:
         """Write and evaluate the copy."""
         (uniform,) = (entry for entry in run.report.exports if entry["kind"] == "uniform")
-        copy = export_quantised(_pruned(run), uniform, run.calibration, run.texts, self.section)
+        pruned = _pruned(run)
+        texts = run.calibration, run.texts
+        target = f"{uniform['uri']}-{self.section.scheme}"
+        copy = export_quantised(pruned, uniform, target, *texts, self.section)
+        pruned.write_card(copy)
         run.report.exports.append(copy)
         facts |= {name: copy[name] for name in ("kind", "uri", "size_bytes")}
 
