@@ -509,7 +509,7 @@ def test_a_wrong_export_is_not_announced(
     """With the widths of two blocks exchanged, the fresh process says that tensors do not fit."""
     from ray_surgeon.models.pruned_config import block_widths as right
 
-    exchanged = "ray_surgeon.export.kinds.block_widths"
+    exchanged = "ray_surgeon.models.pruned_config.block_widths"
     monkeypatch.setattr(exchanged, lambda *arguments: right(*arguments)[::-1])
     assert run(tmp_path, model_folders["llama"], **GROUPS, output__exports=["per_block"]) == 1
     assert not (tmp_path / "run/export/per_block/README.md").exists()
