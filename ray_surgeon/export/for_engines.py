@@ -11,13 +11,18 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ray_surgeon.export import folder
-from ray_surgeon.export.quantized import round_weights
+from ray_surgeon.maths.columns import round_columns, upper_inverse
+from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.models.layout import ModelLayout
+from ray_surgeon.models.linears import num_inputs
 from ray_surgeon.models.llama_cpp import architecture_of
 from ray_surgeon.models.pruned_config import BlockWidths, kv_heads_left
 from ray_surgeon.runtime import fresh_process
+from ray_surgeon.runtime.block_pass import BlockPass
+from ray_surgeon.runtime.worker import Worker
 from ray_surgeon.spec.sections import GgufKind, QuantizeSection
 from ray_surgeon.storage import files, tensor_files
 
@@ -173,6 +178,48 @@ def export_gguf(
     return entry
 
 
+NUM_BITS = 4
+_DAMPING = 0.01
+"""Of A, relative to the mean of its diagonal; the published value."""
+_MAX_DAMPING = 1.0
+
+
+class _Scales(dict[str, Tensor]):
+    """What an owner keeps of its linears: name -> [R, groups] of what is left of the linear."""
+
+
+@dataclass(frozen=True)
+class Rounding(BlockPass):
+    """Rounds the linears of all blocks, each on the inputs that rounded blocks give."""
+
+    group_size: int  # columns that share a scale
+
+    def change(self, worker: Worker, name: str, A: Tensor) -> None:
+        """Round what is left of a linear; its bias stays."""
+        mask = worker.mask(name, StructuredMask)
+        W = worker.shard.weight(name)
+        num_columns = num_inputs(worker.shard.linears[name])
+        rows = mask.rows.to(W.device).nonzero()[:, 0]
+        columns = mask.columns[:num_columns].to(W.device).nonzero()[:, 0]
+        U, _ = upper_inverse(A[columns][:, columns], _DAMPING, _MAX_DAMPING, name)
+        kept = W[rows][:, columns]
+        W[rows[:, None], columns], scales = round_columns(kept, U, self.group_size, NUM_BITS)
+        worker.shard.set_weight(name, W)
+        worker.keeping(_Scales)[name] = scales.cpu()
+
+
+def write_scales(worker: Worker, target: str) -> str | None:
+    """Write the scales of the linears that a worker owns, and return the file's URI.
+
+    None if it owns none.
+    """
+    if not worker.has(_Scales):
+        return None
+    uri = files.join(target, f"scales-{worker.index.shard}-{worker.index.replica}.safetensors")
+    tensor_files.write(uri, worker.drop(_Scales))
+    return uri
+
+
 def export_quantised(
     pruned: folder.Pruned,
     uniform: Mapping[str, Any],
@@ -212,8 +259,10 @@ def export_quantised(
     rounded = f"{target}-rounded"
     try:
         if section.scheme == "w4a16":
-            request["scales"] = round_weights(pruned.cluster, calibration, size, rounded)
-            request["source"] = rounded
+            Rounding(size).pass_all(pruned.cluster, calibration)
+            folder.write_weights(pruned.cluster, rounded)
+            uris = pruned.cluster.run_all(write_scales, files.join(rounded, "scales"))
+            request |= {"scales": [uri for uri in uris if uri], "source": rounded}
         with folder.explaining(f"the quantised export {target} cannot be made"):
             copy = fresh_process.run_module("ray_surgeon.export.quantized", request)
             with folder.local_folder(target) as (copied, scratch):
