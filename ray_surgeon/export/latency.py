@@ -148,10 +148,9 @@ def _seconds(start: Any, end: Any) -> float:
 
 
 @torch.no_grad()
-def _time_blocks(
-    model: PreTrainedModel, options: SpeedSection, device: torch.device
-) -> list[float]:
+def _time_blocks(model: PreTrainedModel, options: SpeedSection) -> list[float]:
     """Return the seconds of each block, and of all the rest: medians over the measured turns."""
+    device = model.device
     num_blocks = len(model.config.block_sizes)
     lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
     (blocks,) = (blocks for blocks in lists if len(blocks) == num_blocks)
@@ -197,7 +196,7 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
             batch = [whole, *others[first : first + _BLOCKS_AT_ONCE - 1]]
             folder = Path(scratch) / str(first)
             model = _model(request, batch, folder).to(device)
-            *seconds, rest = _time_blocks(model, options, device)
+            *seconds, rest = _time_blocks(model, options)
             more |= {width: s - seconds[0] for width, s in zip(batch, seconds, strict=True)}
             of_whole.append(seconds[0])
             rests.append(rest)
