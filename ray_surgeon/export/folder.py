@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 
 from ray_surgeon.export.reload import agree
 from ray_surgeon.models.layout import ModelLayout
+from ray_surgeon.models.pruned_config import BlockWidths
 from ray_surgeon.plan.room import available_bytes
 from ray_surgeon.runtime import fresh_process
 from ray_surgeon.runtime.cluster import Cluster
@@ -40,12 +41,13 @@ _WRITTEN = (
 
 @dataclass(frozen=True)
 class Pruned:
-    """A pruned model, whose weights the workers have."""
+    """A model that the workers have, pruned or to be pruned."""
 
     cluster: Cluster
     layout: ModelLayout  # of the dense model
     model: ModelSection  # the dense model, whose tokenizer and configuration go along
     facts: Mapping[str, Any]  # for model cards; see `RunReport.model_card_facts`
+    tokens: NDArray[np.int64]  # [T] a sequence on which exports are compared
 
     def write_card(self, entry: Mapping[str, Any]) -> None:
         """Write the model card of an export, given by its entry in the report."""
@@ -132,6 +134,23 @@ def dense_document(model: ModelSection) -> dict[str, Any]:
     return document | {"dtype": model.dtype}
 
 
+def norms_left_out(
+    kind: str, layout: ModelLayout, widths: Sequence[BlockWidths]
+) -> tuple[str, ...]:
+    """Return the norms inside an attention that is removed.
+
+    For DeciLM, also those in front of what a block does not have.
+    """
+    in_front = ("input_layernorm", "post_attention_layernorm") if kind in ("deci", "gguf") else ()
+    without_heads = ("self_attn.q_norm", "self_attn.k_norm", *in_front[:1])
+    names = []
+    for block, width in enumerate(widths):
+        norms = () if width.num_kv_heads else without_heads
+        norms += () if width.num_channels else in_front[1:]
+        names += [f"{layout.family.block_prefix(block)}{norm}.weight" for norm in norms]
+    return tuple(names)
+
+
 def copy_small_files(model: ModelSection, uri: str, *, another_type: bool = False) -> None:
     """Copy the tokenizer and the generation configuration of the dense model.
 
@@ -196,7 +215,7 @@ def run_reload(folder: Path, scratch: Path, request: Mapping[str, Any]) -> dict[
     return fresh_process.run_module("ray_surgeon.export.reload", request)
 
 
-def reload_difference(pruned: Pruned, uri: str, tokens: NDArray[np.int64]) -> float:
+def reload_difference(pruned: Pruned, uri: str) -> float:
     """Return the largest difference between the workers' logits and the export's.
 
     The export runs in a process of its own, which also generates.
@@ -204,14 +223,13 @@ def reload_difference(pruned: Pruned, uri: str, tokens: NDArray[np.int64]) -> fl
     Args:
         pruned: the model.
         uri: the export.
-        tokens: [T] a sequence to compare on.
 
     Raises:
         RuntimeError: the fresh process fails; or the logits differ by more than `agree` allows.
     """
     dtype = pruned.model.dtype
     half = pruned.layout.is_mixture and dtype != "float32"
-    some = tokens[:NUM_COMPARED_TOKENS].tolist()
+    some = pruned.tokens[:NUM_COMPARED_TOKENS].tolist()
     workers_logits = decode(logits(pruned.cluster, some), torch.device("cpu"))
     with local_folder(uri) as (folder, scratch):
         request = {"tokens": some, "logits": str(scratch / "logits"), "dtype": dtype, "half": half}

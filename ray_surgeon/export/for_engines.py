@@ -117,11 +117,7 @@ def _check_groups(layout: ModelLayout, shrinking: Shrinking, size: int) -> None:
 
 
 def export_gguf(
-    pruned: folder.Pruned,
-    uri: str,
-    widths: Sequence[BlockWidths],
-    left_out: tuple[str, ...],
-    kinds: Sequence[GgufKind],
+    pruned: folder.Pruned, uri: str, widths: Sequence[BlockWidths], kinds: Sequence[GgufKind]
 ) -> dict[str, Any]:
     """Write GGUF files and a model card.
 
@@ -131,7 +127,6 @@ def export_gguf(
         pruned: the model.
         uri: folder to write.
         widths: of every block.
-        left_out: names of tensors that the blocks do not have any more.
         kinds: types of the matrices, a file each.
 
     Returns:
@@ -142,6 +137,7 @@ def export_gguf(
     """
     model = pruned.model
     weights = files.join(uri, "weights")
+    left_out = folder.norms_left_out("gguf", pruned.layout, widths)
     document = folder.dense_document(model)
     pairs = [[width.num_channels, width.num_kv_heads] for width in widths]
     request = {

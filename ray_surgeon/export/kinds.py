@@ -8,8 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig
 
 from ray_surgeon.export import folder
@@ -89,12 +87,7 @@ def check_export(kind: str, layout: ModelLayout, shrinking: Shrinking) -> None:
 
 
 def export(
-    kind: str,
-    pruned: folder.Pruned,
-    uri: str,
-    tokens: NDArray[np.int64],
-    output: OutputSection,
-    tasks: TasksSection | None,
+    kind: str, pruned: folder.Pruned, uri: str, output: OutputSection, tasks: TasksSection | None
 ) -> dict[str, Any]:
     """Write a Hugging Face folder, reload it in a fresh process, compare and measure.
 
@@ -102,7 +95,6 @@ def export(
         kind: one of `KINDS`, or gguf.
         pruned: the model.
         uri: folder to write.
-        tokens: [T] a sequence to compare on.
         output: `output` of the job spec.
         tasks: downstream tasks; None for none.
 
@@ -115,9 +107,9 @@ def export(
     layout = pruned.layout
     rows_kept = {linear["name"]: linear["rows_kept"] for linear in pruned.facts["last"]["linears"]}
     widths = [] if kind == "masked" else pruned_config.block_widths(layout, rows_kept)
-    left_out = _left_out(kind, layout, widths)
     if kind == "gguf":
-        return export_gguf(pruned, uri, widths, left_out, output.gguf or ("bf16",))
+        return export_gguf(pruned, uri, widths, output.gguf or ("bf16",))
+    left_out = folder.norms_left_out(kind, layout, widths)
     dense = folder.dense_document(pruned.model)
     modules = KINDS[kind].modules
     size = folder.write_weights(
@@ -136,7 +128,7 @@ def export(
         "size_bytes": size,
         "loaders": _loaders(kind, layout, widths),
         "load": f'AutoModelForCausalLM.from_pretrained("{uri}"{trusts})',
-        "reload_max_logit_difference": folder.reload_difference(pruned, uri, tokens),
+        "reload_max_logit_difference": folder.reload_difference(pruned, uri),
     }
     if widths:
         entry["widths"] = [[width.num_channels, width.num_kv_heads] for width in widths]
@@ -165,21 +157,6 @@ def _loaders(kind: str, layout: ModelLayout, widths: Sequence[BlockWidths]) -> d
         del loaders["vLLM with --trust-remote-code"]
         loaders["vLLM"] = "not run"
     return loaders
-
-
-def _left_out(kind: str, layout: ModelLayout, widths: Sequence[BlockWidths]) -> tuple[str, ...]:
-    """Return the norms inside an attention that is removed.
-
-    For DeciLM, also those in front of what a block does not have.
-    """
-    in_front = ("input_layernorm", "post_attention_layernorm") if kind in ("deci", "gguf") else ()
-    without_heads = ("self_attn.q_norm", "self_attn.k_norm", *in_front[:1])
-    names = []
-    for block, width in enumerate(widths):
-        norms = () if width.num_kv_heads else without_heads
-        norms += () if width.num_channels else in_front[1:]
-        names += [f"{layout.family.block_prefix(block)}{norm}.weight" for norm in norms]
-    return tuple(names)
 
 
 def shipped_source(module: str, config: PretrainedConfig) -> str:

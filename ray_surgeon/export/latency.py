@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
-from ray_surgeon.export.folder import dense_document
+from ray_surgeon.export.folder import Pruned, dense_document
 from ray_surgeon.export.for_engines import Shrinking
 from ray_surgeon.export.kinds import shipped_source
 from ray_surgeon.export.speed import decode, device_name, random_model
@@ -30,9 +30,7 @@ from ray_surgeon.models.build import cache_argument
 from ray_surgeon.models.families import family_of
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.pruned_config import BlockWidths, per_block_document
-from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.fresh_process import run_on_worker
-from ray_surgeon.spec.sections import ModelSection
 from ray_surgeon.spec.targets import LatencyTarget, SpeedSection
 from ray_surgeon.storage import files
 
@@ -43,20 +41,11 @@ Width = tuple[int, int]
 """Channels and KV heads of a block."""
 
 
-def latency_budget(
-    cluster: Cluster,
-    layout: ModelLayout,
-    model: ModelSection,
-    target: LatencyTarget,
-    shrinking: Shrinking,
-    uri: str,
-) -> Budget:
+def latency_budget(dense: Pruned, target: LatencyTarget, shrinking: Shrinking, uri: str) -> Budget:
     """Return the latency of a model as a sum over its blocks.
 
     Args:
-        cluster: its first worker measures.
-        layout: of the dense model.
-        model: the dense model.
+        dense: the model; the first worker measures.
         target: what is measured.
         shrinking: which widths are measured.
         uri: a JSON file; what it holds already, measured with the same options, is not measured
@@ -65,16 +54,17 @@ def latency_budget(
     Raises:
         RuntimeError: the measuring process fails.
     """
+    layout = dense.layout
     channels = shrinking.channels(layout)
     heads = shrinking.kv_heads(layout)
     widths = [[number, heads[-1]] for number in channels]
     widths += [[channels[-1], number] for number in heads[:-1]]
     about = target.model_dump(mode="json", exclude={"latency_s"})
-    about |= {"dtype": model.dtype} | asdict(shrinking)
+    about |= {"dtype": dense.model.dtype} | asdict(shrinking)
     kept: dict[str, Any] = files.read_json(uri) if files.exists(uri) else {}
     if kept.get("options") != about or kept.get("widths") != widths:
-        request = about | {"document": dense_document(model), "widths": widths}
-        kept = {"options": about, "widths": widths} | _measured(cluster, layout, request)
+        request = about | {"document": dense_document(dense.model), "widths": widths}
+        kept = {"options": about, "widths": widths} | _measured(dense, request)
         files.write_json(uri, kept)
     of_channels = kept["seconds"][: len(channels)]
     whole = of_channels[-1]
@@ -84,11 +74,12 @@ def latency_budget(
     return Budget("latency_s", kept["rest_seconds"], by_left, num_blocks)
 
 
-def _measured(cluster: Cluster, layout: ModelLayout, request: Mapping[str, Any]) -> dict[str, Any]:
+def _measured(dense: Pruned, request: Mapping[str, Any]) -> dict[str, Any]:
     """Return what `answer` returns, in the mean over the kinds of blocks that the model has."""
     # a block with a sliding window takes another time
-    kinds = Counter(getattr(layout.config, "layer_types", None) or [None])
+    kinds = Counter(getattr(dense.layout.config, "layer_types", None) or [None])
     shares = [count / kinds.total() for count in kinds.values()]
+    cluster = dense.cluster
     first = cluster.placement.workers[0]
     measured = []
     for kind in kinds:

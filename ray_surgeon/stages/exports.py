@@ -16,7 +16,8 @@ from ray_surgeon.stages.stage import Facts, RunState, Stage
 
 
 def _pruned(run: RunState) -> Pruned:
-    return Pruned(run.cluster, run.layout, run.model, run.report.model_card_facts())
+    facts = run.report.model_card_facts()
+    return Pruned(run.cluster, run.layout, run.model, facts, run.calibration[0])
 
 
 @dataclass(frozen=True)
@@ -54,14 +55,8 @@ class Export(Stage):
     def run(self, run: RunState, facts: Facts) -> None:
         """Write it, reload it in a process of its own, and measure what is wanted."""
         run.directory.check_attempt()
-        exported = export(
-            self.kind,
-            _pruned(run),
-            run.directory.path("export", self.kind),
-            run.calibration[0],
-            self.output,
-            self.tasks,
-        )
+        uri = run.directory.path("export", self.kind)
+        exported = export(self.kind, _pruned(run), uri, self.output, self.tasks)
         run.report.exports.append(exported)
         names = ("kind", "uri", "size_bytes", "reload_max_logit_difference")
         facts |= {name: exported[name] for name in names if name in exported}

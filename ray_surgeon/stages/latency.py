@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from ray_surgeon.export.folder import Pruned
 from ray_surgeon.export.for_engines import Shrinking
 from ray_surgeon.export.latency import latency_budget
 from ray_surgeon.spec.targets import LatencyTarget
@@ -34,6 +35,7 @@ class Latency(Stage):
             method.fewest, section.multiple, section.tensor_parallel, section.uniform
         )
         uri = run.directory.path("latency.json")
-        budget = latency_budget(run.cluster, run.layout, run.model, section.target, shrinking, uri)
+        dense = Pruned(run.cluster, run.layout, run.model, {}, run.calibration[0])
+        budget = latency_budget(dense, section.target, shrinking, uri)
         run.keep(Present(replace(method, budget=budget)))
         facts["dense_s"] = budget.dense

@@ -582,8 +582,9 @@ def test_a_token_of_a_mixture_may_go_to_other_experts_where_numbers_are_narrow(
     )
     no_cluster: Any = None
     layout: Any = SimpleNamespace(is_mixture=has_experts)
-    pruned = Pruned(no_cluster, layout, ModelSection(source="x", dtype=dtype), {})
-    compare = partial(reload_difference, pruned, str(tmp_path), TOKENS[0].numpy())
+    model = ModelSection(source="x", dtype=dtype)
+    pruned = Pruned(no_cluster, layout, model, {}, TOKENS[0].numpy())
+    compare = partial(reload_difference, pruned, str(tmp_path))
     if passes:
         assert compare() == pytest.approx(10.0)
         there[0, 4] += 10.0
