@@ -60,7 +60,7 @@ def write_weights(
     uri: str,
     *,
     masked: bool = False,
-    left_out: tuple[str, ...] = (),
+    left_out: Sequence[str] = (),
     stored: bool = True,
 ) -> int:
     """Have every shard write its files, and an index if there are several, in the place of others.
@@ -134,9 +134,7 @@ def dense_document(model: ModelSection) -> dict[str, Any]:
     return document | {"dtype": model.dtype}
 
 
-def norms_left_out(
-    kind: str, layout: ModelLayout, widths: Sequence[BlockWidths]
-) -> tuple[str, ...]:
+def norms_left_out(kind: str, layout: ModelLayout, widths: Sequence[BlockWidths]) -> list[str]:
     """Return the norms inside an attention that is removed.
 
     For DeciLM, also those in front of what a block does not have.
@@ -148,7 +146,7 @@ def norms_left_out(
         norms = () if width.num_kv_heads else without_heads
         norms += () if width.num_channels else in_front[1:]
         names += [f"{layout.family.block_prefix(block)}{norm}.weight" for norm in norms]
-    return tuple(names)
+    return names
 
 
 def copy_small_files(model: ModelSection, uri: str, *, another_type: bool = False) -> None:
