@@ -14,11 +14,9 @@ from torch import Tensor
 from ray_surgeon.maths.conjugate import ElementUpdate, update_elements
 from ray_surgeon.maths.curvature import Clipping, LinearCurvature, RaisedDamping
 from ray_surgeon.maths.kronecker import Damping
-from ray_surgeon.maths.linear import Linear, Part, Removal
+from ray_surgeon.maths.linear import Linear, Pair, Part, Removal
 from ray_surgeon.maths.masks import ElementMask
 from ray_surgeon.maths.threshold import check_costs
-
-Pair = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,9 @@ from ray_surgeon.maths.curvature import LinearCurvature
 from ray_surgeon.maths.kronecker import Damping, PackedFactors
 from ray_surgeon.maths.masks import StructuredMask
 
+Pair = tuple[Tensor, Tensor]
+"""Two tensors that belong together, such as one of rows and one of columns."""
+
 
 @dataclass(frozen=True)
 class Part:

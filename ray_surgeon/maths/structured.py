@@ -85,7 +85,7 @@ def find_candidates(
     by_column = W.new_zeros(W.shape[1])
     if limit is not None:
         may_prune = rows[live.rows], columns[live.columns]
-        path = GreedyPath(alive, curvature.A, curvature.G, *may_prune)
+        path = GreedyPath(alive, curvature.A, curvature.G, may_prune)
         marginal = greedy_costs(path, name=linear.name, per_parameter=per_parameter, limit=limit)
         by_row[live.rows], by_column[live.columns] = marginal
         rows &= torch.isfinite(by_row)
@@ -177,7 +177,7 @@ def group_costs(
         return costs
     W = alive.of(linear.W)
     may_prune = W.new_zeros(len(W), dtype=torch.bool), left[numbers]
-    path = GreedyPath(W, curvature.A, curvature.G, *may_prune, place[columns[numbers]])
+    path = GreedyPath(W, curvature.A, curvature.G, may_prune, place[columns[numbers]])
     if limit is None:
         single, order = path.column_set_costs().cpu().sort(stable=True)
         check_costs(f"{linear.name} groups", single)

@@ -37,14 +37,10 @@ def _steps(shots: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         busy = [shot.get("worker_seconds", {}).get(name, []) for shot in with_step]
         walls = [shot["seconds"][name] for shot in with_step]
         offered = sum(len(of_workers) * wall for of_workers, wall in zip(busy, walls, strict=True))
-        steps.append(
-            {
-                "name": name,
-                "wall_s": sum(walls),
-                "cpu_s": sum(shot["cpu_seconds"][name] for shot in with_step),
-                "efficiency": sum(map(sum, busy)) / offered if offered else 0.0,
-            }
-        )
+        step = {"name": name, "wall_s": sum(walls)}
+        step["cpu_s"] = sum(shot["cpu_seconds"][name] for shot in with_step)
+        step["efficiency"] = sum(map(sum, busy)) / offered if offered else 0.0
+        steps.append(step)
     return steps
 
 
