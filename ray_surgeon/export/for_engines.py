@@ -140,14 +140,9 @@ def export_gguf(
     left_out = folder.norms_left_out("gguf", pruned.layout, widths)
     document = folder.dense_document(model)
     pairs = [[width.num_channels, width.num_kv_heads] for width in widths]
-    request = {
-        "folder": weights,
-        "document": document,
-        "widths": pairs,
-        "kinds": kinds,
-        "name": model.source.rstrip("/").rpartition("/")[2].removesuffix(".gguf") + "-pruned",
-        "target": uri,
-    }
+    name = model.source.rstrip("/").rpartition("/")[2].removesuffix(".gguf") + "-pruned"
+    request: dict[str, Any] = {"folder": weights, "document": document, "kinds": kinds}
+    request |= {"widths": pairs, "name": name, "target": uri}
     files.remove_folder(uri)  # of a try that was interrupted
     try:
         with folder.explaining(f"the export {uri} cannot be written"):
@@ -158,18 +153,11 @@ def export_gguf(
     finally:
         files.remove_folder(weights)
     first = written[0]["file"]
-    entry = {
-        "kind": "gguf",
-        "uri": uri,
-        "size_bytes": written[0]["size_bytes"],
-        "loaders": {
-            "llama.cpp": f"as {architecture_of(pruned.layout, widths).name}",
-            "vLLM, transformers": "no",
-        },
-        "load": f"llama-server --model {f'{uri}/{first}' if files.is_local(uri) else first}",
-        "files": written,
-        "widths": pairs,
-    }
+    architecture = architecture_of(pruned.layout, widths).name
+    entry = {"kind": "gguf", "uri": uri, "size_bytes": written[0]["size_bytes"]}
+    entry["loaders"] = {"llama.cpp": f"as {architecture}", "vLLM, transformers": "no"}
+    entry["load"] = f"llama-server --model {f'{uri}/{first}' if files.is_local(uri) else first}"
+    entry |= {"files": written, "widths": pairs}
     pruned.write_card(entry)
     return entry
 

@@ -122,14 +122,10 @@ def export(
     for module in modules:
         files.write_text(files.join(uri, module), shipped_source(module, layout.config))
     trusts = ", trust_remote_code=True" if modules else ""
-    entry: dict[str, Any] = {
-        "kind": kind,
-        "uri": uri,
-        "size_bytes": size,
-        "loaders": _loaders(kind, layout, widths),
-        "load": f'AutoModelForCausalLM.from_pretrained("{uri}"{trusts})',
-        "reload_max_logit_difference": folder.reload_difference(pruned, uri),
-    }
+    entry: dict[str, Any] = {"kind": kind, "uri": uri, "size_bytes": size}
+    entry["loaders"] = _loaders(kind, layout, widths)
+    entry["load"] = f'AutoModelForCausalLM.from_pretrained("{uri}"{trusts})'
+    entry["reload_max_logit_difference"] = folder.reload_difference(pruned, uri)
     if widths:
         entry["widths"] = [[width.num_channels, width.num_kv_heads] for width in widths]
     if layout.num_experts and widths:
