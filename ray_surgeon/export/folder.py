@@ -93,8 +93,8 @@ def write_weights(
         )
         for index, names, masks in workers
     ]
-    written = itertools.chain.from_iterable(cluster.get(futures))
-    by_name = {file.uri.rpartition("/")[2]: file for file in written}
+    written = cluster.get(futures)
+    by_name = {file.uri.rpartition("/")[2]: file for of_worker in written for file in of_worker}
     weights = {name: file for name, file in by_name.items() if name.startswith("model")}
     total = sum(file.size_bytes for file in weights.values())
     write_index(uri, {key: name for name, file in weights.items() for key in file.keys}, total)

@@ -66,7 +66,7 @@ def find_elements(linear: Linear, units: ElementUnits, costs: str) -> ElementCan
     """
     live = linear.live
     curvature = linear.curvature(live)
-    scales = _scales(linear, live, *curvature.element_scales(costs))
+    rows, columns = _scales(linear, live, *curvature.element_scales(costs))
     choice = linear.W.new_zeros(0, dtype=torch.int64)
     by_group = linear.W.new_zeros(0)
     if units.m > 1 and units.joint and costs == "obs":
@@ -79,10 +79,10 @@ def find_elements(linear: Linear, units: ElementUnits, costs: str) -> ElementCan
             best = group_costs(W, *curvature.inverse_blocks(places), units.n, units.m)
             by_group[live.rows], choice[live.rows] = best
     elif units.m > 1:
-        single = element_costs(linear.W, *scales)[:, : linear.num_inputs]
+        single = element_costs(linear.W, rows, columns)[:, : linear.num_inputs]
         by_group, choice = summed_group_costs(single, units.n, units.m)
     about = live, curvature.used_damping, curvature.raised_damping, curvature.clipping
-    return ElementCandidates(*scales, by_group, choice, *about)
+    return ElementCandidates(rows, columns, by_group, choice, *about)
 
 
 def _scales(linear: Linear, live: Part, row_scale: Tensor, column_scale: Tensor) -> Pair:

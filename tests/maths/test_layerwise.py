@@ -90,9 +90,9 @@ def test_sparsegpt_says_what_it_damped_more_than_asked() -> None:
     A[1, 1] = A[0, 0] = A[0, 1]
     A -= 1e-9 * A[0, 0] * torch.eye(12, dtype=A.dtype)
     *_, raised = pruned(W, A, 0.5, 0, 1, before=W != 0, damping=0.0)
-    (raised,) = raised
-    assert (raised.linear, raised.factor, raised.asked) == ("x", "A", 0.0)
-    assert raised.used > 0
+    (event,) = raised
+    assert (event.linear, event.factor, event.asked) == ("x", "A", 0.0)
+    assert event.used > 0
 
 
 def test_what_wanda_pruned_stays_pruned_where_inputs_are_zero_now() -> None:
