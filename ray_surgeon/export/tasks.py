@@ -58,10 +58,8 @@ def evaluate_tasks(cluster: Cluster, model: ModelSection | str, options: TasksSe
     Raises:
         RuntimeError: the process fails.
     """
-    request = {
-        "options": options.model_dump(),
-        "model": model if isinstance(model, str) else model.model_dump(),
-    }
+    named = model if isinstance(model, str) else model.model_dump()
+    request = {"options": options.model_dump(), "model": named}
     first = cluster.placement.workers[0]
     return cluster.get([cluster.submit(first, run_on_worker, __name__, request, False)])[0]
 

@@ -76,27 +76,21 @@ class RunReport:
         in_linears = sum(linear["rows"] * linear["columns"] for linear in linears)
         nonzero = sum(linear["num_nonzero"] for linear in linears)
         after = self.num_parameters - in_linears + nonzero
-        return {
-            "spec": self.spec,
-            "fingerprints": self.fingerprints,
-            "environment": self.environment,
-            "dense": self.dense,
-            "shots": [
-                {key: value for key, value in shot.items() if key not in ("linears", "dense")}
-                for shot in self.shots
-            ],
-            "linears": linears,
-            "parameters": {
-                "before": self.num_parameters,
-                "nonzero_after": after,
-                "in_pruned_linears": in_linears,
-                "nonzero_in_pruned_linears": nonzero,
-                "whole_model_sparsity": 1 - after / self.num_parameters,
-            },
-            "exports": self.exports,
-            "plan": self.plan,
-            "retries": self.retries,
+        parameters = {
+            "before": self.num_parameters,
+            "nonzero_after": after,
+            "in_pruned_linears": in_linears,
+            "nonzero_in_pruned_linears": nonzero,
+            "whole_model_sparsity": 1 - after / self.num_parameters,
         }
+        first = ("spec", "fingerprints", "environment", "dense")
+        record = {name: getattr(self, name) for name in first}
+        record["shots"] = [
+            {key: value for key, value in shot.items() if key not in ("linears", "dense")}
+            for shot in self.shots
+        ]
+        record |= {"linears": linears, "parameters": parameters, "exports": self.exports}
+        return record | {"plan": self.plan, "retries": self.retries}
 
     def model_card_facts(self) -> dict[str, Any]:
         """Return what a model card tells of: the spec, the dense model and the last shot."""

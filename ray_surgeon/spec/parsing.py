@@ -27,9 +27,8 @@ class _Loader(yaml.SafeLoader):
         seen = set[str]()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in seen and key.value != "<<":
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{key.value} is given twice; remove one", key.start_mark
-                )
+                problem = f"{key.value} is given twice; remove one"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
             seen.add(key.value)
         mapping: dict[Any, Any] = super().construct_mapping(node, deep)
         return mapping
@@ -79,9 +78,7 @@ def _apply_override(document: dict[str, Any], override: str) -> None:
             f"--set {override}: the value is no YAML ({reason}); put it into quotes, as in "
             f"'{path}=\"{value}\"'"
         ) from error
-    names_a_field = (
-        len(keys) > 1 and keys[0] == "evaluation" and keys[1] in EvaluationSection.model_fields
-    )
+    names_a_field = keys[0] == "evaluation" and EvaluationSection.model_fields.keys() & keys[1:2]
     if names_a_field and isinstance(document.get("evaluation"), list):
         document["evaluation"] = {"texts": document["evaluation"]}  # for which a list is short
     place: Any = document
