@@ -146,7 +146,6 @@ def perplexity_figure(records: Records, text: str) -> Figure:
     return figure
 
 
-@_styled
 def acceptance_figure(records: Records) -> Figure:
     """Plot the acceptance rate against sparsity, one line a run; runs without it are left out."""
     figure, axes = _axes(_OF_LINEARS, "acceptance rate")
@@ -221,7 +220,6 @@ def _heat_map(
     return figure, axes
 
 
-@_styled
 def depth_figure(linears: Records) -> Figure:
     """Plot sparsity by block and kind of linear as a heat map (The LLM Surgeon, figure 4)."""
     kinds, sparsities = by_block(linears)
@@ -237,14 +235,6 @@ def _short(kinds: Sequence[str]) -> list[str]:
     return [kind if last.count(part) > 1 else part for kind, part in zip(kinds, last, strict=True)]
 
 
-@_styled
-def expert_figure(sparsities: Sequence[Sequence[float]]) -> Figure:
-    """Plot what `by_expert` returns as a heat map: 1 is an expert that is gone."""
-    height = min(8.0, 1.4 + 0.12 * len(sparsities))
-    return _heat_map(sparsities, "expert", height)[0]
-
-
-@_styled
 def time_figure(shots: Records) -> Figure:
     """Plot the time of every step of every shot, stacked, and all workers' peak memory."""
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
@@ -272,6 +262,7 @@ def time_figure(shots: Records) -> Figure:
     return figure
 
 
+@_styled
 def quality_figures(records: Records) -> dict[str, Figure]:
     """Return acceptance, if it is known, and perplexity on every text against sparsity, by name."""
     figures = {"acceptance": acceptance_figure(records)} if has_generation(records) else {}
@@ -279,12 +270,14 @@ def quality_figures(records: Records) -> dict[str, Figure]:
     return figures | {f"perplexity-{text}": figure for text, figure in by_text.items()}
 
 
+@_styled
 def run_figures(record: Mapping[str, Any]) -> dict[str, Figure]:
     """Return the figures of one run, by name; those for which it has no data are left out."""
     figures = quality_figures([record])
     if record["shots"]:
         figures["depth"] = depth_figure(record["linears"])
         if experts := by_expert(record["linears"]):
-            figures["experts"] = expert_figure(experts)
+            height = min(8.0, 1.4 + 0.12 * len(experts))
+            figures["experts"], _ = _heat_map(experts, "expert", height)  # 1 is one that is gone
         figures["time"] = time_figure(record["shots"])
     return figures
