@@ -141,11 +141,8 @@ def export(
 def _loaders(kind: str, layout: ModelLayout, widths: Sequence[BlockWidths]) -> dict[str, str]:
     """Return what is known of programs: program -> how it loads an export."""
     loaders = dict(KINDS[kind].loaders)
-    if (
-        kind == "uniform"
-        and not layout.family.has_free_heads_in_vllm
-        and widths[0].num_kv_heads < layout.heads.num_kv
-    ):
+    has_fewer_heads = kind == "uniform" and widths[0].num_kv_heads < layout.heads.num_kv
+    if has_fewer_heads and not layout.family.has_free_heads_in_vllm:
         loaders["vLLM"] = (
             "with --model-impl transformers; its own class wants heads that fill the hidden size"
         )

@@ -60,12 +60,10 @@ class Linear:
 
     def nonzero(self, kept: StructuredMask) -> Part:
         """Return the kept ones of the live rows and columns in which a weight is not zero."""
-        live = self.live
         W = self.W
-        return Part(
-            live.rows & kept.rows.to(W.device) & (W != 0).any(dim=1),
-            live.columns & kept.columns.to(W.device) & (W != 0).any(dim=0),
-        )
+        rows = self.live.rows & kept.rows.to(W.device) & (W != 0).any(dim=1)
+        columns = self.live.columns & kept.columns.to(W.device) & (W != 0).any(dim=0)
+        return Part(rows, columns)
 
     def curvature(self, part: Part, damping: Damping | None = None) -> LinearCurvature:
         """Return the damped curvature of a part; `damping` replaces that of the linear."""

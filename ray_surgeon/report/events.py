@@ -35,10 +35,8 @@ class Event:
     @property
     def line(self) -> str:
         """One line of the log, e.g. ``shot 1/3  curvature  61.2 s  tokens_per_s=134``."""
-        facts = "  ".join(
-            f"{key}={value:.6g}" if isinstance(value, float) else f"{key}={value}"
-            for key, value in self.facts.items()
-        )
+        shown = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in self.facts.items()}
+        facts = "  ".join(f"{key}={value}" for key, value in shown.items())
         return f"{_place(self)} {self.seconds:7.1f} s  {facts}"
 
 

@@ -71,15 +71,9 @@ def page(records: Sequence[Mapping[str, Any]]) -> str:
     Args:
         records: contents of report.json; of runs that have not ended, too.
     """
-    return rendered(
-        "html_report.html.jinja",
-        records=records,
-        progress=progress,
-        plots=plots,
-        drawn=_drawn,
-        steps_of=_steps,
-        damping_of=_damping,
-    )
+    context: dict[str, Any] = {"records": records, "progress": progress, "plots": plots}
+    context |= {"drawn": _drawn, "steps_of": _steps, "damping_of": _damping}
+    return rendered("html_report.html.jinja", **context)
 
 
 def rendered(template: str, **context: Any) -> str:

@@ -151,11 +151,8 @@ def acceptance_figure(records: Records) -> Figure:
     figure, axes = _axes(_OF_LINEARS, "acceptance rate")
     lowest = 1.0
     for number, record in enumerate(records):
-        measured = [
-            (100 * s["sparsity"], s["generation"]["acceptance"])
-            for s in record["shots"]
-            if s.get("generation")
-        ]
+        shots = [shot for shot in record["shots"] if shot.get("generation")]
+        measured = [(100 * s["sparsity"], s["generation"]["acceptance"]) for s in shots]
         if measured:
             _draw_curve(axes, number, [(0.0, 1.0), *measured], str(record["spec"]["name"]))
             lowest = min(lowest, *(y for _, y in measured))

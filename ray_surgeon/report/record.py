@@ -167,11 +167,9 @@ def _check_dense_states(uri: str) -> None:
     try:
         tensor_files.Reader().names(uri)
     except (FileNotFoundError, ValueError) as error:
-        problem = (
-            f"{uri} is gone, and the dense model with it"
-            if isinstance(error, FileNotFoundError)
-            else f"{error.args[0].partition('; ')[0]}, and the dense model is gone"
-        )
+        problem = f"{uri} is gone, and the dense model with it"
+        if not isinstance(error, FileNotFoundError):
+            problem = f"{error.args[0].partition('; ')[0]}, and the dense model is gone"
         raise ValueError(f"{problem}; put it back, or start a new run") from error
 
 

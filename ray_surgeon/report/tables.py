@@ -142,13 +142,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print(comparison_table(records))
     for record in records:
         if not progress.is_complete(record):
-            console.print(
-                f"not complete: {record['spec']['name']}, {len(record['shots'])} of "
-                f"{progress.num_shots(record)} shots, {len(record['exports'])} of "
-                f"{progress.num_exports(record)} exports",
-                markup=False,
-                soft_wrap=True,
-            )
+            shots = f"{len(record['shots'])} of {progress.num_shots(record)} shots"
+            exports = f"{len(record['exports'])} of {progress.num_exports(record)} exports"
+            line = f"not complete: {record['spec']['name']}, {shots}, {exports}"
+            console.print(line, markup=False, soft_wrap=True)
     texts = progress.texts_of(records)
     text = arguments.text or texts[0]
     try:

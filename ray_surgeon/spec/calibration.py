@@ -138,11 +138,8 @@ class CalibrationSection(TextSection, WritingSection):
                 "{} belongs to text that the model writes; set source to self, or put it into a "
                 "text of mix with source self"
             )
-        if misplaced := [
-            name
-            for name, field in fields.items()
-            if name not in allowed and getattr(self, name) != field.default
-        ]:
+        changed = [name for name, field in fields.items() if getattr(self, name) != field.default]
+        if misplaced := [name for name in changed if name not in allowed]:
             yield problem.format(", ".join(misplaced))
         written = [text for text, _ in self.shares if isinstance(text, SelfSection)]
         has_answers = self.source == "auto" or any(text.has_answers for text in written)

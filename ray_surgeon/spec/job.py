@@ -202,12 +202,8 @@ class JobSpec(Section):
         num_replicas = self.cluster.num_replicas  # each of which takes part in a pass over them
         most = num_sequences
         if share is None:
-            stages = (
-                self.curvature is not None and self.curvature.chooses_damping,
-                self.pruning.checks_itself,
-                self.correction,
-            )
-            share = HELD_SHARE if any(stages) else 0.0
+            chooses = self.curvature is not None and self.curvature.chooses_damping
+            share = HELD_SHARE if chooses or self.pruning.checks_itself or self.correction else 0.0
             most = MOST_HELD
         wanted = max(num_replicas, min(most, round(share * num_sequences))) if share else 0
         return min(wanted, num_sequences - num_replicas)
