@@ -61,8 +61,9 @@ class Linear:
     def nonzero(self, kept: StructuredMask) -> Part:
         """Return the kept ones of the live rows and columns in which a weight is not zero."""
         W = self.W
-        rows = self.live.rows & kept.rows.to(W.device) & (W != 0).any(dim=1)
-        columns = self.live.columns & kept.columns.to(W.device) & (W != 0).any(dim=0)
+        live = self.live
+        rows = live.rows & kept.rows.to(W.device) & (W != 0).any(dim=1)
+        columns = live.columns & kept.columns.to(W.device) & (W != 0).any(dim=0)
         return Part(rows, columns)
 
     def curvature(self, part: Part, damping: Damping | None = None) -> LinearCurvature:
