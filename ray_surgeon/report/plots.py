@@ -10,8 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cycler import cycler
-from matplotlib import rc_context
+from matplotlib import rc_context, rcParams
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, MaxNLocator
@@ -26,23 +25,8 @@ FORMATS = ("png", "svg", "pdf")
 
 _MARKERS = "osD^vP*X<>"
 _INK = "#010101"
-"""Nearly black: what a page replaces by its own colour of text, which is light in the dark."""
-_COLORS = ("#4c8bd6", "#e4743a", "#3fa66b", "#b565c9", "#c9a227", "#d6516e", "#3aa6a6", "#8a8a8a")
-"""Told apart on white and on black."""
+"""What a page replaces by its own colour of text, see plots.mplstyle."""
 _SOFT: dict[str, Any] = {"color": "#808080", "alpha": 0.3, "linewidth": 0.5}
-_STYLE: dict[Any, Any] = {
-    **dict.fromkeys(
-        ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _INK
-    ),
-    "axes.facecolor": "none",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.prop_cycle": cycler(color=_COLORS),
-    "legend.frameon": False,
-    "legend.fontsize": 7,
-    "font.size": 9,
-}
-
 _OF_LINEARS = "sparsity of the blocks' linears, %"
 _HIGHEST = 8.0
 """Times the dense perplexity above which a value is not drawn.
@@ -51,7 +35,7 @@ Such a model has collapsed, and would press all the rest into one line.
 """
 
 
-_styled = rc_context(_STYLE)
+_styled = rc_context(fname=Path(__file__).with_name("plots.mplstyle"))
 
 
 def save(figure: Figure, uri: str) -> None:
@@ -98,13 +82,14 @@ def _axes(x_label: str, y_label: str, height: float = 4.0) -> tuple[Figure, Axes
 
 def _draw_curve(axes: Axes, number: int, points: Sequence[tuple[float, float]], label: str) -> None:
     """Draw the line of a run; its number makes it look the same in every figure."""
+    colors = rcParams["axes.prop_cycle"].by_key()["color"]
     axes.plot(
         *zip(*points, strict=True),
         marker=_MARKERS[number % len(_MARKERS)],
         markersize=4,
         linewidth=1.4,
         label=label,
-        color=_COLORS[number % len(_COLORS)],
+        color=colors[number % len(colors)],
     )
 
 
