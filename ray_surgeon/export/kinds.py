@@ -36,6 +36,7 @@ class Kind:
 
 _RELOADED = "reloaded and compared"
 _BY_SHIPPED_CODE = {"transformers with trust_remote_code": f"{_RELOADED}, generates with a cache"}
+_BY_BACKEND = "by its transformers backend, if every block has an attention; not GPT-2"
 KINDS = {
     "masked": Kind(
         {"transformers": _RELOADED, "others": "whatever loads the dense model; not run"},
@@ -46,11 +47,7 @@ KINDS = {
         pruned_config.uniform_document,
     ),
     "per_block": Kind(
-        _BY_SHIPPED_CODE
-        | {
-            "vLLM with --trust-remote-code": "by its transformers backend, if every block has an "
-            "attention; not GPT-2"
-        },
+        _BY_SHIPPED_CODE | {"vLLM with --trust-remote-code": _BY_BACKEND},
         partial(pruned_config.per_block_document, files="modeling_pruned"),
         ("modeling_pruned.py",),
     ),
