@@ -19,6 +19,15 @@ MixSection = Annotated[
 ]
 
 
+_MISPLACED = {
+    "auto": "source auto chooses the texts, so {} cannot be given; remove it, or name a source",
+    "self": "{} belongs to a text that is read, and the model writes this one; remove it",
+    "text": (
+        "{} belongs to text that the model writes; set source to self, or put it into a text of "
+        "mix with source self"
+    ),
+}
+"""Source -> what is said of fields that it has not."""
 OF_CALIBRATION = ("weight", "weigh", "held_aside")
 """Fields of a calibration that no other text has."""
 
@@ -124,23 +133,11 @@ class CalibrationSection(TextSection, WritingSection):
         of_any = {"source", "num_sequences", "sequence_length", "seed", "weigh", "held_aside"}
         of_writing = WritingSection.model_fields.keys()
         fields = type(self).model_fields
-        if self.source == "auto":
-            allowed = of_any
-            problem = (
-                "source auto chooses the texts, so {} cannot be given; remove it, or name a source"
-            )
-        elif self.source == "self":
-            allowed = of_any | of_writing | {"weight", "mix"}
-            problem = "{} belongs to a text that is read, and the model writes this one; remove it"
-        else:
-            allowed = fields.keys() - of_writing
-            problem = (
-                "{} belongs to text that the model writes; set source to self, or put it into a "
-                "text of mix with source self"
-            )
+        by_source = {"auto": of_any, "self": of_any | of_writing | {"weight", "mix"}}
+        allowed = by_source.get(self.source, fields.keys() - of_writing)
         changed = [name for name, field in fields.items() if getattr(self, name) != field.default]
         if misplaced := [name for name in changed if name not in allowed]:
-            yield problem.format(", ".join(misplaced))
+            yield _MISPLACED.get(self.source, _MISPLACED["text"]).format(", ".join(misplaced))
         written = [text for text, _ in self.shares if isinstance(text, SelfSection)]
         has_answers = self.source == "auto" or any(text.has_answers for text in written)
         if self.weigh == "answers" and not has_answers:
