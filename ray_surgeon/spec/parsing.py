@@ -156,12 +156,10 @@ def _follows(
     Such are a default that was not made, and a list that is short of an item that is wrong itself.
     """
     place = problem["loc"]
-    if problem["type"] == "too_short" and any(loc[: len(place)] == place for loc in others):
-        return True
-    is_derived = place[:1] and place[0] in derived
-    if is_derived and any(loc and loc[0] not in derived for loc in others):
-        return True
-    return problem["type"] == "default_factory_not_called"
+    is_short = problem["type"] == "too_short" and any(loc[: len(place)] == place for loc in others)
+    is_told = any(loc and loc[0] not in derived for loc in others)
+    follows = bool(place) and place[0] in derived and is_told
+    return is_short or follows or problem["type"] == "default_factory_not_called"
 
 
 def absolute(uri: str) -> str:
@@ -178,12 +176,7 @@ def with_absolute_paths(spec: JobSpec) -> JobSpec:
     tasks = spec.evaluation.tasks
     if tasks is not None and tasks.include is not None:
         tasks = tasks.model_copy(update={"include": absolute(tasks.include)})
-    changes: dict[str, dict[str, Any]] = {
-        "model": {"source": source},
-        "memory": {"scratch": scratch},
-        "evaluation": {"tasks": tasks},
-        "output": {"uri": absolute(spec.output.uri)},
-    }
-    return spec.model_copy(
-        update={name: getattr(spec, name).model_copy(update=new) for name, new in changes.items()}
-    )
+    changes: dict[str, Any] = {"model": {"source": source}, "memory": {"scratch": scratch}}
+    changes |= {"evaluation": {"tasks": tasks}, "output": {"uri": absolute(spec.output.uri)}}
+    changed = {name: getattr(spec, name).model_copy(update=new) for name, new in changes.items()}
+    return spec.model_copy(update=changed)
