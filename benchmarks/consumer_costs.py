@@ -18,10 +18,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ray_surgeon.maths.groups import alive_part, group_costs
 from ray_surgeon.maths.kronecker import Damping, KroneckerFactors
 from ray_surgeon.maths.linear import Linear
 from ray_surgeon.maths.masks import StructuredMask
+from ray_surgeon.maths.structured import alive_part, group_costs
 
 _TOKENS = 4096
 

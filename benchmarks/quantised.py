@@ -20,7 +20,8 @@ from transformers import AutoConfig
 
 import ray_surgeon
 from benchmarks.peers import without_own_text
-from ray_surgeon.export.for_engines import quantised_copy
+from ray_surgeon.export.folder import Pruned
+from ray_surgeon.export.for_engines import export_quantised
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.run.inputs import Inputs, check
 from ray_surgeon.runtime.loading import ModelRecipe, load
@@ -41,12 +42,13 @@ def row(
     section = QuantizeSection.model_validate({"scheme": scheme, "group_size": size})
     layout = ModelLayout.of(AutoConfig.from_pretrained(folder))
     cluster = LocalCluster(layout, place(layout, 1, 1), 2)
+    model = ModelSection(source=folder)
     if size is not None:
-        cluster.run_all(load, ModelRecipe(ModelSection(source=folder)), False, cluster.stores)
-    linears = list(inputs.layout.shapes)
-    found = quantised_copy(
-        cluster, folder, str(target), linears, section, inputs.calibration, inputs.texts
-    )
+        cluster.run_all(load, ModelRecipe(model), False, cluster.stores)
+    pruned = Pruned(cluster, inputs.layout, model, {}, inputs.calibration[0])
+    texts = inputs.calibration, inputs.texts
+    uniform = {"uri": folder, "widths": []}
+    found = export_quantised(pruned, uniform, str(target), *texts, section)
     return {"model": name, "scheme": scheme + (f", groups of {size}" if size else ""), **found}
 
 

@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 
 from ray_surgeon.export.reload import agree
 from ray_surgeon.models.layout import ModelLayout
+from ray_surgeon.models.pruned_config import BlockWidths
 from ray_surgeon.plan.room import available_bytes
 from ray_surgeon.runtime import fresh_process
 from ray_surgeon.runtime.cluster import Cluster
@@ -40,21 +41,17 @@ _WRITTEN = (
 
 @dataclass(frozen=True)
 class Pruned:
-    """A pruned model, whose weights the workers have."""
+    """A model that the workers have, pruned or to be pruned."""
 
     cluster: Cluster
     layout: ModelLayout  # of the dense model
     model: ModelSection  # the dense model, whose tokenizer and configuration go along
     facts: Mapping[str, Any]  # for model cards; see `RunReport.model_card_facts`
+    tokens: NDArray[np.int64]  # [T] a sequence on which exports are compared
 
-    def write_card(self, entry: Mapping[str, Any], **facts: Any) -> None:
-        """Write the model card of an export.
-
-        Args:
-            entry: the export's entry in the report.
-            facts: in place of some of the model's.
-        """
-        text = model_card(entry, self.model.source, {**self.facts, **facts})
+    def write_card(self, entry: Mapping[str, Any]) -> None:
+        """Write the model card of an export, given by its entry in the report."""
+        text = model_card(entry, self.model.source, self.facts)
         files.write_text(files.join(entry["uri"], "README.md"), text)
 
 
@@ -63,7 +60,7 @@ def write_weights(
     uri: str,
     *,
     masked: bool = False,
-    left_out: tuple[str, ...] = (),
+    left_out: Sequence[str] = (),
     stored: bool = True,
 ) -> int:
     """Have every shard write its files, and an index if there are several, in the place of others.
@@ -87,20 +84,19 @@ def write_weights(
         cluster.submit(index, save_weights, uri, names, masks, left_out=left_out, stored=stored)
         for index, names, masks in workers
     ]
-    by_name = {
-        file.uri.rpartition("/")[2]: file
-        for of_worker in cluster.get(futures)
-        for file in of_worker
-    }
+    written = cluster.get(futures)
+    by_name = {file.uri.rpartition("/")[2]: file for of_worker in written for file in of_worker}
     weights = {name: file for name, file in by_name.items() if name.startswith("model")}
     total = sum(file.size_bytes for file in weights.values())
-    if len(weights) > 1:
-        weight_map = {key: name for name, file in weights.items() for key in file.keys}
-        files.write_json(
-            files.join(uri, "model.safetensors.index.json"),
-            {"metadata": {"total_size": total}, "weight_map": weight_map},
-        )
+    write_index(uri, {key: name for name, file in weights.items() for key in file.keys}, total)
     return total
+
+
+def write_index(uri: str, file_of: Mapping[str, str], num_bytes: int) -> None:
+    """Write the index of a folder's tensors, given the file of each, if there are several files."""
+    if len(set(file_of.values())) > 1:
+        index = {"metadata": {"total_size": num_bytes}, "weight_map": file_of}
+        files.write_json(files.join(uri, "model.safetensors.index.json"), index)
 
 
 def _names(stem: str, numbers: Sequence[int]) -> list[list[str]]:
@@ -127,6 +123,21 @@ def dense_document(model: ModelSection) -> dict[str, Any]:
     if document.get("num_nextn_predict_layers"):
         document["num_nextn_predict_layers"] = 0
     return document | {"dtype": model.dtype}
+
+
+def norms_left_out(kind: str, layout: ModelLayout, widths: Sequence[BlockWidths]) -> list[str]:
+    """Return the norms inside an attention that is removed.
+
+    For DeciLM, also those in front of what a block does not have.
+    """
+    in_front = ("input_layernorm", "post_attention_layernorm") if kind in ("deci", "gguf") else ()
+    without_heads = ("self_attn.q_norm", "self_attn.k_norm", *in_front[:1])
+    names = []
+    for block, width in enumerate(widths):
+        norms = () if width.num_kv_heads else without_heads
+        norms += () if width.num_channels else in_front[1:]
+        names += [f"{layout.family.block_prefix(block)}{norm}.weight" for norm in norms]
+    return names
 
 
 def copy_small_files(model: ModelSection, uri: str, *, another_type: bool = False) -> None:
@@ -187,13 +198,13 @@ def run_reload(folder: Path, scratch: Path, request: Mapping[str, Any]) -> dict[
     """Load a local folder in a process of its own; `request` is the rest of what `reload` takes."""
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     most = available_bytes()
-    about: dict[str, Any] = {"folder": str(folder)}
+    request = {"folder": str(folder), **request}
     if 1.5 * size > most:
-        about |= {"max_memory": int(most / 2), "offload": str(scratch / "offload")}
-    return fresh_process.run_module("ray_surgeon.export.reload", {**about, **request})
+        request |= {"max_memory": int(most / 2), "offload": str(scratch / "offload")}
+    return fresh_process.run_module("ray_surgeon.export.reload", request)
 
 
-def reload_difference(pruned: Pruned, uri: str, tokens: NDArray[np.int64]) -> float:
+def reload_difference(pruned: Pruned, uri: str) -> float:
     """Return the largest difference between the workers' logits and the export's.
 
     The export runs in a process of its own, which also generates.
@@ -201,14 +212,13 @@ def reload_difference(pruned: Pruned, uri: str, tokens: NDArray[np.int64]) -> fl
     Args:
         pruned: the model.
         uri: the export.
-        tokens: [T] a sequence to compare on.
 
     Raises:
         RuntimeError: the fresh process fails; or the logits differ by more than `agree` allows.
     """
     dtype = pruned.model.dtype
     half = pruned.layout.is_mixture and dtype != "float32"
-    some = [int(t) for t in tokens[:NUM_COMPARED_TOKENS]]
+    some = pruned.tokens[:NUM_COMPARED_TOKENS].tolist()
     workers_logits = decode(logits(pruned.cluster, some), torch.device("cpu"))
     with local_folder(uri) as (folder, scratch):
         request = {"tokens": some, "logits": str(scratch / "logits"), "dtype": dtype, "half": half}

@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from ray_surgeon.export.folder import (
-    Pruned,
-    copy_small_files,
-    dense_document,
-    explaining,
-    local_folder,
-    run_reload,
-    write_weights,
-)
-from ray_surgeon.export.quantized import round_weights
+from ray_surgeon.export import folder
+from ray_surgeon.maths.columns import round_columns, upper_inverse
+from ray_surgeon.maths.masks import StructuredMask
+from ray_surgeon.models.build import num_inputs
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.llama_cpp import architecture_of
 from ray_surgeon.models.pruned_config import BlockWidths, kv_heads_left
 from ray_surgeon.runtime import fresh_process
-from ray_surgeon.runtime.cluster import Cluster
+from ray_surgeon.runtime.passes import BlockPass
+from ray_surgeon.runtime.worker import Worker
 from ray_surgeon.spec.sections import GgufKind, QuantizeSection
 from ray_surgeon.storage import files, tensor_files
 
@@ -43,16 +39,16 @@ class Shrinking:
 
     def channels(self, layout: ModelLayout) -> list[int]:
         """Return the widths that a feed-forward layer may have, in ascending order."""
-        whole = layout.num_channels
-        least = self.fewest.get("ffn", whole)
-        return sorted({*(n for n in range(0, whole, self.multiple) if n >= least), whole})
+        return self._left("ffn", layout.num_channels, range(0, layout.num_channels, self.multiple))
 
     def kv_heads(self, layout: ModelLayout) -> list[int]:
         """Return the numbers of KV heads that a block may have, in ascending order."""
-        whole = layout.heads.num_kv
-        least = self.fewest.get("attention", whole)
         possible = kv_heads_left(layout, self.tensor_parallel, uniform=self.uniform)
-        return sorted({*(k for k in possible if k >= least), whole})
+        return self._left("attention", layout.heads.num_kv, possible)
+
+    def _left(self, kind: str, whole: int, possible: Iterable[int]) -> list[int]:
+        least = self.fewest.get(kind, whole)
+        return sorted({*(n for n in possible if n >= least), whole})
 
 
 def check_gguf(layout: ModelLayout, shrinking: Shrinking) -> None:
@@ -121,11 +117,7 @@ def _check_groups(layout: ModelLayout, shrinking: Shrinking, size: int) -> None:
 
 
 def export_gguf(
-    pruned: Pruned,
-    uri: str,
-    widths: Sequence[BlockWidths],
-    left_out: tuple[str, ...],
-    kinds: Sequence[GgufKind],
+    pruned: folder.Pruned, uri: str, widths: Sequence[BlockWidths], kinds: Sequence[GgufKind]
 ) -> dict[str, Any]:
     """Write GGUF files and a model card.
 
@@ -135,7 +127,6 @@ def export_gguf(
         pruned: the model.
         uri: folder to write.
         widths: of every block.
-        left_out: names of tensors that the blocks do not have any more.
         kinds: types of the matrices, a file each.
 
     Returns:
@@ -146,134 +137,130 @@ def export_gguf(
     """
     model = pruned.model
     weights = files.join(uri, "weights")
-    document = dense_document(model)
+    left_out = folder.norms_left_out("gguf", pruned.layout, widths)
+    document = folder.dense_document(model)
     pairs = [[width.num_channels, width.num_kv_heads] for width in widths]
-    request = {
-        "folder": weights,
-        "document": document,
-        "widths": pairs,
-        "kinds": kinds,
-        "name": model.source.rstrip("/").rpartition("/")[2].removesuffix(".gguf") + "-pruned",
-        "target": uri,
-    }
+    name = model.source.rstrip("/").rpartition("/")[2].removesuffix(".gguf") + "-pruned"
+    request: dict[str, Any] = {"folder": weights, "document": document, "kinds": kinds}
+    request |= {"widths": pairs, "name": name, "target": uri}
     files.remove_folder(uri)  # of a try that was interrupted
     try:
-        with explaining(f"the export {uri} cannot be written"):
-            write_weights(pruned.cluster, weights, left_out=left_out)
-            copy_small_files(model, weights)
+        with folder.explaining(f"the export {uri} cannot be written"):
+            folder.write_weights(pruned.cluster, weights, left_out=left_out)
+            folder.copy_small_files(model, weights)
             files.write_json(files.join(weights, "config.json"), document)
             written = fresh_process.run_module("ray_surgeon.export.gguf_file", request)["files"]
     finally:
         files.remove_folder(weights)
     first = written[0]["file"]
-    entry = {
-        "kind": "gguf",
-        "uri": uri,
-        "size_bytes": written[0]["size_bytes"],
-        "loaders": {
-            "llama.cpp": f"as {architecture_of(pruned.layout, widths).name}",
-            "vLLM, transformers": "no",
-        },
-        "load": f"llama-server --model {f'{uri}/{first}' if files.is_local(uri) else first}",
-        "files": written,
-        "widths": pairs,
-    }
+    architecture = architecture_of(pruned.layout, widths).name
+    entry = {"kind": "gguf", "uri": uri, "size_bytes": written[0]["size_bytes"]}
+    entry["loaders"] = {"llama.cpp": f"as {architecture}", "vLLM, transformers": "no"}
+    entry["load"] = f"llama-server --model {f'{uri}/{first}' if files.is_local(uri) else first}"
+    entry |= {"files": written, "widths": pairs}
     pruned.write_card(entry)
     return entry
 
 
+NUM_BITS = 4
+_DAMPING = 0.01
+"""Of A, relative to the mean of its diagonal; the published value."""
+_MAX_DAMPING = 1.0
+
+
+class _Scales(dict[str, Tensor]):
+    """What an owner keeps of its linears: name -> [R, groups] of what is left of the linear."""
+
+
+@dataclass(frozen=True)
+class Rounding(BlockPass):
+    """Rounds the linears of all blocks, each on the inputs that rounded blocks give."""
+
+    group_size: int  # columns that share a scale
+
+    def change(self, worker: Worker, name: str, A: Tensor) -> None:
+        """Round what is left of a linear; its bias stays."""
+        mask = worker.mask(name, StructuredMask)
+        W = worker.shard.weight(name)
+        num_columns = num_inputs(worker.shard.linears[name])
+        rows = mask.rows.to(W.device).nonzero()[:, 0]
+        columns = mask.columns[:num_columns].to(W.device).nonzero()[:, 0]
+        U, _ = upper_inverse(A[columns][:, columns], _DAMPING, _MAX_DAMPING, name)
+        kept = W[rows][:, columns]
+        W[rows[:, None], columns], scales = round_columns(kept, U, self.group_size, NUM_BITS)
+        worker.shard.set_weight(name, W)
+        worker.keeping(_Scales)[name] = scales.cpu()
+
+
+def write_scales(worker: Worker, target: str) -> str | None:
+    """Write the scales of the linears that a worker owns, and return the file's URI.
+
+    None if it owns none.
+    """
+    if not worker.has(_Scales):
+        return None
+    uri = files.join(target, f"scales-{worker.index.shard}-{worker.index.replica}.safetensors")
+    tensor_files.write(uri, worker.drop(_Scales))
+    return uri
+
+
 def export_quantised(
-    pruned: Pruned,
+    pruned: folder.Pruned,
     uniform: Mapping[str, Any],
+    target: str,
     calibration: NDArray[np.int64],
     texts: Mapping[str, NDArray[np.int64]],
     section: QuantizeSection,
 ) -> dict[str, Any]:
-    """Write the quantised copy of the export uniform, and evaluate it.
+    """Write the quantised copy of the export uniform, and evaluate it in a process of its own.
 
     Weights of four bits are rounded on the workers, for good.
 
     Args:
-        pruned: the model.
+        pruned: the model, of which the workers have the export's weights.
         uniform: entry of the export.
+        target: folder of the copy.
         calibration: [num_sequences, sequence_length] tokens by which four bits are rounded.
         texts: name -> [num_windows, T] tokens to evaluate on.
         section: how.
 
     Returns:
-        The copy's entry in the report.
+        The copy's entry in the report: its size, its error, its perplexities.
 
     Raises:
         RuntimeError: it cannot be quantised or loaded.
     """
-    target = f"{uniform['uri']}-{section.scheme}"
     uri = uniform["uri"]
-    linears = list(pruned.layout.shapes)
-    copy = quantised_copy(pruned.cluster, uri, target, linears, section, calibration, texts)
-    entry = {
-        "kind": f"uniform-{section.scheme}",
-        "uri": target,
-        "loaders": {
-            "transformers with compressed-tensors": "loaded and evaluated",
-            "vLLM": "by compressed-tensors",
-        },
-        "load": f'AutoModelForCausalLM.from_pretrained("{target}")',
-        "widths": uniform["widths"],
-    } | copy
-    before_and_after = {
-        name: (before, copy["perplexity"][name])
-        for name, (before, _) in pruned.facts["perplexity"].items()
-    }
-    pruned.write_card(entry, perplexity=before_and_after)
-    return entry
-
-
-def quantised_copy(
-    cluster: Cluster,
-    uri: str,
-    target: str,
-    linears: Sequence[str],
-    section: QuantizeSection,
-    calibration: NDArray[np.int64],
-    texts: Mapping[str, NDArray[np.int64]],
-) -> dict[str, Any]:
-    """Write the quantised copy of an export, and load it in a process of its own.
-
-    Returns its size, its error and its perplexities.
-
-    Args:
-        cluster: with the same weights; those of four bits are rounded there, for good.
-        uri: the export.
-        target: folder of the copy.
-        linears: names of what is quantised.
-        section: how.
-        calibration: [num_sequences, sequence_length] tokens by which four bits are rounded.
-        texts: name -> [num_windows, T] tokens to evaluate on.
-
-    Raises:
-        RuntimeError: it cannot be quantised or loaded.
-    """
     files.remove_folder(target)  # of a try that was interrupted
-    with local_folder(uri, weights=False) as (small, _):
+    with folder.local_folder(uri, weights=False) as (small, _):
         for name in files.list_files(str(small)):
             if not name.endswith((".index.json", ".md")):
                 files.put_file(files.join(target, name), small / name)
-    request: dict[str, Any] = {"export": uri, "source": uri, "scales": [], "target": target}
     size = section.columns_together
-    request |= {"linears": linears, "scheme": section.scheme, "group_size": size}
+    request: dict[str, Any] = {"export": uri, "source": uri, "scales": [], "target": target}
+    request |= {"scheme": section.scheme, "group_size": size}
+    request["linears"] = list(pruned.layout.shapes)
     rounded = f"{target}-rounded"
     try:
         if section.scheme == "w4a16":
-            request["scales"] = round_weights(cluster, calibration, size, rounded)
-            request["source"] = rounded
-        with explaining(f"the quantised export {target} cannot be made"):
+            Rounding(size).pass_all(pruned.cluster, calibration)
+            folder.write_weights(pruned.cluster, rounded)
+            uris = pruned.cluster.run_all(write_scales, files.join(rounded, "scales"))
+            request |= {"scales": [uri for uri in uris if uri], "source": rounded}
+        with folder.explaining(f"the quantised export {target} cannot be made"):
             copy = fresh_process.run_module("ray_surgeon.export.quantized", request)
-            with local_folder(target) as (folder, scratch):
+            with folder.local_folder(target) as (copied, scratch):
                 windows = {name: torch.from_numpy(tokens) for name, tokens in texts.items()}
                 tensor_files.write(str(scratch / "windows"), windows)
-                num_threads = torch.get_num_threads()
-                request = {"windows": str(scratch / "windows"), "num_threads": num_threads}
-                copy["perplexity"] = run_reload(folder, scratch, request)
+                request = {"windows": str(scratch / "windows")}
+                request["num_threads"] = torch.get_num_threads()
+                copy["perplexity"] = folder.run_reload(copied, scratch, request)
     finally:
         files.remove_folder(rounded)
-    return copy
+    loaders = {
+        "transformers with compressed-tensors": "loaded and evaluated",
+        "vLLM": "by compressed-tensors",
+    }
+    load = f'AutoModelForCausalLM.from_pretrained("{target}")'
+    entry = {"kind": f"uniform-{section.scheme}", "uri": target, "loaders": loaders, "load": load}
+    return entry | {"widths": uniform["widths"]} | copy

@@ -117,9 +117,8 @@ def _describe(writer: GGUFWriter, layout: ModelLayout, widths: Sequence[BlockWid
     else:
         writer.add_layer_norm_eps(config.layer_norm_epsilon)
     window = getattr(config, "sliding_window", None)
-    if window is not None and (
-        config.model_type not in ("qwen2", "qwen3") or config.use_sliding_window
-    ):
+    uses_it = config.model_type not in ("qwen2", "qwen3") or config.use_sliding_window
+    if window is not None and uses_it:
         writer.add_sliding_window(window)
     parameters = rope_of(config)
     if not parameters:

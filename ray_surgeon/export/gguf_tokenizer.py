@@ -63,9 +63,7 @@ def local_tokenizer(uri: str, scratch: Path) -> Path:
 def _added_tokens(folder: Path) -> dict[str, bool]:
     """Return whether a tokenizer puts its first and its last special token around a text."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    plain, whole = (
-        tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True)
-    )
+    plain, whole = (tokenizer("a", add_special_tokens=s)["input_ids"] for s in (False, True))
     return {
         "bos": first_token(tokenizer) is not None,
         "eos": len(whole) > len(plain) and whole[-1] == tokenizer.eos_token_id,
@@ -102,6 +100,4 @@ def tokens_of(
         if has_pieces and not added["special"]:
             token = token.replace("\u2581", " ")
         by_number[added["id"]] = token, kind
-    return [
-        by_number.get(number, (f"[PAD{number}]", TokenType.UNUSED)) for number in range(vocab_size)
-    ]
+    return [by_number.get(n, (f"[PAD{n}]", TokenType.UNUSED)) for n in range(vocab_size)]

@@ -7,32 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig
 
-from ray_surgeon.export.folder import (
-    Pruned,
-    copy_small_files,
-    dense_document,
-    reload_difference,
-    write_weights,
-)
+from ray_surgeon.export import folder
 from ray_surgeon.export.for_engines import Shrinking, check_gguf, export_gguf
 from ray_surgeon.export.speed import measure
 from ray_surgeon.export.tasks import evaluate_tasks
+from ray_surgeon.models import pruned_config
 from ray_surgeon.models.attention import for_older_readers
 from ray_surgeon.models.layout import ModelLayout
-from ray_surgeon.models.pruned_config import (
-    BlockWidths,
-    Document,
-    block_widths,
-    check_deci,
-    check_uniform,
-    deci_document,
-    per_block_document,
-    uniform_document,
-)
+from ray_surgeon.models.pruned_config import BlockWidths, Document
 from ray_surgeon.spec.evaluation import TasksSection
 from ray_surgeon.spec.sections import OutputSection
 from ray_surgeon.storage import files
@@ -50,6 +34,7 @@ class Kind:
 
 _RELOADED = "reloaded and compared"
 _BY_SHIPPED_CODE = {"transformers with trust_remote_code": f"{_RELOADED}, generates with a cache"}
+_BY_BACKEND = "by its transformers backend, if every block has an attention; not GPT-2"
 KINDS = {
     "masked": Kind(
         {"transformers": _RELOADED, "others": "whatever loads the dense model; not run"},
@@ -57,20 +42,16 @@ KINDS = {
     ),
     "uniform": Kind(
         {"transformers": _RELOADED, "vLLM": "an ordinary configuration of the family"},
-        uniform_document,
+        pruned_config.uniform_document,
     ),
     "per_block": Kind(
-        _BY_SHIPPED_CODE
-        | {
-            "vLLM with --trust-remote-code": "by its transformers backend, if every block has an "
-            "attention; not GPT-2"
-        },
-        per_block_document,
+        _BY_SHIPPED_CODE | {"vLLM with --trust-remote-code": _BY_BACKEND},
+        pruned_config.per_block_document,
         ("modeling_pruned.py",),
     ),
     "deci": Kind(
         _BY_SHIPPED_CODE | {"vLLM": "as its own DeciLM"},
-        deci_document,
+        pruned_config.deci_document,
         ("modeling_decilm.py", "modeling_pruned.py"),
     ),
 }
@@ -88,27 +69,20 @@ def check_export(kind: str, layout: ModelLayout, shrinking: Shrinking) -> None:
         ValueError: says why, and what to export instead.
     """
     if kind == "uniform":
-        check_uniform(layout, tuple(shrinking.fewest))
+        pruned_config.check_uniform(layout, tuple(shrinking.fewest))
     if kind == "masked" and "experts" in shrinking.fewest:
         raise ValueError(
             "output.exports: masked keeps all shapes, and routers would go on to choose experts "
             "that are zero; export uniform"
         )
     if kind == "deci":
-        check_deci(layout)
+        pruned_config.check_deci(layout)
     if kind == "gguf":
         check_gguf(layout, shrinking)
 
 
 def export(
-    kind: str,
-    pruned: Pruned,
-    uri: str,
-    tokens: NDArray[np.int64],
-    linears: Sequence[Mapping[str, Any]],
-    *,
-    output: OutputSection,
-    tasks: TasksSection | None,
+    kind: str, pruned: folder.Pruned, uri: str, output: OutputSection, tasks: TasksSection | None
 ) -> dict[str, Any]:
     """Write a Hugging Face folder, reload it in a fresh process, compare and measure.
 
@@ -116,8 +90,6 @@ def export(
         kind: one of `KINDS`, or gguf.
         pruned: the model.
         uri: folder to write.
-        tokens: [T] a sequence to compare on.
-        linears: the report's records of the linears.
         output: `output` of the job spec.
         tasks: downstream tasks; None for none.
 
@@ -128,28 +100,27 @@ def export(
         RuntimeError: the fresh process cannot load it, or computes something else.
     """
     layout = pruned.layout
-    widths: list[BlockWidths] = []
-    if kind != "masked":
-        widths = block_widths(layout, {linear["name"]: linear["rows_kept"] for linear in linears})
-    left_out = _left_out(kind, layout, widths)
+    rows_kept = {linear["name"]: linear["rows_kept"] for linear in pruned.facts["last"]["linears"]}
+    widths = [] if kind == "masked" else pruned_config.block_widths(layout, rows_kept)
     if kind == "gguf":
-        return export_gguf(pruned, uri, widths, left_out, output.gguf or ("bf16",))
-    dense = dense_document(pruned.model)
+        return export_gguf(pruned, uri, widths, output.gguf or ("bf16",))
+    left_out = folder.norms_left_out(kind, layout, widths)
+    dense = folder.dense_document(pruned.model)
     modules = KINDS[kind].modules
-    ships = bool(modules)
-    entry: dict[str, Any] = {"kind": kind, "uri": uri}
-    entry["size_bytes"] = write_weights(
-        pruned.cluster, uri, masked=kind == "masked", left_out=left_out, stored=not ships
+    size = folder.write_weights(
+        pruned.cluster, uri, masked=kind == "masked", left_out=left_out, stored=not modules
     )
     document = KINDS[kind].document(layout, dense, widths)
-    copy_small_files(pruned.model, uri, another_type=document["model_type"] != dense["model_type"])
+    is_of_family = document["model_type"] == dense["model_type"]
+    folder.copy_small_files(pruned.model, uri, another_type=not is_of_family)
     files.write_json(files.join(uri, "config.json"), for_older_readers(document))
     for module in modules:
         files.write_text(files.join(uri, module), shipped_source(module, layout.config))
+    trusts = ", trust_remote_code=True" if modules else ""
+    entry: dict[str, Any] = {"kind": kind, "uri": uri, "size_bytes": size}
     entry["loaders"] = _loaders(kind, layout, widths)
-    trusts = ", trust_remote_code=True" if ships else ""
     entry["load"] = f'AutoModelForCausalLM.from_pretrained("{uri}"{trusts})'
-    entry["reload_max_logit_difference"] = reload_difference(pruned, uri, tokens)
+    entry["reload_max_logit_difference"] = folder.reload_difference(pruned, uri)
     if widths:
         entry["widths"] = [[width.num_channels, width.num_kv_heads] for width in widths]
     if layout.num_experts and widths:
@@ -165,11 +136,8 @@ def export(
 def _loaders(kind: str, layout: ModelLayout, widths: Sequence[BlockWidths]) -> dict[str, str]:
     """Return what is known of programs: program -> how it loads an export."""
     loaders = dict(KINDS[kind].loaders)
-    if (
-        kind == "uniform"
-        and not layout.family.has_free_heads_in_vllm
-        and widths[0].num_kv_heads < layout.heads.num_kv
-    ):
+    has_fewer_heads = kind == "uniform" and widths[0].num_kv_heads < layout.heads.num_kv
+    if has_fewer_heads and not layout.family.has_free_heads_in_vllm:
         loaders["vLLM"] = (
             "with --model-impl transformers; its own class wants heads that fill the hidden size"
         )
@@ -179,31 +147,14 @@ def _loaders(kind: str, layout: ModelLayout, widths: Sequence[BlockWidths]) -> d
     return loaders
 
 
-def _left_out(kind: str, layout: ModelLayout, widths: Sequence[BlockWidths]) -> tuple[str, ...]:
-    """Return the norms inside an attention that is removed.
-
-    For DeciLM, also those in front of what a block does not have.
-    """
-    without_heads = ["self_attn.q_norm", "self_attn.k_norm"]
-    without_channels = []
-    if kind in ("deci", "gguf"):
-        without_heads.append("input_layernorm")
-        without_channels.append("post_attention_layernorm")
-    names = []
-    for block, width in enumerate(widths):
-        norms = [] if width.num_kv_heads else without_heads
-        norms = norms + ([] if width.num_channels else without_channels)
-        names += [f"{layout.family.block_prefix(block)}{norm}.weight" for norm in norms]
-    return tuple(names)
-
-
 def shipped_source(module: str, config: PretrainedConfig) -> str:
     """Return the source of a shipped module, its base classes those of the dense model's family."""
     text = (Path(__file__).parent / "shipped" / module).read_text(encoding="utf-8")
-    for dense, kind in (
-        ("LlamaConfig", type(config)),
-        ("LlamaForCausalLM", AutoModelForCausalLM._model_mapping[type(config)]),
-        ("LlamaModel", AutoModel._model_mapping[type(config)]),
-    ):
+    of_family = {
+        "LlamaConfig": type(config),
+        "LlamaForCausalLM": AutoModelForCausalLM._model_mapping[type(config)],
+        "LlamaModel": AutoModel._model_mapping[type(config)],
+    }
+    for dense, kind in of_family.items():
         text = text.replace(f"{dense} as", f"{kind.__name__} as")
     return text.replace("pruned_llama", f"pruned_{config.model_type}")

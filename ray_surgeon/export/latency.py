@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
-from ray_surgeon.export.folder import dense_document
+from ray_surgeon.export.folder import Pruned, dense_document
 from ray_surgeon.export.for_engines import Shrinking
 from ray_surgeon.export.kinds import shipped_source
 from ray_surgeon.export.speed import decode, device_name, random_model
@@ -30,30 +30,22 @@ from ray_surgeon.models.build import cache_argument
 from ray_surgeon.models.families import family_of
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.pruned_config import BlockWidths, per_block_document
-from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.fresh_process import run_on_worker
-from ray_surgeon.spec.sections import ModelSection
 from ray_surgeon.spec.targets import LatencyTarget, SpeedSection
 from ray_surgeon.storage import files
 
 _BLOCKS_AT_ONCE = 8
 """Of one timed model, so that it fits where the whole model might not."""
 
+Width = tuple[int, int]
+"""Channels and KV heads of a block."""
 
-def latency_budget(
-    cluster: Cluster,
-    layout: ModelLayout,
-    model: ModelSection,
-    target: LatencyTarget,
-    shrinking: Shrinking,
-    uri: str,
-) -> Budget:
+
+def latency_budget(dense: Pruned, target: LatencyTarget, shrinking: Shrinking, uri: str) -> Budget:
     """Return the latency of a model as a sum over its blocks.
 
     Args:
-        cluster: its first worker measures.
-        layout: of the dense model.
-        model: the dense model.
+        dense: the model; the first worker measures.
         target: what is measured.
         shrinking: which widths are measured.
         uri: a JSON file; what it holds already, measured with the same options, is not measured
@@ -62,36 +54,32 @@ def latency_budget(
     Raises:
         RuntimeError: the measuring process fails.
     """
+    layout = dense.layout
     channels = shrinking.channels(layout)
     heads = shrinking.kv_heads(layout)
     widths = [[number, heads[-1]] for number in channels]
     widths += [[channels[-1], number] for number in heads[:-1]]
     about = target.model_dump(mode="json", exclude={"latency_s"})
-    about |= {"dtype": model.dtype} | asdict(shrinking)
+    about |= {"dtype": dense.model.dtype} | asdict(shrinking)
     kept: dict[str, Any] = files.read_json(uri) if files.exists(uri) else {}
     if kept.get("options") != about or kept.get("widths") != widths:
-        request = about | {"document": dense_document(model), "widths": widths}
-        kept = {"options": about, "widths": widths} | _measured(cluster, layout, request)
+        request = about | {"document": dense_document(dense.model), "widths": widths}
+        kept = {"options": about, "widths": widths} | _measured(dense, request)
         files.write_json(uri, kept)
     of_channels = kept["seconds"][: len(channels)]
     whole = of_channels[-1]
-    of_heads = [*kept["seconds"][len(channels) :], whole]
-    return Budget(
-        "latency_s",
-        kept["rest_seconds"],
-        {
-            "ffn": _table(channels, of_channels),
-            "attention": _table(heads, [seconds - whole for seconds in of_heads]),
-        },
-        dict.fromkeys(("ffn", "attention"), layout.num_blocks),
-    )
+    of_heads = [seconds - whole for seconds in (*kept["seconds"][len(channels) :], whole)]
+    by_left = {"ffn": _table(channels, of_channels), "attention": _table(heads, of_heads)}
+    num_blocks = dict.fromkeys(by_left, layout.num_blocks)
+    return Budget("latency_s", kept["rest_seconds"], by_left, num_blocks)
 
 
-def _measured(cluster: Cluster, layout: ModelLayout, request: Mapping[str, Any]) -> dict[str, Any]:
+def _measured(dense: Pruned, request: Mapping[str, Any]) -> dict[str, Any]:
     """Return what `answer` returns, in the mean over the kinds of blocks that the model has."""
     # a block with a sliding window takes another time
-    kinds = Counter(getattr(layout.config, "layer_types", None) or [None])
+    kinds = Counter(getattr(dense.layout.config, "layer_types", None) or [None])
     shares = [count / kinds.total() for count in kinds.values()]
+    cluster = dense.cluster
     first = cluster.placement.workers[0]
     measured = []
     for kind in kinds:
@@ -111,16 +99,13 @@ def _table(numbers: Sequence[int], seconds: Sequence[float]) -> tuple[float, ...
     return tuple(float(value) for value in np.interp(range(numbers[-1] + 1), numbers, rising))
 
 
-def _model(
-    document: Mapping[str, Any],
-    widths: Sequence[tuple[int, int]],
-    layer_type: str | None,
-    folder: Path,
-) -> PreTrainedModel:
+def _model(request: Mapping[str, Any], widths: Sequence[Width], folder: Path) -> PreTrainedModel:
     """Return a model with random weights that has one block of each width.
 
-    All blocks are of one kind if the model has several.
+    All blocks are of the request's kind if the model has several.
     """
+    document = request["document"]
+    layer_type = request["layer_type"]
     config = AutoConfig.for_model(**document)
     layers = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
     fewer = {**document, layers: len(widths)}
@@ -154,14 +139,12 @@ def _seconds(start: Any, end: Any) -> float:
 
 
 @torch.no_grad()
-def _time_blocks(
-    model: PreTrainedModel, options: SpeedSection, device: torch.device
-) -> list[float]:
+def _time_blocks(model: PreTrainedModel, options: SpeedSection) -> list[float]:
     """Return the seconds of each block, and of all the rest: medians over the measured turns."""
+    device = model.device
     num_blocks = len(model.config.block_sizes)
-    (blocks,) = (
-        m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == num_blocks
-    )
+    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
+    (blocks,) = (blocks for blocks in lists if len(blocks) == num_blocks)
     moments: list[list[Any]] = [[] for _ in blocks]
     for noted, block in zip(moments, blocks, strict=True):
         block.register_forward_pre_hook(partial(_note, noted, device))
@@ -196,15 +179,15 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
     widths = [tuple(width) for width in request["widths"]]
     whole = max(widths)
     others = [width for width in widths if width != whole]
-    more = dict[tuple[int, int], float]()  # than the whole block beside it
+    more = dict[Width, float]()  # than the whole block beside it
     of_whole = []
     rests = []
     with tempfile.TemporaryDirectory() as scratch:
         for first in range(0, max(1, len(others)), _BLOCKS_AT_ONCE - 1):
             batch = [whole, *others[first : first + _BLOCKS_AT_ONCE - 1]]
             folder = Path(scratch) / str(first)
-            model = _model(request["document"], batch, request["layer_type"], folder)
-            *seconds, rest = _time_blocks(model.to(device), options, device)
+            model = _model(request, batch, folder).to(device)
+            *seconds, rest = _time_blocks(model, options)
             more |= {width: s - seconds[0] for width, s in zip(batch, seconds, strict=True)}
             of_whole.append(seconds[0])
             rests.append(rest)

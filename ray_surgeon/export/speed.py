@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ray_surgeon.export.folder import local_folder
@@ -26,10 +27,11 @@ from ray_surgeon.runtime.placement import WorkerIndex
 from ray_surgeon.runtime.usage import process_usage
 from ray_surgeon.spec.targets import SpeedSection
 
+Record = dict[str, Any]
+"""Something that travels as JSON."""
 
-def measure(
-    cluster: Cluster, uri: str, dense: Mapping[str, Any], options: SpeedSection
-) -> dict[str, Any]:
+
+def measure(cluster: Cluster, uri: str, dense: Record, options: SpeedSection) -> Record:
     """Measure an export beside the dense model, in fresh processes.
 
     They run beside the first worker and the last, on their GPUs if they have some.
@@ -50,7 +52,7 @@ def measure(
     """
     request = {"uri": uri, "dense": dense, "options": options.model_dump()}
 
-    def run(on: WorkerIndex, only: str | None) -> Future[dict[str, Any]]:
+    def run(on: WorkerIndex, only: str | None) -> Future[Record]:
         return cluster.submit(on, run_on_worker, __name__, request | {"only": only})
 
     first = cluster.placement.workers[0]
@@ -90,9 +92,7 @@ def _now(device: torch.device) -> float:
 
 
 @torch.no_grad()
-def _once(
-    model: PreTrainedModel, prompts: torch.Tensor, options: SpeedSection
-) -> tuple[float, float]:
+def _once(model: PreTrainedModel, prompts: Tensor, options: SpeedSection) -> tuple[float, float]:
     """Return tokens per second of one prefill and of the decode that follows it."""
     cache = cache_argument(model)
     start = _now(prompts.device)
@@ -108,15 +108,13 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
 
 
-def _compare(
-    models: Mapping[str, PreTrainedModel], prompts: torch.Tensor, options: SpeedSection
-) -> dict[str, Any]:
+def _compare(models: dict[str, Any], prompts: Tensor, options: SpeedSection) -> Record:
     """Time models in turns, after one unmeasured turn each. See `measure` for what is returned."""
     timings: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     for _ in range(options.num_repeats + 1):
         for name, model in models.items():
             timings[name].append(_once(model, prompts, options))
-    record: dict[str, Any] = {}
+    record: Record = {}
     for name, model in models.items():
         prefills, decodes = zip(*timings[name][1:], strict=True)
         record[name] = {
@@ -125,14 +123,12 @@ def _compare(
             "weights_bytes": sum(parameter.nbytes for parameter in model.parameters()),
         }
     for step in ("prefill", "decode"):
-        dense, pruned = (
-            record[name][f"{step}_tokens_per_s"]["median"] for name in ("dense", "pruned")
-        )
-        record[f"{step}_ratio"] = pruned / dense
+        medians = {name: record[name][f"{step}_tokens_per_s"]["median"] for name in models}
+        record[f"{step}_ratio"] = medians["pruned"] / medians["dense"]
     return record
 
 
-def random_model(document: Mapping[str, Any], folder: Path) -> PreTrainedModel:
+def random_model(document: Record, folder: Path) -> PreTrainedModel:
     """Return a model with random weights.
 
     Args:
@@ -154,7 +150,7 @@ def random_model(document: Mapping[str, Any], folder: Path) -> PreTrainedModel:
     return model.eval()
 
 
-def answer(request: Mapping[str, Any]) -> dict[str, Any]:
+def answer(request: Record) -> Record:
     """Return the comparison, or what one model alone needs of memory.
 
     See `fresh_process.run_module`.
@@ -165,15 +161,13 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with local_folder(request["uri"], weights=only is None) as (folder, scratch):
         document = json.loads((folder / "config.json").read_text())
-        models: dict[str, PreTrainedModel] = {}
-        if only != "pruned":
-            models["dense"] = random_model(request["dense"], scratch)
+        places = {"dense": (request["dense"], scratch), "pruned": (document, folder)}
+        # alone the pruned one is random as well: what loading takes is not what is asked
+        models = {name: random_model(*places[name]) for name in [only or "dense"]}
         if only is None:
             models["pruned"] = AutoModelForCausalLM.from_pretrained(
                 folder, dtype="auto", trust_remote_code=True
             )
-        elif only == "pruned":  # random as well, because what loading takes is not what is asked
-            models["pruned"] = random_model(document, folder)
         models = {name: model.eval().to(device) for name, model in models.items()}
         size = (options.batch_size, options.prompt_length)
         generator = torch.Generator().manual_seed(0)

@@ -58,10 +58,8 @@ def evaluate_tasks(cluster: Cluster, model: ModelSection | str, options: TasksSe
     Raises:
         RuntimeError: the process fails.
     """
-    request = {
-        "options": options.model_dump(),
-        "model": model if isinstance(model, str) else model.model_dump(),
-    }
+    named = model if isinstance(model, str) else model.model_dump()
+    request = {"options": options.model_dump(), "model": named}
     first = cluster.placement.workers[0]
     return cluster.get([cluster.submit(first, run_on_worker, __name__, request, False)])[0]
 
@@ -74,16 +72,10 @@ def _fetch_dense(source: ModelSection, folder: Path) -> None:
             (folder / name).symlink_to(dense.fetch(name).resolve())
 
 
-def _numbers(results: Mapping[str, Mapping[str, Any]]) -> Scores:
+def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     """Return the harness's numbers; ``acc,none`` is ``acc``, and another filter's name stays."""
-    return {
-        task: {
-            name.removesuffix(",none"): float(value)
-            for name, value in metrics.items()
-            if "," in name and isinstance(value, (int, float))
-        }
-        for task, metrics in results.items()
-    }
+    numbers = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
+    return {name.removesuffix(",none"): float(n) for name, n in numbers.items() if "," in name}
 
 
 def answer(request: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,4 +116,4 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
             limit=options.limit,
             log_samples=False,
         )
-    return dict(_numbers(results["results"]))
+    return {task: _numbers(metrics) for task, metrics in results["results"].items()}

@@ -246,16 +246,16 @@ class _Widths:
         saved_whole = self._saved(costs[0].num_left)
         num_points = max(self._numbers, default=-1) + 1
         curves = torch.stack([c.curve[:num_points] for c in costs])
+        self._above = whole - curves.T[self._numbers]  # [num_widths, num_consumers]
         shape = (len(self._numbers), self._spare + 1)
         saved, cost = (torch.zeros(shape, dtype=torch.float64) for _ in range(2))
         for i, n in enumerate(self._numbers):
             saved_narrow = self._saved(n)
             saved[i] = saved_narrow.sum()
             cost[i] = curves[:, n].sum()
-            above = whole - curves[:, n]
-            for places in self._cheapest(above, self._spare):
+            for places in self._cheapest(i, self._spare):
                 saved[i, 1:] += (saved_whole - saved_narrow)[places].cumsum(0)
-                cost[i, 1:] += above[places].cumsum(0)
+                cost[i, 1:] += self._above[i, places].cumsum(0)
         if len(cost):
             cost = cost.cummax(dim=0).values.cummax(dim=1).values
         self.saved = saved.flatten()
@@ -264,8 +264,9 @@ class _Widths:
     def _saved(self, number: int) -> Tensor:
         return torch.tensor([c.saved(number) for c in self.costs], dtype=torch.float64)
 
-    def _cheapest(self, above: Tensor, number: int) -> list[Tensor]:
+    def _cheapest(self, width: int, number: int) -> list[Tensor]:
         """Return so many places of each layer, ordered by what experts cost above groups."""
+        above = self._above[width]
         return [places[above[places].argsort(stable=True)[:number]] for places in self._layers]
 
     def without_surplus(self, option: int, wanted: float, others: float) -> int:
@@ -282,7 +283,5 @@ class _Widths:
     def removed(self, option: int) -> tuple[int, set[str]]:
         """Return how many groups every consumer loses, and the consumers of the whole experts."""
         width, num_whole = divmod(option, self._spare + 1)
-        number = self._numbers[width]
-        above = [c.whole - float(c.curve[number]) for c in self.costs]
-        gone = self._cheapest(torch.tensor(above, dtype=torch.float64), num_whole)
-        return number, {self.costs[place].consumer for place in torch.cat(gone).tolist()}
+        gone = torch.cat(self._cheapest(width, num_whole)).tolist()
+        return self._numbers[width], {self.costs[place].consumer for place in gone}

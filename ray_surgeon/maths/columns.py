@@ -1,13 +1,17 @@
-"""Columns replaced one after the other, as SparseGPT and GPTQ do.
+"""Columns replaced one after the other, those to the right making up for each error.
 
-The columns to the right make up for each error.
+SparseGPT prunes so, linear after linear to the same sparsity, and GPTQ rounds so: the Surgeon's
+update with G = I, where a column moves to a number that can be stored instead of to zero. Wanda
+prunes without an update. The curvature is A alone; the bias is left as it is.
 
-Source: Frantar & Alistarh 2023 (arXiv 2301.00774), Frantar et al. 2023 (arXiv 2210.17323). Written
-from their definitions.
+Source: Frantar & Alistarh 2023 (arXiv 2301.00774), algorithm 1; Frantar et al. 2023 (arXiv
+2210.17323); Sun et al. 2023 (arXiv 2306.11695). Written from their definitions. See docs/method.md,
+section 9.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -16,13 +20,21 @@ from torch import Tensor
 from ray_surgeon.maths.curvature import RaisedDamping, raised_damping
 from ray_surgeon.maths.factorised import factorise
 
+BLOCK_SIZE = 128
+"""Columns after which those to the right learn of the errors, rounded up to whole groups.
+
+SparseGPT chooses their mask together.
+"""
+FRACTIONS = tuple(1 - 0.05 * step for step in range(10))
+"""Of the largest scale of rounding, which are tried."""
+
 
 def upper_inverse(
     A: Tensor, damping: float, max_damping: float, name: str
-) -> tuple[Tensor, RaisedDamping | None]:
+) -> tuple[Tensor, tuple[RaisedDamping, ...]]:
     """Return U, the upper Cholesky factor of the inverse of the damped A [C, C].
 
-    The second item is whether it needed more damping.
+    The second item is what it needed of damping beside what was asked.
 
     Inputs that are always zero count as independent, and as strong as the others are in the mean:
     so damping stays what is asked.
@@ -39,7 +51,7 @@ def upper_inverse(
     factor = factorise(A, damping, max_damping, name)
     # With the indices reversed A is L L^T, and U is the inverse of L reversed. A's own inverse may
     # not be positive definite in float32.
-    return factor.inverse_cholesky().flip(0, 1), raised_damping(name, "A", damping, factor)
+    return factor.inverse_cholesky().flip(0, 1), raised_damping(name, A=factor)
 
 
 def replace_columns(
@@ -68,3 +80,137 @@ def replace_columns(
             part[:, c + 1 :] -= torch.outer(errors[:, c], inner[c, c + 1 :])
             part[:, c] = new
         W[:, stop:] -= errors @ U[start:stop, stop:]
+
+
+def _all_but_smallest(scores: Tensor, number: int) -> Tensor:
+    """Return True for all scores [..., n] but so many smallest of each row."""
+    smallest = scores.topk(number, dim=-1, largest=False).indices
+    return torch.ones_like(scores, dtype=torch.bool).scatter_(-1, smallest, False)
+
+
+def _at_least(fraction: float, number: int) -> int:
+    """Return so much of a number, rounded up, as other methods do to reach their target."""
+    return min(number, math.ceil(fraction * number - 1e-6))
+
+
+def wanda(
+    W: Tensor, A_diagonal: Tensor, sparsity: float, n: int, m: int, *, before: Tensor
+) -> Tensor:
+    """Return what Wanda keeps, [R, C] bool.
+
+    It is the largest |W_rc| |X_c| of each row, or of each N:M group.
+
+    Args:
+        W: [R, C] without bias.
+        A_diagonal: [C] sum of squared inputs.
+        sparsity: fraction of each row to prune, if `m` is 1.
+        n: elements that stay in each group.
+        m: elements of a group; 1 for single elements.
+        before: [R, C] bool, what earlier shots kept; what they pruned goes first, also beside
+            weights whose inputs are always zero.
+    """
+    scores = (W.abs() * A_diagonal.sqrt()).masked_fill(~before, -1.0)
+    if m > 1:
+        return _all_but_smallest(scores.reshape(len(W), -1, m), m - n).view(W.shape)
+    return _all_but_smallest(scores, _at_least(sparsity, W.shape[1]))
+
+
+def sparsegpt(
+    W: Tensor, U: Tensor, sparsity: float, n: int, m: int, *, before: Tensor, block_size: int = 128
+) -> tuple[Tensor, Tensor]:
+    """Prune a linear column by column, each removal made up for by the columns to its right.
+
+    The mask of a block of columns is chosen by W_rc^2 / U_cc^2 when the block is reached, one
+    threshold a block; N:M groups choose when their first column is reached.
+
+    Args:
+        W: [R, C] without bias, zero where inputs are always zero; it is overwritten.
+        U: see `upper_inverse`.
+        sparsity: fraction to prune, if `m` is 1.
+        n: elements that stay in each group.
+        m: elements of a group; 1 for single elements.
+        before: [R, C] bool, what earlier shots kept; what they pruned goes first, whatever it
+            became in this one.
+        block_size: columns of a block, rounded up to whole groups.
+
+    Returns:
+        [R, C] new weights, and [R, C] what is kept.
+    """
+    kept = torch.ones_like(W, dtype=torch.bool)
+
+    def prune(start: int, c: int, part: Tensor) -> Tensor:
+        stop = start + part.shape[1]
+        scale = U.diagonal()[start:stop].square()
+        if m == 1 and c == 0:
+            scores = (part.square() / scale).masked_fill(~before[:, start:stop], -1.0).flatten()
+            chosen = _all_but_smallest(scores, _at_least(sparsity, len(scores)))
+            kept[:, start:stop] = chosen.view_as(part)
+        if m > 1 and c % m == 0:
+            scores = part[:, c : c + m].square() / scale[c : c + m]
+            kept[:, start + c : start + c + m] = _all_but_smallest(scores, m - n)
+        return part[:, c] * kept[:, start + c]
+
+    replace_columns(W, U, -(-block_size // m) * m, prune)
+    return W * kept, kept
+
+
+def scales_of(groups: Tensor, weight: Tensor, num_bits: int) -> Tensor:
+    """Return the scale [R] of each row of `groups` [R, size].
+
+    Of several it is the one with the smallest weighted squared error.
+
+    With the largest, the largest number just fits in signed integers; smaller ones cut it off and
+    are finer for all others.
+
+    Args:
+        groups: numbers that share a scale.
+        weight: [size] of the error of each column.
+        num_bits: of the signed integers.
+    """
+    limit = 2.0 ** (num_bits - 1)
+    largest = (groups.abs().amax(dim=1) / (limit - 0.5)).clamp(min=torch.finfo(torch.float32).tiny)
+    candidates = torch.stack([fraction * largest for fraction in FRACTIONS])  # [n, R]
+    rounded = (nearest(groups, scale[:, None], num_bits) for scale in candidates)
+    errors = [((groups - stored).square() * weight).sum(dim=1) for stored in rounded]
+    return candidates.gather(0, torch.stack(errors).argmin(dim=0, keepdim=True))[0]
+
+
+def nearest(x: Tensor, scale: Tensor, num_bits: int) -> Tensor:
+    """Return the numbers that can be stored, integer times scale, nearest to `x`.
+
+    `scale` is broadcast.
+    """
+    limit = 2.0 ** (num_bits - 1)
+    return (x / scale).round().clamp(-limit, limit - 1) * scale
+
+
+def round_columns(W: Tensor, U: Tensor, group_size: int, num_bits: int) -> tuple[Tensor, Tensor]:
+    """Round a matrix so that its outputs on the inputs behind U change least.
+
+    That is as far as one pass over the columns can.
+
+    See `replace_columns`. The scale of a group is chosen when its first column is reached.
+
+    Args:
+        W: [R, C] without bias.
+        U: see `upper_inverse`.
+        group_size: columns that share a scale; it divides C.
+        num_bits: of the signed integers.
+
+    Returns:
+        [R, C] numbers that can be stored, and [R, C / group_size] scales.
+    """
+    W = W.clone()
+    # what an error of each column costs once those to its right answer it
+    importance = U.diagonal().square().reciprocal()
+    scales = W.new_empty(len(W), W.shape[1] // group_size)
+
+    def round_(start: int, c: int, part: Tensor) -> Tensor:
+        group = (start + c) // group_size
+        if c % group_size == 0:
+            weight = importance[start:][c : c + group_size]
+            scales[:, group] = scales_of(part[:, c : c + group_size], weight, num_bits)
+        return nearest(part[:, c], scales[:, group], num_bits)
+
+    replace_columns(W, U, -(-BLOCK_SIZE // group_size) * group_size, round_)
+    return W, scales

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
 
 from ray_surgeon.maths.extended.terms import apply_terms
-from ray_surgeon.maths.kronecker import Term
+from ray_surgeon.maths.kronecker import Terms
 from ray_surgeon.maths.linear import Removal
 
 _RANK_A = 20
@@ -140,9 +141,7 @@ def _dot(X: Tensor, Y: Tensor) -> Tensor:
     return torch.dot(X.view(-1), Y.view(-1))
 
 
-def update_elements(
-    W: Tensor, terms: Sequence[Term], kept: Tensor, update: ElementUpdate
-) -> Removal:
+def update_elements(W: Tensor, terms: Terms, kept: Tensor, update: ElementUpdate) -> Removal:
     """Remove elements and update the kept ones of a linear, all correlations together.
 
     Products with A and G may be taken in a narrower dtype, which is several times faster (see
@@ -197,12 +196,9 @@ def update_elements(
 
 def _product(split: Sequence[tuple[SplitMatrix, SplitMatrix]], X: Tensor) -> Tensor:
     """Return F X, [R, C]."""
-    total, *further = (G.before(A.after(X)) for G, A in split)
-    for term in further:
-        total += term
-    return total
+    return reduce(torch.add, (G.before(A.after(X)) for G, A in split))
 
 
-def _residual(change: Tensor, terms: Sequence[Term], mask: Tensor) -> Tensor:
+def _residual(change: Tensor, terms: Terms, mask: Tensor) -> Tensor:
     """Return minus (F D) on kept elements, [R, C]."""
     return apply_terms(change, terms).mul_(mask).neg_()

@@ -34,13 +34,13 @@ class RaisedDamping:
     float64_retry: bool
 
 
-def raised_damping(
-    linear: str, name: str, damping: float, factor: DampedFactor
-) -> RaisedDamping | None:
-    """Return what a factor of a linear, A or G, needed beside what was asked; None if nothing."""
-    if factor.damping == damping and not factor.float64_retry:
-        return None
-    return RaisedDamping(linear, name, damping, factor.damping, factor.float64_retry)
+def raised_damping(linear: str, **factors: DampedFactor) -> tuple[RaisedDamping, ...]:
+    """Return what factors of a linear, A or G, needed beside what was asked."""
+    return tuple(
+        RaisedDamping(linear, name, factor.asked, factor.damping, factor.float64_retry)
+        for name, factor in factors.items()
+        if factor.damping != factor.asked or factor.float64_retry
+    )
 
 
 @dataclass(frozen=True)
@@ -123,10 +123,7 @@ class LinearCurvature:
     @property
     def raised_damping(self) -> tuple[RaisedDamping, ...]:
         """Factorisations that needed more than was asked for."""
-        factors = (("A", self.damping.a, self.A), ("G", self.damping.g, self.G))
-        return tuple(
-            event for factor in factors if (event := raised_damping(self.name, *factor)) is not None
-        )
+        return raised_damping(self.name, A=self.A, G=self.G)
 
     @property
     def is_extended(self) -> bool:

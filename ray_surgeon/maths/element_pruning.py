@@ -14,7 +14,7 @@ from torch import Tensor
 from ray_surgeon.maths.conjugate import ElementUpdate, update_elements
 from ray_surgeon.maths.curvature import Clipping, LinearCurvature, RaisedDamping
 from ray_surgeon.maths.kronecker import Damping
-from ray_surgeon.maths.linear import Linear, Part, Removal
+from ray_surgeon.maths.linear import Linear, Pair, Part, Removal
 from ray_surgeon.maths.masks import ElementMask
 from ray_surgeon.maths.threshold import check_costs
 
@@ -66,21 +66,26 @@ def find_elements(linear: Linear, units: ElementUnits, costs: str) -> ElementCan
     """
     live = linear.live
     curvature = linear.curvature(live)
-    row_scale, column_scale = _scales(linear, live, *curvature.element_scales(costs))
-    by_group = linear.W.new_zeros(0)
+    rows, columns = _scales(linear, live, *curvature.element_scales(costs))
     choice = linear.W.new_zeros(0, dtype=torch.int64)
+    by_group = linear.W.new_zeros(0)
     if units.m > 1 and units.joint and costs == "obs":
-        by_group, choice = _joint_group_costs(linear, live, curvature, units)
+        alive = live.columns[: linear.num_inputs]
+        places = torch.where(alive, alive.cumsum(0) - 1, -1).view(-1, units.m)
+        by_group = linear.W.new_zeros(len(linear.W), len(places))
+        choice = torch.zeros_like(by_group, dtype=torch.int64)
+        if alive.any():
+            W = linear.W[live.rows][:, : linear.num_inputs] * alive
+            best = group_costs(W, *curvature.inverse_blocks(places), units.n, units.m)
+            by_group[live.rows], choice[live.rows] = best
     elif units.m > 1:
-        single = element_costs(linear.W, row_scale, column_scale)[:, : linear.num_inputs]
+        single = element_costs(linear.W, rows, columns)[:, : linear.num_inputs]
         by_group, choice = summed_group_costs(single, units.n, units.m)
     about = live, curvature.used_damping, curvature.raised_damping, curvature.clipping
-    return ElementCandidates(row_scale, column_scale, by_group, choice, *about)
+    return ElementCandidates(rows, columns, by_group, choice, *about)
 
 
-def _scales(
-    linear: Linear, live: Part, row_scale: Tensor, column_scale: Tensor
-) -> tuple[Tensor, Tensor]:
+def _scales(linear: Linear, live: Part, row_scale: Tensor, column_scale: Tensor) -> Pair:
     """Put scales of the live part into those of the whole linear, with zeros for the rest."""
     if row_scale.shape[1] != 1:
         scale = live.put(row_scale * column_scale, torch.zeros_like(linear.W))
@@ -90,20 +95,6 @@ def _scales(
     rows[live.rows] = row_scale
     columns[:, live.columns] = column_scale
     return rows, columns
-
-
-def _joint_group_costs(
-    linear: Linear, live: Part, curvature: LinearCurvature, units: ElementUnits
-) -> tuple[Tensor, Tensor]:
-    alive = live.columns[: linear.num_inputs]
-    places = torch.where(alive, alive.cumsum(0) - 1, -1).view(-1, units.m)
-    by_group = linear.W.new_zeros(len(linear.W), len(places))
-    choice = torch.zeros_like(by_group, dtype=torch.int64)
-    if alive.any():
-        W = linear.W[live.rows][:, : linear.num_inputs] * alive
-        blocks = curvature.inverse_blocks(places)
-        by_group[live.rows], choice[live.rows] = group_costs(W, *blocks, units.n, units.m)
-    return by_group, choice
 
 
 def unit_costs(
@@ -195,9 +186,7 @@ def group_patterns(n: int, m: int) -> Tensor:
     return torch.tensor(list(combinations(range(m), m - n)))
 
 
-def group_costs(
-    W: Tensor, inverse_blocks: Tensor, row_factor: Tensor, n: int, m: int
-) -> tuple[Tensor, Tensor]:
+def group_costs(W: Tensor, inverse_blocks: Tensor, row_factor: Tensor, n: int, m: int) -> Pair:
     """Exact joint cost of the best pattern of every N:M group: 1/2 w_P ([F^-1]_PP)^-1 w_P^T.
 
     Args:
@@ -226,7 +215,7 @@ def group_costs(
     return best, choice
 
 
-def summed_group_costs(costs: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
+def summed_group_costs(costs: Tensor, n: int, m: int) -> Pair:
     """Cost of every N:M group: the sum of its ``m - n`` smallest single costs.
 
     This is the paper's choice.

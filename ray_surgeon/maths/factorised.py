@@ -1,6 +1,6 @@
-"""Factors that are damped and factorised, and what follows from their inverses.
+"""Factors that are damped and factorised, and inverses from which rows and columns are eliminated.
 
-Source: docs/method.md, section 2.
+Source: docs/method.md, sections 2, 3 and 8.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ class DampedFactor:
 
     matrix: Tensor  # [n, n] the damped factor
     cholesky: Tensor  # [n, n] lower L with L L^T = matrix
-    damping: float  # the damping that was needed, at least the one asked for
+    asked: float  # the damping that was asked for
+    damping: float  # the one that was needed
     # whether the factorisation at the dtype of the input failed and float64 was used
     float64_retry: bool
 
@@ -135,7 +136,7 @@ def factorise(matrix: Tensor, damping: float, max_damping: float, name: str) -> 
     while True:
         factor, failed = torch.linalg.cholesky_ex(damp_(matrix, current))
         if not failed:
-            return DampedFactor(matrix, factor, current, float64_retry=False)
+            return DampedFactor(matrix, factor, damping, current, float64_retry=False)
         matrix.diagonal().copy_(diagonal)
         del factor  # of a large matrix a float64 one has no room beside it
         factor, failed = torch.linalg.cholesky_ex(
@@ -143,7 +144,8 @@ def factorise(matrix: Tensor, damping: float, max_damping: float, name: str) -> 
         )
         if not failed:
             factor = factor.to(matrix.dtype)
-            return DampedFactor(damp_(matrix, current), factor, current, float64_retry=True)
+            damp_(matrix, current)
+            return DampedFactor(matrix, factor, damping, current, float64_retry=True)
         raised = max(current * 10.0, 1e-8)
         if raised > max_damping:
             raise FloatingPointError(
@@ -152,3 +154,73 @@ def factorise(matrix: Tensor, damping: float, max_damping: float, name: str) -> 
                 "raise damping or max_damping of the job spec, or give more calibration tokens"
             )
         current = raised
+
+
+class DowndatedInverse:
+    """The inverse M of a damped factor from which rows and columns are eliminated.
+
+    M -= M_:Q (M_QQ)^-1 M_Q:, without M itself.
+
+    Costs need only diagonal blocks of M, and an elimination only the columns it eliminates: both
+    follow from the Cholesky factor and from the V with M = L^-T L^-1 - V^T V that the eliminations
+    so far have left.
+    """
+
+    def __init__(self, factor: DampedFactor, sets: Tensor) -> None:
+        """Start with nothing eliminated.
+
+        Args:
+            factor: [n, n].
+            sets: [num_sets, w] indices of the diagonal blocks that are wanted.
+        """
+        self._factor = factor
+        n = len(factor.cholesky)
+        self._sets = sets
+        self.blocks = factor.inverse_blocks(sets)  # [num_sets, w, w]
+        self._V = factor.cholesky.new_empty(0, n)
+        self._k = 0
+        self._is_gone = torch.zeros(n, dtype=torch.bool, device=factor.cholesky.device)
+
+    def of_part(self, left: Tensor, sets: Tensor) -> DowndatedInverse:
+        """Return the same for the indices that are left, [n] bool; `sets` count among them."""
+        return DowndatedInverse(self._factor.part(left), sets)
+
+    @property
+    def diagonal(self) -> Tensor:
+        """The entries [num_sets] of sets of one."""
+        return self.blocks[:, 0, 0]
+
+    def eliminate(self, Q: Tensor) -> Tensor:
+        """Eliminate rows and columns [q], and return Y = (M_QQ)^-1 M_Q: [q, n].
+
+        The block of a set that is gone becomes the identity.
+        """
+        V = self._V[: self._k]
+        columns = self._factor.inverse_columns(Q).addmm_(V.T, V[:, Q], alpha=-1)
+        K = root(columns[Q])
+        X = solve_lower(K, columns.T)
+        self._remember(X)
+        self.blocks -= squares(X.T[self._sets])
+        gone = self._is_gone.index_fill_(0, Q, True)[self._sets].all(dim=1)
+        self.blocks[gone] = torch.eye(self._sets.shape[1], dtype=X.dtype, device=X.device)
+        return solve_lower(K, X, transposed=True)
+
+    def _remember(self, X: Tensor) -> None:
+        k = self._k + len(X)
+        if k > len(self._V):
+            longer = X.new_empty(min(max(k, 2 * self._k), X.shape[1]), X.shape[1])
+            longer[: self._k] = self._V[: self._k]
+            self._V = longer
+        self._V[self._k : k] = X
+        self._k = k
+
+
+def root(block: Tensor) -> Tensor:
+    """Return a lower L with L L^T = block, which rounding may have made indefinite."""
+    L: Tensor
+    L, failed = torch.linalg.cholesky_ex(block)
+    if failed:
+        values, vectors = torch.linalg.eigh(block.double())
+        values = values.clamp(min=1e-7 * float(values[-1].clamp(min=1e-30)))
+        L = torch.linalg.qr((vectors * values.sqrt()).T).R.T.to(block.dtype)
+    return L

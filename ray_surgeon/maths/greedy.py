@@ -21,9 +21,8 @@ import math
 import torch
 from torch import Tensor
 
-from ray_surgeon.maths.downdated import DowndatedInverse, root
-from ray_surgeon.maths.factorised import DampedFactor
-from ray_surgeon.maths.linear import Part
+from ray_surgeon.maths.factorised import DampedFactor, DowndatedInverse, root
+from ray_surgeon.maths.linear import Pair, Part
 from ray_surgeon.maths.products import product
 from ray_surgeon.maths.threshold import check_costs
 
@@ -52,13 +51,7 @@ class GreedyPath:
     """
 
     def __init__(
-        self,
-        W: Tensor,
-        A: DampedFactor,
-        G: DampedFactor,
-        may_prune_rows: Tensor,
-        may_prune_sets: Tensor,
-        sets: Tensor | None = None,
+        self, W: Tensor, A: DampedFactor, G: DampedFactor, allowed: Pair, sets: Tensor | None = None
     ) -> None:
         """Start with everything alive.
 
@@ -66,18 +59,17 @@ class GreedyPath:
             W: [R, C] alive weights.
             A: [C, C].
             G: [R, R].
-            may_prune_rows: [R] bool. If no row may be, rows have no costs, and what only these need
-                is left out.
-            may_prune_sets: [num_sets] bool, likewise.
+            allowed: rows [R] bool and sets [num_sets] bool that may be pruned. If no row may be,
+                rows have no costs, and what only these need is left out; sets likewise.
             sets: [num_sets, width] columns that are pruned together; single ones if None.
         """
         self.W = W.clone()
         self.rows, self.columns = (W.new_ones(n, dtype=torch.bool) for n in W.shape)
         every_row, every_column = (torch.arange(n, device=W.device)[:, None] for n in W.shape)
         self.sets = every_column if sets is None else sets
-        self.may_prune = torch.cat([may_prune_rows, may_prune_sets]).cpu()
-        num_rows = len(W) if may_prune_rows.any() else 0
-        num_sets = len(self.sets) if may_prune_sets.any() else 0
+        self.may_prune = torch.cat(allowed).cpu()
+        num_rows = len(W) if allowed[0].any() else 0
+        num_sets = len(self.sets) if allowed[1].any() else 0
         self._row_numbers = torch.arange(num_rows, device=W.device)
         self._set_numbers = torch.arange(len(W), len(W) + num_sets, device=W.device)
         if num_rows:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -151,6 +151,8 @@ def with_ones(x: Tensor) -> Tensor:
 
 Term = tuple[Tensor, Tensor]
 """G_r [R, R] and A_r [C, C] of a Kronecker product."""
+Terms = Sequence[Term]
+"""A sum of them."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,9 @@ from ray_surgeon.maths.curvature import LinearCurvature
 from ray_surgeon.maths.kronecker import Damping, PackedFactors
 from ray_surgeon.maths.masks import StructuredMask
 
+Pair = tuple[Tensor, Tensor]
+"""Two tensors that belong together, such as one of rows and one of columns."""
+
 
 @dataclass(frozen=True)
 class Part:
@@ -57,12 +60,11 @@ class Linear:
 
     def nonzero(self, kept: StructuredMask) -> Part:
         """Return the kept ones of the live rows and columns in which a weight is not zero."""
-        live = self.live
         W = self.W
-        return Part(
-            live.rows & kept.rows.to(W.device) & (W != 0).any(dim=1),
-            live.columns & kept.columns.to(W.device) & (W != 0).any(dim=0),
-        )
+        live = self.live
+        rows = live.rows & kept.rows.to(W.device) & (W != 0).any(dim=1)
+        columns = live.columns & kept.columns.to(W.device) & (W != 0).any(dim=0)
+        return Part(rows, columns)
 
     def curvature(self, part: Part, damping: Damping | None = None) -> LinearCurvature:
         """Return the damped curvature of a part; `damping` replaces that of the linear."""

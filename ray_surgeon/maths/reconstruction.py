@@ -78,11 +78,6 @@ class Reconstructed:
     before: float
     after: float  # of the trained layer, even if it was worse and the layer stayed as it was
 
-    @property
-    def is_better(self) -> bool:
-        """Whether the trained layer was better on what was held aside, so that it was taken."""
-        return self.after < self.before
-
 
 def reconstruct(
     layer: FeedForward,

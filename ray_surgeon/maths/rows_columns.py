@@ -25,9 +25,8 @@ def _correlation(matrix: Tensor, to_prune: Tensor, name: str) -> Tensor:
     """
     kept = (~to_prune).nonzero()
     pruned = to_prune.nonzero()[:, 0]
-    L = factorise(
-        matrix[kept, kept[:, 0]], 0.0, 0.0, f"{name} (kept part, damped already)"
-    ).cholesky
+    part = f"{name} (kept part, damped already)"
+    L = factorise(matrix[kept, kept[:, 0]], 0.0, 0.0, part).cholesky
     return solve_lower(L, solve_lower(L, matrix[kept, pruned]), transposed=True)
 
 
@@ -170,9 +169,8 @@ def column_removal_cost(change: Tensor, A: Tensor, G: Tensor, removed: Tensor) -
         G: [R, R].
         removed: [C] bool.
     """
-    return 0.5 * float(
-        (product(G, change[:, removed]) * product(change, A[:, removed])).sum(dtype=change.dtype)
-    )
+    costs = product(G, change[:, removed]) * product(change, A[:, removed])
+    return 0.5 * float(costs.sum(dtype=change.dtype))
 
 
 def quadratic_cost(change: Tensor, A: Tensor, G: Tensor) -> float:

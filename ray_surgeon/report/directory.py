@@ -27,6 +27,10 @@ _BEFORE_A_RUN = (".writable", "attempt", "spec.yaml", "source")
 """
 
 
+Record = Mapping[str, Any]
+"""What becomes JSON: a report, an entry of one, fingerprints."""
+
+
 class TakenOverError(RuntimeError):
     """Another try of the run has begun in its folder."""
 
@@ -96,7 +100,7 @@ class RunDirectory:
         report: dict[str, Any] = store.read_json(self.path("report.json"))
         return report
 
-    def report_if_finished(self, spec: Mapping[str, Any]) -> dict[str, Any] | None:
+    def report_if_finished(self, spec: Record) -> dict[str, Any] | None:
         """Return the report if a run of this very spec has ended here and lies here whole."""
         try:
             report = self.report()
@@ -120,7 +124,7 @@ class RunDirectory:
         store.write_text(probe, "")
         store.remove(probe)
 
-    def start(self, spec_yaml: str, fingerprints: Mapping[str, Any]) -> None:
+    def start(self, spec_yaml: str, fingerprints: Record) -> None:
         """Take the folder for this try, and remove what a killed process left half written.
 
         The run may be new, or go on.
@@ -169,7 +173,7 @@ class RunDirectory:
         events = map(json.loads, self._events)
         return [event["facts"] for event in events if event["step"] == "retry"]
 
-    def add_event(self, event: Mapping[str, Any]) -> None:
+    def add_event(self, event: Record) -> None:
         """Append to events.jsonl.
 
         Object stores cannot append, so there the whole file is written again, now and then.
@@ -198,9 +202,7 @@ class RunDirectory:
         """Return the URI of a shot's folder, e.g. ``shots/0003``."""
         return self.path("shots", f"{index:04d}")
 
-    def commit_shot(
-        self, index: int, files: Sequence[SavedFile], record: Mapping[str, Any]
-    ) -> None:
+    def commit_shot(self, index: int, files: Sequence[SavedFile], record: Record) -> None:
         """Make a shot exist: write its manifest. Raises as `check_attempt` does."""
         self.check_attempt()
         entries = [
@@ -258,7 +260,7 @@ class RunDirectory:
                 "shot from the one before, if that still has its tensors"
             )
 
-    def write_report(self, report: Mapping[str, Any]) -> None:
+    def write_report(self, report: Record) -> None:
         """Write report.json, and the events so far."""
         self.write_events()
         store.write_json(self.path("report.json"), report)

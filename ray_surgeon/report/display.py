@@ -32,9 +32,7 @@ class Display:
         """Prepare the bars."""
         self._console = console
         self._name = name
-        live = console is not None and (
-            console.is_terminal or (console.is_jupyter and _has_widgets())
-        )
+        live = bool(console and (console.is_terminal or (console.is_jupyter and _has_widgets())))
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),

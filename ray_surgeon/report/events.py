@@ -1,4 +1,7 @@
-"""Steps of a run: each is named once, measured, and emits its event when it ends."""
+"""Steps of a run: each is named once, measured, and emits its event when it ends.
+
+Events set the metrics of a running job, ``ray_surgeon_*`` in Prometheus; `Recorder` passes them on.
+"""
 
 from __future__ import annotations
 
@@ -32,10 +35,8 @@ class Event:
     @property
     def line(self) -> str:
         """One line of the log, e.g. ``shot 1/3  curvature  61.2 s  tokens_per_s=134``."""
-        facts = "  ".join(
-            f"{key}={value:.6g}" if isinstance(value, float) else f"{key}={value}"
-            for key, value in self.facts.items()
-        )
+        shown = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in self.facts.items()}
+        facts = "  ".join(f"{key}={value}" for key, value in shown.items())
         return f"{_place(self)} {self.seconds:7.1f} s  {facts}"
 
 
@@ -87,15 +88,13 @@ class Steps:
     """``with step("curvature", shot) as facts:`` measures a step and emits its event when it ends.
 
     Attributes:
-        seconds: step of the present shot -> wall clock.
-        cpu_seconds: step -> CPU time of all processes.
-        worker_seconds: step -> how long each worker was busy, in the order of `placement.workers`.
-        peak_rss_bytes: of the workers' processes together since they started.
-        peak_gpu_bytes: of their GPUs' memory together in this shot.
-        packing_seconds: step -> how long each worker took to pack and unpack what goes between
-            workers, in the same order.
-        peaks: step -> peak bytes of each worker in it, in the same order: on a GPU of its memory,
-            else anonymous ones of its process.
+        record: what the report says of the present shot's steps. ``seconds`` (wall clock),
+            ``cpu_seconds`` (of all processes), ``worker_seconds`` (how long each worker was busy,
+            in the order of `placement.workers`) and ``packing_seconds`` (how long each took to pack
+            and unpack what goes between workers) are by step. So is ``peak_bytes``: the peak of
+            each worker, on a GPU of its memory, else of anonymous memory of its process.
+            ``peak_rss_bytes`` is of the workers' processes together since they started,
+            ``peak_gpu_bytes`` of their GPUs' memory together in this shot.
     """
 
     def __init__(
@@ -111,12 +110,9 @@ class Steps:
 
     def new_shot(self) -> None:
         """Forget the steps of the shot before."""
-        self.seconds: dict[str, float] = {}
-        self.cpu_seconds: dict[str, float] = {}
-        self.worker_seconds: dict[str, list[float]] = {}
-        self.packing_seconds: dict[str, list[float]] = {}
-        self.peaks: dict[str, list[int]] = {}
-        self.peak_rss_bytes = self.peak_gpu_bytes = 0
+        by_step = ("seconds", "cpu_seconds", "worker_seconds", "packing_seconds")
+        self.record: dict[str, Any] = {name: {} for name in by_step}
+        self.record |= {"peak_rss_bytes": 0, "peak_gpu_bytes": 0, "peak_bytes": {}}
 
     @contextmanager
     def __call__(self, name: str, shot: int = 0) -> Iterator[dict[str, Fact]]:
@@ -128,20 +124,22 @@ class Steps:
         before = self._usages()
         yield facts
         after = self._usages()
-        self.seconds[name] = time.perf_counter() - wall
-        self.cpu_seconds[name] = _total(after, "cpu_s") - _total(before, "cpu_s")
+        seconds = time.perf_counter() - wall
         pairs = list(zip(before[1:], after[1:], strict=True))
-        self.worker_seconds[name] = [round(b.busy_s - a.busy_s, 3) for a, b in pairs]
-        self.packing_seconds[name] = [round(b.packing_s - a.packing_s, 3) for a, b in pairs]
-        self.peak_rss_bytes = _total(after[1:], "peak_rss_bytes")
+        busy = [round(b.busy_s - a.busy_s, 3) for a, b in pairs]
         gpu = largest_of_processes(after, "peak_gpu_bytes")
         anonymous = largest_of_processes(after, "peak_anonymous_bytes")
-        self.peak_gpu_bytes = max(self.peak_gpu_bytes, sum(gpu.values()))
-        self.peaks[name] = [gpu[usage.process] or anonymous[usage.process] for usage in after[1:]]
+        record = self.record
+        record["seconds"][name] = seconds
+        record["cpu_seconds"][name] = _total(after, "cpu_s") - _total(before, "cpu_s")
+        record["worker_seconds"][name] = busy
+        record["packing_seconds"][name] = [round(b.packing_s - a.packing_s, 3) for a, b in pairs]
+        record["peak_rss_bytes"] = _total(after[1:], "peak_rss_bytes")
+        record["peak_gpu_bytes"] = max(record["peak_gpu_bytes"], sum(gpu.values()))
+        record["peak_bytes"][name] = [gpu[u.process] or anonymous[u.process] for u in after[1:]]
         if "num_tokens" in facts:
-            facts["tokens_per_s"] = float(facts.pop("num_tokens")) / self.seconds[name]
-        seconds = round(self.seconds[name], 3)
-        event = Event(name, shot, self._num_shots, seconds, facts, self.worker_seconds[name])
+            facts["tokens_per_s"] = float(facts.pop("num_tokens")) / seconds
+        event = Event(name, shot, self._num_shots, round(seconds, 3), facts, busy)
         self._run.add_event(asdict(event) | {"time": time.time()})
         self._listen(event)
 
@@ -168,3 +166,88 @@ def largest_of_processes(usages: list[Usage], field: str) -> dict[str, Any]:
 
 def _total(usages: list[Usage], field: str) -> Any:
     return sum(largest_of_processes(usages, field).values())
+
+
+GAUGES = {
+    "shot": "Shot that the last step belonged to",
+    "num_shots": "Shots of the job",
+    "sparsity": "Removed fraction of the parameters of the blocks' linears",
+    "perplexity": "Perplexity of the last evaluation",
+    "divergence": "Divergence from the dense model in the last evaluation, in nats per token",
+    "tokens_per_s": "Calibration tokens per second of the last curvature pass",
+    "step_seconds": "Seconds of the last such step",
+    "worker_busy_seconds": "Seconds of the last such step that a worker was busy",
+    "efficiency": "Fraction of the last such step in which the workers were busy, on average",
+    "parameters": "Parameters of the model after the last shot, zeros not counted",
+    "peak_rss_bytes": "Peak resident memory of all workers together",
+    "export_bytes": "Bytes of the weights of an export",
+}
+"""Name -> description."""
+COUNTERS = {"steps": "Steps that have ended", "retries": "Losses after which the run went on"}
+"""Likewise."""
+_TAGS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("perplexity", "divergence"), ("text",)),
+    **dict.fromkeys(("step_seconds", "efficiency", "steps"), ("step",)),
+    "worker_busy_seconds": ("step", "worker"),
+    "export_bytes": ("kind",),
+    "retries": ("cause",),
+}
+"""Name of a metric -> its own tags, if it has some."""
+
+Reading = tuple[str, float, dict[str, str]]
+"""(name, value, its own tags)"""
+
+
+def readings(event: Event) -> Iterator[Reading]:
+    """Yield what an event says about each metric."""
+    if event.step == "retry":
+        yield "retries", 1.0, {"cause": str(event.facts["cause"])}
+        return
+    step = {"step": event.step}
+    yield "steps", 1.0, step
+    yield "shot", event.shot, {}
+    yield "num_shots", event.num_shots, {}
+    yield "step_seconds", event.seconds, step
+    for worker, seconds in enumerate(event.worker_seconds):
+        yield "worker_busy_seconds", seconds, {**step, "worker": str(worker)}
+    if event.worker_seconds and event.seconds:
+        offered_s = len(event.worker_seconds) * event.seconds
+        yield "efficiency", sum(event.worker_seconds) / offered_s, step
+    for name, value in event.facts.items():
+        metric, _, text = name.partition(" ")
+        if metric in ("perplexity", "divergence"):
+            yield metric, float(value), {"text": text}
+        elif name == "size_bytes":
+            yield "export_bytes", float(value), {"kind": str(event.facts["kind"])}
+        elif name in ("sparsity", "tokens_per_s", "parameters", "peak_rss_bytes"):
+            yield name, float(value), {}
+
+
+class Recorder:
+    """The gauges and counters of a run; Ray exports its own as ``ray_surgeon_*``.
+
+    The process that holds them must belong to Ray.
+    """
+
+    def __init__(self, run: str, gauge: Callable[..., Any], counter: Callable[..., Any]) -> None:
+        """Register them; the name of the run is a tag of all.
+
+        Args:
+            run: its name.
+            gauge: makes one of a name, a description and names of tags, as `ray.util.metrics` does.
+            counter: likewise.
+        """
+        self._run = run
+        self._gauges, self._counters = (
+            {n: new(f"surgeon_{n}", text, ("run", *_TAGS.get(n, ()))) for n, text in texts.items()}
+            for new, texts in ((gauge, GAUGES), (counter, COUNTERS))
+        )
+
+    def record(self, event: Event) -> None:
+        """Set the gauges and add to the counters that an event says something of."""
+        for name, value, tags in readings(event):
+            with_run = {"run": self._run, **tags}
+            if name in self._gauges:
+                self._gauges[name].set(value, with_run)
+            else:
+                self._counters[name].inc(value, with_run)

@@ -17,7 +17,6 @@ from ray_surgeon.report import plots, progress
 from ray_surgeon.report.directory import RunDirectory
 from ray_surgeon.storage import files
 
-_TEMPLATE = Path(__file__).with_name("html_report.html.jinja")
 _PAGE_EVERY_S = 60.0
 
 
@@ -38,14 +37,10 @@ def _steps(shots: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         busy = [shot.get("worker_seconds", {}).get(name, []) for shot in with_step]
         walls = [shot["seconds"][name] for shot in with_step]
         offered = sum(len(of_workers) * wall for of_workers, wall in zip(busy, walls, strict=True))
-        steps.append(
-            {
-                "name": name,
-                "wall_s": sum(walls),
-                "cpu_s": sum(shot["cpu_seconds"][name] for shot in with_step),
-                "efficiency": sum(map(sum, busy)) / offered if offered else 0.0,
-            }
-        )
+        step = {"name": name, "wall_s": sum(walls)}
+        step["cpu_s"] = sum(shot["cpu_seconds"][name] for shot in with_step)
+        step["efficiency"] = sum(map(sum, busy)) / offered if offered else 0.0
+        steps.append(step)
     return steps
 
 
@@ -76,22 +71,24 @@ def page(records: Sequence[Mapping[str, Any]]) -> str:
     Args:
         records: contents of report.json; of runs that have not ended, too.
     """
+    context: dict[str, Any] = {"records": records, "progress": progress, "plots": plots}
+    context |= {"drawn": _drawn, "steps_of": _steps, "damping_of": _damping}
+    return rendered("html_report.html.jinja", **context)
+
+
+def rendered(template: str, **context: Any) -> str:
+    """Return the text of a template of this folder."""
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=jinja2.select_autoescape(["html.jinja"]),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
     )
     environment.filters |= {
         "excerpt": excerpt,
         "yaml": functools.partial(yaml.safe_dump, sort_keys=False),
     }
-    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(
-        records=records,
-        progress=progress,
-        plots=plots,
-        drawn=_drawn,
-        steps_of=_steps,
-        damping_of=_damping,
-    )
+    return environment.get_template(template).render(context)
 
 
 class LivePage:

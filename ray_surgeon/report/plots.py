@@ -8,10 +8,9 @@ import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from cycler import cycler
-from matplotlib import rc_context
+from matplotlib import rc_context, rcParams
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, MaxNLocator
@@ -19,29 +18,15 @@ from matplotlib.ticker import LogFormatter, MaxNLocator
 from ray_surgeon.report.progress import has_generation, texts_of
 from ray_surgeon.storage import files
 
-T = TypeVar("T")
+Records = Sequence[Mapping[str, Any]]
+"""Contents of report.json, or entries of one."""
 
 FORMATS = ("png", "svg", "pdf")
 
 _MARKERS = "osD^vP*X<>"
 _INK = "#010101"
-"""Nearly black: what a page replaces by its own colour of text, which is light in the dark."""
-_COLORS = ("#4c8bd6", "#e4743a", "#3fa66b", "#b565c9", "#c9a227", "#d6516e", "#3aa6a6", "#8a8a8a")
-"""Told apart on white and on black."""
+"""What a page replaces by its own colour of text, see plots.mplstyle."""
 _SOFT: dict[str, Any] = {"color": "#808080", "alpha": 0.3, "linewidth": 0.5}
-_STYLE: dict[Any, Any] = {
-    **dict.fromkeys(
-        ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _INK
-    ),
-    "axes.facecolor": "none",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.prop_cycle": cycler(color=_COLORS),
-    "legend.frameon": False,
-    "legend.fontsize": 7,
-    "font.size": 9,
-}
-
 _OF_LINEARS = "sparsity of the blocks' linears, %"
 _HIGHEST = 8.0
 """Times the dense perplexity above which a value is not drawn.
@@ -50,7 +35,7 @@ Such a model has collapsed, and would press all the rest into one line.
 """
 
 
-_styled = rc_context(_STYLE)
+_styled = rc_context(fname=Path(__file__).with_name("plots.mplstyle"))
 
 
 def save(figure: Figure, uri: str) -> None:
@@ -97,18 +82,19 @@ def _axes(x_label: str, y_label: str, height: float = 4.0) -> tuple[Figure, Axes
 
 def _draw_curve(axes: Axes, number: int, points: Sequence[tuple[float, float]], label: str) -> None:
     """Draw the line of a run; its number makes it look the same in every figure."""
+    colors = rcParams["axes.prop_cycle"].by_key()["color"]
     axes.plot(
         *zip(*points, strict=True),
         marker=_MARKERS[number % len(_MARKERS)],
         markersize=4,
         linewidth=1.4,
         label=label,
-        color=_COLORS[number % len(_COLORS)],
+        color=colors[number % len(colors)],
     )
 
 
 @_styled
-def perplexity_figure(records: Sequence[Mapping[str, Any]], text: str) -> Figure:
+def perplexity_figure(records: Records, text: str) -> Figure:
     """Plot perplexity against sparsity, one line a run, with the dense model at zero.
 
     Lines that leave the plot say how far.
@@ -145,17 +131,13 @@ def perplexity_figure(records: Sequence[Mapping[str, Any]], text: str) -> Figure
     return figure
 
 
-@_styled
-def acceptance_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
+def acceptance_figure(records: Records) -> Figure:
     """Plot the acceptance rate against sparsity, one line a run; runs without it are left out."""
     figure, axes = _axes(_OF_LINEARS, "acceptance rate")
     lowest = 1.0
     for number, record in enumerate(records):
-        measured = [
-            (100 * s["sparsity"], s["generation"]["acceptance"])
-            for s in record["shots"]
-            if s.get("generation")
-        ]
+        shots = [shot for shot in record["shots"] if shot.get("generation")]
+        measured = [(100 * s["sparsity"], s["generation"]["acceptance"]) for s in shots]
         if measured:
             _draw_curve(axes, number, [(0.0, 1.0), *measured], str(record["spec"]["name"]))
             lowest = min(lowest, *(y for _, y in measured))
@@ -165,7 +147,7 @@ def acceptance_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def by_block(linears: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[float]]]:
+def by_block(linears: Records) -> tuple[list[str], list[list[float]]]:
     """Return the kinds of linears, and per kind the mean sparsity in every block.
 
     It is not a number where a block has none.
@@ -175,30 +157,23 @@ def by_block(linears: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list
     return list(kinds), list(kinds.values())
 
 
-def by_expert(linears: Sequence[Mapping[str, Any]]) -> list[list[float]]:
+def by_expert(linears: Records) -> list[list[float]]:
     """Return, for every expert, the mean sparsity of its linears in every block.
 
     Nothing if there are no experts.
     """
-
-    def number_of(name: str) -> int | None:
-        match = re.search(r"\.(\d+)\.", name)
-        return None if match is None else int(match[1])
-
-    experts = _by_place(linears, number_of)
-    return [experts[number] for number in sorted(experts)]
+    experts = _by_place(linears, lambda name: next(iter(re.findall(r"\.(\d+)\.", name)), None))
+    return [experts[number] for number in sorted(experts, key=int)]
 
 
-def _by_place(
-    linears: Sequence[Mapping[str, Any]], place_of: Callable[[str], T | None]
-) -> dict[T, list[float]]:
+def _by_place(linears: Records, place_of: Callable[[str], str | None]) -> dict[str, list[float]]:
     """Return the mean sparsity in every block of the linears that share a place in their block.
 
     Args:
         linears: entries of report.json.
         place_of: takes a linear's name in its block; None leaves the linear out.
     """
-    places: dict[T, dict[int, list[float]]] = {}
+    places: dict[str, dict[int, list[float]]] = {}
     for linear in linears:
         match = re.fullmatch(r".*?\.(\d+)\.(.+)", linear["name"])
         assert match is not None, f"{linear['name']} is in no block"
@@ -207,7 +182,7 @@ def _by_place(
             blocks = places.setdefault(place, {})
             blocks.setdefault(int(match[1]), []).append(linear["sparsity"])
     num_blocks = 1 + max((block for blocks in places.values() for block in blocks), default=-1)
-    means = dict[T, list[float]]()
+    means = dict[str, list[float]]()
     for place, blocks in places.items():
         values = [blocks.get(block, []) for block in range(num_blocks)]
         means[place] = [sum(part) / len(part) if part else math.nan for part in values]
@@ -227,8 +202,7 @@ def _heat_map(
     return figure, axes
 
 
-@_styled
-def depth_figure(linears: Sequence[Mapping[str, Any]]) -> Figure:
+def depth_figure(linears: Records) -> Figure:
     """Plot sparsity by block and kind of linear as a heat map (The LLM Surgeon, figure 4)."""
     kinds, sparsities = by_block(linears)
     highest = max(0.05, *(v for row in sparsities for v in row if v == v))
@@ -243,15 +217,7 @@ def _short(kinds: Sequence[str]) -> list[str]:
     return [kind if last.count(part) > 1 else part for kind, part in zip(kinds, last, strict=True)]
 
 
-@_styled
-def expert_figure(sparsities: Sequence[Sequence[float]]) -> Figure:
-    """Plot what `by_expert` returns as a heat map: 1 is an expert that is gone."""
-    height = min(8.0, 1.4 + 0.12 * len(sparsities))
-    return _heat_map(sparsities, "expert", height)[0]
-
-
-@_styled
-def time_figure(shots: Sequence[Mapping[str, Any]]) -> Figure:
+def time_figure(shots: Records) -> Figure:
     """Plot the time of every step of every shot, stacked, and all workers' peak memory."""
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     times, memory = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
@@ -278,20 +244,22 @@ def time_figure(shots: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def quality_figures(records: Sequence[Mapping[str, Any]]) -> dict[str, Figure]:
+@_styled
+def quality_figures(records: Records) -> dict[str, Figure]:
     """Return acceptance, if it is known, and perplexity on every text against sparsity, by name."""
     figures = {"acceptance": acceptance_figure(records)} if has_generation(records) else {}
-    return figures | {
-        f"perplexity-{text}": perplexity_figure(records, text) for text in texts_of(records)
-    }
+    by_text = {text: perplexity_figure(records, text) for text in texts_of(records)}
+    return figures | {f"perplexity-{text}": figure for text, figure in by_text.items()}
 
 
+@_styled
 def run_figures(record: Mapping[str, Any]) -> dict[str, Figure]:
     """Return the figures of one run, by name; those for which it has no data are left out."""
     figures = quality_figures([record])
     if record["shots"]:
         figures["depth"] = depth_figure(record["linears"])
         if experts := by_expert(record["linears"]):
-            figures["experts"] = expert_figure(experts)
+            height = min(8.0, 1.4 + 0.12 * len(experts))
+            figures["experts"], _ = _heat_map(experts, "expert", height)  # 1 is one that is gone
         figures["time"] = time_figure(record["shots"])
     return figures

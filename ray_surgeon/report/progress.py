@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,9 +25,8 @@ def num_exports(record: Mapping[str, Any]) -> int:
 
 def is_complete(record: Mapping[str, Any]) -> bool:
     """Whether it has all its shots and exports."""
-    return len(record["shots"]) == num_shots(record) and len(record["exports"]) == num_exports(
-        record
-    )
+    has_exports = len(record["exports"]) == num_exports(record)
+    return has_exports and len(record["shots"]) == num_shots(record)
 
 
 def has_its_files(export: Mapping[str, Any]) -> bool:
@@ -37,12 +37,9 @@ def has_its_files(export: Mapping[str, Any]) -> bool:
             for file in export["files"]
         )
     names = files.list_names(export["uri"])
-    sizes = [
-        files.size_bytes(files.join(export["uri"], name)) or 0
-        for name in names
-        if name.startswith("model") and name.endswith(".safetensors")
-    ]
-    return "config.json" in names and sum(sizes) == export["size_bytes"]
+    weights = (name for name in names if re.fullmatch(r"model.*\.safetensors", name))
+    size = sum(files.size_bytes(files.join(export["uri"], name)) or 0 for name in weights)
+    return "config.json" in names and size == export["size_bytes"]
 
 
 def has_generation(records: Sequence[Mapping[str, Any]]) -> bool:

@@ -6,6 +6,7 @@ page.
 
 from __future__ import annotations
 
+import copy
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -39,10 +40,7 @@ class RunReport:
 
     def add_shot(
         self,
-        shot: int,
-        targets: Sequence[float],
-        sparsity: float,
-        threshold: float | None,
+        about: Mapping[str, Any],
         measured: Mapping[str, Measured],
         linears: Sequence[LinearSummary],
         record: Mapping[str, Any],
@@ -51,39 +49,26 @@ class RunReport:
         """Add the record of a shot.
 
         Args:
-            shot: its number.
-            targets: sparsity at the end of every shot, if the target is a sparsity.
-            sparsity: removed fraction of the linears' parameters.
-            threshold: the global one; None if the method has none.
+            about: its index, target_sparsity, sparsity and threshold.
             measured: by text.
             linears: what is left of each.
             record: what the method and the corrections say.
             steps: of this shot so far.
         """
-        self.shots.append(
-            {
-                "index": shot,
-                "target_sparsity": targets[shot - 1] if targets else None,
-                "sparsity": sparsity,
-                "threshold": threshold,
-                "perplexity": {text: measure.perplexity for text, measure in measured.items()},
-                "divergence": {text: measure.divergence for text, measure in measured.items()},
-                "calibration_loss": None,
-                "correction_losses": [],
-                "correction_absorbed": None,
-                **record,
-                "seconds": dict(steps.seconds),
-                "cpu_seconds": dict(steps.cpu_seconds),
-                "worker_seconds": dict(steps.worker_seconds),
-                "packing_seconds": dict(steps.packing_seconds),
-                "peak_rss_bytes": steps.peak_rss_bytes,
-                "peak_gpu_bytes": steps.peak_gpu_bytes,
-                "peak_bytes": {step: list(of_workers) for step, of_workers in steps.peaks.items()},
-                "linears": list(map(_linear_record, linears)),
-                "num_nonzero": self.num_parameters - sum(s.size - s.num_nonzero for s in linears),
-                "dense": self.dense,
-            }
-        )
+        shot = {
+            **about,
+            "perplexity": {text: measure.perplexity for text, measure in measured.items()},
+            "divergence": {text: measure.divergence for text, measure in measured.items()},
+            "calibration_loss": None,
+            "correction_losses": [],
+            "correction_absorbed": None,
+            **record,
+            **copy.deepcopy(steps.record),
+            "linears": list(map(_linear_record, linears)),
+            "num_nonzero": self.num_parameters - sum(s.size - s.num_nonzero for s in linears),
+            "dense": self.dense,
+        }
+        self.shots.append(shot)
 
     def as_record(self) -> dict[str, Any]:
         """Return the content of report.json."""
@@ -91,47 +76,25 @@ class RunReport:
         in_linears = sum(linear["rows"] * linear["columns"] for linear in linears)
         nonzero = sum(linear["num_nonzero"] for linear in linears)
         after = self.num_parameters - in_linears + nonzero
-        return {
-            "spec": self.spec,
-            "fingerprints": self.fingerprints,
-            "environment": self.environment,
-            "dense": self.dense,
-            "shots": [
-                {key: value for key, value in shot.items() if key not in ("linears", "dense")}
-                for shot in self.shots
-            ],
-            "linears": linears,
-            "parameters": {
-                "before": self.num_parameters,
-                "nonzero_after": after,
-                "in_pruned_linears": in_linears,
-                "nonzero_in_pruned_linears": nonzero,
-                "whole_model_sparsity": 1 - after / self.num_parameters,
-            },
-            "exports": self.exports,
-            "plan": self.plan,
-            "retries": self.retries,
+        parameters = {
+            "before": self.num_parameters,
+            "nonzero_after": after,
+            "in_pruned_linears": in_linears,
+            "nonzero_in_pruned_linears": nonzero,
+            "whole_model_sparsity": 1 - after / self.num_parameters,
         }
+        first = ("spec", "fingerprints", "environment", "dense")
+        record = {name: getattr(self, name) for name in first}
+        record["shots"] = [
+            {key: value for key, value in shot.items() if key not in ("linears", "dense")}
+            for shot in self.shots
+        ]
+        record |= {"linears": linears, "parameters": parameters, "exports": self.exports}
+        return record | {"plan": self.plan, "retries": self.retries}
 
     def model_card_facts(self) -> dict[str, Any]:
-        """Return what a model card tells.
-
-        That is name, dtype, sparsity, and perplexity (before, after) by text.
-        """
-        last = self.shots[-1]
-        before = self.dense["perplexity"]
-        after = last["perplexity"]
-        return {
-            "name": self.spec["name"],
-            "dtype": self.spec["model"]["dtype"],
-            "sparsity": last["sparsity"],
-            "structure": self.spec["pruning"]["structure"],
-            "method": self.spec["pruning"]["method"],
-            "calibration": self.spec["calibration"],
-            "perplexity": {text: (before[text], after[text]) for text in after},
-            "tasks": self.dense.get("tasks", {}),
-            "generation": last.get("generation"),
-        }
+        """Return what a model card tells of: the spec, the dense model and the last shot."""
+        return {"spec": self.spec, "dense": self.dense, "last": self.shots[-1]}
 
 
 def _linear_record(linear: LinearSummary) -> dict[str, Any]:
@@ -204,11 +167,9 @@ def _check_dense_states(uri: str) -> None:
     try:
         tensor_files.Reader().names(uri)
     except (FileNotFoundError, ValueError) as error:
-        problem = (
-            f"{uri} is gone, and the dense model with it"
-            if isinstance(error, FileNotFoundError)
-            else f"{error.args[0].partition('; ')[0]}, and the dense model is gone"
-        )
+        problem = f"{uri} is gone, and the dense model with it"
+        if not isinstance(error, FileNotFoundError):
+            problem = f"{error.args[0].partition('; ')[0]}, and the dense model is gone"
         raise ValueError(f"{problem}; put it back, or start a new run") from error
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -13,13 +13,10 @@ from rich.table import Table
 
 from ray_surgeon.report import progress
 from ray_surgeon.report.display import new_console
-from ray_surgeon.report.html_report import excerpt, page
+from ray_surgeon.report.html_report import page, rendered
 from ray_surgeon.report.plots import FORMATS, perplexity_figure, save
 from ray_surgeon.report.record import RunReport
 from ray_surgeon.storage import files
-
-_EXAMPLE_CHARACTERS = 200
-"""Of a prompt or an answer that the terminal shows."""
 
 
 def shots_table(record: Mapping[str, Any]) -> Table:
@@ -95,29 +92,7 @@ def generation_lines(record: Mapping[str, Any]) -> list[str]:
 
     The example is text of users and models: print these lines without markup.
     """
-    generation = record["shots"][-1].get("generation") if record["shots"] else None
-    if not generation:
-        return []
-    dense = record["dense"].get("generation") or {}
-    parts = generation["tokens_until_departure"]
-    size = f" of {dense['num_prompts']} prompts, {dense['num_tokens']} tokens" if dense else ""
-    facts = {
-        "accepted": f"{generation['acceptance']:10.1%}",
-        "same most likely token": f"{generation['agreement']:10.1%}",
-        "divergence, nats per token": f"{generation['divergence']:10.3f}",
-        "own answers part after": f"{parts['mean']:10.1f} tokens (median {parts['median']:g})",
-    }
-    if generation["not_ended"] is not None:
-        facts["not ended, of those ended"] = f"{generation['not_ended']:10.0%}"
-    facts["caught in a loop"] = f"{generation['repeating']:10.0%}"
-    return [
-        f"answers of the dense model{size}",
-        *(f"  {what:<28} {value}" for what, value in facts.items()),
-        *(
-            f"  {part:<8}{excerpt(generation['example'][part], _EXAMPLE_CHARACTERS)}"
-            for part in ("prompt", "dense", "pruned")
-        ),
-    ]
+    return _lines("answers", record)
 
 
 def export_lines(record: Mapping[str, Any]) -> list[str]:
@@ -125,41 +100,13 @@ def export_lines(record: Mapping[str, Any]) -> list[str]:
 
     That is size, perplexity and speed before and after, and how to load it.
     """
-    lines = []
-    for export in record["exports"]:
-        lines.append(f"{export['kind']} export: {export['uri']}")
-        for what, before, after in _changes(record, export):
-            ratio = f"   x {after / before:.3f}" if before else ""
-            lines.append(f"  {what:<28} {before:10.3f} -> {after:10.3f}{ratio}")
-        for file in export.get("files", []):
-            lines.append(f"  {file['file']}: {file['size_bytes'] / 1e6:.1f} MB")
-        lines.append(f"  load it: {export['load']}")
-    return lines
+    return _lines("exports", record)
 
 
-def _changes(
-    record: Mapping[str, Any], export: Mapping[str, Any]
-) -> Iterator[tuple[str, float, float]]:
-    """Yield what of an export is compared with the dense model: (what, before, after)."""
-    yield "weights, MB", progress.dense_bytes(record) / 1e6, export["size_bytes"] / 1e6
-    if "files" in export:
-        return
-    # a quantised one has its own
-    after = export.get("perplexity", record["shots"][-1]["perplexity"])
-    for text, value in record["dense"]["perplexity"].items():
-        yield f"perplexity {text}", value, after[text]
-    if "speed" in export:
-        dense = export["speed"]["dense"]
-        pruned = export["speed"]["pruned"]
-        for step in ("prefill", "decode"):
-            speed = f"{step}_tokens_per_s"
-            yield f"{step}, tokens per second", dense[speed]["median"], pruned[speed]["median"]
-        memory = [model["peak_gpu_bytes"] or model["peak_rss_bytes"] for model in (dense, pruned)]
-        yield "memory of a process, MB", memory[0] / 1e6, memory[1] / 1e6
-    for task, metrics in export.get("tasks", {}).items():
-        for metric, value in metrics.items():
-            if not metric.endswith("_stderr"):
-                yield f"{task} {metric}", record["dense"]["tasks"][task][metric], value
+def _lines(part: str, record: Mapping[str, Any]) -> list[str]:
+    dense_bytes = progress.dense_bytes(record)
+    text = rendered("summary.txt.jinja", part=part, record=record, dense_bytes=dense_bytes)
+    return text.split("\n")[:-1]
 
 
 def _read_report(run: str) -> dict[str, Any]:
@@ -195,13 +142,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print(comparison_table(records))
     for record in records:
         if not progress.is_complete(record):
-            console.print(
-                f"not complete: {record['spec']['name']}, {len(record['shots'])} of "
-                f"{progress.num_shots(record)} shots, {len(record['exports'])} of "
-                f"{progress.num_exports(record)} exports",
-                markup=False,
-                soft_wrap=True,
-            )
+            shots = f"{len(record['shots'])} of {progress.num_shots(record)} shots"
+            exports = f"{len(record['exports'])} of {progress.num_exports(record)} exports"
+            line = f"not complete: {record['spec']['name']}, {shots}, {exports}"
+            console.print(line, markup=False, soft_wrap=True)
     texts = progress.texts_of(records)
     text = arguments.text or texts[0]
     try:

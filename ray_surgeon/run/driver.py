@@ -17,8 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_surgeon.report.directory import Attempt, RunDirectory, TakenOverError
 from ray_surgeon.report.display import Display
-from ray_surgeon.report.events import Event, Fact, Moment
-from ray_surgeon.report.metrics import Recorder
+from ray_surgeon.report.events import Event, Fact, Moment, Recorder
 from ray_surgeon.run.inputs import Inputs
 from ray_surgeon.run.loop import run_shots
 from ray_surgeon.runtime.cluster import NoRoomError, WorkerFailureError

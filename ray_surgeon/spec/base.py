@@ -8,15 +8,8 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Annotated, Any
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    model_validator,
-)
+import pydantic
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -59,13 +52,13 @@ def _unwrap(schema: dict[str, Any]) -> None:
             field["description"] = " ".join(field["description"].split())
 
 
-class Section(BaseModel):
+class Section(pydantic.BaseModel):
     """Settings shared by all sections: frozen, and a field that does not exist is refused.
 
     The docstring below a field is its description, in `ray-surgeon schema` and in the docs.
     """
 
-    model_config = ConfigDict(
+    model_config = pydantic.ConfigDict(
         frozen=True,
         extra="forbid",
         allow_inf_nan=False,
@@ -82,7 +75,7 @@ class Section(BaseModel):
         """
         return ()
 
-    @model_validator(mode="after")
+    @pydantic.model_validator(mode="after")
     def _has_no_problems(self) -> Section:
         for section in reversed(type(self).__mro__):
             problems = vars(section).get("problems")

@@ -19,6 +19,15 @@ MixSection = Annotated[
 ]
 
 
+_MISPLACED = {
+    "auto": "source auto chooses the texts, so {} cannot be given; remove it, or name a source",
+    "self": "{} belongs to a text that is read, and the model writes this one; remove it",
+    "text": (
+        "{} belongs to text that the model writes; set source to self, or put it into a text of "
+        "mix with source self"
+    ),
+}
+"""Source -> what is said of fields that it has not."""
 OF_CALIBRATION = ("weight", "weigh", "held_aside")
 """Fields of a calibration that no other text has."""
 
@@ -50,14 +59,14 @@ class CalibrationSection(TextSection, WritingSection):
     """
 
     @property
-    def own(self) -> SourceSection | SelfSection:
+    def own(self) -> CalibrationSection | SelfSection:
         """The first text of the calibration."""
         if self.source != "self":
             return self
         return SelfSection(source="self", weight=self.weight, seed=self.seed, **self.of_writing)
 
     @property
-    def shares(self) -> list[tuple[SourceSection | SelfSection, int]]:
+    def shares(self) -> list[tuple[CalibrationSection | MixedSection | SelfSection, int]]:
         """Each text with its number of windows, which add up to num_sequences."""
         counts = _split(self.num_sequences, [self.weight, *(text.weight for text in self.mix)])
         return list(zip((self.own, *self.mix), counts, strict=True))
@@ -74,10 +83,7 @@ class CalibrationSection(TextSection, WritingSection):
                 f"calibration: the model writes all of it, but {num_sequences} more windows are "
                 "wanted of texts that are there already; add a text to calibration.mix"
             )
-        weights = [
-            0.0 if isinstance(text, SelfSection) else float(getattr(text, "weight", 1))
-            for text in texts
-        ]
+        weights = [0.0 if isinstance(text, SelfSection) else text.weight for text in texts]
         return _split(num_sequences, weights) if num_sequences else [0] * len(texts)
 
     def check_border(self, measured: SourceSection, where: str) -> None:
@@ -89,18 +95,13 @@ class CalibrationSection(TextSection, WritingSection):
         """
         if measured.source == "python-code":
             return  # its train and test are different files, however much is read
-        for text, _ in self.shares:
-            cut_here = text.starts if isinstance(text, SelfSection) else text
-            if (
-                cut_here is not None
-                and cut_here.source == measured.source
-                and cut_here.max_tokens != measured.max_tokens
-            ):
-                raise ValueError(
-                    f"{where}.max_tokens: must equal that of {measured.source} in calibration, "
-                    "because both are cut from it and the border between train and test would "
-                    "move; set both"
-                )
+        texts = (text.starts if isinstance(text, SelfSection) else text for text, _ in self.shares)
+        cuts = [text.max_tokens for text in texts if text and text.source == measured.source]
+        if any(max_tokens != measured.max_tokens for max_tokens in cuts):
+            raise ValueError(
+                f"{where}.max_tokens: must equal that of {measured.source} in calibration, because "
+                "both are cut from it and the border between train and test would move; set both"
+            )
 
     def problems(self) -> Iterator[str]:
         """Yield fields that do not fit the source, and texts that do not fit each other."""
@@ -132,30 +133,14 @@ class CalibrationSection(TextSection, WritingSection):
         of_any = {"source", "num_sequences", "sequence_length", "seed", "weigh", "held_aside"}
         of_writing = WritingSection.model_fields.keys()
         fields = type(self).model_fields
-        if self.source == "auto":
-            allowed = of_any
-            problem = (
-                "source auto chooses the texts, so {} cannot be given; remove it, or name a source"
-            )
-        elif self.source == "self":
-            allowed = of_any | of_writing | {"weight", "mix"}
-            problem = "{} belongs to a text that is read, and the model writes this one; remove it"
-        else:
-            allowed = fields.keys() - of_writing
-            problem = (
-                "{} belongs to text that the model writes; set source to self, or put it into a "
-                "text of mix with source self"
-            )
-        if misplaced := [
-            name
-            for name, field in fields.items()
-            if name not in allowed and getattr(self, name) != field.default
-        ]:
-            yield problem.format(", ".join(misplaced))
-        has_answers = any(
-            isinstance(text, SelfSection) and text.has_answers for text, _ in self.shares
-        )
-        if self.weigh == "answers" and self.source != "auto" and not has_answers:
+        by_source = {"auto": of_any, "self": of_any | of_writing | {"weight", "mix"}}
+        allowed = by_source.get(self.source, fields.keys() - of_writing)
+        changed = [name for name, field in fields.items() if getattr(self, name) != field.default]
+        if misplaced := [name for name in changed if name not in allowed]:
+            yield _MISPLACED.get(self.source, _MISPLACED["text"]).format(", ".join(misplaced))
+        written = [text for text, _ in self.shares if isinstance(text, SelfSection)]
+        has_answers = self.source == "auto" or any(text.has_answers for text in written)
+        if self.weigh == "answers" and not has_answers:
             yield (
                 "weigh is answers, but no text of the calibration has any; set it to all, or add "
                 "{source: self, chat: true} or {source: self, prompts: FILE} to mix"

@@ -9,19 +9,12 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from ray_surgeon.spec import sections
 from ray_surgeon.spec.base import Section
 from ray_surgeon.spec.calibration import CalibrationSection
 from ray_surgeon.spec.evaluation import EvaluationSection
 from ray_surgeon.spec.presets import PresetName, with_preset
-from ray_surgeon.spec.sections import (
-    DECI_MULTIPLE,
-    KERNEL_COLUMNS,
-    ClusterSection,
-    MemorySection,
-    ModelSection,
-    OutputSection,
-    RaySection,
-)
+from ray_surgeon.spec.sections import DECI_MULTIPLE, KERNEL_COLUMNS, RaySection
 from ray_surgeon.spec.targets import LatencyTarget
 from ray_surgeon.stages.correction.section import CorrectionSection
 from ray_surgeon.stages.curvature.section import CurvatureSection, KfacSection
@@ -53,7 +46,7 @@ class JobSpec(Section):
     """
     name: str = Field(pattern="^[a-z0-9][a-z0-9.-]*$", max_length=63)
     """Name of the run: lower case, digits, dots, dashes"""
-    model: ModelSection
+    model: sections.ModelSection
     """The model to prune"""
     calibration: CalibrationSection
     """The text whose loss the method keeps low. If not given: source auto, a mix that suits the
@@ -69,25 +62,19 @@ class JobSpec(Section):
     """Curvature of the loss; kfac if not given. sparsegpt and wanda have none"""
     correction: CorrectionSection | None = None
     """Low-rank first-order corrections after every shot; null: none"""
-    memory: MemorySection = MemorySection()
+    memory: sections.MemorySection = sections.MemorySection()
     """Where workers keep what they do not use at the moment; may differ on --resume"""
-    cluster: ClusterSection = RaySection()
+    cluster: sections.ClusterSection = RaySection()
     """Workers and where they run"""
-    output: OutputSection
+    output: sections.OutputSection
     """Where results go"""
 
     @model_validator(mode="before")
     @classmethod
-    def _with_preset(cls, document: Any) -> Any:
-        """Put the preset's settings under the spec's own."""
-        return with_preset(document) if isinstance(document, dict) else document
+    def _filled(cls, document: Any) -> Any:
+        """Put the preset's settings under the spec's own.
 
-    @model_validator(mode="before")
-    @classmethod
-    def _widths_for_engines(cls, document: Any) -> Any:
-        """Let widths be those that the engines of the exports take whole.
-
-        Widths that the spec gives stay.
+        Widths that it does not give are those that the engines of the exports take whole.
         """
         if not isinstance(document, dict):
             return document
@@ -98,8 +85,8 @@ class JobSpec(Section):
                 multiple = DECI_MULTIPLE if "deci" in exports else kernel_columns
                 if multiple and isinstance(devices, int) and not pruning.get("width_multiple"):
                     width = {"width_multiple": multiple * devices}
-                    return document | {"pruning": document["pruning"] | width}
-        return document
+                    document = document | {"pruning": document["pruning"] | width}
+        return with_preset(document)
 
     def problems(self) -> Iterator[str]:
         """Yield what sections have against each other."""
@@ -215,12 +202,8 @@ class JobSpec(Section):
         num_replicas = self.cluster.num_replicas  # each of which takes part in a pass over them
         most = num_sequences
         if share is None:
-            stages = (
-                self.curvature is not None and self.curvature.chooses_damping,
-                self.pruning.checks_itself,
-                self.correction,
-            )
-            share = HELD_SHARE if any(stages) else 0.0
+            chooses = self.curvature is not None and self.curvature.chooses_damping
+            share = HELD_SHARE if chooses or self.pruning.checks_itself or self.correction else 0.0
             most = MOST_HELD
         wanted = max(num_replicas, min(most, round(share * num_sequences))) if share else 0
         return min(wanted, num_sequences - num_replicas)

@@ -27,9 +27,8 @@ class _Loader(yaml.SafeLoader):
         seen = set[str]()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in seen and key.value != "<<":
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{key.value} is given twice; remove one", key.start_mark
-                )
+                problem = f"{key.value} is given twice; remove one"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
             seen.add(key.value)
         mapping: dict[Any, Any] = super().construct_mapping(node, deep)
         return mapping
@@ -79,9 +78,7 @@ def _apply_override(document: dict[str, Any], override: str) -> None:
             f"--set {override}: the value is no YAML ({reason}); put it into quotes, as in "
             f"'{path}=\"{value}\"'"
         ) from error
-    names_a_field = (
-        len(keys) > 1 and keys[0] == "evaluation" and keys[1] in EvaluationSection.model_fields
-    )
+    names_a_field = keys[0] == "evaluation" and EvaluationSection.model_fields.keys() & keys[1:2]
     if names_a_field and isinstance(document.get("evaluation"), list):
         document["evaluation"] = {"texts": document["evaluation"]}  # for which a list is short
     place: Any = document
@@ -159,12 +156,10 @@ def _follows(
     Such are a default that was not made, and a list that is short of an item that is wrong itself.
     """
     place = problem["loc"]
-    if problem["type"] == "too_short" and any(loc[: len(place)] == place for loc in others):
-        return True
-    is_derived = place[:1] and place[0] in derived
-    if is_derived and any(loc and loc[0] not in derived for loc in others):
-        return True
-    return problem["type"] == "default_factory_not_called"
+    is_short = problem["type"] == "too_short" and any(loc[: len(place)] == place for loc in others)
+    is_told = any(loc and loc[0] not in derived for loc in others)
+    follows = bool(place) and place[0] in derived and is_told
+    return is_short or follows or problem["type"] == "default_factory_not_called"
 
 
 def absolute(uri: str) -> str:
@@ -181,12 +176,7 @@ def with_absolute_paths(spec: JobSpec) -> JobSpec:
     tasks = spec.evaluation.tasks
     if tasks is not None and tasks.include is not None:
         tasks = tasks.model_copy(update={"include": absolute(tasks.include)})
-    changes: dict[str, dict[str, Any]] = {
-        "model": {"source": source},
-        "memory": {"scratch": scratch},
-        "evaluation": {"tasks": tasks},
-        "output": {"uri": absolute(spec.output.uri)},
-    }
-    return spec.model_copy(
-        update={name: getattr(spec, name).model_copy(update=new) for name, new in changes.items()}
-    )
+    changes: dict[str, Any] = {"model": {"source": source}, "memory": {"scratch": scratch}}
+    changes |= {"evaluation": {"tasks": tasks}, "output": {"uri": absolute(spec.output.uri)}}
+    changed = {name: getattr(spec, name).model_copy(update=new) for name, new in changes.items()}
+    return spec.model_copy(update=changed)

@@ -7,32 +7,16 @@ by windows held aside.
 from __future__ import annotations
 
 from collections.abc import Mapping, Set
+from pathlib import Path
 from typing import Any, Literal
+
+import yaml
 
 PresetName = Literal["fast", "balanced", "quality"]
 
-_SAMPLED = {"fisher": "sampled", "damping": "auto"}
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "fast": {
-        "calibration": {"num_sequences": 64, "sequence_length": 512},
-        "curvature": {**_SAMPLED, "num_backward": 12},
-        "reconstruction": {"num_epochs": 1},
-        "correction": None,
-    },
-    "balanced": {
-        "calibration": {"num_sequences": 144, "sequence_length": 512},
-        "curvature": {**_SAMPLED, "num_backward": 16},
-        "reconstruction": {"num_epochs": 1},
-        "correction": {"lora_rank": 32, "steps_per_shot": 60, "sequences_per_step": 2},
-    },
-    "quality": {
-        "calibration": {"num_sequences": 384, "sequence_length": 512},
-        "curvature": {**_SAMPLED, "num_backward": 32},
-        "reconstruction": {"num_epochs": 2},
-        "correction": {"lora_rank": 64, "steps_per_shot": 240, "sequences_per_step": 2},
-    },
-}
+PRESETS: dict[str, dict[str, Any]] = yaml.safe_load(
+    Path(__file__).with_name("presets.yaml").read_text(encoding="utf-8")
+)
 """Preset -> the sections that it sets.
 
 `reconstruction` is a part of `pruning` of coupled groups.

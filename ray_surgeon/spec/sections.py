@@ -80,10 +80,7 @@ class RaySection(_Workers):
 
 ClusterSection = Annotated[
     Annotated[RaySection, Tag(tag("ray"))] | Annotated[LocalSection, Tag(tag("local"))],
-    by_tag(
-        lambda get: get("backend", "ray") if get("backend", "ray") in ("ray", "local") else None,
-        "backend ray or local",
-    ),
+    by_tag(lambda get: get("backend", "ray"), "backend ray or local"),
 ]
 
 

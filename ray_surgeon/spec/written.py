@@ -78,13 +78,7 @@ class WritingSection(Section):
     def problems(self) -> Iterator[str]:
         """Yield what says different things about the writing."""
         yield from super().problems()
-        kinds = {
-            "prompt": self.prompt is not None,
-            "chat": self.chat,
-            "prompts": self.prompts is not None,
-            "starts": self.starts is not None,
-        }
-        ways = [name for name, is_given in kinds.items() if is_given]
+        ways = [name for name in ("prompt", "chat", "prompts", "starts") if getattr(self, name)]
         if len(ways) > 1:
             yield f"{' and '.join(ways)} say different things about what is written; keep one"
         if self.has_answers and self.texts_per_sequence != 1:

@@ -75,11 +75,13 @@ class Commit(Stage):
         files.remove_files(folder, ["*.safetensors"])  # of a try that was interrupted
         written = [file for worker in cluster.run_all(save_shot, folder) for file in worker]
         choice = run.find(Choice)
-        threshold = None if choice is None else choice.threshold
-        by_text = run.kept(Measures)
-        run.report.add_shot(
-            shot, self.targets, run.sparsity, threshold, by_text, run.linears, run.record, run.steps
-        )
+        about = {
+            "index": shot,
+            "target_sparsity": self.targets[shot - 1] if self.targets else None,
+            "sparsity": run.sparsity,
+            "threshold": None if choice is None else choice.threshold,
+        }
+        run.report.add_shot(about, run.kept(Measures), run.linears, run.record, run.steps)
         last = run.report.shots[-1]
         directory.commit_shot(shot, written, last)
         cluster.run_all(continue_from_shot, written)
@@ -102,7 +104,8 @@ class Commit(Stage):
 
 
 def _pruned(run: RunState) -> Pruned:
-    return Pruned(run.cluster, run.layout, run.model, run.report.model_card_facts())
+    facts = run.report.model_card_facts()
+    return Pruned(run.cluster, run.layout, run.model, facts, run.calibration[0])
 
 
 @dataclass(frozen=True)
@@ -117,13 +120,8 @@ class Export(Stage):
     def run(self, run: RunState, facts: Facts) -> None:
         """Write it, reload it in a process of its own, and measure what is wanted."""
         run.directory.check_attempt()
-        pruned = _pruned(run)
         folder = run.directory.path("export", self.kind)
-        tokens = run.calibration[0]
-        linears = run.report.shots[-1]["linears"]
-        exported = export(
-            self.kind, pruned, folder, tokens, linears, output=self.output, tasks=self.tasks
-        )
+        exported = export(self.kind, _pruned(run), folder, self.output, self.tasks)
         run.report.exports.append(exported)
         names = ("kind", "uri", "size_bytes", "reload_max_logit_difference")
         facts |= {name: exported[name] for name in names if name in exported}
@@ -139,7 +137,11 @@ class Quantise(Stage):
     def run(self, run: RunState, facts: Facts) -> None:
         """Write and evaluate the copy."""
         (uniform,) = (entry for entry in run.report.exports if entry["kind"] == "uniform")
-        copy = export_quantised(_pruned(run), uniform, run.calibration, run.texts, self.section)
+        pruned = _pruned(run)
+        texts = run.calibration, run.texts
+        target = f"{uniform['uri']}-{self.section.scheme}"
+        copy = export_quantised(pruned, uniform, target, *texts, self.section)
+        pruned.write_card(copy)
         run.report.exports.append(copy)
         facts |= {name: copy[name] for name in ("kind", "uri", "size_bytes")}
 

@@ -14,7 +14,7 @@ import jsonschema
 import pytest
 import yaml
 
-from ray_surgeon.report.metrics import GAUGES
+from ray_surgeon.report.events import GAUGES
 from ray_surgeon.spec.job import JobSpec
 from ray_surgeon.spec.parsing import parse_spec
 

@@ -509,7 +509,7 @@ def test_a_wrong_export_is_not_announced(
     """With the widths of two blocks exchanged, the fresh process says that tensors do not fit."""
     from ray_surgeon.models.pruned_config import block_widths as right
 
-    exchanged = "ray_surgeon.export.kinds.block_widths"
+    exchanged = "ray_surgeon.models.pruned_config.block_widths"
     monkeypatch.setattr(exchanged, lambda *arguments: right(*arguments)[::-1])
     assert run(tmp_path, model_folders["llama"], **GROUPS, output__exports=["per_block"]) == 1
     assert not (tmp_path / "run/export/per_block/README.md").exists()
@@ -582,8 +582,9 @@ def test_a_token_of_a_mixture_may_go_to_other_experts_where_numbers_are_narrow(
     )
     no_cluster: Any = None
     layout: Any = SimpleNamespace(is_mixture=has_experts)
-    pruned = Pruned(no_cluster, layout, ModelSection(source="x", dtype=dtype), {})
-    compare = partial(reload_difference, pruned, str(tmp_path), TOKENS[0].numpy())
+    model = ModelSection(source="x", dtype=dtype)
+    pruned = Pruned(no_cluster, layout, model, {}, TOKENS[0].numpy())
+    compare = partial(reload_difference, pruned, str(tmp_path))
     if passes:
         assert compare() == pytest.approx(10.0)
         there[0, 4] += 10.0

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from ray_surgeon.maths.masks import StructuredMask
-from ray_surgeon.maths.scales import shrunk_ratios
+from ray_surgeon.maths.threshold import shrunk_ratios
 from ray_surgeon.run.inputs import Inputs, check
 from ray_surgeon.runtime.local import LocalCluster
 from ray_surgeon.runtime.passes import divergences_of, remember

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from ray_surgeon.maths.columns import sparsegpt, upper_inverse
 from ray_surgeon.maths.curvature import RaisedDamping
-from ray_surgeon.maths.layerwise import prune_linear, sparsegpt
 from tests.conftest import LAYOUTS
 from tests.integration.runs import report_of, run, tensors_of_shot
 
@@ -131,11 +131,11 @@ def test_heads_of_a_model_without_kv_groups_go_one_by_one(
 def test_damping_of_sparsegpt_is_that_of_the_shot(
     model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def raising(*given: Any, name: str, **options: Any) -> Any:
-        W, kept, _ = prune_linear(*given, name=name, **options)
-        return W, kept, RaisedDamping(name, "A", 0.0, 1.0, float64_retry=False)
+    def raising(A: Any, damping: float, max_damping: float, name: str) -> Any:
+        U, _ = upper_inverse(A, damping, max_damping, name)
+        return U, (RaisedDamping(name, "A", 0.0, 1.0, float64_retry=False),)
 
-    monkeypatch.setattr("ray_surgeon.stages.prune.layerwise.prune_linear", raising)
+    monkeypatch.setattr("ray_surgeon.stages.prune.layerwise.upper_inverse", raising)
     assert run(tmp_path, model_folders["llama"], **SPARSEGPT) == 0
     for shot in report_of(tmp_path / "run")["shots"]:
         assert [event["linear"] for event in shot["damping_used"]] == [

@@ -3,8 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ray_surgeon.maths.downdated import DowndatedInverse, root
-from ray_surgeon.maths.factorised import factorise
+from ray_surgeon.maths.factorised import DowndatedInverse, factorise, root
 from ray_surgeon.maths.greedy import GreedyPath, greedy_costs
 from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.maths.structured import find_candidates, prune_structures
@@ -22,7 +21,7 @@ def path(
 ) -> tuple[GreedyPath, torch.Tensor, torch.Tensor, torch.Tensor]:
     W, A, G = problem(R, C)
     factors = factorise(A.clone(), 0.0, 0.0, "A"), factorise(G.clone(), 0.0, 0.0, "G")
-    return GreedyPath(W, *factors, *may_prune), W, A, G
+    return GreedyPath(W, *factors, may_prune), W, A, G
 
 
 @pytest.mark.parametrize("width", [1, 2, 3])
@@ -70,7 +69,7 @@ def test_costs_of_wide_sets_are_the_dense_ones_on_any_number_of_threads(num_thre
     try:
         of_A, of_G = (factorise(matrix.float(), 0.1, 0.1, "x") for matrix in (A, G))
         may_prune = flags(rows, []), flags(3, [0, 1, 2])
-        found = GreedyPath(W, of_A, of_G, *may_prune, sets).column_set_costs()
+        found = GreedyPath(W, of_A, of_G, may_prune, sets).column_set_costs()
     finally:
         torch.set_num_threads(before)
     inverse = torch.linalg.inv(of_A.matrix.double())

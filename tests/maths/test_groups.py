@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ray_surgeon.maths.allocate import Allocation, GroupCosts, allocate_globally, allocate_uniformly
-from ray_surgeon.maths.groups import alive_part, group_costs, lowest, prune_groups
 from ray_surgeon.maths.masks import StructuredMask
+from ray_surgeon.maths.structured import alive_part, group_costs, lowest, prune_groups
 from ray_surgeon.maths.threshold import OutOfReachError
 from tests.maths.dense import crossing, damped, dense_removal, flags, linear, problem
 

@@ -1,13 +1,21 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from ray_surgeon.maths.layerwise import sparsegpt, wanda
+from ray_surgeon.maths.columns import sparsegpt, upper_inverse, wanda
+from ray_surgeon.maths.curvature import RaisedDamping
 from tests.maths.dense import damped, problem
 
-OPTIONS = {"damping": 0.01, "max_damping": 1.0, "name": "x"}
+
+def pruned(
+    W: Tensor, A: Tensor, *options: Any, damping: float = 0.01, **more: Any
+) -> tuple[Tensor, Tensor, tuple[RaisedDamping, ...]]:
+    U, raised = upper_inverse(A, damping, 1.0, "x")
+    return (*sparsegpt(W.masked_fill(A.diagonal() == 0, 0.0), U, *options, **more), raised)
 
 
 def by_definition(
@@ -47,7 +55,7 @@ def by_definition(
 @pytest.mark.parametrize("block", [4, 100])
 def test_sparsegpt_is_its_definition(n: int, m: int, block: int) -> None:
     W, A, _ = problem(5, 12)
-    found, kept, _ = sparsegpt(W, A, 0.5, n, m, before=W != 0, block_size=block, **OPTIONS)  # type: ignore[arg-type]
+    found, kept, _ = pruned(W, A, 0.5, n, m, before=W != 0, block_size=block)
     expected, expected_kept = by_definition(W, A, 0.5, n, m, block)
     assert torch.equal(kept, expected_kept)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
@@ -57,8 +65,8 @@ def test_sparsegpt_is_its_definition(n: int, m: int, block: int) -> None:
 def test_what_sparsegpt_pruned_stays_pruned_in_the_next_shot() -> None:
     """Columns to the right of a block change before the block chooses, pruned ones, too."""
     W, A, _ = problem(8, 24)
-    W, before, _ = sparsegpt(W, A, 0.3, 0, 1, before=W != 0, block_size=4, **OPTIONS)  # type: ignore[arg-type]
-    found, kept, _ = sparsegpt(W, A, 0.6, 0, 1, before=before, block_size=4, **OPTIONS)  # type: ignore[arg-type]
+    W, before, _ = pruned(W, A, 0.3, 0, 1, before=W != 0, block_size=4)
+    found, kept, _ = pruned(W, A, 0.6, 0, 1, before=before, block_size=4)
     assert not (kept & ~before).any()
     assert not found[~kept].any()
     assert float((~kept).double().mean()) >= 0.6
@@ -68,11 +76,11 @@ def test_sparsegpt_removes_inputs_that_are_always_zero() -> None:
     W, A, _ = problem(5, 12)
     A[3] = 0
     A[:, 3] = 0
-    found, kept, raised = sparsegpt(W, A, 0.5, 0, 1, before=W != 0, **OPTIONS)  # type: ignore[arg-type]
+    found, kept, raised = pruned(W, A, 0.5, 0, 1, before=W != 0)
     assert not found[:, 3].any()
     assert torch.isfinite(found).all()
     assert int((~kept).sum()) == 30
-    assert raised is None
+    assert not raised
 
 
 def test_sparsegpt_says_what_it_damped_more_than_asked() -> None:
@@ -81,10 +89,10 @@ def test_sparsegpt_says_what_it_damped_more_than_asked() -> None:
     A[1] = A[0]
     A[1, 1] = A[0, 0] = A[0, 1]
     A -= 1e-9 * A[0, 0] * torch.eye(12, dtype=A.dtype)
-    *_, raised = sparsegpt(W, A, 0.5, 0, 1, before=W != 0, damping=0.0, max_damping=1.0, name="x")
-    assert raised is not None
-    assert (raised.linear, raised.factor, raised.asked) == ("x", "A", 0.0)
-    assert raised.used > 0
+    *_, raised = pruned(W, A, 0.5, 0, 1, before=W != 0, damping=0.0)
+    (event,) = raised
+    assert (event.linear, event.factor, event.asked) == ("x", "A", 0.0)
+    assert event.used > 0
 
 
 def test_what_wanda_pruned_stays_pruned_where_inputs_are_zero_now() -> None:

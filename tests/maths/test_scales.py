@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from ray_surgeon.maths.scales import next_scales, shrunk_ratios
+from ray_surgeon.maths.threshold import next_scales, shrunk_ratios
 
 
 def test_by_numpy() -> None:

@@ -33,10 +33,8 @@ class PrunedConfig(DenseConfig):  # type: ignore[misc]
         self, per_layer_config: dict[str, dict[str, Any]] | None = None, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
-        self.block_sizes = [
-            dict(sizes)
-            for _, sizes in sorted((per_layer_config or {}).items(), key=lambda item: int(item[0]))
-        ]
+        by_block = sorted((per_layer_config or {}).items(), key=lambda item: int(item[0]))
+        self.block_sizes = [dict(sizes) for _, sizes in by_block]
         if hasattr(DenseConfig, "per_layer_config"):
             # the dense model is built first, with the dense widths
             self.allow_global_per_layer_attribute_access = True
@@ -45,9 +43,8 @@ class PrunedConfig(DenseConfig):  # type: ignore[misc]
     def to_dict(self) -> dict[str, Any]:
         """Return what config.json says."""
         document: dict[str, Any] = super().to_dict()
-        document["per_layer_config"] = {
-            str(block): sizes for block, sizes in enumerate(document.pop("block_sizes", []))
-        }
+        by_block = enumerate(document.pop("block_sizes", []))
+        document["per_layer_config"] = {str(block): sizes for block, sizes in by_block}
         return document
 
 
@@ -114,11 +111,8 @@ class Experts(nn.Module):
         whole._parameters.clear()
         self.whole = [whole]  # in a list, so that it is no part of this module
         for number, width in enumerate(widths):
-            linears = {
-                "gate_proj": new_linear(hidden, width, bias),
-                "up_proj": new_linear(hidden, width, bias),
-                "down_proj": new_linear(width, hidden, bias),
-            }
+            linears = {name: new_linear(hidden, width, bias) for name in ("gate_proj", "up_proj")}
+            linears["down_proj"] = new_linear(width, hidden, bias)
             self.add_module(str(number), nn.ModuleDict(linears))
 
     def combine(self, gate: Tensor, up: Tensor) -> Tensor:
@@ -166,7 +160,7 @@ def narrow_block(
 
     The feed-forward width and the numbers of query and KV heads are given.
     """
-    names = dict(block.named_modules())
+    names: dict[str, Any] = dict(block.named_modules())
     attention_name = "self_attn" if "self_attn" in names else "attn"
     head_dim = getattr(names[attention_name], "head_dim", 0)
     # an attention that is not pruned may be of any kind
@@ -179,11 +173,8 @@ def narrow_block(
     for name, module in names.items():
         owner, _, last = name.rpartition(".")
         is_attention = owner == attention_name
-        if (
-            not isinstance(module, (nn.Linear, Conv1D))
-            or last == "shared_expert_gate"
-            or (is_attention and is_whole)
-        ):
+        is_linear = isinstance(module, (nn.Linear, Conv1D)) and last != "shared_expert_gate"
+        if not is_linear or (is_attention and is_whole):
             continue
         is_conv = isinstance(module, Conv1D)
         inputs, outputs = module.weight.shape if is_conv else module.weight.shape[::-1]
@@ -218,15 +209,11 @@ def narrow_attention(
 
 def narrow(model: nn.Module, config: PrunedConfig) -> None:
     """Make the blocks of a dense model as narrow as its configuration says."""
-    (blocks,) = (
-        m
-        for m in model.modules()
-        if isinstance(m, nn.ModuleList) and len(m) == config.num_hidden_layers
-    )
+    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
+    (blocks,) = (blocks for blocks in lists if len(blocks) == config.num_hidden_layers)
     for layer_idx, (block, sizes) in enumerate(zip(blocks, config.block_sizes, strict=True)):
-        width = next(
-            sizes[name] for name in ("intermediate_size", "ffn_dim", "n_inner") if name in sizes
-        )
+        names = ("intermediate_size", "ffn_dim", "n_inner")
+        width = next(sizes[name] for name in names if name in sizes)
         num_heads = sizes["num_attention_heads"]
         narrow_block(block, config, layer_idx, width, num_heads, sizes["num_key_value_heads"])
         if sizes.get("expert_widths"):

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
 
 from ray_surgeon.maths.factorised import solve_lower
-from ray_surgeon.maths.kronecker import Term
+from ray_surgeon.maths.kronecker import Term, Terms
 
 _LEAST = 0.1
 """Part of the first term that further terms leave in every direction.
@@ -187,18 +188,12 @@ class TwoTermInverse:
         return total
 
 
-def apply_terms(X: Tensor, terms: Sequence[Term]) -> Tensor:
+def apply_terms(X: Tensor, terms: Terms) -> Tensor:
     """Return F X: sum_r G_r X A_r, [R, C]."""
-    (G, A), *further = terms
-    total: Tensor = G @ X @ A
-    for G, A in further:
-        total += G @ X @ A
-    return total
+    return reduce(torch.add, (G @ X @ A for G, A in terms))
 
 
-def minimise_kept(
-    W: Tensor, terms: Sequence[Term], rows: Tensor, columns: Tensor
-) -> tuple[Tensor, float]:
+def minimise_kept(W: Tensor, terms: Terms, rows: Tensor, columns: Tensor) -> tuple[Tensor, float]:
     """Remove rows and columns and minimise the quadratic over the weights that stay.
 
     Two terms are solved exactly by the generalised eigenvectors of their kept blocks; more by
@@ -227,7 +222,7 @@ def minimise_kept(
     return new, residual
 
 
-def solve_terms(right: Tensor, terms: Sequence[Term]) -> tuple[Tensor, float]:
+def solve_terms(right: Tensor, terms: Terms) -> tuple[Tensor, float]:
     """Solve sum_r G_r X A_r = right for two terms or more; return X and the relative residual."""
     (G, A), second, *further = terms
     inverse = TwoTermInverse(torch.linalg.cholesky(G), torch.linalg.cholesky(A), second)

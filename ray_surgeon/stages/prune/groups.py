@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from ray_surgeon.maths.curvature import RaisedDamping
-from ray_surgeon.maths.groups import alive_part, group_costs, lowest, prune_groups
 from ray_surgeon.maths.kronecker import Damping
 from ray_surgeon.maths.linear import Part, Removal
 from ray_surgeon.maths.masks import StructuredMask
+from ray_surgeon.maths.structured import alive_part, group_costs, lowest, prune_groups
 from ray_surgeon.models.groups import GroupSet
 from ray_surgeon.models.layout import FEED_FORWARD_OF_ALL
 from ray_surgeon.models.pruned_config import kv_heads_left

@@ -14,9 +14,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from ray_surgeon.maths.columns import sparsegpt, upper_inverse, wanda
 from ray_surgeon.maths.curvature import RaisedDamping
 from ray_surgeon.maths.element_pruning import ElementUnits
-from ray_surgeon.maths.layerwise import prune_linear
 from ray_surgeon.maths.masks import ElementMask
 from ray_surgeon.models.layout import LinearShape, ModelLayout
 from ray_surgeon.plan.work import LinearNeeds
@@ -144,22 +144,19 @@ class _Pruning(BlockPass):
         shape = worker.layout.shapes[name]
         num_inputs = shape.num_columns - shape.has_bias
         fraction = self.sparsity * W.numel() / (len(W) * num_inputs)
+        options = fraction, section.units.n, section.units.m
         before = worker.mask(name, ElementMask).kept[:, :num_inputs].to(W.device)
-        W[:, :num_inputs], kept, raised = prune_linear(
-            W[:, :num_inputs],
-            A[:num_inputs, :num_inputs],
-            fraction,
-            section.units.n,
-            section.units.m,
-            method=section.method,
-            before=before,
-            damping=getattr(section, "damping", 0.0),
-            max_damping=getattr(section, "max_damping", 0.0),
-            name=name,
-        )
+        weights = W[:, :num_inputs]
+        A = A[:num_inputs, :num_inputs]
+        if isinstance(section, SparseGPTSection):
+            U, raised = upper_inverse(A, section.damping, section.max_damping, name)
+            worker.keeping(_Raised).extend(raised)
+            live = weights.masked_fill(A.diagonal() == 0, 0.0)
+            W[:, :num_inputs], kept = sparsegpt(live, U, *options, before=before)
+        else:
+            kept = wanda(weights, A.diagonal(), *options, before=before)
+            W[:, :num_inputs] = weights * kept
         whole = torch.ones_like(W, dtype=torch.bool)
         whole[:, :num_inputs] = kept
         worker.masks[name] = ElementMask(whole.cpu())
         worker.shard.set_weight(name, W)
-        if raised is not None:
-            worker.keeping(_Raised).append(raised)

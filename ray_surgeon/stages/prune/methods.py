@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import Tag
 
+from ray_surgeon.export.folder import Pruned
 from ray_surgeon.export.for_engines import Shrinking
 from ray_surgeon.export.latency import latency_budget
 from ray_surgeon.maths.element_pruning import ElementUnits
@@ -183,7 +184,8 @@ class Latency(Stage):
             method.fewest, section.multiple, section.tensor_parallel, section.uniform
         )
         uri = run.directory.path("latency.json")
-        budget = latency_budget(run.cluster, run.layout, run.model, section.target, shrinking, uri)
+        dense = Pruned(run.cluster, run.layout, run.model, {}, run.calibration[0])
+        budget = latency_budget(dense, section.target, shrinking, uri)
         run.keep(Present(replace(method, budget=budget)))
         facts["dense_s"] = budget.dense
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ray_surgeon.maths.allocate import Allocation
-from ray_surgeon.maths.scales import next_scales, shrunk_ratios
+from ray_surgeon.maths.threshold import next_scales, shrunk_ratios
 from ray_surgeon.plan.needs import StepPlan, WorkerView
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.passes import divergences_of
