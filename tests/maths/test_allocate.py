@@ -291,14 +291,6 @@ def test_targets_out_of_reach_say_how_much_there_is(
         assert str(as_sent) == str(caught.value)
 
 
-def test_odd_widths_lose_the_cheapest_pair_that_is_missing() -> None:
-    found = per_unit(ODD, 18.5)
-    pairs = {c.consumer: float(c.curve[3] - c.curve[1]) for c in ODD}
-    cheapest = min(pairs, key=lambda name: pairs[name])
-    assert found.counts == {name: 3 if name == cheapest else 1 for name in pairs}
-    assert found.threshold == pytest.approx(pairs[cheapest] / 12)
-
-
 def test_groups_of_earlier_shots_save_nothing_more() -> None:
     costs = replace(FREE, num_left=2, needs=[0.0, 10.0, 11.0, 30.0])
     assert [costs.saved(count) for count in range(3)] == [0, 1, 11]

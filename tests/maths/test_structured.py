@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
 from ray_surgeon.maths.linear import Linear
 from ray_surgeon.maths.masks import StructuredMask
@@ -52,29 +53,28 @@ def test_costs_and_updates_are_dense_on_what_is_left(
     alive = W[mask.rows][:, mask.columns]
     F = fisher(of, found.live)
     alone = {
-        side: [crossing(5, 5, *([place], [])[::step]) for place in range(5)]
-        for side, step in (("rows", 1), ("columns", -1))
+        "rows": [crossing(5, 5, [r], []) for r in range(5)],
+        "columns": [crossing(5, 5, [], [c]) for c in range(5)],
     }
     by_side = {"rows": found.row_costs, "columns": found.column_costs}
+
+    def cost_of(removed: Tensor) -> float:
+        if costs == "obd":
+            return cost_without_update(alive, F, removed)
+        return dense_minimum(alive, F, removed)[1]
+
+    def correction(removed: Tensor) -> Tensor:
+        return dense_minimum(alive, F, removed)[0] - alive
+
     for side, found_costs in by_side.items():
-        for removed, cost in zip(alone[side], found_costs.tolist(), strict=False):
-            expected = (
-                dense_minimum(alive, F, removed)[1]
-                if costs == "obs"
-                else cost_without_update(alive, F, removed)
-            )
-            assert cost == pytest.approx(expected, rel=1e-8)
+        expected = [cost_of(removed) for removed in alone[side]] if len(found_costs) else []
+        assert found_costs.tolist() == pytest.approx(expected, rel=1e-8)
     threshold = max(float(c.sort().values[1]) for c in by_side.values() if len(c))
-    gone = {
-        side: [one for one, cost in zip(alone[side], c.tolist(), strict=False) if cost <= threshold]
-        for side, c in by_side.items()
-    }
-    together = [torch.stack(removed).any(dim=0) for removed in gone.values() if removed]
+    gone = [torch.stack(alone[side])[c <= threshold] for side, c in by_side.items() if len(c)]
+    together = [removed.any(dim=0) for removed in gone]
     corrections = {
-        "full": [dense_minimum(alive, F, removed)[0] - alive for removed in together],
-        "single": [
-            dense_minimum(alive, F, one)[0] - alive for one in gone["rows"] + gone["columns"]
-        ],
+        "full": [correction(removed) for removed in together],
+        "single": [correction(one) for one in torch.cat(gone)],
         "none": [torch.zeros_like(alive)],
     }
     kept = ~torch.stack(together).any(dim=0)

@@ -5,7 +5,6 @@ changes.
 from __future__ import annotations
 
 import copy
-import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,17 +106,18 @@ def test_a_checkpoint_has_the_names_of_the_experts_linears(family: str, state: S
 
 def test_logits_are_the_familys_own(family: str, state: State, own: Own) -> None:
     hidden = TOKENS
-    for first, last in itertools.pairwise([0, 1, 2, 4]):
+    for first, last in ((0, 1), (1, 4)):
         part = shard(family, state, first, last)
         hidden = torch.cat(BlockRunner(part).infer(hidden))
     torch.testing.assert_close(part.logits(hidden), own.logits, rtol=1e-5, atol=1e-5)
 
 
-def test_gradients_are_the_familys_own(family: str, state: State, own: Own) -> None:
+def test_gradients_are_the_familys_own(family: str, gathered: Gathered, own: Own) -> None:
     """The gradients of all weights; of an expert that no token reached there is none."""
-    model = shard(family, state).model.requires_grad_()
+    model = gathered.part.model.requires_grad_()
     model(TOKENS, labels=TOKENS).loss.backward()
-    of_own = tiny_model(family)
+    model.requires_grad_(False)
+    of_own = copy.deepcopy(own.model)
     for name, parameter in of_own.named_parameters():
         gradient = own.model.get_parameter(name).grad
         parameter.data = torch.zeros_like(parameter) if gradient is None else gradient
