@@ -90,13 +90,12 @@ def test_costs_from_their_definitions(numbers: list[list[int]]) -> None:
         add_changes(sums, experts[part], changes[part], gradients[tokens[part]])
     gains = (changes * gradients[tokens]).sum(dim=1).double()
     of_all = max(1, num_tokens)
-    second, whole, reap, frequency = ([], [], [], [])
-    for expert in range(4):
-        mine = experts == expert
-        second.append(float(gains[mine].square().sum()) / 2 / of_all)
-        whole.append(second[-1] + float(gains[mine].sum()) / of_all)
-        reap.append(float(norms[mine].sum()) / max(1, int(mine.sum())))
-        frequency.append(int(mine.sum()) / of_all)
+    of_expert = [experts == expert for expert in range(4)]
+    second = [float(gains[mine].square().sum()) / 2 / of_all for mine in of_expert]
+    first = [float(gains[mine].sum()) / of_all for mine in of_expert]
+    whole = [one + other for one, other in zip(first, second, strict=True)]
+    reap = [float(norms[mine].sum()) / max(1, int(mine.sum())) for mine in of_expert]
+    frequency = [int(mine.sum()) / of_all for mine in of_expert]
     found = rerouting_costs(sums, 2, first_order=False)
     assert found.tolist() == pytest.approx(second, rel=1e-5)
     assert rerouting_costs(sums, 2).tolist() == pytest.approx(whole, rel=1e-5, abs=1e-6)

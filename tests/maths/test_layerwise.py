@@ -31,7 +31,8 @@ def by_definition(
     """SparseGPT one weight at a time: OBS with the inverse Hessian of the columns from c on
     (equations 3 and 4 of its paper).
     """
-    W, R, C = W.clone(), *W.shape
+    W = W.clone()
+    R, C = W.shape
     H = damped(A, 0.01)
     kept = torch.ones(R, C, dtype=torch.bool)
     inverse_at = [torch.linalg.inv(H[j:, j:]) for j in range(C)]
