@@ -4,90 +4,81 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from ray_surgeon.maths.conjugate import ElementUpdate, update_elements
+from ray_surgeon.maths.extended.terms import clip_term
 from ray_surgeon.maths.factorised import damp_
 from ray_surgeon.maths.kronecker import Damping, KroneckerFactors, Term
-from ray_surgeon.maths.linear import Linear, Removal
+from ray_surgeon.maths.linear import Linear, Part
 
 DAMPING = Damping(0.01, 0.1, 1.0)
 
 
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
 def spd(n: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(3 * n, n, generator=generator, dtype=torch.float64)
+    x = draw(3 * n, n, seed=seed)
     x = x * torch.logspace(0, -1, n, dtype=torch.float64) + 0.5 * x[:, :1]
     return x.T @ x / len(x)
 
 
-def problem(R: int = 6, C: int = 7, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return (
-        torch.randn(R, C, generator=generator, dtype=torch.float64),
-        spd(C, seed + 1),
-        spd(R, seed + 2),
-    )
-
-
-def assert_exact(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+def problem(R: int = 6, C: int = 7) -> tuple[Tensor, Tensor, Tensor]:
+    return draw(R, C), spd(C, 1), spd(R, 2)
 
 
 def linear(
-    W: Tensor, A: Tensor, G: Tensor, *, has_bias: bool = False, num_tokens: int = 11
+    W: Tensor, A: Tensor, G: Tensor, further: Sequence[Term] = (), *, has_bias: bool = False
 ) -> Linear:
     """Return a linear whose factors are means A and G over some tokens."""
-    return Linear(
-        "x",
-        W,
-        KroneckerFactors(A * num_tokens, G * num_tokens, num_tokens).packed(),
-        has_bias,
-        DAMPING,
-    )
+    num_tokens = 11
+    factors = KroneckerFactors(A * num_tokens, G * num_tokens, num_tokens, tuple(further))
+    return Linear("x", W, factors.packed(), has_bias, DAMPING)
 
 
-def by_conjugate_gradients(
-    W: Tensor,
-    terms: list[Term],
-    kept: Tensor,
-    *,
-    num_iterations: int,
-    tolerance: float,
-    product_dtype: torch.dtype | None = None,
-) -> Removal:
-    """Update elements, with products in the dtype of W if no other is given."""
-    precision = str(product_dtype or W.dtype).removeprefix("torch.")
-    update = ElementUpdate("conjugate_gradients", num_iterations, tolerance, precision)
-    return update_elements(W, terms, kept, update)
+def indefinite(n: int, seed: int) -> Tensor:
+    x = draw(n, n, seed=seed)
+    return (x + x.T) / 2
 
 
-def dense_removal(W: Tensor, A: Tensor, G: Tensor, removed: Tensor) -> tuple[Tensor, float]:
-    """Remove `removed` [R, C] bool under F = kron(G, A); see `dense_minimum`."""
-    return dense_minimum(W, torch.kron(G, A), removed)
+def further_terms(A: Tensor, G: Tensor, number: int) -> list[Term]:
+    """Return terms that are clipped so that their sum with kron(G, A) is positive definite."""
+    roots = torch.linalg.cholesky(G), torch.linalg.cholesky(A)
+    wild = [(indefinite(len(G), 11 + i), indefinite(len(A), 21 + i)) for i in range(number)]
+    return [clip_term(term, *roots, 1 / number).term for term in wild]
+
+
+def fisher(of: Linear, live: Part, damping: Damping = DAMPING) -> Tensor:
+    """Return F of a part of a linear: the sum of its terms, the first of them damped."""
+    factors = of.factors.dense()
+    first = factors.G / factors.num_tokens, factors.A / factors.num_tokens
+    (G, A), *further = [
+        (G[live.rows][:, live.rows], A[live.columns][:, live.columns])
+        for G, A in (first, *factors.terms)
+    ]
+    terms = [(damped(G, damping.g), damped(A, damping.a)), *further]
+    return torch.stack([torch.kron(*term) for term in terms]).sum(dim=0)
 
 
 def dense_minimum(W: Tensor, F: Tensor, removed: Tensor) -> tuple[Tensor, float]:
     """Minimise 1/2 d^T F d subject to (W + D) = 0 on `removed`; return the new weights and the
     cost.
     """
-    constrained = removed.reshape(-1).nonzero()[:, 0]
-    n = F.shape[0]
-    m = len(constrained)
-    E = torch.zeros(m, n, dtype=W.dtype)
-    E[torch.arange(m), constrained] = 1
-    system = torch.cat(
-        [torch.cat([F, E.T], dim=1), torch.cat([E, torch.zeros(m, m, dtype=W.dtype)], dim=1)]
-    )
-    right = torch.cat([torch.zeros(n, dtype=W.dtype), -W.reshape(-1)[constrained]])
-    d = torch.linalg.solve(system, right)[:n]
+    E = torch.eye(W.numel(), dtype=W.dtype)[removed.flatten()]
+    constraints = torch.cat([E, E.new_zeros(len(E), len(E))], dim=1)
+    system = torch.cat([torch.cat([F, E.T], dim=1), constraints])
+    right = torch.cat([W.new_zeros(W.numel()), -E @ W.flatten()])
+    d = torch.linalg.solve(system, right)[: W.numel()]
     return W + d.view_as(W), float(0.5 * d @ F @ d)
 
 
-def indefinite(n: int, seed: int) -> Tensor:
-    x = torch.randn(n, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return (x + x.T) / 2
+def cost_without_update(W: Tensor, F: Tensor, removed: Tensor) -> float:
+    d = torch.where(removed, -W, 0).flatten()
+    return float(0.5 * d @ F @ d)
 
 
 def too_indefinite(A: Tensor) -> Tensor:
@@ -96,11 +87,14 @@ def too_indefinite(A: Tensor) -> Tensor:
     return shifted - 0.03 * shifted.diagonal().mean() * torch.eye(len(A), dtype=A.dtype)
 
 
+def silence(matrix: Tensor, *indices: int) -> None:
+    """Make a factor that of inputs or gradients some of which are always zero."""
+    matrix[list(indices)] = 0
+    matrix[:, list(indices)] = 0
+
+
 def crossing(R: int, C: int, rows: list[int], columns: list[int]) -> Tensor:
-    removed = torch.zeros(R, C, dtype=torch.bool)
-    removed[rows] = True
-    removed[:, columns] = True
-    return removed
+    return flags(R, rows)[:, None] | flags(C, columns)
 
 
 def flags(n: int, indices: list[int]) -> Tensor:

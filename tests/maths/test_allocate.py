@@ -1,106 +1,315 @@
-"""How many groups go, from costs alone: exact targets, ties, and what earlier shots have left."""
+"""How many groups and whole experts go, from costs alone."""
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+import pickle
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from ray_surgeon.maths.allocate import Allocation, GroupCosts, allocate_globally, allocate_uniformly
 from ray_surgeon.maths.threshold import OutOfReachError
-from tests.maths.test_experts import experts_of
 
 ANY = frozenset(range(9))
+EVEN = frozenset((0, 2, 4, 6, 8))
+SIZES = {"attention": 40.0, "ffn": 6.0}
+STAYS = [math.inf] * 3
 
 
-def per_unit(costs: list[GroupCosts], missing: float) -> Allocation:
-    return allocate_globally(costs, missing, per_unit=True)
+def per_unit(costs: Sequence[GroupCosts], missing: float, **options: Any) -> Allocation:
+    return allocate_globally(costs, missing, per_unit=True, **options)
 
 
-def test_experts_that_are_gone_are_none_to_spare() -> None:
-    costs = experts_of(0, [[math.inf] * 3] * 3, [0.1, 0.2, math.inf])
-    costs[2] = replace(costs[2], num_left=0)
-    with pytest.raises(OutOfReachError, match="save 0"):
-        allocate_globally(costs, 30, per_unit=True, fewest_experts=2)
+def per_group(costs: Sequence[GroupCosts], missing: float, **options: Any) -> Allocation:
+    return allocate_globally(costs, missing, per_unit=False, **options)
 
 
-@pytest.mark.parametrize("allocate", [per_unit, allocate_uniformly])
-def test_a_target_of_many_bytes_that_sums_reach_but_for_their_rounding(
+BOTH = (per_unit, allocate_uniformly)
+
+
+def groups(
+    consumer: str,
+    costs: Sequence[float],
+    needs: Sequence[float],
+    kind: str = "ffn",
+    allowed: frozenset[int] = ANY,
+) -> GroupCosts:
+    return GroupCosts(consumer, kind, torch.tensor(costs), len(costs), allowed, needs)
+
+
+def experts(
+    whole: Sequence[float], channels: Sequence[Sequence[float]] | None = None, layer: int = 0
+) -> list[GroupCosts]:
+    """Return experts of one layer, of three channels of ten parameters each."""
+    found = []
+    for i, (cost, own) in enumerate(zip(whole, channels or [STAYS] * len(whole), strict=True)):
+        one = groups(f"{layer}.{i}", own, [0.0, 10.0, 20.0, 30.0], "expert_channels")
+        found.append(replace(one, whole=cost, layer=layer))
+    return found
+
+
+def narrowed(costs: Sequence[GroupCosts], num_left: int) -> list[GroupCosts]:
+    """Return costs of consumers that have lost groups before."""
+    return [replace(c, num_left=num_left) for c in costs]
+
+
+def random_groups(seed: int, widths: frozenset[int] = ANY, num_left: int = 8) -> list[GroupCosts]:
+    """Return heads and channels of three blocks, in each of which the dearest stays."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for block in range(3):
+        for kind, number, scale, allowed in (("attention", 3, 50, ANY), ("ffn", 8, 4, widths)):
+            costs = torch.rand(number, generator=generator) * scale
+            costs[int(costs.argmax())] = torch.inf
+            needs = [SIZES[kind] * n for n in range(number + 1)]
+            left = num_left if kind == "ffn" else number
+            found.append(GroupCosts(f"{block}.{kind}", kind, costs, left, allowed, needs))
+    return found
+
+
+def with_plateaus(costs: Sequence[GroupCosts], seed: int) -> list[GroupCosts]:
+    """Let groups save unequally, and some nothing, as of measured latencies."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for c in costs:
+        size, saves = (torch.rand(c.num_left, generator=generator) for _ in range(2))
+        steps = size * (saves < 0.6) * SIZES[c.kind]
+        found.append(replace(c, needs=[0.0, *steps.double().cumsum(0).tolist()]))
+    return found
+
+
+def random_experts(seed: int, number: int, most: float, num_layers: int = 1) -> list[GroupCosts]:
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for layer in range(num_layers):
+        channels = torch.rand(number, 3, generator=generator).cumsum(1).tolist()
+        whole = (most * torch.rand(number, generator=generator)).tolist()
+        found += experts(whole, channels, layer)
+    return found
+
+
+def gaining(costs: Sequence[GroupCosts]) -> list[GroupCosts]:
+    """Let the removal of some experts promise a gain."""
+    return [replace(c, whole=c.whole - 0.7) for c in costs]
+
+
+def saved_by(costs: Sequence[GroupCosts], found: Allocation) -> float:
+    return sum(c.saved(found.counts[c.consumer]) for c in costs)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(
+    ("allocate", "costs_of", "share"),
+    [
+        (per_unit, random_groups, 0.4),
+        (per_group, random_groups, 0.4),
+        (per_unit, lambda seed: random_groups(seed, EVEN), 0.45),
+        (per_unit, lambda seed: random_groups(seed, EVEN, 7), 0.45),
+        (per_unit, lambda seed: with_plateaus(random_groups(seed), seed), 0.5),
+        (per_unit, lambda seed: random_experts(seed, 3, 3.0), 0.1),
+        (per_unit, lambda seed: random_experts(seed, 3, 3.0), 0.5),
+        (per_group, lambda seed: narrowed(random_experts(seed, 3, 1.0), 2), 0.5),
+        (per_unit, lambda seed: gaining(random_experts(seed, 3, 2.0)), 0.3),
+    ],
+    ids=["units", "groups", "even", "odd", "plateaus", "few", "experts", "narrowed", "gains"],
+)
+def test_the_threshold_is_the_lowest_and_nothing_is_better_at_its_price(
     allocate: Callable[..., Allocation],
+    costs_of: Callable[[int], list[GroupCosts]],
+    share: float,
+    seed: int,
 ) -> None:
-    needs = [1e10 * n for n in range(5)]
-    costs = [
-        GroupCosts(f"{block}", "ffn", torch.tensor([1.0, 2, 3, 4]) + block, 4, ANY, needs)
-        for block in range(3)
-    ]
-    assert sum(allocate(costs, 6e10 * (1 + 1e-10)).counts.values()) == 6
+    """The oracle is the least of cost - threshold * saved over all that each consumer may lose."""
+    costs = costs_of(seed)
+    missing = share * sum(c.saved(max(c.possible_counts)) for c in costs)
+    found = allocate(costs, missing)
+    assert found.threshold is not None
+    assert saved_by(costs, found) >= missing - 1e-6
+    saved_below = 0.0
+    for c in costs:
+        options = {(n, False): float(c.curve[n]) for n in c.possible_counts}
+        options[c.num_left, True] = c.whole
+        unit = {n: n if allocate is per_group else c.saved(n) for n in range(c.num_left + 1)}
+        at_price = {key: cost - found.threshold * unit[key[0]] for key, cost in options.items()}
+        best = min(at_price.values())
+        chosen = found.counts[c.consumer], c.consumer in found.experts
+        assert at_price[chosen] == pytest.approx(best, abs=1e-9)
+        saved_below += min(c.saved(n) for (n, _), cost in at_price.items() if cost <= best + 1e-9)
+    assert saved_below < missing
 
 
-def test_a_narrowed_expert_counts_as_the_groups_that_it_has() -> None:
-    costs = [replace(c, num_left=2) for c in experts_of(0, [[math.inf] * 3], [0.8])]
-    assert allocate_globally(costs, 10, per_unit=False).threshold == pytest.approx(0.4)
-
-
-def test_of_uniform_widths_with_equal_costs_no_more_goes_than_was_asked_for() -> None:
-    costs = [
-        GroupCosts("x", "ffn", torch.tensor([0.0, 0.0, 5.0]), 3, ANY, [0.0, 10.0, 20.0, 30.0]),
-        GroupCosts("y", "attention", torch.tensor([1.0]), 1, ANY, [0.0, 10.0]),
-    ]
-    assert allocate_uniformly(costs, 10).counts == {"x": 1, "y": 0}
-    assert allocate_uniformly(costs, 15).counts == {"x": 2, "y": 0}
-
-
-def test_uniform_widths_of_two_kinds_leave_no_surplus_of_free_groups() -> None:
-    """Both free channels together with the head would save 28, where one channel less saves the 20
-    that are wanted.
+@pytest.mark.parametrize("seed", range(2))
+def test_channels_go_where_no_expert_can_be_spared(seed: int) -> None:
+    """Whole experts are cheap; all that may go together does, and no allocation of the same experts
+    that saves as much costs less.
     """
-    costs = [
-        GroupCosts("x", "ffn", torch.tensor([0.0, 0.0, 5.0]), 3, ANY, [0.0, 8.0, 16.0, 24.0]),
-        GroupCosts("y", "attention", torch.tensor([1.0]), 1, ANY, [0.0, 12.0]),
-    ]
-    assert allocate_uniformly(costs, 20).counts == {"x": 1, "y": 1}
+    costs = random_experts(seed, 4, 0.5)
+    with pytest.raises(OutOfReachError, match="120"):
+        per_unit(costs, 121, fewest_experts=2)
+    for missing in range(10, 121, 10):
+        found = per_unit(costs, missing, fewest_experts=2)
+        assert saved_by(costs, found) >= missing
+        assert len(found.experts) <= 2
+        stay = [c for c in costs if c.consumer not in found.experts]
+        numbers = [found.counts[c.consumer] for c in stay]
+        prices = {
+            choice: sum(float(c.curve[n]) for c, n in zip(stay, choice, strict=True))
+            for choice in itertools.product(range(4), repeat=len(stay))
+        }
+        enough = [price for choice, price in prices.items() if sum(choice) >= sum(numbers)]
+        assert prices[tuple(numbers)] <= min(enough) + 1e-6
 
 
-@pytest.mark.parametrize("allocate", [per_unit, allocate_uniformly])
-def test_experts_that_promise_a_gain_go_only_as_far_as_asked(
-    allocate: Callable[..., Allocation],
-) -> None:
-    """20 % of eight experts are two of them, though four promise a gain."""
-    promises = [-0.4, -0.3, -0.2, -0.1, 0.1, 0.2, 0.3, 0.4]
-    found = allocate(experts_of(0, [[math.inf] * 3] * 8, promises), 0.2 * 8 * 30)
-    assert found.experts == {"0.0", "0.1"}
-
-
-def test_the_last_step_of_a_path_ends_where_the_goal_is_met() -> None:
-    """The costs fall, so that the path has one long edge; a goal inside of it takes no more than
-    its part.
-    """
-    falling = GroupCosts(
-        "x",
-        "ffn",
-        torch.tensor([1.0, 1.0, 1.0, 1.0]),
-        4,
-        frozenset({0, 1, 2, 3, 4}),
-        [0.0, 40.0, 60.0, 70.0, 80.0],
+@pytest.mark.parametrize("seed", range(3))
+def test_uniform_widths_are_the_cheapest_by_brute_force(seed: int) -> None:
+    costs = random_groups(seed, EVEN)
+    found = allocate_uniformly(costs, 150)
+    prices = {
+        (i, j): sum(float(c.curve[i if c.kind == "attention" else j]) for c in costs)
+        for i, j in itertools.product(range(3), (0, 2, 4, 6))
+        if 3 * (40 * i + 6 * j) >= 150
+    }
+    heads, channels = (
+        {found.counts[c.consumer] for c in costs if c.kind == kind} for kind in SIZES
     )
-    assert per_unit([falling], 10).counts == {"x": 1}
-    assert per_unit([falling], 15).counts == {"x": 2}
+    assert len(heads) == len(channels) == 1
+    assert prices[heads.pop(), channels.pop()] == pytest.approx(min(prices.values()), rel=1e-6)
 
 
-def test_uniform_layers_without_an_expert_to_spare() -> None:
-    with pytest.raises(OutOfReachError, match="save 0"):
-        allocate_uniformly(experts_of(0, [[math.inf] * 3] * 2, [0.1, 0.2]), 10, fewest_experts=2)
+def test_uniform_experts_and_channels_by_brute_force() -> None:
+    """No option counts as cheaper than one that removes less of everything."""
+    costs = random_experts(5, 4, 2.0, num_layers=2)
+    layers = [[c for c in costs if c.layer == layer] for layer in range(2)]
+
+    def cost_of(m: int, n: int) -> float:
+        gains = (sorted(c.whole - float(c.curve[n]) for c in own)[:m] for own in layers)
+        return sum(map(sum, gains)) + sum(float(c.curve[n]) for c in costs)
+
+    options = list(itertools.product(range(4), repeat=2))
+    cost = {option: cost_of(*option) for option in options}
+    rising = {(m, n): max(cost[i, j] for i, j in options if i <= m and j <= n) for m, n in options}
+    for missing in range(20, 221, 20):
+        found = allocate_uniformly(costs, missing, fewest_experts=1)
+        enough = {(m, n) for m, n in options if 2 * (30 * m + 10 * n * (4 - m)) >= missing}
+        gone = {sum(c.consumer in found.experts for c in own) for own in layers}
+        widths = {found.counts[c.consumer] for c in costs if c.consumer not in found.experts}
+        assert len(gone) == len(widths) == 1
+        m = gone.pop()
+        n = widths.pop()
+        assert rising[m, n] == pytest.approx(min(rising[option] for option in enough))
+        whole = sum(c.whole for c in costs if c.consumer in found.experts)
+        stay = sum(float(c.curve[n]) for c in costs if c.consumer not in found.experts)
+        assert whole + stay == pytest.approx(cost[m, n])
+        assert not enough & {(m - 1, n), (m, n - 1)}, "a step less would have been enough"
 
 
-@pytest.mark.parametrize("allocate", [per_unit, allocate_uniformly])
-def test_a_width_that_is_not_allowed_stays_if_nothing_may_go(
-    allocate: Callable[..., Allocation],
+FALLING = [groups("x", [1.0] * 4, [0.0, 40.0, 60.0, 70.0, 80.0])]
+"""The path has one long edge."""
+ODD = narrowed([c for c in random_groups(0, EVEN) if c.kind == "ffn"], 7)
+"""One channel of each layer must go."""
+FREE = groups("x", [0.0, 0.0, 5.0], [0.0, 10.0, 20.0, 30.0])
+HEAD = groups("y", [1.0], [0.0, 10.0], "attention")
+SMALLER = replace(FREE, needs=[0.0, 8.0, 16.0, 24.0])
+LARGER = replace(HEAD, needs=[0.0, 12.0])
+"""Both free channels and this head save 28, where one channel less saves 20."""
+UNEQUAL = [
+    replace(FREE, consumer="0"),
+    replace(FREE, consumer="1", costs=torch.tensor([1.0, *STAYS[1:]])),
+]
+"""The second block can lose one channel only."""
+LOST_BEFORE = narrowed(experts([0.1, 0.2, 0.3], [[math.inf, 9.0, 9.0]] * 3), 2)
+LAYERS = experts([0.1, 0.2, 0.3]) + experts([1.0, 2.0, 3.0], layer=1)
+PROMISES = experts([-0.4, -0.3, -0.2, -0.1, 0.1, 0.2, 0.3, 0.4])
+"""20 % of eight experts are two of them, though four promise a gain."""
+
+
+@pytest.mark.parametrize(
+    ("allocators", "costs", "missing", "options", "expected"),
+    [
+        ([per_unit], FALLING, 10, {}, {"x": 1}),
+        ([per_unit], FALLING, 15, {}, {"x": 2}),
+        ([per_unit], ODD, 18, {}, {"0.ffn": 1, "1.ffn": 1, "2.ffn": 1}),
+        ([allocate_uniformly], [FREE, HEAD], 10, {}, {"x": 1}),
+        ([allocate_uniformly], [FREE, HEAD], 15, {}, {"x": 2}),
+        ([allocate_uniformly], [SMALLER, LARGER], 20, {}, {"x": 1, "y": 1}),
+        ([allocate_uniformly], UNEQUAL, 20, {}, {"0": 1, "1": 1}),
+        (BOTH, LOST_BEFORE, 20, {}, {"0.0": 2}),
+        (BOTH, PROMISES, 48, {}, {"0.0": 3, "0.1": 3}),
+        (BOTH, LAYERS, 60, {"fewest_experts": 2}, {"0.0": 3, "1.0": 3}),
+    ],
+)
+def test_what_goes(
+    allocators: Sequence[Callable[..., Allocation]],
+    costs: list[GroupCosts],
+    missing: float,
+    options: dict[str, int],
+    expected: dict[str, int],
 ) -> None:
-    costs = GroupCosts(
-        "x", "ffn", torch.full((3,), math.inf), 3, frozenset({0, 2}), [0.0, 1.0, 2.0, 3.0]
-    )
-    with pytest.raises(OutOfReachError, match="save 0"):
-        allocate([costs], 1)
+    for allocate in allocators:
+        found = allocate(costs, missing, **options)
+        assert {name: n for name, n in found.counts.items() if n} == expected
+        are_experts = {c.consumer for c in costs if math.isfinite(c.whole)}
+        assert found.experts == are_experts & set(expected)
+
+
+@pytest.mark.parametrize(
+    ("allocators", "costs", "missing", "options", "most"),
+    [
+        (BOTH, random_groups(0), 550, {}, 3 * (2 * 40 + 7 * 6)),
+        # a width that is not allowed
+        (BOTH, [replace(FREE, costs=torch.tensor(STAYS), allowed={0, 2})], 1, {}, 0),
+        ([allocate_uniformly], UNEQUAL, 30, {}, 20),
+        (BOTH, experts([0.1, 0.2]), 10, {"fewest_experts": 2}, 0),
+        # one that is gone is none to spare
+        (
+            [per_unit],
+            [*experts([0.1, 0.2]), *narrowed(experts([math.inf]), 0)],
+            30,
+            {"fewest_experts": 2},
+            0,
+        ),
+        ([allocate_uniformly], experts([0.1, 0.2]) + experts(STAYS[:2], layer=1), 20, {}, 0),
+        (BOTH, LAYERS, 90, {"fewest_experts": 2}, 60),
+    ],
+)
+def test_targets_out_of_reach_say_how_much_there_is(
+    allocators: Sequence[Callable[..., Allocation]],
+    costs: list[GroupCosts],
+    missing: float,
+    options: dict[str, int],
+    most: int,
+) -> None:
+    for allocate in allocators:
+        with pytest.raises(OutOfReachError, match=f"save {most} of the {missing}") as caught:
+            allocate(costs, missing, **options)
+        as_sent = pickle.loads(pickle.dumps(caught.value))  # from a coordinator elsewhere
+        assert str(as_sent) == str(caught.value)
+
+
+def test_groups_of_earlier_shots_save_nothing_more() -> None:
+    costs = replace(FREE, num_left=2, needs=[0.0, 10.0, 11.0, 30.0])
+    assert [costs.saved(count) for count in range(3)] == [0, 1, 11]
+
+
+def test_groups_of_one_cost_go_one_at_a_time() -> None:
+    """Points of their path lie on one line, but for the rounding of sums."""
+    costs = groups("x", [0.1] * 8, [0.3 * n for n in range(9)])
+    for number in range(1, 9):
+        assert per_unit([costs], 0.3 * number - 0.1).counts == {"x": number}
+
+
+@pytest.mark.parametrize("allocate", BOTH)
+@pytest.mark.parametrize(
+    ("size", "missing"), [(0.1, sum([0.4 - 0.2] * 3) + 1e-10), (1e10, 6e10 * (1 + 1e-10))]
+)
+def test_a_target_that_groups_save_but_for_the_rounding_of_sums_takes_no_more(
+    size: float, missing: float, allocate: Callable[..., Allocation]
+) -> None:
+    needs = [size * n for n in range(5)]
+    costs = [groups(f"{block}", [block + n for n in (1.0, 2, 3, 4)], needs) for block in range(3)]
+    assert sum(allocate(costs, missing).counts.values()) == 6

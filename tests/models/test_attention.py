@@ -16,9 +16,9 @@ from ray_surgeon.models.attention import in_products
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    return float(
-        torch.linalg.norm(found.detach() - expected.detach()) / torch.linalg.norm(expected.detach())
-    )
+    found = found.detach().double()
+    expected = expected.detach().double()
+    return float((found - expected).norm() / expected.norm())
 
 
 class Layer(nn.Module):
@@ -35,19 +35,19 @@ def drawn(T: int, S: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, T
     generator = torch.Generator().manual_seed(T + S)
     query, key, value = (
         torch.randn(2, length, heads, size, generator=generator, dtype=torch.float64)
-        for length, heads, size in ((T, 6, 8), (S, 2, 8), (S, 2, 5))
+        .add(shift)
+        .to(dtype)
+        .transpose(1, 2)
+        for length, heads, size, shift in ((T, 6, 8, 0), (S, 2, 8, 3), (S, 2, 5, 0))
     )
-    return (
-        query.to(dtype).transpose(1, 2),
-        (key + 3).to(dtype).transpose(1, 2),
-        value.to(dtype).transpose(1, 2),
-    )
+    return query, key, value
 
 
-def exact(query: Tensor, key: Tensor, value: Tensor, *, causal: bool) -> Tensor:
-    return scaled_dot_product_attention(
-        query, key, value, is_causal=causal, scale=1.0, enable_gqa=True
-    )
+def exact(
+    query: Tensor, key: Tensor, value: Tensor, *, causal: bool = True, **options: Any
+) -> Tensor:
+    options |= {"is_causal": causal, "enable_gqa": True}
+    return scaled_dot_product_attention(query.double(), key.double(), value.double(), **options)
 
 
 @pytest.mark.parametrize(
@@ -59,30 +59,26 @@ def test_outputs_and_gradients_are_those_of_attention(
     monkeypatch.setattr(attention, "QUERIES_AT_A_TIME", 4)
     leaves = [part.requires_grad_() for part in drawn(T, S)]
     found = in_products(*leaves, causal=causal)
-    expected = exact(*leaves, causal=causal)
+    expected = exact(*leaves, causal=causal, scale=1.0)
     assert relative_error(found, expected) < 1e-12
-    gradient = torch.randn(
-        expected.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64
-    )
-    for one, other in zip(
-        torch.autograd.grad(found, leaves, gradient),
-        torch.autograd.grad(expected, leaves, gradient),
-        strict=True,
-    ):
+    gradient = torch.randn_like(expected)
+    gradients = (torch.autograd.grad(outputs, leaves, gradient) for outputs in (found, expected))
+    for one, other in zip(*gradients, strict=True):
         assert relative_error(one, other) < 1e-12
 
 
-def test_bfloat16_on_a_cpu_goes_in_products_and_is_as_near_as_its_numbers(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    ("T", "S", "dtype", "most"), [(300, 300, torch.bfloat16, 2**-7), (1, 9, torch.float32, 1e-5)]
+)
+def test_bfloat16_and_one_query_in_any_dtype_go_in_products_on_a_cpu(
+    T: int, S: int, dtype: torch.dtype, most: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    query, key, value = drawn(300, 300, torch.bfloat16)
+    """And are as near as their numbers."""
+    parts = drawn(T, S, dtype)
     monkeypatch.setattr(attention, "sdpa_attention_forward", None)
-    found, _ = attention.attention(Layer(), query, key, value, None)
-    expected = scaled_dot_product_attention(
-        query.double(), key.double(), value.double(), is_causal=True, enable_gqa=True
-    )
-    assert found.dtype == torch.bfloat16
-    assert relative_error(found.double(), expected.transpose(1, 2)) < 2**-7
+    found, _ = attention.attention(Layer(), *parts, None)
+    assert found.dtype == dtype
+    assert relative_error(found, exact(*parts, causal=T > 1).transpose(1, 2)) < most
 
 
 def test_float32_with_shared_keys_on_a_gpu_goes_to_a_kernel_that_keeps_no_scores(
@@ -92,80 +88,47 @@ def test_float32_with_shared_keys_on_a_gpu_goes_to_a_kernel_that_keeps_no_scores
     numbers.
     """
     monkeypatch.setattr(attention, "sdpa_attention_forward", None)
-    shapes = list[torch.Size]()
-
-    def watch(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-        shapes.extend((key.shape, value.shape))
-        assert not options.get("enable_gqa")
-        return scaled_dot_product_attention(query, key, value, **options)
-
-    monkeypatch.setattr(attention, "scaled_dot_product_attention", watch)
+    of_torch = Mock(wraps=scaled_dot_product_attention)
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", of_torch)
     query, key, value = (part.to("meta") for part in drawn(7, 7, torch.float32))
     found, _ = attention.attention(Layer(), query, key, value, None)
     assert found.shape == (2, 7, 6, 5)
-    assert shapes == [(2, 6, 7, 8), (2, 6, 7, 5)]
+    _, keys, values = of_torch.call_args.args
+    assert (keys.shape, values.shape) == ((2, 6, 7, 8), (2, 6, 7, 5))
+    assert not of_torch.call_args.kwargs.get("enable_gqa")
 
 
 def test_keys_in_common_do_not_make_scores_coarse() -> None:
     query, key, value = drawn(300, 300, torch.bfloat16)
-    expected = exact(query.double(), (key + 64).double(), value.double(), causal=True)
-    assert relative_error(in_products(query, key + 64, value, causal=True).double(), expected) < 0.1
+    expected = exact(query, key + 64, value, scale=1.0)
+    assert relative_error(in_products(query, key + 64, value, causal=True), expected) < 0.1
 
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_everything_else_goes_to_torch(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mask is a window of four keys."""
     monkeypatch.setattr(attention, "in_products", None)
-    query, key, value = drawn(9, 9, torch.bfloat16 if masked else torch.float32)
-    # a window of four keys
+    parts = drawn(9, 9, torch.bfloat16 if masked else torch.float32)
     mask = torch.ones(9, 9, dtype=torch.bool).tril_().triu_(-3) if masked else None
-    found, _ = attention.attention(Layer(), query, key, value, mask)
-    expected = scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=not masked, enable_gqa=True
-    )
-    assert relative_error(found.double(), expected.transpose(1, 2).double()) < 0.02
+    found, _ = attention.attention(Layer(), *parts, mask)
+    expected = exact(*parts, attn_mask=mask, causal=not masked)
+    assert relative_error(found, expected.transpose(1, 2)) < 0.02
 
 
-@pytest.mark.parametrize(
-    ("T", "dtype", "options"), [(4, torch.bfloat16, {}), (9, torch.bfloat16, {"dropout": 0.5})]
-)
+@pytest.mark.parametrize(("T", "dropout"), [(4, 0.0), (9, 0.5)])
 def test_what_is_not_plain_attention_goes_to_torch(
-    T: int, dtype: torch.dtype, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    T: int, dropout: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     of_torch = Mock(return_value=(None, None))
     monkeypatch.setattr(attention, "in_products", None)
     monkeypatch.setattr(attention, "sdpa_attention_forward", of_torch)
-    attention.attention(Layer(), *drawn(T, 9, dtype), None, **options)
-    assert of_torch.call_args.kwargs["dropout"] == options.get("dropout", 0.0)
-
-
-def test_one_query_reads_all_keys_in_any_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "sdpa_attention_forward", None)
-    query, key, value = drawn(1, 9, torch.float32)
-    found, _ = attention.attention(Layer(), query, key, value, None)
-    expected = scaled_dot_product_attention(query, key, value, enable_gqa=True)
-    assert relative_error(found, expected.transpose(1, 2)) < 1e-5
+    attention.attention(Layer(), *drawn(T, 9, torch.bfloat16), None, dropout=dropout)
+    assert of_torch.call_args.kwargs["dropout"] == dropout
 
 
 def test_the_benchmark_measures_both(capsys: pytest.CaptureFixture[str]) -> None:
-    assert (
-        main(
-            [
-                "--tokens",
-                "16",
-                "--heads",
-                "2",
-                "--key-heads",
-                "1",
-                "--head-dim",
-                "8",
-                "--texts",
-                "2",
-                "--repeats",
-                "1",
-            ]
-        )
-        == 0
-    )
+    sizes = "--tokens 16 --heads 2 --key-heads 1 --head-dim 8 --texts 2 --repeats 1"
+    assert main(sizes.split()) == 0
     said = capsys.readouterr().out
     assert "16 tokens and gradients" in said
     assert "next token of 2 texts" in said

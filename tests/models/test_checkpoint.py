@@ -12,8 +12,10 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from ray_surgeon.models import checkpoint
 from ray_surgeon.models.checkpoint import (
+    BadWeightsError,
     Stack,
     check_checkpoint,
+    check_finite,
     find_stored,
     from_mxfp4,
     read_state,
@@ -23,7 +25,6 @@ from ray_surgeon.models.families import FAMILIES, check_not_quantised
 from tests.conftest import LAYOUTS
 
 LAYOUT = LAYOUTS["gpt_oss"]
-FAMILY = LAYOUT.family
 
 
 def as_mxfp4(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -55,21 +56,17 @@ def test_weights_that_are_no_numbers_are_counted_in_all_parts(
 ) -> None:
     monkeypatch.setattr(checkpoint, "_ENTRIES_AT_A_TIME", 4)
     value = torch.ones(3, 5, dtype=torch.bfloat16)
-    checkpoint.check_finite("x", value)
-    checkpoint.check_finite("x", torch.ones(()))
-    value[0, 1] = torch.nan
-    value[1, 2] = torch.inf
-    value[2, 4] = -torch.inf
-    with pytest.raises(checkpoint.BadWeightsError, match="x has 3 NaN or infinite weights"):
-        checkpoint.check_finite("x", value)
+    check_finite("x", value)
+    check_finite("x", torch.ones(()))
+    value[[0, 1, 2], [1, 2, 4]] = torch.tensor([torch.nan, torch.inf, -torch.inf]).bfloat16()
+    with pytest.raises(BadWeightsError, match="x has 3 NaN or infinite weights"):
+        check_finite("x", value)
 
 
 def test_numbers_of_four_bits_are_those_of_transformers() -> None:
     blocks = torch.arange(256, dtype=torch.uint8).view(1, 4, 4, 16)
-    scales = torch.tensor(
-        [[0, 1, 100, 127], [126, 128, 130, 200], [253, 254, 120, 119], [5, 60, 127, 127]],
-        dtype=torch.uint8,
-    )[None]
+    exponents = [0, 1, 100, 127, 126, 128, 130, 200, 253, 254, 120, 119, 5, 60, 127, 127]
+    scales = torch.tensor(exponents, dtype=torch.uint8).view(1, 4, 4)
     wanted = convert_moe_packed_tensors(blocks, scales)  # [1, inputs, outputs]
     assert torch.equal(from_mxfp4(blocks, scales), wanted.transpose(1, 2))
 
@@ -77,11 +74,11 @@ def test_numbers_of_four_bits_are_those_of_transformers() -> None:
 def test_parts_are_put_together_as_they_were(state: dict[str, Tensor]) -> None:
     read = tensor_reader(LAYOUT, state, read_state(state), "here")
     stacks: dict[str, Stack] = {}
-    for name in LAYOUT.parameters:
-        part = FAMILY.part_of_stack(name)
+    for name, shape in LAYOUT.parameters.items():
+        part = LAYOUT.family.part_of_stack(name)
         if part is not None:
             stacks.setdefault(part.whole, Stack(6)).put(part, part.expert, read(name))
-            assert read(name).shape == LAYOUT.parameters[name]
+            assert read(name).shape == shape
     assert len(stacks) == 4 * 4
     assert all(torch.equal(stack.tensor, state[name]) for name, stack in stacks.items())
 
@@ -94,59 +91,53 @@ def test_a_packed_checkpoint_reads_as_transformers_unpacks_it(state: dict[str, T
     }
     packed = as_mxfp4(wide)
     name = "model.layers.2.mlp.experts"
-    expert = 3
-    unpacked = {
-        key: convert_moe_packed_tensors(
-            packed[f"{name}.{key}_blocks"], packed[f"{name}.{key}_scales"]
-        )
-        for key in ("gate_up_proj", "down_proj")
-    }
+    unpacked = {}
+    for key in ("gate_up_proj", "down_proj"):
+        parts = (packed[f"{name}.{key}_{part}"] for part in ("blocks", "scales"))
+        unpacked[key] = convert_moe_packed_tensors(*parts)[3].T
     read = tensor_reader(LAYOUT, packed, read_state(packed), "here")
-    assert torch.equal(
-        read(f"{name}.{expert}.gate_proj.weight"), unpacked["gate_up_proj"][expert, :, 0::2].T
-    )
-    assert torch.equal(
-        read(f"{name}.{expert}.up_proj.weight"), unpacked["gate_up_proj"][expert, :, 1::2].T
-    )
-    assert torch.equal(read(f"{name}.{expert}.down_proj.weight"), unpacked["down_proj"][expert].T)
-    assert torch.equal(
-        read(f"{name}.{expert}.up_proj.bias"), state[f"{name}.gate_up_proj_bias"][expert, 1::2]
-    )
+    for linear, wanted in (
+        ("gate_proj.weight", unpacked["gate_up_proj"][0::2]),
+        ("up_proj.weight", unpacked["gate_up_proj"][1::2]),
+        ("down_proj.weight", unpacked["down_proj"]),
+        ("up_proj.bias", state[f"{name}.gate_up_proj_bias"][3, 1::2]),
+    ):
+        assert torch.equal(read(f"{name}.3.{linear}"), wanted)
     shapes = {key: tuple(tensor.shape) for key, tensor in packed.items()}
-    found = find_stored(LAYOUT, f"{name}.{expert}.down_proj.weight", packed)
+    found = find_stored(LAYOUT, f"{name}.3.down_proj.weight", packed)
     assert found is not None
     assert found.shape(shapes) == (32, 64)
 
 
-def test_what_does_not_fit_is_named(state: dict[str, Tensor]) -> None:
+EXPERTS = "model.layers.1.mlp.experts"
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        (None, rf"6 missing \({EXPERTS}.0.down_proj.weight"),
+        ((7, 48, 32), rf"{EXPERTS}.down_proj is 7 times \(32, 48\), expected 6 times \(32, 48\)"),
+        ((6, 40, 32), rf"{EXPERTS}.down_proj is 6 times \(32, 40\), expected 6 times \(32, 48\)"),
+    ],
+)
+def test_what_does_not_fit_is_named(
+    shape: tuple[int, ...] | None, expected: str, state: dict[str, Tensor]
+) -> None:
     shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
     check_checkpoint(LAYOUT, shapes, "here")
-    name = "model.layers.1.mlp.experts.down_proj"
-    with pytest.raises(
-        ValueError, match=rf"6 missing \({name.removesuffix('.down_proj')}.0.down_proj.weight"
-    ):
-        check_checkpoint(
-            LAYOUT, {key: shape for key, shape in shapes.items() if key != name}, "here"
-        )
-    with pytest.raises(
-        ValueError, match=rf"{name} is 7 times \(32, 48\), expected 6 times \(32, 48\)"
-    ):
-        check_checkpoint(LAYOUT, shapes | {name: (7, 48, 32)}, "here")
-    with pytest.raises(
-        ValueError, match=rf"{name} is 6 times \(32, 40\), expected 6 times \(32, 48\)"
-    ):
-        check_checkpoint(LAYOUT, shapes | {name: (6, 40, 32)}, "here")
+    del shapes[f"{EXPERTS}.down_proj"]
+    if shape is not None:
+        shapes[f"{EXPERTS}.down_proj"] = shape
+    with pytest.raises(ValueError, match=expected):
+        check_checkpoint(LAYOUT, shapes, "here")
 
 
-def test_weights_that_are_quantised_otherwise_are_refused() -> None:
-    check_not_quantised({"model_type": "llama"})
+@pytest.mark.parametrize(
+    ("family", "method"), [*((family, "fp8") for family in FAMILIES), ("llama", "mxfp4")]
+)
+def test_weights_that_are_quantised_otherwise_are_refused(family: str, method: str) -> None:
+    check_not_quantised({"model_type": family})
     check_not_quantised({"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}})
-    for family in FAMILIES:
-        with pytest.raises(ValueError, match=r"quantised \(fp8\).*in bfloat16"):
-            check_not_quantised(
-                {"model_type": family, "quantization_config": {"quant_method": "fp8"}}
-            )
-    with pytest.raises(ValueError, match=r"quantised \(mxfp4\)"):
-        check_not_quantised(
-            {"model_type": "llama", "quantization_config": {"quant_method": "mxfp4"}}
-        )
+    document = {"model_type": family, "quantization_config": {"quant_method": method}}
+    with pytest.raises(ValueError, match=rf"quantised \({method}\).*in bfloat16"):
+        check_not_quantised(document)

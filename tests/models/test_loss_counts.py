@@ -4,6 +4,7 @@ autograd on the whole model.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from ray_surgeon.models.loss import Comparison, compare_with_dense, next_token_loss
+from ray_surgeon.models.loss import compare_with_dense, next_token_loss, next_tokens, perplexity_of
 from ray_surgeon.runtime.local import LocalCluster
 from ray_surgeon.runtime.passes import (
     compared,
@@ -28,10 +29,9 @@ from ray_surgeon.runtime.wave import Labels
 from ray_surgeon.stages.curvature.gather import gather_curvature
 from tests.conftest import VOCABULARY
 from tests.integration.runs import loaded
+from tests.models.test_shard import watch
 
 T = 70
-SUMMED_IN_FLOAT32 = 1e-5
-WORKERS = ((1, 1), (3, 1), (2, 2))
 
 
 def a_text(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -49,107 +49,118 @@ def a_text(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, 
     return hidden.to(dtype), dense.to(dtype), head.to(dtype), tokens, counts
 
 
-def test_only_the_tokens_that_count_are_in_the_loss_and_its_gradient() -> None:
-    hidden, _, head, tokens, counts = a_text()
-    leaf = hidden.double().requires_grad_()
-    logits = (leaf @ head.double().T)[:, :-1]
-    nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
-    expected = (nll * counts[:, 1:]).sum(dim=1)
-    (gradient,) = torch.autograd.grad(expected.sum(), leaf)
-    found, found_gradient = next_token_loss(hidden, head, tokens, with_gradient=True, counts=counts)
-    torch.testing.assert_close(found, expected.detach(), rtol=SUMMED_IN_FLOAT32, atol=1e-9)
-    assert found_gradient is not None
-    torch.testing.assert_close(found_gradient.double(), gradient, rtol=1e-4, atol=1e-5)
-    aside = torch.ones_like(counts)
-    aside[:, :-1] = ~counts[:, 1:]
-    assert not found_gradient[aside].any(), "also of the last position, which predicts nothing"
+def sampled(which: Tensor | None) -> Tensor:
+    """Return the gradient with labels that are drawn from the model."""
+    hidden, _, head, tokens, _ = a_text()
+    seeded = torch.Generator().manual_seed(5)
+    options: dict[str, Any] = {"with_gradient": True, "generator": seeded, "counts": which}
+    found = next_token_loss(hidden, head, tokens, **options)[1]
+    assert found is not None
+    return found
 
 
-def test_divergence_acceptance_and_agreement_are_those_of_the_tokens_that_count() -> None:
+def nll_of(logits: Tensor, tokens: Tensor, counts: Tensor) -> Tensor:
+    """Return the sums over each sequence's tokens that count."""
+    predicted = logits[:, :-1].transpose(1, 2)
+    nll = torch.nn.functional.cross_entropy(predicted, tokens[:, 1:], reduction="none")
+    return (nll * counts[:, 1:]).sum(dim=1)
+
+
+def assert_sums(found: Tensor | None, expected: Tensor) -> None:
+    """They are made in float32."""
+    assert found is not None
+    torch.testing.assert_close(found, expected.detach().double(), rtol=1e-5, atol=1e-9)
+
+
+def test_losses_and_gradients_are_those_of_the_tokens_that_count() -> None:
+    """Of one sequence none, of another one all."""
     hidden, dense, head, tokens, counts = a_text()
     leaf = hidden.double().requires_grad_()
-    q, p = ((h @ head.double().T)[:, :-1].softmax(dim=-1) for h in (leaf, dense.double()))
+    logits = leaf @ head.double().T
+    expected = nll_of(logits, tokens, counts)
+    (gradient,) = torch.autograd.grad(expected.sum(), leaf, retain_graph=True)
+    nll, found = next_token_loss(hidden, head, tokens, with_gradient=True, counts=counts)
+    assert_sums(nll, expected)
+    assert found is not None
+    torch.testing.assert_close(found.double(), gradient, rtol=1e-4, atol=1e-5)
+    aside = torch.ones_like(counts)
+    aside[:, :-1] = ~counts[:, 1:]
+    assert not found[aside].any(), "also of the last position, which predicts nothing"
+
+    options: dict[str, Any] = {"with_gradient": True, "with_acceptance": True, "counts": counts}
+    comparison = compare_with_dense(hidden, dense, tokens, head, **options)
+    q = logits[:, :-1].softmax(dim=-1)
+    p = (dense.double() @ head.double().T)[:, :-1].softmax(dim=-1)
     weights = counts[:, 1:]
     divergence = ((p * (p / q).log()).sum(dim=-1) * weights).sum(dim=1)
-    (gradient,) = torch.autograd.grad(divergence.sum(), leaf, retain_graph=True)
-    found = compare_with_dense(
-        hidden, dense, tokens, head, with_gradient=True, counts=counts, with_acceptance=True
-    )
-    torch.testing.assert_close(
-        found.divergence, divergence.detach(), rtol=SUMMED_IN_FLOAT32, atol=1e-9
-    )
-    assert found.gradient is not None
-    assert found.acceptance is not None
-    assert found.agreement is not None
-    torch.testing.assert_close(found.gradient.double(), gradient, rtol=1e-4, atol=1e-5)
-    acceptance = (torch.minimum(p, q).sum(dim=-1) * weights).sum(dim=1).detach()
-    torch.testing.assert_close(found.acceptance, acceptance, rtol=SUMMED_IN_FLOAT32, atol=1e-9)
+    (gradient,) = torch.autograd.grad(divergence.sum(), leaf)
+    assert_sums(comparison.divergence, divergence)
+    assert comparison.gradient is not None
+    torch.testing.assert_close(comparison.gradient.double(), gradient, rtol=1e-4, atol=1e-5)
+    assert_sums(comparison.acceptance, (torch.minimum(p, q).sum(dim=-1) * weights).sum(dim=1))
     agreement = ((p.argmax(dim=-1) == q.argmax(dim=-1)) * weights).sum(dim=1)
-    assert found.agreement.tolist() == agreement.tolist()
-    assert 0 < float(agreement.sum()) < int(weights.sum()), "some agree"
-    assert found.acceptance.dtype == found.agreement.dtype == torch.float64
-    expected_nll = next_token_loss(hidden, head, tokens, with_gradient=False, counts=counts)[0]
-    torch.testing.assert_close(found.nll, expected_nll, rtol=1e-6, atol=1e-9)
+    assert_sums(comparison.agreement, agreement)
+    assert 0 < int(agreement.sum()) < int(weights.sum()), "some agree"
+    torch.testing.assert_close(comparison.nll, nll, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_model_accepts_all_that_it_says_itself(dtype: torch.dtype) -> None:
     hidden, _, head, tokens, counts = a_text(dtype)
     found = compare_with_dense(hidden, hidden, tokens, head, counts=counts, with_acceptance=True)
-    num_tokens = counts[:, 1:].sum(dim=1).tolist()
     assert found.acceptance is not None
     assert found.agreement is not None
+    num_tokens = counts[:, 1:].sum(dim=1).tolist()
     assert found.acceptance.tolist() == found.agreement.tolist() == num_tokens
     assert not found.divergence.any()
 
 
-def outcomes(counts: Tensor | None) -> list[Tensor | None]:
-    hidden, dense, head, tokens, _ = a_text()
-    seeded = torch.Generator().manual_seed(3)
-    compared: Comparison = compare_with_dense(
-        hidden, dense, tokens, head, with_gradient=True, counts=counts
-    )
-    return [
-        *next_token_loss(hidden, head, tokens, with_gradient=True, counts=counts),
-        *next_token_loss(hidden, head, tokens, with_gradient=True, generator=seeded, counts=counts),
-        compared.divergence,
-        compared.nll,
-        compared.gradient,
-    ]
+def test_if_all_tokens_count_every_bit_is_as_without_counts_and_if_none_nothing_is_left() -> None:
+    hidden, dense, head, tokens, counts = a_text()
 
+    def outcomes(which: Tensor | None) -> list[Any]:
+        options: dict[str, Any] = {"with_gradient": True, "counts": which}
+        found = compare_with_dense(hidden, dense, tokens, head, **options)
+        of_text = next_token_loss(hidden, head, tokens, **options)
+        return [*of_text, sampled(which), found.divergence, found.nll, found.gradient]
 
-def test_if_all_tokens_count_every_bit_is_as_without_counts() -> None:
-    everything = torch.ones(5, T, dtype=torch.bool)
-    for one, other in zip(outcomes(None), outcomes(everything), strict=True):
-        assert one is not None
-        assert other is not None
+    everything = outcomes(torch.ones_like(counts))
+    for one, other in zip(outcomes(None), everything, strict=True):
         assert torch.equal(one, other)
+    assert not any(outcome.any() for outcome in outcomes(torch.zeros_like(counts)))
 
 
 def test_labels_that_a_token_draws_do_not_depend_on_which_tokens_count() -> None:
-    hidden, _, head, tokens, counts = a_text()
-
-    def gradient(which: Tensor | None) -> Tensor:
-        seeded = torch.Generator().manual_seed(5)
-        found = next_token_loss(
-            hidden, head, tokens, with_gradient=True, generator=seeded, counts=which
-        )[1]
-        assert found is not None
-        return found[:, :-1]
-
-    torch.testing.assert_close(
-        gradient(counts), gradient(None) * counts[:, 1:, None], rtol=1e-5, atol=1e-6
-    )
+    counts = a_text()[-1]
+    expected = sampled(None)[:, :-1] * counts[:, 1:, None]
+    torch.testing.assert_close(sampled(counts)[:, :-1], expected, rtol=1e-5, atol=1e-6)
 
 
-def test_of_no_token_the_loss_is_nothing() -> None:
-    hidden, dense, head, tokens, counts = a_text()
-    none = torch.zeros_like(counts)
-    nll, gradient = next_token_loss(hidden, head, tokens, with_gradient=True, counts=none)
-    assert gradient is not None
-    assert not nll.any()
-    assert not gradient.any()
-    assert not compare_with_dense(hidden, dense, tokens, head, counts=none).divergence.any()
+def test_sampled_labels_are_drawn_from_the_model() -> None:
+    """The mean of the gradients of one state is zero."""
+    hidden, _, head, _, _ = a_text()
+    states = hidden[:1, :1].expand(1, 20_001, 8)
+    tokens = torch.zeros(1, 20_001, dtype=torch.int64)
+    seeded = torch.Generator().manual_seed(0)
+    _, found = next_token_loss(states, head, tokens, with_gradient=True, generator=seeded)
+    assert found is not None
+    assert found.mean(dim=1).norm() < 0.03 * found.norm(dim=2).mean()
+
+
+def test_a_token_is_drawn_where_the_cumulated_probabilities_pass_the_chance() -> None:
+    """Of probabilities 0, 1/4, 3/4 and 0, and of 0, 1/10, 9/10 and 0 at half of the temperature."""
+    head = torch.tensor([[-300.0], [0.0], [math.log(3)], [-300.0]])
+    for temperature, bound in ((1.0, 0.25), (0.5, 0.1)):
+        chances = torch.tensor([0.0, bound - 1e-4, bound + 1e-4, 1 - 2**-24])
+        assert next_tokens(torch.ones(4, 1), head, chances, temperature).tolist() == [1, 1, 2, 2]
+
+
+def test_a_perplexity_is_a_number_infinite_or_an_error() -> None:
+    assert perplexity_of(math.log(20.0)) == pytest.approx(20)
+    assert perplexity_of(699.0) == math.exp(699)
+    assert perplexity_of(1e4) == perplexity_of(math.inf) == math.inf
+    with pytest.raises(FloatingPointError, match="not a number"):
+        perplexity_of(math.nan)
 
 
 def test_the_number_of_tokens_leaves_out_first_ones() -> None:
@@ -159,188 +170,139 @@ def test_the_number_of_tokens_leaves_out_first_ones() -> None:
     assert num_counted(sequences, only=[0, 2]) == 8
     assert num_counted(sequences, counts) == 6
     assert num_counted(sequences, counts, [2, 1]) == 4
-    assert num_counted(sequences, counts, range(1)) == 2
     assert num_counted(sequences, counts, []) == 0
 
 
-# In a cluster
+# In a cluster of two shards and two replicas
 
 SEQUENCES = np.random.default_rng(2).integers(0, VOCABULARY, (5, 24))
 COUNTS = np.random.default_rng(3).random((5, 24)) < 0.5
+NUM_TOKENS = num_counted(SEQUENCES, COUNTS)
 
 
-def factors_of(cluster: LocalCluster) -> dict[str, tuple[Tensor, Tensor, int]]:
-    """Return linear -> A, G and the number of tokens, from its owner."""
+@pytest.fixture(scope="module")
+def cluster(model_folders: dict[str, Path]) -> LocalCluster:
+    return loaded(model_folders["llama"], 2, 2)
+
+
+def gathered(
+    cluster: LocalCluster, counts: np.ndarray | None, **options: Any
+) -> tuple[float, dict[str, Any]]:
+    """Return the loss of a pass, and linear -> A, G and the number of tokens, from its owner."""
+    loss = gather_curvature(cluster, SEQUENCES, "kfac", counts=counts, **options)
     found = {}
     for worker in cluster.workers.values():
         for name in filter(worker.owns, worker.shard.linears):
             factors = worker.shard.own_factors(name).dense()
             found[name] = factors.A, factors.G, factors.num_tokens
-    return found
+    return loss, found
 
 
-def moments(
-    model: torch.nn.Module, names: list[str], counts: np.ndarray
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return linear -> A of all tokens and G of the loss of those that count, by autograd in
-    float64.
-    """
-    inputs: dict[str, Tensor] = {}
-    gradients: dict[str, Tensor] = {}
-
-    def watch(name: str) -> None:
-        module: Any = model.get_submodule(name)
-        module.register_forward_hook(lambda m, i, o: inputs.__setitem__(name, i[0].detach()))
-        module.register_full_backward_hook(
-            lambda m, gi, go: gradients.__setitem__(name, go[0].detach())
-        )
-
-    for name in names:
-        watch(name)
-    tokens = torch.from_numpy(SEQUENCES)
-    logits = model(tokens).logits[:, :-1]
-    nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
-    (nll * torch.from_numpy(counts)[:, 1:]).sum().backward()
-    flat = {name: (inputs[name].flatten(0, -2), gradients[name].flatten(0, -2)) for name in names}
-    return {name: (a.T @ a, g.T @ g) for name, (a, g) in flat.items()}
-
-
-@pytest.mark.parametrize("workers", WORKERS)
 def test_factors_are_of_the_tokens_that_count(
-    workers: tuple[int, int], model_folders: dict[str, Path]
+    cluster: LocalCluster, model_folders: dict[str, Path]
 ) -> None:
-    cluster = loaded(model_folders["llama"], *workers)
-    loss = gather_curvature(cluster, SEQUENCES, "kfac", counts=COUNTS)
-    found = factors_of(cluster)
+    """A of all tokens and G of the loss of those that count, by autograd in float64."""
+    loss, found = gathered(cluster, COUNTS)
     model = AutoModelForCausalLM.from_pretrained(model_folders["llama"], dtype=torch.float64)
-    num_tokens = num_counted(SEQUENCES, COUNTS)
-    expected = moments(model, list(found), COUNTS)
-    for name, (A, G, of_all) in found.items():
-        assert of_all == SEQUENCES.size
-        torch.testing.assert_close(A.double(), expected[name][0], rtol=1e-4, atol=1e-4)
-        G_of_a_token = expected[name][1] * (5 * 23 / num_tokens)
-        torch.testing.assert_close(
-            G.double(), G_of_a_token, rtol=1e-3, atol=1e-4 * float(G_of_a_token.abs().max())
-        )
-    assert loss == pytest.approx(
-        sum(sequence_losses(cluster, SEQUENCES, COUNTS)) / num_tokens, rel=1e-6
-    )
+    inputs, gradients = watch({name: model.get_submodule(name) for name in found})
+    tokens = torch.from_numpy(SEQUENCES)
+    counts = torch.from_numpy(COUNTS)
+    expected = nll_of(model(tokens).logits, tokens, counts)
+    expected.sum().backward()
+    assert loss == pytest.approx(float(expected.detach().sum()) / NUM_TOKENS, rel=1e-6)
+    for name, (A, G, num_tokens) in found.items():
+        assert num_tokens == SEQUENCES.size
+        a = inputs[name]
+        torch.testing.assert_close(A.double(), a.T @ a, rtol=1e-4, atol=1e-4)
+        g = gradients[name]
+        of_a_token = g.T @ g * (5 * 23 / NUM_TOKENS)
+        atol = 1e-4 * float(of_a_token.abs().max())
+        torch.testing.assert_close(G.double(), of_a_token, rtol=1e-3, atol=atol)
 
 
-@pytest.mark.parametrize("workers", WORKERS)
 @pytest.mark.parametrize("options", [{}, {"label_seed": 4}, {"num_backward": 3}], ids=str)
 def test_factors_are_the_same_bits_if_all_tokens_count(
-    workers: tuple[int, int], options: dict[str, Any], model_folders: dict[str, Path]
+    cluster: LocalCluster, options: dict[str, Any]
 ) -> None:
-    cluster = loaded(model_folders["llama"], *workers)
-    losses = []
-    factors = []
-    for counts in (None, np.ones_like(COUNTS)):
-        losses.append(gather_curvature(cluster, SEQUENCES, "kfac", counts=counts, **options))
-        factors.append(factors_of(cluster))
-    assert losses[0] == losses[1]
-    for name, (A, G, num_tokens) in factors[0].items():
-        assert torch.equal(A, factors[1][name][0])
-        assert torch.equal(G, factors[1][name][1])
-        assert num_tokens == factors[1][name][2]
+    loss, factors = gathered(cluster, None, **options)
+    other_loss, others = gathered(cluster, np.ones_like(COUNTS), **options)
+    assert loss == other_loss
+    for name, (A, G, num_tokens) in factors.items():
+        assert torch.equal(A, others[name][0])
+        assert torch.equal(G, others[name][1])
+        assert num_tokens == others[name][2]
 
 
 def test_gradients_of_a_part_of_the_sequences_are_brought_to_all_tokens(
-    model_folders: dict[str, Path],
+    cluster: LocalCluster,
 ) -> None:
-    cluster = loaded(model_folders["llama"])
-    gather_curvature(cluster, SEQUENCES, "kfac", counts=COUNTS, num_backward=3)
-    part = factors_of(cluster)
-    numbers = np.sort(np.random.default_rng(0).permutation(5)[:3])
+    _, part = gathered(cluster, COUNTS, num_backward=3)
     only = np.zeros_like(COUNTS)
+    numbers = np.random.default_rng(0).permutation(5)[:3]
     only[numbers] = COUNTS[numbers]
-    gather_curvature(cluster, SEQUENCES, "kfac", counts=only)
-    for name, (_, G, _) in factors_of(cluster).items():
+    for name, (_, G, _) in gathered(cluster, only)[1].items():
         torch.testing.assert_close(part[name][1], G, rtol=1e-4, atol=1e-6 * float(G.abs().max()))
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
-@pytest.mark.parametrize("num_backward", [None, 5])
-def test_costs_of_experts_are_per_token_that_counts(
-    num_backward: int | None, family: str, model_folders: dict[str, Path]
-) -> None:
+def test_a_pass_in_which_no_token_counts_is_refused(cluster: LocalCluster) -> None:
+    with pytest.raises(ValueError, match="in none of the 5 sequences"):
+        gathered(cluster, np.zeros_like(COUNTS))
+
+
+def test_costs_of_experts_are_per_token_that_counts(model_folders: dict[str, Path]) -> None:
     """Twice the same sequences, of which once nothing counts, cost the same as once; likewise if
     half of them pass backward.
     """
-    cluster = loaded(model_folders[family])
+    cluster = loaded(model_folders["qwen2_moe"])
 
-    def sums(
-        sequences: np.ndarray, counts: np.ndarray | None, num_backward: int | None
-    ) -> list[Tensor]:
-        gather_curvature(
-            cluster, sequences, "kfac", counts=counts, experts=True, num_backward=num_backward
-        )
+    def sums(sequences: np.ndarray, **options: Any) -> list[Tensor]:
+        gather_curvature(cluster, sequences, "kfac", experts=True, **options)
         (worker,) = cluster.workers.values()
         return [one.total.clone() for one in worker.shard.expert_sums.values()]
 
-    once = sums(SEQUENCES, None, None)
+    once = sums(SEQUENCES)
     drawn = np.sort(np.random.default_rng(0).permutation(10)[:5])
-    rest = sorted(set(range(10)) - set(drawn.tolist()))
-    twice = np.empty((10, 24), dtype=np.int64)
-    twice[drawn] = twice[rest] = SEQUENCES
     counts = np.zeros((10, 24), dtype=np.bool_)
     counts[drawn] = True
-    found = sums(twice, counts, None) if num_backward is None else sums(twice, None, num_backward)
-    for one, other in zip(once, found, strict=True):
-        torch.testing.assert_close(other, 2 * one, rtol=1e-4, atol=1e-6)
+    twice = np.empty((10, 24), dtype=np.int64)
+    twice[drawn] = SEQUENCES
+    twice[~counts[:, 0]] = SEQUENCES
+    for found in (sums(twice, counts=counts), sums(twice, num_backward=5)):
+        for one, other in zip(once, found, strict=True):
+            torch.testing.assert_close(other, 2 * one, rtol=1e-4, atol=1e-6)
 
 
-def test_a_pass_in_which_no_token_counts_is_refused(model_folders: dict[str, Path]) -> None:
-    cluster = loaded(model_folders["llama"])
-    with pytest.raises(ValueError, match="in none of the 5 sequences"):
-        gather_curvature(cluster, SEQUENCES, "kfac", counts=np.zeros_like(COUNTS))
-
-
-@pytest.mark.parametrize("workers", WORKERS)
 def test_means_of_an_evaluation_are_over_the_tokens_that_count(
-    workers: tuple[int, int], model_folders: dict[str, Path]
+    model_folders: dict[str, Path],
 ) -> None:
-    cluster = loaded(model_folders["llama"], *workers)
-    num_tokens = num_counted(SEQUENCES, COUNTS)
+    """All linears are damaged a little between the dense model and its comparisons. Rows of the
+    counts are taken by number.
+    """
+    cluster = loaded(model_folders["llama"], 2, 2)
     perplexity = remember(cluster, "text", SEQUENCES, COUNTS)
+    remember(cluster, "(calibration)", SEQUENCES)
+    tokens = torch.from_numpy(SEQUENCES)
+    counts = torch.from_numpy(COUNTS)
     with torch.no_grad():
-        tokens = torch.from_numpy(SEQUENCES)
-        model = AutoModelForCausalLM.from_pretrained(model_folders["llama"])
-        logits = model(tokens).logits[:, :-1]
-    nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
-    weights = torch.from_numpy(COUNTS)[:, 1:]
-    assert perplexity == pytest.approx(float(((nll * weights).sum() / num_tokens).exp()), rel=1e-4)
-    change(cluster)
-    measured = measure(cluster, "text", SEQUENCES, COUNTS)
-    found = compared(cluster, "text", SEQUENCES, COUNTS)
-    assert measured.divergence == sum(one.divergence for one in found) / num_tokens > 1e-3
-    per_window = divergences_of(cluster, "text", SEQUENCES, COUNTS)
-    assert per_window == [
-        one.divergence / int(own) for one, own in zip(found, COUNTS[:, 1:].sum(axis=1), strict=True)
-    ]
-    whole = np.ones_like(COUNTS)
-    assert measure(cluster, "text", SEQUENCES, whole) == measure(cluster, "text", SEQUENCES)
-    assert divergences_of(cluster, "text", SEQUENCES, whole) == divergences_of(
-        cluster, "text", SEQUENCES
-    )
-
-
-def change(cluster: LocalCluster) -> None:
-    """Damage the weights of every linear a little."""
+        logits = AutoModelForCausalLM.from_pretrained(model_folders["llama"])(tokens).logits
+    nll = nll_of(logits, tokens, counts)
+    assert perplexity == pytest.approx(math.exp(float(nll.sum()) / NUM_TOKENS), rel=1e-4)
     for worker in cluster.workers.values():
         for name in worker.shard.linears:
             worker.shard.set_weight(name, 0.9 * worker.shard.weight(name))
-
-
-@pytest.mark.parametrize("labels", [Labels(), Labels(seed=3), Labels(of_dense_model=True)])
-def test_rows_of_the_counts_are_taken_by_number(
-    labels: Labels, model_folders: dict[str, Path]
-) -> None:
-    cluster = loaded(model_folders["llama"], 2, 2)
-    remember(cluster, "(calibration)", SEQUENCES)
-    change(cluster)
-    whole = forward_and_backward(cluster, SEQUENCES, labels, counts=COUNTS)
-    some = forward_and_backward(cluster, SEQUENCES, labels, only=[3, 1], counts=COUNTS)
-    assert some == [whole[3], whole[1]]
-    if not labels.of_dense_model:
-        assert whole == pytest.approx(sequence_losses(cluster, SEQUENCES, COUNTS), rel=1e-6)
+    measured = measure(cluster, "text", SEQUENCES, COUNTS)
+    found = [one.divergence for one in compared(cluster, "text", SEQUENCES, COUNTS)]
+    assert measured.divergence == sum(found) / NUM_TOKENS > 1e-3
+    assert divergences_of(cluster, "text", SEQUENCES, COUNTS) == [
+        one / int(own) for one, own in zip(found, COUNTS[:, 1:].sum(axis=1), strict=True)
+    ]
+    for of in (measure, divergences_of):
+        whole = of(cluster, "text", SEQUENCES, np.ones_like(COUNTS))
+        assert whole == of(cluster, "text", SEQUENCES)
+    for labels in (Labels(), Labels(seed=3), Labels(of_dense_model=True)):
+        losses = forward_and_backward(cluster, SEQUENCES, labels, counts=COUNTS)
+        some = forward_and_backward(cluster, SEQUENCES, labels, only=[3, 1], counts=COUNTS)
+        assert some == [losses[3], losses[1]]
+        if not labels.of_dense_model:
+            of_text = sequence_losses(cluster, SEQUENCES, COUNTS)
+            assert losses == pytest.approx(of_text, rel=1e-6)

@@ -1,0 +1,169 @@
+"""Rows and columns of one linear, with one Kronecker term or two, against the dense solution."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from ray_surgeon.maths.linear import Linear
+from ray_surgeon.maths.masks import StructuredMask
+from ray_surgeon.maths.structured import Candidates, find_candidates, prune_structures
+from tests.maths.dense import (
+    cost_without_update,
+    crossing,
+    dense_minimum,
+    fisher,
+    flags,
+    further_terms,
+    linear,
+    problem,
+    silence,
+    too_indefinite,
+)
+
+FULL = StructuredMask.full(6, 7)
+
+
+def candidates(
+    of: Linear, mask: StructuredMask = FULL, structure: str = "rows_columns", costs: str = "obs"
+) -> Candidates:
+    return find_candidates(of, mask, structure, costs, per_parameter=False)
+
+
+@pytest.mark.parametrize("num_terms", [1, 2])
+@pytest.mark.parametrize("costs", ["obs", "obd"])
+@pytest.mark.parametrize("structure", ["rows", "columns", "rows_columns"])
+def test_costs_and_updates_are_dense_on_what_is_left(
+    structure: str, costs: str, num_terms: int
+) -> None:
+    """Row 2 and columns 0 and 5 went in an earlier shot. Rows and columns that go together are
+    updated independently, as published.
+    """
+    W, A, G = problem()
+    mask = StructuredMask(~flags(6, [2]), ~flags(7, [0, 5]))
+    mask.apply_(W)
+    of = linear(W, A, G, further_terms(A, G, num_terms - 1))
+    found = candidates(of, mask, structure, costs)
+    assert found.rows.tolist() == ([] if structure == "columns" else [0, 1, 3, 4, 5])
+    assert found.columns.tolist() == ([] if structure == "rows" else [1, 2, 3, 4, 6])
+    assert not found.clipping
+    alive = W[mask.rows][:, mask.columns]
+    F = fisher(of, found.live)
+    alone = {
+        "rows": [crossing(5, 5, [r], []) for r in range(5)],
+        "columns": [crossing(5, 5, [], [c]) for c in range(5)],
+    }
+    by_side = {"rows": found.row_costs, "columns": found.column_costs}
+
+    def cost_of(removed: Tensor) -> float:
+        if costs == "obd":
+            return cost_without_update(alive, F, removed)
+        return dense_minimum(alive, F, removed)[1]
+
+    def correction(removed: Tensor) -> Tensor:
+        return dense_minimum(alive, F, removed)[0] - alive
+
+    for side, found_costs in by_side.items():
+        expected = [cost_of(removed) for removed in alone[side]] if len(found_costs) else []
+        assert found_costs.tolist() == pytest.approx(expected, rel=1e-8)
+    threshold = max(float(c.sort().values[1]) for c in by_side.values() if len(c))
+    gone = [torch.stack(alone[side])[c <= threshold] for side, c in by_side.items() if len(c)]
+    together = [removed.any(dim=0) for removed in gone]
+    corrections = {
+        "full": [correction(removed) for removed in together],
+        "single": [correction(one) for one in torch.cat(gone)],
+        "none": [torch.zeros_like(alive)],
+    }
+    kept = ~torch.stack(together).any(dim=0)
+    for update, changes in corrections.items():
+        removal, new_mask = prune_structures(of, mask, found, threshold, update)
+        expected_W = (alive + torch.stack(changes).sum(dim=0)) * kept
+        new = removal.W[mask.rows][:, mask.columns]
+        torch.testing.assert_close(new, expected_W, rtol=1e-8, atol=1e-10)
+        change = (expected_W - alive).flatten()
+        assert removal.predicted == pytest.approx(float(0.5 * change @ F @ change), rel=1e-8)
+        assert removal.residual == 0.0
+        assert new_mask.num_kept == int(kept.sum())
+        assert not removal.W[~torch.outer(new_mask.rows, new_mask.columns)].any()
+        assert torch.equal(prune_structures(of, mask, found, -1.0, update)[0].W, W)
+        everything, no_mask = prune_structures(of, mask, found, math.inf, update)
+        assert not everything.W.any()
+        assert no_mask.num_kept == 0
+
+
+def test_always_zero_rows_and_columns_cost_nothing_and_do_not_break_the_inverse() -> None:
+    W, A, G = problem()
+    silence(G, 1)
+    silence(A, 3)
+    W[:, 6] = 0
+    of = linear(W, A, G)
+    found = candidates(of)
+    assert found.row_costs.nonzero()[:, 0].tolist() == [0, 2, 3, 4, 5]
+    assert found.column_costs.nonzero()[:, 0].tolist() == [0, 1, 2, 4, 5]
+    removal, mask = prune_structures(of, FULL, found, 0.0, "full")
+    assert not removal.W[1].any()
+    assert mask.num_kept == 5 * 5
+
+
+def test_a_bias_makes_up_for_columns_also_if_it_is_zero_and_goes_with_its_row_only() -> None:
+    W, A, G = problem()
+    W[:, -1] = 0
+    of = linear(W, A, G, has_bias=True)
+    found = candidates(of)
+    assert found.columns.tolist() == [0, 1, 2, 3, 4, 5]
+    found = candidates(of, structure="columns")
+    removal, mask = prune_structures(
+        of, FULL, found, float(found.column_costs.sort().values[1]), "full"
+    )
+    expected, _ = dense_minimum(W, fisher(of, of.live), (~mask.columns).expand(6, 7))
+    torch.testing.assert_close(removal.W, expected, rtol=1e-9, atol=1e-11)
+    assert removal.W[:, -1].all()
+    found = candidates(of, structure="rows")
+    removal, mask = prune_structures(of, FULL, found, float(found.row_costs.min()), "full")
+    assert mask.columns.all()
+    assert not removal.W[~mask.rows].any()
+
+
+def test_cost_per_parameter_divides_by_what_the_structure_still_has() -> None:
+    W, A, G = problem()
+    mask = StructuredMask(~flags(6, [0]), flags(7, [0, 1, 2, 3]))
+    mask.apply_(W)
+    of = linear(W, A, G)
+    by_cost = candidates(of, mask)
+    per_parameter = find_candidates(of, mask, "rows_columns", "obs", per_parameter=True)
+    torch.testing.assert_close(per_parameter.row_costs * 4, by_cost.row_costs)
+    torch.testing.assert_close(per_parameter.column_costs * 5, by_cost.column_costs)
+
+
+def test_the_update_has_the_damping_that_the_costs_needed() -> None:
+    W, A, G = problem()
+    of = linear(W, too_indefinite(A), G)
+    found = candidates(of, structure="columns")
+    assert found.damping.a == pytest.approx(0.1)
+    assert [(raised.factor, raised.asked) for raised in found.raised_damping] == [("A", 0.01)]
+    removal, mask = prune_structures(
+        of, FULL, found, float(found.column_costs.sort().values[1]), "full"
+    )
+    F = fisher(of, of.live, found.damping)
+    expected, cost = dense_minimum(W, F, (~mask.columns).expand(6, 7))
+    torch.testing.assert_close(removal.W, expected, rtol=1e-9, atol=1e-11)
+    assert removal.predicted == pytest.approx(cost, rel=1e-9)
+
+
+def test_nan_weights_are_an_error_that_names_the_linear() -> None:
+    W, A, G = problem()
+    W[2, 2] = math.nan
+    with pytest.raises(FloatingPointError, match="x rows"):
+        candidates(linear(W, A, G))
+
+
+def test_a_linear_of_which_all_rows_are_pruned_has_no_candidates() -> None:
+    W, A, G = problem()
+    mask = StructuredMask(flags(6, []), ~flags(7, []))
+    of = linear(torch.zeros_like(W), A, G)
+    found = find_candidates(of, mask, "rows_columns", "obs", per_parameter=True, limit=1.0)
+    assert not len(found.rows)
+    assert prune_structures(of, mask, found, 1.0, "full")[1].num_kept == 0
