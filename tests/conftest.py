@@ -287,8 +287,8 @@ class Zygote:
 def zygote() -> Iterator[Zygote]:
     zygote = Zygote()
     yield zygote
-    zygote.process.stdin.close()
-    zygote.process.wait(30)
+    zygote.process.kill()  # what it has imported takes seconds to end by itself
+    zygote.process.wait()
 
 
 @pytest.fixture
