@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks import upcycled
-from tests.conftest import LLAMA, VOCABULARY, tiny_model
+from tests.conftest import CONFIGS, VOCABULARY, tiny_model
 
 NUM_EXPERTS = 4
 TOKENS = np.random.default_rng(0).integers(0, VOCABULARY, (8, 24))
@@ -107,5 +107,5 @@ def test_measures_perplexity_and_the_entropy_of_routing(started: PreTrainedModel
     share = chosen / chosen.sum()
     expected = float(-(share * share.clamp(min=1e-12).log2()).sum())
     assert perplexity == pytest.approx(math.exp(loss), rel=1e-5)
-    assert len(entropy) == LLAMA.num_hidden_layers
+    assert len(entropy) == CONFIGS["llama"].num_hidden_layers
     assert entropy[1] == pytest.approx(expected, rel=1e-6)
