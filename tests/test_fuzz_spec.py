@@ -43,10 +43,10 @@ VALUES = st.recursive(
 
 def places(document: Any, path: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:
     """Return the path of everything in a document."""
-    items = document.items() if isinstance(document, dict) else ()
+    inside = document if isinstance(document, dict) else {}
     if isinstance(document, list):
-        items = enumerate(document)
-    inner = [place for key, value in items for place in places(value, (*path, key))]
+        inside = dict(enumerate(document))
+    inner = [place for key, value in inside.items() for place in places(value, (*path, key))]
     return [path, *inner] if path else inner
 
 

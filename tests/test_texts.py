@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast as FastTokenizer
 
 from ray_surgeon.run.inputs import check
 from ray_surgeon.spec.calibration import CalibrationSection
@@ -35,11 +35,11 @@ def source(where: object, **changes: object) -> SourceSection:
     return SourceSection.model_validate({"source": str(where), **changes})
 
 
-def stream(tokenizer: PreTrainedTokenizerFast, where: object, **changes: object) -> list[int]:
+def stream(tokenizer: FastTokenizer, where: object, **changes: object) -> list[int]:
     return texts.token_stream(source(where, **changes), tokenizer, "calibration").tolist()
 
 
-def tokens_of(tokenizer: PreTrainedTokenizerFast, *parts: str) -> list[int]:
+def tokens_of(tokenizer: FastTokenizer, *parts: str) -> list[int]:
     return tokenizer("\n\n".join(parts), add_special_tokens=False)["input_ids"]
 
 
@@ -47,9 +47,9 @@ def test_a_tokenizer_that_loses_spaces_is_refused(tmp_path: Path) -> None:
     """As some versions of transformers load the files of some models."""
     words = Tokenizer(WordLevel({"a": 0, "b": 1, "<unk>": 2}, unk_token="<unk>"))
     words.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path / "sound")
+    FastTokenizer(tokenizer_object=words).save_pretrained(tmp_path / "sound")
     words.decoder = Fuse()
-    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path / "lost")
+    FastTokenizer(tokenizer_object=words).save_pretrained(tmp_path / "lost")
     assert texts.load_tokenizer(tmp_path / "sound", "here").decode([0, 1]) == "a b"
     with pytest.raises(ValueError, match="the tokenizer of here loses spaces"):
         texts.load_tokenizer(tmp_path / "lost", "here")
@@ -91,33 +91,25 @@ def test_docstrings_of_packages_take_turns_and_are_of_no_text_that_is_measured(
     def function(says: str) -> str:
         return f"def f():\n    {says * 40!r}\n"
 
-    (tmp_path / "library").mkdir()
-    (tmp_path / "library/text.py").write_text(function("Of the standard library. "))
-    monkeypatch.setattr(documents.sysconfig, "get_path", lambda name: tmp_path / "library")
-
-    packages = {
-        "alpha": {
-            "alpha/one.py": function("Of alpha. "),
-            "alpha/two.py": function("Of alpha, too. ") + "    def m(self):\n        'A label.'\n",
-            "alpha/copied.py": function("Of the standard library. "),
-            "alpha/tests/one.py": function("Of its tests. "),
-        },
-        "beta": {
-            "beta/__init__.py": f"{'Of the module. ' * 40!r}\n" + function("Of beta. "),
-            "beta/template.py": "def {{ name }}():\n",
-        },
+    members = {
+        "library/text.py": function("Of the standard library. "),
+        "alpha/one.py": function("Of alpha. "),
+        "alpha/two.py": function("Of alpha, too. ") + "    def m(self):\n        'A label.'\n",
+        "alpha/copied.py": function("Of the standard library. "),
+        "alpha/tests/one.py": function("Of its tests. "),
+        "beta/__init__.py": f"{'Of the module. ' * 40!r}\n" + function("Of beta. "),
+        "beta/template.py": "def {{ name }}():\n",
     }
-    installed = []
-    for name, members in packages.items():
-        about = tmp_path / f"{name}-1.dist-info"
-        members |= {
-            f"{about.name}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n",
-            f"{about.name}/RECORD": "".join(f"{path},,\n" for path in [*members, "gone.py"]),
-        }
-        for path, text in members.items():
-            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / path).write_text(text)
-        installed.append(Distribution.at(about))
+    for name in ("alpha", "beta"):
+        about = f"{name}-1.dist-info"
+        files = [path for path in members if path.startswith(name)]
+        members[f"{about}/METADATA"] = f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n"
+        members[f"{about}/RECORD"] = "".join(f"{path},,\n" for path in [*files, "gone.py"])
+    for path, text in members.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+    installed = [Distribution.at(path) for path in tmp_path.glob("*.dist-info")]
+    monkeypatch.setattr("sysconfig.get_path", lambda name: tmp_path / "library")
     for order in (installed, installed[::-1]):
         monkeypatch.setattr(documents, "distributions", lambda order=order: iter(order))
         found = [document.partition(".")[0] for document in documents._package_docstrings()]
@@ -125,15 +117,13 @@ def test_docstrings_of_packages_take_turns_and_are_of_no_text_that_is_measured(
         assert found.index("Of beta") < 2
 
 
-def test_the_first_token_is_the_one_that_the_tokenizer_puts_there(
-    tokenizer: PreTrainedTokenizerFast,
-) -> None:
+def test_the_first_token_is_the_tokenizer_s(tokenizer: FastTokenizer) -> None:
     assert first_token(tokenizer) is None
     assert first_token(beginning(tokenizer, "<end> $A")) == tokenizer.bos_token_id
     assert first_token(beginning(tokenizer, "$A <end>")) is None
 
 
-def test_python_docs_split_is_eighty_to_twenty(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_python_docs_split_is_eighty_to_twenty(tokenizer: FastTokenizer) -> None:
     train, test = (stream(tokenizer, "python-docs", split=split) for split in ("train", "test"))
     whole = tokens_of(tokenizer, *topics.values())
     assert len(train) == int(0.8 * len(whole))
@@ -142,7 +132,7 @@ def test_python_docs_split_is_eighty_to_twenty(tokenizer: PreTrainedTokenizerFas
 
 @pytest.mark.parametrize("name", ["package-descriptions", "python-docstrings"])
 def test_other_texts_that_are_installed(
-    name: str, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+    name: str, tokenizer: FastTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(texts, "_DOCUMENTS_PER_CALL", 9)  # the first ones are enough
     train = stream(tokenizer, name, max_tokens=3000)
@@ -154,7 +144,7 @@ def test_other_texts_that_are_installed(
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
 def test_files_of_every_kind_give_the_same_stream(
-    kind: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+    kind: str, tmp_path: Path, tokenizer: FastTokenizer
 ) -> None:
     path = tmp_path / f"text.{kind}"
     if kind == "parquet":
@@ -169,16 +159,14 @@ def test_files_of_every_kind_give_the_same_stream(
     assert stream(tokenizer, f"memory://texts/{path.name}") == train
 
 
-def test_several_files_by_pattern_and_a_limit(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_files_by_pattern_and_a_limit(tmp_path: Path, tokenizer: FastTokenizer) -> None:
     for i, document in enumerate(DOCUMENTS[:3]):
         (tmp_path / f"{i}.txt").write_text(document)
     expected = tokens_of(tokenizer, *DOCUMENTS[:3])[:80]
     assert stream(tokenizer, tmp_path / "*.txt", max_tokens=100) == expected
 
 
-def test_data_sets(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_data_sets(tmp_path: Path, tokenizer: FastTokenizer) -> None:
     """One with its own splits, and a folder for load_dataset."""
     parts = {"train": DOCUMENTS[:30], "test": DOCUMENTS[30:]}
     sets = {name: datasets.Dataset.from_dict({"body": part}) for name, part in parts.items()}
@@ -202,24 +190,20 @@ def test_data_sets(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
         ("bad.jsonl", b'{"text": "a"}\nnot json\n', r"line 2 of .*bad\.jsonl is not JSON"),
         ("keys.jsonl", b'{"body": "a"}\n', r"record 1 of .*no text in 'text'.*body"),
         ("fake.parquet", b"nothing of the kind", "not a parquet file"),
-        ("absent.txt", None, r"no file .*absent\.txt"),
+        ("absent.txt", b"", r"no file .*absent\.txt"),
     ],
 )
 def test_bad_files_are_named_with_the_remedy(
-    name: str,
-    content: bytes | None,
-    message: str,
-    tmp_path: Path,
-    tokenizer: PreTrainedTokenizerFast,
+    name: str, content: bytes, message: str, tmp_path: Path, tokenizer: FastTokenizer
 ) -> None:
-    if content is not None:
+    if content:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         stream(tokenizer, tmp_path / name)
 
 
 def test_windows_of_a_job_begin_as_the_tokenizer_begins_a_text(
-    model_folders: dict[str, Path], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    model_folders: dict[str, Path], tokenizer: FastTokenizer, tmp_path: Path
 ) -> None:
     model = Path(shutil.copytree(model_folders["llama"], tmp_path / "model"))
     beginning(tokenizer, "<end> $A").save_pretrained(model)
@@ -257,21 +241,15 @@ def test_no_more_of_a_long_text_is_read_than_is_wanted(
     assert max(seen) < 1100
 
 
-def test_code_is_of_packages_and_its_split_does_not_move(
-    tokenizer: PreTrainedTokenizerFast,
-) -> None:
+def test_code_is_of_packages_and_does_not_move(tokenizer: FastTokenizer) -> None:
     train, test = ({*documents._code(split)} for split in ("train", "test"))
     assert not train & test
     assert 3 < len(train) / len(test) < 5
     root = Path(json.__file__).parent.parent
-    for name, is_there in {
-        "json/decoder.py": True,
-        "textwrap.py": False,
-        "pydoc_data/topics.py": False,
-        "unittest/mock.py": False,
-    }.items():
+    aside = ("textwrap.py", "pydoc_data/topics.py", "unittest/mock.py")
+    for name in ("json/decoder.py", *aside):
         text = (root / name).read_text(encoding="utf-8").strip()
-        assert (text in train | test) == is_there, name
+        assert (text in train | test) == (name not in aside), name
     first = stream(tokenizer, "python-code", max_tokens=3000)
     assert len(first) == 3000
     assert stream(tokenizer, "python-code", max_tokens=5000)[:3000] == first
@@ -291,7 +269,7 @@ def chat(*messages: tuple[str, str]) -> str:
     return json.dumps({"messages": [{"role": role, "content": text} for role, text in messages]})
 
 
-def test_prompts_are_read(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_prompts_are_read(tmp_path: Path, tokenizer: FastTokenizer) -> None:
     chatty = beginning(tokenizer, "<end> $A")
     chatty.chat_template = CHAT
     path = tmp_path / "prompts.jsonl"
@@ -300,13 +278,13 @@ def test_prompts_are_read(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) ->
     path.write_text("\n\n".join(lines))
     found = prompts.read_prompts(str(path), chatty, "calibration.prompts")
 
-    def ids(text: str) -> tuple[int, ...]:
-        return tuple(tokens_of(chatty, text))
-
+    question, begin, answer = (
+        tuple(tokens_of(chatty, text)) for text in ("<u>Why?<end><a>", "def f(", "So.<end>")
+    )
     assert [prompt.text for prompt in found] == ["def f(", "<u>Why?<end><a>", "<u>Why?<end><a>"]
-    assert found[0].tokens == (chatty.bos_token_id, *ids("def f("))
-    assert found[1].tokens == found[2].tokens == ids("<u>Why?<end><a>")
-    assert [prompt.answer for prompt in found] == [None, None, ids("So.<end>")]
+    assert found[0].tokens == (chatty.bos_token_id, *begin)
+    assert found[1].tokens == found[2].tokens == question
+    assert [prompt.answer for prompt in found] == [None, None, answer]
 
 
 @pytest.mark.parametrize(
@@ -331,7 +309,7 @@ def test_prompts_are_read(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) ->
     ],
 )
 def test_what_is_no_prompt_is_refused(
-    text: str | None, said: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+    text: str | None, said: str, tmp_path: Path, tokenizer: FastTokenizer
 ) -> None:
     chatty = beginning(tokenizer, "$A")
     chatty.chat_template = CHAT
@@ -343,14 +321,12 @@ def test_what_is_no_prompt_is_refused(
 
 
 @pytest.mark.parametrize("is_chat", [False, True])
-def test_a_default_mix_suits_the_model(is_chat: bool, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_default_mix_suits_the_model(is_chat: bool, tokenizer: FastTokenizer) -> None:
     chatty = beginning(tokenizer, "$A")
     chatty.chat_template = CHAT if is_chat else None
     for count, length in ((1, 32), (2, 64), (64, 512), (256, 2048)):
-        section = CalibrationSection(
-            source="auto", num_sequences=count, sequence_length=length, seed=3, held_aside=0.2
-        )
-        found, line = default_mix(section, chatty)
+        sizes = {"num_sequences": count, "sequence_length": length, "held_aside": 0.2}
+        found, line = default_mix(calibration(source="auto", seed=3, **sizes), chatty)
         own = [(text, n) for text, n in found.shares if isinstance(text, SelfSection)]
         chats = sum(n for text, n in own if text.chat)
         continued = sum(n for text, n in own if text.starts is not None or text.prompt == "def ")
@@ -368,9 +344,7 @@ def test_a_default_mix_suits_the_model(is_chat: bool, tokenizer: PreTrainedToken
         assert ("conversations" in line) == is_chat
 
 
-def test_a_tokenizer_without_a_chat_template(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_a_tokenizer_without_a_chat_template(tmp_path: Path, tokenizer: FastTokenizer) -> None:
     (tmp_path / "chat.jsonl").write_text(chat(("user", "a")))
     with pytest.raises(ValueError, match=r"line 1 .*has no chat template; give prompt"):
         prompts.read_prompts(str(tmp_path / "chat.jsonl"), tokenizer, "here")
