@@ -36,7 +36,7 @@ from tests.conftest import LAYOUTS
 GB = 1e9
 RESIDENT = Stores("device", "device")
 TOKENS = 128 * 2048
-NOTHING_HELD = {"calibration": {"held_aside": 0.0}}
+NOTHING_HELD: dict[str, Any] = {"calibration": {"held_aside": 0.0}}
 
 
 @functools.cache
