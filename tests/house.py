@@ -18,14 +18,8 @@ ROOT = Path(__file__).parent.parent
 WIDTH = 100
 FILE_LINES = 300
 FUNCTION_LINES = 40
-_NO_CODE = (
-    tokenize.COMMENT,
-    tokenize.NL,
-    tokenize.NEWLINE,
-    tokenize.INDENT,
-    tokenize.DEDENT,
-    tokenize.ENDMARKER,
-)
+_NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE}
+_NO_CODE |= {tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 
 _EXCUSED = re.compile(r"\\p\{L\}")
 """Expressions of tokenizers, which are one word each."""

@@ -4,7 +4,6 @@ definitions.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,24 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedTokenizerFast
 
+from benchmarks import experts
 from benchmarks.expert_costs import predictions, sequences_of_help
-from benchmarks.experts import Point, record_of
 from ray_surgeon.models.layout import ModelLayout
+from ray_surgeon.report.html_report import LivePage
+from ray_surgeon.spec.parsing import parse_spec
 from tests.conftest import SPARSE_CONFIGS
+from tests.integration.runs import report_of
 
 CONFIG = MixtralConfig(**{**SPARSE_CONFIGS["mixtral"].to_dict(), "max_position_embeddings": 512})
+TEXT = "{name: docs, source: python-docs, num_sequences: 2, sequence_length: 64, max_tokens: 40000}"
+LITTLE = (f"evaluation=[{TEXT}]", "calibration.max_tokens=40000", "model.dtype=float32")
+SHORT = ("calibration.num_sequences=4", "calibration.sequence_length=64")
+
+
+def shorten(monkeypatch: pytest.MonkeyPatch, *changes: str) -> None:
+    """Let jobs of the benchmark read a part of one text, and draw nothing."""
+    monkeypatch.setattr(experts, "parse_spec", lambda text: parse_spec(text, [*LITTLE, *changes]))
+    monkeypatch.setattr(LivePage, "draw", lambda self, record, *, final: None)
 
 
 @pytest.fixture(scope="module")
@@ -30,37 +41,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokeni
     return path
 
 
-def removed_by(point: Point, model: Path, folder: Path) -> tuple[dict[str, Any], set[str]]:
-    """Run a point; return its record and the experts that are gone, as ``block.number``."""
-    record = record_of(point, model, folder)
-    report = json.loads(
-        (folder / f"{point.kind}-{point.fraction:g}-{point.method}" / "report.json").read_text()
-    )
-    names = [name.split(".") for shot in report["shots"] for name in shot["experts_removed"]]
-    return record, {f"{name[2]}.{name[-2]}" for name in names}
-
-
-def test_magnitude_removes_the_experts_with_the_smallest_weights(
-    folder: Path, tmp_path: Path
+@pytest.mark.parametrize(("method", "num_shots"), [("magnitude", 1), ("rerouting", 2)])
+def test_half_of_the_experts_go(
+    method: str, num_shots: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    record, gone = removed_by(Point("experts", 0.5, "magnitude"), folder, tmp_path)
-    expected = set()
-    for number, block in enumerate(AutoModelForCausalLM.from_pretrained(folder).model.layers):
-        experts = block.mlp.experts
-        sizes = experts.gate_up_proj.square().sum(dim=(1, 2)) + experts.down_proj.square().sum(
-            dim=(1, 2)
-        )
-        expected |= {f"{number}.{expert}" for expert in sizes.argsort()[:2].tolist()}
-    assert gone == expected
-    assert record["divergence"]["python-docs"] > 0
-
-
-def test_ours_removes_one_expert_of_each_block_a_shot(folder: Path, tmp_path: Path) -> None:
-    record, gone = removed_by(Point("experts", 0.5, "rerouting"), folder, tmp_path)
-    assert len(gone) == CONFIG.num_hidden_layers * CONFIG.num_local_experts / 2
-    assert record["sparsity"] < 0.5  # attention stays
-    shots = json.loads((tmp_path / "experts-0.5-rerouting" / "report.json").read_text())["shots"]
-    assert [len(shot["experts_removed"]) for shot in shots] == [CONFIG.num_hidden_layers] * 2
+    """Ours removes one expert of each block a shot, magnitude those with the smallest weights."""
+    shorten(monkeypatch, *SHORT)
+    record = experts.record_of(experts.Point("experts", 0.5, method), folder, tmp_path)
+    assert record["divergence"]["docs"] > 0
+    assert record["sparsity"] < 0.5, "attention stays"
+    shots = report_of(tmp_path / f"experts-0.5-{method}")["shots"]
+    gone = [[name.split(".") for name in shot["experts_removed"]] for shot in shots]
+    assert [len(names) for names in gone] == [8 // num_shots] * num_shots
+    if method == "magnitude":
+        expected = set()
+        for number, block in enumerate(AutoModelForCausalLM.from_pretrained(folder).model.layers):
+            weights = (block.mlp.experts.gate_up_proj, block.mlp.experts.down_proj)
+            sizes = sum(weight.square().sum(dim=(1, 2)) for weight in weights)
+            expected |= {(str(number), str(expert)) for expert in sizes.argsort()[:2].tolist()}
+        assert {(name[2], name[-2]) for name in gone[0]} == expected
 
 
 def without(model: torch.nn.Module, block: int, expert: int) -> None:
@@ -85,15 +84,15 @@ def log_chances(model: torch.nn.Module, sequences: Tensor) -> Tensor:
 def test_removals_of_single_experts_are_measured_on_as_many_sequences_as_asked(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    shorten(monkeypatch)
     monkeypatch.chdir(tmp_path)
     sequences = sequences_of_help(folder, 30)
     assert sequences.shape == (30, 512)
     assert not list(tmp_path.iterdir()), "no run is started"
-    few = sequences[:2]
+    few = sequences[:2, :64]
     found = predictions(folder, ModelLayout.of(CONFIG), few, every=2)["experts"]
-    assert [(entry["block"], entry["expert"]) for entry in found] == [
-        (block, expert) for block in (1, 3) for expert in range(4)
-    ]
+    places = [(block, expert) for block in (1, 3) for expert in range(4)]
+    assert [(entry["block"], entry["expert"]) for entry in found] == places
     tokens = torch.from_numpy(few)
     dense = log_chances(AutoModelForCausalLM.from_pretrained(folder), tokens)
     for entry in found[:3]:

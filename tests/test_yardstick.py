@@ -7,10 +7,12 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks.yardstick import correlations, main, rank_correlation, ranks
+from ray_surgeon.report.html_report import LivePage
 from tests.integration.runs import report_of, run
 
 
@@ -27,82 +29,55 @@ def test_only_the_order_counts() -> None:
 
 def test_better_goes_with_better() -> None:
     """A divergence that falls is as good as an acceptance that rises."""
-    entries = [
-        {
-            "family": "f",
-            "name": str(n),
-            "passed": n,
-            "share of dense": n / 9,
-            "acceptance": n,
-            "divergence": -n,
-            "perplexity a, relative": n,
-        }
+    measures = {"acceptance": 1, "divergence": -1, "perplexity a, relative": 1}
+    entries: list[dict[str, Any]] = [
+        {"family": "f", "name": str(n), "passed": n, "share of dense": n / 9}
+        | {name: sign * n for name, sign in measures.items()}
         for n in range(3)
     ]
     assert correlations(entries) == {"acceptance": 1, "divergence": 1, "perplexity a, relative": -1}
 
 
+@pytest.mark.usefixtures("forked")
 def test_measures_are_those_of_the_run(
-    model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model_folders: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    options = {
-        "pruning": {
-            "structure": "groups",
-            "groups": ["ffn"],
-            "allocation": "uniform",
-            "target_sparsity": 0.1,
-            "num_shots": 1,
-            "width_multiple": 4,
-        },
-        "evaluation": {
-            "texts": [
-                {
-                    "name": "help",
-                    "source": "python-docs",
-                    "num_sequences": 2,
-                    "sequence_length": 32,
-                    "max_tokens": 4000,
-                }
-            ],
-            "generation": {"num_prompts": 3, "max_new_tokens": 8},
-        },
+    monkeypatch.setattr(LivePage, "draw", lambda self, record, *, final: None)
+    text = {"name": "help", "source": "python-docs", "max_tokens": 4000}
+    text |= {"num_sequences": 2, "sequence_length": 32}
+    generation = {"num_prompts": 3, "max_new_tokens": 8}
+    options: dict[str, Any] = {
+        "pruning": {"structure": "groups", "groups": ["ffn"], "allocation": "uniform"},
+        "pruning__target_sparsity": 0.1,
+        "pruning__num_shots": 1,
+        "pruning__width_multiple": 4,
+        "evaluation": {"texts": [text], "generation": generation},
         "output__exports": ["uniform"],
     }
     dense = model_folders["llama"]
     assert run(tmp_path, dense, **options) == 0
     (shot,) = report_of(tmp_path / "run")["shots"]
     outcomes = {"a": "passed", "b": "failed", "c": "passed"}
+    pruned = {"name": "pruned", "folder": str(tmp_path / "run/export/uniform")}
     models = [
         {"name": "dense", "folder": str(dense), "outcomes": outcomes},
-        {
-            "name": "pruned",
-            "folder": str(tmp_path / "run/export/uniform"),
-            "outcomes": {**outcomes, "a": "failed"},
-        },
+        pruned | {"outcomes": outcomes | {"a": "failed"}},
     ]
     written = tmp_path / "tiny.json"
     written.write_text(json.dumps({"models": models}))
-    assert (
-        main(
-            [
-                f"{written}={tmp_path / 'run'}",
-                "--out",
-                str(tmp_path / "all.json"),
-                "--dtype",
-                "float32",
-                "--threads",
-                "1",
-            ]
-        )
-        == 0
-    )
-    first, second = json.loads((tmp_path / "all.json").read_text())["tiny"]
+    out = str(tmp_path / "all.json")
+    arguments = ["--out", out, "--dtype", "float32", "--threads", "1"]
+    assert main([f"{written}={tmp_path / 'run'}", *arguments]) == 0
+    first, second = json.loads(Path(out).read_text())["tiny"]
     assert (first["passed"], second["passed"], second["share of dense"]) == (2, 1, 0.5)
     assert (first["acceptance"], first["agreement"]) == (pytest.approx(1, abs=1e-6), 1)
+    answers = shot["generation"]
     for name in ("acceptance", "agreement", "divergence"):
-        assert second[name] == pytest.approx(shot["generation"][name], rel=1e-4)
-    assert second["tokens until departure"] == pytest.approx(
-        shot["generation"]["tokens_until_departure"]["mean"]
-    )
+        assert second[name] == pytest.approx(answers[name], rel=1e-4)
+    departure = answers["tokens_until_departure"]["mean"]
+    assert second["tokens until departure"] == pytest.approx(departure)
     assert second["perplexity help"] == pytest.approx(shot["perplexity"]["help"], rel=1e-5)
     assert "| acceptance |" in capsys.readouterr().out

@@ -8,7 +8,6 @@ peak memory. ``{"arguments": [...]}`` runs the command line. ``{"module": ..., "
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import json
 import os
@@ -16,6 +15,8 @@ import sys
 import tempfile
 import time
 import traceback
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,15 +49,10 @@ def run_module(asked: dict[str, Any]) -> int:
 
 
 def child(asked: dict[str, Any], path: str) -> None:
-    with (
-        open(path, "w", encoding="utf-8") as file,
-        contextlib.redirect_stdout(file),
-        contextlib.redirect_stderr(file),
-    ):
+    with open(path, "w", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
         try:
-            code = (
-                run_command_line(asked["arguments"]) if "arguments" in asked else run_module(asked)
-            )
+            asks_for_run = "arguments" in asked
+            code = run_command_line(asked["arguments"]) if asks_for_run else run_module(asked)
         except BaseException:
             traceback.print_exc()
             code = 99
@@ -80,15 +76,10 @@ def main() -> None:
                 child(json.loads(line), path)
             os.waitpid(pid, 0)
             seconds = time.perf_counter() - start
-            with open(path + ".usage", encoding="utf-8") as file:
-                code, peak = json.load(file)
-            with open(path, encoding="utf-8") as file:
-                print(
-                    json.dumps(
-                        {"code": code, "text": file.read(), "seconds": seconds, "peak_bytes": peak}
-                    ),
-                    flush=True,
-                )
+            code, peak = json.loads(Path(path + ".usage").read_text(encoding="utf-8"))
+            text = Path(path).read_text(encoding="utf-8")
+            said = {"code": code, "text": text, "seconds": seconds, "peak_bytes": peak}
+            print(json.dumps(said), flush=True)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import functools
 import json
 import re
 import shutil
@@ -15,21 +15,16 @@ import pytest
 import yaml
 
 from ray_surgeon.report.events import GAUGES
-from ray_surgeon.spec.job import JobSpec
 from ray_surgeon.spec.parsing import parse_spec
 
 ROOT = Path(__file__).parent.parent.parent
 SCHEMAS = Path(__file__).parent / "kuberay-crds"
-FOLDERS = sorted(
-    path.parent.relative_to(ROOT / "deploy").as_posix()
-    for path in (ROOT / "deploy").glob("**/kustomization.yaml")
-)
+KUSTOMIZATIONS = (ROOT / "deploy").glob("**/kustomization.yaml")
+FOLDERS = sorted(p.parent.relative_to(ROOT / "deploy").as_posix() for p in KUSTOMIZATIONS)
 RENDERED = [f for f in FOLDERS if not f.startswith("components") and f != "serviceaccount"]
 OVERLAYS = [f for f in FOLDERS if f.startswith("overlays")]
 
-needs_kubectl = pytest.mark.skipif(
-    shutil.which("kubectl") is None, reason="kubectl is not installed"
-)
+needs_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl here")
 
 
 class StrictLoader(yaml.SafeLoader):
@@ -41,15 +36,17 @@ class StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def objects(folder: str) -> dict[str, dict[str, Any]]:
-    done = subprocess.run(
-        ["kubectl", "kustomize", str(ROOT / "deploy" / folder)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+@functools.cache
+def rendered(folder: str) -> str:
+    command = ["kubectl", "kustomize", str(ROOT / "deploy" / folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return {document["kind"]: document for document in yaml.load_all(done.stdout, StrictLoader)}
+    return done.stdout
+
+
+def objects(folder: str) -> dict[str, dict[str, Any]]:
+    documents = yaml.load_all(rendered(folder), StrictLoader)
+    return {document["kind"]: document for document in documents}
 
 
 def strict(schema: Any) -> Any:
@@ -65,41 +62,37 @@ def strict(schema: Any) -> Any:
         new.pop("type", None)
         new["anyOf"] = [{"type": "integer"}, {"type": "string"}]
     properties = schema.get("properties")
-    if (
-        isinstance(properties, dict)
-        and not schema.get("x-kubernetes-preserve-unknown-fields")
-        and "additionalProperties" not in schema
-    ):
-        new["additionalProperties"] = False
-    if "required" in new and isinstance(properties, dict):
-        new["required"] = [
-            name for name in schema["required"] if "default" not in properties.get(name, {})
-        ]
+    open_ended = {"x-kubernetes-preserve-unknown-fields", "additionalProperties"}
+    if isinstance(properties, dict):
+        if not open_ended & {name for name, value in schema.items() if value is not False}:
+            new["additionalProperties"] = False
+        required = schema.get("required", [])
+        new["required"] = [n for n in required if "default" not in properties.get(n, {})]
     if schema.get("format") == "int32":
-        new |= {
-            "minimum": max(-(2**31), schema.get("minimum", -(2**31))),
-            "maximum": min(2**31 - 1, schema.get("maximum", 2**31 - 1)),
-        }
+        new["minimum"] = max(-(2**31), schema.get("minimum", -(2**31)))
+        new["maximum"] = min(2**31 - 1, schema.get("maximum", 2**31 - 1))
     if schema.get("nullable") and isinstance(new.get("type"), str):
         new["type"] = [new["type"], "null"]
     return new
 
 
+@functools.cache
+def schema_of(kind: str) -> Any:
+    """Return that of a kind without what every object has."""
+    text = (SCHEMAS / f"{kind.lower()}s.v1.json").read_text()
+    schema = strict(json.loads(text)["openAPIV3Schema"])
+    for name in ("apiVersion", "kind", "metadata"):
+        schema["properties"].pop(name, None)
+    schema["required"] = [name for name in schema["required"] if name in schema["properties"]]
+    return schema
+
+
 def check(document: dict[str, Any], kind: str) -> None:
-    schema = strict(
-        json.loads((SCHEMAS / f"{kind.lower()}s.v1.json").read_text())["openAPIV3Schema"]
-    )
-    document = copy.deepcopy(document)
-    assert document.pop("apiVersion") == "ray.io/v1"
-    assert document.pop("kind") == kind
-    assert set(document.pop("metadata")) <= {"name", "labels", "annotations", "namespace"}
-    schema["properties"] = {
-        k: v for k, v in schema["properties"].items() if k not in ("apiVersion", "kind", "metadata")
-    }
-    schema["required"] = [
-        name for name in schema.get("required", []) if name in schema["properties"]
-    ]
-    jsonschema.Draft202012Validator(schema).validate(document)
+    own = {name: value for name, value in document.items() if name in schema_of(kind)["properties"]}
+    assert document.keys() - own.keys() == {"apiVersion", "kind", "metadata"}
+    assert (document["apiVersion"], document["kind"]) == ("ray.io/v1", kind)
+    assert set(document["metadata"]) <= {"name", "labels", "annotations", "namespace"}
+    jsonschema.Draft202012Validator(schema_of(kind)).validate(own)
 
 
 @needs_kubectl
@@ -112,27 +105,26 @@ def test_custom_resources_fit_the_schemas(folder: str) -> None:
         check(found[kind], kind)
 
 
-def test_the_check_is_strict() -> None:
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("entrypont", "x"), ("backoffLimit", "2"), ("ttlSecondsAfterFinished", 2**31)],
+)
+def test_the_check_is_strict(field: str, value: object) -> None:
     document = yaml.safe_load((ROOT / "deploy/base/rayjob.yaml").read_text())
     check(document, "RayJob")
-    for path, value in (
-        (("spec", "entrypont"), "x"),
-        (("spec", "backoffLimit"), "2"),
-        (("spec", "ttlSecondsAfterFinished"), 2**31),
-    ):
-        wrong = copy.deepcopy(document)
-        wrong[path[0]][path[1]] = value
-        with pytest.raises(jsonschema.ValidationError):
-            check(wrong, "RayJob")
+    document["spec"][field] = value
+    with pytest.raises(jsonschema.ValidationError):
+        check(document, "RayJob")
 
 
-def pods(document: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    cluster = document["spec"].get("rayClusterSpec", document["spec"])
-    groups = [
-        ("head", cluster["headGroupSpec"]),
-        *((g["groupName"], g) for g in cluster["workerGroupSpecs"]),
-    ]
-    return [(name, group["template"]["spec"]) for name, group in groups]
+def cluster_of(document: dict[str, Any]) -> dict[str, Any]:
+    return document["spec"].get("rayClusterSpec", document["spec"])
+
+
+def groups_of(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the head's and the workers'."""
+    cluster = cluster_of(document)
+    return [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
 
 
 @needs_kubectl
@@ -147,54 +139,41 @@ def test_rules_of_the_operator_and_of_ours(folder: str) -> None:
     if document["kind"] == "RayJob":
         assert spec["shutdownAfterJobFinishes"] or "ttlSecondsAfterFinished" not in spec
         assert "clusterSelector" not in spec
-        assert "--resume" in spec["entrypoint"] or not spec["backoffLimit"], (
-            "a retry gets a new cluster"
-        )
-    submitters = (
-        [("submitter", spec["submitterPodTemplate"]["spec"])]
-        if "submitterPodTemplate" in spec
-        else []
-    )
-    for place, pod in pods(document) + submitters:
-        assert pod["securityContext"]["runAsNonRoot"] is True, place
+        goes_on = "--resume" in spec["entrypoint"] or not spec["backoffLimit"]
+        assert goes_on, "a retry gets a new cluster"
+    pods = [group["template"]["spec"] for group in groups_of(document)]
+    submitter = spec.get("submitterPodTemplate")
+    for pod in pods + ([submitter["spec"]] if submitter else []):
+        assert pod["securityContext"]["runAsNonRoot"] is True
         for container in pod["containers"]:
             image, _, tag = container["image"].rpartition(":")
             assert image
-            assert tag not in ("", "latest"), f"{place}: {container['image']}"
+            assert tag not in ("", "latest"), container["image"]
             assert container["securityContext"]["allowPrivilegeEscalation"] is False
             resources = container["resources"]
-            assert {"cpu", "memory"} <= set(resources["requests"]) & set(resources["limits"]), place
-    for place, pod in pods(document):
+            assert {"cpu", "memory"} <= set(resources["requests"]) & set(resources["limits"])
+    for pod, group in zip(pods, groups_of(document), strict=True):
         container = pod["containers"][0]
-        assert {"livenessProbe", "readinessProbe"} <= set(container), place
-        if "client" in {port["name"] for port in container.get("ports", ())}:
-            assert {"name": "GRPC_ENABLE_FORK_SUPPORT", "value": "0"} in container["env"], (
-                "else Ray clients are not served at times"
-            )
-        assert {"mountPath": "/dev/shm", "name": "shm"} in container["volumeMounts"]
+        assert {"livenessProbe", "readinessProbe"} <= set(container)
         values = {variable["name"]: variable.get("value") for variable in container["env"]}
-        assert values["TMPDIR"] in {mount["mountPath"] for mount in container["volumeMounts"]}, (
-            "exports are fetched to there"
-        )
+        if "client" in {port["name"] for port in container.get("ports", ())}:
+            served = values["GRPC_ENABLE_FORK_SUPPORT"] == "0"
+            assert served, "else Ray clients are not served at times"
+        mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+        assert mounts["/dev/shm"] == "shm"
+        assert values["TMPDIR"] in mounts, "exports are fetched to there"
         assert values["RAY_TMPDIR"] == "/tmp", "where the operator's containers look"
-        (shm,) = (volume for volume in pod["volumes"] if volume["name"] == "shm")
-        assert shm["emptyDir"]["medium"] == "Memory"
-        assert gibibytes(shm["emptyDir"]["sizeLimit"]) < gibibytes(
-            container["resources"]["limits"]["memory"]
-        )
-        assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
-    cluster = spec.get("rayClusterSpec", spec)
-    for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
-        (shm,) = (v for v in group["template"]["spec"]["volumes"] if v["name"] == "shm")
-        assert int(group["rayStartParams"]["object-store-memory"]) < 2**30 * gibibytes(
-            shm["emptyDir"]["sizeLimit"]
-        )
-    for group in cluster["workerGroupSpecs"]:
-        assert (
-            group["minReplicas"]
-            <= group.get("replicas", group["minReplicas"])
-            <= group["maxReplicas"]
-        )
+        volumes = {volume["name"]: volume for volume in pod["volumes"]}
+        assert {*mounts.values()} == volumes.keys()
+        shm = volumes["shm"]["emptyDir"]
+        assert shm["medium"] == "Memory"
+        memory = container["resources"]["limits"]["memory"]
+        assert gibibytes(shm["sizeLimit"]) < gibibytes(memory)
+        store = int(group["rayStartParams"]["object-store-memory"])
+        assert store < 2**30 * gibibytes(shm["sizeLimit"])
+    for group in cluster_of(document)["workerGroupSpecs"]:
+        replicas = group.get("replicas", group["minReplicas"])
+        assert group["minReplicas"] <= replicas <= group["maxReplicas"]
 
 
 def gibibytes(quantity: str) -> float:
@@ -202,16 +181,12 @@ def gibibytes(quantity: str) -> float:
     return float(quantity[:-2]) * units[quantity[-2:]]
 
 
-def job_of(found: dict[str, dict[str, Any]]) -> JobSpec:
-    return parse_spec(found["ConfigMap"]["data"]["job.yaml"])
-
-
 @needs_kubectl
 @pytest.mark.parametrize("folder", OVERLAYS)
 def test_the_cluster_fits_the_job_spec(folder: str) -> None:
     """As many GPUs as workers, room for their CPUs, and a run directory that outlives the pods."""
     found = objects(folder)
-    job = job_of(found)
+    job = parse_spec(found["ConfigMap"]["data"]["job.yaml"])
     (group,) = found["RayJob"]["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     container = group["template"]["spec"]["containers"][0]
     num_workers = job.cluster.num_shards * job.cluster.num_replicas
@@ -223,37 +198,29 @@ def test_the_cluster_fits_the_job_spec(folder: str) -> None:
     if job.output.uri.startswith("s3://"):
         assert "eks.amazonaws.com/role-arn" in found["ServiceAccount"]["metadata"]["annotations"]
     else:
-        volume = next(
-            v for v in group["template"]["spec"]["volumes"] if v["name"] == mounts["/data"]
-        )
+        volumes = {v["name"]: v for v in group["template"]["spec"]["volumes"]}
+        claim = volumes[mounts["/data"]]["persistentVolumeClaim"]["claimName"]
         assert job.output.uri.startswith("/data/")
-        assert (
-            volume["persistentVolumeClaim"]["claimName"]
-            == found["PersistentVolumeClaim"]["metadata"]["name"]
-        )
+        assert claim == found["PersistentVolumeClaim"]["metadata"]["name"]
     assert "Secret" not in found
 
 
 @needs_kubectl
 def test_what_the_components_do() -> None:
-    spot = objects("overlays/gpu-spot-s3")["RayJob"]
-    kueue = objects("overlays/gpu-kueue-s3")["RayJob"]
-    assert (
-        spot["spec"]["backoffLimit"] > objects("overlays/gpu-s3")["RayJob"]["spec"]["backoffLimit"]
+    plain, spot, kueue = (
+        objects(f"overlays/{name}")["RayJob"] for name in ("gpu-s3", "gpu-spot-s3", "gpu-kueue-s3")
     )
-    (_, head), (_, worker) = pods(spot)
-    assert head["nodeSelector"] != worker["nodeSelector"]
-    assert spot["spec"]["submitterPodTemplate"]["spec"]["nodeSelector"] == head["nodeSelector"]
+    assert spot["spec"]["backoffLimit"] > plain["spec"]["backoffLimit"]
+    head, worker = (group["template"]["spec"] for group in groups_of(spot))
+    submitter = spot["spec"]["submitterPodTemplate"]["spec"]
+    assert submitter["nodeSelector"] == head["nodeSelector"] != worker["nodeSelector"]
     assert {t["key"] for t in worker["tolerations"]} == {"nvidia.com/gpu", "spot"}
     assert kueue["metadata"]["labels"]["kueue.x-k8s.io/queue-name"]
     assert kueue["spec"]["suspend"] is True
     cluster = objects("raycluster")["RayCluster"]["spec"]
     assert cluster["enableInTreeAutoscaling"] is True
-    assert (
-        cluster["workerGroupSpecs"][0]["minReplicas"]
-        == 0
-        < cluster["workerGroupSpecs"][0]["maxReplicas"]
-    )
+    assert cluster["workerGroupSpecs"][0]["minReplicas"] == 0
+    assert cluster["workerGroupSpecs"][0]["maxReplicas"] > 0
 
 
 def test_the_image_is_pinned_small_and_not_root() -> None:
@@ -264,29 +231,23 @@ def test_the_image_is_pinned_small_and_not_root() -> None:
     rayjob = yaml.safe_load((ROOT / "deploy/base/rayjob.yaml").read_text())
     version = rayjob["spec"]["rayClusterSpec"]["rayVersion"]
     assert images[-1].startswith(f"rayproject/ray:{version}-")
-    allowed = (ROOT / ".dockerignore").read_text().split()
-    assert allowed[0] == "*"
+    assert (ROOT / ".dockerignore").read_text().split()[0] == "*"
 
 
 @pytest.mark.skipif(shutil.which("hadolint") is None, reason="hadolint is not installed")
 def test_the_dockerfile_is_linted() -> None:
-    done = subprocess.run(
-        ["hadolint", str(ROOT / "Dockerfile")], capture_output=True, text=True, check=False
-    )
+    command = ["hadolint", str(ROOT / "Dockerfile")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 
 
 def test_the_dashboard_shows_every_metric_and_no_other() -> None:
     """Ray adds `ray_` to names, and Prometheus `_total` to counters."""
     dashboard = json.loads((ROOT / "deploy/grafana/ray-surgeon.json").read_text())
-    expressions = " ".join(
-        target["expr"] for panel in dashboard["panels"] for target in panel["targets"]
-    )
+    panels = dashboard["panels"]
+    expressions = " ".join(target["expr"] for panel in panels for target in panel["targets"])
+    gauges = {f"surgeon_{name}" for name in GAUGES}
     used = set(re.findall(r"\bray_(surgeon_\w+)", expressions))
-    assert used == {f"surgeon_{name}" for name in GAUGES} | {
-        "surgeon_steps_total",
-        "surgeon_retries_total",
-    }
-    places = [(p["gridPos"]["x"], p["gridPos"]["y"]) for p in dashboard["panels"]]
-    assert len(set(places)) == len(places)
-    assert len({panel["id"] for panel in dashboard["panels"]}) == len(places)
+    assert used == gauges | {"surgeon_steps_total", "surgeon_retries_total"}
+    places = {(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in panels}
+    assert len(places) == len({panel["id"] for panel in panels}) == len(panels)

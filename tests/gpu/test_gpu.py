@@ -6,14 +6,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 import torch
-from torch import Tensor
 
 from benchmarks.shaped_model import write
 from ray_surgeon.maths.kronecker import PackedSymmetric
@@ -47,14 +46,11 @@ def test_every_method_and_store(method: str, small_models: dict[str, Path], tmp_
     options, (of_weights, of_perplexity) = METHODS[method]
     for device in ("cpu", "cuda"):
         run_on(device, spec_in(tmp_path / device, small_models["llama"], **options))
-    on_cpu, on_gpu = (report_of(tmp_path / device / "run") for device in ("cpu", "cuda"))
-    allowed = max(OTHER_KERNELS * of_perplexity, 1e-5)
-    assert on_gpu["shots"][-1]["perplexity"]["docs"] == pytest.approx(
-        on_cpu["shots"][-1]["perplexity"]["docs"], rel=allowed
-    )
+    on_cpu, on_gpu = (report_of(tmp_path / device / "run")["shots"] for device in ("cpu", "cuda"))
+    found, expected = (shots[-1]["perplexity"]["docs"] for shots in (on_gpu, on_cpu))
+    assert found == pytest.approx(expected, rel=max(OTHER_KERNELS * of_perplexity, 1e-5))
     if (of_weights, of_perplexity) != BY_ITERATIONS:
-        shots = len(on_cpu["shots"])
-        one, other = (tensors_of_shot(tmp_path / d / "run", shots) for d in ("cpu", "cuda"))
+        one, other = (tensors_of_shot(tmp_path / d / "run", len(on_cpu)) for d in ("cpu", "cuda"))
         assert_same(one, other, max(OTHER_KERNELS * of_weights, 1e-5))
 
 
@@ -64,64 +60,55 @@ def test_streamed_weights_give_the_bits_of_resident_ones(
 ) -> None:
     """On one device the kernels are the same wherever the weights come from."""
     ways: dict[str, dict[str, Any]] = {
-        "device": {
-            "memory__weights": "device",
-            "memory__factors": "device",
-            "memory__activations": "recompute",
-        },
-        "host": {"memory__weights": "host", "memory__factors": "host", "memory__wave": 3},
-        "disk": {"memory__weights": "disk", "memory__factors": "disk", "memory__wave": 2},
+        "device": {"factors": "device", "activations": "recompute"},
+        "host": {"factors": "host", "wave": 3},
+        "disk": {"factors": "disk", "wave": 2},
     }
-    for name, options in ways.items():
-        run_on(
-            "cuda", spec_in(tmp_path / name, small_models["llama"], pruning__num_shots=2, **options)
-        )
-    expected = tensors_of_shot(tmp_path / "device/run", 2)
+    found = {}
+    for name, memory in ways.items():
+        options = {"pruning__num_shots": 2, "memory": memory | {"weights": name}}
+        run_on("cuda", spec_in(tmp_path / name, small_models["llama"], **options))
+        found[name] = tensors_of_shot(tmp_path / name / "run", 2)
     for name in ("host", "disk"):
-        found = tensors_of_shot(tmp_path / name / "run", 2)
-        assert all(torch.equal(found[key], tensor) for key, tensor in expected.items()), name
+        for key, tensor in found["device"].items():
+            assert torch.equal(found[name][key], tensor), (name, key)
 
 
-@pytest.mark.parametrize(
-    "way", [{}, {"memory__weights": "host", "memory__factors": "host"}], ids=["resident", "host"]
-)
-def test_peak_memory_is_as_planned(way: dict[str, Any], tmp_path: Path) -> None:
+@pytest.fixture
+def no_ray_after() -> Iterator[None]:
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.usefixtures("no_ray_after")
+@pytest.mark.parametrize("kept", ["auto", "host"])
+def test_peak_memory_is_as_planned(kept: str, tmp_path: Path) -> None:
     """Two blocks of Llama-3-8B's shapes, on Ray, so that the worker takes its device."""
     write("llama-3-8b", tmp_path / "model", 2, torch.bfloat16)
-    text = {"name": "docs", "source": "python-docs", "num_sequences": 4, "sequence_length": 1024}
+    text = {"source": "python-docs", "num_sequences": 4, "sequence_length": 1024}
     options: dict[str, Any] = {
         "model__dtype": "bfloat16",
-        "calibration": {"source": "python-docs", "num_sequences": 8, "sequence_length": 1024},
-        "evaluation": [text],
+        "calibration": text | {"num_sequences": 8},
+        "evaluation": [text | {"name": "docs"}],
         "pruning": {"structure": "groups", "target_sparsity": 0.2, "num_shots": 1},
         "cluster": {"backend": "ray", "gpus_per_worker": 1},
-        **way,
+        "memory": {"weights": kept, "factors": kept},
     }
-    try:
-        assert run(tmp_path, tmp_path / "model", **options) == 0
-    finally:
-        ray.shutdown()
+    assert run(tmp_path, tmp_path / "model", **options) == 0
     report = report_of(tmp_path / "run")
     measured = report["shots"][0]["peak_bytes"]
     planned = report["plan"]["peak_bytes"]
-    ratios = {
-        step: measured[step][0] / planned[step][0] for step in ("curvature", "costs", "update")
-    }
-    assert all(PLANNED[0] <= ratio <= PLANNED[1] for ratio in ratios.values()), ratios
+    for step in ("curvature", "costs", "update"):
+        assert PLANNED[0] <= measured[step][0] / planned[step][0] <= PLANNED[1], step
 
 
+@pytest.mark.usefixtures("no_ray_after")
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL wants a GPU for each rank")
 def test_replicas_by_nccl(small_models: dict[str, Path], tmp_path: Path) -> None:  # noqa: F811
-    options: dict[str, Any] = {
-        "cluster": {"backend": "ray", "gpus_per_worker": 1, "num_replicas": 2},
-        "pruning__costs": "obs",
-    }
-    try:
-        assert run(tmp_path / "two", small_models["llama"], **options) == 0
-    finally:
-        ray.shutdown()
-    run_on("cpu", spec_in(tmp_path / "cpu", small_models["llama"], pruning__costs="obs"))
-    assert report_of(tmp_path / "two/run")["shots"][0]["perplexity"]["docs"] > 0
+    cluster = {"backend": "ray", "gpus_per_worker": 1, "num_replicas": 2}
+    options: dict[str, Any] = {"cluster": cluster, "pruning__costs": "obs"}
+    assert run(tmp_path, small_models["llama"], **options) == 0
+    assert report_of(tmp_path / "run")["shots"][0]["perplexity"]["docs"] > 0
 
 
 def _rate(work: Any, flops: float) -> float:
@@ -142,13 +129,11 @@ def test_second_moments_in_bfloat16(record_property: Callable[[str, object], Non
     n = 11008
     num_tokens = 4096
     x = torch.randn(num_tokens, n, device="cuda").bfloat16()
-    total = PackedSymmetric.zeros(n, torch.device("cuda"))
-    weight: Tensor = torch.randn(n, n, device="cuda").bfloat16()
+    weight = torch.randn(n, n, device="cuda").bfloat16()
+    total, exact, again = (PackedSymmetric.zeros(n, torch.device("cuda")) for _ in range(3))
     plain = _rate(lambda: x @ weight, 2 * num_tokens * n * n)
     packed = _rate(lambda: total.add(x), 2 * num_tokens * len(total.flat))
-    exact = PackedSymmetric.zeros(n, torch.device("cuda"))
     exact.add(x.float())
-    again = PackedSymmetric.zeros(n, torch.device("cuda"))
     again.add(x)
     torch.testing.assert_close(again.flat, exact.flat, rtol=1e-4, atol=1e-2)
     record_property("of the GEMM rate", f"{packed / plain:.2f}")

@@ -29,16 +29,14 @@ def test_shards_cover_all_blocks_once(num_shards: int, head: float) -> None:
 def test_the_slowest_shard_is_as_fast_as_can_be(
     num_blocks: int, num_shards: int, head: float
 ) -> None:
-    from itertools import combinations
-
     def slowest(sizes: list[int]) -> float:
         return max(size + head * (i == num_shards - 1) for i, size in enumerate(sizes))
 
-    choices = [[0, *cut, num_blocks] for cut in combinations(range(1, num_blocks), num_shards - 1)]
-    best = min(slowest([b - a for a, b in itertools.pairwise(c)]) for c in choices)
-    assert (
-        slowest([r.last - r.first for r in partition_blocks(num_blocks, num_shards, head)]) == best
-    )
+    cuts = itertools.combinations(range(1, num_blocks), num_shards - 1)
+    choices = [itertools.pairwise([0, *places, num_blocks]) for places in cuts]
+    best = min(slowest([b - a for a, b in choice]) for choice in choices)
+    ranges = partition_blocks(num_blocks, num_shards, head)
+    assert slowest([r.last - r.first for r in ranges]) == best
 
 
 def test_more_shards_than_blocks_is_an_error() -> None:
@@ -47,14 +45,8 @@ def test_more_shards_than_blocks_is_an_error() -> None:
 
 
 def test_owners_share_the_work_of_their_shard() -> None:
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        vocab_size=100,
-    )
-    shapes = ModelLayout.of(config).linears
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 6}
+    shapes = ModelLayout.of(LlamaConfig(**sizes, num_attention_heads=4, vocab_size=100)).linears
     owners = assign_owners(shapes, 3, partition_blocks(6, 2, 1.0))
     load = [
         sum(s.num_rows**3 + s.num_columns**3 for s in shapes if owners[s.shared_input] == r)
@@ -90,12 +82,9 @@ def test_order_is_complete_and_causal_and_bounded(num_shards: int, n: int) -> No
             assert peak <= num_shards - shard
             assert in_flight == 0
     for micro_batch in range(n):
-        for shard in range(1, num_shards):
-            assert (
-                place_of[(shard - 1, "forward", micro_batch)]
-                < place_of[(shard, "forward", micro_batch)]
-            )
         for shard in range(last):
+            forward = place_of[(shard, "forward", micro_batch)]
+            assert forward < place_of[(shard + 1, "forward", micro_batch)]
             after = (shard + 1, "forward" if shard + 1 == last else "backward", micro_batch)
             assert place_of[after] < place_of[(shard, "backward", micro_batch)]
 

@@ -19,6 +19,8 @@ from ray_surgeon.report.events import largest_of_processes
 from ray_surgeon.runtime import fresh_process
 from ray_surgeon.runtime.usage import Usage
 
+ROOT = Path(__file__).parent.parent.parent
+
 
 @pytest.mark.parametrize(
     ("device", "gpu", "seen"),
@@ -39,13 +41,9 @@ def test_a_process_beside_a_worker_on_a_cpu_sees_no_gpu(
 def test_a_process_ends_with_the_one_that_started_it(tmp_path: Path) -> None:
     where = tmp_path / "pid"
     request = {"path": str(where), "seconds": 200}
-    code = (
-        "from ray_surgeon.runtime.fresh_process import run_module; "
-        f"run_module('tests.runtime.sleeper', {request})"
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", code], cwd=Path(__file__).parent.parent.parent
-    ) as parent:
+    code = "from ray_surgeon.runtime.fresh_process import run_module; "
+    code += f"run_module('tests.runtime.sleeper', {request})"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) as parent:
         while not where.exists():
             assert parent.poll() is None, "it could not start the other one"
             time.sleep(0.05)
@@ -62,21 +60,11 @@ def test_a_process_ends_with_the_one_that_started_it(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a request of the kernel of Linux")
 def test_a_process_whose_parent_is_gone_before_it_asks_does_nothing(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "ray_surgeon.runtime.with_parent",
-        str(os.getppid()),
-        "tests.runtime.sleeper",
-    ]
+    module = "ray_surgeon.runtime.with_parent"
+    command = [sys.executable, "-m", module, str(os.getppid()), "tests.runtime.sleeper"]
     request = json.dumps({"path": str(tmp_path / "pid"), "seconds": 0})
     done = subprocess.run(
-        command,
-        input=request,
-        text=True,
-        capture_output=True,
-        cwd=Path(__file__).parent.parent.parent,
-        check=False,
+        command, input=request, text=True, capture_output=True, cwd=ROOT, check=False
     )
     assert done.returncode == 1
     assert "has ended" in done.stderr
@@ -85,11 +73,7 @@ def test_a_process_whose_parent_is_gone_before_it_asks_does_nothing(tmp_path: Pa
 
 def test_a_peak_is_that_of_the_process_whoever_asked_first() -> None:
     """Asking begins anew, so the second of one process hears of what is there now."""
-    usages = [
-        Usage("a", 1.0, 10, 0, 900),
-        Usage("a", 1.0, 10, 0, 100),
-        Usage("b", 1.0, 10, 70, 200),
-        Usage("b", 1.0, 10, 5, 200),
-    ]
+    sizes = [("a", 0, 900), ("a", 0, 100), ("b", 70, 200), ("b", 5, 200)]
+    usages = [Usage(process, 1.0, 10, gpu, anonymous) for process, gpu, anonymous in sizes]
     assert largest_of_processes(usages, "peak_anonymous_bytes") == {"a": 900, "b": 200}
     assert largest_of_processes(usages, "peak_gpu_bytes") == {"a": 0, "b": 70}

@@ -6,44 +6,28 @@ import pytest
 import torch
 
 from ray_surgeon.plan import room
-from ray_surgeon.plan.room import (
-    DEVICES,
-    Resources,
-    Room,
-    available_bytes,
-    device_of,
-    resources_here,
-    shared,
-)
+from ray_surgeon.plan.room import DEVICES, Resources, Room, available_bytes, device_of, shared
 
 GPU = Room(80.0, 1000.0, 4000.0, device_is_host=False)
 CPU = Room(1000.0, 1000.0, 4000.0, device_is_host=True)
 
 
 def test_workers_share_a_machine_but_not_its_gpus() -> None:
-    found = [
-        Resources("a", "0", "NVIDIA H100 80GB HBM3", GPU),
-        Resources("a", "1", "NVIDIA H100 80GB HBM3", GPU),
-    ]
+    found = [Resources("a", gpu, "NVIDIA H100 80GB HBM3", GPU) for gpu in ("0", "1")]
     assert shared(found) == Room(80.0, 500.0, 2000.0, device_is_host=False)
     assert device_of(found, 1) is DEVICES["h100"]
-
-
-def test_workers_that_share_a_gpu_or_a_cpu() -> None:
     assert shared([Resources("a", "0", "NVIDIA L40S", GPU)] * 2).device == 40.0
-    assert shared([Resources("a", "cpu", "", CPU)] * 4) == Room(
-        250.0, 250.0, 1000.0, device_is_host=True
-    )
+    on_cpu = Room(250.0, 250.0, 1000.0, device_is_host=True)
+    assert shared([Resources("a", "cpu", "", CPU)] * 4) == on_cpu
 
 
 def test_the_smallest_machine_decides() -> None:
     small = Room(40.0, 100.0, 4000.0, device_is_host=False)
-    found = [Resources("a", "0", "NVIDIA A100", GPU), Resources("b", "0", "NVIDIA A100", small)]
-    assert shared(found) == Room(40.0, 100.0, 4000.0, device_is_host=False)
+    assert shared([Resources(name, "0", "", r) for name, r in (("a", GPU), ("b", small))]) == small
 
 
 def test_what_is_here(tmp_path: Path) -> None:
-    found = resources_here(torch.device("cpu"), str(tmp_path / "not" / "yet"))
+    found = room.resources_here(torch.device("cpu"), str(tmp_path / "not" / "yet"))
     assert found.room.device_is_host
     assert 2**28 < found.room.host <= available_bytes() * 2
     assert found.room.disk > 0
@@ -59,15 +43,11 @@ def test_files_that_a_container_has_read_leave_its_memory_when_it_is_wanted(
 ) -> None:
     monkeypatch.setattr(room, "_CGROUPS", ((str(tmp_path), limit, used, prefix),))
     here = available_bytes()
-    (tmp_path / "memory.stat").write_text(
-        f"anon 100\n{prefix}inactive_file 3000\n{prefix}active_file 400\n"
-    )
+    statistics = f"anon 100\n{prefix}inactive_file 3000\n{prefix}active_file 400\n"
+    (tmp_path / "memory.stat").write_text(statistics)
     (tmp_path / used).write_text("10000\n")
-    for text, expected in (
-        ("max", here),
-        ("12000\n", 12000 - 10000 + 3400),
-        ("6601\n", 1),
-        ("6000\n", 1),
-    ):
+    (tmp_path / limit).write_text("max")
+    assert available_bytes() == pytest.approx(here, rel=0.5)
+    for text, expected in (("12000\n", 12000 - 10000 + 3400), ("6601\n", 1), ("6000\n", 1)):
         (tmp_path / limit).write_text(text)
-        assert available_bytes() == pytest.approx(expected, rel=0.5 if text == "max" else 0)
+        assert available_bytes() == expected

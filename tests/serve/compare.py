@@ -40,33 +40,31 @@ def compare(
         folder, trust_remote_code=True, dtype=torch.float32
     ).eval()
     model.generation_config.eos_token_id = None
-    settings = {"max_new_tokens": NUM_NEW_TOKENS, "do_sample": False} | (
-        {"suppress_tokens": [END]} if without_end else {}
-    )
+    settings: dict[str, Any] = {"max_new_tokens": NUM_NEW_TOKENS, "do_sample": False}
+    settings |= {"suppress_tokens": [END]} if without_end else {}
     for prompt, result in zip(PROMPTS, found["results"], strict=True):
         with torch.no_grad():
-            tokens = model.generate(torch.tensor([prompt]), **settings)
-            logprobs = (
-                model(tokens)
-                .logits[0, :-1]
-                .log_softmax(dim=-1)
-                .gather(1, tokens[0, 1:, None])[:, 0]
-            )
-        places = (
-            list(range(1, len(prompt)))
-            if scored is None
-            else [place for place in scored if place < len(prompt)]
-        )
-        here = logprobs[torch.tensor([*places, *range(len(prompt), tokens.shape[1])]) - 1]
-        difference = float(
-            (here - torch.tensor(result["prompt_logprobs"] + result["logprobs"])).abs().max()
-        )
+            tokens = model.generate(torch.tensor([prompt]), **settings)[0].tolist()
+        places = [place for place in scored or range(1, len(prompt)) if place < len(prompt)]
+        difference = float(differences(model, tokens, places, result).max())
         said = f"{len(prompt)} + {NUM_NEW_TOKENS} tokens, log-probabilities within {difference:.1e}"
-        sys.stdout.write(
-            f"{engine} {found['version']} {model.config.model_type} {folder.name}: {said}\n"
-        )
-        assert result["tokens"] == tokens[0, len(prompt) :].tolist()
+        kind = f"{model.config.model_type} {folder.name}"
+        sys.stdout.write(f"{engine} {found['version']} {kind}: {said}\n")
+        assert result["tokens"] == tokens[len(prompt) :]
         assert difference < tolerance
+
+
+@torch.no_grad()
+def differences(
+    model: Any, tokens: list[int], places: list[int], result: dict[str, Any]
+) -> torch.Tensor:
+    """Return how much log-probabilities of tokens of the prompt, and of new ones, differ."""
+    given = torch.tensor([tokens])
+    chances = model(given).logits[0, :-1].log_softmax(dim=-1)
+    logprobs = chances.gather(1, given[0, 1:, None])[:, 0]
+    new = range(len(tokens) - len(result["tokens"]), len(tokens))
+    here = logprobs[torch.tensor([*places, *new]) - 1]
+    return (here - torch.tensor(result["prompt_logprobs"] + result["logprobs"])).abs()
 
 
 def mean_difference(found: dict[str, Any], folder: Path, engine: str) -> float:
@@ -74,22 +72,11 @@ def mean_difference(found: dict[str, Any], folder: Path, engine: str) -> float:
     wrote.
     """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    differences = []
-    for prompt, result in zip(PROMPTS, found["results"], strict=True):
-        tokens = torch.tensor([prompt + result["tokens"]])
-        with torch.no_grad():
-            here = (
-                model(tokens)
-                .logits[0, :-1]
-                .log_softmax(dim=-1)
-                .gather(1, tokens[0, 1:, None])[:, 0]
-            )
-        differences.append(
-            (here - torch.tensor(result["prompt_logprobs"] + result["logprobs"])).abs()
-        )
-    mean = float(torch.cat(differences).mean())
-    sys.stdout.write(
-        f"{engine} {found['version']} {folder.name}: log-probabilities differ by {mean:.1e} in the "
-        "mean\n"
-    )
+    parts = [
+        differences(model, prompt + result["tokens"], list(range(1, len(prompt))), result)
+        for prompt, result in zip(PROMPTS, found["results"], strict=True)
+    ]
+    mean = float(torch.cat(parts).mean())
+    said = f"log-probabilities differ by {mean:.1e} in the mean"
+    sys.stdout.write(f"{engine} {found['version']} {folder.name}: {said}\n")
     return mean

@@ -25,50 +25,36 @@ def main() -> None:
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     server = xllamacpp.Server(params)
 
-    def ask(prompt: list[int], num_tokens: int) -> list[dict[str, Any]]:
-        settings = {
-            "prompt": prompt,
-            "n_predict": num_tokens,
-            "temperature": 0.0,
-            "ignore_eos": True,
-            "cache_prompt": True,
-        }
-        settings |= {"n_probs": request["vocabulary"]}
-        call = urllib.request.Request(
-            server.listening_address + "/completion", json.dumps(settings).encode()
-        )
+    def post(path: str, content: dict[str, Any]) -> Any:
+        address = server.listening_address + path
+        call = urllib.request.Request(address, json.dumps(content).encode())
         with urllib.request.urlopen(call) as answer:
-            found = json.load(answer)
-            if "completion_probabilities" not in found:
-                raise RuntimeError(json.dumps(found)[:3000])
-            return found["completion_probabilities"]
+            return json.load(answer)
 
-    def tokens_of(text: str) -> list[int]:
-        call = urllib.request.Request(
-            server.listening_address + "/tokenize", json.dumps({"content": text}).encode()
-        )
-        with urllib.request.urlopen(call) as answer:
-            return json.load(answer)["tokens"]
+    def ask(prompt: list[int], num_tokens: int) -> list[dict[str, Any]]:
+        settings: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True, "cache_prompt": True}
+        settings |= {"prompt": prompt, "n_predict": num_tokens, "n_probs": request["vocabulary"]}
+        found = post("/completion", settings)
+        if "completion_probabilities" not in found:
+            raise RuntimeError(json.dumps(found)[:3000])
+        return found["completion_probabilities"]
 
     def logprob(entry: dict[str, Any], token: int) -> float:
         return next(top["logprob"] for top in entry["top_logprobs"] if top["id"] == token)
 
     results = []
     for prompt in request["prompts"]:
-        of_prompt = []
-        for end in request["scored"]:  # what the prompt says next after so many tokens
-            if end < len(prompt):
-                of_prompt.append(logprob(ask(prompt[:end], 1)[0], prompt[end]))
+        of_prompt = [  # what the prompt says next after so many tokens
+            logprob(ask(prompt[:end], 1)[0], prompt[end])
+            for end in request["scored"]
+            if end < len(prompt)
+        ]
         found = ask(prompt, request["num_new_tokens"])
-        tokens = [entry["id"] for entry in found]
-        results.append(
-            {
-                "tokens": tokens,
-                "prompt_logprobs": of_prompt,
-                "logprobs": [entry["logprob"] for entry in found],
-            }
-        )
-    answer = {"results": results, "tokenized": [tokens_of(text) for text in request["texts"]]}
+        new = {"tokens": [entry["id"] for entry in found]}
+        new["logprobs"] = [entry["logprob"] for entry in found]
+        results.append(new | {"prompt_logprobs": of_prompt})
+    tokenized = [post("/tokenize", {"content": text})["tokens"] for text in request["texts"]]
+    answer = {"results": results, "tokenized": tokenized}
     print(json.dumps({"version": importlib.metadata.version("xllamacpp")} | answer))
 
 

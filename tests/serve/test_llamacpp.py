@@ -4,11 +4,13 @@ weights, in float32.
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ray_surgeon.export.gguf_file import write_gguf
 from ray_surgeon.models.pruned_config import BlockWidths
@@ -35,22 +37,17 @@ ROUNDED_GELU = 5e-3
 """llama.cpp looks GELU up in a table of float16 numbers."""
 
 
+REQUEST: dict[str, Any] = {"num_new_tokens": NUM_NEW_TOKENS, "chunk": 32, "max_length": 200}
+REQUEST |= {"vocabulary": VOCABULARY, "scored": SCORED}
+
+
 def in_llamacpp(folder: Path, tolerance: float = TOLERANCE) -> None:
     (file,) = (folder.parent / "gguf").glob("*-F32.gguf")
-    request = {
-        "file": str(file),
-        "prompts": PROMPTS,
-        "num_new_tokens": NUM_NEW_TOKENS,
-        "chunk": 32,
-        "max_length": 200,
-    }
-    found = environments.run(
-        "llamacpp", request | {"vocabulary": VOCABULARY, "scored": SCORED, "texts": TEXTS}
-    )
+    request = REQUEST | {"file": str(file), "prompts": PROMPTS, "texts": TEXTS}
+    found = environments.run("llamacpp", request)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-    assert found["tokenized"] == [
-        tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS
-    ]
+    expected = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS]
+    assert found["tokenized"] == expected
     compare(found, folder, "llama.cpp", SCORED, without_end=True, tolerance=tolerance)
 
 
@@ -65,12 +62,8 @@ def test_uniform(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_uniform_with_fewer_heads(family: str, tmp_path: Path) -> None:
-    options = {
-        "pruning__groups": ["attention"],
-        "pruning__target_sparsity": 0.1,
-        "output__gguf": ["f32"],
-    }
-    folder = exported(family, "uniform", "gguf", folder=tmp_path, **options)
+    options = {"pruning__groups": ["attention"], "pruning__target_sparsity": 0.1}
+    folder = exported(family, "uniform", "gguf", folder=tmp_path, output__gguf=["f32"], **options)
     assert json.loads((folder / "config.json").read_text())["num_key_value_heads"] == 1
     in_llamacpp(folder)
 
@@ -85,27 +78,16 @@ def test_widths_that_differ(kind: str, tmp_path: Path) -> None:
 def test_a_tokenizer_of_pieces(tmp_path: Path) -> None:
     """SentencePiece's BPE as Llama 2 has it, with text that needs bytes."""
     tokenizer = of_pieces()
-    config = LlamaConfig(**{**FAMILIES["llama"].config.to_dict(), "vocab_size": 1000})
+    config = copy.deepcopy(FAMILIES["llama"])
+    config.vocab_size = 1000
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    write_gguf(
-        str(tmp_path),
-        AutoConfig.from_pretrained(tmp_path),
-        [BlockWidths(256, 2)] * 4,
-        "f32",
-        "pieces",
-        tmp_path / "x.gguf",
-    )
+    file = tmp_path / "x.gguf"
+    config = AutoConfig.from_pretrained(tmp_path)
+    write_gguf(str(tmp_path), config, [BlockWidths(256, 2)] * 4, "f32", "pieces", file)
     texts = [text.replace("\n", " ") for text in TEXTS] + ["na\u00efve \u20ac 5"]
-    request = {
-        "file": str(tmp_path / "x.gguf"),
-        "prompts": [],
-        "num_new_tokens": 0,
-        "chunk": 32,
-        "max_length": 200,
-        "texts": texts,
-    }
-    found = environments.run("llamacpp", request)
-    assert found["tokenized"] == [
-        tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts
-    ]
+    found = environments.run(
+        "llamacpp", REQUEST | {"file": str(file), "prompts": [], "texts": texts}
+    )
+    expected = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    assert found["tokenized"] == expected

@@ -34,20 +34,19 @@ def main() -> None:
     )
     results = []
     for prompt, output in zip(request["prompts"], found, strict=True):
-        of_prompt = [
-            entry[token].logprob
-            for token, entry in zip(prompt[1:], output.prompt_logprobs[1:], strict=True)
-        ]
         new = list(output.outputs[0].token_ids)
-        of_new = [
-            entry[token].logprob
-            for token, entry in zip(new, output.outputs[0].logprobs, strict=True)
-        ]
-        results.append({"tokens": new, "prompt_logprobs": of_prompt, "logprobs": of_new})
-    architecture = type(
-        engine.llm_engine.model_executor.driver_worker.worker.model_runner.model
-    ).__name__
-    print(json.dumps({"version": vllm.__version__, "class": architecture, "results": results}))
+        of_new = zip(new, output.outputs[0].logprobs, strict=True)
+        of_prompt = zip(prompt[1:], output.prompt_logprobs[1:], strict=True)
+        results.append(
+            {
+                "tokens": new,
+                "logprobs": [entry[token].logprob for token, entry in of_new],
+                "prompt_logprobs": [entry[token].logprob for token, entry in of_prompt],
+            }
+        )
+    runner = engine.llm_engine.model_executor.driver_worker.worker.model_runner
+    said = {"version": vllm.__version__, "class": type(runner.model).__name__}
+    print(json.dumps(said | {"results": results}))
 
 
 if __name__ == "__main__":
