@@ -385,7 +385,8 @@ def test_the_command_line(llama: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert pipeline.cli(["prune", spec, "--set", "pruning.num_shots=1"]) == 0
     capsys.readouterr()
     page = tmp_path / "c.html"
-    assert pipeline.cli(["report", str(tmp_path / "run"), "--html", str(page)]) == 0
+    drawn = ["--html", str(page), "--plot", str(tmp_path / "p.svg")]
+    assert pipeline.cli(["report", str(tmp_path / "run"), *drawn]) == 0
     assert page.exists()
     for arguments in ([], ["prun"]):
         with pytest.raises(SystemExit):
