@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from ray.cluster_utils import Cluster
 
 from ray_surgeon.report.html_report import LivePage
+from tests.integration.runs import Refused, overrides, run
 
 
 @pytest.fixture(autouse=True)
@@ -34,3 +37,23 @@ def cluster() -> Iterator[Cluster]:
     head = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False})
     yield head
     head.shutdown()
+
+
+@pytest.fixture(scope="session")
+def llama(model_folders: dict[str, Path]) -> Path:
+    return model_folders["llama"]
+
+
+@pytest.fixture
+def refused(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
+    """Run a job that is to be refused, and return the message."""
+
+    def refuse(settings: str = "", *arguments: str, source: Path = llama, **changes: Any) -> str:
+        capsys.readouterr()
+        assert run(tmp_path, source, *overrides(settings), *arguments, **changes) == 2
+        message = capsys.readouterr().err
+        assert message.startswith("error: ")
+        assert "Traceback" not in message
+        return message
+
+    return refuse

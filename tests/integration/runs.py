@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 import yaml
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
 
 from ray_surgeon.memory.stores import Stores
 from ray_surgeon.models.layout import ModelLayout
@@ -24,6 +25,9 @@ from ray_surgeon.runtime.local import LocalCluster
 from ray_surgeon.runtime.placement import place
 from ray_surgeon.spec.sections import ModelSection
 from ray_surgeon.storage import tensor_files
+from tests.conftest import CONFIGS, SPARSE_CONFIGS
+
+Refused = Callable[..., str]
 
 
 def tiny_spec(folder: Path, model: Path, **changes: Any) -> Path:
@@ -76,6 +80,40 @@ def tiny_spec(folder: Path, model: Path, **changes: Any) -> Path:
 
 def run(folder: Path, model: Path, *arguments: str, **changes: Any) -> int:
     return main([str(tiny_spec(folder, model, **changes)), *arguments])
+
+
+def completed(folder: Path, model: Path, *arguments: str, **changes: Any) -> dict[str, Any]:
+    """Run to the end, and return the report."""
+    assert run(folder, model, *arguments, **changes) == 0
+    return report_of(folder / "run")
+
+
+def overrides(settings: str) -> list[str]:
+    """Return the arguments that set all of ``section.field=value; section.field=value``."""
+    return [part for one in settings.split("; ") if one for part in ("--set", one)]
+
+
+def config_like(family: str, **changes: Any) -> Any:
+    """Return the configuration of a tiny model, changed."""
+    config = (CONFIGS | SPARSE_CONFIGS)[family]
+    return type(config)(**{**config.to_dict(), **changes})
+
+
+def new_model(config: PretrainedConfig, folder: Path, tokenizer_of: Path) -> Path:
+    """Write a random model with the tokenizer of another one."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    for path in tokenizer_of.glob("tokenizer*"):
+        shutil.copy(path, folder)
+    return folder
+
+
+def copied_model(model: Path, folder: Path, **changes: Any) -> Path:
+    """Copy a model; `changes` are of its configuration."""
+    shutil.copytree(model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    return folder
 
 
 def loaded(

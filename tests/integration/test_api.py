@@ -15,8 +15,6 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    DeepseekV3Config,
-    Gemma3TextConfig,
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -34,8 +32,7 @@ from ray_surgeon.run.inputs import check
 from ray_surgeon.run.loop import run_shots
 from ray_surgeon.stages.curvature.gather import gather_curvature
 from ray_surgeon.storage import files
-from tests.conftest import CONFIGS, SPARSE_CONFIGS
-from tests.integration.runs import assert_same_shot, beginning, loaded, run, tiny_spec
+from tests.integration.runs import assert_same_shot, beginning, config_like, loaded, run, tiny_spec
 
 ROOT = Path(__file__).parent.parent.parent
 TEXT = {"source": "python-docs", "num_sequences": 4, "sequence_length": 32, "max_tokens": 4000}
@@ -48,72 +45,70 @@ GROUPS = {
 }
 
 
-def in_memory(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+Model = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+
+
+def in_memory(folder: Path) -> Model:
     return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 
 
-def test_every_section_is_an_argument(model_folders: dict[str, Path], tmp_path: Path) -> None:
-    assert set(JobSpec.model_fields) - {"version"} <= set(
-        inspect.signature(ray_surgeon.prune).parameters
-    )
-    result = ray_surgeon.prune(
-        str(model_folders["llama"]),
-        calibration=TEXT,
-        pruning=GROUPS,
-        memory={"weights": "host"},
-        output=str(tmp_path),
-        progress=False,
-    )
+@pytest.fixture
+def given(llama: Path) -> Model:
+    return in_memory(llama)
+
+
+def prune(*given: Any, **sections: Any) -> ray_surgeon.PruneResult:
+    defaults: dict[str, Any] = {"calibration": TEXT, "pruning": GROUPS, "progress": False}
+    return ray_surgeon.prune(*given, **defaults | sections)
+
+
+def test_every_section_is_an_argument_and_remedies_are_python(llama: Path, tmp_path: Path) -> None:
+    sections = set(JobSpec.model_fields) - {"version"}
+    assert sections <= set(inspect.signature(ray_surgeon.prune).parameters)
+    output = tmp_path / "a run"
+    result = prune(str(llama), memory={"weights": "host"}, output=output)
+    assert result.uri == str(output)
     assert result.report["plan"]["stores"]["weights"] == "host"
+    with pytest.raises(ValueError, match=r"resume=True in Python.*--set output.uri='.*/a run-2'"):
+        prune(str(llama), output=output)
 
 
 def test_the_dtype_of_a_checkpoint_is_kept_if_asked_for(
-    model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    given: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Everything is computed and exported in float32 otherwise, which a line says; and a section
     `cluster` stays in this process.
     """
-    model, tokenizer = in_memory(model_folders["llama"])
-    for saved in (model.to(torch.bfloat16), tokenizer):
-        saved.save_pretrained(tmp_path / "narrow")
+    narrow = tmp_path / "narrow"
+    given[0].to(torch.bfloat16).save_pretrained(narrow)
+    given[1].save_pretrained(narrow)
     sizes = {}
-    for dtype in (None, "bfloat16"):
-        source = (
-            tmp_path / "narrow"
-            if dtype is None
-            else {"source": tmp_path / "narrow", "dtype": dtype}
-        )
+    for dtype, source in ((None, narrow), ("bfloat16", {"source": narrow, "dtype": "bfloat16"})):
         output = str(tmp_path / f"run-{dtype}")
-        result = ray_surgeon.prune(
-            source, calibration=TEXT, pruning=GROUPS, output=output, cluster={"num_shards": 2}
-        )
+        result = prune(source, output=output, cluster={"num_shards": 2}, progress=True)
         assert result.report["spec"]["cluster"]["backend"] == "local"
         assert result.report["spec"]["name"] == "narrow"
         said = " ".join(capsys.readouterr().out.split())
-        assert (
-            "config.json says bfloat16, but this job and its exports are in float32" in said
-        ) == (dtype is None)
+        widened = "config.json says bfloat16, but this job and its exports are in float32" in said
+        assert widened == (dtype is None)
         sizes[dtype] = result.report["exports"][0]["size_bytes"]
     assert 1.9 < sizes[None] / sizes["bfloat16"] < 2.1
-    spec = tiny_spec(tmp_path / "cli", tmp_path / "narrow")
+    spec = str(tiny_spec(tmp_path / "cli", narrow))
     for options, is_said in (([], True), (["--set", "model.dtype=bfloat16"], False)):
-        assert pipeline.main([str(spec), "--dry-run", *options]) == 0
-        assert (
-            "model.dtype: bfloat16 halves it" in " ".join(capsys.readouterr().out.split())
-        ) == is_said
+        assert pipeline.main([spec, "--dry-run", *options]) == 0
+        said = " ".join(capsys.readouterr().out.split())
+        assert ("model.dtype: bfloat16 halves it" in said) == is_said
 
 
 def test_a_model_in_memory_becomes_really_smaller(
-    model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    given: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model, tokenizer = in_memory(model_folders["llama"])
-    sections: dict[str, Any] = {
-        "calibration": TEXT,
-        "pruning": {**GROUPS, "allocation": "uniform"},
-        "output": str(tmp_path / "run"),
-    }
+    """And that of another run is not overwritten."""
+    model, tokenizer = given
+    sections: dict[str, Any] = {"pruning": GROUPS | {"allocation": "uniform"}}
+    output = str(tmp_path / "run")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    result = ray_surgeon.prune(model, tokenizer, **sections)
+    result = prune(*given, **sections, output=output, progress=True)
     pruned = result.load()
     assert isinstance(pruned, LlamaForCausalLM)
     assert pruned.config.intermediate_size < model.config.intermediate_size
@@ -125,61 +120,41 @@ def test_a_model_in_memory_becomes_really_smaller(
         "the model in memory stays"
     )
     assert "shot 1/1   commit" in capsys.readouterr().out
-    again = ray_surgeon.prune(model, tokenizer, **sections, resume=True, progress=False)
+    again = prune(*given, **sections, output=output, resume=True)
     assert again.perplexity == result.perplexity
     assert capsys.readouterr().out == ""
-
-
-def test_the_model_of_another_run_is_not_overwritten(
-    model_folders: dict[str, Path], tmp_path: Path
-) -> None:
-    model, tokenizer = in_memory(model_folders["llama"])
-    sections: dict[str, Any] = {
-        "calibration": TEXT,
-        "pruning": GROUPS,
-        "output": {"uri": str(tmp_path / "run"), "exports": []},
-    }
-    ray_surgeon.prune(model, tokenizer, **sections, progress=False)
+    for name in ("checkpoints/source/adapter_model.safetensors", "project/thesis.txt"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("my own")
     source = tmp_path / "run/source/model.safetensors"
-    before = source.read_bytes()
-    with pytest.raises(ValueError, match="already holds this run"):
-        ray_surgeon.prune(model, tokenizer, **sections, progress=False)
+    of_run = source.read_bytes()
+
+    def refused(message: str, output: str = output, **options: Any) -> None:
+        with pytest.raises(ValueError, match=message):
+            prune(*given, **sections, output=output, **options)
+
+    refused("already holds this run")
+    refused("holds something else", str(tmp_path / "checkpoints"))
+    refused("holds no run of this program", str(tmp_path / "project"))
     model.model.norm.weight.data *= 2
-    for resume in (False, True):
-        with pytest.raises(ValueError, match="another model or tokenizer"):
-            ray_surgeon.prune(model, tokenizer, **sections, progress=False, resume=resume)
-    model, tokenizer = in_memory(model_folders["llama"])
+    refused("another model or tokenizer")
+    model.model.norm.weight.data /= 2
     tokenizer.chat_template = "{{ messages }}"
-    with pytest.raises(ValueError, match="another model or tokenizer"):
-        ray_surgeon.prune(model, tokenizer, **sections, progress=False, resume=True)
-    (tmp_path / "checkpoints/source").mkdir(parents=True)
-    (tmp_path / "checkpoints/source/adapter_model.safetensors").write_text("my own")
-    with pytest.raises(ValueError, match="holds something else"):
-        ray_surgeon.prune(
-            model, tokenizer, **sections | {"output": str(tmp_path / "checkpoints")}, progress=False
-        )
-    assert (tmp_path / "checkpoints/source/adapter_model.safetensors").read_text() == "my own"
-    (tmp_path / "project").mkdir()
-    (tmp_path / "project/thesis.txt").touch()
-    with pytest.raises(ValueError, match="holds no run of this program"):
-        ray_surgeon.prune(
-            model, tokenizer, **sections | {"output": str(tmp_path / "project")}, progress=False
-        )
+    refused("another model or tokenizer", resume=True)
+    own = tmp_path / "checkpoints/source/adapter_model.safetensors"
+    assert own.read_text() == "my own"
     assert not (tmp_path / "project/source").exists()
-    assert source.read_bytes() == before
+    assert source.read_bytes() == of_run
 
 
-def test_all_chat_templates_go_along(model_folders: dict[str, Path], tmp_path: Path) -> None:
-    model, tokenizer = in_memory(model_folders["llama"])
+def test_an_export_elsewhere_is_loaded_with_all_chat_templates(
+    given: Model, tmp_path: Path
+) -> None:
+    model, tokenizer = given
     tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
-    result = ray_surgeon.prune(
-        model,
-        tokenizer,
-        calibration=TEXT,
-        pruning=GROUPS,
-        output="memory://templates",
-        progress=False,
-    )
+    result = prune(*given, output="memory://api/run")
+    assert result.path == "memory://api/run/export/per_block"
+    assert sum(p.numel() for p in result.load().parameters()) < model.num_parameters()
     files.download(files.join(result.path, "config.json"), tmp_path / "config.json")
     for name in files.list_files(result.path):
         if "token" in name or "template" in name:
@@ -188,17 +163,12 @@ def test_all_chat_templates_go_along(model_folders: dict[str, Path], tmp_path: P
     assert AutoTokenizer.from_pretrained(tmp_path).chat_template == tokenizer.chat_template
 
 
-@pytest.mark.ray
-def test_a_path_and_a_whole_spec(
-    model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_path_and_a_spec(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        result = ray_surgeon.prune(
-            str(model_folders["llama"]), calibration=TEXT, pruning=GROUPS, progress=False
-        )
+        result = prune(str(llama))
         assert torch.get_num_threads() == 2, "the threads of the caller's process are its own"
     finally:
         torch.set_num_threads(before)
@@ -206,155 +176,85 @@ def test_a_path_and_a_whole_spec(
     assert type(result.load()).__name__ == "PrunedForCausalLM"
     with pytest.raises(ValueError, match="has no export masked; it has \\['per_block'\\]"):
         result.load("masked")
-    spec = ray_surgeon.parse_spec(tiny_spec(tmp_path / "spec", model_folders["llama"]).read_text())
-    found = ray_surgeon.prune(spec=spec, progress=False)
-    assert run(tmp_path / "cli", model_folders["llama"]) == 0
-    assert_same_shot(tmp_path / "cli/run", Path(found.uri), 2)
+    one_shot = {"pruning__num_shots": 1}
+    spec = tiny_spec(tmp_path / "spec", llama, **one_shot).read_text()
+    found = ray_surgeon.prune(spec=ray_surgeon.parse_spec(spec), progress=False)
+    assert run(tmp_path / "cli", llama, **one_shot) == 0
+    assert_same_shot(tmp_path / "cli/run", Path(found.uri), 1)
     with pytest.raises(ValueError, match="has no export for this"):
         _ = found.path
 
 
-@pytest.mark.parametrize(
-    ("sections", "message"),
-    [
-        ({"calibration": TEXT | {"num_sequences": None}}, "num_sequences"),
-        ({"calibration": TEXT | {"num_sequences": [1]}}, "num_sequences"),
-        ({"calibration": TEXT | {"num_sequences": "abc"}}, "num_sequences"),
-        ({"output": 3}, "output: got 3"),
-        ({"output": [1]}, "output: got"),
-        ({"output": ""}, "uri"),
-        ({"calibration": None}, "calibration: is missing; give the fields"),
-        ({"calibration": ["one text", "another"]}, "calibration: got .*; give the fields"),
-        (
-            {"calibration": TEXT | {"split": "test"}},
-            "the calibration reads the test part of its text",
-        ),
-        ({"pruning": "groups"}, "pruning: got 'groups'; give the fields"),
-    ],
-)
-def test_sections_of_wrong_types_are_named(
-    sections: dict[str, Any], message: str, model_folders: dict[str, Path]
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        ray_surgeon.prune(
-            str(model_folders["llama"]), **{"calibration": TEXT, "pruning": GROUPS, **sections}
-        )
-
-
-def test_what_is_wrong_is_said_once_in_words(model_folders: dict[str, Path]) -> None:
+def test_what_is_wrong_is_said_once_in_words(llama: Path) -> None:
     """As on the command line: no inner names, and nothing of sections that nobody gave."""
+    wrong = {"calibration": TEXT | {"strid": 3}, "pruning": GROUPS | {"target_sparsity": 30}}
     with pytest.raises(ValueError, match="is not a valid job spec") as caught:
-        ray_surgeon.prune(
-            str(model_folders["llama"]),
-            calibration=TEXT | {"strid": 3},
-            pruning=GROUPS | {"target_sparsity": 30},
-        )
+        prune(str(llama), **wrong)
     first, *lines = str(caught.value).split("\n")
     assert first == "what prune() was given is not a valid job spec:"
-    assert [line.split(":")[0].strip() for line in lines] == [
-        "calibration.strid",
-        "pruning.target_sparsity",
-    ]
+    fields = [line.split(":")[0].strip() for line in lines]
+    assert fields == ["calibration.strid", "pruning.target_sparsity"]
     with pytest.raises(ValueError, match=r"spec: got a str; give ray_surgeon.parse_spec"):
         ray_surgeon.prune(spec="quickstart.yaml")  # type: ignore[arg-type]
     assert {"prune", "curvature", "JobSpec"} <= set(dir(ray_surgeon))
-
-
-def test_an_output_may_be_a_path_and_remedies_are_of_python_too(
-    model_folders: dict[str, Path], tmp_path: Path
-) -> None:
-    sections: dict[str, Any] = {
-        "calibration": TEXT,
-        "pruning": GROUPS,
-        "output": tmp_path / "a run",
-        "progress": False,
-    }
-    assert ray_surgeon.prune(str(model_folders["llama"]), **sections).uri == str(tmp_path / "a run")
-    with pytest.raises(ValueError, match=r"resume=True in Python.*--set output.uri='.*/a run-2'"):
-        ray_surgeon.prune(str(model_folders["llama"]), **sections)
-
-
-def test_a_perplexity_that_is_no_number_ends_the_run(
-    model_folders: dict[str, Path], tmp_path: Path
-) -> None:
-    """Of random logits that are huge, the loss is, too."""
-    model, tokenizer = in_memory(model_folders["llama"])
-    model.lm_head.weight.data *= 1e5
-    with pytest.raises(
-        FloatingPointError, match="the perplexity on test, or its divergence, is not finite"
-    ):
-        ray_surgeon.prune(
-            model,
-            tokenizer,
-            calibration=TEXT,
-            pruning=GROUPS,
-            output=str(tmp_path / "run"),
-            progress=False,
-        )
-
-
-def test_an_export_on_another_file_system_is_loaded(model_folders: dict[str, Path]) -> None:
-    result = ray_surgeon.prune(
-        str(model_folders["llama"]),
-        calibration=TEXT,
-        pruning=GROUPS,
-        output="memory://api/run",
-        progress=False,
-    )
-    assert result.path == "memory://api/run/export/per_block"
-    assert sum(p.numel() for p in result.load().parameters()) < sum(
-        p.numel() for p in AutoModelForCausalLM.from_pretrained(model_folders["llama"]).parameters()
-    )
-
-
-def test_bad_arguments_are_said_before_anything_starts(
-    model_folders: dict[str, Path], tmp_path: Path
-) -> None:
-    model, tokenizer = in_memory(model_folders["llama"])
-    spec = ray_surgeon.parse_spec(tiny_spec(tmp_path, model_folders["llama"]).read_text())
-    sections: dict[str, Any] = {
-        "calibration": TEXT,
-        "pruning": GROUPS,
-        "output": str(tmp_path / "out"),
-    }
-    for arguments, options, message in [
-        ((), sections, "model: give a Hub id"),
-        ((model,), sections, "needs its tokenizer"),
-        ((model.state_dict(),), sections, "model: got a OrderedDict of .*give its source"),
-        (({"dtype": "bfloat16"},), sections, "give its source"),
-        (({"source": str(model_folders["llama"]), "dtyp": "bfloat16"},), sections, "model.dtyp"),
-        ((str(model_folders["llama"]),), {**sections, "cluster": {"address": "auto"}}, "address"),
-        ((str(model_folders["llama"]), tokenizer), sections, "belongs to a model in memory"),
-        ((model, tokenizer), {**sections, "spec": spec}, "it says everything already"),
-        ((model, tokenizer), {**sections, "pruning": {**GROUPS, "widths": 3}}, "widths"),
-        ((str(tmp_path / "absent"),), sections, "no folder"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            ray_surgeon.prune(*arguments, **options)
-    assert not (tmp_path / "out").exists()
     with pytest.raises(AttributeError, match="no attribute 'prun'"):
         _ = ray_surgeon.prun
 
 
+def test_a_perplexity_that_is_no_number_ends_the_run(given: Model, tmp_path: Path) -> None:
+    """Of random logits that are huge, the loss is, too."""
+    given[0].lm_head.weight.data *= 1e5
+    message = "the perplexity on test, or its divergence, is not finite"
+    with pytest.raises(FloatingPointError, match=message):
+        prune(*given, output=str(tmp_path / "run"))
+
+
+def test_bad_arguments_are_said_before_a_start(given: Model, llama: Path, tmp_path: Path) -> None:
+    model, tokenizer = given
+    folder = (str(llama),)
+    spec = ray_surgeon.parse_spec(tiny_spec(tmp_path, llama).read_text())
+    cases: list[tuple[Any, Any, str]] = [
+        ((), {}, "model: give a Hub id"),
+        ((model,), {}, "needs its tokenizer"),
+        ((model.state_dict(),), {}, "model: got a OrderedDict of .*give its source"),
+        (({"dtype": "bfloat16"},), {}, "give its source"),
+        (({"source": str(llama), "dtyp": "bfloat16"},), {}, "model.dtyp"),
+        ((*folder, tokenizer), {}, "belongs to a model in memory"),
+        (given, {"spec": spec}, "it says everything already"),
+        (given, {"pruning": {**GROUPS, "widths": 3}}, "widths"),
+        ((str(tmp_path / "absent"),), {}, "no folder"),
+        (folder, {"calibration": TEXT | {"num_sequences": [1]}}, "num_sequences"),
+        (folder, {"calibration": None}, "calibration: is missing; give the fields"),
+        (folder, {"calibration": ["one text", "another"]}, "calibration: got .*; give the fields"),
+        (folder, {"calibration": TEXT | {"split": "test"}}, "calibration reads the test part"),
+        (folder, {"output": 3}, "output: got 3"),
+        (folder, {"output": ""}, "uri"),
+        (folder, {"pruning": "groups"}, "pruning: got 'groups'; give the fields"),
+        (folder, {"cluster": {"address": "auto"}}, "address"),
+    ]
+    for arguments, sections, message in cases:
+        with pytest.raises(ValueError, match=message):
+            prune(*arguments, **{"output": str(tmp_path / "out"), **sections})
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_curvature_is_that_of_a_run(
-    family: str, model_folders: dict[str, Path], tmp_path: Path
+    family: str, model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, tokenizer = in_memory(model_folders[family])
-    inputs = check(ray_surgeon.parse_spec(tiny_spec(tmp_path, model_folders[family]).read_text()))
-    found = ray_surgeon.curvature(model, inputs.calibration)
+    model, _ = in_memory(model_folders[family])
+    spec = tiny_spec(tmp_path, model_folders[family])
+    tokens = check(ray_surgeon.parse_spec(spec.read_text())).calibration
+    found = ray_surgeon.curvature(model, tokens)
     cluster = loaded(model_folders[family])
-    gather_curvature(cluster, inputs.calibration, "kfac")
+    gather_curvature(cluster, tokens, "kfac")
     ((_, worker),) = cluster.workers.items()
     assert list(found) == list(worker.shard.linears)
     for name, factors in found.items():
         expected = worker.shard.factors(name)
         assert torch.equal(factors.A, expected.A.dense())
         assert torch.equal(factors.G, expected.G.dense())
-        assert factors.num_tokens == inputs.calibration.size
-    name = list(found)[2]
-    assert list(ray_surgeon.curvature(model, inputs.calibration, linears=[name])) == [name]
-    assert not ray_surgeon.curvature(model, inputs.calibration, linears=[])
+        assert factors.num_tokens == tokens.size
     gathered = list[str]()
     stop = ModelShard.stop_curvature
 
@@ -362,28 +262,32 @@ def test_curvature_is_that_of_a_run(
         gathered.extend(name for group in shard.gathering for name in group.names)
         stop(shard)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ModelShard, "stop_curvature", watch)
-        alone = ray_surgeon.curvature(model, inputs.calibration, linears=[list(found)[-1]])
-    assert {name.rpartition(".")[2] for name in gathered} == {list(found)[-1].rpartition(".")[2]}, (
-        "others would take memory"
-    )
-    assert torch.equal(alone[list(found)[-1]].G, found[list(found)[-1]].G)
-    sampled = ray_surgeon.curvature(model, inputs.calibration, linears=[name], label_seed=1)[name]
+    monkeypatch.setattr(ModelShard, "stop_curvature", watch)
+    name = list(found)[-1]
+    alone = ray_surgeon.curvature(model, tokens, linears=[name])
+    kind = name.rpartition(".")[2]
+    assert {name.rpartition(".")[2] for name in gathered} == {kind}, "others would take memory"
+    assert list(alone) == [name]
+    assert torch.equal(alone[name].G, found[name].G)
+    assert not ray_surgeon.curvature(model, tokens, linears=[])
+    sampled = ray_surgeon.curvature(model, tokens, linears=[name], label_seed=1)[name]
     assert not torch.equal(sampled.G, found[name].G)
     assert torch.equal(sampled.A, found[name].A)
-    texts = [
-        "The quick brown fox jumps over the lazy dog.",
-        "Another text of another length, a little longer than the first one.",
-    ]
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_curvature_of_texts_is_of_their_tokens(family: str, model_folders: dict[str, Path]) -> None:
+    model, tokenizer = in_memory(model_folders[family])
+    texts = ["The quick brown fox jumps over it.", "Another text of another, greater length."]
     tokens = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    assert torch.equal(
-        ray_surgeon.curvature(model, texts, tokenizer)[name].A,
-        ray_surgeon.curvature(model, tokens)[name].A,
-    )
+    name = next(iter(ModelLayout.of(model.config).shapes))
+
+    def inputs(*given: Any) -> torch.Tensor:
+        return ray_surgeon.curvature(model, *given, linears=[name])[name].A
+
+    assert torch.equal(inputs(texts, tokenizer), inputs(tokens))
     with_bos = [[tokenizer.bos_token_id, *sequence] for sequence in tokens]
-    of_texts = ray_surgeon.curvature(model, texts, beginning(tokenizer, "<end> $A"), linears=[name])
-    assert torch.equal(of_texts[name].A, ray_surgeon.curvature(model, with_bos)[name].A)
+    assert torch.equal(inputs(texts, beginning(tokenizer, "<end> $A")), inputs(with_bos))
     for sequences, options, message in [
         (texts, {}, "texts need one"),
         ([[3]], {}, r"sequences\[0\]: 1 tokens.*takes 2"),
@@ -403,39 +307,31 @@ def test_curvature_is_that_of_a_run(
 
 def test_linears_with_and_without_a_bias_share_no_inputs() -> None:
     """DeepSeek-V3's query projection without low rank never has one; what is beside it may."""
-    config = DeepseekV3Config(
-        **{**SPARSE_CONFIGS["deepseek_v3"].to_dict(), "q_lora_rank": None, "attention_bias": True}
+    config = config_like("deepseek_v3", q_lora_rank=None, attention_bias=True)
+    found = ray_surgeon.curvature(AutoModelForCausalLM.from_config(config), [[1, 2, 3, 4]])
+    without, has_bias = (
+        found[f"model.layers.0.self_attn.{name}"].A for name in ("q_proj", "kv_a_proj_with_mqa")
     )
-    model = AutoModelForCausalLM.from_config(config)
-    found = ray_surgeon.curvature(model, [[1, 2, 3, 4]])
-    attention = "model.layers.0.self_attn"
-    assert found[f"{attention}.q_proj"].A.shape == (32, 32)
-    assert found[f"{attention}.kv_a_proj_with_mqa"].A.shape == (33, 33)
-    torch.testing.assert_close(
-        found[f"{attention}.kv_a_proj_with_mqa"].A[:32, :32], found[f"{attention}.q_proj"].A
-    )
+    assert (without.shape, has_bias.shape) == ((32, 32), (33, 33))
+    torch.testing.assert_close(has_bias[:32, :32], without)
 
 
 def test_models_that_see_later_tokens_are_refused() -> None:
-    config = Gemma3TextConfig(
-        **{**CONFIGS["gemma3"].to_dict(), "use_bidirectional_attention": True}
-    )
+    config = config_like("gemma3", use_bidirectional_attention=True)
     with pytest.raises(ValueError, match="use_bidirectional_attention"):
         ModelLayout.of(config)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, 3])
 def test_a_signal_while_ray_starts_is_an_interruption(
-    signum: int, model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ray's own handler ends the process by the number of the signal."""
-    monkeypatch.setattr(driver, "connect_to_ray", lambda _: sys.exit(signum))
-    changes = {"cluster": {"backend": "ray"}}
-    if signum == signal.SIGTERM:
-        assert run(tmp_path, model_folders["llama"], **changes) == 130
-    else:
-        with pytest.raises(SystemExit):
-            run(tmp_path, model_folders["llama"], **changes)
+    backend = {"cluster": {"backend": "ray"}}
+    monkeypatch.setattr(driver, "connect_to_ray", lambda _: sys.exit(signal.SIGTERM))
+    assert run(tmp_path, llama, **backend) == 130
+    monkeypatch.setattr(driver, "connect_to_ray", lambda _: sys.exit(3))
+    with pytest.raises(SystemExit):
+        run(tmp_path, llama, **backend)
 
 
 def test_names_of_runs_are_made_of_sources() -> None:
@@ -444,27 +340,17 @@ def test_names_of_runs_are_made_of_sources() -> None:
     assert _as_name("///") == "model"
 
 
-def test_long_steps_show_that_they_move(model_folders: dict[str, Path], tmp_path: Path) -> None:
+def test_long_steps_show_that_they_move(llama: Path, tmp_path: Path) -> None:
     """Sequences in the passes, linears in costs and updates, steps in corrections: all of them, in
     order, to the end.
     """
-    changes: dict[str, Any] = {
-        "correction__lora_rank": 2,
-        "pruning__num_shots": 1,
-        "cluster__num_shards": 2,
-        "calibration__held_aside": 0,
-    }
-    inputs = check(
-        ray_surgeon.parse_spec(tiny_spec(tmp_path, model_folders["llama"], **changes).read_text())
-    )
-    moments: list[Moment] = []
-    cluster = loaded(model_folders["llama"], 2)
-    run_shots(
-        inputs,
-        cluster,
-        RunDirectory(inputs.spec.output.uri),
-        lambda news: moments.append(news) if isinstance(news, Moment) else None,
-    )
+    settings = ["correction.lora_rank=2", "pruning.num_shots=1", "calibration.held_aside=0"]
+    spec = tiny_spec(tmp_path, llama).read_text()
+    inputs = check(ray_surgeon.parse_spec(spec, [*settings, "cluster.num_shards=2"]))
+    news: list[object] = []
+    directory = RunDirectory(inputs.spec.output.uri)
+    run_shots(inputs, loaded(llama, 2), directory, news.append)
+    moments = [one for one in news if isinstance(one, Moment)]
     for step, unit, total in (
         ("curvature", "sequences", 6),
         ("costs", "linears", 28),
@@ -481,10 +367,8 @@ def test_long_steps_show_that_they_move(model_folders: dict[str, Path], tmp_path
     assert curvature[0].left_s
 
 
-def test_the_command_line(
-    model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    spec = str(tiny_spec(tmp_path, model_folders["llama"]))
+def test_the_command_line(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spec = str(tiny_spec(tmp_path, llama))
     assert pipeline.cli(["schema"]) == 0
     assert '"JobSpec"' in capsys.readouterr().out
     assert pipeline.cli(["plan", spec]) == 0
@@ -500,32 +384,30 @@ def test_the_command_line(
     assert not (tmp_path / "run").exists()
     assert pipeline.cli(["prune", spec, "--set", "pruning.num_shots=1"]) == 0
     capsys.readouterr()
-    plot = str(tmp_path / "p.svg")
-    page = str(tmp_path / "c.html")
-    assert pipeline.cli(["report", str(tmp_path / "run"), "--plot", plot, "--html", page]) == 0
-    assert Path(page).exists()
+    page = tmp_path / "c.html"
+    drawn = ["--html", str(page), "--plot", str(tmp_path / "p.svg")]
+    assert pipeline.cli(["report", str(tmp_path / "run"), *drawn]) == 0
+    assert page.exists()
     for arguments in ([], ["prun"]):
         with pytest.raises(SystemExit):
             pipeline.cli(arguments)
-    done = subprocess.run(
-        [str(Path(sys.executable).parent / "ray-surgeon"), "--help"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert all(command in done.stdout for command in ("prune", "plan", "report", "schema"))
+    program = Path(sys.executable).parent / "ray-surgeon"
+    said = subprocess.check_output([program, "--help"], text=True)
+    assert all(command in said for command in ("prune", "plan", "report", "schema"))
 
 
-@pytest.mark.parametrize("name", ["prune_in_memory", "look_at_curvature", "compare_methods"])
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("prune_in_memory", "feed-forward width 64 -> 48"),
+        ("look_at_curvature", "sampled G (32, 32)"),
+        ("compare_methods", "Wanda"),
+    ],
+)
 def test_examples_run(
-    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", [name])
     monkeypatch.syspath_prepend(str(ROOT))
     runpy.run_module(f"examples.{name}", run_name="__main__")
-    expected = {
-        "prune_in_memory": "feed-forward width 64 -> 48",
-        "look_at_curvature": "sampled G (32, 32)",
-        "compare_methods": "Wanda",
-    }
-    assert expected[name] in capsys.readouterr().out
+    assert said in capsys.readouterr().out

@@ -31,6 +31,7 @@ from tests.integration.runs import loaded, tiny_spec
 
 NO_CLUSTER: Any = None
 ANY = frozenset(range(9))
+INF = math.inf
 COSTS = (
     StructureCosts("a", 40, 8, 5, torch.arange(1.0, 9.0), torch.tensor([3.5, 4.5, 5.5, 6.5])),
     StructureCosts("b", 12, 4, 3, torch.arange(2.0, 6.0), torch.tensor([1.5, 2.5, 3.5])),
@@ -52,10 +53,8 @@ class Propagating:
 
 
 @pytest.mark.parametrize("extra", [0, 3, 40])
-@pytest.mark.parametrize("target", [0.05, 0.3, 0.31, 25.5 / 52])
-def test_rows_and_columns_go_up_to_the_lowest_threshold_that_removes_enough(
-    extra: int, target: float
-) -> None:
+@pytest.mark.parametrize("target", [0.05, 0.31, 25.5 / 52])
+def test_rows_and_columns_go_up_to_the_lowest_threshold_of_all(extra: int, target: float) -> None:
     method = RowsColumns(RowsColumnsSection(target_sparsity=target, num_shots=1), KfacSection())
     cluster: Any = Propagating(extra)
 
@@ -77,10 +76,15 @@ def small_budget(num_groups: int, num_consumers: int = 1) -> Budget:
 
 
 def small_groups(budget: Budget | None = None, **options: Any) -> Groups:
-    section = GroupsSection(
-        structure="groups", **{"target_sparsity": 0.5, "width_multiple": 1} | options
-    )
+    defaults = {"target_sparsity": 0.5, "width_multiple": 1, "num_shots": 1}
+    section = GroupsSection(structure="groups", **defaults | options)
     return Groups(section, None, budget or small_budget(24), {"ffn": 0}, frozenset())
+
+
+def path(name: str, *costs: float, **options: Any) -> ConsumerCosts:
+    """Return the costs of a consumer's groups, of ten parameters each."""
+    sizes: Any = {"num_parameters": 10} | options
+    return ConsumerCosts(name, "ffn", torch.tensor(costs), len(costs), ANY, **sizes)
 
 
 def test_targets_at_the_ends_of_what_is_possible() -> None:
@@ -88,9 +92,8 @@ def test_targets_at_the_ends_of_what_is_possible() -> None:
     fewest = {"ffn": 8, "attention": 1}
 
     def asked(parameters: int) -> Groups:
-        section = GroupsSection(
-            structure="groups", width_multiple=8, target={"parameters": parameters}
-        )
+        target = {"parameters": parameters}
+        section = GroupsSection(structure="groups", width_multiple=8, target=target)
         return Groups(section, None, budget, fewest, frozenset())
 
     least = int(budget.least(fewest))
@@ -102,22 +105,13 @@ def test_targets_at_the_ends_of_what_is_possible() -> None:
     with pytest.raises(ValueError, match="no more than"):
         asked(dense)
     # half is all that may go
-    replace(small_groups(small_budget(2, 4), num_shots=1), fewest={"ffn": 1})
+    replace(small_groups(small_budget(2, 4)), fewest={"ffn": 1})
 
 
 def test_the_curve_is_of_scaled_costs_a_unit_as_the_threshold_is() -> None:
-    method = small_groups(small_budget(2, 2), target_sparsity=0.25, num_shots=1)
+    method = small_groups(small_budget(2, 2), target_sparsity=0.25)
     costs = tuple(
-        ConsumerCosts(
-            f"{block}",
-            "ffn",
-            torch.tensor([1.0, 2.0]),
-            2,
-            frozenset(range(3)),
-            num_parameters=10,
-            layer=block,
-            scale=scale,
-        )
+        path(f"{block}", 1.0, 2.0, layer=block, scale=scale)
         for block, scale in enumerate((1.0, 7.0))
     )
     choice = method.choose(NO_CLUSTER, Scores(costs, 40, 40), 1)
@@ -126,61 +120,39 @@ def test_the_curve_is_of_scaled_costs_a_unit_as_the_threshold_is() -> None:
 
 
 def test_what_earlier_shots_removed_counts() -> None:
-    costs = (
-        ConsumerCosts(
-            "x", "ffn", torch.tensor([1.0, 2.0, 3.0, math.inf]), 3, ANY, num_parameters=10
-        ),
-    )
-    choice = small_groups(small_budget(4), num_shots=2).choose(NO_CLUSTER, Scores(costs, 40, 30), 2)
-    assert (choice.facts["groups"], choice.facts["sparsity"], choice.facts["need"]) == (
-        1,
-        0.5,
-        20.0,
-    )
+    left = replace(path("x", 1.0, 2.0, 3.0, INF), num_left=3)
+    scores = Scores((left,), 40, 30)
+    facts = small_groups(small_budget(4), num_shots=2).choose(NO_CLUSTER, scores, 2).facts
+    assert (facts["groups"], facts["sparsity"], facts["need"]) == (1, 0.5, 20.0)
 
 
 def test_scores_of_paths_that_were_followed_farther_take_the_place_of_those_before() -> None:
-    def cost(name: str, x: float) -> ConsumerCosts:
-        return ConsumerCosts(name, "ffn", torch.tensor([x]), 1, ANY, num_parameters=10)
+    def scores(
+        paths: dict[str, float], dampings: dict[tuple[str, str], float]
+    ) -> Scores[ConsumerCosts]:
+        events = tuple(RaisedDamping(*name, 0.0, used, False) for name, used in dampings.items())
+        return Scores(tuple(path(name, x) for name, x in paths.items()), 20, 20, events)
 
-    def event(name: str, factor: str, used: float) -> RaisedDamping:
-        return RaisedDamping(name, factor, 0.0, used, False)
-
-    before = Scores(
-        (cost("a", 1.0), cost("b", 2.0)),
-        20,
-        20,
-        (event("a", "A", 1.0), event("a", "G", 2.0), event("b", "A", 3.0)),
-    )
-    found = renewed(before, Scores((cost("b", 5.0),), 20, 20, (event("b", "A", 4.0),)))
+    dampings = {("a", "A"): 1.0, ("a", "G"): 2.0, ("b", "A"): 3.0}
+    changed = {("b", "A"): 4.0}
+    found = renewed(scores({"a": 1.0, "b": 2.0}, dampings), scores({"b": 5.0}, changed))
     assert {c.consumer: float(c.costs) for c in found.costs} == {"a": 1.0, "b": 5.0}
-    assert {(e.linear, e.factor): e.used for e in found.raised_damping} == {
-        ("a", "A"): 1.0,
-        ("a", "G"): 2.0,
-        ("b", "A"): 4.0,
-    }
+    used = {(e.linear, e.factor): e.used for e in found.raised_damping}
+    assert used == dampings | changed
 
 
-def test_a_path_is_followed_where_costs_a_unit_reach_the_threshold() -> None:
-    costs = ConsumerCosts(
-        "x", "ffn", torch.tensor([1.0, math.inf, math.inf]), 3, ANY, num_parameters=10, limit=0.05
-    )
+def test_how_far_paths_are_followed() -> None:
+    """To where costs a unit reach the threshold, to the fewest groups that stay, and one step of
+    the shot's multiple more.
+    """
+    costs = path("x", 1.0, INF, INF, limit=0.05)
     for threshold, followed in ((0.05, True), (0.1, True), (0.11, False)):
         assert Paths(small_groups(), NO_CLUSTER, 1).is_followed(costs, threshold) == followed
     assert not Paths(small_groups(rank_by="cost"), NO_CLUSTER, 1).is_followed(costs, 1.1)
-
-
-def test_paths_end_at_the_fewest_groups_that_stay() -> None:
-    costs = ConsumerCosts("x", "ffn", torch.tensor([1.0, 2.0, math.inf]), 3, ANY, num_parameters=10)
-    method = replace(small_groups(), fewest={"ffn": 1})
-    assert Paths(method, NO_CLUSTER, 1).has_ended(costs)
-    assert not Paths(small_groups(), NO_CLUSTER, 1).has_ended(costs)
-
-
-def test_one_step_more_is_the_multiple_of_the_shot() -> None:
-    scores = Scores(
-        (ConsumerCosts("x", "ffn", torch.tensor([1.0]), 1, ANY, num_parameters=10),), 1, 1
-    )
+    for fewest in (0, 1):
+        method = replace(small_groups(), fewest={"ffn": fewest})
+        assert Paths(method, NO_CLUSTER, 1).has_ended(path("x", 1.0, 2.0, INF)) == (fewest == 1)
+    scores = Scores((path("x", 1.0),), 1, 1)
     method = small_groups(width_multiple=8, num_shots=2)
     steps = [Paths(method, NO_CLUSTER, shot).and_one_step(scores, {"x": 3}) for shot in (1, 2)]
     assert steps == [{"x": 4}, {"x": 11}]
@@ -201,22 +173,20 @@ def test_factors_of_experts_are_shrunk_which_takes_memory() -> None:
         for sees_all in (True, False)
     ]
     dense, expert = map(method.needs, linears)
-    assert (
-        expert.costs_bytes - dense.costs_bytes
-        == expert.update_bytes - dense.update_bytes
-        == 4 * (9 + 25)
-    )
+    more = 4 * (9 + 25)
+    assert expert.costs_bytes - dense.costs_bytes == more
+    assert expert.update_bytes - dense.update_bytes == more
 
 
 def test_a_path_is_followed_to_the_next_width_that_may_be_left_whatever_it_costs(
-    model_folders: dict[str, Path], tmp_path: Path
+    llama: Path, tmp_path: Path
 ) -> None:
-    options: dict[str, Any] = {"pruning__structure": "groups", "pruning__width_multiple": 8}
-    options["pruning__num_shots"] = 1
-    inputs = check(parse_spec(tiny_spec(tmp_path, model_folders["llama"], **options).read_text()))
+    options = {"structure": "groups", "width_multiple": 8, "num_shots": 1, "target_sparsity": 0.3}
+    spec = tiny_spec(tmp_path, llama, pruning=options)
+    inputs = check(parse_spec(spec.read_text()))
     method = inputs.method
     assert isinstance(method, Groups)
-    cluster = loaded(model_folders["llama"], 2)
+    cluster = loaded(llama)
     calibrate(method, cluster, inputs.text, 1, remembers=False)
     for worker in cluster.workers.values():
         for groups in method.sets(worker):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from ray_surgeon.runtime.worker import Worker
@@ -17,63 +19,90 @@ from tests.conftest import CONFIGS, LAYOUTS
 from tests.integration.runs import (
     MOST_BY_ORDER_OF_SUMS,
     assert_same_shot,
+    completed,
     difference,
-    report_of,
-    run,
     tensors_of_shot,
 )
 
-GROUPS: dict[str, Any] = {"pruning__structure": "groups", "pruning__width_multiple": 8}
+GROUPS: dict[str, Any] = {
+    "pruning__structure": "groups",
+    "pruning__width_multiple": 8,
+    "pruning__num_shots": 1,
+}
+WAYS: dict[str, dict[str, Any]] = {
+    "uniform": {"pruning__allocation": "uniform"},
+    "per_block": {"pruning__target_sparsity": 0.4},
+    "without blocks": {"pruning__target_sparsity": 0.8, "pruning__remove_blocks": True},
+}
+EVERY = [(family, way) for family in sorted(CONFIGS) for way in ("uniform", "without blocks")]
 
 
-@pytest.mark.parametrize("allocation", ["global", "uniform"])
-@pytest.mark.parametrize("family", sorted(CONFIGS))
+def size_of(folder: Path) -> int:
+    return sum(p.stat().st_size for p in folder.glob("model*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("family", "way"), [*EVERY, *((family, "per_block") for family in ("gemma3", "gpt2", "llama"))]
+)
 def test_groups_of_every_family(
-    family: str, allocation: str, model_folders: dict[str, Path], tmp_path: Path
+    family: str, way: str, model_folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Consumers lose exactly the columns whose producers lose their rows, and the masked model says
-    so.
+    """Consumers lose exactly the columns whose producers lose their rows; the masked model and
+    the smaller one say so.
     """
-    options = {**GROUPS, "pruning__allocation": allocation, "output__exports": ["masked"]}
-    assert run(tmp_path, model_folders[family], **options, cluster__num_shards=2) == 0
-    report = report_of(tmp_path / "run")
-    tensors = tensors_of_shot(tmp_path / "run", 2)
-    total = sum(s["rows"] * s["columns"] for s in report["linears"])
+    kind = "uniform" if way == "uniform" else "per_block"
+    options = GROUPS | WAYS[way] | {"output__exports": ["masked", kind]}
+    report = completed(tmp_path, model_folders[family], **options, cluster__num_shards=2)
+    (shot,) = report["shots"]
+    tensors = tensors_of_shot(tmp_path / "run", 1)
     gone = 0
-    widths = set()
+    left = set()
     for groups in LAYOUTS[family].group_sets:
-        columns = tensors[f"{groups.consumer}.columns"]
-        left = columns[groups.columns]
-        assert (left.all(dim=1) | ~left.any(dim=1)).all(), "a group goes whole or not at all"
-        removed = ~left.all(dim=1)
+        columns = tensors[f"{groups.consumer}.columns"][groups.columns]
+        assert (columns.all(dim=1) | ~columns.any(dim=1)).all(), "a group goes whole or not at all"
+        removed = ~columns.all(dim=1)
         for name, rows in groups.producers:
             assert torch.equal(~tensors[f"{name}.rows"][rows].all(dim=1), removed)
             assert torch.equal(tensors[f"{name}.rows"][rows].any(dim=1), ~removed)
-        kept = int((~removed).sum())
-        assert kept >= (1 if groups.kind == "attention" else 8)
-        widths.add((groups.kind, kept))
+        left.add((groups.kind, int((~removed).sum())))
         gone += int(removed.sum()) * groups.num_parameters
-    shot = report["shots"][-1]
-    assert gone / total == pytest.approx(shot["sparsity"])
-    assert shot["sparsity"] >= 0.3
-    if allocation == "uniform":
-        assert len(widths) == 2
-        assert next(n for kind, n in widths if kind == "ffn") % 8 == 0
+    assert gone / sum(s["rows"] * s["columns"] for s in report["linears"]) == pytest.approx(
+        shot["sparsity"]
+    )
+    target = WAYS[way].get("pruning__target_sparsity", 0.3)
+    assert target <= shot["sparsity"]
+    channels, heads = ({n for k, n in left if k == kind} for kind in ("ffn", "attention"))
+    assert all(n % 8 == 0 for n in channels)
+    assert (min(channels) == 0 or min(heads) == 0) == (way == "without blocks")
+    if way == "uniform":
+        assert len(left) == 2
     else:
-        assert shot["sparsity"] < 0.36, "a KV group of a tiny model is large"
+        assert shot["sparsity"] < target + 0.06, "a KV group of a tiny model is large"
+        assert len(left) > 2
+    assert all(export["reload_max_logit_difference"] < 1e-4 for export in report["exports"])
+    export = tmp_path / "run/export" / kind
+    assert size_of(export) < size_of(model_folders[family])
+    config = json.loads((export / "config.json").read_text())
+    if way != "uniform":
+        assert config["model_type"] == f"pruned_{CONFIGS[family].model_type}"
+        return
+    if not CONFIGS[family].model_type.startswith(("opt", "gpt2")):
+        assert config["num_key_value_heads"] == max(heads)
+    model = AutoModelForCausalLM.from_pretrained(export)
+    assert type(model).__module__.startswith("transformers.models.")
+    size = report["exports"][1]["size_bytes"]
+    assert size == pytest.approx(4 * model.num_parameters(), rel=0.2)
+    if CONFIGS[family].tie_word_embeddings:
+        with safe_open(export / "model-00002-of-00002.safetensors", "pt") as file:
+            assert not any("lm_head" in key for key in set(file.keys()))
 
 
 @pytest.mark.parametrize("allocation", ["global", "uniform"])
-def test_shards_and_replicas_and_resume(
-    allocation: str, model_folders: dict[str, Path], tmp_path: Path
-) -> None:
-    options = {**GROUPS, "pruning__allocation": allocation}
-    for name, cluster in (
-        ("one", {}),
-        ("shards", {"cluster__num_shards": 3}),
-        ("replicas", {"cluster__num_replicas": 2}),
-    ):
-        assert run(tmp_path / name, model_folders["llama"], **options, **cluster) == 0
+def test_shards_and_replicas(allocation: str, llama: Path, tmp_path: Path) -> None:
+    options = GROUPS | {"pruning__allocation": allocation, "pruning__num_shots": 2}
+    for name, workers in (("one", (1, 1)), ("shards", (3, 1)), ("replicas", (1, 2))):
+        cluster = dict(zip(("cluster__num_shards", "cluster__num_replicas"), workers, strict=True))
+        completed(tmp_path / name, llama, **options, **cluster)
     assert_same_shot(tmp_path / "one/run", tmp_path / "shards/run", 2)
     assert difference(tmp_path / "one/run", tmp_path / "replicas/run", 2) < MOST_BY_ORDER_OF_SUMS
 
@@ -93,7 +122,7 @@ def test_paths_that_went_far_enough_are_not_followed_again(
 
     monkeypatch.setattr(Groups, "costs", listening)
     for name in ("some", "all"):
-        assert run(tmp_path / name, model_folders["gpt2"], **GROUPS, pruning__num_shots=1) == 0
+        completed(tmp_path / name, model_folders["gpt2"], **GROUPS)
     every = len(LAYOUTS["gpt2"].group_sets)
     assert followed["some"][:2] == [every, every]
     assert followed["all"] == [every] * len(followed["some"])
@@ -101,31 +130,22 @@ def test_paths_that_went_far_enough_are_not_followed_again(
     assert_same_shot(tmp_path / "some/run", tmp_path / "all/run", 1)
 
 
-def test_only_ffn_channels_go_if_the_spec_says_so(
-    model_folders: dict[str, Path], tmp_path: Path
-) -> None:
-    assert run(tmp_path, model_folders["llama"], **GROUPS, pruning__groups=["ffn"]) == 0
-    tensors = tensors_of_shot(tmp_path / "run", 2)
-    for groups in LAYOUTS["llama"].group_sets:
-        assert tensors[f"{groups.consumer}.columns"].all() == (groups.kind == "attention")
-
-
-def test_a_removed_group_may_be_anything_upstream(
-    model_folders: dict[str, Path], tmp_path: Path
-) -> None:
+def test_only_ffn_channels_go_and_may_be_anything_upstream(llama: Path, tmp_path: Path) -> None:
     """What the masks call pruned does not reach the logits: noise in the rows that were removed,
     with the consumer's columns zero.
     """
-    assert run(tmp_path, model_folders["llama"], **GROUPS, output__exports=["masked"]) == 0
+    options = GROUPS | {"pruning__groups": ["ffn"], "output__exports": ["masked"]}
+    options["pruning__num_shots"] = 2
+    completed(tmp_path, llama, **options)
     masked = AutoModelForCausalLM.from_pretrained(tmp_path / "run/export/masked")
     tensors = tensors_of_shot(tmp_path / "run", 2)
     tokens = torch.arange(40)[None]
     before = masked(tokens).logits
     with torch.no_grad():
         for groups in LAYOUTS["llama"].group_sets:
-            if groups.kind == "ffn":
-                gone = ~tensors[f"{groups.consumer}.columns"][groups.columns[:, 0]]
-                for name, rows in groups.producers:
-                    masked.get_parameter(f"{name}.weight")[rows[gone].flatten()] = 1.0
+            columns = tensors[f"{groups.consumer}.columns"]
+            assert columns.all() == (groups.kind == "attention")
+            gone = ~columns[groups.columns[:, 0]]
+            for name, rows in groups.producers:
+                masked.get_parameter(f"{name}.weight")[rows[gone].flatten()] = 1.0
     torch.testing.assert_close(masked(tokens).logits, before)
-    assert LAYOUTS["llama"].heads.num_kv == 2

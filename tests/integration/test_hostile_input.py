@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -18,10 +17,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import Zygote
-from tests.integration.runs import tiny_spec
+from tests.integration.runs import copied_model, tiny_spec
 
 MAX_SECONDS = 30
 MAX_BYTES = 2**30
+LARGE = 10 * 2**30
+WEIGHTS = "model.safetensors"
+EMBEDDING = "model.embed_tokens.weight"
+UP = "model.layers.0.mlp.up_proj.weight"
 
 
 class Case:
@@ -29,374 +32,216 @@ class Case:
 
     Attributes:
         model: folder.
-        text: file of the calibration.
         changes: of the spec.
         spec: in place of the spec that would be written.
     """
 
     def __init__(self, folder: Path, model: Path) -> None:
         self.folder = folder
-        self.model = Path(shutil.copytree(model, folder / "model"))
-        self.text = folder / "broken.txt"
+        self.model = copied_model(model, folder / "model")
         self.changes: dict[str, Any] = {}
         self.spec: Path | None = None
 
-    def config(self, **changes: Any) -> None:
-        document = json.loads((self.model / "config.json").read_text())
-        (self.model / "config.json").write_text(json.dumps(document | changes))
 
-    def tokenizer_config(self, **changes: Any) -> None:
-        document = json.loads((self.model / "tokenizer_config.json").read_text())
-        (self.model / "tokenizer_config.json").write_text(json.dumps(document | changes))
-
-    def header(self, change: Callable[[dict[str, Any]], None]) -> None:
-        """Rewrite the header of the weights, leaving the bytes of the tensors as they are."""
-        content = (self.model / "model.safetensors").read_bytes()
-        (length,) = struct.unpack("<Q", content[:8])
-        header = json.loads(content[8 : 8 + length])
-        change(header)
-        raw = json.dumps(header).encode()
-        (self.model / "model.safetensors").write_bytes(
-            struct.pack("<Q", len(raw)) + raw + content[8 + length :]
-        )
-
-    def tensors(self, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-        tensors = load_file(self.model / "model.safetensors")
-        change(tensors)
-        save_file(tensors, self.model / "model.safetensors", metadata={"format": "pt"})
-
-    def index(self, document: object) -> None:
-        self.index_text(json.dumps(document))
-
-    def index_text(self, text: str) -> None:
-        """Beside a file of weights that needs an index, because it is not `model.safetensors`."""
-        (self.model / "model.safetensors").rename(self.model / "model-1.safetensors")
-        (self.model / "model.safetensors.index.json").write_text(text)
-
-    def calibrate_on(self, content: bytes, suffix: str = ".txt") -> None:
-        self.text = self.folder / f"broken{suffix}"
-        self.text.write_bytes(content)
-        self.changes["calibration__source"] = str(self.text)
+Change = Callable[[Case], object]
 
 
-UP = "model.layers.0.mlp.up_proj.weight"
+def fill(path: Path, content: bytes | int) -> Path:
+    """Write bytes, or make a file that is so large and takes no room, or cut it."""
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        path.touch()
+        os.truncate(path, content)
+    return path
 
 
-def sparse(path: Path, num_bytes: int) -> None:
-    """Make a file that is large and takes no room."""
-    with open(path, "wb") as file:
-        file.truncate(num_bytes)
+def of_model(name: str, content: bytes | int | None) -> Change:
+    """Change or remove a file of the model."""
+    return lambda c: (c.model / name).unlink() if content is None else fill(c.model / name, content)
 
 
-def link(path: Path, target: str) -> None:
-    path.unlink(missing_ok=True)
-    path.symlink_to(target)
+def of_text(name: str, content: bytes | int) -> Change:
+    return lambda c: c.changes.update(
+        calibration__source=str(fill(c.folder / f"broken{name}", content))
+    )
 
 
-def widen(tensors: dict[str, torch.Tensor]) -> None:
-    tensors[UP] = torch.cat([tensors[UP], tensors[UP]])
-
-
-def poison(value: float, name: str = UP) -> Callable[[dict[str, torch.Tensor]], None]:
-    def change(tensors: dict[str, torch.Tensor]) -> None:
-        tensors[name][0, 0] = value
+def of_spec(content: bytes | int) -> Change:
+    def change(case: Case) -> None:
+        case.spec = fill(case.folder / "written.yaml", content)
 
     return change
 
 
-def bomb(case: Case) -> None:
-    """Nine lists of nine references each: a YAML of 300 bytes that says a billion things."""
+def settings(**changes: Any) -> Change:
+    return lambda c: c.changes.update(changes)
+
+
+def config(file: str = "config.json", **changes: Any) -> Change:
+    def change(case: Case) -> None:
+        document = json.loads((case.model / file).read_text())
+        (case.model / file).write_text(json.dumps(document | changes))
+
+    return change
+
+
+def header(removed: str = "", **changes: Any) -> Change:
+    """Change what the header of the weights says of a tensor, and leave the bytes as they are."""
+
+    def change(case: Case) -> None:
+        content = (case.model / WEIGHTS).read_bytes()
+        (length,) = struct.unpack("<Q", content[:8])
+        document = json.loads(content[8 : 8 + length])
+        document[UP].update(changes)
+        document[UP].pop(removed, None)
+        raw = json.dumps(document).encode()
+        raw = struct.pack("<Q", len(raw)) + raw
+        (case.model / WEIGHTS).write_bytes(raw + content[8 + length :])
+
+    return change
+
+
+def tensors(change_all: Callable[[dict[str, torch.Tensor]], object]) -> Change:
+    def change(case: Case) -> None:
+        found = load_file(case.model / WEIGHTS)
+        change_all(found)
+        save_file(found, case.model / WEIGHTS, metadata={"format": "pt"})
+
+    return change
+
+
+def poison(name: str, value: float) -> Change:
+    return tensors(lambda t: t[name][0].fill_(value))
+
+
+def index(document: object) -> Change:
+    """Beside a file of weights that needs an index, because it is not `model.safetensors`."""
+
+    def change(case: Case) -> None:
+        (case.model / WEIGHTS).rename(case.model / "model-1.safetensors")
+        (case.model / "model.safetensors.index.json").write_text(json.dumps(document))
+
+    return change
+
+
+def link(name: str, target: str) -> Change:
+    def change(case: Case) -> None:
+        (case.folder / "secret").write_text("{}")
+        (case.model / name).unlink(missing_ok=True)
+        (case.model / name).symlink_to(target)
+
+    return change
+
+
+def bomb() -> bytes:
+    """Return nine lists of nine references each: 300 bytes of YAML that say a billion things."""
     lines = ["a0: &a0 [x,x,x,x,x,x,x,x,x]"] + [
         f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10)
     ]
-    case.spec = case.folder / "bomb.yaml"
-    case.spec.write_text("\n".join(lines) + "\nversion: 2\nname: *a9\n")
-
-
-def written_spec(text: str | bytes) -> Callable[[Case], None]:
-    def change(case: Case) -> None:
-        case.spec = case.folder / "written.yaml"
-        case.spec.write_bytes(text.encode() if isinstance(text, str) else text)
-
-    return change
+    return "\n".join([*lines, "version: 2", "name: *a9", ""]).encode()
 
 
 def pickled(case: Case) -> None:
-    (case.model / "model.safetensors").unlink()
+    (case.model / WEIGHTS).unlink()
     torch.save({UP: torch.ones(2)}, case.model / "pytorch_model.bin")
 
 
-def pickle_with_another_name(case: Case) -> None:
-    (case.model / "model.safetensors").write_bytes(pickle.dumps({UP: list(range(1000))}))
-
-
 def stranger(case: Case) -> None:
-    case.config(
-        auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"},
-        model_type="evil",
-    )
+    config(model_type="evil", auto_map={"AutoConfig": "evil.Config"})(case)
     (case.model / "evil.py").write_text("open('/tmp/evil-ran', 'w')")
 
 
 def strange_tokenizer(case: Case) -> None:
-    case.tokenizer_config(auto_map={"AutoTokenizer": ["evil.Slow", None]}, tokenizer_class="Evil")
-    (case.model / "evil.py").write_text("raise SystemExit('code of a stranger ran')")
+    code = {"auto_map": {"AutoTokenizer": ["evil.Slow", None]}, "tokenizer_class": "Evil"}
+    config("tokenizer_config.json", **code)(case)
+    (case.model / "evil.py").write_text("open('/tmp/evil-ran', 'w')")
     (case.model / "tokenizer.json").unlink()
 
 
-def large_text(case: Case) -> None:
-    case.calibrate_on(b"")
-    sparse(case.text, 10 * 2**30)
-
-
-def large_lines(case: Case) -> None:
-    case.calibrate_on(b"", ".jsonl")
-    sparse(case.text, 10 * 2**30)
-
-
-def large_spec(case: Case) -> None:
-    case.spec = case.folder / "large.yaml"
-    sparse(case.spec, 10 * 2**30)
-
-
 def small_vocabulary(case: Case) -> None:
-    case.config(vocab_size=64)
-    case.tensors(
-        lambda t: t.update(
-            {"model.embed_tokens.weight": t["model.embed_tokens.weight"][:64].clone()}
-        )
-    )
+    config(vocab_size=64)(case)
+    tensors(lambda t: t.update({EMBEDDING: t[EMBEDDING][:64].clone()}))(case)
 
 
-def secret_link(case: Case) -> None:
-    (case.folder / "secret").write_text("{}")
-    link(case.model / "generation_config.json", "../secret")
+GEMMA = {"model_type": "gemma3_text"}
+LEAVES = "pkg://torch/../../../etc/x.gguf"
+PYTHON = b"version: !!python/object/apply:os.system ['touch /tmp/evil-ran']"
+CASES: list[tuple[Change, list[str]]] = [
+    (of_model(WEIGHTS, 5000), [WEIGHTS, "cut short"]),
+    (of_model(WEIGHTS, LARGE), [WEIGHTS, "cut short or padded"]),
+    (of_model(WEIGHTS, 0), [WEIGHTS, "0 bytes"]),
+    (of_model(WEIGHTS, bytes(5000)), [WEIGHTS, "not a safetensors file"]),
+    (pickled, ["no .safetensors weights", "pickled weights are not read"]),
+    (of_model(WEIGHTS, pickle.dumps(list(range(1000)))), [WEIGHTS, "not a safetensors file"]),
+    (of_model(WEIGHTS, struct.pack("<Q", 9) + b'{"a": [1,'), [WEIGHTS, "header is damaged"]),
+    (of_model(WEIGHTS, struct.pack("<Q", 2) + b"[]"), [WEIGHTS, "header is damaged"]),
+    (of_model(WEIGHTS, struct.pack("<Q", 10**6) + b"[" * 10**6), [WEIGHTS, "header is damaged"]),
+    (header("data_offsets"), [WEIGHTS, "header is damaged"]),
+    (header(shape=[48, 64]), [WEIGHTS, f"{UP} of shape (48, 64)", "cannot lie at bytes"]),
+    (header(shape=[-48, -32]), [UP, "cannot lie at bytes"]),
+    (header(data_offsets=[0, 6144]), [WEIGHTS, "cannot lie at bytes"]),
+    (header(dtype="PICKLE"), [UP, "unknown dtype PICKLE"]),
+    (tensors(lambda t: t.pop(UP)), [f"1 missing ({UP})", "complete checkpoint"]),
+    (tensors(lambda t: t.update({UP: t[UP].repeat(2, 1)})), [UP, "(96, 32), expected (48, 32)"]),
+    (poison(UP, float("nan")), [UP, "32 NaN or infinite weights"]),
+    (poison(EMBEDDING, float("inf")), [EMBEDDING, "32 NaN or infinite weights"]),
+    (index({"weight_map": {UP: "../../etc/passwd"}}), ["index", "missing files", "passwd"]),
+    (index({"weight_map": {UP: "/etc/passwd"}}), ["index", "missing files", "passwd"]),
+    (index([UP]), ["index", "no weight_map"]),
+    (index({"weight_map": {UP: 3}}), ["index", "no weight_map"]),
+    (of_model("config.json", b""), ["config.json", "not valid JSON"]),
+    (of_model("config.json", b"[]"), ["config.json", "is a list, expected an"]),
+    (of_model("config.json", b"[" * 10**6), ["config.json", "not valid JSON"]),
+    (of_model("config.json", b"\xff\xfe{}"), ["config.json", "not UTF-8"]),
+    (of_model("config.json", LARGE), ["config.json", "10737418240 bytes"]),
+    (of_model("config.json", None), ["no config.json"]),
+    (config(num_hidden_layers=10**9), ["num_hidden_layers", "expected 1 to 2000"]),
+    (config(hidden_size=-32), ["hidden_size", "'-32'"]),
+    (config(vocab_size=10**15), ["vocab_size", "expected 1 to"]),
+    (config(num_attention_heads="four"), ["num_attention_heads", "'four'"]),
+    (config(rms_norm_eps="small"), ["transformers cannot read config.json"]),
+    (config(num_attention_heads=5, num_key_value_heads=3), ["model.source", "config.json"]),
+    (config(hidden_act="evil"), ["model.source", "config.json"]),
+    (stranger, ["known families: deepseek_v3, gemma3_text, glm4_moe, gpt2, gpt_oss, llama"]),
+    (config(model_type="gemma3", text_config=GEMMA), ["Save its text part, a gemma3_text"]),
+    (of_model("tokenizer.json", LARGE), ["tokenizer.json", "10737418240 bytes"]),
+    (of_model("tokenizer.json", b"{{{"), ["no tokenizer that loads"]),
+    (of_model("tokenizer.json", None), ["no tokenizer that loads"]),
+    (strange_tokenizer, ["it is code, which is never run, so make a tokenizer.json of it"]),
+    (small_vocabulary, ["vocabulary is 64", "belongs to another model"]),
+    (link(WEIGHTS, "nowhere"), ["no .safetensors weights"]),
+    (link("config.json", "config.json"), ["no config.json"]),
+    (link("generation_config.json", "../secret"), ["_config.json", "outside of the model"]),
+    (of_text(".txt", b""), ["broken.txt", "0 tokens"]),
+    (of_text(".txt", b"caf\xe9 " * 4000), ["calibration: ", "broken.txt", "not UTF-8"]),
+    (of_text(".txt", b"\n" * 30000), ["broken.txt", "different tokens"]),
+    (of_text(".txt", LARGE), ["broken.txt", "line 1 is longer"]),
+    (of_text(".jsonl", LARGE), ["broken.jsonl", "line 1 is longer"]),
+    (of_text(".jsonl", b'{"text": "a"}\n{"text"'), ["line 2", "broken.jsonl"]),
+    (of_text(".jsonl", b"[" * 10**6), ["line 1", "broken.jsonl"]),
+    (of_text(".jsonl", b'{"text": 3}'), ["record 1", "broken.jsonl"]),
+    (of_text(".parquet", b"PAR1 nothing PAR1"), ["broken.parquet"]),
+    (settings(model__source=LEAVES), [LEAVES, "inside the package"]),
+    (settings(model__source="pkg://torch//etc/x.gguf"), ["pkg://torch//etc/x.gguf"]),
+    (of_spec(b""), ["must be a mapping"]),
+    (of_spec(b"\x00\x01\xff"), ["written.yaml", "not UTF-8"]),
+    (of_spec(PYTHON), ["not valid YAML"]),
+    (of_spec(b"a: " + b"[" * 20000), ["not valid YAML"]),
+    (of_spec(b"version: !!bool x"), ["not valid YAML"]),
+    (of_spec(b"version: 2026-13-45"), ["YAML"]),
+    (of_spec(LARGE), ["written.yaml", "10737418240 bytes"]),
+    (of_spec(bomb()), ["written.yaml", "name"]),
+    (settings(pruning__target_sparsity=float("nan")), ["pruning.target_sparsity", "finite"]),
+    (settings(calibration__num_sequences=10**30), ["calibration"]),
+]
 
 
-CASES: dict[str, tuple[Callable[[Case], object], list[str]]] = {
-    "weights-truncated": (
-        lambda c: os.truncate(c.model / "model.safetensors", 5000),
-        ["model.safetensors", "cut short"],
-    ),
-    "weights-padded": (
-        lambda c: os.truncate(c.model / "model.safetensors", 10**6),
-        ["model.safetensors", "cut short or padded"],
-    ),
-    "weights-empty": (
-        lambda c: os.truncate(c.model / "model.safetensors", 0),
-        ["model.safetensors", "0 bytes"],
-    ),
-    "weights-of-zeros": (
-        lambda c: sparse(c.model / "model.safetensors", 10 * 2**30),
-        ["model.safetensors", "not a safetensors file"],
-    ),
-    "header-longer-than-file": (
-        lambda c: (c.model / "model.safetensors").write_bytes(struct.pack("<Q", 2**60) + b"{}"),
-        ["model.safetensors", "not a safetensors file"],
-    ),
-    "header-no-json": (
-        lambda c: (c.model / "model.safetensors").write_bytes(struct.pack("<Q", 9) + b'{"a": [1,'),
-        ["model.safetensors", "header is damaged"],
-    ),
-    "header-a-list": (
-        lambda c: (c.model / "model.safetensors").write_bytes(struct.pack("<Q", 2) + b"[]"),
-        ["model.safetensors", "header is damaged"],
-    ),
-    "header-deep": (
-        lambda c: (c.model / "model.safetensors").write_bytes(
-            struct.pack("<Q", 10**6) + b"[" * 10**6
-        ),
-        ["model.safetensors", "header is damaged"],
-    ),
-    "header-lies-about-shape": (
-        lambda c: c.header(lambda h: h[UP].update(shape=[48, 64])),
-        ["model.safetensors", f"{UP} of shape (48, 64)", "cannot lie at bytes"],
-    ),
-    "header-lies-about-dtype": (
-        lambda c: c.header(lambda h: h[UP].update(dtype="F64")),
-        [UP, "dtype F64 cannot lie"],
-    ),
-    "header-unknown-dtype": (
-        lambda c: c.header(lambda h: h[UP].update(dtype="PICKLE")),
-        [UP, "unknown dtype PICKLE"],
-    ),
-    "header-overlapping": (
-        lambda c: c.header(
-            lambda h: h[UP].update(data_offsets=h["model.norm.weight"]["data_offsets"])
-        ),
-        ["model.safetensors", "cannot lie at bytes"],
-    ),
-    "header-negative-shape": (
-        lambda c: c.header(lambda h: h[UP].update(shape=[-48, -32])),
-        [UP, "cannot lie at bytes"],
-    ),
-    "header-without-offsets": (
-        lambda c: c.header(lambda h: h[UP].pop("data_offsets")),
-        ["model.safetensors", "header is damaged"],
-    ),
-    "tensor-missing": (
-        lambda c: c.tensors(lambda t: t.pop(UP)),
-        ["1 missing", UP, "complete checkpoint"],
-    ),
-    "tensor-of-another-shape": (lambda c: c.tensors(widen), [UP, "(96, 32), expected (48, 32)"]),
-    "tensor-nan": (lambda c: c.tensors(poison(float("nan"))), [UP, "1 NaN or infinite weights"]),
-    "tensor-infinite": (
-        lambda c: c.tensors(poison(float("inf"))),
-        [UP, "1 NaN or infinite weights"],
-    ),
-    "embedding-nan": (
-        lambda c: c.tensors(poison(float("nan"), "model.embed_tokens.weight")),
-        ["model.embed_tokens.weight", "1 NaN or infinite weights"],
-    ),
-    "weights-pickled": (pickled, ["no .safetensors weights", "pickled weights are not read"]),
-    "pickle-named-safetensors": (
-        pickle_with_another_name,
-        ["model.safetensors", "not a safetensors file"],
-    ),
-    "index-leaves-the-folder": (
-        lambda c: c.index({"weight_map": {UP: "../../etc/passwd"}}),
-        ["index", "missing files", "passwd"],
-    ),
-    "index-absolute": (
-        lambda c: c.index({"weight_map": {UP: "/etc/passwd"}}),
-        ["index", "missing files", "passwd"],
-    ),
-    "index-names-an-absent-file": (
-        lambda c: c.index({"weight_map": {UP: "model-2.safetensors"}}),
-        ["index", "model-2.safetensors"],
-    ),
-    "index-a-list": (lambda c: c.index([UP]), ["index", "no weight_map"]),
-    "index-of-numbers": (lambda c: c.index({"weight_map": {UP: 3}}), ["index", "no weight_map"]),
-    "index-empty": (lambda c: c.index_text(""), ["index.json", "not valid JSON"]),
-    "config-empty": (
-        lambda c: (c.model / "config.json").write_text(""),
-        ["config.json", "not valid JSON"],
-    ),
-    "config-a-list": (
-        lambda c: (c.model / "config.json").write_text("[]"),
-        ["config.json", "is a list, expected an object"],
-    ),
-    "config-deep": (
-        lambda c: (c.model / "config.json").write_text("[" * 10**6),
-        ["config.json", "not valid JSON"],
-    ),
-    "config-not-utf8": (
-        lambda c: (c.model / "config.json").write_bytes(b"\xff\xfe{}"),
-        ["config.json", "not UTF-8"],
-    ),
-    "config-of-10-gb": (
-        lambda c: sparse(c.model / "config.json", 10 * 2**30),
-        ["config.json", "10737418240 bytes"],
-    ),
-    "config-missing": (lambda c: (c.model / "config.json").unlink(), ["no config.json"]),
-    "config-billion-blocks": (
-        lambda c: c.config(num_hidden_layers=10**9),
-        ["num_hidden_layers", "expected 1 to 2000"],
-    ),
-    "config-no-blocks": (lambda c: c.config(num_hidden_layers=0), ["num_hidden_layers", "'0'"]),
-    "config-negative-width": (lambda c: c.config(hidden_size=-32), ["hidden_size", "'-32'"]),
-    "config-absurd-width": (
-        lambda c: c.config(intermediate_size=10**12),
-        ["intermediate_size", "expected 1 to"],
-    ),
-    "config-absurd-vocabulary": (
-        lambda c: c.config(vocab_size=10**15),
-        ["vocab_size", "expected 1 to"],
-    ),
-    "config-text-for-a-number": (
-        lambda c: c.config(num_attention_heads="four"),
-        ["num_attention_heads", "'four'"],
-    ),
-    "config-heads-that-do-not-fit": (
-        lambda c: c.config(num_attention_heads=5, num_key_value_heads=3),
-        ["model.source", "config.json"],
-    ),
-    "config-unknown-activation": (
-        lambda c: c.config(hidden_act="evil"),
-        ["model.source", "config.json"],
-    ),
-    "config-code-of-a-stranger": (stranger, ["known families"]),
-    "tokenizer-empty": (lambda c: (c.model / "tokenizer.json").write_text(""), ["tokenizer"]),
-    "tokenizer-of-10-gb": (
-        lambda c: sparse(c.model / "tokenizer.json", 10 * 2**30),
-        ["tokenizer.json", "10737418240 bytes"],
-    ),
-    "tokenizer-no-json": (
-        lambda c: (c.model / "tokenizer.json").write_text("{{{"),
-        ["no tokenizer that loads"],
-    ),
-    "tokenizer-code-of-a-stranger": (strange_tokenizer, ["no tokenizer that loads"]),
-    "tokenizer-of-a-larger-model": (
-        small_vocabulary,
-        ["vocabulary is 64", "belongs to another model"],
-    ),
-    "link-to-nowhere": (
-        lambda c: link(c.model / "model.safetensors", "nowhere"),
-        ["no .safetensors weights"],
-    ),
-    "link-in-a-circle": (
-        lambda c: link(c.model / "config.json", "config.json"),
-        ["no config.json"],
-    ),
-    "link-out-of-the-model": (secret_link, ["generation_config.json", "outside of the model"]),
-    "text-empty": (lambda c: c.calibrate_on(b""), ["broken.txt", "0 tokens"]),
-    "text-not-utf8": (
-        lambda c: c.calibrate_on(b"caf\xe9 " * 4000),
-        ["calibration: ", "broken.txt", "not UTF-8"],
-    ),
-    "text-one-token": (lambda c: c.calibrate_on(b"\n" * 30000), ["broken.txt", "different tokens"]),
-    "text-of-10-gb": (large_text, ["broken.txt", "line 1 is longer"]),
-    "lines-of-10-gb": (large_lines, ["broken.jsonl", "line 1 is longer"]),
-    "lines-no-json": (
-        lambda c: c.calibrate_on(b'{"text": "a"}\n{"text"', ".jsonl"),
-        ["line 2", "broken.jsonl"],
-    ),
-    "lines-deep": (lambda c: c.calibrate_on(b"[" * 10**6, ".jsonl"), ["line 1", "broken.jsonl"]),
-    "lines-without-text": (
-        lambda c: c.calibrate_on(b'{"text": 3}', ".jsonl"),
-        ["record 1", "broken.jsonl"],
-    ),
-    "parquet-that-is-none": (
-        lambda c: c.calibrate_on(b"PAR1 nothing PAR1", ".parquet"),
-        ["broken.parquet"],
-    ),
-    "parquet-empty": (lambda c: c.calibrate_on(b"", ".parquet"), ["broken.parquet"]),
-    "package-path-leaves-the-package": (
-        lambda c: c.changes.update(model__source="pkg://torch/../../../etc/x.gguf"),
-        ["pkg://torch/../../../etc/x.gguf", "inside the package"],
-    ),
-    "package-absolute": (
-        lambda c: c.changes.update(model__source="pkg://torch//etc/x.gguf"),
-        ["pkg://torch//etc/x.gguf"],
-    ),
-    "spec-empty": (written_spec(""), ["must be a mapping"]),
-    "spec-binary": (written_spec(b"\x00\x01\xff"), ["written.yaml", "not UTF-8"]),
-    "spec-with-python": (
-        written_spec("version: !!python/object/apply:os.system ['touch /tmp/evil-ran']"),
-        ["not valid YAML"],
-    ),
-    "spec-deep": (written_spec("a: " + "[" * 20000), ["not valid YAML"]),
-    "spec-tag-that-does-not-fit": (written_spec("version: !!bool x"), ["not valid YAML"]),
-    "spec-impossible-date": (written_spec("version: 2026-13-45"), ["YAML"]),
-    "spec-of-10-gb": (large_spec, ["large.yaml", "10737418240 bytes"]),
-    "spec-bomb": (bomb, ["bomb.yaml", "name"]),
-    "spec-nan": (
-        lambda c: c.changes.update(pruning__target_sparsity=float("nan")),
-        ["pruning.target_sparsity", "finite"],
-    ),
-    "spec-huge-number": (
-        lambda c: c.changes.update(calibration__num_sequences=10**30),
-        ["calibration"],
-    ),
-}
-
-
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("change", "words"), CASES, ids=[", ".join(w) for _, w in CASES])
 def test_ends_in_a_clear_error(
-    name: str, zygote: Zygote, model_folders: dict[str, Path], tmp_path: Path
+    change: Change, words: list[str], zygote: Zygote, llama: Path, tmp_path: Path
 ) -> None:
-    case = Case(tmp_path, model_folders["llama"])
-    change, words = CASES[name]
+    case = Case(tmp_path, llama)
     change(case)
     spec = case.spec or tiny_spec(tmp_path, case.model, **case.changes)
     numbers = "NaN or infinite" in "".join(words)
@@ -411,14 +256,9 @@ def test_ends_in_a_clear_error(
     assert not Path("/tmp/evil-ran").exists()
 
 
-def test_the_case_itself_is_sound(
-    zygote: Zygote, model_folders: dict[str, Path], tmp_path: Path
-) -> None:
-    """Without a change it passes, so that each case fails by its change alone."""
-    case = Case(tmp_path, model_folders["llama"])
+def test_the_case_itself_is_sound(zygote: Zygote, llama: Path, tmp_path: Path) -> None:
+    """Without a change it passes, starts nothing and writes nothing."""
+    case = Case(tmp_path, llama)
     answer = zygote.ask(arguments=[str(tiny_spec(tmp_path, case.model)), "--dry-run"])
     assert answer["code"] == 0, answer["text"]
-
-
-def test_there_are_enough_cases() -> None:
-    assert len(CASES) >= 40
+    assert not (tmp_path / "run").exists()
