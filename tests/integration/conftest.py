@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from ray.cluster_utils import Cluster
 
 from ray_surgeon.report.html_report import LivePage
+from tests.integration.runs import Jobs
 
 
 @pytest.fixture(autouse=True)
@@ -26,6 +28,11 @@ def fork_what_reloads(request: pytest.FixtureRequest) -> None:
         ("test_tasks", "test_smollm2")
     ):
         request.getfixturevalue("forked")
+
+
+@pytest.fixture
+def job(model_folders: dict[str, Path], tmp_path: Path) -> Jobs:
+    return Jobs(model_folders, tmp_path)
 
 
 @pytest.fixture(scope="session")
