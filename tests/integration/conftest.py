@@ -8,7 +8,7 @@ import pytest
 from ray.cluster_utils import Cluster
 
 from ray_surgeon.report.html_report import LivePage
-from tests.integration.runs import Refused, overrides, run
+from tests.integration.runs import Jobs, Refused, overrides, run
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +29,11 @@ def fork_what_reloads(request: pytest.FixtureRequest) -> None:
         ("test_tasks", "test_smollm2")
     ):
         request.getfixturevalue("forked")
+
+
+@pytest.fixture
+def job(model_folders: dict[str, Path], tmp_path: Path) -> Jobs:
+    return Jobs(model_folders, tmp_path)
 
 
 @pytest.fixture(scope="session")

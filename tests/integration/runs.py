@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,14 +24,32 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from ray_surgeon.memory.stores import Stores
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.pipeline import main
+from ray_surgeon.run.inputs import Inputs, check
 from ray_surgeon.runtime.loading import ModelRecipe, load
 from ray_surgeon.runtime.local import LocalCluster
 from ray_surgeon.runtime.placement import place
+from ray_surgeon.spec.parsing import parse_spec
 from ray_surgeon.spec.sections import ModelSection
 from ray_surgeon.storage import tensor_files
 from tests.conftest import CONFIGS, SPARSE_CONFIGS
 
 Refused = Callable[..., str]
+
+ONE = {"pruning__num_shots": 1}
+GREEDY = {"pruning__costs": "greedy"}
+ELEMENT = {"pruning__structure": "element"}
+N_M = {"pruning__structure": "n_m"}
+SPARSEGPT = ELEMENT | {"pruning__method": "sparsegpt"}
+GROUPS: dict[str, Any] = {"pruning__structure": "groups", "pruning__width_multiple": 8}
+MASKED = {"output__exports": ["masked"]}
+DISK = {"memory__weights": "disk", "memory__factors": "disk"}
+FOUR = {"cluster__num_shards": 2, "cluster__num_replicas": 2}
+
+
+def windows(source: str | Path, num_sequences: int = 4, **more: Any) -> dict[str, Any]:
+    """Return a section about sequences of a text."""
+    size = {"num_sequences": num_sequences, "sequence_length": 40, "max_tokens": 4000}
+    return {"source": str(source), **size, **more}
 
 
 def tiny_spec(folder: Path, model: Path, **changes: Any) -> Path:
@@ -35,34 +57,13 @@ def tiny_spec(folder: Path, model: Path, **changes: Any) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     text = folder / "text.txt"
     text.write_text("\n\n".join(list(topics.values())[:8])[:12000], encoding="utf-8")
+    again = windows(text, 3, name="again", split="train", sequence_length=32)
     document: dict[str, Any] = {
         "version": 2,
         "name": "tiny",
         "model": {"source": str(model)},
-        "calibration": {
-            "source": str(text),
-            "num_sequences": 6,
-            "sequence_length": 40,
-            "stride": 64,
-            "max_tokens": 4000,
-        },
-        "evaluation": [
-            {
-                "name": "docs",
-                "source": str(text),
-                "num_sequences": 4,
-                "sequence_length": 40,
-                "max_tokens": 4000,
-            },
-            {
-                "name": "again",
-                "source": str(text),
-                "split": "train",
-                "num_sequences": 3,
-                "sequence_length": 32,
-                "max_tokens": 4000,
-            },
-        ],
+        "calibration": windows(text, 6, stride=64),
+        "evaluation": [windows(text, name="docs"), again],
         "pruning": {"target_sparsity": 0.3, "num_shots": 2},
         "cluster": {"backend": "local"},
         "output": {"uri": str(folder / "run"), "exports": [], "keep_shots": 0},
@@ -114,6 +115,72 @@ def copied_model(model: Path, folder: Path, **changes: Any) -> Path:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | changes))
     return folder
+
+
+@dataclass(frozen=True)
+class Done:
+    """A job that has ended: the folder of its run, and what it printed."""
+
+    uri: Path
+    out: str
+    error: str  # in one line
+
+    @property
+    def report(self) -> dict[str, Any]:
+        return report_of(self.uri)
+
+    @property
+    def shots(self) -> list[dict[str, Any]]:
+        shots: list[dict[str, Any]] = self.report["shots"]
+        return shots
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.uri / "events.jsonl").read_text().splitlines()]
+
+    def tensors(self, shot: int) -> dict[str, Tensor]:
+        return tensors_of_shot(self.uri, shot)
+
+
+@dataclass(frozen=True)
+class Jobs:
+    """Tiny jobs of a test: called with changes and arguments of the command line, it runs one whose
+    exit code has to be `code`. Costs are single ones, where nothing else is asked for: greedy paths
+    take three quarters of the time of a tiny run.
+    """
+
+    models: Mapping[str, Path]
+    folder: Path
+
+    def __call__(
+        self,
+        changes: Mapping[str, Any] = MappingProxyType({}),
+        *arguments: str,
+        folder: str = "",
+        code: int = 0,
+        **more: Any,
+    ) -> Done:
+        spec = self.spec(changes, folder, **more)
+        out = io.StringIO()
+        error = io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+            ended_with = main([str(spec), *arguments])
+        assert ended_with == code, out.getvalue() + error.getvalue()
+        return Done(
+            self.folder / folder / "run", out.getvalue(), " ".join(error.getvalue().split())
+        )
+
+    def spec(self, changes: Mapping[str, Any], folder: str = "", **more: Any) -> Path:
+        options = {"model": "llama", **changes, **more}
+        model = options.pop("model")  # a family or a folder
+        if not options.keys() & {"pruning", "pruning__structure", "pruning__method"}:
+            options.setdefault("pruning__costs", "obs")
+        return tiny_spec(self.folder / folder, self.models.get(model, model), **options)
+
+    def inputs(
+        self, changes: Mapping[str, Any] = MappingProxyType({}), folder: str = "", **more: Any
+    ) -> Inputs:
+        return check(parse_spec(self.spec(changes, folder, **more).read_text()))
 
 
 def loaded(
@@ -177,6 +244,24 @@ def assert_same_shot(one: Path, other: Path, shot: int) -> None:
     assert a.keys() == b.keys()
     different = [name for name in a if not torch.equal(a[name], b[name])]
     assert not different, f"{len(different)} of {len(a)} differ: {different[:3]}"
+
+
+def kept_of(tensors: dict[str, Tensor], family: str) -> dict[str, Tensor]:
+    """Return what stays of every linear, after a check that the rest of its weights is zero."""
+    found = {}
+    for name in (name.removesuffix(".weight") for name in tensors if name.endswith(".weight")):
+        W = tensors[f"{name}.weight"].T if family == "gpt2" else tensors[f"{name}.weight"]
+        if f"{name}.kept" in tensors:
+            kept = tensors[f"{name}.kept"]
+            assert kept[:, W.shape[1] :].all(), "biases stay"
+        else:
+            kept = torch.outer(tensors[f"{name}.rows"], tensors[f"{name}.columns"])
+            bias = tensors.get(f"{name}.bias")
+            assert bias is None or not bias[~tensors[f"{name}.rows"]].any()
+            assert bias is None or tensors[f"{name}.columns"][-1], "no column that can go"
+        assert not W[~kept[:, : W.shape[1]]].any()
+        found[name] = kept
+    return found
 
 
 def difference(one: Path, other: Path, shot: int) -> float:

@@ -4,12 +4,12 @@ is refused.
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import gc
 import itertools
 import resource
 import shutil
-from collections.abc import Container
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,28 +20,28 @@ import torch
 from ray_surgeon.maths.kronecker import PackedSymmetric
 from ray_surgeon.memory import weights
 from ray_surgeon.memory.stores import NO_SCRATCH, FactorStore, Scratch
-from ray_surgeon.memory.weights import ReadAhead, StreamedWeights
-from ray_surgeon.pipeline import main
+from ray_surgeon.memory.weights import ReadAhead
 from ray_surgeon.plan.plan import DoesNotFitError
 from ray_surgeon.plan.room import Resources, Room
-from ray_surgeon.report.directory import RunDirectory
 from ray_surgeon.run import loop
+from ray_surgeon.runtime import fresh_process
 from ray_surgeon.runtime.cluster import WorkerFailureError
 from ray_surgeon.stages import evaluation
 from ray_surgeon.stages.prune.rows_columns import RowsColumns
-from tests.integration.runs import assert_same_shot, report_of, run, tiny_spec
+from ray_surgeon.stages.stage import RunState
+from tests.integration import runs
+from tests.integration.runs import Done, Jobs, assert_same_shot
 
-GROUPS = {"pruning__structure": "groups", "pruning__width_multiple": 8}
 METHODS: dict[str, dict[str, Any]] = {
-    "greedy": {},
+    "greedy": runs.GREEDY,
     "sampled": {"curvature__fisher": "sampled"},
     "activations": {"curvature__kind": "activations"},
     "two-terms": {"curvature__kind": "extended_kfac"},
-    "element": {"pruning__structure": "element", "correction__lora_rank": 2},
-    "n_m": {"pruning__structure": "n_m"},
-    "sparsegpt": {"pruning__method": "sparsegpt", "pruning__structure": "element"},
+    "element": runs.ELEMENT | {"correction__lora_rank": 2},
+    "n_m": runs.N_M,
+    "sparsegpt": runs.SPARSEGPT,
     "groups": {
-        **GROUPS,
+        **runs.GROUPS,
         "correction__lora_rank": 2,
         "correction__sequences_per_step": 2,
         "output__exports": ["per_block"],
@@ -57,142 +57,84 @@ WAYS: list[dict[str, Any]] = [
 ]
 
 
+FAMILY = "llama-biases"
+
+
 @pytest.fixture(scope="module")
 def resident(
     model_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Path]:
+) -> Callable[[str], Done]:
     """Runs with everything on the device, on two shards."""
-    found: dict[str, Path] = {}
-    for method, options in METHODS.items():
-        found[method] = tmp_path_factory.mktemp("resident") / method
-        assert (
-            run(found[method], model_folders["llama-biases"], cluster__num_shards=2, **options) == 0
-        )
-    return found
+    jobs = Jobs(model_folders, tmp_path_factory.mktemp("resident"))
+
+    @functools.cache
+    def of_method(method: str) -> Done:
+        return jobs(METHODS[method], folder=method, model=FAMILY, cluster__num_shards=2)
+
+    return of_method
 
 
 @pytest.mark.parametrize(
-    ("method", "way"), [(method, way) for method in METHODS for way in range(len(WAYS))]
+    ("method", "way"),
+    [
+        pytest.param(method, way, marks=[pytest.mark.slow] * ((number + way) % 3 != 0))
+        for number, method in enumerate(METHODS)
+        for way in range(len(WAYS))
+    ],
 )
 def test_every_store_and_wave_gives_the_same_bits(
-    method: str, way: int, model_folders: dict[str, Path], resident: dict[str, Path], tmp_path: Path
+    method: str, way: int, job: Jobs, resident: Callable[[str], Done]
 ) -> None:
-    options = (
-        METHODS[method]
-        | WAYS[way]
-        | {"memory__scratch": str(tmp_path / "scratch"), "cluster__num_shards": 1 + way % 3}
-    )
-    assert run(tmp_path / "other", model_folders["llama-biases"], **options) == 0
-    stores = report_of(tmp_path / "other/run")["plan"]["stores"]
+    """Two ways of each method by default, all of them with `slow`."""
+    scratch = {"memory__scratch": str(job.folder / "scratch"), "cluster__num_shards": 1 + way % 3}
+    other = job(METHODS[method] | WAYS[way] | scratch, model=FAMILY)
+    stores = other.report["plan"]["stores"]
     assert all(stores[name.removeprefix("memory__")] == value for name, value in WAYS[way].items())
     for shot in (1, 2):
-        assert_same_shot(resident[method] / "run", tmp_path / "other/run", shot)
-    assert (
-        report_of(resident[method] / "run")["shots"][1]["perplexity"]
-        == report_of(tmp_path / "other/run")["shots"][1]["perplexity"]
-    )
-    assert not list((tmp_path / "scratch").rglob("*")), "scratch is removed"
+        assert_same_shot(resident(method).uri, other.uri, shot)
+    assert resident(method).shots[1]["perplexity"] == other.shots[1]["perplexity"]
+    assert not list((job.folder / "scratch").rglob("*")), "scratch is removed"
 
 
-@pytest.mark.parametrize("family", ["opt", "gpt2", "gemma3", "phi3"])
-def test_other_families_from_disk_with_replicas(
-    family: str, model_folders: dict[str, Path], tmp_path: Path
-) -> None:
-    replicas = {"cluster__num_replicas": 2, "memory__scratch": str(tmp_path / "scratch")}
-    assert run(tmp_path / "one", model_folders[family], **replicas) == 0
-    assert (
-        run(
-            tmp_path / "other",
-            model_folders[family],
-            memory__weights="disk",
-            memory__factors="disk",
-            memory__wave=3,
-            **replicas,
-        )
-        == 0
-    )
+@pytest.mark.parametrize("family", ["gpt2", "phi3"])
+def test_other_families_from_disk_with_replicas(family: str, job: Jobs) -> None:
+    options = {"model": family, "cluster__num_replicas": 2}
+    one = job(options, folder="one")
+    scratch = {"memory__wave": 3, "memory__scratch": str(job.folder / "scratch")}
+    other = job(options | runs.DISK | scratch, folder="other")
     for shot in (1, 2):
-        assert_same_shot(tmp_path / "one/run", tmp_path / "other/run", shot)
+        assert_same_shot(one.uri, other.uri, shot)
 
 
-def test_a_run_from_disk_is_resumed_with_the_same_bits_and_takes_over_what_a_killed_one_left(
-    model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_killed_run_from_disk_goes_on(
+    job: Jobs, resident: Callable[[str], Done], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {
-        "memory__weights": "disk",
-        "memory__factors": "disk",
-        "memory__wave": 6,
-        "memory__scratch": str(tmp_path / "scratch"),
-    }
-    assert run(tmp_path / "whole", model_folders["llama"], **options) == 0
+    """With the same bits, with other memory than it began with, and takes over the scratch of the
+    killed one.
+    """
+    options = (
+        METHODS["greedy"]
+        | runs.DISK
+        | {"model": FAMILY, "memory__scratch": str(job.folder / "scratch")}
+    )
 
     def killed(*arguments: object) -> None:
         raise WorkerFailureError("node", "after which nobody cleans up")
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "check_for_collapse", killed)
+        patch.setattr(evaluation.Evaluation, "ended", killed)
         patch.setattr("ray_surgeon.run.result.LocalCluster.close", lambda cluster: None)
-        assert run(tmp_path / "cut", model_folders["llama"], **options) == 1
-    left = list((tmp_path / "scratch").glob("ray_surgeon-*/*/*"))
-    assert len(left) == 1
-    assert list(left[0].iterdir())
-    assert run(tmp_path / "cut", model_folders["llama"], "--resume", **options) == 0
-    assert not list((tmp_path / "scratch").iterdir())
-    assert_same_shot(tmp_path / "whole/run", tmp_path / "cut/run", 2)
+        job(options, code=1)
+    (left,) = (job.folder / "scratch").glob("ray_surgeon-*/*/*")
+    assert list(left.iterdir())
+    done = job(options | {"memory__factors": "host", "memory__wave": 6}, "--resume")
+    assert not list((job.folder / "scratch").iterdir())
+    assert_same_shot(resident("greedy").uri, done.uri, 2)
 
 
-def test_a_run_that_fails_leaves_no_scratch(model_folders: dict[str, Path], tmp_path: Path) -> None:
-    options = {
-        "memory__weights": "disk",
-        "memory__factors": "disk",
-        "memory__scratch": str(tmp_path / "scratch"),
-    }
-    evaluation = {
-        "texts": [
-            {
-                "name": "docs",
-                "source": str(tmp_path / "text.txt"),
-                "num_sequences": 2,
-                "sequence_length": 40,
-                "max_tokens": 4000,
-            }
-        ]
-    }
-    stops = {"evaluation": evaluation | {"stop_above": 1.0001}, "pruning__target_sparsity": 0.8}
-    assert run(tmp_path, model_folders["llama"], **options, **stops) == 1
-    assert not list((tmp_path / "scratch").rglob("*"))
+def test_a_full_scratch_disk(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is named, and what is on it removed."""
 
-
-@pytest.mark.parametrize(
-    ("error", "cleans"),
-    [
-        (RuntimeError("an export failed"), True),
-        (WorkerFailureError("node", "a machine was lost"), False),
-        (KeyboardInterrupt(), False),
-    ],
-)
-def test_scratch_goes_where_there_are_workers_that_can_remove_it(
-    error: BaseException, cleans: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cleaned: list[bool] = []
-    workers: Any = SimpleNamespace(clean_up=lambda: cleaned.append(True))
-    nothing: Any = None
-
-    def fail(*args: object) -> None:
-        raise error
-
-    monkeypatch.setattr(loop, "_run_stages", fail)
-    with pytest.raises(type(error)):
-        loop.run_shots(nothing, workers, RunDirectory(str(tmp_path)), print)
-    assert cleaned == [True] * cleans
-
-
-def test_a_full_scratch_disk_is_named_and_what_is_on_it_removed(
-    model_folders: dict[str, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
     replace = Path.replace
 
     def full(path: Path, target: Path) -> Path:
@@ -201,22 +143,14 @@ def test_a_full_scratch_disk_is_named_and_what_is_on_it_removed(
         return replace(path, target)
 
     monkeypatch.setattr(Path, "replace", full)
-    assert (
-        run(
-            tmp_path,
-            model_folders["llama"],
-            memory__weights="disk",
-            memory__scratch=str(tmp_path / "scratch"),
-        )
-        == 1
-    )
-    said = " ".join(capsys.readouterr().err.split())
+    scratch = job.folder / "scratch"
+    said = job({"memory__weights": "disk", "memory__scratch": str(scratch)}, code=1).error
     assert (
         "No space left on device; free space on that disk, or name another one in memory.scratch"
         in said
     )
     assert "--resume" in said
-    assert not list((tmp_path / "scratch").rglob("*"))
+    assert not list(scratch.rglob("*"))
 
 
 def test_factors_that_have_no_room_on_the_scratch_disk_are_named(tmp_path: Path) -> None:
@@ -232,83 +166,30 @@ def test_factors_that_have_no_room_on_the_scratch_disk_are_named(tmp_path: Path)
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_an_interrupted_run_leaves_nothing_on_the_scratch_disk(
-    model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    there: list[int] = []
+def test_an_interrupted_run_leaves_nothing(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the scratch disk."""
+    scratch = job.folder / "scratch"
+    there: list[Path] = []
 
     def interrupt(*args: object) -> None:
-        there.append(len(list((tmp_path / "scratch").rglob("*.factor"))))
+        there.extend(scratch.rglob("*.factor"))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(RowsColumns, "choose", interrupt)
-    with contextlib.suppress(KeyboardInterrupt):
-        run(
-            tmp_path,
-            model_folders["llama"],
-            memory__factors="disk",
-            memory__scratch=str(tmp_path / "scratch"),
-        )
-    assert there[0] > 0
-    assert not list((tmp_path / "scratch").rglob("*"))
+    job({"memory__factors": "disk", "memory__scratch": str(scratch)}, code=130)
+    assert there
+    assert not list(scratch.rglob("*"))
 
 
-def test_a_run_goes_on_with_less_memory(model_folders: dict[str, Path], tmp_path: Path) -> None:
-    assert run(tmp_path, model_folders["llama"]) == 0
-    assert (
-        run(
-            tmp_path,
-            model_folders["llama"],
-            "--resume",
-            memory__weights="disk",
-            memory__scratch=str(tmp_path),
-        )
-        == 0
-    )
-
-
-def test_weights_come_from_the_last_shot_where_that_is_local(
-    model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    moved: list[int] = []
-    before = StreamedWeights.continue_from
-
-    def seen(store: StreamedWeights, read: Any, names: Container[str]) -> None:
-        moved.append(len(list(store.kept._scratch.folder.glob("*.safetensors"))))
-        before(store, read, names)
-        assert not list(store.kept._scratch.folder.glob("*.safetensors"))
-
-    monkeypatch.setattr(StreamedWeights, "continue_from", seen)
-    assert run(tmp_path, model_folders["llama"], memory__weights="disk") == 0
-    assert moved == [28, 28]
-
-
-def test_a_job_that_cannot_fit_is_refused_before_anything_starts(
-    model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    spec = str(tiny_spec(tmp_path, model_folders["llama"], cluster__gpus_per_worker=1))
-    assert main([spec, "--dry-run", "--device-memory", "80GB"]) == 0
-    assert main([spec, "--dry-run", "--device-memory", "100kB"]) == 2
-    text = " ".join(capsys.readouterr().err.split())
-    assert "does not fit" in text
-    assert "of device memory" in text
-    assert "times that memory" in text
-    assert not (tmp_path / "run").exists()
-
-
-def test_what_the_spec_fixes_is_kept_and_a_contradiction_is_refused(
-    model_folders: dict[str, Path], tmp_path: Path
-) -> None:
-    assert (
-        run(
-            tmp_path,
-            model_folders["llama"],
-            "--dry-run",
-            memory__activations="keep",
-            memory__weights="disk",
-        )
-        == 2
-    )
+def test_a_job_that_cannot_fit_is_refused_before_anything_starts(job: Jobs) -> None:
+    """As is a contradiction in the spec."""
+    options = {"cluster__gpus_per_worker": 1}
+    job(options, "--dry-run", "--device-memory", "80GB")
+    refused = job(options, "--dry-run", "--device-memory", "100kB", code=2)
+    for part in ("does not fit", "of device memory", "times that memory"):
+        assert part in refused.error
+    assert not refused.uri.exists()
+    job({"memory__activations": "keep", "memory__weights": "disk"}, "--dry-run", code=2)
 
 
 @pytest.mark.parametrize("place", ["device", "host", "disk"])
@@ -338,9 +219,7 @@ def test_scratch_of_other_runs_is_left_alone(tmp_path: Path) -> None:
     assert {path.parent.parent.name for path in tmp_path.glob("*/*/0")} == {"ray_surgeon-two"}
 
 
-def test_memory_that_ended_workers_still_hold_is_waited_for(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_memory_of_ended_workers_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     answers: list[Any] = [DoesNotFitError("it is full"), DoesNotFitError("it is full"), "a plan"]
 
     def plan(*args: object) -> Any:
@@ -383,78 +262,64 @@ def test_tensors_are_read_ahead_up_to_a_size(monkeypatch: pytest.MonkeyPatch) ->
     assert sorted(begun) == sorted(names), "once each"
 
 
-def test_scratch_of_an_earlier_try_counts_as_free_and_goes(
-    model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    uri = str(tmp_path / "run")
-    root = tmp_path / "scratch"
-    left = Scratch(str(root), loop._key(uri), "earlier", "0-0").path("x.factor")
+def test_scratch_of_an_earlier_try_is_free(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It counts as that, and goes."""
+    root = job.folder / "scratch"
+    key = loop._key(str(job.folder / "run"))
+    left = Scratch(str(root), key, "earlier", "0-0").path("x.factor")
     left.write_bytes(bytes(5 * 2**20))
     usage = shutil.disk_usage
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(path)._replace(free=0))
-    options = {"memory__weights": "disk", "memory__factors": "disk", "memory__scratch": str(root)}
-    assert run(tmp_path, model_folders["llama"], **options, memory__limit_gib=0.001) == 2
+    options = runs.DISK | {"memory__scratch": str(root)}
+    job(options, memory__limit_gib=0.001, code=2)
     assert left.exists(), "a job that is refused takes nothing from another"
-    assert run(tmp_path, model_folders["llama"], **options) == 0
+    job(options)
     assert not left.exists()
-    assert run(tmp_path / "full", model_folders["llama"], **options) == 2
+    job(options, folder="full", code=2)
 
 
-def test_files_of_shots_are_closed_when_none_reads_them(
-    model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A file that is removed and still mapped takes its space. Attention is never changed, and is
-    in the shot that a run goes on from.
+def test_files_of_earlier_shots_are_closed(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When none reads them: one that is removed and still mapped takes its space. Attention is
+    never changed, and is in the shot that a run goes on from.
     """
     seen = dict[int, set[str]]()
-    interrupted = list[int]()
 
-    def look(measured: object, before: object, limit: object, shot: int) -> None:
-        mapped = {
-            line.split()[5]
-            for line in Path("/proc/self/maps").read_text().splitlines()
-            if str(tmp_path) in line
-        }
+    def look(stage: object, run: RunState) -> None:
+        shot = run.shot
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        names = {line.split()[5] for line in lines if str(job.folder) in line}
+        is_first_try = shot not in seen
         seen[shot] = {
-            name.rpartition("shots/")[2].partition("/")[0] for name in mapped if "/shots/" in name
+            name.rpartition("shots/")[2].partition("/")[0] for name in names if "/shots/" in name
         }
-        if shot == 3 and not interrupted:
-            interrupted.append(shot)
+        if shot == 3 and is_first_try:
             raise FloatingPointError("ends here")
 
-    monkeypatch.setattr(evaluation, "check_for_collapse", look)
-    options: dict[str, Any] = {
-        **GROUPS,
+    monkeypatch.setattr(evaluation.Evaluation, "ended", look)
+    options = runs.GROUPS | {
         "pruning__groups": ["ffn"],
         "pruning__num_shots": 5,
+        "pruning__target_sparsity": 0.2,
         "memory__weights": "disk",
+        "output__keep_shots": 1,
     }
-    options |= {"output__keep_shots": 1, "pruning__target_sparsity": 0.2}
-    assert run(tmp_path, model_folders["llama"], **options) == 1
+    job(options, code=1)
     gc.collect()  # the frames of the error hold the run that ended
-    assert run(tmp_path, model_folders["llama"], "--resume", **options) == 0
+    job(options, "--resume")
     assert seen == {1: set(), 2: {"0001"}, 3: {"0002"}, 4: {"0003"}, 5: {"0004"}}, (
         "of the shot before alone"
     )
 
 
-def test_a_limit_makes_weights_stream(
-    model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_limit_makes_weights_stream(job: Jobs) -> None:
     """The process itself needs 358 MiB; the largest of the rest is the step over linears."""
-    assert run(tmp_path, model_folders["llama"], memory__limit_gib=1.0) == 0
-    assert report_of(tmp_path / "run")["plan"]["stores"]["weights"] == "device"
-    assert run(tmp_path / "small", model_folders["llama"], memory__limit_gib=0.1) == 2
-    assert "memory: the job does not fit" in " ".join(capsys.readouterr().err.split())
-    assert not list((tmp_path / "small/run").iterdir())
+    assert job(memory__limit_gib=1.0).report["plan"]["stores"]["weights"] == "device"
+    refused = job(memory__limit_gib=0.1, folder="small", code=2)
+    assert "memory: the job does not fit" in refused.error
+    assert not list(refused.uri.iterdir())
 
 
-def test_an_export_that_does_not_fit_in_memory_is_reloaded_from_disk(
-    model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from ray_surgeon.export import folder
-    from ray_surgeon.runtime import fresh_process
-
+def test_a_large_export_reloads_from_disk(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
     run_module = fresh_process.run_module
 
@@ -463,13 +328,8 @@ def test_an_export_that_does_not_fit_in_memory_is_reloaded_from_disk(
         return run_module(module, request)
 
     monkeypatch.setattr(fresh_process, "run_module", noted)
-    monkeypatch.setattr(folder, "available_bytes", lambda: 100_000)
-    assert (
-        run(tmp_path, model_folders["llama"], output__exports=["masked", "per_block"], **GROUPS)
-        == 0
-    )
+    monkeypatch.setattr("ray_surgeon.export.folder.available_bytes", lambda: 100_000)
+    done = job(runs.GROUPS | runs.ONE | {"output__exports": ["masked", "per_block"]})
     assert [request["max_memory"] for request in asked] == [50_000, 50_000]
-    assert all(
-        export["reload_max_logit_difference"] < 1e-3
-        for export in report_of(tmp_path / "run")["exports"]
-    )
+    for export in done.report["exports"]:
+        assert export["reload_max_logit_difference"] < 1e-3

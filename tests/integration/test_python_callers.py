@@ -4,13 +4,14 @@ torch, models of other kinds.
 
 from __future__ import annotations
 
+import copy
 import errno
 import shutil
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +39,25 @@ TEXT = {"source": "python-docs", "num_sequences": 8, "sequence_length": 32, "max
 ELEMENTS = {"structure": "element", "target_sparsity": 0.3, "num_shots": 1}
 
 
-def in_memory(folder: Path) -> tuple[Any, Any]:
+Given = tuple[Any, Any]
+"""A model in memory and its tokenizer."""
+Perplexity = dict[str, tuple[float, float]]
+
+
+def in_memory(folder: Path) -> Given:
     return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 
 
-def prune(given: tuple[Any, Any], output: Path, **changes: Any) -> ray_surgeon.PruneResult:
+@pytest.fixture
+def given(model_folders: dict[str, Path]) -> Given:
+    return in_memory(model_folders["llama"])
+
+
+def prune(given: Sequence[Any], uri: str | Path, **changes: Any) -> ray_surgeon.PruneResult:
     sections: dict[str, Any] = {
         "calibration": TEXT,
         "pruning": ELEMENTS,
-        "output": {"uri": str(output), "exports": []},
+        "output": {"uri": str(uri), "exports": []},
         "progress": False,
     }
     return ray_surgeon.prune(*given, **sections | changes)
@@ -55,21 +66,17 @@ def prune(given: tuple[Any, Any], output: Path, **changes: Any) -> ray_surgeon.P
 @pytest.fixture(scope="module")
 def expected(
     model_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, tuple[float, float]]:
+) -> Perplexity:
     """Return the perplexities of a run by itself."""
-    return prune(
-        in_memory(model_folders["llama"]), tmp_path_factory.mktemp("alone") / "run"
-    ).perplexity
+    output = tmp_path_factory.mktemp("alone") / "run"
+    return prune(in_memory(model_folders["llama"]), output).perplexity
 
 
-def test_runs_in_threads_do_not_meet(
-    expected: dict[str, tuple[float, float]], model_folders: dict[str, Path], tmp_path: Path
-) -> None:
+def test_runs_in_threads_do_not_meet(expected: Perplexity, given: Given, tmp_path: Path) -> None:
     """Models are built without weights meanwhile, which no other thread may see."""
     num_threads = torch.get_num_threads()
     register = nn.Module.register_parameter
     is_over = threading.Event()
-    on_meta = 0
 
     def build() -> int:
         count = 0
@@ -77,22 +84,16 @@ def test_runs_in_threads_do_not_meet(
             count += nn.Linear(2, 2).weight.is_meta
         return count
 
-    def beside(given: tuple[Any, Any], output: Path) -> tuple[dict[str, tuple[float, float]], int]:
-        result = prune(
-            given, output, cluster={"backend": "local", "cpus_per_worker": num_threads + 1}
-        )
+    def beside(number: int) -> tuple[Perplexity, int]:
+        cluster = {"backend": "local", "cpus_per_worker": num_threads + 1}
+        result = prune(models[number], tmp_path / str(number), cluster=cluster)
         return result.perplexity, torch.get_num_threads()
 
-    # by transformers, which is not for several threads
-    models = [in_memory(model_folders["llama"]) for _ in range(2)]
+    models = [given, copy.deepcopy(given)]
     with ThreadPoolExecutor(3) as threads:
         watching = threads.submit(build)
         try:
-            runs = [
-                threads.submit(beside, given, tmp_path / str(number))
-                for number, given in enumerate(models)
-            ]
-            found, threads_left = zip(*(one.result() for one in runs), strict=True)
+            found, threads_left = zip(*threads.map(beside, (0, 1)), strict=True)
         finally:
             is_over.set()
         on_meta = watching.result()
@@ -119,29 +120,31 @@ def precision(name: str) -> Iterator[None]:
         torch.set_float32_matmul_precision("highest")
 
 
-MODES: dict[str, Callable[[], Any]] = {
-    "no_grad": torch.no_grad,
-    "inference_mode": torch.inference_mode,
-    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
-    "default device": lambda: torch.device("meta"),
-    "narrow products": lambda: precision("medium"),
-}
-
-
 def precisions() -> list[str]:
     backends: Any = torch.backends
     return [backends.mkldnn.matmul.fp32_precision, backends.cuda.matmul.fp32_precision]
 
 
-@pytest.mark.parametrize("mode", MODES)
+MODES: dict[str, Sequence[Callable[[], Any]]] = {
+    "inference_mode": [torch.inference_mode],
+    "others": [
+        torch.no_grad,
+        lambda: torch.autocast("cpu", torch.bfloat16),
+        lambda: torch.device("meta"),
+        lambda: precision("medium"),
+    ],
+}
+
+
+@pytest.mark.parametrize("modes", MODES.values(), ids=MODES)
 def test_modes_of_the_caller_stay_outside(
-    mode: str,
-    expected: dict[str, tuple[float, float]],
-    model_folders: dict[str, Path],
+    modes: Sequence[Callable[[], Any]],
+    expected: Perplexity,
+    given: Given,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model, tokenizer = in_memory(model_folders["llama"])
+    model, tokenizer = given
     texts = ["one text of some words", "and another one"]
     plain = ray_surgeon.curvature(model, texts, tokenizer)
 
@@ -150,46 +153,37 @@ def test_modes_of_the_caller_stay_outside(
         run_shots(*args)
 
     monkeypatch.setattr("ray_surgeon.run.result.run_shots", watched)
-    with MODES[mode]():
+    with ExitStack() as entered:
+        for mode in modes:
+            entered.enter_context(mode())
         found = ray_surgeon.curvature(model, texts, tokenizer)
-        result = prune((model, tokenizer), tmp_path / "run")
-    assert all(
-        torch.equal(found[name].A, factors.A) and torch.equal(found[name].G, factors.G)
-        for name, factors in plain.items()
-    )
+        result = prune(given, tmp_path / "run")
+    for name, factors in plain.items():
+        assert torch.equal(found[name].A, factors.A)
+        assert torch.equal(found[name].G, factors.G)
     assert result.perplexity == expected
 
 
-def test_a_run_goes_on_with_the_very_same_model_only(
-    model_folders: dict[str, Path], tmp_path: Path
-) -> None:
+def test_a_run_goes_on_with_the_very_same_model_only(given: Given, tmp_path: Path) -> None:
     """Weights in the middle of a file count as well."""
-    model, tokenizer = in_memory(model_folders["llama"])
-    sections: dict[str, Any] = {"calibration": TEXT, "pruning": ELEMENTS, "progress": False}
+    model, tokenizer = given
     weight = model.model.layers[0].mlp.up_proj.weight
     before = weight.detach().clone()
     for output in (str(tmp_path / "run"), f"memory://{uuid.uuid4().hex}"):
-        first = ray_surgeon.prune(
-            model, tokenizer, **sections, output={"uri": output, "exports": []}
-        )
+        first = prune(given, output)
         with torch.no_grad():
             weight[0, 0] += 1
         with pytest.raises(ValueError, match="another model or tokenizer"):
-            ray_surgeon.prune(
-                model, tokenizer, **sections, output={"uri": output, "exports": []}, resume=True
-            )
+            prune(given, output, resume=True)
         with torch.no_grad():
             weight.copy_(before)
         # which it writes into its file from then on
         tokenizer("some words", truncation=True, max_length=2)
-        again = ray_surgeon.prune(
-            model, tokenizer, **sections, output={"uri": output, "exports": []}, resume=True
-        )
-        assert again.perplexity == first.perplexity
+        assert prune(given, output, resume=True).perplexity == first.perplexity
 
 
 def test_a_model_is_written_whole_or_not_at_all(
-    model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    given: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put = files.put_file
 
@@ -198,7 +192,6 @@ def test_a_model_is_written_whole_or_not_at_all(
             raise OSError(errno.ENOSPC, "no space left")
         put(uri, path)
 
-    given = in_memory(model_folders["llama"])
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setattr(files, "put_file", is_full)
@@ -236,39 +229,25 @@ def test_a_model_is_written_whole_or_not_at_all(
 
 @pytest.mark.parametrize("count", [np.int64(8), "8"])
 def test_any_number_of_sequences_is_a_number(
-    count: Any, expected: dict[str, Any], model_folders: dict[str, Path], tmp_path: Path
+    count: Any, expected: Perplexity, given: Given, tmp_path: Path
 ) -> None:
-    found = prune(
-        in_memory(model_folders["llama"]),
-        tmp_path / "run",
-        calibration=TEXT | {"num_sequences": count},
-    )
+    text = TEXT | {"num_sequences": count}
+    found = prune(given, tmp_path / "run", calibration=text)
     assert found.report["spec"]["evaluation"]["texts"][0]["num_sequences"] == 2
     assert found.perplexity == expected
 
 
-def test_what_is_refused_leaves_no_copy_of_the_model(
-    model_folders: dict[str, Path], tmp_path: Path
-) -> None:
-    _, tokenizer = in_memory(model_folders["llama"])
+def test_what_is_refused_leaves_no_copy_of_the_model(given: Given, tmp_path: Path) -> None:
     bloom = BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=16, n_layer=1, n_head=2))
     with pytest.raises(ValueError, match="'bloom', which is not supported"):
-        ray_surgeon.prune(
-            bloom, tokenizer, calibration=TEXT, pruning=ELEMENTS, output=str(tmp_path / "bloom")
-        )
-    assert not (tmp_path / "bloom").exists()
+        prune((bloom, given[1]), tmp_path / "run")
     with pytest.raises(ValueError, match="need"):
-        prune(
-            in_memory(model_folders["llama"]),
-            tmp_path / "short",
-            calibration=TEXT | {"num_sequences": 10_000},
-        )
-    assert files.list_files(str(tmp_path / "short")) == []
+        prune(given, tmp_path / "run", calibration=TEXT | {"num_sequences": 10_000})
     with pytest.raises(DoesNotFitError):
-        prune(in_memory(model_folders["llama"]), tmp_path / "large", memory={"limit_gib": 1e-6})
-    assert files.list_files(str(tmp_path / "large")) == []
+        prune(given, tmp_path / "run", memory={"limit_gib": 1e-6})
+    assert files.list_files(str(tmp_path / "run")) == []
     with pytest.raises(ValueError, match=r"output.uri: cannot use /proc/x"):
-        prune(in_memory(model_folders["llama"]), Path("/proc/x"))
+        prune(given, "/proc/x")
 
 
 @pytest.mark.parametrize("family", CONFIGS | SPARSE_CONFIGS)
@@ -277,81 +256,57 @@ def test_models_of_all_families_are_taken(family: str) -> None:
     assert causal_lm(model) is model
 
 
-def test_arguments_of_other_kinds_are_named(model_folders: dict[str, Path], tmp_path: Path) -> None:
-    model, tokenizer = in_memory(model_folders["llama"])
-    sections: dict[str, Any] = {
-        "calibration": TEXT,
-        "pruning": ELEMENTS,
-        "output": str(tmp_path / "run"),
-    }
-    for given, message in [
+def test_arguments_of_other_kinds_are_named(given: Given, tmp_path: Path) -> None:
+    model, tokenizer = given
+    classifier = LlamaForSequenceClassification(model.config)
+    double = copy.deepcopy(model).double()
+    empty = type(model)(model.config).to("meta")
+    for others, message in (
         ((tokenizer, model), "model: got a "),
         ((nn.Linear(2, 2), tokenizer), "model: got a Linear; give a causal LM"),
         ((model.config, tokenizer), "model: got a LlamaConfig"),
         ((model.model, tokenizer), "model: got a LlamaModel; give a causal LM"),
-        (
-            (LlamaForSequenceClassification(model.config), tokenizer),
-            "model: got a LlamaForSequenceClassification",
-        ),
+        ((classifier, tokenizer), "model: got a LlamaForSequenceClassification"),
         ((Path("s3://bucket/model"), None), "give URIs as text"),
-        ((model, tokenizer, Path("s3://bucket/run")), "give URIs as text"),
         ((model, "gpt2"), "tokenizer: got a str"),
-        (
-            (
-                AutoModelForCausalLM.from_pretrained(model_folders["llama"], dtype=torch.float64),
-                tokenizer,
-            ),
-            r"model: its weights are float64; .*float\(\)",
-        ),
-        ((model.__class__(model.config).to("meta"), tokenizer), "has no values"),
-    ]:
+        ((double, tokenizer), r"model: its weights are float64; .*float\(\)"),
+        ((empty, tokenizer), "has no values"),
+    ):
         with pytest.raises(ValueError, match=message):
-            ray_surgeon.prune(
-                *given[:2], **sections | ({"output": given[2]} if len(given) > 2 else {})
-            )
-    for given, message in [
+            prune(others, tmp_path / "run")
+    with pytest.raises(ValueError, match="give URIs as text"):
+        prune(given, "", output=Path("s3://bucket/run"))
+    sequences: Any
+    for sequences, message in (
+        (tokenizer(["a text", "another"]), "got a BatchEncoding; .* such as input_ids"),
+        ([{"text": "a"}], r"sequences\[0\]: got {'text': 'a'}"),
+        ([[1, 2], [1.7, 2.9]], r"sequences\[1\]: got \[1.7, 2.9\]; give a list of integers"),
+        (np.random.default_rng(0).random((2, 8)), r"sequences\[0\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ray_surgeon.curvature(model, sequences, tokenizer)
+    arguments: Any
+    for arguments, message in (
         (("x", ["a text"], tokenizer), "model: got a str"),
         ((model, ["a text"], "x"), "tokenizer: got a str"),
-        (
-            (model, tokenizer(["a text", "another"]), tokenizer),
-            "got a BatchEncoding; .* such as input_ids",
-        ),
-        ((model, [{"text": "a"}]), r"sequences\[0\]: got {'text': 'a'}"),
-        (
-            (model, [[1, 2], [1.7, 2.9]]),
-            r"sequences\[1\]: got \[1.7, 2.9\]; give a list of integers",
-        ),
-        ((model, np.random.default_rng(0).random((2, 8))), r"sequences\[0\]"),
-    ]:
+    ):
         with pytest.raises(ValueError, match=message):
-            ray_surgeon.curvature(*given)
+            ray_surgeon.curvature(*arguments)
 
 
 def test_paths_wrappers_and_iterators_are_taken(
-    model_folders: dict[str, Path], tmp_path: Path
+    given: Given, model_folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    model, tokenizer = in_memory(model_folders["llama"])
-    (tmp_path / "text.txt").write_text(
-        "some words of a text that goes on and on, line after line\n" * 200
-    )
+    model, tokenizer = given
+    (tmp_path / "text.txt").write_text("some words of a text that goes on, line after line\n" * 200)
     text = {"source": tmp_path / "text.txt", "num_sequences": 4, "sequence_length": 32}
     output = {"uri": tmp_path / "run", "exports": []}
-    result = ray_surgeon.prune(
-        model_folders["llama"], calibration=text, pruning=ELEMENTS, output=output, progress=False
-    )
+    result = prune([model_folders["llama"]], "", calibration=text, output=output)
     assert result.uri == str(tmp_path / "run")
     before = model.config.to_dict()
-    again = ray_surgeon.prune(
-        torch.compile(model),
-        tokenizer,
-        calibration=text,
-        pruning=ELEMENTS,
-        output=str(tmp_path / "compiled"),
-        progress=False,
-    )
+    again = prune((torch.compile(model), tokenizer), tmp_path / "compiled", calibration=text)
     assert again.perplexity == result.perplexity
     assert model.config.to_dict() == before
     name = "model.layers.0.mlp.down_proj"
-    assert set(
-        ray_surgeon.curvature(torch.compile(model), [[1, 2, 3]], linears=(one for one in [name]))  # type: ignore[arg-type]
-    ) == {name}
+    linears: Any = (one for one in [name])
+    assert set(ray_surgeon.curvature(torch.compile(model), [[1, 2, 3]], linears=linears)) == {name}

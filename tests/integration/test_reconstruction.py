@@ -16,8 +16,6 @@ from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.maths.reconstruction import outputs_of, reconstruct
 from ray_surgeon.memory.stores import Stores
 from ray_surgeon.models.layout import FEED_FORWARD_OF_ALL
-from ray_surgeon.run.inputs import Inputs, check
-from ray_surgeon.spec.parsing import parse_spec
 from ray_surgeon.stages.curvature.gather import drawn
 from ray_surgeon.stages.curvature.stage import calibrate
 from ray_surgeon.stages.prune.groups import Groups
@@ -29,33 +27,14 @@ from ray_surgeon.stages.reconstruction.layers import (
     errors_of,
 )
 from tests.conftest import CONFIGS, LAYOUTS, SPARSE_CONFIGS, tiny_model
-from tests.integration.runs import (
-    MOST_BY_ORDER_OF_SUMS,
-    difference,
-    loaded,
-    report_of,
-    run,
-    tensors_of_shot,
-    tiny_spec,
-)
+from tests.integration import runs
+from tests.integration.runs import Jobs, difference, loaded, windows
 
-GROUPS: dict[str, Any] = {
-    "pruning__structure": "groups",
-    "pruning__width_multiple": 1,
-    "pruning__groups": ["ffn"],
-}
-FIT: dict[str, Any] = GROUPS | {
+FFN = runs.GROUPS | {"pruning__width_multiple": 1, "pruning__groups": ["ffn"]}
+FIT: dict[str, Any] = FFN | {
     "pruning__reconstruction": {"tokens_per_step": 16, "num_epochs": 4, "learning_rate": 0.02},
     "calibration__held_aside": 0,
 }
-
-
-def inputs_for(model: Path, folder: Path, **options: Any) -> Inputs:
-    return check(
-        parse_spec(
-            tiny_spec(folder, model, **(FIT | {"pruning__num_shots": 1} | options)).read_text()
-        )
-    )
 
 
 @pytest.mark.parametrize("family", CONFIGS | SPARSE_CONFIGS)
@@ -97,13 +76,10 @@ def test_a_layer_is_what_the_family_computes(family: str, model_folders: dict[st
 
 
 @pytest.mark.parametrize("stores", [Stores(), Stores("disk", "device", "recompute", 2)])
-def test_owners_get_the_inputs_of_every_token_once(
-    stores: Stores, model_folders: dict[str, Path], tmp_path: Path
-) -> None:
-    inputs = inputs_for(
-        model_folders["llama"], tmp_path, curvature__num_backward=3, calibration__held_aside=0.3
-    )
-    cluster = loaded(model_folders["llama"], 2, 2, stores)
+def test_owners_get_the_inputs_of_every_token_once(stores: Stores, job: Jobs) -> None:
+    options = FIT | runs.ONE | {"curvature__num_backward": 3, "calibration__held_aside": 0.3}
+    inputs = job.inputs(options)
+    cluster = loaded(job.models["llama"], 2, 2, stores)
     calibrate(inputs.method, cluster, inputs.text, 1, remembers=False)
     seen: dict[str, list[Tensor]] = {}
     model = tiny_model("llama")
@@ -138,34 +114,38 @@ def test_owners_get_the_inputs_of_every_token_once(
     assert owned == len(seen)
 
 
-def test_channels_are_the_same_and_the_divergence_is_lower(
-    model_folders: dict[str, Path], tmp_path: Path
-) -> None:
-    options = {
-        "evaluation": [
-            {
-                "name": "seen",
-                "source": str(tmp_path / "plain/text.txt"),
-                "split": "train",
-                "num_sequences": 6,
-                "sequence_length": 40,
-                "stride": 64,
-                "max_tokens": 4000,
-            }
-        ],
-        "pruning__num_shots": 1,
-    }
-    assert run(tmp_path / "plain", model_folders["llama"], **GROUPS, **options) == 0
-    assert run(tmp_path / "fit", model_folders["llama"], **FIT, **options) == 0
-    plain, fit = (report_of(tmp_path / name / "run")["shots"][0] for name in ("plain", "fit"))
+def assert_all_better(shot: dict[str, Any]) -> None:
+    """Every layer that lost channels, and no other, is in the report and nearer than before."""
+    lost = {name for name, count in shot["groups_removed"].items() if count}
+    assert set(shot["reconstruction"]) == lost
+    assert all(after < before for before, after in shot["reconstruction"].values())
+
+
+def test_only_the_weights_left_are_fitted(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The channels are the same, and the divergence is lower. Layers are trained as the section
+    says, in an order of tokens of its own each.
+    """
+    asked: list[dict[str, Any]] = []
+
+    def noting(layer: Any, *given: Any, generator: torch.Generator, **options: Any) -> Any:
+        asked.append(options | {"seed": generator.initial_seed()})
+        return reconstruct(layer, *given, generator=generator, **options)
+
+    monkeypatch.setattr("ray_surgeon.stages.reconstruction.layers.reconstruct", noting)
+    seen = windows(job.folder / "plain/text.txt", 6, stride=64, name="seen", split="train")
+    options = runs.ONE | {"evaluation": [seen]}
+    section = FIT["pruning__reconstruction"]
+    changes = {"pruning__reconstruction": section | {"seed": 1000}}
+    one = job(FFN | options, folder="plain")
+    two = job(FIT | options | changes, folder="fit")
+    (plain,) = one.shots
+    (fit,) = two.shots
     assert fit["groups_removed"] == plain["groups_removed"]
     assert fit["divergence"]["seen"] < 0.9 * plain["divergence"]["seen"]
-    assert set(fit["reconstruction"]) == {
-        name for name, count in fit["groups_removed"].items() if count
-    }
-    assert all(after < before for before, after in fit["reconstruction"].values())
+    assert_all_better(fit)
     assert fit["reconstruction_rate"] == 0.02
-    before, after = (tensors_of_shot(tmp_path / name / "run", 1) for name in ("plain", "fit"))
+    before = one.tensors(1)
+    after = two.tensors(1)
     assert {name for name in before if not torch.equal(before[name], after[name])} == {
         f"model.layers.{block}.mlp.{linear}.weight"
         for block in {name.split(".")[2] for name in fit["reconstruction"]}
@@ -174,68 +154,39 @@ def test_channels_are_the_same_and_the_divergence_is_lower(
     for name in after:
         if name.endswith("weight"):
             assert torch.equal(before[name] == 0, after[name] == 0), "what is pruned stays zero"
+    numbers = LAYOUTS["llama"].linear_numbers
+    assert {given.pop("seed") for given in asked} == {
+        1000 + numbers[name] for name in fit["reconstruction"]
+    }
+    assert all(given[option] == value for given in asked for option, value in section.items())
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
-def test_two_replicas_and_shards_give_what_one_worker_gives(
-    family: str, model_folders: dict[str, Path], tmp_path: Path
-) -> None:
-    for name, workers in (
-        ("one", {}),
-        ("four", {"cluster__num_shards": 2, "cluster__num_replicas": 2}),
-    ):
-        assert run(tmp_path / name, model_folders[family], **FIT, **workers) == 0
+@pytest.mark.parametrize("family", ["gpt2", "phi3"])
+def test_two_replicas_and_shards_give_what_one_worker_gives(family: str, job: Jobs) -> None:
+    one = job(FIT, folder="one", model=family).uri
+    four = job(FIT | runs.FOUR, folder="four", model=family).uri
     for shot in (1, 2):
-        assert difference(tmp_path / "one/run", tmp_path / "four/run", shot) < MOST_BY_ORDER_OF_SUMS
+        assert difference(one, four, shot) < runs.MOST_BY_ORDER_OF_SUMS
 
 
-def test_replicas_have_the_same_weights_and_no_inputs_after_it(
-    model_folders: dict[str, Path], tmp_path: Path
-) -> None:
-    inputs = inputs_for(model_folders["phi3"], tmp_path, cluster__num_replicas=2)
-    method = inputs.method
-    assert isinstance(method, Groups)
-    cluster = loaded(model_folders["phi3"], 1, 2)
-    calibrate(method, cluster, inputs.text, 1, remembers=False)
-    choice = method.choose(cluster, method.score(cluster, 1), 1)
-    method.apply(cluster, inputs.calibration, choice, 1)
-    one, other = cluster.workers.values()
-    assert one.shard.layer_inputs is other.shard.layer_inputs is None
-    for name in one.shard.linears:
-        assert torch.equal(one.shard.weight(name), other.shard.weight(name))
-        assert torch.equal(
-            one.mask(name, StructuredMask).rows, other.mask(name, StructuredMask).rows
-        )
-
-
-def test_a_layer_that_is_gone_is_not_trained(
-    model_folders: dict[str, Path], tmp_path: Path
-) -> None:
-    options = {
+def test_a_layer_that_is_gone_is_not_trained(job: Jobs) -> None:
+    options = runs.ONE | {
         "pruning__target_sparsity": 0.6,
         "pruning__remove_blocks": True,
-        "pruning__num_shots": 1,
         "pruning__rank_by": "cost",
     }
-    assert run(tmp_path, model_folders["llama"], **FIT, **options) == 0
-    shot = report_of(tmp_path / "run")["shots"][0]
-    gone = {name for name, count in shot["groups_removed"].items() if count == 48}
-    assert gone
+    (shot,) = job(FIT | options).shots
+    removed = shot["groups_removed"]
+    assert any(count == 48 for count in removed.values())
     assert set(shot["reconstruction"]) == {
-        name for name, count in shot["groups_removed"].items() if 0 < count < 48
+        name for name, count in removed.items() if 0 < count < 48
     }
 
 
-def test_a_mixture_keeps_inputs_of_the_kinds_that_lose_groups(
-    model_folders: dict[str, Path], tmp_path: Path
-) -> None:
-    options = {
-        "pruning__groups": ["ffn", "attention"],
-        "pruning__num_shots": 1,
-        "pruning__target_sparsity": 0.05,
-    }
-    inputs = inputs_for(model_folders["glm4_moe"], tmp_path, **options)
-    cluster = loaded(model_folders["glm4_moe"], 2)
+def test_a_mixture_keeps_inputs_of_the_kinds_that_lose_groups(job: Jobs) -> None:
+    options = FIT | runs.ONE | {"model": "glm4_moe", "pruning__target_sparsity": 0.05}
+    inputs = job.inputs(options | {"pruning__groups": ["ffn", "attention"]})
+    cluster = loaded(job.models["glm4_moe"], 2)
     calibrate(inputs.method, cluster, inputs.text, 1, remembers=False)
     kept = [worker.kept(KeptInputs).fitted for worker in cluster.workers.values()]
     assert [inputs is not None and tuple(inputs.kept) for inputs in kept] == [
@@ -243,41 +194,14 @@ def test_a_mixture_keeps_inputs_of_the_kinds_that_lose_groups(
         (),
     ]
     for kind in ("ffn", "shared_experts"):
-        changed = FIT | options | {"pruning__groups": [kind], "cluster__num_shards": 2}
-        assert run(tmp_path / kind, model_folders["glm4_moe"], **changed) == 0
-        shot = report_of(tmp_path / kind / "run")["shots"][0]
-        assert shot["reconstruction"].keys() == {
-            name for name, count in shot["groups_removed"].items() if count
-        }
-        assert all(after < before for before, after in shot["reconstruction"].values())
+        changes = {"pruning__groups": [kind], "cluster__num_shards": 2}
+        (shot,) = job(options | changes, folder=kind).shots
+        assert_all_better(shot)
 
 
-def test_layers_are_trained_as_the_section_says(
-    model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In an order of tokens of its own each."""
-    seen: list[dict[str, Any]] = []
-
-    def noting(layer: Any, *given: Any, generator: torch.Generator, **options: Any) -> Any:
-        seen.append(options | {"seed": generator.initial_seed()})
-        return reconstruct(layer, *given, generator=generator, **options)
-
-    monkeypatch.setattr("ray_surgeon.stages.reconstruction.layers.reconstruct", noting)
-    section = {"tokens_per_step": 16, "num_epochs": 1, "learning_rate": 0.03}
-    options = FIT | {"pruning__reconstruction": section | {"seed": 1000}, "pruning__num_shots": 1}
-    assert run(tmp_path, model_folders["llama"], **options) == 0
-    names = report_of(tmp_path / "run")["shots"][0]["reconstruction"]
-    assert {one.pop("seed") for one in seen} == {
-        1000 + LAYOUTS["llama"].linear_numbers[name] for name in names
-    }
-    assert all(one[option] == value for one in seen for option, value in section.items())
-
-
-def test_only_layers_that_lost_channels_in_a_shot_are_trained_and_in_its_report(
-    model_folders: dict[str, Path], tmp_path: Path
-) -> None:
-    inputs = inputs_for(model_folders["llama"], tmp_path, pruning__num_shots=2)
-    cluster = loaded(model_folders["llama"], 2)
+def test_only_layers_that_lost_channels_in_a_shot_are_trained_and_in_its_report(job: Jobs) -> None:
+    inputs = job.inputs(FIT)
+    cluster = loaded(job.models["llama"], 2)
     method = inputs.method
     layers = [groups.consumer for groups in LAYOUTS["llama"].group_sets if groups.kind == "ffn"]
     for shot in (1, 2):
@@ -292,57 +216,52 @@ def test_only_layers_that_lost_channels_in_a_shot_are_trained_and_in_its_report(
         assert trained == [layers[shot]]
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_models_in_bfloat16_are_reconstructed(
-    family: str, model_folders: dict[str, Path], tmp_path: Path
-) -> None:
-    assert (
-        run(tmp_path, model_folders[family], **FIT, pruning__num_shots=1, model__dtype="bfloat16")
-        == 0
-    )
-    (shot,) = report_of(tmp_path / "run")["shots"]
+def test_models_in_bfloat16_are_reconstructed(job: Jobs) -> None:
+    (shot,) = job(FIT | runs.ONE, model="gpt2", model__dtype="bfloat16").shots
     assert shot["reconstruction"]
-    assert all(after < before for before, after in shot["reconstruction"].values())
+    assert_all_better(shot)
 
 
-def test_all_replicas_have_what_the_owner_of_the_consumer_trained(
-    model_folders: dict[str, Path], tmp_path: Path
-) -> None:
-    """Of three replicas, not the same one owns the producers and the consumer. What is trained
-    differs by the order of sums alone.
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_all_replicas_have_what_the_owner_trained(family: str, job: Jobs) -> None:
+    """And no inputs after it. Of three replicas, not the same one owns the producers and the
+    consumer. What is trained differs by the order of sums alone.
     """
-    inputs = inputs_for(model_folders["llama"], tmp_path)
+    inputs = job.inputs(FIT | runs.ONE, model=family)
     method = inputs.method
+    assert isinstance(method, Groups)
     results = list[dict[str, Tensor]]()
     choice = None
     for num_replicas in (1, 3):
-        cluster = loaded(model_folders["llama"], 1, num_replicas)
+        cluster = loaded(job.models[family], 1, num_replicas)
         calibrate(method, cluster, inputs.text, 1, remembers=False)
         found = method.choose(cluster, method.score(cluster, 1), 1)
         choice = choice or found
         method.apply(cluster, inputs.calibration, choice, 1)
-        results += [
-            {name: worker.shard.weight(name) for name in worker.shard.linears}
-            for worker in cluster.workers.values()
-        ]
-    (dense,) = loaded(model_folders["llama"]).workers.values()
+        for worker in cluster.workers.values():
+            assert worker.shard.layer_inputs is None
+            masks = {
+                f"{name} rows": worker.mask(name, StructuredMask).rows for name in worker.masks
+            }
+            weights = {name: worker.shard.weight(name) for name in worker.shard.linears}
+            results.append(weights | masks)
+    (dense,) = loaded(job.models[family]).workers.values()
     one, *others = results
+    for name in one:
+        assert all(torch.equal(other[name], others[0][name]) for other in others), name
     for name in {
         name
-        for groups in LAYOUTS["llama"].group_sets
+        for groups in LAYOUTS[family].group_sets
         if groups.kind == "ffn"
         for name, _ in groups.producers
     }:
         change = (one[name] - dense.shard.weight(name))[one[name] != 0]
         assert change.any()
-        for other in others:
-            assert float((other[name] - one[name]).norm()) < 1e-3 * float(change.norm())
+        assert float((others[0][name] - one[name]).norm()) < 1e-3 * float(change.norm())
 
 
-def test_the_learning_rate_is_the_best_of_those_tried_on_two_layers(
-    model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The same one whoever owns the layers, and trying changes nothing."""
+def test_the_best_learning_rate_is_taken(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of those tried on two layers, the same whoever owns these; trying changes nothing."""
     seen = list[tuple[str, float, float]]()
     plain = Reconstruction.tried
 
@@ -356,23 +275,16 @@ def test_the_learning_rate_is_the_best_of_those_tried_on_two_layers(
         return error
 
     monkeypatch.setattr(Reconstruction, "tried", noting)
-    options: dict[str, Any] = {
-        "pruning__reconstruction": {"tokens_per_step": 16, "num_epochs": 4},
-        "pruning__num_shots": 1,
-    }
-    options["calibration__held_aside"] = 0.3
-    for name, workers in (
-        ("one", {}),
-        ("four", {"cluster__num_shards": 2, "cluster__num_replicas": 2}),
-    ):
-        assert run(tmp_path / name, model_folders["llama"], **(FIT | options), **workers) == 0
+    section = {"tokens_per_step": 16, "num_epochs": 4}
+    options = FIT | runs.ONE | {"pruning__reconstruction": section, "calibration__held_aside": 0.3}
+    one = job(options, folder="one")
+    four = job(options | runs.FOUR, folder="four")
     assert {rate for _, rate, _ in seen} == set(RATES)
     assert len({layer for layer, _, _ in seen}) == 2
     first = seen[: len(seen) // 2]
     means = {rate: sum(error for _, one, error in first if one == rate) for rate in RATES}
-    for name in ("one", "four"):
-        (shot,) = report_of(tmp_path / name / "run")["shots"]
+    for (shot,) in (one.shots, four.shots):
         assert shot["reconstruction_rate"] == min(RATES, key=lambda rate: means[rate])
         assert shot["divergence_held_aside"] > 0
-    assert difference(tmp_path / "one/run", tmp_path / "four/run", 1) < MOST_BY_ORDER_OF_SUMS
+    assert difference(one.uri, four.uri, 1) < runs.MOST_BY_ORDER_OF_SUMS
     assert Reconstruction.best_rate({0.1: [float("nan"), 0.1], 0.2: [0.9, 0.9]}) == 0.2
