@@ -36,3 +36,17 @@ def test_pages_that_run_and_plan_name_no_feature(page: str) -> None:
     modules = re.findall(r"^from ray_surgeon\.stages\.(\w+)", text, flags=re.MULTILINE)
     names = re.findall(r"[A-Za-z_]+", text.lower())
     assert not FEATURES & {*modules, *names}
+
+
+def test_contributors_find_the_tests_of_every_module() -> None:
+    """By its name, or in the table, whose files exist."""
+    table = Path(ROOT, "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## Where")[2]
+    cells = set(re.findall(r"`([\w/*]+)`", table))
+    tests = {path.relative_to(ROOT / "tests") for path in Path(ROOT, "tests").rglob("test_*.py")}
+    assert {Path(name) for name in re.findall(r"`([\w/]+\.py)`", table)} <= tests
+    package = ROOT / "ray_surgeon"
+    for path in package.rglob("*.py"):
+        module = path.relative_to(package).with_suffix("")
+        has_own = f"test_{path.stem}" in {test.stem for test in tests}
+        places = {str(module), f"{module.parent}/*"} & cells
+        assert has_own or places or path.stem == "__init__" or "shipped" in path.parts, module
