@@ -236,4 +236,4 @@ def weight_store(place: Place, slots: Slots, device: torch.device, scratch: Scra
     """Return an empty store; see `WeightStore`."""
     if place == "device":
         return WeightStore(slots, device)
-    return StreamedWeights(slots, device, TensorStore(place, device, scratch, ".safetensors"))
+    return StreamedWeights(slots, device, TensorStore(place, device, scratch, ".weight"))
