@@ -226,7 +226,7 @@ class TensorStore:
             self._kept[name] = tensor
         elif self.place == "disk":
             with self._scratch.replacing(name + self._ending) as path:
-                tensor.cpu().flatten().view(torch.uint8).numpy().tofile(path)
+                tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tofile(path)
             self._kept[name] = tensor.to("meta")
         elif name in self._kept:
             self._kept[name].copy_(tensor)

@@ -169,12 +169,13 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
     reading.check_requests(spec, layout)
     is_read = source.has_weights or not dry_run
     model_fingerprint = reading.check_weights(source, layout) if is_read else None
-    texts = reading.unread_texts(spec)
     chosen = None  # see `Inputs.chosen_text`
     if is_read:
         tokenizer = load_tokenizer(folder, source.origin)
         spec, chosen = _chosen(spec, tokenizer)
         texts = reading.read_texts(spec, tokenizer, layout.config)
+    else:
+        texts = reading.unread_texts(spec)
     stages = stages_of(spec, layout, method, texts, last)
     inputs = Inputs(
         spec,

@@ -97,7 +97,8 @@ def test_elements_and_groups(family: str, options: dict[str, Any], job: Jobs) ->
     """Two shots to 40 %, on two shards, with and without replicas, resumed after the first: zeros
     stay, patterns hold.
     """
-    options |= {"model": family, "pruning__target_sparsity": 0.4, "cluster__num_shards": 2}
+    target = {"pruning__target_sparsity": 0.4, "cluster__num_shards": 2}
+    options = options | target | {"model": family}
     one = job(options, folder="one")
     two = job(options, folder="two", cluster__num_replicas=2)
     for shot in one.shots:

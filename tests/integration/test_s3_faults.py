@@ -5,8 +5,7 @@ for whole that is not.
 from __future__ import annotations
 
 import errno
-import functools
-import io
+import http.client
 import json
 import os
 import random
@@ -15,91 +14,157 @@ import struct
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import fsspec
 import pytest
 import torch
 from botocore.exceptions import ClientError
-from moto.moto_server.werkzeug_app import DomainDispatcherApplication
 from s3fs import S3FileSystem
 from safetensors.torch import load_file
-from werkzeug.test import run_wsgi_app
-from werkzeug.wrappers import Response
-from werkzeug.wsgi import get_input_stream
 
+from ray_surgeon.pipeline import main
 from ray_surgeon.report.directory import RunDirectory, TakenOverError
 from ray_surgeon.storage import files, retrying, tensor_files
-from tests.integration.runs import Jobs, assert_same_shot
+from tests.integration.runs import assert_same_shot, report_of, run, tiny_spec
 
 SECRET = "wJalr-a-secret-that-must-not-appear"
-FAULTS = {"500": 5, "503": 5, "reset": 5, "silence": 1, "short": 4}
-"""And how often each of them comes; silence takes long."""
+FAULTS = ("500", "503", "reset", "silence", "short")
 NUM_FAULTS = 200
 
 
-@dataclass
-class Faults:
-    """In front of the server's application: with a chance, which is none at first, a request fails
-    in one of the ways in which stores and networks fail.
+class FaultyProxy(BaseHTTPRequestHandler):
+    """Hands requests on to the real server, and with a chance fails in one of the ways in which
+    stores and networks fail.
     """
 
-    chance: random.Random = field(default_factory=lambda: random.Random(0))
-    probability: float = 0.0
-    kinds: tuple[str, ...] = tuple(FAULTS)
-    injected: Counter[str] = field(default_factory=Counter)
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    protocol_version = "HTTP/1.1"
+    upstream: tuple[str, int]
+    chance = random.Random(0)
+    probability = 0.0
+    kinds: tuple[str, ...] = FAULTS
+    weights = (5, 5, 5, 1, 4)  # silence takes long
+    injected: ClassVar[Counter[str]] = Counter()
+    lock = threading.Lock()
 
-    def drawn(self) -> str | None:
+    def handle_one_request(self) -> None:
+        try:
+            super().handle_one_request()
+        except OSError:
+            self.close_connection = True
+
+    def answer(self) -> None:
+        body = self.read_body()
         with self.lock:
-            if self.chance.random() >= self.probability:
-                return None
-            fault = self.chance.choices(self.kinds, [FAULTS[kind] for kind in self.kinds])[0]
-            self.injected[fault] += 1
-            return fault
-
-    def answer(self, app: Any, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
-        environ["wsgi.input"] = io.BytesIO(get_input_stream(environ).read())
-        fault = self.drawn()
+            fault = (
+                self.chance.choices(self.kinds, self.weights[: len(self.kinds)])[0]
+                if self.chance.random() < self.probability
+                else None
+            )
+            if fault:
+                self.injected[fault] += 1
         if fault in ("500", "503"):
-            code = "InternalError" if fault == "500" else "SlowDown"
-            body = f"<Error><Code>{code}</Code><Message>injected</Message></Error>"
-            response = Response(body, int(fault), content_type="application/xml")
-            return response(environ, start_response)
-        if fault in ("reset", "silence"):
-            linger = (socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            if fault == "reset":
-                environ["werkzeug.socket"].setsockopt(*linger)
-            else:
-                time.sleep(0.3)  # longer than the client waits
-            raise ConnectionResetError
-        parts, status, headers = run_wsgi_app(app, environ)
-        content = b"".join(parts)
-        start_response(status, headers.to_wsgi_list())
-        return [content[: len(content) // 2] if fault == "short" else content]
+            self.refuse(int(fault))
+        elif fault == "reset":
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.close_connection = True
+            self.connection.close()
+        elif fault == "silence":
+            time.sleep(0.3)  # longer than the client waits
+            self.close_connection = True
+        else:
+            self.hand_on(body, short=fault == "short")
+
+    do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = answer  # noqa: N815
+
+    def read_body(self) -> bytes:
+        if self.headers.get("Expect", "").lower() == "100-continue":
+            self.send_response_only(100)
+            self.end_headers()
+        if self.headers.get("Transfer-Encoding", "").lower() == "chunked":
+            pieces = []
+            while size := int(self.rfile.readline().split(b";")[0], 16):
+                pieces.append(self.rfile.read(size))
+                self.rfile.readline()
+            self.rfile.readline()
+            return b"".join(pieces)
+        return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+
+    def refuse(self, status: int) -> None:
+        code = "InternalError" if status == 500 else "SlowDown"
+        body = f"<Error><Code>{code}</Code><Message>injected</Message></Error>".encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/xml")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def hand_on(self, body: bytes, *, short: bool) -> None:
+        connection = http.client.HTTPConnection(*self.upstream, timeout=30)
+        headers = {
+            k: v
+            for k, v in self.headers.items()
+            if k.lower() not in ("connection", "transfer-encoding", "content-length", "expect")
+        }
+        connection.request(
+            self.command, self.path, body, headers | {"Content-Length": str(len(body))}
+        )
+        reply = connection.getresponse()
+        content = reply.read()
+        self.send_response(reply.status)
+        for name, value in reply.getheaders():
+            if name.lower() not in (
+                "connection",
+                "transfer-encoding",
+                "content-length",
+                "date",
+                "server",
+            ):
+                self.send_header(name, value)
+        length = reply.getheader("Content-Length") if self.command == "HEAD" else str(len(content))
+        self.send_header("Content-Length", length or "0")
+        self.end_headers()
+        self.wfile.write(content[: len(content) // 2] if short else content)
+        if short:
+            self.close_connection = True
+        connection.close()
+
+    def log_message(self, *args: object) -> None:
+        pass
 
 
 @pytest.fixture
-def faulty(s3: None, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Faults:
-    """Put faults in front of the S3 server."""
-    faults = Faults()
-    plain = DomainDispatcherApplication.__call__
-    monkeypatch.setattr(
-        DomainDispatcherApplication,
-        "__call__",
-        lambda app, *request: faults.answer(functools.partial(plain, app), *request),
-    )
+def faulty(s3: None, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[type[FaultyProxy]]:
+    """Put the proxy in front of the S3 server; without faults until `probability` is set."""
+    import os
+
+    host, _, port = os.environ["AWS_ENDPOINT_URL"].removeprefix("http://").partition(":")
+    FaultyProxy.upstream = (host, int(port))
+    FaultyProxy.probability = 0.0
+    FaultyProxy.chance = random.Random(0)
+    FaultyProxy.injected.clear()
+    FaultyProxy.kinds = FAULTS
+    server = ThreadingHTTPServer(("127.0.0.1", 0), FaultyProxy)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-    patient = {"read_timeout": 0.25, "retries": {"max_attempts": 0}}
-    monkeypatch.setitem(fsspec.config.conf, "s3", {"config_kwargs": patient})
+    monkeypatch.setitem(
+        fsspec.config.conf,
+        "s3",
+        {"config_kwargs": {"read_timeout": 0.25, "retries": {"max_attempts": 0}}},
+    )
     monkeypatch.setattr(retrying, "FIRST_PAUSE_S", 0.005)
     monkeypatch.setattr(retrying, "_LONGEST_PAUSE_S", 0.1)
     monkeypatch.setattr(S3FileSystem, "retries", 2)  # the pauses of the clients cannot be set
     S3FileSystem.clear_instance_cache()
-    return faults
+    yield FaultyProxy
+    FaultyProxy.probability = 0.0
+    server.shutdown()
+    server.server_close()
 
 
 def upload_model(folder: Path) -> None:
@@ -113,43 +178,74 @@ def download_run(uri: str, target: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_hundred_faults_and_no_shot_lost(faulty: Faults, job: Jobs) -> None:
+def test_two_hundred_faults_and_no_shot_lost(
+    faulty: type[FaultyProxy],
+    model_folders: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     options = {"pruning__num_shots": 3, "output__exports": ["masked"]}
-    sound = job(options, folder="sound").uri
-    upload_model(job.models["llama"])
-    files.put_file("s3://bucket/text.txt", job.folder / "sound/text.txt")
-    options |= {"model__source": "s3://bucket/model", "calibration__source": "s3://bucket/text.txt"}
-    written = ""
+    assert run(tmp_path / "sound", model_folders["llama"], **options) == 0
+    upload_model(model_folders["llama"])
     number = 0
     while sum(faulty.injected.values()) < NUM_FAULTS:
         number += 1
         uri = f"s3://bucket/runs/{number}"
+        text = tmp_path / "sound/text.txt"
+        files.put_file("s3://bucket/text.txt", text)
+        changes: dict[str, Any] = {
+            "model__source": "s3://bucket/model",
+            "output__uri": uri,
+            "calibration__source": "s3://bucket/text.txt",
+        }
+        if number > 1:  # one export is enough, the fresh process that reloads it takes long
+            changes["output__exports"] = []
+        spec = tiny_spec(
+            tmp_path / f"run-{number}", model_folders["llama"], **{**options, **changes}
+        )
         faulty.probability = 0.6
-        done = job(options, folder=f"run-{number}", output__uri=uri)
+        assert main([str(spec)]) == 0
         faulty.probability = 0.0
-        download_run(uri, done.uri)
+        download_run(uri, tmp_path / f"came-{number}")
         for shot in (1, 2, 3):
-            assert_same_shot(sound, done.uri, shot)
-        assert len(done.shots) == 3
-        assert [event["shot"] for event in done.events if event["step"] == "commit"] == [1, 2, 3]
-        paths = list((sound / "export/masked").glob("*.safetensors"))
-        assert len(paths) == ("output__exports" in options)
-        for path in paths:
-            mine = load_file(done.uri / "export/masked" / path.name)
-            expected = load_file(path)
-            assert mine.keys() == expected.keys()
-            assert all(torch.equal(mine[key], expected[key]) for key in expected)
-        written += done.out + done.error
-    assert faulty.injected.keys() == FAULTS.keys()
-    for path in job.folder.glob("run-*/run/**/*"):
-        written += path.read_text(errors="ignore") if path.is_file() else ""
-    assert SECRET not in written
+            assert_same_shot(tmp_path / "sound/run", tmp_path / f"came-{number}", shot)
+        assert len(report_of(tmp_path / f"came-{number}")["shots"]) == 3
+        events = [
+            json.loads(line)
+            for line in (tmp_path / f"came-{number}/events.jsonl").read_text().splitlines()
+        ]
+        assert [event["shot"] for event in events if event["step"] == "commit"] == [1, 2, 3]
+        names = (
+            [path.name for path in (tmp_path / "sound/run/export/masked").glob("*.safetensors")]
+            if number == 1
+            else []
+        )
+        assert names or number > 1
+        for name in names:
+            mine, sound = (
+                load_file(folder / "export/masked" / name)
+                for folder in (tmp_path / f"came-{number}", tmp_path / "sound/run")
+            )
+            assert mine.keys() == sound.keys()
+            assert all(torch.equal(mine[key], sound[key]) for key in sound)
+    assert set(faulty.injected) == set(FAULTS)
+    out = capsys.readouterr()
+    written = "".join(
+        path.read_text(errors="ignore") for path in tmp_path.glob("came-*/**/*") if path.is_file()
+    )
+    assert SECRET not in written + out.out + out.err
 
 
 def test_a_store_that_stays_away_ends_the_run_and_keeps_its_shots(
-    faulty: Faults, job: Jobs, monkeypatch: pytest.MonkeyPatch
+    faulty: type[FaultyProxy],
+    model_folders: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(retrying, "PATIENCE_S", 1.0)
+    options = {"pruning__num_shots": 3, "output__uri": "s3://bucket/run"}
+    spec = tiny_spec(tmp_path, model_folders["llama"], **options)
     put = tensor_files.write
 
     def put_and_fail(uri: str, tensors: Any) -> int:
@@ -158,25 +254,26 @@ def test_a_store_that_stays_away_ends_the_run_and_keeps_its_shots(
             faulty.kinds = ("503", "reset")
         return put(uri, tensors)
 
-    options = {"output__uri": "s3://bucket/run"}
-    with monkeypatch.context() as patch:
-        patch.setattr(tensor_files, "write", put_and_fail)
-        error = job(options, code=1).error
+    monkeypatch.setattr(tensor_files, "write", put_and_fail)
+    assert main([str(spec)]) == 1
+    error = capsys.readouterr().err
     assert "failed: " in error
     assert "--resume" in error
     faulty.probability = 0.0
+    monkeypatch.setattr(tensor_files, "write", put)
     assert files.exists("s3://bucket/run/shots/0002/shard-0001.safetensors"), (
         "the second shot is half written"
     )
     assert not files.exists("s3://bucket/run/shots/0002/manifest.json")
-    assert "resumed_after_shot=1" in job(options, "--resume").out
-    sound = job({}, folder="sound")
-    download_run("s3://bucket/run", job.folder / "came")
-    assert_same_shot(sound.uri, job.folder / "came", 2)
+    assert main([str(spec), "--resume"]) == 0
+    assert "resumed_after_shot=1" in capsys.readouterr().out
+    assert run(tmp_path / "sound", model_folders["llama"], pruning__num_shots=3) == 0
+    download_run("s3://bucket/run", tmp_path / "came")
+    assert_same_shot(tmp_path / "sound/run", tmp_path / "came", 3)
 
 
 def test_records_of_steps_wait_for_a_store_that_is_away(
-    faulty: Faults, monkeypatch: pytest.MonkeyPatch
+    faulty: type[FaultyProxy], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Hours of work are not lost for them. A try that has begun meanwhile is noticed once the store
     is back.
@@ -200,7 +297,9 @@ def test_records_of_steps_wait_for_a_store_that_is_away(
         run.add_event({"step": "costs", "number": 3})
 
 
-def test_refusals_are_not_tried_again(faulty: Faults, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refusals_are_not_tried_again(
+    faulty: type[FaultyProxy], monkeypatch: pytest.MonkeyPatch
+) -> None:
     pauses: list[float] = []
     monkeypatch.setattr(retrying, "sleep", pauses.append)
     with pytest.raises(FileNotFoundError):
@@ -211,7 +310,9 @@ def test_refusals_are_not_tried_again(faulty: Faults, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("code", ["IncompleteBody", "BadDigest"])
-def test_damaged_uploads_are_tried_again(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uploads_that_were_damaged_on_the_way_are_tried_again(
+    code: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """s3fs tells them as it tells requests that make no sense."""
     monkeypatch.setattr(retrying, "sleep", lambda seconds: None)
     calls: list[str] = []
@@ -255,21 +356,28 @@ def test_patience_counts_from_the_first_failure(monkeypatch: pytest.MonkeyPatch)
     assert len(calls) == 1
 
 
-def test_large_files_in_parts(s3: None, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("s3fs.core.calculate_chunksize", lambda size, chunksize=None: 5 * 2**20)
-    uri = "s3://bucket/large.safetensors"
-    large = torch.arange(3_000_000, dtype=torch.float32)
-    assert tensor_files.write(uri, {"large": large}) == files.size_bytes(uri)
-    filesystem, path = files.open_filesystem(uri)
+def test_large_files_go_in_parts_and_come_back_whole(s3: None, cache: Path) -> None:
+    tensors = {"large": torch.arange(30_000_000, dtype=torch.float32)}
+    size = tensor_files.write("s3://bucket/large.safetensors", tensors)
+    assert size > 100 * 2**20
+    assert files.size_bytes("s3://bucket/large.safetensors") == size
+    filesystem, path = files.open_filesystem("s3://bucket/large.safetensors")
     assert filesystem.info(path)["ETag"].strip('"').endswith("-3"), (
         "an object of three parts says so in its tag"
     )
-    assert torch.equal(tensor_files.read(uri)["large"], large)
+    assert torch.equal(
+        tensor_files.read("s3://bucket/large.safetensors")["large"], tensors["large"]
+    )
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
-def test_a_disk_that_is_full(number: int, job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or forbidden: it is said, and the shot before stays."""
+def test_a_full_or_forbidden_disk_is_said_and_the_shot_before_stays(
+    number: int,
+    model_folders: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     replace = os.replace
 
     def full(source: Path, target: Path) -> None:
@@ -277,11 +385,24 @@ def test_a_disk_that_is_full(number: int, job: Jobs, monkeypatch: pytest.MonkeyP
             raise OSError(number, os.strerror(number), str(target))
         replace(source, target)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", full)
-        failed = job(code=1)
-    for part in (os.strerror(number), "masks-0001.safetensors", "--resume"):
-        assert part in failed.error
-    assert RunDirectory(str(failed.uri)).committed_indices() == [1]
-    assert not list(failed.uri.rglob(".writing-*")), "scratch files stay behind"
-    assert "resumed_after_shot=1" in job({}, "--resume").out
+    monkeypatch.setattr(os, "replace", full)
+    assert run(tmp_path, model_folders["llama"], pruning__num_shots=3) == 1
+    error = capsys.readouterr().err
+    assert os.strerror(number) in error
+    assert "masks-0001.safetensors" in error
+    assert "--resume" in error
+    monkeypatch.undo()
+    assert [p.name for p in sorted((tmp_path / "run/shots").glob("*/manifest.json"))] == [
+        "manifest.json"
+    ]
+    assert not list((tmp_path / "run").rglob(".writing-*")), "scratch files stay behind"
+    assert run(tmp_path, model_folders["llama"], "--resume", pruning__num_shots=3) == 0
+    assert "resumed_after_shot=1" in capsys.readouterr().out
+
+
+def test_a_truly_full_disk(tmp_path: Path) -> None:
+    """What the library that writes tensors says of one becomes an OSError with the file's name."""
+    if not Path("/dev/full").is_char_device():
+        pytest.skip("there is no /dev/full here")
+    with pytest.raises(OSError, match="No space left on device"), open("/dev/full", "w") as file:
+        file.write("x" * 10000)
