@@ -4,8 +4,6 @@ metrics, two at once.
 
 from __future__ import annotations
 
-import functools
-import json
 import os
 import re
 import secrets
@@ -16,7 +14,7 @@ import sys
 import tempfile
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,11 +23,12 @@ from ray.job_submission import JobSubmissionClient
 from ray.util import get_node_ip_address
 
 from tests.integration.runs import (
+    ONE,
+    Done,
+    Jobs,
     assert_same_shot,
     overflowing_model,
     report_of,
-    run,
-    tiny_spec,
     wait_for,
 )
 
@@ -53,59 +52,24 @@ class Head:
     own.
     """
 
-    gcs: str
-    dashboard: str
+    jobs: JobSubmissionClient
     client: str
     metrics: str
     environment: Mapping[str, str]
 
-    @functools.cached_property
-    def jobs(self) -> JobSubmissionClient:
-        """What the command line uses too, without a process for each question."""
-        with pytest.MonkeyPatch.context() as patch:
-            for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
-                patch.setenv(name, self.environment[name])
-            return JobSubmissionClient(
-                self.dashboard,
-                headers={"Authorization": f"Bearer {self.environment['RAY_AUTH_TOKEN']}"},
-            )
-
-    def ended(self, name: str) -> str:
-        """Wait for the end of a job and return its status and message."""
-        wait_for(lambda: self.jobs.get_job_status(name).is_terminal())
-        return f"{self.jobs.get_job_status(name)} {self.jobs.get_job_info(name).message}"
-
-    def call(
-        self, command: Sequence[str], timeout: float = 300
-    ) -> subprocess.CompletedProcess[str]:
-        """Run a program with what it needs to reach this cluster."""
-        return subprocess.run(
-            command,
-            cwd=ROOT,
-            env=dict(self.environment),
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
+    def submit(self, name: str, spec: Path, *arguments: str) -> None:
+        """Submit as `ray job submit` of the README does."""
+        self.jobs.submit_job(
+            submission_id=name,
+            entrypoint=" ".join(["python -m ray_surgeon.pipeline", str(spec), *arguments]),
+            runtime_env={"working_dir": str(ROOT)},
         )
 
-    def ray(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [
-            str(Path(sys.executable).parent / "ray"),
-            *arguments[:2],
-            "--address",
-            self.dashboard,
-            *arguments[2:],
-        ]
-        return self.call(command)
-
-    def submit(
-        self, name: str, spec: Path, *arguments: str, wait: bool = True
-    ) -> subprocess.CompletedProcess[str]:
-        """Submit as README says, and follow the logs."""
-        options = ["--submission-id", name, *([] if wait else ["--no-wait"])]
-        entrypoint = ["--", "python", "-m", "ray_surgeon.pipeline", str(spec), *arguments]
-        return self.ray("job", "submit", *options, "--working-dir", ".", *entrypoint)
+    def ended(self, name: str) -> tuple[str, str]:
+        """Wait for the end of a job and return its status and message, and its logs."""
+        wait_for(lambda: self.jobs.get_job_status(name).is_terminal())
+        message = f"{self.jobs.get_job_status(name)} {self.jobs.get_job_info(name).message}"
+        return message, self.jobs.get_job_logs(name)
 
 
 @pytest.fixture(scope="module")
@@ -114,8 +78,8 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     # as Ray itself does on a user's machine
-    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
-    environment["RAY_metrics_report_interval_ms"] = "500"
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
+    environment |= token | {"RAY_metrics_report_interval_ms": "500"}
     environment["GRPC_ENABLE_FORK_SUPPORT"] = "0"  # as docs/clusters.md says for Ray clients
     options = {
         "port": gcs,
@@ -124,41 +88,31 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         "metrics-export-port": metrics,
         "dashboard-agent-listen-port": agent,
         "num-cpus": 4,
+        "include-dashboard": "true",
+        # Jobs find the cluster in its temporary folder: in a shared one they would go to whichever
+        # cluster of a test started last. Short, because sockets lie in it.
+        "temp-dir": tempfile.mkdtemp(prefix="ray-", dir="/tmp"),
     }
-    command = [
-        str(Path(sys.executable).parent / "ray"),
-        "start",
-        "--head",
-        "--block",
-        "--include-dashboard=true",
-    ]
+    command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block"]
     command += [f"--{name}={value}" for name, value in options.items()]
-    # Jobs find the cluster in its temporary folder: in a shared one they would go to whichever
-    # cluster of a test started last.
-    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short, because sockets lie in it
-    command.append(f"--temp-dir={folder}")
     log = tmp_path_factory.mktemp("head") / "log"
     with open(log, "w") as file:
         process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
     host = get_node_ip_address()
-    addresses = (
-        f"{host}:{gcs}",
-        f"http://127.0.0.1:{dashboard}",
-        f"ray://{host}:{client}",
-        f"http://{host}:{metrics}/metrics",
-    )
+    address = f"http://127.0.0.1:{dashboard}"
     try:
-        wait_for(
-            lambda: (
-                answers(f"http://127.0.0.1:{dashboard}/api/version") or process.poll() is not None
-            )
-        )
+        wait_for(lambda: answers(f"{address}/api/version") or process.poll() is not None)
         assert process.poll() is None, log.read_text()
-        yield Head(*addresses, environment)
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in token.items():
+                patch.setenv(name, value)
+            headers = {"Authorization": f"Bearer {token['RAY_AUTH_TOKEN']}"}
+            jobs = JobSubmissionClient(address, headers=headers)
+        yield Head(jobs, f"ray://{host}:{client}", f"http://{host}:{metrics}/metrics", environment)
     finally:
         process.terminate()
         process.wait(60)
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(str(options["temp-dir"]), ignore_errors=True)
 
 
 def answers(url: str) -> bool:
@@ -172,43 +126,29 @@ def answers(url: str) -> bool:
 
 
 @pytest.mark.slow
-def test_two_jobs_at_once_do_not_disturb_each_other(
-    head: Head, model_folders: dict[str, Path], tmp_path: Path
-) -> None:
+def test_two_jobs_at_once_do_not_disturb_each_other(head: Head, job: Jobs) -> None:
     """One fails, the other one succeeds, and its shots are those of a run in this process."""
-    broken = overflowing_model(model_folders["llama"], tmp_path / "model")
-    assert (
-        head.submit("fails", tiny_spec(tmp_path / "fails", broken, **ON_RAY), wait=False).returncode
-        == 0
-    )
-    done = head.submit(
-        "succeeds",
-        tiny_spec(
-            tmp_path / "succeeds", model_folders["llama"], **ON_RAY, output__exports=["masked"]
-        ),
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"shot 2/2 +commit", done.stdout)
-    assert "report.html and report.json" in done.stdout
-    assert "Job 'succeeds' succeeded" in done.stdout
-    assert run(tmp_path / "here", model_folders["llama"], cluster__num_shards=2) == 0
+    broken = overflowing_model(job.models["llama"], job.folder / "model")
+    head.submit("fails", job.spec(ON_RAY, "fails", model=broken))
+    head.submit("succeeds", job.spec(ON_RAY, "succeeds", output__exports=["masked"]))
+    ended, logs = head.ended("succeeds")
+    assert "SUCCEEDED" in ended
+    assert re.search(r"shot 2/2 +commit", logs)
+    assert "report.html and report.json" in logs
+    here = job({"cluster__num_shards": 2}, folder="here")
     for shot in (1, 2):
-        assert_same_shot(tmp_path / "here/run", tmp_path / "succeeds/run", shot)
-    ended = head.ended("fails")
-    logs = head.jobs.get_job_logs("fails")
+        assert_same_shot(here.uri, job.folder / "succeeds/run", shot)
+    ended, logs = head.ended("fails")
     assert "failed: the loss on the evaluation text is not a number" in logs
     assert "--resume" in logs
     assert "exit code 1" in ended
 
 
-def test_a_job_with_a_bad_spec(head: Head, model_folders: dict[str, Path], tmp_path: Path) -> None:
-    done = head.submit(
-        "bad-spec",
-        tiny_spec(tmp_path, model_folders["llama"], **ON_RAY, pruning__target_sparsity=3),
-    )
-    assert done.returncode == 1
-    assert "pruning.target_sparsity: Input should be less than 1 (got 3)" in done.stdout
-    assert "exit code 2" in head.ended("bad-spec")
+def test_a_job_with_a_bad_spec(head: Head, job: Jobs) -> None:
+    head.submit("bad-spec", job.spec(ON_RAY, pruning__target_sparsity=3))
+    ended, logs = head.ended("bad-spec")
+    assert "pruning.target_sparsity: Input should be less than 1 (got 3)" in logs
+    assert "exit code 2" in ended
 
 
 def metrics_of(head: Head, run: str) -> dict[str, float]:
@@ -223,57 +163,46 @@ def metrics_of(head: Head, run: str) -> dict[str, float]:
     return values
 
 
-def test_a_job_that_is_watched_and_stopped_and_goes_on(
-    head: Head, model_folders: dict[str, Path], tmp_path: Path
-) -> None:
-    spec = tiny_spec(
-        tmp_path, model_folders["llama"], **ON_RAY, name="watched", pruning__num_shots=8
-    )
-    assert head.submit("stops", spec, wait=False).returncode == 0
+def test_a_job_that_is_watched_and_stopped_and_goes_on(head: Head, job: Jobs) -> None:
+    spec = job.spec(ON_RAY, name="watched", pruning__num_shots=6)
+    head.submit("stops", spec)
     wait_for(lambda: metrics_of(head, "watched").get("shot", 0) >= 2)
     values = metrics_of(head, "watched")
-    head.ray("job", "stop", "stops")
-    assert "STOPPED" in head.ended("stops")
-    assert "interrupted; continue with: python -m ray_surgeon.pipeline" in head.jobs.get_job_logs(
-        "stops"
-    )
+    head.jobs.stop_job("stops")
+    ended, logs = head.ended("stops")
+    assert "STOPPED" in ended
+    assert "interrupted; continue with: python -m ray_surgeon.pipeline" in logs
 
-    assert values["num_shots"] == 8
-    events = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
+    events = Done(job.folder / "run", "", "").events
     told = [event["facts"]["perplexity docs"] for event in events if event["step"] == "evaluation"]
     assert any(values["perplexity docs"] == pytest.approx(perplexity) for perplexity in told)
+    assert values["num_shots"] == 6
     assert {
         "sparsity",
         "tokens_per_s",
         "parameters",
         "peak_rss_bytes",
         "steps_total curvature",
+        "step_seconds update",
+        "efficiency curvature",
+        "worker_busy_seconds curvature 0",
+        "worker_busy_seconds curvature 1",
     } <= values.keys()
-    assert {"step_seconds update", "efficiency curvature"} <= values.keys()
-    assert {"worker_busy_seconds curvature 0", "worker_busy_seconds curvature 1"} <= values.keys()
 
-    done = head.submit("goes-on", spec, "--resume")
-    assert done.returncode == 0, done.stdout
-    assert re.search(r"resumed_after_shot=[1-9]", done.stdout)
-    assert len(report_of(tmp_path / "run")["shots"]) == 8
+    head.submit("goes-on", spec, "--resume")
+    ended, logs = head.ended("goes-on")
+    assert "SUCCEEDED" in ended, logs
+    assert re.search(r"resumed_after_shot=[1-9]", logs)
+    assert len(report_of(job.folder / "run")["shots"]) == 6
 
 
 @pytest.mark.slow
-def test_a_driver_outside_of_the_cluster(
-    head: Head, model_folders: dict[str, Path], tmp_path: Path
-) -> None:
+def test_a_driver_outside_of_the_cluster(head: Head, job: Jobs) -> None:
     """By a Ray client. Jobs find the cluster by RAY_ADDRESS, and the tests of losses by the address
     of the GCS.
     """
-    spec = tiny_spec(
-        tmp_path,
-        model_folders["llama"],
-        **ON_RAY,
-        cluster__address=head.client,
-        pruning__num_shots=1,
-    )
+    spec = job.spec(ON_RAY | ONE, cluster__address=head.client)
     command = [sys.executable, "-m", "ray_surgeon.pipeline", str(spec)]
-    done = head.call(command, timeout=200)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert f"running on {head.client}" in done.stdout
-    assert json.loads((tmp_path / "run/report.json").read_text())["retries"] == []
+    printed = subprocess.check_output(command, cwd=ROOT, env=head.environment, text=True)
+    assert f"running on {head.client}" in printed
+    assert report_of(job.folder / "run")["retries"] == []

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import random
 import signal
 import subprocess
 import sys
-import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -35,29 +35,22 @@ from ray_surgeon.runtime.worker import Worker
 from ray_surgeon.spec.sections import RaySection
 from ray_surgeon.stages.evaluation import CollapseError
 from tests.integration.runs import (
+    GROUPS,
+    Done,
+    Jobs,
     assert_same_shot,
     overflowing_model,
-    report_of,
-    run,
-    tiny_spec,
     wait_for,
+    windows,
 )
 
 pytestmark = pytest.mark.ray
 
-NUM_SHOTS = 6
+NUM_SHOTS = 4
 OPTIONS: dict[str, Any] = {
     "cluster__num_shards": 2,
     "pruning__num_shots": NUM_SHOTS,
-    "evaluation": [
-        {
-            "name": "docs",
-            "source": "python-docs",
-            "num_sequences": 2,
-            "sequence_length": 32,
-            "max_tokens": 3000,
-        }
-    ],
+    "evaluation": [windows("python-docs", 2, name="docs")],
 }
 ON_RAY = {
     "cluster__backend": "ray",
@@ -66,165 +59,129 @@ ON_RAY = {
 }
 
 
-def processes_of_the_run() -> dict[str, list[psutil.Process]]:
-    """Return the coordinator's and the workers' processes of Ray below this process."""
-    found: dict[str, list[psutil.Process]] = {"Coordinator": [], "Worker": []}
+KINDS = ["attention", "ffn", "experts"]
+MIXTURE = OPTIONS | GROUPS | {"model": "qwen2_moe", "pruning__groups": KINDS}
+KILLED = signal.SIGKILL
+STOPPED = signal.SIGSTOP
+
+
+def processes_of_the_run(kind: str) -> list[psutil.Process]:
+    """Return the processes of Ray below this one that are a `Coordinator` or a `Worker`."""
+    found = []
     for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            title = (process.cmdline() or [""])[0]
-            for kind in found:
-                if title.startswith(f"ray::{kind}"):
-                    found[kind].append(process)
+        with contextlib.suppress(psutil.NoSuchProcess, IndexError):
+            if process.cmdline()[0].startswith(f"ray::{kind}"):
+                found.append(process)
     return found
 
 
-class Disturber(threading.Thread):
-    """Waits until a run has so many events, and sends a process of it a signal."""
-
-    def __init__(self, kind: str, sent: signal.Signals, uri: Path, num_events: int) -> None:
-        super().__init__(daemon=True)
-        self.kind = kind
-        self.sent = sent
-        self.events = uri / "events.jsonl"
-        self.num_events = num_events
-        # of a run that has ended, on their way out
-        self.before = {process.pid for process in processes_of_the_run()[kind]}
-        self.hit: psutil.Process | None = None
-
-    def run(self) -> None:
-        wait_for(
-            lambda: (
-                self.events.exists()
-                and len(self.events.read_text().splitlines()) >= self.num_events
-            )
-        )
-        self.hit = next(
-            process
-            for process in reversed(processes_of_the_run()[self.kind])
-            if process.pid not in self.before
-        )
-        self.hit.send_signal(self.sent)
-
-
-MIXTURE = OPTIONS | {
-    "pruning__structure": "groups",
-    "pruning__width_multiple": 8,
-    "pruning__groups": ["attention", "ffn", "experts"],
-    "pruning__target_sparsity": 0.3,
-}
-
-
-def disturb(
-    kind: str,
-    sent: signal.Signals,
-    num_events: int,
-    folder: Path,
-    cluster: Cluster,
-    model: Path,
-    undisturbed: Path,
-    options: dict[str, Any] = OPTIONS,
-) -> None:
-    """Run with one loss for certain, which the run must have seen, and compare the result."""
-    disturber = Disturber(kind, sent, folder / "run", num_events)
-    disturber.start()
-    assert run(folder, model, **options, **ON_RAY, cluster__address=cluster.address) == 0
-    disturber.join()
-    assert disturber.hit is not None, "the run was over before the loss"
-    for shot in range(1, NUM_SHOTS + 1):
-        assert_same_shot(undisturbed, folder / "run", shot)
-    assert len(report_of(folder / "run")["shots"]) == NUM_SHOTS
-    if sent == signal.SIGSTOP:
-        gone, alive = psutil.wait_procs([disturber.hit], timeout=30)
-        assert gone, f"{alive} is stopped and still there: it could go on and write"
-    assert retries(folder / "run") == ["worker" if kind == "Worker" else "coordinator"]
+def events_of(uri: Path) -> list[dict[str, Any]]:
+    return Done(uri, "", "").events if (uri / "events.jsonl").exists() else []
 
 
 def retries(uri: Path) -> list[str]:
     """Return the causes of the retries of a run."""
-    lines = (
-        (uri / "events.jsonl").read_text().splitlines() if (uri / "events.jsonl").exists() else []
-    )
-    return [event["facts"]["cause"] for event in map(json.loads, lines) if event["step"] == "retry"]
+    return [event["facts"]["cause"] for event in events_of(uri) if event["step"] == "retry"]
+
+
+@contextlib.contextmanager
+def disturbed(
+    kind: str, sent: signal.Signals, uri: Path, num_events: int
+) -> Iterator[Future[psutil.Process]]:
+    """Send one process of the run that is made meanwhile a signal, when it has so many events."""
+    earlier = processes_of_the_run(kind)  # of a run that has ended, on their way out
+
+    def disturb() -> psutil.Process:
+        wait_for(lambda: len(events_of(uri)) >= num_events)
+        hit = [process for process in processes_of_the_run(kind) if process not in earlier][-1]
+        hit.send_signal(sent)
+        return hit
+
+    with ThreadPoolExecutor(1) as thread:
+        yield thread.submit(disturb)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, Path]) -> Path:
-    folder = tmp_path_factory.mktemp("undisturbed")
-    assert run(folder, model_folders["llama"], **OPTIONS) == 0
-    return folder / "run"
+    return Jobs(model_folders, tmp_path_factory.mktemp("undisturbed"))(OPTIONS).uri
+
+
+def assert_survived(
+    job: Jobs,
+    options: dict[str, Any],
+    expected: Path,
+    kind: str,
+    sent: signal.Signals,
+    num_events: int,
+) -> None:
+    """Run with one loss for certain, which the run must have seen, and compare the result."""
+    with disturbed(kind, sent, job.folder / "run", num_events) as disturber:
+        done = job(options)
+    hit = disturber.result()
+    for shot in range(1, NUM_SHOTS + 1):
+        assert_same_shot(expected, done.uri, shot)
+    assert len(done.shots) == NUM_SHOTS
+    if sent == STOPPED:
+        gone, alive = psutil.wait_procs([hit], timeout=30)
+        assert gone, f"{alive} is stopped and still there: it could go on and write"
+    assert retries(done.uri) == [kind.lower()]
+
+
+@pytest.fixture
+def on_ray(cluster: Cluster) -> dict[str, Any]:
+    return OPTIONS | ON_RAY | {"cluster__address": cluster.address}
 
 
 @pytest.mark.parametrize(
     ("kind", "sent"),
     [
-        ("Worker", signal.SIGKILL),
-        ("Coordinator", signal.SIGSTOP),
-        pytest.param("Worker", signal.SIGSTOP, marks=pytest.mark.slow),
-        pytest.param("Coordinator", signal.SIGKILL, marks=pytest.mark.slow),
+        ("Worker", KILLED),
+        ("Coordinator", STOPPED),
+        pytest.param("Worker", STOPPED, marks=pytest.mark.slow),
+        pytest.param("Coordinator", KILLED, marks=pytest.mark.slow),
     ],
 )
 def test_a_lost_process(
-    kind: str,
-    sent: signal.Signals,
-    cluster: Cluster,
-    undisturbed: Path,
-    model_folders: dict[str, Path],
-    tmp_path: Path,
+    kind: str, sent: signal.Signals, on_ray: dict[str, Any], undisturbed: Path, job: Jobs
 ) -> None:
-    disturb(kind, sent, 4, tmp_path, cluster, model_folders["llama"], undisturbed)
+    assert_survived(job, on_ray, undisturbed, kind, sent, 4)
 
 
 @pytest.mark.slow
-def test_a_lost_worker_of_a_mixture(
-    cluster: Cluster, model_folders: dict[str, Path], tmp_path: Path
-) -> None:
+def test_a_lost_worker_of_a_mixture(on_ray: dict[str, Any], job: Jobs) -> None:
     """Heads, channels and experts go; routers go around the same experts after the loss."""
-    assert run(tmp_path / "undisturbed", model_folders["qwen2_moe"], **MIXTURE) == 0
-    assert any(shot["experts_removed"] for shot in report_of(tmp_path / "undisturbed/run")["shots"])
-    disturb(
-        "Worker",
-        signal.SIGKILL,
-        9,
-        tmp_path,
-        cluster,
-        model_folders["qwen2_moe"],
-        tmp_path / "undisturbed/run",
-        MIXTURE,
-    )
+    expected = job(MIXTURE, folder="undisturbed")
+    assert any(shot["experts_removed"] for shot in expected.shots)
+    assert_survived(job, on_ray | MIXTURE, expected.uri, "Worker", KILLED, 9)
 
 
-def test_a_lost_machine(undisturbed: Path, model_folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_lost_machine(undisturbed: Path, job: Jobs) -> None:
     """Of two machines with a worker each one goes, and later another one comes."""
     two = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    uri = job.folder / "run"
     try:
         # another address, or the driver might attach to it and be lost too
         lost = two.add_node(num_cpus=1, node_ip_address="127.0.0.2")
         two.wait_for_nodes()
-        options = {
-            **OPTIONS,
-            **ON_RAY,
-            "cluster__address": two.address,
-            "cluster__start_timeout_s": 120.0,
-            "cluster__ping_timeout_s": 40.0,
-        }
-        spec = tiny_spec(tmp_path, model_folders["llama"], **options)
+        patience = {"cluster__start_timeout_s": 120.0, "cluster__ping_timeout_s": 40.0}
+        spec = job.spec(OPTIONS | ON_RAY | patience, cluster__address=two.address)
         process = subprocess.Popen(
             [sys.executable, "-m", "ray_surgeon.pipeline", str(spec)],
             stderr=subprocess.PIPE,
             text=True,
         )
-        wait_for(lambda: len(processes_of_the_run()["Worker"]) == 2)
+        wait_for(lambda: len(processes_of_the_run("Worker")) == 2)
         time.sleep(1.0)
         two.remove_node(lost, allow_graceful=False)
-        wait_for(lambda: retries(tmp_path / "run"))
+        wait_for(lambda: retries(uri))
         two.add_node(num_cpus=1, node_ip_address="127.0.0.3")
         _, errors = process.communicate(timeout=200)
         assert process.returncode == 0, errors
     finally:
         two.shutdown()
     for shot in range(1, NUM_SHOTS + 1):
-        assert_same_shot(undisturbed, tmp_path / "run", shot)
-    assert retries(tmp_path / "run") == ["node"]
+        assert_same_shot(undisturbed, uri, shot)
+    assert retries(uri) == ["node"]
 
 
 def _hold(worker: Worker, seconds: float) -> int:
@@ -291,56 +248,26 @@ def test_what_does_not_answer_is_a_worker_or_its_machine(
 
 @pytest.mark.chaos
 @pytest.mark.parametrize("number", range(50))
-def test_chaos(
-    number: int, cluster: Cluster, undisturbed: Path, model_folders: dict[str, Path], tmp_path: Path
-) -> None:
+def test_chaos(number: int, on_ray: dict[str, Any], undisturbed: Path, job: Jobs) -> None:
     chance = random.Random(number)
     kind = chance.choice(["Worker", "Worker", "Coordinator"])
-    sent = chance.choice([signal.SIGKILL, signal.SIGSTOP])
-    disturb(
-        kind,
-        sent,
-        chance.randint(1, 6 * NUM_SHOTS - 8),
-        tmp_path,
-        cluster,
-        model_folders["llama"],
-        undisturbed,
-    )
+    sent = chance.choice([KILLED, STOPPED])
+    assert_survived(job, on_ray, undisturbed, kind, sent, chance.randint(1, 6 * NUM_SHOTS - 8))
 
 
-def test_a_run_gives_up_and_says_what_to_do(
-    cluster: Cluster,
-    model_folders: dict[str, Path],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    disturber = Disturber("Worker", signal.SIGKILL, tmp_path / "run", 4)
-    disturber.start()
-    options = {
-        **OPTIONS,
-        **ON_RAY,
-        "cluster__address": cluster.address,
-        "cluster__retries": {"worker": 0},
-        "pruning__num_shots": 100,
-    }
-    assert run(tmp_path, model_folders["llama"], **options) == 1
-    error = capsys.readouterr().err
+def test_a_run_gives_up_and_says_what_to_do(on_ray: dict[str, Any], job: Jobs) -> None:
+    options = {"cluster__retries": {"worker": 0}, "pruning__num_shots": 100}
+    with disturbed("Worker", KILLED, job.folder / "run", 4):
+        error = job(on_ray | options, code=1).error
     assert "cluster.retries.worker allows 0" in error
     assert "--resume" in error
-    disturber.join()
 
 
-def test_errors_of_the_work_are_not_retried(
-    cluster: Cluster,
-    model_folders: dict[str, Path],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    broken = overflowing_model(model_folders["llama"], tmp_path / "model")
-    assert run(tmp_path, broken, **OPTIONS, **ON_RAY, cluster__address=cluster.address) == 1
-    captured = capsys.readouterr()
-    assert "continuing from" not in captured.out
-    assert "failed: the loss on the evaluation text is not a number" in captured.err
+def test_errors_of_the_work_are_not_retried(on_ray: dict[str, Any], job: Jobs) -> None:
+    broken = overflowing_model(job.models["llama"], job.folder / "model")
+    failed = job(on_ray, model=broken, code=1)
+    assert "continuing from" not in failed.out
+    assert "failed: the loss on the evaluation text is not a number" in failed.error
 
 
 @pytest.mark.parametrize(

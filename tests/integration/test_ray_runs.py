@@ -31,7 +31,8 @@ from ray_surgeon.spec.parsing import parse_spec
 from ray_surgeon.spec.sections import ModelSection, RaySection
 from ray_surgeon.storage.files import list_names
 from tests.conftest import LAYOUTS
-from tests.integration.runs import assert_same_shot, report_of, run, tiny_spec
+from tests.integration import runs
+from tests.integration.runs import Jobs, assert_same_shot
 
 pytestmark = pytest.mark.ray
 
@@ -45,30 +46,20 @@ def on_ray(cluster: Cluster) -> dict[str, Any]:
     return {"cluster__backend": "ray", "cluster__address": cluster.address}
 
 
-def test_ray_equals_local(cluster: Cluster, model_folders: dict[str, Path], tmp_path: Path) -> None:
+def test_ray_equals_local(cluster: Cluster, job: Jobs) -> None:
     """Three shards, on Ray from disk and in waves; two replicas are in the test after this one."""
-    options: dict[str, Any] = {"cluster__num_shards": 3}
-    assert run(tmp_path / "local", model_folders["llama"], **options) == 0
-    others = {
-        "output__exports": ["masked"],
-        "memory__weights": "disk",
-        "memory__factors": "disk",
-        "memory__wave": 2,
-    }
-    assert (
-        run(tmp_path / "ray", model_folders["llama"], **options, **others, **on_ray(cluster)) == 0
-    )
+    options = runs.GREEDY | {"cluster__num_shards": 3}
+    local = job(options, folder="local")
+    others = runs.DISK | runs.MASKED | {"memory__wave": 2}
+    there = job(options | others | on_ray(cluster), folder="ray")
     for shot in (1, 2):
-        assert_same_shot(tmp_path / "local/run", tmp_path / "ray/run", shot)
-    local = report_of(tmp_path / "local/run")
-    there = report_of(tmp_path / "ray/run")
-    assert [s["perplexity"] for s in there["shots"]] == [s["perplexity"] for s in local["shots"]]
-    assert there["exports"][0]["reload_max_logit_difference"] < 1e-4
-    assert "model.safetensors.index.json" in list_names(str(tmp_path / "ray/run/export/masked"))
+        assert_same_shot(local.uri, there.uri, shot)
+    assert [s["perplexity"] for s in there.shots] == [s["perplexity"] for s in local.shots]
+    assert there.report["exports"][0]["reload_max_logit_difference"] < 1e-4
+    assert "model.safetensors.index.json" in list_names(str(there.uri / "export/masked"))
     assert not ray.is_initialized()
 
 
-GROUPS = {"pruning__structure": "groups", "pruning__width_multiple": 8}
 FEATURES: dict[str, tuple[str, dict[str, Any]]] = {
     "corrections": (
         "llama",
@@ -78,10 +69,10 @@ FEATURES: dict[str, tuple[str, dict[str, Any]]] = {
             "calibration__mix": [{"source": "self"}],
         },
     ),
-    "blocks": ("llama", {"pruning__method": "sparsegpt", "pruning__structure": "element"}),
-    "experts": ("qwen3_moe", GROUPS | {"pruning__groups": ["expert_channels", "experts"]}),
-    "search": ("llama", GROUPS | {"pruning__search": {"num_sequences": 3}}),
-    "reconstruction": ("phi3", GROUPS | {"pruning__reconstruction": {"tokens_per_step": 16}}),
+    "blocks": ("llama", runs.SPARSEGPT),
+    "experts": ("qwen3_moe", runs.GROUPS | {"pruning__groups": ["expert_channels", "experts"]}),
+    "search": ("llama", runs.GROUPS | {"pruning__search": {"num_sequences": 3}}),
+    "reconstruction": ("phi3", runs.GROUPS | {"pruning__reconstruction": {"tokens_per_step": 16}}),
 }
 """Everything that moves between replicas beside the curvature pass: family and options."""
 
@@ -94,35 +85,12 @@ FEATURES: dict[str, tuple[str, dict[str, Any]]] = {
         *(pytest.param(n, marks=pytest.mark.slow) for n in ("blocks", "search", "reconstruction")),
     ],
 )
-def test_features_on_ray_equal_local(
-    name: str, cluster: Cluster, model_folders: dict[str, Path], tmp_path: Path
-) -> None:
+def test_features_on_ray_equal_local(name: str, cluster: Cluster, job: Jobs) -> None:
     family, options = FEATURES[name]
-    workers = {"cluster__num_shards": 2, "cluster__num_replicas": 2, "pruning__num_shots": 1}
-    assert run(tmp_path / "local", model_folders[family], **options, **workers) == 0
-    workers |= on_ray(cluster)
-    assert run(tmp_path / "ray", model_folders[family], **options, **workers) == 0
-    assert_same_shot(tmp_path / "local/run", tmp_path / "ray/run", 1)
-
-
-@pytest.fixture
-def connected(cluster: Cluster) -> Iterator[None]:
-    connect(cluster.address, 4)
-    yield
-    ray.shutdown()
-
-
-def test_a_connection_that_was_there_before_stays(
-    connected: None, cluster: Cluster, model_folders: dict[str, Path], tmp_path: Path
-) -> None:
-    spec = parse_spec(
-        tiny_spec(
-            tmp_path, model_folders["llama"], **on_ray(cluster), pruning__num_shots=1
-        ).read_text()
-    )
-    assert ray_surgeon.prune(spec=spec, progress=False).report["shots"]
-    assert ray.is_initialized()
-    assert ray.get(ray.remote(num_cpus=0)(lambda: 3).remote()) == 3
+    options |= runs.ONE | runs.FOUR | {"model": family}
+    local = job(options, folder="local")
+    there = job(options | on_ray(cluster), folder="ray")
+    assert_same_shot(local.uri, there.uri, 1)
 
 
 @pytest.mark.parametrize(
@@ -132,9 +100,8 @@ def test_a_connection_that_was_there_before_stays(
         ("ray client connection timeout", 1),
     ],
 )
-def test_a_cluster_that_cannot_start_what_serves_a_client_is_asked_again(
-    message: str, times: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_connecting_again(message: str, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a cluster cannot start what serves a client."""
     asked = list[str]()
 
     def fail(address: str, **options: Any) -> None:
@@ -147,18 +114,34 @@ def test_a_cluster_that_cannot_start_what_serves_a_client_is_asked_again(
     assert asked == ["ray://192.0.2.1:1"] * times
 
 
+@pytest.fixture(scope="module")
+def connected(cluster: Cluster) -> Iterator[None]:
+    connect(cluster.address, 4)
+    yield
+    ray.shutdown()
+
+
+def of_llama(num_shards: int = 1, **options: Any) -> RayCluster:
+    layout = LAYOUTS["llama"]
+    return RayCluster(layout, place(layout, num_shards, 1), RaySection(**options))
+
+
+def test_an_earlier_connection_stays(connected: None, cluster: Cluster, job: Jobs) -> None:
+    spec = parse_spec(job.spec(on_ray(cluster) | runs.ONE).read_text())
+    assert ray_surgeon.prune(spec=spec, progress=False).report["shots"]
+    assert ray.is_initialized()
+    assert ray.get(ray.remote(num_cpus=0)(lambda: 3).remote()) == 3
+
+
 def test_failures_are_seen_and_named(connected: None, model_folders: dict[str, Path]) -> None:
     """No room, a worker's error, a killed worker: each is raised where the coordinator waits."""
-    layout = LAYOUTS["llama"]
-    placement = place(layout, 2, 1)
     with pytest.raises(NoRoomError, match=r"^no room for 2 workers.*CPU \d+ free of \d+"):
-        RayCluster(layout, placement, RaySection(cpus_per_worker=1000, start_timeout_s=0.5))
-    workers = RayCluster(layout, placement, RaySection())
+        of_llama(2, cpus_per_worker=1000, start_timeout_s=0.5)
+    workers = of_llama(2)
     with pytest.raises(ValueError, match="absent"):
         workers.run_all(load, ModelRecipe(ModelSection(source="/absent/folder")), False, Stores())
-    workers.run_all(
-        load, ModelRecipe(ModelSection(source=str(model_folders["llama"]))), False, Stores()
-    )
+    recipe = ModelRecipe(ModelSection(source=str(model_folders["llama"])))
+    workers.run_all(load, recipe, False, Stores())
     usage = workers.usages()
     assert len({u.process for u in usage}) == 2
     assert all(u.peak_rss_bytes > 50 * 2**20 for u in usage)
@@ -178,21 +161,16 @@ def sleep(worker: Worker, seconds: float) -> None:
     time.sleep(seconds)
 
 
-def test_cleaning_does_not_wait_for_a_worker_inside_of_a_step(
-    connected: None, model_folders: dict[str, Path], tmp_path: Path
-) -> None:
+def test_cleaning_does_not_wait_for_a_worker_inside_of_a_step(connected: None, job: Jobs) -> None:
     """As one that waits for a failed replica. It has a file left, the other none."""
-    layout = LAYOUTS["llama"]
-    workers = RayCluster(layout, place(layout, 2, 1), RaySection(ping_timeout_s=3))
-    recipe = ModelRecipe(
-        ModelSection(source=str(model_folders["llama"])),
-        scratch=ScratchNames(str(tmp_path), "run", "try"),
-    )
+    workers = of_llama(2, ping_timeout_s=3)
+    names = ScratchNames(str(job.folder), "run", "try")
+    recipe = ModelRecipe(ModelSection(source=str(job.models["llama"])), scratch=names)
     workers.run_all(load, recipe, False, Stores())
     workers.run_all(leave_something)
     workers.submit(WorkerIndex(0, 0), sleep, 200)
     workers.clean_up()
-    left = list(tmp_path.rglob("left"))
+    left = list(job.folder.rglob("left"))
     workers.close()
     assert len(left) == 1
 
@@ -208,7 +186,7 @@ class Link:
         return given
 
 
-def test_a_loss_is_seen_through_tasks_that_needed_it(connected: None) -> None:
+def test_a_loss_through_a_task_and_threads_of_a_worker(connected: None) -> None:
     """What fails is the task of a worker that lives; what is lost is the other one."""
     actor_class: Any = ray.remote(num_cpus=0)(Link)
     first, second = (actor_class.remote() for _ in range(2))
@@ -218,7 +196,11 @@ def test_a_loss_is_seen_through_tasks_that_needed_it(connected: None) -> None:
     with pytest.raises(RayError) as caught:
         ray.get(waiting)
     assert isinstance(caught.value, RayTaskError)
-    workers = RayCluster(LAYOUTS["llama"], place(LAYOUTS["llama"], 1, 1), RaySection())
+    workers = of_llama(cpus_per_worker=2)
+    threads = workers._actors[WorkerIndex(0, 0)].__ray_call__.remote(
+        lambda worker: torch.get_num_threads()
+    )
+    assert ray.get(threads) == 2
     found = workers._as_failure(caught.value)
     workers.close()
     assert isinstance(found, WorkerFailureError)
@@ -243,29 +225,9 @@ def test_a_gpu_that_fails_is_a_lost_worker_and_a_full_disk_is_none() -> None:
     assert RayCluster._as_failure(nobody, wrong) is wrong
 
 
-def test_workers_get_their_threads_and_no_more(connected: None) -> None:
-    workers = RayCluster(
-        LAYOUTS["llama"], place(LAYOUTS["llama"], 1, 1), RaySection(cpus_per_worker=2)
-    )
-    threads = ray.get(
-        workers._actors[WorkerIndex(0, 0)].__ray_call__.remote(
-            lambda worker: torch.get_num_threads()
-        )
-    )
-    assert threads == 2
-    workers.close()
-
-
-def test_sigterm_ends_the_run_and_says_how_to_go_on(
-    model_folders: dict[str, Path], tmp_path: Path
-) -> None:
-    spec = tiny_spec(
-        tmp_path,
-        model_folders["llama"],
-        cluster__backend="ray",
-        pruning__num_shots=500,
-        pruning__target_sparsity=0.5,
-    )
+def test_sigterm_ends_the_run_and_says_how_to_go_on(job: Jobs) -> None:
+    shots = {"pruning__num_shots": 500, "pruning__target_sparsity": 0.5}
+    spec = job.spec(shots | {"cluster__backend": "ray"})
     command = [sys.executable, "-m", "ray_surgeon.pipeline", str(spec)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -282,11 +244,9 @@ def test_sigterm_ends_the_run_and_says_how_to_go_on(
     assert "\x1b[" not in output, "a log has no cursor codes"
 
 
-def test_progress_of_linears_is_seen_while_they_are_done(
-    connected: None, model_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_progress_inside_of_a_step(connected: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_cluster, "_LOOK_S", 0.2)
-    workers = RayCluster(LAYOUTS["llama"], place(LAYOUTS["llama"], 2, 1), RaySection())
+    workers = of_llama(2)
     seen: list[tuple[int, int]] = []
     workers.progress.listener = lambda: seen.append((workers.progress.done, workers.progress.total))
     workers.progress.begin(unit="linears")

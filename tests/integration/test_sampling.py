@@ -16,7 +16,7 @@ from ray_surgeon.runtime import writing
 from ray_surgeon.runtime.collectives import TensorPayload
 from ray_surgeon.runtime.worker import Worker
 from ray_surgeon.runtime.writing import Wanted, texts_together, write_texts
-from tests.conftest import CONFIGS, SPARSE_CONFIGS
+from tests.conftest import CONFIGS
 from tests.integration.runs import loaded
 
 CLUSTERS = ((1, 1), (3, 1), (2, 2))
@@ -57,40 +57,34 @@ def lists(texts: list[NDArray[np.int64]]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-def test_tokens_are_drawn_from_the_model_whatever_the_workers_are(
-    family: str, model_folders: dict[str, Path]
-) -> None:
+def test_tokens_are_drawn_from_the_model(family: str, model_folders: dict[str, Path]) -> None:
     model = AutoModelForCausalLM.from_pretrained(model_folders[family])
-    expected = [by_whole_passes(model, WANTED, number) for number in (0, 8, 9, 17)]  # 2 batches
-    for workers in CLUSTERS:
+    numbers = (0, 8, 9, 17)  # of two batches
+    expected = [by_whole_passes(model, WANTED, number) for number in numbers]
+    for workers in CLUSTERS if family == "llama" else CLUSTERS[-1:]:
         found = lists(write_texts(loaded(model_folders[family], *workers), WANTED))
         assert [len(text) for text in found] == [12] * 18
-        assert [found[number] for number in (0, 8, 9, 17)] == expected
+        assert [found[number] for number in numbers] == expected
 
 
-@pytest.mark.parametrize("family", ["llama", "opt", "gemma3", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["opt", "gemma3", "deepseek_v3"])
 def test_prompts_may_differ_in_length_and_texts_end(
     family: str, model_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writing, "TEXTS_TOGETHER", 5)
     monkeypatch.setattr(writing, "PREFILL_TOKENS", 8)
-    assert family in CONFIGS | SPARSE_CONFIGS
     model = AutoModelForCausalLM.from_pretrained(model_folders[family])
-    clusters = [loaded(model_folders[family], *workers) for workers in CLUSTERS]
+    clusters = [loaded(model_folders[family], *workers) for workers in ((1, 1), (2, 2))]
     texts = [by_whole_passes(model, OF_MANY_LENGTHS, i) for i in range(8)]
     ends = frozenset({texts[0][3], texts[4][0], texts[6][-1]})
-    for wanted in (
-        OF_MANY_LENGTHS,
-        replace(OF_MANY_LENGTHS, ends=ends),
-        replace(OF_MANY_LENGTHS, temperature=0, ends=ends),
-        replace(OF_MANY_LENGTHS, max_length=30),
-    ):
+    for changes in ({}, {"ends": ends}, {"ends": ends, "temperature": 0}, {"max_length": 30}):
+        wanted = replace(OF_MANY_LENGTHS, **changes)
         expected = [by_whole_passes(model, wanted, i) for i in range(8)]
         for cluster in clusters:
             assert lists(write_texts(cluster, wanted)) == expected
-    ended = [by_whole_passes(model, replace(OF_MANY_LENGTHS, ends=ends), i) for i in range(8)]
-    assert (len(ended[0]), len(ended[4])) <= (4, 1)
-    assert lists(write_texts(clusters[0], replace(OF_MANY_LENGTHS, max_length=30)))[7] == []
+        if changes == {"ends": ends}:
+            assert (len(expected[0]), len(expected[4])) <= (4, 1)
+    assert expected[7] == [], "no room for more than its thirty tokens"
 
 
 def test_a_batch_stops_when_its_texts_have_ended(
@@ -120,9 +114,7 @@ def test_a_batch_stops_when_its_texts_have_ended(
     assert not cluster.workers[cluster.placement.workers[0]].kept(writing._Writing)
 
 
-def test_no_more_tokens_are_fed_than_the_model_has_positions(
-    model_folders: dict[str, Path],
-) -> None:
+def test_no_more_tokens_than_the_model_has_positions(model_folders: dict[str, Path]) -> None:
     wanted = replace(OF_MANY_LENGTHS, num_tokens=127, max_length=128)
     for family in ("opt", "gpt2"):
         found = write_texts(loaded(model_folders[family]), wanted)

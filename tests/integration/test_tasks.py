@@ -5,19 +5,15 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.integration.runs import report_of, run
+from tests.integration.runs import GROUPS, ONE, Jobs, windows
 
 pytest.importorskip("lm_eval", reason="needs the extra eval")
 
-GROUPS: dict[str, Any] = {
-    "pruning__structure": "groups",
-    "pruning__width_multiple": 8,
-    "pruning__num_shots": 1,
-}
+TEXTS = [windows("python-docs", name="docs")]
+EXPORTED = GROUPS | ONE | {"output__exports": ["per_block"]}
 TASK = """
 task: colours
 dataset_path: json
@@ -43,68 +39,31 @@ def tasks(tmp_path: Path) -> Path:
     return tmp_path / "tasks"
 
 
-def text_of(spec_text: Path) -> dict[str, Any]:
-    return {
-        "name": "docs",
-        "source": str(spec_text),
-        "num_sequences": 4,
-        "sequence_length": 40,
-        "max_tokens": 4000,
-    }
-
-
-def test_tasks_before_and_after(
-    tasks: Path, model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_tasks_before_and_after(tasks: Path, job: Jobs) -> None:
     """On an export that needs the modeling code beside it."""
-    evaluation = {
-        "texts": [text_of(tmp_path / "text.txt")],
-        "tasks": {"names": ["colours"], "include": str(tasks), "limit": 6},
-    }
-    assert (
-        run(
-            tmp_path,
-            model_folders["llama"],
-            **GROUPS,
-            output__exports=["per_block"],
-            evaluation=evaluation,
-        )
-        == 0
-    )
-    report = report_of(tmp_path / "run")
-    before = report["dense"]["tasks"]["colours"]["acc"]
-    after = report["exports"][0]["tasks"]["colours"]["acc"]
+    asked = {"names": ["colours"], "include": str(tasks), "limit": 6}
+    done = job(EXPORTED | {"evaluation": {"texts": TEXTS, "tasks": asked}})
+    before = done.report["dense"]["tasks"]["colours"]["acc"]
+    after = done.report["exports"][0]["tasks"]["colours"]["acc"]
     assert before * 6 == pytest.approx(round(before * 6)), "six questions"
     assert 0 <= after <= 1
-    assert f"colours acc {' ' * 10}" in capsys.readouterr().out
+    assert f"colours acc {' ' * 10}" in done.out
     assert (
         f"| colours | acc | {before:.4f} | {after:.4f} |"
-        in (tmp_path / "run/export/per_block/README.md").read_text()
+        in (done.uri / "export/per_block/README.md").read_text()
     )
-    assert set(report["dense"]["perplexity"]) == {"docs"}
+    assert set(done.report["dense"]["perplexity"]) == {"docs"}
 
 
-def test_tasks_that_cannot_be(
-    tasks: Path,
-    model_folders: dict[str, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    texts = [text_of(tmp_path / "text.txt")]
-    evaluation = {
-        "texts": texts,
-        "tasks": {"names": ["colours", "no_such_task"], "include": str(tasks)},
-    }
-    assert run(tmp_path, model_folders["llama"], **GROUPS, evaluation=evaluation) == 2
-    assert "output.exports has none" in capsys.readouterr().err
-    options = {**GROUPS, "output__exports": ["per_block"]}
-    assert run(tmp_path, model_folders["llama"], **options, evaluation=evaluation) == 2
-    assert "does not know no_such_task" in capsys.readouterr().err
-    (tmp_path / "without").mkdir()
-    (tmp_path / "without/lm_eval.py").write_text(
+def test_tasks_that_cannot_be(tasks: Path, job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {"names": ["colours", "no_such_task"], "include": str(tasks)}
+    options = EXPORTED | {"evaluation": {"texts": TEXTS, "tasks": asked}}
+    assert "output.exports has none" in job(options | {"output__exports": []}, code=2).error
+    assert "does not know no_such_task" in job(options, code=2).error
+    (job.folder / "without").mkdir()
+    (job.folder / "without/lm_eval.py").write_text(
         "raise ModuleNotFoundError(\"No module named 'lm_eval'\")"
     )
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'without'}:{':'.join(p for p in sys.path if p)}")
-    assert run(tmp_path, model_folders["llama"], **options, evaluation=evaluation) == 2
-    assert "pip install 'ray_surgeon[eval]'" in capsys.readouterr().err
+    path = [str(job.folder / "without"), *filter(None, sys.path)]
+    monkeypatch.setenv("PYTHONPATH", ":".join(path))
+    assert "pip install 'ray_surgeon[eval]'" in job(options, code=2).error
