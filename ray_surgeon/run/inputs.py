@@ -171,9 +171,7 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
     model_fingerprint = reading.check_weights(source, layout) if is_read else None
     chosen = None  # see `Inputs.chosen_text`
     if is_read:
-        tokenizer = load_tokenizer(folder, source.origin)
-        spec, chosen = _chosen(spec, tokenizer)
-        texts = reading.read_texts(spec, tokenizer, layout.config)
+        spec, texts, chosen = _read(spec, load_tokenizer(folder, source.origin), layout)
     else:
         texts = reading.unread_texts(spec)
     stages = stages_of(spec, layout, method, texts, last)
@@ -197,6 +195,12 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
             if not dry_run:
                 directory.check_writable()
     return inputs
+
+
+def _read(spec: JobSpec, tokenizer: Any, layout: ModelLayout) -> tuple[JobSpec, Texts, str | None]:
+    """Return a spec with its texts all named, these texts, and what was chosen; see `_chosen`."""
+    spec, chosen = _chosen(spec, tokenizer)
+    return spec, reading.read_texts(spec, tokenizer, layout.config), chosen
 
 
 def _chosen(spec: JobSpec, tokenizer: Any) -> tuple[JobSpec, str | None]:
