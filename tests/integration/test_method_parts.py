@@ -21,6 +21,7 @@ from ray_surgeon.stages.correction.section import CorrectionSection
 from ray_surgeon.stages.correction.steps import start
 from ray_surgeon.stages.correction.training import Corrections
 from ray_surgeon.stages.curvature.stage import calibrate
+from ray_surgeon.stages.prune.method import Ranking
 from ray_surgeon.stages.stage import CalibrationText
 from tests.conftest import LAYOUTS
 from tests.integration.runs import Jobs, loaded
@@ -47,6 +48,7 @@ def test_a_choice_of_elements_says_how_many_go_in_all(structure: str, job: Jobs)
     for name, shape in worker.layout.shapes.items():
         everything = torch.ones(shape.num_rows, shape.num_columns, dtype=torch.bool)
         worker.masks[name] = ElementMask(everything)
+    assert isinstance(method, Ranking)
     for shot in (1, 2):
         calibrate(method, cluster, inputs.text, shot, remembers=False)
         choice = method.choose(cluster, method.score(cluster, shot), shot)

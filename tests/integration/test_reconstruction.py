@@ -203,6 +203,7 @@ def test_only_layers_that_lost_channels_in_a_shot_are_trained_and_in_its_report(
     inputs = job.inputs(FIT)
     cluster = loaded(job.models["llama"], 2)
     method = inputs.method
+    assert isinstance(method, Groups)
     layers = [groups.consumer for groups in LAYOUTS["llama"].group_sets if groups.kind == "ffn"]
     for shot in (1, 2):
         calibrate(method, cluster, inputs.text, shot, remembers=False)

@@ -55,7 +55,7 @@ def scored(
     cluster = loaded(job.models[family], 2, num_replicas)
     remember(cluster, SEARCHED, stage.windows)
     calibrate(inputs.method, cluster, inputs.text, 1, remembers=False)
-    return search, cluster, inputs.method.score(cluster, 1), stage.windows
+    return search, cluster, search.method.score(cluster, 1), stage.windows
 
 
 def losing_units(search: Search, scores: Scores[ConsumerCosts]) -> list[Unit]:

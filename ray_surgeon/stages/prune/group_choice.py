@@ -19,7 +19,7 @@ from ray_surgeon.models.layout import LinearShape
 from ray_surgeon.plan.work import LinearNeeds
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.stages.prune.groups_section import CoupledSection
-from ray_surgeon.stages.prune.method import Choice, Method, Scores
+from ray_surgeon.stages.prune.method import Choice, Ranking, Scores
 
 if TYPE_CHECKING:
     from ray_surgeon.stages.prune.groups import Groups
@@ -90,7 +90,7 @@ def renewed(before: GroupScores, after: GroupScores) -> GroupScores:
 
 
 @dataclass(frozen=True)
-class GroupChoice(Method):
+class GroupChoice(Ranking):
     """The part of `Groups` that decides; it never sees a weight."""
 
     section: CoupledSection

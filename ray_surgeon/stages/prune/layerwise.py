@@ -87,7 +87,6 @@ class Layerwise(Method):
     """SparseGPT or Wanda."""
 
     by_element: ClassVar[bool] = True
-    has_costs: ClassVar[bool] = False  # nothing is ranked over the model
     section: SparseGPTSection | WandaSection
 
     def reach(self, layout: ModelLayout) -> float:

@@ -70,7 +70,7 @@ class Method(ABC):
 
     by_element: ClassVar[bool] = False
     """Whether masks are of elements, or of rows and columns."""
-    has_costs: ClassVar[bool] = True
+    has_costs: ClassVar[bool] = False
     """Whether a shot has curvature, costs and a threshold.
 
     Methods that prune block by block have an update alone.
@@ -115,26 +115,12 @@ class Method(ABC):
         """Prepare workers whose weights and masks are those of a committed shot."""
         return
 
-    costs: ClassVar[Callable[..., Scores[Any]]]
-    """What a worker does for `score`, where a method has costs."""
-
     @abstractmethod
     def needs(self, shape: LinearShape) -> LinearNeeds | None:
         """Return what the costs and the update of a linear need.
 
         None if it is neither ranked nor updated by its factors.
         """
-
-    def score(self, cluster: Cluster, shot: int) -> Scores[Any]:
-        """Take the costs of everything that may be pruned, where a method has costs.
-
-        Whatever is kept for `apply` stays on the workers.
-        """
-        raise NotImplementedError
-
-    def choose(self, cluster: Cluster, scores: Scores[Any], shot: int) -> Choice:
-        """Choose what to prune, where a method has costs; may ask the workers again."""
-        raise NotImplementedError
 
     @abstractmethod
     def apply(self, cluster: Cluster, tokens: Tokens, choice: Choice, shot: int) -> Applied:
@@ -159,11 +145,6 @@ class Method(ABC):
             return list(linears)
         return [replace(linear, predicted=None) for linear in linears]
 
-    def taken(self, cluster: Cluster, *arguments: Any) -> Scores[Any]:
-        """Let all workers take the `costs` of their linears, and return all of them."""
-        cluster.progress.begin(unit="linears")
-        return Scores.merged(cluster.run_all(self.costs, *arguments))
-
     def linear(self, worker: Worker, name: str) -> Linear:
         """Return a linear of a worker as the mathematics takes it."""
         W = worker.shard.weight(name)
@@ -172,11 +153,35 @@ class Method(ABC):
         return Linear(name, W, factors, has_bias, self.used_curvature.as_damping)
 
 
+class Ranking(Method):
+    """A method that ranks what it may remove by costs, over the whole model."""
+
+    has_costs: ClassVar[bool] = True
+    costs: ClassVar[Callable[..., Scores[Any]]]
+    """What a worker does for `score`."""
+
+    @abstractmethod
+    def score(self, cluster: Cluster, shot: int) -> Scores[Any]:
+        """Take the costs of everything that may be pruned.
+
+        Whatever is kept for `apply` stays on the workers.
+        """
+
+    @abstractmethod
+    def choose(self, cluster: Cluster, scores: Scores[Any], shot: int) -> Choice:
+        """Choose what to prune; may ask the workers again."""
+
+    def taken(self, cluster: Cluster, *arguments: Any) -> Scores[Any]:
+        """Let all workers take the `costs` of their linears, and return all of them."""
+        cluster.progress.begin(unit="linears")
+        return Scores.merged(cluster.run_all(self.costs, *arguments))
+
+
 class Scored(dict[str, Any]):
     """Linear -> what the costs leave of it on a worker for the update."""
 
 
-class ByThreshold(Method):
+class ByThreshold(Ranking):
     """A method that ranks what it may remove from every linear on the linear's own."""
 
     # On a worker

@@ -30,7 +30,7 @@ from ray_surgeon.stages.prune.groups_section import (
     problems_of_mixture,
 )
 from ray_surgeon.stages.prune.layerwise import Layerwise, SparseGPTSection, WandaSection
-from ray_surgeon.stages.prune.method import Choice, Method, Scores
+from ray_surgeon.stages.prune.method import Choice, Method, Ranking, Scores
 from ray_surgeon.stages.prune.rows_columns import RowsColumns, RowsColumnsSection
 from ray_surgeon.stages.stage import Facts, RunState, Stage, held_measure
 
@@ -162,6 +162,12 @@ class Present:
 
     method: Method
 
+    @property
+    def ranking(self) -> Ranking:
+        """The method, in a stage that only those with costs have."""
+        assert isinstance(self.method, Ranking)
+        return self.method
+
 
 @dataclass(frozen=True)
 class Latency(Stage):
@@ -216,7 +222,7 @@ class Costs(_OnLinears):
 
     def run(self, run: RunState, facts: Facts) -> None:
         """Take the costs."""
-        scores = run.kept(Present).method.score(run.cluster, run.shot)
+        scores = run.kept(Present).ranking.score(run.cluster, run.shot)
         run.keep(scores, of_shot=True)
         facts["damping_raised"] = len(scores.raised_damping)
 
@@ -228,7 +234,7 @@ class Threshold(Stage):
 
     def run(self, run: RunState, facts: Facts) -> None:
         """Choose, and may ask the workers again."""
-        choice = run.kept(Present).method.choose(run.cluster, run.kept(Scores), run.shot)
+        choice = run.kept(Present).ranking.choose(run.cluster, run.kept(Scores), run.shot)
         run.keep(choice, of_shot=True)
         facts |= choice.facts
 
