@@ -8,8 +8,9 @@ the pruned rows of B and columns of A are left out, and for elements B A itself 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ray_surgeon.maths.masks import ElementMask, Mask
-from ray_surgeon.models.build import LinearModule, num_inputs, num_outputs
+from ray_surgeon.models.build import LinearModule, matrix
 from ray_surgeon.models.shard import ModelShard
 
 RATE_OF_A = 24.0
@@ -36,13 +37,12 @@ class LowRank:
 
         It is the same on every replica and for any number of shards.
         """
-        C = num_inputs(module)
-        R = num_outputs(module)
+        R, C = matrix(module).shape
         generator = torch.Generator().manual_seed(seed)
         start = (2 * torch.rand(rank, C, generator=generator) - 1) / C**0.5
         self.A = start.to(device).requires_grad_()
         self.B = torch.zeros(R, rank, device=device, requires_grad=True)
-        self.by_element = isinstance(mask, ElementMask)
+        self.kept: Tensor | None = None  # [R, C], of elements
         if isinstance(mask, ElementMask):
             self.kept = mask.kept[:, :C].to(device)
         else:
@@ -51,17 +51,18 @@ class LowRank:
 
     def added(self, x: Tensor) -> Tensor:
         """Return what is added to the outputs for inputs x [..., C]."""
-        if self.by_element:
-            added: Tensor = _ByElement.apply(x, self.A, self.B, self.kept)  # type: ignore[no-untyped-call]
-        else:
+        added: Tensor
+        if self.kept is None:
             added = x @ (self.A * self.columns).T.to(x.dtype) @ (self.B * self.rows).T.to(x.dtype)
+        else:
+            added = _ByElement.apply(x, self.A, self.B, self.kept)  # type: ignore[no-untyped-call]
         return added
 
     def product(self) -> Tensor:
         """Return B A [R, C], zero where the mask is."""
-        if self.by_element:
-            return torch.mul(self.B @ self.A, self.kept)
-        return torch.matmul(self.B * self.rows, self.A * self.columns)
+        if self.kept is None:
+            return torch.matmul(self.B * self.rows, self.A * self.columns)
+        return torch.mul(self.B @ self.A, self.kept)
 
 
 class _ByElement(torch.autograd.Function):
@@ -89,9 +90,8 @@ class _ByElement(torch.autograd.Function):
 class CorrectionState:
     """Everything that training changes."""
 
-    parts: dict[str, tuple[Tensor, Tensor]]  # linear -> A, B
-    moments: dict[int, dict[str, Any]]  # number of a parameter -> what Adam keeps of it
-    mean_norms: dict[tuple[str, int], tuple[float, int]]
+    parameters: list[Tensor]  # A and B of every linear
+    optimizer: dict[str, Any]  # what Adam keeps, mean norms included
 
 
 class LowRankCorrections:
@@ -103,59 +103,46 @@ class LowRankCorrections:
     before.
     """
 
-    def __init__(
-        self,
-        shard: ModelShard,
-        masks: Mapping[str, Mask],
-        owned: set[str],
-        *,
-        rank: int,
-        seed_of: Mapping[str, int],
-    ) -> None:
-        """Add zero corrections to the outputs.
+    def __init__(self, shard: ModelShard, parts: Mapping[str, LowRank], owned: set[str]) -> None:
+        """Add corrections to the outputs.
 
         Args:
             shard: with its weights.
-            masks: of its linears.
+            parts: linear -> its correction, as it starts.
             owned: linears whose optimizer lives here.
-            rank: of B A.
-            seed_of: name -> seed of A.
         """
         self._shard = shard
-        self._rounds = False
-        linears = shard.linears
-        self.parts = {
-            name: LowRank(linears[name], masks[name], rank, seed_of[name], shard.device)
-            for name in linears
-        }
-        self._owned = {name: part for name, part in self.parts.items() if name in owned}
+        self.parts = parts
+        self._parameters = [x for part in parts.values() for x in (part.A, part.B)]
+        # whether outputs are those of weights that have absorbed the corrections, rounded to their
+        # own dtype
+        self.rounds = False
         # `size`: by how much A or B changes in a step of rate 1; Adam wants a group at least
         groups: list[dict[str, Any]] = [{"params": [torch.empty(0)], "size": 0.0}]
-        for name, part in self._owned.items():
-            of_A = float(part.A.detach().square().mean().sqrt())
-            of_W = float(shard.weight(name)[:, : part.A.shape[1]].square().mean().sqrt())
-            groups.append({"params": [part.A], "size": RATE_OF_A * of_A})
-            groups.append({"params": [part.B], "size": of_W / (of_A * rank**0.5)})
+        for name in filter(owned.__contains__, parts):
+            A = parts[name].A
+            of_A = float(A.detach().square().mean().sqrt())
+            of_W = float(shard.weight(name)[:, : A.shape[1]].square().mean().sqrt())
+            groups.append({"params": [A], "size": RATE_OF_A * of_A})
+            groups.append({"params": [parts[name].B], "size": of_W / (of_A * len(A) ** 0.5)})
+        for group in groups:
+            group |= {"mean_norm": 0.0, "num_steps": 0}
         self._optimizer = torch.optim.Adam(groups)
-        # linear and 0 for A or 1 for B -> mean norm, number of steps
-        self._mean_norms = dict[tuple[str, int], tuple[float, int]]()
         self._hooks: list[RemovableHandle] = [
-            m.register_forward_hook(self._adding(name)) for name, m in linears.items()
+            shard.linears[name].register_forward_hook(partial(self._add, name)) for name in parts
         ]
 
-    def gradients(self, name: str, num_tokens: int) -> tuple[Tensor, Tensor]:
+    def gradients(self, name: str, num_tokens: int) -> list[Tensor]:
         """Return the gradients of the mean loss at A and B of a linear, and keep them there.
 
         They are zero if nothing has passed.
         """
-        part = self.parts[name]
-        of_A, of_B = (
-            torch.zeros_like(parameter) if parameter.grad is None else parameter.grad / num_tokens
-            for parameter in (part.A, part.B)
-        )
-        part.A.grad = of_A
-        part.B.grad = of_B
-        return of_A, of_B
+        gradients = []
+        for parameter in (self.parts[name].A, self.parts[name].B):
+            passed = parameter.grad
+            parameter.grad = torch.zeros_like(parameter) if passed is None else passed / num_tokens
+            gradients.append(parameter.grad)
+        return gradients
 
     def step(self, rate: float) -> None:
         """Make one step with the gradients of the owned linears, and forget all gradients.
@@ -165,69 +152,39 @@ class LowRankCorrections:
         """
         for group in self._optimizer.param_groups:
             group["lr"] = rate * group["size"]
-        self._clip()
+            gradient = group["params"][0].grad
+            if gradient is not None:  # something has passed
+                _clip(gradient, group)
         self._optimizer.step()
         self.forget_gradients()
 
-    def _clip(self) -> None:
-        for name, part in self._owned.items():
-            for number, parameter in enumerate((part.A, part.B)):
-                gradient = parameter.grad
-                if gradient is None:  # nothing has passed
-                    continue
-                norm = float(gradient.norm())
-                mean, count = self._mean_norms.get((name, number), (norm, 0))
-                if mean > 0 and norm > CLIP * mean:
-                    gradient.mul_(CLIP * mean / norm)
-                    norm = CLIP * mean
-                self._mean_norms[name, number] = (mean * count + norm) / (count + 1), count + 1
-
     def forget_gradients(self) -> None:
         """Start the sums of gradients anew."""
-        for part in self.parts.values():
-            part.A.grad = part.B.grad = None
+        for parameter in self._parameters:
+            parameter.grad = None
 
     def state(self) -> CorrectionState:
         """Return a copy of everything that steps change."""
-        parts = {
-            name: (part.A.detach().clone(), part.B.detach().clone())
-            for name, part in self.parts.items()
-        }
-        moments = _copied(self._optimizer.state_dict()["state"])
-        return CorrectionState(parts, moments, dict(self._mean_norms))
+        parameters = [parameter.detach().clone() for parameter in self._parameters]
+        return CorrectionState(parameters, _copied(self._optimizer.state_dict()))
 
     @torch.no_grad()
     def restore(self, state: CorrectionState) -> None:
         """Go back to a state; what it holds stays untouched."""
-        for name, (A, B) in state.parts.items():
-            self.parts[name].A.copy_(A)
-            self.parts[name].B.copy_(B)
-        groups = self._optimizer.state_dict()["param_groups"]
-        moments = _copied(state.moments)
-        self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
-        self._mean_norms = dict(state.mean_norms)
+        for parameter, kept in zip(self._parameters, state.parameters, strict=True):
+            parameter.copy_(kept)
+        self._optimizer.load_state_dict(_copied(state.optimizer))
         self.forget_gradients()
 
-    def round_as_absorbed(self, rounds: bool) -> None:
-        """Let outputs be those of the weights once they have absorbed the corrections, or not.
-
-        Weights are rounded to their own dtype.
-        """
-        self._rounds = rounds
-
-    def _adding(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-        """Return the forward hook that adds B A x to the outputs of a linear."""
+    def _add(self, name: str, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        """Add B A x to the outputs of a linear; a forward hook."""
         part = self.parts[name]
-
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            x = inputs[0]
-            if not self._rounds:
-                return output + part.added(x)
-            W = self._shard.weight(name)[:, : part.A.shape[1]]
-            change = (W + part.product().detach()).to(x.dtype) - W.to(x.dtype)
-            return output + x @ change.T
-
-        return hook
+        x = inputs[0]
+        if not self.rounds:
+            return output + part.added(x)
+        W = self._shard.weight(name)[:, : part.A.shape[1]]
+        change = (W + part.product().detach()).to(x.dtype) - W.to(x.dtype)
+        return output + x @ change.T
 
     def remove(self) -> None:
         """Remove the corrections; the weights are as they were."""
@@ -243,7 +200,7 @@ class LowRankCorrections:
             a step of its weight changes nothing.
         """
         self.remove()
-        arrived: dict[str, tuple[float, float]] = {}
+        arrived = dict[str, tuple[float, float]]()
         for name, part in self.parts.items():
             W = self._shard.weight(name)
             added = part.product()
@@ -258,9 +215,21 @@ class LowRankCorrections:
         return arrived
 
 
-def _copied(moments: Mapping[int, Mapping[str, Tensor]]) -> dict[int, dict[str, Tensor]]:
+def _clip(gradient: Tensor, group: dict[str, Any]) -> None:
+    """Clip a gradient by the norms before it, and count its own among them."""
+    norm = float(gradient.norm())
+    mean = group["mean_norm"]
+    if mean > 0 and norm > CLIP * mean:
+        gradient.mul_(CLIP * mean / norm)
+        norm = CLIP * mean
+    count = group["num_steps"]
+    group |= {"mean_norm": (mean * count + norm) / (count + 1), "num_steps": count + 1}
+
+
+def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
     """Copy the state of an optimizer: tensors of some devices cannot be deep-copied."""
-    return {
+    moments = {
         number: {name: value.clone() for name, value in of_tensor.items()}
-        for number, of_tensor in moments.items()
+        for number, of_tensor in state["state"].items()
     }
+    return {**state, "state": moments}

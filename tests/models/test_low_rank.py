@@ -22,11 +22,9 @@ def full_masks(shard: ModelShard) -> dict[str, StructuredMask]:
 def corrected(
     shard: ModelShard, masks: dict[str, StructuredMask] | None = None, owned: set[str] | None = None
 ) -> LowRankCorrections:
-    seeds = dict.fromkeys(shard.linears, 0)
-    every = set(shard.linears)
-    return LowRankCorrections(
-        shard, masks or full_masks(shard), owned or every, rank=2, seed_of=seeds
-    )
+    masks = masks or full_masks(shard)
+    parts = {n: LowRank(m, masks[n], 2, 0, shard.device) for n, m in shard.linears.items()}
+    return LowRankCorrections(shard, parts, owned or set(shard.linears))
 
 
 @pytest.fixture
@@ -102,7 +100,7 @@ def test_elements_have_the_gradients_of_the_whole_product_and_keep_none_of_its_s
         added = part.added(x)
     leaves = x, part.A, part.B
     found = torch.autograd.grad(added, leaves, direction)
-    plain = x @ torch.mul(part.B @ part.A, part.kept).T.to(dtype)
+    plain = x @ torch.mul(part.B @ part.A, mask.kept).T.to(dtype)
     assert torch.equal(added, plain)
     rtol = 2e-2 if dtype == torch.bfloat16 else 1e-12
     for one, other in zip(found, torch.autograd.grad(plain, leaves, direction), strict=True):
@@ -193,7 +191,7 @@ def test_outputs_can_be_those_of_absorbed_weights(dtype: torch.dtype) -> None:
     part.B.data += 0.003 * drawn(*part.B.shape)
     x = drawn(1, 5, part.A.shape[1], seed=2).to(dtype)
     plain = module(x).detach()
-    corrections.round_as_absorbed(True)
+    corrections.rounds = True
     rounded = module(x).detach()
     corrections.absorb()
     absorbed = module(x).detach()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ray_surgeon.models.low_rank import CorrectionState, LowRankCorrections
+from ray_surgeon.models.low_rank import CorrectionState, LowRank, LowRankCorrections
 from ray_surgeon.runtime.collectives import together
 from ray_surgeon.runtime.worker import Worker, collective
 from ray_surgeon.stages.correction.section import CorrectionSection
@@ -12,11 +12,12 @@ def start(worker: Worker, section: CorrectionSection, shot: int) -> None:
     """Put B A beside every linear of a worker; see `LowRankCorrections`."""
     shard = worker.shard
     first = section.seed + 1_000_003 * shot
-    seeds = {name: first + worker.layout.linear_numbers[name] for name in shard.linears}
+    parts = {}
+    for name, module in shard.linears.items():
+        seed = first + worker.layout.linear_numbers[name]
+        parts[name] = LowRank(module, worker.masks[name], section.lora_rank, seed, shard.device)
     owned = {name for name in shard.linears if worker.owns(name)}
-    worker.keep(
-        LowRankCorrections(shard, worker.masks, owned, rank=section.lora_rank, seed_of=seeds)
-    )
+    worker.keep(LowRankCorrections(shard, parts, owned))
 
 
 @collective
@@ -48,7 +49,7 @@ def take_state(worker: Worker) -> None:
 
 def round_as_absorbed(worker: Worker) -> None:
     """Let outputs be those of the weights once they have absorbed the corrections."""
-    worker.kept(LowRankCorrections).round_as_absorbed(True)
+    worker.kept(LowRankCorrections).rounds = True
 
 
 def absorb(worker: Worker) -> tuple[float, float]:
