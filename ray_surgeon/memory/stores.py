@@ -222,14 +222,14 @@ class TensorStore:
 
     def put(self, name: str, tensor: Tensor) -> None:
         """Keep a tensor in place of the one there was."""
-        if self.place == "device":
-            self._kept[name] = tensor
-        elif self.place == "disk":
+        if self.place == "disk":
             with self._scratch.replacing(name + self._ending) as path:
                 tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tofile(path)
             self._kept[name] = tensor.to("meta")
         elif name in self._kept:
             self._kept[name].copy_(tensor)
+        elif self.place == "device":
+            self._kept[name] = tensor
         else:
             self._kept[name] = self._memory.empty(tensor.shape, tensor.dtype).copy_(tensor)
 

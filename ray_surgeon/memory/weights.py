@@ -51,13 +51,9 @@ class ReadAhead:
             self._coming[name] = self._pool.submit(self._read, name)
 
     def __call__(self, name: str) -> Tensor:
-        """Return a tensor."""
-        coming = self._coming.pop(name, None)
-        if coming is None:
-            return self._read(name)
+        """Return a tensor, the next one in order."""
+        coming = self._coming.pop(name)
         self._start_more()
-        if not self._coming:
-            self._pool.shutdown(wait=False)
         return coming.result()
 
 
@@ -76,98 +72,56 @@ class Slot:
         else:
             self.module._buffers[self.leaf] = tensor
 
-    def tensor(self) -> Tensor:
-        """Return what is there."""
-        parameter = getattr(self.module, self.leaf)
-        assert isinstance(parameter, Tensor)
-        return parameter.detach()
-
 
 Slots = Sequence[Mapping[str, Slot]]
 """For each block, global name -> where the tensor belongs."""
 
 
 class WeightStore:
-    """The weights of a shard's blocks by global name; all of them are on the device.
+    """The weights of a shard's blocks by global name.
 
-    A block has its weights on the device inside of ``with store.block(...)``, whichever store it
-    is: those below keep them elsewhere.
+    A block has its weights on the device inside of ``with store.block(...)``. If they are kept
+    there, all blocks have theirs always. If not, only the block that runs has, and on an
+    accelerator the next block's are on their way. Between that they are in the memory of the host,
+    pinned for a GPU; or on disk, where those that have not changed are read from their source if
+    that is there, too.
     """
 
-    def __init__(self, slots: Slots, device: torch.device) -> None:
+    def __init__(self, place: Place, slots: Slots, device: torch.device, scratch: Scratch) -> None:
         """Start without weights.
 
         Args:
+            place: where idle weights are.
             slots: for each block, global name -> where the tensor belongs.
             device: where blocks run; a GPU by its number.
+            scratch: for what is on disk.
         """
         self._slots = slots
         self._device = device
         self._all = {name: slot for of_block in slots for name, slot in of_block.items()}
         self.names = tuple(self._all)
-
-    def fill(self, read: Read, checked: Callable[[str, Tensor], None], *, stays: bool) -> None:
-        """Take the weights.
-
-        Args:
-            read: a tensor by its name.
-            checked: raises if a tensor is not usable.
-            stays: whether `read` goes on to give the same tensors at little cost, from a local
-                disk.
-        """
-        for name, slot in self._all.items():
-            value = read(name)
-            checked(name, value)
-            self._take(name, value, slot)
-
-    def _take(self, name: str, value: Tensor, slot: Slot) -> None:
-        slot.fill(torch.empty_like(value, dtype=slot.dtype, device=self._device).copy_(value))
-
-    def get(self, name: str) -> Tensor:
-        """Return a tensor where it lies; it is not to be written to."""
-        return self._all[name].tensor()
-
-    def set(self, name: str, tensor: Tensor) -> None:
-        """Replace the content of a tensor; not inside of its block."""
-        self.get(name).copy_(tensor)
+        self.kept = TensorStore(place, device, scratch, ".weight")
+        self._reads: dict[str, Read] = {}  # of the names that are read from elsewhere
+        # on meta
+        self._absent = {n: getattr(s.module, s.leaf).detach() for n, s in self._all.items()}
+        self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
+        # a new thread begins with the first GPU, and would make a context there
+        begin = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
+        self._fetching = ThreadPoolExecutor(1, initializer=begin)
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     @contextlib.contextmanager
-    def block(self, place: int, then: int | None = None) -> Iterator[None]:
+    def block(self, place: int, then: int = -1) -> Iterator[None]:
         """Have the weights of a block on the device.
 
         Args:
             place: of the block in the shard.
-            then: the block that will be wanted next, if that is known; its weights are fetched
+            then: the block that will be wanted next, if there is one; its weights are fetched
                 meanwhile.
         """
-        yield
-
-
-class StreamedWeights(WeightStore):
-    """Only the block that runs has its weights on the device.
-
-    On an accelerator the next block's are on their way. Between that they are in the memory of the
-    host, pinned for a GPU; or on disk, where those that have not changed are read from their source
-    if that is there, too.
-    """
-
-    def __init__(self, slots: Slots, device: torch.device, kept: TensorStore) -> None:
-        """Start without weights; see `WeightStore`."""
-        super().__init__(slots, device)
-        self.kept = kept
-        self._reads: dict[str, Read] = {}  # of the names that are read from elsewhere
-        self._absent = {name: slot.tensor() for name, slot in self._all.items()}  # on meta
-        self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
-        self._fetching: ThreadPoolExecutor | None = None
-        if device.type != "cpu":
-            # a new thread begins with the first GPU, and would make a context there
-            begin = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
-            self._fetching = ThreadPoolExecutor(1, initializer=begin)
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-
-    @contextlib.contextmanager
-    def block(self, place: int, then: int | None = None) -> Iterator[None]:
-        """Have the weights of a block on the device; see `WeightStore.block`."""
+        if self.kept.place == "device":
+            yield
+            return
         ahead = self._ahead
         self._ahead = None
         tensors = ahead[1].result() if ahead and ahead[0] == place else self._fetch(place)
@@ -175,7 +129,7 @@ class StreamedWeights(WeightStore):
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
             for tensor in tensors.values():
                 tensor.record_stream(torch.cuda.current_stream(self._device))
-        if then is not None and self._fetching is not None:
+        if 0 <= then < len(self._slots) and self._device.type != "cpu":
             self._ahead = then, self._fetching.submit(self._fetch, then)
         for name, slot in self._slots[place].items():
             slot.fill(tensors[name])
@@ -199,14 +153,21 @@ class StreamedWeights(WeightStore):
             self._ahead = None
 
     def fill(self, read: Read, checked: Callable[[str, Tensor], None], *, stays: bool) -> None:
-        """Look at every tensor once, and keep it if it would not stay; see `WeightStore.fill`."""
+        """Look at every tensor once, and keep it if it would not stay.
+
+        Args:
+            read: a tensor by its name.
+            checked: raises if a tensor is not usable.
+            stays: whether `read` goes on to give the same tensors at little cost, from a local
+                disk.
+        """
         is_there = stays and self.kept.place == "disk"
         self._reads = dict.fromkeys(self._all, read) if is_there else {}
-        super().fill(read, checked, stays=stays)
-
-    def _take(self, name: str, value: Tensor, slot: Slot) -> None:
-        if name not in self._reads:
-            self.set(name, value)
+        for name in self._all:
+            value = read(name)
+            checked(name, value)
+            if not is_there:
+                self.set(name, value)
 
     def continue_from(self, read: Read, names: Container[str]) -> None:
         """Read the given names by another function, and free what is kept of them.
@@ -220,20 +181,20 @@ class StreamedWeights(WeightStore):
                 self.kept.drop(name)
 
     def get(self, name: str) -> Tensor:
-        """Return a tensor, on disk mapped from its file unless its dtype must be changed."""
+        """Return a tensor where it lies; it is not to be written to.
+
+        On disk it is mapped from its file unless its dtype must be changed.
+        """
         if name in self._reads:
             return self._reads[name](name).to(self._all[name].dtype)
         return self.kept.get(name)
 
     def set(self, name: str, tensor: Tensor) -> None:
-        """Replace the content of a tensor."""
+        """Replace the content of a tensor; not inside of its block."""
         self._forget_ahead()
-        self.kept.put(name, tensor.to(self._all[name].dtype))
+        slot = self._all[name]
+        if self.kept.place == "device" and name not in self.kept:
+            tensor = tensor.to(self._device, slot.dtype, copy=True)
+            slot.fill(tensor)
+        self.kept.put(name, tensor.to(slot.dtype))
         self._reads.pop(name, None)
-
-
-def weight_store(place: Place, slots: Slots, device: torch.device, scratch: Scratch) -> WeightStore:
-    """Return an empty store; see `WeightStore`."""
-    if place == "device":
-        return WeightStore(slots, device)
-    return StreamedWeights(slots, device, TensorStore(place, device, scratch, ".weight"))

@@ -110,38 +110,26 @@ class BlockRunner:
             hidden = hidden if module is None else module(hidden)
         return hidden
 
-    @torch.no_grad()
-    def go_on(self, inputs: Tensor, cache: DynamicCache) -> Tensor:
-        """Run sequences together, without gradients, after what their cache holds.
-
-        The cache grows by what they bring.
-
-        Args:
-            inputs: tokens [m, n] or hidden states [m, n, d].
-            cache: of these sequences, see `new_cache`.
-
-        Returns:
-            Hidden states [m, n, d].
-        """
-        hidden, calls = self.enter(inputs, cache)
-        return self._all_the_way([hidden], calls)[0]
-
     def new_cache(self) -> DynamicCache:
         """Return an empty cache of keys and values for this shard's blocks."""
         return ShardCache(self._shard.base.config, self._shard.blocks.first)
 
     @torch.no_grad()
-    def infer(self, inputs: Tensor) -> list[Tensor]:
-        """Run a wave without gradients, and return hidden states [1, T, d] of every sequence.
+    def infer(self, inputs: Tensor, cache: DynamicCache | None = None) -> list[Tensor]:
+        """Run a wave without gradients.
 
-        Inputs are tokens [m, T] or hidden states [m, T, d].
+        Args:
+            inputs: tokens [m, T] or hidden states [m, T, d].
+            cache: of these sequences, see `new_cache`, if they go on after what it holds, all
+                together; it grows by what they bring.
+
+        Returns:
+            Hidden states [1, T, d] of every sequence, or [m, T, d] of all that go on.
         """
-        return self._all_the_way(*self._enter_all(inputs))
-
-    def _all_the_way(self, hidden: list[Tensor], calls: list[Call]) -> list[Tensor]:
+        hidden, calls = self._enter(inputs, cache)
         shard = self._shard
         for place in range(len(self._blocks)):
-            with shard.weights.block(place, self._after(place)), shard.gathering_in(place):
+            with shard.weights.block(place, place + 1), shard.gathering_in(place):
                 for i, h in enumerate(hidden):
                     hidden[i] = self.through(place, h, calls)
         return [self.leave(h) for h in hidden]
@@ -156,12 +144,12 @@ class BlockRunner:
         Returns:
             Hidden states [1, T, d] of every sequence, detached.
         """
-        hidden, calls = self._enter_all(inputs)
+        hidden, calls = self._enter(inputs, None)
         passing = self._waves[wave] = _Wave(calls)
         shard = self._shard
         keeps = shard.stores.activations == "keep"
         for place in range(len(self._blocks)):
-            weights = shard.weights.block(place, self._after(place))
+            weights = shard.weights.block(place, place + 1)
             gathering = shard.gathering_in(place) if keeps else contextlib.nullcontext()
             with weights, gathering, torch.set_grad_enabled(keeps):
                 leaves = [h.detach().requires_grad_(keeps) for h in hidden]
@@ -185,8 +173,7 @@ class BlockRunner:
                     torch.autograd.backward(output, gradients[i])
                     gradients[i] = _gradient(leaves[i])
                 continue
-            before = place - 1 if place else None
-            with self._shard.weights.block(place, before), self._shard.gathering_in(place):
+            with self._shard.weights.block(place, place - 1), self._shard.gathering_in(place):
                 for i in range(len(leaves)):
                     leaf = leaves[i].requires_grad_()
                     torch.autograd.backward(self.through(place, leaf, passing.calls), gradients[i])
@@ -230,12 +217,10 @@ class BlockRunner:
         torch.autograd.backward(output, gradient)
         return loss, _gradient(leaf), states
 
-    def _enter_all(self, inputs: Tensor) -> tuple[list[Tensor], list[Call]]:
-        entered = [self.enter(sequence[None]) for sequence in inputs]
+    def _enter(self, inputs: Tensor, cache: DynamicCache | None) -> tuple[list[Tensor], list[Call]]:
+        parts = torch.split(inputs, 1) if cache is None else [inputs]
+        entered = [self.enter(part, cache) for part in parts]
         return [hidden for hidden, _ in entered], entered[-1][1]
-
-    def _after(self, place: int) -> int | None:
-        return place + 1 if place + 1 < len(self._blocks) else None
 
 
 def _gradient(leaf: Tensor) -> Tensor:

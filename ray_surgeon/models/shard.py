@@ -19,7 +19,7 @@ from ray_surgeon.maths.experts import (
 )
 from ray_surgeon.maths.kronecker import PackedFactors, PackedSymmetric, Term
 from ray_surgeon.memory.stores import FactorStore, Scratch, Stores
-from ray_surgeon.memory.weights import Read, Slot, WeightStore, weight_store
+from ray_surgeon.memory.weights import Read, Slot, WeightStore
 from ray_surgeon.models import build
 from ray_surgeon.models.checkpoint import check_finite
 from ray_surgeon.models.experts import Mixture
@@ -61,8 +61,8 @@ class ModelShard:
         slots = defaultdict[int | None, dict[str, Slot]](dict)
         for name in layout.parameters_of(blocks):
             slots[layout.block_of(name)][name] = self._slot(name)
-        self._ends = WeightStore([slots.pop(None, {})], device)
-        self.weights = weight_store(self.stores.weights, list(slots.values()), device, scratch)
+        self._ends = WeightStore("device", [slots.pop(None, {})], device, scratch)
+        self.weights = WeightStore(self.stores.weights, list(slots.values()), device, scratch)
         # global names of the tensors that `load` reads, in its order
         self.wanted = [*self._ends.names, *self.weights.names]
         self.factor_store = FactorStore(self.stores.factors, device, scratch)

@@ -14,7 +14,6 @@ from typing import TypeVar
 from torch import Tensor
 
 from ray_surgeon.maths.masks import StructuredMask
-from ray_surgeon.memory.weights import StreamedWeights
 from ray_surgeon.models.build import cut, num_inputs
 from ray_surgeon.models.checkpoint import Stack
 from ray_surgeon.models.experts import ExpertTensor
@@ -66,7 +65,7 @@ def continue_from_shot(worker: Worker, saved: Sequence[SavedFile]) -> None:
     """
     weights = worker.shard.weights
     are_here = all(files.is_local(file.uri) for file in saved)
-    if isinstance(weights, StreamedWeights) and weights.kept.place == "disk" and are_here:
+    if weights.kept.place == "disk" and are_here:
         uri_of = {key: file.uri for file in saved for key in file.keys}
         reader = tensor_files.Reader()
         weights.continue_from(lambda name: reader.read(uri_of[name], name), uri_of)

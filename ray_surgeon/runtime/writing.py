@@ -174,7 +174,7 @@ def write_on(
         chosen = torch.tensor(rows, device=received.device)
         text.keep_rows(worker, chosen)
         received = received[chosen] if worker.shard.blocks.is_first else received
-    hidden = worker.runner.go_on(received, text.cache)
+    (hidden,) = worker.runner.infer(received, text.cache)
     text.num_tokens += received.shape[1]
     if text.draws is None:
         return worker.pack(hidden)
