@@ -221,23 +221,18 @@ def check_rope(document: Mapping[str, Any]) -> None:
     parameters = document.get("rope_parameters")
     if parameters is None:
         return
-    tables: dict[str, Any] = parameters if isinstance(parameters, dict) else {}
-    of_all = of_full_attention(tables)
-    for table in (of_all, tables.get("sliding_attention", of_all)):
-        if not isinstance(table, dict) or not isinstance(table.get("rope_theta"), int | float):
-            raise ValueError(
-                f"model.source: rope_parameters in config.json is {str(parameters)[:200]}, "
-                "expected an object with rope_theta; fetch it again"
-            )
     scaling = document.get("rope_scaling") or {}
-    if not isinstance(scaling, dict):
+    names = ("rope_theta", "rope_local_base_freq", "partial_rotary_factor")
+    try:
+        said = for_older_readers(document) | dict(of_full_attention(parameters))
+        older = {name: document.get(name) for name in names} | scaling
+    except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(
             f"model.source: rope_scaling in config.json is {str(scaling)[:200]}, expected an "
-            "object; fetch it again"
-        )
-    said = for_older_readers(document) | dict(of_all)
-    names = ("rope_theta", "rope_local_base_freq", "partial_rotary_factor")
-    for name, value in ({name: document.get(name) for name in names} | scaling).items():
+            f"object, and rope_parameters {str(parameters)[:200]}, expected an object with "
+            "rope_theta; fetch it again"
+        ) from error
+    for name, value in older.items():
         if value is not None and name in said and value != said[name]:
             raise ValueError(
                 f"model.source: config.json has {name} {value}, and {said[name]} in "

@@ -50,16 +50,6 @@ class StoredTensor:
     keys: tuple[str, ...]  # one; or blocks and scales
     part: ExpertTensor | None  # None if the tensor is the stored one
 
-    def shape(self, shapes: Shapes) -> tuple[int, ...]:
-        """Return the tensor's shape, from those of the stored ones by key."""
-        shape = shapes[self.keys[0]]
-        if self.part is None:
-            return shape
-        if len(self.keys) == 2:  # [num_experts, outputs, inputs / 32, 16]
-            shape = (shape[0], 32 * shape[2], shape[1])
-        *inputs, outputs = shape[1:]
-        return (len(range(outputs)[self.part.every]), *inputs)
-
     def tensor(self, read: ReadStored) -> Tensor:
         """Return the tensor by rows.
 
@@ -142,6 +132,16 @@ def read_state(state: Mapping[str, Tensor]) -> ReadStored:
     return lambda key, entry: state[key] if entry is None else state[key][entry]
 
 
+def read_shapes(shapes: Shapes) -> ReadStored:
+    """Return what reads tensors without entries, of the shapes of a checkpoint's keys."""
+
+    def read(key: str, entry: int | None) -> Tensor:
+        shape = shapes[key] if entry is None else shapes[key][1:]
+        return torch.empty(shape, dtype=torch.uint8, device="meta")
+
+    return read
+
+
 def reader_of(layout: ModelLayout, model: nn.Module) -> Callable[[str], Tensor]:
     """Return what reads a parameter of a model in memory by its name in checkpoints.
 
@@ -171,28 +171,28 @@ def check_checkpoint(layout: ModelLayout, shapes: Shapes, where: str) -> None:
     Raises:
         ValueError: a tensor is missing or has another shape.
     """
-    missing = []
-    wrong = []
+    read = read_shapes(shapes)
+    problems: dict[str, list[str]] = {"missing": [], "of another shape": []}
     for name, shape in layout.parameters.items():
         if name in layout.tied and name not in shapes:
             continue
         stored = find_stored(layout, name, shapes)
         if stored is None:
-            missing.append(name)
+            problems["missing"].append(name)
             continue
-        is_part = stored.part is not None
-        num_stored = shapes[stored.keys[0]][0] if is_part else layout.num_experts
-        present = (num_stored, stored.shape(shapes))
-        expected = (layout.num_experts, shape)
+        key = stored.keys[0]
+        present = str(tuple(stored.tensor(read).shape))
+        expected = str(shape)
+        if stored.part is not None:
+            present = f"{shapes[key][0]} times {present}"
+            expected = f"{layout.num_experts} times {expected}"
         if present != expected:
-            texts = [f"{n} times {s}" if is_part else str(s) for n, s in (present, expected)]
-            wrong.append(f"{stored.keys[0]} is {texts[0]}, expected {texts[1]}")
-    details = []
-    if missing:
-        further = ", ..." if len(missing) > 3 else ""
-        details.append(f"{len(missing)} missing ({', '.join(missing[:3])}{further})")
-    if wrong:
-        details.append(f"{len(wrong)} of another shape ({'; '.join(wrong[:3])})")
+            problems["of another shape"].append(f"{key} is {present}, expected {expected}")
+    details = [
+        f"{len(parts)} {what} ({', '.join(parts[:3])}{', ...' if len(parts) > 3 else ''})"
+        for what, parts in problems.items()
+        if parts
+    ]
     if details:
         raise ValueError(
             f"model.source: {where} does not fit its config.json: {'; '.join(details)}. Give a "

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ray_surgeon.maths.products import product
 
@@ -79,9 +80,8 @@ def next_token_loss(
     """
     places = _places(counts)
     flat = _chosen(hidden[:, :-1], places)
-    labels = _chosen(tokens[:, 1:, None], places)[:, 0]
+    labels = _chosen(tokens[:, 1:, None], places)
     nll = torch.empty(len(labels), dtype=torch.float64, device=hidden.device)
-    flat_gradient = torch.empty_like(flat) if with_gradient else None
     chances = None
     if generator is not None:
         of_all = torch.rand(tokens[:, 1:].numel(), generator=generator).to(hidden.device)
@@ -89,19 +89,20 @@ def next_token_loss(
 
     def work(span: slice, logits: Tensor) -> None:
         wide = logits.float()
-        own = wide.gather(1, labels[span, None])[:, 0]
+        own = wide.gather(1, labels[span])[:, 0]
         nll[span] = torch.logsumexp(wide, dim=-1).double() - own.double()
         if with_gradient:
             probabilities = torch.softmax(wide, dim=-1)
-            targets = labels[span, None]
+            targets = labels[span]
             if chances is not None:
                 targets = _drawn(probabilities, chances[span])
             minus = torch.full_like(targets, -1, dtype=probabilities.dtype)
             logits.copy_(probabilities.scatter_add_(1, targets, minus))
 
-    _in_parts([flat], head_weight, work, flat_gradient)
-    gradient = None if flat_gradient is None else _gradient(flat_gradient, places, hidden)
-    return _sums(nll, places, tokens), gradient
+    gradient = _in_parts([flat], head_weight, work, with_gradient=with_gradient)
+    if gradient is not None:
+        gradient = pad(_placed(gradient, places, tokens), (0, 0, 0, 1))
+    return _placed(nll, places, tokens).sum(dim=1), gradient
 
 
 @dataclass(frozen=True)
@@ -146,16 +147,15 @@ def compare_with_dense(
     places = _places(counts)
     flat = _chosen(hidden[:, :-1], places)
     target = _chosen(dense[:, :-1], places)
-    labels = _chosen(tokens[:, 1:, None], places)[:, 0]
+    labels = _chosen(tokens[:, 1:, None], places)
     names = ("divergence", "nll", *(("acceptance", "agreement") if with_acceptance else ()))
     sums = {n: torch.empty(len(flat), dtype=torch.float64, device=hidden.device) for n in names}
-    flat_gradient = torch.empty_like(flat) if with_gradient else None
 
     def work(span: slice, logits: Tensor, wanted: Tensor) -> None:
         log_q = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
         log_p = torch.log_softmax(wanted, dim=-1, dtype=torch.float32)
         p = log_p.exp()
-        sums["nll"][span] = -log_q.gather(1, labels[span, None])[:, 0].double()
+        sums["nll"][span] = -log_q.gather(1, labels[span])[:, 0].double()
         if with_acceptance:
             # twice the total variation
             distance = log_q.exp().sub_(p).abs_().sum(dim=-1).double()
@@ -165,11 +165,11 @@ def compare_with_dense(
         if with_gradient:
             logits.copy_(log_q.exp_().sub_(p))
 
-    _in_parts([flat, target], head_weight, work, flat_gradient)
-    return Comparison(
-        gradient=None if flat_gradient is None else _gradient(flat_gradient, places, hidden),
-        **{name: _sums(values, places, tokens) for name, values in sums.items()},
-    )
+    gradient = _in_parts([flat, target], head_weight, work, with_gradient=with_gradient)
+    if gradient is not None:
+        gradient = pad(_placed(gradient, places, tokens), (0, 0, 0, 1))
+    of_each = {name: _placed(values, places, tokens).sum(dim=1) for name, values in sums.items()}
+    return Comparison(gradient=gradient, **of_each)
 
 
 @torch.no_grad()
@@ -206,44 +206,31 @@ def _chosen(rows: Tensor, places: Tensor | None) -> Tensor:
     return flat if places is None else flat[places]
 
 
-def _sums(values: Tensor, places: Tensor | None, tokens: Tensor) -> Tensor:
-    """Return the sums [num_sequences] of values [n] at the positions that count.
+def _placed(rows: Tensor, places: Tensor | None, tokens: Tensor) -> Tensor:
+    """Return rows [n, ...] that count as [num_sequences, T - 1, ...], the others zero.
 
     Tokens are [num_sequences, T].
     """
+    all_tokens = tokens[:, 1:]
     if places is not None:
-        values = values.new_zeros(tokens[:, 1:].numel()).index_copy_(0, places, values)
-    return values.view(len(tokens), tokens.shape[1] - 1).sum(dim=1)
-
-
-def _gradient(flat: Tensor, places: Tensor | None, hidden: Tensor) -> Tensor:
-    """Return the gradient of hidden states [num_sequences, T, d] from rows [n, d].
-
-    The rows are those at the positions that count.
-    """
-    gradient = torch.zeros_like(hidden)
-    num_sequences, T, d = hidden.shape
-    if places is not None:
-        flat = flat.new_zeros(num_sequences * (T - 1), d).index_copy_(0, places, flat)
-    gradient[:, :-1] = flat.view(num_sequences, T - 1, d)
-    return gradient
+        of_all = rows.new_zeros(all_tokens.numel(), *rows.shape[1:])
+        rows = of_all.index_copy_(0, places, rows)
+    return rows.view(*all_tokens.shape, *rows.shape[1:])
 
 
 def _in_parts(
-    states: Sequence[Tensor],
-    head_weight: Tensor,
-    work: Callable[..., None],
-    gradient: Tensor | None,
-) -> None:
+    states: Sequence[Tensor], head_weight: Tensor, work: Callable[..., None], *, with_gradient: bool
+) -> Tensor | None:
     """Call ``work(places, logits, ...)`` on parts of the tokens that are worked on together.
 
     Args:
         states: what the head reads [n, d], once for every logits [len(places), vocabulary].
         head_weight: [vocabulary, d].
         work: if a gradient is wanted, it leaves that at the first logits in their place.
-        gradient: [n, d], at the first states; it is filled in.
+        with_gradient: whether to return the gradient [n, d] at the first states.
     """
     first, *_ = states
+    gradient = torch.empty_like(first) if with_gradient else None
     for start in range(0, len(first), TOKENS_PER_SLICE):
         part = slice(start, min(start + TOKENS_PER_SLICE, len(first)))
         logits = [product(of_model[part].to(first.dtype), head_weight.T) for of_model in states]
@@ -254,6 +241,7 @@ def _in_parts(
         if gradient is not None:
             gradient[part] = product(logits[0], head_weight)
         del logits  # before the next slice's are made
+    return gradient
 
 
 def _drawn(probabilities: Tensor, chances: Tensor) -> Tensor:

@@ -58,17 +58,6 @@ def _num_left(groups: GroupSet, rows_kept: Mapping[str, int]) -> int:
     return rows_kept[name] // each
 
 
-def plain_kv_heads(layout: ModelLayout) -> tuple[int, ...]:
-    """Return the numbers of KV heads that a plain class can hold, that of the model included.
-
-    Some classes tie the number of heads to the hidden size. Llama does, but without biases a
-    Mistral computes the same.
-    """
-    heads = layout.heads
-    fewer = (k for k in range(1, heads.num_kv) if _holds_heads(layout, k * heads.n_rep))
-    return (*fewer, heads.num_kv)
-
-
 def kv_heads_left(layout: ModelLayout, tensor_parallel: int, *, uniform: bool) -> tuple[int, ...]:
     """Return the numbers of KV heads that may be left in a block.
 
@@ -79,13 +68,21 @@ def kv_heads_left(layout: ModelLayout, tensor_parallel: int, *, uniform: bool) -
         uniform: whether a plain class must hold them in every block; else 0 is allowed, too.
     """
     heads = layout.heads
-    possible = plain_kv_heads(layout) if uniform else range(heads.num_kv + 1)
+    possible = (k for k in range(heads.num_kv + 1) if not uniform or _holds_heads(layout, k))
     even = (k for k in possible if k * heads.n_rep % tensor_parallel == 0)
     return tuple(k for k in even if k % tensor_parallel == 0 or (k and tensor_parallel % k == 0))
 
 
-def _holds_heads(layout: ModelLayout, num_query_heads: int) -> bool:
+def _holds_heads(layout: ModelLayout, num_kv_heads: int) -> bool:
+    """Whether a plain class can hold so many KV heads, as it can those of the model.
+
+    Some classes tie the number of heads to the hidden size. Llama does, but without biases a
+    Mistral computes the same.
+    """
     config = layout.config
+    num_query_heads = num_kv_heads * layout.heads.n_rep
+    if num_kv_heads in (0, layout.heads.num_kv):
+        return num_kv_heads > 0
     if not layout.family.has_free_heads or not _fits_factors(config, num_query_heads):
         return False
     divides = config.hidden_size % num_query_heads == 0
@@ -126,7 +123,7 @@ def uniform_document(layout: ModelLayout, document: Document, widths: Widths) ->
             "the blocks have different widths, which no plain class can hold; set "
             "pruning.allocation to uniform"
         )
-    if num_kv_heads not in plain_kv_heads(layout):
+    if not _holds_heads(layout, num_kv_heads):
         raise ValueError(
             f"{config.model_type} cannot hold {num_kv_heads} of {heads.num_kv} KV heads in a "
             "plain class"
@@ -228,22 +225,22 @@ def check_deci(layout: ModelLayout) -> None:
     config = layout.config
     heads = layout.heads
     window = getattr(config, "sliding_window", None)
+    problem = None
     if config.model_type not in ("llama", "mistral") or window is not None:
         what = config.model_type + ("" if window is None else " with a sliding window")
-        raise ValueError(
-            "output.exports: deci holds Llama models and Mistral models without a sliding window, "
-            f"not {what}; use per_block"
+        problem = f"holds Llama models and Mistral models without a sliding window, not {what}"
+    elif heads.head_dim * heads.num_query != config.hidden_size:
+        problem = (
+            f"needs head_dim * num_attention_heads = hidden_size, here {heads.head_dim} * "
+            f"{heads.num_query} and {config.hidden_size}"
         )
-    if heads.head_dim * heads.num_query != config.hidden_size:
-        raise ValueError(
-            "output.exports: deci needs head_dim * num_attention_heads = hidden_size, here "
-            f"{heads.head_dim} * {heads.num_query} and {config.hidden_size}; use per_block"
+    elif layout.num_channels % DECI_MULTIPLE:
+        problem = (
+            f"has multiples of {DECI_MULTIPLE} channels, and blocks that lose none keep all "
+            f"{layout.num_channels}"
         )
-    if layout.num_channels % DECI_MULTIPLE:
-        raise ValueError(
-            f"output.exports: deci has multiples of {DECI_MULTIPLE} channels, and blocks that lose "
-            f"none keep all {layout.num_channels}; use per_block"
-        )
+    if problem is not None:
+        raise ValueError(f"output.exports: deci {problem}; use per_block")
 
 
 def deci_document(layout: ModelLayout, document: Document, widths: Widths) -> Document:

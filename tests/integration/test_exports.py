@@ -30,8 +30,8 @@ from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.pruned_config import (
     BlockWidths,
     block_widths,
+    kv_heads_left,
     per_block_document,
-    plain_kv_heads,
 )
 from ray_surgeon.runtime import fresh_process
 from ray_surgeon.spec.sections import DECI_MULTIPLE, ModelSection
@@ -113,7 +113,7 @@ def test_heads_need_not_divide_the_hidden_size(
     model = AutoModelForCausalLM.from_pretrained(exports / "uniform")
     assert_as_masked(exports, model(TOKENS).logits)
     if family == "llama":
-        assert plain_kv_heads(ModelLayout.of(config)) == (1, 2, 3, 4, 5)
+        assert kv_heads_left(ModelLayout.of(config), 1, uniform=True) == (1, 2, 3, 4, 5)
         assert document["model_type"] == "mistral"
         assert document["architectures"] == [type(model).__name__] == ["MistralForCausalLM"]
         assert document["sliding_window"] is None
@@ -126,8 +126,8 @@ def test_phi3_holds_heads_that_its_rotary_factors_allow() -> None:
     factors = [1.0] * 4
     scaling = {"type": "longrope", "long_factor": factors, "short_factor": factors}
     config = config_like("phi3", rope_parameters=None, rope_scaling=scaling)
-    assert plain_kv_heads(LAYOUTS["phi3"]) == (1, 2)
-    assert plain_kv_heads(ModelLayout.of(config)) == (2,)
+    assert kv_heads_left(LAYOUTS["phi3"], 1, uniform=True) == (1, 2)
+    assert kv_heads_left(ModelLayout.of(config), 1, uniform=True) == (2,)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from ray_surgeon.models.checkpoint import (
     check_finite,
     find_stored,
     from_mxfp4,
+    read_shapes,
     read_state,
     tensor_reader,
 )
@@ -106,7 +107,7 @@ def test_a_packed_checkpoint_reads_as_transformers_unpacks_it(state: dict[str, T
     shapes = {key: tuple(tensor.shape) for key, tensor in packed.items()}
     found = find_stored(LAYOUT, f"{name}.3.down_proj.weight", packed)
     assert found is not None
-    assert found.shape(shapes) == (32, 64)
+    assert found.tensor(read_shapes(shapes)).shape == (32, 64)
 
 
 EXPERTS = "model.layers.1.mlp.experts"
