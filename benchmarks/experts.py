@@ -169,7 +169,7 @@ class Point:
         one shot.
         """
         of_experts = (
-            sum(s.size for s in layout.linears if s.expert is not None) / layout.linear_size
+            sum(s.size for s in layout.linears if not s.sees_all_tokens) / layout.linear_size
         )
         is_ours = self.method.partition(",")[0] in ("rerouting", "ours")
         num_shots = 1

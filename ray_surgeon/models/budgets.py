@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 
 from ray_surgeon.models.groups import GroupSet
-from ray_surgeon.models.layout import ModelLayout
+from ray_surgeon.models.layout import ModelLayout, Wholes
 from ray_surgeon.models.pruned_config import kv_heads_left
 
 
@@ -23,9 +23,9 @@ class Budget:
     fixed: float  # need of what no group belongs to
     # kind of groups -> need of one consumer with 0, 1, ... of them left; it never falls
     by_left: Mapping[str, tuple[float, ...]]
-    # kind of groups -> linears that read them in the whole model, one a block or one an expert
+    # kind of groups -> linears that read them in the whole model
     num_consumers: Mapping[str, int]
-    num_experts: int = 0  # of a block
+    wholes: Wholes = field(default_factory=dict)  # see `ModelLayout.wholes`
 
     def of(self, left: Iterable[tuple[str, int]]) -> float:
         """Return the need of a model.
@@ -48,20 +48,17 @@ class Budget:
     def least(self, fewest: Mapping[str, int]) -> float:
         """Return the need if only so many groups of the named kinds stay.
 
-        They stay in every block and expert, and so many experts do.
+        They stay at every consumer, and so many whole ones do.
         """
         sizes = dict(fewest)
-        gone = 0  # experts of the whole model
-        if "experts" in sizes:
-            num_left = sizes.pop("experts")
-            of_block = self.num_consumers["expert_channels"] // self.num_experts
-            gone = of_block * (self.num_experts - num_left)
-            all_channels = len(self.by_left["expert_channels"]) - 1
-            sizes["expert_channels"] = sizes.pop("expert_channels", all_channels)
-        left = [("expert_channels", 0)] * gone
+        gone = Counter[str]()  # kind -> consumers that are gone whole
+        for whole, (kind, of_block, _) in self.wholes.items():
+            if whole in sizes:
+                gone[kind] = self.num_consumers[kind] // of_block * (of_block - sizes.pop(whole))
+                sizes[kind] = sizes.pop(kind, len(self.by_left[kind]) - 1)
+        left = [(kind, 0) for kind in gone.elements()]
         for kind, number in sizes.items():
-            num_gone = gone if kind == "expert_channels" else 0
-            left += [(kind, number)] * (self.num_consumers[kind] - num_gone)
+            left += [(kind, number)] * (self.num_consumers[kind] - gone[kind])
         return self.of(left)
 
     def size(self, kind: str) -> float:
@@ -70,28 +67,21 @@ class Budget:
 
 
 def fewest_left(
-    layout: ModelLayout,
-    kinds: Sequence[str],
-    least: Mapping[str, int],
-    tensor_parallel: int = 1,
-    *,
-    uniform: bool,
+    layout: ModelLayout, least: Mapping[str, int], tensor_parallel: int = 1, *, uniform: bool
 ) -> dict[str, int]:
     """Return how few groups may be left in every block.
 
     Args:
         layout: of the model.
-        kinds: of groups that may be pruned.
-        least: kind -> groups that stay in every block.
+        least: kind of groups that may be pruned -> how many stay in every block.
         tensor_parallel: see `kv_heads_left`.
         uniform: whether plain classes must be able to hold the result.
     """
     in_all = {groups.kind: len(groups.columns) for groups in reversed(layout.group_sets)}
-    has_groups = getattr(layout.config, layout.family.sparse.num_groups or "", None)
-    # a router with groups takes the best two of a group
-    num_chosen = max(layout.num_active_experts, 2 if has_groups else 1)
+    needed = {kind: number for kind, (_, _, number) in layout.wholes.items()}
     fewest = {
-        kind: num_chosen if kind == "experts" else min(least[kind], in_all[kind]) for kind in kinds
+        kind: needed[kind] if kind in needed else min(number, in_all[kind])
+        for kind, number in least.items()
     }
     if "attention" in fewest:
         possible = kv_heads_left(layout, tensor_parallel, uniform=uniform)
@@ -124,8 +114,9 @@ def flops_budget(layout: ModelLayout, prompt_length: int) -> Budget:
 
     These are two a weight of linears and head, and the attention to what lies before.
 
-    Of the experts only those count that a token goes to: so much of every expert as if all had as
-    many tokens. Whole experts save nothing, because a token goes to as many of those that are left.
+    Of a linear that only some tokens pass so much counts as if all such had as many tokens; see
+    `ModelLayout.part_of_tokens`. Whole ones save nothing, because a token goes to as many of those
+    that are left.
 
     Args:
         layout: of the model.
@@ -163,4 +154,4 @@ def _additive(
             size = float(of_group(groups))
             by_left[groups.kind] = tuple(size * number for number in range(len(groups.columns) + 1))
     fixed = float(dense) - sum(num_consumers[kind] * table[-1] for kind, table in by_left.items())
-    return Budget(unit, fixed, by_left, num_consumers, layout.num_experts)
+    return Budget(unit, fixed, by_left, num_consumers, layout.wholes)

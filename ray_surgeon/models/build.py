@@ -5,25 +5,24 @@ Names differ here, in the whole model and in checkpoints.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import inspect
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from ray_surgeon.maths.products import times_constant
-from ray_surgeon.models.families import Family, family_of
+from ray_surgeon.models.families import family_of
 
 LinearModule: TypeAlias = nn.Linear | Conv1D
 """A linear as the method sees it: `nn.Linear` [R, C], or GPT-2's `Conv1D` [C, R]."""
-_MAKES_EMPTY = threading.Lock()
+_THREAD = threading.local()
 
 
 @dataclass(frozen=True)
@@ -64,55 +63,22 @@ def cache_argument(module: nn.Module) -> str:
     return "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
 
 
-def shared_inputs_of(family: Family, block: nn.Module) -> list[tuple[str, ...]]:
-    """Return the names of the linears of a block, grouped by shared input.
-
-    Those of layers that a mixture runs come after the others.
-    """
-    modules = dict(block.named_modules())
-    groups = [family.attention.producers, *((name,) for name in family.in_attention)]
-    groups += [(family.attention.consumer,), family.ffn.producers, (family.ffn.consumer,)]
-    linears = family.sparse.linears
-    for layer in family.sparse.layers_in(modules):
-        groups.append(tuple(f"{layer}.{name}" for name in linears.producers))
-        groups.append((f"{layer}.{linears.consumer}",))
-    # a bias is one more input, so linears with a bias and linears without have no A in common
-    parts = dict[tuple[int, bool], list[str]]()
-    for number, group in enumerate(groups):
-        for name in group:
-            if name in modules:
-                has_bias = getattr(modules[name], "bias", None) is not None
-                parts.setdefault((number, has_bias), []).append(name)
-    return [tuple(names) for names in parts.values()]
-
-
-@contextlib.contextmanager
-def weights_on_meta() -> Iterator[None]:
-    """Let parameters that this thread makes have no memory.
+def _on_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
+    """Return a parameter that has no memory in place of one, where `build_blocks` makes it.
 
     Buffers have theirs, because they are not in checkpoints.
 
     accelerate's `init_empty_weights` does that to all threads of the process, for good if two of
     them overlap.
     """
-    with _MAKES_EMPTY:
-        register = nn.Module.register_parameter
-        thread = threading.get_ident()
-        is_open = True
+    if not getattr(_THREAD, "builds_blocks", False):
+        return None
+    empty = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+    empty.__dict__.update(parameter.__dict__)
+    return empty
 
-        def register_empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-            register(module, name, parameter)
-            if is_open and parameter is not None and threading.get_ident() == thread:
-                empty = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
-                empty.__dict__.update(parameter.__dict__)
-                module._parameters[name] = empty
 
-        nn.Module.register_parameter = register_empty  # type: ignore[method-assign, assignment]
-        try:
-            yield
-        finally:
-            is_open = False  # whoever has kept it meanwhile has what was there before
-            nn.Module.register_parameter = register  # type: ignore[method-assign]
+register_module_parameter_registration_hook(_on_meta)  # type: ignore[arg-type]
 
 
 def build_blocks(config: PretrainedConfig, blocks: BlockRange, dtype: torch.dtype) -> nn.Module:
@@ -124,10 +90,13 @@ def build_blocks(config: PretrainedConfig, blocks: BlockRange, dtype: torch.dtyp
     family = family_of(config)
     # transformers writes the dtype into it, and other shards have theirs
     config = copy.deepcopy(config)
-    with weights_on_meta():
+    _THREAD.builds_blocks = True
+    try:
         model: nn.Module = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=family.runs_attention
         )
+    finally:
+        _THREAD.builds_blocks = False
     model.eval().requires_grad_(False)
     base = model.get_submodule(family.base)
     all_blocks = base.get_submodule(family.blocks)
@@ -184,11 +153,6 @@ def use_fast_products(module: LinearModule) -> None:
         return y if module.bias is None else y + module.bias
 
     module.forward = forward  # type: ignore[method-assign]
-
-
-def num_outputs(module: LinearModule) -> int:
-    """Return R."""
-    return int(matrix(module).shape[0])
 
 
 def num_inputs(module: LinearModule) -> int:

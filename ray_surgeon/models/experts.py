@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,15 +107,6 @@ class SparseLayer:
             return None
         number, linear, kind = rest.split(".")
         return ExpertTensor(layer + inside[:-1], int(number), linear, kind)
-
-    def layers_in(self, names: Collection[str]) -> dict[str, str]:
-        """Return the shared experts and then the experts among the modules of a block.
-
-        Each comes with the kind of groups that its channels are.
-        """
-        shared = {name: "shared_experts" for name in names if name == self.shared}
-        experts = (name for name in names if name.rpartition(".")[0] == self.experts)
-        return shared | dict.fromkeys(experts, "expert_channels")
 
     def is_in(self, block: nn.Module) -> bool:
         """Whether a block has such a layer."""

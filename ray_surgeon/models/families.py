@@ -1,4 +1,6 @@
-"""Families of models, as data: where blocks are, what shares an input, what is coupled.
+"""Families of models: where blocks are, what shares an input, what is coupled.
+
+They are data, in families.yaml.
 
 A shard runs the family's own `forward` over its own blocks (see `shard.py`), so a family only has
 to name modules.
@@ -6,17 +8,21 @@ to name modules.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import yaml
+from pydantic import ConfigDict, TypeAdapter
 from transformers import PretrainedConfig
 
 from ray_surgeon.models.attention import IN_PRODUCTS
 from ray_surgeon.models.experts import Coupling, ExpertTensor, SparseLayer
 
-_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-_ATTENTION = Coupling("self_attn.o_proj", _QKV)
+_ATTENTION = Coupling(
+    "self_attn.o_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+)
 _FFN = Coupling("mlp.down_proj", ("mlp.gate_proj", "mlp.up_proj"))
 _NO_EXPERTS = SparseLayer()
 
@@ -65,6 +71,25 @@ class Family:
     has_free_heads_in_vllm: bool = True  # likewise, in vLLM's own class of the family
     llama_cpp: LlamaCpp | None = None  # None if llama.cpp does not know the family
 
+    def couplings_in(self, names: Collection[str]) -> list[tuple[str, str, Coupling]]:
+        """Return the coupled linears of a block that has modules of these names, and others.
+
+        Each comes with the kind of groups that they have, and with what its names begin with.
+        """
+        sparse = self.sparse
+        kinds = {name: "shared_experts" for name in names if name == sparse.shared}
+        experts = (name for name in names if name.rpartition(".")[0] == sparse.experts)
+        kinds |= dict.fromkeys(experts, "expert_channels")
+        inside = [(kind, f"{name}.", sparse.linears) for name, kind in kinds.items()]
+        return [("attention", "", self.attention), ("ffn", "", self.ffn), *inside]
+
+    def shared_inputs_in(self, names: Collection[str]) -> Iterator[tuple[str, ...]]:
+        """Yield linears of a block that read one input, and others that it has not."""
+        for kind, inside, coupling in self.couplings_in(names):
+            further = self.in_attention if kind == "attention" else ()
+            for group in (coupling.producers, *((name,) for name in further), (coupling.consumer,)):
+                yield tuple(inside + name for name in group)
+
     def part_of_stack(self, name: str) -> ExpertTensor | None:
         """Return what a tensor of an expert is if checkpoints stack experts, else None."""
         return self.sparse.tensor_of(name) if self.sparse.stacked else None
@@ -86,105 +111,10 @@ class Family:
         return f"{self.base}.{self.blocks}.{block}."
 
 
-_QWEN3_MOE = SparseLayer(("num_experts", "num_local_experts"), "moe_intermediate_size")
-_DEEPSEEK = SparseLayer(
-    ("n_routed_experts", "num_local_experts"),
-    "moe_intermediate_size",
-    shared="mlp.shared_experts",
-    num_groups="n_group",
-    has_softmax=False,
-)
-
-FAMILIES: dict[str, Family] = {
-    "llama": Family(has_any_heads=False, llama_cpp=LlamaCpp("llama", "silu", pairs_rotary=True)),
-    "mistral": Family(llama_cpp=LlamaCpp("llama", "silu", pairs_rotary=True)),
-    "qwen2": Family(
-        has_free_heads_in_vllm=False, llama_cpp=LlamaCpp("qwen2", "silu", has_free_heads=False)
-    ),
-    "qwen3": Family(norms_queries=True, llama_cpp=LlamaCpp("qwen3", "silu")),
-    "gemma3_text": Family(
-        has_any_heads=False,
-        norms_queries=True,
-        llama_cpp=LlamaCpp("gemma3", "gelu_pytorch_tanh", adds_one_to_norms=True),
-    ),
-    "phi3": Family(
-        attention=Coupling("self_attn.o_proj", ("self_attn.qkv_proj",), num_parts=3),
-        ffn=Coupling("mlp.down_proj", ("mlp.gate_up_proj",), num_parts=2),
-        llama_cpp=LlamaCpp("phi3", "silu"),
-    ),
-    "opt": Family(
-        base="model.decoder",
-        embeddings=("embed_tokens", "embed_positions", "project_in"),
-        positions=("embed_positions",),
-        final=("final_layer_norm", "project_out"),
-        attention=Coupling("self_attn.out_proj", _QKV),
-        ffn=Coupling("fc2", ("fc1",)),
-        width_field="ffn_dim",
-        has_free_heads=False,
-        has_any_heads=False,
-    ),
-    "gpt2": Family(
-        base="transformer",
-        blocks="h",
-        embeddings=("wte", "wpe"),
-        positions=("wpe",),
-        final=("ln_f",),
-        attention=Coupling("attn.c_proj", ("attn.c_attn",), num_parts=3),
-        ffn=Coupling("mlp.c_proj", ("mlp.c_fc",)),
-        width_field="n_inner",
-        has_free_heads=False,
-        has_any_heads=False,
-        transposed=True,
-        llama_cpp=LlamaCpp("gpt2", "gelu_new"),
-    ),
-    "mixtral": Family(
-        sparse=SparseLayer(("num_local_experts",), "intermediate_size"),
-        stored=(
-            (".mlp.", ".block_sparse_moe."),
-            (".gate_proj.", ".w1."),
-            (".up_proj.", ".w3."),
-            (".down_proj.", ".w2."),
-        ),
-    ),
-    "olmoe": Family(
-        prunes_heads=False,
-        norms_queries=True,
-        sparse=SparseLayer(("num_experts",), "intermediate_size"),
-    ),
-    "qwen2_moe": Family(
-        sparse=SparseLayer(
-            ("num_experts",),
-            "moe_intermediate_size",
-            shared="mlp.shared_expert",
-            shared_width="shared_expert_intermediate_size",
-        ),
-        has_free_heads=False,
-        has_any_heads=False,
-    ),
-    "qwen3_moe": Family(norms_queries=True, sparse=_QWEN3_MOE),
-    "gpt_oss": Family(
-        sparse=SparseLayer(
-            ("num_local_experts",),
-            "intermediate_size",
-            router="mlp.router",
-            zeroing=("gate_proj",),
-            stacked=True,
-        ),
-        per_head=("self_attn.sinks",),
-        runs_attention="eager",
-    ),
-    "glm4_moe": Family(norms_queries=True, sparse=_DEEPSEEK),
-    "deepseek_v3": Family(
-        attention=Coupling(
-            "self_attn.o_proj",
-            ("self_attn.q_proj", "self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"),
-        ),
-        in_attention=("self_attn.q_b_proj", "self_attn.kv_b_proj"),
-        prunes_heads=False,
-        has_any_heads=False,
-        sparse=_DEEPSEEK,
-    ),
-}
+_DOCUMENT = Path(__file__).with_name("families.yaml").read_text(encoding="utf-8")
+_CHECK = TypeAdapter(dict[str, Family], config=ConfigDict(extra="forbid"))
+FAMILIES = _CHECK.validate_python(yaml.safe_load(_DOCUMENT))
+"""Type of a model -> its family."""
 
 _LARGEST = {
     **dict.fromkeys(("num_hidden_layers", "n_layer"), 2_000),
@@ -196,6 +126,15 @@ _LARGEST = {
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 10_000_000),
 }
 """Sizes in config.json far beyond any model; building one would fill the memory."""
+
+
+_OTHER_LOSS = {
+    "final_logit_softcapping": "the model caps its logits ({}), which the loss here does not",
+    "use_bidirectional_attention": (
+        "its tokens see later ones ({}), and the loss here is of the next one"
+    ),
+}
+"""Field of config.json -> what is wrong with a model that has it."""
 
 
 def check_sizes(document: Mapping[str, Any], where: str) -> None:
@@ -261,14 +200,7 @@ def family_of(config: PretrainedConfig) -> Family:
             multiply.
     """
     check_family(config.model_type)
-    if getattr(config, "final_logit_softcapping", None):
-        raise ValueError(
-            "model.source: the model caps its logits (final_logit_softcapping), which the loss "
-            "here does not; choose another"
-        )
-    if getattr(config, "use_bidirectional_attention", None):
-        raise ValueError(
-            "model.source: its tokens see later ones (use_bidirectional_attention), and the loss "
-            "here is of the next one; choose another"
-        )
+    for name, problem in _OTHER_LOSS.items():
+        if getattr(config, name, None):
+            raise ValueError(f"model.source: {problem.format(name)}; choose another")
     return FAMILIES[config.model_type]

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from ray_surgeon.maths.masks import StructuredMask
+from ray_surgeon.models.attention import rope_of
 
 if TYPE_CHECKING:
     from ray_surgeon.models.layout import Heads, ModelLayout
@@ -33,17 +34,11 @@ class GroupSet:
 def groups_of(layout: ModelLayout, block: int) -> Iterator[GroupSet]:
     """Yield the coupled groups of a block."""
     prefix = layout.family.block_prefix(block)
-    layers = [("ffn", prefix, layout.family.ffn)]
-    sparse = layout.family.sparse
     names = (shape.name for shape in layout.linears if shape.block == block)
     modules = dict.fromkeys(name.removeprefix(prefix).rpartition(".")[0] for name in names)
-    for name, kind in sparse.layers_in(modules).items():
-        layers.append((kind, f"{prefix}{name}.", sparse.linears))
-    if layout.family.prunes_heads:
-        layers.insert(0, ("attention", prefix, layout.family.attention))
-    for kind, inside, coupling in layers:
-        consumer = layout.shapes.get(inside + coupling.consumer)
-        if consumer is None:
+    for kind, inside, coupling in layout.family.couplings_in(modules):
+        consumer = layout.shapes.get(prefix + inside + coupling.consumer)
+        if consumer is None or (kind == "attention" and not layout.family.prunes_heads):
             continue
         if kind == "attention":
             columns, *rows = _rows_of_heads(layout.heads, is_fused=coupling.num_parts > 1)
@@ -51,7 +46,7 @@ def groups_of(layout: ModelLayout, block: int) -> Iterator[GroupSet]:
             num_channels = consumer.num_columns - consumer.has_bias
             columns = _places(0, num_channels)
             rows = [_places(part * num_channels, num_channels) for _, part in coupling.parts]
-        names = (inside + name for name, _ in coupling.parts)
+        names = (prefix + inside + name for name, _ in coupling.parts)
         producers = tuple(zip(names, rows, strict=True))
         size = columns.shape[1] * consumer.num_rows
         size += sum(own.shape[1] * layout.shapes[name].num_columns for name, own in producers)
@@ -167,8 +162,7 @@ def _rotated(alive: Tensor, config: PretrainedConfig) -> Tensor:
     The rotation mixes pairs of them.
     """
     head_dim = alive.shape[-1]
-    parameters = getattr(config, "rope_parameters", None) or {}
     of_config = getattr(config, "partial_rotary_factor", None)
-    rotated = int(head_dim * (parameters.get("partial_rotary_factor") or of_config or 1.0))
+    rotated = int(head_dim * (rope_of(config).get("partial_rotary_factor") or of_config or 1.0))
     halves = alive[..., :rotated].reshape(*alive.shape[:-1], 2, rotated // 2).any(dim=-2)
     return torch.cat([halves, halves, alive[..., rotated:]], dim=-1)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +12,11 @@ from torch.utils.hooks import RemovableHandle
 
 from ray_surgeon.maths.experts import ExpertSums, add_changes, add_rises
 from ray_surgeon.maths.kronecker import PackedSymmetric, with_ones
-from ray_surgeon.models.build import LinearModule, as_linear, num_inputs, shared_inputs_of
+from ray_surgeon.models.build import LinearModule, as_linear, num_inputs
 from ray_surgeon.models.experts import Mixture, routed
 
 if TYPE_CHECKING:
+    from ray_surgeon.models.layout import LinearShape
     from ray_surgeon.models.shard import ModelShard
 
 
@@ -58,24 +58,26 @@ class SharedInput:
         linears: by their global names.
         place: of their block in the shard.
         names: of the linears.
+        roles: of the linears, see `LinearShape`.
         key_of_A: under which their A is stored.
         keys_of_G: name of each -> under which its G is stored.
         sizes: under which their A, then every G, is stored -> the number of its rows.
         num_tokens: tokens in the sums.
     """
 
-    def __init__(self, shard: ModelShard, place: int, group: tuple[str, ...]) -> None:
-        """Take the linears of a block that have these names in it."""
-        block = shard.block_modules[place]
-        prefix = shard.layout.family.block_prefix(shard.blocks.first + place)
-        shapes = shard.layout.shapes
-        self.linears = {prefix + name: as_linear(block.get_submodule(name)) for name in group}
-        self.place = place
+    def __init__(self, shard: ModelShard, shapes: Sequence[LinearShape]) -> None:
+        """Take the linears of a block that have these shapes."""
+        first, *_ = shapes
+        self.place = first.block - shard.blocks.first
+        inside = len(shard.layout.family.block_prefix(first.block))
+        block = shard.block_modules[self.place]
+        self.linears = {s.name: as_linear(block.get_submodule(s.name[inside:])) for s in shapes}
         self.names = tuple(self.linears)
-        self.key_of_A = f"{self.names[0]}.A"
-        self.sizes = {self.key_of_A: shapes[self.names[0]].num_columns}
+        self.roles = {shape.role for shape in shapes}
+        self.key_of_A = f"{first.name}.A"
         self.keys_of_G = {name: f"{name}.G" for name in self.names}
-        self.sizes |= {key: shapes[name].num_rows for name, key in self.keys_of_G.items()}
+        of_G = {self.keys_of_G[shape.name]: shape.num_rows for shape in shapes}
+        self.sizes = {self.key_of_A: first.num_columns} | of_G
         self.num_tokens = 0
 
     def add_to(self, factors: Mapping[str, PackedSymmetric], wide: bool) -> list[RemovableHandle]:
@@ -97,13 +99,6 @@ class SharedInput:
             for name, key in self.keys_of_G.items()
             if key in factors
         ]
-
-
-def shared_inputs_in(shard: ModelShard) -> Iterator[SharedInput]:
-    """Yield the linears of a shard by shared input."""
-    for place, block in enumerate(shard.block_modules):
-        for group in shared_inputs_of(shard.layout.family, block):
-            yield SharedInput(shard, place, group)
 
 
 class LayerInputs:
@@ -147,8 +142,7 @@ class LayerInputs:
 # gradients pass. Source: docs/method.md, section 10
 
 
-@dataclass(frozen=True)
-class Removals:
+class Removals(NamedTuple):
     """What the removal of each expert would change in the output of a layer.
 
     There are n pairs of a token and one of its k experts.

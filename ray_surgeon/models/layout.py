@@ -10,8 +10,10 @@ import functools
 import itertools
 import math
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -46,12 +48,11 @@ class LinearShape:
     shared_input: int
     # its name in the block, with * for the number of an expert, e.g. ``mlp.experts.*.down_proj``
     role: str
-    expert: int | None = None  # its number, if it belongs to one
 
     @property
     def sees_all_tokens(self) -> bool:
         """Whether every token passes it, which is not so in the experts of a mixture."""
-        return self.expert is None
+        return "*" not in self.role
 
     @property
     def size(self) -> int:
@@ -84,6 +85,10 @@ class ExpertSet:
 
 
 Linears = tuple[LinearShape, ...]
+Wholes = Mapping[str, tuple[str, int, int]]
+"""Kind of what is removed whole -> kind of the groups in it, and how many of it a block has and
+needs.
+"""
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -107,6 +112,7 @@ class ModelLayout:
         num_experts: of a block that has some.
         num_active_experts: that every token goes to, in such a block.
         is_mixture: whether some tokens pass one feed-forward layer and others another.
+        wholes: what may be removed with all groups in it; see `Wholes`.
     """
 
     def __init__(
@@ -130,6 +136,11 @@ class ModelLayout:
         num_active = getattr(config, "num_experts_per_tok", None) or 0
         self.num_active_experts = int(num_active) if self.num_experts else 0
         self.is_mixture = self.num_experts > 0
+        # a router with groups takes the best two of a group
+        has_groups = getattr(config, family.sparse.num_groups or "", None)
+        needed = max(self.num_active_experts, 2 if has_groups else 1)
+        whole = {"experts": ("expert_channels", self.num_experts, needed)}
+        self.wholes: Wholes = whole if self.is_mixture else {}
 
     @staticmethod
     def of(config: PretrainedConfig, where: str = "the model") -> ModelLayout:
@@ -167,19 +178,16 @@ class ModelLayout:
 
         A tied head is there only where the embedding is not.
         """
-        family = self.family
-        first = tuple(f"{family.base}.{name}." for name in family.embeddings)
-        parameters = {}
-        for name, shape in self.parameters.items():
+        first = tuple(f"{self.family.base}.{name}." for name in self.family.embeddings)
+
+        def belongs(name: str) -> bool:
             if (block := self.block_of(name)) is not None:
-                belongs = block in blocks
-            elif name.startswith(first):
-                belongs = blocks.is_first
-            else:
-                belongs = blocks.is_last and not (blocks.is_first and name in self.tied)
-            if belongs:
-                parameters[name] = shape
-        return parameters
+                return block in blocks
+            if name.startswith(first):
+                return blocks.is_first
+            return blocks.is_last and not (blocks.is_first and name in self.tied)
+
+        return {name: shape for name, shape in self.parameters.items() if belongs(name)}
 
     @functools.cached_property
     def num_channels(self) -> int:
@@ -205,8 +213,7 @@ class ModelLayout:
     @functools.cached_property
     def kinds(self) -> tuple[str, ...]:
         """The kinds of groups that this model has."""
-        present = {groups.kind for groups in self.group_sets}
-        present |= {"experts"} if self.expert_sets else set()
+        present = {groups.kind for groups in self.group_sets} | self.wholes.keys()
         return tuple(kind for kind in GROUP_KINDS if kind in present)
 
 
@@ -220,30 +227,31 @@ def _heads(config: PretrainedConfig) -> Heads:
 
 
 def _expert_sets(linears: Linears) -> Iterator[ExpertSet]:
-    shapes = (shape for shape in linears if shape.expert is not None)
+    shapes = (shape for shape in linears if not shape.sees_all_tokens)
     for block, of_block in itertools.groupby(shapes, key=lambda shape: shape.block):
-        experts = [list(e) for _, e in itertools.groupby(of_block, key=lambda s: s.expert)]
+        by_expert = itertools.groupby(of_block, key=lambda shape: shape.name.rpartition(".")[0])
+        experts = [list(expert) for _, expert in by_expert]
         name = experts[0][0].name.rsplit(".", 2)[0]
         yield ExpertSet(block, name, tuple(tuple(s.name for s in expert) for expert in experts))
 
 
 def _linears(family: Family, model: nn.Module) -> Iterator[LinearShape]:
-    shared_inputs = itertools.count()
+    # a bias is one more input, so linears with a bias and linears without have no A in common
+    shared_inputs = defaultdict[Any, int](itertools.count().__next__)
     blocks = model.get_submodule(f"{family.base}.{family.blocks}")
     for block, module in enumerate(blocks.children()):
-        for group in build.shared_inputs_of(family, module):
-            shared_input = next(shared_inputs)
-            for name in group:
-                linear = build.as_linear(module.get_submodule(name))
+        modules = dict(module.named_modules())
+        for group in family.shared_inputs_in(modules):
+            for name in filter(modules.__contains__, group):
+                linear = build.as_linear(modules[name])
+                R, C = build.matrix(linear).shape
                 bias = linear.bias is not None
-                number = re.search(r"\.(\d+)\.", name)
                 yield LinearShape(
                     family.block_prefix(block) + name,
-                    build.num_outputs(linear),
-                    build.num_inputs(linear) + bias,
+                    R,
+                    C + bias,
                     bias,
                     block,
-                    shared_input,
+                    shared_inputs[block, group, bias],
                     re.sub(r"\.\d+\.", ".*.", name),
-                    None if number is None else int(number[1]),
                 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections import defaultdict
 from collections.abc import Iterator
 
@@ -10,20 +11,14 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from ray_surgeon.maths.experts import (
-    ExpertSums,
-    LayerMean,
-    mean_factor,
-    own_divisor,
-    shrunk_factors,
-)
+import ray_surgeon.maths.experts as of_experts
 from ray_surgeon.maths.kronecker import PackedFactors, PackedSymmetric, Term
 from ray_surgeon.memory.stores import FactorStore, Scratch, Stores
 from ray_surgeon.memory.weights import Read, Slot, WeightStore
 from ray_surgeon.models import build
 from ray_surgeon.models.checkpoint import check_finite
 from ray_surgeon.models.experts import Mixture
-from ray_surgeon.models.hooks import LayerInputs, SharedInput, shared_inputs_in, sum_removals
+from ray_surgeon.models.hooks import LayerInputs, SharedInput, sum_removals
 from ray_surgeon.models.layout import ModelLayout
 
 
@@ -66,13 +61,15 @@ class ModelShard:
         # global names of the tensors that `load` reads, in its order
         self.wanted = [*self._ends.names, *self.weights.names]
         self.factor_store = FactorStore(self.stores.factors, device, scratch)
-        self.shared_inputs = list(shared_inputs_in(self))
+        own = (shape for shape in layout.linears if shape.block in blocks)
+        groups = itertools.groupby(own, key=lambda shape: shape.shared_input)
+        self.shared_inputs = [SharedInput(self, list(shapes)) for _, shapes in groups]
         self.linears = {n: m for group in self.shared_inputs for n, m in group.linears.items()}
         self._group_of = {name: group for group in self.shared_inputs for name in group.names}
         sparse = layout.family.sparse
-        mixed = {i: block for i, block in enumerate(self.block_modules) if sparse.is_in(block)}
-        self.mixtures = {place: Mixture(block, sparse) for place, block in mixed.items()}
-        self.expert_sums: dict[int, ExpertSums] = {}
+        blocks_by_place = enumerate(self.block_modules)
+        self.mixtures = {i: Mixture(b, sparse) for i, b in blocks_by_place if sparse.is_in(b)}
+        self.expert_sums: dict[int, of_experts.ExpertSums] = {}
         # what the present pass keeps of its layers' inputs, if anything
         self.layer_inputs: LayerInputs | None = None
         if device.type == "cpu" and dtype == torch.float32:
@@ -84,7 +81,7 @@ class ModelShard:
         self.terms: dict[str, list[Term]] = {}
         self._kind: str | None = None
         self._has_tokens = True  # factors are sums over tokens, of which an expert may have few
-        self._layer_means: dict[tuple[int, str], LayerMean] = {}
+        self._layer_means: dict[tuple[int, str], of_experts.LayerMean] = {}
 
     def _slot(self, name: str) -> Slot:
         """Return where a tensor belongs, by its name in the whole model."""
@@ -110,12 +107,9 @@ class ModelShard:
         if self.blocks.is_first and self.blocks.is_last:
             for embedding in self.layout.tied.values():
                 head = self.model.get_submodule(self.layout.family.head)
-                # a typed attribute would not be a Parameter
-                setattr(head, "weight", self.model.get_parameter(embedding))  # noqa: B010
-        for module in self.model.modules():
-            for leaf, buffer in module._buffers.items():
-                if buffer is not None and not buffer.is_meta:
-                    module._buffers[leaf] = buffer.to(self.device)
+                head.register_parameter("weight", self.model.get_parameter(embedding))
+        # buffers that no checkpoint has
+        self.model._apply(lambda x: x if x.is_meta else x.to(self.device))  # type: ignore[no-untyped-call]
         self.model.requires_grad_(False)
         self.weights.fill(read_tensor, check_finite, stays=stays)
 
@@ -165,12 +159,10 @@ class ModelShard:
         """
         assert self._kind is None
         self.drop_curvature()
-        roles = {name: shape.role for name, shape in self.layout.shapes.items()}
-        wanted = frozenset(roles.values()) if only is None else only
-        self.gathering = [g for g in self.shared_inputs if any(roles[n] in wanted for n in g.names)]
+        self.gathering = [g for g in self.shared_inputs if only is None or g.roles & only]
         self.gathered = {n: m for group in self.gathering for n, m in group.linears.items()}
         for place, mixture in self.mixtures.items() if experts else ():
-            self.expert_sums[place] = ExpertSums(len(mixture.experts), self.device)
+            self.expert_sums[place] = of_experts.ExpertSums(len(mixture.experts), self.device)
         for group in self.gathering:
             group.num_tokens = int(kind == "identity")
         self._kind = kind
@@ -232,7 +224,7 @@ class ModelShard:
         shape = self.layout.shapes[name]
         if shape.sees_all_tokens or not self._has_tokens:
             return own
-        return shrunk_factors(own, self.layer_mean(shape.block, shape.role))
+        return of_experts.shrunk_factors(own, self.layer_mean(shape.block, shape.role))
 
     def own_factors(self, name: str) -> PackedFactors:
         """Return the sums of a linear where they lie; A is that of its shared input."""
@@ -246,9 +238,9 @@ class ModelShard:
         shape = self.layout.shapes[name]
         if shape.sees_all_tokens:
             return num_tokens
-        return own_divisor(num_tokens, self.layer_mean(shape.block, shape.role))
+        return of_experts.own_divisor(num_tokens, self.layer_mean(shape.block, shape.role))
 
-    def layer_mean(self, block: int, role: str) -> LayerMean:
+    def layer_mean(self, block: int, role: str) -> of_experts.LayerMean:
         """Return the mean factors of the linears of a role over all experts of a block."""
         if (block, role) not in self._layer_means:
             # blocks have their turns
@@ -257,16 +249,16 @@ class ModelShard:
             means[block, role] = self._mean_of_layer(block, role)
         return self._layer_means[block, role]
 
-    def _mean_of_layer(self, block: int, role: str) -> LayerMean:
+    def _mean_of_layer(self, block: int, role: str) -> of_experts.LayerMean:
         shapes = [s for s in self.layout.linears if s.block == block and s.role == role]
-        groups = [(shape.name, self._group_of[shape.name]) for shape in shapes]
-        As = ((self.factor_store.get(g.key_of_A), g.num_tokens) for _, g in groups)
-        Gs = ((self.factor_store.get(g.keys_of_G[name]), g.num_tokens) for name, g in groups)
+        own = [self.own_factors(shape.name) for shape in shapes]
         is_consumer = role.endswith(self.layout.family.sparse.linears.consumer)
-        num_tokens = sum(group.num_tokens for _, group in groups)
-        return LayerMean(
-            mean_factor(As, has_basis=not is_consumer, has_bias=shapes[0].has_bias),
-            mean_factor(Gs, has_basis=is_consumer),
+        As = ((factors.A, factors.num_tokens) for factors in own)
+        Gs = ((factors.G, factors.num_tokens) for factors in own)
+        num_tokens = sum(factors.num_tokens for factors in own)
+        return of_experts.LayerMean(
+            of_experts.mean_factor(As, has_basis=not is_consumer, has_bias=shapes[0].has_bias),
+            of_experts.mean_factor(Gs, has_basis=is_consumer),
             num_tokens / self.mixtures[block - self.blocks.first].num_chosen,
         )
 

@@ -300,7 +300,7 @@ def test_what_cannot_be_is_refused(
 def test_targets_of_a_mixture(unit: str, model_folders: dict[str, Path], tmp_path: Path) -> None:
     """Bytes count all experts; flops only those a token goes to."""
     layout = LAYOUTS["qwen3_moe"]
-    active = sum(shape.size * (1 if shape.expert is None else 2 / 6) for shape in layout.linears)
+    active = sum(shape.size * (1 if shape.sees_all_tokens else 2 / 6) for shape in layout.linears)
     # blocks, a multiply-add for q.k and one for the sum, dimensions of a head, heads, tokens before
     scores = 4 * 4 * 8 * 4 * 17 / 2
     flops = 2 * (active + layout.config.vocab_size * layout.config.hidden_size) + scores

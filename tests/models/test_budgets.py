@@ -116,7 +116,7 @@ def test_the_least_of_a_mixture_counts_whole_experts_and_the_channels_of_the_oth
     """Two layers of four experts."""
     tables = {"expert_channels": (0.0, 2.0, 3.0), "attention": (0.0, 5.0)}
     consumers = {"expert_channels": 8, "attention": 2}
-    budget = Budget("parameters", 1.0, tables, consumers, num_experts=4)
+    budget = Budget("parameters", 1.0, tables, consumers, {"experts": ("expert_channels", 4, 1)})
     assert budget.least({"experts": 3}) == 1 + 2 * 3 * 3 + 2 * 5
     assert budget.least({"experts": 3, "expert_channels": 1, "attention": 0}) == 1 + 2 * 3 * 2
     assert budget.least({"expert_channels": 1}) == 1 + 2 * 4 * 2 + 2 * 5
@@ -145,4 +145,5 @@ def test_the_fewest_groups_that_may_be_left(
     that a router asks.
     """
     least = {"attention": heads, "ffn": 100, "expert_channels": 8, "experts": 1}
-    assert fewest_left(layout, list(expected), least, uniform=True) == expected
+    wanted = {kind: least[kind] for kind in expected}
+    assert fewest_left(layout, wanted, uniform=True) == expected

@@ -135,8 +135,8 @@ def _groups(
             f"pruning.groups: {', '.join(missing)}, but {layout.config.model_type} has "
             f"{', '.join(layout.kinds)} that can be pruned here; name some of these"
         )
-    least = pruning.fewest_groups
-    fewest = budgets.fewest_left(layout, pruning.groups, least, devices, uniform=uniform)
+    least = {str(kind): pruning.fewest_groups.get(kind, 0) for kind in pruning.groups}
+    fewest = budgets.fewest_left(layout, least, devices, uniform=uniform)
     roles = {groups.kind: layout.shapes[groups.consumer].role for groups in layout.group_sets}
     consumers = frozenset(roles[kind] for kind in pruning.groups if kind in roles)
     return Groups(pruning, curvature, _budget(layout, pruning, dtype), fewest, consumers)
