@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import statistics
 import time
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -33,14 +34,10 @@ def _steps(shots: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     steps = []
     for name in dict.fromkeys(name for shot in shots for name in shot["seconds"]):
         with_step = [shot for shot in shots if name in shot["seconds"]]
-        # shots of earlier versions do not tell
-        busy = [shot.get("worker_seconds", {}).get(name, []) for shot in with_step]
-        walls = [shot["seconds"][name] for shot in with_step]
-        offered = sum(len(of_workers) * wall for of_workers, wall in zip(busy, walls, strict=True))
-        step = {"name": name, "wall_s": sum(walls)}
-        step["cpu_s"] = sum(shot["cpu_seconds"][name] for shot in with_step)
-        step["efficiency"] = sum(map(sum, busy)) / offered if offered else 0.0
-        steps.append(step)
+        wall = sum(shot["seconds"][name] for shot in with_step)
+        cpu = sum(shot["cpu_seconds"][name] for shot in with_step)
+        busy = sum(statistics.fmean(shot["worker_seconds"][name]) for shot in with_step)
+        steps.append({"name": name, "wall_s": wall, "cpu_s": cpu, "efficiency": busy / wall})
     return steps
 
 

@@ -16,7 +16,6 @@ import yaml
 
 from ray_surgeon.report.directory import RunDirectory
 from ray_surgeon.report.events import Steps
-from ray_surgeon.runtime.passes import Measured
 from ray_surgeon.runtime.worker import LinearSummary
 from ray_surgeon.storage import files as store
 from ray_surgeon.storage import tensor_files
@@ -41,24 +40,20 @@ class RunReport:
     def add_shot(
         self,
         about: Mapping[str, Any],
-        measured: Mapping[str, Measured],
-        linears: Sequence[LinearSummary],
         record: Mapping[str, Any],
+        linears: Sequence[LinearSummary],
         steps: Steps,
-    ) -> None:
-        """Add the record of a shot.
+    ) -> dict[str, Any]:
+        """Add the record of a shot and return it.
 
         Args:
-            about: its index, target_sparsity, sparsity and threshold.
-            measured: by text.
-            linears: what is left of each.
+            about: its index, target_sparsity, sparsity, threshold, perplexity and divergence.
             record: what the method and the corrections say.
+            linears: what is left of each.
             steps: of this shot so far.
         """
         shot = {
             **about,
-            "perplexity": {text: measure.perplexity for text, measure in measured.items()},
-            "divergence": {text: measure.divergence for text, measure in measured.items()},
             "calibration_loss": None,
             "correction_losses": [],
             "correction_absorbed": None,
@@ -69,6 +64,7 @@ class RunReport:
             "dense": self.dense,
         }
         self.shots.append(shot)
+        return shot
 
     def as_record(self) -> dict[str, Any]:
         """Return the content of report.json."""
@@ -83,12 +79,9 @@ class RunReport:
             "nonzero_in_pruned_linears": nonzero,
             "whole_model_sparsity": 1 - after / self.num_parameters,
         }
-        first = ("spec", "fingerprints", "environment", "dense")
-        record = {name: getattr(self, name) for name in first}
-        record["shots"] = [
-            {key: value for key, value in shot.items() if key not in ("linears", "dense")}
-            for shot in self.shots
-        ]
+        record = {n: getattr(self, n) for n in ("spec", "fingerprints", "environment", "dense")}
+        elsewhere = ("linears", "dense")
+        record["shots"] = [{k: v for k, v in s.items() if k not in elsewhere} for s in self.shots]
         record |= {"linears": linears, "parameters": parameters, "exports": self.exports}
         return record | {"plan": self.plan, "retries": self.retries}
 
@@ -164,13 +157,13 @@ def check_folder(
 
 
 def _check_dense_states(uri: str) -> None:
+    remedy = "the dense model that wrote it is gone, too; put it back, or start a new run"
     try:
         tensor_files.Reader().names(uri)
-    except (FileNotFoundError, ValueError) as error:
-        problem = f"{uri} is gone, and the dense model with it"
-        if not isinstance(error, FileNotFoundError):
-            problem = f"{error.args[0].partition('; ')[0]}, and the dense model is gone"
-        raise ValueError(f"{problem}; put it back, or start a new run") from error
+    except FileNotFoundError as error:
+        raise ValueError(f"{uri} is gone; {remedy}") from error
+    except ValueError as error:
+        raise ValueError(f"{error.args[0].partition('; ')[0]}; {remedy}") from error
 
 
 def _changes(directory: RunDirectory, spec_yaml: str) -> list[str]:

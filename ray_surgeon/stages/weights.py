@@ -5,10 +5,12 @@ A commit has masks and a record, too, from which a run can go on.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from ray_surgeon.export.folder import Pruned
+from ray_surgeon.export.folder import Pruned, model_card
 from ray_surgeon.export.for_engines import Shrinking, check_quantised, export_quantised
 from ray_surgeon.export.kinds import check_export, export
 from ray_surgeon.memory.stores import ScratchNames
@@ -75,14 +77,16 @@ class Commit(Stage):
         files.remove_files(folder, ["*.safetensors"])  # of a try that was interrupted
         written = [file for worker in cluster.run_all(save_shot, folder) for file in worker]
         choice = run.find(Choice)
+        measured = run.kept(Measures).items()
         about = {
             "index": shot,
             "target_sparsity": self.targets[shot - 1] if self.targets else None,
             "sparsity": run.sparsity,
             "threshold": None if choice is None else choice.threshold,
+            "perplexity": {text: measure.perplexity for text, measure in measured},
+            "divergence": {text: measure.divergence for text, measure in measured},
         }
-        run.report.add_shot(about, run.kept(Measures), run.linears, run.record, run.steps)
-        last = run.report.shots[-1]
+        last = run.report.add_shot(about, run.record, run.linears, run.steps)
         directory.commit_shot(shot, written, last)
         cluster.run_all(continue_from_shot, written)
         directory.write_report(run.report.as_record())
@@ -103,13 +107,28 @@ class Commit(Stage):
         yield StepPlan(self.name, worker.idle, host, disk_bytes=worker.all_blocks)
 
 
-def _pruned(run: RunState) -> Pruned:
-    facts = run.report.model_card_facts()
-    return Pruned(run.cluster, run.layout, run.model, facts, run.calibration[0])
+class _Exporting(Stage):
+    """Writes one checkpoint, with a card and an entry in the report."""
+
+    def run(self, run: RunState, facts: Facts) -> None:
+        """Write it, load it in a process of its own, and measure what is wanted."""
+        run.directory.check_attempt()
+        of_card = run.report.model_card_facts()
+        pruned = Pruned(run.cluster, run.layout, run.model, of_card, run.calibration[0])
+        entry = self.write(run, pruned)
+        card = model_card(entry, run.model.source, of_card)
+        files.write_text(files.join(entry["uri"], "README.md"), card)
+        run.report.exports.append(entry)
+        names = ("kind", "uri", "size_bytes", "reload_max_logit_difference")
+        facts |= {name: entry[name] for name in names if name in entry}
+
+    @abstractmethod
+    def write(self, run: RunState, pruned: Pruned) -> dict[str, Any]:
+        """Write the checkpoint and return its entry in the report."""
 
 
 @dataclass(frozen=True)
-class Export(Stage):
+class Export(_Exporting):
     """One checkpoint, reloaded and measured."""
 
     name = "export"
@@ -117,33 +136,25 @@ class Export(Stage):
     output: OutputSection
     tasks: TasksSection | None
 
-    def run(self, run: RunState, facts: Facts) -> None:
-        """Write it, reload it in a process of its own, and measure what is wanted."""
-        run.directory.check_attempt()
+    def write(self, run: RunState, pruned: Pruned) -> dict[str, Any]:
+        """Write it where the run directory has its exports."""
         folder = run.directory.path("export", self.kind)
-        exported = export(self.kind, _pruned(run), folder, self.output, self.tasks)
-        run.report.exports.append(exported)
-        names = ("kind", "uri", "size_bytes", "reload_max_logit_difference")
-        facts |= {name: exported[name] for name in names if name in exported}
+        return export(self.kind, pruned, folder, self.output, self.tasks)
 
 
 @dataclass(frozen=True)
-class Quantise(Stage):
+class Quantise(_Exporting):
     """The quantised copy of the export uniform; it may round the workers' weights, for good."""
 
     name = "quantise"
     section: QuantizeSection
 
-    def run(self, run: RunState, facts: Facts) -> None:
+    def write(self, run: RunState, pruned: Pruned) -> dict[str, Any]:
         """Write and evaluate the copy."""
         (uniform,) = (entry for entry in run.report.exports if entry["kind"] == "uniform")
-        pruned = _pruned(run)
-        texts = run.calibration, run.texts
         target = f"{uniform['uri']}-{self.section.scheme}"
-        copy = export_quantised(pruned, uniform, target, *texts, self.section)
-        pruned.write_card(copy)
-        run.report.exports.append(copy)
-        facts |= {name: copy[name] for name in ("kind", "uri", "size_bytes")}
+        texts = run.calibration, run.texts
+        return export_quantised(pruned, uniform, target, *texts, self.section)
 
     def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
         """Return the rounding by the calibration text; other schemes need none."""
