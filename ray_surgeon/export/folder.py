@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -40,18 +39,11 @@ class Pruned:
     cluster: Cluster
     layout: ModelLayout  # of the dense model
     model: ModelSection  # the dense model, whose tokenizer and configuration go along
-    facts: Mapping[str, Any]  # for model cards; see `RunReport.model_card_facts`
+    facts: Mapping[str, Any]  # see `RunReport.model_card_facts`
     tokens: NDArray[np.int64]  # [T] a sequence on which exports are compared
 
 
-def write_weights(
-    cluster: Cluster,
-    uri: str,
-    *,
-    masked: bool = False,
-    left_out: Sequence[str] = (),
-    stored: bool = True,
-) -> int:
+def write_weights(cluster: Cluster, uri: str, kind: str = "", left_out: Sequence[str] = ()) -> int:
     """Have every shard write its files, and an index if there are several, in the place of others.
 
     Returns the bytes of all weights.
@@ -59,23 +51,22 @@ def write_weights(
     Args:
         cluster: with the pruned weights.
         uri: folder.
-        masked: whether the shapes stay those of the dense model, with the masks in files beside.
+        kind: of an export. In one that is masked the shapes stay those of the dense model, with the
+            masks in files beside; one that is per_block has the names that tensors have here.
         left_out: see `save_weights`.
-        stored: likewise.
     """
     # of a try that was interrupted, perhaps with another number of files
     files.remove_files(uri, _WRITTEN)
-    numbers = cluster.run_all(num_files, masked)
+    numbers = cluster.run_all(num_files, kind == "masked")
     of_weights = _names("model", [n for n, _ in numbers])
     of_masks = _names("masks", [n for _, n in numbers])
     workers = zip(cluster.placement.workers, of_weights, of_masks, strict=True)
-    futures = [
-        cluster.submit(index, save_weights, uri, names, masks, left_out=left_out, stored=stored)
-        for index, names, masks in workers
-    ]
-    written = cluster.get(futures)
-    by_name = {file.uri.rpartition("/")[2]: file for of_worker in written for file in of_worker}
-    weights = {name: file for name, file in by_name.items() if name.startswith("model")}
+    settings = {"left_out": left_out, "stored": kind != "per_block"}
+    written = cluster.get(
+        [cluster.submit(index, save_weights, uri, *names, **settings) for index, *names in workers]
+    )
+    of_all = {file.uri.rpartition("/")[2]: file for of_worker in written for file in of_worker}
+    weights = {name: file for name, file in of_all.items() if name.startswith("model")}
     total = sum(file.size_bytes for file in weights.values())
     write_index(uri, {key: name for name, file in weights.items() for key in file.keys}, total)
     return total
@@ -204,18 +195,3 @@ def reload_difference(pruned: Pruned, uri: str) -> float:
             "not use it"
         )
     return largest
-
-
-def model_card(entry: Mapping[str, Any], source: str, facts: Mapping[str, Any]) -> str:
-    """Return the text of README.md.
-
-    Args:
-        entry: the export's entry in the report.
-        source: the dense model.
-        facts: see `RunReport.model_card_facts`.
-    """
-    environment = jinja2.Environment(
-        undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True
-    )
-    text = Path(__file__).with_name("card.md.jinja").read_text(encoding="utf-8")
-    return environment.from_string(text).render(entry=entry, source=source, facts=facts)

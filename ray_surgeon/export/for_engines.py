@@ -99,14 +99,14 @@ def _check_groups(layout: ModelLayout, shrinking: Shrinking, size: int) -> None:
         family.attention.consumer: [number * width for number in shrinking.kv_heads(layout)],
     }
     for name, shape in layout.shapes.items():
-        whole = [devices * (shape.num_columns - shape.has_bias)]
-        columns = math.gcd(*possible.get(shape.role, whole)) // devices
+        is_split = shape.role in possible
+        columns = shape.num_columns - shape.has_bias
+        if is_split:
+            columns = math.gcd(*possible[shape.role]) // devices
         if columns % size:
             shrinks = shape.role == family.ffn.consumer and "ffn" in shrinking.fewest
             remedy = "raise pruning.width_multiple, or " if shrinks else ""
-            each = (
-                f" on each of {devices} devices" if devices > 1 and shape.role in possible else ""
-            )
+            each = f" on each of {devices} devices" if is_split and devices > 1 else ""
             raise ValueError(
                 f"output.quantize: groups of group_size {size} do not fill the rows of {name}, "
                 f"whose columns will be a multiple of {columns}{each}; {remedy}set group_size to a "
@@ -192,16 +192,11 @@ class Rounding(BlockPass):
         worker.keeping(_Scales)[name] = scales.cpu()
 
 
-def write_scales(worker: Worker, target: str) -> str | None:
-    """Write the scales of the linears that a worker owns, and return the file's URI.
-
-    None if it owns none.
-    """
-    if not worker.has(_Scales):
-        return None
-    uri = files.join(target, f"scales-{worker.index.shard}-{worker.index.replica}.safetensors")
-    tensor_files.write(uri, worker.drop(_Scales))
-    return uri
+def write_scales(worker: Worker, target: str) -> None:
+    """Write the scales of the linears that a worker owns into a file, if it owns some."""
+    if worker.has(_Scales):
+        name = f"{worker.index.shard}-{worker.index.replica}.safetensors"
+        tensor_files.write(files.join(target, name), worker.drop(_Scales))
 
 
 def export_quantised(
@@ -237,15 +232,16 @@ def export_quantised(
             if not name.endswith((".index.json", ".md")):
                 files.put_file(files.join(target, name), small / name)
     size = section.columns_together
-    request: dict[str, Any] = {"source": uri, "scales": [], "target": target, "group_size": size}
-    request |= {"scheme": section.scheme, "linears": list(pruned.layout.shapes)}
     rounded = f"{target}-rounded"
+    scales = files.join(rounded, "scales")
+    request: dict[str, Any] = {"source": uri, "scales": scales, "target": target}
+    request |= {"scheme": section.scheme, "group_size": size, "linears": list(pruned.layout.shapes)}
     try:
         if section.scheme == "w4a16":
             Rounding(size).pass_all(pruned.cluster, calibration)
             folder.write_weights(pruned.cluster, rounded)
-            uris = pruned.cluster.run_all(write_scales, files.join(rounded, "scales"))
-            request |= {"scales": [uri for uri in uris if uri], "source": rounded}
+            pruned.cluster.run_all(write_scales, scales)
+            request["source"] = rounded
         with folder.explaining(f"the quantised export {target} cannot be made"):
             copy = fresh_process.run_module("ray_surgeon.export.quantized", request)
             with folder.local_folder(target) as (copied, scratch):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -239,10 +238,8 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
     written = []
     for kind in request["kinds"]:
         file = f"{request['name']}-{kind.upper()}.gguf"
-        with tempfile.TemporaryDirectory() as scratch:
-            path = Path(scratch) / file
+        with files.replacing(files.join(request["target"], file)) as path:
             error = write_gguf(request["folder"], config, widths, kind, request["name"], path)
             size = path.stat().st_size
-            files.put_file(files.join(request["target"], file), path)
         written.append({"file": file, "size_bytes": size, "largest_error": error})
     return {"files": written}

@@ -77,9 +77,7 @@ def export(
     without_heads = [block for block, width in enumerate(widths) if not width.num_kv_heads]
     prefixes = [f"{layout.family.block_prefix(block)}self_attn" for block in without_heads]
     left_out = [f"{prefix}.{norm}.weight" for prefix in prefixes for norm in ("q_norm", "k_norm")]
-    size = folder.write_weights(
-        pruned.cluster, uri, masked=not widths, left_out=left_out, stored=not has_code
-    )
+    size = folder.write_weights(pruned.cluster, uri, kind, left_out)
     is_of_family = document["model_type"] == dense["model_type"]
     folder.copy_small_files(pruned.model, uri, another_type=not is_of_family)
     files.write_json(files.join(uri, "config.json"), for_older_readers(document))

@@ -94,9 +94,7 @@ def _table(numbers: Sequence[int], seconds: Sequence[float]) -> tuple[float, ...
     return tuple(float(value) for value in np.interp(range(numbers[-1] + 1), numbers, rising))
 
 
-def _model(
-    request: Mapping[str, Any], widths: Sequence[Sequence[int]], folder: Path
-) -> PreTrainedModel:
+def _model(request: Mapping[str, Any], widths: Sequence[Any], folder: Path) -> PreTrainedModel:
     """Return a model with random weights that has one block of each width.
 
     All blocks are of the request's kind if the model has several.

@@ -85,8 +85,8 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
     scheme = scheme_of(request["scheme"], request["group_size"])
     reader = tensor_files.Reader()
     scales = dict[str, Tensor]()
-    for uri in request["scales"]:
-        scales |= tensor_files.read(uri)
+    for file in files.list_names(request["scales"]):
+        scales |= tensor_files.read(files.join(request["scales"], file))
     plain = {"lm_head"}
     weight_map = dict[str, str]()
     total = 0

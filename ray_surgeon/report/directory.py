@@ -102,17 +102,15 @@ class RunDirectory:
 
     def report_if_finished(self, spec: Record) -> dict[str, Any] | None:
         """Return the report if a run of this very spec has ended here and lies here whole."""
-        try:
+        # it may be not there, or damaged
+        with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
             report = self.report()
-            is_finished = (
-                report["spec"] == dict(spec)
-                and is_complete(report)
-                and all(map(has_its_files, report["exports"]))
-                and len(self.committed_indices()) == len(report["shots"])
-            )
-        except (FileNotFoundError, ValueError, KeyError, TypeError):  # not there, or damaged
-            return None
-        return report if is_finished else None
+            if report["spec"] != dict(spec) or not is_complete(report):
+                return None
+            has_shots = len(self.committed_indices()) == len(report["shots"])
+            if has_shots and all(map(has_its_files, report["exports"])):
+                return report
+        return None
 
     def check_writable(self) -> None:
         """Write and remove a small file.

@@ -1,4 +1,4 @@
-"""Reports as one HTML file that needs nothing else: no network, no scripts, its figures inside."""
+"""Templates of this folder; reports as one HTML file that needs nothing else, figures inside."""
 
 from __future__ import annotations
 
@@ -55,9 +55,7 @@ def excerpt(text: str, length: int | None = None) -> str:
         text: anything.
         length: characters that are shown, at most; None for all.
     """
-    visible = "".join(
-        " " if c.isspace() else c for c in text if c.isspace() or unicodedata.category(c)[0] != "C"
-    )
+    visible = "".join(c for c in text if c.isspace() or unicodedata.category(c)[0] != "C")
     line = " ".join(visible.split())
     return line if length is None or len(line) <= length else line[: length - 3].rstrip() + "..."
 
@@ -80,6 +78,7 @@ def rendered(template: str, **context: Any) -> str:
         autoescape=jinja2.select_autoescape(["html.jinja"]),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
+        keep_trailing_newline=True,
     )
     environment.filters |= {
         "excerpt": excerpt,

@@ -21,8 +21,6 @@ from ray_surgeon.storage import files
 Records = Sequence[Mapping[str, Any]]
 """Contents of report.json, or entries of one."""
 
-FORMATS = ("png", "svg", "pdf")
-
 _MARKERS = "osD^vP*X<>"
 _INK = "#010101"
 """What a page replaces by its own colour of text, see plots.mplstyle."""
@@ -41,13 +39,10 @@ def save(figure: Figure, uri: str) -> None:
     """Write a figure, in the format that the name ends in.
 
     Raises:
-        ValueError: the name ends in no known format.
+        ValueError: matplotlib knows no such format.
     """
-    suffix = uri.rpartition(".")[2].lower()
-    if suffix not in FORMATS:
-        raise ValueError(f"cannot plot to {uri}: the name must end in .{', .'.join(FORMATS)}")
     with files.replacing(uri) as file:
-        figure.savefig(file, format=suffix, dpi=150, facecolor="white")
+        figure.savefig(file, format=uri.rpartition(".")[2], dpi=150, facecolor="white")
 
 
 def inline_svg(figure: Figure, name: str) -> str:
@@ -78,15 +73,15 @@ def _axes(x_label: str, y_label: str, height: float = 4.0) -> tuple[Figure, Axes
 
 def _points(record: Mapping[str, Any], text: str | None) -> list[tuple[float, float]]:
     """Return sparsity and quality of the dense model and after every shot; see `quality_figure`."""
-    shots = record["shots"]
-    if text is None:
-        accepted = [
-            (s["sparsity"], s["generation"]["acceptance"]) for s in shots if s.get("generation")
-        ]
-        return [(0.0, 1.0), *accepted] if accepted else []
-    states = [record["dense"] | {"sparsity": 0.0}, *shots]
-    values = [(state["sparsity"], state["perplexity"].get(text, math.inf)) for state in states]
-    return [(x, y) for x, y in values if math.isfinite(y)]
+    dense = record["dense"] | {"sparsity": 0.0, "generation": {"acceptance": 1.0}}
+    points = []
+    for state in (dense, *record["shots"]):
+        quality = (state.get("generation") or {}).get("acceptance", math.inf)
+        if text is not None:
+            quality = state["perplexity"].get(text, math.inf)
+        if math.isfinite(quality):
+            points.append((100 * state["sparsity"], quality))
+    return points
 
 
 @_styled
@@ -95,27 +90,27 @@ def quality_figure(records: Records, text: str | None) -> Figure:
 
     Args:
         records: contents of report.json.
-        text: on which perplexity is plotted; None for the acceptance rate. Runs without it are left
-            out.
+        text: on which perplexity is plotted; None for the acceptance rate. Runs that were not
+            measured are left out.
     """
     label = "acceptance rate" if text is None else f"perplexity on {text}"
     figure, axes = _axes("sparsity of the blocks' linears, %", label)
     colors = rcParams["axes.prop_cycle"].by_key()["color"]
-    curves = [_points(record, text) for record in records]
-    for number, (record, points) in enumerate(zip(records, curves, strict=True)):
-        if not points:
+    highest = 0.0
+    for number, record in enumerate(records):
+        points = _points(record, text)
+        if len(points) < 2:
             continue
         # its number makes a run look the same in every figure
         style = {"marker": _MARKERS[number % len(_MARKERS)], "color": colors[number % len(colors)]}
-        sparsities = [100 * x for x, _ in points]
-        values = [y for _, y in points]
-        axes.plot(sparsities, values, label=record["spec"]["name"], markersize=4, **style)
-        axes.axhline(values[0], color="#909090", linewidth=0.8, linestyle="--", zorder=0)
-    if text is not None:
+        axes.plot(*zip(*points, strict=True), label=record["spec"]["name"], markersize=4, **style)
+        _, dense = points[0]
+        axes.axhline(dense, color="#909090", linewidth=0.8, linestyle="--", zorder=0)
+        highest = max(highest, _HIGHEST * dense)
+    if highest and text is not None:
         axes.set_yscale("log")
         for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
             set_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
-        highest = _HIGHEST * max((points[0][1] for points in curves if points), default=1.0)
         axes.set_ylim(top=min(axes.get_ylim()[1], highest))
     axes.grid(which="both", **_SOFT)
     axes.legend()
@@ -186,13 +181,9 @@ def time_figure(shots: Records) -> Figure:
 
 def quality_figures(records: Records) -> dict[str, Figure]:
     """Return acceptance, if it is known, and perplexity on every text against sparsity, by name."""
-    texts = {f"perplexity-{text}": text for text in texts_of(records)}
-    figures = {name: quality_figure(records, text) for name, text in texts.items()}
-    return (
-        {"acceptance": quality_figure(records, None)} | figures
-        if has_generation(records)
-        else figures
-    )
+    measures: dict[str, str | None] = {"acceptance": None} if has_generation(records) else {}
+    measures |= {f"perplexity-{text}": text for text in texts_of(records)}
+    return {name: quality_figure(records, text) for name, text in measures.items()}
 
 
 @_styled

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from ray_surgeon.report.directory import RunDirectory
+from ray_surgeon.report.directory import Record, RunDirectory
 from ray_surgeon.report.events import Steps
 from ray_surgeon.runtime.worker import LinearSummary
 from ray_surgeon.storage import files as store
@@ -37,27 +37,16 @@ class RunReport:
     # what was lost on the way, a record with cause and message each
     retries: list[dict[str, Any]] = field(default_factory=list)
 
-    def add_shot(
-        self,
-        about: Mapping[str, Any],
-        record: Mapping[str, Any],
-        linears: Sequence[LinearSummary],
-        steps: Steps,
-    ) -> dict[str, Any]:
+    def add_shot(self, about: Record, linears: Sequence[LinearSummary], steps: Steps) -> Record:
         """Add the record of a shot and return it.
 
         Args:
-            about: its index, target_sparsity, sparsity, threshold, perplexity and divergence.
-            record: what the method and the corrections say.
+            about: what the stages say of it.
             linears: what is left of each.
             steps: of this shot so far.
         """
         shot = {
             **about,
-            "calibration_loss": None,
-            "correction_losses": [],
-            "correction_absorbed": None,
-            **record,
             **copy.deepcopy(steps.record),
             "linears": list(map(_linear_record, linears)),
             "num_nonzero": self.num_parameters - sum(s.size - s.num_nonzero for s in linears),

@@ -13,7 +13,7 @@ from rich.table import Table
 from ray_surgeon.report import progress
 from ray_surgeon.report.display import new_console
 from ray_surgeon.report.html_report import page, rendered
-from ray_surgeon.report.plots import FORMATS, quality_figure, save
+from ray_surgeon.report.plots import quality_figure, save
 from ray_surgeon.report.record import RunReport
 from ray_surgeon.storage import files
 
@@ -131,15 +131,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="ray-surgeon report", description="Compare runs in one table, one plot and one page."
     )
-    parser.add_argument(
-        "runs", nargs="+", metavar="RUN", help="run directory, local or on any fsspec URI"
-    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directory, on any fsspec URI")
     for name, default, text in (
-        ("--plot", "perplexity.png", f"plot to write, a .{', .'.join(FORMATS)} file on any URI"),
+        ("--plot", "perplexity.png", "plot to write, a .png, .svg or .pdf file on any URI"),
         ("--html", "comparison.html", "page to write, with every run whole, on any URI"),
     ):
         parser.add_argument(name, default=default, metavar="FILE", help=f"{text}; %(default)s")
-    parser.add_argument(
-        "--text", help="evaluation text of the plot; the first one of the first run if not given"
-    )
+    of_first = "the first one of the first run if not given"
+    parser.add_argument("--text", help=f"evaluation text of the plot; {of_first}")
     return parser.parse_args(argv)

@@ -5,18 +5,17 @@ A commit has masks and a record, too, from which a run can go on.
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ray_surgeon.export.folder import Pruned, model_card
+from ray_surgeon.export.folder import Pruned
 from ray_surgeon.export.for_engines import Shrinking, check_quantised, export_quantised
 from ray_surgeon.export.kinds import check_export, export
 from ray_surgeon.memory.stores import ScratchNames
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.plan.needs import StepPlan, WorkerView
-from ray_surgeon.report.html_report import LivePage
+from ray_surgeon.report.html_report import LivePage, rendered
 from ray_surgeon.runtime.loading import ModelRecipe, load
 from ray_surgeon.runtime.saving import FILE_BYTES, continue_from_shot, save_shot
 from ray_surgeon.runtime.wave import read_states, write_states
@@ -86,7 +85,8 @@ class Commit(Stage):
             "perplexity": {text: measure.perplexity for text, measure in measured},
             "divergence": {text: measure.divergence for text, measure in measured},
         }
-        last = run.report.add_shot(about, run.record, run.linears, run.steps)
+        absent = {"calibration_loss": None, "correction_losses": [], "correction_absorbed": None}
+        last = run.report.add_shot(about | absent | run.record, run.linears, run.steps)
         directory.commit_shot(shot, written, last)
         cluster.run_all(continue_from_shot, written)
         directory.write_report(run.report.as_record())
@@ -107,28 +107,23 @@ class Commit(Stage):
         yield StepPlan(self.name, worker.idle, host, disk_bytes=worker.all_blocks)
 
 
-class _Exporting(Stage):
-    """Writes one checkpoint, with a card and an entry in the report."""
+def _pruned(run: RunState) -> Pruned:
+    facts = run.report.model_card_facts()
+    return Pruned(run.cluster, run.layout, run.model, facts, run.calibration[0])
 
-    def run(self, run: RunState, facts: Facts) -> None:
-        """Write it, load it in a process of its own, and measure what is wanted."""
-        run.directory.check_attempt()
-        of_card = run.report.model_card_facts()
-        pruned = Pruned(run.cluster, run.layout, run.model, of_card, run.calibration[0])
-        entry = self.write(run, pruned)
-        card = model_card(entry, run.model.source, of_card)
-        files.write_text(files.join(entry["uri"], "README.md"), card)
-        run.report.exports.append(entry)
-        names = ("kind", "uri", "size_bytes", "reload_max_logit_difference")
-        facts |= {name: entry[name] for name in names if name in entry}
 
-    @abstractmethod
-    def write(self, run: RunState, pruned: Pruned) -> dict[str, Any]:
-        """Write the checkpoint and return its entry in the report."""
+def _tell_of(entry: dict[str, Any], run: RunState, facts: Facts) -> None:
+    """Put an export's entry into its card, the report, and the line of its step."""
+    about = run.report.model_card_facts()
+    card = rendered("card.md.jinja", entry=entry, source=run.model.source, facts=about)
+    files.write_text(files.join(entry["uri"], "README.md"), card)
+    run.report.exports.append(entry)
+    names = ("kind", "uri", "size_bytes", "reload_max_logit_difference")
+    facts |= {name: entry[name] for name in names if name in entry}
 
 
 @dataclass(frozen=True)
-class Export(_Exporting):
+class Export(Stage):
     """One checkpoint, reloaded and measured."""
 
     name = "export"
@@ -136,25 +131,28 @@ class Export(_Exporting):
     output: OutputSection
     tasks: TasksSection | None
 
-    def write(self, run: RunState, pruned: Pruned) -> dict[str, Any]:
-        """Write it where the run directory has its exports."""
+    def run(self, run: RunState, facts: Facts) -> None:
+        """Write it, reload it in a process of its own, and measure what is wanted."""
+        run.directory.check_attempt()
         folder = run.directory.path("export", self.kind)
-        return export(self.kind, pruned, folder, self.output, self.tasks)
+        entry = export(self.kind, _pruned(run), folder, self.output, self.tasks)
+        _tell_of(entry, run, facts)
 
 
 @dataclass(frozen=True)
-class Quantise(_Exporting):
+class Quantise(Stage):
     """The quantised copy of the export uniform; it may round the workers' weights, for good."""
 
     name = "quantise"
     section: QuantizeSection
 
-    def write(self, run: RunState, pruned: Pruned) -> dict[str, Any]:
+    def run(self, run: RunState, facts: Facts) -> None:
         """Write and evaluate the copy."""
         (uniform,) = (entry for entry in run.report.exports if entry["kind"] == "uniform")
-        target = f"{uniform['uri']}-{self.section.scheme}"
         texts = run.calibration, run.texts
-        return export_quantised(pruned, uniform, target, *texts, self.section)
+        target = f"{uniform['uri']}-{self.section.scheme}"
+        copy = export_quantised(_pruned(run), uniform, target, *texts, self.section)
+        _tell_of(copy, run, facts)
 
     def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
         """Return the rounding by the calibration text; other schemes need none."""

@@ -18,10 +18,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
-from ray_surgeon.export.folder import model_card
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.report import tables
-from ray_surgeon.report.html_report import excerpt, page
+from ray_surgeon.report.html_report import excerpt, page, rendered
 from ray_surgeon.report.record import RunReport
 from ray_surgeon.run.result import PruneResult
 from ray_surgeon.runtime.local import LocalCluster
@@ -315,11 +314,12 @@ def test_shots_and_cards_tell_of_answers_if_there_are_some(
     report = RunReport(without["spec"], {}, {}, 1000, dense=without["dense"])
     measured = {} if generation is None else {"generation": generation}
     about = {"index": 1, "target_sparsity": 0.3, "sparsity": 0.3, "threshold": None}
-    report.add_shot(about, measured, [], NO_STEPS)
+    report.add_shot(about | measured, [], NO_STEPS)
     assert report.shots[0].get("generation") == generation
     entry = {"kind": "uniform", "uri": "x", "size_bytes": 1e6, "loaders": {}}
     entry["load"] = "from_pretrained(x)"
-    card = model_card(entry, "some/model", report.model_card_facts())
+    facts = report.model_card_facts()
+    card = rendered("card.md.jinja", entry=entry, source="some/model", facts=facts)
     if generation is None:
         assert "acceptance" not in card
         assert "class of transformers.\n\n| text |" in card
