@@ -61,12 +61,13 @@ def write_weights(cluster: Cluster, uri: str, kind: str = "", left_out: Sequence
     of_weights = _names("model", [n for n, _ in numbers])
     of_masks = _names("masks", [n for _, n in numbers])
     workers = zip(cluster.placement.workers, of_weights, of_masks, strict=True)
-    settings = {"left_out": left_out, "stored": kind != "per_block"}
-    written = cluster.get(
-        [cluster.submit(index, save_weights, uri, *names, **settings) for index, *names in workers]
-    )
-    of_all = {file.uri.rpartition("/")[2]: file for of_worker in written for file in of_worker}
-    weights = {name: file for name, file in of_all.items() if name.startswith("model")}
+    futures = [
+        cluster.submit(index, save_weights, uri, names, masks, left_out, kind != "per_block")
+        for index, names, masks in workers
+    ]
+    written = [file for of_worker in cluster.get(futures) for file in of_worker]
+    by_name = {file.uri.rpartition("/")[2]: file for file in written}
+    weights = {name: file for name, file in by_name.items() if name.startswith("model")}
     total = sum(file.size_bytes for file in weights.values())
     write_index(uri, {key: name for name, file in weights.items() for key in file.keys}, total)
     return total

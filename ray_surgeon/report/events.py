@@ -166,7 +166,7 @@ def _total(usages: list[Usage], field: str) -> Any:
     return sum(largest_of_processes(usages, field).values())
 
 
-GAUGES = {
+GAUGES: dict[str, tuple[str, ...]] = {
     "shot": ("Shot that the last step belonged to",),
     "num_shots": ("Shots of the job",),
     "sparsity": ("Removed fraction of the parameters of the blocks' linears",),
@@ -181,7 +181,7 @@ GAUGES = {
     "export_bytes": ("Bytes of the weights of an export", "kind"),
 }
 """Name -> description, and its own tags."""
-COUNTERS = {
+COUNTERS: dict[str, tuple[str, ...]] = {
     "steps": ("Steps that have ended", "step"),
     "retries": ("Losses after which the run went on", "cause"),
 }

@@ -102,8 +102,9 @@ def quality_figure(records: Records, text: str | None) -> Figure:
         if len(points) < 2:
             continue
         # its number makes a run look the same in every figure
-        style = {"marker": _MARKERS[number % len(_MARKERS)], "color": colors[number % len(colors)]}
-        axes.plot(*zip(*points, strict=True), label=record["spec"]["name"], markersize=4, **style)
+        style: dict[str, Any] = {"marker": _MARKERS[number % len(_MARKERS)], "markersize": 4}
+        style |= {"color": colors[number % len(colors)], "label": record["spec"]["name"]}
+        axes.plot(*zip(*points, strict=True), **style)
         _, dense = points[0]
         axes.axhline(dense, color="#909090", linewidth=0.8, linestyle="--", zorder=0)
         highest = max(highest, _HIGHEST * dense)
