@@ -52,17 +52,9 @@ def quantised(
         weight: to be rounded to the nearest number.
         scheme: how.
         scale: [R, groups]; with which the largest number just fits, if not given.
-
-    Raises:
-        ValueError: groups do not fill the rows.
     """
     weight = weight.float()
     size = scheme.weights.group_size or weight.shape[1]
-    if weight.shape[1] % size:
-        raise ValueError(
-            f"{weight.shape[1]} columns are no multiple of group_size {size}; lower it, or raise "
-            "pruning.width_multiple"
-        )
     if scale is None:
         groups = weight.view(len(weight), -1, size)
         scale, _ = calculate_qparams(groups.amin(dim=2), groups.amax(dim=2), scheme.weights)
@@ -76,9 +68,6 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
     """Write the quantised copy of an export; see `fresh_process.run_module`.
 
     Returns its size.
-
-    Raises:
-        ValueError: see `quantised`.
     """
     source = request["source"]
     target = request["target"]  # which has the export's configuration already

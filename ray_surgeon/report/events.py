@@ -147,8 +147,8 @@ class Steps:
         """Return how far the present step has come."""
         now = self._cluster.progress
         elapsed_s = time.monotonic() - now.started_s
-        of_units = (now.done, now.total, now.unit, now.tokens_each)
-        return Moment(*self._present, self._num_shots, *of_units, elapsed_s)
+        units = (now.done, now.total, now.unit, now.tokens_each, elapsed_s)
+        return Moment(*self._present, self._num_shots, *units)
 
     def _usages(self) -> list[Usage]:
         return [process_usage(torch.device("cpu")), *self._cluster.usages()]

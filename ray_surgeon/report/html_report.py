@@ -12,18 +12,12 @@ from typing import Any
 
 import jinja2
 import yaml
-from matplotlib.figure import Figure
 
 from ray_surgeon.report import plots, progress
 from ray_surgeon.report.directory import RunDirectory
 from ray_surgeon.storage import files
 
 _PAGE_EVERY_S = 60.0
-
-
-def _drawn(figures: Mapping[str, Figure], anchor: str) -> dict[str, str]:
-    """Return figures for a page, on which `anchor` names the section that they are in."""
-    return {name: plots.inline_svg(figure, f"{anchor}-{name}") for name, figure in figures.items()}
 
 
 def _steps(shots: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -67,7 +61,7 @@ def page(records: Sequence[Mapping[str, Any]]) -> str:
         records: contents of report.json; of runs that have not ended, too.
     """
     context: dict[str, Any] = {"records": records, "progress": progress, "plots": plots}
-    context |= {"drawn": _drawn, "steps_of": _steps, "damping_of": _damping}
+    context |= {"steps_of": _steps, "damping_of": _damping}
     return rendered("html_report.html.jinja", **context)
 
 

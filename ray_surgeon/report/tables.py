@@ -20,13 +20,20 @@ from ray_surgeon.storage import files
 
 def shots_table(*records: Mapping[str, Any]) -> Table:
     """Return the terminal's table of runs: a line for each dense model and one for every shot."""
-    about = ("run", "structure") if len(records) > 1 else ()
-    costs = ("wall s", "CPU s", "peak memory GiB") if len(records) == 1 else ()
-    perplexities = [f"perplexity {text} (KL)" for text in progress.texts_of(records)]
-    columns = [*about, "shot", "accepted", "sparsity", "threshold", *perplexities, *costs]
+    perplexities = [f"perplexity {text}" for text in progress.texts_of(records)]
+    columns = ["run", "structure", "shot", "accepted", "sparsity", *perplexities]
+    if len(records) == 1:
+        columns = [
+            "shot",
+            "accepted",
+            "sparsity",
+            "threshold",
+            *(f"{p} (KL)" for p in perplexities),
+        ]
+        columns += ["wall s", "CPU s", "peak memory GiB"]
     rows = [row for record in records for row in _rows(record)]
     columns = [column for column in columns if any(column in row for row in rows)]
-    table = Table(title=None if about else records[0]["spec"]["name"])
+    table = Table(title=None if len(records) > 1 else records[0]["spec"]["name"])
     for column in columns:
         table.add_column(column, justify="left" if column == "run" else "right")
     for row in rows:
@@ -61,7 +68,7 @@ def _perplexities(measured: Mapping[str, Any]) -> dict[str, str]:
         shown = f"{perplexity:.3f}" if perplexity < 1e4 else f"{perplexity:.3g}"
         # the dense model has none from itself
         divergence = f" ({measured['divergence'][text]:.3f})" if "divergence" in measured else ""
-        row[f"perplexity {text} (KL)"] = shown + divergence
+        row |= {f"perplexity {text}": shown, f"perplexity {text} (KL)": shown + divergence}
     return row
 
 

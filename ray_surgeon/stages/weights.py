@@ -77,7 +77,7 @@ class Commit(Stage):
         written = [file for worker in cluster.run_all(save_shot, folder) for file in worker]
         choice = run.find(Choice)
         measured = run.kept(Measures).items()
-        about = {
+        about: dict[str, Any] = {
             "index": shot,
             "target_sparsity": self.targets[shot - 1] if self.targets else None,
             "sparsity": run.sparsity,

@@ -98,11 +98,6 @@ def test_what_cannot_be_quantised_is_refused(said: str, changes: dict[str, Any],
     assert said in job(UNIFORM | changes, "--dry-run", code=2).error
 
 
-def test_groups_must_fill_the_rows() -> None:
-    with pytest.raises(ValueError, match="48 columns are no multiple of group_size 32"):
-        quantised(torch.randn(4, 48), scheme_of("w4a16", 32))
-
-
 @pytest.mark.parametrize(("scheme", "size"), [("int8", None), ("fp8", None), ("w4a16", 16)])
 def test_a_quantised_copy(scheme: str, size: int | None, job: Jobs) -> None:
     quantize = {"scheme": scheme, "group_size": size}
