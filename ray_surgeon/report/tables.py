@@ -20,16 +20,11 @@ from ray_surgeon.storage import files
 
 def shots_table(*records: Mapping[str, Any]) -> Table:
     """Return the terminal's table of runs: a line for each dense model and one for every shot."""
+    about = ["shot", "accepted", "sparsity"]
     perplexities = [f"perplexity {text}" for text in progress.texts_of(records)]
-    columns = ["run", "structure", "shot", "accepted", "sparsity", *perplexities]
+    columns = ["run", "structure", *about, *perplexities]
     if len(records) == 1:
-        columns = [
-            "shot",
-            "accepted",
-            "sparsity",
-            "threshold",
-            *(f"{p} (KL)" for p in perplexities),
-        ]
+        columns = [*about, "threshold", *(f"{name} (KL)" for name in perplexities)]
         columns += ["wall s", "CPU s", "peak memory GiB"]
     rows = [row for record in records for row in _rows(record)]
     columns = [column for column in columns if any(column in row for row in rows)]
