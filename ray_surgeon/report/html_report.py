@@ -74,10 +74,8 @@ def rendered(template: str, **context: Any) -> str:
         trim_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {
-        "excerpt": excerpt,
-        "yaml": functools.partial(yaml.safe_dump, sort_keys=False),
-    }
+    environment.filters["excerpt"] = excerpt
+    environment.filters["yaml"] = functools.partial(yaml.safe_dump, sort_keys=False)
     return environment.get_template(template).render(context)
 
 
