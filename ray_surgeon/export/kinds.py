@@ -9,7 +9,7 @@ from typing import Any
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig
 
 from ray_surgeon.export import folder
-from ray_surgeon.export.for_engines import Shrinking, check_gguf, export_gguf
+from ray_surgeon.export.for_engines import Shrinking, check_gguf, check_quantised, export_gguf
 from ray_surgeon.export.speed import measure
 from ray_surgeon.export.tasks import evaluate_tasks
 from ray_surgeon.models import pruned_config
@@ -25,26 +25,28 @@ SHIPPED = "modeling_pruned.py"
 """The file of code beside weights whose blocks differ."""
 
 
-def check_export(kind: str, layout: ModelLayout, shrinking: Shrinking) -> None:
-    """Refuse an export that a model cannot have, before anything starts.
+def check_exports(output: OutputSection, layout: ModelLayout, shrinking: Shrinking) -> None:
+    """Refuse exports that a model cannot have, before anything starts.
 
     Args:
-        kind: one of `output.exports`.
+        output: of the job spec.
         layout: of the dense model.
         shrinking: what pruning may leave.
 
     Raises:
         ValueError: says why, and what to export instead.
     """
-    if kind == "uniform":
+    if "uniform" in output.exports:
         pruned_config.check_uniform(layout, tuple(shrinking.fewest))
-    if kind == "masked" and "experts" in shrinking.fewest:
+    if "masked" in output.exports and "experts" in shrinking.fewest:
         raise ValueError(
             "output.exports: masked keeps all shapes, and routers would go on to choose experts "
             "that are zero; export uniform"
         )
-    if kind == "gguf":
+    if "gguf" in output.exports:
         check_gguf(layout, shrinking)
+    if output.quantize is not None:
+        check_quantised(layout, shrinking, output.quantize)
 
 
 def export(

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ray_surgeon.export.folder import Pruned
-from ray_surgeon.export.for_engines import Shrinking, check_quantised, export_quantised
-from ray_surgeon.export.kinds import check_export, export
+from ray_surgeon.export.for_engines import Shrinking, export_quantised
+from ray_surgeon.export.kinds import check_exports, export
 from ray_surgeon.memory.stores import ScratchNames
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.plan.needs import StepPlan, WorkerView
@@ -180,12 +180,7 @@ def exports_of(
     Raises:
         ValueError: the model cannot have one of them; says why, and what to export instead.
     """
-    stages: tuple[Stage, ...] = tuple(Export(kind, output, tasks) for kind in output.exports)
-    if shrinking is None:  # then nothing is quantised, which needs an export uniform
-        return stages
-    for kind in output.exports:
-        check_export(kind, layout, shrinking)
-    if output.quantize is None:
-        return stages
-    check_quantised(layout, shrinking, output.quantize)
-    return (*stages, Quantise(output.quantize))
+    if shrinking is not None:
+        check_exports(output, layout, shrinking)
+    copies = () if output.quantize is None else (Quantise(output.quantize),)
+    return (*(Export(kind, output, tasks) for kind in output.exports), *copies)
