@@ -147,8 +147,10 @@ class Steps:
         """Return how far the present step has come."""
         now = self._cluster.progress
         elapsed_s = time.monotonic() - now.started_s
-        units = (now.done, now.total, now.unit, now.tokens_each, elapsed_s)
-        return Moment(*self._present, self._num_shots, *units)
+        name, shot = self._present
+        return Moment(
+            name, shot, self._num_shots, now.done, now.total, now.unit, now.tokens_each, elapsed_s
+        )
 
     def _usages(self) -> list[Usage]:
         return [process_usage(torch.device("cpu")), *self._cluster.usages()]
