@@ -84,9 +84,11 @@ class Commit(Stage):
             "threshold": None if choice is None else choice.threshold,
             "perplexity": {text: measure.perplexity for text, measure in measured},
             "divergence": {text: measure.divergence for text, measure in measured},
+            "calibration_loss": None,
+            "correction_losses": [],
+            "correction_absorbed": None,
         }
-        absent = {"calibration_loss": None, "correction_losses": [], "correction_absorbed": None}
-        last = run.report.add_shot(about | absent | run.record, run.linears, run.steps)
+        last = run.report.add_shot(about | run.record, run.linears, run.steps)
         directory.commit_shot(shot, written, last)
         cluster.run_all(continue_from_shot, written)
         directory.write_report(run.report.as_record())

@@ -313,7 +313,7 @@ def test_shots_and_cards_tell_of_answers_if_there_are_some(
 ) -> None:
     report = RunReport(without["spec"], {}, {}, 1000, dense=without["dense"])
     measured = {} if generation is None else {"generation": generation}
-    about = {"index": 1, "target_sparsity": 0.3, "sparsity": 0.3, "threshold": None}
+    about = {"index": 1, "sparsity": 0.3, "perplexity": {}}
     report.add_shot(about | measured, [], NO_STEPS)
     assert report.shots[0].get("generation") == generation
     entry = {"kind": "uniform", "uri": "x", "size_bytes": 1e6, "loaders": {}}
