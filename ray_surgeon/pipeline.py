@@ -25,7 +25,7 @@ from ray_surgeon.plan.plan import DoesNotFitError, plan_table
 from ray_surgeon.report import tables
 from ray_surgeon.report.directory import RunDirectory, TakenOverError
 from ray_surgeon.report.display import Display, new_console
-from ray_surgeon.report.tables import export_lines, generation_lines, shots_table
+from ray_surgeon.report.tables import shots_table, summary_lines
 from ray_surgeon.run.inputs import Inputs, check
 from ray_surgeon.run.machines import PLAN_OPTIONS, planned_for
 from ray_surgeon.run.result import PruneResult, ended_before, run
@@ -204,8 +204,9 @@ def _end(error: BaseException, resume_with: str | None) -> int:
 
 def _show(result: PruneResult, console: Console) -> None:
     console.print(shots_table(result.report))
-    for line in (*export_lines(result.report), *generation_lines(result.report)):
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
+    for part in ("exports", "answers"):
+        for line in summary_lines(part, result.report):
+            console.print(line, soft_wrap=True, highlight=False, markup=False)
     directory = RunDirectory(result.uri)
     console.print(
         f"report: {directory.path('report.html')} and report.json, plots in "

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from ray_surgeon.report.html_report import LivePage, page
-from ray_surgeon.report.plots import _short, by_block, by_expert, run_figures
+from ray_surgeon.report.plots import _short, by_block, run_figures
 from ray_surgeon.report.tables import main
 from ray_surgeon.runtime import fresh_process
 from tests.conftest import Zygote
@@ -181,30 +181,20 @@ def test_what_a_report_says_of_workers_and_depth(runs: dict[str, Path]) -> None:
     for shot in record["shots"]:
         assert all(len(busy) == 2 for busy in shot["worker_seconds"].values())
         assert 0 < sum(shot["worker_seconds"]["curvature"]) <= shot["seconds"]["curvature"] + 0.01
-    kinds, values = by_block(record["linears"])
-    assert (len(kinds), {len(row) for row in values}) == (6, {4})
+    kinds = by_block(record["linears"])
+    assert (len(kinds), {len(row) for row in kinds.values()}) == (6, {4})
     (sparsity,) = (x["sparsity"] for x in record["linears"] if x["name"].endswith("layers.3.fc2"))
-    assert values[kinds.index("fc2")][3] == sparsity
+    assert kinds["fc2"][3] == sparsity
 
 
-def test_experts_have_a_map_of_their_own(
-    model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(LivePage, "draw", drawn_by_tests)
-    pruning = {"structure": "groups", "groups": ["experts"], "target_sparsity": 0.15}
-    assert run(tmp_path, model_folders["qwen2_moe"], pruning=pruning | {"num_shots": 1}) == 0
-    report = report_of(tmp_path / "run")
-    kinds, values = by_block(report["linears"])
-    row = values[kinds.index("mlp.experts.*.down_proj")]
-    assert np.isnan(row[0])
-    assert 0 < row[1] < 1
-    experts = np.array(by_expert(report["linears"]))
-    assert experts.shape == (4, 4)
-    gone = {f"model.layers.{b}.mlp.experts.{e}.down_proj" for e, b in np.argwhere(experts == 1)}
-    assert gone == set(report["shots"][0]["experts_removed"])
-    html = page([report])
-    Reader(html)
-    assert "1 is an expert that is gone" in html
+def test_experts_of_a_block_are_shown_together() -> None:
+    names = [f"model.layers.1.mlp.experts.{number}.down_proj" for number in range(2)]
+    names.append("model.layers.0.mlp.down_proj")
+    linears = [{"name": name, "sparsity": i / 2} for i, name in enumerate(names)]
+    kinds = by_block(linears)
+    assert kinds["mlp.experts.*.down_proj"][1] == 0.25
+    assert np.isnan(kinds["mlp.experts.*.down_proj"][0])
+    assert kinds["mlp.down_proj"][0] == 1.0
 
 
 def test_linears_with_equal_last_names_have_their_whole_ones() -> None:

@@ -268,9 +268,6 @@ def test_schedules() -> None:
     [
         ("name=x", 64),
         ("pruning.tensor_parallel=4", 256),
-        ("output.exports=[deci]", 256),
-        ("output.exports=[deci]; pruning.tensor_parallel=2", 512),
-        ("output.exports=[deci]; pruning.width_multiple=256", 256),
         ("pruning.width_multiple=8", 8),
         ("pruning.allocation=uniform; output.exports=[uniform]; output.quantize.scheme=int8", 128),
     ],

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -19,7 +17,6 @@ from transformers import AutoTokenizer
 
 from ray_surgeon.export.reload import agree
 from ray_surgeon.models.layout import ModelLayout
-from ray_surgeon.models.pruned_config import BlockWidths
 from ray_surgeon.plan.room import available_bytes
 from ray_surgeon.runtime import fresh_process
 from ray_surgeon.runtime.cluster import Cluster
@@ -31,11 +28,7 @@ from ray_surgeon.storage import files, tensor_files
 from ray_surgeon.storage.sources import goes_along, open_model
 
 NUM_COMPARED_TOKENS = 64
-_WRITTEN = (
-    "*.index.json",
-    *(f"{stem}.safetensors" for stem in ("model", "masks")),
-    *(f"{stem}-?????-of-?????.safetensors" for stem in ("model", "masks")),
-)
+_WRITTEN = ("*.index.json", "model*.safetensors", "masks*.safetensors")
 """Names of the files of weights and masks."""
 
 
@@ -46,23 +39,11 @@ class Pruned:
     cluster: Cluster
     layout: ModelLayout  # of the dense model
     model: ModelSection  # the dense model, whose tokenizer and configuration go along
-    facts: Mapping[str, Any]  # for model cards; see `RunReport.model_card_facts`
+    facts: Mapping[str, Any]  # see `RunReport.model_card_facts`
     tokens: NDArray[np.int64]  # [T] a sequence on which exports are compared
 
-    def write_card(self, entry: Mapping[str, Any]) -> None:
-        """Write the model card of an export, given by its entry in the report."""
-        text = model_card(entry, self.model.source, self.facts)
-        files.write_text(files.join(entry["uri"], "README.md"), text)
 
-
-def write_weights(
-    cluster: Cluster,
-    uri: str,
-    *,
-    masked: bool = False,
-    left_out: Sequence[str] = (),
-    stored: bool = True,
-) -> int:
+def write_weights(cluster: Cluster, uri: str, kind: str = "", left_out: Sequence[str] = ()) -> int:
     """Have every shard write its files, and an index if there are several, in the place of others.
 
     Returns the bytes of all weights.
@@ -70,22 +51,22 @@ def write_weights(
     Args:
         cluster: with the pruned weights.
         uri: folder.
-        masked: whether the shapes stay those of the dense model, with the masks in files beside.
+        kind: of an export. In one that is masked the shapes stay those of the dense model, with the
+            masks in files beside; one that is per_block has the names that tensors have here.
         left_out: see `save_weights`.
-        stored: likewise.
     """
     # of a try that was interrupted, perhaps with another number of files
     files.remove_files(uri, _WRITTEN)
-    numbers = cluster.run_all(num_files, masked)
+    numbers = cluster.run_all(num_files, kind == "masked")
     of_weights = _names("model", [n for n, _ in numbers])
     of_masks = _names("masks", [n for _, n in numbers])
     workers = zip(cluster.placement.workers, of_weights, of_masks, strict=True)
     futures = [
-        cluster.submit(index, save_weights, uri, names, masks, left_out=left_out, stored=stored)
+        cluster.submit(index, save_weights, uri, names, masks, left_out, kind != "per_block")
         for index, names, masks in workers
     ]
-    written = cluster.get(futures)
-    by_name = {file.uri.rpartition("/")[2]: file for of_worker in written for file in of_worker}
+    written = [file for of_worker in cluster.get(futures) for file in of_worker]
+    by_name = {file.uri.rpartition("/")[2]: file for file in written}
     weights = {name: file for name, file in by_name.items() if name.startswith("model")}
     total = sum(file.size_bytes for file in weights.values())
     write_index(uri, {key: name for name, file in weights.items() for key in file.keys}, total)
@@ -102,9 +83,8 @@ def write_index(uri: str, file_of: Mapping[str, str], num_bytes: int) -> None:
 def _names(stem: str, numbers: Sequence[int]) -> list[list[str]]:
     """Return the names of the files of every worker, numbered if there are several."""
     count = sum(numbers)
-    if count == 1:
-        return [[f"{stem}.safetensors"] * number for number in numbers]
-    names = (f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in itertools.count(1))
+    places = [f"-{i:05d}-of-{count:05d}" if count > 1 else "" for i in range(1, count + 1)]
+    names = iter([f"{stem}{place}.safetensors" for place in places])
     return [list(itertools.islice(names, number)) for number in numbers]
 
 
@@ -125,21 +105,6 @@ def dense_document(model: ModelSection) -> dict[str, Any]:
     return document | {"dtype": model.dtype}
 
 
-def norms_left_out(kind: str, layout: ModelLayout, widths: Sequence[BlockWidths]) -> list[str]:
-    """Return the norms inside an attention that is removed.
-
-    For DeciLM, also those in front of what a block does not have.
-    """
-    in_front = ("input_layernorm", "post_attention_layernorm") if kind in ("deci", "gguf") else ()
-    without_heads = ("self_attn.q_norm", "self_attn.k_norm", *in_front[:1])
-    names = []
-    for block, width in enumerate(widths):
-        norms = () if width.num_kv_heads else without_heads
-        norms += () if width.num_channels else in_front[1:]
-        names += [f"{layout.family.block_prefix(block)}{norm}.weight" for norm in norms]
-    return names
-
-
 def copy_small_files(model: ModelSection, uri: str, *, another_type: bool = False) -> None:
     """Copy the tokenizer and the generation configuration of the dense model.
 
@@ -157,10 +122,9 @@ def copy_small_files(model: ModelSection, uri: str, *, another_type: bool = Fals
         AutoTokenizer.from_pretrained(dense.small_files_folder()).save_pretrained(scratch)
         if not (Path(scratch) / "tokenizer.json").exists():
             return
-        settings = Path(scratch) / "tokenizer_config.json"
-        document = json.loads(settings.read_text(encoding="utf-8"))
-        document["tokenizer_class"] = "PreTrainedTokenizerFast"
-        settings.write_text(json.dumps(document, indent=2, ensure_ascii=False), encoding="utf-8")
+        settings = f"{scratch}/tokenizer_config.json"
+        document = files.read_json(settings) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+        files.write_json(settings, document)
         for path in Path(scratch).iterdir():
             files.put_file(files.join(uri, path.name), path)
 
@@ -179,7 +143,7 @@ def local_folder(uri: str, *, weights: bool = True) -> Iterator[tuple[Path, Path
         folder = scratch / "model"
         folder.mkdir()
         for name in files.list_files(uri):
-            if weights or not name.endswith(".safetensors"):
+            if weights or not name.endswith((".safetensors", ".gguf")):
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 files.download(files.join(uri, name), folder / name)
         yield folder, scratch
@@ -232,21 +196,3 @@ def reload_difference(pruned: Pruned, uri: str) -> float:
             "not use it"
         )
     return largest
-
-
-_TEMPLATE = Path(__file__).with_name("card.md.jinja")
-
-
-def model_card(entry: Mapping[str, Any], source: str, facts: Mapping[str, Any]) -> str:
-    """Return the text of README.md.
-
-    Args:
-        entry: the export's entry in the report.
-        source: the dense model.
-        facts: see `RunReport.model_card_facts`.
-    """
-    environment = jinja2.Environment(
-        undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True
-    )
-    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(entry=entry, source=source, facts=facts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -61,7 +61,7 @@ def check_gguf(layout: ModelLayout, shrinking: Shrinking) -> None:
         raise ValueError(
             "output.exports: gguf needs the package gguf; run `pip install 'ray-surgeon[gguf]'`"
         )
-    heads = replace(shrinking, tensor_parallel=1).kv_heads(layout)[0]
+    heads = shrinking.kv_heads(layout)[0]
     channels = shrinking.fewest.get("ffn", layout.num_channels)
     widths = [BlockWidths(channels, heads), BlockWidths(channels + 1, heads)]
     architecture_of(layout, widths[:1] if shrinking.uniform else widths)
@@ -91,24 +91,22 @@ def check_quantised(layout: ModelLayout, shrinking: Shrinking, section: Quantize
 
 def _check_groups(layout: ModelLayout, shrinking: Shrinking, size: int) -> None:
     """Refuse groups of columns that share a scale if they will not fill the rows of a linear."""
-    heads = layout.heads
+    family = layout.family
     devices = shrinking.tensor_parallel
-    ffn = layout.family.ffn.consumer
-    attention = layout.family.attention.consumer if layout.family.prunes_heads else ""
+    width = layout.heads.n_rep * layout.heads.head_dim
+    possible = {
+        family.ffn.consumer: shrinking.channels(layout),
+        family.attention.consumer: [number * width for number in shrinking.kv_heads(layout)],
+    }
     for name, shape in layout.shapes.items():
+        is_split = shape.role in possible
         columns = shape.num_columns - shape.has_bias
-        remedy = ""
-        if shape.role == ffn and "ffn" in shrinking.fewest:
-            columns = math.gcd(columns, shrinking.multiple)
-            remedy = "raise pruning.width_multiple, or "
-        if shape.role == attention and "attention" in shrinking.fewest:
-            left = kv_heads_left(layout, devices, uniform=shrinking.uniform)
-            columns = math.gcd(*(k * heads.n_rep * heads.head_dim for k in left))
-        each = ""
-        if devices > 1 and shape.role in (ffn, attention):
-            columns //= devices
-            each = f" on each of {devices} devices"
+        if is_split:
+            columns = math.gcd(*possible[shape.role]) // devices
         if columns % size:
+            shrinks = shape.role == family.ffn.consumer and "ffn" in shrinking.fewest
+            remedy = "raise pruning.width_multiple, or " if shrinks else ""
+            each = f" on each of {devices} devices" if is_split and devices > 1 else ""
             raise ValueError(
                 f"output.quantize: groups of group_size {size} do not fill the rows of {name}, "
                 f"whose columns will be a multiple of {columns}{each}; {remedy}set group_size to a "
@@ -119,7 +117,7 @@ def _check_groups(layout: ModelLayout, shrinking: Shrinking, size: int) -> None:
 def export_gguf(
     pruned: folder.Pruned, uri: str, widths: Sequence[BlockWidths], kinds: Sequence[GgufKind]
 ) -> dict[str, Any]:
-    """Write GGUF files and a model card.
+    """Write GGUF files.
 
     The files are made from weights that the workers write beside them, and that are removed then.
 
@@ -137,7 +135,6 @@ def export_gguf(
     """
     model = pruned.model
     weights = files.join(uri, "weights")
-    left_out = folder.norms_left_out("gguf", pruned.layout, widths)
     document = folder.dense_document(model)
     pairs = [[width.num_channels, width.num_kv_heads] for width in widths]
     name = model.source.rstrip("/").rpartition("/")[2].removesuffix(".gguf") + "-pruned"
@@ -146,7 +143,7 @@ def export_gguf(
     files.remove_folder(uri)  # of a try that was interrupted
     try:
         with folder.explaining(f"the export {uri} cannot be written"):
-            folder.write_weights(pruned.cluster, weights, left_out=left_out)
+            folder.write_weights(pruned.cluster, weights)
             folder.copy_small_files(model, weights)
             files.write_json(files.join(weights, "config.json"), document)
             written = fresh_process.run_module("ray_surgeon.export.gguf_file", request)["files"]
@@ -154,12 +151,15 @@ def export_gguf(
         files.remove_folder(weights)
     first = written[0]["file"]
     architecture = architecture_of(pruned.layout, widths).name
-    entry = {"kind": "gguf", "uri": uri, "size_bytes": written[0]["size_bytes"]}
-    entry["loaders"] = {"llama.cpp": f"as {architecture}", "vLLM, transformers": "no"}
-    entry["load"] = f"llama-server --model {f'{uri}/{first}' if files.is_local(uri) else first}"
-    entry |= {"files": written, "widths": pairs}
-    pruned.write_card(entry)
-    return entry
+    return {
+        "kind": "gguf",
+        "uri": uri,
+        "size_bytes": written[0]["size_bytes"],
+        "loaders": {"llama.cpp": f"as {architecture}", "vLLM, transformers": "no"},
+        "load": f"llama-server --model {f'{uri}/{first}' if files.is_local(uri) else first}",
+        "files": written,
+        "widths": pairs,
+    }
 
 
 NUM_BITS = 4
@@ -192,16 +192,11 @@ class Rounding(BlockPass):
         worker.keeping(_Scales)[name] = scales.cpu()
 
 
-def write_scales(worker: Worker, target: str) -> str | None:
-    """Write the scales of the linears that a worker owns, and return the file's URI.
-
-    None if it owns none.
-    """
-    if not worker.has(_Scales):
-        return None
-    uri = files.join(target, f"scales-{worker.index.shard}-{worker.index.replica}.safetensors")
-    tensor_files.write(uri, worker.drop(_Scales))
-    return uri
+def write_scales(worker: Worker, target: str) -> None:
+    """Write the scales of the linears that a worker owns into a file, if it owns some."""
+    if worker.has(_Scales):
+        name = f"{worker.index.shard}-{worker.index.replica}.safetensors"
+        tensor_files.write(files.join(target, name), worker.drop(_Scales))
 
 
 def export_quantised(
@@ -225,7 +220,7 @@ def export_quantised(
         section: how.
 
     Returns:
-        The copy's entry in the report: its size, its error, its perplexities.
+        The copy's entry in the report, with its size and its perplexities.
 
     Raises:
         RuntimeError: it cannot be quantised or loaded.
@@ -237,16 +232,16 @@ def export_quantised(
             if not name.endswith((".index.json", ".md")):
                 files.put_file(files.join(target, name), small / name)
     size = section.columns_together
-    request: dict[str, Any] = {"export": uri, "source": uri, "scales": [], "target": target}
-    request |= {"scheme": section.scheme, "group_size": size}
-    request["linears"] = list(pruned.layout.shapes)
     rounded = f"{target}-rounded"
+    scales = files.join(rounded, "scales")
+    request: dict[str, Any] = {"source": uri, "scales": scales, "target": target}
+    request |= {"scheme": section.scheme, "group_size": size, "linears": list(pruned.layout.shapes)}
     try:
         if section.scheme == "w4a16":
             Rounding(size).pass_all(pruned.cluster, calibration)
             folder.write_weights(pruned.cluster, rounded)
-            uris = pruned.cluster.run_all(write_scales, files.join(rounded, "scales"))
-            request |= {"scales": [uri for uri in uris if uri], "source": rounded}
+            pruned.cluster.run_all(write_scales, scales)
+            request["source"] = rounded
         with folder.explaining(f"the quantised export {target} cannot be made"):
             copy = fresh_process.run_module("ray_surgeon.export.quantized", request)
             with folder.local_folder(target) as (copied, scratch):
@@ -257,10 +252,8 @@ def export_quantised(
                 copy["perplexity"] = folder.run_reload(copied, scratch, request)
     finally:
         files.remove_folder(rounded)
-    loaders = {
-        "transformers with compressed-tensors": "loaded and evaluated",
-        "vLLM": "by compressed-tensors",
-    }
+    loaders = {"transformers with compressed-tensors": "loaded and evaluated"}
+    loaders["vLLM"] = "by compressed-tensors"
     load = f'AutoModelForCausalLM.from_pretrained("{target}")'
     entry = {"kind": f"uniform-{section.scheme}", "uri": target, "loaders": loaders, "load": load}
     return entry | {"widths": uniform["widths"]} | copy

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,20 +33,9 @@ from ray_surgeon.models.llama_cpp import architecture_of
 from ray_surgeon.models.pruned_config import BlockWidths
 from ray_surgeon.storage import files, tensor_files
 
-KINDS = {
-    "f32": (Kind.F32, gguf.LlamaFileType.ALL_F32, 1e-6),
-    "f16": (Kind.F16, gguf.LlamaFileType.MOSTLY_F16, 1e-3),
-    "bf16": (Kind.BF16, gguf.LlamaFileType.MOSTLY_BF16, 4e-3),
-    "q8_0": (Kind.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0, 5e-3),
-    "q5_1": (Kind.Q5_1, gguf.LlamaFileType.MOSTLY_Q5_1, 0.04),
-    "q5_0": (Kind.Q5_0, gguf.LlamaFileType.MOSTLY_Q5_0, 0.07),
-    "q4_1": (Kind.Q4_1, gguf.LlamaFileType.MOSTLY_Q4_1, 0.07),
-    "q4_0": (Kind.Q4_0, gguf.LlamaFileType.MOSTLY_Q4_0, 0.14),
-}
-"""Type of the matrices -> type of storage, llama.cpp's name, and largest error.
-
-The error is relative to the matrix's largest entry.
-"""
+KINDS = {"f32": 1e-6, "f16": 1e-3, "bf16": 4e-3, "q8_0": 5e-3}
+KINDS |= {"q5_1": 0.04, "q5_0": 0.07, "q4_1": 0.07, "q4_0": 0.14}
+"""Type of the matrices -> largest error, relative to the matrix's largest entry."""
 
 
 def write_gguf(
@@ -80,15 +68,15 @@ def write_gguf(
     architecture = architecture_of(layout, widths)
     writer = GGUFWriter(target, architecture.name)
     writer.add_name(name)
-    writer.add_file_type(KINDS[kind][1])
+    all_or_mostly = "ALL" if kind == "f32" else "MOSTLY"
+    writer.add_file_type(gguf.LlamaFileType[f"{all_or_mostly}_{kind.upper()}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _describe(writer, layout, widths)
     add_tokenizer(writer, folder, int(config.vocab_size))
     tensors = Tensors(folder, layout, architecture)
     storage = {key: _storage(key, shape, kind) for key, shape in tensors.shapes.items()}
     for key, shape in tensors.shapes.items():
-        block_size, block_bytes = gguf.GGML_QUANT_SIZES[storage[key]]
-        num_bytes = math.prod(shape) // block_size * block_bytes
+        num_bytes = math.prod(gguf.quants.quant_shape_to_byte_shape(shape, storage[key]))
         writer.add_tensor_info(key, shape, np.dtype(np.float32), num_bytes, storage[key])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -117,8 +105,7 @@ def _describe(writer: GGUFWriter, layout: ModelLayout, widths: Sequence[BlockWid
     else:
         writer.add_layer_norm_eps(config.layer_norm_epsilon)
     window = getattr(config, "sliding_window", None)
-    uses_it = config.model_type not in ("qwen2", "qwen3") or config.use_sliding_window
-    if window is not None and uses_it:
+    if window is not None and getattr(config, "use_sliding_window", True):
         writer.add_sliding_window(window)
     parameters = rope_of(config)
     if not parameters:
@@ -214,8 +201,8 @@ def _storage(name: str, shape: Sequence[int], kind: str) -> Kind:
     """
     if len(shape) < 2 or name.startswith("position_embd"):
         return Kind.F32
-    block_size, _ = gguf.GGML_QUANT_SIZES[KINDS[kind][0]]
-    return KINDS[kind][0] if shape[-1] % block_size == 0 else Kind.F16
+    block_size, _ = gguf.GGML_QUANT_SIZES[Kind[kind.upper()]]
+    return Kind[kind.upper()] if shape[-1] % block_size == 0 else Kind.F16
 
 
 def _largest_error(file: Path, tensors: Tensors, kind: str) -> float:
@@ -235,7 +222,7 @@ def _largest_error(file: Path, tensors: Tensors, kind: str) -> float:
         values = gguf.dequantize(stored[name].data, stored[name].tensor_type)
         difference = np.abs(values.reshape(expected.shape) - expected).max()
         error = float(difference / max(float(np.abs(expected).max()), 1e-30))
-        if not error <= KINDS[kind][2]:
+        if not error <= KINDS[kind]:
             raise ValueError(
                 f"{file.name}: {name} read again differs by {error:g} of its largest entry; do not "
                 "use the file"
@@ -251,10 +238,8 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
     written = []
     for kind in request["kinds"]:
         file = f"{request['name']}-{kind.upper()}.gguf"
-        with tempfile.TemporaryDirectory() as scratch:
-            path = Path(scratch) / file
+        with files.replacing(files.join(request["target"], file)) as path:
             error = write_gguf(request["folder"], config, widths, kind, request["name"], path)
             size = path.stat().st_size
-            files.put_file(files.join(request["target"], file), path)
         written.append({"file": file, "size_bytes": size, "largest_error": error})
     return {"files": written}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ import gguf
 from gguf import GGUFWriter, TokenType
 from transformers import AutoTokenizer
 
+from ray_surgeon.export.folder import local_folder
 from ray_surgeon.models.llama_cpp import tokenizer_names
-from ray_surgeon.storage import files
 from ray_surgeon.storage.texts import first_token
 
 
@@ -29,8 +28,9 @@ def add_tokenizer(writer: GGUFWriter, uri: str, vocab_size: int) -> None:
     Raises:
         ValueError: see `tokenizer_names`.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = local_tokenizer(uri, Path(scratch))
+    with local_folder(uri, weights=False) as (folder, _):
+        # for some families it is not what the file says
+        AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
         document = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
         model, cut = tokenizer_names(document)
         writer.add_tokenizer_model(model)
@@ -45,19 +45,6 @@ def add_tokenizer(writer: GGUFWriter, uri: str, vocab_size: int) -> None:
         special = gguf.SpecialVocab(folder, load_merges=model == "gpt2", n_vocab=vocab_size)
         special.add_special_token |= _added_tokens(folder)
         special.add_to_gguf(writer, quiet=True)
-
-
-def local_tokenizer(uri: str, scratch: Path) -> Path:
-    """Return a local folder with everything of an export that is not weights.
-
-    Its tokenizer.json is what transformers makes of it.
-    """
-    for name in files.list_names(uri):
-        if not name.endswith((".safetensors", ".gguf")):
-            files.download(files.join(uri, name), scratch / name)
-    # for some families it is not what the file says
-    AutoTokenizer.from_pretrained(scratch).save_pretrained(scratch)
-    return scratch
 
 
 def _added_tokens(folder: Path) -> dict[str, bool]:

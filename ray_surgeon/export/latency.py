@@ -11,7 +11,6 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
 from operator import mul
 from pathlib import Path
 from typing import Any
@@ -23,10 +22,9 @@ from transformers import AutoConfig, PreTrainedModel
 
 from ray_surgeon.export.folder import Pruned, dense_document
 from ray_surgeon.export.for_engines import Shrinking
-from ray_surgeon.export.kinds import shipped_source
-from ray_surgeon.export.speed import decode, device_name, random_model
+from ray_surgeon.export.kinds import SHIPPED, shipped_source
+from ray_surgeon.export.speed import device_name, random_model, timed
 from ray_surgeon.models.budgets import Budget
-from ray_surgeon.models.build import cache_argument
 from ray_surgeon.models.families import family_of
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.pruned_config import BlockWidths, per_block_document
@@ -36,9 +34,6 @@ from ray_surgeon.storage import files
 
 _BLOCKS_AT_ONCE = 8
 """Of one timed model, so that it fits where the whole model might not."""
-
-Width = tuple[int, int]
-"""Channels and KV heads of a block."""
 
 
 def latency_budget(dense: Pruned, target: LatencyTarget, shrinking: Shrinking, uri: str) -> Budget:
@@ -99,35 +94,30 @@ def _table(numbers: Sequence[int], seconds: Sequence[float]) -> tuple[float, ...
     return tuple(float(value) for value in np.interp(range(numbers[-1] + 1), numbers, rising))
 
 
-def _model(request: Mapping[str, Any], widths: Sequence[Width], folder: Path) -> PreTrainedModel:
+def _model(request: Mapping[str, Any], widths: Sequence[Any], folder: Path) -> PreTrainedModel:
     """Return a model with random weights that has one block of each width.
 
     All blocks are of the request's kind if the model has several.
     """
-    document = request["document"]
-    layer_type = request["layer_type"]
+    document = dict(request["document"])
     config = AutoConfig.for_model(**document)
-    layers = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-    fewer = {**document, layers: len(widths)}
-    fewer.pop("layer_types", None)
-    if layer_type is not None:
-        fewer["layer_types"] = [layer_type] * len(widths)
+    document[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(widths)
+    document.pop("layer_types", None)
+    if request["layer_type"] is not None:
+        document["layer_types"] = [request["layer_type"]] * len(widths)
     layout = ModelLayout(config, family_of(config), {}, ())
     blocks = [BlockWidths(*width) for width in widths]
-    folder.mkdir()
-    (folder / "modeling_pruned.py").write_text(shipped_source("modeling_pruned.py", config))
-    per_block = per_block_document(layout, fewer, blocks)
-    return random_model(per_block, folder)
+    (folder / SHIPPED).write_text(shipped_source(config))
+    return random_model(per_block_document(layout, document, blocks), folder)
 
 
-def _note(moments: list[Any], device: torch.device, *_: object) -> None:
-    """Append the present moment of a device's work."""
+def _moment(device: torch.device) -> Any:
+    """Return the present moment of a device's work."""
     if device.type != "cuda":
-        moments.append(time.perf_counter())
-        return
+        return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
     event.record()
-    moments.append(event)
+    return event
 
 
 def _seconds(start: Any, end: Any) -> float:
@@ -138,31 +128,25 @@ def _seconds(start: Any, end: Any) -> float:
     return float(start.elapsed_time(end)) / 1000
 
 
-@torch.no_grad()
 def _time_blocks(model: PreTrainedModel, options: SpeedSection) -> list[float]:
     """Return the seconds of each block, and of all the rest: medians over the measured turns."""
-    device = model.device
     num_blocks = len(model.config.block_sizes)
     lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
     (blocks,) = (blocks for blocks in lists if len(blocks) == num_blocks)
-    moments: list[list[Any]] = [[] for _ in blocks]
-    for noted, block in zip(moments, blocks, strict=True):
-        block.register_forward_pre_hook(partial(_note, noted, device))
-        block.register_forward_hook(partial(_note, noted, device))
-    size = (options.batch_size, options.prompt_length)
-    prompts = torch.randint(model.config.vocab_size, size).to(device)
-    cache = cache_argument(model)
+    moments: dict[nn.Module, list[Any]] = {block: [] for block in blocks}
+
+    def note(block: nn.Module, *_: object) -> None:
+        moments[block].append(_moment(model.device))
+
+    for block in blocks:
+        block.register_forward_pre_hook(note)
+        block.register_forward_hook(note)
     turns = []
     for _ in range(options.num_repeats + 1):
-        for noted in moments:
+        for noted in moments.values():
             noted.clear()
-        ends: list[Any] = []
-        _note(ends, device)
-        out = model(prompts, use_cache=True, logits_to_keep=1)
-        decode(model, out, cache, options.num_new_tokens)
-        _note(ends, device)
-        whole = _seconds(*ends)
-        in_blocks = [sum(map(_seconds, noted[::2], noted[1::2])) for noted in moments]
+        whole = sum(timed(model, options))
+        in_blocks = [sum(map(_seconds, noted[::2], noted[1::2])) for noted in moments.values()]
         turns.append([*in_blocks, whole - sum(in_blocks)])
     return [statistics.median(times) for times in zip(*turns[1:], strict=True)]
 
@@ -179,18 +163,17 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
     widths = [tuple(width) for width in request["widths"]]
     whole = max(widths)
     others = [width for width in widths if width != whole]
-    more = dict[Width, float]()  # than the whole block beside it
+    more = {whole: 0.0}  # than the whole block beside it
     of_whole = []
     rests = []
-    with tempfile.TemporaryDirectory() as scratch:
-        for first in range(0, max(1, len(others)), _BLOCKS_AT_ONCE - 1):
-            batch = [whole, *others[first : first + _BLOCKS_AT_ONCE - 1]]
-            folder = Path(scratch) / str(first)
-            model = _model(request, batch, folder).to(device)
-            *seconds, rest = _time_blocks(model, options)
-            more |= {width: s - seconds[0] for width, s in zip(batch, seconds, strict=True)}
-            of_whole.append(seconds[0])
-            rests.append(rest)
+    for first in range(0, max(1, len(others)), _BLOCKS_AT_ONCE - 1):
+        batch = [whole, *others[first : first + _BLOCKS_AT_ONCE - 1]]
+        with tempfile.TemporaryDirectory() as folder:
+            model = _model(request, batch, Path(folder)).to(device)
+            seconds = _time_blocks(model, options)
+        rests.append(seconds.pop())
+        of_whole.append(seconds[0])
+        more |= {width: s - seconds[0] for width, s in zip(batch, seconds, strict=True)}
     dense = statistics.median(of_whole)
     return {
         "device": device_name(device, options.num_threads),

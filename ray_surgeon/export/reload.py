@@ -51,18 +51,14 @@ def _load(request: Mapping[str, Any]) -> PreTrainedModel:
     Raises:
         RuntimeError: a tensor is missing or left over.
     """
-    options = {
-        "dtype": "auto",
-        "trust_remote_code": True,  # exports have no code but ours
-        "output_loading_info": True,
-    }
+    options: dict[str, Any] = {}
     if "max_memory" in request:  # what does not fit stays in its files and comes block by block
-        options |= {
-            "device_map": "auto",
-            "max_memory": {"cpu": request["max_memory"]},
-            "offload_folder": request["offload"],
-        }
-    model, info = AutoModelForCausalLM.from_pretrained(request["folder"], **options)
+        options = {"device_map": "auto", "max_memory": {"cpu": request["max_memory"]}}
+        options["offload_folder"] = request["offload"]
+    # exports have no code but ours
+    model, info = AutoModelForCausalLM.from_pretrained(
+        request["folder"], dtype="auto", trust_remote_code=True, output_loading_info=True, **options
+    )
     wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
     if wrong:
         raise RuntimeError(f"tensors do not fit the classes: {wrong}")
@@ -86,13 +82,9 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
     tokens = torch.tensor([request["tokens"]])
     logits = model(tokens, use_cache=False).logits.float()
     prompt = tokens[:, :_NUM_PROMPT_TOKENS]
+    length = dict.fromkeys(("max_new_tokens", "min_new_tokens"), _NUM_NEW_TOKENS)
     generated = model.generate(
-        prompt,
-        return_dict_in_generate=True,
-        output_logits=True,
-        max_new_tokens=_NUM_NEW_TOKENS,
-        min_new_tokens=_NUM_NEW_TOKENS,
-        do_sample=False,
+        prompt, return_dict_in_generate=True, output_logits=True, do_sample=False, **length
     )
     again = model(generated.sequences, use_cache=False).logits
     again = again[:, prompt.shape[1] - 1 : -1].float()

@@ -1,7 +1,7 @@
 """How fast a smaller model is beside the dense one: in one process of its own, measured in turns.
 
-The dense model is built from its configuration with random weights: its speed depends on shapes and
-dtype, not on values.
+Both are built from their configurations with random weights: speed depends on shapes and dtype, not
+on values.
 """
 
 from __future__ import annotations
@@ -9,14 +9,13 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ray_surgeon.export.folder import local_folder
@@ -44,8 +43,8 @@ def measure(cluster: Cluster, uri: str, dense: Record, options: SpeedSection) ->
 
     Returns:
         For ``dense`` and ``pruned``: tokens per second of prefill and decode (median, lowest,
-        highest), bytes of the weights, peak bytes of a process that holds this model alone, and on
-        a GPU of its memory; the ratios of the medians, and the machine.
+        highest), peak bytes of a process that holds this model alone, and on a GPU of its memory;
+        the ratios of the medians, and the machine.
 
     Raises:
         RuntimeError: a process fails.
@@ -71,19 +70,6 @@ def device_name(device: torch.device, num_threads: int) -> str:
     return f"CPU, {num_threads} threads"
 
 
-def decode(model: PreTrainedModel, out: Any, cache: str, num_new_tokens: int) -> None:
-    """Generate the most likely tokens after a prompt.
-
-    Args:
-        model: of the tokens.
-        out: what the model returned for the prompt.
-        cache: see `cache_argument`.
-        num_new_tokens: to generate.
-    """
-    for _ in range(num_new_tokens):
-        out = model(out.logits[:, -1:].argmax(dim=-1), **{cache: out[cache]}, use_cache=True)
-
-
 def _now(device: torch.device) -> float:
     """Return the time when a device has done all its work."""
     if device.type == "cuda":
@@ -92,38 +78,33 @@ def _now(device: torch.device) -> float:
 
 
 @torch.no_grad()
-def _once(model: PreTrainedModel, prompts: Tensor, options: SpeedSection) -> tuple[float, float]:
-    """Return tokens per second of one prefill and of the decode that follows it."""
+def timed(model: PreTrainedModel, options: SpeedSection) -> tuple[float, float]:
+    """Return the seconds of one prefill and of the decode that follows it."""
     cache = cache_argument(model)
-    start = _now(prompts.device)
+    size = (options.batch_size, options.prompt_length)
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(model.config.vocab_size, size, generator=generator).to(model.device)
+    start = _now(model.device)
     out = model(prompts, use_cache=True, logits_to_keep=1)
-    middle = _now(prompts.device)
-    decode(model, out, cache, options.num_new_tokens)
-    end = _now(prompts.device)
-    num_new = options.num_new_tokens * len(prompts)
-    return prompts.numel() / (middle - start), num_new / (end - middle)
+    middle = _now(model.device)
+    for _ in range(options.num_new_tokens):
+        out = model(out.logits[:, -1:].argmax(dim=-1), **{cache: out[cache]}, use_cache=True)
+    return middle - start, _now(model.device) - middle
 
 
-def _spread(values: Sequence[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
-
-
-def _compare(models: dict[str, Any], prompts: Tensor, options: SpeedSection) -> Record:
+def _compare(models: Mapping[str, PreTrainedModel], options: SpeedSection) -> Record:
     """Time models in turns, after one unmeasured turn each. See `measure` for what is returned."""
-    timings: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
-    for _ in range(options.num_repeats + 1):
-        for name, model in models.items():
-            timings[name].append(_once(model, prompts, options))
-    record: Record = {}
-    for name, model in models.items():
-        prefills, decodes = zip(*timings[name][1:], strict=True)
-        record[name] = {
-            "prefill_tokens_per_s": _spread(prefills),
-            "decode_tokens_per_s": _spread(decodes),
-            "weights_bytes": sum(parameter.nbytes for parameter in model.parameters()),
-        }
-    for step in ("prefill", "decode"):
-        medians = {name: record[name][f"{step}_tokens_per_s"]["median"] for name in models}
+    turns = range(options.num_repeats + 1)
+    timings = [{name: timed(model, options) for name, model in models.items()} for _ in turns]
+    record: Record = {name: {} for name in models}
+    for i, step in enumerate(("prefill", "decode")):
+        each = options.num_new_tokens if i else options.prompt_length
+        medians = {}
+        for name in models:
+            rates = [options.batch_size * each / timing[name][i] for timing in timings[1:]]
+            medians[name] = statistics.median(rates)
+            spread = {"median": medians[name], "lowest": min(rates), "highest": max(rates)}
+            record[name][f"{step}_tokens_per_s"] = spread
         record[f"{step}_ratio"] = medians["pruned"] / medians["dense"]
     return record
 
@@ -156,25 +137,16 @@ def answer(request: Record) -> Record:
     See `fresh_process.run_module`.
     """
     options = SpeedSection(**request["options"])
-    only = request["only"]
     torch.set_num_threads(options.num_threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with local_folder(request["uri"], weights=only is None) as (folder, scratch):
+    with local_folder(request["uri"], weights=False) as (folder, scratch):
         document = json.loads((folder / "config.json").read_text())
         places = {"dense": (request["dense"], scratch), "pruned": (document, folder)}
-        # alone the pruned one is random as well: what loading takes is not what is asked
-        models = {name: random_model(*places[name]) for name in [only or "dense"]}
-        if only is None:
-            models["pruned"] = AutoModelForCausalLM.from_pretrained(
-                folder, dtype="auto", trust_remote_code=True
-            )
-        models = {name: model.eval().to(device) for name, model in models.items()}
-        size = (options.batch_size, options.prompt_length)
-        generator = torch.Generator().manual_seed(0)
-        prompts = torch.randint(int(document["vocab_size"]), size, generator=generator).to(device)
-        if only is None:
+        names = [request["only"]] if request["only"] else list(places)
+        models = {name: random_model(*places[name]).to(device) for name in names}
+        if request["only"] is None:
             about = {"device": device_name(device, options.num_threads), "dtype": document["dtype"]}
-            return _compare(models, prompts, options) | about | options.model_dump()
-        _once(models[only], prompts, options)
+            return _compare(models, options) | about | options.model_dump()
+        timed(models[request["only"]], options)
     usage = process_usage(device)
     return {"peak_rss_bytes": usage.peak_rss_bytes, "peak_gpu_bytes": usage.peak_gpu_bytes}

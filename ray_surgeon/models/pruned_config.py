@@ -15,7 +15,6 @@ from transformers import PretrainedConfig
 
 from ray_surgeon.models.groups import GroupSet
 from ray_surgeon.models.layout import ModelLayout
-from ray_surgeon.spec.sections import DECI_MULTIPLE
 
 Document = dict[str, Any]
 """Content of a config.json."""
@@ -199,80 +198,10 @@ def per_block_document(layout: ModelLayout, document: Document, widths: Widths) 
         } | ({"expert_widths": list(width.experts)} if layout.num_experts else {})
     classes = {"AutoConfig": "PrunedConfig", "AutoModel": "PrunedModel"}
     classes["AutoModelForCausalLM"] = "PrunedForCausalLM"
-    model_type = f"pruned_{layout.config.model_type}"
-    own = _of_own_classes(document, model_type, "modeling_pruned", classes)
-    return own | {"head_dim": layout.heads.head_dim, "per_layer_config": layers}
-
-
-def _of_own_classes(document: Document, kind: str, file: str, classes: dict[str, str]) -> Document:
-    """Return a config.json that names classes, by what loads them, in a shipped module."""
     return document | {
-        "model_type": kind,
-        "architectures": [classes["AutoModelForCausalLM"]],
-        "auto_map": {auto: f"{file}.{name}" for auto, name in classes.items()},
+        "model_type": f"pruned_{layout.config.model_type}",
+        "architectures": ["PrunedForCausalLM"],
+        "auto_map": {auto: f"modeling_pruned.{name}" for auto, name in classes.items()},
+        "head_dim": layout.heads.head_dim,
+        "per_layer_config": layers,
     }
-
-
-# DeciLM / Nemotron-NAS: blocks of one Llama with fewer channels, or without attention
-
-
-def check_deci(layout: ModelLayout) -> None:
-    """Refuse a model that DeciLM cannot describe.
-
-    Raises:
-        ValueError: says which property is in the way.
-    """
-    config = layout.config
-    heads = layout.heads
-    window = getattr(config, "sliding_window", None)
-    problem = None
-    if config.model_type not in ("llama", "mistral") or window is not None:
-        what = config.model_type + ("" if window is None else " with a sliding window")
-        problem = f"holds Llama models and Mistral models without a sliding window, not {what}"
-    elif heads.head_dim * heads.num_query != config.hidden_size:
-        problem = (
-            f"needs head_dim * num_attention_heads = hidden_size, here {heads.head_dim} * "
-            f"{heads.num_query} and {config.hidden_size}"
-        )
-    elif layout.num_channels % DECI_MULTIPLE:
-        problem = (
-            f"has multiples of {DECI_MULTIPLE} channels, and blocks that lose none keep all "
-            f"{layout.num_channels}"
-        )
-    if problem is not None:
-        raise ValueError(f"output.exports: deci {problem}; use per_block")
-
-
-def deci_document(layout: ModelLayout, document: Document, widths: Widths) -> Document:
-    """Return the config.json of a DeciLM / Nemotron-NAS with these widths.
-
-    Args:
-        layout: of the dense model, which passed `check_deci`.
-        document: its config.json.
-        widths: of every block; all KV heads or none, channels a multiple of `DECI_MULTIPLE`.
-
-    Raises:
-        ValueError: a block has another number of heads or channels.
-    """
-    heads = layout.heads
-    blocks = []
-    for number, width in enumerate(widths):
-        if width.num_kv_heads not in (0, heads.num_kv) or width.num_channels % DECI_MULTIPLE:
-            raise ValueError(
-                f"block {number} has {width.num_kv_heads} of {heads.num_kv} KV heads and "
-                f"{width.num_channels} channels; deci needs all heads or none, and a multiple of "
-                f"{DECI_MULTIPLE}: set pruning.groups [ffn] and pruning.width_multiple "
-                f"{DECI_MULTIPLE}"
-            )
-        n_rep = heads.n_rep if width.num_kv_heads else None
-        multiple = 1.5 * width.num_channels / layout.config.hidden_size or None
-        attention = _deci_part("n_heads_in_group", n_rep)
-        blocks.append({"attention": attention, "ffn": _deci_part("ffn_mult", multiple)})
-    longest = {"max_position_embeddings": layout.config.max_position_embeddings}
-    classes = {"AutoConfig": "DeciLMConfig", "AutoModelForCausalLM": "DeciLMForCausalLM"}
-    own = _of_own_classes(document | longest, "nemotron-nas", "modeling_decilm", classes)
-    return own | {"block_configs": blocks}
-
-
-def _deci_part(name: str, size: float | None) -> Document:
-    return {name: size, "no_op": size is None, "replace_with_linear": False}

@@ -63,7 +63,6 @@ class RunDirectory:
         self.uri = uri
         self._events: list[str] = []
         self._events_written_s = -math.inf
-        self._num_dropped = 0  # shots whose tensors are gone
         self._attempt = attempt or Attempt()
 
     def path(self, *parts: str) -> str:
@@ -102,17 +101,15 @@ class RunDirectory:
 
     def report_if_finished(self, spec: Record) -> dict[str, Any] | None:
         """Return the report if a run of this very spec has ended here and lies here whole."""
-        try:
+        # it may be not there, or damaged
+        with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
             report = self.report()
-            is_finished = (
-                report["spec"] == dict(spec)
-                and is_complete(report)
-                and all(map(has_its_files, report["exports"]))
-                and len(self.committed_indices()) == len(report["shots"])
-            )
-        except (FileNotFoundError, ValueError, KeyError, TypeError):  # not there, or damaged
-            return None
-        return report if is_finished else None
+            if report["spec"] != dict(spec) or not is_complete(report):
+                return None
+            has_shots = len(self.committed_indices()) == len(report["shots"])
+            if has_shots and all(map(has_its_files, report["exports"])):
+                return report
+        return None
 
     def check_writable(self) -> None:
         """Write and remove a small file.
@@ -220,9 +217,8 @@ class RunDirectory:
         Raises as `check_attempt` does, because another try may resume from them.
         """
         self.check_attempt()
-        while self._num_dropped < last:
-            self._num_dropped += 1
-            store.remove_files(self.shot_folder(self._num_dropped), ["*.safetensors"])
+        for index in range(1, last + 1):
+            store.remove_files(self.shot_folder(index), ["*.safetensors"])
 
     def committed_indices(self) -> list[int]:
         """Return 1, 2, ... up to the last shot before which every shot is committed."""

@@ -145,9 +145,9 @@ class Steps:
 
     def moment(self) -> Moment:
         """Return how far the present step has come."""
-        name, shot = self._present
         now = self._cluster.progress
         elapsed_s = time.monotonic() - now.started_s
+        name, shot = self._present
         return Moment(
             name, shot, self._num_shots, now.done, now.total, now.unit, now.tokens_each, elapsed_s
         )
@@ -168,38 +168,30 @@ def _total(usages: list[Usage], field: str) -> Any:
     return sum(largest_of_processes(usages, field).values())
 
 
-GAUGES = {
-    "shot": "Shot that the last step belonged to",
-    "num_shots": "Shots of the job",
-    "sparsity": "Removed fraction of the parameters of the blocks' linears",
-    "perplexity": "Perplexity of the last evaluation",
-    "divergence": "Divergence from the dense model in the last evaluation, in nats per token",
-    "tokens_per_s": "Calibration tokens per second of the last curvature pass",
-    "step_seconds": "Seconds of the last such step",
-    "worker_busy_seconds": "Seconds of the last such step that a worker was busy",
-    "efficiency": "Fraction of the last such step in which the workers were busy, on average",
-    "parameters": "Parameters of the model after the last shot, zeros not counted",
-    "peak_rss_bytes": "Peak resident memory of all workers together",
-    "export_bytes": "Bytes of the weights of an export",
+GAUGES: dict[str, tuple[str, ...]] = {
+    "shot": ("Shot that the last step belonged to",),
+    "num_shots": ("Shots of the job",),
+    "sparsity": ("Removed fraction of the parameters of the blocks' linears",),
+    "perplexity": ("Perplexity of the last evaluation", "text"),
+    "divergence": ("Divergence from the dense model in the last evaluation, in nats", "text"),
+    "tokens_per_s": ("Calibration tokens per second of the last curvature pass",),
+    "step_seconds": ("Seconds of the last such step", "step"),
+    "worker_busy_seconds": ("Busy seconds of a worker in the last such step", "step", "worker"),
+    "efficiency": ("Mean fraction of the last such step in which the workers were busy", "step"),
+    "parameters": ("Parameters of the model after the last shot, zeros not counted",),
+    "peak_rss_bytes": ("Peak resident memory of all workers together",),
+    "export_bytes": ("Bytes of the weights of an export", "kind"),
 }
-"""Name -> description."""
-COUNTERS = {"steps": "Steps that have ended", "retries": "Losses after which the run went on"}
+"""Name -> description, and its own tags."""
+COUNTERS: dict[str, tuple[str, ...]] = {
+    "steps": ("Steps that have ended", "step"),
+    "retries": ("Losses after which the run went on", "cause"),
+}
 """Likewise."""
-_TAGS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("perplexity", "divergence"), ("text",)),
-    **dict.fromkeys(("step_seconds", "efficiency", "steps"), ("step",)),
-    "worker_busy_seconds": ("step", "worker"),
-    "export_bytes": ("kind",),
-    "retries": ("cause",),
-}
-"""Name of a metric -> its own tags, if it has some."""
-
-Reading = tuple[str, float, dict[str, str]]
-"""(name, value, its own tags)"""
 
 
-def readings(event: Event) -> Iterator[Reading]:
-    """Yield what an event says about each metric."""
+def readings(event: Event) -> Iterator[tuple[str, float, dict[str, str]]]:
+    """Yield what an event says about each metric: its name, its value, its own tags."""
     if event.step == "retry":
         yield "retries", 1.0, {"cause": str(event.facts["cause"])}
         return
@@ -238,16 +230,13 @@ class Recorder:
             counter: likewise.
         """
         self._run = run
-        self._gauges, self._counters = (
-            {n: new(f"surgeon_{n}", text, ("run", *_TAGS.get(n, ()))) for n, text in texts.items()}
-            for new, texts in ((gauge, GAUGES), (counter, COUNTERS))
-        )
+        self._record: dict[str, Callable[..., None]] = {}  # by the name of a metric
+        for new, texts, method in ((gauge, GAUGES, "set"), (counter, COUNTERS, "inc")):
+            for name, (text, *tags) in texts.items():
+                metric = new(f"surgeon_{name}", text, ("run", *tags))
+                self._record[name] = getattr(metric, method)
 
     def record(self, event: Event) -> None:
         """Set the gauges and add to the counters that an event says something of."""
         for name, value, tags in readings(event):
-            with_run = {"run": self._run, **tags}
-            if name in self._gauges:
-                self._gauges[name].set(value, with_run)
-            else:
-                self._counters[name].inc(value, with_run)
+            self._record[name](value, {"run": self._run, **tags})

@@ -1,8 +1,9 @@
-"""Reports as one HTML file that needs nothing else: no network, no scripts, its figures inside."""
+"""Templates of this folder; reports as one HTML file that needs nothing else, figures inside."""
 
 from __future__ import annotations
 
 import functools
+import statistics
 import time
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -11,18 +12,12 @@ from typing import Any
 
 import jinja2
 import yaml
-from matplotlib.figure import Figure
 
 from ray_surgeon.report import plots, progress
 from ray_surgeon.report.directory import RunDirectory
 from ray_surgeon.storage import files
 
 _PAGE_EVERY_S = 60.0
-
-
-def _drawn(figures: Mapping[str, Figure], anchor: str) -> dict[str, str]:
-    """Return figures for a page, on which `anchor` names the section that they are in."""
-    return {name: plots.inline_svg(figure, f"{anchor}-{name}") for name, figure in figures.items()}
 
 
 def _steps(shots: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -33,14 +28,10 @@ def _steps(shots: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     steps = []
     for name in dict.fromkeys(name for shot in shots for name in shot["seconds"]):
         with_step = [shot for shot in shots if name in shot["seconds"]]
-        # shots of earlier versions do not tell
-        busy = [shot.get("worker_seconds", {}).get(name, []) for shot in with_step]
-        walls = [shot["seconds"][name] for shot in with_step]
-        offered = sum(len(of_workers) * wall for of_workers, wall in zip(busy, walls, strict=True))
-        step = {"name": name, "wall_s": sum(walls)}
-        step["cpu_s"] = sum(shot["cpu_seconds"][name] for shot in with_step)
-        step["efficiency"] = sum(map(sum, busy)) / offered if offered else 0.0
-        steps.append(step)
+        wall = sum(shot["seconds"][name] for shot in with_step)
+        cpu = sum(shot["cpu_seconds"][name] for shot in with_step)
+        busy = sum(statistics.fmean(shot["worker_seconds"][name]) for shot in with_step)
+        steps.append({"name": name, "wall_s": wall, "cpu_s": cpu, "efficiency": busy / wall})
     return steps
 
 
@@ -58,9 +49,7 @@ def excerpt(text: str, length: int | None = None) -> str:
         text: anything.
         length: characters that are shown, at most; None for all.
     """
-    visible = "".join(
-        " " if c.isspace() else c for c in text if c.isspace() or unicodedata.category(c)[0] != "C"
-    )
+    visible = "".join(c for c in text if c.isspace() or unicodedata.category(c)[0] != "C")
     line = " ".join(visible.split())
     return line if length is None or len(line) <= length else line[: length - 3].rstrip() + "..."
 
@@ -72,7 +61,7 @@ def page(records: Sequence[Mapping[str, Any]]) -> str:
         records: contents of report.json; of runs that have not ended, too.
     """
     context: dict[str, Any] = {"records": records, "progress": progress, "plots": plots}
-    context |= {"drawn": _drawn, "steps_of": _steps, "damping_of": _damping}
+    context |= {"steps_of": _steps, "damping_of": _damping}
     return rendered("html_report.html.jinja", **context)
 
 
@@ -83,11 +72,10 @@ def rendered(template: str, **context: Any) -> str:
         autoescape=jinja2.select_autoescape(["html.jinja"]),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
+        keep_trailing_newline=True,
     )
-    environment.filters |= {
-        "excerpt": excerpt,
-        "yaml": functools.partial(yaml.safe_dump, sort_keys=False),
-    }
+    environment.filters["excerpt"] = excerpt
+    environment.filters["yaml"] = functools.partial(yaml.safe_dump, sort_keys=False)
     return environment.get_template(template).render(context)
 
 

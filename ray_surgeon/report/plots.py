@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import math
 import re
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,10 @@ from ray_surgeon.storage import files
 Records = Sequence[Mapping[str, Any]]
 """Contents of report.json, or entries of one."""
 
-FORMATS = ("png", "svg", "pdf")
-
 _MARKERS = "osD^vP*X<>"
 _INK = "#010101"
 """What a page replaces by its own colour of text, see plots.mplstyle."""
 _SOFT: dict[str, Any] = {"color": "#808080", "alpha": 0.3, "linewidth": 0.5}
-_OF_LINEARS = "sparsity of the blocks' linears, %"
 _HIGHEST = 8.0
 """Times the dense perplexity above which a value is not drawn.
 
@@ -42,16 +39,10 @@ def save(figure: Figure, uri: str) -> None:
     """Write a figure, in the format that the name ends in.
 
     Raises:
-        ValueError: the name ends in no known format.
+        ValueError: matplotlib knows no such format.
     """
-    suffix = uri.rpartition(".")[2].lower()
-    if suffix not in FORMATS:
-        raise ValueError(f"cannot plot to {uri}: the name must end in .{', .'.join(FORMATS)}")
-    with tempfile.TemporaryDirectory() as scratch:
-        file = Path(scratch) / f"figure.{suffix}"
-        figure.savefig(file, dpi=150, facecolor="white")
-        figure.set_layout_engine("none")  # it is laid out; another format need not do it again
-        files.put_file(uri, file)
+    with files.replacing(uri) as file:
+        figure.savefig(file, format=uri.rpartition(".")[2], dpi=150, facecolor="white")
 
 
 def inline_svg(figure: Figure, name: str) -> str:
@@ -80,134 +71,81 @@ def _axes(x_label: str, y_label: str, height: float = 4.0) -> tuple[Figure, Axes
     return figure, axes
 
 
-def _draw_curve(axes: Axes, number: int, points: Sequence[tuple[float, float]], label: str) -> None:
-    """Draw the line of a run; its number makes it look the same in every figure."""
-    colors = rcParams["axes.prop_cycle"].by_key()["color"]
-    axes.plot(
-        *zip(*points, strict=True),
-        marker=_MARKERS[number % len(_MARKERS)],
-        markersize=4,
-        linewidth=1.4,
-        label=label,
-        color=colors[number % len(colors)],
-    )
+def _points(record: Mapping[str, Any], text: str | None) -> list[tuple[float, float]]:
+    """Return sparsity and quality of the dense model and after every shot; see `quality_figure`."""
+    dense = record["dense"] | {"sparsity": 0.0, "generation": {"acceptance": 1.0}}
+    points = []
+    for state in (dense, *record["shots"]):
+        quality = (state.get("generation") or {}).get("acceptance", math.inf)
+        if text is not None:
+            quality = state["perplexity"].get(text, math.inf)
+        if math.isfinite(quality):
+            points.append((100 * state["sparsity"], quality))
+    return points
 
 
 @_styled
-def perplexity_figure(records: Records, text: str) -> Figure:
-    """Plot perplexity against sparsity, one line a run, with the dense model at zero.
-
-    Lines that leave the plot say how far.
+def quality_figure(records: Records, text: str | None) -> Figure:
+    """Plot a measure against sparsity, one line a run, with the dense model at zero.
 
     Args:
         records: contents of report.json.
-        text: name of the evaluation text; runs without it are left out.
+        text: on which perplexity is plotted; None for the acceptance rate. Runs that were not
+            measured are left out.
     """
-    figure, axes = _axes(_OF_LINEARS, f"perplexity on {text}")
-    dense = [record["dense"]["perplexity"].get(text, math.inf) for record in records]
-    highest = _HIGHEST * max(filter(math.isfinite, dense), default=1.0)
-    lowest = math.inf
-    top = 1.0
+    label = "acceptance rate" if text is None else f"perplexity on {text}"
+    figure, axes = _axes("sparsity of the blocks' linears, %", label)
+    colors = rcParams["axes.prop_cycle"].by_key()["color"]
+    highest = 0.0
     for number, record in enumerate(records):
-        start = dense[number]
-        if not math.isfinite(start):
+        points = _points(record, text)
+        if len(points) < 2:
             continue
-        points = [(100 * shot["sparsity"], shot["perplexity"][text]) for shot in record["shots"]]
-        points = [(0.0, start), *((x, y) for x, y in points if math.isfinite(y))]
-        values = [y for _, y in points]
-        left_out = f" (up to {max(values):.3g})" if max(values) > highest else ""
-        _draw_curve(axes, number, points, f"{record['spec']['name']}{left_out}")
-        label = None if math.isfinite(lowest) else "dense"
-        axes.axhline(start, color="#909090", linewidth=0.8, linestyle="--", zorder=0, label=label)
-        top = max(top, 1.5 * start, *(y for y in values if y <= highest))
-        lowest = min(lowest, *values)
-    axes.set_yscale("log")
-    if math.isfinite(lowest):
-        axes.set_ylim(0.95 * lowest, 1.1 * top)
-    for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        set_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
+        # its number makes a run look the same in every figure
+        style: dict[str, Any] = {"marker": _MARKERS[number % len(_MARKERS)], "markersize": 4}
+        style |= {"color": colors[number % len(colors)], "label": record["spec"]["name"]}
+        axes.plot(*zip(*points, strict=True), **style)
+        _, dense = points[0]
+        axes.axhline(dense, color="#909090", linewidth=0.8, linestyle="--", zorder=0)
+        highest = max(highest, _HIGHEST * dense)
+    if highest and text is not None:
+        axes.set_yscale("log")
+        for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            set_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
+        axes.set_ylim(top=min(axes.get_ylim()[1], highest))
     axes.grid(which="both", **_SOFT)
     axes.legend()
     return figure
 
 
-def acceptance_figure(records: Records) -> Figure:
-    """Plot the acceptance rate against sparsity, one line a run; runs without it are left out."""
-    figure, axes = _axes(_OF_LINEARS, "acceptance rate")
-    lowest = 1.0
-    for number, record in enumerate(records):
-        shots = [shot for shot in record["shots"] if shot.get("generation")]
-        measured = [(100 * s["sparsity"], s["generation"]["acceptance"]) for s in shots]
-        if measured:
-            _draw_curve(axes, number, [(0.0, 1.0), *measured], str(record["spec"]["name"]))
-            lowest = min(lowest, *(y for _, y in measured))
-    axes.set_ylim(max(0.0, lowest - 0.05), 1.01)
-    axes.grid(**_SOFT)
-    axes.legend(loc="lower left")
-    return figure
+def by_block(linears: Records) -> dict[str, list[float]]:
+    """Return, for every kind of linear, the mean sparsity in every block.
 
-
-def by_block(linears: Records) -> tuple[list[str], list[list[float]]]:
-    """Return the kinds of linears, and per kind the mean sparsity in every block.
-
-    It is not a number where a block has none.
+    It is not a number where a block has none. The linears of a kind that are numbered inside of a
+    block are taken together.
     """
-    # the experts of a block together
-    kinds = _by_place(linears, lambda name: re.sub(r"\.\d+\.", ".*.", name))
-    return list(kinds), list(kinds.values())
-
-
-def by_expert(linears: Records) -> list[list[float]]:
-    """Return, for every expert, the mean sparsity of its linears in every block.
-
-    Nothing if there are no experts.
-    """
-    experts = _by_place(linears, lambda name: next(iter(re.findall(r"\.(\d+)\.", name)), None))
-    return [experts[number] for number in sorted(experts, key=int)]
-
-
-def _by_place(linears: Records, place_of: Callable[[str], str | None]) -> dict[str, list[float]]:
-    """Return the mean sparsity in every block of the linears that share a place in their block.
-
-    Args:
-        linears: entries of report.json.
-        place_of: takes a linear's name in its block; None leaves the linear out.
-    """
-    places: dict[str, dict[int, list[float]]] = {}
+    kinds: dict[str, dict[int, list[float]]] = {}
     for linear in linears:
-        match = re.fullmatch(r".*?\.(\d+)\.(.+)", linear["name"])
-        assert match is not None, f"{linear['name']} is in no block"
-        place = place_of(match[2])
-        if place is not None:
-            blocks = places.setdefault(place, {})
-            blocks.setdefault(int(match[1]), []).append(linear["sparsity"])
-    num_blocks = 1 + max((block for blocks in places.values() for block in blocks), default=-1)
-    means = dict[str, list[float]]()
-    for place, blocks in places.items():
-        values = [blocks.get(block, []) for block in range(num_blocks)]
-        means[place] = [sum(part) / len(part) if part else math.nan for part in values]
-    return means
-
-
-def _heat_map(
-    sparsities: Sequence[Sequence[float]], y_label: str, height: float, highest: float = 1.0
-) -> tuple[Figure, Axes]:
-    """Plot sparsities, a line each; blocks are from left to right."""
-    figure, axes = _axes("block", y_label, height)
-    filled = axes.pcolormesh(sparsities, cmap="viridis", vmin=0, vmax=highest)
-    axes.invert_yaxis()
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(integer=True))
-    figure.colorbar(filled, ax=axes, label="sparsity", aspect=12)
-    return figure, axes
+        _, block, place = re.split(r"\.(\d+)\.", linear["name"], maxsplit=1)
+        blocks = kinds.setdefault(re.sub(r"\.\d+\.", ".*.", place), {})
+        blocks.setdefault(int(block), []).append(linear["sparsity"])
+    every = range(1 + max(block for blocks in kinds.values() for block in blocks))
+    return {
+        kind: [statistics.fmean(blocks.get(block, [math.nan])) for block in every]
+        for kind, blocks in kinds.items()
+    }
 
 
 def depth_figure(linears: Records) -> Figure:
     """Plot sparsity by block and kind of linear as a heat map (The LLM Surgeon, figure 4)."""
-    kinds, sparsities = by_block(linears)
-    highest = max(0.05, *(v for row in sparsities for v in row if v == v))
-    figure, axes = _heat_map(sparsities, "", 1.2 + 0.28 * len(kinds), highest)
-    axes.set_yticks([i + 0.5 for i in range(len(kinds))], _short(kinds))
+    kinds = by_block(linears)
+    highest = max(0.05, *(v for row in kinds.values() for v in row if v == v))
+    figure, axes = _axes("block", "", 1.2 + 0.28 * len(kinds))
+    filled = axes.pcolormesh(list(kinds.values()), cmap="viridis", vmin=0, vmax=highest)
+    axes.invert_yaxis()
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_yticks([i + 0.5 for i in range(len(kinds))], _short(list(kinds)))
+    figure.colorbar(filled, ax=axes, label="sparsity", aspect=12)
     return figure
 
 
@@ -229,13 +167,11 @@ def time_figure(shots: Records) -> Figure:
         below = [a + b for a, b in zip(below, heights, strict=True)]
     times.set_ylabel("seconds")
     times.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.5, 1.22))
-    has_gpus = any(shot["peak_gpu_bytes"] for shot in shots)
-    curves = [("peak_rss_bytes", "o-", "memory"), ("peak_gpu_bytes", "s-", "GPU memory")]
-    for name, style, label in curves if has_gpus else curves[:1]:
-        sizes = [shot[name] / 2**30 for shot in shots]
-        memory.plot(places, sizes, style, markersize=4, label=label)
-    if has_gpus:
-        memory.legend()
+    for name, style, label in (("rss", "o-", "memory"), ("gpu", "s-", "GPU memory")):
+        sizes = [shot[f"peak_{name}_bytes"] / 2**30 for shot in shots]
+        if any(sizes):
+            memory.plot(places, sizes, style, markersize=4, label=label)
+    memory.legend()
     memory.set(xlabel="shot", ylabel="peak, GiB", xlim=(0.4, max(places[-1], 3) + 0.6))
     memory.set_ylim(bottom=0)
     memory.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -244,12 +180,11 @@ def time_figure(shots: Records) -> Figure:
     return figure
 
 
-@_styled
 def quality_figures(records: Records) -> dict[str, Figure]:
     """Return acceptance, if it is known, and perplexity on every text against sparsity, by name."""
-    figures = {"acceptance": acceptance_figure(records)} if has_generation(records) else {}
-    by_text = {text: perplexity_figure(records, text) for text in texts_of(records)}
-    return figures | {f"perplexity-{text}": figure for text, figure in by_text.items()}
+    measures: dict[str, str | None] = {"acceptance": None} if has_generation(records) else {}
+    measures |= {f"perplexity-{text}": text for text in texts_of(records)}
+    return {name: quality_figure(records, text) for name, text in measures.items()}
 
 
 @_styled
@@ -258,8 +193,5 @@ def run_figures(record: Mapping[str, Any]) -> dict[str, Figure]:
     figures = quality_figures([record])
     if record["shots"]:
         figures["depth"] = depth_figure(record["linears"])
-        if experts := by_expert(record["linears"]):
-            height = min(8.0, 1.4 + 0.12 * len(experts))
-            figures["experts"], _ = _heat_map(experts, "expert", height)  # 1 is one that is gone
         figures["time"] = time_figure(record["shots"])
     return figures

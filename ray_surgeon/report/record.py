@@ -14,9 +14,8 @@ from typing import Any
 
 import yaml
 
-from ray_surgeon.report.directory import RunDirectory
+from ray_surgeon.report.directory import Record, RunDirectory
 from ray_surgeon.report.events import Steps
-from ray_surgeon.runtime.passes import Measured
 from ray_surgeon.runtime.worker import LinearSummary
 from ray_surgeon.storage import files as store
 from ray_surgeon.storage import tensor_files
@@ -38,37 +37,23 @@ class RunReport:
     # what was lost on the way, a record with cause and message each
     retries: list[dict[str, Any]] = field(default_factory=list)
 
-    def add_shot(
-        self,
-        about: Mapping[str, Any],
-        measured: Mapping[str, Measured],
-        linears: Sequence[LinearSummary],
-        record: Mapping[str, Any],
-        steps: Steps,
-    ) -> None:
-        """Add the record of a shot.
+    def add_shot(self, about: Record, linears: Sequence[LinearSummary], steps: Steps) -> Record:
+        """Add the record of a shot and return it.
 
         Args:
-            about: its index, target_sparsity, sparsity and threshold.
-            measured: by text.
+            about: what the stages say of it.
             linears: what is left of each.
-            record: what the method and the corrections say.
             steps: of this shot so far.
         """
         shot = {
             **about,
-            "perplexity": {text: measure.perplexity for text, measure in measured.items()},
-            "divergence": {text: measure.divergence for text, measure in measured.items()},
-            "calibration_loss": None,
-            "correction_losses": [],
-            "correction_absorbed": None,
-            **record,
             **copy.deepcopy(steps.record),
             "linears": list(map(_linear_record, linears)),
             "num_nonzero": self.num_parameters - sum(s.size - s.num_nonzero for s in linears),
             "dense": self.dense,
         }
         self.shots.append(shot)
+        return shot
 
     def as_record(self) -> dict[str, Any]:
         """Return the content of report.json."""
@@ -83,12 +68,9 @@ class RunReport:
             "nonzero_in_pruned_linears": nonzero,
             "whole_model_sparsity": 1 - after / self.num_parameters,
         }
-        first = ("spec", "fingerprints", "environment", "dense")
-        record = {name: getattr(self, name) for name in first}
-        record["shots"] = [
-            {key: value for key, value in shot.items() if key not in ("linears", "dense")}
-            for shot in self.shots
-        ]
+        record = {n: getattr(self, n) for n in ("spec", "fingerprints", "environment", "dense")}
+        elsewhere = ("linears", "dense")
+        record["shots"] = [{k: v for k, v in s.items() if k not in elsewhere} for s in self.shots]
         record |= {"linears": linears, "parameters": parameters, "exports": self.exports}
         return record | {"plan": self.plan, "retries": self.retries}
 
@@ -164,20 +146,19 @@ def check_folder(
 
 
 def _check_dense_states(uri: str) -> None:
+    remedy = "the dense model that wrote it is gone, too; put it back, or start a new run"
     try:
         tensor_files.Reader().names(uri)
-    except (FileNotFoundError, ValueError) as error:
-        problem = f"{uri} is gone, and the dense model with it"
-        if not isinstance(error, FileNotFoundError):
-            problem = f"{error.args[0].partition('; ')[0]}, and the dense model is gone"
-        raise ValueError(f"{problem}; put it back, or start a new run") from error
+    except FileNotFoundError as error:
+        raise ValueError(f"{uri} is gone; {remedy}") from error
+    except ValueError as error:
+        raise ValueError(f"{error.args[0].partition('; ')[0]}; {remedy}") from error
 
 
 def _changes(directory: RunDirectory, spec_yaml: str) -> list[str]:
     """Return the fields in which a spec differs from the folder's, for an error."""
-    file = directory.path("spec.yaml")
-    old = _fields(yaml.safe_load(store.read_text(file))) if store.exists(file) else {}
-    new = _fields(yaml.safe_load(spec_yaml)) if old else {}
+    old = _fields(yaml.safe_load(store.read_text(directory.path("spec.yaml"))))
+    new = _fields(yaml.safe_load(spec_yaml))
     return [
         f"{name} {old.get(name)!r} there, {new.get(name)!r} here"
         for name in sorted({*old, *new})

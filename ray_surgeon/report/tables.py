@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -14,37 +13,22 @@ from rich.table import Table
 from ray_surgeon.report import progress
 from ray_surgeon.report.display import new_console
 from ray_surgeon.report.html_report import page, rendered
-from ray_surgeon.report.plots import FORMATS, perplexity_figure, save
+from ray_surgeon.report.plots import quality_figure, save
 from ray_surgeon.report.record import RunReport
 from ray_surgeon.storage import files
 
 
-def shots_table(record: Mapping[str, Any]) -> Table:
-    """Return the terminal's table of a report: one line for the dense model and one a shot."""
-    before = ("shot", "accepted", "sparsity", "threshold")
-    perplexities = (f"perplexity {text} (KL)" for text in progress.texts_of([record]))
-    after = ("wall s", "CPU s", "peak memory GiB")
-    return _table((*before, *perplexities, *after), _rows(record), str(record["spec"]["name"]))
-
-
-def comparison_table(records: Sequence[Mapping[str, Any]]) -> Table:
-    """Return a line a shot of every run: name, structure, sparsity, perplexities."""
-    before = ("run", "structure", "shot", "accepted", "sparsity")
-    perplexities = (f"perplexity {text}" for text in progress.texts_of(records))
-    rows = []
-    for record in records:
-        name = str(record["spec"]["name"])
-        structure = str(record["spec"]["pruning"]["structure"])
-        rows += [{"run": name, "structure": structure} | row for row in _rows(record)]
-    return _table((*before, *perplexities), rows)
-
-
-def _table(
-    columns: Sequence[str], rows: Sequence[Mapping[str, str]], title: str | None = None
-) -> Table:
-    """Return a table of the columns that some row has."""
-    table = Table(title=title)
+def shots_table(*records: Mapping[str, Any]) -> Table:
+    """Return the terminal's table of runs: a line for each dense model and one for every shot."""
+    about = ["shot", "accepted", "sparsity"]
+    perplexities = [f"perplexity {text}" for text in progress.texts_of(records)]
+    columns = ["run", "structure", *about, *perplexities]
+    if len(records) == 1:
+        columns = [*about, "threshold", *(f"{name} (KL)" for name in perplexities)]
+        columns += ["wall s", "CPU s", "peak memory GiB"]
+    rows = [row for record in records for row in _rows(record)]
     columns = [column for column in columns if any(column in row for row in rows)]
+    table = Table(title=None if len(records) > 1 else records[0]["spec"]["name"])
     for column in columns:
         table.add_column(column, justify="left" if column == "run" else "right")
     for row in rows:
@@ -52,12 +36,12 @@ def _table(
     return table
 
 
-def _rows(record: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Return a row for the dense model and one a shot, each the contents of columns by name."""
-    dense = {"shot": "dense", "sparsity": "0.00%"} | _perplexities(record["dense"])
-    if progress.has_generation([record]):
-        dense["accepted"] = "100.0%"
-    rows = [dense]
+def _rows(record: Mapping[str, Any]) -> Iterator[dict[str, str]]:
+    """Yield a row for the dense model and one a shot, each the contents of columns by name."""
+    spec = record["spec"]
+    about = {"run": spec["name"], "structure": spec["pruning"]["structure"]}
+    accepted = {"accepted": "100.0%"} if progress.has_generation([record]) else {}
+    yield about | {"shot": "dense", "sparsity": "0.00%"} | accepted | _perplexities(record["dense"])
     for shot in record["shots"]:
         threshold = shot["threshold"]
         row = {
@@ -70,40 +54,29 @@ def _rows(record: Mapping[str, Any]) -> list[dict[str, str]]:
         }
         if shot.get("generation"):
             row["accepted"] = f"{shot['generation']['acceptance']:.1%}"
-        rows.append(row | _perplexities(shot))
-    return rows
+        yield about | row | _perplexities(shot)
 
 
 def _perplexities(measured: Mapping[str, Any]) -> dict[str, str]:
     row = dict[str, str]()
     for text, perplexity in measured["perplexity"].items():
-        is_usual = math.isfinite(perplexity) and perplexity < 1e4
-        shown = f"{perplexity:.3f}" if is_usual else f"{perplexity:.3g}"
+        shown = f"{perplexity:.3f}" if perplexity < 1e4 else f"{perplexity:.3g}"
         # the dense model has none from itself
         divergence = f" ({measured['divergence'][text]:.3f})" if "divergence" in measured else ""
         row |= {f"perplexity {text}": shown, f"perplexity {text} (KL)": shown + divergence}
     return row
 
 
-def generation_lines(record: Mapping[str, Any]) -> list[str]:
-    """Return what a run ends by saying of the model's answers, and one of them.
+def summary_lines(part: str, record: Mapping[str, Any]) -> list[str]:
+    """Return what a run ends by saying of its exports, or of the model's answers.
 
-    Nothing if they are not compared.
+    Of each export that is size, perplexity and speed before and after, and how to load it. Answers
+    have an example, a text of users and models: print these lines without markup.
 
-    The example is text of users and models: print these lines without markup.
+    Args:
+        part: exports or answers.
+        record: content of report.json.
     """
-    return _lines("answers", record)
-
-
-def export_lines(record: Mapping[str, Any]) -> list[str]:
-    """Return what a run ends by saying of every export.
-
-    That is size, perplexity and speed before and after, and how to load it.
-    """
-    return _lines("exports", record)
-
-
-def _lines(part: str, record: Mapping[str, Any]) -> list[str]:
     dense_bytes = progress.dense_bytes(record)
     text = rendered("summary.txt.jinja", part=part, record=record, dense_bytes=dense_bytes)
     return text.split("\n")[:-1]
@@ -111,6 +84,8 @@ def _lines(part: str, record: Mapping[str, Any]) -> list[str]:
 
 def _read_report(run: str) -> dict[str, Any]:
     uri = files.join(run, "report.json")
+    if not files.exists(uri):
+        raise ValueError(f"there is no {uri}; give run directories with a report.json")
     record = files.read_json(uri)
     parts = RunReport({}, {}, {}, 1).as_record().keys() - {"plan", "retries"}  # those are newer
     if not isinstance(record, dict) or not parts <= record.keys():
@@ -123,23 +98,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     The exit code is 2 if one has no report.
     """
-    arguments = _arguments(argv)
-    console = new_console()
-    errors = Console(stderr=True)
-
-    def fail(message: str) -> int:
-        errors.print(message, style="red", markup=False, soft_wrap=True)
-        return 2
-
     try:
-        records = [_read_report(run) for run in arguments.runs]
+        _compare(_arguments(argv), new_console())
     except (OSError, ValueError) as error:
-        return fail(f"error: no report: {error}; give run directories with a report.json")
+        errors = Console(stderr=True)
+        errors.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        return 2
+    return 0
+
+
+def _compare(arguments: argparse.Namespace, console: Console) -> None:
+    records = [_read_report(run) for run in arguments.runs]
     names = Counter(record["spec"]["name"] for record in records)
     for run, record in zip(arguments.runs, records, strict=True):
         if names[record["spec"]["name"]] > 1:
             record["spec"]["name"] = run
-    console.print(comparison_table(records))
+    console.print(shots_table(*records))
     for record in records:
         if not progress.is_complete(record):
             shots = f"{len(record['shots'])} of {progress.num_shots(record)} shots"
@@ -148,30 +122,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             console.print(line, markup=False, soft_wrap=True)
     texts = progress.texts_of(records)
     text = arguments.text or texts[0]
-    try:
-        if text not in texts:
-            raise ValueError(f"--text: no run has a text {text!r}; they have {', '.join(texts)}")
-        save(perplexity_figure(records, text), arguments.plot)
-        files.write_text(arguments.html, page(records))
-    except (OSError, ValueError) as error:
-        return fail(f"error: {error}")
+    if text not in texts:
+        raise ValueError(f"--text: no run has a text {text!r}; they have {', '.join(texts)}")
+    save(quality_figure(records, text), arguments.plot)
+    files.write_text(arguments.html, page(records))
     console.print(f"plot: {arguments.plot}\npage: {arguments.html}", markup=False, soft_wrap=True)
-    return 0
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="ray-surgeon report", description="Compare runs in one table, one plot and one page."
     )
-    parser.add_argument(
-        "runs", nargs="+", metavar="RUN", help="run directory, local or on any fsspec URI"
-    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directory, on any fsspec URI")
     for name, default, text in (
-        ("--plot", "perplexity.png", f"plot to write, a .{', .'.join(FORMATS)} file on any URI"),
+        ("--plot", "perplexity.png", "plot to write, a .png, .svg or .pdf file on any URI"),
         ("--html", "comparison.html", "page to write, with every run whole, on any URI"),
     ):
         parser.add_argument(name, default=default, metavar="FILE", help=f"{text}; %(default)s")
-    parser.add_argument(
-        "--text", help="evaluation text of the plot; the first one of the first run if not given"
-    )
+    of_first = "the first one of the first run if not given"
+    parser.add_argument("--text", help=f"evaluation text of the plot; {of_first}")
     return parser.parse_args(argv)

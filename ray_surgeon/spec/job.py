@@ -14,7 +14,7 @@ from ray_surgeon.spec.base import Section
 from ray_surgeon.spec.calibration import CalibrationSection
 from ray_surgeon.spec.evaluation import EvaluationSection
 from ray_surgeon.spec.presets import PresetName, with_preset
-from ray_surgeon.spec.sections import DECI_MULTIPLE, KERNEL_COLUMNS, RaySection
+from ray_surgeon.spec.sections import KERNEL_COLUMNS, RaySection
 from ray_surgeon.spec.targets import LatencyTarget
 from ray_surgeon.stages.correction.section import CorrectionSection
 from ray_surgeon.stages.curvature.section import CurvatureSection, KfacSection
@@ -79,12 +79,10 @@ class JobSpec(Section):
         if not isinstance(document, dict):
             return document
         match document.get("pruning"), document.get("output"):
-            case {"structure": "groups", **pruning}, {"exports": [*exports], **output}:
+            case {"structure": "groups", **pruning}, {"quantize": section} if section:
                 devices = pruning.get("tensor_parallel", 1)
-                kernel_columns = KERNEL_COLUMNS if output.get("quantize") else None
-                multiple = DECI_MULTIPLE if "deci" in exports else kernel_columns
-                if multiple and isinstance(devices, int) and not pruning.get("width_multiple"):
-                    width = {"width_multiple": multiple * devices}
+                if isinstance(devices, int) and not pruning.get("width_multiple"):
+                    width = {"width_multiple": KERNEL_COLUMNS * devices}
                     document = document | {"pruning": document["pruning"] | width}
         return with_preset(document)
 
@@ -162,18 +160,11 @@ class JobSpec(Section):
             )
 
     def _problems_of_groups(self, pruning: CoupledSection) -> Iterator[str]:
-        exports = self.output.exports
         target = pruning.target
-        if "uniform" in exports and not pruning.uniform:
+        if "uniform" in self.output.exports and not pruning.uniform:
             yield (
                 "output.exports: uniform needs pruning.allocation uniform; set it, or export "
                 "per_block"
-            )
-        if "deci" in exports and (pruning.groups != ("ffn",) or pruning.multiple % DECI_MULTIPLE):
-            yield (
-                f"output.exports: deci holds widths that are multiples of {DECI_MULTIPLE} and "
-                "all heads; set pruning.groups to [ffn] and pruning.width_multiple to "
-                f"{DECI_MULTIPLE}"
             )
         is_on_gpu = isinstance(target, LatencyTarget) and target.device == "cuda"
         if is_on_gpu and not self.cluster.gpus_per_worker:

@@ -174,8 +174,6 @@ KERNEL_COLUMNS = 128
 
 Blocks of FP8 have so many, and vLLM's kernel for four bits takes no fewer at a time.
 """
-DECI_MULTIPLE = 256
-"""DeciLM rounds the width of a feed-forward layer up to a multiple of this."""
 GgufKind = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
 
 
@@ -213,11 +211,11 @@ class OutputSection(Section):
     """Keep the tensors of the last N shots, each of the size of the dense blocks, and one more
     while a shot is written; 0 keeps all. The record of a shot is always kept
     """
-    exports: tuple[Literal["masked", "uniform", "per_block", "deci", "gguf"], ...] = ("masked",)
+    exports: tuple[Literal["masked", "uniform", "per_block", "gguf"], ...] = ("masked",)
     """Checkpoints to write at the end. masked: dense shapes with zeros, refused for whole experts.
     With structure groups also: uniform: really smaller, for plain classes; per_block: really
-    smaller, widths differ by block, with modeling code beside the weights; deci: likewise, as
-    DeciLM; gguf: files for llama.cpp, where widths that differ need a Llama or Mistral
+    smaller, widths differ by block, with modeling code beside the weights; gguf: files for
+    llama.cpp, where widths that differ need a Llama or Mistral
     """
     gguf: tuple[GgufKind, ...] | None = Field(None, min_length=1)
     """For the export gguf: types of the matrices, one file for each; null: bf16 alone"""
@@ -226,9 +224,7 @@ class OutputSection(Section):
     null: do not
     """
     speed: SpeedSection | None = None
-    """Measure how fast the exports uniform, per_block and deci are beside the dense model; null: do
-    not
-    """
+    """Measure how fast exports uniform and per_block are beside the dense model; null: do not"""
 
     def problems(self) -> Iterator[str]:
         """Yield what exports do not go with."""
@@ -241,6 +237,6 @@ class OutputSection(Section):
             yield "quantize: is a copy of the export uniform; add it to exports, or remove quantize"
         if self.speed is not None and not set(self.exports) - {"masked", "gguf"}:
             yield (
-                "speed: exports has no smaller model to measure; add uniform, per_block or deci, "
-                "or remove speed"
+                "speed: exports has no smaller model to measure; add uniform or per_block, or "
+                "remove speed"
             )

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ray_surgeon.export.folder import Pruned
-from ray_surgeon.export.for_engines import Shrinking, check_quantised, export_quantised
-from ray_surgeon.export.kinds import check_export, export
+from ray_surgeon.export.for_engines import Shrinking, export_quantised
+from ray_surgeon.export.kinds import check_exports, export
 from ray_surgeon.memory.stores import ScratchNames
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.plan.needs import StepPlan, WorkerView
-from ray_surgeon.report.html_report import LivePage
+from ray_surgeon.report.html_report import LivePage, rendered
 from ray_surgeon.runtime.loading import ModelRecipe, load
 from ray_surgeon.runtime.saving import FILE_BYTES, continue_from_shot, save_shot
 from ray_surgeon.runtime.wave import read_states, write_states
@@ -75,14 +76,19 @@ class Commit(Stage):
         files.remove_files(folder, ["*.safetensors"])  # of a try that was interrupted
         written = [file for worker in cluster.run_all(save_shot, folder) for file in worker]
         choice = run.find(Choice)
-        about = {
+        measured = run.kept(Measures).items()
+        about: dict[str, Any] = {
             "index": shot,
             "target_sparsity": self.targets[shot - 1] if self.targets else None,
             "sparsity": run.sparsity,
             "threshold": None if choice is None else choice.threshold,
+            "perplexity": {text: measure.perplexity for text, measure in measured},
+            "divergence": {text: measure.divergence for text, measure in measured},
+            "calibration_loss": None,
+            "correction_losses": [],
+            "correction_absorbed": None,
         }
-        run.report.add_shot(about, run.kept(Measures), run.linears, run.record, run.steps)
-        last = run.report.shots[-1]
+        last = run.report.add_shot(about | run.record, run.linears, run.steps)
         directory.commit_shot(shot, written, last)
         cluster.run_all(continue_from_shot, written)
         directory.write_report(run.report.as_record())
@@ -108,6 +114,16 @@ def _pruned(run: RunState) -> Pruned:
     return Pruned(run.cluster, run.layout, run.model, facts, run.calibration[0])
 
 
+def _tell_of(entry: dict[str, Any], run: RunState, facts: Facts) -> None:
+    """Put an export's entry into its card, the report, and the line of its step."""
+    about = run.report.model_card_facts()
+    card = rendered("card.md.jinja", entry=entry, source=run.model.source, facts=about)
+    files.write_text(files.join(entry["uri"], "README.md"), card)
+    run.report.exports.append(entry)
+    names = ("kind", "uri", "size_bytes", "reload_max_logit_difference")
+    facts |= {name: entry[name] for name in names if name in entry}
+
+
 @dataclass(frozen=True)
 class Export(Stage):
     """One checkpoint, reloaded and measured."""
@@ -121,10 +137,8 @@ class Export(Stage):
         """Write it, reload it in a process of its own, and measure what is wanted."""
         run.directory.check_attempt()
         folder = run.directory.path("export", self.kind)
-        exported = export(self.kind, _pruned(run), folder, self.output, self.tasks)
-        run.report.exports.append(exported)
-        names = ("kind", "uri", "size_bytes", "reload_max_logit_difference")
-        facts |= {name: exported[name] for name in names if name in exported}
+        entry = export(self.kind, _pruned(run), folder, self.output, self.tasks)
+        _tell_of(entry, run, facts)
 
 
 @dataclass(frozen=True)
@@ -137,13 +151,10 @@ class Quantise(Stage):
     def run(self, run: RunState, facts: Facts) -> None:
         """Write and evaluate the copy."""
         (uniform,) = (entry for entry in run.report.exports if entry["kind"] == "uniform")
-        pruned = _pruned(run)
         texts = run.calibration, run.texts
         target = f"{uniform['uri']}-{self.section.scheme}"
-        copy = export_quantised(pruned, uniform, target, *texts, self.section)
-        pruned.write_card(copy)
-        run.report.exports.append(copy)
-        facts |= {name: copy[name] for name in ("kind", "uri", "size_bytes")}
+        copy = export_quantised(_pruned(run), uniform, target, *texts, self.section)
+        _tell_of(copy, run, facts)
 
     def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
         """Return the rounding by the calibration text; other schemes need none."""
@@ -171,12 +182,7 @@ def exports_of(
     Raises:
         ValueError: the model cannot have one of them; says why, and what to export instead.
     """
-    stages: tuple[Stage, ...] = tuple(Export(kind, output, tasks) for kind in output.exports)
-    if shrinking is None:  # then nothing is quantised, which needs an export uniform
-        return stages
-    for kind in output.exports:
-        check_export(kind, layout, shrinking)
-    if output.quantize is None:
-        return stages
-    check_quantised(layout, shrinking, output.quantize)
-    return (*stages, Quantise(output.quantize))
+    if shrinking is not None:
+        check_exports(output, layout, shrinking)
+    copies = () if output.quantize is None else (Quantise(output.quantize),)
+    return (*(Export(kind, output, tasks) for kind in output.exports), *copies)

@@ -18,10 +18,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
-from ray_surgeon.export.folder import model_card
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.report import tables
-from ray_surgeon.report.html_report import excerpt, page
+from ray_surgeon.report.html_report import excerpt, page, rendered
 from ray_surgeon.report.record import RunReport
 from ray_surgeon.run.result import PruneResult
 from ray_surgeon.runtime.local import LocalCluster
@@ -250,15 +249,14 @@ def headers(table: Table) -> list[object]:
 def test_the_terminal_shows_acceptance(without: dict[str, Any], compared: dict[str, Any]) -> None:
     assert headers(tables.shots_table(compared))[:3] == ["shot", "accepted", "sparsity"]
     assert shown(tables.shots_table(compared)).count("87.5%") == 2
-    both = tables.comparison_table([without, compared])
+    both = tables.shots_table(without, compared)
     assert headers(both)[3] == "accepted"
     assert list(both.columns[3].cells) == ["", "", "", "100.0%", "87.5%", "87.5%"]
-    for table in (tables.shots_table(without), tables.comparison_table([without])):
-        assert "accepted" not in shown(table)
-    assert not tables.generation_lines(without)
-    assert not tables.generation_lines(without | {"shots": []})
-    assert tables.export_lines(without) == tables.export_lines(compared)
-    lines = tables.generation_lines(compared)
+    assert "accepted" not in shown(tables.shots_table(without))
+    assert not tables.summary_lines("answers", without)
+    assert not tables.summary_lines("answers", without | {"shots": []})
+    assert tables.summary_lines("exports", without) == tables.summary_lines("exports", compared)
+    lines = tables.summary_lines("answers", compared)
     assert lines[0] == "answers of the dense model of 2 prompts, 3 tokens"
     assert "accepted" in lines[1]
     assert "87.5%" in lines[1]
@@ -268,7 +266,7 @@ def test_the_terminal_shows_acceptance(without: dict[str, Any], compared: dict[s
     assert all(len(line) <= 210 for line in lines)
     assert [line.split()[0] for line in lines[-3:]] == ["prompt", "dense", "pruned"]
     compared["shots"][-1]["generation"]["not_ended"] = None
-    assert len(tables.generation_lines(compared)) == len(lines) - 1
+    assert len(tables.summary_lines("answers", compared)) == len(lines) - 1
 
 
 def test_the_page_shows_answers_as_text(without: dict[str, Any], compared: dict[str, Any]) -> None:
@@ -315,12 +313,13 @@ def test_shots_and_cards_tell_of_answers_if_there_are_some(
 ) -> None:
     report = RunReport(without["spec"], {}, {}, 1000, dense=without["dense"])
     measured = {} if generation is None else {"generation": generation}
-    about = {"index": 1, "target_sparsity": 0.3, "sparsity": 0.3, "threshold": None}
-    report.add_shot(about, {}, [], measured, NO_STEPS)
+    about = {"index": 1, "sparsity": 0.3, "perplexity": {}}
+    report.add_shot(about | measured, [], NO_STEPS)
     assert report.shots[0].get("generation") == generation
     entry = {"kind": "uniform", "uri": "x", "size_bytes": 1e6, "loaders": {}}
     entry["load"] = "from_pretrained(x)"
-    card = model_card(entry, "some/model", report.model_card_facts())
+    facts = report.model_card_facts()
+    card = rendered("card.md.jinja", entry=entry, source="some/model", facts=facts)
     if generation is None:
         assert "acceptance" not in card
         assert "class of transformers.\n\n| text |" in card

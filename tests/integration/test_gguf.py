@@ -15,8 +15,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from ray_surgeon.export.folder import local_folder
 from ray_surgeon.export.gguf_file import KINDS, Tensors, write_gguf
-from ray_surgeon.export.gguf_tokenizer import local_tokenizer, tokens_of
+from ray_surgeon.export.gguf_tokenizer import tokens_of
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.llama_cpp import architecture_of, tokenizer_names
 from ray_surgeon.models.pruned_config import BlockWidths
@@ -240,7 +241,8 @@ def test_the_spec_names_every_type_of_matrices() -> None:
     assert get_args(GgufKind) == tuple(KINDS)
 
 
-def test_only_small_files_are_fetched(llama: Path, tmp_path: Path) -> None:
-    names = {path.name for path in local_tokenizer(str(llama), tmp_path).iterdir()}
+def test_only_small_files_are_fetched(llama: Path) -> None:
+    with local_folder(str(llama), weights=False) as (folder, _):
+        names = {path.name for path in folder.iterdir()}
     assert "tokenizer.json" in names
     assert not any(name.endswith(".safetensors") for name in names)

@@ -33,7 +33,6 @@ _EIGHT = {"num_local_experts": 8, "num_experts_per_tok": 2}
 _of = AutoConfig.for_model
 FAMILIES = {
     "llama": _of("llama", **_BASE, tie_word_embeddings=True),
-    "llama-wide": _of("llama", **(_BASE | {"intermediate_size": 1024})),
     "mistral": _of("mistral", **_BASE, sliding_window=None, tie_word_embeddings=False),
     "qwen2": _of("qwen2", **_BASE, tie_word_embeddings=True),
     "qwen3": _of("qwen3", **_BASE, head_dim=32, tie_word_embeddings=True),
@@ -52,8 +51,6 @@ MIXTURES = {
 dense model, too, by 2 nats.
 """
 
-PLAIN = sorted(set(FAMILIES) - {"llama-wide"})
-
 
 def exported(family: str, *kinds: str, folder: Path, **options: Any) -> Path:
     """Prune a tiny model and return the folder of its first export."""
@@ -64,19 +61,16 @@ def exported(family: str, *kinds: str, folder: Path, **options: Any) -> Path:
     kind = kinds[0]
     settings: dict[str, Any] = {
         "pruning": {"structure": "groups", "target_sparsity": 0.3, "num_shots": 1},
-        "pruning__width_multiple": 256 if kind == "deci" else 32,
+        "pruning__width_multiple": 32,
         "pruning__allocation": "uniform" if kind == "uniform" else "global",
         "output__exports": list(kinds),
     }
-    settings |= {"pruning__groups": ["ffn"]} if kind == "deci" else {}
     assert run(folder, folder / "model", **(settings | options)) == 0
     export = folder / "run" / "export" / kind
     config = json.loads((export / "config.json").read_text())
     if kind == "per_block":
         layers = config["per_layer_config"].values()
         assert len({layer["num_key_value_heads"] for layer in layers}) > 1
-    if kind == "deci":
-        assert len({str(block["ffn"]) for block in config["block_configs"]}) > 1
     return export
 
 

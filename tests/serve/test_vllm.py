@@ -15,7 +15,7 @@ import pytest
 
 from tests.serve import environments
 from tests.serve.compare import NUM_NEW_TOKENS, compare, mean_difference
-from tests.serve.models import MIXTURES, PLAIN, PROMPTS, exported
+from tests.serve.models import FAMILIES, MIXTURES, PROMPTS, exported
 
 pytestmark = [
     pytest.mark.serve,
@@ -38,7 +38,7 @@ def config_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "config.json").read_text())
 
 
-@pytest.mark.parametrize("family", PLAIN)
+@pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_uniform(family: str, tmp_path: Path) -> None:
     in_vllm(exported(family, "uniform", folder=tmp_path))
 
@@ -68,7 +68,7 @@ def test_mixtures_with_heads_that_do_not_divide_the_hidden_size(
     in_vllm(folder)
 
 
-@pytest.mark.parametrize("family", sorted(set(PLAIN) - {"gpt2"}))
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"gpt2"}))
 def test_per_block(family: str, tmp_path: Path) -> None:
     """KV heads differ from block to block, and so does the cache."""
     in_vllm(exported(family, "per_block", folder=tmp_path), "TransformersForCausalLM")
@@ -80,10 +80,6 @@ def test_per_block(family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", sorted(MIXTURES))
 def test_fewer_and_narrower_experts(family: str, kinds: list[str], tmp_path: Path) -> None:
     in_vllm(exported(family, "uniform", folder=tmp_path, pruning__groups=kinds))
-
-
-def test_deci(tmp_path: Path) -> None:
-    in_vllm(exported("llama-wide", "deci", folder=tmp_path), "DeciLMForCausalLM")
 
 
 @pytest.mark.parametrize(("scheme", "size"), [("int8", None), ("fp8", None), ("w4a16", 64)])

@@ -153,13 +153,11 @@ def narrow_experts(layer: Any, widths: list[int]) -> None:
         setattr(router, name, buffer[: len(widths)].clone())
 
 
-def narrow_block(
-    block: nn.Module, config: Any, layer_idx: int, width: int, num_heads: int, num_kv_heads: int
-) -> None:
-    """Replace the linears of a dense block by narrower ones.
-
-    The feed-forward width and the numbers of query and KV heads are given.
-    """
+def narrow_block(block: nn.Module, config: Any, sizes: dict[str, Any]) -> None:
+    """Replace the linears of a dense block by narrower ones of given sizes."""
+    (width_field,) = {"intermediate_size", "ffn_dim", "n_inner"} & sizes.keys()
+    width = sizes[width_field]
+    num_heads = sizes["num_attention_heads"]
     names: dict[str, Any] = dict(block.named_modules())
     attention_name = "self_attn" if "self_attn" in names else "attn"
     head_dim = getattr(names[attention_name], "head_dim", 0)
@@ -167,8 +165,8 @@ def narrow_block(
     is_whole = num_heads == config.num_attention_heads
     num_outputs = dict.fromkeys(("gate_proj", "up_proj", "fc1", "c_fc"), width)
     num_outputs |= {"gate_up_proj": 2 * width, "q_proj": num_heads * head_dim}
-    num_outputs |= dict.fromkeys(("k_proj", "v_proj"), num_kv_heads * head_dim)
-    fused = (num_heads + 2 * num_kv_heads) * head_dim
+    num_outputs |= dict.fromkeys(("k_proj", "v_proj"), sizes["num_key_value_heads"] * head_dim)
+    fused = num_outputs["q_proj"] + 2 * num_outputs["k_proj"]
     num_outputs |= dict.fromkeys(("qkv_proj", "c_attn"), fused)
     for name, module in names.items():
         owner, _, last = name.rpartition(".")
@@ -185,37 +183,37 @@ def narrow_block(
         linear = new_linear(inputs, outputs, module.bias is not None, is_conv)
         setattr(names[owner], last, linear)
     if not is_whole:
-        narrow_attention(block, attention_name, config, layer_idx, num_heads, num_kv_heads)
+        narrow_attention(block, attention_name, copy.copy(config), sizes)
 
 
-def narrow_attention(
-    block: nn.Module, name: str, config: Any, layer_idx: int, num_heads: int, num_kv_heads: int
-) -> None:
-    """Tell an attention, whose linears are narrow, how many heads it has; without any it goes."""
+def narrow_attention(block: nn.Module, name: str, config: Any, sizes: dict[str, Any]) -> None:
+    """Tell an attention, whose linears are narrow, how many heads it has; without any it goes.
+
+    The configuration becomes its own.
+    """
+    num_heads = sizes["num_attention_heads"]
     attention: Any = block.get_submodule(name)
-    attention.config = copy.copy(config)
+    attention.config = config
     if hasattr(attention, "sinks"):
         attention.sinks = nn.Parameter(attention.sinks[:num_heads])
     counts = dict.fromkeys(("num_attention_heads", "num_heads"), num_heads)
-    counts |= {"num_key_value_heads": num_kv_heads, "split_size": num_heads * attention.head_dim}
+    counts["num_key_value_heads"] = sizes["num_key_value_heads"]
+    counts["split_size"] = num_heads * attention.head_dim
     for field, value in counts.items():
-        for place in (attention, attention.config):
+        for place in (attention, config):
             if field in vars(place):
                 setattr(place, field, value)
     if num_heads == 0:
         output = next(name for name in ("o_proj", "out_proj", "c_proj") if hasattr(attention, name))
-        setattr(block, name, NoAttention(output, getattr(attention, output), layer_idx))
+        setattr(block, name, NoAttention(output, getattr(attention, output), attention.layer_idx))
 
 
 def narrow(model: nn.Module, config: PrunedConfig) -> None:
     """Make the blocks of a dense model as narrow as its configuration says."""
     lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
     (blocks,) = (blocks for blocks in lists if len(blocks) == config.num_hidden_layers)
-    for layer_idx, (block, sizes) in enumerate(zip(blocks, config.block_sizes, strict=True)):
-        names = ("intermediate_size", "ffn_dim", "n_inner")
-        width = next(sizes[name] for name in names if name in sizes)
-        num_heads = sizes["num_attention_heads"]
-        narrow_block(block, config, layer_idx, width, num_heads, sizes["num_key_value_heads"])
+    for block, sizes in zip(blocks, config.block_sizes, strict=True):
+        narrow_block(block, config, sizes)
         if sizes.get("expert_widths"):
             narrow_experts(block.mlp, sizes["expert_widths"])
 

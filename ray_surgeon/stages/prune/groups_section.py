@@ -53,7 +53,7 @@ class CoupledSection(Reconstructed):
     width_multiple: Positive | None = None
     """At the end, the number of channels of every feed-forward layer and expert is a multiple of
     this, or the original number. Without effect where groups names no channels. null: for every
-    device of tensor_parallel 64; 128 if output.quantize is set; 256 if deci is exported
+    device of tensor_parallel 64; 128 if output.quantize is set
     """
     target_sparsity: float | None = Field(None, gt=0, lt=1)
     """Fraction of the parameters of the blocks' linears to remove, biases included"""
