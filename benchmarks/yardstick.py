@@ -30,8 +30,8 @@ from benchmarks.humaneval import named_folders
 from benchmarks.peers import inputs_of_spec
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.loss import perplexity_of
+from ray_surgeon.runtime.cluster import LocalCluster
 from ray_surgeon.runtime.loading import ModelRecipe, load
-from ray_surgeon.runtime.local import LocalCluster
 from ray_surgeon.runtime.passes import num_counted, sequence_losses
 from ray_surgeon.runtime.placement import place
 from ray_surgeon.runtime.wave import ANSWERS, DenseStates

@@ -71,6 +71,7 @@ class ModelShard:
         self._group_of = {name: group for group in self.shared_inputs for name in group.names}
         sparse = layout.family.sparse
         mixed = {i: block for i, block in enumerate(self.block_modules) if sparse.is_in(block)}
+        self.expert_sets = [experts for experts in layout.expert_sets if experts.block in blocks]
         self.mixtures = {place: Mixture(block, sparse) for place, block in mixed.items()}
         self.expert_sums: dict[int, ExpertSums] = {}
         # what the present pass keeps of its layers' inputs, if anything

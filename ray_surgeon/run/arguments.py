@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import re
-import reprlib
 from collections.abc import Mapping
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ray_surgeon.run.in_memory import dtype_of
-from ray_surgeon.spec.base import Positive, local_path
+from ray_surgeon.spec.base import Positive
 from ray_surgeon.spec.calibration import OF_CALIBRATION
 from ray_surgeon.spec.job import JobSpec
 from ray_surgeon.spec.parsing import absolute, validation_message
 from ray_surgeon.spec.written import WritingSection
 from ray_surgeon.storage import files
 
-_EXAMPLES = {
-    "calibration": "such as {'source': 'python-docs', 'num_sequences': 64, 'sequence_length': 512}",
-    "pruning": "such as {'structure': 'groups', 'groups': ['ffn'], 'target_sparsity': 0.2}",
-}
 _NOT_SHARED = {
     "num_sequences",
     "mix",
@@ -45,27 +38,37 @@ def spec_of(
     Raises:
         ValueError: it is none that can work; names the argument, and the remedy.
     """
-    document: dict[str, Any] = {"version": 2, "name": "model", "cluster": {}} | dict(sections)
+    if isinstance(model, PreTrainedModel) == (tokenizer is None):
+        raise ValueError(
+            "tokenizer: belongs to a model in memory, which needs its tokenizer as the second "
+            "argument; that of a folder, URI or Hub id is read from there"
+        )
+    document: dict[str, Any] = {"version": 2, "name": "model", "cluster": {}, "output": {}}
+    document |= sections
     if isinstance(model, str):
         model = {"source": model}
-    _check_kinds(model, tokenizer, document)
-    if isinstance(model, Mapping) and "name" not in sections:
-        document["name"] = _as_name(str(model["source"]))
+    if not isinstance(model, PreTrainedModel):
+        if not model or "source" not in model:
+            raise ValueError(
+                "model: give a Hub id, a folder, a URI, a model in memory, or a section that "
+                "gives its source; or a whole spec"
+            )
+        document["name"] = sections.get("name", _as_name(str(model["source"])))
     if isinstance(document["cluster"], Mapping):
         document["cluster"] = {"backend": "local", **document["cluster"]}
-    output = document.get("output", {})
-    output = dict(output) if isinstance(output, Mapping) else {"uri": local_path(output)}
-    document["output"] = {"uri": f"./runs/{document['name']}"} | output
-    pruning = document["pruning"]
-    if "exports" not in output and pruning.get("structure") == "groups":
+    if not isinstance(document["output"], Mapping):
+        document["output"] = {"uri": document["output"]}
+    output = document["output"] = {"uri": f"./runs/{document['name']}", **document["output"]}
+    pruning = _fields(sections.get("pruning"))
+    if pruning.get("structure") == "groups":
         uniform = pruning.get("allocation") == "uniform"
-        document["output"]["exports"] = ["uniform" if uniform else "per_block"]
-    calibration = document.get("calibration", {})
-    if "evaluation" not in document and calibration.get("source", "auto") not in ("auto", "self"):
+        output.setdefault("exports", ["uniform" if uniform else "per_block"])
+    calibration = _fields(sections.get("calibration"))
+    if "evaluation" not in sections and calibration.get("source", "auto") not in ("auto", "self"):
         document["evaluation"] = [_test_part(calibration)]
     if isinstance(model, PreTrainedModel):
-        source = files.join(absolute(str(document["output"]["uri"])), "source")
-        model = {"source": source, "dtype": dtype_of(model)}
+        source = files.join(absolute(str(output["uri"])), "source")
+        model = {"source": source, "dtype": str(model.dtype).removeprefix("torch.")}
     try:
         return JobSpec.model_validate(document | {"model": model})
     except ValidationError as error:
@@ -73,45 +76,9 @@ def spec_of(
         raise ValueError(validation_message(error, "what prune() was given", derived)) from error
 
 
-def _check_kinds(
-    model: Mapping[str, Any] | PreTrainedModel | None, tokenizer: Any, document: Mapping[str, Any]
-) -> None:
-    """Refuse arguments that are no sections of a job spec.
-
-    Raises:
-        ValueError: names the argument, and what to give.
-    """
-    if model is None:
-        raise ValueError(
-            "model: give a Hub id, a folder, a URI, or a model in memory; or a whole spec"
-        )
-    if isinstance(model, Mapping) and "source" not in model:
-        raise ValueError(
-            f"model: got a {type(model).__name__} of {', '.join(map(str, list(model)[:3]))}; "
-            "give its source, or a causal LM"
-        )
-    if isinstance(model, Mapping) and tokenizer is not None:
-        raise ValueError(
-            "tokenizer: belongs to a model in memory; that of a folder, URI or Hub id is read "
-            "from there"
-        )
-    if isinstance(model, PreTrainedModel) and tokenizer is None:
-        raise ValueError(
-            "tokenizer: a model in memory needs its tokenizer; give it as the second argument"
-        )
-    for section in ("calibration", "pruning") if "preset" not in document else ("pruning",):
-        if not isinstance(document.get(section), Mapping):
-            value = (
-                f"got {reprlib.repr(document[section])}" if section in document else "is missing"
-            )
-            raise ValueError(
-                f"{section}: {value}; give the fields of that section of a job spec, "
-                f"{_EXAMPLES[section]}"
-            )
-    if not isinstance(document.get("output", {}), str | os.PathLike | Mapping):
-        raise ValueError(
-            f"output: got {document['output']!r}; give a folder, a URI, or the section of that name"
-        )
+def _fields(section: Any) -> Mapping[str, Any]:
+    """Return the fields of a section; none of what is refused later because it is no section."""
+    return section if isinstance(section, Mapping) else {}
 
 
 def _test_part(calibration: Mapping[str, Any]) -> dict[str, Any]:

@@ -32,8 +32,6 @@ _LOSSES = (
 )
 """What Ray raises where the coordinator itself is lost."""
 _POLL_S = 0.5
-_PATIENCE_S = 60.0
-"""How long memory that ended workers still hold is waited for."""
 _LOST_ITS_SERVER = "(?s).*Initialization failure from server"
 """What the cluster answers if it could not start what serves a client."""
 _TRIES = 4
@@ -84,10 +82,9 @@ class Coordinator:
             event = Event("retry", 0, spec.pruning.shots, 0.0, facts)
             run.add_event(asdict(event) | {"time": time.time()})
             metrics.record(event)
-        patience_s = 0.0 if before is None else _PATIENCE_S
         try:
             with closing(RayCluster(inputs.layout, inputs.placement, inputs.ray)) as cluster:
-                run_shots(inputs, cluster, run, listen, patience_s=patience_s)
+                run_shots(inputs, cluster, run, listen)
         except WorkerFailureError as error:
             return error
         return None

@@ -57,7 +57,6 @@ class Inputs:
     texts: Mapping[str, NDArray[np.int64]] = field(repr=False)  # evaluation text -> windows
     # of model, tokenizer, texts and stages; empty for a plan from config.json alone
     fingerprints: Mapping[str, Any]
-    environment: Mapping[str, str]  # versions and machine, for the report
     chosen_text: str | None = None  # what was chosen for a calibration of source auto, for people
 
     def stage(self, kind: type[S]) -> S | None:
@@ -185,7 +184,6 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
         texts.calibration.tokens,
         {name: windows.tokens for name, windows in texts.measured.items()},
         _fingerprints(spec, model_fingerprint, texts, stages) if is_read else {},
-        reading.environment(),
         chosen,
     )
     if is_read:
@@ -198,21 +196,15 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
 
 
 def _read(spec: JobSpec, tokenizer: Any, layout: ModelLayout) -> tuple[JobSpec, Texts, str | None]:
-    """Return a spec with its texts all named, these texts, and what was chosen; see `_chosen`."""
-    spec, chosen = _chosen(spec, tokenizer)
-    return spec, reading.read_texts(spec, tokenizer, layout.config), chosen
-
-
-def _chosen(spec: JobSpec, tokenizer: Any) -> tuple[JobSpec, str | None]:
-    """Return a spec with the calibration chosen that it leaves open; and what was chosen."""
+    """Return a spec with its texts all named, these texts, and what was chosen of them."""
     if "gguf" in spec.output.exports:
         tokenizer_names(json.loads(tokenizer.backend_tokenizer.to_str()))
-    if spec.calibration.source != "auto":
-        return spec, None
-    section, chosen = default_mix(spec.calibration, tokenizer)
-    spec = spec.model_copy(update={"calibration": section})
-    spec.check_borders()
-    return spec, chosen
+    chosen = None
+    if spec.calibration.source == "auto":
+        section, chosen = default_mix(spec.calibration, tokenizer)
+        spec = spec.model_copy(update={"calibration": section})
+        spec.check_borders()
+    return spec, reading.read_texts(spec, tokenizer, layout.config), chosen
 
 
 def _fingerprints(spec: JobSpec, model: Any, texts: Texts, stages: Stages) -> dict[str, Any]:

@@ -29,27 +29,18 @@ def _bytes(text: str) -> float:
     return float(size)
 
 
+_SIZES = {
+    "--device-memory": ("80GB", "of each worker's device; the device's own if not given"),
+    "--host-memory": ("1TB", "of each machine; this one's if not given"),
+    "--disk": ("4TB", "free on each machine; this one's if not given"),
+}
 PLAN_OPTIONS: dict[str, dict[str, Any]] = {
     "--device": {
         "choices": sorted(DEVICES),
         "help": "what workers compute on; expected times are this device's; if not given, the CPU, "
         "or an h100 where the spec has gpus_per_worker, or with --device-memory",
     },
-    "--device-memory": {
-        "type": _bytes,
-        "metavar": "80GB",
-        "help": "of each worker's device; the device's own if not given",
-    },
-    "--host-memory": {
-        "type": _bytes,
-        "metavar": "1TB",
-        "help": "of each machine; this one's if not given",
-    },
-    "--disk": {
-        "type": _bytes,
-        "metavar": "4TB",
-        "help": "free on each machine; this one's if not given",
-    },
+    **{o: {"type": _bytes, "metavar": size, "help": text} for o, (size, text) in _SIZES.items()},
     "--workers-per-machine": {
         "type": _positive,
         "metavar": "N",

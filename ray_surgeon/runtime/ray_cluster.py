@@ -73,11 +73,8 @@ class RayCluster(Cluster):
             self.close()
             raise
 
-    def _start(
-        self, index: WorkerIndex, num_futures: int, method: str, *args: Any, **kwargs: Any
-    ) -> Any:
-        remote = getattr(self._actors[index], method).options(num_returns=num_futures)
-        return remote.remote(*args, **kwargs)
+    def _start(self, index: WorkerIndex, num_futures: int, *step: Any, **kwargs: Any) -> Any:
+        return self._actors[index].call.options(num_returns=num_futures).remote(*step, **kwargs)
 
     def get(self, futures: Sequence[Future[T]]) -> list[T]:
         """Wait for futures and return their values.

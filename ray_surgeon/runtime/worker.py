@@ -18,7 +18,7 @@ from torch import Tensor
 from ray_surgeon.maths.masks import ElementMask, Mask, StructuredMask
 from ray_surgeon.memory.stores import Scratch
 from ray_surgeon.models.groups import GroupSet
-from ray_surgeon.models.layout import ExpertSet, ModelLayout
+from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.runner import BlockRunner
 from ray_surgeon.models.shard import ModelShard
 from ray_surgeon.runtime.collectives import ReplicaGroup, TensorPayload, decode, encode
@@ -211,22 +211,6 @@ class Worker:
     def group_sets(self) -> list[GroupSet]:
         """Coupled groups of this shard's blocks."""
         return [groups for groups in self.layout.group_sets if groups.block in self.shard.blocks]
-
-    @functools.cached_property
-    def expert_sets(self) -> list[ExpertSet]:
-        """The experts of this shard's blocks."""
-        return [
-            experts for experts in self.layout.expert_sets if experts.block in self.shard.blocks
-        ]
-
-    def removed_experts(self, experts: ExpertSet) -> Tensor:
-        """Return which experts of a block are removed, [num_experts] bool.
-
-        Nothing of their last linears is kept, not even rows.
-        """
-        return torch.tensor(
-            [not self.mask(linears[-1], StructuredMask).rows.any() for linears in experts.linears]
-        )
 
     def share_linears(self, names: Iterable[str]) -> None:
         """Send linears and their masks from their owners to the other replicas.

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from ray_surgeon.models.loss import compare_with_dense, next_token_loss, next_tokens, perplexity_of
-from ray_surgeon.runtime.local import LocalCluster
+from ray_surgeon.runtime.cluster import LocalCluster
 from ray_surgeon.runtime.passes import (
     compared,
     divergences_of,

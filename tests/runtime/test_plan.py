@@ -88,7 +88,7 @@ class Job:
             own = BlockRange(0, blocks, layout.num_blocks)
         shapes = Shapes(layout, work or self.work)
         view = WorkerView(shapes, self.placement, stores, on_cpu, shard, own)
-        return {step.name: step for step in view.steps()}
+        return {step.name: step for step in view.steps}
 
 
 def job(
