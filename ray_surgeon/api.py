@@ -24,8 +24,7 @@ from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.runner import BlockRunner
 from ray_surgeon.models.shard import ModelShard
 from ray_surgeon.report.display import Display, new_console
-from ray_surgeon.run.arguments import spec_of
-from ray_surgeon.run.in_memory import a_tokenizer, causal_lm, own_modes, save
+from ray_surgeon.run.arguments import a_tokenizer, causal_lm, own_modes, save, spec_of
 from ray_surgeon.run.inputs import check
 from ray_surgeon.run.result import PruneResult, ended_before, run
 from ray_surgeon.spec.base import local_path

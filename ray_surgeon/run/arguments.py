@@ -1,14 +1,27 @@
-"""The job spec that the arguments of prune() stand for."""
+"""What the arguments of prune() stand for: a job spec, and a model in memory.
+
+The model is written where workers can read it, and its owner's process is left as it was set up.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import TypeAdapter, ValidationError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from safetensors import SafetensorError
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel, PreTrainedTokenizerBase
 
+from ray_surgeon.models.families import family_of
+from ray_surgeon.report.directory import RunDirectory
+from ray_surgeon.run.reading import as_input_error
 from ray_surgeon.spec.base import Positive
 from ray_surgeon.spec.calibration import OF_CALIBRATION
 from ray_surgeon.spec.job import JobSpec
@@ -105,3 +118,129 @@ def _test_part(calibration: Mapping[str, Any]) -> dict[str, Any]:
 def _as_name(source: str) -> str:
     last = source.rstrip("/").rpartition("/")[2].lower()
     return re.sub(r"[^a-z0-9.-]", "-", last).strip("-.")[:63] or "model"
+
+
+_MARKER = ".from_memory"
+"""A file beside a model that was in memory, with the digest of all others: the folder is ours."""
+_OF_USE = {"transformers_version", "is_local", "local_files_only", "truncation", "padding"}
+"""What a configuration or a tokenizer's file says of who wrote it, or of the last text."""
+
+
+def causal_lm(model: Any) -> PreTrainedModel:
+    """Return what was given as a model in memory, without the wrapper of ``torch.compile``.
+
+    Raises:
+        ValueError: it is no causal LM of transformers, or of a family that is not supported.
+    """
+    model = getattr(model, "_orig_mod", model)
+    if isinstance(model, PreTrainedModel):
+        family_of(model.config)
+    if not isinstance(model, PreTrainedModel) or not isinstance(
+        model, MODEL_FOR_CAUSAL_LM_MAPPING[type(model.config)]
+    ):
+        raise ValueError(
+            f"model: got a {type(model).__name__}; give a causal LM of transformers, such as a "
+            "LlamaForCausalLM"
+        )
+    return model
+
+
+def a_tokenizer(tokenizer: Any) -> PreTrainedTokenizerBase:
+    """Return what was given as a tokenizer.
+
+    Raises:
+        ValueError: it is none of transformers'.
+    """
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ValueError(
+            f"tokenizer: got a {type(tokenizer).__name__}; give a tokenizer of transformers, as "
+            "AutoTokenizer returns"
+        )
+    return tokenizer
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str, run: str) -> None:
+    """Write a model into the folder of its run, unless the run has begun and has it.
+
+    Raises:
+        ValueError: the run has another one, the folder holds something else, or it cannot be
+            written.
+    """
+    config = vars(model.config).copy()
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            model.save_pretrained(scratch)
+            tokenizer.save_pretrained(scratch)
+        except (ValueError, OSError, SafetensorError) as error:
+            raise ValueError(
+                f"model: transformers cannot save it to {scratch}: {error}; fix that first, free "
+                "space there or set TMPDIR, or prune a folder"
+            ) from error
+        finally:
+            vars(model.config).update(config)  # which `save_pretrained` changes
+        paths = filter(Path.is_file, sorted(Path(scratch).rglob("*")))
+        written = {path.relative_to(scratch).as_posix(): path for path in paths}
+        with as_input_error(f"output.uri: cannot use {run}"):
+            _put(written, source, has_begun=not RunDirectory(run).is_new())
+
+
+def _put(written: Mapping[str, Path], source: str, *, has_begun: bool) -> None:
+    """Write files into a folder of the run's own, unless it has them; see `save`."""
+    digest = _digest_of(written)
+    marker = files.join(source, _MARKER)
+    names = set(files.list_files(source))
+    if names and _MARKER not in names:
+        raise ValueError(
+            f"output.uri: {source} holds something else, and the model would go there; give output "
+            "another folder"
+        )
+    if has_begun and names and files.read_text(marker) != digest:
+        raise ValueError(
+            f"output.uri: {source} holds another model or tokenizer, with which the run began; "
+            "give output another folder"
+        )
+    if has_begun and names == {_MARKER, *written}:
+        return
+    files.remove_folder(source)  # of a try before the run began, or a part
+    files.write_text(marker, digest)
+    for name, path in written.items():
+        files.put_file(files.join(source, name), path)
+
+
+def _digest_of(written: Mapping[str, Path]) -> str:
+    """Return a digest of files: JSON but for what changes with the use of a tokenizer."""
+    digest = hashlib.blake2b()
+    for name, path in written.items():
+        digest.update(name.encode())
+        if name.endswith(".json"):
+            document = {k: v for k, v in json.loads(path.read_text()).items() if k not in _OF_USE}
+            digest.update(json.dumps(document, sort_keys=True).encode())
+            continue
+        with path.open("rb") as file:
+            while piece := file.read(1 << 24):
+                digest.update(piece)
+    return digest.hexdigest()
+
+
+@contextmanager
+def own_modes() -> Iterator[None]:
+    """Leave outside what the caller's process and thread are in, and give it back.
+
+    These are torch's number of threads, the precision of products
+    (``torch.set_float32_matmul_precision``), a default device, `no_grad`, `inference_mode` and
+    `autocast`.
+    """
+    backends: Any = torch.backends
+    with ExitStack() as stack:
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        for products in (backends.mkldnn.matmul, backends.cuda.matmul):
+            stack.callback(setattr, products, "fp32_precision", products.fp32_precision)
+            products.fp32_precision = "ieee"  # in all threads of the process
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield

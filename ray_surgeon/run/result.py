@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ray_surgeon.export.folder import local_folder
 from ray_surgeon.report.directory import RunDirectory
 from ray_surgeon.report.display import Display
-from ray_surgeon.run.in_memory import own_modes
+from ray_surgeon.run.arguments import own_modes
 from ray_surgeon.run.inputs import Inputs
 from ray_surgeon.run.loop import run_shots
 from ray_surgeon.runtime.cluster import LocalCluster

@@ -149,14 +149,10 @@ class Cluster(ABC):
         return future
 
     def submit_pair(
-        self,
-        index: WorkerIndex,
-        step: Callable[Concatenate[Worker, P], tuple[T, U]],
-        *args: P.args,
-        **kwargs: P.kwargs,
+        self, index: WorkerIndex, step: Callable[..., tuple[T, U]], *args: Any
     ) -> tuple[Future[T], Future[U]]:
         """Start a step that returns a pair of which each half gets a future of its own."""
-        first, second = self._start(index, 2, step, *args, **kwargs)
+        first, second = self._start(index, 2, step, *args)
         return first, second
 
     @abstractmethod

@@ -22,7 +22,7 @@ from ray_surgeon.models.runner import Call
 from ray_surgeon.runtime import wave as on_worker
 from ray_surgeon.runtime.cluster import Cluster, at_hand, value_of
 from ray_surgeon.runtime.collectives import TensorPayload
-from ray_surgeon.runtime.pipelines import each_wave
+from ray_surgeon.runtime.pipelines import run_pass
 from ray_surgeon.runtime.placement import WorkerIndex
 from ray_surgeon.runtime.wave import Compared, Counts, Tokens, token_payload
 from ray_surgeon.runtime.worker import Worker, collective
@@ -53,7 +53,8 @@ def sequence_losses(
         text: as whose states those before the head are kept by the last shards of all replicas;
             None if they are not.
     """
-    return each_wave(cluster, sequences, on_worker.nll, counts=counts, text=text)
+    step = partial(on_worker.infer_each, of_each=on_worker.nll)
+    return run_pass(cluster, sequences, step, counts=counts, text=text)
 
 
 def pass_up_to_the_head(
@@ -74,7 +75,8 @@ def pass_up_to_the_head(
     Raises:
         FloatingPointError: a state before the head is not finite.
     """
-    if not all(each_wave(cluster, sequences, on_worker.is_finite, only=only, text=text)):
+    step = partial(on_worker.infer_each, of_each=on_worker.is_finite)
+    if not all(run_pass(cluster, sequences, step, only=only, text=text)):
         finite(f"a hidden state of {whose}", math.nan)
 
 
@@ -161,7 +163,8 @@ def compared(
         with_acceptance: whether to compute acceptance and agreement.
     """
     comparison = partial(on_worker.comparison, text=text, with_acceptance=with_acceptance)
-    return each_wave(cluster, windows, comparison, counts=counts)
+    step = partial(on_worker.infer_each, of_each=comparison)
+    return run_pass(cluster, windows, step, counts=counts)
 
 
 def finite(what: str, value: float) -> float:

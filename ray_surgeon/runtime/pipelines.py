@@ -8,8 +8,6 @@ from functools import partial
 from itertools import chain, zip_longest
 from typing import Generic, Literal, TypeVar
 
-from torch import Tensor
-
 from ray_surgeon.runtime import wave as on_worker
 from ray_surgeon.runtime.cluster import Cluster, Future, at_hand, value_of
 from ray_surgeon.runtime.collectives import TensorPayload
@@ -52,31 +50,8 @@ def forward_and_backward(
     labels = labels or Labels()
     step = partial(on_worker.forward_backward, labels=labels)
     text = CALIBRATION if labels.remembers else None
-    return _pass(cluster, sequences, step, one_forward_one_backward, only, counts, text, counted)
-
-
-def each_wave(
-    cluster: Cluster,
-    sequences: Tokens,
-    of_each: Callable[[Worker, Tensor, on_worker.SequenceOfWave], T],
-    *,
-    only: Sequence[int] | None = None,
-    counts: Counts = None,
-    text: str | None = None,
-) -> list[T]:
-    """Run sequences forward, and return what comes of each.
-
-    Args:
-        cluster: with loaded workers.
-        sequences: [num_sequences, sequence_length] tokens.
-        of_each: what a worker with the last shard makes of each; see `infer_each`.
-        only: numbers of the sequences to run; all if not given.
-        counts: [num_sequences, sequence_length], whether a token counts; None if all do.
-        text: as whose states those before the head are kept by the last shards of all replicas;
-            None if they are not.
-    """
-    step = partial(on_worker.infer_each, of_each=of_each, text=text)
-    return _pass(cluster, sequences, step, one_by_one, only, counts, text)
+    order = one_forward_one_backward
+    return run_pass(cluster, sequences, step, order, only, counts, text, counted=counted)
 
 
 @dataclass
@@ -91,14 +66,15 @@ class _Pipeline(Generic[T]):
     num_done: int = 0  # sequences
 
 
-def _pass(
+def run_pass(
     cluster: Cluster,
     sequences: Tokens,
     at_the_end: Callable[[Worker, int, TensorPayload, Wave], tuple[TensorPayload, list[T]]],
-    order: Callable[[int, int], list[Operation]],
-    only: Sequence[int] | None,
-    counts: Counts,
-    text: str | None,
+    order: Callable[[int, int], list[Operation]] | None = None,
+    only: Sequence[int] | None = None,
+    counts: Counts = None,
+    text: str | None = None,
+    *,
     counted: bool = True,
 ) -> list[T]:
     """Let sequences pass, and return what comes of each; see `forward_and_backward`.
@@ -108,10 +84,12 @@ def _pass(
         sequences: [num_sequences, sequence_length] tokens.
         at_the_end: (worker with the last shard, number of a wave, its inputs, itself) -> what goes
             back from there, and what comes of each sequence.
-        order: (number of shards, number of waves) -> the operations of a replica.
+        order: (number of shards, number of waves) -> the operations of a replica; those of
+            `one_by_one` if not given.
         only: numbers of the sequences that are meant; all if not given.
         counts: which tokens count.
-        text: as whose states the last shards keep those before the head, if they do.
+        text: as whose states those before the head are kept by the last shards of all replicas;
+            None if they are not.
         counted: whether the progress of the step counts these sequences.
     """
     num_shards = cluster.placement.num_shards
@@ -123,7 +101,7 @@ def _pass(
     def submit(replica: int, pipeline: _Pipeline[T], operation: Operation) -> None:
         (shard, direction, number) = operation
         index = WorkerIndex(shard, replica)
-        wave_of = partial(Wave.of, sequences, pipeline.waves[number], counts)
+        wave_of = partial(Wave.of, sequences, pipeline.waves[number], counts, text)
         if shard == 0 and direction != "backward":
             earlier = number - num_shards - 1
             if earlier >= 0:  # so many are on their way at once
@@ -139,6 +117,7 @@ def _pass(
         else:
             pipeline.moving[number] = cluster.submit(index, _STEPS[direction], number, inputs)
 
+    order = order or one_by_one
     orders = [order(num_shards, len(pipeline.waves)) for pipeline in pipelines]
     for operations in zip_longest(*orders):
         for replica, operation in enumerate(operations):

@@ -138,12 +138,13 @@ class Wave:
     tokens: TensorPayload  # [m, T]
     # [m, T] bool, which tokens count, see `next_token_loss`; None for all
     counts: TensorPayload | None
+    text: str | None  # as whose states those before the head are kept; None if they are not
 
     @staticmethod
-    def of(sequences: Tokens, numbers: list[int], counts: Counts) -> Wave:
+    def of(sequences: Tokens, numbers: list[int], counts: Counts, text: str | None) -> Wave:
         """Return the sequences with these numbers."""
         counting = None if counts is None else encode(torch.from_numpy(counts[numbers]))
-        return Wave(numbers, token_payload(sequences[numbers]), counting)
+        return Wave(numbers, token_payload(sequences[numbers]), counting, text)
 
     def sequences(self, worker: Worker) -> Iterator[SequenceOfWave]:
         """Yield the sequences."""
@@ -189,8 +190,8 @@ def forward_backward(
         loss, gradients[i], states = worker.runner.loss(
             gradients[i], sequence.tokens, generator, dense, sequence.counts
         )
-        if labels.remembers:
-            keep_states(worker, CALIBRATION, [sequence.number], [states])
+        if wave.text is not None:
+            keep_states(worker, wave.text, [sequence.number], [states])
         losses.append(float(loss))
         if not labels.may_diverge and not math.isfinite(losses[-1]):
             raise FloatingPointError(
@@ -232,7 +233,6 @@ def infer_each(
     inputs: TensorPayload,
     wave: Wave,
     of_each: Callable[[Worker, Tensor, SequenceOfWave], T],
-    text: str | None,
 ) -> tuple[TensorPayload, list[T]]:
     """Run a wave up to the head.
 
@@ -244,11 +244,10 @@ def infer_each(
         inputs: tokens [m, T] or hidden states [m, T, d].
         wave: the sequences.
         of_each: what is made of the hidden states [1, T, d] of one; see below.
-        text: as whose states those before the head are kept; None if they are not.
     """
     hidden = worker.runner.infer(worker.unpack(inputs))
-    if text is not None:
-        keep_states(worker, text, wave.numbers, hidden)
+    if wave.text is not None:
+        keep_states(worker, wave.text, wave.numbers, hidden)
     sequences = wave.sequences(worker)
     results = [of_each(worker, h, sequence) for h, sequence in zip(hidden, sequences, strict=True)]
     return worker.pack(torch.empty(0)), results

@@ -30,7 +30,7 @@ from transformers import (
 import ray_surgeon
 from ray_surgeon.plan.plan import DoesNotFitError
 from ray_surgeon.report.directory import RunDirectory
-from ray_surgeon.run.in_memory import causal_lm
+from ray_surgeon.run.arguments import causal_lm
 from ray_surgeon.run.loop import run_shots
 from ray_surgeon.storage import files
 from tests.conftest import CONFIGS, SPARSE_CONFIGS, tiny_model

@@ -23,9 +23,9 @@ from ray_surgeon.memory.stores import ScratchNames, Stores
 from ray_surgeon.run.driver import connect
 from ray_surgeon.runtime import ray_cluster
 from ray_surgeon.runtime.cluster import NoRoomError, WorkerFailureError
-from ray_surgeon.runtime.loading import ModelRecipe, load
 from ray_surgeon.runtime.placement import WorkerIndex, place
 from ray_surgeon.runtime.ray_cluster import RayCluster
+from ray_surgeon.runtime.weights import ModelRecipe, load
 from ray_surgeon.runtime.worker import Worker
 from ray_surgeon.spec.parsing import parse_spec
 from ray_surgeon.spec.sections import ModelSection, RaySection

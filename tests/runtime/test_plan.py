@@ -16,12 +16,12 @@ from ray_surgeon.maths.kronecker import PackedSymmetric
 from ray_surgeon.memory.stores import Stores
 from ray_surgeon.models.build import BlockRange
 from ray_surgeon.models.layout import ModelLayout
+from ray_surgeon.pipeline import _bytes
 from ray_surgeon.plan.needs import StepPlan, WorkerView
 from ray_surgeon.plan.plan import DoesNotFitError, Plan, plan_job
 from ray_surgeon.plan.room import DEVICES, Room
 from ray_surgeon.plan.work import Shapes, Work
 from ray_surgeon.run.inputs import work_of
-from ray_surgeon.run.machines import _bytes
 from ray_surgeon.run.reading import unread_texts
 from ray_surgeon.run.stages import stages_after_shots, stages_of
 from ray_surgeon.runtime.placement import place
@@ -155,7 +155,7 @@ def test_what_is_streamed_where_it_would_not_fit(
     assert (found.stores.weights, found.stores.factors) == (weights, factors)
     assert found.stores.wave > 1
     assert found.stores.activations == "recompute"
-    assert {worker.disk > 0 for worker in found.workers} == {weights == "disk"}
+    assert {worker.disk_bytes > 0 for worker in found.workers} == {weights == "disk"}
 
 
 def test_fewer_sequences_with_gradients_take_less_of_the_curvature_pass() -> None:
