@@ -134,7 +134,7 @@ def family_of(humaneval: Path, run: Path, dtype: str, num_threads: int) -> list[
             (states,) = cluster.run_all(states_of)
         else:
             (worker,) = cluster.workers.values()
-            worker.keeping(DenseStates).of_text[ANSWERS] = states.of_text[ANSWERS]
+            worker.keeping(DenseStates)[ANSWERS] = states[ANSWERS]
         measures = measures_of(cluster, answers, max_tokens, inputs.texts)
         cluster.close()
         passed = sum(outcome == "passed" for outcome in record["outcomes"].values())

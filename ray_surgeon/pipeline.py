@@ -29,6 +29,7 @@ from ray_surgeon.report import tables
 from ray_surgeon.report.directory import RunDirectory, TakenOverError
 from ray_surgeon.report.display import Display, new_console
 from ray_surgeon.run.inputs import Inputs, check
+from ray_surgeon.run.reading import as_input_error
 from ray_surgeon.run.result import PruneResult, ended_before, run
 from ray_surgeon.spec.job import JobSpec
 from ray_surgeon.spec.parsing import parse_spec, validation_message
@@ -128,14 +129,9 @@ def _arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
 
 
 def _read_spec(uri: str, overrides: Sequence[str]) -> JobSpec:
-    try:
+    with as_input_error(f"cannot read the job spec {uri}"):
         files.check_size(uri, _MAX_SPEC_BYTES, "this is no job spec; see the files in pipelines/")
         text = files.read_text(uri)
-    except OSError as error:
-        raise ValueError(
-            f"cannot read the job spec {uri}: {error}; check the path, the permissions and the "
-            "network"
-        ) from error
     try:
         return parse_spec(text, overrides)
     except ValidationError as error:

@@ -135,14 +135,13 @@ class WorkerView:
         self.all_factors = sum(factors)
         self.largest_factors = max(factors)
         self.active = sum(shapes.active_parameters[block] for block in self._own)
-        self.outside = shapes.outside_bytes(self.blocks)
+        # of weights and factors for a GPU there are pinned pieces, which torch keeps
+        self.outside, pinned_weights, pinned_factors = shapes.of_shard(self.blocks)
         is_resident = stores.weights == "device"
         self.idle = self.outside + self.all_blocks * is_resident
         # on the CPU a block runs where it lies, elsewhere the next one is ahead
         runs_in_place = self.device_is_host or is_resident
         self.weights = self.idle + (0 if runs_in_place else 2 * max(sizes))
-        # of weights; and for a GPU of pinned pieces, which torch keeps
-        pinned_weights, pinned_factors = shapes.pinned_bytes(self.blocks)
         if self.device_is_host:
             pinned_weights = self.all_blocks
             pinned_factors = 0

@@ -18,10 +18,9 @@ from typing import Any, get_args
 from rich.table import Table
 
 from ray_surgeon.memory.stores import Activations, Place, Stores
-from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.plan.needs import StepPlan, WorkerView
 from ray_surgeon.plan.room import Device, Room
-from ray_surgeon.plan.work import Shapes, Work
+from ray_surgeon.plan.work import Shapes
 from ray_surgeon.runtime.placement import Placement, place
 from ray_surgeon.spec.sections import MemorySection
 
@@ -122,50 +121,35 @@ class DoesNotFitError(ValueError):
     """No way to run the job fits the memory there is."""
 
 
-def plan_job(
-    layout: ModelLayout,
-    placement: Placement,
-    work: Work,
-    wanted: MemorySection,
-    room: Room,
-    device: Device,
-) -> Plan:
-    """Choose the fastest way that fits.
-
-    Args:
-        layout: of the model.
-        placement: of its blocks.
-        work: what is done.
-        wanted: what the spec fixes.
-        room: of every worker.
-        device: how fast it is.
-
-    Raises:
-        DoesNotFitError: nothing fits; names the step that binds, and what would do.
-    """
-    safe = replace(room, device=_SAFE * room.device, host=_SAFE * room.host, disk=_SAFE * room.disk)
-    limit = math.inf if wanted.limit_gib is None else wanted.limit_gib * 2**30
-    planner = _Planner(Shapes(layout, work), wanted, device)
-    plans = list(planner.plans(placement, replace(safe, device=min(limit, safe.device))))
-    if fitting := [plan for plan in plans if plan.fits]:
-        # the first of equals, which is the simplest
-        return min(fitting, key=lambda plan: sum(plan.seconds.values()))
-    best = min(plans, key=lambda plan: plan.excess()[0])
-    stores = best.stores
-    raise DoesNotFitError(
-        f"memory: the job does not fit: {best.excess()[1]} (with weights: {stores.weights}, "
-        f"factors: {stores.factors}, wave: {stores.wave}); "
-        f"{planner.remedy(placement, safe, best)}"
-    )
-
-
 @dataclass(frozen=True)
-class _Planner:
+class Planner:
     """Makes plans of one job, for any placement and room."""
 
-    shapes: Shapes
-    wanted: MemorySection
-    device: Device
+    shapes: Shapes  # of the model, and what is done
+    wanted: MemorySection  # what the spec fixes
+    device: Device  # how fast a worker's is
+
+    def best(self, placement: Placement, room: Room) -> Plan:
+        """Choose the fastest way that fits; `room` is of every worker.
+
+        Raises:
+            DoesNotFitError: nothing fits; names the step that binds, and what would do.
+        """
+        parts = (_SAFE * size for size in (room.device, room.host, room.disk))
+        safe = Room(*parts, room.device_is_host)
+        limit_gib = self.wanted.limit_gib
+        limit = math.inf if limit_gib is None else limit_gib * 2**30
+        plans = list(self.plans(placement, replace(safe, device=min(limit, safe.device))))
+        if fitting := [plan for plan in plans if plan.fits]:
+            # the first of equals, which is the simplest
+            return min(fitting, key=lambda plan: sum(plan.seconds.values()))
+        best = min(plans, key=lambda plan: plan.excess()[0])
+        stores = best.stores
+        raise DoesNotFitError(
+            f"memory: the job does not fit: {best.excess()[1]} (with weights: {stores.weights}, "
+            f"factors: {stores.factors}, wave: {stores.wave}); "
+            f"{self.remedy(placement, safe, best)}"
+        )
 
     def plan(self, placement: Placement, room: Room, stores: Stores) -> Plan:
         """Return how the job runs if things are kept in these stores."""

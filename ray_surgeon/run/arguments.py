@@ -29,15 +29,8 @@ from ray_surgeon.spec.parsing import absolute, validation_message
 from ray_surgeon.spec.written import WritingSection
 from ray_surgeon.storage import files
 
-_NOT_SHARED = {
-    "num_sequences",
-    "mix",
-    "stride",
-    "seed",
-    "split",
-    *WritingSection.model_fields,
-    *OF_CALIBRATION,
-}
+_NOT_SHARED = {"num_sequences", "mix", "stride", "seed", "split", *OF_CALIBRATION}
+_NOT_SHARED |= WritingSection.model_fields.keys()
 """Fields of a calibration text that an evaluation text does not take over."""
 
 

@@ -24,12 +24,8 @@ from ray_surgeon.runtime.cluster import NoRoomError, WorkerFailureError
 from ray_surgeon.runtime.ray_cluster import RayCluster, nodes_alive
 from ray_surgeon.stages.evaluation import CollapseError
 
-_LOSSES = (
-    ObjectLostError,
-    OutOfMemoryError,
-    ray.exceptions.RayActorError,
-    ray.exceptions.WorkerCrashedError,
-)
+_LOSSES: tuple[type[RayError], ...] = (ObjectLostError, OutOfMemoryError)
+_LOSSES += (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError)
 """What Ray raises where the coordinator itself is lost."""
 _POLL_S = 0.5
 _LOST_ITS_SERVER = "(?s).*Initialization failure from server"

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 import ray_surgeon
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.llama_cpp import tokenizer_names
-from ray_surgeon.plan.plan import Plan, plan_job
+from ray_surgeon.plan.plan import Plan, Planner
 from ray_surgeon.plan.room import Device, Room
-from ray_surgeon.plan.work import Work
+from ray_surgeon.plan.work import Shapes, Work
 from ray_surgeon.report.directory import RunDirectory
 from ray_surgeon.report.record import check_folder
 from ray_surgeon.run import reading
@@ -57,7 +57,7 @@ class Inputs:
     texts: Mapping[str, NDArray[np.int64]] = field(repr=False)  # evaluation text -> windows
     # of model, tokenizer, texts and stages; empty for a plan from config.json alone
     fingerprints: Mapping[str, Any]
-    chosen_text: str | None = None  # what was chosen for a calibration of source auto, for people
+    chosen_text: str | None  # what was chosen for a calibration of source auto, for people
 
     def stage(self, kind: type[S]) -> S | None:
         """Return the stage of a class, if the job has one."""
@@ -127,7 +127,8 @@ class Inputs:
             DoesNotFitError: no way to run it fits.
         """
         work = work_of(self.spec, self.layout, self.method, self.stages)
-        return plan_job(self.layout, self.placement, work, self.spec.memory, room, device)
+        planner = Planner(Shapes(self.layout, work), self.spec.memory, device)
+        return planner.best(self.placement, room)
 
 
 def work_of(spec: JobSpec, layout: ModelLayout, method: Method, stages: Stages) -> Work:
@@ -168,11 +169,10 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
     reading.check_requests(spec, layout)
     is_read = source.has_weights or not dry_run
     model_fingerprint = reading.check_weights(source, layout) if is_read else None
-    chosen = None  # see `Inputs.chosen_text`
+    texts = reading.unread_texts(spec)
+    chosen = None
     if is_read:
         spec, texts, chosen = _read(spec, load_tokenizer(folder, source.origin), layout)
-    else:
-        texts = reading.unread_texts(spec)
     stages = stages_of(spec, layout, method, texts, last)
     inputs = Inputs(
         spec,

@@ -101,7 +101,7 @@ def remember(cluster: Cluster, text: str, windows: Tokens, counts: Counts = None
     return finite(f"the perplexity on {text}, or its divergence,", perplexity)
 
 
-def measure(cluster: Cluster, text: str, windows: Tokens, counts: Counts = None) -> Measured:
+def measure(cluster: Cluster, text: str, windows: Tokens) -> Measured:
     """Measure the present weights on a text that was remembered.
 
     Args:
@@ -109,40 +109,29 @@ def measure(cluster: Cluster, text: str, windows: Tokens, counts: Counts = None)
         text: its name.
         windows: [num_sequences, sequence_length] tokens; ``sequence_length - 1`` are predicted in
             each.
-        counts: [num_sequences, sequence_length], whether a token counts; None if all do. The means
-            are over those that do.
 
     Raises:
         FloatingPointError: the loss is not a number.
     """
-    comparisons = compared(cluster, text, windows, counts)
-    num_tokens = num_counted(windows, counts)
+    comparisons = compared(cluster, text, windows)
+    num_tokens = num_counted(windows)
     loss = sum(comparison.nll for comparison in comparisons) / num_tokens
     divergence = sum(comparison.divergence for comparison in comparisons) / num_tokens
     what = f"the perplexity on {text}, or its divergence,"
     return Measured(finite(what, perplexity_of(loss)), finite(what, divergence))
 
 
-def divergences_of(
-    cluster: Cluster, text: str, windows: Tokens, counts: Counts = None
-) -> list[float]:
+def divergences_of(cluster: Cluster, text: str, windows: Tokens) -> list[float]:
     """Return the divergence from the dense model of every window of a remembered text.
 
     Values are in nats per predicted token.
 
-    With `counts`, per token that counts, see `measure`; 0 for a window in which none does.
-
     Raises:
         FloatingPointError: one is not a number.
     """
-    of_windows = enumerate(compared(cluster, text, windows, counts))
-    return [
-        finite(
-            f"the divergence from the dense model on {text}",
-            comparison.divergence / max(1, num_counted(windows, counts, [number])),
-        )
-        for number, comparison in of_windows
-    ]
+    what = f"the divergence from the dense model on {text}"
+    num_tokens = windows.shape[1] - 1
+    return [finite(what, c.divergence / num_tokens) for c in compared(cluster, text, windows)]
 
 
 def compared(

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, zip_longest
-from typing import Generic, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from ray_surgeon.runtime import wave as on_worker
 from ray_surgeon.runtime.cluster import Cluster, Future, at_hand, value_of
@@ -16,6 +15,7 @@ from ray_surgeon.runtime.wave import CALIBRATION, Counts, Labels, Tokens, Wave
 from ray_surgeon.runtime.worker import Worker
 
 T = TypeVar("T")
+
 
 _STEPS = {"forward": on_worker.forward, "backward": on_worker.backward, "infer": on_worker.infer}
 """What a shard that is not the last does in an operation."""
@@ -54,18 +54,6 @@ def forward_and_backward(
     return run_pass(cluster, sequences, step, order, only, counts, text, counted=counted)
 
 
-@dataclass
-class _Pipeline(Generic[T]):
-    """The waves of one replica, on their way through its shards, and back if they are to."""
-
-    waves: list[list[int]]  # numbers of the sequences
-    # number of a wave -> what comes of its last operation
-    moving: dict[int, Future[TensorPayload]] = field(default_factory=dict)
-    # of each sequence of each wave
-    results: list[Future[list[T]]] = field(default_factory=list)
-    num_done: int = 0  # sequences
-
-
 def run_pass(
     cluster: Cluster,
     sequences: Tokens,
@@ -96,42 +84,45 @@ def run_pass(
     wanted = list(range(len(sequences)) if only is None else only)
     if counted:
         cluster.progress.begin(len(wanted), "sequences", sequences.shape[1])
-    pipelines = [_Pipeline[T](waves) for waves in _waves_of_replicas(cluster, wanted)]
+    waves = _waves_of_replicas(cluster, wanted)
+    # (replica, number of its wave) -> what comes of its last operation, and of its sequences
+    moving: dict[tuple[int, int], Future[TensorPayload]] = {}
+    results: dict[tuple[int, int], Future[list[T]]] = {}
+    num_done = 0
 
-    def submit(replica: int, pipeline: _Pipeline[T], operation: Operation) -> None:
-        (shard, direction, number) = operation
+    def submit(replica: int, operation: Operation) -> None:
+        nonlocal num_done
+        shard, direction, number = operation
+        key = (replica, number)
         index = WorkerIndex(shard, replica)
-        wave_of = partial(Wave.of, sequences, pipeline.waves[number], counts, text)
+        wave_of = partial(Wave.of, sequences, waves[replica][number], counts, text)
         if shard == 0 and direction != "backward":
-            earlier = number - num_shards - 1
-            if earlier >= 0:  # so many are on their way at once
-                cluster.get([pipeline.moving.pop(earlier)])
-                pipeline.num_done += len(pipeline.waves[earlier])
-            pipeline.moving[number] = at_hand(wave_of().tokens)
-        inputs = value_of(pipeline.moving[number])
+            earlier = (replica, number - num_shards - 1)
+            if earlier in moving:  # so many are on their way at once
+                cluster.get([moving.pop(earlier)])
+                num_done += len(waves[replica][earlier[1]])
+            moving[key] = at_hand(wave_of().tokens)
+        inputs = value_of(moving[key])
         if shard == num_shards - 1:
-            pipeline.moving[number], results = cluster.submit_pair(
-                index, at_the_end, number, inputs, wave_of()
-            )
-            pipeline.results.append(results)
+            pair = cluster.submit_pair(index, at_the_end, number, inputs, wave_of())
+            moving[key], results[key] = pair
         else:
-            pipeline.moving[number] = cluster.submit(index, _STEPS[direction], number, inputs)
+            moving[key] = cluster.submit(index, _STEPS[direction], number, inputs)
 
     order = order or one_by_one
-    orders = [order(num_shards, len(pipeline.waves)) for pipeline in pipelines]
-    for operations in zip_longest(*orders):
+    for operations in zip_longest(*(order(num_shards, len(own)) for own in waves)):
         for replica, operation in enumerate(operations):
             if operation is not None:
-                submit(replica, pipelines[replica], operation)
+                submit(replica, operation)
                 if counted:
-                    cluster.progress.reach(sum(p.num_done for p in pipelines))
-    results = cluster.get([of_wave for p in pipelines for of_wave in p.results])
+                    cluster.progress.reach(num_done)
+    values = chain.from_iterable(cluster.get(list(results.values())))
     if counted:
         cluster.progress.reach(len(wanted))
     if text is not None:
         _share_states(cluster, text, wanted)
-    numbers = chain.from_iterable(wave for p in pipelines for wave in p.waves)
-    result_of = dict(zip(numbers, chain.from_iterable(results), strict=True))
+    numbers = chain.from_iterable(waves[replica][number] for replica, number in results)
+    result_of = dict(zip(numbers, values, strict=True))
     return [result_of[number] for number in wanted]
 
 

@@ -18,7 +18,7 @@ from ray_surgeon.models.build import BlockRange
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.pipeline import _bytes
 from ray_surgeon.plan.needs import StepPlan, WorkerView
-from ray_surgeon.plan.plan import DoesNotFitError, Plan, plan_job
+from ray_surgeon.plan.plan import DoesNotFitError, Plan, Planner
 from ray_surgeon.plan.room import DEVICES, Room
 from ray_surgeon.plan.work import Shapes, Work
 from ray_surgeon.run.inputs import work_of
@@ -70,7 +70,8 @@ class Job:
         room = Room(device_gb * GB, host, disk, device_is_host=False)
         device = DEVICES["h100"]
         layout = layout_of(self.name)
-        return plan_job(layout, self.placement, self.work, self.spec.memory, room, device)
+        planner = Planner(Shapes(layout, self.work), self.spec.memory, device)
+        return planner.best(self.placement, room)
 
     def steps(
         self,
