@@ -113,11 +113,7 @@ def _arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if not arguments.schema and arguments.spec is None:
         parser.error("a job spec is needed, for instance pipelines/quickstart.yaml")
-    named = [
-        option
-        for option in _PLAN_OPTIONS
-        if getattr(arguments, option[2:].replace("-", "_")) is not None
-    ]
+    named = [o for o in _PLAN_OPTIONS if getattr(arguments, o[2:].replace("-", "_")) is not None]
     if named and not arguments.dry_run:
         parser.error(
             f"{', '.join(named)}: only for a plan (ray-surgeon plan, or --dry-run); "

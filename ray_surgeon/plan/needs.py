@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ray_surgeon.memory.stores import Place, Stores
-from ray_surgeon.models.build import BlockRange
 from ray_surgeon.models.loss import bytes_at_the_head
 from ray_surgeon.models.runner import TOKENS_OF_ROOM
 from ray_surgeon.plan.room import Device
@@ -85,18 +84,12 @@ class WorkerView:
     """
 
     def __init__(
-        self,
-        shapes: Shapes,
-        placement: Placement,
-        stores: Stores,
-        device_is_host: bool,
-        shard: int,
-        blocks: BlockRange,
+        self, shapes: Shapes, placement: Placement, stores: Stores, device_is_host: bool, shard: int
     ) -> None:
         """Take one worker of a shard, the one with most to do."""
         work = shapes.work
         self.shard = shard
-        self.blocks = blocks
+        self.blocks = blocks = placement.blocks[shard]
         self.shapes = shapes
         self.stores = stores
         self._stages = work.stages

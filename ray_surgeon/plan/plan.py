@@ -154,8 +154,8 @@ class Planner:
     def plan(self, placement: Placement, room: Room, stores: Stores) -> Plan:
         """Return how the job runs if things are kept in these stores."""
         workers = tuple(
-            WorkerView(self.shapes, placement, stores, room.device_is_host, shard, blocks)
-            for shard, blocks in enumerate(placement.blocks)
+            WorkerView(self.shapes, placement, stores, room.device_is_host, shard)
+            for shard in range(placement.num_shards)
         )
         dtype = self.shapes.work.dtype
         return Plan(stores, workers, placement.num_replicas, room, self.device, dtype)

@@ -38,22 +38,21 @@ def look_around(worker: Worker, root: str | None, run: str, attempt: str) -> Res
 
     Runs on the worker.
     """
-    resources = resources_here(worker.device, root)
-    disk = resources.room.disk + Scratch(root, run, attempt, "").earlier_bytes()
-    return replace(resources, room=replace(resources.room, disk=disk))
+    return resources_here(worker.device, root, Scratch(root, run, attempt, "").earlier_bytes())
 
 
-def resources_here(device: torch.device, root: str | None) -> Resources:
+def resources_here(device: torch.device, root: str | None, to_go: float = 0.0) -> Resources:
     """Return what there is on this machine.
 
-    The disk is that of the root of scratch folders, which may not exist yet.
+    The disk is that of the root of scratch folders, which may not exist yet; `to_go` are bytes
+    there that others will give back.
     """
     folder = scratch_root(root)
     while not os.path.exists(folder):
         folder = folder.parent
     machine = socket.gethostname()
     host = float(available_bytes())
-    disk = float(shutil.disk_usage(folder).free)
+    disk = float(shutil.disk_usage(folder).free + to_go)
     if device.type != "cuda":
         return Resources(machine, "cpu", "", Room(host, host, disk, device_is_host=True))
     gc.collect()  # of earlier runs in this process

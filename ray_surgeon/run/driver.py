@@ -125,8 +125,8 @@ def _run_with_retries(inputs: Inputs, display: Display) -> None:
         )
     left = section.retries.model_dump()
     attempt = Attempt()
-    failure = _try(inputs, None, attempt, display)
-    while failure is not None:
+    failure = None
+    while (failure := _try(inputs, failure, attempt, display)) is not None:
         cause = failure.cause
         if not left[cause]:
             raise RuntimeError(
@@ -139,7 +139,6 @@ def _run_with_retries(inputs: Inputs, display: Display) -> None:
             f"{failure.line}; continuing from the last committed shot, "
             f"{left[cause]} such retries left"
         )
-        failure = _try(inputs, failure, attempt, display)
 
 
 def connect_to_ray(inputs: Inputs) -> str:

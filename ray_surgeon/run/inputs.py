@@ -106,15 +106,14 @@ class Inputs:
     @property
     def notes(self) -> list[str]:
         """What to know of a job before it starts, for people, a line each."""
-        lines = [] if self.chosen_text is None else [self.chosen_text]
+        lines = []
         stored = str(getattr(self.layout.config, "dtype", None)).removeprefix("torch.")
         if stored in ("bfloat16", "float16") and self.spec.model.dtype == "float32":
-            precision = (
+            lines.append(
                 f"config.json says {stored}, but this job and its exports are in float32, twice as "
                 "large; model.dtype: bfloat16 halves it"
             )
-            lines.insert(0, precision)
-        return lines
+        return lines if self.chosen_text is None else [*lines, self.chosen_text]
 
     def plan(self, room: Room, device: Device) -> Plan:
         """Return how the job runs.

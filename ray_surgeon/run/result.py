@@ -99,12 +99,9 @@ class PruneResult:
         """Return an export of a kind, or the last of those that the spec names."""
         written: list[Mapping[str, Any]] = self.report["exports"]
         kinds = self.report["spec"]["output"]["exports"] if kind is None else [kind]
-        exports = [
-            export
-            for export in written
-            if export["kind"] in kinds
-            and ("from_pretrained" in export["load"] or not for_transformers)
-        ]
+        exports = [export for export in written if export["kind"] in kinds]
+        if for_transformers:
+            exports = [export for export in exports if "from_pretrained" in export["load"]]
         if not exports:
             raise ValueError(
                 f"the run {self.uri} has no export {kind or 'for this'}; it has "

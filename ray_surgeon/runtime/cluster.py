@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from threading import Barrier, BrokenBarrierError
-from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, cast
+from typing import Any, Generic, ParamSpec, TypeVar, cast
 
 import torch
 
@@ -16,7 +16,7 @@ from ray_surgeon.memory.stores import Stores
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.runtime.collectives import ThreadReplica
 from ray_surgeon.runtime.placement import Placement, WorkerIndex
-from ray_surgeon.runtime.worker import Worker, clean_up
+from ray_surgeon.runtime.worker import Step, Worker, clean_up
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -131,11 +131,7 @@ class Cluster(ABC):
         self.stores = Stores()  # of the loaded workers
 
     def submit(
-        self,
-        index: WorkerIndex,
-        step: Callable[Concatenate[Worker, P], T],
-        *args: P.args,
-        **kwargs: P.kwargs,
+        self, index: WorkerIndex, step: Step[P, T], *args: P.args, **kwargs: P.kwargs
     ) -> Future[T]:
         """Start a step on one worker; its steps run in the order of submission.
 
@@ -163,9 +159,7 @@ class Cluster(ABC):
     def get(self, futures: Sequence[Future[T]]) -> list[T]:
         """Wait for futures and return their values; what a worker raised is raised here."""
 
-    def run_all(
-        self, step: Callable[Concatenate[Worker, P], T], *args: P.args, **kwargs: P.kwargs
-    ) -> list[T]:
+    def run_all(self, step: Step[P, T], *args: P.args, **kwargs: P.kwargs) -> list[T]:
         """Run a step on every worker at the same time.
 
         Results come in the order of `placement.workers`.
@@ -204,10 +198,9 @@ class LocalCluster(Cluster):
             device: "cpu" or "cuda".
         """
         super().__init__(placement)
-        self.workers = {
-            index: Worker(layout, placement, index, num_threads, device)
-            for index in placement.workers
-        }
+        torch.set_num_threads(num_threads)
+        workers = placement.workers
+        self.workers = {index: Worker(layout, placement, index, device) for index in workers}
         copies = placement.num_replicas
         meetings = [(Barrier(copies), [torch.empty(0)] * copies) for _ in placement.blocks]
         for index, worker in self.workers.items():
@@ -224,9 +217,7 @@ class LocalCluster(Cluster):
         """Return the values."""
         return [value_of(future) for future in futures]
 
-    def run_all(
-        self, step: Callable[Concatenate[Worker, P], T], *args: P.args, **kwargs: P.kwargs
-    ) -> list[T]:
+    def run_all(self, step: Step[P, T], *args: P.args, **kwargs: P.kwargs) -> list[T]:
         """Run a step on every worker, one after the other.
 
         A step in which replicas wait for each other runs in threads.

@@ -135,12 +135,7 @@ def divergences_of(cluster: Cluster, text: str, windows: Tokens) -> list[float]:
 
 
 def compared(
-    cluster: Cluster,
-    text: str,
-    windows: Tokens,
-    counts: Counts = None,
-    *,
-    with_acceptance: bool = False,
+    cluster: Cluster, text: str, windows: Tokens, counts: Counts = None, *, acceptance: bool = False
 ) -> list[Compared]:
     """Compare the present weights with the dense ones on windows of a remembered text.
 
@@ -149,9 +144,9 @@ def compared(
         text: its name.
         windows: [num_sequences, sequence_length] tokens.
         counts: [num_sequences, sequence_length], whether a token counts; None if all do.
-        with_acceptance: whether to compute acceptance and agreement.
+        acceptance: whether to compute acceptance and agreement.
     """
-    comparison = partial(on_worker.comparison, text=text, with_acceptance=with_acceptance)
+    comparison = partial(on_worker.comparison, text=text, with_acceptance=acceptance)
     step = partial(on_worker.infer_each, of_each=comparison)
     return run_pass(cluster, windows, step, counts=counts)
 

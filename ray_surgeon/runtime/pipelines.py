@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain, zip_longest
 from typing import Literal, TypeVar
@@ -89,9 +89,7 @@ def run_pass(
     moving: dict[tuple[int, int], Future[TensorPayload]] = {}
     results: dict[tuple[int, int], Future[list[T]]] = {}
     num_done = 0
-
-    def submit(replica: int, operation: Operation) -> None:
-        nonlocal num_done
+    for replica, operation in _in_turns(order or one_by_one, num_shards, waves):
         shard, direction, number = operation
         key = (replica, number)
         index = WorkerIndex(shard, replica)
@@ -108,14 +106,8 @@ def run_pass(
             moving[key], results[key] = pair
         else:
             moving[key] = cluster.submit(index, _STEPS[direction], number, inputs)
-
-    order = order or one_by_one
-    for operations in zip_longest(*(order(num_shards, len(own)) for own in waves)):
-        for replica, operation in enumerate(operations):
-            if operation is not None:
-                submit(replica, operation)
-                if counted:
-                    cluster.progress.reach(num_done)
+        if counted:
+            cluster.progress.reach(num_done)
     values = chain.from_iterable(cluster.get(list(results.values())))
     if counted:
         cluster.progress.reach(len(wanted))
@@ -135,6 +127,16 @@ def _waves_of_replicas(cluster: Cluster, numbers: Sequence[int]) -> list[list[li
     size = cluster.stores.wave
     own = [list(numbers[replica::num_replicas]) for replica in range(num_replicas)]
     return [[mine[i : i + size] for i in range(0, len(mine), size)] for mine in own]
+
+
+def _in_turns(
+    order: Callable[[int, int], list[Operation]], num_shards: int, waves: list[list[list[int]]]
+) -> Iterator[tuple[int, Operation]]:
+    """Yield the operations of replicas, which take turns."""
+    for operations in zip_longest(*(order(num_shards, len(own)) for own in waves)):
+        for replica, operation in enumerate(operations):
+            if operation is not None:
+                yield replica, operation
 
 
 def _share_states(cluster: Cluster, text: str, numbers: Sequence[int]) -> None:

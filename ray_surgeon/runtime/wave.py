@@ -124,6 +124,10 @@ class SequenceOfWave(NamedTuple):
     counts: Tensor | None  # [1, T] bool, which tokens count; None for all
 
 
+OfEach = Callable[[Worker, Tensor, SequenceOfWave], T]
+"""What is made of the hidden states [1, T, d] of a sequence before the head."""
+
+
 @dataclass(frozen=True)
 class Wave:
     """Sequences that pass the shards together, as they travel to the last one."""
@@ -222,11 +226,7 @@ def infer_logits(worker: Worker, inputs: TensorPayload) -> TensorPayload:
 
 
 def infer_each(
-    worker: Worker,
-    number: int,
-    inputs: TensorPayload,
-    wave: Wave,
-    of_each: Callable[[Worker, Tensor, SequenceOfWave], T],
+    worker: Worker, number: int, inputs: TensorPayload, wave: Wave, of_each: OfEach[T]
 ) -> tuple[TensorPayload, list[T]]:
     """Run a wave up to the head.
 
@@ -237,7 +237,7 @@ def infer_each(
         number: of the wave.
         inputs: tokens [m, T] or hidden states [m, T, d].
         wave: the sequences.
-        of_each: what is made of the hidden states [1, T, d] of one; see below.
+        of_each: what is made of one; see below.
     """
     hidden = worker.runner.infer(worker.unpack(inputs))
     if wave.text is not None:

@@ -84,11 +84,12 @@ class Job:
     ) -> dict[str, StepPlan]:
         """Return the steps of one worker by name, which may have other blocks or work."""
         layout = layout_of(self.name)
-        own = self.placement.blocks[shard]
+        own = list(self.placement.blocks)
         if blocks is not None:
-            own = BlockRange(0, blocks, layout.num_blocks)
+            own[shard] = BlockRange(0, blocks, layout.num_blocks)
+        placement = dataclasses.replace(self.placement, blocks=tuple(own))
         shapes = Shapes(layout, work or self.work)
-        view = WorkerView(shapes, self.placement, stores, on_cpu, shard, own)
+        view = WorkerView(shapes, placement, stores, on_cpu, shard)
         return {step.name: step for step in view.steps}
 
 
