@@ -63,8 +63,7 @@ class RayCluster(Cluster):
         self._nodes: dict[WorkerIndex, str] = {}  # once all have started
         self._nodes_at_start = nodes_alive()
         try:
-            num_threads = section.cpus_per_worker
-            started = [self.submit(index, _settle, num_threads) for index in placement.workers]
+            started = [self.submit(i, _settle, section.cpus_per_worker) for i in placement.workers]
             nodes = self._wait(started, section.start_timeout_s)
             self._nodes = dict(zip(placement.workers, nodes, strict=True))
             if placement.num_replicas > 1:
