@@ -135,8 +135,8 @@ class Planner:
         Raises:
             DoesNotFitError: nothing fits; names the step that binds, and what would do.
         """
-        parts = (_SAFE * size for size in (room.device, room.host, room.disk))
-        safe = Room(*parts, room.device_is_host)
+        sizes = {name: _SAFE * getattr(room, name) for name in ("device", "host", "disk")}
+        safe = replace(room, **sizes)
         limit_gib = self.wanted.limit_gib
         limit = math.inf if limit_gib is None else limit_gib * 2**30
         plans = list(self.plans(placement, replace(safe, device=min(limit, safe.device))))

@@ -125,7 +125,7 @@ def _run_with_retries(inputs: Inputs, display: Display) -> None:
         )
     left = section.retries.model_dump()
     attempt = Attempt()
-    failure = None
+    failure: WorkerFailureError | None = None
     while (failure := _try(inputs, failure, attempt, display)) is not None:
         cause = failure.cause
         if not left[cause]:

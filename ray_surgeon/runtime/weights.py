@@ -28,6 +28,8 @@ from ray_surgeon.storage import files, tensor_files
 from ray_surgeon.storage.sources import open_model
 
 T = TypeVar("T")
+_Tensors = Iterable[tuple[str, Tensor]]
+"""With their names in a file."""
 
 FILE_BYTES = 2**30
 """Largest size of a file of weights, unless one tensor alone is larger.
@@ -111,8 +113,9 @@ def save_shot(worker: Worker, folder: str) -> tuple[SavedFile, ...]:
     """Write what the method changes: the linears and the masks of a shard."""
     get = worker.shard.tensor
     weights = [((n, get(n)) for n in part) for part in _weight_parts(worker, linears_only=True)]
+    files_of: dict[str, Sequence[_Tensors]] = {"shard": weights, "masks": _mask_parts(worker)}
     saved = []
-    for kind, parts in (("shard", weights), ("masks", _mask_parts(worker))):
+    for kind, parts in files_of.items():
         for i, part in enumerate(parts, 1):
             suffix = f"-{i:04d}" if len(parts) > 1 else ""
             name = f"{kind}-{worker.index.shard + 1:04d}{suffix}.safetensors"
@@ -160,7 +163,7 @@ def save_weights(
         stored: whether tensors are called as in the family's own checkpoints, or as they are here.
     """
     exported = _Exported(worker, cut_out=not mask_names, stored=stored)
-    parts: list[Iterable[tuple[str, Tensor]]] = [
+    parts: list[_Tensors] = [
         ((exported.name(n), exported.get(n)) for n in part if n not in left_out)
         for part in _weight_parts(worker, linears_only=False)
     ]
@@ -250,7 +253,7 @@ def _by_size(sizes: Sequence[tuple[T, int]]) -> list[list[T]]:
     return parts
 
 
-def _write(uri: str, tensors: Iterable[tuple[str, Tensor]]) -> SavedFile:
+def _write(uri: str, tensors: _Tensors) -> SavedFile:
     """Write tensors by name, but those of which nothing is left."""
     kept = {name: tensor for name, tensor in tensors if tensor.numel()}
     return SavedFile(uri, tensor_files.write(uri, kept), tuple(kept))
