@@ -76,7 +76,8 @@ def pass_up_to_the_head(
         FloatingPointError: a state before the head is not finite.
     """
     step = partial(on_worker.infer_each, of_each=on_worker.is_finite)
-    if not all(run_pass(cluster, sequences, step, only=only, text=text)):
+    are_finite = run_pass(cluster, sequences, step, only=only, text=text)
+    if not all(are_finite):
         finite(f"a hidden state of {whose}", math.nan)
 
 

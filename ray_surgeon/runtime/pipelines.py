@@ -108,13 +108,13 @@ def run_pass(
             moving[key] = cluster.submit(index, _STEPS[direction], number, inputs)
         if counted:
             cluster.progress.reach(num_done)
-    values = chain.from_iterable(cluster.get(list(results.values())))
+    values = cluster.get(list(results.values()))
     if counted:
         cluster.progress.reach(len(wanted))
     if text is not None:
         _share_states(cluster, text, wanted)
     numbers = chain.from_iterable(waves[replica][number] for replica, number in results)
-    result_of = dict(zip(numbers, values, strict=True))
+    result_of = dict(zip(numbers, chain.from_iterable(values), strict=True))
     return [result_of[number] for number in wanted]
 
 
