@@ -31,7 +31,7 @@ from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.report.directory import RunDirectory
 from ray_surgeon.run.inputs import Inputs, check
 from ray_surgeon.run.loop import run_shots
-from ray_surgeon.runtime.local import LocalCluster
+from ray_surgeon.runtime.cluster import LocalCluster
 from ray_surgeon.runtime.worker import LinearSummary, Worker, collective
 from ray_surgeon.spec.parsing import parse_spec
 from ray_surgeon.stages.prune.groups import Groups
@@ -57,7 +57,7 @@ class Peer(Groups):
     def _expert_costs(self, worker: Worker, shot: int) -> dict[str, float]:
         found = super()._expert_costs(worker, shot)
         if self.peer == "magnitude" and self.ranks_experts:
-            for experts in worker.expert_sets:
+            for experts in worker.shard.expert_sets:
                 for linears in experts.linears:
                     found[linears[-1]] = (
                         sum(float(worker.shard.weight(name).square().sum()) for name in linears)

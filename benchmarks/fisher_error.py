@@ -28,9 +28,9 @@ from ray_surgeon.models.hooks import watch_pairs
 from ray_surgeon.report.display import new_console
 from ray_surgeon.report.plots import save
 from ray_surgeon.run.inputs import Inputs, check
-from ray_surgeon.runtime.loading import ModelRecipe, load
-from ray_surgeon.runtime.local import LocalCluster
+from ray_surgeon.runtime.cluster import LocalCluster
 from ray_surgeon.runtime.placement import place
+from ray_surgeon.runtime.weights import ModelRecipe, load
 from ray_surgeon.spec.parsing import parse_spec
 from ray_surgeon.storage import files
 

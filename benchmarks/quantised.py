@@ -24,9 +24,9 @@ from ray_surgeon.export.folder import Pruned
 from ray_surgeon.export.for_engines import export_quantised
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.run.inputs import Inputs, check
-from ray_surgeon.runtime.loading import ModelRecipe, load
-from ray_surgeon.runtime.local import LocalCluster
+from ray_surgeon.runtime.cluster import LocalCluster
 from ray_surgeon.runtime.placement import place
+from ray_surgeon.runtime.weights import ModelRecipe, load
 from ray_surgeon.spec.job import JobSpec
 from ray_surgeon.spec.parsing import parse_spec
 from ray_surgeon.spec.sections import ModelSection, QuantizeSection

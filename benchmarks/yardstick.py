@@ -30,11 +30,11 @@ from benchmarks.humaneval import named_folders
 from benchmarks.peers import inputs_of_spec
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.loss import perplexity_of
-from ray_surgeon.runtime.loading import ModelRecipe, load
-from ray_surgeon.runtime.local import LocalCluster
+from ray_surgeon.runtime.cluster import LocalCluster
 from ray_surgeon.runtime.passes import num_counted, sequence_losses
 from ray_surgeon.runtime.placement import place
 from ray_surgeon.runtime.wave import ANSWERS, DenseStates
+from ray_surgeon.runtime.weights import ModelRecipe, load
 from ray_surgeon.runtime.worker import Worker
 from ray_surgeon.spec.sections import ModelSection
 from ray_surgeon.stages.answers.answers import (
@@ -134,7 +134,7 @@ def family_of(humaneval: Path, run: Path, dtype: str, num_threads: int) -> list[
             (states,) = cluster.run_all(states_of)
         else:
             (worker,) = cluster.workers.values()
-            worker.keeping(DenseStates).of_text[ANSWERS] = states.of_text[ANSWERS]
+            worker.keeping(DenseStates)[ANSWERS] = states[ANSWERS]
         measures = measures_of(cluster, answers, max_tokens, inputs.texts)
         cluster.close()
         passed = sum(outcome == "passed" for outcome in record["outcomes"].values())

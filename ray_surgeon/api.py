@@ -10,7 +10,6 @@ import operator
 import os
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -25,8 +24,7 @@ from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.runner import BlockRunner
 from ray_surgeon.models.shard import ModelShard
 from ray_surgeon.report.display import Display, new_console
-from ray_surgeon.run.arguments import spec_of
-from ray_surgeon.run.in_memory import a_tokenizer, causal_lm, own_modes, saved
+from ray_surgeon.run.arguments import a_tokenizer, causal_lm, own_modes, save, spec_of
 from ray_surgeon.run.inputs import check
 from ray_surgeon.run.result import PruneResult, ended_before, run
 from ray_surgeon.spec.base import local_path
@@ -60,8 +58,8 @@ def prune(
             revision), or a model in memory; not with `spec`.
         tokenizer: the tokenizer of a model in memory.
         spec: a whole job spec, in place of everything else.
-        calibration: section of that name: source, num_sequences, sequence_length and more; needed
-            without `spec`, unless a preset is given.
+        calibration: section of that name: source, num_sequences, sequence_length and more; a mix
+            of texts that suits the model if not given.
         pruning: section of that name: structure, target_sparsity and more. Needed without `spec`.
         curvature: section of that name; KFAC if not given.
         correction: section of that name; no low-rank corrections if not given.
@@ -88,19 +86,9 @@ def prune(
         FloatingPointError: a loss, factor or cost is not usable; committed shots stay.
         RuntimeError: the run failed otherwise; committed shots stay.
     """
-    sections = {
-        "calibration": calibration,
-        "pruning": pruning,
-        "curvature": curvature,
-        "correction": correction,
-        "evaluation": evaluation,
-        "cluster": cluster,
-        "memory": memory,
-        "output": output,
-        "name": name,
-        "preset": preset,
-    }
-    sections = {key: value for key, value in sections.items() if value is not None}
+    arguments = locals()
+    names = JobSpec.model_fields.keys() - {"version", "model"}
+    sections = {key: arguments[key] for key in names if arguments[key] is not None}
     source = local_path(model)
     if not (source is None or isinstance(source, str | Mapping)):
         source = causal_lm(source)
@@ -116,14 +104,10 @@ def prune(
             "spec: it says everything already; leave model, tokenizer and the sections out"
         )
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    with ExitStack() as stack:
-        if isinstance(source, PreTrainedModel):
-            stack.enter_context(
-                saved(source, a_tokenizer(tokenizer), spec.model.source, spec.output.uri)
-            )
-        inputs = check(spec, resume=resume)
-        console = new_console() if progress else None
-        display = stack.enter_context(Display(console, inputs.spec.name))
+    if isinstance(source, PreTrainedModel):
+        save(source, a_tokenizer(tokenizer), spec.model.source, spec.output.uri)
+    inputs = check(spec, resume=resume)
+    with Display(new_console() if progress else None, inputs.spec.name) as display:
         for line in inputs.notes:
             display.note(line)
         return ended_before(inputs, display.note) or run(inputs, display)
@@ -162,38 +146,30 @@ def curvature(
     """
     model = causal_lm(model)
     layout = ModelLayout.of(model.config)
-    if linears is not None:
-        linears = _names(linears, layout)
+    names = list(layout.shapes if linears is None else linears)
+    if unknown := [name for name in names if name not in layout.shapes]:
+        raise ValueError(
+            f"linears: the model has no {', '.join(unknown)}; it has for example "
+            f"{', '.join(list(layout.shapes)[:7])}"
+        )
     windows = _token_ids(sequences, tokenizer, layout)
     # weights are never written, so they are read where they are: in the model
     stores = Stores(weights="disk")
     blocks = BlockRange(0, layout.num_blocks, layout.num_blocks)
     shard = ModelShard(layout, blocks, model.dtype, model.device, stores)
     shard.load(reader_of(layout, model))
-    roles = None if linears is None else frozenset(layout.shapes[name].role for name in linears)
-    shard.start_curvature(only=roles)
+    shard.start_curvature(only=frozenset(layout.shapes[name].role for name in names))
     runner = BlockRunner(shard)
     for number, ids in enumerate(windows):
         batch = torch.tensor([ids], device=model.device)
-        generator = (
-            None if label_seed is None else torch.Generator().manual_seed(label_seed + number)
-        )
+        generator = None
+        if label_seed is not None:
+            generator = torch.Generator().manual_seed(label_seed + number)
         (hidden,) = runner.forward(number, batch)
         _, gradient, _ = runner.loss(hidden, batch, generator)
         runner.backward(number, [gradient])
     shard.stop_curvature()
-    names = layout.shapes if linears is None else linears
     return {name: shard.own_factors(name).dense() for name in names}
-
-
-def _names(linears: Sequence[str], layout: ModelLayout) -> list[str]:
-    names = [linears] if isinstance(linears, str) else list(linears)
-    if unknown := [name for name in names if name not in layout.shapes]:
-        raise ValueError(
-            f"linears: the model has no {', '.join(unknown)}; it has for example "
-            f"{', '.join(list(layout.shapes)[:7])}"
-        )
-    return names
 
 
 def _token_ids(
@@ -217,9 +193,8 @@ def _token_ids(
             "input_ids, or of texts"
         )
     config = layout.config
-    longest = (
-        config.max_position_embeddings if layout.family.positions else math.inf
-    )  # rotary embeddings go on
+    # rotary embeddings go on
+    longest = config.max_position_embeddings if layout.family.positions else math.inf
     windows = [_ids_of(number, sequence, tokenizer) for number, sequence in enumerate(sequences)]
     if not windows:
         raise ValueError("sequences: there is none; give at least one of two tokens or more")

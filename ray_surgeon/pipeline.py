@@ -14,20 +14,22 @@ import signal
 import sys
 from collections.abc import Sequence
 from types import FrameType
+from typing import Any
 
-from pydantic import ValidationError
+import torch
+from pydantic import ByteSize, TypeAdapter, ValidationError
 from rich.console import Console
 
 import ray_surgeon
 from ray_surgeon.maths.threshold import OutOfReachError
 from ray_surgeon.models.checkpoint import BadWeightsError
 from ray_surgeon.plan.plan import DoesNotFitError, plan_table
+from ray_surgeon.plan.room import DEVICES, Device, Room, resources_here
 from ray_surgeon.report import tables
 from ray_surgeon.report.directory import RunDirectory, TakenOverError
 from ray_surgeon.report.display import Display, new_console
-from ray_surgeon.report.tables import shots_table, summary_lines
 from ray_surgeon.run.inputs import Inputs, check
-from ray_surgeon.run.machines import PLAN_OPTIONS, planned_for
+from ray_surgeon.run.reading import as_input_error
 from ray_surgeon.run.result import PruneResult, ended_before, run
 from ray_surgeon.spec.job import JobSpec
 from ray_surgeon.spec.parsing import parse_spec, validation_message
@@ -43,6 +45,37 @@ INTERRUPTED = 130
 
 _REFUSED = (BadWeightsError, DoesNotFitError, OutOfReachError)
 """What only a run can find to be wrong with its input."""
+
+
+def _bytes(text: str) -> float:
+    """Return a size such as 80GB or 1.5TiB in bytes."""
+    return float(TypeAdapter(ByteSize).validate_python(text))
+
+
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "--dry-run": {"action": "store_true", "help": "check everything, print the plan, and stop"},
+    "--resume": {"action": "store_true", "help": "go on after the run's last committed shot"},
+    "--set": {"action": "append", "default": [], "metavar": "section.field=value"},
+    "--schema": {"action": "store_true", "help": "print the JSON Schema of the job spec"},
+}
+_SIZES = {
+    "--device-memory": ("80GB", "of each worker's device; the device's own if not given"),
+    "--host-memory": ("1TB", "of each machine; this one's if not given"),
+    "--disk": ("4TB", "free on each machine; this one's if not given"),
+}
+_PLAN_OPTIONS: dict[str, dict[str, Any]] = {
+    "--device": {
+        "choices": sorted(DEVICES),
+        "help": "what workers compute on; expected times are this device's; if not given, the CPU, "
+        "or an h100 where the spec has gpus_per_worker, or with --device-memory",
+    },
+    **{o: {"type": _bytes, "metavar": size, "help": text} for o, (size, text) in _SIZES.items()},
+    "--workers-per-machine": {
+        "type": int,
+        "help": "that share its memory and disk, at most; 8 if not given",
+    },
+}
+"""Option -> settings of its argument: what other machines have that a plan is made for."""
 
 
 def _interrupt_on_sigterm() -> None:
@@ -64,26 +97,12 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "spec", nargs="?", help="job spec: a YAML or JSON file, local or on any fsspec URI"
     )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="check everything, print the plan, and stop"
-    )
-    parser.add_argument(
-        "--resume", action="store_true", help="continue after the last committed shot of this run"
-    )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="section.field=value",
-        help="override a field; repeatable",
-    )
-    parser.add_argument(
-        "--schema", action="store_true", help="print the JSON Schema of the job spec and stop"
-    )
+    for option, settings in _OPTIONS.items():
+        parser.add_argument(option, **settings)
     plan_options = parser.add_argument_group(
         "a plan for other machines than this one", "ray-surgeon plan, or --dry-run"
     )
-    for option, settings in PLAN_OPTIONS.items():
+    for option, settings in _PLAN_OPTIONS.items():
         plan_options.add_argument(option, **settings)
     return parser
 
@@ -94,11 +113,7 @@ def _arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if not arguments.schema and arguments.spec is None:
         parser.error("a job spec is needed, for instance pipelines/quickstart.yaml")
-    named = [
-        option
-        for option in PLAN_OPTIONS
-        if getattr(arguments, option[2:].replace("-", "_")) is not None
-    ]
+    named = [o for o in _PLAN_OPTIONS if getattr(arguments, o[2:].replace("-", "_")) is not None]
     if named and not arguments.dry_run:
         parser.error(
             f"{', '.join(named)}: only for a plan (ray-surgeon plan, or --dry-run); "
@@ -110,14 +125,9 @@ def _arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
 
 
 def _read_spec(uri: str, overrides: Sequence[str]) -> JobSpec:
-    try:
+    with as_input_error(f"cannot read the job spec {uri}"):
         files.check_size(uri, _MAX_SPEC_BYTES, "this is no job spec; see the files in pipelines/")
         text = files.read_text(uri)
-    except OSError as error:
-        raise ValueError(
-            f"cannot read the job spec {uri}: {error}; check the path, the permissions and the "
-            "network"
-        ) from error
     try:
         return parse_spec(text, overrides)
     except ValidationError as error:
@@ -141,7 +151,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m ray_surgeon.p
                 console.print("planned from config.json alone: there are no weights to check")
             if inputs.widths is not None:
                 console.print(inputs.widths)
-            console.print(plan_table(inputs.plan(*planned_for(arguments, inputs))))
+            console.print(plan_table(inputs.plan(*_planned_for(arguments, inputs))))
             return DONE
         result = ended_before(inputs, console.print)
         if result is None and isinstance(inputs.spec.cluster, RaySection):
@@ -180,6 +190,23 @@ def _checked(arguments: argparse.Namespace, console: Console) -> Inputs:
     return inputs
 
 
+def _planned_for(arguments: argparse.Namespace, inputs: Inputs) -> tuple[Room, Device]:
+    """Return what a worker has, as the command line says it, or else as it is here."""
+    section = inputs.spec.cluster
+    this_machine = resources_here(torch.device("cpu"), inputs.spec.memory.scratch).room
+    name = arguments.device or (
+        "h100" if section.gpus_per_worker or arguments.device_memory else "cpu"
+    )
+    device = DEVICES[name] if name != "cpu" else DEVICES[name].times(section.cpus_per_worker)
+    together = max(1, min(section.num_workers, arguments.workers_per_machine or 8))
+    host = (arguments.host_memory or this_machine.host) / together
+    disk = (arguments.disk or this_machine.disk) / together
+    if not device.memory_bytes:
+        return Room(host, host, disk, device_is_host=True), device
+    memory = arguments.device_memory or device.memory_bytes
+    return Room(memory, host, disk, device_is_host=False), device
+
+
 def _end(error: BaseException, resume_with: str | None) -> int:
     """Say why the command ends, and return its exit code.
 
@@ -203,9 +230,9 @@ def _end(error: BaseException, resume_with: str | None) -> int:
 
 
 def _show(result: PruneResult, console: Console) -> None:
-    console.print(shots_table(result.report))
+    console.print(tables.shots_table(result.report))
     for part in ("exports", "answers"):
-        for line in summary_lines(part, result.report):
+        for line in tables.summary_lines(part, result.report):
             console.print(line, soft_wrap=True, highlight=False, markup=False)
     directory = RunDirectory(result.uri)
     console.print(

@@ -22,7 +22,7 @@ from ray_surgeon.runtime import fresh_process
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.collectives import decode
 from ray_surgeon.runtime.passes import logits
-from ray_surgeon.runtime.saving import num_files, save_weights
+from ray_surgeon.runtime.weights import num_files, save_weights
 from ray_surgeon.spec.sections import ModelSection
 from ray_surgeon.storage import files, tensor_files
 from ray_surgeon.storage.sources import goes_along, open_model

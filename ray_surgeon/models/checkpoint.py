@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ray_surgeon.maths.masks import Mask
+from ray_surgeon.models.build import BlockRange
 from ray_surgeon.models.experts import ExpertTensor
 from ray_surgeon.models.layout import ModelLayout, Shapes
 
@@ -245,3 +247,52 @@ class Stack:
             num_outputs = len(tensor) * (part.every.step or 1)
             self.tensor = tensor.new_empty(self._num_experts, *tensor.shape[1:], num_outputs)
         self.tensor[place, ..., part.every] = tensor.t()
+
+
+class Stored:
+    """What a checkpoint calls tensors, without removed experts, and which it keeps together."""
+
+    def __init__(
+        self, layout: ModelLayout, blocks: BlockRange, masks: Mapping[str, Mask], *, stored: bool
+    ) -> None:
+        """Look up which experts are left, by the masks of the blocks' linears, if there are any.
+
+        `stored` is whether tensors are as in the family's own checkpoints, or as they are here.
+        """
+        self._layout = layout
+        self._stored = stored
+        sets = [e for e in layout.expert_sets if masks and e.block in blocks]
+        self._left = {experts.name: ~experts.removed(masks) for experts in sets}
+        router = layout.family.sparse.router
+        prefix = layout.family.block_prefix
+        # name of a router -> which of its entries are left
+        self.entries = {prefix(e.block) + router: self._left[e.name] for e in sets}
+        self._whole = ""  # the tensor of all experts that is being put together
+        self._stack = Stack(0)
+
+    def _part(self, name: str) -> ExpertTensor | None:
+        return self._layout.family.part_of_stack(name) if self._stored else None
+
+    def _place(self, experts: str, number: int) -> int:
+        """Return the number of an expert among those that are left."""
+        return int(self._left[experts][:number].sum()) if experts in self._left else number
+
+    def name(self, name: str) -> str:
+        """Return what a tensor is called."""
+        if (whole := self._part(name)) is not None:
+            return whole.whole
+        if (part := self._layout.family.sparse.tensor_of(name)) is not None:
+            number = self._place(part.experts, part.expert)
+            name = f"{part.experts}.{number}.{part.linear}.{part.kind}"
+        return self._layout.family.stored_name(name) if self._stored else name
+
+    def whole(self, name: str, tensor: Tensor) -> Tensor:
+        """Return the tensor of `name(name)`, with all parts that were given before filled in."""
+        part = self._part(name)
+        if part is None or not tensor.numel():
+            return tensor
+        if self._whole != part.whole:
+            self._whole = part.whole
+            self._stack = Stack(self._place(part.experts, self._layout.num_experts))
+        self._stack.put(part, self._place(part.experts, part.expert), tensor)
+        return self._stack.tensor

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from ray_surgeon.maths.masks import Mask
 from ray_surgeon.models import build
 from ray_surgeon.models.families import Family, family_of
 from ray_surgeon.models.groups import GroupSet, groups_of
@@ -82,6 +83,14 @@ class ExpertSet:
     name: str  # global name of the experts, e.g. ``model.layers.3.mlp.experts``
     # for every expert, the global names of its linears, the consumer last
     linears: tuple[tuple[str, ...], ...]
+
+    def removed(self, masks: Mapping[str, Mask]) -> Tensor:
+        """Return which experts are removed, [num_experts] bool.
+
+        Nothing of their last linears is kept, not even rows.
+        """
+        of_consumers = [masks[linears[-1]] for linears in self.linears]
+        return torch.tensor([not mask.tensors()["rows"].any() for mask in of_consumers])
 
 
 Linears = tuple[LinearShape, ...]

@@ -68,6 +68,7 @@ class ModelShard:
         self._group_of = {name: group for group in self.shared_inputs for name in group.names}
         sparse = layout.family.sparse
         blocks_by_place = enumerate(self.block_modules)
+        self.expert_sets = [experts for experts in layout.expert_sets if experts.block in blocks]
         self.mixtures = {i: Mixture(b, sparse) for i, b in blocks_by_place if sparse.is_in(b)}
         self.expert_sums: dict[int, of_experts.ExpertSums] = {}
         # what the present pass keeps of its layers' inputs, if anything

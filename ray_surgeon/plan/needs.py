@@ -6,11 +6,11 @@ That is memory, operations, and bytes that move. Stages say what they need in te
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ray_surgeon.memory.stores import Place, Stores
-from ray_surgeon.models.build import BlockRange
 from ray_surgeon.models.loss import bytes_at_the_head
 from ray_surgeon.models.runner import TOKENS_OF_ROOM
 from ray_surgeon.plan.room import Device
@@ -62,6 +62,8 @@ class WorkerView:
     """One worker, in whose terms a stage says what it needs.
 
     Attributes:
+        shard: which one it holds.
+        blocks: of the shard.
         shapes: sizes of the model.
         stores: where idle weights and factors are kept.
         linears: of the worker's blocks.
@@ -82,20 +84,15 @@ class WorkerView:
     """
 
     def __init__(
-        self,
-        shapes: Shapes,
-        placement: Placement,
-        stores: Stores,
-        device_is_host: bool,
-        shard: int,
-        blocks: BlockRange,
+        self, shapes: Shapes, placement: Placement, stores: Stores, device_is_host: bool, shard: int
     ) -> None:
         """Take one worker of a shard, the one with most to do."""
         work = shapes.work
+        self.shard = shard
+        self.blocks = blocks = placement.blocks[shard]
         self.shapes = shapes
         self.stores = stores
         self._stages = work.stages
-        self._blocks = blocks
         self._own = range(blocks.first, blocks.last)
         self.num_blocks = len(self._own)
         self.num_shards = placement.num_shards
@@ -131,14 +128,13 @@ class WorkerView:
         self.all_factors = sum(factors)
         self.largest_factors = max(factors)
         self.active = sum(shapes.active_parameters[block] for block in self._own)
-        self.outside = shapes.outside_bytes(self._blocks)
+        # of weights and factors for a GPU there are pinned pieces, which torch keeps
+        self.outside, pinned_weights, pinned_factors = shapes.of_shard(self.blocks)
         is_resident = stores.weights == "device"
         self.idle = self.outside + self.all_blocks * is_resident
         # on the CPU a block runs where it lies, elsewhere the next one is ahead
         runs_in_place = self.device_is_host or is_resident
         self.weights = self.idle + (0 if runs_in_place else 2 * max(sizes))
-        # of weights; and for a GPU of pinned pieces, which torch keeps
-        pinned_weights, pinned_factors = shapes.pinned_bytes(self._blocks)
         if self.device_is_host:
             pinned_weights = self.all_blocks
             pinned_factors = 0
@@ -151,8 +147,9 @@ class WorkerView:
         factors = self.all_factors * (self.stores.factors == "disk")
         return factors + self.all_blocks * (self.stores.weights == "disk")
 
+    @functools.cached_property
     def steps(self) -> list[StepPlan]:
-        """Return all steps, each of them once, in their order."""
+        """All steps, each of them once, in their order."""
         steps: dict[str, StepPlan] = {}
         for step in (step for stage in self._stages for step in stage.needs(self)):
             steps[step.name] = steps[step.name].then(step) if step.name in steps else step
@@ -166,7 +163,7 @@ class WorkerView:
 
     def remembered(self, num_tokens: int) -> float:
         """Return the bytes of the dense model's last hidden states, bfloat16."""
-        return 2.0 * self.hidden_size * num_tokens * self._blocks.is_last
+        return 2.0 * self.hidden_size * num_tokens * self.blocks.is_last
 
     def measuring(self, name: str, texts: Sequence[tuple[int, int]]) -> StepPlan:
         """Return passes forward over texts, of which each has a number of windows and a length."""

@@ -18,11 +18,9 @@ from typing import Any, get_args
 from rich.table import Table
 
 from ray_surgeon.memory.stores import Activations, Place, Stores
-from ray_surgeon.models.build import BlockRange
-from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.plan.needs import StepPlan, WorkerView
 from ray_surgeon.plan.room import Device, Room
-from ray_surgeon.plan.work import Shapes, Work
+from ray_surgeon.plan.work import Shapes
 from ray_surgeon.runtime.placement import Placement, place
 from ray_surgeon.spec.sections import MemorySection
 
@@ -37,21 +35,11 @@ _SAFE = 0.9
 
 
 @dataclass(frozen=True)
-class WorkerPlan:
-    """One worker's needs; replicas of a shard need the same."""
-
-    shard: int
-    blocks: BlockRange
-    steps: tuple[StepPlan, ...]
-    disk: float  # bytes of scratch
-
-
-@dataclass(frozen=True)
 class Plan:
     """How a job runs."""
 
     stores: Stores
-    workers: tuple[WorkerPlan, ...]  # one a shard
+    workers: tuple[WorkerView, ...]  # one a shard; replicas of a shard need the same
     num_replicas: int
     room: Room
     device: Device
@@ -101,7 +89,7 @@ class Plan:
             "flops": {n: sum(s.flops + s.float32_flops for s in shards) for n, shards in steps},
             "moved_bytes": moved,
             "peak_bytes": {name: list(map(int, peaks)) for name, peaks in self.peaks().items()},
-            "disk_bytes": [int(worker.disk) for worker in self.workers],
+            "disk_bytes": [int(worker.disk_bytes) for worker in self.workers],
         }
 
     def excess(self) -> tuple[float, str]:
@@ -118,7 +106,7 @@ class Plan:
                 where = f"{step.name} on shard {worker.shard}"
                 needs.append((where, device, on_device, room.device))
                 needs.append((where, host, "host memory", room.host))
-            needs.append((f"shard {worker.shard}", worker.disk, "disk", max(1.0, room.disk)))
+            needs.append((f"shard {worker.shard}", worker.disk_bytes, "disk", max(1.0, room.disk)))
         where, need, what, available = max(needs, key=lambda row: row[1] / row[3])
         sentence = f"{where} needs {_gib(need)} of {what}, there are {_gib(available)}"
         return need / available, sentence
@@ -133,61 +121,44 @@ class DoesNotFitError(ValueError):
     """No way to run the job fits the memory there is."""
 
 
-def plan_job(
-    layout: ModelLayout,
-    placement: Placement,
-    work: Work,
-    wanted: MemorySection,
-    room: Room,
-    device: Device,
-) -> Plan:
-    """Choose the fastest way that fits.
-
-    Args:
-        layout: of the model.
-        placement: of its blocks.
-        work: what is done.
-        wanted: what the spec fixes.
-        room: of every worker.
-        device: how fast it is.
-
-    Raises:
-        DoesNotFitError: nothing fits; names the step that binds, and what would do.
-    """
-    safe = replace(room, device=_SAFE * room.device, host=_SAFE * room.host, disk=_SAFE * room.disk)
-    limit = math.inf if wanted.limit_gib is None else wanted.limit_gib * 2**30
-    planner = _Planner(Shapes(layout, work), wanted, device)
-    plans = list(planner.plans(placement, replace(safe, device=min(limit, safe.device))))
-    if fitting := [plan for plan in plans if plan.fits]:
-        # the first of equals, which is the simplest
-        return min(fitting, key=lambda plan: sum(plan.seconds.values()))
-    best = min(plans, key=lambda plan: plan.excess()[0])
-    stores = best.stores
-    raise DoesNotFitError(
-        f"memory: the job does not fit: {best.excess()[1]} (with weights: {stores.weights}, "
-        f"factors: {stores.factors}, wave: {stores.wave}); "
-        f"{planner.remedy(placement, safe, best)}"
-    )
-
-
 @dataclass(frozen=True)
-class _Planner:
+class Planner:
     """Makes plans of one job, for any placement and room."""
 
-    shapes: Shapes
-    wanted: MemorySection
-    device: Device
+    shapes: Shapes  # of the model, and what is done
+    wanted: MemorySection  # what the spec fixes
+    device: Device  # how fast a worker's is
+
+    def best(self, placement: Placement, room: Room) -> Plan:
+        """Choose the fastest way that fits; `room` is of every worker.
+
+        Raises:
+            DoesNotFitError: nothing fits; names the step that binds, and what would do.
+        """
+        sizes = {name: _SAFE * getattr(room, name) for name in ("device", "host", "disk")}
+        safe = replace(room, **sizes)
+        limit_gib = self.wanted.limit_gib
+        limit = math.inf if limit_gib is None else limit_gib * 2**30
+        plans = list(self.plans(placement, replace(safe, device=min(limit, safe.device))))
+        if fitting := [plan for plan in plans if plan.fits]:
+            # the first of equals, which is the simplest
+            return min(fitting, key=lambda plan: sum(plan.seconds.values()))
+        best = min(plans, key=lambda plan: plan.excess()[0])
+        stores = best.stores
+        raise DoesNotFitError(
+            f"memory: the job does not fit: {best.excess()[1]} (with weights: {stores.weights}, "
+            f"factors: {stores.factors}, wave: {stores.wave}); "
+            f"{self.remedy(placement, safe, best)}"
+        )
 
     def plan(self, placement: Placement, room: Room, stores: Stores) -> Plan:
         """Return how the job runs if things are kept in these stores."""
-        workers = []
-        for shard, blocks in enumerate(placement.blocks):
-            on_host = room.device_is_host
-            worker = WorkerView(self.shapes, placement, stores, on_host, shard, blocks)
-            workers.append(WorkerPlan(shard, blocks, tuple(worker.steps()), worker.disk_bytes))
-        copies = placement.num_replicas
+        workers = tuple(
+            WorkerView(self.shapes, placement, stores, room.device_is_host, shard)
+            for shard in range(placement.num_shards)
+        )
         dtype = self.shapes.work.dtype
-        return Plan(stores, tuple(workers), copies, room, self.device, dtype)
+        return Plan(stores, workers, placement.num_replicas, room, self.device, dtype)
 
     def plans(self, placement: Placement, room: Room) -> Iterator[Plan]:
         """Yield what the spec allows, the simplest first."""
@@ -223,10 +194,9 @@ class _Planner:
         if wanted.limit_gib is not None and self.plan(placement, safe, best.stores).fits:
             limit = math.ceil(100 * wanted.limit_gib * times) / 100
             remedies.append(f"or raise memory.limit_gib to {limit:g}")
-        elif times < 100:
-            remedies.append(f"or give workers with {times:.2g} times that memory")
         else:
-            remedies.append(f"or give workers with {times:.0f} times it")
+            rounded = float(f"{times:.2g}")
+            remedies.append(f"or give workers with {rounded:g} times that memory")
         return ", ".join(remedies).removeprefix("or ")
 
     def _enough_shards(self, placement: Placement, room: Room) -> int | None:
@@ -258,7 +228,8 @@ def plan_table(plan: Plan) -> Table:
         table.add_column(column, justify="right")
     for worker in plan.workers:
         peaks = [plan.peak(step) for step in worker.steps]
-        sizes = [*(device for device, _ in peaks), max(host for _, host in peaks), worker.disk]
+        on_host = max(host for _, host in peaks)
+        sizes = [*(device for device, _ in peaks), on_host, worker.disk_bytes]
         blocks = f"{worker.blocks.first}-{worker.blocks.last - 1}"
         table.add_row(str(worker.shard), blocks, *(f"{size / 2**30:.2f}" for size in sizes))
     table.add_section()

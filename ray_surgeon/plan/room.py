@@ -38,22 +38,21 @@ def look_around(worker: Worker, root: str | None, run: str, attempt: str) -> Res
 
     Runs on the worker.
     """
-    resources = resources_here(worker.device, root)
-    disk = resources.room.disk + Scratch(root, run, attempt, "").earlier_bytes()
-    return replace(resources, room=replace(resources.room, disk=disk))
+    return resources_here(worker.device, root, Scratch(root, run, attempt, "").earlier_bytes())
 
 
-def resources_here(device: torch.device, root: str | None) -> Resources:
+def resources_here(device: torch.device, root: str | None, to_go: float = 0.0) -> Resources:
     """Return what there is on this machine.
 
-    The disk is that of the root of scratch folders, which may not exist yet.
+    The disk is that of the root of scratch folders, which may not exist yet; `to_go` are bytes
+    there that others will give back.
     """
     folder = scratch_root(root)
     while not os.path.exists(folder):
         folder = folder.parent
     machine = socket.gethostname()
     host = float(available_bytes())
-    disk = float(shutil.disk_usage(folder).free)
+    disk = float(shutil.disk_usage(folder).free + to_go)
     if device.type != "cuda":
         return Resources(machine, "cpu", "", Room(host, host, disk, device_is_host=True))
     gc.collect()  # of earlier runs in this process
@@ -123,16 +122,15 @@ class Device:
         return replace(self, flops=flops, float32_flops=factor * self.float32_flops)
 
 
+def _gpu(name: str, half: float, float32: float, host: float, memory: float) -> Device:
+    flops = {"bfloat16": half, "float16": half, "float32": float32}
+    return Device(name, flops, float32, host, 3e9, memory)
+
+
 DEVICES = {
-    "h100": Device(
-        "h100", {"bfloat16": 4e14, "float16": 4e14, "float32": 4e13}, 4e13, 4e10, 3e9, 80e9
-    ),
-    "a100": Device(
-        "a100", {"bfloat16": 1.5e14, "float16": 1.5e14, "float32": 1.5e13}, 1.5e13, 2e10, 3e9, 80e9
-    ),
-    "l40s": Device(
-        "l40s", {"bfloat16": 1.5e14, "float16": 1.5e14, "float32": 4e13}, 4e13, 2e10, 3e9, 48e9
-    ),
+    "h100": _gpu("h100", 4e14, 4e13, 4e10, 80e9),
+    "a100": _gpu("a100", 1.5e14, 1.5e13, 2e10, 80e9),
+    "l40s": _gpu("l40s", 1.5e14, 4e13, 2e10, 48e9),
     "cpu": Device("cpu", {"bfloat16": 1.2e11, "float16": 2e10, "float32": 7e10}, 7e10, 1e10, 1e9),
 }
 """Devices by name: about 0.4 of the published dense rates; of the CPU one core of a server."""

@@ -60,8 +60,8 @@ class Shapes:
         factor_bytes: of the packed factors of every block that are gathered.
         active_parameters: of every block's linears, what a token is multiplied with.
         activations: of every block.
-        outside_bytes: range of blocks -> those of what a shard of them holds beside them.
-        pinned_bytes: range of blocks -> what a host reserves for its weights, and for its factors.
+        of_shard: range of blocks -> bytes of what a shard of them holds beside them, and what a
+            host reserves for its weights, and for its factors.
     """
 
     def __init__(self, layout: ModelLayout, work: Work) -> None:
@@ -88,8 +88,7 @@ class Shapes:
             for linears in self.linears
         ]
         self.activations = [self._activation_bytes(linears) for linears in self.linears]
-        self.pinned_bytes = functools.cache(self._pinned_bytes)
-        self.outside_bytes = functools.cache(self._outside_bytes)
+        self.of_shard = functools.cache(self._of_shard)
 
     def _activation_bytes(self, linears: list[LinearShape]) -> ActivationBytes:
         """Count outputs of a block's linears, products of the feed-forward layer, and copies.
@@ -109,14 +108,12 @@ class Shapes:
             self.width * layout.heads.num_query * is_eager,
         )
 
-    def _pinned_bytes(self, blocks: BlockRange) -> tuple[int, int]:
+    def _of_shard(self, blocks: BlockRange) -> tuple[int, int, int]:
         own = slice(blocks.first, blocks.last)
-        weights = reserved_bytes(itertools.chain(*self._in_blocks[own]))
-        return weights, reserved_bytes(itertools.chain(*self._factors[own]))
-
-    def _outside_bytes(self, blocks: BlockRange) -> int:
         names = self.layout.parameters_of(blocks)
-        return sum(self._sizes[name] for name in names if self.layout.block_of(name) is None)
+        outside = sum(self._sizes[name] for name in names if self.layout.block_of(name) is None)
+        weights = reserved_bytes(itertools.chain(*self._in_blocks[own]))
+        return outside, weights, reserved_bytes(itertools.chain(*self._factors[own]))
 
 
 def _factor_sizes(linears: list[LinearShape], work: Work) -> list[int]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ray_surgeon.report.progress import has_its_files, is_complete
-from ray_surgeon.runtime.saving import SavedFile
+from ray_surgeon.runtime.weights import SavedFile
 from ray_surgeon.storage import files as store
 
 _EVENTS_EVERY_S = 20.0

@@ -16,6 +16,7 @@ import torch
 from ray_surgeon.report.directory import RunDirectory
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.usage import Usage, process_usage
+from ray_surgeon.runtime.worker import Worker
 
 Fact = str | int | float
 
@@ -153,7 +154,7 @@ class Steps:
         )
 
     def _usages(self) -> list[Usage]:
-        return [process_usage(torch.device("cpu")), *self._cluster.usages()]
+        return [process_usage(torch.device("cpu")), *self._cluster.run_all(Worker.usage)]
 
 
 def largest_of_processes(usages: list[Usage], field: str) -> dict[str, Any]:

@@ -1,37 +1,35 @@
-"""The job spec that the arguments of prune() stand for."""
+"""What the arguments of prune() stand for: a job spec, and a model in memory.
+
+The model is written where workers can read it, and its owner's process is left as it was set up.
+"""
 
 from __future__ import annotations
 
-import os
+import hashlib
+import json
 import re
-import reprlib
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel, PreTrainedTokenizerBase
 
-from ray_surgeon.run.in_memory import dtype_of
-from ray_surgeon.spec.base import Positive, local_path
+from ray_surgeon.models.families import family_of
+from ray_surgeon.report.directory import RunDirectory
+from ray_surgeon.run.reading import as_input_error
 from ray_surgeon.spec.calibration import OF_CALIBRATION
 from ray_surgeon.spec.job import JobSpec
 from ray_surgeon.spec.parsing import absolute, validation_message
 from ray_surgeon.spec.written import WritingSection
 from ray_surgeon.storage import files
 
-_EXAMPLES = {
-    "calibration": "such as {'source': 'python-docs', 'num_sequences': 64, 'sequence_length': 512}",
-    "pruning": "such as {'structure': 'groups', 'groups': ['ffn'], 'target_sparsity': 0.2}",
-}
-_NOT_SHARED = {
-    "num_sequences",
-    "mix",
-    "stride",
-    "seed",
-    "split",
-    *WritingSection.model_fields,
-    *OF_CALIBRATION,
-}
+_NOT_SHARED = {"num_sequences", "mix", "stride", "seed", "split", *OF_CALIBRATION}
+_NOT_SHARED |= WritingSection.model_fields.keys()
 """Fields of a calibration text that an evaluation text does not take over."""
 
 
@@ -45,27 +43,37 @@ def spec_of(
     Raises:
         ValueError: it is none that can work; names the argument, and the remedy.
     """
-    document: dict[str, Any] = {"version": 2, "name": "model", "cluster": {}} | dict(sections)
+    if isinstance(model, PreTrainedModel) == (tokenizer is None):
+        raise ValueError(
+            "tokenizer: belongs to a model in memory, which needs its tokenizer as the second "
+            "argument; that of a folder, URI or Hub id is read from there"
+        )
+    document: dict[str, Any] = {"version": 2, "name": "model", "cluster": {}, "output": {}}
+    document |= sections
     if isinstance(model, str):
         model = {"source": model}
-    _check_kinds(model, tokenizer, document)
-    if isinstance(model, Mapping) and "name" not in sections:
-        document["name"] = _as_name(str(model["source"]))
+    if not isinstance(model, PreTrainedModel):
+        if not model or "source" not in model:
+            raise ValueError(
+                "model: give a Hub id, a folder, a URI, a model in memory, or a section that "
+                "gives its source; or a whole spec"
+            )
+        document["name"] = sections.get("name", _as_name(str(model["source"])))
     if isinstance(document["cluster"], Mapping):
         document["cluster"] = {"backend": "local", **document["cluster"]}
-    output = document.get("output", {})
-    output = dict(output) if isinstance(output, Mapping) else {"uri": local_path(output)}
-    document["output"] = {"uri": f"./runs/{document['name']}"} | output
-    pruning = document["pruning"]
-    if "exports" not in output and pruning.get("structure") == "groups":
+    if not isinstance(document["output"], Mapping):
+        document["output"] = {"uri": document["output"]}
+    output = document["output"] = {"uri": f"./runs/{document['name']}", **document["output"]}
+    pruning = _fields(sections.get("pruning"))
+    if pruning.get("structure") == "groups":
         uniform = pruning.get("allocation") == "uniform"
-        document["output"]["exports"] = ["uniform" if uniform else "per_block"]
-    calibration = document.get("calibration", {})
-    if "evaluation" not in document and calibration.get("source", "auto") not in ("auto", "self"):
+        output.setdefault("exports", ["uniform" if uniform else "per_block"])
+    calibration = _fields(sections.get("calibration"))
+    if "evaluation" not in sections and calibration.get("source", "auto") not in ("auto", "self"):
         document["evaluation"] = [_test_part(calibration)]
     if isinstance(model, PreTrainedModel):
-        source = files.join(absolute(str(document["output"]["uri"])), "source")
-        model = {"source": source, "dtype": dtype_of(model)}
+        source = files.join(absolute(str(output["uri"])), "source")
+        model = {"source": source, "dtype": str(model.dtype).removeprefix("torch.")}
     try:
         return JobSpec.model_validate(document | {"model": model})
     except ValidationError as error:
@@ -73,45 +81,9 @@ def spec_of(
         raise ValueError(validation_message(error, "what prune() was given", derived)) from error
 
 
-def _check_kinds(
-    model: Mapping[str, Any] | PreTrainedModel | None, tokenizer: Any, document: Mapping[str, Any]
-) -> None:
-    """Refuse arguments that are no sections of a job spec.
-
-    Raises:
-        ValueError: names the argument, and what to give.
-    """
-    if model is None:
-        raise ValueError(
-            "model: give a Hub id, a folder, a URI, or a model in memory; or a whole spec"
-        )
-    if isinstance(model, Mapping) and "source" not in model:
-        raise ValueError(
-            f"model: got a {type(model).__name__} of {', '.join(map(str, list(model)[:3]))}; "
-            "give its source, or a causal LM"
-        )
-    if isinstance(model, Mapping) and tokenizer is not None:
-        raise ValueError(
-            "tokenizer: belongs to a model in memory; that of a folder, URI or Hub id is read "
-            "from there"
-        )
-    if isinstance(model, PreTrainedModel) and tokenizer is None:
-        raise ValueError(
-            "tokenizer: a model in memory needs its tokenizer; give it as the second argument"
-        )
-    for section in ("calibration", "pruning") if "preset" not in document else ("pruning",):
-        if not isinstance(document.get(section), Mapping):
-            value = (
-                f"got {reprlib.repr(document[section])}" if section in document else "is missing"
-            )
-            raise ValueError(
-                f"{section}: {value}; give the fields of that section of a job spec, "
-                f"{_EXAMPLES[section]}"
-            )
-    if not isinstance(document.get("output", {}), str | os.PathLike | Mapping):
-        raise ValueError(
-            f"output: got {document['output']!r}; give a folder, a URI, or the section of that name"
-        )
+def _fields(section: Any) -> Mapping[str, Any]:
+    """Return the fields of a section; none of what is refused later because it is no section."""
+    return section if isinstance(section, Mapping) else {}
 
 
 def _test_part(calibration: Mapping[str, Any]) -> dict[str, Any]:
@@ -128,13 +100,136 @@ def _test_part(calibration: Mapping[str, Any]) -> dict[str, Any]:
             "to measure on"
         )
     text = {name: value for name, value in calibration.items() if name not in _NOT_SHARED}
-    try:
-        count = TypeAdapter(Positive).validate_python(calibration.get("num_sequences"))
-    except ValidationError:
-        count = 1  # it is refused in its own place
-    return text | {"name": "test", "split": "test", "num_sequences": max(1, count // 4)}
+    count = str(calibration.get("num_sequences"))
+    # what is no number is refused in its own place
+    quarter = max(1, int(count) // 4) if count.isdecimal() else 1
+    return text | {"name": "test", "split": "test", "num_sequences": quarter}
 
 
 def _as_name(source: str) -> str:
     last = source.rstrip("/").rpartition("/")[2].lower()
     return re.sub(r"[^a-z0-9.-]", "-", last).strip("-.")[:63] or "model"
+
+
+_MARKER = ".from_memory"
+"""A file beside a model that was in memory, with the digest of all others: the folder is ours."""
+_OF_USE = {"transformers_version", "is_local", "local_files_only", "truncation", "padding"}
+"""What a configuration or a tokenizer's file says of who wrote it, or of the last text."""
+
+
+def causal_lm(model: Any) -> PreTrainedModel:
+    """Return what was given as a model in memory, without the wrapper of ``torch.compile``.
+
+    Raises:
+        ValueError: it is no causal LM of transformers, or of a family that is not supported.
+    """
+    model = getattr(model, "_orig_mod", model)
+    if isinstance(model, PreTrainedModel):
+        family_of(model.config)
+        if isinstance(model, MODEL_FOR_CAUSAL_LM_MAPPING[type(model.config)]):
+            return model
+    raise ValueError(
+        f"model: got a {type(model).__name__}; give a causal LM of transformers, such as a "
+        "LlamaForCausalLM"
+    )
+
+
+def a_tokenizer(tokenizer: Any) -> PreTrainedTokenizerBase:
+    """Return what was given as a tokenizer.
+
+    Raises:
+        ValueError: it is none of transformers'.
+    """
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ValueError(
+            f"tokenizer: got a {type(tokenizer).__name__}; give a tokenizer of transformers, as "
+            "AutoTokenizer returns"
+        )
+    return tokenizer
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str, run: str) -> None:
+    """Write a model into the folder of its run, unless the run has begun and has it.
+
+    Raises:
+        ValueError: the run has another one, the folder holds something else, or it cannot be
+            written.
+    """
+    config = vars(model.config).copy()
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            model.save_pretrained(scratch)
+            tokenizer.save_pretrained(scratch)
+        except (ValueError, OSError, SafetensorError) as error:
+            raise ValueError(
+                f"model: transformers cannot save it to {scratch}: {error}; fix that first, free "
+                "space there or set TMPDIR, or prune a folder"
+            ) from error
+        finally:
+            vars(model.config).update(config)  # which `save_pretrained` changes
+        paths = filter(Path.is_file, sorted(Path(scratch).rglob("*")))
+        written = {path.relative_to(scratch).as_posix(): path for path in paths}
+        with as_input_error(f"output.uri: cannot use {run}"):
+            _put(written, source, has_begun=not RunDirectory(run).is_new())
+
+
+def _put(written: Mapping[str, Path], source: str, *, has_begun: bool) -> None:
+    """Write files into a folder of the run's own, unless it has them; see `save`."""
+    digest = _digest_of(written)
+    marker = files.join(source, _MARKER)
+    names = set(files.list_files(source))
+    if names and _MARKER not in names:
+        raise ValueError(
+            f"output.uri: {source} holds something else, and the model would go there; give output "
+            "another folder"
+        )
+    if has_begun and names and files.read_text(marker) != digest:
+        raise ValueError(
+            f"output.uri: {source} holds another model or tokenizer, with which the run began; "
+            "give output another folder"
+        )
+    if has_begun and names == {_MARKER, *written}:
+        return
+    files.remove_folder(source)  # of a try before the run began, or a part
+    files.write_text(marker, digest)
+    for name, path in written.items():
+        files.put_file(files.join(source, name), path)
+
+
+def _digest_of(written: Mapping[str, Path]) -> str:
+    """Return a digest of files: JSON but for what changes with the use of a tokenizer."""
+    digest = hashlib.blake2b()
+    for name, path in written.items():
+        digest.update(name.encode())
+        if name.endswith(".json"):
+            document = {k: v for k, v in json.loads(path.read_text()).items() if k not in _OF_USE}
+            digest.update(json.dumps(document, sort_keys=True).encode())
+            continue
+        with path.open("rb") as file:
+            while piece := file.read(1 << 24):
+                digest.update(piece)
+    return digest.hexdigest()
+
+
+@contextmanager
+def own_modes() -> Iterator[None]:
+    """Leave outside what the caller's process and thread are in, and give it back.
+
+    These are torch's number of threads, the precision of products
+    (``torch.set_float32_matmul_precision``), a default device, `no_grad`, `inference_mode` and
+    `autocast`.
+    """
+    backends: Any = torch.backends
+    with ExitStack() as stack:
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        for products in (backends.mkldnn.matmul, backends.cuda.matmul):
+            stack.callback(setattr, products, "fp32_precision", products.fp32_precision)
+            products.fp32_precision = "ieee"  # in all threads of the process
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield

@@ -24,16 +24,10 @@ from ray_surgeon.runtime.cluster import NoRoomError, WorkerFailureError
 from ray_surgeon.runtime.ray_cluster import RayCluster, nodes_alive
 from ray_surgeon.stages.evaluation import CollapseError
 
-_LOSSES = (
-    ObjectLostError,
-    OutOfMemoryError,
-    ray.exceptions.RayActorError,
-    ray.exceptions.WorkerCrashedError,
-)
+_LOSSES: tuple[type[RayError], ...] = (ObjectLostError, OutOfMemoryError)
+_LOSSES += (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError)
 """What Ray raises where the coordinator itself is lost."""
 _POLL_S = 0.5
-_PATIENCE_S = 60.0
-"""How long memory that ended workers still hold is waited for."""
 _LOST_ITS_SERVER = "(?s).*Initialization failure from server"
 """What the cluster answers if it could not start what serves a client."""
 _TRIES = 4
@@ -84,10 +78,9 @@ class Coordinator:
             event = Event("retry", 0, spec.pruning.shots, 0.0, facts)
             run.add_event(asdict(event) | {"time": time.time()})
             metrics.record(event)
-        patience_s = 0.0 if before is None else _PATIENCE_S
         try:
             with closing(RayCluster(inputs.layout, inputs.placement, inputs.ray)) as cluster:
-                run_shots(inputs, cluster, run, listen, patience_s=patience_s)
+                run_shots(inputs, cluster, run, listen)
         except WorkerFailureError as error:
             return error
         return None
@@ -132,8 +125,8 @@ def _run_with_retries(inputs: Inputs, display: Display) -> None:
         )
     left = section.retries.model_dump()
     attempt = Attempt()
-    failure = _try(inputs, None, attempt, display)
-    while failure is not None:
+    failure: WorkerFailureError | None = None
+    while (failure := _try(inputs, failure, attempt, display)) is not None:
         cause = failure.cause
         if not left[cause]:
             raise RuntimeError(
@@ -146,7 +139,6 @@ def _run_with_retries(inputs: Inputs, display: Display) -> None:
             f"{failure.line}; continuing from the last committed shot, "
             f"{left[cause]} such retries left"
         )
-        failure = _try(inputs, failure, attempt, display)
 
 
 def connect_to_ray(inputs: Inputs) -> str:

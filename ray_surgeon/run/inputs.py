@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 import ray_surgeon
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.llama_cpp import tokenizer_names
-from ray_surgeon.plan.plan import Plan, plan_job
+from ray_surgeon.plan.plan import Plan, Planner
 from ray_surgeon.plan.room import Device, Room
-from ray_surgeon.plan.work import Work
+from ray_surgeon.plan.work import Shapes, Work
 from ray_surgeon.report.directory import RunDirectory
 from ray_surgeon.report.record import check_folder
 from ray_surgeon.run import reading
@@ -57,8 +57,7 @@ class Inputs:
     texts: Mapping[str, NDArray[np.int64]] = field(repr=False)  # evaluation text -> windows
     # of model, tokenizer, texts and stages; empty for a plan from config.json alone
     fingerprints: Mapping[str, Any]
-    environment: Mapping[str, str]  # versions and machine, for the report
-    chosen_text: str | None = None  # what was chosen for a calibration of source auto, for people
+    chosen_text: str | None  # what was chosen for a calibration of source auto, for people
 
     def stage(self, kind: type[S]) -> S | None:
         """Return the stage of a class, if the job has one."""
@@ -107,15 +106,14 @@ class Inputs:
     @property
     def notes(self) -> list[str]:
         """What to know of a job before it starts, for people, a line each."""
-        lines = [] if self.chosen_text is None else [self.chosen_text]
+        lines = []
         stored = str(getattr(self.layout.config, "dtype", None)).removeprefix("torch.")
         if stored in ("bfloat16", "float16") and self.spec.model.dtype == "float32":
-            precision = (
+            lines.append(
                 f"config.json says {stored}, but this job and its exports are in float32, twice as "
                 "large; model.dtype: bfloat16 halves it"
             )
-            lines.insert(0, precision)
-        return lines
+        return lines if self.chosen_text is None else [*lines, self.chosen_text]
 
     def plan(self, room: Room, device: Device) -> Plan:
         """Return how the job runs.
@@ -128,7 +126,8 @@ class Inputs:
             DoesNotFitError: no way to run it fits.
         """
         work = work_of(self.spec, self.layout, self.method, self.stages)
-        return plan_job(self.layout, self.placement, work, self.spec.memory, room, device)
+        planner = Planner(Shapes(self.layout, work), self.spec.memory, device)
+        return planner.best(self.placement, room)
 
 
 def work_of(spec: JobSpec, layout: ModelLayout, method: Method, stages: Stages) -> Work:
@@ -169,11 +168,10 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
     reading.check_requests(spec, layout)
     is_read = source.has_weights or not dry_run
     model_fingerprint = reading.check_weights(source, layout) if is_read else None
-    chosen = None  # see `Inputs.chosen_text`
+    texts = reading.unread_texts(spec)
+    chosen = None
     if is_read:
         spec, texts, chosen = _read(spec, load_tokenizer(folder, source.origin), layout)
-    else:
-        texts = reading.unread_texts(spec)
     stages = stages_of(spec, layout, method, texts, last)
     inputs = Inputs(
         spec,
@@ -185,7 +183,6 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
         texts.calibration.tokens,
         {name: windows.tokens for name, windows in texts.measured.items()},
         _fingerprints(spec, model_fingerprint, texts, stages) if is_read else {},
-        reading.environment(),
         chosen,
     )
     if is_read:
@@ -198,21 +195,15 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
 
 
 def _read(spec: JobSpec, tokenizer: Any, layout: ModelLayout) -> tuple[JobSpec, Texts, str | None]:
-    """Return a spec with its texts all named, these texts, and what was chosen; see `_chosen`."""
-    spec, chosen = _chosen(spec, tokenizer)
-    return spec, reading.read_texts(spec, tokenizer, layout.config), chosen
-
-
-def _chosen(spec: JobSpec, tokenizer: Any) -> tuple[JobSpec, str | None]:
-    """Return a spec with the calibration chosen that it leaves open; and what was chosen."""
+    """Return a spec with its texts all named, these texts, and what was chosen of them."""
     if "gguf" in spec.output.exports:
         tokenizer_names(json.loads(tokenizer.backend_tokenizer.to_str()))
-    if spec.calibration.source != "auto":
-        return spec, None
-    section, chosen = default_mix(spec.calibration, tokenizer)
-    spec = spec.model_copy(update={"calibration": section})
-    spec.check_borders()
-    return spec, chosen
+    chosen = None
+    if spec.calibration.source == "auto":
+        section, chosen = default_mix(spec.calibration, tokenizer)
+        spec = spec.model_copy(update={"calibration": section})
+        spec.check_borders()
+    return spec, reading.read_texts(spec, tokenizer, layout.config), chosen
 
 
 def _fingerprints(spec: JobSpec, model: Any, texts: Texts, stages: Stages) -> dict[str, Any]:

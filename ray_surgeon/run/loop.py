@@ -17,6 +17,8 @@ from ray_surgeon.report.events import Event, Moment, Steps
 from ray_surgeon.report.html_report import LivePage
 from ray_surgeon.report.record import RunReport
 from ray_surgeon.run.inputs import Inputs
+from ray_surgeon.run.reading import environment
+from ray_surgeon.run.stages import Stages
 from ray_surgeon.runtime.cluster import Cluster, WorkerFailureError
 from ray_surgeon.runtime.worker import clean_up
 from ray_surgeon.stages.prune.methods import Present
@@ -24,19 +26,14 @@ from ray_surgeon.stages.stage import RunState, Stage
 
 _PAUSE_S = 5.0
 """Between two looks at memory that is to become free."""
+_PATIENCE_S = 60.0
+"""How long memory is waited for after a loss: workers that are about to end still hold it."""
 
 Listener = Callable[[Event | Moment], None]
 """Is called with the event of every step, and with moments inside of long ones."""
 
 
-def run_shots(
-    inputs: Inputs,
-    workers: Cluster,
-    directory: RunDirectory,
-    listen: Listener,
-    *,
-    patience_s: float = 0.0,
-) -> None:
+def run_shots(inputs: Inputs, workers: Cluster, directory: RunDirectory, listen: Listener) -> None:
     """Prune the model shot by shot; every shot is committed.
 
     A run continues after the last committed shot. What workers have on their disks is removed at
@@ -47,8 +44,6 @@ def run_shots(
         workers: without weights.
         directory: a run directory that was checked for these inputs.
         listen: see `Listener`.
-        patience_s: how long to wait for memory that is taken, as by workers of an earlier try that
-            are about to end.
 
     Raises:
         DoesNotFitError: the workers' memory is too small, whatever is kept where; nothing has
@@ -58,7 +53,7 @@ def run_shots(
         CollapseError: perplexity is above the limit of the spec; committed shots stay.
     """
     try:
-        _run_stages(inputs, workers, directory, listen, patience_s)
+        _run_stages(_begun(inputs, workers, directory, listen), inputs.stages)
     except BaseException as error:
         reported = _last_words(directory, error)
         if isinstance(reported, Exception) and not isinstance(reported, WorkerFailureError):
@@ -70,22 +65,19 @@ def run_shots(
     workers.run_all(clean_up)
 
 
-def _run_stages(
-    inputs: Inputs, workers: Cluster, directory: RunDirectory, listen: Listener, patience_s: float
-) -> None:
-    run = _begun(inputs, workers, directory, listen, time.monotonic() + patience_s)
-    page = run.kept(LivePage)
-    for stage in inputs.stages.before_shots:
+def _run_stages(run: RunState, stages: Stages) -> None:
+    for stage in stages.before_shots:
         _perform(stage, run, run.num_done if stage.name == "load" else 0)
     for shot in range(run.num_done + 1, run.num_shots + 1):
         run.begin_shot(shot)
-        for stage in inputs.stages.of_a_shot:
+        for stage in stages.of_a_shot:
             _perform(stage, run, shot)
-    directory.write_report(run.report.as_record())  # without exports of an earlier try
-    for stage in inputs.stages.after_shots:
+    run.directory.write_report(run.report.as_record())  # without exports of an earlier try
+    for stage in stages.after_shots:
         _perform(stage, run, run.num_shots)
-    page.draw(run.report.as_record(), final=True)
-    directory.write_report(run.report.as_record())  # last: a run whose report is whole has ended
+    run.kept(LivePage).draw(run.report.as_record(), final=True)
+    # last: a run whose report is whole has ended
+    run.directory.write_report(run.report.as_record())
 
 
 def _perform(stage: Stage, run: RunState, shot: int) -> None:
@@ -96,19 +88,18 @@ def _perform(stage: Stage, run: RunState, shot: int) -> None:
     stage.ended(run)
 
 
-def _begun(
-    inputs: Inputs, workers: Cluster, directory: RunDirectory, listen: Listener, until_s: float
-) -> RunState:
+def _begun(inputs: Inputs, workers: Cluster, directory: RunDirectory, listen: Listener) -> RunState:
     """Plan, take the run directory, and return a run that knows what earlier tries have done."""
     spec = inputs.spec
-    scratch = ScratchNames(spec.memory.scratch, _key(directory.uri), uuid.uuid4().hex)
-    plan = _plan(inputs, workers, scratch, until_s)
+    name = hashlib.sha256(directory.uri.encode()).hexdigest()[:16]  # the same for every try
+    scratch = ScratchNames(spec.memory.scratch, name, uuid.uuid4().hex)
+    plan = _plan(inputs, workers, scratch, _PATIENCE_S if directory.retries() else 0.0)
     workers.stores = plan.stores
     directory.start(inputs.spec_yaml, inputs.fingerprints)
     done = [directory.read_shot(index) for index in directory.committed_indices()]
     layout = inputs.layout
     settings = spec.model_dump(mode="json")
-    report = RunReport(settings, inputs.fingerprints, inputs.environment, layout.num_parameters)
+    report = RunReport(settings, inputs.fingerprints, environment(), layout.num_parameters)
     report.shots.extend(shot.record for shot in done)
     report.retries.extend(directory.retries())
     report.plan = plan.as_record()
@@ -155,11 +146,12 @@ def _last_words(directory: RunDirectory, error: BaseException) -> BaseException:
     return error
 
 
-def _plan(inputs: Inputs, workers: Cluster, scratch: ScratchNames, until_s: float) -> Plan:
+def _plan(inputs: Inputs, workers: Cluster, scratch: ScratchNames, patience_s: float) -> Plan:
     """Return how the job runs in the memory that there is.
 
-    If it does not fit, more is waited for until a time.
+    If it does not fit, more is waited for so long.
     """
+    until_s = time.monotonic() + patience_s
     while True:
         machines = workers.run_all(look_around, *scratch)
         room = shared(machines)
@@ -169,8 +161,3 @@ def _plan(inputs: Inputs, workers: Cluster, scratch: ScratchNames, until_s: floa
             if time.monotonic() >= until_s:
                 raise
         time.sleep(_PAUSE_S)
-
-
-def _key(uri: str) -> str:
-    """Return a name for a run's folder of scratch, the same for every try."""
-    return hashlib.sha256(uri.encode()).hexdigest()[:16]

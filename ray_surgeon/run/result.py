@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ray_surgeon.export.folder import local_folder
 from ray_surgeon.report.directory import RunDirectory
 from ray_surgeon.report.display import Display
-from ray_surgeon.run.in_memory import own_modes, without_bars
+from ray_surgeon.run.arguments import own_modes
 from ray_surgeon.run.inputs import Inputs
 from ray_surgeon.run.loop import run_shots
-from ray_surgeon.runtime.local import LocalCluster
+from ray_surgeon.runtime.cluster import LocalCluster
 from ray_surgeon.spec.sections import RaySection
 
 
@@ -89,7 +89,7 @@ class PruneResult:
             )
         # the code beside the weights is ours, written by the run
         trusted = "trust_remote_code=True" in export["load"]
-        with local_folder(str(export["uri"])) as (folder, _), without_bars():
+        with local_folder(str(export["uri"])) as (folder, _):
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
                 folder, **({"dtype": "auto", "trust_remote_code": trusted} | options)
             )
@@ -99,12 +99,9 @@ class PruneResult:
         """Return an export of a kind, or the last of those that the spec names."""
         written: list[Mapping[str, Any]] = self.report["exports"]
         kinds = self.report["spec"]["output"]["exports"] if kind is None else [kind]
-        exports = [
-            export
-            for export in written
-            if export["kind"] in kinds
-            and ("from_pretrained" in export["load"] or not for_transformers)
-        ]
+        exports = [export for export in written if export["kind"] in kinds]
+        if for_transformers:
+            exports = [export for export in exports if "from_pretrained" in export["load"]]
         if not exports:
             raise ValueError(
                 f"the run {self.uri} has no export {kind or 'for this'}; it has "

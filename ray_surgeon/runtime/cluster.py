@@ -5,13 +5,18 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, cast
+from threading import Barrier, BrokenBarrierError
+from typing import Any, Generic, ParamSpec, TypeVar, cast
+
+import torch
 
 from ray_surgeon.memory.stores import Stores
+from ray_surgeon.models.layout import ModelLayout
+from ray_surgeon.runtime.collectives import ThreadReplica
 from ray_surgeon.runtime.placement import Placement, WorkerIndex
-from ray_surgeon.runtime.usage import Usage
-from ray_surgeon.runtime.worker import Worker
+from ray_surgeon.runtime.worker import Step, Worker, clean_up
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -126,11 +131,7 @@ class Cluster(ABC):
         self.stores = Stores()  # of the loaded workers
 
     def submit(
-        self,
-        index: WorkerIndex,
-        step: Callable[Concatenate[Worker, P], T],
-        *args: P.args,
-        **kwargs: P.kwargs,
+        self, index: WorkerIndex, step: Step[P, T], *args: P.args, **kwargs: P.kwargs
     ) -> Future[T]:
         """Start a step on one worker; its steps run in the order of submission.
 
@@ -140,33 +141,25 @@ class Cluster(ABC):
             args: of the step; see `value_of` for those that other steps return.
             kwargs: plain values.
         """
-        future: Future[T] = self._start(index, 1, "call", step, *args, **kwargs)
+        future: Future[T] = self._start(index, 1, step, *args, **kwargs)
         return future
 
     def submit_pair(
-        self,
-        index: WorkerIndex,
-        step: Callable[Concatenate[Worker, P], tuple[T, U]],
-        *args: P.args,
-        **kwargs: P.kwargs,
+        self, index: WorkerIndex, step: Callable[..., tuple[T, U]], *args: Any
     ) -> tuple[Future[T], Future[U]]:
         """Start a step that returns a pair of which each half gets a future of its own."""
-        first, second = self._start(index, 2, "call", step, *args, **kwargs)
+        first, second = self._start(index, 2, step, *args)
         return first, second
 
     @abstractmethod
-    def _start(
-        self, index: WorkerIndex, num_futures: int, method: str, *args: Any, **kwargs: Any
-    ) -> Any:
-        """Start a method of a worker, named so that what it returns needs no step around it."""
+    def _start(self, index: WorkerIndex, num_futures: int, *step: Any, **kwargs: Any) -> Any:
+        """Start a step with its arguments; what it returns becomes so many futures."""
 
     @abstractmethod
     def get(self, futures: Sequence[Future[T]]) -> list[T]:
         """Wait for futures and return their values; what a worker raised is raised here."""
 
-    def run_all(
-        self, step: Callable[Concatenate[Worker, P], T], *args: P.args, **kwargs: P.kwargs
-    ) -> list[T]:
+    def run_all(self, step: Step[P, T], *args: P.args, **kwargs: P.kwargs) -> list[T]:
         """Run a step on every worker at the same time.
 
         Results come in the order of `placement.workers`.
@@ -174,10 +167,6 @@ class Cluster(ABC):
         return self.get(
             [self.submit(index, step, *args, **kwargs) for index in self.placement.workers]
         )
-
-    def usages(self) -> list[Usage]:
-        """Return what each worker has used so far."""
-        return self.get([self._start(index, 1, "usage") for index in self.placement.workers])
 
     @abstractmethod
     def clean_up(self) -> None:
@@ -189,3 +178,79 @@ class Cluster(ABC):
     @abstractmethod
     def close(self) -> None:
         """End the workers."""
+
+
+class LocalCluster(Cluster):
+    """Workers as objects of this process, for notebooks, tests and debuggers.
+
+    A submitted step runs at once, so its future is simply the value. Results are those of Ray's.
+    """
+
+    def __init__(
+        self, layout: ModelLayout, placement: Placement, num_threads: int, device: str = "cpu"
+    ) -> None:
+        """Create the workers.
+
+        Args:
+            layout: of the whole model.
+            placement: what each of them holds.
+            num_threads: torch threads of the process from now on; who had others gives them back.
+            device: "cpu" or "cuda".
+        """
+        super().__init__(placement)
+        torch.set_num_threads(num_threads)
+        workers = placement.workers
+        self.workers = {index: Worker(layout, placement, index, device) for index in workers}
+        copies = placement.num_replicas
+        meetings = [(Barrier(copies), [torch.empty(0)] * copies) for _ in placement.blocks]
+        for index, worker in self.workers.items():
+            worker.on_progress = self._look
+            if device == "cuda":
+                worker.take_gpu()
+            if copies > 1:
+                worker.replicas = ThreadReplica(index.replica, *meetings[index.shard])
+
+    def _start(self, index: WorkerIndex, num_futures: int, *step: Any, **kwargs: Any) -> Any:
+        return self.workers[index].call(*step, **kwargs)
+
+    def get(self, futures: Sequence[Future[T]]) -> list[T]:
+        """Return the values."""
+        return [value_of(future) for future in futures]
+
+    def run_all(self, step: Step[P, T], *args: P.args, **kwargs: P.kwargs) -> list[T]:
+        """Run a step on every worker, one after the other.
+
+        A step in which replicas wait for each other runs in threads.
+        """
+        for worker in self.workers.values():
+            worker.position = (0, 0)
+        if self.placement.num_replicas == 1 or not getattr(step, "is_collective", False):
+            return super().run_all(step, *args, **kwargs)
+
+        def run(worker: Worker) -> T:
+            try:
+                return worker.call(step, *args, **kwargs)
+            except BaseException:
+                assert isinstance(worker.replicas, ThreadReplica)
+                worker.replicas.leave()
+                raise
+
+        with ThreadPoolExecutor(len(self.workers)) as pool:
+            futures = [pool.submit(run, worker) for worker in self.workers.values()]
+        errors = [error for future in futures if (error := future.exception()) is not None]
+        if errors:  # the cause, rather than what it did to those that waited
+            raise min(errors, key=lambda error: isinstance(error, BrokenBarrierError))
+        return [future.result() for future in futures]
+
+    def clean_up(self) -> None:
+        """Remove what the workers have on the disk."""
+        for worker in self.workers.values():
+            clean_up(worker)
+
+    def close(self) -> None:
+        """Drop the workers and what they have on the disk."""
+        self.clean_up()
+        self.workers.clear()
+
+    def _look(self) -> None:
+        self.progress.reach_together(worker.position for worker in self.workers.values())

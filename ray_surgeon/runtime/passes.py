@@ -22,7 +22,7 @@ from ray_surgeon.models.runner import Call
 from ray_surgeon.runtime import wave as on_worker
 from ray_surgeon.runtime.cluster import Cluster, at_hand, value_of
 from ray_surgeon.runtime.collectives import TensorPayload
-from ray_surgeon.runtime.pipelines import each_wave
+from ray_surgeon.runtime.pipelines import run_pass
 from ray_surgeon.runtime.placement import WorkerIndex
 from ray_surgeon.runtime.wave import Compared, Counts, Tokens, token_payload
 from ray_surgeon.runtime.worker import Worker, collective
@@ -53,7 +53,8 @@ def sequence_losses(
         text: as whose states those before the head are kept by the last shards of all replicas;
             None if they are not.
     """
-    return each_wave(cluster, sequences, on_worker.nll, counts=counts, text=text)
+    step = partial(on_worker.infer_each, of_each=on_worker.nll)
+    return run_pass(cluster, sequences, step, counts=counts, text=text)
 
 
 def pass_up_to_the_head(
@@ -74,7 +75,9 @@ def pass_up_to_the_head(
     Raises:
         FloatingPointError: a state before the head is not finite.
     """
-    if not all(each_wave(cluster, sequences, on_worker.is_finite, only=only, text=text)):
+    step = partial(on_worker.infer_each, of_each=on_worker.is_finite)
+    are_finite = run_pass(cluster, sequences, step, only=only, text=text)
+    if not all(are_finite):
         finite(f"a hidden state of {whose}", math.nan)
 
 
@@ -99,7 +102,7 @@ def remember(cluster: Cluster, text: str, windows: Tokens, counts: Counts = None
     return finite(f"the perplexity on {text}, or its divergence,", perplexity)
 
 
-def measure(cluster: Cluster, text: str, windows: Tokens, counts: Counts = None) -> Measured:
+def measure(cluster: Cluster, text: str, windows: Tokens) -> Measured:
     """Measure the present weights on a text that was remembered.
 
     Args:
@@ -107,49 +110,33 @@ def measure(cluster: Cluster, text: str, windows: Tokens, counts: Counts = None)
         text: its name.
         windows: [num_sequences, sequence_length] tokens; ``sequence_length - 1`` are predicted in
             each.
-        counts: [num_sequences, sequence_length], whether a token counts; None if all do. The means
-            are over those that do.
 
     Raises:
         FloatingPointError: the loss is not a number.
     """
-    comparisons = compared(cluster, text, windows, counts)
-    num_tokens = num_counted(windows, counts)
+    comparisons = compared(cluster, text, windows)
+    num_tokens = num_counted(windows)
     loss = sum(comparison.nll for comparison in comparisons) / num_tokens
     divergence = sum(comparison.divergence for comparison in comparisons) / num_tokens
     what = f"the perplexity on {text}, or its divergence,"
     return Measured(finite(what, perplexity_of(loss)), finite(what, divergence))
 
 
-def divergences_of(
-    cluster: Cluster, text: str, windows: Tokens, counts: Counts = None
-) -> list[float]:
+def divergences_of(cluster: Cluster, text: str, windows: Tokens) -> list[float]:
     """Return the divergence from the dense model of every window of a remembered text.
 
     Values are in nats per predicted token.
 
-    With `counts`, per token that counts, see `measure`; 0 for a window in which none does.
-
     Raises:
         FloatingPointError: one is not a number.
     """
-    of_windows = enumerate(compared(cluster, text, windows, counts))
-    return [
-        finite(
-            f"the divergence from the dense model on {text}",
-            comparison.divergence / max(1, num_counted(windows, counts, [number])),
-        )
-        for number, comparison in of_windows
-    ]
+    what = f"the divergence from the dense model on {text}"
+    num_tokens = windows.shape[1] - 1
+    return [finite(what, c.divergence / num_tokens) for c in compared(cluster, text, windows)]
 
 
 def compared(
-    cluster: Cluster,
-    text: str,
-    windows: Tokens,
-    counts: Counts = None,
-    *,
-    with_acceptance: bool = False,
+    cluster: Cluster, text: str, windows: Tokens, counts: Counts = None, *, acceptance: bool = False
 ) -> list[Compared]:
     """Compare the present weights with the dense ones on windows of a remembered text.
 
@@ -158,10 +145,11 @@ def compared(
         text: its name.
         windows: [num_sequences, sequence_length] tokens.
         counts: [num_sequences, sequence_length], whether a token counts; None if all do.
-        with_acceptance: whether to compute acceptance and agreement.
+        acceptance: whether to compute acceptance and agreement.
     """
-    comparison = partial(on_worker.comparison, text=text, with_acceptance=with_acceptance)
-    return each_wave(cluster, windows, comparison, counts=counts)
+    comparison = partial(on_worker.comparison, text=text, with_acceptance=acceptance)
+    step = partial(on_worker.infer_each, of_each=comparison)
+    return run_pass(cluster, windows, step, counts=counts)
 
 
 def finite(what: str, value: float) -> float:

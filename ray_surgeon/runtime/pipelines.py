@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain, zip_longest
-from typing import Generic, Literal, TypeVar
-
-from torch import Tensor
+from typing import Literal, TypeVar
 
 from ray_surgeon.runtime import wave as on_worker
 from ray_surgeon.runtime.cluster import Cluster, Future, at_hand, value_of
@@ -18,6 +15,7 @@ from ray_surgeon.runtime.wave import CALIBRATION, Counts, Labels, Tokens, Wave
 from ray_surgeon.runtime.worker import Worker
 
 T = TypeVar("T")
+
 
 _STEPS = {"forward": on_worker.forward, "backward": on_worker.backward, "infer": on_worker.infer}
 """What a shard that is not the last does in an operation."""
@@ -52,53 +50,19 @@ def forward_and_backward(
     labels = labels or Labels()
     step = partial(on_worker.forward_backward, labels=labels)
     text = CALIBRATION if labels.remembers else None
-    return _pass(cluster, sequences, step, one_forward_one_backward, only, counts, text, counted)
+    order = one_forward_one_backward
+    return run_pass(cluster, sequences, step, order, only, counts, text, counted=counted)
 
 
-def each_wave(
-    cluster: Cluster,
-    sequences: Tokens,
-    of_each: Callable[[Worker, Tensor, on_worker.SequenceOfWave], T],
-    *,
-    only: Sequence[int] | None = None,
-    counts: Counts = None,
-    text: str | None = None,
-) -> list[T]:
-    """Run sequences forward, and return what comes of each.
-
-    Args:
-        cluster: with loaded workers.
-        sequences: [num_sequences, sequence_length] tokens.
-        of_each: what a worker with the last shard makes of each; see `infer_each`.
-        only: numbers of the sequences to run; all if not given.
-        counts: [num_sequences, sequence_length], whether a token counts; None if all do.
-        text: as whose states those before the head are kept by the last shards of all replicas;
-            None if they are not.
-    """
-    step = partial(on_worker.infer_each, of_each=of_each, text=text)
-    return _pass(cluster, sequences, step, one_by_one, only, counts, text)
-
-
-@dataclass
-class _Pipeline(Generic[T]):
-    """The waves of one replica, on their way through its shards, and back if they are to."""
-
-    waves: list[list[int]]  # numbers of the sequences
-    # number of a wave -> what comes of its last operation
-    moving: dict[int, Future[TensorPayload]] = field(default_factory=dict)
-    # of each sequence of each wave
-    results: list[Future[list[T]]] = field(default_factory=list)
-    num_done: int = 0  # sequences
-
-
-def _pass(
+def run_pass(
     cluster: Cluster,
     sequences: Tokens,
     at_the_end: Callable[[Worker, int, TensorPayload, Wave], tuple[TensorPayload, list[T]]],
-    order: Callable[[int, int], list[Operation]],
-    only: Sequence[int] | None,
-    counts: Counts,
-    text: str | None,
+    order: Callable[[int, int], list[Operation]] | None = None,
+    only: Sequence[int] | None = None,
+    counts: Counts = None,
+    text: str | None = None,
+    *,
     counted: bool = True,
 ) -> list[T]:
     """Let sequences pass, and return what comes of each; see `forward_and_backward`.
@@ -108,51 +72,49 @@ def _pass(
         sequences: [num_sequences, sequence_length] tokens.
         at_the_end: (worker with the last shard, number of a wave, its inputs, itself) -> what goes
             back from there, and what comes of each sequence.
-        order: (number of shards, number of waves) -> the operations of a replica.
+        order: (number of shards, number of waves) -> the operations of a replica; those of
+            `one_by_one` if not given.
         only: numbers of the sequences that are meant; all if not given.
         counts: which tokens count.
-        text: as whose states the last shards keep those before the head, if they do.
+        text: as whose states those before the head are kept by the last shards of all replicas;
+            None if they are not.
         counted: whether the progress of the step counts these sequences.
     """
     num_shards = cluster.placement.num_shards
     wanted = list(range(len(sequences)) if only is None else only)
     if counted:
         cluster.progress.begin(len(wanted), "sequences", sequences.shape[1])
-    pipelines = [_Pipeline[T](waves) for waves in _waves_of_replicas(cluster, wanted)]
-
-    def submit(replica: int, pipeline: _Pipeline[T], operation: Operation) -> None:
-        (shard, direction, number) = operation
+    waves = _waves_of_replicas(cluster, wanted)
+    # (replica, number of its wave) -> what comes of its last operation, and of its sequences
+    moving: dict[tuple[int, int], Future[TensorPayload]] = {}
+    results: dict[tuple[int, int], Future[list[T]]] = {}
+    num_done = 0
+    for replica, operation in _in_turns(order or one_by_one, num_shards, waves):
+        shard, direction, number = operation
+        key = (replica, number)
         index = WorkerIndex(shard, replica)
-        wave_of = partial(Wave.of, sequences, pipeline.waves[number], counts)
+        wave_of = partial(Wave.of, sequences, waves[replica][number], counts, text)
         if shard == 0 and direction != "backward":
-            earlier = number - num_shards - 1
-            if earlier >= 0:  # so many are on their way at once
-                cluster.get([pipeline.moving.pop(earlier)])
-                pipeline.num_done += len(pipeline.waves[earlier])
-            pipeline.moving[number] = at_hand(wave_of().tokens)
-        inputs = value_of(pipeline.moving[number])
+            earlier = (replica, number - num_shards - 1)
+            if earlier in moving:  # so many are on their way at once
+                cluster.get([moving.pop(earlier)])
+                num_done += len(waves[replica][earlier[1]])
+            moving[key] = at_hand(wave_of().tokens)
+        inputs = value_of(moving[key])
         if shard == num_shards - 1:
-            pipeline.moving[number], results = cluster.submit_pair(
-                index, at_the_end, number, inputs, wave_of()
-            )
-            pipeline.results.append(results)
+            pair = cluster.submit_pair(index, at_the_end, number, inputs, wave_of())
+            moving[key], results[key] = pair
         else:
-            pipeline.moving[number] = cluster.submit(index, _STEPS[direction], number, inputs)
-
-    orders = [order(num_shards, len(pipeline.waves)) for pipeline in pipelines]
-    for operations in zip_longest(*orders):
-        for replica, operation in enumerate(operations):
-            if operation is not None:
-                submit(replica, pipelines[replica], operation)
-                if counted:
-                    cluster.progress.reach(sum(p.num_done for p in pipelines))
-    results = cluster.get([of_wave for p in pipelines for of_wave in p.results])
+            moving[key] = cluster.submit(index, _STEPS[direction], number, inputs)
+        if counted:
+            cluster.progress.reach(num_done)
+    values = cluster.get(list(results.values()))
     if counted:
         cluster.progress.reach(len(wanted))
     if text is not None:
         _share_states(cluster, text, wanted)
-    numbers = chain.from_iterable(wave for p in pipelines for wave in p.waves)
-    result_of = dict(zip(numbers, chain.from_iterable(results), strict=True))
+    numbers = chain.from_iterable(waves[replica][number] for replica, number in results)
+    result_of = dict(zip(numbers, chain.from_iterable(values), strict=True))
     return [result_of[number] for number in wanted]
 
 
@@ -165,6 +127,16 @@ def _waves_of_replicas(cluster: Cluster, numbers: Sequence[int]) -> list[list[li
     size = cluster.stores.wave
     own = [list(numbers[replica::num_replicas]) for replica in range(num_replicas)]
     return [[mine[i : i + size] for i in range(0, len(mine), size)] for mine in own]
+
+
+def _in_turns(
+    order: Callable[[int, int], list[Operation]], num_shards: int, waves: list[list[list[int]]]
+) -> Iterator[tuple[int, Operation]]:
+    """Yield the operations of replicas, which take turns."""
+    for operations in zip_longest(*(order(num_shards, len(own)) for own in waves)):
+        for replica, operation in enumerate(operations):
+            if operation is not None:
+                yield replica, operation
 
 
 def _share_states(cluster: Cluster, text: str, numbers: Sequence[int]) -> None:

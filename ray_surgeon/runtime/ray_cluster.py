@@ -63,7 +63,7 @@ class RayCluster(Cluster):
         self._nodes: dict[WorkerIndex, str] = {}  # once all have started
         self._nodes_at_start = nodes_alive()
         try:
-            started = [self.submit(index, _settle) for index in placement.workers]
+            started = [self.submit(i, _settle, section.cpus_per_worker) for i in placement.workers]
             nodes = self._wait(started, section.start_timeout_s)
             self._nodes = dict(zip(placement.workers, nodes, strict=True))
             if placement.num_replicas > 1:
@@ -73,11 +73,8 @@ class RayCluster(Cluster):
             self.close()
             raise
 
-    def _start(
-        self, index: WorkerIndex, num_futures: int, method: str, *args: Any, **kwargs: Any
-    ) -> Any:
-        remote = getattr(self._actors[index], method).options(num_returns=num_futures)
-        return remote.remote(*args, **kwargs)
+    def _start(self, index: WorkerIndex, num_futures: int, *step: Any, **kwargs: Any) -> Any:
+        return self._actors[index].call.options(num_returns=num_futures).remote(*step, **kwargs)
 
     def get(self, futures: Sequence[Future[T]]) -> list[T]:
         """Wait for futures and return their values.
@@ -225,8 +222,9 @@ class RayCluster(Cluster):
         remove_placement_group(self._group)
 
 
-def _settle(worker: Worker) -> str:
+def _settle(worker: Worker, num_threads: int) -> str:
     """Take the GPU that Ray gave, of all that the machine shows; return the machine's identity."""
+    torch.set_num_threads(num_threads)
     context = ray.get_runtime_context()
     if worker.device.type == "cuda":
         (name,) = context.get_accelerator_ids()["GPU"]
@@ -292,6 +290,6 @@ def _start_actors(
             max_task_retries=0,
             runtime_env={"env_vars": environment},
             scheduling_strategy=strategies.PlacementGroupSchedulingStrategy(group, bundle),
-        ).remote(layout_reference, placement, index, section.cpus_per_worker, section.device)
+        ).remote(layout_reference, placement, index, section.device)
         for bundle, index in enumerate(placement.workers)
     }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
@@ -32,16 +32,11 @@ No evaluation text can have them.
 """
 
 
-@dataclass
-class DenseStates:
-    """Last hidden states of the dense model, in the memory of the last shard's host."""
+class DenseStates(dict[str, dict[int, Tensor]]):
+    """Last hidden states of the dense model, in the memory of the last shard's host.
 
-    # text -> number of a sequence -> [1, T, d]
-    of_text: dict[str, dict[int, Tensor]] = field(default_factory=dict)
-
-    def on_device(self, worker: Worker, text: str, number: int) -> Tensor:
-        """Return the states [1, T, d] of one sequence."""
-        return self.of_text[text][number].to(worker.device)
+    Text -> number of a sequence -> [1, T, d].
+    """
 
 
 def keep_states(
@@ -54,7 +49,7 @@ def keep_states(
     """
     dtype = None if text == ANSWERS else torch.bfloat16
     rows = (row.to("cpu", dtype, copy=True) for row in states)
-    of_text = worker.keeping(DenseStates).of_text.setdefault(text, {})
+    of_text = worker.keeping(DenseStates).setdefault(text, {})
     of_text.update(zip(numbers, rows, strict=True))
 
 
@@ -67,16 +62,15 @@ def receive_states(
 
 def kept_states(worker: Worker, text: str, numbers: Sequence[int]) -> TensorPayload:
     """Return the states [m, T, d] of some sequences of a text."""
-    of_text = worker.kept(DenseStates).of_text[text]
+    of_text = worker.kept(DenseStates)[text]
     return worker.pack(torch.cat([of_text[number] for number in numbers]))
 
 
 def write_states(worker: Worker, uri: str) -> None:
     """Write the states of all texts into one file, for a run that goes on later."""
     if worker.shard.blocks.is_last and worker.index.replica == 0:
-        of_text = worker.kept(DenseStates).of_text
         tensors = dict[str, Tensor]()
-        for text, states in of_text.items():
+        for text, states in worker.kept(DenseStates).items():
             tensors |= {f"{number} {text}": tensor for number, tensor in states.items()}
         tensor_files.write(uri, tensors)
 
@@ -91,7 +85,7 @@ def read_states(worker: Worker, uri: str) -> None:
     for name in reader.names(uri):
         number, _, text = name.partition(" ")
         states = reader.read(uri, name)
-        dense_states.of_text.setdefault(text, {})[int(number)] = states.clone()
+        dense_states.setdefault(text, {})[int(number)] = states.clone()
     worker.keep(dense_states)
 
 
@@ -130,6 +124,10 @@ class SequenceOfWave(NamedTuple):
     counts: Tensor | None  # [1, T] bool, which tokens count; None for all
 
 
+OfEach = Callable[[Worker, Tensor, SequenceOfWave], T]
+"""What is made of the hidden states [1, T, d] of a sequence before the head."""
+
+
 @dataclass(frozen=True)
 class Wave:
     """Sequences that pass the shards together, as they travel to the last one."""
@@ -138,12 +136,13 @@ class Wave:
     tokens: TensorPayload  # [m, T]
     # [m, T] bool, which tokens count, see `next_token_loss`; None for all
     counts: TensorPayload | None
+    text: str | None  # as whose states those before the head are kept; None if they are not
 
     @staticmethod
-    def of(sequences: Tokens, numbers: list[int], counts: Counts) -> Wave:
+    def of(sequences: Tokens, numbers: list[int], counts: Counts, text: str | None) -> Wave:
         """Return the sequences with these numbers."""
         counting = None if counts is None else encode(torch.from_numpy(counts[numbers]))
-        return Wave(numbers, token_payload(sequences[numbers]), counting)
+        return Wave(numbers, token_payload(sequences[numbers]), counting, text)
 
     def sequences(self, worker: Worker) -> Iterator[SequenceOfWave]:
         """Yield the sequences."""
@@ -185,12 +184,12 @@ def forward_backward(
         if labels.seed is not None:
             generator = torch.Generator().manual_seed(labels.seed + sequence.number)
         if labels.of_dense_model:
-            dense = worker.kept(DenseStates).on_device(worker, CALIBRATION, sequence.number)
+            dense = worker.kept(DenseStates)[CALIBRATION][sequence.number].to(worker.device)
         loss, gradients[i], states = worker.runner.loss(
             gradients[i], sequence.tokens, generator, dense, sequence.counts
         )
-        if labels.remembers:
-            keep_states(worker, CALIBRATION, [sequence.number], [states])
+        if wave.text is not None:
+            keep_states(worker, wave.text, [sequence.number], [states])
         losses.append(float(loss))
         if not labels.may_diverge and not math.isfinite(losses[-1]):
             raise FloatingPointError(
@@ -227,12 +226,7 @@ def infer_logits(worker: Worker, inputs: TensorPayload) -> TensorPayload:
 
 
 def infer_each(
-    worker: Worker,
-    number: int,
-    inputs: TensorPayload,
-    wave: Wave,
-    of_each: Callable[[Worker, Tensor, SequenceOfWave], T],
-    text: str | None,
+    worker: Worker, number: int, inputs: TensorPayload, wave: Wave, of_each: OfEach[T]
 ) -> tuple[TensorPayload, list[T]]:
     """Run a wave up to the head.
 
@@ -243,12 +237,11 @@ def infer_each(
         number: of the wave.
         inputs: tokens [m, T] or hidden states [m, T, d].
         wave: the sequences.
-        of_each: what is made of the hidden states [1, T, d] of one; see below.
-        text: as whose states those before the head are kept; None if they are not.
+        of_each: what is made of one; see below.
     """
     hidden = worker.runner.infer(worker.unpack(inputs))
-    if text is not None:
-        keep_states(worker, text, wave.numbers, hidden)
+    if wave.text is not None:
+        keep_states(worker, wave.text, wave.numbers, hidden)
     sequences = wave.sequences(worker)
     results = [of_each(worker, h, sequence) for h, sequence in zip(hidden, sequences, strict=True)]
     return worker.pack(torch.empty(0)), results
@@ -287,7 +280,7 @@ def comparison(
     they are wanted.
     """
     _, tokens, counts = sequence
-    dense = worker.kept(DenseStates).on_device(worker, text, sequence.number)
+    dense = worker.kept(DenseStates)[text][sequence.number].to(worker.device)
     head = worker.shard.head_weight
     sums = compare_with_dense(
         hidden, dense, tokens, head, counts=counts, with_acceptance=with_acceptance

@@ -18,7 +18,7 @@ from torch import Tensor
 from ray_surgeon.maths.masks import ElementMask, Mask, StructuredMask
 from ray_surgeon.memory.stores import Scratch
 from ray_surgeon.models.groups import GroupSet
-from ray_surgeon.models.layout import ExpertSet, ModelLayout
+from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.runner import BlockRunner
 from ray_surgeon.models.shard import ModelShard
 from ray_surgeon.runtime.collectives import ReplicaGroup, TensorPayload, decode, encode
@@ -69,12 +69,7 @@ class Worker:
     runner: BlockRunner  # likewise
 
     def __init__(
-        self,
-        layout: ModelLayout,
-        placement: Placement,
-        index: WorkerIndex,
-        num_threads: int,
-        device: str,
+        self, layout: ModelLayout, placement: Placement, index: WorkerIndex, device: str
     ) -> None:
         """Prepare an empty worker.
 
@@ -82,11 +77,9 @@ class Worker:
             layout: of the whole model.
             placement: where every block is.
             index: which worker this is.
-            num_threads: torch threads on the CPU.
             device: "cpu", or a GPU such as "cuda:0"; "cuda" if the worker is to take one by
                 `take_gpu`.
         """
-        torch.set_num_threads(num_threads)
         self.layout = layout
         self.placement = placement
         self.index = index
@@ -101,9 +94,7 @@ class Worker:
         self._kept: dict[type, Any] = {}
         self._busy_s = self._packing_s = 0.0
 
-    def call(
-        self, step: Callable[Concatenate[Worker, P], T], *args: P.args, **kwargs: P.kwargs
-    ) -> T:
+    def call(self, step: Step[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a step and count the time."""
         start = time.perf_counter()
         try:
@@ -212,22 +203,6 @@ class Worker:
         """Coupled groups of this shard's blocks."""
         return [groups for groups in self.layout.group_sets if groups.block in self.shard.blocks]
 
-    @functools.cached_property
-    def expert_sets(self) -> list[ExpertSet]:
-        """The experts of this shard's blocks."""
-        return [
-            experts for experts in self.layout.expert_sets if experts.block in self.shard.blocks
-        ]
-
-    def removed_experts(self, experts: ExpertSet) -> Tensor:
-        """Return which experts of a block are removed, [num_experts] bool.
-
-        Nothing of their last linears is kept, not even rows.
-        """
-        return torch.tensor(
-            [not self.mask(linears[-1], StructuredMask).rows.any() for linears in experts.linears]
-        )
-
     def share_linears(self, names: Iterable[str]) -> None:
         """Send linears and their masks from their owners to the other replicas.
 
@@ -260,6 +235,10 @@ class Worker:
         return LinearSummary(
             name, len(rows), len(columns), *kept, int(W.count_nonzero()), predicted, residual
         )
+
+
+Step = Callable[Concatenate[Worker, P], T]
+"""What a worker does when it is asked to."""
 
 
 def clean_up(worker: Worker) -> None:

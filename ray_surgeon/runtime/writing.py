@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
-from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -188,9 +187,6 @@ def end(worker: Worker, batch: int) -> None:
 
 # On the coordinator
 
-_Step: TypeAlias = tuple[list[int], int, Future[TensorPayload]]
-"""Numbers of the texts of a batch, position of the tokens that come of a step, and these [m, 1]."""
-
 
 def write_texts(cluster: Cluster, wanted: Wanted) -> list[NDArray[np.int64]]:
     """Let the model write.
@@ -251,7 +247,8 @@ class _Writer:
         *pieces, inputs = _pieces([prompt[:shortest] for prompt in own.prompts])
         for piece in pieces:
             pass_on(piece)
-        in_flight = deque[_Step]()
+        # numbers of the texts, position of the tokens that come of a step, and these [m, 1]
+        in_flight = deque[tuple[list[int], int, Future[TensorPayload]]]()
         steps_left = self.wanted.num_steps(numbers)
         for position in range(shortest, shortest + steps_left):
             if not (rows := self._writing(numbers)):

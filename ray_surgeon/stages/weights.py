@@ -16,9 +16,8 @@ from ray_surgeon.memory.stores import ScratchNames
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.plan.needs import StepPlan, WorkerView
 from ray_surgeon.report.html_report import LivePage, rendered
-from ray_surgeon.runtime.loading import ModelRecipe, load
-from ray_surgeon.runtime.saving import FILE_BYTES, continue_from_shot, save_shot
 from ray_surgeon.runtime.wave import read_states, write_states
+from ray_surgeon.runtime.weights import FILE_BYTES, ModelRecipe, continue_from_shot, load, save_shot
 from ray_surgeon.spec.evaluation import TasksSection
 from ray_surgeon.spec.sections import OutputSection, QuantizeSection
 from ray_surgeon.stages.evaluation import Measures

@@ -25,9 +25,9 @@ from ray_surgeon.memory.stores import Stores
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.pipeline import main
 from ray_surgeon.run.inputs import Inputs, check
-from ray_surgeon.runtime.loading import ModelRecipe, load
-from ray_surgeon.runtime.local import LocalCluster
+from ray_surgeon.runtime.cluster import LocalCluster
 from ray_surgeon.runtime.placement import place
+from ray_surgeon.runtime.weights import ModelRecipe, load
 from ray_surgeon.spec.parsing import parse_spec
 from ray_surgeon.spec.sections import ModelSection
 from ray_surgeon.storage import tensor_files

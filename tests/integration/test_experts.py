@@ -256,7 +256,7 @@ def test_random_costs_are_others_in_every_layer_and_shot(model_folders: dict[str
     of_layers = {
         tuple(costs[linears[-1]] for linears in experts.linears)
         for costs in found
-        for experts in worker.expert_sets
+        for experts in worker.shard.expert_sets
     }
     assert len(of_layers) == 2 * 4
 

@@ -23,7 +23,7 @@ from ray_surgeon.report import tables
 from ray_surgeon.report.html_report import excerpt, page, rendered
 from ray_surgeon.report.record import RunReport
 from ray_surgeon.run.result import PruneResult
-from ray_surgeon.runtime.local import LocalCluster
+from ray_surgeon.runtime.cluster import LocalCluster
 from ray_surgeon.runtime.passes import remember
 from ray_surgeon.runtime.wave import read_states, write_states
 from ray_surgeon.stages.answers.answers import (

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, Qwen3MoeConfig
 
 from ray_surgeon.maths.damping import A_CHOICES, G_CHOICES
 from ray_surgeon.run.inputs import Inputs, check
-from ray_surgeon.runtime.local import LocalCluster
+from ray_surgeon.runtime.cluster import LocalCluster
 from ray_surgeon.runtime.passes import remember
 from ray_surgeon.runtime.pipelines import forward_and_backward
 from ray_surgeon.runtime.wave import CALIBRATION

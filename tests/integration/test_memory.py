@@ -238,8 +238,8 @@ def test_memory_of_ended_workers_is_waited_for(monkeypatch: pytest.MonkeyPatch) 
         plan=plan, spec=SimpleNamespace(cluster=SimpleNamespace(cpus_per_worker=1))
     )
     with pytest.raises(DoesNotFitError):
-        loop._plan(inputs, workers, NO_SCRATCH, 100.0)
-    found_plan: Any = loop._plan(inputs, workers, NO_SCRATCH, 106.0)
+        loop._plan(inputs, workers, NO_SCRATCH, 0.0)
+    found_plan: Any = loop._plan(inputs, workers, NO_SCRATCH, 6.0)
     assert found_plan == "a plan"
     assert clock.now == 105.0
 

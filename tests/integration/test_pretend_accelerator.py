@@ -26,8 +26,8 @@ from ray_surgeon.report.html_report import LivePage
 from ray_surgeon.run.inputs import check
 from ray_surgeon.run.loop import run_shots
 from ray_surgeon.runtime import fresh_process
+from ray_surgeon.runtime.cluster import LocalCluster
 from ray_surgeon.runtime.collectives import TensorPayload, decode
-from ray_surgeon.runtime.local import LocalCluster
 from ray_surgeon.runtime.worker import Worker
 from ray_surgeon.spec.parsing import parse_spec
 from ray_surgeon.storage import tensor_files

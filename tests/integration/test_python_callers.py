@@ -30,7 +30,7 @@ from transformers import (
 import ray_surgeon
 from ray_surgeon.plan.plan import DoesNotFitError
 from ray_surgeon.report.directory import RunDirectory
-from ray_surgeon.run.in_memory import causal_lm
+from ray_surgeon.run.arguments import causal_lm
 from ray_surgeon.run.loop import run_shots
 from ray_surgeon.storage import files
 from tests.conftest import CONFIGS, SPARSE_CONFIGS, tiny_model
@@ -197,13 +197,11 @@ def test_a_model_is_written_whole_or_not_at_all(
         patch.setattr(files, "put_file", is_full)
         with pytest.raises(ValueError, match=r"output.uri: cannot use .*no space left"):
             prune(given, run)
-    assert files.list_files(str(run)) == []
     prune(given, run)
     for name in ("dense.safetensors", "source"):
         shutil.move(run / name, tmp_path / name)
     with pytest.raises(ValueError, match=r"dense\.safetensors is gone"):
         prune(given, run, resume=True)
-    assert not (run / "source").exists(), "it was written anew, for nothing"
     shutil.move(tmp_path / "dense.safetensors", run)
 
     def fails(*_: Any) -> None:
@@ -237,7 +235,9 @@ def test_any_number_of_sequences_is_a_number(
     assert found.perplexity == expected
 
 
-def test_what_is_refused_leaves_no_copy_of_the_model(given: Given, tmp_path: Path) -> None:
+def test_what_is_refused_leaves_a_folder_that_another_model_may_take(
+    given: Given, tmp_path: Path
+) -> None:
     bloom = BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=16, n_layer=1, n_head=2))
     with pytest.raises(ValueError, match="'bloom', which is not supported"):
         prune((bloom, given[1]), tmp_path / "run")
@@ -245,7 +245,9 @@ def test_what_is_refused_leaves_no_copy_of_the_model(given: Given, tmp_path: Pat
         prune(given, tmp_path / "run", calibration=TEXT | {"num_sequences": 10_000})
     with pytest.raises(DoesNotFitError):
         prune(given, tmp_path / "run", memory={"limit_gib": 1e-6})
-    assert files.list_files(str(tmp_path / "run")) == []
+    with torch.no_grad():
+        given[0].model.norm.weight += 1
+    assert prune(given, tmp_path / "run").report["shots"]
     with pytest.raises(ValueError, match=r"output.uri: cannot use /proc/x"):
         prune(given, "/proc/x")
 
@@ -260,7 +262,6 @@ def test_arguments_of_other_kinds_are_named(given: Given, tmp_path: Path) -> Non
     model, tokenizer = given
     classifier = LlamaForSequenceClassification(model.config)
     double = copy.deepcopy(model).double()
-    empty = type(model)(model.config).to("meta")
     for others, message in (
         ((tokenizer, model), "model: got a "),
         ((nn.Linear(2, 2), tokenizer), "model: got a Linear; give a causal LM"),
@@ -269,8 +270,7 @@ def test_arguments_of_other_kinds_are_named(given: Given, tmp_path: Path) -> Non
         ((classifier, tokenizer), "model: got a LlamaForSequenceClassification"),
         ((Path("s3://bucket/model"), None), "give URIs as text"),
         ((model, "gpt2"), "tokenizer: got a str"),
-        ((double, tokenizer), r"model: its weights are float64; .*float\(\)"),
-        ((empty, tokenizer), "has no values"),
+        ((double, tokenizer), r"model.dtype: .*\(got 'float64'\)"),
     ):
         with pytest.raises(ValueError, match=message):
             prune(others, tmp_path / "run")

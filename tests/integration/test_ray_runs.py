@@ -23,9 +23,9 @@ from ray_surgeon.memory.stores import ScratchNames, Stores
 from ray_surgeon.run.driver import connect
 from ray_surgeon.runtime import ray_cluster
 from ray_surgeon.runtime.cluster import NoRoomError, WorkerFailureError
-from ray_surgeon.runtime.loading import ModelRecipe, load
 from ray_surgeon.runtime.placement import WorkerIndex, place
 from ray_surgeon.runtime.ray_cluster import RayCluster
+from ray_surgeon.runtime.weights import ModelRecipe, load
 from ray_surgeon.runtime.worker import Worker
 from ray_surgeon.spec.parsing import parse_spec
 from ray_surgeon.spec.sections import ModelSection, RaySection
@@ -142,7 +142,7 @@ def test_failures_are_seen_and_named(connected: None, model_folders: dict[str, P
         workers.run_all(load, ModelRecipe(ModelSection(source="/absent/folder")), False, Stores())
     recipe = ModelRecipe(ModelSection(source=str(model_folders["llama"])))
     workers.run_all(load, recipe, False, Stores())
-    usage = workers.usages()
+    usage = workers.run_all(Worker.usage)
     assert len({u.process for u in usage}) == 2
     assert all(u.peak_rss_bytes > 50 * 2**20 for u in usage)
     os.kill(int(usage[1].process.rpartition(":")[2]), signal.SIGKILL)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.maths.threshold import shrunk_ratios
 from ray_surgeon.run.inputs import check
-from ray_surgeon.runtime.local import LocalCluster
+from ray_surgeon.runtime.cluster import LocalCluster
 from ray_surgeon.runtime.passes import divergences_of, remember
 from ray_surgeon.spec.parsing import parse_spec
 from ray_surgeon.stages.curvature.stage import calibrate

@@ -16,12 +16,12 @@ from ray_surgeon.maths.kronecker import PackedSymmetric
 from ray_surgeon.memory.stores import Stores
 from ray_surgeon.models.build import BlockRange
 from ray_surgeon.models.layout import ModelLayout
+from ray_surgeon.pipeline import _bytes
 from ray_surgeon.plan.needs import StepPlan, WorkerView
-from ray_surgeon.plan.plan import DoesNotFitError, Plan, plan_job
+from ray_surgeon.plan.plan import DoesNotFitError, Plan, Planner
 from ray_surgeon.plan.room import DEVICES, Room
 from ray_surgeon.plan.work import Shapes, Work
 from ray_surgeon.run.inputs import work_of
-from ray_surgeon.run.machines import _bytes
 from ray_surgeon.run.reading import unread_texts
 from ray_surgeon.run.stages import stages_after_shots, stages_of
 from ray_surgeon.runtime.placement import place
@@ -70,7 +70,8 @@ class Job:
         room = Room(device_gb * GB, host, disk, device_is_host=False)
         device = DEVICES["h100"]
         layout = layout_of(self.name)
-        return plan_job(layout, self.placement, self.work, self.spec.memory, room, device)
+        planner = Planner(Shapes(layout, self.work), self.spec.memory, device)
+        return planner.best(self.placement, room)
 
     def steps(
         self,
@@ -83,12 +84,13 @@ class Job:
     ) -> dict[str, StepPlan]:
         """Return the steps of one worker by name, which may have other blocks or work."""
         layout = layout_of(self.name)
-        own = self.placement.blocks[shard]
+        own = list(self.placement.blocks)
         if blocks is not None:
-            own = BlockRange(0, blocks, layout.num_blocks)
+            own[shard] = BlockRange(0, blocks, layout.num_blocks)
+        placement = dataclasses.replace(self.placement, blocks=tuple(own))
         shapes = Shapes(layout, work or self.work)
-        view = WorkerView(shapes, self.placement, stores, on_cpu, shard, own)
-        return {step.name: step for step in view.steps()}
+        view = WorkerView(shapes, placement, stores, on_cpu, shard)
+        return {step.name: step for step in view.steps}
 
 
 def job(
@@ -155,7 +157,7 @@ def test_what_is_streamed_where_it_would_not_fit(
     assert (found.stores.weights, found.stores.factors) == (weights, factors)
     assert found.stores.wave > 1
     assert found.stores.activations == "recompute"
-    assert {worker.disk > 0 for worker in found.workers} == {weights == "disk"}
+    assert {worker.disk_bytes > 0 for worker in found.workers} == {weights == "disk"}
 
 
 def test_fewer_sequences_with_gradients_take_less_of_the_curvature_pass() -> None:

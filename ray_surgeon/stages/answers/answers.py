@@ -131,7 +131,7 @@ def measure_rates(cluster: Cluster, answers: Answers) -> Rates:
         FloatingPointError: the divergence is not a number.
     """
     tokens, counts = windows_of_answers(answers)
-    comparisons = passes.compared(cluster, ANSWERS, tokens, counts, with_acceptance=True)
+    comparisons = passes.compared(cluster, ANSWERS, tokens, counts, acceptance=True)
     num_tokens = passes.num_counted(tokens, counts)
     means = {
         name: sum(getattr(comparison, name) for comparison in comparisons) / num_tokens

@@ -67,7 +67,7 @@ def finish_curvature(worker: Worker) -> None:
     shard.stop_curvature()
     if worker.placement.num_replicas == 1:
         return
-    for experts in worker.expert_sets if shard.expert_sums else ():
+    for experts in shard.expert_sets if shard.expert_sums else ():
         sums = shard.expert_sums[experts.block - shard.blocks.first]
         worker.replicas.reduce(sums.total, worker.owner(experts.linears[0][0]))
     for group in shard.gathering:

@@ -30,7 +30,7 @@ def whole_expert_costs(
         FloatingPointError: a cost is not usable; names the experts.
     """
     by_expert = dict[str, float]()
-    for experts in worker.expert_sets:
+    for experts in worker.shard.expert_sets:
         consumers = [linears[-1] for linears in experts.linears]
         if not worker.owns(consumers[0]):
             continue
@@ -48,7 +48,7 @@ def whole_expert_costs(
         check_costs(experts.name, costs, may_be_negative=kind == "rerouting" and first_order)
         if not mixture.can_spare_one:
             costs.fill_(math.inf)
-        gone = worker.removed_experts(experts).tolist()
+        gone = experts.removed(worker.masks).tolist()
         of_expert = zip(consumers, costs.tolist(), gone, strict=True)
         by_expert |= {name: cost for name, cost, is_gone in of_expert if not is_gone}
     return by_expert
@@ -56,8 +56,8 @@ def whole_expert_costs(
 
 def go_around_removed(worker: Worker) -> None:
     """Let routers go around the experts that are removed; weights and masks are loaded before."""
-    for experts in worker.expert_sets:
-        removed = worker.removed_experts(experts)
+    for experts in worker.shard.expert_sets:
+        removed = experts.removed(worker.masks)
         if removed.any():
             place = experts.block - worker.shard.blocks.first
             worker.shard.mixtures[place].router.kept = ~removed
@@ -65,7 +65,7 @@ def go_around_removed(worker: Worker) -> None:
 
 def remove_experts(worker: Worker, consumers: Collection[str]) -> None:
     """Remove the experts with these consumers whole; routers go around them."""
-    for linears in chain.from_iterable(experts.linears for experts in worker.expert_sets):
+    for linears in chain.from_iterable(experts.linears for experts in worker.shard.expert_sets):
         for name in linears if linears[-1] in consumers else ():
             mask = worker.mask(name, StructuredMask)
             W = torch.zeros(len(mask.rows), len(mask.columns), device=worker.device)

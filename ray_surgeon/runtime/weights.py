@@ -1,0 +1,259 @@
+"""Weights and masks on workers: loaded from a checkpoint or a shot, and saved.
+
+Files are safetensors of bounded size, which replica 0 writes. A shard of any size is written a part
+at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field, fields
+from itertools import chain
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ray_surgeon.maths.masks import ElementMask, StructuredMask
+from ray_surgeon.memory.stores import NO_SCRATCH, Scratch, ScratchNames, Stores
+from ray_surgeon.memory.weights import ReadAhead
+from ray_surgeon.models.build import cut, num_inputs
+from ray_surgeon.models.checkpoint import Stored, tensor_reader
+from ray_surgeon.models.runner import BlockRunner
+from ray_surgeon.models.shard import ModelShard
+from ray_surgeon.runtime.worker import Worker
+from ray_surgeon.spec.sections import ModelSection
+from ray_surgeon.storage import files, tensor_files
+from ray_surgeon.storage.sources import open_model
+
+T = TypeVar("T")
+_Tensors = Iterable[tuple[str, Tensor]]
+"""With their names in a file."""
+
+FILE_BYTES = 2**30
+"""Largest size of a file of weights, unless one tensor alone is larger.
+
+What it holds is in memory while it is written.
+"""
+
+
+@dataclass(frozen=True)
+class ModelRecipe:
+    """How a worker gets its weights."""
+
+    model: ModelSection  # the dense model, and the dtype of weights and activations
+    # (key, URI of its file) of the committed shot to continue from
+    shot_files: tuple[tuple[str, str], ...] = ()
+    scratch: ScratchNames = NO_SCRATCH
+
+
+def load(worker: Worker, recipe: ModelRecipe, by_element: bool, stores: Stores) -> None:
+    """Load a worker's weights and, when a run is resumed, its masks.
+
+    Args:
+        worker: without weights.
+        recipe: where everything is.
+        by_element: whether masks are of elements, or of rows and columns.
+        stores: where the weights and factors are kept.
+
+    Raises:
+        ValueError: the checkpoint cannot be read.
+    """
+    source = open_model(recipe.model)
+    layout = worker.layout
+    index = worker.index
+    scratch = Scratch(*recipe.scratch, f"{index.shard}-{index.replica}")
+    scratch.remove_earlier()
+    blocks = worker.placement.blocks[index.shard]
+    dtype = getattr(torch, recipe.model.dtype)
+    worker.shard = ModelShard(layout, blocks, dtype, worker.device, stores, scratch)
+    worker.scratch = scratch
+    worker.runner = BlockRunner(worker.shard)
+    pruned_in = dict(recipe.shot_files)
+    read_dense = tensor_reader(layout, source.uri_of, source.read, source.origin)
+
+    def read(name: str) -> Tensor:
+        if name in pruned_in:
+            return worker.shot_reader.read(pruned_in[name], name)
+        return read_dense(name)
+
+    kind: type[StructuredMask] | type[ElementMask] = ElementMask if by_element else StructuredMask
+    parts = [part.name for part in fields(kind)] if pruned_in else []
+    # stacked tensors are taken apart once, not whenever a block is read
+    stays = source.is_local and not layout.family.sparse.stacked
+    stays = stays and all(map(files.is_local, set(pruned_in.values())))
+    get = read
+    if not stays:
+        names = [*worker.shard.wanted, *(f"{n}.{p}" for n in worker.shard.linears for p in parts)]
+        of_masks = {f"{s.name}.kept": (s.num_rows, s.num_columns) for s in layout.linears}
+        get = ReadAhead(read, names, {**layout.parameters, **of_masks})
+    worker.shard.load(get, stays=stays)
+    for name in worker.shard.linears:
+        shape = layout.shapes[name]
+        tensors = {part: get(f"{name}.{part}").to(torch.bool, copy=True) for part in parts}
+        worker.masks[name] = (
+            kind(**tensors) if parts else kind.full(shape.num_rows, shape.num_columns)
+        )
+
+
+@dataclass(frozen=True)
+class SavedFile:
+    """A file that a worker wrote.
+
+    For example ("shots/0001/shard-0001.safetensors", 123, ("model.layers.0...",)).
+    """
+
+    uri: str
+    size_bytes: int
+    keys: tuple[str, ...] = field(repr=False)
+
+
+def save_shot(worker: Worker, folder: str) -> tuple[SavedFile, ...]:
+    """Write what the method changes: the linears and the masks of a shard."""
+    get = worker.shard.tensor
+    weights = [((n, get(n)) for n in part) for part in _weight_parts(worker, linears_only=True)]
+    files_of: dict[str, Sequence[_Tensors]] = {"shard": weights, "masks": _mask_parts(worker)}
+    saved = []
+    for kind, parts in files_of.items():
+        for i, part in enumerate(parts, 1):
+            suffix = f"-{i:04d}" if len(parts) > 1 else ""
+            name = f"{kind}-{worker.index.shard + 1:04d}{suffix}.safetensors"
+            saved.append(_write(files.join(folder, name), part))
+    return tuple(saved)
+
+
+def continue_from_shot(worker: Worker, saved: Sequence[SavedFile]) -> None:
+    """Let weights that are streamed from disk come from a committed shot's files.
+
+    The files must be on this machine.
+    """
+    weights = worker.shard.weights
+    are_here = all(files.is_local(file.uri) for file in saved)
+    if weights.kept.place == "disk" and are_here:
+        uri_of = {key: file.uri for file in saved for key in file.keys}
+        reader = tensor_files.Reader()
+        weights.continue_from(lambda name: reader.read(uri_of[name], name), uri_of)
+        worker.shot_reader.close()
+
+
+def num_files(worker: Worker, masks: bool) -> tuple[int, int]:
+    """Return how many files `save_weights` writes, of weights and of masks."""
+    of_masks = _mask_parts(worker) if masks else []
+    return len(_weight_parts(worker, linears_only=False)), len(of_masks)
+
+
+def save_weights(
+    worker: Worker,
+    folder: str,
+    names: Sequence[str],
+    mask_names: Sequence[str],
+    left_out: Collection[str],
+    stored: bool,
+) -> tuple[SavedFile, ...]:
+    """Write a shard's whole part of the model.
+
+    Args:
+        worker: of the shard.
+        folder: URI.
+        names: of the files of weights.
+        mask_names: of the files of masks; if there are none, pruned rows and columns are left out,
+            and with them tensors of which nothing is left.
+        left_out: names of other tensors to leave out.
+        stored: whether tensors are called as in the family's own checkpoints, or as they are here.
+    """
+    exported = _Exported(worker, cut_out=not mask_names, stored=stored)
+    parts: list[_Tensors] = [
+        ((exported.name(n), exported.get(n)) for n in part if n not in left_out)
+        for part in _weight_parts(worker, linears_only=False)
+    ]
+    parts += _mask_parts(worker) if mask_names else []
+    uris = (files.join(folder, name) for name in (*names, *mask_names))
+    return tuple(_write(uri, part) for uri, part in zip(uris, parts, strict=True))
+
+
+class _Exported:
+    """The tensors of a shard as an export has them."""
+
+    def __init__(self, worker: Worker, *, cut_out: bool, stored: bool) -> None:
+        """Look up what is left of heads and of other parts, if pruned ones are cut out."""
+        self._worker = worker
+        self._cut_out = cut_out
+        layout = worker.layout
+        masks = worker.masks if cut_out else {}
+        self._stored = Stored(layout, worker.shard.blocks, masks, stored=stored)
+        self.name = self._stored.name
+        # name of a tensor, or of a module, with an entry for each part -> which are left
+        self._entries = dict(self._stored.entries)
+        per_head = layout.family.per_head if cut_out else ()
+        for groups in worker.group_sets if per_head else ():
+            if groups.kind == "attention":
+                columns = worker.mask(groups.consumer, StructuredMask).columns
+                of_heads = columns[groups.columns.flatten()].view(-1, layout.heads.head_dim)
+                for name in per_head:
+                    full_name = layout.family.block_prefix(groups.block) + name
+                    self._entries[full_name] = of_heads.any(dim=1)
+
+    def get(self, name: str) -> Tensor:
+        """Return a tensor, without what is cut out; see `Stored.whole`."""
+        return self._stored.whole(name, self._cut(name))
+
+    def _cut(self, name: str) -> Tensor:
+        tensor = self._worker.shard.tensor(name)
+        linear, _, part = name.rpartition(".")
+        entries = self._entries.get(name, self._entries.get(linear))
+        if entries is not None:
+            return tensor[entries.to(tensor.device)]
+        if not self._cut_out or linear not in self._worker.shard.linears:
+            return tensor
+        mask = self._worker.mask(linear, StructuredMask)
+        module = self._worker.shard.linears[linear]
+        return cut(module, part, tensor, mask.rows, mask.columns[: num_inputs(module)])
+
+
+def _weight_parts(worker: Worker, *, linears_only: bool) -> list[list[str]]:
+    """Cut names of tensors into those of one file each, by sizes before anything is cut out.
+
+    In whole models, those that checkpoints of the family keep in one tensor follow each other and
+    stay together.
+    """
+    if worker.index.replica != 0:
+        return []
+    units: dict[str, list[str]] = {}
+    for name in worker.shard.saved(linears_only=linears_only):
+        stored = name if linears_only else worker.layout.family.stored_in(name)
+        units.setdefault(stored, []).append(name)
+    num_entries = {name: math.prod(shape) for name, shape in worker.layout.parameters.items()}
+    width = worker.shard.dtype.itemsize
+    sizes = [(unit, width * sum(num_entries[name] for name in unit)) for unit in units.values()]
+    return [list(chain.from_iterable(part)) for part in _by_size(sizes)]
+
+
+def _mask_parts(worker: Worker) -> list[list[tuple[str, Tensor]]]:
+    """Return the tensors of all masks by their names in files, those of one file each."""
+    if worker.index.replica != 0:
+        return []
+    tensors = [
+        (f"{name}.{part}", tensor)
+        for name, mask in worker.masks.items()
+        for part, tensor in mask.tensors().items()
+    ]
+    return _by_size([((name, tensor), tensor.numel()) for name, tensor in tensors])
+
+
+def _by_size(sizes: Sequence[tuple[T, int]]) -> list[list[T]]:
+    parts: list[list[T]] = [[]]
+    filled = 0
+    for thing, size in sizes:
+        if parts[-1] and filled + size > FILE_BYTES:
+            parts.append([])
+            filled = 0
+        parts[-1].append(thing)
+        filled += size
+    return parts
+
+
+def _write(uri: str, tensors: _Tensors) -> SavedFile:
+    """Write tensors by name, but those of which nothing is left."""
+    kept = {name: tensor for name, tensor in tensors if tensor.numel()}
+    return SavedFile(uri, tensor_files.write(uri, kept), tuple(kept))
