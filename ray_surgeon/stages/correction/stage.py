@@ -8,7 +8,13 @@ from dataclasses import dataclass
 from ray_surgeon.plan.needs import StepPlan, WorkerView
 from ray_surgeon.runtime.wave import CALIBRATION
 from ray_surgeon.stages.correction.section import CorrectionSection
-from ray_surgeon.stages.correction.training import NUM_CHECKS, RATES, Corrections, trial_steps
+from ray_surgeon.stages.correction.training import (
+    NUM_CHECKS,
+    RATES,
+    Training,
+    batches_of,
+    trial_steps,
+)
 from ray_surgeon.stages.stage import Facts, RunState, Stage, Text
 
 
@@ -30,11 +36,11 @@ class Correction(Stage):
 
     def run(self, run: RunState, facts: Facts) -> None:
         """Train."""
-        before = run.record.get("divergence_held_aside")
-        corrections = Corrections(self.section)
-        trained = corrections.train(run.cluster, run.text, run.shot, run.num_shots, before)
-        facts |= trained.facts
-        run.record |= trained.as_record()
+        batches = batches_of(self.section, run.shot, run.num_shots, len(run.text.tokens))
+        training = Training(self.section, run.cluster, run.text, batches)
+        training.train(run.shot, run.record.get("divergence_held_aside"))
+        facts |= training.facts
+        run.record |= training.as_record()
 
     def texts_to_remember(self, run: RunState) -> Mapping[str, Text]:
         """Return the calibration text, unless a curvature pass sees it anyway."""
