@@ -15,7 +15,6 @@ import torch
 
 from ray_surgeon.maths.kronecker import PackedFactors
 from ray_surgeon.maths.linear import Linear
-from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.maths.rows_columns import quadratic_cost
 
 A_CHOICES = (1e-3, 1e-2, 1e-1, 1.0)
@@ -25,7 +24,7 @@ G_CHOICES = (0.01, 0.03, 0.1, 0.3)
 
 
 def cost_held_aside(
-    linear: Linear, mask: StructuredMask, held: PackedFactors, share: float, *, prunes_rows: bool
+    linear: Linear, held: PackedFactors, share: float, *, prunes_rows: bool
 ) -> float:
     """Remove the cheapest columns of a linear, and return the cost on other tokens.
 
@@ -33,7 +32,6 @@ def cost_held_aside(
 
     Args:
         linear: with its factors and their damping.
-        mask: what earlier shots kept.
         held: factors of tokens held aside, sums likewise; they are not damped.
         share: of the columns, and of the rows, that are removed.
         prunes_rows: whether the cheapest rows go, too.
@@ -44,7 +42,7 @@ def cost_held_aside(
     Raises:
         FloatingPointError: a factor is not usable.
     """
-    part = linear.nonzero(mask)
+    part = linear.nonzero
     W = part.of(linear.W)
     curvature = linear.curvature(part)
     column_costs = curvature.column_costs(W, "obs")

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from ray_surgeon.maths.curvature import LinearCurvature
 from ray_surgeon.maths.kronecker import Damping, PackedFactors
-from ray_surgeon.maths.masks import StructuredMask
 
 Pair = tuple[Tensor, Tensor]
 """Two tensors that belong together, such as one of rows and one of columns."""
@@ -58,13 +57,12 @@ class Linear:
         G, A = (factor.diagonal().to(self.W.device) for factor in (factors.G, factors.A))
         return Part(G > 0, A > 0)
 
-    def nonzero(self, kept: StructuredMask) -> Part:
-        """Return the kept ones of the live rows and columns in which a weight is not zero."""
-        W = self.W
+    @property
+    def nonzero(self) -> Part:
+        """Those of the live rows and columns in which a weight is not zero, as in pruned ones."""
         live = self.live
-        rows = live.rows & kept.rows.to(W.device) & (W != 0).any(dim=1)
-        columns = live.columns & kept.columns.to(W.device) & (W != 0).any(dim=0)
-        return Part(rows, columns)
+        nonzero = self.W != 0
+        return Part(live.rows & nonzero.any(dim=1), live.columns & nonzero.any(dim=0))
 
     def curvature(self, part: Part, damping: Damping | None = None) -> LinearCurvature:
         """Return the damped curvature of a part; `damping` replaces that of the linear."""

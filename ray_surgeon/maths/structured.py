@@ -73,7 +73,7 @@ def find_candidates(
     """
     W = linear.W
     mask = StructuredMask(mask.rows.to(W.device), mask.columns.to(W.device))
-    live = linear.nonzero(mask)
+    live = linear.nonzero
     rows = mask.rows & (structure != "columns")
     columns = mask.columns & (structure != "rows")
     if linear.has_bias:

@@ -17,7 +17,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from ray_surgeon.report.directory import RunDirectory
 from ray_surgeon.stages.curvature.gather import gather_curvature
-from ray_surgeon.stages.prune.experts import whole_expert_costs
+from ray_surgeon.stages.prune.experts import ExpertSumsBeside, whole_expert_costs
 from tests.conftest import LAYOUTS, SPARSE_CONFIGS
 from tests.integration.runs import (
     MOST_BY_ORDER_OF_SUMS,
@@ -251,7 +251,7 @@ def test_scores_of_baselines(score: str, model_folders: dict[str, Path], tmp_pat
 def test_random_costs_are_others_in_every_layer_and_shot(model_folders: dict[str, Path]) -> None:
     cluster = loaded(model_folders["olmoe"])
     (worker,) = cluster.workers.values()
-    gather_curvature(cluster, np.arange(40)[None], "activations", experts=True)
+    gather_curvature(cluster, np.arange(40)[None], "activations", beside=ExpertSumsBeside())
     found = [whole_expert_costs(worker, "random", shot, first_order=False) for shot in (1, 2)]
     of_layers = {
         tuple(costs[linears[-1]] for linears in experts.linears)

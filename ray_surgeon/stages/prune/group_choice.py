@@ -18,6 +18,8 @@ from ray_surgeon.models.budgets import Budget
 from ray_surgeon.models.layout import LinearShape
 from ray_surgeon.plan.work import LinearNeeds
 from ray_surgeon.runtime.cluster import Cluster
+from ray_surgeon.stages.curvature.gather import NOTHING_BESIDE, SumsBeside
+from ray_surgeon.stages.prune.experts import ExpertSumsBeside
 from ray_surgeon.stages.prune.groups_section import CoupledSection
 from ray_surgeon.stages.prune.method import Choice, Ranking, Scores
 
@@ -124,6 +126,11 @@ class GroupChoice(Ranking):
         assert self.budget is not None, "latencies are not measured yet"
         return self.budget
 
+    @property
+    def beside(self) -> SumsBeside:
+        """What whole experts cost is summed beside A and G."""
+        return ExpertSumsBeside() if self.ranks_experts else NOTHING_BESIDE
+
     def goal(self, shot: int) -> float:
         """Return what the model may need of the budget after a shot."""
         return self.section.goal(self.known_budget.dense, shot)
@@ -197,7 +204,7 @@ class GroupChoice(Ranking):
             facts["experts"] = len(experts)
             record["experts_removed"] = experts
             record["expert_costs"] = {c.consumer: c.whole for c in costs if math.isfinite(c.whole)}
-        return Choice(allocation.threshold, facts, counts, experts, record)
+        return Choice(allocation.threshold, facts, (counts, experts), record)
 
 
 @dataclass(frozen=True)

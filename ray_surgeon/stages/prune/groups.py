@@ -249,19 +249,20 @@ class Groups(GroupChoice):
 
     def apply(self, cluster: Cluster, tokens: Tokens, choice: Choice, shot: int) -> Applied:
         """Prune, update, and train layers with the learning rate that did best on some of them."""
-        rate = self._learning_rate(cluster, choice)
+        counts, experts = choice.removed
+        rate = self._learning_rate(cluster, counts)
         cluster.progress.begin(unit="linears")
-        workers = cluster.run_all(self.prune, choice.counts, choice.experts, rate)
+        workers = cluster.run_all(self.prune, counts, experts, rate)
         return list(chain.from_iterable(workers)), {}
 
-    def _learning_rate(self, cluster: Cluster, choice: Choice) -> float:
+    def _learning_rate(self, cluster: Cluster, counts: Mapping[str, int]) -> float:
         """Return the learning rate of reconstructions: the given one, or the best on two layers."""
         if self.reconstruction is None:
             return 0.0
         rate = self.reconstruction.section.learning_rate
         if rate is not None:
             return rate
-        tried = list(chain.from_iterable(cluster.run_all(self.try_rates, choice.counts)))
+        tried = list(chain.from_iterable(cluster.run_all(self.try_rates, counts)))
         errors = {rate: [error for r, error in tried if r == rate] for rate in RATES}
         return Reconstruction.best_rate(errors)
 

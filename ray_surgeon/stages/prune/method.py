@@ -24,6 +24,7 @@ from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.wave import Tokens
 from ray_surgeon.runtime.worker import LinearSummary, Worker, collective, sizes
 from ray_surgeon.spec.targets import ScheduleSection
+from ray_surgeon.stages.curvature.gather import NOTHING_BESIDE, SumsBeside
 from ray_surgeon.stages.curvature.section import AnyCurvature
 from ray_surgeon.stages.stage import CalibrationText
 
@@ -57,10 +58,7 @@ class Choice:
 
     threshold: float | None  # everything up to this cost; None if the method has none
     facts: Mapping[str, float | int | str]  # for the event of the step
-    # consumer -> number of its groups, for coupled groups
-    counts: Mapping[str, int] = field(default_factory=dict)
-    # consumer of each expert that goes whole -> what that costs
-    experts: Mapping[str, float] = field(default_factory=dict)
+    removed: Any = None  # what else the method's `apply` takes
     record: Mapping[str, Any] = field(default_factory=dict)  # more for the report
 
 
@@ -86,9 +84,9 @@ class Method(ABC):
         return None
 
     @property
-    def ranks_experts(self) -> bool:
-        """Whether whole experts may be removed."""
-        return False
+    def beside(self) -> SumsBeside:
+        """What the curvature pass sums beside A and G."""
+        return NOTHING_BESIDE
 
     def reach(self, layout: ModelLayout) -> float:
         """Return the largest target that a model's shapes allow."""
