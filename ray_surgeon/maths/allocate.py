@@ -89,8 +89,9 @@ def allocate_globally(
         OutOfReachError: everything that may be pruned saves less.
     """
     paths = [_Path(c, per_unit) for c in costs]
-    steps = [(path.slope, place) for place, path in enumerate(paths) if path.goes_on]
-    heapq.heapify(steps)
+    steps = list[tuple[float, int]]()
+    for place, path in enumerate(paths):
+        path.push(steps, place)
     left = Counter(c.layer for c in costs if math.isfinite(c.whole))
     threshold = 0.0
     saved = sum(path.saved for path in paths)
@@ -109,8 +110,7 @@ def allocate_globally(
             path.advance(missing - tolerance - saved + before)
             saved += path.saved - before
             threshold = price
-        if path.goes_on:
-            heapq.heappush(steps, (path.slope, place))
+        path.push(steps, place)
     counts = {path.costs.consumer: path.number for path in paths}
     whole = frozenset(path.costs.consumer for path in paths if path.is_whole)
     return Allocation(counts, threshold, whole)
@@ -138,15 +138,10 @@ class _Path:
         points = [(c.saved(n) if self._per_unit else n, cost, place) for n, cost, place in prices]
         return lower_hull(sorted(points))[::-1]
 
-    @property
-    def goes_on(self) -> bool:
-        """Whether there is another point."""
-        return len(self._points) > 1
-
-    @property
-    def slope(self) -> float:
-        """Price of the step to the next point."""
-        return slope(self._points[-1], self._points[-2])
+    def push(self, steps: list[tuple[float, int]], place: int) -> None:
+        """Put the price of the step to the next point on a heap, if there is one."""
+        if len(self._points) > 1:
+            heapq.heappush(steps, (slope(self._points[-1], self._points[-2]), place))
 
     @property
     def goes_whole(self) -> bool:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from ray_surgeon.maths import rows_columns as costs
-from ray_surgeon.maths.extended.terms import ClippedTerm, TwoTermInverse, clip_term, minimise_kept
+from ray_surgeon.maths.extended.terms import TwoTermInverse, clip_term, minimise_kept
 from ray_surgeon.maths.factorised import DampedFactor, damp_, factorise
-from ray_surgeon.maths.kronecker import Damping, KroneckerFactors, Term, balance_
+from ray_surgeon.maths.kronecker import Damping, Term, balance_
+from ray_surgeon.maths.linear import Linear, Part
 from ray_surgeon.maths.rows_columns import prune_rows_and_columns, prune_singly
 
 
@@ -55,42 +56,57 @@ class Clipping:
     change: float
 
 
+@dataclass(frozen=True)
+class Basis:
+    """What costs of a linear were taken on; its update needs the same."""
+
+    part: Part  # rows and columns on which the curvature is not degenerate
+    damping: Damping  # with which both factors of the part are positive definite
+    raised_damping: tuple[RaisedDamping, ...]  # factorisations that needed more than asked for
+    clipping: tuple[Clipping, ...]  # further terms that were clipped
+
+    def curvature(self, linear: Linear) -> LinearCurvature:
+        """Return the curvature of the linear once more."""
+        return LinearCurvature(linear, self.part, self.damping)
+
+
 class LinearCurvature:
-    """Damped curvature of one linear. Factorisations are made when something needs them."""
+    """A part of one linear with its damped curvature.
 
-    def __init__(
-        self, name: str, factors: KroneckerFactors, damping: Damping, dtype: torch.dtype
-    ) -> None:
-        """Balance the factors.
+    Factorisations are made when something needs them.
+    """
 
-        Args:
-            name: of the linear, for errors.
-            factors: of the rows and columns that matter. They are taken over: their memory is
-                reused.
-            damping: of A and G.
-            dtype: to compute in.
-        """
-        self.name = name
-        self.damping = damping
+    def __init__(self, linear: Linear, part: Part, damping: Damping | None = None) -> None:
+        """Balance the factors of a part; `damping` replaces that of the linear."""
+        self.linear = linear
+        self.part = part
+        self.damping = damping or linear.damping
+        factors = linear.factors.restricted(part.rows, part.columns)
         A = factors.A.div_(factors.num_tokens)
         G = factors.G.div_(factors.num_tokens)
         balance_(A, G)
+        dtype = linear.W.dtype
         self._A = A.to(dtype)
         self._G = G.to(dtype)
         self._diagonals = self._A.diagonal().clone(), self._G.diagonal().clone()
         self._further = [(g.to(dtype), a.to(dtype)) for g, a in factors.terms]
 
     @cached_property
+    def W(self) -> Tensor:
+        """[R, C] weights of the part."""
+        return self.part.of(self.linear.W)
+
+    @cached_property
     def A(self) -> DampedFactor:
         """Damped and factorised A of the first term."""
         self._A.diagonal().copy_(self._diagonals[0])  # `first` may have damped it
-        return factorise(self._A, self.damping.a, self.damping.max, f"{self.name} A")
+        return factorise(self._A, self.damping.a, self.damping.max, f"{self.linear.name} A")
 
     @cached_property
     def G(self) -> DampedFactor:
         """Damped and factorised G of the first term."""
         self._G.diagonal().copy_(self._diagonals[1])
-        return factorise(self._G, self.damping.g, self.damping.max, f"{self.name} G")
+        return factorise(self._G, self.damping.g, self.damping.max, f"{self.linear.name} G")
 
     @cached_property
     def first(self) -> Term:
@@ -100,30 +116,23 @@ class LinearCurvature:
         return G, A
 
     @cached_property
-    def _clipped(self) -> list[ClippedTerm]:
+    def _clipped(self) -> list[tuple[Term, float]]:
         share = 1 / max(1, len(self._further))
         return [clip_term(term, self.G.cholesky, self.A.cholesky, share) for term in self._further]
 
     @property
     def terms(self) -> tuple[Term, ...]:
         """All terms, the first damped, the others clipped."""
-        return (self.first, *(clipped.term for clipped in self._clipped))
+        return (self.first, *(term for term, _ in self._clipped))
 
     @property
-    def clipping(self) -> tuple[Clipping, ...]:
-        """Further terms that were clipped."""
+    def basis(self) -> Basis:
+        """What the update needs to know."""
+        name = self.linear.name
+        used = Damping(self.A.damping, self.G.damping, self.damping.max)
         numbered = enumerate(self._clipped, 1)
-        return tuple(Clipping(self.name, term, c.change) for term, c in numbered if c.change)
-
-    @property
-    def used_damping(self) -> Damping:
-        """The damping with which both factors are positive definite."""
-        return Damping(self.A.damping, self.G.damping, self.damping.max)
-
-    @property
-    def raised_damping(self) -> tuple[RaisedDamping, ...]:
-        """Factorisations that needed more than was asked for."""
-        return raised_damping(self.name, A=self.A, G=self.G)
+        clipped = tuple(Clipping(name, n, change) for n, (_, change) in numbered if change)
+        return Basis(self.part, used, raised_damping(name, A=self.A, G=self.G), clipped)
 
     @property
     def is_extended(self) -> bool:
@@ -133,7 +142,7 @@ class LinearCurvature:
     @cached_property
     def inverse(self) -> TwoTermInverse:
         """Inverse of the first two terms, from which costs with more terms are taken, too."""
-        return TwoTermInverse(self.G.cholesky, self.A.cholesky, self._clipped[0].term)
+        return TwoTermInverse(self.G.cholesky, self.A.cholesky, self._clipped[0][0])
 
     # Costs
 
@@ -141,24 +150,24 @@ class LinearCurvature:
         """Return the sum over all terms of a cost of G and A."""
         return torch.stack([cost(G, A) for G, A in self.terms]).sum(dim=0)
 
-    def row_costs(self, W: Tensor, kind: str) -> Tensor:
-        """Return the cost of each row of W [R, C].
+    def row_costs(self, kind: str) -> Tensor:
+        """Return the cost of each row.
 
         ``obs`` is with the optimal update of the others, ``obd`` without one.
         """
         if kind == "obd":
-            return self._over_terms(lambda G, A: costs.diagonal_row_costs(W, A, G.diagonal()))
+            return self._over_terms(lambda G, A: costs.row_costs(self.W, A) * G.diagonal())
         if self.is_extended:
-            return self.inverse.row_costs(W)
-        return costs.row_costs(W, self.A.matrix, self.G.inverse_diagonal())
+            return self.inverse.row_costs(self.W)
+        return costs.row_costs(self.W, self.A.matrix) / self.G.inverse_diagonal()
 
-    def column_costs(self, W: Tensor, kind: str) -> Tensor:
-        """Return the cost of each column of W [R, C]; see `row_costs`."""
+    def column_costs(self, kind: str) -> Tensor:
+        """Return the cost of each column; see `row_costs`."""
         if kind == "obd":
-            return self._over_terms(lambda G, A: costs.diagonal_column_costs(W, G, A.diagonal()))
+            return self._over_terms(lambda G, A: costs.column_costs(self.W, G) * A.diagonal())
         if self.is_extended:
-            return self.inverse.column_costs(W)
-        return costs.column_costs(W, self.G.matrix, self.A.inverse_diagonal())
+            return self.inverse.column_costs(self.W)
+        return costs.column_costs(self.W, self.G.matrix) / self.A.inverse_diagonal()
 
     def element_scales(self, kind: str) -> tuple[Tensor, Tensor]:
         """Return factors whose product [R, C] times 1/2 W^2 is the cost of each element.
@@ -200,11 +209,10 @@ class LinearCurvature:
 
     # Updates
 
-    def prune(self, W: Tensor, rows: Tensor, columns: Tensor, update: str) -> tuple[Tensor, float]:
-        """Remove rows and columns of W [R, C] and update the rest.
+    def prune(self, rows: Tensor, columns: Tensor, update: str) -> tuple[Tensor, float]:
+        """Remove rows and columns and update the rest.
 
         Args:
-            W: alive weights.
             rows: [R] bool, True = to prune.
             columns: [C] bool, likewise.
             update: ``full``, ``single`` (see `prune_singly`) or ``none``.
@@ -213,6 +221,7 @@ class LinearCurvature:
             [R, C] new weights, zero in everything removed, and the relative residual of the
             equations.
         """
+        W = self.W
         kept = torch.outer(~rows, ~columns)
         if update == "none":
             return W * kept, 0.0
@@ -222,7 +231,7 @@ class LinearCurvature:
             return prune_singly(W, self.A.inverse(), self.G.inverse(), rows, columns), 0.0
         if not self.is_extended:
             G, A = self.first
-            return prune_rows_and_columns(W, A, G, rows, columns, name=self.name), 0.0
+            return prune_rows_and_columns(W, A, G, rows, columns, name=self.linear.name), 0.0
         by_rows, residual = minimise_kept(W, self.terms, rows, torch.zeros_like(columns))
         by_columns, other_residual = minimise_kept(W, self.terms, torch.zeros_like(rows), columns)
         return (by_rows + by_columns - W) * kept, max(residual, other_residual)

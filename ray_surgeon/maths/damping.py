@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from ray_surgeon.maths.curvature import LinearCurvature
 from ray_surgeon.maths.kronecker import PackedFactors
 from ray_surgeon.maths.linear import Linear
 from ray_surgeon.maths.rows_columns import quadratic_cost
@@ -43,15 +44,15 @@ def cost_held_aside(
         FloatingPointError: a factor is not usable.
     """
     part = linear.nonzero
-    W = part.of(linear.W)
-    curvature = linear.curvature(part)
-    column_costs = curvature.column_costs(W, "obs")
+    curvature = LinearCurvature(linear, part)
+    W = curvature.W
+    column_costs = curvature.column_costs("obs")
     if linear.has_bias and bool(part.columns[-1]):
         column_costs[-1] = torch.inf
     gone_columns = _cheapest(column_costs, share)
-    row_costs = curvature.row_costs(W, "obs") if prunes_rows else W.new_zeros(len(W))
+    row_costs = curvature.row_costs("obs") if prunes_rows else W.new_zeros(len(W))
     gone_rows = _cheapest(row_costs, share if prunes_rows else 0.0)
-    after, _ = curvature.prune(W, gone_rows, gone_columns, "full")
+    after, _ = curvature.prune(gone_rows, gone_columns, "full")
     factors = held.restricted(part.rows, part.columns)
     A, G = ((x / held.num_tokens).to(W.dtype) for x in (factors.A, factors.G))
     return quadratic_cost(after - W, A, G)

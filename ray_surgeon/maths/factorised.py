@@ -185,11 +185,6 @@ class DowndatedInverse:
         """Return the same for the indices that are left, [n] bool; `sets` count among them."""
         return DowndatedInverse(self._factor.part(left), sets)
 
-    @property
-    def diagonal(self) -> Tensor:
-        """The entries [num_sets] of sets of one."""
-        return self.blocks[:, 0, 0]
-
     def eliminate(self, Q: Tensor) -> Tensor:
         """Eliminate rows and columns [q], and return Y = (M_QQ)^-1 M_Q: [q, n].
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ray_surgeon.maths.curvature import LinearCurvature
 from ray_surgeon.maths.kronecker import Damping, PackedFactors
 
 Pair = tuple[Tensor, Tensor]
@@ -63,11 +62,6 @@ class Linear:
         live = self.live
         nonzero = self.W != 0
         return Part(live.rows & nonzero.any(dim=1), live.columns & nonzero.any(dim=0))
-
-    def curvature(self, part: Part, damping: Damping | None = None) -> LinearCurvature:
-        """Return the damped curvature of a part; `damping` replaces that of the linear."""
-        alive = self.factors.restricted(part.rows, part.columns)
-        return LinearCurvature(self.name, alive, damping or self.damping, self.W.dtype)
 
 
 @dataclass(frozen=True)

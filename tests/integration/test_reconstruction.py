@@ -210,7 +210,7 @@ def test_only_layers_that_lost_channels_in_a_shot_are_trained_and_in_its_report(
         scores = method.score(cluster, shot)
         choice = replace(
             method.choose(cluster, scores, shot),
-            counts={name: 3 * (name == layers[shot]) for name in layers},
+            removed=({name: 3 * (name == layers[shot]) for name in layers}, {}),
         )
         method.apply(cluster, inputs.calibration, choice, shot)
         trained = [name for errors in cluster.run_all(errors_of) for name in errors.of_layer]

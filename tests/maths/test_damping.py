@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ray_surgeon.maths.damping import choose_damping, cost_held_aside
-from ray_surgeon.maths.kronecker import Damping, PackedFactors, PackedSymmetric
+from ray_surgeon.maths.kronecker import Damping, PackedFactors
 from ray_surgeon.maths.linear import Linear
-from tests.maths.dense import crossing, dense_minimum, draw, fisher
+from tests.maths.dense import crossing, dense_minimum, draw, fisher, packed
 
 R = 5
 C = 7
@@ -19,7 +19,7 @@ N = 50
 
 
 def factors(a: Tensor, g: Tensor) -> PackedFactors:
-    return PackedFactors(PackedSymmetric.of(a.T @ a), PackedSymmetric.of(g.T @ g), len(a))
+    return PackedFactors(packed(a.T @ a), packed(g.T @ g), len(a))
 
 
 @pytest.mark.parametrize("prunes_rows", [False, True])

@@ -12,7 +12,6 @@ tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import reduce
 
 import torch
@@ -60,23 +59,15 @@ def power_iteration(
     return rest / max(norm, torch.finfo(rest.dtype).tiny), norm
 
 
-@dataclass(frozen=True)
-class ClippedTerm:
-    """A further term that keeps the sum positive definite."""
-
-    term: Term  # G_r and A_r after clipping
-    # norm of what was clipped, relative to the norm of the term, both measured in units of the
-    # first term
-    change: float
-
-
 def _whitened(factor: Tensor, cholesky: Tensor) -> Tensor:
     """Return L^-1 factor L^-T."""
     whitened = solve_lower(cholesky, solve_lower(cholesky, factor).T)
     return (whitened + whitened.T) / 2
 
 
-def clip_term(term: Term, G_cholesky: Tensor, A_cholesky: Tensor, share: float) -> ClippedTerm:
+def clip_term(
+    term: Term, G_cholesky: Tensor, A_cholesky: Tensor, share: float
+) -> tuple[Term, float]:
     """Clip the negative eigenvalues that would make the sum of terms indefinite.
 
     In units of the first term, whose Cholesky factors are given, the two factors have eigenvalues s
@@ -89,9 +80,13 @@ def clip_term(term: Term, G_cholesky: Tensor, A_cholesky: Tensor, share: float) 
         G_cholesky: [R, R] L with L L^T = G_0.
         A_cholesky: [C, C] likewise.
         share: of the room, 1 / number of further terms.
+
+    Returns:
+        G_r and A_r after clipping; and the norm of what was clipped, relative to the norm of the
+        term, both measured in units of the first term.
     """
     if not len(G_cholesky) or not len(A_cholesky):
-        return ClippedTerm(term, 0.0)
+        return term, 0.0
     (s, E) = torch.linalg.eigh(_whitened(term[0], G_cholesky))
     (t, D) = torch.linalg.eigh(_whitened(term[1], A_cholesky))
     room = share * (1 - _LEAST)
@@ -107,10 +102,10 @@ def clip_term(term: Term, G_cholesky: Tensor, A_cholesky: Tensor, share: float) 
         clipped.append((change, is_same, low_x, low_y))
     change, is_same, low_s, low_t = min(clipped, key=lambda signed: signed[0])
     if is_same:
-        return ClippedTerm(term, 0.0)
+        return term, 0.0
     G = G_cholesky @ E
     A = A_cholesky @ D
-    return ClippedTerm(((G * low_s) @ G.T, (A * low_t) @ A.T), change)
+    return ((G * low_s) @ G.T, (A * low_t) @ A.T), change
 
 
 class TwoTermInverse:

@@ -15,11 +15,9 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field, Tag
 
-from ray_surgeon.maths import element_pruning
 from ray_surgeon.maths import threshold as thresholds
 from ray_surgeon.maths.conjugate import ElementUpdate
-from ray_surgeon.maths.element_pruning import ElementCandidates, ElementUnits
-from ray_surgeon.maths.linear import Linear, Removal
+from ray_surgeon.maths.element_pruning import ElementUnits, find_elements
 from ray_surgeon.maths.masks import ElementMask
 from ray_surgeon.models.layout import LinearShape, ModelLayout
 from ray_surgeon.plan.work import LinearNeeds
@@ -126,6 +124,11 @@ class Elements(ByThreshold):
     by_element: ClassVar[bool] = True
     section: ElementsSection | NMSection
 
+    @property
+    def update(self) -> ElementUpdate:
+        """See `ElementCandidates`."""
+        return ElementUpdate(**self.section.update.model_dump())
+
     def reach(self, layout: ModelLayout) -> float:
         """Return the fraction of all candidates, less the tolerated shortfall.
 
@@ -168,7 +171,7 @@ class Elements(ByThreshold):
         """
         kind = "obd" if self.section.costs == "obd" else "obs"
         candidates = {
-            name: element_pruning.find_elements(self.linear(worker, name), self.section.units, kind)
+            name: find_elements(self.linear(worker, name), self.section.units, kind)
             for name in worker.owned()
         }
         return self.scores(worker, candidates)
@@ -177,19 +180,9 @@ class Elements(ByThreshold):
         """Count the costs of the owned linears' units by their bits; see `bit_histogram`."""
         counts = torch.zeros(1 << 16, dtype=torch.int64)
         for name, candidates in worker.kept(Scored).items():
-            mask = worker.mask(name, ElementMask)
-            linear = self.linear(worker, name)
-            costs = element_pruning.unit_costs(linear, mask, self.section.units, candidates)
+            costs = candidates.costs(self.linear(worker, name), worker.mask(name, ElementMask))
             counts += thresholds.bit_histogram(costs, high).cpu()
         return counts.numpy()
-
-    def pruned(
-        self, linear: Linear, mask: ElementMask, candidates: ElementCandidates, threshold: float
-    ) -> tuple[Removal, ElementMask]:
-        """Return a linear without what costs at most the threshold, and its new mask."""
-        update = ElementUpdate(**self.section.update.model_dump())
-        units = self.section.units
-        return element_pruning.prune_elements(linear, mask, units, candidates, threshold, update)
 
     # On the coordinator
 

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ray_surgeon.maths.curvature import RaisedDamping
-from ray_surgeon.maths.kronecker import Damping
-from ray_surgeon.maths.linear import Part, Removal
+from ray_surgeon.maths.curvature import Basis, LinearCurvature, RaisedDamping
+from ray_surgeon.maths.greedy import Limits
+from ray_surgeon.maths.linear import Removal
 from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.maths.structured import alive_part, group_costs, lowest, prune_groups
 from ray_surgeon.models.groups import GroupSet
@@ -43,11 +43,8 @@ Single costs say how many are needed.
 """
 
 
-class Scored(dict[str, tuple[Part, Damping, Tensor]]):
-    """Consumer -> what its costs leave on a worker for the update.
-
-    That is the alive part, the damping its factors needed, and marginal costs.
-    """
+class Scored(dict[str, tuple[Basis, Tensor]]):
+    """Consumer -> what its costs leave on a worker for the update, and marginal costs."""
 
 
 class Groups(GroupChoice):
@@ -108,22 +105,21 @@ class Groups(GroupChoice):
         if not left or worker.layout.shapes[name].role not in self.consumers:
             return costs, ()  # nothing goes group by group
         linear = self.linear(worker, name)
-        alive = alive_part(linear, mask)
-        curvature = linear.curvature(alive)
+        curvature = LinearCurvature(linear, alive_part(linear, mask))
         scale = reach.scales.get(costs.unit, 1.0)
         unscaled = -math.inf if reach.limit is None else reach.limit / scale
-        limit = None if reach.limit is None else unscaled * self.unit_of(kind)
+        limit = unscaled * self.unit_of(kind)
         odd = left % self.multiple(kind, shot)  # must go whatever they cost
-        most = math.inf if self.section.uniform or limit is None or odd else _FAR * limit
+        most = math.inf if self.section.uniform or odd else _FAR * limit
         needed = max(reach.needed.get(name, 0), odd)
-        least = self.section.fewest_groups[kind]
-        marginal = group_costs(
-            linear, alive, curvature, groups.columns, least, limit, needed, most
-        ).float()
-        scored[name] = alive, curvature.used_damping, marginal
+        limits = Limits(limit, needed, most, self.section.fewest_groups[kind])
+        singly = reach.limit is None
+        marginal = group_costs(curvature, groups.columns, limits, singly=singly).float()
+        basis = curvature.basis
+        scored[name] = basis, marginal
         allowed = self._allowed(worker, groups, shot)
         costs = replace(costs, costs=marginal, allowed=allowed, limit=unscaled, scale=scale)
-        return costs, curvature.raised_damping
+        return costs, basis.raised_damping
 
     def _expert_costs(self, worker: Worker, shot: int) -> dict[str, float]:
         if not self.ranks_experts:
@@ -220,12 +216,12 @@ class Groups(GroupChoice):
             groups: those of the consumer.
             count: how many of them go.
         """
-        alive, damping, costs = worker.kept(Scored)[groups.consumer]
+        basis, costs = worker.kept(Scored)[groups.consumer]
         mask = worker.mask(groups.consumer, StructuredMask)
         linear = self.linear(worker, groups.consumer)
         to_prune = torch.zeros(len(mask.columns), dtype=torch.bool)
         to_prune[groups.columns[lowest(costs, count)].flatten()] = True
-        return prune_groups(linear, mask, alive, linear.curvature(alive, damping), to_prune)
+        return prune_groups(basis.curvature(linear), mask, to_prune)
 
     # On the coordinator
 

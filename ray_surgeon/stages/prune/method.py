@@ -16,8 +16,7 @@ from itertools import chain
 from typing import Any, ClassVar, Generic, TypeVar
 
 from ray_surgeon.maths.curvature import Clipping, RaisedDamping
-from ray_surgeon.maths.linear import Linear, Removal
-from ray_surgeon.maths.masks import Mask
+from ray_surgeon.maths.linear import Linear
 from ray_surgeon.models.layout import LinearShape, ModelLayout
 from ray_surgeon.plan.work import LinearNeeds
 from ray_surgeon.runtime.cluster import Cluster
@@ -182,6 +181,9 @@ class Scored(dict[str, Any]):
 class ByThreshold(Ranking):
     """A method that ranks what it may remove from every linear on the linear's own."""
 
+    update: Any
+    """How kept weights make up for pruned ones, as its candidates take it."""
+
     # On a worker
 
     def scores(
@@ -189,15 +191,9 @@ class ByThreshold(Ranking):
     ) -> Scores[Any]:
         """Keep candidates, by linear, for the update, and return what the coordinator gets."""
         worker.keep(Scored(candidates))
-        raised = tuple(event for c in candidates.values() for event in c.raised_damping)
-        clipped = tuple(event for c in candidates.values() for event in c.clipping)
+        raised = tuple(event for c in candidates.values() for event in c.basis.raised_damping)
+        clipped = tuple(event for c in candidates.values() for event in c.basis.clipping)
         return Scores(costs, *sizes(worker), raised, clipped)
-
-    @abstractmethod
-    def pruned(
-        self, linear: Linear, mask: Any, candidates: Any, threshold: float
-    ) -> tuple[Removal, Mask]:
-        """Return a linear without what costs at most the threshold, and its new mask."""
 
     def share(self, worker: Worker) -> None:
         """Send all linears from their owners to the other replicas."""
@@ -209,8 +205,8 @@ class ByThreshold(Ranking):
         candidates = worker.drop(Scored)
         removals = dict[str, tuple[float, float]]()
         for name in worker.each(list(candidates)):
-            removal, worker.masks[name] = self.pruned(
-                self.linear(worker, name), worker.masks[name], candidates.pop(name), threshold
+            removal, worker.masks[name] = candidates.pop(name).prune(
+                self.linear(worker, name), worker.masks[name], threshold, self.update
             )
             worker.shard.set_weight(name, removal.W)
             removals[name] = removal.predicted, removal.residual

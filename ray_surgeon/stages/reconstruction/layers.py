@@ -175,11 +175,12 @@ class Reconstruction:
         errors = worker.kept(Errors)
         errors.of_layer[name] = trained.before, trained.after
         errors.rate = rate
-        for (producer, rows), V in zip(groups.producers, trained.layer.producers, strict=True):
+        *producers, consumer = trained.layer.weights
+        for (producer, rows), V in zip(groups.producers, producers, strict=True):
             changed = shard.weight(producer)
             changed[rows[kept].flatten().to(changed.device)] = V
             shard.set_weight(producer, changed)
-        return W.index_copy(1, _columns(groups, kept, W), trained.layer.consumer)
+        return W.index_copy(1, _columns(groups, kept, W), consumer)
 
     def _trained(
         self, worker: Worker, groups: GroupSet, W: Tensor, kept: Tensor, rate: float, is_trial: bool
@@ -265,9 +266,9 @@ def _layer(worker: Worker, groups: GroupSet, W: Tensor, kept: Tensor) -> FeedFor
     The producers are those that the worker has.
     """
     weights = [(worker.shard.weight(name), rows[kept].flatten()) for name, rows in groups.producers]
-    producers = tuple(V[rows.to(V.device)] for V, rows in weights)
+    producers = (V[rows.to(V.device)] for V, rows in weights)
     consumer = W[:, _columns(groups, kept, W)]
-    return FeedForward(producers, consumer, ACT2FN[worker.layout.activation])
+    return FeedForward((*producers, consumer), ACT2FN[worker.layout.activation])
 
 
 def _columns(groups: GroupSet, kept: Tensor, W: Tensor) -> Tensor:
