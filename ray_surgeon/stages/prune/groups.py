@@ -11,7 +11,7 @@ next experts, see `ray_surgeon.maths.experts`.
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Mapping
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ray_surgeon.maths.curvature import Basis, LinearCurvature, RaisedDamping
+from ray_surgeon.maths.curvature import Basis, LinearCurvature
 from ray_surgeon.maths.greedy import Limits
 from ray_surgeon.maths.linear import Removal
 from ray_surgeon.maths.masks import StructuredMask
@@ -76,34 +76,34 @@ class Groups(GroupChoice):
         Raises:
             FloatingPointError: a factor or a cost is not usable; names the linear.
         """
-        scored = Scored() if reach.only is None else worker.kept(Scored)
-        sets = {groups.consumer: groups for groups in self.sets(worker)}
+        if reach.only is None:
+            worker.keep(Scored())
+        scored = worker.kept(Scored)
+        owned = {g.consumer: g for g in self.sets(worker) if worker.owns(g.consumer)}
+        names = [name for name in owned if reach.only is None or name in reach.only]
         whole = self._expert_costs(worker, shot)
-        replies = []
-        raised = list[RaisedDamping]()
-        followed = sets if reach.only is None else [name for name in sets if name in reach.only]
-        for name in worker.each(list(filter(worker.owns, followed))):
-            costs, events = self._costs_of(worker, sets[name], scored, reach, shot)
-            if costs.num_left:
-                costs = replace(costs, whole=whole.get(name, math.inf))
-            replies.append(costs)
-            raised += events
-        worker.keep(scored)
-        return Scores(tuple(replies), *sizes(worker), tuple(raised))
+        costs = [
+            self._costs_of(worker, owned[name], reach, shot, whole.get(name, math.inf))
+            for name in worker.each(names)
+        ]
+        bases = (scored[name][0] for name in names if name in scored)
+        raised = chain.from_iterable(basis.raised_damping for basis in bases)
+        return Scores(tuple(costs), *sizes(worker), tuple(raised))
 
     def _costs_of(
-        self, worker: Worker, groups: GroupSet, scored: Scored, reach: Reach, shot: int
-    ) -> tuple[ConsumerCosts, Sequence[RaisedDamping]]:
-        """Return the costs of an owned consumer's groups, and what its factors needed."""
+        self, worker: Worker, groups: GroupSet, reach: Reach, shot: int, whole: float
+    ) -> ConsumerCosts:
+        """Return the costs of an owned consumer's groups, and keep them; `whole` is an expert's."""
         name = groups.consumer
         kind = groups.kind
         mask = worker.mask(name, StructuredMask)
         left = int(mask.columns[groups.columns].all(dim=1).sum())
         nothing = torch.full((len(groups.columns),), torch.inf)
         about: dict[str, Any] = {"layer": groups.block, "num_parameters": groups.num_parameters}
+        about["whole"] = whole if left else math.inf
         costs = ConsumerCosts(name, kind, nothing, left, frozenset((left,)), **about)
         if not left or worker.layout.shapes[name].role not in self.consumers:
-            return costs, ()  # nothing goes group by group
+            return costs  # nothing goes group by group
         linear = self.linear(worker, name)
         curvature = LinearCurvature(linear, alive_part(linear, mask))
         scale = reach.scales.get(costs.unit, 1.0)
@@ -115,11 +115,9 @@ class Groups(GroupChoice):
         limits = Limits(limit, needed, most, self.section.fewest_groups[kind])
         singly = reach.limit is None
         marginal = group_costs(curvature, groups.columns, limits, singly=singly).float()
-        basis = curvature.basis
-        scored[name] = basis, marginal
+        worker.kept(Scored)[name] = curvature.basis, marginal
         allowed = self._allowed(worker, groups, shot)
-        costs = replace(costs, costs=marginal, allowed=allowed, limit=unscaled, scale=scale)
-        return costs, basis.raised_damping
+        return replace(costs, costs=marginal, allowed=allowed, limit=unscaled, scale=scale)
 
     def _expert_costs(self, worker: Worker, shot: int) -> dict[str, float]:
         if not self.ranks_experts:
@@ -180,28 +178,25 @@ class Groups(GroupChoice):
         """
         predicted = {name: cost for name, cost in experts.items() if name in worker.masks}
         shapes = worker.layout.shapes
-        sets = [g for g in self.sets(worker) if shapes[g.consumer].role in self.consumers]
-        sets = [groups for groups in sets if groups.consumer not in experts]
+        sets = {g.consumer: g for g in self.sets(worker) if g.consumer not in experts}
+        sets = {name: g for name, g in sets.items() if shapes[name].role in self.consumers}
         reconstruction = self.reconstruction
         kinds = reconstruction.kinds if reconstruction is not None else ()
-        changed = [g for g in sets if g.kind in kinds and counts.get(g.consumer)]
-        trained = {groups.consumer for groups in changed}
+        changed = {name: g for name, g in sets.items() if g.kind in kinds and counts.get(name)}
         scored = worker.kept(Scored)
-        owned = {groups.consumer: groups for groups in sets if groups.consumer in scored}
-        for name in worker.each(list(owned)):
-            groups = owned[name]
-            removal, worker.masks[name] = self.removal(worker, groups, counts[name])
+        for name in worker.each([name for name in sets if name in scored]):
+            removal, worker.masks[name] = self.removal(worker, sets[name], counts[name])
             predicted[name] = removal.predicted
             W = removal.W
-            if reconstruction is not None and name in trained:
-                W = reconstruction.fitted(worker, groups, W, rate)
+            if reconstruction is not None and name in changed:
+                W = reconstruction.fitted(worker, sets[name], W, rate)
             worker.shard.set_weight(name, W)
         worker.drop(Scored)
         worker.shard.drop_curvature()
-        worker.share_linears(groups.consumer for groups in sets)
+        worker.share_linears(sets)
         if reconstruction is not None:
-            reconstruction.end(worker, changed)
-        for groups in sets:
+            reconstruction.end(worker, changed.values())
+        for groups in sets.values():
             _remove_producers(worker, groups)
         remove_experts(worker, experts)
         return tuple(worker.summary(name, predicted.get(name, 0.0), 0.0) for name in worker.owned())

@@ -10,7 +10,7 @@ train theirs. A layer that is no better on the windows held aside stays as the u
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -207,7 +207,7 @@ class Reconstruction:
             generator=torch.Generator().manual_seed(seed),
         )
 
-    def end(self, worker: Worker, sets: Sequence[GroupSet]) -> None:
+    def end(self, worker: Worker, sets: Iterable[GroupSet]) -> None:
         """Send the producers of trained layers from their owners, and drop all inputs.
 
         Every replica calls this, for the same layers.
