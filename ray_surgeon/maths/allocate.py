@@ -18,10 +18,8 @@ from ray_surgeon.maths.threshold import OutOfReachError, Point, lower_hull, slop
 
 
 def _out_of_reach(most: float, wanted: float) -> OutOfReachError:
-    return OutOfReachError(
-        f"pruning: all groups that may be pruned save {most:g} of the {wanted:g} that must go; ask "
-        "for less, or name more groups"
-    )
+    saved = f"all that may go saves {most:g} of the {wanted:g} that must go"
+    return OutOfReachError(f"pruning: {saved}; ask for less, or name more groups")
 
 
 @dataclass(frozen=True)

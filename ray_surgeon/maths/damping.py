@@ -66,22 +66,20 @@ def _cheapest(costs: torch.Tensor, share: float) -> torch.Tensor:
 
 
 def choose_damping(
-    cost_of: Callable[[float, float], Sequence[float]],
-    a_choices: Sequence[float],
-    g_choices: Sequence[float],
+    cost_of: Callable[[float, float], Sequence[float]], of_A: Sequence[float], of_G: Sequence[float]
 ) -> tuple[float, float, list[tuple[float, float, float]]]:
     """Choose the damping of A, then that of G with it.
 
     Args:
         cost_of: damping of A and of G -> costs held aside of several linears.
-        a_choices: for A.
-        g_choices: for G; the one after the middle goes with all for A.
+        of_A: choices for A.
+        of_G: choices for G; the one after the middle goes with all for A.
 
     Returns:
         The damping of A, that of G, and for everything that was tried both with the mean of the
         costs, relative to the smallest of each linear. Costs that are no number count as infinite.
     """
-    middle = g_choices[len(g_choices) // 2]
+    middle = of_G[len(of_G) // 2]
     costs = dict[tuple[float, float], Sequence[float]]()
     means = dict[tuple[float, float], float]()
 
@@ -90,8 +88,8 @@ def choose_damping(
         means.update(zip(costs, _relative_means(list(costs.values())), strict=True))
         return min(pairs, key=lambda pair: means[pair])
 
-    best_a, _ = best_of([(a, middle) for a in a_choices])
-    _, best_g = best_of([(best_a, g) for g in g_choices])
+    best_a, _ = best_of([(a, middle) for a in of_A])
+    _, best_g = best_of([(best_a, g) for g in of_G])
     return best_a, best_g, [(a, g, mean) for (a, g), mean in means.items()]
 
 

@@ -122,16 +122,10 @@ def factorise(matrix: Tensor, damping: float, max_damping: float, name: str) -> 
     """
     # NaN if anything is; needs no second matrix as large
     if matrix.numel() and not all(map(torch.isfinite, torch.aminmax(matrix))):
-        raise FloatingPointError(
-            f"{name}: the curvature factor of shape {tuple(matrix.shape)} has NaN or infinite "
-            "entries"
-        )
+        raise FloatingPointError(f"{name}: the curvature factor has NaN or infinite entries")
     diagonal = matrix.diagonal().clone()
     if len(diagonal) and not diagonal.any():
-        raise FloatingPointError(
-            f"{name}: the curvature factor is zero, so the linear reads or changes nothing; check "
-            "the model's weights"
-        )
+        raise FloatingPointError(f"{name}: the curvature factor is zero; check the weights")
     current = damping
     while True:
         factor, failed = torch.linalg.cholesky_ex(damp_(matrix, current))
@@ -149,9 +143,8 @@ def factorise(matrix: Tensor, damping: float, max_damping: float, name: str) -> 
         raised = max(current * 10.0, 1e-8)
         if raised > max_damping:
             raise FloatingPointError(
-                f"{name}: the curvature factor of shape {tuple(matrix.shape)} is not positive "
-                f"definite with damping {current:g} (asked for {damping:g}, cap {max_damping:g}); "
-                "raise damping or max_damping of the job spec, or give more calibration tokens"
+                f"{name}: the curvature factor is not positive definite with damping {current:g} "
+                f"(cap {max_damping:g}); raise max_damping, or give more calibration tokens"
             )
         current = raised
 

@@ -19,11 +19,9 @@ class OutOfReachError(ValueError):
     """A target asks for more than all that may be pruned; the message says how much that is."""
 
 
-def _out_of_reach(target_sparsity: float, most: float) -> OutOfReachError:
-    return OutOfReachError(
-        f"pruning.target_sparsity: {target_sparsity:g} cannot be reached; all candidates together "
-        f"are {most:.4f}"
-    )
+def _out_of_reach(target: float, most: float) -> OutOfReachError:
+    most_of_all = f"all candidates together are {most:.4f}"
+    return OutOfReachError(f"pruning.target_sparsity: {target:g} cannot be reached; {most_of_all}")
 
 
 @dataclass(frozen=True)

@@ -286,7 +286,7 @@ def test_the_first_order_counts_with_labels_of_the_text_only(
         ("pruning.groups=[experts, attention]; pruning.expert_costs=reap", "another unit"),
         ("pruning.expert_costs=reap", "is of whole experts"),
         ("curvature.num_backward=3", "the experts of a mixture see too few tokens"),
-        (f"{WHOLE}; pruning.target_sparsity=0.9", "lower it"),
+        (f"{WHOLE}; pruning.target_sparsity=0.9", "ask for less"),
     ],
 )
 def test_what_cannot_be_is_refused(

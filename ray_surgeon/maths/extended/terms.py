@@ -36,24 +36,21 @@ def quadratic_forms(x: Tensor, matrix: Tensor) -> Tensor:
     return (x @ matrix * x).sum(dim=1)
 
 
-def power_iteration(
-    moment: Tensor, known: Sequence[Tensor], known_opposite: Sequence[Tensor], unit: Tensor
-) -> tuple[Tensor, float]:
+def power_iteration(moment: Tensor, known: Sequence[Term], unit: Tensor) -> tuple[Tensor, float]:
     """Finish one iteration of the power method.
 
     What the known terms explain is taken off, and the rest normalised.
 
     Args:
         moment: 1/N sum (x^T unit x) y y^T, of the side that is wanted.
-        known: factors of the terms found so far, on this side.
-        known_opposite: the same terms' factors on the other side.
+        known: factors of the terms found so far, on this side and on the other.
         unit: the present unit factor of the new term on the other side.
 
     Returns:
         The unit factor on this side, and the norm it had: the singular value, at convergence.
     """
     rest = moment.clone()
-    for factor, opposite in zip(known, known_opposite, strict=True):
+    for factor, opposite in known:
         rest -= torch.sum(opposite * unit) * factor
     norm = float(torch.linalg.norm(rest))
     return rest / max(norm, torch.finfo(rest.dtype).tiny), norm

@@ -119,10 +119,7 @@ class Training:
     def _train_checked(self, known: float | None) -> None:
         before = self._measure() if known is None else known
         if not math.isfinite(before):
-            raise FloatingPointError(
-                "the model is not finite on the windows held aside before its corrections; check "
-                "the weights"
-            )
+            raise FloatingPointError("the pruned model's outputs are not finite; check the weights")
         self._note_if_best(0, before)
         first = 0
         if self.section.learning_rate is None:
@@ -164,10 +161,8 @@ class Training:
                 self.rate /= 2
                 self.cluster.run_all(steps.take_state)
             elif measure > GIVEN_UP * self._before:
-                return (
-                    f"; it was given up after {num_steps} steps, because it diverged: "
-                    f"{self._before:.4g} became {measure:.4g}"
-                )
+                rise = f"{self._before:.4g} became {measure:.4g}"
+                return f"; it was given up after {num_steps} steps, because it diverged: {rise}"
         return ""
 
     def _step(self, number: int) -> bool:

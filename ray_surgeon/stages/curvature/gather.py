@@ -155,8 +155,7 @@ def gather_curvature(
     if not num_tokens:
         raise ValueError(
             f"calibration: in none of the {len(measured)} sequences whose loss is taken does a "
-            "token count, so there is nothing to keep; use longer sequences or more of them, or "
-            "raise curvature.num_backward"
+            "token count; use longer ones, or more, or raise curvature.num_backward"
         )
     cluster.run_all(start_curvature, kind, only, beside)
     remembered = CALIBRATION if remembers else None
@@ -254,9 +253,8 @@ def finish_iteration(worker: Worker, side: int) -> None:
             n = max(1, factors.num_tokens)
             divisor = worker.shard.own_divisor(name, n)
             known = [(factors.G / divisor, factors.A / n), *factors.terms]
-            same = [term[side] for term in known]
-            opposite = [term[1 - side] for term in known]
-            unit, power.sigma[name] = power_iteration(unit / divisor, same, opposite, units[name])
+            pairs = [(term[side], term[1 - side]) for term in known]
+            unit, power.sigma[name] = power_iteration(unit / divisor, pairs, units[name])
         worker.replicas.broadcast(unit, owner)
         power.units[side][name] = unit
 

@@ -101,10 +101,7 @@ class _Fisher(_Damped):
     def problems(self) -> Iterator[str]:
         """Yield what fields have against each other."""
         if self.seed and self.fisher == "empirical":
-            yield (
-                "seed draws the labels of the sampled Fisher, and this is the empirical one; "
-                "remove it"
-            )
+            yield "seed draws labels of the sampled Fisher, and this is the empirical; remove it"
 
 
 class KfacSection(_Fisher):

@@ -111,10 +111,8 @@ def problems_of_pattern(n_m: Pattern, target_sparsity: float) -> Iterator[str]:
     if not n < m <= 16:
         yield f"n_m: [{n}, {m}] needs N < M <= 16; give for example [2, 4] or [4, 8]"
     if target_sparsity > 1 - n / m:
-        yield (
-            f"target_sparsity: {target_sparsity:g} is more than {n}:{m} can remove, {1 - n / m:g}; "
-            "lower it"
-        )
+        most = f"{n}:{m} can remove, {1 - n / m:g}"
+        yield f"target_sparsity: {target_sparsity:g} is more than {most}; lower it"
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ray_surgeon.maths import allocate as allocations
+from ray_surgeon.maths.allocate import Allocation, GroupCosts, allocate_globally, allocate_uniformly
 from ray_surgeon.maths.threshold import OutOfReachError
 from ray_surgeon.models.budgets import Budget
 from ray_surgeon.models.layout import LinearShape
@@ -36,7 +36,7 @@ Unit = tuple[int, str]
 
 
 @dataclass(frozen=True)
-class ConsumerCosts(allocations.GroupCosts):
+class ConsumerCosts(GroupCosts):
     """Marginal costs of the groups of one consumer, as a worker sends them."""
 
     needs: Sequence[float] = ()  # not known on a worker
@@ -61,7 +61,7 @@ class ConsumerCosts(allocations.GroupCosts):
         """Return what the cheapest groups cost together, before scaling."""
         return float(self.costs.double().sort().values[:count].sum())
 
-    def scaled(self, needs: Sequence[float]) -> allocations.GroupCosts:
+    def scaled(self, needs: Sequence[float]) -> GroupCosts:
         """Return the costs as an allocation sees them; `needs` are those of `GroupCosts`."""
         return replace(self, costs=self.costs * self.scale, needs=needs)
 
@@ -171,7 +171,7 @@ class GroupChoice(Ranking):
             update_flops=2.0 * C**3,
         )
 
-    def allocate(self, scores: GroupScores, shot: int) -> allocations.Allocation:
+    def allocate(self, scores: GroupScores, shot: int) -> Allocation:
         """Return how many groups every block loses."""
         budget = self.known_budget
         costs = sorted(scores.costs, key=lambda c: c.consumer)
@@ -180,10 +180,8 @@ class GroupChoice(Ranking):
         missing = budget.of((c.kind, c.num_left) for c in costs) - self.goal(shot)
         fewest = self.fewest.get("experts", 0)
         if self.section.uniform:
-            return allocations.allocate_uniformly(groups, missing, fewest_experts=fewest)
-        return allocations.allocate_globally(
-            groups, missing, per_unit=self._per_unit, fewest_experts=fewest
-        )
+            return allocate_uniformly(groups, missing, fewest_experts=fewest)
+        return allocate_globally(groups, missing, per_unit=self._per_unit, fewest_experts=fewest)
 
     def choose(self, cluster: Cluster, scores: GroupScores, shot: int) -> Choice:
         """Choose how many groups every block loses."""
@@ -288,12 +286,10 @@ class Paths:
         ended.
         """
         unscaled = threshold / costs.scale
+        if unscaled <= costs.limit or self.has_ended(costs):
+            return True
         reached = costs.costs[torch.isfinite(costs.costs)]
-        return (
-            unscaled <= costs.limit
-            or self.has_ended(costs)
-            or bool((reached >= unscaled * self.method.unit_of(costs.kind)).any())
-        )
+        return bool((reached >= unscaled * self.method.unit_of(costs.kind)).any())
 
     def has_ended(self, costs: ConsumerCosts) -> bool:
         """Whether a path has all groups that may go."""

@@ -57,9 +57,7 @@ class RowsColumnsSection(SparsitySection):
     def problem_with(self, curvature: AnyCurvature) -> str | None:
         """Return why this section and a curvature do not go together; see `ScheduleSection`."""
         if self.costs == "greedy" and isinstance(curvature, ExtendedKfacSection):
-            return (
-                "pruning.costs: greedy needs one Kronecker term; choose obs, or curvature.kind kfac"
-            )
+            return "pruning.costs: greedy needs one Kronecker term; choose obs, or kind kfac"
         return None
 
 

@@ -40,6 +40,12 @@ SEARCHED = "(search)"
 """
 
 
+Counts = Mapping[str, int]
+"""Consumer -> number of its groups that go."""
+Scales = Mapping[Unit, float]
+"""What costs of one kind of groups in one block are multiplied with."""
+
+
 class Trial(dict[str, tuple[Unit, Tensor]]):
     """Consumer that is pruned on trial -> what its groups belong to, and [R, C] on the host.
 
@@ -48,7 +54,7 @@ class Trial(dict[str, tuple[Unit, Tensor]]):
 
 
 @collective
-def prune_on_trial(worker: Worker, method: Groups, counts: Mapping[str, int]) -> None:
+def prune_on_trial(worker: Worker, method: Groups, counts: Counts) -> None:
     """Take the cheapest groups of every consumer out of it.
 
     Masks and producers stay, because zero columns take nothing from what producers give.
@@ -112,8 +118,8 @@ class Search:
         """
         cluster = self.paths.cluster
         held = len(self.text.held)
-        scales = dict[Unit, float]()
-        tried = list[tuple[GroupScores, dict[str, int]]]()
+        scales: Scales = {}
+        tried = list[tuple[GroupScores, Counts]]()
         record: dict[str, Any] = {"divergences": [], "held_aside": []}
         for number in range(self.section.rounds + 1):
             if number:
@@ -143,12 +149,8 @@ class Search:
         return best, record
 
     def _scales(
-        self,
-        scores: GroupScores,
-        counts: Mapping[str, int],
-        divergences: Sequence[float],
-        before: Mapping[Unit, float],
-    ) -> dict[Unit, float]:
+        self, scores: GroupScores, counts: Counts, divergences: Sequence[float], before: Scales
+    ) -> Scales:
         """Return the scales for another allocation.
 
         Removals of this one are undone in turn, one kind in one block at a time.
@@ -159,7 +161,7 @@ class Search:
             costs[c.unit] += c.of_cheapest(counts.get(c.consumer, 0))
         units = sorted(unit for unit, cost in costs.items() if cost > 0)
         if not units:
-            return dict(before)
+            return before
         float64 = partial(torch.tensor, dtype=torch.float64)
         changes = list[Tensor]()
         for unit in units:
@@ -230,15 +232,12 @@ class SearchStage(Stage):
         undone = {(groups.block, groups.kind) for groups in ranked}
         trials = self.section.rounds + 1
         num_passes = trials + self.section.rounds * len(undone)
-        yield StepPlan(
-            self.name,
-            max(of_passes, update.device),
-            update.host + passes.host - worker.host + twice,
-            num_passes * passes.flops,
-            trials * update.float32_flops,
-            num_passes * passes.host_bytes + trials * update.host_bytes,
-            num_passes * passes.disk_bytes + trials * update.disk_bytes,
-        )
+        host = update.host + passes.host - worker.host + twice
+        flops = num_passes * passes.flops, trials * update.float32_flops
+        of_host = num_passes * passes.host_bytes + trials * update.host_bytes
+        of_disk = num_passes * passes.disk_bytes + trials * update.disk_bytes
+        device = max(of_passes, update.device)
+        yield StepPlan(self.name, device, host, *flops, of_host, of_disk)
 
     def on_host(self, worker: WorkerView) -> float:
         """Return the dense model's states of the windows."""
