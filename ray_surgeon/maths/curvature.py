@@ -175,13 +175,13 @@ class LinearCurvature:
         They are [R, 1] and [1, C], or [R, C] and [1, 1].
         """
         unit = self._A.new_ones(1, 1)
-        if self.is_extended and kind == "obs":
-            return 1 / self.inverse.diagonal(), unit
-        if self.is_extended:
+        if self.is_extended and kind == "obd":
             return self._over_terms(lambda G, A: torch.outer(G.diagonal(), A.diagonal())), unit
-        if kind == "obs":
-            return 1 / self.G.inverse_diagonal()[:, None], 1 / self.A.inverse_diagonal()[None]
-        return self.G.matrix.diagonal()[:, None], self.A.matrix.diagonal()[None]
+        if self.is_extended:
+            return 1 / self.inverse.diagonal(), unit
+        if kind == "obd":
+            return self.G.matrix.diagonal()[:, None], self.A.matrix.diagonal()[None]
+        return 1 / self.G.inverse_diagonal()[:, None], 1 / self.A.inverse_diagonal()[None]
 
     def inverse_blocks(self, places: Tensor) -> tuple[Tensor, Tensor]:
         """Return the blocks of F^-1 of groups of columns of one row, as two factors.

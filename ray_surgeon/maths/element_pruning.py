@@ -24,9 +24,6 @@ class ElementUnits:
 
     n: int = 0  # elements of a group that stay; 0 for single elements
     m: int = 1  # elements of a group; 1 for single elements
-    # whether the cost of a group is the exact joint cost of its best pattern, or the sum of single
-    # costs
-    joint: bool = True
 
     @property
     def num_removed(self) -> int:
@@ -95,7 +92,9 @@ def find_elements(linear: Linear, units: ElementUnits, costs: str) -> ElementCan
     Args:
         linear: groups start at column 0 and never reach the bias, which always stays.
         units: what is pruned as one.
-        costs: ``obs`` (with the optimal update of the others) or ``obd`` (without one).
+        costs: ``obs`` (with the optimal update of the others; of a group, the exact joint cost of
+            its best pattern), ``obs_sum`` (the sum of single costs) or ``obd`` (that sum without
+            an update).
 
     Raises:
         FloatingPointError: a factor is not usable.
@@ -105,7 +104,7 @@ def find_elements(linear: Linear, units: ElementUnits, costs: str) -> ElementCan
     rows, columns = _scales(linear, live, *curvature.element_scales(costs))
     choice = linear.W.new_zeros(0, dtype=torch.int64)
     by_group = linear.W.new_zeros(0)
-    if units.m > 1 and units.joint and costs == "obs":
+    if units.m > 1 and costs == "obs":
         alive = live.columns[: linear.num_inputs]
         places = torch.where(alive, alive.cumsum(0) - 1, -1).view(-1, units.m)
         by_group = linear.W.new_zeros(len(linear.W), len(places))

@@ -288,4 +288,4 @@ def test_the_best_learning_rate_is_taken(job: Jobs, monkeypatch: pytest.MonkeyPa
         assert shot["reconstruction_rate"] == min(RATES, key=lambda rate: means[rate])
         assert shot["divergence_held_aside"] > 0
     assert difference(one.uri, four.uri, 1) < runs.MOST_BY_ORDER_OF_SUMS
-    assert Reconstruction.best_rate({0.1: [float("nan"), 0.1], 0.2: [0.9, 0.9]}) == 0.2
+    assert Reconstruction.best_rate([(RATES[0], float("nan")), (RATES[1], 0.9)]) == RATES[1]

@@ -126,8 +126,7 @@ class TwoTermInverse:
 
     def solve(self, B: Tensor) -> Tensor:
         """Return X [R, C] with G_0 X A_0 + G_1 X A_1 = B."""
-        X: Tensor = self.K1 @ ((self.K1.T @ B @ self.K2) / self.S) @ self.K2.T
-        return X
+        return (self.K1 @ ((self.K1.T @ B @ self.K2) / self.S)).matmul(self.K2.T)
 
     def row_parts(self, W: Tensor) -> tuple[Tensor, Tensor]:
         """Return Y = W K2^-T and Z with [F^-1]_rr = K2 diag(Z_r) K2^T, both [R, C]."""
@@ -152,16 +151,14 @@ class TwoTermInverse:
 
     def diagonal(self) -> Tensor:
         """Return the diagonal of F^-1 as [R, C]: an element's cost is 1/2 W_rc^2 over its entry."""
-        diagonal: Tensor = self.K1.square() @ (1 / self.S) @ self.K2.square().T
-        return diagonal
+        return (self.K1.square() @ (1 / self.S)).matmul(self.K2.square().T)
 
     def row_blocks(self, left: Tensor, right: Tensor) -> Tensor:
         """Return [F^-1]_{(r, left_i), (r, right_i)}, [R, num_pairs].
 
         That is for every row and every pair of columns (left_i, right_i).
         """
-        blocks: Tensor = self.K1.square() @ (1 / self.S) @ (self.K2[left] * self.K2[right]).T
-        return blocks
+        return (self.K1.square() @ (1 / self.S)).matmul((self.K2[left] * self.K2[right]).T)
 
     def single_corrections(self, W: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         """Return the sum of each removed row's and column's own correction, [R, C].

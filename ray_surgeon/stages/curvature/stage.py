@@ -118,21 +118,17 @@ def calibrate(
     if has_held:
         gather(text.held, counts=text.held_counts)
         cluster.run_all(_keep_held_factors, method)
-    method.before_pass(cluster, text)
-    loss = gather(
-        sequences,
-        num_backward=curvature.sequences_backward,
-        beside=method.beside,
-        remembers=remembers,
-        counts=text.counts,
-    )
+    n = curvature.sequences_backward
     record: dict[str, Any] = {}
-    if has_held:
-        method, record["damping_chosen"] = _choose_damping(cluster, method, shot)
-    if isinstance(curvature, ExtendedKfacSection):
-        sizes = gather_terms(cluster, sequences, curvature, seed)
-        record["median_size_of_terms"] = [float(np.median([*term.values()])) for term in sizes]
-    method.after_pass(cluster, text)
+    with method.around_pass(cluster, text):
+        loss = gather(
+            sequences, num_backward=n, beside=method.beside, remembers=remembers, counts=text.counts
+        )
+        if has_held:
+            method, record["damping_chosen"] = _choose_damping(cluster, method, shot)
+        if isinstance(curvature, ExtendedKfacSection):
+            sizes = gather_terms(cluster, sequences, curvature, seed)
+            record["median_size_of_terms"] = [float(np.median([*term.values()])) for term in sizes]
     record["calibration_loss"] = loss
     return method, record
 

@@ -66,6 +66,11 @@ class _Elements(SparsitySection):
     update: UpdateSection = ConjugateGradientsUpdate()
     """How the kept weights make up for the pruned ones"""
 
+    @property
+    def units(self) -> ElementUnits:
+        """What is pruned as one."""
+        return ElementUnits(*getattr(self, "n_m", ()))
+
 
 class ElementsSection(_Elements):
     """Single elements."""
@@ -76,11 +81,6 @@ class ElementsSection(_Elements):
     """Predicted loss increase of a removal with the optimal update of the others (obs) or without
     an update (obd)
     """
-
-    @property
-    def units(self) -> ElementUnits:
-        """What is pruned as one."""
-        return ElementUnits()
 
 
 class NMSection(_Elements):
@@ -94,11 +94,6 @@ class NMSection(_Elements):
     """Cost of a group. obs: the exact joint cost of its best pattern; obs_sum: the sum of its
     smallest single costs, as in the paper; obd: that sum without updates
     """
-
-    @property
-    def units(self) -> ElementUnits:
-        """What is pruned as one."""
-        return ElementUnits(*self.n_m, joint=self.costs == "obs")
 
     def problems(self) -> Iterator[str]:
         """Yield what fields have against each other."""
@@ -167,11 +162,8 @@ class Elements(ByThreshold):
         Raises:
             FloatingPointError: a factor is not usable; names the linear.
         """
-        kind = "obd" if self.section.costs == "obd" else "obs"
-        candidates = {
-            name: find_elements(self.linear(worker, name), self.section.units, kind)
-            for name in worker.owned()
-        }
+        how = self.section.units, self.section.costs
+        candidates = {n: find_elements(self.linear(worker, n), *how) for n in worker.owned()}
         return self.scores(worker, candidates)
 
     def histogram(self, worker: Worker, high: int | None) -> NDArray[np.int64]:

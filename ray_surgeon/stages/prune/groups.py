@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ray_surgeon.maths.curvature import Basis, LinearCurvature
+from ray_surgeon.maths.curvature import LinearCurvature
 from ray_surgeon.maths.greedy import Limits
 from ray_surgeon.maths.linear import Removal
 from ray_surgeon.maths.masks import StructuredMask
@@ -32,7 +32,7 @@ from ray_surgeon.runtime.wave import Tokens
 from ray_surgeon.runtime.worker import LinearSummary, Worker, collective, sizes
 from ray_surgeon.stages.prune.experts import go_around_removed, remove_experts, whole_expert_costs
 from ray_surgeon.stages.prune.group_choice import ConsumerCosts, GroupChoice, Paths, Reach
-from ray_surgeon.stages.prune.method import Applied, Choice, Scores
+from ray_surgeon.stages.prune.method import Applied, Choice, Scored, Scores
 from ray_surgeon.stages.reconstruction.layers import RATES, Reconstruction
 from ray_surgeon.stages.stage import CalibrationText
 
@@ -41,10 +41,6 @@ _FAR = 4.0
 
 Single costs say how many are needed.
 """
-
-
-class Scored(dict[str, tuple[Basis, Tensor]]):
-    """Consumer -> what its costs leave on a worker for the update, and marginal costs."""
 
 
 class Groups(GroupChoice):
@@ -224,15 +220,10 @@ class Groups(GroupChoice):
         """Let routers go around the experts that earlier shots removed."""
         cluster.run_all(go_around_removed)
 
-    def before_pass(self, cluster: Cluster, text: CalibrationText) -> None:
+    def around_pass(self, cluster: Cluster, text: CalibrationText) -> AbstractContextManager[None]:
         """Let workers keep the inputs of the layers that are reconstructed; see `Method`."""
-        if self.reconstruction is not None:
-            self.reconstruction.before_pass(cluster, text)
-
-    def after_pass(self, cluster: Cluster, text: CalibrationText) -> None:
-        """Send the inputs to the layers' owners; see `Method`."""
-        if self.reconstruction is not None:
-            self.reconstruction.after_pass(cluster, text)
+        reconstruction = self.reconstruction
+        return reconstruction.around_pass(cluster, text) if reconstruction else nullcontext()
 
     def score(self, cluster: Cluster, shot: int) -> Scores[ConsumerCosts]:
         """Let every block follow its greedy path as far as the threshold needs."""
@@ -254,8 +245,7 @@ class Groups(GroupChoice):
         if rate is not None:
             return rate
         tried = list(chain.from_iterable(cluster.run_all(self.try_rates, counts)))
-        errors = {rate: [error for r, error in tried if r == rate] for rate in RATES}
-        return Reconstruction.best_rate(errors)
+        return Reconstruction.best_rate(tried)
 
 
 def _remove_producers(worker: Worker, groups: GroupSet) -> None:

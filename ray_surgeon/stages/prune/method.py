@@ -11,6 +11,7 @@ import functools
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any, ClassVar, Generic, TypeVar
@@ -97,16 +98,12 @@ class Method(ABC):
         assert self.curvature is not None
         return self.curvature
 
-    def before_pass(self, cluster: Cluster, text: CalibrationText) -> None:
-        """Prepare workers for the pass over the calibration text.
+    def around_pass(self, cluster: Cluster, text: CalibrationText) -> AbstractContextManager[None]:
+        """Do what comes before and after the pass over the calibration text.
 
         The weights are those from before the shot.
         """
-        return
-
-    def after_pass(self, cluster: Cluster, text: CalibrationText) -> None:
-        """Do what comes after the pass, with the same weights."""
-        return
+        return nullcontext()
 
     def after_resuming(self, cluster: Cluster) -> None:
         """Prepare workers whose weights and masks are those of a committed shot."""

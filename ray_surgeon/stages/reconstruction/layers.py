@@ -10,7 +10,8 @@ train theirs. A layer that is no better on the windows held aside stays as the u
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -214,13 +215,16 @@ class Reconstruction:
         N = cluster.placement.num_replicas
         return [[*range(i, first, N), *range(first + i, count, N)] for i in range(N)], length
 
-    def before_pass(self, cluster: Cluster, text: CalibrationText) -> None:
-        """Let workers keep the inputs of the layers in the curvature pass over a text."""
-        cluster.run_all(self.start, *self._arrivals(cluster, text.tokens))
+    @contextmanager
+    def around_pass(self, cluster: Cluster, text: CalibrationText) -> Iterator[None]:
+        """Let workers keep the inputs of the layers in the curvature pass over a text.
 
-    def after_pass(self, cluster: Cluster, text: CalibrationText) -> None:
-        """Send the inputs to the layers' owners, and those for the windows held aside."""
-        cluster.run_all(self.share, *self._arrivals(cluster, text.tokens), are_held=False)
+        After it they are sent to the layers' owners, and those for the windows held aside.
+        """
+        arrivals = self._arrivals(cluster, text.tokens)
+        cluster.run_all(self.start, *arrivals)
+        yield
+        cluster.run_all(self.share, *arrivals, are_held=False)
         held = text.held
         if not len(held):
             return
@@ -230,16 +234,17 @@ class Reconstruction:
         cluster.run_all(self.share, *arrivals, are_held=True)
 
     @staticmethod
-    def best_rate(errors: Mapping[float, Sequence[float]]) -> float:
-        """Return the learning rate with the smallest mean of relative errors.
+    def best_rate(tried: Sequence[tuple[float, float]]) -> float:
+        """Return the learning rate with the smallest mean of relative errors, one at each trial.
 
         Errors that are no number count as no gain.
         """
 
         def mean(rate: float) -> float:
-            return float(np.mean([e if np.isfinite(e) else np.inf for e in errors[rate]] or np.inf))
+            errors = [error if np.isfinite(error) else np.inf for r, error in tried if r == rate]
+            return float(np.mean(errors or np.inf))
 
-        return min(errors, key=mean)
+        return min(RATES, key=mean)
 
 
 def errors_of(worker: Worker) -> Errors:
