@@ -18,10 +18,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ray_surgeon.maths.curvature import LinearCurvature
+from ray_surgeon.maths.curvature import Linear, LinearCurvature
 from ray_surgeon.maths.greedy import Limits
 from ray_surgeon.maths.kronecker import Damping, PackedFactors, PackedSymmetric
-from ray_surgeon.maths.linear import Linear
 from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.maths.structured import alive_part, group_costs
 

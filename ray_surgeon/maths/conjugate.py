@@ -14,9 +14,9 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from ray_surgeon.maths.curvature import Removal
 from ray_surgeon.maths.extended.terms import apply_terms
 from ray_surgeon.maths.kronecker import Terms
-from ray_surgeon.maths.linear import Removal
 
 _RANK_A = 20
 """Eigenvectors of A in the preconditioner; their small systems hold rank^2 numbers a row."""

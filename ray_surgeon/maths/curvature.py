@@ -13,35 +13,74 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ray_surgeon.maths import rows_columns as costs
+from ray_surgeon.maths import rows_columns as kron
 from ray_surgeon.maths.extended.terms import TwoTermInverse, clip_term, minimise_kept
-from ray_surgeon.maths.factorised import DampedFactor, damp_, factorise
-from ray_surgeon.maths.kronecker import Damping, Term, balance_
-from ray_surgeon.maths.linear import Linear, Part
-from ray_surgeon.maths.rows_columns import prune_rows_and_columns, prune_singly
+from ray_surgeon.maths.factorised import DampedFactor, RaisedDamping, damp_, factorise
+from ray_surgeon.maths.kronecker import Damping, PackedFactors, Term, balance_
+
+Pair = tuple[Tensor, Tensor]
+"""Two tensors that belong together, such as one of rows and one of columns."""
 
 
 @dataclass(frozen=True)
-class RaisedDamping:
-    """A factorisation that needed more damping than was asked for.
+class Part:
+    """Rows and columns of one linear on which factors are inverted.
 
-    For example ("...q_proj", "A", asked 0.01, used 0.1, True).
+    A pruned row makes G singular.
     """
 
-    linear: str
-    factor: str
-    asked: float
-    used: float
-    float64_retry: bool
+    rows: Tensor  # [R] bool
+    columns: Tensor  # [C] bool
+
+    def of(self, whole: Tensor) -> Tensor:
+        """Return this part of a matrix [R, C], itself if this is all of it."""
+        is_all = self.rows.all() and self.columns.all()
+        return whole if is_all else whole[self.rows][:, self.columns]
+
+    def put(self, part: Tensor, into: Tensor) -> Tensor:
+        """Return a copy of a matrix [R, C] in which this part is replaced."""
+        result = into.clone()
+        result[self.rows.nonzero(), self.columns.nonzero()[:, 0]] = part
+        return result
 
 
-def raised_damping(linear: str, **factors: DampedFactor) -> tuple[RaisedDamping, ...]:
-    """Return what factors of a linear, A or G, needed beside what was asked."""
-    return tuple(
-        RaisedDamping(linear, name, factor.asked, factor.damping, factor.float64_retry)
-        for name, factor in factors.items()
-        if factor.damping != factor.asked or factor.float64_retry
-    )
+@dataclass(frozen=True)
+class Linear:
+    """One linear in one shot."""
+
+    name: str  # for errors
+    W: Tensor  # [R, C] float32 or float64, the bias as the last column
+    factors: PackedFactors  # sums over the calibration tokens
+    has_bias: bool  # whether the last column is a bias
+    damping: Damping  # of the factors
+
+    @property
+    def num_inputs(self) -> int:
+        """C without the bias."""
+        return self.W.shape[1] - self.has_bias
+
+    @property
+    def live(self) -> Part:
+        """Rows with a gradient and columns with an input that is not always zero."""
+        factors = self.factors
+        G, A = (factor.diagonal().to(self.W.device) for factor in (factors.G, factors.A))
+        return Part(G > 0, A > 0)
+
+    @property
+    def nonzero(self) -> Part:
+        """Those of the live rows and columns in which a weight is not zero, as in pruned ones."""
+        live = self.live
+        nonzero = self.W != 0
+        return Part(live.rows & nonzero.any(dim=1), live.columns & nonzero.any(dim=0))
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What became of one linear."""
+
+    W: Tensor  # [R, C] new weights, zero in everything removed
+    predicted: float  # loss increase by the quadratic model, in nats per token
+    residual: float  # of the update's equations, relative; 0 where they are solved directly
 
 
 @dataclass(frozen=True)
@@ -130,9 +169,10 @@ class LinearCurvature:
         """What the update needs to know."""
         name = self.linear.name
         used = Damping(self.A.damping, self.G.damping, self.damping.max)
+        raised = (*self.A.raised(name, "A"), *self.G.raised(name, "G"))
         numbered = enumerate(self._clipped, 1)
         clipped = tuple(Clipping(name, n, change) for n, (_, change) in numbered if change)
-        return Basis(self.part, used, raised_damping(name, A=self.A, G=self.G), clipped)
+        return Basis(self.part, used, raised, clipped)
 
     @property
     def is_extended(self) -> bool:
@@ -156,18 +196,18 @@ class LinearCurvature:
         ``obs`` is with the optimal update of the others, ``obd`` without one.
         """
         if kind == "obd":
-            return self._over_terms(lambda G, A: costs.row_costs(self.W, A) * G.diagonal())
+            return self._over_terms(lambda G, A: kron.row_costs(self.W, A) * G.diagonal())
         if self.is_extended:
             return self.inverse.row_costs(self.W)
-        return costs.row_costs(self.W, self.A.matrix) / self.G.inverse_diagonal()
+        return kron.row_costs(self.W, self.A.matrix) / self.G.inverse_diagonal()
 
     def column_costs(self, kind: str) -> Tensor:
         """Return the cost of each column; see `row_costs`."""
         if kind == "obd":
-            return self._over_terms(lambda G, A: costs.column_costs(self.W, G) * A.diagonal())
+            return self._over_terms(lambda G, A: kron.column_costs(self.W, G) * A.diagonal())
         if self.is_extended:
             return self.inverse.column_costs(self.W)
-        return costs.column_costs(self.W, self.G.matrix) / self.A.inverse_diagonal()
+        return kron.column_costs(self.W, self.G.matrix) / self.A.inverse_diagonal()
 
     def element_scales(self, kind: str) -> tuple[Tensor, Tensor]:
         """Return factors whose product [R, C] times 1/2 W^2 is the cost of each element.
@@ -228,14 +268,14 @@ class LinearCurvature:
         if update == "single" and self.is_extended:
             return (W + self.inverse.single_corrections(W, rows, columns)) * kept, 0.0
         if update == "single":
-            return prune_singly(W, self.A.inverse(), self.G.inverse(), rows, columns), 0.0
+            return kron.prune_singly(W, self.A.inverse(), self.G.inverse(), rows, columns), 0.0
         if not self.is_extended:
             G, A = self.first
-            return prune_rows_and_columns(W, A, G, rows, columns, name=self.linear.name), 0.0
+            return kron.prune_rows_and_columns(W, A, G, rows, columns, self.linear.name), 0.0
         by_rows, residual = minimise_kept(W, self.terms, rows, torch.zeros_like(columns))
         by_columns, other_residual = minimise_kept(W, self.terms, torch.zeros_like(rows), columns)
         return (by_rows + by_columns - W) * kept, max(residual, other_residual)
 
     def quadratic_cost(self, change: Tensor) -> float:
         """Return the predicted loss increase of a change [R, C] of the weights."""
-        return sum(costs.quadratic_cost(change, A, G) for G, A in self.terms)
+        return sum(kron.quadratic_cost(change, A, G) for G, A in self.terms)

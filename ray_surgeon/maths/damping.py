@@ -13,9 +13,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ray_surgeon.maths.curvature import LinearCurvature
+from ray_surgeon.maths.curvature import Linear, LinearCurvature
 from ray_surgeon.maths.kronecker import PackedFactors
-from ray_surgeon.maths.linear import Linear
 from ray_surgeon.maths.rows_columns import quadratic_cost
 
 A_CHOICES = (1e-3, 1e-2, 1e-1, 1.0)

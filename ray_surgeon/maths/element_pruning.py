@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from ray_surgeon.maths.conjugate import ElementUpdate, update_elements
-from ray_surgeon.maths.curvature import Basis, LinearCurvature
-from ray_surgeon.maths.linear import Linear, Pair, Part, Removal
+from ray_surgeon.maths.curvature import Basis, Linear, LinearCurvature, Pair, Part, Removal
 from ray_surgeon.maths.masks import ElementMask
 from ray_surgeon.maths.threshold import check_costs
 

@@ -39,6 +39,20 @@ def squares(X: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class RaisedDamping:
+    """A factorisation that needed more damping than was asked for.
+
+    For example ("...q_proj", "A", asked 0.01, used 0.1, True).
+    """
+
+    linear: str
+    factor: str
+    asked: float
+    used: float
+    float64_retry: bool
+
+
+@dataclass(frozen=True)
 class DampedFactor:
     """One damped factor and its Cholesky decomposition, and what follows from its inverse.
 
@@ -52,6 +66,12 @@ class DampedFactor:
     damping: float  # the one that was needed
     # whether the factorisation at the dtype of the input failed and float64 was used
     float64_retry: bool
+
+    def raised(self, linear: str, factor: str) -> tuple[RaisedDamping, ...]:
+        """Return what this factor of a linear, A or G, needed beside what was asked, if it did."""
+        if self.damping == self.asked and not self.float64_retry:
+            return ()
+        return (RaisedDamping(linear, factor, self.asked, self.damping, self.float64_retry),)
 
     def part(self, left: Tensor) -> DampedFactor:
         """Return the factor of the indices that are left, [n] bool, with the damping it has."""

@@ -22,8 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ray_surgeon.maths.curvature import Pair, Part
 from ray_surgeon.maths.factorised import DampedFactor, DowndatedInverse, root
-from ray_surgeon.maths.linear import Pair, Part
 from ray_surgeon.maths.products import product
 from ray_surgeon.maths.threshold import check_costs
 

@@ -66,7 +66,7 @@ def prune_columns(W: Tensor, A: Tensor, to_prune: Tensor, *, name: str = "A") ->
 
 
 def prune_rows_and_columns(
-    W: Tensor, A: Tensor, G: Tensor, rows: Tensor, columns: Tensor, *, name: str = ""
+    W: Tensor, A: Tensor, G: Tensor, rows: Tensor, columns: Tensor, name: str
 ) -> Tensor:
     """Remove rows and columns together, as the published implementation does.
 

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ray_surgeon.maths.curvature import Basis, LinearCurvature
+from ray_surgeon.maths.curvature import Basis, Linear, LinearCurvature, Pair, Part, Removal
 from ray_surgeon.maths.greedy import GreedyPath, Limits, greedy_costs
-from ray_surgeon.maths.linear import Linear, Pair, Part, Removal
 from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.maths.rows_columns import column_removal_cost, prune_columns
 from ray_surgeon.maths.threshold import check_costs

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ray_surgeon.maths.curvature import Linear, Part
 from ray_surgeon.maths.extended.terms import clip_term
 from ray_surgeon.maths.factorised import damp_
 from ray_surgeon.maths.kronecker import Damping, PackedFactors, PackedSymmetric, Term
-from ray_surgeon.maths.linear import Linear, Part
 
 DAMPING = Damping(0.01, 0.1, 1.0)
 

@@ -15,9 +15,9 @@ from ray_surgeon.maths.conjugate import (
     masked_preconditioner,
     update_elements,
 )
+from ray_surgeon.maths.curvature import Removal
 from ray_surgeon.maths.element_pruning import ElementUnits, find_elements
 from ray_surgeon.maths.kronecker import Term
-from ray_surgeon.maths.linear import Removal
 from ray_surgeon.maths.masks import ElementMask
 from ray_surgeon.maths.rows_columns import quadratic_cost
 from tests.maths.dense import (

@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ray_surgeon.maths.curvature import LinearCurvature
+from ray_surgeon.maths.curvature import Linear, LinearCurvature
 from ray_surgeon.maths.greedy import Limits
-from ray_surgeon.maths.linear import Linear
 from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.maths.structured import alive_part, group_costs, lowest, prune_groups
 from tests.maths.dense import crossing, dense_minimum, fisher, flags, linear, problem, silence

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ray_surgeon.maths.linear import Linear
+from ray_surgeon.maths.curvature import Linear
 from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.maths.structured import Candidates, find_candidates
 from tests.maths.dense import (

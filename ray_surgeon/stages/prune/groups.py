@@ -19,9 +19,8 @@ from typing import Any
 
 import torch
 
-from ray_surgeon.maths.curvature import LinearCurvature
+from ray_surgeon.maths.curvature import LinearCurvature, Removal
 from ray_surgeon.maths.greedy import Limits
-from ray_surgeon.maths.linear import Removal
 from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.maths.structured import alive_part, group_costs, lowest, prune_groups
 from ray_surgeon.models.groups import GroupSet

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any, ClassVar, Generic, TypeVar
 
-from ray_surgeon.maths.curvature import Clipping, RaisedDamping
-from ray_surgeon.maths.linear import Linear
+from ray_surgeon.maths.curvature import Clipping, Linear
+from ray_surgeon.maths.factorised import RaisedDamping
 from ray_surgeon.models.layout import LinearShape, ModelLayout
 from ray_surgeon.plan.work import LinearNeeds
 from ray_surgeon.runtime.cluster import Cluster
