@@ -18,7 +18,7 @@ from ray_surgeon.maths.threshold import OutOfReachError, Point, lower_hull, slop
 
 
 def _out_of_reach(most: float, wanted: float) -> OutOfReachError:
-    saved = f"all that may go saves {most:g} of the {wanted:g} that must go"
+    saved = f"all groups that may go save {most:g} of the {wanted:g} that must go"
     return OutOfReachError(f"pruning: {saved}; ask for less, or name more groups")
 
 

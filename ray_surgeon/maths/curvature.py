@@ -128,6 +128,7 @@ class LinearCurvature:
         self._A = A.to(dtype)
         self._G = G.to(dtype)
         self._diagonals = self._A.diagonal().clone(), self._G.diagonal().clone()
+        self.is_extended = bool(factors.terms)
         self._further = [(g.to(dtype), a.to(dtype)) for g, a in factors.terms]
 
     @cached_property
@@ -173,11 +174,6 @@ class LinearCurvature:
         numbered = enumerate(self._clipped, 1)
         clipped = tuple(Clipping(name, n, change) for n, (_, change) in numbered if change)
         return Basis(self.part, used, raised, clipped)
-
-    @property
-    def is_extended(self) -> bool:
-        """Whether there is more than one term."""
-        return bool(self._further)
 
     @cached_property
     def inverse(self) -> TwoTermInverse:

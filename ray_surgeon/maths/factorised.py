@@ -163,8 +163,8 @@ def factorise(matrix: Tensor, damping: float, max_damping: float, name: str) -> 
         raised = max(current * 10.0, 1e-8)
         if raised > max_damping:
             raise FloatingPointError(
-                f"{name}: the curvature factor is not positive definite with damping {current:g} "
-                f"(cap {max_damping:g}); raise max_damping, or give more calibration tokens"
+                f"{name}: the curvature factor {tuple(matrix.shape)} is not positive definite with "
+                f"damping {current:g} (cap {max_damping:g}); raise max_damping, or give more tokens"
             )
         current = raised
 

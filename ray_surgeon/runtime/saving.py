@@ -213,7 +213,7 @@ def _mask_tensors(worker: Worker) -> dict[str, Tensor]:
     return {
         f"{name}.{part}": tensor
         for name, mask in worker.masks.items()
-        for part, tensor in mask.tensors().items()
+        for part, tensor in vars(mask).items()
     }
 
 

@@ -91,6 +91,7 @@ class Training:
     tried: dict[float, float] = field(default_factory=dict)
     # number of steps done -> measure; of the one kept at the end, too
     held: list[tuple[int, float]] = field(default_factory=list)
+    before: float = math.nan  # the measure of the start
     undone: str | None = None  # why the model stays as it was; None if the corrections are kept
 
     def train(self, shot: int, before: float | None = None) -> None:
@@ -117,10 +118,10 @@ class Training:
         self.absorbed = arrived / wanted if wanted else float(self.undone is None)
 
     def _train_checked(self, known: float | None) -> None:
-        before = self._measure() if known is None else known
-        if not math.isfinite(before):
+        self.before = self._measure() if known is None else known
+        if not math.isfinite(self.before):
             raise FloatingPointError("the pruned model's outputs are not finite; check the weights")
-        self._note_if_best(0, before)
+        self._note_if_best(0, self.before)
         first = 0
         if self.section.learning_rate is None:
             first = trial_steps(len(self.batches))
@@ -138,7 +139,7 @@ class Training:
             self.losses = []
             measure = self._measure() if all(map(self._step, range(count))) else math.inf
             self.tried[rate] = measure
-            if measure <= HARMLESS * self._before:
+            if measure <= HARMLESS * self.before:
                 break
         self._note_if_best(count, self.tried[rate])
 
@@ -160,8 +161,8 @@ class Training:
             if self.section.learning_rate is None:
                 self.rate /= 2
                 self.cluster.run_all(steps.take_state)
-            elif measure > GIVEN_UP * self._before:
-                rise = f"{self._before:.4g} became {measure:.4g}"
+            elif measure > GIVEN_UP * self.before:
+                rise = f"{self.before:.4g} became {measure:.4g}"
                 return f"; it was given up after {num_steps} steps, because it diverged: {rise}"
         return ""
 
@@ -197,11 +198,6 @@ class Training:
         return measure
 
     @property
-    def _before(self) -> float:
-        """The measure of the start."""
-        return self.held[0][1]
-
-    @property
     def _best(self) -> tuple[float, int]:
         """The smallest measure so far, and the steps of its state, which workers keep."""
         return min((measure, num_steps) for num_steps, measure in self.held)
@@ -220,7 +216,7 @@ class Training:
 
     def _back_to_the_best(self) -> str | None:
         """Go back to the best state; return why nothing is to be absorbed, if so."""
-        before = f"{self._before:.4g} before"
+        before = f"{self.before:.4g} before"
         _, num_steps = self._best
         if not num_steps:
             return f"no state was better on the windows held aside than {before}"
@@ -229,7 +225,7 @@ class Training:
         self.cluster.run_all(steps.take_state)
         rounded = self._measure(rounded=True)
         self.held.append((num_steps, rounded))
-        if rounded < self._before:
+        if rounded < self.before:
             return None
         rounds = f"rounded to the weights' dtype it was {rounded:.4g}"
         return f"{rounds} on the windows held aside, and {before}"

@@ -111,7 +111,7 @@ class RowsColumns(ByThreshold):
             )
             kept = int(mask.rows.sum()), int(mask.columns.sum())
             costs = (side[side.isfinite()].float().cpu() for side in (c.rows, c.columns))
-            replies.append(StructureCosts(name, mask.num_parameters, *kept, *costs))
+            replies.append(StructureCosts(name, shapes[name].size, *kept, *costs))
         return self.scores(worker, candidates, tuple(replies))
 
     @collective
