@@ -33,7 +33,7 @@ class GroupCosts:
     num_left: int  # groups that are left now
     allowed: Container[int]  # numbers of groups that may be left afterwards
     # what the block needs of the budget with 0, 1, ... groups left; it never falls
-    needs: Sequence[float]
+    needs: Sequence[float] = ()
     # what it costs to remove an expert with all of its groups, its tokens going to others
     whole: float = math.inf
     layer: int = 0  # number of the layer the expert belongs to

@@ -140,15 +140,13 @@ def reconstruct(
     return Reconstructed(trained if after < before else layer, before, after)
 
 
-def _steps(
-    num_tokens: int, size: int, num_steps: int, generator: torch.Generator
-) -> Iterator[Tensor]:
+def _steps(num_tokens: int, size: int, count: int, drawn: torch.Generator) -> Iterator[Tensor]:
     """Yield the tokens [size] of each step; every pass over all of them has an order of its own."""
-    while num_steps > 0:
-        order = torch.randperm(num_tokens, generator=generator)
-        steps = torch.split(order[: num_tokens // size * size], size)[:num_steps]
+    while count > 0:
+        order = torch.randperm(num_tokens, generator=drawn)
+        steps = torch.split(order[: num_tokens // size * size], size)[:count]
         yield from steps
-        num_steps -= len(steps)
+        count -= len(steps)
 
 
 def rate_factor(number: int, num_steps: int) -> float:

@@ -175,9 +175,8 @@ def gather_curvature(
     except FloatingPointError as error:
         names = [name for name in cluster.run_all(first_not_finite) if name is not None]
         reason = getattr(error, "cause", error)  # unwrapped from Ray's task error
-        raise FloatingPointError(
-            f"{reason}; inputs are not finite from {names[0] if names else 'the head'} on"
-        ) from error
+        first = names[0] if names else "the head"
+        raise FloatingPointError(f"{reason}; inputs are not finite from {first} on") from error
     cluster.run_all(finish_curvature, beside)
     return total / num_tokens
 

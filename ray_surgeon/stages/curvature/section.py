@@ -77,10 +77,8 @@ class _Damped(_Curvature):
     def problems(self) -> Iterator[str]:
         """Yield what fields have against each other."""
         if self.damping != "auto" and self.max_damping < max(self.damping.a, self.damping.g):
-            yield (
-                f"max_damping {self.max_damping:g} is below damping "
-                f"{self.damping.a:g}/{self.damping.g:g}; raise it"
-            )
+            damping = f"{self.damping.a:g}/{self.damping.g:g}"
+            yield f"max_damping {self.max_damping:g} is below damping {damping}; raise it"
 
 
 class _Fisher(_Damped):

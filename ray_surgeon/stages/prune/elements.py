@@ -176,10 +176,6 @@ class Elements(ByThreshold):
 
     # On the coordinator
 
-    def score(self, cluster: Cluster, shot: int) -> Scores[None]:
-        """Take all costs."""
-        return self.taken(cluster)
-
     def choose(self, cluster: Cluster, scores: Scores[None], shot: int) -> Choice:
         """Find the exact k-th smallest cost by two rounds of counting.
 

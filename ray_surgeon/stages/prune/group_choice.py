@@ -39,7 +39,6 @@ Unit = tuple[int, str]
 class ConsumerCosts(GroupCosts):
     """Marginal costs of the groups of one consumer, as a worker sends them."""
 
-    needs: Sequence[float] = ()  # not known on a worker
     num_parameters: int = 0  # of one group
     # before scaling, per unit of the target if groups are ranked so; what costs more may be missing
     # in `costs`

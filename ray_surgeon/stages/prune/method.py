@@ -154,12 +154,12 @@ class Ranking(Method):
     costs: ClassVar[Callable[..., Scores[Any]]]
     """What a worker does for `score`."""
 
-    @abstractmethod
     def score(self, cluster: Cluster, shot: int) -> Scores[Any]:
         """Take the costs of everything that may be pruned.
 
         Whatever is kept for `apply` stays on the workers.
         """
+        return self.taken(cluster)
 
     @abstractmethod
     def choose(self, cluster: Cluster, scores: Scores[Any], shot: int) -> Choice:

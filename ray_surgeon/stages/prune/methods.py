@@ -116,10 +116,8 @@ def _groups(
         )
     for groups in layout.group_sets:
         if groups.kind != "attention" and len(groups.columns) % devices:
-            raise ValueError(
-                f"pruning.tensor_parallel: {devices}, but {groups.consumer} has "
-                f"{len(groups.columns)} channels; give a divisor"
-            )
+            channels = f"{groups.consumer} has {len(groups.columns)} channels"
+            raise ValueError(f"pruning.tensor_parallel: {devices}, but {channels}; give a divisor")
     if missing := [kind for kind in pruning.groups if kind not in layout.kinds]:
         raise ValueError(
             f"pruning.groups: {', '.join(missing)}, but {layout.config.model_type} has "
@@ -178,9 +176,8 @@ class Latency(Stage):
         method = self.method
         section = method.section
         assert isinstance(section.target, LatencyTarget)
-        shrinking = Shrinking(
-            method.fewest, section.multiple, section.tensor_parallel, section.uniform
-        )
+        widths = section.multiple, section.tensor_parallel, section.uniform
+        shrinking = Shrinking(method.fewest, *widths)
         uri = run.directory.path("latency.json")
         dense = Pruned(run.cluster, run.layout, run.model, {}, run.calibration[0])
         budget = latency_budget(dense, section.target, shrinking, uri)
