@@ -135,7 +135,7 @@ class CoupledSection(Reconstructed):
             problem = "is of whole experts alone and has another unit; set groups to [experts]"
             yield f"expert_costs: {self.expert_costs} {problem}"
         if self.multiple % self.tensor_parallel:
-            devices = f"tensor_parallel {self.tensor_parallel}"
+            devices = f"tensor_parallel {self.tensor_parallel}; give a multiple of it"
             yield f"width_multiple: {self.multiple} channels cannot be split over {devices}"
         if (self.target_sparsity is None) == (self.target is None):
             got = "none" if self.target is None else "both"
